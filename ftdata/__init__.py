@@ -1,0 +1,40 @@
+"""ftdata: any fine-tuning data into exactly the tokens and labels that a language model should be trained on.
+
+    from ftdata import build_sft_dataset
+    ds = build_sft_dataset("data.json", tokenizer="google/gemma-2-9b-it")
+
+The names below are the public interface. They are imported on first use, so that `import ftdata` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ftdata.build import build_sft_dataset
+    from ftdata.errors import FtdataError
+    from ftdata.examples import encode
+    from ftdata.readers import read
+
+_HOMES = {
+    "FtdataError": "ftdata.errors",
+    "build_sft_dataset": "ftdata.build",
+    "encode": "ftdata.examples",
+    "read": "ftdata.readers",
+}
+
+__all__ = ["FtdataError", "build_sft_dataset", "encode", "read"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        message = f"module 'ftdata' has no attribute {name!r}"
+        raise AttributeError(message)
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

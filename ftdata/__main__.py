@@ -1,0 +1,6 @@
+"""`python -m ftdata`."""
+
+from ftdata.cli import main
+
+if __name__ == "__main__":
+    main()

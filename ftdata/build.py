@@ -1,0 +1,334 @@
+"""Build: read everything, keep the ledger, split, pack, write.
+
+Each source is a shard task of its own: it writes its examples beside the target and reports its ledger. The
+pack plan is made from the lengths of all of them; tokens are gathered when the packs are written.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+import ftdata
+from ftdata import store
+from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError, one_of
+from ftdata.examples import BATCH, Built, Recipe, build_rows, make_recipe
+from ftdata.executors import run
+from ftdata.ledger import NOTES, Ledger, Report
+from ftdata.mask import Policy
+from ftdata.pack import best_fit_decreasing, unpacked
+from ftdata.readers import FileSource, MemorySource, sources
+from ftdata.types import Example, Reject
+
+if TYPE_CHECKING:
+    import datasets
+
+BY_CHOICE = frozenset({"overlong"})
+"""Reasons of rejection that the user's own limits cause: counted and listed, but no fault of the data."""
+
+Progress = Callable[[int, int], None]
+"""Called as the build goes on with the rows and the tokens done so far."""
+
+@dataclass(frozen=True)
+class Task:
+    """One shard: a source, and the folder for its examples. Planned from the data alone."""
+
+    source: FileSource | MemorySource
+    folder: Path
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What a shard task reports back; the examples themselves are in its folder."""
+
+    ledger: Ledger
+    rejects: list[Reject]
+    content: str
+
+
+def build_sft_dataset(
+    data: Any,
+    tokenizer: Any,
+    template: str | Path | None = None,
+    schema: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    train_on: str | Policy = "assistant",
+    turns: str = "auto",
+    control_tokens: str = "escape",
+    max_length: int | None = None,
+    overlong: str = "reject",
+    packing: str | None = None,
+    test_size: float | None = None,
+    seed: int = 0,
+    on_bad_rows: str = "error",
+    max_rejects: float | str | None = None,
+    output_dir: str | Path | None = None,
+    workers: int | None = None,
+    engine: str = "local",
+    date: str | datetime.date | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> datasets.DatasetDict:
+    """Turn data of any known shape into the tokens and labels to train on.
+
+    Args:
+        data: a path, a glob, a list of these, a `DataFrame`, a `datasets.Dataset`, or an iterable of rows.
+        tokenizer: a folder, a hub id, or a `transformers` or `tokenizers` object.
+        template: `None` for the tokenizer's chat template, a built-in name, a `.jinja` file, or a Jinja string.
+        schema: `"auto"` (found per row) or the name of one.
+        columns: canonical column -> the name in the data, e.g. `{"instruction": "q", "output": "a"}`.
+        train_on: `"assistant"`, `"last_assistant"`, `"completion"`, `"all"`, or a callable
+            `(rendered, conversation) -> [bool per span]`.
+        turns: `"auto"`, `"joint"` or `"split"`: one example per conversation, or per assistant turn.
+        control_tokens: `"escape"`, `"refuse"` or `"allow"` control-token text inside the data.
+        max_length: tokens that an example, and a pack, may have.
+        overlong: `"reject"`, `"drop_turns"` or `"truncate"`.
+        packing: `None` or `"bfd"` (best-fit decreasing, whole examples only; needs `max_length`).
+        test_size: share (below 1) or number of rows for a `"test"` split.
+        seed: decides which rows go to the test split.
+        on_bad_rows: `"error"` (all bad rows are collected, then one error) or `"quarantine"` (go on without them).
+        max_rejects: with `"quarantine"`: how many rows (or `"1%"`) may be rejected.
+        output_dir: where to write the build; `None` keeps it in memory.
+        workers: processes (`None`: this one); the result does not depend on it. As with every process pool, a
+            script that asks for more than one needs `if __name__ == "__main__":`.
+        engine: `"local"`.
+        date: what templates that print a date are shown.
+        template_kwargs: further variables for the template.
+        progress: called with rows and tokens done so far.
+
+    Returns:
+        A `datasets.DatasetDict` with `"train"` (and `"test"`), columns `input_ids`, `labels` and `seq_lengths`
+        (int32 lists; one row per pack, or per example), and the `Report` as `.report`.
+
+    Raises:
+        UsageError: an option cannot be meant.
+        BadRows: rows are refused (`on_bad_rows="error"`).
+        TooManyRejects: more than `max_rejects`.
+        InputRefused: a source cannot be read, or nothing was left to build.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(output_dir) if output_dir is not None else Path(scratch) / "build"
+        report = write_build(
+            data, tokenizer, target, template=template, schema=schema, columns=columns, train_on=train_on, turns=turns,
+            control_tokens=control_tokens, max_length=max_length, overlong=overlong, packing=packing, test_size=test_size,
+            seed=seed, on_bad_rows=on_bad_rows, max_rejects=max_rejects, workers=workers, engine=engine, date=date,
+            template_kwargs=template_kwargs, progress=progress,
+        )  # fmt: skip
+        return load_build(target, report, in_memory=output_dir is None)
+
+
+def write_build(
+    data: Any,
+    tokenizer: Any,
+    output_dir: str | Path,
+    *,
+    packing: str | None = None,
+    test_size: float | None = None,
+    seed: int = 0,
+    on_bad_rows: str = "error",
+    max_rejects: float | str | None = None,
+    workers: int | None = None,
+    engine: str = "local",
+    progress: Progress | None = None,
+    **recipe: Any,
+) -> Report:
+    """Build as `build_sft_dataset` does, without loading the result (or `datasets`); return the report."""
+    made = make_recipe(tokenizer, **recipe)
+    layout = Layout(packing, test_size, seed, made.max_length)
+    limit = _reject_limit(on_bad_rows, max_rejects)
+    with store.new_folder(Path(output_dir)) as folder:
+        return _build(made, layout, data, folder, limit, workers, engine, progress)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How examples become rows: packing and the test split."""
+
+    packing: str | None
+    test_size: float | None
+    seed: int
+    max_length: int | None
+
+    def __post_init__(self) -> None:
+        one_of("packing", str(self.packing), ("None", "bfd"))
+        if self.packing and self.max_length is None:
+            raise UsageError("packing_length", "packing needs max_length, the tokens that a pack holds")
+        if self.test_size is not None and not (0 < self.test_size < 1 or (self.test_size >= 1 and self.test_size % 1 == 0)):
+            raise UsageError("test_size", f"test_size is {self.test_size}, expected a share below 1 or a number of rows")
+
+
+def load_build(folder: Path, report: Report | None = None, *, in_memory: bool = False) -> datasets.DatasetDict:
+    """Load a finished build as a `datasets.DatasetDict`, with its report where there is one."""
+    import datasets
+
+    loaded = datasets.load_from_disk(str(folder), keep_in_memory=in_memory)
+    loaded.report = report
+    return loaded
+
+
+def _build(recipe: Recipe, layout: Layout, data: Any, folder: Path, limit: float, workers: int | None, engine: str,
+           progress: Progress | None) -> Report:  # fmt: skip
+    began = time.monotonic()
+    shards = folder / "shards"
+    tasks = [Task(source, shards / f"{n:05d}") for n, source in enumerate(sources(data))]
+    results: list[ShardResult] = []
+    # Within this process progress is told per batch; worker processes are told of when a shard is done.
+    here = workers in (None, 1) or len(tasks) == 1 or any(isinstance(task.source, MemorySource) for task in tasks)
+    work = partial(build_shard, recipe, progress=progress if here else None)
+    for result in run(work, tasks, 1 if here else workers, engine):
+        results.append(result)
+        if progress and not here:
+            progress(sum(r.ledger.read for r in results), sum(r.ledger.tokens_kept for r in results))
+    ledgers = tuple(result.ledger for result in results)
+    rejects = [reject for result in results for reject in result.rejects]
+    _judge(ledgers, rejects, limit)
+    examples = store.Examples.open([task.folder for task in tasks])
+    for result, lengths in zip(results, _lengths_by_shard(examples, len(tasks)), strict=True):
+        result.ledger.check(len(lengths), int(lengths.sum()), len(result.rejects))
+    splits = {}
+    for name, members in _split(examples, layout).items():
+        splits[name] = _write_split(folder, name, examples, members, layout)
+    shutil.rmtree(shards)
+    options = {**recipe.describe(), "packing": layout.packing, "test_size": layout.test_size, "seed": layout.seed}
+    fingerprint = _fingerprint(options, results)
+    report = Report(ledgers, splits, _notes(ledgers, recipe), tuple(str(reject) for reject in rejects[:20]), fingerprint,
+                    options, round(time.monotonic() - began, 3))  # fmt: skip
+    store.write_rejects(folder / "rejects.jsonl", rejects)
+    store.write_json(folder / "dataset_dict.json", {"splits": list(splits)})
+    store.write_json(folder / "report.json", report.as_dict())
+    store.write_manifest(folder, {"ftdata": ftdata.__version__, "fingerprint": fingerprint, "options": options})
+    return report
+
+
+def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) -> ShardResult:
+    """Build one shard: read its source, write its examples, count everything."""
+    ledger = Ledger(task.source.path)
+    rejects: list[Reject] = []
+    content = xxhash.xxh3_128()
+
+    def batches() -> Iterator[list[Example]]:
+        outcomes = build_rows(recipe, task.source.rows())
+        while batch := list(islice(outcomes, BATCH)):
+            for entry in batch:
+                ledger.add(entry)
+            rejects.extend(entry for entry in batch if isinstance(entry, Reject))
+            built = [example for entry in batch if isinstance(entry, Built) for example in entry.examples]
+            for example in built:
+                content.update(example.input_ids.tobytes())
+                content.update(example.trained.tobytes())
+            yield built
+            if progress:
+                progress(ledger.read, ledger.tokens_kept)
+
+    store.write_shard(task.folder, batches())
+    return ShardResult(ledger, rejects, content.hexdigest())
+
+
+def _reject_limit(on_bad_rows: str, max_rejects: float | str | None) -> float:
+    """Return how many rows may be bad: a number from 1, or a share below 1 (negative: none, with all shown)."""
+    one_of("on_bad_rows", on_bad_rows, ("error", "quarantine"))
+    if on_bad_rows == "error":
+        if max_rejects is not None:
+            raise UsageError("max_rejects", "max_rejects goes with on_bad_rows='quarantine'")
+        return -1
+    if max_rejects is None:
+        raise UsageError("max_rejects", "on_bad_rows='quarantine' needs max_rejects: how much loss is acceptable?",
+                         hint="max_rejects=100 or max_rejects='1%'")
+    try:
+        text = str(max_rejects)
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise UsageError("max_rejects", f"max_rejects is {max_rejects!r}, expected a number of rows or a share like '1%'")
+    return value
+
+
+def _judge(ledgers: Sequence[Ledger], rejects: Sequence[Reject], limit: float) -> None:
+    bad = [reject for reject in rejects if reject.code not in BY_CHOICE]
+    read = sum(ledger.read for ledger in ledgers)
+    if bad and limit < 0:
+        raise BadRows(len(bad), map(str, bad[:20]),
+                      hint="mend the rows, or go on without them: on_bad_rows='quarantine', max_rejects=...")
+    if limit >= 0 and len(bad) > (limit * read if limit < 1 else limit):
+        allowed = f"{limit:.2%}" if limit < 1 else f"{limit:.0f}"
+        listed = "\n  ".join(map(str, bad[:5]))
+        raise TooManyRejects("max_rejects", f"{len(bad)} of {read} rows are refused, max_rejects allows {allowed}:\n  {listed}\n",
+                             hint="mend the rows, or raise max_rejects")
+    if not any(ledger.built for ledger in ledgers):
+        reasons = "; ".join(map(str, rejects[:3])) or "the sources hold no rows"
+        raise InputRefused("nothing_built", f"no row was left to build: {reasons}")
+
+
+def _lengths_by_shard(examples: store.Examples, shards: int) -> list[NDArray[np.int64]]:
+    lengths = examples.lengths
+    return [lengths[examples.shard == number] for number in range(shards)]
+
+
+def _split(examples: store.Examples, layout: Layout) -> dict[str, NDArray[np.int64]]:
+    """Return the examples of each split. Examples of one row stay together, and keep the order of the data."""
+    everything = np.arange(len(examples.shard), dtype=np.int64)
+    if layout.test_size is None:
+        return {"train": everything}
+    rows = np.stack([examples.shard, np.asarray(examples.table["row"].to_numpy(), dtype=np.int64)])
+    _, row_of = np.unique(rows, axis=1, return_inverse=True)
+    row_of = row_of.reshape(-1)
+    count = int(row_of.max()) + 1
+    size = int(np.ceil(layout.test_size * count)) if layout.test_size < 1 else int(layout.test_size)
+    if size >= count:
+        raise UsageError("test_size", f"test_size takes {size} of {count} rows, which leaves none to train on")
+    chosen = np.zeros(count, dtype=np.bool_)
+    chosen[np.argsort(_mix(np.arange(count, dtype=np.uint64), layout.seed), kind="stable")[:size]] = True
+    in_test = chosen[row_of]
+    return {"train": everything[~in_test], "test": everything[in_test]}
+
+
+def _mix(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """SplitMix64 (Steele, Lea and Flood 2014): the same on every machine and for every version of numpy."""
+    with np.errstate(over="ignore"):
+        z = numbers + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % (1 << 64))
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.asarray(z ^ (z >> np.uint64(31)), dtype=np.uint64)
+
+
+def _write_split(folder: Path, name: str, examples: store.Examples, members: NDArray[np.int64], layout: Layout,
+                 ) -> dict[str, Any]:  # fmt: skip
+    lengths = examples.lengths[members]
+    if layout.packing and layout.max_length:
+        plan = best_fit_decreasing(lengths, layout.max_length)
+        fill = float(lengths.sum() / (len(plan) * layout.max_length)) if len(plan) else 0.0
+    else:
+        plan, fill = unpacked(len(members)), None
+    store.write_split(folder, name, examples, members, plan)
+    trained = np.asarray(examples.table["trained"].to_numpy())[members]
+    return {"examples": len(members), "rows": len(plan), "tokens": int(lengths.sum()), "trained": int(trained.sum()), "fill": fill}
+
+
+def _notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
+    flags = Counter[str]()
+    for ledger in ledgers:
+        flags.update(ledger.flags)
+    notes = [NOTES[flag].format(n=f"{count:,}") for flag, count in sorted(flags.items()) if flag in NOTES]
+    if recipe.template.uses_date:
+        notes.append(f"the template prints a date, shown as {recipe.template.date:%Y-%m-%d}; set it with date=")
+    return tuple(notes)
+
+
+def _fingerprint(options: Mapping[str, Any], results: Sequence[ShardResult]) -> str:
+    parts = {"ftdata": ftdata.__version__, "options": options, "content": [result.content for result in results]}
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())

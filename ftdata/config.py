@@ -1,0 +1,111 @@
+"""The configuration file: one frozen typed object. Unknown keys are errors, with the nearest known one.
+
+```yaml
+data: data.json
+model: google/gemma-2-2b
+output_dir: out
+max_length: 1024
+packing: bfd
+quantization: nf4
+lora: {r: 16, alpha: 32}
+train: {num_train_epochs: 3, learning_rate: 2.0e-4}
+```
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from ftdata.errors import UsageError, nearest
+
+
+class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A LoRA adapter (Hu et al. 2021): `alpha / r` scales what the two low-rank matrices add."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A training run, from data to model.
+
+    The fields up to `seed` are those of `build_sft_dataset`. `train` holds any field of TRL's `SFTConfig`.
+    """
+
+    data: str | list[str]
+    model: str
+    output_dir: str
+    tokenizer: str | None = None
+    """`None`: the model's own."""
+    template: str | None = None
+    schema: str = "auto"
+    columns: dict[str, str] | None = None
+    train_on: str = "assistant"
+    turns: str = "auto"
+    control_tokens: str = "escape"
+    max_length: int | None = None
+    overlong: str = "reject"
+    packing: str | None = None
+    test_size: float | None = None
+    on_bad_rows: str = "error"
+    max_rejects: int | float | str | None = None
+    seed: int = 0
+    lora: Lora | None = None
+    """`None`: all weights are trained, unless `quantization` asks for an adapter."""
+    quantization: str | None = None
+    """`"nf4"`: 4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023)."""
+    train: dict[str, Any] = {}
+
+    def build_options(self) -> dict[str, Any]:
+        """Return the fields that `build_sft_dataset` takes, besides data, tokenizer and output_dir."""
+        names = ("template", "schema", "columns", "train_on", "turns", "control_tokens", "max_length", "overlong",
+                 "packing", "test_size", "on_bad_rows", "max_rejects", "seed")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+
+def load_config(path: Path, **overrides: Any) -> Config:
+    """Read a YAML or TOML file.
+
+    Args:
+        path: the file.
+        overrides: fields to set over those of the file; `None` leaves the file's.
+
+    Raises:
+        UsageError: the file cannot be parsed, a key is unknown, or a value has the wrong type; names the key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+        raise UsageError("config_file", f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError("config_file", f"{path} holds a {type(values).__name__}, expected keys and values")
+    return make_config(values, where=str(path), **overrides)
+
+
+def make_config(values: dict[str, Any], where: str = "", **overrides: Any) -> Config:
+    """Make a configuration from plain values.
+
+    Raises:
+        UsageError: a key is unknown or missing, or a value has the wrong type.
+
+    >>> make_config({"data": "d.json", "model": "m", "output_dir": "o", "max_lenght": 512})
+    Traceback (most recent call last):
+    ftdata.errors.UsageError: [config] unknown key 'max_lenght'. Fix: did you mean 'max_length'? known: columns, ...
+    """
+    given = {**values, **{name: value for name, value in overrides.items() if value is not None}}
+    for kind, section in ((Config, given), (Lora, given.get("lora"))):
+        for key in section if isinstance(section, dict) else ():
+            if key not in kind.__struct_fields__:
+                raise UsageError("config", f"unknown key {key!r}", where=where, hint=nearest(str(key), kind.__struct_fields__))
+    try:
+        return msgspec.convert(given, Config)
+    except msgspec.ValidationError as error:
+        raise UsageError("config", str(error), where=where) from None

@@ -1,0 +1,147 @@
+"""Every error that ftdata raises on purpose.
+
+    FtdataError                     .code  .where  .hint  .exit_code
+    ├── UsageError (ValueError)         a request that cannot be meant           exit 2
+    ├── MissingDependency (ImportError) an optional package is not installed     exit 2
+    ├── InputRefused (ValueError)       the input cannot be read or understood   exit 3
+    │   ├── BadRow                      one row
+    │   ├── BadRows                     all bad rows of a run, together
+    │   └── TemplateRefused             a template or tokenizer, for every row
+    ├── TooManyRejects (ValueError)     rejects above `max_rejects`              exit 4
+    ├── StorageError (OSError)          disk, permission, a damaged build        exit 5
+    ├── HubError (OSError)              network or hub                           exit 6
+    └── InternalError (RuntimeError)    a promise of ours was broken: a bug      exit 7
+
+A message always has the same four parts: where, what was found, what was expected, and the way out:
+
+    >>> print(BadRow("content_type", "is a number, expected text", where="data.jsonl:7 messages[1].content",
+    ...              hint="quote the value"))
+    [content_type] data.jsonl:7 messages[1].content: is a number, expected text. Fix: quote the value
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FtdataError(Exception):
+    """Base of the tree. `code` is stable and greppable; `where` and `hint` may be empty."""
+
+    exit_code = 7
+
+    def __init__(self, code: str, message: str, *, where: str = "", hint: str = "") -> None:
+        super().__init__(code, message, where, hint)
+        self.code = code
+        self.message = message
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        before = "" if self.message.endswith("\n") else ". "
+        way_out = f"{before}Fix: {self.hint}" if self.hint else ""
+        return f"[{self.code}] {place}{self.message}{way_out}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions are rebuilt from positional arguments when they cross a process boundary.
+        return _rebuild, (type(self), self.code, self.message, self.where, self.hint, self.__dict__)
+
+
+def _rebuild(
+    kind: type[FtdataError], code: str, message: str, where: str, hint: str, state: dict[str, object]
+) -> FtdataError:
+    error = kind.__new__(kind)
+    FtdataError.__init__(error, code, message, where=where, hint=hint)
+    error.__dict__.update(state)
+    return error
+
+
+class UsageError(FtdataError, ValueError):
+    """A request that cannot be meant: an unknown option value, a file that is not there."""
+
+    exit_code = 2
+
+
+class MissingDependency(FtdataError, ImportError):
+    """An optional package is needed for this request; the hint is the `pip install` line."""
+
+    exit_code = 2
+
+
+class InputRefused(FtdataError, ValueError):
+    """The input cannot be read or understood, and guessing would train the wrong tokens."""
+
+    exit_code = 3
+
+
+class BadRow(InputRefused):
+    """One row is refused; `field` is the path of the value inside the row."""
+
+    def __init__(
+        self, code: str, message: str, *, where: str = "", hint: str = "", field: str = ""
+    ) -> None:
+        super().__init__(code, message, where=where, hint=hint)
+        self.field = field
+
+
+class BadRows(InputRefused):
+    """All bad rows of a run; `count` of them, the first few with their reasons in the message."""
+
+    def __init__(self, count: int, lines: Iterable[str], *, hint: str) -> None:
+        lines = list(lines)
+        more = f"\n  ... and {count - len(lines)} more" if count > len(lines) else ""
+        listed = "\n  ".join(lines)
+        noun = "row is" if count == 1 else "rows are"
+        super().__init__("bad_rows", f"{count} {noun} refused:\n  {listed}{more}\n", hint=hint)
+        self.count = count
+
+
+class TemplateRefused(InputRefused):
+    """A template or a tokenizer cannot be used, whatever the row."""
+
+
+class TooManyRejects(FtdataError, ValueError):
+    """More rows were rejected than `max_rejects` allows."""
+
+    exit_code = 4
+
+
+class StorageError(FtdataError, OSError):
+    """Reading or writing a build failed; the message names the path."""
+
+    exit_code = 5
+
+
+class HubError(FtdataError, OSError):
+    """The network or the hub failed; the message names repository, file and status."""
+
+    exit_code = 6
+
+
+class InternalError(FtdataError, RuntimeError):
+    """A promise of ftdata's own was broken. Please report it with the message."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """Say which of `candidates` a mistyped `name` may have meant.
+
+    >>> nearest("chatlm", ["chatml", "alpaca"])
+    "did you mean 'chatml'? known: alpaca, chatml"
+    >>> nearest("x", ["b", "a"])
+    'known: a, b'
+    """
+    known = sorted(candidates)
+    close = difflib.get_close_matches(name, known, n=1)
+    listing = f"known: {', '.join(known)}"
+    return f"did you mean {close[0]!r}? {listing}" if close else listing
+
+
+def one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Refuse a `value` of option `name` that is not among the `allowed` ones.
+
+    Raises:
+        UsageError: with the nearest allowed value.
+    """
+    if value not in allowed:
+        raise UsageError(f"unknown_{name}", f"{name} is {value!r}", hint=nearest(str(value), allowed))

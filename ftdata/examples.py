@@ -1,0 +1,267 @@
+"""Rows to examples: the stages from normalise to truncate, composed, under one recipe.
+
+Row ──normalise──> Conversation ──render──> Rendered ──tokenise──> Encoded ──mask, truncate──> Example
+└───────────────────────── or, at any stage, Reject: where, why, and the way out
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ftdata.errors import BadRow, UsageError, one_of
+from ftdata.mask import Policy, policy_of, trained_tokens
+from ftdata.schemas import check_columns, normalise, schemas
+from ftdata.templates import DEFAULT_DATE, TURNS, Template, check, find, render
+from ftdata.tokenize import (
+    CONTROL_POLICIES,
+    ControlTokens,
+    Encoded,
+    Tokenizer,
+    control_tokens,
+    encode_rendered,
+    load_tokenizer,
+)
+from ftdata.truncate import POLICIES as OVERLONG
+from ftdata.truncate import truncate, turn_ends
+from ftdata.types import Conversation, Example, Message, Reject, Rendered, Row, Source
+
+BATCH = 256
+"""Rows that go through the stages together."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a row becomes. Picklable: each worker gets one."""
+
+    tokenizer: Tokenizer
+    template: Template
+    schema: str = "auto"
+    columns: Mapping[str, str] | None = None
+    train_on: str | Policy = "assistant"
+    turns: str = "auto"
+    control_tokens: str = "escape"
+    max_length: int | None = None
+    overlong: str = "reject"
+
+    def __post_init__(self) -> None:
+        one_of("turns", self.turns, TURNS)
+        one_of("control_tokens", self.control_tokens, CONTROL_POLICIES)
+        one_of("overlong", self.overlong, OVERLONG)
+        if self.schema != "auto":
+            schemas.get(self.schema)
+        if self.max_length is not None and self.max_length < 2:
+            raise UsageError("max_length", f"max_length is {self.max_length}, expected at least 2")
+        check_columns(self.columns)
+        policy_of(self.train_on)
+        check(self.template)
+
+    @cached_property
+    def control(self) -> ControlTokens:
+        """The tokens that only the template may write."""
+        return control_tokens(self.tokenizer, self.template.source)
+
+    @cached_property
+    def stop_ids(self) -> NDArray[np.int32]:
+        """Ids that may end a turn: control tokens."""
+        ids = [self.tokenizer.added_tokens[token][0] for token in self.control.tokens]
+        return np.asarray(ids, dtype=np.int32)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the options as JSON, for manifest and fingerprint."""
+        train_on = self.train_on if isinstance(self.train_on, str) else f"{self.train_on.__module__}.{self.train_on.__qualname__}"
+        return {
+            "tokenizer": {"name": self.tokenizer.name, "fingerprint": self.tokenizer.fingerprint},
+            "template": {"name": self.template.name, "source": self.template.source, "kwargs": dict(self.template.kwargs),
+                         "date": self.template.date.isoformat()},
+            "schema": self.schema, "columns": dict(self.columns or {}), "train_on": train_on, "turns": self.turns,
+            "control_tokens": self.control_tokens, "max_length": self.max_length, "overlong": self.overlong,
+        }  # fmt: skip
+
+
+def make_recipe(tokenizer: Any, template: str | Path | None = None, *, date: str | datetime.date | None = None,
+                template_kwargs: Mapping[str, Any] | None = None, **options: Any) -> Recipe:  # fmt: skip
+    """Load the tokenizer, find the template and bind the two.
+
+    Args:
+        tokenizer: a folder, a hub id, or a `transformers` or `tokenizers` object.
+        template: `None` for the tokenizer's own chat template, a built-in name, a file, or a Jinja string.
+        date: what templates that print a date are shown (default: 2026-01-01, so that builds stay the same).
+        template_kwargs: further variables for the template.
+        options: the other fields of `Recipe`.
+
+    Raises:
+        UsageError: an unknown name or value.
+        TemplateRefused: the template cannot be compiled, or marks nothing as trained.
+    """
+    loaded = load_tokenizer(tokenizer)
+    own = template is None
+    name, source = ("tokenizer", loaded.chat_template or "") if template is None else find(template)
+    bound = Template(name, source, strict=not own, special_tokens=loaded.special_tokens,
+                     control=control_tokens(loaded, source).pattern,
+                     date=_date(date), kwargs=template_kwargs or {})  # fmt: skip
+    return Recipe(loaded, bound, **options)
+
+
+def _date(date: str | datetime.date | None) -> datetime.datetime:
+    if date is None:
+        return DEFAULT_DATE
+    try:
+        return datetime.datetime.fromisoformat(str(date))
+    except ValueError:
+        raise UsageError("date", f"date is {str(date)!r}, expected the form 2026-01-31") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """One row that was built: its examples, and how many tokens of it did not fit."""
+
+    schema: str
+    examples: tuple[Example, ...]
+    cut: int = 0
+
+
+def build_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[Built | Reject]:
+    """Take rows through normalise, render, tokenise, mask and truncate, in batches.
+
+    Yields, for each row and in order, what was built of it or why it was rejected.
+    """
+    stream = iter(rows)
+    while batch := list(islice(stream, BATCH)):
+        prepared = [_prepare(recipe, row) for row in batch]
+        rendered = [one for entry in prepared if not isinstance(entry, Reject) for one in entry[1]]
+        encoded = iter(encode_rendered(recipe.tokenizer, rendered, recipe.control, recipe.control_tokens))
+        for row, entry in zip(batch, prepared, strict=True):
+            if isinstance(entry, Reject):
+                yield entry
+            else:
+                yield _finish(recipe, row, *entry, list(islice(encoded, len(entry[1]))))
+
+
+def _prepare(recipe: Recipe, row: Row | Reject) -> tuple[Conversation, tuple[Rendered, ...]] | Reject:
+    if isinstance(row, Reject):
+        return row
+    try:
+        conversation = normalise(row, recipe.schema, recipe.columns)
+        check_answers(conversation)
+        return conversation, render(conversation, recipe.template, recipe.turns)
+    except BadRow as error:
+        return _reject(row, error)
+
+
+def check_answers(conversation: Conversation) -> None:
+    """Refuse a row that has no answer to learn, or an empty one.
+
+    Raises:
+        BadRow: `no_answer` or `empty_answer`.
+    """
+    if conversation.text is not None:
+        if not conversation.text.strip():
+            raise BadRow("empty_answer", "is empty", field="text")
+        return
+    answers = [(i, m) for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
+    if not answers:
+        raise BadRow("no_answer", "holds no assistant message, so there is nothing to learn")
+    for index, message in answers:
+        content = message.get("content")
+        if message.get("train", True) and isinstance(content, str) and not content.strip() and not message.get("tool_calls"):
+            raise BadRow("empty_answer", "is empty: the model would learn to answer nothing",
+                         field=f"messages[{index}].content", hint="take the row out, or give the message train: false")
+
+
+def _finish(recipe: Recipe, row: Row | Reject, conversation: Conversation, texts: Sequence[Rendered],
+            encoded: Sequence[Encoded | BadRow]) -> Built | Reject:  # fmt: skip
+    try:
+        whole = [_example(recipe, conversation, *pair) for pair in zip(texts, encoded, strict=True)]
+    except BadRow as error:
+        return _reject(row, error)
+    tokens = sum(map(len, whole))
+    kept: list[Example] = []
+    refusal: BadRow | None = None
+    for example in whole:
+        try:
+            kept.append(truncate(example, recipe.max_length, recipe.overlong))
+        except BadRow as error:
+            refusal = error
+    # Turns rendered one by one are whole turns: `drop_turns` may leave some of them out, the others may not.
+    if refusal is not None and (recipe.overlong != "drop_turns" or not kept):
+        return replace(_reject(row, refusal), tokens=tokens)
+    return Built(conversation.schema, tuple(kept), tokens - sum(map(len, kept)))
+
+
+def _example(recipe: Recipe, conversation: Conversation, rendered: Rendered, encoded: Encoded | BadRow) -> Example:
+    if isinstance(encoded, BadRow):
+        raise encoded
+    ids, offsets = encoded.ids, encoded.offsets
+    if rendered.add_bos and len(bos := recipe.tokenizer.bos_ids):
+        ids = np.concatenate((bos, ids))
+        offsets = np.concatenate((np.zeros((len(bos), 2), np.int32), offsets))
+    chosen = policy_of(recipe.train_on)(rendered, conversation)
+    flags = set(rendered.flags) | ({"control_tokens"} if encoded.escaped else set())
+    if conversation.messages and conversation.messages[-1]["role"] != "assistant" and "split" not in flags:
+        flags.add("trailing_turns")
+    example = Example(ids, trained_tokens(offsets, rendered, chosen), offsets, rendered.text, rendered.spans,
+                      frozenset(flags), conversation.source)  # fmt: skip
+    if not example.trained.any():
+        raise BadRow("nothing_trained", f"no token would be trained under train_on={recipe.describe()['train_on']!r}")
+    last = ids[turn_ends(example) - 1]
+    if not len(last) or not np.isin(last, recipe.stop_ids).all():
+        example = replace(example, flags=example.flags | {"no_stop"})
+    return example
+
+
+def _reject(row: Row | Reject, error: BadRow) -> Reject:
+    if isinstance(row, Reject):
+        return row
+    raw = json.dumps(row.data, ensure_ascii=False, default=str)[:4096]
+    return Reject(row.source, error.code, error.field, error.message, error.hint, raw)
+
+
+def encode(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    template: str | Path | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    train_on: str | Policy = "assistant",
+    turns: str = "auto",
+    control_tokens: str = "escape",
+    date: str | datetime.date | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Example, ...]:
+    """Encode one conversation: ids, labels, and the reason of each.
+
+    Args:
+        messages: the conversation, as chat templates take it.
+        tokenizer: a folder, a hub id, or a tokenizer object.
+        template: as for `build_sft_dataset`.
+        tools: JSON schemas of tools, for templates that print them.
+        train_on: `"assistant"`, `"last_assistant"`, `"completion"`, `"all"`, or a callable
+            `(rendered, conversation) -> [bool per span]`.
+        turns: `"auto"`, `"joint"` or `"split"`.
+        control_tokens: `"escape"`, `"refuse"` or `"allow"` control-token text inside the messages.
+        date: what templates that print a date are shown.
+        template_kwargs: further variables for the template.
+
+    Returns:
+        One example, or one per assistant turn where the template rewrites earlier turns.
+
+    Raises:
+        BadRow: the conversation is refused; `.code` says why.
+        TemplateRefused: the template or tokenizer cannot be used at all.
+    """
+    recipe = make_recipe(tokenizer, template, date=date, template_kwargs=template_kwargs, train_on=train_on, turns=turns,
+                         control_tokens=control_tokens)  # fmt: skip
+    row = {"messages": list(messages), **({"tools": list(tools)} if tools else {})}
+    conversation = normalise(Row(row, Source("<messages>", 0)), "messages")
+    texts = render(conversation, recipe.template, recipe.turns)
+    encoded = encode_rendered(recipe.tokenizer, texts, recipe.control, recipe.control_tokens)
+    return tuple(_example(recipe, conversation, *pair) for pair in zip(texts, encoded, strict=True))

@@ -1,0 +1,134 @@
+"""The ledger: what became of every row and every token. Nothing is lost that is not counted here.
+
+    rows read = built + rejected        tokens in = kept + cut + rejected
+
+Both are asserted in every build, against what was written; if they fail, that is a bug of ftdata.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import ftdata
+from ftdata.errors import InternalError
+from ftdata.examples import Built
+from ftdata.types import Reject
+
+
+@dataclass
+class Ledger:
+    """What became of the rows of one source, and of their tokens."""
+
+    source: str
+    read: int = 0
+    built: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    schemas: Counter[str] = field(default_factory=Counter)
+    flags: Counter[str] = field(default_factory=Counter)
+    examples: int = 0
+    tokens_in: int = 0
+    tokens_kept: int = 0
+    tokens_cut: int = 0
+    tokens_rejected: int = 0
+    tokens_trained: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the ledger as JSON."""
+        return {each.name: dict(value) if isinstance(value := getattr(self, each.name), Counter) else value
+                for each in fields(self)}  # fmt: skip
+
+    def add(self, entry: Built | Reject) -> None:
+        """Count one row."""
+        self.read += 1
+        if isinstance(entry, Reject):
+            self.rejected[entry.code] += 1
+            self.tokens_rejected += entry.tokens
+            self.tokens_in += entry.tokens
+            return
+        self.built += 1
+        self.schemas[entry.schema] += 1
+        self.examples += len(entry.examples)
+        self.tokens_cut += entry.cut
+        self.tokens_in += entry.cut
+        for example in entry.examples:
+            self.flags.update(example.flags)
+            self.tokens_in += len(example)
+            self.tokens_kept += len(example)
+            self.tokens_trained += int(example.trained.sum())
+
+    def check(self, written: int, tokens_written: int, rejects_written: int) -> None:
+        """Assert the identities, against what was really written.
+
+        Raises:
+            InternalError: they do not hold.
+        """
+        rows = self.read == self.built + self.rejected.total() and rejects_written == self.rejected.total()
+        tokens = self.tokens_in == self.tokens_kept + self.tokens_cut + self.tokens_rejected
+        if not (rows and tokens and written == self.examples and tokens_written == self.tokens_kept):
+            raise InternalError("ledger", f"the ledger of {self.source} does not add up: {self.as_dict()}, "
+                                f"written: {written} examples, {tokens_written} tokens, {rejects_written} rejects")
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of a build in figures: `report.json`, and `.report` of the returned `DatasetDict`.
+
+    Attributes:
+        sources: one ledger per source.
+        splits: split -> examples, rows (packs, or as many as examples), tokens, trained tokens, fill (share of
+            `rows * max_length` that holds tokens; `None` unpacked).
+        notes: what a careful reader should know, in sentences.
+        rejects: the first rejected rows, in words.
+        fingerprint: hash of everything that decides the result.
+        seconds: how long the build took.
+    """
+
+    sources: tuple[Ledger, ...]
+    splits: dict[str, dict[str, Any]]
+    notes: tuple[str, ...]
+    rejects: tuple[str, ...]
+    fingerprint: str
+    options: dict[str, Any]
+    seconds: float
+
+    def total(self, name: str) -> int:
+        """Return a count over all sources: `"read"`, `"built"`, `"rejected"`, `"tokens_kept"`, ..."""
+        values = (getattr(ledger, name) for ledger in self.sources)
+        return sum(value.total() if isinstance(value, Counter) else value for value in values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON."""
+        totals = {name: self.total(name) for name in ("read", "built", "rejected", "examples", "tokens_in", "tokens_kept",
+                                                      "tokens_cut", "tokens_rejected", "tokens_trained")}  # fmt: skip
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {"ftdata": ftdata.__version__, **totals, **own, "sources": [ledger.as_dict() for ledger in self.sources]}
+
+    def __str__(self) -> str:
+        rejected = Counter[str]()
+        for ledger in self.sources:
+            rejected.update(ledger.rejected)
+        reasons = ", ".join(f"{count} {code}" for code, count in rejected.most_common())
+        lines = [f"rows     {self.total('read'):,} read = {self.total('built'):,} built + {self.total('rejected'):,} rejected"
+                 + (f" ({reasons})" if reasons else ""),
+                 f"tokens   {self.total('tokens_in'):,} in = {self.total('tokens_kept'):,} kept + {self.total('tokens_cut'):,} cut"
+                 f" + {self.total('tokens_rejected'):,} in rejected rows"]  # fmt: skip
+        for name, split in self.splits.items():
+            share = split["trained"] / split["tokens"] if split["tokens"] else 0
+            fill = f", {split['rows']:,} packs, {split['fill']:.1%} full" if split["fill"] is not None else ""
+            lines.append(f"{name:8} {split['examples']:,} examples{fill}, {split['tokens']:,} tokens, {share:.1%} of them trained")
+        return "\n".join([*lines, *(f"note     {note}" for note in self.notes)])
+
+
+NOTES = {
+    "no_stop": "{n} examples have a turn that does not end in a trained control token: the model will not learn to stop there",
+    "split": "{n} examples are single turns of conversations: the template rewrites earlier turns, so each turn is shown as the "
+             "model would see it",
+    "control_tokens": "{n} examples had control tokens spelled in their data, tokenised as plain text",
+    "content_cut": "{n} examples lost part of a message to the template",
+    "reasoning_dropped": "{n} examples lost reasoning, which the template does not print",
+    "truncated_answer": "{n} examples end inside an answer",
+    "trailing_turns": "{n} examples end with messages that nothing answers",
+}  # fmt: skip
+"""Flag -> what the report says about it."""

@@ -1,0 +1,94 @@
+"""Mask: a policy over spans -> which tokens carry loss.
+
+A policy says, for each span, whether it is trained. Tokens follow their characters: a token is trained if it
+overlaps a trained stretch by at least one character; a token of no characters never is. The first token of a
+text is never trained, since nothing stands before it to predict it from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ftdata.errors import UsageError
+from ftdata.registry import Registry
+from ftdata.types import Conversation, Rendered
+
+Policy = Callable[[Rendered, Conversation], Sequence[bool]]
+
+masks: Registry[Policy] = Registry("ftdata.masks", "mask")
+
+
+@masks.register("assistant")
+def assistant(rendered: Rendered, conversation: Conversation) -> list[bool]:
+    """Train every assistant turn, except messages that say `train: false` or `weight: 0`."""
+    untrained = {i for i, message in enumerate(conversation.messages) if message.get("train") is False}
+    return [span.generated and span.message not in untrained for span in rendered.spans]
+
+
+@masks.register("last_assistant")
+def last_assistant(rendered: Rendered, conversation: Conversation) -> list[bool]:
+    """Train the last assistant turn only."""
+    last = max((span.message for span in rendered.spans if span.generated), default=-1)
+    chosen = assistant(rendered, conversation)
+    return [yes and span.message == last for yes, span in zip(chosen, rendered.spans, strict=True)]
+
+
+@masks.register("completion")
+def completion(rendered: Rendered, conversation: Conversation) -> list[bool]:
+    """Train the assistant turns of the completion: what follows the prompt, or the last turn of a chat."""
+    chosen = assistant(rendered, conversation)
+    first = conversation.completion_from
+    return [yes and span.message >= first for yes, span in zip(chosen, rendered.spans, strict=True)]
+
+
+@masks.register("all")
+def everything(rendered: Rendered, conversation: Conversation) -> list[bool]:  # noqa: ARG001
+    """Train the whole text, prompts and template included."""
+    return [True] * len(rendered.spans)
+
+
+def policy_of(train_on: str | Policy) -> Policy:
+    """Return the policy of a name, or the callable itself.
+
+    Raises:
+        UsageError: no policy has this name.
+    """
+    return masks.get(train_on) if isinstance(train_on, str) else train_on
+
+
+def trained_tokens(offsets: NDArray[np.int32], rendered: Rendered, chosen: Sequence[bool]) -> NDArray[np.bool_]:
+    """Return, for each token, whether it carries loss: bool `[n]`.
+
+    Args:
+        offsets: int32 `[n, 2]`, the characters behind each token.
+        rendered: the text's spans.
+        chosen: for each span, whether the policy trains it.
+
+    Raises:
+        UsageError: a policy of the user's own gave another number of answers than there are spans.
+
+    >>> import numpy as np
+    >>> from ftdata.types import Part, Span
+    >>> spans = (Span(0, 4, Part.CONTENT, 0, False), Span(4, 9, Part.CONTENT, 1, True))
+    >>> offsets = np.array([[0, 3], [3, 6], [6, 6], [6, 9]], dtype=np.int32)
+    >>> trained_tokens(offsets, Rendered("x" * 9, spans), [False, True]).tolist()
+    [False, True, False, True]
+    """
+    if len(chosen) != len(rendered.spans):
+        raise UsageError("mask_length", f"the mask policy gave {len(chosen)} answers for {len(rendered.spans)} spans")
+    stretches = np.asarray([(span.start, span.end) for span, yes in zip(rendered.spans, chosen, strict=True) if yes],
+                           dtype=np.int64).reshape(-1, 2)  # fmt: skip
+    trained = np.zeros(len(offsets), dtype=np.bool_)
+    if len(stretches) == 0 or len(offsets) == 0:
+        return trained
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    # The first trained stretch that ends after the token begins is the only one it can overlap first.
+    at = np.searchsorted(stretches[:, 1], starts, side="right")
+    within = at < len(stretches)
+    trained[within] = stretches[at[within], 0] < ends[within]
+    trained &= ends > starts
+    trained[0] = False
+    return trained

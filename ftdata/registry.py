@@ -1,0 +1,83 @@
+"""Plug-in points: four maps from a name to a callable, filled by decorator, by entry point or by file.
+
+@schemas.register("mine")           in process
+[project.entry-points."ftdata.schemas"] mine = "package.module:function"     installed
+./my_schemas.py:mine                on the command line
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from ftdata.errors import UsageError, nearest
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A name -> value map for one plug-in point; `group` names its entry points.
+
+    >>> shapes = Registry[int]("ftdata.doctest", "shape")
+    >>> _ = shapes.register("square")(4)
+    >>> shapes.get("square")
+    4
+    >>> shapes.get("sqare")
+    Traceback (most recent call last):
+    ftdata.errors.UsageError: [unknown_shape] no shape named 'sqare'. Fix: did you mean 'square'? known: square
+    """
+
+    def __init__(self, group: str, noun: str) -> None:
+        self.group = group
+        self.noun = noun
+        self._own: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that registers its argument under `name`."""
+
+        def add(value: T) -> T:
+            self._own[name] = value
+            return value
+
+        return add
+
+    def get(self, name: str) -> T:
+        """Return what is registered under `name`, or what `path/to/file.py:name` defines.
+
+        Raises:
+            UsageError: nothing has this name; the hint holds the nearest ones.
+        """
+        if name in self._own:
+            return self._own[name]
+        for point in entry_points(group=self.group, name=name):
+            value: T = point.load()
+            return value
+        path, _, attribute = name.rpartition(":")
+        if path.endswith(".py"):
+            return self._from_file(Path(path), attribute)
+        code = f"unknown_{self.noun}"
+        raise UsageError(code, f"no {self.noun} named {name!r}", hint=nearest(name, self.names()))
+
+    def own(self) -> dict[str, T]:
+        """Return the values registered in process, in order of registration."""
+        return dict(self._own)
+
+    def names(self) -> list[str]:
+        """Return all known names: registered first, then installed plug-ins."""
+        return [*self._own, *(point.name for point in entry_points(group=self.group))]
+
+    def _from_file(self, path: Path, attribute: str) -> T:
+        if not path.is_file():
+            raise UsageError("file_not_found", f"no file {path} to load a {self.noun} from")
+        spec = importlib.util.spec_from_file_location(f"ftdata_plugin_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not hasattr(module, attribute):
+            public = [n for n in vars(module) if not n.startswith("_")]
+            raise UsageError("no_such_name", f"{path} defines no {attribute!r}", hint=nearest(attribute, public))
+        value: T = getattr(module, attribute)
+        return value

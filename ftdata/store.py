@@ -1,0 +1,263 @@
+"""Write: token shards while building, and the finished build, which appears whole or not at all.
+
+DIR/manifest.json           what this is, how it was made, sha256 of every file; written last
+DIR/report.json             the ledger: what was read, built, rejected, cut
+DIR/rejects.jsonl           one line per rejected row: place, code, reason, fix, raw
+DIR/dataset_dict.json       with the folders below: what `datasets.load_from_disk` reads
+DIR/train/data-*.arrow      input_ids, labels, seq_lengths; one row per pack (or per example)
+DIR/train/provenance.parquet    one row per example: pack, source, row, line, tokens, trained, cut, flags
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from ftdata.errors import InputRefused, StorageError, UsageError
+from ftdata.pack import Plan
+from ftdata.types import IGNORE_INDEX, Example, Reject
+
+FORMAT = 1
+_TOKENS_PER_FILE = 1 << 27
+_PACKS_PER_BATCH = 1024
+
+_EXAMPLES = pa.schema([
+    ("source", pa.string()), ("row", pa.int64()), ("line", pa.int64()), ("tokens", pa.int64()), ("trained", pa.int64()),
+    ("cut", pa.int64()), ("flags", pa.list_(pa.string())),
+])  # fmt: skip
+_PACKS = pa.schema([
+    ("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("seq_lengths", pa.list_(pa.int32())),
+])  # fmt: skip
+
+
+def write_shard(folder: Path, batches: Iterable[Sequence[Example]]) -> None:
+    """Write the examples of one shard: flat token ids and trained bits, and a table of the examples."""
+    folder.mkdir(parents=True)
+    with ExitStack() as stack:
+        ids = stack.enter_context((folder / "ids.i32").open("wb"))
+        trained = stack.enter_context((folder / "trained.b8").open("wb"))
+        table = stack.enter_context(pa.ipc.new_file(str(folder / "examples.arrow"), _EXAMPLES))
+        for batch in batches:
+            for example in batch:
+                ids.write(example.input_ids.tobytes())
+                trained.write(example.trained.tobytes())
+            table.write_batch(pa.RecordBatch.from_pylist([_example_row(example) for example in batch], _EXAMPLES))
+
+
+def _example_row(example: Example) -> dict[str, Any]:
+    return {"source": example.source.path, "row": example.source.row, "line": example.source.line,
+            "tokens": len(example), "trained": int(example.trained.sum()), "cut": example.cut,
+            "flags": sorted(example.flags)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Examples:
+    """All examples of a build, before packing: memory-mapped shards and one table.
+
+    `shard` and `start` (int64 `[examples]`) say in which shard, and from which token on, an example stands.
+    """
+
+    ids: tuple[NDArray[np.int32], ...] = field(repr=False)
+    trained: tuple[NDArray[np.bool_], ...] = field(repr=False)
+    table: pa.Table = field(repr=False)
+    shard: NDArray[np.int64] = field(repr=False)
+    start: NDArray[np.int64] = field(repr=False)
+
+    @classmethod
+    def open(cls, folders: Sequence[Path]) -> Examples:
+        """Open the shards that `write_shard` wrote."""
+        tables = [pa.ipc.open_file(pa.memory_map(str(folder / "examples.arrow"))).read_all() for folder in folders]
+        lengths = [table["tokens"].to_numpy() for table in tables]
+        return cls(
+            ids=tuple(_mapped(folder / "ids.i32", np.int32) for folder in folders),
+            trained=tuple(_mapped(folder / "trained.b8", np.bool_) for folder in folders),
+            table=pa.concat_tables(tables) if tables else _EXAMPLES.empty_table(),
+            shard=np.repeat(np.arange(len(folders)), [len(each) for each in lengths]),
+            start=np.concatenate([np.cumsum(each) - each for each in lengths] or [np.empty(0, np.int64)]),
+        )
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each example (int64 `[examples]`)."""
+        return np.asarray(self.table["tokens"].to_numpy(), dtype=np.int64)
+
+    def gather(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return the ids and the labels of the examples, one after the other (int32 `[tokens]` each)."""
+        places = list(zip(self.shard[indices].tolist(), self.start[indices].tolist(), self.lengths[indices].tolist(), strict=True))
+        ids = np.concatenate([self.ids[shard][at : at + length] for shard, at, length in places])
+        trained = np.concatenate([self.trained[shard][at : at + length] for shard, at, length in places])
+        return ids, np.where(trained, ids, np.int32(IGNORE_INDEX))
+
+
+def _mapped(path: Path, dtype: type[np.generic]) -> NDArray[Any]:
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+
+
+def write_split(folder: Path, split: str, examples: Examples, members: NDArray[np.int64], plan: Plan) -> None:
+    """Write one split in the layout of `datasets.save_to_disk`, and its provenance.
+
+    Args:
+        folder: the build's folder.
+        split: the split's name, which is its folder's.
+        examples: all examples.
+        members: int64, the examples of this split; `plan` counts within them.
+        plan: which of them share a row.
+    """
+    target = folder / split
+    target.mkdir()
+    lengths = examples.lengths
+    order = members[plan.order]
+    bounds = plan.bounds
+    sizes = np.diff(np.concatenate(([0], np.cumsum(lengths[order])))[bounds])
+    file_of = (np.cumsum(sizes) - sizes) // _TOKENS_PER_FILE
+    names = []
+    for number in range(int(file_of[-1]) + 1 if len(file_of) else 1):
+        packs = np.flatnonzero(file_of == number)
+        name = f"data-{number:05d}.arrow"
+        names.append(name)
+        with pa.ipc.new_stream(str(target / name), _PACKS) as writer:
+            for at in range(0, len(packs), _PACKS_PER_BATCH):
+                first, last = packs[at], packs[min(at + _PACKS_PER_BATCH, len(packs)) - 1] + 1
+                writer.write_batch(_pack_batch(examples, order, bounds[first : last + 1]))
+    state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": "", "_format_columns": None,
+             "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": split}  # fmt: skip
+    write_json(target / "state.json", state)
+    write_json(target / "dataset_info.json", {})
+    provenance = examples.table.take(pa.array(order.tolist(), pa.int64())).append_column("pack", _int32(np.repeat(np.arange(len(plan)), np.diff(bounds))))
+    pq.write_table(provenance, target / "provenance.parquet")
+
+
+def _pack_batch(examples: Examples, order: NDArray[np.int64], bounds: NDArray[np.int64]) -> pa.RecordBatch:
+    chosen = order[bounds[0] : bounds[-1]]
+    ids, labels = examples.gather(chosen)
+    lengths = examples.lengths[chosen]
+    in_pack = _int32(bounds - bounds[0])
+    in_tokens = _int32(np.concatenate(([0], np.cumsum(lengths)))[bounds - bounds[0]])
+    columns = [pa.ListArray.from_arrays(in_tokens, _int32(ids)), pa.ListArray.from_arrays(in_tokens, _int32(labels)),
+               pa.ListArray.from_arrays(in_pack, _int32(lengths))]  # fmt: skip
+    return pa.RecordBatch.from_arrays(columns, schema=_PACKS)
+
+
+def _int32(values: NDArray[np.integer]) -> pa.Array:
+    # `pa.array(numpy)` imports pandas, which costs more than most builds.
+    data = np.ascontiguousarray(values, dtype=np.int32)
+    return pa.Array.from_buffers(pa.int32(), len(data), [None, pa.py_buffer(data)])
+
+
+def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
+    """Write one JSON line per rejected row."""
+    with path.open("wb") as file:
+        for reject in rejects:
+            record = {"file": reject.source.path, "line": reject.source.line, "row": reject.source.row,
+                      **{name: value for name, value in asdict(reject).items() if name != "source"}}  # fmt: skip
+            file.write(orjson.dumps(record) + b"\n")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file, keys in the order given."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give a folder to write into, which becomes `target` when the block ends well, and vanishes otherwise.
+
+    An older build at `target` stays whole until the new one is complete on disk.
+
+    Raises:
+        UsageError: `target` holds something that is no build of ftdata.
+        StorageError: the disk refuses; the message names the path.
+    """
+    if target.exists() and not (target / "manifest.json").is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError("target_exists", f"{target} exists and is no build of ftdata", hint="choose another output folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent))
+    except OSError as error:
+        raise StorageError("write", f"cannot write beside {target}: {error.strerror}") from None
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())
+        _sync(folder)
+        old = folder.with_suffix(".old")
+        if target.exists():
+            target.replace(old)
+        folder.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError("write", f"cannot write {target}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _sync(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write `manifest.json`: `about`, and size and sha256 of every file in the folder."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    write_json(folder / "manifest.json", {"format": FORMAT, **about, "files": files})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a build.
+
+    Raises:
+        InputRefused: the folder is no build, or its manifest is damaged.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise InputRefused("not_a_build", f"{folder} is no build of ftdata: it has no manifest.json",
+                           hint="make one with `ftdata build`")
+    try:
+        manifest: dict[str, Any] = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise InputRefused("damaged_build", f"{path} is damaged: {error}", hint="build again") from None
+    if manifest.get("format") != FORMAT:
+        raise InputRefused("build_format", f"{path} has format {manifest.get('format')}, this ftdata reads {FORMAT}",
+                           hint="build again")
+    return manifest
+
+
+def verify(folder: Path) -> list[str]:
+    """Return the files of a build whose content is not what the manifest says (missing ones included)."""
+    files = read_manifest(folder)["files"]
+    return [name for name, known in files.items()
+            if not (folder / name).is_file() or _sha256(folder / name) != known["sha256"]]  # fmt: skip
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

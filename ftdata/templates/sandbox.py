@@ -1,0 +1,151 @@
+"""The one place where templates run: Jinja2's immutable sandbox, set up as transformers sets it up.
+
+Templates are code from strangers. They see plain JSON values and strings, never files, modules or Python
+types. Two things differ from transformers on purpose: strings remember who wrote them (`spans.Tracked`), and
+the clock stands still, at a date that the build records.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from itertools import count
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from ftdata.templates.tracked import Tracked, concat, dumps
+
+CUT = "\ufdd0"
+"""Printed where a prompt ends; a noncharacter, so no text holds it."""
+
+
+class Loud(jinja2.Undefined):
+    """An undefined name may be tested (`{% if tools %}`) but never printed: a misspelt field is an error."""
+
+    __str__ = __iter__ = __len__ = jinja2.Undefined._fail_with_undefined_error  # type: ignore[assignment]
+
+
+class Generation(Extension):
+    """`{% generation %} ... {% endgeneration %}`: what stands inside is what the model must produce.
+
+    Each block's output carries a number of its own in its owners (`tracked.BLOCK`). In a template compiled
+    for prompts the block is not run at all: it prints `CUT`, where the prompt ends.
+    """
+
+    tags = {"generation"}  # noqa: RUF012  (Jinja's own contract)
+    blocks = count(1)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """Turn the block into a call that marks its output."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Macro) -> str:
+        return CUT if self.environment.prompt_only else Tracked.of(caller()).in_block(next(self.blocks))  # type: ignore[attr-defined]
+
+
+class Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with string operations that keep the memory of who wrote what."""
+
+    prompt_only = False
+    # Jinja calls it with an iterable of strings wherever it joins output.
+    concat = staticmethod(concat)  # type: ignore[assignment]
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """Look an attribute up; methods of plain strings are those of tracked ones (`'\\n'.join(parts)`)."""
+        return super().getattr(Tracked.of(obj) if type(obj) is str else obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """Look an item up, as `getattr` does."""
+        return super().getitem(Tracked.of(obj) if type(obj) is str else obj, argument)
+
+
+class TemplateDict:
+    """The `dict` that templates may call; the type itself would open the way to its methods' internals."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        """Make a dict."""
+        return dict(*args, **kwargs)
+
+
+class TemplateNamespace(Namespace):
+    """A namespace that stores no underscore names."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, values = args[0], dict(*args[1:], **kwargs)
+        for name in values:
+            _refuse_private(name)
+        Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_private(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_private(name: str) -> None:
+    if name.startswith("_"):
+        message = f"a namespace cannot hold the private name {name!r}"
+        raise jinja2.exceptions.SecurityError(message)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
+            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:  # fmt: skip
+    def plain(x: Any) -> str:
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    return dumps(value, plain)
+
+
+@jinja2.pass_environment
+def _join(environment: jinja2.Environment, value: Iterable[Any], separator: str = "", attribute: str | None = None) -> str:
+    if attribute is not None:
+        value = (environment.getattr(item, attribute) for item in value)
+    return Tracked.of(str(separator)).join(list(map(str, value)))
+
+
+def _str_join(pieces: Iterable[Any]) -> str:
+    return concat(map(str, pieces))
+
+
+def _clock(date: datetime.datetime) -> Callable[[str], str]:
+    return lambda pattern: date.strftime(pattern)
+
+
+@lru_cache(maxsize=64)
+def compile_template(source: str, date: datetime.datetime, strict: bool, prompt_only: bool = False) -> jinja2.Template:
+    """Compile a template for tracked rendering.
+
+    Args:
+        source: the Jinja text.
+        date: what `strftime_now` prints.
+        strict: an undefined name that is printed is an error, instead of nothing.
+        prompt_only: print `CUT` in place of each generation block.
+
+    Raises:
+        jinja2.TemplateSyntaxError: with the template line.
+    """
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols],
+                              undefined=Loud if strict else jinja2.Undefined)  # fmt: skip
+    environment.prompt_only = prompt_only
+    environment.filters |= {"tojson": _tojson, "join": _join}
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _clock(date),
+                            "dict": TemplateDict(), "namespace": TemplateNamespace}  # fmt: skip
+    # `a ~ b` compiles to a call of the module-level `str_join`, which is looked up in the template's namespace.
+    namespace: dict[str, Any] = {"environment": environment, "__file__": "<template>"}
+    exec(environment.compile(source), namespace)  # noqa: S102  (how Jinja itself runs its own generated code)
+    namespace["str_join"] = _str_join
+    return jinja2.Template._from_namespace(environment, namespace, environment.make_globals(None))

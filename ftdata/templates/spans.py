@@ -1,0 +1,107 @@
+"""Attribute: which characters of the rendered text came from which field of which message.
+
+An owner is a small number: `8 * (message + 1) + code of the part`. `Tracked` strings carry it through the
+template, and the runs of the output are read back as spans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ftdata.templates.tracked import BLOCK, Tracked
+from ftdata.types import Part, Span
+
+_PARTS = (Part.SCAFFOLD, Part.CONTENT, Part.REASONING, Part.TOOL_CALL, Part.TOOLS)
+_CODES = {part: code for code, part in enumerate(_PARTS)}
+_KEYS = {
+    "content": Part.CONTENT, "reasoning_content": Part.REASONING, "thinking": Part.REASONING,
+    "reasoning": Part.REASONING, "tool_calls": Part.TOOL_CALL,
+}  # fmt: skip
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_NAMES = frozenset({"type", "role", "id", "name"})
+"""Values that templates compare and never print as data of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of the rendered text with one owner; `block` numbers its generation block (0: none)."""
+
+    start: int
+    end: int
+    part: Part
+    message: int
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """What the model must produce for one message: `[start, end)` in characters."""
+
+    message: int
+    start: int
+    end: int
+
+
+def tracked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages as a chat template is given them, with every data string tracked.
+
+    As transformers does: null values are dropped, and the spellings of reasoning stand for each other.
+    """
+    return [_tracked_message(message, index) for index, message in enumerate(messages)]
+
+
+def tracked(value: Any, part: Part, message: int) -> Any:
+    """Return a copy of a JSON value in which every string of data is owned by `(message, part)`."""
+    owner = 8 * (message + 1) + _CODES[part]
+    if isinstance(value, str):
+        return Tracked(value, ((len(value), owner),) if value else ())
+    if isinstance(value, Mapping):
+        return {key: item if key in _NAMES else tracked(item, part, message) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [tracked(item, part, message) for item in value]
+    return value
+
+
+def pieces(text: Tracked) -> tuple[Piece, ...]:
+    """Return the stretches of a rendered text, in order, tiling it."""
+    found: list[Piece] = []
+    at = 0
+    for length, owner in text.runs:
+        message, code = divmod(owner & ((1 << BLOCK) - 1), 8)
+        found.append(Piece(at, at + length, _PARTS[code], message - 1, owner >> BLOCK))
+        at += length
+    return tuple(found)
+
+
+def tile(parts: Iterable[Piece], regions: Sequence[Region]) -> tuple[Span, ...]:
+    """Lay the regions over the pieces: spans that tile the text, each generated or not.
+
+    Template text inside a region belongs to the region's message, outside to none. Regions are disjoint and
+    in order.
+    """
+    return tuple(span for piece in parts for span in _spans(piece, regions))
+
+
+def _spans(piece: Piece, regions: Sequence[Region]) -> Iterator[Span]:
+    at = piece.start
+    outside = -1 if piece.part is Part.SCAFFOLD else piece.message
+    for region in regions:
+        start, end = max(region.start, at), min(region.end, piece.end)
+        if start >= end:
+            continue
+        if at < start:
+            yield Span(at, start, piece.part, outside, False)
+        yield Span(start, end, piece.part, region.message, True)
+        at = end
+    if at < piece.end:
+        yield Span(at, piece.end, piece.part, outside, False)
+
+
+def _tracked_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    known = {key: value for key, value in message.items() if value is not None and key != "train"}
+    reasoning = next((known[key] for key in _REASONING if key in known), None)
+    if reasoning is not None:
+        known = {"thinking": reasoning, **known, "reasoning_content": reasoning}
+    return {key: tracked(value, _KEYS[key], index) if key in _KEYS else value for key, value in known.items()}

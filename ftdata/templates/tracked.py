@@ -1,0 +1,219 @@
+"""Strings that remember who wrote them.
+
+A `Tracked` is a `str` that carries, for each stretch of its characters, the owner who wrote it: 0 for the
+template, anything else for a field of the row. The operations that templates use (`+`, `~`, slices, `strip`,
+`split`, `replace`, `join`, loops, `tojson`) keep the memory; any other operation yields a plain string, which
+belongs to the template. Losing the memory is therefore always visible: the row's text seems not to arrive,
+and the row is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
+from typing import Any, SupportsIndex
+
+Run = tuple[int, int]
+"""(number of characters, owner)"""
+
+BLOCK = 40
+"""The bits of an owner from here on number the `{% generation %}` block that the text stands in (0: none)."""
+
+
+def merge(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """Join neighbours of the same owner and drop empty runs.
+
+    >>> merge([(2, 0), (0, 7), (3, 0), (1, 7)])
+    ((5, 0), (1, 7))
+    """
+    merged: list[Run] = []
+    for length, owner in runs:
+        if merged and merged[-1][1] == owner:
+            merged[-1] = (merged[-1][0] + length, owner)
+        elif length:
+            merged.append((length, owner))
+    return tuple(merged)
+
+
+class Tracked(str):
+    """A string with the owners of its characters in `runs`, which tile it."""
+
+    __slots__ = ("runs",)
+    runs: tuple[Run, ...]
+
+    def __new__(cls, text: str, runs: Iterable[Run]) -> Tracked:
+        """Make a string whose characters belong to the owners in `runs`."""
+        self = super().__new__(cls, text)
+        self.runs = tuple(runs)
+        return self
+
+    @classmethod
+    def of(cls, text: str) -> Tracked:
+        """Return `text` itself if it is tracked, else as the template's own."""
+        return text if isinstance(text, Tracked) else cls(text, ((len(text), 0),) if text else ())
+
+    def in_block(self, number: int) -> Tracked:
+        """Return the string with the block number set in every owner."""
+        return Tracked(str.__str__(self), ((length, owner | number << BLOCK) for length, owner in self.runs))
+
+    def __str__(self) -> str:
+        return self
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+    def __add__(self, other: str) -> str:
+        return concat((self, other)) if isinstance(other, str) else NotImplemented
+
+    def __radd__(self, other: str) -> str:
+        return concat((other, self)) if isinstance(other, str) else NotImplemented
+
+    def __mul__(self, times: SupportsIndex) -> str:
+        return Tracked(str.__mul__(self, times), self.runs * max(int(times), 0))
+
+    __rmul__ = __mul__
+
+    def __getitem__(self, key: SupportsIndex | slice) -> str:
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            if step == 1:
+                return self._cut(start, max(start, stop))
+            return concat(self[i] for i in range(start, stop, step))
+        index = int(key) + (len(self) if int(key) < 0 else 0)
+        if not 0 <= index < len(self):
+            message = "string index out of range"
+            raise IndexError(message)
+        return self._cut(index, index + 1)
+
+    def _cut(self, start: int, stop: int) -> Tracked:
+        runs: list[Run] = []
+        at = 0
+        for length, owner in self.runs:
+            taken = min(stop, at + length) - max(start, at)
+            if taken > 0:
+                runs.append((taken, owner))
+            at += length
+        return Tracked(str.__getitem__(self, slice(start, stop)), runs)
+
+    def strip(self, chars: str | None = None, /) -> str:
+        """As `str.strip`."""
+        return Tracked.of(self.lstrip(chars)).rstrip(chars)
+
+    def lstrip(self, chars: str | None = None, /) -> str:
+        """As `str.lstrip`."""
+        return self._cut(len(self) - len(str.lstrip(self, chars)), len(self))
+
+    def rstrip(self, chars: str | None = None, /) -> str:
+        """As `str.rstrip`."""
+        return self._cut(0, len(str.rstrip(self, chars)))
+
+    def removeprefix(self, prefix: str, /) -> str:
+        """As `str.removeprefix`."""
+        return self._cut(len(self) - len(str.removeprefix(self, prefix)), len(self))
+
+    def removesuffix(self, suffix: str, /) -> str:
+        """As `str.removesuffix`."""
+        return self._cut(0, len(str.removesuffix(self, suffix)))
+
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+        """As `str.split`."""
+        return self._located(str.split(self, sep, maxsplit), sep)
+
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+        """As `str.rsplit`."""
+        return self._located(str.rsplit(self, sep, maxsplit), sep)
+
+    def splitlines(self, keepends: bool = False) -> list[str]:  # type: ignore[override]
+        """As `str.splitlines`."""
+        return self._located(str.splitlines(self, keepends), None)
+
+    def partition(self, sep: str, /) -> tuple[str, str, str]:
+        """As `str.partition`."""
+        before, middle, after = self._located(str.partition(self, sep), "")
+        return before, middle, after
+
+    def rpartition(self, sep: str, /) -> tuple[str, str, str]:
+        """As `str.rpartition`."""
+        before, middle, after = self._located(str.rpartition(self, sep), "")
+        return before, middle, after
+
+    def _located(self, pieces: Iterable[str], sep: str | None) -> list[str]:
+        # Pieces come in order, `sep` apart. Where there is no `sep` they are apart by white space, which is
+        # in no piece, so the next occurrence is the right one.
+        found: list[str] = []
+        at = 0
+        for piece in pieces:
+            start = str.find(self, piece, at) if sep is None else at
+            found.append(self._cut(start, start + len(piece)))
+            at = start + len(piece) + len(sep or "")
+        return found
+
+    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:  # type: ignore[override]
+        """As `str.replace`; what is put in keeps its own owners."""
+        if not old:
+            return str.replace(self, old, new, count)
+        return Tracked.of(new).join(self.split(old, count))
+
+    def join(self, pieces: Iterable[str], /) -> str:
+        """As `str.join`."""
+        parts: list[str] = []
+        for piece in pieces:
+            if parts and self:
+                parts.append(self)
+            parts.append(piece)
+        return concat(parts)
+
+
+def concat(pieces: Iterable[str]) -> str:
+    """Join strings, tracked or not, into a tracked one.
+
+    >>> concat(["a", Tracked("bc", [(2, 9)]), "d"]).runs
+    ((1, 0), (2, 9), (1, 0))
+    """
+    texts: list[str] = []
+    runs: list[Run] = []
+    for piece in pieces:
+        texts.append(piece)
+        runs.extend(piece.runs if isinstance(piece, Tracked) else ((len(piece), 0),))
+    return Tracked("".join(texts), merge(runs))
+
+
+def dumps(value: Any, plain: Callable[[Any], str]) -> str:
+    """Serialise `value` with `plain` (a `json.dumps`), keeping the owners of the strings inside it.
+
+    The strings are first replaced by noncharacters that name them, so that their places in the output are
+    known; each is then put back as JSON escapes it, character by character.
+    """
+    text = plain(value)
+    strings: dict[str, Tracked] = {}
+    numbers = count()
+    if "\ufdd0" in text or "\\ufdd0" in text:
+        return text
+
+    def named(item: Any) -> Any:
+        if isinstance(item, Tracked):
+            name = f"\ufdd0{next(numbers)}\ufdd1"
+            strings[name] = item
+            return name
+        if isinstance(item, dict):
+            return {key: named(inner) for key, inner in item.items()}
+        if isinstance(item, list | tuple):
+            return [named(inner) for inner in item]
+        return item
+
+    skeleton = plain(named(value)).replace("\\ufdd0", "\ufdd0").replace("\\ufdd1", "\ufdd1")
+    pieces = re.split("(\ufdd0[0-9]+\ufdd1)", skeleton)
+    tracked = concat(_escaped(strings[piece], plain) if piece in strings else piece for piece in pieces)
+    return tracked if tracked == text else text
+
+
+def _escaped(text: Tracked, plain: Callable[[Any], str]) -> str:
+    if len(whole := plain(str.__str__(text))[1:-1]) == len(text):
+        return Tracked(whole, text.runs)
+    runs: list[Run] = []
+    at = 0
+    for length, owner in text.runs:
+        runs.append((len(plain(str.__getitem__(text, slice(at, at + length)))) - 2, owner))
+        at += length
+    return Tracked(whole, runs)

@@ -1,0 +1,327 @@
+"""Tokenise: texts -> ids, and the characters behind each id.
+
+The whole text is tokenised once, exactly as the tokenizer alone would do it; pieces are never tokenised apart.
+The one exception is on purpose: text of the row that spells a control token (`<|im_end|>` typed by a user) is
+kept from becoming one, because control tokens come from the template only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import tokenizers
+import xxhash
+from numpy.typing import NDArray
+
+from ftdata.errors import BadRow, HubError, TemplateRefused, UsageError, nearest
+from ftdata.types import Part, Rendered
+
+CONTROL_POLICIES = ("escape", "refuse", "allow")
+
+_PLACEHOLDERS = 0xF0000
+"""Private-use characters from here on stand for control tokens while typed ones are being escaped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The tokens of one text: `ids` int32 `[n]`, `offsets` int32 `[n, 2]` in characters of the text."""
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int32]
+    escaped: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A fast tokenizer with what ftdata needs of its configuration. Two are equal if they are the same object.
+
+    Attributes:
+        name: folder, hub id or `"<object>"`.
+        json: the whole tokenizer, as `tokenizer.json` holds it.
+        special_tokens: `bos_token`, `eos_token`, ... -> text, as templates see them.
+        chat_template: Jinja text, or `None`.
+    """
+
+    name: str
+    json: str = field(repr=False)
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    chat_template: str | None = field(default=None, repr=False)
+
+    @cached_property
+    def _full(self) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(self.json)
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        # A post-processor adds special tokens, which we do ourselves, and may trim blanks from offsets.
+        backend = tokenizers.Tokenizer.from_str(self.json)
+        backend.no_truncation()
+        backend.no_padding()
+        if backend.post_processor is not None:
+            backend.post_processor = tokenizers.processors.Sequence([])
+        return backend
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides ids: the tokenizer, its special tokens and its chat template."""
+        parts = (self.json, json.dumps(self.special_tokens, sort_keys=True), self.chat_template or "")
+        return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
+
+    @cached_property
+    def added_tokens(self) -> dict[str, tuple[int, bool]]:
+        """Added token -> (id, is special)."""
+        return {token.content: (id_, token.special) for id_, token in self._plain.get_added_tokens_decoder().items()}
+
+    @cached_property
+    def bos_ids(self) -> NDArray[np.int32]:
+        """What the tokenizer itself puts before a text (int32 `[0]` or `[1]`)."""
+        given = self._full.encode("", add_special_tokens=True).ids
+        bos = self.id_of(self.special_tokens.get("bos_token"))
+        # BERT's [CLS] or T5's </s> are not the beginning of a text that a causal model continues.
+        return np.asarray([bos] if bos is not None and given[:1] == [bos] else [], dtype=np.int32)
+
+    @cached_property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
+
+    def id_of(self, token: str | None) -> int | None:
+        """Return the id of a token, or `None`."""
+        return None if token is None else self._plain.token_to_id(token)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids, control tokens included."""
+        return str(self._plain.decode(list(ids), skip_special_tokens=False))
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Encode texts as they stand; no special token is added."""
+        return [_encoded(e) for e in self._plain.encode_batch(list(texts), add_special_tokens=False)]
+
+
+def encode_rendered(tokenizer: Tokenizer, batch: Sequence[Rendered], control: ControlTokens, policy: str
+                    ) -> list[Encoded | BadRow]:  # fmt: skip
+    """Encode a batch of rendered texts.
+
+    Args:
+        tokenizer: the tokenizer.
+        batch: rendered texts with their spans.
+        control: the tokens that only the template may write.
+        policy: what to do where the row's own text spells one: `"escape"` (tokenise it as plain text),
+            `"refuse"` or `"allow"` (let it become the control token).
+
+    Returns:
+        For each text its tokens, or a `BadRow` with code `control_tokens`.
+    """
+    typed = [control.typed(one) for one in batch]
+    outcome: list[Encoded | BadRow] = list(tokenizer.encode([one.text for one in batch]))
+    for index, (one, found) in enumerate(zip(batch, typed, strict=True)):
+        if not found or policy == "allow" or one.keep_control:
+            continue
+        if policy == "refuse":
+            outcome[index] = BadRow("control_tokens", f"the data spells the control token {found!r}",
+                                    hint="control_tokens='escape' tokenises it as plain text")
+        else:
+            outcome[index] = control.escape(one)
+    return outcome
+
+
+@dataclass(frozen=True)
+class ControlTokens:
+    """The control tokens of a tokenizer and a template, and how to keep typed ones from becoming real."""
+
+    tokenizer: Tokenizer
+    tokens: tuple[str, ...]
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str] | None:
+        """Finds control tokens in text, the longest first."""
+        return re.compile("|".join(map(re.escape, self.tokens))) if self.tokens else None
+
+    def typed(self, rendered: Rendered) -> str | None:
+        """Return the first control token that the row's own text spells, wholly or in part."""
+        return next((found.group() for found in self._typed(rendered)), None)
+
+    def escape(self, rendered: Rendered) -> Encoded | BadRow:
+        """Encode with the template's control tokens real and typed ones plain.
+
+        The template's are replaced by private-use characters, as many as the token has, which a shadow of the
+        tokenizer knows instead of the tokens: so lengths, offsets and everything else stay as they were.
+        """
+        text = rendered.text
+        if any(_PLACEHOLDERS <= ord(char) < _PLACEHOLDERS + len(self.tokens) for char in text):
+            return BadRow("control_tokens", "private-use characters stand beside typed control tokens")
+        typed = {found.start() for found in self._typed(rendered)}
+        numbers = {token: number for number, token in enumerate(self.tokens)}
+        count = 0
+
+        def placeholder(found: re.Match[str]) -> str:
+            nonlocal count
+            if found.start() in typed:
+                return found.group()
+            count += self.tokenizer.added_tokens[found.group()][0] in self._certain_ids
+            return chr(_PLACEHOLDERS + numbers[found.group()]) * len(found.group())
+
+        assert self.pattern is not None
+        shadow, ids = self._shadow
+        encoded = _encoded(shadow.encode(self.pattern.sub(placeholder, text), add_special_tokens=False))
+        real = ids[encoded.ids]
+        if int(np.isin(real, self._certain_ids).sum()) != count:
+            return BadRow("control_tokens", "this tokenizer makes a control token of the typed text whatever we do",
+                          hint="take it out of the data")
+        return Encoded(real, encoded.offsets, escaped=True)
+
+    def _typed(self, rendered: Rendered) -> list[re.Match[str]]:
+        if self.pattern is None:
+            return []
+        found = list(self.pattern.finditer(rendered.text))
+        if not found:
+            return []
+        data = [span for span in rendered.spans if span.part is not Part.SCAFFOLD]
+        starts = np.fromiter((span.start for span in data), np.int64, len(data))
+        ends = np.fromiter((span.end for span in data), np.int64, len(data))
+        after = np.searchsorted(ends, [match.start() for match in found], side="right")
+        return [match for match, at in zip(found, after, strict=True) if at < len(data) and starts[at] < match.end()]
+
+    @cached_property
+    def _certain_ids(self) -> list[int]:
+        # An unknown word becomes the unknown token, which is no sign of a control token.
+        unknown = json.loads(self.tokenizer.json)["model"].get("unk_token")
+        return [self.tokenizer.added_tokens[token][0] for token in self.tokens if token != unknown]
+
+    @cached_property
+    def _shadow(self) -> tuple[tokenizers.Tokenizer, NDArray[np.int32]]:
+        """The tokenizer with placeholders for its control tokens, and the map from its ids to the real ones."""
+        description = json.loads(self.tokenizer.json)
+        description["post_processor"] = None
+        names = {token: chr(_PLACEHOLDERS + n) * len(token) for n, token in enumerate(self.tokens)}
+        for added in description["added_tokens"]:
+            added["content"] = names.get(added["content"], added["content"])
+        shadow = tokenizers.Tokenizer.from_str(json.dumps(description))
+        shadow.no_truncation()
+        shadow.no_padding()
+        real = {names.get(token, token): id_ for token, (id_, _) in self.tokenizer.added_tokens.items()}
+        added_now = shadow.get_added_tokens_decoder()
+        ids = np.arange(max(self.tokenizer.size, *added_now, 0) + 1, dtype=np.int32)
+        for id_, token in added_now.items():
+            ids[id_] = real[token.content]
+        return shadow, ids
+
+
+@lru_cache(maxsize=32)
+def control_tokens(tokenizer: Tokenizer, template: str) -> ControlTokens:
+    """Return the tokens that only this template may write: special ones, and added ones that it prints."""
+    found = (token for token, (_, special) in tokenizer.added_tokens.items()
+             if token.strip() and (special or token in template))  # fmt: skip
+    return ControlTokens(tokenizer, tuple(sorted(found, key=lambda token: (-len(token), token))))
+
+
+def load_tokenizer(tokenizer: Any) -> Tokenizer:
+    """Load a tokenizer without importing transformers.
+
+    Args:
+        tokenizer: a folder with `tokenizer.json`, a hub id, or a `transformers` or `tokenizers` object.
+
+    Raises:
+        UsageError: there is no such folder, or the object is no fast tokenizer.
+        HubError: a hub id that cannot be downloaded.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if isinstance(tokenizer, tokenizers.Tokenizer):
+        return Tokenizer("<object>", tokenizer.to_str(), _special_tokens({}, tokenizer))
+    if isinstance(getattr(tokenizer, "backend_tokenizer", None), tokenizers.Tokenizer):
+        return _from_transformers(tokenizer)
+    if not isinstance(tokenizer, str | Path):
+        raise UsageError("tokenizer_type", f"a {type(tokenizer).__name__} is no fast tokenizer",
+                         hint="pass a folder, a hub id, or a tokenizer with a tokenizer.json")
+    folder = Path(tokenizer) if Path(tokenizer).is_dir() else _download(str(tokenizer))
+    if not (folder / "tokenizer.json").is_file():
+        raise UsageError("no_tokenizer", f"{folder} holds no tokenizer.json",
+                         hint="save a fast tokenizer into it: AutoTokenizer.from_pretrained(...).save_pretrained(...)")
+    states = ((folder / name).stat() for name in _FILES if (folder / name).is_file())
+    return _from_folder(folder, str(tokenizer), tuple((state.st_mtime_ns, state.st_size) for state in states))
+
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+_loaded: WeakKeyDictionary[Any, tuple[Any, Tokenizer]] = WeakKeyDictionary()
+
+
+def _from_transformers(tokenizer: Any) -> Tokenizer:
+    # Writing the backend out costs a second for large vocabularies, so it is done once per state of the object.
+    specials = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    template = getattr(tokenizer, "chat_template", None)
+    state = (len(tokenizer), specials, template)
+    known, loaded = _loaded.get(tokenizer, (None, None))
+    if loaded is None or known != state:
+        name = getattr(tokenizer, "name_or_path", "") or "<object>"
+        loaded = Tokenizer(name, tokenizer.backend_tokenizer.to_str(), specials, template)
+        _loaded[tokenizer] = state, loaded
+    return loaded
+
+
+@lru_cache(maxsize=8)
+def _from_folder(folder: Path, name: str, state: tuple[tuple[int, int], ...]) -> Tokenizer:  # noqa: ARG001
+    # `state` is when the files were last changed: with other files, the cache holds nothing.
+    file = folder / "tokenizer.json"
+    text = file.read_text(encoding="utf-8")
+    config_file = folder / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise TemplateRefused("bad_tokenizer", f"{file} cannot be loaded: {error}") from None
+    return Tokenizer(name, text, _special_tokens(config, backend), _chat_template(folder, config))
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_bytes().decode("utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default")
+    return template
+
+
+def _special_tokens(config: dict[str, Any], backend: tokenizers.Tokenizer) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        if key.endswith("_token") and not key.startswith(("add_", "use_")):
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str) and backend.token_to_id(text) is not None:
+                found[key] = text
+    return found
+
+
+def _download(name: str) -> Path:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        parent = Path(name).parent
+        beside = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+        raise UsageError("no_tokenizer", f"no folder {name}", hint=nearest(Path(name).name, beside) if beside else "")
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, allow_patterns=list(_FILES))
+    except Exception as error:  # the hub client raises many kinds; all mean that nothing came
+        raise HubError("hub_tokenizer", f"no folder {name}, and it cannot be had from the hub: {error}".splitlines()[0],
+                       hint="check the name, HF_TOKEN and HF_ENDPOINT, or pass a local folder") from None
+    return Path(folder)
+
+
+def _encoded(encoding: tokenizers.Encoding) -> Encoded:
+    ids = np.asarray(encoding.ids, dtype=np.int32)
+    return Encoded(ids, np.asarray(encoding.offsets, dtype=np.int32).reshape(-1, 2))

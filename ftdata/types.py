@@ -1,0 +1,182 @@
+"""The values that flow through the stages. No logic beyond what derives from their own fields.
+
+Row ──normalise──> Conversation ──render──> Rendered ──tokenise, mask, truncate──> Example ──pack──> build
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple, NotRequired, Required, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORE_INDEX = -100
+"""The label of a token that carries no loss (PyTorch's `cross_entropy(ignore_index=-100)`)."""
+
+
+class Function(TypedDict):
+    """The function of a tool call; `arguments` is an object in HF data and a JSON string in OpenAI's."""
+
+    name: str
+    arguments: str | dict[str, Any]
+
+
+class ToolCall(TypedDict):
+    """One tool call of an assistant message."""
+
+    id: NotRequired[str]
+    type: NotRequired[str]
+    function: Function
+
+
+class Message(TypedDict, total=False):
+    """One message as chat templates see it. `train` is the per-message choice and never reaches a template."""
+
+    role: Required[str]
+    content: str | list[dict[str, Any]] | None
+    reasoning_content: str
+    tool_calls: list[ToolCall]
+    tool_call_id: str
+    name: str
+    train: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a row came from: `row` counts from 0, `line` is the physical line (from 1), if there is one."""
+
+    path: str
+    row: int
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}" if self.line is not None else f"{self.path}[{self.row}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row exactly as written: an object, or a bare list of messages."""
+
+    data: Any
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One normalised row.
+
+    Attributes:
+        messages: what a chat template sees; empty for already formatted `text`.
+        fields: the row's own columns under their canonical names, what a prompt template sees.
+        tools: JSON schemas of the tools, as given.
+        text: already formatted text, trained as it stands; `None` for everything else.
+        completion_from: index of the first message of the completion.
+        schema: name of the schema that recognised the row.
+    """
+
+    messages: tuple[Message, ...]
+    fields: Mapping[str, str] = field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] = ()
+    text: str | None = None
+    completion_from: int = 0
+    schema: str = "messages"
+    source: Source = Source("<memory>", 0)
+
+
+class Part(StrEnum):
+    """Why a stretch of text is there."""
+
+    SCAFFOLD = "scaffold"
+    """the template's own text"""
+    CONTENT = "content"
+    REASONING = "reasoning"
+    TOOL_CALL = "tool_call"
+    TOOLS = "tools"
+    """tool schemas, printed into the prompt"""
+
+
+class Span(NamedTuple):
+    """A half-open stretch `[start, end)` of the rendered text, in characters.
+
+    `message` is the index of the message that the stretch belongs to (-1: none); `generated` is true where
+    the model itself must produce the text: after the generation prompt, up to and including the stop.
+    """
+
+    start: int
+    end: int
+    part: Part
+    message: int
+    generated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """The text that is tokenised, and the spans that tile it: no gap, no overlap.
+
+    `add_bos` is true where the text does not write its own beginning: prompt templates and plain text, for
+    which the tokenizer's own BOS is put in front. `keep_control` is true where control-token text is meant
+    as such, whatever the policy: text that was formatted before it came to us.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    flags: frozenset[str] = frozenset()
+    add_bos: bool = False
+    keep_control: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One tokenised training example of `n` tokens.
+
+    Attributes:
+        input_ids: int32 `[n]`.
+        trained: bool `[n]`, true where the token carries loss.
+        offsets: int32 `[n, 2]`, the characters of `text` behind each token (empty for an added BOS).
+        text: the rendered text.
+        spans: tile `text`.
+        flags: what a careful reader should know (`no_stop`, `control_tokens`, ...).
+        cut: tokens that truncation took from the end.
+        source: where the row came from.
+    """
+
+    input_ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+    offsets: NDArray[np.int32]
+    text: str
+    spans: tuple[Span, ...]
+    flags: frozenset[str]
+    source: Source
+    cut: int = 0
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """int32 `[n]`: `input_ids` where trained, else -100."""
+        return np.where(self.trained, self.input_ids, np.int32(IGNORE_INDEX))
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """One row that was not built: where it stands, why, and what to do.
+
+    `raw` holds the row's first 4 kB, `tokens` its length where it got as far as having one.
+    """
+
+    source: Source
+    code: str
+    field: str
+    reason: str
+    fix: str = ""
+    raw: str = ""
+    tokens: int = 0
+
+    def __str__(self) -> str:
+        place = f"{self.source} {self.field}".rstrip()
+        way_out = f". Fix: {self.fix}" if self.fix else ""
+        return f"[{self.code}] {place}: {self.reason}{way_out}"

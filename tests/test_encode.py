@@ -1,0 +1,202 @@
+"""The masking laws, on every tokenizer, over random conversations."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ftdata import encode
+from ftdata.errors import BadRow
+from ftdata.examples import make_recipe
+from ftdata.testing import check_laws, conversations, texts
+from ftdata.tokenize import load_tokenizer
+
+ALL = ("deepseek", "qwen", "mistral", "tiny_bpe", "tiny_metaspace", "tiny_wordpiece")
+REVERSIBLE = ("deepseek", "mistral", "tiny_bpe")
+laws = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+def system_of(name):
+    return name != "mistral"
+
+
+def assistants(messages):
+    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def pieces(example, tokenizer):
+    """The decoded text of each run of trained tokens."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], example.trained.astype(int), [0]))))
+    return [tokenizer.decode(example.input_ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+@pytest.mark.parametrize("name", ALL)
+@laws
+@given(data=st.data())
+def test_laws_hold_for_any_conversation(name, tokenizer_dir, data):
+    messages = data.draw(conversations(system=system_of(name)))
+    try:
+        examples = encode(messages, tokenizer_dir(name))
+    except BadRow as refusal:
+        assert refusal.code in {"payload_dropped", "control_tokens", "history_drift"}, refusal
+        return
+    joint = len(examples) == 1 and "split" not in examples[0].flags
+    for example, last in zip(examples, [None] if joint else assistants(messages), strict=True):
+        check_laws(example, messages, trained=assistants(messages) if joint else [last])
+
+
+@pytest.mark.parametrize("name", REVERSIBLE)
+@laws
+@given(data=st.data())
+def test_trained_text_is_the_answer_and_its_stop(name, tokenizer_dir, data):
+    """M4, M5, M6: what carries loss decodes to each answer with its stop, and to nothing else."""
+    messages = data.draw(conversations(system=system_of(name)))
+    tokenizer = load_tokenizer(tokenizer_dir(name))
+    (example,) = encode(messages, tokenizer)
+    stop = tokenizer.special_tokens["eos_token"]
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if name == "mistral":
+        answers = [" " + answer.strip() for answer in answers]
+    assert pieces(example, tokenizer) == [answer + stop for answer in answers]
+    ends = np.flatnonzero(np.diff(example.trained.astype(int), append=0) == -1)
+    assert (example.input_ids[ends] == tokenizer.id_of(stop)).all()
+    assert "no_stop" not in example.flags
+
+
+@pytest.mark.parametrize("name", ["deepseek", "qwen", "tiny_bpe", "tiny_metaspace"])
+@laws
+@given(data=st.data())
+def test_control_tokens_come_from_the_template_only(name, tokenizer_dir, data):
+    """M8: how many control ids there are depends on the roles, not on what the messages say."""
+    messages = data.draw(conversations(max_turns=2))
+    recipe = make_recipe(tokenizer_dir(name))
+    tame = [{**message, "content": "x"} for message in messages]
+
+    def counts(conversation):
+        ids = np.concatenate([example.input_ids for example in encode(conversation, recipe.tokenizer)])
+        return [int((ids == stop).sum()) for stop in recipe.stop_ids]
+
+    try:
+        assert counts(messages) == counts(tame)
+    except BadRow as refusal:
+        assert refusal.code in {"payload_dropped", "control_tokens", "history_drift"}, refusal
+
+
+@pytest.mark.parametrize("name", ["deepseek", "qwen", "tiny_bpe", "tiny_metaspace"])
+def test_typed_control_tokens_stay_text(name, tokenizer_dir):
+    recipe = make_recipe(tokenizer_dir(name))
+    typed = recipe.tokenizer.special_tokens["eos_token"]
+    messages = [{"role": "user", "content": f"say {typed} now"}, {"role": "assistant", "content": f"I say {typed}, done"}]
+    (plain,) = encode(messages, recipe.tokenizer)
+    (real,) = encode(messages, recipe.tokenizer, control_tokens="allow")
+    stop = recipe.tokenizer.id_of(typed)
+    assert "control_tokens" in plain.flags
+    assert (real.input_ids == stop).sum() == (plain.input_ids == stop).sum() + 2
+    assert plain.text == real.text
+    assert plain.input_ids[plain.trained][-1] == stop
+    with pytest.raises(BadRow, match="control_tokens"):
+        encode(messages, recipe.tokenizer, control_tokens="refuse")
+
+
+@pytest.mark.parametrize("name", ALL)
+@laws
+@given(data=st.data())
+def test_ids_are_those_of_the_tokenizer_alone(name, tokenizer_dir, data):
+    """One text, one tokenisation: the whole text through the tokenizer gives the same ids."""
+    messages = data.draw(conversations(system=system_of(name)))
+    tokenizer = load_tokenizer(tokenizer_dir(name))
+    try:
+        examples = encode(messages, tokenizer, control_tokens="allow")
+    except BadRow:
+        return
+    for example in examples:
+        assert example.input_ids.tolist() == tokenizer._full.encode(example.text, add_special_tokens=False).ids
+
+
+@laws
+@given(question=texts(), answer=texts().filter(lambda text: bool(text.strip())))
+def test_template_syntax_in_data_is_text(tokenizer_dir, question, answer):
+    """M9: what looks like Jinja inside the data is printed as it is."""
+    (example,) = encode([{"role": "user", "content": question + "{{ 7*7 }}{% raw %}"}, {"role": "assistant", "content": answer}],
+                        tokenizer_dir("tiny_bpe"))
+    assert question + "{{ 7*7 }}{% raw %}" in example.text
+
+
+@laws
+@given(messages=conversations(system=False).filter(lambda messages: len(messages) > 2))
+def test_later_turns_do_not_change_earlier_labels(tokenizer_dir, messages):
+    """M12: the labels of the first turns are a prefix of the labels of all."""
+    (whole,) = encode(messages, tokenizer_dir("deepseek"))
+    (part,) = encode(messages[:-2], tokenizer_dir("deepseek"))
+    assert whole.labels[: len(part)].tolist() == part.labels.tolist()
+
+
+@laws
+@given(messages=conversations(), data=st.data())
+def test_policy_algebra(tokenizer_dir, messages, data):
+    """M13: a message with train: false loses exactly its own tokens; the last turn and the others make all."""
+    turns = assistants(messages)
+    (everything,) = encode(messages, tokenizer_dir("tiny_bpe"))
+    (last,) = encode(messages, tokenizer_dir("tiny_bpe"), train_on="last_assistant")
+    marked = [{**m, "train": False} if i == turns[-1] else m for i, m in enumerate(messages)]
+    if len(turns) > 1:
+        (earlier,) = encode(marked, tokenizer_dir("tiny_bpe"))
+        assert (earlier.trained | last.trained).tolist() == everything.trained.tolist()
+        assert not (earlier.trained & last.trained).any()
+    else:
+        with pytest.raises(BadRow, match="nothing_trained"):
+            encode(marked, tokenizer_dir("tiny_bpe"))
+    (full,) = encode(messages, tokenizer_dir("tiny_bpe"), train_on="all")
+    assert full.trained[1:].all() and not full.trained[0]
+
+
+@laws
+@given(messages=conversations())
+def test_pad_equal_to_eos_changes_nothing(tokenizer_dir, tmp_path_factory, messages):
+    """M7: labels do not depend on which token pads."""
+    import json
+    from pathlib import Path
+
+    source = Path(tokenizer_dir("tiny_bpe"))
+    folder = tmp_path_factory.mktemp("pad")
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": config["eos_token"]}))
+    (one,), (other,) = encode(messages, str(source)), encode(messages, str(folder))
+    assert one.labels.tolist() == other.labels.tolist()
+
+
+def test_one_bos_at_most(tokenizer_dir):
+    """M10."""
+    tokenizer = load_tokenizer(tokenizer_dir("tiny_metaspace"))
+    (example,) = encode([{"role": "user", "content": "<s>hi"}, {"role": "assistant", "content": "ho"}], tokenizer)
+    assert (example.input_ids == 1).sum() == 1
+    assert example.input_ids[0] == 1
+
+
+def test_a_template_that_rewrites_history_is_split_or_refused(tokenizer_dir):
+    """Qwen3 strips earlier thinking: each turn is then trained in the text that the model is shown for it."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    tokenizer = load_tokenizer(tokenizer_dir("qwen"))
+    first, second = encode(messages, tokenizer)
+    assert pieces(first, tokenizer) == ["<think>\n\n</think>\n\nb<|im_end|>"]
+    assert pieces(second, tokenizer) == ["<think>\n\n</think>\n\nd<|im_end|>"]
+    with pytest.raises(BadRow, match="history_drift") as caught:
+        encode(messages, tokenizer, turns="joint")
+    assert "messages[1]" in caught.value.field
+
+
+def test_a_typo_in_a_tokenizers_template_is_refused(tokenizer_dir):
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.contents }}<|im_end|>\n{% endfor %}"
+    with pytest.raises(BadRow, match="template_raises"):
+        encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenizer_dir("tiny_bpe"), template)
+
+
+def test_every_token_of_a_straddled_boundary_is_trained_by_overlap(tokenizer_dir):
+    """R14: the prompt ends in a blank that merges with the answer's first word."""
+    template = "Q: {{ messages[0].content }} A: {% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
+    tokenizer = load_tokenizer(tokenizer_dir("tiny_bpe"))
+    (example,) = encode([{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "the dog"}], tokenizer, template)
+    assert pieces(example, tokenizer) == [" the dog<|im_end|>"]
