@@ -1,0 +1,59 @@
+# `make help` lists what there is.
+VENV := .venv
+PYTHON ?= python3.11
+BIN := $(VENV)/bin
+# torch from PyPI brings gigabytes of CUDA; CPU machines set this to the constraints of their own builds.
+CONSTRAINTS ?= .ci/constraints.txt
+RUN := out
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-long check lint fix types layers clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 or newer: make PYTHON=python3"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,test,dev]'
+	@touch $@
+
+install: $(VENV)/installed  ## make .venv with everything in it
+
+demo: install  ## data to tuned model in five minutes, on any machine
+	rm -rf $(RUN)
+	@echo "== a tiny model, made on the spot"
+	$(BIN)/python examples/make_tiny_model.py examples/faq.json $(RUN)/tiny
+	@echo "== preview: what will be trained"
+	$(BIN)/ftdata preview examples/faq.json --tokenizer $(RUN)/tiny -n 2
+	@echo "== build: every row accounted for"
+	$(BIN)/ftdata build examples/faq.json --tokenizer $(RUN)/tiny --max-length 256 --packing bfd -o $(RUN)/data
+	@echo "== train: QLoRA, the base model in 4 bits"
+	$(BIN)/ftdata train examples/demo.yaml
+	@echo "== evaluate: base against tuned"
+	$(BIN)/ftdata eval $(RUN)/run -n 12
+
+test: install  ## lint, types, layers, all tests but the long ones
+	$(MAKE) --no-print-directory check
+	$(BIN)/python -m pytest -n auto -m 'not long'
+
+test-long: install  ## every test
+	$(BIN)/python -m pytest -n auto
+
+check: lint types layers  ## change nothing, say what is wrong
+
+lint: install
+	$(BIN)/ruff check .
+
+fix: install  ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+
+types: install
+	$(BIN)/mypy
+
+layers: install
+	$(BIN)/lint-imports
+
+clean:  ## remove what the other targets made, but .venv
+	rm -rf $(RUN) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

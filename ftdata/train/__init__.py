@@ -1,0 +1,129 @@
+"""Train: a thin hand-over of a finished build to TRL's `SFTTrainer`, and what comes before and after it.
+
+This package is the only one that knows torch, transformers, trl, peft and bitsandbytes, and it imports them
+when a function is called, not before.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from ftdata.config import Config, load_config, make_config
+from ftdata.errors import MissingDependency, UsageError
+from ftdata.store import read_manifest
+
+if TYPE_CHECKING:
+    from ftdata.train.evaluate import Comparison
+
+NEEDED = ("torch", "transformers", "trl", "peft", "accelerate", "matplotlib", "sacrebleu")
+
+
+def run(
+    source: str | Path,
+    *,
+    model: str | None = None,
+    output_dir: str | Path | None = None,
+    settings: dict[str, Any] | list[str] | None = None,
+    resume: bool = False,
+    **overrides: Any,
+) -> Path:
+    """Train a model; build the data first where `source` is not a build yet.
+
+    Args:
+        source: a config file (`.yaml`, `.yml`, `.toml`), the folder of a build, or data as `build_sft_dataset` takes.
+        model: folder or hub id of the base model.
+        output_dir: folder for the run: checkpoints, the model, `run.json`, the loss as picture and figures.
+        settings: fields of TRL's `SFTConfig`, as a mapping or as `["learning_rate=1e-4"]`.
+        resume: go on from the last checkpoint in `output_dir`.
+        overrides: further fields of `Config`.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        UsageError: a field is unknown, missing or contradicts another.
+        MissingDependency: the `train` extra is not installed.
+    """
+    _require()
+    config, build = _resolve(source, model, output_dir, overrides)
+    config = make_config(orjson.loads(orjson.dumps(_fields(config))), train={**config.train, **_settings(settings)})
+    from ftdata.train import sft
+
+    return sft.train(config, build, resume=resume)
+
+
+def compare(run_dir: str | Path, data: Any = None, n: int = 20, **generation: Any) -> Comparison:
+    """Ask base and tuned model the same questions.
+
+    Args:
+        run_dir: the folder of a finished run.
+        data: questions with their expected answers; `None` takes the run's own data.
+        n: how many rows.
+        generation: further arguments of `model.generate`.
+
+    Raises:
+        UsageError: the folder is no finished run.
+        MissingDependency: the `train` extra is not installed.
+    """
+    _require()
+    from ftdata.train import evaluate
+
+    return evaluate.compare(Path(run_dir), data, n, **generation)
+
+
+def _require() -> None:
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependency("missing_train", f"training needs {', '.join(missing)}", hint="pip install 'ftdata[train]'")
+
+
+def _resolve(source: str | Path, model: str | None, output_dir: str | Path | None, overrides: dict[str, Any],
+             ) -> tuple[Config, Path | None]:  # fmt: skip
+    path = Path(source)
+    given = {**overrides, "model": model, "output_dir": str(output_dir) if output_dir else None}
+    if path.suffix in (".yaml", ".yml", ".toml"):
+        return load_config(path, **given), None
+    for name, value in (("--model", model), ("--output-dir", output_dir)):
+        if not value:
+            raise UsageError("missing_option", f"training on {source} needs {name}")
+    if path.is_dir():
+        options = read_manifest(path)["options"]
+        decided = [name for name in overrides if overrides[name] is not None and name in options]
+        if decided:
+            raise UsageError("already_built", f"{', '.join(decided)} cannot change: {path} is built", hint="build again, or train from the data")
+        return make_config({"data": str(path)}, **given), path
+    return make_config({"data": str(source)}, **given), None
+
+
+def _fields(config: Config) -> dict[str, Any]:
+    import msgspec
+
+    fields: dict[str, Any] = msgspec.to_builtins(config)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _settings(settings: dict[str, Any] | list[str] | None) -> dict[str, Any]:
+    if not isinstance(settings, list):
+        return settings or {}
+    import yaml
+
+    parsed = {}
+    for item in settings:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError("setting", f"--set is {item!r}, expected name=value, e.g. learning_rate=1e-4")
+        number = _number(value)
+        parsed[name] = yaml.safe_load(value) if number is None else number
+    return parsed
+
+
+def _number(text: str) -> float | None:
+    # YAML 1.1 reads `1e-4` as text.
+    try:
+        return int(text) if text.lstrip("+-").isdecimal() else float(text)
+    except ValueError:
+        return None

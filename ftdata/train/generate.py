@@ -1,0 +1,52 @@
+"""Generate: prompts, exactly as they were trained, to answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ftdata.examples import Recipe
+from ftdata.templates import prompt
+from ftdata.types import Conversation
+
+
+def prompt_ids(recipe: Recipe, conversation: Conversation) -> list[int]:
+    """Return the ids of what the model is shown before its last answer: the same template, no response."""
+    text = prompt(conversation, recipe.template)
+    ids: list[int] = recipe.tokenizer.encode([text])[0].ids.tolist()
+    bos = recipe.tokenizer.bos_ids.tolist()
+    return ids if recipe.template.chat or ids[: len(bos)] == bos else bos + ids
+
+
+def generate(model: Any, prompts: Sequence[Sequence[int]], *, pad_id: int, batch_size: int = 16, **options: Any) -> list[list[int]]:
+    """Return the ids that the model answers to each prompt, up to and without its stop token.
+
+    Args:
+        model: a causal language model; where it stops is in its generation config.
+        prompts: token ids.
+        pad_id: what to fill up shorter prompts with, on the left.
+        batch_size: prompts generated together.
+        options: further arguments of `model.generate`.
+    """
+    stops = model.generation_config.eos_token_id
+    stop_ids = set(stops if isinstance(stops, list) else [stops])
+    answers: list[list[int]] = []
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for at in range(0, len(prompts), batch_size):
+            batch = prompts[at : at + batch_size]
+            width = max(map(len, batch))
+            ids = torch.tensor([[pad_id] * (width - len(one)) + list(one) for one in batch])
+            mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in batch])
+            output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
+                                    **{"max_new_tokens": 256, "do_sample": False, "pad_token_id": pad_id, **options})  # fmt: skip
+            answers.extend(_until_stop(one, stop_ids) for one in output[:, width:].tolist())
+    model.train(was_training)
+    return answers
+
+
+def _until_stop(ids: list[int], stops: set[int]) -> list[int]:
+    return ids[: next((at for at, id_ in enumerate(ids) if id_ in stops), len(ids))]
