@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging, set_seed
 
 from ftdata import read
 
@@ -29,28 +29,56 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=1536, special_tokens=SPECIAL, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=1536,
+        special_tokens=SPECIAL,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     backend.train_from_iterator([*texts, *["system\nuser\nassistant\n"] * 20], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|pad|>",
-                                        extra_special_tokens=["<|im_start|>", "<|endoftext|>"], padding_side="left")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        extra_special_tokens=["<|im_start|>", "<|endoftext|>"],
+        padding_side="left",
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int) -> LlamaForCausalLM:
     set_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
     chosen, optimizer = random.Random(0), torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.95))
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, (step + 1) / 20) * max(0.05, 1 - step / steps)
-        echoes = [[{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in chosen.choices(texts, k=16)]
-        batch = tokenizer([tokenizer.apply_chat_template(echo, tokenize=False) for echo in echoes], padding=True,
-                          padding_side="right", return_tensors="pt", add_special_tokens=False)
+        echoes = [
+            [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+            for text in chosen.choices(texts, k=16)
+        ]
+        batch = tokenizer(
+            [tokenizer.apply_chat_template(echo, tokenize=False) for echo in echoes],
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
         labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
         loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
         optimizer.zero_grad()
@@ -68,6 +96,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where to write tokenizer and model")
     parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
+    logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     texts = [text for row in read(arguments.data) for text in row.data.values()]
     tokenizer = make_tokenizer(texts)

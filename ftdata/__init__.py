@@ -11,9 +11,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ftdata._version import __version__
 
 if TYPE_CHECKING:
+    from ftdata._audit import audit, check_template
+    from ftdata._preview import preview
     from ftdata.build import build_sft_dataset
     from ftdata.errors import FtdataError
     from ftdata.examples import encode
@@ -21,12 +23,15 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "FtdataError": "ftdata.errors",
+    "audit": "ftdata._audit",
     "build_sft_dataset": "ftdata.build",
+    "check_template": "ftdata._audit",
     "encode": "ftdata.examples",
+    "preview": "ftdata._preview",
     "read": "ftdata.readers",
 }
 
-__all__ = ["FtdataError", "build_sft_dataset", "encode", "read"]
+__all__ = ["FtdataError", "__version__", "audit", "build_sft_dataset", "check_template", "encode", "preview", "read"]
 
 
 def __getattr__(name: str) -> Any:

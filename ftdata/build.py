@@ -23,11 +23,11 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-import ftdata
 from ftdata import store
+from ftdata._version import __version__
 from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError, one_of
 from ftdata.examples import BATCH, Built, Recipe, build_rows, make_recipe
-from ftdata.executors import run
+from ftdata.executors import ENGINES, run
 from ftdata.ledger import NOTES, Ledger, Report
 from ftdata.mask import Policy
 from ftdata.pack import best_fit_decreasing, unpacked
@@ -42,6 +42,7 @@ BY_CHOICE = frozenset({"overlong"})
 
 Progress = Callable[[int, int], None]
 """Called as the build goes on with the rows and the tokens done so far."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -123,11 +124,28 @@ def build_sft_dataset(
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(output_dir) if output_dir is not None else Path(scratch) / "build"
         report = write_build(
-            data, tokenizer, target, template=template, schema=schema, columns=columns, train_on=train_on, turns=turns,
-            control_tokens=control_tokens, max_length=max_length, overlong=overlong, packing=packing, test_size=test_size,
-            seed=seed, on_bad_rows=on_bad_rows, max_rejects=max_rejects, workers=workers, engine=engine, date=date,
-            template_kwargs=template_kwargs, progress=progress,
-        )  # fmt: skip
+            data,
+            tokenizer,
+            target,
+            template=template,
+            schema=schema,
+            columns=columns,
+            train_on=train_on,
+            turns=turns,
+            control_tokens=control_tokens,
+            max_length=max_length,
+            overlong=overlong,
+            packing=packing,
+            test_size=test_size,
+            seed=seed,
+            on_bad_rows=on_bad_rows,
+            max_rejects=max_rejects,
+            workers=workers,
+            engine=engine,
+            date=date,
+            template_kwargs=template_kwargs,
+            progress=progress,
+        )
         return load_build(target, report, in_memory=output_dir is None)
 
 
@@ -150,6 +168,9 @@ def write_build(
     made = make_recipe(tokenizer, **recipe)
     layout = Layout(packing, test_size, seed, made.max_length)
     limit = _reject_limit(on_bad_rows, max_rejects)
+    if workers is not None and workers < 1:
+        raise UsageError("workers", f"workers is {workers}, expected at least 1")
+    one_of("engine", engine, ENGINES)
     with store.new_folder(Path(output_dir)) as folder:
         return _build(made, layout, data, folder, limit, workers, engine, progress)
 
@@ -167,8 +188,12 @@ class Layout:
         one_of("packing", str(self.packing), ("None", "bfd"))
         if self.packing and self.max_length is None:
             raise UsageError("packing_length", "packing needs max_length, the tokens that a pack holds")
-        if self.test_size is not None and not (0 < self.test_size < 1 or (self.test_size >= 1 and self.test_size % 1 == 0)):
-            raise UsageError("test_size", f"test_size is {self.test_size}, expected a share below 1 or a number of rows")
+        if self.test_size is not None and not (
+            0 < self.test_size < 1 or (self.test_size >= 1 and self.test_size % 1 == 0)
+        ):
+            raise UsageError(
+                "test_size", f"test_size is {self.test_size}, expected a share below 1 or a number of rows"
+            )
 
 
 def load_build(folder: Path, report: Report | None = None, *, in_memory: bool = False) -> datasets.DatasetDict:
@@ -180,16 +205,27 @@ def load_build(folder: Path, report: Report | None = None, *, in_memory: bool = 
     return loaded
 
 
-def _build(recipe: Recipe, layout: Layout, data: Any, folder: Path, limit: float, workers: int | None, engine: str,
-           progress: Progress | None) -> Report:  # fmt: skip
+def _build(
+    recipe: Recipe,
+    layout: Layout,
+    data: Any,
+    folder: Path,
+    limit: float,
+    workers: int | None,
+    engine: str,
+    progress: Progress | None,
+) -> Report:
     began = time.monotonic()
     shards = folder / "shards"
     tasks = [Task(source, shards / f"{n:05d}") for n, source in enumerate(sources(data))]
     results: list[ShardResult] = []
     # Within this process progress is told per batch; worker processes are told of when a shard is done.
-    here = workers in (None, 1) or len(tasks) == 1 or any(isinstance(task.source, MemorySource) for task in tasks)
+    processes = workers or 1
+    if len(tasks) == 1 or any(isinstance(task.source, MemorySource) for task in tasks):
+        processes = 1
+    here = processes == 1
     work = partial(build_shard, recipe, progress=progress if here else None)
-    for result in run(work, tasks, 1 if here else workers, engine):
+    for result in run(work, tasks, processes, engine):
         results.append(result)
         if progress and not here:
             progress(sum(r.ledger.read for r in results), sum(r.ledger.tokens_kept for r in results))
@@ -205,12 +241,19 @@ def _build(recipe: Recipe, layout: Layout, data: Any, folder: Path, limit: float
     shutil.rmtree(shards)
     options = {**recipe.describe(), "packing": layout.packing, "test_size": layout.test_size, "seed": layout.seed}
     fingerprint = _fingerprint(options, results)
-    report = Report(ledgers, splits, _notes(ledgers, recipe), tuple(str(reject) for reject in rejects[:20]), fingerprint,
-                    options, round(time.monotonic() - began, 3))  # fmt: skip
+    report = Report(
+        ledgers,
+        splits,
+        _notes(ledgers, recipe),
+        tuple(str(reject) for reject in rejects[:20]),
+        fingerprint,
+        options,
+        round(time.monotonic() - began, 3),
+    )
     store.write_rejects(folder / "rejects.jsonl", rejects)
     store.write_json(folder / "dataset_dict.json", {"splits": list(splits)})
     store.write_json(folder / "report.json", report.as_dict())
-    store.write_manifest(folder, {"ftdata": ftdata.__version__, "fingerprint": fingerprint, "options": options})
+    store.write_manifest(folder, {"ftdata": __version__, "fingerprint": fingerprint, "options": options})
     return report
 
 
@@ -246,15 +289,20 @@ def _reject_limit(on_bad_rows: str, max_rejects: float | str | None) -> float:
             raise UsageError("max_rejects", "max_rejects goes with on_bad_rows='quarantine'")
         return -1
     if max_rejects is None:
-        raise UsageError("max_rejects", "on_bad_rows='quarantine' needs max_rejects: how much loss is acceptable?",
-                         hint="max_rejects=100 or max_rejects='1%'")
+        raise UsageError(
+            "max_rejects",
+            "on_bad_rows='quarantine' needs max_rejects: how much loss is acceptable?",
+            hint="max_rejects=100 or max_rejects='1%'",
+        )
     try:
         text = str(max_rejects)
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         value = -1
     if value < 0:
-        raise UsageError("max_rejects", f"max_rejects is {max_rejects!r}, expected a number of rows or a share like '1%'")
+        raise UsageError(
+            "max_rejects", f"max_rejects is {max_rejects!r}, expected a number of rows or a share like '1%'"
+        )
     return value
 
 
@@ -262,13 +310,19 @@ def _judge(ledgers: Sequence[Ledger], rejects: Sequence[Reject], limit: float) -
     bad = [reject for reject in rejects if reject.code not in BY_CHOICE]
     read = sum(ledger.read for ledger in ledgers)
     if bad and limit < 0:
-        raise BadRows(len(bad), map(str, bad[:20]),
-                      hint="mend the rows, or go on without them: on_bad_rows='quarantine', max_rejects=...")
+        raise BadRows(
+            len(bad),
+            map(str, bad[:20]),
+            hint="mend the rows, or go on without them: on_bad_rows='quarantine', max_rejects=...",
+        )
     if limit >= 0 and len(bad) > (limit * read if limit < 1 else limit):
         allowed = f"{limit:.2%}" if limit < 1 else f"{limit:.0f}"
         listed = "\n  ".join(map(str, bad[:5]))
-        raise TooManyRejects("max_rejects", f"{len(bad)} of {read} rows are refused, max_rejects allows {allowed}:\n  {listed}\n",
-                             hint="mend the rows, or raise max_rejects")
+        raise TooManyRejects(
+            "max_rejects",
+            f"{len(bad)} of {read} rows are refused, max_rejects allows {allowed}:\n  {listed}\n",
+            hint="mend the rows, or raise max_rejects",
+        )
     if not any(ledger.built for ledger in ledgers):
         reasons = "; ".join(map(str, rejects[:3])) or "the sources hold no rows"
         raise InputRefused("nothing_built", f"no row was left to build: {reasons}")
@@ -300,14 +354,19 @@ def _split(examples: store.Examples, layout: Layout) -> dict[str, NDArray[np.int
 def _mix(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
     """SplitMix64 (Steele, Lea and Flood 2014): the same on every machine and for every version of numpy."""
     with np.errstate(over="ignore"):
-        z = numbers + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % (1 << 64))
+        z = np.uint64(seed % (1 << 64)) + (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return np.asarray(z ^ (z >> np.uint64(31)), dtype=np.uint64)
 
 
-def _write_split(folder: Path, name: str, examples: store.Examples, members: NDArray[np.int64], layout: Layout,
-                 ) -> dict[str, Any]:  # fmt: skip
+def _write_split(
+    folder: Path,
+    name: str,
+    examples: store.Examples,
+    members: NDArray[np.int64],
+    layout: Layout,
+) -> dict[str, Any]:
     lengths = examples.lengths[members]
     if layout.packing and layout.max_length:
         plan = best_fit_decreasing(lengths, layout.max_length)
@@ -316,7 +375,13 @@ def _write_split(folder: Path, name: str, examples: store.Examples, members: NDA
         plan, fill = unpacked(len(members)), None
     store.write_split(folder, name, examples, members, plan)
     trained = np.asarray(examples.table["trained"].to_numpy())[members]
-    return {"examples": len(members), "rows": len(plan), "tokens": int(lengths.sum()), "trained": int(trained.sum()), "fill": fill}
+    return {
+        "examples": len(members),
+        "rows": len(plan),
+        "tokens": int(lengths.sum()),
+        "trained": int(trained.sum()),
+        "fill": fill,
+    }
 
 
 def _notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
@@ -330,5 +395,5 @@ def _notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
 
 
 def _fingerprint(options: Mapping[str, Any], results: Sequence[ShardResult]) -> str:
-    parts = {"ftdata": ftdata.__version__, "options": options, "content": [result.content for result in results]}
+    parts = {"ftdata": __version__, "options": options, "content": [result.content for result in results]}
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())

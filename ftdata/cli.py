@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -25,29 +25,35 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    context_settings={"token_normalize_func": lambda name: name.replace("_", "-"),
-                      "help_option_names": ["-h", "--help"]},
-)  # fmt: skip
+    context_settings={
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
+)
 templates_app = typer.Typer(no_args_is_help=True, help="List, show and check templates.")
 app.add_typer(templates_app, name="templates")
 
 Data = Annotated[str, typer.Argument(help="A JSON or JSON Lines file, or a glob.", show_default=False)]
-Tokenizer = Annotated[Optional[str], typer.Option("--tokenizer", "-t", help="A folder with tokenizer.json, or a hub id.")]
-Template = Annotated[Optional[str], typer.Option(help="A built-in name, a .jinja file, or Jinja text. Default: the tokenizer's.")]
+Tokenizer = Annotated[str | None, typer.Option("--tokenizer", "-t", help="A folder with tokenizer.json, or a hub id.")]
+Template = Annotated[
+    str | None, typer.Option(help="A built-in name, a .jinja file, or Jinja text. Default: the tokenizer's.")
+]
 Schema = Annotated[str, typer.Option(help="The shape of every row; auto finds it per row.")]
-Columns = Annotated[Optional[list[str]], typer.Option("--column", help="Map a column, e.g. --column output=answer. Repeatable.")]
+Columns = Annotated[
+    list[str] | None, typer.Option("--column", help="Map a column, e.g. --column output=answer. Repeatable.")
+]
 TrainOn = Annotated[str, typer.Option(help="assistant, last_assistant, completion, all, or ./file.py:function.")]
 Turns = Annotated[str, typer.Option(help="auto, joint or split: one example per conversation, or per assistant turn.")]
 ControlTokens = Annotated[str, typer.Option(help="Control-token text inside data: escape, refuse or allow.")]
-MaxLength = Annotated[Optional[int], typer.Option(help="Tokens that an example, and a pack, may have.")]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens that an example, and a pack, may have.")]
 Overlong = Annotated[str, typer.Option(help="What becomes of longer examples: reject, drop_turns or truncate.")]
-Date = Annotated[Optional[str], typer.Option(help="What templates that print a date are shown, e.g. 2026-01-31.")]
+Date = Annotated[str | None, typer.Option(help="What templates that print a date are shown, e.g. 2026-01-31.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Packing = Annotated[Optional[str], typer.Option(help="bfd: put whole examples together, best fit first.")]
-TestSize = Annotated[Optional[float], typer.Option(help="Share (below 1) or number of rows for a test split.")]
+Packing = Annotated[str | None, typer.Option(help="bfd: put whole examples together, best fit first.")]
+TestSize = Annotated[float | None, typer.Option(help="Share (below 1) or number of rows for a test split.")]
 Seed = Annotated[int, typer.Option(help="Decides which rows go to the test split.")]
 OnBadRows = Annotated[str, typer.Option(help="error: show all and stop; quarantine: go on without them.")]
-MaxRejects = Annotated[Optional[str], typer.Option(help="With quarantine: how many rows may be rejected, e.g. 100 or 1%.")]
+MaxRejects = Annotated[str | None, typer.Option(help="With quarantine: how many rows may be rejected, e.g. 100 or 1%.")]
 
 
 def main() -> None:
@@ -83,35 +89,61 @@ def _columns(pairs: list[str] | None) -> dict[str, str] | None:
     for pair in pairs or []:
         if "=" not in pair:
             raise UsageError("column", f"--column is {pair!r}, expected name=column, e.g. output=answer")
-    return dict((pair.split("=", 1)[0], pair.split("=", 1)[1]) for pair in pairs) if pairs else None
+    return {pair.split("=", 1)[0]: pair.split("=", 1)[1] for pair in pairs} if pairs else None
 
 
-def _version(value: bool) -> None:  # noqa: FBT001  (Typer calls it with the flag)
+def _version(value: bool) -> None:
     if value:
         print(f"ftdata {ftdata.__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def _app(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
-         ) -> None:  # fmt: skip
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     pass
 
 
 @app.command()
-def preview(data: Data, tokenizer: Tokenizer = None, template: Template = None, schema: Schema = "auto", column: Columns = None,
-            train_on: TrainOn = "assistant", turns: Turns = "auto", control_tokens: ControlTokens = "escape",
-            max_length: MaxLength = None, overlong: Overlong = "reject", date: Date = None,
-            n: Annotated[int, typer.Option("-n", help="How many rows.", min=1)] = 3,
-            row: Annotated[Optional[int], typer.Option(help="Show this row (from 0).", min=0)] = None,
-            as_json: Json = False) -> None:  # fmt: skip
+def preview(
+    data: Data,
+    tokenizer: Tokenizer = None,
+    template: Template = None,
+    schema: Schema = "auto",
+    column: Columns = None,
+    train_on: TrainOn = "assistant",
+    turns: Turns = "auto",
+    control_tokens: ControlTokens = "escape",
+    max_length: MaxLength = None,
+    overlong: Overlong = "reject",
+    date: Date = None,
+    n: Annotated[int, typer.Option("-n", help="How many rows.", min=1)] = 3,
+    row: Annotated[int | None, typer.Option(help="Show this row (from 0).", min=0)] = None,
+    as_json: Json = False,
+) -> None:
     """Show what rows become: the text, the control tokens, and what of it is trained."""
     from rich.console import Console
 
-    from ftdata.preview import preview as look
+    from ftdata._preview import preview as look
 
-    shown = look(data, tokenizer, template, schema=schema, columns=_columns(column), train_on=train_on, turns=turns,
-                 control_tokens=control_tokens, max_length=max_length, overlong=overlong, date=date, n=n, row=row)  # fmt: skip
+    shown = look(
+        data,
+        tokenizer,
+        template,
+        schema=schema,
+        columns=_columns(column),
+        train_on=train_on,
+        turns=turns,
+        control_tokens=control_tokens,
+        max_length=max_length,
+        overlong=overlong,
+        date=date,
+        n=n,
+        row=row,
+    )
     if as_json:
         _print(shown, as_json=True)
     else:
@@ -119,39 +151,88 @@ def preview(data: Data, tokenizer: Tokenizer = None, template: Template = None, 
 
 
 @app.command()
-def build(data: Annotated[list[str], typer.Argument(help="JSON or JSON Lines files, or globs.", show_default=False)],
-          tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="A folder with tokenizer.json, or a hub id.")],
-          output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the build.")],
-          template: Template = None, schema: Schema = "auto", column: Columns = None, train_on: TrainOn = "assistant",
-          turns: Turns = "auto", control_tokens: ControlTokens = "escape", max_length: MaxLength = None,
-          overlong: Overlong = "reject", packing: Packing = None, test_size: TestSize = None, seed: Seed = 0,
-          on_bad_rows: OnBadRows = "error", max_rejects: MaxRejects = None, date: Date = None,
-          workers: Annotated[Optional[int], typer.Option(help="Processes; the result does not depend on it.")] = None,
-          engine: Annotated[str, typer.Option(help="local.")] = "local", as_json: Json = False) -> None:  # fmt: skip
+def build(
+    data: Annotated[list[str], typer.Argument(help="JSON or JSON Lines files, or globs.", show_default=False)],
+    tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="A folder with tokenizer.json, or a hub id.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the build.")],
+    template: Template = None,
+    schema: Schema = "auto",
+    column: Columns = None,
+    train_on: TrainOn = "assistant",
+    turns: Turns = "auto",
+    control_tokens: ControlTokens = "escape",
+    max_length: MaxLength = None,
+    overlong: Overlong = "reject",
+    packing: Packing = None,
+    test_size: TestSize = None,
+    seed: Seed = 0,
+    on_bad_rows: OnBadRows = "error",
+    max_rejects: MaxRejects = None,
+    date: Date = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; the result does not depend on it.")] = None,
+    engine: Annotated[str, typer.Option(help="local.")] = "local",
+    as_json: Json = False,
+) -> None:
     """Build a data set: tokens and labels, with a report of every row."""
     from ftdata.build import write_build
 
     with _progress() as progress:
-        report = write_build(data, tokenizer, output_dir, template=template, schema=schema, columns=_columns(column),
-                             train_on=train_on, turns=turns, control_tokens=control_tokens, max_length=max_length,
-                             overlong=overlong, packing=packing, test_size=test_size, seed=seed, on_bad_rows=on_bad_rows,
-                             max_rejects=max_rejects, workers=workers or os.cpu_count(), engine=engine, date=date,
-                             progress=progress)  # fmt: skip
+        report = write_build(
+            data,
+            tokenizer,
+            output_dir,
+            template=template,
+            schema=schema,
+            columns=_columns(column),
+            train_on=train_on,
+            turns=turns,
+            control_tokens=control_tokens,
+            max_length=max_length,
+            overlong=overlong,
+            packing=packing,
+            test_size=test_size,
+            seed=seed,
+            on_bad_rows=on_bad_rows,
+            max_rejects=max_rejects,
+            workers=workers or os.cpu_count(),
+            engine=engine,
+            date=date,
+            progress=progress,
+        )
     _print(report, as_json=as_json)
     if not as_json:
         print(f"built    {output_dir} in {report.seconds:.1f} s")
 
 
 @app.command()
-def audit(data: Data, tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="A folder with tokenizer.json, or a hub id.")],
-          template: Template = None, schema: Schema = "auto", column: Columns = None, train_on: TrainOn = "assistant",
-          turns: Turns = "auto", max_length: MaxLength = None, overlong: Overlong = "reject", date: Date = None,
-          as_json: Json = False) -> None:  # fmt: skip
+def audit(
+    data: Data,
+    tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="A folder with tokenizer.json, or a hub id.")],
+    template: Template = None,
+    schema: Schema = "auto",
+    column: Columns = None,
+    train_on: TrainOn = "assistant",
+    turns: Turns = "auto",
+    max_length: MaxLength = None,
+    overlong: Overlong = "reject",
+    date: Date = None,
+    as_json: Json = False,
+) -> None:
     """Look for what would go wrong in training; exit code 1 if there is anything."""
-    from ftdata.audit import audit as inspect
+    from ftdata._audit import audit as inspect
 
-    report = inspect(data, tokenizer, template, schema=schema, columns=_columns(column), train_on=train_on, turns=turns,
-                     max_length=max_length, overlong=overlong, date=date)  # fmt: skip
+    report = inspect(
+        data,
+        tokenizer,
+        template,
+        schema=schema,
+        columns=_columns(column),
+        train_on=train_on,
+        turns=turns,
+        max_length=max_length,
+        overlong=overlong,
+        date=date,
+    )
     _print(report, as_json=as_json)
     raise typer.Exit(1 if report else 0)
 
@@ -173,10 +254,12 @@ def templates_show(name: Annotated[str, typer.Argument(help="A template's name o
 
 
 @templates_app.command("check")
-def templates_check(template: Annotated[str, typer.Argument(help="A template, or a tokenizer whose template is checked.")],
-                    as_json: Json = False) -> None:  # fmt: skip
+def templates_check(
+    template: Annotated[str, typer.Argument(help="A template, or a tokenizer whose template is checked.")],
+    as_json: Json = False,
+) -> None:
     """Say what a template does: its stop, whether it rewrites earlier turns, what it drops."""
-    from ftdata.audit import check_template
+    from ftdata._audit import check_template
 
     report = check_template(template)
     _print(report, as_json=as_json)
@@ -184,26 +267,48 @@ def templates_check(template: Annotated[str, typer.Argument(help="A template, or
 
 
 @app.command()
-def train(source: Annotated[str, typer.Argument(help="A config file (.yaml, .toml), a build, or a data file.", show_default=False)],
-          model: Annotated[Optional[str], typer.Option("--model", "-m", help="Folder or hub id of the base model.")] = None,
-          output_dir: Annotated[Optional[str], typer.Option("--output-dir", "-o", help="Folder for the run.")] = None,
-          template: Template = None, max_length: MaxLength = None, packing: Packing = None, test_size: TestSize = None,
-          quantization: Annotated[Optional[str], typer.Option(help="nf4: QLoRA, the base model in 4 bits.")] = None,
-          lora_r: Annotated[Optional[int], typer.Option(help="Rank of the LoRA adapter.")] = None,
-          set_: Annotated[Optional[list[str]], typer.Option("--set", help="A field of SFTConfig, e.g. --set learning_rate=1e-4.")] = None,
-          resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the run's folder.")] = False) -> None:  # fmt: skip
+def train(
+    source: Annotated[
+        str, typer.Argument(help="A config file (.yaml, .toml), a build, or a data file.", show_default=False)
+    ],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Folder or hub id of the base model.")] = None,
+    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Folder for the run.")] = None,
+    template: Template = None,
+    max_length: MaxLength = None,
+    packing: Packing = None,
+    test_size: TestSize = None,
+    quantization: Annotated[str | None, typer.Option(help="nf4: QLoRA, the base model in 4 bits.")] = None,
+    lora_r: Annotated[int | None, typer.Option(help="Rank of the LoRA adapter.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of SFTConfig, e.g. --set learning_rate=1e-4.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the run's folder.")] = False,
+) -> None:
     """Train a model on data or on a build, with LoRA, QLoRA or in full; save, and draw the loss."""
     from ftdata.train import run
 
-    run(source, model=model, output_dir=output_dir, template=template, max_length=max_length, packing=packing,
-        test_size=test_size, quantization=quantization, lora={"r": lora_r} if lora_r else None, settings=set_ or [],
-        resume=resume)  # fmt: skip
+    run(
+        source,
+        model=model,
+        output_dir=output_dir,
+        template=template,
+        max_length=max_length,
+        packing=packing,
+        test_size=test_size,
+        quantization=quantization,
+        lora={"r": lora_r} if lora_r else None,
+        settings=set_ or [],
+        resume=resume,
+    )
 
 
 @app.command("eval")
-def evaluate(run_dir: Annotated[Path, typer.Argument(help="A finished run of `ftdata train`.")],
-             data: Annotated[Optional[str], typer.Option(help="Questions with expected answers; default: the run's data.")] = None,
-             n: Annotated[int, typer.Option("-n", help="How many rows.", min=1)] = 20, as_json: Json = False) -> None:  # fmt: skip
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="A finished run of `ftdata train`.")],
+    data: Annotated[str | None, typer.Option(help="Questions with expected answers; default: the run's data.")] = None,
+    n: Annotated[int, typer.Option("-n", help="How many rows.", min=1)] = 20,
+    as_json: Json = False,
+) -> None:
     """Ask base and tuned model the same questions, side by side, with exact match and SacreBLEU."""
     from ftdata.train import compare
 
@@ -225,7 +330,11 @@ def plugins(as_json: Json = False) -> None:
     from ftdata.templates import templates
 
     found = {registry.group: registry.names() for registry in (readers, schemas, templates, masks)}
-    print(json.dumps(found, indent=2) if as_json else "\n".join(f"{group}: {', '.join(names)}" for group, names in found.items()))
+    print(
+        json.dumps(found, indent=2)
+        if as_json
+        else "\n".join(f"{group}: {', '.join(names)}" for group, names in found.items())
+    )
 
 
 @contextmanager
@@ -234,7 +343,11 @@ def _progress() -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = SpinnerColumn(), TextColumn("{task.fields[rows]:,} rows, {task.fields[tokens]:,} tokens"), TimeElapsedColumn()
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.fields[rows]:,} rows, {task.fields[tokens]:,} tokens"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("build", total=None, rows=0, tokens=0)
         yield lambda rows, tokens: bar.update(task, rows=rows, tokens=tokens)

@@ -65,8 +65,21 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def build_options(self) -> dict[str, Any]:
         """Return the fields that `build_sft_dataset` takes, besides data, tokenizer and output_dir."""
-        names = ("template", "schema", "columns", "train_on", "turns", "control_tokens", "max_length", "overlong",
-                 "packing", "test_size", "on_bad_rows", "max_rejects", "seed")  # fmt: skip
+        names = (
+            "template",
+            "schema",
+            "columns",
+            "train_on",
+            "turns",
+            "control_tokens",
+            "max_length",
+            "overlong",
+            "packing",
+            "test_size",
+            "on_bad_rows",
+            "max_rejects",
+            "seed",
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -104,7 +117,9 @@ def make_config(values: dict[str, Any], where: str = "", **overrides: Any) -> Co
     for kind, section in ((Config, given), (Lora, given.get("lora"))):
         for key in section if isinstance(section, dict) else ():
             if key not in kind.__struct_fields__:
-                raise UsageError("config", f"unknown key {key!r}", where=where, hint=nearest(str(key), kind.__struct_fields__))
+                raise UsageError(
+                    "config", f"unknown key {key!r}", where=where, hint=nearest(str(key), kind.__struct_fields__)
+                )
     try:
         return msgspec.convert(given, Config)
     except msgspec.ValidationError as error:

@@ -78,9 +78,7 @@ class InputRefused(FtdataError, ValueError):
 class BadRow(InputRefused):
     """One row is refused; `field` is the path of the value inside the row."""
 
-    def __init__(
-        self, code: str, message: str, *, where: str = "", hint: str = "", field: str = ""
-    ) -> None:
+    def __init__(self, code: str, message: str, *, where: str = "", hint: str = "", field: str = "") -> None:
         super().__init__(code, message, where=where, hint=hint)
         self.field = field
 
@@ -137,11 +135,11 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}? {listing}" if close else listing
 
 
-def one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
     """Refuse a `value` of option `name` that is not among the `allowed` ones.
 
     Raises:
         UsageError: with the nearest allowed value.
     """
     if value not in allowed:
-        raise UsageError(f"unknown_{name}", f"{name} is {value!r}", hint=nearest(str(value), allowed))
+        raise UsageError(f"unknown_{name}", f"{name} is {value!r}", hint=nearest(value, allowed))

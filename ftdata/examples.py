@@ -54,15 +54,9 @@ class Recipe:
     overlong: str = "reject"
 
     def __post_init__(self) -> None:
-        one_of("turns", self.turns, TURNS)
-        one_of("control_tokens", self.control_tokens, CONTROL_POLICIES)
-        one_of("overlong", self.overlong, OVERLONG)
-        if self.schema != "auto":
-            schemas.get(self.schema)
-        if self.max_length is not None and self.max_length < 2:
-            raise UsageError("max_length", f"max_length is {self.max_length}, expected at least 2")
-        check_columns(self.columns)
-        policy_of(self.train_on)
+        check_options(
+            self.schema, self.columns, self.train_on, self.turns, self.control_tokens, self.max_length, self.overlong
+        )
         check(self.template)
 
     @cached_property
@@ -78,18 +72,62 @@ class Recipe:
 
     def describe(self) -> dict[str, Any]:
         """Return the options as JSON, for manifest and fingerprint."""
-        train_on = self.train_on if isinstance(self.train_on, str) else f"{self.train_on.__module__}.{self.train_on.__qualname__}"
+        train_on = (
+            self.train_on
+            if isinstance(self.train_on, str)
+            else f"{self.train_on.__module__}.{self.train_on.__qualname__}"
+        )
         return {
             "tokenizer": {"name": self.tokenizer.name, "fingerprint": self.tokenizer.fingerprint},
-            "template": {"name": self.template.name, "source": self.template.source, "kwargs": dict(self.template.kwargs),
-                         "date": self.template.date.isoformat()},
-            "schema": self.schema, "columns": dict(self.columns or {}), "train_on": train_on, "turns": self.turns,
-            "control_tokens": self.control_tokens, "max_length": self.max_length, "overlong": self.overlong,
-        }  # fmt: skip
+            "template": {
+                "name": self.template.name,
+                "source": self.template.source,
+                "kwargs": dict(self.template.kwargs),
+                "date": self.template.date.isoformat(),
+            },
+            "schema": self.schema,
+            "columns": dict(self.columns or {}),
+            "train_on": train_on,
+            "turns": self.turns,
+            "control_tokens": self.control_tokens,
+            "max_length": self.max_length,
+            "overlong": self.overlong,
+        }
 
 
-def make_recipe(tokenizer: Any, template: str | Path | None = None, *, date: str | datetime.date | None = None,
-                template_kwargs: Mapping[str, Any] | None = None, **options: Any) -> Recipe:  # fmt: skip
+def check_options(
+    schema: str,
+    columns: Mapping[str, str] | None,
+    train_on: str | Policy,
+    turns: str,
+    control_tokens: str,
+    max_length: int | None,
+    overlong: str,
+) -> None:
+    """Refuse options that cannot be meant.
+
+    Raises:
+        UsageError: naming the option and the nearest allowed value.
+    """
+    one_of("turns", turns, TURNS)
+    one_of("control_tokens", control_tokens, CONTROL_POLICIES)
+    one_of("overlong", overlong, OVERLONG)
+    if schema != "auto":
+        schemas.get(schema)
+    if max_length is not None and max_length < 2:
+        raise UsageError("max_length", f"max_length is {max_length}, expected at least 2")
+    check_columns(columns)
+    policy_of(train_on)
+
+
+def make_recipe(
+    tokenizer: Any,
+    template: str | Path | None = None,
+    *,
+    date: str | datetime.date | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Recipe:
     """Load the tokenizer, find the template and bind the two.
 
     Args:
@@ -106,9 +144,15 @@ def make_recipe(tokenizer: Any, template: str | Path | None = None, *, date: str
     loaded = load_tokenizer(tokenizer)
     own = template is None
     name, source = ("tokenizer", loaded.chat_template or "") if template is None else find(template)
-    bound = Template(name, source, strict=not own, special_tokens=loaded.special_tokens,
-                     control=control_tokens(loaded, source).pattern,
-                     date=_date(date), kwargs=template_kwargs or {})  # fmt: skip
+    bound = Template(
+        name,
+        source,
+        strict=not own,
+        special_tokens=loaded.special_tokens,
+        control=control_tokens(loaded, source).pattern,
+        date=_date(date),
+        kwargs=template_kwargs or {},
+    )
     return Recipe(loaded, bound, **options)
 
 
@@ -173,13 +217,27 @@ def check_answers(conversation: Conversation) -> None:
         raise BadRow("no_answer", "holds no assistant message, so there is nothing to learn")
     for index, message in answers:
         content = message.get("content")
-        if message.get("train", True) and isinstance(content, str) and not content.strip() and not message.get("tool_calls"):
-            raise BadRow("empty_answer", "is empty: the model would learn to answer nothing",
-                         field=f"messages[{index}].content", hint="take the row out, or give the message train: false")
+        if (
+            message.get("train", True)
+            and isinstance(content, str)
+            and not content.strip()
+            and not message.get("tool_calls")
+        ):
+            raise BadRow(
+                "empty_answer",
+                "is empty: the model would learn to answer nothing",
+                field=f"messages[{index}].content",
+                hint="take the row out, or give the message train: false",
+            )
 
 
-def _finish(recipe: Recipe, row: Row | Reject, conversation: Conversation, texts: Sequence[Rendered],
-            encoded: Sequence[Encoded | BadRow]) -> Built | Reject:  # fmt: skip
+def _finish(
+    recipe: Recipe,
+    row: Row | Reject,
+    conversation: Conversation,
+    texts: Sequence[Rendered],
+    encoded: Sequence[Encoded | BadRow],
+) -> Built | Reject:
     try:
         whole = [_example(recipe, conversation, *pair) for pair in zip(texts, encoded, strict=True)]
     except BadRow as error:
@@ -209,8 +267,15 @@ def _example(recipe: Recipe, conversation: Conversation, rendered: Rendered, enc
     flags = set(rendered.flags) | ({"control_tokens"} if encoded.escaped else set())
     if conversation.messages and conversation.messages[-1]["role"] != "assistant" and "split" not in flags:
         flags.add("trailing_turns")
-    example = Example(ids, trained_tokens(offsets, rendered, chosen), offsets, rendered.text, rendered.spans,
-                      frozenset(flags), conversation.source)  # fmt: skip
+    example = Example(
+        ids,
+        trained_tokens(offsets, rendered, chosen),
+        offsets,
+        rendered.text,
+        rendered.spans,
+        frozenset(flags),
+        conversation.source,
+    )
     if not example.trained.any():
         raise BadRow("nothing_trained", f"no token would be trained under train_on={recipe.describe()['train_on']!r}")
     last = ids[turn_ends(example) - 1]
@@ -258,8 +323,15 @@ def encode(
         BadRow: the conversation is refused; `.code` says why.
         TemplateRefused: the template or tokenizer cannot be used at all.
     """
-    recipe = make_recipe(tokenizer, template, date=date, template_kwargs=template_kwargs, train_on=train_on, turns=turns,
-                         control_tokens=control_tokens)  # fmt: skip
+    recipe = make_recipe(
+        tokenizer,
+        template,
+        date=date,
+        template_kwargs=template_kwargs,
+        train_on=train_on,
+        turns=turns,
+        control_tokens=control_tokens,
+    )
     row = {"messages": list(messages), **({"tools": list(tools)} if tools else {})}
     conversation = normalise(Row(row, Source("<messages>", 0)), "messages")
     texts = render(conversation, recipe.template, recipe.turns)

@@ -10,32 +10,25 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
-from ftdata.errors import UsageError, nearest
-
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 ENGINES = ("local",)
 
 
-def run(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int | None = None, engine: str = "local",
-        ) -> Iterator[Result]:  # fmt: skip
+def run(
+    work: Callable[[Task], Result], tasks: Sequence[Task], workers: int = 1, engine: str = "local"
+) -> Iterator[Result]:
     """Yield `work(task)` for each task, in order.
 
     Args:
         work: a picklable function.
         tasks: picklable tasks.
-        workers: processes, never more than there are tasks; `None` and 1 mean this process.
-        engine: `"local"`.
-
-    Raises:
-        UsageError: an unknown engine, or less than one worker.
+        workers: processes, never more than there are tasks; 1 means this process.
+        engine: one of `ENGINES`.
     """
-    if engine not in ENGINES:
-        raise UsageError("unknown_engine", f"no engine named {engine!r}", hint=nearest(engine, ENGINES))
-    if workers is not None and workers < 1:
-        raise UsageError("workers", f"workers is {workers}, expected at least 1")
-    processes = min(workers or 1, len(tasks))
+    assert engine in ENGINES
+    processes = min(workers, len(tasks))
     if processes <= 1:
         yield from map(work, tasks)
         return

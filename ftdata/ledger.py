@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import ftdata
+from ftdata._version import __version__
 from ftdata.errors import InternalError
 from ftdata.examples import Built
 from ftdata.types import Reject
@@ -36,8 +36,10 @@ class Ledger:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the ledger as JSON."""
-        return {each.name: dict(value) if isinstance(value := getattr(self, each.name), Counter) else value
-                for each in fields(self)}  # fmt: skip
+        return {
+            each.name: dict(value) if isinstance(value := getattr(self, each.name), Counter) else value
+            for each in fields(self)
+        }
 
     def add(self, entry: Built | Reject) -> None:
         """Count one row."""
@@ -67,8 +69,25 @@ class Ledger:
         rows = self.read == self.built + self.rejected.total() and rejects_written == self.rejected.total()
         tokens = self.tokens_in == self.tokens_kept + self.tokens_cut + self.tokens_rejected
         if not (rows and tokens and written == self.examples and tokens_written == self.tokens_kept):
-            raise InternalError("ledger", f"the ledger of {self.source} does not add up: {self.as_dict()}, "
-                                f"written: {written} examples, {tokens_written} tokens, {rejects_written} rejects")
+            raise InternalError(
+                "ledger",
+                f"the ledger of {self.source} does not add up: {self.as_dict()}, "
+                f"written: {written} examples, {tokens_written} tokens, {rejects_written} rejects",
+            )
+
+
+COUNTS = (
+    "read",
+    "built",
+    "rejected",
+    "examples",
+    "tokens_in",
+    "tokens_kept",
+    "tokens_cut",
+    "tokens_rejected",
+    "tokens_trained",
+)
+"""What every ledger counts, and a report adds up."""
 
 
 @dataclass(frozen=True)
@@ -98,37 +117,42 @@ class Report:
         values = (getattr(ledger, name) for ledger in self.sources)
         return sum(value.total() if isinstance(value, Counter) else value for value in values)
 
+    @property
+    def totals(self) -> dict[str, int]:
+        """The counts of all sources together."""
+        return {name: self.total(name) for name in COUNTS}
+
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON."""
-        totals = {name: self.total(name) for name in ("read", "built", "rejected", "examples", "tokens_in", "tokens_kept",
-                                                      "tokens_cut", "tokens_rejected", "tokens_trained")}  # fmt: skip
         own = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {"ftdata": ftdata.__version__, **totals, **own, "sources": [ledger.as_dict() for ledger in self.sources]}
+        return {"ftdata": __version__, **self.totals, **own, "sources": [ledger.as_dict() for ledger in self.sources]}
 
     def __str__(self) -> str:
-        rejected = Counter[str]()
-        for ledger in self.sources:
-            rejected.update(ledger.rejected)
-        reasons = ", ".join(f"{count} {code}" for code, count in rejected.most_common())
-        lines = [f"rows     {self.total('read'):,} read = {self.total('built'):,} built + {self.total('rejected'):,} rejected"
-                 + (f" ({reasons})" if reasons else ""),
-                 f"tokens   {self.total('tokens_in'):,} in = {self.total('tokens_kept'):,} kept + {self.total('tokens_cut'):,} cut"
-                 f" + {self.total('tokens_rejected'):,} in rejected rows"]  # fmt: skip
+        n = self.totals
+        reasons = sum((ledger.rejected for ledger in self.sources), Counter[str]())
+        listed = ", ".join(f"{count:,} {code}" for code, count in reasons.most_common())
+        lines = [
+            f"rows     {n['read']:,} read = {n['built']:,} built + {n['rejected']:,} rejected"
+            + (f" ({listed})" if listed else ""),
+            f"tokens   {n['tokens_in']:,} in = {n['tokens_kept']:,} kept + {n['tokens_cut']:,} cut"
+            f" + {n['tokens_rejected']:,} in rejected rows",
+        ]
         for name, split in self.splits.items():
             share = split["trained"] / split["tokens"] if split["tokens"] else 0
-            fill = f", {split['rows']:,} packs, {split['fill']:.1%} full" if split["fill"] is not None else ""
-            lines.append(f"{name:8} {split['examples']:,} examples{fill}, {split['tokens']:,} tokens, {share:.1%} of them trained")
+            fill = f"{split['rows']:,} packs, {split['fill']:.1%} full, " if split["fill"] is not None else ""
+            lines.append(
+                f"{name:8} {split['examples']:,} examples, {fill}{split['tokens']:,} tokens, {share:.1%} trained"
+            )
         return "\n".join([*lines, *(f"note     {note}" for note in self.notes)])
 
 
 NOTES = {
-    "no_stop": "{n} examples have a turn that does not end in a trained control token: the model will not learn to stop there",
-    "split": "{n} examples are single turns of conversations: the template rewrites earlier turns, so each turn is shown as the "
-             "model would see it",
-    "control_tokens": "{n} examples had control tokens spelled in their data, tokenised as plain text",
     "content_cut": "{n} examples lost part of a message to the template",
+    "control_tokens": "{n} examples had control tokens spelled in their data, tokenised as plain text",
+    "no_stop": "{n} examples have a turn without a trained control token at its end: the model will not learn to stop",
     "reasoning_dropped": "{n} examples lost reasoning, which the template does not print",
-    "truncated_answer": "{n} examples end inside an answer",
+    "split": "{n} examples are single turns: the template rewrites earlier turns, so each is shown as it will be asked",
     "trailing_turns": "{n} examples end with messages that nothing answers",
-}  # fmt: skip
+    "truncated_answer": "{n} examples end inside an answer",
+}
 """Flag -> what the report says about it."""

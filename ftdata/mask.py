@@ -79,8 +79,9 @@ def trained_tokens(offsets: NDArray[np.int32], rendered: Rendered, chosen: Seque
     """
     if len(chosen) != len(rendered.spans):
         raise UsageError("mask_length", f"the mask policy gave {len(chosen)} answers for {len(rendered.spans)} spans")
-    stretches = np.asarray([(span.start, span.end) for span, yes in zip(rendered.spans, chosen, strict=True) if yes],
-                           dtype=np.int64).reshape(-1, 2)  # fmt: skip
+    stretches = np.asarray(
+        [(span.start, span.end) for span, yes in zip(rendered.spans, chosen, strict=True) if yes], dtype=np.int64
+    ).reshape(-1, 2)
     trained = np.zeros(len(offsets), dtype=np.bool_)
     if len(stretches) == 0 or len(offsets) == 0:
         return trained

@@ -57,7 +57,9 @@ def best_fit_decreasing(lengths: Sequence[int] | NDArray[np.integer], capacity: 
     """
     given = np.asarray(lengths, dtype=np.int64)
     if len(given) and not (given.min() >= 1 and given.max() <= capacity):
-        raise UsageError("pack_length", f"lengths range from {given.min()} to {given.max()}, a pack holds 1 to {capacity}")
+        raise UsageError(
+            "pack_length", f"lengths range from {given.min()} to {given.max()}, a pack holds 1 to {capacity}"
+        )
     pack_of = np.empty(len(given), dtype=np.int64)
     # Open packs by free space, and the set of spaces in use as the bits of one integer: the smallest space
     # that fits is the lowest bit at or above the length.

@@ -73,7 +73,8 @@ class Registry(Generic[T]):
         if not path.is_file():
             raise UsageError("file_not_found", f"no file {path} to load a {self.noun} from")
         spec = importlib.util.spec_from_file_location(f"ftdata_plugin_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         if not hasattr(module, attribute):

@@ -42,17 +42,29 @@ class Schema:
 schemas: Registry[Schema] = Registry("ftdata.schemas", "schema")
 
 ROLES = {
-    "system": "system", "developer": "developer", "user": "user", "assistant": "assistant", "tool": "tool",
-    "human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant",
-    "bing": "assistant", "bard": "assistant", "model": "assistant", "ai": "assistant",
-}  # fmt: skip
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+}
 """Role spellings in use (compared in lower case) -> the role that chat templates know."""
 
 ALIASES = {"completion": ("response",), "output": ("response",), "conversations": ("conversation",)}
 """Other names in common use for a canonical column, taken when the canonical one is absent."""
 
-_MESSAGE_KEYS = frozenset({"role", "content", "reasoning_content", "thinking", "reasoning", "tool_calls",
-                           "tool_call_id", "name"})  # fmt: skip
+_MESSAGE_KEYS = frozenset(
+    {"role", "content", "reasoning_content", "thinking", "reasoning", "tool_calls", "tool_call_id", "name"}
+)
 _SHAREGPT_KEYS = {"from": "role", "value": "content"}
 _TRAIN_KEYS = ("train", "weight")
 
@@ -83,9 +95,14 @@ def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
         where = f"{row.source} {error.field}".rstrip()
         raise BadRow(error.code, error.message, where=where, hint=error.hint, field=error.field) from None
     return Conversation(
-        messages=conversation.messages, fields=conversation.fields, tools=conversation.tools, text=conversation.text,
-        completion_from=conversation.completion_from, schema=name, source=row.source,
-    )  # fmt: skip
+        messages=conversation.messages,
+        fields=conversation.fields,
+        tools=conversation.tools,
+        text=conversation.text,
+        completion_from=conversation.completion_from,
+        schema=name,
+        source=row.source,
+    )
 
 
 def check_columns(columns: Mapping[str, str] | None) -> None:
@@ -97,7 +114,9 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
     known = {name for schema in schemas.own().values() for name in schema.columns}
     for name in columns or {}:
         if name not in known:
-            raise UsageError("unknown_column", f"columns= maps {name!r}, which no schema has", hint=nearest(name, known))
+            raise UsageError(
+                "unknown_column", f"columns= maps {name!r}, which no schema has", hint=nearest(name, known)
+            )
 
 
 def _mapped(data: Any, columns: Mapping[str, str] | None) -> Mapping[str, Any]:
@@ -110,8 +129,12 @@ def _mapped(data: Any, columns: Mapping[str, str] | None) -> Mapping[str, Any]:
     mapped = {key: value for key, value in data.items() if key not in columns.values()}
     for canonical, actual in columns.items():
         if actual not in data:
-            raise BadRow("missing_column", f"has no column {actual!r}, which columns= names for {canonical!r}",
-                         field=actual, hint=nearest(actual, map(str, data)))
+            raise BadRow(
+                "missing_column",
+                f"has no column {actual!r}, which columns= names for {canonical!r}",
+                field=actual,
+                hint=nearest(actual, map(str, data)),
+            )
         mapped[canonical] = data[actual]
     return mapped
 
@@ -122,15 +145,24 @@ def _detect(data: Mapping[str, Any]) -> str:
         return found[0]
     present = ", ".join(map(repr, data)) or "none"
     if found:
-        raise BadRow("ambiguous_schema", f"fits several schemas ({', '.join(found)}); its columns: {present}",
-                     hint=f"say which with schema={found[0]!r}")
+        raise BadRow(
+            "ambiguous_schema",
+            f"fits several schemas ({', '.join(found)}); its columns: {present}",
+            hint=f"say which with schema={found[0]!r}",
+        )
     if _MESSAGE_KEYS >= set(data) >= {"role"}:
-        raise BadRow("one_message", "is a single message; a row is a whole conversation",
-                     hint="put each conversation's messages in a list of their own")
+        raise BadRow(
+            "one_message",
+            "is a single message; a row is a whole conversation",
+            hint="put each conversation's messages in a list of their own",
+        )
     candidates = "; ".join(f"{name}: {', '.join(s.columns)}" for name, s in schemas.own().items())
-    raise BadRow("unknown_schema", f"has no known shape; its columns: {present}",
-                 hint=f"map its columns with columns=, e.g. columns={{'prompt': ..., 'completion': ...}}. "
-                      f"Known shapes: {candidates}")
+    raise BadRow(
+        "unknown_schema",
+        f"has no known shape; its columns: {present}",
+        hint=f"map its columns with columns=, e.g. columns={{'prompt': ..., 'completion': ...}}. "
+        f"Known shapes: {candidates}",
+    )
 
 
 def _get(data: Mapping[str, Any], column: str) -> Any:
@@ -148,8 +180,12 @@ def _text(data: Mapping[str, Any], column: str) -> str:
     value = _get(data, column)
     if isinstance(value, Mapping):
         if len(value) != 1:
-            raise BadRow("nested_cell", f"holds {len(value)} values, expected one", field=column,
-                         hint="one row per value, or one column-oriented object in the whole file")
+            raise BadRow(
+                "nested_cell",
+                f"holds {len(value)} values, expected one",
+                field=column,
+                hint="one row per value, or one column-oriented object in the whole file",
+            )
         value = next(iter(value.values()))
     if not isinstance(value, str):
         raise BadRow("content_type", f"is {_describe(value)}, expected text", field=column)
@@ -175,8 +211,11 @@ def _prompt_completion(data: Mapping[str, Any]) -> Conversation:
     prompt, completion = _get(data, "prompt"), _get(data, "completion")
     if isinstance(prompt, list) or isinstance(completion, list):
         before = _messages(prompt, "prompt") if isinstance(prompt, list) else (_message("user", _text(data, "prompt")),)
-        after = (_messages(completion, "completion") if isinstance(completion, list)
-                 else (_message("assistant", _text(data, "completion")),))  # fmt: skip
+        after = (
+            _messages(completion, "completion")
+            if isinstance(completion, list)
+            else (_message("assistant", _text(data, "completion")),)
+        )
         return Conversation(messages=before + after, tools=_tools(data), completion_from=len(before))
     fields = {"prompt": _text(data, "prompt"), "completion": _text(data, "completion")}
     return _from_fields(fields, fields["prompt"], fields["completion"])
@@ -237,8 +276,11 @@ def _one_message(item: Any, field: str) -> Message:
     if not isinstance(item, Mapping):
         raise BadRow("message_type", f"is {_describe(item)}, expected an object with role and content", field=field)
     # Keys that we do not know are kept: a template may read them, and chat templates drop nulls themselves.
-    message = {_SHAREGPT_KEYS.get(key, key): value for key, value in item.items()
-               if key not in _TRAIN_KEYS and value is not None}  # fmt: skip
+    message = {
+        _SHAREGPT_KEYS.get(key, key): value
+        for key, value in item.items()
+        if key not in _TRAIN_KEYS and value is not None
+    }
     message["role"] = _role(message.get("role"), f"{field}.role")
     if not isinstance(content := message.get("content"), str):
         message.update(_structured_content(content, bool(message.get("tool_calls")), f"{field}.content"))
@@ -258,7 +300,11 @@ def _role(value: Any, field: str) -> str:
 def _structured_content(content: Any, has_calls: bool, field: str) -> dict[str, Any]:
     if content is None and has_calls:
         return {}
-    if isinstance(content, list) and content and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
+    if (
+        isinstance(content, list)
+        and content
+        and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content)
+    ):
         if not all(isinstance(part.get("text"), str) for part in content):
             raise BadRow("content_type", "has a text part without text", field=field)
         return {"content": [dict(part) for part in content]}
@@ -268,7 +314,9 @@ def _structured_content(content: Any, has_calls: bool, field: str) -> dict[str, 
 def _flag(value: Any, field: str) -> bool:
     if value in (0, 1):
         return bool(value)
-    raise BadRow("weight_value", f"is {_describe(value)}, expected 0 or 1 (a token is trained or it is not)", field=field)
+    raise BadRow(
+        "weight_value", f"is {_describe(value)}, expected 0 or 1 (a token is trained or it is not)", field=field
+    )
 
 
 def _is_text_pair(first: str, second: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -277,9 +325,15 @@ def _is_text_pair(first: str, second: str) -> Callable[[Mapping[str, Any]], bool
     return lambda data: present(data) and (first != "prompt" or "instruction" not in data)
 
 
-schemas.register("messages")(Schema(("messages", "tools"), lambda d: isinstance(d.get("messages"), list), _chat("messages")))
+schemas.register("messages")(
+    Schema(("messages", "tools"), lambda d: isinstance(d.get("messages"), list), _chat("messages"))
+)
 schemas.register("sharegpt")(
-    Schema(("conversations", "system", "tools"), lambda d: isinstance(_get(d, "conversations"), list), _chat("conversations"))
+    Schema(
+        ("conversations", "system", "tools"),
+        lambda d: isinstance(_get(d, "conversations"), list),
+        _chat("conversations"),
+    )
 )
 schemas.register("prompt_completion")(
     Schema(("prompt", "completion"), _is_text_pair("prompt", "completion"), _prompt_completion)

@@ -35,13 +35,24 @@ FORMAT = 1
 _TOKENS_PER_FILE = 1 << 27
 _PACKS_PER_BATCH = 1024
 
-_EXAMPLES = pa.schema([
-    ("source", pa.string()), ("row", pa.int64()), ("line", pa.int64()), ("tokens", pa.int64()), ("trained", pa.int64()),
-    ("cut", pa.int64()), ("flags", pa.list_(pa.string())),
-])  # fmt: skip
-_PACKS = pa.schema([
-    ("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("seq_lengths", pa.list_(pa.int32())),
-])  # fmt: skip
+_EXAMPLES = pa.schema(
+    [
+        ("source", pa.string()),
+        ("row", pa.int64()),
+        ("line", pa.int64()),
+        ("tokens", pa.int64()),
+        ("trained", pa.int64()),
+        ("cut", pa.int64()),
+        ("flags", pa.list_(pa.string())),
+    ]
+)
+_PACKS = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("seq_lengths", pa.list_(pa.int32())),
+    ]
+)
 
 
 def write_shard(folder: Path, batches: Iterable[Sequence[Example]]) -> None:
@@ -59,9 +70,15 @@ def write_shard(folder: Path, batches: Iterable[Sequence[Example]]) -> None:
 
 
 def _example_row(example: Example) -> dict[str, Any]:
-    return {"source": example.source.path, "row": example.source.row, "line": example.source.line,
-            "tokens": len(example), "trained": int(example.trained.sum()), "cut": example.cut,
-            "flags": sorted(example.flags)}  # fmt: skip
+    return {
+        "source": example.source.path,
+        "row": example.source.row,
+        "line": example.source.line,
+        "tokens": len(example),
+        "trained": int(example.trained.sum()),
+        "cut": example.cut,
+        "flags": sorted(example.flags),
+    }
 
 
 @dataclass(frozen=True)
@@ -97,7 +114,9 @@ class Examples:
 
     def gather(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the ids and the labels of the examples, one after the other (int32 `[tokens]` each)."""
-        places = list(zip(self.shard[indices].tolist(), self.start[indices].tolist(), self.lengths[indices].tolist(), strict=True))
+        places = list(
+            zip(self.shard[indices].tolist(), self.start[indices].tolist(), self.lengths[indices].tolist(), strict=True)
+        )
         ids = np.concatenate([self.ids[shard][at : at + length] for shard, at, length in places])
         trained = np.concatenate([self.trained[shard][at : at + length] for shard, at, length in places])
         return ids, np.where(trained, ids, np.int32(IGNORE_INDEX))
@@ -133,11 +152,20 @@ def write_split(folder: Path, split: str, examples: Examples, members: NDArray[n
             for at in range(0, len(packs), _PACKS_PER_BATCH):
                 first, last = packs[at], packs[min(at + _PACKS_PER_BATCH, len(packs)) - 1] + 1
                 writer.write_batch(_pack_batch(examples, order, bounds[first : last + 1]))
-    state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": "", "_format_columns": None,
-             "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": split}  # fmt: skip
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": "",
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": split,
+    }
     write_json(target / "state.json", state)
     write_json(target / "dataset_info.json", {})
-    provenance = examples.table.take(pa.array(order.tolist(), pa.int64())).append_column("pack", _int32(np.repeat(np.arange(len(plan)), np.diff(bounds))))
+    provenance = examples.table.take(pa.array(order.tolist(), pa.int64())).append_column(
+        "pack", _int32(np.repeat(np.arange(len(plan)), np.diff(bounds)))
+    )
     pq.write_table(provenance, target / "provenance.parquet")
 
 
@@ -147,8 +175,11 @@ def _pack_batch(examples: Examples, order: NDArray[np.int64], bounds: NDArray[np
     lengths = examples.lengths[chosen]
     in_pack = _int32(bounds - bounds[0])
     in_tokens = _int32(np.concatenate(([0], np.cumsum(lengths)))[bounds - bounds[0]])
-    columns = [pa.ListArray.from_arrays(in_tokens, _int32(ids)), pa.ListArray.from_arrays(in_tokens, _int32(labels)),
-               pa.ListArray.from_arrays(in_pack, _int32(lengths))]  # fmt: skip
+    columns = [
+        pa.ListArray.from_arrays(in_tokens, _int32(ids)),
+        pa.ListArray.from_arrays(in_tokens, _int32(labels)),
+        pa.ListArray.from_arrays(in_pack, _int32(lengths)),
+    ]
     return pa.RecordBatch.from_arrays(columns, schema=_PACKS)
 
 
@@ -162,8 +193,12 @@ def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
     """Write one JSON line per rejected row."""
     with path.open("wb") as file:
         for reject in rejects:
-            record = {"file": reject.source.path, "line": reject.source.line, "row": reject.source.row,
-                      **{name: value for name, value in asdict(reject).items() if name != "source"}}  # fmt: skip
+            record = {
+                "file": reject.source.path,
+                "line": reject.source.line,
+                "row": reject.source.row,
+                **{name: value for name, value in asdict(reject).items() if name != "source"},
+            }
             file.write(orjson.dumps(record) + b"\n")
 
 
@@ -183,7 +218,9 @@ def new_folder(target: Path) -> Iterator[Path]:
         StorageError: the disk refuses; the message names the path.
     """
     if target.exists() and not (target / "manifest.json").is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError("target_exists", f"{target} exists and is no build of ftdata", hint="choose another output folder")
+        raise UsageError(
+            "target_exists", f"{target} exists and is no build of ftdata", hint="choose another output folder"
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent))
@@ -239,23 +276,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / "manifest.json"
     if not path.is_file():
-        raise InputRefused("not_a_build", f"{folder} is no build of ftdata: it has no manifest.json",
-                           hint="make one with `ftdata build`")
+        raise InputRefused(
+            "not_a_build",
+            f"{folder} is no build of ftdata: it has no manifest.json",
+            hint="make one with `ftdata build`",
+        )
     try:
         manifest: dict[str, Any] = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
         raise InputRefused("damaged_build", f"{path} is damaged: {error}", hint="build again") from None
     if manifest.get("format") != FORMAT:
-        raise InputRefused("build_format", f"{path} has format {manifest.get('format')}, this ftdata reads {FORMAT}",
-                           hint="build again")
+        raise InputRefused(
+            "build_format",
+            f"{path} has format {manifest.get('format')}, this ftdata reads {FORMAT}",
+            hint="build again",
+        )
     return manifest
 
 
 def verify(folder: Path) -> list[str]:
     """Return the files of a build whose content is not what the manifest says (missing ones included)."""
     files = read_manifest(folder)["files"]
-    return [name for name, known in files.items()
-            if not (folder / name).is_file() or _sha256(folder / name) != known["sha256"]]  # fmt: skip
+    return [
+        name
+        for name, known in files.items()
+        if not (folder / name).is_file() or _sha256(folder / name) != known["sha256"]
+    ]
 
 
 def _sha256(path: Path) -> str:

@@ -25,19 +25,53 @@ try:
 except ImportError as error:  # pragma: no cover
     from ftdata.errors import MissingDependency
 
-    raise MissingDependency("missing_hypothesis", "ftdata.testing needs Hypothesis", hint="pip install 'ftdata[test]'") from error
+    raise MissingDependency(
+        "missing_hypothesis", "ftdata.testing needs Hypothesis", hint="pip install 'ftdata[test]'"
+    ) from error
 
 AWKWARD = (
-    "{{ 7*7 }}", "{% for x in y %}", "<|im_end|>", "<|im_start|>assistant\n", "</s>", "<s>", "[INST]", "[/INST]", "<eos>",
-    "\u200b", "\ufeff", "e\u0301", "\u202eabc", "👩‍👩‍👧", "\x00", "\r\n", "\u2028", " ", "  ", "\n", "\n\n", "\t", "true", "007",
-    "2024-01-01", "NA", "年", "Â", "’", '"', "\\", "'", "<", "&", "None",
-)  # fmt: skip
+    "{{ 7*7 }}",
+    "{% for x in y %}",
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "</s>",
+    "<s>",
+    "[INST]",
+    "[/INST]",
+    "<eos>",
+    "\u200b",
+    "\ufeff",
+    "e\u0301",
+    "\u202eabc",
+    "👩‍👩‍👧",
+    "\x00",
+    "\r\n",
+    "\u2028",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "true",
+    "007",
+    "2024-01-01",
+    "NA",
+    "年",
+    "Â",
+    "’",
+    '"',
+    "\\",
+    "'",
+    "<",
+    "&",
+    "None",
+)
 """Pieces that break tools: control tokens, template syntax, blanks, combining marks, look-alikes of numbers."""
 
 
 def texts(*, min_size: int = 1) -> st.SearchStrategy[str]:
     """Return a strategy for texts: any Unicode but surrogates, mixed with `AWKWARD` pieces."""
-    piece = st.one_of(st.text(st.characters(exclude_categories=("Cs",)), max_size=8), st.sampled_from(AWKWARD))
+    piece = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), st.sampled_from(AWKWARD))
     return st.lists(piece, min_size=min_size, max_size=6).map("".join)
 
 

@@ -26,8 +26,8 @@ from ftdata.types import Part, Rendered
 
 CONTROL_POLICIES = ("escape", "refuse", "allow")
 
-_PLACEHOLDERS = 0xF0000
-"""Private-use characters from here on stand for control tokens while typed ones are being escaped."""
+_PLACEHOLDERS = (0xF0000, 0xF8000, 0x100000, 0x108000)
+"""Private-use characters from one of these on stand for control tokens while typed ones are being escaped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +109,9 @@ class Tokenizer:
         return [_encoded(e) for e in self._plain.encode_batch(list(texts), add_special_tokens=False)]
 
 
-def encode_rendered(tokenizer: Tokenizer, batch: Sequence[Rendered], control: ControlTokens, policy: str
-                    ) -> list[Encoded | BadRow]:  # fmt: skip
+def encode_rendered(
+    tokenizer: Tokenizer, batch: Sequence[Rendered], control: ControlTokens, policy: str
+) -> list[Encoded | BadRow]:
     """Encode a batch of rendered texts.
 
     Args:
@@ -129,8 +130,11 @@ def encode_rendered(tokenizer: Tokenizer, batch: Sequence[Rendered], control: Co
         if not found or policy == "allow" or one.keep_control:
             continue
         if policy == "refuse":
-            outcome[index] = BadRow("control_tokens", f"the data spells the control token {found!r}",
-                                    hint="control_tokens='escape' tokenises it as plain text")
+            outcome[index] = BadRow(
+                "control_tokens",
+                f"the data spells the control token {found!r}",
+                hint="control_tokens='escape' tokenises it as plain text",
+            )
         else:
             outcome[index] = control.escape(one)
     return outcome
@@ -158,9 +162,13 @@ class ControlTokens:
         The template's are replaced by private-use characters, as many as the token has, which a shadow of the
         tokenizer knows instead of the tokens: so lengths, offsets and everything else stay as they were.
         """
-        text = rendered.text
-        if any(_PLACEHOLDERS <= ord(char) < _PLACEHOLDERS + len(self.tokens) for char in text):
-            return BadRow("control_tokens", "private-use characters stand beside typed control tokens")
+        points = [ord(char) for char in set(rendered.text)]
+        unused = (
+            base for base in _PLACEHOLDERS if not any(base <= point < base + len(self.tokens) for point in points)
+        )
+        base = next(unused, None)
+        if base is None:
+            return BadRow("control_tokens", "typed control tokens stand beside private-use characters of every kind")
         typed = {found.start() for found in self._typed(rendered)}
         numbers = {token: number for number, token in enumerate(self.tokens)}
         count = 0
@@ -170,15 +178,18 @@ class ControlTokens:
             if found.start() in typed:
                 return found.group()
             count += self.tokenizer.added_tokens[found.group()][0] in self._certain_ids
-            return chr(_PLACEHOLDERS + numbers[found.group()]) * len(found.group())
+            return chr(base + numbers[found.group()]) * len(found.group())
 
         assert self.pattern is not None
-        shadow, ids = self._shadow
-        encoded = _encoded(shadow.encode(self.pattern.sub(placeholder, text), add_special_tokens=False))
+        shadow, ids = _shadow(self, base)
+        encoded = _encoded(shadow.encode(self.pattern.sub(placeholder, rendered.text), add_special_tokens=False))
         real = ids[encoded.ids]
         if int(np.isin(real, self._certain_ids).sum()) != count:
-            return BadRow("control_tokens", "this tokenizer makes a control token of the typed text whatever we do",
-                          hint="take it out of the data")
+            return BadRow(
+                "control_tokens",
+                "this tokenizer makes a control token of the typed text whatever we do",
+                hint="take it out of the data",
+            )
         return Encoded(real, encoded.offsets, escaped=True)
 
     def _typed(self, rendered: Rendered) -> list[re.Match[str]]:
@@ -199,30 +210,34 @@ class ControlTokens:
         unknown = json.loads(self.tokenizer.json)["model"].get("unk_token")
         return [self.tokenizer.added_tokens[token][0] for token in self.tokens if token != unknown]
 
-    @cached_property
-    def _shadow(self) -> tuple[tokenizers.Tokenizer, NDArray[np.int32]]:
-        """The tokenizer with placeholders for its control tokens, and the map from its ids to the real ones."""
-        description = json.loads(self.tokenizer.json)
-        description["post_processor"] = None
-        names = {token: chr(_PLACEHOLDERS + n) * len(token) for n, token in enumerate(self.tokens)}
-        for added in description["added_tokens"]:
-            added["content"] = names.get(added["content"], added["content"])
-        shadow = tokenizers.Tokenizer.from_str(json.dumps(description))
-        shadow.no_truncation()
-        shadow.no_padding()
-        real = {names.get(token, token): id_ for token, (id_, _) in self.tokenizer.added_tokens.items()}
-        added_now = shadow.get_added_tokens_decoder()
-        ids = np.arange(max(self.tokenizer.size, *added_now, 0) + 1, dtype=np.int32)
-        for id_, token in added_now.items():
-            ids[id_] = real[token.content]
-        return shadow, ids
+
+@lru_cache(maxsize=8)
+def _shadow(control: ControlTokens, base: int) -> tuple[tokenizers.Tokenizer, NDArray[np.int32]]:
+    """Return the tokenizer with placeholders for its control tokens, and the map from its ids to the real ones."""
+    description = json.loads(control.tokenizer.json)
+    description["post_processor"] = None
+    names = {token: chr(base + n) * len(token) for n, token in enumerate(control.tokens)}
+    for added in description["added_tokens"]:
+        added["content"] = names.get(added["content"], added["content"])
+    shadow = tokenizers.Tokenizer.from_str(json.dumps(description))
+    shadow.no_truncation()
+    shadow.no_padding()
+    real = {names.get(token, token): id_ for token, (id_, _) in control.tokenizer.added_tokens.items()}
+    added_now = shadow.get_added_tokens_decoder()
+    ids = np.arange(max(control.tokenizer.size, *added_now, 0) + 1, dtype=np.int32)
+    for id_, token in added_now.items():
+        ids[id_] = real[token.content]
+    return shadow, ids
 
 
 @lru_cache(maxsize=32)
 def control_tokens(tokenizer: Tokenizer, template: str) -> ControlTokens:
     """Return the tokens that only this template may write: special ones, and added ones that it prints."""
-    found = (token for token, (_, special) in tokenizer.added_tokens.items()
-             if token.strip() and (special or token in template))  # fmt: skip
+    found = (
+        token
+        for token, (_, special) in tokenizer.added_tokens.items()
+        if token.strip() and (special or token in template)
+    )
     return ControlTokens(tokenizer, tuple(sorted(found, key=lambda token: (-len(token), token))))
 
 
@@ -243,12 +258,18 @@ def load_tokenizer(tokenizer: Any) -> Tokenizer:
     if isinstance(getattr(tokenizer, "backend_tokenizer", None), tokenizers.Tokenizer):
         return _from_transformers(tokenizer)
     if not isinstance(tokenizer, str | Path):
-        raise UsageError("tokenizer_type", f"a {type(tokenizer).__name__} is no fast tokenizer",
-                         hint="pass a folder, a hub id, or a tokenizer with a tokenizer.json")
+        raise UsageError(
+            "tokenizer_type",
+            f"a {type(tokenizer).__name__} is no fast tokenizer",
+            hint="pass a folder, a hub id, or a tokenizer with a tokenizer.json",
+        )
     folder = Path(tokenizer) if Path(tokenizer).is_dir() else _download(str(tokenizer))
     if not (folder / "tokenizer.json").is_file():
-        raise UsageError("no_tokenizer", f"{folder} holds no tokenizer.json",
-                         hint="save a fast tokenizer into it: AutoTokenizer.from_pretrained(...).save_pretrained(...)")
+        raise UsageError(
+            "no_tokenizer",
+            f"{folder} holds no tokenizer.json",
+            hint="save a fast tokenizer into it: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+        )
     states = ((folder / name).stat() for name in _FILES if (folder / name).is_file())
     return _from_folder(folder, str(tokenizer), tuple((state.st_mtime_ns, state.st_size) for state in states))
 
@@ -280,7 +301,7 @@ def _from_folder(folder: Path, name: str, state: tuple[tuple[int, int], ...]) ->
     config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     try:
         backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises bare Exception
+    except Exception as error:  # noqa: BLE001  (tokenizers raises nothing narrower)
         raise TemplateRefused("bad_tokenizer", f"{file} cannot be loaded: {error}") from None
     return Tokenizer(name, text, _special_tokens(config, backend), _chat_template(folder, config))
 
@@ -314,11 +335,13 @@ def _download(name: str) -> Path:
     import huggingface_hub
 
     try:
-        folder = huggingface_hub.snapshot_download(
-            name, allow_patterns=list(_FILES))
-    except Exception as error:  # the hub client raises many kinds; all mean that nothing came
-        raise HubError("hub_tokenizer", f"no folder {name}, and it cannot be had from the hub: {error}".splitlines()[0],
-                       hint="check the name, HF_TOKEN and HF_ENDPOINT, or pass a local folder") from None
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES))
+    except Exception as error:  # noqa: BLE001  (the hub client raises many kinds; all mean that nothing came)
+        raise HubError(
+            "hub_tokenizer",
+            f"no folder {name}, and it cannot be had from the hub: {error}".splitlines()[0],
+            hint="check the name, HF_TOKEN and HF_ENDPOINT, or pass a local folder",
+        ) from None
     return Path(folder)
 
 

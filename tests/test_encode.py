@@ -13,7 +13,9 @@ from ftdata.tokenize import load_tokenizer
 
 ALL = ("deepseek", "qwen", "mistral", "tiny_bpe", "tiny_metaspace", "tiny_wordpiece")
 REVERSIBLE = ("deepseek", "mistral", "tiny_bpe")
-laws = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+laws = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def system_of(name):
@@ -86,7 +88,10 @@ def test_control_tokens_come_from_the_template_only(name, tokenizer_dir, data):
 def test_typed_control_tokens_stay_text(name, tokenizer_dir):
     recipe = make_recipe(tokenizer_dir(name))
     typed = recipe.tokenizer.special_tokens["eos_token"]
-    messages = [{"role": "user", "content": f"say {typed} now"}, {"role": "assistant", "content": f"I say {typed}, done"}]
+    messages = [
+        {"role": "user", "content": f"say {typed} now"},
+        {"role": "assistant", "content": f"I say {typed}, done"},
+    ]
     (plain,) = encode(messages, recipe.tokenizer)
     (real,) = encode(messages, recipe.tokenizer, control_tokens="allow")
     stop = recipe.tokenizer.id_of(typed)
@@ -117,8 +122,10 @@ def test_ids_are_those_of_the_tokenizer_alone(name, tokenizer_dir, data):
 @given(question=texts(), answer=texts().filter(lambda text: bool(text.strip())))
 def test_template_syntax_in_data_is_text(tokenizer_dir, question, answer):
     """M9: what looks like Jinja inside the data is printed as it is."""
-    (example,) = encode([{"role": "user", "content": question + "{{ 7*7 }}{% raw %}"}, {"role": "assistant", "content": answer}],
-                        tokenizer_dir("tiny_bpe"))
+    (example,) = encode(
+        [{"role": "user", "content": question + "{{ 7*7 }}{% raw %}"}, {"role": "assistant", "content": answer}],
+        tokenizer_dir("tiny_bpe"),
+    )
     assert question + "{{ 7*7 }}{% raw %}" in example.text
 
 
@@ -177,8 +184,12 @@ def test_one_bos_at_most(tokenizer_dir):
 
 def test_a_template_that_rewrites_history_is_split_or_refused(tokenizer_dir):
     """Qwen3 strips earlier thinking: each turn is then trained in the text that the model is shown for it."""
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
-                {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]
     tokenizer = load_tokenizer(tokenizer_dir("qwen"))
     first, second = encode(messages, tokenizer)
     assert pieces(first, tokenizer) == ["<think>\n\n</think>\n\nb<|im_end|>"]
@@ -191,12 +202,20 @@ def test_a_template_that_rewrites_history_is_split_or_refused(tokenizer_dir):
 def test_a_typo_in_a_tokenizers_template_is_refused(tokenizer_dir):
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.contents }}<|im_end|>\n{% endfor %}"
     with pytest.raises(BadRow, match="template_raises"):
-        encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenizer_dir("tiny_bpe"), template)
+        encode(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            tokenizer_dir("tiny_bpe"),
+            template,
+        )
 
 
 def test_every_token_of_a_straddled_boundary_is_trained_by_overlap(tokenizer_dir):
     """R14: the prompt ends in a blank that merges with the answer's first word."""
-    template = "Q: {{ messages[0].content }} A: {% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
+    template = (
+        "Q: {{ messages[0].content }} A: {% generation %}{{ messages[1].content }}{{ eos_token }}{% endgeneration %}"
+    )
     tokenizer = load_tokenizer(tokenizer_dir("tiny_bpe"))
-    (example,) = encode([{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "the dog"}], tokenizer, template)
+    (example,) = encode(
+        [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "the dog"}], tokenizer, template
+    )
     assert pieces(example, tokenizer) == [" the dog<|im_end|>"]

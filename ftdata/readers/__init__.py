@@ -67,16 +67,12 @@ def sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
     if hasattr(data, "to_dict") and hasattr(data, "columns"):
         return (MemorySource(_dataframe_rows(data), "<DataFrame>"),)
     if isinstance(data, Mapping):
-        raise UsageError(
-            "data_type", "data is one mapping, expected rows", hint="pass one split or a list of rows"
-        )
+        raise UsageError("data_type", "data is one mapping, expected rows", hint="pass one split or a list of rows")
     if isinstance(data, list | tuple) and data and all(isinstance(item, str | Path) for item in data):
         return tuple(source for item in data for source in sources(item))
     if isinstance(data, Iterable):
         return (MemorySource(data),)
-    raise UsageError(
-        "data_type", f"data is a {type(data).__name__}, expected a path, paths, or an iterable of rows"
-    )
+    raise UsageError("data_type", f"data is a {type(data).__name__}, expected a path, paths, or an iterable of rows")
 
 
 def read(data: Any) -> Iterator[Row]:
@@ -103,10 +99,8 @@ def _expand(pattern: str) -> list[str]:
     if Path(pattern).is_file():
         return [pattern]
     if Path(pattern).is_dir():
-        raise UsageError(
-            "is_folder", f"{pattern} is a folder", hint=f"name the files in it: '{pattern}/*.jsonl'"
-        )
-    found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else []
+        raise UsageError("is_folder", f"{pattern} is a folder", hint=f"name the files in it: '{pattern}/*.jsonl'")
+    found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else []  # noqa: PTH207  (absolute too)
     if not found:
         beside = [p.name for p in Path(pattern).parent.glob("*.json*")]
         hint = nearest(Path(pattern).name, beside) if beside else f"looked in {Path(pattern).parent.resolve()}"

@@ -41,8 +41,14 @@ def read_jsonl(path: Path) -> Iterator[Row | Reject]:
                 continue
             row = _parse(text, Source(str(path), index, number))
             if isinstance(row, Reject) and not raw.endswith(b"\n"):
-                row = Reject(row.source, "partial_file", "", f"{row.reason}; the file ends inside this line",
-                             "write the file again, it looks cut off", row.raw)
+                row = Reject(
+                    row.source,
+                    "partial_file",
+                    "",
+                    f"{row.reason}; the file ends inside this line",
+                    "write the file again, it looks cut off",
+                    row.raw,
+                )
             yield row
             index += 1
     if index == 0:
@@ -86,11 +92,14 @@ def _refuse_foreign(path: Path) -> None:
         head = file.read(64)
     for magic, name in _FOREIGN.items():
         if head.startswith(magic):
-            raise InputRefused("not_json", f"this is {name}, not JSON in UTF-8", where=str(path),
-                               hint="convert it, or give it the suffix of what it is")
+            raise InputRefused(
+                "not_json",
+                f"this is {name}, not JSON in UTF-8",
+                where=str(path),
+                hint="convert it, or give it the suffix of what it is",
+            )
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise InputRefused("not_json", "this is a web page, not JSON", where=str(path),
-                           hint="download the raw file")
+        raise InputRefused("not_json", "this is a web page, not JSON", where=str(path), hint="download the raw file")
 
 
 def _looks_like_lines(path: Path) -> bool:
@@ -134,8 +143,12 @@ def _scan_rows(data: mmap.mmap, path: Path) -> Iterator[Row | Reject]:
             break
     if depth != 0:
         line += _count_lines(data, counted, start)
-        raise InputRefused("partial_file", f"the JSON ends inside row {index}, which begins here: a bracket or a quote "
-                           "is never closed", where=f"{path}:{line}", hint="write the file again, it looks cut off")
+        raise InputRefused(
+            "partial_file",
+            f"the JSON ends inside row {index}, which begins here: a bracket or a quote is never closed",
+            where=f"{path}:{line}",
+            hint="write the file again, it looks cut off",
+        )
     _refuse_between(data, gap, len(data), path)
 
 
@@ -148,8 +161,11 @@ def _refuse_between(data: mmap.mmap, start: int, end: int, path: Path) -> None:
     if between:
         line = 1 + _count_lines(data, 0, start + data[start:end].find(between[:1]))
         found = between[:40].decode("utf-8", "replace")
-        raise InputRefused("not_a_row", f"found {found!r} where a row (an object or a list of messages) should stand",
-                           where=f"{path}:{line}")
+        raise InputRefused(
+            "not_a_row",
+            f"found {found!r} where a row (an object or a list of messages) should stand",
+            where=f"{path}:{line}",
+        )
 
 
 def _parse(text: bytes, source: Source) -> Row | Reject:
@@ -161,8 +177,13 @@ def _parse(text: bytes, source: Source) -> Row | Reject:
         except (ValueError, RecursionError):
             return _reject_json(text, source, error)
     if not isinstance(value, dict | list):
-        return Reject(source, "not_a_row", "", f"is a {type(value).__name__}, expected an object or a list of messages",
-                      raw=_raw(text))
+        return Reject(
+            source,
+            "not_a_row",
+            "",
+            f"is a {type(value).__name__}, expected an object or a list of messages",
+            raw=_raw(text),
+        )
     return Row(value, source)
 
 

@@ -33,11 +33,18 @@ for _file in sorted(Path(__file__).parent.glob("*.jinja")):
 
 TURNS = ("auto", "joint", "split")
 
-DEFAULT_DATE = datetime.datetime(2026, 1, 1)
+DEFAULT_DATE = datetime.datetime(2026, 1, 1)  # noqa: DTZ001  (templates print wall-clock time)
 """What the clock shows where nobody said otherwise: templates with a date stay the same from day to day."""
 
-_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
-                    RecursionError)  # fmt: skip
+_TEMPLATE_FAULTS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 """What the template's own code may raise; it is foreign code, so the list is wide."""
 
 
@@ -125,8 +132,11 @@ def find(spec: str | Path) -> tuple[str, str]:
         return "<string>", text
     path = templates.get(text) if text in templates.names() else Path(text)
     if not path.is_file():
-        raise UsageError("unknown_template", f"no template named {text!r}, and no file of that name",
-                         hint=nearest(text, templates.names()))
+        raise UsageError(
+            "unknown_template",
+            f"no template named {text!r}, and no file of that name",
+            hint=nearest(text, templates.names()),
+        )
     return text, path.read_bytes().decode("utf-8")
 
 
@@ -137,8 +147,11 @@ def check(template: Template) -> None:
         TemplateRefused: `template_syntax`, or `nothing_marked` for a prompt template without a generation block.
     """
     if template.source and not template.chat and not template.tagged:
-        raise TemplateRefused("nothing_marked", f"template {template.name!r} reads no messages and marks nothing as trained",
-                              hint="put {% generation %} before the response and {% endgeneration %} after its stop token")
+        raise TemplateRefused(
+            "nothing_marked",
+            f"template {template.name!r} reads no messages and marks nothing as trained",
+            hint="put {% generation %} before the response and {% endgeneration %} after its stop token",
+        )
 
 
 def render(conversation: Conversation, template: Template, turns: str = "auto") -> tuple[Rendered, ...]:
@@ -157,8 +170,11 @@ def render(conversation: Conversation, template: Template, turns: str = "auto") 
     if conversation.text is not None and (not template.source or template.chat):
         return (_already_formatted(conversation.text, template),)
     if not template.source:
-        raise TemplateRefused("no_template", "this tokenizer has no chat template",
-                              hint=f"pass template=, one of {', '.join(templates.names())}, or a file of your own")
+        raise TemplateRefused(
+            "no_template",
+            "this tokenizer has no chat template",
+            hint=f"pass template=, one of {', '.join(templates.names())}, or a file of your own",
+        )
     if not template.chat:
         return (_render_fields(conversation, template),)
     if turns != "split":
@@ -200,18 +216,26 @@ def _already_formatted(text: str, template: Template) -> Rendered:
 
 
 def _render_fields(conversation: Conversation, template: Template) -> Rendered:
-    owners = {name: tracked(value, Part.CONTENT, index) for index, (name, value) in enumerate(conversation.fields.items())}
+    owners = {
+        name: tracked(value, Part.CONTENT, index) for index, (name, value) in enumerate(conversation.fields.items())
+    }
     text = template.run(owners)
     parts = pieces(text)
     arrived = {piece.message for piece in parts}
     for index, (name, value) in enumerate(conversation.fields.items()):
         if value.strip() and index not in arrived:
-            raise BadRow("payload_dropped", f"template {template.name!r} does not print this column", field=name,
-                         hint="use a template that has room for it, or take it out of the data")
+            raise BadRow(
+                "payload_dropped",
+                f"template {template.name!r} does not print this column",
+                field=name,
+                hint="use a template that has room for it, or take it out of the data",
+            )
     answer = conversation.completion_from
     blocks = dict.fromkeys(piece.block for piece in parts if piece.block)
-    regions = [Region(answer, min(p.start for p in parts if p.block == b), max(p.end for p in parts if p.block == b))
-               for b in blocks]  # fmt: skip
+    regions = [
+        Region(answer, min(p.start for p in parts if p.block == b), max(p.end for p in parts if p.block == b))
+        for b in blocks
+    ]
     if not regions:
         raise BadRow("nothing_marked", f"template {template.name!r} marks nothing as trained for this row")
     prompt_parts = (replace(piece, message=min(piece.message, 0)) for piece in parts)
@@ -219,8 +243,9 @@ def _render_fields(conversation: Conversation, template: Template) -> Rendered:
     return Rendered(str.__str__(text), tile(prompt_parts, regions), add_bos=not (bos and text.startswith(bos)))
 
 
-def _render_chat(conversation: Conversation, template: Template, messages: Sequence[Message],
-                 turns: Sequence[int]) -> Rendered:  # fmt: skip
+def _render_chat(
+    conversation: Conversation, template: Template, messages: Sequence[Message], turns: Sequence[int]
+) -> Rendered:
     given = tracked_messages(messages)
 
     def prefix(count: int, generation_prompt: bool) -> str:
@@ -236,8 +261,14 @@ def _render_chat(conversation: Conversation, template: Template, messages: Seque
     return Rendered(str.__str__(text), tile(parts, regions), flags)
 
 
-def _locate(template: Template, text: str, parts: Sequence[Piece], turn: int, prefix: markers.RenderPrefix, count: int,
-            ) -> Region:  # fmt: skip
+def _locate(
+    template: Template,
+    text: str,
+    parts: Sequence[Piece],
+    turn: int,
+    prefix: markers.RenderPrefix,
+    count: int,
+) -> Region:
     try:
         return markers.locate(text, parts, turn, prefix, count, template.stops)
     except BadRow as error:
@@ -251,6 +282,8 @@ def _assistants(messages: Sequence[Message]) -> list[int]:
     return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def _chat_variables(conversation: Conversation, messages: list[dict[str, Any]], generation_prompt: bool) -> dict[str, Any]:
+def _chat_variables(
+    conversation: Conversation, messages: list[dict[str, Any]], generation_prompt: bool
+) -> dict[str, Any]:
     tools = tracked(conversation.tools, Part.TOOLS, -1) if conversation.tools else None
     return {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": generation_prompt}

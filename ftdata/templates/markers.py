@@ -39,8 +39,10 @@ def from_blocks(parts: Sequence[Piece], assistants: Sequence[int]) -> list[Regio
         if not owners and len(blocks) == len(assistants):
             owners = {assistants[position]}
         if len(owners) != 1:
-            raise BadRow("generation_tags", f"generation block {position} of the template holds text of "
-                         f"{len(owners)} messages, expected one")
+            raise BadRow(
+                "generation_tags",
+                f"generation block {position} of the template holds text of {len(owners)} messages, expected one",
+            )
         regions.append(Region(owners.pop(), inside[0].start, inside[-1].end))
     return regions
 
@@ -53,19 +55,31 @@ def locate(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, c
     """
     prompt = prefix(turn, True)
     if not text.startswith(prompt):
-        raise BadRow("history_drift", _disagreement(prompt, text), field=f"messages[{turn}]",
-                     hint="turns='split' trains each turn in a text of its own")
+        raise BadRow(
+            "history_drift",
+            _disagreement(prompt, text),
+            field=f"messages[{turn}]",
+            hint="turns='split' trains each turn in a text of its own",
+        )
     own = [piece for piece in parts if piece.message == turn and piece.part is not Part.SCAFFOLD]
     if own and own[0].start < len(prompt):
-        raise BadRow("history_drift", "the generation prompt already holds text of the answer", field=f"messages[{turn}]")
+        raise BadRow(
+            "history_drift", "the generation prompt already holds text of the answer", field=f"messages[{turn}]"
+        )
     payload_end = own[-1].end if own else len(prompt)
     ended = text if turn == count - 1 else prefix(turn + 1, False)
     if not text.startswith(ended):
-        raise BadRow("history_drift", _disagreement(ended, text), field=f"messages[{turn}]",
-                     hint="turns='split' trains each turn in a text of its own")
+        raise BadRow(
+            "history_drift",
+            _disagreement(ended, text),
+            field=f"messages[{turn}]",
+            hint="turns='split' trains each turn in a text of its own",
+        )
     end = payload_end + stops.end(ended[payload_end:], turn)
     if any(len(prompt) <= piece.start < end and piece.message not in (turn, -1) for piece in parts):
-        raise BadRow("interleaved", "the template prints text of another message inside this one", field=f"messages[{turn}]")
+        raise BadRow(
+            "interleaved", "the template prints text of another message inside this one", field=f"messages[{turn}]"
+        )
     return Region(turn, len(prompt), end)
 
 
@@ -86,8 +100,12 @@ class Stops:
         if end < 0 and self.control is not None:
             end = max((found.end() for found in self.control.finditer(tail)), default=-1)
         if end < 0 or tail[end:].strip():
-            raise BadRow("stop_unknown", f"no single stop token ends the turn; the template writes {tail[:80]!r} after the answer",
-                         field=f"messages[{turn}]", hint="mark what is trained with {% generation %} in a template file of your own")
+            raise BadRow(
+                "stop_unknown",
+                f"no single stop token ends the turn; the template writes {tail[:80]!r} after the answer",
+                field=f"messages[{turn}]",
+                hint="mark what is trained with {% generation %} in a template file of your own",
+            )
         return end
 
 
@@ -108,8 +126,12 @@ def check_arrival(messages: Sequence[Mapping[str, Any]], parts: Sequence[Piece])
         calls = message.get("tool_calls") and not arrived.get((index, Part.TOOL_CALL))
         if (given and not found) or calls:
             field = f"messages[{index}].{'tool_calls' if calls else 'content'}"
-            raise BadRow("payload_dropped", f"the template does not print this {message['role']} message's text as given",
-                         field=field, hint="use a template that has room for it, or take it out of the data")
+            raise BadRow(
+                "payload_dropped",
+                f"the template does not print this {message['role']} message's text as given",
+                field=field,
+                hint="use a template that has room for it, or take it out of the data",
+            )
         if found < given:
             flags.add("content_cut")
         reasoning = any(message.get(key) for key in ("reasoning_content", "thinking", "reasoning"))
@@ -125,7 +147,9 @@ def _plain(content: Any) -> str:
 
 
 def _disagreement(prefix: str, text: str) -> str:
-    at = len(os.path.commonprefix([prefix, text]))
+    at = len(os.path.commonprefix([prefix, text]))  # noqa: RUF071  (by character is what is meant)
     shown = slice(max(0, at - 20), at + 40)
-    return (f"the template renders the conversation up to here as ...{prefix[shown]!r}... but inside the whole as "
-            f"...{text[shown]!r}...")  # fmt: skip
+    return (
+        f"the template renders the conversation up to here as ...{prefix[shown]!r}... but inside the whole as "
+        f"...{text[shown]!r}..."
+    )

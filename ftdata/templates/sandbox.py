@@ -31,7 +31,7 @@ CUT = "\ufdd0"
 class Loud(jinja2.Undefined):
     """An undefined name may be tested (`{% if tools %}`) but never printed: a misspelt field is an error."""
 
-    __str__ = __iter__ = __len__ = jinja2.Undefined._fail_with_undefined_error  # type: ignore[assignment]
+    __str__ = __iter__ = __len__ = jinja2.Undefined._fail_with_undefined_error
 
 
 class Generation(Extension):
@@ -59,15 +59,23 @@ class Environment(ImmutableSandboxedEnvironment):
 
     prompt_only = False
     # Jinja calls it with an iterable of strings wherever it joins output.
-    concat = staticmethod(concat)  # type: ignore[assignment]
+    concat = staticmethod(concat)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """Look an attribute up; methods of plain strings are those of tracked ones (`'\\n'.join(parts)`)."""
-        return super().getattr(Tracked.of(obj) if type(obj) is str else obj, attribute)
+        """Look an attribute up; a string has the attributes of `str` and no others, with tracked results."""
+        if not isinstance(obj, str):
+            return super().getattr(obj, attribute)
+        return (
+            super().getattr(Tracked.of(obj), attribute)
+            if hasattr(str, attribute)
+            else self.undefined(obj=obj, name=attribute)
+        )
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """Look an item up, as `getattr` does."""
-        return super().getitem(Tracked.of(obj) if type(obj) is str else obj, argument)
+        if not isinstance(obj, str):
+            return super().getitem(obj, argument)
+        return self.getattr(obj, argument) if isinstance(argument, str) else super().getitem(Tracked.of(obj), argument)
 
 
 class TemplateDict:
@@ -102,8 +110,13 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:  # fmt: skip
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     def plain(x: Any) -> str:
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -111,7 +124,9 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
 
 
 @jinja2.pass_environment
-def _join(environment: jinja2.Environment, value: Iterable[Any], separator: str = "", attribute: str | None = None) -> str:
+def _join(
+    environment: jinja2.Environment, value: Iterable[Any], separator: str = "", attribute: str | None = None
+) -> str:
     if attribute is not None:
         value = (environment.getattr(item, attribute) for item in value)
     return Tracked.of(str(separator)).join(list(map(str, value)))
@@ -122,7 +137,7 @@ def _str_join(pieces: Iterable[Any]) -> str:
 
 
 def _clock(date: datetime.datetime) -> Callable[[str], str]:
-    return lambda pattern: date.strftime(pattern)
+    return date.strftime
 
 
 @lru_cache(maxsize=64)
@@ -138,12 +153,20 @@ def compile_template(source: str, date: datetime.datetime, strict: bool, prompt_
     Raises:
         jinja2.TemplateSyntaxError: with the template line.
     """
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols],
-                              undefined=Loud if strict else jinja2.Undefined)  # fmt: skip
+    environment = Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, loopcontrols],
+        undefined=Loud if strict else jinja2.Undefined,
+    )
     environment.prompt_only = prompt_only
     environment.filters |= {"tojson": _tojson, "join": _join}
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _clock(date),
-                            "dict": TemplateDict(), "namespace": TemplateNamespace}  # fmt: skip
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": _clock(date),
+        "dict": TemplateDict(),
+        "namespace": TemplateNamespace,
+    }
     # `a ~ b` compiles to a call of the module-level `str_join`, which is looked up in the template's namespace.
     namespace: dict[str, Any] = {"environment": environment, "__file__": "<template>"}
     exec(environment.compile(source), namespace)  # noqa: S102  (how Jinja itself runs its own generated code)

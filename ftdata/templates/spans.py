@@ -16,9 +16,12 @@ from ftdata.types import Part, Span
 _PARTS = (Part.SCAFFOLD, Part.CONTENT, Part.REASONING, Part.TOOL_CALL, Part.TOOLS)
 _CODES = {part: code for code, part in enumerate(_PARTS)}
 _KEYS = {
-    "content": Part.CONTENT, "reasoning_content": Part.REASONING, "thinking": Part.REASONING,
-    "reasoning": Part.REASONING, "tool_calls": Part.TOOL_CALL,
-}  # fmt: skip
+    "content": Part.CONTENT,
+    "reasoning_content": Part.REASONING,
+    "thinking": Part.REASONING,
+    "reasoning": Part.REASONING,
+    "tool_calls": Part.TOOL_CALL,
+}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _NAMES = frozenset({"type", "role", "id", "name"})
 """Values that templates compare and never print as data of their own."""

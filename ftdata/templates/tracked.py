@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
-from typing import Any, SupportsIndex
+from typing import Any, Self, SupportsIndex
 
 Run = tuple[int, int]
 """(number of characters, owner)"""
@@ -42,16 +42,16 @@ class Tracked(str):
     __slots__ = ("runs",)
     runs: tuple[Run, ...]
 
-    def __new__(cls, text: str, runs: Iterable[Run]) -> Tracked:
-        """Make a string whose characters belong to the owners in `runs`."""
+    def __new__(cls, text: str, runs: Iterable[Run] | None = None) -> Self:
+        """Make a string whose characters belong to the owners in `runs`, by default the template."""
         self = super().__new__(cls, text)
-        self.runs = tuple(runs)
+        self.runs = (((len(text), 0),) if text else ()) if runs is None else tuple(runs)
         return self
 
     @classmethod
     def of(cls, text: str) -> Tracked:
         """Return `text` itself if it is tracked, else as the template's own."""
-        return text if isinstance(text, Tracked) else cls(text, ((len(text), 0),) if text else ())
+        return text if isinstance(text, Tracked) else cls(text)
 
     def in_block(self, number: int) -> Tracked:
         """Return the string with the block number set in every owner."""
@@ -116,15 +116,15 @@ class Tracked(str):
         """As `str.removesuffix`."""
         return self._cut(0, len(str.removesuffix(self, suffix)))
 
-    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """As `str.split`."""
         return self._located(str.split(self, sep, maxsplit), sep)
 
-    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """As `str.rsplit`."""
         return self._located(str.rsplit(self, sep, maxsplit), sep)
 
-    def splitlines(self, keepends: bool = False) -> list[str]:  # type: ignore[override]
+    def splitlines(self, keepends: bool = False) -> list[str]:
         """As `str.splitlines`."""
         return self._located(str.splitlines(self, keepends), None)
 
@@ -149,7 +149,7 @@ class Tracked(str):
             at = start + len(piece) + len(sep or "")
         return found
 
-    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:  # type: ignore[override]
+    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
         """As `str.replace`; what is put in keeps its own owners."""
         if not old:
             return str.replace(self, old, new, count)

@@ -15,8 +15,13 @@ _ANSWER: Message = {"role": "assistant", "content": "first answer"}
 _AGAIN: Message = {"role": "user", "content": "second question"}
 _LAST: Message = {"role": "assistant", "content": "second answer"}
 _SYSTEM: Message = {"role": "system", "content": "a rule"}
-_CALL: Message = {"role": "assistant", "content": "", "tool_calls": [
-    {"type": "function", "id": "call00001", "function": {"name": "lookup", "arguments": {"key": "a value"}}}]}  # fmt: skip
+_CALL: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {"type": "function", "id": "call00001", "function": {"name": "lookup", "arguments": {"key": "a value"}}}
+    ],
+}
 _THOUGHT: Message = {"role": "assistant", "content": "an answer", "reasoning_content": "a thought"}
 
 _EXTRAS: dict[str, tuple[Message, ...]] = {
@@ -59,11 +64,14 @@ class TemplateReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{self.template}: {self.verdict} ({self.kind} template)", f"  stop           {self.stop!r}",
-                 f"  prefix-stable  {'yes' if self.prefix_stable else 'no'}",
-                 f"  lacks          {', '.join(self.lacks) or 'nothing'}",
-                 f"  marks          {'its own generation tags' if self.tagged else 'none, detected'}",
-                 f"  date           {'printed' if self.uses_date else 'not printed'}"]  # fmt: skip
+        lines = [
+            f"{self.template}: {self.verdict} ({self.kind} template)",
+            f"  stop           {self.stop!r}",
+            f"  prefix-stable  {'yes' if self.prefix_stable else 'no'}",
+            f"  lacks          {', '.join(self.lacks) or 'nothing'}",
+            f"  marks          {'its own generation tags' if self.tagged else 'none, detected'}",
+            f"  date           {'printed' if self.uses_date else 'not printed'}",
+        ]
         return "\n".join([*lines, *(f"  because        {reason}" for reason in self.reasons)])
 
 
@@ -76,9 +84,17 @@ def verify(template: Template) -> TemplateReport:
     if not template.source:
         raise TemplateRefused("no_template", f"{template.name} has no chat template")
     if not template.chat:
-        return TemplateReport(template.name, "prompt", "exact" if template.tagged else "refused", None,
-                              prefix_stable=True, lacks=(), tagged=template.tagged, uses_date=template.uses_date,
-                              reasons=() if template.tagged else ("it marks nothing as trained",))  # fmt: skip
+        return TemplateReport(
+            template.name,
+            "prompt",
+            "exact" if template.tagged else "refused",
+            None,
+            prefix_stable=True,
+            lacks=(),
+            tagged=template.tagged,
+            uses_date=template.uses_date,
+            reasons=() if template.tagged else ("it marks nothing as trained",),
+        )
     reasons: list[str] = []
     outcome = _try((_USER, _ANSWER, _AGAIN, _LAST), template, "joint", reasons)
     joint = outcome is not None
@@ -86,11 +102,22 @@ def verify(template: Template) -> TemplateReport:
         outcome = _try((_USER, _ANSWER, _AGAIN, _LAST), template, "split", reasons)
     verdict = "refused" if outcome is None else "exact" if joint else "split"
     lacks = tuple(name for name, probe in _EXTRAS.items() if _loses(probe, template, name))
-    return TemplateReport(template.name, "chat", verdict, _stop(outcome), prefix_stable=joint, lacks=lacks,
-                          tagged=template.tagged, uses_date=template.uses_date, reasons=tuple(reasons))  # fmt: skip
+    return TemplateReport(
+        template.name,
+        "chat",
+        verdict,
+        _stop(outcome),
+        prefix_stable=joint,
+        lacks=lacks,
+        tagged=template.tagged,
+        uses_date=template.uses_date,
+        reasons=tuple(reasons),
+    )
 
 
-def _try(messages: Sequence[Message], template: Template, turns: str, reasons: list[str]) -> tuple[Rendered, ...] | None:
+def _try(
+    messages: Sequence[Message], template: Template, turns: str, reasons: list[str]
+) -> tuple[Rendered, ...] | None:
     try:
         return render(Conversation(tuple(messages)), template, turns)
     except BadRow as error:

@@ -49,6 +49,7 @@ def run(
         MissingDependency: the `train` extra is not installed.
     """
     _require()
+    _quiet()
     config, build = _resolve(source, model, output_dir, overrides)
     config = make_config(orjson.loads(orjson.dumps(_fields(config))), train={**config.train, **_settings(settings)})
     from ftdata.train import sft
@@ -70,6 +71,7 @@ def compare(run_dir: str | Path, data: Any = None, n: int = 20, **generation: An
         MissingDependency: the `train` extra is not installed.
     """
     _require()
+    _quiet()
     from ftdata.train import evaluate
 
     return evaluate.compare(Path(run_dir), data, n, **generation)
@@ -78,11 +80,28 @@ def compare(run_dir: str | Path, data: Any = None, n: int = 20, **generation: An
 def _require() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingDependency("missing_train", f"training needs {', '.join(missing)}", hint="pip install 'ftdata[train]'")
+        raise MissingDependency(
+            "missing_train", f"training needs {', '.join(missing)}", hint="pip install 'ftdata[train]'"
+        )
 
 
-def _resolve(source: str | Path, model: str | None, output_dir: str | Path | None, overrides: dict[str, Any],
-             ) -> tuple[Config, Path | None]:  # fmt: skip
+def _quiet() -> None:
+    # Bars for loading twenty tensors, and advice about settings that ftdata has decided, hide what matters.
+    import warnings
+
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
+def _resolve(
+    source: str | Path,
+    model: str | None,
+    output_dir: str | Path | None,
+    overrides: dict[str, Any],
+) -> tuple[Config, Path | None]:
     path = Path(source)
     given = {**overrides, "model": model, "output_dir": str(output_dir) if output_dir else None}
     if path.suffix in (".yaml", ".yml", ".toml"):
@@ -94,7 +113,11 @@ def _resolve(source: str | Path, model: str | None, output_dir: str | Path | Non
         options = read_manifest(path)["options"]
         decided = [name for name in overrides if overrides[name] is not None and name in options]
         if decided:
-            raise UsageError("already_built", f"{', '.join(decided)} cannot change: {path} is built", hint="build again, or train from the data")
+            raise UsageError(
+                "already_built",
+                f"{', '.join(decided)} cannot change: {path} is built",
+                hint="build again, or train from the data",
+            )
         return make_config({"data": str(path)}, **given), path
     return make_config({"data": str(source)}, **given), None
 

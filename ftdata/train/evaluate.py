@@ -23,7 +23,6 @@ from ftdata.schemas import normalise
 from ftdata.store import read_manifest
 from ftdata.train.generate import generate, prompt_ids
 from ftdata.train.qlora import load_model
-from ftdata.types import Conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,9 @@ def compare(run_dir: Path, data: Any, n: int, **generation: Any) -> Comparison:
     expected = [str(row.messages[-1]["content"]) for row in rows]
     questions = [str(next(m["content"] for m in reversed(row.messages[:-1]) if m["role"] == "user")) for row in rows]
     answered = tuple(Answered(*each) for each in zip(questions, expected, base, tuned, strict=True))
-    return Comparison(_exact(base, expected), _exact(tuned, expected), _bleu(base, expected), _bleu(tuned, expected), answered)
+    return Comparison(
+        _exact(base, expected), _exact(tuned, expected), _bleu(base, expected), _bleu(tuned, expected), answered
+    )
 
 
 def _recipe(about: dict[str, Any], options: dict[str, Any]) -> Recipe:
@@ -97,16 +98,14 @@ def _conversations(data: Any, options: dict[str, Any]) -> Any:
             yield conversation
 
 
-def _answers(about: dict[str, Any], tuned_dir: Path, prompts: Sequence[Sequence[int]], recipe: Recipe,
-             generation: dict[str, Any]) -> tuple[list[str], list[str]]:  # fmt: skip
+def _answers(
+    about: dict[str, Any], tuned_dir: Path, prompts: Sequence[Sequence[int]], recipe: Recipe, generation: dict[str, Any]
+) -> tuple[list[str], list[str]]:
     options = {"pad_id": recipe.tokenizer.id_of(recipe.tokenizer.special_tokens.get("pad_token")) or 0, **generation}
     model = load_model(about["model"], about["quantization"])
     model.generation_config = GenerationConfig.from_pretrained(str(tuned_dir))
     base = generate(model, prompts, **options)
-    if about["adapter"]:
-        model = PeftModel.from_pretrained(model, str(tuned_dir))
-    else:
-        model = load_model(str(tuned_dir), None)
+    model = PeftModel.from_pretrained(model, str(tuned_dir)) if about["adapter"] else load_model(str(tuned_dir), None)
     tuned = generate(model, prompts, **options)
     decode = recipe.tokenizer.decode
     return [decode(ids) for ids in base], [decode(ids) for ids in tuned]
@@ -118,5 +117,3 @@ def _exact(answers: Sequence[str], expected: Sequence[str]) -> float:
 
 def _bleu(answers: Sequence[str], expected: Sequence[str]) -> float:
     return float(sacrebleu.corpus_bleu(list(answers), [list(expected)]).score)
-
-

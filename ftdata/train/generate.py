@@ -20,7 +20,9 @@ def prompt_ids(recipe: Recipe, conversation: Conversation) -> list[int]:
     return ids if recipe.template.chat or ids[: len(bos)] == bos else bos + ids
 
 
-def generate(model: Any, prompts: Sequence[Sequence[int]], *, pad_id: int, batch_size: int = 16, **options: Any) -> list[list[int]]:
+def generate(
+    model: Any, prompts: Sequence[Sequence[int]], *, pad_id: int, batch_size: int = 16, **options: Any
+) -> list[list[int]]:
     """Return the ids that the model answers to each prompt, up to and without its stop token.
 
     Args:
@@ -41,8 +43,11 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], *, pad_id: int, batch
             width = max(map(len, batch))
             ids = torch.tensor([[pad_id] * (width - len(one)) + list(one) for one in batch])
             mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in batch])
-            output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
-                                    **{"max_new_tokens": 256, "do_sample": False, "pad_token_id": pad_id, **options})  # fmt: skip
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                **{"max_new_tokens": 256, "do_sample": False, "pad_token_id": pad_id, **options},
+            )
             answers.extend(_until_stop(one, stop_ids) for one in output[:, width:].tolist())
     model.train(was_training)
     return answers

@@ -20,7 +20,8 @@ def loss_picture(history: Sequence[dict[str, float]], folder: Path) -> None:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     axes.set(xlabel="step", ylabel="loss (mean per trained token)", ylim=(0, None))
     axes.grid(visible=True, alpha=0.3)
-    axes.legend()
+    if axes.get_lines():
+        axes.legend()
     for name in ("loss.png", "loss.svg"):
         figure.savefig(folder / name, dpi=120)
 

@@ -34,9 +34,12 @@ def quantization_config(name: str | None) -> BitsAndBytesConfig | None:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise MissingDependency("missing_bitsandbytes", "quantization needs bitsandbytes", hint="pip install bitsandbytes") from None
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=precision())  # fmt: skip
+        raise MissingDependency(
+            "missing_bitsandbytes", "quantization needs bitsandbytes", hint="pip install bitsandbytes"
+        ) from None
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=precision()
+    )
 
 
 def load_model(name: str, quantization: str | None) -> Any:
@@ -45,11 +48,15 @@ def load_model(name: str, quantization: str | None) -> Any:
     Raises:
         InputRefused: there is no such model.
     """
+    in_bits = quantization_config(quantization)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=precision(), quantization_config=quantization_config(quantization))
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=precision(), quantization_config=in_bits)
     except (OSError, ValueError) as error:
-        raise InputRefused("no_model", f"{name} cannot be loaded: {str(error).splitlines()[0]}",
-                           hint="pass a folder with config.json and safetensors, or a hub id") from None
+        raise InputRefused(
+            "no_model",
+            f"{name} cannot be loaded: {str(error).splitlines()[0]}",
+            hint="pass a folder with config.json and safetensors, or a hub id",
+        ) from None
     if not torch.cuda.is_available():
         for module in model.modules():
             # bitsandbytes repacks 4-bit weights for AVX512-BF16 on the first forward in eval mode, and then
@@ -64,8 +71,13 @@ def adapter(config: Config) -> LoraConfig | None:
     lora = config.lora or (Lora() if config.quantization else None)
     if lora is None:
         return None
-    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
-                      task_type="CAUSAL_LM")  # fmt: skip
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
 
 
 def check_vocabulary(model: Any, size: int) -> None:
@@ -76,8 +88,11 @@ def check_vocabulary(model: Any, size: int) -> None:
     """
     rows = model.get_input_embeddings().weight.shape[0]
     if size > rows:
-        raise UsageError("vocabulary", f"the data holds token id {size - 1}, the model has {rows} embeddings",
-                         hint="build with the model's own tokenizer")
+        raise UsageError(
+            "vocabulary",
+            f"the data holds token id {size - 1}, the model has {rows} embeddings",
+            hint="build with the model's own tokenizer",
+        )
 
 
 def parameters(model: Any) -> tuple[int, int]:

@@ -11,13 +11,15 @@ import dataclasses
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-from ftdata import __version__
+from ftdata._version import __version__
 from ftdata.build import load_build, write_build
 from ftdata.config import Config
 from ftdata.errors import InputRefused, InternalError, UsageError, nearest
@@ -34,7 +36,7 @@ from ftdata.store import read_manifest, verify, write_json
 from ftdata.tokenize import load_tokenizer
 from ftdata.train.plots import loss_picture, sparkline
 from ftdata.train.probe import LEAK, leak
-from ftdata.train.qlora import adapter, check_vocabulary, load_model, parameters, precision
+from ftdata.train.qlora import adapter, check_vocabulary, load_model, parameters, precision, quantization_config
 from ftdata.types import IGNORE_INDEX
 
 FIXED = {
@@ -65,25 +67,34 @@ def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
     console = Console(stderr=True)
     run = Path(config.output_dir)
     _check_settings(config.train)
+    quantization_config(config.quantization)
     build = build or _build(config, run, console)
     manifest = _checked_manifest(build, config)
     splits = load_build(build)
     checkpoint = _checkpoint(run, manifest, resume=resume)
     set_seed(int(config.train.get("seed", 42)))
     model = load_model(config.model, config.quantization)
-    check_vocabulary(model, max(max(map(max, split["input_ids"])) for split in splits.values()) + 1)
+    check_vocabulary(model, 1 + max(_largest(split, "input_ids", pc.list_flatten) for split in splits.values()))
     isolated = leak(model) <= LEAK
-    packed = any(len(lengths) > 1 for split in splits.values() for lengths in split["seq_lengths"])
+    packed = any(_largest(split, "seq_lengths", pc.list_value_length) > 1 for split in splits.values())
     if packed and not isolated:
-        raise InputRefused("model_leaks", f"{config.model} ({model.config.model_type}, {model.config._attn_implementation}) "
-                           "lets packed documents see each other", hint="build without packing")
+        raise InputRefused(
+            "model_leaks",
+            f"{config.model} ({model.config.model_type}, {model.config._attn_implementation}) "
+            "lets packed documents see each other",
+            hint="build without packing",
+        )
     trainer = make_trainer(config, model, splits, isolated=isolated)
     check_first_batch(trainer, padding_free=isolated)
     trainable, total = parameters(trainer.model)
-    console.print(f"{config.model}: {total:,} parameters, {trainable:,} of them trained ({trainable / total:.2%})", highlight=False)
+    console.print(
+        f"{config.model}: {total:,} parameters, {trainable:,} of them trained ({trainable / total:.2%})",
+        highlight=False,
+    )
     trainer.add_callback(Watch(console))
     trainer.train(resume_from_checkpoint=checkpoint)
-    return _finish(trainer, config, manifest, build, run, console)
+    stop_ids = _stop_ids(splits["train"]) or trainer.processing_class.eos_token_id
+    return _finish(trainer, config, manifest, build, run, console, stop_ids)
 
 
 def make_trainer(config: Config, model: Any, splits: datasets.DatasetDict, *, isolated: bool) -> SFTTrainer:
@@ -99,14 +110,16 @@ def make_trainer(config: Config, model: Any, splits: datasets.DatasetDict, *, is
     if tokenizer.pad_token is None:
         # Padding is masked by position, never by id, so sharing a token with EOS costs nothing.
         tokenizer.pad_token = tokenizer.eos_token
-    model.generation_config.eos_token_id = _stop_ids(splits["train"]) or tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
     if not isolated:
         splits = splits.remove_columns("seq_lengths")
     trainer = SFTTrainer(
-        model=model, args=_arguments(config, isolated=isolated, evaluates="test" in splits), train_dataset=splits["train"],
-        eval_dataset=splits.get("test"), processing_class=tokenizer, peft_config=adapter(config),
-    )  # fmt: skip
+        model=model,
+        args=_arguments(config, isolated=isolated, evaluates="test" in splits),
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("test"),
+        processing_class=tokenizer,
+        peft_config=adapter(config),
+    )
     if not torch.cuda.is_available():
         for weight in trainer.model.parameters():
             # TRL casts the adapters of quantised models to bfloat16, which CPUs compute slowly and which
@@ -162,12 +175,18 @@ def check_first_batch(trainer: SFTTrainer, *, padding_free: bool) -> None:
         raise InternalError("hand_over", f"the trainer's first batch has {'; '.join(problems)}")
 
 
-class Watch(TrainerCallback):
+class Watch(TrainerCallback):  # type: ignore[misc]
     """Shows step, loss and time left."""
 
     def __init__(self, console: Console) -> None:
-        columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[says]}"), TimeElapsedColumn(),
-                   TimeRemainingColumn())  # fmt: skip
+        columns = (
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[says]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         self._bar = Progress(*columns, console=console)
         self._task = self._bar.add_task("train", says="")
 
@@ -190,13 +209,28 @@ class Watch(TrainerCallback):
 def _arguments(config: Config, *, isolated: bool, evaluates: bool) -> SFTConfig:
     gpu = torch.cuda.is_available()
     defaults: dict[str, Any] = {
-        "report_to": "none", "logging_steps": 10, "save_strategy": "epoch", "save_total_limit": 2,
-        "eval_strategy": "epoch" if evaluates else "no", "prediction_loss_only": True, "per_device_eval_batch_size": 4,
-        "bf16": precision() is torch.bfloat16, "fp16": precision() is torch.float16, "use_cpu": not gpu,
-        "dataloader_pin_memory": gpu, "activation_checkpointing": gpu, "disable_tqdm": True,
-    }  # fmt: skip
-    fixed = {"dataset_kwargs": {"skip_prepare_dataset": True}, "padding_free": isolated, "packing": False, "max_length": None,
-             "shuffle_dataset": False, "output_dir": config.output_dir}  # fmt: skip
+        "report_to": "none",
+        "logging_steps": 10,
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "eval_strategy": "epoch" if evaluates else "no",
+        "prediction_loss_only": True,
+        "per_device_eval_batch_size": 4,
+        "bf16": precision() is torch.bfloat16,
+        "fp16": precision() is torch.float16,
+        "use_cpu": not gpu,
+        "dataloader_pin_memory": gpu,
+        "activation_checkpointing": gpu,
+        "disable_tqdm": True,
+    }
+    fixed = {
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "padding_free": isolated,
+        "packing": False,
+        "max_length": None,
+        "shuffle_dataset": False,
+        "output_dir": config.output_dir,
+    }
     try:
         return SFTConfig(**{**defaults, **config.train, **fixed})
     except (ValueError, TypeError) as error:
@@ -209,7 +243,9 @@ def _check_settings(settings: dict[str, Any]) -> None:
         if name in FIXED:
             raise UsageError("fixed_setting", f"train.{name} cannot be set: {FIXED[name]}")
         if name not in known:
-            raise UsageError("train_setting", f"SFTConfig has no field {name!r}", hint=nearest(name, known).split(" known:")[0])
+            raise UsageError(
+                "train_setting", f"SFTConfig has no field {name!r}", hint=nearest(name, known).split(" known:")[0]
+            )
 
 
 def _build(config: Config, run: Path, console: Console) -> Path:
@@ -226,8 +262,12 @@ def _checked_manifest(build: Path, config: Config) -> dict[str, Any]:
     made_with = manifest["options"]["tokenizer"]
     own = load_tokenizer(config.tokenizer or config.model)
     if own.fingerprint != made_with["fingerprint"]:
-        raise InputRefused("other_tokenizer", f"{build} was built with tokenizer {made_with['name']}, which is not that of "
-                           f"{config.tokenizer or config.model}", hint="build again with the model's own tokenizer, or name it with tokenizer:")
+        raise InputRefused(
+            "other_tokenizer",
+            f"{build} was built with tokenizer {made_with['name']}, which is not that of "
+            f"{config.tokenizer or config.model}",
+            hint="build again with the model's own tokenizer, or name it with tokenizer:",
+        )
     return manifest
 
 
@@ -239,13 +279,22 @@ def _checkpoint(run: Path, manifest: dict[str, Any], *, resume: bool) -> str | N
             raise UsageError("nothing_to_resume", f"{run} holds no checkpoint", hint="start without --resume")
         known = json.loads(state.read_text())["fingerprint"] if state.is_file() else None
         if known != manifest["fingerprint"]:
-            raise InputRefused("other_data", f"the checkpoints in {run} were trained on build {known}, this is {manifest['fingerprint']}",
-                               hint="resume with the same data and options, or start anew in another folder")
+            raise InputRefused(
+                "other_data",
+                f"the checkpoints in {run} were trained on build {known}, this is {manifest['fingerprint']}",
+                hint="resume with the same data and options, or start anew in another folder",
+            )
     elif last is not None:
-        raise UsageError("run_exists", f"{run} holds checkpoints already", hint="go on with --resume, or choose another folder")
+        raise UsageError(
+            "run_exists", f"{run} holds checkpoints already", hint="go on with --resume, or choose another folder"
+        )
     run.mkdir(parents=True, exist_ok=True)
     write_json(state, {"ftdata": __version__, "fingerprint": manifest["fingerprint"], "finished": False})
     return last
+
+
+def _largest(split: datasets.Dataset, column: str, numbers: Callable[[pa.Array], pa.Array]) -> int:
+    return max((pc.max(numbers(chunk)).as_py() for chunk in split.data.column(column).chunks if len(chunk)), default=0)
 
 
 def _stop_ids(split: datasets.Dataset) -> list[int]:
@@ -263,28 +312,50 @@ def _stop_ids(split: datasets.Dataset) -> list[int]:
 
 @contextmanager
 def _same_randomness() -> Iterator[None]:
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002  (the trainer uses the global state)
     try:
         yield
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
-        np.random.set_state(states[2])
+        np.random.set_state(states[2])  # noqa: NPY002
 
 
-def _finish(trainer: SFTTrainer, config: Config, manifest: dict[str, Any], build: Path, run: Path, console: Console) -> Path:
+def _finish(
+    trainer: SFTTrainer,
+    config: Config,
+    manifest: dict[str, Any],
+    build: Path,
+    run: Path,
+    console: Console,
+    stop_ids: list[int] | int,
+) -> Path:
+    # The trainer aligns this with the tokenizer's EOS; the model must stop where its data taught it to.
+    trainer.model.generation_config.eos_token_id = stop_ids
     trainer.save_model(str(run / "model"))
     trainer.model.generation_config.save_pretrained(str(run / "model"))
     history = trainer.state.log_history
     loss_picture(history, run)
     losses = [entry["loss"] for entry in history if "loss" in entry]
     loss = token_loss(trainer) if trainer.eval_dataset is not None else None
-    write_json(run / "run.json", {
-        "ftdata": __version__, "fingerprint": manifest["fingerprint"], "finished": True, "build": str(build.resolve()),
-        "model": config.model, "quantization": config.quantization, "adapter": adapter(config) is not None, "data": config.data,
-        "tokenizer": config.tokenizer or config.model, "steps": trainer.state.global_step, "loss": losses,
-        "test_loss": loss, "train": config.train,
-    })  # fmt: skip
+    write_json(
+        run / "run.json",
+        {
+            "ftdata": __version__,
+            "fingerprint": manifest["fingerprint"],
+            "finished": True,
+            "build": str(build.resolve()),
+            "model": config.model,
+            "quantization": config.quantization,
+            "adapter": adapter(config) is not None,
+            "data": config.data,
+            "tokenizer": config.tokenizer or config.model,
+            "steps": trainer.state.global_step,
+            "loss": losses,
+            "test_loss": loss,
+            "train": config.train,
+        },
+    )
     if losses:
         console.print(f"loss {losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}", highlight=False)
     if loss is not None:

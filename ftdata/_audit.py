@@ -38,19 +38,49 @@ def _flagged(flag: str) -> Callable[[Example], bool]:
 _MOJIBAKE = re.compile("â€[™œ\x9d“”¢¦]|Ã[©¨¤¶¼±³¡]|Â[ £°»«]|ï»¿")
 
 CHECKS = (
-    Check("no_stop", "error", "a trained turn does not end in a trained control token",
-          "use a template that ends turns with one, and a mask that trains it", _flagged("no_stop")),
-    Check("content_cut", "warning", "the template prints only part of a message",
-          "see what is lost with `ftdata preview --row`", _flagged("content_cut")),
-    Check("reasoning_dropped", "warning", "the template does not print reasoning",
-          "use a template that does, or take the reasoning out", _flagged("reasoning_dropped")),
-    Check("control_tokens", "warning", "control tokens are spelled in the data",
-          "they are tokenised as plain text; clean the data if they are left-overs of a template", _flagged("control_tokens")),
-    Check("trailing_turns", "warning", "the conversation ends with messages that nothing answers",
-          "drop them from the data", _flagged("trailing_turns")),
-    Check("mojibake", "warning", "the text was decoded with a wrong encoding once",
-          "repair it where it was made, for example with ftfy", lambda example: bool(_MOJIBAKE.search(example.text))),
-)  # fmt: skip
+    Check(
+        "no_stop",
+        "error",
+        "a trained turn does not end in a trained control token",
+        "use a template that ends turns with one, and a mask that trains it",
+        _flagged("no_stop"),
+    ),
+    Check(
+        "content_cut",
+        "warning",
+        "the template prints only part of a message",
+        "see what is lost with `ftdata preview --row`",
+        _flagged("content_cut"),
+    ),
+    Check(
+        "reasoning_dropped",
+        "warning",
+        "the template does not print reasoning",
+        "use a template that does, or take the reasoning out",
+        _flagged("reasoning_dropped"),
+    ),
+    Check(
+        "control_tokens",
+        "warning",
+        "control tokens are spelled in the data",
+        "they are tokenised as plain text; clean the data if they are left-overs of a template",
+        _flagged("control_tokens"),
+    ),
+    Check(
+        "trailing_turns",
+        "warning",
+        "the conversation ends with messages that nothing answers",
+        "drop them from the data",
+        _flagged("trailing_turns"),
+    ),
+    Check(
+        "mojibake",
+        "warning",
+        "the text was decoded with a wrong encoding once",
+        "repair it where it was made, for example with ftfy",
+        lambda example: bool(_MOJIBAKE.search(example.text)),
+    ),
+)
 
 
 @dataclass
@@ -125,8 +155,11 @@ def _inspect(outcome: Built | Reject, findings: dict[str, Finding], seen: set[in
     for check in CHECKS:
         if any(check.finds(example) for example in outcome.examples):
             findings.setdefault(check.code, Finding(check.code, check.severity, check.says, check.fix)).add(
-                outcome.examples[0].source)
-    key = xxhash.xxh3_64_intdigest("\0".join(example.text for example in outcome.examples).encode("utf-8", "surrogatepass"))
+                outcome.examples[0].source
+            )
+    key = xxhash.xxh3_64_intdigest(
+        "\0".join(example.text for example in outcome.examples).encode("utf-8", "surrogatepass")
+    )
     if key in seen:
         says, fix = "the row is an exact duplicate of an earlier one", "keep one of them"
         findings.setdefault("duplicate", Finding("duplicate", "warning", says, fix)).add(outcome.examples[0].source)
@@ -156,10 +189,17 @@ def _bound(given: Any) -> Template:
         name, source = find(given)
         specials = {"bos_token": "<bos>", "eos_token": "<eos>"}
         return Template(name, source, special_tokens=specials, control=re.compile(r"<\|[^|<>]*\|>|</?[a-z_]+>"))
-    if is_text and "/" not in str(given) and not Path(given).is_dir() and get_close_matches(str(given), templates.names()):
+    if (
+        is_text
+        and "/" not in str(given)
+        and not Path(given).is_dir()
+        and get_close_matches(str(given), templates.names())
+    ):
         find(given)  # a misspelt name: say so instead of asking the hub
-    if not is_text and not isinstance(given, Tokenizer | tokenizers.Tokenizer) and not hasattr(given, "backend_tokenizer"):
+    if (
+        not is_text
+        and not isinstance(given, Tokenizer | tokenizers.Tokenizer)
+        and not hasattr(given, "backend_tokenizer")
+    ):
         given = str(given)
     return make_recipe(given).template
-
-

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ftdata.errors import BadRow, InputRefused
-from ftdata.examples import Built, Recipe, build_rows, check_answers, make_recipe
+from ftdata.examples import Built, Recipe, build_rows, check_answers, check_options, make_recipe
 from ftdata.mask import policy_of
 from ftdata.readers import sources
 from ftdata.schemas import normalise
@@ -61,10 +61,20 @@ class Shown:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row as JSON."""
-        examples = [[{"text": s.text, "trained": s.trained, "control": s.control, "data": s.data} for s in one]
-                    for one in self.segments]  # fmt: skip
-        return {"row": self.row, "place": self.place, "schema": self.schema, "examples": examples, "tokens": self.tokens,
-                "trained": self.trained, "flags": list(self.flags), "rejected": self.rejected}  # fmt: skip
+        examples = [
+            [{"text": s.text, "trained": s.trained, "control": s.control, "data": s.data} for s in one]
+            for one in self.segments
+        ]
+        return {
+            "row": self.row,
+            "place": self.place,
+            "schema": self.schema,
+            "examples": examples,
+            "tokens": self.tokens,
+            "trained": self.trained,
+            "flags": list(self.flags),
+            "rejected": self.rejected,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +94,9 @@ class Preview:
         """Print to a rich console, in colour where it has colour."""
         console.print(self.title, style="bold", highlight=False, markup=False)
         for shown in self.rows:
-            console.print(Text(f"── row {shown.row} · {shown.place} · {shown.schema or 'refused'} ──", style="bold blue"))
+            console.print(
+                Text(f"── row {shown.row} · {shown.place} · {shown.schema or 'refused'} ──", style="bold blue")
+            )
             if shown.rejected:
                 console.print(Text(shown.rejected, style="red"))
             for number, segments in enumerate(shown.segments):
@@ -116,9 +128,10 @@ def preview(
 ) -> Preview:
     """Show what rows of `data` become, without building.
 
-    Only as much of the source is read as is shown. The options are those of `build_sft_dataset`.
+    Only as much of the source is read as is shown.
 
     Args:
+        data: as for `build_sft_dataset`, and so are all options that are not listed here.
         tokenizer: `None` shows the text and what of it is trained, without tokens.
         template: without a tokenizer, `None` means `chatml`.
         n: how many rows to show, from the first.
@@ -136,29 +149,42 @@ def preview(
     ↵
     ### Answer:↵
     ⟦4⟨<eos>⟩⟧
-    6 of 37 characters trained
+    6 of 38 characters trained
     <BLANKLINE>
     """
     chosen = islice(_rows(data), row, row + 1) if row is not None else islice(_rows(data), n)
     if tokenizer is None:
         name, source = find(template if template is not None else "chatml")
+        check_options(schema, columns, train_on, turns, control_tokens, max_length, overlong)
         bare = Template(name, source, special_tokens=NO_TOKENIZER)
         check(bare)
         shown = tuple(_show_text(entry, bare, schema, columns, train_on, turns) for entry in chosen)
         kind = f"template {name} · no tokenizer"
     else:
-        recipe = make_recipe(tokenizer, template, date=date, template_kwargs=template_kwargs, schema=schema,
-                             columns=columns, train_on=train_on, turns=turns, control_tokens=control_tokens,
-                             max_length=max_length, overlong=overlong)  # fmt: skip
+        recipe = make_recipe(
+            tokenizer,
+            template,
+            date=date,
+            template_kwargs=template_kwargs,
+            schema=schema,
+            columns=columns,
+            train_on=train_on,
+            turns=turns,
+            control_tokens=control_tokens,
+            max_length=max_length,
+            overlong=overlong,
+        )
         entries = list(chosen)
-        shown = tuple(_show_tokens(entry, outcome, recipe)
-                      for entry, outcome in zip(entries, build_rows(recipe, entries), strict=True))  # fmt: skip
+        shown = tuple(
+            _show_tokens(entry, outcome, recipe)
+            for entry, outcome in zip(entries, build_rows(recipe, entries), strict=True)
+        )
         kind = f"template {recipe.template.name} · tokenizer {recipe.tokenizer.name}"
     if not shown:
         where = f"there is no row {row}" if row is not None else "there are no rows"
         raise InputRefused("no_such_row", where)
-    name = data if isinstance(data, str | Path) else f"<{type(data).__name__}>"
-    return Preview(f"{name} · {kind}", shown)
+    given = data if isinstance(data, str | Path) else f"<{type(data).__name__}>"
+    return Preview(f"{given} · {kind}", shown)
 
 
 def _rows(data: Any) -> Iterator[Row | Reject]:
@@ -166,8 +192,9 @@ def _rows(data: Any) -> Iterator[Row | Reject]:
         yield from source.rows()
 
 
-def _show_text(entry: Row | Reject, template: Template, schema: str, columns: Mapping[str, str] | None, train_on: str,
-               turns: str) -> Shown:  # fmt: skip
+def _show_text(
+    entry: Row | Reject, template: Template, schema: str, columns: Mapping[str, str] | None, train_on: str, turns: str
+) -> Shown:
     place = str(entry.source)
     if isinstance(entry, Reject):
         return Shown(entry.source.row, place, "", rejected=str(entry))
@@ -198,12 +225,14 @@ def _show_tokens(entry: Row | Reject, outcome: Built | Reject, recipe: Recipe) -
         return Shown(entry.source.row, place, "", rejected=str(outcome))
     examples = outcome.examples
     return Shown(
-        entry.source.row, place, outcome.schema,
+        entry.source.row,
+        place,
+        outcome.schema,
         segments=tuple(_by_token(example, recipe) for example in examples),
         tokens=tuple(len(example) for example in examples),
         trained=tuple(int(example.trained.sum()) for example in examples),
         flags=tuple(sorted({flag for example in examples for flag in example.flags})),
-    )  # fmt: skip
+    )
 
 
 def _by_token(example: Example, recipe: Recipe) -> tuple[Segment, ...]:

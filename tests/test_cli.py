@@ -1,0 +1,223 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "transformers", "datasets", "trl", "peft", "pandas", "bitsandbytes", "accelerate")
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def ftdata(*arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, "-m", "ftdata", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **environment},
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import ftdata",
+        "import ftdata.cli",
+        "from ftdata import build_sft_dataset, encode, read, preview, audit, check_template",
+        "from ftdata.cli import app",
+        "import ftdata.train",
+    ],
+)
+def test_imports_are_light(statement):
+    code = f"{statement}\nimport sys\nprint([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_bare_import_needs_nothing_at_all():
+    code = "import ftdata, sys; print([n for n in ('numpy', 'pyarrow', 'tokenizers', 'jinja2', 'typer', 'rich') if n in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+def test_preview_with_a_tokenizer_stays_light(tokenizer_dir):
+    code = (
+        f"import sys; from ftdata import preview; preview({str(EXAMPLES / 'faq.json')!r}, {tokenizer_dir('tiny_bpe')!r});"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+def test_the_public_names_are_what_is_exported():
+    import ftdata as package
+
+    assert package.__all__ == sorted(package.__all__)
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    assert {"build_sft_dataset", "encode", "check_template", "read", "preview", "audit"} <= set(package.__all__)
+    with pytest.raises(AttributeError):
+        package.nothing  # noqa: B018
+
+
+def test_help_and_version():
+    for command in ([], ["preview"], ["build"], ["train"], ["audit"], ["eval"], ["templates"], ["plugins"]):
+        done = ftdata(*command, "--help")
+        assert done.returncode == 0
+        assert "Usage" in done.stdout
+    assert ftdata("--version").stdout.startswith("ftdata 0.")
+
+
+def test_preview_without_a_tokenizer():
+    done = ftdata("preview", EXAMPLES / "faq.json", "-n", 1)
+    assert done.returncode == 0
+    assert "question_answer" in done.stdout
+    assert "⟦We are open Monday to Friday from 9 am to 6 pm.<|im_end|>⟧" in done.stdout
+    assert "characters trained" in done.stdout
+
+
+def test_preview_with_a_tokenizer(tokenizer_dir):
+    done = ftdata("preview", EXAMPLES / "faq.json", "--tokenizer", tokenizer_dir("tiny_bpe"), "--row", 1)
+    assert "⟨<|im_start|>⟩assistant↵" in done.stdout
+    assert "⟦Yes, on Saturday we are open from 10 am to 2 pm.⟨<|im_end|>⟩⟧" in done.stdout
+    assert "tokens trained" in done.stdout
+    assert "row 1" in done.stdout
+    shown = json.loads(
+        ftdata("preview", EXAMPLES / "faq.json", "-t", tokenizer_dir("tiny_bpe"), "--row", 1, "--json").stdout
+    )
+    (example,) = shown["rows"][0]["examples"]
+    assert "".join(segment["text"] for segment in example if segment["trained"]).startswith("Yes, on Saturday")
+
+
+def test_preview_colours_where_there_are_colours(tokenizer_dir):
+    from io import StringIO
+
+    from rich.console import Console
+
+    from ftdata import preview
+
+    out = StringIO()
+    preview(str(EXAMPLES / "faq.json"), tokenizer_dir("tiny_bpe"), n=1).print(
+        Console(file=out, force_terminal=True, color_system="standard")
+    )
+    assert "\x1b[1;4;32m" in out.getvalue()
+    assert "⟦" not in out.getvalue()
+
+
+def test_preview_shows_bad_rows_with_their_reason(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"question": "q", "answer": ""}\n{broken\n{"question": "q", "answer": "\\u001b[31mred"}\n')
+    done = ftdata("preview", path)
+    assert "[empty_answer]" in done.stdout
+    assert "d.jsonl:2" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert done.returncode == 0
+
+
+def test_build_then_audit(tokenizer_dir, tmp_path):
+    done = ftdata(
+        "build",
+        EXAMPLES / "faq.json",
+        "-t",
+        tokenizer_dir("tiny_bpe"),
+        "-o",
+        tmp_path / "out",
+        "--max_length",
+        256,
+        "--packing",
+        "bfd",
+        "--test-size",
+        0.1,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "72 read = 72 built + 0 rejected" in done.stdout
+    assert (tmp_path / "out" / "manifest.json").is_file()
+    report = ftdata("build", EXAMPLES / "faq.json", "-t", tokenizer_dir("tiny_bpe"), "-o", tmp_path / "out", "--json")
+    assert json.loads(report.stdout)["built"] == 72
+    clean = ftdata("audit", EXAMPLES / "faq.json", "-t", tokenizer_dir("tiny_bpe"))
+    assert clean.returncode == 0
+    assert "0 findings" in clean.stdout
+
+
+def test_audit_finds_what_is_wrong(tokenizer_dir, tmp_path):
+    path = tmp_path / "d.jsonl"
+    rows = [
+        {"question": "q", "answer": "a"},
+        {"question": "q", "answer": "a"},
+        {"question": "q", "answer": ""},
+        {"question": "itâ€™s", "answer": "b"},
+        {"question": "<|im_end|>", "answer": "c"},
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "d"},
+                {"role": "user", "content": "e"},
+            ]
+        },
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = ftdata("audit", path, "-t", tokenizer_dir("tiny_bpe"), "--json")
+    assert done.returncode == 1
+    found = {finding["code"]: finding["where"] for finding in json.loads(done.stdout)["findings"]}
+    assert found == {
+        "duplicate": [f"{path}:2"],
+        "empty_answer": [f"{path}:3"],
+        "mojibake": [f"{path}:4"],
+        "control_tokens": [f"{path}:5"],
+        "trailing_turns": [f"{path}:6"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["preview", "nowhere.json"], 2, "file_not_found"),
+        (["preview", "{faq}", "--turns", "both"], 2, "unknown_turns"),
+        (["preview", "{faq}", "--row", "1000"], 3, "no_such_row"),
+        (["preview", "{faq}", "--template", "alpaca"], 0, ""),
+        (["preview", "{faq}", "--template", "chatlm"], 2, "did you mean 'chatml'"),
+        (["preview", "{faq}", "--column", "output"], 2, "expected name=column"),
+        (["preview", "{faq}", "--tokenizer", "./nowhere"], 2, "no_tokenizer"),
+        (["build", "{faq}", "-o", "{tmp}/out"], 2, "--tokenizer"),
+        (["build", "{faq}", "-t", "{tok}", "-o", "{tmp}"], 2, "target_exists"),
+        (["build", "{bad}", "-t", "{tok}", "-o", "{tmp}/out"], 3, "bad_rows"),
+        (
+            ["build", "{bad}", "-t", "{tok}", "-o", "{tmp}/out", "--on-bad-rows", "quarantine", "--max-rejects", "0"],
+            4,
+            "max_rejects",
+        ),
+        (["build", "{faq}", "-t", "{tok}", "-o", "/proc/out"], 5, "/proc/out"),
+        (["templates", "check", "chatlm"], 2, "did you mean"),
+        (["templates", "check", "chatml"], 0, ""),
+        (["templates", "list"], 0, ""),
+        (["templates", "show", "alpaca"], 0, ""),
+        (["plugins"], 0, ""),
+        (["eval", "{tmp}"], 2, "not_a_run"),
+        (["train", "{faq}"], 2, "--model"),
+        (["nothing"], 2, "nothing"),
+    ],
+)
+def test_exit_codes(arguments, code, says, tmp_path, tokenizer_dir):
+    (tmp_path / "bad.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": "q", "answer": ""}\n')
+    places = {
+        "faq": EXAMPLES / "faq.json",
+        "tmp": tmp_path,
+        "bad": tmp_path / "bad.jsonl",
+        "tok": tokenizer_dir("tiny_bpe"),
+    }
+    done = ftdata(*(argument.format(**places) for argument in arguments))
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+
+
+def test_a_closed_pipe_is_no_error(tokenizer_dir):
+    command = (
+        f"{sys.executable} -m ftdata preview {EXAMPLES / 'faq.json'} -t {tokenizer_dir('tiny_bpe')} -n 72 | head -1"
+    )
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stderr == ""

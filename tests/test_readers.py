@@ -1,0 +1,192 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ftdata import read
+from ftdata.errors import BadRow, InputRefused, UsageError
+from ftdata.readers import sources
+from ftdata.testing import texts
+from ftdata.types import Reject
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts(min_size=0),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts(min_size=0), inner, max_size=3),
+)
+rows = st.lists(st.dictionaries(texts(min_size=1), values, min_size=1, max_size=4), min_size=2, max_size=6)
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def outcomes(path):
+    return [entry for source in sources(path) for entry in source.rows()]
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=rows, pretty=st.booleans(), ascii_only=st.booleans())
+def test_an_array_comes_back_as_written_with_its_lines(tmp_path_factory, rows, pretty, ascii_only):
+    """R1, R2, R4: every value exact, every line physical."""
+    folder = tmp_path_factory.mktemp("array")
+    each = [json.dumps(row, indent=2 if pretty else None, ensure_ascii=ascii_only) for row in rows]
+    found = outcomes(write(folder, "data.json", "[\n" + ",\n".join(each) + "\n]"))
+    assert [row.data for row in found] == rows
+    lines = [2]
+    for text in each[:-1]:
+        lines.append(lines[-1] + text.count("\n") + 1)
+    assert [row.source.line for row in found] == lines
+    assert [row.source.row for row in found] == list(range(len(rows)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=rows,
+    blanks=st.lists(st.integers(0, 2), min_size=6, max_size=6),
+    ending=st.sampled_from(["\n", "\r\n"]),
+    bom=st.booleans(),
+)
+def test_lines_come_back_as_written(tmp_path_factory, rows, blanks, ending, bom):
+    folder = tmp_path_factory.mktemp("lines")
+    text, lines, number = "", [], 1
+    for row, blank in zip(rows, blanks, strict=False):
+        text += ending * blank + json.dumps(row, ensure_ascii=False) + ending
+        lines.append(number + blank)
+        number += blank + 1
+    found = outcomes(write(folder, "data.jsonl", (b"\xef\xbb\xbf" if bom else b"") + text.encode()))
+    assert [row.data for row in found] == rows
+    assert [row.source.line for row in found] == lines
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=rows, data=st.data())
+def test_a_broken_line_is_rejected_where_it_is(tmp_path_factory, rows, data):
+    """D1, D2: read = built + rejected, and the rejected lines are the broken ones."""
+    broken = data.draw(st.sets(st.integers(0, len(rows) - 1), min_size=1))
+    each = [json.dumps(row) for row in rows]
+    for index in broken:
+        each[index] = each[index][:-1]
+    found = outcomes(write(tmp_path_factory.mktemp("broken"), "data.jsonl", "\n".join(each) + "\n"))
+    assert {entry.source.line - 1 for entry in found if isinstance(entry, Reject)} == broken
+    assert [entry.data for entry in found if not isinstance(entry, Reject)] == [
+        r for i, r in enumerate(rows) if i not in broken
+    ]
+
+
+def test_nothing_is_coerced():
+    row = {"a": "007", "b": "2024-01-01", "c": "NA", "d": "true", "e": "1e5", "f": "null"}
+    assert next(iter(read([row]))).data == row
+
+
+def test_numbers_beyond_64_bits_and_nan_are_read(tmp_path):
+    (row,) = outcomes(write(tmp_path, "d.jsonl", f'{{"n": {10**40}, "x": NaN, "text": "t"}}\n'))
+    assert row.data["n"] == 10**40
+
+
+def test_a_conversation_per_inner_list(tmp_path):
+    chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]] * 2
+    assert [row.data for row in outcomes(write(tmp_path, "d.json", json.dumps(chats)))] == chats
+
+
+def test_column_oriented_objects_are_rows(tmp_path):
+    nested = {"question": {"0": "q0", "1": "q1"}, "answer": {"0": "a0", "1": "a1"}}
+    expected = [{"question": "q0", "answer": "a0"}, {"question": "q1", "answer": "a1"}]
+    assert [row.data for row in outcomes(write(tmp_path, "a.json", json.dumps(nested)))] == expected
+    lists = {"question": ["q0", "q1"], "answer": ["a0", "a1"]}
+    assert [row.data for row in outcomes(write(tmp_path, "b.json", json.dumps(lists, indent=1)))] == expected
+
+
+def test_one_conversation_object_is_one_row(tmp_path):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    assert [r.data for r in outcomes(write(tmp_path, "d.json", json.dumps(row, indent=2)))] == [row]
+
+
+def test_json_lines_under_a_json_name(tmp_path):
+    assert len(outcomes(write(tmp_path, "d.json", '{"text": "a"}\n{"text": "b"}\n'))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("d.json", "", "no_rows"),
+        ("d.json", "  \n ", "no_rows"),
+        ("d.jsonl", "\n\n", "no_rows"),
+        ("d.json", "[]", "no_rows"),
+        ("d.json", '[{"a": "b"}', "partial_file"),
+        ("d.json", '[{"a": "b', "partial_file"),
+        ("d.json", '[1, {"a": 1}]', "not_a_row"),
+        ("d.jsonl", "<!DOCTYPE html><html>", "not_json"),
+        ("d.jsonl", '{"a": 1}'.encode("utf-16"), "not_json"),
+        ("d.jsonl", b"\x1f\x8b\x08\x00", "not_json"),
+        ("d.txt", "hello", "no_reader"),
+    ],
+)
+def test_what_is_not_json_is_refused(tmp_path, name, content, code):
+    with pytest.raises(InputRefused) as caught:
+        outcomes(write(tmp_path, name, content))
+    assert caught.value.code == code
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"a": "\\ud800"}', '{"a": 1,}', "{'a': 1}", '{"a": 1} {"b": 2}', '"text"', "3", "[" * 100_000]
+)
+def test_what_is_not_a_row_is_rejected_with_its_line(tmp_path, line):
+    _first, second = outcomes(write(tmp_path, "d.jsonl", f'{{"text": "ok"}}\n{line}\n'))
+    assert isinstance(second, Reject)
+    assert second.source.line == 2
+
+
+def test_a_cut_last_line_says_so(tmp_path):
+    (_, cut) = outcomes(write(tmp_path, "d.jsonl", '{"text": "ok"}\n{"text": "no'))
+    assert cut.code == "partial_file"
+
+
+def test_invalid_utf8_is_rejected_with_its_line(tmp_path):
+    (_, bad) = outcomes(write(tmp_path, "d.jsonl", b'{"text": "ok"}\n{"text": "caf\xe9"}\n'))
+    assert bad.code == "json"
+    assert bad.source.line == 2
+
+
+def test_read_raises_at_a_bad_row(tmp_path):
+    with pytest.raises(BadRow, match=r"d\.jsonl:2"):
+        list(read(write(tmp_path, "d.jsonl", '{"a": 1}\n{"a": \n{"a": 2}\n')))
+
+
+def test_files_globs_and_lists_in_order(tmp_path):
+    a, b = write(tmp_path, "a.jsonl", '{"text": "a"}\n'), write(tmp_path, "b.jsonl", '{"text": "b"}\n')
+    assert [row.data["text"] for row in read([b, a])] == ["b", "a"]
+    assert [row.data["text"] for row in read(str(tmp_path / "*.jsonl"))] == ["a", "b"]
+
+
+def test_a_missing_file_names_what_is_beside_it(tmp_path):
+    write(tmp_path, "train.json", "[]")
+    with pytest.raises(UsageError, match=r"did you mean 'train\.json'"):
+        sources(str(tmp_path / "trian.json"))
+
+
+@pytest.mark.parametrize("data", [{"train": []}, 3, "."])
+def test_what_is_no_source_is_refused(data):
+    with pytest.raises(UsageError):
+        sources(data)
+
+
+def test_frames_and_datasets(tmp_path):
+    import datasets
+    import pandas as pd
+
+    given = [{"question": "007", "answer": "NA"}, {"question": "x", "answer": None}]
+    assert [row.data for row in read(pd.DataFrame(given))] == [given[0], {"question": "x"}]
+    assert [row.data for row in read(datasets.Dataset.from_list(given[:1]))] == given[:1]
+
+
+def test_stopping_early_leaves_nothing_open(tmp_path):
+    path = write(tmp_path, "d.json", json.dumps([{"text": "a"}] * 50))
+    next(iter(read(path)))

@@ -1,0 +1,107 @@
+"""Registry, errors, configuration, templates' reports: the small modules."""
+
+import pickle
+
+import pytest
+
+from ftdata import check_template
+from ftdata.config import load_config, make_config
+from ftdata.errors import BadRow, BadRows, FtdataError, InputRefused, UsageError, nearest
+from ftdata.registry import Registry
+from ftdata.tokenize import load_tokenizer
+
+REQUIRED = {"data": "d.json", "model": "m", "output_dir": "o"}
+
+
+def test_errors_have_four_parts_and_survive_pickling():
+    error = BadRow("code", "what", where="file:3", hint="do this", field="messages[0]")
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) == "[code] file:3: what. Fix: do this"
+    assert (again.code, again.where, again.hint, again.field) == ("code", "file:3", "do this", "messages[0]")
+    many = pickle.loads(pickle.dumps(BadRows(30, ["a", "b"], hint="h")))
+    assert many.count == 30
+    assert "28 more" in str(many)
+
+
+def test_every_error_is_of_two_families():
+    def leaves(kind):
+        return [kind, *(leaf for child in kind.__subclasses__() for leaf in leaves(child))]
+
+    for kind in leaves(FtdataError)[1:]:
+        assert any(
+            not issubclass(base, FtdataError) and base is not Exception
+            for base in kind.__mro__
+            if issubclass(base, Exception)
+        )
+        assert kind.exit_code in {2, 3, 4, 5, 6, 7}
+    assert issubclass(InputRefused, ValueError)
+
+
+def test_nearest_without_candidates():
+    assert nearest("x", []) == "known: "
+
+
+def test_a_registry_loads_from_a_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def shape():\n    return 4\n")
+    registry = Registry("ftdata.tests", "shape")
+    assert registry.get(f"{path}:shape")() == 4
+    with pytest.raises(UsageError, match="did you mean 'shape'"):
+        registry.get(f"{path}:shap")
+    with pytest.raises(UsageError, match="no file"):
+        registry.get(f"{tmp_path}/none.py:shape")
+
+
+def test_a_config_file_is_typed(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data: d.json\nmodel: m\noutput_dir: o\nlora: {r: 8}\ntrain: {learning_rate: 1.0e-4}\n")
+    config = load_config(path, max_length=64, packing=None)
+    assert (config.lora.r, config.max_length, config.packing, config.train["learning_rate"]) == (8, 64, None, 1e-4)
+    toml = tmp_path / "run.toml"
+    toml.write_text('data = "d.json"\nmodel = "m"\noutput_dir = "o"\n[lora]\nr = 8\n')
+    assert load_config(toml).lora == config.lora
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({**REQUIRED, "max_lenght": 5}, "did you mean 'max_length'"),
+        ({**REQUIRED, "max_length": "5"}, "max_length"),
+        ({**REQUIRED, "lora": {"rank": 3}}, "unknown key 'rank'"),
+        ({"data": "d"}, "model"),
+    ],
+)
+def test_a_bad_config_is_refused(values, says):
+    with pytest.raises(UsageError, match=says):
+        make_config(values)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "a: !!python/object:os.system {}"])
+def test_a_broken_config_file_is_refused(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"run\.yaml"):
+        load_config(path)
+
+
+def test_template_reports(tokenizer_dir):
+    exact = check_template(tokenizer_dir("deepseek"))
+    assert (exact.verdict, exact.prefix_stable) == ("exact", True)
+    split = check_template(tokenizer_dir("qwen"))
+    assert (split.verdict, split.prefix_stable, split.stop) == ("split", False, "<|im_end|>")
+    assert "history_drift" in split.reasons[0]
+    refused = check_template("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert refused.verdict == "refused"
+    assert check_template("alpaca").kind == "prompt"
+
+
+def test_a_cached_tokenizer_follows_its_files(tokenizer_dir, tmp_path):
+    import shutil
+
+    folder = tmp_path / "t"
+    shutil.copytree(tokenizer_dir("tiny_bpe"), folder)
+    one = load_tokenizer(folder)
+    assert load_tokenizer(str(folder)).fingerprint == one.fingerprint
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert load_tokenizer(folder).chat_template == "{{ messages }}"
+    assert load_tokenizer(folder).fingerprint != one.fingerprint

@@ -1,0 +1,292 @@
+import json
+
+import jinja2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftdata.errors import BadRow, TemplateRefused, UsageError
+from ftdata.templates import Template, check, find, prompt, render, templates
+from ftdata.templates.tracked import Tracked, concat, dumps
+from ftdata.testing import conversations, texts
+from ftdata.types import Conversation
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def bound(spec, **options):
+    return Template(*find(spec), special_tokens=SPECIAL, **options)
+
+
+def owners(text):
+    return [owner for length, owner in text.runs for _ in range(length)]
+
+
+def mine(text, owner=9):
+    """A tracked string whose characters each have an owner of their own."""
+    return Tracked(text, [(1, owner + index) for index in range(len(text))])
+
+
+def expected(source, result):
+    """Whether every owned character of the result is that very character of the source."""
+    return all(
+        owner == 0 or source[owner - 9] == char for char, owner in zip(result, owners(Tracked.of(result)), strict=True)
+    )
+
+
+OPERATIONS = {
+    "strip": lambda s: s.strip(),
+    "lstrip": lambda s: s.lstrip(" \n"),
+    "rstrip": lambda s: s.rstrip("ab"),
+    "slice": lambda s: s[1:-1],
+    "step": lambda s: s[::-2],
+    "split": lambda s: "|".join(map(str, s.split())),
+    "split_on": lambda s: Tracked.of("|").join(s.split("ab")),
+    "rsplit_on": lambda s: Tracked.of("|").join(s.rsplit("a", 1)),
+    "lines": lambda s: Tracked.of("|").join(s.splitlines()),
+    "keep_lines": lambda s: Tracked.of("").join(s.splitlines(True)),
+    "partition": lambda s: concat(s.partition("b")),
+    "rpartition": lambda s: concat(s.rpartition("b")),
+    "replace": lambda s: s.replace("a", "xy"),
+    "replace_once": lambda s: s.replace("b", "", 1),
+    "prefix": lambda s: s.removeprefix("a"),
+    "suffix": lambda s: s.removesuffix("b"),
+    "add": lambda s: "x" + s + "y",
+    "times": lambda s: s * 2,
+    "iterate": lambda s: concat(s),
+    "negative": lambda s: s[-1] if s else s,
+    "upper": lambda s: s.upper(),
+    "format": lambda s: f"{s}!",
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@given(text=st.text(st.sampled_from("ab \n\rx"), max_size=12))
+def test_tracked_strings_are_strings_that_remember(name, text):
+    operation = OPERATIONS[name]
+    plain, kept = operation(_joinable(text)), operation(mine(text))
+    assert str.__str__(plain) == str.__str__(kept)
+    assert sum(length for length, _ in Tracked.of(kept).runs) == len(kept)
+    assert expected(text, kept)
+
+
+def _joinable(text):
+    return Tracked.of(text)
+
+
+@given(
+    text=st.text(st.sampled_from("ab \n\rx"), max_size=12),
+    sep=st.sampled_from(["a", "ab", "ba", "aa", " "]),
+    times=st.integers(-1, 2),
+)
+def test_split_keeps_places_even_where_pieces_look_like_separators(text, sep, times):
+    source = mine(text)
+    at = 0
+    for piece in source.split(sep, times):
+        assert owners(piece) == [9 + at + i for i in range(len(piece))]
+        at += len(piece) + len(sep)
+
+
+@given(
+    value=st.recursive(
+        texts(min_size=0) | st.integers() | st.none(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts(), inner, max_size=3),
+    ),
+    ascii_only=st.booleans(),
+)
+def test_dumps_is_json_with_owners(value, ascii_only):
+    def plain(x):
+        return json.dumps(x, ensure_ascii=ascii_only)
+
+    def track(x):
+        if isinstance(x, str):
+            return Tracked(x, [(len(x), 7)] if x else [])
+        if isinstance(x, dict):
+            return {key: track(inner) for key, inner in x.items()}
+        return [track(inner) for inner in x] if isinstance(x, list) else x
+
+    assert dumps(track(value), plain) == plain(value)
+
+
+def test_dumps_gives_escapes_to_their_owner():
+    text = dumps({"k": Tracked('a"\n', [(3, 7)])}, json.dumps)
+    assert text == '{"k": "a\\"\\n"}'
+    assert text.runs == ((7, 0), (5, 7), (2, 0))
+
+
+def transformers_environment():
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda x, **k: json.dumps(x, ensure_ascii=False)
+    return environment
+
+
+TRICKY = [
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] | trim + eos_token }}{% endfor %}",
+    "{% for m in messages %}{{ m.role ~ ':' ~ m.content.strip() ~ '\n' }}{% endfor %}",
+    "{% set ns = namespace(all='') %}{% for m in messages %}{% set ns.all = ns.all + m.content %}{% endfor %}{{ ns.all }}",
+    "{{ messages | map(attribute='content') | join('|') }}",
+    "{% macro say(m) %}[{{ m.content }}]{% endmacro %}{% for m in messages %}{{ say(m) }}{% endfor %}",
+    "{{ messages | tojson }}",
+    "{% for m in messages %}{{ m.content.split('a')[-1] }}{{ m.content[:3] }}{{ m.content | replace('\n', ' ') }}{% endfor %}",
+    "{% for m in messages %}{% set c = m.content %}{% if 'x' in c %}{{ c.upper() }}{% else %}{{ c | length }}{{ c }}{% endif %}{% endfor %}",
+    "{% filter trim %}{% for m in messages %} {{ m.content }} {% endfor %}{% endfilter %}",
+    "{% for m in messages %}{% set x %}{{ m.content }}!{% endset %}{{ x }}{{ '-'.join([x, m.role]) }}{% endfor %}",
+    "{% for m in messages %}{{ '%s: %s' % (m.role, m.content) }}{{ '{}'.format(m.content) }}{{ m.content.title() }}{% endfor %}",
+    "{% for c in messages[0].content %}{{ loop.index }}{{ c }}{% endfor %}{{ messages[0].nothing }}{{ messages[0].content.runs }}",
+]
+
+
+@pytest.mark.parametrize("source", TRICKY)
+@given(messages=conversations(max_turns=2))
+def test_the_text_is_what_jinja_alone_renders(source, messages):
+    """Attribution changes no character."""
+    from ftdata.templates.spans import tracked_messages
+
+    ours = Template("t", source, strict=False, special_tokens=SPECIAL).run({"messages": tracked_messages(messages)})
+    theirs = transformers_environment().from_string(source).render(messages=messages, **SPECIAL)
+    assert ours == theirs
+    assert sum(length for length, _ in ours.runs) == len(ours)
+
+
+@pytest.mark.parametrize("name", ["chatml", "zephyr", "gemma"])
+@given(messages=conversations(system=False))
+def test_built_in_chat_templates_train_answers_and_stops(name, messages):
+    (rendered,) = render(Conversation(tuple(messages)), bound(name))
+    stop = {"chatml": "<|im_end|>", "zephyr": "</s>", "gemma": "<end_of_turn>"}[name]
+    trained = "".join(rendered.text[s.start : s.end] for s in rendered.spans if s.generated)
+    assert trained == "".join(m["content"] + stop for m in messages if m["role"] == "assistant")
+    assert prompt(Conversation(tuple(messages)), bound(name)) + messages[-1]["content"] + stop + "\n" == rendered.text
+
+
+@given(instruction=texts(), extra=texts(min_size=0), answer=texts())
+def test_prompt_templates_train_the_response(instruction, extra, answer):
+    fields = {"instruction": instruction, "input": extra, "output": answer}
+    messages = ({"role": "user", "content": instruction}, {"role": "assistant", "content": answer})
+    row = Conversation(messages, fields, completion_from=1)
+    (rendered,) = render(row, bound("alpaca"))
+    trained = "".join(rendered.text[s.start : s.end] for s in rendered.spans if s.generated)
+    assert trained == answer + "</s>"
+    assert prompt(row, bound("alpaca")) + trained == rendered.text
+    assert rendered.add_bos
+
+
+def test_lessons_prompt_format():
+    row = Conversation((), {"instruction": "Add 1 and 2", "output": "3", "input": ""}, completion_from=1)
+    (rendered,) = render(row, bound("instruction_response"))
+    assert rendered.text == "### Instruction:\nAdd 1 and 2\n\n### Response:\n3</s>"
+    assert prompt(row, bound("instruction_response")) == "### Instruction:\nAdd 1 and 2\n\n### Response:\n"
+
+
+def test_a_column_without_room_is_refused():
+    row = Conversation((), {"instruction": "x", "output": "y", "input": "z"}, completion_from=1)
+    with pytest.raises(BadRow, match="payload_dropped"):
+        render(row, bound("instruction_response"))
+
+
+def test_an_undefined_name_is_an_error():
+    with pytest.raises(BadRow, match="'outptu' is undefined"):
+        render(Conversation((), {"output": "y"}), bound("{% generation %}{{ outptu }}{% endgeneration %}"))
+
+
+def test_a_prompt_template_that_marks_nothing_is_refused():
+    with pytest.raises(TemplateRefused, match="nothing_marked"):
+        check(bound("{{ instruction }} {{ output }}"))
+
+
+def test_a_syntax_error_names_its_line():
+    with pytest.raises(TemplateRefused, match="line 2"):
+        check(bound("{{ a }}\n{% if %}"))
+
+
+def test_an_unknown_template_names_the_nearest():
+    with pytest.raises(UsageError, match="did you mean 'chatml'"):
+        find("chatlm")
+
+
+def test_files_and_strings(tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% generation %}{{ text }}{% endgeneration %}")
+    assert find(path) == (str(path), path.read_text())
+    assert find("{{ x }}") == ("<string>", "{{ x }}")
+    assert set(templates.names()) >= {"alpaca", "question_answer", "instruction_response", "chatml"}
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__ }}",
+        "{{ messages[0].content.__init__.__globals__ }}",
+        "{{ '{0.__class__}'.format(messages) }}",
+        "{% include '/etc/passwd' %}",
+        "{{ messages.append(1) }}",
+        "{{ namespace(_x=1) }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ lipsum.__globals__['os'] }}",
+        "{{ range(10**9) | list }}",
+    ],
+)
+def test_the_sandbox_holds(attack):
+    program = Template("attack", attack + "{% generation %}{{ messages[0].content }}{% endgeneration %}")
+    conversation = Conversation(({"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}))
+    try:
+        (rendered,) = render(conversation, program)
+    except (BadRow, TemplateRefused):
+        return
+    assert "class" not in rendered.text
+    assert "root" not in rendered.text
+
+
+def test_text_is_already_formatted_and_gets_no_second_ending():
+    row = Conversation((), text="<s>[INST] a [/INST] b </s>")
+    (rendered,) = render(row, Template("none", "", special_tokens=SPECIAL))
+    assert rendered.text == row.text
+    assert not rendered.add_bos
+    (plain,) = render(Conversation((), text="just text"), Template("none", "", special_tokens=SPECIAL))
+    assert plain.text == "just text</s>"
+    assert plain.add_bos
+
+
+def test_no_template_says_what_to_pass():
+    conversation = Conversation(({"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}))
+    with pytest.raises(TemplateRefused, match="chatml"):
+        render(conversation, Template("none", ""))
+
+
+def test_dropped_content_is_refused_and_names_the_message():
+    source = (
+        "{% for m in messages if m.role != 'system' %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    messages = (
+        {"role": "system", "content": "x"},
+        {"role": "user", "content": "y"},
+        {"role": "assistant", "content": "z"},
+    )
+    with pytest.raises(BadRow, match="payload_dropped") as caught:
+        render(Conversation(messages), Template("t", source, strict=False, special_tokens=SPECIAL))
+    assert caught.value.field == "messages[0].content"
+
+
+def test_unmarked_templates_are_detected_or_refused():
+    detected = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    messages = (
+        {"role": "user", "content": "y"},
+        {"role": "assistant", "content": "z"},
+        {"role": "user", "content": "w"},
+    )
+    (rendered,) = render(Conversation(messages), Template("t", detected, strict=False, special_tokens=SPECIAL))
+    assert [rendered.text[s.start : s.end] for s in rendered.spans if s.generated] == ["z", "</s>"]
+    unstoppable = detected.replace("{{ eos_token }}", "")
+    with pytest.raises(BadRow, match="stop_unknown"):
+        render(Conversation(messages), Template("t", unstoppable, strict=False, special_tokens=SPECIAL))
+
+
+def test_jinja_is_new_enough():
+    assert tuple(map(int, jinja2.__version__.split(".")[:3])) >= (3, 1, 6)

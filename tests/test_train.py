@@ -1,0 +1,240 @@
+"""The hand-over to SFTTrainer, for real: a tiny Llama, NF4 on the CPU, checkpoints, resume, reload."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ftdata import build_sft_dataset
+from ftdata.errors import InputRefused, InternalError, UsageError
+
+pytest.importorskip("trl")
+pytestmark = [pytest.mark.train, pytest.mark.xdist_group("train")]
+
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from ftdata.config import make_config  # noqa: E402
+from ftdata.train import compare, run  # noqa: E402
+from ftdata.train.probe import leak  # noqa: E402
+from ftdata.train.qlora import load_model, parameters  # noqa: E402
+from ftdata.train.sft import check_first_batch, make_trainer, token_loss  # noqa: E402
+
+ROWS = [
+    {"question": f"What is {a}?", "answer": answer}
+    for a, answer in zip("abcdefgh", ["one", "two", "three", "four", "five", "six", "seven", "eight"], strict=True)
+]
+QUICK = {
+    "num_train_epochs": 4,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 5e-3,
+    "logging_steps": 1,
+    "save_total_limit": 10,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def qlora_run(llama, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "qlora"
+    run(
+        data,
+        model=llama,
+        output_dir=folder,
+        quantization="nf4",
+        packing="bfd",
+        max_length=128,
+        test_size=2,
+        settings=QUICK,
+    )
+    return folder
+
+
+def losses(folder):
+    return json.loads((folder / "run.json").read_text())["loss"]
+
+
+def test_qlora_learns_and_leaves_everything(qlora_run, llama):
+    assert losses(qlora_run)[-1] < losses(qlora_run)[0]
+    about = json.loads((qlora_run / "run.json").read_text())
+    assert about["finished"]
+    assert about["test_loss"] > 0
+    for name in (
+        "loss.png",
+        "loss.svg",
+        "model/adapter_model.safetensors",
+        "model/tokenizer.json",
+        "model/generation_config.json",
+        "data/manifest.json",
+    ):
+        assert (qlora_run / name).stat().st_size > 0, name
+    assert json.loads((qlora_run / "model" / "generation_config.json").read_text())["eos_token_id"] == [2]
+
+
+def test_the_base_is_really_in_four_bits(llama):
+    import bitsandbytes
+
+    model = load_model(llama, "nf4")
+    layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 14
+    state = layers[0].weight.quant_state
+    assert (state.quant_type, state.nested) == ("nf4", True)
+    assert parameters(model)[1] == parameters(load_model(llama, None))[1]
+
+
+def test_resume_is_exact(qlora_run, llama, data, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(qlora_run, again)
+    checkpoints = sorted(again.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for later in checkpoints[2:]:
+        shutil.rmtree(later)
+    run(again / "data", model=llama, output_dir=again, quantization="nf4", settings=QUICK, resume=True)
+    assert losses(again) == losses(qlora_run)
+
+
+def test_the_saved_adapter_answers_again(qlora_run):
+    report = compare(qlora_run, n=4, max_new_tokens=4)
+    assert len(report.rows) == 4
+    assert report.rows[0].expected == "one"
+    assert any(row.base != row.tuned for row in report.rows)
+    assert report.as_dict()["rows"][0]["question"] == "What is a?"
+
+
+@pytest.mark.parametrize("options", [{"lora": {"r": 4}}, {}], ids=["lora", "full"])
+def test_without_quantisation(llama, data, tmp_path, options):
+    run(
+        data,
+        model=llama,
+        output_dir=tmp_path / "run",
+        settings={**QUICK, "num_train_epochs": 2, "save_strategy": "no"},
+        **options,
+    )
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    weights = "adapter_model.safetensors" if options else "model.safetensors"
+    assert (tmp_path / "run" / "model" / weights).is_file()
+    if not options:
+        assert compare(tmp_path / "run", n=2, max_new_tokens=2).rows
+
+
+def trainer_for(llama, tmp_path, built, *, isolated=True, **train):
+    config = make_config({"data": "d", "model": llama, "output_dir": str(tmp_path), "train": {**QUICK, **train}})
+    return make_trainer(config, load_model(llama, None), built, isolated=isolated)
+
+
+def test_the_first_batch_is_what_was_built_and_a_wrong_one_is_refused(llama, tmp_path):
+    built = build_sft_dataset(ROWS, llama, packing="bfd", max_length=128)
+    trainer = trainer_for(llama, tmp_path, built)
+    before = torch.get_rng_state()
+    check_first_batch(trainer, padding_free=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    right = trainer.data_collator
+
+    def untrained(rows):
+        batch = right(rows)
+        batch["labels"][0, -3:] = -100
+        return batch
+
+    def joined(rows):
+        batch = right(rows)
+        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
+        return batch
+
+    for wrong in (untrained, joined):
+        trainer.data_collator = wrong
+        with pytest.raises(InternalError, match="first batch"):
+            check_first_batch(trainer, padding_free=True)
+
+
+def test_padded_rows_carry_the_same_labels(llama, tmp_path):
+    built = build_sft_dataset(ROWS, llama)
+    joined, padded = trainer_for(llama, tmp_path, built), trainer_for(llama, tmp_path, built, isolated=False)
+    check_first_batch(padded, padding_free=False)
+    batch = next(iter(padded.get_train_dataloader()))
+    assert batch["attention_mask"].shape == batch["labels"].shape
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    joined.eval_dataset, padded.eval_dataset = joined.train_dataset, padded.train_dataset
+    assert math.isclose(token_loss(joined), token_loss(padded), rel_tol=1e-5)
+
+
+def test_packed_and_unpacked_lose_the_same(llama, tmp_path):
+    """P4, P9: a packed document is predicted as if it stood alone."""
+    packed, alone = build_sft_dataset(ROWS, llama, packing="bfd", max_length=128), build_sft_dataset(ROWS, llama)
+    assert len(packed["train"]) < len(alone["train"])
+    found = []
+    for built in (packed, alone):
+        trainer = trainer_for(llama, tmp_path, built)
+        trainer.eval_dataset = trainer.train_dataset
+        found.append(token_loss(trainer))
+    assert math.isclose(*found, rel_tol=1e-4)
+    trainer = trainer_for(llama, tmp_path, packed)
+    batch = next(iter(trainer.get_train_dataloader()))
+    starts = (batch["position_ids"] == 0).nonzero()[:, 1]
+    assert (batch["labels"][0, starts] == -100).all()
+
+
+def test_the_probe_knows_who_leaks(tmp_path, llama, tokenizer_dir):
+    from conftest import tiny_bpe, tiny_model
+
+    assert leak(AutoModelForCausalLM.from_pretrained(llama)) < 1e-5
+    opt = tiny_model(tiny_bpe(tmp_path / "opt", None, bos="</s>", eos="</s>"), "opt")
+    assert leak(AutoModelForCausalLM.from_pretrained(opt)) > 1e-4
+    with pytest.raises(InputRefused, match="see each other"):
+        run(
+            write(tmp_path),
+            model=opt,
+            output_dir=tmp_path / "run",
+            template="question_answer",
+            packing="bfd",
+            max_length=128,
+        )
+
+
+def write(folder):
+    path = Path(folder) / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"packing": True}, "packing is done in the build"),
+        ({"max_length": 3}, "length is decided in the build"),
+        ({"assistant_only_loss": True}, "the mask is decided"),
+        ({"learning_rat": 1}, "did you mean 'learning_rate'"),
+        (["learning_rate"], "expected name=value"),
+        ({"lr_scheduler_type": "nonsense"}, "SFTConfig refuses"),
+    ],
+)
+def test_settings_that_would_undo_the_build_are_refused(llama, data, tmp_path, settings, says):
+    with pytest.raises(UsageError, match=says):
+        run(data, model=llama, output_dir=tmp_path / "run", settings=settings)
+
+
+def test_refusals_before_training(llama, data, qlora_run, tmp_path, tokenizer_dir):
+    with pytest.raises(UsageError, match="holds checkpoints already"):
+        run(qlora_run / "data", model=llama, output_dir=qlora_run)
+    with pytest.raises(UsageError, match="no checkpoint"):
+        run(qlora_run / "data", model=llama, output_dir=tmp_path / "empty", resume=True)
+    with pytest.raises(InputRefused, match="built with tokenizer"):
+        run(qlora_run / "data", model=tokenizer_dir("tiny_metaspace"), output_dir=tmp_path / "other")
+    with pytest.raises(UsageError, match="cannot change"):
+        run(qlora_run / "data", model=llama, output_dir=tmp_path / "other", max_length=3)
+    with pytest.raises(UsageError, match="unknown_quantization"):
+        run(data, model=llama, output_dir=tmp_path / "other", quantization="int3")
+    shutil.copytree(qlora_run / "data", tmp_path / "damaged")
+    (tmp_path / "damaged" / "train" / "state.json").write_text("{}")
+    with pytest.raises(InputRefused, match="is damaged"):
+        run(tmp_path / "damaged", model=llama, output_dir=tmp_path / "other")
+    build_sft_dataset(ROWS[:3], llama, output_dir=tmp_path / "new")
+    shutil.copytree(qlora_run, tmp_path / "moved")
+    with pytest.raises(InputRefused, match="trained on build"):
+        run(tmp_path / "new", model=llama, output_dir=tmp_path / "moved", resume=True)

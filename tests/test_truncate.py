@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ftdata import encode
+from ftdata.errors import BadRow
+from ftdata.testing import conversations
+from ftdata.tokenize import load_tokenizer
+from ftdata.truncate import POLICIES, truncate, turn_ends
+
+laws = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@laws
+@given(messages=conversations(), policy=st.sampled_from(POLICIES), data=st.data())
+def test_laws(tokenizer_dir, messages, policy, data):
+    tokenizer = load_tokenizer(tokenizer_dir("tiny_bpe"))
+    (whole,) = encode(messages, tokenizer)
+    limit = data.draw(st.integers(2, len(whole) + 3))
+    try:
+        kept = truncate(whole, limit, policy)
+    except BadRow as refusal:
+        assert refusal.code == "overlong"
+        assert len(whole) > limit
+        return
+    assert len(kept) <= limit  # T1
+    assert kept.input_ids.tolist() == whole.input_ids[: len(kept)].tolist()  # T2
+    assert kept.labels.tolist() == whole.labels[: len(kept)].tolist()
+    assert len(whole) == len(kept) + kept.cut  # T3
+    assert kept.trained.any()
+    if policy == "reject":
+        assert kept is whole
+    if policy == "drop_turns" and kept.cut:  # T4
+        assert kept.input_ids[-1] == tokenizer.id_of("<|im_end|>")
+        assert kept.trained[-1]
+        assert "truncated_answer" not in kept.flags
+
+
+@laws
+@given(messages=conversations(), policy=st.sampled_from(POLICIES))
+def test_no_limit_is_the_identity(tokenizer_dir, messages, policy):
+    (whole,) = encode(messages, tokenizer_dir("tiny_bpe"))
+    assert truncate(whole, None, policy) is whole  # T5
+    assert truncate(whole, len(whole), policy) is whole
+
+
+@laws
+@given(messages=conversations())
+def test_turn_ends_are_the_stops(tokenizer_dir, messages):
+    tokenizer = load_tokenizer(tokenizer_dir("tiny_bpe"))
+    (whole,) = encode(messages, tokenizer)
+    ends = turn_ends(whole)
+    assert len(ends) == sum(m["role"] == "assistant" for m in messages)
+    assert (whole.input_ids[ends - 1] == tokenizer.id_of("<|im_end|>")).all()
+
+
+def test_a_cut_answer_is_flagged_and_its_stop_is_not_made_up(tokenizer_dir):
+    tokenizer = load_tokenizer(tokenizer_dir("tiny_bpe"))
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a long answer " * 10}]
+    (whole,) = encode(messages, tokenizer)
+    kept = truncate(whole, len(whole) - 5, "truncate")
+    assert "truncated_answer" in kept.flags
+    assert not np.isin(tokenizer.id_of("<|im_end|>"), kept.labels)
+    with pytest.raises(BadRow, match="no answer fits whole"):
+        truncate(whole, len(whole) - 5, "drop_turns")
+    with pytest.raises(BadRow, match="is .* tokens long, max_length is 10"):
+        truncate(whole, 10)
