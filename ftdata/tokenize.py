@@ -100,9 +100,9 @@ class Tokenizer:
         """Return the id of a token, or `None`."""
         return None if token is None else self._plain.token_to_id(token)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids, control tokens included."""
-        return str(self._plain.decode(list(ids), skip_special_tokens=False))
+    def decode(self, ids: Iterable[int], *, skip_control: bool = False) -> str:
+        """Return the text of ids, with or without special tokens."""
+        return str(self._plain.decode(list(ids), skip_special_tokens=skip_control))
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Encode texts as they stand; no special token is added."""

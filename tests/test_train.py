@@ -100,12 +100,32 @@ def test_resume_is_exact(qlora_run, llama, data, tmp_path):
     assert losses(again) == losses(qlora_run)
 
 
-def test_the_saved_adapter_answers_again(qlora_run):
-    report = compare(qlora_run, n=4, max_new_tokens=4)
-    assert len(report.rows) == 4
-    assert report.rows[0].expected == "one"
+def test_the_saved_adapter_answers_again(qlora_run, data):
+    held_out = compare(qlora_run, max_new_tokens=4)
+    assert held_out.asked.startswith("the test split")
+    assert len(held_out.rows) == 2
+    report = compare(qlora_run, data, n=4, max_new_tokens=4)
+    assert [row.expected for row in report.rows] == ["one", "two", "three", "four"]
     assert any(row.base != row.tuned for row in report.rows)
-    assert report.as_dict()["rows"][0]["question"] == "What is a?"
+    assert report.as_dict()["rows"][0]["prompt"] == "user\nWhat is a?\nassistant"
+
+
+def test_what_is_asked_is_what_was_trained(qlora_run, data):
+    from itertools import islice
+
+    from ftdata.train.evaluate import _from_build, _from_rows
+
+    about = json.loads((qlora_run / "run.json").read_text())
+    options = json.loads((qlora_run / "data" / "manifest.json").read_text())["options"]
+    rows = list(_from_rows(data, about, options))
+    _, questions = _from_build(qlora_run / "data", {2})
+    assert all(question in rows for question in islice(questions, 2))
+
+
+def test_a_run_can_be_moved(qlora_run, tmp_path, monkeypatch):
+    shutil.copytree(qlora_run, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert compare("moved", n=1, max_new_tokens=2).rows
 
 
 @pytest.mark.parametrize("options", [{"lora": {"r": 4}}, {}], ids=["lora", "full"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sacrebleu
 from peft import PeftModel
 from rich.console import Console
@@ -16,20 +17,23 @@ from rich.table import Table
 from rich.text import Text
 from transformers import GenerationConfig
 
-from ftdata.errors import BadRow, InputRefused, UsageError
-from ftdata.examples import Recipe, make_recipe
+from ftdata.build import load_build
+from ftdata.errors import InputRefused, UsageError
+from ftdata.examples import make_recipe
 from ftdata.readers import read
 from ftdata.schemas import normalise
 from ftdata.store import read_manifest
-from ftdata.train.generate import generate, prompt_ids
+from ftdata.tokenize import load_tokenizer
+from ftdata.train.generate import generate, prompt_ids, until_stop
 from ftdata.train.qlora import load_model
+from ftdata.types import IGNORE_INDEX
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One question with what was expected and what each model said."""
+    """One prompt with what was expected and what each model said."""
 
-    question: str
+    prompt: str
     expected: str
     base: str
     tuned: str
@@ -39,6 +43,7 @@ class Answered:
 class Comparison:
     """Base against tuned: exact match as a share, SacreBLEU (Post 2018) from 0 to 100, and every answer."""
 
+    asked: str
     exact_base: float
     exact_tuned: float
     bleu_base: float
@@ -51,11 +56,12 @@ class Comparison:
 
     def print(self, console: Console) -> None:
         """Print the answers side by side, and the scores."""
-        table = Table("question", "expected", "base", "tuned", show_lines=True)
+        table = Table("prompt", "expected", "base", "tuned", show_lines=True)
         for row in self.rows:
             tuned = Text(row.tuned, style="green" if row.tuned == row.expected else "red")
-            table.add_row(Text(row.question), Text(row.expected), Text(row.base, style="dim"), tuned)
+            table.add_row(Text(row.prompt), Text(row.expected), Text(row.base, style="dim"), tuned)
         console.print(table)
+        console.print(f"{len(self.rows)} rows of {self.asked}", highlight=False, markup=False)
         console.print(f"exact match  base {self.exact_base:.0%}  tuned {self.exact_tuned:.0%}", highlight=False)
         console.print(f"SacreBLEU    base {self.bleu_base:.1f}  tuned {self.bleu_tuned:.1f}", highlight=False)
 
@@ -63,52 +69,80 @@ class Comparison:
 def compare(run_dir: Path, data: Any, n: int, **generation: Any) -> Comparison:
     """Compare base and tuned model; see `ftdata.train.compare`."""
     state = run_dir / "run.json"
-    about = json.loads(state.read_text()) if state.is_file() else {}
+    about = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else {}
     if not about.get("finished"):
         raise UsageError("not_a_run", f"{run_dir} is no finished run", hint="make one with `ftdata train`")
-    options = read_manifest(Path(about["build"]))["options"]
-    recipe = _recipe(about, options)
-    rows = list(islice(_conversations(data if data is not None else about["data"], options), n))
-    if not rows:
-        raise InputRefused("no_questions", "no row has a question with an answer")
-    prompts = [prompt_ids(recipe, row) for row in rows]
-    base, tuned = _answers(about, run_dir / "model", prompts, recipe, generation)
-    expected = [str(row.messages[-1]["content"]) for row in rows]
-    questions = [str(next(m["content"] for m in reversed(row.messages[:-1]) if m["role"] == "user")) for row in rows]
-    answered = tuple(Answered(*each) for each in zip(questions, expected, base, tuned, strict=True))
+    tokenizer = load_tokenizer(about["tokenizer"])
+    stops = set(np.atleast_1d(GenerationConfig.from_pretrained(str(run_dir / "model")).eos_token_id).tolist())
+    build = run_dir / about["build"]
+    if data is None:
+        asked, questions = _from_build(build, stops)
+    else:
+        asked, questions = str(data), _from_rows(data, about, read_manifest(build)["options"])
+    chosen = list(islice(questions, n))
+    if not chosen:
+        raise InputRefused("no_questions", f"no row of {asked} has a prompt and an answer")
+    prompts = [prompt for prompt, _ in chosen]
+    expected = [tokenizer.decode(answer) for _, answer in chosen]
+    base, tuned = (
+        [tokenizer.decode(ids) for ids in answers]
+        for answers in _answers(about, run_dir / "model", prompts, generation)
+    )
+    shown = [tokenizer.decode(ids, skip_control=True).strip() for ids in prompts]
+    rows = tuple(Answered(*each) for each in zip(shown, expected, base, tuned, strict=True))
     return Comparison(
-        _exact(base, expected), _exact(tuned, expected), _bleu(base, expected), _bleu(tuned, expected), answered
+        asked, _exact(base, expected), _exact(tuned, expected), _bleu(base, expected), _bleu(tuned, expected), rows
     )
 
 
-def _recipe(about: dict[str, Any], options: dict[str, Any]) -> Recipe:
+Question = tuple[list[int], list[int]]
+"""The ids of a prompt, and those of the expected answer without its stop."""
+
+
+def _from_build(build: Path, stops: set[int]) -> tuple[str, Iterator[Question]]:
+    """Take prompts and answers as they were trained: the last trained stretch of each document, and all before it."""
+    splits = load_build(build)
+    name = "test" if "test" in splits else "train"
+
+    def questions() -> Iterator[Question]:
+        for row in splits[name]:
+            at = 0
+            for length in row["seq_lengths"]:
+                ids, labels = row["input_ids"][at : at + length], row["labels"][at : at + length]
+                at += length
+                trained = [position for position, label in enumerate(labels) if label != IGNORE_INDEX]
+                start = trained[-1]
+                while labels[start - 1] != IGNORE_INDEX:
+                    start -= 1
+                if start > 1:
+                    yield ids[:start], until_stop(ids[start : trained[-1] + 1], stops)
+
+    return f"the {name} split of {build}", questions()
+
+
+def _from_rows(data: Any, about: dict[str, Any], options: dict[str, Any]) -> Iterator[Question]:
     template = options["template"]
     source = None if template["name"] == "tokenizer" else template["source"]
-    return make_recipe(about["tokenizer"], source, date=template["date"], template_kwargs=template["kwargs"])
-
-
-def _conversations(data: Any, options: dict[str, Any]) -> Any:
+    recipe = make_recipe(about["tokenizer"], source, date=template["date"], template_kwargs=template["kwargs"])
     for row in read(data):
-        try:
-            conversation = normalise(row, options["schema"], options["columns"])
-        except BadRow:
-            continue  # the build has reported it
+        conversation = normalise(row, options["schema"], options["columns"])
         messages = conversation.messages
         if len(messages) > 1 and messages[-1]["role"] == "assistant" and isinstance(messages[-1].get("content"), str):
-            yield conversation
+            yield (
+                prompt_ids(recipe, conversation),
+                recipe.tokenizer.encode([str(messages[-1]["content"])])[0].ids.tolist(),
+            )
 
 
 def _answers(
-    about: dict[str, Any], tuned_dir: Path, prompts: Sequence[Sequence[int]], recipe: Recipe, generation: dict[str, Any]
-) -> tuple[list[str], list[str]]:
-    options = {"pad_id": recipe.tokenizer.id_of(recipe.tokenizer.special_tokens.get("pad_token")) or 0, **generation}
+    about: dict[str, Any], tuned_dir: Path, prompts: Sequence[Sequence[int]], generation: dict[str, Any]
+) -> Iterator[list[list[int]]]:
+    settings = GenerationConfig.from_pretrained(str(tuned_dir))
     model = load_model(about["model"], about["quantization"])
-    model.generation_config = GenerationConfig.from_pretrained(str(tuned_dir))
-    base = generate(model, prompts, **options)
+    model.generation_config = settings
+    yield generate(model, prompts, **generation)
     model = PeftModel.from_pretrained(model, str(tuned_dir)) if about["adapter"] else load_model(str(tuned_dir), None)
-    tuned = generate(model, prompts, **options)
-    decode = recipe.tokenizer.decode
-    return [decode(ids) for ids in base], [decode(ids) for ids in tuned]
+    yield generate(model, prompts, **generation)
 
 
 def _exact(answers: Sequence[str], expected: Sequence[str]) -> float:

@@ -20,19 +20,16 @@ def prompt_ids(recipe: Recipe, conversation: Conversation) -> list[int]:
     return ids if recipe.template.chat or ids[: len(bos)] == bos else bos + ids
 
 
-def generate(
-    model: Any, prompts: Sequence[Sequence[int]], *, pad_id: int, batch_size: int = 16, **options: Any
-) -> list[list[int]]:
+def generate(model: Any, prompts: Sequence[Sequence[int]], *, batch_size: int = 16, **options: Any) -> list[list[int]]:
     """Return the ids that the model answers to each prompt, up to and without its stop token.
 
     Args:
-        model: a causal language model; where it stops is in its generation config.
+        model: a causal language model; its generation config says where it stops and what pads on the left.
         prompts: token ids.
-        pad_id: what to fill up shorter prompts with, on the left.
         batch_size: prompts generated together.
         options: further arguments of `model.generate`.
     """
-    stops = model.generation_config.eos_token_id
+    stops, pad_id = model.generation_config.eos_token_id, model.generation_config.pad_token_id
     stop_ids = set(stops if isinstance(stops, list) else [stops])
     answers: list[list[int]] = []
     was_training = model.training
@@ -48,10 +45,11 @@ def generate(
                 attention_mask=mask.to(model.device),
                 **{"max_new_tokens": 256, "do_sample": False, "pad_token_id": pad_id, **options},
             )
-            answers.extend(_until_stop(one, stop_ids) for one in output[:, width:].tolist())
+            answers.extend(until_stop(one, stop_ids) for one in output[:, width:].tolist())
     model.train(was_training)
     return answers
 
 
-def _until_stop(ids: list[int], stops: set[int]) -> list[int]:
+def until_stop(ids: list[int], stops: set[int]) -> list[int]:
+    """Return the ids before the first stop."""
     return ids[: next((at for at, id_ in enumerate(ids) if id_ in stops), len(ids))]

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from msgspec import structs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, TrainerCallback, set_seed
@@ -66,6 +67,10 @@ def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
     """
     console = Console(stderr=True)
     run = Path(config.output_dir)
+    # Adapters remember their base model by this name, and must find it from any folder.
+    config = structs.replace(
+        config, model=_absolute(config.model), tokenizer=_absolute(config.tokenizer or config.model)
+    )
     _check_settings(config.train)
     quantization_config(config.quantization)
     build = build or _build(config, run, console)
@@ -237,6 +242,10 @@ def _arguments(config: Config, *, isolated: bool, evaluates: bool) -> SFTConfig:
         raise UsageError("train_setting", f"SFTConfig refuses the train settings: {error}") from None
 
 
+def _absolute(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
 def _check_settings(settings: dict[str, Any]) -> None:
     known = {field.name for field in dataclasses.fields(SFTConfig)}
     for name in settings:
@@ -250,7 +259,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
 
 def _build(config: Config, run: Path, console: Console) -> Path:
     build = run / "data"
-    report = write_build(config.data, config.tokenizer or config.model, build, **config.build_options())
+    report = write_build(config.data, config.tokenizer, build, **config.build_options())
     console.print(str(report), highlight=False)
     return build
 
@@ -260,12 +269,11 @@ def _checked_manifest(build: Path, config: Config) -> dict[str, Any]:
     if damaged := verify(build):
         raise InputRefused("damaged_build", f"{build} is damaged: {', '.join(damaged)}", hint="build again")
     made_with = manifest["options"]["tokenizer"]
-    own = load_tokenizer(config.tokenizer or config.model)
+    own = load_tokenizer(config.tokenizer)
     if own.fingerprint != made_with["fingerprint"]:
         raise InputRefused(
             "other_tokenizer",
-            f"{build} was built with tokenizer {made_with['name']}, which is not that of "
-            f"{config.tokenizer or config.model}",
+            f"{build} was built with tokenizer {made_with['name']}, which is not that of {config.tokenizer}",
             hint="build again with the model's own tokenizer, or name it with tokenizer:",
         )
     return manifest
@@ -332,6 +340,7 @@ def _finish(
 ) -> Path:
     # The trainer aligns this with the tokenizer's EOS; the model must stop where its data taught it to.
     trainer.model.generation_config.eos_token_id = stop_ids
+    trainer.model.generation_config.pad_token_id = trainer.processing_class.pad_token_id
     trainer.save_model(str(run / "model"))
     trainer.model.generation_config.save_pretrained(str(run / "model"))
     history = trainer.state.log_history
@@ -344,12 +353,12 @@ def _finish(
             "ftdata": __version__,
             "fingerprint": manifest["fingerprint"],
             "finished": True,
-            "build": str(build.resolve()),
+            "build": build.name if build.parent == run else str(build.resolve()),
             "model": config.model,
             "quantization": config.quantization,
             "adapter": adapter(config) is not None,
             "data": config.data,
-            "tokenizer": config.tokenizer or config.model,
+            "tokenizer": config.tokenizer,
             "steps": trainer.state.global_step,
             "loss": losses,
             "test_loss": loss,
