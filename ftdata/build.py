@@ -253,6 +253,16 @@ def _build(
     store.write_rejects(folder / "rejects.jsonl", rejects)
     store.write_json(folder / "dataset_dict.json", {"splits": list(splits)})
     store.write_json(folder / "report.json", report.as_dict())
+    facts = {
+        "tokenizer": recipe.tokenizer.name,
+        "template": recipe.template.name,
+        "trained on": options["train_on"],
+        "max_length": recipe.max_length,
+        "packing": layout.packing,
+        "fingerprint": fingerprint,
+        "ftdata": __version__,
+    }
+    store.write_card(folder, splits, ", ".join(Path(ledger.source).name for ledger in ledgers), facts, str(report))
     store.write_manifest(folder, {"ftdata": __version__, "fingerprint": fingerprint, "options": options})
     return report
 

@@ -1,7 +1,9 @@
 """Rows to examples: the stages from normalise to truncate, composed, under one recipe.
 
-Row ──normalise──> Conversation ──render──> Rendered ──tokenise──> Encoded ──mask, truncate──> Example
-└───────────────────────── or, at any stage, Reject: where, why, and the way out
+    Row ──normalise──> Conversation ──render──> Rendered ──tokenise──> Encoded ──mask, truncate──> Example
+     └───────────────────────── or, at any stage, Reject: where, why, and the way out
+
+Rows go through in batches; what comes out is in the order of what went in.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Plug-in points: four maps from a name to a callable, filled by decorator, by entry point or by file.
 
-@schemas.register("mine")           in process
-[project.entry-points."ftdata.schemas"] mine = "package.module:function"     installed
-./my_schemas.py:mine                on the command line
+    @schemas.register("mine")                                   in process
+    [project.entry-points."ftdata.schemas"] mine = "pkg:fn"     installed
+    ./my_schemas.py:mine                                        by name, wherever a name is asked for
+
+A plug-in is imported when its name is asked for, not before.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
 """Write: token shards while building, and the finished build, which appears whole or not at all.
 
-DIR/manifest.json           what this is, how it was made, sha256 of every file; written last
-DIR/report.json             the ledger: what was read, built, rejected, cut
-DIR/rejects.jsonl           one line per rejected row: place, code, reason, fix, raw
-DIR/dataset_dict.json       with the folders below: what `datasets.load_from_disk` reads
-DIR/train/data-*.arrow      input_ids, labels, seq_lengths; one row per pack (or per example)
-DIR/train/provenance.parquet    one row per example: pack, source, row, line, tokens, trained, cut, flags
+    DIR/manifest.json           what this is, how it was made, sha256 of every file; written last
+    DIR/report.json             the ledger: what was read, built, rejected, cut
+    DIR/rejects.jsonl           one line per rejected row: place, code, reason, fix, raw
+    DIR/README.md               the same for people; it names the files, so `datasets.load_dataset(DIR)` finds them
+    DIR/dataset_dict.json       with the folders below: what `datasets.load_from_disk` reads
+    DIR/train/data-*.arrow      input_ids, labels, seq_lengths; one row per pack (or per example)
+    DIR/train/provenance.parquet    one row per example: pack, source, row, line, tokens, trained, cut, flags
+
+The folders of the splits are those that `datasets.save_to_disk` would write.
 """
 
 from __future__ import annotations
@@ -200,6 +203,18 @@ def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
                 **{name: value for name, value in asdict(reject).items() if name != "source"},
             }
             file.write(orjson.dumps(record) + b"\n")
+
+
+def write_card(folder: Path, splits: Iterable[str], title: str, facts: Mapping[str, object], text: str) -> None:
+    """Write `README.md`: the files of each split for the hub and `datasets.load_dataset`, and the report for people."""
+    files = "".join(f"  - split: {split}\n    path: {split}/data-*.arrow\n" for split in splits)
+    listed = "".join(f"| {name} | `{value}` |\n" for name, value in facts.items())
+    card = (
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n\n# {title}\n\n"
+        f"Built by ftdata: tokens, labels (-100 where nothing is learnt) and document lengths.\n\n"
+        f"| | |\n|---|---|\n{listed}\n```\n{text}\n```\n"
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

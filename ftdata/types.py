@@ -1,6 +1,8 @@
 """The values that flow through the stages. No logic beyond what derives from their own fields.
 
-Row ──normalise──> Conversation ──render──> Rendered ──tokenise, mask, truncate──> Example ──pack──> build
+    Row ──normalise──> Conversation ──render──> Rendered ──tokenise, mask, truncate──> Example ──pack──> build
+
+Every value is frozen; arrays are numpy.
 """
 
 from __future__ import annotations

@@ -163,6 +163,8 @@ def test_the_folder_is_read_by_datasets(tiny, tmp_path):
     again = datasets.load_from_disk(str(out))
     assert {name: split[:] for name, split in again.items()} == {name: split[:] for name, split in built.items()}
     files = {name: str(out / name / "*.arrow") for name in again}
+    by_name = datasets.load_dataset(str(out), cache_dir=str(tmp_path / "cache"))
+    assert {name: split[:] for name, split in by_name.items()} == {name: split[:] for name, split in again.items()}
     loaded = datasets.load_dataset("arrow", data_files=files, cache_dir=str(tmp_path / "cache"))
     assert {name: split[:] for name, split in loaded.items()} == {name: split[:] for name, split in again.items()}
 

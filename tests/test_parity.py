@@ -12,8 +12,13 @@ from ftdata.tokenize import load_tokenizer
 transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.train, pytest.mark.xdist_group("train")]
 
-SHARED_NAMES = sorted(p.name for p in (SHARED / "tokenizers").iterdir()) if (SHARED / "tokenizers").is_dir() else ["none"]
-ALL = [*MAKERS, *(pytest.param(f"shared/{name}", marks=[pytest.mark.shared, pytest.mark.long]) for name in SHARED_NAMES)]
+SHARED_NAMES = (
+    sorted(p.name for p in (SHARED / "tokenizers").iterdir()) if (SHARED / "tokenizers").is_dir() else ["none"]
+)
+ALL = [
+    *MAKERS,
+    *(pytest.param(f"shared/{name}", marks=[pytest.mark.shared, pytest.mark.long]) for name in SHARED_NAMES),
+]
 CHATS = [
     [("user", "Hi"), ("assistant", "Hello!")],
     [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
@@ -26,7 +31,9 @@ TEXTS = ["hello world", " leading", "年號", "<s>[INST] a [/INST] b</s>", "é e
 @pytest.fixture
 def folder(request, tokenizer_dir):
     name = request.param
-    return str(SHARED / "tokenizers" / name.removeprefix("shared/")) if name.startswith("shared/") else tokenizer_dir(name)
+    return (
+        str(SHARED / "tokenizers" / name.removeprefix("shared/")) if name.startswith("shared/") else tokenizer_dir(name)
+    )
 
 
 @pytest.mark.parametrize("folder", ALL, indirect=True)
@@ -57,7 +64,9 @@ def test_prompt_templates_and_text_give_the_same_ids(folder):
         if not text.rstrip().endswith(eos):
             (row,) = build_sft_dataset([{"text": text}], folder)["train"]
             assert row["input_ids"] == expected(theirs, ours, text + eos)
-        (row,) = build_sft_dataset([{"prompt": text, "completion": "x y"}], folder, template=template, control_tokens="allow")["train"]
+        (row,) = build_sft_dataset(
+            [{"prompt": text, "completion": "x y"}], folder, template=template, control_tokens="allow"
+        )["train"]
         assert row["input_ids"] == expected(theirs, ours, text + "x y" + eos)
 
 

@@ -1,7 +1,7 @@
 """The one place where templates run: Jinja2's immutable sandbox, set up as transformers sets it up.
 
 Templates are code from strangers. They see plain JSON values and strings, never files, modules or Python
-types. Two things differ from transformers on purpose: strings remember who wrote them (`spans.Tracked`), and
+types. Two things differ from transformers on purpose: strings remember who wrote them (`tracked.Tracked`), and
 the clock stands still, at a date that the build records.
 """
 
