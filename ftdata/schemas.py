@@ -39,7 +39,7 @@ class Schema:
     convert: Convert
 
 
-schemas: Registry[Schema] = Registry("ftdata.schemas", "schema")
+schemas: Registry[Schema | Convert] = Registry("ftdata.schemas", "schema")
 
 ROLES = {
     "system": "system",
@@ -74,7 +74,8 @@ def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
 
     Args:
         row: the row as read.
-        schema: `"auto"`, or the name of the schema that every row must have.
+        schema: `"auto"`, or the name of the schema that every row must have: a known one, or `./file.py:function`
+            of one that turns a row into a `Conversation`.
         columns: canonical column name -> the name in the data, e.g. `{"instruction": "q", "output": "a"}`.
 
     Raises:
@@ -90,7 +91,7 @@ def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
         data = _mapped(row.data, columns)
         name = _detect(data) if schema == "auto" else schema
         chosen = schemas.get(name)
-        conversation = chosen.convert(data)
+        conversation = chosen.convert(data) if isinstance(chosen, Schema) else chosen(data)
     except BadRow as error:
         where = f"{row.source} {error.field}".rstrip()
         raise BadRow(error.code, error.message, where=where, hint=error.hint, field=error.field) from None
@@ -111,12 +112,16 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
     Raises:
         UsageError: with the nearest canonical name.
     """
-    known = {name for schema in schemas.own().values() for name in schema.columns}
+    known = {name for schema in _known().values() for name in schema.columns}
     for name in columns or {}:
         if name not in known:
             raise UsageError(
                 "unknown_column", f"columns= maps {name!r}, which no schema has", hint=nearest(name, known)
             )
+
+
+def _known() -> dict[str, Schema]:
+    return {name: schema for name, schema in schemas.own().items() if isinstance(schema, Schema)}
 
 
 def _mapped(data: Any, columns: Mapping[str, str] | None) -> Mapping[str, Any]:
@@ -140,7 +145,7 @@ def _mapped(data: Any, columns: Mapping[str, str] | None) -> Mapping[str, Any]:
 
 
 def _detect(data: Mapping[str, Any]) -> str:
-    found = [name for name, schema in schemas.own().items() if schema.matches(data)]
+    found = [name for name, schema in _known().items() if schema.matches(data)]
     if len(found) == 1:
         return found[0]
     present = ", ".join(map(repr, data)) or "none"
@@ -156,7 +161,7 @@ def _detect(data: Mapping[str, Any]) -> str:
             "is a single message; a row is a whole conversation",
             hint="put each conversation's messages in a list of their own",
         )
-    candidates = "; ".join(f"{name}: {', '.join(s.columns)}" for name, s in schemas.own().items())
+    candidates = "; ".join(f"{name}: {', '.join(s.columns)}" for name, s in _known().items())
     raise BadRow(
         "unknown_schema",
         f"has no known shape; its columns: {present}",

@@ -126,3 +126,13 @@ def test_a_mixed_file_is_read_row_by_row():
 def test_tools_may_be_a_json_string():
     assert convert({"messages": [USER, ASSISTANT], "tools": '[{"type": "function"}]'}).tools == ({"type": "function"},)
     assert convert({"messages": [USER, ASSISTANT], "tools": "[]"}).tools == ()
+
+
+def test_a_schema_of_ones_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from ftdata.types import Conversation\n"
+        "def convert(row):\n"
+        "    return Conversation(({'role': 'user', 'content': row['q']}, {'role': 'assistant', 'content': row['a']}), completion_from=1)\n"
+    )
+    assert convert({"q": "q", "a": "a"}, schema=f"{path}:convert").messages == (USER, ASSISTANT)

@@ -219,7 +219,11 @@ def _render_fields(conversation: Conversation, template: Template) -> Rendered:
     owners = {
         name: tracked(value, Part.CONTENT, index) for index, (name, value) in enumerate(conversation.fields.items())
     }
-    text = template.run(owners)
+    try:
+        text = template.run(owners)
+    except BadRow as error:
+        error.hint = f"the row has {', '.join(conversation.fields) or 'messages'}; columns= maps other names"
+        raise
     parts = pieces(text)
     arrived = {piece.message for piece in parts}
     for index, (name, value) in enumerate(conversation.fields.items()):
