@@ -98,6 +98,8 @@ class Part(StrEnum):
     TOOL_CALL = "tool_call"
     TOOLS = "tools"
     """tool schemas, printed into the prompt"""
+    OTHER = "other"
+    """any other field of a message: a name, an id"""
 
 
 class Span(NamedTuple):

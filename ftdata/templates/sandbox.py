@@ -118,9 +118,9 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     def plain(x: Any) -> str:
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators)
 
-    return dumps(value, plain)
+    return dumps(value, plain, sort_keys=sort_keys)
 
 
 @jinja2.pass_environment

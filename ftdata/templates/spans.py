@@ -13,18 +13,10 @@ from typing import Any
 from ftdata.templates.tracked import BLOCK, Tracked
 from ftdata.types import Part, Span
 
-_PARTS = (Part.SCAFFOLD, Part.CONTENT, Part.REASONING, Part.TOOL_CALL, Part.TOOLS)
+_PARTS = (Part.SCAFFOLD, Part.CONTENT, Part.REASONING, Part.TOOL_CALL, Part.TOOLS, Part.OTHER)
 _CODES = {part: code for code, part in enumerate(_PARTS)}
-_KEYS = {
-    "content": Part.CONTENT,
-    "reasoning_content": Part.REASONING,
-    "thinking": Part.REASONING,
-    "reasoning": Part.REASONING,
-    "tool_calls": Part.TOOL_CALL,
-}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_NAMES = frozenset({"type", "role", "id", "name"})
-"""Values that templates compare and never print as data of their own."""
+_KEYS = {"content": Part.CONTENT, "tool_calls": Part.TOOL_CALL, **dict.fromkeys(_REASONING, Part.REASONING)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +48,12 @@ def tracked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 
 
 def tracked(value: Any, part: Part, message: int) -> Any:
-    """Return a copy of a JSON value in which every string of data is owned by `(message, part)`."""
+    """Return a copy of a JSON value in which every string, keys included, is owned by `(message, part)`."""
     owner = 8 * (message + 1) + _CODES[part]
     if isinstance(value, str):
         return Tracked(value, ((len(value), owner),) if value else ())
     if isinstance(value, Mapping):
-        return {key: item if key in _NAMES else tracked(item, part, message) for key, item in value.items()}
+        return {tracked(key, part, message): tracked(item, part, message) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [tracked(item, part, message) for item in value]
     return value
@@ -107,4 +99,8 @@ def _tracked_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     reasoning = next((known[key] for key in _REASONING if key in known), None)
     if reasoning is not None:
         known = {"thinking": reasoning, **known, "reasoning_content": reasoning}
-    return {key: tracked(value, _KEYS[key], index) if key in _KEYS else value for key, value in known.items()}
+    # The role is one of a few known words, and what templates decide by.
+    return {
+        key: value if key == "role" else tracked(value, _KEYS.get(key, Part.OTHER), index)
+        for key, value in known.items()
+    }

@@ -3,15 +3,15 @@
 A `Tracked` is a `str` that carries, for each stretch of its characters, the owner who wrote it: 0 for the
 template, anything else for a field of the row. The operations that templates use (`+`, `~`, slices, `strip`,
 `split`, `replace`, `join`, loops, `tojson`) keep the memory; any other operation yields a plain string, which
-belongs to the template. Losing the memory is therefore always visible: the row's text seems not to arrive,
-and the row is refused.
+belongs to the template. Where the memory is lost, the row's text seems not to arrive: such rows are flagged, or
+refused.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from itertools import count
+from itertools import cycle
 from typing import Any, Self, SupportsIndex
 
 Run = tuple[int, int]
@@ -179,33 +179,46 @@ def concat(pieces: Iterable[str]) -> str:
     return Tracked("".join(texts), merge(runs))
 
 
-def dumps(value: Any, plain: Callable[[Any], str]) -> str:
-    """Serialise `value` with `plain` (a `json.dumps`), keeping the owners of the strings inside it.
+def dumps(value: Any, plain: Callable[[Any], str], *, sort_keys: bool = False) -> str:
+    """Serialise `value` with `plain` (a `json.dumps` that does not sort), keeping the owners of the strings in it.
 
     The strings are first replaced by noncharacters that name them, so that their places in the output are
     known; each is then put back as JSON escapes it, character by character.
+
+    Raises:
+        ValueError: the value holds every noncharacter there is for this.
     """
-    text = plain(value)
-    strings: dict[str, Tracked] = {}
-    numbers = count()
-    if "\ufdd0" in text or "\\ufdd0" in text:
-        return text
+    found = plain(value)
+    mark = next(
+        (chr(point) for point in range(0xFDD1, 0xFDF0) if not {chr(point), f"\\u{point:04x}"} & _parts(found)), None
+    )
+    if mark is None:
+        message = "the data holds all noncharacters"
+        raise ValueError(message)
+    strings: list[Tracked] = []
 
     def named(item: Any) -> Any:
         if isinstance(item, Tracked):
-            name = f"\ufdd0{next(numbers)}\ufdd1"
-            strings[name] = item
-            return name
+            strings.append(item)
+            return f"{mark}{len(strings) - 1}{mark}"
         if isinstance(item, dict):
-            return {key: named(inner) for key, inner in item.items()}
+            pairs = sorted(item.items()) if sort_keys else item.items()
+            return {named(key): named(inner) for key, inner in pairs}
         if isinstance(item, list | tuple):
             return [named(inner) for inner in item]
         return item
 
-    skeleton = plain(named(value)).replace("\\ufdd0", "\ufdd0").replace("\\ufdd1", "\ufdd1")
-    pieces = re.split("(\ufdd0[0-9]+\ufdd1)", skeleton)
-    tracked = concat(_escaped(strings[piece], plain) if piece in strings else piece for piece in pieces)
-    return tracked if tracked == text else text
+    skeleton = plain(named(value)).replace(f"\\u{ord(mark):04x}", mark)
+    pieces = re.split(f"{mark}([0-9]+){mark}", skeleton)
+    return concat(
+        _escaped(strings[int(piece)], plain) if odd else piece
+        for piece, odd in zip(pieces, cycle((False, True)), strict=False)
+    )
+
+
+def _parts(text: str) -> set[str]:
+    """Return the noncharacters in a JSON text, as they are or escaped."""
+    return set(re.findall(r"[\ufdd0-\ufdef]|\\ufd[de][0-9a-f]", text))
 
 
 def _escaped(text: Tracked, plain: Callable[[Any], str]) -> str:
