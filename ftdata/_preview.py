@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ftdata.errors import BadRow, InputRefused
-from ftdata.examples import Built, Recipe, build_rows, check_answers, check_options, make_recipe
+from ftdata.examples import Built, Recipe, as_date, build_rows, check_answers, check_options, make_recipe
 from ftdata.mask import policy_of
 from ftdata.readers import sources
 from ftdata.schemas import normalise
@@ -156,7 +156,7 @@ def preview(
     if tokenizer is None:
         name, source = find(template if template is not None else "chatml")
         check_options(schema, columns, train_on, turns, control_tokens, max_length, overlong)
-        bare = Template(name, source, special_tokens=NO_TOKENIZER)
+        bare = Template(name, source, special_tokens=NO_TOKENIZER, date=as_date(date), kwargs=template_kwargs or {})
         check(bare)
         shown = tuple(_show_text(entry, bare, schema, columns, train_on, turns) for entry in chosen)
         kind = f"template {name} · no tokenizer"

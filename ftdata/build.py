@@ -146,7 +146,7 @@ def build_sft_dataset(
             template_kwargs=template_kwargs,
             progress=progress,
         )
-        return load_build(target, report, in_memory=output_dir is None)
+        return load_build(target.resolve(), report, in_memory=output_dir is None)
 
 
 def write_build(
@@ -171,7 +171,9 @@ def write_build(
     if workers is not None and workers < 1:
         raise UsageError("workers", f"workers is {workers}, expected at least 1")
     one_of("engine", engine, ENGINES)
-    with store.new_folder(Path(output_dir)) as folder:
+    if callable(made.train_on) and workers not in (None, 1) and "<lambda>" in made.train_on.__qualname__:
+        raise UsageError("train_on", "a lambda cannot go to other processes", hint="use a named function, or workers=1")
+    with store.new_folder(Path(output_dir).resolve()) as folder:
         return _build(made, layout, data, folder, limit, workers, engine, progress)
 
 
@@ -210,7 +212,7 @@ def _build(
     layout: Layout,
     data: Any,
     folder: Path,
-    limit: float,
+    limit: Callable[[int], float],
     workers: int | None,
     engine: str,
     progress: Progress | None,
@@ -252,7 +254,8 @@ def _build(
     )
     store.write_rejects(folder / "rejects.jsonl", rejects)
     store.write_json(folder / "dataset_dict.json", {"splits": list(splits)})
-    store.write_json(folder / "report.json", report.as_dict())
+    # How long it took is no part of what was built: equal builds are equal files.
+    store.write_json(folder / "report.json", {**report.as_dict(), "seconds": None})
     facts = {
         "tokenizer": recipe.tokenizer.name,
         "template": recipe.template.name,
@@ -291,46 +294,43 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
     return ShardResult(ledger, rejects, content.hexdigest())
 
 
-def _reject_limit(on_bad_rows: str, max_rejects: float | str | None) -> float:
-    """Return how many rows may be bad: a number from 1, or a share below 1 (negative: none, with all shown)."""
+def _reject_limit(on_bad_rows: str, max_rejects: float | str | None) -> Callable[[int], float]:
+    """Return how many of so many rows may be bad; less than 0 where none may, and all are shown."""
     one_of("on_bad_rows", on_bad_rows, ("error", "quarantine"))
     if on_bad_rows == "error":
         if max_rejects is not None:
             raise UsageError("max_rejects", "max_rejects goes with on_bad_rows='quarantine'")
-        return -1
+        return lambda _: -1
     if max_rejects is None:
         raise UsageError(
             "max_rejects",
             "on_bad_rows='quarantine' needs max_rejects: how much loss is acceptable?",
             hint="max_rejects=100 or max_rejects='1%'",
         )
+    text = str(max_rejects)
     try:
-        text = str(max_rejects)
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         value = -1
-    if value < 0:
-        raise UsageError(
-            "max_rejects", f"max_rejects is {max_rejects!r}, expected a number of rows or a share like '1%'"
-        )
-    return value
+    if not 0 <= value < float("inf"):
+        expected = "expected a number of rows, or a share like '1%' or 0.01"
+        raise UsageError("max_rejects", f"max_rejects is {max_rejects!r}, {expected}")
+    is_share = text.endswith("%") or 0 < value < 1
+    return lambda rows: value * rows if is_share else value
 
 
-def _judge(ledgers: Sequence[Ledger], rejects: Sequence[Reject], limit: float) -> None:
+def _judge(ledgers: Sequence[Ledger], rejects: Sequence[Reject], limit: Callable[[int], float]) -> None:
     bad = [reject for reject in rejects if reject.code not in BY_CHOICE]
     read = sum(ledger.read for ledger in ledgers)
-    if bad and limit < 0:
-        raise BadRows(
-            len(bad),
-            map(str, bad[:20]),
-            hint="mend the rows, or go on without them: on_bad_rows='quarantine', max_rejects=...",
-        )
-    if limit >= 0 and len(bad) > (limit * read if limit < 1 else limit):
-        allowed = f"{limit:.2%}" if limit < 1 else f"{limit:.0f}"
+    allowed = limit(read)
+    if bad and allowed < 0:
+        hint = "mend the rows, or go on without them: on_bad_rows='quarantine', max_rejects=..."
+        raise BadRows(len(bad), map(str, bad[:20]), hint=hint)
+    if len(bad) > allowed >= 0:
         listed = "\n  ".join(map(str, bad[:5]))
         raise TooManyRejects(
             "max_rejects",
-            f"{len(bad)} of {read} rows are refused, max_rejects allows {allowed}:\n  {listed}\n",
+            f"{len(bad)} of {read} rows are refused, max_rejects allows {int(allowed)}:\n  {listed}\n",
             hint="mend the rows, or raise max_rejects",
         )
     if not any(ledger.built for ledger in ledgers):
@@ -405,5 +405,11 @@ def _notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
 
 
 def _fingerprint(options: Mapping[str, Any], results: Sequence[ShardResult]) -> str:
-    parts = {"ftdata": __version__, "options": options, "content": [result.content for result in results]}
+    # Names of files and folders decide nothing.
+    nameless = {
+        **options,
+        "tokenizer": options["tokenizer"]["fingerprint"],
+        "template": {**options["template"], "name": None},
+    }
+    parts = {"ftdata": __version__, "options": nameless, "content": [result.content for result in results]}
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())

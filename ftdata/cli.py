@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,11 @@ MaxRejects = Annotated[str | None, typer.Option(help="With quarantine: how many 
 
 def main() -> None:
     """Run the command line; every error that ftdata knows is one message, without a traceback."""
+    # Terminals that cannot show a character must not stop the work.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app()
     except FtdataError as error:
@@ -194,7 +200,7 @@ def build(
             seed=seed,
             on_bad_rows=on_bad_rows,
             max_rejects=max_rejects,
-            workers=workers or os.cpu_count(),
+            workers=os.cpu_count() if workers is None else workers,
             engine=engine,
             date=date,
             progress=progress,
@@ -238,19 +244,25 @@ def audit(
 
 
 @templates_app.command("list")
-def templates_list() -> None:
+def templates_list(as_json: Json = False) -> None:
     """List the built-in and installed templates."""
     from ftdata.templates import templates
 
-    print("\n".join(templates.names()))
+    print(json.dumps(templates.names()) if as_json else "\n".join(templates.names()))
 
 
 @templates_app.command("show")
-def templates_show(name: Annotated[str, typer.Argument(help="A template's name or file.")]) -> None:
+def templates_show(
+    name: Annotated[str, typer.Argument(help="A template's name or file.")], as_json: Json = False
+) -> None:
     """Print a template's Jinja text."""
     from ftdata.templates import find
 
-    print(find(name)[1], end="")
+    found, source = find(name)
+    print(
+        json.dumps({"name": found, "source": source}, ensure_ascii=False) if as_json else source,
+        end="\n" if as_json else "",
+    )
 
 
 @templates_app.command("check")
@@ -283,11 +295,12 @@ def train(
         list[str] | None, typer.Option("--set", help="A field of SFTConfig, e.g. --set learning_rate=1e-4.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the run's folder.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train a model on data or on a build, with LoRA, QLoRA or in full; save, and draw the loss."""
     from ftdata.train import run
 
-    run(
+    folder = run(
         source,
         model=model,
         output_dir=output_dir,
@@ -296,10 +309,12 @@ def train(
         packing=packing,
         test_size=test_size,
         quantization=quantization,
-        lora={"r": lora_r} if lora_r else None,
+        lora_r=lora_r,
         settings=set_ or [],
         resume=resume,
     )
+    if as_json:
+        print((folder / "run.json").read_text(encoding="utf-8"), end="")
 
 
 @app.command("eval")

@@ -14,6 +14,7 @@ train: {num_train_epochs: 3, learning_rate: 2.0e-4}
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     alpha: int = 32
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.alpha < 1 or not 0 <= self.dropout < 1:
+            message = (
+                f"r {self.r}, alpha {self.alpha}, dropout {self.dropout}: expected r, alpha >= 1, 0 <= dropout < 1"
+            )
+            raise ValueError(message)
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -83,6 +91,37 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return {name: getattr(self, name) for name in names}
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as 1.2 has it where 1.1 surprises: `1e-4` is a number, `no`, `off` and `yes` are words."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML into plain values, without surprises.
+
+    >>> parse_yaml("{learning_rate: 1e-4, save_strategy: no, steps: 3, quick: true}")
+    {'learning_rate': 0.0001, 'save_strategy': 'no', 'steps': 3, 'quick': True}
+    """
+    return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+
+
 def load_config(path: Path, **overrides: Any) -> Config:
     """Read a YAML or TOML file.
 
@@ -95,7 +134,7 @@ def load_config(path: Path, **overrides: Any) -> Config:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+        values = tomllib.loads(text) if path.suffix == ".toml" else parse_yaml(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, tomllib.TOMLDecodeError) as error:
         raise UsageError("config_file", f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -114,6 +153,10 @@ def make_config(values: dict[str, Any], where: str = "", **overrides: Any) -> Co
     ftdata.errors.UsageError: [config] unknown key 'max_lenght'. Fix: did you mean 'max_length'? known: columns, ...
     """
     given = {**values, **{name: value for name, value in overrides.items() if value is not None}}
+    for name in ("lora", "train"):
+        # What is overridden in a section leaves the rest of it as it was.
+        if isinstance(overrides.get(name), dict) and isinstance(values.get(name), dict):
+            given[name] = {**values[name], **overrides[name]}
     for kind, section in ((Config, given), (Lora, given.get("lora"))):
         for key in section if isinstance(section, dict) else ():
             if key not in kind.__struct_fields__:

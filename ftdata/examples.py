@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ftdata.errors import BadRow, UsageError, one_of
 from ftdata.mask import Policy, policy_of, trained_tokens
 from ftdata.schemas import check_columns, normalise, schemas
-from ftdata.templates import DEFAULT_DATE, TURNS, Template, check, find, render
+from ftdata.templates import DEFAULT_DATE, TURNS, Template, check, find, render, scaffold
 from ftdata.tokenize import (
     CONTROL_POLICIES,
     ControlTokens,
@@ -47,6 +47,7 @@ class Recipe:
 
     tokenizer: Tokenizer
     template: Template
+    control: ControlTokens
     schema: str = "auto"
     columns: Mapping[str, str] | None = None
     train_on: str | Policy = "assistant"
@@ -62,23 +63,12 @@ class Recipe:
         check(self.template)
 
     @cached_property
-    def control(self) -> ControlTokens:
-        """The tokens that only the template may write."""
-        return control_tokens(self.tokenizer, self.template.source)
-
-    @cached_property
     def stop_ids(self) -> NDArray[np.int32]:
-        """Ids that may end a turn: control tokens."""
-        ids = [self.tokenizer.added_tokens[token][0] for token in self.control.tokens]
-        return np.asarray(ids, dtype=np.int32)
+        """Ids that may end a turn: control tokens (int32)."""
+        return self.control.ids
 
     def describe(self) -> dict[str, Any]:
         """Return the options as JSON, for manifest and fingerprint."""
-        train_on = (
-            self.train_on
-            if isinstance(self.train_on, str)
-            else f"{self.train_on.__module__}.{self.train_on.__qualname__}"
-        )
         return {
             "tokenizer": {"name": self.tokenizer.name, "fingerprint": self.tokenizer.fingerprint},
             "template": {
@@ -89,7 +79,7 @@ class Recipe:
             },
             "schema": self.schema,
             "columns": dict(self.columns or {}),
-            "train_on": train_on,
+            "train_on": _name(self.train_on),
             "turns": self.turns,
             "control_tokens": self.control_tokens,
             "max_length": self.max_length,
@@ -116,8 +106,8 @@ def check_options(
     one_of("overlong", overlong, OVERLONG)
     if schema != "auto":
         schemas.get(schema)
-    if max_length is not None and max_length < 2:
-        raise UsageError("max_length", f"max_length is {max_length}, expected at least 2")
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
+        raise UsageError("max_length", f"max_length is {max_length!r}, expected a whole number from 2")
     check_columns(columns)
     policy_of(train_on)
 
@@ -144,21 +134,30 @@ def make_recipe(
         TemplateRefused: the template cannot be compiled, or marks nothing as trained.
     """
     loaded = load_tokenizer(tokenizer)
+    try:
+        json.dumps(template_kwargs)
+    except TypeError as error:
+        raise UsageError("template_kwargs", f"template_kwargs must be plain values: {error}") from None
     own = template is None
     name, source = ("tokenizer", loaded.chat_template or "") if template is None else find(template)
-    bound = Template(
+    unbound = Template(
         name,
         source,
         strict=not own,
         special_tokens=loaded.special_tokens,
-        control=control_tokens(loaded, source).pattern,
-        date=_date(date),
+        date=as_date(date),
         kwargs=template_kwargs or {},
     )
-    return Recipe(loaded, bound, **options)
+    control = control_tokens(loaded, source + (loaded.chat_template or "") + scaffold(unbound))
+    return Recipe(loaded, replace(unbound, control=control.pattern), control, **options)
 
 
-def _date(date: str | datetime.date | None) -> datetime.datetime:
+def as_date(date: str | datetime.date | None) -> datetime.datetime:
+    """Return what the clock shows to templates.
+
+    Raises:
+        UsageError: not a date.
+    """
     if date is None:
         return DEFAULT_DATE
     try:
@@ -199,9 +198,26 @@ def _prepare(recipe: Recipe, row: Row | Reject) -> tuple[Conversation, tuple[Ren
     try:
         conversation = normalise(row, recipe.schema, recipe.columns)
         check_answers(conversation)
-        return conversation, render(conversation, recipe.template, recipe.turns)
+        texts = render(conversation, recipe.template, recipe.turns)
+        _check_lost_text(recipe, conversation, texts)
     except BadRow as error:
         return _reject(row, error)
+    return conversation, texts
+
+
+def _check_lost_text(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
+    # Where a template rewrites a message beyond what we can follow, typed control tokens could hide in the rest.
+    pattern = recipe.control.pattern
+    if recipe.control_tokens == "allow" or pattern is None or not any("content_cut" in one.flags for one in texts):
+        return
+    for index, message in enumerate(conversation.messages):
+        if pattern.search(json.dumps(message.get("content"), ensure_ascii=False)):
+            raise BadRow(
+                "control_tokens",
+                "spells a control token, and the template rewrites the message",
+                field=f"messages[{index}].content",
+                hint="take it out of the data, or set control_tokens='allow'",
+            )
 
 
 def check_answers(conversation: Conversation) -> None:
@@ -241,7 +257,7 @@ def _finish(
     encoded: Sequence[Encoded | BadRow],
 ) -> Built | Reject:
     try:
-        whole = [_example(recipe, conversation, *pair) for pair in zip(texts, encoded, strict=True)]
+        whole = _examples(recipe, conversation, texts, encoded)
     except BadRow as error:
         return _reject(row, error)
     tokens = sum(map(len, whole))
@@ -258,6 +274,17 @@ def _finish(
     return Built(conversation.schema, tuple(kept), tokens - sum(map(len, kept)))
 
 
+def _examples(
+    recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered], encoded: Sequence[Encoded | BadRow]
+) -> tuple[Example, ...]:
+    """Make the examples of one conversation; turns on their own of which nothing is trained are none."""
+    each = (_example(recipe, conversation, *pair) for pair in zip(texts, encoded, strict=True))
+    trained = tuple(example for example in each if example.trained.any())
+    if not trained:
+        raise BadRow("nothing_trained", f"no token would be trained under train_on={_name(recipe.train_on)!r}")
+    return trained
+
+
 def _example(recipe: Recipe, conversation: Conversation, rendered: Rendered, encoded: Encoded | BadRow) -> Example:
     if isinstance(encoded, BadRow):
         raise encoded
@@ -267,29 +294,27 @@ def _example(recipe: Recipe, conversation: Conversation, rendered: Rendered, enc
         offsets = np.concatenate((np.zeros((len(bos), 2), np.int32), offsets))
     chosen = policy_of(recipe.train_on)(rendered, conversation)
     flags = set(rendered.flags) | ({"control_tokens"} if encoded.escaped else set())
-    if conversation.messages and conversation.messages[-1]["role"] != "assistant" and "split" not in flags:
+    if conversation.messages and conversation.messages[-1]["role"] != "assistant":
         flags.add("trailing_turns")
-    example = Example(
-        ids,
-        trained_tokens(offsets, rendered, chosen),
-        offsets,
-        rendered.text,
-        rendered.spans,
-        frozenset(flags),
-        conversation.source,
-    )
-    if not example.trained.any():
-        raise BadRow("nothing_trained", f"no token would be trained under train_on={recipe.describe()['train_on']!r}")
+    trained = trained_tokens(offsets, rendered, chosen)
+    source = conversation.source
+    example = Example(ids, trained, offsets, rendered.text, rendered.spans, frozenset(flags), source)
     last = ids[turn_ends(example) - 1]
     if not len(last) or not np.isin(last, recipe.stop_ids).all():
         example = replace(example, flags=example.flags | {"no_stop"})
     return example
 
 
+def _name(policy: str | Policy) -> str:
+    if isinstance(policy, str):
+        return policy
+    return f"{policy.__module__}.{getattr(policy, '__qualname__', type(policy).__qualname__)}"
+
+
 def _reject(row: Row | Reject, error: BadRow) -> Reject:
     if isinstance(row, Reject):
         return row
-    raw = json.dumps(row.data, ensure_ascii=False, default=str)[:4096]
+    raw = json.dumps(row.data, ensure_ascii=False, default=str, skipkeys=True)[:4096]
     return Reject(row.source, error.code, error.field, error.message, error.hint, raw)
 
 
@@ -336,6 +361,11 @@ def encode(
     )
     row = {"messages": list(messages), **({"tools": list(tools)} if tools else {})}
     conversation = normalise(Row(row, Source("<messages>", 0)), "messages")
-    texts = render(conversation, recipe.template, recipe.turns)
-    encoded = encode_rendered(recipe.tokenizer, texts, recipe.control, recipe.control_tokens)
-    return tuple(_example(recipe, conversation, *pair) for pair in zip(texts, encoded, strict=True))
+    try:
+        texts = render(conversation, recipe.template, recipe.turns)
+        _check_lost_text(recipe, conversation, texts)
+        encoded = encode_rendered(recipe.tokenizer, texts, recipe.control, recipe.control_tokens)
+        return _examples(recipe, conversation, texts, encoded)
+    except BadRow as error:
+        error.where = error.where or error.field
+        raise

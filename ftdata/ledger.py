@@ -152,6 +152,7 @@ NOTES = {
     "no_stop": "{n} examples have a turn without a trained control token at its end: the model will not learn to stop",
     "reasoning_dropped": "{n} examples lost reasoning, which the template does not print",
     "split": "{n} examples are single turns: the template rewrites earlier turns, so each is shown as it will be asked",
+    "tags_overruled": "{n} examples are trained on what the model must generate, not on what the template's tags mark",
     "trailing_turns": "{n} examples end with messages that nothing answers",
     "truncated_answer": "{n} examples end inside an answer",
 }

@@ -30,8 +30,8 @@ def assistant(rendered: Rendered, conversation: Conversation) -> list[bool]:
 
 @masks.register("last_assistant")
 def last_assistant(rendered: Rendered, conversation: Conversation) -> list[bool]:
-    """Train the last assistant turn only."""
-    last = max((span.message for span in rendered.spans if span.generated), default=-1)
+    """Train the last assistant turn of the conversation only."""
+    last = max((i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"), default=0)
     chosen = assistant(rendered, conversation)
     return [yes and span.message == last for yes, span in zip(chosen, rendered.spans, strict=True)]
 

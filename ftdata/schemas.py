@@ -127,6 +127,13 @@ def _known() -> dict[str, Schema]:
 def _mapped(data: Any, columns: Mapping[str, str] | None) -> Mapping[str, Any]:
     if isinstance(data, list):
         return {"messages": data}
+    if isinstance(data, Mapping) and data.get("chat_template_kwargs"):
+        raise BadRow(
+            "row_options",
+            "sets template options for this row alone, which is not supported",
+            field="chat_template_kwargs",
+            hint="take the column out, and pass template_kwargs= for the whole build",
+        )
     if not isinstance(data, Mapping):
         raise BadRow("not_a_row", f"is a {type(data).__name__}, expected an object or a list of messages")
     if not columns:
@@ -207,9 +214,29 @@ def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _from_fields(fields: dict[str, str], user: str, assistant: str) -> Conversation:
-    messages = (_message("user", user), _message("assistant", assistant))
-    return Conversation(messages=messages, fields=fields, completion_from=1)
+def _from_fields(data: Mapping[str, Any], fields: dict[str, str], user: str, assistant: str) -> Conversation:
+    before, beside = _context(data)
+    messages = (*before, _message("user", user), _message("assistant", assistant))
+    return Conversation(messages=messages, fields={**fields, **beside}, completion_from=len(messages) - 1)
+
+
+def _context(data: Mapping[str, Any]) -> tuple[tuple[Message, ...], dict[str, str]]:
+    """Return what stands before the question: `system`, and `history` as pairs; as messages, and as fields."""
+    messages: list[Message] = []
+    fields: dict[str, str] = {}
+    if data.get("system"):
+        fields["system"] = _text(data, "system")
+        messages.append(_message("system", fields["system"]))
+    history = data.get("history") or []
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
+    ):
+        raise BadRow("history_type", "is no list of [question, answer] pairs", field="history")
+    for question, answer in history:
+        messages += _message("user", question), _message("assistant", answer)
+    if history:
+        fields["history"] = orjson.dumps(history).decode()
+    return tuple(messages), fields
 
 
 def _prompt_completion(data: Mapping[str, Any]) -> Conversation:
@@ -223,19 +250,19 @@ def _prompt_completion(data: Mapping[str, Any]) -> Conversation:
         )
         return Conversation(messages=before + after, tools=_tools(data), completion_from=len(before))
     fields = {"prompt": _text(data, "prompt"), "completion": _text(data, "completion")}
-    return _from_fields(fields, fields["prompt"], fields["completion"])
+    return _from_fields(data, fields, fields["prompt"], fields["completion"])
 
 
 def _alpaca(data: Mapping[str, Any]) -> Conversation:
     fields = {"instruction": _text(data, "instruction"), "output": _text(data, "output")}
     fields["input"] = _text(data, "input") if data.get("input") is not None else ""
     user = f"{fields['instruction']}\n\n{fields['input']}" if fields["input"] else fields["instruction"]
-    return _from_fields(fields, user, fields["output"])
+    return _from_fields(data, fields, user, fields["output"])
 
 
 def _question_answer(data: Mapping[str, Any]) -> Conversation:
     fields = {"question": _text(data, "question"), "answer": _text(data, "answer")}
-    return _from_fields(fields, fields["question"], fields["answer"])
+    return _from_fields(data, fields, fields["question"], fields["answer"])
 
 
 def _plain_text(data: Mapping[str, Any]) -> Conversation:
@@ -246,8 +273,12 @@ def _plain_text(data: Mapping[str, Any]) -> Conversation:
 def _chat(column: str) -> Convert:
     def convert(data: Mapping[str, Any]) -> Conversation:
         messages = _messages(_get(data, column), column)
-        if isinstance(system := data.get("system"), str) and system and messages[0]["role"] != "system":
-            messages = (_message("system", system), *messages)
+        if data.get("system"):
+            system = _message("system", _text(data, "system"))
+            if messages[0]["role"] != "system":
+                messages = (system, *messages)
+            elif messages[0].get("content") != system["content"]:
+                raise BadRow("two_systems", "differs from the conversation's own system message", field="system")
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
         return Conversation(messages=messages, tools=_tools(data), completion_from=last)
 
@@ -280,19 +311,38 @@ def _messages(value: Any, column: str) -> tuple[Message, ...]:
 def _one_message(item: Any, field: str) -> Message:
     if not isinstance(item, Mapping):
         raise BadRow("message_type", f"is {_describe(item)}, expected an object with role and content", field=field)
-    # Keys that we do not know are kept: a template may read them, and chat templates drop nulls themselves.
-    message = {
-        _SHAREGPT_KEYS.get(key, key): value
-        for key, value in item.items()
-        if key not in _TRAIN_KEYS and value is not None
-    }
+    if "role" not in item and "from" in item:
+        item = {_SHAREGPT_KEYS.get(key, key): value for key, value in item.items()}
+    # Keys that we do not know are kept: a template may read them. Nulls are absent, as transformers has it.
+    message = {key: value for key, value in item.items() if key not in _TRAIN_KEYS and value is not None}
     message["role"] = _role(message.get("role"), f"{field}.role")
     if not isinstance(content := message.get("content"), str):
         message.update(_structured_content(content, bool(message.get("tool_calls")), f"{field}.content"))
+    if message.get("tool_calls"):
+        message["tool_calls"] = _tool_calls(message["tool_calls"], f"{field}.tool_calls")
     trained = [_flag(item[key], f"{field}.{key}") for key in _TRAIN_KEYS if item.get(key) is not None]
     if trained:
         message["train"] = all(trained)
     return cast(Message, message)
+
+
+def _tool_calls(calls: Any, field: str) -> list[dict[str, Any]]:
+    """Return the calls with their arguments as objects: OpenAI writes them as JSON text, templates want objects."""
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise BadRow("tool_calls_type", f"is {_describe(calls)}, expected a list of objects", field=field)
+    parsed = []
+    for index, call in enumerate(calls):
+        function = call.get("function")
+        if isinstance(function, Mapping) and isinstance(text := function.get("arguments"), str):
+            try:
+                arguments = orjson.loads(text)
+            except orjson.JSONDecodeError as error:
+                place = f"{field}[{index}].function.arguments"
+                raise BadRow("tool_arguments", f"is text that is not JSON: {error}", field=place) from None
+            parsed.append({**call, "function": {**function, "arguments": arguments}})
+        else:
+            parsed.append(dict(call))
+    return parsed
 
 
 def _role(value: Any, field: str) -> str:

@@ -232,10 +232,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         UsageError: `target` holds something that is no build of ftdata.
         StorageError: the disk refuses; the message names the path.
     """
-    if target.exists() and not (target / "manifest.json").is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(
-            "target_exists", f"{target} exists and is no build of ftdata", hint="choose another output folder"
-        )
+    _refuse_foreign(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent))
@@ -256,6 +253,26 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise StorageError("write", f"cannot write {target}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refuse_foreign(target: Path) -> None:
+    """Refuse a target that holds anything but a build: it is about to be replaced."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    hint = "choose another output folder"
+    try:
+        own = {*read_manifest(target)["files"], "manifest.json"}
+    except (InputRefused, KeyError, TypeError):
+        raise UsageError("target_exists", f"{target} exists and is no build of ftdata", hint=hint) from None
+    others = [
+        name
+        for path in sorted(target.rglob("*"))
+        if path.is_file() and (name := str(path.relative_to(target))) not in own
+    ]
+    if others:
+        raise UsageError(
+            "target_exists", f"{target} holds files that are not of the build: {', '.join(others[:3])}", hint=hint
+        )
 
 
 def _umask() -> int:
@@ -300,10 +317,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
         raise InputRefused("damaged_build", f"{path} is damaged: {error}", hint="build again") from None
-    if manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputRefused(
             "build_format",
-            f"{path} has format {manifest.get('format')}, this ftdata reads {FORMAT}",
+            f"{path} is not of format {FORMAT}, which this ftdata reads",
             hint="build again",
         )
     return manifest

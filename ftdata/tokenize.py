@@ -124,15 +124,20 @@ def encode_rendered(
     Returns:
         For each text its tokens, or a `BadRow` with code `control_tokens`.
     """
-    typed = [control.typed(one) for one in batch]
     outcome: list[Encoded | BadRow] = list(tokenizer.encode([one.text for one in batch]))
-    for index, (one, found) in enumerate(zip(batch, typed, strict=True)):
-        if not found or policy == "allow" or one.keep_control:
+    if policy == "allow":
+        return outcome
+    for index, (one, encoded) in enumerate(zip(batch, outcome, strict=True)):
+        if one.keep_control or isinstance(encoded, BadRow):
+            continue
+        own, typed = control.matches(one)
+        # A tokenizer that normalises makes control tokens of what only resembles them: ids tell, not looks.
+        if not typed and control.count(encoded.ids) <= len(own):
             continue
         if policy == "refuse":
             outcome[index] = BadRow(
                 "control_tokens",
-                f"the data spells the control token {found!r}",
+                f"the data spells a control token{f': {typed[0].group()!r}' if typed else ''}",
                 hint="control_tokens='escape' tokenises it as plain text",
             )
         else:
@@ -152,9 +157,28 @@ class ControlTokens:
         """Finds control tokens in text, the longest first."""
         return re.compile("|".join(map(re.escape, self.tokens))) if self.tokens else None
 
-    def typed(self, rendered: Rendered) -> str | None:
-        """Return the first control token that the row's own text spells, wholly or in part."""
-        return next((found.group() for found in self._typed(rendered)), None)
+    def matches(self, rendered: Rendered) -> tuple[list[re.Match[str]], list[re.Match[str]]]:
+        """Return the control tokens in the text: those that the template wrote, and those that the row's text spells.
+
+        One that is only in part the row's text counts as the row's.
+        """
+        found = list(self.pattern.finditer(rendered.text)) if self.pattern is not None else []
+        data = [span for span in rendered.spans if span.part is not Part.SCAFFOLD]
+        starts = np.fromiter((span.start for span in data), np.int64, len(data))
+        ends = np.fromiter((span.end for span in data), np.int64, len(data))
+        after = np.searchsorted(ends, [match.start() for match in found], side="right")
+        typed = [at < len(data) and bool(starts[at] < match.end()) for match, at in zip(found, after, strict=True)]
+        own = [match for match, is_typed in zip(found, typed, strict=True) if not is_typed]
+        return own, [match for match, is_typed in zip(found, typed, strict=True) if is_typed]
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """The ids of the tokens (int32)."""
+        return np.asarray([self.tokenizer.added_tokens[token][0] for token in self.tokens], dtype=np.int32)
+
+    def count(self, ids: NDArray[np.int32]) -> int:
+        """Return how many ids are control tokens; the unknown token is no sign of one."""
+        return int(self._is_control[ids].sum())
 
     def escape(self, rendered: Rendered) -> Encoded | BadRow:
         """Encode with the template's control tokens real and typed ones plain.
@@ -169,22 +193,19 @@ class ControlTokens:
         base = next(unused, None)
         if base is None:
             return BadRow("control_tokens", "typed control tokens stand beside private-use characters of every kind")
-        typed = {found.start() for found in self._typed(rendered)}
+        own, _ = self.matches(rendered)
         numbers = {token: number for number, token in enumerate(self.tokens)}
-        count = 0
-
-        def placeholder(found: re.Match[str]) -> str:
-            nonlocal count
-            if found.start() in typed:
-                return found.group()
-            count += self.tokenizer.added_tokens[found.group()][0] in self._certain_ids
-            return chr(base + numbers[found.group()]) * len(found.group())
-
-        assert self.pattern is not None
+        pieces: list[str] = []
+        at = 0
+        for match in own:
+            pieces += rendered.text[at : match.start()], chr(base + numbers[match.group()]) * len(match.group())
+            at = match.end()
+        text = "".join([*pieces, rendered.text[at:]])
         shadow, ids = _shadow(self, base)
-        encoded = _encoded(shadow.encode(self.pattern.sub(placeholder, rendered.text), add_special_tokens=False))
+        encoded = _encoded(shadow.encode(text, add_special_tokens=False))
         real = ids[encoded.ids]
-        if int(np.isin(real, self._certain_ids).sum()) != count:
+        expected = sum(bool(self._is_control[self.tokenizer.added_tokens[match.group()][0]]) for match in own)
+        if self.count(real) != expected:
             return BadRow(
                 "control_tokens",
                 "this tokenizer makes a control token of the typed text whatever we do",
@@ -192,23 +213,12 @@ class ControlTokens:
             )
         return Encoded(real, encoded.offsets, escaped=True)
 
-    def _typed(self, rendered: Rendered) -> list[re.Match[str]]:
-        if self.pattern is None:
-            return []
-        found = list(self.pattern.finditer(rendered.text))
-        if not found:
-            return []
-        data = [span for span in rendered.spans if span.part is not Part.SCAFFOLD]
-        starts = np.fromiter((span.start for span in data), np.int64, len(data))
-        ends = np.fromiter((span.end for span in data), np.int64, len(data))
-        after = np.searchsorted(ends, [match.start() for match in found], side="right")
-        return [match for match, at in zip(found, after, strict=True) if at < len(data) and starts[at] < match.end()]
-
     @cached_property
-    def _certain_ids(self) -> list[int]:
-        # An unknown word becomes the unknown token, which is no sign of a control token.
+    def _is_control(self) -> NDArray[np.bool_]:
         unknown = json.loads(self.tokenizer.json)["model"].get("unk_token")
-        return [self.tokenizer.added_tokens[token][0] for token in self.tokens if token != unknown]
+        table = np.zeros(self.tokenizer.size, dtype=np.bool_)
+        table[[self.tokenizer.added_tokens[token][0] for token in self.tokens if token != unknown]] = True
+        return table
 
 
 @lru_cache(maxsize=8)
@@ -274,7 +284,7 @@ def load_tokenizer(tokenizer: Any) -> Tokenizer:
     return _from_folder(folder, str(tokenizer), tuple((state.st_mtime_ns, state.st_size) for state in states))
 
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 _loaded: WeakKeyDictionary[Any, tuple[Any, Tokenizer]] = WeakKeyDictionary()
 
@@ -283,6 +293,8 @@ def _from_transformers(tokenizer: Any) -> Tokenizer:
     # Writing the backend out costs a second for large vocabularies, so it is done once per state of the object.
     specials = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
     state = (len(tokenizer), specials, template)
     known, loaded = _loaded.get(tokenizer, (None, None))
     if loaded is None or known != state:
@@ -297,13 +309,20 @@ def _from_folder(folder: Path, name: str, state: tuple[tuple[int, int], ...]) ->
     # `state` is when the files were last changed: with other files, the cache holds nothing.
     file = folder / "tokenizer.json"
     text = file.read_text(encoding="utf-8")
-    config_file = folder / "tokenizer_config.json"
-    config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
     try:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001  (tokenizers raises nothing narrower)
         raise TemplateRefused("bad_tokenizer", f"{file} cannot be loaded: {error}") from None
     return Tokenizer(name, text, _special_tokens(config, backend), _chat_template(folder, config))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise TemplateRefused("bad_tokenizer", f"{path} is not valid JSON: {error}") from None
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:

@@ -137,6 +137,9 @@ def test_max_rejects(tiny, limit, passes):
         {"on_bad_rows": "quarantine"},
         {"max_rejects": 3},
         {"on_bad_rows": "quarantine", "max_rejects": "x"},
+        {"on_bad_rows": "quarantine", "max_rejects": "nan"},
+        {"max_length": "512"},
+        {"template_kwargs": {"x": object()}},
         {"train_on": "users"},
         {"engine": "spark"},
         {"workers": 0},
@@ -239,7 +242,7 @@ def test_a_failed_build_leaves_the_old_one(tiny, tmp_path):
 
 
 def digest(folder):
-    return {name: entry["sha256"] for name, entry in read_manifest(folder)["files"].items() if name != "report.json"}
+    return {name: entry["sha256"] for name, entry in read_manifest(folder)["files"].items()}
 
 
 def test_the_same_bytes_for_any_number_of_workers(tiny, tmp_path):
@@ -333,3 +336,43 @@ def test_sharegpt_parity_with_messages(tiny):
     share = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     one, other = build_sft_dataset([{"messages": chat}], tiny)["train"], build_sft_dataset([share], tiny)["train"]
     assert one[:] == other[:]
+
+
+def test_what_belongs_to_others_is_never_replaced(tiny, tmp_path):
+    app = tmp_path / "app"
+    app.mkdir()
+    (app / "manifest.json").write_text('{"name": "PWA"}')
+    build_sft_dataset(ROWS, tiny, output_dir=tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for folder in (app, tmp_path / "out"):
+        with pytest.raises(UsageError, match="target_exists"):
+            build_sft_dataset(ROWS, tiny, output_dir=folder)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_a_link_is_followed(tiny, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    build_sft_dataset(ROWS, tiny, output_dir=tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "manifest.json").is_file()
+
+
+CHAT = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "one"},
+    {"role": "user", "content": "b"},
+    {"role": "assistant", "content": "two"},
+]
+
+
+def test_policies_hold_where_turns_are_split(tokenizer_dir):
+    qwen = tokenizer_dir("qwen")
+    tokenizer = load_tokenizer(qwen)
+    think = "<think>\n\n</think>\n\n"
+    for options in ({"train_on": "last_assistant"}, {"train_on": "completion"}):
+        assert answers(build_sft_dataset([CHAT], qwen, **options)["train"], tokenizer) == [think + "two<|im_end|>"]
+    first = [CHAT[0], {**CHAT[1], "weight": 0}, *CHAT[2:]]
+    assert answers(build_sft_dataset([first], qwen)["train"], tokenizer) == [think + "two<|im_end|>"]
+    trailing = build_sft_dataset([[*CHAT, CHAT[0]]], qwen)
+    assert trailing.report.sources[0].flags["trailing_turns"] == 2

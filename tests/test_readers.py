@@ -121,7 +121,6 @@ def test_json_lines_under_a_json_name(tmp_path):
         ("d.json", "[]", "no_rows"),
         ("d.json", '[{"a": "b"}', "partial_file"),
         ("d.json", '[{"a": "b', "partial_file"),
-        ("d.json", '[1, {"a": 1}]', "not_a_row"),
         ("d.jsonl", "<!DOCTYPE html><html>", "not_json"),
         ("d.jsonl", '{"a": 1}'.encode("utf-16"), "not_json"),
         ("d.jsonl", b"\x1f\x8b\x08\x00", "not_json"),
@@ -190,3 +189,35 @@ def test_frames_and_datasets(tmp_path):
 def test_stopping_early_leaves_nothing_open(tmp_path):
     path = write(tmp_path, "d.json", json.dumps([{"text": "a"}] * 50))
     next(iter(read(path)))
+
+
+def test_what_stands_between_rows_is_rejected_one_by_one(tmp_path):
+    found = outcomes(write(tmp_path, "d.json", '[1, "a, b",\n {"text": "t"}, null, {"text": "u"}, 2]'))
+    assert [isinstance(entry, Reject) for entry in found] == [True, True, False, True, False, True]
+    assert [entry.source.row for entry in found] == list(range(6))
+    assert {entry.code for entry in found if isinstance(entry, Reject)} == {"not_a_row"}
+    assert found[2].source.line == 2
+
+
+def test_a_single_object_with_blank_lines_after_it_is_columns(tmp_path):
+    path = write(tmp_path, "d.json", '{"question": ["q"], "answer": ["a"]}\n\n')
+    assert [row.data for row in outcomes(path)] == [{"question": "q", "answer": "a"}]
+    (row,) = outcomes(write(tmp_path, "e.json", '[{"messages": []}]'))
+    assert row.data == {"messages": []}
+
+
+def test_frames_from_parquet_hold_arrays(tmp_path):
+    import pandas as pd
+
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    pd.DataFrame([{"messages": chat}]).to_parquet(tmp_path / "d.parquet")
+    (row,) = read(pd.read_parquet(tmp_path / "d.parquet"))
+    assert row.data == {"messages": chat}
+
+
+def test_an_enormous_line_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr("ftdata.readers.lines.MAX_LINE", 50)
+    long = '{"text": "' + "x" * 60 + '"}'
+    codes = [getattr(e, "code", "") for e in outcomes(write(tmp_path, "d.jsonl", f'{{"text": "a"}}\n{long}\n'))]
+    assert codes == ["", "line_too_long"]
+    assert [getattr(e, "code", "") for e in outcomes(write(tmp_path, "d.json", f'[{{"text": "a"}}, {long}]'))] == codes

@@ -136,3 +136,30 @@ def test_a_schema_of_ones_own(tmp_path):
         "    return Conversation(({'role': 'user', 'content': row['q']}, {'role': 'assistant', 'content': row['a']}), completion_from=1)\n"
     )
     assert convert({"q": "q", "a": "a"}, schema=f"{path}:convert").messages == (USER, ASSISTANT)
+
+
+def test_extra_keys_do_not_replace_the_message():
+    assert (
+        convert({"messages": [{**USER, "from": "system"}, {**ASSISTANT, "value": "high"}]}).messages[1]["content"]
+        == "a"
+    )
+
+
+def test_what_stands_before_the_question_is_kept():
+    row = {"instruction": "q", "output": "a", "system": "s", "history": [["q0", "a0"]]}
+    assert [m["content"] for m in convert(row).messages] == ["s", "q0", "a0", "q", "a"]
+    assert convert(row).completion_from == 4
+    with pytest.raises(BadRow, match="two_systems"):
+        convert({"conversations": [{"from": "system", "value": "x"}, {"from": "gpt", "value": "a"}], "system": "y"})
+    with pytest.raises(BadRow, match="row_options"):
+        convert({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"chat_template": "x"}})
+
+
+def test_tool_arguments_are_objects_however_they_are_written():
+    def call(arguments):
+        calls = [{"type": "function", "function": {"name": "f", "arguments": arguments}}]
+        return convert({"messages": [USER, {"role": "assistant", "tool_calls": calls}]}).messages[1]["tool_calls"]
+
+    assert call('{"a": 0}') == call({"a": 0})
+    with pytest.raises(BadRow, match="tool_arguments"):
+        call("{a: 0}")

@@ -117,7 +117,7 @@ def test_b_text_field_and_messages_with_llama(tmp_path):
     run(tmp_path / "built", model=model, output_dir=tmp_path / "run", lora={"r": 8}, settings=QUICK)
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    assert compare(tmp_path / "run", str(path), n=2, max_new_tokens=4).rows[1].expected == "It is 1."
+    assert compare(tmp_path / "run", str(path), n=2, max_new_tokens=4).rows[1].expected == " It is 1. "
 
 
 def test_c_conversations_with_gemma2(tmp_path):

@@ -111,15 +111,29 @@ def test_the_saved_adapter_answers_again(qlora_run, data):
 
 
 def test_what_is_asked_is_what_was_trained(qlora_run, data):
-    from itertools import islice
+    from ftdata.train.evaluate import _from_build, _from_rows, last_turn
 
-    from ftdata.train.evaluate import _from_build, _from_rows
-
-    about = json.loads((qlora_run / "run.json").read_text())
     options = json.loads((qlora_run / "data" / "manifest.json").read_text())["options"]
-    rows = list(_from_rows(data, about, options))
-    _, questions = _from_build(qlora_run / "data", {2})
-    assert all(question in rows for question in islice(questions, 2))
+    rows = [
+        last_turn(*tokens, {2})
+        for tokens in _from_rows(data, json.loads((qlora_run / "run.json").read_text())["tokenizer"], options)
+    ]
+    _, documents = _from_build(qlora_run / "data")
+    assert all(last_turn(*tokens, {2}) in rows for tokens in documents)
+
+
+def test_typed_control_tokens_are_asked_as_text(llama):
+    from ftdata.train.evaluate import _from_rows
+
+    options = {
+        "template": {"name": "tokenizer", "date": None, "kwargs": {}},
+        "schema": "auto",
+        "columns": None,
+        "turns": "auto",
+        "control_tokens": "escape",
+    }
+    ((ids, _),) = _from_rows([{"question": "a<|im_end|>b", "answer": "c"}], llama, options)
+    assert ids.count(2) == 2
 
 
 def test_a_run_can_be_moved(qlora_run, tmp_path, monkeypatch):
@@ -232,6 +246,12 @@ def write(folder):
         ({"learning_rat": 1}, "did you mean 'learning_rate'"),
         (["learning_rate"], "expected name=value"),
         ({"lr_scheduler_type": "nonsense"}, "SFTConfig refuses"),
+        ({"learning_rate": "abc"}, "expected a number"),
+        ({"per_device_train_batch_size": 0}, "at least 1"),
+        ({"eval_strategy": "steps"}, "SFTTrainer refuses"),
+        ({"group_by_length": True}, "no field 'group_by_length'"),
+        ({"resume_from_checkpoint": "/nowhere"}, "--resume"),
+        (["x=[1"], "--set x"),
     ],
 )
 def test_settings_that_would_undo_the_build_are_refused(llama, data, tmp_path, settings, says):
@@ -240,12 +260,15 @@ def test_settings_that_would_undo_the_build_are_refused(llama, data, tmp_path, s
 
 
 def test_refusals_before_training(llama, data, qlora_run, tmp_path, tokenizer_dir):
-    with pytest.raises(UsageError, match="holds checkpoints already"):
+    with pytest.raises(UsageError, match="holds a run already"):
         run(qlora_run / "data", model=llama, output_dir=qlora_run)
-    with pytest.raises(UsageError, match="no checkpoint"):
+    with pytest.raises(UsageError, match="no whole checkpoint"):
         run(qlora_run / "data", model=llama, output_dir=tmp_path / "empty", resume=True)
+    from conftest import tiny_bpe, tiny_model
+
+    foreign = tiny_model(tiny_bpe(tmp_path / "foreign", eos="<|endoftext|>"))
     with pytest.raises(InputRefused, match="built with tokenizer"):
-        run(qlora_run / "data", model=tokenizer_dir("tiny_metaspace"), output_dir=tmp_path / "other")
+        run(qlora_run / "data", model=foreign, output_dir=tmp_path / "other")
     with pytest.raises(UsageError, match="cannot change"):
         run(qlora_run / "data", model=llama, output_dir=tmp_path / "other", max_length=3)
     with pytest.raises(UsageError, match="unknown_quantization"):
@@ -257,4 +280,110 @@ def test_refusals_before_training(llama, data, qlora_run, tmp_path, tokenizer_di
     build_sft_dataset(ROWS[:3], llama, output_dir=tmp_path / "new")
     shutil.copytree(qlora_run, tmp_path / "moved")
     with pytest.raises(InputRefused, match="trained on build"):
-        run(tmp_path / "new", model=llama, output_dir=tmp_path / "moved", resume=True)
+        run(
+            tmp_path / "new",
+            model=llama,
+            output_dir=tmp_path / "moved",
+            resume=True,
+            quantization="nf4",
+            settings=QUICK,
+        )
+
+
+def test_a_stop_is_a_control_token_or_the_tokenizers_own(llama, data, tmp_path):
+    """Answers that end in plain text must not teach the saved model to stop at it."""
+    plain = "{{ question }}{% generation %} {{ answer }}.{% endgeneration %}"
+    folder = run(
+        data, model=llama, output_dir=tmp_path / "run", template=plain, lora={"r": 2}, settings={"max_steps": 1}
+    )
+    assert json.loads((folder / "model" / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+def test_the_saved_tokenizer_prompts_as_trained(llama, data, tmp_path):
+    other = (
+        "{% for m in messages %}<|im_start|>{{ m.role | upper }}\n{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    )
+    folder = run(
+        data, model=llama, output_dir=tmp_path / "run", template=other, lora={"r": 2}, settings={"max_steps": 1}
+    )
+    assert (folder / "model" / "chat_template.jinja").read_text() == other
+
+
+def test_an_adapter_is_no_model(qlora_run, data, tmp_path):
+    with pytest.raises(InputRefused, match="is an adapter"):
+        run(data, model=str(qlora_run / "model"), output_dir=tmp_path / "run")
+
+
+def test_resume_refuses_what_was_not_begun(qlora_run, llama, tmp_path):
+    shutil.copytree(qlora_run, tmp_path / "again")
+    for changed in ({"quantization": None}, {"lora": {"r": 4}}, {"settings": {**QUICK, "learning_rate": 1}}):
+        options = {"quantization": "nf4", "settings": QUICK, **changed}
+        with pytest.raises(InputRefused, match="come from another run"):
+            run(tmp_path / "again" / "data", model=llama, output_dir=tmp_path / "again", resume=True, **options)
+
+
+def test_a_refused_run_leaves_the_old_one(qlora_run, llama, tmp_path):
+    shutil.copytree(qlora_run, tmp_path / "again")
+    before = (tmp_path / "again" / "data" / "manifest.json").read_bytes()
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"question": "x", "answer": "y"}\n')
+    common = {"model": llama, "output_dir": tmp_path / "again", "settings": QUICK, "quantization": "nf4"}
+    with pytest.raises(UsageError, match="holds a run already"):
+        run(str(other), **common)
+    with pytest.raises(InputRefused, match="trained on build"):
+        run(str(other), resume=True, **common)
+    assert (tmp_path / "again" / "data" / "manifest.json").read_bytes() == before
+    assert not (tmp_path / "again" / "data.resumed").exists()
+    assert compare(tmp_path / "again", n=1, max_new_tokens=1).rows
+
+
+def test_an_incomplete_checkpoint_is_passed_over(qlora_run, llama, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(qlora_run, again)
+    last = max(again.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    (last / "optimizer.pt").unlink()
+    run(again / "data", model=llama, output_dir=again, quantization="nf4", settings=QUICK, resume=True)
+    assert losses(again) == losses(qlora_run)
+
+
+def test_ids_beyond_the_embedding_are_refused(llama, tmp_path):
+    from tokenizers import Tokenizer
+
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    backend = Tokenizer.from_file(str(model / "tokenizer.json"))
+    backend.add_special_tokens(["[PAD]"])
+    backend.save(str(model / "tokenizer.json"))
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "[PAD]"}))
+    with pytest.raises(UsageError, match="pad token"):
+        run(write(tmp_path), model=str(model), output_dir=tmp_path / "run")
+    path = tmp_path / "pad.jsonl"
+    path.write_text('{"text": "a [PAD] b"}\n')
+    with pytest.raises(UsageError, match="holds token id"):
+        run(path, model=str(model), output_dir=tmp_path / "run2")
+
+
+def test_sampling_settings_of_the_base_do_not_break_the_end(llama, data, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    config = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({**config, "temperature": 0.6, "top_p": 0.9}))
+    folder = run(data, model=str(model), output_dir=tmp_path / "run", settings={"max_steps": 1})
+    assert (folder / "model" / "model.safetensors").is_file()
+    assert compare(folder, n=1, max_new_tokens=1).rows
+
+
+def test_flags_over_the_file(llama, data, tmp_path):
+    from ftdata.train import _resolve
+
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"data: {data}\nmodel: {llama}\noutput_dir: {tmp_path / 'run'}\nlora: {{r: 16, alpha: 64}}\n"
+        "train: {learning_rate: 2e-4, save_strategy: no}\n"
+    )
+    config, build = _resolve(path, None, None, {"lora_r": 8, "train": {"max_steps": 1}})
+    assert build is None
+    assert (config.lora.r, config.lora.alpha) == (8, 64)
+    assert config.train == {"learning_rate": 2e-4, "save_strategy": "no", "max_steps": 1}

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ftdata.errors import BadRow, InputRefused, UsageError, nearest
 from ftdata.registry import Registry
 from ftdata.types import Reject, Row, Source
@@ -121,4 +123,13 @@ def _dataframe_rows(frame: Any) -> Iterator[dict[str, Any]]:
     present = frame.notna()
     for position in range(len(frame)):
         cells, mask = frame.iloc[position], present.iloc[position]
-        yield {name: cells[name] for name in frame.columns if mask[name]}
+        yield {name: _plain(cells[name]) for name in frame.columns if np.all(mask[name])}
+
+
+def _plain(cell: Any) -> Any:
+    # Cells read from Parquet hold lists as numpy arrays.
+    if isinstance(cell, np.ndarray):
+        return [_plain(item) for item in cell]
+    if isinstance(cell, dict):
+        return {key: _plain(item) for key, item in cell.items() if item is not None}
+    return cell

@@ -10,6 +10,7 @@ import json
 import mmap
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ _FOREIGN = {
 _BRACKETS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}\[\]]', re.DOTALL)
 _RAW_LIMIT = 4096
 
+MAX_LINE = 64 << 20
+"""Bytes that a row may have; longer ones are rejected, since one would fill the memory of every later stage."""
+
 
 def read_jsonl(path: Path) -> Iterator[Row | Reject]:
     """Yield one row per non-blank physical line; `line` counts from 1 and blank lines count too."""
@@ -39,7 +43,8 @@ def read_jsonl(path: Path) -> Iterator[Row | Reject]:
             text = raw.removeprefix(_BOM) if number == 1 else raw
             if not text.strip():
                 continue
-            row = _parse(text, Source(str(path), index, number))
+            source = Source(str(path), index, number)
+            row = _parse(text, source) if len(raw) <= MAX_LINE else _too_long(source, len(raw))
             if isinstance(row, Reject) and not raw.endswith(b"\n"):
                 row = Reject(
                     row.source,
@@ -105,7 +110,8 @@ def _refuse_foreign(path: Path) -> None:
 def _looks_like_lines(path: Path) -> bool:
     with path.open("rb") as file:
         first = file.readline().removeprefix(_BOM)
-        if not first.lstrip().startswith(b"{") or not file.readline():
+        more = next((line for line in file if line.strip()), b"")
+        if not first.lstrip().startswith(b"{") or not more.lstrip().startswith(b"{"):
             return False
     try:
         orjson.loads(first)
@@ -115,57 +121,72 @@ def _looks_like_lines(path: Path) -> bool:
 
 
 def _scan_rows(data: mmap.mmap, path: Path) -> Iterator[Row | Reject]:
-    """Find the rows by bracket depth, without parsing: depth 1 of a top-level array, depth 0 of an object."""
-    line, counted, index = 1, 0, 0
-    depth, base, start, gap = 0, 0, 0, len(_BOM) if data[:3] == _BOM else 0
+    """Yield the rows of a JSON text, and a reject for each thing that stands where a row should."""
+    index, lines = 0, _Lines(data)
+    gap = len(_BOM) if data[:3] == _BOM else 0
+    for start, end in chain(_extents(data, path), [(len(data), len(data))]):
+        for reason in _strays(data[gap:start]):
+            yield Reject(Source(str(path), index, lines.of(gap)), "not_a_row", "", reason)
+            index += 1
+        if start < end:
+            source = Source(str(path), index, lines.of(start))
+            yield _parse(data[start:end], source) if end - start <= MAX_LINE else _too_long(source, end - start)
+            index += 1
+        gap = end
+
+
+def _extents(data: mmap.mmap, path: Path) -> Iterator[tuple[int, int]]:
+    """Yield where each row begins and ends, by bracket depth alone: 1 inside a top-level array, else 0."""
+    depth = row_depth = start = 0
     for found in _BRACKETS.finditer(data):
         symbol = data[found.start()]
-        if symbol == 0x22:
-            continue
         if symbol in b"{[":
-            if depth == 0 and symbol == 0x5B and base == 0:
-                base, gap = 1, found.end()
-            elif depth == base:
+            if depth == 0:
+                row_depth = 1 if symbol in b"[" else 0
+            if depth == row_depth:
                 start = found.start()
-                _refuse_between(data, gap, start, path)
             depth += 1
-            continue
-        depth -= 1
-        if depth < base and symbol == 0x5D:
-            _refuse_between(data, gap, found.start(), path)
-            base, gap = 0, found.end()
-        elif depth == base:
-            line += _count_lines(data, counted, start)
-            counted, gap = start, found.end()
-            yield _parse(data[start:gap], Source(str(path), index, line))
-            index += 1
-        if depth < 0:
-            break
-    if depth != 0:
-        line += _count_lines(data, counted, start)
+        elif symbol in b"}]" and depth:
+            depth -= 1
+            if depth == row_depth:
+                yield start, found.end()
+    if depth:
+        line = 1 + data[:start].count(b"\n")
         raise InputRefused(
             "partial_file",
-            f"the JSON ends inside row {index}, which begins here: a bracket or a quote is never closed",
+            "the JSON ends inside the row that begins here: a bracket or a quote is never closed",
             where=f"{path}:{line}",
             hint="write the file again, it looks cut off",
         )
-    _refuse_between(data, gap, len(data), path)
 
 
-def _count_lines(data: mmap.mmap, start: int, end: int) -> int:
-    return data[start:end].count(b"\n")
+class _Lines:
+    """Line numbers of ascending positions, each stretch counted once."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data, self._line, self._at = data, 1, 0
+
+    def of(self, position: int) -> int:
+        if position > self._at:
+            self._line += self._data[self._at : position].count(b"\n")
+            self._at = position
+        return self._line
 
 
-def _refuse_between(data: mmap.mmap, start: int, end: int, path: Path) -> None:
-    between = data[start:end].strip(b" \t\r\n,")
-    if between:
-        line = 1 + _count_lines(data, 0, start + data[start:end].find(between[:1]))
-        found = between[:40].decode("utf-8", "replace")
-        raise InputRefused(
-            "not_a_row",
-            f"found {found!r} where a row (an object or a list of messages) should stand",
-            where=f"{path}:{line}",
-        )
+def _strays(between: bytes) -> list[str]:
+    """Return a reason for each thing between rows that is none: numbers, texts, left-overs."""
+    text = between.strip(b" \t\r\n,[]")
+    if not text:
+        return []
+    try:
+        found = orjson.loads(b"[" + text + b"]")
+    except orjson.JSONDecodeError:
+        found = [text[:40].decode("utf-8", "replace")]
+    return [f"is {str(item)[:40]!r}, expected an object or a list of messages" for item in found]
+
+
+def _too_long(source: Source, size: int) -> Reject:
+    return Reject(source, "line_too_long", "", f"is {size:,} bytes long, at most {MAX_LINE:,} are read")
 
 
 def _parse(text: bytes, source: Source) -> Row | Reject:
@@ -209,12 +230,10 @@ def _columns(data: Any) -> list[dict[str, Any]] | None:
     if not isinstance(data, dict) or not data:
         return None
     cells = list(data.values())
-    if all(isinstance(c, dict) and c for c in cells) and all(list(c) == list(cells[0]) for c in cells):
-        if not all(key.isdecimal() for key in cells[0]):
-            return None
+    keyed = all(isinstance(cell, dict) and list(cell) == list(cells[0]) for cell in cells)
+    if keyed and cells[0] and all(key.isdecimal() for key in cells[0]):
         return [{name: column[key] for name, column in data.items()} for key in cells[0]]
-    if all(isinstance(c, list) and len(c) == len(cells[0]) for c in cells):
-        if any(isinstance(item, dict) for column in cells for item in column):
-            return None
+    listed = all(isinstance(cell, list) and len(cell) == len(cells[0]) for cell in cells)
+    if listed and cells[0] and not any(isinstance(item, dict) for column in cells for item in column):
         return [dict(zip(data, values, strict=True)) for values in zip(*cells, strict=True)]
     return None

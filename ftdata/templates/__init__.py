@@ -8,6 +8,7 @@ A *chat template* reads `messages`; a *prompt template* reads the row's own colu
 from __future__ import annotations
 
 import datetime
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -154,6 +155,21 @@ def check(template: Template) -> None:
         )
 
 
+def scaffold(template: Template) -> str:
+    """Return what a chat template prints around messages, whatever they say: where it glues control tokens together.
+
+    Templates that refuse a probe are silent here, and judged by the rows.
+    """
+    found = ""
+    for roles in (("user", "assistant"), ("system", "user", "assistant")) if template.source and template.chat else ():
+        try:
+            messages = [{"role": role, "content": "x"} for role in roles]
+            found += template.run({"messages": messages, "tools": None, "add_generation_prompt": True})
+        except BadRow:
+            continue
+    return found
+
+
 def render(conversation: Conversation, template: Template, turns: str = "auto") -> tuple[Rendered, ...]:
     """Render a conversation, attributed: one `Rendered`, or one per assistant turn.
 
@@ -212,7 +228,7 @@ def _already_formatted(text: str, template: Template) -> Rendered:
     spans = [Span(0, len(text), Part.CONTENT, 0, True)]
     if ending:
         spans.append(Span(len(text), len(text) + len(ending), Part.SCAFFOLD, 0, True))
-    return Rendered(text + ending, tuple(spans), add_bos=not (bos and text.startswith(bos)), keep_control=True)
+    return Rendered(text + ending, tuple(spans), add_bos=not (bos and text.lstrip().startswith(bos)), keep_control=True)
 
 
 def _render_fields(conversation: Conversation, template: Template) -> Rendered:
@@ -243,25 +259,35 @@ def _render_fields(conversation: Conversation, template: Template) -> Rendered:
     if not regions:
         raise BadRow("nothing_marked", f"template {template.name!r} marks nothing as trained for this row")
     prompt_parts = (replace(piece, message=min(piece.message, 0)) for piece in parts)
-    bos = template.special_tokens.get("bos_token")
-    return Rendered(str.__str__(text), tile(prompt_parts, regions), add_bos=not (bos and text.startswith(bos)))
+    # A BOS that the data spells is text like any other.
+    own_bos = parts[0].part is Part.SCAFFOLD and text.startswith(template.special_tokens.get("bos_token") or "\0")
+    return Rendered(str.__str__(text), tile(prompt_parts, regions), add_bos=not own_bos)
 
 
 def _render_chat(
     conversation: Conversation, template: Template, messages: Sequence[Message], turns: Sequence[int]
 ) -> Rendered:
     given = tracked_messages(messages)
+    try:
+        text = Tracked.of(template.run(_chat_variables(conversation, given, False)))
+    except BadRow:
+        if not any(message.get("tool_calls") for message in messages):
+            raise
+        # Some templates print the arguments of a call as they are, and so need them as text.
+        given = tracked_messages([_with_text_arguments(message) for message in messages])
+        text = Tracked.of(template.run(_chat_variables(conversation, given, False)))
 
     def prefix(count: int, generation_prompt: bool) -> str:
         return template.run(_chat_variables(conversation, given[:count], generation_prompt))
 
-    text = Tracked.of(prefix(len(messages), False))
     parts = pieces(text)
     flags = markers.check_arrival(messages, parts)
     if template.tagged and template.strict:
         regions = [region for region in markers.from_blocks(parts, turns) if region.message in turns]
     else:
         regions = [_locate(template, text, parts, turn, prefix, len(messages)) for turn in turns]
+        if template.tagged and _marked(parts, turns) != [region for region in regions if region.start < region.end]:
+            flags |= {"tags_overruled"}
     return Rendered(str.__str__(text), tile(parts, regions), flags)
 
 
@@ -280,6 +306,24 @@ def _locate(
         if template.tagged:
             error.hint = "its own generation tags could not be confirmed; to trust them, pass the template as a file"
         raise
+
+
+def _marked(parts: Sequence[Piece], turns: Sequence[int]) -> list[Region] | None:
+    try:
+        return [region for region in markers.from_blocks(parts, turns) if region.message in turns]
+    except BadRow:
+        return None
+
+
+def _with_text_arguments(message: Message) -> dict[str, Any]:
+    if not message.get("tool_calls"):
+        return dict(message)
+    calls: list[dict[str, Any]] = [dict(call) for call in message["tool_calls"]]
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, dict) and not isinstance(function.get("arguments"), str):
+            call["function"] = {**function, "arguments": json.dumps(function.get("arguments"), ensure_ascii=False)}
+    return {**message, "tool_calls": calls}
 
 
 def _assistants(messages: Sequence[Message]) -> list[int]:

@@ -123,7 +123,8 @@ def check_arrival(messages: Sequence[Mapping[str, Any]], parts: Sequence[Piece])
     for index, message in enumerate(messages):
         given = len(_plain(message.get("content")).strip())
         found = arrived.get((index, Part.CONTENT), 0)
-        calls = message.get("tool_calls") and not arrived.get((index, Part.TOOL_CALL))
+        # Names, keys and values: fewer characters than these mean a call that is missing or printed as Python.
+        calls = sum(map(_call_letters, message.get("tool_calls") or ())) > arrived.get((index, Part.TOOL_CALL), 0)
         if (given and not found) or calls:
             field = f"messages[{index}].{'tool_calls' if calls else 'content'}"
             raise BadRow(
@@ -138,6 +139,20 @@ def check_arrival(messages: Sequence[Mapping[str, Any]], parts: Sequence[Piece])
         if reasoning and not arrived.get((index, Part.REASONING)):
             flags.add("reasoning_dropped")
     return frozenset(flags)
+
+
+def _call_letters(call: Mapping[str, Any]) -> int:
+    function = call.get("function", call)
+    return _letters(function.get("name")) + _letters(function.get("arguments")) if isinstance(function, Mapping) else 1
+
+
+def _letters(value: Any) -> int:
+    """Return the number of characters of all strings in a JSON value, keys included."""
+    if isinstance(value, Mapping):
+        return sum(_letters(item) for pair in value.items() for item in pair)
+    if isinstance(value, list | tuple):
+        return sum(map(_letters, value))
+    return len(value) if isinstance(value, str) else 0
 
 
 def _plain(content: Any) -> str:

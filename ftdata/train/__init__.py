@@ -10,9 +10,9 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
+from yaml import YAMLError
 
-from ftdata.config import Config, load_config, make_config
+from ftdata.config import Config, load_config, make_config, parse_yaml
 from ftdata.errors import MissingDependency, UsageError
 from ftdata.store import read_manifest
 
@@ -50,8 +50,7 @@ def run(
     """
     _require()
     _quiet()
-    config, build = _resolve(source, model, output_dir, overrides)
-    config = make_config(orjson.loads(orjson.dumps(_fields(config))), train={**config.train, **_settings(settings)})
+    config, build = _resolve(source, model, output_dir, {**overrides, "train": _settings(settings)})
     from ftdata.train import sft
 
     return sft.train(config, build, resume=resume)
@@ -103,9 +102,13 @@ def _resolve(
     overrides: dict[str, Any],
 ) -> tuple[Config, Path | None]:
     path = Path(source)
+    if (rank := overrides.pop("lora_r", None)) is not None:
+        overrides["lora"] = {"r": rank}
     given = {**overrides, "model": model, "output_dir": str(output_dir) if output_dir else None}
     if path.suffix in (".yaml", ".yml", ".toml"):
-        return load_config(path, **given), None
+        config = load_config(path, **given)
+        is_build = isinstance(config.data, str) and (Path(config.data) / "manifest.json").is_file()
+        return config, Path(str(config.data)) if is_build else None
     for name, value in (("--model", model), ("--output-dir", output_dir)):
         if not value:
             raise UsageError("missing_option", f"training on {source} needs {name}")
@@ -122,31 +125,16 @@ def _resolve(
     return make_config({"data": str(source)}, **given), None
 
 
-def _fields(config: Config) -> dict[str, Any]:
-    import msgspec
-
-    fields: dict[str, Any] = msgspec.to_builtins(config)
-    return {name: value for name, value in fields.items() if value is not None}
-
-
 def _settings(settings: dict[str, Any] | list[str] | None) -> dict[str, Any]:
     if not isinstance(settings, list):
         return settings or {}
-    import yaml
-
     parsed = {}
     for item in settings:
         name, equals, value = item.partition("=")
         if not equals:
             raise UsageError("setting", f"--set is {item!r}, expected name=value, e.g. learning_rate=1e-4")
-        number = _number(value)
-        parsed[name] = yaml.safe_load(value) if number is None else number
+        try:
+            parsed[name] = parse_yaml(value)
+        except YAMLError as error:
+            raise UsageError("setting", f"--set {name}: {' '.join(str(error).split())}") from None
     return parsed
-
-
-def _number(text: str) -> float | None:
-    # YAML 1.1 reads `1e-4` as text.
-    try:
-        return int(text) if text.lstrip("+-").isdecimal() else float(text)
-    except ValueError:
-        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -19,14 +18,14 @@ from transformers import GenerationConfig
 
 from ftdata.build import load_build
 from ftdata.errors import InputRefused, UsageError
-from ftdata.examples import make_recipe
-from ftdata.readers import read
-from ftdata.schemas import normalise
+from ftdata.examples import build_rows, make_recipe
+from ftdata.readers import sources
 from ftdata.store import read_manifest
 from ftdata.tokenize import load_tokenizer
-from ftdata.train.generate import generate, prompt_ids, until_stop
+from ftdata.train import checkpoints
+from ftdata.train.generate import generate, until_stop
 from ftdata.train.qlora import load_model
-from ftdata.types import IGNORE_INDEX
+from ftdata.types import IGNORE_INDEX, Reject
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,81 +67,95 @@ class Comparison:
 
 def compare(run_dir: Path, data: Any, n: int, **generation: Any) -> Comparison:
     """Compare base and tuned model; see `ftdata.train.compare`."""
-    state = run_dir / "run.json"
-    about = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else {}
+    about = checkpoints.read(run_dir)
     if not about.get("finished"):
         raise UsageError("not_a_run", f"{run_dir} is no finished run", hint="make one with `ftdata train`")
     tokenizer = load_tokenizer(about["tokenizer"])
     stops = set(np.atleast_1d(GenerationConfig.from_pretrained(str(run_dir / "model")).eos_token_id).tolist())
     build = run_dir / about["build"]
     if data is None:
-        asked, questions = _from_build(build, stops)
+        asked, pairs = _from_build(build)
     else:
-        asked, questions = str(data), _from_rows(data, about, read_manifest(build)["options"])
+        asked, pairs = str(data), _from_rows(data, about["tokenizer"], read_manifest(build)["options"])
+    questions = (question for ids, labels in pairs if (question := last_turn(ids, labels, stops)) is not None)
     chosen = list(islice(questions, n))
     if not chosen:
         raise InputRefused("no_questions", f"no row of {asked} has a prompt and an answer")
     prompts = [prompt for prompt, _ in chosen]
     expected = [tokenizer.decode(answer) for _, answer in chosen]
-    base, tuned = (
-        [tokenizer.decode(ids) for ids in answers]
-        for answers in _answers(about, run_dir / "model", prompts, generation)
-    )
+    generated = _answers(about, run_dir / "model", prompts, stops, generation)
+    base, tuned = ([tokenizer.decode(ids) for ids in answers] for answers in generated)
     shown = [tokenizer.decode(ids, skip_control=True).strip() for ids in prompts]
     rows = tuple(Answered(*each) for each in zip(shown, expected, base, tuned, strict=True))
-    return Comparison(
-        asked, _exact(base, expected), _exact(tuned, expected), _bleu(base, expected), _bleu(tuned, expected), rows
-    )
+    scores = _exact(base, expected), _exact(tuned, expected), _bleu(base, expected), _bleu(tuned, expected)
+    return Comparison(asked, *scores, rows)
 
 
-Question = tuple[list[int], list[int]]
-"""The ids of a prompt, and those of the expected answer without its stop."""
+Tokens = tuple[Sequence[int], Sequence[int]]
+"""Ids and labels of one document."""
 
 
-def _from_build(build: Path, stops: set[int]) -> tuple[str, Iterator[Question]]:
-    """Take prompts and answers as they were trained: the last trained stretch of each document, and all before it."""
+def last_turn(ids: Sequence[int], labels: Sequence[int], stops: set[int]) -> tuple[list[int], list[int]] | None:
+    """Return a document's prompt and expected answer: its last trained stretch without the stop, and all before it.
+
+    So what is asked is what was trained, token by token. `None` where nothing stands before the answer.
+
+    >>> last_turn([1, 7, 8, 5, 2], [-100, -100, -100, 5, 2], {2})
+    ([1, 7, 8], [5])
+    """
+    end = max(position for position, label in enumerate(labels) if label != IGNORE_INDEX) + 1
+    start = end
+    while labels[start - 1] != IGNORE_INDEX:
+        start -= 1
+    return (list(ids[:start]), until_stop(list(ids[start:end]), stops)) if start > 1 else None
+
+
+def _from_build(build: Path) -> tuple[str, Iterator[Tokens]]:
     splits = load_build(build)
     name = "test" if "test" in splits else "train"
 
-    def questions() -> Iterator[Question]:
+    def documents() -> Iterator[Tokens]:
         for row in splits[name]:
             at = 0
             for length in row["seq_lengths"]:
-                ids, labels = row["input_ids"][at : at + length], row["labels"][at : at + length]
+                yield row["input_ids"][at : at + length], row["labels"][at : at + length]
                 at += length
-                trained = [position for position, label in enumerate(labels) if label != IGNORE_INDEX]
-                start = trained[-1]
-                while labels[start - 1] != IGNORE_INDEX:
-                    start -= 1
-                if start > 1:
-                    yield ids[:start], until_stop(ids[start : trained[-1] + 1], stops)
 
-    return f"the {name} split of {build}", questions()
+    return f"the {name} split of {build}", documents()
 
 
-def _from_rows(data: Any, about: dict[str, Any], options: dict[str, Any]) -> Iterator[Question]:
+def _from_rows(data: Any, tokenizer: str, options: dict[str, Any]) -> Iterator[Tokens]:
     template = options["template"]
-    source = None if template["name"] == "tokenizer" else template["source"]
-    recipe = make_recipe(about["tokenizer"], source, date=template["date"], template_kwargs=template["kwargs"])
-    for row in read(data):
-        conversation = normalise(row, options["schema"], options["columns"])
-        messages = conversation.messages
-        if len(messages) > 1 and messages[-1]["role"] == "assistant" and isinstance(messages[-1].get("content"), str):
-            yield (
-                prompt_ids(recipe, conversation),
-                recipe.tokenizer.encode([str(messages[-1]["content"])])[0].ids.tolist(),
-            )
+    same = ("schema", "columns", "turns", "control_tokens")
+    recipe = make_recipe(
+        tokenizer,
+        None if template["name"] == "tokenizer" else template["source"],
+        date=template["date"],
+        template_kwargs=template["kwargs"],
+        **{name: options[name] for name in same},
+    )
+    for outcome in build_rows(recipe, (row for source in sources(data) for row in source.rows())):
+        if isinstance(outcome, Reject):
+            raise InputRefused(outcome.code, outcome.reason, where=str(outcome.source), hint=outcome.fix)
+        yield outcome.examples[-1].input_ids.tolist(), outcome.examples[-1].labels.tolist()
 
 
 def _answers(
-    about: dict[str, Any], tuned_dir: Path, prompts: Sequence[Sequence[int]], generation: dict[str, Any]
+    about: dict[str, Any], tuned_dir: Path, prompts: Sequence[Sequence[int]], stops: set[int], options: dict[str, Any]
 ) -> Iterator[list[list[int]]]:
-    settings = GenerationConfig.from_pretrained(str(tuned_dir))
-    model = load_model(about["model"], about["quantization"])
-    model.generation_config = settings
-    yield generate(model, prompts, **generation)
+    setup = about["setup"]
+    tuned_settings = GenerationConfig.from_pretrained(str(tuned_dir))
+    model = load_model(setup["model"], setup["quantization"])
+    # The base model may stop as it always did, or as it was taught since.
+    own = np.atleast_1d(
+        model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else []
+    )
+    model.generation_config.eos_token_id = sorted(stops | set(own.tolist()))
+    model.generation_config.pad_token_id = tuned_settings.pad_token_id
+    yield generate(model, prompts, **options)
     model = PeftModel.from_pretrained(model, str(tuned_dir)) if about["adapter"] else load_model(str(tuned_dir), None)
-    yield generate(model, prompts, **generation)
+    model.generation_config = tuned_settings
+    yield generate(model, prompts, **options)
 
 
 def _exact(answers: Sequence[str], expected: Sequence[str]) -> float:

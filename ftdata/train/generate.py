@@ -1,4 +1,4 @@
-"""Generate: prompts, exactly as they were trained, to answers."""
+"""Generate: token ids of prompts to token ids of answers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,7 @@ from typing import Any
 
 import torch
 
-from ftdata.examples import Recipe
-from ftdata.templates import prompt
-from ftdata.types import Conversation
-
-
-def prompt_ids(recipe: Recipe, conversation: Conversation) -> list[int]:
-    """Return the ids of what the model is shown before its last answer: the same template, no response."""
-    text = prompt(conversation, recipe.template)
-    ids: list[int] = recipe.tokenizer.encode([text])[0].ids.tolist()
-    bos = recipe.tokenizer.bos_ids.tolist()
-    return ids if recipe.template.chat or ids[: len(bos)] == bos else bos + ids
+_GREEDY = {"max_new_tokens": 256, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 def generate(model: Any, prompts: Sequence[Sequence[int]], *, batch_size: int = 16, **options: Any) -> list[list[int]]:
@@ -43,7 +33,7 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], *, batch_size: int = 
             output = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                **{"max_new_tokens": 256, "do_sample": False, "pad_token_id": pad_id, **options},
+                **{**_GREEDY, "pad_token_id": pad_id, **options},
             )
             answers.extend(until_stop(one, stop_ids) for one in output[:, width:].tolist())
     model.train(was_training)

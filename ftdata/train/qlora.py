@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ftdata.config import Config, Lora
@@ -49,14 +51,24 @@ def load_model(name: str, quantization: str | None) -> Any:
         InputRefused: there is no such model.
     """
     in_bits = quantization_config(quantization)
+    if (Path(name) / "adapter_config.json").is_file():
+        raise InputRefused(
+            "is_adapter",
+            f"{name} is an adapter, not a model: training would start without it",
+            hint="name the base model, or merge the adapter into it first",
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=precision(), quantization_config=in_bits)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputRefused(
             "no_model",
             f"{name} cannot be loaded: {str(error).splitlines()[0]}",
             hint="pass a folder with config.json and safetensors, or a hub id",
         ) from None
+    settings = model.generation_config
+    if any(value not in (None, 1.0, 50) for value in (settings.temperature, settings.top_p, settings.top_k)):
+        # Sampling settings without sampling are an error when the model is saved, at the end of all the work.
+        settings.do_sample = True
     if not torch.cuda.is_available():
         for module in model.modules():
             # bitsandbytes repacks 4-bit weights for AVX512-BF16 on the first forward in eval mode, and then
@@ -80,8 +92,8 @@ def adapter(config: Config) -> LoraConfig | None:
     )
 
 
-def check_vocabulary(model: Any, size: int) -> None:
-    """Refuse token ids that the model has no embedding for.
+def check_vocabulary(model: Any, size: int, pad_id: int | None) -> None:
+    """Refuse token ids that the model has no embedding for, the padding's included.
 
     Raises:
         UsageError: the largest id is beyond the embedding.
@@ -92,6 +104,12 @@ def check_vocabulary(model: Any, size: int) -> None:
             "vocabulary",
             f"the data holds token id {size - 1}, the model has {rows} embeddings",
             hint="build with the model's own tokenizer",
+        )
+    if pad_id is None or pad_id >= rows:
+        raise UsageError(
+            "pad_token",
+            f"the tokenizer's pad token has id {pad_id}, the model has {rows} embeddings",
+            hint="name a pad token in tokenizer_config.json that the model has; its EOS will do",
         )
 
 

@@ -8,9 +8,10 @@ each other, without a word. So these settings are fixed, and the first batch is 
 from __future__ import annotations
 
 import dataclasses
-import json
+import difflib
 import math
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,22 +23,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from msgspec import structs
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-from ftdata._version import __version__
 from ftdata.build import load_build, write_build
 from ftdata.config import Config
-from ftdata.errors import InputRefused, InternalError, UsageError, nearest
+from ftdata.errors import InputRefused, InternalError, UsageError
 from ftdata.store import read_manifest, verify, write_json
-from ftdata.tokenize import load_tokenizer
+from ftdata.templates import Template
+from ftdata.tokenize import control_tokens, load_tokenizer
+from ftdata.train import checkpoints
 from ftdata.train.plots import loss_picture, sparkline
 from ftdata.train.probe import LEAK, leak
-from ftdata.train.qlora import adapter, check_vocabulary, load_model, parameters, precision, quantization_config
+from ftdata.train.qlora import adapter, check_vocabulary, load_model, parameters, precision
 from ftdata.types import IGNORE_INDEX
 
 FIXED = {
@@ -47,6 +49,10 @@ FIXED = {
     "max_length": "length is decided in the build (the max_length field), where every cut is reported",
     "shuffle_dataset": "the sampler shuffles; shuffling the data set as well would detach it from its report",
     "output_dir": "it has a field of its own",
+    "resume_from_checkpoint": "resuming has a switch of its own (--resume)",
+    "model_init_kwargs": "the model is loaded before the trainer sees it",
+    "eos_token": "the stop is decided by the template that the data was built with",
+    "chat_template_path": "the template is decided in the build (the template field)",
     "completion_only_loss": "the mask is decided in the build (the train_on field)",
     "assistant_only_loss": "the mask is decided in the build (the train_on field)",
 }
@@ -59,27 +65,26 @@ def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
     Args:
         config: the run.
         build: the finished build, or `None` to build `config.data` into the run's folder first.
-        resume: go on from the last checkpoint.
+        resume: go on from the last whole checkpoint.
 
     Raises:
-        UsageError: a setting contradicts the hand-over, or there is nothing to resume.
-        InputRefused: the build is damaged or was made with another tokenizer, or the model leaks.
+        UsageError: a setting contradicts the hand-over, the run exists, or there is nothing to resume.
+        InputRefused: the build is damaged or was made with another tokenizer, the run was another one, or the
+            model leaks.
     """
     console = Console(stderr=True)
     run = Path(config.output_dir)
     # Adapters remember their base model by this name, and must find it from any folder.
-    config = structs.replace(
-        config, model=_absolute(config.model), tokenizer=_absolute(config.tokenizer or config.model)
-    )
+    name = _absolute(config.tokenizer or config.model)
+    config = structs.replace(config, model=_absolute(config.model), tokenizer=name)
     _check_settings(config.train)
-    quantization_config(config.quantization)
-    build = build or _build(config, run, console)
-    manifest = _checked_manifest(build, config)
-    splits = load_build(build)
-    checkpoint = _checkpoint(run, manifest, resume=resume)
-    set_seed(int(config.train.get("seed", 42)))
+    before = checkpoints.check(run, config, resume=resume)
     model = load_model(config.model, config.quantization)
-    check_vocabulary(model, 1 + max(_largest(split, "input_ids", pc.list_flatten) for split in splits.values()))
+    build = build or _build(config, run, before, console)
+    manifest = _checked_manifest(build, name)
+    checkpoint = checkpoints.begin(run, config, manifest["fingerprint"], before)
+    splits = load_build(build)
+    set_seed(int(config.train.get("seed", 42)))
     isolated = leak(model) <= LEAK
     packed = any(_largest(split, "seq_lengths", pc.list_value_length) > 1 for split in splits.values())
     if packed and not isolated:
@@ -90,15 +95,20 @@ def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
             hint="build without packing",
         )
     trainer = make_trainer(config, model, splits, isolated=isolated)
+    largest = max(_largest(split, "input_ids", pc.list_flatten) for split in splits.values())
+    check_vocabulary(model, 1 + largest, trainer.processing_class.pad_token_id)
     check_first_batch(trainer, padding_free=isolated)
+    template = manifest["options"]["template"]
+    if template["name"] != "tokenizer" and Template(template["name"], template["source"]).chat:
+        # Whoever loads the model must prompt it as it was trained.
+        trainer.processing_class.chat_template = template["source"]
     trainable, total = parameters(trainer.model)
-    console.print(
-        f"{config.model}: {total:,} parameters, {trainable:,} of them trained ({trainable / total:.2%})",
-        highlight=False,
-    )
+    share = f"{total:,} parameters, {trainable:,} of them trained ({trainable / total:.2%})"
+    console.print(f"{config.model}: {share}", highlight=False)
     trainer.add_callback(Watch(console))
     trainer.train(resume_from_checkpoint=checkpoint)
-    stop_ids = _stop_ids(splits["train"]) or trainer.processing_class.eos_token_id
+    control = control_tokens(load_tokenizer(name), template["source"] + (load_tokenizer(name).chat_template or ""))
+    stop_ids = _stop_ids(splits["train"], control.ids) or trainer.processing_class.eos_token_id
     return _finish(trainer, config, manifest, build, run, console, stop_ids)
 
 
@@ -112,19 +122,23 @@ def make_trainer(config: Config, model: Any, splits: datasets.DatasetDict, *, is
         isolated: whether the model keeps packed documents apart; if not, rows are padded instead of joined.
     """
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         # Padding is masked by position, never by id, so sharing a token with EOS costs nothing.
         tokenizer.pad_token = tokenizer.eos_token
     if not isolated:
         splits = splits.remove_columns("seq_lengths")
-    trainer = SFTTrainer(
-        model=model,
-        args=_arguments(config, isolated=isolated, evaluates="test" in splits),
-        train_dataset=splits["train"],
-        eval_dataset=splits.get("test"),
-        processing_class=tokenizer,
-        peft_config=adapter(config),
-    )
+    arguments = _arguments(config, isolated=isolated, evaluates="test" in splits)
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=splits["train"],
+            eval_dataset=splits.get("test"),
+            processing_class=tokenizer,
+            peft_config=adapter(config),
+        )
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise UsageError("train_setting", f"SFTTrainer refuses: {' '.join(str(error).split())}") from None
     if not torch.cuda.is_available():
         for weight in trainer.model.parameters():
             # TRL casts the adapters of quantised models to bfloat16, which CPUs compute slowly and which
@@ -216,6 +230,7 @@ def _arguments(config: Config, *, isolated: bool, evaluates: bool) -> SFTConfig:
     defaults: dict[str, Any] = {
         "report_to": "none",
         "logging_steps": 10,
+        "logging_first_step": True,
         "save_strategy": "epoch",
         "save_total_limit": 2,
         "eval_strategy": "epoch" if evaluates else "no",
@@ -247,75 +262,59 @@ def _absolute(name: str) -> str:
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    known = {field.name for field in dataclasses.fields(SFTConfig)}
-    for name in settings:
+    fields = {field.name: str(field.type) for field in dataclasses.fields(SFTConfig)}
+    for name, value in settings.items():
         if name in FIXED:
             raise UsageError("fixed_setting", f"train.{name} cannot be set: {FIXED[name]}")
-        if name not in known:
-            raise UsageError(
-                "train_setting", f"SFTConfig has no field {name!r}", hint=nearest(name, known).split(" known:")[0]
-            )
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "see TRL's SFTConfig for its fields"
+            raise UsageError("train_setting", f"SFTConfig has no field {name!r}", hint=hint)
+        numeric = ("float" in fields[name] or "int" in fields[name]) and "str" not in fields[name]
+        if numeric and not isinstance(value, int | float | None):
+            raise UsageError("train_setting", f"train.{name} is {value!r}, expected a number")
+        if name.endswith(("_batch_size", "accumulation_steps")) and not value >= 1:
+            raise UsageError("train_setting", f"train.{name} is {value!r}, expected at least 1")
 
 
-def _build(config: Config, run: Path, console: Console) -> Path:
-    build = run / "data"
+def _build(config: Config, run: Path, before: checkpoints.Before | None, console: Console) -> Path:
+    # While a run is being resumed its data stays as it is until the new build has proved to be the same.
+    build = run / ("data.resumed" if before else "data")
     report = write_build(config.data, config.tokenizer, build, **config.build_options())
-    console.print(str(report), highlight=False)
-    return build
+    console.print(str(report), highlight=False, markup=False)
+    if before:
+        shutil.rmtree(build)
+        checkpoints.same_data(run, before, report.fingerprint)
+    return run / "data"
 
 
-def _checked_manifest(build: Path, config: Config) -> dict[str, Any]:
+def _checked_manifest(build: Path, tokenizer: str) -> dict[str, Any]:
     manifest = read_manifest(build)
     if damaged := verify(build):
         raise InputRefused("damaged_build", f"{build} is damaged: {', '.join(damaged)}", hint="build again")
     made_with = manifest["options"]["tokenizer"]
-    own = load_tokenizer(config.tokenizer)
-    if own.fingerprint != made_with["fingerprint"]:
+    if load_tokenizer(tokenizer).fingerprint != made_with["fingerprint"]:
         raise InputRefused(
             "other_tokenizer",
-            f"{build} was built with tokenizer {made_with['name']}, which is not that of {config.tokenizer}",
+            f"{build} was built with tokenizer {made_with['name']}, which is not that of {tokenizer}",
             hint="build again with the model's own tokenizer, or name it with tokenizer:",
         )
     return manifest
-
-
-def _checkpoint(run: Path, manifest: dict[str, Any], *, resume: bool) -> str | None:
-    state = run / "run.json"
-    last = get_last_checkpoint(str(run)) if run.is_dir() else None
-    if resume:
-        if last is None:
-            raise UsageError("nothing_to_resume", f"{run} holds no checkpoint", hint="start without --resume")
-        known = json.loads(state.read_text())["fingerprint"] if state.is_file() else None
-        if known != manifest["fingerprint"]:
-            raise InputRefused(
-                "other_data",
-                f"the checkpoints in {run} were trained on build {known}, this is {manifest['fingerprint']}",
-                hint="resume with the same data and options, or start anew in another folder",
-            )
-    elif last is not None:
-        raise UsageError(
-            "run_exists", f"{run} holds checkpoints already", hint="go on with --resume, or choose another folder"
-        )
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(state, {"ftdata": __version__, "fingerprint": manifest["fingerprint"], "finished": False})
-    return last
 
 
 def _largest(split: datasets.Dataset, column: str, numbers: Callable[[pa.Array], pa.Array]) -> int:
     return max((pc.max(numbers(chunk)).as_py() for chunk in split.data.column(column).chunks if len(chunk)), default=0)
 
 
-def _stop_ids(split: datasets.Dataset) -> list[int]:
-    """Return the ids that end trained turns: what the saved model must stop at. Read off the first rows."""
+def _stop_ids(split: datasets.Dataset, control: NDArray[np.int32]) -> list[int]:
+    """Return the control tokens that end trained turns: what the saved model must stop at."""
     found: set[int] = set()
     for row in split.select(range(min(len(split), 64))):
         ids, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
-        ends = np.cumsum(row["seq_lengths"]) - 1
         after = np.append(labels[1:], IGNORE_INDEX)
-        after[ends] = IGNORE_INDEX
+        after[np.cumsum(row["seq_lengths"]) - 1] = IGNORE_INDEX
         found.update(ids[(labels != IGNORE_INDEX) & (after == IGNORE_INDEX)].tolist())
-    # Where turns end in plain text there is no id to stop at.
-    return sorted(found) if len(found) <= 4 else []
+    return sorted(found & set(control.tolist()))
 
 
 @contextmanager
@@ -350,8 +349,7 @@ def _finish(
     write_json(
         run / "run.json",
         {
-            "ftdata": __version__,
-            "fingerprint": manifest["fingerprint"],
+            **checkpoints.describe(config, manifest["fingerprint"]),
             "finished": True,
             "build": build.name if build.parent == run else str(build.resolve()),
             "model": config.model,
