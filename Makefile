@@ -1,6 +1,6 @@
 # `make help` lists what there is.
 VENV := .venv
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := $(VENV)/bin
 # torch from PyPI brings gigabytes of CUDA; CPU machines set this to the constraints of their own builds.
 CONSTRAINTS ?= .ci/constraints.txt
@@ -13,7 +13,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
-	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 or newer: make PYTHON=python3"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or newer: make PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,test,dev]'
@@ -43,16 +43,16 @@ test-long: install  ## every test
 
 check: lint types layers  ## change nothing, say what is wrong
 
-lint: install
+lint: install  ## ruff
 	$(BIN)/ruff check .
 
 fix: install  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 
-types: install
+types: install  ## mypy --strict
 	$(BIN)/mypy
 
-layers: install
+layers: install  ## who may import whom
 	$(BIN)/lint-imports
 
 clean:  ## remove what the other targets made, but .venv

@@ -171,7 +171,11 @@ def write_build(
     if workers is not None and workers < 1:
         raise UsageError("workers", f"workers is {workers}, expected at least 1")
     one_of("engine", engine, ENGINES)
-    if callable(made.train_on) and workers not in (None, 1) and "<lambda>" in made.train_on.__qualname__:
+    if (
+        callable(made.train_on)
+        and workers not in (None, 1)
+        and "<lambda>" in getattr(made.train_on, "__qualname__", "")
+    ):
         raise UsageError("train_on", "a lambda cannot go to other processes", hint="use a named function, or workers=1")
     with store.new_folder(Path(output_dir).resolve()) as folder:
         return _build(made, layout, data, folder, limit, workers, engine, progress)

@@ -289,7 +289,7 @@ def _example(recipe: Recipe, conversation: Conversation, rendered: Rendered, enc
     if isinstance(encoded, BadRow):
         raise encoded
     ids, offsets = encoded.ids, encoded.offsets
-    if rendered.add_bos and len(bos := recipe.tokenizer.bos_ids):
+    if rendered.add_bos and len(bos := recipe.tokenizer.bos_ids) and not np.array_equal(ids[:1], bos):
         ids = np.concatenate((bos, ids))
         offsets = np.concatenate((np.zeros((len(bos), 2), np.int32), offsets))
     chosen = policy_of(recipe.train_on)(rendered, conversation)

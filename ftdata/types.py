@@ -120,8 +120,8 @@ class Span(NamedTuple):
 class Rendered:
     """The text that is tokenised, and the spans that tile it: no gap, no overlap.
 
-    `add_bos` is true where the text does not write its own beginning: prompt templates and plain text, for
-    which the tokenizer's own BOS is put in front. `keep_control` is true where control-token text is meant
+    `add_bos` is true for prompt templates and plain text: the tokenizer's own BOS is put in front, unless the
+    tokens begin with it already. `keep_control` is true where control-token text is meant
     as such, whatever the policy: text that was formatted before it came to us.
     """
 

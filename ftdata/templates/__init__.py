@@ -259,9 +259,7 @@ def _render_fields(conversation: Conversation, template: Template) -> Rendered:
     if not regions:
         raise BadRow("nothing_marked", f"template {template.name!r} marks nothing as trained for this row")
     prompt_parts = (replace(piece, message=min(piece.message, 0)) for piece in parts)
-    # A BOS that the data spells is text like any other.
-    own_bos = parts[0].part is Part.SCAFFOLD and text.startswith(template.special_tokens.get("bos_token") or "\0")
-    return Rendered(str.__str__(text), tile(prompt_parts, regions), add_bos=not own_bos)
+    return Rendered(str.__str__(text), tile(prompt_parts, regions), add_bos=True)
 
 
 def _render_chat(
