@@ -121,3 +121,5 @@ def check_laws(example: Example, messages: Sequence[Mapping[str, Any]], trained:
     overlaps = np.array([bool(inside[a:b].any()) for a, b in offsets], dtype=np.bool_)
     overlaps[:1] = False
     assert (example.trained <= overlaps).all(), "M1: a token outside every generated span is trained"
+    if trained is not None:
+        assert (example.trained == overlaps).all(), "M2: a token of a generated span is not trained"

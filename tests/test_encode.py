@@ -332,3 +332,29 @@ def test_tool_calls_without_text_arrive(tokenizer_dir):
     ]
     (example,) = encode(messages, tokenizer_dir("qwen"), tools=[TOOL])
     assert '{"name": "f", "arguments": {"n": 5}}' in pieces(example, load_tokenizer(tokenizer_dir("qwen")))[0]
+
+
+@pytest.mark.parametrize("name", ["deepseek", "mistral", "tiny_bpe", "tiny_metaspace"])
+@laws
+@given(words=st.lists(st.text(st.sampled_from("abcxyzäß年 "), min_size=1, max_size=12), min_size=2, max_size=6))
+def test_labels_equal_those_of_an_independent_oracle(name, tokenizer_dir, words):
+    """M11: answers made unique, found again by plain search in transformers' own kind of text, token by token."""
+    tokenizer = load_tokenizer(tokenizer_dir(name))
+    stop = tokenizer.special_tokens["eos_token"]
+    messages = [
+        {"role": "user" if n % 2 == 0 else "assistant", "content": f"q{n}q{word}q{n}q"} for n, word in enumerate(words)
+    ]
+    messages = messages[: len(messages) // 2 * 2]
+    (example,) = encode(messages, tokenizer)
+    # Without its post-processor, which would trim blanks from offsets: a lone blank would stand for no character.
+    encoding = tokenizer._plain.encode(example.text, add_special_tokens=False)
+    expected = [-100] * len(encoding.ids)
+    for message in messages[1::2]:
+        start = example.text.index(message["content"])
+        end = example.text.index(stop, start) + len(stop)
+        # The blank that these two templates print before an answer is the model's to produce.
+        start -= example.text[start - 1] == " " and name in ("mistral", "tiny_metaspace")
+        for position, (a, b) in enumerate(encoding.offsets):
+            if a < b and a < end and b > start:
+                expected[position] = encoding.ids[position]
+    assert example.labels.tolist() == expected
