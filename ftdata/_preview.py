@@ -240,7 +240,7 @@ def _by_token(example: Example, recipe: Recipe) -> tuple[Segment, ...]:
 
     Characters of several tokens (or of none) stay with the token that begins first at or before them.
     """
-    control = np.isin(example.input_ids, recipe.stop_ids)
+    control = np.isin(example.input_ids, recipe.control.ids)
     data = [span for span in example.spans if span.part != "scaffold"]
     ends = np.asarray([span.end for span in data], dtype=np.int64)
     starts = np.asarray([span.start for span in data], dtype=np.int64)

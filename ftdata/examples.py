@@ -12,13 +12,11 @@ import datetime
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ftdata.errors import BadRow, UsageError, one_of
 from ftdata.mask import Policy, policy_of, trained_tokens
@@ -61,11 +59,6 @@ class Recipe:
             self.schema, self.columns, self.train_on, self.turns, self.control_tokens, self.max_length, self.overlong
         )
         check(self.template)
-
-    @cached_property
-    def stop_ids(self) -> NDArray[np.int32]:
-        """Ids that may end a turn: control tokens (int32)."""
-        return self.control.ids
 
     def describe(self) -> dict[str, Any]:
         """Return the options as JSON, for manifest and fingerprint."""
@@ -300,7 +293,7 @@ def _example(recipe: Recipe, conversation: Conversation, rendered: Rendered, enc
     source = conversation.source
     example = Example(ids, trained, offsets, rendered.text, rendered.spans, frozenset(flags), source)
     last = ids[turn_ends(example) - 1]
-    if not len(last) or not np.isin(last, recipe.stop_ids).all():
+    if not len(last) or not np.isin(last, recipe.control.ids).all():
         example = replace(example, flags=example.flags | {"no_stop"})
     return example
 

@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ class Examples:
             start=np.concatenate([np.cumsum(each) - each for each in lengths] or [np.empty(0, np.int64)]),
         )
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example (int64 `[examples]`)."""
         return np.asarray(self.table["tokens"].to_numpy(), dtype=np.int64)

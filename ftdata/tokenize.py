@@ -57,17 +57,12 @@ class Tokenizer:
 
     @cached_property
     def _full(self) -> tokenizers.Tokenizer:
-        backend = tokenizers.Tokenizer.from_str(self.json)
-        backend.no_truncation()
-        backend.no_padding()
-        return backend
+        return _backend(self.json)
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         # A post-processor adds special tokens, which we do ourselves, and may trim blanks from offsets.
-        backend = tokenizers.Tokenizer.from_str(self.json)
-        backend.no_truncation()
-        backend.no_padding()
+        backend = _backend(self.json)
         if backend.post_processor is not None:
             backend.post_processor = tokenizers.processors.Sequence([])
         return backend
@@ -109,6 +104,13 @@ class Tokenizer:
         return [_encoded(e) for e in self._plain.encode_batch(list(texts), add_special_tokens=False)]
 
 
+def _backend(description: str) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(description)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
 def encode_rendered(
     tokenizer: Tokenizer, batch: Sequence[Rendered], control: ControlTokens, policy: str
 ) -> list[Encoded | BadRow]:
@@ -132,7 +134,7 @@ def encode_rendered(
             continue
         own, typed = control.matches(one)
         # A tokenizer that normalises makes control tokens of what only resembles them: ids tell, not looks.
-        if not typed and control.count(encoded.ids) <= len(own):
+        if not typed and control.count(encoded.ids) <= control.expected(own):
             continue
         if policy == "refuse":
             outcome[index] = BadRow(
@@ -171,7 +173,7 @@ class ControlTokens:
         own = [match for match, is_typed in zip(found, typed, strict=True) if not is_typed]
         return own, [match for match, is_typed in zip(found, typed, strict=True) if is_typed]
 
-    @property
+    @cached_property
     def ids(self) -> NDArray[np.int32]:
         """The ids of the tokens (int32)."""
         return np.asarray([self.tokenizer.added_tokens[token][0] for token in self.tokens], dtype=np.int32)
@@ -179,6 +181,10 @@ class ControlTokens:
     def count(self, ids: NDArray[np.int32]) -> int:
         """Return how many ids are control tokens; the unknown token is no sign of one."""
         return int(self._is_control[ids].sum())
+
+    def expected(self, own: Iterable[re.Match[str]]) -> int:
+        """Return how many ids are control tokens where only the template's own become any."""
+        return self.count(np.asarray([self.tokenizer.added_tokens[match.group()][0] for match in own], dtype=np.int32))
 
     def escape(self, rendered: Rendered) -> Encoded | BadRow:
         """Encode with the template's control tokens real and typed ones plain.
@@ -204,8 +210,7 @@ class ControlTokens:
         shadow, ids = _shadow(self, base)
         encoded = _encoded(shadow.encode(text, add_special_tokens=False))
         real = ids[encoded.ids]
-        expected = sum(bool(self._is_control[self.tokenizer.added_tokens[match.group()][0]]) for match in own)
-        if self.count(real) != expected:
+        if self.count(real) != self.expected(own):
             return BadRow(
                 "control_tokens",
                 "this tokenizer makes a control token of the typed text whatever we do",
@@ -229,9 +234,7 @@ def _shadow(control: ControlTokens, base: int) -> tuple[tokenizers.Tokenizer, ND
     names = {token: chr(base + n) * len(token) for n, token in enumerate(control.tokens)}
     for added in description["added_tokens"]:
         added["content"] = names.get(added["content"], added["content"])
-    shadow = tokenizers.Tokenizer.from_str(json.dumps(description))
-    shadow.no_truncation()
-    shadow.no_padding()
+    shadow = _backend(json.dumps(description))
     real = {names.get(token, token): id_ for token, (id_, _) in control.tokenizer.added_tokens.items()}
     added_now = shadow.get_added_tokens_decoder()
     ids = np.arange(max(control.tokenizer.size, *added_now, 0) + 1, dtype=np.int32)

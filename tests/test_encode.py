@@ -78,7 +78,7 @@ def test_control_tokens_come_from_the_template_only(name, tokenizer_dir, data):
 
     def counts(conversation):
         ids = np.concatenate([example.input_ids for example in encode(conversation, recipe.tokenizer)])
-        return [int((ids == stop).sum()) for stop in recipe.stop_ids]
+        return [int((ids == stop).sum()) for stop in recipe.control.ids]
 
     try:
         assert counts(messages) == counts(tame)

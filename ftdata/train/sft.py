@@ -352,15 +352,12 @@ def _finish(
             **checkpoints.describe(config, manifest["fingerprint"]),
             "finished": True,
             "build": build.name if build.parent == run else str(build.resolve()),
-            "model": config.model,
-            "quantization": config.quantization,
             "adapter": adapter(config) is not None,
             "data": config.data,
             "tokenizer": config.tokenizer,
             "steps": trainer.state.global_step,
             "loss": losses,
             "test_loss": loss,
-            "train": config.train,
         },
     )
     if losses:
