@@ -1,28 +1,35 @@
 """Detect: where, in a conversation rendered by any chat template, the model's own text begins and ends.
 
 Nothing is searched for by its looks. A turn begins where the generation prompt of the messages before it
-ends, if the text really begins with that prompt; it ends with the stop that the template prints when the
-conversation ends there. Where the template answers differently for the prefix and for the whole, there is no
-certain answer in this text, and the conversation is refused with the two renderings.
+ends; it ends with the stop that the template prints. Where the template answers differently for the prefix and
+for the whole, and the difference is more than a thinking scaffold that the prompt forces, there is no certain
+answer in this text, and the conversation is refused with the two renderings.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from ftdata.errors import BadRow
-from ftdata.templates.spans import Piece, Region
+from ftdata.templates.compare import ATOM, agreement, common_suffix, tags
+from ftdata.templates.spans import Piece, Region, pieces
+from ftdata.templates.stops import Stops
+from ftdata.templates.tracked import Tracked
 from ftdata.types import Part
 
-RenderPrefix = Callable[[int, bool], str]
+RenderPrefix = Callable[[int, bool], Tracked]
 """(number of messages, add the generation prompt) -> text"""
 
-SPLITTABLE = frozenset({"history_drift", "stop_unknown"})
-"""Refusals of a whole conversation that need not hold for its turns taken one by one."""
+_SPLIT = "turns='split' trains each turn in a text of its own"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One assistant message in a rendering: its region, and flags for what is unusual about it."""
+
+    region: Region
+    flags: frozenset[str] = frozenset()
 
 
 def from_blocks(parts: Sequence[Piece], assistants: Sequence[int]) -> list[Region]:
@@ -47,122 +54,159 @@ def from_blocks(parts: Sequence[Piece], assistants: Sequence[int]) -> list[Regio
     return regions
 
 
-def locate(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, count: int, stops: Stops) -> Region:
+def locate(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, count: int, stops: Stops) -> Turn:
     """Return the region of assistant message `turn` in the rendering `text` of `count` messages.
 
     Raises:
         BadRow: `history_drift`, `interleaved` or `stop_unknown`, with the evidence.
     """
+    field = f"messages[{turn}]"
+    try:
+        start, flags = _begin(text, parts, turn, prefix, stops)
+        ended: Tracked | None = Tracked.of(text) if turn == count - 1 else _or_none(prefix, turn + 1)
+        is_prefix = ended is not None and text.startswith(ended)
+        own = _own(parts, turn, len(ended) if ended is not None and is_prefix else None, start)
+        payload_end = own[-1].end if own else start
+        gap = text[payload_end : _next(parts, turn, payload_end)]
+        if ended is not None and is_prefix and ended[payload_end:].strip():
+            end = payload_end + stops.own(ended[payload_end:])
+        elif turn == count - 1:
+            end = payload_end
+            flags |= {"unclosed_final" if stops.stop.strip() else "no_stop"}
+        else:
+            ending, rewritten = _ending(ended, text[:payload_end], turn)
+            flags |= {"rewritten"} if rewritten else set()
+            end = payload_end + stops.between(ending, gap)
+        if end == payload_end and "unclosed_final" not in flags:
+            flags |= {"no_stop"}
+        elif turn == count - 1 and text[end:].strip():
+            flags |= {"junk_tail"}
+        if not stops.learnt:
+            flags |= {"unprobed"}
+        if any(start <= p.start < end and p.part is not Part.SCAFFOLD and p.message != turn for p in parts):
+            raise BadRow("interleaved", "the template prints text of another message inside this one")
+    except BadRow as error:
+        error.field = error.field or field
+        raise
+    return Turn(Region(turn, start, end), frozenset(flags))
+
+
+def _begin(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, stops: Stops) -> tuple[int, set[str]]:
+    """Return where the model starts, which is where its prompt ends."""
     prompt = prefix(turn, True)
-    if not text.startswith(prompt):
-        raise BadRow(
-            "history_drift",
-            _disagreement(prompt, text),
-            field=f"messages[{turn}]",
-            hint="turns='split' trains each turn in a text of its own",
-        )
-    own = [piece for piece in parts if piece.message == turn and piece.part is not Part.SCAFFOLD]
-    if own and own[0].start < len(prompt):
-        raise BadRow(
-            "history_drift", "the generation prompt already holds text of the answer", field=f"messages[{turn}]"
-        )
-    payload_end = own[-1].end if own else len(prompt)
-    ended = text if turn == count - 1 else prefix(turn + 1, False)
-    if not text.startswith(ended):
-        raise BadRow(
-            "history_drift",
-            _disagreement(ended, text),
-            field=f"messages[{turn}]",
-            hint="turns='split' trains each turn in a text of its own",
-        )
-    end = payload_end + stops.end(ended[payload_end:], turn)
-    if any(len(prompt) <= piece.start < end and piece.message not in (turn, -1) for piece in parts):
-        raise BadRow(
-            "interleaved", "the template prints text of another message inside this one", field=f"messages[{turn}]"
-        )
-    return Region(turn, len(prompt), end)
+    if text.startswith(prompt):
+        return len(prompt), set()
+    # The prompt may force a scaffold (an open thinking block) that the whole conversation does not have there.
+    first = next((p.start for p in parts if p.message == turn and p.part is not Part.SCAFFOLD), len(text))
+    start = _part(prompt, text, first)
+    before = _or_none(prefix, turn)
+    always = before is None or before == prompt or not prompt.startswith(before)
+    header = max((piece.end for piece in pieces(prompt) if piece.part is not Part.SCAFFOLD), default=0)
+    if before is not None and not always:
+        header = max(header, len(before))
+    own, forced = text[start:first].strip() if first < len(text) else "", prompt[start:].strip()
+    other = own and not own.startswith(forced) and (always or tags(own) & tags(forced))
+    if not prompt[header:start].strip() or other or stops.known(forced):
+        raise BadRow("history_drift", _disagreement(prompt, text), hint=_SPLIT)
+    return start, {"prompt_drift"}
 
 
-@dataclass(frozen=True, slots=True)
-class Stops:
-    """How a turn may end with this tokenizer: its EOS first, else the last control token."""
-
-    eos: str | None
-    control: re.Pattern[str] | None
-
-    def end(self, tail: str, turn: int) -> int:
-        """Return where, in the template's text after the answer, the stop ends.
-
-        Raises:
-            BadRow: `stop_unknown`: no control token ends the turn, or more than blanks follow it.
-        """
-        end = tail.find(self.eos) + len(self.eos) if self.eos and self.eos in tail else -1
-        if end < 0 and self.control is not None:
-            end = max((found.end() for found in self.control.finditer(tail)), default=-1)
-        if end < 0 or tail[end:].strip():
-            raise BadRow(
-                "stop_unknown",
-                f"no single stop token ends the turn; the template writes {tail[:80]!r} after the answer",
-                field=f"messages[{turn}]",
-                hint="mark what is trained with {% generation %} in a template file of your own",
-            )
-        return end
+def _part(prompt: str, text: str, first: int) -> int:
+    """Return where the two renderings part: before a tag that they only half share, and before the answer."""
+    at = min(agreement(prompt, text), first)
+    for one in (prompt, text):
+        line = one[max(0, at - 64) : at + 64]
+        for tag in ATOM.finditer(line):
+            begin = tag.start() + max(0, at - 64)
+            if begin < at < begin + len(tag.group()) and not tag.group().isspace():
+                at = begin
+                break
+    return at
 
 
-def check_arrival(messages: Sequence[Mapping[str, Any]], parts: Sequence[Piece]) -> frozenset[str]:
-    """Check that every message's text arrived in the rendering; return flags for what arrived in part.
+def _or_none(prefix: RenderPrefix, count: int) -> Tracked | None:
+    try:
+        return prefix(count, False)
+    except BadRow:
+        return None
 
-    Raises:
-        BadRow: `payload_dropped`: a content or a tool call is nowhere in the text.
+
+def _own(parts: Sequence[Piece], turn: int, length: int | None, start: int) -> list[Piece]:
+    """Return the pieces of the message where it stands: not where a later message repeats some of it."""
+    mine = [p for p in parts if p.message == turn and p.part is not Part.SCAFFOLD and p.end > start]
+    if length is not None:
+        return [piece for piece in mine if piece.end <= length]
+    stop = next(
+        (p.start for p in parts if p.start >= start and p.part is not Part.SCAFFOLD and p.message != turn), None
+    )
+    if stop is None:
+        return mine
+    if any(piece.start > stop and piece.part is not Part.OTHER for piece in mine):
+        raise BadRow("interleaved", "the template prints text of another message inside this one")
+    return [piece for piece in mine if piece.end <= stop]
+
+
+def _next(parts: Sequence[Piece], turn: int, at: int) -> int | None:
+    return next((p.start for p in parts if p.start >= at and p.part is not Part.SCAFFOLD and p.message != turn), None)
+
+
+def _ending(ended: Tracked | None, begun: str, turn: int) -> tuple[str | None, bool]:
+    """Return what follows the answer where the conversation ends there, and whether the answer itself differs there."""
+    if ended is None:
+        return None, False
+    mine = [p for p in pieces(ended) if p.message == turn and p.part is not Part.SCAFFOLD]
+    at = mine[-1].end if mine else len(begun)
+    return ended[at:], not ended.startswith(begun)
+
+
+def learn(probe: Callable[[str], Tracked | None], bare: Stops) -> Stops:
+    """Learn how turns end under a template.
+
+    Args:
+        probe: renders a conversation of roles given by their first letters, as `"uaua"`; `None` where the template
+            refuses it.
+        bare: what is known of the tokenizer.
     """
-    arrived: dict[tuple[int, Part], int] = {}
-    for piece in parts:
-        key = (piece.message, piece.part)
-        arrived[key] = arrived.get(key, 0) + piece.end - piece.start
-    flags: set[str] = set()
-    for index, message in enumerate(messages):
-        given = len(_plain(message.get("content")).strip())
-        found = arrived.get((index, Part.CONTENT), 0)
-        # Names, keys and values: fewer characters than these mean a call that is missing or printed as Python.
-        calls = sum(map(_call_letters, message.get("tool_calls") or ())) > arrived.get((index, Part.TOOL_CALL), 0)
-        if (given and not found) or calls:
-            field = f"messages[{index}].{'tool_calls' if calls else 'content'}"
-            raise BadRow(
-                "payload_dropped",
-                f"the template does not print this {message['role']} message's text as given",
-                field=field,
-                hint="use a template that has room for it, or take it out of the data",
-            )
-        if found < given:
-            flags.add("content_cut")
-        reasoning = any(message.get(key) for key in ("reasoning_content", "thinking", "reasoning"))
-        if reasoning and not arrived.get((index, Part.REASONING)):
-            flags.add("reasoning_dropped")
-    return frozenset(flags)
+    whole = probe("uaua")
+    texts = _by_message(whole)
+    if whole is None or len(texts) < len("uaua"):
+        return bare
+    before, first, gap = whole[: texts[0][0]], whole[texts[0][1] : texts[1][0]], whole[texts[1][1] : texts[2][0]]
+    stops = replace(bare, learnt=True, opener=min(_openers(probe, before, gap), key=len))
+    half = probe("ua")
+    tail = half[texts[1][1] :] if half is not None and whole.startswith(half) else ""
+    ending = half[ended[1][1] :] if half is not None and len(ended := _by_message(half)) == len("ua") else None
+    try:
+        stop = tail[: stops.own(tail)] if tail.strip() else gap[: stops.between(ending, gap)]
+    except BadRow:
+        stop = ""
+    last = whole[texts[3][1] :]
+    closed = replace(stops, stop=stop).known(last)
+    return replace(stops, stop=stop, leftover=last[closed:] if closed else common_suffix(last, first))
 
 
-def _call_letters(call: Mapping[str, Any]) -> int:
-    function = call.get("function", call)
-    return _letters(function.get("name")) + _letters(function.get("arguments")) if isinstance(function, Mapping) else 1
+def _openers(probe: Callable[[str], Tracked | None], before: str, gap: str) -> Iterator[str]:
+    """Yield what may be the template's text before a user message, each a suffix of `gap`."""
+    yield common_suffix(before, gap)
+    twice, alone = probe("uu"), probe("u")
+    texts, own = _by_message(twice), _by_message(alone)
+    if twice is not None and alone is not None and len(texts) == len("uu") and own:
+        opener = twice[texts[0][1] : texts[1][0]].removeprefix(alone[own[0][1] :])
+        if gap.endswith(opener):
+            yield opener
 
 
-def _letters(value: Any) -> int:
-    """Return the number of characters of all strings in a JSON value, keys included."""
-    if isinstance(value, Mapping):
-        return sum(_letters(item) for pair in value.items() for item in pair)
-    if isinstance(value, list | tuple):
-        return sum(map(_letters, value))
-    return len(value) if isinstance(value, str) else 0
-
-
-def _plain(content: Any) -> str:
-    if isinstance(content, list):
-        return "".join(part.get("text", "") for part in content)
-    return content or ""
+def _by_message(text: Tracked | None) -> dict[int, tuple[int, int]]:
+    """Return where the text of each message stands."""
+    found: dict[int, tuple[int, int]] = {}
+    for piece in pieces(text) if text is not None else ():
+        if piece.part is Part.CONTENT:
+            found[piece.message] = (found.get(piece.message, (piece.start, 0))[0], piece.end)
+    return found
 
 
 def _disagreement(prefix: str, text: str) -> str:
-    at = len(os.path.commonprefix([prefix, text]))  # noqa: RUF071  (by character is what is meant)
+    at = agreement(prefix, text)
     shown = slice(max(0, at - 20), at + 40)
     return (
         f"the template renders the conversation up to here as ...{prefix[shown]!r}... but inside the whole as "

@@ -22,7 +22,7 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from ftdata.templates.tracked import Tracked, concat, dumps
+from ftdata.templates.tracked import Tracked, concat, dumps, safe
 
 CUT = "\ufdd0"
 """Printed where a prompt ends; a noncharacter, so no text holds it."""
@@ -160,7 +160,7 @@ def compile_template(source: str, date: datetime.datetime, strict: bool, prompt_
         undefined=Loud if strict else jinja2.Undefined,
     )
     environment.prompt_only = prompt_only
-    environment.filters |= {"tojson": _tojson, "join": _join}
+    environment.filters |= {"tojson": _tojson, "join": _join, "safe": safe}
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": _clock(date),

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import cycle
 from typing import Any, Self, SupportsIndex
 
+from markupsafe import Markup
+
 Run = tuple[int, int]
 """(number of characters, owner)"""
 
@@ -116,6 +118,26 @@ class Tracked(str):
         """As `str.removesuffix`."""
         return self._cut(0, len(str.removesuffix(self, suffix)))
 
+    def upper(self) -> str:
+        """As `str.upper`."""
+        return self._recased(str.upper(self))
+
+    def lower(self) -> str:
+        """As `str.lower`."""
+        return self._recased(str.lower(self))
+
+    def capitalize(self) -> str:
+        """As `str.capitalize`."""
+        return self._recased(str.capitalize(self))
+
+    def title(self) -> str:
+        """As `str.title`."""
+        return self._recased(str.title(self))
+
+    def _recased(self, text: str) -> str:
+        # A few letters change their number (ß, ŉ); whose are whose is then not known.
+        return Tracked(text, self.runs) if len(text) == len(self) else text
+
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """As `str.split`."""
         return self._located(str.split(self, sep, maxsplit), sep)
@@ -163,6 +185,23 @@ class Tracked(str):
                 parts.append(self)
             parts.append(piece)
         return concat(parts)
+
+
+class TrackedMarkup(Markup):
+    """What Jinja's `safe` makes of a tracked string: it remembers where it is printed as it stands."""
+
+    __slots__ = ("tracked",)
+    tracked: Tracked
+
+    def __str__(self) -> str:
+        return getattr(self, "tracked", str.__str__(self))
+
+
+def safe(text: str) -> Markup:
+    """As Jinja's filter of that name."""
+    marked = TrackedMarkup(text)
+    marked.tracked = Tracked.of(text)
+    return marked
 
 
 def concat(pieces: Iterable[str]) -> str:

@@ -1,0 +1,56 @@
+"""Compare: how far two renderings agree, by character and by whole words and tags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import takewhile
+
+TAG = re.compile(r"<[^<>\s]{1,64}>|\[[^\[\]\s]{1,64}\]")
+"""What looks like a control token."""
+
+ATOM = re.compile(rf"{TAG.pattern}|\w+|\s+|.", re.DOTALL)
+"""What is compared whole where two renderings part: a tag, a word, a blank, a sign."""
+
+
+def agreement(a: str, b: str) -> int:
+    """Return how many characters two texts have in common from their beginning.
+
+    >>> agreement("abcd", "abx")
+    2
+    """
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+def tags(text: str) -> set[str]:
+    """Return what looks like a control token."""
+    return set(TAG.findall(text))
+
+
+def common_prefix(a: str, b: str) -> str:
+    r"""Return the longest common prefix, in whole atoms.
+
+    >>> common_prefix("</s>\n<user>", "</s>\n<users>")
+    '</s>\n'
+    """
+    return "".join(x for x, _ in takewhile(lambda pair: pair[0] == pair[1], zip(_atoms(a), _atoms(b), strict=False)))
+
+
+def common_suffix(a: str, b: str) -> str:
+    """Return the longest common suffix, in whole atoms.
+
+    >>> common_suffix("<s>[INST] ", "</s>[INST] ")
+    '[INST] '
+    """
+    pairs = zip(reversed(list(_atoms(a))), reversed(list(_atoms(b))), strict=False)
+    return "".join(reversed([x for x, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]))
+
+
+def _atoms(text: str) -> Iterator[str]:
+    return (match.group() for match in ATOM.finditer(text))

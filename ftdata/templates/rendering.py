@@ -1,0 +1,144 @@
+"""Render a conversation: its text, attributed, with what the model must produce in every turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from ftdata.errors import BadRow, TemplateRefused
+from ftdata.templates.chat import Chat, render_chat
+from ftdata.templates.sandbox import CUT
+from ftdata.templates.spans import Region, pieces, tile, tracked
+from ftdata.templates.template import Template, templates
+from ftdata.types import Conversation, Part, Rendered, Span
+
+TURNS = ("auto", "joint", "split")
+
+DROPPED = ("refuse", "flag")
+
+_SPLITTABLE = frozenset({"history_drift", "stop_unknown"})
+"""Refusals of a whole conversation that need not hold for its turns taken by themselves."""
+
+
+def render(
+    conversation: Conversation, template: Template, turns: str = "auto", dropped: str = "refuse"
+) -> tuple[Rendered, ...]:
+    """Render a conversation, attributed: one `Rendered`, or several that train some of its turns each.
+
+    Args:
+        conversation: the normalised row.
+        template: the template and the special tokens it may print.
+        turns: `"joint"`: one text for all turns; `"split"`: one text for every group of assistant turns that
+            answer one user message, equal to what is shown to the model when it is asked for them; `"auto"`: joint
+            where the template shows earlier turns as the model wrote them, else split.
+        dropped: what to do where the template leaves out a message that is not the assistant's: `"refuse"` or `"flag"`.
+
+    Raises:
+        BadRow: the row does not fit the template, or where its turns begin and end is not certain.
+        TemplateRefused: the row needs a template and there is none.
+    """
+    if conversation.text is not None and (not template.source or template.chat):
+        return (_already_formatted(conversation.text, template),)
+    if not template.source:
+        raise TemplateRefused(
+            "no_template",
+            "this tokenizer has no chat template",
+            hint=f"pass template=, one of {', '.join(templates.names())}, or a file of your own",
+        )
+    if not template.chat:
+        return (_render_fields(conversation, template),)
+    chat = Chat.of(conversation, template)
+    assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    whole = _joint(chat, assistants, dropped, must=turns == "joint") if turns != "split" else None
+    if whole is not None and (turns == "joint" or "rewritten" not in whole.flags):
+        return (whole,)
+    parts = [one for group in _groups(chat, assistants) for one in _split(chat, group, dropped)]
+    return tuple(replace(one, flags=one.flags | {"split"}) for one in parts) if len(parts) > 1 else tuple(parts)
+
+
+def _joint(chat: Chat, turns: Sequence[int], dropped: str, *, must: bool) -> Rendered | None:
+    try:
+        return render_chat(chat, turns, dropped)
+    except BadRow as error:
+        if must or error.code not in _SPLITTABLE:
+            raise
+        return None
+
+
+def _groups(chat: Chat, assistants: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the assistant turns that follow one user message: a call, and the answer to what it returned."""
+    group: list[int] = []
+    for turn in assistants:
+        if group and any(message["role"] == "user" for message in chat.messages[group[-1] : turn]):
+            yield group
+            group = []
+        group.append(turn)
+    yield group
+
+
+def _split(chat: Chat, group: Sequence[int], dropped: str) -> Iterator[Rendered]:
+    if len(group) > 1:
+        together = _joint(chat.until(group[-1]), group, dropped, must=False)
+        if together is not None and "rewritten" not in together.flags:
+            yield together
+            return
+    for turn in group:
+        yield render_chat(chat.until(turn), [turn], dropped)
+
+
+def prompt(conversation: Conversation, template: Template) -> str:
+    """Return what the model is shown when it is asked for the last answer: the same template, no response.
+
+    For a chat template, the messages before the final assistant message with the generation prompt; for a
+    prompt template, the text before its first generation block.
+
+    Raises:
+        BadRow: the template fails on the row.
+    """
+    if not template.chat:
+        return template.run(conversation.fields, prompt_only=True).partition(CUT)[0]
+    messages = conversation.messages
+    before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    return str.__str__(Chat.of(replace(conversation, messages=before), template).text(generation_prompt=True))
+
+
+def _already_formatted(text: str, template: Template) -> Rendered:
+    eos = template.special_tokens.get("eos_token")
+    bos = template.special_tokens.get("bos_token")
+    # A second EOS is the classic fault of trainers on text that was templated before.
+    ending = eos if eos and not text.rstrip().endswith(eos) else ""
+    spans = [Span(0, len(text), Part.CONTENT, 0, True)]
+    if ending:
+        spans.append(Span(len(text), len(text) + len(ending), Part.SCAFFOLD, 0, True))
+    return Rendered(text + ending, tuple(spans), add_bos=not (bos and text.lstrip().startswith(bos)), keep_control=True)
+
+
+def _render_fields(conversation: Conversation, template: Template) -> Rendered:
+    owners = {
+        name: tracked(value, Part.CONTENT, index) for index, (name, value) in enumerate(conversation.fields.items())
+    }
+    try:
+        text = template.run(owners)
+    except BadRow as error:
+        error.hint = f"the row has {', '.join(conversation.fields) or 'messages'}; columns= maps other names"
+        raise
+    parts = pieces(text)
+    arrived = {piece.message for piece in parts}
+    for index, (name, value) in enumerate(conversation.fields.items()):
+        if value.strip() and index not in arrived:
+            raise BadRow(
+                "payload_dropped",
+                f"template {template.name!r} does not print this column",
+                field=name,
+                hint="use a template that has room for it, or take it out of the data",
+            )
+    answer = conversation.completion_from
+    blocks = dict.fromkeys(piece.block for piece in parts if piece.block)
+    regions = [
+        Region(answer, min(p.start for p in parts if p.block == b), max(p.end for p in parts if p.block == b))
+        for b in blocks
+    ]
+    if not regions:
+        raise BadRow("nothing_marked", f"template {template.name!r} marks nothing as trained for this row")
+    prompt_parts = (replace(piece, message=min(piece.message, 0)) for piece in parts)
+    return Rendered(str.__str__(text), tile(prompt_parts, regions), add_bos=True)

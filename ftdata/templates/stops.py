@@ -1,0 +1,85 @@
+"""Stop: which of the template's text after an answer ends the turn, and so must be learnt.
+
+A template's own words tell: what it prints after the answer where the conversation ends there is the turn's own;
+what it prints before every user message is the next message's; what it prints only where the conversation ends is
+neither. Control tokens of the tokenizer only say where, inside the turn's own text, the stop ends.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ftdata.errors import BadRow
+from ftdata.templates.compare import TAG, common_prefix
+
+
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """How turns end under one template and tokenizer.
+
+    Attributes:
+        eos: the tokenizer's end-of-sequence token.
+        control: finds the tokenizer's control tokens.
+        stop: the text from an answer's end to its stop, where the template prints one inside a conversation.
+        opener: what the template prints before a user message.
+        leftover: what it prints after the last stop of a conversation, and the model never generates.
+        learnt: whether the template could be probed at all.
+    """
+
+    eos: str | None
+    control: re.Pattern[str] | None
+    stop: str = ""
+    opener: str = ""
+    leftover: str = ""
+    learnt: bool = False
+
+    def own(self, tail: str) -> int:
+        """Return where the stop ends in `tail`, which is the template's text at the end of this very turn.
+
+        0 where there is no stop.
+
+        Raises:
+            BadRow: `stop_unknown`: text follows the last control token, so what the model ends with is not certain.
+        """
+        if self.leftover.strip() and tail.endswith(self.leftover):
+            tail = tail.removesuffix(self.leftover)
+        end = self.known(tail)
+        if not end and (end := _last(self.control, tail)) and tail[end:].strip():
+            raise BadRow(
+                "stop_unknown",
+                f"no single stop token ends the turn; the template writes {tail[:80]!r} after the answer",
+                hint="mark what is trained with {% generation %} in a template file of your own",
+            )
+        return end or len(tail.rstrip())
+
+    def between(self, ending: str | None, gap: str) -> int:
+        """Return where the stop ends in `gap`, the text between an answer and the next message's text.
+
+        `ending` is what the template prints after this answer where the conversation ends there, if it tells. 0 where
+        there is no stop.
+        """
+        if end := self._eos(gap):
+            return end
+        shared = common_prefix(ending or "", gap)
+        closing = gap.removesuffix(self.opener) if gap.endswith(self.opener) else ""
+        # Where the template always asks for the next answer, both may go on with the same opening tag.
+        for certain in (shared[: len(closing)], shared):
+            if end := _last(self.control, certain) or _last(TAG, certain):
+                return end
+        return self._learnt(closing or gap) or _last(self.control, closing) or _last(TAG, closing)
+
+    def known(self, tail: str) -> int:
+        """Return where the first stop as learnt, or else the first EOS, ends in `tail`; 0 where there is neither."""
+        return self._learnt(tail) or self._eos(tail)
+
+    def _eos(self, tail: str) -> int:
+        return tail.find(self.eos) + len(self.eos) if self.eos and self.eos in tail else 0
+
+    def _learnt(self, tail: str) -> int:
+        stop = self.stop.strip()
+        return tail.find(stop) + len(stop) if stop and stop in tail else 0
+
+
+def _last(pattern: re.Pattern[str] | None, text: str) -> int:
+    return max((match.end() for match in pattern.finditer(text)), default=0) if pattern is not None else 0

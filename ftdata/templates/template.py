@@ -1,0 +1,195 @@
+"""Template: Jinja source bound to a tokenizer's special tokens, and where templates are found."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.meta
+
+from ftdata.errors import BadRow, TemplateRefused, UsageError, nearest
+from ftdata.registry import Registry
+from ftdata.templates import markers
+from ftdata.templates.sandbox import compile_template
+from ftdata.templates.spans import pieces, tracked, tracked_messages
+from ftdata.templates.stops import Stops
+from ftdata.templates.tracked import Tracked
+from ftdata.types import Part
+
+templates: Registry[Path] = Registry("ftdata.templates", "template")
+for _file in sorted(Path(__file__).parent.glob("*.jinja")):
+    templates.register(_file.stem)(_file)
+
+_ROLES = {"u": "user", "a": "assistant"}
+
+DEFAULT_DATE = datetime.datetime(2026, 1, 1)  # noqa: DTZ001  (templates print wall-clock time)
+"""What the clock shows where nobody said otherwise: templates with a date stay the same from day to day."""
+
+_TEMPLATE_FAULTS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+"""What the template's own code may raise; it is foreign code, so the list is wide."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A template, bound to a tokenizer's special tokens.
+
+    Attributes:
+        name: how to speak of it: a built-in's name, a file, `"<string>"` or `"tokenizer"`.
+        source: the Jinja text; empty where a tokenizer has none, which serves already formatted text only.
+        strict: printing an undefined name is an error; only a tokenizer's own template may rely on silence.
+        special_tokens: `bos_token`, `eos_token`, ...: what the template may print.
+        control: finds control tokens in text; what a stop is looked for among.
+        date: what the clock shows to templates that print a date.
+        kwargs: further variables for the template (`enable_thinking`, ...).
+    """
+
+    name: str
+    source: str
+    strict: bool = True
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    control: re.Pattern[str] | None = None
+    date: datetime.datetime = DEFAULT_DATE
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The variables that the template reads.
+
+        Raises:
+            TemplateRefused: `template_syntax`, with the line.
+        """
+        syntax = self._compile().environment.parse(self.source)
+        return frozenset(jinja2.meta.find_undeclared_variables(syntax))
+
+    @property
+    def chat(self) -> bool:
+        """Whether this is a chat template: it reads `messages`."""
+        return "messages" in self.names
+
+    @cached_property
+    def tagged(self) -> bool:
+        """Whether the template itself marks what the model must produce."""
+        tokens = self._compile().environment.lex(self.source)
+        return any(kind == "name" and value == "generation" for _, kind, value in tokens)
+
+    @property
+    def uses_date(self) -> bool:
+        """Whether the text may depend on the clock."""
+        return "strftime_now" in self.names
+
+    @cached_property
+    def stops(self) -> Stops:
+        """How turns end, learnt from probes."""
+        return markers.learn(self._probe, Stops(self.special_tokens.get("eos_token"), self.control))
+
+    def _probe(self, roles: str) -> Tracked | None:
+        """Render a plain conversation, its contents as text or, for templates that want them so, as lists of parts."""
+        for as_content in (str, _as_parts):
+            messages = [
+                {"role": _ROLES[role], "content": as_content(f"{_ROLES[role]} text {number}")}
+                for number, role in enumerate(roles)
+            ]
+            try:
+                text = self.run(chat_variables(tracked_messages(messages)))
+            except BadRow:
+                continue
+            if len(roles) == len({piece.message for piece in pieces(text) if piece.part is Part.CONTENT}):
+                return text
+        return None
+
+    def run(self, variables: Mapping[str, Any], *, prompt_only: bool = False) -> Tracked:
+        """Render once. The text is exactly what transformers renders for the same variables.
+
+        Raises:
+            BadRow: `template_raises`, with the template's own message.
+        """
+        given = {**self.special_tokens, **self.kwargs, **variables}
+        try:
+            return Tracked.of(self._compile(prompt_only=prompt_only).render(given))
+        except _TEMPLATE_FAULTS as error:
+            raise BadRow("template_raises", f"template {self.name!r} fails on this row: {error}") from None
+
+    def _compile(self, *, prompt_only: bool = False) -> jinja2.Template:
+        try:
+            return compile_template(self.source, self.date, self.strict, prompt_only)
+        except jinja2.TemplateSyntaxError as error:
+            message = f"template {self.name!r}, line {error.lineno}: {error.message}"
+            raise TemplateRefused("template_syntax", message) from None
+
+
+def find(spec: str | Path) -> tuple[str, str]:
+    """Return the name and the Jinja text of a template: a built-in or plug-in name, a file, or Jinja itself.
+
+    Raises:
+        UsageError: there is no such template; the hint holds the nearest names.
+    """
+    text = str(spec)
+    if "{{" in text or "{%" in text:
+        return "<string>", text
+    path = templates.get(text) if text in templates.names() else Path(text)
+    if not path.is_file():
+        raise UsageError(
+            "unknown_template",
+            f"no template named {text!r}, and no file of that name",
+            hint=nearest(text, templates.names()),
+        )
+    return text, path.read_bytes().decode("utf-8")
+
+
+def check(template: Template) -> None:
+    """Refuse a template that could never train anything, before any row is read.
+
+    Raises:
+        TemplateRefused: `template_syntax`, or `nothing_marked` for a prompt template without a generation block.
+    """
+    if template.source and not template.chat and not template.tagged:
+        raise TemplateRefused(
+            "nothing_marked",
+            f"template {template.name!r} reads no messages and marks nothing as trained",
+            hint="put {% generation %} before the response and {% endgeneration %} after its stop token",
+        )
+
+
+def scaffold(template: Template) -> str:
+    """Return what a chat template prints around messages, whatever they say: where it glues control tokens together.
+
+    Templates that refuse a probe are silent here, and judged by the rows.
+    """
+    found = ""
+    for roles in (("user", "assistant"), ("system", "user", "assistant")) if template.source and template.chat else ():
+        try:
+            messages = [{"role": role, "content": "x"} for role in roles]
+            found += template.run({"messages": messages, "tools": None, "add_generation_prompt": True})
+        except BadRow:
+            continue
+    return found
+
+
+def chat_variables(
+    messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] = (), *, generation_prompt: bool = False
+) -> dict[str, Any]:
+    """Return what a chat template is given, as transformers gives it."""
+    return {
+        "messages": messages,
+        "tools": tracked(tools, Part.TOOLS, -1) if tools else None,
+        "documents": None,
+        "add_generation_prompt": generation_prompt,
+    }
+
+
+def _as_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
