@@ -15,7 +15,8 @@ import xxhash
 from ftdata.examples import Built, build_rows, make_recipe
 from ftdata.readers import sources
 from ftdata.templates import Template, find, templates
-from ftdata.templates.verify import TemplateReport, verify
+from ftdata.templates.child import verify
+from ftdata.templates.verify import TemplateReport
 from ftdata.tokenize import Tokenizer
 from ftdata.types import Example, Reject
 

@@ -6,7 +6,7 @@ and so are the blanks that decide so much: a line break that is trained shows as
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ftdata.errors import BadRow, InputRefused
-from ftdata.examples import Built, Recipe, as_date, build_rows, check_answers, check_options, make_recipe
-from ftdata.mask import policy_of
+from ftdata.examples import Built, Options, Recipe, as_date, build_rows, check_answers, make_recipe
 from ftdata.readers import sources
 from ftdata.schemas import normalise
 from ftdata.templates import Template, check, find, render
@@ -117,8 +116,10 @@ def preview(
     schema: str = "auto",
     columns: Mapping[str, str] | None = None,
     train_on: str = "assistant",
+    train_parts: Sequence[str] | None = None,
     turns: str = "auto",
     control_tokens: str = "escape",
+    dropped: str = "refuse",
     max_length: int | None = None,
     overlong: str = "reject",
     n: int = 3,
@@ -152,13 +153,24 @@ def preview(
     6 of 38 characters trained
     <BLANKLINE>
     """
+    choices: dict[str, Any] = {
+        "schema": schema,
+        "columns": columns,
+        "train_on": train_on,
+        "train_parts": train_parts,
+        "turns": turns,
+        "control_tokens": control_tokens,
+        "dropped": dropped,
+        "max_length": max_length,
+        "overlong": overlong,
+    }
     chosen = islice(_rows(data), row, row + 1) if row is not None else islice(_rows(data), n)
     if tokenizer is None:
         name, source = find(template if template is not None else "chatml")
-        check_options(schema, columns, train_on, turns, control_tokens, max_length, overlong)
         bare = Template(name, source, special_tokens=NO_TOKENIZER, date=as_date(date), kwargs=template_kwargs or {})
         check(bare)
-        shown = tuple(_show_text(entry, bare, schema, columns, train_on, turns) for entry in chosen)
+        options = Options(**choices)
+        shown = tuple(_show_text(entry, bare, options) for entry in chosen)
         kind = f"template {name} · no tokenizer"
     else:
         recipe = make_recipe(
@@ -166,13 +178,7 @@ def preview(
             template,
             date=date,
             template_kwargs=template_kwargs,
-            schema=schema,
-            columns=columns,
-            train_on=train_on,
-            turns=turns,
-            control_tokens=control_tokens,
-            max_length=max_length,
-            overlong=overlong,
+            **choices,
         )
         entries = list(chosen)
         shown = tuple(
@@ -192,19 +198,17 @@ def _rows(data: Any) -> Iterator[Row | Reject]:
         yield from source.rows()
 
 
-def _show_text(
-    entry: Row | Reject, template: Template, schema: str, columns: Mapping[str, str] | None, train_on: str, turns: str
-) -> Shown:
+def _show_text(entry: Row | Reject, template: Template, options: Options) -> Shown:
     place = str(entry.source)
     if isinstance(entry, Reject):
         return Shown(entry.source.row, place, "", rejected=str(entry))
     try:
-        conversation = normalise(entry, schema, columns)
+        conversation = normalise(entry, options.schema, options.columns)
         check_answers(conversation)
-        texts = render(conversation, template, turns)
+        texts = render(conversation, template, options.turns, options.dropped)
     except BadRow as error:
         return Shown(entry.source.row, place, "", rejected=str(error))
-    policy = policy_of(train_on)
+    policy = options.policy
     segments = tuple(_by_span(one, policy(one, conversation), template) for one in texts)
     flags = sorted({flag for one in texts for flag in one.flags})
     return Shown(entry.source.row, place, conversation.schema, segments, flags=tuple(flags))

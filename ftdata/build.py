@@ -68,8 +68,10 @@ def build_sft_dataset(
     schema: str = "auto",
     columns: Mapping[str, str] | None = None,
     train_on: str | Policy = "assistant",
+    train_parts: Sequence[str] | None = None,
     turns: str = "auto",
     control_tokens: str = "escape",
+    dropped: str = "refuse",
     max_length: int | None = None,
     overlong: str = "reject",
     packing: str | None = None,
@@ -94,8 +96,11 @@ def build_sft_dataset(
         columns: canonical column -> the name in the data, e.g. `{"instruction": "q", "output": "a"}`.
         train_on: `"assistant"`, `"last_assistant"`, `"completion"`, `"all"`, or a callable
             `(rendered, conversation) -> [bool per span]`.
-        turns: `"auto"`, `"joint"` or `"split"`: one example per conversation, or per assistant turn.
+        train_parts: of what `train_on` chooses, these parts only: `"reasoning"`, `"answer"`, `"tool_call"`.
+        turns: `"joint"` or `"split"`: one example per conversation, or per group of assistant turns that answer one
+            user message; `"auto"` splits where the template does not show earlier turns as the model wrote them.
         control_tokens: `"escape"`, `"refuse"` or `"allow"` control-token text inside the data.
+        dropped: `"refuse"` or `"flag"` rows of which the template leaves out a message that is not the assistant's.
         max_length: tokens that an example, and a pack, may have.
         overlong: `"reject"`, `"drop_turns"` or `"truncate"`.
         packing: `None` or `"bfd"` (best-fit decreasing, whole examples only; needs `max_length`).
@@ -131,8 +136,10 @@ def build_sft_dataset(
             schema=schema,
             columns=columns,
             train_on=train_on,
+            train_parts=train_parts,
             turns=turns,
             control_tokens=control_tokens,
+            dropped=dropped,
             max_length=max_length,
             overlong=overlong,
             packing=packing,

@@ -45,6 +45,10 @@ Columns = Annotated[
 ]
 TrainOn = Annotated[str, typer.Option(help="assistant, last_assistant, completion, all, or ./file.py:function.")]
 Turns = Annotated[str, typer.Option(help="auto, joint or split: one example per conversation, or per assistant turn.")]
+TrainParts = Annotated[
+    str | None, typer.Option(help="Of what is trained, these parts only: reasoning,answer,tool_call.")
+]
+Dropped = Annotated[str, typer.Option(help="Messages that the template leaves out (system): refuse or flag the row.")]
 ControlTokens = Annotated[str, typer.Option(help="Control-token text inside data: escape, refuse or allow.")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens that an example, and a pack, may have.")]
 Overlong = Annotated[str, typer.Option(help="What becomes of longer examples: reject, drop_turns or truncate.")]
@@ -98,6 +102,10 @@ def _columns(pairs: list[str] | None) -> dict[str, str] | None:
     return {pair.split("=", 1)[0]: pair.split("=", 1)[1] for pair in pairs} if pairs else None
 
 
+def _listed(names: str | None) -> list[str] | None:
+    return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
+
+
 def _version(value: bool) -> None:
     if value:
         print(f"ftdata {ftdata.__version__}")
@@ -121,8 +129,10 @@ def preview(
     schema: Schema = "auto",
     column: Columns = None,
     train_on: TrainOn = "assistant",
+    train_parts: TrainParts = None,
     turns: Turns = "auto",
     control_tokens: ControlTokens = "escape",
+    dropped: Dropped = "refuse",
     max_length: MaxLength = None,
     overlong: Overlong = "reject",
     date: Date = None,
@@ -142,8 +152,10 @@ def preview(
         schema=schema,
         columns=_columns(column),
         train_on=train_on,
+        train_parts=_listed(train_parts),
         turns=turns,
         control_tokens=control_tokens,
+        dropped=dropped,
         max_length=max_length,
         overlong=overlong,
         date=date,
@@ -165,8 +177,10 @@ def build(
     schema: Schema = "auto",
     column: Columns = None,
     train_on: TrainOn = "assistant",
+    train_parts: TrainParts = None,
     turns: Turns = "auto",
     control_tokens: ControlTokens = "escape",
+    dropped: Dropped = "refuse",
     max_length: MaxLength = None,
     overlong: Overlong = "reject",
     packing: Packing = None,
@@ -191,8 +205,10 @@ def build(
             schema=schema,
             columns=_columns(column),
             train_on=train_on,
+            train_parts=_listed(train_parts),
             turns=turns,
             control_tokens=control_tokens,
+            dropped=dropped,
             max_length=max_length,
             overlong=overlong,
             packing=packing,

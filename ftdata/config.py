@@ -56,8 +56,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     schema: str = "auto"
     columns: dict[str, str] | None = None
     train_on: str = "assistant"
+    train_parts: list[str] | None = None
     turns: str = "auto"
     control_tokens: str = "escape"
+    dropped: str = "refuse"
     max_length: int | None = None
     overlong: str = "reject"
     packing: str | None = None
@@ -78,8 +80,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             "schema",
             "columns",
             "train_on",
+            "train_parts",
             "turns",
             "control_tokens",
+            "dropped",
             "max_length",
             "overlong",
             "packing",

@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from ftdata.errors import BadRow, UsageError, one_of
+from ftdata.errors import BadRow, TemplateRefused, UsageError, one_of
 from ftdata.mask import Policy, policy_of, trained_tokens
 from ftdata.schemas import check_columns, normalise, schemas
-from ftdata.templates import DEFAULT_DATE, TURNS, Template, check, find, render, scaffold
+from ftdata.templates import DEFAULT_DATE, DROPPED, TURNS, Template, check, find, render, scaffold
+from ftdata.templates.child import trusted
+from ftdata.templates.verify import contradicted
 from ftdata.tokenize import (
     CONTROL_POLICIES,
     ControlTokens,
@@ -38,26 +40,56 @@ from ftdata.types import Conversation, Example, Message, Reject, Rendered, Row, 
 BATCH = 256
 """Rows that go through the stages together."""
 
+PROVED, PROVED_EVERY, PROVED_MESSAGES = 32, 100, 4
+"""Rows of each source that are confirmed by a second way: the first, every so many-th; by how many messages of each."""
 
-@dataclass(frozen=True)
-class Recipe:
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a user may choose about rows; checked when made.
+
+    Raises:
+        UsageError: naming the option and the nearest allowed value.
+    """
+
+    schema: str = "auto"
+    columns: Mapping[str, str] | None = None
+    train_on: str | Policy = "assistant"
+    train_parts: Sequence[str] | None = None
+    turns: str = "auto"
+    control_tokens: str = "escape"
+    dropped: str = "refuse"
+    max_length: int | None = None
+    overlong: str = "reject"
+
+    def __post_init__(self) -> None:
+        one_of("turns", self.turns, TURNS)
+        one_of("control_tokens", self.control_tokens, CONTROL_POLICIES)
+        one_of("dropped", self.dropped, DROPPED)
+        one_of("overlong", self.overlong, OVERLONG)
+        if self.schema != "auto":
+            schemas.get(self.schema)
+        if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
+            raise UsageError("max_length", f"max_length is {self.max_length!r}, expected a whole number from 2")
+        check_columns(self.columns)
+        policy_of(self.train_on, self.train_parts)
+
+    @property
+    def policy(self) -> Policy:
+        """Which spans are trained."""
+        return policy_of(self.train_on, self.train_parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Options):
     """Everything that decides what a row becomes. Picklable: each worker gets one."""
 
     tokenizer: Tokenizer
     template: Template
     control: ControlTokens
-    schema: str = "auto"
-    columns: Mapping[str, str] | None = None
-    train_on: str | Policy = "assistant"
-    turns: str = "auto"
-    control_tokens: str = "escape"
-    max_length: int | None = None
-    overlong: str = "reject"
 
     def __post_init__(self) -> None:
-        check_options(
-            self.schema, self.columns, self.train_on, self.turns, self.control_tokens, self.max_length, self.overlong
-        )
+        super().__post_init__()
         check(self.template)
 
     def describe(self) -> dict[str, Any]:
@@ -73,36 +105,13 @@ class Recipe:
             "schema": self.schema,
             "columns": dict(self.columns or {}),
             "train_on": _name(self.train_on),
+            "train_parts": None if self.train_parts is None else list(self.train_parts),
             "turns": self.turns,
             "control_tokens": self.control_tokens,
+            "dropped": self.dropped,
             "max_length": self.max_length,
             "overlong": self.overlong,
         }
-
-
-def check_options(
-    schema: str,
-    columns: Mapping[str, str] | None,
-    train_on: str | Policy,
-    turns: str,
-    control_tokens: str,
-    max_length: int | None,
-    overlong: str,
-) -> None:
-    """Refuse options that cannot be meant.
-
-    Raises:
-        UsageError: naming the option and the nearest allowed value.
-    """
-    one_of("turns", turns, TURNS)
-    one_of("control_tokens", control_tokens, CONTROL_POLICIES)
-    one_of("overlong", overlong, OVERLONG)
-    if schema != "auto":
-        schemas.get(schema)
-    if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
-        raise UsageError("max_length", f"max_length is {max_length!r}, expected a whole number from 2")
-    check_columns(columns)
-    policy_of(train_on)
 
 
 def make_recipe(
@@ -120,7 +129,7 @@ def make_recipe(
         template: `None` for the tokenizer's own chat template, a built-in name, a file, or a Jinja string.
         date: what templates that print a date are shown (default: 2026-01-01, so that builds stay the same).
         template_kwargs: further variables for the template.
-        options: the other fields of `Recipe`.
+        options: the fields of `Options`.
 
     Raises:
         UsageError: an unknown name or value.
@@ -142,7 +151,8 @@ def make_recipe(
         kwargs=template_kwargs or {},
     )
     control = control_tokens(loaded, source + (loaded.chat_template or "") + scaffold(unbound))
-    return Recipe(loaded, replace(unbound, control=control.pattern), control, **options)
+    bound = trusted(replace(unbound, control=control.pattern))
+    return Recipe(tokenizer=loaded, template=bound, control=control, **options)
 
 
 def as_date(date: str | datetime.date | None) -> datetime.datetime:
@@ -191,11 +201,25 @@ def _prepare(recipe: Recipe, row: Row | Reject) -> tuple[Conversation, tuple[Ren
     try:
         conversation = normalise(row, recipe.schema, recipe.columns)
         check_answers(conversation)
-        texts = render(conversation, recipe.template, recipe.turns)
+        texts = render(conversation, recipe.template, recipe.turns, recipe.dropped)
         _check_lost_text(recipe, conversation, texts)
+        if row.source.row < PROVED or row.source.row % PROVED_EVERY == 0:
+            _prove(recipe, conversation, texts)
     except BadRow as error:
         return _reject(row, error)
     return conversation, texts
+
+
+def _prove(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
+    """Confirm a row by the second way. That it fails says nothing good about the others, so all are refused."""
+    for one in texts:
+        if against := contradicted(conversation, recipe.template, one, PROVED_MESSAGES):
+            raise TemplateRefused(
+                "template_unproved",
+                f"two ways of finding what template {recipe.template.name!r} has the model produce disagree: {against}",
+                where=str(conversation.source),
+                hint="mark what is trained with {% generation %} in a template file of your own",
+            )
 
 
 def _check_lost_text(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
@@ -285,7 +309,7 @@ def _example(recipe: Recipe, conversation: Conversation, rendered: Rendered, enc
     if rendered.add_bos and len(bos := recipe.tokenizer.bos_ids) and not np.array_equal(ids[:1], bos):
         ids = np.concatenate((bos, ids))
         offsets = np.concatenate((np.zeros((len(bos), 2), np.int32), offsets))
-    chosen = policy_of(recipe.train_on)(rendered, conversation)
+    chosen = recipe.policy(rendered, conversation)
     flags = set(rendered.flags) | ({"control_tokens"} if encoded.escaped else set())
     if conversation.messages and conversation.messages[-1]["role"] != "assistant":
         flags.add("trailing_turns")
@@ -293,6 +317,8 @@ def _example(recipe: Recipe, conversation: Conversation, rendered: Rendered, enc
     source = conversation.source
     example = Example(ids, trained, offsets, rendered.text, rendered.spans, frozenset(flags), source)
     last = ids[turn_ends(example) - 1]
+    if "unclosed_final" in flags:
+        last = last[:-1] if len(last) > 1 else recipe.control.ids[:1]
     if not len(last) or not np.isin(last, recipe.control.ids).all():
         example = replace(example, flags=example.flags | {"no_stop"})
     return example
@@ -317,8 +343,10 @@ def encode(
     template: str | Path | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
     train_on: str | Policy = "assistant",
+    train_parts: Sequence[str] | None = None,
     turns: str = "auto",
     control_tokens: str = "escape",
+    dropped: str = "refuse",
     date: str | datetime.date | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Example, ...]:
@@ -331,8 +359,11 @@ def encode(
         tools: JSON schemas of tools, for templates that print them.
         train_on: `"assistant"`, `"last_assistant"`, `"completion"`, `"all"`, or a callable
             `(rendered, conversation) -> [bool per span]`.
+        train_parts: of what `train_on` chooses, these parts only: `"reasoning"`, `"answer"`, `"tool_call"`.
         turns: `"auto"`, `"joint"` or `"split"`.
         control_tokens: `"escape"`, `"refuse"` or `"allow"` control-token text inside the messages.
+        dropped: `"refuse"` or `"flag"` a conversation of which the template leaves out a message that is not the
+            assistant's.
         date: what templates that print a date are shown.
         template_kwargs: further variables for the template.
 
@@ -349,13 +380,15 @@ def encode(
         date=date,
         template_kwargs=template_kwargs,
         train_on=train_on,
+        train_parts=train_parts,
         turns=turns,
         control_tokens=control_tokens,
+        dropped=dropped,
     )
     row = {"messages": list(messages), **({"tools": list(tools)} if tools else {})}
     conversation = normalise(Row(row, Source("<messages>", 0)), "messages")
     try:
-        texts = render(conversation, recipe.template, recipe.turns)
+        texts = render(conversation, recipe.template, recipe.turns, recipe.dropped)
         _check_lost_text(recipe, conversation, texts)
         encoded = encode_rendered(recipe.tokenizer, texts, recipe.control, recipe.control_tokens)
         return _examples(recipe, conversation, texts, encoded)

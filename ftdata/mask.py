@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ftdata.errors import UsageError
+from ftdata.errors import UsageError, one_of
 from ftdata.registry import Registry
-from ftdata.types import Conversation, Rendered
+from ftdata.types import Conversation, Part, Rendered
 
 Policy = Callable[[Rendered, Conversation], Sequence[bool]]
 
@@ -50,13 +50,48 @@ def everything(rendered: Rendered, conversation: Conversation) -> list[bool]:  #
     return [True] * len(rendered.spans)
 
 
-def policy_of(train_on: str | Policy) -> Policy:
-    """Return the policy of a name, or the callable itself.
+PARTS = {"reasoning": Part.REASONING, "answer": Part.CONTENT, "tool_call": Part.TOOL_CALL}
+"""What `train_parts` may name."""
+
+
+def policy_of(train_on: str | Policy, train_parts: Sequence[str] | None = None) -> Policy:
+    """Return the policy of a name, or the callable itself, narrowed to some parts of the turns.
 
     Raises:
-        UsageError: no policy has this name.
+        UsageError: no policy, or no part, has this name.
     """
-    return masks.get(train_on) if isinstance(train_on, str) else train_on
+    policy = masks.get(train_on) if isinstance(train_on, str) else train_on
+    if train_parts is None:
+        return policy
+    if isinstance(train_parts, str) or not train_parts:
+        raise UsageError("train_parts", f"train_parts is {train_parts!r}, expected a list of {', '.join(PARTS)}")
+    for name in train_parts:
+        one_of("train_parts", name, PARTS)
+    wanted = frozenset(PARTS[name] for name in train_parts)
+    return lambda rendered, conversation: [
+        yes and bool(kinds & wanted)
+        for yes, kinds in zip(policy(rendered, conversation), span_parts(rendered), strict=True)
+    ]
+
+
+def span_parts(rendered: Rendered) -> list[frozenset[Part]]:
+    """Return, for each span, the parts of the turn that it belongs to.
+
+    The template's text goes with the part that it closes (`</think>`, the stop), or, before a turn's first part, with
+    the one that it opens. Before a tool call it goes with the call as well: `<tool_call>` opens it.
+    """
+    spans = rendered.spans
+    found = [frozenset({span.part}) for span in spans]
+    payload = [index for index, span in enumerate(spans) if span.part in PARTS.values()]
+    for index, span in enumerate(spans):
+        if span.part in PARTS.values() or not span.generated:
+            continue
+        own = [other for other in payload if spans[other].message == span.message]
+        before = [other for other in own if other < index][-1:]
+        after = [other for other in own if other > index][:1]
+        opens_call = [other for other in after if spans[other].part is Part.TOOL_CALL]
+        found[index] = frozenset(spans[other].part for other in (before + opens_call or after))
+    return found
 
 
 def trained_tokens(offsets: NDArray[np.int32], rendered: Rendered, chosen: Sequence[bool]) -> NDArray[np.bool_]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple, NotRequired, Required, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, Required, TypedDict
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 IGNORE_INDEX = -100
 """The label of a token that carries no loss (PyTorch's `cross_entropy(ignore_index=-100)`)."""
@@ -120,6 +121,7 @@ class Span(NamedTuple):
 class Rendered:
     """The text that is tokenised, and the spans that tile it: no gap, no overlap.
 
+    `messages` is how many of the conversation's first messages it shows (0: it was not made of messages).
     `add_bos` is true for prompt templates and plain text: the tokenizer's own BOS is put in front, unless the
     tokens begin with it already. `keep_control` is true where control-token text is meant
     as such, whatever the policy: text that was formatted before it came to us.
@@ -128,6 +130,7 @@ class Rendered:
     text: str
     spans: tuple[Span, ...]
     flags: frozenset[str] = frozenset()
+    messages: int = 0
     add_bos: bool = False
     keep_control: bool = False
 
@@ -159,6 +162,8 @@ class Example:
     @property
     def labels(self) -> NDArray[np.int32]:
         """int32 `[n]`: `input_ids` where trained, else -100."""
+        import numpy as np
+
         return np.where(self.trained, self.input_ids, np.int32(IGNORE_INDEX))
 
     def __len__(self) -> int:

@@ -184,7 +184,7 @@ def test_one_bos_at_most(tokenizer_dir):
     assert example.input_ids[0] == 1
 
 
-def test_a_template_that_rewrites_history_is_split_or_refused(tokenizer_dir):
+def test_a_template_that_rewrites_history_is_split_or_flagged(tokenizer_dir):
     """Qwen3 strips earlier thinking: each turn is then trained in the text that the model is shown for it."""
     messages = [
         {"role": "user", "content": "a"},
@@ -196,9 +196,9 @@ def test_a_template_that_rewrites_history_is_split_or_refused(tokenizer_dir):
     first, second = encode(messages, tokenizer)
     assert pieces(first, tokenizer) == ["<think>\n\n</think>\n\nb<|im_end|>"]
     assert pieces(second, tokenizer) == ["<think>\n\n</think>\n\nd<|im_end|>"]
-    with pytest.raises(BadRow, match="history_drift") as caught:
-        encode(messages, tokenizer, turns="joint")
-    assert "messages[1]" in caught.value.field
+    (joint,) = encode(messages, tokenizer, turns="joint")
+    assert pieces(joint, tokenizer) == ["b<|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>"]
+    assert "rewritten" in joint.flags
 
 
 def test_a_typo_in_a_tokenizers_template_is_refused(tokenizer_dir):

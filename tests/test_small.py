@@ -89,9 +89,12 @@ def test_template_reports(tokenizer_dir):
     assert (exact.verdict, exact.prefix_stable) == ("exact", True)
     split = check_template(tokenizer_dir("qwen"))
     assert (split.verdict, split.prefix_stable, split.stop) == ("split", False, "<|im_end|>")
-    assert "history_drift" in split.reasons[0]
-    refused = check_template("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert "<think>" in split.reasons[0]
+    assert split.rewrites == ("turns", "reasoning", "think_tags")
+    assert exact.proved > len(exact.lacks)
+    refused = check_template("{{ raise_exception('never') }}{{ messages }}")
     assert refused.verdict == "refused"
+    assert "never" in refused.reasons[0]
     assert check_template("alpaca").kind == "prompt"
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ftdata.errors import BadRow, TemplateRefused, UsageError
 from ftdata.templates import Template, check, find, prompt, render, templates
-from ftdata.templates.tracked import Tracked, concat, dumps
+from ftdata.templates.tracked import Tracked, concat, dumps, safe
 from ftdata.testing import conversations, texts
 from ftdata.types import Conversation
 
@@ -30,7 +30,8 @@ def mine(text, owner=9):
 def expected(source, result):
     """Whether every owned character of the result is that very character of the source."""
     return all(
-        owner == 0 or source[owner - 9] == char for char, owner in zip(result, owners(Tracked.of(result)), strict=True)
+        owner == 0 or source[owner - 9].casefold() == char.casefold()
+        for char, owner in zip(result, owners(Tracked.of(result)), strict=True)
     )
 
 
@@ -56,6 +57,10 @@ OPERATIONS = {
     "iterate": lambda s: concat(s),
     "negative": lambda s: s[-1] if s else s,
     "upper": lambda s: s.upper(),
+    "lower": lambda s: s.lower(),
+    "title": lambda s: s.title(),
+    "capitalize": lambda s: s.capitalize(),
+    "safe": lambda s: str(safe(s)),
     "format": lambda s: f"{s}!",
 }
 
@@ -271,7 +276,7 @@ def test_dropped_content_is_refused_and_names_the_message():
     assert caught.value.field == "messages[0].content"
 
 
-def test_unmarked_templates_are_detected_or_refused():
+def test_unmarked_templates_are_detected():
     detected = (
         "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -284,8 +289,9 @@ def test_unmarked_templates_are_detected_or_refused():
     (rendered,) = render(Conversation(messages), Template("t", detected, strict=False, special_tokens=SPECIAL))
     assert [rendered.text[s.start : s.end] for s in rendered.spans if s.generated] == ["z", "</s>"]
     unstoppable = detected.replace("{{ eos_token }}", "")
-    with pytest.raises(BadRow, match="stop_unknown"):
-        render(Conversation(messages), Template("t", unstoppable, strict=False, special_tokens=SPECIAL))
+    (rendered,) = render(Conversation(messages), Template("t", unstoppable, strict=False, special_tokens=SPECIAL))
+    assert [rendered.text[s.start : s.end] for s in rendered.spans if s.generated] == ["z"]
+    assert "no_stop" in rendered.flags
 
 
 def test_jinja_is_new_enough():

@@ -15,6 +15,7 @@ Rerender = Callable[[int, dict[str, Any]], str | None]
 """(index of a message, that message changed) -> the whole conversation rendered, `None` where the template refuses."""
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_KNOWN = {"role", "content", "tool_calls", "tool_call_id", "name", "id", "type", *_REASONING}
 _FIELDS = {Part.CONTENT: ("content",), Part.TOOL_CALL: ("tool_calls",)}
 _MOST_LEAVES = 64
 
@@ -83,6 +84,9 @@ def check_arrival(
             )
         if found < given or called < calls:
             flags.add("content_cut")
+        unknown = [value for key, value in message.items() if key not in _KNOWN]
+        if unknown and _arrived(parts, index, Part.OTHER) < _letters(unknown):
+            flags.add("fields_dropped")
         if any(message.get(key) for key in _REASONING) and not _arrived(parts, index, Part.REASONING):
             flags.add("reasoning_dropped")
     return frozenset(flags)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from ftdata.errors import BadRow
 from ftdata.templates import markers
 from ftdata.templates.arrival import check_arrival, recover
-from ftdata.templates.spans import Piece, Region, pieces, tile, tracked_messages
+from ftdata.templates.spans import Piece, Region, pieces, split_thinking, tile, tracked_messages
 from ftdata.templates.template import Template, chat_variables
 from ftdata.templates.tracked import Tracked
 from ftdata.types import Conversation, Message, Rendered
@@ -70,9 +71,17 @@ def render_chat(chat: Chat, turns: Sequence[int], dropped: str = "refuse") -> Re
         located = [_locate(chat, text, parts, turn) for turn in turns]
         regions = [turn.region for turn in located]
         flags = flags.union(*(turn.flags for turn in located))
+        for before, after in pairwise(regions):
+            if after.start < before.end:
+                raise BadRow(
+                    "overlap",
+                    f"the model is asked for this turn before message {before.message} has ended",
+                    field=f"messages[{after.message}]",
+                    hint="join the two answers into one message",
+                )
         if chat.template.tagged and _marked(parts, turns) != [one for one in regions if one.start < one.end]:
             flags |= {"tags_overruled"}
-    return Rendered(text, tile(parts, regions), flags)
+    return Rendered(text, tile(split_thinking(text, parts, turns), regions), flags, messages=len(chat.messages))
 
 
 def _rendered(chat: Chat) -> tuple[Chat, Tracked]:

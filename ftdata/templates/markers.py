@@ -156,7 +156,7 @@ def _ending(ended: Tracked | None, begun: str, turn: int) -> tuple[str | None, b
         return None, False
     mine = [p for p in pieces(ended) if p.message == turn and p.part is not Part.SCAFFOLD]
     at = mine[-1].end if mine else len(begun)
-    return ended[at:], not ended.startswith(begun)
+    return ended[at:], ended[:at] != begun
 
 
 def learn(probe: Callable[[str], Tracked | None], bare: Stops) -> Stops:

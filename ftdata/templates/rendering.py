@@ -16,7 +16,7 @@ TURNS = ("auto", "joint", "split")
 
 DROPPED = ("refuse", "flag")
 
-_SPLITTABLE = frozenset({"history_drift", "stop_unknown"})
+_SPLITTABLE = frozenset({"history_drift", "stop_unknown", "overlap"})
 """Refusals of a whole conversation that need not hold for its turns taken by themselves."""
 
 

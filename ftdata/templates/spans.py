@@ -6,8 +6,9 @@ template, and the runs of the output are read back as spans.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ftdata.templates.tracked import BLOCK, Tracked
@@ -17,6 +18,8 @@ _PARTS = (Part.SCAFFOLD, Part.CONTENT, Part.REASONING, Part.TOOL_CALL, Part.TOOL
 _CODES = {part: code for code, part in enumerate(_PARTS)}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _KEYS = {"content": Part.CONTENT, "tool_calls": Part.TOOL_CALL, **dict.fromkeys(_REASONING, Part.REASONING)}
+
+_THINKING = re.compile(r"\s*<(think|thinking|thought|reasoning)>.*?</\1>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,23 @@ def pieces(text: Tracked) -> tuple[Piece, ...]:
         message, code = divmod(owner & ((1 << BLOCK) - 1), 8)
         found.append(Piece(at, at + length, _PARTS[code], message - 1, owner >> BLOCK))
         at += length
+    return tuple(found)
+
+
+def split_thinking(text: str, parts: Iterable[Piece], turns: Sequence[int]) -> tuple[Piece, ...]:
+    """Return the pieces with thinking that is written into the contents of `turns` made reasoning."""
+    found: list[Piece] = []
+    begun: set[int] = set()
+    for piece in parts:
+        first = piece.part is Part.CONTENT and piece.message in turns and piece.message not in begun
+        begun.add(piece.message)
+        thought = _THINKING.match(text, piece.start, piece.end) if first else None
+        if thought is None:
+            found.append(piece)
+            continue
+        found.append(replace(piece, end=thought.end(), part=Part.REASONING))
+        if thought.end() < piece.end:
+            found.append(replace(piece, start=thought.end()))
     return tuple(found)
 
 

@@ -31,7 +31,7 @@ _ROLES = {"u": "user", "a": "assistant"}
 DEFAULT_DATE = datetime.datetime(2026, 1, 1)  # noqa: DTZ001  (templates print wall-clock time)
 """What the clock shows where nobody said otherwise: templates with a date stay the same from day to day."""
 
-_TEMPLATE_FAULTS = (
+TEMPLATE_FAULTS = (
     jinja2.TemplateError,
     TypeError,
     ValueError,
@@ -120,7 +120,7 @@ class Template:
         given = {**self.special_tokens, **self.kwargs, **variables}
         try:
             return Tracked.of(self._compile(prompt_only=prompt_only).render(given))
-        except _TEMPLATE_FAULTS as error:
+        except TEMPLATE_FAULTS as error:
             raise BadRow("template_raises", f"template {self.name!r} fails on this row: {error}") from None
 
     def _compile(self, *, prompt_only: bool = False) -> jinja2.Template:

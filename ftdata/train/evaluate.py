@@ -126,7 +126,7 @@ def _from_build(build: Path) -> tuple[str, Iterator[Tokens]]:
 
 def _from_rows(data: Any, tokenizer: str, options: dict[str, Any]) -> Iterator[Tokens]:
     template = options["template"]
-    same = ("schema", "columns", "turns", "control_tokens")
+    same = ("schema", "columns", "turns", "control_tokens", "dropped")
     recipe = make_recipe(
         tokenizer,
         None if template["name"] == "tokenizer" else template["source"],
