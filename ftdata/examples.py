@@ -150,8 +150,11 @@ def make_recipe(
         date=as_date(date),
         kwargs=template_kwargs or {},
     )
-    control = control_tokens(loaded, source + (loaded.chat_template or "") + scaffold(unbound))
-    bound = trusted(replace(unbound, control=control.pattern))
+    # Nothing of a template runs here before it was examined: what it prints around messages is asked afterwards.
+    written = source + (loaded.chat_template or "")
+    first = trusted(replace(unbound, control=control_tokens(loaded, written).pattern))
+    control = control_tokens(loaded, written + scaffold(first))
+    bound = first if control.pattern == first.control else trusted(replace(first, control=control.pattern))
     return Recipe(tokenizer=loaded, template=bound, control=control, **options)
 
 

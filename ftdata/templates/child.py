@@ -5,18 +5,24 @@ The verdict is kept by content: the same template with the same tokens and optio
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import json
 import os
 import re
+import select
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 
@@ -106,48 +112,109 @@ def _keep(file: Path, text: str) -> None:
 
 
 def _ask(description: str) -> dict[str, Any]:
-    name = json.loads(description)["name"]
-    command = [sys.executable, "-P", "-m", "ftdata.templates.child"]
+    with _lock:
+        try:
+            server = _server(os.getpid())
+            server.stdin.write(description + "\n")
+            server.stdin.flush()
+            return dict(json.loads(server.stdout.readline()))
+        except (OSError, ValueError):
+            _server.cache_clear()
+            raise _over_limits(description) from None
+
+
+def _over_limits(description: str) -> TemplateRefused:
+    return TemplateRefused(
+        "template_limits",
+        f"template {json.loads(description)['name']!r} needs more than {SECONDS} s or {MEGABYTES} MB for a few small "
+        "conversations",
+        hint="use another template: this one loops, or is an attack",
+    )
+
+
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class _Server:
+    stdin: IO[str]
+    stdout: IO[str]
+
+
+@lru_cache(maxsize=1)
+def _server(process_id: int) -> _Server:  # noqa: ARG001  (a forked process has to start its own)
+    """Start the process that examines templates: one child of it for each, which starts in no time."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONHASHSEED": "0"}
-    try:
-        ran = subprocess.run(  # noqa: S603  (our own module, in our own interpreter)
-            command,
-            input=description,
-            capture_output=True,
-            text=True,
-            timeout=2 * SECONDS,
-            env=environment,
-            check=False,
-        )
-        return dict(json.loads(ran.stdout))
-    except (subprocess.TimeoutExpired, ValueError):
-        raise TemplateRefused(
-            "template_limits",
-            f"template {name!r} needs more than {SECONDS} s or {MEGABYTES} MB for a few small conversations",
-            hint="use another template: this one loops, or is an attack",
-        ) from None
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "ftdata.templates.child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
+        env=environment,
+    )
 
+    @atexit.register
+    def stop() -> None:
+        process.communicate()
 
-def _limit() -> None:
-    with suppress(ImportError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-        resource.setrlimit(resource.RLIMIT_AS, (MEGABYTES << 20, MEGABYTES << 20))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    assert process.stdin is not None
+    assert process.stdout is not None
+    return _Server(process.stdin, process.stdout)
 
 
 def main() -> None:
-    """Read a template's description from stdin, and print the report, or the refusal, as JSON."""
-    _limit()
-    found = json.loads(sys.stdin.read())
-    control = re.compile(found.pop("control")) if found["control"] else found.pop("control")
-    date = datetime.datetime.fromisoformat(found.pop("date"))
+    """Answer each line of stdin, a template's description, with one line: its report, or the refusal."""
+    for line in sys.stdin:
+        sys.stdout.write((_limited(line) if hasattr(os, "fork") else _answer(line)) + "\n")
+        sys.stdout.flush()
+
+
+def _limited(line: str) -> str:
+    """Answer in a child of this process, which may use so much and no more."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _limit()
+        with os.fdopen(writing, "w", encoding="utf-8") as stream:
+            stream.write(_answer(line))
+        os._exit(0)
+    os.close(writing)
+    answer = b""
+    end = time.monotonic() + SECONDS
+    while select.select([reading], [], [], max(0.0, end - time.monotonic()))[0] and (more := os.read(reading, 1 << 16)):
+        answer += more
+    os.close(reading)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return answer.decode() if answer.endswith(b"}") else json.dumps({"refused": _refusal(_over_limits(line))})
+
+
+def _limit() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (MEGABYTES << 20, MEGABYTES << 20))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _answer(line: str) -> str:
+    found = json.loads(line)
+    control = re.compile(found["control"]) if found["control"] else None
+    date = datetime.datetime.fromisoformat(found["date"])
     try:
-        answer = {"report": examine(Template(**found, control=control, date=date)).as_dict()}
+        report = examine(Template(**{**found, "control": control, "date": date}))
     except TemplateRefused as error:
-        answer = {"refused": {"code": error.code, "message": error.message, "hint": error.hint}}
-    sys.stdout.write(json.dumps(answer))
+        return json.dumps({"refused": _refusal(error)})
+    except MemoryError:
+        return json.dumps({"refused": _refusal(_over_limits(line))})
+    return json.dumps({"report": report.as_dict()})
+
+
+def _refusal(error: TemplateRefused) -> dict[str, str]:
+    return {"code": error.code, "message": error.message, "hint": error.hint}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ answer in this text, and the conversation is refused with the two renderings.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,9 @@ from ftdata.types import Part
 
 RenderPrefix = Callable[[int, bool], Tracked]
 """(number of messages, add the generation prompt) -> text"""
+
+_THINKING = re.compile("think|thought|reason|channel|analysis", re.IGNORECASE)
+"""In names of tags: a scaffold around thinking, which a prompt may force and a finished answer lack."""
 
 _SPLIT = "turns='split' trains each turn in a text of its own"
 
@@ -100,13 +104,16 @@ def _begin(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, s
     first = next((p.start for p in parts if p.message == turn and p.part is not Part.SCAFFOLD), len(text))
     start = _part(prompt, text, first)
     before = _or_none(prefix, turn)
-    always = before is None or before == prompt or not prompt.startswith(before)
-    header = max((piece.end for piece in pieces(prompt) if piece.part is not Part.SCAFFOLD), default=0)
-    if before is not None and not always:
-        header = max(header, len(before))
+    known = max((piece.end for piece in pieces(prompt) if piece.part is not Part.SCAFFOLD), default=0)
+    if before is not None and before != prompt and prompt.startswith(before):
+        known = max(known, len(before))
+    # At least the turn's header must be the same in both, or this is another turn than the one asked for.
+    header = prompt[known:start].replace(stops.stop.strip(), "") if stops.stop.strip() else prompt[known:start]
     own, forced = text[start:first].strip() if first < len(text) else "", prompt[start:].strip()
-    other = own and not own.startswith(forced) and (always or tags(own) & tags(forced))
-    if not prompt[header:start].strip() or other or stops.known(forced):
+    other = (
+        own and not own.startswith(forced) and {tag for tag in tags(own) & tags(forced) if not _THINKING.search(tag)}
+    )
+    if not header.strip() or other or stops.known(forced):
         raise BadRow("history_drift", _disagreement(prompt, text), hint=_SPLIT)
     return start, {"prompt_drift"}
 
