@@ -12,6 +12,7 @@ import datetime
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -140,22 +141,25 @@ def make_recipe(
         json.dumps(template_kwargs)
     except TypeError as error:
         raise UsageError("template_kwargs", f"template_kwargs must be plain values: {error}") from None
-    own = template is None
     name, source = ("tokenizer", loaded.chat_template or "") if template is None else find(template)
+    kwargs = json.dumps(template_kwargs or {}, sort_keys=True)
+    bound, control = _bind(loaded, name, source, template is not None, as_date(date), kwargs)
+    return Recipe(tokenizer=loaded, template=bound, control=control, **options)
+
+
+@lru_cache(maxsize=64)
+def _bind(
+    tokenizer: Tokenizer, name: str, source: str, strict: bool, date: datetime.datetime, kwargs: str
+) -> tuple[Template, ControlTokens]:
+    """Bind a template to a tokenizer. What is learnt of the two is kept with the result."""
     unbound = Template(
-        name,
-        source,
-        strict=not own,
-        special_tokens=loaded.special_tokens,
-        date=as_date(date),
-        kwargs=template_kwargs or {},
+        name, source, strict=strict, special_tokens=tokenizer.special_tokens, date=date, kwargs=json.loads(kwargs)
     )
     # Nothing of a template runs here before it was examined: what it prints around messages is asked afterwards.
-    written = source + (loaded.chat_template or "")
-    first = trusted(replace(unbound, control=control_tokens(loaded, written).pattern))
-    control = control_tokens(loaded, written + scaffold(first))
-    bound = first if control.pattern == first.control else trusted(replace(first, control=control.pattern))
-    return Recipe(tokenizer=loaded, template=bound, control=control, **options)
+    written = source + (tokenizer.chat_template or "")
+    first = trusted(replace(unbound, control=control_tokens(tokenizer, written).pattern))
+    control = control_tokens(tokenizer, written + scaffold(first))
+    return (first if control.pattern == first.control else trusted(replace(first, control=control.pattern))), control
 
 
 def as_date(date: str | datetime.date | None) -> datetime.datetime:

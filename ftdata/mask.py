@@ -78,7 +78,8 @@ def span_parts(rendered: Rendered) -> list[frozenset[Part]]:
     """Return, for each span, the parts of the turn that it belongs to.
 
     The template's text goes with the part that it closes (`</think>`, the stop), or, before a turn's first part, with
-    the one that it opens. Before a tool call it goes with the call as well: `<tool_call>` opens it.
+    the one that it opens. Between an answer and a tool call it opens the call (`<tool_call>`); between reasoning and a
+    call it does both.
     """
     spans = rendered.spans
     found = [frozenset({span.part}) for span in spans]
@@ -89,8 +90,9 @@ def span_parts(rendered: Rendered) -> list[frozenset[Part]]:
         own = [other for other in payload if spans[other].message == span.message]
         before = [other for other in own if other < index][-1:]
         after = [other for other in own if other > index][:1]
-        opens_call = [other for other in after if spans[other].part is Part.TOOL_CALL]
-        found[index] = frozenset(spans[other].part for other in (before + opens_call or after))
+        opens = [other for other in after if spans[other].part is Part.TOOL_CALL]
+        closes = [other for other in before if not opens or spans[other].part is Part.REASONING]
+        found[index] = frozenset(spans[other].part for other in (closes + opens or after))
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,10 @@ class Encoded:
     escaped: bool = False
 
 
+_LOADED = frozenset({"_full", "_plain", "added_tokens", "size"})
+"""What a tokenizer holds ready that does not depend on its chat template or special tokens."""
+
+
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A fast tokenizer with what ftdata needs of its configuration. Two are equal if they are the same object.
@@ -54,6 +58,12 @@ class Tokenizer:
     json: str = field(repr=False)
     special_tokens: dict[str, str] = field(default_factory=dict)
     chat_template: str | None = field(default=None, repr=False)
+
+    def with_template(self, chat_template: str | None, special_tokens: dict[str, str]) -> Tokenizer:
+        """Return the same tokenizer with another chat template, without loading it again."""
+        other = replace(self, chat_template=chat_template, special_tokens=special_tokens)
+        other.__dict__.update({name: value for name, value in self.__dict__.items() if name in _LOADED})
+        return other
 
     @cached_property
     def _full(self) -> tokenizers.Tokenizer:
@@ -298,12 +308,14 @@ def _from_transformers(tokenizer: Any) -> Tokenizer:
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")
-    state = (len(tokenizer), specials, template)
+    state = len(tokenizer)
     known, loaded = _loaded.get(tokenizer, (None, None))
     if loaded is None or known != state:
         name = getattr(tokenizer, "name_or_path", "") or "<object>"
         loaded = Tokenizer(name, tokenizer.backend_tokenizer.to_str(), specials, template)
-        _loaded[tokenizer] = state, loaded
+    elif (loaded.special_tokens, loaded.chat_template) != (specials, template):
+        loaded = loaded.with_template(template, specials)
+    _loaded[tokenizer] = state, loaded
     return loaded
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ftdata.errors import BadRow
-from ftdata.templates.compare import ATOM, agreement, common_suffix, tags
+from ftdata.templates.compare import ATOM, TAG, agreement, common_suffix, tags
 from ftdata.templates.spans import Piece, Region, pieces
 from ftdata.templates.stops import Stops
 from ftdata.templates.tracked import Tracked
@@ -110,12 +110,17 @@ def _begin(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, s
     # At least the turn's header must be the same in both, or this is another turn than the one asked for.
     header = prompt[known:start].replace(stops.stop.strip(), "") if stops.stop.strip() else prompt[known:start]
     own, forced = text[start:first].strip() if first < len(text) else "", prompt[start:].strip()
-    other = (
-        own and not own.startswith(forced) and {tag for tag in tags(own) & tags(forced) if not _THINKING.search(tag)}
-    )
-    if not header.strip() or other or stops.known(forced):
+    if not header.strip() or _other_turn(own, forced) or stops.known(forced):
         raise BadRow("history_drift", _disagreement(prompt, text), hint=_SPLIT)
     return start, {"prompt_drift"}
+
+
+def _other_turn(own: str, forced: str) -> bool:
+    """Whether what follows the shared text belongs to two different headers, rather than to thinking."""
+    if not own or own.startswith(forced):
+        return False
+    shared = [tag for tag in tags(own) & tags(forced) if not _THINKING.search(tag)]
+    return bool(shared) or not (TAG.match(own) or TAG.match(forced))
 
 
 def _part(prompt: str, text: str, first: int) -> int:

@@ -1,0 +1,318 @@
+"""What a model must produce under any chat template, rule by rule: where turns begin and end, and what is refused."""
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from ftdata import encode
+from ftdata.errors import BadRow
+from ftdata.examples import build_rows, make_recipe
+from ftdata.templates import Template, render
+from ftdata.types import Conversation, Row, Source
+
+USER, ANSWER = {"role": "user", "content": "q1"}, {"role": "assistant", "content": "a1"}
+TALK = [USER, ANSWER, {"role": "user", "content": "q2"}, {"role": "assistant", "content": "a2"}]
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "find", "arguments": {"key": "value"}}}],
+}
+TOOLED = [USER, CALL, {"role": "tool", "content": "found", "name": "find"}, {"role": "assistant", "content": "a2"}]
+
+HEAD, TURN, PROMPT = "<|im_start|>{{ m.role }}\n", "{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n"
+
+
+def template(turn=HEAD + TURN, prompt=PROMPT, before=""):
+    ask = f"{{% if add_generation_prompt %}}{prompt}{{% endif %}}" if prompt else ""
+    return f"{before}{{% for m in messages %}}{turn}{{% endfor %}}{ask}"
+
+
+def outcome(source, messages=TALK, turns="joint", **options):
+    special = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
+    return render(
+        Conversation(tuple(messages)), Template("t", source, strict=False, special_tokens=special), turns, **options
+    )
+
+
+def trained(source, messages=TALK, turns="joint", **options):
+    """The text that is trained, one entry per turn, and the flags of all texts."""
+    texts, flags = [], set()
+    for one in outcome(source, messages, turns, **options):
+        found = {}
+        for span in one.spans:
+            if span.generated:
+                found[span.message] = found.get(span.message, "") + one.text[span.start : span.end]
+        texts += found.values()
+        flags |= one.flags
+    return texts, flags
+
+
+def refusal(source, messages=TALK, turns="joint"):
+    with pytest.raises(BadRow) as caught:
+        outcome(source, messages, turns)
+    return caught.value
+
+
+def test_r1_one_text_one_tokenisation(tokenizer_dir):
+    folder = tokenizer_dir("tiny_bpe")
+    (example,) = encode(TALK, folder)
+    assert example.input_ids.tolist() == Tokenizer.from_file(f"{folder}/tokenizer.json").encode(example.text).ids
+
+
+def test_r2_a_turn_begins_where_its_generation_prompt_ends():
+    assert trained(template()) == (["a1<|im_end|>", "a2<|im_end|>"], set())
+    spaced = template(
+        "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}<|im_end|>{% endif %}", ""
+    )
+    assert trained(spaced) == ([" a1<|im_end|>", " a2<|im_end|>"], set())
+    by_itself = template(
+        "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}" + TURN
+    )
+    assert trained(by_itself)[0][0] == "<think>\n\n</think>\n\na1<|im_end|>"
+    forced = template(
+        by_itself.partition("{% for m in messages %}")[2].partition("{% endfor %}")[0], PROMPT + "<think>\n"
+    )
+    assert trained(forced) == (["\n</think>\n\na1<|im_end|>", "\n</think>\n\na2<|im_end|>"], set())
+
+
+def test_r2_thinking_in_the_data_that_the_prompt_opens():
+    messages = [USER, {"role": "assistant", "content": "<think>\nhm\n</think>\na1"}]
+    assert trained(template(prompt=PROMPT + "<think>\n"), messages) == (["hm\n</think>\na1<|im_end|>"], set())
+
+
+def test_r3_prompt_drift_begins_before_the_scaffold_that_is_not_there():
+    assert trained(template(prompt=PROMPT + "<think>\n")) == (["a1<|im_end|>", "a2<|im_end|>"], {"prompt_drift"})
+    half_shared = template(
+        "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}</think>{% endif %}" + TURN, PROMPT + "<think>"
+    )
+    assert trained(half_shared)[0] == ["</think>a1<|im_end|>", "</think>a2<|im_end|>"]
+    first_letters = [USER, {"role": "assistant", "content": "<thank you"}]
+    assert trained(template(prompt=PROMPT + "<think>\n"), first_letters)[0] == ["<thank you<|im_end|>"]
+    empty = [USER, {"role": "assistant", "content": ""}, *TALK[2:]]
+    assert trained(template(prompt=PROMPT + "<think>\n"), empty)[0] == ["<|im_end|>", "a2<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["<|im_start|>user\n", "<|im_start|>critic\nJudge this.<|im_end|>\n", "Answer now:"],
+    ids=["other role", "another turn", "no header"],
+)
+def test_r4_any_other_drift_is_refused(prompt):
+    error = refusal(template(prompt=prompt))
+    assert (error.code, error.field) == ("history_drift", "messages[1]")
+
+
+def test_r4_history_that_is_rewritten_is_split():
+    moved = template(
+        "{% if m.role == 'user' and loop.index0 == messages|length - 2 %}<|im_start|>note\nlast question<|im_end|>\n{% endif %}"
+        + HEAD
+        + TURN
+    )
+    prompt_moves = (
+        "{% for m in messages %}{% if m.role == 'user' and loop.revindex <= 2 %}NOTE {% endif %}" + HEAD + TURN
+    )
+    source = prompt_moves + "{% endfor %}{% if add_generation_prompt %}" + PROMPT + "{% endif %}"
+    assert refusal(source).code == "history_drift"
+    assert trained(source, turns="auto") == (["a1<|im_end|>", "a2<|im_end|>"], {"split"})
+    assert refusal(moved).code == "history_drift"
+
+
+def test_r5_the_stop_is_eos_or_else_the_last_control_token():
+    assert trained(template(HEAD + "{{ m.content }}\n<|end|><|im_end|></s>\n"))[0][0] == "a1\n<|end|><|im_end|>"
+    assert trained(template(HEAD + "{{ m.content }}<|end|><|stop|>\n"))[0][0] == "a1<|end|><|stop|>"
+    assert trained(template("{{ m.role }}: {{ m.content }} ###\n", "assistant:"))[0][0] == " a1 ###"
+
+
+def test_r6_blanks_after_the_stop_are_not_trained():
+    assert trained(template(HEAD + "{{ m.content }}<|im_end|>\n\n \n"))[0][0] == "a1<|im_end|>"
+
+
+def test_r7_a_stop_that_only_the_next_message_prints():
+    late = template(
+        "{% if not loop.first %}<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}",
+        "<|im_end|>\n" + PROMPT,
+    )
+    assert trained(late) == (["a1<|im_end|>", "a2"], {"unclosed_final"})
+    unless_last = template(
+        HEAD + "{{ m.content }}{% if not loop.last or add_generation_prompt %}<|im_end|>\n{% endif %}"
+    )
+    assert trained(unless_last) == (["a1<|im_end|>", "a2"], {"unclosed_final"})
+
+
+def test_r8_no_stop_at_all_ends_with_the_answer():
+    openers_only = template("<|{{ m.role }}|>\n{{ m.content }}", "<|assistant|>\n")
+    assert trained(openers_only) == (["a1", "a2"], {"no_stop"})
+    plain = template("{{ m.role }}: {{ m.content }}\n\n", "assistant: ")
+    assert trained(plain) == (["a1", "a2"], {"no_stop"})
+
+
+def test_r9_middle_and_final_stops_may_differ():
+    source = template(
+        "<|start|>{{ m.role }}<|message|>{{ m.content }}{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}",
+        "<|start|>assistant<|message|>",
+    )
+    special = {"eos_token": "<|return|>"}
+    (one,) = render(Conversation(tuple(TALK)), Template("t", source, strict=False, special_tokens=special), "joint")
+    parts = [one.text[s.start : s.end] for s in one.spans if s.generated]
+    assert parts == ["a1", "<|end|>", "a2", "<|return|>"]
+
+
+def test_r10_what_follows_the_final_stop_is_never_trained():
+    always = template().replace("{% if add_generation_prompt %}", "").replace("{% endif %}", "{{ '' }}")
+    assert trained(always) == (["a1<|im_end|>", "a2<|im_end|>"], {"junk_tail"})
+    twice = template() + "{% if not add_generation_prompt %}</s>{% endif %}"
+    assert trained(twice) == (["a1<|im_end|>", "a2<|im_end|>"], {"junk_tail"})
+
+
+CALLS = "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+
+
+def test_r11_tool_calls_are_trained_and_results_are_not():
+    texts, flags = trained(template(HEAD + "{{ m.content }}" + CALLS + "<|im_end|>\n"), TOOLED)
+    assert texts[0] == '<tool_call>{"name": "find", "arguments": {"key": "value"}}</tool_call><|im_end|>'
+    assert texts[1] == "a2<|im_end|>"
+    assert flags == set()
+
+
+def test_r11_a_message_printed_around_another_is_refused():
+    around = (
+        "{% for m in messages %}{% if m.role != 'tool' %}" + HEAD + CALLS + "{% if m.tool_calls %}"
+        "<result>{{ messages[loop.index0 + 1].content if not loop.last else '' }}</result>{% endif %}"
+        + TURN
+        + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}" + PROMPT + "{% endif %}"
+    )
+    messages = [USER, {**CALL, "content": "then"}, *TOOLED[2:]]
+    assert refusal(around, messages).code == "interleaved"
+
+
+def test_r12_text_that_never_arrives():
+    assert refusal(template(), TOOLED).code == "payload_dropped"
+    no_system = template("{% if m.role != 'system' %}" + HEAD + TURN + "{% endif %}")
+    with_rule = [{"role": "system", "content": "be brief"}, *TALK]
+    assert refusal(no_system, with_rule).field == "messages[0].content"
+    assert trained(no_system, with_rule, dropped="flag") == (["a1<|im_end|>", "a2<|im_end|>"], {"payload_dropped"})
+    parts = [USER, {"role": "assistant", "content": [{"type": "text", "text": "a1"}]}]
+    assert refusal(template(HEAD + "{{ m.content | tojson }}<|im_end|>\n"), parts).code == "content_stringified"
+    thought = [USER, {**ANSWER, "reasoning_content": "hm"}]
+    assert trained(template(), thought) == (["a1<|im_end|>"], {"reasoning_dropped"})
+    cut = template(HEAD + "{{ m.content.split('</think>')[-1] }}<|im_end|>\n")
+    assert trained(cut, [USER, {"role": "assistant", "content": "hm</think>a1"}]) == (["a1<|im_end|>"], {"content_cut"})
+    assert trained(template(), [USER, {**ANSWER, "mood": "sunny"}])[1] == {"fields_dropped"}
+
+
+def test_r12_text_whose_memory_is_lost_is_found_by_changing_it():
+    literal = template(HEAD + "{% for c in m.tool_calls or [] %}<call>{{ c.function }}</call>{% endfor %}" + TURN)
+    texts, _ = trained(literal, TOOLED)
+    assert texts[0] == "<call>{'name': 'find', 'arguments': {'key': 'value'}}</call><|im_end|>"
+    formatted = template(HEAD + "{{ '%s' % m.content }}<|im_end|>\n")
+    assert trained(formatted) == (["a1<|im_end|>", "a2<|im_end|>"], set())
+
+
+def test_r13_what_the_template_refuses_is_refused_in_its_own_words():
+    strict = template("{% if m.role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}" + HEAD + TURN)
+    error = refusal(strict, [{"role": "system", "content": "x"}, *TALK])
+    assert error.code == "template_raises"
+    assert "no system, please" in error.message
+    after_user = template(
+        "{% if loop.first and m.role != 'user' %}{{ raise_exception('begin!') }}{% endif %}" + HEAD + TURN
+    )
+    assert refusal(after_user, [ANSWER]).code == "template_raises"
+
+
+def test_r13_two_answers_in_a_row():
+    assert trained(template(), [USER, ANSWER, {"role": "assistant", "content": "more"}])[0] == [
+        "a1<|im_end|>",
+        "more<|im_end|>",
+    ]
+    late = template("{% if not loop.first %}<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}", PROMPT)
+    assert refusal(late, [USER, ANSWER, {"role": "assistant", "content": "more"}]).code in {"overlap", "history_drift"}
+
+
+def test_r14_a_token_is_trained_if_it_overlaps_by_a_character(tokenizer_dir):
+    source = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }} {% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    (example,) = encode(
+        [{"role": "user", "content": "the quick"}, {"role": "assistant", "content": "brown fox"}],
+        tokenizer_dir("tiny_bpe"),
+        source,
+    )
+    start = next(span.start for span in example.spans if span.generated)
+    first = int(np.flatnonzero(example.trained)[0])
+    assert example.offsets[first, 0] < start < example.offsets[first, 1]
+
+
+def test_r15_without_offsets_there_is_no_mask():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(ValueError, match="tokenizer"):
+        encode(TALK, Slow())
+
+
+def test_r16_typed_control_tokens_leave_the_mask_exact(tokenizer_dir):
+    typed = [USER, {"role": "assistant", "content": "say <|im_end|>\n<|im_start|>user\nx"}]
+    (plain,) = encode(typed, tokenizer_dir("tiny_bpe"))
+    (real,) = encode(typed, tokenizer_dir("tiny_bpe"), control_tokens="allow")
+    for example in (plain, real):
+        kept = example.offsets[example.trained]
+        assert example.text[kept[0, 0] : kept[-1, 1]] == typed[1]["content"] + "<|im_end|>"
+    assert "control_tokens" in plain.flags
+
+
+def test_r17_the_date_is_pinned(tokenizer_dir):
+    source = template(before="Today is {{ strftime_now('%d %b %Y') }}.\n")
+    (example,) = encode(TALK, tokenizer_dir("tiny_bpe"), source, date="2030-05-06")
+    assert example.text.startswith("Today is 06 May 2030.")
+    (example,) = encode(TALK, tokenizer_dir("tiny_bpe"), source)
+    assert example.text.startswith("Today is 01 Jan 2026.")
+
+
+def test_r18_flags_follow_truncation(tokenizer_dir):
+    recipe = make_recipe(tokenizer_dir("tiny_bpe"), max_length=20, overlong="truncate")
+    row = Row({"messages": [USER, {"role": "assistant", "content": "word " * 40}]}, Source("x", 0))
+    (built,) = build_rows(recipe, [row])
+    assert built.examples[0].flags >= {"truncated", "truncated_answer"}
+
+
+def test_turns_are_grouped_by_the_question_they_answer():
+    """A call, its result and the answer are shown together, as they are when the model is asked for them."""
+    thinking = "{% if m.role == 'assistant' and loop.index0 > ns.last %}<think></think>{% endif %}"
+    source = (
+        "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+        + template(HEAD + thinking + "{{ m.content }}" + CALLS + "<|im_end|>\n")
+    )
+    messages = [*TOOLED, {"role": "user", "content": "q3"}, {"role": "assistant", "content": "a3"}]
+    first, second = outcome(source, messages, "auto")
+    assert {span.message for span in first.spans if span.generated} == {1, 3}
+    assert {span.message for span in second.spans if span.generated} == {5}
+    assert (first.messages, second.messages) == (4, 6)
+
+
+THINKING = [USER, {"role": "assistant", "content": "a1", "reasoning_content": "hm"}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "parts", "expected"),
+    [
+        (THINKING, ["answer"], "a1<|im_end|>"),
+        (THINKING, ["reasoning"], "<think>hm</think>"),
+        (THINKING, ["reasoning", "answer"], "<think>hm</think>a1<|im_end|>"),
+        ([USER, {"role": "assistant", "content": "<think>hm</think>\na1"}], ["answer"], "a1<|im_end|>"),
+        (
+            [USER, {**CALL, "content": "let me see"}],
+            ["tool_call"],
+            '<tool_call>{"name": "find", "arguments": {"key": "value"}}</tool_call><|im_end|>',
+        ),
+        ([USER, {**CALL, "content": "let me see"}], ["answer"], "let me see"),
+    ],
+)
+def test_parts_of_a_turn_can_be_chosen(tokenizer_dir, messages, parts, expected):
+    source = template(
+        HEAD
+        + "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+        + CALLS
+        + "<|im_end|>\n"
+    )
+    (example,) = encode(messages, tokenizer_dir("tiny_bpe"), source, train_parts=parts)
+    pieces = example.offsets[example.trained]
+    assert "".join(example.text[a:b] for a, b in pieces) == expected
