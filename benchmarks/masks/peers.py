@@ -98,7 +98,7 @@ def _kept(ids: list[int], trained: list[bool]) -> Example:
 
 
 def _unsloth_data() -> Any:
-    """`unsloth_zoo.dataset_utils`, by its file: the package itself refuses to be imported without a GPU and Unsloth."""
+    """`unsloth_zoo.dataset_utils`, by its file: the package itself refuses to be imported without `unsloth`."""
     found = importlib.util.find_spec("unsloth_zoo")
     if found is None or not found.submodule_search_locations:
         return None
@@ -107,11 +107,14 @@ def _unsloth_data() -> Any:
     if spec is None or spec.loader is None:
         return None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError:
+        return None
     return module
 
 
-logging.getLogger("axolotl").addHandler(logging.NullHandler())  # a warning a conversation otherwise
+logging.getLogger("axolotl").addHandler(logging.NullHandler())  # else it warns on stderr per row
 unsloth_data = _unsloth_data()
 
 PEERS: dict[str, Peer] = {"transformers": transformers, "prefix": prefix}

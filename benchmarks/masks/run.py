@@ -134,7 +134,7 @@ def _truth(
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     offsets = np.asarray(encoded["offset_mapping"]).reshape(-1, 2)
     expected, blank = np.zeros(len(offsets), bool), np.zeros(len(offsets), bool)
-    for start, end in spans or ():
+    for start, end in ((start, end) for start, end in spans or () if start < end):
         expected |= (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])
     for _, end in spans or ():
         after = len(text[end:]) - len(text[end:].lstrip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,7 +30,7 @@ def recover(
     when the first and the last letter of a field change is that field. An empty answer gets a piece of no length,
     where its text would stand.
     """
-    found = list(parts)
+    found, arrived = list(parts), _arrivals(parts)
     for index, message in enumerate(messages):
         for part, (key,) in _FIELDS.items():
             value = message.get(key)
@@ -37,9 +38,7 @@ def recover(
                 at = _place(text, message, index, rerender)
                 found = found if at is None else _insert(found, Piece(at, at, Part.CONTENT, index, 0))
             elif (
-                value
-                and not isinstance(message.get("content"), list)
-                and _given(message, part) > _arrived(parts, index, part)
+                value and not isinstance(message.get("content"), list) and _given(message, part) > arrived[index, part]
             ):
                 for start, end in _extents(text, message, index, key, rerender):
                     found = [new for old in found for new in _claimed(old, start, end, part, index)]
@@ -61,9 +60,10 @@ def check_arrival(
             parts is printed as a literal.
     """
     flags: set[str] = set()
+    arrived = _arrivals(parts)
     for index, message in enumerate(messages):
-        given, found = _given(message, Part.CONTENT), _arrived(parts, index, Part.CONTENT)
-        calls, called = _given(message, Part.TOOL_CALL), _arrived(parts, index, Part.TOOL_CALL)
+        given, found = _given(message, Part.CONTENT), arrived[index, Part.CONTENT]
+        calls, called = _given(message, Part.TOOL_CALL), arrived[index, Part.TOOL_CALL]
         needed = calls and sum(_letters(_arguments(call)) for call in message["tool_calls"])
         if (given and not found) or (calls and (not called or called < needed)):
             if dropped == "flag" and message["role"] != "assistant":
@@ -85,9 +85,9 @@ def check_arrival(
         if found < given or called < calls:
             flags.add("content_cut")
         unknown = [value for key, value in message.items() if key not in _KNOWN]
-        if unknown and _arrived(parts, index, Part.OTHER) < _letters(unknown):
+        if unknown and arrived[index, Part.OTHER] < _letters(unknown):
             flags.add("fields_dropped")
-        if any(message.get(key) for key in _REASONING) and not _arrived(parts, index, Part.REASONING):
+        if any(message.get(key) for key in _REASONING) and not arrived[index, Part.REASONING]:
             flags.add("reasoning_dropped")
     return frozenset(flags)
 
@@ -99,8 +99,12 @@ def _given(message: Mapping[str, Any], part: Part) -> int:
     return sum(map(_call_letters, message.get("tool_calls") or ()))
 
 
-def _arrived(parts: Sequence[Piece], index: int, part: Part) -> int:
-    return sum(piece.end - piece.start for piece in parts if piece.message == index and piece.part is part)
+def _arrivals(parts: Sequence[Piece]) -> Counter[tuple[int, Part]]:
+    """Count the characters of each part of each message in a rendering."""
+    found: Counter[tuple[int, Part]] = Counter()
+    for piece in parts:
+        found[piece.message, piece.part] += piece.end - piece.start
+    return found
 
 
 def _extents(

@@ -11,9 +11,11 @@ from typing import Any
 from ftdata.errors import BadRow
 from ftdata.templates import markers
 from ftdata.templates.arrival import check_arrival, recover
+from ftdata.templates.memory import key_of
 from ftdata.templates.spans import Piece, Region, pieces, split_thinking, tile, tracked_messages
 from ftdata.templates.template import Template, chat_variables
 from ftdata.templates.tracked import Tracked
+from ftdata.templates.watched import watched, watching
 from ftdata.types import Conversation, Message, Rendered
 
 
@@ -25,6 +27,7 @@ class Chat:
     messages: tuple[dict[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...]
     flags: frozenset[str] = frozenset()
+    watch: bool = False
 
     @classmethod
     def of(cls, conversation: Conversation, template: Template) -> Chat:
@@ -42,7 +45,12 @@ class Chat:
             BadRow: the template fails.
         """
         messages = list(self.messages[:count])
-        return self.template.run(chat_variables(messages, self.tools, generation_prompt=generation_prompt))
+        variables = chat_variables(messages, self.tools, generation_prompt=generation_prompt)
+        return self.template.run(variables, watch=self.watch)
+
+    def watched(self) -> Chat:
+        """Return the same conversation with its texts watched (`watched.watching`)."""
+        return replace(self, messages=tuple(watched(self.messages)), watch=True)
 
     def changed(self, index: int, message: Message | dict[str, Any]) -> str | None:
         """Render with another message `index`; `None` where the template fails."""
@@ -68,7 +76,7 @@ def render_chat(chat: Chat, turns: Sequence[int], dropped: str = "refuse") -> Re
     if chat.template.tagged and chat.template.strict:
         regions = _in_turns(markers.from_blocks(parts, turns), turns)
     else:
-        located = [_locate(chat, text, parts, turn) for turn in turns]
+        located = _located(chat, tracked, parts, turns)
         regions = [turn.region for turn in located]
         flags = flags.union(*(turn.flags for turn in located))
         for before, after in pairwise(regions):
@@ -96,10 +104,29 @@ def _rendered(chat: Chat) -> tuple[Chat, Tracked]:
         return chat, chat.text()
 
 
-def _locate(chat: Chat, text: str, parts: Sequence[Piece], turn: int) -> markers.Turn:
-    def prefix(count: int, generation_prompt: bool) -> Tracked:
-        return chat.text(count, generation_prompt=generation_prompt)
+def _located(chat: Chat, tracked: Tracked, parts: tuple[Piece, ...], turns: Sequence[int]) -> list[markers.Turn]:
+    """Find the turns, or remember where they are in renderings like this one."""
+    text, memory = str.__str__(tracked), chat.template.memory
+    key = key_of(chat.messages, chat.tools, turns, text, parts)
+    if (known := memory.recall(key, chat.messages, text, parts)) is not None:
+        return known
+    seen: dict[tuple[int, bool], Tracked] = {}
+    asked = chat.watched() if chat.template.foreseeable else chat
 
+    def prefix(count: int, generation_prompt: bool) -> Tracked:
+        place = (count, generation_prompt)
+        if place not in seen:
+            seen[place] = asked.text(count, generation_prompt=generation_prompt)
+        return seen[place]
+
+    with watching() as log:
+        found = [_locate(chat, text, parts, turn, prefix) for turn in turns]
+    if asked.watch and parts == pieces(tracked):
+        memory.keep(key, log, text, seen.values(), parts, found)
+    return found
+
+
+def _locate(chat: Chat, text: str, parts: Sequence[Piece], turn: int, prefix: markers.RenderPrefix) -> markers.Turn:
     try:
         return markers.locate(text, parts, turn, prefix, len(chat.messages), chat.template.stops)
     except BadRow as error:

@@ -27,7 +27,7 @@ from typing import IO, Any
 import xxhash
 
 from ftdata._version import __version__
-from ftdata.errors import TemplateRefused
+from ftdata.errors import InternalError, TemplateRefused
 from ftdata.templates.template import Template
 from ftdata.templates.verify import TemplateReport, examine
 
@@ -81,6 +81,8 @@ def _examined(description: str) -> TemplateReport:
     with suppress(OSError, ValueError, TypeError):
         return _report(json.loads(file.read_text(encoding="utf-8")))
     answer = _ask(description)
+    if "failed" in answer:
+        raise InternalError("template_examination", answer["failed"])
     if "refused" in answer:
         raise TemplateRefused(**answer["refused"])
     with suppress(OSError):
@@ -210,6 +212,8 @@ def _answer(line: str) -> str:
         return json.dumps({"refused": _refusal(error)})
     except MemoryError:
         return json.dumps({"refused": _refusal(_over_limits(line))})
+    except Exception as error:  # noqa: BLE001  (told to the process that asked)
+        return json.dumps({"failed": f"{type(error).__name__}: {error}"})
     return json.dumps({"report": report.as_dict()})
 
 

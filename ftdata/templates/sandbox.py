@@ -23,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from ftdata.templates.tracked import Tracked, concat, dumps, safe
+from ftdata.templates.watched import Watched, joined, length, watched_call, watched_method, watched_result
 
 CUT = "\ufdd0"
 """Printed where a prompt ends; a noncharacter, so no text holds it."""
@@ -58,6 +59,7 @@ class Environment(ImmutableSandboxedEnvironment):
     """The sandbox, with string operations that keep the memory of who wrote what."""
 
     prompt_only = False
+    watch = False
     # Jinja calls it with an iterable of strings wherever it joins output.
     concat = staticmethod(concat)
 
@@ -65,6 +67,9 @@ class Environment(ImmutableSandboxedEnvironment):
         """Look an attribute up; a string has the attributes of `str` and no others, with tracked results."""
         if not isinstance(obj, str):
             return super().getattr(obj, attribute)
+        if self.watch and not isinstance(obj, Watched) and hasattr(str, attribute):
+            super().getattr(Tracked.of(obj), attribute)
+            return watched_method(obj, attribute)
         return (
             super().getattr(Tracked.of(obj), attribute)
             if hasattr(str, attribute)
@@ -132,6 +137,18 @@ def _join(
     return Tracked.of(str(separator)).join(list(map(str, value)))
 
 
+@jinja2.pass_environment
+def _watched_join(
+    environment: jinja2.Environment, value: Iterable[Any], separator: str = "", attribute: str | None = None
+) -> str:
+    items = value if attribute is None else (environment.getattr(item, attribute) for item in value)
+    return joined([part for item in items for part in (str(separator), str(item))][1:])
+
+
+def _watched_str_join(pieces: Iterable[Any]) -> str:
+    return joined(map(str, pieces))
+
+
 def _str_join(pieces: Iterable[Any]) -> str:
     return concat(map(str, pieces))
 
@@ -140,8 +157,30 @@ def _clock(date: datetime.datetime) -> Callable[[str], str]:
     return date.strftime
 
 
+_TRANSPARENT = {"default", "d", "dictsort", "first", "items", "last", "length", "list", "map", "reject", "rejectattr"}
+_TRANSPARENT |= {"capitalize", "lower", "replace", "select", "selectattr", "string", "title", "trim", "upper"}
+"""Filters that learn about strings only through the methods of `str`."""
+
+
+def _watch(environment: Environment) -> None:
+    filters = environment.filters
+    for name, function in list(filters.items()):
+        if name in ("tojson", "safe"):
+            filters[name] = watched_result(function)
+        elif name not in _TRANSPARENT:
+            filters[name] = watched_call(function)
+    filters |= {"join": _watched_join, "length": length, "count": length}
+    for name in ("iterable", "sequence"):
+        test = environment.tests[name]
+        environment.tests[name] = lambda value, test=test: isinstance(value, str) or test(value)
+    environment.concat = joined
+    environment.watch = True
+
+
 @lru_cache(maxsize=64)
-def compile_template(source: str, date: datetime.datetime, strict: bool, prompt_only: bool = False) -> jinja2.Template:
+def compile_template(
+    source: str, date: datetime.datetime, strict: bool, prompt_only: bool = False, watch: bool = False
+) -> jinja2.Template:
     """Compile a template for tracked rendering.
 
     Args:
@@ -149,6 +188,7 @@ def compile_template(source: str, date: datetime.datetime, strict: bool, prompt_
         date: what `strftime_now` prints.
         strict: an undefined name that is printed is an error, instead of nothing.
         prompt_only: print `CUT` in place of each generation block.
+        watch: let nothing that is asked of watched strings go by unnoticed.
 
     Raises:
         jinja2.TemplateSyntaxError: with the template line.
@@ -167,8 +207,10 @@ def compile_template(source: str, date: datetime.datetime, strict: bool, prompt_
         "dict": TemplateDict(),
         "namespace": TemplateNamespace,
     }
+    if watch:
+        _watch(environment)
     # `a ~ b` compiles to a call of the module-level `str_join`, which is looked up in the template's namespace.
     namespace: dict[str, Any] = {"environment": environment, "__file__": "<template>"}
     exec(environment.compile(source), namespace)  # noqa: S102  (how Jinja itself runs its own generated code)
-    namespace["str_join"] = _str_join
+    namespace["str_join"] = _watched_str_join if watch else _str_join
     return jinja2.Template._from_namespace(environment, namespace, environment.make_globals(None))

@@ -12,14 +12,17 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
+from jinja2 import nodes
 
 from ftdata.errors import BadRow, TemplateRefused, UsageError, nearest
 from ftdata.registry import Registry
 from ftdata.templates import markers
+from ftdata.templates.memory import Memory
 from ftdata.templates.sandbox import compile_template
 from ftdata.templates.spans import pieces, tracked, tracked_messages
 from ftdata.templates.stops import Stops
 from ftdata.templates.tracked import Tracked
+from ftdata.templates.watched import Watched
 from ftdata.types import Part
 
 templates: Registry[Path] = Registry("ftdata.templates", "template")
@@ -111,21 +114,47 @@ class Template:
                 return text
         return None
 
-    def run(self, variables: Mapping[str, Any], *, prompt_only: bool = False) -> Tracked:
+    @cached_property
+    def foreseeable(self) -> bool:
+        """Whether all that the template may ask of texts can be noted.
+
+        Not so where it looks for one text in another that is not written out, or formats.
+        """
+        syntax = self._compile().environment.parse(self.source)
+        for compared in syntax.find_all(nodes.Compare):
+            written = (compared.expr, *(operand.expr for operand in compared.ops))
+            for left, operand in zip(written, compared.ops, strict=False):
+                known = isinstance(left, nodes.Const) or isinstance(operand.expr, nodes.List | nodes.Tuple | nodes.Dict)
+                if operand.op in ("in", "notin") and not known:
+                    return False
+        return all(isinstance(division.right, nodes.Const) for division in syntax.find_all(nodes.Mod))
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Where turns begin and end, for the conversations seen so far."""
+        return Memory()
+
+    def run(self, variables: Mapping[str, Any], *, prompt_only: bool = False, watch: bool = False) -> Tracked:
         """Render once. The text is exactly what transformers renders for the same variables.
+
+        Args:
+            variables: what the template is given, besides special tokens and `kwargs`.
+            prompt_only: end where the first generation block begins.
+            watch: note what is asked of watched strings (`watched`).
 
         Raises:
             BadRow: `template_raises`, with the template's own message.
         """
         given = {**self.special_tokens, **self.kwargs, **variables}
         try:
-            return Tracked.of(self._compile(prompt_only=prompt_only).render(given))
+            text = Tracked.of(self._compile(prompt_only=prompt_only, watch=watch).render(given))
+            return text.plain() if isinstance(text, Watched) else text
         except TEMPLATE_FAULTS as error:
             raise BadRow("template_raises", f"template {self.name!r} fails on this row: {error}") from None
 
-    def _compile(self, *, prompt_only: bool = False) -> jinja2.Template:
+    def _compile(self, *, prompt_only: bool = False, watch: bool = False) -> jinja2.Template:
         try:
-            return compile_template(self.source, self.date, self.strict, prompt_only)
+            return compile_template(self.source, self.date, self.strict, prompt_only, watch)
         except jinja2.TemplateSyntaxError as error:
             message = f"template {self.name!r}, line {error.lineno}: {error.message}"
             raise TemplateRefused("template_syntax", message) from None

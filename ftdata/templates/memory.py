@@ -1,0 +1,144 @@
+"""Remember: where turns begin and end is found out once for each way that a template takes.
+
+A conversation has a shape (roles, keys, types, everything but its texts), and its rendering a skeleton (the
+template's own text, and whose text stands between). For both the same, and all questions that the template asked of the
+texts answered the same, the generation prompts and the endings come out the same, so the regions do too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftdata.templates.markers import Turn
+from ftdata.templates.spans import Piece, Region, pieces
+from ftdata.templates.tracked import Tracked
+from ftdata.templates.watched import Log, Question
+from ftdata.types import Part
+
+Key = tuple[Any, ...]
+Anchor = tuple[int, int]
+"""(index of a piece of the skeleton, characters into it)"""
+
+_MOST_KEYS, _MOST_WAYS = 4096, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """The turns of one skeleton, and what they hang on.
+
+    That is the answers to questions, and, where a prompt goes on with text of the template's own while the
+    conversation goes on with a text of the row, that the row's text does not happen to begin with the same.
+    """
+
+    questions: tuple[Question, ...]
+    unlike: tuple[tuple[Anchor, str], ...]
+    turns: tuple[tuple[int, Anchor, Anchor, frozenset[str]], ...]
+
+
+@dataclass
+class Memory:
+    """What is known about one template's ways."""
+
+    ways: dict[Key, list[Way]] = field(default_factory=dict)
+
+    def recall(
+        self, key: Key, messages: Sequence[Mapping[str, Any]], text: str, parts: Sequence[Piece]
+    ) -> list[Turn] | None:
+        """Return the turns of a rendering whose like was seen before, else `None`."""
+        for way in self.ways.get(key, ()):
+            if any(text.startswith(other, _position(parts, anchor)) for anchor, other in way.unlike):
+                continue
+            if all(question.same(messages) for question in way.questions):
+                return [
+                    Turn(Region(message, _position(parts, start), _position(parts, end)), flags)
+                    for message, start, end, flags in way.turns
+                ]
+        return None
+
+    def keep(
+        self,
+        key: Key,
+        log: Log,
+        text: str,
+        prefixes: Iterable[Tracked],
+        parts: Sequence[Piece],
+        turns: Sequence[Turn],
+    ) -> None:
+        """Remember the turns, if all that they were found from would be the same for other texts of this key."""
+        if log.opaque or (key not in self.ways and len(self.ways) >= _MOST_KEYS):
+            return
+        unlike = []
+        for prefix in prefixes:
+            apart = _apart(text, parts, prefix)
+            if apart is _BY_CHANCE or any(text.startswith(other, _position(parts, at)) for at, other in apart):
+                return
+            unlike += apart
+        anchored = []
+        for turn in turns:
+            start, end = _anchor(parts, turn.region.start), _anchor(parts, turn.region.end)
+            if start is None or end is None:
+                return
+            anchored.append((turn.region.message, start, end, turn.flags))
+        ways = self.ways.setdefault(key, [])
+        if len(ways) < _MOST_WAYS:
+            questions = {repr(question): question for question in log.questions}
+            ways.append(Way(tuple(questions.values()), tuple(dict.fromkeys(unlike)), tuple(anchored)))
+
+
+def key_of(
+    messages: Sequence[Mapping[str, Any]], tools: object, turns: Sequence[int], text: str, parts: Sequence[Piece]
+) -> Key:
+    """Return shape and skeleton of a rendered conversation."""
+    skeleton = tuple(
+        text[piece.start : piece.end] if piece.part is Part.SCAFFOLD else (piece.message, piece.part) for piece in parts
+    )
+    return _shape(messages), repr(tools) if tools else "", tuple(turns), skeleton
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, Tracked):
+        return str
+    if isinstance(value, Mapping):
+        return tuple((str.__str__(key), _shape(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return (list, *map(_shape, value))
+    return type(value), value
+
+
+_BY_CHANCE: list[tuple[Anchor, str]] = [((-1, -1), "")]
+"""Two texts of the row stand where the renderings part: whether they do hangs on all of what they say."""
+
+
+def _apart(text: str, parts: Sequence[Piece], prefix: Tracked) -> list[tuple[Anchor, str]]:
+    """Return where the row's text must go on otherwise than `prefix` does, for the two to compare as they do now.
+
+    Nothing, where `prefix` has the very pieces of the text, or the template itself parts them.
+    """
+    written = pieces(prefix)
+    for index, (own, other) in enumerate(zip(written, parts, strict=False)):
+        mine, theirs = prefix[own.start : own.end], text[other.start : other.end]
+        if (own.part, own.message, mine) == (other.part, other.message, theirs):
+            continue
+        if own.part is not Part.SCAFFOLD:
+            return _BY_CHANCE
+        if other.part is not Part.SCAFFOLD:
+            return [((index, 0), str.__str__(mine))]
+        if theirs.startswith(mine):
+            return [] if own is written[-1] else _BY_CHANCE
+        return [((index + 1, 0), str.__str__(mine)[len(theirs) :])] if mine.startswith(theirs) else []
+    return []
+
+
+def _anchor(parts: Sequence[Piece], at: int) -> Anchor | None:
+    """Return a position by the piece it stands in; `None` inside a text of the row, where it hangs on the text."""
+    for index, piece in enumerate(parts):
+        if piece.start <= at < piece.end:
+            return (index, at - piece.start) if piece.part is Part.SCAFFOLD or at == piece.start else None
+    return len(parts), 0
+
+
+def _position(parts: Sequence[Piece], anchor: Anchor) -> int:
+    index, offset = anchor
+    return parts[index].start + offset if index < len(parts) else parts[-1].end

@@ -1,0 +1,278 @@
+"""Strings that note what a template finds out about them.
+
+Which way a template takes depends on the shape of a conversation and on what it asks of the texts: whether
+`</think>` is in one, how another begins. A `Watched` string notes each such question with its answer, so that it
+is known for which other texts the template goes the same way. What cannot be noted makes the whole run `opaque`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from ftdata.templates.tracked import Tracked, concat
+
+Origin = tuple[Any, ...]
+"""How a string came about: `("is", text)`, `("at", path)` in the messages, `("do", origin, method, arguments)`, or
+`("join", origins)`."""
+
+
+def evaluate(origin: Origin, messages: Sequence[Mapping[str, Any]]) -> Any:
+    """Make the value again, out of other messages.
+
+    Raises:
+        LookupError, ValueError: a method fails on it.
+    """
+    kind, *rest = origin
+    if kind == "is":
+        return rest[0]
+    if kind == "at":
+        value: Any = messages
+        for key in rest[0]:
+            value = value[key]
+        return str.__str__(value)
+    if kind == "join":
+        return "".join(evaluate(part, messages) for part in rest[0])
+    before, name, arguments = rest
+    value = evaluate(before, messages)
+    return bool(value) if name == "__bool__" else getattr(value, name)(*arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What was asked of a text, and the answer."""
+
+    asked: Origin
+    answer: Any
+
+    def same(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these messages give the same answer."""
+        try:
+            return bool(evaluate(self.asked, messages) == self.answer)
+        except (ValueError, LookupError):
+            return False
+
+
+@dataclass
+class Log:
+    """What a template asked in the runs that were watched."""
+
+    questions: list[Question] = field(default_factory=list)
+    opaque: bool = False
+
+
+_log: ContextVar[Log] = ContextVar("log")
+
+
+@contextmanager
+def watching() -> Iterator[Log]:
+    """Note what is asked of watched strings inside this block."""
+    token = _log.set(Log())
+    try:
+        yield _log.get()
+    finally:
+        _log.reset(token)
+
+
+def opaque() -> None:
+    """Note that the template did something that cannot be asked again."""
+    _log.get().opaque = True
+
+
+class Watched(Tracked):
+    """A tracked string that notes what is asked of it; `origin` is how it came about, `None` for unknown."""
+
+    __slots__ = ("origin",)
+    origin: Origin | None
+
+    @classmethod
+    def at(cls, text: str, origin: Origin | None) -> Self:
+        """Watch a text."""
+        self = cls(str.__str__(text), Tracked.of(text).runs)
+        self.origin = origin
+        return self
+
+    def plain(self) -> Tracked:
+        """Return the tracked string, not watched."""
+        return Tracked(str.__str__(self), self.runs)
+
+    def _after(self, name: str, arguments: tuple[Any, ...]) -> Origin | None:
+        known = self.origin is not None and not any(isinstance(argument, Watched) for argument in arguments)
+        return ("do", self.origin, name, arguments) if known else None
+
+    def _ask(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        answer = bool(self.plain()) if name == "__bool__" else getattr(self.plain(), name)(*arguments)
+        _note(self._after(name, arguments), answer)
+        return answer
+
+    def __iter__(self) -> Iterator[str]:
+        opaque()
+        return iter(self.plain())
+
+    def __hash__(self) -> int:
+        opaque()
+        return str.__hash__(self)
+
+
+def _note(asked: Origin | None, answer: Any) -> None:
+    if asked is None or not isinstance(answer, bool | int):
+        opaque()
+    else:
+        _log.get().questions.append(Question(asked, answer))
+
+
+class Length(int):
+    """The length of a watched string: it is compared with others far more often than it is told."""
+
+    origin: Origin | None
+
+
+def length(value: Any) -> int:
+    """As Jinja's filter of that name."""
+    if not isinstance(value, Watched):
+        return len(value)
+    found = Length(len(value.plain()))
+    found.origin = value._after("__len__", ())
+    return found
+
+
+def joined(pieces: Iterable[str]) -> Tracked:
+    """Join strings; the result is watched if one of them is."""
+    parts = list(pieces)
+    text = Tracked.of(concat(part.plain() if isinstance(part, Watched) else part for part in parts))
+    if not any(isinstance(part, Watched) for part in parts):
+        return text
+    origins = [part.origin if isinstance(part, Watched) else ("is", str.__str__(part)) for part in parts]
+    return Watched.at(text, None if None in origins else ("join", tuple(origins)))
+
+
+def watched_method(text: str, name: str) -> Callable[..., Any]:
+    """Return a method of a string that is not watched, but may be given watched ones."""
+    method = getattr(Tracked.of(text), name)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if name == "join":
+            between = [part for piece in arguments[0] for part in (text, piece)]
+            return joined(between[1:])
+        if any(isinstance(argument, Watched) for argument in (*arguments, *options.values())):
+            opaque()
+        return method(*arguments, **options)
+
+    return call
+
+
+def watched(value: Any, path: tuple[Any, ...] = ()) -> Any:
+    """Return a copy of messages in which every text but roles is watched. Keys are part of the shape, and are not."""
+    if isinstance(value, Tracked):
+        return Watched.at(value, ("at", path))
+    if isinstance(value, Mapping):
+        return {key: watched(item, (*path, key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [watched(item, (*path, index)) for index, item in enumerate(value)]
+    return value
+
+
+def watched_result(function: Callable[..., str]) -> Callable[..., str]:
+    """Return the function with its result watched, where any of the row's text is in it."""
+
+    def call(*arguments: Any, **options: Any) -> str:
+        result = Tracked.of(function(*arguments, **options))
+        return Watched.at(result, None) if any(owner for _, owner in result.runs) else result
+
+    call.__dict__.update(getattr(function, "__dict__", {}))
+    return call
+
+
+def watched_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, which nothing is known about, so that to call it makes the run opaque."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        opaque()
+        return function(*arguments, **options)
+
+    call.__dict__.update(getattr(function, "__dict__", {}))
+    return call
+
+
+def _deriving(name: str) -> Callable[..., Any]:
+    def method(self: Watched, *arguments: Any) -> Any:
+        return Watched.at(getattr(self.plain(), name)(*arguments), self._after(name, arguments))
+
+    return method
+
+
+def _splitting(name: str) -> Callable[..., Any]:
+    def method(self: Watched, *arguments: Any) -> Any:
+        pieces, origin = getattr(self.plain(), name)(*arguments), self._after(name, arguments)
+        _note(None if origin is None else ("do", origin, "__len__", ()), len(pieces))
+        made = [
+            Watched.at(piece, None if origin is None else ("do", origin, "__getitem__", (number,)))
+            for number, piece in enumerate(pieces)
+        ]
+        return tuple(made) if isinstance(pieces, tuple) else made
+
+    return method
+
+
+def _asking(name: str) -> Callable[..., Any]:
+    return lambda self, *arguments: self._ask(name, arguments)
+
+
+def _unknown(name: str) -> Callable[..., Any]:
+    def method(self: Watched, *arguments: Any, **options: Any) -> Any:
+        opaque()
+        return getattr(self.plain(), name)(*arguments, **options)
+
+    return method
+
+
+_DERIVING = {"strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "replace", "__getitem__"}
+_DERIVING |= {"upper", "lower", "capitalize", "title", "swapcase", "casefold"}
+_SPLITTING = {"split", "rsplit", "splitlines", "partition", "rpartition"}
+_ASKING = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__contains__", "__len__", "__bool__"}
+_ASKING |= {"startswith", "endswith", "find", "rfind", "count"}
+_ASKING |= {name for name in dir(str) if name.startswith("is")}
+_SILENT = {"__str__", "__repr__", "__new__", "__init__", "__getattribute__", "__setattr__", "__delattr__", "__class__"}
+_SILENT |= {"__doc__", "__sizeof__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__init_subclass__", "__dir__"}
+_SILENT |= {"__subclasshook__", "__getstate__", "maketrans", "__iter__", "__hash__", "__add__"}
+
+for _name in dir(str):
+    if _name in _DERIVING:
+        setattr(Watched, _name, _deriving(_name))
+    elif _name in _SPLITTING:
+        setattr(Watched, _name, _splitting(_name))
+    elif _name in _ASKING:
+        setattr(Watched, _name, _asking(_name))
+    elif _name not in _SILENT:
+        setattr(Watched, _name, _unknown(_name))
+_COMPARING = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__bool__")
+
+
+def _comparing(name: str) -> Callable[..., Any]:
+    def method(self: Length, *arguments: Any) -> Any:
+        answer = getattr(int.__int__(self), name)(*arguments)
+        _note(None if self.origin is None else ("do", self.origin, name, arguments), answer)
+        return answer
+
+    return method
+
+
+def _telling(name: str) -> Callable[..., Any]:
+    def method(self: Length, *arguments: Any) -> Any:
+        _note(self.origin, plain := int.__int__(self))
+        return getattr(plain, name)(*arguments)
+
+    return method
+
+
+for _name in dir(int):
+    if _name in _COMPARING:
+        setattr(Length, _name, _comparing(_name))
+    elif _name.startswith("__") and _name not in _SILENT - {"__str__", "__repr__", "__hash__", "__add__"} | {"__int__"}:
+        setattr(Length, _name, _telling(_name))
+Watched.__bool__ = _asking("__bool__")  # type: ignore[attr-defined]
+Watched.__add__ = lambda self, other: joined((self, other))  # type: ignore[method-assign]
+Watched.__radd__ = lambda self, other: joined((other, self))  # type: ignore[method-assign]
