@@ -7,7 +7,7 @@ CONSTRAINTS ?= .ci/constraints.txt
 RUN := out
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long check lint fix types layers clean
+.PHONY: help install demo test test-long laws check lint fix types layers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ test: install  ## lint, types, layers, all tests but the long ones
 
 test-long: install  ## every test
 	$(BIN)/python -m pytest -n auto
+
+laws: install  ## the masking laws, 20,000 examples each
+	FTDATA_LAWS=20000 $(BIN)/python -m pytest -n auto -m laws
 
 check: lint types layers  ## change nothing, say what is wrong
 

@@ -1,7 +1,12 @@
 """For tests of your own: strategies that make awkward conversations, and the laws that every example keeps.
 
-    from hypothesis import given
-    from ftdata.testing import check_laws, conversations
+    from ftdata.testing import try_template
+
+    def test_my_template():
+        refused = try_template("my-model", "my.jinja", max_examples=1000)
+        assert not refused, refused
+
+or law by law:
 
     @given(conversations())
     def test_my_template(messages):
@@ -13,14 +18,20 @@ Needs Hypothesis (`pip install 'ftdata[test]'`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from ftdata.types import IGNORE_INDEX, Example, Message
+from ftdata.errors import BadRow
+from ftdata.examples import encode, make_recipe
+from ftdata.types import IGNORE_INDEX, Example, Message, Part
 
 try:
+    from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
 except ImportError as error:  # pragma: no cover
     from ftdata.errors import MissingDependency
@@ -75,20 +86,106 @@ def texts(*, min_size: int = 1) -> st.SearchStrategy[str]:
     return st.lists(piece, min_size=min_size, max_size=6).map("".join)
 
 
-def conversations(*, system: bool = True, max_turns: int = 4) -> st.SearchStrategy[list[Message]]:
-    """Return a strategy for conversations: maybe a system message, then user and assistant by turns."""
+def conversations(
+    *, system: bool = True, reasoning: bool = False, tools: bool = False, max_turns: int = 4
+) -> st.SearchStrategy[list[Message]]:
+    """Return a strategy for conversations: maybe a system message, then user and assistant by turns.
 
-    def build(parts: tuple[str | None, list[tuple[str, str]]]) -> list[Message]:
-        rule, turns = parts
-        messages: list[Message] = [{"role": "system", "content": rule}] if rule is not None else []
-        for question, answer in turns:
-            messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": answer})
-        return messages
-
+    Args:
+        system: some begin with a system message.
+        reasoning: some answers have `reasoning_content`.
+        tools: some answers come after a tool call and its result.
+        max_turns: how many questions at most.
+    """
     answer = texts().filter(lambda text: bool(text.strip()))
+    thought = st.none() | answer if reasoning else st.none()
+    call = st.none() | st.tuples(answer, answer) if tools else st.none()
+    turn = st.tuples(texts(), call, thought, answer)
     rule = st.none() | texts() if system else st.none()
-    return st.tuples(rule, st.lists(st.tuples(texts(), answer), min_size=1, max_size=max_turns)).map(build)
+    return st.tuples(rule, st.lists(turn, min_size=1, max_size=max_turns)).map(_conversation)
+
+
+def _conversation(
+    parts: tuple[str | None, list[tuple[str, tuple[str, str] | None, str | None, str]]],
+) -> list[Message]:
+    rule, turns = parts
+    messages: list[Message] = [{"role": "system", "content": rule}] if rule is not None else []
+    for number, (question, call, thought, answer) in enumerate(turns):
+        messages.append({"role": "user", "content": question})
+        if call is not None:
+            name, id_ = "look_up", f"call{number:05}"
+            function: Any = {"name": name, "arguments": {"what": call[0]}}
+            messages.append(
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"type": "function", "id": id_, "function": function}],
+                }
+            )
+            messages.append({"role": "tool", "name": name, "tool_call_id": id_, "content": call[1]})
+        spoken: Message = {"role": "assistant", "content": answer}
+        messages.append(spoken if thought is None else {**spoken, "reasoning_content": thought})
+    return messages
+
+
+def try_template(
+    tokenizer: Any, template: str | Path | None = None, *, max_examples: int = 200, **options: Any
+) -> dict[str, int]:
+    """Encode awkward conversations and check every law on each.
+
+    Args:
+        tokenizer: as for `encode`.
+        template: as for `encode`.
+        max_examples: how many conversations.
+        options: further options of `encode`.
+
+    Returns:
+        How many conversations were refused, by code: what a template does not take is no broken law.
+
+    Raises:
+        AssertionError: a law is broken; Hypothesis shows the smallest conversation that breaks it.
+    """
+    refused: Counter[str] = Counter()
+    recipe = make_recipe(tokenizer, template)
+
+    @settings(max_examples=max_examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(conversations(reasoning=True, tools=True))
+    def check(messages: list[Message]) -> None:
+        try:
+            plain = encode(messages, tokenizer, template, **options)
+            allowed = encode(messages, tokenizer, template, **{**options, "control_tokens": "allow"})
+        except BadRow as refusal:
+            refused[refusal.code] += 1
+            return
+        for example in plain:
+            check_laws(example, messages)
+            check_control(example, recipe.control.ids)
+        for example in allowed:
+            check_laws(example, messages)
+            alone = recipe.tokenizer.encode([example.text])[0].ids
+            assert example.input_ids[-len(alone) :].tolist() == alone.tolist(), "M0: ids are not the tokenizer's own"
+
+    check()
+    return dict(refused)
+
+
+def check_control(example: Example, control: ArrayLike) -> None:
+    """Assert that no control token stands where the row's own text does.
+
+    Args:
+        example: the result of `encode` with control tokens escaped.
+        control: ids of control tokens.
+
+    Raises:
+        AssertionError: naming the law.
+    """
+    scaffold = np.ones(len(example.text) + 1, dtype=np.bool_)
+    for span in example.spans:
+        if span.part is not Part.SCAFFOLD:
+            scaffold[span.start : span.end] = False
+    for position in np.flatnonzero(np.isin(example.input_ids, np.asarray(control))):
+        start, end = example.offsets[position]
+        assert scaffold[start:end].all(), f"M8: control token {position} is made of the row's text"
 
 
 def check_laws(example: Example, messages: Sequence[Mapping[str, Any]], trained: Sequence[int] | None = None) -> None:

@@ -1,23 +1,25 @@
 """The masking laws, on every tokenizer, over random conversations."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import law
 
 from ftdata import encode
 from ftdata.errors import BadRow
 from ftdata.examples import make_recipe
-from ftdata.testing import check_laws, conversations, texts
+from ftdata.templates import render
+from ftdata.templates.verify import contradicted
+from ftdata.testing import check_laws, conversations, texts, try_template
 from ftdata.tokenize import load_tokenizer
+from ftdata.types import Conversation
 
 ALL = ("deepseek", "qwen", "mistral", "tiny_bpe", "tiny_metaspace", "tiny_wordpiece")
 REVERSIBLE = ("deepseek", "mistral", "tiny_bpe")
-laws = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
 
 
 def system_of(name):
@@ -35,7 +37,7 @@ def pieces(example, tokenizer):
 
 
 @pytest.mark.parametrize("name", ALL)
-@laws
+@law(cases=len(ALL))
 @given(data=st.data())
 def test_laws_hold_for_any_conversation(name, tokenizer_dir, data):
     messages = data.draw(conversations(system=system_of(name)))
@@ -50,7 +52,7 @@ def test_laws_hold_for_any_conversation(name, tokenizer_dir, data):
 
 
 @pytest.mark.parametrize("name", REVERSIBLE)
-@laws
+@law(cases=len(REVERSIBLE))
 @given(data=st.data())
 def test_trained_text_is_the_answer_and_its_stop(name, tokenizer_dir, data):
     """M4, M5, M6: what carries loss decodes to each answer with its stop, and to nothing else."""
@@ -68,7 +70,7 @@ def test_trained_text_is_the_answer_and_its_stop(name, tokenizer_dir, data):
 
 
 @pytest.mark.parametrize("name", ["deepseek", "qwen", "tiny_bpe", "tiny_metaspace"])
-@laws
+@law(cases=4)
 @given(data=st.data())
 def test_control_tokens_come_from_the_template_only(name, tokenizer_dir, data):
     """M8: how many control ids there are depends on the roles, not on what the messages say."""
@@ -106,7 +108,7 @@ def test_typed_control_tokens_stay_text(name, tokenizer_dir):
 
 
 @pytest.mark.parametrize("name", ALL)
-@laws
+@law(cases=len(ALL))
 @given(data=st.data())
 def test_ids_are_those_of_the_tokenizer_alone(name, tokenizer_dir, data):
     """One text, one tokenisation: the whole text through the tokenizer gives the same ids."""
@@ -120,7 +122,7 @@ def test_ids_are_those_of_the_tokenizer_alone(name, tokenizer_dir, data):
         assert example.input_ids.tolist() == tokenizer._full.encode(example.text, add_special_tokens=False).ids
 
 
-@laws
+@law()
 @given(question=texts(), answer=texts().filter(lambda text: bool(text.strip())))
 def test_template_syntax_in_data_is_text(tokenizer_dir, question, answer):
     """M9: what looks like Jinja inside the data is printed as it is."""
@@ -131,7 +133,7 @@ def test_template_syntax_in_data_is_text(tokenizer_dir, question, answer):
     assert question + "{{ 7*7 }}{% raw %}" in example.text
 
 
-@laws
+@law()
 @given(messages=conversations(system=False).filter(lambda messages: len(messages) > 2))
 def test_later_turns_do_not_change_earlier_labels(tokenizer_dir, messages):
     """M12: the labels of the first turns are a prefix of the labels of all."""
@@ -140,7 +142,7 @@ def test_later_turns_do_not_change_earlier_labels(tokenizer_dir, messages):
     assert whole.labels[: len(part)].tolist() == part.labels.tolist()
 
 
-@laws
+@law()
 @given(messages=conversations(), data=st.data())
 def test_policy_algebra(tokenizer_dir, messages, data):
     """M13: a message with train: false loses exactly its own tokens; the last turn and the others make all."""
@@ -159,7 +161,7 @@ def test_policy_algebra(tokenizer_dir, messages, data):
     assert full.trained[1:].all() and not full.trained[0]
 
 
-@laws
+@law()
 @given(messages=conversations())
 def test_pad_equal_to_eos_changes_nothing(tokenizer_dir, tmp_path_factory, messages):
     """M7: labels do not depend on which token pads."""
@@ -335,7 +337,7 @@ def test_tool_calls_without_text_arrive(tokenizer_dir):
 
 
 @pytest.mark.parametrize("name", ["deepseek", "mistral", "tiny_bpe", "tiny_metaspace"])
-@laws
+@law(cases=4)
 @given(words=st.lists(st.text(st.sampled_from("abcxyzäß年 "), min_size=1, max_size=12), min_size=2, max_size=6))
 def test_labels_equal_those_of_an_independent_oracle(name, tokenizer_dir, words):
     """M11: answers made unique, found again by plain search in transformers' own kind of text, token by token."""
@@ -358,3 +360,51 @@ def test_labels_equal_those_of_an_independent_oracle(name, tokenizer_dir, words)
             if a < b and a < end and b > start:
                 expected[position] = encoding.ids[position]
     assert example.labels.tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["deepseek", "qwen", "tiny_bpe"])
+@law(30, cases=3)
+@given(data=st.data())
+def test_what_is_remembered_is_what_would_be_found(name, tokenizer_dir, data):
+    """A template that has seen other conversations says the same of this one as a fresh one does."""
+    recipe = make_recipe(tokenizer_dir(name))
+    messages = data.draw(conversations(system=system_of(name), reasoning=name == "qwen", tools=name == "qwen"))
+    conversation = Conversation(tuple(messages))
+
+    def rendered(template):
+        try:
+            return render(conversation, template)
+        except BadRow as refusal:
+            return refusal.code
+
+    assert rendered(recipe.template) == rendered(replace(recipe.template))
+
+
+@pytest.mark.parametrize("name", ["deepseek", "qwen", "tiny_bpe", "tiny_metaspace"])
+@law(30, cases=4)
+@given(data=st.data())
+def test_the_second_way_agrees(name, tokenizer_dir, data):
+    """Plain rendering, with letters put into the messages, contradicts no region."""
+    recipe = make_recipe(tokenizer_dir(name))
+    messages = data.draw(conversations(system=system_of(name), max_turns=2))
+    conversation = Conversation(tuple(messages))
+    try:
+        texts_of_it = render(conversation, recipe.template)
+    except BadRow:
+        return
+    assert [contradicted(conversation, recipe.template, one) for one in texts_of_it] == [None] * len(texts_of_it)
+
+
+@pytest.mark.parametrize("name", ["deepseek", "qwen", "tiny_bpe", "tiny_metaspace"])
+def test_users_can_try_the_laws_on_their_own(name, tokenizer_dir):
+    refused = try_template(tokenizer_dir(name), max_examples=40)
+    assert set(refused) <= {"payload_dropped", "control_tokens", "history_drift", "template_raises"}
+
+
+def test_a_broken_law_is_shown(tokenizer_dir, monkeypatch):
+    from ftdata import examples
+
+    everything = lambda offsets, rendered, chosen: np.ones(len(offsets), dtype=bool)
+    monkeypatch.setattr(examples, "trained_tokens", everything)
+    with pytest.raises(AssertionError, match="M1"):
+        try_template(tokenizer_dir("tiny_bpe"), max_examples=40)

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import law
 
 from ftdata import encode
 from ftdata.errors import BadRow
@@ -9,10 +10,8 @@ from ftdata.testing import conversations
 from ftdata.tokenize import load_tokenizer
 from ftdata.truncate import POLICIES, truncate, turn_ends
 
-laws = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-
-@laws
+@law(100)
 @given(messages=conversations(), policy=st.sampled_from(POLICIES), data=st.data())
 def test_laws(tokenizer_dir, messages, policy, data):
     tokenizer = load_tokenizer(tokenizer_dir("tiny_bpe"))
@@ -37,7 +36,7 @@ def test_laws(tokenizer_dir, messages, policy, data):
         assert "truncated_answer" not in kept.flags
 
 
-@laws
+@law(100)
 @given(messages=conversations(), policy=st.sampled_from(POLICIES))
 def test_no_limit_is_the_identity(tokenizer_dir, messages, policy):
     (whole,) = encode(messages, tokenizer_dir("tiny_bpe"))
@@ -45,7 +44,7 @@ def test_no_limit_is_the_identity(tokenizer_dir, messages, policy):
     assert truncate(whole, len(whole), policy) is whole
 
 
-@laws
+@law(100)
 @given(messages=conversations())
 def test_turn_ends_are_the_stops(tokenizer_dir, messages):
     tokenizer = load_tokenizer(tokenizer_dir("tiny_bpe"))

@@ -24,7 +24,7 @@ CLOCK = "2026-01-15T10:30:00"
 SPECIAL = re.compile(
     r"<\|[^|<>\s]*\|>|</?[a-zA-Z_]+(?:_[a-zA-Z0-9_]+)*>|<｜[^｜]*｜>|\[/?[A-Z_]+\]|<\|[A-Z_]+\|?>|<[a-z_]+\|>|<\|[a-z_]+>"
 )
-"""What looks like a control token in a template: added to every tokenizer, as each model's own tokenizer has its own."""
+"""What looks like a control token in a template; added to every tokenizer, as a model's own would have it."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ CONVERSATIONS: dict[str, Conversation] = {
     "equal texts": ([_user("No."), _answer("No."), _user("No."), _answer("No.")], None),
     "blanks": ([_user(" indented\n"), _answer("\n\n  padded \n"), _user("\nx"), _answer(" y ")], None),
     "unicode": (
-        [_user("Grüße, 世界 👩‍🚀?"), _answer("Ça va — e\u0301té\r\nнорм 🏴‍☠️"), _user("好"), _answer("🙂")],
+        [_user("Grüße, 世界 👩‍🚀?"), _answer("Ça va — e\u0301té\r\n好的 🏴‍☠️"), _user("好"), _answer("🙂")],
         None,
     ),
     "code": (

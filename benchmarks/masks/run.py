@@ -207,9 +207,12 @@ def table(rows: Iterable[tuple[str, str, Counter[str]]]) -> str:
     for method, tokenizer, n in rows:
         defined = max(n["defined"], 1)
         shares = " | ".join(f"{n[name] / defined:.2%}" for name in ("exact", "blanks", "refused"))
+        silent = f"{n['silent']:,} ({n['silent'] / defined:.2%})"
+        undefined = f"{n['undefined answered']:,} of {n['undefined']:,}"
+        time_each = n["µs"] // max(n["cases"], 1)
         lines.append(
-            f"| {method} | {tokenizer} | {n['defined']:,} | {shares} | {n['silent']:,} ({n['silent'] / defined:.2%}) "
-            f"| {n['other ids']:,} | {n['undefined answered']:,} of {n['undefined']:,} | {n['µs'] // max(n['cases'], 1):,} |"
+            f"| {method} | {tokenizer} | {n['defined']:,} | {shares} | {silent} | {n['other ids']:,} | {undefined} "
+            f"| {time_each:,} |"
         )
     return "\n".join(lines)
 
