@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import count
+from types import CodeType
 from typing import Any, NoReturn
 
 import jinja2
@@ -177,6 +178,29 @@ def _watch(environment: Environment) -> None:
     environment.watch = True
 
 
+def _environment(date: datetime.datetime, strict: bool) -> Environment:
+    environment = Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, loopcontrols],
+        undefined=Loud if strict else jinja2.Undefined,
+    )
+    environment.filters |= {"tojson": _tojson, "join": _join, "safe": safe}
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": _clock(date),
+        "dict": TemplateDict(),
+        "namespace": TemplateNamespace,
+    }
+    return environment
+
+
+@lru_cache(maxsize=64)
+def _code(source: str) -> CodeType:
+    # What a template compiles to does not depend on how it is run: strict, watched, for prompts only.
+    return _environment(datetime.datetime.fromtimestamp(0, datetime.UTC), strict=False).compile(source)
+
+
 @lru_cache(maxsize=64)
 def compile_template(
     source: str, date: datetime.datetime, strict: bool, prompt_only: bool = False, watch: bool = False
@@ -193,24 +217,12 @@ def compile_template(
     Raises:
         jinja2.TemplateSyntaxError: with the template line.
     """
-    environment = Environment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[Generation, loopcontrols],
-        undefined=Loud if strict else jinja2.Undefined,
-    )
+    environment = _environment(date, strict)
     environment.prompt_only = prompt_only
-    environment.filters |= {"tojson": _tojson, "join": _join, "safe": safe}
-    environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": _clock(date),
-        "dict": TemplateDict(),
-        "namespace": TemplateNamespace,
-    }
     if watch:
         _watch(environment)
     # `a ~ b` compiles to a call of the module-level `str_join`, which is looked up in the template's namespace.
     namespace: dict[str, Any] = {"environment": environment, "__file__": "<template>"}
-    exec(environment.compile(source), namespace)  # noqa: S102  (how Jinja itself runs its own generated code)
+    exec(_code(source), namespace)  # noqa: S102  (how Jinja itself runs its own generated code)
     namespace["str_join"] = _watched_str_join if watch else _str_join
     return jinja2.Template._from_namespace(environment, namespace, environment.make_globals(None))
