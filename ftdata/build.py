@@ -409,7 +409,10 @@ def _notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
     flags = Counter[str]()
     for ledger in ledgers:
         flags.update(ledger.flags)
-    notes = [NOTES[flag].format(n=f"{count:,}") for flag, count in sorted(flags.items()) if flag in NOTES]
+    repeated = f"{sum(ledger.tokens_repeated for ledger in ledgers):,}"
+    notes = [
+        NOTES[flag].format(n=f"{count:,}", repeated=repeated) for flag, count in sorted(flags.items()) if flag in NOTES
+    ]
     if recipe.template.uses_date:
         notes.append(f"the template prints a date, shown as {recipe.template.date:%Y-%m-%d}; set it with date=")
     return tuple(notes)

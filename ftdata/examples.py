@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ftdata.errors import BadRow, TemplateRefused, UsageError, one_of
-from ftdata.mask import Policy, policy_of, trained_tokens
+from ftdata.mask import Policy, policy_of, straddling, trained_tokens
 from ftdata.schemas import check_columns, normalise, schemas
 from ftdata.templates import DEFAULT_DATE, DROPPED, TURNS, Template, check, find, render, scaffold
 from ftdata.templates.child import trusted
@@ -178,11 +178,19 @@ def as_date(date: str | datetime.date | None) -> datetime.datetime:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """One row that was built: its examples, and how many tokens of it did not fit."""
+    """One row that was built: its examples, and how many tokens of it did not fit.
+
+    `repeated` is what it costs to show a conversation in several examples: their tokens beyond the longest one's.
+    """
 
     schema: str
     examples: tuple[Example, ...]
     cut: int = 0
+
+    @property
+    def repeated(self) -> int:
+        """Tokens beyond those of the longest example."""
+        return sum(map(len, self.examples)) - max(map(len, self.examples), default=0)
 
 
 def build_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[Built | Reject]:
@@ -321,6 +329,8 @@ def _example(recipe: Recipe, conversation: Conversation, rendered: Rendered, enc
     if conversation.messages and conversation.messages[-1]["role"] != "assistant":
         flags.add("trailing_turns")
     trained = trained_tokens(offsets, rendered, chosen)
+    if straddling(offsets, trained, rendered, chosen):
+        flags.add("straddle")
     source = conversation.source
     example = Example(ids, trained, offsets, rendered.text, rendered.spans, frozenset(flags), source)
     last = ids[turn_ends(example) - 1]

@@ -33,6 +33,7 @@ class Ledger:
     tokens_cut: int = 0
     tokens_rejected: int = 0
     tokens_trained: int = 0
+    tokens_repeated: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the ledger as JSON."""
@@ -52,6 +53,7 @@ class Ledger:
         self.built += 1
         self.schemas[entry.schema] += 1
         self.examples += len(entry.examples)
+        self.tokens_repeated += entry.repeated
         self.tokens_cut += entry.cut
         self.tokens_in += entry.cut
         for example in entry.examples:
@@ -86,6 +88,7 @@ COUNTS = (
     "tokens_cut",
     "tokens_rejected",
     "tokens_trained",
+    "tokens_repeated",
 )
 """What every ledger counts, and a report adds up."""
 
@@ -157,7 +160,9 @@ NOTES = {
     "prompt_drift": "{n} examples lack a scaffold that the generation prompt forces (an open thinking block)",
     "reasoning_dropped": "{n} examples lost reasoning, which the template does not print",
     "rewritten": "{n} examples show an earlier turn otherwise than the model wrote it",
-    "split": "{n} examples are single turns: the template rewrites earlier turns, so each is shown as it will be asked",
+    "split": "{n} examples are turns by themselves, {repeated} tokens of them repeated: the template rewrites earlier "
+    "turns, so each is shown as it will be asked",
+    "straddle": "{n} examples have a trained token that begins or ends outside the answer (tokens follow characters)",
     "tags_overruled": "{n} examples are trained on what the model must generate, not on what the template's tags mark",
     "trailing_turns": "{n} examples end with messages that nothing answers",
     "unclosed_final": "{n} examples end without a stop: the template prints it only before the next message",

@@ -130,3 +130,23 @@ def trained_tokens(offsets: NDArray[np.int32], rendered: Rendered, chosen: Seque
     trained &= ends > starts
     trained[0] = False
     return trained
+
+
+def straddling(
+    offsets: NDArray[np.int32], trained: NDArray[np.bool_], rendered: Rendered, chosen: Sequence[bool]
+) -> bool:
+    """Return whether a trained token holds characters that are not trained: it stands across a boundary.
+
+    Args:
+        offsets: int32 `[n, 2]`, the characters behind each token.
+        trained: bool `[n]`, the result of `trained_tokens`.
+        rendered: the text's spans.
+        chosen: for each span, whether the policy trains it.
+    """
+    inside = np.zeros(len(rendered.text) + 1, dtype=np.int64)
+    for span, yes in zip(rendered.spans, chosen, strict=True):
+        if yes:
+            inside[span.start + 1 : span.end + 1] = 1
+    before = np.cumsum(inside)
+    starts, ends = offsets[trained, 0], offsets[trained, 1]
+    return bool((before[ends] - before[starts] < ends - starts).any())

@@ -66,7 +66,7 @@ _MESSAGE_KEYS = frozenset(
     {"role", "content", "reasoning_content", "thinking", "reasoning", "tool_calls", "tool_call_id", "name"}
 )
 _SHAREGPT_KEYS = {"from": "role", "value": "content"}
-_TRAIN_KEYS = ("train", "weight")
+_TRAIN_KEYS = ("train", "training", "weight", "loss")
 
 
 def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None = None) -> Conversation:

@@ -316,3 +316,11 @@ def test_parts_of_a_turn_can_be_chosen(tokenizer_dir, messages, parts, expected)
     (example,) = encode(messages, tokenizer_dir("tiny_bpe"), source, train_parts=parts)
     pieces = example.offsets[example.trained]
     assert "".join(example.text[a:b] for a, b in pieces) == expected
+
+
+@pytest.mark.parametrize("key", ["train", "training", "weight", "loss"])
+def test_messages_say_themselves_whether_they_are_trained(tokenizer_dir, key):
+    messages = [USER, {**ANSWER, key: 0}, *TALK[2:]]
+    (example,) = encode(messages, tokenizer_dir("tiny_bpe"))
+    assert "".join(example.text[a:b] for a, b in example.offsets[example.trained]) == "a2<|im_end|>"
+    assert "fields_dropped" not in example.flags

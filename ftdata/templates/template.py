@@ -89,10 +89,11 @@ class Template:
         tokens = self._compile().environment.lex(self.source)
         return any(kind == "name" and value == "generation" for _, kind, value in tokens)
 
-    @property
+    @cached_property
     def uses_date(self) -> bool:
         """Whether the text may depend on the clock."""
-        return "strftime_now" in self.names
+        names = self._compile().environment.parse(self.source).find_all(nodes.Name)
+        return any(name.name == "strftime_now" for name in names)
 
     @cached_property
     def stops(self) -> Stops:
