@@ -217,7 +217,7 @@ def _prepare(recipe: Recipe, row: Row | Reject) -> tuple[Conversation, tuple[Ren
         conversation = normalise(row, recipe.schema, recipe.columns)
         check_answers(conversation)
         texts = render(conversation, recipe.template, recipe.turns, recipe.dropped)
-        _check_lost_text(recipe, conversation, texts)
+        _check_hidden(recipe, conversation, texts)
         if row.source.row < PROVED or row.source.row % PROVED_EVERY == 0:
             _prove(recipe, conversation, texts)
     except BadRow as error:
@@ -237,19 +237,37 @@ def _prove(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]
             )
 
 
-def _check_lost_text(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
-    # Where a template rewrites a message beyond what we can follow, typed control tokens could hide in the rest.
+def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
+    """Refuse a row whose own text spells control tokens that would pass for the template's.
+
+    Where a template prints a text in a way that we cannot follow, it counts as the template's. So the row is rendered
+    once more with the control tokens in it blotted out: the template must still write as many of them.
+    """
     pattern = recipe.control.pattern
-    if recipe.control_tokens == "allow" or pattern is None or not any("content_cut" in one.flags for one in texts):
+    if recipe.control_tokens == "allow" or pattern is None or not conversation.messages:
         return
-    for index, message in enumerate(conversation.messages):
-        if pattern.search(json.dumps(message.get("content"), ensure_ascii=False)):
-            raise BadRow(
-                "control_tokens",
-                "spells a control token, and the template rewrites the message",
-                field=f"messages[{index}].content",
-                hint="take it out of the data, or set control_tokens='allow'",
-            )
+    if not pattern.search(json.dumps([conversation.messages, conversation.tools], ensure_ascii=False)):
+        return
+
+    def blot(value: Any) -> Any:
+        if isinstance(value, str):
+            return pattern.sub(lambda found: "x" * len(found.group()), value)
+        if isinstance(value, Mapping):
+            return {blot(key): item if key == "role" else blot(item) for key, item in value.items()}
+        return [blot(item) for item in value] if isinstance(value, list | tuple) else value
+
+    tame = replace(conversation, messages=tuple(blot(conversation.messages)), tools=tuple(blot(conversation.tools)))
+    own = sum(len(recipe.control.matches(one)[0]) for one in texts if not one.keep_control)
+    try:
+        expected = render(tame, recipe.template, recipe.turns, recipe.dropped)
+    except BadRow:
+        expected = ()
+    if own != sum(len(recipe.control.matches(one)[0]) for one in expected if not one.keep_control):
+        raise BadRow(
+            "control_tokens",
+            "spells a control token, which the template prints as if it were its own",
+            hint="take it out of the data, or set control_tokens='allow'",
+        )
 
 
 def check_answers(conversation: Conversation) -> None:
@@ -406,7 +424,7 @@ def encode(
     conversation = normalise(Row(row, Source("<messages>", 0)), "messages")
     try:
         texts = render(conversation, recipe.template, recipe.turns, recipe.dropped)
-        _check_lost_text(recipe, conversation, texts)
+        _check_hidden(recipe, conversation, texts)
         encoded = encode_rendered(recipe.tokenizer, texts, recipe.control, recipe.control_tokens)
         return _examples(recipe, conversation, texts, encoded)
     except BadRow as error:

@@ -164,6 +164,7 @@ NOTES = {
     "turns, so each is shown as it will be asked",
     "straddle": "{n} examples have a trained token that begins or ends outside the answer (tokens follow characters)",
     "tags_overruled": "{n} examples are trained on what the model must generate, not on what the template's tags mark",
+    "tools_dropped": "{n} examples were given tools that the template does not print",
     "trailing_turns": "{n} examples end with messages that nothing answers",
     "unclosed_final": "{n} examples end without a stop: the template prints it only before the next message",
     "unprobed": "{n} examples were judged by themselves: the template refuses plain conversations",

@@ -14,6 +14,7 @@ A cell may itself be an object with one value (`{"question": {"0": "How ..."}}`)
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -335,8 +336,9 @@ def _tool_calls(calls: Any, field: str) -> list[dict[str, Any]]:
         function = call.get("function")
         if isinstance(function, Mapping) and isinstance(text := function.get("arguments"), str):
             try:
-                arguments = orjson.loads(text)
-            except orjson.JSONDecodeError as error:
+                # Python's own reader keeps whole numbers of any size.
+                arguments = json.loads(text)
+            except ValueError as error:
                 place = f"{field}[{index}].function.arguments"
                 raise BadRow("tool_arguments", f"is text that is not JSON: {error}", field=place) from None
             parsed.append({**call, "function": {**function, "arguments": arguments}})

@@ -26,6 +26,8 @@ from ftdata.types import Part, Rendered
 
 CONTROL_POLICIES = ("escape", "refuse", "allow")
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 _PLACEHOLDERS = (0xF0000, 0xF8000, 0x100000, 0x108000)
 """Private-use characters from one of these on stand for control tokens while typed ones are being escaped."""
 
@@ -136,7 +138,14 @@ def encode_rendered(
     Returns:
         For each text its tokens, or a `BadRow` with code `control_tokens`.
     """
-    outcome: list[Encoded | BadRow] = list(tokenizer.encode([one.text for one in batch]))
+    outcome: list[Encoded | BadRow] = []
+    good = [one for one in batch if not _SURROGATE.search(one.text)]
+    encoded_good = iter(tokenizer.encode([one.text for one in good]))
+    for one in batch:
+        if _SURROGATE.search(one.text):
+            outcome.append(BadRow("lone_surrogate", "holds half of a surrogate pair, which is no character"))
+        else:
+            outcome.append(next(encoded_good))
     if policy == "allow":
         return outcome
     for index, (one, encoded) in enumerate(zip(batch, outcome, strict=True)):

@@ -1,5 +1,9 @@
 """Templates on trial: the second way finds what the first got wrong, and hostile ones are held."""
 
+import json
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -151,3 +155,63 @@ def test_what_the_report_says(tokenizer_dir):
     assert set(report.lacks) == {"tool_calls", "reasoning", "names"}
     assert report.uses_date
     assert "made of letters" in str(report)
+
+
+def test_an_interrupted_question_leaves_no_answer_behind(monkeypatch, tmp_path):
+    """After Ctrl-C the next template must not be given the verdict of the one before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    server = child._server(os.getpid())
+
+    class Interrupted:
+        def readline(self):
+            raise KeyboardInterrupt
+
+        def close(self):
+            server.stdout.close()
+
+    monkeypatch.setattr(child, "_server", replace_server(child._server, replace(server, stdout=Interrupted())))
+    with pytest.raises(KeyboardInterrupt):
+        child._examined.__wrapped__(described(CHATML + "{# interrupted #}"))
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    child._server.cache_clear()
+    assert child.verify(bound("{{ raise_exception('never') }}{{ messages }}")).verdict == "refused"
+
+
+def test_a_server_that_was_killed_is_asked_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    child._server(os.getpid()).process.kill()
+    assert child.verify(bound(CHATML + "{# killed #}")).verdict == "exact"
+
+
+@pytest.mark.parametrize("kept", ["[]", "null", "5", '"x"', "{}"])
+def test_a_spoilt_verdict_is_made_again(kept, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    child._examined.cache_clear()
+    child.verify(bound())
+    (file,) = (tmp_path / "ftdata" / "verdicts").iterdir()
+    file.write_text(kept)
+    child._examined.cache_clear()
+    assert child.verify(bound()).verdict == "exact"
+
+
+def test_forked_processes_end(tokenizer_dir):
+    script = (
+        "import os, sys; from ftdata import check_template; check_template('chatml')\n"
+        "if os.fork() == 0:\n    check_template('zephyr'); sys.exit(0)\n"
+        "print(os.waitstatus_to_exitcode(os.wait()[1]))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert ran.stdout == "0\n", ran.stderr
+
+
+def described(source):
+    return json.dumps(child._description(bound(source)), sort_keys=True)
+
+
+def replace_server(real, fake):
+    def server(process_id):
+        return fake
+
+    server.cache_clear = real.cache_clear
+    return server

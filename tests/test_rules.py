@@ -324,3 +324,99 @@ def test_messages_say_themselves_whether_they_are_trained(tokenizer_dir, key):
     (example,) = encode(messages, tokenizer_dir("tiny_bpe"))
     assert "".join(example.text[a:b] for a, b in example.offsets[example.trained]) == "a2<|im_end|>"
     assert "fields_dropped" not in example.flags
+
+
+RATED = template(HEAD + TURN + "{% if m.rating %}<|im_start|>rating\n{{ m.rating }}<|im_end|>\n{% endif %}")
+
+
+def test_r5_other_fields_of_a_message_do_not_move_its_stop():
+    assert trained(RATED, [USER, {**ANSWER, "rating": "5 stars"}, *TALK[2:]])[0] == ["a1<|im_end|>", "a2<|im_end|>"]
+    inside = template(HEAD + "{{ m.content[:1] }}{{ m.rating }}{{ m.content[1:] }}<|im_end|>\n")
+    assert refusal(inside, [USER, {**ANSWER, "rating": "5 stars"}]).code == "interleaved"
+
+
+def test_r8_the_opener_of_the_next_message_is_no_stop():
+    numbered = "{% for m in messages %}<|im_start|>{{ m.role }} #{{ loop.index }}\n{{ m.content }}\n{% endfor %}"
+    asked = numbered + "{% if add_generation_prompt %}<|im_start|>assistant #{{ messages|length + 1 }}\n{% endif %}"
+    assert trained(asked) == (["a1", "a2"], {"no_stop"})
+    first_bare = "{% for m in messages %}{% if m.role == 'user' %}{% if not loop.first %}[INST] {% endif %}{{ m.content }} [/INST]{% else %} {{ m.content }} {% endif %}{% endfor %}"
+    assert trained(first_bare) == ([" a1", " a2"], {"no_stop"})
+
+
+def test_r10_a_footer_is_not_trained():
+    footer = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}assistant: {% else %}### End{% endif %}"
+    assert trained(footer) == (["a1", "a2"], {"no_stop", "junk_tail"})
+
+
+@pytest.mark.parametrize("prompt", ["Answer now: ", "[Be brief] Ok. "])
+def test_r4_a_prompt_that_says_more_than_thinking_is_refused(prompt):
+    assert refusal(template(prompt=PROMPT + prompt)).code == "history_drift"
+
+
+def test_r12_one_of_two_calls_that_is_missing():
+    first_only = template(
+        HEAD + "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}<|im_end|>\n"
+    )
+    second = {"type": "function", "function": {"name": "find", "arguments": {"key": "another"}}}
+    calls = [USER, {**CALL, "tool_calls": [*CALL["tool_calls"], second]}]
+    assert refusal(first_only, calls).code == "payload_dropped"
+    assert (
+        "tools_dropped"
+        in render(
+            Conversation((USER, ANSWER), tools=({"name": "find"},)), Template("t", template(), strict=False), "joint"
+        )[0].flags
+    )
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "{{ tools }}",
+        "{{ '(%s)' | format(messages[0].name) }}",
+        "{{ '<note>%s</note>' | format(messages[0].mood) }}",
+    ],
+)
+def test_r16_control_tokens_in_text_that_cannot_be_followed_are_refused(tokenizer_dir, before):
+    typed = "say <|im_end|> here"
+    messages = [{**USER, "name": typed, "mood": typed}, ANSWER]
+    tools = [{"type": "function", "function": {"name": "f", "description": typed}}]
+    with pytest.raises(BadRow, match="control_tokens"):
+        encode(messages, tokenizer_dir("tiny_bpe"), template(before=before), tools=tools)
+
+
+def test_thinking_that_the_prompt_opens_is_reasoning(tokenizer_dir):
+    source = template(prompt=PROMPT + "<think>\n").replace(
+        "{{ m.content }}", "{% if m.role == 'assistant' %}<think>\n{% endif %}{{ m.content }}"
+    )
+    messages = [USER, {"role": "assistant", "content": "why\n</think>\n\na1"}]
+    (example,) = encode(messages, tokenizer_dir("tiny_bpe"), source, train_parts=["answer"])
+    assert "".join(example.text[a:b] for a, b in example.offsets[example.trained]) == "a1<|im_end|>"
+
+
+def test_lone_surrogates_are_refused_row_by_row(tokenizer_dir):
+    with pytest.raises(BadRow, match="lone_surrogate"):
+        encode([{"role": "user", "content": "\ud800"}, ANSWER], tokenizer_dir("tiny_bpe"))
+
+
+def test_whole_numbers_of_any_size_stay(tokenizer_dir):
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"id": 123456789012345678901234567890}'}}
+    messages = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    (example,) = encode(
+        messages, tokenizer_dir("tiny_bpe"), template(HEAD + "{{ m.content }}" + CALLS + "<|im_end|>\n")
+    )
+    assert "123456789012345678901234567890" in example.text
+
+
+def test_what_is_remembered_does_not_hide_what_is_cut():
+    """The prompt prints earlier answers whole, the conversation cuts thinking out of them: seen only where there is any."""
+    strip = "{% set c = m.content %}{% if m.role == 'assistant' and loop.index0 != ns.last and '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}"
+    source = (
+        "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'assistant' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+        + template(strip + HEAD + "{{ c }}<|im_end|>\n")
+    )
+    known = Template("t", source, strict=False, special_tokens={"eos_token": "<|im_end|>"})
+    (plain,) = render(Conversation(tuple(TALK)), known, "joint")
+    assert plain.flags == set()
+    thinking = [USER, {"role": "assistant", "content": "<think>hm</think>a1"}, *TALK[2:]]
+    with pytest.raises(BadRow, match="history_drift"):
+        render(Conversation(tuple(thinking)), known, "joint")

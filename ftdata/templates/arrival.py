@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import json
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,7 +35,12 @@ def recover(
     for index, message in enumerate(messages):
         for part, (key,) in _FIELDS.items():
             value = message.get(key)
-            if part is Part.CONTENT and message["role"] == "assistant" and not value and not message.get("tool_calls"):
+            if (
+                part is Part.CONTENT
+                and message["role"] == "assistant"
+                and not (value if isinstance(value, list) else (value or "").strip())
+                and not message.get("tool_calls")
+            ):
                 at = _place(text, message, index, rerender)
                 found = found if at is None else _insert(found, Piece(at, at, Part.CONTENT, index, 0))
             elif (
@@ -46,13 +52,14 @@ def recover(
 
 
 def check_arrival(
-    messages: Sequence[Mapping[str, Any]], parts: Sequence[Piece], dropped: str = "refuse"
+    messages: Sequence[Mapping[str, Any]], text: str, parts: Sequence[Piece], dropped: str = "refuse"
 ) -> frozenset[str]:
     """Check that every message's text arrived in the rendering; return flags for what arrived in part.
 
     Args:
         messages: the conversation.
-        parts: the rendering.
+        text: the rendering.
+        parts: whose text it is.
         dropped: `"refuse"`, or `"flag"` rows of which a message that is not the assistant's is missing.
 
     Raises:
@@ -60,36 +67,89 @@ def check_arrival(
             parts is printed as a literal.
     """
     flags: set[str] = set()
-    arrived = _arrivals(parts)
+    arrived = _texts(text, parts)
     for index, message in enumerate(messages):
-        given, found = _given(message, Part.CONTENT), arrived[index, Part.CONTENT]
-        calls, called = _given(message, Part.TOOL_CALL), arrived[index, Part.TOOL_CALL]
-        needed = calls and sum(_letters(_arguments(call)) for call in message["tool_calls"])
-        if (given and not found) or (calls and (not called or called < needed)):
+        content, calls = arrived[index, Part.CONTENT], arrived[index, Part.TOOL_CALL]
+        given = _contents(message.get("content"))
+        lost_call = message.get("tool_calls") and not (calls and _calls_printed(message["tool_calls"], calls, text))
+        if (any(given) and not content) or lost_call:
             if dropped == "flag" and message["role"] != "assistant":
                 flags.add("payload_dropped")
                 continue
             raise BadRow(
                 "payload_dropped",
                 f"the template does not print this {message['role']} message's text as given",
-                field=f"messages[{index}].{'content' if given and not found else 'tool_calls'}",
+                field=f"messages[{index}].{'tool_calls' if lost_call else 'content'}",
                 hint="use a template that has room for it, or take it out of the data",
             )
-        if isinstance(message.get("content"), list) and found > given:
+        if isinstance(message.get("content"), list) and len(content) > sum(map(len, given)):
             raise BadRow(
                 "content_stringified",
                 "the template prints the list of parts itself, not the text in it",
                 field=f"messages[{index}].content",
                 hint="give the content as text",
             )
-        if found < given or called < calls:
+        names = [call["function"].get("name") for call in message.get("tool_calls") or () if "function" in call]
+        if not all(_printed(one, content) for one in given) or not all(_printed(one, calls) for one in _values(names)):
             flags.add("content_cut")
-        unknown = [value for key, value in message.items() if key not in _KNOWN]
-        if unknown and arrived[index, Part.OTHER] < _letters(unknown):
-            flags.add("fields_dropped")
-        if any(message.get(key) for key in _REASONING) and not arrived[index, Part.REASONING]:
-            flags.add("reasoning_dropped")
+        flags |= _other_flags(message, arrived[index, Part.REASONING], arrived[index, Part.OTHER])
     return frozenset(flags)
+
+
+def _calls_printed(calls: Sequence[Mapping[str, Any]], printed: str, text: str) -> bool:
+    """Whether every argument is in the printed calls; where their memory is lost, keys are known by the text alone."""
+    values = (value for call in calls for value in _values(_arguments(call)))
+    keys = (key for call in calls for key in _keys(_arguments(call)))
+    return all(_printed(value, printed) for value in values) and all(_printed(key, text) for key in keys)
+
+
+def _other_flags(message: Mapping[str, Any], reasoning: str, other: str) -> set[str]:
+    flags: set[str] = set()
+    thought = next((message[key] for key in _REASONING if message.get(key)), None)
+    if isinstance(thought, str) and thought.strip() and not _printed(thought.strip(), reasoning):
+        flags.add("content_cut" if reasoning else "reasoning_dropped")
+    known = _KNOWN if message["role"] == "tool" else _KNOWN - {"name"}
+    unknown = [value for key, value in message.items() if key not in known]
+    if not all(isinstance(value, str) and _printed(value, other) for value in unknown):
+        flags.add("fields_dropped")
+    return flags
+
+
+def _texts(text: str, parts: Sequence[Piece]) -> defaultdict[tuple[int, Part], str]:
+    """Return the text of each part of each message in a rendering."""
+    found: defaultdict[tuple[int, Part], str] = defaultdict(str)
+    for piece in parts:
+        if piece.part is not Part.SCAFFOLD:
+            found[piece.message, piece.part] += text[piece.start : piece.end]
+    return found
+
+
+def _printed(given: str, text: str) -> bool:
+    """Whether a text is there, as it is or as JSON has it; blanks around it may have been trimmed."""
+    wanted = given.strip()
+    escaped = (json.dumps(wanted, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
+    return wanted in text or any(one in text for one in escaped)
+
+
+def _contents(content: Any) -> list[str]:
+    if isinstance(content, list):
+        return [part.get("text", "") for part in content]
+    return [content.strip()] if content else []
+
+
+def _values(value: Any) -> Iterator[str]:
+    """Yield all strings in a JSON value but keys."""
+    if isinstance(value, str):
+        yield str.__str__(value)
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        yield from _values(inner)
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """Yield all keys in a JSON value."""
+    yield from value if isinstance(value, Mapping) else ()
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        yield from _keys(inner)
 
 
 def _given(message: Mapping[str, Any], part: Part) -> int:

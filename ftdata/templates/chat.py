@@ -16,7 +16,7 @@ from ftdata.templates.spans import Piece, Region, pieces, split_thinking, tile, 
 from ftdata.templates.template import Template, chat_variables
 from ftdata.templates.tracked import Tracked
 from ftdata.templates.watched import watched, watching
-from ftdata.types import Conversation, Message, Rendered
+from ftdata.types import Conversation, Message, Part, Rendered
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ def render_chat(chat: Chat, turns: Sequence[int], dropped: str = "refuse") -> Re
     chat, tracked = _rendered(chat)
     text = str.__str__(tracked)
     parts = recover(text, pieces(tracked), chat.messages, chat.changed)
-    flags = chat.flags | check_arrival(chat.messages, parts, dropped)
+    flags = chat.flags | check_arrival(chat.messages, text, parts, dropped)
+    if chat.tools and not any(piece.part is Part.TOOLS for piece in parts):
+        flags |= {"tools_dropped"}
     if chat.template.tagged and chat.template.strict:
         regions = _in_turns(markers.from_blocks(parts, turns), turns)
     else:
@@ -89,7 +91,7 @@ def render_chat(chat: Chat, turns: Sequence[int], dropped: str = "refuse") -> Re
                 )
         if chat.template.tagged and _marked(parts, turns) != [one for one in regions if one.start < one.end]:
             flags |= {"tags_overruled"}
-    return Rendered(text, tile(split_thinking(text, parts, turns), regions), flags, messages=len(chat.messages))
+    return Rendered(text, tile(split_thinking(text, parts, regions), regions), flags, messages=len(chat.messages))
 
 
 def _rendered(chat: Chat) -> tuple[Chat, Tracked]:
@@ -120,8 +122,9 @@ def _located(chat: Chat, tracked: Tracked, parts: tuple[Piece, ...], turns: Sequ
         return seen[place]
 
     with watching() as log:
+        same = not asked.watch or asked.text() == tracked
         found = [_locate(chat, text, parts, turn, prefix) for turn in turns]
-    if asked.watch and parts == pieces(tracked):
+    if asked.watch and same and parts == pieces(tracked):
         memory.keep(key, log, text, seen.values(), parts, found)
     return found
 

@@ -78,7 +78,7 @@ def _description(template: Template) -> dict[str, Any]:
 def _examined(description: str) -> TemplateReport:
     key = xxhash.xxh3_128_hexdigest(f"{__version__} {_own_code()} {description}".encode())
     file = _cache() / f"{key}.json"
-    with suppress(OSError, ValueError, TypeError):
+    with suppress(OSError, ValueError, TypeError, AttributeError):
         return _report(json.loads(file.read_text(encoding="utf-8")))
     answer = _ask(description)
     if "failed" in answer:
@@ -103,7 +103,11 @@ def _own_code() -> str:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftdata" / "verdicts"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftdata" / "verdicts"
+    except RuntimeError:
+        # No home, and a user that is not known, as in many containers: nothing is kept there.
+        return Path(os.devnull) / "verdicts"
 
 
 def _keep(file: Path, text: str) -> None:
@@ -114,15 +118,23 @@ def _keep(file: Path, text: str) -> None:
 
 
 def _ask(description: str) -> dict[str, Any]:
-    with _lock:
-        try:
+    # A server that was killed from outside says nothing about the template: it is asked once more.
+    for last in (False, True):
+        with _lock(os.getpid()):
             server = _server(os.getpid())
-            server.stdin.write(description + "\n")
-            server.stdin.flush()
-            return dict(json.loads(server.stdout.readline()))
-        except (OSError, ValueError):
-            _server.cache_clear()
-            raise _over_limits(description) from None
+            try:
+                server.stdin.write(description + "\n")
+                server.stdin.flush()
+                return dict(json.loads(server.stdout.readline()))
+            except (OSError, ValueError):
+                server.stop()
+                if last:
+                    raise _over_limits(description) from None
+            except BaseException:
+                # Interrupted while waiting: the answer that is still to come must not be taken for another's.
+                server.stop()
+                raise
+    raise AssertionError
 
 
 def _over_limits(description: str) -> TemplateRefused:
@@ -134,19 +146,31 @@ def _over_limits(description: str) -> TemplateRefused:
     )
 
 
-_lock = threading.Lock()
+@lru_cache(maxsize=1)
+def _lock(process_id: int) -> threading.Lock:  # noqa: ARG001  (a forked process needs one that nobody holds)
+    return threading.Lock()
 
 
 @dataclass(frozen=True)
 class _Server:
+    process: subprocess.Popen[str]
     stdin: IO[str]
     stdout: IO[str]
 
+    def stop(self) -> None:
+        """End the process, which holds nothing worth keeping; the next question starts another."""
+        _server.cache_clear()
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.stdin, self.stdout):
+            with suppress(OSError):
+                stream.close()
+
 
 @lru_cache(maxsize=1)
-def _server(process_id: int) -> _Server:  # noqa: ARG001  (a forked process has to start its own)
+def _server(process_id: int) -> _Server:
     """Start the process that examines templates: one child of it for each, which starts in no time."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONHASHSEED": "0"}
+    path = os.pathsep.join(str(entry) for entry in sys.path if entry)
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "ftdata.templates.child"],
         stdin=subprocess.PIPE,
@@ -154,16 +178,20 @@ def _server(process_id: int) -> _Server:  # noqa: ARG001  (a forked process has 
         stderr=subprocess.DEVNULL,
         text=True,
         encoding="utf-8",
-        env=environment,
+        env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
+        start_new_session=True,
     )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    server = _Server(process, process.stdin, process.stdout)
 
     @atexit.register
     def stop() -> None:
-        process.communicate()
+        # A forked process inherits this, but not the server.
+        if os.getpid() == process_id and process.poll() is None:
+            server.stop()
 
-    assert process.stdin is not None
-    assert process.stdout is not None
-    return _Server(process.stdin, process.stdout)
+    return server
 
 
 def main() -> None:

@@ -9,11 +9,11 @@ answer in this text, and the conversation is refused with the two renderings.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ftdata.errors import BadRow
-from ftdata.templates.compare import ATOM, TAG, agreement, common_suffix, tags
+from ftdata.templates.compare import ATOM, TAG, agreement, common_prefix, common_suffix, tags
 from ftdata.templates.spans import Piece, Region, pieces
 from ftdata.templates.stops import Stops
 from ftdata.templates.tracked import Tracked
@@ -24,6 +24,8 @@ RenderPrefix = Callable[[int, bool], Tracked]
 
 _THINKING = re.compile("think|thought|reason|channel|analysis", re.IGNORECASE)
 """In names of tags: a scaffold around thinking, which a prompt may force and a finished answer lack."""
+
+_PAYLOAD = frozenset({Part.CONTENT, Part.REASONING, Part.TOOL_CALL})
 
 _SPLIT = "turns='split' trains each turn in a text of its own"
 
@@ -72,8 +74,9 @@ def locate(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, c
         own = _own(parts, turn, len(ended) if ended is not None and is_prefix else None, start)
         payload_end = own[-1].end if own else start
         gap = text[payload_end : _next(parts, turn, payload_end)]
-        if ended is not None and is_prefix and ended[payload_end:].strip():
-            end = payload_end + stops.own(ended[payload_end:])
+        tail = ended[payload_end:][: len(gap)] if ended is not None and is_prefix else ""
+        if tail.strip():
+            end = payload_end + stops.own(tail)
         elif turn == count - 1:
             end = payload_end
             flags |= {"unclosed_final" if stops.stop.strip() else "no_stop"}
@@ -83,12 +86,16 @@ def locate(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, c
             end = payload_end + stops.between(ending, gap)
         if end == payload_end and "unclosed_final" not in flags:
             flags |= {"no_stop"}
-        elif turn == count - 1 and text[end:].strip():
+        if turn == count - 1 and text[end:].strip():
             flags |= {"junk_tail"}
         if not stops.learnt:
             flags |= {"unprobed"}
-        if any(start <= p.start < end and p.part is not Part.SCAFFOLD and p.message != turn for p in parts):
-            raise BadRow("interleaved", "the template prints text of another message inside this one")
+        first = own[0].start if own else end
+        for piece in parts:
+            inside = start <= piece.start < end and piece.part is not Part.SCAFFOLD
+            # A recipient that stands before the answer, the model says too; what follows the answer is not its own.
+            if inside and (piece.message != turn or (piece.part is Part.OTHER and piece.start >= first)):
+                raise BadRow("interleaved", "the template prints text inside the answer that is not the answer's")
     except BadRow as error:
         error.field = error.field or field
         raise
@@ -110,7 +117,8 @@ def _begin(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, s
     # At least the turn's header must be the same in both, or this is another turn than the one asked for.
     header = prompt[known:start].replace(stops.stop.strip(), "") if stops.stop.strip() else prompt[known:start]
     own, forced = text[start:first].strip() if first < len(text) else "", prompt[start:].strip()
-    if not header.strip() or _other_turn(own, forced) or stops.known(forced):
+    thinking = _THINKING.search(forced) or not TAG.sub("", forced).strip()
+    if not header.strip() or not thinking or _other_turn(own, forced) or stops.known(forced):
         raise BadRow("history_drift", _disagreement(prompt, text), hint=_SPLIT)
     return start, {"prompt_drift"}
 
@@ -120,7 +128,7 @@ def _other_turn(own: str, forced: str) -> bool:
     if not own or own.startswith(forced):
         return False
     shared = [tag for tag in tags(own) & tags(forced) if not _THINKING.search(tag)]
-    return bool(shared) or not (TAG.match(own) or TAG.match(forced))
+    return bool(shared)
 
 
 def _part(prompt: str, text: str, first: int) -> int:
@@ -146,7 +154,7 @@ def _or_none(prefix: RenderPrefix, count: int) -> Tracked | None:
 
 def _own(parts: Sequence[Piece], turn: int, length: int | None, start: int) -> list[Piece]:
     """Return the pieces of the message where it stands: not where a later message repeats some of it."""
-    mine = [p for p in parts if p.message == turn and p.part is not Part.SCAFFOLD and p.end > start]
+    mine = [p for p in parts if p.message == turn and p.part in _PAYLOAD and p.end > start]
     if length is not None:
         return [piece for piece in mine if piece.end <= length]
     stop = next(
@@ -154,20 +162,21 @@ def _own(parts: Sequence[Piece], turn: int, length: int | None, start: int) -> l
     )
     if stop is None:
         return mine
-    if any(piece.start > stop and piece.part is not Part.OTHER for piece in mine):
+    if any(piece.start > stop for piece in mine):
         raise BadRow("interleaved", "the template prints text of another message inside this one")
     return [piece for piece in mine if piece.end <= stop]
 
 
 def _next(parts: Sequence[Piece], turn: int, at: int) -> int | None:
-    return next((p.start for p in parts if p.start >= at and p.part is not Part.SCAFFOLD and p.message != turn), None)
+    others = (p for p in parts if p.part is not Part.SCAFFOLD and (p.message != turn or p.part is Part.OTHER))
+    return next((piece.start for piece in others if piece.start >= at), None)
 
 
 def _ending(ended: Tracked | None, begun: str, turn: int) -> tuple[str | None, bool]:
     """Return what follows the answer where the conversation ends there, and whether the answer itself differs there."""
     if ended is None:
         return None, False
-    mine = [p for p in pieces(ended) if p.message == turn and p.part is not Part.SCAFFOLD]
+    mine = [p for p in pieces(ended) if p.message == turn and p.part in _PAYLOAD]
     at = mine[-1].end if mine else len(begun)
     return ended[at:], ended[:at] != begun
 
@@ -185,9 +194,15 @@ def learn(probe: Callable[[str], Tracked | None], bare: Stops) -> Stops:
     if whole is None or len(texts) < len("uaua"):
         return bare
     before, first, gap = whole[: texts[0][0]], whole[texts[0][1] : texts[1][0]], whole[texts[1][1] : texts[2][0]]
-    stops = replace(bare, learnt=True, opener=min(_openers(probe, before, gap), key=len))
+    shared = common_suffix(before, gap)
+    begun = before.removesuffix(shared).strip()
+    # Either the first message's opener is all that stands before it, but for BOS, or two user messages in a row tell.
+    exact = shared if shared.strip() and (not begun or TAG.fullmatch(begun)) else _opener(probe, gap)
+    opener = shared if exact is None else exact
+    stops = replace(bare, learnt=True, opener=opener, before=before if exact is None else "")
     half = probe("ua")
-    tail = half[texts[1][1] :] if half is not None and whole.startswith(half) else ""
+    half_is_prefix = half is not None and whole.startswith(half)
+    tail = half[texts[1][1] :] if half is not None and half_is_prefix else ""
     ending = half[ended[1][1] :] if half is not None and len(ended := _by_message(half)) == len("ua") else None
     try:
         stop = tail[: stops.own(tail)] if tail.strip() else gap[: stops.between(ending, gap)]
@@ -195,18 +210,25 @@ def learn(probe: Callable[[str], Tracked | None], bare: Stops) -> Stops:
         stop = ""
     last = whole[texts[3][1] :]
     closed = replace(stops, stop=stop).known(last)
-    return replace(stops, stop=stop, leftover=last[closed:] if closed else common_suffix(last, first))
+    if closed:
+        leftover = last[closed:]
+    elif stop:
+        leftover = common_suffix(last, first)
+    else:
+        # No stops between turns: what is printed only where the conversation ends is none of the model's.
+        leftover = last[len(common_prefix(tail if half_is_prefix else gap, last)) :]
+    return replace(stops, stop=stop, leftover=leftover)
 
 
-def _openers(probe: Callable[[str], Tracked | None], before: str, gap: str) -> Iterator[str]:
-    """Yield what may be the template's text before a user message, each a suffix of `gap`."""
-    yield common_suffix(before, gap)
+def _opener(probe: Callable[[str], Tracked | None], gap: str) -> str | None:
+    """Return what the template prints before a user message, told by two in a row; `None` where they do not tell."""
     twice, alone = probe("uu"), probe("u")
     texts, own = _by_message(twice), _by_message(alone)
-    if twice is not None and alone is not None and len(texts) == len("uu") and own:
-        opener = twice[texts[0][1] : texts[1][0]].removeprefix(alone[own[0][1] :])
-        if gap.endswith(opener):
-            yield opener
+    if twice is None or alone is None or len(texts) < len("uu") or not own:
+        return None
+    between, closing = twice[texts[0][1] : texts[1][0]], alone[own[0][1] :]
+    opener = between.removeprefix(closing)
+    return opener if between.startswith(closing) and gap.endswith(opener) else None
 
 
 def _by_message(text: Tracked | None) -> dict[int, tuple[int, int]]:

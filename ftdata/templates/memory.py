@@ -92,9 +92,25 @@ def key_of(
 ) -> Key:
     """Return shape and skeleton of a rendered conversation."""
     skeleton = tuple(
-        text[piece.start : piece.end] if piece.part is Part.SCAFFOLD else (piece.message, piece.part) for piece in parts
+        text[piece.start : piece.end]
+        if piece.part is Part.SCAFFOLD
+        else (piece.message, piece.part, *_manner(messages, piece, text))
+        for piece in parts
     )
     return _shape(messages), repr(tools) if tools else "", tuple(turns), skeleton
+
+
+def _manner(messages: Sequence[Mapping[str, Any]], piece: Piece, text: str) -> tuple[bool, bool]:
+    """Say whether a message's content is printed whole, and whether there are blanks around it to be trimmed.
+
+    A template may print one message otherwise in a prompt than in the whole: in texts that have nothing to cut, that
+    does not show.
+    """
+    content = messages[piece.message].get("content") if piece.part is Part.CONTENT else None
+    if not isinstance(content, str):
+        return False, False
+    whole = str.__str__(content)
+    return text[piece.start : piece.end] == whole, whole != whole.strip()
 
 
 def _shape(value: Any) -> Any:

@@ -91,6 +91,10 @@ class TemplateDict:
         """Make a dict."""
         return dict(*args, **kwargs)
 
+    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+        """As `dict.fromkeys`."""
+        return dict.fromkeys(keys, value)
+
 
 class TemplateNamespace(Namespace):
     """A namespace that stores no underscore names."""
@@ -166,7 +170,7 @@ _TRANSPARENT |= {"capitalize", "lower", "replace", "select", "selectattr", "stri
 def _watch(environment: Environment) -> None:
     filters = environment.filters
     for name, function in list(filters.items()):
-        if name in ("tojson", "safe"):
+        if name == "tojson":
             filters[name] = watched_result(function)
         elif name not in _TRANSPARENT:
             filters[name] = watched_call(function)

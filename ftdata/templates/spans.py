@@ -19,7 +19,8 @@ _CODES = {part: code for code, part in enumerate(_PARTS)}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _KEYS = {"content": Part.CONTENT, "tool_calls": Part.TOOL_CALL, **dict.fromkeys(_REASONING, Part.REASONING)}
 
-_THINKING = re.compile(r"\s*<(think|thinking|thought|reasoning)>.*?</\1>\s*", re.DOTALL)
+_NAMES = "think|thinking|thought|reasoning"
+_OPENS, _OPENED = re.compile(rf"\s*<({_NAMES})>"), re.compile(rf"<({_NAMES})>\s*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +74,28 @@ def pieces(text: Tracked) -> tuple[Piece, ...]:
     return tuple(found)
 
 
-def split_thinking(text: str, parts: Iterable[Piece], turns: Sequence[int]) -> tuple[Piece, ...]:
-    """Return the pieces with thinking that is written into the contents of `turns` made reasoning."""
+def split_thinking(text: str, parts: Iterable[Piece], regions: Sequence[Region]) -> tuple[Piece, ...]:
+    """Return the pieces with thinking that is written into contents made reasoning: up to its closing tag."""
+    limits = {region.message: _thinking_end(text, region) for region in regions}
     found: list[Piece] = []
-    begun: set[int] = set()
     for piece in parts:
-        first = piece.part is Part.CONTENT and piece.message in turns and piece.message not in begun
-        begun.add(piece.message)
-        thought = _THINKING.match(text, piece.start, piece.end) if first else None
-        if thought is None:
+        limit = limits.get(piece.message, 0) if piece.part is Part.CONTENT else 0
+        if limit <= piece.start:
             found.append(piece)
             continue
-        found.append(replace(piece, end=thought.end(), part=Part.REASONING))
-        if thought.end() < piece.end:
-            found.append(replace(piece, start=thought.end()))
+        found.append(replace(piece, end=min(piece.end, limit), part=Part.REASONING))
+        if limit < piece.end:
+            found.append(replace(piece, start=limit))
     return tuple(found)
+
+
+def _thinking_end(text: str, region: Region) -> int:
+    opened = _OPENED.search(text[max(0, region.start - 64) : region.start]) or _OPENS.match(text, region.start)
+    if opened is None:
+        return 0
+    closing = re.compile(rf"</{opened.group(1)}>\s*").search(text, region.start, region.end)
+    thought = text[region.start : closing.start()].lstrip().removeprefix(opened.group().strip()).strip() if closing else ""
+    return closing.end() if closing and thought else 0
 
 
 def tile(parts: Iterable[Piece], regions: Sequence[Region]) -> tuple[Span, ...]:

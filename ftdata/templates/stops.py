@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from ftdata.errors import BadRow
-from ftdata.templates.compare import TAG, common_prefix
+from ftdata.templates.compare import TAG, common_prefix, tags
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class Stops:
         control: finds the tokenizer's control tokens.
         stop: the text from an answer's end to its stop, where the template prints one inside a conversation.
         opener: what the template prints before a user message.
+        before: what it prints before the first message, where it is not certain what of that opens the message.
         leftover: what it prints after the last stop of a conversation, and the model never generates.
         learnt: whether the template could be probed at all.
     """
@@ -31,6 +32,7 @@ class Stops:
     control: re.Pattern[str] | None
     stop: str = ""
     opener: str = ""
+    before: str = ""
     leftover: str = ""
     learnt: bool = False
 
@@ -42,8 +44,8 @@ class Stops:
         Raises:
             BadRow: `stop_unknown`: text follows the last control token, so what the model ends with is not certain.
         """
-        if self.leftover.strip() and tail.endswith(self.leftover):
-            tail = tail.removesuffix(self.leftover)
+        if self.leftover.strip() and tail.rstrip().endswith(self.leftover.rstrip()):
+            tail = tail.rstrip().removesuffix(self.leftover.rstrip())
         end = self.known(tail)
         if not end and (end := _last(self.control, tail)) and tail[end:].strip():
             raise BadRow(
@@ -67,7 +69,11 @@ class Stops:
         for certain in (shared[: len(closing)], shared):
             if end := _last(self.control, certain) or _last(TAG, certain):
                 return end
-        return self._learnt(closing or gap) or _last(self.control, closing) or _last(TAG, closing)
+        if end := self._learnt(closing or gap):
+            return end
+        end = _last(self.control, closing) or _last(TAG, closing)
+        opening = {_unnumbered(tag) for tag in tags(self.before)}
+        return 0 if opening & {_unnumbered(tag) for tag in tags(closing[:end])} else end
 
     def known(self, tail: str) -> int:
         """Return where the first stop as learnt, or else the first EOS, ends in `tail`; 0 where there is neither."""
@@ -79,6 +85,10 @@ class Stops:
     def _learnt(self, tail: str) -> int:
         stop = self.stop.strip()
         return tail.find(stop) + len(stop) if stop and stop in tail else 0
+
+
+def _unnumbered(tag: str) -> str:
+    return re.sub(r"\d+", "0", tag)
 
 
 def _last(pattern: re.Pattern[str] | None, text: str) -> int:

@@ -126,13 +126,14 @@ def _from_build(build: Path) -> tuple[str, Iterator[Tokens]]:
 
 def _from_rows(data: Any, tokenizer: str, options: dict[str, Any]) -> Iterator[Tokens]:
     template = options["template"]
+    # Builds of an earlier version lack what it did not know.
     same = ("schema", "columns", "turns", "control_tokens", "dropped")
     recipe = make_recipe(
         tokenizer,
         None if template["name"] == "tokenizer" else template["source"],
         date=template["date"],
         template_kwargs=template["kwargs"],
-        **{name: options[name] for name in same},
+        **{name: options[name] for name in same if name in options},
     )
     for outcome in build_rows(recipe, (row for source in sources(data) for row in source.rows())):
         if isinstance(outcome, Reject):
