@@ -94,8 +94,10 @@ def _thinking_end(text: str, region: Region) -> int:
     if opened is None:
         return 0
     closing = re.compile(rf"</{opened.group(1)}>\s*").search(text, region.start, region.end)
-    thought = text[region.start : closing.start()].lstrip().removeprefix(opened.group().strip()).strip() if closing else ""
-    return closing.end() if closing and thought else 0
+    thought = (
+        text[region.start : closing.start()].lstrip().removeprefix(opened.group().strip()).strip() if closing else ""
+    )
+    return closing.end() if closing is not None and thought else 0
 
 
 def tile(parts: Iterable[Piece], regions: Sequence[Region]) -> tuple[Span, ...]:
