@@ -8,6 +8,7 @@ text is never trained, since nothing stands before it to predict it from.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,18 +83,31 @@ def span_parts(rendered: Rendered) -> list[frozenset[Part]]:
     call it does both.
     """
     spans = rendered.spans
+    kinds = frozenset(PARTS.values())
     found = [frozenset({span.part}) for span in spans]
-    payload = [index for index, span in enumerate(spans) if span.part in PARTS.values()]
-    for index, span in enumerate(spans):
-        if span.part in PARTS.values() or not span.generated:
-            continue
-        own = [other for other in payload if spans[other].message == span.message]
-        before = [other for other in own if other < index][-1:]
-        after = [other for other in own if other > index][:1]
-        opens = [other for other in after if spans[other].part is Part.TOOL_CALL]
-        closes = [other for other in before if not opens or spans[other].part is Part.REASONING]
-        found[index] = frozenset(spans[other].part for other in (closes + opens or after))
+    for _, turn in groupby((n for n, span in enumerate(spans) if span.generated), lambda n: spans[n].message):
+        indices = list(turn)
+        parts = [spans[n].part if spans[n].part in kinds else None for n in indices]
+        before, after = _latest(parts), _latest(parts[::-1])[::-1]
+        for n, own, last, following in zip(indices, parts, before, after, strict=True):
+            if own is None:
+                found[n] = _closed_and_opened(last, following)
     return found
+
+
+def _latest(parts: Sequence[Part | None]) -> list[Part | None]:
+    """Return, for each place, the last part there or before it."""
+    found: list[Part | None] = []
+    for part in parts:
+        found.append(part or (found[-1] if found else None))
+    return found
+
+
+def _closed_and_opened(before: Part | None, after: Part | None) -> frozenset[Part]:
+    """Return what template text between two parts of a turn belongs to."""
+    opens = after is Part.TOOL_CALL or before is None
+    closes = not opens or before is Part.REASONING
+    return frozenset(part for part, yes in ((before, closes), (after, opens)) if part is not None and yes)
 
 
 def trained_tokens(offsets: NDArray[np.int32], rendered: Rendered, chosen: Sequence[bool]) -> NDArray[np.bool_]:

@@ -138,22 +138,18 @@ def encode_rendered(
     Returns:
         For each text its tokens, or a `BadRow` with code `control_tokens`.
     """
-    outcome: list[Encoded | BadRow] = []
-    good = [one for one in batch if not _SURROGATE.search(one.text)]
-    encoded_good = iter(tokenizer.encode([one.text for one in good]))
-    for one in batch:
-        if _SURROGATE.search(one.text):
-            outcome.append(BadRow("lone_surrogate", "holds half of a surrogate pair, which is no character"))
-        else:
-            outcome.append(next(encoded_good))
+    whole = [not _SURROGATE.search(one.text) for one in batch]
+    encoded = iter(tokenizer.encode([one.text for one, good in zip(batch, whole, strict=True) if good]))
+    broken = BadRow("lone_surrogate", "holds half of a surrogate pair, which is no character")
+    outcome: list[Encoded | BadRow] = [next(encoded) if good else broken for good in whole]
     if policy == "allow":
         return outcome
-    for index, (one, encoded) in enumerate(zip(batch, outcome, strict=True)):
-        if one.keep_control or isinstance(encoded, BadRow):
+    for index, (one, tokens) in enumerate(zip(batch, outcome, strict=True)):
+        if one.keep_control or isinstance(tokens, BadRow):
             continue
         own, typed = control.matches(one)
         # A tokenizer that normalises makes control tokens of what only resembles them: ids tell, not looks.
-        if not typed and control.count(encoded.ids) <= control.expected(own):
+        if not typed and control.count(tokens.ids) <= control.expected(own):
             continue
         if policy == "refuse":
             outcome[index] = BadRow(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ Rerender = Callable[[int, dict[str, Any]], str | None]
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _KNOWN = {"role", "content", "tool_calls", "tool_call_id", "name", "id", "type", *_REASONING}
-_FIELDS = {Part.CONTENT: ("content",), Part.TOOL_CALL: ("tool_calls",)}
+_KEYS = {Part.CONTENT: "content", Part.TOOL_CALL: "tool_calls"}
 _MOST_LEAVES = 64
 
 
@@ -31,23 +31,17 @@ def recover(
     when the first and the last letter of a field change is that field. An empty answer gets a piece of no length,
     where its text would stand.
     """
-    found, arrived = list(parts), _arrivals(parts)
+    found, arrived = list(parts), _texts(text, parts)
     for index, message in enumerate(messages):
-        for part, (key,) in _FIELDS.items():
-            value = message.get(key)
-            if (
-                part is Part.CONTENT
-                and message["role"] == "assistant"
-                and not (value if isinstance(value, list) else (value or "").strip())
-                and not message.get("tool_calls")
-            ):
-                at = _place(text, message, index, rerender)
-                found = found if at is None else _insert(found, Piece(at, at, Part.CONTENT, index, 0))
-            elif (
-                value and not isinstance(message.get("content"), list) and _given(message, part) > arrived[index, part]
-            ):
-                for start, end in _extents(text, message, index, key, rerender):
-                    found = [new for old in found for new in _claimed(old, start, end, part, index)]
+        if _answers_nothing(message):
+            at = _place(text, message, index, rerender)
+            found = found if at is None else _insert(found, Piece(at, at, Part.CONTENT, index, 0))
+            continue
+        for part, key in _KEYS.items():
+            if isinstance(message.get("content"), list) or _all_printed(_given(message, part), arrived[index, part]):
+                continue
+            for start, end in _extents(text, message, index, key, rerender):
+                found = [new for old in found for new in _claimed(old, start, end, part, index)]
     return tuple(found)
 
 
@@ -70,8 +64,8 @@ def check_arrival(
     arrived = _texts(text, parts)
     for index, message in enumerate(messages):
         content, calls = arrived[index, Part.CONTENT], arrived[index, Part.TOOL_CALL]
-        given = _contents(message.get("content"))
-        lost_call = message.get("tool_calls") and not (calls and _calls_printed(message["tool_calls"], calls, text))
+        given = _given(message, Part.CONTENT)
+        lost_call = message.get("tool_calls") and not _arguments_printed(message["tool_calls"], calls, text)
         if (any(given) and not content) or lost_call:
             if dropped == "flag" and message["role"] != "assistant":
                 flags.add("payload_dropped")
@@ -89,18 +83,17 @@ def check_arrival(
                 field=f"messages[{index}].content",
                 hint="give the content as text",
             )
-        names = [call["function"].get("name") for call in message.get("tool_calls") or () if "function" in call]
-        if not all(_printed(one, content) for one in given) or not all(_printed(one, calls) for one in _values(names)):
+        if not _all_printed(given, content) or not _all_printed(_given(message, Part.TOOL_CALL), calls):
             flags.add("content_cut")
         flags |= _other_flags(message, arrived[index, Part.REASONING], arrived[index, Part.OTHER])
     return frozenset(flags)
 
 
-def _calls_printed(calls: Sequence[Mapping[str, Any]], printed: str, text: str) -> bool:
+def _arguments_printed(calls: Sequence[Mapping[str, Any]], printed: str, text: str) -> bool:
     """Whether every argument is in the printed calls; where their memory is lost, keys are known by the text alone."""
-    values = (value for call in calls for value in _values(_arguments(call)))
-    keys = (key for call in calls for key in _keys(_arguments(call)))
-    return all(_printed(value, printed) for value in values) and all(_printed(key, text) for key in keys)
+    values = (value for call in calls for value in _values(_function(call).get("arguments")))
+    keys = (key for call in calls for key in _keys(_function(call).get("arguments")))
+    return bool(printed) and _all_printed(values, printed) and _all_printed(keys, text)
 
 
 def _other_flags(message: Mapping[str, Any], reasoning: str, other: str) -> set[str]:
@@ -124,6 +117,10 @@ def _texts(text: str, parts: Sequence[Piece]) -> defaultdict[tuple[int, Part], s
     return found
 
 
+def _all_printed(given: Iterable[str], text: str) -> bool:
+    return all(_printed(one, text) for one in given)
+
+
 def _printed(given: str, text: str) -> bool:
     """Whether a text is there, as it is or as JSON has it; blanks around it may have been trimmed."""
     wanted = given.strip()
@@ -131,10 +128,26 @@ def _printed(given: str, text: str) -> bool:
     return wanted in text or any(one in text for one in escaped)
 
 
-def _contents(content: Any) -> list[str]:
+def _given(message: Mapping[str, Any], part: Part) -> list[str]:
+    """Return the texts of a message that a rendering of it has to hold: its content, or its calls' names and values."""
+    if part is Part.TOOL_CALL:
+        functions = map(_function, message.get("tool_calls") or ())
+        return [text for one in functions for text in _values([one.get("name"), one.get("arguments")])]
+    content = message.get("content")
     if isinstance(content, list):
         return [part.get("text", "") for part in content]
     return [content.strip()] if content else []
+
+
+def _answers_nothing(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    blank = not content if isinstance(content, list) else not (content or "").strip()
+    return blank and message["role"] == "assistant" and not message.get("tool_calls")
+
+
+def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = call.get("function", call)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _values(value: Any) -> Iterator[str]:
@@ -150,21 +163,6 @@ def _keys(value: Any) -> Iterator[str]:
     yield from value if isinstance(value, Mapping) else ()
     for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
         yield from _keys(inner)
-
-
-def _given(message: Mapping[str, Any], part: Part) -> int:
-    """Return how many characters of the message a rendering of it has to hold."""
-    if part is Part.CONTENT:
-        return len(_plain(message.get("content")).strip())
-    return sum(map(_call_letters, message.get("tool_calls") or ()))
-
-
-def _arrivals(parts: Sequence[Piece]) -> Counter[tuple[int, Part]]:
-    """Count the characters of each part of each message in a rendering."""
-    found: Counter[tuple[int, Part]] = Counter()
-    for piece in parts:
-        found[piece.message, piece.part] += piece.end - piece.start
-    return found
 
 
 def _extents(
@@ -236,28 +234,3 @@ def _prefixed(text: str) -> str:
 
 def _suffixed(text: str) -> str:
     return text + ("y" if text.endswith("x") else "x")
-
-
-def _call_letters(call: Mapping[str, Any]) -> int:
-    function = call.get("function", call)
-    return _letters(function.get("name")) + _letters(_arguments(call)) if isinstance(function, Mapping) else 1
-
-
-def _arguments(call: Mapping[str, Any]) -> Any:
-    function = call.get("function", call)
-    return function.get("arguments") if isinstance(function, Mapping) else None
-
-
-def _letters(value: Any) -> int:
-    """Return the number of characters of all strings in a JSON value, keys included."""
-    if isinstance(value, Mapping):
-        return sum(_letters(item) for pair in value.items() for item in pair)
-    if isinstance(value, list | tuple):
-        return sum(map(_letters, value))
-    return len(value) if isinstance(value, str) else 0
-
-
-def _plain(content: Any) -> str:
-    if isinstance(content, list):
-        return "".join(part.get("text", "") for part in content)
-    return content or ""

@@ -133,6 +133,7 @@ def _locate(chat: Chat, text: str, parts: Sequence[Piece], turn: int, prefix: ma
     try:
         return markers.locate(text, parts, turn, prefix, len(chat.messages), chat.template.stops)
     except BadRow as error:
+        error.field = error.field or f"messages[{turn}]"
         # Of the tags that vendors put into templates, many train headers or miss the stop: they are no proof.
         if chat.template.tagged:
             error.hint = "its own generation tags could not be confirmed; to trust them, pass the template as a file"
@@ -159,7 +160,3 @@ def _with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(function, dict) and not isinstance(function.get("arguments"), str):
             call["function"] = {**function, "arguments": json.dumps(function.get("arguments"), ensure_ascii=False)}
     return {**message, "tool_calls": calls}
-
-
-def _assistants(messages: Sequence[Message]) -> list[int]:
-    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]

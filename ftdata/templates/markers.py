@@ -66,40 +66,40 @@ def locate(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, c
     Raises:
         BadRow: `history_drift`, `interleaved` or `stop_unknown`, with the evidence.
     """
-    field = f"messages[{turn}]"
-    try:
-        start, flags = _begin(text, parts, turn, prefix, stops)
-        ended: Tracked | None = Tracked.of(text) if turn == count - 1 else _or_none(prefix, turn + 1)
-        is_prefix = ended is not None and text.startswith(ended)
-        own = _own(parts, turn, len(ended) if ended is not None and is_prefix else None, start)
-        payload_end = own[-1].end if own else start
-        gap = text[payload_end : _next(parts, turn, payload_end)]
-        tail = ended[payload_end:][: len(gap)] if ended is not None and is_prefix else ""
-        if tail.strip():
-            end = payload_end + stops.own(tail)
-        elif turn == count - 1:
-            end = payload_end
-            flags |= {"unclosed_final" if stops.stop.strip() else "no_stop"}
-        else:
-            ending, rewritten = _ending(ended, text[:payload_end], turn)
-            flags |= {"rewritten"} if rewritten else set()
-            end = payload_end + stops.between(ending, gap)
-        if end == payload_end and "unclosed_final" not in flags:
-            flags |= {"no_stop"}
-        if turn == count - 1 and text[end:].strip():
-            flags |= {"junk_tail"}
-        if not stops.learnt:
-            flags |= {"unprobed"}
-        first = own[0].start if own else end
-        for piece in parts:
-            inside = start <= piece.start < end and piece.part is not Part.SCAFFOLD
-            # A recipient that stands before the answer, the model says too; what follows the answer is not its own.
-            if inside and (piece.message != turn or (piece.part is Part.OTHER and piece.start >= first)):
-                raise BadRow("interleaved", "the template prints text inside the answer that is not the answer's")
-    except BadRow as error:
-        error.field = error.field or field
-        raise
+    last = turn == count - 1
+    start, flags = _begin(text, parts, turn, prefix, stops)
+    ended = Tracked.of(text) if last else _or_none(prefix, turn + 1)
+    whole = ended is not None and text.startswith(ended)
+    own = _own(parts, turn, len(ended) if ended is not None and whole else None, start)
+    answered = own[-1].end if own else start
+    gap = text[answered : _next(parts, turn, answered)]
+    tail = ended[answered:][: len(gap)] if ended is not None and whole else ""
+    if tail.strip():
+        stop = stops.own(tail)
+    elif last:
+        stop = 0
+    else:
+        ending, rewritten = _ending(ended, text[:answered], turn)
+        flags |= {"rewritten"} if rewritten else set()
+        stop = stops.between(ending, gap)
+    end = answered + stop
+    if not stop:
+        flags |= {"unclosed_final" if last and not tail.strip() and stops.stop.strip() else "no_stop"}
+    if last and text[end:].strip():
+        flags |= {"junk_tail"}
+    if not stops.learnt:
+        flags |= {"unprobed"}
+    _check_own(parts, turn, start, end, own[0].start if own else end)
     return Turn(Region(turn, start, end), frozenset(flags))
+
+
+def _check_own(parts: Sequence[Piece], turn: int, start: int, end: int, first: int) -> None:
+    """Refuse a region that holds another message's text; `first` is where the answer itself begins."""
+    for piece in parts:
+        inside = start <= piece.start < end and piece.part is not Part.SCAFFOLD
+        # A recipient that stands before the answer, the model says too; what follows the answer is not its own.
+        if inside and (piece.message != turn or (piece.part is Part.OTHER and piece.start >= first)):
+            raise BadRow("interleaved", "the template prints text inside the answer that is not the answer's")
 
 
 def _begin(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, stops: Stops) -> tuple[int, set[str]]:
@@ -201,23 +201,20 @@ def learn(probe: Callable[[str], Tracked | None], bare: Stops) -> Stops:
     opener = shared if exact is None else exact
     stops = replace(bare, learnt=True, opener=opener, before=before if exact is None else "")
     half = probe("ua")
-    half_is_prefix = half is not None and whole.startswith(half)
-    tail = half[texts[1][1] :] if half is not None and half_is_prefix else ""
+    tail = half[texts[1][1] :] if half is not None and whole.startswith(half) else None
     ending = half[ended[1][1] :] if half is not None and len(ended := _by_message(half)) == len("ua") else None
     try:
-        stop = tail[: stops.own(tail)] if tail.strip() else gap[: stops.between(ending, gap)]
+        stop = tail[: stops.own(tail)] if tail and tail.strip() else gap[: stops.between(ending, gap)]
     except BadRow:
         stop = ""
+    stops = replace(stops, stop=stop)
     last = whole[texts[3][1] :]
-    closed = replace(stops, stop=stop).known(last)
-    if closed:
-        leftover = last[closed:]
-    elif stop:
-        leftover = common_suffix(last, first)
-    else:
-        # No stops between turns: what is printed only where the conversation ends is none of the model's.
-        leftover = last[len(common_prefix(tail if half_is_prefix else gap, last)) :]
-    return replace(stops, stop=stop, leftover=leftover)
+    if closed := stops.known(last):
+        return replace(stops, leftover=last[closed:])
+    if stop:
+        return replace(stops, leftover=common_suffix(last, first))
+    # No stops between turns: what is printed only where the conversation ends is none of the model's.
+    return replace(stops, leftover=last[len(common_prefix(gap if tail is None else tail, last)) :])
 
 
 def _opener(probe: Callable[[str], Tracked | None], gap: str) -> str | None:

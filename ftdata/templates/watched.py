@@ -99,14 +99,19 @@ class Watched(Tracked):
         """Return the tracked string, not watched."""
         return Tracked(str.__str__(self), self.runs)
 
-    def _after(self, name: str, arguments: tuple[Any, ...]) -> Origin | None:
+    def after(self, name: str, arguments: tuple[Any, ...]) -> Origin | None:
+        """Return the origin of what a method returns."""
         known = self.origin is not None and not any(isinstance(argument, Watched) for argument in arguments)
         return ("do", self.origin, name, arguments) if known else None
 
-    def _ask(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        answer = bool(self.plain()) if name == "__bool__" else getattr(self.plain(), name)(*arguments)
-        _note(self._after(name, arguments), answer)
-        return answer
+    def __str__(self) -> str:
+        return self
+
+    def __add__(self, other: str) -> Tracked:
+        return joined((self, other))
+
+    def __radd__(self, other: str) -> Tracked:
+        return joined((other, self))
 
     def __iter__(self) -> Iterator[str]:
         opaque()
@@ -117,6 +122,12 @@ class Watched(Tracked):
         return str.__hash__(self)
 
 
+class Length(int):
+    """The length of a watched string: it is compared with others far more often than it is told."""
+
+    origin: Origin | None
+
+
 def _note(asked: Origin | None, answer: Any) -> None:
     if asked is None or not isinstance(answer, bool | int):
         opaque()
@@ -124,18 +135,12 @@ def _note(asked: Origin | None, answer: Any) -> None:
         _log.get().questions.append(Question(asked, answer))
 
 
-class Length(int):
-    """The length of a watched string: it is compared with others far more often than it is told."""
-
-    origin: Origin | None
-
-
 def length(value: Any) -> int:
     """As Jinja's filter of that name."""
     if not isinstance(value, Watched):
         return len(value)
     found = Length(len(value.plain()))
-    found.origin = value._after("__len__", ())
+    found.origin = value.after("__len__", ())
     return found
 
 
@@ -147,6 +152,17 @@ def joined(pieces: Iterable[str]) -> Tracked:
         return text
     origins = [part.origin if isinstance(part, Watched) else ("is", str.__str__(part)) for part in parts]
     return Watched.at(text, None if None in origins else ("join", tuple(origins)))
+
+
+def watched(value: Any, path: tuple[Any, ...] = ()) -> Any:
+    """Return a copy of messages in which every text but roles is watched. Keys are part of the shape, and are not."""
+    if isinstance(value, Tracked):
+        return Watched.at(value, ("at", path))
+    if isinstance(value, Mapping):
+        return {key: watched(item, (*path, key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [watched(item, (*path, index)) for index, item in enumerate(value)]
+    return value
 
 
 def watched_method(text: str, name: str) -> Callable[..., Any]:
@@ -162,17 +178,6 @@ def watched_method(text: str, name: str) -> Callable[..., Any]:
         return method(*arguments, **options)
 
     return call
-
-
-def watched(value: Any, path: tuple[Any, ...] = ()) -> Any:
-    """Return a copy of messages in which every text but roles is watched. Keys are part of the shape, and are not."""
-    if isinstance(value, Tracked):
-        return Watched.at(value, ("at", path))
-    if isinstance(value, Mapping):
-        return {key: watched(item, (*path, key)) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [watched(item, (*path, index)) for index, item in enumerate(value)]
-    return value
 
 
 def watched_result(function: Callable[..., str]) -> Callable[..., str]:
@@ -199,14 +204,14 @@ def watched_call(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _deriving(name: str) -> Callable[..., Any]:
     def method(self: Watched, *arguments: Any) -> Any:
-        return Watched.at(getattr(self.plain(), name)(*arguments), self._after(name, arguments))
+        return Watched.at(getattr(self.plain(), name)(*arguments), self.after(name, arguments))
 
     return method
 
 
 def _splitting(name: str) -> Callable[..., Any]:
     def method(self: Watched, *arguments: Any) -> Any:
-        pieces, origin = getattr(self.plain(), name)(*arguments), self._after(name, arguments)
+        pieces, origin = getattr(self.plain(), name)(*arguments), self.after(name, arguments)
         _note(None if origin is None else ("do", origin, "__len__", ()), len(pieces))
         made = [
             Watched.at(piece, None if origin is None else ("do", origin, "__getitem__", (number,)))
@@ -218,7 +223,12 @@ def _splitting(name: str) -> Callable[..., Any]:
 
 
 def _asking(name: str) -> Callable[..., Any]:
-    return lambda self, *arguments: self._ask(name, arguments)
+    def method(self: Watched, *arguments: Any) -> Any:
+        answer = bool(self.plain()) if name == "__bool__" else getattr(self.plain(), name)(*arguments)
+        _note(self.after(name, arguments), answer)
+        return answer
+
+    return method
 
 
 def _unknown(name: str) -> Callable[..., Any]:
@@ -227,28 +237,6 @@ def _unknown(name: str) -> Callable[..., Any]:
         return getattr(self.plain(), name)(*arguments, **options)
 
     return method
-
-
-_DERIVING = {"strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "replace", "__getitem__"}
-_DERIVING |= {"upper", "lower", "capitalize", "title", "swapcase", "casefold"}
-_SPLITTING = {"split", "rsplit", "splitlines", "partition", "rpartition"}
-_ASKING = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__contains__", "__len__", "__bool__"}
-_ASKING |= {"startswith", "endswith", "find", "rfind", "count"}
-_ASKING |= {name for name in dir(str) if name.startswith("is")}
-_SILENT = {"__str__", "__repr__", "__new__", "__init__", "__getattribute__", "__setattr__", "__delattr__", "__class__"}
-_SILENT |= {"__doc__", "__sizeof__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__init_subclass__", "__dir__"}
-_SILENT |= {"__subclasshook__", "__getstate__", "maketrans", "__iter__", "__hash__", "__add__"}
-
-for _name in dir(str):
-    if _name in _DERIVING:
-        setattr(Watched, _name, _deriving(_name))
-    elif _name in _SPLITTING:
-        setattr(Watched, _name, _splitting(_name))
-    elif _name in _ASKING:
-        setattr(Watched, _name, _asking(_name))
-    elif _name not in _SILENT:
-        setattr(Watched, _name, _unknown(_name))
-_COMPARING = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__bool__")
 
 
 def _comparing(name: str) -> Callable[..., Any]:
@@ -268,11 +256,24 @@ def _telling(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in dir(int):
-    if _name in _COMPARING:
-        setattr(Length, _name, _comparing(_name))
-    elif _name.startswith("__") and _name not in _SILENT - {"__str__", "__repr__", "__hash__", "__add__"} | {"__int__"}:
-        setattr(Length, _name, _telling(_name))
-Watched.__bool__ = _asking("__bool__")  # type: ignore[attr-defined]
-Watched.__add__ = lambda self, other: joined((self, other))  # type: ignore[method-assign]
-Watched.__radd__ = lambda self, other: joined((other, self))  # type: ignore[method-assign]
+_ORDER = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__bool__"}
+_DERIVE = {"strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "replace", "__getitem__"}
+_DERIVE |= {"upper", "lower", "capitalize", "title", "swapcase", "casefold"}
+_SPLIT = {"split", "rsplit", "splitlines", "partition", "rpartition"}
+_ASK = _ORDER | {"__contains__", "__len__", "startswith", "endswith", "find", "rfind", "count"}
+_ASK |= {name for name in dir(str) if name.startswith("is")}
+
+_OBJECT = set(dir(object)) - _ORDER - {"__str__", "__repr__", "__hash__", "__format__"} | {"__getnewargs__"}
+"""What makes an object an object, and tells nothing about its value."""
+
+
+def _cover(cls: type, base: type, kinds: Mapping[Callable[[str], Any], set[str]], rest: Callable[[str], Any]) -> None:
+    """Give a class each method of its base anew, made by the kind that names it, else by `rest`."""
+    makers = {name: make for make, names in kinds.items() for name in names}
+    for name in {*dir(base), *makers} - set(vars(cls)) - _OBJECT:
+        if callable(getattr(base, name, None)) or name in makers:
+            setattr(cls, name, makers.get(name, rest)(name))
+
+
+_cover(Watched, str, {_deriving: _DERIVE, _splitting: _SPLIT, _asking: _ASK}, _unknown)
+_cover(Length, int, {_comparing: _ORDER}, _telling)
