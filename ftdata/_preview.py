@@ -20,7 +20,7 @@ from ftdata.errors import BadRow, InputRefused
 from ftdata.examples import Built, Options, Recipe, as_date, build_rows, check_answers, make_recipe
 from ftdata.readers import sources
 from ftdata.schemas import normalise
-from ftdata.templates import Template, check, find, render
+from ftdata.templates import Template, check, closed, find, render
 from ftdata.types import Example, Reject, Rendered, Row
 
 NO_TOKENIZER = {"bos_token": "<bos>", "eos_token": "<eos>"}
@@ -120,6 +120,8 @@ def preview(
     turns: str = "auto",
     control_tokens: str = "escape",
     dropped: str = "refuse",
+    unclosed: str = "flag",
+    refuse: Sequence[str] = (),
     max_length: int | None = None,
     overlong: str = "reject",
     n: int = 3,
@@ -161,6 +163,8 @@ def preview(
         "turns": turns,
         "control_tokens": control_tokens,
         "dropped": dropped,
+        "unclosed": unclosed,
+        "refuse": refuse,
         "max_length": max_length,
         "overlong": overlong,
     }
@@ -206,6 +210,8 @@ def _show_text(entry: Row | Reject, template: Template, options: Options) -> Sho
         conversation = normalise(entry, options.schema, options.columns)
         check_answers(conversation)
         texts = render(conversation, template, options.turns, options.dropped)
+        if options.unclosed == "append_eos":
+            texts = tuple(closed(one, template) for one in texts)
     except BadRow as error:
         return Shown(entry.source.row, place, "", rejected=str(error))
     policy = options.policy

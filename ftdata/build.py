@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from ftdata import store
 from ftdata._version import __version__
 from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError, one_of
-from ftdata.examples import BATCH, Built, Recipe, build_rows, make_recipe
+from ftdata.examples import BATCH, FLAGS, Built, Recipe, build_rows, make_recipe
 from ftdata.executors import ENGINES, run
-from ftdata.ledger import NOTES, Ledger, Report
+from ftdata.ledger import Ledger, Report
 from ftdata.mask import Policy
 from ftdata.pack import best_fit_decreasing, unpacked
 from ftdata.readers import FileSource, MemorySource, sources
@@ -72,6 +72,8 @@ def build_sft_dataset(
     turns: str = "auto",
     control_tokens: str = "escape",
     dropped: str = "refuse",
+    unclosed: str = "flag",
+    refuse: Sequence[str] = (),
     max_length: int | None = None,
     overlong: str = "reject",
     packing: str | None = None,
@@ -101,6 +103,8 @@ def build_sft_dataset(
             user message; `"auto"` splits where the template does not show earlier turns as the model wrote them.
         control_tokens: `"escape"`, `"refuse"` or `"allow"` control-token text inside the data.
         dropped: `"refuse"` or `"flag"` rows of which the template leaves out a message that is not the assistant's.
+        unclosed: `"flag"` a last turn that the template leaves without a stop, or `"append_eos"` and train it.
+        refuse: flags of the report, such as `"no_stop"`, that make a row a bad one.
         max_length: tokens that an example, and a pack, may have.
         overlong: `"reject"`, `"drop_turns"` or `"truncate"`.
         packing: `None` or `"bfd"` (best-fit decreasing, whole examples only; needs `max_length`).
@@ -140,6 +144,8 @@ def build_sft_dataset(
             turns=turns,
             control_tokens=control_tokens,
             dropped=dropped,
+            unclosed=unclosed,
+            refuse=refuse,
             max_length=max_length,
             overlong=overlong,
             packing=packing,
@@ -411,7 +417,7 @@ def _notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
         flags.update(ledger.flags)
     repeated = f"{sum(ledger.tokens_repeated for ledger in ledgers):,}"
     notes = [
-        NOTES[flag].format(n=f"{count:,}", repeated=repeated) for flag, count in sorted(flags.items()) if flag in NOTES
+        FLAGS[flag].format(n=f"{count:,}", repeated=repeated) for flag, count in sorted(flags.items()) if flag in FLAGS
     ]
     if recipe.template.uses_date:
         notes.append(f"the template prints a date, shown as {recipe.template.date:%Y-%m-%d}; set it with date=")

@@ -49,6 +49,8 @@ TrainParts = Annotated[
     str | None, typer.Option(help="Of what is trained, these parts only: reasoning,answer,tool_call.")
 ]
 Dropped = Annotated[str, typer.Option(help="Messages that the template leaves out (system): refuse or flag the row.")]
+Unclosed = Annotated[str, typer.Option(help="Last turns that the template leaves without a stop: flag or append_eos.")]
+Refuse = Annotated[str | None, typer.Option(help="Flags of the report that make a row a bad one: no_stop,content_cut.")]
 ControlTokens = Annotated[str, typer.Option(help="Control-token text inside data: escape, refuse or allow.")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens that an example, and a pack, may have.")]
 Overlong = Annotated[str, typer.Option(help="What becomes of longer examples: reject, drop_turns or truncate.")]
@@ -133,6 +135,8 @@ def preview(
     turns: Turns = "auto",
     control_tokens: ControlTokens = "escape",
     dropped: Dropped = "refuse",
+    unclosed: Unclosed = "flag",
+    refuse: Refuse = None,
     max_length: MaxLength = None,
     overlong: Overlong = "reject",
     date: Date = None,
@@ -156,6 +160,8 @@ def preview(
         turns=turns,
         control_tokens=control_tokens,
         dropped=dropped,
+        unclosed=unclosed,
+        refuse=_listed(refuse) or (),
         max_length=max_length,
         overlong=overlong,
         date=date,
@@ -181,6 +187,8 @@ def build(
     turns: Turns = "auto",
     control_tokens: ControlTokens = "escape",
     dropped: Dropped = "refuse",
+    unclosed: Unclosed = "flag",
+    refuse: Refuse = None,
     max_length: MaxLength = None,
     overlong: Overlong = "reject",
     packing: Packing = None,
@@ -209,6 +217,8 @@ def build(
             turns=turns,
             control_tokens=control_tokens,
             dropped=dropped,
+            unclosed=unclosed,
+            refuse=_listed(refuse) or (),
             max_length=max_length,
             overlong=overlong,
             packing=packing,

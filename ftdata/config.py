@@ -60,6 +60,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     turns: str = "auto"
     control_tokens: str = "escape"
     dropped: str = "refuse"
+    unclosed: str = "flag"
+    refuse: list[str] = []
     max_length: int | None = None
     overlong: str = "reject"
     packing: str | None = None
@@ -84,6 +86,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             "turns",
             "control_tokens",
             "dropped",
+            "unclosed",
+            "refuse",
             "max_length",
             "overlong",
             "packing",

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from ftdata.errors import BadRow, TemplateRefused, UsageError, one_of
-from ftdata.mask import Policy, policy_of, straddling, trained_tokens
+from ftdata.mask import Policy, policy_of, trained_tokens
 from ftdata.schemas import check_columns, normalise, schemas
-from ftdata.templates import DEFAULT_DATE, DROPPED, TURNS, Template, check, find, render, scaffold
+from ftdata.templates import DEFAULT_DATE, DROPPED, TURNS, UNCLOSED, Template, check, closed, find, render, scaffold
 from ftdata.templates.child import trusted
 from ftdata.templates.verify import contradicted
 from ftdata.tokenize import (
@@ -45,6 +45,31 @@ PROVED, PROVED_EVERY, PROVED_MESSAGES = 32, 100, 4
 """Rows of each source that are confirmed by a second way: the first, every so many-th; by how many messages of each."""
 
 
+FLAGS = {
+    "arguments_as_text": "{n} examples give the arguments of tool calls as JSON text: the template fails on objects",
+    "content_cut": "{n} examples lost part of a message to the template",
+    "control_tokens": "{n} examples had control tokens spelled in their data, tokenised as plain text",
+    "eos_appended": "{n} examples got the stop that the template does not print at the end",
+    "fields_dropped": "{n} examples have message keys that the template does not print",
+    "junk_tail": "{n} examples end in template text that no model generates; it is not trained",
+    "no_stop": "{n} examples have a turn without a trained control token at its end: the model will not learn to stop",
+    "payload_dropped": "{n} examples lost a whole message to the template",
+    "prompt_drift": "{n} examples lack a scaffold that the generation prompt forces (an open thinking block)",
+    "reasoning_dropped": "{n} examples lost reasoning, which the template does not print",
+    "rewritten": "{n} examples show an earlier turn otherwise than the model wrote it",
+    "split": "{n} examples are turns by themselves, {repeated} tokens of them repeated: the template rewrites earlier "
+    "turns, so each is shown as it will be asked",
+    "straddle": "{n} examples have a trained token that begins or ends outside the answer (tokens follow characters)",
+    "tags_overruled": "{n} examples are trained on what the model must generate, not on what the template's tags mark",
+    "tools_dropped": "{n} examples were given tools that the template does not print",
+    "trailing_turns": "{n} examples end with messages that nothing answers",
+    "unclosed_final": "{n} examples end without a stop: the template prints it only before the next message",
+    "unprobed": "{n} examples were judged by themselves: the template refuses plain conversations",
+    "truncated_answer": "{n} examples end inside an answer",
+}
+"""Flag -> what the report says about it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What a user may choose about rows; checked when made.
@@ -60,6 +85,8 @@ class Options:
     turns: str = "auto"
     control_tokens: str = "escape"
     dropped: str = "refuse"
+    unclosed: str = "flag"
+    refuse: Sequence[str] = ()
     max_length: int | None = None
     overlong: str = "reject"
 
@@ -67,6 +94,11 @@ class Options:
         one_of("turns", self.turns, TURNS)
         one_of("control_tokens", self.control_tokens, CONTROL_POLICIES)
         one_of("dropped", self.dropped, DROPPED)
+        one_of("unclosed", self.unclosed, UNCLOSED)
+        if isinstance(self.refuse, str):
+            raise UsageError("refuse", f"refuse is {self.refuse!r}, expected a list of flags")
+        for flag in self.refuse:
+            one_of("refuse", flag, FLAGS)
         one_of("overlong", self.overlong, OVERLONG)
         if self.schema != "auto":
             schemas.get(self.schema)
@@ -92,6 +124,8 @@ class Recipe(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.template)
+        if self.unclosed == "append_eos" and not self.template.special_tokens.get("eos_token"):
+            raise UsageError("unclosed", "unclosed='append_eos' needs an eos_token, and this tokenizer names none")
 
     def describe(self) -> dict[str, Any]:
         """Return the options as JSON, for manifest and fingerprint."""
@@ -110,6 +144,8 @@ class Recipe(Options):
             "turns": self.turns,
             "control_tokens": self.control_tokens,
             "dropped": self.dropped,
+            "unclosed": self.unclosed,
+            "refuse": sorted(self.refuse),
             "max_length": self.max_length,
             "overlong": self.overlong,
         }
@@ -216,13 +252,19 @@ def _prepare(recipe: Recipe, row: Row | Reject) -> tuple[Conversation, tuple[Ren
     try:
         conversation = normalise(row, recipe.schema, recipe.columns)
         check_answers(conversation)
-        texts = render(conversation, recipe.template, recipe.turns, recipe.dropped)
-        _check_hidden(recipe, conversation, texts)
-        if row.source.row < PROVED or row.source.row % PROVED_EVERY == 0:
-            _prove(recipe, conversation, texts)
+        proved = row.source.row < PROVED or row.source.row % PROVED_EVERY == 0
+        texts = _render(recipe, conversation, proved=proved)
     except BadRow as error:
         return _reject(row, error)
     return conversation, texts
+
+
+def _render(recipe: Recipe, conversation: Conversation, *, proved: bool) -> tuple[Rendered, ...]:
+    texts = render(conversation, recipe.template, recipe.turns, recipe.dropped)
+    _check_hidden(recipe, conversation, texts)
+    if proved:
+        _prove(recipe, conversation, texts)
+    return tuple(closed(one, recipe.template) for one in texts) if recipe.unclosed == "append_eos" else texts
 
 
 def _prove(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
@@ -321,7 +363,18 @@ def _finish(
     # Turns rendered one by one are whole turns: `drop_turns` may leave some of them out, the others may not.
     if refusal is not None and (recipe.overlong != "drop_turns" or not kept):
         return replace(_reject(row, refusal), tokens=tokens)
+    try:
+        _check_flags(recipe, kept)
+    except BadRow as error:
+        return replace(_reject(row, error), tokens=tokens)
     return Built(conversation.schema, tuple(kept), tokens - sum(map(len, kept)))
+
+
+def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:
+    """Refuse a row with a flag that the user wants to be a fault."""
+    found = frozenset[str]().union(*(example.flags for example in examples)).intersection(recipe.refuse)
+    for flag in sorted(found):
+        raise BadRow(flag, "is refused by choice", hint=f"refuse= names {flag}; without it, it is a flag in the report")
 
 
 def _examples(
@@ -346,8 +399,8 @@ def _example(recipe: Recipe, conversation: Conversation, rendered: Rendered, enc
     flags = set(rendered.flags) | ({"control_tokens"} if encoded.escaped else set())
     if conversation.messages and conversation.messages[-1]["role"] != "assistant":
         flags.add("trailing_turns")
-    trained = trained_tokens(offsets, rendered, chosen)
-    if straddling(offsets, trained, rendered, chosen):
+    trained, straddles = trained_tokens(offsets, rendered, chosen)
+    if straddles:
         flags.add("straddle")
     source = conversation.source
     example = Example(ids, trained, offsets, rendered.text, rendered.spans, frozenset(flags), source)
@@ -382,6 +435,8 @@ def encode(
     turns: str = "auto",
     control_tokens: str = "escape",
     dropped: str = "refuse",
+    unclosed: str = "flag",
+    refuse: Sequence[str] = (),
     date: str | datetime.date | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Example, ...]:
@@ -399,6 +454,8 @@ def encode(
         control_tokens: `"escape"`, `"refuse"` or `"allow"` control-token text inside the messages.
         dropped: `"refuse"` or `"flag"` a conversation of which the template leaves out a message that is not the
             assistant's.
+        unclosed: `"flag"` a last turn that the template leaves without a stop, or `"append_eos"` and train it.
+        refuse: flags, such as `"no_stop"`, that make a conversation a bad one.
         date: what templates that print a date are shown.
         template_kwargs: further variables for the template.
 
@@ -419,14 +476,17 @@ def encode(
         turns=turns,
         control_tokens=control_tokens,
         dropped=dropped,
+        unclosed=unclosed,
+        refuse=refuse,
     )
     row = {"messages": list(messages), **({"tools": list(tools)} if tools else {})}
     conversation = normalise(Row(row, Source("<messages>", 0)), "messages")
     try:
-        texts = render(conversation, recipe.template, recipe.turns, recipe.dropped)
-        _check_hidden(recipe, conversation, texts)
+        texts = _render(recipe, conversation, proved=False)
         encoded = encode_rendered(recipe.tokenizer, texts, recipe.control, recipe.control_tokens)
-        return _examples(recipe, conversation, texts, encoded)
+        examples = _examples(recipe, conversation, texts, encoded)
+        _check_flags(recipe, examples)
     except BadRow as error:
         error.where = error.where or error.field
         raise
+    return examples

@@ -147,27 +147,3 @@ class Report:
                 f"{name:8} {split['examples']:,} examples, {fill}{split['tokens']:,} tokens, {share:.1%} trained"
             )
         return "\n".join([*lines, *(f"note     {note}" for note in self.notes)])
-
-
-NOTES = {
-    "arguments_as_text": "{n} examples give the arguments of tool calls as JSON text: the template fails on objects",
-    "content_cut": "{n} examples lost part of a message to the template",
-    "control_tokens": "{n} examples had control tokens spelled in their data, tokenised as plain text",
-    "fields_dropped": "{n} examples have message keys that the template does not print",
-    "junk_tail": "{n} examples end in template text that no model generates; it is not trained",
-    "no_stop": "{n} examples have a turn without a trained control token at its end: the model will not learn to stop",
-    "payload_dropped": "{n} examples lost a whole message to the template",
-    "prompt_drift": "{n} examples lack a scaffold that the generation prompt forces (an open thinking block)",
-    "reasoning_dropped": "{n} examples lost reasoning, which the template does not print",
-    "rewritten": "{n} examples show an earlier turn otherwise than the model wrote it",
-    "split": "{n} examples are turns by themselves, {repeated} tokens of them repeated: the template rewrites earlier "
-    "turns, so each is shown as it will be asked",
-    "straddle": "{n} examples have a trained token that begins or ends outside the answer (tokens follow characters)",
-    "tags_overruled": "{n} examples are trained on what the model must generate, not on what the template's tags mark",
-    "tools_dropped": "{n} examples were given tools that the template does not print",
-    "trailing_turns": "{n} examples end with messages that nothing answers",
-    "unclosed_final": "{n} examples end without a stop: the template prints it only before the next message",
-    "unprobed": "{n} examples were judged by themselves: the template refuses plain conversations",
-    "truncated_answer": "{n} examples end inside an answer",
-}
-"""Flag -> what the report says about it."""

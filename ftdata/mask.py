@@ -110,8 +110,8 @@ def _closed_and_opened(before: Part | None, after: Part | None) -> frozenset[Par
     return frozenset(part for part, yes in ((before, closes), (after, opens)) if part is not None and yes)
 
 
-def trained_tokens(offsets: NDArray[np.int32], rendered: Rendered, chosen: Sequence[bool]) -> NDArray[np.bool_]:
-    """Return, for each token, whether it carries loss: bool `[n]`.
+def trained_characters(offsets: NDArray[np.int32], rendered: Rendered, chosen: Sequence[bool]) -> NDArray[np.int64]:
+    """Return how many trained characters stand behind each token: int64 `[n]`.
 
     Args:
         offsets: int32 `[n, 2]`, the characters behind each token.
@@ -120,47 +120,38 @@ def trained_tokens(offsets: NDArray[np.int32], rendered: Rendered, chosen: Seque
 
     Raises:
         UsageError: a policy of the user's own gave another number of answers than there are spans.
+    """
+    if len(chosen) != len(rendered.spans):
+        raise UsageError("mask_length", f"the mask policy gave {len(chosen)} answers for {len(rendered.spans)} spans")
+    lengths = [span.end - span.start for span in rendered.spans]
+    before = np.zeros(len(rendered.text) + 1, dtype=np.int64)
+    before[1:] = np.repeat(np.asarray(chosen, dtype=np.bool_), lengths).cumsum()
+    found: NDArray[np.int64] = before[offsets[:, 1]] - before[offsets[:, 0]]
+    return found
+
+
+def trained_tokens(
+    offsets: NDArray[np.int32], rendered: Rendered, chosen: Sequence[bool]
+) -> tuple[NDArray[np.bool_], bool]:
+    """Return, for each token, whether it carries loss (bool `[n]`), and whether one of them straddles a boundary.
+
+    Args:
+        offsets: int32 `[n, 2]`, the characters behind each token.
+        rendered: the text's spans.
+        chosen: for each span, whether the policy trains it.
+
+    Raises:
+        UsageError: as `trained_characters`.
 
     >>> import numpy as np
     >>> from ftdata.types import Part, Span
     >>> spans = (Span(0, 4, Part.CONTENT, 0, False), Span(4, 9, Part.CONTENT, 1, True))
     >>> offsets = np.array([[0, 3], [3, 6], [6, 6], [6, 9]], dtype=np.int32)
-    >>> trained_tokens(offsets, Rendered("x" * 9, spans), [False, True]).tolist()
-    [False, True, False, True]
+    >>> trained, straddles = trained_tokens(offsets, Rendered("x" * 9, spans), [False, True])
+    >>> trained.tolist(), straddles
+    ([False, True, False, True], True)
     """
-    if len(chosen) != len(rendered.spans):
-        raise UsageError("mask_length", f"the mask policy gave {len(chosen)} answers for {len(rendered.spans)} spans")
-    stretches = np.asarray(
-        [(span.start, span.end) for span, yes in zip(rendered.spans, chosen, strict=True) if yes], dtype=np.int64
-    ).reshape(-1, 2)
-    trained = np.zeros(len(offsets), dtype=np.bool_)
-    if len(stretches) == 0 or len(offsets) == 0:
-        return trained
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    # The first trained stretch that ends after the token begins is the only one it can overlap first.
-    at = np.searchsorted(stretches[:, 1], starts, side="right")
-    within = at < len(stretches)
-    trained[within] = stretches[at[within], 0] < ends[within]
-    trained &= ends > starts
-    trained[0] = False
-    return trained
-
-
-def straddling(
-    offsets: NDArray[np.int32], trained: NDArray[np.bool_], rendered: Rendered, chosen: Sequence[bool]
-) -> bool:
-    """Return whether a trained token holds characters that are not trained: it stands across a boundary.
-
-    Args:
-        offsets: int32 `[n, 2]`, the characters behind each token.
-        trained: bool `[n]`, the result of `trained_tokens`.
-        rendered: the text's spans.
-        chosen: for each span, whether the policy trains it.
-    """
-    inside = np.zeros(len(rendered.text) + 1, dtype=np.int64)
-    for span, yes in zip(rendered.spans, chosen, strict=True):
-        if yes:
-            inside[span.start + 1 : span.end + 1] = 1
-    before = np.cumsum(inside)
-    starts, ends = offsets[trained, 0], offsets[trained, 1]
-    return bool((before[ends] - before[starts] < ends - starts).any())
+    inside = trained_characters(offsets, rendered, chosen)
+    trained = inside > 0
+    trained[:1] = False
+    return trained, bool((inside < offsets[:, 1] - offsets[:, 0])[trained].any())

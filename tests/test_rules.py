@@ -1,12 +1,15 @@
 """What a model must produce under any chat template, rule by rule: where turns begin and end, and what is refused."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
 from ftdata import encode
-from ftdata.errors import BadRow
-from ftdata.examples import build_rows, make_recipe
+from ftdata.errors import BadRow, UsageError
+from ftdata.examples import FLAGS, build_rows, make_recipe
 from ftdata.templates import Template, render
 from ftdata.types import Conversation, Row, Source
 
@@ -25,6 +28,13 @@ HEAD, TURN, PROMPT = "<|im_start|>{{ m.role }}\n", "{{ m.content }}<|im_end|>\n"
 def template(turn=HEAD + TURN, prompt=PROMPT, before=""):
     ask = f"{{% if add_generation_prompt %}}{prompt}{{% endif %}}" if prompt else ""
     return f"{before}{{% for m in messages %}}{turn}{{% endfor %}}{ask}"
+
+
+LATE_STOP = template(
+    "{% if not loop.first %}<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}",
+    "<|im_end|>\n" + PROMPT,
+)
+STOPLESS = template("{{ m.role }}: {{ m.content }}\n\n", "assistant: ")
 
 
 def outcome(source, messages=TALK, turns="joint", **options):
@@ -128,11 +138,7 @@ def test_r6_blanks_after_the_stop_are_not_trained():
 
 
 def test_r7_a_stop_that_only_the_next_message_prints():
-    late = template(
-        "{% if not loop.first %}<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}",
-        "<|im_end|>\n" + PROMPT,
-    )
-    assert trained(late) == (["a1<|im_end|>", "a2"], {"unclosed_final"})
+    assert trained(LATE_STOP) == (["a1<|im_end|>", "a2"], {"unclosed_final"})
     unless_last = template(
         HEAD + "{{ m.content }}{% if not loop.last or add_generation_prompt %}<|im_end|>\n{% endif %}"
     )
@@ -142,8 +148,54 @@ def test_r7_a_stop_that_only_the_next_message_prints():
 def test_r8_no_stop_at_all_ends_with_the_answer():
     openers_only = template("<|{{ m.role }}|>\n{{ m.content }}", "<|assistant|>\n")
     assert trained(openers_only) == (["a1", "a2"], {"no_stop"})
-    plain = template("{{ m.role }}: {{ m.content }}\n\n", "assistant: ")
-    assert trained(plain) == (["a1", "a2"], {"no_stop"})
+    assert trained(STOPLESS) == (["a1", "a2"], {"no_stop"})
+
+
+def shown(example):
+    return "".join(example.text[a:b] for a, b in example.offsets[example.trained])
+
+
+@pytest.mark.parametrize(
+    ("source", "messages", "trained", "flags"),
+    [
+        (LATE_STOP, TALK, "a1<|im_end|>a2<|im_end|>", {"eos_appended"}),
+        (STOPLESS, TALK[:2], "a1<|im_end|>", {"eos_appended"}),
+        (STOPLESS, TALK, "a1a2<|im_end|>", {"eos_appended", "no_stop"}),
+        (STOPLESS, [*TALK, USER], "a1a2", {"no_stop", "trailing_turns"}),
+        (template(), TALK, "a1<|im_end|>a2<|im_end|>", set()),
+    ],
+)
+def test_r7_eos_can_be_put_where_the_template_prints_no_last_stop(tokenizer_dir, source, messages, trained, flags):
+    (example,) = encode(messages, tokenizer_dir("tiny_bpe"), source, unclosed="append_eos")
+    assert (shown(example), example.flags) == (trained, flags)
+    if "eos_appended" in flags:
+        assert example.text.endswith("a2<|im_end|>" if len(messages) > 2 else "a1<|im_end|>")
+
+
+def test_flags_can_be_made_faults(tokenizer_dir):
+    with pytest.raises(BadRow, match="no_stop"):
+        encode(TALK, tokenizer_dir("tiny_bpe"), STOPLESS, refuse=["no_stop"])
+    encode(TALK, tokenizer_dir("tiny_bpe"), refuse=["no_stop"])
+    with pytest.raises(UsageError, match="no_stop"):
+        encode(TALK, tokenizer_dir("tiny_bpe"), refuse=["nostop"])
+    with pytest.raises(UsageError, match="list of flags"):
+        encode(TALK, tokenizer_dir("tiny_bpe"), refuse="no_stop")
+    rows = [Row({"messages": TALK}, Source("x", n)) for n in range(2)]
+    recipe = make_recipe(tokenizer_dir("tiny_bpe"), STOPLESS, refuse=["no_stop"])
+    assert [(one.code, one.tokens > 0) for one in build_rows(recipe, rows)] == [("no_stop", True)] * 2
+    cut = make_recipe(tokenizer_dir("tiny_bpe"), max_length=60, overlong="truncate", refuse=["truncated_answer"])
+    (row,) = build_rows(cut, [Row({"messages": [USER, {**ANSWER, "content": "long " * 30}]}, Source("x", 0))])
+    assert row.code == "truncated_answer"
+
+
+def test_every_flag_is_documented():
+    table = (
+        (Path(__file__).parents[1] / "docs" / "masks.md")
+        .read_text()
+        .partition("| flag |")[2]
+        .partition("| refusal |")[0]
+    )
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(FLAGS)
 
 
 def test_r9_middle_and_final_stops_may_differ():

@@ -5,7 +5,20 @@ A *chat template* reads `messages`; a *prompt template* reads the row's own colu
 `{% generation %} ... {% endgeneration %}`, or, in a tokenizer's own chat template, detected (`markers`).
 """
 
-from ftdata.templates.rendering import DROPPED, TURNS, prompt, render
+from ftdata.templates.rendering import DROPPED, TURNS, UNCLOSED, closed, prompt, render
 from ftdata.templates.template import DEFAULT_DATE, Template, check, find, scaffold, templates
 
-__all__ = ["DEFAULT_DATE", "DROPPED", "TURNS", "Template", "check", "find", "prompt", "render", "scaffold", "templates"]
+__all__ = [
+    "DEFAULT_DATE",
+    "DROPPED",
+    "TURNS",
+    "UNCLOSED",
+    "Template",
+    "check",
+    "closed",
+    "find",
+    "prompt",
+    "render",
+    "scaffold",
+    "templates",
+]

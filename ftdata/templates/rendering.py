@@ -16,6 +16,8 @@ TURNS = ("auto", "joint", "split")
 
 DROPPED = ("refuse", "flag")
 
+UNCLOSED = ("flag", "append_eos")
+
 _SPLITTABLE = frozenset({"history_drift", "stop_unknown", "overlap"})
 """Refusals of a whole conversation that need not hold for its turns taken by themselves."""
 
@@ -54,6 +56,25 @@ def render(
         return (whole,)
     parts = [one for group in _groups(chat, assistants) for one in _split(chat, group, dropped)]
     return tuple(replace(one, flags=one.flags | {"split"}) for one in parts) if len(parts) > 1 else tuple(parts)
+
+
+def closed(rendered: Rendered, template: Template) -> Rendered:
+    """Return the text with EOS after a last turn that the template leaves without a stop; else as it is."""
+    eos = template.special_tokens.get("eos_token")
+    last = max((span for span in rendered.spans if span.generated), default=None)
+    if last is None or eos is None or rendered.text[last.end :].strip():
+        return rendered
+    if "unclosed_final" not in rendered.flags and ("no_stop" not in rendered.flags or last.part is Part.SCAFFOLD):
+        return rendered
+    text = rendered.text[: last.end] + eos
+    spans = (
+        *(span for span in rendered.spans if span.end <= last.end),
+        Span(last.end, len(text), Part.SCAFFOLD, last.message, True),
+    )
+    # Whether an earlier turn has no stop either, its tokens tell.
+    return replace(
+        rendered, text=text, spans=spans, flags=rendered.flags - {"unclosed_final", "no_stop"} | {"eos_appended"}
+    )
 
 
 def _joint(chat: Chat, turns: Sequence[int], dropped: str, *, must: bool) -> Rendered | None:

@@ -151,7 +151,8 @@ class Template:
             text = Tracked.of(self._compile(prompt_only=prompt_only, watch=watch).render(given))
             return text.plain() if isinstance(text, Watched) else text
         except TEMPLATE_FAULTS as error:
-            raise BadRow("template_raises", f"template {self.name!r} fails on this row: {error}") from None
+            reason = str(error).replace(f"'{Tracked.__name__}'", "'str'")
+            raise BadRow("template_raises", f"template {self.name!r} fails on this row: {reason}") from None
 
     def _compile(self, *, prompt_only: bool = False, watch: bool = False) -> jinja2.Template:
         try:

@@ -127,7 +127,7 @@ def _from_build(build: Path) -> tuple[str, Iterator[Tokens]]:
 def _from_rows(data: Any, tokenizer: str, options: dict[str, Any]) -> Iterator[Tokens]:
     template = options["template"]
     # Builds of an earlier version lack what it did not know.
-    same = ("schema", "columns", "turns", "control_tokens", "dropped")
+    same = ("schema", "columns", "turns", "control_tokens", "dropped", "unclosed")
     recipe = make_recipe(
         tokenizer,
         None if template["name"] == "tokenizer" else template["source"],
