@@ -269,7 +269,6 @@ def test_control_tokens_hide_nowhere(tokenizer_dir, place):
 
 
 def test_what_a_normaliser_makes_a_control_token_is_escaped_too(tmp_path):
-    import json
 
     from makers import tiny_bpe
     from tokenizers import Tokenizer, normalizers
