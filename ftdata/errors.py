@@ -141,5 +141,5 @@ def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
     Raises:
         UsageError: with the nearest allowed value.
     """
-    if value not in allowed:
-        raise UsageError(f"unknown_{name}", f"{name} is {value!r}", hint=nearest(value, allowed))
+    if not isinstance(value, str) or value not in allowed:
+        raise UsageError(f"unknown_{name}", f"{name} is {value!r}", hint=nearest(str(value), allowed))

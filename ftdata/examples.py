@@ -24,6 +24,7 @@ from ftdata.mask import Policy, policy_of, trained_tokens
 from ftdata.schemas import check_columns, normalise, schemas
 from ftdata.templates import DEFAULT_DATE, DROPPED, TURNS, UNCLOSED, Template, check, closed, find, render, scaffold
 from ftdata.templates.child import trusted
+from ftdata.templates.spans import thinking_tags
 from ftdata.templates.verify import contradicted
 from ftdata.tokenize import (
     CONTROL_POLICIES,
@@ -46,6 +47,8 @@ PROVED, PROVED_EVERY, PROVED_MESSAGES = 32, 100, 4
 
 
 FLAGS = {
+    "arguments_parsed": "{n} examples give the arguments of tool calls as objects: the template does not print JSON "
+    "text as it stands",
     "arguments_as_text": "{n} examples give the arguments of tool calls as JSON text: the template fails on objects",
     "content_cut": "{n} examples lost part of a message to the template",
     "control_tokens": "{n} examples had control tokens spelled in their data, tokenised as plain text",
@@ -60,8 +63,10 @@ FLAGS = {
     "split": "{n} examples are turns by themselves, {repeated} tokens of them repeated: the template rewrites earlier "
     "turns, so each is shown as it will be asked",
     "straddle": "{n} examples have a trained token that begins or ends outside the answer (tokens follow characters)",
+    "tags_unconfirmed": "{n} examples are trained on what the template's tags mark, which is not, or not certainly, "
+    "what the model must generate",
     "tags_overruled": "{n} examples are trained on what the model must generate, not on what the template's tags mark",
-    "tools_dropped": "{n} examples were given tools that the template does not print",
+    "tools_dropped": "{n} examples were given tools that the template does not print, or not whole",
     "trailing_turns": "{n} examples end with messages that nothing answers",
     "unclosed_final": "{n} examples end without a stop: the template prints it only before the next message",
     "unprobed": "{n} examples were judged by themselves: the template refuses plain conversations",
@@ -173,14 +178,23 @@ def make_recipe(
         TemplateRefused: the template cannot be compiled, or marks nothing as trained.
     """
     loaded = load_tokenizer(tokenizer)
-    try:
-        json.dumps(template_kwargs)
-    except TypeError as error:
-        raise UsageError("template_kwargs", f"template_kwargs must be plain values: {error}") from None
+    _check_kwargs(template_kwargs)
     name, source = ("tokenizer", loaded.chat_template or "") if template is None else find(template)
     kwargs = json.dumps(template_kwargs or {}, sort_keys=True)
     bound, control = _bind(loaded, name, source, template is not None, as_date(date), kwargs)
     return Recipe(tokenizer=loaded, template=bound, control=control, **options)
+
+
+def _check_kwargs(kwargs: Any) -> None:
+    if kwargs is None:
+        return
+    if not isinstance(kwargs, Mapping) or (own := {"messages", "tools", "add_generation_prompt"} & set(kwargs)):
+        found = f"names {sorted(own)}, which the rows give" if isinstance(kwargs, Mapping) else f"is {kwargs!r}"
+        raise UsageError("template_kwargs", f"template_kwargs {found}; expected further variables of the template")
+    try:
+        json.dumps(kwargs)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError("template_kwargs", f"template_kwargs must be plain values: {error}") from None
 
 
 @lru_cache(maxsize=64)
@@ -256,6 +270,8 @@ def _prepare(recipe: Recipe, row: Row | Reject) -> tuple[Conversation, tuple[Ren
         texts = _render(recipe, conversation, proved=proved)
     except BadRow as error:
         return _reject(row, error)
+    except RecursionError:
+        return _reject(row, BadRow("too_deep", "is nested too deep to be read"))
     return conversation, texts
 
 
@@ -291,11 +307,15 @@ def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Re
     if not pattern.search(json.dumps([conversation.messages, conversation.tools], ensure_ascii=False)):
         return
 
-    def blot(value: Any) -> Any:
+    def blot(value: Any, keep: Sequence[tuple[int, int]] = ()) -> Any:
         if isinstance(value, str):
-            return pattern.sub(lambda found: "x" * len(found.group()), value)
+            return pattern.sub(lambda found: found.group() if found.span() in keep else "x" * len(found.group()), value)
         if isinstance(value, Mapping):
-            return {blot(key): item if key == "role" else blot(item) for key, item in value.items()}
+            # The tags of thinking that is written into an answer are no typed ones, and templates look for them.
+            own = value.get("content") if value.get("role") == "assistant" else None
+            tags = thinking_tags(own, "think") if isinstance(own, str) else ()
+            kept = {"role": value.get("role"), "content": blot(own, tags)} if tags else {"role": value.get("role")}
+            return {blot(key): kept[key] if key in kept else blot(item) for key, item in value.items()}
         return [blot(item) for item in value] if isinstance(value, list | tuple) else value
 
     tame = replace(conversation, messages=tuple(blot(conversation.messages)), tools=tuple(blot(conversation.tools)))
@@ -395,7 +415,7 @@ def _example(recipe: Recipe, conversation: Conversation, rendered: Rendered, enc
     if rendered.add_bos and len(bos := recipe.tokenizer.bos_ids) and not np.array_equal(ids[:1], bos):
         ids = np.concatenate((bos, ids))
         offsets = np.concatenate((np.zeros((len(bos), 2), np.int32), offsets))
-    chosen = recipe.policy(rendered, conversation)
+    chosen = list(recipe.policy(rendered, conversation) or ())
     flags = set(rendered.flags) | ({"control_tokens"} if encoded.escaped else set())
     if conversation.messages and conversation.messages[-1]["role"] != "assistant":
         flags.add("trailing_turns")
@@ -404,12 +424,25 @@ def _example(recipe: Recipe, conversation: Conversation, rendered: Rendered, enc
         flags.add("straddle")
     source = conversation.source
     example = Example(ids, trained, offsets, rendered.text, rendered.spans, frozenset(flags), source)
-    last = ids[turn_ends(example) - 1]
-    if "unclosed_final" in flags:
-        last = last[:-1] if len(last) > 1 else recipe.control.ids[:1]
-    if not len(last) or not np.isin(last, recipe.control.ids).all():
+    if not _stops(example, recipe):
         example = replace(example, flags=example.flags | {"no_stop"})
     return example
+
+
+def _stops(example: Example, recipe: Recipe) -> bool:
+    """Whether every trained turn ends in a control token, but for blanks, and a last one that has none to end in."""
+    ends = turn_ends(example)
+    if "unclosed_final" in example.flags:
+        ends = ends[:-1]
+        if not len(ends):
+            return True
+    last = []
+    for end in ends:
+        at = end - 1
+        while at > 0 and example.trained[at - 1] and not example.text[slice(*example.offsets[at])].strip():
+            at -= 1
+        last.append(example.input_ids[at])
+    return bool(last) and bool(np.isin(last, recipe.control.ids).all())
 
 
 def _name(policy: str | Policy) -> str:
@@ -421,7 +454,10 @@ def _name(policy: str | Policy) -> str:
 def _reject(row: Row | Reject, error: BadRow) -> Reject:
     if isinstance(row, Reject):
         return row
-    raw = json.dumps(row.data, ensure_ascii=False, default=str, skipkeys=True)[:4096]
+    try:
+        raw = json.dumps(row.data, ensure_ascii=False, default=str, skipkeys=True)[:4096]
+    except (RecursionError, ValueError):
+        raw = ""
     return Reject(row.source, error.code, error.field, error.message, error.hint, raw)
 
 
@@ -441,6 +477,8 @@ def encode(
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Example, ...]:
     """Encode one conversation: ids, labels, and the reason of each.
+
+    It is what a build makes of it, but for an empty answer, which a build refuses.
 
     Args:
         messages: the conversation, as chat templates take it.
@@ -479,7 +517,12 @@ def encode(
         unclosed=unclosed,
         refuse=refuse,
     )
-    row = {"messages": list(messages), **({"tools": list(tools)} if tools else {})}
+    row = {"messages": messages, **({"tools": tools} if tools else {})}
+    try:
+        # Through JSON and back: what cannot be written there, no template and no file could hold.
+        row = json.loads(json.dumps(row))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow("not_json", f"the messages hold what JSON does not: {error}", where="<messages>") from None
     conversation = normalise(Row(row, Source("<messages>", 0)), "messages")
     try:
         texts = _render(recipe, conversation, proved=False)

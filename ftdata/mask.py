@@ -61,6 +61,10 @@ def policy_of(train_on: str | Policy, train_parts: Sequence[str] | None = None) 
     Raises:
         UsageError: no policy, or no part, has this name.
     """
+    if not isinstance(train_on, str) and not callable(train_on):
+        raise UsageError(
+            "train_on", f"train_on is {train_on!r}, expected one of {', '.join(masks.names())}, or a function"
+        )
     policy = masks.get(train_on) if isinstance(train_on, str) else train_on
     if train_parts is None:
         return policy

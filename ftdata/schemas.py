@@ -328,23 +328,19 @@ def _one_message(item: Any, field: str) -> Message:
 
 
 def _tool_calls(calls: Any, field: str) -> list[dict[str, Any]]:
-    """Return the calls with their arguments as objects: OpenAI writes them as JSON text, templates want objects."""
-    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+    """Return the calls as given; arguments that are text must be JSON, as OpenAI writes them, or nothing."""
+    if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
         raise BadRow("tool_calls_type", f"is {_describe(calls)}, expected a list of objects", field=field)
-    parsed = []
     for index, call in enumerate(calls):
         function = call.get("function")
-        if isinstance(function, Mapping) and isinstance(text := function.get("arguments"), str):
+        text = function.get("arguments") if isinstance(function, Mapping) else None
+        if isinstance(text, str) and text.strip():
             try:
-                # Python's own reader keeps whole numbers of any size.
-                arguments = json.loads(text)
-            except ValueError as error:
+                json.loads(text)
+            except (ValueError, RecursionError) as error:
                 place = f"{field}[{index}].function.arguments"
                 raise BadRow("tool_arguments", f"is text that is not JSON: {error}", field=place) from None
-            parsed.append({**call, "function": {**function, "arguments": arguments}})
-        else:
-            parsed.append(dict(call))
-    return parsed
+    return [dict(call) for call in calls]
 
 
 def _role(value: Any, field: str) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ftdata.errors import BadRow
+from ftdata.errors import BadRow, one_of
 from ftdata.examples import encode, make_recipe
 from ftdata.types import IGNORE_INDEX, Example, Message, Part
 
@@ -128,6 +128,9 @@ def _conversation(
     return messages
 
 
+_RENDERING = ("turns", "dropped", "date", "template_kwargs")
+
+
 def try_template(
     tokenizer: Any, template: str | Path | None = None, *, max_examples: int = 200, **options: Any
 ) -> dict[str, int]:
@@ -136,20 +139,24 @@ def try_template(
     Args:
         tokenizer: as for `encode`.
         template: as for `encode`.
-        max_examples: how many conversations.
-        options: further options of `encode`.
+        max_examples: how many conversations: plain ones, with a system message, with reasoning, with tool calls.
+        options: options of `encode` that change the rendering: `turns`, `dropped`, `date`, `template_kwargs`.
 
     Returns:
         How many conversations were refused, by code: what a template does not take is no broken law.
 
     Raises:
         AssertionError: a law is broken; Hypothesis shows the smallest conversation that breaks it.
+        UsageError: another option, under which the laws say something else.
     """
+    for name in options:
+        one_of("option", name, _RENDERING)
     refused: Counter[str] = Counter()
     recipe = make_recipe(tokenizer, template)
+    kinds: tuple[dict[str, bool], ...] = ({"system": False}, {}, {"reasoning": True}, {"tools": True})
 
     @settings(max_examples=max_examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    @given(conversations(reasoning=True, tools=True))
+    @given(st.one_of(*(conversations(**kind) for kind in kinds)))
     def check(messages: list[Message]) -> None:
         try:
             plain = encode(messages, tokenizer, template, **options)
@@ -160,6 +167,10 @@ def try_template(
         for example in plain:
             check_laws(example, messages)
             check_control(example, recipe.control.ids)
+            assert "tags_unconfirmed" not in example.flags, "M2: the template marks what the model need not produce"
+        assert {span.message for one in plain for span in one.spans if span.generated} == {
+            index for index, message in enumerate(messages) if message["role"] == "assistant"
+        }, "M2: a turn is not trained"
         for example in allowed:
             check_laws(example, messages)
             alone = recipe.tokenizer.encode([example.text])[0].ids

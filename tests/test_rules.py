@@ -1,5 +1,6 @@
 """What a model must produce under any chat template, rule by rule: where turns begin and end, and what is refused."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from ftdata import encode
-from ftdata.errors import BadRow, UsageError
+from ftdata.errors import BadRow, TemplateRefused, UsageError
 from ftdata.examples import FLAGS, build_rows, make_recipe
 from ftdata.templates import Template, render
+from ftdata.testing import try_template
+from ftdata.tokenize import load_tokenizer
 from ftdata.types import Conversation, Row, Source
 
 USER, ANSWER = {"role": "user", "content": "q1"}, {"role": "assistant", "content": "a1"}
@@ -215,6 +218,8 @@ def test_r10_what_follows_the_final_stop_is_never_trained():
     twice = template() + "{% if not add_generation_prompt %}</s>{% endif %}"
     assert trained(twice) == (["a1<|im_end|>", "a2<|im_end|>"], {"junk_tail"})
 
+
+THINKS = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
 
 CALLS = "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
 
@@ -472,3 +477,179 @@ def test_what_is_remembered_does_not_hide_what_is_cut():
     thinking = [USER, {"role": "assistant", "content": "<think>hm</think>a1"}, *TALK[2:]]
     with pytest.raises(BadRow, match="history_drift"):
         render(Conversation(tuple(thinking)), known, "joint")
+
+
+def called(*arguments, **more):
+    calls = [
+        {"type": "function", "id": f"call{n}", "function": {"name": "f", "arguments": a}}
+        for n, a in enumerate(arguments)
+    ]
+    return [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": calls, **more},
+        {"role": "tool", "content": "ok"},
+        TALK[3],
+    ]
+
+
+PRINTS = template(
+    HEAD
+    + "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments }}</call>{% endfor %}<|im_end|>\n"
+)
+
+
+def test_arguments_that_are_text_are_printed_as_they_are_where_the_template_takes_text():
+    written = '{"city":"Ulm", "n":1.50}'
+    assert trained(PRINTS, called(written)) == ([f"<call>f {written}</call><|im_end|>", "a2<|im_end|>"], set())
+    assert trained(PRINTS, called(""))[0][0] == "<call>f </call><|im_end|>"
+    as_json = template(HEAD + "{{ m.content }}" + CALLS + "<|im_end|>\n")
+    texts, flags = trained(as_json, called(written))
+    assert texts[0] == '<tool_call>{"name": "f", "arguments": {"city": "Ulm", "n": 1.5}}</tool_call><|im_end|>'
+    assert flags == {"arguments_parsed"}
+    assert refusal(as_json, called('{"city":')).code == "tool_arguments"
+
+
+@pytest.mark.parametrize("arguments", [{"n": 12}, {"n": "x"}, {"s": "abc", "n": [1, 2], "flag": True}])
+def test_r11_numbers_and_brackets_of_a_call_are_its_own(arguments):
+    stopless = template(
+        "<|{{ m.role }}|>\n{{ m.content }}" + CALLS.replace("</tool_call>", "") + "\n", "<|assistant|>\n"
+    )
+    texts, flags = trained(stopless, called(arguments))
+    assert texts[0] == f'<tool_call>{{"name": "f", "arguments": {json.dumps(arguments)}}}'
+    assert flags == {"no_stop"}
+
+
+@pytest.mark.parametrize(
+    ("turn", "messages"),
+    [
+        (
+            "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}",
+            called({"n": 1}, {"n": 2}),
+        ),
+        ("{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}", called({"ok": 7})),
+    ],
+)
+def test_r12_numbers_and_keys_that_never_arrive(turn, messages):
+    assert refusal(template(HEAD + turn + "<|im_end|>\n"), messages).code == "payload_dropped"
+
+
+@pytest.mark.parametrize(
+    ("turn", "more", "flag"),
+    [
+        ("{{ m.content[0].text }}", {"content": [{"type": "text", "text": "so yes"}, {"type": "text", "text": "yes"}]}, "content_cut"),
+        (THINKS, {"reasoning_content": "one", "thinking": "another"}, "content_cut"),
+        ("{{ m.content }}", {"reasoning_content": ["a thought"]}, "reasoning_dropped"),
+        ("{{ m.content }}", {"score": 3}, "fields_dropped"),
+        ("{{ m.content }}{{ m.score }}", {"score": 3}, None),
+        ("{{ '<think>%s</think>' % m.reasoning_content }}{{ m.content }}", {"reasoning_content": "one"}, None),
+        ("<think>{{ m.content.split('</think>')[0][7:] | trim }}</think>{{ m.content.split('</think>')[1] | trim }}",
+         {"content": "<think>\nhm\n</think>\n\nyes"}, None),
+    ],
+)  # fmt: skip
+def test_r12_what_is_lost_is_flagged_and_nothing_else(turn, more, flag):
+    messages = [{"role": "user", "content": "q"}, {**ANSWER, **more}]
+    source = template(HEAD + "{% if m.role == 'user' %}{{ m.content }}{% else %}" + turn + "{% endif %}<|im_end|>\n")
+    assert trained(source, messages)[1] == ({flag} if flag else set())
+
+
+def test_tools_that_are_not_printed_whole_are_flagged():
+    tools = [
+        {"type": "function", "function": {"name": n, "parameters": {"properties": {"k": {}}}}} for n in ("go", "run")
+    ]
+
+    def flags(before):
+        source = Template("t", template(before=before), strict=False, special_tokens={"eos_token": "<|im_end|>"})
+        return render(Conversation(tuple(TALK), tools=tuple(tools)), source, "joint")[0].flags
+
+    assert flags("{{ tools | tojson }}") == set()
+    assert (
+        flags("{{ (tools or [{}])[0] | tojson }}")
+        == flags("{% for t in tools or [] %}{{ t.function.name }}{% endfor %}")
+        == {"tools_dropped"}
+    )
+
+
+def test_r13_nothing_asks_for_an_answer_that_opens_the_conversation():
+    assert refusal(template(), [ANSWER, *TALK]).code == "no_prompt"
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        "{{ m.content }}",
+        "{% if '</think>' in m.content %}<think>{{ m.content.split('<think>')[1] }}{% else %}{{ m.content }}{% endif %}",
+    ],
+)
+def test_r16_tags_of_thinking_that_is_written_into_an_answer_are_real(tokenizer_dir, turn):
+    messages = [
+        {"role": "user", "content": "what is <think> for?"},
+        {"role": "assistant", "content": "<think>hm</think>\n\nyes </think>"},
+        *TALK[2:],
+    ]
+    tokenizer = load_tokenizer(tokenizer_dir("qwen"))
+    assert "<think>" in tokenizer.added_tokens
+    (example,) = encode(
+        messages, tokenizer, template(HEAD + turn + "{# <think> </think> #}<|im_end|>\n"), turns="joint"
+    )
+    ids = [tokenizer.id_of("<think>"), tokenizer.id_of("</think>")]
+    assert [int((example.input_ids == one).sum()) for one in ids] == [1, 1]
+    assert example.trained[np.isin(example.input_ids, ids)].all()
+    (answers,) = encode(
+        messages, tokenizer, template(HEAD + turn + "<|im_end|>\n"), turns="joint", train_parts=["answer"]
+    )
+    assert shown(answers) == "yes </think><|im_end|>a2<|im_end|>"
+
+
+def test_tags_of_a_users_own_template_are_followed_and_compared(tokenizer_dir):
+    right = template("<|im_start|>{{ m.role }}\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n")
+    header = template("<|im_start|>{% generation %}{{ m.role }}\n{{ m.content }}<|im_end|>{% endgeneration %}\n")
+    only = "{% if m.role == 'assistant' %}", "{% else %}" + TURN + "{% endif %}"
+    right, header = (
+        source.replace("{% generation %}", only[0] + "{% generation %}").replace(
+            "{% endgeneration %}\n", "{% endgeneration %}\n" + only[1].replace(TURN, body)
+        )
+        for source, body in ((right, TURN), (header, "{{ m.role }}\n" + TURN))
+    )
+    (example,) = encode(TALK, tokenizer_dir("tiny_bpe"), right)
+    assert (shown(example), example.flags) == ("a1<|im_end|>a2<|im_end|>", set())
+    (example,) = encode(TALK, tokenizer_dir("tiny_bpe"), header)
+    assert (shown(example), example.flags) == ("assistant\na1<|im_end|>assistant\na2<|im_end|>", {"tags_unconfirmed"})
+    with pytest.raises(AssertionError, match="M2"):
+        try_template(tokenizer_dir("tiny_bpe"), header, max_examples=10)
+
+
+@pytest.mark.parametrize("asked", ["messages[-1].content | title == 'Short'", "messages[-1].content is in '/short'"])
+def test_what_is_remembered_hangs_on_all_that_a_template_may_ask(tokenizer_dir, asked):
+    source = template(prompt=PROMPT + "{% if " + asked + " %}Sure: {% endif %}")
+    encode([{"role": "user", "content": "hello"}, ANSWER], tokenizer_dir("tiny_bpe"), source)
+    with pytest.raises(BadRow, match="history_drift"):
+        encode([{"role": "user", "content": "short"}, ANSWER], tokenizer_dir("tiny_bpe"), source)
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "error"),
+    [
+        (None, {}, BadRow),
+        ([{"role": "user", "content": "q", "x": {1}}, ANSWER], {}, BadRow),
+        (TALK, {"train_parts": [1]}, UsageError),
+        (TALK, {"train_on": None}, UsageError),
+        (TALK, {"train_on": lambda *_: None}, UsageError),
+        (TALK, {"turns": None}, UsageError),
+        (TALK, {"template_kwargs": [1]}, UsageError),
+        (TALK, {"template_kwargs": {"tools": []}}, UsageError),
+        (TALK, {"template": "{% for m in messages %}" * 30 + "{% endfor %}" * 30}, TemplateRefused),
+        (TALK, {"template": "{% for m in messages %}{% set c = cycler() %}{% endfor %}"}, BadRow),
+    ],
+)
+def test_what_cannot_be_meant_is_an_error_of_ours(tokenizer_dir, messages, options, error):
+    with pytest.raises(error):
+        encode(messages, tokenizer_dir("tiny_bpe"), **options)
+
+
+def test_rows_nested_too_deep_are_rejected(tokenizer_dir):
+    deep = {}
+    for _ in range(3000):
+        deep = {"x": deep}
+    recipe = make_recipe(tokenizer_dir("tiny_bpe"))
+    (row,) = build_rows(recipe, [Row({"messages": [{**USER, "extra": deep}, ANSWER]}, Source("x", 0))])
+    assert row.code == "too_deep"

@@ -98,25 +98,35 @@ def test_split_keeps_places_even_where_pieces_look_like_separators(text, sep, ti
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts(), inner, max_size=3),
     ),
     ascii_only=st.booleans(),
+    indent=st.sampled_from([None, 2]),
+    sort_keys=st.booleans(),
+    keys=st.booleans(),
 )
-def test_dumps_is_json_with_owners(value, ascii_only):
-    def plain(x):
-        return json.dumps(x, ensure_ascii=ascii_only)
+def test_dumps_is_json_with_owners(value, ascii_only, indent, sort_keys, keys):
+    def plain(x, **more):
+        return json.dumps(x, ensure_ascii=ascii_only, indent=indent, **more)
 
     def track(x):
         if isinstance(x, str):
             return Tracked(x, [(len(x), 7)] if x else [])
         if isinstance(x, dict):
-            return {key: track(inner) for key, inner in x.items()}
+            return {track(key) if keys else key: track(inner) for key, inner in x.items()}
         return [track(inner) for inner in x] if isinstance(x, list) else x
 
-    assert dumps(track(value), plain) == plain(value)
+    assert dumps(track(value), plain, sort_keys=sort_keys) == plain(value, sort_keys=sort_keys)
 
 
 def test_dumps_gives_escapes_to_their_owner():
     text = dumps({"k": Tracked('a"\n', [(3, 7)])}, json.dumps)
     assert text == '{"k": "a\\"\\n"}'
     assert text.runs == ((7, 0), (5, 7), (2, 0))
+
+
+def test_dumps_gives_what_is_all_of_one_owner_to_it_whole():
+    own = {Tracked("n", [(1, 7)]): 12, Tracked("on", [(2, 7)]): True}
+    text = dumps({"name": Tracked("f", [(1, 7)]), "arguments": own}, json.dumps)
+    assert text == '{"name": "f", "arguments": {"n": 12, "on": true}}'
+    assert "".join(char for char, owner in zip(text, owners(text), strict=True) if owner) == 'f{"n": 12, "on": true}'
 
 
 def transformers_environment():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ftdata.errors import BadRow
 from ftdata.templates.compare import agreement
-from ftdata.templates.spans import Piece
+from ftdata.templates.spans import Piece, thinking_tags
 from ftdata.types import Part
 
 Rerender = Callable[[int, dict[str, Any]], str | None]
@@ -18,7 +18,7 @@ Rerender = Callable[[int, dict[str, Any]], str | None]
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _KNOWN = {"role", "content", "tool_calls", "tool_call_id", "name", "id", "type", *_REASONING}
-_KEYS = {Part.CONTENT: "content", Part.TOOL_CALL: "tool_calls"}
+_KEYS = {Part.CONTENT: ("content",), Part.TOOL_CALL: ("tool_calls",), Part.REASONING: _REASONING}
 _MOST_LEAVES = 64
 
 
@@ -37,11 +37,16 @@ def recover(
             at = _place(text, message, index, rerender)
             found = found if at is None else _insert(found, Piece(at, at, Part.CONTENT, index, 0))
             continue
-        for part, key in _KEYS.items():
-            if isinstance(message.get("content"), list) or _all_printed(_given(message, part), arrived[index, part]):
+        for part, keys in _KEYS.items():
+            given = _given(message, part)
+            if isinstance(message.get("content"), list) or _all_printed(given, arrived[index, part]):
                 continue
-            for start, end in _extents(text, message, index, key, rerender):
-                found = [new for old in found for new in _claimed(old, start, end, part, index)]
+            # Reasoning is left out by design of many templates: only what is there is looked for.
+            if part is Part.REASONING and not _all_printed(given, text):
+                continue
+            for key in filter(message.get, keys):
+                for start, end in _extents(text, message, index, key, rerender):
+                    found = [new for old in found for new in _claimed(old, start, end, part, index)]
     return tuple(found)
 
 
@@ -61,12 +66,13 @@ def check_arrival(
             parts is printed as a literal.
     """
     flags: set[str] = set()
-    arrived = _texts(text, parts)
+    arrived, stretches = _texts(text, parts), _stretches(text, parts)
     for index, message in enumerate(messages):
         content, calls = arrived[index, Part.CONTENT], arrived[index, Part.TOOL_CALL]
+        stretch = stretches.get(index, "")
         given = _given(message, Part.CONTENT)
-        lost_call = message.get("tool_calls") and not _arguments_printed(message["tool_calls"], calls, text)
-        if (any(given) and not content) or lost_call:
+        lost_call = bool(message.get("tool_calls")) and not _calls_printed(message, calls, stretch)
+        if (any(map(str.strip, given)) and not content) or lost_call:
             if dropped == "flag" and message["role"] != "assistant":
                 flags.add("payload_dropped")
                 continue
@@ -83,29 +89,53 @@ def check_arrival(
                 field=f"messages[{index}].content",
                 hint="give the content as text",
             )
-        if not _all_printed(given, content) or not _all_printed(_given(message, Part.TOOL_CALL), calls):
+        whole = _all_printed(given, content) or _thinking_moved(given, stretch)
+        if not whole or not _all_printed(_given(message, Part.TOOL_CALL), calls):
             flags.add("content_cut")
-        flags |= _other_flags(message, arrived[index, Part.REASONING], arrived[index, Part.OTHER])
+        flags |= _reasoning_flags(message, arrived[index, Part.REASONING])
+        if not _fields_printed(message, arrived[index, Part.OTHER], stretch):
+            flags.add("fields_dropped")
     return frozenset(flags)
 
 
-def _arguments_printed(calls: Sequence[Mapping[str, Any]], printed: str, text: str) -> bool:
-    """Whether every argument is in the printed calls; where their memory is lost, keys are known by the text alone."""
-    values = (value for call in calls for value in _values(_function(call).get("arguments")))
-    keys = (key for call in calls for key in _keys(_function(call).get("arguments")))
-    return bool(printed) and _all_printed(values, printed) and _all_printed(keys, text)
+def tools_printed(tools: Sequence[Mapping[str, Any]], text: str, parts: Sequence[Piece]) -> bool:
+    """Whether every tool's name, and the names of its parameters, are in the rendering."""
+    printed = _texts(text, parts)[-1, Part.TOOLS]
+    for tool in tools:
+        function = _function(tool)
+        parameters = function.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+        names = (*_values(function.get("name")), *(properties if isinstance(properties, Mapping) else ()))
+        if not printed or not _all_printed(dict.fromkeys(names), printed):
+            return False
+    return True
 
 
-def _other_flags(message: Mapping[str, Any], reasoning: str, other: str) -> set[str]:
-    flags: set[str] = set()
-    thought = next((message[key] for key in _REASONING if message.get(key)), None)
-    if isinstance(thought, str) and thought.strip() and not _printed(thought.strip(), reasoning):
-        flags.add("content_cut" if reasoning else "reasoning_dropped")
+def _calls_printed(message: Mapping[str, Any], printed: str, stretch: str) -> bool:
+    """Whether every call is there; numbers and keys are looked for in all that is printed for this message."""
+    arguments = [_function(call).get("arguments") for call in message["tool_calls"]]
+    others = (one for value in arguments for one in (*_keys(value), *_numbers(value)))
+    return bool(printed) and _all_printed(_values(arguments), printed) and _any_printed(others, stretch)
+
+
+def _thinking_moved(given: Sequence[str], stretch: str) -> bool:
+    """Whether a content that holds thinking is all there, with other blanks around the thinking."""
+    whole = "".join(given)
+    return bool(thinking_tags(whole)) and "".join(whole.split()) in "".join(stretch.split())
+
+
+def _reasoning_flags(message: Mapping[str, Any], printed: str) -> set[str]:
+    thoughts = _given(message, Part.REASONING)
+    if not any(thoughts) or _all_printed(thoughts, printed):
+        return set()
+    return {"content_cut" if printed else "reasoning_dropped"}
+
+
+def _fields_printed(message: Mapping[str, Any], printed: str, stretch: str) -> bool:
     known = _KNOWN if message["role"] == "tool" else _KNOWN - {"name"}
     unknown = [value for key, value in message.items() if key not in known]
-    if not all(isinstance(value, str) and _printed(value, other) for value in unknown):
-        flags.add("fields_dropped")
-    return flags
+    texts, numbers = ([one for value in unknown for one in read(value)] for read in (_values, _numbers))
+    return _all_printed(dict.fromkeys(texts), printed) and _any_printed(numbers, stretch)
 
 
 def _texts(text: str, parts: Sequence[Piece]) -> defaultdict[tuple[int, Part], str]:
@@ -117,26 +147,49 @@ def _texts(text: str, parts: Sequence[Piece]) -> defaultdict[tuple[int, Part], s
     return found
 
 
+def _stretches(text: str, parts: Sequence[Piece]) -> dict[int, str]:
+    """Return all that is printed for each message: from what is printed for another before it to the next after it."""
+    owned = [piece for piece in parts if piece.part is not Part.SCAFFOLD]
+    found: dict[int, tuple[int, int]] = {}
+    for position, piece in enumerate(owned):
+        first, _ = found.get(piece.message, (position, 0))
+        found[piece.message] = first, position
+    edges = [0, *(piece.end for piece in owned)], [*(piece.start for piece in owned), len(text)]
+    return {message: text[edges[0][first] : edges[1][last + 1]] for message, (first, last) in found.items()}
+
+
 def _all_printed(given: Iterable[str], text: str) -> bool:
-    return all(_printed(one, text) for one in given)
+    """Whether all texts are there, as many times as they are given; blanks around them may have been trimmed."""
+    wanted = Counter(filter(None, (one.strip() for one in given)))
+    return sum(len(one) * times for one, times in wanted.items()) <= len(text) and all(
+        _times(one, text) >= times for one, times in wanted.items()
+    )
 
 
-def _printed(given: str, text: str) -> bool:
-    """Whether a text is there, as it is or as JSON has it; blanks around it may have been trimmed."""
-    wanted = given.strip()
-    escaped = (json.dumps(wanted, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
-    return wanted in text or any(one in text for one in escaped)
+def _any_printed(given: Iterable[str], text: str) -> bool:
+    """Whether each of these texts is somewhere."""
+    return all(_times(one, text) for one in given)
+
+
+def _times(wanted: str, text: str) -> int:
+    """Return how often a text is there, as it is or as JSON has it."""
+    return text.count(wanted) or max(text.count(json.dumps(wanted, ensure_ascii=only)[1:-1]) for only in (False, True))
 
 
 def _given(message: Mapping[str, Any], part: Part) -> list[str]:
-    """Return the texts of a message that a rendering of it has to hold: its content, or its calls' names and values."""
+    """Return the texts of a message that a rendering of it has to hold.
+
+    They are its content, its reasoning, or the names and values of its calls.
+    """
     if part is Part.TOOL_CALL:
         functions = map(_function, message.get("tool_calls") or ())
         return [text for one in functions for text in _values([one.get("name"), one.get("arguments")])]
+    if part is Part.REASONING:
+        return list(dict.fromkeys(text for key in _REASONING for text in _values(message.get(key))))
     content = message.get("content")
     if isinstance(content, list):
         return [part.get("text", "") for part in content]
-    return [content.strip()] if content else []
+    return [content] if content else []
 
 
 def _answers_nothing(message: Mapping[str, Any]) -> bool:
@@ -156,6 +209,14 @@ def _values(value: Any) -> Iterator[str]:
         yield str.__str__(value)
     for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
         yield from _values(inner)
+
+
+def _numbers(value: Any) -> Iterator[str]:
+    """Yield all numbers in a JSON value as they are written; how truth is written is up to the template."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield json.dumps(value)
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        yield from _numbers(inner)
 
 
 def _keys(value: Any) -> Iterator[str]:

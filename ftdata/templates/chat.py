@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from ftdata.errors import BadRow
 from ftdata.templates import markers
-from ftdata.templates.arrival import check_arrival, recover
+from ftdata.templates.arrival import check_arrival, recover, tools_printed
 from ftdata.templates.memory import key_of
 from ftdata.templates.spans import Piece, Region, pieces, split_thinking, tile, tracked_messages
 from ftdata.templates.template import Template, chat_variables
 from ftdata.templates.tracked import Tracked
 from ftdata.templates.watched import watched, watching
-from ftdata.types import Conversation, Message, Part, Rendered
+from ftdata.types import Conversation, Message, Rendered
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,17 @@ class Chat:
 
     @classmethod
     def of(cls, conversation: Conversation, template: Template) -> Chat:
-        """Track the conversation's messages."""
-        return cls(template, tuple(tracked_messages(conversation.messages)), conversation.tools)
+        """Track the conversation's messages; arguments of calls are objects where the template does not take text.
+
+        Raises:
+            BadRow: such arguments are text that is not JSON.
+        """
+        messages: Sequence[Mapping[str, Any]] = conversation.messages
+        flags: frozenset[str] = frozenset()
+        if not template.takes_text_arguments and any(map(_has_text_arguments, messages)):
+            messages = [_with_arguments(message, _as_object) for message in messages]
+            flags = frozenset({"arguments_parsed"})
+        return cls(template, tuple(tracked_messages(messages)), conversation.tools, flags)
 
     def until(self, last: int) -> Chat:
         """Return the conversation up to and including message `last`."""
@@ -73,25 +82,42 @@ def render_chat(chat: Chat, turns: Sequence[int], dropped: str = "refuse") -> Re
     text = str.__str__(tracked)
     parts = recover(text, pieces(tracked), chat.messages, chat.changed)
     flags = chat.flags | check_arrival(chat.messages, text, parts, dropped)
-    if chat.tools and not any(piece.part is Part.TOOLS for piece in parts):
+    if chat.tools and not tools_printed(chat.tools, text, parts):
         flags |= {"tools_dropped"}
-    if chat.template.tagged and chat.template.strict:
-        regions = _in_turns(markers.from_blocks(parts, turns), turns)
-    else:
+    regions, unusual = _regions(chat, tracked, parts, turns)
+    assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    spans = tile(split_thinking(text, parts, regions, assistants), regions)
+    return Rendered(text, spans, flags | unusual, messages=len(chat.messages))
+
+
+def _regions(
+    chat: Chat, tracked: Tracked, parts: tuple[Piece, ...], turns: Sequence[int]
+) -> tuple[list[Region], frozenset[str]]:
+    """Return what the model must produce, as detected; where the user's own template marks it otherwise, as marked."""
+    own = chat.template.tagged and chat.template.strict
+    marked = _in_turns(markers.from_blocks(parts, turns), turns) if own else None
+    try:
         located = _located(chat, tracked, parts, turns)
-        regions = [turn.region for turn in located]
-        flags = flags.union(*(turn.flags for turn in located))
-        for before, after in pairwise(regions):
-            if after.start < before.end:
-                raise BadRow(
-                    "overlap",
-                    f"the model is asked for this turn before message {before.message} has ended",
-                    field=f"messages[{after.message}]",
-                    hint="join the two answers into one message",
-                )
-        if chat.template.tagged and _marked(parts, turns) != [one for one in regions if one.start < one.end]:
-            flags |= {"tags_overruled"}
-    return Rendered(text, tile(split_thinking(text, parts, regions), regions), flags, messages=len(chat.messages))
+    except BadRow:
+        if marked is None:
+            raise
+        return marked, frozenset({"tags_unconfirmed"})
+    regions = [turn.region for turn in located]
+    flags = frozenset[str]().union(*(turn.flags for turn in located))
+    for before, after in pairwise(regions) if marked is None else ():
+        if after.start < before.end:
+            raise BadRow(
+                "overlap",
+                f"the model is asked for this turn before message {before.message} has ended",
+                field=f"messages[{after.message}]",
+                hint="join the two answers into one message",
+            )
+    solid = [one for one in regions if one.start < one.end]
+    if marked is not None:
+        return (regions, flags) if marked == solid else (marked, flags | {"tags_unconfirmed"})
+    if chat.template.tagged and _marked(parts, turns) != solid:
+        flags |= {"tags_overruled"}
+    return regions, flags
 
 
 def _rendered(chat: Chat) -> tuple[Chat, Tracked]:
@@ -101,7 +127,7 @@ def _rendered(chat: Chat) -> tuple[Chat, Tracked]:
         if not any(message.get("tool_calls") for message in chat.messages):
             raise
         # Some templates print the arguments of a call as they are, and so need them as text.
-        messages = tuple(tracked_messages([_with_text_arguments(message) for message in chat.messages]))
+        messages = tuple(tracked_messages([_with_arguments(message, _as_text) for message in chat.messages]))
         chat = replace(chat, messages=messages, flags=chat.flags | {"arguments_as_text"})
         return chat, chat.text()
 
@@ -151,12 +177,29 @@ def _marked(parts: Sequence[Piece], turns: Sequence[int]) -> list[Region] | None
         return None
 
 
-def _with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
-    if not message.get("tool_calls"):
-        return dict(message)
-    calls: list[dict[str, Any]] = [dict(call) for call in message["tool_calls"]]
+def _has_text_arguments(message: Mapping[str, Any]) -> bool:
+    functions = (call.get("function") for call in message.get("tool_calls") or ())
+    return any(isinstance(one, Mapping) and isinstance(one.get("arguments"), str) for one in functions)
+
+
+def _with_arguments(message: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    calls: list[dict[str, Any]] = [dict(call) for call in message.get("tool_calls") or ()]
     for call in calls:
         function = call.get("function")
-        if isinstance(function, dict) and not isinstance(function.get("arguments"), str):
-            call["function"] = {**function, "arguments": json.dumps(function.get("arguments"), ensure_ascii=False)}
-    return {**message, "tool_calls": calls}
+        if isinstance(function, Mapping):
+            call["function"] = {**function, "arguments": change(function.get("arguments"))}
+    return {**message, "tool_calls": calls} if calls else dict(message)
+
+
+def _as_object(arguments: Any) -> Any:
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        # Python's own reader keeps whole numbers of any size.
+        return json.loads(arguments) if arguments.strip() else {}
+    except ValueError as error:
+        raise BadRow("tool_arguments", f"arguments are text that is not JSON: {error}", field="tool_calls") from None
+
+
+def _as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

@@ -64,7 +64,7 @@ def locate(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, c
     """Return the region of assistant message `turn` in the rendering `text` of `count` messages.
 
     Raises:
-        BadRow: `history_drift`, `interleaved` or `stop_unknown`, with the evidence.
+        BadRow: `no_prompt`, `history_drift`, `interleaved` or `stop_unknown`, with the evidence.
     """
     last = turn == count - 1
     start, flags = _begin(text, parts, turn, prefix, stops)
@@ -104,6 +104,8 @@ def _check_own(parts: Sequence[Piece], turn: int, start: int, end: int, first: i
 
 def _begin(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, stops: Stops) -> tuple[int, set[str]]:
     """Return where the model starts, which is where its prompt ends."""
+    if turn == 0:
+        raise BadRow("no_prompt", "opens the conversation: nothing asks for it", hint="put a message before it")
     prompt = prefix(turn, True)
     if text.startswith(prompt):
         return len(prompt), set()

@@ -24,7 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from ftdata.templates.tracked import Tracked, concat, dumps, safe
-from ftdata.templates.watched import Watched, joined, length, watched_call, watched_method, watched_result
+from ftdata.templates.watched import Watched, joined, length, opaque, watched_call, watched_method, watched_result
 
 CUT = "\ufdd0"
 """Printed where a prompt ends; a noncharacter, so no text holds it."""
@@ -154,6 +154,13 @@ def _watched_str_join(pieces: Iterable[Any]) -> str:
     return joined(map(str, pieces))
 
 
+def _watched_in(value: Any, container: Any) -> bool:
+    if isinstance(value, Watched):
+        # Python looks for one text in another without asking either.
+        opaque()
+    return value in container
+
+
 def _str_join(pieces: Iterable[Any]) -> str:
     return concat(map(str, pieces))
 
@@ -163,7 +170,7 @@ def _clock(date: datetime.datetime) -> Callable[[str], str]:
 
 
 _TRANSPARENT = {"default", "d", "dictsort", "first", "items", "last", "length", "list", "map", "reject", "rejectattr"}
-_TRANSPARENT |= {"capitalize", "lower", "replace", "select", "selectattr", "string", "title", "trim", "upper"}
+_TRANSPARENT |= {"capitalize", "lower", "replace", "select", "selectattr", "string", "trim", "upper"}
 """Filters that learn about strings only through the methods of `str`."""
 
 
@@ -175,6 +182,7 @@ def _watch(environment: Environment) -> None:
         elif name not in _TRANSPARENT:
             filters[name] = watched_call(function)
     filters |= {"join": _watched_join, "length": length, "count": length}
+    environment.tests["in"] = _watched_in
     for name in ("iterable", "sequence"):
         test = environment.tests[name]
         environment.tests[name] = lambda value, test=test: isinstance(value, str) or test(value)

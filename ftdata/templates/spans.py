@@ -74,30 +74,71 @@ def pieces(text: Tracked) -> tuple[Piece, ...]:
     return tuple(found)
 
 
-def split_thinking(text: str, parts: Iterable[Piece], regions: Sequence[Region]) -> tuple[Piece, ...]:
-    """Return the pieces with thinking that is written into contents made reasoning: up to its closing tag."""
-    limits = {region.message: _thinking_end(text, region) for region in regions}
+def split_thinking(
+    text: str, parts: Iterable[Piece], regions: Sequence[Region], assistants: Iterable[int]
+) -> tuple[Piece, ...]:
+    """Return the pieces with thinking that is written into the assistant's contents made reasoning.
+
+    Its tags are the scaffold around it, as where the template prints them.
+    """
+    parts = list(parts)
+    thinking = _thinking(text, parts, regions, set(assistants))
     found: list[Piece] = []
     for piece in parts:
-        limit = limits.get(piece.message, 0) if piece.part is Part.CONTENT else 0
-        if limit <= piece.start:
-            found.append(piece)
-            continue
-        found.append(replace(piece, end=min(piece.end, limit), part=Part.REASONING))
-        if limit < piece.end:
-            found.append(replace(piece, start=limit))
+        at = piece.start
+        for start, end, part in thinking.get(piece.message, ()) if piece.part is Part.CONTENT else ():
+            inner, last = max(start, at), min(end, piece.end)
+            if inner < last:
+                found += [replace(piece, start=at, end=inner)] if at < inner else []
+                # What is the template's belongs to no message until it is in a region.
+                found.append(replace(piece, start=inner, end=last, part=part))
+                at = last
+        if at < piece.end or at == piece.start:
+            found.append(replace(piece, start=at))
     return tuple(found)
 
 
-def _thinking_end(text: str, region: Region) -> int:
-    opened = _OPENED.search(text[max(0, region.start - 64) : region.start]) or _OPENS.match(text, region.start)
-    if opened is None:
-        return 0
-    closing = re.compile(rf"</{opened.group(1)}>\s*").search(text, region.start, region.end)
-    thought = (
-        text[region.start : closing.start()].lstrip().removeprefix(opened.group().strip()).strip() if closing else ""
-    )
-    return closing.end() if closing is not None and thought else 0
+def _thinking(
+    text: str, parts: Iterable[Piece], regions: Sequence[Region], assistants: set[int]
+) -> dict[int, list[tuple[int, int, Part]]]:
+    """Return, for each message whose content begins with thinking, where tags and thoughts stand."""
+    extents = {region.message: (region.start, region.end) for region in regions}
+    for piece in parts:
+        if piece.part is Part.CONTENT and piece.message in assistants - set(extents):
+            extents[piece.message] = piece.start, piece.end
+    found: dict[int, list[tuple[int, int, Part]]] = {}
+    for message, (start, end) in extents.items():
+        opened = _OPENED.search(text[max(0, start - 64) : start])
+        tags = thinking_tags(text[start:end], opened.group(1) if opened else None)
+        if not tags:
+            continue
+        (_, begun), (closed, after) = (tags[0] if len(tags) > 1 else (0, 0)), tags[-1]
+        blanks = len(text[start + after : end]) - len(text[start + after : end].lstrip())
+        found[message] = [(start + a, start + b, Part.SCAFFOLD) for a, b in tags]
+        if text[start + begun : start + closed].strip():
+            found[message] += [
+                (start + begun, start + closed, Part.REASONING),
+                (start + after, start + after + blanks, Part.REASONING),
+            ]
+        found[message].sort()
+    return found
+
+
+def thinking_tags(content: str, opened: str | None = None) -> list[tuple[int, int]]:
+    """Return where the tags of the thinking stand that a content begins with: none, both, or the closing one.
+
+    `opened` is the name of a tag that stands open before it.
+
+    >>> thinking_tags("<think>hm</think>yes"), thinking_tags("hm</think>yes", "think"), thinking_tags("</think>")
+    ([(0, 7), (9, 17)], [(2, 10)], [])
+    """
+    opening = _OPENS.match(content)
+    name = opening.group(1) if opening else opened
+    closing = content.find(f"</{name}>") if name else -1
+    if closing < 0:
+        return []
+    tags = [(opening.end() - len(f"<{name}>"), opening.end())] if opening else []
+    return [*tags, (closing, closing + len(f"</{name}>"))]
 
 
 def tile(parts: Iterable[Piece], regions: Sequence[Region]) -> tuple[Span, ...]:

@@ -21,7 +21,7 @@ from ftdata.templates.memory import Memory
 from ftdata.templates.sandbox import compile_template
 from ftdata.templates.spans import pieces, tracked, tracked_messages
 from ftdata.templates.stops import Stops
-from ftdata.templates.tracked import Tracked
+from ftdata.templates.tracked import Tracked, concat
 from ftdata.templates.watched import Watched
 from ftdata.types import Part
 
@@ -41,7 +41,7 @@ TEMPLATE_FAULTS = (
     LookupError,
     AttributeError,
     ArithmeticError,
-    RecursionError,
+    RuntimeError,
 )
 """What the template's own code may raise; it is foreign code, so the list is wide."""
 
@@ -92,7 +92,9 @@ class Template:
     @cached_property
     def uses_date(self) -> bool:
         """Whether the text may depend on the clock."""
-        names = self._compile().environment.parse(self.source).find_all(nodes.Name)
+        syntax = self._compile().environment.parse(self.source)
+        asked = [test.node for test in syntax.find_all(nodes.Test) if test.name in ("defined", "undefined")]
+        names = (name for name in syntax.find_all(nodes.Name) if all(name is not node for node in asked))
         return any(name.name == "strftime_now" for name in names)
 
     @cached_property
@@ -102,18 +104,38 @@ class Template:
 
     def _probe(self, roles: str) -> Tracked | None:
         """Render a plain conversation, its contents as text or, for templates that want them so, as lists of parts."""
+        contents = [f"{_ROLES[role]} text {number}" for number, role in enumerate(roles)]
         for as_content in (str, _as_parts):
             messages = [
-                {"role": _ROLES[role], "content": as_content(f"{_ROLES[role]} text {number}")}
-                for number, role in enumerate(roles)
+                {"role": _ROLES[role], "content": as_content(content)}
+                for role, content in zip(roles, contents, strict=True)
             ]
             try:
                 text = self.run(chat_variables(tracked_messages(messages)))
             except BadRow:
                 continue
-            if len(roles) == len({piece.message for piece in pieces(text) if piece.part is Part.CONTENT}):
-                return text
+            for found in (text, _found_again(text, contents)):
+                if len(roles) == len({piece.message for piece in pieces(found) if piece.part is Part.CONTENT}):
+                    return found
         return None
+
+    @cached_property
+    def takes_text_arguments(self) -> bool:
+        """Whether the template prints the arguments of a tool call as they stand where they are given as JSON text."""
+        arguments = '{"key":  "value"}'
+        call = {"id": "call00001", "type": "function", "function": {"name": "look_up", "arguments": arguments}}
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": "question"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "result", "name": "look_up", "tool_call_id": "call00001"},
+            {"role": "assistant", "content": "answer"},
+        ]
+        for count in (4, 2):
+            try:
+                return arguments in self.run(chat_variables(tracked_messages(messages[:count])))
+            except BadRow:
+                continue
+        return False
 
     @cached_property
     def foreseeable(self) -> bool:
@@ -160,6 +182,9 @@ class Template:
         except jinja2.TemplateSyntaxError as error:
             message = f"template {self.name!r}, line {error.lineno}: {error.message}"
             raise TemplateRefused("template_syntax", message) from None
+        except (SyntaxError, ValueError, RecursionError) as error:
+            # Python compiles what Jinja makes of it, and has limits of its own: nesting, digits.
+            raise TemplateRefused("template_syntax", f"template {self.name!r} cannot be compiled: {error}") from None
 
 
 def find(spec: str | Path) -> tuple[str, str]:
@@ -178,7 +203,10 @@ def find(spec: str | Path) -> tuple[str, str]:
             f"no template named {text!r}, and no file of that name",
             hint=nearest(text, templates.names()),
         )
-    return text, path.read_bytes().decode("utf-8")
+    try:
+        return text, path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError("template_encoding", f"{path} is not UTF-8 text: {error}") from None
 
 
 def check(template: Template) -> None:
@@ -220,6 +248,13 @@ def chat_variables(
         "documents": None,
         "add_generation_prompt": generation_prompt,
     }
+
+
+def _found_again(text: Tracked, contents: Sequence[str]) -> Tracked:
+    """Return a text with these contents tracked where they stand, for templates that format them."""
+    parts: list[str] = re.split(f"({'|'.join(map(re.escape, contents))})", str.__str__(text))
+    owners = {content: tracked(content, Part.CONTENT, index) for index, content in enumerate(contents)}
+    return Tracked.of(concat(owners.get(part, part) for part in parts))
 
 
 def _as_parts(text: str) -> list[dict[str, str]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from itertools import cycle
 from typing import Any, Self, SupportsIndex
 
 from markupsafe import Markup
@@ -219,10 +218,11 @@ def concat(pieces: Iterable[str]) -> str:
 
 
 def dumps(value: Any, plain: Callable[[Any], str], *, sort_keys: bool = False) -> str:
-    """Serialise `value` with `plain` (a `json.dumps` that does not sort), keeping the owners of the strings in it.
+    """Serialise `value` with `plain` (a `json.dumps` that does not sort), keeping the owners of what is in it.
 
     The strings are first replaced by noncharacters that name them, so that their places in the output are
-    known; each is then put back as JSON escapes it, character by character.
+    known; each is then put back as JSON escapes it, character by character. An object or a list that holds strings of
+    one owner, and no others, is that owner's as a whole: brackets, numbers and all.
 
     Raises:
         ValueError: the value holds every noncharacter there is for this.
@@ -234,25 +234,56 @@ def dumps(value: Any, plain: Callable[[Any], str], *, sort_keys: bool = False) -
     if mark is None:
         message = "the data holds all noncharacters"
         raise ValueError(message)
-    strings: list[Tracked] = []
+    taken: list[Tracked] = []
 
     def named(item: Any) -> Any:
+        owners = _owners(item)
         if isinstance(item, Tracked):
-            strings.append(item)
-            return f"{mark}{len(strings) - 1}{mark}"
-        if isinstance(item, dict):
+            taken.append(_escaped(item, plain))
+        elif len(owners) == 1 and _NOBODY not in owners:
+            whole = plain(_sorted(item) if sort_keys else item)
+            taken.append(Tracked(whole, ((len(whole), owners.pop()),)))
+        elif isinstance(item, dict):
             pairs = sorted(item.items()) if sort_keys else item.items()
             return {named(key): named(inner) for key, inner in pairs}
-        if isinstance(item, list | tuple):
+        elif isinstance(item, list | tuple):
             return [named(inner) for inner in item]
-        return item
+        else:
+            return item
+        return f"{mark}{len(taken) - 1}{mark}"
 
     skeleton = plain(named(value)).replace(f"\\u{ord(mark):04x}", mark)
-    pieces = re.split(f"{mark}([0-9]+){mark}", skeleton)
-    return concat(
-        _escaped(strings[int(piece)], plain) if odd else piece
-        for piece, odd in zip(pieces, cycle((False, True)), strict=False)
-    )
+    return concat(_filled(skeleton, re.compile(f'"{mark}([0-9]+){mark}"'), taken))
+
+
+def _filled(skeleton: str, places: re.Pattern[str], taken: list[Tracked]) -> Iterator[str]:
+    at = 0
+    for place in places.finditer(skeleton):
+        yield skeleton[at : place.start()]
+        line = skeleton[skeleton.rfind("\n", 0, place.start()) + 1 : place.start()]
+        margin = line[: len(line) - len(line.lstrip())]
+        yield Tracked.of(taken[int(place.group(1))]).replace("\n", f"\n{margin}")
+        at = place.end()
+    yield skeleton[at:]
+
+
+_NOBODY = -1
+
+
+def _owners(value: Any) -> set[int]:
+    """Return who owns the strings in a JSON value; strings that are not tracked are nobody's."""
+    if isinstance(value, Tracked):
+        return {owner for _, owner in value.runs}
+    if isinstance(value, str):
+        return {_NOBODY}
+    inner = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return set().union(*map(_owners, inner)) if inner else set()
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _sorted(inner) for key, inner in sorted(value.items())}
+    return [_sorted(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _parts(text: str) -> set[str]:
@@ -260,12 +291,14 @@ def _parts(text: str) -> set[str]:
     return set(re.findall(r"[\ufdd0-\ufdef]|\\ufd[de][0-9a-f]", text))
 
 
-def _escaped(text: Tracked, plain: Callable[[Any], str]) -> str:
-    if len(whole := plain(str.__str__(text))[1:-1]) == len(text):
-        return Tracked(whole, text.runs)
-    runs: list[Run] = []
-    at = 0
-    for length, owner in text.runs:
-        runs.append((len(plain(str.__getitem__(text, slice(at, at + length)))) - 2, owner))
-        at += length
-    return Tracked(whole, runs)
+def _escaped(text: Tracked, plain: Callable[[Any], str]) -> Tracked:
+    whole = plain(str.__str__(text))
+    runs: list[Run] = [(1, 0)]
+    if len(whole) == len(text) + 2:
+        runs += text.runs
+    else:
+        at = 0
+        for length, owner in text.runs:
+            runs.append((len(plain(str.__getitem__(text, slice(at, at + length)))) - 2, owner))
+            at += length
+    return Tracked(whole, [*runs, (1, 0)])

@@ -11,7 +11,9 @@ from functools import partial
 from typing import Any
 
 from ftdata.errors import BadRow, TemplateRefused
+from ftdata.schemas import ROLES
 from ftdata.templates.chat import Chat
+from ftdata.templates.compare import TAG
 from ftdata.templates.proof import contradiction
 from ftdata.templates.rendering import render
 from ftdata.templates.template import Template
@@ -78,8 +80,8 @@ class TemplateReport:
         stop: the text that ends a turn, `None` where there is none.
         prefix_stable: whether a conversation's rendering shows its first turns as they were asked for.
         lacks: which of system, tool_calls, reasoning and names the template drops or refuses.
-        rewrites: what it changes: `"turns"` (earlier ones), `"reasoning"` (kept in some turns only), `"think_tags"`
-            (thinking written into the content is cut), `"blanks"` (around contents).
+        rewrites: what it changes: `"turns"` (earlier ones), `"reasoning"` (kept in some turns only), `"contents"`
+            (of any kind), `"think_tags"` (thinking written into the content is cut), `"blanks"` (around contents).
         adds: what it prints before the first message without being asked to: a default system prompt.
         flags: what else was unusual about the probes (`prompt_drift`, `no_stop`, `unclosed_final`, `junk_tail`).
         tagged: whether the template itself marks what is trained.
@@ -208,8 +210,8 @@ def _generated(rendered: Rendered, message: int) -> str:
 
 def _lacks(outcome: _Outcome, feature: str) -> bool:
     part = {"names": Part.OTHER, "reasoning": Part.REASONING}.get(feature)
-    if part is None:
-        return not outcome.texts
+    if part is None or not outcome.texts:
+        return outcome.refusal.startswith(("[payload_dropped]", "[template_raises]"))
     return not any(span.part is part for one in outcome.texts for span in one.spans)
 
 
@@ -219,7 +221,9 @@ def _rewrites(joint: Mapping[str, _Outcome]) -> Iterator[str]:
     printed = [span for one in joint["reasoning"].texts for span in one.spans if span.part is Part.REASONING]
     if len({span.message for span in printed}) == 1:
         yield "reasoning"
-    if "content_cut" in joint["think_tags"].flags:
+    if "content_cut" in joint["single"].flags:
+        yield "contents"
+    elif "content_cut" in joint["think_tags"].flags:
         yield "think_tags"
     given = [len(str(message["content"])) for message in _PROBES["blanks"]]
     if joint["blanks"].texts and _contents(joint["blanks"].texts) < sum(given):
@@ -236,7 +240,9 @@ def _added(template: Template, single: _Outcome) -> str:
     one = single.texts[0]
     first = next((span.start for span in one.spans if span.part is Part.CONTENT), 0)
     before = one.text[:first].removesuffix(template.stops.opener)
-    return before if len(before.split()) > len(["a", "default", "prompt"]) else ""
+    words = [word for word in TAG.sub(" ", before).split() if word.strip(":#").lower() not in ROLES]
+    # Where it is not known how a message is opened, a few words may be its header.
+    return before if len(words) > (0 if template.stops.learnt and template.stops.opener else 3) else ""
 
 
 def _ending(outcome: _Outcome) -> str | None:
