@@ -7,7 +7,7 @@ CONSTRAINTS ?= .ci/constraints.txt
 RUN := out
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long masks laws check lint fix types layers clean
+.PHONY: help install demo test test-long masks laws mutants check lint fix types layers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,11 @@ masks: install  ## the masks scoreboard, on the chat templates of the package ch
 laws: install  ## the masking laws, 20,000 examples each
 	FTDATA_LAWS=20000 $(BIN)/python -m pytest -n auto -m laws
 
+mutants: install  ## do tests notice when spans, masks and truncation are changed by a little?
+	$(BIN)/pip install --quiet --disable-pip-version-check mutmut==3.8.1
+	FTDATA_LAWS=40 $(BIN)/mutmut run
+	$(BIN)/mutmut results
+
 check: lint types layers  ## change nothing, say what is wrong
 
 lint: install  ## ruff
@@ -64,4 +69,4 @@ layers: install  ## who may import whom
 	$(BIN)/lint-imports
 
 clean:  ## remove what the other targets made, but .venv
-	rm -rf $(RUN) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(RUN) mutants dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -82,8 +82,8 @@ AWKWARD = (
 
 def texts(*, min_size: int = 1) -> st.SearchStrategy[str]:
     """Return a strategy for texts: any Unicode but surrogates, mixed with `AWKWARD` pieces."""
-    piece = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), st.sampled_from(AWKWARD))
-    return st.lists(piece, min_size=min_size, max_size=6).map("".join)
+    piece = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), st.sampled_from(AWKWARD))
+    return st.lists(piece, min_size=min_size, max_size=4).map("".join)
 
 
 def conversations(

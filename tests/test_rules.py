@@ -361,6 +361,12 @@ THINKING = [USER, {"role": "assistant", "content": "a1", "reasoning_content": "h
             '<tool_call>{"name": "find", "arguments": {"key": "value"}}</tool_call><|im_end|>',
         ),
         ([USER, {**CALL, "content": "let me see"}], ["answer"], "let me see"),
+        (
+            [USER, {**ANSWER, "reasoning_content": "r1"}, USER, {**ANSWER, "reasoning_content": "r2"}],
+            ["reasoning"],
+            "<think>r1</think><think>r2</think>",
+        ),
+        (TOOLED, ["answer"], "a2<|im_end|>"),
     ],
 )
 def test_parts_of_a_turn_can_be_chosen(tokenizer_dir, messages, parts, expected):
@@ -644,6 +650,11 @@ def test_what_is_remembered_hangs_on_all_that_a_template_may_ask(tokenizer_dir, 
 def test_what_cannot_be_meant_is_an_error_of_ours(tokenizer_dir, messages, options, error):
     with pytest.raises(error):
         encode(messages, tokenizer_dir("tiny_bpe"), **options)
+
+
+def test_a_policy_must_speak_of_every_span(tokenizer_dir):
+    with pytest.raises(UsageError, match=r"\[mask_length\] the mask policy gave 1 answers for \d+ spans"):
+        encode(TALK, tokenizer_dir("tiny_bpe"), train_on=lambda *_: [True])
 
 
 def test_rows_nested_too_deep_are_rejected(tokenizer_dir):

@@ -26,6 +26,7 @@ def test_laws(tokenizer_dir, messages, policy, data):
     assert len(kept) <= limit  # T1
     assert kept.input_ids.tolist() == whole.input_ids[: len(kept)].tolist()  # T2
     assert kept.labels.tolist() == whole.labels[: len(kept)].tolist()
+    assert kept.offsets.tolist() == whole.offsets[: len(kept)].tolist()
     assert len(whole) == len(kept) + kept.cut  # T3
     assert kept.trained.any()
     if policy == "reject":
@@ -52,6 +53,30 @@ def test_turn_ends_are_the_stops(tokenizer_dir, messages):
     ends = turn_ends(whole)
     assert len(ends) == sum(m["role"] == "assistant" for m in messages)
     assert (whole.input_ids[ends - 1] == tokenizer.id_of("<|im_end|>")).all()
+
+
+def test_drop_turns_keeps_every_turn_that_fits_to_the_token(tokenizer_dir):
+    messages = [{"role": role, "content": f"{role} says {n}"} for n in range(3) for role in ("user", "assistant")]
+    (whole,) = encode(messages, tokenizer_dir("tiny_bpe"))
+    ends = turn_ends(whole).tolist()
+    assert len(ends) == 3
+    for limit in range(ends[0], len(whole)):
+        kept = truncate(whole, limit, "drop_turns")
+        assert len(kept) == max(end for end in ends if end <= limit)
+        assert "truncated" in kept.flags
+    for limit in range(2, ends[0]):
+        with pytest.raises(BadRow, match=r"no answer fits whole before that. Fix: raise max_length"):
+            truncate(whole, limit, "drop_turns")
+
+
+def test_too_long_says_what_to_do(tokenizer_dir):
+    (whole,) = encode(
+        [{"role": "user", "content": "x" * 99}, {"role": "assistant", "content": "y"}], tokenizer_dir("tiny_bpe")
+    )
+    with pytest.raises(BadRow, match=r"Fix: raise max_length, or choose overlong='drop_turns' or 'truncate'"):
+        truncate(whole, 8)
+    with pytest.raises(BadRow, match=r"max_length is 8, and no answer begins before that. Fix: raise max_length"):
+        truncate(whole, 8, "truncate")
 
 
 def test_a_cut_answer_is_flagged_and_its_stop_is_not_made_up(tokenizer_dir):
