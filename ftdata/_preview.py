@@ -212,8 +212,9 @@ def _show_text(entry: Row | Reject, template: Template, options: Options) -> Sho
         texts = render(conversation, template, options.turns, options.dropped)
         if options.unclosed == "append_eos":
             texts = tuple(closed(one, template) for one in texts)
-    except BadRow as error:
-        return Shown(entry.source.row, place, "", rejected=str(error))
+    except (BadRow, RecursionError) as error:
+        reason = str(error) if isinstance(error, BadRow) else f"[too_deep] {place}: is nested too deep to be read"
+        return Shown(entry.source.row, place, "", rejected=reason)
     policy = options.policy
     segments = tuple(_by_span(one, policy(one, conversation), template) for one in texts)
     flags = sorted({flag for one in texts for flag in one.flags})
