@@ -411,6 +411,18 @@ def test_r10_a_footer_is_not_trained():
     assert trained(footer) == (["a1", "a2"], {"no_stop", "junk_tail"})
 
 
+def test_r9_a_stop_that_is_printed_only_where_the_conversation_ends(tokenizer_dir):
+    ends = template(
+        "{{ m.role }}: {{ m.content }}\n{% if loop.last and not add_generation_prompt %}<|endoftext|>{% endif %}",
+        "assistant: ",
+    )
+    (example,) = encode(TALK, tokenizer_dir("qwen"), ends)
+    assert (shown(example), example.flags) == ("a1a2\n<|endoftext|>", {"no_stop"})
+    asks = template("<|im_start|>{{ m.role }}: {{ m.content }}\n", "") + "<|im_start|>assistant: "
+    (example,) = encode(TALK, tokenizer_dir("qwen"), asks)
+    assert (shown(example), example.flags) == ("a1a2", {"no_stop", "junk_tail"})
+
+
 @pytest.mark.parametrize("prompt", ["Answer now: ", "[Be brief] Ok. "])
 def test_r4_a_prompt_that_says_more_than_thinking_is_refused(prompt):
     assert refusal(template(prompt=PROMPT + prompt)).code == "history_drift"
