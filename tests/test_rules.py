@@ -413,12 +413,12 @@ def test_r10_a_footer_is_not_trained():
 
 def test_r9_a_stop_that_is_printed_only_where_the_conversation_ends(tokenizer_dir):
     ends = template(
-        "{{ m.role }}: {{ m.content }}\n{% if loop.last and not add_generation_prompt %}<|endoftext|>{% endif %}",
-        "assistant: ",
+        "{{ m.role }}:\n{{ m.content }}\n{% if loop.last and not add_generation_prompt %}<|endoftext|>{% endif %}",
+        "assistant:\n",
     )
     (example,) = encode(TALK, tokenizer_dir("qwen"), ends)
     assert (shown(example), example.flags) == ("a1a2\n<|endoftext|>", {"no_stop"})
-    asks = template("<|im_start|>{{ m.role }}: {{ m.content }}\n", "") + "<|im_start|>assistant: "
+    asks = template("<|im_start|>{{ m.role }}:\n{{ m.content }}\n", "") + "<|im_start|>assistant:\n"
     (example,) = encode(TALK, tokenizer_dir("qwen"), asks)
     assert (shown(example), example.flags) == ("a1a2", {"no_stop", "junk_tail"})
 
