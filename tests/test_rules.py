@@ -418,7 +418,7 @@ def test_r9_a_stop_that_is_printed_only_where_the_conversation_ends(tokenizer_di
     )
     (example,) = encode(TALK, tokenizer_dir("qwen"), ends)
     assert (shown(example), example.flags) == ("a1a2\n<|endoftext|>", {"no_stop"})
-    asks = template("<|im_start|>{{ m.role }}:\n{{ m.content }}\n", "") + "<|im_start|>assistant:\n"
+    asks = template("<|im_start|>{{ m.role }}:\n{{ m.content }}\n", "") + "<|im_start|>assistant:{{ '\n' }}"
     (example,) = encode(TALK, tokenizer_dir("qwen"), asks)
     assert (shown(example), example.flags) == ("a1a2", {"no_stop", "junk_tail"})
 

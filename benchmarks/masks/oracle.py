@@ -1,7 +1,7 @@
 """The truth about a mask, found without ftdata: by rendering a conversation again with small changes.
 
 A turn begins where the generation prompt of the messages before it ends. Its text ends where a letter put after the
-answer appears. Its stop is the EOS token, or else the last control token, of what the template prints after the
+answer appears. Its stop is the EOS token, or else the only control token, of what the template prints after the
 answer where the conversation ends there. Where these do not give one certain answer there is no truth.
 """
 
@@ -55,6 +55,5 @@ def _stop_end(tail: str, eos: str) -> int | None:
     if eos in tail:
         return tail.index(eos) + len(eos)
     tokens = list(SPECIAL.finditer(tail))
-    if not tokens or tail[tokens[-1].end() :].strip():
-        return None
-    return tokens[-1].end()
+    # Of two, the second may be what asks for the next answer.
+    return tokens[0].end() if len(tokens) == 1 and not tail[tokens[0].end() :].strip() else None

@@ -217,7 +217,8 @@ def learn(probe: Callable[[str], Tracked | None], bare: Stops) -> Stops:
         return replace(stops, leftover=common_suffix(last, first))
     # No stops between turns: what is printed only where the conversation ends is none of the model's, unless it is a
     # control token that stands nowhere else.
-    leftover = last[len(common_prefix(gap if tail is None else tail, last)) :]
+    closing = gap if exact is None else gap.removesuffix(exact)
+    leftover = last[len(common_prefix(closing if tail is None else tail, last)) :]
     token = bare.control.match(leftover.strip()) if bare.control is not None else None
     return stops if token and token.group() not in whole[: texts[3][1]] else replace(stops, leftover=leftover)
 

@@ -66,7 +66,8 @@ class Stops:
         shared = common_prefix(ending or "", gap)
         closing = gap.removesuffix(self.opener) if gap.endswith(self.opener) else ""
         # Where the template always asks for the next answer, both may go on with the same opening tag.
-        for certain in (shared[: len(closing)], shared):
+        opened = bool(self.opener) and not self.before and gap.endswith(self.opener)
+        for certain in (shared[: len(closing)],) if opened else (shared[: len(closing)], shared):
             if end := _last(self.control, certain) or _last(TAG, certain):
                 return end
         if end := self._learnt(closing or gap):
