@@ -21,7 +21,8 @@ Key = tuple[Any, ...]
 Anchor = tuple[int, int]
 """(index of a piece of the skeleton, characters into it)"""
 
-_MOST_KEYS, _MOST_WAYS = 4096, 16
+_MOST_KEYS, _MOST_WAYS = 512, 8
+"""Bounds on what is kept: a way is some 20 kB for a long conversation, so 100 MB at most."""
 
 
 @dataclass(frozen=True, slots=True)
