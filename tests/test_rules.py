@@ -12,9 +12,9 @@ from ftdata import encode
 from ftdata.errors import BadRow, TemplateRefused, UsageError
 from ftdata.examples import FLAGS, build_rows, make_recipe
 from ftdata.templates import Template, render
-from ftdata.testing import try_template
+from ftdata.testing import check_laws, try_template
 from ftdata.tokenize import load_tokenizer
-from ftdata.types import Conversation, Row, Source
+from ftdata.types import Conversation, Part, Row, Source
 
 USER, ANSWER = {"role": "user", "content": "q1"}, {"role": "assistant", "content": "a1"}
 TALK = [USER, ANSWER, {"role": "user", "content": "q2"}, {"role": "assistant", "content": "a2"}]
@@ -616,6 +616,24 @@ def test_r16_tags_of_thinking_that_is_written_into_an_answer_are_real(tokenizer_
         messages, tokenizer, template(HEAD + turn + "<|im_end|>\n"), turns="joint", train_parts=["answer"]
     )
     assert shown(answers) == "yes </think><|im_end|>a2<|im_end|>"
+
+
+def test_r16_tags_of_thinking_in_earlier_answers_are_real_too(tokenizer_dir):
+    thinking = [
+        {**m, "content": f"\n <think>hm</think> \n{m['content']}"} if m["role"] == "assistant" else m for m in TALK
+    ]
+    messages = [{"role": "system", "content": "<think>no</think>"}, *thinking]
+    tokenizer = load_tokenizer(tokenizer_dir("qwen"))
+    examples = encode(
+        messages, tokenizer, template(HEAD + "{{ m.content }}{# <think> </think> #}<|im_end|>\n"), turns="split"
+    )
+    ids = [tokenizer.id_of("<think>"), tokenizer.id_of("</think>")]
+    assert [[int((one.input_ids == i).sum()) for i in ids] for one in examples] == [[1, 1], [2, 2]]
+    for example, turn in zip(examples, (2, 4), strict=True):
+        check_laws(example, messages, trained=[turn])
+        parts = [(span.part, example.text[span.start : span.end]) for span in example.spans if span.message == turn]
+        assert "".join(text for part, text in parts if part is Part.REASONING) == "hm \n"
+        assert "".join(text for part, text in parts if part is Part.CONTENT) == f"\n a{turn // 2}"
 
 
 def test_tags_of_a_users_own_template_are_followed_and_compared(tokenizer_dir):
