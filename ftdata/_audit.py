@@ -12,8 +12,9 @@ from typing import Any
 import tokenizers
 import xxhash
 
-from ftdata.examples import Built, build_rows, make_recipe
+from ftdata.examples import Built, build_rows
 from ftdata.readers import sources
+from ftdata.recipe import make_recipe
 from ftdata.templates import Template, find, templates
 from ftdata.templates.child import verify
 from ftdata.templates.verify import TemplateReport

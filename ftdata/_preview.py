@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.text import Text
 
 from ftdata.errors import BadRow, InputRefused
-from ftdata.examples import Built, Options, Recipe, as_date, build_rows, check_answers, make_recipe
+from ftdata.examples import Built, build_rows, check_answers
 from ftdata.readers import sources
+from ftdata.recipe import Options, Recipe, as_date, make_recipe
 from ftdata.schemas import normalise
 from ftdata.templates import Template, check, closed, find, render
 from ftdata.types import Example, Reject, Rendered, Row

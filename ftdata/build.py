@@ -26,12 +26,13 @@ from numpy.typing import NDArray
 from ftdata import store
 from ftdata._version import __version__
 from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError, one_of
-from ftdata.examples import BATCH, FLAGS, Built, Recipe, build_rows, make_recipe
+from ftdata.examples import BATCH, Built, build_rows
 from ftdata.executors import ENGINES, run
 from ftdata.ledger import Ledger, Report
 from ftdata.mask import Policy
 from ftdata.pack import best_fit_decreasing, unpacked
 from ftdata.readers import FileSource, MemorySource, sources
+from ftdata.recipe import FLAGS, Recipe, make_recipe
 from ftdata.types import Example, Reject
 
 if TYPE_CHECKING:

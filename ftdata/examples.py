@@ -12,30 +12,20 @@ import datetime
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ftdata.errors import BadRow, TemplateRefused, UsageError, one_of
-from ftdata.mask import Policy, policy_of, trained_tokens
-from ftdata.schemas import check_columns, normalise, schemas
-from ftdata.templates import DEFAULT_DATE, DROPPED, TURNS, UNCLOSED, Template, check, closed, find, render, scaffold
-from ftdata.templates.child import trusted
+from ftdata.errors import BadRow, TemplateRefused
+from ftdata.mask import Policy, trained_tokens
+from ftdata.recipe import Recipe, make_recipe, name_of
+from ftdata.schemas import normalise
+from ftdata.templates import closed, render
 from ftdata.templates.spans import thinking_tags
 from ftdata.templates.verify import contradicted
-from ftdata.tokenize import (
-    CONTROL_POLICIES,
-    ControlTokens,
-    Encoded,
-    Tokenizer,
-    control_tokens,
-    encode_rendered,
-    load_tokenizer,
-)
-from ftdata.truncate import POLICIES as OVERLONG
+from ftdata.tokenize import Encoded, encode_rendered
 from ftdata.truncate import truncate, turn_ends
 from ftdata.types import Conversation, Example, Message, Reject, Rendered, Row, Source
 
@@ -44,186 +34,6 @@ BATCH = 256
 
 PROVED, PROVED_EVERY, PROVED_MESSAGES = 32, 100, 4
 """Rows of each source that are confirmed by a second way: the first, every so many-th; by how many messages of each."""
-
-
-FLAGS = {
-    "arguments_parsed": "{n} examples give the arguments of tool calls as objects: the template does not print JSON "
-    "text as it stands",
-    "arguments_as_text": "{n} examples give the arguments of tool calls as JSON text: the template fails on objects",
-    "content_cut": "{n} examples lost part of a message to the template",
-    "control_tokens": "{n} examples had control tokens spelled in their data, tokenised as plain text",
-    "eos_appended": "{n} examples got the stop that the template does not print at the end",
-    "fields_dropped": "{n} examples have message keys that the template does not print",
-    "junk_tail": "{n} examples end in template text that no model generates; it is not trained",
-    "no_stop": "{n} examples have a turn without a trained control token at its end: the model will not learn to stop",
-    "payload_dropped": "{n} examples lost a whole message to the template",
-    "prompt_drift": "{n} examples lack a scaffold that the generation prompt forces (an open thinking block)",
-    "reasoning_dropped": "{n} examples lost reasoning, which the template does not print",
-    "rewritten": "{n} examples show an earlier turn otherwise than the model wrote it",
-    "split": "{n} examples are turns by themselves, {repeated} tokens of them repeated: the template rewrites earlier "
-    "turns, so each is shown as it will be asked",
-    "straddle": "{n} examples have a trained token that begins or ends outside the answer (tokens follow characters)",
-    "tags_unconfirmed": "{n} examples are trained on what the template's tags mark, which is not, or not certainly, "
-    "what the model must generate",
-    "tags_overruled": "{n} examples are trained on what the model must generate, not on what the template's tags mark",
-    "tools_dropped": "{n} examples were given tools that the template does not print, or not whole",
-    "trailing_turns": "{n} examples end with messages that nothing answers",
-    "unclosed_final": "{n} examples end without a stop: the template prints it only before the next message",
-    "unprobed": "{n} examples were judged by themselves: the template refuses plain conversations",
-    "truncated_answer": "{n} examples end inside an answer",
-}
-"""Flag -> what the report says about it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a user may choose about rows; checked when made.
-
-    Raises:
-        UsageError: naming the option and the nearest allowed value.
-    """
-
-    schema: str = "auto"
-    columns: Mapping[str, str] | None = None
-    train_on: str | Policy = "assistant"
-    train_parts: Sequence[str] | None = None
-    turns: str = "auto"
-    control_tokens: str = "escape"
-    dropped: str = "refuse"
-    unclosed: str = "flag"
-    refuse: Sequence[str] = ()
-    max_length: int | None = None
-    overlong: str = "reject"
-
-    def __post_init__(self) -> None:
-        one_of("turns", self.turns, TURNS)
-        one_of("control_tokens", self.control_tokens, CONTROL_POLICIES)
-        one_of("dropped", self.dropped, DROPPED)
-        one_of("unclosed", self.unclosed, UNCLOSED)
-        if isinstance(self.refuse, str):
-            raise UsageError("refuse", f"refuse is {self.refuse!r}, expected a list of flags")
-        for flag in self.refuse:
-            one_of("refuse", flag, FLAGS)
-        one_of("overlong", self.overlong, OVERLONG)
-        if self.schema != "auto":
-            schemas.get(self.schema)
-        if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
-            raise UsageError("max_length", f"max_length is {self.max_length!r}, expected a whole number from 2")
-        check_columns(self.columns)
-        policy_of(self.train_on, self.train_parts)
-
-    @property
-    def policy(self) -> Policy:
-        """Which spans are trained."""
-        return policy_of(self.train_on, self.train_parts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe(Options):
-    """Everything that decides what a row becomes. Picklable: each worker gets one."""
-
-    tokenizer: Tokenizer
-    template: Template
-    control: ControlTokens
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.template)
-        if self.unclosed == "append_eos" and not self.template.special_tokens.get("eos_token"):
-            raise UsageError("unclosed", "unclosed='append_eos' needs an eos_token, and this tokenizer names none")
-
-    def describe(self) -> dict[str, Any]:
-        """Return the options as JSON, for manifest and fingerprint."""
-        return {
-            "tokenizer": {"name": self.tokenizer.name, "fingerprint": self.tokenizer.fingerprint},
-            "template": {
-                "name": self.template.name,
-                "source": self.template.source,
-                "kwargs": dict(self.template.kwargs),
-                "date": self.template.date.isoformat(),
-            },
-            "schema": self.schema,
-            "columns": dict(self.columns or {}),
-            "train_on": _name(self.train_on),
-            "train_parts": None if self.train_parts is None else list(self.train_parts),
-            "turns": self.turns,
-            "control_tokens": self.control_tokens,
-            "dropped": self.dropped,
-            "unclosed": self.unclosed,
-            "refuse": sorted(self.refuse),
-            "max_length": self.max_length,
-            "overlong": self.overlong,
-        }
-
-
-def make_recipe(
-    tokenizer: Any,
-    template: str | Path | None = None,
-    *,
-    date: str | datetime.date | None = None,
-    template_kwargs: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Recipe:
-    """Load the tokenizer, find the template and bind the two.
-
-    Args:
-        tokenizer: a folder, a hub id, or a `transformers` or `tokenizers` object.
-        template: `None` for the tokenizer's own chat template, a built-in name, a file, or a Jinja string.
-        date: what templates that print a date are shown (default: 2026-01-01, so that builds stay the same).
-        template_kwargs: further variables for the template.
-        options: the fields of `Options`.
-
-    Raises:
-        UsageError: an unknown name or value.
-        TemplateRefused: the template cannot be compiled, or marks nothing as trained.
-    """
-    loaded = load_tokenizer(tokenizer)
-    _check_kwargs(template_kwargs)
-    name, source = ("tokenizer", loaded.chat_template or "") if template is None else find(template)
-    kwargs = json.dumps(template_kwargs or {}, sort_keys=True)
-    bound, control = _bind(loaded, name, source, template is not None, as_date(date), kwargs)
-    return Recipe(tokenizer=loaded, template=bound, control=control, **options)
-
-
-def _check_kwargs(kwargs: Any) -> None:
-    if kwargs is None:
-        return
-    if not isinstance(kwargs, Mapping) or (own := {"messages", "tools", "add_generation_prompt"} & set(kwargs)):
-        found = f"names {sorted(own)}, which the rows give" if isinstance(kwargs, Mapping) else f"is {kwargs!r}"
-        raise UsageError("template_kwargs", f"template_kwargs {found}; expected further variables of the template")
-    try:
-        json.dumps(kwargs)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError("template_kwargs", f"template_kwargs must be plain values: {error}") from None
-
-
-@lru_cache(maxsize=64)
-def _bind(
-    tokenizer: Tokenizer, name: str, source: str, strict: bool, date: datetime.datetime, kwargs: str
-) -> tuple[Template, ControlTokens]:
-    """Bind a template to a tokenizer. What is learnt of the two is kept with the result."""
-    unbound = Template(
-        name, source, strict=strict, special_tokens=tokenizer.special_tokens, date=date, kwargs=json.loads(kwargs)
-    )
-    # Nothing of a template runs here before it was examined: what it prints around messages is asked afterwards.
-    written = source + (tokenizer.chat_template or "")
-    first = trusted(replace(unbound, control=control_tokens(tokenizer, written).pattern))
-    control = control_tokens(tokenizer, written + scaffold(first))
-    return (first if control.pattern == first.control else trusted(replace(first, control=control.pattern))), control
-
-
-def as_date(date: str | datetime.date | None) -> datetime.datetime:
-    """Return what the clock shows to templates.
-
-    Raises:
-        UsageError: not a date.
-    """
-    if date is None:
-        return DEFAULT_DATE
-    try:
-        return datetime.datetime.fromisoformat(str(date))
-    except ValueError:
-        raise UsageError("date", f"date is {str(date)!r}, expected the form 2026-01-31") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +114,7 @@ def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Re
     pattern = recipe.control.pattern
     if recipe.control_tokens == "allow" or pattern is None or not conversation.messages:
         return
-    if not pattern.search(json.dumps([conversation.messages, conversation.tools], ensure_ascii=False)):
+    if not any(map(pattern.search, _strings([conversation.messages, conversation.tools]))):
         return
 
     def blot(value: Any, keep: Sequence[tuple[int, int]] = ()) -> Any:
@@ -330,6 +140,18 @@ def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Re
             "spells a control token, which the template prints as if it were its own",
             hint="take it out of the data, or set control_tokens='allow'",
         )
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield all strings in a JSON value, and all keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from value
+        yield from _strings(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
 
 
 def check_answers(conversation: Conversation) -> None:
@@ -404,7 +226,7 @@ def _examples(
     each = (_example(recipe, conversation, *pair) for pair in zip(texts, encoded, strict=True))
     trained = tuple(example for example in each if example.trained.any())
     if not trained:
-        raise BadRow("nothing_trained", f"no token would be trained under train_on={_name(recipe.train_on)!r}")
+        raise BadRow("nothing_trained", f"no token would be trained under train_on={name_of(recipe.train_on)!r}")
     return trained
 
 
@@ -443,12 +265,6 @@ def _stops(example: Example, recipe: Recipe) -> bool:
             at -= 1
         last.append(example.input_ids[at])
     return bool(last) and bool(np.isin(last, recipe.control.ids).all())
-
-
-def _name(policy: str | Policy) -> str:
-    if isinstance(policy, str):
-        return policy
-    return f"{policy.__module__}.{getattr(policy, '__qualname__', type(policy).__qualname__)}"
 
 
 def _reject(row: Row | Reject, error: BadRow) -> Reject:

@@ -114,26 +114,6 @@ def _closed_and_opened(before: Part | None, after: Part | None) -> frozenset[Par
     return frozenset(part for part, yes in ((before, closes), (after, opens)) if part is not None and yes)
 
 
-def trained_characters(offsets: NDArray[np.int32], rendered: Rendered, chosen: Sequence[bool]) -> NDArray[np.int64]:
-    """Return how many trained characters stand behind each token: int64 `[n]`.
-
-    Args:
-        offsets: int32 `[n, 2]`, the characters behind each token.
-        rendered: the text's spans.
-        chosen: for each span, whether the policy trains it.
-
-    Raises:
-        UsageError: a policy of the user's own gave another number of answers than there are spans.
-    """
-    if len(chosen) != len(rendered.spans):
-        raise UsageError("mask_length", f"the mask policy gave {len(chosen)} answers for {len(rendered.spans)} spans")
-    lengths = [span.end - span.start for span in rendered.spans]
-    before = np.zeros(len(rendered.text) + 1, dtype=np.int64)
-    before[1:] = np.repeat(np.asarray(chosen, dtype=np.bool_), lengths).cumsum()
-    found: NDArray[np.int64] = before[offsets[:, 1]] - before[offsets[:, 0]]
-    return found
-
-
 def trained_tokens(
     offsets: NDArray[np.int32], rendered: Rendered, chosen: Sequence[bool]
 ) -> tuple[NDArray[np.bool_], bool]:
@@ -145,7 +125,7 @@ def trained_tokens(
         chosen: for each span, whether the policy trains it.
 
     Raises:
-        UsageError: as `trained_characters`.
+        UsageError: a policy of the user's own gave another number of answers than there are spans.
 
     >>> import numpy as np
     >>> from ftdata.types import Part, Span
@@ -155,7 +135,13 @@ def trained_tokens(
     >>> trained.tolist(), straddles
     ([False, True, False, True], True)
     """
-    inside = trained_characters(offsets, rendered, chosen)
+    if len(chosen) != len(rendered.spans):
+        raise UsageError("mask_length", f"the mask policy gave {len(chosen)} answers for {len(rendered.spans)} spans")
+    lengths = [span.end - span.start for span in rendered.spans]
+    before = np.zeros(len(rendered.text) + 1, dtype=np.int64)
+    before[1:] = np.repeat(np.asarray(chosen, dtype=np.bool_), lengths).cumsum()
+    # How many trained characters stand behind each token.
+    inside = before[offsets[:, 1]] - before[offsets[:, 0]]
     trained = inside > 0
     trained[:1] = False
     return trained, bool((inside < offsets[:, 1] - offsets[:, 0])[trained].any())

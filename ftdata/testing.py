@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ftdata.errors import BadRow, one_of
-from ftdata.examples import encode, make_recipe
+from ftdata.examples import encode
+from ftdata.recipe import make_recipe
 from ftdata.types import IGNORE_INDEX, Example, Message, Part
 
 try:

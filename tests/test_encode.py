@@ -12,7 +12,7 @@ from laws import law
 
 from ftdata import encode
 from ftdata.errors import BadRow
-from ftdata.examples import make_recipe
+from ftdata.recipe import make_recipe
 from ftdata.templates import render
 from ftdata.templates.verify import contradicted
 from ftdata.testing import check_laws, conversations, texts, try_template

@@ -1,69 +1,37 @@
 """What a model must produce under any chat template, rule by rule: where turns begin and end, and what is refused."""
 
 import json
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from chats import (
+    ANSWER,
+    CALL,
+    CALLS,
+    HEAD,
+    LATE_STOP,
+    PROMPT,
+    STOPLESS,
+    TALK,
+    TOOLED,
+    TURN,
+    USER,
+    called,
+    refusal,
+    shown,
+    template,
+    trained,
+)
 from tokenizers import Tokenizer
 
 from ftdata import encode
-from ftdata.errors import BadRow, TemplateRefused, UsageError
-from ftdata.examples import FLAGS, build_rows, make_recipe
+from ftdata.errors import BadRow
+from ftdata.examples import build_rows
+from ftdata.recipe import make_recipe
 from ftdata.templates import Template, render
-from ftdata.testing import check_laws, try_template
+from ftdata.testing import check_laws
 from ftdata.tokenize import load_tokenizer
 from ftdata.types import Conversation, Part, Row, Source
-
-USER, ANSWER = {"role": "user", "content": "q1"}, {"role": "assistant", "content": "a1"}
-TALK = [USER, ANSWER, {"role": "user", "content": "q2"}, {"role": "assistant", "content": "a2"}]
-CALL = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [{"type": "function", "function": {"name": "find", "arguments": {"key": "value"}}}],
-}
-TOOLED = [USER, CALL, {"role": "tool", "content": "found", "name": "find"}, {"role": "assistant", "content": "a2"}]
-
-HEAD, TURN, PROMPT = "<|im_start|>{{ m.role }}\n", "{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n"
-
-
-def template(turn=HEAD + TURN, prompt=PROMPT, before=""):
-    ask = f"{{% if add_generation_prompt %}}{prompt}{{% endif %}}" if prompt else ""
-    return f"{before}{{% for m in messages %}}{turn}{{% endfor %}}{ask}"
-
-
-LATE_STOP = template(
-    "{% if not loop.first %}<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}",
-    "<|im_end|>\n" + PROMPT,
-)
-STOPLESS = template("{{ m.role }}: {{ m.content }}\n\n", "assistant: ")
-
-
-def outcome(source, messages=TALK, turns="joint", **options):
-    special = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
-    return render(
-        Conversation(tuple(messages)), Template("t", source, strict=False, special_tokens=special), turns, **options
-    )
-
-
-def trained(source, messages=TALK, turns="joint", **options):
-    """The text that is trained, one entry per turn, and the flags of all texts."""
-    texts, flags = [], set()
-    for one in outcome(source, messages, turns, **options):
-        found = {}
-        for span in one.spans:
-            if span.generated:
-                found[span.message] = found.get(span.message, "") + one.text[span.start : span.end]
-        texts += found.values()
-        flags |= one.flags
-    return texts, flags
-
-
-def refusal(source, messages=TALK, turns="joint"):
-    with pytest.raises(BadRow) as caught:
-        outcome(source, messages, turns)
-    return caught.value
 
 
 def test_r1_one_text_one_tokenisation(tokenizer_dir):
@@ -154,10 +122,6 @@ def test_r8_no_stop_at_all_ends_with_the_answer():
     assert trained(STOPLESS) == (["a1", "a2"], {"no_stop"})
 
 
-def shown(example):
-    return "".join(example.text[a:b] for a, b in example.offsets[example.trained])
-
-
 @pytest.mark.parametrize(
     ("source", "messages", "trained", "flags"),
     [
@@ -173,32 +137,6 @@ def test_r7_eos_can_be_put_where_the_template_prints_no_last_stop(tokenizer_dir,
     assert (shown(example), example.flags) == (trained, flags)
     if "eos_appended" in flags:
         assert example.text.endswith("a2<|im_end|>" if len(messages) > 2 else "a1<|im_end|>")
-
-
-def test_flags_can_be_made_faults(tokenizer_dir):
-    with pytest.raises(BadRow, match="no_stop"):
-        encode(TALK, tokenizer_dir("tiny_bpe"), STOPLESS, refuse=["no_stop"])
-    encode(TALK, tokenizer_dir("tiny_bpe"), refuse=["no_stop"])
-    with pytest.raises(UsageError, match="no_stop"):
-        encode(TALK, tokenizer_dir("tiny_bpe"), refuse=["nostop"])
-    with pytest.raises(UsageError, match="list of flags"):
-        encode(TALK, tokenizer_dir("tiny_bpe"), refuse="no_stop")
-    rows = [Row({"messages": TALK}, Source("x", n)) for n in range(2)]
-    recipe = make_recipe(tokenizer_dir("tiny_bpe"), STOPLESS, refuse=["no_stop"])
-    assert [(one.code, one.tokens > 0) for one in build_rows(recipe, rows)] == [("no_stop", True)] * 2
-    cut = make_recipe(tokenizer_dir("tiny_bpe"), max_length=60, overlong="truncate", refuse=["truncated_answer"])
-    (row,) = build_rows(cut, [Row({"messages": [USER, {**ANSWER, "content": "long " * 30}]}, Source("x", 0))])
-    assert row.code == "truncated_answer"
-
-
-def test_every_flag_is_documented():
-    table = (
-        (Path(__file__).parents[1] / "docs" / "masks.md")
-        .read_text()
-        .partition("| flag |")[2]
-        .partition("| refusal |")[0]
-    )
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(FLAGS)
 
 
 def test_r9_middle_and_final_stops_may_differ():
@@ -220,8 +158,6 @@ def test_r10_what_follows_the_final_stop_is_never_trained():
 
 
 THINKS = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
-
-CALLS = "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
 
 
 def test_r11_tool_calls_are_trained_and_results_are_not():
@@ -331,64 +267,6 @@ def test_r18_flags_follow_truncation(tokenizer_dir):
     assert built.examples[0].flags >= {"truncated", "truncated_answer"}
 
 
-def test_turns_are_grouped_by_the_question_they_answer():
-    """A call, its result and the answer are shown together, as they are when the model is asked for them."""
-    thinking = "{% if m.role == 'assistant' and loop.index0 > ns.last %}<think></think>{% endif %}"
-    source = (
-        "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
-        + template(HEAD + thinking + "{{ m.content }}" + CALLS + "<|im_end|>\n")
-    )
-    messages = [*TOOLED, {"role": "user", "content": "q3"}, {"role": "assistant", "content": "a3"}]
-    first, second = outcome(source, messages, "auto")
-    assert {span.message for span in first.spans if span.generated} == {1, 3}
-    assert {span.message for span in second.spans if span.generated} == {5}
-    assert (first.messages, second.messages) == (4, 6)
-
-
-THINKING = [USER, {"role": "assistant", "content": "a1", "reasoning_content": "hm"}]
-
-
-@pytest.mark.parametrize(
-    ("messages", "parts", "expected"),
-    [
-        (THINKING, ["answer"], "a1<|im_end|>"),
-        (THINKING, ["reasoning"], "<think>hm</think>"),
-        (THINKING, ["reasoning", "answer"], "<think>hm</think>a1<|im_end|>"),
-        ([USER, {"role": "assistant", "content": "<think>hm</think>\na1"}], ["answer"], "a1<|im_end|>"),
-        (
-            [USER, {**CALL, "content": "let me see"}],
-            ["tool_call"],
-            '<tool_call>{"name": "find", "arguments": {"key": "value"}}</tool_call><|im_end|>',
-        ),
-        ([USER, {**CALL, "content": "let me see"}], ["answer"], "let me see"),
-        (
-            [USER, {**ANSWER, "reasoning_content": "r1"}, USER, {**ANSWER, "reasoning_content": "r2"}],
-            ["reasoning"],
-            "<think>r1</think><think>r2</think>",
-        ),
-        (TOOLED, ["answer"], "a2<|im_end|>"),
-    ],
-)
-def test_parts_of_a_turn_can_be_chosen(tokenizer_dir, messages, parts, expected):
-    source = template(
-        HEAD
-        + "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
-        + CALLS
-        + "<|im_end|>\n"
-    )
-    (example,) = encode(messages, tokenizer_dir("tiny_bpe"), source, train_parts=parts)
-    pieces = example.offsets[example.trained]
-    assert "".join(example.text[a:b] for a, b in pieces) == expected
-
-
-@pytest.mark.parametrize("key", ["train", "training", "weight", "loss"])
-def test_messages_say_themselves_whether_they_are_trained(tokenizer_dir, key):
-    messages = [USER, {**ANSWER, key: 0}, *TALK[2:]]
-    (example,) = encode(messages, tokenizer_dir("tiny_bpe"))
-    assert "".join(example.text[a:b] for a, b in example.offsets[example.trained]) == "a2<|im_end|>"
-    assert "fields_dropped" not in example.flags
-
-
 RATED = template(HEAD + TURN + "{% if m.rating %}<|im_start|>rating\n{{ m.rating }}<|im_end|>\n{% endif %}")
 
 
@@ -457,57 +335,6 @@ def test_r16_control_tokens_in_text_that_cannot_be_followed_are_refused(tokenize
     tools = [{"type": "function", "function": {"name": "f", "description": typed}}]
     with pytest.raises(BadRow, match="control_tokens"):
         encode(messages, tokenizer_dir("tiny_bpe"), template(before=before), tools=tools)
-
-
-def test_thinking_that_the_prompt_opens_is_reasoning(tokenizer_dir):
-    source = template(prompt=PROMPT + "<think>\n").replace(
-        "{{ m.content }}", "{% if m.role == 'assistant' %}<think>\n{% endif %}{{ m.content }}"
-    )
-    messages = [USER, {"role": "assistant", "content": "why\n</think>\n\na1"}]
-    (example,) = encode(messages, tokenizer_dir("tiny_bpe"), source, train_parts=["answer"])
-    assert "".join(example.text[a:b] for a, b in example.offsets[example.trained]) == "a1<|im_end|>"
-
-
-def test_lone_surrogates_are_refused_row_by_row(tokenizer_dir):
-    with pytest.raises(BadRow, match="lone_surrogate"):
-        encode([{"role": "user", "content": "\ud800"}, ANSWER], tokenizer_dir("tiny_bpe"))
-
-
-def test_whole_numbers_of_any_size_stay(tokenizer_dir):
-    call = {"type": "function", "function": {"name": "f", "arguments": '{"id": 123456789012345678901234567890}'}}
-    messages = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    (example,) = encode(
-        messages, tokenizer_dir("tiny_bpe"), template(HEAD + "{{ m.content }}" + CALLS + "<|im_end|>\n")
-    )
-    assert "123456789012345678901234567890" in example.text
-
-
-def test_what_is_remembered_does_not_hide_what_is_cut():
-    """The prompt prints earlier answers whole, the conversation cuts thinking out of them: seen only where there is any."""
-    strip = "{% set c = m.content %}{% if m.role == 'assistant' and loop.index0 != ns.last and '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}"
-    source = (
-        "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'assistant' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
-        + template(strip + HEAD + "{{ c }}<|im_end|>\n")
-    )
-    known = Template("t", source, strict=False, special_tokens={"eos_token": "<|im_end|>"})
-    (plain,) = render(Conversation(tuple(TALK)), known, "joint")
-    assert plain.flags == set()
-    thinking = [USER, {"role": "assistant", "content": "<think>hm</think>a1"}, *TALK[2:]]
-    with pytest.raises(BadRow, match="history_drift"):
-        render(Conversation(tuple(thinking)), known, "joint")
-
-
-def called(*arguments, **more):
-    calls = [
-        {"type": "function", "id": f"call{n}", "function": {"name": "f", "arguments": a}}
-        for n, a in enumerate(arguments)
-    ]
-    return [
-        USER,
-        {"role": "assistant", "content": "", "tool_calls": calls, **more},
-        {"role": "tool", "content": "ok"},
-        TALK[3],
-    ]
 
 
 PRINTS = template(
@@ -634,65 +461,3 @@ def test_r16_tags_of_thinking_in_earlier_answers_are_real_too(tokenizer_dir):
         parts = [(span.part, example.text[span.start : span.end]) for span in example.spans if span.message == turn]
         assert "".join(text for part, text in parts if part is Part.REASONING) == "hm \n"
         assert "".join(text for part, text in parts if part is Part.CONTENT) == f"\n a{turn // 2}"
-
-
-def test_tags_of_a_users_own_template_are_followed_and_compared(tokenizer_dir):
-    right = template("<|im_start|>{{ m.role }}\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n")
-    header = template("<|im_start|>{% generation %}{{ m.role }}\n{{ m.content }}<|im_end|>{% endgeneration %}\n")
-    only = "{% if m.role == 'assistant' %}", "{% else %}" + TURN + "{% endif %}"
-    right, header = (
-        source.replace("{% generation %}", only[0] + "{% generation %}").replace(
-            "{% endgeneration %}\n", "{% endgeneration %}\n" + only[1].replace(TURN, body)
-        )
-        for source, body in ((right, TURN), (header, "{{ m.role }}\n" + TURN))
-    )
-    (example,) = encode(TALK, tokenizer_dir("tiny_bpe"), right)
-    assert (shown(example), example.flags) == ("a1<|im_end|>a2<|im_end|>", set())
-    (example,) = encode(TALK, tokenizer_dir("tiny_bpe"), header)
-    assert (shown(example), example.flags) == ("assistant\na1<|im_end|>assistant\na2<|im_end|>", {"tags_unconfirmed"})
-    with pytest.raises(AssertionError, match="M2"):
-        try_template(tokenizer_dir("tiny_bpe"), header, max_examples=10)
-
-
-@pytest.mark.parametrize("asked", ["messages[-1].content | title == 'Short'", "messages[-1].content is in '/short'"])
-def test_what_is_remembered_hangs_on_all_that_a_template_may_ask(tokenizer_dir, asked):
-    source = template(prompt=PROMPT + "{% if " + asked + " %}Sure: {% endif %}")
-    encode([{"role": "user", "content": "hello"}, ANSWER], tokenizer_dir("tiny_bpe"), source)
-    with pytest.raises(BadRow, match="history_drift"):
-        encode([{"role": "user", "content": "short"}, ANSWER], tokenizer_dir("tiny_bpe"), source)
-
-
-@pytest.mark.parametrize(
-    ("messages", "options", "error"),
-    [
-        (None, {}, BadRow),
-        ([{"role": "user", "content": "q", "x": {1}}, ANSWER], {}, BadRow),
-        (TALK, {"train_parts": [1]}, UsageError),
-        (TALK, {"train_parts": []}, UsageError),
-        (TALK, {"train_parts": "answer"}, UsageError),
-        (TALK, {"train_on": None}, UsageError),
-        (TALK, {"train_on": lambda *_: None}, UsageError),
-        (TALK, {"turns": None}, UsageError),
-        (TALK, {"template_kwargs": [1]}, UsageError),
-        (TALK, {"template_kwargs": {"tools": []}}, UsageError),
-        (TALK, {"template": "{% for m in messages %}" * 30 + "{% endfor %}" * 30}, TemplateRefused),
-        (TALK, {"template": "{% for m in messages %}{% set c = cycler() %}{% endfor %}"}, BadRow),
-    ],
-)
-def test_what_cannot_be_meant_is_an_error_of_ours(tokenizer_dir, messages, options, error):
-    with pytest.raises(error):
-        encode(messages, tokenizer_dir("tiny_bpe"), **options)
-
-
-def test_a_policy_must_speak_of_every_span(tokenizer_dir):
-    with pytest.raises(UsageError, match=r"\[mask_length\] the mask policy gave 1 answers for \d+ spans"):
-        encode(TALK, tokenizer_dir("tiny_bpe"), train_on=lambda *_: [True])
-
-
-def test_rows_nested_too_deep_are_rejected(tokenizer_dir):
-    deep = {}
-    for _ in range(3000):
-        deep = {"x": deep}
-    recipe = make_recipe(tokenizer_dir("tiny_bpe"))
-    (row,) = build_rows(recipe, [Row({"messages": [{**USER, "extra": deep}, ANSWER]}, Source("x", 0))])
-    assert row.code == "too_deep"

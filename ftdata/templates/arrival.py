@@ -10,7 +10,7 @@ from typing import Any
 
 from ftdata.errors import BadRow
 from ftdata.templates.compare import agreement
-from ftdata.templates.spans import Piece, thinking_tags
+from ftdata.templates.spans import Piece, painted, thinking_tags
 from ftdata.types import Part
 
 Rerender = Callable[[int, dict[str, Any]], str | None]
@@ -46,17 +46,26 @@ def recover(
                 continue
             for key in filter(message.get, keys):
                 for start, end in _extents(text, message, index, key, rerender):
-                    found = [new for old in found for new in _claimed(old, start, end, part, index)]
+                    found = [
+                        new
+                        for old in found
+                        for new in painted(old, start, end, Part.SCAFFOLD, part=part, message=index)
+                    ]
     return tuple(found)
 
 
 def check_arrival(
-    messages: Sequence[Mapping[str, Any]], text: str, parts: Sequence[Piece], dropped: str = "refuse"
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    text: str,
+    parts: Sequence[Piece],
+    dropped: str = "refuse",
 ) -> frozenset[str]:
     """Check that every message's text arrived in the rendering; return flags for what arrived in part.
 
     Args:
         messages: the conversation.
+        tools: the tools it may use.
         text: the rendering.
         parts: whose text it is.
         dropped: `"refuse"`, or `"flag"` rows of which a message that is not the assistant's is missing.
@@ -95,12 +104,13 @@ def check_arrival(
         flags |= _reasoning_flags(message, arrived[index, Part.REASONING])
         if not _fields_printed(message, arrived[index, Part.OTHER], stretch):
             flags.add("fields_dropped")
+    if not _tools_printed(tools, arrived[-1, Part.TOOLS]):
+        flags.add("tools_dropped")
     return frozenset(flags)
 
 
-def tools_printed(tools: Sequence[Mapping[str, Any]], text: str, parts: Sequence[Piece]) -> bool:
-    """Whether every tool's name, and the names of its parameters, are in the rendering."""
-    printed = _texts(text, parts)[-1, Part.TOOLS]
+def _tools_printed(tools: Sequence[Mapping[str, Any]], printed: str) -> bool:
+    """Whether every tool's name, and the names of its parameters, are there."""
     for tool in tools:
         function = _function(tool)
         parameters = function.get("parameters")
@@ -205,18 +215,20 @@ def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _values(value: Any) -> Iterator[str]:
     """Yield all strings in a JSON value but keys."""
-    if isinstance(value, str):
-        yield str.__str__(value)
-    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
-        yield from _values(inner)
+    return (str.__str__(one) for one in _scalars(value) if isinstance(one, str))
 
 
 def _numbers(value: Any) -> Iterator[str]:
     """Yield all numbers in a JSON value as they are written; how truth is written is up to the template."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        yield json.dumps(value)
-    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
-        yield from _numbers(inner)
+    return (json.dumps(one) for one in _scalars(value) if isinstance(one, int | float) and not isinstance(one, bool))
+
+
+def _scalars(value: Any) -> Iterator[Any]:
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else None
+    if inner is None:
+        yield value
+    for one in inner or ():
+        yield from _scalars(one)
 
 
 def _keys(value: Any) -> Iterator[str]:
@@ -246,19 +258,6 @@ def _place(text: str, message: Mapping[str, Any], index: int, rerender: Rerender
     filled = rerender(index, {**message, "content": "x"})
     at = agreement(text, filled) if filled is not None else -1
     return at if filled == f"{text[:at]}x{text[at:]}" else None
-
-
-def _claimed(piece: Piece, start: int, end: int, part: Part, message: int) -> Iterator[Piece]:
-    """Yield the piece, with what lies in `[start, end)` given to the message if it was the template's."""
-    if piece.part is not Part.SCAFFOLD or piece.end <= start or end <= piece.start:
-        yield piece
-        return
-    inner, last = max(piece.start, start), min(piece.end, end)
-    if piece.start < inner:
-        yield replace(piece, end=inner)
-    yield replace(piece, start=inner, end=last, part=part, message=message)
-    if last < piece.end:
-        yield replace(piece, start=last)
 
 
 def _insert(parts: Sequence[Piece], empty: Piece) -> list[Piece]:

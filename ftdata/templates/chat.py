@@ -10,7 +10,7 @@ from typing import Any
 
 from ftdata.errors import BadRow
 from ftdata.templates import markers
-from ftdata.templates.arrival import check_arrival, recover, tools_printed
+from ftdata.templates.arrival import check_arrival, recover
 from ftdata.templates.memory import key_of
 from ftdata.templates.spans import Piece, Region, pieces, split_thinking, tile, tracked_messages
 from ftdata.templates.template import Template, chat_variables
@@ -81,9 +81,7 @@ def render_chat(chat: Chat, turns: Sequence[int], dropped: str = "refuse") -> Re
     chat, tracked = _rendered(chat)
     text = str.__str__(tracked)
     parts = recover(text, pieces(tracked), chat.messages, chat.changed)
-    flags = chat.flags | check_arrival(chat.messages, text, parts, dropped)
-    if chat.tools and not tools_printed(chat.tools, text, parts):
-        flags |= {"tools_dropped"}
+    flags = chat.flags | check_arrival(chat.messages, chat.tools, text, parts, dropped)
     regions, unusual = _regions(chat, tracked, parts, turns)
     assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
     spans = tile(split_thinking(text, parts, regions, assistants), regions)
@@ -98,13 +96,23 @@ def _regions(
     marked = _in_turns(markers.from_blocks(parts, turns), turns) if own else None
     try:
         located = _located(chat, tracked, parts, turns)
+        _check_disjoint([turn.region for turn in located])
     except BadRow:
         if marked is None:
             raise
         return marked, frozenset({"tags_unconfirmed"})
     regions = [turn.region for turn in located]
     flags = frozenset[str]().union(*(turn.flags for turn in located))
-    for before, after in pairwise(regions) if marked is None else ():
+    solid = [one for one in regions if one.start < one.end]
+    if marked is not None:
+        return (regions, flags) if marked == solid else (marked, flags | {"tags_unconfirmed"})
+    if chat.template.tagged and _marked(parts, turns) != solid:
+        flags |= {"tags_overruled"}
+    return regions, flags
+
+
+def _check_disjoint(regions: Sequence[Region]) -> None:
+    for before, after in pairwise(regions):
         if after.start < before.end:
             raise BadRow(
                 "overlap",
@@ -112,12 +120,6 @@ def _regions(
                 field=f"messages[{after.message}]",
                 hint="join the two answers into one message",
             )
-    solid = [one for one in regions if one.start < one.end]
-    if marked is not None:
-        return (regions, flags) if marked == solid else (marked, flags | {"tags_unconfirmed"})
-    if chat.template.tagged and _marked(parts, turns) != solid:
-        flags |= {"tags_overruled"}
-    return regions, flags
 
 
 def _rendered(chat: Chat) -> tuple[Chat, Tracked]:

@@ -118,23 +118,26 @@ def _keep(file: Path, text: str) -> None:
 
 
 def _ask(description: str) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        return _asked(description)
     # A server that was killed from outside says nothing about the template: it is asked once more.
-    for last in (False, True):
-        with _lock(os.getpid()):
-            server = _server(os.getpid())
-            try:
-                server.stdin.write(description + "\n")
-                server.stdin.flush()
-                return dict(json.loads(server.stdout.readline()))
-            except (OSError, ValueError):
-                server.stop()
-                if last:
-                    raise _over_limits(description) from None
-            except BaseException:
-                # Interrupted while waiting: the answer that is still to come must not be taken for another's.
-                server.stop()
-                raise
-    raise AssertionError
+    try:
+        return _asked(description)
+    except (OSError, ValueError):
+        raise _over_limits(description) from None
+
+
+def _asked(description: str) -> dict[str, Any]:
+    with _lock(os.getpid()):
+        server = _server(os.getpid())
+        try:
+            server.stdin.write(description + "\n")
+            server.stdin.flush()
+            return dict(json.loads(server.stdout.readline()))
+        except BaseException:
+            # Interrupted while waiting, too: the answer that is still to come must not be taken for another's.
+            server.stop()
+            raise
 
 
 def _over_limits(description: str) -> TemplateRefused:

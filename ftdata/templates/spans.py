@@ -19,6 +19,7 @@ _CODES = {part: code for code, part in enumerate(_PARTS)}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _KEYS = {"content": Part.CONTENT, "tool_calls": Part.TOOL_CALL, **dict.fromkeys(_REASONING, Part.REASONING)}
 
+_BLANKS = re.compile(r"\s*")
 _NAMES = "think|thinking|thought|reasoning"
 _OPENS, _OPENED = re.compile(rf"\s*<({_NAMES})>"), re.compile(rf"<({_NAMES})>\s*$")
 
@@ -85,17 +86,24 @@ def split_thinking(
     thinking = _thinking(text, parts, regions, set(assistants))
     found: list[Piece] = []
     for piece in parts:
-        at = piece.start
-        for start, end, part in thinking.get(piece.message, ()) if piece.part is Part.CONTENT else ():
-            inner, last = max(start, at), min(end, piece.end)
-            if inner < last:
-                found += [replace(piece, start=at, end=inner)] if at < inner else []
-                # What is the template's belongs to no message until it is in a region.
-                found.append(replace(piece, start=inner, end=last, part=part))
-                at = last
-        if at < piece.end or at == piece.start:
-            found.append(replace(piece, start=at))
+        cut = [piece]
+        for start, end, part in thinking.get(piece.message, ()):
+            cut = [new for old in cut for new in painted(old, start, end, Part.CONTENT, part=part)]
+        found += cut
     return tuple(found)
+
+
+def painted(piece: Piece, start: int, end: int, over: Part, **changes: Any) -> Iterator[Piece]:
+    """Yield the piece, cut and changed where it lies in `[start, end)`, if it is of the part `over`."""
+    if piece.part is not over or piece.end <= start or end <= piece.start:
+        yield piece
+        return
+    inner, last = max(piece.start, start), min(piece.end, end)
+    if piece.start < inner:
+        yield replace(piece, end=inner)
+    yield replace(piece, start=inner, end=last, **changes)
+    if last < piece.end:
+        yield replace(piece, start=last)
 
 
 def _thinking(
@@ -112,15 +120,13 @@ def _thinking(
         tags = thinking_tags(text[start:end], opened.group(1) if opened else None)
         if not tags:
             continue
-        (_, begun), (closed, after) = (tags[0] if len(tags) > 1 else (0, 0)), tags[-1]
-        blanks = len(text[start + after : end]) - len(text[start + after : end].lstrip())
         found[message] = [(start + a, start + b, Part.SCAFFOLD) for a, b in tags]
+        closed, after = tags[-1]
+        begun = tags[0][1] if len(tags) > 1 else 0
         if text[start + begun : start + closed].strip():
-            found[message] += [
-                (start + begun, start + closed, Part.REASONING),
-                (start + after, start + after + blanks, Part.REASONING),
-            ]
-        found[message].sort()
+            blanks = _BLANKS.match(text, start + after, end)
+            found[message].append((start + begun, start + closed, Part.REASONING))
+            found[message].append((start + after, blanks.end() if blanks else end, Part.REASONING))
     return found
 
 

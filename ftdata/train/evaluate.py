@@ -18,8 +18,9 @@ from transformers import GenerationConfig
 
 from ftdata.build import load_build
 from ftdata.errors import InputRefused, UsageError
-from ftdata.examples import build_rows, make_recipe
+from ftdata.examples import build_rows
 from ftdata.readers import sources
+from ftdata.recipe import make_recipe
 from ftdata.store import read_manifest
 from ftdata.tokenize import load_tokenizer
 from ftdata.train import checkpoints
