@@ -56,6 +56,14 @@ def test_r2_a_turn_begins_where_its_generation_prompt_ends():
     assert trained(forced) == (["\n</think>\n\na1<|im_end|>", "\n</think>\n\na2<|im_end|>"], set())
 
 
+def test_r2_where_there_is_no_prompt_tags_say_where_the_model_begins():
+    body = "{% if m.role == 'assistant' %}{% generation %}" + TURN.strip() + "{% endgeneration %}\n{% else %}" + TURN
+    tagged = template(HEAD + body + "{% endif %}", "")
+    assert trained(tagged) == (["a1<|im_end|>", "a2<|im_end|>"], {"tags_unconfirmed"})
+    untagged = template(HEAD + TURN, "")
+    assert trained(untagged)[0] == [f"<|im_start|>assistant\n{answer}<|im_end|>" for answer in ("a1", "a2")]
+
+
 def test_r2_thinking_in_the_data_that_the_prompt_opens():
     messages = [USER, {"role": "assistant", "content": "<think>\nhm\n</think>\na1"}]
     assert trained(template(prompt=PROMPT + "<think>\n"), messages) == (["hm\n</think>\na1<|im_end|>"], set())

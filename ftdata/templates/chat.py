@@ -106,9 +106,17 @@ def _regions(
     solid = [one for one in regions if one.start < one.end]
     if marked is not None:
         return (regions, flags) if marked == solid else (marked, flags | {"tags_unconfirmed"})
-    if chat.template.tagged and _marked(parts, turns) != solid:
+    if chat.template.tagged and (tags := _marked(parts, turns)) != solid:
+        # Where a template has no generation prompt, nothing but its tags says that the model need not write a header.
+        if tags and "add_generation_prompt" not in chat.template.names and _begin_later(tags, solid):
+            return tags, flags | {"tags_unconfirmed"}
         flags |= {"tags_overruled"}
     return regions, flags
+
+
+def _begin_later(marked: Sequence[Region], found: Sequence[Region]) -> bool:
+    pairs = [(one.message, one.end) for one in marked] == [(one.message, one.end) for one in found]
+    return pairs and all(one.start >= other.start for one, other in zip(marked, found, strict=True))
 
 
 def _check_disjoint(regions: Sequence[Region]) -> None:

@@ -77,7 +77,11 @@ def _start(turn: int, start: int, text: str, rendered: Rendered, prompt: str | N
     if prompt is None:
         return Contradiction(turn, "the template cannot ask for this turn", text[start : start + 40], "")
     if text.startswith(prompt):
-        return None if start == len(prompt) else _apart(turn, "the region begins elsewhere", text[:start], prompt)
+        # Where there is no generation prompt, tags may leave out a header that the model would have to write.
+        tagged = "tags_unconfirmed" in rendered.flags and start > len(prompt)
+        if start == len(prompt) or tagged:
+            return None
+        return _apart(turn, "the region begins elsewhere", text[:start], prompt)
     if "prompt_drift" in rendered.flags and start <= agreement(text, prompt):
         return None
     return _apart(turn, "the generation prompt is not what stands before the turn", text[:start], prompt)
