@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ftdata.errors import BadRow, TemplateRefused
+from ftdata.errors import BadRow, TemplateRefused, UsageError
 from ftdata.mask import Policy, trained_tokens
 from ftdata.recipe import Recipe, make_recipe, name_of
 from ftdata.schemas import normalise
@@ -237,9 +237,10 @@ def _example(recipe: Recipe, conversation: Conversation, rendered: Rendered, enc
     if rendered.add_bos and len(bos := recipe.tokenizer.bos_ids) and not np.array_equal(ids[:1], bos):
         ids = np.concatenate((bos, ids))
         offsets = np.concatenate((np.zeros((len(bos), 2), np.int32), offsets))
-    chosen = list(recipe.policy(rendered, conversation) or ())
+    chosen = _chosen(recipe, rendered, conversation)
     flags = set(rendered.flags) | ({"control_tokens"} if encoded.escaped else set())
-    if conversation.messages and conversation.messages[-1]["role"] != "assistant":
+    shown = conversation.messages[: rendered.messages]
+    if shown and shown[-1]["role"] != "assistant":
         flags.add("trailing_turns")
     trained, straddles = trained_tokens(offsets, rendered, chosen)
     if straddles:
@@ -249,6 +250,14 @@ def _example(recipe: Recipe, conversation: Conversation, rendered: Rendered, enc
     if not _stops(example, recipe):
         example = replace(example, flags=example.flags | {"no_stop"})
     return example
+
+
+def _chosen(recipe: Recipe, rendered: Rendered, conversation: Conversation) -> list[bool]:
+    answers = recipe.policy(rendered, conversation)
+    chosen = list(answers) if isinstance(answers, Iterable) else None
+    if chosen is None or not all(isinstance(one, bool | np.bool_) for one in chosen):
+        raise UsageError("mask_type", f"the mask policy gave {answers!r:.60}, expected one bool per span")
+    return [bool(one) for one in chosen]
 
 
 def _stops(example: Example, recipe: Recipe) -> bool:

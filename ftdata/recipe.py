@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -41,6 +41,8 @@ FLAGS = {
     "tools_dropped": "{n} examples were given tools that the template does not print, or not whole",
     "trailing_turns": "{n} examples end with messages that nothing answers",
     "truncated_answer": "{n} examples end inside an answer",
+    "uncompared": "{n} examples have an earlier turn of which it is not known whether the model wrote it so: the "
+    "template refuses the conversation up to there",
     "unclosed_final": "{n} examples end without a stop: the template prints it only before the next message",
     "unprobed": "{n} examples were judged by themselves: the template refuses plain conversations",
 }
@@ -72,7 +74,7 @@ class Options:
         one_of("control_tokens", self.control_tokens, CONTROL_POLICIES)
         one_of("dropped", self.dropped, DROPPED)
         one_of("unclosed", self.unclosed, UNCLOSED)
-        if isinstance(self.refuse, str):
+        if isinstance(self.refuse, str) or not isinstance(self.refuse, Iterable):
             raise UsageError("refuse", f"refuse is {self.refuse!r}, expected a list of flags")
         for flag in self.refuse:
             one_of("refuse", flag, FLAGS)

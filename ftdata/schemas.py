@@ -60,6 +60,12 @@ ROLES = {
 }
 """Role spellings in use (compared in lower case) -> the role that chat templates know."""
 
+STANDS_FOR = {"ipython": "tool", "observation": "tool", "function": "tool", "environment": "tool"}
+"""Roles that only some templates know -> what they stand for elsewhere."""
+
+SPECIAL_ROLES = (*STANDS_FOR, "context", "documents", "latest_reminder")
+"""Roles that go through to templates that name them."""
+
 ALIASES = {"completion": ("response",), "output": ("response",), "conversations": ("conversation",)}
 """Other names in common use for a canonical column, taken when the canonical one is absent."""
 
@@ -344,9 +350,12 @@ def _tool_calls(calls: Any, field: str) -> list[dict[str, Any]]:
 
 
 def _role(value: Any, field: str) -> str:
+    if value in SPECIAL_ROLES:
+        return str(value)
     known = ROLES.get(value.strip().lower()) if isinstance(value, str) else None
     if known is None:
-        raise BadRow("unknown_role", f"is {_describe(value)}", field=field, hint=nearest(str(value), ROLES))
+        found = f"is {_describe(value)}, no role"
+        raise BadRow("unknown_role", found, field=field, hint=nearest(str(value), (*ROLES, *SPECIAL_ROLES)))
     return known
 
 

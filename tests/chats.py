@@ -29,8 +29,8 @@ LATE_STOP = template(
 STOPLESS = template("{{ m.role }}: {{ m.content }}\n\n", "assistant: ")
 
 
-def outcome(source, messages=TALK, turns="joint", **options):
-    special = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
+def outcome(source, messages=TALK, turns="joint", special=None, **options):
+    special = special or {"bos_token": "<s>", "eos_token": "<|im_end|>"}
     return render(
         Conversation(tuple(messages)), Template("t", source, strict=False, special_tokens=special), turns, **options
     )

@@ -1,6 +1,7 @@
 """What is left to the user's choice: parts, turns, flags as faults, tags; and what cannot be meant."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,78 @@ def test_what_is_remembered_hangs_on_all_that_a_template_may_ask(tokenizer_dir, 
         encode([{"role": "user", "content": "short"}, ANSWER], tokenizer_dir("tiny_bpe"), source)
 
 
+LONG = [{"role": "user", "content": "a long question /think"}, ANSWER]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "range(messages[-1].content | length) | length > 3",
+        "messages[-1].content[2]",
+        "'X' | replace('X', messages[-1].content) == messages[-1].content and messages[-1].content | length > 3",
+        "messages[-1].content.split('a', maxsplit=1) | length > 1",
+        "messages[-1].content | length is sameas 22",
+    ],
+)
+def test_lengths_and_places_are_remembered(asked):
+    source = template(prompt=PROMPT + "{% if " + asked + " %}<think>\n{% endif %}")
+    known = Template("t", source, strict=False, special_tokens={"eos_token": "<|im_end|>"})
+    flags = [render(Conversation(tuple(talk)), known, "joint")[0].flags for talk in (TALK[:2], LONG, TALK[:2], LONG)]
+    assert flags == [set(), {"prompt_drift"}] * 2
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        "m.content | replace(' /think', '')",
+        "m.content[:10]",
+        "m.content.replace(' /think', '')",
+        "m.content.split(' /')[0]",
+    ],
+)
+def test_what_was_not_cut_in_one_row_may_be_in_another(printed):
+    source = template(HEAD + "{% if loop.last %}{{ " + printed + " }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n")
+    known = Template("t", source, strict=False, special_tokens={"eos_token": "<|im_end|>"})
+    for talk, refused in ((TALK[:2], False), (LONG, True), (TALK[:2], False)):
+        with pytest.raises(BadRow, match="history_drift") if refused else nullcontext():
+            render(Conversation(tuple(talk)), known, "joint")
+
+
+def test_reasoning_that_is_trimmed_in_history_only():
+    source = template(
+        HEAD
+        + "{% if m.reasoning_content %}<think>{{ m.reasoning_content if loop.last else m.reasoning_content | trim }}</think>{% endif %}"
+        + TURN
+    )
+    known = Template("t", source, strict=False, special_tokens={"eos_token": "<|im_end|>"})
+    count = {}
+    for thought in ("hm", "\nhm\n", "hm"):
+        messages = [{**one, "reasoning_content": thought} if one["role"] == "assistant" else one for one in TALK]
+        count[thought] = len(render(Conversation(tuple(messages)), known, "auto"))
+    assert count == {"hm": 1, "\nhm\n": 2}
+
+
+@pytest.mark.parametrize("parts", [["answer"], ["reasoning"]])
+def test_blanks_before_thinking_are_thinking(tokenizer_dir, parts):
+    messages = [USER, {"role": "assistant", "content": "\n<think>hm</think>a"}]
+    (example,) = encode(messages, tokenizer_dir("tiny_bpe"), template(), train_parts=parts)
+    assert shown(example) == ("a<|im_end|>" if parts == ["answer"] else "\n<think>hm</think>")
+
+
+def test_a_special_token_that_a_tokenizer_lacks_prints_nothing(tokenizer_dir):
+    (example,) = encode(TALK, tokenizer_dir("tiny_bpe"), template(before="{{ bos_token }}"))
+    assert example.text.startswith("<|im_start|>")
+    with pytest.raises(BadRow, match="bos_tokem"):
+        encode(TALK, tokenizer_dir("tiny_bpe"), template(before="{{ bos_tokem }}"))
+
+
+def test_only_a_text_that_shows_them_has_trailing_turns(tokenizer_dir):
+    found = encode([*TALK, USER], tokenizer_dir("tiny_bpe"), turns="split")
+    assert ["trailing_turns" in one.flags for one in found] == [False, False]
+    (whole,) = encode([*TALK, USER], tokenizer_dir("tiny_bpe"), turns="joint")
+    assert "trailing_turns" in whole.flags
+
+
 @pytest.mark.parametrize(
     ("messages", "options", "error"),
     [
@@ -173,6 +246,9 @@ def test_what_is_remembered_hangs_on_all_that_a_template_may_ask(tokenizer_dir, 
         (TALK, {"train_parts": "answer"}, UsageError),
         (TALK, {"train_on": None}, UsageError),
         (TALK, {"train_on": lambda *_: None}, UsageError),
+        (TALK, {"train_on": lambda *_: 3}, UsageError),
+        (TALK, {"train_on": lambda rendered, _: ["no"] * len(rendered.spans)}, UsageError),
+        (TALK, {"refuse": None}, UsageError),
         (TALK, {"turns": None}, UsageError),
         (TALK, {"template_kwargs": [1]}, UsageError),
         (TALK, {"template_kwargs": {"tools": []}}, UsageError),

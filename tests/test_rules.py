@@ -17,6 +17,7 @@ from chats import (
     TURN,
     USER,
     called,
+    outcome,
     refusal,
     shown,
     template,
@@ -467,5 +468,107 @@ def test_r16_tags_of_thinking_in_earlier_answers_are_real_too(tokenizer_dir):
     for example, turn in zip(examples, (2, 4), strict=True):
         check_laws(example, messages, trained=[turn])
         parts = [(span.part, example.text[span.start : span.end]) for span in example.spans if span.message == turn]
-        assert "".join(text for part, text in parts if part is Part.REASONING) == "hm \n"
-        assert "".join(text for part, text in parts if part is Part.CONTENT) == f"\n a{turn // 2}"
+        assert "".join(text for part, text in parts if part is Part.REASONING) == "\n hm \n"
+        assert "".join(text for part, text in parts if part is Part.CONTENT) == f"a{turn // 2}"
+
+
+ENDS = "{% if loop.last and m.role == 'assistant' %}<|end|>{% else %}<|im_end|>\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("turn", "messages", "expected", "flags"),
+    [
+        ("{{ m.content }}" + CALLS + ENDS, TOOLED, ["</tool_call><|im_end|>", "a2<|end|>"], set()),
+        ("{{ m.content }}{% if m.role != 'user' %}</answer>{% endif %}" + ENDS, TALK, ["a1</answer><|im_end|>", "a2</answer><|end|>"], set()),
+        ("{{ m.content }}" + CALLS + "{% if not loop.last or add_generation_prompt %}<|im_end|>\n{% endif %}", TOOLED, ["</tool_call><|im_end|>", "a2"], {"unclosed_final"}),
+    ],
+)  # fmt: skip
+def test_r5_a_closing_tag_is_no_stop(turn, messages, expected, flags):
+    texts, found = trained(template(HEAD + turn), messages, special={"eos_token": "<|end|>"})
+    assert [text[-len(end) :] for text, end in zip(texts, expected, strict=True)] == expected
+    assert found == flags
+
+
+def test_r7_a_call_without_its_stop_is_unclosed(tokenizer_dir):
+    late = template(
+        "{% if not loop.first %}<|im_end|>\n{% endif %}" + HEAD + "{{ m.content }}" + CALLS, "<|im_end|>\n" + PROMPT
+    )
+    texts, flags = trained(late, TOOLED)
+    assert (texts[0][-22:], texts[1], flags) == ("</tool_call><|im_end|>", "a2", {"unclosed_final"})
+    assert trained(late, TOOLED[:2])[1] == {"unclosed_final"}
+    (example,) = encode(TOOLED[:2], tokenizer_dir("tiny_bpe"), late, unclosed="append_eos")
+    assert shown(example).endswith("</tool_call><|im_end|>")
+
+
+def test_r8_the_stop_of_a_blank_message_is_not_the_answers():
+    source = "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content | trim }}<|im_end|>{% else %}<|assistant|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    assert trained(source, [*TALK[:2], {"role": "user", "content": " "}, TALK[3]]) == (["a1", "a2"], {"no_stop"})
+
+
+@pytest.mark.parametrize("key", ["function_call", "function_calls"])
+def test_r11_older_spellings_of_calls_are_trained(key):
+    printed = "{% if m." + key + " %}<tool_call>{{ m." + key + " | tojson }}</tool_call>{% endif %}"
+    messages = [USER, {**ANSWER, key: {"name": "f", "arguments": "{}"}}, *TOOLED[2:]]
+    texts, flags = trained(template(HEAD + "{{ m.content }}" + printed + "<|im_end|>\n"), messages)
+    assert texts[0] == 'a1<tool_call>{"name": "f", "arguments": "{}"}</tool_call><|im_end|>'
+    assert flags == set()
+
+
+def test_r11_any_other_field_before_the_stop_is_refused():
+    source = template(HEAD + "{{ m.content }}{% if m.mood %} ({{ m.mood }}){% endif %}<|im_end|>\n")
+    assert refusal(source, [USER, {**ANSWER, "mood": "sunny"}]).code == "interleaved"
+
+
+def test_r4_history_that_cannot_be_compared_is_flagged():
+    source = template(
+        "{% if m.tool_calls and loop.last %}{{ raise_exception('a call needs its result') }}{% endif %}"
+        + HEAD
+        + "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}"
+        + CALLS
+        + "<|im_end|>\n"
+    )
+    assert trained(source, TOOLED)[1] == {"uncompared"}
+
+
+def test_r12_a_call_that_says_what_another_says():
+    first_only = template(
+        HEAD + "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}<|im_end|>\n"
+    )
+    every = template(HEAD + "{{ m.content }}" + CALLS + "<|im_end|>\n")
+    for arguments in ({"key": "lu"}, {"key": "value"}, {"key": 1}):
+        second = {"type": "function", "function": {"name": "find", "arguments": arguments}}
+        first = {"type": "function", "function": {"name": "find", "arguments": {"key": "value", "n": 12}}}
+        messages = [USER, {**CALL, "tool_calls": [first, second]}]
+        assert refusal(first_only, messages).code == "payload_dropped"
+        assert trained(every, messages)[1] == set()
+
+
+def test_r16_tags_that_the_prompt_opens_are_real_in_the_answer_too(tokenizer_dir):
+    tokenizer = load_tokenizer(tokenizer_dir("qwen"))
+    messages = [USER, {"role": "assistant", "content": "<think>hm</think>yes"}]
+    (example,) = encode(messages, tokenizer, template(prompt=PROMPT + "<think>"), control_tokens="refuse")
+    ids = [tokenizer.id_of("<think>"), tokenizer.id_of("</think>")]
+    assert [int((example.input_ids == one).sum()) for one in ids] == [1, 1]
+    assert shown(example) == "hm</think>yes<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["<|IM_END|>ß", "ß<|IM_END|>", "ŉ<|IM_END|>ß"])
+def test_r16_letters_that_change_their_number_hide_no_control_token(tokenizer_dir, name):
+    source = template(HEAD + "{{ (m.name or '') | lower | upper | lower }}" + TURN)
+    (example,) = encode([{**USER, "name": name.replace("ß", "İ")}, ANSWER], tokenizer_dir("tiny_bpe"), source)
+    tokenizer = Tokenizer.from_file(f"{tokenizer_dir('tiny_bpe')}/tokenizer.json")
+    assert example.input_ids.tolist().count(tokenizer.token_to_id("<|im_end|>")) == 2
+    assert "control_tokens" in example.flags
+
+
+def test_roles_that_a_template_names_go_through():
+    named = template("{% if m.role == 'ipython' %}<|im_start|>ipython\n{% else %}" + HEAD + "{% endif %}" + TURN)
+    messages = [USER, CALL | {"content": "c", "tool_calls": None}, {"role": "ipython", "content": "r"}, TALK[3]]
+    assert "<|im_start|>ipython\nr" in outcome(named, messages)[0].text
+    assert "<|im_start|>tool\nr" in outcome(template(), messages)[0].text
+    error = refusal(template(), [{"role": "context", "content": "c"}, *TALK])
+    assert (error.code, error.field) == ("unknown_role", "messages[0].role")
+
+
+def test_an_answer_that_is_not_trained_needs_no_prompt():
+    assert trained(template(), [{**ANSWER, "train": False}, *TALK])[0] == ["a1<|im_end|>", "a2<|im_end|>"]

@@ -6,6 +6,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ftdata.errors import BadRow
@@ -59,6 +60,7 @@ def check_arrival(
     tools: Sequence[Mapping[str, Any]],
     text: str,
     parts: Sequence[Piece],
+    rerender: Rerender,
     dropped: str = "refuse",
 ) -> frozenset[str]:
     """Check that every message's text arrived in the rendering; return flags for what arrived in part.
@@ -68,6 +70,7 @@ def check_arrival(
         tools: the tools it may use.
         text: the rendering.
         parts: whose text it is.
+        rerender: renders it with a message changed.
         dropped: `"refuse"`, or `"flag"` rows of which a message that is not the assistant's is missing.
 
     Raises:
@@ -80,7 +83,9 @@ def check_arrival(
         content, calls = arrived[index, Part.CONTENT], arrived[index, Part.TOOL_CALL]
         stretch = stretches.get(index, "")
         given = _given(message, Part.CONTENT)
-        lost_call = bool(message.get("tool_calls")) and not _calls_printed(message, calls, stretch)
+        lost_call = bool(message.get("tool_calls")) and not (
+            _calls_printed(message, calls, stretch) and _each_printed(message, stretch, partial(rerender, index))
+        )
         if (any(map(str.strip, given)) and not content) or lost_call:
             if dropped == "flag" and message["role"] != "assistant":
                 flags.add("payload_dropped")
@@ -102,7 +107,7 @@ def check_arrival(
         if not whole or not _all_printed(_given(message, Part.TOOL_CALL), calls):
             flags.add("content_cut")
         flags |= _reasoning_flags(message, arrived[index, Part.REASONING])
-        if not _fields_printed(message, arrived[index, Part.OTHER], stretch):
+        if not _fields_printed(message, arrived[index, Part.OTHER] + arrived[index, Part.TOOL_CALL], stretch):
             flags.add("fields_dropped")
     if not _tools_printed(tools, arrived[-1, Part.TOOLS]):
         flags.add("tools_dropped")
@@ -126,6 +131,41 @@ def _calls_printed(message: Mapping[str, Any], printed: str, stretch: str) -> bo
     arguments = [_function(call).get("arguments") for call in message["tool_calls"]]
     others = (one for value in arguments for one in (*_keys(value), *_numbers(value)))
     return bool(printed) and _all_printed(_values(arguments), printed) and _any_printed(others, stretch)
+
+
+def _each_printed(message: Mapping[str, Any], printed: str, rerender: Callable[[dict[str, Any]], str | None]) -> bool:
+    """Whether each of several calls is there. Where one says nothing that others do not, it is changed to tell."""
+    calls = message["tool_calls"]
+    for number, call in enumerate(calls if len(calls) > 1 else ()):
+        others = [*calls[:number], *calls[number + 1 :]]
+        said = "\n".join([*_given(message, Part.CONTENT), *(text for other in others for text in _said(other))])
+        if any(text not in said and _times(text, printed) for text in _said(call)):
+            continue
+        marked = _marked(call)
+        found = rerender({**message, "tool_calls": [*calls[:number], marked, *calls[number + 1 :]]})
+        if found is not None and not _calls_printed({"tool_calls": [marked]}, found, found):
+            return False
+    return True
+
+
+def _said(call: Mapping[str, Any]) -> list[str]:
+    """Return the name, the texts and the numbers of a call."""
+    given = [_function(call).get(key) for key in ("name", "arguments")]
+    return [text.strip() for text in (*_values(given), *_numbers(given)) if text.strip()]
+
+
+def _marked(value: Any, place: int = 7001) -> Any:
+    """Return a call with all texts and numbers in it changed into such as stand nowhere else."""
+    if isinstance(value, Mapping):
+        return {
+            key: inner if key in ("id", "type") and "function" in value else _marked(inner, 31 * place + at)
+            for at, (key, inner) in enumerate(value.items())
+        }
+    if isinstance(value, list | tuple):
+        return [_marked(inner, 31 * place + at) for at, inner in enumerate(value)]
+    if isinstance(value, bool) or value is None:
+        return value
+    return f"q{place}z{str.__str__(value)}" if isinstance(value, str) else place
 
 
 def _thinking_moved(given: Sequence[str], stretch: str) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from ftdata.errors import BadRow
+from ftdata.schemas import STANDS_FOR
 from ftdata.templates import markers
 from ftdata.templates.arrival import check_arrival, recover
 from ftdata.templates.memory import key_of
@@ -17,6 +19,8 @@ from ftdata.templates.template import Template, chat_variables
 from ftdata.templates.tracked import Tracked
 from ftdata.templates.watched import watched, watching
 from ftdata.types import Conversation, Message, Rendered
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,11 @@ class Chat:
         """Track the conversation's messages; arguments of calls are objects where the template does not take text.
 
         Raises:
-            BadRow: such arguments are text that is not JSON.
+            BadRow: such arguments are text that is not JSON, or a message has a role that the template does not name.
         """
-        messages: Sequence[Mapping[str, Any]] = conversation.messages
+        messages: Sequence[Mapping[str, Any]] = [
+            _in_known_role(message, index, template) for index, message in enumerate(conversation.messages)
+        ]
         flags: frozenset[str] = frozenset()
         if not template.takes_text_arguments and any(map(_has_text_arguments, messages)):
             messages = [_with_arguments(message, _as_object) for message in messages]
@@ -81,7 +87,7 @@ def render_chat(chat: Chat, turns: Sequence[int], dropped: str = "refuse") -> Re
     chat, tracked = _rendered(chat)
     text = str.__str__(tracked)
     parts = recover(text, pieces(tracked), chat.messages, chat.changed)
-    flags = chat.flags | check_arrival(chat.messages, chat.tools, text, parts, dropped)
+    flags = chat.flags | check_arrival(chat.messages, chat.tools, text, parts, chat.changed, dropped)
     regions, unusual = _regions(chat, tracked, parts, turns)
     assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
     spans = tile(split_thinking(text, parts, regions, assistants), regions)
@@ -199,6 +205,21 @@ def _with_arguments(message: Mapping[str, Any], change: Callable[[Any], Any]) ->
         if isinstance(function, Mapping):
             call["function"] = {**function, "arguments": change(function.get("arguments"))}
     return {**message, "tool_calls": calls} if calls else dict(message)
+
+
+def _in_known_role(message: Message, index: int, template: Template) -> Message:
+    """Return the message, in the role that its own stands for where the template does not name that."""
+    role = message["role"]
+    if role in _ROLES or re.search(rf"""(['"]){re.escape(role)}\1""", template.source):
+        return message
+    if role not in STANDS_FOR:
+        raise BadRow(
+            "unknown_role",
+            f"is {role!r}, which template {template.name!r} does not name",
+            field=f"messages[{index}].role",
+            hint=f"give it one of the roles {', '.join(_ROLES)}",
+        )
+    return {**message, "role": STANDS_FOR[role]}
 
 
 def _as_object(arguments: Any) -> Any:

@@ -76,6 +76,8 @@ def locate(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, c
     tail = ended[answered:][: len(gap)] if ended is not None and whole else ""
     if tail.strip():
         stop = stops.own(tail)
+        # It may end in a closing tag, and the stop be printed with the next message.
+        stop = stop if last or stops.known(tail) else max(stop, stops.later(gap))
     elif last:
         stop = 0
     else:
@@ -83,13 +85,18 @@ def locate(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, c
         flags |= {"rewritten"} if rewritten else set()
         stop = stops.between(ending, gap)
     end = answered + stop
-    if not stop:
+    if last and stops.late and not stops.known(tail):
+        flags |= {"unclosed_final"}
+    elif not stop:
         flags |= {"unclosed_final" if last and not tail.strip() and stops.stop.strip() else "no_stop"}
+    if ended is None:
+        flags |= {"uncompared"}
     if last and text[end:].strip():
         flags |= {"junk_tail"}
     if not stops.learnt:
         flags |= {"unprobed"}
     _check_own(parts, turn, start, end, own[0].start if own else end)
+    _check_closed(text, parts, turn, answered, stops)
     return Turn(Region(turn, start, end), frozenset(flags))
 
 
@@ -100,6 +107,15 @@ def _check_own(parts: Sequence[Piece], turn: int, start: int, end: int, first: i
         # A recipient that stands before the answer, the model says too; what follows the answer is not its own.
         if inside and (piece.message != turn or (piece.part is Part.OTHER and piece.start >= first)):
             raise BadRow("interleaved", "the template prints text inside the answer that is not the answer's")
+
+
+def _check_closed(text: str, parts: Sequence[Piece], turn: int, answered: int, stops: Stops) -> None:
+    """Refuse an answer that another field of the message follows before its stop."""
+    following = next((p for p in parts if p.start >= answered and p.part is not Part.SCAFFOLD), None)
+    if following is None or following.message != turn or following.part is not Part.OTHER:
+        return
+    if not stops.known(text[answered : following.start]):
+        raise BadRow("interleaved", "the template prints another field of the message between the answer and its stop")
 
 
 def _begin(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, stops: Stops) -> tuple[int, set[str]]:
@@ -200,7 +216,8 @@ def learn(probe: Callable[[str], Tracked | None], bare: Stops) -> Stops:
     begun = before.removesuffix(shared).strip()
     # Either the first message's opener is all that stands before it, but for BOS, or two user messages in a row tell.
     exact = shared if shared.strip() and (not begun or TAG.fullmatch(begun)) else _opener(probe, gap)
-    opener = shared if exact is None else exact
+    # Whatever ends a turn opens none.
+    opener = (shared if exact is None else exact).rpartition(bare.eos or "\0")[2]
     stops = replace(bare, learnt=True, opener=opener, before=before if exact is None else "")
     half = probe("ua")
     tail = half[texts[1][1] :] if half is not None and whole.startswith(half) else None
@@ -213,6 +230,8 @@ def learn(probe: Callable[[str], Tracked | None], bare: Stops) -> Stops:
     last = whole[texts[3][1] :]
     if closed := stops.known(last):
         return replace(stops, leftover=last[closed:])
+    open_ended = not TAG.search(last) and not (bare.control is not None and bare.control.search(last))
+    stops = replace(stops, late=bool(stop) and open_ended)
     if stop:
         return replace(stops, leftover=common_suffix(last, first))
     # No stops between turns: what is printed only where the conversation ends is none of the model's, unless it is a

@@ -50,7 +50,12 @@ def render(
     if not template.chat:
         return (_render_fields(conversation, template),)
     chat = Chat.of(conversation, template)
-    assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    # Of an answer that is not trained, nobody needs to know where it begins and ends.
+    assistants = [
+        index
+        for index, message in enumerate(conversation.messages)
+        if message["role"] == "assistant" and message.get("train", True)
+    ]
     whole = _joint(chat, assistants, dropped, must=turns == "joint") if turns != "split" else None
     if whole is not None and (turns == "joint" or "rewritten" not in whole.flags):
         return (whole,)

@@ -31,9 +31,17 @@ CUT = "\ufdd0"
 
 
 class Loud(jinja2.Undefined):
-    """An undefined name may be tested (`{% if tools %}`) but never printed: a misspelt field is an error."""
+    """An undefined name may be tested (`{% if tools %}`) but never printed: a misspelt field is an error.
 
-    __str__ = __iter__ = __len__ = jinja2.Undefined._fail_with_undefined_error
+    But for special tokens, which not every tokenizer has.
+    """
+
+    __iter__ = __len__ = jinja2.Undefined._fail_with_undefined_error
+
+    def __str__(self) -> str:
+        if self._undefined_obj is jinja2.utils.missing and str(self._undefined_name).endswith("_token"):
+            return ""
+        return str(self._fail_with_undefined_error())
 
 
 class Generation(Extension):
@@ -161,6 +169,14 @@ def _watched_in(value: Any, container: Any) -> bool:
     return value in container
 
 
+def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
+    arguments = (str(old), str(new), -1 if count is None else count)
+    text = Tracked.of(str(value))
+    if isinstance(text, Watched) or not any(isinstance(one, Watched) for one in arguments):
+        return text.replace(*arguments)
+    return str(watched_method(text, "replace")(*arguments))
+
+
 def _str_join(pieces: Iterable[Any]) -> str:
     return concat(map(str, pieces))
 
@@ -197,7 +213,7 @@ def _environment(date: datetime.datetime, strict: bool) -> Environment:
         extensions=[Generation, loopcontrols],
         undefined=Loud if strict else jinja2.Undefined,
     )
-    environment.filters |= {"tojson": _tojson, "join": _join, "safe": safe}
+    environment.filters |= {"tojson": _tojson, "join": _join, "replace": _replace, "safe": safe}
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": _clock(date),

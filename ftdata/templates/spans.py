@@ -17,7 +17,12 @@ from ftdata.types import Part, Span
 _PARTS = (Part.SCAFFOLD, Part.CONTENT, Part.REASONING, Part.TOOL_CALL, Part.TOOLS, Part.OTHER)
 _CODES = {part: code for code, part in enumerate(_PARTS)}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_KEYS = {"content": Part.CONTENT, "tool_calls": Part.TOOL_CALL, **dict.fromkeys(_REASONING, Part.REASONING)}
+_CALLS = ("tool_calls", "function_call", "function_calls")
+_KEYS = {
+    "content": Part.CONTENT,
+    **dict.fromkeys(_CALLS, Part.TOOL_CALL),
+    **dict.fromkeys(_REASONING, Part.REASONING),
+}
 
 _BLANKS = re.compile(r"\s*")
 _NAMES = "think|thinking|thought|reasoning"
@@ -111,9 +116,14 @@ def _thinking(
 ) -> dict[int, list[tuple[int, int, Part]]]:
     """Return, for each message whose content begins with thinking, where tags and thoughts stand."""
     extents = {region.message: (region.start, region.end) for region in regions}
+    contents: dict[int, tuple[int, int]] = {}
     for piece in parts:
-        if piece.part is Part.CONTENT and piece.message in assistants - set(extents):
-            extents[piece.message] = piece.start, piece.end
+        if piece.part is Part.CONTENT and piece.message in assistants:
+            contents.setdefault(piece.message, (piece.start, piece.end))
+    for message, (start, end) in contents.items():
+        # Where the prompt already opens the thinking that an answer spells, the answer begins before its region.
+        region = extents.get(message, (start, end))
+        extents[message] = min(start, region[0]), region[1]
     found: dict[int, list[tuple[int, int, Part]]] = {}
     for message, (start, end) in extents.items():
         opened = _OPENED.search(text[max(0, start - 64) : start])
@@ -125,7 +135,7 @@ def _thinking(
         begun = tags[0][1] if len(tags) > 1 else 0
         if text[start + begun : start + closed].strip():
             blanks = _BLANKS.match(text, start + after, end)
-            found[message].append((start + begun, start + closed, Part.REASONING))
+            found[message].append((start, start + closed, Part.REASONING))
             found[message].append((start + after, blanks.end() if blanks else end, Part.REASONING))
     return found
 

@@ -25,6 +25,7 @@ class Stops:
         opener: what the template prints before a user message.
         before: what it prints before the first message, where it is not certain what of that opens the message.
         leftover: what it prints after the last stop of a conversation, and the model never generates.
+        late: whether it prints a turn's stop only before the next message.
         learnt: whether the template could be probed at all.
     """
 
@@ -34,6 +35,7 @@ class Stops:
     opener: str = ""
     before: str = ""
     leftover: str = ""
+    late: bool = False
     learnt: bool = False
 
     def own(self, tail: str) -> int:
@@ -61,24 +63,36 @@ class Stops:
         `ending` is what the template prints after this answer where the conversation ends there, if it tells. 0 where
         there is no stop.
         """
-        if end := self._eos(gap):
+        closing = self._closing(gap)
+        opened = closing is not None and not self.before
+        if end := self.known(gap if closing is None else closing):
             return end
         shared = common_prefix(ending or "", gap)
-        closing = gap.removesuffix(self.opener) if gap.endswith(self.opener) else ""
         # Where the template always asks for the next answer, both may go on with the same opening tag.
-        opened = bool(self.opener) and not self.before and gap.endswith(self.opener)
-        for certain in (shared[: len(closing)],) if opened else (shared[: len(closing)], shared):
+        for certain in (closing or "",) if opened else (shared[: len(closing or "")], shared):
             if end := _last(self.control, certain) or _last(TAG, certain):
                 return end
-        if end := self._learnt(closing or gap):
-            return end
+        if closing is None or opened:
+            return 0
         end = _last(self.control, closing) or _last(TAG, closing)
         opening = {_unnumbered(tag) for tag in tags(self.before)}
         return 0 if opening & {_unnumbered(tag) for tag in tags(closing[:end])} else end
 
+    def later(self, gap: str) -> int:
+        """Return where the stop as learnt ends in `gap`, text that may be the next message's; 0 where there is none."""
+        closing = self._closing(gap)
+        return self._learnt(gap if closing is None else closing)
+
     def known(self, tail: str) -> int:
         """Return where the first stop as learnt, or else the first EOS, ends in `tail`; 0 where there is neither."""
         return self._learnt(tail) or self._eos(tail)
+
+    def _closing(self, gap: str) -> str | None:
+        """Return the part of `gap` before a user message opens in it; `None` where none does."""
+        if not self.opener.strip():
+            return gap.removesuffix(self.opener) if self.opener and gap.endswith(self.opener) else None
+        before, found, _ = gap.partition(self.opener)
+        return before if found else None
 
     def _eos(self, tail: str) -> int:
         return tail.find(self.eos) + len(self.eos) if self.eos and self.eos in tail else 0

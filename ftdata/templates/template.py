@@ -29,6 +29,19 @@ templates: Registry[Path] = Registry("ftdata.templates", "template")
 for _file in sorted(Path(__file__).parent.glob("*.jinja")):
     templates.register(_file.stem)(_file)
 
+_ASKS_LENGTHS = (
+    nodes.Compare,
+    nodes.Operand,
+    nodes.If,
+    nodes.CondExpr,
+    nodes.And,
+    nodes.Or,
+    nodes.Not,
+    nodes.BinExpr,
+    nodes.UnaryExpr,
+    nodes.Output,
+)
+
 _ROLES = {"u": "user", "a": "assistant"}
 
 DEFAULT_DATE = datetime.datetime(2026, 1, 1)  # noqa: DTZ001  (templates print wall-clock time)
@@ -150,7 +163,8 @@ class Template:
                 known = isinstance(left, nodes.Const) or isinstance(operand.expr, nodes.List | nodes.Tuple | nodes.Dict)
                 if operand.op in ("in", "notin") and not known:
                     return False
-        return all(isinstance(division.right, nodes.Const) for division in syntax.find_all(nodes.Mod))
+        divided = all(isinstance(division.right, nodes.Const) for division in syntax.find_all(nodes.Mod))
+        return divided and not any(_uses_length(node) for node in syntax.find_all(nodes.Node))
 
     @cached_property
     def memory(self) -> Memory:
@@ -248,6 +262,16 @@ def chat_variables(
         "documents": None,
         "add_generation_prompt": generation_prompt,
     }
+
+
+def _uses_length(node: nodes.Node) -> bool:
+    """Whether a node takes the length of what may be a text, and does more with it than to compare, add or print it."""
+    if isinstance(node, _ASKS_LENGTHS) or (isinstance(node, nodes.Test) and node.name != "sameas"):
+        return False
+    lengths = [
+        one.node for one in node.iter_child_nodes() if isinstance(one, nodes.Filter) and one.name in ("length", "count")
+    ]
+    return not all(isinstance(one, nodes.Name) and one.name in ("messages", "tools") for one in lengths)
 
 
 def _found_again(text: Tracked, contents: Sequence[str]) -> Tracked:

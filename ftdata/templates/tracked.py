@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from typing import Any, Self, SupportsIndex
 
 from markupsafe import Markup
@@ -119,23 +120,35 @@ class Tracked(str):
 
     def upper(self) -> str:
         """As `str.upper`."""
-        return self._recased(str.upper(self))
+        return self._recased(str.upper)
 
     def lower(self) -> str:
         """As `str.lower`."""
-        return self._recased(str.lower(self))
+        return self._recased(str.lower)
 
     def capitalize(self) -> str:
         """As `str.capitalize`."""
-        return self._recased(str.capitalize(self))
+        return self._recased(str.capitalize)
 
     def title(self) -> str:
         """As `str.title`."""
-        return self._recased(str.title(self))
+        return self._recased(str.title)
 
-    def _recased(self, text: str) -> str:
-        # A few letters change their number (ß, ŉ); whose are whose is then not known.
-        return Tracked(text, self.runs) if len(text) == len(self) else text
+    def casefold(self) -> str:
+        """As `str.casefold`."""
+        return self._recased(str.casefold)
+
+    def swapcase(self) -> str:
+        """As `str.swapcase`."""
+        return self._recased(str.swapcase)
+
+    def _recased(self, change: Callable[[str], str]) -> str:
+        text = change(str.__str__(self))
+        if len(text) == len(self):
+            return Tracked(text, self.runs)
+        # A few letters change their number (ß, ŉ), whatever follows them.
+        ends = [len(change(str.__getitem__(self, slice(at)))) for at in accumulate(length for length, _ in self.runs)]
+        return Tracked(text, [(b - a, owner) for a, b, (_, owner) in zip([0, *ends], ends, self.runs, strict=False)])
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """As `str.split`."""

@@ -16,8 +16,8 @@ from typing import Any, Self
 from ftdata.templates.tracked import Tracked, concat
 
 Origin = tuple[Any, ...]
-"""How a string came about: `("is", text)`, `("at", path)` in the messages, `("do", origin, method, arguments)`, or
-`("join", origins)`."""
+"""How a value came about: `("is", text)`, `("at", path)` in the messages, `("do", origin, method, arguments)`,
+`("join", origins)`, or `("same", origin)`: whether what was done last, a `"do"`, changed nothing."""
 
 
 def evaluate(origin: Origin, messages: Sequence[Mapping[str, Any]]) -> Any:
@@ -36,6 +36,10 @@ def evaluate(origin: Origin, messages: Sequence[Mapping[str, Any]]) -> Any:
         return str.__str__(value)
     if kind == "join":
         return "".join(evaluate(part, messages) for part in rest[0])
+    if kind == "same":
+        _, before, name, arguments = rest[0]
+        value = evaluate(before, messages)
+        return getattr(value, name)(*arguments) == value
     before, name, arguments = rest
     value = evaluate(before, messages)
     return bool(value) if name == "__bool__" else getattr(value, name)(*arguments)
@@ -203,15 +207,25 @@ def watched_call(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _deriving(name: str) -> Callable[..., Any]:
-    def method(self: Watched, *arguments: Any) -> Any:
-        return Watched.at(getattr(self.plain(), name)(*arguments), self.after(name, arguments))
+    def method(self: Watched, *arguments: Any, **options: Any) -> Any:
+        try:
+            made = getattr(self.plain(), name)(*arguments, **options)
+        except IndexError:
+            _note(self.after("__len__", ()), len(self.plain()))
+            raise
+        origin = self.after(name, arguments) if not options else None
+        # What has nothing to trim or to replace may be printed otherwise elsewhere, and it does not show.
+        if origin is not None and not (name == "__getitem__" and not isinstance(arguments[0], slice)):
+            _note(("same", origin), str.__eq__(made, self))
+        return Watched.at(made, origin)
 
     return method
 
 
 def _splitting(name: str) -> Callable[..., Any]:
-    def method(self: Watched, *arguments: Any) -> Any:
-        pieces, origin = getattr(self.plain(), name)(*arguments), self.after(name, arguments)
+    def method(self: Watched, *arguments: Any, **options: Any) -> Any:
+        pieces = getattr(self.plain(), name)(*arguments, **options)
+        origin = self.after(name, arguments) if not options else None
         _note(None if origin is None else ("do", origin, "__len__", ()), len(pieces))
         made = [
             Watched.at(piece, None if origin is None else ("do", origin, "__getitem__", (number,)))
