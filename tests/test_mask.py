@@ -56,6 +56,12 @@ def test_turns_end_with_their_last_trained_token(trained, ends):
     assert turn_ends(example(trained)).tolist() == ends
 
 
+def test_the_last_turn_may_be_any_message():
+    for message in (2, 3):
+        spans = (Span(0, 3, C, 0, False), Span(3, 6, C, message, True))
+        assert turn_ends(example([0, 0, 0, 1, 1, 1], spans)).tolist() == [6]
+
+
 def test_whole_turns_are_kept_or_none():
     whole = example([0, 1, 1, 1, 0, 0])
     assert truncate(whole, 6, "reject") is whole

@@ -85,6 +85,28 @@ def test_thinking_that_stands_open_before_the_answer():
     assert thinking(*far, regions=[Region(1, 77, 88)])[1:] == [(C, "hm</think>a")]
 
 
+def test_thinking_of_one_letter_and_in_two_pieces():
+    assert thinking((S, -1, "<think>"), (C, 1, "h</think>a"), regions=[Region(1, 7, 17)])[1:] == [
+        (R, "h"),
+        (S, "</think>"),
+        (C, "a"),
+    ]
+    parted = [(C, 1, "<think>hm"), (S, -1, "|"), (C, 1, "</think>a")]
+    assert thinking(*parted, regions=[Region(1, 0, 19)]) == [
+        (S, "<think>"),
+        (R, "hm"),
+        (S, "|"),
+        (S, "</think>"),
+        (C, "a"),
+    ]
+
+
+def test_tags_of_thinking_outside_regions_are_nobodys():
+    text, parts = laid((C, 1, "<think>hm</think>a"), (C, 3, "b"))
+    spans = tile(split_thinking(text, parts, [Region(3, 18, 19)], [1, 3]), [Region(3, 18, 19)])
+    assert [(span.part, span.message) for span in spans] == [(S, -1), (R, 1), (S, -1), (C, 1), (C, 3)]
+
+
 def test_empty_thinking_is_no_reasoning():
     empty = [(C, 1, "<think>\n\n</think>\n\na")]
     assert thinking(*empty) == [(S, "<think>"), (C, "\n\n"), (S, "</think>"), (C, "\n\na")]
