@@ -224,10 +224,12 @@ def _examples(
 ) -> tuple[Example, ...]:
     """Make the examples of one conversation; turns on their own of which nothing is trained are none."""
     each = (_example(recipe, conversation, *pair) for pair in zip(texts, encoded, strict=True))
-    trained = tuple(example for example in each if example.trained.any())
+    trained = [example for example in each if example.trained.any()]
     if not trained:
         raise BadRow("nothing_trained", f"no token would be trained under train_on={name_of(recipe.train_on)!r}")
-    return trained
+    if conversation.messages and conversation.messages[-1]["role"] != "assistant":
+        trained[-1] = replace(trained[-1], flags=trained[-1].flags | {"trailing_turns"})
+    return tuple(trained)
 
 
 def _example(recipe: Recipe, conversation: Conversation, rendered: Rendered, encoded: Encoded | BadRow) -> Example:
@@ -239,9 +241,6 @@ def _example(recipe: Recipe, conversation: Conversation, rendered: Rendered, enc
         offsets = np.concatenate((np.zeros((len(bos), 2), np.int32), offsets))
     chosen = _chosen(recipe, rendered, conversation)
     flags = set(rendered.flags) | ({"control_tokens"} if encoded.escaped else set())
-    shown = conversation.messages[: rendered.messages]
-    if shown and shown[-1]["role"] != "assistant":
-        flags.add("trailing_turns")
     trained, straddles = trained_tokens(offsets, rendered, chosen)
     if straddles:
         flags.add("straddle")

@@ -375,4 +375,4 @@ def test_policies_hold_where_turns_are_split(tokenizer_dir):
     first = [CHAT[0], {**CHAT[1], "weight": 0}, *CHAT[2:]]
     assert answers(build_sft_dataset([first], qwen)["train"], tokenizer) == [think + "two<|im_end|>"]
     trailing = build_sft_dataset([[*CHAT, CHAT[0]]], qwen)
-    assert trailing.report.sources[0].flags["trailing_turns"] == 2
+    assert trailing.report.sources[0].flags["trailing_turns"] == 1
