@@ -15,6 +15,7 @@ from ftdata._version import __version__
 
 if TYPE_CHECKING:
     from ftdata._audit import audit, check_template
+    from ftdata._convert import convert
     from ftdata._preview import preview
     from ftdata.build import build_sft_dataset
     from ftdata.errors import FtdataError
@@ -26,12 +27,23 @@ _HOMES = {
     "audit": "ftdata._audit",
     "build_sft_dataset": "ftdata.build",
     "check_template": "ftdata._audit",
+    "convert": "ftdata._convert",
     "encode": "ftdata.examples",
     "preview": "ftdata._preview",
     "read": "ftdata.readers",
 }
 
-__all__ = ["FtdataError", "__version__", "audit", "build_sft_dataset", "check_template", "encode", "preview", "read"]
+__all__ = [
+    "FtdataError",
+    "__version__",
+    "audit",
+    "build_sft_dataset",
+    "check_template",
+    "convert",
+    "encode",
+    "preview",
+    "read",
+]
 
 
 def __getattr__(name: str) -> Any:

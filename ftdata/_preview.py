@@ -7,7 +7,7 @@ and so are the blanks that decide so much: a line break that is trained shows as
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from ftdata.errors import BadRow, InputRefused
 from ftdata.examples import Built, build_rows, check_answers
-from ftdata.readers import sources
+from ftdata.readers import FileSource, sources
 from ftdata.recipe import Options, Recipe, as_date, make_recipe
 from ftdata.schemas import normalise
 from ftdata.templates import Template, check, closed, find, render
@@ -146,7 +146,7 @@ def preview(
         InputRefused: the source cannot be read.
 
     >>> print(preview([{"question": "2+2?", "answer": "4"}], template="question_answer", n=1))
-    <list> · template question_answer · no tokenizer
+    <memory> · template question_answer · no tokenizer
     ── row 0 · <memory>[0] · question_answer ──
     ### Question:↵
     2+2?↵
@@ -169,13 +169,13 @@ def preview(
         "max_length": max_length,
         "overlong": overlong,
     }
-    chosen = islice(_rows(data), row, row + 1) if row is not None else islice(_rows(data), n)
+    entries = list(islice(_rows(data), row, row + 1) if row is not None else islice(_rows(data), n))
     if tokenizer is None:
         name, source = find(template if template is not None else "chatml")
         bare = Template(name, source, special_tokens=NO_TOKENIZER, date=as_date(date), kwargs=template_kwargs or {})
         check(bare)
         options = Options(**choices)
-        shown = tuple(_show_text(entry, bare, options) for entry in chosen)
+        shown = tuple(_show_text(entry, bare, options) for entry in entries)
         kind = f"template {name} · no tokenizer"
     else:
         recipe = make_recipe(
@@ -185,7 +185,6 @@ def preview(
             template_kwargs=template_kwargs,
             **choices,
         )
-        entries = list(chosen)
         shown = tuple(
             _show_tokens(entry, outcome, recipe)
             for entry, outcome in zip(entries, build_rows(recipe, entries), strict=True)
@@ -194,13 +193,15 @@ def preview(
     if not shown:
         where = f"there is no row {row}" if row is not None else "there are no rows"
         raise InputRefused("no_such_row", where)
-    given = data if isinstance(data, str | Path) else f"<{type(data).__name__}>"
+    places = [data] if isinstance(data, str | Path) else list(dict.fromkeys(entry.source.path for entry in entries))
+    given = ", ".join(map(str, places))
     return Preview(f"{given} · {kind}", shown)
 
 
 def _rows(data: Any) -> Iterator[Row | Reject]:
     for source in sources(data):
-        yield from source.rows()
+        # A first look needs no download.
+        yield from (replace(source, streaming=True) if isinstance(source, FileSource) else source).rows()
 
 
 def _show_text(entry: Row | Reject, template: Template, options: Options) -> Shown:
@@ -210,6 +211,11 @@ def _show_text(entry: Row | Reject, template: Template, options: Options) -> Sho
     try:
         conversation = normalise(entry, options.schema, options.columns)
         check_answers(conversation)
+        if conversation.tokens is not None:
+            hint = "pass the tokenizer that made them"
+            raise BadRow("no_tokenizer", "holds tokens, which cannot be shown without their tokenizer", hint=hint)
+        if conversation.kwargs:
+            template = replace(template, kwargs={**template.kwargs, **conversation.kwargs})
         texts = render(conversation, template, options.turns, options.dropped)
         if options.unclosed == "append_eos":
             texts = tuple(closed(one, template) for one in texts)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import datetime
 import json
+import shlex
 import shutil
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -28,15 +29,39 @@ from ftdata._version import __version__
 from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError, one_of
 from ftdata.examples import BATCH, Built, build_rows
 from ftdata.executors import ENGINES, run
+from ftdata.layout import Facts, Laid, Layout, lay_out
 from ftdata.ledger import Ledger, Report
 from ftdata.mask import Policy
 from ftdata.pack import best_fit_decreasing, unpacked
 from ftdata.readers import FileSource, MemorySource, sources
+from ftdata.readers.select import Selection
 from ftdata.recipe import FLAGS, Recipe, make_recipe
 from ftdata.types import Example, Reject
 
 if TYPE_CHECKING:
     import datasets
+
+_DEFAULTS: dict[str, Any] = {
+    "schema": "auto",
+    "train_on": "assistant",
+    "train_parts": None,
+    "turns": "auto",
+    "control_tokens": "escape",
+    "dropped": "refuse",
+    "unclosed": "flag",
+    "refuse": [],
+    "max_length": None,
+    "overlong": "reject",
+    "packing": None,
+    "where": None,
+    "limit": None,
+    "dedup": False,
+    "sample": None,
+    "shuffle": False,
+    "test_size": None,
+    "seed": 0,
+}
+"""What a command need not say."""
 
 BY_CHOICE = frozenset({"overlong"})
 """Reasons of rejection that the user's own limits cause: counted and listed, but no fault of the data."""
@@ -51,6 +76,8 @@ class Task:
 
     source: FileSource | MemorySource
     folder: Path
+    where: str | None = None
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +105,11 @@ def build_sft_dataset(
     max_length: int | None = None,
     overlong: str = "reject",
     packing: str | None = None,
+    where: str | None = None,
+    limit: int | None = None,
+    dedup: bool = False,
+    sample: float | None = None,
+    shuffle: bool = False,
     test_size: float | None = None,
     seed: int = 0,
     on_bad_rows: str = "error",
@@ -109,8 +141,15 @@ def build_sft_dataset(
         max_length: tokens that an example, and a pack, may have.
         overlong: `"reject"`, `"drop_turns"` or `"truncate"`.
         packing: `None` or `"bfd"` (best-fit decreasing, whole examples only; needs `max_length`).
-        test_size: share (below 1) or number of rows for a `"test"` split.
-        seed: decides which rows go to the test split.
+        where: a Jinja expression over the columns of a row, such as `lang == "en" and messages | length > 2`: the other
+            rows are passed over, and counted.
+        limit: rows to read of each source.
+        dedup: leave out rows whose tokens and labels are those of an earlier one.
+        sample: share (below 1) or number of rows to take, by chance.
+        shuffle: put the rows of the train split into another order.
+        test_size: share (below 1) or number of rows for a `"test"` split; equal rows go together.
+        seed: decides all that is left to chance, the same way on every machine: the rows with the smallest
+            `ftdata.layout.mixed(number, seed)` are taken.
         on_bad_rows: `"error"` (all bad rows are collected, then one error) or `"quarantine"` (go on without them).
         max_rejects: with `"quarantine"`: how many rows (or `"1%"`) may be rejected.
         output_dir: where to write the build; `None` keeps it in memory.
@@ -150,6 +189,11 @@ def build_sft_dataset(
             max_length=max_length,
             overlong=overlong,
             packing=packing,
+            where=where,
+            limit=limit,
+            dedup=dedup,
+            sample=sample,
+            shuffle=shuffle,
             test_size=test_size,
             seed=seed,
             on_bad_rows=on_bad_rows,
@@ -169,6 +213,11 @@ def write_build(
     output_dir: str | Path,
     *,
     packing: str | None = None,
+    where: str | None = None,
+    limit: int | None = None,
+    dedup: bool = False,
+    sample: float | None = None,
+    shuffle: bool = False,
     test_size: float | None = None,
     seed: int = 0,
     on_bad_rows: str = "error",
@@ -180,8 +229,9 @@ def write_build(
 ) -> Report:
     """Build as `build_sft_dataset` does, without loading the result (or `datasets`); return the report."""
     made = make_recipe(tokenizer, **recipe)
-    layout = Layout(packing, test_size, seed, made.max_length)
-    limit = _reject_limit(on_bad_rows, max_rejects)
+    layout = Layout(packing, made.max_length, test_size, seed, dedup, sample, shuffle)
+    selection = Selection(where, limit)
+    allowed = allowed_rejects(on_bad_rows, max_rejects)
     if workers is not None and workers < 1:
         raise UsageError("workers", f"workers is {workers}, expected at least 1")
     one_of("engine", engine, ENGINES)
@@ -192,28 +242,7 @@ def write_build(
     ):
         raise UsageError("train_on", "a lambda cannot go to other processes", hint="use a named function, or workers=1")
     with store.new_folder(Path(output_dir).resolve()) as folder:
-        return _build(made, layout, data, folder, limit, workers, engine, progress)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How examples become rows: packing and the test split."""
-
-    packing: str | None
-    test_size: float | None
-    seed: int
-    max_length: int | None
-
-    def __post_init__(self) -> None:
-        one_of("packing", str(self.packing), ("None", "bfd"))
-        if self.packing and self.max_length is None:
-            raise UsageError("packing_length", "packing needs max_length, the tokens that a pack holds")
-        if self.test_size is not None and not (
-            0 < self.test_size < 1 or (self.test_size >= 1 and self.test_size % 1 == 0)
-        ):
-            raise UsageError(
-                "test_size", f"test_size is {self.test_size}, expected a share below 1 or a number of rows"
-            )
+        return _build(made, layout, selection, data, folder, allowed, workers, engine, progress)
 
 
 def load_build(folder: Path, report: Report | None = None, *, in_memory: bool = False) -> datasets.DatasetDict:
@@ -228,20 +257,23 @@ def load_build(folder: Path, report: Report | None = None, *, in_memory: bool = 
 def _build(
     recipe: Recipe,
     layout: Layout,
+    selection: Selection,
     data: Any,
     folder: Path,
-    limit: Callable[[int], float],
+    allowed: Callable[[int], float],
     workers: int | None,
     engine: str,
     progress: Progress | None,
 ) -> Report:
     began = time.monotonic()
     shards = folder / "shards"
-    tasks = [Task(source, shards / f"{n:05d}") for n, source in enumerate(sources(data))]
+    chosen = selection.where, selection.limit
+    tasks = [Task(source, shards / f"{n:05d}", *chosen) for n, source in enumerate(sources(data))]
     results: list[ShardResult] = []
     # Within this process progress is told per batch; worker processes are told of when a shard is done.
     processes = workers or 1
-    if len(tasks) == 1 or any(isinstance(task.source, MemorySource) for task in tasks):
+    # What is in memory, or comes through a pipe, is here alone.
+    if len(tasks) == 1 or any(isinstance(task.source, MemorySource) or task.source.path == "-" for task in tasks):
         processes = 1
     here = processes == 1
     work = partial(build_shard, recipe, progress=progress if here else None)
@@ -251,20 +283,23 @@ def _build(
             progress(sum(r.ledger.read for r in results), sum(r.ledger.tokens_kept for r in results))
     ledgers = tuple(result.ledger for result in results)
     rejects = [reject for result in results for reject in result.rejects]
-    _judge(ledgers, rejects, limit)
+    judge(ledgers, rejects, allowed)
     examples = store.Examples.open([task.folder for task in tasks])
     for result, lengths in zip(results, _lengths_by_shard(examples, len(tasks)), strict=True):
         result.ledger.check(len(lengths), int(lengths.sum()), len(result.rejects))
     splits = {}
-    for name, members in _split(examples, layout).items():
+    laid = lay_out(_facts(examples, tasks), layout)
+    if not len(laid.splits["train"]):
+        raise InputRefused("nothing_built", f"no row was left to train on: {dict(laid.left_out)}")
+    for name, members in laid.splits.items():
         splits[name] = _write_split(folder, name, examples, members, layout)
     shutil.rmtree(shards)
-    options = {**recipe.describe(), "packing": layout.packing, "test_size": layout.test_size, "seed": layout.seed}
+    options = {**recipe.describe(), **asdict(layout), **dict(zip(("where", "limit"), chosen, strict=True))}
     fingerprint = _fingerprint(options, results)
     report = Report(
         ledgers,
         splits,
-        _notes(ledgers, recipe),
+        (*_notes(ledgers, recipe), *_left_out(laid, tasks)),
         tuple(str(reject) for reject in rejects[:20]),
         fingerprint,
         options,
@@ -275,11 +310,13 @@ def _build(
     # How long it took is no part of what was built: equal builds are equal files.
     store.write_json(folder / "report.json", {**report.as_dict(), "seconds": None})
     facts = {
-        "tokenizer": recipe.tokenizer.name,
-        "template": recipe.template.name,
-        "trained on": options["train_on"],
+        **{f"source {number}": f"{each.source}: {each.built:,} rows" for number, each in enumerate(ledgers, start=1)},
+        "tokenizer": f"{recipe.tokenizer.name} ({recipe.tokenizer.fingerprint})",
+        "template": f"{recipe.template.name} ({xxhash.xxh3_128_hexdigest(recipe.template.source.encode())})",
+        "trained on": ", ".join([options["train_on"], *(options["train_parts"] or ())]),
         "max_length": recipe.max_length,
         "packing": layout.packing,
+        "command": _command(ledgers, options),
         "fingerprint": fingerprint,
         "ftdata": __version__,
     }
@@ -293,26 +330,36 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
     ledger = Ledger(task.source.path)
     rejects: list[Reject] = []
     content = xxhash.xxh3_128()
+    selection = Selection(task.where, task.limit)
 
-    def batches() -> Iterator[list[Example]]:
-        outcomes = build_rows(recipe, task.source.rows())
+    def batches() -> Iterator[list[tuple[Example, bytes]]]:
+        outcomes = build_rows(recipe, selection.of(task.source.rows()))
         while batch := list(islice(outcomes, BATCH)):
             for entry in batch:
                 ledger.add(entry)
             rejects.extend(entry for entry in batch if isinstance(entry, Reject))
-            built = [example for entry in batch if isinstance(entry, Built) for example in entry.examples]
-            for example in built:
-                content.update(example.input_ids.tobytes())
-                content.update(example.trained.tobytes())
+            built = [one for entry in batch if isinstance(entry, Built) for one in _hashed(entry)]
+            content.update(b"".join(each for _, each in built))
             yield built
             if progress:
                 progress(ledger.read, ledger.tokens_kept)
 
     store.write_shard(task.folder, batches())
+    ledger.passed = selection.passed
+    ledger.read += selection.passed
     return ShardResult(ledger, rejects, content.hexdigest())
 
 
-def _reject_limit(on_bad_rows: str, max_rejects: float | str | None) -> Callable[[int], float]:
+def _hashed(entry: Built) -> list[tuple[Example, bytes]]:
+    """Return the examples of a row, each with the hash of them all."""
+    content = xxhash.xxh3_128()
+    for example in entry.examples:
+        content.update(example.input_ids.tobytes())
+        content.update(example.trained.tobytes())
+    return [(example, content.digest()) for example in entry.examples]
+
+
+def allowed_rejects(on_bad_rows: str, max_rejects: float | str | None) -> Callable[[int], float]:
     """Return how many of so many rows may be bad; less than 0 where none may, and all are shown."""
     one_of("on_bad_rows", on_bad_rows, ("error", "quarantine"))
     if on_bad_rows == "error":
@@ -337,7 +384,12 @@ def _reject_limit(on_bad_rows: str, max_rejects: float | str | None) -> Callable
     return lambda rows: value * rows if is_share else value
 
 
-def _judge(ledgers: Sequence[Ledger], rejects: Sequence[Reject], limit: Callable[[int], float]) -> None:
+def judge(ledgers: Sequence[Ledger], rejects: Sequence[Reject], limit: Callable[[int], float]) -> None:
+    """Refuse a run with more bad rows than are allowed, or nothing else.
+
+    Raises:
+        BadRows, TooManyRejects, InputRefused: as `build_sft_dataset`.
+    """
     bad = [reject for reject in rejects if reject.code not in BY_CHOICE]
     read = sum(ledger.read for ledger in ledgers)
     allowed = limit(read)
@@ -352,7 +404,9 @@ def _judge(ledgers: Sequence[Ledger], rejects: Sequence[Reject], limit: Callable
             hint="mend the rows, or raise max_rejects",
         )
     if not any(ledger.built for ledger in ledgers):
-        reasons = "; ".join(map(str, rejects[:3])) or "the sources hold no rows"
+        passed = sum(ledger.passed for ledger in ledgers)
+        none = f"where= passes over all {passed:,} rows" if passed else "the sources hold no rows"
+        reasons = "; ".join(map(str, rejects[:3])) or none
         raise InputRefused("nothing_built", f"no row was left to build: {reasons}")
 
 
@@ -361,31 +415,14 @@ def _lengths_by_shard(examples: store.Examples, shards: int) -> list[NDArray[np.
     return [lengths[examples.shard == number] for number in range(shards)]
 
 
-def _split(examples: store.Examples, layout: Layout) -> dict[str, NDArray[np.int64]]:
-    """Return the examples of each split. Examples of one row stay together, and keep the order of the data."""
-    everything = np.arange(len(examples.shard), dtype=np.int64)
-    if layout.test_size is None:
-        return {"train": everything}
-    rows = np.stack([examples.shard, np.asarray(examples.table["row"].to_numpy(), dtype=np.int64)])
-    _, row_of = np.unique(rows, axis=1, return_inverse=True)
-    row_of = row_of.reshape(-1)
-    count = int(row_of.max()) + 1
-    size = int(np.ceil(layout.test_size * count)) if layout.test_size < 1 else int(layout.test_size)
-    if size >= count:
-        raise UsageError("test_size", f"test_size takes {size} of {count} rows, which leaves none to train on")
-    chosen = np.zeros(count, dtype=np.bool_)
-    chosen[np.argsort(_mix(np.arange(count, dtype=np.uint64), layout.seed), kind="stable")[:size]] = True
-    in_test = chosen[row_of]
-    return {"train": everything[~in_test], "test": everything[in_test]}
-
-
-def _mix(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
-    """SplitMix64 (Steele, Lea and Flood 2014): the same on every machine and for every version of numpy."""
-    with np.errstate(over="ignore"):
-        z = np.uint64(seed % (1 << 64)) + (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(z ^ (z >> np.uint64(31)), dtype=np.uint64)
+def _facts(examples: store.Examples, tasks: Sequence[Task]) -> Facts:
+    return Facts(
+        source=examples.shard,
+        row=np.asarray(examples.table["row"].to_numpy(), dtype=np.int64),
+        content=examples.contents,
+        splits=[task.source.split for task in tasks],
+        weights=[task.source.weight for task in tasks],
+    )
 
 
 def _write_split(
@@ -423,6 +460,28 @@ def _notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
     if recipe.template.uses_date:
         notes.append(f"the template prints a date, shown as {recipe.template.date:%Y-%m-%d}; set it with date=")
     return tuple(notes)
+
+
+def _command(ledgers: Sequence[Ledger], options: Mapping[str, Any]) -> str:
+    """Return the command line that builds the same, but for what only Python can say."""
+    words = ["ftdata", "build", *(each.source for each in ledgers), "--tokenizer", options["tokenizer"]["name"]]
+    if options["template"]["name"] != "tokenizer":
+        words += ["--template", options["template"]["name"]]
+    for name, default in _DEFAULTS.items():
+        value = options[name]
+        if value != default:
+            listed = ",".join(value) if isinstance(value, list) else str(value)
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [listed])]
+    words += [word for pair in options["columns"].items() for word in ("--column", "=".join(pair))]
+    return shlex.join(words)
+
+
+def _left_out(laid: Laid, tasks: Sequence[Task]) -> Iterator[str]:
+    for reason, count in laid.left_out.items():
+        yield f"{count:,} rows are left out: {reason}"
+    for task in tasks:
+        if task.source.weight != 1:
+            yield f"each row of {task.source.path} is taken {task.source.weight:g} times"
 
 
 def _fingerprint(options: Mapping[str, Any], results: Sequence[ShardResult]) -> str:

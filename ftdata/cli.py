@@ -34,7 +34,12 @@ app = typer.Typer(
 templates_app = typer.Typer(no_args_is_help=True, help="List, show and check templates.")
 app.add_typer(templates_app, name="templates")
 
-Data = Annotated[str, typer.Argument(help="A JSON or JSON Lines file, or a glob.", show_default=False)]
+_PLACES = (
+    "a file (json, jsonl, csv, tsv, parquet, arrow, xlsx; packed or not), glob, folder, URL, or - for standard input"
+)
+Data = Annotated[str, typer.Argument(help=f"What to read: {_PLACES}.", show_default=False)]
+Encoding = Annotated[str | None, typer.Option(help="What text is written in that is not Unicode, e.g. cp1252.")]
+Split = Annotated[str | None, typer.Option(help="The split to read, of data that has several.")]
 Tokenizer = Annotated[str | None, typer.Option("--tokenizer", "-t", help="A folder with tokenizer.json, or a hub id.")]
 Template = Annotated[
     str | None, typer.Option(help="A built-in name, a .jinja file, or Jinja text. Default: the tokenizer's.")
@@ -57,6 +62,11 @@ Overlong = Annotated[str, typer.Option(help="What becomes of longer examples: re
 Date = Annotated[str | None, typer.Option(help="What templates that print a date are shown, e.g. 2026-01-31.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Packing = Annotated[str | None, typer.Option(help="bfd: put whole examples together, best fit first.")]
+Where = Annotated[str | None, typer.Option(help="Rows to read: lang == 'en' and messages | length > 2 (Jinja).")]
+Limit = Annotated[int | None, typer.Option(help="How many rows to read of each source.", min=1)]
+Dedup = Annotated[bool, typer.Option("--dedup", help="Leave out rows that are equal to an earlier one.")]
+Sample = Annotated[float | None, typer.Option(help="Share (below 1) or number of rows to take, by chance.")]
+Shuffle = Annotated[bool, typer.Option("--shuffle", help="Put the rows into another order.")]
 TestSize = Annotated[float | None, typer.Option(help="Share (below 1) or number of rows for a test split.")]
 Seed = Annotated[int, typer.Option(help="Decides which rows go to the test split.")]
 OnBadRows = Annotated[str, typer.Option(help="error: show all and stop; quarantine: go on without them.")]
@@ -108,6 +118,12 @@ def _listed(names: str | None) -> list[str] | None:
     return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
 
 
+def _places(data: list[str], encoding: str | None, split: str | None) -> Any:
+    given = {"encoding": encoding, "split": split}
+    more = {name: value for name, value in given.items() if value is not None}
+    return [{"path": place, **more} for place in data] if more else data
+
+
 def _version(value: bool) -> None:
     if value:
         print(f"ftdata {ftdata.__version__}")
@@ -142,6 +158,8 @@ def preview(
     date: Date = None,
     n: Annotated[int, typer.Option("-n", help="How many rows.", min=1)] = 3,
     row: Annotated[int | None, typer.Option(help="Show this row (from 0).", min=0)] = None,
+    encoding: Encoding = None,
+    split: Split = None,
     as_json: Json = False,
 ) -> None:
     """Show what rows become: the text, the control tokens, and what of it is trained."""
@@ -150,7 +168,7 @@ def preview(
     from ftdata._preview import preview as look
 
     shown = look(
-        data,
+        _places([data], encoding, split),
         tokenizer,
         template,
         schema=schema,
@@ -176,7 +194,7 @@ def preview(
 
 @app.command()
 def build(
-    data: Annotated[list[str], typer.Argument(help="JSON or JSON Lines files, or globs.", show_default=False)],
+    data: Annotated[list[str], typer.Argument(help=f"What to read, each {_PLACES}.", show_default=False)],
     tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="A folder with tokenizer.json, or a hub id.")],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the build.")],
     template: Template = None,
@@ -192,6 +210,11 @@ def build(
     max_length: MaxLength = None,
     overlong: Overlong = "reject",
     packing: Packing = None,
+    where: Where = None,
+    limit: Limit = None,
+    dedup: Dedup = False,
+    sample: Sample = None,
+    shuffle: Shuffle = False,
     test_size: TestSize = None,
     seed: Seed = 0,
     on_bad_rows: OnBadRows = "error",
@@ -199,6 +222,8 @@ def build(
     date: Date = None,
     workers: Annotated[int | None, typer.Option(help="Processes; the result does not depend on it.")] = None,
     engine: Annotated[str, typer.Option(help="local.")] = "local",
+    encoding: Encoding = None,
+    split: Split = None,
     as_json: Json = False,
 ) -> None:
     """Build a data set: tokens and labels, with a report of every row."""
@@ -206,7 +231,7 @@ def build(
 
     with _progress() as progress:
         report = write_build(
-            data,
+            _places(data, encoding, split),
             tokenizer,
             output_dir,
             template=template,
@@ -222,6 +247,11 @@ def build(
             max_length=max_length,
             overlong=overlong,
             packing=packing,
+            where=where,
+            limit=limit,
+            dedup=dedup,
+            sample=sample,
+            shuffle=shuffle,
             test_size=test_size,
             seed=seed,
             on_bad_rows=on_bad_rows,
@@ -237,6 +267,56 @@ def build(
 
 
 @app.command()
+def convert(
+    data: Annotated[list[str], typer.Argument(help=f"What to read, each {_PLACES}.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .jsonl or .parquet file.")],
+    to: Annotated[
+        str, typer.Option(help="messages, prompt_completion, or text (as the template prints it).")
+    ] = "messages",
+    tokenizer: Tokenizer = None,
+    template: Template = None,
+    schema: Schema = "auto",
+    column: Columns = None,
+    where: Where = None,
+    limit: Limit = None,
+    on_bad_rows: OnBadRows = "error",
+    max_rejects: MaxRejects = None,
+    encoding: Encoding = None,
+    split: Split = None,
+    as_json: Json = False,
+) -> None:
+    """Write rows of any shape in one: as messages, as prompt and completion, or as templated text."""
+    from ftdata._convert import convert as write
+
+    done = write(
+        _places(data, encoding, split),
+        output,
+        to,
+        tokenizer=tokenizer,
+        template=template,
+        schema=schema,
+        columns=_columns(column),
+        where=where,
+        limit=limit,
+        on_bad_rows=on_bad_rows,
+        max_rejects=max_rejects,
+    )
+    _print(done, as_json=as_json)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A build.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="owner/name on the hub; made if it is not there.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make a new one private.")] = False,
+) -> None:
+    """Upload a build to the hub, with its card."""
+    from ftdata._push import push as upload
+
+    print(upload(folder, repo, private=private))
+
+
+@app.command()
 def audit(
     data: Data,
     tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="A folder with tokenizer.json, or a hub id.")],
@@ -248,13 +328,15 @@ def audit(
     max_length: MaxLength = None,
     overlong: Overlong = "reject",
     date: Date = None,
+    encoding: Encoding = None,
+    split: Split = None,
     as_json: Json = False,
 ) -> None:
     """Look for what would go wrong in training; exit code 1 if there is anything."""
     from ftdata._audit import audit as inspect
 
     report = inspect(
-        data,
+        _places([data], encoding, split),
         tokenizer,
         template,
         schema=schema,

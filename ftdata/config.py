@@ -47,7 +47,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     The fields up to `seed` are those of `build_sft_dataset`. `train` holds any field of TRL's `SFTConfig`.
     """
 
-    data: str | list[str]
+    data: str | dict[str, Any] | list[str | dict[str, Any]]
     model: str
     output_dir: str
     tokenizer: str | None = None
@@ -65,6 +65,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     max_length: int | None = None
     overlong: str = "reject"
     packing: str | None = None
+    where: str | None = None
+    limit: int | None = None
+    dedup: bool = False
+    sample: float | None = None
+    shuffle: bool = False
     test_size: float | None = None
     on_bad_rows: str = "error"
     max_rejects: int | float | str | None = None
@@ -91,6 +96,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             "max_length",
             "overlong",
             "packing",
+            "where",
+            "limit",
+            "dedup",
+            "sample",
+            "shuffle",
             "test_size",
             "on_bad_rows",
             "max_rejects",

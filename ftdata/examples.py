@@ -12,7 +12,7 @@ import datetime
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,14 @@ import numpy as np
 
 from ftdata.errors import BadRow, TemplateRefused, UsageError
 from ftdata.mask import Policy, trained_tokens
-from ftdata.recipe import Recipe, make_recipe, name_of
+from ftdata.recipe import FLAGS, Recipe, make_recipe, name_of
 from ftdata.schemas import normalise
 from ftdata.templates import closed, render
 from ftdata.templates.spans import thinking_tags
 from ftdata.templates.verify import contradicted
 from ftdata.tokenize import Encoded, encode_rendered
 from ftdata.truncate import truncate, turn_ends
-from ftdata.types import Conversation, Example, Message, Reject, Rendered, Row, Source
+from ftdata.types import Conversation, Example, Message, Part, Reject, Rendered, Row, Source, Span, Tokens
 
 BATCH = 256
 """Rows that go through the stages together."""
@@ -79,13 +79,16 @@ def _prepare(recipe: Recipe, row: Row | Reject) -> tuple[Conversation, tuple[Ren
         proved = row.source.row < PROVED or row.source.row % PROVED_EVERY == 0
         texts = _render(recipe, conversation, proved=proved)
     except BadRow as error:
-        return _reject(row, error)
+        return rejected(row, error)
     except RecursionError:
-        return _reject(row, BadRow("too_deep", "is nested too deep to be read"))
+        return rejected(row, BadRow("too_deep", "is nested too deep to be read"))
     return conversation, texts
 
 
 def _render(recipe: Recipe, conversation: Conversation, *, proved: bool) -> tuple[Rendered, ...]:
+    if conversation.tokens is not None:
+        return ()
+    recipe = recipe.with_kwargs(conversation.kwargs)
     texts = render(conversation, recipe.template, recipe.turns, recipe.dropped)
     _check_hidden(recipe, conversation, texts)
     if proved:
@@ -160,6 +163,8 @@ def check_answers(conversation: Conversation) -> None:
     Raises:
         BadRow: `no_answer` or `empty_answer`.
     """
+    if conversation.tokens is not None:
+        return
     if conversation.text is not None:
         if not conversation.text.strip():
             raise BadRow("empty_answer", "is empty", field="text")
@@ -193,7 +198,7 @@ def _finish(
     try:
         whole = _examples(recipe, conversation, texts, encoded)
     except BadRow as error:
-        return _reject(row, error)
+        return rejected(row, error)
     tokens = sum(map(len, whole))
     kept: list[Example] = []
     refusal: BadRow | None = None
@@ -204,11 +209,11 @@ def _finish(
             refusal = error
     # Turns rendered one by one are whole turns: `drop_turns` may leave some of them out, the others may not.
     if refusal is not None and (recipe.overlong != "drop_turns" or not kept):
-        return replace(_reject(row, refusal), tokens=tokens)
+        return replace(rejected(row, refusal), tokens=tokens)
     try:
         _check_flags(recipe, kept)
     except BadRow as error:
-        return replace(_reject(row, error), tokens=tokens)
+        return replace(rejected(row, error), tokens=tokens)
     return Built(conversation.schema, tuple(kept), tokens - sum(map(len, kept)))
 
 
@@ -216,13 +221,18 @@ def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:
     """Refuse a row with a flag that the user wants to be a fault."""
     found = frozenset[str]().union(*(example.flags for example in examples)).intersection(recipe.refuse)
     for flag in sorted(found):
-        raise BadRow(flag, "is refused by choice", hint=f"refuse= names {flag}; without it, it is a flag in the report")
+        means = FLAGS[flag].format(n="such", repeated="some")
+        raise BadRow(
+            flag, f"is refused by choice: {means}", hint=f"refuse= names {flag}; without it, it is a flag in the report"
+        )
 
 
 def _examples(
     recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered], encoded: Sequence[Encoded | BadRow]
 ) -> tuple[Example, ...]:
     """Make the examples of one conversation; turns on their own of which nothing is trained are none."""
+    if conversation.tokens is not None:
+        return (_given(recipe, conversation, conversation.tokens),)
     each = (_example(recipe, conversation, *pair) for pair in zip(texts, encoded, strict=True))
     trained = [example for example in each if example.trained.any()]
     if not trained:
@@ -230,6 +240,28 @@ def _examples(
     if conversation.messages and conversation.messages[-1]["role"] != "assistant":
         trained[-1] = replace(trained[-1], flags=trained[-1].flags | {"trailing_turns"})
     return tuple(trained)
+
+
+def _given(recipe: Recipe, conversation: Conversation, tokens: Tokens) -> Example:
+    """Pass the row's own tokens through; its text is theirs, one by one, for people to read."""
+    ids, trained = tokens.input_ids, tokens.trained
+    if (foreign := np.flatnonzero((ids < 0) | (ids >= recipe.tokenizer.size))).size:
+        at = int(foreign[0])
+        found = f"is {ids[at]}, which tokenizer {recipe.tokenizer.name} does not have"
+        raise BadRow("token_id", found, field=f"input_ids[{at}]", hint="give the tokenizer that made these tokens")
+    if not trained.any():
+        raise BadRow("nothing_trained", "has no token to learn", field="labels")
+    texts = [recipe.tokenizer.decode([one]) for one in ids.tolist()]
+    ends = np.cumsum([len(text) for text in texts])
+    offsets = np.stack((ends - [len(text) for text in texts], ends), axis=1).astype(np.int32)
+    runs = np.flatnonzero(np.diff(trained, prepend=~trained[:1], append=~trained[-1:]))
+    spans = [
+        Span(int(offsets[a, 0]), int(offsets[b - 1, 1]), Part.CONTENT, at, bool(trained[a]))
+        for at, (a, b) in enumerate(pairwise(runs.tolist()))
+    ]
+    flags = frozenset({"pretokenised"})
+    example = Example(ids, trained, offsets, "".join(texts), tuple(spans), flags, conversation.source)
+    return example if _stops(example, recipe) else replace(example, flags=flags | {"no_stop"})
 
 
 def _example(recipe: Recipe, conversation: Conversation, rendered: Rendered, encoded: Encoded | BadRow) -> Example:
@@ -275,14 +307,16 @@ def _stops(example: Example, recipe: Recipe) -> bool:
     return bool(last) and bool(np.isin(last, recipe.control.ids).all())
 
 
-def _reject(row: Row | Reject, error: BadRow) -> Reject:
+def rejected(row: Row | Reject, error: BadRow) -> Reject:
+    """Return the reject of a row, with the first 4 kB of it as far as they can be written."""
     if isinstance(row, Reject):
         return row
     try:
         raw = json.dumps(row.data, ensure_ascii=False, default=str, skipkeys=True)[:4096]
     except (RecursionError, ValueError):
         raw = ""
-    return Reject(row.source, error.code, error.field, error.message, error.hint, raw)
+    text = raw.encode("utf-8", "backslashreplace").decode()
+    return Reject(row.source, error.code, error.field, error.message, error.hint, text)
 
 
 def encode(

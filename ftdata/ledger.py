@@ -1,6 +1,6 @@
 """The ledger: what became of every row and every token. Nothing is lost that is not counted here.
 
-    rows read = built + rejected        tokens in = kept + cut + rejected
+    rows read = built + rejected + passed over        tokens in = kept + cut + rejected
 
 Both are asserted in every build, against what was written; if they fail, that is a bug of ftdata.
 """
@@ -24,6 +24,7 @@ class Ledger:
     source: str
     read: int = 0
     built: int = 0
+    passed: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     schemas: Counter[str] = field(default_factory=Counter)
     flags: Counter[str] = field(default_factory=Counter)
@@ -68,7 +69,9 @@ class Ledger:
         Raises:
             InternalError: they do not hold.
         """
-        rows = self.read == self.built + self.rejected.total() and rejects_written == self.rejected.total()
+        rows = (
+            self.read == self.built + self.rejected.total() + self.passed and rejects_written == self.rejected.total()
+        )
         tokens = self.tokens_in == self.tokens_kept + self.tokens_cut + self.tokens_rejected
         if not (rows and tokens and written == self.examples and tokens_written == self.tokens_kept):
             raise InternalError(
@@ -82,6 +85,7 @@ COUNTS = (
     "read",
     "built",
     "rejected",
+    "passed",
     "examples",
     "tokens_in",
     "tokens_kept",
@@ -136,7 +140,8 @@ class Report:
         listed = ", ".join(f"{count:,} {code}" for code, count in reasons.most_common())
         lines = [
             f"rows     {n['read']:,} read = {n['built']:,} built + {n['rejected']:,} rejected"
-            + (f" ({listed})" if listed else ""),
+            + (f" ({listed})" if listed else "")
+            + (f" + {n['passed']:,} passed over (where)" if n["passed"] else ""),
             f"tokens   {n['tokens_in']:,} in = {n['tokens_kept']:,} kept + {n['tokens_cut']:,} cut"
             f" + {n['tokens_rejected']:,} in rejected rows",
         ]

@@ -10,13 +10,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ftdata.errors import UsageError, one_of
+from ftdata.errors import BadRow, TemplateRefused, UsageError, one_of
 from ftdata.mask import Policy, policy_of
 from ftdata.schemas import check_columns, schemas
 from ftdata.templates import DEFAULT_DATE, DROPPED, TURNS, UNCLOSED, Template, check, find, scaffold
 from ftdata.templates.child import trusted
 from ftdata.tokenize import CONTROL_POLICIES, ControlTokens, Tokenizer, control_tokens, load_tokenizer
 from ftdata.truncate import POLICIES as OVERLONG
+
+_MOST_VARIANTS = 64
 
 FLAGS = {
     "arguments_as_text": "{n} examples give the arguments of tool calls as JSON text: the template fails on objects",
@@ -28,14 +30,17 @@ FLAGS = {
     "fields_dropped": "{n} examples have message keys that the template does not print",
     "junk_tail": "{n} examples end in template text that no model generates; it is not trained",
     "no_stop": "{n} examples have a turn without a trained control token at its end: the model will not learn to stop",
+    "parts_joined": "{n} examples give contents as text that are lists of one text part: the template takes only text",
     "payload_dropped": "{n} examples lost a whole message to the template",
+    "pretokenised": "{n} examples came as tokens, which were checked and passed through",
     "prompt_drift": "{n} examples lack a scaffold that the generation prompt forces (an open thinking block)",
     "reasoning_dropped": "{n} examples lost reasoning, which the template does not print",
     "rewritten": "{n} examples show an earlier turn otherwise than the model wrote it",
     "split": "{n} examples are turns by themselves, {repeated} tokens of them repeated: the template rewrites earlier "
     "turns, so each is shown as it will be asked",
     "straddle": "{n} examples have a trained token that begins or ends outside the answer (tokens follow characters)",
-    "tags_overruled": "{n} examples are trained on what the model must generate, not on what the template's tags mark",
+    "tags_overruled": "{n} examples are trained on what the model must generate, its stop included, not on what the "
+    "template's tags mark",
     "tags_unconfirmed": "{n} examples are trained on what the template's tags mark, which is not, or not certainly, "
     "what the model must generate",
     "tools_dropped": "{n} examples were given tools that the template does not print, or not whole",
@@ -105,6 +110,24 @@ class Recipe(Options):
         check(self.template)
         if self.unclosed == "append_eos" and not self.template.special_tokens.get("eos_token"):
             raise UsageError("unclosed", "unclosed='append_eos' needs an eos_token, and this tokenizer names none")
+
+    def with_kwargs(self, kwargs: Mapping[str, Any]) -> Recipe:
+        """Return the recipe for a row with variables of its own for the template, examined as every template is.
+
+        Raises:
+            BadRow: with these it cannot be trusted.
+        """
+        if not kwargs:
+            return self
+        key, variants = json.dumps(kwargs, sort_keys=True), self.template.variants
+        if key not in variants:
+            if len(variants) >= _MOST_VARIANTS:
+                del variants[next(iter(variants))]
+            try:
+                variants[key] = trusted(replace(self.template, kwargs={**self.template.kwargs, **kwargs}))
+            except TemplateRefused as error:
+                raise BadRow(error.code, error.message, field="chat_template_kwargs", hint=error.hint) from None
+        return replace(self, template=variants[key])
 
     def describe(self) -> dict[str, Any]:
         """Return the options as JSON, for manifest and fingerprint."""

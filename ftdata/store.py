@@ -48,6 +48,7 @@ _EXAMPLES = pa.schema(
         ("trained", pa.int64()),
         ("cut", pa.int64()),
         ("flags", pa.list_(pa.string())),
+        ("content", pa.binary(16)),
     ]
 )
 _PACKS = pa.schema(
@@ -59,21 +60,24 @@ _PACKS = pa.schema(
 )
 
 
-def write_shard(folder: Path, batches: Iterable[Sequence[Example]]) -> None:
-    """Write the examples of one shard: flat token ids and trained bits, and a table of the examples."""
+def write_shard(folder: Path, batches: Iterable[Sequence[tuple[Example, bytes]]]) -> None:
+    """Write the examples of one shard: flat token ids and trained bits, and a table of the examples.
+
+    With each example comes the hash (16 bytes) of what its row became.
+    """
     folder.mkdir(parents=True)
     with ExitStack() as stack:
         ids = stack.enter_context((folder / "ids.i32").open("wb"))
         trained = stack.enter_context((folder / "trained.b8").open("wb"))
         table = stack.enter_context(pa.ipc.new_file(str(folder / "examples.arrow"), _EXAMPLES))
         for batch in batches:
-            for example in batch:
+            for example, _ in batch:
                 ids.write(example.input_ids.tobytes())
                 trained.write(example.trained.tobytes())
-            table.write_batch(pa.RecordBatch.from_pylist([_example_row(example) for example in batch], _EXAMPLES))
+            table.write_batch(pa.RecordBatch.from_pylist([_example_row(*entry) for entry in batch], _EXAMPLES))
 
 
-def _example_row(example: Example) -> dict[str, Any]:
+def _example_row(example: Example, content: bytes) -> dict[str, Any]:
     return {
         "source": example.source.path,
         "row": example.source.row,
@@ -82,6 +86,7 @@ def _example_row(example: Example) -> dict[str, Any]:
         "trained": int(example.trained.sum()),
         "cut": example.cut,
         "flags": sorted(example.flags),
+        "content": content,
     }
 
 
@@ -115,6 +120,16 @@ class Examples:
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example (int64 `[examples]`)."""
         return np.asarray(self.table["tokens"].to_numpy(), dtype=np.int64)
+
+    @cached_property
+    def contents(self) -> NDArray[np.bytes_]:
+        """The hash of what each example's row became (16 bytes each, `[examples]`)."""
+        chunks = [
+            np.frombuffer(chunk.buffers()[1], np.dtype("S16"))[chunk.offset : chunk.offset + len(chunk)]
+            for chunk in self.table["content"].chunks
+            if len(chunk)
+        ]
+        return np.concatenate(chunks) if chunks else np.empty(0, "S16")
 
     def gather(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the ids and the labels of the examples, one after the other (int32 `[tokens]` each)."""
@@ -167,8 +182,10 @@ def write_split(folder: Path, split: str, examples: Examples, members: NDArray[n
     }
     write_json(target / "state.json", state)
     write_json(target / "dataset_info.json", {})
-    provenance = examples.table.take(pa.array(order.tolist(), pa.int64())).append_column(
-        "pack", _int32(np.repeat(np.arange(len(plan)), np.diff(bounds)))
+    provenance = (
+        examples.table.drop_columns(["content"])
+        .take(pa.array(order.tolist(), pa.int64()))
+        .append_column("pack", _int32(np.repeat(np.arange(len(plan)), np.diff(bounds))))
     )
     pq.write_table(provenance, target / "provenance.parquet")
 
@@ -200,10 +217,12 @@ def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
             record = {
                 "file": reject.source.path,
                 "line": reject.source.line,
+                "byte_offset": reject.source.offset,
                 "row": reject.source.row,
                 **{name: value for name, value in asdict(reject).items() if name != "source"},
             }
-            file.write(orjson.dumps(record) + b"\n")
+            text = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
+            file.write(text + b"\n")
 
 
 def write_card(folder: Path, splits: Iterable[str], title: str, facts: Mapping[str, object], text: str) -> None:
@@ -254,6 +273,34 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise StorageError("write", f"cannot write {target}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Give a file to write into, which becomes `target` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        StorageError: the disk refuses; the message names the path.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent)
+        os.close(handle)
+    except OSError as error:
+        raise StorageError("write", f"cannot write beside {target}: {error.strerror}") from None
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError("write", f"cannot write {target}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _refuse_foreign(target: Path) -> None:

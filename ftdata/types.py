@@ -47,24 +47,39 @@ class Message(TypedDict, total=False):
     train: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a row came from: `row` counts from 0, `line` is the physical line (from 1), if there is one."""
+class Source(NamedTuple):
+    """Where a row came from.
+
+    `row` counts from 0; `line` is the physical line, from 1, and `offset` the byte where the row (in JSON Lines:
+    its line) begins in the text once unpacked and in UTF-8, if there are such.
+    """
 
     path: str
     row: int
     line: int | None = None
+    offset: int | None = None
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}" if self.line is not None else f"{self.path}[{self.row}]"
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+NOWHERE = Source("<memory>", 0)
+"""Where rows that nobody read come from."""
+
+
+class Row(NamedTuple):
     """One row exactly as written: an object, or a bare list of messages."""
 
     data: Any
     source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens that were made elsewhere: int32 `input_ids`, and which of them are `trained` (bool), both `[n]`."""
+
+    input_ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +92,8 @@ class Conversation:
         tools: JSON schemas of the tools, as given.
         text: already formatted text, trained as it stands; `None` for everything else.
         completion_from: index of the first message of the completion.
+        tokens: the row's own tokens, passed through; `None` for everything else.
+        kwargs: the row's own variables for the template (`enable_thinking`, ...).
         schema: name of the schema that recognised the row.
     """
 
@@ -85,8 +102,10 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     text: str | None = None
     completion_from: int = 0
+    tokens: Tokens | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
     schema: str = "messages"
-    source: Source = Source("<memory>", 0)
+    source: Source = NOWHERE
 
 
 class Part(StrEnum):

@@ -181,11 +181,11 @@ def test_the_test_split_is_of_the_size_asked_for_and_depends_on_the_seed(tiny):
 
 def test_the_split_is_the_same_on_every_machine():
     """The rows that seed 42 takes are part of the interface."""
-    from ftdata.build import _mix
+    from ftdata.layout import mixed
 
-    order = np.argsort(_mix(np.arange(10, dtype=np.uint64), 42), kind="stable")
+    order = np.argsort(mixed(np.arange(10, dtype=np.uint64), 42), kind="stable")
     assert order.tolist() == [4, 1, 6, 2, 8, 3, 9, 0, 7, 5]
-    assert int(_mix(np.zeros(1, np.uint64), 0)[0]) == 0xE220A8397B1DCDAF  # the generator's published first output
+    assert int(mixed(np.zeros(1, np.uint64), 0)[0]) == 0xE220A8397B1DCDAF  # the generator's published first output
 
 
 def test_provenance_leads_back_to_the_line(tiny, tmp_path):
@@ -376,3 +376,57 @@ def test_policies_hold_where_turns_are_split(tokenizer_dir):
     assert answers(build_sft_dataset([first], qwen)["train"], tokenizer) == [think + "two<|im_end|>"]
     trailing = build_sft_dataset([[*CHAT, CHAT[0]]], qwen)
     assert trailing.report.sources[0].flags["trailing_turns"] == 1
+
+
+def test_tokens_pass_through(tiny):
+    (plain,) = build_sft_dataset([{"question": "q", "answer": "a"}], tiny)["train"]
+    row = {"input_ids": plain["input_ids"], "labels": plain["labels"]}
+    built = build_sft_dataset([row], tiny)
+    assert built["train"][0] == plain
+    assert any("came as tokens" in note for note in built.report.notes)
+    with pytest.raises(BadRows, match=r"input_ids\[1\]: is 99999"):
+        build_sft_dataset([{"input_ids": [1, 99999], "labels": [-100, 99999]}], tiny)
+
+
+def test_rows_may_set_variables_of_the_template(tiny):
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if loud %}!{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": messages, "chat_template_kwargs": {"loud": loud}} for loud in (True, False, True)]
+    built = build_sft_dataset(rows, tiny, template=source)
+    assert answers(built["train"], load_tokenizer(tiny)) == ["a!<|im_end|>", "a<|im_end|>", "a!<|im_end|>"]
+
+
+def test_one_text_part_is_text_where_the_template_takes_no_lists(tiny):
+    parts = [{"type": "text", "text": "q"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]
+    built = build_sft_dataset([{"messages": messages}], tiny)
+    assert answers(built["train"], load_tokenizer(tiny)) == ["a<|im_end|>"]
+    assert any("lists of one text part" in note for note in built.report.notes)
+    with pytest.raises(BadRows, match="content_stringified|template_raises"):
+        build_sft_dataset([{"messages": [{"role": "user", "content": parts * 2}, messages[1]]}], tiny)
+
+
+def test_splits_of_the_data_are_kept(tiny, tmp_path):
+    rows = datasets.Dataset.from_list([{"question": row["question"], "answer": row["answer"]} for row in ROWS])
+    both = datasets.DatasetDict(train=rows.select(range(30)), test=rows.select(range(30, 40)))
+    both.save_to_disk(str(tmp_path / "saved"))
+    for data in (both, str(tmp_path / "saved")):
+        built = build_sft_dataset(data, tiny)
+        assert {name: len(split) for name, split in built.items()} == {"train": 30, "test": 10}
+    with pytest.raises(UsageError, match="has splits already: train, test"):
+        build_sft_dataset(both, tiny, test_size=3)
+    alone = build_sft_dataset({"path": str(tmp_path / "saved"), "split": "test"}, tiny, test_size=2)
+    assert {name: len(split) for name, split in alone.items()} == {"train": 8, "test": 2}
+
+
+def test_rejects_say_where_they_stand(tiny, tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n\n" + json.dumps(BAD) + "\n{\n")
+    build_sft_dataset(str(path), tiny, on_bad_rows="quarantine", max_rejects=2, output_dir=tmp_path / "out")
+    first, second = map(json.loads, (tmp_path / "out" / "rejects.jsonl").read_text().splitlines())
+    assert {key: first[key] for key in ("file", "line", "row", "field", "code")} == {
+        "file": str(path), "line": 3, "row": 1, "field": "messages[1].content", "code": "empty_answer"
+    }  # fmt: skip
+    assert path.read_bytes()[first["byte_offset"] :].startswith(first["raw"].encode())
+    assert (second["line"], second["code"], second["raw"]) == (4, "json", "{")
+    assert path.read_bytes()[second["byte_offset"] :] == b"{\n"

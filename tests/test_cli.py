@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import subprocess
@@ -221,3 +222,32 @@ def test_a_closed_pipe_is_no_error(tokenizer_dir):
     )
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_data_comes_from_anywhere(tokenizer_dir, tmp_path):
+    text = '{"question": "caf\xe9?", "answer": "oui"}\n' * 3
+    (tmp_path / "latin.jsonl").write_bytes(text.encode("cp1252"))
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    refused = ftdata("preview", tmp_path / "latin.jsonl")
+    assert "encoding='cp1252'" in refused.stdout
+    shown = ftdata("preview", tmp_path / "latin.jsonl", "--encoding", "cp1252", "-n", "1")
+    assert "café?" in shown.stdout
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ftdata",
+            "build",
+            "-",
+            "-t",
+            tokenizer_dir("tiny_bpe"),
+            "-o",
+            str(tmp_path / "out"),
+            "--json",
+        ],
+        input=(tmp_path / "d.jsonl.gz").read_bytes(),
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["built"] == 3
+    assert ftdata("preview", tmp_path / "latin.jsonl", "--encoding", "cp12525").returncode == 2

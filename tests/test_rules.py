@@ -194,7 +194,9 @@ def test_r12_text_that_never_arrives():
     with_rule = [{"role": "system", "content": "be brief"}, *TALK]
     assert refusal(no_system, with_rule).field == "messages[0].content"
     assert trained(no_system, with_rule, dropped="flag") == (["a1<|im_end|>", "a2<|im_end|>"], {"payload_dropped"})
-    parts = [USER, {"role": "assistant", "content": [{"type": "text", "text": "a1"}]}]
+    one = [USER, {"role": "assistant", "content": [{"type": "text", "text": "a1"}]}]
+    assert trained(template(), one) == (["a1<|im_end|>"], {"parts_joined"})
+    parts = [USER, {"role": "assistant", "content": [{"type": "text", "text": "a1"}] * 2}]
     assert refusal(template(HEAD + "{{ m.content | tojson }}<|im_end|>\n"), parts).code == "content_stringified"
     thought = [USER, {**ANSWER, "reasoning_content": "hm"}]
     assert trained(template(), thought) == (["a1<|im_end|>"], {"reasoning_dropped"})

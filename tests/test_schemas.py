@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,9 +99,16 @@ def test_an_unknown_canonical_column_is_refused():
         check_columns({"instructoin": "q"})
 
 
-@pytest.mark.parametrize("role", ["human", "Human", " user ", "prompter"])
+@pytest.mark.parametrize("role", ["human", "user", "prompter"])
 def test_role_spellings_are_mapped(role):
     assert convert({"messages": [{"role": role, "content": "x"}]}).messages[0]["role"] == "user"
+
+
+@pytest.mark.parametrize("role", ["Human", " user ", "USER"])
+def test_roles_of_a_format_are_spelled_exactly_and_speakers_as_people_write(role):
+    with pytest.raises(BadRow, match="unknown_role"):
+        convert({"messages": [{"role": role, "content": "x"}]})
+    assert convert({"conversations": [{"from": role, "value": "x"}]}).messages[0]["role"] == "user"
 
 
 @given(st.sampled_from([("train", False), ("weight", 0), ("weight", 0.0)]))
@@ -151,8 +160,6 @@ def test_what_stands_before_the_question_is_kept():
     assert convert(row).completion_from == 4
     with pytest.raises(BadRow, match="two_systems"):
         convert({"conversations": [{"from": "system", "value": "x"}, {"from": "gpt", "value": "a"}], "system": "y"})
-    with pytest.raises(BadRow, match="row_options"):
-        convert({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"chat_template": "x"}})
 
 
 def test_tool_arguments_stay_as_they_are_written():
@@ -164,3 +171,160 @@ def test_tool_arguments_stay_as_they_are_written():
     assert call("")[0]["function"]["arguments"] == ""
     with pytest.raises(BadRow, match="tool_arguments"):
         call("{a: 0}")
+
+
+FUNCTION = {"name": "f", "arguments": {"a": 0}}
+CALL = {"type": "function", "function": FUNCTION}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "r"}
+
+
+@pytest.mark.parametrize(
+    ("item", "messages"),
+    [
+        ({"role": "assistant", "content": "", "tool_calls": [CALL]}, [CALLING]),
+        ({"role": "assistant", "content": "", "tool_calls": [FUNCTION]}, [CALLING]),
+        ({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "parameters": {"a": 0}}]}, [CALLING]),
+        ({"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])}, [CALLING]),
+        ({"role": "assistant", "content": "", "function_call": FUNCTION}, [CALLING]),
+        ({"role": "assistant", "tool_calls": [CALL]}, [{key: CALLING[key] for key in ("role", "tool_calls")}]),
+        ({"from": "function_call", "value": json.dumps(FUNCTION)}, [CALLING]),
+        ({"from": "function_call", "value": json.dumps([FUNCTION])}, [CALLING]),
+        ({"from": "observation", "value": "r"}, [{"role": "observation", "content": "r"}]),
+        ({"from": "function_response", "value": "r"}, [RESULT]),
+        ({"from": "gpt", "value": "a", "weight": 0}, [{**ASSISTANT, "train": False}]),
+        ({"speaker": "Human", "text": "q"}, [USER]),
+        ({"author": "AI", "message": "a"}, [ASSISTANT]),
+        (
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "t", "signature": "s"}, {"type": "text", "text": "a"}]},
+            [{**ASSISTANT, "reasoning_content": "t"}],
+        ),
+        (
+            {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "tool_use", "id": "1", "name": "f", "input": {"a": 0}}]},
+            [{**ASSISTANT, "tool_calls": [{"type": "function", "id": "1", "function": FUNCTION}]}],
+        ),
+        (
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "r"}]}, {"type": "text", "text": "q"}]},
+            [{**RESULT, "tool_call_id": "1"}, USER],
+        ),
+    ],
+)  # fmt: skip
+def test_messages_in_every_spelling(item, messages):
+    opened = [USER, item] if messages[0]["role"] == "assistant" else [item, ASSISTANT]
+    found = convert({"messages": opened} if "role" in item else {"conversations": opened}).messages
+    assert [one for one in found if one not in (USER, ASSISTANT)] == [
+        one for one in messages if one not in (USER, ASSISTANT)
+    ]
+    assert len(found) == 1 + len(messages)
+
+
+@pytest.mark.parametrize(
+    ("data", "schema", "messages", "completion_from"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference", (USER, ASSISTANT), 1),
+        ({"chosen": [USER, ASSISTANT], "rejected": [USER, USER]}, "preference", (USER, ASSISTANT), 1),
+        ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [ASSISTANT]}, "preference", (USER, ASSISTANT), 1),
+        ({"prompt": "q", "chosen": [USER, ASSISTANT], "rejected": "b"}, "preference", (USER, ASSISTANT), 1),
+        ({"dialog": [USER, ASSISTANT], "id": 3, "tags": ["x"]}, "chat_log", (USER, ASSISTANT), 1),
+        ({"log": [{"speaker": "user", "text": "q"}, {"speaker": "bot", "text": "a"}]}, "chat_log", (USER, ASSISTANT), 1),
+        ({"messages": json.dumps([USER, ASSISTANT])}, "messages", (USER, ASSISTANT), 1),
+        ({"conversations": [USER, ASSISTANT]}, "sharegpt", (USER, ASSISTANT), 1),
+    ],
+)  # fmt: skip
+def test_further_shapes(data, schema, messages, completion_from):
+    found = convert(data)
+    assert (found.schema, found.messages, found.completion_from) == (schema, messages, completion_from)
+
+
+@pytest.mark.parametrize(
+    ("data", "trained"),
+    [
+        ({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, [False, True, True]),
+        ({"input_ids": [5, 6, 7], "completion_mask": [0, 1, 0], "attention_mask": [1, 1, 1]}, [False, True, False]),
+        ({"input_ids": [5, 6], "assistant_masks": [0, 1], "seq_lengths": [2]}, [False, True]),
+    ],
+)
+def test_tokens_that_were_made_elsewhere(data, trained):
+    found = convert(data)
+    assert (found.schema, found.messages) == ("tokens", ())
+    assert found.tokens.input_ids.tolist() == data["input_ids"]
+    assert found.tokens.trained.tolist() == trained
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "field"),
+    [
+        ({"input_ids": [5, 6]}, "no_labels", "input_ids"),
+        ({"input_ids": [], "labels": []}, "no_tokens", "input_ids"),
+        ({"input_ids": [5, 6], "labels": [6, 7]}, "label_value", "labels[0]"),
+        ({"input_ids": [5, 6], "labels": [5]}, "tokens_shape", "labels"),
+        ({"input_ids": [5, 6], "labels": [5, 6], "attention_mask": [1, 0]}, "tokens_shape", "attention_mask"),
+        ({"input_ids": [5, 6], "labels": [5, 6], "seq_lengths": [1, 1]}, "tokens_shape", "seq_lengths"),
+        ({"input_ids": [5, 6], "completion_mask": [0, 2]}, "tokens_shape", "completion_mask"),
+        ({"input_ids": [5, "6"], "labels": [5, 6]}, "tokens_type", "input_ids"),
+        ({"chosen": "a", "rejected": "b"}, "no_prompt", "chosen"),
+        ({"messages": "[1"}, "json_text", "messages"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": "[1"}]}, "json_text", "messages[1].tool_calls"),
+        ({"messages": [USER, {"role": "assistant", "content": [{"type": "tool_use", "name": "f"}, {"type": "text", "text": "a"}]}]}, "block_order", "messages[1].content[1]"),
+        ({"messages": [USER, {"role": "assistant", "content": [{"type": "tool_use"}]}]}, "block_type", "messages[1].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content_type", "messages[0].content"),
+        ({"conversations": [{"from": "function_call", "value": "f()"}]}, "json_text", "conversations[0].value"),
+        ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"chat_template": "x"}}, "row_options", "chat_template_kwargs.chat_template"),
+        ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"x": [1]}}, "row_options", "chat_template_kwargs.x"),
+        ({"messages": [USER, ASSISTANT], "chat_template_kwargs": [1]}, "row_options", "chat_template_kwargs"),
+    ],
+)  # fmt: skip
+def test_faults_of_further_shapes_are_placed(data, code, field):
+    with pytest.raises(BadRow) as caught:
+        convert(data)
+    assert (caught.value.code, caught.value.field) == (code, field)
+
+
+def test_columns_may_be_paths_into_rows():
+    row = {"data": {"turns": [{"q": "q"}, {"q": "x"}], "a": "a"}, "id": 3}
+    assert convert(row, columns={"question": "data.turns[0].q", "answer": "data.a"}).messages == (USER, ASSISTANT)
+    assert convert(row, columns={"question": "data.turns[-1].q", "answer": "data.a"}).fields["question"] == "x"
+    for path in ("data.turns[2].q", "data.b", "data.turns.q", "id.x"):
+        with pytest.raises(BadRow, match="missing_column"):
+            convert(row, columns={"question": path, "answer": "data.a"})
+    assert convert({"a.b": "q", "c": "a"}, columns={"question": "a.b", "answer": "c"}).messages == (USER, ASSISTANT)
+
+
+def test_rows_may_bring_variables_for_the_template():
+    assert convert({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"x": True}}).kwargs == {"x": True}
+    assert convert({"messages": [USER, ASSISTANT], "chat_template_kwargs": '{"x": 1}'}).kwargs == {"x": 1}
+    assert convert({"messages": [USER, ASSISTANT], "chat_template_kwargs": None}).kwargs == {}
+
+
+def test_older_tools_are_wrapped():
+    functions = [{"name": "f", "parameters": {}}]
+    found = convert({"messages": [USER, ASSISTANT], "functions": functions}).tools
+    assert found == ({"type": "function", "function": functions[0]},)
+
+
+def test_nothing_beside_the_messages_is_lost():
+    system, tools = {"system": "s"}, {"tools": [{"type": "function"}]}
+    for row in (
+        {"question": "q", "answer": "a"},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"instruction": "q", "output": "a"},
+        {"messages": [USER, ASSISTANT]},
+    ):
+        found = convert({**row, **system, **tools})
+        assert [one["content"] for one in found.messages] == ["s", "q", "a"]
+        assert found.tools == ({"type": "function"},)
+    calls = {**ASSISTANT, "function_call": json.dumps(FUNCTION)}
+    assert convert({"messages": [USER, calls]}).messages[1]["tool_calls"] == [CALL]
+    with pytest.raises(BadRow, match="two_calls"):
+        convert({"messages": [USER, {**calls, "tool_calls": [CALL]}]})
+    for key in ("args", "input"):
+        written = {**ASSISTANT, "tool_calls": [{"name": "f", key: {"a": 0}}]}
+        assert convert({"messages": [USER, written]}).messages[1]["tool_calls"] == [CALL]
+    chosen = {"prompt": "q", "chosen": [{"role": "system", "content": "s"}, USER, ASSISTANT], "rejected": []}
+    assert len(convert(chosen).messages) == 3
+    with pytest.raises(BadRow, match="missing_column"):
+        convert({"question": "q", "answers": "hello"}, columns={"answer": "answers[0]"})
+    with pytest.raises(BadRow, match="tokens_type"):
+        convert({"input_ids": [2**32 + 5], "labels": [2**32 + 5]})

@@ -83,6 +83,14 @@ def check_arrival(
         content, calls = arrived[index, Part.CONTENT], arrived[index, Part.TOOL_CALL]
         stretch = stretches.get(index, "")
         given = _given(message, Part.CONTENT)
+        printed = _any_printed(filter(None, given), text) if not content else len(content) > sum(map(len, given))
+        if isinstance(message.get("content"), list) and any(map(str.strip, given)) and printed:
+            raise BadRow(
+                "content_stringified",
+                "the template prints the list of parts itself, not the text in it",
+                field=f"messages[{index}].content",
+                hint="give the content as text",
+            )
         lost_call = bool(message.get("tool_calls")) and not (
             _calls_printed(message, calls, stretch) and _each_printed(message, stretch, partial(rerender, index))
         )
@@ -95,13 +103,6 @@ def check_arrival(
                 f"the template does not print this {message['role']} message's text as given",
                 field=f"messages[{index}].{'tool_calls' if lost_call else 'content'}",
                 hint="use a template that has room for it, or take it out of the data",
-            )
-        if isinstance(message.get("content"), list) and len(content) > sum(map(len, given)):
-            raise BadRow(
-                "content_stringified",
-                "the template prints the list of parts itself, not the text in it",
-                field=f"messages[{index}].content",
-                hint="give the content as text",
             )
         whole = _all_printed(given, content) or _thinking_moved(given, stretch)
         if not whole or not _all_printed(_given(message, Part.TOOL_CALL), calls):

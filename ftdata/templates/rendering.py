@@ -10,7 +10,7 @@ from ftdata.templates.chat import Chat, render_chat
 from ftdata.templates.sandbox import CUT
 from ftdata.templates.spans import Region, pieces, tile, tracked
 from ftdata.templates.template import Template, templates
-from ftdata.types import Conversation, Part, Rendered, Span
+from ftdata.types import Conversation, Message, Part, Rendered, Span
 
 TURNS = ("auto", "joint", "split")
 
@@ -20,6 +20,10 @@ UNCLOSED = ("flag", "append_eos")
 
 _SPLITTABLE = frozenset({"history_drift", "stop_unknown", "overlap"})
 """Refusals of a whole conversation that need not hold for its turns taken by themselves."""
+
+
+_LISTS_REFUSED = frozenset({"template_raises", "payload_dropped", "content_stringified"})
+"""What becomes of contents that are lists of parts where a template takes only text."""
 
 
 def render(
@@ -49,6 +53,30 @@ def render(
         )
     if not template.chat:
         return (_render_fields(conversation, template),)
+    try:
+        return _render_chat(conversation, template, turns, dropped)
+    except BadRow as error:
+        joined = with_texts(conversation)
+        if error.code not in _LISTS_REFUSED or joined == conversation:
+            raise
+        texts = _render_chat(joined, template, turns, dropped)
+        return tuple(replace(one, flags=one.flags | {"parts_joined"}) for one in texts)
+
+
+def with_texts(conversation: Conversation) -> Conversation:
+    """Return the conversation with text for each content that is a list of one text part."""
+    return replace(conversation, messages=tuple(map(_with_text, conversation.messages)))
+
+
+def _with_text(message: Message) -> Message:
+    """Return the message with its only part of text for content: how several would be joined, nobody said."""
+    content = message.get("content")
+    if not isinstance(content, list) or len(content) != 1:
+        return message
+    return {**message, "content": content[0].get("text")}
+
+
+def _render_chat(conversation: Conversation, template: Template, turns: str, dropped: str) -> tuple[Rendered, ...]:
     chat = Chat.of(conversation, template)
     # Of an answer that is not trained, nobody needs to know where it begins and ends.
     assistants = [

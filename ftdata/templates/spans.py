@@ -24,7 +24,6 @@ _KEYS = {
     **dict.fromkeys(_REASONING, Part.REASONING),
 }
 
-_BLANKS = re.compile(r"\s*")
 _NAMES = "think|thinking|thought|reasoning"
 _OPENS, _OPENED = re.compile(rf"\s*<({_NAMES})>"), re.compile(rf"<({_NAMES})>\s*$")
 
@@ -115,17 +114,13 @@ def _thinking(
     text: str, parts: Iterable[Piece], regions: Sequence[Region], assistants: set[int]
 ) -> dict[int, list[tuple[int, int, Part]]]:
     """Return, for each message whose content begins with thinking, where tags and thoughts stand."""
-    extents = {region.message: (region.start, region.end) for region in regions}
+    ends = {region.message: region.end for region in regions}
     contents: dict[int, tuple[int, int]] = {}
     for piece in parts:
         if piece.part is Part.CONTENT and piece.message in assistants:
-            contents.setdefault(piece.message, (piece.start, piece.end))
-    for message, (start, end) in contents.items():
-        # Where the prompt already opens the thinking that an answer spells, the answer begins before its region.
-        region = extents.get(message, (start, end))
-        extents[message] = min(start, region[0]), region[1]
+            contents.setdefault(piece.message, (piece.start, ends.get(piece.message, piece.end)))
     found: dict[int, list[tuple[int, int, Part]]] = {}
-    for message, (start, end) in extents.items():
+    for message, (start, end) in contents.items():
         opened = _OPENED.search(text[max(0, start - 64) : start])
         tags = thinking_tags(text[start:end], opened.group(1) if opened else None)
         if not tags:
@@ -134,9 +129,8 @@ def _thinking(
         closed, after = tags[-1]
         begun = tags[0][1] if len(tags) > 1 else 0
         if text[start + begun : start + closed].strip():
-            blanks = _BLANKS.match(text, start + after, end)
-            found[message].append((start, start + closed, Part.REASONING))
-            found[message].append((start + after, blanks.end() if blanks else end, Part.REASONING))
+            answer = text[start + after : end].lstrip()
+            found[message].append((start, end - len(answer), Part.REASONING))
     return found
 
 

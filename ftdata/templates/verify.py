@@ -15,7 +15,7 @@ from ftdata.schemas import ROLES
 from ftdata.templates.chat import Chat
 from ftdata.templates.compare import TAG
 from ftdata.templates.proof import contradiction
-from ftdata.templates.rendering import render
+from ftdata.templates.rendering import render, with_texts
 from ftdata.templates.template import Template
 from ftdata.types import Conversation, Message, Part, Rendered
 
@@ -192,6 +192,8 @@ def contradicted(
         return None
     if template.tagged and template.strict:
         return None
+    if "parts_joined" in rendered.flags:
+        conversation = with_texts(conversation)
     found = contradiction(Chat.of(conversation, template).until(rendered.messages - 1), rendered, most)
     return None if found is None else str(found)
 

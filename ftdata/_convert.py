@@ -1,0 +1,280 @@
+"""Write back: rows of any shape as messages, as prompt and completion, or as the text that a template makes of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import jsonlines
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ftdata import store
+from ftdata.build import allowed_rejects, judge
+from ftdata.errors import BadRow, UsageError, one_of
+from ftdata.examples import check_answers, rejected
+from ftdata.ledger import Ledger
+from ftdata.readers import sources
+from ftdata.readers.select import Selection
+from ftdata.recipe import Options, Recipe, make_recipe
+from ftdata.schemas import normalise
+from ftdata.templates import render
+from ftdata.types import Conversation, Reject, Rendered, Row
+
+FORMS = ("messages", "prompt_completion", "text")
+_BATCH = 1024
+
+_CALL = pa.struct(
+    [
+        ("id", pa.string()),
+        ("type", pa.string()),
+        ("function", pa.struct([("name", pa.string()), ("arguments", pa.string())])),
+    ]
+)
+_MESSAGE = pa.struct(
+    [
+        ("role", pa.string()),
+        ("content", pa.string()),
+        ("reasoning_content", pa.string()),
+        ("name", pa.string()),
+        ("tool_call_id", pa.string()),
+        ("tool_calls", pa.list_(_CALL)),
+        ("train", pa.bool_()),
+    ]
+)
+_BESIDE = [("tools", pa.string()), ("chat_template_kwargs", pa.string())]
+_TABLES = {
+    "messages": pa.schema([("messages", pa.list_(_MESSAGE)), *_BESIDE]),
+    "prompt_completion": pa.schema([("prompt", pa.list_(_MESSAGE)), ("completion", pa.list_(_MESSAGE)), *_BESIDE]),
+    "text": pa.schema([("text", pa.string())]),
+}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of the rows of each source, and where they were written."""
+
+    output: Path
+    sources: tuple[Ledger, ...]
+    rejects: tuple[Reject, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the counts as JSON."""
+        each = [
+            {"source": one.source, "read": one.read, "written": one.built, "rejected": dict(one.rejected)}
+            for one in self.sources
+        ]
+        return {"output": str(self.output), "sources": each, "rejects": [str(reject) for reject in self.rejects[:20]]}
+
+    def __str__(self) -> str:
+        read, written = (sum(getattr(one, name) for one in self.sources) for name in ("read", "built"))
+        lines = [f"rows     {read:,} read = {written:,} written to {self.output} + {read - written:,} left out"]
+        return "\n".join([*lines, *(f"reject   {reject}" for reject in self.rejects[:20])])
+
+
+def convert(
+    data: Any,
+    output: str | Path,
+    to: str = "messages",
+    *,
+    tokenizer: Any = None,
+    template: str | Path | None = None,
+    schema: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    where: str | None = None,
+    limit: int | None = None,
+    on_bad_rows: str = "error",
+    max_rejects: float | str | None = None,
+) -> Converted:
+    """Write rows of any known shape in one shape, exactly.
+
+    Args:
+        data: as for `build_sft_dataset`.
+        output: a `.jsonl` or `.parquet` file; it appears whole or not at all. In Parquet the arguments of calls, and
+            the tools, are JSON text.
+        to: `"messages"`, `"prompt_completion"` (both lists of messages), or `"text"`: what the template prints.
+        tokenizer: for `"text"`: whose special tokens are printed.
+        template: for `"text"`: `None` for the tokenizer's own.
+        schema: as for `build_sft_dataset`, and so the others.
+        columns: the names of columns.
+        where: an expression over columns; other rows are left out.
+        limit: rows to read of each source.
+        on_bad_rows: `"error"` or `"quarantine"`.
+        max_rejects: how many rows may be left out.
+
+    Returns:
+        The counts, and the rejects.
+
+    Raises:
+        UsageError: an option cannot be meant.
+        BadRows, TooManyRejects: rows are refused.
+    """
+    one_of("to", to, FORMS)
+    if (to == "text") != (tokenizer is not None):
+        raise UsageError("to", "a tokenizer goes with to='text', and only there: its special tokens are printed")
+    allowed = allowed_rejects(on_bad_rows, max_rejects)
+    options = Options(schema=schema, columns=columns)
+    recipe = make_recipe(tokenizer, template, schema=schema, columns=columns) if tokenizer is not None else None
+    ledgers: list[Ledger] = []
+    rejects: list[Reject] = []
+    Selection(where, limit)
+    with _writer(Path(output), to) as write:
+        for source in sources(data):
+            if Path(source.path).exists() and Path(output).exists() and Path(source.path).samefile(output):
+                raise UsageError("output", f"{output} is read, and cannot be written over")
+            selection, ledger = Selection(where, limit), Ledger(source.path)
+            ledgers.append(ledger)
+            records = _records(selection.of(source.rows()), to, options, recipe, ledger, rejects, write.check)
+            while batch := list(islice(records, _BATCH)):
+                write.batch(batch)
+            ledger.passed = selection.passed
+            ledger.read += selection.passed
+        judge(ledgers, rejects, allowed)
+    return Converted(Path(output), tuple(ledgers), tuple(rejects))
+
+
+class _Writer(Protocol):
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Refuse a record that has no place there."""
+
+    def batch(self, records: list[dict[str, Any]]) -> None:
+        """Write records."""
+
+
+def _records(
+    rows: Iterator[Row | Reject],
+    to: str,
+    options: Options,
+    recipe: Recipe | None,
+    ledger: Ledger,
+    rejects: list[Reject],
+    check: Any,
+) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        outcome: list[dict[str, Any]] | Reject = row if isinstance(row, Reject) else []
+        if isinstance(row, Row):
+            try:
+                conversation = normalise(row, options.schema, options.columns)
+                check_answers(conversation)
+                outcome = _shaped(conversation, to, recipe)
+                for record in outcome:
+                    check(record)
+                ledger.schemas[conversation.schema] += 1
+            except BadRow as error:
+                outcome = rejected(row, error)
+        if isinstance(outcome, Reject):
+            ledger.add(outcome)
+            rejects.append(outcome)
+            continue
+        ledger.read += 1
+        ledger.built += 1
+        yield from outcome
+
+
+def _shaped(conversation: Conversation, to: str, recipe: Recipe | None) -> list[dict[str, Any]]:
+    if conversation.tokens is not None or (to != "text" and not conversation.messages):
+        raise BadRow("no_messages", f"holds {conversation.schema}, of which no {to.replace('_', ' and ')} can be made")
+    if recipe is not None:
+        recipe = recipe.with_kwargs(conversation.kwargs)
+        return [{"text": _checked(one, recipe)} for one in render(conversation, recipe.template)]
+    beside: dict[str, Any] = {"tools": list(conversation.tools)} if conversation.tools else {}
+    beside |= {"chat_template_kwargs": dict(conversation.kwargs)} if conversation.kwargs else {}
+    messages, at = list(conversation.messages), conversation.completion_from
+    if to == "messages":
+        record = {"messages": messages, **beside}
+    elif at == 0:
+        raise BadRow("no_prompt", "begins with its answer, so there is no prompt", field="messages[0]")
+    else:
+        record = {"prompt": messages[:at], "completion": messages[at:], **beside}
+    try:
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (TypeError, ValueError) as error:
+        raise BadRow("not_json", f"holds what JSON does not: {error}") from None
+    return [record]
+
+
+def _checked(rendered: Rendered, recipe: Recipe) -> str:
+    """Return the text, unless its reader would take what the row spells for control tokens of the template."""
+    if not rendered.keep_control and recipe.control.matches(rendered)[1]:
+        raise BadRow("control_tokens", "spells a control token, which in templated text would be a real one")
+    return rendered.text
+
+
+@contextmanager
+def _writer(output: Path, to: str) -> Iterator[_Writer]:
+    kind = output.suffix.lower()
+    if kind not in (".jsonl", ".parquet"):
+        raise UsageError("output", f"{output} is neither .jsonl nor .parquet")
+    with store.new_file(output) as temporary:
+        if kind == ".parquet":
+            with pq.ParquetWriter(str(temporary), _TABLES[to]) as table:
+                yield _Parquet(table, _TABLES[to])
+        else:
+            with temporary.open("w", encoding="utf-8") as file, jsonlines.Writer(file, compact=True) as lines:
+                yield _Lines(lines)
+
+
+@dataclass(frozen=True)
+class _Lines:
+    lines: jsonlines.Writer
+
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Lines take every record."""
+
+    def batch(self, records: list[dict[str, Any]]) -> None:
+        self.lines.write_all(records)
+
+
+@dataclass(frozen=True)
+class _Parquet:
+    table: pq.ParquetWriter
+    schema: pa.Schema
+
+    def check(self, record: Mapping[str, Any]) -> None:
+        for name in ("messages", "prompt", "completion"):
+            for index, message in enumerate(record.get(name, ())):
+                odd = [key for key, value in message.items() if not _fits(key, value)]
+                if odd:
+                    found = f"has {', '.join(odd)}, for which Parquet has no column here"
+                    raise BadRow("no_column", found, field=f"{name}[{index}]", hint="write .jsonl")
+
+    def batch(self, records: list[dict[str, Any]]) -> None:
+        self.table.write_batch(pa.RecordBatch.from_pylist([_as_text(record) for record in records], self.schema))
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a value of a message has a place in the columns of Parquet."""
+    if key == "tool_calls":
+        return all(
+            set(call) <= {"id", "type", "function"}
+            and isinstance(call.get("id", ""), str)
+            and isinstance(call.get("function"), Mapping)
+            and set(call["function"]) == {"name", "arguments"}
+            for call in value
+        )
+    return isinstance(value, bool if key == "train" else str) and key in {each.name for each in _MESSAGE}
+
+
+def _as_text(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record with JSON text for all that has no one type."""
+    found = dict(record)
+    for name in ("tools", "chat_template_kwargs"):
+        if name in found:
+            found[name] = json.dumps(found[name], ensure_ascii=False)
+    for name in {"messages", "prompt", "completion"} & set(found):
+        found[name] = [_with_text_arguments(message) for message in found[name]]
+    return found
+
+
+def _with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    calls = [dict(call) for call in message.get("tool_calls") or ()]
+    for call in calls:
+        arguments = call["function"].get("arguments")
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        call["function"] = {**call["function"], "arguments": text}
+    return {**message, **({"tool_calls": calls} if calls else {})}

@@ -1,0 +1,35 @@
+"""Push: a finished build to the hub, whole, with the card that was written with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ftdata import store
+from ftdata.errors import InputRefused
+from ftdata.readers.hub import asked
+
+
+def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
+    """Upload a build as a data set, and return its address.
+
+    Args:
+        folder: the build.
+        repo: `owner/name`; made if it is not there.
+        private: whether a new one is seen by its owners only.
+
+    Raises:
+        InputRefused: the folder is no build, or is damaged.
+        HubError: the hub refuses, or fails again and again.
+    """
+    folder = Path(folder)
+    if broken := store.verify(folder):
+        raise InputRefused("damaged_build", f"{folder} is damaged: {', '.join(broken[:3])}", hint="build again")
+    from huggingface_hub import HfApi
+
+    api, kind = HfApi(), "dataset"
+    asked(lambda: api.create_repo(repo, repo_type=kind, private=private, exist_ok=True), repo)
+    message = f"Build {store.read_manifest(folder)['fingerprint']}"
+    done = asked(
+        lambda: api.upload_folder(repo_id=repo, folder_path=folder, repo_type=kind, commit_message=message), repo
+    )
+    return str(done.commit_url)

@@ -1,0 +1,213 @@
+"""Lay out: which examples go into which split, how often, and in which order. Numbers of rows only, never their tokens.
+
+    rows built ──> without repeats ──> a sample ──> train and test ──> sources weighted ──> shuffled
+
+Everything that looks like chance is a sort by `mixed(number of the row, seed)`, so it is the same on every machine, for
+every version of numpy, for any number of workers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ftdata.errors import UsageError, one_of
+
+_SPLIT, _SAMPLE, _WEIGHT, _SHUFFLE = (np.uint64(number) << np.uint64(56) for number in (0, 1, 2, 3))
+"""What a number is drawn for: the draws of one seed are independent of each other."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How examples become splits and rows of splits; checked when made.
+
+    Attributes:
+        packing: `None` or `"bfd"`.
+        max_length: tokens that a pack holds.
+        test_size: share (below 1) or number of rows for a test split.
+        seed: decides all that is left to chance.
+        dedup: leave out rows whose tokens and labels are those of an earlier one.
+        sample: share (below 1) or number of rows to take.
+        shuffle: whether rows come in another order than that of the data.
+    """
+
+    packing: str | None = None
+    max_length: int | None = None
+    test_size: float | None = None
+    seed: int = 0
+    dedup: bool = False
+    sample: float | None = None
+    shuffle: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("packing", str(self.packing), ("None", "bfd"))
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise UsageError("seed", f"seed is {self.seed!r}, expected a whole number")
+        if self.packing and self.max_length is None:
+            raise UsageError("packing_length", "packing needs max_length, the tokens that a pack holds")
+        for name in ("test_size", "sample"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and (0 < value < 1 or (value >= 1 and value % 1 == 0))):
+                raise UsageError(name, f"{name} is {value!r}, expected a share below 1 or a number of rows")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the layout must know of the examples built, in the order of the data.
+
+    Attributes:
+        source: int64 `[examples]`, the number of the source.
+        row: int64 `[examples]`, the row's number in its source.
+        content: `[examples]` of anything that can be compared: equal where the rows' tokens and labels are.
+        splits: the split of each source, `None` where it has none.
+        weights: how often the rows of each source are taken.
+    """
+
+    source: NDArray[np.int64]
+    row: NDArray[np.int64]
+    content: NDArray[np.generic]
+    splits: Sequence[str | None]
+    weights: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Laid:
+    """The layout: int64 numbers of examples for each split, in order; and how many rows were left out, and why."""
+
+    splits: Mapping[str, NDArray[np.int64]]
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def lay_out(facts: Facts, layout: Layout) -> Laid:
+    """Decide on all examples at once.
+
+    Examples of one row stay together. Rows with equal contents are never on both sides of a test split.
+
+    Raises:
+        UsageError: the test split would leave nothing to train on, or the data has splits already.
+    """
+    first, row_of = _rows(facts)
+    source, content = facts.source[first], facts.content[first]
+    _, group = np.unique(content, return_inverse=True)
+    given = np.asarray([name or "train" for name in facts.splits])
+    # One split alone, whatever its name, was chosen to be trained.
+    split = given[source] if len(set(given.tolist())) > 1 else np.full(len(first), "train")
+    left_out = Counter[str]()
+    kept = np.asarray(facts.weights, dtype=np.float64)[source] > 0
+    if not kept.all():
+        left_out["of weight 0"] = int((~kept).sum())
+    if layout.dedup:
+        repeated = kept & ~_first_of_each(np.where(kept, group, -1), split == "train")
+        left_out["duplicate"] = int(repeated.sum())
+        kept &= ~repeated
+    if layout.sample is not None:
+        chosen = np.flatnonzero(kept)
+        size = _count(layout.sample, len(chosen))
+        taken = chosen[_drawn(chosen, layout.seed, _SAMPLE)[:size]]
+        left_out["not sampled"] = len(chosen) - len(taken)
+        kept = np.isin(np.arange(len(first)), taken)
+    rows = _splits(np.flatnonzero(kept), group, split, layout)
+    if any(weight != 1 for weight in facts.weights):
+        rows["train"] = _weighted(rows["train"], source, np.asarray(facts.weights), layout.seed)
+    if layout.shuffle:
+        rows["train"] = rows["train"][_drawn(np.arange(len(rows["train"])), layout.seed, _SHUFFLE)]
+    examples_of = np.concatenate((first, [len(row_of)]))
+    return Laid({name: _examples(numbers, examples_of) for name, numbers in rows.items()}, left_out)
+
+
+def mixed(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """Return a number for each that looks like chance (SplitMix64; Steele, Lea and Flood 2014).
+
+    >>> mixed(np.arange(2, dtype=np.uint64), 42).tolist()
+    [13679457532755275413, 2949826092126892291]
+    """
+    with np.errstate(over="ignore"):
+        z = np.uint64(seed % (1 << 64)) + (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.asarray(z ^ (z >> np.uint64(31)), dtype=np.uint64)
+
+
+def _rows(facts: Facts) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the first example of each row, and the row of each example, both counted over all sources."""
+    if not len(facts.row):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    begins = np.ones(len(facts.row), dtype=np.bool_)
+    begins[1:] = (np.diff(facts.row) != 0) | (np.diff(facts.source) != 0)
+    return np.flatnonzero(begins), np.cumsum(begins) - 1
+
+
+def _drawn(numbers: NDArray[np.int64], seed: int, purpose: np.uint64) -> NDArray[np.int64]:
+    """Return an order of the numbers, by chance."""
+    return np.argsort(mixed(numbers.astype(np.uint64) + purpose, seed), kind="stable")
+
+
+def _count(size: float, rows: int) -> int:
+    return int(np.ceil(size * rows)) if size < 1 else min(int(size), rows)
+
+
+def _first_of_each(group: NDArray[np.int64], last: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Mark the first row of each group; rows of `last` come after the others: what is tested is not trained."""
+    order = np.argsort(last, kind="stable")
+    _, firsts = np.unique(group[order], return_index=True)
+    found = np.zeros(len(group), dtype=np.bool_)
+    found[order[firsts]] = True
+    return found
+
+
+def _splits(
+    rows: NDArray[np.int64], group: NDArray[np.int64], split: NDArray[np.str_], layout: Layout
+) -> dict[str, NDArray[np.int64]]:
+    names = list(dict.fromkeys(["train", *split[rows].tolist()]))
+    if len(names) > 1:
+        if layout.test_size is not None:
+            found = f"the data has splits already: {', '.join(names)}"
+            raise UsageError("test_size", found, hint="leave test_size out")
+        return {name: rows[split[rows] == name] for name in names}
+    if layout.test_size is None:
+        return {"train": rows}
+    size = _count(layout.test_size, len(rows))
+    if layout.test_size >= len(rows) or size >= len(rows):
+        taken = int(max(size, layout.test_size))
+        raise UsageError("test_size", f"test_size takes {taken} of {len(rows)} rows, which leaves none to train on")
+    # Equal rows go together: a group is drawn by its first row, and taken if all of it still fits.
+    _, first, of, sizes = np.unique(group[rows], return_index=True, return_inverse=True, return_counts=True)
+    order = _drawn(rows[first], layout.seed, _SPLIT)
+    fits = np.zeros(len(first), dtype=np.bool_)
+    room = size
+    for number in order.tolist():
+        if not room:
+            break
+        if sizes[number] <= room:
+            fits[number] = True
+            room -= int(sizes[number])
+    in_test = fits[of]
+    if not in_test.any():
+        raise UsageError("test_size", "every row has too many equals to be put into a test split without them")
+    return {"train": rows[~in_test], "test": rows[in_test]}
+
+
+def _weighted(
+    rows: NDArray[np.int64], source: NDArray[np.int64], weights: NDArray[np.float64], seed: int
+) -> NDArray[np.int64]:
+    """Return the rows of each source as often as its weight says: all of them, and a part of them once more."""
+    weight = weights[source[rows]]
+    times = np.floor(weight).astype(np.int64)
+    for number, each in enumerate(weights.tolist()):
+        own = np.flatnonzero(source[rows] == number)
+        more = own[_drawn(rows[own], seed, _WEIGHT)[: round((each - np.floor(each)) * len(own))]]
+        times[more] += 1
+    # Round by round, so that what is repeated stands apart.
+    return np.concatenate([rows[times > done] for done in range(int(times.max(initial=0)))] or [rows[:0]])
+
+
+def _examples(rows: NDArray[np.int64], begins: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the examples of rows, in their order."""
+    starts, counts = begins[rows], begins[rows + 1] - begins[rows]
+    inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.asarray(np.repeat(starts, counts) + inside, dtype=np.int64)

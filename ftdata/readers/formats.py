@@ -1,0 +1,26 @@
+"""Formats: which reader reads which suffix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ftdata.readers.lines import read_json, read_jsonl
+from ftdata.readers.streams import Input
+from ftdata.readers.tables import read_arrow, read_csv, read_excel, read_parquet, read_tsv
+from ftdata.registry import Registry
+from ftdata.types import Reject, Row
+
+Reader = Callable[[Input], Iterator[Row | Reject]]
+
+readers: Registry[Reader] = Registry("ftdata.readers", "reader")
+for _read, _suffixes in {
+    read_json: ("json",),
+    read_jsonl: ("jsonl", "ndjson"),
+    read_csv: ("csv",),
+    read_tsv: ("tsv",),
+    read_parquet: ("parquet",),
+    read_arrow: ("arrow", "feather", "ipc"),
+    read_excel: ("xlsx",),
+}.items():
+    for _suffix in _suffixes:
+        readers.register(_suffix)(_read)

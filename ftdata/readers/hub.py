@@ -1,0 +1,208 @@
+"""The hub: which files a data set there has, for which split, and how they get here.
+
+owner/name ──its card, or the names of its files──> files of splits, pinned to one commit ──> the local cache
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ftdata.errors import HubError, InputRefused, UsageError, nearest
+
+Result = TypeVar("Result")
+
+SCHEME = "hf://"
+TRIES, PAUSE = 5, 1.0
+"""How often the hub is asked before we give up, and the seconds after the first failure; they double each time."""
+
+_ID = re.compile(r"(?:datasets/)?([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?")
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval"), "test"),
+}
+"""Words in names of files -> the split that they say."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """One file of a data set on the hub, at one commit."""
+
+    repo: str
+    revision: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{SCHEME}datasets/{self.repo}@{self.revision}/{self.name}"
+
+    @classmethod
+    def at(cls, url: str) -> HubFile:
+        """Return the file that `str` names so."""
+        found = _ID.fullmatch(url.removeprefix(SCHEME))
+        if found is None or not found[2] or not found[3]:
+            raise UsageError("hub_path", f"{url} names no file of a data set", hint="hf://owner/name, or owner/name")
+        return cls(found[1], found[2], found[3])
+
+    def local(self) -> Path:
+        """Return where the file lies in the local cache, downloaded if need be.
+
+        Raises:
+            HubError: it cannot be had.
+        """
+        from huggingface_hub import hf_hub_download
+
+        repo, name, commit = self.repo, self.name, self.revision
+        return Path(asked(lambda: hf_hub_download(repo, name, repo_type="dataset", revision=commit), str(self)))
+
+
+def is_hub(place: str) -> bool:
+    """Whether this is a place on the hub: `hf://...`, or `owner/name` that is nothing here."""
+    if place.startswith(SCHEME):
+        return True
+    named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place) is not None
+    return named and not Path(place).exists() and not Path(place).parent.is_dir()
+
+
+def hub_files(
+    place: str,
+    config: str | None = None,
+    revision: str | None = None,
+    data_files: str | Sequence[str] | Mapping[str, Any] | None = None,
+) -> Iterator[tuple[HubFile, str]]:
+    """Yield the data files of a data set on the hub, each with its split.
+
+    Args:
+        place: `hf://owner/name`, with `@revision` and a path or glob after it, if need be; or `owner/name`.
+        config: the name of a configuration in the data set's card.
+        revision: a branch, tag or commit; what is found is pinned to the commit.
+        data_files: globs of files, or split -> globs.
+
+    Raises:
+        UsageError: nothing there has this name.
+        HubError: the hub does not answer, or has no such data set.
+    """
+    found = _ID.fullmatch(place.removeprefix(SCHEME))
+    if found is None:
+        raise UsageError("hub_path", f"{place} is no data set", hint="hf://owner/name, or owner/name")
+    from huggingface_hub import HfApi
+
+    repo, at, path = found[1], found[2] or revision, found[3]
+    info = asked(lambda: HfApi().dataset_info(repo, revision=at, timeout=30), f"{SCHEME}{repo}")
+    names = [one.rfilename for one in info.siblings or ()]
+    commit = str(info.sha)
+    given = path or data_files
+    chosen = _by_split(given) if given else _of_card(info.card_data, config, f"{SCHEME}{repo}")
+    if chosen is None:
+        yield from ((HubFile(repo, commit, name), split) for name, split in _named(names, repo))
+        return
+    for split, globs in chosen.items():
+        for pattern in globs:
+            matching = [name for name in names if fnmatch(name, pattern.removeprefix("./"))]
+            if not matching:
+                hint = nearest(pattern, names) if names else "the data set holds no files"
+                raise UsageError("file_not_found", f"{SCHEME}{repo} has no file {pattern!r}", hint=hint)
+            yield from ((HubFile(repo, commit, name), split) for name in matching)
+
+
+def asked(ask: Callable[[], Result], what: str) -> Result:
+    """Return what the hub answers; it is asked again after failures that pass.
+
+    Raises:
+        HubError: it refuses, or fails `TRIES` times.
+    """
+    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
+
+    for number in range(1, TRIES + 1):
+        try:
+            return ask()
+        except OfflineModeIsEnabled as error:
+            found = f"is not in the cache: {_first_line(error)}"
+            raise HubError("hub_offline", found, where=what, hint="unset HF_HUB_OFFLINE") from None
+        except GatedRepoError as error:
+            hint = "accept its terms on the hub, and set HF_TOKEN"
+            raise HubError("hub_gated", f"is gated: {_first_line(error)}", where=what, hint=hint) from None
+        except Exception as error:  # noqa: BLE001  (the hub's client lets through what its own HTTP client raises)
+            status, pause = _status(error), PAUSE * 2 ** (number - 1)
+            if number == TRIES or (status is not None and status < 500 and status not in (408, 429)):
+                found = f"the hub answers {status}" if status else f"the hub cannot be reached, {number} times"
+                hint = (
+                    "check the name, HF_TOKEN and HF_ENDPOINT"
+                    if status and status < 500
+                    else "is it a file? none here has this name"
+                )
+                raise HubError("hub", f"{found}: {_first_line(error)}", where=what, hint=hint) from None
+            time.sleep(max(pause, _retry_after(error)))
+    raise AssertionError
+
+
+def _status(error: BaseException) -> int | None:
+    """Return the status that the hub answered; the client's own errors have it in their cause."""
+    seen: BaseException | None = error
+    while seen is not None:
+        response = getattr(seen, "response", None)
+        if response is not None:
+            return int(response.status_code)
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _retry_after(error: BaseException) -> float:
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    try:
+        return min(float(headers.get("Retry-After", 0)), 60.0)
+    except ValueError:
+        return 0.0
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _by_split(data_files: Any) -> dict[str, list[str]]:
+    given = data_files if isinstance(data_files, Mapping) else {"train": data_files}
+    return {str(split): [globs] if isinstance(globs, str) else list(globs) for split, globs in given.items()}
+
+
+def _of_card(card: Any, config: str | None, what: str) -> dict[str, list[str]] | None:
+    """Return the files that the card names for each split, or `None` where it names none."""
+    configs = [one for one in (card.to_dict().get("configs") or ()) if isinstance(one, dict)] if card else []
+    names = [str(one.get("config_name", "default")) for one in configs]
+    if not configs and config is None:
+        return None
+    default = [name for name, one in zip(names, configs, strict=True) if one.get("default") or name == "default"]
+    wanted = config or (default[0] if default else names[0] if len(names) == 1 else None)
+    if wanted not in names:
+        hint = f"say which with name: {', '.join(names)}" if config is None else nearest(config, names)
+        raise UsageError("hub_config", f"has several configurations, or not {config!r}", where=what, hint=hint)
+    data_files = configs[names.index(str(wanted))].get("data_files")
+    if data_files is None:
+        return None
+    if isinstance(data_files, list) and all(isinstance(one, dict) for one in data_files):
+        return {str(one["split"]): _by_split(one["path"])["train"] for one in data_files}
+    return _by_split(data_files)
+
+
+def _named(names: Sequence[str], repo: str) -> Iterator[tuple[str, str]]:
+    """Yield the data files among all, with the split that their names, or those of their folders, say."""
+    from ftdata.readers.formats import readers
+    from ftdata.readers.streams import Input
+
+    found = []
+    for name in sorted(names):
+        hidden = any(part.startswith((".", "_")) for part in name.split("/"))
+        if hidden or name.lower() in ("readme.md", "dataset_infos.json") or Input(name).suffix not in readers.names():
+            continue
+        words = re.split(r"[^a-z]+", name.lower())
+        found.append((name, next((_SPLITS[word] for word in words if word in _SPLITS), "train")))
+    if not found:
+        script = f"{repo.partition('/')[2]}.py"
+        needs_code = f"needs code to be read ({script}), which is never run"
+        reason = needs_code if script in names else "holds no file that is read"
+        raise InputRefused("hub_no_data", reason, where=f"{SCHEME}{repo}", hint="name files with data_files")
+    return iter(found)

@@ -1,0 +1,273 @@
+"""Where each row of a JSON text begins and ends, by its brackets outside strings, in one pass over parts of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import orjson
+
+from ftdata.errors import InputRefused
+
+_STRING = rb'[^"\\]*+(?:\\.[^"\\]*+)*+'
+_OUTSIDE = rb'(?:[^"{}\[\]]++|"' + _STRING + rb'")*+'
+_BRACKET = re.compile(_OUTSIDE + rb"[{}\[\]]", re.DOTALL)
+_SKIP = re.compile(_OUTSIDE, re.DOTALL)
+_REST = re.compile(_STRING + rb'("?)', re.DOTALL)
+_KEY = re.compile(rb'("' + _STRING + rb'")(\s*:)?', re.DOTALL)
+_QUOTE = ord('"')
+_MESSAGE_KEYS = {"role", "from", "speaker"}
+_COLUMNS = {"question", "answer", "instruction", "output", "prompt", "completion", "response", "chosen", "rejected"}
+_COLUMNS |= {"text", "messages", "conversations", "conversation", "input_ids", "labels"}
+"""Columns of rows of known shapes: what has one is a row itself."""
+
+MAX_GAP = 1 << 20
+"""Bytes that may stand between two rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A row, with what stood between it and the row before; the last piece has no row, and a size of 0.
+
+    Attributes:
+        gap: bytes before the row.
+        text: the row; `None` if it is longer than the limit.
+        size: bytes of the row.
+        line: the physical line where it begins, from 1.
+        offset: the byte where it begins, from 0.
+    """
+
+    gap: bytes
+    text: bytes | None
+    size: int
+    line: int
+    offset: int
+
+
+def pieces(parts: Iterable[bytes], path: str, limit: int, under: str | None = None) -> Iterator[Piece]:
+    """Yield the rows of a JSON text that comes in parts: elements of a top-level array, or else top-level values.
+
+    Args:
+        parts: the text.
+        path: how errors name it.
+        limit: bytes of the longest row that is kept.
+        under: a key; a row is then an element of the array that lies under it, in the one object that the text is. This
+            array must begin in the first part.
+
+    Raises:
+        InputRefused: the text ends inside a row, or is none.
+    """
+    cutter = _Cutter(path, limit, under)
+    for part, brackets in _brackets(parts):
+        yield from cutter.cut(part, brackets)
+    yield cutter.last()
+
+
+def depth_of(text: bytes) -> int:
+    """Return how deep a JSON text is nested."""
+    depth = deepest = 0
+    for at in next(_brackets([text]))[1]:
+        depth += 1 if text[at] in b"{[" else -1
+        deepest = max(depth, deepest)
+    return deepest
+
+
+def key_of_rows(head: bytes, path: str, *, whole: bool) -> str | None:
+    """Return the key under which the rows of a text lie, if it is one object with one list of rows in it.
+
+    That is no row itself: it has no list of messages, and no column that rows have.
+
+    Args:
+        head: how the text begins.
+        path: how errors name it.
+        whole: whether this is all of the text.
+
+    Raises:
+        InputRefused: there are several such lists.
+    """
+    if not head.lstrip().startswith(b"{"):
+        return None
+    keys, lists, end = _outline(head)
+    if end is not None and (head[end:].strip() or not whole):
+        return None
+    firsts = {name: _first(items[0]) for name, items in lists.items()}
+    if _COLUMNS & keys or any(_MESSAGE_KEYS & set(first) for first in firsts.values()):
+        return None
+    # Of a text that goes on, it must be certain that this is no first row of many.
+    with_rows = [name for name, first in firsts.items() if first and (end is not None or len(lists[name]) > 1)]
+    if len(with_rows) > 1:
+        raise _several(with_rows, path)
+    return with_rows[0] if with_rows else None
+
+
+def _outline(head: bytes) -> tuple[set[str], dict[str, list[bytes]], int | None]:
+    """Return the keys of the object that a text begins with, the elements of the lists in it, and where it ends."""
+    depth = before = opened = 0
+    key, keys, lists = "", list[str](), dict[str, list[bytes]]()
+    for at in next(_brackets([head]))[1]:
+        if depth == 1:
+            keys += _keys(head[before:at])
+        if head[at] in b"{[":
+            if depth == 1:
+                key = keys[-1] if head[at] in b"[" and keys else ""
+            opened = at if depth == 2 else opened
+            depth += 1
+        else:
+            depth -= 1
+            if depth == 2 and key:
+                lists.setdefault(key, []).append(head[opened : at + 1])
+        before = at + 1
+        if depth == 0:
+            return set(keys), lists, before
+    return set(keys), lists, None
+
+
+def _several(keys: Iterable[str], path: str) -> InputRefused:
+    return InputRefused(
+        "several_lists",
+        f"holds rows under several keys: {', '.join(keys)}",
+        where=path,
+        hint="write each to a file of its own, e.g. with jq",
+    )
+
+
+def _first(text: bytes) -> Mapping[str, object]:
+    """Return the first element of a list, if it is an object."""
+    try:
+        found = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _keys(text: bytes) -> list[str]:
+    """Return the keys in a stretch of an object without brackets."""
+    return [str(_string(found[1])) for found in _KEY.finditer(text) if found[2]]
+
+
+def _string(text: bytes) -> str | None:
+    try:
+        return str(orjson.loads(text))
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _brackets(parts: Iterable[bytes]) -> Iterator[tuple[bytes, list[int]]]:
+    """Yield each part, with the places of the brackets in it that stand outside strings."""
+    in_string = escaped = False
+    for part in parts:
+        at, found = 0, list[int]()
+        if in_string:
+            rest = _REST.match(part, int(escaped))
+            assert rest is not None  # it matches nothing, too
+            in_string, at = not rest[1], rest.end()
+            escaped = at < len(part)
+        if not in_string:
+            while bracket := _BRACKET.match(part, at):
+                at = bracket.end()
+                found.append(at - 1)
+            tail = _SKIP.match(part, at)
+            assert tail is not None  # it matches nothing, too
+            if in_string := tail.end() < len(part):
+                rest = _REST.match(part, tail.end() + 1)
+                escaped = rest is not None and rest.end() < len(part)
+        yield part, found
+
+
+@dataclass(slots=True)
+class _Cutter:
+    path: str
+    limit: int
+    under: str | None
+    depth: int = 0
+    row_depth: int = 0
+    inside: bool = False
+    """whether rows can begin here"""
+    in_row: bool = False
+    gap: bytes = b""
+    row: list[bytes] = field(default_factory=list)
+    size: int = 0
+    line: int = 1
+    offset: int = 0
+    other: str = ""
+    """the key of another list than that of the rows"""
+    ended: tuple[int, int] | None = None
+    """the line and the offset where the list of rows ended"""
+    begun: tuple[int, int] = (1, 0)
+    """the line and the offset where the row at hand begins"""
+
+    def __post_init__(self) -> None:
+        self.inside = self.under is None
+
+    def cut(self, part: bytes, brackets: Iterable[int]) -> Iterator[Piece]:
+        """Yield the rows that end in this part."""
+        mark = counted = before = 0
+        for at in brackets:
+            key = _keys(part[before:at])[-1:] if self.under is not None and self.depth == 1 else []
+            before = at + 1
+            if part[at] in b"{[":
+                if self._begins(part[at]):
+                    self.in_row, self.gap = True, self.gap + part[mark:at]
+                    self.line += part.count(b"\n", counted, at)
+                    self.begun = self.line, self.offset + at
+                    mark = counted = at
+                elif self.under is not None and self._enters(part[at], key):
+                    self.inside, self.row_depth, mark = True, 2, at + 1
+                self.depth += 1
+                continue
+            self.depth = max(self.depth - 1, 0)
+            if self.in_row and self.depth == self.row_depth:
+                self._keep(part[mark : at + 1])
+                mark = at + 1
+                yield self._whole()
+            elif self.under is not None and self.inside and self.depth == 1:
+                self.inside, self.gap = False, self.gap + part[mark:at]
+                self.ended = self.line + part.count(b"\n", counted, at), self.offset + at
+        if self.in_row:
+            self._keep(part[mark:])
+        elif self.inside:
+            self.gap += part[mark:]
+        if len(self.gap) > MAX_GAP:
+            place = f"{self.path}:{self.line}"
+            raise InputRefused("not_rows", f"holds {MAX_GAP:,} bytes and more that are no object or list", where=place)
+        self.line += part.count(b"\n", counted)
+        self.offset += len(part)
+
+    def last(self) -> Piece:
+        if self.depth:
+            raise InputRefused(
+                "partial_file",
+                "the JSON ends inside the row that begins here: a bracket or a quote is never closed",
+                where=f"{self.path}:{self.begun[0]}",
+                hint="write the file again, it looks cut off",
+            )
+        return Piece(self.gap, None, 0, *(self.ended or (self.line, self.offset)))
+
+    def _enters(self, symbol: int, key: list[str]) -> bool:
+        """Whether this opens the list of rows; another list of rows than that is refused."""
+        if self.depth == 1:
+            self.other = key[0] if key and symbol in b"[" and key != [self.under] else ""
+            return key == [self.under] and symbol in b"["
+        if self.depth == 2 and self.other and symbol in b"{":
+            raise _several((str(self.under), self.other), self.path)
+        return False
+
+    def _begins(self, symbol: int) -> bool:
+        if self.depth == 0 and self.under is None:
+            self.row_depth = int(symbol in b"[")
+        return self.inside and self.depth == self.row_depth
+
+    def _keep(self, text: bytes) -> None:
+        self.size += len(text)
+        if self.size <= self.limit:
+            self.row.append(text)
+        else:
+            self.row.clear()
+
+    def _whole(self) -> Piece:
+        text = b"".join(self.row) if self.size <= self.limit else None
+        piece = Piece(self.gap, text, self.size, *self.begun)
+        self.in_row, self.gap, self.size = False, b"", 0
+        self.row.clear()
+        return piece

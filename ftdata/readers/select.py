@@ -1,0 +1,74 @@
+"""Select: the rows that are wanted, by an expression over their columns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ftdata.errors import InputRefused, UsageError
+from ftdata.types import Reject, Row
+
+
+@dataclass
+class Selection:
+    """The rows of a source that are wanted; `passed` counts those that were read and are not.
+
+    Rows that could not be read are wanted: whether they were is not known.
+    """
+
+    where: str | None = None
+    limit: int | None = None
+    passed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.where is not None:
+            if not isinstance(self.where, str):
+                raise UsageError("where", f"where is {self.where!r}, expected an expression")
+            _expression(self.where)
+        if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
+            raise UsageError("limit", f"limit is {self.limit!r}, expected a number of rows from 1")
+
+    def of(self, rows: Iterator[Row | Reject]) -> Iterator[Row | Reject]:
+        """Yield the rows that are wanted, the first `limit` of them."""
+        yield from islice(filter(self._wanted, rows), self.limit)
+
+    def _wanted(self, row: Row | Reject) -> bool:
+        if self.where is None or isinstance(row, Reject):
+            return True
+        columns = row.data if isinstance(row.data, Mapping) else {"messages": row.data}
+        try:
+            wanted = bool(_expression(self.where)({str(name): value for name, value in columns.items()}))
+        except Exception as error:  # noqa: BLE001  (an expression of the user's own)
+            raise InputRefused(
+                "where", f"where={self.where!r} fails on this row: {error}", where=str(row.source)
+            ) from None
+        self.passed += not wanted
+        return wanted
+
+
+@lru_cache(maxsize=8)
+def _expression(where: str) -> Callable[..., Any]:
+    """Compile a Jinja expression: `lang == "en" and messages | length > 2`; absent columns are undefined, and false.
+
+    Raises:
+        UsageError: it is none.
+    """
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.ChainableUndefined)
+    environment.tests["matching"] = _matching
+    try:
+        return environment.compile_expression(where)
+    except jinja2.TemplateSyntaxError as error:
+        hint = "e.g. lang == 'en' and messages | length > 2"
+        raise UsageError("where", f"where={where!r} is no expression: {error.message}", hint=hint) from None
+
+
+def _matching(text: Any, pattern: str) -> bool:
+    """As `re.search`, for `question is matching('^How')`."""
+    return isinstance(text, str) and re.search(pattern, text) is not None

@@ -1,0 +1,275 @@
+"""Bytes from anywhere: opened, decompressed and brought to UTF-8, in bounded memory.
+
+    path or URL ──> bytes ──> decompressed ──> UTF-8
+
+What a file is packed in is seen from its first bytes, never from its name.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import sys
+import zlib
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+
+from ftdata.errors import HubError, InputRefused, MissingDependency, StorageError, UsageError
+from ftdata.readers.hub import HubFile, is_hub
+
+CHUNK = 1 << 20
+"""Bytes that are read at once."""
+
+MAX_RATIO, FREE = 200, 1 << 30
+"""How many times its size a packed file may become, once it is more than `FREE` bytes."""
+
+STDIN = "-"
+
+_PACKED = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
+_UTF8_BOM = codecs.BOM_UTF8
+# The longer first: a UTF-32 mark begins with a UTF-16 one.
+_BOMS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+# Which of a text's first four bytes are zero, where it has no mark (RFC 4627, 3).
+_ZEROS = {
+    (False, True, True, True): "utf-32-le",
+    (True, True, True, False): "utf-32-be",
+    (False, True, False, True): "utf-16-le",
+    (True, False, True, False): "utf-16-be",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A file, wherever it lies. Picklable: it is opened where it is read.
+
+    `path` is a local path, `-` for standard input, or a URL; `encoding` that of a text without a byte order mark. With
+    `streaming`, files of the hub are read from there, and not downloaded first.
+    """
+
+    path: str
+    encoding: str | None = None
+    streaming: bool = False
+
+    def __post_init__(self) -> None:
+        if self.encoding is not None:
+            try:
+                if not "a".encode(self.encoding):
+                    raise LookupError
+            except (LookupError, TypeError, ValueError, AssertionError):
+                raise UsageError("encoding", f"no encoding is called {self.encoding!r}", hint="e.g. cp1252") from None
+
+    @property
+    def suffix(self) -> str:
+        """What the name says that the file is: its last suffix in lower case, but for that of a packed file."""
+        name = self.path.split("?", 1)[0] if is_url(self.path) else self.path
+        suffixes = [suffix[1:].lower() for suffix in PurePosixPath(name).suffixes]
+        while suffixes and suffixes[-1] in {*_PACKED.values(), "gzip", "zstd"}:
+            suffixes.pop()
+        return suffixes[-1] if suffixes else ""
+
+    def open(self) -> io.BufferedReader:
+        """Open the file as it is.
+
+        Raises:
+            UsageError: it is not there.
+            MissingDependency: its kind of place needs a package that is not installed.
+            StorageError: it cannot be opened.
+        """
+        try:
+            if self.path == STDIN:
+                return _joined(_at_least(8, _read(sys.stdin.buffer)))
+            if not is_url(self.path):
+                return cast(io.BufferedReader, Path(self.path).open("rb", buffering=CHUNK))
+            if is_hub(self.path) and not self.streaming:
+                return cast(io.BufferedReader, HubFile.at(self.path).local().open("rb", buffering=CHUNK))
+            import fsspec
+
+            return _buffered(fsspec.open(self.path, "rb").open())
+        except ImportError as error:
+            scheme = self.path.partition("://")[0]
+            hint = f"pip install 'ftdata[{scheme}]'" if scheme in {"s3", "gs"} else "install what it names"
+            raise MissingDependency("no_filesystem", str(error), where=self.path, hint=hint) from None
+        except HubError:
+            raise
+        except FileNotFoundError:
+            raise UsageError("file_not_found", "is not there", where=self.path) from None
+        except ValueError as error:
+            raise UsageError("unknown_protocol", str(error), where=self.path) from None
+        except OSError as error:
+            raise StorageError("unreadable", str(error), where=self.path) from None
+
+    def text(self) -> io.BufferedReader:
+        """Open the file decompressed and in UTF-8; a UTF-8 byte order mark stays.
+
+        Where the text is not in its encoding, its bytes come through as they are: whoever reads the line refuses it.
+
+        Raises:
+            InputRefused: while reading: the file is cut off or damaged, or grows without bounds.
+        """
+        file = self.open()
+        packing = next((name for magic, name in _PACKED.items() if _head(file).startswith(magic)), None)
+        if packing:
+            file = _joined(_unpacked(file, packing, self.path))
+        encoding = _encoding(_head(file), self.encoding)
+        return _joined(_decoded(file, encoding, self.path)) if encoding else file
+
+
+def is_url(path: str) -> bool:
+    """Whether this names a place by its protocol."""
+    return "://" in path
+
+
+def before(head: bytes, rest: Generator[bytes]) -> Generator[bytes]:
+    """Yield `head`, and then the rest."""
+    yield head
+    yield from rest
+
+
+def joined(head: bytes, rest: BinaryIO) -> io.BufferedReader:
+    """Return a file of what was read of it already and of the rest."""
+    return _joined(before(head, chunks(rest)))
+
+
+def chunks(file: BinaryIO) -> Generator[bytes]:
+    """Yield what is left of a file, `CHUNK` bytes or fewer at a time, and close it."""
+    with file:
+        yield from _read(file)
+
+
+def _read(file: BinaryIO) -> Generator[bytes]:
+    read = getattr(file, "read1", file.read)
+    while chunk := read(CHUNK):
+        yield chunk
+
+
+class _Chunks(io.RawIOBase):
+    """Chunks of bytes as a file."""
+
+    def __init__(self, parts: Generator[bytes]) -> None:
+        self._parts, self._rest = parts, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            part = next(self._parts, None)
+            if part is None:
+                return 0
+            self._rest = memoryview(part)
+        size = min(len(buffer), len(self._rest))
+        buffer[:size] = self._rest[:size]
+        self._rest = self._rest[size:]
+        return size
+
+    def close(self) -> None:
+        self._parts.close()
+        super().close()
+
+
+def _at_least(size: int, parts: Generator[bytes]) -> Generator[bytes]:
+    """Yield parts, the first of which is not shorter, if there is so much: what a pipe holds is told by it."""
+    first = b""
+    while len(first) < size and (part := next(parts, b"")):
+        first += part
+    yield first
+    yield from parts
+
+
+def _joined(parts: Generator[bytes]) -> io.BufferedReader:
+    return io.BufferedReader(_Chunks(parts), CHUNK)
+
+
+def _buffered(file: Any) -> io.BufferedReader:
+    return file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, CHUNK)
+
+
+def _head(file: io.BufferedReader) -> bytes:
+    return file.peek(8)[:8]
+
+
+def _unpacked(file: BinaryIO, packing: str, path: str) -> Generator[bytes]:
+    packed = plain = 0
+
+    def counted() -> Generator[bytes]:
+        nonlocal packed
+        for chunk in chunks(file):
+            packed += len(chunk)
+            yield chunk
+
+    try:
+        for chunk in chunks(_opened(_joined(counted()), packing)):
+            plain += len(chunk)
+            if plain > FREE and plain > MAX_RATIO * packed:
+                raise InputRefused(
+                    "expansion",
+                    f"becomes more than {MAX_RATIO} times its size: {plain:,} bytes out of {packed:,}",
+                    where=path,
+                    hint="unpack it yourself if that is right",
+                )
+            yield chunk
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
+        fault = "truncated: it ends" if cut else "corrupt"
+        raise InputRefused(
+            "partial_file" if cut else "damaged_file",
+            f"the {packing} file is {fault} after {plain:,} bytes of text ({error})",
+            where=path,
+            hint="copy or download it again",
+        ) from None
+
+
+def _opened(file: io.BufferedReader, packing: str) -> BinaryIO:
+    if packing == "gz":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    if packing in ("bz2", "xz"):
+        return _joined(_concatenated(file, bz2.BZ2Decompressor if packing == "bz2" else lzma.LZMADecompressor))
+    import pyarrow as pa
+
+    return cast(BinaryIO, pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd"))
+
+
+def _concatenated(file: BinaryIO, new: Callable[[], Any]) -> Generator[bytes]:
+    """Yield what one packed stream after another holds; what is no stream after one is damage."""
+    unpacker = new()
+    for chunk in chunks(file):
+        rest = chunk
+        while rest:
+            if unpacker.eof:
+                unpacker = new()
+            yield unpacker.decompress(rest)
+            rest = unpacker.unused_data
+    if not unpacker.eof:
+        raise EOFError("it ends before the end of the stream")
+
+
+def _encoding(head: bytes, given: str | None) -> str | None:
+    """Return the encoding of a text that begins so, or `None` for UTF-8."""
+    for mark, name in _BOMS.items():
+        if head.startswith(mark):
+            return name
+    if len(head) >= 4 and (name := _ZEROS.get((head[0] == 0, head[1] == 0, head[2] == 0, head[3] == 0), "")):
+        return name
+    return None if given is None or codecs.lookup(given).name == "utf-8" or head.startswith(_UTF8_BOM) else given
+
+
+def _decoded(file: BinaryIO, encoding: str, path: str) -> Generator[bytes]:
+    # What is not text in this encoding comes out as bytes that are no UTF-8, and is refused with its line.
+    errors = "surrogatepass" if encoding.startswith("utf-") else "surrogateescape"
+    decoder = codecs.getincrementaldecoder(encoding)(errors)
+    try:
+        for chunk in chunks(file):
+            yield decoder.decode(chunk).encode("utf-8", errors)
+        yield decoder.decode(b"", final=True).encode("utf-8", errors)
+    except UnicodeError as error:
+        raise InputRefused("encoding", f"is not {encoding} text: {error}", where=path) from None

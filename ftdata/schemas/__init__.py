@@ -1,0 +1,179 @@
+"""Normalise: a row of any known shape -> `Conversation`. The shape is found per row, never assumed from the first.
+
+| schema              | a row has                                             | becomes                               |
+|---------------------|-------------------------------------------------------|---------------------------------------|
+| `messages`          | `messages` (or the row is a list): role/content       | itself                                |
+| `sharegpt`          | `conversations`: from/value                           | roles mapped                          |
+| `prompt_completion` | `prompt`, `completion`: strings or message lists      | user, assistant                       |
+| `preference`        | `chosen`, `rejected`, maybe `prompt`                  | the chosen side                       |
+| `alpaca`            | `instruction`, `output`, maybe `input`, `history`     | user (instruction + input), assistant |
+| `question_answer`   | `question`, `answer`                                  | user, assistant                       |
+| `text`              | `text`                                                | already formatted, all trained        |
+| `tokens`            | `input_ids` with `labels` or a mask                   | itself, checked                       |
+| `chat_log`          | one list of messages under any other name             | as `messages`                         |
+
+A cell may itself be an object with one value (`{"question": {"0": "How ..."}}`): the value is taken. How messages
+may be spelled: `ftdata.schemas.messages`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ftdata.errors import BadRow, UsageError, nearest
+from ftdata.schemas.messages import ROLES, SPECIAL_ROLES, STANDS_FOR, is_message, read_json
+from ftdata.schemas.shapes import Convert, Schema, log_column, schemas
+from ftdata.types import Conversation, Row
+
+__all__ = ["ROLES", "SPECIAL_ROLES", "STANDS_FOR", "Convert", "Schema", "check_columns", "normalise", "schemas"]
+
+_RESERVED = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "documents",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+}
+"""What a row may not set: whose it is, or what would replace the template."""
+
+
+def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None = None) -> Conversation:
+    """Turn one row into a conversation.
+
+    Args:
+        row: the row as read.
+        schema: `"auto"`, or the name of the schema that every row must have: a known one, or `./file.py:function`
+            of one that turns a row into a `Conversation`.
+        columns: canonical column name -> the name in the data, e.g. `{"instruction": "q", "output": "a"}`.
+
+    Raises:
+        BadRow: the shape is unknown or ambiguous, or a value is not what its column needs; names the field.
+        UsageError: no schema has this name.
+
+    >>> from ftdata.types import Source
+    >>> row = Row({"question": "2+2?", "answer": "4"}, Source("data.jsonl", 0, 1))
+    >>> normalise(row).messages
+    ({'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'})
+    """
+    try:
+        data = _mapped(row.data, columns)
+        kwargs = _kwargs(data)
+        name = _detect(data) if schema == "auto" else schema
+        chosen = schemas.get(name)
+        conversation = chosen.convert(data) if isinstance(chosen, Schema) else chosen(data)
+    except BadRow as error:
+        where = f"{row.source} {error.field}".rstrip()
+        raise BadRow(error.code, error.message, where=where, hint=error.hint, field=error.field) from None
+    return replace(conversation, schema=name, source=row.source, kwargs=kwargs)
+
+
+def check_columns(columns: Mapping[str, str] | None) -> None:
+    """Refuse a `columns=` mapping whose keys are no canonical column of any schema.
+
+    Raises:
+        UsageError: with the nearest canonical name.
+    """
+    known = {name for schema in _known().values() for name in schema.columns}
+    for name, actual in (columns or {}).items():
+        if not isinstance(actual, str):
+            raise UsageError("columns", f"columns= maps {name!r} to {actual!r}, expected the name of a column")
+        if name not in known:
+            raise UsageError(
+                "unknown_column", f"columns= maps {name!r}, which no schema has", hint=nearest(name, known)
+            )
+
+
+def _known() -> dict[str, Schema]:
+    return {name: schema for name, schema in schemas.own().items() if isinstance(schema, Schema)}
+
+
+def _mapped(data: Any, columns: Mapping[str, str] | None) -> Mapping[str, Any]:
+    if isinstance(data, list):
+        return {"messages": data}
+    if not isinstance(data, Mapping):
+        raise BadRow("not_a_row", f"is a {type(data).__name__}, expected an object or a list of messages")
+    if not columns:
+        return data
+    mapped = {key: value for key, value in data.items() if key not in columns.values()}
+    for canonical, actual in columns.items():
+        mapped[canonical] = data[actual] if actual in data else _at(data, actual, canonical)
+    return mapped
+
+
+def _at(data: Mapping[str, Any], path: str, canonical: str) -> Any:
+    """Return the value at a path such as `conversation.turns[0].text`."""
+    value: Any = data
+    for name, number in re.findall(r"([^.\[\]]+)|\[(-?\d+)\]", path):
+        try:
+            if not isinstance(value, list if number else Mapping):
+                raise TypeError
+            value = value[int(number)] if number else value[name]
+        except (LookupError, TypeError):
+            raise BadRow(
+                "missing_column",
+                f"has no column {path!r}, which columns= names for {canonical!r}",
+                field=path,
+                hint=nearest(path, map(str, data)),
+            ) from None
+    return value
+
+
+def _kwargs(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row's own variables for the template (`chat_template_kwargs`)."""
+    given = data.get("chat_template_kwargs")
+    if isinstance(given, str):
+        given = read_json(given, "chat_template_kwargs") if given.strip() else None
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise BadRow("row_options", "is no object", field="chat_template_kwargs")
+    for name, value in given.items():
+        if name in _RESERVED or not isinstance(value, str | int | float | bool | None):
+            raise BadRow(
+                "row_options",
+                "is not the row's to set: the template and how it is run are the build's",
+                field=f"chat_template_kwargs.{name}",
+                hint="take it out; a row may set plain values that the template reads, such as enable_thinking",
+            )
+    return dict(given)
+
+
+def _detect(data: Mapping[str, Any]) -> str:
+    found = [name for name, schema in _known().items() if schema.matches(data)]
+    if len(found) == 1:
+        return found[0]
+    if not found and not is_message(data) and log_column(data) is not None:
+        return "chat_log"
+    present = ", ".join(map(repr, data)) or "none"
+    if found:
+        raise BadRow(
+            "ambiguous_schema",
+            f"fits several schemas ({', '.join(found)}); its columns: {present}",
+            hint=f"say which with schema={found[0]!r}",
+        )
+    if is_message(data):
+        raise BadRow(
+            "one_message",
+            "is a single message; a row is a whole conversation",
+            hint="put each conversation's messages in a list of their own",
+        )
+    candidates = "; ".join(f"{name}: {', '.join(s.columns)}" for name, s in _known().items() if s.columns)
+    raise BadRow(
+        "unknown_schema",
+        f"has no known shape; its columns: {present}",
+        hint=f"map its columns with columns=, e.g. columns={{'prompt': ..., 'completion': ...}}. "
+        f"Known shapes: {candidates}",
+    )

@@ -1,0 +1,272 @@
+"""Messages in every spelling that is in use -> the messages that chat templates know.
+
+| spelling                                                  | becomes                                             |
+|-----------------------------------------------------------|-----------------------------------------------------|
+| `from` / `value`, `speaker` / `text`, ...                 | `role` / `content`                                  |
+| `human`, `gpt`, `bard`, `model`, ...                      | `user`, `assistant`                                 |
+| `function_call: {name, arguments}`                        | `tool_calls` of one call                            |
+| ShareGPT `from: function_call`, a JSON text               | an assistant message with `tool_calls`              |
+| ShareGPT `from: observation`, `function_response`         | a `tool` message                                    |
+| calls without `function` around name and arguments        | with it                                             |
+| `tool_calls`, `tools` as JSON text                        | the list in it                                      |
+| blocks `text`, `thinking`, `tool_use`, `tool_result`      | content, `reasoning_content`, `tool_calls`, `tool`  |
+| `train`, `training`, `weight`, `loss`                     | `train`                                             |
+
+Keys that nobody knows are kept: a template may read them. Nulls are absent, as transformers has it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from ftdata.errors import BadRow, nearest
+from ftdata.types import Message
+
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+"""Role spellings in use -> the role that chat templates know."""
+
+STANDS_FOR = {"ipython": "tool", "observation": "tool", "function": "tool", "environment": "tool"}
+"""Roles that only some templates know -> what they stand for elsewhere."""
+
+SPECIAL_ROLES = (*STANDS_FOR, "context", "documents", "latest_reminder")
+"""Roles that go through to templates that name them."""
+
+_SPEAKERS = ("from", "speaker", "author", "sender")
+_TEXTS = ("value", "text", "message", "utterance", "content")
+_ARGUMENTS = ("arguments", "parameters", "args", "input")
+_TRAIN_KEYS = ("train", "training", "weight", "loss")
+
+
+def is_message(value: Any) -> bool:
+    """Whether this looks like one message: an object with somebody who speaks, and a text."""
+    return isinstance(value, Mapping) and (
+        "role" in value or (any(isinstance(value.get(key), str) for key in _SPEAKERS) and _text_key(value) is not None)
+    )
+
+
+def is_messages(value: Any) -> bool:
+    """Whether this looks like a conversation: a list of messages."""
+    return isinstance(value, list) and bool(value) and all(map(is_message, value))
+
+
+def read_messages(value: Any, field: str) -> tuple[Message, ...]:
+    """Return the messages that a row gives.
+
+    Args:
+        value: a list of messages, or its JSON text.
+        field: where it stands in the row.
+
+    Raises:
+        BadRow: naming the field in which something is not what a message needs.
+    """
+    if isinstance(value, str):
+        value = read_json(value, field)
+    if not isinstance(value, list):
+        raise BadRow("messages_type", f"is {describe(value)}, expected a list of messages", field=field)
+    if not value:
+        raise BadRow("no_messages", "is an empty list, expected messages", field=field)
+    return tuple(one for index, item in enumerate(value) for one in _read(item, f"{field}[{index}]"))
+
+
+def read_tools(data: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Return the tools that a row gives: `tools`, or the older `functions`; a list, or its JSON text."""
+    name = "tools" if data.get("tools") else "functions"
+    tools = data.get(name)
+    if isinstance(tools, str):
+        tools = read_json(tools, name) if tools.strip() else None
+    if not tools:
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow("tools_type", f"is {describe(tools)}, expected a list of JSON schemas", field=name)
+    return tuple({"type": "function", "function": tool} if name == "functions" else tool for tool in tools)
+
+
+def read_json(text: str, field: str) -> Any:
+    """Return what a JSON text holds.
+
+    Raises:
+        BadRow: it is none.
+    """
+    try:
+        # Python's own reader keeps whole numbers of any size.
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRow("json_text", f"is text that is not JSON: {error}", field=field) from None
+
+
+def describe(value: Any) -> str:
+    """Return a value as errors show it."""
+    if value is None:
+        return "null or absent"
+    return f"{type(value).__name__} {str(value)[:60]!r}"
+
+
+def _text_key(item: Mapping[str, Any]) -> str | None:
+    return next((key for key in _TEXTS if key in item), None)
+
+
+def _read(item: Any, field: str) -> Iterator[Message]:
+    if not isinstance(item, Mapping):
+        raise BadRow("message_type", f"is {describe(item)}, expected an object with role and content", field=field)
+    role, item = _speaker(item, field)
+    message = {key: value for key, value in item.items() if key not in _TRAIN_KEYS and value is not None}
+    message = {"role": role, **message}
+    trained = [_flag(item[key], f"{field}.{key}") for key in _TRAIN_KEYS if item.get(key) is not None]
+    if trained:
+        message["train"] = all(trained)
+    if isinstance(content := message.get("content"), list) and _has_blocks(content):
+        yield from cast(Iterator[Message], _from_blocks(message, field))
+        return
+    message.update(_calls(message, field))
+    if not isinstance(content, str):
+        message.update(_content(content, bool(message.get("tool_calls")), f"{field}.content"))
+    yield cast(Message, message)
+
+
+def _speaker(item: Mapping[str, Any], field: str) -> tuple[str, Mapping[str, Any]]:
+    """Return who speaks, and the message with its text under `content`."""
+    if "role" in item:
+        return _role(item["role"], f"{field}.role"), {key: value for key, value in item.items() if key != "role"}
+    speaker = next((key for key in _SPEAKERS if key in item), None)
+    if speaker is None:
+        return _role(None, f"{field}.role"), item
+    name, text = item[speaker], _text_key(item)
+    rest = {key: value for key, value in item.items() if key not in (speaker, text)}
+    if name == "function_call":
+        calls = read_json(item[text], f"{field}.{text}") if text and isinstance(item[text], str) else None
+        if not isinstance(calls, dict | list):
+            raise BadRow("tool_calls_type", "is no JSON text of a call or of calls", field=f"{field}.{text}")
+        return "assistant", {**rest, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    # Who speaks is written as people write it, where it is no role of a model's format.
+    role = _role(name.strip().lower() if isinstance(name, str) else name, f"{field}.{speaker}")
+    return role, {**rest, "content": item[text]} if text is not None else rest
+
+
+def _role(value: Any, field: str) -> str:
+    known = value if value in SPECIAL_ROLES else ROLES.get(value) if isinstance(value, str) else None
+    if known is None:
+        found = f"is {describe(value)}, no role"
+        raise BadRow("unknown_role", found, field=field, hint=nearest(str(value), (*ROLES, *SPECIAL_ROLES)))
+    return str(known)
+
+
+def _calls(message: dict[str, Any], field: str) -> dict[str, Any]:
+    """Return the calls of a message in the one form; arguments that are text must be JSON, or nothing."""
+    calls, field = message.get("tool_calls"), f"{field}.tool_calls"
+    if message.get("function_call"):
+        if calls:
+            raise BadRow("two_calls", "stands beside function_call: which of them is meant?", field=field)
+        one, field = message.pop("function_call"), field.replace("tool_calls", "function_call")
+        calls = [read_json(one, field) if isinstance(one, str) else one]
+    if isinstance(calls, str):
+        calls = read_json(calls, field) if calls.strip() else []
+    if calls is None:
+        return {}
+    if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
+        raise BadRow("tool_calls_type", f"is {describe(calls)}, expected a list of objects", field=field)
+    return {"tool_calls": [_call(call, f"{field}[{index}]") for index, call in enumerate(calls)]}
+
+
+def _call(call: Mapping[str, Any], field: str) -> dict[str, Any]:
+    function = call.get("function")
+    if function is None and isinstance(call.get("name"), str):
+        given = next((key for key in _ARGUMENTS if key in call), None)
+        function = {"name": call["name"], "arguments": {} if given is None else call[given]}
+        call = {key: value for key, value in call.items() if key not in ("name", given)}
+        call = {"type": "function", **call, "function": function}
+    text = function.get("arguments") if isinstance(function, Mapping) else None
+    if isinstance(text, str) and text.strip():
+        try:
+            json.loads(text)
+        except (ValueError, RecursionError) as error:
+            place = f"{field}.function.arguments"
+            raise BadRow("tool_arguments", f"is text that is not JSON: {error}", field=place) from None
+    return dict(call)
+
+
+def _content(content: Any, has_calls: bool, field: str) -> dict[str, Any]:
+    if content is None and has_calls:
+        return {}
+    if isinstance(content, list) and content and all(_is_part(part, "text") for part in content):
+        if not all(isinstance(part.get("text"), str) for part in content):
+            raise BadRow("content_type", "has a text part without text", field=field)
+        return {"content": [dict(part) for part in content]}
+    if isinstance(content, list) and any(isinstance(part, Mapping) and part.get("type") != "text" for part in content):
+        kinds = sorted({str(part.get("type")) for part in content if isinstance(part, Mapping)} - {"text"})
+        raise BadRow("content_type", f"has parts that are no text: {', '.join(kinds)}", field=field)
+    raise BadRow("content_type", f"is {describe(content)}, expected text or a list of text parts", field=field)
+
+
+_BLOCKS = ("thinking", "tool_use", "tool_result")
+
+
+def _is_part(part: Any, kind: str) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == kind
+
+
+def _has_blocks(content: list[Any]) -> bool:
+    return any(_is_part(part, kind) for part in content for kind in _BLOCKS)
+
+
+def _from_blocks(message: dict[str, Any], field: str) -> Iterator[dict[str, Any]]:
+    """Yield the messages that one of typed blocks (as Anthropic has them) stands for; results come first."""
+    for key in ("tool_calls", "reasoning_content"):
+        if message.get(key):
+            raise BadRow("block_type", f"stands beside {key}: which of them is meant?", field=f"{field}.content")
+    texts, thoughts, calls = list[str](), list[str](), list[dict[str, Any]]()
+    for index, block in enumerate(message["content"]):
+        place = f"{field}.content[{index}]"
+        if _is_part(block, "text") and isinstance(block.get("text"), str):
+            if calls:
+                raise BadRow("block_order", "is text after a tool_use: no template prints it there", field=place)
+            texts.append(block["text"])
+        elif _is_part(block, "thinking") and isinstance(block.get("thinking"), str) and not texts and not calls:
+            thoughts.append(block["thinking"])
+        elif _is_part(block, "tool_use") and isinstance(block.get("name"), str):
+            function = {"name": block["name"], "arguments": block.get("input", {})}
+            calls.append({"type": "function", "id": block.get("id", ""), "function": function})
+        elif _is_part(block, "tool_result") and not texts:
+            error = {"is_error": True} if block.get("is_error") else {}
+            result = {"role": "tool", "content": _result(block, place), "tool_call_id": block.get("tool_use_id", "")}
+            yield {**result, **error}
+        else:
+            raise BadRow("block_type", f"is {describe(block)}, which has no place here", field=place)
+    if texts or thoughts or calls:
+        content: Any = texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts] or ""
+        more = {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
+        yield {**message, "content": content, **more, **({"tool_calls": calls} if calls else {})}
+
+
+def _result(block: Mapping[str, Any], field: str) -> str:
+    content = block.get("content", "")
+    if isinstance(content, list) and len(content) == 1 and _is_part(content[0], "text"):
+        content = content[0].get("text")
+    if not isinstance(content, str):
+        raise BadRow("content_type", f"is {describe(content)}, expected one text", field=f"{field}.content")
+    return content
+
+
+def _flag(value: Any, field: str) -> bool:
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    found = f"is {describe(value)}, expected 0 or 1 (a token is trained or it is not)"
+    raise BadRow("weight_value", found, field=field)

@@ -1,0 +1,263 @@
+"""Shapes of rows, each with a way to tell it by its columns and one to make a `Conversation` of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+from ftdata.errors import BadRow
+from ftdata.registry import Registry
+from ftdata.schemas.messages import describe, is_message, is_messages, read_json, read_messages, read_tools
+from ftdata.types import IGNORE_INDEX, Conversation, Message, Tokens
+
+Convert = Callable[[Mapping[str, Any]], Conversation]
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """A known row shape: `matches` looks at the keys and types only, `convert` builds the conversation.
+
+    `columns` are the canonical column names, the ones that `columns=` may map.
+    """
+
+    columns: tuple[str, ...]
+    matches: Callable[[Mapping[str, Any]], bool]
+    convert: Convert
+
+
+schemas: Registry[Schema | Convert] = Registry("ftdata.schemas", "schema")
+
+ALIASES = {"completion": ("response",), "output": ("response",), "conversations": ("conversation",)}
+"""Other names in common use for a canonical column, taken when the canonical one is absent."""
+
+_MASKS = ("completion_mask", "assistant_masks", "loss_mask")
+
+
+def log_column(data: Mapping[str, Any]) -> str | None:
+    """Return the only column that holds a list of messages, whatever its name."""
+    found = [name for name, value in data.items() if is_messages(_listed(value))]
+    return found[0] if len(found) == 1 else None
+
+
+def _listed(value: Any) -> Any:
+    """Return the list that a text is the JSON of: in tables, where a column has one type, lists are often text."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return read_json(value, "")
+    except BadRow:
+        return value
+
+
+def _get(data: Mapping[str, Any], column: str) -> Any:
+    for name in (column, *ALIASES.get(column, ())):
+        if name in data:
+            return data[name]
+    return None
+
+
+def _has(*required: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda data: all(_get(data, name) is not None for name in required)
+
+
+def _has_list(column: str) -> Callable[[Mapping[str, Any]], bool]:
+    def matches(data: Mapping[str, Any]) -> bool:
+        value = _get(data, column)
+        return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
+
+    return matches
+
+
+def _text(data: Mapping[str, Any], column: str) -> str:
+    value = _get(data, column)
+    if isinstance(value, Mapping):
+        if len(value) != 1:
+            raise BadRow(
+                "nested_cell",
+                f"holds {len(value)} values, expected one",
+                field=column,
+                hint="one row per value, or one column-oriented object in the whole file",
+            )
+        value = next(iter(value.values()))
+    if not isinstance(value, str):
+        raise BadRow("content_type", f"is {describe(value)}, expected text", field=column)
+    return value
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _from_fields(data: Mapping[str, Any], fields: dict[str, str], user: str, assistant: str) -> Conversation:
+    before, beside = _context(data)
+    messages = (*before, _message("user", user), _message("assistant", assistant))
+    return Conversation(
+        messages=messages, fields={**fields, **beside}, tools=read_tools(data), completion_from=len(messages) - 1
+    )
+
+
+def _context(data: Mapping[str, Any]) -> tuple[tuple[Message, ...], dict[str, str]]:
+    """Return what stands before the question: `system`, and `history` as pairs; as messages, and as fields."""
+    messages: list[Message] = []
+    fields: dict[str, str] = {}
+    if data.get("system"):
+        fields["system"] = _text(data, "system")
+        messages.append(_message("system", fields["system"]))
+    history = _listed(data.get("history")) or []
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
+    ):
+        raise BadRow("history_type", "is no list of [question, answer] pairs", field="history")
+    for question, answer in history:
+        messages += _message("user", question), _message("assistant", answer)
+    if history:
+        fields["history"] = orjson.dumps(history).decode()
+    return tuple(messages), fields
+
+
+def _turns(data: Mapping[str, Any], column: str, role: str) -> tuple[Message, ...]:
+    """Return a column that holds messages, or the text of one."""
+    value = _get(data, column)
+    return read_messages(value, column) if _is_chat(value) else (_message(role, _text(data, column)),)
+
+
+def _is_chat(value: Any) -> bool:
+    # A text in brackets is a text, unless it is messages.
+    return isinstance(value, list) or is_messages(_listed(value))
+
+
+def _prompt_completion(data: Mapping[str, Any]) -> Conversation:
+    if _is_chat(_get(data, "prompt")) or _is_chat(_get(data, "completion")):
+        before, after = _opened(data, _turns(data, "prompt", "user")), _turns(data, "completion", "assistant")
+        return Conversation(messages=before + after, tools=read_tools(data), completion_from=len(before))
+    fields = {"prompt": _text(data, "prompt"), "completion": _text(data, "completion")}
+    return _from_fields(data, fields, fields["prompt"], fields["completion"])
+
+
+def _preference(data: Mapping[str, Any]) -> Conversation:
+    """Make the conversation with the answer that was preferred; the other one is left out."""
+    chosen = _turns(data, "chosen", "assistant")
+    if _get(data, "prompt") is None:
+        if not any(message["role"] != "assistant" for message in chosen):
+            raise BadRow("no_prompt", "answers nothing: no question is in it, nor in a prompt column", field="chosen")
+        chosen = _opened(data, chosen)
+        return Conversation(messages=chosen, tools=read_tools(data), completion_from=_last_answer(chosen))
+    prompt = _turns(data, "prompt", "user")
+    # Some data sets repeat the question in both answers.
+    repeats = all(message["role"] == "assistant" or message in chosen for message in prompt) and len(chosen) > 1
+    messages = _opened(data, chosen if repeats else prompt + chosen)
+    return Conversation(messages=messages, tools=read_tools(data), completion_from=_last_answer(messages))
+
+
+def _alpaca(data: Mapping[str, Any]) -> Conversation:
+    fields = {"instruction": _text(data, "instruction"), "output": _text(data, "output")}
+    fields["input"] = _text(data, "input") if data.get("input") is not None else ""
+    user = f"{fields['instruction']}\n\n{fields['input']}" if fields["input"] else fields["instruction"]
+    return _from_fields(data, fields, user, fields["output"])
+
+
+def _question_answer(data: Mapping[str, Any]) -> Conversation:
+    fields = {"question": _text(data, "question"), "answer": _text(data, "answer")}
+    return _from_fields(data, fields, fields["question"], fields["answer"])
+
+
+def _plain_text(data: Mapping[str, Any]) -> Conversation:
+    text = _text(data, "text")
+    return Conversation(messages=(), fields={"text": text}, text=text)
+
+
+def _opened(data: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return the messages with the row's own system message before them, unless they begin with it."""
+    if not data.get("system"):
+        return messages
+    system = _message("system", _text(data, "system"))
+    if messages[0]["role"] != "system":
+        return (system, *messages)
+    if messages[0].get("content") != system["content"]:
+        raise BadRow("two_systems", "differs from the conversation's own system message", field="system")
+    return messages
+
+
+def _chat(column: str) -> Convert:
+    def convert(data: Mapping[str, Any]) -> Conversation:
+        messages = _opened(data, read_messages(_get(data, column), column))
+        return Conversation(messages=messages, tools=read_tools(data), completion_from=_last_answer(messages))
+
+    return convert
+
+
+def _log(data: Mapping[str, Any]) -> Conversation:
+    column = log_column(data)
+    if column is None:
+        raise BadRow("no_messages", "has no column, or several, that hold a list of messages")
+    return _chat(column)(data)
+
+
+def _last_answer(messages: Sequence[Message]) -> int:
+    return max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+
+
+def _pretokenised(data: Mapping[str, Any]) -> Conversation:
+    """Check tokens that were made elsewhere: as many labels, each the id itself or -100, and nothing padded."""
+    ids = _whole_numbers(data, "input_ids")
+    if not len(ids):
+        raise BadRow("no_tokens", "is an empty list, expected ids", field="input_ids")
+    for name, whole in (("attention_mask", [1] * len(ids)), ("seq_lengths", [len(ids)])):
+        if data.get(name) is not None and _whole_numbers(data, name).tolist() != whole:
+            raise BadRow("tokens_shape", "is not that of one unpadded example", field=name, hint="one row per example")
+    mask = next((name for name in _MASKS if data.get(name) is not None), None)
+    if data.get("labels") is not None:
+        labels = _whole_numbers(data, "labels")
+        if len(labels) != len(ids):
+            raise BadRow("tokens_shape", f"holds {len(labels)} labels for {len(ids)} ids", field="labels")
+        trained = labels != IGNORE_INDEX
+        if (wrong := np.flatnonzero(trained & (labels != ids))).size:
+            at = int(wrong[0])
+            found = f"is {labels[at]}, expected the id {ids[at]} itself or {IGNORE_INDEX} (labels are not shifted)"
+            raise BadRow("label_value", found, field=f"labels[{at}]")
+    elif mask is not None:
+        values = _whole_numbers(data, mask)
+        if len(values) != len(ids) or not np.isin(values, (0, 1)).all():
+            raise BadRow("tokens_shape", f"is no 0 or 1 for each of {len(ids)} ids", field=mask)
+        trained = values == 1
+    else:
+        hint = f"give labels, or one of {', '.join(_MASKS)}"
+        raise BadRow("no_labels", "come without labels: which of them are to be learnt?", field="input_ids", hint=hint)
+    return Conversation(messages=(), tokens=Tokens(ids.astype(np.int32), trained))
+
+
+def _whole_numbers(data: Mapping[str, Any], column: str) -> Any:
+    value = _listed(data[column])
+    if not isinstance(value, list) or not all(type(one) is int or type(one) is bool for one in value):
+        raise BadRow("tokens_type", f"is {describe(value)}, expected a list of whole numbers", field=column)
+    if any(abs(one) >= 1 << 31 for one in value):
+        raise BadRow("tokens_type", "holds numbers that no token has", field=column)
+    return np.asarray(value, dtype=np.int64)
+
+
+def _is_text_pair(first: str, second: str) -> Callable[[Mapping[str, Any]], bool]:
+    present = _has(first, second)
+    # `instruction` + `response` is Alpaca's shape, not a prompt and its completion.
+    return lambda data: present(data) and (first != "prompt" or "instruction" not in data)
+
+
+def _is_plain_text(data: Mapping[str, Any]) -> bool:
+    return isinstance(data.get("text"), str | Mapping) and not is_message(data)
+
+
+for _name, _schema in {
+    "messages": Schema(("messages", "tools"), _has_list("messages"), _chat("messages")),
+    "sharegpt": Schema(("conversations", "system", "tools"), _has_list("conversations"), _chat("conversations")),
+    "prompt_completion": Schema(("prompt", "completion"), _is_text_pair("prompt", "completion"), _prompt_completion),
+    "preference": Schema(("prompt", "chosen", "rejected"), _has("chosen", "rejected"), _preference),
+    "alpaca": Schema(("instruction", "output", "input"), _has("instruction", "output"), _alpaca),
+    "question_answer": Schema(("question", "answer"), _has("question", "answer"), _question_answer),
+    "text": Schema(("text",), _is_plain_text, _plain_text),
+    "tokens": Schema(("input_ids", "labels"), _has_list("input_ids"), _pretokenised),
+    "chat_log": Schema((), lambda _: False, _log),
+}.items():
+    schemas.register(_name)(_schema)

@@ -1,0 +1,88 @@
+"""Written back, rows are the same conversations, or they are refused."""
+
+import json
+
+import pytest
+from test_matrix import SHAPES
+from test_readers import write
+
+from ftdata import convert, read
+from ftdata.errors import BadRows, StorageError, TooManyRejects, UsageError
+from ftdata.schemas import normalise
+
+CHATS = {name: row for name, row in SHAPES.items() if name not in ("text", "tokens")}
+
+
+def as_objects(messages):
+    """Messages with the arguments of calls as objects, in whichever way they were written."""
+    found = json.loads(json.dumps(messages))
+    for message in found:
+        for call in message.get("tool_calls", ()):
+            if isinstance(call["function"]["arguments"], str):
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return found
+
+
+@pytest.mark.parametrize("to", ["messages", "prompt_completion"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("shape", CHATS)
+def test_what_is_written_is_the_same_conversation(tmp_path, shape, suffix, to):
+    done = convert([CHATS[shape]] * 2, tmp_path / f"out{suffix}", to)
+    assert (done.sources[0].read, done.sources[0].built, done.rejects) == (2, 2, ())
+    given = normalise(next(read([CHATS[shape]])))
+    for row in map(normalise, read(str(tmp_path / f"out{suffix}"))):
+        assert row.schema == to
+        assert as_objects(row.messages) == as_objects(given.messages)
+        assert row.tools == given.tools
+        if to == "prompt_completion":
+            assert row.completion_from == given.completion_from
+
+
+def test_lines_are_exact_and_readable(tmp_path):
+    convert([{"question": "naïve \u2028?", "answer": "007"}], tmp_path / "o.jsonl")
+    assert (tmp_path / "o.jsonl").read_text(encoding="utf-8") == (
+        '{"messages":[{"role":"user","content":"naïve \u2028?"},{"role":"assistant","content":"007"}]}\n'
+    )
+
+
+def test_text_is_what_the_template_prints(tmp_path, tokenizer_dir):
+    convert([{"question": "q", "answer": "a"}], tmp_path / "o.jsonl", "text", tokenizer=tokenizer_dir("tiny_bpe"))
+    (row,) = read(str(tmp_path / "o.jsonl"))
+    assert row.data == {"text": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"}
+    for options in ({"to": "text"}, {"to": "messages", "tokenizer": tokenizer_dir("tiny_bpe")}, {"to": "masages"}):
+        with pytest.raises(UsageError, match="to"):
+            convert([{"question": "q", "answer": "a"}], tmp_path / "p.jsonl", **options)
+
+
+def test_what_has_no_place_is_counted_and_nothing_is_half_written(tmp_path):
+    good, odd = (
+        {"question": "q", "answer": "a"},
+        {"messages": [{"role": "user", "content": "q", "mood": "x"}, {"role": "assistant", "content": "a"}]},
+    )
+    data = write(tmp_path, "d.jsonl", "".join(json.dumps(row) + "\n" for row in (good, odd, {"text": "t"})) + "{\n")
+    (tmp_path / "o.parquet").write_text("older")
+    with pytest.raises(BadRows, match="3 rows are refused"):
+        convert(data, tmp_path / "o.parquet")
+    with pytest.raises(TooManyRejects):
+        convert(data, tmp_path / "o.parquet", on_bad_rows="quarantine", max_rejects=2)
+    assert (tmp_path / "o.parquet").read_text() == "older"
+    done = convert(data, tmp_path / "o.parquet", on_bad_rows="quarantine", max_rejects=3)
+    assert [one.code for one in done.rejects] == ["no_column", "no_messages", "json"]
+    assert [one.source.line for one in done.rejects] == [2, 3, 4]
+    assert "4 read = 1 written" in str(done)
+    assert len(convert(data, tmp_path / "o.jsonl", on_bad_rows="quarantine", max_rejects=2).rejects) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "o.jsonl", "o.parquet"]
+    assert (
+        convert(data, tmp_path / "o.jsonl", where="question == 'q'", on_bad_rows="quarantine", max_rejects=1)
+        .sources[0]
+        .passed
+        == 2
+    )
+
+
+def test_what_cannot_be_written_says_so(tmp_path):
+    with pytest.raises(UsageError, match="neither"):
+        convert([{"question": "q", "answer": "a"}], tmp_path / "o.csv")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file"):
+        convert([{"question": "q", "answer": "a"}], tmp_path / "file" / "o.jsonl")

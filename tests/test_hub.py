@@ -1,0 +1,206 @@
+"""The hub, for real but on localhost: reading, streaming, tokenizers, and everything that can go wrong on the way."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from hub.server import serving
+
+ROWS = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(40)]
+QUICK = "import ftdata.readers.hub as hub; hub.PAUSE = 0.01\n"
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with serving() as (server, address):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        yield server
+
+
+def python(code):
+    """Run code in a process of its own: the hub's client reads its address when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", QUICK + code], capture_output=True, text=True, check=False, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def rows_of(data):
+    """The questions that are read from a place, by split."""
+    return python(
+        "import json\nfrom ftdata.readers import sources\nfound = {}\n"
+        f"for source in sources({data!r}):\n"
+        "    found.setdefault(source.split, []).extend(row.data['question'] for row in source.rows())\n"
+        "print(json.dumps(found))"
+    )
+
+
+def refusal(data):
+    return python(
+        "import json\nfrom ftdata import read\nfrom ftdata.errors import FtdataError\n"
+        f"try:\n    list(read({data!r}))\nexcept FtdataError as error:\n"
+        "    print(json.dumps([error.code, error.exit_code, str(error)]))"
+    )
+
+
+QUESTIONS = [row["question"] for row in ROWS]
+
+
+@pytest.mark.parametrize("place", ["me/chats", "hf://me/chats", "hf://datasets/me/chats"])
+def test_splits_are_told_by_names(hub, place):
+    hub.add("me/chats", {
+        "README.md": "about", "data/train-00000-of-00002.jsonl": lines(ROWS[:10]), "data/train-00001-of-00002.jsonl.gz": gzip.compress(lines(ROWS[10:20]).encode()),
+        "data/test.csv": "question,answer\nq20,a20\n", "val.json": json.dumps(ROWS[30:]),
+    })  # fmt: skip
+    assert rows_of(place) == {"test": ["q20"], "train": QUESTIONS[:20], "validation": QUESTIONS[30:]}
+    assert rows_of({"path": place, "split": "test"}) == {"test": ["q20"]}
+    assert rows_of({"path": place, "data_files": "data/train-*"}) == {"train": QUESTIONS[:20]}
+    assert rows_of({"path": place, "data_files": {"a": "val.json", "b": ["data/test.csv"]}}) == {
+        "a": QUESTIONS[30:],
+        "b": ["q20"],
+    }
+    assert rows_of("hf://me/chats/data/test.csv") == {"train": ["q20"]}
+
+
+def test_the_card_names_configurations_and_their_files(hub):
+    card = "---\nconfigs:\n- config_name: small\n  data_files:\n  - split: train\n    path: s/*.jsonl\n- config_name: large\n  default: true\n  data_files: l.jsonl\n---\n"
+    hub.add("me/two", {"README.md": card, "s/a.jsonl": lines(ROWS[:2]), "l.jsonl": lines(ROWS)})
+    assert rows_of("me/two") == {"train": QUESTIONS}
+    assert rows_of({"path": "me/two", "name": "small"}) == {"train": QUESTIONS[:2]}
+    code, status, text = refusal({"path": "me/two", "name": "smal"})
+    assert (code, status) == ("hub_config", 2)
+    assert "did you mean 'small'" in text
+
+
+def test_what_is_read_is_one_commit_and_comes_once(hub):
+    hub.add("me/chats", {"train.jsonl": lines(ROWS)})
+    commit = hub.commit(("datasets", "me/chats"))
+    found = python(
+        "import json\nfrom ftdata import read\nrows = list(read('me/chats'))\nprint(json.dumps([str(rows[0].source), len(rows)]))"
+    )
+    assert found == [f"hf://datasets/me/chats@{commit}/train.jsonl:1", 40]
+    bodies = [path for method, path in hub.asked if method == "GET" and "resolve" in path]
+    assert bodies == [f"/datasets/me/chats/resolve/{commit}/train.jsonl"]
+    rows_of("me/chats")
+    assert [path for method, path in hub.asked if method == "GET" and "resolve" in path] == bodies
+    assert rows_of({"path": "me/chats", "revision": commit}) == {"train": QUESTIONS}
+
+
+def test_streams_are_read_without_a_download(hub, tmp_path):
+    table = pa.Table.from_pylist(ROWS)
+    pq.write_table(table, tmp_path / "t.parquet")
+    hub.add("me/chats", {"train.jsonl": lines(ROWS), "test.parquet": (tmp_path / "t.parquet").read_bytes()})
+    assert rows_of({"path": "me/chats", "streaming": True}) == {"test": QUESTIONS, "train": QUESTIONS}
+    assert not list((tmp_path / "home").rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("fault", [503, 429, 500, "cut"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_passes_is_waited_for(hub, fault, streaming):
+    hub.add("me/chats", {"train.jsonl": lines(ROWS * 50)})
+    hub.faults += [(r"resolve/.*\.jsonl", fault)] * 2
+    if fault != "cut":
+        hub.faults.append((r"^/api/datasets", fault))
+    assert rows_of({"path": "me/chats", "streaming": streaming}) == {"train": QUESTIONS * 50}
+    assert hub.faults == []
+
+
+def test_a_hub_that_stays_down_is_an_error_of_six(hub):
+    hub.add("me/chats", {"train.jsonl": lines(ROWS)})
+    hub.faults += [(r"resolve/.*\.jsonl", 503)] * 99
+    code, status, text = refusal("me/chats")
+    assert (code, status) == ("hub", 6)
+    assert "train.jsonl" in text
+    assert "503" in text
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "status", "says"),
+    [
+        ("me/nothing", "hub", 6, "404"),
+        ({"path": "me/chats", "split": "tset"}, "no_split", 2, "train"),
+        ({"path": "me/chats", "data_files": "trian.jsonl"}, "file_not_found", 2, "did you mean 'train.jsonl'"),
+        ("me/code", "hub_no_data", 3, "never run"),
+        ({"path": "data.jsonl", "revision": "x"}, "hub_only", 2, "not on the hub"),
+    ],
+)
+def test_what_is_not_there_is_named(hub, place, code, status, says):
+    hub.add("me/chats", {"train.jsonl": lines(ROWS)})
+    hub.add("me/code", {"code.py": "import os"})
+    found = refusal(place)
+    assert found[:2] == [code, status]
+    assert says in found[2]
+
+
+def test_another_file_in_the_middle_is_never_mixed_in(hub):
+    hub.add("me/chats", {"train.jsonl": lines(ROWS * 50)})
+    hub.faults += [(r"resolve/.*\.jsonl", "etag")]
+    assert rows_of("me/chats") == {"train": QUESTIONS * 50}
+
+
+def test_tokenizers_come_from_the_hub(hub, tokenizer_dir):
+    folder = Path(tokenizer_dir("tiny_bpe"))
+    hub.add("me/model", {path.name: path.read_bytes() for path in folder.iterdir()}, kind="models")
+    hub.faults += [(r"resolve/.*/tokenizer.json", 503)] * 2
+    code = f"""
+import json
+from ftdata import encode
+talk = [{{"role": "user", "content": "q"}}, {{"role": "assistant", "content": "a"}}]
+print(json.dumps([encode(talk, name)[0].input_ids.tolist() for name in ("me/model", {str(folder)!r})]))"""
+    ours, theirs = python(code)
+    assert ours == theirs
+
+
+def test_a_build_is_pushed_whole_and_read_back(hub, tokenizer_dir, tmp_path):
+    (tmp_path / "d.jsonl").write_text(lines(ROWS))
+    python(f"""
+import json
+from ftdata import build_sft_dataset
+build_sft_dataset({str(tmp_path / "d.jsonl")!r}, {tokenizer_dir("tiny_bpe")!r}, test_size=4, output_dir={str(tmp_path / "out")!r})
+print(json.dumps(0))""")
+    command = [sys.executable, "-m", "ftdata", "push", str(tmp_path / "out"), "me/built", "--private"]
+    hub.faults.append((r"/commit/", 503))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    files = hub.repos["datasets", "me/built"]
+    assert {name: len(data) for name, data in files.items() if name != ".gitattributes"} == {
+        str(path.relative_to(tmp_path / "out")): path.stat().st_size
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    }
+    card = files["README.md"].decode()
+    for fact in (
+        f"{tmp_path / 'd.jsonl'}: 40 rows",
+        "trained on",
+        "assistant",
+        "40 read = 40 built",
+        "ftdata build",
+        "--test-size 4",
+    ):
+        assert fact in card
+    found = python(
+        "import json, datasets\nloaded = datasets.load_dataset('me/built')\n"
+        "print(json.dumps({name: [len(split), split.column_names] for name, split in loaded.items()}))"
+    )
+    assert found == {
+        name: [size, ["input_ids", "labels", "seq_lengths"]] for name, size in (("train", 36), ("test", 4))
+    }
+    (tmp_path / "out" / "train" / "data-00000.arrow").write_bytes(b"")
+    assert subprocess.run(command, capture_output=True, check=False, env=os.environ).returncode == 3

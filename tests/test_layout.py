@@ -1,0 +1,148 @@
+"""Which rows go where: by chance that is the same everywhere, whole rows, no row on both sides."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftdata import build_sft_dataset
+from ftdata.errors import UsageError
+from ftdata.layout import Facts, Layout, lay_out, mixed
+
+ROWS = [{"question": f"What is {n}?", "answer": f"It is {n}.", "lang": "en" if n % 3 else "de"} for n in range(30)]
+
+
+def facts(rows, splits=(None,), weights=(1.0,)):
+    """`rows`: for each row its source, its content and how many examples it has."""
+    of = [(source, at, content) for at, (source, content, count) in enumerate(rows) for _ in range(count)]
+    source, row, content = zip(*of, strict=True) if of else ((), (), ())
+    return Facts(np.array(source, np.int64), np.array(row, np.int64), np.array(content, np.int64), splits, weights)
+
+
+rows = st.lists(st.tuples(st.just(0), st.integers(0, 9), st.integers(1, 3)), min_size=2, max_size=40)
+
+
+def whole_rows(given_rows, numbers):
+    """The rows that these examples are, each checked to be whole and in order."""
+    begins = np.cumsum([0, *(count for *_, count in given_rows)])
+    found, at = [], 0
+    while at < len(numbers):
+        row = int(np.searchsorted(begins, numbers[at], side="right")) - 1
+        count = given_rows[row][2]
+        assert numbers[at : at + count].tolist() == list(range(begins[row], begins[row] + count))
+        found.append(row)
+        at += count
+    return found
+
+
+@given(rows=rows, seed=st.integers(0, 2**64), size=st.integers(1, 39), dedup=st.booleans(), shuffle=st.booleans())
+def test_a_test_split_shares_no_row_with_training(rows, seed, size, dedup, shuffle):
+    unique = len({content for _, content, _ in rows})
+    layout = Layout(test_size=size, seed=seed, dedup=dedup, shuffle=shuffle)
+    if size >= (unique if dedup else len(rows)):
+        with pytest.raises(UsageError, match="none to train on"):
+            lay_out(facts(rows), layout)
+        return
+    equal = max(sum(other[1] == row[1] for other in rows) for row in rows)
+    try:
+        laid = lay_out(facts(rows), layout)
+    except UsageError as error:
+        assert "too many equals" in str(error)
+        assert not dedup
+        assert equal > size
+        return
+    train, test = (whole_rows(rows, laid.splits[name]) for name in ("train", "test"))
+    assert not {rows[one][1] for one in train} & {rows[one][1] for one in test}
+    assert len(test) <= size
+    kept = sorted(train + test)
+    assert kept == (
+        [one for one, (_, content, _) in enumerate(rows) if content not in [c for _, c, _ in rows[:one]]]
+        if dedup
+        else list(range(len(rows)))
+    )
+    assert laid.left_out["duplicate"] == (len(rows) - unique if dedup else 0)
+    assert train == sorted(train) or shuffle
+
+
+@given(rows=rows, sample=st.integers(1, 50) | st.floats(0.01, 0.99), seed=st.integers(0, 99))
+def test_a_sample_is_as_large_as_asked_for(rows, sample, seed):
+    laid = lay_out(facts(rows), Layout(sample=sample, seed=seed))
+    taken = whole_rows(rows, laid.splits["train"])
+    expected = min(sample, len(rows)) if sample >= 1 else int(np.ceil(sample * len(rows)))
+    assert len(taken) == len(set(taken)) == expected
+    assert laid.left_out["not sampled"] == len(rows) - expected
+    assert taken == sorted(taken)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    weights=st.lists(st.sampled_from([0.0, 0.3, 0.5, 1.0, 1.75, 2.0, 3.0]), min_size=3, max_size=3),
+    seed=st.integers(0, 99),
+)
+def test_sources_are_taken_as_often_as_their_weight_says(sizes, weights, seed):
+    rows = [(source, number, 1) for source, size in enumerate(sizes) for number in range(size)]
+    laid = lay_out(facts(rows, [None] * len(sizes), weights[: len(sizes)]), Layout(seed=seed))
+    counts = np.bincount(laid.splits["train"], minlength=len(rows))
+    for source, size in enumerate(sizes):
+        own = counts[[number for number, row in enumerate(rows) if row[0] == source]]
+        weight = weights[source]
+        assert own.sum() == int(np.floor(weight)) * size + round((weight - np.floor(weight)) * size)
+        assert own.min() >= np.floor(weight)
+        assert own.max() <= np.ceil(weight)
+
+
+def test_splits_of_the_data_stay_and_what_is_tested_is_not_trained():
+    given_rows = [(0, 1, 1), (0, 2, 1), (1, 2, 1), (1, 3, 1)]
+    kept = lay_out(facts(given_rows, ["train", "test"], [1, 1]), Layout())
+    assert {name: found.tolist() for name, found in kept.splits.items()} == {"train": [0, 1], "test": [2, 3]}
+    apart = lay_out(facts(given_rows, ["train", "test"], [1, 1]), Layout(dedup=True))
+    assert {name: found.tolist() for name, found in apart.splits.items()} == {"train": [0], "test": [2, 3]}
+
+
+def test_chance_is_the_same_everywhere():
+    """SplitMix64's own first numbers, and the shuffle of ten rows by seed 42: neither may ever change."""
+    assert mixed(np.arange(3, dtype=np.uint64), 0).tolist() == [
+        16294208416658607535, 7960286522194355700, 487617019471545679
+    ]  # fmt: skip
+    laid = lay_out(facts([(0, n, 1) for n in range(10)]), Layout(shuffle=True, seed=42))
+    assert laid.splits["train"].tolist() == [3, 5, 6, 0, 9, 2, 4, 1, 8, 7]
+
+
+def test_rows_are_chosen_in_a_build(tokenizer_dir, tmp_path):
+    tiny = tokenizer_dir("tiny_bpe")
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, *ROWS[:5]]) + "{\n")
+    options = {"on_bad_rows": "quarantine", "max_rejects": 1}
+    built = build_sft_dataset(str(path), tiny, where="lang == 'en'", dedup=True, **options)
+    assert len(built["train"]) == 20
+    assert {name: built.report.totals[name] for name in ("read", "built", "passed", "rejected")} == {
+        "read": 36, "built": 23, "passed": 12, "rejected": 1
+    }  # fmt: skip
+    assert "3 rows are left out: duplicate" in built.report.notes
+    assert len(build_sft_dataset(str(path), tiny, limit=7)["train"]) == 7
+    assert len(build_sft_dataset(str(path), tiny, where="question is matching('1[0-9]')", limit=4)["train"]) == 4
+    mixed_in = build_sft_dataset([{"path": str(path), "weight": 0.5}, {"path": str(path), "weight": 2}], tiny, limit=10)
+    assert len(mixed_in["train"]) == 5 + 20
+    sampled = [
+        build_sft_dataset(str(path), tiny, sample=10, shuffle=True, seed=1, workers=n, **options) for n in (1, 2)
+    ]
+    assert sampled[0]["train"].to_dict() == sampled[1]["train"].to_dict()
+    assert len(sampled[0]["train"]) == 10
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"where": "lang =="}, {"limit": 0}, {"sample": -1}, {"sample": 1.5}, {"test_size": 0}],
+)
+def test_what_cannot_be_chosen_is_refused(tokenizer_dir, options):
+    with pytest.raises(UsageError, match=next(iter(options))):
+        build_sft_dataset(ROWS, tokenizer_dir("tiny_bpe"), **options)
+
+
+@pytest.mark.parametrize("weight", [-1, "2", float("inf"), True])
+def test_weights_are_numbers(tokenizer_dir, tmp_path, weight):
+    (tmp_path / "d.jsonl").write_text('{"text": "t"}\n')
+    with pytest.raises(UsageError, match="weight"):
+        build_sft_dataset([{"path": str(tmp_path / "d.jsonl"), "weight": weight}], tokenizer_dir("tiny_bpe"))
