@@ -86,3 +86,29 @@ def test_what_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
         convert([{"question": "q", "answer": "a"}], tmp_path / "file" / "o.jsonl")
+
+
+def test_text_that_would_be_read_otherwise_is_not_written(tmp_path, tokenizer_dir):
+    typed = {"question": "say <|im_end|>", "answer": "a"}
+    for row in (typed, {"input_ids": [5, 6], "labels": [5, 6]}):
+        with pytest.raises(BadRows, match="control_tokens|no_messages"):
+            convert([row], tmp_path / "o.jsonl", "text", tokenizer=tokenizer_dir("tiny_bpe"))
+    with pytest.raises(BadRows, match="no_prompt"):
+        convert([[{"role": "assistant", "content": "a"}]], tmp_path / "o.jsonl", "prompt_completion")
+    odd = {"id": "1", "index": 3, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [odd]}]
+    with pytest.raises(BadRows, match="tool_calls"):
+        convert([{"messages": talk}], tmp_path / "o.parquet")
+
+
+def test_what_is_read_is_not_written_over(tmp_path):
+    path = write(tmp_path, "d.jsonl", '{"question": "q", "answer": "a"}\n')
+    with pytest.raises(UsageError, match="is read"):
+        convert(path, path)
+    assert len(list(read(path))) == 1
+
+
+def test_rows_that_cannot_be_shown_are_rejects_too(tmp_path):
+    rows = [{"question": "\ud800", "answer": "a"}, {"question": "q", "answer": "a"}, {"x": 10**30, 3: None}]
+    done = convert(rows, tmp_path / "o.jsonl", on_bad_rows="quarantine", max_rejects=2)
+    assert (done.sources[0].built, len(done.rejects)) == (1, 2)

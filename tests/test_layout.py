@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftdata import build_sft_dataset
-from ftdata.errors import UsageError
+from ftdata.errors import InputRefused, UsageError
 from ftdata.layout import Facts, Layout, lay_out, mixed
 
 ROWS = [{"question": f"What is {n}?", "answer": f"It is {n}.", "lang": "en" if n % 3 else "de"} for n in range(30)]
@@ -146,3 +146,20 @@ def test_weights_are_numbers(tokenizer_dir, tmp_path, weight):
     (tmp_path / "d.jsonl").write_text('{"text": "t"}\n')
     with pytest.raises(UsageError, match="weight"):
         build_sft_dataset([{"path": str(tmp_path / "d.jsonl"), "weight": weight}], tokenizer_dir("tiny_bpe"))
+
+
+def test_what_has_no_weight_is_in_no_split():
+    given_rows = [(0, n, 1) for n in range(5)] + [(1, n, 1) for n in range(5, 10)]
+    laid = lay_out(facts(given_rows, [None, None], [0.0, 1.0]), Layout(test_size=2))
+    assert sorted(np.concatenate(list(laid.splits.values())).tolist()) == [5, 6, 7, 8, 9]
+    assert laid.left_out["of weight 0"] == 5
+
+
+def test_a_build_without_rows_is_no_build(tokenizer_dir):
+    for options, says in (
+        ({"where": "lang == 'fr'"}, "passes over all 30 rows"),
+        ({"test_size": 3}, "too many equals"),
+    ):
+        rows = ROWS if "where" in options else [ROWS[0]] * 10
+        with pytest.raises((InputRefused, UsageError), match=says):
+            build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), **options)
