@@ -122,7 +122,6 @@ def convert(
     recipe = make_recipe(tokenizer, template, schema=schema, columns=columns) if tokenizer is not None else None
     ledgers: list[Ledger] = []
     rejects: list[Reject] = []
-    Selection(where, limit)
     with _writer(Path(output), to) as write:
         for source in sources(data):
             if Path(source.path).exists() and Path(output).exists() and Path(source.path).samefile(output):

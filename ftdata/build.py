@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -35,33 +35,11 @@ from ftdata.mask import Policy
 from ftdata.pack import best_fit_decreasing, unpacked
 from ftdata.readers import FileSource, MemorySource, sources
 from ftdata.readers.select import Selection
-from ftdata.recipe import FLAGS, Recipe, make_recipe
+from ftdata.recipe import FLAGS, Options, Recipe, make_recipe
 from ftdata.types import Example, Reject
 
 if TYPE_CHECKING:
     import datasets
-
-_DEFAULTS: dict[str, Any] = {
-    "schema": "auto",
-    "train_on": "assistant",
-    "train_parts": None,
-    "turns": "auto",
-    "control_tokens": "escape",
-    "dropped": "refuse",
-    "unclosed": "flag",
-    "refuse": [],
-    "max_length": None,
-    "overlong": "reject",
-    "packing": None,
-    "where": None,
-    "limit": None,
-    "dedup": False,
-    "sample": None,
-    "shuffle": False,
-    "test_size": None,
-    "seed": 0,
-}
-"""What a command need not say."""
 
 BY_CHOICE = frozenset({"overlong"})
 """Reasons of rejection that the user's own limits cause: counted and listed, but no fault of the data."""
@@ -467,9 +445,9 @@ def _command(ledgers: Sequence[Ledger], options: Mapping[str, Any]) -> str:
     words = ["ftdata", "build", *(each.source for each in ledgers), "--tokenizer", options["tokenizer"]["name"]]
     if options["template"]["name"] != "tokenizer":
         words += ["--template", options["template"]["name"]]
-    for name, default in _DEFAULTS.items():
-        value = options[name]
-        if value != default:
+    for option in (*fields(Options), *fields(Layout), *fields(Selection)):
+        name, value = option.name, options.get(option.name)
+        if name != "columns" and value and value != option.default:
             listed = ",".join(value) if isinstance(value, list) else str(value)
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [listed])]
     words += [word for pair in options["columns"].items() for word in ("--column", "=".join(pair))]

@@ -251,7 +251,9 @@ def _given(recipe: Recipe, conversation: Conversation, tokens: Tokens) -> Exampl
         raise BadRow("token_id", found, field=f"input_ids[{at}]", hint="give the tokenizer that made these tokens")
     if not trained.any():
         raise BadRow("nothing_trained", "has no token to learn", field="labels")
-    texts = [recipe.tokenizer.decode([one]) for one in ids.tolist()]
+    distinct, which = np.unique(ids, return_inverse=True)
+    spelled = [recipe.tokenizer.decode([one]) for one in distinct.tolist()]
+    texts = [spelled[one] for one in which.tolist()]
     ends = np.cumsum([len(text) for text in texts])
     offsets = np.stack((ends - [len(text) for text in texts], ends), axis=1).astype(np.int32)
     runs = np.flatnonzero(np.diff(trained, prepend=~trained[:1], append=~trained[-1:]))

@@ -91,9 +91,11 @@ def lay_out(facts: Facts, layout: Layout) -> Laid:
     Raises:
         UsageError: the test split would leave nothing to train on, or the data has splits already.
     """
-    first, row_of = _rows(facts)
-    source, content = facts.source[first], facts.content[first]
-    _, group = np.unique(content, return_inverse=True)
+    first = _rows(facts)
+    source = facts.source[first]
+    # Equal rows matter to these two only.
+    compared = layout.dedup or layout.test_size is not None
+    group = np.unique(facts.content[first], return_inverse=True)[1] if compared else np.arange(len(first))
     given = np.asarray([name or "train" for name in facts.splits])
     # One split alone, whatever its name, was chosen to be trained.
     split = given[source] if len(set(given.tolist())) > 1 else np.full(len(first), "train")
@@ -110,13 +112,14 @@ def lay_out(facts: Facts, layout: Layout) -> Laid:
         size = _count(layout.sample, len(chosen))
         taken = chosen[_drawn(chosen, layout.seed, _SAMPLE)[:size]]
         left_out["not sampled"] = len(chosen) - len(taken)
-        kept = np.isin(np.arange(len(first)), taken)
+        kept[:] = False
+        kept[taken] = True
     rows = _splits(np.flatnonzero(kept), group, split, layout)
     if any(weight != 1 for weight in facts.weights):
         rows["train"] = _weighted(rows["train"], source, np.asarray(facts.weights), layout.seed)
     if layout.shuffle:
         rows["train"] = rows["train"][_drawn(np.arange(len(rows["train"])), layout.seed, _SHUFFLE)]
-    examples_of = np.concatenate((first, [len(row_of)]))
+    examples_of = np.concatenate((first, [len(facts.row)]))
     return Laid({name: _examples(numbers, examples_of) for name, numbers in rows.items()}, left_out)
 
 
@@ -133,13 +136,11 @@ def mixed(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
         return np.asarray(z ^ (z >> np.uint64(31)), dtype=np.uint64)
 
 
-def _rows(facts: Facts) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the first example of each row, and the row of each example, both counted over all sources."""
-    if not len(facts.row):
-        return np.empty(0, np.int64), np.empty(0, np.int64)
+def _rows(facts: Facts) -> NDArray[np.int64]:
+    """Return the first example of each row of each source."""
     begins = np.ones(len(facts.row), dtype=np.bool_)
     begins[1:] = (np.diff(facts.row) != 0) | (np.diff(facts.source) != 0)
-    return np.flatnonzero(begins), np.cumsum(begins) - 1
+    return np.flatnonzero(begins)
 
 
 def _drawn(numbers: NDArray[np.int64], seed: int, purpose: np.uint64) -> NDArray[np.int64]:

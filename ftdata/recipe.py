@@ -6,7 +6,7 @@ import datetime
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,11 @@ class Recipe(Options):
         if self.unclosed == "append_eos" and not self.template.special_tokens.get("eos_token"):
             raise UsageError("unclosed", "unclosed='append_eos' needs an eos_token, and this tokenizer names none")
 
+    @cached_property
+    def _variants(self) -> dict[str, Recipe]:
+        """The same recipe with other variables of the template, by these as JSON."""
+        return {}
+
     def with_kwargs(self, kwargs: Mapping[str, Any]) -> Recipe:
         """Return the recipe for a row with variables of its own for the template, examined as every template is.
 
@@ -119,15 +124,16 @@ class Recipe(Options):
         """
         if not kwargs:
             return self
-        key, variants = json.dumps(kwargs, sort_keys=True), self.template.variants
+        key, variants = json.dumps(kwargs, sort_keys=True), self._variants
         if key not in variants:
             if len(variants) >= _MOST_VARIANTS:
                 del variants[next(iter(variants))]
             try:
-                variants[key] = trusted(replace(self.template, kwargs={**self.template.kwargs, **kwargs}))
+                template = trusted(replace(self.template, kwargs={**self.template.kwargs, **kwargs}))
+                variants[key] = replace(self, template=template)
             except TemplateRefused as error:
                 raise BadRow(error.code, error.message, field="chat_template_kwargs", hint=error.hint) from None
-        return replace(self, template=variants[key])
+        return variants[key]
 
     def describe(self) -> dict[str, Any]:
         """Return the options as JSON, for manifest and fingerprint."""

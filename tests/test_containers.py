@@ -19,7 +19,8 @@ from test_readers import outcomes, rows, write
 
 from ftdata import read
 from ftdata.errors import InputRefused, MissingDependency, UsageError
-from ftdata.readers.scan import pieces
+from ftdata.readers.scan import _COLUMNS, pieces
+from ftdata.schemas import schemas
 from ftdata.types import Reject
 
 TALK = [{"role": "user", "content": "q, “x”\n\r\n\u2028"}, {"role": "assistant", "content": "007"}]
@@ -352,6 +353,17 @@ def test_patterns_that_go_deep_name_each_file_once(tmp_path):
     assert sorted(row["text"] for row in data_of(f"{tmp_path}/**")) == ["a", "b"]
 
 
+def test_a_quote_inside_a_plain_cell_is_a_quote(tmp_path):
+    assert data_of(write(tmp_path, "d.csv", 'q,a\n12" ruler,x\n')) == [{"q": '12" ruler', "a": "x"}]
+
+
+def test_values_that_python_does_not_have_are_rejected(tmp_path):
+    far = pa.array([0, 10**15], pa.timestamp("ms"))
+    pq.write_table(pa.table({"text": ["a", "b"], "when": far}), tmp_path / "d.parquet")
+    good, bad = outcomes(str(tmp_path / "d.parquet"))
+    assert (good.data["text"], bad.code) == ("a", "value_range")
+
+
 def test_names_that_stand_twice_are_refused(tmp_path):
     pq.write_table(pa.table([["q"], ["x"], ["y"]], names=["q", "a", "a"]), tmp_path / "d.parquet")
     pd.DataFrame([["q", "a", "a"], ["1", "2", "3"]]).to_excel(tmp_path / "d.xlsx", index=False, header=False)
@@ -373,3 +385,9 @@ def test_small_faults_of_files_do_not_cost_them(tmp_path):
     assert data_of(write(tmp_path, "what?.csv", "q,a,,\nx,y,,\n")) == [{"q": "x", "a": "y"}]
     (bad,) = outcomes(write(tmp_path, "e.csv", "q,a,,\nx,y,,z\n"))
     assert bad.code == "ragged_row"
+
+
+def test_every_shape_is_known_as_a_row():
+    """What tells a row from what holds rows must know the columns of every schema."""
+    for schema in schemas.own().values():
+        assert not schema.columns or set(schema.columns) & _COLUMNS

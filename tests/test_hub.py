@@ -10,8 +10,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from hub.server import serving
 
 ROWS = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(40)]
@@ -204,3 +202,11 @@ print(json.dumps(0))""")
     }
     (tmp_path / "out" / "train" / "data-00000.arrow").write_bytes(b"")
     assert subprocess.run(command, capture_output=True, check=False, env=os.environ).returncode == 3
+
+
+def test_patterns_stay_in_their_folder_and_no_network_is_an_error_of_six(hub, monkeypatch):
+    hub.add("me/chats", {"data/a.jsonl": lines(ROWS[:1]), "data/deep/b.jsonl": lines(ROWS[1:2])})
+    assert rows_of({"path": "me/chats", "data_files": "data/*.jsonl"}) == {"train": QUESTIONS[:1]}
+    assert rows_of({"path": "me/chats", "data_files": "data/**/*.jsonl"}) == {"train": QUESTIONS[:2]}
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert refusal("me/chats")[:2] == ["hub", 6]

@@ -9,9 +9,8 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ftdata.errors import HubError, InputRefused, UsageError, nearest
 
@@ -71,6 +70,7 @@ def is_hub(place: str) -> bool:
 
 def hub_files(
     place: str,
+    readable: Callable[[str], bool],
     config: str | None = None,
     revision: str | None = None,
     data_files: str | Sequence[str] | Mapping[str, Any] | None = None,
@@ -79,6 +79,7 @@ def hub_files(
 
     Args:
         place: `hf://owner/name`, with `@revision` and a path or glob after it, if need be; or `owner/name`.
+        readable: whether a file of this name is data.
         config: the name of a configuration in the data set's card.
         revision: a branch, tag or commit; what is found is pinned to the commit.
         data_files: globs of files, or split -> globs.
@@ -90,6 +91,7 @@ def hub_files(
     found = _ID.fullmatch(place.removeprefix(SCHEME))
     if found is None:
         raise UsageError("hub_path", f"{place} is no data set", hint="hf://owner/name, or owner/name")
+    from fsspec.utils import glob_translate
     from huggingface_hub import HfApi
 
     repo, at, path = found[1], found[2] or revision, found[3]
@@ -99,11 +101,12 @@ def hub_files(
     given = path or data_files
     chosen = _by_split(given) if given else _of_card(info.card_data, config, f"{SCHEME}{repo}")
     if chosen is None:
-        yield from ((HubFile(repo, commit, name), split) for name, split in _named(names, repo))
+        yield from ((HubFile(repo, commit, name), split) for name, split in _named(names, readable, repo))
         return
     for split, globs in chosen.items():
         for pattern in globs:
-            matching = [name for name in names if fnmatch(name, pattern.removeprefix("./"))]
+            matches = re.compile(glob_translate(pattern.removeprefix("./"))).match
+            matching = list(filter(matches, names))
             if not matching:
                 hint = nearest(pattern, names) if names else "the data set holds no files"
                 raise UsageError("file_not_found", f"{SCHEME}{repo} has no file {pattern!r}", hint=hint)
@@ -116,8 +119,10 @@ def asked(ask: Callable[[], Result], what: str) -> Result:
     Raises:
         HubError: it refuses, or fails `TRIES` times.
     """
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 
+    # Its bases are those of its HTTP client, which differs from version to version, and lets its own errors through.
+    client_errors = cast("tuple[type[Exception], ...]", (OSError, *HfHubHTTPError.__bases__))
     for number in range(1, TRIES + 1):
         try:
             return ask()
@@ -127,7 +132,7 @@ def asked(ask: Callable[[], Result], what: str) -> Result:
         except GatedRepoError as error:
             hint = "accept its terms on the hub, and set HF_TOKEN"
             raise HubError("hub_gated", f"is gated: {_first_line(error)}", where=what, hint=hint) from None
-        except Exception as error:  # noqa: BLE001  (the hub's client lets through what its own HTTP client raises)
+        except client_errors as error:
             status, pause = _status(error), PAUSE * 2 ** (number - 1)
             if number == TRIES or (status is not None and status < 500 and status not in (408, 429)):
                 found = f"the hub answers {status}" if status else f"the hub cannot be reached, {number} times"
@@ -188,16 +193,10 @@ def _of_card(card: Any, config: str | None, what: str) -> dict[str, list[str]] |
     return _by_split(data_files)
 
 
-def _named(names: Sequence[str], repo: str) -> Iterator[tuple[str, str]]:
+def _named(names: Sequence[str], readable: Callable[[str], bool], repo: str) -> Iterator[tuple[str, str]]:
     """Yield the data files among all, with the split that their names, or those of their folders, say."""
-    from ftdata.readers.formats import readers
-    from ftdata.readers.streams import Input
-
     found = []
-    for name in sorted(names):
-        hidden = any(part.startswith((".", "_")) for part in name.split("/"))
-        if hidden or name.lower() in ("readme.md", "dataset_infos.json") or Input(name).suffix not in readers.names():
-            continue
+    for name in filter(readable, sorted(names)):
         words = re.split(r"[^a-z]+", name.lower())
         found.append((name, next((_SPLITS[word] for word in words if word in _SPLITS), "train")))
     if not found:

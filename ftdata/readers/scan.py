@@ -16,7 +16,6 @@ _BRACKET = re.compile(_OUTSIDE + rb"[{}\[\]]", re.DOTALL)
 _SKIP = re.compile(_OUTSIDE, re.DOTALL)
 _REST = re.compile(_STRING + rb'("?)', re.DOTALL)
 _KEY = re.compile(rb'("' + _STRING + rb'")(\s*:)?', re.DOTALL)
-_QUOTE = ord('"')
 _MESSAGE_KEYS = {"role", "from", "speaker"}
 _COLUMNS = {"question", "answer", "instruction", "output", "prompt", "completion", "response", "chosen", "rejected"}
 _COLUMNS |= {"text", "messages", "conversations", "conversation", "input_ids", "labels"}

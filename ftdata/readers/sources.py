@@ -115,7 +115,7 @@ def _specified(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]
     if not chosen:
         names = list(dict.fromkeys(str(one.split) for one in found))
         raise UsageError(
-            "no_split", f"{spec['path']} has no split {spec['split']!r}", hint=nearest(spec["split"], names)
+            "no_split", f"{spec['path']} has no split {spec['split']!r}", hint=nearest(str(spec["split"]), names)
         )
     return chosen
 
@@ -124,7 +124,7 @@ def _files(
     place: str, name: str | None = None, revision: str | None = None, data_files: Any = None
 ) -> Iterator[FileSource]:
     if is_hub(place):
-        for file, split in hub_files(place, name, revision, data_files):
+        for file, split in hub_files(place, _is_readable, name, revision, data_files):
             yield replace(_file(str(file)), split=split)
     elif name or revision or data_files:
         raise UsageError("hub_only", f"{place} is not on the hub: name, revision and data_files say nothing of it")
@@ -144,6 +144,10 @@ def _files(
             # A pattern that goes deep names the files in folders itself.
             if Path(path).is_file() or "**" not in place:
                 yield from _files(path)
+
+
+def _is_readable(name: str) -> bool:
+    return Input(name).suffix in readers.names() and _is_data(Path(name))
 
 
 def _file(path: str) -> FileSource:

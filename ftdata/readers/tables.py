@@ -78,17 +78,20 @@ def _cells(head: str, lines: _Lines, file: Input, delimiter: str) -> Iterator[Ro
         raise InputRefused("no_rows", "the file is empty, or its header is", where=file.path)
     _check_names(names, file)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    index = 0
+    index, after_fault = 0, False
     while True:
         source = Source(file.path, index, lines.line + 1, lines.offset)
         lines.taken.clear()
         try:
             cells = next(reader)
-            if sum(line.count('"') for line in lines.taken) % 2:
+            # What follows a fault may be the rest of the row that has it.
+            if after_fault and sum(line.count('"') for line in lines.taken) % 2:
                 raise csv.Error("a quote stands alone")
+            after_fault = False
         except StopIteration:
             break
         except csv.Error as error:
+            after_fault = True
             more = f", with {len(lines.taken) - 1:,} lines after it" if len(lines.taken) > 1 else ""
             raw = "".join(lines.taken)[:4096].encode("utf-8", "backslashreplace").decode()
             fix = "a quote inside quotes is written twice"
@@ -165,23 +168,23 @@ def _batches(batches: Iterable[Any], file: Input) -> Iterator[Row | Reject]:
         for start in range(0, len(batch), BATCH):
             for item in _values(batch.slice(start, BATCH)):
                 source = Source(file.path, index)
-                yield Row(item, source) if isinstance(item, dict) else Reject(source, "encoding", "", item)
+                yield Row(item, source) if isinstance(item, dict) else Reject(source, *item)
                 index += 1
     if index == 0:
         raise InputRefused("no_rows", "the file holds no rows", where=file.path)
 
 
-def _values(batch: Any) -> Iterator[dict[str, Any] | str]:
+def _values(batch: Any) -> Iterator[dict[str, Any] | tuple[str, str, str]]:
     try:
         found = batch.to_pylist()
-    except (UnicodeDecodeError, OverflowError, ValueError):
+    except (OverflowError, ValueError):
         for row in range(len(batch)):
             try:
                 yield from map(present, batch.slice(row, 1).to_pylist())
             except UnicodeDecodeError as error:
-                yield f"holds text that is not UTF-8: {error}"
+                yield "encoding", "", f"holds text that is not UTF-8: {error}"
             except (OverflowError, ValueError) as error:
-                yield f"holds a value that Python does not: {error}"
+                yield "value_range", "", f"holds a value that Python does not: {error}"
         return
     yield from map(present, found)
 

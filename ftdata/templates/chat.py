@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from ftdata.errors import BadRow
-from ftdata.schemas import STANDS_FOR
+from ftdata.schemas import ROLES, STANDS_FOR
 from ftdata.templates import markers
 from ftdata.templates.arrival import check_arrival, recover
 from ftdata.templates.memory import key_of
@@ -20,7 +20,7 @@ from ftdata.templates.tracked import Tracked
 from ftdata.templates.watched import watched, watching
 from ftdata.types import Conversation, Message, Rendered
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+_ROLES = sorted(set(ROLES.values()))
 
 
 @dataclass(frozen=True)

@@ -151,11 +151,6 @@ class Template:
         return False
 
     @cached_property
-    def variants(self) -> dict[str, Template]:
-        """The same template with other variables, as JSON, for rows that bring some of their own."""
-        return {}
-
-    @cached_property
     def foreseeable(self) -> bool:
         """Whether all that the template may ask of texts can be noted.
 
