@@ -270,9 +270,14 @@ def _build(
     if not len(laid.splits["train"]):
         raise InputRefused("nothing_built", f"no row was left to train on: {dict(laid.left_out)}")
     for name, members in laid.splits.items():
-        splits[name] = _write_split(folder, name, examples, members, layout)
+        splits[name] = _write_split(folder, name, examples, members, layout, [each.source for each in ledgers])
     shutil.rmtree(shards)
-    options = {**recipe.describe(), **asdict(layout), **dict(zip(("where", "limit"), chosen, strict=True))}
+    options = {
+        **recipe.describe(),
+        **asdict(layout),
+        **dict(zip(("where", "limit"), chosen, strict=True)),
+        "sources": [{"split": task.source.split, **task.source.share._asdict()} for task in tasks],
+    }
     fingerprint = _fingerprint(options, results)
     report = Report(
         ledgers,
@@ -398,8 +403,9 @@ def _facts(examples: store.Examples, tasks: Sequence[Task]) -> Facts:
         source=examples.shard,
         row=np.asarray(examples.table["row"].to_numpy(), dtype=np.int64),
         content=examples.contents,
+        tokens=examples.lengths,
         splits=[task.source.split for task in tasks],
-        weights=[task.source.weight for task in tasks],
+        shares=[task.source.share for task in tasks],
     )
 
 
@@ -409,6 +415,7 @@ def _write_split(
     examples: store.Examples,
     members: NDArray[np.int64],
     layout: Layout,
+    sources: Sequence[str],
 ) -> dict[str, Any]:
     lengths = examples.lengths[members]
     if layout.packing and layout.max_length:
@@ -418,12 +425,20 @@ def _write_split(
         plan, fill = unpacked(len(members)), None
     store.write_split(folder, name, examples, members, plan)
     trained = np.asarray(examples.table["trained"].to_numpy())[members]
+    shard = examples.shard[members]
+    each = {"examples": None, "tokens": lengths, "trained": trained}
+    of_source = {name: np.bincount(shard, counts, len(sources)).astype(int).tolist() for name, counts in each.items()}
     return {
         "examples": len(members),
         "rows": len(plan),
         "tokens": int(lengths.sum()),
         "trained": int(trained.sum()),
         "fill": fill,
+        "sources": [
+            {"source": source, **dict(zip(each, counts, strict=True))}
+            for source, *counts in zip(sources, *of_source.values(), strict=True)
+            if counts[0]
+        ],
     }
 
 
@@ -458,8 +473,12 @@ def _left_out(laid: Laid, tasks: Sequence[Task]) -> Iterator[str]:
     for reason, count in laid.left_out.items():
         yield f"{count:,} rows are left out: {reason}"
     for task in tasks:
-        if task.source.weight != 1:
-            yield f"each row of {task.source.path} is taken {task.source.weight:g} times"
+        share = task.source.share
+        if share.amount not in (0, 1) or share.unit != "times":
+            amount = (
+                f"each row {share.amount:g} times" if share.unit == "times" else f"{share.amount:,.0f} {share.unit}"
+            )
+            yield f"of {task.source.path} is asked for: {amount}"
 
 
 def _fingerprint(options: Mapping[str, Any], results: Sequence[ShardResult]) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftdata.errors import UsageError, one_of
+from ftdata.types import WHOLE, Share
 
 _SPLIT, _SAMPLE, _WEIGHT, _SHUFFLE = (np.uint64(number) << np.uint64(56) for number in (0, 1, 2, 3))
 """What a number is drawn for: the draws of one seed are independent of each other."""
@@ -64,15 +65,17 @@ class Facts:
         source: int64 `[examples]`, the number of the source.
         row: int64 `[examples]`, the row's number in its source.
         content: `[examples]` of anything that can be compared: equal where the rows' tokens and labels are.
+        tokens: int64 `[examples]`.
         splits: the split of each source, `None` where it has none.
-        weights: how often the rows of each source are taken.
+        shares: how much of each source is trained on.
     """
 
     source: NDArray[np.int64]
     row: NDArray[np.int64]
     content: NDArray[np.generic]
+    tokens: NDArray[np.int64]
     splits: Sequence[str | None]
-    weights: Sequence[float]
+    shares: Sequence[Share]
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def lay_out(facts: Facts, layout: Layout) -> Laid:
     # One split alone, whatever its name, was chosen to be trained.
     split = given[source] if len(set(given.tolist())) > 1 else np.full(len(first), "train")
     left_out = Counter[str]()
-    kept = np.asarray(facts.weights, dtype=np.float64)[source] > 0
+    kept = np.asarray([share.amount > 0 for share in facts.shares])[source]
     if not kept.all():
         left_out["of weight 0"] = int((~kept).sum())
     if layout.dedup:
@@ -115,8 +118,9 @@ def lay_out(facts: Facts, layout: Layout) -> Laid:
         kept[:] = False
         kept[taken] = True
     rows = _splits(np.flatnonzero(kept), group, split, layout)
-    if any(weight != 1 for weight in facts.weights):
-        rows["train"] = _weighted(rows["train"], source, np.asarray(facts.weights), layout.seed)
+    if any(share != WHOLE for share in facts.shares):
+        tokens = np.add.reduceat(facts.tokens, first)
+        rows["train"] = _shared(rows["train"], source, tokens, facts.shares, layout.seed)
     if layout.shuffle:
         rows["train"] = rows["train"][_drawn(np.arange(len(rows["train"])), layout.seed, _SHUFFLE)]
     examples_of = np.concatenate((first, [len(facts.row)]))
@@ -193,16 +197,27 @@ def _splits(
     return {"train": rows[~in_test], "test": rows[in_test]}
 
 
-def _weighted(
-    rows: NDArray[np.int64], source: NDArray[np.int64], weights: NDArray[np.float64], seed: int
+def _shared(
+    rows: NDArray[np.int64],
+    source: NDArray[np.int64],
+    tokens: NDArray[np.int64],
+    shares: Sequence[Share],
+    seed: int,
 ) -> NDArray[np.int64]:
-    """Return the rows of each source as often as its weight says: all of them, and a part of them once more."""
-    weight = weights[source[rows]]
-    times = np.floor(weight).astype(np.int64)
-    for number, each in enumerate(weights.tolist()):
+    """Return the rows of each source as often as its share says: all of them, and a part of them once more.
+
+    Of tokens there are never more than asked for, and as many as whole rows allow, taken in the order drawn.
+    """
+    times = np.zeros(len(rows), dtype=np.int64)
+    for number, share in enumerate(shares):
         own = np.flatnonzero(source[rows] == number)
-        more = own[_drawn(rows[own], seed, _WEIGHT)[: round((each - np.floor(each)) * len(own))]]
-        times[more] += 1
+        size = tokens[rows[own]] if share.unit == "tokens" else np.ones(len(own), dtype=np.int64)
+        whole = int(size.sum())
+        amount = round(share.amount * whole) if share.unit == "times" else int(share.amount)
+        if whole:
+            times[own] = amount // whole
+            drawn = _drawn(rows[own], seed, _WEIGHT)
+            times[own[drawn[np.cumsum(size[drawn]) <= amount % whole]]] += 1
     # Round by round, so that what is repeated stands apart.
     return np.concatenate([rows[times > done] for done in range(int(times.max(initial=0)))] or [rows[:0]])
 

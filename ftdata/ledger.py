@@ -104,7 +104,7 @@ class Report:
     Attributes:
         sources: one ledger per source.
         splits: split -> examples, rows (packs, or as many as examples), tokens, trained tokens, fill (share of
-            `rows * max_length` that holds tokens; `None` unpacked).
+            `rows * max_length` that holds tokens; `None` unpacked), and how much of it each source is.
         notes: what a careful reader should know, in sentences.
         rejects: the first rejected rows, in words.
         fingerprint: hash of everything that decides the result.
@@ -151,4 +151,10 @@ class Report:
             lines.append(
                 f"{name:8} {split['examples']:,} examples, {fill}{split['tokens']:,} tokens, {share:.1%} trained"
             )
+            if len(self.sources) > 1:
+                lines += [
+                    f"{'':9}{part['examples']:,} examples, {part['tokens'] / split['tokens']:.1%} of the tokens: "
+                    f"{part['source']}"
+                    for part in split["sources"]
+                ]
         return "\n".join([*lines, *(f"note     {note}" for note in self.notes)])

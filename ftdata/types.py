@@ -67,6 +67,17 @@ NOWHERE = Source("<memory>", 0)
 """Where rows that nobody read come from."""
 
 
+class Share(NamedTuple):
+    """How much of a source is trained on: an `amount` of `"times"` (each row so often), `"rows"` or `"tokens"`."""
+
+    amount: float = 1.0
+    unit: str = "times"
+
+
+WHOLE = Share()
+"""Each row once."""
+
+
 class Row(NamedTuple):
     """One row exactly as written: an object, or a bare list of messages."""
 

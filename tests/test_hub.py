@@ -12,8 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from hub.server import serving
 
+from ftdata import read
+from ftdata.errors import HubError, InputRefused, UsageError
+from ftdata.readers import remote
+
 ROWS = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(40)]
-QUICK = "import ftdata.readers.hub as hub; hub.PAUSE = 0.01\n"
+QUICK = "import ftdata.readers.remote as remote; remote.PAUSE = 0.01\n"
 
 
 def lines(rows):
@@ -210,3 +214,61 @@ def test_patterns_stay_in_their_folder_and_no_network_is_an_error_of_six(hub, mo
     assert rows_of({"path": "me/chats", "data_files": "data/**/*.jsonl"}) == {"train": QUESTIONS[:2]}
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert refusal("me/chats")[:2] == ["hub", 6]
+
+
+MANY = lines(ROWS * 4500)
+"""A file of several parts."""
+
+
+@pytest.fixture
+def web(monkeypatch):
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    with serving() as (server, address):
+        yield server, address
+
+
+def questions(url):
+    return [row.data["question"] for row in read(url)]
+
+
+@pytest.mark.parametrize("where", ["files", "whole"])
+@pytest.mark.parametrize("fault", [None, 503, 429, "cut"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_web_is_read_on_from_where_it_broke(web, where, fault, packed):
+    server, address = web
+    name = "chats.jsonl.gz" if packed else "chats.jsonl"
+    server.files[name] = gzip.compress(MANY.encode()) if packed else MANY.encode()
+    server.faults += [(f"/{where}/", fault)] * 3
+    assert questions(f"{address}/{where}/{name}?signed=1") == QUESTIONS * 4500
+    assert server.faults == []
+
+
+def test_tables_on_the_web_are_read_in_parts(web, tmp_path):
+    server, address = web
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "t.parquet")
+    server.files["t.parquet"] = (tmp_path / "t.parquet").read_bytes()
+    server.faults += [("/files/", 503), ("/files/", "cut")]
+    assert questions(f"{address}/files/t.parquet") == QUESTIONS
+    with pytest.raises(InputRefused, match="not_seekable"):
+        questions(f"{address}/whole/t.parquet")
+
+
+def test_a_file_on_the_web_that_changes_is_refused(web):
+    server, address = web
+    server.files["chats.jsonl"] = MANY.encode()
+    server.faults += [("/files/", None)] * 3 + [("/files/", "other")]
+    with pytest.raises(InputRefused, match=r"file_changed.*chats.jsonl"):
+        list(read(f"{address}/files/chats.jsonl"))
+
+
+def test_the_web_fails_with_words(web):
+    server, address = web
+    server.files["chats.jsonl"] = b"{}"
+    with pytest.raises(UsageError, match="other.jsonl: is not there"):
+        questions(f"{address}/files/other.jsonl")
+    for status, tries in ((403, 2), (503, 20)):
+        server.faults = [("/files/", status)] * tries
+        with pytest.raises(HubError, match=f"chats.jsonl: the server answers {status}"):
+            questions(f"{address}/files/chats.jsonl")
+    with pytest.raises(HubError, match="cannot be read, 5 times"):
+        questions("http://127.0.0.1:9/chats.jsonl")

@@ -10,15 +10,23 @@ from hypothesis import strategies as st
 from ftdata import build_sft_dataset
 from ftdata.errors import InputRefused, UsageError
 from ftdata.layout import Facts, Layout, lay_out, mixed
+from ftdata.types import WHOLE, Share
 
 ROWS = [{"question": f"What is {n}?", "answer": f"It is {n}.", "lang": "en" if n % 3 else "de"} for n in range(30)]
 
 
-def facts(rows, splits=(None,), weights=(1.0,)):
+def facts(rows, splits=(None,), shares=(WHOLE,), tokens=1):
     """`rows`: for each row its source, its content and how many examples it has."""
     of = [(source, at, content) for at, (source, content, count) in enumerate(rows) for _ in range(count)]
     source, row, content = zip(*of, strict=True) if of else ((), (), ())
-    return Facts(np.array(source, np.int64), np.array(row, np.int64), np.array(content, np.int64), splits, weights)
+    return Facts(
+        np.array(source, np.int64),
+        np.array(row, np.int64),
+        np.array(content, np.int64),
+        np.broadcast_to(tokens, len(row)),
+        splits,
+        shares,
+    )
 
 
 rows = st.lists(st.tuples(st.just(0), st.integers(0, 9), st.integers(1, 3)), min_size=2, max_size=40)
@@ -83,7 +91,8 @@ def test_a_sample_is_as_large_as_asked_for(rows, sample, seed):
 )
 def test_sources_are_taken_as_often_as_their_weight_says(sizes, weights, seed):
     rows = [(source, number, 1) for source, size in enumerate(sizes) for number in range(size)]
-    laid = lay_out(facts(rows, [None] * len(sizes), weights[: len(sizes)]), Layout(seed=seed))
+    shares = [Share(weight) for weight in weights[: len(sizes)]]
+    laid = lay_out(facts(rows, [None] * len(sizes), shares), Layout(seed=seed))
     counts = np.bincount(laid.splits["train"], minlength=len(rows))
     for source, size in enumerate(sizes):
         own = counts[[number for number, row in enumerate(rows) if row[0] == source]]
@@ -93,11 +102,33 @@ def test_sources_are_taken_as_often_as_their_weight_says(sizes, weights, seed):
         assert own.max() <= np.ceil(weight)
 
 
+@given(
+    tokens=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=12), min_size=1, max_size=3),
+    amount=st.integers(0, 200),
+    unit=st.sampled_from(["rows", "tokens"]),
+    seed=st.integers(0, 99),
+)
+def test_of_a_source_is_taken_what_is_asked_for(tokens, amount, unit, seed):
+    sizes = np.array([one for each in tokens for one in each])
+    rows = [(source, number, 1) for source, each in enumerate(tokens) for number in range(len(each))]
+    shares = [Share(amount, unit)] + [WHOLE] * (len(tokens) - 1)
+    laid = lay_out(facts(rows, [None] * len(tokens), shares, sizes), Layout(seed=seed))
+    counts = np.bincount(laid.splits["train"], minlength=len(rows))
+    own = counts[: len(tokens[0])]
+    assert (counts[len(tokens[0]) :] == 1).all()
+    assert not amount or own.max() - own.min() <= 1
+    if unit == "rows":
+        assert own.sum() == amount
+    else:
+        taken = int((own * sizes[: len(own)]).sum())
+        assert amount - max(tokens[0]) < taken <= amount
+
+
 def test_splits_of_the_data_stay_and_what_is_tested_is_not_trained():
     given_rows = [(0, 1, 1), (0, 2, 1), (1, 2, 1), (1, 3, 1)]
-    kept = lay_out(facts(given_rows, ["train", "test"], [1, 1]), Layout())
+    kept = lay_out(facts(given_rows, ["train", "test"], [Share(), Share()]), Layout())
     assert {name: found.tolist() for name, found in kept.splits.items()} == {"train": [0, 1], "test": [2, 3]}
-    apart = lay_out(facts(given_rows, ["train", "test"], [1, 1]), Layout(dedup=True))
+    apart = lay_out(facts(given_rows, ["train", "test"], [Share(), Share()]), Layout(dedup=True))
     assert {name: found.tolist() for name, found in apart.splits.items()} == {"train": [0], "test": [2, 3]}
 
 
@@ -148,9 +179,25 @@ def test_weights_are_numbers(tokenizer_dir, tmp_path, weight):
         build_sft_dataset([{"path": str(tmp_path / "d.jsonl"), "weight": weight}], tokenizer_dir("tiny_bpe"))
 
 
+def test_what_is_taken_of_each_source_is_in_the_report(tokenizer_dir, tmp_path):
+    data = []
+    for name, unit, amount in (("a", "rows", 50), ("b", "tokens", 400), ("c", "weight", 0.5)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        data.append({"path": path, unit: amount})
+    built = build_sft_dataset(data, tokenizer_dir("tiny_bpe"))
+    parts = built.report.splits["train"]["sources"]
+    assert [part["examples"] for part in parts][::2] == [50, 15]
+    assert 370 < parts[1]["tokens"] <= 400
+    assert sum(part["tokens"] for part in parts) == sum(map(len, built["train"]["input_ids"]))
+    assert f"50 examples, {parts[0]['tokens'] / built.report.splits['train']['tokens']:.1%}" in str(built.report)
+    with pytest.raises(UsageError, match="which of them"):
+        build_sft_dataset([{**data[0], "weight": 2}], tokenizer_dir("tiny_bpe"))
+
+
 def test_what_has_no_weight_is_in_no_split():
     given_rows = [(0, n, 1) for n in range(5)] + [(1, n, 1) for n in range(5, 10)]
-    laid = lay_out(facts(given_rows, [None, None], [0.0, 1.0]), Layout(test_size=2))
+    laid = lay_out(facts(given_rows, [None, None], [Share(0), Share()]), Layout(test_size=2))
     assert sorted(np.concatenate(list(laid.splits.values())).tolist()) == [5, 6, 7, 8, 9]
     assert laid.left_out["of weight 0"] == 5
 

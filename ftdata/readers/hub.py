@@ -6,20 +6,17 @@ owner/name ──its card, or the names of its files──> files of splits, pin
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ftdata.errors import HubError, InputRefused, UsageError, nearest
+from ftdata.readers.remote import TRIES, persist, status_of
 
 Result = TypeVar("Result")
 
 SCHEME = "hf://"
-TRIES, PAUSE = 5, 1.0
-"""How often the hub is asked before we give up, and the seconds after the first failure; they double each time."""
-
 _ID = re.compile(r"(?:datasets/)?([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?")
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -117,52 +114,29 @@ def asked(ask: Callable[[], Result], what: str) -> Result:
     """Return what the hub answers; it is asked again after failures that pass.
 
     Raises:
-        HubError: it refuses, or fails `TRIES` times.
+        HubError: it refuses, or fails again and again.
     """
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 
     # Its bases are those of its HTTP client, which differs from version to version, and lets its own errors through.
     client_errors = cast("tuple[type[Exception], ...]", (OSError, *HfHubHTTPError.__bases__))
-    for number in range(1, TRIES + 1):
-        try:
-            return ask()
-        except OfflineModeIsEnabled as error:
-            found = f"is not in the cache: {_first_line(error)}"
-            raise HubError("hub_offline", found, where=what, hint="unset HF_HUB_OFFLINE") from None
-        except GatedRepoError as error:
-            hint = "accept its terms on the hub, and set HF_TOKEN"
-            raise HubError("hub_gated", f"is gated: {_first_line(error)}", where=what, hint=hint) from None
-        except client_errors as error:
-            status, pause = _status(error), PAUSE * 2 ** (number - 1)
-            if number == TRIES or (status is not None and status < 500 and status not in (408, 429)):
-                found = f"the hub answers {status}" if status else f"the hub cannot be reached, {number} times"
-                hint = (
-                    "check the name, HF_TOKEN and HF_ENDPOINT"
-                    if status and status < 500
-                    else "is it a file? none here has this name"
-                )
-                raise HubError("hub", f"{found}: {_first_line(error)}", where=what, hint=hint) from None
-            time.sleep(max(pause, _retry_after(error)))
-    raise AssertionError
-
-
-def _status(error: BaseException) -> int | None:
-    """Return the status that the hub answered; the client's own errors have it in their cause."""
-    seen: BaseException | None = error
-    while seen is not None:
-        response = getattr(seen, "response", None)
-        if response is not None:
-            return int(response.status_code)
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def _retry_after(error: BaseException) -> float:
-    headers = getattr(getattr(error, "response", None), "headers", {})
     try:
-        return min(float(headers.get("Retry-After", 0)), 60.0)
-    except ValueError:
-        return 0.0
+        return persist(ask, client_errors, (OfflineModeIsEnabled,))
+    except OfflineModeIsEnabled as error:
+        found = f"is not in the cache: {_first_line(error)}"
+        raise HubError("hub_offline", found, where=what, hint="unset HF_HUB_OFFLINE") from None
+    except GatedRepoError as error:
+        hint = "accept its terms on the hub, and set HF_TOKEN"
+        raise HubError("hub_gated", f"is gated: {_first_line(error)}", where=what, hint=hint) from None
+    except client_errors as error:
+        status = status_of(error)
+        if status is None:
+            found, hint = f"cannot be reached, {TRIES} times", "is it a file? none here has this name"
+        elif status < 500 and status != 429:
+            found, hint = f"answers {status}", "check the name, HF_TOKEN and HF_ENDPOINT"
+        else:
+            found, hint = f"answers {status}, {TRIES} times", "try again later"
+        raise HubError("hub", f"the hub {found}: {_first_line(error)}", where=what, hint=hint) from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,37 +4,62 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ftdata.errors import InputRefused, UsageError, nearest
+from ftdata.errors import InputRefused, UsageError, nearest, one_of
+from ftdata.readers import splits
 from ftdata.readers.formats import readers
 from ftdata.readers.hub import hub_files, is_hub
 from ftdata.readers.streams import STDIN, Input, is_url
-from ftdata.readers.tables import from_dataframe, from_dataset, present
-from ftdata.types import Reject, Row, Source
+from ftdata.readers.tables import from_dataframe, from_dataset, parquet_rows, present
+from ftdata.types import WHOLE, Reject, Row, Share, Source
 
 _NO_DATA = {"readme.md", "license", "license.txt", "license.md", "dataset_infos.json"}
 _MOST = 1000
-_SPEC = ("path", "encoding", "split", "weight", "name", "revision", "data_files", "streaming")
+_SHARES = {"weight": "times", "rows": "rows", "tokens": "tokens"}
+_ON_HUB = ("name", "revision", "data_files")
+_OF_FILES = (*_ON_HUB, "format", "encoding", "streaming")
+_SPEC = ("path", "split", *_SHARES, *_OF_FILES)
 
 
 @dataclass(frozen=True, slots=True)
 class FileSource:
-    """A file and the name of the reader for it: all that a worker process needs to read it."""
+    """A file and the name of the reader for it: all that a worker process needs to read its rows.
+
+    With `first` or `last`: only those from the one on and before the other, as the reader counts them.
+    """
 
     path: str
     reader: str
     encoding: str | None = None
     split: str | None = None
-    weight: float = 1.0
+    share: Share = WHOLE
     streaming: bool = False
+    first: int = 0
+    last: int | None = None
 
     def rows(self) -> Iterator[Row | Reject]:
-        """Yield the file's rows and rejects, in file order."""
-        return readers.get(self.reader)(Input(self.path, self.encoding, self.streaming))
+        """Yield the file's rows and rejects, in file order.
+
+        Raises:
+            InputRefused: it cannot be read, or has changed while it was.
+        """
+        before = _stamp(self.path)
+        rows = readers.get(self.reader)(Input(self.path, self.encoding, self.streaming))
+        yield from islice(rows, self.first, self.last)
+        if before != _stamp(self.path):
+            raise InputRefused("file_changed", "has changed while it was read", where=self.path, hint="read it again")
+
+    def count(self, enough: int | None = None) -> int:
+        """Return how many rows there are; `enough` where there are as many."""
+        if self.reader == "parquet" and (rows := parquet_rows(Input(self.path, None, self.streaming))) is not None:
+            return rows if enough is None else min(rows, enough)
+        return sum(1 for _ in islice(self.rows(), enough))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +69,7 @@ class MemorySource:
     items: Iterable[Any]
     path: str = "<memory>"
     split: str | None = None
-    weight: float = 1.0
+    share: Share = WHOLE
 
     def rows(self) -> Iterator[Row | Reject]:
         """Yield the items, numbered."""
@@ -56,9 +81,10 @@ def sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
     """Resolve what a user may pass as data into sources, in the order given.
 
     Args:
-        data: a path (also of a folder, a URL, or `-` for standard input), a glob, a mapping with `path` and, maybe,
-            `encoding`, `split` and `weight`, a list of these, a pandas `DataFrame`, a `datasets.Dataset`,
-            `IterableDataset` or `DatasetDict`, or any iterable of rows (dicts, or lists of messages).
+        data: a path (also of a folder, a URL, or `-` for standard input), a glob, a pandas `DataFrame`, a
+            `datasets.Dataset`, `IterableDataset` or `DatasetDict`; a mapping with one of these as `path` and, maybe,
+            `split`, `format`, `encoding`, and one of `weight`, `rows` and `tokens`; a list of these; or any iterable
+            of rows (dicts, or lists of messages).
 
     Raises:
         UsageError: a file is not there, or a glob matches nothing.
@@ -90,50 +116,102 @@ def _in_memory(data: Any) -> tuple[FileSource | MemorySource, ...] | None:
 
 
 def _is_place(item: Any) -> bool:
-    if isinstance(item, Mapping):
-        return isinstance(item.get("path"), str | Path) and set(item) <= set(_SPEC)
-    return isinstance(item, str | Path)
+    if isinstance(item, str | Path) or _in_memory(item) is not None:
+        return True
+    return isinstance(item, Mapping) and set(item) <= set(_SPEC) and "path" in item and _is_place(item["path"])
 
 
 def _specified(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
-    if not isinstance(spec.get("path"), str | Path):
+    if "path" not in spec or not _is_place(spec["path"]) or isinstance(spec["path"], Mapping):
         raise UsageError(
             "data_type", "data is one mapping, expected rows", hint="pass a list of rows, or a mapping with a path"
         )
     for key in spec:
         if key not in _SPEC:
             raise UsageError("unknown_data_key", f"data has the key {key!r}", hint=nearest(str(key), _SPEC))
-    Input(str(spec["path"]), spec.get("encoding"))
-    on_hub = {key: spec.get(key) for key in ("name", "revision", "data_files")}
-    found = tuple(_files(str(spec["path"]), **on_hub))
-    weight = spec.get("weight", 1.0)
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= _MOST:
-        raise UsageError("weight", f"weight is {weight!r}, expected how often each row is taken, e.g. 0.5 or 2")
-    encoding, streaming = spec.get("encoding"), bool(spec.get("streaming"))
-    found = tuple(replace(one, encoding=encoding, weight=float(weight), streaming=streaming) for one in found)
-    chosen = tuple(one for one in found if spec.get("split") in (None, one.split))
-    if not chosen:
-        names = list(dict.fromkeys(str(one.split) for one in found))
-        raise UsageError(
-            "no_split", f"{spec['path']} has no split {spec['split']!r}", hint=nearest(str(spec["split"]), names)
-        )
-    return chosen
+    found: Sequence[FileSource | MemorySource] = _placed(spec)
+    if spec.get("split") is not None:
+        found = tuple(_chosen(found, spec))
+    return tuple(replace(one, share=_share(spec)) for one in found)
+
+
+def _placed(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
+    """Return the sources at the place that a mapping names, read as it says."""
+    place = spec["path"]
+    if not isinstance(place, str | Path):
+        if said := [key for key in _OF_FILES if spec.get(key) is not None]:
+            raise UsageError("data_type", f"{said[0]} is said of data in memory, which has none")
+        return sources(place)
+    encoding, reader = spec.get("encoding"), spec.get("format")
+    Input(str(place), encoding)
+    if reader is not None:
+        one_of("format", reader, readers.names())
+    files = _files(str(place), reader, **{key: spec.get(key) for key in _ON_HUB})
+    return tuple(replace(one, encoding=encoding, streaming=bool(spec.get("streaming"))) for one in files)
+
+
+def _share(spec: Mapping[str, Any]) -> Share:
+    given = [key for key in _SHARES if spec.get(key) is not None]
+    if not given:
+        return WHOLE
+    if len(given) > 1:
+        raise UsageError("share", f"{given[0]} and {given[1]} say how much of the source is taken: which of them?")
+    amount, unit = spec[given[0]], _SHARES[given[0]]
+    whole = isinstance(amount, int) and not isinstance(amount, bool)
+    if unit == "times" and not ((whole or isinstance(amount, float)) and 0 <= amount <= _MOST):
+        raise UsageError("weight", f"weight is {amount!r}, expected how often each row is taken, e.g. 0.5 or 2")
+    if unit != "times" and not (whole and amount >= 0):
+        raise UsageError(given[0], f"{given[0]} is {amount!r}, expected how many {unit} are taken")
+    return Share(float(amount), unit)
+
+
+def _chosen(found: Sequence[FileSource | MemorySource], spec: Mapping[str, Any]) -> Iterator[FileSource | MemorySource]:
+    """Yield the sources of the rows that `split` says. Several parts together are no split any more."""
+    parts = splits.parse(str(spec["split"]))
+    names = list(dict.fromkeys(one.split or "train" for one in found))
+    for part in parts:
+        own = [one for one in found if (one.split or "train") == part.name]
+        if not own:
+            raise UsageError("no_split", f"{spec['path']} has no split {part.name!r}", hint=nearest(part.name, names))
+        if part.whole:
+            taken = own
+        elif files := [one for one in own if isinstance(one, FileSource) and one.path != STDIN]:
+            ranges = splits.ranges(part, [one.count for one in files])
+            taken = [replace(files[number], first=first, last=last) for number, first, last in ranges]
+        else:
+            raise UsageError("split", "slices are of files", hint="slice what is in memory before you pass it")
+        if not taken:
+            raise UsageError("no_rows", f"{spec['path']} has no rows in {spec['split']!r}")
+        yield from taken if len(parts) == 1 else (replace(one, split=None) for one in taken)
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    """Return what tells versions of a local file apart."""
+    try:
+        found = Path(path).stat()
+    except (OSError, ValueError):
+        return None
+    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
 
 
 def _files(
-    place: str, name: str | None = None, revision: str | None = None, data_files: Any = None
+    place: str,
+    reader: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    data_files: Any = None,
 ) -> Iterator[FileSource]:
     if is_hub(place):
         for file, split in hub_files(place, _is_readable, name, revision, data_files):
-            yield replace(_file(str(file)), split=split)
+            yield replace(_file(str(file), reader), split=split)
     elif name or revision or data_files:
         raise UsageError("hub_only", f"{place} is not on the hub: name, revision and data_files say nothing of it")
-    elif place == STDIN:
-        yield FileSource(STDIN, "json")
+    elif place == STDIN or Path(place).is_fifo():
+        yield FileSource(place, reader or "json")
     elif is_url(place) or Path(place).is_file():
-        yield _file(place)
+        yield _file(place, reader)
     elif Path(place).is_dir():
-        yield from _folder(Path(place))
+        yield from _folder(Path(place), reader)
     else:
         found = sorted(glob.glob(place, recursive=True)) if glob.has_magic(place) else []  # noqa: PTH207  (absolute too)
         if not found:
@@ -143,36 +221,37 @@ def _files(
         for path in found:
             # A pattern that goes deep names the files in folders itself.
             if Path(path).is_file() or "**" not in place:
-                yield from _files(path)
+                yield from _files(path, reader)
 
 
 def _is_readable(name: str) -> bool:
     return Input(name).suffix in readers.names() and _is_data(Path(name))
 
 
-def _file(path: str) -> FileSource:
-    suffix = Input(path).suffix
+def _file(path: str, reader: str | None = None) -> FileSource:
+    suffix = reader or Input(path).suffix
     if suffix not in readers.names():
         known = ", ".join(f".{name}" for name in readers.names())
-        raise InputRefused("no_reader", f"no reader for '.{suffix}' files", where=path, hint=f"readable: {known}")
+        hint = f"readable: {known}; say what it is with format, e.g. format='jsonl'"
+        raise InputRefused("no_reader", f"no reader for '.{suffix}' files", where=path, hint=hint)
     return FileSource(path, suffix)
 
 
-def _folder(folder: Path) -> Iterator[FileSource]:
+def _folder(folder: Path, reader: str | None = None) -> Iterator[FileSource]:
     """Yield the files of a folder: the splits of `save_to_disk`, or else every file in it, however deep."""
     if (folder / "dataset_dict.json").is_file():
-        for split in json.loads((folder / "dataset_dict.json").read_bytes())["splits"]:
-            for one in _folder(folder / split):
-                yield replace(one, split=split)
+        for split in _listed(folder / "dataset_dict.json", "splits"):
+            for one in _folder(folder / str(split)):
+                yield replace(one, split=str(split))
         return
     if (folder / "state.json").is_file():
-        for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]:
-            yield FileSource(str(folder / entry["filename"]), "arrow")
+        for entry in _listed(folder / "state.json", "_data_files"):
+            yield FileSource(str(folder / str(entry["filename"])), "arrow")
         return
     files = sorted(path for path in folder.rglob("*") if path.is_file() and _is_data(path.relative_to(folder)))
     if not files:
         raise UsageError("empty_folder", f"{folder} holds no files")
-    foreign = [path.name for path in files if Input(str(path)).suffix not in readers.names()]
+    foreign = [path.name for path in files if reader is None and Input(str(path)).suffix not in readers.names()]
     if foreign:
         raise InputRefused(
             "no_reader",
@@ -180,7 +259,24 @@ def _folder(folder: Path) -> Iterator[FileSource]:
             where=str(folder),
             hint=f"name those that are data: '{folder}/*.jsonl'",
         )
-    yield from (_file(str(path)) for path in files)
+    yield from (_file(str(path), reader) for path in files)
+
+
+def _listed(path: Path, key: str) -> list[Any]:
+    """Return a list that `save_to_disk` wrote; the names of files in it stay in their folder.
+
+    Raises:
+        InputRefused: it is no such list.
+    """
+    try:
+        found = json.loads(path.read_bytes())[key]
+        names = [one["filename"] if isinstance(one, dict) else one for one in found]
+        if not isinstance(found, list) or not all(name and Path(name).name == name for name in names):
+            raise ValueError
+    except (ValueError, LookupError, TypeError):
+        hint = "save the data set again"
+        raise InputRefused("damaged_file", f"lists no {key} as save_to_disk does", where=str(path), hint=hint) from None
+    return list(found)
 
 
 def _is_data(path: Path) -> bool:

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from ftdata.errors import HubError, InputRefused, MissingDependency, StorageError, UsageError
+from ftdata.errors import FtdataError, InputRefused, StorageError, UsageError
 from ftdata.readers.hub import HubFile, is_hub
+from ftdata.readers.remote import open_remote
 
 CHUNK = 1 << 20
 """Bytes that are read at once."""
@@ -84,6 +85,7 @@ class Input:
             UsageError: it is not there.
             MissingDependency: its kind of place needs a package that is not installed.
             StorageError: it cannot be opened.
+            HubError: it lies on a network that fails again and again.
         """
         try:
             if self.path == STDIN:
@@ -92,21 +94,13 @@ class Input:
                 return cast(io.BufferedReader, Path(self.path).open("rb", buffering=CHUNK))
             if is_hub(self.path) and not self.streaming:
                 return cast(io.BufferedReader, HubFile.at(self.path).local().open("rb", buffering=CHUNK))
-            import fsspec
-
-            return _buffered(fsspec.open(self.path, "rb").open())
-        except ImportError as error:
-            scheme = self.path.partition("://")[0]
-            hint = f"pip install 'ftdata[{scheme}]'" if scheme in {"s3", "gs"} else "install what it names"
-            raise MissingDependency("no_filesystem", str(error), where=self.path, hint=hint) from None
-        except HubError:
-            raise
+            return open_remote(self.path)
         except FileNotFoundError:
             raise UsageError("file_not_found", "is not there", where=self.path) from None
-        except ValueError as error:
-            raise UsageError("unknown_protocol", str(error), where=self.path) from None
         except OSError as error:
-            raise StorageError("unreadable", str(error), where=self.path) from None
+            if isinstance(error, FtdataError):
+                raise
+            raise StorageError("unreadable", error.strerror or str(error), where=self.path) from None
 
     def text(self) -> io.BufferedReader:
         """Open the file decompressed and in UTF-8; a UTF-8 byte order mark stays.
@@ -188,10 +182,6 @@ def _at_least(size: int, parts: Generator[bytes]) -> Generator[bytes]:
 
 def _joined(parts: Generator[bytes]) -> io.BufferedReader:
     return io.BufferedReader(_Chunks(parts), CHUNK)
-
-
-def _buffered(file: Any) -> io.BufferedReader:
-    return file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, CHUNK)
 
 
 def _head(file: io.BufferedReader) -> bytes:

@@ -145,6 +145,18 @@ def read_parquet(file: Input) -> Iterator[Row | Reject]:
             raise _damaged(error, file, "Parquet") from None
 
 
+def parquet_rows(file: Input) -> int | None:
+    """Return how many rows a Parquet file says that it has, or `None` where it cannot be asked."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with file.open() as stream:
+        try:
+            return int(pq.ParquetFile(stream).metadata.num_rows) if stream.seekable() else None
+        except (pa.ArrowInvalid, OSError):
+            return None
+
+
 def read_arrow(file: Input) -> Iterator[Row | Reject]:
     """Yield the rows of an Arrow file or stream (also Feather, and the files of `datasets.save_to_disk`)."""
     import pyarrow as pa

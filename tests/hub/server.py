@@ -13,12 +13,13 @@ from urllib.parse import unquote, urlparse
 class Hub:
     """Repositories as (kind, name) -> path -> bytes, and faults that are still to come.
 
-    `faults` is a list of (pattern of the path, what happens): a status such as 503, `"cut"`: half of the body, or
-    `"etag"`: another tag than before.
+    `files` are those of a plain web server: `/files/NAME` in any part, `/whole/NAME` from the beginning only.
+    `faults` is a list of (pattern of the path, what happens): a status such as 503, `"cut"`: half of the body,
+    `"etag"`: another tag than before, `"other"`: another content from now on, or `None`: nothing yet.
     """
 
     def __init__(self):
-        self.repos, self.faults, self.asked, self.blobs = {}, [], [], {}
+        self.repos, self.faults, self.asked, self.files = {}, [], [], {}
 
     def add(self, name, files, kind="datasets"):
         self.repos[kind, name] = {
@@ -62,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
     def repo_of(self, kind, name):
         return (kind or "models", name) if (kind or "models", name) in self.hub.repos else None
 
-    def answer(self):
+    def answer(self):  # noqa: C901  (one branch per address)
         path = unquote(urlparse(self.path).path)
         self.hub.asked.append((self.command, path))
         length = int(self.headers.get("Content-Length") or 0)
@@ -73,6 +74,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if found := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self.resolve(self.repo_of(*found.group(1, 2)), found[4], what)
+        elif found := re.fullmatch(r"/(files|whole)/(.+)", path):
+            self.file(found[2], found[1] == "files", what)
         elif found := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             self.info(self.repo_of(*found.group(1, 2)), found[2])
         elif found := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)/(tree|paths-info)/([^/]+)/?(.*)", path):
@@ -106,8 +109,21 @@ class Handler(BaseHTTPRequestHandler):
         if data is None:
             self.missing("EntryNotFound")
             return
+        self.send(data, what, {"X_Repo_Commit": self.hub.commit(repo)})
+
+    def file(self, name, in_parts, what):
+        if name not in self.hub.files:
+            self.reply(404)
+            return
+        if what == "other":
+            self.hub.files[name] = self.hub.files[name].swapcase()
+        if not in_parts:
+            del self.headers["Range"]
+        self.send(self.hub.files[name], what, {} if in_parts else {"Accept_Ranges": "none"})
+
+    def send(self, data, what, headers):
         tag = hashlib.sha256(data + (b"x" if what == "etag" else b"")).hexdigest()
-        headers = {"ETag": f'"{tag}"', "X_Repo_Commit": self.hub.commit(repo), "Accept_Ranges": "bytes"}
+        headers = {"ETag": f'"{tag}"', "Accept_Ranges": "bytes", **headers}
         status, part = 200, data
         if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end = int(found[1]), int(found[2]) if found[2] else len(data) - 1

@@ -1,0 +1,180 @@
+"""Remote files: opened through fsspec, and read on from the same byte where the connection breaks."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from ftdata.errors import FtdataError, HubError, InputRefused, MissingDependency, UsageError
+
+Result = TypeVar("Result")
+
+TRIES, PAUSE = 5, 1.0
+"""How often we ask before we give up, and the seconds after the first failure; they double each time."""
+
+_LASTING = (InputRefused, ImportError, ValueError, FileNotFoundError, PermissionError, NotImplementedError)
+_STAMP = ("etag", "size", "last-modified", "lastmodified", "mtime", "md5hash")
+
+
+def persist(
+    ask: Callable[[], Result], passing: tuple[type[Exception], ...], lasting: tuple[type[Exception], ...]
+) -> Result:
+    """Return what `ask` does; it is asked again after failures that pass, `TRIES` times in all.
+
+    Args:
+        ask: what is done.
+        passing: errors that may pass, unless a server has answered that its refusal is final.
+        lasting: those that do not, where they are what the others come from.
+
+    Raises:
+        Exception: what the last try raised.
+    """
+    for number in range(TRIES - 1):
+        try:
+            return ask()
+        except passing as error:
+            status = status_of(error)
+            final = status is not None and status < 500 and status not in (408, 425, 429)
+            if final or isinstance(_root(error), lasting):
+                raise
+            time.sleep(max(PAUSE * 2**number, _retry_after(error)))
+    return ask()
+
+
+def _root(error: BaseException) -> BaseException:
+    return _root(error.__cause__) if error.__cause__ else error
+
+
+def status_of(error: BaseException) -> int | None:
+    """Return the status that a server answered; a client's own errors have it in their cause."""
+    seen: BaseException | None = error
+    while seen is not None:
+        status = getattr(getattr(seen, "response", None), "status_code", None) or getattr(seen, "status", None)
+        if isinstance(status, int):
+            return status
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _retry_after(error: BaseException) -> float:
+    headers = getattr(getattr(error, "response", error), "headers", None) or {}
+    try:
+        return min(float(headers.get("Retry-After", 0)), 60.0)
+    except ValueError:
+        return 0.0
+
+
+def open_remote(url: str) -> io.BufferedReader:
+    """Open the file at a URL that fsspec knows; it can be sought in where its server sends parts.
+
+    Raises:
+        UsageError: it is not there, or the protocol is unknown.
+        MissingDependency: the protocol needs a package that is not installed.
+        HubError: also while reading: it cannot be had, asked again and again.
+        InputRefused: while reading: it has changed meanwhile.
+    """
+    return io.BufferedReader(_RemoteFile(url), 1 << 20)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file that fsspec opens. It is the same to its end: what changes while it is read is refused."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._at = url, 0
+        self._file: Any = None
+        self._stamp = self._asked(self._open)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return getattr(self._file, "size", None) is not None
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if not self.seekable():
+            raise io.UnsupportedOperation("seek")
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._asked(lambda: self._read(len(buffer)))
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+    def close(self) -> None:
+        if self._file is not None:
+            with suppress(Exception):
+                self._file.close()
+        super().close()
+
+    def _open(self) -> dict[str, Any]:
+        """Open the file anew, and return what tells its versions apart."""
+        import fsspec
+
+        filesystem, path = fsspec.core.url_to_fs(self._url, **_options(self._url))
+        filesystem.invalidate_cache()
+        info = filesystem.info(path)
+        self._file = filesystem.open(path, "rb")
+        return {name: value for name, value in info.items() if name.lower() in _STAMP}
+
+    def _read(self, size: int) -> bytes:
+        try:
+            if self._file.closed:
+                self._check()
+            if self.seekable():
+                self._file.seek(self._at)
+            else:
+                while (ahead := self._at - self._file.tell()) > 0 and self._file.read(min(ahead, 1 << 20)):
+                    pass
+            part = self._file.read(size)
+        except Exception:
+            with suppress(Exception):
+                self._file.close()
+            raise
+        if size and not part:
+            self._check()
+            self._file.close()
+        return bytes(part)
+
+    def _check(self) -> None:
+        if self._open() != self._stamp:
+            hint = "read it again, or copy it first"
+            raise InputRefused("file_changed", "has changed while it was read", where=self._url, hint=hint)
+
+    def _asked(self, ask: Callable[[], Result]) -> Result:
+        try:
+            return persist(ask, (Exception,), _LASTING)
+        except InputRefused:
+            raise
+        except Exception as error:  # noqa: BLE001  (every file system has errors of its own)
+            raise self._told(_root(error), status_of(error)) from None
+
+    def _told(self, error: BaseException, status: int | None) -> FtdataError:
+        reason = str(error) or type(error).__name__
+        if isinstance(error, ImportError):
+            scheme = self._url.partition("://")[0]
+            hint = f"pip install 'ftdata[{scheme}]'" if scheme in {"s3", "gs"} else "install what it names"
+            return MissingDependency("no_filesystem", reason, where=self._url, hint=hint)
+        if isinstance(error, FileNotFoundError) or status in (404, 410):
+            return UsageError("file_not_found", "is not there", where=self._url)
+        if isinstance(error, ValueError):
+            return UsageError("unknown_protocol", reason, where=self._url)
+        found = f"the server answers {status}" if status else f"cannot be read, {TRIES} times"
+        return HubError("network", f"{found}: {reason}", where=self._url, hint="check the address, or try again later")
+
+
+def _options(url: str) -> dict[str, Any]:
+    if not url.startswith(("http://", "https://")):
+        return {}
+    import aiohttp
+
+    # Its own limit is five minutes for a whole file.
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}}
