@@ -2,13 +2,16 @@
 
 import bz2
 import csv
+import datetime
 import gzip
 import io
 import json
 import lzma
 import sys
+import tracemalloc
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +22,7 @@ from test_readers import outcomes, rows, write
 
 from ftdata import read
 from ftdata.errors import InputRefused, MissingDependency, UsageError
+from ftdata.readers import sources
 from ftdata.readers.scan import _COLUMNS, pieces
 from ftdata.schemas import schemas
 from ftdata.types import Reject
@@ -149,7 +153,7 @@ def test_parquet_and_arrow(tmp_path):
         assert data_of(str(tmp_path / name)) == ROWS
         whole = (tmp_path / name).read_bytes()
         path = write(tmp_path, f"cut-{name}", whole[: len(whole) // 2])
-        with pytest.raises(InputRefused, match="damaged_file"):
+        with pytest.raises(InputRefused, match="damaged_file|partial_file"):
             data_of(path)
 
 
@@ -301,7 +305,7 @@ def test_rows_are_read_exactly_or_not_at_all(tmp_path, line, code):
 
 def test_rows_after_a_broken_one_are_not_made_up(tmp_path):
     found = outcomes(write(tmp_path, "d.csv", 'q,a\n"He said "hi"\nto me,ok"\nx,y\n'))
-    assert [getattr(one, "code", "row") for one in found] == ["csv", "csv", "row"]
+    assert [getattr(one, "code", "row") for one in found] == ["csv", "row"]
     (lone,) = outcomes(write(tmp_path, "e.csv", "q,a\n" + '"x,y\n' + "x,y\n" * 20))
     assert "with 20 lines after it" in lone.reason
 
@@ -342,7 +346,7 @@ def test_damage_after_a_packed_stream_is_damage(tmp_path):
     for packing in ("bz2", "xz"):
         twice = PACKERS[packing](LINES) * 2
         assert data_of(write(tmp_path, f"d.jsonl.{packing}", twice)) == ROWS * 2
-        with pytest.raises(InputRefused, match="damaged_file"):
+        with pytest.raises(InputRefused, match="damaged_file|partial_file"):
             data_of(write(tmp_path, f"e.jsonl.{packing}", PACKERS[packing](LINES) + b"XX" + twice))
 
 
@@ -391,3 +395,211 @@ def test_every_shape_is_known_as_a_row():
     """What tells a row from what holds rows must know the columns of every schema."""
     for schema in schemas.own().values():
         assert not schema.columns or set(schema.columns) & _COLUMNS
+
+
+def row_of(size, number=0):
+    return json.dumps({"question": f"q{number}" + "x" * size, "answer": "a"})
+
+
+def questions(path):
+    return [row.data["question"].rstrip("x") for row in read(path)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # A row that holds a list of objects is a row, however long it is.
+        ("\n".join(json.dumps({"documents": [{"title": "t", "text": "d" * 1500}] * 900, "question": f"q{n}", "answer": "a"}) for n in range(2)), ["q0", "q1"]),
+        ('{"data": [' + ", ".join(row_of(600_000, n) for n in range(3)) + "]}", ["q0", "q1", "q2"]),
+        ('{"messages": [{"id": 1, "question": "q0", "answer": "a"}]}', ["q0"]),
+    ],
+    ids=["long-rows", "long-rows-under-a-key", "a-key-that-rows-have"],
+)  # fmt: skip
+def test_what_is_a_row_is_told_by_all_of_it(tmp_path, text, expected):
+    assert questions(write(tmp_path, "d.json", text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ('{"train": [{"a": 1}], "note": "x", "test": [{"a": 1}]}', "several_lists"),
+        ('{"train": [{"a": 1}], "train": [{"a": 1}]}', "several_lists"),
+        ('{"v": 1, "train": [{"a": 1}]} {"a": "LOST"}', "not_rows"),
+        ('{"train": [{"a": 1}], "v": 1} LOST', "not_rows"),
+    ],
+)
+def test_what_stands_beside_the_rows_is_found_however_the_text_is_parted(text, code):
+    data = text.encode()
+    for at in range(len(data)):
+        with pytest.raises(InputRefused) as refused:
+            list(pieces([data[:at], data[at:]], "d.json", 1 << 20, "train"))
+        assert refused.value.code == code
+
+
+def test_arrays_whose_lines_are_whole_are_no_json_lines(tmp_path):
+    chat = json.dumps(TALK)
+    for text in (f"[\n{chat}\n]", f"[\n{chat}\n,\n{chat}\n]"):
+        assert data_of(write(tmp_path, "d.json", text)) == [TALK] * text.count("007")
+
+
+def test_each_broken_line_is_rejected_alone(tmp_path):
+    lines = ['{"question": "q, "answer": "a"}'] * 2 + [row_of(0)] * 2
+    found = outcomes(write(tmp_path, "d.json", "\n".join(lines) + "\n"))
+    assert [getattr(one, "code", "row") for one in found] == ["json", "json", "row", "row"]
+
+
+def test_places_of_faults_in_json(tmp_path):
+    (_, bad) = outcomes(write(tmp_path, "b.json", '[{"question": "a"}, {"question": x}]'))
+    assert "byte 33" in bad.reason
+    with pytest.raises(InputRefused, match=r"c.json:4: the JSON ends before the list"):
+        outcomes(write(tmp_path, "c.json", f"[\n{row_of(1)},\n{row_of(1)}\n"))
+
+
+@pytest.mark.parametrize("packing", ["bz2", "xz"])
+def test_bombs_are_stopped_while_they_unpack(tmp_path, packing, monkeypatch):
+    from ftdata.readers import streams
+
+    monkeypatch.setattr(streams, "FREE", 1 << 22)
+    bomb = PACKERS[packing](LINES + b" " * (1 << 28))
+    tracemalloc.start()
+    with pytest.raises(InputRefused, match="expansion"):
+        data_of(write(tmp_path, f"d.jsonl.{packing}", bomb))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    tracemalloc.stop()
+
+
+def test_padding_and_frames_to_skip_belong_to_packed_files(tmp_path):
+    assert data_of(write(tmp_path, "d.jsonl.xz", lzma.compress(LINES) + b"\0" * 8 + lzma.compress(LINES))) == ROWS * 2
+    skipped = b"\x50\x2a\x4d\x18\x04\0\0\0abcd"
+    assert data_of(write(tmp_path, "d.jsonl.zst", skipped + zstd(LINES))) == ROWS
+    assert data_of(write(tmp_path, "d.jsonl", b"\xef\xbb\xbf" + LINES + b"\xef\xbb\xbf" + LINES)) == ROWS * 2
+    with pytest.raises(InputRefused, match=r"packed_table.*unpack it first"):
+        data_of(write(tmp_path, "d.parquet.gz", gzip.compress(b"PAR1")))
+
+
+def test_many_strays_and_many_keys_take_no_longer_than_few(tmp_path):
+    found = outcomes(write(tmp_path, "d.json", "[" + "1,\n" * 200_000 + row_of(1) + "]"))
+    assert len(found) == 200_001
+    assert [one.source.line for one in found[:3]] == [1, 2, 3]
+    wide = "{" + ",".join(f'"k{n}":1' for n in range(200_000)) + ',"k199999":2}'
+    (twice,) = outcomes(write(tmp_path, "d.jsonl", wide + "\n"))
+    assert "'k199999' twice" in twice.reason
+
+
+def stream_of(table):
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        for batch in table.to_batches(1000):
+            writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def test_arrow_streams_are_whole_or_refused(tmp_path):
+    table = pa.Table.from_pylist([{"question": f"q{n}", "answer": "a"} for n in range(3000)])
+    whole = stream_of(table)
+    assert len(questions(write(tmp_path, "d.arrow", whole))) == 3000
+    with pytest.raises(InputRefused, match="cut off"):
+        questions(write(tmp_path, "cut.arrow", whole[:-8]))
+    with pytest.raises(InputRefused, match="repeated_column"):
+        questions(write(tmp_path, "twice.arrow", stream_of(table.append_column("question", table["answer"]))))
+    offsets = whole.index(np.arange(0, 12, 2, dtype=np.int32).tobytes())
+    damaged = whole[: offsets + 4] + b"\xff\xff\xff\x7f" + whole[offsets + 8 :]
+    with pytest.raises(InputRefused, match="damaged_file"):
+        questions(write(tmp_path, "damaged.arrow", damaged))
+
+
+def test_json_in_arrow_is_what_it_says(tmp_path):
+    """`datasets` keeps objects that differ between rows as JSON text, and notes it in the schema."""
+    talks = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": [{"type": "text", "text": "x"}]}], "tools": [{"a": None}]},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x", "train": True}], "tools": [{"b": {"c": 1}}]},
+    ]  # fmt: skip
+    path = write(tmp_path, "d.jsonl", "".join(json.dumps(talk) + "\n" for talk in talks))
+    made = datasets.load_dataset("json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
+    made.to_parquet(tmp_path / "d.parquet")
+    made.save_to_disk(tmp_path / "saved")
+    for data in (
+        made,
+        made.with_format("numpy"),
+        str(tmp_path / "d.parquet"),
+        str(tmp_path / "saved"),
+        made.data.table,
+    ):
+        assert data_of(data) == talks
+
+
+def test_objects_in_memory_are_read_as_they_are(tmp_path):
+    def used_again():
+        row = {}
+        for number in range(3):
+            row.update(question=str(number), answer="a")
+            yield row
+
+    assert [row.data["question"] for row in list(read(used_again()))] == ["0", "1", "2"]
+    made = datasets.Dataset.from_list([{"question": "q", "answer": "a"}])
+    loud = made.with_transform(
+        lambda batch: {"question": [one.upper() for one in batch["question"]], "answer": batch["answer"]}
+    )
+    assert data_of(loud) == [{"question": "Q", "answer": "a"}]
+    as_table = made.to_iterable_dataset().with_format("arrow")
+    assert (
+        data_of(as_table)
+        == data_of([made])
+        == data_of({"path": made, "weight": 2})
+        == [{"question": "q", "answer": "a"}]
+    )
+    assert data_of([made, pd.DataFrame([{"question": "r"}])]) == [{"question": "q", "answer": "a"}, {"question": "r"}]
+    ids = {"input_ids": np.arange(3), "labels": (1, 2)}
+    assert data_of([ids]) == [{"input_ids": [0, 1, 2], "labels": [1, 2]}]
+    maps = pa.table({"kwargs": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))})
+    assert data_of(maps) == [{"kwargs": {"a": 1}}]
+    with pytest.raises(InputRefused, match="repeated_column"):
+        data_of(pd.DataFrame([["a", "b"]], columns=[1, "1"]))
+
+
+def test_csv_as_spreadsheets_write_it(tmp_path):
+    assert data_of(write(tmp_path, "a.csv", "\nquestion,answer\nq,a\n")) == [{"question": "q", "answer": "a"}]
+    assert data_of(write(tmp_path, "b.csv", "sep=;\r\nquestion;answer\r\nq, r;a\r\n")) == [
+        {"question": "q, r", "answer": "a"}
+    ]
+
+
+def test_the_rest_of_a_broken_csv_row_is_no_row(tmp_path):
+    text = 'question,answer\n"he said "hi"\nyes, sure\nok","x"\ngood,row\n"a "b" c",d\n"x\ny",z\n'
+    found = outcomes(write(tmp_path, "d.csv", text))
+    assert [getattr(one, "data", None) or (one.code, one.source.line) for one in found] == [
+        ("csv", 2), {"question": "good", "answer": "row"}, ("csv", 6), {"question": "x\ny", "answer": "z"}
+    ]  # fmt: skip
+    assert found[0].raw == '"he said "hi"\nyes, sure\nok","x"\n'
+
+
+@pytest.mark.parametrize(("encoding", "byte"), [("cp1253", b"\xd2\xaa"), ("ascii", "é".encode()), ("cp1252", b"\x81")])
+def test_what_an_encoding_lacks_is_no_text_in_it(tmp_path, encoding, byte):
+    text = b'{"question": "' + byte + b'", "answer": "a"}\n'
+    (bad,) = [
+        row
+        for source in sources({"path": write(tmp_path, "d.jsonl", text), "encoding": encoding})
+        for row in source.rows()
+    ]
+    assert bad.code == "encoding"
+    assert "no text in its encoding: byte 0x" in bad.reason
+    assert data_of({"path": write(tmp_path, "e.jsonl", LINES), "encoding": "utf-8-sig"}) == ROWS
+
+
+def test_excel_as_people_have_it(tmp_path):
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    sheet = book.active
+    for row in ([], ["question", "answer"], ["q", datetime.datetime(2024, 1, 1)], ["=1/0", "a"], ["", ""], ["n", 7]):
+        sheet.append(row)
+    sheet["A4"].value, sheet["A4"].data_type = "#DIV/0!", "e"
+    sheet["B7"] = "=A1"
+    hidden = book.create_sheet("notes")
+    hidden.append(["question"])
+    hidden.sheet_state = "hidden"
+    book.save(tmp_path / "d.xlsx")
+    assert [(getattr(one, "data", None) or (one.code, one.field), one.source.line) for one in outcomes(str(tmp_path / "d.xlsx"))] == [
+        ({"question": "q", "answer": "2024-01-01"}, 3), (("excel_error", "A4"), 4),
+        ({"question": "n", "answer": "7"}, 6), (("excel_formula", "B7"), 7),
+    ]  # fmt: skip

@@ -91,6 +91,40 @@ def test_the_card_names_configurations_and_their_files(hub):
     assert "did you mean 'small'" in text
 
 
+def test_files_of_the_hub_are_data_once_and_of_the_split_they_are_named_for(hub):
+    cards = {2: "---\nconfigs:\n- {config_name: en, data_dir: en}\n- {config_name: fr, data_dir: fr}\n---\n"}
+    cases = [
+        (["a/training-set/test.jsonl", "eval_data/train.jsonl"], {}, {"test": ["a/training-set/test.jsonl"], "train": ["eval_data/train.jsonl"]}),
+        (["data/train-0.jsonl", "examples/sample.jsonl", "config.json"], {}, {"train": ["data/train-0.jsonl"]}),
+        (["en/a.jsonl", "fr/a.jsonl"], {"name": "en"}, {"train": ["en/a.jsonl"]}),
+        (["data/a.jsonl", "data/b.md"], {"data_files": ["data/*", "data/a.jsonl"]}, {"train": ["data/a.jsonl"]}),
+        (["data/a.jsonl", "x.jsonl"], {"data_files": "data"}, {"train": ["data/a.jsonl"]}),
+        (["a.jsonl"], {"data_files": [{"path": "a.jsonl"}]}, {"train": ["a.jsonl"]}),
+        (["train.jsonl", "train.csv"], {}, "hub_formats"),
+        (["a.jsonl"], {"data_files": 5}, "data_files"),
+        (["a.jsonl"], {"data_files": {"train": None}}, "data_files"),
+        (["a.jsonl"], {"name": "en"}, "hub_config"),
+    ]  # fmt: skip
+    for number, (files, _, _) in enumerate(cases):
+        hub.add(f"o/n{number}", dict.fromkeys(files, "x") | ({"README.md": cards[number]} if number in cards else {}))
+    specs = [{"path": f"o/n{number}", **spec} for number, (_, spec, _) in enumerate(cases)]
+    found = python(f"""
+import json
+from ftdata.errors import UsageError
+from ftdata.readers import sources
+found = []
+for spec in {specs!r}:
+    try:
+        splits = {{}}
+        for one in sources(spec):
+            splits.setdefault(one.split, []).append(one.path.split("@")[1].partition("/")[2])
+        found.append(splits)
+    except UsageError as error:
+        found.append(error.code)
+print(json.dumps(found))""")
+    assert found == [expected for _, _, expected in cases]
+
+
 def test_what_is_read_is_one_commit_and_comes_once(hub):
     hub.add("me/chats", {"train.jsonl": lines(ROWS)})
     commit = hub.commit(("datasets", "me/chats"))

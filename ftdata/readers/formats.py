@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from ftdata.readers.arrow import read_arrow, read_parquet
+from ftdata.readers.excel import read_excel
 from ftdata.readers.lines import read_json, read_jsonl
+from ftdata.readers.separated import read_csv, read_tsv
 from ftdata.readers.streams import Input
-from ftdata.readers.tables import read_arrow, read_csv, read_excel, read_parquet, read_tsv
 from ftdata.registry import Registry
 from ftdata.types import Reject, Row
 

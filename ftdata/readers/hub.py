@@ -6,24 +6,20 @@ owner/name ──its card, or the names of its files──> files of splits, pin
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ftdata.errors import HubError, InputRefused, UsageError, nearest
+from ftdata.readers.naming import split_of
 from ftdata.readers.remote import TRIES, persist, status_of
 
 Result = TypeVar("Result")
 
 SCHEME = "hf://"
-_ID = re.compile(r"(?:datasets/)?([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?")
-_SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval"), "test"),
-}
-"""Words in names of files -> the split that they say."""
+_ID = re.compile(r"(?:datasets/)?([\w.-]+/[\w.-]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +64,7 @@ def is_hub(place: str) -> bool:
 def hub_files(
     place: str,
     readable: Callable[[str], bool],
-    config: str | None = None,
+    name: str | None = None,
     revision: str | None = None,
     data_files: str | Sequence[str] | Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[HubFile, str]]:
@@ -77,7 +73,7 @@ def hub_files(
     Args:
         place: `hf://owner/name`, with `@revision` and a path or glob after it, if need be; or `owner/name`.
         readable: whether a file of this name is data.
-        config: the name of a configuration in the data set's card.
+        name: that of a configuration in the data set's card.
         revision: a branch, tag or commit; what is found is pinned to the commit.
         data_files: globs of files, or split -> globs.
 
@@ -88,26 +84,37 @@ def hub_files(
     found = _ID.fullmatch(place.removeprefix(SCHEME))
     if found is None:
         raise UsageError("hub_path", f"{place} is no data set", hint="hf://owner/name, or owner/name")
-    from fsspec.utils import glob_translate
     from huggingface_hub import HfApi
 
     repo, at, path = found[1], found[2] or revision, found[3]
-    info = asked(lambda: HfApi().dataset_info(repo, revision=at, timeout=30), f"{SCHEME}{repo}")
+    where = f"{SCHEME}{repo}"
+    info = asked(lambda: HfApi().dataset_info(repo, revision=at, timeout=30), where)
     names = [one.rfilename for one in info.siblings or ()]
     commit = str(info.sha)
-    given = path or data_files
-    chosen = _by_split(given) if given else _of_card(info.card_data, config, f"{SCHEME}{repo}")
-    if chosen is None:
-        yield from ((HubFile(repo, commit, name), split) for name, split in _named(names, readable, repo))
+    config = _config(info.card_data, name, where) if name or not (path or data_files) else {}
+    given = path or data_files or config.get("data_files")
+    if given is None:
+        inside = f"{config['data_dir'].strip('/')}/" if config.get("data_dir") else ""
+        own = [one for one in names if one.startswith(inside) and readable(one)]
+        yield from ((HubFile(repo, commit, one), split) for one, split in _named(own, names, repo))
         return
-    for split, globs in chosen.items():
-        for pattern in globs:
-            matches = re.compile(glob_translate(pattern.removeprefix("./"))).match
-            matching = list(filter(matches, names))
-            if not matching:
-                hint = nearest(pattern, names) if names else "the data set holds no files"
-                raise UsageError("file_not_found", f"{SCHEME}{repo} has no file {pattern!r}", hint=hint)
-            yield from ((HubFile(repo, commit, name), split) for name in matching)
+    for split, globs in _by_split(given, where).items():
+        matching = [one for pattern in globs for one in _matching(pattern.removeprefix("./"), names, readable, where)]
+        yield from ((HubFile(repo, commit, one), split) for one in dict.fromkeys(matching))
+
+
+def _matching(pattern: str, names: Sequence[str], readable: Callable[[str], bool], where: str) -> list[str]:
+    """Return the files that a pattern, a name, or that of a folder stands for."""
+    from fsspec.utils import glob_translate
+
+    if pattern in names:
+        return [pattern]
+    found = list(filter(re.compile(glob_translate(pattern)).match, names))
+    found = found or [one for one in names if one.startswith(f"{pattern.rstrip('/')}/")]
+    if not found:
+        hint = nearest(pattern, names) if names else "the data set holds no files"
+        raise UsageError("file_not_found", f"has no file {pattern!r}", where=where, hint=hint)
+    return [one for one in found if readable(one)] or found
 
 
 def asked(ask: Callable[[], Result], what: str) -> Result:
@@ -143,39 +150,49 @@ def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _by_split(data_files: Any) -> dict[str, list[str]]:
-    given = data_files if isinstance(data_files, Mapping) else {"train": data_files}
-    return {str(split): [globs] if isinstance(globs, str) else list(globs) for split, globs in given.items()}
+def _by_split(data_files: Any, where: str) -> dict[str, list[str]]:
+    """Return split -> globs of a `data_files`, as users and cards write it."""
+    if isinstance(data_files, list) and data_files and all(isinstance(one, Mapping) for one in data_files):
+        found = [(str(one.get("split", "train")), one.get("path")) for one in data_files]
+    else:
+        found = list(data_files.items()) if isinstance(data_files, Mapping) else [("train", data_files)]
+    chosen: dict[str, list[str]] = {}
+    for split, globs in found:
+        listed = [globs] if isinstance(globs, str) else globs
+        if not isinstance(listed, list | tuple) or not listed or not all(isinstance(one, str) for one in listed):
+            hint = "a glob, a list of globs, or split -> globs"
+            raise UsageError("data_files", f"data_files of {split} is {globs!r:.60}", where=where, hint=hint)
+        chosen.setdefault(str(split), []).extend(listed)
+    return chosen
 
 
-def _of_card(card: Any, config: str | None, what: str) -> dict[str, list[str]] | None:
-    """Return the files that the card names for each split, or `None` where it names none."""
+def _config(card: Any, name: str | None, where: str) -> Mapping[str, Any]:
+    """Return the configuration of a card that has the name, or is the default."""
     configs = [one for one in (card.to_dict().get("configs") or ()) if isinstance(one, dict)] if card else []
-    names = [str(one.get("config_name", "default")) for one in configs]
-    if not configs and config is None:
-        return None
-    default = [name for name, one in zip(names, configs, strict=True) if one.get("default") or name == "default"]
-    wanted = config or (default[0] if default else names[0] if len(names) == 1 else None)
-    if wanted not in names:
-        hint = f"say which with name: {', '.join(names)}" if config is None else nearest(config, names)
-        raise UsageError("hub_config", f"has several configurations, or not {config!r}", where=what, hint=hint)
-    data_files = configs[names.index(str(wanted))].get("data_files")
-    if data_files is None:
-        return None
-    if isinstance(data_files, list) and all(isinstance(one, dict) for one in data_files):
-        return {str(one["split"]): _by_split(one["path"])["train"] for one in data_files}
-    return _by_split(data_files)
+    known = {str(one.get("config_name", "default")): one for one in configs}
+    if name is None and not known:
+        return {}
+    default = [one for one, config in known.items() if config.get("default") or one == "default"]
+    wanted = name or (default[0] if default else next(iter(known)) if len(known) == 1 else "")
+    if wanted not in known:
+        found = f"has no configuration {name!r}" if name else "has several configurations"
+        hint = nearest(name or "", known) if known else "leave name out: its card names none"
+        raise UsageError("hub_config", found, where=where, hint=hint)
+    return known[wanted]
 
 
-def _named(names: Sequence[str], readable: Callable[[str], bool], repo: str) -> Iterator[tuple[str, str]]:
-    """Yield the data files among all, with the split that their names, or those of their folders, say."""
-    found = []
-    for name in filter(readable, sorted(names)):
-        words = re.split(r"[^a-z]+", name.lower())
-        found.append((name, next((_SPLITS[word] for word in words if word in _SPLITS), "train")))
-    if not found:
+def _named(files: Sequence[str], all_files: Sequence[str], repo: str) -> Iterator[tuple[str, str]]:
+    """Yield data files, each with the split that it is named for; beside those, others are no data."""
+    where = f"{SCHEME}{repo}"
+    if not files:
         script = f"{repo.partition('/')[2]}.py"
         needs_code = f"needs code to be read ({script}), which is never run"
-        reason = needs_code if script in names else "holds no file that is read"
-        raise InputRefused("hub_no_data", reason, where=f"{SCHEME}{repo}", hint="name files with data_files")
-    return iter(found)
+        reason = needs_code if script in all_files else "holds no file that is read"
+        raise InputRefused("hub_no_data", reason, where=where, hint="name files with data_files")
+    named = [(name, split) for name in sorted(files) if (split := split_of(name))]
+    chosen = named or [(name, "train") for name in sorted(files)]
+    stems = Counter(re.sub(r"(\.[A-Za-z]\w*)+$", "", name) for name, _ in chosen)
+    if twice := [stem for stem, count in stems.items() if count > 1]:
+        hint = "name those that are wanted with data_files"
+        raise UsageError("hub_formats", f"holds {twice[0]} in several formats", where=where, hint=hint)
+    yield from chosen

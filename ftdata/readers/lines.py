@@ -10,15 +10,17 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import orjson
 
 from ftdata.errors import InputRefused
-from ftdata.readers.scan import depth_of, key_of_rows, pieces
+from ftdata.readers.scan import depth_of, outline, pieces
 from ftdata.readers.streams import CHUNK, Input, before, chunks, joined
 from ftdata.types import Reject, Row, Source
 
@@ -65,15 +67,52 @@ def read_json(file: Input) -> Iterator[Row | Reject]:
     A file whose first line is a whole object and that goes on is read as JSON Lines.
     """
     with file.text() as stream:
-        head = stream.read(CHUNK)
+        head = _head(stream)
         _refuse_foreign(head, file)
         if _looks_like_lines(head):
             with joined(head, stream) as whole:
                 yield from _lines(whole, file)
             return
         with closing(before(head, chunks(stream))) as parts:
-            key = key_of_rows(head.removeprefix(_BOM), file.path, whole=len(head) < CHUNK)
-            yield from _by_columns(_scan(parts, file, key), head, file)
+            seen, key = _seen(parts, file.path) if head.removeprefix(_BOM).lstrip().startswith(b"{") else ([], None)
+            yield from _by_columns(_scan(chain(seen, parts), file, key), head, file)
+
+
+def _head(stream: io.BufferedReader) -> bytes:
+    """Return how the text begins: two lines that are not blank, if they are not long; what a pipe has already."""
+    head = b""
+    while len(head) < CHUNK and sum(1 for line in head.split(b"\n", 64)[:-1] if line.strip()) < 2:
+        more = stream.read1(CHUNK - len(head))
+        if not more:
+            break
+        head += more
+    return head
+
+
+def _seen(parts: Iterator[bytes], path: str) -> tuple[list[bytes], str | None]:
+    """Return the parts of a text that were looked at, and the key under which its rows lie, if they do.
+
+    An object that goes on for longer than a row may is no row.
+    """
+    seen: list[bytes] = []
+
+    def taken() -> Iterator[bytes]:
+        size = 0
+        for part in parts:
+            seen.append(part)
+            size += len(part)
+            yield part
+            if size > MAX_LINE:
+                return
+
+    found = outline(taken())
+    if found.end is not None:
+        # Whether it is all of the text, the next part says, where this one ends with it.
+        while not (rest := b"".join(seen)[found.end :].strip()) and (part := next(parts, b"")):
+            seen.append(part)
+        if rest:
+            return seen, None
+    return seen, found.key_of_rows(path)
 
 
 def _lines(stream: io.BufferedReader, file: Input) -> Iterator[Row | Reject]:
@@ -83,13 +122,13 @@ def _lines(stream: io.BufferedReader, file: Input) -> Iterator[Row | Reject]:
         source = Source(file.path, index, number, offset)
         size = len(raw) if raw.endswith(b"\n") else len(raw) + _to_end_of_line(stream)
         offset += size
-        text = raw.removeprefix(_BOM) if number == 1 else raw
+        text = raw.removeprefix(_BOM)  # also where files with marks were joined
         if size > MAX_LINE:
             yield _too_long(source, size)
         elif not text.strip():
             continue
         else:
-            row = parse(text, source)
+            row = parse(text, source, whole_line=True)
             if isinstance(row, Reject) and not raw.endswith(b"\n"):
                 reason = f"{row.reason}; the file ends inside this line"
                 row = replace(row, code="partial_file", reason=reason, fix="write the file again, it looks cut off")
@@ -128,10 +167,10 @@ def _refuse_foreign(head: bytes, file: Input) -> None:
 
 
 def _looks_like_lines(head: bytes) -> bool:
-    lines = [line for line in head.removeprefix(_BOM).split(b"\n", 64) if line.strip()][:2]
-    if len(lines) < 2 or lines[0].lstrip()[:1] != lines[1].lstrip()[:1] or lines[0].lstrip()[:1] not in (b"{", b"["):
+    lines = [line.strip() for line in head.removeprefix(_BOM).split(b"\n", 64) if line.strip()]
+    if len(lines) < 2 or lines[0][:1] != lines[1][:1] or lines[0][:1] not in (b"{", b"[") or lines[0] == b"[":
         return False
-    return any(map(_is_whole, lines))
+    return any(_is_whole(line) for line in lines if line[:1] == lines[0][:1])
 
 
 def _is_whole(line: bytes) -> bool:
@@ -168,8 +207,9 @@ def _columns(data: Any) -> list[dict[str, Any]] | None:
     keyed = all(isinstance(cell, dict) and list(cell) == list(cells[0]) for cell in cells)
     if keyed and cells[0] and all(key.isdecimal() for key in cells[0]):
         return [{name: column[key] for name, column in data.items()} for key in cells[0]]
+    listed = all(isinstance(cell, list) and len(cell) == len(cells[0]) for cell in cells)
     # Ids and labels are lists themselves.
-    listed = "input_ids" not in data and all(isinstance(cell, list) and len(cell) == len(cells[0]) for cell in cells)
+    listed = listed and not any(isinstance(one, int) for one in data.get("input_ids", ())[:1])
     if listed and cells[0] and not any(isinstance(item, dict) for column in cells for item in column):
         return [dict(zip(data, values, strict=True)) for values in zip(*cells, strict=True)]
     return None
@@ -180,13 +220,15 @@ def _scan(parts: Iterable[bytes], file: Input, under: str | None) -> Iterator[Ro
     index = 0
     for piece in pieces(parts, file.path, MAX_LINE, under):
         source = Source(file.path, index, piece.line, piece.offset)
+        line, counted = piece.line - piece.gap.count(b"\n"), 0
         for at, stray in _strays(piece.gap):
-            line = piece.line - piece.gap.count(b"\n", at)
+            line += piece.gap.count(b"\n", counted, at)
+            counted = at
             place = source._replace(line=line, offset=piece.offset - len(piece.gap) + at)
-            yield Reject(place, "not_a_row", "", stray)
+            yield Reject(place, "not_a_row", "", stray, "", _raw(piece.gap[at : at + _RAW_LIMIT]))
             source = source._replace(row=source.row + 1)
         if piece.size:
-            yield _too_long(source, piece.size) if piece.text is None else parse(piece.text, source)
+            yield _too_long(source, piece.size) if piece.text is None else parse(piece.text, source, whole_line=False)
             source = source._replace(row=source.row + 1)
         index = source.row
 
@@ -207,15 +249,15 @@ def _too_long(source: Source, size: int) -> Reject:
     return Reject(source, "line_too_long", "", f"is {size:,} bytes long, at most {MAX_LINE:,} are read")
 
 
-def parse(text: bytes, source: Source) -> Row | Reject:
-    """Parse the JSON text of one row.
+def parse(text: bytes, source: Source, *, whole_line: bool) -> Row | Reject:
+    """Parse the JSON text of one row; of a whole line errors say the column, else the byte in the file.
 
     Exactly: what two parsers would read differently (a key that stands twice, half a character) is rejected.
     """
     try:
         if text.count(b"{") + text.count(b"[") > MAX_DEPTH and depth_of(text) > MAX_DEPTH:
             raise _Fault("too_deep", f"is nested deeper than {MAX_DEPTH} levels")
-        value = _value(text, source)
+        value = _value(text, source, whole_line=whole_line)
         if not isinstance(value, dict | list):
             raise _Fault("not_a_row", f"is a {type(value).__name__}, expected an object or a list of messages")
     except _Fault as fault:
@@ -229,43 +271,50 @@ class _Fault(Exception):
         self.code, self.reason, self.fix = code, reason, fix
 
 
-def _value(text: bytes, source: Source) -> Any:
+def _value(text: bytes, source: Source, *, whole_line: bool) -> Any:
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        return _second_opinion(text, source, error)
+        return _second_opinion(text.rstrip(), source, error, whole_line=whole_line)
     # orjson makes floats of integers beyond 64 bits.
     if _LONG_NUMBER.search(text):
-        return _second_opinion(text, source, None)
+        return _second_opinion(text, source, None, whole_line=whole_line)
     if _may_repeat(text, value):
         json.loads(text, object_pairs_hook=_unique)
     return value
 
 
-def _second_opinion(text: bytes, source: Source, error: orjson.JSONDecodeError | None) -> Any:
+def _second_opinion(text: bytes, source: Source, error: orjson.JSONDecodeError | None, *, whole_line: bool) -> Any:
     # orjson refuses NaN, which is harmless in columns that nobody trains on.
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as broken:
-        found = f"byte 0x{text[broken.start]:02x} at {broken.start} bytes into it"
-        fix = "say what it is written in, e.g. encoding='cp1252'"
-        raise _Fault("encoding", f"is not UTF-8 text: {found}", fix) from None
+        raise _Fault("encoding", *not_text(text[broken.start : broken.start + 3], broken.start)) from None
     except UnicodeEncodeError:
         raise _Fault("lone_surrogate", "holds half a character (a lone surrogate escape)") from None
     except ValueError:
         assert error is not None  # what orjson reads, Python reads
         line = (source.line or 1) + error.lineno - 1
         at = f"line {line}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        if error.lineno == 1 and not whole_line:
+            at = f"byte {(source.offset or 0) + len(error.doc[: error.pos].encode())}"
         raise _Fault("json", f"is not valid JSON at {at}: {error.msg}") from None
     return value
+
+
+def not_text(found: bytes, at: int) -> tuple[str, str]:
+    """Say that bytes are no text, and what to do: those of UTF-8 that is none, or of what another encoding lacks."""
+    half = found.decode("utf-8", "surrogatepass") if found[:1] == b"\xed" and len(found) == 3 else ""
+    if "\udc80" <= half <= "\udcff":
+        return f"is no text in its encoding: byte 0x{ord(half) - 0xDC00:02x}", "say another encoding"
+    return f"is not UTF-8 text: byte 0x{found[0]:02x} at {at} bytes into it", "say its encoding, e.g. encoding='cp1252'"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise _Fault("duplicate_key", f"has the key {twice!r} twice in one object")
     return found
 

@@ -79,13 +79,38 @@ def open_remote(url: str) -> io.BufferedReader:
     return io.BufferedReader(_RemoteFile(url), 1 << 20)
 
 
+def listed(url: str) -> list[str]:
+    """Return the files that a URL stands for: itself, or those in a folder or of a pattern, where there are such.
+
+    Raises:
+        UsageError: there is none.
+        HubError: the place cannot be looked at, asked again and again.
+    """
+    if url.startswith(("http://", "https://")):
+        return [url]
+    return _asked(url, lambda: _listed(url))
+
+
+def _listed(url: str) -> list[str]:
+    import fsspec
+
+    filesystem, path = fsspec.core.url_to_fs(url)
+    if fsspec.core.has_magic(path):
+        found = sorted(filesystem.glob(path))
+    else:
+        found = sorted(filesystem.find(path)) if filesystem.isdir(path) else [path]
+    if not found:
+        raise FileNotFoundError(url)
+    return [str(filesystem.unstrip_protocol(one)) for one in found]
+
+
 class _RemoteFile(io.RawIOBase):
     """A file that fsspec opens. It is the same to its end: what changes while it is read is refused."""
 
     def __init__(self, url: str) -> None:
         self._url, self._at = url, 0
         self._file: Any = None
-        self._stamp = self._asked(self._open)
+        self._stamp = _asked(url, self._open)
 
     def readable(self) -> bool:
         return True
@@ -104,7 +129,7 @@ class _RemoteFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        part = self._asked(lambda: self._read(len(buffer)))
+        part = _asked(self._url, lambda: self._read(len(buffer)))
         buffer[: len(part)] = part
         self._at += len(part)
         return len(part)
@@ -149,26 +174,28 @@ class _RemoteFile(io.RawIOBase):
             hint = "read it again, or copy it first"
             raise InputRefused("file_changed", "has changed while it was read", where=self._url, hint=hint)
 
-    def _asked(self, ask: Callable[[], Result]) -> Result:
-        try:
-            return persist(ask, (Exception,), _LASTING)
-        except InputRefused:
-            raise
-        except Exception as error:  # noqa: BLE001  (every file system has errors of its own)
-            raise self._told(_root(error), status_of(error)) from None
 
-    def _told(self, error: BaseException, status: int | None) -> FtdataError:
-        reason = str(error) or type(error).__name__
-        if isinstance(error, ImportError):
-            scheme = self._url.partition("://")[0]
-            hint = f"pip install 'ftdata[{scheme}]'" if scheme in {"s3", "gs"} else "install what it names"
-            return MissingDependency("no_filesystem", reason, where=self._url, hint=hint)
-        if isinstance(error, FileNotFoundError) or status in (404, 410):
-            return UsageError("file_not_found", "is not there", where=self._url)
-        if isinstance(error, ValueError):
-            return UsageError("unknown_protocol", reason, where=self._url)
-        found = f"the server answers {status}" if status else f"cannot be read, {TRIES} times"
-        return HubError("network", f"{found}: {reason}", where=self._url, hint="check the address, or try again later")
+def _asked(url: str, ask: Callable[[], Result]) -> Result:
+    try:
+        return persist(ask, (Exception,), _LASTING)
+    except InputRefused:
+        raise
+    except Exception as error:  # noqa: BLE001  (every file system has errors of its own)
+        raise _told(url, _root(error), status_of(error)) from None
+
+
+def _told(url: str, error: BaseException, status: int | None) -> FtdataError:
+    reason = str(error) or type(error).__name__
+    if isinstance(error, ImportError):
+        scheme = url.partition("://")[0]
+        hint = f"pip install 'ftdata[{scheme}]'" if scheme in {"s3", "gs"} else "install what it names"
+        return MissingDependency("no_filesystem", reason, where=url, hint=hint)
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
+        return UsageError("file_not_found", "is not there", where=url)
+    if isinstance(error, ValueError):
+        return UsageError("unknown_protocol", reason, where=url)
+    found = f"the server answers {status}" if status else f"cannot be read, {TRIES} times"
+    return HubError("network", f"{found}: {reason}", where=url, hint="check the address, or try again later")
 
 
 def _options(url: str) -> dict[str, Any]:

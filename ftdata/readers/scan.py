@@ -51,8 +51,7 @@ def pieces(parts: Iterable[bytes], path: str, limit: int, under: str | None = No
         parts: the text.
         path: how errors name it.
         limit: bytes of the longest row that is kept.
-        under: a key; a row is then an element of the array that lies under it, in the one object that the text is. This
-            array must begin in the first part.
+        under: a key; a row is then an element of the array that lies under it, in the one object that the text is.
 
     Raises:
         InputRefused: the text ends inside a row, or is none.
@@ -72,54 +71,60 @@ def depth_of(text: bytes) -> int:
     return deepest
 
 
-def key_of_rows(head: bytes, path: str, *, whole: bool) -> str | None:
-    """Return the key under which the rows of a text lie, if it is one object with one list of rows in it.
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What the first object of a text holds: its keys, and the first element of each list in it.
 
-    That is no row itself: it has no list of messages, and no column that rows have.
-
-    Args:
-        head: how the text begins.
-        path: how errors name it.
-        whole: whether this is all of the text.
-
-    Raises:
-        InputRefused: there are several such lists.
+    `end` is where it ends, `None` if it does not in what was read.
     """
-    if not head.lstrip().startswith(b"{"):
-        return None
-    keys, lists, end = _outline(head)
-    if end is not None and (head[end:].strip() or not whole):
-        return None
-    firsts = {name: _first(items[0]) for name, items in lists.items()}
-    if _COLUMNS & keys or any(_MESSAGE_KEYS & set(first) for first in firsts.values()):
-        return None
-    # Of a text that goes on, it must be certain that this is no first row of many.
-    with_rows = [name for name, first in firsts.items() if first and (end is not None or len(lists[name]) > 1)]
-    if len(with_rows) > 1:
-        raise _several(with_rows, path)
-    return with_rows[0] if with_rows else None
+
+    keys: tuple[str, ...]
+    lists: Mapping[str, bytes]
+    end: int | None
+
+    def key_of_rows(self, path: str) -> str | None:
+        """Return the key under which rows lie, if this is no row itself.
+
+        A row has a list of messages, or another column that rows have.
+
+        Raises:
+            InputRefused: rows lie under several keys.
+        """
+        firsts = {name: _first(text) for name, text in self.lists.items()}
+        if any(_MESSAGE_KEYS & set(first) for first in firsts.values()):
+            return None
+        with_rows = [name for name, first in firsts.items() if first]
+        if not with_rows or _COLUMNS & set(self.keys) - set(with_rows):
+            return None
+        if len(with_rows) > 1:
+            raise _several(with_rows, path)
+        return with_rows[0]
 
 
-def _outline(head: bytes) -> tuple[set[str], dict[str, list[bytes]], int | None]:
-    """Return the keys of the object that a text begins with, the elements of the lists in it, and where it ends."""
-    depth = before = opened = 0
-    key, keys, lists = "", list[str](), dict[str, list[bytes]]()
-    for at in next(_brackets([head]))[1]:
-        if depth == 1:
-            keys += _keys(head[before:at])
-        if head[at] in b"{[":
+def outline(parts: Iterable[bytes]) -> Outline:
+    """Look at the first object of a text that comes in parts; no more of them are taken than that takes."""
+    text = bytearray()
+    depth = start = before = opened = 0
+    key, keys, lists = "", list[str](), dict[str, bytes]()
+    for part, brackets in _brackets(parts):
+        start = len(text)
+        text += part
+        for at in (start + bracket for bracket in brackets):
             if depth == 1:
-                key = keys[-1] if head[at] in b"[" and keys else ""
-            opened = at if depth == 2 else opened
-            depth += 1
-        else:
+                keys += _keys(text[before:at])
+            before = at + 1
+            if text[at] in b"{[":
+                if depth == 1:
+                    key = keys[-1] if text[at] in b"[" and keys else ""
+                opened = at if depth == 2 else opened
+                depth += 1
+                continue
             depth -= 1
-            if depth == 2 and key:
-                lists.setdefault(key, []).append(head[opened : at + 1])
-        before = at + 1
-        if depth == 0:
-            return set(keys), lists, before
-    return set(keys), lists, None
+            if depth == 2 and key and key not in lists:
+                lists[key] = bytes(text[opened:before])
+            if depth == 0:
+                return Outline(tuple(keys), lists, before)
+    return Outline(tuple(keys), lists, None)
 
 
 def _several(keys: Iterable[str], path: str) -> InputRefused:
@@ -140,7 +145,7 @@ def _first(text: bytes) -> Mapping[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-def _keys(text: bytes) -> list[str]:
+def _keys(text: bytes | bytearray) -> list[str]:
     """Return the keys in a stretch of an object without brackets."""
     return [str(_string(found[1])) for found in _KEY.finditer(text) if found[2]]
 
@@ -195,6 +200,10 @@ class _Cutter:
     """the line and the offset where the list of rows ended"""
     begun: tuple[int, int] = (1, 0)
     """the line and the offset where the row at hand begins"""
+    closed: bool = False
+    """whether the object around the list of rows has ended"""
+    between: bytes = b""
+    """what stood since the last bracket, in the object around the list of rows"""
 
     def __post_init__(self) -> None:
         self.inside = self.under is None
@@ -203,8 +212,8 @@ class _Cutter:
         """Yield the rows that end in this part."""
         mark = counted = before = 0
         for at in brackets:
-            key = _keys(part[before:at])[-1:] if self.under is not None and self.depth == 1 else []
-            before = at + 1
+            key = _keys(self.between + part[before:at])[-1:] if self.around else []
+            self.between, before = b"", at + 1
             if part[at] in b"{[":
                 if self._begins(part[at]):
                     self.in_row, self.gap = True, self.gap + part[mark:at]
@@ -216,6 +225,7 @@ class _Cutter:
                 self.depth += 1
                 continue
             self.depth = max(self.depth - 1, 0)
+            self.closed = self.depth == 0
             if self.in_row and self.depth == self.row_depth:
                 self._keep(part[mark : at + 1])
                 mark = at + 1
@@ -223,28 +233,53 @@ class _Cutter:
             elif self.under is not None and self.inside and self.depth == 1:
                 self.inside, self.gap = False, self.gap + part[mark:at]
                 self.ended = self.line + part.count(b"\n", counted, at), self.offset + at
+        self._pass(part, mark, before)
+        self.line += part.count(b"\n", counted)
+        self.offset += len(part)
+
+    @property
+    def around(self) -> bool:
+        """Whether this is in the object around the list of rows."""
+        return self.under is not None and self.depth < 2 and not self.inside
+
+    def _pass(self, part: bytes, mark: int, before: int) -> None:
+        """Keep what a part ends with."""
         if self.in_row:
             self._keep(part[mark:])
         elif self.inside:
             self.gap += part[mark:]
-        if len(self.gap) > MAX_GAP:
+        if self.around:
+            self.between += part[before:]
+        if len(self.gap) > MAX_GAP or len(self.between) > MAX_GAP:
             place = f"{self.path}:{self.line}"
             raise InputRefused("not_rows", f"holds {MAX_GAP:,} bytes and more that are no object or list", where=place)
-        self.line += part.count(b"\n", counted)
-        self.offset += len(part)
 
     def last(self) -> Piece:
         if self.depth:
-            raise InputRefused(
-                "partial_file",
-                "the JSON ends inside the row that begins here: a bracket or a quote is never closed",
-                where=f"{self.path}:{self.begun[0]}",
-                hint="write the file again, it looks cut off",
-            )
+            found = "the JSON ends inside the row that begins here: a bracket or a quote is never closed"
+            line = self.begun[0]
+            if not self.in_row:
+                found, line = "the JSON ends before the list of its rows does: a bracket is never closed", self.line
+            hint = "write the file again, it looks cut off"
+            raise InputRefused("partial_file", found, where=f"{self.path}:{line}", hint=hint)
+        if self.under is not None and self.between.strip():
+            raise self._goes_on()
         return Piece(self.gap, None, 0, *(self.ended or (self.line, self.offset)))
+
+    def _goes_on(self) -> InputRefused:
+        return InputRefused(
+            "not_rows",
+            f"goes on after the object whose {self.under!r} holds the rows",
+            where=f"{self.path}:{self.line}",
+            hint="one object with rows in it, or rows one after another",
+        )
 
     def _enters(self, symbol: int, key: list[str]) -> bool:
         """Whether this opens the list of rows; another list of rows than that is refused."""
+        if self.depth == 0 and self.closed:
+            raise self._goes_on()
+        if self.depth == 1 and key == [self.under] and self.ended:
+            raise _several((str(self.under), str(self.under)), self.path)
         if self.depth == 1:
             self.other = key[0] if key and symbol in b"[" and key != [self.under] else ""
             return key == [self.under] and symbol in b"["

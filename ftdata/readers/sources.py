@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import json
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +11,13 @@ from typing import Any
 
 from ftdata.errors import InputRefused, UsageError, nearest, one_of
 from ftdata.readers import splits
+from ftdata.readers.arrow import from_batches, from_dataset, parquet_rows
 from ftdata.readers.formats import readers
-from ftdata.readers.hub import hub_files, is_hub
-from ftdata.readers.streams import STDIN, Input, is_url
-from ftdata.readers.tables import from_dataframe, from_dataset, parquet_rows, present
+from ftdata.readers.memory import Fault, from_dataframe, plain, present
+from ftdata.readers.places import found_at
+from ftdata.readers.streams import STDIN, Input
 from ftdata.types import WHOLE, Reject, Row, Share, Source
 
-_NO_DATA = {"readme.md", "license", "license.txt", "license.md", "dataset_infos.json"}
 _MOST = 1000
 _SHARES = {"weight": "times", "rows": "rows", "tokens": "tokens"}
 _ON_HUB = ("name", "revision", "data_files")
@@ -74,7 +72,12 @@ class MemorySource:
     def rows(self) -> Iterator[Row | Reject]:
         """Yield the items, numbered."""
         for index, item in enumerate(self.items):
-            yield Row(item, Source(self.path, index))
+            source = Source(self.path, index)
+            try:
+                # A copy: whoever gives the rows may use the same object for the next one.
+                yield Reject(source, *item) if isinstance(item, Fault) else Row(plain(item), source)
+            except RecursionError:
+                yield Reject(source, "too_deep", "", "is nested too deep to be read")
 
 
 def sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
@@ -82,9 +85,9 @@ def sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
 
     Args:
         data: a path (also of a folder, a URL, or `-` for standard input), a glob, a pandas `DataFrame`, a
-            `datasets.Dataset`, `IterableDataset` or `DatasetDict`; a mapping with one of these as `path` and, maybe,
-            `split`, `format`, `encoding`, and one of `weight`, `rows` and `tokens`; a list of these; or any iterable
-            of rows (dicts, or lists of messages).
+            `pyarrow.Table`, a `datasets.Dataset`, `IterableDataset` or `DatasetDict`; a mapping with one of these as
+            `path` and, maybe, `split`, `format`, `encoding`, and one of `weight`, `rows` and `tokens`; a list of these;
+            or any iterable of rows (dicts, or lists of messages).
 
     Raises:
         UsageError: a file is not there, or a glob matches nothing.
@@ -93,7 +96,7 @@ def sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
     if (found := _in_memory(data)) is not None:
         return found
     if isinstance(data, str | Path):
-        return tuple(_files(str(data)))
+        return tuple(_files(str(data), None, {}))
     if isinstance(data, Mapping):
         return _specified(data)
     if isinstance(data, list | tuple) and data and all(_is_place(item) for item in data):
@@ -104,13 +107,15 @@ def sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
 
 
 def _in_memory(data: Any) -> tuple[FileSource | MemorySource, ...] | None:
-    """Return the sources that a pandas or `datasets` object is; known by what it has, for neither is imported here."""
+    """Return the sources that an object of pandas, pyarrow or `datasets` is: none of these is imported here."""
     if hasattr(data, "to_dict") and hasattr(data, "columns"):
         return (MemorySource(from_dataframe(data), "<DataFrame>"),)
     if hasattr(data, "column_names") and isinstance(data, Mapping):
         return tuple(replace(one, split=name) for name, part in data.items() for one in sources(part))
+    if hasattr(data, "to_batches") and hasattr(data, "schema"):
+        return (MemorySource(from_batches(data.to_batches(), data.schema), "<Table>"),)
     if hasattr(data, "with_format"):
-        rows = from_dataset(data) if hasattr(data, "data") else map(present, data)
+        rows = from_dataset(data) if hasattr(data, "data") else map(present, data.with_format(None))
         return (MemorySource(rows, f"<{type(data).__name__}>"),)
     return None
 
@@ -146,8 +151,13 @@ def _placed(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
     Input(str(place), encoding)
     if reader is not None:
         one_of("format", reader, readers.names())
-    files = _files(str(place), reader, **{key: spec.get(key) for key in _ON_HUB})
+    files = _files(str(place), reader, {key: spec[key] for key in _ON_HUB if spec.get(key) is not None})
     return tuple(replace(one, encoding=encoding, streaming=bool(spec.get("streaming"))) for one in files)
+
+
+def _files(place: str, reader: str | None, on_hub: Mapping[str, Any]) -> Iterator[FileSource]:
+    for one in found_at(place, reader, on_hub):
+        yield FileSource(one.path, one.reader, split=one.split)
 
 
 def _share(spec: Mapping[str, Any]) -> Share:
@@ -192,92 +202,3 @@ def _stamp(path: str) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
-
-
-def _files(
-    place: str,
-    reader: str | None = None,
-    name: str | None = None,
-    revision: str | None = None,
-    data_files: Any = None,
-) -> Iterator[FileSource]:
-    if is_hub(place):
-        for file, split in hub_files(place, _is_readable, name, revision, data_files):
-            yield replace(_file(str(file), reader), split=split)
-    elif name or revision or data_files:
-        raise UsageError("hub_only", f"{place} is not on the hub: name, revision and data_files say nothing of it")
-    elif place == STDIN or Path(place).is_fifo():
-        yield FileSource(place, reader or "json")
-    elif is_url(place) or Path(place).is_file():
-        yield _file(place, reader)
-    elif Path(place).is_dir():
-        yield from _folder(Path(place), reader)
-    else:
-        found = sorted(glob.glob(place, recursive=True)) if glob.has_magic(place) else []  # noqa: PTH207  (absolute too)
-        if not found:
-            beside = [p.name for p in Path(place).parent.glob("*") if p.suffix.lstrip(".") in readers.names()]
-            hint = nearest(Path(place).name, beside) if beside else f"looked in {Path(place).parent.resolve()}"
-            raise UsageError("file_not_found", f"no file matches {place!r}", hint=hint)
-        for path in found:
-            # A pattern that goes deep names the files in folders itself.
-            if Path(path).is_file() or "**" not in place:
-                yield from _files(path, reader)
-
-
-def _is_readable(name: str) -> bool:
-    return Input(name).suffix in readers.names() and _is_data(Path(name))
-
-
-def _file(path: str, reader: str | None = None) -> FileSource:
-    suffix = reader or Input(path).suffix
-    if suffix not in readers.names():
-        known = ", ".join(f".{name}" for name in readers.names())
-        hint = f"readable: {known}; say what it is with format, e.g. format='jsonl'"
-        raise InputRefused("no_reader", f"no reader for '.{suffix}' files", where=path, hint=hint)
-    return FileSource(path, suffix)
-
-
-def _folder(folder: Path, reader: str | None = None) -> Iterator[FileSource]:
-    """Yield the files of a folder: the splits of `save_to_disk`, or else every file in it, however deep."""
-    if (folder / "dataset_dict.json").is_file():
-        for split in _listed(folder / "dataset_dict.json", "splits"):
-            for one in _folder(folder / str(split)):
-                yield replace(one, split=str(split))
-        return
-    if (folder / "state.json").is_file():
-        for entry in _listed(folder / "state.json", "_data_files"):
-            yield FileSource(str(folder / str(entry["filename"])), "arrow")
-        return
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and _is_data(path.relative_to(folder)))
-    if not files:
-        raise UsageError("empty_folder", f"{folder} holds no files")
-    foreign = [path.name for path in files if reader is None and Input(str(path)).suffix not in readers.names()]
-    if foreign:
-        raise InputRefused(
-            "no_reader",
-            f"holds {len(foreign)} files that no reader knows, e.g. {foreign[0]}",
-            where=str(folder),
-            hint=f"name those that are data: '{folder}/*.jsonl'",
-        )
-    yield from (_file(str(path), reader) for path in files)
-
-
-def _listed(path: Path, key: str) -> list[Any]:
-    """Return a list that `save_to_disk` wrote; the names of files in it stay in their folder.
-
-    Raises:
-        InputRefused: it is no such list.
-    """
-    try:
-        found = json.loads(path.read_bytes())[key]
-        names = [one["filename"] if isinstance(one, dict) else one for one in found]
-        if not isinstance(found, list) or not all(name and Path(name).name == name for name in names):
-            raise ValueError
-    except (ValueError, LookupError, TypeError):
-        hint = "save the data set again"
-        raise InputRefused("damaged_file", f"lists no {key} as save_to_disk does", where=str(path), hint=hint) from None
-    return list(found)
-
-
-def _is_data(path: Path) -> bool:
-    return path.name.lower() not in _NO_DATA and not any(part.startswith((".", "_")) for part in path.parts)

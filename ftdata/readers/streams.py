@@ -105,17 +105,24 @@ class Input:
     def text(self) -> io.BufferedReader:
         """Open the file decompressed and in UTF-8; a UTF-8 byte order mark stays.
 
-        Where the text is not in its encoding, its bytes come through as they are: whoever reads the line refuses it.
+        Where the text is not in its encoding, lone surrogates come through: whoever reads the line refuses it.
 
         Raises:
             InputRefused: while reading: the file is cut off or damaged, or grows without bounds.
         """
         file = self.open()
-        packing = next((name for magic, name in _PACKED.items() if _head(file).startswith(magic)), None)
-        if packing:
+        if packing := packed(_head(file)):
             file = _joined(_unpacked(file, packing, self.path))
         encoding = _encoding(_head(file), self.encoding)
         return _joined(_decoded(file, encoding, self.path)) if encoding else file
+
+
+def packed(head: bytes) -> str | None:
+    """Return what a file that begins so is packed in."""
+    # Frames to be skipped may come first (zstd, 3.1.2).
+    if len(head) >= 4 and head[0] & 0xF0 == 0x50 and head[1:4] == b"\x2a\x4d\x18":
+        return "zst"
+    return next((name for magic, name in _PACKED.items() if head.startswith(magic)), None)
 
 
 def is_url(path: str) -> bool:
@@ -234,10 +241,14 @@ def _concatenated(file: BinaryIO, new: Callable[[], Any]) -> Generator[bytes]:
     unpacker = new()
     for chunk in chunks(file):
         rest = chunk
-        while rest:
+        while rest or not (unpacker.eof or unpacker.needs_input):
             if unpacker.eof:
-                unpacker = new()
-            yield unpacker.decompress(rest)
+                # Streams may be padded with zeros (xz, 2.2).
+                rest = rest.lstrip(b"\0")
+                unpacker = new() if rest else unpacker
+                if not rest:
+                    break
+            yield unpacker.decompress(rest, CHUNK)
             rest = unpacker.unused_data
     if not unpacker.eof:
         raise EOFError("it ends before the end of the stream")
@@ -250,16 +261,20 @@ def _encoding(head: bytes, given: str | None) -> str | None:
             return name
     if len(head) >= 4 and (name := _ZEROS.get((head[0] == 0, head[1] == 0, head[2] == 0, head[3] == 0), "")):
         return name
-    return None if given is None or codecs.lookup(given).name == "utf-8" or head.startswith(_UTF8_BOM) else given
+    return (
+        None
+        if given is None or codecs.lookup(given).name in ("utf-8", "utf-8-sig") or head.startswith(_UTF8_BOM)
+        else given
+    )
 
 
 def _decoded(file: BinaryIO, encoding: str, path: str) -> Generator[bytes]:
-    # What is not text in this encoding comes out as bytes that are no UTF-8, and is refused with its line.
+    # What is not text in this encoding comes out as halves of characters, and is refused with its line.
     errors = "surrogatepass" if encoding.startswith("utf-") else "surrogateescape"
     decoder = codecs.getincrementaldecoder(encoding)(errors)
     try:
         for chunk in chunks(file):
-            yield decoder.decode(chunk).encode("utf-8", errors)
-        yield decoder.decode(b"", final=True).encode("utf-8", errors)
+            yield decoder.decode(chunk).encode("utf-8", "surrogatepass")
+        yield decoder.decode(b"", final=True).encode("utf-8", "surrogatepass")
     except UnicodeError as error:
         raise InputRefused("encoding", f"is not {encoding} text: {error}", where=path) from None

@@ -1,0 +1,199 @@
+"""Arrow: Parquet, Arrow files and streams, and data sets of `datasets`, in batches.
+
+Every cell of a table has some value, so a null in one says no more than an absent key: both are left out.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from ftdata.errors import InputRefused
+from ftdata.readers.checks import check_names, check_seekable, damaged
+from ftdata.readers.memory import Fault, present
+from ftdata.readers.streams import CHUNK, Input
+from ftdata.types import Reject, Row, Source
+
+_BATCH = 1024
+
+Read = Callable[[Any], Any]
+
+
+def read_parquet(file: Input) -> Iterator[Row | Reject]:
+    """Yield the rows of a Parquet file, a batch in memory at a time."""
+    import pyarrow as pa
+
+    with file.open() as stream:
+        check_seekable(stream, file)
+        try:
+            table = _parquet(stream)
+            yield from _batches(table.iter_batches(_BATCH), table.schema_arrow, file)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise damaged(error, file, "Parquet") from None
+
+
+def _parquet(stream: io.BufferedReader) -> Any:
+    import pyarrow.parquet as pq
+
+    # Else what was read stays in memory to the end.
+    return pq.ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK)
+
+
+def parquet_rows(file: Input) -> int | None:
+    """Return how many rows a Parquet file says that it has, or `None` where it cannot be asked."""
+    import pyarrow as pa
+
+    with file.open() as stream:
+        try:
+            return int(_parquet(stream).metadata.num_rows) if stream.seekable() else None
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
+            return None
+
+
+def read_arrow(file: Input) -> Iterator[Row | Reject]:
+    """Yield the rows of an Arrow file or stream (also Feather, and the files of `datasets.save_to_disk`)."""
+    import pyarrow as pa
+
+    with file.open() as stream:
+        try:
+            if stream.peek(6)[:6] == b"ARROW1":
+                check_seekable(stream, file)
+                found = pa.ipc.open_file(stream)
+                yield from _batches((found.get_batch(n) for n in range(found.num_record_batches)), found.schema, file)
+            else:
+                _check_end(stream, file)
+                found = pa.ipc.open_stream(stream)
+                yield from _batches(iter(found), found.schema, file)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise damaged(error, file, "Arrow") from None
+
+
+def _check_end(stream: io.BufferedReader, file: Input) -> None:
+    """Refuse a stream that was cut off between two batches, which nothing else tells."""
+    if stream.seekable():
+        stream.seek(-min(8, stream.seek(0, io.SEEK_END)), io.SEEK_END)
+        ends = stream.read(8) == b"\xff\xff\xff\xff\0\0\0\0"
+        stream.seek(0)
+        if not ends:
+            fix = "write it again, and close its writer"
+            raise InputRefused("partial_file", "the stream has no end mark: it is cut off", where=file.path, hint=fix)
+
+
+def from_dataset(dataset: Any) -> Iterator[Any]:
+    """Yield the rows of a `datasets.Dataset` as they are stored, or as its own transform gives them."""
+    if dataset.format["type"] == "custom":
+        return map(present, dataset)
+    plain = dataset.with_format("arrow")
+    batches = (batch for table in plain.iter(_BATCH) for batch in table.to_batches())
+    return from_batches(batches, plain.data.schema)
+
+
+def from_batches(batches: Iterable[Any], schema: Any) -> Iterator[dict[str, Any] | Fault]:
+    """Yield the rows of Arrow's batches, with a fault for each that Python cannot have."""
+    columns = _in_json(schema)
+    for batch in batches:
+        for column in batch.columns:
+            _check(column)
+        for start in range(0, len(batch), _BATCH):
+            yield from _values(batch.slice(start, _BATCH), columns)
+
+
+def _check(column: Any) -> None:
+    """Refuse buffers that contradict each other, which would end the process; what is no text is found row by row."""
+    import pyarrow as pa
+
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
+
+
+def _batches(batches: Iterable[Any], schema: Any, file: Input) -> Iterator[Row | Reject]:
+    check_names(schema.names, file)
+    index = -1
+    for index, item in enumerate(from_batches(batches, schema)):
+        source = Source(file.path, index)
+        yield Reject(source, *item) if isinstance(item, Fault) else Row(item, source)
+    if index < 0:
+        raise InputRefused("no_rows", "the file holds no rows", where=file.path)
+
+
+def _in_json(schema: Any) -> dict[str, Read]:
+    """Return how to read the columns that hold JSON text: by Arrow's own type, or as `datasets` notes it."""
+    noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = noted.get("info", {}).get("features") or {}
+    found = {each.name: _reader(each.type) or _reader_of(features.get(each.name)) for each in schema}
+    return {name: read for name, read in found.items() if read}
+
+
+def _reader(kind: Any) -> Read | None:
+    import pyarrow as pa
+
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return _text_read
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _each(_reader(kind.value_type))
+    if pa.types.is_struct(kind):
+        return _fields({kind.field(n).name: _reader(kind.field(n).type) for n in range(kind.num_fields)})
+    return None
+
+
+def _reader_of(feature: Any) -> Read | None:
+    kind = feature.get("_type") if isinstance(feature, dict) else None
+    if kind == "Json":
+        return _text_read
+    if kind in ("List", "LargeList", "Sequence"):
+        return _each(_reader_of(feature.get("feature")))
+    if isinstance(feature, dict) and not isinstance(kind, str):
+        return _fields({name: _reader_of(inner) for name, inner in feature.items()})
+    return _each(_reader_of(feature[0])) if isinstance(feature, list) and feature else None
+
+
+def _text_read(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _each(read: Read | None) -> Read | None:
+    return None if read is None else lambda value: [read(one) for one in value] if isinstance(value, list) else value
+
+
+def _fields(reads: Mapping[str, Read | None]) -> Read | None:
+    chosen = {name: read for name, read in reads.items() if read}
+
+    def fields(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: chosen[name](inner) if name in chosen else inner for name, inner in value.items()}
+
+    return fields if chosen else None
+
+
+def _values(batch: Any, columns: Mapping[str, Read]) -> Iterator[dict[str, Any] | Fault]:
+    try:
+        found = [_item(item, columns) for item in batch.to_pylist(maps_as_pydicts="strict")]
+    except (OverflowError, ValueError, KeyError, RecursionError):
+        for row in range(len(batch)):
+            yield _value(batch.slice(row, 1), columns)
+        return
+    yield from found
+
+
+def _item(item: Mapping[str, Any], columns: Mapping[str, Read]) -> dict[str, Any]:
+    # Nulls inside of JSON text are its own.
+    found = {name: present(value) for name, value in item.items() if value is not None}
+    return {name: columns[name](value) if name in columns else value for name, value in found.items()}
+
+
+def _value(row: Any, columns: Mapping[str, Read]) -> dict[str, Any] | Fault:
+    found: dict[str, Any] = {}
+    for name in row.schema.names:
+        try:
+            found |= _item(row.select([name]).to_pylist(maps_as_pydicts="strict")[0], columns)
+        except UnicodeDecodeError as error:
+            return Fault("encoding", name, f"holds text that is not UTF-8: {error}")
+        except (OverflowError, ValueError, KeyError, RecursionError) as error:
+            return Fault("value_range", name, f"holds a value that Python does not: {error}")
+    return found

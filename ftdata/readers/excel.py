@@ -1,0 +1,85 @@
+"""Excel: the sheets of a workbook, every cell as text."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any
+
+from ftdata.errors import InputRefused, MissingDependency
+from ftdata.readers.checks import check_names, check_seekable, damaged
+from ftdata.readers.streams import Input
+from ftdata.types import Reject, Row, Source
+
+
+def read_excel(file: Input) -> Iterator[Row | Reject]:
+    """Yield the rows of all sheets of an Excel file that are not hidden, every cell as text.
+
+    The first row of each that is not empty names its columns.
+    """
+    try:
+        import openpyxl
+    except ImportError:
+        raise MissingDependency(
+            "no_excel", "Excel files need openpyxl", where=file.path, hint="pip install 'ftdata[excel]'"
+        ) from None
+    with file.open() as stream:
+        check_seekable(stream, file)
+        try:
+            # Formulas stand in the one, and what they came to in the other.
+            books = [openpyxl.load_workbook(stream, read_only=True, data_only=plain) for plain in (True, False)]
+            sheets = [sheet for sheet in books[0].worksheets if sheet.sheet_state == "visible"]
+            index = 0
+            for sheet in sheets:
+                path = f"{file.path}#{sheet.title}" if len(sheets) > 1 else file.path
+                for row in _sheet(sheet, books[1][sheet.title], path):
+                    source = row.source._replace(row=index)
+                    yield row._replace(source=source) if isinstance(row, Row) else replace(row, source=source)
+                    index += 1
+        except InputRefused:
+            raise
+        except Exception as error:  # noqa: BLE001  (zip, XML and openpyxl each have errors of their own)
+            raise damaged(error, file, "Excel") from None
+    if index == 0:
+        raise InputRefused("no_rows", "the file holds no rows", where=file.path)
+
+
+def _sheet(sheet: Any, formulas: Any, path: str) -> Iterator[Row | Reject]:
+    names: list[str] = []
+    for each in (sheet, formulas):
+        each.reset_dimensions()
+    for line, (cells, written) in enumerate(zip(sheet.iter_rows(), formulas.iter_rows(), strict=True), start=1):
+        texts = [_text(cell.value) for cell in cells]
+        if not any(texts) and not any(cell.data_type == "f" for cell in written):
+            continue
+        source = Source(path, 0, line)
+        if names:
+            fault = _fault(names, texts, cells, written)
+            row = {name: text for name, text in zip(names, texts, strict=False) if text}
+            yield Reject(source, *fault, "\t".join(texts)[:4096]) if fault else Row(row, source)
+        else:
+            names = texts
+            check_names([one for one in names if one], Input(path))
+
+
+def _fault(
+    names: Sequence[str], texts: Sequence[str], cells: Sequence[Any], written: Sequence[Any]
+) -> tuple[str, str, str, str] | None:
+    """Return code, field, reason and way out of what is wrong with a row, if anything is."""
+    if any(text and not name for name, text in zip_longest(names, texts, fillvalue="")):
+        fix = "give every column a name in the first row, and take titles above it out"
+        return "ragged_row", "", "has a cell in a column without a name", fix
+    for cell, formula in zip(cells, written, strict=True):
+        if cell.data_type == "e":
+            return "excel_error", cell.coordinate, f"is an error, {cell.value}", "mend the formula"
+        if formula.data_type == "f" and cell.value is None:
+            return "excel_formula", formula.coordinate, "is a formula without a value", "open it in Excel, and save it"
+    return None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, datetime.datetime) and value.time() == datetime.time():
+        value = value.date()
+    return "" if value is None else str(value)

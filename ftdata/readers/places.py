@@ -1,0 +1,144 @@
+"""Places: the files that a path, a pattern, a folder, a URL or a name of the hub stands for."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ftdata.errors import InputRefused, UsageError, nearest
+from ftdata.readers.formats import readers
+from ftdata.readers.hub import hub_files, is_hub
+from ftdata.readers.naming import is_data, split_of
+from ftdata.readers.remote import listed
+from ftdata.readers.streams import STDIN, Input, is_url
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file, the name of the reader for it, and the split that it is of, if that is known."""
+
+    path: str
+    reader: str
+    split: str | None = None
+
+
+def found_at(place: str, reader: str | None = None, on_hub: Mapping[str, Any] | None = None) -> Iterator[Found]:
+    """Yield the files at a place, in alphabetical order.
+
+    Args:
+        place: a path, a glob, a folder, a URL, `-`, or a name of the hub.
+        reader: what reads them; `None`: what their suffixes say.
+        on_hub: `name`, `revision`, `data_files` of a data set there.
+
+    Raises:
+        UsageError: there is none.
+        InputRefused: no reader knows one of them.
+    """
+    if not place.strip():
+        raise UsageError("file_not_found", "the path is empty", hint="is a variable not set?")
+    if is_hub(place):
+        for file, split in hub_files(place, _is_readable, **on_hub or {}):
+            yield replace(_file(str(file), reader), split=split)
+    elif on_hub:
+        raise UsageError("hub_only", f"{place} is not on the hub: {', '.join(on_hub)} say nothing of it")
+    elif place == STDIN:
+        yield Found(STDIN, reader or "json")
+    elif is_url(place):
+        yield from (_file(one, reader) for one in listed(place))
+    else:
+        yield from _local(place, reader)
+
+
+def _local(place: str, reader: str | None) -> Iterator[Found]:
+    try:
+        path = Path(place)
+        if path.is_file():
+            yield _file(place, reader)
+        elif path.is_fifo():
+            yield Found(place, reader or (path.suffix[1:] if path.suffix[1:] in readers.names() else "json"))
+        elif path.is_dir():
+            yield from _folder(path, reader, ())
+        else:
+            yield from _matching(place, reader)
+    except OSError as error:
+        raise UsageError("file_not_found", f"cannot be looked at: {error.strerror}", where=place[:200]) from None
+
+
+def _matching(pattern: str, reader: str | None) -> Iterator[Found]:
+    found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else []  # noqa: PTH207  (absolute too)
+    if not found:
+        beside = [p.name for p in Path(pattern).parent.glob("*") if p.suffix.lstrip(".") in readers.names()]
+        hint = nearest(Path(pattern).name, beside) if beside else f"looked in {Path(pattern).parent.resolve()}"
+        raise UsageError("file_not_found", f"no file matches {pattern!r}", hint=hint)
+    for path in found:
+        # A pattern that goes deep names the files in folders itself.
+        if Path(path).is_file() or "**" not in pattern:
+            yield from _local(path, reader)
+
+
+def _file(path: str, reader: str | None = None) -> Found:
+    suffix = reader or Input(path).suffix
+    if suffix not in readers.names():
+        known = ", ".join(f".{name}" for name in readers.names())
+        hint = f"readable: {known}; format= says what other files are, e.g. format='jsonl'"
+        raise InputRefused("no_reader", f"no reader for '.{suffix}' files", where=path, hint=hint)
+    return Found(path, suffix)
+
+
+def _folder(folder: Path, reader: str | None, above: tuple[Path, ...]) -> Iterator[Found]:
+    """Yield the files of a folder: the splits of `save_to_disk`, or else every file in it, however deep."""
+    if (folder / "dataset_dict.json").is_file():
+        for split in _saved(folder / "dataset_dict.json", "splits"):
+            yield from (replace(one, split=split) for one in _folder(folder / split, reader, above))
+    elif (folder / "state.json").is_file():
+        for name in _saved(folder / "state.json", "_data_files"):
+            yield Found(str(folder / name), "arrow")
+    else:
+        found = list(_files(folder, reader, (*above, folder.resolve())))
+        if not found:
+            raise UsageError("empty_folder", f"{folder} holds no files")
+        for one in found:
+            inner = str(Path(one.path).relative_to(folder))
+            yield one if above or one.split else replace(one, split=split_of(inner))
+
+
+def _files(folder: Path, reader: str | None, above: tuple[Path, ...]) -> Iterator[Found]:
+    for path in sorted(folder.iterdir()):
+        if not is_data(path.name):
+            continue
+        if path.is_dir():
+            if path.resolve() not in above and any(path.iterdir()):
+                yield from _folder(path, reader, above)
+        elif not path.is_file():
+            raise UsageError("file_not_found", "is a link to nothing", where=str(path))
+        else:
+            try:
+                yield _file(str(path), reader)
+            except InputRefused as error:
+                hint = f"name those that are data: '{folder}/*.jsonl'"
+                raise InputRefused(error.code, error.message, where=error.where, hint=hint) from None
+
+
+def _saved(path: Path, key: str) -> list[str]:
+    """Return the names that `save_to_disk` wrote; they stay in their folder.
+
+    Raises:
+        InputRefused: there are none.
+    """
+    try:
+        found = json.loads(path.read_bytes())[key]
+        names = [one["filename"] if isinstance(one, dict) else one for one in found]
+        if not all(name and PurePosixPath(name).name == name for name in names):
+            raise ValueError
+    except (ValueError, LookupError, TypeError):
+        hint = "save the data set again"
+        raise InputRefused("damaged_file", f"lists no {key} as save_to_disk does", where=str(path), hint=hint) from None
+    return names
+
+
+def _is_readable(name: str) -> bool:
+    return Input(name).suffix in readers.names() and all(map(is_data, PurePosixPath(name).parts))

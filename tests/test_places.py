@@ -1,0 +1,101 @@
+"""Places: a folder, a name, a URL stand for the files in them, each once, none left out without a word."""
+
+import json
+import os
+import threading
+
+import fsspec
+import pytest
+
+from ftdata import read
+from ftdata.errors import InputRefused, UsageError
+from ftdata.readers import sources
+
+
+def line(question):
+    return json.dumps({"question": question, "answer": "a"}) + "\n"
+
+
+def write(folder, files):
+    for name, questions in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("".join(map(line, questions)))
+    return str(folder)
+
+
+def by_split(data):
+    found = {}
+    for source in sources(data):
+        found.setdefault(source.split, []).extend(row.data["question"] for row in source.rows())
+    return found
+
+
+def test_splits_of_a_folder_are_told_by_names(tmp_path):
+    folder = write(tmp_path, {
+        "a.jsonl": "0", "train-1.jsonl": "1", "my_test.jsonl": "2", "dev/b.jsonl": "3", "test/train.jsonl": "4", "testament/c.jsonl": "5"
+    })  # fmt: skip
+    assert by_split(folder) == {None: ["0", "5"], "validation": ["3"], "test": ["2"], "train": ["4", "1"]}
+
+
+def test_links_are_followed_once_and_none_leads_nowhere(tmp_path):
+    write(tmp_path / "real", {"b.jsonl": "1"})
+    folder = write(tmp_path / "data", {"a.jsonl": "0", "_SUCCESS": ""})
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "back").symlink_to(tmp_path / "data")
+    assert by_split(folder) == {None: ["0", "1"]}
+    (tmp_path / "data" / "broken.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="link to nothing"):
+        sources(folder)
+
+
+@pytest.mark.parametrize("place", ["", " ", "x" * 300, "a\0b"])
+def test_what_is_no_path_is_a_request_that_cannot_be_meant(place):
+    with pytest.raises(UsageError, match="file_not_found"):
+        sources(place)
+
+
+def test_saved_data_sets_lie_in_folders_too(tmp_path):
+    import datasets
+
+    for name in ("one", "two"):
+        datasets.Dataset.from_list([{"question": name, "answer": "a"}]).save_to_disk(tmp_path / name)
+    assert by_split(str(tmp_path)) == {None: ["one", "two"]}
+    (tmp_path / "one" / "state.json").write_text('{"_data_files": [{"filename": "../two/x.arrow"}]}')
+    with pytest.raises(InputRefused, match=r"state.json: lists no _data_files"):
+        sources(str(tmp_path))
+
+
+def test_a_named_pipe_is_a_place(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    threading.Thread(target=lambda: (tmp_path / "pipe.jsonl").write_text(line("0")), daemon=True).start()
+    assert by_split(str(tmp_path / "pipe.jsonl")) == {None: ["0"]}
+
+
+def test_a_format_may_be_said(tmp_path):
+    (tmp_path / "log.txt").write_text("question,answer\n0,a\n")
+    with pytest.raises(InputRefused, match=r"no reader for '.txt' files.*format="):
+        sources(str(tmp_path / "log.txt"))
+    assert by_split({"path": tmp_path / "log.txt", "format": "csv"}) == {None: ["0"]}
+    with pytest.raises(UsageError, match="did you mean 'csv'"):
+        sources({"path": tmp_path / "log.txt", "format": "cvs"})
+
+
+def test_folders_and_patterns_of_a_file_system_elsewhere():
+    memory = fsspec.filesystem("memory")
+    for name in ("a", "b"):
+        memory.pipe(f"/here/{name}.jsonl", line(name).encode())
+    for place in ("memory://here", "memory://here/*.jsonl"):
+        assert by_split(place) == {None: ["a", "b"]}
+    with pytest.raises(UsageError, match="is not there"):
+        sources("memory://here/*.csv")
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(line("0") * 3)
+    rows = read(str(path))
+    next(rows)
+    with path.open("a") as file:
+        file.write(line("1"))
+    with pytest.raises(InputRefused, match="file_changed"):
+        list(rows)
