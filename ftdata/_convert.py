@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,16 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ftdata import store
-from ftdata.build import allowed_rejects, judge
 from ftdata.errors import BadRow, UsageError, one_of
 from ftdata.examples import check_answers, rejected
-from ftdata.ledger import Ledger
-from ftdata.readers import sources
+from ftdata.ledger import Ledger, readings
+from ftdata.readers import FileSource, MemorySource, sources
 from ftdata.readers.select import Selection
 from ftdata.recipe import Options, Recipe, make_recipe
-from ftdata.schemas import normalise
+from ftdata.schemas import last_answer, normalise
 from ftdata.templates import render
-from ftdata.types import Conversation, Reject, Rendered, Row
+from ftdata.tolerance import Tolerance
+from ftdata.types import WHOLE, Conversation, Reject, Rendered, Row
 
 FORMS = ("messages", "prompt_completion", "text")
 _BATCH = 1024
@@ -45,6 +45,7 @@ _MESSAGE = pa.struct(
         ("tool_call_id", pa.string()),
         ("tool_calls", pa.list_(_CALL)),
         ("train", pa.bool_()),
+        ("is_error", pa.bool_()),
     ]
 )
 _BESIDE = [("tools", pa.string()), ("chat_template_kwargs", pa.string())]
@@ -63,17 +64,35 @@ class Converted:
     sources: tuple[Ledger, ...]
     rejects: tuple[Reject, ...]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a careful reader should know, in sentences."""
+        return tuple(readings(self.sources))
+
     def as_dict(self) -> dict[str, Any]:
         """Return the counts as JSON."""
         each = [
-            {"source": one.source, "read": one.read, "written": one.built, "rejected": dict(one.rejected)}
+            {
+                "source": one.source,
+                "read": one.read,
+                "written": one.built,
+                "passed": one.passed,
+                "rejected": dict(one.rejected),
+            }
             for one in self.sources
         ]
-        return {"output": str(self.output), "sources": each, "rejects": [str(reject) for reject in self.rejects[:20]]}
+        rejects = [str(reject) for reject in self.rejects[:20]]
+        return {"output": str(self.output), "sources": each, "notes": list(self.notes), "rejects": rejects}
 
     def __str__(self) -> str:
-        read, written = (sum(getattr(one, name) for one in self.sources) for name in ("read", "built"))
-        lines = [f"rows     {read:,} read = {written:,} written to {self.output} + {read - written:,} left out"]
+        read, written, passed = (
+            sum(getattr(one, name) for one in self.sources) for name in ("read", "built", "passed")
+        )
+        lines = [
+            f"rows     {read:,} read = {written:,} written to {self.output} + {len(self.rejects):,} rejected"
+            + (f" + {passed:,} passed over (where)" if passed else "")
+        ]
+        lines += [f"note     {note}" for note in self.notes]
         return "\n".join([*lines, *(f"reject   {reject}" for reject in self.rejects[:20])])
 
 
@@ -103,8 +122,8 @@ def convert(
         schema: as for `build_sft_dataset`, and so the others.
         columns: the names of columns.
         where: an expression over columns; other rows are left out.
-        limit: rows to read of each source.
-        on_bad_rows: `"error"` or `"quarantine"`.
+        limit: rows to read of each thing that `data` names.
+        on_bad_rows: `"error"` or `"quarantine"`: rejects are written beside the output, to `NAME.rejects.jsonl`.
         max_rejects: how many rows may be left out.
 
     Returns:
@@ -117,24 +136,43 @@ def convert(
     one_of("to", to, FORMS)
     if (to == "text") != (tokenizer is not None):
         raise UsageError("to", "a tokenizer goes with to='text', and only there: its special tokens are printed")
-    allowed = allowed_rejects(on_bad_rows, max_rejects)
+    tolerance = Tolerance(on_bad_rows, max_rejects)
     options = Options(schema=schema, columns=columns)
     recipe = make_recipe(tokenizer, template, schema=schema, columns=columns) if tokenizer is not None else None
     ledgers: list[Ledger] = []
     rejects: list[Reject] = []
+    found = _one_split(sources(data), output)
     with _writer(Path(output), to) as write:
-        for source in sources(data):
-            if Path(source.path).exists() and Path(output).exists() and Path(source.path).samefile(output):
-                raise UsageError("output", f"{output} is read, and cannot be written over")
-            selection, ledger = Selection(where, limit), Ledger(source.path)
-            ledgers.append(ledger)
-            records = _records(selection.of(source.rows()), to, options, recipe, ledger, rejects, write.check)
-            while batch := list(islice(records, _BATCH)):
-                write.batch(batch)
-            ledger.passed = selection.passed
-            ledger.read += selection.passed
-        judge(ledgers, rejects, allowed)
+        for place in sorted({source.place for source in found}):
+            selection = Selection(where, limit)
+            for source in (one for one in found if one.place == place):
+                ledgers.append(ledger := Ledger(source.path))
+                outcomes = (_record(row, to, options, recipe, write.check) for row in selection.of(source.rows()))
+                while batch := list(islice(outcomes, _BATCH)):
+                    for outcome in batch:
+                        _count(outcome, ledger, rejects)
+                    write.batch([record for one in batch if not isinstance(one, Reject) for record in one[1]])
+                ledger.pass_over(selection.passed - sum(one.passed for one in ledgers))
+        tolerance.judge(ledgers, rejects)
+    beside = Path(output).with_suffix(".rejects.jsonl")
+    beside.unlink(missing_ok=True)
+    if rejects:
+        store.write_rejects(beside, rejects)
     return Converted(Path(output), tuple(ledgers), tuple(rejects))
+
+
+def _one_split(found: Sequence[FileSource | MemorySource], output: str | Path) -> Sequence[FileSource | MemorySource]:
+    """Refuse what one file cannot say: several splits, rows of some sources oftener than of others."""
+    splits = list(dict.fromkeys(one.split or "train" for one in found))
+    if len(splits) > 1:
+        hint = "one by one, with split: each to a file of its own"
+        raise UsageError("several_splits", f"holds {', '.join(splits)}, which one file would mix", hint=hint)
+    if any(one.share != WHOLE for one in found):
+        raise UsageError("share", "weight, rows and tokens are decided in a build: a file has each row once")
+    for one in found:
+        if Path(one.path).exists() and Path(output).exists() and Path(one.path).samefile(output):
+            raise UsageError("output", f"{output} is read, and cannot be written over")
+    return found
 
 
 class _Writer(Protocol):
@@ -145,34 +183,37 @@ class _Writer(Protocol):
         """Write records."""
 
 
-def _records(
-    rows: Iterator[Row | Reject],
-    to: str,
-    options: Options,
-    recipe: Recipe | None,
-    ledger: Ledger,
-    rejects: list[Reject],
-    check: Any,
-) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        outcome: list[dict[str, Any]] | Reject = row if isinstance(row, Reject) else []
-        if isinstance(row, Row):
-            try:
-                conversation = normalise(row, options.schema, options.columns)
-                check_answers(conversation)
-                outcome = _shaped(conversation, to, recipe)
-                for record in outcome:
-                    check(record)
-                ledger.schemas[conversation.schema] += 1
-            except BadRow as error:
-                outcome = rejected(row, error)
-        if isinstance(outcome, Reject):
-            ledger.add(outcome)
-            rejects.append(outcome)
-            continue
+Outcome = tuple[Conversation, list[dict[str, Any]]] | Reject
+
+
+def _record(
+    row: Row | Reject, to: str, options: Options, recipe: Recipe | None, check: Callable[[Mapping[str, Any]], None]
+) -> Outcome:
+    if isinstance(row, Reject):
+        return row
+    try:
+        conversation = normalise(row, options.schema, options.columns)
+        check_answers(conversation)
+        records = _shaped(conversation, to, recipe)
+        for record in records:
+            check(record)
+    except BadRow as error:
+        return rejected(row, error)
+    except RecursionError:
+        return rejected(row, BadRow("too_deep", "is nested too deep to be read"))
+    if to == "messages" and conversation.completion_from != last_answer(conversation.messages):
+        conversation = replace(conversation, noted=conversation.noted | {"completion"})
+    return conversation, records
+
+
+def _count(outcome: Outcome, ledger: Ledger, rejects: list[Reject]) -> None:
+    if isinstance(outcome, Reject):
+        ledger.add(outcome)
+        rejects.append(outcome)
+    else:
         ledger.read += 1
         ledger.built += 1
-        yield from outcome
+        ledger.read_as(outcome[0])
 
 
 def _shaped(conversation: Conversation, to: str, recipe: Recipe | None) -> list[dict[str, Any]]:
@@ -252,11 +293,13 @@ def _fits(key: str, value: Any) -> bool:
         return all(
             set(call) <= {"id", "type", "function"}
             and isinstance(call.get("id", ""), str)
+            and isinstance(call.get("type", ""), str)
             and isinstance(call.get("function"), Mapping)
-            and set(call["function"]) == {"name", "arguments"}
+            and {"name"} <= set(call["function"]) <= {"name", "arguments"}
+            and isinstance(call["function"]["name"], str)
             for call in value
         )
-    return isinstance(value, bool if key == "train" else str) and key in {each.name for each in _MESSAGE}
+    return isinstance(value, bool if key in ("train", "is_error") else str) and key in {each.name for each in _MESSAGE}
 
 
 def _as_text(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,6 +317,6 @@ def _with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
     calls = [dict(call) for call in message.get("tool_calls") or ()]
     for call in calls:
         arguments = call["function"].get("arguments")
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        call["function"] = {**call["function"], "arguments": text}
+        if arguments is not None and not isinstance(arguments, str):
+            call["function"] = {**call["function"], "arguments": json.dumps(arguments, ensure_ascii=False)}
     return {**message, **({"tool_calls": calls} if calls else {})}

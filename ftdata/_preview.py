@@ -245,7 +245,7 @@ def _show_tokens(entry: Row | Reject, outcome: Built | Reject, recipe: Recipe) -
     return Shown(
         entry.source.row,
         place,
-        outcome.schema,
+        outcome.conversation.schema,
         segments=tuple(_by_token(example, recipe) for example in examples),
         tokens=tuple(len(example) for example in examples),
         trained=tuple(int(example.trained.sum()) for example in examples),

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ftdata import store
-from ftdata.errors import InputRefused
+from ftdata.errors import InputRefused, UsageError
 from ftdata.readers.hub import asked
+
+_EARLIER = ["*/data-*.arrow", "*/dataset_info.json", "*/state.json", "*/provenance.parquet"]
+"""Files of an earlier build that this one may not have: readers would take them for its own."""
 
 
 def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
@@ -18,6 +21,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
         private: whether a new one is seen by its owners only.
 
     Raises:
+        UsageError: the hub has no such names.
         InputRefused: the folder is no build, or is damaged.
         HubError: the hub refuses, or fails again and again.
     """
@@ -25,11 +29,20 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
     if broken := store.verify(folder):
         raise InputRefused("damaged_build", f"{folder} is damaged: {', '.join(broken[:3])}", hint="build again")
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
 
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UsageError("hub_name", f"{repo!r} is no name for the hub: {error}", hint="owner/name") from None
     api, kind = HfApi(), "dataset"
     asked(lambda: api.create_repo(repo, repo_type=kind, private=private, exist_ok=True), repo)
     message = f"Build {store.read_manifest(folder)['fingerprint']}"
     done = asked(
-        lambda: api.upload_folder(repo_id=repo, folder_path=folder, repo_type=kind, commit_message=message), repo
+        lambda: api.upload_folder(
+            repo_id=repo, folder_path=folder, repo_type=kind, commit_message=message, delete_patterns=_EARLIER
+        ),
+        repo,
     )
     return str(done.commit_url)

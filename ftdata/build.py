@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import datetime
 import json
-import shlex
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,25 +22,24 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ftdata import store
+from ftdata import similar, store
 from ftdata._version import __version__
-from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError, one_of
+from ftdata.card import card
+from ftdata.errors import InputRefused, UsageError, one_of
 from ftdata.examples import BATCH, Built, build_rows
 from ftdata.executors import ENGINES, run
 from ftdata.layout import Facts, Laid, Layout, lay_out
-from ftdata.ledger import Ledger, Report
+from ftdata.ledger import Ledger, Report, notes_of
 from ftdata.mask import Policy
 from ftdata.pack import best_fit_decreasing, unpacked
 from ftdata.readers import FileSource, MemorySource, sources
 from ftdata.readers.select import Selection
-from ftdata.recipe import FLAGS, Options, Recipe, make_recipe
-from ftdata.types import Example, Reject
+from ftdata.recipe import Recipe, make_recipe
+from ftdata.tolerance import Tolerance
+from ftdata.types import WHOLE, Example, Reject, Share
 
 if TYPE_CHECKING:
     import datasets
-
-BY_CHOICE = frozenset({"overlong"})
-"""Reasons of rejection that the user's own limits cause: counted and listed, but no fault of the data."""
 
 Progress = Callable[[int, int], None]
 """Called as the build goes on with the rows and the tokens done so far."""
@@ -56,12 +53,14 @@ class Task:
     folder: Path
     where: str | None = None
     limit: int | None = None
+    near: bool = False
 
 
 @dataclass(frozen=True)
 class ShardResult:
     """What a shard task reports back; the examples themselves are in its folder."""
 
+    task: Task
     ledger: Ledger
     rejects: list[Reject]
     content: str
@@ -86,6 +85,7 @@ def build_sft_dataset(
     where: str | None = None,
     limit: int | None = None,
     dedup: bool = False,
+    near: float | None = None,
     sample: float | None = None,
     shuffle: bool = False,
     test_size: float | None = None,
@@ -121,8 +121,10 @@ def build_sft_dataset(
         packing: `None` or `"bfd"` (best-fit decreasing, whole examples only; needs `max_length`).
         where: a Jinja expression over the columns of a row, such as `lang == "en" and messages | length > 2`: the other
             rows are passed over, and counted.
-        limit: rows to read of each source.
+        limit: rows to read of each thing that `data` names.
         dedup: leave out rows whose tokens and labels are those of an earlier one.
+        near: how similar rows must be, such as 0.8, to count as equal for `dedup` and `test_size` (Jaccard similarity
+            of words, five at a time, estimated; needs `ftdata[dedup]`).
         sample: share (below 1) or number of rows to take, by chance.
         shuffle: put the rows of the train split into another order.
         test_size: share (below 1) or number of rows for a `"test"` split; equal rows go together.
@@ -170,6 +172,7 @@ def build_sft_dataset(
             where=where,
             limit=limit,
             dedup=dedup,
+            near=near,
             sample=sample,
             shuffle=shuffle,
             test_size=test_size,
@@ -194,6 +197,7 @@ def write_build(
     where: str | None = None,
     limit: int | None = None,
     dedup: bool = False,
+    near: float | None = None,
     sample: float | None = None,
     shuffle: bool = False,
     test_size: float | None = None,
@@ -207,9 +211,11 @@ def write_build(
 ) -> Report:
     """Build as `build_sft_dataset` does, without loading the result (or `datasets`); return the report."""
     made = make_recipe(tokenizer, **recipe)
-    layout = Layout(packing, made.max_length, test_size, seed, dedup, sample, shuffle)
+    layout = Layout(packing, made.max_length, test_size, seed, dedup, near, sample, shuffle)
+    if near is not None:
+        similar.require()
     selection = Selection(where, limit)
-    allowed = allowed_rejects(on_bad_rows, max_rejects)
+    tolerance = Tolerance(on_bad_rows, max_rejects)
     if workers is not None and workers < 1:
         raise UsageError("workers", f"workers is {workers}, expected at least 1")
     one_of("engine", engine, ENGINES)
@@ -220,7 +226,7 @@ def write_build(
     ):
         raise UsageError("train_on", "a lambda cannot go to other processes", hint="use a named function, or workers=1")
     with store.new_folder(Path(output_dir).resolve()) as folder:
-        return _build(made, layout, selection, data, folder, allowed, workers, engine, progress)
+        return _build(made, layout, selection, data, folder, tolerance, workers, engine, progress)
 
 
 def load_build(folder: Path, report: Report | None = None, *, in_memory: bool = False) -> datasets.DatasetDict:
@@ -238,7 +244,7 @@ def _build(
     selection: Selection,
     data: Any,
     folder: Path,
-    allowed: Callable[[int], float],
+    tolerance: Tolerance,
     workers: int | None,
     engine: str,
     progress: Progress | None,
@@ -246,27 +252,31 @@ def _build(
     began = time.monotonic()
     shards = folder / "shards"
     chosen = selection.where, selection.limit
-    tasks = [Task(source, shards / f"{n:05d}", *chosen) for n, source in enumerate(sources(data))]
+    tasks = [
+        Task(source, shards / f"{number:05d}", *chosen, near=layout.near is not None)
+        for number, source in enumerate(sources(data))
+    ]
     results: list[ShardResult] = []
+    # What is in memory, or comes through a pipe, is here alone; how many rows are wanted, the tasks before say.
+    alone = any(isinstance(task.source, MemorySource) or task.source.path == "-" for task in tasks)
+    processes = 1 if alone or selection.limit else min(workers or 1, len(tasks))
     # Within this process progress is told per batch; worker processes are told of when a shard is done.
-    processes = workers or 1
-    # What is in memory, or comes through a pipe, is here alone.
-    if len(tasks) == 1 or any(isinstance(task.source, MemorySource) or task.source.path == "-" for task in tasks):
-        processes = 1
     here = processes == 1
     work = partial(build_shard, recipe, progress=progress if here else None)
-    for result in run(work, tasks, processes, engine):
+    planned = tasks if selection.limit is None else _limited(tasks, results)
+    for result in run(work, planned, processes, engine):
         results.append(result)
         if progress and not here:
             progress(sum(r.ledger.read for r in results), sum(r.ledger.tokens_kept for r in results))
+    tasks = [result.task for result in results]
     ledgers = tuple(result.ledger for result in results)
     rejects = [reject for result in results for reject in result.rejects]
-    judge(ledgers, rejects, allowed)
+    tolerance.judge(ledgers, rejects)
     examples = store.Examples.open([task.folder for task in tasks])
     for result, lengths in zip(results, _lengths_by_shard(examples, len(tasks)), strict=True):
         result.ledger.check(len(lengths), int(lengths.sum()), len(result.rejects))
     splits = {}
-    laid = lay_out(_facts(examples, tasks), layout)
+    laid = lay_out(_facts(examples, tasks, layout.near), layout)
     if not len(laid.splits["train"]):
         raise InputRefused("nothing_built", f"no row was left to train on: {dict(laid.left_out)}")
     for name, members in laid.splits.items():
@@ -282,30 +292,28 @@ def _build(
     report = Report(
         ledgers,
         splits,
-        (*_notes(ledgers, recipe), *_left_out(laid, tasks)),
+        (*notes_of(ledgers, recipe), *_left_out(laid, tasks, layout)),
         tuple(str(reject) for reject in rejects[:20]),
         fingerprint,
-        options,
+        {**options, **asdict(tolerance)},
         round(time.monotonic() - began, 3),
     )
     store.write_rejects(folder / "rejects.jsonl", rejects)
     store.write_json(folder / "dataset_dict.json", {"splits": list(splits)})
     # How long it took is no part of what was built: equal builds are equal files.
     store.write_json(folder / "report.json", {**report.as_dict(), "seconds": None})
-    facts = {
-        **{f"source {number}": f"{each.source}: {each.built:,} rows" for number, each in enumerate(ledgers, start=1)},
-        "tokenizer": f"{recipe.tokenizer.name} ({recipe.tokenizer.fingerprint})",
-        "template": f"{recipe.template.name} ({xxhash.xxh3_128_hexdigest(recipe.template.source.encode())})",
-        "trained on": ", ".join([options["train_on"], *(options["train_parts"] or ())]),
-        "max_length": recipe.max_length,
-        "packing": layout.packing,
-        "command": _command(ledgers, options),
-        "fingerprint": fingerprint,
-        "ftdata": __version__,
-    }
-    store.write_card(folder, splits, ", ".join(Path(ledger.source).name for ledger in ledgers), facts, str(report))
+    (folder / "README.md").write_text(card(report, recipe), encoding="utf-8")
     store.write_manifest(folder, {"ftdata": __version__, "fingerprint": fingerprint, "options": options})
     return report
+
+
+def _limited(tasks: Sequence[Task], results: Sequence[ShardResult]) -> Iterator[Task]:
+    """Yield the tasks that still have rows to read, of the limit of each place, as results come in."""
+    for task in tasks:
+        before = [one.ledger for one in results if one.task.source.place == task.source.place]
+        left = (task.limit or 0) - sum(ledger.read - ledger.passed for ledger in before)
+        if left > 0:
+            yield replace(task, limit=left)
 
 
 def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) -> ShardResult:
@@ -321,76 +329,29 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
             for entry in batch:
                 ledger.add(entry)
             rejects.extend(entry for entry in batch if isinstance(entry, Reject))
-            built = [one for entry in batch if isinstance(entry, Built) for one in _hashed(entry)]
+            rows = [entry for entry in batch if isinstance(entry, Built)]
+            built = [one for entry in rows for one in _hashed(entry)]
             content.update(b"".join(each for _, each in built))
             yield built
+            if task.near:
+                minhashes = similar.signatures([entry.conversation for entry in rows])
+                store.add_minhashes(task.folder, np.repeat(minhashes, [len(entry.examples) for entry in rows], axis=0))
             if progress:
                 progress(ledger.read, ledger.tokens_kept)
 
     store.write_shard(task.folder, batches())
-    ledger.passed = selection.passed
-    ledger.read += selection.passed
-    return ShardResult(ledger, rejects, content.hexdigest())
+    ledger.pass_over(selection.passed)
+    return ShardResult(task, ledger, rejects, content.hexdigest())
 
 
 def _hashed(entry: Built) -> list[tuple[Example, bytes]]:
-    """Return the examples of a row, each with the hash of them all."""
-    content = xxhash.xxh3_128()
+    """Return the examples of a row, each with the hash of them all: 16 bytes of the tokens, 8 of the labels."""
+    ids, trained = xxhash.xxh3_128(), xxhash.xxh3_64()
     for example in entry.examples:
-        content.update(example.input_ids.tobytes())
-        content.update(example.trained.tobytes())
-    return [(example, content.digest()) for example in entry.examples]
-
-
-def allowed_rejects(on_bad_rows: str, max_rejects: float | str | None) -> Callable[[int], float]:
-    """Return how many of so many rows may be bad; less than 0 where none may, and all are shown."""
-    one_of("on_bad_rows", on_bad_rows, ("error", "quarantine"))
-    if on_bad_rows == "error":
-        if max_rejects is not None:
-            raise UsageError("max_rejects", "max_rejects goes with on_bad_rows='quarantine'")
-        return lambda _: -1
-    if max_rejects is None:
-        raise UsageError(
-            "max_rejects",
-            "on_bad_rows='quarantine' needs max_rejects: how much loss is acceptable?",
-            hint="max_rejects=100 or max_rejects='1%'",
-        )
-    text = str(max_rejects)
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1
-    if not 0 <= value < float("inf"):
-        expected = "expected a number of rows, or a share like '1%' or 0.01"
-        raise UsageError("max_rejects", f"max_rejects is {max_rejects!r}, {expected}")
-    is_share = text.endswith("%") or 0 < value < 1
-    return lambda rows: value * rows if is_share else value
-
-
-def judge(ledgers: Sequence[Ledger], rejects: Sequence[Reject], limit: Callable[[int], float]) -> None:
-    """Refuse a run with more bad rows than are allowed, or nothing else.
-
-    Raises:
-        BadRows, TooManyRejects, InputRefused: as `build_sft_dataset`.
-    """
-    bad = [reject for reject in rejects if reject.code not in BY_CHOICE]
-    read = sum(ledger.read for ledger in ledgers)
-    allowed = limit(read)
-    if bad and allowed < 0:
-        hint = "mend the rows, or go on without them: on_bad_rows='quarantine', max_rejects=..."
-        raise BadRows(len(bad), map(str, bad[:20]), hint=hint)
-    if len(bad) > allowed >= 0:
-        listed = "\n  ".join(map(str, bad[:5]))
-        raise TooManyRejects(
-            "max_rejects",
-            f"{len(bad)} of {read} rows are refused, max_rejects allows {int(allowed)}:\n  {listed}\n",
-            hint="mend the rows, or raise max_rejects",
-        )
-    if not any(ledger.built for ledger in ledgers):
-        passed = sum(ledger.passed for ledger in ledgers)
-        none = f"where= passes over all {passed:,} rows" if passed else "the sources hold no rows"
-        reasons = "; ".join(map(str, rejects[:3])) or none
-        raise InputRefused("nothing_built", f"no row was left to build: {reasons}")
+        ids.update(example.input_ids.tobytes())
+        trained.update(example.trained.tobytes())
+    content = ids.digest() + trained.digest()
+    return [(example, content) for example in entry.examples]
 
 
 def _lengths_by_shard(examples: store.Examples, shards: int) -> list[NDArray[np.int64]]:
@@ -398,14 +359,21 @@ def _lengths_by_shard(examples: store.Examples, shards: int) -> list[NDArray[np.
     return [lengths[examples.shard == number] for number in range(shards)]
 
 
-def _facts(examples: store.Examples, tasks: Sequence[Task]) -> Facts:
+def _facts(examples: store.Examples, tasks: Sequence[Task], near: float | None) -> Facts:
+    contents = examples.contents
+    asked: NDArray[np.generic] = np.ascontiguousarray(contents.view("S8").reshape(-1, 3)[:, :2]).view("S16").ravel()
+    if near is not None:
+        minhashes = np.concatenate([store.minhashes(task.folder, similar.PERMUTATIONS) for task in tasks])
+        asked = similar.groups(minhashes, near)
     return Facts(
         source=examples.shard,
         row=np.asarray(examples.table["row"].to_numpy(), dtype=np.int64),
-        content=examples.contents,
+        content=contents if near is None else asked,
+        asked=asked,
         tokens=examples.lengths,
         splits=[task.source.split for task in tasks],
         shares=[task.source.share for task in tasks],
+        places=[task.source.place for task in tasks],
     )
 
 
@@ -442,43 +410,19 @@ def _write_split(
     }
 
 
-def _notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
-    flags = Counter[str]()
-    for ledger in ledgers:
-        flags.update(ledger.flags)
-    repeated = f"{sum(ledger.tokens_repeated for ledger in ledgers):,}"
-    notes = [
-        FLAGS[flag].format(n=f"{count:,}", repeated=repeated) for flag, count in sorted(flags.items()) if flag in FLAGS
-    ]
-    if recipe.template.uses_date:
-        notes.append(f"the template prints a date, shown as {recipe.template.date:%Y-%m-%d}; set it with date=")
-    return tuple(notes)
-
-
-def _command(ledgers: Sequence[Ledger], options: Mapping[str, Any]) -> str:
-    """Return the command line that builds the same, but for what only Python can say."""
-    words = ["ftdata", "build", *(each.source for each in ledgers), "--tokenizer", options["tokenizer"]["name"]]
-    if options["template"]["name"] != "tokenizer":
-        words += ["--template", options["template"]["name"]]
-    for option in (*fields(Options), *fields(Layout), *fields(Selection)):
-        name, value = option.name, options.get(option.name)
-        if name != "columns" and value and value != option.default:
-            listed = ",".join(value) if isinstance(value, list) else str(value)
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [listed])]
-    words += [word for pair in options["columns"].items() for word in ("--column", "=".join(pair))]
-    return shlex.join(words)
-
-
-def _left_out(laid: Laid, tasks: Sequence[Task]) -> Iterator[str]:
+def _left_out(laid: Laid, tasks: Sequence[Task], layout: Layout) -> Iterator[str]:
     for reason, count in laid.left_out.items():
         yield f"{count:,} rows are left out: {reason}"
-    for task in tasks:
-        share = task.source.share
-        if share.amount not in (0, 1) or share.unit != "times":
-            amount = (
-                f"each row {share.amount:g} times" if share.unit == "times" else f"{share.amount:,.0f} {share.unit}"
-            )
-            yield f"of {task.source.path} is asked for: {amount}"
+    for name, count in laid.shared.items():
+        yield f"{count:,} rows of {name} are in train, too"
+    if layout.test_size and layout.test_size >= 1 and len(laid.splits["test"]) < layout.test_size:
+        yield f"test holds fewer rows than {layout.test_size}: equal ones stay together"
+    asked = {task.source.place: task.source.share for task in tasks if task.source.share not in (WHOLE, Share(0))}
+    for place, (amount, unit) in asked.items():
+        paths = [task.source.path for task in tasks if task.source.place == place]
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        taken = f"{amount:g} times each row" if unit == "times" else f"{amount:,.0f} {unit}"
+        yield f"asked for in train: {taken} of {paths[0]}{more}"
 
 
 def _fingerprint(options: Mapping[str, Any], results: Sequence[ShardResult]) -> str:

@@ -34,6 +34,12 @@ app = typer.Typer(
 templates_app = typer.Typer(no_args_is_help=True, help="List, show and check templates.")
 app.add_typer(templates_app, name="templates")
 
+
+def _number(text: str) -> float:
+    """Return a number of rows, or a share of them: 1 is one row, and 1.0 neither."""
+    return int(text) if text.isdecimal() else float(text)
+
+
 _PLACES = (
     "a file (json, jsonl, csv, tsv, parquet, arrow, xlsx; packed or not), glob, folder, URL, or - for standard input"
 )
@@ -63,11 +69,16 @@ Date = Annotated[str | None, typer.Option(help="What templates that print a date
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Packing = Annotated[str | None, typer.Option(help="bfd: put whole examples together, best fit first.")]
 Where = Annotated[str | None, typer.Option(help="Rows to read: lang == 'en' and messages | length > 2 (Jinja).")]
-Limit = Annotated[int | None, typer.Option(help="How many rows to read of each source.", min=1)]
+Limit = Annotated[int | None, typer.Option(help="How many rows to read of each place named.", min=1)]
 Dedup = Annotated[bool, typer.Option("--dedup", help="Leave out rows that are equal to an earlier one.")]
-Sample = Annotated[float | None, typer.Option(help="Share (below 1) or number of rows to take, by chance.")]
+Near = Annotated[float | None, typer.Option(help="How similar rows count as equal for --dedup and --test-size: 0.8.")]
+Sample = Annotated[
+    float | None, typer.Option(parser=_number, help="Share (below 1) or number of rows to take, by chance.")
+]
 Shuffle = Annotated[bool, typer.Option("--shuffle", help="Put the rows into another order.")]
-TestSize = Annotated[float | None, typer.Option(help="Share (below 1) or number of rows for a test split.")]
+TestSize = Annotated[
+    float | None, typer.Option(parser=_number, help="Share (below 1) or number of rows for a test split.")
+]
 Seed = Annotated[int, typer.Option(help="Decides which rows go to the test split.")]
 OnBadRows = Annotated[str, typer.Option(help="error: show all and stop; quarantine: go on without them.")]
 MaxRejects = Annotated[str | None, typer.Option(help="With quarantine: how many rows may be rejected, e.g. 100 or 1%.")]
@@ -213,6 +224,7 @@ def build(
     where: Where = None,
     limit: Limit = None,
     dedup: Dedup = False,
+    near: Near = None,
     sample: Sample = None,
     shuffle: Shuffle = False,
     test_size: TestSize = None,
@@ -250,6 +262,7 @@ def build(
             where=where,
             limit=limit,
             dedup=dedup,
+            near=near,
             sample=sample,
             shuffle=shuffle,
             test_size=test_size,

@@ -44,7 +44,7 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A training run, from data to model.
 
-    The fields up to `seed` are those of `build_sft_dataset`. `train` holds any field of TRL's `SFTConfig`.
+    The fields up to `template_kwargs` are those of `build_sft_dataset`. `train` holds any field of TRL's `SFTConfig`.
     """
 
     data: str | dict[str, Any] | list[str | dict[str, Any]]
@@ -68,12 +68,15 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     where: str | None = None
     limit: int | None = None
     dedup: bool = False
-    sample: float | None = None
+    near: float | None = None
+    sample: int | float | None = None
     shuffle: bool = False
-    test_size: float | None = None
+    test_size: int | float | None = None
     on_bad_rows: str = "error"
     max_rejects: int | float | str | None = None
     seed: int = 0
+    date: str | None = None
+    template_kwargs: dict[str, Any] | None = None
     lora: Lora | None = None
     """`None`: all weights are trained, unless `quantization` asks for an adapter."""
     quantization: str | None = None
@@ -99,12 +102,15 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             "where",
             "limit",
             "dedup",
+            "near",
             "sample",
             "shuffle",
             "test_size",
             "on_bad_rows",
             "max_rejects",
             "seed",
+            "date",
+            "template_kwargs",
         )
         return {name: getattr(self, name) for name in names}
 

@@ -43,7 +43,7 @@ class Built:
     `repeated` is what it costs to show a conversation in several examples: their tokens beyond the longest one's.
     """
 
-    schema: str
+    conversation: Conversation
     examples: tuple[Example, ...]
     cut: int = 0
 
@@ -214,7 +214,7 @@ def _finish(
         _check_flags(recipe, kept)
     except BadRow as error:
         return replace(rejected(row, error), tokens=tokens)
-    return Built(conversation.schema, tuple(kept), tokens - sum(map(len, kept)))
+    return Built(conversation, tuple(kept), tokens - sum(map(len, kept)))
 
 
 def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:

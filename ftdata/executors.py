@@ -6,7 +6,7 @@ A task is planned from the data alone, never from the number of workers, so the 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
@@ -17,21 +17,20 @@ ENGINES = ("local",)
 
 
 def run(
-    work: Callable[[Task], Result], tasks: Sequence[Task], workers: int = 1, engine: str = "local"
+    work: Callable[[Task], Result], tasks: Iterable[Task], workers: int = 1, engine: str = "local"
 ) -> Iterator[Result]:
     """Yield `work(task)` for each task, in order.
 
     Args:
         work: a picklable function.
         tasks: picklable tasks.
-        workers: processes, never more than there are tasks; 1 means this process.
+        workers: processes; 1 means this one, and a task is taken when the one before it is done.
         engine: one of `ENGINES`.
     """
     assert engine in ENGINES
-    processes = min(workers, len(tasks))
-    if processes <= 1:
+    if workers <= 1:
         yield from map(work, tasks)
         return
     # Spawned, not forked: a fork copies locked thread pools of tokenizers and Arrow.
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(work, tasks)

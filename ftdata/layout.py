@@ -32,7 +32,8 @@ class Layout:
         test_size: share (below 1) or number of rows for a test split.
         seed: decides all that is left to chance.
         dedup: leave out rows whose tokens and labels are those of an earlier one.
-        sample: share (below 1) or number of rows to take.
+        near: how similar (above 0, at most 1) rows must be to count as equal, for `dedup` and `test_size`.
+        sample: share (below 1) or number of rows to take; splits of the data other than `train` stay whole.
         shuffle: whether rows come in another order than that of the data.
     """
 
@@ -41,6 +42,7 @@ class Layout:
     test_size: float | None = None
     seed: int = 0
     dedup: bool = False
+    near: float | None = None
     sample: float | None = None
     shuffle: bool = False
 
@@ -52,9 +54,14 @@ class Layout:
             raise UsageError("packing_length", "packing needs max_length, the tokens that a pack holds")
         for name in ("test_size", "sample"):
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and (0 < value < 1 or (value >= 1 and value % 1 == 0))):
-                raise UsageError(name, f"{name} is {value!r}, expected a share below 1 or a number of rows")
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if value is not None and not (whole or (isinstance(value, float) and 0 < value < 1)):
+                raise UsageError(name, f"{name} is {value!r}, expected a share below 1 or a whole number of rows")
+        if self.near is not None:
+            if not isinstance(self.near, int | float) or not 0 < self.near <= 1:
+                raise UsageError("near", f"near is {self.near!r}, expected a similarity above 0, such as 0.8")
+            if not (self.dedup or self.test_size):
+                raise UsageError("near", "near says which rows count as equal: it goes with dedup or test_size")
 
 
 @dataclass(frozen=True)
@@ -64,26 +71,34 @@ class Facts:
     Attributes:
         source: int64 `[examples]`, the number of the source.
         row: int64 `[examples]`, the row's number in its source.
-        content: `[examples]` of anything that can be compared: equal where the rows' tokens and labels are.
+        content: `[examples]` of anything that can be compared: equal where rows are, for `dedup`.
+        asked: the same: equal where rows must not be on both sides of a test split.
         tokens: int64 `[examples]`.
         splits: the split of each source, `None` where it has none.
-        shares: how much of each source is trained on.
+        shares: how much is trained on of each place that the user named.
+        places: the number of the place of each source; `None`: each is one.
     """
 
     source: NDArray[np.int64]
     row: NDArray[np.int64]
     content: NDArray[np.generic]
+    asked: NDArray[np.generic]
     tokens: NDArray[np.int64]
     splits: Sequence[str | None]
     shares: Sequence[Share]
+    places: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
 class Laid:
-    """The layout: int64 numbers of examples for each split, in order; and how many rows were left out, and why."""
+    """The layout: int64 numbers of examples for each split, in order; how many rows were left out, and why.
+
+    `shared`: how many rows of a split of the data are in `train`, too.
+    """
 
     splits: Mapping[str, NDArray[np.int64]]
     left_out: Counter[str] = field(default_factory=Counter)
+    shared: Counter[str] = field(default_factory=Counter)
 
 
 def lay_out(facts: Facts, layout: Layout) -> Laid:
@@ -96,35 +111,47 @@ def lay_out(facts: Facts, layout: Layout) -> Laid:
     """
     first = _rows(facts)
     source = facts.source[first]
-    # Equal rows matter to these two only.
-    compared = layout.dedup or layout.test_size is not None
-    group = np.unique(facts.content[first], return_inverse=True)[1] if compared else np.arange(len(first))
     given = np.asarray([name or "train" for name in facts.splits])
+    several = len(set(given.tolist())) > 1
+    if several and layout.test_size is not None:
+        found = f"the data has splits already: {', '.join(dict.fromkeys(given.tolist()))}"
+        raise UsageError("test_size", found, hint="leave test_size out, or choose one with split")
     # One split alone, whatever its name, was chosen to be trained.
-    split = given[source] if len(set(given.tolist())) > 1 else np.full(len(first), "train")
+    split = given[source] if several else np.full(len(first), "train")
     left_out = Counter[str]()
     kept = np.asarray([share.amount > 0 for share in facts.shares])[source]
     if not kept.all():
         left_out["of weight 0"] = int((~kept).sum())
     if layout.dedup:
-        repeated = kept & ~_first_of_each(np.where(kept, group, -1), split == "train")
+        content = _numbered(facts.content[first])
+        repeated = kept & ~_first_of_each(np.where(kept, content, -1), split == "train")
         left_out["duplicate"] = int(repeated.sum())
         kept &= ~repeated
     if layout.sample is not None:
-        chosen = np.flatnonzero(kept)
+        chosen = np.flatnonzero(kept & (split == "train"))
         size = _count(layout.sample, len(chosen))
-        taken = chosen[_drawn(chosen, layout.seed, _SAMPLE)[:size]]
-        left_out["not sampled"] = len(chosen) - len(taken)
-        kept[:] = False
-        kept[taken] = True
-    rows = _splits(np.flatnonzero(kept), group, split, layout)
+        dropped = chosen[_drawn(chosen, layout.seed, _SAMPLE)[size:]]
+        left_out["not sampled"] = len(dropped)
+        kept[dropped] = False
+    asked = _numbered(facts.asked[first]) if several or layout.test_size is not None else np.arange(len(first))
+    rows = _splits(np.flatnonzero(kept), asked, split, layout)
+    shared = Counter[str]()
+    for name in set(rows) - {"train"}:
+        shared[name] = int(np.isin(asked[rows[name]], asked[rows["train"]]).sum())
     if any(share != WHOLE for share in facts.shares):
         tokens = np.add.reduceat(facts.tokens, first)
-        rows["train"] = _shared(rows["train"], source, tokens, facts.shares, layout.seed)
+        places = np.asarray(facts.places if facts.places is not None else range(len(facts.splits)))
+        rows["train"] = _shared(
+            rows["train"], places[source], tokens, dict(zip(places.tolist(), facts.shares, strict=True)), layout.seed
+        )
     if layout.shuffle:
         rows["train"] = rows["train"][_drawn(np.arange(len(rows["train"])), layout.seed, _SHUFFLE)]
     examples_of = np.concatenate((first, [len(facts.row)]))
-    return Laid({name: _examples(numbers, examples_of) for name, numbers in rows.items()}, left_out)
+    return Laid({name: _examples(numbers, examples_of) for name, numbers in rows.items()}, left_out, +shared)
+
+
+def _numbered(values: NDArray[np.generic]) -> NDArray[np.int64]:
+    return np.asarray(np.unique(values, return_inverse=True)[1], dtype=np.int64)
 
 
 def mixed(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
@@ -153,7 +180,8 @@ def _drawn(numbers: NDArray[np.int64], seed: int, purpose: np.uint64) -> NDArray
 
 
 def _count(size: float, rows: int) -> int:
-    return int(np.ceil(size * rows)) if size < 1 else min(int(size), rows)
+    # 0.07 * 100 is a little more than 7.
+    return int(np.ceil(round(size * rows, 6))) if size < 1 else min(int(size), rows)
 
 
 def _first_of_each(group: NDArray[np.int64], last: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -170,9 +198,6 @@ def _splits(
 ) -> dict[str, NDArray[np.int64]]:
     names = list(dict.fromkeys(["train", *split[rows].tolist()]))
     if len(names) > 1:
-        if layout.test_size is not None:
-            found = f"the data has splits already: {', '.join(names)}"
-            raise UsageError("test_size", found, hint="leave test_size out")
         return {name: rows[split[rows] == name] for name in names}
     if layout.test_size is None:
         return {"train": rows}
@@ -199,18 +224,18 @@ def _splits(
 
 def _shared(
     rows: NDArray[np.int64],
-    source: NDArray[np.int64],
+    place: NDArray[np.int64],
     tokens: NDArray[np.int64],
-    shares: Sequence[Share],
+    shares: Mapping[int, Share],
     seed: int,
 ) -> NDArray[np.int64]:
-    """Return the rows of each source as often as its share says: all of them, and a part of them once more.
+    """Return the rows of each place as often as its share says: all of them, and a part of them once more.
 
     Of tokens there are never more than asked for, and as many as whole rows allow, taken in the order drawn.
     """
     times = np.zeros(len(rows), dtype=np.int64)
-    for number, share in enumerate(shares):
-        own = np.flatnonzero(source[rows] == number)
+    for number, share in shares.items():
+        own = np.flatnonzero(place[rows] == number)
         size = tokens[rows[own]] if share.unit == "tokens" else np.ones(len(own), dtype=np.int64)
         whole = int(size.sum())
         amount = round(share.amount * whole) if share.unit == "times" else int(share.amount)

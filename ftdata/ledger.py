@@ -8,13 +8,15 @@ Both are asserted in every build, against what was written; if they fail, that i
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ftdata._version import __version__
 from ftdata.errors import InternalError
 from ftdata.examples import Built
-from ftdata.types import Reject
+from ftdata.recipe import FLAGS, Recipe
+from ftdata.types import Conversation, Reject
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Ledger:
     rejected: Counter[str] = field(default_factory=Counter)
     schemas: Counter[str] = field(default_factory=Counter)
     flags: Counter[str] = field(default_factory=Counter)
+    noted: Counter[str] = field(default_factory=Counter)
     examples: int = 0
     tokens_in: int = 0
     tokens_kept: int = 0
@@ -52,7 +55,7 @@ class Ledger:
             self.tokens_in += entry.tokens
             return
         self.built += 1
-        self.schemas[entry.schema] += 1
+        self.read_as(entry.conversation)
         self.examples += len(entry.examples)
         self.tokens_repeated += entry.repeated
         self.tokens_cut += entry.cut
@@ -62,6 +65,18 @@ class Ledger:
             self.tokens_in += len(example)
             self.tokens_kept += len(example)
             self.tokens_trained += int(example.trained.sum())
+
+    def read_as(self, conversation: Conversation) -> None:
+        """Count how a row was read."""
+        self.schemas[conversation.schema] += 1
+        for note in conversation.noted:
+            if note in self.noted or len(self.noted) < _MOST_NOTES:
+                self.noted[note] += 1
+
+    def pass_over(self, rows: int) -> None:
+        """Count rows that were read and not wanted."""
+        self.read += rows
+        self.passed += rows
 
     def check(self, written: int, tokens_written: int, rejects_written: int) -> None:
         """Assert the identities, against what was really written.
@@ -80,6 +95,9 @@ class Ledger:
                 f"written: {written} examples, {tokens_written} tokens, {rejects_written} rejects",
             )
 
+
+_MOST_NOTES = 200
+"""Columns and keys that are counted by name: where every row has others, there is no end to them."""
 
 COUNTS = (
     "read",
@@ -158,3 +176,33 @@ class Report:
                     for part in split["sources"]
                 ]
         return "\n".join([*lines, *(f"note     {note}" for note in self.notes)])
+
+
+def notes_of(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
+    """Return what the flags of the examples mean, and how the rows were read."""
+    flags = Counter[str]()
+    for ledger in ledgers:
+        flags.update(ledger.flags)
+    repeated = f"{sum(ledger.tokens_repeated for ledger in ledgers):,}"
+    notes = [
+        FLAGS[flag].format(n=f"{count:,}", repeated=repeated) for flag, count in sorted(flags.items()) if flag in FLAGS
+    ]
+    if recipe.template.uses_date:
+        notes.append(f"the template prints a date, shown as {recipe.template.date:%Y-%m-%d}; set it with date=")
+    return (*notes, *readings(ledgers))
+
+
+def readings(ledgers: Sequence[Ledger]) -> Iterator[str]:
+    """Yield how rows were read where it is not as they say."""
+    noted = sum((ledger.noted for ledger in ledgers), Counter[str]())
+    for kind, says in (
+        ("column", "columns that are not read"),
+        ("role", "roles that are read as others"),
+        ("message key", "keys of messages that only templates read which name them"),
+    ):
+        own = [(note.removeprefix(kind).strip(), rows) for note, rows in noted.most_common() if note.startswith(kind)]
+        if own:
+            more = f", and {len(own) - 10} more" if len(own) > 10 else ""
+            yield f"{says}: {', '.join(f'{name} ({rows:,} rows)' for name, rows in own[:10])}{more}"
+    if count := noted["completion"]:
+        yield f"completions that begin before the last answer, which messages do not tell: {count:,} rows"

@@ -36,6 +36,7 @@ class Registry(Generic[T]):
         self.group = group
         self.noun = noun
         self._own: dict[str, T] = {}
+        self._files: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that registers its argument under `name`."""
@@ -59,7 +60,9 @@ class Registry(Generic[T]):
             return value
         path, _, attribute = name.rpartition(":")
         if path.endswith(".py"):
-            return self._from_file(Path(path), attribute)
+            if name not in self._files:
+                self._files[name] = self._from_file(Path(path), attribute)
+            return self._files[name]
         code = f"unknown_{self.noun}"
         raise UsageError(code, f"no {self.noun} named {name!r}", hint=nearest(name, self.names()))
 
@@ -78,7 +81,11 @@ class Registry(Generic[T]):
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            found = f"{path} cannot be loaded: {type(error).__name__}: {error}"
+            raise UsageError("plugin_failed", found) from error
         if not hasattr(module, attribute):
             public = [n for n in vars(module) if not n.startswith("_")]
             raise UsageError("no_such_name", f"{path} defines no {attribute!r}", hint=nearest(attribute, public))

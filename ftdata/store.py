@@ -48,7 +48,7 @@ _EXAMPLES = pa.schema(
         ("trained", pa.int64()),
         ("cut", pa.int64()),
         ("flags", pa.list_(pa.string())),
-        ("content", pa.binary(16)),
+        ("content", pa.binary(24)),
     ]
 )
 _PACKS = pa.schema(
@@ -63,7 +63,7 @@ _PACKS = pa.schema(
 def write_shard(folder: Path, batches: Iterable[Sequence[tuple[Example, bytes]]]) -> None:
     """Write the examples of one shard: flat token ids and trained bits, and a table of the examples.
 
-    With each example comes the hash (16 bytes) of what its row became.
+    With each example comes the hash of what its row became: 16 bytes of the tokens, 8 of the labels.
     """
     folder.mkdir(parents=True)
     with ExitStack() as stack:
@@ -88,6 +88,18 @@ def _example_row(example: Example, content: bytes) -> dict[str, Any]:
         "flags": sorted(example.flags),
         "content": content,
     }
+
+
+def add_minhashes(folder: Path, values: NDArray[np.uint32]) -> None:
+    """Add the MinHashes (`[examples, ...]`) of what a shard's next examples say."""
+    with (folder / "minhashes.u32").open("ab") as file:
+        file.write(values.tobytes())
+
+
+def minhashes(folder: Path, size: int) -> NDArray[np.uint32]:
+    """Return the MinHashes of a shard's examples: uint32 `[examples, size]`."""
+    path = folder / "minhashes.u32"
+    return _mapped(path, np.uint32).reshape(-1, size) if path.exists() else np.empty((0, size), np.uint32)
 
 
 @dataclass(frozen=True)
@@ -123,13 +135,13 @@ class Examples:
 
     @cached_property
     def contents(self) -> NDArray[np.bytes_]:
-        """The hash of what each example's row became (16 bytes each, `[examples]`)."""
+        """The hash of what each example's row became (24 bytes each, `[examples]`)."""
         chunks = [
-            np.frombuffer(chunk.buffers()[1], np.dtype("S16"))[chunk.offset : chunk.offset + len(chunk)]
+            np.frombuffer(chunk.buffers()[1], np.dtype("S24"))[chunk.offset : chunk.offset + len(chunk)]
             for chunk in self.table["content"].chunks
             if len(chunk)
         ]
-        return np.concatenate(chunks) if chunks else np.empty(0, "S16")
+        return np.concatenate(chunks) if chunks else np.empty(0, "S24")
 
     def gather(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the ids and the labels of the examples, one after the other (int32 `[tokens]` each)."""
@@ -223,18 +235,6 @@ def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
             }
             text = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
             file.write(text + b"\n")
-
-
-def write_card(folder: Path, splits: Iterable[str], title: str, facts: Mapping[str, object], text: str) -> None:
-    """Write `README.md`: the files of each split for the hub and `datasets.load_dataset`, and the report for people."""
-    files = "".join(f"  - split: {split}\n    path: {split}/data-*.arrow\n" for split in splits)
-    listed = "".join(f"| {name} | `{value}` |\n" for name, value in facts.items())
-    card = (
-        f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n\n# {title}\n\n"
-        f"Built by ftdata: tokens, labels (-100 where nothing is learnt) and document lengths.\n\n"
-        f"| | |\n|---|---|\n{listed}\n```\n{text}\n```\n"
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

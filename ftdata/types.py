@@ -79,10 +79,11 @@ WHOLE = Share()
 
 
 class Row(NamedTuple):
-    """One row exactly as written: an object, or a bare list of messages."""
+    """One row exactly as written: an object, or a bare list of messages. In a `flat` one every cell is a text."""
 
     data: Any
     source: Source
+    flat: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,7 @@ class Conversation:
         completion_from: index of the first message of the completion.
         tokens: the row's own tokens, passed through; `None` for everything else.
         kwargs: the row's own variables for the template (`enable_thinking`, ...).
+        noted: what a careful reader should know of how it was read: columns that were not, roles under other names.
         schema: name of the schema that recognised the row.
     """
 
@@ -115,6 +117,7 @@ class Conversation:
     completion_from: int = 0
     tokens: Tokens | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    noted: frozenset[str] = frozenset()
     schema: str = "messages"
     source: Source = NOWHERE
 

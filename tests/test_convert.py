@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 from test_matrix import SHAPES
 from test_readers import write
@@ -71,7 +72,7 @@ def test_what_has_no_place_is_counted_and_nothing_is_half_written(tmp_path):
     assert [one.source.line for one in done.rejects] == [2, 3, 4]
     assert "4 read = 1 written" in str(done)
     assert len(convert(data, tmp_path / "o.jsonl", on_bad_rows="quarantine", max_rejects=2).rejects) == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "o.jsonl", "o.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "o.jsonl", "o.parquet", "o.rejects.jsonl"]
     assert (
         convert(data, tmp_path / "o.jsonl", where="question == 'q'", on_bad_rows="quarantine", max_rejects=1)
         .sources[0]
@@ -112,3 +113,59 @@ def test_rows_that_cannot_be_shown_are_rejects_too(tmp_path):
     rows = [{"question": "\ud800", "answer": "a"}, {"question": "q", "answer": "a"}, {"x": 10**30, 3: None}]
     done = convert(rows, tmp_path / "o.jsonl", on_bad_rows="quarantine", max_rejects=2)
     assert (done.sources[0].built, len(done.rejects)) == (1, 2)
+
+
+def test_one_file_mixes_no_splits_and_repeats_no_rows(tmp_path):
+    made = datasets.DatasetDict(
+        {name: datasets.Dataset.from_list([{"question": name, "answer": "a"}]) for name in ("train", "test")}
+    )
+    made.save_to_disk(tmp_path / "saved")
+    with pytest.raises(UsageError, match="holds train, test"):
+        convert(tmp_path / "saved", tmp_path / "o.jsonl")
+    convert({"path": tmp_path / "saved", "split": "test"}, tmp_path / "o.jsonl")
+    assert [row.data["messages"][0]["content"] for row in read(tmp_path / "o.jsonl")] == ["test"]
+    with pytest.raises(UsageError, match="a file has each row once"):
+        convert({"path": tmp_path / "o.jsonl", "weight": 2}, tmp_path / "p.jsonl")
+
+
+def test_what_is_left_out_is_counted_listed_and_written(tmp_path):
+    rows = [{"question": str(n), "answer": "a" * (n % 3)} for n in range(9)]
+    done = convert(rows, tmp_path / "o.jsonl", where="question != '4'", on_bad_rows="quarantine", max_rejects="40%")
+    assert done.as_dict()["sources"] == [
+        {"source": "<memory>", "read": 9, "written": 5, "passed": 1, "rejected": {"empty_answer": 3}}
+    ]
+    listed = [json.loads(line) for line in (tmp_path / "o.rejects.jsonl").read_text().splitlines()]
+    assert [(one["row"], one["code"]) for one in listed] == [
+        (0, "empty_answer"),
+        (3, "empty_answer"),
+        (6, "empty_answer"),
+    ]
+    convert(rows[1:3], tmp_path / "o.jsonl")
+    assert not (tmp_path / "o.rejects.jsonl").exists()
+
+
+def test_messages_do_not_tell_where_a_completion_begins(tmp_path):
+    talk = [
+        {"role": "assistant", "content": "a1"},
+        {"role": "user", "content": "m"},
+        {"role": "assistant", "content": "a2"},
+    ]
+    row = {"prompt": [{"role": "user", "content": "q"}], "completion": talk}
+    assert "completions that begin before the last answer" in str(convert([row], tmp_path / "o.jsonl"))
+    assert "completions" not in str(convert([row], tmp_path / "o.jsonl", "prompt_completion"))
+
+
+def test_calls_have_a_place_in_tables(tmp_path):
+    call = {"id": None, "function": {"name": "f"}}
+    blocks = [{"type": "tool_result", "tool_use_id": "1", "content": "no", "is_error": True}]
+    talk = [
+        {"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "user", "content": blocks}, {"role": "assistant", "content": "a"},
+    ]  # fmt: skip
+    convert([{"messages": talk}], tmp_path / "o.parquet")
+    (back,) = read(tmp_path / "o.parquet")
+    assert back.data["messages"][1]["tool_calls"] == [{"function": {"name": "f", "arguments": "{}"}}]
+    assert back.data["messages"][2]["is_error"] is True
+    odd = [talk[0], {"role": "assistant", "content": "", "tool_calls": [{"type": 1, "function": {"name": "f"}}]}]
+    with pytest.raises(BadRows, match="no_column"):
+        convert([{"messages": odd}], tmp_path / "o.parquet")

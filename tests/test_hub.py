@@ -238,6 +238,14 @@ print(json.dumps(0))""")
     assert found == {
         name: [size, ["input_ids", "labels", "seq_lengths"]] for name, size in (("train", 36), ("test", 4))
     }
+    hub.repos["datasets", "me/built"]["train/data-00001.arrow"] = b"of an earlier, larger build"
+    python(f"""
+import json
+from ftdata import build_sft_dataset
+build_sft_dataset({str(tmp_path / "d.jsonl")!r}, {tokenizer_dir("tiny_bpe")!r}, limit=5, output_dir={str(tmp_path / "out")!r})
+print(json.dumps(0))""")
+    subprocess.run(command, check=True, env=os.environ, capture_output=True)
+    assert sorted(name for name in files if name.endswith(".arrow")) == ["train/data-00000.arrow"]
     (tmp_path / "out" / "train" / "data-00000.arrow").write_bytes(b"")
     assert subprocess.run(command, capture_output=True, check=False, env=os.environ).returncode == 3
 

@@ -1,14 +1,16 @@
 """Which rows go where: by chance that is the same everywhere, whole rows, no row on both sides."""
 
 import json
+import sys
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftdata import build_sft_dataset
-from ftdata.errors import InputRefused, UsageError
+from ftdata import build_sft_dataset, similar
+from ftdata.errors import InputRefused, MissingDependency, TooManyRejects, UsageError
 from ftdata.layout import Facts, Layout, lay_out, mixed
 from ftdata.types import WHOLE, Share
 
@@ -22,6 +24,7 @@ def facts(rows, splits=(None,), shares=(WHOLE,), tokens=1):
     return Facts(
         np.array(source, np.int64),
         np.array(row, np.int64),
+        np.array(content, np.int64),
         np.array(content, np.int64),
         np.broadcast_to(tokens, len(row)),
         splits,
@@ -210,3 +213,123 @@ def test_a_build_without_rows_is_no_build(tokenizer_dir):
         rows = ROWS if "where" in options else [ROWS[0]] * 10
         with pytest.raises((InputRefused, UsageError), match=says):
             build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), **options)
+
+
+def lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def many(tmp_path):
+    """A folder of ten files with one row each."""
+    for number in range(10):
+        lines(tmp_path / "many" / f"{number}.jsonl", [{"question": f"q{number}", "answer": "a", "n": number}])
+    return str(tmp_path / "many")
+
+
+def test_shares_and_limits_are_those_of_a_place_however_many_files_it_has(tokenizer_dir, tmp_path, many):
+    tiny, other = tokenizer_dir("tiny_bpe"), lines(tmp_path / "o.jsonl", ROWS)
+    for amount, expected in (({"weight": 0.5}, 5), ({"weight": 1.5}, 15), ({"rows": 3}, 3)):
+        built = build_sft_dataset([{"path": many, **amount}, other], tiny)
+        own = [part["examples"] for part in built.report.splits["train"]["sources"] if "many" in part["source"]]
+        assert sum(own) == expected
+    for workers in (1, 2):
+        limited = build_sft_dataset([many, other], tiny, limit=4, where="n is not defined or n > 2", workers=workers)
+        assert [ledger.built for ledger in limited.report.sources] == [0, 0, 0, 1, 1, 1, 1, 4]
+        assert limited.report.total("passed") == 3
+
+
+def test_where_passes_over_rows_without_the_column(tokenizer_dir):
+    rows = [{**row, "score": n} if n % 2 else row for n, row in enumerate(ROWS)]
+    tiny = tokenizer_dir("tiny_bpe")
+    assert build_sft_dataset(rows, tiny, where="score > 3").report.total("built") == 13
+    rows[1]["score"] = "high"
+    options = {"where": "score > 3", "on_bad_rows": "quarantine"}
+    assert build_sft_dataset(rows, tiny, **options, max_rejects=1).report.sources[0].rejected == {"where": 1}
+    with pytest.raises(TooManyRejects, match="1 of 14 rows"):
+        build_sft_dataset(rows, tiny, **options, max_rejects="6%")
+    dashed = [{**row, "a-b": n, "talk": '["x", "y"]'} for n, row in enumerate(ROWS)]
+    assert (
+        build_sft_dataset(dashed, tiny, where="row['a-b'] < 5 and talk | from_json | length == 2").report.total("built")
+        == 5
+    )
+
+
+def test_rows_that_are_asked_the_same_are_on_one_side(tokenizer_dir):
+    def talk(n, train):
+        said = [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "x", "train": train}]
+        return {"messages": [*said, {"role": "user", "content": "z"}, {"role": "assistant", "content": "y"}]}
+
+    rows = [talk(n, train) for n in range(20) for train in (True, False)]
+    built = build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), test_size=0.5, turns="joint")
+    assert not {*map(tuple, built["train"]["input_ids"])} & {*map(tuple, built["test"]["input_ids"])}
+    assert len(build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), dedup=True, turns="joint")["train"]) == 40
+
+
+def test_rows_of_both_splits_are_named(tokenizer_dir):
+    made = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(ROWS[:6]), "test": datasets.Dataset.from_list(ROWS[3:8])}
+    )
+    tiny = tokenizer_dir("tiny_bpe")
+    assert "3 rows of test are in train, too" in build_sft_dataset(made, tiny).report.notes
+    sampled = build_sft_dataset(made, tiny, sample=2)
+    assert [len(sampled[name]) for name in ("train", "test")] == [2, 5]
+    with pytest.raises(UsageError, match="splits already"):
+        build_sft_dataset(made, tiny, sample=2, test_size=1)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0.07, 7), (0.1, 10), (0.001, 1), (13, 13)])
+def test_shares_are_counted_exactly(size, expected):
+    laid = lay_out(facts([(0, n, 1) for n in range(100)]), Layout(test_size=size))
+    assert len(laid.splits["test"]) == expected
+    assert len(lay_out(facts([(0, n, 1) for n in range(100)]), Layout(sample=size)).splits["train"]) == expected
+
+
+def poem(number, words=60):
+    rng = np.random.default_rng(number)
+    return [f"w{one}" for one in rng.integers(0, 4000, words)]
+
+
+def test_rows_that_say_almost_the_same_are_left_out_or_stay_together(tokenizer_dir):
+    """60 words, of which one is another: 5 of 56 and of 61 runs of five words differ, a similarity of 0.84."""
+    system = {"role": "system", "content": "s " * 300}
+
+    def row(words):
+        return [
+            system,
+            {"role": "user", "content": " ".join(words[:20])},
+            {"role": "assistant", "content": " ".join(words[20:])},
+        ]
+
+    rows = []
+    for number in range(40):
+        words = poem(number)
+        rows.append(row(words))
+        if number % 2:
+            rows.append(row([*words[:30], "another", *words[31:]]))
+    tiny = tokenizer_dir("tiny_bpe")
+    for near, expected in ((0.7, 40), (0.97, 60)):
+        assert len(build_sft_dataset(rows, tiny, dedup=True, near=near)["train"]) == expected
+    built = build_sft_dataset(rows, tiny, test_size=0.5, near=0.7, workers=2)
+    assert sum(map(len, built.values())) == 60
+    firsts = [{tuple(ids[-40:][:10]) for ids in built[name]["input_ids"]} for name in ("train", "test")]
+    assert not firsts[0] & firsts[1]
+
+
+@given(st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=8), min_size=1, max_size=12))
+def test_groups_are_those_of_all_pairs(rows):
+    """The bands find, for rows that are much alike or not at all, what comparing each with each would."""
+    minhashes = np.repeat(np.array([one[0] for one in rows], np.uint32)[:, None], similar.PERMUTATIONS, axis=1)
+    labels = similar.groups(minhashes, 0.8)
+    assert [[a == b for b in labels] for a in labels] == [[one[0] == two[0] for two in rows] for one in rows]
+
+
+def test_near_goes_with_something_and_needs_its_library(tokenizer_dir, monkeypatch):
+    tiny = tokenizer_dir("tiny_bpe")
+    with pytest.raises(UsageError, match="goes with dedup or test_size"):
+        build_sft_dataset(ROWS, tiny, near=0.8)
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'ftdata\[dedup\]'"):
+        build_sft_dataset(ROWS, tiny, near=0.8, dedup=True)

@@ -328,3 +328,117 @@ def test_nothing_beside_the_messages_is_lost():
         convert({"question": "q", "answers": "hello"}, columns={"answer": "answers[0]"})
     with pytest.raises(BadRow, match="tokens_type"):
         convert({"input_ids": [2**32 + 5], "labels": [2**32 + 5]})
+
+
+def contents(data, **options):
+    return [(message["role"], message["content"]) for message in convert(data, **options).messages]
+
+
+def test_what_other_columns_hold_is_used_or_named():
+    dolly = {"instruction": "Sum up.", "context": "LONG", "response": "S", "category": "x"}
+    assert contents(dolly) == [("user", "Sum up.\n\nLONG"), ("assistant", "S")]
+    assert convert(dolly).noted == {"column category"}
+    assert contents({"prompt": "q", "response": "a", "system_prompt": "s"})[0] == ("system", "s")
+    assert contents({"instruction": "", "input": "q", "output": "a"})[0] == ("user", "q")
+    assert contents({"question": "q", "answer": "a", "system": [{"type": "text", "text": "s"}]})[0][0] == "system"
+    log = {"talk": [{"speaker": "Human", "text": "q", "mood": "x"}, {"speaker": "bot", "text": "a"}], "id": 1}
+    assert convert(log).noted == {"column id", "role Human as user", "role bot as assistant", "message key mood"}
+    assert convert({"messages": [USER, ASSISTANT], "tools": []}).noted == frozenset()
+
+
+@pytest.mark.parametrize("prompt", ["q2", [USER | {"content": "q2"}]])
+def test_history_comes_before_the_question(prompt):
+    for answer in ({"chosen": "a2", "rejected": "r"}, {"completion": "a2"}):
+        data = {"prompt": prompt, **answer, "history": [["q1", "a1"]], "system": "s"}
+        texts = [content for _, content in contents(data)]
+        assert texts == ["s", "q1", "a1", "q2", "a2"]
+
+
+def test_a_question_that_is_repeated_in_the_answers_is_asked_once():
+    system = {"role": "system", "content": "s"}
+    data = {"prompt": [system, USER], "chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]}
+    assert convert(data).messages == (system, USER, ASSISTANT)
+    again = {"prompt": [USER], "chosen": [ASSISTANT, USER, ASSISTANT], "rejected": "r"}
+    assert convert(again).messages == (USER, ASSISTANT, USER, ASSISTANT)
+
+
+def test_a_text_that_spells_messages_is_a_text_where_texts_are_no_cells():
+    spelled = json.dumps([USER, ASSISTANT])
+    data = {"prompt": "Write a chat as JSON", "completion": spelled}
+    assert contents(data) == [("user", "Write a chat as JSON"), ("assistant", spelled)]
+    row = Row({"prompt": json.dumps([USER]), "completion": json.dumps([ASSISTANT])}, Source("d.csv", 0, 1), flat=True)
+    assert normalise(row).messages == (USER, ASSISTANT)
+
+
+@pytest.mark.parametrize("name", ["eos_token", "bos_token", "raise_exception", "strftime_now"])
+def test_a_row_cannot_set_what_is_the_tokenizers(name):
+    with pytest.raises(BadRow, match="row_options"):
+        convert({"messages": [USER, ASSISTANT], "chat_template_kwargs": {name: "x"}})
+
+
+def test_calls_are_read_wherever_their_arguments_stand():
+    for call in ({"function": {"name": "f", "parameters": {"x": 1}}}, {"name": "f", "args": {"x": 1}, "id": None}):
+        talk = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        (found,) = convert({"messages": talk}).messages[1]["tool_calls"]
+        assert found["function"] == {"name": "f", "arguments": {"x": 1}}
+        assert "id" not in found
+    assert convert({"messages": [USER, {**ASSISTANT, "tool_calls": "null"}]}).messages == (USER, ASSISTANT)
+
+
+def test_blocks_in_an_order_that_no_template_prints_are_refused():
+    call = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
+    result = {
+        "type": "tool_result",
+        "tool_use_id": "1",
+        "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+    }
+    with pytest.raises(BadRow, match="block_type"):
+        convert({"messages": [USER, {"role": "assistant", "content": [call, result]}, ASSISTANT]})
+    apart = [USER, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}, ASSISTANT]
+    assert convert({"messages": apart}).messages[2]["content"] == result["content"]
+
+
+def test_a_mapped_column_may_be_missing_where_it_is_not_needed():
+    columns = {"instruction": "q", "output": "a", "input": "ctx"}
+    assert contents({"q": "x", "a": "y"}, columns=columns)[0] == ("user", "x")
+    with pytest.raises(BadRow, match="missing_column"):
+        convert({"q": "x"}, columns=columns)
+    mapped = convert({"question": "q", "answer": "a", "h": [["q1", "a1"]]}, columns={"history": "h"})
+    assert len(mapped.messages) == 4
+    with pytest.raises(UsageError, match="expected the name of a column"):
+        check_columns({"question": ""})
+
+
+def test_texts_have_authors_and_tables_blank_cells():
+    assert convert({"text": "Once ...", "author": "Jane"}).schema == "text"
+    with pytest.raises(BadRow, match="one_message"):
+        convert({"text": "hi", "speaker": "Jane"})
+    blank = {"question": "q", "answer": "a", "prompt": "", "completion": ""}
+    assert convert(blank).schema == "question_answer"
+    with pytest.raises(BadRow, match=r"ambiguous_schema.*\(one, two\)"):
+        convert({"one": [USER, ASSISTANT], "two": [USER, ASSISTANT]})
+
+
+def test_a_schema_of_ones_own_fails_row_by_row(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from ftdata.types import Conversation\nprint('loaded')\n"
+        "def fails(row): return row['x']\ndef gives(row): return {}\n"
+        "def good(row): return Conversation(messages=({'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}))\n"
+    )
+    for name, says in (("fails", "KeyError"), ("gives", "makes a dict")):
+        with pytest.raises(BadRow, match=f"schema_failed.*{says}"):
+            convert({"y": 1}, schema=f"{file}:{name}")
+    assert convert({"y": 1}, schema=f"{file}:good").messages == (USER, ASSISTANT)
+    (tmp_path / "broken.py").write_text("def (")
+    with pytest.raises(UsageError, match="cannot be loaded: SyntaxError"):
+        convert({"y": 1}, schema=f"{tmp_path / 'broken.py'}:f")
+
+
+def test_a_schema_is_loaded_once(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "print('loaded')\nfrom ftdata.types import Conversation\ndef f(row): return Conversation(())\n"
+    )
+    for _ in range(3):
+        convert({"y": 1}, schema=f"{tmp_path / 'mine.py'}:f")
+    assert capsys.readouterr().out == "loaded\n"

@@ -58,7 +58,7 @@ def _sheet(sheet: Any, formulas: Any, path: str) -> Iterator[Row | Reject]:
         if names:
             fault = _fault(names, texts, cells, written)
             row = {name: text for name, text in zip(names, texts, strict=False) if text}
-            yield Reject(source, *fault, "\t".join(texts)[:4096]) if fault else Row(row, source)
+            yield Reject(source, *fault, "\t".join(texts)[:4096]) if fault else Row(row, source, flat=True)
         else:
             names = texts
             check_names([one for one in names if one], Input(path))

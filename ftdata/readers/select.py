@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,20 +13,21 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ftdata.errors import InputRefused, UsageError
+from ftdata.errors import UsageError
 from ftdata.types import Reject, Row
 
 
 @dataclass
 class Selection:
-    """The rows of a source that are wanted; `passed` counts those that were read and are not.
+    """The rows of one or several sources that are wanted; `passed` counts those that were read and are not.
 
-    Rows that could not be read are wanted: whether they were is not known.
+    `taken` those that were yielded. Rows that could not be read are wanted: whether they were is not known.
     """
 
     where: str | None = None
     limit: int | None = None
     passed: int = 0
+    taken: int = 0
 
     def __post_init__(self) -> None:
         if self.where is not None:
@@ -36,37 +38,53 @@ class Selection:
             raise UsageError("limit", f"limit is {self.limit!r}, expected a number of rows from 1")
 
     def of(self, rows: Iterator[Row | Reject]) -> Iterator[Row | Reject]:
-        """Yield the rows that are wanted, the first `limit` of them."""
-        yield from islice(filter(self._wanted, rows), self.limit)
+        """Yield the rows that are wanted, the first `limit` of them; a reject for each on which `where` fails."""
+        for row in islice(self._wanted(rows), None if self.limit is None else self.limit - self.taken):
+            self.taken += 1
+            yield row
 
-    def _wanted(self, row: Row | Reject) -> bool:
+    def _wanted(self, rows: Iterator[Row | Reject]) -> Iterator[Row | Reject]:
+        for row in rows:
+            wanted = self._judged(row)
+            if wanted is None:
+                self.passed += 1
+            else:
+                yield wanted
+
+    def _judged(self, row: Row | Reject) -> Row | Reject | None:
         if self.where is None or isinstance(row, Reject):
-            return True
+            return row
         columns = row.data if isinstance(row.data, Mapping) else {"messages": row.data}
         try:
-            wanted = bool(_expression(self.where)({str(name): value for name, value in columns.items()}))
+            wanted = _expression(self.where)({str(name): value for name, value in columns.items()} | {"row": columns})
+        except jinja2.UndefinedError:
+            return None
         except Exception as error:  # noqa: BLE001  (an expression of the user's own)
-            raise InputRefused(
-                "where", f"where={self.where!r} fails on this row: {error}", where=str(row.source)
-            ) from None
-        self.passed += not wanted
-        return wanted
+            fix = "mend the row, or ask for what every row has"
+            return Reject(row.source, "where", "", f"where={self.where!r} fails on it: {error}", fix)
+        return row if wanted else None
 
 
 @lru_cache(maxsize=8)
 def _expression(where: str) -> Callable[..., Any]:
-    """Compile a Jinja expression: `lang == "en" and messages | length > 2`; absent columns are undefined, and false.
+    """Compile a Jinja expression: `lang == "en" and messages | length > 2`; what asks for an absent column is false.
 
     Raises:
         UsageError: it is none.
     """
     environment = ImmutableSandboxedEnvironment(undefined=jinja2.ChainableUndefined)
     environment.tests["matching"] = _matching
+    environment.filters["from_json"] = _from_json
     try:
         return environment.compile_expression(where)
     except jinja2.TemplateSyntaxError as error:
         hint = "e.g. lang == 'en' and messages | length > 2"
         raise UsageError("where", f"where={where!r} is no expression: {error.message}", hint=hint) from None
+
+
+def _from_json(text: Any) -> Any:
+    """Return what a cell of a table holds, for `messages | from_json | length`."""
+    return json.loads(text) if isinstance(text, str) else text
 
 
 def _matching(text: Any, pattern: str) -> bool:

@@ -149,7 +149,7 @@ def _row(names: Sequence[str], cells: Sequence[str], source: Source, raw: str) -
         if not cell.isascii() and any("\ud800" <= char <= "\udfff" for char in cell):
             fix = "say what it is written in, e.g. encoding='cp1252'"
             return Reject(source, "encoding", name, "is no text in its encoding", fix, raw)
-    return Row(dict(zip(names, cells, strict=True)), source)
+    return Row(dict(zip(names, cells, strict=True)), source, flat=True)
 
 
 def _outside_quotes(line: str) -> str:

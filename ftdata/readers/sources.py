@@ -29,7 +29,8 @@ _SPEC = ("path", "split", *_SHARES, *_OF_FILES)
 class FileSource:
     """A file and the name of the reader for it: all that a worker process needs to read its rows.
 
-    With `first` or `last`: only those from the one on and before the other, as the reader counts them.
+    `place` is the number of what the user named, which may be several files. With `first` or `last`: only the rows from
+    the one on and before the other, as the reader counts them.
     """
 
     path: str
@@ -37,6 +38,7 @@ class FileSource:
     encoding: str | None = None
     split: str | None = None
     share: Share = WHOLE
+    place: int = 0
     streaming: bool = False
     first: int = 0
     last: int | None = None
@@ -68,6 +70,7 @@ class MemorySource:
     path: str = "<memory>"
     split: str | None = None
     share: Share = WHOLE
+    place: int = 0
 
     def rows(self) -> Iterator[Row | Reject]:
         """Yield the items, numbered."""
@@ -100,7 +103,7 @@ def sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
     if isinstance(data, Mapping):
         return _specified(data)
     if isinstance(data, list | tuple) and data and all(_is_place(item) for item in data):
-        return tuple(source for item in data for source in sources(item))
+        return tuple(replace(one, place=number) for number, item in enumerate(data) for one in sources(item))
     if isinstance(data, Iterable):
         return (MemorySource(data),)
     raise UsageError("data_type", f"data is a {type(data).__name__}, expected a path, paths, or an iterable of rows")

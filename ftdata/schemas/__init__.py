@@ -19,16 +19,26 @@ may be spelled: `ftdata.schemas.messages`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from ftdata.errors import BadRow, UsageError, nearest
-from ftdata.schemas.messages import ROLES, SPECIAL_ROLES, STANDS_FOR, is_message, read_json
-from ftdata.schemas.shapes import Convert, Schema, log_column, schemas
+from ftdata.schemas.messages import ROLES, SPECIAL_ROLES, STANDS_FOR, is_messages, is_one_message, notes_of, read_json
+from ftdata.schemas.shapes import BESIDE, Convert, Schema, last_answer, listed, log_columns, name_in, schemas
 from ftdata.types import Conversation, Row
 
-__all__ = ["ROLES", "SPECIAL_ROLES", "STANDS_FOR", "Convert", "Schema", "check_columns", "normalise", "schemas"]
+__all__ = [
+    "ROLES",
+    "SPECIAL_ROLES",
+    "STANDS_FOR",
+    "Convert",
+    "Schema",
+    "check_columns",
+    "last_answer",
+    "normalise",
+    "schemas",
+]
 
 _RESERVED = {
     "add_generation_prompt",
@@ -39,9 +49,11 @@ _RESERVED = {
     "max_length",
     "messages",
     "padding",
+    "raise_exception",
     "return_assistant_tokens_mask",
     "return_dict",
     "return_tensors",
+    "strftime_now",
     "tokenize",
     "tokenizer_kwargs",
     "tools",
@@ -69,15 +81,48 @@ def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
     ({'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'})
     """
     try:
-        data = _mapped(row.data, columns)
+        data, missing = _mapped(row, columns)
         kwargs = _kwargs(data)
-        name = _detect(data) if schema == "auto" else schema
-        chosen = schemas.get(name)
-        conversation = chosen.convert(data) if isinstance(chosen, Schema) else chosen(data)
+        try:
+            name = _detect(data) if schema == "auto" else schema
+            conversation = _converted(name, data)
+        except BadRow as error:
+            raise missing or error from None
     except BadRow as error:
         where = f"{row.source} {error.field}".rstrip()
         raise BadRow(error.code, error.message, where=where, hint=error.hint, field=error.field) from None
-    return replace(conversation, schema=name, source=row.source, kwargs=kwargs)
+    noted = frozenset(_notes(name, data))
+    return replace(conversation, schema=name, source=row.source, kwargs=kwargs, noted=noted)
+
+
+def _converted(name: str, data: Mapping[str, Any]) -> Conversation:
+    chosen = schemas.get(name)
+    if isinstance(chosen, Schema):
+        return chosen.convert(data)
+    try:
+        conversation: Any = chosen(data)
+    except BadRow:
+        raise
+    except Exception as error:
+        found = f"schema {name} fails on it: {type(error).__name__}: {error}"
+        raise BadRow("schema_failed", found, hint="mend the function, or the row") from error
+    if not isinstance(conversation, Conversation):
+        found = f"schema {name} makes a {type(conversation).__name__} of it, expected a ftdata.types.Conversation"
+        raise BadRow("schema_failed", found)
+    return conversation
+
+
+def _notes(name: str, data: Mapping[str, Any]) -> Iterator[str]:
+    schema = schemas.get(name)
+    if not isinstance(schema, Schema):
+        return
+    read = {name_in(data, column) for column in schema.columns} | {"chat_template_kwargs"}
+    read |= set(log_columns(data)) if name == "chat_log" else set()
+    for column, value in data.items():
+        if column not in read:
+            yield f"column {column}"
+        elif isinstance(value, list | str) and column not in BESIDE:
+            yield from notes_of(listed(value))
 
 
 def check_columns(columns: Mapping[str, str] | None) -> None:
@@ -88,7 +133,7 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
     """
     known = {name for schema in _known().values() for name in schema.columns}
     for name, actual in (columns or {}).items():
-        if not isinstance(actual, str):
+        if not isinstance(actual, str) or not actual:
             raise UsageError("columns", f"columns= maps {name!r} to {actual!r}, expected the name of a column")
         if name not in known:
             raise UsageError(
@@ -100,17 +145,25 @@ def _known() -> dict[str, Schema]:
     return {name: schema for name, schema in schemas.own().items() if isinstance(schema, Schema)}
 
 
-def _mapped(data: Any, columns: Mapping[str, str] | None) -> Mapping[str, Any]:
+def _mapped(row: Row, columns: Mapping[str, str] | None) -> tuple[Mapping[str, Any], BadRow | None]:
+    """Return the row under canonical names; and what is to be said of a column that is missing, if it matters."""
+    data = row.data
     if isinstance(data, list):
-        return {"messages": data}
+        return {"messages": data}, None
     if not isinstance(data, Mapping):
         raise BadRow("not_a_row", f"is a {type(data).__name__}, expected an object or a list of messages")
+    if row.flat:
+        data = {name: chat if is_messages(chat := listed(cell)) else cell for name, cell in data.items()}
     if not columns:
-        return data
+        return data, None
+    missing: BadRow | None = None
     mapped = {key: value for key, value in data.items() if key not in columns.values()}
     for canonical, actual in columns.items():
-        mapped[canonical] = data[actual] if actual in data else _at(data, actual, canonical)
-    return mapped
+        try:
+            mapped[canonical] = data[actual] if actual in data else _at(data, actual, canonical)
+        except BadRow as error:
+            missing = missing or error
+    return mapped, missing
 
 
 def _at(data: Mapping[str, Any], path: str, canonical: str) -> Any:
@@ -141,7 +194,7 @@ def _kwargs(data: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise BadRow("row_options", "is no object", field="chat_template_kwargs")
     for name, value in given.items():
-        if name in _RESERVED or not isinstance(value, str | int | float | bool | None):
+        if name in _RESERVED or name.endswith("_token") or not isinstance(value, str | int | float | bool | None):
             raise BadRow(
                 "row_options",
                 "is not the row's to set: the template and how it is run are the build's",
@@ -153,9 +206,14 @@ def _kwargs(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _detect(data: Mapping[str, Any]) -> str:
     found = [name for name, schema in _known().items() if schema.matches(data)]
+    if len(found) > 1:
+        # Tables with the columns of several shapes leave blank those of the others.
+        filled = {name: value for name, value in data.items() if value != ""}
+        found = [name for name in found if _known()[name].matches(filled)] or found
     if len(found) == 1:
         return found[0]
-    if not found and not is_message(data) and log_column(data) is not None:
+    logs = log_columns(data) if not found and not is_one_message(data) else []
+    if len(logs) == 1:
         return "chat_log"
     present = ", ".join(map(repr, data)) or "none"
     if found:
@@ -164,13 +222,19 @@ def _detect(data: Mapping[str, Any]) -> str:
             f"fits several schemas ({', '.join(found)}); its columns: {present}",
             hint=f"say which with schema={found[0]!r}",
         )
-    if is_message(data):
+    if logs:
+        raise BadRow(
+            "ambiguous_schema",
+            f"holds messages in several columns ({', '.join(logs)})",
+            hint=f"say which with columns={{'messages': {logs[0]!r}}}",
+        )
+    if is_one_message(data):
         raise BadRow(
             "one_message",
             "is a single message; a row is a whole conversation",
             hint="put each conversation's messages in a list of their own",
         )
-    candidates = "; ".join(f"{name}: {', '.join(s.columns)}" for name, s in _known().items() if s.columns)
+    candidates = "; ".join(f"{name}: {', '.join(s.columns[:3])}" for name, s in _known().items() if s.columns)
     raise BadRow(
         "unknown_schema",
         f"has no known shape; its columns: {present}",

@@ -54,6 +54,19 @@ _SPEAKERS = ("from", "speaker", "author", "sender")
 _TEXTS = ("value", "text", "message", "utterance", "content")
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
 _TRAIN_KEYS = ("train", "training", "weight", "loss")
+_KEYS = {
+    "role",
+    "content",
+    "tool_calls",
+    "function_call",
+    "tool_call_id",
+    "name",
+    "reasoning_content",
+    "thinking",
+    "id",
+}
+_KEYS |= {*_SPEAKERS, *_TEXTS, *_TRAIN_KEYS}
+_OWN_ROLES = {*ROLES.values(), *STANDS_FOR, "context", "documents", "latest_reminder"}
 
 
 def is_message(value: Any) -> bool:
@@ -61,6 +74,11 @@ def is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and (
         "role" in value or (any(isinstance(value.get(key), str) for key in _SPEAKERS) and _text_key(value) is not None)
     )
+
+
+def is_one_message(row: Mapping[str, Any]) -> bool:
+    """Whether a row is a message alone: texts, too, have authors."""
+    return is_message({key: value for key, value in row.items() if key != "author"})
 
 
 def is_messages(value: Any) -> bool:
@@ -87,6 +105,16 @@ def read_messages(value: Any, field: str) -> tuple[Message, ...]:
     return tuple(one for index, item in enumerate(value) for one in _read(item, f"{field}[{index}]"))
 
 
+def notes_of(value: Any) -> Iterator[str]:
+    """Yield what was read of messages as something else than it says, and keys that only some templates read."""
+    for item in value if isinstance(value, list) else ():
+        if isinstance(item, Mapping):
+            yield from (f"message key {key}" for key in item if key not in _KEYS)
+            role = item.get("role", next((item[key] for key in _SPEAKERS if key in item), None))
+            if isinstance(role, str) and role not in _OWN_ROLES:
+                yield f"role {role} as {ROLES.get(role.strip().lower(), 'assistant')}"
+
+
 def read_tools(data: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """Return the tools that a row gives: `tools`, or the older `functions`; a list, or its JSON text."""
     name = "tools" if data.get("tools") else "functions"
@@ -98,6 +126,16 @@ def read_tools(data: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("tools_type", f"is {describe(tools)}, expected a list of JSON schemas", field=name)
     return tuple({"type": "function", "function": tool} if name == "functions" else tool for tool in tools)
+
+
+def read_system(data: Mapping[str, Any], name: str) -> str | list[dict[str, Any]]:
+    """Return a row's own system message: a text, or a list of text parts (as Anthropic has it).
+
+    Raises:
+        BadRow: it is neither.
+    """
+    content = data[name]
+    return content if isinstance(content, str) else list(_content(content, has_calls=False, field=name)["content"])
 
 
 def read_json(text: str, field: str) -> Any:
@@ -138,7 +176,7 @@ def _read(item: Any, field: str) -> Iterator[Message]:
         return
     message.update(_calls(message, field))
     if not isinstance(content, str):
-        message.update(_content(content, bool(message.get("tool_calls")), f"{field}.content"))
+        message.update(_content(content, has_calls=bool(message.get("tool_calls")), field=f"{field}.content"))
     yield cast(Message, message)
 
 
@@ -180,6 +218,7 @@ def _calls(message: dict[str, Any], field: str) -> dict[str, Any]:
     if isinstance(calls, str):
         calls = read_json(calls, field) if calls.strip() else []
     if calls is None:
+        message.pop("tool_calls", None)
         return {}
     if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
         raise BadRow("tool_calls_type", f"is {describe(calls)}, expected a list of objects", field=field)
@@ -187,12 +226,17 @@ def _calls(message: dict[str, Any], field: str) -> dict[str, Any]:
 
 
 def _call(call: Mapping[str, Any], field: str) -> dict[str, Any]:
+    call = {key: value for key, value in call.items() if value is not None}
     function = call.get("function")
     if function is None and isinstance(call.get("name"), str):
         given = next((key for key in _ARGUMENTS if key in call), None)
         function = {"name": call["name"], "arguments": {} if given is None else call[given]}
         call = {key: value for key, value in call.items() if key not in ("name", given)}
         call = {"type": "function", **call, "function": function}
+    elif isinstance(function, Mapping) and "arguments" not in function:
+        given = next((key for key in _ARGUMENTS if key in function), None)
+        rest = {key: value for key, value in function.items() if key != given}
+        call["function"] = function = {**rest, "arguments": {} if given is None else function[given]}
     text = function.get("arguments") if isinstance(function, Mapping) else None
     if isinstance(text, str) and text.strip():
         try:
@@ -203,7 +247,7 @@ def _call(call: Mapping[str, Any], field: str) -> dict[str, Any]:
     return dict(call)
 
 
-def _content(content: Any, has_calls: bool, field: str) -> dict[str, Any]:
+def _content(content: Any, *, has_calls: bool, field: str) -> dict[str, Any]:
     if content is None and has_calls:
         return {}
     if isinstance(content, list) and content and all(_is_part(part, "text") for part in content):
@@ -216,6 +260,7 @@ def _content(content: Any, has_calls: bool, field: str) -> dict[str, Any]:
     raise BadRow("content_type", f"is {describe(content)}, expected text or a list of text parts", field=field)
 
 
+_ORDER = "results of calls, thinking, text, calls: what comes in another order is several messages"
 _BLOCKS = ("thinking", "tool_use", "tool_result")
 
 
@@ -229,9 +274,8 @@ def _has_blocks(content: list[Any]) -> bool:
 
 def _from_blocks(message: dict[str, Any], field: str) -> Iterator[dict[str, Any]]:
     """Yield the messages that one of typed blocks (as Anthropic has them) stands for; results come first."""
-    for key in ("tool_calls", "reasoning_content"):
-        if message.get(key):
-            raise BadRow("block_type", f"stands beside {key}: which of them is meant?", field=f"{field}.content")
+    if beside := [key for key in ("tool_calls", "reasoning_content") if message.get(key)]:
+        raise BadRow("block_type", f"stands beside {beside[0]}: which of them is meant?", field=f"{field}.content")
     texts, thoughts, calls = list[str](), list[str](), list[dict[str, Any]]()
     for index, block in enumerate(message["content"]):
         place = f"{field}.content[{index}]"
@@ -244,24 +288,24 @@ def _from_blocks(message: dict[str, Any], field: str) -> Iterator[dict[str, Any]
         elif _is_part(block, "tool_use") and isinstance(block.get("name"), str):
             function = {"name": block["name"], "arguments": block.get("input", {})}
             calls.append({"type": "function", "id": block.get("id", ""), "function": function})
-        elif _is_part(block, "tool_result") and not texts:
+        elif _is_part(block, "tool_result") and not texts and not calls:
             error = {"is_error": True} if block.get("is_error") else {}
             result = {"role": "tool", "content": _result(block, place), "tool_call_id": block.get("tool_use_id", "")}
             yield {**result, **error}
         else:
-            raise BadRow("block_type", f"is {describe(block)}, which has no place here", field=place)
+            raise BadRow("block_type", f"is {describe(block)}, which has no place here", field=place, hint=_ORDER)
     if texts or thoughts or calls:
         content: Any = texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts] or ""
         more = {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
         yield {**message, "content": content, **more, **({"tool_calls": calls} if calls else {})}
 
 
-def _result(block: Mapping[str, Any], field: str) -> str:
+def _result(block: Mapping[str, Any], field: str) -> str | list[dict[str, Any]]:
     content = block.get("content", "")
     if isinstance(content, list) and len(content) == 1 and _is_part(content[0], "text"):
         content = content[0].get("text")
     if not isinstance(content, str):
-        raise BadRow("content_type", f"is {describe(content)}, expected one text", field=f"{field}.content")
+        return list(_content(content, has_calls=False, field=f"{field}.content")["content"])
     return content
 
 

@@ -11,7 +11,15 @@ import orjson
 
 from ftdata.errors import BadRow
 from ftdata.registry import Registry
-from ftdata.schemas.messages import describe, is_message, is_messages, read_json, read_messages, read_tools
+from ftdata.schemas.messages import (
+    describe,
+    is_messages,
+    is_one_message,
+    read_json,
+    read_messages,
+    read_system,
+    read_tools,
+)
 from ftdata.types import IGNORE_INDEX, Conversation, Message, Tokens
 
 Convert = Callable[[Mapping[str, Any]], Conversation]
@@ -31,19 +39,24 @@ class Schema:
 
 schemas: Registry[Schema | Convert] = Registry("ftdata.schemas", "schema")
 
-ALIASES = {"completion": ("response",), "output": ("response",), "conversations": ("conversation",)}
+ALIASES = {
+    "completion": ("response",),
+    "output": ("response",),
+    "input": ("context",),
+    "conversations": ("conversation",),
+    "system": ("system_prompt",),
+}
 """Other names in common use for a canonical column, taken when the canonical one is absent."""
 
 _MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 
 
-def log_column(data: Mapping[str, Any]) -> str | None:
-    """Return the only column that holds a list of messages, whatever its name."""
-    found = [name for name, value in data.items() if is_messages(_listed(value))]
-    return found[0] if len(found) == 1 else None
+def log_columns(data: Mapping[str, Any]) -> list[str]:
+    """Return the columns that hold a list of messages, whatever their names."""
+    return [name for name, value in data.items() if is_messages(listed(value))]
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
     """Return the list that a text is the JSON of: in tables, where a column has one type, lists are often text."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
@@ -53,11 +66,13 @@ def _listed(value: Any) -> Any:
         return value
 
 
+def name_in(data: Mapping[str, Any], column: str) -> str:
+    """Return the name under which a row has a canonical column, if it has it."""
+    return next((name for name in (column, *ALIASES.get(column, ())) if name in data), column)
+
+
 def _get(data: Mapping[str, Any], column: str) -> Any:
-    for name in (column, *ALIASES.get(column, ())):
-        if name in data:
-            return data[name]
-    return None
+    return data.get(name_in(data, column))
 
 
 def _has(*required: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -102,21 +117,29 @@ def _from_fields(data: Mapping[str, Any], fields: dict[str, str], user: str, ass
 
 def _context(data: Mapping[str, Any]) -> tuple[tuple[Message, ...], dict[str, str]]:
     """Return what stands before the question: `system`, and `history` as pairs; as messages, and as fields."""
-    messages: list[Message] = []
     fields: dict[str, str] = {}
-    if data.get("system"):
-        fields["system"] = _text(data, "system")
-        messages.append(_message("system", fields["system"]))
-    history = _listed(data.get("history")) or []
-    if not isinstance(history, list) or not all(
-        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
+    system = _system(data)
+    if system and isinstance(system[0].get("content"), str):
+        fields["system"] = str(system[0].get("content"))
+    history = _history(data)
+    if history:
+        pairs = [[history[at].get("content"), history[at + 1].get("content")] for at in range(0, len(history), 2)]
+        fields["history"] = orjson.dumps(pairs).decode()
+    return (*system, *history), fields
+
+
+def _system(data: Mapping[str, Any]) -> tuple[Message, ...]:
+    name = name_in(data, "system")
+    return ({"role": "system", "content": read_system(data, name)},) if data.get(name) else ()
+
+
+def _history(data: Mapping[str, Any]) -> tuple[Message, ...]:
+    pairs = listed(data.get("history")) or []
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
     ):
         raise BadRow("history_type", "is no list of [question, answer] pairs", field="history")
-    for question, answer in history:
-        messages += _message("user", question), _message("assistant", answer)
-    if history:
-        fields["history"] = orjson.dumps(history).decode()
-    return tuple(messages), fields
+    return tuple(_message(*turn) for pair in pairs for turn in zip(("user", "assistant"), pair, strict=True))
 
 
 def _turns(data: Mapping[str, Any], column: str, role: str) -> tuple[Message, ...]:
@@ -126,13 +149,14 @@ def _turns(data: Mapping[str, Any], column: str, role: str) -> tuple[Message, ..
 
 
 def _is_chat(value: Any) -> bool:
-    # A text in brackets is a text, unless it is messages.
-    return isinstance(value, list) or is_messages(_listed(value))
+    # What is a text in the data is a text, whatever it spells.
+    return isinstance(value, list)
 
 
 def _prompt_completion(data: Mapping[str, Any]) -> Conversation:
     if _is_chat(_get(data, "prompt")) or _is_chat(_get(data, "completion")):
-        before, after = _opened(data, _turns(data, "prompt", "user")), _turns(data, "completion", "assistant")
+        before = _opened(data, _turns(data, "prompt", "user"), _history(data))
+        after = _turns(data, "completion", "assistant")
         return Conversation(messages=before + after, tools=read_tools(data), completion_from=len(before))
     fields = {"prompt": _text(data, "prompt"), "completion": _text(data, "completion")}
     return _from_fields(data, fields, fields["prompt"], fields["completion"])
@@ -144,19 +168,26 @@ def _preference(data: Mapping[str, Any]) -> Conversation:
     if _get(data, "prompt") is None:
         if not any(message["role"] != "assistant" for message in chosen):
             raise BadRow("no_prompt", "answers nothing: no question is in it, nor in a prompt column", field="chosen")
-        chosen = _opened(data, chosen)
-        return Conversation(messages=chosen, tools=read_tools(data), completion_from=_last_answer(chosen))
-    prompt = _turns(data, "prompt", "user")
-    # Some data sets repeat the question in both answers.
-    repeats = all(message["role"] == "assistant" or message in chosen for message in prompt) and len(chosen) > 1
-    messages = _opened(data, chosen if repeats else prompt + chosen)
-    return Conversation(messages=messages, tools=read_tools(data), completion_from=_last_answer(messages))
+    else:
+        prompt = _turns(data, "prompt", "user")
+        system, asked = _parted(prompt)
+        # Some data sets repeat the question in both answers.
+        repeats = bool(asked) and _parted(chosen)[1][: len(asked)] == asked
+        chosen = (chosen if chosen[0]["role"] == "system" else system + chosen) if repeats else prompt + chosen
+    messages = _opened(data, chosen, _history(data))
+    return Conversation(messages=messages, tools=read_tools(data), completion_from=last_answer(messages))
+
+
+def _parted(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """Return the system message that messages begin with, if they do, and the others."""
+    at = int(bool(messages) and messages[0]["role"] == "system")
+    return messages[:at], messages[at:]
 
 
 def _alpaca(data: Mapping[str, Any]) -> Conversation:
     fields = {"instruction": _text(data, "instruction"), "output": _text(data, "output")}
-    fields["input"] = _text(data, "input") if data.get("input") is not None else ""
-    user = f"{fields['instruction']}\n\n{fields['input']}" if fields["input"] else fields["instruction"]
+    fields["input"] = _text(data, "input") if _get(data, "input") is not None else ""
+    user = "\n\n".join(filter(None, (fields["instruction"], fields["input"])))
     return _from_fields(data, fields, user, fields["output"])
 
 
@@ -170,34 +201,33 @@ def _plain_text(data: Mapping[str, Any]) -> Conversation:
     return Conversation(messages=(), fields={"text": text}, text=text)
 
 
-def _opened(data: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Return the messages with the row's own system message before them, unless they begin with it."""
-    if not data.get("system"):
-        return messages
-    system = _message("system", _text(data, "system"))
-    if messages[0]["role"] != "system":
-        return (system, *messages)
-    if messages[0].get("content") != system["content"]:
+def _opened(
+    data: Mapping[str, Any], messages: tuple[Message, ...], history: tuple[Message, ...] = ()
+) -> tuple[Message, ...]:
+    """Return the messages with the row's own system message and history before them; they may begin with the first."""
+    system, own = _system(data), _parted(messages)
+    if system and own[0] and own[0][0].get("content") != system[0].get("content"):
         raise BadRow("two_systems", "differs from the conversation's own system message", field="system")
-    return messages
+    return (*(own[0] or system), *history, *own[1])
 
 
 def _chat(column: str) -> Convert:
     def convert(data: Mapping[str, Any]) -> Conversation:
         messages = _opened(data, read_messages(_get(data, column), column))
-        return Conversation(messages=messages, tools=read_tools(data), completion_from=_last_answer(messages))
+        return Conversation(messages=messages, tools=read_tools(data), completion_from=last_answer(messages))
 
     return convert
 
 
 def _log(data: Mapping[str, Any]) -> Conversation:
-    column = log_column(data)
-    if column is None:
+    columns = log_columns(data)
+    if len(columns) != 1:
         raise BadRow("no_messages", "has no column, or several, that hold a list of messages")
-    return _chat(column)(data)
+    return _chat(columns[0])(data)
 
 
-def _last_answer(messages: Sequence[Message]) -> int:
+def last_answer(messages: Sequence[Message]) -> int:
+    """Return the index of the last message of the assistant."""
     return max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=0)
 
 
@@ -231,7 +261,7 @@ def _pretokenised(data: Mapping[str, Any]) -> Conversation:
 
 
 def _whole_numbers(data: Mapping[str, Any], column: str) -> Any:
-    value = _listed(data[column])
+    value = listed(data[column])
     if not isinstance(value, list) or not all(type(one) is int or type(one) is bool for one in value):
         raise BadRow("tokens_type", f"is {describe(value)}, expected a list of whole numbers", field=column)
     if any(abs(one) >= 1 << 31 for one in value):
@@ -246,18 +276,25 @@ def _is_text_pair(first: str, second: str) -> Callable[[Mapping[str, Any]], bool
 
 
 def _is_plain_text(data: Mapping[str, Any]) -> bool:
-    return isinstance(data.get("text"), str | Mapping) and not is_message(data)
+    return isinstance(data.get("text"), str | Mapping) and not is_one_message(data)
 
+
+BESIDE = ("system", "tools", "functions")
+"""Columns that stand beside those of most shapes."""
 
 for _name, _schema in {
-    "messages": Schema(("messages", "tools"), _has_list("messages"), _chat("messages")),
-    "sharegpt": Schema(("conversations", "system", "tools"), _has_list("conversations"), _chat("conversations")),
-    "prompt_completion": Schema(("prompt", "completion"), _is_text_pair("prompt", "completion"), _prompt_completion),
-    "preference": Schema(("prompt", "chosen", "rejected"), _has("chosen", "rejected"), _preference),
-    "alpaca": Schema(("instruction", "output", "input"), _has("instruction", "output"), _alpaca),
-    "question_answer": Schema(("question", "answer"), _has("question", "answer"), _question_answer),
+    "messages": Schema(("messages", *BESIDE), _has_list("messages"), _chat("messages")),
+    "sharegpt": Schema(("conversations", *BESIDE), _has_list("conversations"), _chat("conversations")),
+    "prompt_completion": Schema(
+        ("prompt", "completion", "history", *BESIDE), _is_text_pair("prompt", "completion"), _prompt_completion
+    ),
+    "preference": Schema(("prompt", "chosen", "rejected", "history", *BESIDE), _has("chosen", "rejected"), _preference),
+    "alpaca": Schema(("instruction", "output", "input", "history", *BESIDE), _has("instruction", "output"), _alpaca),
+    "question_answer": Schema(("question", "answer", "history", *BESIDE), _has("question", "answer"), _question_answer),
     "text": Schema(("text",), _is_plain_text, _plain_text),
-    "tokens": Schema(("input_ids", "labels"), _has_list("input_ids"), _pretokenised),
-    "chat_log": Schema((), lambda _: False, _log),
+    "tokens": Schema(
+        ("input_ids", "labels", *_MASKS, "attention_mask", "seq_lengths"), _has_list("input_ids"), _pretokenised
+    ),
+    "chat_log": Schema(BESIDE, lambda _: False, _log),
 }.items():
     schemas.register(_name)(_schema)

@@ -7,6 +7,7 @@ when a function is called, not before.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,22 +108,31 @@ def _resolve(
     given = {**overrides, "model": model, "output_dir": str(output_dir) if output_dir else None}
     if path.suffix in (".yaml", ".yml", ".toml"):
         config = load_config(path, **given)
-        is_build = isinstance(config.data, str) and (Path(config.data) / "manifest.json").is_file()
-        return config, Path(str(config.data)) if is_build else None
+        if not isinstance(config.data, str) or not (Path(config.data) / "manifest.json").is_file():
+            return config, None
+        plain = make_config({"data": config.data}, model=config.model, output_dir=config.output_dir).build_options()
+        asked = {name: value for name, value in config.build_options().items() if value != plain[name]}
+        _check_built(Path(config.data), asked)
+        return config, Path(config.data)
     for name, value in (("--model", model), ("--output-dir", output_dir)):
         if not value:
             raise UsageError("missing_option", f"training on {source} needs {name}")
     if path.is_dir():
-        options = read_manifest(path)["options"]
-        decided = [name for name in overrides if overrides[name] is not None and name in options]
-        if decided:
-            raise UsageError(
-                "already_built",
-                f"{', '.join(decided)} cannot change: {path} is built",
-                hint="build again, or train from the data",
-            )
+        _check_built(path, {name: value for name, value in overrides.items() if value is not None})
         return make_config({"data": str(path)}, **given), path
     return make_config({"data": str(source)}, **given), None
+
+
+def _check_built(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Refuse options that a build has decided otherwise; the seed is that of training, too."""
+    options = read_manifest(folder)["options"]
+    decided = [name for name, value in asked.items() if name in options and options[name] != value and name != "seed"]
+    if decided:
+        raise UsageError(
+            "already_built",
+            f"{', '.join(decided)} cannot change: {folder} is built",
+            hint="build again, or train from the data",
+        )
 
 
 def _settings(settings: dict[str, Any] | list[str] | None) -> dict[str, Any]:
