@@ -38,6 +38,8 @@ FLAGS = {
     "rewritten": "{n} examples show an earlier turn otherwise than the model wrote it",
     "split": "{n} examples are turns by themselves, {repeated} tokens of them repeated: the template rewrites earlier "
     "turns, so each is shown as it will be asked",
+    "stop_untagged": "{n} examples train the stop, which the template's own tags leave out: who follows them never "
+    "teaches it",
     "straddle": "{n} examples have a trained token that begins or ends outside the answer (tokens follow characters)",
     "tags_overruled": "{n} examples are trained on what the model must generate, its stop included, not on what the "
     "template's tags mark",

@@ -65,6 +65,21 @@ def test_r2_where_there_is_no_prompt_tags_say_where_the_model_begins():
     assert trained(untagged)[0] == [f"<|im_start|>assistant\n{answer}<|im_end|>" for answer in ("a1", "a2")]
 
 
+@pytest.mark.parametrize(
+    ("marked", "flags"),
+    [
+        ("{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}", set()),
+        ("{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>", {"tags_overruled", "stop_untagged"}),
+        ("{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}", {"tags_overruled"}),
+    ],
+)
+def test_r2_the_stop_is_trained_whatever_the_tags_of_the_tokenizer_say(marked, flags):
+    tagged = template(
+        HEAD + "{% if m.role == 'assistant' %}" + marked + "{% else %}{{ m.content }}<|im_end|>{% endif %}\n"
+    )
+    assert trained(tagged) == (["a1<|im_end|>", "a2<|im_end|>"], flags)
+
+
 def test_r2_thinking_in_the_data_that_the_prompt_opens():
     messages = [USER, {"role": "assistant", "content": "<think>\nhm\n</think>\na1"}]
     assert trained(template(prompt=PROMPT + "<think>\n"), messages) == (["hm\n</think>\na1<|im_end|>"], set())

@@ -116,13 +116,18 @@ def _regions(
         # Where a template has no generation prompt, nothing but its tags says that the model need not write a header.
         if tags and "add_generation_prompt" not in chat.template.names and _begin_later(tags, solid):
             return tags, flags | {"tags_unconfirmed"}
-        flags |= {"tags_overruled"}
+        flags |= {"tags_overruled", *(["stop_untagged"] if tags and _end_sooner(tags, solid) else [])}
     return regions, flags
 
 
 def _begin_later(marked: Sequence[Region], found: Sequence[Region]) -> bool:
     pairs = [(one.message, one.end) for one in marked] == [(one.message, one.end) for one in found]
     return pairs and all(one.start >= other.start for one, other in zip(marked, found, strict=True))
+
+
+def _end_sooner(marked: Sequence[Region], found: Sequence[Region]) -> bool:
+    ends = {one.message: one.end for one in marked}
+    return all(ends.get(one.message, one.end) < one.end for one in found)
 
 
 def _check_disjoint(regions: Sequence[Region]) -> None:
