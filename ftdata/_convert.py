@@ -147,14 +147,15 @@ def convert(
             selection = Selection(where, limit)
             for source in (one for one in found if one.place == place):
                 ledgers.append(ledger := Ledger(source.path))
+                before = selection.passed
                 outcomes = (_record(row, to, options, recipe, write.check) for row in selection.of(source.rows()))
                 while batch := list(islice(outcomes, _BATCH)):
                     for outcome in batch:
                         _count(outcome, ledger, rejects)
                     write.batch([record for one in batch if not isinstance(one, Reject) for record in one[1]])
-                ledger.pass_over(selection.passed - sum(one.passed for one in ledgers))
+                ledger.pass_over(selection.passed - before)
         tolerance.judge(ledgers, rejects)
-    beside = Path(output).with_suffix(".rejects.jsonl")
+    beside = _rejects_beside(output)
     beside.unlink(missing_ok=True)
     if rejects:
         store.write_rejects(beside, rejects)
@@ -169,10 +170,15 @@ def _one_split(found: Sequence[FileSource | MemorySource], output: str | Path) -
         raise UsageError("several_splits", f"holds {', '.join(splits)}, which one file would mix", hint=hint)
     if any(one.share != WHOLE for one in found):
         raise UsageError("share", "weight, rows and tokens are decided in a build: a file has each row once")
-    for one in found:
-        if Path(one.path).exists() and Path(output).exists() and Path(one.path).samefile(output):
-            raise UsageError("output", f"{output} is read, and cannot be written over")
+    for written in (Path(output), _rejects_beside(output)):
+        for one in found:
+            if Path(one.path).exists() and written.exists() and Path(one.path).samefile(written):
+                raise UsageError("output", f"{written} is read, and cannot be written over")
     return found
+
+
+def _rejects_beside(output: str | Path) -> Path:
+    return Path(output).with_suffix(".rejects.jsonl")
 
 
 class _Writer(Protocol):
@@ -220,6 +226,8 @@ def _shaped(conversation: Conversation, to: str, recipe: Recipe | None) -> list[
     if conversation.tokens is not None or (to != "text" and not conversation.messages):
         raise BadRow("no_messages", f"holds {conversation.schema}, of which no {to.replace('_', ' and ')} can be made")
     if recipe is not None:
+        if any(message.get("train") is False for message in conversation.messages):
+            raise BadRow("untrained_message", "holds a message that is not trained, which a text does not tell")
         recipe = recipe.with_kwargs(conversation.kwargs)
         return [{"text": _checked(one, recipe)} for one in render(conversation, recipe.template)]
     beside: dict[str, Any] = {"tools": list(conversation.tools)} if conversation.tools else {}

@@ -19,7 +19,7 @@ from rich.text import Text
 from ftdata.errors import BadRow, InputRefused
 from ftdata.examples import Built, build_rows, check_answers
 from ftdata.readers import FileSource, sources
-from ftdata.recipe import Options, Recipe, as_date, make_recipe
+from ftdata.recipe import Options, Recipe, as_date, check_kwargs, make_recipe
 from ftdata.schemas import normalise
 from ftdata.templates import Template, check, closed, find, render
 from ftdata.types import Example, Reject, Rendered, Row
@@ -172,6 +172,7 @@ def preview(
     entries = list(islice(_rows(data), row, row + 1) if row is not None else islice(_rows(data), n))
     if tokenizer is None:
         name, source = find(template if template is not None else "chatml")
+        check_kwargs(template_kwargs)
         bare = Template(name, source, special_tokens=NO_TOKENIZER, date=as_date(date), kwargs=template_kwargs or {})
         check(bare)
         options = Options(**choices)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ftdata import store
 from ftdata.errors import InputRefused, UsageError
 from ftdata.readers.hub import asked
-
-_EARLIER = ["*/data-*.arrow", "*/dataset_info.json", "*/state.json", "*/provenance.parquet"]
-"""Files of an earlier build that this one may not have: readers would take them for its own."""
 
 
 def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
@@ -39,10 +39,26 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
     api, kind = HfApi(), "dataset"
     asked(lambda: api.create_repo(repo, repo_type=kind, private=private, exist_ok=True), repo)
     message = f"Build {store.read_manifest(folder)['fingerprint']}"
+    earlier = list(_files_there(api, repo))
     done = asked(
         lambda: api.upload_folder(
-            repo_id=repo, folder_path=folder, repo_type=kind, commit_message=message, delete_patterns=_EARLIER
+            repo_id=repo, folder_path=folder, repo_type=kind, commit_message=message, delete_patterns=earlier
         ),
         repo,
     )
     return str(done.commit_url)
+
+
+def _files_there(api: Any, repo: str) -> Iterator[str]:
+    """Yield the files of an earlier build there, which this one may not have: readers would take them for its own."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def manifest() -> str | None:
+        try:
+            return str(api.hf_hub_download(repo, "manifest.json", repo_type="dataset"))
+        except EntryNotFoundError:
+            return None
+
+    path = asked(manifest, repo)
+    known = store.read_manifest(Path(path).parent).get("files", {}) if path else {}
+    yield from (re.sub(r"([*?[])", r"[\1]", name) for name in known)

@@ -33,10 +33,11 @@ from ftdata.ledger import Ledger, Report, notes_of
 from ftdata.mask import Policy
 from ftdata.pack import best_fit_decreasing, unpacked
 from ftdata.readers import FileSource, MemorySource, sources
+from ftdata.readers.naming import split_of
 from ftdata.readers.select import Selection
 from ftdata.recipe import Recipe, make_recipe
 from ftdata.tolerance import Tolerance
-from ftdata.types import WHOLE, Example, Reject, Share
+from ftdata.types import Example, Reject
 
 if TYPE_CHECKING:
     import datasets
@@ -121,7 +122,7 @@ def build_sft_dataset(
         packing: `None` or `"bfd"` (best-fit decreasing, whole examples only; needs `max_length`).
         where: a Jinja expression over the columns of a row, such as `lang == "en" and messages | length > 2`: the other
             rows are passed over, and counted.
-        limit: rows to read of each thing that `data` names.
+        limit: rows to read of each thing that `data` names, and of each split of it.
         dedup: leave out rows whose tokens and labels are those of an earlier one.
         near: how similar rows must be, such as 0.8, to count as equal for `dedup` and `test_size` (Jaccard similarity
             of words, five at a time, estimated; needs `ftdata[dedup]`).
@@ -278,9 +279,11 @@ def _build(
     splits = {}
     laid = lay_out(_facts(examples, tasks, layout.near), layout)
     if not len(laid.splits["train"]):
-        raise InputRefused("nothing_built", f"no row was left to train on: {dict(laid.left_out)}")
+        why = ", ".join(_left_out(laid, layout)) or "the sources have none, or none that their shares have room for"
+        raise InputRefused("nothing_built", f"no row was left to train on: {why}")
+    named = [(task.source.path, task.source.split or "train") for task in tasks]
     for name, members in laid.splits.items():
-        splits[name] = _write_split(folder, name, examples, members, layout, [each.source for each in ledgers])
+        splits[name] = _write_split(folder, name, examples, members, layout, named)
     shutil.rmtree(shards)
     options = {
         **recipe.describe(),
@@ -292,25 +295,40 @@ def _build(
     report = Report(
         ledgers,
         splits,
-        (*notes_of(ledgers, recipe), *_left_out(laid, tasks, layout)),
+        (*notes_of(ledgers, recipe), *_left_out(laid, layout), *_named_otherwise(tasks)),
         tuple(str(reject) for reject in rejects[:20]),
         fingerprint,
-        {**options, **asdict(tolerance)},
+        {**options, **asdict(tolerance), "data": _named(data)},
         round(time.monotonic() - began, 3),
     )
     store.write_rejects(folder / "rejects.jsonl", rejects)
     store.write_json(folder / "dataset_dict.json", {"splits": list(splits)})
     # How long it took is no part of what was built: equal builds are equal files.
     store.write_json(folder / "report.json", {**report.as_dict(), "seconds": None})
-    (folder / "README.md").write_text(card(report, recipe), encoding="utf-8")
+    files = {name: [f"{name}/{one.name}" for one in sorted((folder / name).glob("data-*.arrow"))] for name in splits}
+    (folder / "README.md").write_text(card(report, recipe, files), encoding="utf-8")
     store.write_manifest(folder, {"ftdata": __version__, "fingerprint": fingerprint, "options": options})
     return report
 
 
+def _named(data: Any) -> list[Any] | None:
+    """Return the places that the user named, as a configuration would; `None` where there is one in memory."""
+    places = data if isinstance(data, list | tuple) else [data]
+    named = [
+        {name: str(value) if name == "path" else value for name, value in one.items()}
+        if isinstance(one, Mapping)
+        else str(one)
+        for one in places
+        if isinstance(one, str | Path) or (isinstance(one, Mapping) and isinstance(one.get("path"), str | Path))
+    ]
+    return named if len(named) == len(places) else None
+
+
 def _limited(tasks: Sequence[Task], results: Sequence[ShardResult]) -> Iterator[Task]:
-    """Yield the tasks that still have rows to read, of the limit of each place, as results come in."""
+    """Yield the tasks that still have rows to read, of the limit of each place and split, as results come in."""
     for task in tasks:
-        before = [one.ledger for one in results if one.task.source.place == task.source.place]
+        own = task.source.place, task.source.split
+        before = [one.ledger for one in results if (one.task.source.place, one.task.source.split) == own]
         left = (task.limit or 0) - sum(ledger.read - ledger.passed for ledger in before)
         if left > 0:
             yield replace(task, limit=left)
@@ -362,13 +380,15 @@ def _lengths_by_shard(examples: store.Examples, shards: int) -> list[NDArray[np.
 def _facts(examples: store.Examples, tasks: Sequence[Task], near: float | None) -> Facts:
     contents = examples.contents
     asked: NDArray[np.generic] = np.ascontiguousarray(contents.view("S8").reshape(-1, 3)[:, :2]).view("S16").ravel()
+    content: NDArray[np.generic] = contents
     if near is not None:
-        minhashes = np.concatenate([store.minhashes(task.folder, similar.PERMUTATIONS) for task in tasks])
-        asked = similar.groups(minhashes, near)
+        minhashes = np.concatenate([store.minhashes(task.folder, similar.SIZE) for task in tasks])
+        content = similar.united(similar.first_alike(minhashes, near), contents)
+        asked = similar.united(similar.groups(minhashes, near), asked)
     return Facts(
         source=examples.shard,
         row=np.asarray(examples.table["row"].to_numpy(), dtype=np.int64),
-        content=contents if near is None else asked,
+        content=content,
         asked=asked,
         tokens=examples.lengths,
         splits=[task.source.split for task in tasks],
@@ -383,7 +403,7 @@ def _write_split(
     examples: store.Examples,
     members: NDArray[np.int64],
     layout: Layout,
-    sources: Sequence[str],
+    sources: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
     lengths = examples.lengths[members]
     if layout.packing and layout.max_length:
@@ -404,25 +424,26 @@ def _write_split(
         "fill": fill,
         "sources": [
             {"source": source, **dict(zip(each, counts, strict=True))}
-            for source, *counts in zip(sources, *of_source.values(), strict=True)
-            if counts[0]
+            for (source, split), *counts in zip(sources, *of_source.values(), strict=True)
+            if counts[0] or split == name
         ],
     }
 
 
-def _left_out(laid: Laid, tasks: Sequence[Task], layout: Layout) -> Iterator[str]:
+def _left_out(laid: Laid, layout: Layout) -> Iterator[str]:
     for reason, count in laid.left_out.items():
-        yield f"{count:,} rows are left out: {reason}"
+        if count:
+            yield f"{count:,} rows are left out: {reason}"
     for name, count in laid.shared.items():
         yield f"{count:,} rows of {name} are in train, too"
     if layout.test_size and layout.test_size >= 1 and len(laid.splits["test"]) < layout.test_size:
         yield f"test holds fewer rows than {layout.test_size}: equal ones stay together"
-    asked = {task.source.place: task.source.share for task in tasks if task.source.share not in (WHOLE, Share(0))}
-    for place, (amount, unit) in asked.items():
-        paths = [task.source.path for task in tasks if task.source.place == place]
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        taken = f"{amount:g} times each row" if unit == "times" else f"{amount:,.0f} {unit}"
-        yield f"asked for in train: {taken} of {paths[0]}{more}"
+
+
+def _named_otherwise(tasks: Sequence[Task]) -> Iterator[str]:
+    plain = [task.source.path for task in tasks if isinstance(task.source, FileSource) and task.source.split is None]
+    if others := [path for path in plain if split_of(Path(path).name) not in (None, "train")]:
+        yield f"trained on, though named as of another split: {', '.join(others[:5])}"
 
 
 def _fingerprint(options: Mapping[str, Any], results: Sequence[ShardResult]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,18 +18,19 @@ from ftdata.recipe import Options, Recipe
 from ftdata.tolerance import Tolerance
 
 
-def card(report: Report, recipe: Recipe) -> str:
+def card(report: Report, recipe: Recipe, files: Mapping[str, Sequence[str]]) -> str:
     """Return `README.md`: the files of each split for the hub and `datasets.load_dataset`, and the report.
 
-    It states sources, tokenizer, template, what is trained, counts, and the command that builds the same.
+    `files` are those of each split. It states sources, tokenizer, template, what is trained, counts, and the command that builds the same.
     """
-    files = "".join(f"  - split: {split}\n    path: {split}/data-*.arrow\n" for split in report.splits)
-    listed = "".join(f"| {name} | `{_cell(value)}` |\n" for name, value in _facts(report, recipe))
+    listed = {split: "".join(f"\n    - {name}" for name in names) for split, names in files.items()}
+    paths = "".join(f"  - split: {split}\n    path:{names}\n" for split, names in listed.items())
+    facts = "".join(f"| {name} | `{_cell(value)}` |\n" for name, value in _facts(report, recipe))
     title = ", ".join(Path(ledger.source).name for ledger in report.sources)
     return (
-        f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n\n# {title}\n\n"
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n{paths}---\n\n# {title}\n\n"
         f"Built by ftdata: tokens, labels (-100 where nothing is learnt) and document lengths.\n\n"
-        f"| | |\n|---|---|\n{listed}\n```\n{report}\n```\n"
+        f"| | |\n|---|---|\n{facts}\n```\n{report}\n```\n"
     )
 
 
@@ -51,22 +53,31 @@ def _facts(report: Report, recipe: Recipe) -> Iterator[tuple[str, object]]:
 
 
 def _cell(value: object) -> str:
-    return " ".join(str(value).split()).replace("|", r"\|")
+    return re.sub(r"[\r\n]+", " ", str(value)).replace("|", r"\|")
 
 
 def _command(report: Report, recipe: Recipe) -> str:
-    """Return the command line that builds the same, but for what only a configuration can say of sources."""
-    options = report.options
-    paths = dict.fromkeys(each.source for each in report.sources)
-    words = ["ftdata", "build", *paths, "--tokenizer", options["tokenizer"]["name"]]
-    if options["template"]["name"] != "tokenizer":
-        words += ["--template", options["template"]["name"]]
-    if recipe.template.uses_date:
-        words += ["--date", f"{recipe.template.date:%Y-%m-%d}"]
-    for option in (*fields(Options), *fields(Layout), *fields(Selection), *fields(Tolerance)):
-        name, value = option.name, options.get(option.name)
-        if name != "columns" and value and value != option.default:
+    """Return the command line that builds the same; what it cannot say is said to be in Python or a configuration."""
+    options, template = report.options, recipe.template
+    shared = {"encoding", "split", "path"}
+    places = [{"path": one} if isinstance(one, str) else one for one in options["data"] or ()]
+    more = [{name: value for name, value in one.items() if name != "path"} for one in places]
+    alike = all(one == more[0] and set(one) <= shared for one in more)
+    inline = template.name == "<string>" or callable(recipe.train_on) or "<object>" in recipe.tokenizer.name
+    if not places or not alike or inline or template.kwargs:
+        return "none: what was asked for takes Python, or a configuration"
+    words = ["ftdata", "build", *(str(one["path"]) for one in places), "--tokenizer", recipe.tokenizer.name]
+    words += [word for name, value in more[0].items() for word in (f"--{name}", str(value))]
+    if template.name != "tokenizer":
+        words += ["--template", template.name]
+    if template.uses_date:
+        words += ["--date", f"{template.date:%Y-%m-%d}"]
+    known = (*fields(Options), *fields(Layout), *fields(Selection), *fields(Tolerance))
+    defaults = {each.name: each.default for each in known}
+    for name, default in defaults.items():
+        value = options.get(name)
+        if name != "columns" and value and value != default:
             listed = ",".join(value) if isinstance(value, list) else str(value)
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [listed])]
     words += [word for pair in options["columns"].items() for word in ("--column", "=".join(pair))]
-    return shlex.join(words)
+    return shlex.join([*words, "--output-dir", "OUT"])

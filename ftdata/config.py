@@ -14,6 +14,7 @@ train: {num_train_epochs: 3, learning_rate: 2.0e-4}
 
 from __future__ import annotations
 
+import datetime
 import re
 import tomllib
 from pathlib import Path
@@ -116,12 +117,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as 1.2 has it where 1.1 surprises: `1e-4` is a number, `no`, `off` and `yes` are words."""
+    """YAML as 1.2 has it where 1.1 surprises: `1e-4` is a number, `no`, `off` and `yes` are words, dates are texts."""
 
 
 _Loader.yaml_implicit_resolvers = {
     first: [
-        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag.removeprefix("tag:yaml.org,2002:") not in ("bool", "float", "timestamp")
     ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
@@ -176,6 +179,8 @@ def make_config(values: dict[str, Any], where: str = "", **overrides: Any) -> Co
     Traceback (most recent call last):
     ftdata.errors.UsageError: [config] unknown key 'max_lenght'. Fix: did you mean 'max_length'? known: columns, ...
     """
+    # TOML has dates of its own.
+    values = {name: str(value) if isinstance(value, datetime.date) else value for name, value in values.items()}
     given = {**values, **{name: value for name, value in overrides.items() if value is not None}}
     for name in ("lora", "train"):
         # What is overridden in a section leaves the rest of it as it was.

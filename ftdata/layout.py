@@ -32,7 +32,7 @@ class Layout:
         test_size: share (below 1) or number of rows for a test split.
         seed: decides all that is left to chance.
         dedup: leave out rows whose tokens and labels are those of an earlier one.
-        near: how similar (above 0, at most 1) rows must be to count as equal, for `dedup` and `test_size`.
+        near: how similar (0.5 to 1) rows must be to count as equal, for `dedup` and `test_size`.
         sample: share (below 1) or number of rows to take; splits of the data other than `train` stay whole.
         shuffle: whether rows come in another order than that of the data.
     """
@@ -58,8 +58,8 @@ class Layout:
             if value is not None and not (whole or (isinstance(value, float) and 0 < value < 1)):
                 raise UsageError(name, f"{name} is {value!r}, expected a share below 1 or a whole number of rows")
         if self.near is not None:
-            if not isinstance(self.near, int | float) or not 0 < self.near <= 1:
-                raise UsageError("near", f"near is {self.near!r}, expected a similarity above 0, such as 0.8")
+            if not isinstance(self.near, int | float) or not 0.5 <= self.near <= 1:
+                raise UsageError("near", f"near is {self.near!r}, expected a similarity from 0.5 to 1, such as 0.8")
             if not (self.dedup or self.test_size):
                 raise UsageError("near", "near says which rows count as equal: it goes with dedup or test_size")
 
@@ -135,15 +135,18 @@ def lay_out(facts: Facts, layout: Layout) -> Laid:
         kept[dropped] = False
     asked = _numbered(facts.asked[first]) if several or layout.test_size is not None else np.arange(len(first))
     rows = _splits(np.flatnonzero(kept), asked, split, layout)
+    if any(share != WHOLE for share in facts.shares):
+        places = np.asarray(facts.places if facts.places is not None else range(len(facts.splits)))
+        shares = dict(zip(places.tolist(), facts.shares, strict=True))
+        idle = [place for place, share in shares.items() if share.amount and share != WHOLE]
+        if several and (beside := set(idle) - set(places[given == "train"].tolist())):
+            found = f"{facts.splits[places.tolist().index(min(beside))]} is not trained on"
+            raise UsageError("share", f"{found}: weight, rows and tokens say how much of a source is")
+        tokens = np.add.reduceat(facts.tokens, first)
+        rows["train"] = _shared(rows["train"], places[source], tokens, shares, layout.seed)
     shared = Counter[str]()
     for name in set(rows) - {"train"}:
         shared[name] = int(np.isin(asked[rows[name]], asked[rows["train"]]).sum())
-    if any(share != WHOLE for share in facts.shares):
-        tokens = np.add.reduceat(facts.tokens, first)
-        places = np.asarray(facts.places if facts.places is not None else range(len(facts.splits)))
-        rows["train"] = _shared(
-            rows["train"], places[source], tokens, dict(zip(places.tolist(), facts.shares, strict=True)), layout.seed
-        )
     if layout.shuffle:
         rows["train"] = rows["train"][_drawn(np.arange(len(rows["train"])), layout.seed, _SHUFFLE)]
     examples_of = np.concatenate((first, [len(facts.row)]))

@@ -170,9 +170,9 @@ class Report:
                 f"{name:8} {split['examples']:,} examples, {fill}{split['tokens']:,} tokens, {share:.1%} trained"
             )
             if len(self.sources) > 1:
+                tokens = max(split["tokens"], 1)
                 lines += [
-                    f"{'':9}{part['examples']:,} examples, {part['tokens'] / split['tokens']:.1%} of the tokens: "
-                    f"{part['source']}"
+                    f"{'':9}{part['examples']:,} examples, {part['tokens'] / tokens:.1%} of tokens: {part['source']}"
                     for part in split["sources"]
                 ]
         return "\n".join([*lines, *(f"note     {note}" for note in self.notes)])
@@ -198,6 +198,7 @@ def readings(ledgers: Sequence[Ledger]) -> Iterator[str]:
     for kind, says in (
         ("column", "columns that are not read"),
         ("role", "roles that are read as others"),
+        ("text", "columns whose texts spell messages, and are read as texts"),
         ("message key", "keys of messages that only templates read which name them"),
     ):
         own = [(note.removeprefix(kind).strip(), rows) for note, rows in noted.most_common() if note.startswith(kind)]

@@ -183,14 +183,19 @@ def make_recipe(
         TemplateRefused: the template cannot be compiled, or marks nothing as trained.
     """
     loaded = load_tokenizer(tokenizer)
-    _check_kwargs(template_kwargs)
+    check_kwargs(template_kwargs)
     name, source = ("tokenizer", loaded.chat_template or "") if template is None else find(template)
     kwargs = json.dumps(template_kwargs or {}, sort_keys=True)
     bound, control = _bind(loaded, name, source, template is not None, as_date(date), kwargs)
     return Recipe(tokenizer=loaded, template=bound, control=control, **options)
 
 
-def _check_kwargs(kwargs: Any) -> None:
+def check_kwargs(kwargs: Any) -> None:
+    """Refuse variables for the template that are none.
+
+    Raises:
+        UsageError: naming them.
+    """
     if kwargs is None:
         return
     if not isinstance(kwargs, Mapping) or (own := {"messages", "tools", "add_generation_prompt"} & set(kwargs)):

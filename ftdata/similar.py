@@ -2,26 +2,39 @@
 
 The words of a row, five at a time, are a set; how much of two sets is shared (Jaccard) is estimated by MinHash (Broder
 1997), and pairs worth comparing are found by bands of it (Leskovec, Rajaraman and Ullman 2020, 3.4). What is said is
-what the messages hold, but for system messages, which whole data sets share.
+what the messages hold, but for system messages, which whole data sets share: for those, for tools, and for what is not
+trained, rows are alike only where they are equal.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from ftdata.errors import MissingDependency
 from ftdata.types import Conversation
 
 PERMUTATIONS = 128
+SIZE = PERMUTATIONS + 2
+_SYSTEM = ("system", "developer")
 _WORDS, _BAND, _AT_ONCE, _SEED = 5, 4, 1 << 16, 42
-# Scripts without blanks have a word per character.
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f]|\w+?(?=[\u3040-\u30ff\u3400-\u9fff]|\b)")
+
+
+@lru_cache(maxsize=1)
+def _word() -> re.Pattern[str]:
+    """Find words with the marks on their letters, signs alone, and each character of scripts without blanks."""
+    marks = "".join(char for char in map(chr, range(0x300, 0x110000)) if unicodedata.category(char) in ("Mn", "Mc"))
+    alone = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e2f"
+    return re.compile(rf"[{alone}][{marks}]*|(?:(?![{alone}])\w[{marks}]*)+|\S")
 
 
 def require() -> None:
@@ -38,19 +51,30 @@ def require() -> None:
 
 
 def signatures(conversations: Sequence[Conversation]) -> NDArray[np.uint32]:
-    """Return the MinHash of what each conversation says: uint32 `[conversations, PERMUTATIONS]`."""
+    """Return the MinHash of what each conversation says, and a hash of all that must be equal besides.
+
+    uint32 `[conversations, SIZE]`, the hash in the last two columns.
+    """
     from rensa import RMinHash
 
-    sets = [_shingles(_WORD.findall("\n".join(_said(one)).casefold())) for one in conversations]
+    sets = [_shingles(_word().findall("\n".join(_said(one)).casefold())) for one in conversations]
     rows = RMinHash.digest_matrix_from_token_sets(sets, PERMUTATIONS, _SEED).to_rows()
-    return np.asarray(rows, dtype=np.uint32).reshape(len(conversations), PERMUTATIONS)
+    besides = np.asarray([_besides(one) for one in conversations], dtype=np.uint64).view(np.uint32).reshape(-1, 2)
+    return np.concatenate((np.asarray(rows, dtype=np.uint32).reshape(-1, PERMUTATIONS), besides), axis=1)
+
+
+def _besides(conversation: Conversation) -> int:
+    untrained = [at for at, message in enumerate(conversation.messages) if message.get("train") is False]
+    systems = [message.get("content") for message in conversation.messages if message["role"] in _SYSTEM]
+    parts = [systems, conversation.tools, untrained, dict(conversation.kwargs)]
+    return xxhash.xxh3_64_intdigest(json.dumps(parts, sort_keys=True, default=str).encode())
 
 
 def _said(conversation: Conversation) -> Iterator[str]:
     if conversation.text is not None:
         yield conversation.text
     for message in conversation.messages:
-        if message["role"] not in ("system", "developer"):
+        if message["role"] not in _SYSTEM:
             yield from _texts([message.get(key) for key in ("reasoning_content", "content", "tool_calls")])
     if conversation.tokens is not None:
         yield " ".join(map(str, conversation.tokens.input_ids.tolist()))
@@ -70,8 +94,34 @@ def _shingles(words: Sequence[str]) -> list[str]:
     return [" ".join(words[at : at + _WORDS]) for at in range(max(len(words) - _WORDS + 1, 1))]
 
 
+def first_alike(minhashes: NDArray[np.uint32], threshold: float) -> NDArray[np.int64]:
+    """Return for each row the number of the first one that stays and is as similar as `threshold`; maybe its own.
+
+    Rows that are left out stand for nobody: what is like them alone stays.
+    """
+    found = np.arange(len(minhashes))
+    labels = groups(minhashes, threshold)
+    order = np.argsort(labels, kind="stable")
+    bounds = np.flatnonzero(np.diff(labels[order], prepend=-1, append=-1) != 0)
+    for start, end in pairwise(bounds.tolist()):
+        kept: list[int] = []
+        for row in order[start:end].tolist() if end - start > 1 else ():
+            others = minhashes[kept]
+            like = (others[:, :PERMUTATIONS] == minhashes[row, :PERMUTATIONS]).mean(axis=1) >= threshold
+            like &= (others[:, PERMUTATIONS:] == minhashes[row, PERMUTATIONS:]).all(axis=1)
+            if like.any():
+                found[row] = kept[int(like.argmax())]
+            else:
+                kept.append(row)
+    return found
+
+
 def groups(minhashes: NDArray[np.uint32], threshold: float) -> NDArray[np.int64]:
-    """Return a number for each row, the same for rows that are as similar as `threshold`, or have such between them."""
+    """Return a number for each row, the same for rows that are as similar as `threshold`, or have such between them.
+
+    What they share besides does not matter.
+    """
+    minhashes = minhashes[:, :PERMUTATIONS]
     labels = np.arange(len(minhashes))
     for start in range(0, PERMUTATIONS, _BAND):
         band = np.ascontiguousarray(minhashes[:, start : start + _BAND]).view(f"V{4 * _BAND}").ravel()
@@ -107,3 +157,11 @@ def _join(labels: NDArray[np.int64], left: NDArray[np.int64], right: NDArray[np.
             np.minimum.at(labels, labels[side], least)
             np.minimum.at(labels, side, least)
         labels[:] = labels[labels]
+
+
+def united(labels: NDArray[np.int64], equal: NDArray[np.generic]) -> NDArray[np.int64]:
+    """Return labels that are the same, too, where `equal` is."""
+    _, first, which = np.unique(equal, return_index=True, return_inverse=True)
+    found = labels.copy()
+    _join(found, first[which], np.arange(len(labels)))
+    return found

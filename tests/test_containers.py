@@ -23,7 +23,7 @@ from test_readers import outcomes, rows, write
 from ftdata import read
 from ftdata.errors import InputRefused, MissingDependency, UsageError
 from ftdata.readers import sources
-from ftdata.readers.scan import _COLUMNS, pieces
+from ftdata.readers.scan import COLUMNS, pieces
 from ftdata.schemas import schemas
 from ftdata.types import Reject
 
@@ -394,7 +394,7 @@ def test_small_faults_of_files_do_not_cost_them(tmp_path):
 def test_every_shape_is_known_as_a_row():
     """What tells a row from what holds rows must know the columns of every schema."""
     for name, schema in schemas.own().items():
-        assert name == "chat_log" or set(schema.columns) & _COLUMNS
+        assert name == "chat_log" or set(schema.columns) & COLUMNS
 
 
 def row_of(size, number=0):
@@ -603,3 +603,76 @@ def test_excel_as_people_have_it(tmp_path):
         ({"question": "q", "answer": "2024-01-01"}, 3), (("excel_error", "A4"), 4),
         ({"question": "n", "answer": "7"}, 6), (("excel_formula", "B7"), 7),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        # Quotes within cells are no sign of what is open.
+        ("x.tsv", 'question\tanswer\na0\tb0\n"q2" is\ta2\nq3 say "hi" to\ta3\nq4\ta4\n', ["a0", "csv", "q3", "q4"]),
+        ("x.csv", 'question,answer\n"bad" x,y\ngood1,a\nthe 5" disk,c\nok,d\n', ["csv", "good1", "the", "ok"]),
+        ("x.csv", 'question,answer\n"he said "hi"\nyes, sure\nok","x"\ngood,row\n', ["csv", "good"]),
+        ("x.csv", 'question,answer\n"a "b"\nmore","and "" so\non"\ngood,row\n', ["csv", "good"]),
+    ],
+)
+def test_rows_after_a_fault_of_csv_are_read_where_they_begin(tmp_path, name, text, expected):
+    found = outcomes(write(tmp_path, name, text))
+    assert ["csv" if isinstance(one, Reject) else one.data["question"].split()[0] for one in found] == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{q},{q},]",
+        "[{q} {q}]",
+        "[{q},{q}}",
+        "[{q},{q}]]",
+        '{"data":[{q},{q},]}',
+        '{"data":[{q} {q}]}',
+        '{"data":[{q},{q}}]',
+    ],
+)
+def test_json_that_is_not_valid_is_not_taken_for_it(tmp_path, text):
+    path = write(tmp_path, "d.json", text.replace("{q}", row_of(1)))
+    try:
+        found = outcomes(path)
+    except InputRefused:
+        return
+    assert any(isinstance(one, Reject) for one in found)
+
+
+def test_columns_of_objects_are_columns(tmp_path):
+    columns = {"question": ["a", "b"], "answer": ["c", "d"], "meta": [{"x": 1}, {"x": 2}]}
+    assert [row["meta"]["x"] for row in data_of(write(tmp_path, "d.json", json.dumps(columns)))] == [1, 2]
+    row = {"messages": TALK, "tools": [{"a": 1}, {"b": 2}]}
+    assert data_of(write(tmp_path, "e.json", json.dumps(row))) == [row]
+    with pytest.raises(InputRefused, match="which of them are the rows"):
+        data_of(write(tmp_path, "f.json", '{"text": "About", "data": [' + row_of(1) + "]}"))
+
+
+def test_excel_as_pandas_writes_it(tmp_path):
+    pd.DataFrame({"question": ["q\r\n1"], "answer": ["a"]}).to_excel(tmp_path / "d.xlsx")
+    assert data_of(tmp_path / "d.xlsx") == [{"": "0", "question": "q\r\n1", "answer": "a"}]
+
+
+def test_metadata_of_others_is_no_matter(tmp_path):
+    table = pa.table({"question": ["q"], "answer": ["a"], "when": pa.array([1], pa.date64())})
+    for note in (b'{"info":null}', b"null", b"[]", b"not json", b"\xff"):
+        pq.write_table(table.replace_schema_metadata({b"huggingface": note}), tmp_path / "d.parquet")
+        assert data_of(tmp_path / "d.parquet")[0]["question"] == "q"
+    assert questions(write(tmp_path, "d.arrow", stream_of(table))) == ["q"]
+    assert data_of(table.to_batches()[0])[0]["question"] == data_of(table.to_reader())[0]["question"] == "q"
+
+
+def test_nulls_of_json_stay_however_a_data_set_is_read():
+    features = datasets.Features(
+        {"messages": datasets.List({"role": datasets.Value("string"), "calls": datasets.Json()})}
+    )
+    made = datasets.Dataset.from_list(
+        [{"messages": [{"role": "user", "calls": {"a": None, "b": 1}}]}], features=features
+    )
+    assert (
+        data_of(made)
+        == data_of(made.to_iterable_dataset())
+        == [{"messages": [{"role": "user", "calls": {"a": None, "b": 1}}]}]
+    )

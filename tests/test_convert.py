@@ -169,3 +169,19 @@ def test_calls_have_a_place_in_tables(tmp_path):
     odd = [talk[0], {"role": "assistant", "content": "", "tool_calls": [{"type": 1, "function": {"name": "f"}}]}]
     with pytest.raises(BadRows, match="no_column"):
         convert([{"messages": odd}], tmp_path / "o.parquet")
+
+
+def test_places_are_counted_each_and_no_file_that_is_read_is_taken_away(tmp_path):
+    rows = [json.dumps({"question": str(n), "answer": "a"}) for n in range(5)]
+    paths = [write(tmp_path, name, "\n".join(rows) + "\n") for name in ("p1.jsonl", "p2.jsonl")]
+    done = convert(paths, tmp_path / "o.jsonl", where="question | int > 1")
+    assert [(one.read, one.built, one.passed) for one in done.sources] == [(5, 3, 2)] * 2
+    mended = write(tmp_path, "chats.rejects.jsonl", rows[0] + "\n")
+    with pytest.raises(UsageError, match="is read"):
+        convert(mended, tmp_path / "chats.jsonl")
+
+
+def test_a_text_does_not_tell_what_is_not_trained(tmp_path, tokenizer_dir):
+    secret = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "SECRET", "train": False}]
+    with pytest.raises(BadRows, match="untrained_message"):
+        convert([{"messages": secret}], tmp_path / "o.jsonl", "text", tokenizer=tokenizer_dir("tiny_bpe"))

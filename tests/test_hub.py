@@ -238,7 +238,14 @@ print(json.dumps(0))""")
     assert found == {
         name: [size, ["input_ids", "labels", "seq_lengths"]] for name, size in (("train", 36), ("test", 4))
     }
-    hub.repos["datasets", "me/built"]["train/data-00001.arrow"] = b"of an earlier, larger build"
+    earlier = json.loads(files["manifest.json"])
+    earlier["files"]["train/data-00001.arrow"] = {}
+    more = {
+        "manifest.json": json.dumps(earlier).encode(),
+        "train/data-00001.arrow": b"of a larger build",
+        "raw/state.json": b"{}",
+    }
+    files.update(more)
     python(f"""
 import json
 from ftdata import build_sft_dataset
@@ -246,6 +253,7 @@ build_sft_dataset({str(tmp_path / "d.jsonl")!r}, {tokenizer_dir("tiny_bpe")!r}, 
 print(json.dumps(0))""")
     subprocess.run(command, check=True, env=os.environ, capture_output=True)
     assert sorted(name for name in files if name.endswith(".arrow")) == ["train/data-00000.arrow"]
+    assert "raw/state.json" in files
     (tmp_path / "out" / "train" / "data-00000.arrow").write_bytes(b"")
     assert subprocess.run(command, capture_output=True, check=False, env=os.environ).returncode == 3
 
@@ -273,7 +281,7 @@ def questions(url):
     return [row.data["question"] for row in read(url)]
 
 
-@pytest.mark.parametrize("where", ["files", "whole"])
+@pytest.mark.parametrize("where", ["files", "whole", "plain"])
 @pytest.mark.parametrize("fault", [None, 503, 429, "cut"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_web_is_read_on_from_where_it_broke(web, where, fault, packed):

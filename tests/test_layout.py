@@ -1,5 +1,6 @@
 """Which rows go where: by chance that is the same everywhere, whole rows, no row on both sides."""
 
+import itertools
 import json
 import sys
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from ftdata import build_sft_dataset, similar
 from ftdata.errors import InputRefused, MissingDependency, TooManyRejects, UsageError
 from ftdata.layout import Facts, Layout, lay_out, mixed
-from ftdata.types import WHOLE, Share
+from ftdata.types import WHOLE, Conversation, Share
 
 ROWS = [{"question": f"What is {n}?", "answer": f"It is {n}.", "lang": "en" if n % 3 else "de"} for n in range(30)]
 
@@ -333,3 +334,65 @@ def test_near_goes_with_something_and_needs_its_library(tokenizer_dir, monkeypat
     monkeypatch.setitem(sys.modules, "rensa", None)
     with pytest.raises(MissingDependency, match=r"pip install 'ftdata\[dedup\]'"):
         build_sft_dataset(ROWS, tiny, near=0.8, dedup=True)
+
+
+def test_a_limit_takes_of_each_split_and_makes_none_of_another(tokenizer_dir, tmp_path):
+    for name in ("train", "test"):
+        lines(tmp_path / "fold" / f"{name}.jsonl", ROWS[:10])
+    built = build_sft_dataset(str(tmp_path / "fold"), tokenizer_dir("tiny_bpe"), limit=3)
+    assert {name: len(split) for name, split in built.items()} == {"train": 3, "test": 3}
+    assert "3 rows of test are in train, too" in built.report.notes
+    one = build_sft_dataset([{"path": str(tmp_path / "fold"), "rows": 1}], tokenizer_dir("tiny_bpe"))
+    assert "10 rows of test" not in str(one.report.notes)
+    named = [{"path": str(tmp_path / "fold"), "split": name} for name in ("train", "test")]
+    with pytest.raises(UsageError, match="test is not trained on"):
+        build_sft_dataset([named[0], {**named[1], "weight": 3}], tokenizer_dir("tiny_bpe"))
+    taken = build_sft_dataset(str(tmp_path / "fold" / "test.jsonl"), tokenizer_dir("tiny_bpe"))
+    assert any("named as of another split" in note for note in taken.report.notes)
+
+
+@pytest.mark.parametrize("where", ["lng != 'en'", "not lng", "lng | length < 5", "lang not in lng", "dict", "range"])
+def test_what_asks_for_a_column_that_is_not_there_is_false(tokenizer_dir, where):
+    with pytest.raises(InputRefused, match="passes over all 30 rows"):
+        build_sft_dataset(ROWS, tokenizer_dir("tiny_bpe"), where=where)
+    rows = [{**row, "row": n} for n, row in enumerate(ROWS)]
+    assert build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), where="row == 3").report.total("built") == 1
+    with pytest.raises(UsageError, match="no regular expression"):
+        build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), where="question is matching('(')")
+
+
+def talk(question, answer="a", system=None, **more):
+    said = ({"role": "system", "content": system},) if system else ()
+    return Conversation(
+        (*said, {"role": "user", "content": question}, {"role": "assistant", "content": answer}), **more
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (talk("😀"), talk("😎")), (talk("2 + 2"), talk("2 * 2")), (talk("is x < 3"), talk("is x > 3")), (talk("-5"), talk("5")),
+        (talk("राम की किताब"), talk("राम का कोताबा")),
+        (talk("q " * 50, system="Translate to French"), talk("q " * 50, system="Translate to German")),
+        (talk("q " * 50, tools=({"name": "a"},)), talk("q " * 50, tools=({"name": "b"},))),
+    ],
+)  # fmt: skip
+def test_rows_that_differ_in_what_matters_are_not_near(one, other):
+    minhashes = similar.signatures([one, other, one])
+    assert similar.first_alike(minhashes, 0.9).tolist() == [0, 1, 0]
+
+
+def test_what_is_left_out_stands_for_nobody():
+    words = [f"w{n}" for n in range(2400)]
+    windows = [talk(" ".join(words[20 * n : 20 * n + 400])) for n in range(100)]
+    minhashes = similar.signatures(windows)
+    assert len(set(similar.groups(minhashes, 0.8).tolist())) == 1
+    stay = sorted(set(similar.first_alike(minhashes, 0.8).tolist()))
+    assert 30 < len(stay) < 70
+    assert all((minhashes[a, :128] == minhashes[b, :128]).mean() < 0.8 for a, b in itertools.pairwise(stay))
+
+
+def test_labels_are_united_where_rows_are_equal():
+    labels, equal = np.array([0, 1, 1, 3, 4]), np.array(["a", "b", "c", "c", "d"])
+    united = similar.united(labels, equal)
+    assert [[x == y for y in united] for x in united] == [[x == y for y in (0, 1, 1, 1, 4)] for x in (0, 1, 1, 1, 4)]

@@ -99,3 +99,19 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path):
         file.write(line("1"))
     with pytest.raises(InputRefused, match="file_changed"):
         list(rows)
+
+
+def test_a_folder_elsewhere_is_read_as_one_here(tmp_path):
+    import datasets
+
+    folder = write(
+        tmp_path / "x", {"train.jsonl": "1", "test.jsonl": "2", ".ipynb_checkpoints/a.jsonl": "3", "README.md": ""}
+    )
+    assert by_split(f"file://{folder}") == by_split(folder) == {"train": ["1"], "test": ["2"]}
+    made = {name: datasets.Dataset.from_list([{"question": name, "answer": "a"}]) for name in ("train", "test")}
+    datasets.DatasetDict(made).save_to_disk(tmp_path / "saved")
+    assert (
+        by_split(f"file://{tmp_path / 'saved'}")
+        == by_split(str(tmp_path / "saved"))
+        == {"train": ["train"], "test": ["test"]}
+    )

@@ -442,3 +442,66 @@ def test_a_schema_is_loaded_once(tmp_path, capsys):
     for _ in range(3):
         convert({"y": 1}, schema=f"{tmp_path / 'mine.py'}:f")
     assert capsys.readouterr().out == "loaded\n"
+
+
+def test_a_mapping_is_not_replaced_by_what_it_stands_beside():
+    data = {"instruction": "i", "output": "WORSE", "response": "WORST", "best": "BEST"}
+    assert contents(data, columns={"output": "best"})[-1] == ("assistant", "BEST")
+    with pytest.raises(BadRow, match="missing_column"):
+        convert(data, columns={"output": "bset"})
+    nested = convert({"question": "q", "data": {"answers": ["a"]}}, columns={"answer": "data.answers[0]"})
+    assert nested.noted == frozenset()
+
+
+def test_preferences_ask_what_they_were_asked():
+    told = [
+        {"role": "user", "content": "q1"},
+        {"role": "assistant", "content": "a1"},
+        {"role": "user", "content": "q2"},
+        ASSISTANT,
+    ]
+    for prompt in ("", None, "q2", " q2 ", [{"role": "user", "content": "q2"}]):
+        assert convert({"prompt": prompt, "chosen": told, "rejected": "r"}).messages == tuple(told)
+    with pytest.raises(BadRow, match="prompt_differs"):
+        convert({"prompt": "q3", "chosen": told, "rejected": "r"})
+    systems = [[{"role": "system", "content": name}, USER] for name in ("s1", "s2")]
+    with pytest.raises(BadRow, match="two_systems"):
+        convert({"prompt": systems[0], "chosen": [*systems[1], ASSISTANT], "rejected": "r"})
+
+
+def test_what_is_blank_gives_way_to_another_name():
+    assert contents({"instruction": "i", "input": None, "context": "CTX", "response": "o"})[0][1] == "i\n\nCTX"
+    assert contents({"question": "q", "answer": "a", "system": "", "system_prompt": "S"})[0] == ("system", "S")
+    assert contents({"instruction": "i", "output": None, "response": "o"})[-1] == ("assistant", "o")
+
+
+def test_history_may_be_messages_and_cells_are_messages_only_where_these_belong():
+    assert len(convert({"question": "q", "answer": "a", "history": [USER, ASSISTANT]}).messages) == 4
+    chat = json.dumps([{"speaker": "Ann", "text": "hi"}])
+    row = Row({"instruction": "i", "input": chat, "output": "o"}, Source("d.csv", 0, 1), flat=True)
+    assert normalise(row).messages[0]["content"] == f"i\n\n{chat}"
+    spelled = {"prompt": json.dumps([USER]), "completion": "a"}
+    assert convert(spelled).noted == {"text prompt"}
+    assert convert({"question": "q", "answer": '[{"role": "capital", "city": "Rome"}]'}).noted == frozenset()
+    assert convert({"messages": [USER, ASSISTANT], "tools": [{"name": "t"}], "functions": [{"name": "f"}]}).noted == {
+        "column functions"
+    }
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "({'content': 'x'},)", "('a', 'b')", "None", "(), text=5", "(), tools='nope'", "({'role': 'usr', 'content': 'x'},)",
+        "({'role': 'user', 'content': 5},)", "(), tokens=Tokens([1, 2, 3], [True])", "(), tools=('t',)",
+    ],
+)  # fmt: skip
+def test_what_a_schema_of_ones_own_makes_is_checked(tmp_path, made):
+    (tmp_path / "mine.py").write_text(f"from ftdata.types import *\ndef f(row): return Conversation({made})\n")
+    with pytest.raises(BadRow):
+        convert({"y": 1}, schema=f"{tmp_path / 'mine.py'}:f")
+
+
+def test_a_schema_of_ones_own_need_not_say_where_the_completion_begins(tmp_path):
+    talk = (USER, ASSISTANT, USER, ASSISTANT)
+    (tmp_path / "mine.py").write_text(f"from ftdata.types import *\ndef f(row): return Conversation({talk})\n")
+    assert convert({"y": 1}, schema=f"{tmp_path / 'mine.py'}:f").completion_from == 3

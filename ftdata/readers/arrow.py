@@ -90,6 +90,31 @@ def from_dataset(dataset: Any) -> Iterator[Any]:
     return from_batches(batches, plain.data.schema)
 
 
+def present_as(features: Any) -> Callable[[Any], Any]:
+    """Return how to read rows that `datasets` decoded itself: nulls of tables are absent, those of JSON its own."""
+    if features is None:
+        return present
+    columns = {name: _own_nulls(feature) for name, feature in features.to_dict().items()}
+    return lambda row: {name: columns.get(name, present)(value) for name, value in row.items() if value is not None}
+
+
+def _own_nulls(feature: Any) -> Read:
+    kind = feature.get("_type") if isinstance(feature, dict) else None
+    if kind == "Json":
+        return lambda value: value
+    if kind in ("List", "LargeList", "Sequence"):
+        inner = _own_nulls(feature.get("feature"))
+        return lambda value: [inner(one) for one in value] if isinstance(value, list) else present(value)
+    if isinstance(feature, dict) and not isinstance(kind, str):
+        fields = {name: _own_nulls(one) for name, one in feature.items()}
+        return lambda value: (
+            {name: fields.get(name, present)(one) for name, one in value.items() if one is not None}
+            if isinstance(value, dict)
+            else value
+        )
+    return present
+
+
 def from_batches(batches: Iterable[Any], schema: Any) -> Iterator[dict[str, Any] | Fault]:
     """Yield the rows of Arrow's batches, with a fault for each that Python cannot have."""
     columns = _in_json(schema)
@@ -107,7 +132,7 @@ def _check(column: Any) -> None:
     try:
         column.validate(full=True)
     except pa.ArrowInvalid as error:
-        if "UTF8" not in str(error):
+        if not any(kind in str(error) for kind in ("UTF8", "date64")):
             raise
 
 
@@ -123,8 +148,10 @@ def _batches(batches: Iterable[Any], schema: Any, file: Input) -> Iterator[Row |
 
 def _in_json(schema: Any) -> dict[str, Read]:
     """Return how to read the columns that hold JSON text: by Arrow's own type, or as `datasets` notes it."""
-    noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = noted.get("info", {}).get("features") or {}
+    try:
+        features = dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
+    except (LookupError, TypeError, ValueError):
+        features = {}
     found = {each.name: _reader(each.type) or _reader_of(features.get(each.name)) for each in schema}
     return {name: read for name, read in found.items() if read}
 

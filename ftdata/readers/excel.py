@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -12,6 +13,8 @@ from ftdata.errors import InputRefused, MissingDependency
 from ftdata.readers.checks import check_names, check_seekable, damaged
 from ftdata.readers.streams import Input
 from ftdata.types import Reject, Row, Source
+
+_ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
 
 
 def read_excel(file: Input) -> Iterator[Row | Reject]:
@@ -68,13 +71,14 @@ def _fault(
     names: Sequence[str], texts: Sequence[str], cells: Sequence[Any], written: Sequence[Any]
 ) -> tuple[str, str, str, str] | None:
     """Return code, field, reason and way out of what is wrong with a row, if anything is."""
-    if any(text and not name for name, text in zip_longest(names, texts, fillvalue="")):
+    # One column may be without a name, such as that of an index.
+    if names.count("") > 1 and any(text and not name for name, text in zip_longest(names, texts, fillvalue="")):
         fix = "give every column a name in the first row, and take titles above it out"
         return "ragged_row", "", "has a cell in a column without a name", fix
     for cell, formula in zip(cells, written, strict=True):
         if cell.data_type == "e":
             return "excel_error", cell.coordinate, f"is an error, {cell.value}", "mend the formula"
-        if formula.data_type == "f" and cell.value is None:
+        if formula.data_type == "f" and cell.value is None and cell.data_type == "n":
             return "excel_formula", formula.coordinate, "is a formula without a value", "open it in Excel, and save it"
     return None
 
@@ -82,4 +86,5 @@ def _fault(
 def _text(value: Any) -> str:
     if isinstance(value, datetime.datetime) and value.time() == datetime.time():
         value = value.date()
-    return "" if value is None else str(value)
+    # Characters that XML has no place for are written as _x000D_ (ECMA-376 Part 1, 22.9.2.19).
+    return "" if value is None else _ESCAPED.sub(lambda found: chr(int(found[1], 16)), str(value))

@@ -20,7 +20,7 @@ from typing import Any
 import orjson
 
 from ftdata.errors import InputRefused
-from ftdata.readers.scan import depth_of, outline, pieces
+from ftdata.readers.scan import COLUMNS, depth_of, outline, pieces
 from ftdata.readers.streams import CHUNK, Input, before, chunks, joined
 from ftdata.types import Reject, Row, Source
 
@@ -210,7 +210,8 @@ def _columns(data: Any) -> list[dict[str, Any]] | None:
     listed = all(isinstance(cell, list) and len(cell) == len(cells[0]) for cell in cells)
     # Ids and labels are lists themselves.
     listed = listed and not any(isinstance(one, int) for one in data.get("input_ids", ())[:1])
-    if listed and cells[0] and not any(isinstance(item, dict) for column in cells for item in column):
+    texts = any(name in COLUMNS and all(isinstance(one, str | list) for one in data[name]) for name in data)
+    if listed and cells[0] and (texts or not any(isinstance(item, dict) for column in cells for item in column)):
         return [dict(zip(data, values, strict=True)) for values in zip(*cells, strict=True)]
     return None
 
@@ -221,7 +222,8 @@ def _scan(parts: Iterable[bytes], file: Input, under: str | None) -> Iterator[Ro
     for piece in pieces(parts, file.path, MAX_LINE, under):
         source = Source(file.path, index, piece.line, piece.offset)
         line, counted = piece.line - piece.gap.count(b"\n"), 0
-        for at, stray in _strays(piece.gap):
+        commas = None if not piece.listed else int(source.row > 0 and piece.size > 0)
+        for at, stray in _strays(piece.gap, commas):
             line += piece.gap.count(b"\n", counted, at)
             counted = at
             place = source._replace(line=line, offset=piece.offset - len(piece.gap) + at)
@@ -233,14 +235,18 @@ def _scan(parts: Iterable[bytes], file: Input, under: str | None) -> Iterator[Ro
         index = source.row
 
 
-def _strays(gap: bytes) -> Iterator[tuple[int, str]]:
-    """Yield place and reason for each thing between rows that is none: numbers, texts, left-overs, commas too many."""
+def _strays(gap: bytes, commas: int | None) -> Iterator[tuple[int, str]]:
+    """Yield place and reason for each thing between rows that is none: numbers, texts, left-overs, commas too many.
+
+    `commas`: how many there must be, if that is known.
+    """
     values = [found for found in _VALUE.finditer(gap) if found[0] != _BOM]
     for found in values:
         shown = found[0].removeprefix(_BOM)[:40].decode("utf-8", "replace")
         yield found.start(), f"is {shown!r}, expected an object or a list of messages"
     between = b"".join(gap.removeprefix(_BOM).split())
-    if not values and not _PUNCTUATION.fullmatch(between):
+    odd = commas is not None and between.count(b",") != commas
+    if not values and (odd or not _PUNCTUATION.fullmatch(between)):
         reason = f"{between.decode()!r} stands between rows, expected one comma: this is not valid JSON"
         yield max(gap.find(b","), 0), reason
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -48,7 +48,8 @@ def found_at(place: str, reader: str | None = None, on_hub: Mapping[str, Any] | 
     elif place == STDIN:
         yield Found(STDIN, reader or "json")
     elif is_url(place):
-        yield from (_file(one, reader) for one in listed(place))
+        files, folder = listed(place)
+        yield from (_file(one, reader) for one in files) if folder is None else _remote_folder(files, folder, reader)
     else:
         yield from _local(place, reader)
 
@@ -104,6 +105,24 @@ def _folder(folder: Path, reader: str | None, above: tuple[Path, ...]) -> Iterat
         for one in found:
             inner = str(Path(one.path).relative_to(folder))
             yield one if above or one.split else replace(one, split=split_of(inner))
+
+
+def _remote_folder(files: Sequence[str], folder: str, reader: str | None) -> Iterator[Found]:
+    """Yield the files of a folder elsewhere, as `_folder` does those of one here."""
+    inner = {name: name.removeprefix(f"{folder}/") for name in files}
+    saved = [name for name, path in inner.items() if PurePosixPath(path).name == "state.json"]
+    if saved:
+        for state in saved:
+            home = state.rpartition("/")[0]
+            split = home.rpartition("/")[2] if f"{folder}/dataset_dict.json" in inner else None
+            for name in files:
+                if name.rpartition("/")[0] == home and name.endswith(".arrow"):
+                    yield Found(name, "arrow", split)
+        return
+    chosen = [name for name, path in inner.items() if all(map(is_data, PurePosixPath(path).parts))]
+    if not chosen:
+        raise UsageError("empty_folder", f"{folder} holds no files")
+    yield from (replace(_file(name, reader), split=split_of(inner[name])) for name in chosen)
 
 
 def _files(folder: Path, reader: str | None, above: tuple[Path, ...]) -> Iterator[Found]:

@@ -79,29 +79,32 @@ def open_remote(url: str) -> io.BufferedReader:
     return io.BufferedReader(_RemoteFile(url), 1 << 20)
 
 
-def listed(url: str) -> list[str]:
-    """Return the files that a URL stands for: itself, or those in a folder or of a pattern, where there are such.
+def listed(url: str) -> tuple[list[str], str | None]:
+    """Return the files that a URL stands for: itself, or those of a pattern or in a folder, and then the folder.
 
     Raises:
         UsageError: there is none.
         HubError: the place cannot be looked at, asked again and again.
     """
     if url.startswith(("http://", "https://")):
-        return [url]
+        return [url], None
     return _asked(url, lambda: _listed(url))
 
 
-def _listed(url: str) -> list[str]:
+def _listed(url: str) -> tuple[list[str], str | None]:
     import fsspec
 
     filesystem, path = fsspec.core.url_to_fs(url)
+    folder = None
     if fsspec.core.has_magic(path):
         found = sorted(filesystem.glob(path))
+    elif filesystem.isdir(path):
+        found, folder = sorted(filesystem.find(path)), str(filesystem.unstrip_protocol(path)).rstrip("/")
     else:
-        found = sorted(filesystem.find(path)) if filesystem.isdir(path) else [path]
+        found = [path]
     if not found:
         raise FileNotFoundError(url)
-    return [str(filesystem.unstrip_protocol(one)) for one in found]
+    return [str(filesystem.unstrip_protocol(one)) for one in found], folder
 
 
 class _RemoteFile(io.RawIOBase):
@@ -110,6 +113,7 @@ class _RemoteFile(io.RawIOBase):
     def __init__(self, url: str) -> None:
         self._url, self._at = url, 0
         self._file: Any = None
+        self._whole = False
         self._stamp = _asked(url, self._open)
 
     def readable(self) -> bool:
@@ -147,8 +151,8 @@ class _RemoteFile(io.RawIOBase):
         filesystem, path = fsspec.core.url_to_fs(self._url, **_options(self._url))
         filesystem.invalidate_cache()
         info = filesystem.info(path)
-        self._file = filesystem.open(path, "rb")
-        return {name: value for name, value in info.items() if name.lower() in _STAMP}
+        self._file = filesystem.open(path, "rb", **({"block_size": 0} if self._whole else {}))
+        return {name.lower(): value for name, value in info.items() if name.lower() in _STAMP}
 
     def _read(self, size: int) -> bytes:
         try:
@@ -160,6 +164,13 @@ class _RemoteFile(io.RawIOBase):
                 while (ahead := self._at - self._file.tell()) > 0 and self._file.read(min(ahead, 1 << 20)):
                     pass
             part = self._file.read(size)
+        except ValueError as error:
+            if self._whole or "range" not in str(error):
+                raise
+            # A server that does not send parts of a file sends all of it.
+            self._whole = True
+            self._file.close()
+            return self._read(size)
         except Exception:
             with suppress(Exception):
                 self._file.close()
@@ -170,7 +181,9 @@ class _RemoteFile(io.RawIOBase):
         return bytes(part)
 
     def _check(self) -> None:
-        if self._open() != self._stamp:
+        before, now = self._stamp, self._open()
+        # Where servers have stamps that differ from answer to answer, they say nothing.
+        if before != now and (now.get("size") != before.get("size") or now == self._open()):
             hint = "read it again, or copy it first"
             raise InputRefused("file_changed", "has changed while it was read", where=self._url, hint=hint)
 

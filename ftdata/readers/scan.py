@@ -17,9 +17,18 @@ _SKIP = re.compile(_OUTSIDE, re.DOTALL)
 _REST = re.compile(_STRING + rb'("?)', re.DOTALL)
 _KEY = re.compile(rb'("' + _STRING + rb'")(\s*:)?', re.DOTALL)
 _MESSAGE_KEYS = {"role", "from", "speaker"}
-_COLUMNS = {"question", "answer", "instruction", "output", "prompt", "completion", "response", "chosen", "rejected"}
-_COLUMNS |= {"text", "messages", "conversations", "conversation", "input_ids", "labels"}
+COLUMNS = {"question", "answer", "instruction", "output", "prompt", "completion", "response", "chosen", "rejected"}
+COLUMNS |= {"text", "messages", "conversations", "conversation", "input_ids", "labels"}
 """Columns of rows of known shapes: what has one is a row itself."""
+
+_CERTAIN = (
+    ("question", "answer"),
+    ("instruction", "output"),
+    ("prompt", "completion"),
+    ("messages",),
+    ("conversations",),
+)
+"""Columns that only rows have."""
 
 MAX_GAP = 1 << 20
 """Bytes that may stand between two rows."""
@@ -35,6 +44,7 @@ class Piece:
         size: bytes of the row.
         line: the physical line where it begins, from 1.
         offset: the byte where it begins, from 0.
+        listed: whether it stands in a list, where commas are between rows.
     """
 
     gap: bytes
@@ -42,6 +52,7 @@ class Piece:
     size: int
     line: int
     offset: int
+    listed: bool = False
 
 
 def pieces(parts: Iterable[bytes], path: str, limit: int, under: str | None = None) -> Iterator[Piece]:
@@ -94,11 +105,21 @@ class Outline:
         if any(_MESSAGE_KEYS & set(first) for first in firsts.values()):
             return None
         with_rows = [name for name, first in firsts.items() if first]
-        if not with_rows or _COLUMNS & set(self.keys) - set(with_rows):
+        if not with_rows:
+            return None
+        if own := COLUMNS & set(self.keys) - set(with_rows):
+            if any(_is_row(first) for first in firsts.values()):
+                found = f"has columns of a row ({', '.join(sorted(own))}), and rows under {with_rows[0]!r}"
+                hint = "which of them are the rows? write those to a file of their own"
+                raise InputRefused("several_lists", found, where=path, hint=hint)
             return None
         if len(with_rows) > 1:
             raise _several(with_rows, path)
         return with_rows[0]
+
+
+def _is_row(value: Mapping[str, object]) -> bool:
+    return any(set(columns) <= set(value) for columns in _CERTAIN)
 
 
 def outline(parts: Iterable[bytes]) -> Outline:
@@ -224,8 +245,7 @@ class _Cutter:
                     self.inside, self.row_depth, mark = True, 2, at + 1
                 self.depth += 1
                 continue
-            self.depth = max(self.depth - 1, 0)
-            self.closed = self.depth == 0
+            self._close(part[at], at)
             if self.in_row and self.depth == self.row_depth:
                 self._keep(part[mark : at + 1])
                 mark = at + 1
@@ -264,7 +284,17 @@ class _Cutter:
             raise InputRefused("partial_file", found, where=f"{self.path}:{line}", hint=hint)
         if self.under is not None and self.between.strip():
             raise self._goes_on()
-        return Piece(self.gap, None, 0, *(self.ended or (self.line, self.offset)))
+        return Piece(self.gap, None, 0, *(self.ended or (self.line, self.offset)), self.under is not None)
+
+    def _close(self, symbol: int, at: int) -> None:
+        """Go one level up; brackets around rows must be closed by their own kind."""
+        in_list = self.row_depth > 0 and not self.in_row and self.inside
+        if self.depth == 0 or (in_list and self.depth == self.row_depth and symbol not in b"]"):
+            place = f"{self.path}:{self.line}"
+            found = f"has {chr(symbol)!r} where none is open, at byte {self.offset + at}"
+            raise InputRefused("partial_file", found, where=place, hint="this is not valid JSON: write the file again")
+        self.depth -= 1
+        self.closed = self.depth == 0
 
     def _goes_on(self) -> InputRefused:
         return InputRefused(
@@ -301,7 +331,7 @@ class _Cutter:
 
     def _whole(self) -> Piece:
         text = b"".join(self.row) if self.size <= self.limit else None
-        piece = Piece(self.gap, text, self.size, *self.begun)
+        piece = Piece(self.gap, text, self.size, *self.begun, self.row_depth > 0)
         self.in_row, self.gap, self.size = False, b"", 0
         self.row.clear()
         return piece

@@ -56,9 +56,11 @@ class Selection:
             return row
         columns = row.data if isinstance(row.data, Mapping) else {"messages": row.data}
         try:
-            wanted = _expression(self.where)({str(name): value for name, value in columns.items()} | {"row": columns})
+            wanted = _expression(self.where)({"row": columns} | {str(name): value for name, value in columns.items()})
         except jinja2.UndefinedError:
             return None
+        except UsageError:
+            raise
         except Exception as error:  # noqa: BLE001  (an expression of the user's own)
             fix = "mend the row, or ask for what every row has"
             return Reject(row.source, "where", "", f"where={self.where!r} fails on it: {error}", fix)
@@ -72,7 +74,9 @@ def _expression(where: str) -> Callable[..., Any]:
     Raises:
         UsageError: it is none.
     """
-    environment = ImmutableSandboxedEnvironment(undefined=jinja2.ChainableUndefined)
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    # A name that is no column must not be something of Jinja's.
+    environment.globals.clear()
     environment.tests["matching"] = _matching
     environment.filters["from_json"] = _from_json
     try:
@@ -89,4 +93,7 @@ def _from_json(text: Any) -> Any:
 
 def _matching(text: Any, pattern: str) -> bool:
     """As `re.search`, for `question is matching('^How')`."""
-    return isinstance(text, str) and re.search(pattern, text) is not None
+    try:
+        return isinstance(text, str) and re.search(pattern, text) is not None
+    except re.error as error:
+        raise UsageError("where", f"{pattern!r} is no regular expression: {error}") from None

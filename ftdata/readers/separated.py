@@ -75,24 +75,27 @@ class _Lines:
     def within_quotes(self, delimiter: str) -> bool:
         """Take the lines that are the rest of a faulty row; return whether there are more of them.
 
-        The next quote tells: one that ends a cell was opened in the row, one that begins a cell was not. Where there is
-        none, nothing was left open.
+        The next quote that can begin or end a cell tells: one that ends it was opened in the row, one that begins it
+        was not. Where there is none, nothing was left open.
         """
+        mark, size = delimiter.encode(), 0
+        begins = re.compile(rb"(?:^|" + re.escape(mark) + rb')"')
+        ends = re.compile(rb'"(?:' + re.escape(mark) + rb"|[\r\n]|$)")
         for number in range(_FAR):
             if number == len(self._ahead):
                 self._ahead.append(self._read())
             raw = self._ahead[number]
+            size += len(raw)
             if not raw:
                 self._ahead.pop()
                 return False
-            if (at := raw.find(b'"')) < 0:
-                continue
-            ends = (delimiter.encode(), b"\r", b"\n", b"")
-            if (at == 0 or raw[at - 1 : at] == delimiter.encode()) and raw[at + 1 : at + 2] not in ends:
+            begun, ended = begins.search(raw), ends.search(raw)
+            if size > MAX_LINE or (begun and (not ended or begun.start() <= ended.start())):
                 return False
-            for _ in range(number + 1):
-                next(self)
-            return raw.count(b'"') % 2 == 0
+            if ended:
+                for _ in range(number + 1):
+                    next(self)
+                return raw.count(b'"', ended.end() - 1) % 2 == 1 if ended.end() <= len(raw) else False
         return False
 
     @property

@@ -11,9 +11,9 @@ from typing import Any
 
 from ftdata.errors import InputRefused, UsageError, nearest, one_of
 from ftdata.readers import splits
-from ftdata.readers.arrow import from_batches, from_dataset, parquet_rows
+from ftdata.readers.arrow import from_batches, from_dataset, parquet_rows, present_as
 from ftdata.readers.formats import readers
-from ftdata.readers.memory import Fault, from_dataframe, plain, present
+from ftdata.readers.memory import Fault, from_dataframe, plain
 from ftdata.readers.places import found_at
 from ftdata.readers.streams import STDIN, Input
 from ftdata.types import WHOLE, Reject, Row, Share, Source
@@ -111,14 +111,20 @@ def sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
 
 def _in_memory(data: Any) -> tuple[FileSource | MemorySource, ...] | None:
     """Return the sources that an object of pandas, pyarrow or `datasets` is: none of these is imported here."""
+    if hasattr(data, "to_arrow"):
+        return _in_memory(data.to_arrow())
     if hasattr(data, "to_dict") and hasattr(data, "columns"):
         return (MemorySource(from_dataframe(data), "<DataFrame>"),)
     if hasattr(data, "column_names") and isinstance(data, Mapping):
         return tuple(replace(one, split=name) for name, part in data.items() for one in sources(part))
-    if hasattr(data, "to_batches") and hasattr(data, "schema"):
-        return (MemorySource(from_batches(data.to_batches(), data.schema), "<Table>"),)
+    if hasattr(data, "schema") and any(
+        hasattr(data, name) for name in ("to_batches", "read_next_batch", "to_struct_array")
+    ):
+        batches = data.to_batches() if hasattr(data, "to_batches") else data if hasattr(data, "read_all") else [data]
+        return (MemorySource(from_batches(batches, data.schema), "<Table>"),)
     if hasattr(data, "with_format"):
-        rows = from_dataset(data) if hasattr(data, "data") else map(present, data.with_format(None))
+        decoded = present_as(getattr(data, "features", None))
+        rows = from_dataset(data) if hasattr(data, "data") else map(decoded, data.with_format(None))
         return (MemorySource(rows, f"<{type(data).__name__}>"),)
     return None
 

@@ -34,7 +34,10 @@ def parse(split: str) -> tuple[Part, ...]:
     (Part(name='train', start=None, stop='10%'), Part(name='test', start=None, stop=None))
     """
     found = [_PART.fullmatch(part) for part in split.split("+")]
-    if not all(found):
+    bounds = [[bound for bound in one.groups()[1:] if bound] for one in found if one]
+    percent = [[bound for bound in pair if bound.endswith("%")] for pair in bounds]
+    mixed = any(len(some) not in (0, len(pair)) for some, pair in zip(percent, bounds, strict=True))
+    if not all(found) or mixed or any(abs(int(bound[:-1])) > 100 for some in percent for bound in some):
         hint = "e.g. train, train[:10%], train[100:200], train+validation"
         raise UsageError("split", f"split is {split!r}, which names no rows", hint=hint)
     return tuple(Part(*one.groups()) for one in found if one)

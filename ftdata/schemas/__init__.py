@@ -23,10 +23,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from ftdata.errors import BadRow, UsageError, nearest
-from ftdata.schemas.messages import ROLES, SPECIAL_ROLES, STANDS_FOR, is_messages, is_one_message, notes_of, read_json
-from ftdata.schemas.shapes import BESIDE, Convert, Schema, last_answer, listed, log_columns, name_in, schemas
-from ftdata.types import Conversation, Row
+from ftdata.schemas.messages import (
+    ROLES,
+    SPECIAL_ROLES,
+    STANDS_FOR,
+    is_messages,
+    is_one_message,
+    notes_of,
+    read_json,
+    read_messages,
+    read_tools,
+)
+from ftdata.schemas.shapes import ALIASES, Convert, Schema, last_answer, listed, log_columns, name_in, schemas
+from ftdata.types import Conversation, Row, Tokens
 
 __all__ = [
     "ROLES",
@@ -39,6 +51,9 @@ __all__ = [
     "normalise",
     "schemas",
 ]
+
+_CHATS = {"prompt", "completion", "response", "chosen", "rejected"}
+"""Columns that may hold a text or messages."""
 
 _RESERVED = {
     "add_generation_prompt",
@@ -109,7 +124,29 @@ def _converted(name: str, data: Mapping[str, Any]) -> Conversation:
     if not isinstance(conversation, Conversation):
         found = f"schema {name} makes a {type(conversation).__name__} of it, expected a ftdata.types.Conversation"
         raise BadRow("schema_failed", found)
-    return conversation
+    return _checked(conversation, name)
+
+
+def _checked(made: Conversation, name: str) -> Conversation:
+    """Return what a schema of the user's own made, with its messages read as those of every row are."""
+    whole = (
+        isinstance(made.messages, tuple | list)
+        and isinstance(made.text, str | None)
+        and isinstance(made.tokens, Tokens | None)
+        and isinstance(made.tools, tuple | list)
+        and isinstance(made.fields, Mapping)
+    )
+    if not whole:
+        raise BadRow("schema_failed", f"schema {name} makes a Conversation of it whose fields have other types")
+    if made.tokens is not None:
+        listed_ids = {"input_ids": np.asarray(made.tokens.input_ids).tolist()}
+        mask = np.asarray(made.tokens.trained).astype(int).tolist()
+        return _converted("tokens", {**listed_ids, "completion_mask": mask})
+    messages = read_messages(list(made.messages), "messages") if made.messages else ()
+    tools = read_tools({"tools": list(made.tools)})
+    # Nothing comes before the first message: this says that nobody said.
+    begins = made.completion_from or last_answer(messages)
+    return replace(made, messages=messages, tools=tools, completion_from=begins)
 
 
 def _notes(name: str, data: Mapping[str, Any]) -> Iterator[str]:
@@ -118,11 +155,16 @@ def _notes(name: str, data: Mapping[str, Any]) -> Iterator[str]:
         return
     read = {name_in(data, column) for column in schema.columns} | {"chat_template_kwargs"}
     read |= set(log_columns(data)) if name == "chat_log" else set()
+    chats = {*_CHATS, "messages", "conversations", "conversation", *(log_columns(data) if name == "chat_log" else ())}
     for column, value in data.items():
-        if column not in read:
+        if column not in read or (column == "functions" and value and data.get("tools")):
             yield f"column {column}"
-        elif isinstance(value, list | str) and column not in BESIDE:
-            yield from notes_of(listed(value))
+            continue
+        spelled = listed(value) if column in chats else None
+        if column in _CHATS and isinstance(value, str) and is_messages(spelled):
+            yield f"text {column}"
+        else:
+            yield from notes_of(spelled)
 
 
 def check_columns(columns: Mapping[str, str] | None) -> None:
@@ -152,17 +194,22 @@ def _mapped(row: Row, columns: Mapping[str, str] | None) -> tuple[Mapping[str, A
         return {"messages": data}, None
     if not isinstance(data, Mapping):
         raise BadRow("not_a_row", f"is a {type(data).__name__}, expected an object or a list of messages")
-    if row.flat:
-        data = {name: chat if is_messages(chat := listed(cell)) else cell for name, cell in data.items()}
-    if not columns:
-        return data, None
     missing: BadRow | None = None
-    mapped = {key: value for key, value in data.items() if key not in columns.values()}
-    for canonical, actual in columns.items():
+    mapped = dict(data)
+    if columns:
+        # What is mapped is not looked for under its other names.
+        taken = {name for canonical in columns for name in (canonical, *ALIASES.get(canonical, ()))}
+        roots = {
+            re.split(r"[.\[]", actual, maxsplit=1)[0] if actual not in data else actual for actual in columns.values()
+        }
+        mapped = {key: value for key, value in data.items() if key not in taken | roots}
+    for canonical, actual in (columns or {}).items():
         try:
             mapped[canonical] = data[actual] if actual in data else _at(data, actual, canonical)
         except BadRow as error:
             missing = missing or error
+    if row.flat:
+        mapped |= {name: chat for name in _CHATS & set(mapped) if is_messages(chat := listed(mapped[name]))}
     return mapped, missing
 
 

@@ -68,7 +68,9 @@ def listed(value: Any) -> Any:
 
 def name_in(data: Mapping[str, Any], column: str) -> str:
     """Return the name under which a row has a canonical column, if it has it."""
-    return next((name for name in (column, *ALIASES.get(column, ())) if name in data), column)
+    names = [name for name in (column, *ALIASES.get(column, ())) if name in data]
+    # What is null or blank is as good as absent, where another name has more to say.
+    return next((name for name in names if data[name] not in (None, "")), names[0] if names else column)
 
 
 def _get(data: Mapping[str, Any], column: str) -> Any:
@@ -123,8 +125,8 @@ def _context(data: Mapping[str, Any]) -> tuple[tuple[Message, ...], dict[str, st
         fields["system"] = str(system[0].get("content"))
     history = _history(data)
     if history:
-        pairs = [[history[at].get("content"), history[at + 1].get("content")] for at in range(0, len(history), 2)]
-        fields["history"] = orjson.dumps(pairs).decode()
+        told = listed(data["history"])
+        fields["history"] = orjson.dumps(told).decode()
     return (*system, *history), fields
 
 
@@ -135,6 +137,8 @@ def _system(data: Mapping[str, Any]) -> tuple[Message, ...]:
 
 def _history(data: Mapping[str, Any]) -> tuple[Message, ...]:
     pairs = listed(data.get("history")) or []
+    if is_messages(pairs):
+        return read_messages(pairs, "history")
     if not isinstance(pairs, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
     ):
@@ -164,18 +168,31 @@ def _prompt_completion(data: Mapping[str, Any]) -> Conversation:
 
 def _preference(data: Mapping[str, Any]) -> Conversation:
     """Make the conversation with the answer that was preferred; the other one is left out."""
-    chosen = _turns(data, "chosen", "assistant")
-    if _get(data, "prompt") is None:
-        if not any(message["role"] != "assistant" for message in chosen):
+    chosen, asked = _turns(data, "chosen", "assistant"), _get(data, "prompt")
+    whole = _parted(chosen)[1][:1] != () and _parted(chosen)[1][0]["role"] != "assistant"
+    if asked is None or (isinstance(asked, str) and not asked.strip()):
+        if not whole:
             raise BadRow("no_prompt", "answers nothing: no question is in it, nor in a prompt column", field="chosen")
-    else:
-        prompt = _turns(data, "prompt", "user")
-        system, asked = _parted(prompt)
+        messages = chosen
+    elif whole:
         # Some data sets repeat the question in both answers.
-        repeats = bool(asked) and _parted(chosen)[1][: len(asked)] == asked
-        chosen = (chosen if chosen[0]["role"] == "system" else system + chosen) if repeats else prompt + chosen
-    messages = _opened(data, chosen, _history(data))
+        messages = _repeated(_turns(data, "prompt", "user"), chosen)
+    else:
+        messages = _turns(data, "prompt", "user") + chosen
+    messages = _opened(data, messages, _history(data))
     return Conversation(messages=messages, tools=read_tools(data), completion_from=last_answer(messages))
+
+
+def _repeated(prompt: tuple[Message, ...], chosen: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return a whole conversation, which must hold its prompt, with the prompt's system message if it has none."""
+    (system, asked), (own, told) = _parted(prompt), _parted(chosen)
+    said, wanted = [[(one["role"], str(one.get("content")).strip()) for one in part] for part in (told, asked)]
+    if not any(said[at : at + len(wanted)] == wanted for at in range(len(said))):
+        found = "is a whole conversation, in which the prompt is not"
+        raise BadRow("prompt_differs", found, field="chosen", hint="which of the two is asked? take the other out")
+    if system and own and system[0].get("content") != own[0].get("content"):
+        raise BadRow("two_systems", "begins with another system message than the prompt", field="chosen")
+    return (own or system) + told
 
 
 def _parted(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:

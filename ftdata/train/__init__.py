@@ -16,6 +16,7 @@ from yaml import YAMLError
 from ftdata.config import Config, load_config, make_config, parse_yaml
 from ftdata.errors import MissingDependency, UsageError
 from ftdata.store import read_manifest
+from ftdata.tokenize import load_tokenizer
 
 if TYPE_CHECKING:
     from ftdata.train.evaluate import Comparison
@@ -113,6 +114,8 @@ def _resolve(
         plain = make_config({"data": config.data}, model=config.model, output_dir=config.output_dir).build_options()
         asked = {name: value for name, value in config.build_options().items() if value != plain[name]}
         _check_built(Path(config.data), asked)
+        if config.tokenizer and load_tokenizer(config.tokenizer).fingerprint != _tokenizer_of(Path(config.data)):
+            raise UsageError("already_built", f"tokenizer cannot change: {config.data} is built", hint="build again")
         return config, Path(config.data)
     for name, value in (("--model", model), ("--output-dir", output_dir)):
         if not value:
@@ -123,10 +126,21 @@ def _resolve(
     return make_config({"data": str(source)}, **given), None
 
 
+def _tokenizer_of(folder: Path) -> str:
+    return str(read_manifest(folder)["options"]["tokenizer"]["fingerprint"])
+
+
 def _check_built(folder: Path, asked: Mapping[str, Any]) -> None:
     """Refuse options that a build has decided otherwise; the seed is that of training, too."""
     options = read_manifest(folder)["options"]
-    decided = [name for name, value in asked.items() if name in options and options[name] != value and name != "seed"]
+    template = options["template"]
+    built = {
+        **options,
+        "template": template["name"],
+        "template_kwargs": template["kwargs"],
+        "date": template["date"][:10],
+    }
+    decided = [name for name, value in asked.items() if name in built and built[name] != value and name != "seed"]
     if decided:
         raise UsageError(
             "already_built",

@@ -13,7 +13,8 @@ from urllib.parse import unquote, urlparse
 class Hub:
     """Repositories as (kind, name) -> path -> bytes, and faults that are still to come.
 
-    `files` are those of a plain web server: `/files/NAME` in any part, `/whole/NAME` from the beginning only.
+    `files` are those of a plain web server: `/files/NAME` in any part, `/whole/NAME` from the beginning only, and says
+    so, `/plain/NAME` does not say so, and has another tag each time.
     `faults` is a list of (pattern of the path, what happens): a status such as 503, `"cut"`: half of the body,
     `"etag"`: another tag than before, `"other"`: another content from now on, or `None`: nothing yet.
     """
@@ -74,8 +75,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if found := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self.resolve(self.repo_of(*found.group(1, 2)), found[4], what)
-        elif found := re.fullmatch(r"/(files|whole)/(.+)", path):
-            self.file(found[2], found[1] == "files", what)
+        elif found := re.fullmatch(r"/(files|whole|plain)/(.+)", path):
+            self.file(found[2], found[1], what)
         elif found := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             self.info(self.repo_of(*found.group(1, 2)), found[2])
         elif found := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)/(tree|paths-info)/([^/]+)/?(.*)", path):
@@ -111,19 +112,23 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.send(data, what, {"X_Repo_Commit": self.hub.commit(repo)})
 
-    def file(self, name, in_parts, what):
+    def file(self, name, kind, what):
         if name not in self.hub.files:
             self.reply(404)
             return
         if what == "other":
             self.hub.files[name] = self.hub.files[name].swapcase()
-        if not in_parts:
+        headers = {"files": {}, "whole": {"Accept_Ranges": "none"}}.get(kind)
+        if kind != "files":
             del self.headers["Range"]
-        self.send(self.hub.files[name], what, {} if in_parts else {"Accept_Ranges": "none"})
+        if kind == "plain":
+            headers = {"Accept_Ranges": None, "ETag": f'"{len(self.hub.asked)}"'}
+        self.send(self.hub.files[name], what, headers)
 
     def send(self, data, what, headers):
         tag = hashlib.sha256(data + (b"x" if what == "etag" else b"")).hexdigest()
         headers = {"ETag": f'"{tag}"', "Accept_Ranges": "bytes", **headers}
+        headers = {name: value for name, value in headers.items() if value is not None}
         status, part = 200, data
         if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end = int(found[1]), int(found[2]) if found[2] else len(data) - 1
