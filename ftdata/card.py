@@ -21,7 +21,8 @@ from ftdata.tolerance import Tolerance
 def card(report: Report, recipe: Recipe, files: Mapping[str, Sequence[str]]) -> str:
     """Return `README.md`: the files of each split for the hub and `datasets.load_dataset`, and the report.
 
-    `files` are those of each split. It states sources, tokenizer, template, what is trained, counts, and the command that builds the same.
+    It states sources, tokenizer, template, what is trained, counts, and the command that builds the same. `files` are
+    those of each split.
     """
     listed = {split: "".join(f"\n    - {name}" for name in names) for split, names in files.items()}
     paths = "".join(f"  - split: {split}\n    path:{names}\n" for split, names in listed.items())
