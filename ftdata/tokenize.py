@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import tokenizers
 import xxhash
 from numpy.typing import NDArray
 
+from ftdata.engines import Encoded, Engines, Reference
 from ftdata.errors import BadRow, HubError, TemplateRefused, UsageError, nearest
 from ftdata.types import Part, Rendered
 
@@ -32,16 +33,7 @@ _PLACEHOLDERS = (0xF0000, 0xF8000, 0x100000, 0x108000)
 """Private-use characters from one of these on stand for control tokens while typed ones are being escaped."""
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """The tokens of one text: `ids` int32 `[n]`, `offsets` int32 `[n, 2]` in characters of the text."""
-
-    ids: NDArray[np.int32]
-    offsets: NDArray[np.int32]
-    escaped: bool = False
-
-
-_LOADED = frozenset({"_full", "_plain", "added_tokens", "size"})
+_LOADED = frozenset({"_full", "_plain", "engines", "added_tokens", "size"})
 """What a tokenizer holds ready that does not depend on its chat template or special tokens."""
 
 
@@ -80,6 +72,15 @@ class Tokenizer:
         return backend
 
     @cached_property
+    def engines(self) -> Engines:
+        """What encodes texts."""
+        return Engines(self.json, Reference(self._plain))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is held ready is made anew in other processes.
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides ids: the tokenizer, its special tokens and its chat template."""
         parts = (self.json, json.dumps(self.special_tokens, sort_keys=True), self.chat_template or "")
@@ -113,7 +114,7 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Encode texts as they stand; no special token is added."""
-        return [_encoded(e) for e in self._plain.encode_batch(list(texts), add_special_tokens=False)]
+        return self.engines.encode(texts)
 
 
 def _backend(description: str) -> tokenizers.Tokenizer:
@@ -223,7 +224,7 @@ class ControlTokens:
             at = match.end()
         text = "".join([*pieces, rendered.text[at:]])
         shadow, ids = _shadow(self, base)
-        encoded = _encoded(shadow.encode(text, add_special_tokens=False))
+        (encoded,) = Reference(shadow).encode([text])
         real = ids[encoded.ids]
         if self.count(real) != self.expected(own):
             return BadRow(
@@ -382,8 +383,3 @@ def _download(name: str) -> Path:
             hint="check the name, HF_TOKEN and HF_ENDPOINT, or pass a local folder",
         ) from None
     return Path(folder)
-
-
-def _encoded(encoding: tokenizers.Encoding) -> Encoded:
-    ids = np.asarray(encoding.ids, dtype=np.int32)
-    return Encoded(ids, np.asarray(encoding.offsets, dtype=np.int32).reshape(-1, 2))

@@ -45,7 +45,8 @@ MAX_DEPTH = 128
 
 _VALUE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[^\s,\[\]"]+', re.DOTALL)
 _SPACED = re.compile(rb'"\s+:')
-_LONG_NUMBER = re.compile(rb"[0-9]{19}")
+# Nineteen digits in a row are found fastest as nineteen zeros.
+_DIGITS, _LONG_NUMBER = bytes.maketrans(b"123456789", b"000000000"), b"0" * 19
 _PUNCTUATION = re.compile(rb"[\[\]]*|,")
 # What hides a colon after a quote, or looks like one.
 _ESCAPES = (rb"\u0022", rb"\u0020", rb"\u003a", rb"\u003A")
@@ -283,7 +284,7 @@ def _value(text: bytes, source: Source, *, whole_line: bool) -> Any:
     except orjson.JSONDecodeError as error:
         return _second_opinion(text.rstrip(), source, error, whole_line=whole_line)
     # orjson makes floats of integers beyond 64 bits.
-    if _LONG_NUMBER.search(text):
+    if _LONG_NUMBER in text.translate(_DIGITS):
         return _second_opinion(text, source, None, whole_line=whole_line)
     if _may_repeat(text, value):
         json.loads(text, object_pairs_hook=_unique)

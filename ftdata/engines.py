@@ -1,0 +1,234 @@
+"""Engines: texts into ids and offsets, many at once. The reference is `tokenizers`; where it is shown to do the same,
+fastokens (extra `fast`) takes its place, which is some hundred times faster.
+
+fastokens gives no offsets. For byte-level BPE none are needed: each token stands for as many bytes as its name has
+characters, so the ends of tokens are a running sum of the lengths of their names. Where a normaliser changes a text, or
+the sum is not the length of the text, the reference is asked.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import orjson
+import tokenizers
+from numpy.typing import NDArray
+
+
+ENOUGH = 2_000_000
+"""Characters from which on it pays to load the fast engine: so many take the reference as long."""
+
+
+class Encoded(NamedTuple):
+    """The tokens of one text: `ids` int32 `[n]`, `offsets` int32 `[n, 2]` in characters of the text.
+
+    `escaped`: control tokens that the row spells were kept from becoming real.
+    """
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int32]
+    escaped: bool = False
+
+
+class EngineDiffers(Exception):  # noqa: N818  (what happened, and never seen by users)
+    """The fast engine gave other tokens than the reference for a text of the data."""
+
+
+class Engine(Protocol):
+    """What encodes texts as they stand, without adding special tokens."""
+
+    name: str
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Return the tokens of each text."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`tokenizers` itself."""
+
+    backend: tokenizers.Tokenizer
+    name: str = f"tokenizers {tokenizers.__version__}"
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Return the tokens of each text."""
+        found = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            Encoded(np.asarray(one.ids, np.int32), np.asarray(one.offsets, np.int32).reshape(-1, 2)) for one in found
+        ]
+
+
+@dataclass(frozen=True)
+class Fast:
+    """fastokens, for byte-level BPE.
+
+    Attributes:
+        native: its tokenizer.
+        reference: what is asked about texts that a normaliser changes.
+        lengths: int64 `[size]`, the bytes that each token stands for.
+        composes: whether texts are normalised to NFC.
+    """
+
+    native: Any
+    reference: Reference
+    lengths: NDArray[np.int64]
+    composes: bool
+    name: str
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Return the tokens of each text."""
+        if not texts:
+            return []
+        ids, bounds = (np.frombuffer(part, kind) for part, kind in zip(self.native.encode_batch_flat(list(texts)), ("<u4", "<u8"), strict=True))
+        ends = np.concatenate(([0], np.cumsum(self.lengths[ids])))
+        data = [text.encode() for text in texts]
+        sizes = np.asarray([len(one) for one in data])
+        good = np.diff(ends[bounds]) == sizes
+        if self.composes:
+            good &= [text.isascii() or unicodedata.is_normalized("NFC", text) for text in texts]
+        if not good.all():
+            return self._in_parts(texts, good)
+        starts = _in_characters(b"".join(data), ends[:-1], ends[1:])
+        before = np.concatenate(([0], np.cumsum([len(text) for text in texts])))
+        offsets = (starts - np.repeat(before[:-1], np.diff(bounds.astype(np.int64)))[:, None]).astype(np.int32)
+        ids = ids.astype(np.int32)
+        places = bounds.tolist()
+        return [Encoded(ids[a:b], offsets[a:b]) for a, b in zip(places, places[1:], strict=False)]
+
+    def _in_parts(self, texts: Sequence[str], good: NDArray[np.bool_]) -> list[Encoded]:
+        fast = iter(self.encode([text for text, one in zip(texts, good, strict=True) if one]))
+        slow = iter(self.reference.encode([text for text, one in zip(texts, good, strict=True) if not one]))
+        return [next(fast if one else slow) for one in good]
+
+
+@dataclass
+class Engines:
+    """The engines of one tokenizer: the reference, and from enough work on the fast one.
+
+    `trusted` is false where the fast one was seen to differ, here or elsewhere.
+    """
+
+    description: str
+    reference: Reference
+    trusted: bool = True
+    expected: int = 0
+    _fast: Fast | None = None
+    _tried: bool = False
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Return the tokens of each text. Of each batch one text is encoded by both engines.
+
+        Raises:
+            EngineDiffers: they do not agree.
+        """
+        self.expected += sum(map(len, texts))
+        if self.trusted and not self._tried and self.expected > ENOUGH:
+            self._fast, self._tried = fast(self.description, self.reference), True
+        if self._fast is None or not self.trusted or not texts:
+            return self.reference.encode(texts)
+        found = self._fast.encode(texts)
+        if differs(found[0], self.reference.encode(texts[:1])[0]):
+            self.trusted = False
+            raise EngineDiffers(self._fast.name)
+        return found
+
+
+def _in_characters(data: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the characters (int64 `[n, 2]`) that hold the bytes `[start, end)` of a text in UTF-8."""
+    if data.isascii():
+        return np.stack((starts, ends), axis=1)
+    begun = np.cumsum((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)
+    return np.stack((begun[starts] - 1, begun[ends - 1]), axis=1)
+
+
+def fast(description: str, reference: Reference) -> Fast | None:
+    """Return the fast engine for a tokenizer, where it is installed, can be used, and does the same on hard texts."""
+    try:
+        import fastokens
+    except ImportError:
+        return None
+    spec = orjson.loads(description)
+    if not _is_byte_level(spec):
+        return None
+    from importlib.metadata import version
+
+    try:
+        # A post-processor adds special tokens, which is done elsewhere.
+        native = fastokens.Tokenizer.from_json_str(orjson.dumps({**spec, "post_processor": None}).decode())
+    except Exception:  # noqa: BLE001  (what it does not support it refuses in its own ways)
+        return None
+    composes = spec.get("normalizer") is not None
+    engine = Fast(native, reference, _lengths(spec), composes, f"fastokens {version('fastokens')}")
+    texts = list(_hard_texts([token["content"] for token in spec.get("added_tokens", ())]))
+    return engine if first_difference(engine, reference, texts) is None else None
+
+
+def first_difference(engine: Engine, reference: Engine, texts: Sequence[str]) -> str | None:
+    """Return the first text that two engines encode differently."""
+    pairs = zip(texts, engine.encode(texts), reference.encode(texts), strict=True)
+    return next((text for text, one, other in pairs if differs(one, other)), None)
+
+
+def differs(one: Encoded, other: Encoded) -> bool:
+    """Whether the tokens of one text, or their places, are not the same."""
+    return not (np.array_equal(one.ids, other.ids) and np.array_equal(one.offsets, other.offsets))
+
+
+def _is_byte_level(spec: Any) -> bool:
+    """Whether the names of tokens tell how many bytes each stands for, and texts are changed by NFC at most."""
+    normalizers, cutters = (_flat(spec.get(name)) for name in ("normalizer", "pre_tokenizer"))
+    model = spec["model"]
+    bytes_of = [one for one in cutters if one["type"] == "ByteLevel"]
+    return (
+        model.get("type") == "BPE"
+        and not any(model.get(name) for name in ("dropout", "byte_fallback", "unk_token", "end_of_word_suffix", "continuing_subword_prefix"))
+        and [one["type"] for one in normalizers] in ([], ["NFC"])
+        and len(bytes_of) == 1
+        and not bytes_of[0].get("add_prefix_space")
+        and all(one["type"] in ("ByteLevel", "Split", "Digits") for one in cutters)
+        and all(not one.get(name) for one in spec.get("added_tokens", ()) for name in ("lstrip", "rstrip", "single_word"))
+    )  # fmt: skip
+
+
+def _flat(stage: Any) -> list[dict[str, Any]]:
+    if stage is None:
+        return []
+    inner = stage.get("normalizers", stage.get("pretokenizers", ()))
+    return [one for each in inner for one in _flat(each)] if stage["type"] == "Sequence" else [stage]
+
+
+def _lengths(spec: Any) -> NDArray[np.int64]:
+    vocabulary = spec["model"]["vocab"]
+    added = {token["id"]: len(token["content"].encode()) for token in spec.get("added_tokens", ())}
+    table = np.zeros(max(*vocabulary.values(), *added, 0) + 1, dtype=np.int64)
+    table[np.fromiter(vocabulary.values(), np.int64)] = np.fromiter(map(len, vocabulary), np.int64)
+    for number, length in added.items():
+        table[number] = length
+    return table
+
+
+_PIECES = (
+    *("a", "B", " ", "  ", "\n", "\n\n", "\r\n", "\t", " \n ", "\u00a0", "\u3000", "\u2028", "\x00", "\x1c", "\x7f"),
+    *("0", "12", "123", "1234567", "٣", "½", "Ⅷ", "'s", "'LL", "’re", "it's", "...", "!?", "->", "_", "$", "€"),
+    *("é", "e\u0301", "\u0301", "ß", "İ", "ŉ", "ǆ", "Ω", "Ω", "ﬁ", "Ａ", "ё", "א", "ש\u05b8", "ا", "ي\u064e"),
+    *("你好", "々", "が", "か\u3099", "한국", "ᄒ\u1161\u11ab", "ไทย", "नि", "👍", "👍🏽", "👨‍👩‍👧", "🇩🇪", "\ufe0f", "\u200b", "\u200d"),
+    *("\ufeff", "\ufdd0", "\U000e0001", "\U0010ffff", "𝒳", "<", "|", ">", "<|", "|>", "[", "]", "</s>", "<unk>"),
+)
+
+
+def _hard_texts(added: Sequence[str]) -> Iterator[str]:
+    """Yield texts on which encoders differ: blanks, digits, marks, joiners, rare scripts, and what looks like control."""
+    yield from ("", *_PIECES, *added[:2000])
+    for run in ("a", " ", "\n", "1", "!", "é", "你", "ab ", "\t ", "👍"):
+        yield from (run * count for count in (2, 3, 5, 17, 300))
+    random = Random(0)
+    pieces = [*_PIECES, *_PIECES, *added[:400]]
+    for _ in range(1500):
+        yield "".join(random.choices(pieces, k=random.randint(2, 12)))
+    for _ in range(300):
+        yield "".join(chr(random.choice((random.randrange(0xD800), random.randrange(0xE000, 0x110000)))) for _ in range(20))
