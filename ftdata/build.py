@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from ftdata import similar, store
 from ftdata._version import __version__
 from ftdata.card import card
+from ftdata.engines import EngineDiffers
 from ftdata.errors import InputRefused, UsageError, one_of
 from ftdata.examples import BATCH, Built, build_rows
 from ftdata.executors import ENGINES, run
@@ -48,13 +49,17 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Task:
-    """One shard: a source, and the folder for its examples. Planned from the data alone."""
+    """One shard: a source, and the folder for its examples. Planned from the data alone.
+
+    `trusted`: whether the fast engine may encode it.
+    """
 
     source: FileSource | MemorySource
     folder: Path
     where: str | None = None
     limit: int | None = None
     near: bool = False
+    trusted: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class ShardResult:
     ledger: Ledger
     rejects: list[Reject]
     content: str
+    engine: str
 
 
 def build_sft_dataset(
@@ -257,18 +263,13 @@ def _build(
         Task(source, shards / f"{number:05d}", *chosen, near=layout.near is not None)
         for number, source in enumerate(sources(data))
     ]
-    results: list[ShardResult] = []
-    # What is in memory, or comes through a pipe, is here alone; how many rows are wanted, the tasks before say.
-    alone = any(isinstance(task.source, MemorySource) or task.source.path == "-" for task in tasks)
-    processes = 1 if alone or selection.limit else min(workers or 1, len(tasks))
-    # Within this process progress is told per batch; worker processes are told of when a shard is done.
-    here = processes == 1
-    work = partial(build_shard, recipe, progress=progress if here else None)
-    planned = tasks if selection.limit is None else _limited(tasks, results)
-    for result in run(work, planned, processes, engine):
-        results.append(result)
-        if progress and not here:
-            progress(sum(r.ledger.read for r in results), sum(r.ledger.tokens_kept for r in results))
+    try:
+        results = _run(recipe, tasks, workers, engine, progress)
+    except EngineDiffers as differs:
+        # What one text shows may be so for others: all is done again.
+        _check_rereadable(tasks, str(differs))
+        shutil.rmtree(shards)
+        results = _run(recipe, [replace(task, trusted=False) for task in tasks], workers, engine, progress)
     tasks = [result.task for result in results]
     ledgers = tuple(result.ledger for result in results)
     rejects = [reject for result in results for reject in result.rejects]
@@ -300,15 +301,43 @@ def _build(
         fingerprint,
         {**options, **asdict(tolerance), "data": _named(data)},
         round(time.monotonic() - began, 3),
+        ", ".join(dict.fromkeys(result.engine for result in results)),
     )
     store.write_rejects(folder / "rejects.jsonl", rejects)
     store.write_json(folder / "dataset_dict.json", {"splits": list(splits)})
-    # How long it took is no part of what was built: equal builds are equal files.
-    store.write_json(folder / "report.json", {**report.as_dict(), "seconds": None})
+    # How long it took, and who did it, is no part of what was built: equal builds are equal files.
+    store.write_json(folder / "report.json", {**report.as_dict(), "seconds": None, "engine": None})
     files = {name: [f"{name}/{one.name}" for one in sorted((folder / name).glob("data-*.arrow"))] for name in splits}
     (folder / "README.md").write_text(card(report, recipe, files), encoding="utf-8")
     store.write_manifest(folder, {"ftdata": __version__, "fingerprint": fingerprint, "options": options})
     return report
+
+
+def _run(
+    recipe: Recipe, tasks: Sequence[Task], workers: int | None, engine: str, progress: Progress | None
+) -> list[ShardResult]:
+    results: list[ShardResult] = []
+    limited = any(task.limit for task in tasks)
+    # What is in memory, or comes through a pipe, is here alone; how many rows are wanted, the tasks before say.
+    processes = 1 if limited or not all(map(_is_file, tasks)) else min(workers or 1, len(tasks))
+    # Within this process progress is told per batch; worker processes are told of when a shard is done.
+    here = processes == 1
+    work = partial(build_shard, recipe, progress=progress if here else None)
+    for result in run(work, _limited(tasks, results) if limited else tasks, processes, engine):
+        results.append(result)
+        if progress and not here:
+            progress(sum(r.ledger.read for r in results), sum(r.ledger.tokens_kept for r in results))
+    return results
+
+
+def _is_file(task: Task) -> bool:
+    return isinstance(task.source, FileSource) and task.source.path != "-"
+
+
+def _check_rereadable(tasks: Sequence[Task], engine: str) -> None:
+    if not all(map(_is_file, tasks)):
+        found = f"{engine} gives other tokens than tokenizers, and this data can be read but once"
+        raise InputRefused("engine_differs", found, hint="pass it as a file, or uninstall fastokens")
 
 
 def _named(data: Any) -> list[Any] | None:
@@ -338,6 +367,9 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
     """Build one shard: read its source, write its examples, count everything."""
     ledger = Ledger(task.source.path)
     rejects: list[Reject] = []
+    engines = recipe.tokenizer.engines
+    engines.trusted = engines.trusted and task.trusted
+    engines.expect(task.source.size)
     content = xxhash.xxh3_128()
     selection = Selection(task.where, task.limit)
 
@@ -359,7 +391,7 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
 
     store.write_shard(task.folder, batches())
     ledger.pass_over(selection.passed)
-    return ShardResult(task, ledger, rejects, content.hexdigest())
+    return ShardResult(task, ledger, rejects, content.hexdigest(), engines.name)
 
 
 def _hashed(entry: Built) -> list[tuple[Example, bytes]]:

@@ -276,7 +276,7 @@ def build(
         )
     _print(report, as_json=as_json)
     if not as_json:
-        print(f"built    {output_dir} in {report.seconds:.1f} s")
+        print(f"built    {output_dir} in {report.seconds:.1f} s (tokens by {report.engine})")
 
 
 @app.command()

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ftdata.engines import Encoded
 from ftdata.errors import BadRow, TemplateRefused, UsageError
 from ftdata.mask import Policy, trained_tokens
 from ftdata.recipe import FLAGS, Recipe, make_recipe, name_of
@@ -25,7 +26,7 @@ from ftdata.schemas import normalise
 from ftdata.templates import closed, render
 from ftdata.templates.spans import thinking_tags
 from ftdata.templates.verify import contradicted
-from ftdata.tokenize import Encoded, encode_rendered
+from ftdata.tokenize import encode_rendered
 from ftdata.truncate import truncate, turn_ends
 from ftdata.types import Conversation, Example, Message, Part, Reject, Rendered, Row, Source, Span, Tokens
 

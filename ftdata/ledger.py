@@ -127,6 +127,7 @@ class Report:
         rejects: the first rejected rows, in words.
         fingerprint: hash of everything that decides the result.
         seconds: how long the build took.
+        engine: what made the tokens; which does not change them.
     """
 
     sources: tuple[Ledger, ...]
@@ -136,6 +137,7 @@ class Report:
     fingerprint: str
     options: dict[str, Any]
     seconds: float
+    engine: str = ""
 
     def total(self, name: str) -> int:
         """Return a count over all sources: `"read"`, `"built"`, `"rejected"`, `"tokens_kept"`, ..."""

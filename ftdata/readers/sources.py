@@ -55,6 +55,12 @@ class FileSource:
         if before != _stamp(self.path):
             raise InputRefused("file_changed", "has changed while it was read", where=self.path, hint="read it again")
 
+    @property
+    def size(self) -> int:
+        """The bytes of the file, if it lies here."""
+        stamp = _stamp(self.path)
+        return stamp[0] if stamp else 0
+
     def count(self, enough: int | None = None) -> int:
         """Return how many rows there are; `enough` where there are as many."""
         if self.reader == "parquet" and (rows := parquet_rows(Input(self.path, None, self.streaming))) is not None:
@@ -71,6 +77,7 @@ class MemorySource:
     split: str | None = None
     share: Share = WHOLE
     place: int = 0
+    size: int = 0
 
     def rows(self) -> Iterator[Row | Reject]:
         """Yield the items, numbered."""

@@ -1,0 +1,97 @@
+"""Engines: the fast one gives the very tokens and places of the reference, or it is not used."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ftdata import build_sft_dataset, engines
+from ftdata.build import write_build
+from ftdata.errors import InputRefused
+from ftdata.testing import texts
+from ftdata.tokenize import load_tokenizer
+
+ROWS = [{"question": f"q{n} é \u200d👍🏽", "answer": "a\u0301 " * n + "<|im_end|>"} for n in range(1, 40)]
+PAIRS = {}
+
+
+def pair(folder):
+    """The two engines of a tokenizer."""
+    if folder not in PAIRS:
+        loaded = load_tokenizer(folder)
+        PAIRS[folder] = engines.fast(loaded.json, loaded.engines.reference), loaded.engines.reference
+    return PAIRS[folder]
+
+
+@pytest.mark.parametrize("name", ["tiny_bpe", "qwen", "deepseek"])
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_both_engines_give_the_same(tokenizer_dir, name, data):
+    fast, reference = pair(tokenizer_dir(name))
+    added = st.sampled_from([token for token in load_tokenizer(tokenizer_dir(name)).added_tokens if token])
+    given_texts = data.draw(st.lists(st.lists(texts(min_size=0) | added, max_size=4).map("".join), max_size=5))
+    assert fast is not None
+    assert engines.first_difference(fast, reference, given_texts) is None
+
+
+@pytest.mark.parametrize("name", ["tiny_metaspace", "tiny_wordpiece"])
+def test_tokenizers_whose_tokens_do_not_tell_their_bytes_have_no_fast_engine(tokenizer_dir, name):
+    assert pair(tokenizer_dir(name))[0] is None
+
+
+@pytest.fixture
+def source(tmp_path):
+    import json
+
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_a_build_does_not_depend_on_the_engine(tokenizer_dir, tmp_path, source, monkeypatch):
+    tiny = load_tokenizer(tokenizer_dir("tiny_bpe"))
+    used = [write_build(source, replace(tiny), tmp_path / "reference").engine]
+    monkeypatch.setattr(engines, "ENOUGH", 0)
+    used.append(write_build(source, replace(tiny), tmp_path / "fast").engine)
+    monkeypatch.setitem(sys.modules, "fastokens", None)
+    used.append(write_build(source, replace(tiny), tmp_path / "none").engine)
+    assert [name.split()[0] for name in used] == ["tokenizers", "fastokens", "tokenizers"]
+    assert files(tmp_path / "reference") == files(tmp_path / "fast") == files(tmp_path / "none")
+
+
+def test_an_engine_that_differs_is_not_used(tokenizer_dir, tmp_path, source, monkeypatch):
+    tiny = load_tokenizer(tokenizer_dir("tiny_bpe"))
+    right = write_build(source, replace(tiny), tmp_path / "right")
+    encode = engines.Fast.encode
+
+    def wrong(self, given_texts):
+        found = encode(self, given_texts)
+        return [
+            one._replace(ids=np.flip(one.ids)) if "q1 " in text else one
+            for text, one in zip(given_texts, found, strict=True)
+        ]
+
+    monkeypatch.setattr(engines, "ENOUGH", 0)
+    monkeypatch.setattr(engines.Fast, "encode", wrong)
+    report = write_build(source, replace(tiny), tmp_path / "built")
+    assert report.engine.startswith("tokenizers")
+    assert files(tmp_path / "built") == files(tmp_path / "right")
+    assert report.fingerprint == right.fingerprint
+    with pytest.raises(InputRefused, match="engine_differs"):
+        build_sft_dataset(iter(ROWS), replace(tiny))
+
+
+def test_an_engine_that_differs_on_hard_texts_is_never_begun_with(tokenizer_dir, monkeypatch):
+    loaded = load_tokenizer(tokenizer_dir("tiny_bpe"))
+    monkeypatch.setattr(
+        engines.Fast, "encode", lambda self, given_texts: self.reference.encode([text.strip() for text in given_texts])
+    )
+    assert engines.fast(loaded.json, loaded.engines.reference) is None
