@@ -118,7 +118,7 @@ def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Re
     pattern = recipe.control.pattern
     if recipe.control_tokens == "allow" or pattern is None or not conversation.messages:
         return
-    if not any(map(pattern.search, _strings([conversation.messages, conversation.tools]))):
+    if not recipe.control.spelled("\n".join(_strings(conversation))):
         return
 
     def blot(value: Any, keep: Sequence[tuple[int, int]] = ()) -> Any:
@@ -146,16 +146,29 @@ def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Re
         )
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(conversation: Conversation) -> Iterator[str]:
+    """Yield all strings in a conversation, and all keys that are not of every message."""
+    for message in conversation.messages:
+        for key, value in message.items():
+            if isinstance(value, str):
+                yield value
+            else:
+                yield from _strings_in(value)
+            if key not in ("role", "content"):
+                yield key
+    yield from _strings_in(conversation.tools)
+
+
+def _strings_in(value: Any) -> Iterator[str]:
     """Yield all strings in a JSON value, and all keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         yield from value
-        yield from _strings(list(value.values()))
+        yield from _strings_in(list(value.values()))
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _strings(inner)
+            yield from _strings_in(inner)
 
 
 def check_answers(conversation: Conversation) -> None:
@@ -296,6 +309,13 @@ def _chosen(recipe: Recipe, rendered: Rendered, conversation: Conversation) -> l
 
 def _stops(example: Example, recipe: Recipe) -> bool:
     """Whether every trained turn ends in a control token, but for blanks, and a last one that has none to end in."""
+    # Where every stretch of trained tokens, of which each turn has one, ends in a control token, all turns do.
+    trained = example.trained
+    closing = example.input_ids[np.flatnonzero(trained[:-1] & ~trained[1:])]
+    turns = {span.message for span in example.spans if span.generated}
+    closing = np.append(closing, example.input_ids[-1:]) if trained[-1:].any() else closing
+    if len(closing) == len(turns) and recipe.control.is_control[closing].all():
+        return True
     ends = turn_ends(example)
     if "unclosed_final" in example.flags:
         ends = ends[:-1]

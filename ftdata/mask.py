@@ -137,11 +137,24 @@ def trained_tokens(
     """
     if len(chosen) != len(rendered.spans):
         raise UsageError("mask_length", f"the mask policy gave {len(chosen)} answers for {len(rendered.spans)} spans")
-    lengths = [span.end - span.start for span in rendered.spans]
-    before = np.zeros(len(rendered.text) + 1, dtype=np.int64)
-    before[1:] = np.repeat(np.asarray(chosen, dtype=np.bool_), lengths).cumsum()
-    # How many trained characters stand behind each token.
-    inside = before[offsets[:, 1]] - before[offsets[:, 0]]
-    trained = inside > 0
+    begins, ends = _stretches(rendered, chosen)
+    first, last = offsets[:, 0], offsets[:, 1]
+    # A stretch that has begun before the token ends, and has not ended where it begins, is in it.
+    trained = (np.searchsorted(begins, last, "left") > np.searchsorted(ends, first, "right")) & (first < last)
     trained[:1] = False
-    return trained, bool((inside < offsets[:, 1] - offsets[:, 0])[trained].any())
+    at = np.searchsorted(begins, first[trained], "right") - 1
+    inside = (at >= 0) & (last[trained] <= ends[at])
+    return trained, not bool(inside.all())
+
+
+def _stretches(rendered: Rendered, chosen: Sequence[bool]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where trained stretches of the text begin and end; neighbours are one."""
+    begins, ends = list[int](), list[int]()
+    for span, yes in zip(rendered.spans, chosen, strict=True):
+        if yes and span.start < span.end:
+            if ends and ends[-1] == span.start:
+                ends[-1] = span.end
+            else:
+                begins.append(span.start)
+                ends.append(span.end)
+    return np.asarray(begins, dtype=np.int64), np.asarray(ends, dtype=np.int64)

@@ -139,7 +139,7 @@ def encode_rendered(
     Returns:
         For each text its tokens, or a `BadRow` with code `control_tokens`.
     """
-    whole = [not _SURROGATE.search(one.text) for one in batch]
+    whole = [one.text.isascii() or not _SURROGATE.search(one.text) for one in batch]
     encoded = iter(tokenizer.encode([one.text for one, good in zip(batch, whole, strict=True) if good]))
     broken = BadRow("lone_surrogate", "holds half of a surrogate pair, which is no character")
     outcome: list[Encoded | BadRow] = [next(encoded) if good else broken for good in whole]
@@ -175,6 +175,16 @@ class ControlTokens:
         """Finds control tokens in text, the longest first."""
         return re.compile("|".join(map(re.escape, self.tokens))) if self.tokens else None
 
+    @cached_property
+    def _beginnings(self) -> tuple[str, ...]:
+        return tuple(sorted({token[:2] for token in self.tokens}))
+
+    def spelled(self, text: str) -> bool:
+        """Whether one of the tokens is in a text."""
+        # To look for how they begin is faster by far, and most texts have not even that.
+        begun = self.pattern is not None and any(beginning in text for beginning in self._beginnings)
+        return begun and self.pattern is not None and self.pattern.search(text) is not None
+
     def matches(self, rendered: Rendered) -> tuple[list[re.Match[str]], list[re.Match[str]]]:
         """Return the control tokens in the text: those that the template wrote, and those that the row's text spells.
 
@@ -196,7 +206,7 @@ class ControlTokens:
 
     def count(self, ids: NDArray[np.int32]) -> int:
         """Return how many ids are control tokens; the unknown token is no sign of one."""
-        return int(self._is_control[ids].sum())
+        return int(self.is_control[ids].sum())
 
     def expected(self, own: Iterable[re.Match[str]]) -> int:
         """Return how many ids are control tokens where only the template's own become any."""
@@ -235,7 +245,8 @@ class ControlTokens:
         return Encoded(real, encoded.offsets, escaped=True)
 
     @cached_property
-    def _is_control(self) -> NDArray[np.bool_]:
+    def is_control(self) -> NDArray[np.bool_]:
+        """Whether each id is one of a control token (bool `[size]`); the unknown token is no sign of one."""
         unknown = json.loads(self.tokenizer.json)["model"].get("unk_token")
         table = np.zeros(self.tokenizer.size, dtype=np.bool_)
         table[[self.tokenizer.added_tokens[token][0] for token in self.tokens if token != unknown]] = True

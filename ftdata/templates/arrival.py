@@ -34,6 +34,8 @@ def recover(
     """
     found, arrived = list(parts), _texts(text, parts)
     for index, message in enumerate(messages):
+        if _stands(message, arrived[index, Part.CONTENT]):
+            continue
         if _answers_nothing(message):
             at = _place(text, message, index, rerender)
             found = found if at is None else _insert(found, Piece(at, at, Part.CONTENT, index, 0))
@@ -81,6 +83,8 @@ def check_arrival(
     arrived, stretches = _texts(text, parts), _stretches(text, parts)
     for index, message in enumerate(messages):
         content, calls = arrived[index, Part.CONTENT], arrived[index, Part.TOOL_CALL]
+        if _stands(message, content):
+            continue
         stretch = stretches.get(index, "")
         given = _given(message, Part.CONTENT)
         printed = _any_printed(filter(None, given), text) if not content else len(content) > sum(map(len, given))
@@ -113,6 +117,14 @@ def check_arrival(
     if not _tools_printed(tools, arrived[-1, Part.TOOLS]):
         flags.add("tools_dropped")
     return frozenset(flags)
+
+
+def _stands(message: Mapping[str, Any], printed: str) -> bool:
+    """Whether all that a message says is one text, and that is printed, but for blanks around it."""
+    content = message.get("content")
+    if not printed or not isinstance(content, str) or len(message) != 2 or "role" not in message:
+        return False
+    return str.strip(content) == str.strip(printed)
 
 
 def _tools_printed(tools: Sequence[Mapping[str, Any]], printed: str) -> bool:

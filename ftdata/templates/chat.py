@@ -14,10 +14,11 @@ from ftdata.schemas import ROLES, STANDS_FOR
 from ftdata.templates import markers
 from ftdata.templates.arrival import check_arrival, recover
 from ftdata.templates.memory import key_of
+from ftdata.templates.plans import Plan, shape_of, stretches_of
 from ftdata.templates.spans import Piece, Region, pieces, split_thinking, tile, tracked_messages
 from ftdata.templates.template import Template, chat_variables
 from ftdata.templates.tracked import Tracked
-from ftdata.templates.watched import watched, watching
+from ftdata.templates.watched import Watched, watched, watching
 from ftdata.types import Conversation, Message, Rendered
 
 _ROLES = sorted(set(ROLES.values()))
@@ -91,7 +92,30 @@ def render_chat(chat: Chat, turns: Sequence[int], dropped: str = "refuse") -> Re
     regions, unusual = _regions(chat, tracked, parts, turns)
     assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
     spans = tile(split_thinking(text, parts, regions, assistants), regions)
-    return Rendered(text, spans, flags | unusual, messages=len(chat.messages))
+    rendered = Rendered(text, spans, flags | unusual, messages=len(chat.messages))
+    if not flags and not chat.tools and parts == pieces(tracked):
+        _plan(chat, rendered, parts, turns)
+    return rendered
+
+
+def _plan(chat: Chat, rendered: Rendered, parts: tuple[Piece, ...], turns: Sequence[int]) -> None:
+    """Remember how conversations like this one are rendered, if all is known about that."""
+    template, text = chat.template, rendered.text
+    plain: list[dict[str, Any]] = [
+        {str(key): message[key] for key in ("role", "content") if key in message} for message in chat.messages
+    ]
+    if shape_of(chat.messages, turns) is None or len(plain[0]) != len(chat.messages[0]):
+        return
+    way = template.memory.way(key_of(chat.messages, (), turns, text, parts), chat.messages, text, parts)
+    if way is None:
+        return
+    with watching():
+        variables = chat_variables(list(chat.watched().messages))
+        watched_text = template.rendered(variables, watch=True)
+    origin = watched_text.origin if isinstance(watched_text, Watched) else None
+    stretches = stretches_of(origin, plain, parts, text)
+    if stretches is not None and (plan := Plan(way, stretches)).fill(plain) == rendered:
+        template.plans.keep(plain, turns, plan)
 
 
 def _regions(

@@ -37,6 +37,17 @@ class Way:
     unlike: tuple[tuple[Anchor, str], ...]
     turns: tuple[tuple[int, Anchor, Anchor, frozenset[str]], ...]
 
+    def position(self, parts: Sequence[Piece], anchor: Anchor) -> int:
+        """Return where a place of the skeleton is in a text."""
+        return _position(parts, anchor)
+
+    def located(self, parts: Sequence[Piece]) -> list[Turn]:
+        """Return the turns in a text that has these pieces."""
+        return [
+            Turn(Region(message, _position(parts, start), _position(parts, end)), flags)
+            for message, start, end, flags in self.turns
+        ]
+
 
 @dataclass
 class Memory:
@@ -48,14 +59,16 @@ class Memory:
         self, key: Key, messages: Sequence[Mapping[str, Any]], text: str, parts: Sequence[Piece]
     ) -> list[Turn] | None:
         """Return the turns of a rendering whose like was seen before, else `None`."""
+        way = self.way(key, messages, text, parts)
+        return None if way is None else way.located(parts)
+
+    def way(self, key: Key, messages: Sequence[Mapping[str, Any]], text: str, parts: Sequence[Piece]) -> Way | None:
+        """Return the way that a rendering took, if it was seen before."""
         for way in self.ways.get(key, ()):
             if any(text.startswith(other, _position(parts, anchor)) for anchor, other in way.unlike):
                 continue
             if all(question.same(messages) for question in way.questions):
-                return [
-                    Turn(Region(message, _position(parts, start), _position(parts, end)), flags)
-                    for message, start, end, flags in way.turns
-                ]
+                return way
         return None
 
     def keep(

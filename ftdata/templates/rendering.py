@@ -77,13 +77,17 @@ def _with_text(message: Message) -> Message:
 
 
 def _render_chat(conversation: Conversation, template: Template, turns: str, dropped: str) -> tuple[Rendered, ...]:
-    chat = Chat.of(conversation, template)
     # Of an answer that is not trained, nobody needs to know where it begins and ends.
     assistants = [
         index
         for index, message in enumerate(conversation.messages)
         if message["role"] == "assistant" and message.get("train", True)
     ]
+    planned = turns != "split" and not conversation.tools
+    known = template.plans.filled(conversation.messages, assistants) if planned else None
+    if known is not None and (turns == "joint" or "rewritten" not in known.flags):
+        return (known,)
+    chat = Chat.of(conversation, template)
     whole = _joint(chat, assistants, dropped, must=turns == "joint") if turns != "split" else None
     if whole is not None and (turns == "joint" or "rewritten" not in whole.flags):
         return (whole,)

@@ -18,6 +18,7 @@ from ftdata.errors import BadRow, TemplateRefused, UsageError, nearest
 from ftdata.registry import Registry
 from ftdata.templates import markers
 from ftdata.templates.memory import Memory
+from ftdata.templates.plans import Plans
 from ftdata.templates.sandbox import compile_template
 from ftdata.templates.spans import pieces, tracked, tracked_messages
 from ftdata.templates.stops import Stops
@@ -171,6 +172,11 @@ class Template:
         """Where turns begin and end, for the conversations seen so far."""
         return Memory()
 
+    @cached_property
+    def plans(self) -> Plans:
+        """What the template makes of conversations that it treats as those seen so far."""
+        return Plans()
+
     def run(self, variables: Mapping[str, Any], *, prompt_only: bool = False, watch: bool = False) -> Tracked:
         """Render once. The text is exactly what transformers renders for the same variables.
 
@@ -182,10 +188,14 @@ class Template:
         Raises:
             BadRow: `template_raises`, with the template's own message.
         """
+        text = self.rendered(variables, prompt_only=prompt_only, watch=watch)
+        return text.plain() if isinstance(text, Watched) else text
+
+    def rendered(self, variables: Mapping[str, Any], *, prompt_only: bool = False, watch: bool = False) -> Tracked:
+        """Render once, as `run`; with `watch`, the text may be watched itself, and tells how it came about."""
         given = {**self.special_tokens, **self.kwargs, **variables}
         try:
-            text = Tracked.of(self._compile(prompt_only=prompt_only, watch=watch).render(given))
-            return text.plain() if isinstance(text, Watched) else text
+            return Tracked.of(self._compile(prompt_only=prompt_only, watch=watch).render(given))
         except TEMPLATE_FAULTS as error:
             reason = str(error).replace(f"'{Tracked.__name__}'", "'str'")
             raise BadRow("template_raises", f"template {self.name!r} fails on this row: {reason}") from None

@@ -99,6 +99,10 @@ class Watched(Tracked):
         self.origin = origin
         return self
 
+    def in_block(self, number: int) -> Tracked:
+        """Return the string with the block number set in every owner."""
+        return Watched.at(super().in_block(number), self.origin)
+
     def plain(self) -> Tracked:
         """Return the tracked string, not watched."""
         return Tracked(str.__str__(self), self.runs)

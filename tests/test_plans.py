@@ -1,0 +1,81 @@
+"""Plans: what is joined is what would have been rendered, or it is rendered."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ftdata.errors import BadRow
+from ftdata.recipe import make_recipe
+from ftdata.templates import render
+from ftdata.testing import texts
+from ftdata.types import Conversation
+
+ROLES = {"s": "system", "u": "user", "a": "assistant"}
+HARD = [
+    "  x  ",
+    "\nend\n",
+    "<think>hm</think>yes",
+    "</think>",
+    "<think>",
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "a",
+    "",
+    "[INST]",
+    "é\u0301",
+]
+SOURCES = {
+    "chatml": ("tiny_bpe", "chatml"),
+    "qwen": ("qwen", None),
+    "deepseek": ("deepseek", None),
+    "short": ("tiny_bpe", "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content | length > 4 %}{{ m.content | trim }}{% else %}short {{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"),
+    "mood": ("tiny_bpe", "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if 'yes' in messages[0].content %}!{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% if 'yes' in messages[0].content %}!{% endif %}{% endif %}"),
+}  # fmt: skip
+
+
+def outcome(conversation, template, turns):
+    try:
+        return render(conversation, template, turns)
+    except BadRow as error:
+        return error.code
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.sampled_from(["ua", "sua", "uaua"]),
+    contents=st.lists(st.lists(texts() | st.sampled_from(HARD), min_size=4, max_size=4), min_size=3, max_size=6),
+    turns=st.sampled_from(["auto", "joint"]),
+)
+def test_what_a_plan_gives_is_what_is_rendered(tokenizer_dir, name, shape, contents, turns):
+    tokenizer, template = SOURCES[name]
+    known = make_recipe(tokenizer_dir(tokenizer), template).template
+    for said in contents:
+        messages = tuple({"role": ROLES[one], "content": text} for one, text in zip(shape, said, strict=False))
+        conversation = Conversation(messages)
+        found = outcome(conversation, known, turns)
+        kept = known.plans.by_shape.copy()
+        known.plans.by_shape.clear()
+        assert outcome(conversation, known, turns) == found
+        known.plans.by_shape.update({**known.plans.by_shape, **kept})
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen"])
+def test_usual_conversations_are_rendered_once(tokenizer_dir, name):
+    tokenizer, source = SOURCES[name]
+    template = make_recipe(tokenizer_dir(tokenizer), source).template
+    runs = []
+    rendered = type(template).rendered
+
+    def counted(self, *arguments, **options):
+        runs.append(1)
+        return rendered(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(template), "rendered", counted)
+        for number in range(20):
+            talk = [{"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": f"a {number}"}]
+            render(Conversation(tuple(talk)), template)
+            if number == 0:
+                runs.clear()
+    assert runs == []
