@@ -123,11 +123,12 @@ def test_a_template_that_is_contradicted_is_refused(tokenizer_dir, monkeypatch):
         encode(TALK, tokenizer_dir("tiny_bpe"), CHATML + "{# another #}")
 
 
-def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch):
+@pytest.mark.parametrize("planned", [True, False])
+def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, planned):
     """A fault that shows in one row only stops the build, naming the row and the two renderings."""
-    from ftdata.templates import chat
+    from ftdata.templates import chat, plans
 
-    located = chat._located
+    located, tile = chat._located, plans.tile
 
     def wrong(it, *given):
         turns = located(it, *given)
@@ -135,9 +136,20 @@ def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch):
             return turns
         return [replace(turn, region=replace(turn.region, start=turn.region.start - 3)) for turn in turns]
 
-    rows = [{"messages": [{"role": "user", "content": f"row {n}"}, TALK[1]]} for n in range(20)]
+    def wrongly_tiled(parts, regions):
+        if parts[1].end - parts[1].start == len("row 7"):
+            regions = [replace(region, start=region.start - 3) for region in regions]
+        return tile(parts, regions)
+
+    rows = [
+        {"messages": [{"role": "user", "content": "row 7" if n == 7 else f"row {n + 10}"}, TALK[1]]} for n in range(20)
+    ]
     build_sft_dataset(rows, tokenizer_dir("tiny_bpe"))
-    monkeypatch.setattr(chat, "_located", wrong)
+    if planned:
+        monkeypatch.setattr(plans, "tile", wrongly_tiled)
+    else:
+        monkeypatch.setattr(plans.Plans, "filled", lambda *_: None)
+        monkeypatch.setattr(chat, "_located", wrong)
     with pytest.raises(TemplateRefused, match="template_unproved") as caught:
         build_sft_dataset(rows, tokenizer_dir("tiny_bpe"))
     assert "[7]" in caught.value.where
