@@ -419,7 +419,7 @@ def _facts(examples: store.Examples, tasks: Sequence[Task], near: float | None) 
         asked = similar.united(similar.groups(minhashes, near), asked)
     return Facts(
         source=examples.shard,
-        row=np.asarray(examples.table["row"].to_numpy(), dtype=np.int64),
+        row=examples.column("row"),
         content=content,
         asked=asked,
         tokens=examples.lengths,
@@ -444,7 +444,7 @@ def _write_split(
     else:
         plan, fill = unpacked(len(members)), None
     store.write_split(folder, name, examples, members, plan)
-    trained = np.asarray(examples.table["trained"].to_numpy())[members]
+    trained = examples.column("trained")[members]
     shard = examples.shard[members]
     each = {"examples": None, "tokens": lengths, "trained": trained}
     of_source = {name: np.bincount(shard, counts, len(sources)).astype(int).tolist() for name, counts in each.items()}

@@ -74,20 +74,26 @@ def write_shard(folder: Path, batches: Iterable[Sequence[tuple[Example, bytes]]]
             for example, _ in batch:
                 ids.write(example.input_ids.tobytes())
                 trained.write(example.trained.tobytes())
-            table.write_batch(pa.RecordBatch.from_pylist([_example_row(*entry) for entry in batch], _EXAMPLES))
+            if batch:
+                table.write_batch(_table_batch(batch))
 
 
-def _example_row(example: Example, content: bytes) -> dict[str, Any]:
-    return {
-        "source": example.source.path,
-        "row": example.source.row,
-        "line": example.source.line,
-        "tokens": len(example),
-        "trained": int(example.trained.sum()),
-        "cut": example.cut,
-        "flags": sorted(example.flags),
-        "content": content,
-    }
+def _table_batch(batch: Sequence[tuple[Example, bytes]]) -> pa.RecordBatch:
+    examples = [example for example, _ in batch]
+    sources = [example.source for example in examples]
+    flags = [sorted(example.flags) for example in examples]
+    content = pa.py_buffer(b"".join(each for _, each in batch))
+    columns = [
+        _strings([source.path for source in sources]),
+        _int64([source.row for source in sources]),
+        _int64([source.line for source in sources]),
+        _int64(map(len, examples)),
+        _int64([int(np.count_nonzero(example.trained)) for example in examples]),
+        _int64([example.cut for example in examples]),
+        pa.ListArray.from_arrays(_ends(map(len, flags)), _strings([flag for each in flags for flag in each])),
+        pa.Array.from_buffers(pa.binary(24), len(batch), [None, content]),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=_EXAMPLES)
 
 
 def add_minhashes(folder: Path, values: NDArray[np.uint32]) -> None:
@@ -119,7 +125,7 @@ class Examples:
     def open(cls, folders: Sequence[Path]) -> Examples:
         """Open the shards that `write_shard` wrote."""
         tables = [pa.ipc.open_file(pa.memory_map(str(folder / "examples.arrow"))).read_all() for folder in folders]
-        lengths = [table["tokens"].to_numpy() for table in tables]
+        lengths = [_numbers(table["tokens"]) for table in tables]
         return cls(
             ids=tuple(_mapped(folder / "ids.i32", np.int32) for folder in folders),
             trained=tuple(_mapped(folder / "trained.b8", np.bool_) for folder in folders),
@@ -131,7 +137,11 @@ class Examples:
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example (int64 `[examples]`)."""
-        return np.asarray(self.table["tokens"].to_numpy(), dtype=np.int64)
+        return self.column("tokens")
+
+    def column(self, name: str) -> NDArray[np.int64]:
+        """Return a column of whole numbers of the table (int64 `[examples]`)."""
+        return _numbers(self.table[name])
 
     @cached_property
     def contents(self) -> NDArray[np.bytes_]:
@@ -151,6 +161,15 @@ class Examples:
         ids = np.concatenate([self.ids[shard][at : at + length] for shard, at, length in places])
         trained = np.concatenate([self.trained[shard][at : at + length] for shard, at, length in places])
         return ids, np.where(trained, ids, np.int32(IGNORE_INDEX))
+
+
+def _numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    chunks = [
+        np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk)]
+        for chunk in column.chunks
+        if len(chunk)
+    ]
+    return np.concatenate(chunks) if chunks else np.empty(0, np.int64)
 
 
 def _mapped(path: Path, dtype: type[np.generic]) -> NDArray[Any]:
@@ -196,7 +215,7 @@ def write_split(folder: Path, split: str, examples: Examples, members: NDArray[n
     write_json(target / "dataset_info.json", {})
     provenance = (
         examples.table.drop_columns(["content"])
-        .take(pa.array(order.tolist(), pa.int64()))
+        .take(_int64(order.tolist()))
         .append_column("pack", _int32(np.repeat(np.arange(len(plan)), np.diff(bounds))))
     )
     pq.write_table(provenance, target / "provenance.parquet")
@@ -216,10 +235,30 @@ def _pack_batch(examples: Examples, order: NDArray[np.int64], bounds: NDArray[np
     return pa.RecordBatch.from_arrays(columns, schema=_PACKS)
 
 
+# `pa.array` and `to_numpy` import pandas, which costs more than most builds: so arrays are made of buffers.
+
+
 def _int32(values: NDArray[np.integer]) -> pa.Array:
-    # `pa.array(numpy)` imports pandas, which costs more than most builds.
     data = np.ascontiguousarray(values, dtype=np.int32)
     return pa.Array.from_buffers(pa.int32(), len(data), [None, pa.py_buffer(data)])
+
+
+def _int64(values: Iterable[int | None]) -> pa.Array:
+    listed = list(values)
+    data = np.asarray([value or 0 for value in listed], dtype=np.int64)
+    known = np.packbits([value is not None for value in listed], bitorder="little")
+    return pa.Array.from_buffers(pa.int64(), len(data), [pa.py_buffer(known), pa.py_buffer(data)])
+
+
+def _strings(values: Sequence[str]) -> pa.Array:
+    data = [value.encode("utf-8", "backslashreplace") for value in values]
+    buffers = [None, _ends(map(len, data)).buffers()[1], pa.py_buffer(b"".join(data))]
+    return pa.Array.from_buffers(pa.string(), len(data), buffers)
+
+
+def _ends(sizes: Iterable[int]) -> pa.Array:
+    """Return where each of several lists ends, after a 0."""
+    return _int32(np.cumsum([0, *sizes]))
 
 
 def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:

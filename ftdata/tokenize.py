@@ -104,6 +104,11 @@ class Tokenizer:
         """One more than the largest id."""
         return max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
 
+    @property
+    def unknown(self) -> str | None:
+        """The token for what the vocabulary has not."""
+        return getattr(self._plain.model, "unk_token", None)
+
     def id_of(self, token: str | None) -> int | None:
         """Return the id of a token, or `None`."""
         return None if token is None else self._plain.token_to_id(token)
@@ -247,7 +252,7 @@ class ControlTokens:
     @cached_property
     def is_control(self) -> NDArray[np.bool_]:
         """Whether each id is one of a control token (bool `[size]`); the unknown token is no sign of one."""
-        unknown = json.loads(self.tokenizer.json)["model"].get("unk_token")
+        unknown = self.tokenizer.unknown
         table = np.zeros(self.tokenizer.size, dtype=np.bool_)
         table[[self.tokenizer.added_tokens[token][0] for token in self.tokens if token != unknown]] = True
         return table

@@ -56,6 +56,15 @@ def test_preview_with_a_tokenizer_stays_light(tokenizer_dir):
     )
 
 
+def test_a_build_stays_light(tokenizer_dir, tmp_path):
+    code = (
+        f"import sys; from ftdata.build import write_build; write_build({str(EXAMPLES / 'faq.json')!r}, {tokenizer_dir('tiny_bpe')!r}, {str(tmp_path / 'o')!r}, test_size=3);"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_the_public_names_are_what_is_exported():
     import ftdata as package
 

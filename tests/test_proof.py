@@ -128,7 +128,7 @@ def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, 
     """A fault that shows in one row only stops the build, naming the row and the two renderings."""
     from ftdata.templates import chat, plans
 
-    located, tile = chat._located, plans.tile
+    located, fill = chat._located, plans.Plan.fill
 
     def wrong(it, *given):
         turns = located(it, *given)
@@ -136,17 +136,21 @@ def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, 
             return turns
         return [replace(turn, region=replace(turn.region, start=turn.region.start - 3)) for turn in turns]
 
-    def wrongly_tiled(parts, regions):
-        if parts[1].end - parts[1].start == len("row 7"):
-            regions = [replace(region, start=region.start - 3) for region in regions]
-        return tile(parts, regions)
+    def wrongly_filled(self, messages):
+        found = fill(self, messages)
+        if found is None or messages[0]["content"] != "row 7":
+            return found
+        at = next(n for n, span in enumerate(found.spans) if span.generated)
+        before, own = found.spans[at - 1 : at + 1]
+        moved = before._replace(end=before.end - 3), own._replace(start=own.start - 3)
+        return replace(found, spans=(*found.spans[: at - 1], *moved, *found.spans[at + 1 :]))
 
     rows = [
         {"messages": [{"role": "user", "content": "row 7" if n == 7 else f"row {n + 10}"}, TALK[1]]} for n in range(20)
     ]
     build_sft_dataset(rows, tokenizer_dir("tiny_bpe"))
     if planned:
-        monkeypatch.setattr(plans, "tile", wrongly_tiled)
+        monkeypatch.setattr(plans.Plan, "fill", wrongly_filled)
     else:
         monkeypatch.setattr(plans.Plans, "filled", lambda *_: None)
         monkeypatch.setattr(chat, "_located", wrong)

@@ -68,6 +68,8 @@ def listed(value: Any) -> Any:
 
 def name_in(data: Mapping[str, Any], column: str) -> str:
     """Return the name under which a row has a canonical column, if it has it."""
+    if data.get(column):
+        return column
     names = [name for name in (column, *ALIASES.get(column, ())) if name in data]
     # What is null or blank is as good as absent, where another name has more to say.
     return next((name for name in names if data[name] not in (None, "")), names[0] if names else column)

@@ -114,7 +114,8 @@ def _plan(chat: Chat, rendered: Rendered, parts: tuple[Piece, ...], turns: Seque
         watched_text = template.rendered(variables, watch=True)
     origin = watched_text.origin if isinstance(watched_text, Watched) else None
     stretches = stretches_of(origin, plain, parts, text)
-    if stretches is not None and (plan := Plan(way, stretches)).fill(plain) == rendered:
+    plan = Plan.of(way, stretches, rendered, parts) if stretches is not None else None
+    if plan is not None and plan.fill(plain) == rendered:
         template.plans.keep(plain, turns, plan)
 
 

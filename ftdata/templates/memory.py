@@ -37,10 +37,6 @@ class Way:
     unlike: tuple[tuple[Anchor, str], ...]
     turns: tuple[tuple[int, Anchor, Anchor, frozenset[str]], ...]
 
-    def position(self, parts: Sequence[Piece], anchor: Anchor) -> int:
-        """Return where a place of the skeleton is in a text."""
-        return _position(parts, anchor)
-
     def located(self, parts: Sequence[Piece]) -> list[Turn]:
         """Return the turns in a text that has these pieces."""
         return [

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftdata.templates.memory import Way
-from ftdata.templates.spans import Piece, tile
+from ftdata.templates.spans import Piece
 from ftdata.templates.watched import Origin, evaluate
-from ftdata.types import Part, Rendered
+from ftdata.types import Part, Rendered, Span
 
 _ROLES = {"system", "user", "assistant"}
 _KEYS = {"role", "content"}, {"role", "content", "train"}
@@ -48,33 +48,59 @@ class Leaf:
         return text if (text == content) == self.whole and (self.whole or text.strip() == bare) else None
 
 
+Cut = tuple[int, int, int | None, Part, int, bool]
+"""A span: the number of the stretch it is in, where it begins in that and where it ends (`None`: with it), and the
+rest."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The stretches of one way that a template takes, and the turns in them."""
+    """The stretches of one way that a template takes, and how spans lie in them."""
 
     way: Way
     stretches: tuple[str | Leaf, ...]
+    cuts: tuple[Cut, ...]
+    flags: frozenset[str]
+
+    @classmethod
+    def of(cls, way: Way, stretches: tuple[str | Leaf, ...], rendered: Rendered, parts: Sequence[Piece]) -> Plan | None:
+        """Return the plan for renderings like this one; `None` where a span is not told by the stretches."""
+        cuts, number = list[Cut](), 0
+        for span in rendered.spans:
+            while number < len(parts) and parts[number].end <= span.start:
+                number += 1
+            piece = parts[number]
+            whole = (span.start, span.end) == (piece.start, piece.end)
+            if span.end > piece.end or (isinstance(stretches[number], Leaf) and not whole):
+                return None
+            end = None if span.end == piece.end else span.end - piece.start
+            cuts.append((number, span.start - piece.start, end, span.part, span.message, span.generated))
+        return cls(way, stretches, tuple(cuts), rendered.flags)
 
     def fill(self, messages: Sequence[Mapping[str, Any]]) -> Rendered | None:
         """Return what the template makes of these messages, `None` where that is not certain."""
+        texts, at, starts = list[str](), 0, list[int]()
         try:
+            for one in self.stretches:
+                text = one if isinstance(one, str) else one.of(messages)
+                if text is None:
+                    return None
+                texts.append(text)
+                starts.append(at)
+                at += len(text)
             if not all(question.same(messages) for question in self.way.questions):
                 return None
-            texts = [one if isinstance(one, str) else one.of(messages) for one in self.stretches]
         except (ValueError, LookupError):
             return None
-        if None in texts:
+        starts.append(at)
+        text = "".join(texts)
+        if any(text.startswith(other, starts[number] + offset) for (number, offset), other in self.way.unlike):
             return None
-        parts, at = list[Piece](), 0
-        for one, text in zip(self.stretches, texts, strict=True):
-            part, message = (Part.SCAFFOLD, -1) if isinstance(one, str) else (Part.CONTENT, one.message)
-            parts.append(Piece(at, at := at + len(text or ""), part, message, 0))
-        text = "".join(map(str, texts))
-        if any(text.startswith(other, self.way.position(parts, anchor)) for anchor, other in self.way.unlike):
-            return None
-        turns = self.way.located(parts)
-        flags = frozenset[str]().union(*(turn.flags for turn in turns))
-        return Rendered(text, tile(parts, [turn.region for turn in turns]), flags, messages=len(messages))
+        spans = tuple(
+            Span(starts[at] + begin, starts[at + 1] if end is None else starts[at] + end, part, message, generated)
+            for at, begin, end, part, message, generated in self.cuts
+        )
+        return Rendered(text, spans, self.flags, messages=len(messages))
 
 
 @dataclass
