@@ -368,7 +368,7 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
     ledger = Ledger(task.source.path)
     rejects: list[Reject] = []
     engines = recipe.tokenizer.engines
-    engines.trusted = engines.trusted and task.trusted
+    engines.trusted, engines.retried = engines.trusted and task.trusted, True
     engines.expect(task.source.size)
     content = xxhash.xxh3_128()
     selection = Selection(task.where, task.limit)

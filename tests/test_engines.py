@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftdata import build_sft_dataset, engines
+from ftdata import build_sft_dataset, engines, preview
 from ftdata.build import write_build
 from ftdata.errors import InputRefused
 from ftdata.testing import texts
@@ -87,6 +87,8 @@ def test_an_engine_that_differs_is_not_used(tokenizer_dir, tmp_path, source, mon
     assert report.fingerprint == right.fingerprint
     with pytest.raises(InputRefused, match="engine_differs"):
         build_sft_dataset(iter(ROWS), replace(tiny))
+    (seen,) = preview(source, replace(tiny), n=1).rows
+    assert not seen.rejected
 
 
 def test_an_engine_that_differs_on_hard_texts_is_never_begun_with(tokenizer_dir, monkeypatch):

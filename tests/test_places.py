@@ -39,7 +39,7 @@ def test_splits_of_a_folder_are_told_by_names(tmp_path):
 
 def test_links_are_followed_once_and_none_leads_nowhere(tmp_path):
     write(tmp_path / "real", {"b.jsonl": "1"})
-    folder = write(tmp_path / "data", {"a.jsonl": "0", "_SUCCESS": ""})
+    folder = write(tmp_path / "data", {"a.jsonl": "0", "_SUCCESS": "", "logs/.keep": ""})
     (tmp_path / "data" / "link").symlink_to(tmp_path / "real")
     (tmp_path / "real" / "back").symlink_to(tmp_path / "data")
     assert by_split(folder) == {None: ["0", "1"]}

@@ -20,6 +20,7 @@ Result = TypeVar("Result")
 
 SCHEME = "hf://"
 _ID = re.compile(r"(?:datasets/)?([\w.-]+/[\w.-]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.+))?")
+_SUFFIX = re.compile(r"\.\w+(\.(gz|gzip|bz2|xz|zst|zstd))?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +192,7 @@ def _named(files: Sequence[str], all_files: Sequence[str], repo: str) -> Iterato
         raise InputRefused("hub_no_data", reason, where=where, hint="name files with data_files")
     named = [(name, split) for name in sorted(files) if (split := split_of(name))]
     chosen = named or [(name, "train") for name in sorted(files)]
-    stems = Counter(re.sub(r"(\.[A-Za-z]\w*)+$", "", name) for name, _ in chosen)
+    stems = Counter(_SUFFIX.sub("", name) for name, _ in chosen)
     if twice := [stem for stem, count in stems.items() if count > 1]:
         hint = "name those that are wanted with data_files"
         raise UsageError("hub_formats", f"holds {twice[0]} in several formats", where=where, hint=hint)

@@ -100,7 +100,7 @@ def _folder(folder: Path, reader: str | None, above: tuple[Path, ...]) -> Iterat
             yield Found(str(folder / name), "arrow")
     else:
         found = list(_files(folder, reader, (*above, folder.resolve())))
-        if not found:
+        if not found and not above:
             raise UsageError("empty_folder", f"{folder} holds no files")
         for one in found:
             inner = str(Path(one.path).relative_to(folder))
@@ -130,7 +130,7 @@ def _files(folder: Path, reader: str | None, above: tuple[Path, ...]) -> Iterato
         if not is_data(path.name):
             continue
         if path.is_dir():
-            if path.resolve() not in above and any(path.iterdir()):
+            if path.resolve() not in above:
                 yield from _folder(path, reader, above)
         elif not path.is_file():
             raise UsageError("file_not_found", "is a link to nothing", where=str(path))

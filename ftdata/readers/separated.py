@@ -95,7 +95,7 @@ class _Lines:
             if ended:
                 for _ in range(number + 1):
                     next(self)
-                return raw.count(b'"', ended.end() - 1) % 2 == 1 if ended.end() <= len(raw) else False
+                return raw.count(b'"', ended.start() + 1) % 2 == 1
         return False
 
     @property
