@@ -187,7 +187,7 @@ def check_template(template_or_tokenizer: Any) -> TemplateReport:
 
 def _bound(given: Any) -> Template:
     is_text = isinstance(given, str | Path)
-    if is_text and (str(given) in templates.names() or "{" in str(given) or Path(given).is_file()):
+    if is_text and (str(given) in templates or "{" in str(given) or Path(given).is_file()):
         name, source = find(given)
         specials = {"bos_token": "<bos>", "eos_token": "<eos>"}
         return Template(name, source, special_tokens=specials, control=re.compile(r"<\|[^|<>]*\|>|</?[a-z_]+>"))

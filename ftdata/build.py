@@ -7,11 +7,13 @@ pack plan is made from the lengths of all of them; tokens are gathered when the 
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -389,9 +391,21 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
             if progress:
                 progress(ledger.read, ledger.tokens_kept)
 
-    store.write_shard(task.folder, batches())
+    with _rarely_collecting():
+        store.write_shard(task.folder, batches())
     ledger.pass_over(selection.passed)
     return ShardResult(task, ledger, rejects, content.hexdigest(), engines.name)
+
+
+@contextmanager
+def _rarely_collecting() -> Iterator[None]:
+    """Have cycles looked for less often: a batch makes many small objects, none of which is in one."""
+    before = gc.get_threshold()
+    gc.set_threshold(max(before[0], 100_000) if before[0] else 0, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _hashed(entry: Built) -> list[tuple[Example, bytes]]:

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ftdata.engines import Encoded
-from ftdata.errors import BadRow, TemplateRefused, UsageError
-from ftdata.mask import Policy, trained_tokens
+from ftdata.errors import BadRow, TemplateRefused
+from ftdata.mask import Chosen, Policy, trained_tokens
 from ftdata.recipe import FLAGS, Recipe, make_recipe, name_of
 from ftdata.schemas import normalise
 from ftdata.templates import closed, render
@@ -30,8 +31,8 @@ from ftdata.tokenize import encode_rendered
 from ftdata.truncate import truncate, turn_ends
 from ftdata.types import Conversation, Example, Message, Part, Reject, Rendered, Row, Source, Span, Tokens
 
-BATCH = 256
-"""Rows that go through the stages together."""
+BATCH, LETTERS = 1024, 1 << 20
+"""Rows that go through the stages together, or fewer, where their texts are as long."""
 
 PROVED, PROVED_EVERY, PROVED_MESSAGES = 32, 100, 4
 """Rows of each source that are confirmed by a second way: the first, every so many-th; by how many messages of each."""
@@ -59,19 +60,33 @@ def build_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[Built |
 
     Yields, for each row and in order, what was built of it or why it was rejected.
     """
-    stream = iter(rows)
-    while batch := list(islice(stream, BATCH)):
-        prepared = [_prepare(recipe, row) for row in batch]
-        rendered = [one for entry in prepared if not isinstance(entry, Reject) for one in entry[1]]
-        encoded = iter(encode_rendered(recipe.tokenizer, rendered, recipe.control, recipe.control_tokens))
-        for row, entry in zip(batch, prepared, strict=True):
+    for batch in _batches(recipe, rows):
+        texts = [(entry[0], rendered) for _, entry in batch if not isinstance(entry, Reject) for rendered in entry[1]]
+        examples = iter(_encoded(recipe, texts))
+        for row, entry in batch:
             if isinstance(entry, Reject):
                 yield entry
             else:
-                yield _finish(recipe, row, *entry, list(islice(encoded, len(entry[1]))))
+                yield _finish(recipe, row, entry[0], list(islice(examples, len(entry[1]))))
 
 
-def _prepare(recipe: Recipe, row: Row | Reject) -> tuple[Conversation, tuple[Rendered, ...]] | Reject:
+Prepared = tuple[Conversation, tuple[Rendered, ...]]
+
+
+def _batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tuple[Row | Reject, Prepared | Reject]]]:
+    """Yield rows, and what they were rendered to, as many together as shall be in memory."""
+    batch, letters = [], 0
+    for row in rows:
+        entry = _prepare(recipe, row)
+        batch.append((row, entry))
+        letters += 0 if isinstance(entry, Reject) else sum(len(one.text) for one in entry[1])
+        if len(batch) == BATCH or letters >= LETTERS:
+            yield batch
+            batch, letters = [], 0
+    yield batch
+
+
+def _prepare(recipe: Recipe, row: Row | Reject) -> Prepared | Reject:
     if isinstance(row, Reject):
         return row
     try:
@@ -118,7 +133,7 @@ def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Re
     pattern = recipe.control.pattern
     if recipe.control_tokens == "allow" or pattern is None or not conversation.messages:
         return
-    if not recipe.control.spelled("\n".join(_strings(conversation))):
+    if not any(map(recipe.control.spelled, _strings(conversation))):
         return
 
     def blot(value: Any, keep: Sequence[tuple[int, int]] = ()) -> Any:
@@ -206,11 +221,10 @@ def _finish(
     recipe: Recipe,
     row: Row | Reject,
     conversation: Conversation,
-    texts: Sequence[Rendered],
-    encoded: Sequence[Encoded | BadRow],
+    encoded: Sequence[Example | BadRow],
 ) -> Built | Reject:
     try:
-        whole = _examples(recipe, conversation, texts, encoded)
+        whole = _examples(recipe, conversation, encoded)
     except BadRow as error:
         return rejected(row, error)
     tokens = sum(map(len, whole))
@@ -233,6 +247,8 @@ def _finish(
 
 def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:
     """Refuse a row with a flag that the user wants to be a fault."""
+    if not recipe.refuse:
+        return
     found = frozenset[str]().union(*(example.flags for example in examples)).intersection(recipe.refuse)
     for flag in sorted(found):
         means = FLAGS[flag].format(n="such", repeated="some")
@@ -241,14 +257,16 @@ def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:
         )
 
 
-def _examples(
-    recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered], encoded: Sequence[Encoded | BadRow]
-) -> tuple[Example, ...]:
-    """Make the examples of one conversation; turns on their own of which nothing is trained are none."""
+def _examples(recipe: Recipe, conversation: Conversation, encoded: Sequence[Example | BadRow]) -> tuple[Example, ...]:
+    """Return the examples of one conversation; turns on their own of which nothing is trained are none."""
     if conversation.tokens is not None:
         return (_given(recipe, conversation, conversation.tokens),)
-    each = (_example(recipe, conversation, *pair) for pair in zip(texts, encoded, strict=True))
-    trained = [example for example in each if example.trained.any()]
+    trained: list[Example] = []
+    for one in encoded:
+        if isinstance(one, BadRow):
+            raise one
+        if one.trained.any():
+            trained.append(one)
     if not trained:
         raise BadRow("nothing_trained", f"no token would be trained under train_on={name_of(recipe.train_on)!r}")
     if conversation.messages and conversation.messages[-1]["role"] != "assistant":
@@ -280,42 +298,66 @@ def _given(recipe: Recipe, conversation: Conversation, tokens: Tokens) -> Exampl
     return example if _stops(example, recipe) else replace(example, flags=flags | {"no_stop"})
 
 
-def _example(recipe: Recipe, conversation: Conversation, rendered: Rendered, encoded: Encoded | BadRow) -> Example:
-    if isinstance(encoded, BadRow):
-        raise encoded
-    ids, offsets = encoded.ids, encoded.offsets
-    if rendered.add_bos and len(bos := recipe.tokenizer.bos_ids) and not np.array_equal(ids[:1], bos):
-        ids = np.concatenate((bos, ids))
-        offsets = np.concatenate((np.zeros((len(bos), 2), np.int32), offsets))
-    chosen = _chosen(recipe, rendered, conversation)
-    flags = set(rendered.flags) | ({"control_tokens"} if encoded.escaped else set())
-    trained, straddles = trained_tokens(offsets, rendered, chosen)
-    if straddles:
-        flags.add("straddle")
-    source = conversation.source
-    example = Example(ids, trained, offsets, rendered.text, rendered.spans, frozenset(flags), source)
-    if not _stops(example, recipe):
-        example = replace(example, flags=example.flags | {"no_stop"})
-    return example
+def _encoded(recipe: Recipe, texts: Sequence[tuple[Conversation, Rendered]]) -> list[Example | BadRow]:
+    """Tokenise and mask texts, all at once."""
+    rendered = [one for _, one in texts]
+    encoded = encode_rendered(recipe.tokenizer, rendered, recipe.control, recipe.control_tokens)
+    whole = [
+        (conversation, one, _begun(recipe, one, tokens))
+        for (conversation, one), tokens in zip(texts, encoded, strict=True)
+        if not isinstance(tokens, BadRow)
+    ]
+    policy = recipe.policy
+    masks = trained_tokens([Chosen(tokens.offsets, one, policy(one, said)) for said, one, tokens in whole])
+    made = [_example(said, one, tokens, *mask) for (said, one, tokens), mask in zip(whole, masks, strict=True)]
+    closed = _closed(made, recipe)
+    good = iter(
+        one if quick or _stops(one, recipe) else replace(one, flags=one.flags | {"no_stop"})
+        for one, quick in zip(made, closed, strict=True)
+    )
+    return [tokens if isinstance(tokens, BadRow) else next(good) for tokens in encoded]
 
 
-def _chosen(recipe: Recipe, rendered: Rendered, conversation: Conversation) -> list[bool]:
-    answers = recipe.policy(rendered, conversation)
-    chosen = list(answers) if isinstance(answers, Iterable) else None
-    if chosen is None or not all(isinstance(one, bool | np.bool_) for one in chosen):
-        raise UsageError("mask_type", f"the mask policy gave {answers!r:.60}, expected one bool per span")
-    return [bool(one) for one in chosen]
+def _begun(recipe: Recipe, rendered: Rendered, encoded: Encoded) -> Encoded:
+    """Return the tokens with the tokenizer's own BOS before them, where a text has none of its own."""
+    if not rendered.add_bos or not len(bos := recipe.tokenizer.bos_ids) or np.array_equal(encoded.ids[:1], bos):
+        return encoded
+    offsets = np.concatenate((np.zeros((len(bos), 2), np.int32), encoded.offsets))
+    return Encoded(np.concatenate((bos, encoded.ids)), offsets, encoded.escaped)
+
+
+def _example(
+    conversation: Conversation, rendered: Rendered, encoded: Encoded, trained: NDArray[np.bool_], straddles: bool
+) -> Example:
+    flags = rendered.flags
+    if encoded.escaped or straddles:
+        found = {"control_tokens": encoded.escaped, "straddle": straddles}
+        flags |= {flag for flag, yes in found.items() if yes}
+    return Example(encoded.ids, trained, encoded.offsets, rendered.text, rendered.spans, flags, conversation.source)
+
+
+def _closed(examples: Sequence[Example], recipe: Recipe) -> list[bool]:
+    """Return for which examples it is plain that every trained turn ends in a control token.
+
+    That is so where every stretch of trained tokens, of which each turn has one, ends in one.
+    """
+    if not examples:
+        return []
+    ids = np.concatenate([one.input_ids for one in examples])
+    trained = np.concatenate([one.trained for one in examples])
+    bounds = np.cumsum([0, *map(len, examples)])
+    following = np.append(trained[1:], False)
+    following[bounds[1:][bounds[1:] > 0] - 1] = False
+    closing = np.flatnonzero(trained & ~following)
+    of = np.searchsorted(bounds, closing, side="right") - 1
+    good = np.bincount(of[recipe.control.among(ids[closing])], minlength=len(examples)).tolist()
+    every = np.bincount(of, minlength=len(examples)).tolist()
+    turns = [len({span.message for span in one.spans if span.generated}) for one in examples]
+    return [a == b == c for a, b, c in zip(good, every, turns, strict=True)]
 
 
 def _stops(example: Example, recipe: Recipe) -> bool:
     """Whether every trained turn ends in a control token, but for blanks, and a last one that has none to end in."""
-    # Where every stretch of trained tokens, of which each turn has one, ends in a control token, all turns do.
-    trained = example.trained
-    closing = example.input_ids[np.flatnonzero(trained[:-1] & ~trained[1:])]
-    turns = {span.message for span in example.spans if span.generated}
-    closing = np.append(closing, example.input_ids[-1:]) if trained[-1:].any() else closing
-    if len(closing) == len(turns) and recipe.control.is_control[closing].all():
-        return True
     ends = turn_ends(example)
     if "unclosed_final" in example.flags:
         ends = ends[:-1]
@@ -407,8 +449,7 @@ def encode(
     conversation = normalise(Row(row, Source("<messages>", 0)), "messages")
     try:
         texts = _render(recipe, conversation, proved=False)
-        encoded = encode_rendered(recipe.tokenizer, texts, recipe.control, recipe.control_tokens)
-        examples = _examples(recipe, conversation, texts, encoded)
+        examples = _examples(recipe, conversation, _encoded(recipe, [(conversation, one) for one in texts]))
         _check_flags(recipe, examples)
     except BadRow as error:
         error.where = error.where or error.field

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+
 from ftdata._version import __version__
 from ftdata.errors import InternalError
 from ftdata.examples import Built
@@ -61,10 +63,11 @@ class Ledger:
         self.tokens_cut += entry.cut
         self.tokens_in += entry.cut
         for example in entry.examples:
-            self.flags.update(example.flags)
+            for flag in example.flags:
+                self.flags[flag] += 1
             self.tokens_in += len(example)
             self.tokens_kept += len(example)
-            self.tokens_trained += int(example.trained.sum())
+            self.tokens_trained += int(np.count_nonzero(example.trained))
 
     def read_as(self, conversation: Conversation) -> None:
         """Count how a row was read."""

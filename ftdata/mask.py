@@ -7,8 +7,9 @@ text is never trained, since nothing stands before it to predict it from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, groupby, pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +67,7 @@ def policy_of(train_on: str | Policy, train_parts: Sequence[str] | None = None) 
             "train_on", f"train_on is {train_on!r}, expected one of {', '.join(masks.names())}, or a function"
         )
     policy = masks.get(train_on) if isinstance(train_on, str) else train_on
+    policy = policy if policy in _OWN else _checked(policy)
     if train_parts is None:
         return policy
     if isinstance(train_parts, str) or not train_parts:
@@ -77,6 +79,25 @@ def policy_of(train_on: str | Policy, train_parts: Sequence[str] | None = None) 
         yes and bool(kinds & wanted)
         for yes, kinds in zip(policy(rendered, conversation), span_parts(rendered), strict=True)
     ]
+
+
+_OWN = (assistant, last_assistant, completion, everything)
+
+
+def _checked(policy: Policy) -> Policy:
+    """Return a policy of the user's own, whose answers are looked at before they are believed."""
+
+    def answers(rendered: Rendered, conversation: Conversation) -> list[bool]:
+        given = policy(rendered, conversation)
+        chosen = list(given) if isinstance(given, Iterable) else None
+        if chosen is None or not all(isinstance(one, bool | np.bool_) for one in chosen):
+            raise UsageError("mask_type", f"the mask policy gave {given!r:.60}, expected one bool per span")
+        if len(chosen) != len(rendered.spans):
+            found = f"the mask policy gave {len(chosen)} answers for {len(rendered.spans)} spans"
+            raise UsageError("mask_length", found)
+        return [bool(one) for one in chosen]
+
+    return answers
 
 
 def span_parts(rendered: Rendered) -> list[frozenset[Part]]:
@@ -114,47 +135,74 @@ def _closed_and_opened(before: Part | None, after: Part | None) -> frozenset[Par
     return frozenset(part for part, yes in ((before, closes), (after, opens)) if part is not None and yes)
 
 
-def trained_tokens(
-    offsets: NDArray[np.int32], rendered: Rendered, chosen: Sequence[bool]
-) -> tuple[NDArray[np.bool_], bool]:
-    """Return, for each token, whether it carries loss (bool `[n]`), and whether one of them straddles a boundary.
+class Chosen(NamedTuple):
+    """One text to be masked: the characters behind each token (int32 `[n, 2]`), its spans, and those to be trained."""
 
-    Args:
-        offsets: int32 `[n, 2]`, the characters behind each token.
-        rendered: the text's spans.
-        chosen: for each span, whether the policy trains it.
+    offsets: NDArray[np.int32]
+    rendered: Rendered
+    spans: Sequence[bool]
 
-    Raises:
-        UsageError: a policy of the user's own gave another number of answers than there are spans.
+
+def trained_tokens(batch: Sequence[Chosen]) -> list[tuple[NDArray[np.bool_], bool]]:
+    """Return, for each text, which tokens carry loss (bool `[n]`), and whether one of them straddles a boundary.
 
     >>> import numpy as np
     >>> from ftdata.types import Part, Span
     >>> spans = (Span(0, 4, Part.CONTENT, 0, False), Span(4, 9, Part.CONTENT, 1, True))
     >>> offsets = np.array([[0, 3], [3, 6], [6, 6], [6, 9]], dtype=np.int32)
-    >>> trained, straddles = trained_tokens(offsets, Rendered("x" * 9, spans), [False, True])
+    >>> ((trained, straddles),) = trained_tokens([Chosen(offsets, Rendered("x" * 9, spans), [False, True])])
     >>> trained.tolist(), straddles
     ([False, True, False, True], True)
     """
-    if len(chosen) != len(rendered.spans):
-        raise UsageError("mask_length", f"the mask policy gave {len(chosen)} answers for {len(rendered.spans)} spans")
-    begins, ends = _stretches(rendered, chosen)
-    first, last = offsets[:, 0], offsets[:, 1]
-    # A stretch that has begun before the token ends, and has not ended where it begins, is in it.
-    trained = (np.searchsorted(begins, last, "left") > np.searchsorted(ends, first, "right")) & (first < last)
-    trained[:1] = False
-    at = np.searchsorted(begins, first[trained], "right") - 1
-    inside = (at >= 0) & (last[trained] <= ends[at])
-    return trained, not bool(inside.all())
+    if not batch:
+        return []
+    # Texts are laid one after the other, with a gap between, so that one search serves all.
+    base = list(accumulate((len(one.rendered.text) + 1 for one in batch), initial=0))
+    bounds = list(accumulate((len(one.offsets) for one in batch), initial=0))
+    shift = np.repeat(np.asarray(base[:-1], np.int32 if base[-1] < 1 << 31 else np.int64), np.diff(bounds))
+    first, last = (np.concatenate([one.offsets[:, side] for one in batch]) + shift for side in (0, 1))
+    trained, inside = _covered(first, last, *_stretches(batch, base))
+    trained &= first < last
+    trained[[at for at in bounds[:-1] if at < len(trained)]] = False
+    of = np.searchsorted(bounds, np.flatnonzero(trained > inside), side="right") - 1
+    straddles = np.bincount(of, minlength=len(batch)).astype(bool).tolist()
+    return [(trained[a:b], one) for (a, b), one in zip(pairwise(bounds), straddles, strict=True)]
 
 
-def _stretches(rendered: Rendered, chosen: Sequence[bool]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return where trained stretches of the text begin and end; neighbours are one."""
+def _stretches(batch: Sequence[Chosen], base: Sequence[int]) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """Return where trained stretches of the texts begin and end; neighbours are one."""
     begins, ends = list[int](), list[int]()
-    for span, yes in zip(rendered.spans, chosen, strict=True):
-        if yes and span.start < span.end:
-            if ends and ends[-1] == span.start:
-                ends[-1] = span.end
-            else:
-                begins.append(span.start)
-                ends.append(span.end)
-    return np.asarray(begins, dtype=np.int64), np.asarray(ends, dtype=np.int64)
+    for number, (_, rendered, chosen) in enumerate(batch):
+        at, last = base[number], -1
+        for (start, end, _, _, _), yes in zip(rendered.spans, chosen, strict=True):
+            if yes and start < end:
+                if last == start:
+                    ends[-1] = at + end
+                else:
+                    begins.append(at + start)
+                    ends.append(at + end)
+                last = end
+    kind = np.int32 if base[-1] < 1 << 31 else np.int64
+    return np.asarray(begins, kind), np.asarray(ends, kind)
+
+
+def _covered(
+    first: NDArray[np.integer], last: NDArray[np.integer], begins: NDArray[np.integer], ends: NDArray[np.integer]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return which of the tokens `[first, last)` are in a stretch, in part and as a whole (bool `[n]` each)."""
+    search, size = np.searchsorted, len(first)
+    if (first[1:] < first[:-1]).any() or (last[1:] < last[:-1]).any():
+        # A stretch that has begun before the token ends, and has not ended where it begins, is in it.
+        part = search(begins, last, "left") > search(ends, first, "right")
+        return part, search(begins, first, "right") > search(ends, last, "left")
+    # The same, asked for the stretches, of which there are far fewer.
+    part = _ranges(search(last, begins, "right"), search(first, ends, "left"), size)
+    return part, _ranges(search(first, begins, "left"), search(last, ends, "right"), size)
+
+
+def _ranges(starts: NDArray[np.integer], stops: NDArray[np.integer], size: int) -> NDArray[np.bool_]:
+    """Return which of `size` numbers are in one of the ranges `[start, stop)` (bool `[size]`)."""
+    found = np.zeros(size, dtype=np.bool_)
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        found[start:stop] = True
+    return found

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A name -> value map for one plug-in point; `group` names its entry points.
+    """A name -> value map for one plug-in point; `group` names its entry points, `version` counts what was registered.
 
     >>> shapes = Registry[int]("ftdata.doctest", "shape")
     >>> _ = shapes.register("square")(4)
@@ -35,6 +35,7 @@ class Registry(Generic[T]):
     def __init__(self, group: str, noun: str) -> None:
         self.group = group
         self.noun = noun
+        self.version = 0
         self._own: dict[str, T] = {}
         self._files: dict[str, T] = {}
 
@@ -43,6 +44,7 @@ class Registry(Generic[T]):
 
         def add(value: T) -> T:
             self._own[name] = value
+            self.version += 1
             return value
 
         return add
@@ -69,6 +71,10 @@ class Registry(Generic[T]):
     def own(self) -> dict[str, T]:
         """Return the values registered in process, in order of registration."""
         return dict(self._own)
+
+    def __contains__(self, name: str) -> bool:
+        # To ask what is installed takes longer than to build a small data set.
+        return name in self._own or name in self.names()
 
     def names(self) -> list[str]:
         """Return all known names: registered first, then installed plug-ins."""

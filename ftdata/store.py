@@ -72,8 +72,8 @@ def write_shard(folder: Path, batches: Iterable[Sequence[tuple[Example, bytes]]]
         table = stack.enter_context(pa.ipc.new_file(str(folder / "examples.arrow"), _EXAMPLES))
         for batch in batches:
             for example, _ in batch:
-                ids.write(example.input_ids.tobytes())
-                trained.write(example.trained.tobytes())
+                ids.write(example.input_ids.data)
+                trained.write(example.trained.data)
             if batch:
                 table.write_batch(_table_batch(batch))
 
@@ -155,12 +155,21 @@ class Examples:
 
     def gather(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the ids and the labels of the examples, one after the other (int32 `[tokens]` each)."""
-        places = list(
-            zip(self.shard[indices].tolist(), self.start[indices].tolist(), self.lengths[indices].tolist(), strict=True)
-        )
-        ids = np.concatenate([self.ids[shard][at : at + length] for shard, at, length in places])
-        trained = np.concatenate([self.trained[shard][at : at + length] for shard, at, length in places])
+        runs = self._runs(indices)
+        ids = np.concatenate([self.ids[shard][first:last] for shard, first, last in runs])
+        trained = np.concatenate([self.trained[shard][first:last] for shard, first, last in runs])
         return ids, np.where(trained, ids, np.int32(IGNORE_INDEX))
+
+    def _runs(self, indices: NDArray[np.int64]) -> list[tuple[int, int, int]]:
+        """Return where the examples stand, as shard and tokens `[first, last)`; those that adjoin are one run."""
+        shard, first = self.shard[indices], self.start[indices]
+        last = first + self.lengths[indices]
+        apart = np.ones(len(indices) + 1, dtype=np.bool_)
+        apart[1:-1] = (shard[1:] != shard[:-1]) | (first[1:] != last[:-1])
+        begins = np.flatnonzero(apart)
+        return list(
+            zip(shard[begins[:-1]].tolist(), first[begins[:-1]].tolist(), last[begins[1:] - 1].tolist(), strict=True)
+        )
 
 
 def _numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:
@@ -173,7 +182,8 @@ def _numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:
 
 
 def _mapped(path: Path, dtype: type[np.generic]) -> NDArray[Any]:
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+    # What numpy calls a memmap is slower in all that is done with it than the array inside.
+    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
 
 
 def write_split(folder: Path, split: str, examples: Examples, members: NDArray[np.int64], plan: Plan) -> None:
@@ -213,12 +223,11 @@ def write_split(folder: Path, split: str, examples: Examples, members: NDArray[n
     }
     write_json(target / "state.json", state)
     write_json(target / "dataset_info.json", {})
-    provenance = (
-        examples.table.drop_columns(["content"])
-        .take(_int64(order.tolist()))
-        .append_column("pack", _int32(np.repeat(np.arange(len(plan)), np.diff(bounds))))
-    )
-    pq.write_table(provenance, target / "provenance.parquet")
+    table = examples.table.drop_columns(["content"])
+    # To take rows imports what costs more than a small build.
+    taken = table if np.array_equal(order, np.arange(len(table))) else table.take(_int64(order.tolist()))
+    packs = _int32(np.repeat(np.arange(len(plan)), np.diff(bounds)))
+    pq.write_table(taken.append_column("pack", packs), target / "provenance.parquet")
 
 
 def _pack_batch(examples: Examples, order: NDArray[np.int64], bounds: NDArray[np.int64]) -> pa.RecordBatch:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,8 +27,6 @@ from ftdata.errors import BadRow, HubError, TemplateRefused, UsageError, nearest
 from ftdata.types import Part, Rendered
 
 CONTROL_POLICIES = ("escape", "refuse", "allow")
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 _PLACEHOLDERS = (0xF0000, 0xF8000, 0x100000, 0x108000)
 """Private-use characters from one of these on stand for control tokens while typed ones are being escaped."""
@@ -83,8 +82,10 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides ids: the tokenizer, its special tokens and its chat template."""
-        parts = (self.json, json.dumps(self.special_tokens, sort_keys=True), self.chat_template or "")
-        return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
+        parts = ("\0", json.dumps(self.special_tokens, sort_keys=True), "\0", self.chat_template or "")
+        found = xxhash.xxh3_128(self.json.encode())
+        found.update("".join(parts).encode())
+        return found.hexdigest()
 
     @cached_property
     def added_tokens(self) -> dict[str, tuple[int, bool]]:
@@ -129,6 +130,14 @@ def _backend(description: str) -> tokenizers.Tokenizer:
     return backend
 
 
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def encode_rendered(
     tokenizer: Tokenizer, batch: Sequence[Rendered], control: ControlTokens, policy: str
 ) -> list[Encoded | BadRow]:
@@ -144,13 +153,16 @@ def encode_rendered(
     Returns:
         For each text its tokens, or a `BadRow` with code `control_tokens`.
     """
-    whole = [one.text.isascii() or not _SURROGATE.search(one.text) for one in batch]
+    whole = [one.text.isascii() or _is_text(one.text) for one in batch]
     encoded = iter(tokenizer.encode([one.text for one, good in zip(batch, whole, strict=True) if good]))
     broken = BadRow("lone_surrogate", "holds half of a surrogate pair, which is no character")
     outcome: list[Encoded | BadRow] = [next(encoded) if good else broken for good in whole]
     if policy == "allow":
         return outcome
-    for index, (one, tokens) in enumerate(zip(batch, outcome, strict=True)):
+    # Where every control token stands in the template's own text, none is typed; which is so in most batches.
+    suspect = range(len(batch)) if policy == "refuse" else control.foreign(batch, outcome)
+    for index in suspect:
+        one, tokens = batch[index], outcome[index]
         if one.keep_control or isinstance(tokens, BadRow):
             continue
         own, typed = control.matches(one)
@@ -182,13 +194,41 @@ class ControlTokens:
 
     @cached_property
     def _beginnings(self) -> tuple[str, ...]:
-        return tuple(sorted({token[:2] for token in self.tokens}))
+        return tuple(sorted({token[:1] for token in self.tokens}))
 
     def spelled(self, text: str) -> bool:
         """Whether one of the tokens is in a text."""
-        # To look for how they begin is faster by far, and most texts have not even that.
-        begun = self.pattern is not None and any(beginning in text for beginning in self._beginnings)
-        return begun and self.pattern is not None and self.pattern.search(text) is not None
+        # To look for the letters that they begin with is faster by far, and most texts have not even these.
+        for letter in self._beginnings:
+            if letter in text:
+                return self.pattern is not None and self.pattern.search(text) is not None
+        return False
+
+    def foreign(self, batch: Sequence[Rendered], encoded: Sequence[Encoded | BadRow]) -> list[int]:
+        """Return which texts have a control token, or an unknown one, that is not all the template's own text."""
+        pairs = [
+            (number, one, tokens)
+            for number, (one, tokens) in enumerate(zip(batch, encoded, strict=True))
+            if not isinstance(tokens, BadRow)
+        ]
+        if not pairs or not self.tokens:
+            return []
+        # Texts are laid one after the other, with a gap between, so that one search serves all.
+        base = list(accumulate((len(one.text) + 1 for _, one, _ in pairs), initial=0))
+        starts, ends = list[int](), list[int]()
+        for at, (_, one, _) in zip(base, pairs, strict=False):
+            for start, end, part, _, _ in one.spans:
+                if part is not Part.SCAFFOLD:
+                    starts.append(at + start)
+                    ends.append(at + end)
+        counts = [len(tokens.ids) for _, _, tokens in pairs]
+        ids = np.concatenate([tokens.ids for _, _, tokens in pairs])
+        found = np.flatnonzero(self._listed.take(ids, mode="clip"))
+        of = np.searchsorted(np.cumsum(counts), found, side="right")
+        places = np.concatenate([tokens.offsets for _, _, tokens in pairs])[found] + np.asarray(base)[of, None]
+        after = np.searchsorted(ends, places[:, 0], side="right")
+        typed = np.append(starts, np.iinfo(np.int64).max)[after] < places[:, 1]
+        return [pairs[number][0] for number in np.unique(of[typed]).tolist()]
 
     def matches(self, rendered: Rendered) -> tuple[list[re.Match[str]], list[re.Match[str]]]:
         """Return the control tokens in the text: those that the template wrote, and those that the row's text spells.
@@ -211,7 +251,11 @@ class ControlTokens:
 
     def count(self, ids: NDArray[np.int32]) -> int:
         """Return how many ids are control tokens; the unknown token is no sign of one."""
-        return int(self.is_control[ids].sum())
+        return int(np.count_nonzero(self.among(ids)))
+
+    def among(self, ids: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Return which ids are of control tokens (bool `[n]`); the unknown token is no sign of one."""
+        return self._sure.take(ids, mode="clip")
 
     def expected(self, own: Iterable[re.Match[str]]) -> int:
         """Return how many ids are control tokens where only the template's own become any."""
@@ -250,11 +294,17 @@ class ControlTokens:
         return Encoded(real, encoded.offsets, escaped=True)
 
     @cached_property
-    def is_control(self) -> NDArray[np.bool_]:
-        """Whether each id is one of a control token (bool `[size]`); the unknown token is no sign of one."""
-        unknown = self.tokenizer.unknown
-        table = np.zeros(self.tokenizer.size, dtype=np.bool_)
-        table[[self.tokenizer.added_tokens[token][0] for token in self.tokens if token != unknown]] = True
+    def _listed(self) -> NDArray[np.bool_]:
+        # The last place stands for all larger ids.
+        table = np.zeros(max(self.ids.tolist(), default=0) + 2, dtype=np.bool_)
+        table[self.ids] = True
+        return table
+
+    @cached_property
+    def _sure(self) -> NDArray[np.bool_]:
+        table = self._listed.copy()
+        if self.tokenizer.unknown in self.tokens:
+            table[self.tokenizer.id_of(self.tokenizer.unknown)] = False
         return table
 
 

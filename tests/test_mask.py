@@ -1,12 +1,16 @@
 """From spans to tokens: which are trained, and where turns end, on texts laid out by hand."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ftdata.errors import UsageError
-from ftdata.mask import policy_of, trained_tokens
+from ftdata.mask import Chosen, policy_of, trained_tokens
 from ftdata.truncate import truncate, turn_ends
-from ftdata.types import Example, Part, Rendered, Source, Span
+from ftdata.types import Conversation, Example, Part, Rendered, Source, Span
 
 C = Part.CONTENT
 TWO_TURNS = (Span(0, 2, C, 0, True), Span(2, 4, C, 1, True), Span(4, 6, C, 2, False))
@@ -35,10 +39,44 @@ def example(trained, spans=TWO_TURNS, offsets=None):
     ],
 )
 def test_a_token_is_trained_if_a_trained_character_is_in_it(offsets, chosen, trained, straddles):
-    found, straddle = trained_tokens(offsets, Rendered("abcdef", TWO_TURNS), chosen)
+    ((found, straddle),) = trained_tokens([Chosen(offsets, Rendered("abcdef", TWO_TURNS), chosen)])
     assert (found.tolist(), straddle) == (list(map(bool, trained)), straddles)
-    with pytest.raises(UsageError, match="2 answers for 3 spans"):
-        trained_tokens(offsets, Rendered("abcdef", TWO_TURNS), chosen[:2])
+
+
+def one_by_one(offsets, rendered, chosen):
+    """Say the same of one text, token by token and letter by letter."""
+    letters = {
+        at for span, yes in zip(rendered.spans, chosen, strict=True) if yes for at in range(span.start, span.end)
+    }
+    trained = [at > 0 and bool(letters & set(range(*pair))) for at, pair in enumerate(offsets.tolist())]
+    straddles = any(
+        yes and not set(range(*pair)) <= letters for yes, pair in zip(trained, offsets.tolist(), strict=True)
+    )
+    return trained, straddles
+
+
+@st.composite
+def masked(draw):
+    cuts = sorted(draw(st.lists(st.integers(0, 12), max_size=6)))
+    spans = tuple(Span(a, b, C, 0, True) for a, b in pairwise([0, *cuts, 12]))
+    tokens = st.tuples(st.integers(0, 12), st.integers(0, 4)).map(lambda pair: (pair[0], min(sum(pair), 12)))
+    offsets = draw(st.lists(tokens, max_size=10))
+    offsets = sorted(offsets) if draw(st.integers(0, 3)) else offsets
+    chosen = draw(st.lists(st.booleans(), min_size=len(spans), max_size=len(spans)))
+    return Chosen(np.asarray(offsets, dtype=np.int32).reshape(-1, 2), Rendered("x" * 12, spans), chosen)
+
+
+@given(st.lists(masked(), max_size=4))
+def test_texts_are_masked_together_as_they_are_alone(batch):
+    found = [(trained.tolist(), straddles) for trained, straddles in trained_tokens(batch)]
+    assert found == [one_by_one(*one) for one in batch]
+
+
+def test_a_policy_says_yes_or_no_for_each_span():
+    rendered = Rendered("abcdef", TWO_TURNS)
+    for answers, code in (([True, False], "mask_length"), ([1, 0, 1], "mask_type"), (None, "mask_type")):
+        with pytest.raises(UsageError, match=code):
+            policy_of(lambda *_, answers=answers: answers)(rendered, Conversation(()))
 
 
 @pytest.mark.parametrize(

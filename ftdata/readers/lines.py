@@ -262,8 +262,6 @@ def parse(text: bytes, source: Source, *, whole_line: bool) -> Row | Reject:
     Exactly: what two parsers would read differently (a key that stands twice, half a character) is rejected.
     """
     try:
-        if text.count(b"{") + text.count(b"[") > MAX_DEPTH and depth_of(text) > MAX_DEPTH:
-            raise _Fault("too_deep", f"is nested deeper than {MAX_DEPTH} levels")
         value = _value(text, source, whole_line=whole_line)
         if not isinstance(value, dict | list):
             raise _Fault("not_a_row", f"is a {type(value).__name__}, expected an object or a list of messages")
@@ -278,17 +276,40 @@ class _Fault(Exception):
         self.code, self.reason, self.fix = code, reason, fix
 
 
+def _too_deep() -> _Fault:
+    return _Fault("too_deep", f"is nested deeper than {MAX_DEPTH} levels")
+
+
 def _value(text: bytes, source: Source, *, whole_line: bool) -> Any:
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError as error:
+        if depth_of(text) > MAX_DEPTH:
+            raise _too_deep() from None
         return _second_opinion(text.rstrip(), source, error, whole_line=whole_line)
+    keys, floats = _walked(value)
     # orjson makes floats of integers beyond 64 bits.
-    if _LONG_NUMBER in text.translate(_DIGITS):
+    if floats and _LONG_NUMBER in text.translate(_DIGITS):
         return _second_opinion(text, source, None, whole_line=whole_line)
-    if _may_repeat(text, value):
+    if _may_repeat(text, value, keys):
         json.loads(text, object_pairs_hook=_unique)
     return value
+
+
+def _walked(value: Any, depth: int = 1) -> tuple[int, bool]:
+    """Return how many keys there are in a JSON value, and whether there are floats."""
+    if depth > MAX_DEPTH:
+        raise _too_deep()
+    keys, floats = len(value) if type(value) is dict else 0, type(value) is float
+    inside = value.values() if type(value) is dict else value if type(value) is list else ()
+    for one in inside:
+        kind = type(one)
+        if kind is dict or kind is list:
+            inner, some = _walked(one, depth + 1)
+            keys, floats = keys + inner, floats or some
+        elif kind is float:
+            floats = True
+    return keys, floats
 
 
 def _second_opinion(text: bytes, source: Source, error: orjson.JSONDecodeError | None, *, whole_line: bool) -> Any:
@@ -326,10 +347,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _may_repeat(text: bytes, value: Any) -> bool:
+def _may_repeat(text: bytes, value: Any, keys: int) -> bool:
     """Whether the text may have a key twice, of which the parser kept the last: it has more colons after quotes."""
+    if _SPACED.search(text) is not None:
+        return True
+    written = text.count(b'":')
+    if written == keys:
+        return False
+    # Texts may have some, too, which the parser's own writer shows.
     hidden = b"\\u00" in text and any(escape in text for escape in _ESCAPES)
-    return hidden or _SPACED.search(text) is not None or text.count(b'":') != orjson.dumps(value).count(b'":')
+    return hidden or written != orjson.dumps(value).count(b'":')
 
 
 def _raw(text: bytes) -> str:

@@ -60,7 +60,7 @@ def _local(place: str, reader: str | None) -> Iterator[Found]:
         if path.is_file():
             yield _file(place, reader)
         elif path.is_fifo():
-            yield Found(place, reader or (path.suffix[1:] if path.suffix[1:] in readers.names() else "json"))
+            yield Found(place, reader or (path.suffix[1:] if path.suffix[1:] in readers else "json"))
         elif path.is_dir():
             yield from _folder(path, reader, ())
         else:
@@ -72,7 +72,7 @@ def _local(place: str, reader: str | None) -> Iterator[Found]:
 def _matching(pattern: str, reader: str | None) -> Iterator[Found]:
     found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else []  # noqa: PTH207  (absolute too)
     if not found:
-        beside = [p.name for p in Path(pattern).parent.glob("*") if p.suffix.lstrip(".") in readers.names()]
+        beside = [p.name for p in Path(pattern).parent.glob("*") if p.suffix.lstrip(".") in readers]
         hint = nearest(Path(pattern).name, beside) if beside else f"looked in {Path(pattern).parent.resolve()}"
         raise UsageError("file_not_found", f"no file matches {pattern!r}", hint=hint)
     for path in found:
@@ -83,7 +83,7 @@ def _matching(pattern: str, reader: str | None) -> Iterator[Found]:
 
 def _file(path: str, reader: str | None = None) -> Found:
     suffix = reader or Input(path).suffix
-    if suffix not in readers.names():
+    if suffix not in readers:
         known = ", ".join(f".{name}" for name in readers.names())
         hint = f"readable: {known}; format= says what other files are, e.g. format='jsonl'"
         raise InputRefused("no_reader", f"no reader for '.{suffix}' files", where=path, hint=hint)
@@ -160,4 +160,4 @@ def _saved(path: Path, key: str) -> list[str]:
 
 
 def _is_readable(name: str) -> bool:
-    return Input(name).suffix in readers.names() and all(map(is_data, PurePosixPath(name).parts))
+    return Input(name).suffix in readers and all(map(is_data, PurePosixPath(name).parts))

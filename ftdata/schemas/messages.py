@@ -102,12 +102,31 @@ def read_messages(value: Any, field: str) -> tuple[Message, ...]:
         raise BadRow("messages_type", f"is {describe(value)}, expected a list of messages", field=field)
     if not value:
         raise BadRow("no_messages", "is an empty list, expected messages", field=field)
-    return tuple(one for index, item in enumerate(value) for one in _read(item, f"{field}[{index}]"))
+    messages: list[Message] = []
+    for index, item in enumerate(value):
+        if _is_plain(item):
+            messages.append({"role": ROLES[item["role"]], "content": item["content"]})
+        else:
+            messages += _read(item, f"{field}[{index}]")
+    return tuple(messages)
+
+
+def _is_plain(item: Any) -> bool:
+    """Whether this is a message as most are: a known role, and a text."""
+    return (
+        type(item) is dict
+        and len(item) == 2
+        and type(item.get("content")) is str
+        and type(role := item.get("role")) is str
+        and role in ROLES
+    )
 
 
 def notes_of(value: Any) -> Iterator[str]:
     """Yield what was read of messages as something else than it says, and keys that only some templates read."""
     for item in value if isinstance(value, list) else ():
+        if _is_plain(item) and item["role"] in _OWN_ROLES:
+            continue
         if isinstance(item, Mapping):
             yield from (f"message key {key}" for key in item if key not in _KEYS)
             role = item.get("role", next((item[key] for key in _SPEAKERS if key in item), None))

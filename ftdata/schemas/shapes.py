@@ -247,7 +247,10 @@ def _log(data: Mapping[str, Any]) -> Conversation:
 
 def last_answer(messages: Sequence[Message]) -> int:
     """Return the index of the last message of the assistant."""
-    return max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+    for index in range(len(messages) - 1, 0, -1):
+        if messages[index]["role"] == "assistant":
+            return index
+    return 0
 
 
 def _pretokenised(data: Mapping[str, Any]) -> Conversation:

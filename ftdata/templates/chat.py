@@ -14,11 +14,11 @@ from ftdata.schemas import ROLES, STANDS_FOR
 from ftdata.templates import markers
 from ftdata.templates.arrival import check_arrival, recover
 from ftdata.templates.memory import key_of
-from ftdata.templates.plans import Plan, shape_of, stretches_of
+from ftdata.templates.plans import Plan, alike, stretches_of
 from ftdata.templates.spans import Piece, Region, pieces, split_thinking, tile, tracked_messages
 from ftdata.templates.template import Template, chat_variables
 from ftdata.templates.tracked import Tracked
-from ftdata.templates.watched import Watched, watched, watching
+from ftdata.templates.watched import Origin, Watched, plain, watched, watching
 from ftdata.types import Conversation, Message, Rendered
 
 _ROLES = sorted(set(ROLES.values()))
@@ -55,14 +55,14 @@ class Chat:
         return replace(self, messages=self.messages[: last + 1])
 
     def text(self, count: int | None = None, *, generation_prompt: bool = False) -> Tracked:
-        """Render the first `count` messages, by default all.
+        """Render the first `count` messages, by default all; of a watched conversation the text is watched.
 
         Raises:
             BadRow: the template fails.
         """
         messages = list(self.messages[:count])
         variables = chat_variables(messages, self.tools, generation_prompt=generation_prompt)
-        return self.template.run(variables, watch=self.watch)
+        return self.template.rendered(variables, watch=self.watch)
 
     def watched(self) -> Chat:
         """Return the same conversation with its texts watched (`watched.watching`)."""
@@ -89,44 +89,46 @@ def render_chat(chat: Chat, turns: Sequence[int], dropped: str = "refuse") -> Re
     text = str.__str__(tracked)
     parts = recover(text, pieces(tracked), chat.messages, chat.changed)
     flags = chat.flags | check_arrival(chat.messages, chat.tools, text, parts, chat.changed, dropped)
-    regions, unusual = _regions(chat, tracked, parts, turns)
+    origins: list[Origin | None] = []
+    regions, unusual = _regions(chat, tracked, parts, turns, origins)
     assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
     spans = tile(split_thinking(text, parts, regions, assistants), regions)
     rendered = Rendered(text, spans, flags | unusual, messages=len(chat.messages))
-    if not flags and not chat.tools and parts == pieces(tracked):
-        _plan(chat, rendered, parts, turns)
+    if origins:
+        plan = None if flags or parts != pieces(tracked) else _plan(chat, rendered, parts, turns, origins)
+        chat.template.plans.keep(chat.messages, turns, plan)
     return rendered
 
 
-def _plan(chat: Chat, rendered: Rendered, parts: tuple[Piece, ...], turns: Sequence[int]) -> None:
-    """Remember how conversations like this one are rendered, if all is known about that."""
-    template, text = chat.template, rendered.text
-    plain: list[dict[str, Any]] = [
-        {str(key): message[key] for key in ("role", "content") if key in message} for message in chat.messages
-    ]
-    if shape_of(chat.messages, turns) is None or len(plain[0]) != len(chat.messages[0]):
-        return
-    way = template.memory.way(key_of(chat.messages, (), turns, text, parts), chat.messages, text, parts)
-    if way is None:
-        return
-    with watching():
-        variables = chat_variables(list(chat.watched().messages))
-        watched_text = template.rendered(variables, watch=True)
-    origin = watched_text.origin if isinstance(watched_text, Watched) else None
-    stretches = stretches_of(origin, plain, parts, text)
-    plan = Plan.of(way, stretches, rendered, parts) if stretches is not None else None
-    if plan is not None and plan.fill(plain) == rendered:
-        template.plans.keep(plain, turns, plan)
+def _plan(
+    chat: Chat, rendered: Rendered, parts: tuple[Piece, ...], turns: Sequence[int], origins: Sequence[Origin | None]
+) -> Plan | None:
+    """Return how conversations like this one are rendered, if all is known about that.
+
+    `origins` tell how the whole came about, and what it was compared with.
+    """
+    messages = [{"role": message["role"], "content": str.__str__(message["content"])} for message in chat.messages]
+    key = key_of(chat.messages, (), turns, rendered.text, parts)
+    way = chat.template.memory.way(key, chat.messages, rendered.text, parts)
+    stretches = stretches_of(origins[0], messages, parts, rendered.text)
+    if way is None or stretches is None:
+        return None
+    plan = Plan.of(way, stretches, rendered, parts, alike=alike(origins[0], origins[1:]))
+    return plan if plan is not None and plan.fill(messages) == rendered else None
 
 
 def _regions(
-    chat: Chat, tracked: Tracked, parts: tuple[Piece, ...], turns: Sequence[int]
+    chat: Chat,
+    tracked: Tracked,
+    parts: tuple[Piece, ...],
+    turns: Sequence[int],
+    origins: list[Origin | None],
 ) -> tuple[list[Region], frozenset[str]]:
     """Return what the model must produce, as detected; where the user's own template marks it otherwise, as marked."""
     own = chat.template.tagged and chat.template.strict
     marked = _in_turns(markers.from_blocks(parts, turns), turns) if own else None
     try:
-        located = _located(chat, tracked, parts, turns)
+        located = _located(chat, tracked, parts, turns, origins)
         _check_disjoint([turn.region for turn in located])
     except BadRow:
         if marked is None:
@@ -178,11 +180,22 @@ def _rendered(chat: Chat) -> tuple[Chat, Tracked]:
         return chat, chat.text()
 
 
-def _located(chat: Chat, tracked: Tracked, parts: tuple[Piece, ...], turns: Sequence[int]) -> list[markers.Turn]:
-    """Find the turns, or remember where they are in renderings like this one."""
+def _located(
+    chat: Chat,
+    tracked: Tracked,
+    parts: tuple[Piece, ...],
+    turns: Sequence[int],
+    origins: list[Origin | None],
+) -> list[markers.Turn]:
+    """Find the turns, or remember where they are in renderings like this one.
+
+    Where a plan may come of it, they are found, and `origins` tell how the texts that were compared came about: the
+    whole first.
+    """
     text, memory = str.__str__(tracked), chat.template.memory
     key = key_of(chat.messages, chat.tools, turns, text, parts)
-    if (known := memory.recall(key, chat.messages, text, parts)) is not None:
+    planned = not chat.tools and chat.template.plans.wanted(chat.messages, turns)
+    if not planned and (known := memory.recall(key, chat.messages, text, parts)) is not None:
         return known
     seen: dict[tuple[int, bool], Tracked] = {}
     asked = chat.watched() if chat.template.foreseeable else chat
@@ -191,13 +204,15 @@ def _located(chat: Chat, tracked: Tracked, parts: tuple[Piece, ...], turns: Sequ
         place = (count, generation_prompt)
         if place not in seen:
             seen[place] = asked.text(count, generation_prompt=generation_prompt)
-        return seen[place]
+        return plain(seen[place])
 
     with watching() as log:
-        same = not asked.watch or asked.text() == tracked
+        whole = asked.text() if asked.watch else tracked
         found = [_locate(chat, text, parts, turn, prefix) for turn in turns]
-    if asked.watch and same and parts == pieces(tracked):
-        memory.keep(key, log, text, seen.values(), parts, found)
+    if asked.watch and plain(whole) == tracked and parts == pieces(tracked):
+        memory.keep(key, log, text, map(plain, seen.values()), parts, found)
+    if planned:
+        origins += (one.origin if isinstance(one, Watched) else ("is", one) for one in (whole, *seen.values()))
     return found
 
 

@@ -142,18 +142,18 @@ def _apart(text: str, parts: Sequence[Piece], prefix: Tracked) -> list[tuple[Anc
 
     Nothing, where `prefix` has the very pieces of the text, or the template itself parts them.
     """
-    written = pieces(prefix)
+    written, said = pieces(prefix), str.__str__(prefix)
     for index, (own, other) in enumerate(zip(written, parts, strict=False)):
-        mine, theirs = prefix[own.start : own.end], text[other.start : other.end]
+        mine, theirs = said[own.start : own.end], text[other.start : other.end]
         if (own.part, own.message, mine) == (other.part, other.message, theirs):
             continue
         if own.part is not Part.SCAFFOLD:
             return _BY_CHANCE
         if other.part is not Part.SCAFFOLD:
-            return [((index, 0), str.__str__(mine))]
+            return [((index, 0), mine)]
         if theirs.startswith(mine):
             return [] if own is written[-1] else _BY_CHANCE
-        return [((index + 1, 0), str.__str__(mine)[len(theirs) :])] if mine.startswith(theirs) else []
+        return [((index + 1, 0), mine[len(theirs) :])] if mine.startswith(theirs) else []
     return []
 
 

@@ -9,8 +9,10 @@ like that in any way is rendered.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from ftdata.templates.memory import Way
@@ -19,9 +21,8 @@ from ftdata.templates.watched import Origin, evaluate
 from ftdata.types import Part, Rendered, Span
 
 _ROLES = {"system", "user", "assistant"}
-_KEYS = {"role", "content"}, {"role", "content", "train"}
 _THINKING = re.compile(r"</(?:think|thinking|thought|reasoning)>")
-_MOST_SHAPES, _MOST_PLANS = 512, 8
+_MOST_SHAPES, _MOST_PLANS, _MOST_TRIES = 512, 8, 100_000
 
 Shape = tuple[Any, ...]
 
@@ -30,22 +31,21 @@ Shape = tuple[Any, ...]
 class Leaf:
     """A stretch that is a message's content, as it stands (`origin` is `None`) or changed at its ends.
 
-    `whole` and `blank`: whether all of it is printed, and whether it has blanks around it.
+    `manner`: whether all of it is printed, and whether it has blanks around it; `None` where neither matters.
     """
 
     message: int
     origin: Origin | None
-    whole: bool
-    blank: bool
+    manner: tuple[bool, bool] | None
 
     def of(self, messages: Sequence[Mapping[str, Any]]) -> str | None:
         """Return the stretch for other messages, `None` where it is not of the same kind."""
         content: str = messages[self.message]["content"]
         bare = content.strip()
-        if not bare or (bare != content) != self.blank:
-            return None
         text = content if self.origin is None else evaluate(self.origin, messages)
-        return text if (text == content) == self.whole and (self.whole or text.strip() == bare) else None
+        if not bare or (text is not content and text.strip() != bare):
+            return None
+        return text if self.manner in (None, (text == content, bare != content)) else None
 
 
 Cut = tuple[int, int, int | None, Part, int, bool]
@@ -55,16 +55,26 @@ rest."""
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The stretches of one way that a template takes, and how spans lie in them."""
+    """The stretches of one way that a template takes, and how spans lie in them.
+
+    `texts` holds the template's own, and `leaves` which of them are contents, and whose.
+    """
 
     way: Way
-    stretches: tuple[str | Leaf, ...]
+    texts: tuple[str, ...]
+    leaves: tuple[tuple[int, Leaf], ...]
     cuts: tuple[Cut, ...]
     flags: frozenset[str]
 
     @classmethod
-    def of(cls, way: Way, stretches: tuple[str | Leaf, ...], rendered: Rendered, parts: Sequence[Piece]) -> Plan | None:
-        """Return the plan for renderings like this one; `None` where a span is not told by the stretches."""
+    def of(
+        cls, way: Way, stretches: Sequence[str | Leaf], rendered: Rendered, parts: Sequence[Piece], *, alike: bool
+    ) -> Plan | None:
+        """Return the plan for renderings like this one; `None` where a span is not told by the stretches.
+
+        `alike`: whether prompts and endings were made of the very stretches that the whole begins with. Then what is
+        printed of a text is the same in all of them, whatever there is to cut at its ends.
+        """
         cuts, number = list[Cut](), 0
         for span in rendered.spans:
             while number < len(parts) and parts[number].end <= span.start:
@@ -75,32 +85,37 @@ class Plan:
                 return None
             end = None if span.end == piece.end else span.end - piece.start
             cuts.append((number, span.start - piece.start, end, span.part, span.message, span.generated))
-        return cls(way, stretches, tuple(cuts), rendered.flags)
+        leaves = [(at, one) for at, one in enumerate(stretches) if isinstance(one, Leaf)]
+        if alike:
+            way = replace(way, questions=tuple(one for one in way.questions if one.asked[0] != "same"))
+            leaves = [(at, replace(leaf, manner=None)) for at, leaf in leaves]
+        texts = tuple("" if isinstance(one, Leaf) else one for one in stretches)
+        return cls(way, texts, tuple(leaves), tuple(cuts), rendered.flags)
 
     def fill(self, messages: Sequence[Mapping[str, Any]]) -> Rendered | None:
         """Return what the template makes of these messages, `None` where that is not certain."""
-        texts, at, starts = list[str](), 0, list[int]()
+        texts = list(self.texts)
         try:
-            for one in self.stretches:
-                text = one if isinstance(one, str) else one.of(messages)
-                if text is None:
+            for at, leaf in self.leaves:
+                own = leaf.of(messages)
+                if own is None:
                     return None
-                texts.append(text)
-                starts.append(at)
-                at += len(text)
-            if not all(question.same(messages) for question in self.way.questions):
-                return None
+                texts[at] = own
+            for question in self.way.questions:
+                if not question.same(messages):
+                    return None
         except (ValueError, LookupError):
             return None
-        starts.append(at)
+        starts = [0, *accumulate(map(len, texts))]
         text = "".join(texts)
-        if any(text.startswith(other, starts[number] + offset) for (number, offset), other in self.way.unlike):
-            return None
-        spans = tuple(
+        for (number, offset), other in self.way.unlike:
+            if text.startswith(other, starts[number] + offset):
+                return None
+        spans = [
             Span(starts[at] + begin, starts[at + 1] if end is None else starts[at] + end, part, message, generated)
             for at, begin, end, part, message, generated in self.cuts
-        )
-        return Rendered(text, spans, self.flags, messages=len(messages))
+        ]
+        return Rendered(text, tuple(spans), self.flags, messages=len(messages))
 
 
 @dataclass
@@ -108,6 +123,12 @@ class Plans:
     """What is known about one template."""
 
     by_shape: dict[Shape, list[Plan]] = field(default_factory=dict)
+    tries: Counter[Shape] = field(default_factory=Counter)
+
+    def wanted(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> bool:
+        """Whether a plan for these is still looked for, which is given up where it was of no use."""
+        shape = shape_of(messages, turns)
+        return shape is not None and self.tries[shape] < _MOST_PLANS
 
     def filled(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> Rendered | None:
         """Return what the template makes of messages, if one of the plans says so."""
@@ -117,13 +138,16 @@ class Plans:
                 return rendered
         return None
 
-    def keep(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int], plan: Plan) -> None:
-        """Remember a plan for messages of this shape."""
+    def keep(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int], plan: Plan | None) -> None:
+        """Remember a plan for messages of this shape, or that none was found."""
         shape = shape_of(messages, turns)
-        if shape and (shape in self.by_shape or len(self.by_shape) < _MOST_SHAPES):
-            plans = self.by_shape.setdefault(shape, [])
-            if len(plans) < _MOST_PLANS:
-                plans.append(plan)
+        if shape is None or (shape not in self.tries and len(self.tries) == _MOST_TRIES):
+            return
+        self.tries[shape] += 1
+        if plan is None:
+            return
+        if shape in self.by_shape or len(self.by_shape) < _MOST_SHAPES:
+            self.by_shape.setdefault(shape, []).append(plan)
 
 
 def shape_of(messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> Shape | None:
@@ -133,7 +157,11 @@ def shape_of(messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> Sha
     """
     for message in messages:
         content = message.get("content")
-        if message.keys() not in _KEYS or message["role"] not in _ROLES or not isinstance(content, str):
+        if (
+            not isinstance(content, str)
+            or message.get("role") not in _ROLES
+            or len(message) != 2 + ("train" in message)
+        ):
             return None
         if "</" in content and _THINKING.search(content):
             return None
@@ -155,9 +183,19 @@ def stretches_of(
         if message is None:
             return None
         content = str.__str__(messages[message]["content"])
-        whole = str.__str__(evaluate(part, messages)) == content
-        found.append(Leaf(message, None if part[0] == "at" else part, whole, content != content.strip()))
+        manner = str.__str__(evaluate(part, messages)) == content, content != content.strip()
+        found.append(Leaf(message, None if part[0] == "at" else part, manner))
     return _cut_as(parts, [one for one in found if one != ""], text)
+
+
+def alike(whole: Origin | None, others: Iterable[Origin | None]) -> bool:
+    """Whether other runs were made of the same texts of the row as this one begins with, changed in the same ways."""
+    own = [part for part in _flat(whole) if not isinstance(part, str)]
+    for other in others:
+        theirs = [part for part in _flat(other) if not isinstance(part, str)]
+        if None in theirs or theirs != own[: len(theirs)]:
+            return False
+    return True
 
 
 def _cut_as(parts: Sequence[Piece], found: Sequence[str | Leaf], text: str) -> tuple[str | Leaf, ...] | None:

@@ -23,7 +23,7 @@ from ftdata.templates.sandbox import compile_template
 from ftdata.templates.spans import pieces, tracked, tracked_messages
 from ftdata.templates.stops import Stops
 from ftdata.templates.tracked import Tracked, concat
-from ftdata.templates.watched import Watched
+from ftdata.templates.watched import plain
 from ftdata.types import Part
 
 templates: Registry[Path] = Registry("ftdata.templates", "template")
@@ -188,8 +188,7 @@ class Template:
         Raises:
             BadRow: `template_raises`, with the template's own message.
         """
-        text = self.rendered(variables, prompt_only=prompt_only, watch=watch)
-        return text.plain() if isinstance(text, Watched) else text
+        return plain(self.rendered(variables, prompt_only=prompt_only, watch=watch))
 
     def rendered(self, variables: Mapping[str, Any], *, prompt_only: bool = False, watch: bool = False) -> Tracked:
         """Render once, as `run`; with `watch`, the text may be watched itself, and tells how it came about."""
@@ -220,7 +219,7 @@ def find(spec: str | Path) -> tuple[str, str]:
     text = str(spec)
     if "{{" in text or "{%" in text:
         return "<string>", text
-    path = templates.get(text) if text in templates.names() else Path(text)
+    path = templates.get(text) if text in templates else Path(text)
     if not path.is_file():
         raise UsageError(
             "unknown_template",

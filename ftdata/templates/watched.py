@@ -130,6 +130,11 @@ class Watched(Tracked):
         return str.__hash__(self)
 
 
+def plain(text: Tracked) -> Tracked:
+    """Return a tracked string that is not watched."""
+    return text.plain() if isinstance(text, Watched) else text
+
+
 class Length(int):
     """The length of a watched string: it is compared with others far more often than it is told."""
 
