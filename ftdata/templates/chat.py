@@ -94,9 +94,10 @@ def render_chat(chat: Chat, turns: Sequence[int], dropped: str = "refuse") -> Re
     assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
     spans = tile(split_thinking(text, parts, regions, assistants), regions)
     rendered = Rendered(text, spans, flags | unusual, messages=len(chat.messages))
-    if origins:
-        plan = None if flags or parts != pieces(tracked) else _plan(chat, rendered, parts, turns, origins)
-        chat.template.plans.keep(chat.messages, turns, plan)
+    if origins and not flags and parts == pieces(tracked):
+        plan = _plan(chat, rendered, parts, turns, origins)
+        if plan is not None:
+            chat.template.plans.keep(chat.messages, turns, plan)
     return rendered
 
 

@@ -22,7 +22,7 @@ from ftdata.types import Part, Rendered, Span
 
 _ROLES = {"system", "user", "assistant"}
 _THINKING = re.compile(r"</(?:think|thinking|thought|reasoning)>")
-_MOST_SHAPES, _MOST_PLANS, _MOST_TRIES = 512, 8, 100_000
+_MOST_SHAPES, _MOST_PLANS = 512, 8
 
 Shape = tuple[Any, ...]
 
@@ -120,15 +120,19 @@ class Plan:
 
 @dataclass
 class Plans:
-    """What is known about one template."""
+    """What is known about one template. `missed` counts the conversations of each shape that no plan was for."""
 
     by_shape: dict[Shape, list[Plan]] = field(default_factory=dict)
-    tries: Counter[Shape] = field(default_factory=Counter)
+    missed: Counter[Shape] = field(default_factory=Counter)
 
     def wanted(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> bool:
-        """Whether a plan for these is still looked for, which is given up where it was of no use."""
+        """Whether to look for a plan for these, which is done the more rarely the more often there was none."""
         shape = shape_of(messages, turns)
-        return shape is not None and self.tries[shape] < _MOST_PLANS
+        if shape is None or (shape not in self.missed and len(self.missed) == _MOST_SHAPES):
+            return False
+        self.missed[shape] += 1
+        times = self.missed[shape]
+        return len(self.by_shape.get(shape, ())) < _MOST_PLANS and (times <= _MOST_PLANS or times & (times - 1) == 0)
 
     def filled(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> Rendered | None:
         """Return what the template makes of messages, if one of the plans says so."""
@@ -138,15 +142,9 @@ class Plans:
                 return rendered
         return None
 
-    def keep(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int], plan: Plan | None) -> None:
-        """Remember a plan for messages of this shape, or that none was found."""
-        shape = shape_of(messages, turns)
-        if shape is None or (shape not in self.tries and len(self.tries) == _MOST_TRIES):
-            return
-        self.tries[shape] += 1
-        if plan is None:
-            return
-        if shape in self.by_shape or len(self.by_shape) < _MOST_SHAPES:
+    def keep(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int], plan: Plan) -> None:
+        """Remember a plan for messages of this shape."""
+        if shape := shape_of(messages, turns):
             self.by_shape.setdefault(shape, []).append(plan)
 
 
