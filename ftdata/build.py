@@ -7,16 +7,13 @@ pack plan is made from the lengths of all of them; tokens are gathered when the 
 from __future__ import annotations
 
 import datetime
-import gc
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,55 +21,25 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ftdata import similar, store
+from ftdata import cache, similar, store
 from ftdata._version import __version__
 from ftdata.card import card
 from ftdata.engines import EngineDiffers
 from ftdata.errors import InputRefused, UsageError, one_of
-from ftdata.examples import BATCH, Built, build_rows
 from ftdata.executors import ENGINES, run
 from ftdata.layout import Facts, Laid, Layout, lay_out
-from ftdata.ledger import Ledger, Report, notes_of
+from ftdata.ledger import Report, notes_of
 from ftdata.mask import Policy
 from ftdata.pack import best_fit_decreasing, unpacked
-from ftdata.readers import FileSource, MemorySource, sources
+from ftdata.readers import FileSource, sources
 from ftdata.readers.naming import split_of
 from ftdata.readers.select import Selection
 from ftdata.recipe import Recipe, make_recipe
+from ftdata.shards import Progress, ShardResult, Task, build_shard
 from ftdata.tolerance import Tolerance
-from ftdata.types import Example, Reject
 
 if TYPE_CHECKING:
     import datasets
-
-Progress = Callable[[int, int], None]
-"""Called as the build goes on with the rows and the tokens done so far."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One shard: a source, and the folder for its examples. Planned from the data alone.
-
-    `trusted`: whether the fast engine may encode it.
-    """
-
-    source: FileSource | MemorySource
-    folder: Path
-    where: str | None = None
-    limit: int | None = None
-    near: bool = False
-    trusted: bool = True
-
-
-@dataclass(frozen=True)
-class ShardResult:
-    """What a shard task reports back; the examples themselves are in its folder."""
-
-    task: Task
-    ledger: Ledger
-    rejects: list[Reject]
-    content: str
-    engine: str
 
 
 def build_sft_dataset(
@@ -271,6 +238,7 @@ def _build(
         # What one text shows may be so for others: all is done again.
         _check_rereadable(tasks, str(differs))
         shutil.rmtree(shards)
+        cache.clear()
         results = _run(recipe, [replace(task, trusted=False) for task in tasks], workers, engine, progress)
     tasks = [result.task for result in results]
     ledgers = tuple(result.ledger for result in results)
@@ -288,6 +256,7 @@ def _build(
     for name, members in laid.splits.items():
         splits[name] = _write_split(folder, name, examples, members, layout, named)
     shutil.rmtree(shards)
+    cache.tidy()
     options = {
         **recipe.describe(),
         **asdict(layout),
@@ -363,59 +332,6 @@ def _limited(tasks: Sequence[Task], results: Sequence[ShardResult]) -> Iterator[
         left = (task.limit or 0) - sum(ledger.read - ledger.passed for ledger in before)
         if left > 0:
             yield replace(task, limit=left)
-
-
-def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) -> ShardResult:
-    """Build one shard: read its source, write its examples, count everything."""
-    ledger = Ledger(task.source.path)
-    rejects: list[Reject] = []
-    engines = recipe.tokenizer.engines
-    engines.trusted, engines.retried = engines.trusted and task.trusted, True
-    engines.expect(task.source.size)
-    content = xxhash.xxh3_128()
-    selection = Selection(task.where, task.limit)
-
-    def batches() -> Iterator[list[tuple[Example, bytes]]]:
-        outcomes = build_rows(recipe, selection.of(task.source.rows()))
-        while batch := list(islice(outcomes, BATCH)):
-            for entry in batch:
-                ledger.add(entry)
-            rejects.extend(entry for entry in batch if isinstance(entry, Reject))
-            rows = [entry for entry in batch if isinstance(entry, Built)]
-            built = [one for entry in rows for one in _hashed(entry)]
-            content.update(b"".join(each for _, each in built))
-            yield built
-            if task.near:
-                minhashes = similar.signatures([entry.conversation for entry in rows])
-                store.add_minhashes(task.folder, np.repeat(minhashes, [len(entry.examples) for entry in rows], axis=0))
-            if progress:
-                progress(ledger.read, ledger.tokens_kept)
-
-    with _rarely_collecting():
-        store.write_shard(task.folder, batches())
-    ledger.pass_over(selection.passed)
-    return ShardResult(task, ledger, rejects, content.hexdigest(), engines.name)
-
-
-@contextmanager
-def _rarely_collecting() -> Iterator[None]:
-    """Have cycles looked for less often: a batch makes many small objects, none of which is in one."""
-    before = gc.get_threshold()
-    gc.set_threshold(max(before[0], 100_000) if before[0] else 0, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-
-
-def _hashed(entry: Built) -> list[tuple[Example, bytes]]:
-    """Return the examples of a row, each with the hash of them all: 16 bytes of the tokens, 8 of the labels."""
-    ids, trained = xxhash.xxh3_128(), xxhash.xxh3_64()
-    for example in entry.examples:
-        ids.update(example.input_ids.tobytes())
-        trained.update(example.trained.tobytes())
-    content = ids.digest() + trained.digest()
-    return [(example, content) for example in entry.examples]
 
 
 def _lengths_by_shard(examples: store.Examples, shards: int) -> list[NDArray[np.int64]]:

@@ -12,7 +12,7 @@ import datetime
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +56,24 @@ class Built:
 
 
 def build_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[Built | Reject]:
-    """Take rows through normalise, render, tokenise, mask and truncate, in batches.
+    """Take rows through normalise, render, tokenise, mask and truncate.
 
     Yields, for each row and in order, what was built of it or why it was rejected.
     """
+    return chain.from_iterable(build_batches(recipe, rows))
+
+
+def build_batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[Built | Reject]]:
+    """As `build_rows`, as many rows at a time as go through the stages together."""
     for batch in _batches(recipe, rows):
         texts = [(entry[0], rendered) for _, entry in batch if not isinstance(entry, Reject) for rendered in entry[1]]
         examples = iter(_encoded(recipe, texts))
-        for row, entry in batch:
-            if isinstance(entry, Reject):
-                yield entry
-            else:
-                yield _finish(recipe, row, entry[0], list(islice(examples, len(entry[1]))))
+        yield [
+            entry
+            if isinstance(entry, Reject)
+            else _finish(recipe, row, entry[0], list(islice(examples, len(entry[1]))))
+            for row, entry in batch
+        ]
 
 
 Prepared = tuple[Conversation, tuple[Rendered, ...]]
@@ -133,7 +139,7 @@ def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Re
     pattern = recipe.control.pattern
     if recipe.control_tokens == "allow" or pattern is None or not conversation.messages:
         return
-    if not any(map(recipe.control.spelled, _strings(conversation))):
+    if not recipe.control.spelled("\n".join(_strings(conversation))):
         return
 
     def blot(value: Any, keep: Sequence[tuple[int, int]] = ()) -> Any:
@@ -161,17 +167,16 @@ def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Re
         )
 
 
-def _strings(conversation: Conversation) -> Iterator[str]:
-    """Yield all strings in a conversation, and all keys that are not of every message."""
+def _strings(conversation: Conversation) -> list[str]:
+    """Return all strings in a conversation, and all keys that are not of every message."""
+    found = list(_strings_in(conversation.tools))
     for message in conversation.messages:
-        for key, value in message.items():
-            if isinstance(value, str):
-                yield value
-            else:
-                yield from _strings_in(value)
-            if key not in ("role", "content"):
-                yield key
-    yield from _strings_in(conversation.tools)
+        content = message.get("content")
+        if len(message) == 2 and type(content) is str:
+            found += message["role"], content
+        else:
+            found += (one for one in _strings_in(message) if one not in ("role", "content"))
+    return found
 
 
 def _strings_in(value: Any) -> Iterator[str]:

@@ -27,6 +27,8 @@ masks: Registry[Policy] = Registry("ftdata.masks", "mask")
 def assistant(rendered: Rendered, conversation: Conversation) -> list[bool]:
     """Train every assistant turn, except messages that say `train: false` or `weight: 0`."""
     untrained = {i for i, message in enumerate(conversation.messages) if message.get("train") is False}
+    if not untrained:
+        return [span.generated for span in rendered.spans]
     return [span.generated and span.message not in untrained for span in rendered.spans]
 
 

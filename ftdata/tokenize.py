@@ -32,7 +32,7 @@ _PLACEHOLDERS = (0xF0000, 0xF8000, 0x100000, 0x108000)
 """Private-use characters from one of these on stand for control tokens while typed ones are being escaped."""
 
 
-_LOADED = frozenset({"_full", "_plain", "engines", "added_tokens", "size"})
+_LOADED = frozenset({"_backend", "engines", "added_tokens", "size"})
 """What a tokenizer holds ready that does not depend on its chat template or special tokens."""
 
 
@@ -59,16 +59,12 @@ class Tokenizer:
         return other
 
     @cached_property
-    def _full(self) -> tokenizers.Tokenizer:
-        return _backend(self.json)
+    def _backend(self) -> tuple[tokenizers.Tokenizer, list[int]]:
+        return _bare(tokenizers.Tokenizer.from_str(self.json))
 
-    @cached_property
+    @property
     def _plain(self) -> tokenizers.Tokenizer:
-        # A post-processor adds special tokens, which we do ourselves, and may trim blanks from offsets.
-        backend = _backend(self.json)
-        if backend.post_processor is not None:
-            backend.post_processor = tokenizers.processors.Sequence([])
-        return backend
+        return self._backend[0]
 
     @cached_property
     def engines(self) -> Engines:
@@ -95,7 +91,7 @@ class Tokenizer:
     @cached_property
     def bos_ids(self) -> NDArray[np.int32]:
         """What the tokenizer itself puts before a text (int32 `[0]` or `[1]`)."""
-        given = self._full.encode("", add_special_tokens=True).ids
+        given = self._backend[1]
         bos = self.id_of(self.special_tokens.get("bos_token"))
         # BERT's [CLS] or T5's </s> are not the beginning of a text that a causal model continues.
         return np.asarray([bos] if bos is not None and given[:1] == [bos] else [], dtype=np.int32)
@@ -123,11 +119,17 @@ class Tokenizer:
         return self.engines.encode(texts)
 
 
-def _backend(description: str) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer.from_str(description)
+def _bare(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, list[int]]:
+    """Return a tokenizer that encodes texts and no more, and the ids that it would put around an empty one.
+
+    A post-processor adds special tokens, which is done elsewhere, and may trim blanks from offsets.
+    """
     backend.no_truncation()
     backend.no_padding()
-    return backend
+    around = backend.encode("", add_special_tokens=True).ids
+    if backend.post_processor is not None:
+        backend.post_processor = tokenizers.processors.Sequence([])
+    return backend, around
 
 
 def _is_text(text: str) -> bool:
@@ -228,7 +230,7 @@ class ControlTokens:
         places = np.concatenate([tokens.offsets for _, _, tokens in pairs])[found] + np.asarray(base)[of, None]
         after = np.searchsorted(ends, places[:, 0], side="right")
         typed = np.append(starts, np.iinfo(np.int64).max)[after] < places[:, 1]
-        return [pairs[number][0] for number in np.unique(of[typed]).tolist()]
+        return [pairs[number][0] for number in sorted(set(of[typed].tolist()))]
 
     def matches(self, rendered: Rendered) -> tuple[list[re.Match[str]], list[re.Match[str]]]:
         """Return the control tokens in the text: those that the template wrote, and those that the row's text spells.
@@ -316,7 +318,7 @@ def _shadow(control: ControlTokens, base: int) -> tuple[tokenizers.Tokenizer, ND
     names = {token: chr(base + n) * len(token) for n, token in enumerate(control.tokens)}
     for added in description["added_tokens"]:
         added["content"] = names.get(added["content"], added["content"])
-    shadow = _backend(json.dumps(description))
+    shadow, _ = _bare(tokenizers.Tokenizer.from_str(json.dumps(description)))
     real = {names.get(token, token): id_ for token, (id_, _) in control.tokenizer.added_tokens.items()}
     added_now = shadow.get_added_tokens_decoder()
     ids = np.arange(max(control.tokenizer.size, *added_now, 0) + 1, dtype=np.int32)
@@ -395,13 +397,16 @@ def _from_transformers(tokenizer: Any) -> Tokenizer:
 def _from_folder(folder: Path, name: str, state: tuple[tuple[int, int], ...]) -> Tokenizer:  # noqa: ARG001
     # `state` is when the files were last changed: with other files, the cache holds nothing.
     file = folder / "tokenizer.json"
-    text = file.read_text(encoding="utf-8")
+    text = file.read_bytes().decode("utf-8")
     config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
     try:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001  (tokenizers raises nothing narrower)
         raise TemplateRefused("bad_tokenizer", f"{file} cannot be loaded: {error}") from None
-    return Tokenizer(name, text, _special_tokens(config, backend), _chat_template(folder, config))
+    loaded = Tokenizer(name, text, _special_tokens(config, backend), _chat_template(folder, config))
+    # To load a large vocabulary once more would take most of a preview.
+    loaded.__dict__["_backend"] = _bare(backend)
+    return loaded
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from makers import MAKERS, tiny_bpe
 
+# Nothing may be taken from an earlier run.
+os.environ["FTDATA_CACHE"] = "off"
+
 SHARED = Path(os.environ.get("FTDATA_SHARED", Path(__file__).parents[2] / "shared"))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import law
@@ -115,12 +116,13 @@ def test_ids_are_those_of_the_tokenizer_alone(name, tokenizer_dir, data):
     """One text, one tokenisation: the whole text through the tokenizer gives the same ids."""
     messages = data.draw(conversations(system=system_of(name)))
     tokenizer = load_tokenizer(tokenizer_dir(name))
+    alone = tokenizers.Tokenizer.from_file(f"{tokenizer_dir(name)}/tokenizer.json")
     try:
         examples = encode(messages, tokenizer, control_tokens="allow")
     except BadRow:
         return
     for example in examples:
-        assert example.input_ids.tolist() == tokenizer._full.encode(example.text, add_special_tokens=False).ids
+        assert example.input_ids.tolist() == alone.encode(example.text, add_special_tokens=False).ids
 
 
 @law()

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,7 @@ from ftdata.schemas import ROLES, STANDS_FOR
 from ftdata.templates import markers
 from ftdata.templates.arrival import check_arrival, recover
 from ftdata.templates.memory import key_of
-from ftdata.templates.plans import Plan, alike, stretches_of
+from ftdata.templates.plans import Plan, alike, shape_of, stretches_of
 from ftdata.templates.spans import Piece, Region, pieces, split_thinking, tile, tracked_messages
 from ftdata.templates.template import Template, chat_variables
 from ftdata.templates.tracked import Tracked
@@ -50,9 +51,9 @@ class Chat:
             flags = frozenset({"arguments_parsed"})
         return cls(template, tuple(tracked_messages(messages)), conversation.tools, flags)
 
-    def until(self, last: int) -> Chat:
-        """Return the conversation up to and including message `last`."""
-        return replace(self, messages=self.messages[: last + 1])
+    def first(self, count: int) -> Chat:
+        """Return the first messages of the conversation."""
+        return replace(self, messages=self.messages[:count])
 
     def text(self, count: int | None = None, *, generation_prompt: bool = False) -> Tracked:
         """Render the first `count` messages, by default all; of a watched conversation the text is watched.
@@ -200,15 +201,22 @@ def _located(
         return known
     seen: dict[tuple[int, bool], Tracked] = {}
     asked = chat.watched() if chat.template.foreseeable else chat
+    shape = shape_of(chat.messages, ()) if asked.watch and not chat.tools else None
+
+    def run(count: int, generation_prompt: bool) -> Tracked:
+        render = partial(asked.text, count, generation_prompt=generation_prompt)
+        if shape is None:
+            return render()
+        return chat.template.runs.text((shape[:count], generation_prompt), chat.messages, log, render)
 
     def prefix(count: int, generation_prompt: bool) -> Tracked:
         place = (count, generation_prompt)
         if place not in seen:
-            seen[place] = asked.text(count, generation_prompt=generation_prompt)
+            seen[place] = run(*place)
         return plain(seen[place])
 
     with watching() as log:
-        whole = asked.text() if asked.watch else tracked
+        whole = run(len(chat.messages), False) if asked.watch else tracked
         found = [_locate(chat, text, parts, turn, prefix) for turn in turns]
     if asked.watch and plain(whole) == tracked and parts == pieces(tracked):
         memory.keep(key, log, text, map(plain, seen.values()), parts, found)

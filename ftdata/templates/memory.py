@@ -92,9 +92,10 @@ class Memory:
                 return
             anchored.append((turn.region.message, start, end, turn.flags))
         ways = self.ways.setdefault(key, [])
-        if len(ways) < _MOST_WAYS:
-            questions = {repr(question): question for question in log.questions}
-            ways.append(Way(tuple(questions.values()), tuple(dict.fromkeys(unlike)), tuple(anchored)))
+        questions = {repr(question): question for question in log.questions}
+        way = Way(tuple(questions.values()), tuple(dict.fromkeys(unlike)), tuple(anchored))
+        if len(ways) < _MOST_WAYS and way not in ways:
+            ways.append(way)
 
 
 def key_of(

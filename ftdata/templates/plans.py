@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
 from ftdata.templates.memory import Way
+from ftdata.templates.runs import flat
 from ftdata.templates.spans import Piece
 from ftdata.templates.watched import Origin, evaluate
 from ftdata.types import Part, Rendered, Span
@@ -48,22 +49,19 @@ class Leaf:
         return text if self.manner in (None, (text == content, bare != content)) else None
 
 
-Cut = tuple[int, int, int | None, Part, int, bool]
-"""A span: the number of the stretch it is in, where it begins in that and where it ends (`None`: with it), and the
-rest."""
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The stretches of one way that a template takes, and how spans lie in them.
 
-    `texts` holds the template's own, and `leaves` which of them are contents, and whose.
+    `texts` holds the template's own, and `leaves` which of them are contents, and whose. Spans tile the text: `edges`
+    says in which stretch each begins, and how far into it, and `kinds` the rest of them (parts, messages, generated).
     """
 
     way: Way
     texts: tuple[str, ...]
     leaves: tuple[tuple[int, Leaf], ...]
-    cuts: tuple[Cut, ...]
+    edges: tuple[tuple[int, int], ...]
+    kinds: tuple[tuple[Any, ...], ...]
     flags: frozenset[str]
 
     @classmethod
@@ -75,7 +73,7 @@ class Plan:
         `alike`: whether prompts and endings were made of the very stretches that the whole begins with. Then what is
         printed of a text is the same in all of them, whatever there is to cut at its ends.
         """
-        cuts, number = list[Cut](), 0
+        edges, number = list[tuple[int, int]](), 0
         for span in rendered.spans:
             while number < len(parts) and parts[number].end <= span.start:
                 number += 1
@@ -83,14 +81,14 @@ class Plan:
             whole = (span.start, span.end) == (piece.start, piece.end)
             if span.end > piece.end or (isinstance(stretches[number], Leaf) and not whole):
                 return None
-            end = None if span.end == piece.end else span.end - piece.start
-            cuts.append((number, span.start - piece.start, end, span.part, span.message, span.generated))
+            edges.append((number, span.start - piece.start))
         leaves = [(at, one) for at, one in enumerate(stretches) if isinstance(one, Leaf)]
         if alike:
             way = replace(way, questions=tuple(one for one in way.questions if one.asked[0] != "same"))
             leaves = [(at, replace(leaf, manner=None)) for at, leaf in leaves]
         texts = tuple("" if isinstance(one, Leaf) else one for one in stretches)
-        return cls(way, texts, tuple(leaves), tuple(cuts), rendered.flags)
+        kinds = tuple(zip(*((span.part, span.message, span.generated) for span in rendered.spans), strict=True))
+        return cls(way, texts, tuple(leaves), (*edges, (len(texts), 0)), kinds, rendered.flags)
 
     def fill(self, messages: Sequence[Mapping[str, Any]]) -> Rendered | None:
         """Return what the template makes of these messages, `None` where that is not certain."""
@@ -111,11 +109,9 @@ class Plan:
         for (number, offset), other in self.way.unlike:
             if text.startswith(other, starts[number] + offset):
                 return None
-        spans = [
-            Span(starts[at] + begin, starts[at + 1] if end is None else starts[at] + end, part, message, generated)
-            for at, begin, end, part, message, generated in self.cuts
-        ]
-        return Rendered(text, tuple(spans), self.flags, messages=len(messages))
+        edges = [starts[at] + offset for at, offset in self.edges]
+        spans = tuple(map(Span._make, zip(edges, edges[1:], *self.kinds, strict=False)))
+        return Rendered(text, spans, self.flags, messages=len(messages))
 
 
 @dataclass
@@ -171,7 +167,7 @@ def stretches_of(
 ) -> tuple[str | Leaf, ...] | None:
     """Return the stretches that a run on watched strings was made of, if they are the very pieces of the text."""
     found: list[str | Leaf] = []
-    for part in _flat(origin):
+    for part in flat(origin):
         if part is None:
             return None
         if isinstance(part, str):
@@ -188,9 +184,9 @@ def stretches_of(
 
 def alike(whole: Origin | None, others: Iterable[Origin | None]) -> bool:
     """Whether other runs were made of the same texts of the row as this one begins with, changed in the same ways."""
-    own = [part for part in _flat(whole) if not isinstance(part, str)]
+    own = [part for part in flat(whole) if not isinstance(part, str)]
     for other in others:
-        theirs = [part for part in _flat(other) if not isinstance(part, str)]
+        theirs = [part for part in flat(other) if not isinstance(part, str)]
         if None in theirs or theirs != own[: len(theirs)]:
             return False
     return True
@@ -212,16 +208,6 @@ def _cut_as(parts: Sequence[Piece], found: Sequence[str | Leaf], text: str) -> t
         else:
             return None
     return None if left else tuple(cut)
-
-
-def _flat(origin: Origin | None) -> Iterator[str | Origin | None]:
-    if origin is None:
-        yield None
-    elif origin[0] == "join":
-        for part in origin[1]:
-            yield from _flat(part)
-    else:
-        yield origin[1] if origin[0] == "is" else origin
 
 
 def _message_of(origin: Origin) -> int | None:

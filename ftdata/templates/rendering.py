@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.templates.chat import Chat, render_chat
@@ -83,16 +84,44 @@ def _render_chat(conversation: Conversation, template: Template, turns: str, dro
         for index, message in enumerate(conversation.messages)
         if message["role"] == "assistant" and message.get("train", True)
     ]
-    planned = turns != "split" and not conversation.tools
-    known = template.plans.filled(conversation.messages, assistants) if planned else None
-    if known is not None and (turns == "joint" or "rewritten" not in known.flags):
-        return (known,)
-    chat = Chat.of(conversation, template)
-    whole = _joint(chat, assistants, dropped, must=turns == "joint") if turns != "split" else None
+    chat = _Chats(conversation, template, dropped)
+    whole = chat.joint(assistants, must=turns == "joint") if turns != "split" else None
     if whole is not None and (turns == "joint" or "rewritten" not in whole.flags):
         return (whole,)
-    parts = [one for group in _groups(chat, assistants) for one in _split(chat, group, dropped)]
+    parts = [one for group in _groups(conversation.messages, assistants) for one in _split(chat, group)]
     return tuple(replace(one, flags=one.flags | {"split"}) for one in parts) if len(parts) > 1 else tuple(parts)
+
+
+@dataclass(frozen=True)
+class _Chats:
+    """A conversation under a chat template, and what it is up to each of its turns."""
+
+    conversation: Conversation
+    template: Template
+    dropped: str
+
+    @cached_property
+    def _whole(self) -> Chat:
+        return Chat.of(self.conversation, self.template)
+
+    def until(self, turns: Sequence[int], count: int | None = None) -> Rendered:
+        """Render the first `count` messages, by default all, by a plan where there is one.
+
+        Raises:
+            BadRow: as `render_chat` does.
+        """
+        messages = self.conversation.messages[:count]
+        known = self.template.plans.filled(messages, turns) if not self.conversation.tools else None
+        return known or render_chat(self._whole.first(len(messages)), turns, self.dropped)
+
+    def joint(self, turns: Sequence[int], count: int | None = None, *, must: bool) -> Rendered | None:
+        """Render them in one text; `None` where that is refused, and each alone need not be."""
+        try:
+            return self.until(turns, count)
+        except BadRow as error:
+            if must or error.code not in _SPLITTABLE:
+                raise
+            return None
 
 
 def closed(rendered: Rendered, template: Template) -> Rendered:
@@ -114,34 +143,25 @@ def closed(rendered: Rendered, template: Template) -> Rendered:
     )
 
 
-def _joint(chat: Chat, turns: Sequence[int], dropped: str, *, must: bool) -> Rendered | None:
-    try:
-        return render_chat(chat, turns, dropped)
-    except BadRow as error:
-        if must or error.code not in _SPLITTABLE:
-            raise
-        return None
-
-
-def _groups(chat: Chat, assistants: Sequence[int]) -> Iterator[list[int]]:
+def _groups(messages: Sequence[Message], assistants: Sequence[int]) -> Iterator[list[int]]:
     """Yield the assistant turns that follow one user message: a call, and the answer to what it returned."""
     group: list[int] = []
     for turn in assistants:
-        if group and any(message["role"] == "user" for message in chat.messages[group[-1] : turn]):
+        if group and any(message["role"] == "user" for message in messages[group[-1] : turn]):
             yield group
             group = []
         group.append(turn)
     yield group
 
 
-def _split(chat: Chat, group: Sequence[int], dropped: str) -> Iterator[Rendered]:
+def _split(chat: _Chats, group: Sequence[int]) -> Iterator[Rendered]:
     if len(group) > 1:
-        together = _joint(chat.until(group[-1]), group, dropped, must=False)
+        together = chat.joint(group, group[-1] + 1, must=False)
         if together is not None and "rewritten" not in together.flags:
             yield together
             return
     for turn in group:
-        yield render_chat(chat.until(turn), [turn], dropped)
+        yield chat.until([turn], turn + 1)
 
 
 def prompt(conversation: Conversation, template: Template) -> str:

@@ -19,6 +19,7 @@ from ftdata.registry import Registry
 from ftdata.templates import markers
 from ftdata.templates.memory import Memory
 from ftdata.templates.plans import Plans
+from ftdata.templates.runs import Runs
 from ftdata.templates.sandbox import compile_template
 from ftdata.templates.spans import pieces, tracked, tracked_messages
 from ftdata.templates.stops import Stops
@@ -171,6 +172,11 @@ class Template:
     def memory(self) -> Memory:
         """Where turns begin and end, for the conversations seen so far."""
         return Memory()
+
+    @cached_property
+    def runs(self) -> Runs:
+        """What the template made of the first messages of conversations seen so far."""
+        return Runs()
 
     @cached_property
     def plans(self) -> Plans:

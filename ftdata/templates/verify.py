@@ -194,7 +194,7 @@ def contradicted(
         return None
     if "parts_joined" in rendered.flags:
         conversation = with_texts(conversation)
-    found = contradiction(Chat.of(conversation, template).until(rendered.messages - 1), rendered, most)
+    found = contradiction(Chat.of(conversation, template).first(rendered.messages), rendered, most)
     return None if found is None else str(found)
 
 

@@ -1,0 +1,251 @@
+"""The second time: shards that were built before, and tokens that texts were made into, are taken from a folder.
+
+    DIR/shards/KEY/         what a shard's folder holds, and result.json; KEY is the hash of all that decides it
+    DIR/texts/KEY/PART/     hashes, bounds, ids and offsets of texts; KEY is the hash of a source and a tokenizer
+
+DIR is `FTDATA_CACHE`, else `ftdata` in `XDG_CACHE_HOME` or `~/.cache`; with `FTDATA_CACHE=off` there is none. It is a
+convenience: whatever goes wrong with it, a build goes on without. It holds a tenth of the disk at most, and what was
+used last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ftdata.engines import Encoded
+
+_MOST_OF_DISK = 10
+"""The cache is kept below the disk's size divided by this."""
+
+_MOST_UNUSED = 3
+"""Texts are forgotten where they take so many times the room of those that were used."""
+
+
+def root() -> Path | None:
+    """Return the cache's folder; `None` where there shall be none."""
+    given = os.environ.get("FTDATA_CACHE")
+    if given is not None:
+        return None if given.lower() in ("", "0", "off", "false", "no") else Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(base or Path.home() / ".cache") / "ftdata"
+
+
+@cache
+def code() -> str:
+    """Return a hash of this package as it is installed: with other code, nothing is the same."""
+    package = Path(__file__).parent
+    files = sorted(path for kind in ("*.py", "*.jinja") for path in package.rglob(kind))
+    stamps = [(str(path.relative_to(package)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return key_of(stamps)
+
+
+def key_of(parts: Any) -> str:
+    """Return the hash of a JSON value."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
+
+
+def content_of(path: str | Path) -> str:
+    """Return the hash of a file's bytes."""
+    found = xxhash.xxh3_128()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(1 << 22):
+            found.update(chunk)
+    return str(found.hexdigest())
+
+
+def find(kind: str, key: str, target: Path) -> dict[str, Any] | None:
+    """Put the files of an entry into the folder `target`, and return its result; `None` where there is none."""
+    folder = root()
+    if folder is None:
+        return None
+    entry = folder / kind / key
+    with suppress(OSError, ValueError):
+        known: dict[str, Any] = json.loads((entry / "result.json").read_text(encoding="utf-8"))
+        if _copied(entry, target) == known["files"]:
+            os.utime(entry)
+            return dict(known["result"])
+        shutil.rmtree(entry)
+    shutil.rmtree(target, ignore_errors=True)
+    return None
+
+
+def keep(kind: str, key: str, source: Path, result: dict[str, Any]) -> None:
+    """Remember the files of a folder, and its result, under a key."""
+    folder = root()
+    if folder is None:
+        return
+    with suppress(OSError), _new_entry(folder / kind / key) as entry:
+        known = {"files": _copied(source, entry), "result": result}
+        (entry / "result.json").write_text(json.dumps(known), encoding="utf-8")
+
+
+def _copied(source: Path, target: Path) -> dict[str, str]:
+    """Have the files of one folder in another, and return their hashes.
+
+    They are the same files where that can be, since none is ever changed.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    hashes = {}
+    for path in source.iterdir():
+        if path.name == "result.json":
+            continue
+        try:
+            os.link(path, target / path.name)
+        except OSError:
+            shutil.copyfile(path, target / path.name)
+        hashes[path.name] = content_of(target / path.name)
+    return hashes
+
+
+@contextmanager
+def _new_entry(target: Path) -> Iterator[Path]:
+    """Give a folder that becomes `target` when the block ends well; if another process was faster, it vanishes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
+    try:
+        yield scratch
+        scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def tidy() -> None:
+    """Remove what was used longest ago, if the cache has become too large."""
+    folder = root()
+    if folder is None or not folder.is_dir():
+        return
+    with suppress(OSError):
+        entries = [entry for kind in ("shards", "texts") for entry in (folder / kind).glob("*") if entry.is_dir()]
+        used = sorted((entry.stat().st_mtime, _size(entry), entry) for entry in entries)
+        room = shutil.disk_usage(folder).total // _MOST_OF_DISK - sum(size for _, size, _ in used)
+        for _, size, entry in used:
+            if room >= 0:
+                break
+            shutil.rmtree(entry, ignore_errors=True)
+            room += size
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+class _Part:
+    """Texts that one build came upon: their hashes, sorted, and where the tokens of each stand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.hashes = _mapped(folder / "hashes", np.dtype("S16"))
+        self._places = _mapped(folder / "places.i64", np.dtype(np.int64)).reshape(-1, 2)
+        self.ids = _mapped(folder / "ids.i32", np.dtype(np.int32))
+        self._offsets = _mapped(folder / "offsets.i32", np.dtype(np.int32)).reshape(-1, 2)
+        if len(self._places) != len(self.hashes) or not len(self.ids) == len(self._offsets) == self._places.max():
+            raise ValueError("is not whole")
+
+    def find(self, hashes: NDArray[np.bytes_]) -> list[Encoded | None]:
+        """Return the tokens of the texts that are known."""
+        at = np.searchsorted(self.hashes, hashes)
+        known = np.flatnonzero(at < len(self.hashes))
+        known = known[self.hashes[at[known]] == hashes[known]]
+        found: list[Encoded | None] = [None] * len(hashes)
+        for number, (first, last) in zip(known.tolist(), self._places[at[known]].tolist(), strict=True):
+            found[number] = Encoded(self.ids[first:last], self._offsets[first:last])
+        return found
+
+
+def _mapped(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:
+    return np.asarray(np.memmap(path, kind, "r")) if path.stat().st_size else np.empty(0, kind)
+
+
+class Texts:
+    """The tokens that the texts of one source were made into before, and those that are new now."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._parts = folder, list[_Part]()
+        self._used, self._added, self._counts = 0, list[bytes](), list[int]()
+        for part in sorted(folder.glob("[!.]*")):
+            with suppress(OSError, ValueError):
+                self._parts.append(_Part(part))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._scratch = Path(tempfile.mkdtemp(prefix=".", dir=folder))
+
+    @property
+    def filled(self) -> bool:
+        """Whether any are."""
+        return bool(self._parts)
+
+    def encode(self, texts: Sequence[str], encode: Callable[[Sequence[str]], list[Encoded]]) -> list[Encoded]:
+        """Return the tokens of each text: as they were made before, else by `encode`."""
+        digests = [hashlib.sha256(text.encode()).digest()[:16] for text in texts]
+        hashes = np.frombuffer(b"".join(digests), "S16")
+        found: list[Encoded | None] = [None] * len(texts)
+        for part in self._parts:
+            found = [one or other for one, other in zip(found, part.find(hashes), strict=True)]
+        self._used += sum(len(one.ids) for one in found if one is not None)
+        missing = [number for number, one in enumerate(found) if one is None]
+        made = iter(self._noted(digests, missing, encode([texts[number] for number in missing]) if missing else []))
+        return [next(made) if one is None else one for one in found]
+
+    def _noted(self, digests: Sequence[bytes], missing: Sequence[int], made: list[Encoded]) -> list[Encoded]:
+        with (self._scratch / "ids.i32").open("ab") as ids, (self._scratch / "offsets.i32").open("ab") as offsets:
+            for tokens in made:
+                ids.write(np.ascontiguousarray(tokens.ids).data)
+                offsets.write(np.ascontiguousarray(tokens.offsets).data)
+        self._added += (digests[number] for number in missing)
+        self._counts += (len(tokens.ids) for tokens in made)
+        return made
+
+    def keep(self) -> None:
+        """Remember the texts that were new; forget all others, if they take far more room than those in use."""
+        if sum(len(part.ids) for part in self._parts) > _MOST_UNUSED * (self._used + sum(self._counts)):
+            for part in self._folder.glob("[!.]*"):
+                shutil.rmtree(part, ignore_errors=True)
+        os.utime(self._folder)
+        if not self._added:
+            return
+        hashes = np.frombuffer(b"".join(self._added), "S16")
+        order = np.argsort(hashes, kind="stable")
+        ends = np.cumsum(self._counts)
+        (self._scratch / "hashes").write_bytes(hashes[order].tobytes())
+        (self._scratch / "places.i64").write_bytes(np.stack((ends - self._counts, ends), axis=1)[order].tobytes())
+        self._scratch.rename(self._folder / self._scratch.name.lstrip("."))
+
+    def close(self) -> None:
+        """Forget what was not kept."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+@contextmanager
+def texts(key: str) -> Iterator[Texts | None]:
+    """Give what is known of the texts of one source, and remember what is new if the block ends well."""
+    folder, found = root(), None
+    if folder is not None:
+        with suppress(OSError):
+            found = Texts(folder / "texts" / key)
+    try:
+        yield found
+        if found is not None:
+            with suppress(OSError):
+                found.keep()
+    finally:
+        if found is not None:
+            found.close()
+
+
+def clear() -> None:
+    """Forget everything."""
+    folder = root()
+    if folder is not None:
+        for kind in ("shards", "texts"):
+            shutil.rmtree(folder / kind, ignore_errors=True)
