@@ -114,7 +114,8 @@ def build_sft_dataset(
         engine: `"local"`.
         date: what templates that print a date are shown.
         template_kwargs: further variables for the template.
-        progress: called with rows and tokens done so far.
+        progress: called with the rows and tokens done so far, and which share of the data that is (0 to 1, `None`
+            where nobody knows).
 
     Returns:
         A `datasets.DatasetDict` with `"train"` (and `"test"`), columns `input_ids`, `labels` and `seq_lengths`
@@ -293,11 +294,21 @@ def _run(
     processes = 1 if limited or not all(map(_is_file, tasks)) else min(workers or 1, len(tasks))
     # Within this process progress is told per batch; worker processes are told of when a shard is done.
     here = processes == 1
-    work = partial(build_shard, recipe, progress=progress if here else None)
+    sizes = [task.source.size for task in tasks]
+
+    def told(rows: int, tokens: int, share: float | None) -> None:
+        assert progress
+        size = sizes[len(results)] * (share or 0.0) if len(results) < len(sizes) else 0
+        whole = (sum(sizes[: len(results)]) + size) / max(sum(sizes), 1)
+        counted = [result.ledger for result in results]
+        done = sum(one.read for one in counted) + rows, sum(one.tokens_kept for one in counted) + tokens
+        progress(*done, whole or share or None)
+
+    work = partial(build_shard, recipe, progress=told if here and progress else None)
     for result in run(work, _limited(tasks, results) if limited else tasks, processes, engine):
         results.append(result)
-        if progress and not here:
-            progress(sum(r.ledger.read for r in results), sum(r.ledger.tokens_kept for r in results))
+        if progress:
+            told(0, 0, None)
     return results
 
 

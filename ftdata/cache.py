@@ -179,6 +179,7 @@ class Texts:
                 self._parts.append(_Part(part))
         folder.mkdir(parents=True, exist_ok=True)
         self._scratch = Path(tempfile.mkdtemp(prefix=".", dir=folder))
+        self._written, self._most = 0, shutil.disk_usage(folder).total // _MOST_OF_DISK // 4
 
     @property
     def filled(self) -> bool:
@@ -198,8 +199,12 @@ class Texts:
         return [next(made) if one is None else one for one in found]
 
     def _noted(self, digests: Sequence[bytes], missing: Sequence[int], made: list[Encoded]) -> list[Encoded]:
+        # One source alone shall not drive out all others.
+        if self._written > self._most:
+            return made
         with (self._scratch / "ids.i32").open("ab") as ids, (self._scratch / "offsets.i32").open("ab") as offsets:
             for tokens in made:
+                self._written += tokens.ids.nbytes + tokens.offsets.nbytes
                 ids.write(np.ascontiguousarray(tokens.ids).data)
                 offsets.write(np.ascontiguousarray(tokens.offsets).data)
         self._added += (digests[number] for number in missing)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -477,13 +477,22 @@ def plugins(as_json: Json = False) -> None:
 def _progress() -> Iterator[Any]:
     """Show rows and tokens done on stderr, where a person is watching."""
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
-        SpinnerColumn(),
-        TextColumn("{task.fields[rows]:,} rows, {task.fields[tokens]:,} tokens"),
+        BarColumn(),
+        TextColumn("{task.fields[rows]:,} rows ({task.fields[rows_each]:,.0f}/s)"),
+        TextColumn("{task.fields[tokens]:,} tokens ({task.fields[tokens_each]:,.0f}/s)"),
         TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("build", total=None, rows=0, tokens=0)
-        yield lambda rows, tokens: bar.update(task, rows=rows, tokens=tokens)
+        task = bar.add_task("build", total=None, rows=0, tokens=0, rows_each=0, tokens_each=0)
+
+        def update(rows: int, tokens: int, share: float | None) -> None:
+            seconds = bar.tasks[task].elapsed or 1
+            said = {"rows": rows, "tokens": tokens, "rows_each": rows / seconds, "tokens_each": tokens / seconds}
+            bar.update(task, total=share and 1, completed=share or 0, **cast(Any, said))
+
+        yield update

@@ -11,10 +11,10 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +38,7 @@ PROVED, PROVED_EVERY, PROVED_MESSAGES = 32, 100, 4
 """Rows of each source that are confirmed by a second way: the first, every so many-th; by how many messages of each."""
 
 
-@dataclass(frozen=True, slots=True)
-class Built:
+class Built(NamedTuple):
     """One row that was built: its examples, and how many tokens of it did not fit.
 
     `repeated` is what it costs to show a conversation in several examples: their tokens beyond the longest one's.
@@ -89,7 +88,8 @@ def _batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tupl
         if len(batch) == BATCH or letters >= LETTERS:
             yield batch
             batch, letters = [], 0
-    yield batch
+    if batch:
+        yield batch
 
 
 def _prepare(recipe: Recipe, row: Row | Reject) -> Prepared | Reject:

@@ -28,8 +28,8 @@ from ftdata.recipe import Recipe
 from ftdata.schemas import schemas
 from ftdata.types import Example, Reject, Source
 
-Progress = Callable[[int, int], None]
-"""Called as the build goes on with the rows and the tokens done so far."""
+Progress = Callable[[int, int, float | None], None]
+"""Called as the build goes on with the rows and the tokens done so far, and which share that is, where it is known."""
 
 _PARSERS = ("jinja2", "orjson", "pyarrow", "tokenizers")
 """Packages of which another version may make something else of the same data."""
@@ -73,7 +73,7 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
     if known is not None:
         result = _read(known, task)
         if progress:
-            progress(result.ledger.read, result.ledger.tokens_kept)
+            progress(result.ledger.read, result.ledger.tokens_kept, 1.0)
         return result
     with cache.texts(_texts_key(recipe, task)) if key else _nothing() as texts:
         recipe.tokenizer.engines.known = texts
@@ -172,7 +172,7 @@ def _built(recipe: Recipe, task: Task, progress: Progress | None) -> ShardResult
                 minhashes = similar.signatures([entry.conversation for entry in rows])
                 store.add_minhashes(task.folder, np.repeat(minhashes, [len(entry.examples) for entry in rows], axis=0))
             if progress:
-                progress(ledger.read, ledger.tokens_kept)
+                progress(ledger.read, ledger.tokens_kept, task.source.share_before(_source_of(batch[-1])))
 
     with _rarely_collecting():
         store.write_shard(task.folder, batches())
@@ -189,6 +189,10 @@ def _rarely_collecting() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+def _source_of(entry: Built | Reject) -> Source:
+    return entry.source if isinstance(entry, Reject) else entry.conversation.source
 
 
 def _hashed(entry: Built) -> list[tuple[Example, bytes]]:

@@ -36,8 +36,7 @@ from ftdata.pack import Plan
 from ftdata.types import IGNORE_INDEX, Example, Reject
 
 FORMAT = 1
-_TOKENS_PER_FILE = 1 << 27
-_PACKS_PER_BATCH = 1024
+_TOKENS_PER_FILE, _TOKENS_PER_BATCH = 1 << 27, 1 << 20
 
 _EXAMPLES = pa.schema(
     [
@@ -71,9 +70,8 @@ def write_shard(folder: Path, batches: Iterable[Sequence[tuple[Example, bytes]]]
         trained = stack.enter_context((folder / "trained.b8").open("wb"))
         table = stack.enter_context(pa.ipc.new_file(str(folder / "examples.arrow"), _EXAMPLES))
         for batch in batches:
-            for example, _ in batch:
-                ids.write(example.input_ids.data)
-                trained.write(example.trained.data)
+            ids.writelines(example.input_ids.data for example, _ in batch)
+            trained.writelines(example.trained.data for example, _ in batch)
             if batch:
                 table.write_batch(_table_batch(batch))
 
@@ -202,16 +200,16 @@ def write_split(folder: Path, split: str, examples: Examples, members: NDArray[n
     order = members[plan.order]
     bounds = plan.bounds
     sizes = np.diff(np.concatenate(([0], np.cumsum(lengths[order])))[bounds])
-    file_of = (np.cumsum(sizes) - sizes) // _TOKENS_PER_FILE
+    before = np.cumsum(sizes) - sizes
+    batches = np.flatnonzero(np.diff(before // _TOKENS_PER_BATCH, prepend=-1, append=-1)).tolist()
+    file_of = before[batches[:-1]] // _TOKENS_PER_FILE
     names = []
     for number in range(int(file_of[-1]) + 1 if len(file_of) else 1):
-        packs = np.flatnonzero(file_of == number)
         name = f"data-{number:05d}.arrow"
         names.append(name)
         with pa.ipc.new_stream(str(target / name), _PACKS) as writer:
-            for at in range(0, len(packs), _PACKS_PER_BATCH):
-                first, last = packs[at], packs[min(at + _PACKS_PER_BATCH, len(packs)) - 1] + 1
-                writer.write_batch(_pack_batch(examples, order, bounds[first : last + 1]))
+            for one in np.flatnonzero(file_of == number).tolist():
+                writer.write_batch(_pack_batch(examples, order, bounds[batches[one] : batches[one + 1] + 1]))
     state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": "",

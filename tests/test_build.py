@@ -1,5 +1,6 @@
 """The whole build: the ledger, the splits, the files."""
 
+import gzip
 import itertools
 import json
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ftdata import build_sft_dataset
+from ftdata import build_sft_dataset, examples
 from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError
 from ftdata.store import read_manifest, verify
 from ftdata.testing import conversations
@@ -269,7 +270,6 @@ def test_batch_size_does_not_matter(tiny, monkeypatch):
     built = []
     for batch in (1, 7, 1000):
         monkeypatch.setattr("ftdata.examples.BATCH", batch)
-        monkeypatch.setattr("ftdata.build.BATCH", batch)
         built.append(build_sft_dataset(ROWS, tiny, packing="bfd", max_length=128))
     assert built[0]["train"][:] == built[1]["train"][:] == built[2]["train"][:]
     assert len({each.report.fingerprint for each in built}) == 1
@@ -326,9 +326,27 @@ def test_a_policy_of_ones_own(tiny):
 
 def test_progress_is_told(tiny):
     seen = []
-    build_sft_dataset(ROWS, tiny, progress=lambda rows, tokens: seen.append((rows, tokens)))
+    build_sft_dataset(ROWS, tiny, progress=lambda *done: seen.append(done))
     assert seen[-1][0] == len(ROWS)
     assert seen[-1][1] > 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_progress_counts_all_files(tiny, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(examples, "BATCH", 3)
+    paths = [tmp_path / f"{name}.jsonl" for name in "ab"]
+    for path in paths:
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    seen = []
+    build_sft_dataset([str(path) for path in paths], tiny, workers=workers, progress=lambda *done: seen.append(done))
+    assert seen == sorted(seen)
+    assert seen[-1] == (2 * len(ROWS), seen[-1][1], 1.0)
+    assert len(seen) > 2 * (workers == 1)
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(paths[0].read_bytes()))
+    seen.clear()
+    build_sft_dataset(str(packed), tiny, progress=lambda *done: seen.append(done))
+    assert {share for *_, share in seen} == {None, 1.0}
 
 
 def test_sharegpt_parity_with_messages(tiny):

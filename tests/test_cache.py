@@ -14,7 +14,10 @@ from ftdata.engines import Engines, Reference
 
 def rows(name, count=40):
     return [
-        {"messages": [{"role": "user", "content": f"{name} asks {n}"}, {"role": "assistant", "content": f"says {n}"}] * 2}
+        {
+            "messages": [{"role": "user", "content": f"{name} asks {n}"}, {"role": "assistant", "content": f"says {n}"}]
+            * 2
+        }
         for n in range(count)
     ]
 
@@ -95,7 +98,12 @@ def test_nothing_is_done_twice(kept, files, build, work):
 
 
 def test_what_comes_out_is_the_same(kept, files, build):
-    for options in ({}, {"train_on": "last_assistant"}, {"packing": "bfd", "max_length": 80}, {"near": 0.9, "dedup": True}):
+    for options in (
+        {},
+        {"train_on": "last_assistant"},
+        {"packing": "bfd", "max_length": 80},
+        {"near": 0.9, "dedup": True},
+    ):
         for _ in range(2):
             build.compare(files, **options)
 
@@ -112,7 +120,11 @@ def test_one_source_that_changed_is_done_again_alone(kept, files, build, work):
 def test_another_mask_makes_no_tokens(kept, files, build, work):
     build(files)
     work()
-    for options in ({"train_on": "last_assistant"}, {"train_parts": ["answer"]}, {"max_length": 60, "overlong": "truncate"}):
+    for options in (
+        {"train_on": "last_assistant"},
+        {"train_parts": ["answer"]},
+        {"max_length": 60, "overlong": "truncate"},
+    ):
         build(files, **options)
         assert work() == (2, 0)
         build.compare(files, **options)
@@ -144,7 +156,9 @@ def test_other_code_is_another_build(kept, files, build, work, monkeypatch):
     assert work() == (2, 0)
 
 
-@pytest.mark.parametrize("name", ["ids.i32", "trained.b8", "examples.arrow", "result.json", "hashes", "places.i64", "offsets.i32"])
+@pytest.mark.parametrize(
+    "name", ["ids.i32", "trained.b8", "examples.arrow", "result.json", "hashes", "places.i64", "offsets.i32"]
+)
 @pytest.mark.parametrize("damage", [b"", b"x", None])
 def test_a_damaged_cache_is_no_harm(kept, files, build, name, damage):
     build(files)
@@ -230,7 +244,11 @@ def test_known_texts_come_back_as_they_were(kept, tokenizer_dir):
     for _ in range(2):
         with cache.texts("key") as texts:
             found = texts.encode(said, engine.encode)
-        assert all(np.array_equal(a, b) for one, two in zip(found, expected, strict=True) for a, b in zip(one[:2], two[:2], strict=True))
+        assert all(
+            np.array_equal(a, b)
+            for one, two in zip(found, expected, strict=True)
+            for a, b in zip(one[:2], two[:2], strict=True)
+        )
     with cache.texts("key") as texts:
         assert texts.filled
         assert len(texts.encode(said, lambda missing: pytest.fail(str(missing)))) == 6

@@ -126,7 +126,7 @@ def _lines(stream: io.BufferedReader, file: Input) -> Iterator[Row | Reject]:
         text = raw.removeprefix(_BOM)  # also where files with marks were joined
         if size > MAX_LINE:
             yield _too_long(source, size)
-        elif not text.strip():
+        elif not text or text.isspace():
             continue
         else:
             row = parse(text, source, whole_line=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from ftdata.readers.arrow import from_batches, from_dataset, parquet_rows, prese
 from ftdata.readers.formats import readers
 from ftdata.readers.memory import Fault, from_dataframe, plain
 from ftdata.readers.places import found_at
-from ftdata.readers.streams import STDIN, Input
+from ftdata.readers.streams import STDIN, Input, packed
 from ftdata.types import WHOLE, Reject, Row, Share, Source
 
 _MOST = 1000
@@ -61,6 +61,17 @@ class FileSource:
         stamp = _stamp(self.path)
         return stamp[0] if stamp else 0
 
+    def share_before(self, row: Source) -> float | None:
+        """Return how much of the file comes before a row, from 0 to 1; `None` where that is not told by its place."""
+        if row.offset is None or not self.size or self._is_packed:
+            return None
+        return min(row.offset / self.size, 1.0)
+
+    @property
+    def _is_packed(self) -> bool:
+        with Input(self.path).open() as file:
+            return packed(file.peek(8)[:8]) is not None
+
     def count(self, enough: int | None = None) -> int:
         """Return how many rows there are; `enough` where there are as many."""
         if self.reader == "parquet" and (rows := parquet_rows(Input(self.path, None, self.streaming))) is not None:
@@ -78,6 +89,11 @@ class MemorySource:
     share: Share = WHOLE
     place: int = 0
     size: int = 0
+
+    def share_before(self, row: Source) -> float | None:
+        """Return how much comes before a row, from 0 to 1; `None` where nobody knows how much there is."""
+        count = len(self.items) if isinstance(self.items, Sized) else 0
+        return row.row / count if count else None
 
     def rows(self) -> Iterator[Row | Reject]:
         """Yield the items, numbered."""

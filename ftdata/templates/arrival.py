@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -317,7 +316,7 @@ def _insert(parts: Sequence[Piece], empty: Piece) -> list[Piece]:
     found: list[Piece] = []
     for piece in parts:
         inside = piece.start < empty.start < piece.end
-        found += [replace(piece, end=empty.start), replace(piece, start=empty.start)] if inside else [piece]
+        found += [piece._replace(end=empty.start), piece._replace(start=empty.start)] if inside else [piece]
     position = next((n for n, piece in enumerate(found) if piece.start >= empty.start), len(found))
     return [*found[:position], empty, *found[position:]]
 

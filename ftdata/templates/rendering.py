@@ -218,5 +218,5 @@ def _render_fields(conversation: Conversation, template: Template) -> Rendered:
     ]
     if not regions:
         raise BadRow("nothing_marked", f"template {template.name!r} marks nothing as trained for this row")
-    prompt_parts = (replace(piece, message=min(piece.message, 0)) for piece in parts)
+    prompt_parts = (piece._replace(message=min(piece.message, 0)) for piece in parts)
     return Rendered(str.__str__(text), tile(prompt_parts, regions), add_bos=True)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ftdata.templates.tracked import BLOCK, Tracked
 from ftdata.types import Part, Span
@@ -28,8 +27,7 @@ _NAMES = "think|thinking|thought|reasoning"
 _OPENS, _OPENED = re.compile(rf"\s*<({_NAMES})>"), re.compile(rf"<({_NAMES})>\s*$")
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A stretch of the rendered text with one owner; `block` numbers its generation block (0: none)."""
 
     start: int
@@ -39,8 +37,7 @@ class Piece:
     block: int
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(NamedTuple):
     """What the model must produce for one message: `[start, end)` in characters."""
 
     message: int
@@ -104,10 +101,10 @@ def painted(piece: Piece, start: int, end: int, over: Part, **changes: Any) -> I
         return
     inner, last = max(piece.start, start), min(piece.end, end)
     if piece.start < inner:
-        yield replace(piece, end=inner)
-    yield replace(piece, start=inner, end=last, **changes)
+        yield piece._replace(end=inner)
+    yield piece._replace(start=inner, end=last, **changes)
     if last < piece.end:
-        yield replace(piece, start=last)
+        yield piece._replace(start=last)
 
 
 def _thinking(

@@ -1,6 +1,6 @@
 """What it costs to make tokens and labels of conversations, beside other tools: CPU seconds, memory, and whether equal.
 
-    python benchmarks/prep/run.py --tokenizer FOLDER [--data chats.jsonl] [--rounds 5]
+    python benchmarks/speed/prep.py --tokenizer FOLDER [--data chats.jsonl] [--rounds 5]
 
 Every tool gets the same rows, tokenizer and template, in a process of its own, one after the other in every round.
 Imports and the loading of tokenizers are not counted (they are shown). `equal` compares all ids and labels with ours.
@@ -95,18 +95,21 @@ def _table(results: dict[str, list[Counted]]) -> None:
 
 def _made_up(path: Path, count: int) -> Path:
     chance = random.Random(0)  # noqa: S311
-
-    def text() -> str:
-        return " ".join(chance.choices(WORDS, k=chance.randint(20, 300)))
-
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
             talk = [
-                {"role": role, "content": text()} for _ in range(chance.randint(1, 6)) for role in ("user", "assistant")
+                {"role": role, "content": words(chance, 20, 300)}
+                for _ in range(chance.randint(1, 6))
+                for role in ("user", "assistant")
             ]
-            system = [{"role": "system", "content": text()}] if chance.random() < 0.3 else []
+            system = [{"role": "system", "content": words(chance, 20, 300)}] if chance.random() < 0.3 else []
             file.write(json.dumps({"messages": [*system, *talk]}, ensure_ascii=False) + "\n")
     return path
+
+
+def words(chance: random.Random, least: int, most: int) -> str:
+    """Return a text of some words."""
+    return " ".join(chance.choices(WORDS, k=chance.randint(least, most)))
 
 
 def _cpu() -> float:
@@ -149,6 +152,8 @@ def ftdata(data: Path, tokenizer: str, *, fast: bool = True) -> Counted:
         return recipe.tokenizer
 
     with tempfile.TemporaryDirectory() as scratch:
+        # What is done for the second time is not what is timed here.
+        os.environ["FTDATA_CACHE"] = f"{scratch}/cache"
 
         def rows(_: Any) -> Any:
             import datasets

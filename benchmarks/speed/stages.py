@@ -1,0 +1,123 @@
+"""Each stage of a build beside the least that it could take: what the library below it needs for the same rows.
+
+    python benchmarks/speed/stages.py --tokenizer FOLDER --data chats.jsonl [--template chatml] [--rounds 5]
+
+CPU microseconds per row, the median of the rounds after a first one: tokenizers and templates are warm, as in large
+jobs. What a stage takes beyond its limit is what its checks cost: keys that stand twice, roles, what a template does to
+texts, control tokens that were typed, where each token stands.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import orjson
+
+from ftdata import examples, store
+from ftdata.mask import Chosen, trained_tokens
+from ftdata.readers import sources
+from ftdata.recipe import make_recipe
+from ftdata.schemas import normalise
+from ftdata.templates import find, render
+from ftdata.tokenize import encode_rendered
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--template", default="chatml")
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    found: dict[str, list[float]] = {}
+    for number in range(given.rounds + 1):
+        for name, micros in measured(Path(given.data), given.tokenizer, given.template).items():
+            if number:
+                found.setdefault(name, []).append(micros)
+    times = {name: statistics.median(each) for name, each in found.items()}
+    print("| stage | µs a row | limit | is | times |")
+    print("|---|---:|---:|---|---:|")
+    for stage, limit in LIMITS.items():
+        print(f"| {stage} | {times[stage]:.1f} | {times[limit]:.1f} | {limit} | {times[stage] / times[limit]:.1f} |")
+    print(f"| the others | {sum(times[name] for name in OTHERS):.1f} | | {', '.join(OTHERS)} | |")
+
+
+LIMITS = {
+    "read": "orjson alone",
+    "render": "Jinja2 alone",
+    "tokenise": "the engine alone",
+    "mask": "one pass over the offsets",
+    "write": "the bytes alone",
+}
+OTHERS = ("normalise", "check", "finish")
+
+
+def measured(data: Path, tokenizer: str, template: str) -> dict[str, float]:
+    recipe = make_recipe(tokenizer, template)
+    recipe.tokenizer.engines.expect(1 << 30)
+    times: dict[str, float] = {}
+    count = sum(1 for _ in data.open("rb"))
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        began = time.process_time()
+        done = work()
+        times[name] = (time.process_time() - began) / count * 1e6
+        return done
+
+    (source,) = sources(str(data))
+    lines = data.read_bytes().splitlines()
+    timed("orjson alone", lambda: [orjson.loads(line) for line in lines])
+    rows = timed("read", lambda: list(source.rows()))
+    talks = timed("normalise", lambda: [normalise(row) for row in rows])
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)  # noqa: S701
+    plain = find(template)[1].replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    compiled = environment.from_string(plain)
+    timed("Jinja2 alone", lambda: [compiled.render(messages=talk.messages) for talk in talks])
+    texts = timed("render", lambda: [render(talk, recipe.template) for talk in talks])
+    timed(
+        "check",
+        lambda: [
+            (examples.check_answers(talk), examples._check_hidden(recipe, talk, own))
+            for talk, own in zip(talks, texts, strict=True)
+        ],
+    )
+    stream = chain.from_iterable(texts)
+    groups = list(iter(lambda: list(islice(stream, 256)), []))
+    engine = recipe.tokenizer.engines
+    engine.encode(["x"])
+    alone = engine._fast.native.encode_batch_flat if engine._fast else engine.reference.encode
+    timed("the engine alone", lambda: [alone([one.text for one in group]) for group in groups])
+    encoded = timed(
+        "tokenise", lambda: [encode_rendered(recipe.tokenizer, group, recipe.control, "escape") for group in groups]
+    )
+    chosen = [
+        [Chosen(tokens.offsets, one, recipe.policy(one, talks[0])) for one, tokens in zip(*pair, strict=True)]
+        for pair in zip(groups, encoded, strict=True)
+    ]
+    timed("one pass over the offsets", lambda: [np.concatenate([one.offsets for one in group]) for group in chosen])
+    timed("mask", lambda: [trained_tokens(group) for group in chosen])
+    owners = iter(talks)
+    pairs = [[(next(owners), one) for one in group] for group in groups]
+    made = [examples._encoded(recipe, pair) for pair in pairs]
+    flat = list(chain.from_iterable(made))
+    timed(
+        "finish",
+        lambda: [examples._finish(recipe, row, talk, [one]) for row, talk, one in zip(rows, talks, flat, strict=True)],
+    )
+    hashed = [[(one, b"x" * 24) for one in group] for group in made]
+    with tempfile.TemporaryDirectory() as scratch:
+        timed("write", lambda: store.write_shard(Path(scratch) / "shard", hashed))
+        content = b"".join(path.read_bytes() for path in (Path(scratch) / "shard").iterdir())
+        timed("the bytes alone", lambda: (Path(scratch) / "bytes").write_bytes(content))
+    return times
+
+
+if __name__ == "__main__":
+    main()
