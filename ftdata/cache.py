@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -173,7 +174,7 @@ class Texts:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._parts = folder, list[_Part]()
-        self._used, self._added, self._counts = 0, list[bytes](), list[int]()
+        self._used, self._added, self._counts = 0, bytearray(), array("q")
         for part in sorted(folder.glob("[!.]*")):
             with suppress(OSError, ValueError):
                 self._parts.append(_Part(part))
@@ -207,8 +208,8 @@ class Texts:
                 self._written += tokens.ids.nbytes + tokens.offsets.nbytes
                 ids.write(np.ascontiguousarray(tokens.ids).data)
                 offsets.write(np.ascontiguousarray(tokens.offsets).data)
-        self._added += (digests[number] for number in missing)
-        self._counts += (len(tokens.ids) for tokens in made)
+        self._added += b"".join(digests[number] for number in missing)
+        self._counts.extend(len(tokens.ids) for tokens in made)
         return made
 
     def keep(self) -> None:
@@ -219,11 +220,11 @@ class Texts:
         os.utime(self._folder)
         if not self._added:
             return
-        hashes = np.frombuffer(b"".join(self._added), "S16")
+        hashes, counts = np.frombuffer(self._added, "S16"), np.frombuffer(self._counts, np.int64)
         order = np.argsort(hashes, kind="stable")
-        ends = np.cumsum(self._counts)
+        ends = np.cumsum(counts)
         (self._scratch / "hashes").write_bytes(hashes[order].tobytes())
-        (self._scratch / "places.i64").write_bytes(np.stack((ends - self._counts, ends), axis=1)[order].tobytes())
+        (self._scratch / "places.i64").write_bytes(np.stack((ends - counts, ends), axis=1)[order].tobytes())
         self._scratch.rename(self._folder / self._scratch.name.lstrip("."))
 
     def close(self) -> None:

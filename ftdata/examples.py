@@ -29,7 +29,7 @@ from ftdata.templates.spans import thinking_tags
 from ftdata.templates.verify import contradicted
 from ftdata.tokenize import encode_rendered
 from ftdata.truncate import truncate, turn_ends
-from ftdata.types import Conversation, Example, Message, Part, Reject, Rendered, Row, Source, Span, Tokens
+from ftdata.types import Conversation, Example, Message, Part, Reject, Rendered, Row, Source, Span, Spans, Tokens
 
 BATCH, LETTERS = 1024, 1 << 20
 """Rows that go through the stages together, or fewer, where their texts are as long."""
@@ -357,7 +357,7 @@ def _closed(examples: Sequence[Example], recipe: Recipe) -> list[bool]:
     of = np.searchsorted(bounds, closing, side="right") - 1
     good = np.bincount(of[recipe.control.among(ids[closing])], minlength=len(examples)).tolist()
     every = np.bincount(of, minlength=len(examples)).tolist()
-    turns = [len({span.message for span in one.spans if span.generated}) for one in examples]
+    turns = [Spans.of(one.spans).kinds.turns for one in examples]
     return [a == b == c for a, b, c in zip(good, every, turns, strict=True)]
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ftdata.errors import UsageError, one_of
 from ftdata.registry import Registry
-from ftdata.types import Conversation, Part, Rendered
+from ftdata.types import Conversation, Part, Rendered, Spans
 
 Policy = Callable[[Rendered, Conversation], Sequence[bool]]
 
@@ -27,9 +27,11 @@ masks: Registry[Policy] = Registry("ftdata.masks", "mask")
 def assistant(rendered: Rendered, conversation: Conversation) -> list[bool]:
     """Train every assistant turn, except messages that say `train: false` or `weight: 0`."""
     untrained = {i for i, message in enumerate(conversation.messages) if message.get("train") is False}
+    kinds = Spans.of(rendered.spans).kinds
     if not untrained:
-        return [span.generated for span in rendered.spans]
-    return [span.generated and span.message not in untrained for span in rendered.spans]
+        return list(kinds.generated)
+    pairs = zip(kinds.generated, kinds.messages, strict=True)
+    return [generated and message not in untrained for generated, message in pairs]
 
 
 @masks.register("last_assistant")
@@ -176,7 +178,8 @@ def _stretches(batch: Sequence[Chosen], base: Sequence[int]) -> tuple[NDArray[np
     begins, ends = list[int](), list[int]()
     for number, (_, rendered, chosen) in enumerate(batch):
         at, last = base[number], -1
-        for (start, end, _, _, _), yes in zip(rendered.spans, chosen, strict=True):
+        spans = Spans.of(rendered.spans)
+        for start, end, yes in zip(spans.starts, spans.ends, chosen, strict=True):
             if yes and start < end:
                 if last == start:
                     ends[-1] = at + end

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ftdata.engines import Encoded, Engines, Reference
 from ftdata.errors import BadRow, HubError, TemplateRefused, UsageError, nearest
-from ftdata.types import Part, Rendered
+from ftdata.types import Part, Rendered, Spans
 
 CONTROL_POLICIES = ("escape", "refuse", "allow")
 
@@ -219,10 +219,9 @@ class ControlTokens:
         base = list(accumulate((len(one.text) + 1 for _, one, _ in pairs), initial=0))
         starts, ends = list[int](), list[int]()
         for at, (_, one, _) in zip(base, pairs, strict=False):
-            for start, end, part, _, _ in one.spans:
-                if part is not Part.SCAFFOLD:
-                    starts.append(at + start)
-                    ends.append(at + end)
+            spans = Spans.of(one.spans)
+            starts += [at + spans.starts[number] for number in spans.kinds.data]
+            ends += [at + spans.ends[number] for number in spans.kinds.data]
         counts = [len(tokens.ids) for _, _, tokens in pairs]
         ids = np.concatenate([tokens.ids for _, _, tokens in pairs])
         found = np.flatnonzero(self._listed.take(ids, mode="clip"))

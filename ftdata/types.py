@@ -7,10 +7,11 @@ Every value is frozen; arrays are numpy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, Required, TypedDict
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, Required, TypedDict, overload
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,6 +151,72 @@ class Span(NamedTuple):
     generated: bool
 
 
+@dataclass(frozen=True)
+class Kinds:
+    """What spans are, but for where they stand; texts that a template makes alike have them in common."""
+
+    parts: tuple[Part, ...]
+    messages: tuple[int, ...]
+    generated: tuple[bool, ...]
+
+    @cached_property
+    def data(self) -> tuple[int, ...]:
+        """Which of them are not the template's own text."""
+        return tuple(number for number, part in enumerate(self.parts) if part is not Part.SCAFFOLD)
+
+    @cached_property
+    def turns(self) -> int:
+        """How many messages are generated."""
+        return len({message for message, yes in zip(self.messages, self.generated, strict=True) if yes})
+
+
+class Spans(Sequence[Span]):
+    """Spans by columns, for those who ask many texts for one of these. Equal to a tuple of the same spans.
+
+    >>> spans = Spans.of((Span(0, 4, Part.CONTENT, 0, False), Span(4, 9, Part.CONTENT, 1, True)))
+    >>> spans.ends, spans.kinds.generated, spans[1].message, spans == tuple(spans)
+    ([4, 9], (False, True), 1, True)
+    """
+
+    __slots__ = ("ends", "kinds", "starts")
+
+    def __init__(self, starts: list[int], ends: list[int], kinds: Kinds) -> None:
+        self.starts, self.ends, self.kinds = starts, ends, kinds
+
+    @classmethod
+    def of(cls, spans: Sequence[Span]) -> Spans:
+        """Return the spans by columns."""
+        if isinstance(spans, cls):
+            return spans
+        starts, ends, *kinds = zip(*spans, strict=True) if spans else ((),) * 5
+        return cls(list(starts), list(ends), Kinds(*kinds))
+
+    def __iter__(self) -> Iterator[Span]:
+        kinds = self.kinds
+        return map(Span._make, zip(self.starts, self.ends, kinds.parts, kinds.messages, kinds.generated, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, key: int) -> Span: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> tuple[Span, ...]: ...
+
+    def __getitem__(self, key: int | slice) -> Span | tuple[Span, ...]:
+        return tuple(self)[key]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Spans | tuple) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """The text that is tokenised, and the spans that tile it: no gap, no overlap.
@@ -161,7 +228,7 @@ class Rendered:
     """
 
     text: str
-    spans: tuple[Span, ...]
+    spans: Sequence[Span]
     flags: frozenset[str] = frozenset()
     messages: int = 0
     add_bos: bool = False
@@ -187,7 +254,7 @@ class Example:
     trained: NDArray[np.bool_]
     offsets: NDArray[np.int32]
     text: str
-    spans: tuple[Span, ...]
+    spans: Sequence[Span]
     flags: frozenset[str]
     source: Source
     cut: int = 0

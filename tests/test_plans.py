@@ -60,6 +60,53 @@ def test_what_a_plan_gives_is_what_is_rendered(tokenizer_dir, name, shape, conte
         known.plans.by_shape.update({**known.plans.by_shape, **kept})
 
 
+def counted(monkeypatch, template):
+    """Count the runs of a template."""
+    runs, rendered = [], type(template).rendered
+
+    def run(self, *arguments, **options):
+        runs.append(1)
+        return rendered(self, *arguments, **options)
+
+    monkeypatch.setattr(type(template), "rendered", run)
+    return runs
+
+
+def talk(turns, blanks=False):
+    said = (" said {} \n" if blanks else "said {}").format
+    return Conversation(tuple({"role": ("user", "assistant")[n % 2], "content": said(n)} for n in range(2 * turns)))
+
+
+def test_blanks_around_texts_need_no_other_plan(tokenizer_dir, monkeypatch):
+    template = make_recipe(tokenizer_dir("tiny_bpe"), SOURCES["chatml"][1]).template
+    render(talk(3), template)
+    runs = counted(monkeypatch, template)
+    for text in ("a", " a", "a\n", "\n\na b "):
+        (found,) = render(Conversation(tuple({**one, "content": text} for one in talk(3).messages)), template)
+        assert found.text.count(f"\n{text}<|im_end|>") == 6
+    assert runs == []
+
+
+def test_longer_conversations_begin_as_shorter_ones(tokenizer_dir, monkeypatch):
+    template = make_recipe(tokenizer_dir("tiny_bpe"), SOURCES["chatml"][1]).template
+    for turns in range(1, 12):
+        render(talk(turns), template)
+    runs = counted(monkeypatch, template)
+    render(talk(12), template)
+    # The whole twice, watched and not, and what it begins with up to the last turn.
+    assert len(runs) <= 5
+
+
+def test_turns_of_their_own_are_joined_too(tokenizer_dir, monkeypatch):
+    template = make_recipe(tokenizer_dir("qwen"), None).template
+    assert len(render(talk(3), template)) == 3
+    runs = counted(monkeypatch, template)
+    for number in range(4):
+        said = [{**one, "content": f"{one['content']} {number}"} for one in talk(3).messages]
+        assert len(render(Conversation(tuple(said)), template)) == 3
+    assert runs == []
+
+
 @pytest.mark.parametrize("name", ["chatml", "qwen"])
 def test_usual_conversations_are_rendered_once(tokenizer_dir, name):
     tokenizer, source = SOURCES[name]

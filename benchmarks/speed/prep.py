@@ -1,29 +1,29 @@
 """What it costs to make tokens and labels of conversations, beside other tools: CPU seconds, memory, and whether equal.
 
-    python benchmarks/speed/prep.py --tokenizer FOLDER [--data chats.jsonl] [--rounds 5]
+    python benchmarks/speed/prep.py --tokenizer FOLDER [--data chats.jsonl] [--rounds 5] [--peers DIR] [--json FILE]
 
-Every tool gets the same rows, tokenizer and template, in a process of its own, one after the other in every round.
-Imports and the loading of tokenizers are not counted (they are shown). `equal` compares all ids and labels with ours.
+Every tool gets the same rows, and the same tokenizer and template where it takes one, in a process of its own, one
+after the other in every round. Imports and the loading of tokenizers are not counted (they are shown), and no tool
+finds what an earlier run has left. `equal` compares all ids and labels with ours. DIR is where `peers.py` puts others.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TEMPLATE = "chatml"
+from counting import TEMPLATE, Counted, counted
+from peers import PEERS
+
 WORDS = [
     "the",
     "of",
@@ -45,8 +45,6 @@ WORDS = [
     "list",
 ]
 
-Counted = dict[str, Any]
-
 
 def main() -> None:
     """Run all tools in turn, and print a table of medians."""
@@ -54,7 +52,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--data", help="JSON Lines of messages; default: 1,000 made-up conversations")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tools", default=",".join(TOOLS))
+    parser.add_argument("--tools", help="some of these, by commas")
+    parser.add_argument("--peers", type=Path, default=Path("nowhere"))
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -62,19 +62,23 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(given.data) if given.data else _made_up(Path(scratch) / "chats.jsonl", 1000)
-        results: dict[str, list[Counted]] = {tool: [] for tool in given.tools.split(",")}
+        here = [tool for tool in TOOLS if tool not in PEERS or (given.peers / tool).is_dir()]
+        results: dict[str, list[Counted]] = {tool: [] for tool in (given.tools.split(",") if given.tools else here)}
         for number in range(given.rounds):
             for tool, found in results.items():
-                found.append(_child(tool, data, given.tokenizer))
+                found.append(_child(tool, data, given.tokenizer, given.peers))
                 print(f"round {number + 1}: {tool} {found[-1]['cpu']:.2f} s", file=sys.stderr)
     _table(results)
+    if given.json:
+        given.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def _child(tool: str, data: Path, tokenizer: str) -> Counted:
+def _child(tool: str, data: Path, tokenizer: str, peers: Path) -> Counted:
     command = [sys.executable, __file__, "--child", tool, "--data", str(data), "--tokenizer", tokenizer]
-    done = subprocess.run(  # noqa: S603  (itself)
-        command, check=True, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str((peers / tool).resolve())}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603  (itself)
+    if done.returncode:
+        sys.exit(f"{tool}: {done.stderr[-2000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -112,32 +116,7 @@ def words(chance: random.Random, least: int, most: int) -> str:
     return " ".join(chance.choices(WORDS, k=chance.randint(least, most)))
 
 
-def _cpu() -> float:
-    return sum(
-        getattr(resource.getrusage(who), name)
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        for name in ("ru_utime", "ru_stime")
-    )
-
-
-def _counted(load: Callable[[], Any], work: Callable[[Any], Any], rows: Callable[[Any], Any]) -> Counted:
-    """Time the work alone, and digest the rows that came of it: pairs of ids and labels."""
-    began = _cpu()
-    loaded = load()
-    ready, clock = _cpu(), time.perf_counter()
-    done = work(loaded)
-    cpu, wall = _cpu() - ready, time.perf_counter() - clock
-    digest, tokens, trained = hashlib.sha256(), 0, 0
-    for ids, labels in rows(done):
-        digest.update(json.dumps([list(ids), list(labels)]).encode())
-        tokens += len(ids)
-        trained += sum(label != -100 for label in labels)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    figures = {"cpu": cpu, "wall": wall, "load": ready - began, "peak": peak}
-    return {**figures, "tokens": tokens, "trained": trained, "digest": digest.hexdigest()}
-
-
-def ftdata(data: Path, tokenizer: str, *, fast: bool = True) -> Counted:
+def ftdata(data: Path, tokenizer: str, *, fast: bool = True, again: bool = False) -> Counted:
     """A whole build: read, checked, encoded, written to disk with its report and hashes."""
     if not fast:
         sys.modules["fastokens"] = None  # type: ignore[assignment]
@@ -149,11 +128,12 @@ def ftdata(data: Path, tokenizer: str, *, fast: bool = True) -> Counted:
         recipe = make_recipe(tokenizer, TEMPLATE)
         recipe.tokenizer.engines.expect(ENOUGH)
         recipe.tokenizer.encode(["x"])
+        if again:
+            write_build(data, recipe.tokenizer, f"{scratch}/before", template=TEMPLATE, train_on="last_assistant")
         return recipe.tokenizer
 
     with tempfile.TemporaryDirectory() as scratch:
-        # What is done for the second time is not what is timed here.
-        os.environ["FTDATA_CACHE"] = f"{scratch}/cache"
+        os.environ["FTDATA_CACHE"] = f"{scratch}/cache" if again else "off"
 
         def rows(_: Any) -> Any:
             import datasets
@@ -161,7 +141,7 @@ def ftdata(data: Path, tokenizer: str, *, fast: bool = True) -> Counted:
             built = datasets.load_from_disk(f"{scratch}/built")["train"].with_format("arrow")[:]
             return zip(built["input_ids"].to_pylist(), built["labels"].to_pylist(), strict=True)
 
-        return _counted(load, lambda loaded: write_build(data, loaded, f"{scratch}/built", template=TEMPLATE), rows)
+        return counted(load, lambda loaded: write_build(data, loaded, f"{scratch}/built", template=TEMPLATE), rows)
 
 
 def trl(data: Path, tokenizer: str) -> Counted:
@@ -205,13 +185,15 @@ def trl(data: Path, tokenizer: str) -> Counted:
             )
 
     with tempfile.TemporaryDirectory() as scratch:
-        return _counted(load, work, rows)
+        return counted(load, work, rows)
 
 
 TOOLS: dict[str, Callable[[Path, str], Counted]] = {
     "ftdata": ftdata,
     "ftdata without fastokens": lambda data, tokenizer: ftdata(data, tokenizer, fast=False),
+    "ftdata masked anew": lambda data, tokenizer: ftdata(data, tokenizer, again=True),
     "trl": trl,
+    **{name: peer for name, (peer, _) in PEERS.items()},
 }
 
 if __name__ == "__main__":

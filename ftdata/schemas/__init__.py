@@ -240,6 +240,8 @@ def _mapped(row: Row, columns: Mapping[str, str] | None) -> tuple[Mapping[str, A
         return {"messages": data}, None
     if not isinstance(data, Mapping):
         raise BadRow("not_a_row", f"is a {type(data).__name__}, expected an object or a list of messages")
+    if not columns and not row.flat:
+        return data, None
     missing: BadRow | None = None
     mapped = dict(data)
     if columns:

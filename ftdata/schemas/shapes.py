@@ -224,6 +224,8 @@ def _opened(
     data: Mapping[str, Any], messages: tuple[Message, ...], history: tuple[Message, ...] = ()
 ) -> tuple[Message, ...]:
     """Return the messages with the row's own system message and history before them; they may begin with the first."""
+    if not history and not any(name in data for name in ("system", *ALIASES["system"])):
+        return messages
     system, own = _system(data), _parted(messages)
     if system and own[0] and own[0][0].get("content") != system[0].get("content"):
         raise BadRow("two_systems", "differs from the conversation's own system message", field="system")

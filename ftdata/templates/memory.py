@@ -111,17 +111,17 @@ def key_of(
     return _shape(messages), repr(tools) if tools else "", tuple(turns), skeleton
 
 
-def _manner(messages: Sequence[Mapping[str, Any]], piece: Piece, text: str) -> tuple[bool, bool]:
-    """Say whether a message's content is printed whole, and whether there are blanks around it to be trimmed.
+def _manner(messages: Sequence[Mapping[str, Any]], piece: Piece, text: str) -> tuple[bool, bool, bool]:
+    """Say whether a message's content is printed whole, whether there are blanks around it, and whether it is nothing.
 
     A template may print one message otherwise in a prompt than in the whole: in texts that have nothing to cut, that
     does not show.
     """
     content = messages[piece.message].get("content") if piece.part is Part.CONTENT else None
     if not isinstance(content, str):
-        return False, False
+        return False, False, False
     whole = str.__str__(content)
-    return text[piece.start : piece.end] == whole, whole != whole.strip()
+    return text[piece.start : piece.end] == whole, whole != whole.strip(), not whole.strip()
 
 
 def _shape(value: Any) -> Any:

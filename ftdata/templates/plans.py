@@ -19,7 +19,7 @@ from ftdata.templates.memory import Way
 from ftdata.templates.runs import flat
 from ftdata.templates.spans import Piece
 from ftdata.templates.watched import Origin, evaluate
-from ftdata.types import Part, Rendered, Span
+from ftdata.types import Kinds, Part, Rendered, Spans
 
 _ROLES = {"system", "user", "assistant"}
 _THINKING = re.compile(r"</(?:think|thinking|thought|reasoning)>")
@@ -54,14 +54,14 @@ class Plan:
     """The stretches of one way that a template takes, and how spans lie in them.
 
     `texts` holds the template's own, and `leaves` which of them are contents, and whose. Spans tile the text: `edges`
-    says in which stretch each begins, and how far into it, and `kinds` the rest of them (parts, messages, generated).
+    says in which stretch each begins, and how far into it, and `kinds` the rest of them.
     """
 
     way: Way
     texts: tuple[str, ...]
     leaves: tuple[tuple[int, Leaf], ...]
     edges: tuple[tuple[int, int], ...]
-    kinds: tuple[tuple[Any, ...], ...]
+    kinds: Kinds
     flags: frozenset[str]
 
     @classmethod
@@ -87,7 +87,7 @@ class Plan:
             way = replace(way, questions=tuple(one for one in way.questions if one.asked[0] != "same"))
             leaves = [(at, replace(leaf, manner=None)) for at, leaf in leaves]
         texts = tuple("" if isinstance(one, Leaf) else one for one in stretches)
-        kinds = tuple(zip(*((span.part, span.message, span.generated) for span in rendered.spans), strict=True))
+        kinds = Spans.of(rendered.spans).kinds
         return cls(way, texts, tuple(leaves), (*edges, (len(texts), 0)), kinds, rendered.flags)
 
     def fill(self, messages: Sequence[Mapping[str, Any]]) -> Rendered | None:
@@ -110,8 +110,7 @@ class Plan:
             if text.startswith(other, starts[number] + offset):
                 return None
         edges = [starts[at] + offset for at, offset in self.edges]
-        spans = tuple(map(Span._make, zip(edges, edges[1:], *self.kinds, strict=False)))
-        return Rendered(text, spans, self.flags, messages=len(messages))
+        return Rendered(text, Spans(edges[:-1], edges[1:], self.kinds), self.flags, messages=len(messages))
 
 
 @dataclass
