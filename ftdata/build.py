@@ -249,7 +249,7 @@ def _build(
     for result, lengths in zip(results, _lengths_by_shard(examples, len(tasks)), strict=True):
         result.ledger.check(len(lengths), int(lengths.sum()), len(result.rejects))
     splits = {}
-    laid = lay_out(_facts(examples, tasks, layout.near), layout)
+    laid = lay_out(_facts(examples, tasks, layout), layout)
     if not len(laid.splits["train"]):
         why = ", ".join(_left_out(laid, layout)) or "the sources have none, or none that their shares have room for"
         raise InputRefused("nothing_built", f"no row was left to train on: {why}")
@@ -350,10 +350,15 @@ def _lengths_by_shard(examples: store.Examples, shards: int) -> list[NDArray[np.
     return [lengths[examples.shard == number] for number in range(shards)]
 
 
-def _facts(examples: store.Examples, tasks: Sequence[Task], near: float | None) -> Facts:
-    contents = examples.contents
-    asked: NDArray[np.generic] = np.ascontiguousarray(contents.view("S8").reshape(-1, 3)[:, :2]).view("S16").ravel()
-    content: NDArray[np.generic] = contents
+def _facts(examples: store.Examples, tasks: Sequence[Task], layout: Layout) -> Facts:
+    near = layout.near
+    splits = [task.source.split for task in tasks]
+    content: NDArray[np.generic] = np.broadcast_to(np.int8(0), len(examples.lengths))
+    asked = content
+    # Of millions of rows, hashes that nobody compares take room.
+    if layout.dedup or layout.test_size is not None or len(set(splits)) > 1:
+        content = contents = examples.contents
+        asked = np.ascontiguousarray(contents.view("S8").reshape(-1, 3)[:, :2]).view("S16").ravel()
     if near is not None:
         minhashes = np.concatenate([store.minhashes(task.folder, similar.SIZE) for task in tasks])
         content = similar.united(similar.first_alike(minhashes, near), contents)
@@ -364,7 +369,7 @@ def _facts(examples: store.Examples, tasks: Sequence[Task], near: float | None) 
         content=content,
         asked=asked,
         tokens=examples.lengths,
-        splits=[task.source.split for task in tasks],
+        splits=splits,
         shares=[task.source.share for task in tasks],
         places=[task.source.place for task in tasks],
     )

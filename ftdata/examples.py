@@ -51,7 +51,8 @@ class Built(NamedTuple):
     @property
     def repeated(self) -> int:
         """Tokens beyond those of the longest example."""
-        return sum(map(len, self.examples)) - max(map(len, self.examples), default=0)
+        lengths = [len(example.input_ids) for example in self.examples]
+        return sum(lengths) - max(lengths, default=0)
 
 
 def build_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[Built | Reject]:

@@ -36,7 +36,7 @@ from ftdata.pack import Plan
 from ftdata.types import IGNORE_INDEX, Example, Reject
 
 FORMAT = 1
-_TOKENS_PER_FILE, _TOKENS_PER_BATCH = 1 << 27, 1 << 20
+_TOKENS_PER_FILE, _TOKENS_PER_BATCH, _ROWS_PER_GROUP = 1 << 27, 1 << 20, 1 << 18
 
 _EXAMPLES = pa.schema(
     [
@@ -222,10 +222,14 @@ def write_split(folder: Path, split: str, examples: Examples, members: NDArray[n
     write_json(target / "state.json", state)
     write_json(target / "dataset_info.json", {})
     table = examples.table.drop_columns(["content"])
+    packs = np.repeat(np.arange(len(plan), dtype=np.int32), np.diff(bounds))
     # To take rows imports what costs more than a small build.
-    taken = table if np.array_equal(order, np.arange(len(table))) else table.take(_int64(order.tolist()))
-    packs = _int32(np.repeat(np.arange(len(plan)), np.diff(bounds)))
-    pq.write_table(taken.append_column("pack", packs), target / "provenance.parquet")
+    as_given = np.array_equal(order, np.arange(len(table)))
+    with pq.ParquetWriter(target / "provenance.parquet", table.schema.append(pa.field("pack", pa.int32()))) as writer:
+        for at in range(0, len(order), _ROWS_PER_GROUP):
+            some = order[at : at + _ROWS_PER_GROUP]
+            taken = table.slice(at, len(some)) if as_given else table.take(_int64(some.tolist()))
+            writer.write_table(taken.append_column("pack", _int32(packs[at : at + len(some)])))
 
 
 def _pack_batch(examples: Examples, order: NDArray[np.int64], bounds: NDArray[np.int64]) -> pa.RecordBatch:

@@ -134,7 +134,7 @@ def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, 
         turns = located(it, *given)
         if "row 7" not in it.messages[0]["content"]:
             return turns
-        return [replace(turn, region=replace(turn.region, start=turn.region.start - 3)) for turn in turns]
+        return [replace(turn, region=turn.region._replace(start=turn.region.start - 3)) for turn in turns]
 
     def wrongly_filled(self, messages):
         found = fill(self, messages)
