@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     import datasets
 
 
+BYTES_PER_WORKER = 32 << 20
+"""Data from which on another process pays: each has to load the tokenizer."""
+
+
 def build_sft_dataset(
     data: Any,
     tokenizer: Any,
@@ -109,8 +113,9 @@ def build_sft_dataset(
         on_bad_rows: `"error"` (all bad rows are collected, then one error) or `"quarantine"` (go on without them).
         max_rejects: with `"quarantine"`: how many rows (or `"1%"`) may be rejected.
         output_dir: where to write the build; `None` keeps it in memory.
-        workers: processes (`None`: this one); the result does not depend on it. As with every process pool, a
-            script that asks for more than one needs `if __name__ == "__main__":`.
+        workers: processes at most (`None`: this one); the result does not depend on it. There is one for each file,
+            and for each 32 MB of data. As with every process pool, a script that asks for more than one needs
+            `if __name__ == "__main__":`.
         engine: `"local"`.
         date: what templates that print a date are shown.
         template_kwargs: further variables for the template.
@@ -291,10 +296,11 @@ def _run(
     results: list[ShardResult] = []
     limited = any(task.limit for task in tasks)
     # What is in memory, or comes through a pipe, is here alone; how many rows are wanted, the tasks before say.
-    processes = 1 if limited or not all(map(_is_file, tasks)) else min(workers or 1, len(tasks))
+    sizes = [task.source.size for task in tasks]
+    alone = limited or not all(map(_is_file, tasks))
+    processes = 1 if alone else min(workers or 1, len(tasks), 1 + sum(sizes) // BYTES_PER_WORKER)
     # Within this process progress is told per batch; worker processes are told of when a shard is done.
     here = processes == 1
-    sizes = [task.source.size for task in tasks]
 
     def told(rows: int, tokens: int, share: float | None) -> None:
         assert progress

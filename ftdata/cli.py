@@ -232,7 +232,7 @@ def build(
     on_bad_rows: OnBadRows = "error",
     max_rejects: MaxRejects = None,
     date: Date = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; the result does not depend on it.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes at most; the result does not depend on it.")] = None,
     engine: Annotated[str, typer.Option(help="local.")] = "local",
     encoding: Encoding = None,
     split: Split = None,
