@@ -39,7 +39,7 @@ def root() -> Path | None:
     """Return the cache's folder; `None` where there shall be none."""
     given = os.environ.get("FTDATA_CACHE")
     if given is not None:
-        return None if given.lower() in ("", "0", "off", "false", "no") else Path(given)
+        return None if given.lower() in ("", "0", "off", "false", "no") else Path(given).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return Path(base or Path.home() / ".cache") / "ftdata"
 
