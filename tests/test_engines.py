@@ -67,7 +67,9 @@ def test_a_build_does_not_depend_on_the_engine(tokenizer_dir, tmp_path, source, 
     assert files(tmp_path / "reference") == files(tmp_path / "fast") == files(tmp_path / "none")
 
 
-def test_an_engine_that_differs_is_not_used(tokenizer_dir, tmp_path, source, monkeypatch):
+@pytest.mark.parametrize("cache", ["off", "cache"])
+def test_an_engine_that_differs_is_not_used(tokenizer_dir, tmp_path, source, monkeypatch, cache):
+    monkeypatch.chdir(tmp_path)
     tiny = load_tokenizer(tokenizer_dir("tiny_bpe"))
     right = write_build(source, replace(tiny), tmp_path / "right")
     encode = engines.Fast.encode
@@ -75,12 +77,16 @@ def test_an_engine_that_differs_is_not_used(tokenizer_dir, tmp_path, source, mon
     def wrong(self, given_texts):
         found = encode(self, given_texts)
         return [
-            one._replace(ids=np.flip(one.ids)) if "q1 " in text else one
+            one._replace(ids=np.flip(one.ids)) if "q39 " in text else one
             for text, one in zip(given_texts, found, strict=True)
         ]
 
     monkeypatch.setattr(engines, "ENOUGH", 0)
     monkeypatch.setattr(engines.Fast, "encode", wrong)
+    monkeypatch.setenv("FTDATA_CACHE", cache)
+    report = write_build(source, replace(tiny), tmp_path / "built")
+    # What the other one made is not remembered.
+    assert files(tmp_path / "built") == files(tmp_path / "right")
     report = write_build(source, replace(tiny), tmp_path / "built")
     assert report.engine.startswith("tokenizers")
     assert files(tmp_path / "built") == files(tmp_path / "right")

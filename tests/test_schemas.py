@@ -54,6 +54,15 @@ def test_texts_pass_through_unchanged(question, answer):
     assert [m["content"] for m in convert({"question": question, "answer": answer}).messages] == [question, answer]
 
 
+def test_rows_that_look_alike_may_hold_other_lists():
+    chat, numbers = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], [1, 2]
+    assert convert({"log": chat, "ids": numbers}).schema == "chat_log"
+    for log, ids, code in ((numbers, numbers, "unknown_schema"), (chat, chat, "ambiguous_schema")):
+        with pytest.raises(BadRow) as caught:
+            convert({"log": log, "ids": ids})
+        assert caught.value.code == code
+
+
 def test_columns_map_names():
     conversation = convert({"q": "x", "a": "y"}, columns={"instruction": "q", "output": "a"})
     assert conversation.fields == {"instruction": "x", "output": "y", "input": ""}

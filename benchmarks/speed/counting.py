@@ -36,3 +36,11 @@ def counted(load: Callable[[], Any], work: Callable[[Any], Any], rows: Callable[
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     figures = {"cpu": used, "wall": wall, "load": ready - began, "peak": peak}
     return {**figures, "tokens": tokens, "trained": trained, "digest": digest.hexdigest()}
+
+
+def tiny_model(vocabulary: int) -> Any:
+    """Return a model for trainers that want one before they prepare data."""
+    import transformers
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=vocabulary, **sizes))

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from counting import TEMPLATE, Counted, counted
+from counting import TEMPLATE, Counted, counted, tiny_model
 
 LONG = 1_000_000  # tokens: nothing is cut
 
@@ -182,10 +182,7 @@ def unsloth(data: Path, tokenizer: str) -> Counted:
         def load() -> Any:
             loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
             loaded.chat_template = find(TEMPLATE)[1]
-            config = transformers.LlamaConfig(
-                vocab_size=len(loaded), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-            )
-            return loaded, transformers.LlamaForCausalLM(config)
+            return loaded, tiny_model(len(loaded))
 
         def work(loaded: Any) -> Any:
             words, model = loaded

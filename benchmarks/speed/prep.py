@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from counting import TEMPLATE, Counted, counted
+from counting import TEMPLATE, Counted, counted, tiny_model
 from peers import PEERS
 
 WORDS = [
@@ -157,10 +157,7 @@ def trl(data: Path, tokenizer: str) -> Counted:
     def load() -> Any:
         loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
         loaded.chat_template = find(TEMPLATE)[1]
-        config = transformers.LlamaConfig(
-            vocab_size=len(loaded), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-        )
-        return loaded, transformers.LlamaForCausalLM(config)
+        return loaded, tiny_model(len(loaded))
 
     def work(loaded: Any) -> Any:
         rows = datasets.load_dataset("json", data_files=str(data), split="train", cache_dir=f"{scratch}/cache")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,10 @@ class FileSource:
 
     def share_before(self, row: Source) -> float | None:
         """Return how much of the file comes before a row, from 0 to 1; `None` where that is not told by its place."""
-        if row.offset is None or not self.size or self._is_packed:
+        stamp = _stamp(self.path)
+        if row.offset is None or not stamp or not stamp[0] or _is_packed(self.path, stamp):
             return None
-        return min(row.offset / self.size, 1.0)
-
-    @property
-    def _is_packed(self) -> bool:
-        with Input(self.path).open() as file:
-            return packed(file.peek(8)[:8]) is not None
+        return min(row.offset / stamp[0], 1.0)
 
     def count(self, enough: int | None = None) -> int:
         """Return how many rows there are; `enough` where there are as many."""
@@ -225,6 +222,12 @@ def _chosen(found: Sequence[FileSource | MemorySource], spec: Mapping[str, Any])
         if not taken:
             raise UsageError("no_rows", f"{spec['path']} has no rows in {spec['split']!r}")
         yield from taken if len(parts) == 1 else (replace(one, split=None) for one in taken)
+
+
+@lru_cache(maxsize=64)
+def _is_packed(path: str, stamp: tuple[int, int]) -> bool:  # noqa: ARG001  (of another version it is asked again)
+    with Input(path).open() as file:
+        return packed(file.peek(8)[:8]) is not None
 
 
 def _stamp(path: str) -> tuple[int, int] | None:

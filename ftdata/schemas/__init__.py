@@ -140,11 +140,15 @@ def _look(data: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _name(data: Mapping[str, Any], look: tuple[Any, ...]) -> str:
     """Return the schema of a row; of rows that look alike it is found once."""
-    if look not in _names:
+    if (known := _names.get(look)) is not None:
+        return known
+    name = _detect(data)
+    # Whether a list under any name is one of messages, only what is in it tells.
+    if name != "chat_log":
         if len(_names) == _MOST_LOOKS:
             _names.clear()
-        _names[look] = _detect(data)
-    return _names[look]
+        _names[look] = name
+    return name
 
 
 def _converted(name: str, data: Mapping[str, Any]) -> Conversation:
