@@ -214,12 +214,10 @@ def _record(
 
 def _count(outcome: Outcome, ledger: Ledger, rejects: list[Reject]) -> None:
     if isinstance(outcome, Reject):
-        ledger.add(outcome)
+        ledger.reject([outcome])
         rejects.append(outcome)
     else:
-        ledger.read += 1
-        ledger.built += 1
-        ledger.read_as(outcome[0])
+        ledger.read_as([outcome[0]])
 
 
 def _shaped(conversation: Conversation, to: str, recipe: Recipe | None) -> list[dict[str, Any]]:

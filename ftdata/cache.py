@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ftdata.engines import Encoded
+from ftdata.batches import Encoded, Encodings
 
 _MOST_OF_DISK = 10
 """The cache is kept below the disk's size divided by this."""
@@ -187,7 +187,7 @@ class Texts:
         """Whether any are."""
         return bool(self._parts)
 
-    def encode(self, texts: Sequence[str], encode: Callable[[Sequence[str]], list[Encoded]]) -> list[Encoded]:
+    def encode(self, texts: Sequence[str], encode: Callable[[Sequence[str]], Encodings]) -> Encodings:
         """Return the tokens of each text: as they were made before, else by `encode`."""
         digests = [hashlib.sha256(text.encode()).digest()[:16] for text in texts]
         hashes = np.frombuffer(b"".join(digests), "S16")
@@ -196,21 +196,27 @@ class Texts:
             found = [one or other for one, other in zip(found, part.find(hashes), strict=True)]
         self._used += sum(len(one.ids) for one in found if one is not None)
         missing = [number for number, one in enumerate(found) if one is None]
-        made = iter(self._noted(digests, missing, encode([texts[number] for number in missing]) if missing else []))
-        return [next(made) if one is None else one for one in found]
+        if missing:
+            made = encode([texts[number] for number in missing])
+            self._note([digests[number] for number in missing], made)
+            if len(missing) == len(texts):
+                return made
+            for number, one in zip(missing, made, strict=True):
+                found[number] = one
+        return Encodings.of([one for one in found if one is not None], map(len, texts))
 
-    def _noted(self, digests: Sequence[bytes], missing: Sequence[int], made: list[Encoded]) -> list[Encoded]:
+    def _note(self, digests: Sequence[bytes], made: Encodings) -> None:
         # One source alone shall not drive out all others.
         if self._written > self._most:
-            return made
-        with (self._scratch / "ids.i32").open("ab") as ids, (self._scratch / "offsets.i32").open("ab") as offsets:
-            for tokens in made:
-                self._written += tokens.ids.nbytes + tokens.offsets.nbytes
-                ids.write(np.ascontiguousarray(tokens.ids).data)
-                offsets.write(np.ascontiguousarray(tokens.offsets).data)
-        self._added += b"".join(digests[number] for number in missing)
-        self._counts.extend(len(tokens.ids) for tokens in made)
-        return made
+            return
+        offsets = np.stack((made.starts, made.ends), axis=1)
+        offsets -= np.repeat(made.places[:-1], np.diff(made.bounds)).astype(offsets.dtype)[:, None]
+        for name, values in (("ids.i32", made.ids), ("offsets.i32", offsets.astype(np.int32, copy=False))):
+            with (self._scratch / name).open("ab") as file:
+                file.write(np.ascontiguousarray(values).data)
+                self._written += values.nbytes
+        self._added += b"".join(digests)
+        self._counts.extend(np.diff(made.bounds).tolist())
 
     def keep(self) -> None:
         """Remember the texts that were new; forget all others, if they take far more room than those in use."""

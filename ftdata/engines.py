@@ -10,34 +10,26 @@ the length of the text, the reference is asked.
 
 from __future__ import annotations
 
+import os
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from random import Random
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import orjson
 import tokenizers
 from numpy.typing import NDArray
 
+from ftdata.batches import Encoded, Encodings, ends_of, width
+
 ENOUGH = 2_000_000
 """Characters from which on it pays to load the fast engine: so many take the reference as long."""
 
-SAMPLE = 1000
-"""Characters of the text of each batch that both engines encode: more would take longer than all the others."""
-
-
-class Encoded(NamedTuple):
-    """The tokens of one text: `ids` int32 `[n]`, `offsets` int32 `[n, 2]` in characters of the text.
-
-    `escaped`: control tokens that the row spells were kept from becoming real.
-    """
-
-    ids: NDArray[np.int32]
-    offsets: NDArray[np.int32]
-    escaped: bool = False
+SAMPLE, SAMPLED = 1000, 4
+"""Characters of the texts that both engines encode, and of how many batches one: more would take most of the time."""
 
 
 class EngineDiffers(Exception):
@@ -51,14 +43,14 @@ class Known(Protocol):
     def filled(self) -> bool:
         """Whether there are any."""
 
-    def encode(self, texts: Sequence[str], encode: Callable[[Sequence[str]], list[Encoded]]) -> list[Encoded]:
+    def encode(self, texts: Sequence[str], encode: Callable[[Sequence[str]], Encodings]) -> Encodings:
         """Return the tokens of each text: those that are known, else what `encode` makes."""
 
 
 class Engine(Protocol):
     """What encodes texts as they stand, without adding special tokens."""
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+    def encode(self, texts: Sequence[str]) -> Encodings:
         """Return the tokens of each text."""
 
 
@@ -69,12 +61,13 @@ class Reference:
     backend: tokenizers.Tokenizer
     name: str = f"tokenizers {tokenizers.__version__}"
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+    def encode(self, texts: Sequence[str]) -> Encodings:
         """Return the tokens of each text."""
         found = self.backend.encode_batch(list(texts), add_special_tokens=False)
-        return [
+        encoded = [
             Encoded(np.asarray(one.ids, np.int32), np.asarray(one.offsets, np.int32).reshape(-1, 2)) for one in found
         ]
+        return Encodings.of(encoded, map(len, texts))
 
 
 @dataclass(frozen=True)
@@ -94,32 +87,26 @@ class Fast:
     composes: bool
     name: str
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+    def encode(self, texts: Sequence[str]) -> Encodings:
         """Return the tokens of each text."""
         if not texts:
-            return []
-        flat, places = self.native.encode_batch_flat(list(texts))
-        ids, bounds = np.frombuffer(flat, "<i4"), np.frombuffer(places, "<i8")
-        letters = [len(text) for text in texts]
-        told = self.letters[ids]
-        ends = np.zeros(len(ids) + 1, dtype=np.int32 if sum(letters) < 1 << 31 else np.int64)
+            return Encodings.of([], [])
+        flat, counted = self.native.encode_batch_flat(list(texts))
+        ids, bounds = np.frombuffer(flat, "<i4"), np.frombuffer(counted, "<i8")
+        places = ends_of(map(len, texts))
+        told = self.letters.take(ids, mode="clip")
+        ends = np.zeros(len(ids) + 1, dtype=width(int(places[-1])))
         np.cumsum(told >> 1, out=ends[1:])
-        good = np.diff(ends[bounds]) == letters
+        found = Encodings(ids, ends[:-1] - (told & 1), ends[1:], bounds, ends[bounds])
+        unsure = set(np.flatnonzero(np.diff(found.places) != np.diff(places)).tolist())
         if self.composes:
-            good &= [text.isascii() or unicodedata.is_normalized("NFC", text) for text in texts]
-        if not good.all():
-            return self._in_parts(texts, good)
-        before = np.repeat(ends[bounds[:-1]], np.diff(bounds))
-        offsets = np.empty((len(ids), 2), dtype=np.int32)
-        np.subtract(ends[:-1], before, out=offsets[:, 0], casting="same_kind")
-        np.subtract(ends[1:], before, out=offsets[:, 1], casting="same_kind")
-        offsets[:, 0] -= told & 1
-        return [Encoded(ids[a:b], offsets[a:b]) for a, b in pairwise(bounds.tolist())]
-
-    def _in_parts(self, texts: Sequence[str], good: NDArray[np.bool_]) -> list[Encoded]:
-        fast = iter(self.encode([text for text, one in zip(texts, good, strict=True) if one]))
-        slow = iter(self.reference.encode([text for text, one in zip(texts, good, strict=True) if not one]))
-        return [next(fast if one else slow) for one in good]
+            composed = (text.isascii() or unicodedata.is_normalized("NFC", text) for text in texts)
+            unsure.update(number for number, one in enumerate(composed) if not one)
+        if not unsure:
+            return found
+        asked = sorted(unsure)
+        others = dict(zip(asked, self.reference.encode([texts[number] for number in asked]), strict=True))
+        return Encodings.of([others.get(number, one) for number, one in enumerate(found)], np.diff(places).tolist())
 
 
 @dataclass
@@ -136,6 +123,7 @@ class Engines:
     retried: bool = False
     expected: int = 0
     known: Known | None = None
+    _batches: int = 0
     _fast: Fast | None = None
     _tried: bool = False
 
@@ -145,24 +133,27 @@ class Engines:
         return self.reference.name if self._fast is None or not self.trusted else self._fast.name
 
     def expect(self, size: int) -> None:
-        """Say how many characters, or bytes, are to come."""
-        self.expected = max(self.expected, size)
+        """Say that other data is to come, and how many characters, or bytes, it has."""
+        self.expected, self._batches = max(self.expected, size), 0
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Return the tokens of each text. Of each batch one is encoded by both engines.
+    def encode(self, texts: Sequence[str]) -> Encodings:
+        """Return the tokens of each text. Of some batches, the first among them, one is encoded by both engines.
 
         Raises:
             EngineDiffers: they do not agree, and all is to be done again.
         """
         return self._encode(texts) if self.known is None else self.known.encode(texts, self._encode)
 
-    def _encode(self, texts: Sequence[str]) -> list[Encoded]:
+    def _encode(self, texts: Sequence[str]) -> Encodings:
         self.expected += sum(map(len, texts))
         if self.trusted and not self._tried and self.expected > ENOUGH:
             self._fast, self._tried = fast(self.description, self.reference), True
         if self._fast is None or not self.trusted or not texts:
             return self.reference.encode(texts)
         found = self._fast.encode(texts)
+        self._batches += 1
+        if self._batches % SAMPLED != 1:
+            return found
         tried = min(range(len(texts)), key=lambda number: abs(len(texts[number]) - SAMPLE))
         if differs(found[tried], self.reference.encode([texts[tried]])[0]):
             self.trusted = False
@@ -183,15 +174,33 @@ def fast(description: str, reference: Reference) -> Fast | None:
         return None
     from importlib.metadata import version
 
-    try:
-        # A post-processor adds special tokens, which is done elsewhere.
-        native = fastokens.Tokenizer.from_json_str(orjson.dumps({**spec, "post_processor": None}).decode())
-    except Exception:  # noqa: BLE001  (what it does not support it refuses in its own ways)
-        return None
-    composes = spec.get("normalizer") is not None
-    engine = Fast(native, reference, _letters(spec), composes, f"fastokens {version('fastokens')}")
     texts = list(_hard_texts([token["content"] for token in spec.get("added_tokens", ())]))
-    return engine if first_difference(engine, reference, texts) is None else None
+    composes = spec.get("normalizer") is not None
+    with _set_up(_SETTINGS):
+        try:
+            # A post-processor adds special tokens, which is done elsewhere.
+            native = fastokens.Tokenizer.from_json_str(orjson.dumps({**spec, "post_processor": None}).decode())
+        except Exception:  # noqa: BLE001  (what it does not support it refuses in its own ways)
+            return None
+        engine = Fast(native, reference, _letters(spec), composes, f"fastokens {version('fastokens')}")
+        return engine if first_difference(engine, reference, texts) is None else None
+
+
+_SETTINGS = {"FASTOKENS_BPE_THREADS": "1", "FASTOKENS_INPUT_CACHE": "0"}
+"""What fastokens reads once, before its first text. Threads of one process share its words, and wait for each other:
+two take half as much again of the CPU, and worker processes are what uses many. Rows are seldom the same twice."""
+
+
+@contextmanager
+def _set_up(settings: Mapping[str, str]) -> Iterator[None]:
+    """Have these in the environment, where the user has not set them."""
+    ours = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
 
 
 def first_difference(engine: Engine, reference: Engine, texts: Sequence[str]) -> str | None:

@@ -11,17 +11,18 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import chain, islice, pairwise
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ftdata.engines import Encoded
+from ftdata.batches import Columns, Encodings, Renderings
 from ftdata.errors import BadRow, TemplateRefused
-from ftdata.mask import Chosen, Policy, trained_tokens
+from ftdata.mask import Policy, trained_tokens
 from ftdata.recipe import FLAGS, Recipe, make_recipe, name_of
 from ftdata.schemas import normalise
 from ftdata.templates import closed, render
@@ -29,10 +30,12 @@ from ftdata.templates.spans import thinking_tags
 from ftdata.templates.verify import contradicted
 from ftdata.tokenize import encode_rendered
 from ftdata.truncate import truncate, turn_ends
-from ftdata.types import Conversation, Example, Message, Part, Reject, Rendered, Row, Source, Span, Spans, Tokens
+from ftdata.types import Conversation, Example, Message, Part, Reject, Rendered, Row, Source, Span, Tokens
 
 BATCH, LETTERS = 1024, 1 << 20
 """Rows that go through the stages together, or fewer, where their texts are as long."""
+
+Prepared = tuple[Conversation, tuple[Rendered, ...]]
 
 PROVED, PROVED_EVERY, PROVED_MESSAGES = 32, 100, 4
 """Rows of each source that are confirmed by a second way: the first, every so many-th; by how many messages of each."""
@@ -63,20 +66,173 @@ def build_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[Built |
     return chain.from_iterable(build_batches(recipe, rows))
 
 
-def build_batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[Built | Reject]]:
+@dataclass(frozen=True, eq=False)
+class Masked(Sequence[Example | BadRow]):
+    """Texts with their tokens and labels: an example each, by columns, or why it is refused.
+
+    Attributes:
+        said: the conversation behind each text.
+        texts: the texts.
+        tokens: their tokens.
+        trained: bool `[tokens]`, those that carry loss.
+        flags: what a careful reader should know of each text.
+        refused: the texts that are refused, and why.
+    """
+
+    said: Sequence[Conversation]
+    texts: Renderings
+    tokens: Encodings
+    trained: NDArray[np.bool_]
+    flags: Sequence[frozenset[str]]
+    refused: Mapping[int, BadRow]
+
+    @cached_property
+    def learnt(self) -> NDArray[np.int64]:
+        """Trained tokens of each text (int64 `[texts]`)."""
+        bounds = self.tokens.bounds.tolist()
+        return np.fromiter((np.count_nonzero(self.trained[a:b]) for a, b in pairwise(bounds)), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @overload
+    def __getitem__(self, key: int) -> Example | BadRow: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> list[Example | BadRow]: ...
+
+    def __getitem__(self, key: int | slice) -> Example | BadRow | list[Example | BadRow]:
+        if isinstance(key, slice):
+            return [self[number] for number in range(*key.indices(len(self)))]
+        if key in self.refused:
+            return self.refused[key]
+        ids, offsets, _ = self.tokens[key]
+        trained, text = self.trained[slice(*self.tokens.bounds[key : key + 2].tolist())], self.texts[key]
+        return Example(ids, trained, offsets, text.text, text.spans, self.flags[key], self.said[key].source)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch(Sequence[Built | Reject]):
+    """What rows became, in order: a `Reject`, or `Built`; where that is one text's example, the text's number."""
+
+    masked: Masked
+    entries: Sequence[int | Built | Reject]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @overload
+    def __getitem__(self, key: int) -> Built | Reject: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> list[Built | Reject]: ...
+
+    def __getitem__(self, key: int | slice) -> Built | Reject | list[Built | Reject]:
+        if isinstance(key, slice):
+            return [self[number] for number in range(*key.indices(len(self)))]
+        entry = self.entries[key]
+        if not isinstance(entry, int):
+            return entry
+        example = self.masked[entry]
+        assert isinstance(example, Example)
+        return Built(self.masked.said[entry], (example,))
+
+    @cached_property
+    def rejects(self) -> list[Reject]:
+        """The rows that were rejected."""
+        return [entry for entry in self.entries if isinstance(entry, Reject)]
+
+    @cached_property
+    def conversations(self) -> list[Conversation]:
+        """The rows that were built."""
+        return [
+            self.masked.said[entry] if isinstance(entry, int) else entry.conversation
+            for entry in self.entries
+            if not isinstance(entry, Reject)
+        ]
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """How many examples there are of each row that was built."""
+        return [
+            1 if isinstance(entry, int) else len(entry.examples)
+            for entry in self.entries
+            if not isinstance(entry, Reject)
+        ]
+
+    @property
+    def last(self) -> Source:
+        """Where the last row came from."""
+        entry = self.entries[-1]
+        if isinstance(entry, int):
+            return self.masked.said[entry].source
+        return entry.source if isinstance(entry, Reject) else entry.conversation.source
+
+    @property
+    def cut(self) -> int:
+        """Tokens that did not fit."""
+        return sum(entry.cut for entry in self.entries if isinstance(entry, Built))
+
+    @property
+    def repeated(self) -> int:
+        """Tokens that are there because conversations are shown in several examples."""
+        return sum(entry.repeated for entry in self.entries if isinstance(entry, Built))
+
+    @cached_property
+    def columns(self) -> Columns:
+        """All examples by columns."""
+        if self.entries == range(len(self.masked)):
+            return _columns_of(self.masked)
+        return _columns([one for entry in self if isinstance(entry, Built) for one in entry.examples])
+
+
+def _columns_of(masked: Masked) -> Columns:
+    lengths, sources = np.diff(masked.tokens.bounds), [one.source for one in masked.said]
+    return Columns(masked.tokens.ids, masked.trained, lengths, masked.learnt, [0] * len(masked), masked.flags, sources)
+
+
+def _columns(examples: Sequence[Example]) -> Columns:
+    return Columns(
+        np.concatenate([one.input_ids for one in examples] or [np.empty(0, np.int32)]),
+        np.concatenate([one.trained for one in examples] or [np.empty(0, np.bool_)]),
+        np.fromiter(map(len, examples), np.int64),
+        np.fromiter((np.count_nonzero(one.trained) for one in examples), np.int64),
+        [one.cut for one in examples],
+        [one.flags for one in examples],
+        [one.source for one in examples],
+    )
+
+
+def build_batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[Batch]:
     """As `build_rows`, as many rows at a time as go through the stages together."""
     for batch in _batches(recipe, rows):
         texts = [(entry[0], rendered) for _, entry in batch if not isinstance(entry, Reject) for rendered in entry[1]]
-        examples = iter(_encoded(recipe, texts))
-        yield [
-            entry
-            if isinstance(entry, Reject)
-            else _finish(recipe, row, entry[0], list(islice(examples, len(entry[1]))))
-            for row, entry in batch
-        ]
+        yield _finished(recipe, batch, _masked(recipe, texts))
 
 
-Prepared = tuple[Conversation, tuple[Rendered, ...]]
+def _finished(recipe: Recipe, batch: Sequence[tuple[Row | Reject, Prepared | Reject]], masked: Masked) -> Batch:
+    """Say what became of each row, most of which are one text to which nothing more is to be done."""
+    plain = masked.learnt > 0
+    if recipe.max_length is not None:
+        plain &= np.diff(masked.tokens.bounds) <= recipe.max_length
+    plain[list(masked.refused)] = False
+    as_is, at, entries = plain.tolist(), 0, list[int | Built | Reject]()
+    for row, entry in batch:
+        if isinstance(entry, Reject):
+            entries.append(entry)
+            continue
+        conversation, texts = entry
+        messages, first, at = conversation.messages, at, at + len(texts)
+        if (
+            len(texts) == 1
+            and as_is[first]
+            and (not messages or messages[-1]["role"] == "assistant")
+            and masked.flags[first].isdisjoint(recipe.refuse)
+        ):
+            entries.append(first)
+        else:
+            entries.append(_finish(recipe, row, conversation, masked[first:at]))
+    return Batch(masked, range(len(masked)) if entries == list(range(len(masked))) else entries)
 
 
 def _batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tuple[Row | Reject, Prepared | Reject]]]:
@@ -138,7 +294,9 @@ def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Re
     once more with the control tokens in it blotted out: the template must still write as many of them.
     """
     pattern = recipe.control.pattern
-    if recipe.control_tokens == "allow" or pattern is None or not conversation.messages:
+    if recipe.control_tokens == "allow" or pattern is None or all(one.followed for one in texts):
+        return
+    if not conversation.messages:
         return
     if not recipe.control.spelled("\n".join(_strings(conversation))):
         return
@@ -210,9 +368,9 @@ def check_answers(conversation: Conversation) -> None:
     for index, message in answers:
         content = message.get("content")
         if (
-            message.get("train", True)
-            and isinstance(content, str)
+            isinstance(content, str)
             and not content.strip()
+            and message.get("train", True)
             and not message.get("tool_calls")
         ):
             raise BadRow(
@@ -304,61 +462,49 @@ def _given(recipe: Recipe, conversation: Conversation, tokens: Tokens) -> Exampl
     return example if _stops(example, recipe) else replace(example, flags=flags | {"no_stop"})
 
 
-def _encoded(recipe: Recipe, texts: Sequence[tuple[Conversation, Rendered]]) -> list[Example | BadRow]:
+def _masked(recipe: Recipe, texts: Sequence[tuple[Conversation, Rendered]]) -> Masked:
     """Tokenise and mask texts, all at once."""
-    rendered = [one for _, one in texts]
-    encoded = encode_rendered(recipe.tokenizer, rendered, recipe.control, recipe.control_tokens)
-    whole = [
-        (conversation, one, _begun(recipe, one, tokens))
-        for (conversation, one), tokens in zip(texts, encoded, strict=True)
-        if not isinstance(tokens, BadRow)
-    ]
+    said, batch = [one for one, _ in texts], Renderings([one for _, one in texts])
+    tokens, refused = encode_rendered(recipe.tokenizer, batch, recipe.control, recipe.control_tokens)
+    tokens = _begun(recipe, batch, tokens)
     policy = recipe.policy
-    masks = trained_tokens([Chosen(tokens.offsets, one, policy(one, said)) for said, one, tokens in whole])
-    made = [_example(said, one, tokens, *mask) for (said, one, tokens), mask in zip(whole, masks, strict=True)]
-    closed = _closed(made, recipe)
-    good = iter(
-        one if quick or _stops(one, recipe) else replace(one, flags=one.flags | {"no_stop"})
-        for one, quick in zip(made, closed, strict=True)
-    )
-    return [tokens if isinstance(tokens, BadRow) else next(good) for tokens in encoded]
+    chosen = [
+        [False] * len(one.spans) if number in refused else policy(one, conversation)
+        for number, (conversation, one) in enumerate(texts)
+    ]
+    trained, straddles = trained_tokens(tokens, batch, chosen)
+    flags = [one.flags for one in batch]
+    for flag, numbers in (("control_tokens", tokens.escaped), ("straddle", np.flatnonzero(straddles).tolist())):
+        for number in numbers:
+            flags[number] |= {flag}
+    made = Masked(said, batch, tokens, trained, flags, refused)
+    for number, plain in enumerate(_closed(made, recipe)):
+        if not plain and isinstance(example := made[number], Example) and not _stops(example, recipe):
+            flags[number] |= {"no_stop"}
+    return made
 
 
-def _begun(recipe: Recipe, rendered: Rendered, encoded: Encoded) -> Encoded:
+def _begun(recipe: Recipe, batch: Renderings, tokens: Encodings) -> Encodings:
     """Return the tokens with the tokenizer's own BOS before them, where a text has none of its own."""
-    if not rendered.add_bos or not len(bos := recipe.tokenizer.bos_ids) or np.array_equal(encoded.ids[:1], bos):
-        return encoded
-    offsets = np.concatenate((np.zeros((len(bos), 2), np.int32), encoded.offsets))
-    return Encoded(np.concatenate((bos, encoded.ids)), offsets, encoded.escaped)
+    wanted = [number for number, one in enumerate(batch) if one.add_bos]
+    if not wanted or not len(bos := recipe.tokenizer.bos_ids):
+        return tokens
+    return tokens.begun([number for number in wanted if not np.array_equal(tokens[number].ids[:1], bos)], bos)
 
 
-def _example(
-    conversation: Conversation, rendered: Rendered, encoded: Encoded, trained: NDArray[np.bool_], straddles: bool
-) -> Example:
-    flags = rendered.flags
-    if encoded.escaped or straddles:
-        found = {"control_tokens": encoded.escaped, "straddle": straddles}
-        flags |= {flag for flag, yes in found.items() if yes}
-    return Example(encoded.ids, trained, encoded.offsets, rendered.text, rendered.spans, flags, conversation.source)
-
-
-def _closed(examples: Sequence[Example], recipe: Recipe) -> list[bool]:
-    """Return for which examples it is plain that every trained turn ends in a control token.
+def _closed(masked: Masked, recipe: Recipe) -> list[bool]:
+    """Return for which texts it is plain that every trained turn ends in a control token.
 
     That is so where every stretch of trained tokens, of which each turn has one, ends in one.
     """
-    if not examples:
-        return []
-    ids = np.concatenate([one.input_ids for one in examples])
-    trained = np.concatenate([one.trained for one in examples])
-    bounds = np.cumsum([0, *map(len, examples)])
+    ids, bounds, trained = masked.tokens.ids, masked.tokens.bounds, masked.trained
     following = np.append(trained[1:], False)
     following[bounds[1:][bounds[1:] > 0] - 1] = False
     closing = np.flatnonzero(trained & ~following)
     of = np.searchsorted(bounds, closing, side="right") - 1
-    good = np.bincount(of[recipe.control.among(ids[closing])], minlength=len(examples)).tolist()
-    every = np.bincount(of, minlength=len(examples)).tolist()
-    turns = [Spans.of(one.spans).kinds.turns for one in examples]
+    good = np.bincount(of[recipe.control.among(ids[closing])], minlength=len(masked)).tolist()
+    every = np.bincount(of, minlength=len(masked)).tolist()
+    turns = [spans.kinds.turns for spans in masked.texts.spans]
     return [a == b == c for a, b, c in zip(good, every, turns, strict=True)]
 
 
@@ -455,7 +601,7 @@ def encode(
     conversation = normalise(Row(row, Source("<messages>", 0)), "messages")
     try:
         texts = _render(recipe, conversation, proved=False)
-        examples = _examples(recipe, conversation, _encoded(recipe, [(conversation, one) for one in texts]))
+        examples = _examples(recipe, conversation, _masked(recipe, [(conversation, one) for one in texts]))
         _check_flags(recipe, examples)
     except BadRow as error:
         error.where = error.where or error.field

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import Any
-
-import numpy as np
 
 from ftdata._version import __version__
 from ftdata.errors import InternalError
-from ftdata.examples import Built
+from ftdata.examples import Batch
 from ftdata.recipe import FLAGS, Recipe
 from ftdata.types import Conversation, Reject
 
@@ -48,31 +47,33 @@ class Ledger:
             for each in fields(self)
         }
 
-    def add(self, entry: Built | Reject) -> None:
-        """Count one row."""
-        self.read += 1
-        if isinstance(entry, Reject):
-            self.rejected[entry.code] += 1
-            self.tokens_rejected += entry.tokens
-            self.tokens_in += entry.tokens
-            return
-        self.built += 1
-        self.read_as(entry.conversation)
-        self.examples += len(entry.examples)
-        self.tokens_repeated += entry.repeated
-        self.tokens_cut += entry.cut
-        self.tokens_in += entry.cut
-        for example in entry.examples:
-            for flag in example.flags:
-                self.flags[flag] += 1
-            self.tokens_in += len(example)
-            self.tokens_kept += len(example)
-            self.tokens_trained += int(np.count_nonzero(example.trained))
+    def add(self, batch: Batch) -> None:
+        """Count what rows became."""
+        self.reject(batch.rejects)
+        self.read_as(batch.conversations)
+        columns, tokens = batch.columns, int(batch.columns.lengths.sum())
+        self.examples += len(columns.lengths)
+        self.flags.update(chain.from_iterable(columns.flags))
+        self.tokens_repeated += batch.repeated
+        self.tokens_cut += batch.cut
+        self.tokens_in += batch.cut + tokens
+        self.tokens_kept += tokens
+        self.tokens_trained += int(columns.learnt.sum())
 
-    def read_as(self, conversation: Conversation) -> None:
-        """Count how a row was read."""
-        self.schemas[conversation.schema] += 1
-        for note in conversation.noted:
+    def reject(self, rejects: Sequence[Reject]) -> None:
+        """Count rows that were rejected."""
+        self.read += len(rejects)
+        for reject in rejects:
+            self.rejected[reject.code] += 1
+            self.tokens_rejected += reject.tokens
+            self.tokens_in += reject.tokens
+
+    def read_as(self, conversations: Sequence[Conversation]) -> None:
+        """Count rows that were built, and how they were read."""
+        self.read += len(conversations)
+        self.built += len(conversations)
+        self.schemas.update(one.schema for one in conversations)
+        for note in chain.from_iterable(one.noted for one in conversations if one.noted):
             if note in self.noted or len(self.noted) < _MOST_NOTES:
                 self.noted[note] += 1
 

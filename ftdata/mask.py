@@ -8,12 +8,12 @@ text is never trained, since nothing stands before it to predict it from.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, groupby, pairwise
-from typing import NamedTuple
+from itertools import chain, groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ftdata.batches import Encodings, Renderings
 from ftdata.errors import UsageError, one_of
 from ftdata.registry import Registry
 from ftdata.types import Conversation, Part, Rendered, Spans
@@ -24,12 +24,12 @@ masks: Registry[Policy] = Registry("ftdata.masks", "mask")
 
 
 @masks.register("assistant")
-def assistant(rendered: Rendered, conversation: Conversation) -> list[bool]:
+def assistant(rendered: Rendered, conversation: Conversation) -> Sequence[bool]:
     """Train every assistant turn, except messages that say `train: false` or `weight: 0`."""
     untrained = {i for i, message in enumerate(conversation.messages) if message.get("train") is False}
     kinds = Spans.of(rendered.spans).kinds
     if not untrained:
-        return list(kinds.generated)
+        return kinds.generated
     pairs = zip(kinds.generated, kinds.messages, strict=True)
     return [generated and message not in untrained for generated, message in pairs]
 
@@ -139,56 +139,44 @@ def _closed_and_opened(before: Part | None, after: Part | None) -> frozenset[Par
     return frozenset(part for part, yes in ((before, closes), (after, opens)) if part is not None and yes)
 
 
-class Chosen(NamedTuple):
-    """One text to be masked: the characters behind each token (int32 `[n, 2]`), its spans, and those to be trained."""
+def trained_tokens(
+    tokens: Encodings, batch: Renderings, chosen: Sequence[Sequence[bool]]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return which tokens carry loss (bool `[tokens]`), and in which texts one straddles a boundary (bool `[texts]`).
 
-    offsets: NDArray[np.int32]
-    rendered: Rendered
-    spans: Sequence[bool]
-
-
-def trained_tokens(batch: Sequence[Chosen]) -> list[tuple[NDArray[np.bool_], bool]]:
-    """Return, for each text, which tokens carry loss (bool `[n]`), and whether one of them straddles a boundary.
+    Args:
+        tokens: the tokens of all texts.
+        batch: the texts.
+        chosen: for each of them, which of its spans are to be trained.
 
     >>> import numpy as np
+    >>> from ftdata.batches import Encoded
     >>> from ftdata.types import Part, Span
     >>> spans = (Span(0, 4, Part.CONTENT, 0, False), Span(4, 9, Part.CONTENT, 1, True))
     >>> offsets = np.array([[0, 3], [3, 6], [6, 6], [6, 9]], dtype=np.int32)
-    >>> ((trained, straddles),) = trained_tokens([Chosen(offsets, Rendered("x" * 9, spans), [False, True])])
-    >>> trained.tolist(), straddles
-    ([False, True, False, True], True)
+    >>> tokens = Encodings.of([Encoded(np.arange(4, dtype=np.int32), offsets)], [9])
+    >>> trained, straddles = trained_tokens(tokens, Renderings([Rendered("x" * 9, spans)]), [[False, True]])
+    >>> trained.tolist(), straddles.tolist()
+    ([False, True, False, True], [True])
     """
-    if not batch:
-        return []
-    # Texts are laid one after the other, with a gap between, so that one search serves all.
-    base = list(accumulate((len(one.rendered.text) + 1 for one in batch), initial=0))
-    bounds = list(accumulate((len(one.offsets) for one in batch), initial=0))
-    shift = np.repeat(np.asarray(base[:-1], np.int32 if base[-1] < 1 << 31 else np.int64), np.diff(bounds))
-    first, last = (np.concatenate([one.offsets[:, side] for one in batch]) + shift for side in (0, 1))
-    trained, inside = _covered(first, last, *_stretches(batch, base))
+    begins, ends = _stretches(batch, np.fromiter(chain.from_iterable(chosen), np.bool_))
+    first, last, firsts = tokens.starts, tokens.ends, tokens.bounds[:-1]
+    trained, inside = _covered(first, last, begins.astype(first.dtype), ends.astype(first.dtype))
     trained &= first < last
-    trained[[at for at in bounds[:-1] if at < len(trained)]] = False
-    of = np.searchsorted(bounds, np.flatnonzero(trained > inside), side="right") - 1
-    straddles = np.bincount(of, minlength=len(batch)).astype(bool).tolist()
-    return [(trained[a:b], one) for (a, b), one in zip(pairwise(bounds), straddles, strict=True)]
+    trained[firsts[firsts < len(trained)]] = False
+    apart = np.searchsorted(tokens.bounds, np.flatnonzero(trained > inside), side="right") - 1
+    straddles = np.zeros(len(tokens), np.bool_)
+    straddles[apart] = True
+    return trained, straddles
 
 
-def _stretches(batch: Sequence[Chosen], base: Sequence[int]) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    """Return where trained stretches of the texts begin and end; neighbours are one."""
-    begins, ends = list[int](), list[int]()
-    for number, (_, rendered, chosen) in enumerate(batch):
-        at, last = base[number], -1
-        spans = Spans.of(rendered.spans)
-        for start, end, yes in zip(spans.starts, spans.ends, chosen, strict=True):
-            if yes and start < end:
-                if last == start:
-                    ends[-1] = at + end
-                else:
-                    begins.append(at + start)
-                    ends.append(at + end)
-                last = end
-    kind = np.int32 if base[-1] < 1 << 31 else np.int64
-    return np.asarray(begins, kind), np.asarray(ends, kind)
+def _stretches(batch: Renderings, chosen: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where stretches of chosen spans begin and end; neighbours are one."""
+    chosen = chosen & (batch.starts < batch.ends)
+    begins, ends = batch.starts[chosen], batch.ends[chosen]
+    apart = np.ones(len(begins) + 1, np.bool_)
+    apart[1:-1] = begins[1:] != ends[:-1]
+    return begins[apart[:-1]], ends[apart[1:]]
 
 
 def _covered(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ import numpy as np
 import xxhash
 
 from ftdata import cache, similar, store
-from ftdata.examples import Built, build_batches
+from ftdata.batches import Columns, ends_of
+from ftdata.examples import Batch, build_batches
 from ftdata.ledger import Ledger
 from ftdata.mask import masks
 from ftdata.readers import FileSource, MemorySource, readers
 from ftdata.readers.select import Selection
 from ftdata.recipe import Recipe
 from ftdata.schemas import schemas
-from ftdata.types import Example, Reject, Source
+from ftdata.types import Reject, Source
 
 Progress = Callable[[int, int, float | None], None]
 """Called as the build goes on with the rows and the tokens done so far, and which share that is, where it is known."""
@@ -154,25 +156,22 @@ def _built(recipe: Recipe, task: Task, progress: Progress | None) -> ShardResult
     rejects: list[Reject] = []
     engines = recipe.tokenizer.engines
     engines.trusted, engines.retried = engines.trusted and task.trusted, True
-    if engines.known is None or not engines.known.filled:
-        engines.expect(task.source.size)
+    engines.expect(0 if engines.known is not None and engines.known.filled else task.source.size)
     content = xxhash.xxh3_128()
     selection = Selection(task.where, task.limit)
 
-    def batches() -> Iterator[list[tuple[Example, bytes]]]:
+    def batches() -> Iterator[tuple[Columns, list[bytes]]]:
         for batch in build_batches(recipe, selection.of(task.source.rows())):
-            for entry in batch:
-                ledger.add(entry)
-            rejects.extend(entry for entry in batch if isinstance(entry, Reject))
-            rows = [entry for entry in batch if isinstance(entry, Built)]
-            built = [one for entry in rows for one in _hashed(entry)]
-            content.update(b"".join(each for _, each in built))
-            yield built
+            ledger.add(batch)
+            rejects.extend(batch.rejects)
+            hashes = _hashes(batch)
+            content.update(b"".join(hashes))
+            yield batch.columns, hashes
             if task.near:
-                minhashes = similar.signatures([entry.conversation for entry in rows])
-                store.add_minhashes(task.folder, np.repeat(minhashes, [len(entry.examples) for entry in rows], axis=0))
+                minhashes = similar.signatures(batch.conversations)
+                store.add_minhashes(task.folder, np.repeat(minhashes, batch.counts, axis=0))
             if progress:
-                progress(ledger.read, ledger.tokens_kept, task.source.share_before(_source_of(batch[-1])))
+                progress(ledger.read, ledger.tokens_kept, task.source.share_before(batch.last))
 
     with _rarely_collecting():
         store.write_shard(task.folder, batches())
@@ -191,15 +190,12 @@ def _rarely_collecting() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _source_of(entry: Built | Reject) -> Source:
-    return entry.source if isinstance(entry, Reject) else entry.conversation.source
-
-
-def _hashed(entry: Built) -> list[tuple[Example, bytes]]:
-    """Return the examples of a row, each with the hash of them all: 16 bytes of the tokens, 8 of the labels."""
-    ids, trained = xxhash.xxh3_128(), xxhash.xxh3_64()
-    for example in entry.examples:
-        ids.update(example.input_ids.tobytes())
-        trained.update(example.trained.tobytes())
-    content = ids.digest() + trained.digest()
-    return [(example, content) for example in entry.examples]
+def _hashes(batch: Batch) -> list[bytes]:
+    """Return, for each example, the hash of all examples of its row: 16 bytes of the tokens, 8 of the labels."""
+    columns, found = batch.columns, list[bytes]()
+    examples = accumulate(batch.counts, initial=0)
+    bounds = ends_of(columns.lengths.tolist())[list(examples)].tolist()
+    for count, (first, last) in zip(batch.counts, pairwise(bounds), strict=True):
+        ids, trained = columns.ids[first:last], columns.trained[first:last]
+        found += [xxhash.xxh3_128_digest(ids.data) + xxhash.xxh3_64_digest(trained.data)] * count
+    return found

@@ -31,9 +31,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ftdata.batches import Columns
 from ftdata.errors import InputRefused, StorageError, UsageError
 from ftdata.pack import Plan
-from ftdata.types import IGNORE_INDEX, Example, Reject
+from ftdata.types import IGNORE_INDEX, Reject
 
 FORMAT = 1
 _TOKENS_PER_FILE, _TOKENS_PER_BATCH, _ROWS_PER_GROUP = 1 << 27, 1 << 20, 1 << 18
@@ -59,7 +60,7 @@ _PACKS = pa.schema(
 )
 
 
-def write_shard(folder: Path, batches: Iterable[Sequence[tuple[Example, bytes]]]) -> None:
+def write_shard(folder: Path, batches: Iterable[tuple[Columns, Sequence[bytes]]]) -> None:
     """Write the examples of one shard: flat token ids and trained bits, and a table of the examples.
 
     With each example comes the hash of what its row became: 16 bytes of the tokens, 8 of the labels.
@@ -69,27 +70,24 @@ def write_shard(folder: Path, batches: Iterable[Sequence[tuple[Example, bytes]]]
         ids = stack.enter_context((folder / "ids.i32").open("wb"))
         trained = stack.enter_context((folder / "trained.b8").open("wb"))
         table = stack.enter_context(pa.ipc.new_file(str(folder / "examples.arrow"), _EXAMPLES))
-        for batch in batches:
-            ids.writelines(example.input_ids.data for example, _ in batch)
-            trained.writelines(example.trained.data for example, _ in batch)
-            if batch:
-                table.write_batch(_table_batch(batch))
+        for columns, hashes in batches:
+            ids.write(columns.ids.data)
+            trained.write(columns.trained.data)
+            if hashes:
+                table.write_batch(_table_batch(columns, hashes))
 
 
-def _table_batch(batch: Sequence[tuple[Example, bytes]]) -> pa.RecordBatch:
-    examples = [example for example, _ in batch]
-    sources = [example.source for example in examples]
-    flags = [sorted(example.flags) for example in examples]
-    content = pa.py_buffer(b"".join(each for _, each in batch))
+def _table_batch(examples: Columns, hashes: Sequence[bytes]) -> pa.RecordBatch:
+    flags = [sorted(each) if each else () for each in examples.flags]
     columns = [
-        _strings([source.path for source in sources]),
-        _int64([source.row for source in sources]),
-        _int64([source.line for source in sources]),
-        _int64(map(len, examples)),
-        _int64([int(np.count_nonzero(example.trained)) for example in examples]),
-        _int64([example.cut for example in examples]),
+        _strings([source.path for source in examples.sources]),
+        _int64([source.row for source in examples.sources]),
+        _int64([source.line for source in examples.sources]),
+        _int64(examples.lengths),
+        _int64(examples.learnt),
+        _int64(examples.cut),
         pa.ListArray.from_arrays(_ends(map(len, flags)), _strings([flag for each in flags for flag in each])),
-        pa.Array.from_buffers(pa.binary(24), len(batch), [None, content]),
+        pa.Array.from_buffers(pa.binary(24), len(hashes), [None, pa.py_buffer(b"".join(hashes))]),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=_EXAMPLES)
 
@@ -154,8 +152,8 @@ class Examples:
     def gather(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return the ids and the labels of the examples, one after the other (int32 `[tokens]` each)."""
         runs = self._runs(indices)
-        ids = np.concatenate([self.ids[shard][first:last] for shard, first, last in runs])
-        trained = np.concatenate([self.trained[shard][first:last] for shard, first, last in runs])
+        ids = _joined([self.ids[shard][first:last] for shard, first, last in runs])
+        trained = _joined([self.trained[shard][first:last] for shard, first, last in runs])
         return ids, np.where(trained, ids, np.int32(IGNORE_INDEX))
 
     def _runs(self, indices: NDArray[np.int64]) -> list[tuple[int, int, int]]:
@@ -168,6 +166,10 @@ class Examples:
         return list(
             zip(shard[begins[:-1]].tolist(), first[begins[:-1]].tolist(), last[begins[1:] - 1].tolist(), strict=True)
         )
+
+
+def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:
@@ -254,15 +256,19 @@ def _int32(values: NDArray[np.integer]) -> pa.Array:
     return pa.Array.from_buffers(pa.int32(), len(data), [None, pa.py_buffer(data)])
 
 
-def _int64(values: Iterable[int | None]) -> pa.Array:
-    listed = list(values)
-    data = np.asarray([value or 0 for value in listed], dtype=np.int64)
-    known = np.packbits([value is not None for value in listed], bitorder="little")
-    return pa.Array.from_buffers(pa.int64(), len(data), [pa.py_buffer(known), pa.py_buffer(data)])
+def _int64(values: NDArray[np.int64] | Sequence[int | None]) -> pa.Array:
+    known = None
+    if not isinstance(values, np.ndarray) and None in values:
+        known = pa.py_buffer(np.packbits([value is not None for value in values], bitorder="little"))
+        values = [value or 0 for value in values]
+    data = np.ascontiguousarray(values, dtype=np.int64)
+    return pa.Array.from_buffers(pa.int64(), len(data), [known, pa.py_buffer(data)])
 
 
 def _strings(values: Sequence[str]) -> pa.Array:
-    data = [value.encode("utf-8", "backslashreplace") for value in values]
+    # Most are the name of one file, again and again.
+    spelled = {value: value.encode("utf-8", "backslashreplace") for value in set(values)}
+    data = [spelled[value] for value in values]
     buffers = [None, _ends(map(len, data)).buffers()[1], pa.py_buffer(b"".join(data))]
     return pa.Array.from_buffers(pa.string(), len(data), buffers)
 

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,9 +21,10 @@ import tokenizers
 import xxhash
 from numpy.typing import NDArray
 
-from ftdata.engines import Encoded, Engines, Reference
+from ftdata.batches import Encoded, Encodings, Renderings
+from ftdata.engines import Engines, Reference
 from ftdata.errors import BadRow, HubError, TemplateRefused, UsageError, nearest
-from ftdata.types import Part, Rendered, Spans
+from ftdata.types import Part, Rendered
 
 CONTROL_POLICIES = ("escape", "refuse", "allow")
 
@@ -114,7 +114,7 @@ class Tokenizer:
         """Return the text of ids, with or without special tokens."""
         return str(self._plain.decode(list(ids), skip_special_tokens=skip_control))
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+    def encode(self, texts: Sequence[str]) -> Encodings:
         """Encode texts as they stand; no special token is added."""
         return self.engines.encode(texts)
 
@@ -141,8 +141,8 @@ def _is_text(text: str) -> bool:
 
 
 def encode_rendered(
-    tokenizer: Tokenizer, batch: Sequence[Rendered], control: ControlTokens, policy: str
-) -> list[Encoded | BadRow]:
+    tokenizer: Tokenizer, batch: Renderings, control: ControlTokens, policy: str
+) -> tuple[Encodings, dict[int, BadRow]]:
     """Encode a batch of rendered texts.
 
     Args:
@@ -153,33 +153,43 @@ def encode_rendered(
             `"refuse"` or `"allow"` (let it become the control token).
 
     Returns:
-        For each text its tokens, or a `BadRow` with code `control_tokens`.
+        The tokens of each text, and a `BadRow` for those that are refused: `lone_surrogate` or `control_tokens`.
     """
-    whole = [one.text.isascii() or _is_text(one.text) for one in batch]
-    encoded = iter(tokenizer.encode([one.text for one, good in zip(batch, whole, strict=True) if good]))
-    broken = BadRow("lone_surrogate", "holds half of a surrogate pair, which is no character")
-    outcome: list[Encoded | BadRow] = [next(encoded) if good else broken for good in whole]
+    texts = [one.text for one in batch]
+    refused: dict[int, BadRow] = {}
+    try:
+        tokens = tokenizer.encode(texts)
+    except (UnicodeEncodeError, TypeError):
+        broken = BadRow("lone_surrogate", "holds half of a surrogate pair, which is no character")
+        refused = {index: broken for index, text in enumerate(texts) if not _is_text(text)}
+        if not refused:
+            raise
+        # In these something of the same length stands for what cannot be encoded.
+        tokens = tokenizer.encode([text.encode(errors="replace").decode() for text in texts])
     if policy == "allow":
-        return outcome
+        return tokens, refused
     # Where every control token stands in the template's own text, none is typed; which is so in most batches.
-    suspect = range(len(batch)) if policy == "refuse" else control.foreign(batch, outcome)
+    suspect = range(len(batch)) if policy == "refuse" else control.foreign(batch, tokens)
+    escaped: dict[int, Encoded] = {}
     for index in suspect:
-        one, tokens = batch[index], outcome[index]
-        if one.keep_control or isinstance(tokens, BadRow):
+        one = batch[index]
+        if one.keep_control or index in refused:
             continue
         own, typed = control.matches(one)
         # A tokenizer that normalises makes control tokens of what only resembles them: ids tell, not looks.
-        if not typed and control.count(tokens.ids) <= control.expected(own):
+        if not typed and control.count(tokens[index].ids) <= control.expected(own):
             continue
         if policy == "refuse":
-            outcome[index] = BadRow(
+            refused[index] = BadRow(
                 "control_tokens",
                 f"the data spells a control token{f': {typed[0].group()!r}' if typed else ''}",
                 hint="control_tokens='escape' tokenises it as plain text",
             )
+        elif isinstance(plain := control.escape(one), BadRow):
+            refused[index] = plain
         else:
-            outcome[index] = control.escape(one)
-    return outcome
+            escaped[index] = plain
+    return tokens.with_(escaped), refused
 
 
 @dataclass(frozen=True)
@@ -206,30 +216,15 @@ class ControlTokens:
                 return self.pattern is not None and self.pattern.search(text) is not None
         return False
 
-    def foreign(self, batch: Sequence[Rendered], encoded: Sequence[Encoded | BadRow]) -> list[int]:
+    def foreign(self, batch: Renderings, tokens: Encodings) -> list[int]:
         """Return which texts have a control token, or an unknown one, that is not all the template's own text."""
-        pairs = [
-            (number, one, tokens)
-            for number, (one, tokens) in enumerate(zip(batch, encoded, strict=True))
-            if not isinstance(tokens, BadRow)
-        ]
-        if not pairs or not self.tokens:
+        if not self.tokens:
             return []
-        # Texts are laid one after the other, with a gap between, so that one search serves all.
-        base = list(accumulate((len(one.text) + 1 for _, one, _ in pairs), initial=0))
-        starts, ends = list[int](), list[int]()
-        for at, (_, one, _) in zip(base, pairs, strict=False):
-            spans = Spans.of(one.spans)
-            starts += [at + spans.starts[number] for number in spans.kinds.data]
-            ends += [at + spans.ends[number] for number in spans.kinds.data]
-        counts = [len(tokens.ids) for _, _, tokens in pairs]
-        ids = np.concatenate([tokens.ids for _, _, tokens in pairs])
-        found = np.flatnonzero(self._listed.take(ids, mode="clip"))
-        of = np.searchsorted(np.cumsum(counts), found, side="right")
-        places = np.concatenate([tokens.offsets for _, _, tokens in pairs])[found] + np.asarray(base)[of, None]
-        after = np.searchsorted(ends, places[:, 0], side="right")
-        typed = np.append(starts, np.iinfo(np.int64).max)[after] < places[:, 1]
-        return [pairs[number][0] for number in sorted(set(of[typed].tolist()))]
+        found = np.flatnonzero(self._listed.take(tokens.ids, mode="clip"))
+        starts, ends = batch.starts[batch.data], batch.ends[batch.data]
+        after = np.searchsorted(ends, tokens.starts[found], side="right")
+        typed = np.append(starts, np.iinfo(np.int64).max)[after] < tokens.ends[found]
+        return sorted(set((np.searchsorted(tokens.bounds, found[typed], side="right") - 1).tolist()))
 
     def matches(self, rendered: Rendered) -> tuple[list[re.Match[str]], list[re.Match[str]]]:
         """Return the control tokens in the text: those that the template wrote, and those that the row's text spells.

@@ -160,9 +160,9 @@ class Kinds:
     generated: tuple[bool, ...]
 
     @cached_property
-    def data(self) -> tuple[int, ...]:
+    def data(self) -> tuple[bool, ...]:
         """Which of them are not the template's own text."""
-        return tuple(number for number, part in enumerate(self.parts) if part is not Part.SCAFFOLD)
+        return tuple(part is not Part.SCAFFOLD for part in self.parts)
 
     @cached_property
     def turns(self) -> int:
@@ -224,7 +224,8 @@ class Rendered:
     `messages` is how many of the conversation's first messages it shows (0: it was not made of messages).
     `add_bos` is true for prompt templates and plain text: the tokenizer's own BOS is put in front, unless the
     tokens begin with it already. `keep_control` is true where control-token text is meant
-    as such, whatever the policy: text that was formatted before it came to us.
+    as such, whatever the policy: text that was formatted before it came to us. `followed` is true where it is known
+    that the template's own text would be the same had the row said something else.
     """
 
     text: str
@@ -233,6 +234,7 @@ class Rendered:
     messages: int = 0
     add_bos: bool = False
     keep_control: bool = False
+    followed: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Engines: the fast one gives the very tokens and places of the reference, or it is not used."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -76,10 +77,8 @@ def test_an_engine_that_differs_is_not_used(tokenizer_dir, tmp_path, source, mon
 
     def wrong(self, given_texts):
         found = encode(self, given_texts)
-        return [
-            one._replace(ids=np.flip(one.ids)) if "q39 " in text else one
-            for text, one in zip(given_texts, found, strict=True)
-        ]
+        wrong = {number: found[number] for number, text in enumerate(given_texts) if "q39 " in text}
+        return found.with_({number: one._replace(ids=np.flip(one.ids)) for number, one in wrong.items()})
 
     monkeypatch.setattr(engines, "ENOUGH", 0)
     monkeypatch.setattr(engines.Fast, "encode", wrong)
@@ -103,3 +102,16 @@ def test_an_engine_that_differs_on_hard_texts_is_never_begun_with(tokenizer_dir,
         engines.Fast, "encode", lambda self, given_texts: self.reference.encode([text.strip() for text in given_texts])
     )
     assert engines.fast(loaded.json, loaded.engines.reference) is None
+
+
+def test_settings_of_the_fast_engine_are_the_users_if_there_are_any(tokenizer_dir, monkeypatch):
+    loaded, seen = load_tokenizer(tokenizer_dir("tiny_bpe")), []
+    monkeypatch.setenv("FASTOKENS_BPE_THREADS", "2")
+    monkeypatch.delenv("FASTOKENS_INPUT_CACHE", raising=False)
+    letters = engines._letters
+    noted = lambda spec: seen.append({**os.environ}) or letters(spec)
+    monkeypatch.setattr(engines, "_letters", noted)
+    assert engines.fast(loaded.json, loaded.engines.reference)
+    assert (seen[0]["FASTOKENS_BPE_THREADS"], seen[0]["FASTOKENS_INPUT_CACHE"]) == ("2", "0")
+    assert os.environ["FASTOKENS_BPE_THREADS"] == "2"
+    assert "FASTOKENS_INPUT_CACHE" not in os.environ

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftdata.batches import Encoded, Encodings, Renderings
 from ftdata.errors import UsageError
-from ftdata.mask import Chosen, policy_of, trained_tokens
+from ftdata.mask import policy_of, trained_tokens
 from ftdata.truncate import truncate, turn_ends
 from ftdata.types import Conversation, Example, Part, Rendered, Source, Span
 
@@ -39,8 +40,15 @@ def example(trained, spans=TWO_TURNS, offsets=None):
     ],
 )
 def test_a_token_is_trained_if_a_trained_character_is_in_it(offsets, chosen, trained, straddles):
-    ((found, straddle),) = trained_tokens([Chosen(offsets, Rendered("abcdef", TWO_TURNS), chosen)])
-    assert (found.tolist(), straddle) == (list(map(bool, trained)), straddles)
+    found, straddle = together([(offsets, Rendered("abcdef", TWO_TURNS), chosen)])
+    assert (found.tolist(), straddle.tolist()) == (list(map(bool, trained)), [straddles])
+
+
+def together(batch):
+    """Mask texts, each given by the places of its tokens, its spans, and which of them are trained."""
+    encoded = [Encoded(np.zeros(len(offsets), np.int32), offsets) for offsets, _, _ in batch]
+    tokens = Encodings.of(encoded, [len(one.text) for _, one, _ in batch])
+    return trained_tokens(tokens, Renderings([one for _, one, _ in batch]), [chosen for _, _, chosen in batch])
 
 
 def one_by_one(offsets, rendered, chosen):
@@ -63,13 +71,15 @@ def masked(draw):
     offsets = draw(st.lists(tokens, max_size=10))
     offsets = sorted(offsets) if draw(st.integers(0, 3)) else offsets
     chosen = draw(st.lists(st.booleans(), min_size=len(spans), max_size=len(spans)))
-    return Chosen(np.asarray(offsets, dtype=np.int32).reshape(-1, 2), Rendered("x" * 12, spans), chosen)
+    return np.asarray(offsets, dtype=np.int32).reshape(-1, 2), Rendered("x" * 12, spans), chosen
 
 
 @given(st.lists(masked(), max_size=4))
 def test_texts_are_masked_together_as_they_are_alone(batch):
-    found = [(trained.tolist(), straddles) for trained, straddles in trained_tokens(batch)]
-    assert found == [one_by_one(*one) for one in batch]
+    trained, straddles = together(batch)
+    expected = [one_by_one(*one) for one in batch]
+    assert trained.tolist() == [yes for own, _ in expected for yes in own]
+    assert straddles.tolist() == [straddle for _, straddle in expected]
 
 
 def test_a_policy_says_yes_or_no_for_each_span():

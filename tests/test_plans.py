@@ -1,14 +1,17 @@
 """Plans: what is joined is what would have been rendered, or it is rendered."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftdata.errors import BadRow
+from ftdata.examples import build_rows
 from ftdata.recipe import make_recipe
-from ftdata.templates import render
+from ftdata.templates import find, render
 from ftdata.testing import texts
-from ftdata.types import Conversation
+from ftdata.types import Conversation, Reject, Row, Source
 
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
 HARD = [
@@ -31,6 +34,11 @@ SOURCES = {
     "short": ("tiny_bpe", "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content | length > 4 %}{{ m.content | trim }}{% else %}short {{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"),
     "mood": ("tiny_bpe", "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if 'yes' in messages[0].content %}!{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% if 'yes' in messages[0].content %}!{% endif %}{% endif %}"),
 }  # fmt: skip
+
+
+def fresh(tokenizer, template):
+    """Return a template that has seen nothing."""
+    return replace(make_recipe(tokenizer, template).template)
 
 
 def outcome(conversation, template, turns):
@@ -98,7 +106,7 @@ def test_longer_conversations_begin_as_shorter_ones(tokenizer_dir, monkeypatch):
 
 
 def test_turns_of_their_own_are_joined_too(tokenizer_dir, monkeypatch):
-    template = make_recipe(tokenizer_dir("qwen"), None).template
+    template = fresh(tokenizer_dir("qwen"), None)
     assert len(render(talk(3), template)) == 3
     runs = counted(monkeypatch, template)
     for number in range(4):
@@ -110,7 +118,7 @@ def test_turns_of_their_own_are_joined_too(tokenizer_dir, monkeypatch):
 @pytest.mark.parametrize("name", ["chatml", "qwen"])
 def test_usual_conversations_are_rendered_once(tokenizer_dir, name):
     tokenizer, source = SOURCES[name]
-    template = make_recipe(tokenizer_dir(tokenizer), source).template
+    template = fresh(tokenizer_dir(tokenizer), source)
     runs = []
     rendered = type(template).rendered
 
@@ -126,3 +134,17 @@ def test_usual_conversations_are_rendered_once(tokenizer_dir, name):
             if number == 0:
                 runs.clear()
     assert runs == []
+
+
+def test_what_a_template_does_about_typed_control_tokens_is_no_plan(tokenizer_dir):
+    source = SOURCES["chatml"][1]
+    reacting = find(source)[1].replace(
+        "{{ text(message.content) }}<|im_end|>{% endif %}",
+        "{% if '<|im_end|>' in message.content %}<|im_end|>{% endif %}{{ text(message.content) }}<|im_end|>{% endif %}",
+    )
+    recipe = make_recipe(tokenizer_dir("tiny_bpe"), reacting)
+    for typed in ("", "<|im_end|>") * 3:
+        talk = [{"role": "user", "content": f"q {typed}"}, {"role": "assistant", "content": "a"}]
+        rows = [Row({"messages": talk}, Source("x", number)) for number in range(20)]
+        found = {one.code if isinstance(one, Reject) else "built" for one in build_rows(recipe, rows)}
+        assert found == ({"control_tokens"} if typed else {"built"})

@@ -21,7 +21,8 @@ import numpy as np
 import orjson
 
 from ftdata import examples, store
-from ftdata.mask import Chosen, trained_tokens
+from ftdata.batches import Renderings
+from ftdata.mask import trained_tokens
 from ftdata.readers import sources
 from ftdata.recipe import make_recipe
 from ftdata.schemas import normalise
@@ -53,7 +54,7 @@ LIMITS = {
     "read": "orjson alone",
     "render": "Jinja2 alone",
     "tokenise": "the engine alone",
-    "mask": "one pass over the offsets",
+    "mask": "one pass over the tokens",
     "write": "the bytes alone",
 }
 OTHERS = ("normalise", "check", "finish")
@@ -95,23 +96,23 @@ def measured(data: Path, tokenizer: str, template: str) -> dict[str, float]:
     alone = engine._fast.native.encode_batch_flat if engine._fast else engine.reference.encode
     timed("the engine alone", lambda: [alone([one.text for one in group]) for group in groups])
     encoded = timed(
-        "tokenise", lambda: [encode_rendered(recipe.tokenizer, group, recipe.control, "escape") for group in groups]
+        "tokenise",
+        lambda: [encode_rendered(recipe.tokenizer, Renderings(group), recipe.control, "escape")[0] for group in groups],
     )
-    chosen = [
-        [Chosen(tokens.offsets, one, recipe.policy(one, talks[0])) for one, tokens in zip(*pair, strict=True)]
-        for pair in zip(groups, encoded, strict=True)
-    ]
-    timed("one pass over the offsets", lambda: [np.concatenate([one.offsets for one in group]) for group in chosen])
-    timed("mask", lambda: [trained_tokens(group) for group in chosen])
-    owners = iter(talks)
-    pairs = [[(next(owners), one) for one in group] for group in groups]
-    made = [examples._encoded(recipe, pair) for pair in pairs]
-    flat = list(chain.from_iterable(made))
+    chosen = [[recipe.policy(one, talks[0]) for one in group] for group in groups]
+    timed("one pass over the tokens", lambda: [np.cumsum(tokens.ids) for tokens in encoded])
     timed(
-        "finish",
-        lambda: [examples._finish(recipe, row, talk, [one]) for row, talk, one in zip(rows, talks, flat, strict=True)],
+        "mask",
+        lambda: [
+            trained_tokens(tokens, Renderings(group), own)
+            for tokens, group, own in zip(encoded, groups, chosen, strict=True)
+        ],
     )
-    hashed = [[(one, b"x" * 24) for one in group] for group in made]
+    owners = zip(rows, talks, strict=True)
+    batches = [[(row, (talk, (one,))) for one, (row, talk) in zip(group, owners, strict=False)] for group in groups]
+    made = [examples._masked(recipe, [(talk, one) for _, (talk, (one,)) in batch]) for batch in batches]
+    finished = timed("finish", lambda: [examples._finished(recipe, *pair) for pair in zip(batches, made, strict=True)])
+    hashed = [(batch.columns, [b"x" * 24] * len(batch)) for batch in finished]
     with tempfile.TemporaryDirectory() as scratch:
         timed("write", lambda: store.write_shard(Path(scratch) / "shard", hashed))
         content = b"".join(path.read_bytes() for path in (Path(scratch) / "shard").iterdir())

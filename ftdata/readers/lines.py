@@ -44,7 +44,7 @@ MAX_DEPTH = 128
 """Levels of brackets that a row may have."""
 
 _VALUE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[^\s,\[\]"]+', re.DOTALL)
-_SPACED = re.compile(rb'"\s+:')
+_KEY = re.compile(rb'"[ \t\r\n]*:')
 # Nineteen digits in a row are found fastest as nineteen zeros.
 _DIGITS, _LONG_NUMBER = bytes.maketrans(b"123456789", b"000000000"), b"0" * 19
 _PUNCTUATION = re.compile(rb"[\[\]]*|,")
@@ -349,14 +349,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _may_repeat(text: bytes, value: Any, keys: int) -> bool:
     """Whether the text may have a key twice, of which the parser kept the last: it has more colons after quotes."""
-    if _SPACED.search(text) is not None:
-        return True
-    written = text.count(b'":')
+    written = len(_KEY.findall(text))
     if written == keys:
         return False
     # Texts may have some, too, which the parser's own writer shows.
     hidden = b"\\u00" in text and any(escape in text for escape in _ESCAPES)
-    return hidden or written != orjson.dumps(value).count(b'":')
+    return hidden or written != len(_KEY.findall(orjson.dumps(value)))
 
 
 def _raw(text: bytes) -> str:

@@ -220,11 +220,14 @@ def _plain_text(data: Mapping[str, Any]) -> Conversation:
     return Conversation(messages=(), fields={"text": text}, text=text)
 
 
+_SYSTEMS = {"system", *ALIASES["system"]}
+
+
 def _opened(
     data: Mapping[str, Any], messages: tuple[Message, ...], history: tuple[Message, ...] = ()
 ) -> tuple[Message, ...]:
     """Return the messages with the row's own system message and history before them; they may begin with the first."""
-    if not history and not any(name in data for name in ("system", *ALIASES["system"])):
+    if not history and _SYSTEMS.isdisjoint(data):
         return messages
     system, own = _system(data), _parted(messages)
     if system and own[0] and own[0][0].get("content") != system[0].get("content"):

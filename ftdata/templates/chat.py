@@ -110,6 +110,9 @@ def _plan(
     `origins` tell how the whole came about, and what it was compared with.
     """
     messages = [{"role": message["role"], "content": str.__str__(message["content"])} for message in chat.messages]
+    # What a template does about typed control tokens is looked at in each row that has them.
+    if (control := chat.template.control) and any(control.search(message["content"]) for message in messages):
+        return None
     key = key_of(chat.messages, (), turns, rendered.text, parts)
     way = chat.template.memory.way(key, chat.messages, rendered.text, parts)
     stretches = stretches_of(origins[0], messages, parts, rendered.text)

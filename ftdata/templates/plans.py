@@ -30,23 +30,24 @@ Shape = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A stretch that is a message's content, as it stands (`origin` is `None`) or changed at its ends.
+    """A stretch that is a message's content, as it stands or changed at its ends: by methods of texts, and arguments.
 
     `manner`: whether all of it is printed, and whether it has blanks around it; `None` where neither matters.
     """
 
     message: int
-    origin: Origin | None
+    changes: tuple[tuple[str, tuple[Any, ...]], ...]
     manner: tuple[bool, bool] | None
 
     def of(self, messages: Sequence[Mapping[str, Any]]) -> str | None:
         """Return the stretch for other messages, `None` where it is not of the same kind."""
-        content: str = messages[self.message]["content"]
+        text = content = messages[self.message]["content"]
         bare = content.strip()
-        text = content if self.origin is None else evaluate(self.origin, messages)
+        for method, arguments in self.changes:
+            text = getattr(text, method)(*arguments)
         if not bare or (text is not content and text.strip() != bare):
             return None
-        return text if self.manner in (None, (text == content, bare != content)) else None
+        return text if self.manner is None or self.manner == (text == content, bare != content) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,8 @@ class Plan:
             if text.startswith(other, starts[number] + offset):
                 return None
         edges = [starts[at] + offset for at, offset in self.edges]
-        return Rendered(text, Spans(edges[:-1], edges[1:], self.kinds), self.flags, messages=len(messages))
+        spans = Spans(edges[:-1], edges[1:], self.kinds)
+        return Rendered(text, spans, self.flags, messages=len(messages), followed=True)
 
 
 @dataclass
@@ -150,15 +152,13 @@ def shape_of(messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> Sha
     """
     for message in messages:
         content = message.get("content")
-        if (
-            not isinstance(content, str)
-            or message.get("role") not in _ROLES
-            or len(message) != 2 + ("train" in message)
-        ):
+        if not isinstance(content, str) or len(message) != 2 + ("train" in message):
             return None
-        if "</" in content and _THINKING.search(content):
+        # One letter is found far faster than two.
+        if "<" in content and "</" in content and _THINKING.search(content):
             return None
-    return (*(message["role"] for message in messages), *turns)
+    roles = [message["role"] for message in messages]
+    return (*roles, *turns) if _ROLES.issuperset(roles) else None
 
 
 def stretches_of(
@@ -172,12 +172,11 @@ def stretches_of(
         if isinstance(part, str):
             found = [*found[:-1], found[-1] + part] if found and isinstance(found[-1], str) else [*found, part]
             continue
-        message = _message_of(part)
-        if message is None:
+        if (leaf := _leaf(part)) is None:
             return None
-        content = str.__str__(messages[message]["content"])
+        content = str.__str__(messages[leaf.message]["content"])
         manner = str.__str__(evaluate(part, messages)) == content, content != content.strip()
-        found.append(Leaf(message, None if part[0] == "at" else part, manner))
+        found.append(replace(leaf, manner=manner))
     return _cut_as(parts, [one for one in found if one != ""], text)
 
 
@@ -209,16 +208,15 @@ def _cut_as(parts: Sequence[Piece], found: Sequence[str | Leaf], text: str) -> t
     return None if left else tuple(cut)
 
 
-def _message_of(origin: Origin) -> int | None:
-    """Return the message whose content this is, cut at its ends at most."""
-    while origin[0] == "do" and origin[2] in (
-        "strip",
-        "lstrip",
-        "rstrip",
-        "removeprefix",
-        "removesuffix",
-        "__getitem__",
-        "split",
-    ):
-        origin = origin[1]
-    return origin[1][0] if origin[0] == "at" and len(origin[1]) == 2 and origin[1][1] == "content" else None
+_CHANGES = ("strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "__getitem__", "split")
+
+
+def _leaf(origin: Origin) -> Leaf | None:
+    """Return whose content this is, cut at its ends at most."""
+    changes = list[tuple[str, tuple[Any, ...]]]()
+    while origin[0] == "do" and origin[2] in _CHANGES:
+        _, origin, method, arguments = origin
+        changes.insert(0, (method, arguments))
+    if origin[0] != "at" or len(origin[1]) != 2 or origin[1][1] != "content":
+        return None
+    return Leaf(origin[1][0], tuple(changes), None)

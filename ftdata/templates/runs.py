@@ -7,7 +7,7 @@ makes the same of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,12 +117,13 @@ class Runs:
         return text
 
 
-def flat(origin: Origin | None) -> Iterator[str | Origin | None]:
-    """Yield what a text was joined of: texts of the template's own, origins of others, `None` for what is unknown."""
-    if origin is None:
-        yield None
-    elif origin[0] == "join":
-        for part in origin[1]:
-            yield from flat(part)
-    else:
-        yield origin[1] if origin[0] == "is" else origin
+def flat(origin: Origin | None) -> list[str | Origin | None]:
+    """Return what a text was joined of: texts of the template's own, origins of others, `None` for what is unknown."""
+    found, left = list[str | Origin | None](), [origin]
+    while left:
+        part = left.pop()
+        if part is not None and part[0] == "join":
+            left += reversed(part[1])
+        else:
+            found.append(part[1] if part is not None and part[0] == "is" else part)
+    return found

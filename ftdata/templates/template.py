@@ -6,7 +6,7 @@ import datetime
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,7 @@ class Template:
         Raises:
             TemplateRefused: `template_syntax`, with the line.
         """
-        syntax = self._compile().environment.parse(self.source)
-        return frozenset(jinja2.meta.find_undeclared_variables(syntax))
+        return frozenset(jinja2.meta.find_undeclared_variables(self._syntax))
 
     @property
     def chat(self) -> bool:
@@ -107,7 +106,7 @@ class Template:
     @cached_property
     def uses_date(self) -> bool:
         """Whether the text may depend on the clock."""
-        syntax = self._compile().environment.parse(self.source)
+        syntax = self._syntax
         asked = [test.node for test in syntax.find_all(nodes.Test) if test.name in ("defined", "undefined")]
         names = (name for name in syntax.find_all(nodes.Name) if all(name is not node for node in asked))
         return any(name.name == "strftime_now" for name in names)
@@ -158,7 +157,7 @@ class Template:
 
         Not so where it looks for one text in another that is not written out, or formats.
         """
-        syntax = self._compile().environment.parse(self.source)
+        syntax = self._syntax
         for compared in syntax.find_all(nodes.Compare):
             written = (compared.expr, *(operand.expr for operand in compared.ops))
             for left, operand in zip(written, compared.ops, strict=False):
@@ -205,6 +204,11 @@ class Template:
             reason = str(error).replace(f"'{Tracked.__name__}'", "'str'")
             raise BadRow("template_raises", f"template {self.name!r} fails on this row: {reason}") from None
 
+    @property
+    def _syntax(self) -> nodes.Template:
+        self._compile()
+        return _parsed(self.source, self.date, self.strict)
+
     def _compile(self, *, prompt_only: bool = False, watch: bool = False) -> jinja2.Template:
         try:
             return compile_template(self.source, self.date, self.strict, prompt_only, watch)
@@ -214,6 +218,11 @@ class Template:
         except (SyntaxError, ValueError, RecursionError) as error:
             # Python compiles what Jinja makes of it, and has limits of its own: nesting, digits.
             raise TemplateRefused("template_syntax", f"template {self.name!r} cannot be compiled: {error}") from None
+
+
+@lru_cache(maxsize=64)
+def _parsed(source: str, date: datetime.datetime, strict: bool) -> nodes.Template:
+    return compile_template(source, date, strict, False, False).environment.parse(source)
 
 
 def find(spec: str | Path) -> tuple[str, str]:
