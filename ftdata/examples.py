@@ -30,7 +30,7 @@ from ftdata.templates.spans import thinking_tags
 from ftdata.templates.verify import contradicted
 from ftdata.tokenize import encode_rendered
 from ftdata.truncate import truncate, turn_ends
-from ftdata.types import Conversation, Example, Message, Part, Reject, Rendered, Row, Source, Span, Tokens
+from ftdata.types import Conversation, Example, Message, Part, Reject, Rendered, Row, Source, Span, Spans, Tokens
 
 BATCH, LETTERS = 1024, 1 << 20
 """Rows that go through the stages together, or fewer, where their texts are as long."""
@@ -241,7 +241,9 @@ def _batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tupl
     for row in rows:
         entry = _prepare(recipe, row)
         batch.append((row, entry))
-        letters += 0 if isinstance(entry, Reject) else sum(len(one.text) for one in entry[1])
+        if not isinstance(entry, Reject):
+            for one in entry[1]:
+                letters += len(one.text)
         if len(batch) == BATCH or letters >= LETTERS:
             yield batch
             batch, letters = [], 0
@@ -252,11 +254,11 @@ def _batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tupl
 def _prepare(recipe: Recipe, row: Row | Reject) -> Prepared | Reject:
     if isinstance(row, Reject):
         return row
+    number = row.source.row
     try:
         conversation = normalise(row, recipe.schema, recipe.columns)
         check_answers(conversation)
-        proved = row.source.row < PROVED or row.source.row % PROVED_EVERY == 0
-        texts = _render(recipe, conversation, proved=proved)
+        texts = _render(recipe, conversation, proved=number < PROVED or number % PROVED_EVERY == 0)
     except BadRow as error:
         return rejected(row, error)
     except RecursionError:
@@ -294,7 +296,7 @@ def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Re
     once more with the control tokens in it blotted out: the template must still write as many of them.
     """
     pattern = recipe.control.pattern
-    if recipe.control_tokens == "allow" or pattern is None or all(one.followed for one in texts):
+    if recipe.control_tokens == "allow" or pattern is None or all(_is_followed(one) for one in texts):
         return
     if not conversation.messages:
         return
@@ -312,7 +314,7 @@ def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Re
             return {blot(key): kept[key] if key in kept else blot(item) for key, item in value.items()}
         return [blot(item) for item in value] if isinstance(value, list | tuple) else value
 
-    tame = replace(conversation, messages=tuple(blot(conversation.messages)), tools=tuple(blot(conversation.tools)))
+    tame = conversation._replace(messages=tuple(blot(conversation.messages)), tools=tuple(blot(conversation.tools)))
     own = sum(len(recipe.control.matches(one)[0]) for one in texts if not one.keep_control)
     try:
         expected = render(tame, recipe.template, recipe.turns, recipe.dropped)
@@ -324,6 +326,10 @@ def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Re
             "spells a control token, which the template prints as if it were its own",
             hint="take it out of the data, or set control_tokens='allow'",
         )
+
+
+def _is_followed(rendered: Rendered) -> bool:
+    return isinstance(rendered.spans, Spans) and rendered.spans.kinds.followed
 
 
 def _strings(conversation: Conversation) -> list[str]:

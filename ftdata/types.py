@@ -8,9 +8,10 @@ Every value is frozen; arrays are numpy.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, Required, TypedDict, overload
 
 if TYPE_CHECKING:
@@ -95,8 +96,10 @@ class Tokens:
     trained: NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Conversation(NamedTuple):
     """One normalised row.
 
     Attributes:
@@ -112,12 +115,12 @@ class Conversation:
     """
 
     messages: tuple[Message, ...]
-    fields: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, str] = _NOTHING
     tools: tuple[dict[str, Any], ...] = ()
     text: str | None = None
     completion_from: int = 0
     tokens: Tokens | None = None
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    kwargs: Mapping[str, Any] = _NOTHING
     noted: frozenset[str] = frozenset()
     schema: str = "messages"
     source: Source = NOWHERE
@@ -153,11 +156,15 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Kinds:
-    """What spans are, but for where they stand; texts that a template makes alike have them in common."""
+    """What spans are, but for where they stand; texts that a template makes alike have them in common.
+
+    `followed` is true where it is known that the template's own text would be the same had the row said something else.
+    """
 
     parts: tuple[Part, ...]
     messages: tuple[int, ...]
     generated: tuple[bool, ...]
+    followed: bool = False
 
     @cached_property
     def data(self) -> tuple[bool, ...]:
@@ -217,15 +224,13 @@ class Spans(Sequence[Span]):
         return repr(tuple(self))
 
 
-@dataclass(frozen=True, slots=True)
-class Rendered:
+class Rendered(NamedTuple):
     """The text that is tokenised, and the spans that tile it: no gap, no overlap.
 
     `messages` is how many of the conversation's first messages it shows (0: it was not made of messages).
     `add_bos` is true for prompt templates and plain text: the tokenizer's own BOS is put in front, unless the
     tokens begin with it already. `keep_control` is true where control-token text is meant
-    as such, whatever the policy: text that was formatted before it came to us. `followed` is true where it is known
-    that the template's own text would be the same had the row said something else.
+    as such, whatever the policy: text that was formatted before it came to us.
     """
 
     text: str
@@ -234,7 +239,6 @@ class Rendered:
     messages: int = 0
     add_bos: bool = False
     keep_control: bool = False
-    followed: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

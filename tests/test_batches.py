@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftdata import examples
@@ -31,6 +31,7 @@ def listed(batch):
     return [(one.ids.tolist(), one.offsets.tolist(), one.escaped) for one in batch]
 
 
+@settings(deadline=None)
 @given(st.lists(encoded(), max_size=5), st.data())
 def test_encodings_are_their_texts(batch, data):
     sizes = [9 + data.draw(st.integers(0, 3)) for _ in batch]
@@ -78,6 +79,7 @@ ROWS = [
         {"refuse": ["trailing_turns"]},
     ],
 )
+@settings(deadline=None)
 @given(chosen=st.lists(st.sampled_from(ROWS), max_size=12), size=st.integers(1, 5))
 def test_rows_become_the_same_in_batches_of_any_size(tokenizer_dir, options, chosen, size):
     recipe = make_recipe(tokenizer_dir("tiny_bpe"), "chatml", **options)

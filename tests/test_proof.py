@@ -37,7 +37,7 @@ def against(change):
     template = bound()
     (rendered,) = render(Conversation(TALK), template, "joint")
     spans = tuple(new for span in rendered.spans for new in change(span))
-    return contradiction(Chat.of(Conversation(TALK), template), replace(rendered, spans=spans))
+    return contradiction(Chat.of(Conversation(TALK), template), rendered._replace(spans=spans))
 
 
 def test_a_right_rendering_is_not_contradicted():
@@ -71,7 +71,7 @@ def test_another_text_is_contradicted():
     template = bound()
     (rendered,) = render(Conversation(TALK), template, "joint")
     chat = Chat.of(Conversation(TALK), template)
-    assert "texts differ" in contradiction(chat, replace(rendered, text=rendered.text + "!")).reason
+    assert "texts differ" in contradiction(chat, rendered._replace(text=rendered.text + "!")).reason
     assert contradiction(Chat.of(Conversation(TALK[:2]), template), rendered) is not None
 
 
@@ -143,7 +143,7 @@ def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, 
         at = next(n for n, span in enumerate(found.spans) if span.generated)
         before, own = found.spans[at - 1 : at + 1]
         moved = before._replace(end=before.end - 3), own._replace(start=own.start - 3)
-        return replace(found, spans=(*found.spans[: at - 1], *moved, *found.spans[at + 1 :]))
+        return found._replace(spans=(*found.spans[: at - 1], *moved, *found.spans[at + 1 :]))
 
     rows = [
         {"messages": [{"role": "user", "content": "row 7" if n == 7 else f"row {n + 10}"}, TALK[1]]} for n in range(20)

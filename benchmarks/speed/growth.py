@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prep import words
+from prep import vocabulary, words
 
 
 def main() -> None:
@@ -50,8 +50,9 @@ def written(folder: Path, count: int) -> None:
     for number in range(4):
         with (folder / f"{number}.jsonl").open("w", encoding="utf-8") as file:
             for _ in range(count // 4):
+                known = vocabulary(chance)
                 talk = [
-                    {"role": role, "content": words(chance, 10, 70)}
+                    {"role": role, "content": words(chance, known, 10, 70)}
                     for _ in range(chance.randint(1, 3))
                     for role in ("user", "assistant")
                 ]
@@ -80,7 +81,7 @@ def built(folder: Path, tokenizer: str, workers: int) -> dict[str, Any]:
             family = [psutil.Process(), *psutil.Process().children(recursive=True)]
             memory = [one.memory_info() for one in family if one.is_running()]
             own[0] = max(own[0], sum(one.rss - one.shared for one in memory) / 1e6)
-            time.sleep(0.2)
+            time.sleep(1)
 
     threading.Thread(target=watch, daemon=True).start()
     data = [str(path) for path in sorted(folder.glob("*.jsonl"))]

@@ -25,25 +25,10 @@ from counting import TEMPLATE, Counted, counted, tiny_model
 from peers import PEERS
 
 WORDS = [
-    "the",
-    "of",
-    "model",
-    "answer",
-    "token",
-    "label",
-    "42",
-    "with",
-    "question,",
-    "because",
-    "(often)",
-    "however;",
-    "naïve",
-    "café",
-    "数据",
-    "it's\n\nfirst:",
-    "-",
-    "list",
+    *("the", "of", "model", "answer", "token", "label", "42", "with", "question,", "because", "(often)", "however;"),
+    *("it's\n\nfirst:", "-", "list"),
 ]
+OTHERS = ["naïve", "café", "数据", "“so”"]
 
 
 def main() -> None:
@@ -101,19 +86,25 @@ def _made_up(path: Path, count: int) -> Path:
     chance = random.Random(0)  # noqa: S311
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
+            known = vocabulary(chance)
             talk = [
-                {"role": role, "content": words(chance, 20, 300)}
+                {"role": role, "content": words(chance, known, 20, 300)}
                 for _ in range(chance.randint(1, 6))
                 for role in ("user", "assistant")
             ]
-            system = [{"role": "system", "content": words(chance, 20, 300)}] if chance.random() < 0.3 else []
+            system = [{"role": "system", "content": words(chance, known, 20, 300)}] if chance.random() < 0.3 else []
             file.write(json.dumps({"messages": [*system, *talk]}, ensure_ascii=False) + "\n")
     return path
 
 
-def words(chance: random.Random, least: int, most: int) -> str:
+def vocabulary(chance: random.Random) -> list[str]:
+    """Return the words of one conversation: in two of five, as in real chats, there is more than ASCII."""
+    return [*WORDS, *OTHERS] if chance.random() < 0.4 else WORDS
+
+
+def words(chance: random.Random, known: list[str], least: int, most: int) -> str:
     """Return a text of some words."""
-    return " ".join(chance.choices(WORDS, k=chance.randint(least, most)))
+    return " ".join(chance.choices(known, k=chance.randint(least, most)))
 
 
 def ftdata(data: Path, tokenizer: str, *, fast: bool = True, again: bool = False) -> Counted:

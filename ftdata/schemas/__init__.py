@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,19 +107,8 @@ def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
         where = f"{row.source} {error.field}".rstrip()
         raise BadRow(error.code, error.message, where=where, hint=error.hint, field=error.field) from None
     noted = frozenset(_notes(name, data, look))
-    # As `replace` would, in a third of the time.
-    return Conversation(
-        messages=conversation.messages,
-        fields=conversation.fields,
-        tools=conversation.tools,
-        text=conversation.text,
-        completion_from=conversation.completion_from,
-        tokens=conversation.tokens,
-        kwargs=kwargs,
-        noted=noted,
-        schema=name,
-        source=row.source,
-    )
+    # As `_replace` would, in a third of the time.
+    return Conversation(*conversation[:6], kwargs, noted, name, row.source)
 
 
 _LISTED = re.compile(r"\s*\[")
@@ -187,7 +175,7 @@ def _checked(made: Conversation, name: str) -> Conversation:
     tools = read_tools({"tools": list(made.tools)})
     # Nothing comes before the first message: this says that nobody said.
     begins = made.completion_from or last_answer(messages)
-    return replace(made, messages=messages, tools=tools, completion_from=begins)
+    return made._replace(messages=messages, tools=tools, completion_from=begins)
 
 
 def _notes(name: str, data: Mapping[str, Any], look: tuple[Any, ...]) -> Iterator[str]:
@@ -242,7 +230,7 @@ def _mapped(row: Row, columns: Mapping[str, str] | None) -> tuple[Mapping[str, A
     data = row.data
     if isinstance(data, list):
         return {"messages": data}, None
-    if not isinstance(data, Mapping):
+    if type(data) is not dict and not isinstance(data, Mapping):
         raise BadRow("not_a_row", f"is a {type(data).__name__}, expected an object or a list of messages")
     if not columns and not row.flat:
         return data, None

@@ -88,7 +88,7 @@ class Plan:
             way = replace(way, questions=tuple(one for one in way.questions if one.asked[0] != "same"))
             leaves = [(at, replace(leaf, manner=None)) for at, leaf in leaves]
         texts = tuple("" if isinstance(one, Leaf) else one for one in stretches)
-        kinds = Spans.of(rendered.spans).kinds
+        kinds = replace(Spans.of(rendered.spans).kinds, followed=True)
         return cls(way, texts, tuple(leaves), (*edges, (len(texts), 0)), kinds, rendered.flags)
 
     def fill(self, messages: Sequence[Mapping[str, Any]]) -> Rendered | None:
@@ -111,8 +111,7 @@ class Plan:
             if text.startswith(other, starts[number] + offset):
                 return None
         edges = [starts[at] + offset for at, offset in self.edges]
-        spans = Spans(edges[:-1], edges[1:], self.kinds)
-        return Rendered(text, spans, self.flags, messages=len(messages), followed=True)
+        return Rendered(text, Spans(edges[:-1], edges[1:], self.kinds), self.flags, len(messages))
 
 
 @dataclass

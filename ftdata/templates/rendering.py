@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from ftdata.errors import BadRow, TemplateRefused
@@ -61,12 +61,12 @@ def render(
         if error.code not in _LISTS_REFUSED or joined == conversation:
             raise
         texts = _render_chat(joined, template, turns, dropped)
-        return tuple(replace(one, flags=one.flags | {"parts_joined"}) for one in texts)
+        return tuple(one._replace(flags=one.flags | {"parts_joined"}) for one in texts)
 
 
 def with_texts(conversation: Conversation) -> Conversation:
     """Return the conversation with text for each content that is a list of one text part."""
-    return replace(conversation, messages=tuple(map(_with_text, conversation.messages)))
+    return conversation._replace(messages=tuple(map(_with_text, conversation.messages)))
 
 
 def _with_text(message: Message) -> Message:
@@ -89,10 +89,10 @@ def _render_chat(conversation: Conversation, template: Template, turns: str, dro
     if whole is not None and (turns == "joint" or "rewritten" not in whole.flags):
         return (whole,)
     parts = [one for group in _groups(conversation.messages, assistants) for one in _split(chat, group)]
-    return tuple(replace(one, flags=one.flags | {"split"}) for one in parts) if len(parts) > 1 else tuple(parts)
+    return tuple(one._replace(flags=one.flags | {"split"}) for one in parts) if len(parts) > 1 else tuple(parts)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Chats:
     """A conversation under a chat template, and what it is up to each of its turns."""
 
@@ -138,8 +138,8 @@ def closed(rendered: Rendered, template: Template) -> Rendered:
         Span(last.end, len(text), Part.SCAFFOLD, last.message, True),
     )
     # Whether an earlier turn has no stop either, its tokens tell.
-    return replace(
-        rendered, text=text, spans=spans, flags=rendered.flags - {"unclosed_final", "no_stop"} | {"eos_appended"}
+    return rendered._replace(
+        text=text, spans=spans, flags=rendered.flags - {"unclosed_final", "no_stop"} | {"eos_appended"}
     )
 
 
@@ -177,7 +177,7 @@ def prompt(conversation: Conversation, template: Template) -> str:
         return template.run(conversation.fields, prompt_only=True).partition(CUT)[0]
     messages = conversation.messages
     before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    return str.__str__(Chat.of(replace(conversation, messages=before), template).text(generation_prompt=True))
+    return str.__str__(Chat.of(conversation._replace(messages=before), template).text(generation_prompt=True))
 
 
 def _already_formatted(text: str, template: Template) -> Rendered:
