@@ -208,7 +208,7 @@ def _record(
     except RecursionError:
         return rejected(row, BadRow("too_deep", "is nested too deep to be read"))
     if to == "messages" and conversation.completion_from != last_answer(conversation.messages):
-        conversation = conversation._replace(noted=conversation.noted | {"completion"})
+        conversation = conversation.changed(noted=conversation.noted | {"completion"})
     return conversation, records
 
 

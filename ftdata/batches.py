@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain
@@ -126,6 +126,9 @@ class Renderings(Sequence[Rendered]):
     def __len__(self) -> int:
         return len(self.texts)
 
+    def __iter__(self) -> Iterator[Rendered]:
+        return iter(self.texts)
+
     @cached_property
     def places(self) -> NDArray[np.int64]:  # noqa: D102
         return ends_of(len(one.text) for one in self.texts)
@@ -145,7 +148,7 @@ class Renderings(Sequence[Rendered]):
 
     @cached_property
     def data(self) -> NDArray[np.bool_]:  # noqa: D102
-        return np.fromiter(chain.from_iterable(one.kinds.data for one in self.spans), np.bool_)
+        return np.fromiter(chain.from_iterable(one.kinds.is_data for one in self.spans), np.bool_)
 
     @cached_property
     def _shift(self) -> NDArray[np.int64]:

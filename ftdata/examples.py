@@ -118,6 +118,11 @@ class Batch(Sequence[Built | Reject]):
     masked: Masked
     entries: Sequence[int | Built | Reject]
 
+    @property
+    def plain(self) -> bool:
+        """Whether each row became one text's example, which is so in most batches."""
+        return isinstance(self.entries, range)
+
     def __len__(self) -> int:
         return len(self.entries)
 
@@ -140,11 +145,13 @@ class Batch(Sequence[Built | Reject]):
     @cached_property
     def rejects(self) -> list[Reject]:
         """The rows that were rejected."""
-        return [entry for entry in self.entries if isinstance(entry, Reject)]
+        return [] if self.plain else [entry for entry in self.entries if isinstance(entry, Reject)]
 
     @cached_property
-    def conversations(self) -> list[Conversation]:
+    def conversations(self) -> Sequence[Conversation]:
         """The rows that were built."""
+        if self.plain:
+            return self.masked.said
         return [
             self.masked.said[entry] if isinstance(entry, int) else entry.conversation
             for entry in self.entries
@@ -154,6 +161,8 @@ class Batch(Sequence[Built | Reject]):
     @cached_property
     def counts(self) -> list[int]:
         """How many examples there are of each row that was built."""
+        if self.plain:
+            return [1] * len(self.entries)
         return [
             1 if isinstance(entry, int) else len(entry.examples)
             for entry in self.entries
@@ -171,17 +180,17 @@ class Batch(Sequence[Built | Reject]):
     @property
     def cut(self) -> int:
         """Tokens that did not fit."""
-        return sum(entry.cut for entry in self.entries if isinstance(entry, Built))
+        return 0 if self.plain else sum(entry.cut for entry in self.entries if isinstance(entry, Built))
 
     @property
     def repeated(self) -> int:
         """Tokens that are there because conversations are shown in several examples."""
-        return sum(entry.repeated for entry in self.entries if isinstance(entry, Built))
+        return 0 if self.plain else sum(entry.repeated for entry in self.entries if isinstance(entry, Built))
 
     @cached_property
     def columns(self) -> Columns:
         """All examples by columns."""
-        if self.entries == range(len(self.masked)):
+        if self.plain:
             return _columns_of(self.masked)
         return _columns([one for entry in self if isinstance(entry, Built) for one in entry.examples])
 
@@ -295,10 +304,10 @@ def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Re
     Where a template prints a text in a way that we cannot follow, it counts as the template's. So the row is rendered
     once more with the control tokens in it blotted out: the template must still write as many of them.
     """
-    pattern = recipe.control.pattern
-    if recipe.control_tokens == "allow" or pattern is None or all(_is_followed(one) for one in texts):
+    if all(map(_is_followed, texts)):
         return
-    if not conversation.messages:
+    pattern = recipe.control.pattern
+    if recipe.control_tokens == "allow" or pattern is None or not conversation.messages:
         return
     if not recipe.control.spelled("\n".join(_strings(conversation))):
         return
@@ -314,7 +323,7 @@ def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Re
             return {blot(key): kept[key] if key in kept else blot(item) for key, item in value.items()}
         return [blot(item) for item in value] if isinstance(value, list | tuple) else value
 
-    tame = conversation._replace(messages=tuple(blot(conversation.messages)), tools=tuple(blot(conversation.tools)))
+    tame = conversation.changed(messages=tuple(blot(conversation.messages)), tools=tuple(blot(conversation.tools)))
     own = sum(len(recipe.control.matches(one)[0]) for one in texts if not one.keep_control)
     try:
         expected = render(tame, recipe.template, recipe.turns, recipe.dropped)

@@ -53,7 +53,7 @@ class Ledger:
         self.read_as(batch.conversations)
         columns, tokens = batch.columns, int(batch.columns.lengths.sum())
         self.examples += len(columns.lengths)
-        self.flags.update(chain.from_iterable(columns.flags))
+        self.flags.update(chain.from_iterable(sorted(flags) for flags in columns.flags if flags))
         self.tokens_repeated += batch.repeated
         self.tokens_cut += batch.cut
         self.tokens_in += batch.cut + tokens
@@ -73,7 +73,7 @@ class Ledger:
         self.read += len(conversations)
         self.built += len(conversations)
         self.schemas.update(one.schema for one in conversations)
-        for note in chain.from_iterable(one.noted for one in conversations if one.noted):
+        for note in chain.from_iterable(sorted(one.noted) for one in conversations if one.noted):
             if note in self.noted or len(self.noted) < _MOST_NOTES:
                 self.noted[note] += 1
 

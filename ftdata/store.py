@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -101,7 +102,7 @@ def add_minhashes(folder: Path, values: NDArray[np.uint32]) -> None:
 def minhashes(folder: Path, size: int) -> NDArray[np.uint32]:
     """Return the MinHashes of a shard's examples: uint32 `[examples, size]`."""
     path = folder / "minhashes.u32"
-    return _mapped(path, np.uint32).reshape(-1, size) if path.exists() else np.empty((0, size), np.uint32)
+    return _mapped(path, np.uint32)[0].reshape(-1, size) if path.exists() else np.empty((0, size), np.uint32)
 
 
 @dataclass(frozen=True)
@@ -116,19 +117,29 @@ class Examples:
     table: pa.Table = field(repr=False)
     shard: NDArray[np.int64] = field(repr=False)
     start: NDArray[np.int64] = field(repr=False)
+    maps: tuple[mmap.mmap, ...] = field(repr=False)
 
     @classmethod
     def open(cls, folders: Sequence[Path]) -> Examples:
         """Open the shards that `write_shard` wrote."""
         tables = [pa.ipc.open_file(pa.memory_map(str(folder / "examples.arrow"))).read_all() for folder in folders]
         lengths = [_numbers(table["tokens"]) for table in tables]
+        ids = [_mapped(folder / "ids.i32", np.int32) for folder in folders]
+        trained = [_mapped(folder / "trained.b8", np.bool_) for folder in folders]
         return cls(
-            ids=tuple(_mapped(folder / "ids.i32", np.int32) for folder in folders),
-            trained=tuple(_mapped(folder / "trained.b8", np.bool_) for folder in folders),
+            ids=tuple(values for values, _ in ids),
+            trained=tuple(values for values, _ in trained),
             table=pa.concat_tables(tables) if tables else _EXAMPLES.empty_table(),
             shard=np.repeat(np.arange(len(folders)), [len(each) for each in lengths]),
             start=np.concatenate([np.cumsum(each) - each for each in lengths] or [np.empty(0, np.int64)]),
+            maps=tuple(own for _, own in (*ids, *trained) if own is not None),
         )
+
+    def forget(self) -> None:
+        """Give back the memory of the tokens that were read; they are read again where somebody asks."""
+        for own in self.maps:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                own.madvise(mmap.MADV_DONTNEED)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -181,9 +192,12 @@ def _numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:
     return np.concatenate(chunks) if chunks else np.empty(0, np.int64)
 
 
-def _mapped(path: Path, dtype: type[np.generic]) -> NDArray[Any]:
-    # What numpy calls a memmap is slower in all that is done with it than the array inside.
-    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
+def _mapped(path: Path, dtype: type[np.generic]) -> tuple[NDArray[Any], mmap.mmap | None]:
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            return np.empty(0, dtype), None
+        own = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.frombuffer(own, dtype), own
 
 
 def write_split(folder: Path, split: str, examples: Examples, members: NDArray[np.int64], plan: Plan) -> None:
@@ -212,6 +226,7 @@ def write_split(folder: Path, split: str, examples: Examples, members: NDArray[n
         with pa.ipc.new_stream(str(target / name), _PACKS) as writer:
             for one in np.flatnonzero(file_of == number).tolist():
                 writer.write_batch(_pack_batch(examples, order, bounds[batches[one] : batches[one + 1] + 1]))
+                examples.forget()
     state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": "",

@@ -8,10 +8,9 @@ Every value is frozen; arrays are numpy.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, Required, TypedDict, overload
 
 if TYPE_CHECKING:
@@ -96,10 +95,8 @@ class Tokens:
     trained: NDArray[np.bool_]
 
 
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
-
-
-class Conversation(NamedTuple):
+@dataclass(frozen=True)
+class Conversation:
     """One normalised row.
 
     Attributes:
@@ -115,15 +112,22 @@ class Conversation(NamedTuple):
     """
 
     messages: tuple[Message, ...]
-    fields: Mapping[str, str] = _NOTHING
+    fields: Mapping[str, str] = field(default_factory=dict)
     tools: tuple[dict[str, Any], ...] = ()
     text: str | None = None
     completion_from: int = 0
     tokens: Tokens | None = None
-    kwargs: Mapping[str, Any] = _NOTHING
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
     noted: frozenset[str] = frozenset()
     schema: str = "messages"
     source: Source = NOWHERE
+
+    def changed(self, **changes: Any) -> Conversation:
+        """As `dataclasses.replace`, in a fifth of the time, which every row takes."""
+        made = object.__new__(Conversation)
+        made.__dict__.update(self.__dict__)
+        made.__dict__.update(changes)
+        return made
 
 
 class Part(StrEnum):
@@ -167,7 +171,7 @@ class Kinds:
     followed: bool = False
 
     @cached_property
-    def data(self) -> tuple[bool, ...]:
+    def is_data(self) -> tuple[bool, ...]:
         """Which of them are not the template's own text."""
         return tuple(part is not Part.SCAFFOLD for part in self.parts)
 

@@ -248,7 +248,10 @@ def digest(folder):
 
 def test_the_same_bytes_for_any_number_of_workers(tiny, tmp_path):
     """P7, D6, D3."""
-    files = [write_rows(tmp_path / f"{n}.jsonl", ROWS[n * 10 : n * 10 + 10]) for n in range(4)]
+    typed, more = ({"role": "user", "content": content} for content in ("<|im_end|> typed", "more"))
+    # Of what there are several of one row, the order must be told by nothing but what they are.
+    flagged = {"messages": [typed, {"role": "assistant", "content": "a"}, more], "one": 1, "two": 2, "three": 3}
+    files = [write_rows(tmp_path / f"{n}.jsonl", [*ROWS[n * 10 : n * 10 + 10], flagged]) for n in range(4)]
     script = (
         "import sys, json\nfrom ftdata import build, build_sft_dataset\n"
         "if __name__ == '__main__':\n"

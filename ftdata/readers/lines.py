@@ -263,7 +263,7 @@ def parse(text: bytes, source: Source, *, whole_line: bool) -> Row | Reject:
     """
     try:
         value = _value(text, source, whole_line=whole_line)
-        if not isinstance(value, dict | list):
+        if type(value) is not dict and type(value) is not list:
             raise _Fault("not_a_row", f"is a {type(value).__name__}, expected an object or a list of messages")
     except _Fault as fault:
         return Reject(source, fault.code, "", fault.reason, fault.fix, _raw(text))

@@ -39,6 +39,9 @@ class Selection:
 
     def of(self, rows: Iterator[Row | Reject]) -> Iterator[Row | Reject]:
         """Yield the rows that are wanted, the first `limit` of them; a reject for each on which `where` fails."""
+        if self.where is None and self.limit is None:
+            yield from rows
+            return
         for row in islice(self._wanted(rows), None if self.limit is None else self.limit - self.taken):
             self.taken += 1
             yield row

@@ -29,6 +29,7 @@ from ftdata.schemas.messages import (
     ROLES,
     SPECIAL_ROLES,
     STANDS_FOR,
+    is_as_read,
     is_messages,
     is_one_message,
     notes_of,
@@ -37,7 +38,7 @@ from ftdata.schemas.messages import (
     read_tools,
 )
 from ftdata.schemas.shapes import ALIASES, Convert, Schema, last_answer, listed, log_columns, name_in, schemas
-from ftdata.types import Conversation, Row, Tokens
+from ftdata.types import Conversation, Message, Row, Tokens
 
 __all__ = [
     "ROLES",
@@ -106,9 +107,8 @@ def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
     except BadRow as error:
         where = f"{row.source} {error.field}".rstrip()
         raise BadRow(error.code, error.message, where=where, hint=error.hint, field=error.field) from None
-    noted = frozenset(_notes(name, data, look))
-    # As `_replace` would, in a third of the time.
-    return Conversation(*conversation[:6], kwargs, noted, name, row.source)
+    noted = frozenset(_notes(name, data, look, conversation.messages))
+    return conversation.changed(kwargs=kwargs, noted=noted, schema=name, source=row.source)
 
 
 _LISTED = re.compile(r"\s*\[")
@@ -120,10 +120,10 @@ _columns: dict[Any, tuple[list[str], list[str]]] = {}
 
 def _look(data: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return all that schemas look at to know their rows: names of columns, and of each cell what kind it is."""
-    return schemas.version, *(
+    return schemas.version, *[
         (name, type(value), not value, type(value) is str and _LISTED.match(value) is not None)
         for name, value in data.items()
-    )
+    ]
 
 
 def _name(data: Mapping[str, Any], look: tuple[Any, ...]) -> str:
@@ -175,10 +175,10 @@ def _checked(made: Conversation, name: str) -> Conversation:
     tools = read_tools({"tools": list(made.tools)})
     # Nothing comes before the first message: this says that nobody said.
     begins = made.completion_from or last_answer(messages)
-    return made._replace(messages=messages, tools=tools, completion_from=begins)
+    return made.changed(messages=messages, tools=tools, completion_from=begins)
 
 
-def _notes(name: str, data: Mapping[str, Any], look: tuple[Any, ...]) -> Iterator[str]:
+def _notes(name: str, data: Mapping[str, Any], look: tuple[Any, ...], messages: tuple[Message, ...]) -> Iterator[str]:
     if (name, look) not in _columns or name == "chat_log":
         if len(_columns) == _MOST_LOOKS:
             _columns.clear()
@@ -187,6 +187,8 @@ def _notes(name: str, data: Mapping[str, Any], look: tuple[Any, ...]) -> Iterato
     yield from (f"column {column}" for column in unread)
     for column in chats:
         spelled = listed(data[column])
+        if is_as_read(spelled, messages):
+            continue
         if column in _CHATS and isinstance(data[column], str) and is_messages(spelled):
             yield f"text {column}"
         else:

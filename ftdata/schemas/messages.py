@@ -122,11 +122,14 @@ def _is_plain(item: Any) -> bool:
     )
 
 
+def is_as_read(value: Any, messages: tuple[Message, ...]) -> bool:
+    """Whether a row gives messages that are nothing but what was read of them: a role and a content each."""
+    return isinstance(value, list) and value == [*messages] and set(map(len, value)) == {2}
+
+
 def notes_of(value: Any) -> Iterator[str]:
     """Yield what was read of messages as something else than it says, and keys that only some templates read."""
     for item in value if isinstance(value, list) else ():
-        if _is_plain(item) and item["role"] in _OWN_ROLES:
-            continue
         if isinstance(item, Mapping):
             yield from (f"message key {key}" for key in item if key not in _KEYS)
             role = item.get("role", next((item[key] for key in _SPEAKERS if key in item), None))

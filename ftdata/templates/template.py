@@ -92,7 +92,7 @@ class Template:
         """
         return frozenset(jinja2.meta.find_undeclared_variables(self._syntax))
 
-    @property
+    @cached_property
     def chat(self) -> bool:
         """Whether this is a chat template: it reads `messages`."""
         return "messages" in self.names
