@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -208,7 +208,7 @@ def _record(
     except RecursionError:
         return rejected(row, BadRow("too_deep", "is nested too deep to be read"))
     if to == "messages" and conversation.completion_from != last_answer(conversation.messages):
-        conversation = conversation.changed(noted=conversation.noted | {"completion"})
+        conversation = replace(conversation, noted=conversation.noted | {"completion"})
     return conversation, records
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ class Encoded(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Encodings(Sequence[Encoded]):
+class Encodings:
     """The tokens of many texts.
 
     Attributes:
@@ -63,20 +63,13 @@ class Encodings(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
-    @overload
-    def __getitem__(self, key: int) -> Encoded: ...
+    def __getitem__(self, number: int) -> Encoded:
+        own = slice(*self.bounds[number : number + 2].tolist())
+        offsets = np.stack((self.starts[own], self.ends[own]), axis=1) - self.places[number]
+        return Encoded(self.ids[own], offsets.astype(np.int32), number in self.escaped)
 
-    @overload
-    def __getitem__(self, key: slice) -> list[Encoded]: ...
-
-    def __getitem__(self, key: int | slice) -> Encoded | list[Encoded]:
-        if isinstance(key, slice):
-            return [self[number] for number in range(*key.indices(len(self)))]
-        if key < 0 or key >= len(self):
-            raise IndexError(key)
-        own = slice(*self.bounds[key : key + 2].tolist())
-        offsets = np.stack((self.starts[own], self.ends[own]), axis=1) - self.places[key]
-        return Encoded(self.ids[own], offsets.astype(np.int32), key in self.escaped)
+    def __iter__(self) -> Iterator[Encoded]:
+        return map(self.__getitem__, range(len(self)))
 
     def with_(self, others: Mapping[int, Encoded]) -> Encodings:
         """Return the same with other tokens for some of the texts."""
@@ -102,7 +95,7 @@ class Encodings(Sequence[Encoded]):
 
 
 @dataclass(frozen=True, eq=False)
-class Renderings(Sequence[Rendered]):
+class Renderings:
     """Many rendered texts, and their spans.
 
     Attributes:
@@ -114,14 +107,8 @@ class Renderings(Sequence[Rendered]):
 
     texts: Sequence[Rendered] = field(repr=False)
 
-    @overload
-    def __getitem__(self, key: int) -> Rendered: ...
-
-    @overload
-    def __getitem__(self, key: slice) -> Sequence[Rendered]: ...
-
-    def __getitem__(self, key: int | slice) -> Rendered | Sequence[Rendered]:
-        return self.texts[key]
+    def __getitem__(self, number: int) -> Rendered:
+        return self.texts[number]
 
     def __len__(self) -> int:
         return len(self.texts)

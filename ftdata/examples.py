@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +67,7 @@ def build_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[Built |
 
 
 @dataclass(frozen=True, eq=False)
-class Masked(Sequence[Example | BadRow]):
+class Masked:
     """Texts with their tokens and labels: an example each, by columns, or why it is refused.
 
     Attributes:
@@ -95,24 +95,16 @@ class Masked(Sequence[Example | BadRow]):
     def __len__(self) -> int:
         return len(self.texts)
 
-    @overload
-    def __getitem__(self, key: int) -> Example | BadRow: ...
-
-    @overload
-    def __getitem__(self, key: slice) -> list[Example | BadRow]: ...
-
-    def __getitem__(self, key: int | slice) -> Example | BadRow | list[Example | BadRow]:
-        if isinstance(key, slice):
-            return [self[number] for number in range(*key.indices(len(self)))]
-        if key in self.refused:
-            return self.refused[key]
-        ids, offsets, _ = self.tokens[key]
-        trained, text = self.trained[slice(*self.tokens.bounds[key : key + 2].tolist())], self.texts[key]
-        return Example(ids, trained, offsets, text.text, text.spans, self.flags[key], self.said[key].source)
+    def __getitem__(self, number: int) -> Example | BadRow:
+        if number in self.refused:
+            return self.refused[number]
+        ids, offsets, _ = self.tokens[number]
+        trained, text = self.trained[slice(*self.tokens.bounds[number : number + 2].tolist())], self.texts[number]
+        return Example(ids, trained, offsets, text.text, text.spans, self.flags[number], self.said[number].source)
 
 
 @dataclass(frozen=True, eq=False)
-class Batch(Sequence[Built | Reject]):
+class Batch:
     """What rows became, in order: a `Reject`, or `Built`; where that is one text's example, the text's number."""
 
     masked: Masked
@@ -126,21 +118,14 @@ class Batch(Sequence[Built | Reject]):
     def __len__(self) -> int:
         return len(self.entries)
 
-    @overload
-    def __getitem__(self, key: int) -> Built | Reject: ...
-
-    @overload
-    def __getitem__(self, key: slice) -> list[Built | Reject]: ...
-
-    def __getitem__(self, key: int | slice) -> Built | Reject | list[Built | Reject]:
-        if isinstance(key, slice):
-            return [self[number] for number in range(*key.indices(len(self)))]
-        entry = self.entries[key]
-        if not isinstance(entry, int):
-            return entry
-        example = self.masked[entry]
-        assert isinstance(example, Example)
-        return Built(self.masked.said[entry], (example,))
+    def __iter__(self) -> Iterator[Built | Reject]:
+        for entry in self.entries:
+            if isinstance(entry, int):
+                example = self.masked[entry]
+                assert isinstance(example, Example)
+                yield Built(self.masked.said[entry], (example,))
+            else:
+                yield entry
 
     @cached_property
     def rejects(self) -> list[Reject]:
@@ -240,7 +225,7 @@ def _finished(recipe: Recipe, batch: Sequence[tuple[Row | Reject, Prepared | Rej
         ):
             entries.append(first)
         else:
-            entries.append(_finish(recipe, row, conversation, masked[first:at]))
+            entries.append(_finish(recipe, row, conversation, [masked[n] for n in range(first, at)]))
     return Batch(masked, range(len(masked)) if entries == list(range(len(masked))) else entries)
 
 
@@ -323,7 +308,7 @@ def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Re
             return {blot(key): kept[key] if key in kept else blot(item) for key, item in value.items()}
         return [blot(item) for item in value] if isinstance(value, list | tuple) else value
 
-    tame = conversation.changed(messages=tuple(blot(conversation.messages)), tools=tuple(blot(conversation.tools)))
+    tame = replace(conversation, messages=tuple(blot(conversation.messages)), tools=tuple(blot(conversation.tools)))
     own = sum(len(recipe.control.matches(one)[0]) for one in texts if not one.keep_control)
     try:
         expected = render(tame, recipe.template, recipe.turns, recipe.dropped)
@@ -616,7 +601,8 @@ def encode(
     conversation = normalise(Row(row, Source("<messages>", 0)), "messages")
     try:
         texts = _render(recipe, conversation, proved=False)
-        examples = _examples(recipe, conversation, _masked(recipe, [(conversation, one) for one in texts]))
+        masked = _masked(recipe, [(conversation, one) for one in texts])
+        examples = _examples(recipe, conversation, [masked[number] for number in range(len(masked))])
         _check_flags(recipe, examples)
     except BadRow as error:
         error.where = error.where or error.field

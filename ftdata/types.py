@@ -122,13 +122,6 @@ class Conversation:
     schema: str = "messages"
     source: Source = NOWHERE
 
-    def changed(self, **changes: Any) -> Conversation:
-        """As `dataclasses.replace`, in a fifth of the time, which every row takes."""
-        made = object.__new__(Conversation)
-        made.__dict__.update(self.__dict__)
-        made.__dict__.update(changes)
-        return made
-
 
 class Part(StrEnum):
     """Why a stretch of text is there."""

@@ -36,7 +36,7 @@ def listed(batch):
 def test_encodings_are_their_texts(batch, data):
     sizes = [9 + data.draw(st.integers(0, 3)) for _ in batch]
     laid = Encodings.of(batch, sizes)
-    assert listed(laid) == listed(laid[:]) == listed(batch)
+    assert listed(laid) == listed(batch)
     assert all(one.offsets.dtype == one.ids.dtype == np.int32 for one in laid)
 
     others = {

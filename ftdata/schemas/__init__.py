@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,10 @@ def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
         where = f"{row.source} {error.field}".rstrip()
         raise BadRow(error.code, error.message, where=where, hint=error.hint, field=error.field) from None
     noted = frozenset(_notes(name, data, look, conversation.messages))
-    return conversation.changed(kwargs=kwargs, noted=noted, schema=name, source=row.source)
+    # As `replace` would, in a fifth of the time, which every row takes.
+    made = object.__new__(Conversation)
+    made.__dict__.update(conversation.__dict__, kwargs=kwargs, noted=noted, schema=name, source=row.source)
+    return made
 
 
 _LISTED = re.compile(r"\s*\[")
@@ -175,7 +179,7 @@ def _checked(made: Conversation, name: str) -> Conversation:
     tools = read_tools({"tools": list(made.tools)})
     # Nothing comes before the first message: this says that nobody said.
     begins = made.completion_from or last_answer(messages)
-    return made.changed(messages=messages, tools=tools, completion_from=begins)
+    return replace(made, messages=messages, tools=tools, completion_from=begins)
 
 
 def _notes(name: str, data: Mapping[str, Any], look: tuple[Any, ...], messages: tuple[Message, ...]) -> Iterator[str]:

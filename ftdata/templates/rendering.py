@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ftdata.errors import BadRow, TemplateRefused
@@ -66,7 +66,7 @@ def render(
 
 def with_texts(conversation: Conversation) -> Conversation:
     """Return the conversation with text for each content that is a list of one text part."""
-    return conversation.changed(messages=tuple(map(_with_text, conversation.messages)))
+    return replace(conversation, messages=tuple(map(_with_text, conversation.messages)))
 
 
 def _with_text(message: Message) -> Message:
@@ -177,7 +177,7 @@ def prompt(conversation: Conversation, template: Template) -> str:
         return template.run(conversation.fields, prompt_only=True).partition(CUT)[0]
     messages = conversation.messages
     before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    return str.__str__(Chat.of(conversation.changed(messages=before), template).text(generation_prompt=True))
+    return str.__str__(Chat.of(replace(conversation, messages=before), template).text(generation_prompt=True))
 
 
 def _already_formatted(text: str, template: Template) -> Rendered:
