@@ -135,7 +135,7 @@ class Renderings:
 
     @cached_property
     def data(self) -> NDArray[np.bool_]:  # noqa: D102
-        return np.fromiter(chain.from_iterable(one.kinds.is_data for one in self.spans), np.bool_)
+        return np.concatenate([np.empty(0, np.bool_), *[one.kinds.is_data for one in self.spans]])
 
     @cached_property
     def _shift(self) -> NDArray[np.int64]:

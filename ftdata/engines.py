@@ -10,10 +10,11 @@ the length of the text, the reference is asked.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Protocol
@@ -77,13 +78,13 @@ class Fast:
     Attributes:
         native: its tokenizer.
         reference: what is asked about texts that a normaliser changes.
-        letters: int32 `[size]`, twice the characters that begin in each token, and 1 where it begins inside of one.
+        letters: unsigned `[size]`, twice the characters that begin in each token, and 1 where it begins inside of one.
         composes: whether texts are normalised to NFC.
     """
 
     native: Any
     reference: Reference
-    letters: NDArray[np.int32]
+    letters: NDArray[np.unsignedinteger]
     composes: bool
     name: str
 
@@ -147,7 +148,9 @@ class Engines:
     def _encode(self, texts: Sequence[str]) -> Encodings:
         self.expected += sum(map(len, texts))
         if self.trusted and not self._tried and self.expected > ENOUGH:
+            _give_back()
             self._fast, self._tried = fast(self.description, self.reference), True
+            _give_back()
         if self._fast is None or not self.trusted or not texts:
             return self.reference.encode(texts)
         found = self._fast.encode(texts)
@@ -175,15 +178,27 @@ def fast(description: str, reference: Reference) -> Fast | None:
     from importlib.metadata import version
 
     texts = list(_hard_texts([token["content"] for token in spec.get("added_tokens", ())]))
-    composes = spec.get("normalizer") is not None
+    letters, composes = _letters(spec), spec.get("normalizer") is not None
+    # A post-processor adds special tokens, which is done elsewhere.
+    bare = orjson.dumps({**spec, "post_processor": None}).decode()
+    # It takes fifty megabytes, and the engine as much again while it is made.
+    del spec
     with _set_up(_SETTINGS):
         try:
-            # A post-processor adds special tokens, which is done elsewhere.
-            native = fastokens.Tokenizer.from_json_str(orjson.dumps({**spec, "post_processor": None}).decode())
+            native = fastokens.Tokenizer.from_json_str(bare)
         except Exception:  # noqa: BLE001  (what it does not support it refuses in its own ways)
             return None
-        engine = Fast(native, reference, _letters(spec), composes, f"fastokens {version('fastokens')}")
+        engine = Fast(native, reference, letters, composes, f"fastokens {version('fastokens')}")
         return engine if first_difference(engine, reference, texts) is None else None
+
+
+def _give_back() -> None:
+    """Give memory that is not used any longer back to the system, which the C library of GNU does not do by itself.
+
+    To load a tokenizer takes a hundred megabytes for a while.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 _SETTINGS = {"FASTOKENS_BPE_THREADS": "1", "FASTOKENS_INPUT_CACHE": "0"}
@@ -237,7 +252,7 @@ def _flat(stage: Any) -> list[dict[str, Any]]:
     return [one for each in inner for one in _flat(each)] if stage["type"] == "Sequence" else [stage]
 
 
-def _letters(spec: Any) -> NDArray[np.int32]:
+def _letters(spec: Any) -> NDArray[np.unsignedinteger]:
     vocabulary = spec["model"]["vocab"]
     added = {token["id"]: token["content"] for token in spec.get("added_tokens", ())}
     letters = np.zeros(max(*vocabulary.values(), *added, 0) + 1, dtype=np.int32)
@@ -250,7 +265,8 @@ def _letters(spec: Any) -> NDArray[np.int32]:
     letters[numbers[sizes > 0]] += continues[ends[:-1][sizes > 0]]
     for number, text in added.items():
         letters[number] = 2 * len(text)
-    return letters
+    # The smaller the table, the more of it stays at hand.
+    return letters.astype(np.min_scalar_type(int(letters.max())))
 
 
 def _continues() -> NDArray[np.bool_]:

@@ -26,10 +26,11 @@ masks: Registry[Policy] = Registry("ftdata.masks", "mask")
 @masks.register("assistant")
 def assistant(rendered: Rendered, conversation: Conversation) -> Sequence[bool]:
     """Train every assistant turn, except messages that say `train: false` or `weight: 0`."""
-    untrained = {i for i, message in enumerate(conversation.messages) if message.get("train") is False}
     kinds = Spans.of(rendered.spans).kinds
-    if not untrained:
+    # A plan is for turns that are trained.
+    if kinds.followed:
         return kinds.generated
+    untrained = {i for i, message in enumerate(conversation.messages) if message.get("train") is False}
     pairs = zip(kinds.generated, kinds.messages, strict=True)
     return [generated and message not in untrained for generated, message in pairs]
 
@@ -162,7 +163,8 @@ def trained_tokens(
     begins, ends = _stretches(batch, np.fromiter(chain.from_iterable(chosen), np.bool_))
     first, last, firsts = tokens.starts, tokens.ends, tokens.bounds[:-1]
     trained, inside = _covered(first, last, begins.astype(first.dtype), ends.astype(first.dtype))
-    trained &= first < last
+    # Where no token straddles, the two are one.
+    trained = trained & (first < last)
     trained[firsts[firsts < len(trained)]] = False
     apart = np.searchsorted(tokens.bounds, np.flatnonzero(trained > inside), side="right") - 1
     straddles = np.zeros(len(tokens), np.bool_)
@@ -189,13 +191,18 @@ def _covered(
         part = search(begins, last, "left") > search(ends, first, "right")
         return part, search(begins, first, "right") > search(ends, last, "left")
     # The same, asked for the stretches, of which there are far fewer.
-    part = _ranges(search(last, begins, "right"), search(first, ends, "left"), size)
-    return part, _ranges(search(first, begins, "left"), search(last, ends, "right"), size)
+    starts, stops = search(last, begins, "right"), search(first, ends, "left")
+    part = _ranges(starts, stops, size)
+    inner_starts, inner_stops = search(first, begins, "left"), search(last, ends, "right")
+    if (inner_starts <= starts).all() and (stops <= inner_stops).all():
+        return part, part
+    return part, _ranges(inner_starts, inner_stops, size)
 
 
 def _ranges(starts: NDArray[np.integer], stops: NDArray[np.integer], size: int) -> NDArray[np.bool_]:
-    """Return which of `size` numbers are in one of the ranges `[start, stop)` (bool `[size]`)."""
-    found = np.zeros(size, dtype=np.bool_)
-    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-        found[start:stop] = True
-    return found
+    """Return which of `size` numbers are in one of the ranges `[start, stop)`, which are in order (bool `[size]`)."""
+    edges = np.empty(2 * len(starts) + 2, np.int64)
+    edges[0], edges[1:-1:2], edges[2:-1:2], edges[-1] = 0, starts, stops, size
+    # The last number of one may be the first of the next.
+    np.maximum.accumulate(edges, out=edges)
+    return np.repeat(np.arange(len(edges) - 1) % 2 == 1, np.diff(edges))

@@ -95,7 +95,7 @@ class Tokens:
     trained: NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
+@dataclass  # To freeze it takes as long as to read a row.
 class Conversation:
     """One normalised row.
 
@@ -164,9 +164,11 @@ class Kinds:
     followed: bool = False
 
     @cached_property
-    def is_data(self) -> tuple[bool, ...]:
-        """Which of them are not the template's own text."""
-        return tuple(part is not Part.SCAFFOLD for part in self.parts)
+    def is_data(self) -> NDArray[np.bool_]:
+        """Which of them are not the template's own text (bool `[spans]`)."""
+        import numpy as np
+
+        return np.fromiter((part is not Part.SCAFFOLD for part in self.parts), np.bool_)
 
     @cached_property
     def turns(self) -> int:

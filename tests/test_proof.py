@@ -136,8 +136,8 @@ def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, 
             return turns
         return [replace(turn, region=turn.region._replace(start=turn.region.start - 3)) for turn in turns]
 
-    def wrongly_filled(self, messages):
-        found = fill(self, messages)
+    def wrongly_filled(self, messages, contents):
+        found = fill(self, messages, contents)
         if found is None or messages[0]["content"] != "row 7":
             return found
         at = next(n for n, span in enumerate(found.spans) if span.generated)

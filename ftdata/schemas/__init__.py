@@ -19,7 +19,7 @@ may be spelled: `ftdata.schemas.messages`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +39,7 @@ from ftdata.schemas.messages import (
     read_tools,
 )
 from ftdata.schemas.shapes import ALIASES, Convert, Schema, last_answer, listed, log_columns, name_in, schemas
-from ftdata.types import Conversation, Message, Row, Tokens
+from ftdata.types import NOWHERE, Conversation, Message, Row, Tokens
 
 __all__ = [
     "ROLES",
@@ -108,11 +108,13 @@ def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
     except BadRow as error:
         where = f"{row.source} {error.field}".rstrip()
         raise BadRow(error.code, error.message, where=where, hint=error.hint, field=error.field) from None
-    noted = frozenset(_notes(name, data, look, conversation.messages))
-    # As `replace` would, in a fifth of the time, which every row takes.
-    made = object.__new__(Conversation)
-    made.__dict__.update(conversation.__dict__, kwargs=kwargs, noted=noted, schema=name, source=row.source)
-    return made
+    noted = _notes(name, data, look, conversation.messages)
+    if conversation.source is not NOWHERE:
+        # A schema of the user's own may give the same one again.
+        conversation = replace(conversation)
+    conversation.kwargs, conversation.noted = kwargs, noted
+    conversation.schema, conversation.source = name, row.source
+    return conversation
 
 
 _LISTED = re.compile(r"\s*\[")
@@ -182,21 +184,22 @@ def _checked(made: Conversation, name: str) -> Conversation:
     return replace(made, messages=messages, tools=tools, completion_from=begins)
 
 
-def _notes(name: str, data: Mapping[str, Any], look: tuple[Any, ...], messages: tuple[Message, ...]) -> Iterator[str]:
+def _notes(name: str, data: Mapping[str, Any], look: tuple[Any, ...], messages: tuple[Message, ...]) -> frozenset[str]:
     if (name, look) not in _columns or name == "chat_log":
         if len(_columns) == _MOST_LOOKS:
             _columns.clear()
         _columns[name, look] = _split_columns(name, data)
     unread, chats = _columns[name, look]
-    yield from (f"column {column}" for column in unread)
+    noted = [f"column {column}" for column in unread]
     for column in chats:
         spelled = listed(data[column])
         if is_as_read(spelled, messages):
             continue
         if column in _CHATS and isinstance(data[column], str) and is_messages(spelled):
-            yield f"text {column}"
+            noted.append(f"text {column}")
         else:
-            yield from notes_of(spelled)
+            noted += notes_of(spelled)
+    return frozenset(noted)
 
 
 def _split_columns(name: str, data: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from operator import is_
 from typing import Any, cast
 
 from ftdata.errors import BadRow, nearest
@@ -104,27 +105,33 @@ def read_messages(value: Any, field: str) -> tuple[Message, ...]:
         raise BadRow("no_messages", "is an empty list, expected messages", field=field)
     messages: list[Message] = []
     for index, item in enumerate(value):
-        if _is_plain(item):
-            messages.append({"role": ROLES[item["role"]], "content": item["content"]})
+        if plain := _plain(item):
+            messages.append(plain)
         else:
             messages += _read(item, f"{field}[{index}]")
     return tuple(messages)
 
 
-def _is_plain(item: Any) -> bool:
-    """Whether this is a message as most are: a known role, and a text."""
+def _plain(item: Any) -> Message | None:
+    """Return what is read of a message as most are, a known role and a text: most often the item itself."""
+    if type(item) is not dict or len(item) != 2:
+        return None
+    role, content = item.get("role"), item.get("content")
+    if type(content) is not str or type(role) is not str or role not in ROLES:
+        return None
+    known = ROLES[role]
     return (
-        type(item) is dict
-        and len(item) == 2
-        and type(item.get("content")) is str
-        and type(role := item.get("role")) is str
-        and role in ROLES
+        cast("Message", item) if known == role and next(iter(item)) == "role" else {"role": known, "content": content}
     )
 
 
 def is_as_read(value: Any, messages: tuple[Message, ...]) -> bool:
     """Whether a row gives messages that are nothing but what was read of them: a role and a content each."""
-    return isinstance(value, list) and value == [*messages] and set(map(len, value)) == {2}
+    return (
+        isinstance(value, list)
+        and len(value) == len(messages)
+        and (all(map(is_, value, messages)) or (value == [*messages] and set(map(len, value)) == {2}))
+    )
 
 
 def notes_of(value: Any) -> Iterator[str]:

@@ -15,7 +15,7 @@ from ftdata.schemas import ROLES, STANDS_FOR
 from ftdata.templates import markers
 from ftdata.templates.arrival import check_arrival, recover
 from ftdata.templates.memory import key_of
-from ftdata.templates.plans import Plan, alike, shape_of, stretches_of
+from ftdata.templates.plans import Plan, alike, contents_of, shape_of, stretches_of
 from ftdata.templates.spans import Piece, Region, pieces, split_thinking, tile, tracked_messages
 from ftdata.templates.template import Template, chat_variables
 from ftdata.templates.tracked import Tracked
@@ -115,11 +115,11 @@ def _plan(
         return None
     key = key_of(chat.messages, (), turns, rendered.text, parts)
     way = chat.template.memory.way(key, chat.messages, rendered.text, parts)
-    stretches = stretches_of(origins[0], messages, parts, rendered.text)
-    if way is None or stretches is None:
+    stretches, contents = stretches_of(origins[0], messages, parts, rendered.text), contents_of(messages)
+    if way is None or stretches is None or contents is None:
         return None
     plan = Plan.of(way, stretches, rendered, parts, alike=alike(origins[0], origins[1:]))
-    return plan if plan is not None and plan.fill(messages) == rendered else None
+    return plan if plan is not None and plan.fill(messages, contents) == rendered else None
 
 
 def _regions(

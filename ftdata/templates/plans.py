@@ -39,15 +39,14 @@ class Leaf:
     changes: tuple[tuple[str, tuple[Any, ...]], ...]
     manner: tuple[bool, bool] | None
 
-    def of(self, messages: Sequence[Mapping[str, Any]]) -> str | None:
-        """Return the stretch for other messages, `None` where it is not of the same kind."""
-        text = content = messages[self.message]["content"]
-        bare = content.strip()
+    def of(self, content: str) -> str | None:
+        """Return the stretch for another content; `None` where it is not of the same kind."""
+        text = content
         for method, arguments in self.changes:
             text = getattr(text, method)(*arguments)
-        if not bare or (text is not content and text.strip() != bare):
+        if text is not content and text.strip() != content.strip():
             return None
-        return text if self.manner is None or self.manner == (text == content, bare != content) else None
+        return text if self.manner is None or self.manner == (text == content, content.strip() != content) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +90,14 @@ class Plan:
         kinds = replace(Spans.of(rendered.spans).kinds, followed=True)
         return cls(way, texts, tuple(leaves), (*edges, (len(texts), 0)), kinds, rendered.flags)
 
-    def fill(self, messages: Sequence[Mapping[str, Any]]) -> Rendered | None:
-        """Return what the template makes of these messages, `None` where that is not certain."""
+    def fill(self, messages: Sequence[Mapping[str, Any]], contents: Sequence[str]) -> Rendered | None:
+        """Return what the template makes of these messages (`contents_of` them), `None` where that is not certain."""
         texts = list(self.texts)
         try:
             for at, leaf in self.leaves:
-                own = leaf.of(messages)
-                if own is None:
+                content = contents[leaf.message]
+                own = leaf.of(content) if leaf.changes or leaf.manner else content
+                if own is None or not content or content.isspace():
                     return None
                 texts[at] = own
             for question in self.way.questions:
@@ -132,9 +132,12 @@ class Plans:
 
     def filled(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> Rendered | None:
         """Return what the template makes of messages, if one of the plans says so."""
-        shape = shape_of(messages, turns)
-        for plan in self.by_shape.get(shape, ()) if shape else ():
-            if (rendered := plan.fill(messages)) is not None:
+        contents = contents_of(messages)
+        if contents is None:
+            return None
+        shape = (*[message["role"] for message in messages], *turns)
+        for plan in self.by_shape.get(shape, ()):
+            if (rendered := plan.fill(messages, contents)) is not None:
                 return rendered
         return None
 
@@ -145,19 +148,28 @@ class Plans:
 
 
 def shape_of(messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> Shape | None:
-    """Return what conversations of one plan have in common; `None` for those that have more to them than contents.
+    """Return what conversations of one plan have in common; `None` for those that have more to them than contents."""
+    if contents_of(messages) is None:
+        return None
+    roles = [message["role"] for message in messages]
+    return (*roles, *turns) if _ROLES.issuperset(roles) else None
+
+
+def contents_of(messages: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """Return the contents of messages that have nothing more to them; `None` where one has.
 
     Thinking in a content is cut out of it, wherever it ends.
     """
+    contents = []
     for message in messages:
         content = message.get("content")
-        if not isinstance(content, str) or len(message) != 2 + ("train" in message):
+        if not isinstance(content, str) or (len(message) != 2 and (len(message) != 3 or "train" not in message)):
             return None
         # One letter is found far faster than two.
         if "<" in content and "</" in content and _THINKING.search(content):
             return None
-    roles = [message["role"] for message in messages]
-    return (*roles, *turns) if _ROLES.issuperset(roles) else None
+        contents.append(content)
+    return contents
 
 
 def stretches_of(

@@ -48,19 +48,18 @@ def contradiction(chat: Chat, rendered: Rendered, most: int | None = None) -> Co
         rendered: what is to be proved.
         most: how many messages are changed at most, spread over the conversation; `None` for all.
     """
-    render = _renderer(chat)
-    plain = render(chat.messages, False)
+    render, messages = _renderer(chat), _plain(chat.messages)
+    plain = render(messages, False)
     if plain is None:
         return Contradiction(-1, "only one of the two can render it", rendered.text[:60], "")
     if plain != rendered.text:
         return _apart(-1, "the texts differ", rendered.text, plain)
     regions = _regions(rendered)
-    chosen = _spread(len(chat.messages), most)
-    places = {index: _place(chat.messages, index, plain, render) for index in chosen}
+    places = {index: _place(messages, index, plain, render) for index in _spread(len(messages), most)}
     for turn, (start, end) in regions.items():
         if turn not in places and most is not None:
             continue
-        if (found := _start(turn, start, plain, rendered, render(chat.messages[:turn], True))) is not None:
+        if (found := _start(turn, start, plain, rendered, render(messages[:turn], True))) is not None:
             return found
         for index, place in places.items():
             if place is None:
@@ -138,7 +137,7 @@ def _renderer(chat: Chat) -> _Render:
     program = _program(template.source, template.date)
 
     def render(messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str | None:
-        given = {"messages": _plain(messages), "tools": tools, "add_generation_prompt": generation_prompt}
+        given = {"messages": messages, "tools": tools, "add_generation_prompt": generation_prompt}
         try:
             return program.render({**fixed, **given})
         except TEMPLATE_FAULTS:

@@ -23,21 +23,6 @@ BLOCK = 40
 """The bits of an owner from here on number the `{% generation %}` block that the text stands in (0: none)."""
 
 
-def merge(runs: Iterable[Run]) -> tuple[Run, ...]:
-    """Join neighbours of the same owner and drop empty runs.
-
-    >>> merge([(2, 0), (0, 7), (3, 0), (1, 7)])
-    ((5, 0), (1, 7))
-    """
-    merged: list[Run] = []
-    for length, owner in runs:
-        if merged and merged[-1][1] == owner:
-            merged[-1] = (merged[-1][0] + length, owner)
-        elif length:
-            merged.append((length, owner))
-    return tuple(merged)
-
-
 class Tracked(str):
     """A string with the owners of its characters in `runs`, which tile it."""
 
@@ -217,17 +202,24 @@ def safe(text: str) -> Markup:
 
 
 def concat(pieces: Iterable[str]) -> str:
-    """Join strings, tracked or not, into a tracked one.
+    """Join strings, tracked or not, into a tracked one; neighbours of the same owner are one run, and none is empty.
 
-    >>> concat(["a", Tracked("bc", [(2, 9)]), "d"]).runs
-    ((1, 0), (2, 9), (1, 0))
+    >>> concat(["a", "", Tracked("bc", [(2, 9)]), "d", "e"]).runs
+    ((1, 0), (2, 9), (2, 0))
     """
     texts: list[str] = []
     runs: list[Run] = []
+    last = None
     for piece in pieces:
         texts.append(piece)
-        runs.extend(piece.runs if isinstance(piece, Tracked) else ((len(piece), 0),))
-    return Tracked("".join(texts), merge(runs))
+        for run in piece.runs if isinstance(piece, Tracked) else ((len(piece), 0),):
+            length, owner = run
+            if owner == last:
+                runs[-1] = (runs[-1][0] + length, owner)
+            elif length:
+                runs.append(run)
+                last = owner
+    return Tracked("".join(texts), runs)
 
 
 def dumps(value: Any, plain: Callable[[Any], str], *, sort_keys: bool = False) -> str:
