@@ -108,9 +108,9 @@ def test_settings_of_the_fast_engine_are_the_users_if_there_are_any(tokenizer_di
     loaded, seen = load_tokenizer(tokenizer_dir("tiny_bpe")), []
     monkeypatch.setenv("FASTOKENS_BPE_THREADS", "2")
     monkeypatch.delenv("FASTOKENS_INPUT_CACHE", raising=False)
-    letters = engines._letters
-    noted = lambda spec: seen.append({**os.environ}) or letters(spec)
-    monkeypatch.setattr(engines, "_letters", noted)
+    compare = engines.first_difference
+    noted = lambda *given: seen.append({**os.environ}) or compare(*given)
+    monkeypatch.setattr(engines, "first_difference", noted)
     assert engines.fast(loaded.json, loaded.engines.reference)
     assert (seen[0]["FASTOKENS_BPE_THREADS"], seen[0]["FASTOKENS_INPUT_CACHE"]) == ("2", "0")
     assert os.environ["FASTOKENS_BPE_THREADS"] == "2"
