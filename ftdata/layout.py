@@ -111,35 +111,37 @@ def lay_out(facts: Facts, layout: Layout) -> Laid:
     """
     first = _rows(facts)
     source = facts.source[first]
-    given = np.asarray([name or "train" for name in facts.splits])
-    several = len(set(given.tolist())) > 1
+    given = [name or "train" for name in facts.splits]
+    several = len(set(given)) > 1
     if several and layout.test_size is not None:
-        found = f"the data has splits already: {', '.join(dict.fromkeys(given.tolist()))}"
+        found = f"the data has splits already: {', '.join(dict.fromkeys(given))}"
         raise UsageError("test_size", found, hint="leave test_size out, or choose one with split")
+    names = list(dict.fromkeys(["train", *given]))
     # One split alone, whatever its name, was chosen to be trained.
-    split = given[source] if several else np.full(len(first), "train")
+    split = np.asarray([names.index(name) if several else _TRAIN for name in given], np.int32)[source]
     left_out = Counter[str]()
     kept = np.asarray([share.amount > 0 for share in facts.shares])[source]
     if not kept.all():
         left_out["of weight 0"] = int((~kept).sum())
     if layout.dedup:
         content = _numbered(facts.content[first])
-        repeated = kept & ~_first_of_each(np.where(kept, content, -1), split == "train")
+        repeated = kept & ~_first_of_each(np.where(kept, content, -1), split == _TRAIN)
         left_out["duplicate"] = int(repeated.sum())
         kept &= ~repeated
     if layout.sample is not None:
-        chosen = np.flatnonzero(kept & (split == "train"))
+        chosen = np.flatnonzero(kept & (split == _TRAIN))
         size = _count(layout.sample, len(chosen))
         dropped = chosen[_drawn(chosen, layout.seed, _SAMPLE)[size:]]
         left_out["not sampled"] = len(dropped)
         kept[dropped] = False
     asked = _numbered(facts.asked[first]) if several or layout.test_size is not None else np.arange(len(first))
-    rows = _splits(np.flatnonzero(kept), asked, split, layout)
+    rows = _splits(np.flatnonzero(kept), asked, split, names, layout)
     if any(share != WHOLE for share in facts.shares):
         places = np.asarray(facts.places if facts.places is not None else range(len(facts.splits)))
         shares = dict(zip(places.tolist(), facts.shares, strict=True))
         idle = [place for place, share in shares.items() if share.amount and share != WHOLE]
-        if several and (beside := set(idle) - set(places[given == "train"].tolist())):
+        trained = {place for place, name in zip(places.tolist(), given, strict=True) if name == "train"}
+        if several and (beside := set(idle) - trained):
             found = f"{facts.splits[places.tolist().index(min(beside))]} is not trained on"
             raise UsageError("share", f"{found}: weight, rows and tokens say how much of a source is")
         tokens = np.add.reduceat(facts.tokens, first)
@@ -151,6 +153,10 @@ def lay_out(facts: Facts, layout: Layout) -> Laid:
         rows["train"] = rows["train"][_drawn(np.arange(len(rows["train"])), layout.seed, _SHUFFLE)]
     examples_of = np.concatenate((first, [len(facts.row)]))
     return Laid({name: _examples(numbers, examples_of) for name, numbers in rows.items()}, left_out, +shared)
+
+
+_TRAIN = 0
+"""The number of the split that is trained on."""
 
 
 def _numbered(values: NDArray[np.generic]) -> NDArray[np.int64]:
@@ -197,11 +203,12 @@ def _first_of_each(group: NDArray[np.int64], last: NDArray[np.bool_]) -> NDArray
 
 
 def _splits(
-    rows: NDArray[np.int64], group: NDArray[np.int64], split: NDArray[np.str_], layout: Layout
+    rows: NDArray[np.int64], group: NDArray[np.int64], split: NDArray[np.int32], names: Sequence[str], layout: Layout
 ) -> dict[str, NDArray[np.int64]]:
-    names = list(dict.fromkeys(["train", *split[rows].tolist()]))
-    if len(names) > 1:
-        return {name: rows[split[rows] == name] for name in names}
+    numbers, first = np.unique(split[rows], return_index=True)
+    used = dict.fromkeys([_TRAIN, *numbers[np.argsort(first)].tolist()])
+    if len(used) > 1:
+        return {names[number]: rows[split[rows] == number] for number in used}
     if layout.test_size is None:
         return {"train": rows}
     size = _count(layout.test_size, len(rows))
@@ -253,5 +260,7 @@ def _shared(
 def _examples(rows: NDArray[np.int64], begins: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the examples of rows, in their order."""
     starts, counts = begins[rows], begins[rows + 1] - begins[rows]
+    if (counts == 1).all():
+        return starts
     inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.asarray(np.repeat(starts, counts) + inside, dtype=np.int64)

@@ -38,7 +38,7 @@ from ftdata.pack import Plan
 from ftdata.types import IGNORE_INDEX, Reject
 
 FORMAT = 1
-_TOKENS_PER_FILE, _TOKENS_PER_BATCH, _ROWS_PER_GROUP = 1 << 27, 1 << 20, 1 << 18
+_TOKENS_PER_FILE, _TOKENS_PER_BATCH, _ROWS_PER_GROUP = 1 << 27, 1 << 20, 1 << 16
 
 _EXAMPLES = pa.schema(
     [
