@@ -215,6 +215,8 @@ def _finished(recipe: Recipe, batch: Sequence[tuple[Row | Reject, Prepared | Rej
     if recipe.max_length is not None:
         plain &= np.diff(masked.tokens.bounds) <= recipe.max_length
     plain[list(masked.refused)] = False
+    if recipe.refuse:
+        plain &= np.fromiter((flags.isdisjoint(recipe.refuse) for flags in masked.flags), np.bool_)
     as_is, at, entries = plain.tolist(), 0, list[int | Built | Reject]()
     for row, entry in batch:
         if isinstance(entry, Reject):
@@ -222,12 +224,7 @@ def _finished(recipe: Recipe, batch: Sequence[tuple[Row | Reject, Prepared | Rej
             continue
         conversation, texts = entry
         messages, first, at = conversation.messages, at, at + len(texts)
-        if (
-            len(texts) == 1
-            and as_is[first]
-            and (not messages or messages[-1]["role"] == "assistant")
-            and masked.flags[first].isdisjoint(recipe.refuse)
-        ):
+        if at - first == 1 and as_is[first] and (not messages or messages[-1]["role"] == "assistant"):
             entries.append(first)
         else:
             entries.append(_finish(recipe, row, conversation, [masked[n] for n in range(first, at)]))

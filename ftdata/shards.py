@@ -195,7 +195,7 @@ def _hashes(batch: Batch) -> list[bytes]:
     columns, found = batch.columns, list[bytes]()
     examples = accumulate(batch.counts, initial=0)
     bounds = ends_of(columns.lengths.tolist())[list(examples)].tolist()
+    ids, trained = columns.ids.data, columns.trained.data
     for count, (first, last) in zip(batch.counts, pairwise(bounds), strict=True):
-        ids, trained = columns.ids[first:last], columns.trained[first:last]
-        found += [xxhash.xxh3_128_digest(ids.data) + xxhash.xxh3_64_digest(trained.data)] * count
+        found += [xxhash.xxh3_128_digest(ids[first:last]) + xxhash.xxh3_64_digest(trained[first:last])] * count
     return found
