@@ -3,9 +3,9 @@
 The reference is `tokenizers`; where it is shown to do the same, fastokens (extra `fast`) takes its place, which is some
 hundred times faster.
 
-fastokens gives no offsets. For byte-level BPE none are needed: the name of each token spells the bytes that it stands
-for, so the places of tokens are a running sum of their lengths. Where a normaliser changes a text, or the sum is not
-the length of the text, the reference is asked.
+fastokens gives no offsets. For byte-level BPE, and for SentencePiece's in which blanks are U+2581, none are needed: the
+name of each token spells what it stands for, so the places of tokens are a running sum of their lengths. Where a
+normaliser changes a text, or the sum is not the length of the text, the reference is asked.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 
 from ftdata.batches import Encoded, Encodings, ends_of, width
 
-ENOUGH = 2_000_000
-"""Characters from which on it pays to load the fast engine: so many take the reference as long."""
+ENOUGH, BYTES = 1_000_000, 4
+"""Characters from which on it pays to load the fast engine: as many, and one for every so many bytes of the tokenizer's
+description. They take the reference as long as loading does, give or take the half, with those that were measured."""
 
 SAMPLE, SAMPLED = 1000, 4
 """Characters of the texts that both engines encode, and of how many batches one: more would take most of the time."""
@@ -73,19 +74,21 @@ class Reference:
 
 @dataclass(frozen=True)
 class Fast:
-    """fastokens, for byte-level BPE.
+    """fastokens, for BPE on bytes, or on characters with bytes for those that it does not know.
 
     Attributes:
         native: its tokenizer.
         reference: what is asked about texts that a normaliser changes.
         letters: unsigned `[size]`, twice the characters that begin in each token, and 1 where it begins inside of one.
         composes: whether texts are normalised to NFC.
+        apart: bool `[size]`, the added tokens, where a blank is put before what stands between them; else `None`.
     """
 
     native: Any
     reference: Reference
     letters: NDArray[np.unsignedinteger]
     composes: bool
+    apart: NDArray[np.bool_] | None
     name: str
 
     def encode(self, texts: Sequence[str]) -> Encodings:
@@ -96,9 +99,14 @@ class Fast:
         ids, bounds = np.frombuffer(flat, "<i4"), np.frombuffer(counted, "<i8")
         places = ends_of(map(len, texts))
         told = self.letters.take(ids, mode="clip")
-        ends = np.zeros(len(ids) + 1, dtype=width(int(places[-1])))
-        np.cumsum(told >> 1, out=ends[1:])
-        found = Encodings(ids, ends[:-1] - (told & 1), ends[1:], bounds, ends[bounds])
+        counts, ends = told >> 1, np.zeros(len(ids) + 1, dtype=width(int(places[-1])))
+        first = _first(self.apart.take(ids, mode="clip"), bounds) if self.apart is not None else None
+        if first is not None:
+            counts -= first
+        np.cumsum(counts, out=ends[1:])
+        # The blank that is put before a text stands where its first character does, also as a token of its own.
+        lasts = ends[1:] if first is None else ends[1:] + (first & (counts == 0))
+        found = Encodings(ids, ends[:-1] - (told & 1), lasts, bounds, ends[bounds])
         unsure = set(np.flatnonzero(np.diff(found.places) != np.diff(places)).tolist())
         if self.composes:
             composed = (text.isascii() or unicodedata.is_normalized("NFC", text) for text in texts)
@@ -147,7 +155,7 @@ class Engines:
 
     def _encode(self, texts: Sequence[str]) -> Encodings:
         self.expected += sum(map(len, texts))
-        if self.trusted and not self._tried and self.expected > ENOUGH:
+        if self.trusted and not self._tried and self.expected > max(ENOUGH, len(self.description) // BYTES):
             _give_back()
             self._fast, self._tried = fast(self.description, self.reference), True
             _give_back()
@@ -173,12 +181,14 @@ def fast(description: str, reference: Reference) -> Fast | None:
     except ImportError:
         return None
     spec = orjson.loads(description)
-    if not _is_byte_level(spec):
+    in_bytes = _is_byte_level(spec)
+    if not in_bytes and not _is_sentencepiece(spec):
         return None
     from importlib.metadata import version
 
     texts = list(_hard_texts([token["content"] for token in spec.get("added_tokens", ())]))
-    letters, composes = _letters(spec), spec.get("normalizer") is not None
+    letters, normalizers = _letters(spec, in_bytes=in_bytes), [one["type"] for one in _flat(spec.get("normalizer"))]
+    apart = _added(spec, len(letters)) if "Prepend" in normalizers else None
     # A post-processor adds special tokens, which is done elsewhere.
     bare = orjson.dumps({**spec, "post_processor": None}).decode()
     # It takes fifty megabytes, and the engine as much again while it is made.
@@ -188,7 +198,7 @@ def fast(description: str, reference: Reference) -> Fast | None:
             native = fastokens.Tokenizer.from_json_str(bare)
         except Exception:  # noqa: BLE001  (what it does not support it refuses in its own ways)
             return None
-        engine = Fast(native, reference, letters, composes, f"fastokens {version('fastokens')}")
+        engine = Fast(native, reference, letters, "NFC" in normalizers, apart, f"fastokens {version('fastokens')}")
         return engine if first_difference(engine, reference, texts) is None else None
 
 
@@ -229,20 +239,37 @@ def differs(one: Encoded, other: Encoded) -> bool:
     return not (np.array_equal(one.ids, other.ids) and np.array_equal(one.offsets, other.offsets))
 
 
-_MODEL = ("dropout", "byte_fallback", "unk_token", "end_of_word_suffix", "continuing_subword_prefix")
+_MODEL = ("dropout", "end_of_word_suffix", "continuing_subword_prefix")
 _ADDED = ("lstrip", "rstrip", "single_word")
+_BLANK = "\u2581"
+_PREPEND = {"type": "Prepend", "prepend": _BLANK}
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _BLANK}
 
 
 def _is_byte_level(spec: Any) -> bool:
     """Whether the names of tokens tell how many bytes each stands for, and texts are changed by NFC at most."""
     normalizers, cutters = (_flat(spec.get(name)) for name in ("normalizer", "pre_tokenizer"))
-    model, added = spec["model"], spec.get("added_tokens", ())
     bytes_of = [one for one in cutters if one["type"] == "ByteLevel"]
-    plain = model.get("type") == "BPE" and not any(model.get(name) for name in _MODEL)
     cut = len(bytes_of) == 1 and not bytes_of[0].get("add_prefix_space")
     cut = cut and all(one["type"] in ("ByteLevel", "Split", "Digits") for one in cutters)
-    whole = not any(one.get(name) for one in added for name in _ADDED)
-    return plain and cut and whole and [one["type"] for one in normalizers] in ([], ["NFC"])
+    known = not any(spec["model"].get(name) for name in ("byte_fallback", "unk_token"))
+    return _is_plain(spec) and known and cut and [one["type"] for one in normalizers] in ([], ["NFC"])
+
+
+def _is_sentencepiece(spec: Any) -> bool:
+    """Whether tokens are named by their characters, or are bytes of one, and texts are changed in their blanks only."""
+    changed = _flat(spec.get("normalizer")) in ([_REPLACE], [_PREPEND, _REPLACE])
+    # What it would split at is no blank any longer.
+    whole = spec.get("pre_tokenizer") is None or spec["pre_tokenizer"].get("pattern") == {"String": " "}
+    as_written = not any(one.get("normalized") for one in spec.get("added_tokens", ()))
+    return _is_plain(spec) and bool(spec["model"].get("byte_fallback")) and changed and whole and as_written
+
+
+def _is_plain(spec: Any) -> bool:
+    """Whether it is BPE that adds nothing to words, with added tokens that are found as they are written."""
+    model, added = spec["model"], spec.get("added_tokens", ())
+    plain = model.get("type") == "BPE" and not any(model.get(name) for name in _MODEL)
+    return plain and not any(one.get(name) for one in added for name in _ADDED)
 
 
 def _flat(stage: Any) -> list[dict[str, Any]]:
@@ -252,17 +279,37 @@ def _flat(stage: Any) -> list[dict[str, Any]]:
     return [one for each in inner for one in _flat(each)] if stage["type"] == "Sequence" else [stage]
 
 
-def _letters(spec: Any) -> NDArray[np.unsignedinteger]:
+def _first(apart: NDArray[np.bool_], bounds: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which tokens are the first of a text, or of what follows an added token, and are none themselves."""
+    begins = np.ones(len(apart), np.bool_)
+    begins[1:] = apart[:-1]
+    begins[bounds[:-1][bounds[:-1] < len(apart)]] = True
+    return np.asarray(begins & ~apart)
+
+
+def _added(spec: Any, size: int) -> NDArray[np.bool_]:
+    found = np.zeros(size, np.bool_)
+    found[[token["id"] for token in spec.get("added_tokens", ())]] = True
+    return found
+
+
+def _letters(spec: Any, *, in_bytes: bool) -> NDArray[np.unsignedinteger]:
     vocabulary = spec["model"]["vocab"]
     added = {token["id"]: token["content"] for token in spec.get("added_tokens", ())}
     letters = np.zeros(max(*vocabulary.values(), *added, 0) + 1, dtype=np.int32)
     sizes = np.fromiter(map(len, vocabulary), np.int64, len(vocabulary))
-    ends = np.concatenate(([0], np.cumsum(sizes)))
-    continues = _continues()[np.frombuffer("".join(vocabulary).encode("utf-32-le"), "<u4").clip(max=511)]
-    begun = np.concatenate(([0], np.cumsum(~continues)))
     numbers = np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
-    letters[numbers] = 2 * (begun[ends[1:]] - begun[ends[:-1]])
-    letters[numbers[sizes > 0]] += continues[ends[:-1][sizes > 0]]
+    if in_bytes:
+        ends = np.concatenate(([0], np.cumsum(sizes)))
+        continues = _continues()[np.frombuffer("".join(vocabulary).encode("utf-32-le"), "<u4").clip(max=511)]
+        begun = np.concatenate(([0], np.cumsum(~continues)))
+        letters[numbers] = 2 * (begun[ends[1:]] - begun[ends[:-1]])
+        letters[numbers[sizes > 0]] += continues[ends[:-1][sizes > 0]]
+    else:
+        letters[numbers] = 2 * sizes
+        for byte in range(256):
+            if (name := f"<0x{byte:02X}>") in vocabulary:
+                letters[vocabulary[name]] = 1 if 0x80 <= byte < 0xC0 else 2
     for number, text in added.items():
         letters[number] = 2 * len(text)
     # The smaller the table, the more of it stays at hand.
@@ -286,6 +333,7 @@ def _continues() -> NDArray[np.bool_]:
 _BLANKS = ["\n\n", "\r\n", " \n ", *" \t\u00a0\u3000\u2028\x00\x1c\x7f"]
 _NUMBERS = ["0", "12", "123", "1234567", "٣", "½", "Ⅷ"]
 _WORDS = [
+    _BLANK,
     "a",
     "B",
     "'s",

@@ -157,8 +157,26 @@ def tiny_bpe(folder, template=CHATML, *, bos=None, eos="<|im_end|>", pad="<|pad|
 
 def tiny_metaspace(folder):
     """As SentencePiece models are converted: blanks become ▁, unknown characters bytes, and one is put in front."""
+    return sentencepiece(folder, pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="first", split=False))
+
+
+def tiny_prepend(folder):
+    """As they were converted for Llama 2: by a normaliser, which puts a blank in front after every added token."""
+    return sentencepiece(folder, normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]))
+
+
+def tiny_replace(folder):
+    """As they are converted for Gemma: by a normaliser, and nothing is put in front."""
+    split = pre_tokenizers.Split(" ", "merged_with_previous")
+    return sentencepiece(folder, normalizers.Replace(" ", "▁"), split)
+
+
+def sentencepiece(folder, normalizer=None, pre_tokenizer=None):
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    if pre_tokenizer:
+        tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -199,6 +217,8 @@ MAKERS = {
     "mistral": mistral,
     "tiny_bpe": tiny_bpe,
     "tiny_metaspace": tiny_metaspace,
+    "tiny_prepend": tiny_prepend,
+    "tiny_replace": tiny_replace,
     "tiny_wordpiece": tiny_wordpiece,
 }
 REAL = ("deepseek", "qwen", "mistral")

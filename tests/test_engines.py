@@ -28,7 +28,7 @@ def pair(folder):
     return PAIRS[folder]
 
 
-@pytest.mark.parametrize("name", ["tiny_bpe", "qwen", "deepseek"])
+@pytest.mark.parametrize("name", ["tiny_bpe", "qwen", "deepseek", "tiny_prepend", "tiny_replace"])
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_both_engines_give_the_same(tokenizer_dir, name, data):
@@ -40,7 +40,7 @@ def test_both_engines_give_the_same(tokenizer_dir, name, data):
 
 
 @pytest.mark.parametrize("name", ["tiny_metaspace", "tiny_wordpiece"])
-def test_tokenizers_whose_tokens_do_not_tell_their_bytes_have_no_fast_engine(tokenizer_dir, name):
+def test_tokenizers_whose_tokens_do_not_tell_what_they_stand_for_have_no_fast_engine(tokenizer_dir, name):
     assert pair(tokenizer_dir(name))[0] is None
 
 
@@ -57,8 +57,9 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def test_a_build_does_not_depend_on_the_engine(tokenizer_dir, tmp_path, source, monkeypatch):
-    tiny = load_tokenizer(tokenizer_dir("tiny_bpe"))
+@pytest.mark.parametrize("name", ["tiny_bpe", "tiny_prepend", "tiny_replace"])
+def test_a_build_does_not_depend_on_the_engine(tokenizer_dir, tmp_path, source, monkeypatch, name):
+    tiny = load_tokenizer(tokenizer_dir(name))
     used = [write_build(source, replace(tiny), tmp_path / "reference").engine]
     monkeypatch.setattr(engines, "ENOUGH", 0)
     used.append(write_build(source, replace(tiny), tmp_path / "fast").engine)

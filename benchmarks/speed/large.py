@@ -1,0 +1,88 @@
+"""What one large file costs: memory of the process's own while gigabyte after gigabyte is read, and at most.
+
+    python benchmarks/speed/large.py --tokenizer FOLDER --data chats.jsonl [--gigabytes 10]
+
+The rows are exchanges of those conversations in other orders, a tenth of the file ten times. All of it is built and
+packed to 8,192 tokens in one process; the disk needs four times as much room. For Linux, which tells what memory is
+one's own.
+"""
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import orjson
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--gigabytes", type=float, default=10)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        built(Path(given.child), given.tokenizer)
+        return
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
+        file = Path(scratch) / "large.jsonl"
+        written(file, Path(given.data), int(given.gigabytes * 1e9))
+        command = [sys.executable, __file__, "--child", str(file), "--tokenizer", given.tokenizer, "--data", given.data]
+        subprocess.run(command, check=True, env={**os.environ, "FTDATA_CACHE": "off"})  # noqa: S603
+
+
+def written(file: Path, data: Path, size: int) -> None:
+    chance = random.Random(0)  # noqa: S311
+    talks = [orjson.loads(line)["messages"] for line in data.read_bytes().splitlines()]
+    pairs = [talk[at : at + 2] for talk in talks for at in range(talk[0]["role"] == "system", len(talk) - 1, 2)]
+    with file.open("wb") as target:
+        while target.tell() < size / 10:
+            talk = [message for pair in chance.choices(pairs, k=chance.randint(1, 6)) for message in pair]
+            target.write(orjson.dumps({"messages": talk}) + b"\n")
+    tenth = file.read_bytes()
+    with file.open("ab") as target:
+        for _ in range(9):
+            target.write(tenth)
+
+
+def built(file: Path, tokenizer: str) -> None:
+    from ftdata.build import write_build
+
+    most, told, began = [0.0], [0], time.process_time()
+
+    def watch() -> None:
+        while True:
+            most[0] = max(most[0], own())
+            time.sleep(0.2)
+
+    def progress(rows: int, tokens: int, share: float | None) -> None:
+        if share is not None and int(share * 10) > told[0]:
+            told[0] = int(share * 10)
+            print(f"{share:4.0%} read: {rows:,} rows, {tokens:,} tokens, {own():,.0f} MB of its own", flush=True)
+
+    threading.Thread(target=watch, daemon=True).start()
+    report = write_build(
+        file, tokenizer, file.parent / "built", template="chatml", packing="bfd", max_length=8192, overlong="truncate",
+        progress=progress,
+    )  # fmt: skip
+    size, train, used = file.stat().st_size / 1e9, report.splits["train"], time.process_time() - began
+    print(f"{size:.1f} GB: {train['examples']:,} conversations, {train['tokens']:,} tokens")
+    print(f"{used:,.0f} CPU s, {report.seconds:,.0f} s, {most[0]:,.0f} MB of its own at most")
+
+
+def own() -> float:
+    """Return the megabytes of this process that are no file on disk."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            return int(line.split()[1]) / 1000
+    return 0.0
+
+
+if __name__ == "__main__":
+    main()
