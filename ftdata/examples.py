@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,9 +35,9 @@ from ftdata.types import Conversation, Example, Message, Part, Reject, Rendered,
 BATCH, LETTERS = 1024, 1 << 20
 """Rows that are tokenised together, or fewer, where their texts are as long."""
 
-FEW, BYTES = 64, 1 << 20
-"""Rows that are read, then normalised, then rendered, or fewer, where they take as much: what a processor does many
-times over, it does a third faster than in turns with other things."""
+FEW, TOGETHER = 64, 1 << 20
+"""Rows that are read, then normalised, then rendered, or fewer, where those before are so long: what a processor does
+many times over, it does a third faster than in turns with other things."""
 
 Prepared = tuple[Conversation, tuple[Rendered, ...]]
 _T = TypeVar("_T")
@@ -233,14 +233,16 @@ def _finished(recipe: Recipe, batch: Sequence[tuple[Row | Reject, Prepared | Rej
 
 def _batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tuple[Row | Reject, Prepared | Reject]]]:
     """Yield rows, and what they were rendered to, as many together as shall be in memory."""
-    batch, letters = list[tuple[Row | Reject, Prepared | Reject]](), 0
-    for some in _few(rows):
+    batch, letters, left, few = list[tuple[Row | Reject, Prepared | Reject]](), 0, iter(rows), 1
+    while some := _next(left, few):
+        before = letters
         said = [_tried(_said, recipe, row) for row in some]
         for row, conversation in zip(some, said, strict=True):
             entry = conversation if isinstance(conversation, Reject) else _tried(_shown, recipe, row, conversation)
             batch.append((row, entry))
             if not isinstance(entry, Reject):
                 letters += sum([len(one.text) for one in entry[1]])
+        few = min(FEW, 1 + TOGETHER * len(some) // (letters - before + 1))
         if len(batch) >= BATCH or letters >= LETTERS:
             yield batch
             batch, letters = [], 0
@@ -248,16 +250,14 @@ def _batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tupl
         yield batch
 
 
-def _few(rows: Iterable[Row | Reject]) -> Iterator[list[Row | Reject]]:
-    some, begin = list[Row | Reject](), 0
-    for row in rows:
+def _next(rows: Iterator[Row | Reject], few: int) -> list[Row | Reject]:
+    """Return the next few rows, fewer where they turn out to be long, as far as their places in a file tell."""
+    some = list[Row | Reject]()
+    for row in islice(rows, few):
         some.append(row)
-        at = row.source.offset or 0
-        if len(some) == FEW or at - begin >= BYTES:
-            yield some
-            some, begin = [], at
-    if some:
-        yield some
+        if (row.source.offset or 0) - (some[0].source.offset or 0) >= TOGETHER:
+            break
+    return some
 
 
 def _tried(step: Callable[..., _T], recipe: Recipe, row: Row | Reject, *given: Any) -> _T | Reject:

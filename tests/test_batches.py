@@ -86,8 +86,10 @@ def test_rows_become_the_same_in_batches_of_any_size(tokenizer_dir, options, cho
     rows = [Row(data, Source("x", number)) for number, data in enumerate(chosen)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(examples, "BATCH", 1)
+        patch.setattr(examples, "FEW", 1)
         alone = [one for batch in build_batches(recipe, rows) for one in batch]
         patch.setattr(examples, "BATCH", size)
+        patch.setattr(examples, "FEW", size)
         batches = list(build_batches(recipe, rows))
     together = [one for batch in batches for one in batch]
     assert list(map(shown, together)) == list(map(shown, alone))
@@ -118,3 +120,24 @@ def shown(one):
         for e in one.examples
     ]
     return one.conversation.messages, fields, one.cut
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_few_long_rows_are_in_memory_at_once(tokenizer_dir, placed):
+    """Of a file their places tell which are long, of other rows those before them do."""
+    sizes = [*([1] * 70 if placed else []), *[2_000_000] * 5, *[1] * 70]
+    begins = np.cumsum([0, *sizes]).tolist()
+    read = []
+
+    def rows():
+        for number, size in enumerate(sizes):
+            read.append(size)
+            yield Row(
+                {"messages": talk("q", "y" * size)}, Source("x", number, None, begins[number] if placed else None)
+            )
+
+    done = 0
+    for batch in examples._batches(make_recipe(tokenizer_dir("tiny_bpe"), "chatml"), rows()):
+        assert sum(read[done:]) <= 2 * 2_000_000 + 70
+        done += len(batch)
+    assert done == len(read) == len(sizes)
