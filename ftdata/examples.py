@@ -235,17 +235,18 @@ def _batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tupl
     """Yield rows, and what they were rendered to, as many together as shall be in memory."""
     batch, letters, left, few = list[tuple[Row | Reject, Prepared | Reject]](), 0, iter(rows), 1
     while some := _next(left, few):
-        before = letters
+        long = 0
         said = [_tried(_said, recipe, row) for row in some]
         for row, conversation in zip(some, said, strict=True):
             entry = conversation if isinstance(conversation, Reject) else _tried(_shown, recipe, row, conversation)
             batch.append((row, entry))
             if not isinstance(entry, Reject):
-                letters += sum([len(one.text) for one in entry[1]])
-        few = min(FEW, 1 + TOGETHER * len(some) // (letters - before + 1))
-        if len(batch) >= BATCH or letters >= LETTERS:
-            yield batch
-            batch, letters = [], 0
+                size = sum([len(one.text) for one in entry[1]])
+                letters, long = letters + size, long + size
+            if len(batch) == BATCH or letters >= LETTERS:
+                yield batch
+                batch, letters = [], 0
+        few = min(FEW, 1 + TOGETHER * len(some) // (long + 1))
     if batch:
         yield batch
 
@@ -530,7 +531,7 @@ def _closed(masked: Masked, recipe: Recipe) -> list[bool]:
     of = np.searchsorted(bounds, closing, side="right") - 1
     good = np.bincount(of[recipe.control.among(ids[closing])], minlength=len(masked)).tolist()
     every = np.bincount(of, minlength=len(masked)).tolist()
-    turns = [spans.kinds.turns for spans in masked.texts.spans]
+    turns = [len(spans.kinds.turns) for spans in masked.texts.spans]
     return [a == b == c for a, b, c in zip(good, every, turns, strict=True)]
 
 

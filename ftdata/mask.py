@@ -27,10 +27,10 @@ masks: Registry[Policy] = Registry("ftdata.masks", "mask")
 def assistant(rendered: Rendered, conversation: Conversation) -> Sequence[bool]:
     """Train every assistant turn, except messages that say `train: false` or `weight: 0`."""
     kinds = Spans.of(rendered.spans).kinds
-    # A plan is for turns that are trained.
-    if kinds.followed:
+    said = conversation.messages
+    untrained = [i for i in kinds.turns if i < len(said) and said[i].get("train") is False]
+    if not untrained:
         return kinds.generated
-    untrained = {i for i, message in enumerate(conversation.messages) if message.get("train") is False}
     pairs = zip(kinds.generated, kinds.messages, strict=True)
     return [generated and message not in untrained for generated, message in pairs]
 

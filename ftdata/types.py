@@ -171,9 +171,9 @@ class Kinds:
         return np.fromiter((part is not Part.SCAFFOLD for part in self.parts), np.bool_)
 
     @cached_property
-    def turns(self) -> int:
-        """How many messages are generated."""
-        return len({message for message, yes in zip(self.messages, self.generated, strict=True) if yes})
+    def turns(self) -> tuple[int, ...]:
+        """The messages that are generated."""
+        return tuple(dict.fromkeys(one for one, yes in zip(self.messages, self.generated, strict=True) if yes))
 
 
 class Spans(Sequence[Span]):

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from chats import ANSWER, CALL, CALLS, HEAD, PROMPT, STOPLESS, TALK, TOOLED, TUR
 from ftdata import encode
 from ftdata.errors import BadRow, TemplateRefused, UsageError
 from ftdata.examples import build_rows
+from ftdata.mask import assistant, completion, last_assistant
 from ftdata.recipe import FLAGS, make_recipe
 from ftdata.templates import Template, render
 from ftdata.testing import try_template
@@ -264,6 +266,19 @@ def test_what_cannot_be_meant_is_an_error_of_ours(tokenizer_dir, messages, optio
 def test_a_policy_must_speak_of_every_span(tokenizer_dir):
     with pytest.raises(UsageError, match=r"\[mask_length\] the mask policy gave 1 answers for \d+ spans"):
         encode(TALK, tokenizer_dir("tiny_bpe"), train_on=lambda *_: [True])
+
+
+@pytest.mark.parametrize("policy", [assistant, completion, last_assistant])
+def test_a_policy_may_ask_another_about_messages_of_its_own(tokenizer_dir, policy):
+    def second_only(rendered, conversation):
+        changed = ({**message, "train": n != 1} for n, message in enumerate(conversation.messages))
+        return policy(rendered, replace(conversation, messages=tuple(changed)))
+
+    recipe = make_recipe(tokenizer_dir("tiny_bpe"), train_on=second_only)
+    rows = [Row({"messages": [USER, ANSWER, USER, {**ANSWER, "content": "b"}]}, Source("x", n)) for n in range(8)]
+    for built in build_rows(recipe, rows):
+        (example,) = built.examples
+        assert shown(example) == "b<|im_end|>"
 
 
 def test_rows_nested_too_deep_are_rejected(tokenizer_dir):

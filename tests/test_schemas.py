@@ -514,3 +514,28 @@ def test_a_schema_of_ones_own_need_not_say_where_the_completion_begins(tmp_path)
     talk = (USER, ASSISTANT, USER, ASSISTANT)
     (tmp_path / "mine.py").write_text(f"from ftdata.types import *\ndef f(row): return Conversation({talk})\n")
     assert convert({"y": 1}, schema=f"{tmp_path / 'mine.py'}:f").completion_from == 3
+
+
+@pytest.mark.parametrize("put", ["message", "argument", "tool", "field"])
+def test_what_a_schema_of_ones_own_gives_may_be_the_same_object_each_time(tmp_path, put):
+    (tmp_path / "mine.py").write_text(
+        "from ftdata.types import *\n"
+        "answer = {'role': 'assistant', 'content': 'a'}\n"
+        "asked = {'role': 'user', 'content': 'q'}\n"
+        "calls = {'role': 'assistant', 'tool_calls': [{'function': {'name': 'f', 'arguments': {'x': 'x'}}}]}\n"
+        "tool = {'type': 'function', 'function': {'name': 'f'}}\n"
+        "fields = {'question': 'q'}\n"
+        "whole = Conversation((asked, calls, answer), fields=fields, tools=(tool,))\n"
+        "def f(row):\n"
+        "    answer['content'] = fields['question'] = row['y']\n"
+        "    calls['tool_calls'][0]['function']['arguments']['x'] = tool['function']['name'] = row['y']\n"
+        "    return whole\n"
+    )
+    first, second = (convert({"y": text}, schema=f"{tmp_path / 'mine.py'}:f") for text in ("one", "two"))
+    found = {
+        "message": lambda one: one.messages[2]["content"],
+        "argument": lambda one: one.messages[1]["tool_calls"][0]["function"]["arguments"]["x"],
+        "tool": lambda one: one.tools[0]["function"]["name"],
+        "field": lambda one: one.fields["question"],
+    }[put]
+    assert [found(first), found(second)] == ["one", "two"]

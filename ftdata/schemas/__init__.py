@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +40,7 @@ from ftdata.schemas.messages import (
     read_tools,
 )
 from ftdata.schemas.shapes import ALIASES, Convert, Schema, last_answer, listed, log_columns, name_in, schemas
-from ftdata.types import NOWHERE, Conversation, Message, Row, Tokens
+from ftdata.types import Conversation, Message, Row, Tokens
 
 __all__ = [
     "ROLES",
@@ -109,14 +110,12 @@ def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
         where = f"{row.source} {error.field}".rstrip()
         raise BadRow(error.code, error.message, where=where, hint=error.hint, field=error.field) from None
     noted = _notes(name, data, look, conversation.messages)
-    if conversation.source is not NOWHERE:
-        # A schema of the user's own may give the same one again.
-        conversation = replace(conversation)
     conversation.kwargs, conversation.noted = kwargs, noted
     conversation.schema, conversation.source = name, row.source
     return conversation
 
 
+_OURS = {id(schema): schema for schema in schemas.own().values()}
 _LISTED = re.compile(r"\s*\[")
 _MOST_LOOKS = 1000
 
@@ -147,10 +146,11 @@ def _name(data: Mapping[str, Any], look: tuple[Any, ...]) -> str:
 
 def _converted(name: str, data: Mapping[str, Any]) -> Conversation:
     chosen = schemas.get(name)
-    if isinstance(chosen, Schema):
-        return chosen.convert(data)
+    if id(chosen) in _OURS:
+        return chosen.convert(data)  # type: ignore[union-attr]
     try:
-        conversation: Any = chosen(data)
+        # A copy: it may be the same for each row, with other texts put into it.
+        conversation: Any = deepcopy(chosen.convert(data) if isinstance(chosen, Schema) else chosen(data))
     except BadRow:
         raise
     except Exception as error:
@@ -159,7 +159,7 @@ def _converted(name: str, data: Mapping[str, Any]) -> Conversation:
     if not isinstance(conversation, Conversation):
         found = f"schema {name} makes a {type(conversation).__name__} of it, expected a ftdata.types.Conversation"
         raise BadRow("schema_failed", found)
-    return _checked(conversation, name)
+    return conversation if isinstance(chosen, Schema) else _checked(conversation, name)
 
 
 def _checked(made: Conversation, name: str) -> Conversation:
