@@ -242,6 +242,7 @@ def differs(one: Encoded, other: Encoded) -> bool:
 _MODEL = ("dropout", "end_of_word_suffix", "continuing_subword_prefix")
 _ADDED = ("lstrip", "rstrip", "single_word")
 _BLANK = "\u2581"
+_BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 _PREPEND = {"type": "Prepend", "prepend": _BLANK}
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _BLANK}
 
@@ -262,7 +263,9 @@ def _is_sentencepiece(spec: Any) -> bool:
     # What it would split at is no blank any longer.
     whole = spec.get("pre_tokenizer") is None or spec["pre_tokenizer"].get("pattern") == {"String": " "}
     as_written = not any(one.get("normalized") for one in spec.get("added_tokens", ()))
-    return _is_plain(spec) and bool(spec["model"].get("byte_fallback")) and changed and whole and as_written
+    spelled = changed and whole and as_written and _is_plain(spec) and bool(spec["model"].get("byte_fallback"))
+    # Then there is no character that no token stands for.
+    return spelled and _BYTES.issubset(spec["model"]["vocab"])
 
 
 def _is_plain(spec: Any) -> bool:
@@ -307,9 +310,8 @@ def _letters(spec: Any, *, in_bytes: bool) -> NDArray[np.unsignedinteger]:
         letters[numbers[sizes > 0]] += continues[ends[:-1][sizes > 0]]
     else:
         letters[numbers] = 2 * sizes
-        for byte in range(256):
-            if (name := f"<0x{byte:02X}>") in vocabulary:
-                letters[vocabulary[name]] = 1 if 0x80 <= byte < 0xC0 else 2
+        for name in _BYTES:
+            letters[vocabulary[name]] = 1 if 0x80 <= int(name[1:-1], 16) < 0xC0 else 2
     for number, text in added.items():
         letters[number] = 2 * len(text)
     # The smaller the table, the more of it stays at hand.
