@@ -97,3 +97,8 @@ class Registry(Generic[T]):
             raise UsageError("no_such_name", f"{path} defines no {attribute!r}", hint=nearest(attribute, public))
         value: T = getattr(module, attribute)
         return value
+
+
+def is_ours(value: object) -> bool:
+    """Whether a schema, policy or reader is one of this package: of others nobody knows what they do next time."""
+    return str(getattr(getattr(value, "convert", value), "__module__", "")).startswith("ftdata.")

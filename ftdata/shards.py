@@ -27,6 +27,7 @@ from ftdata.mask import masks
 from ftdata.readers import FileSource, MemorySource, readers
 from ftdata.readers.select import Selection
 from ftdata.recipe import Recipe
+from ftdata.registry import is_ours
 from ftdata.schemas import schemas
 from ftdata.types import Reject, Source
 
@@ -111,7 +112,7 @@ def _key(recipe: Recipe, task: Task) -> str | None:
     policy = masks.own().get(recipe.train_on) if isinstance(recipe.train_on, str) else None
     shapes = schemas.own()
     read = shapes.values() if recipe.schema == "auto" else [shapes.get(recipe.schema)]
-    if not all(map(_ours, (policy, readers.own().get(source.reader), *read))):
+    if not all(map(is_ours, (policy, readers.own().get(source.reader), *read))):
         return None
     try:
         content = cache.content_of(source.path)
@@ -121,11 +122,6 @@ def _key(recipe: Recipe, task: Task) -> str | None:
     read_as = {**asdict(source), "place": None, "share": None, "split": None}
     chosen = task.where, task.limit, task.near
     return cache.key_of([cache.code(), *map(version, _PARSERS), content, read_as, chosen, recipe.describe()])
-
-
-def _ours(value: Any) -> bool:
-    """Whether a schema, policy or reader is one of this package."""
-    return str(getattr(getattr(value, "convert", value), "__module__", "")).startswith("ftdata.")
 
 
 def _texts_key(recipe: Recipe, task: Task) -> str:

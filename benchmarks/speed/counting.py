@@ -38,6 +38,15 @@ def counted(load: Callable[[], Any], work: Callable[[Any], Any], rows: Callable[
     return {**figures, "tokens": tokens, "trained": trained, "digest": digest.hexdigest()}
 
 
+def own() -> float:
+    """Return the megabytes of this process and its children that are no files on disk."""
+    import psutil
+
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    memory = [one.memory_info() for one in family if one.is_running()]
+    return sum(one.rss - one.shared for one in memory) / 1e6
+
+
 def tiny_model(vocabulary: int) -> Any:
     """Return a model for trainers that want one before they prepare data."""
     import transformers

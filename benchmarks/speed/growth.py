@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from counting import own
 from prep import vocabulary, words
 
 
@@ -70,17 +71,13 @@ def child(folder: str, tokenizer: str, workers: int) -> dict[str, Any]:
 def built(folder: Path, tokenizer: str, workers: int) -> dict[str, Any]:
     import threading
 
-    import psutil
-
     from ftdata.build import write_build
 
-    own = [0.0]
+    most = [0.0]
 
     def watch() -> None:
         while True:
-            family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-            memory = [one.memory_info() for one in family if one.is_running()]
-            own[0] = max(own[0], sum(one.rss - one.shared for one in memory) / 1e6)
+            most[0] = max(most[0], own())
             time.sleep(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -89,7 +86,7 @@ def built(folder: Path, tokenizer: str, workers: int) -> dict[str, Any]:
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu = sum(one.ru_utime + one.ru_stime for one in usage)
     peak = usage[0].ru_maxrss / 1024 + (workers * usage[1].ru_maxrss / 1024 if workers > 1 else 0)
-    return {"cpu": cpu, "peak": peak, "own": own[0], "tokens": report.splits["train"]["tokens"]}
+    return {"cpu": cpu, "peak": peak, "own": most[0], "tokens": report.splits["train"]["tokens"]}
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
     python benchmarks/speed/large.py --tokenizer FOLDER --data chats.jsonl [--gigabytes 10]
 
 The rows are exchanges of those conversations in other orders, a tenth of the file ten times. All of it is built and
-packed to 8,192 tokens in one process; the disk needs four times as much room. For Linux, which tells what memory is
-one's own.
+packed to 8,192 tokens in one process; the disk needs four times as much room.
 """
 
 import argparse
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import orjson
+from counting import own
 
 
 def main() -> None:
@@ -41,14 +42,15 @@ def written(file: Path, data: Path, size: int) -> None:
     chance = random.Random(0)  # noqa: S311
     talks = [orjson.loads(line)["messages"] for line in data.read_bytes().splitlines()]
     pairs = [talk[at : at + 2] for talk in talks for at in range(talk[0]["role"] == "system", len(talk) - 1, 2)]
-    with file.open("wb") as target:
+    tenth = file.with_name("tenth.jsonl")
+    with tenth.open("wb") as target:
         while target.tell() < size / 10:
             talk = [message for pair in chance.choices(pairs, k=chance.randint(1, 6)) for message in pair]
             target.write(orjson.dumps({"messages": talk}) + b"\n")
-    tenth = file.read_bytes()
-    with file.open("ab") as target:
-        for _ in range(9):
-            target.write(tenth)
+    with file.open("wb") as target:
+        for _ in range(10):
+            with tenth.open("rb") as source:
+                shutil.copyfileobj(source, target)
 
 
 def built(file: Path, tokenizer: str) -> None:
@@ -74,14 +76,6 @@ def built(file: Path, tokenizer: str) -> None:
     size, train, used = file.stat().st_size / 1e9, report.splits["train"], time.process_time() - began
     print(f"{size:.1f} GB: {train['examples']:,} conversations, {train['tokens']:,} tokens")
     print(f"{used:,.0f} CPU s, {report.seconds:,.0f} s, {most[0]:,.0f} MB of its own at most")
-
-
-def own() -> float:
-    """Return the megabytes of this process that are no file on disk."""
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Anonymous:"):
-            return int(line.split()[1]) / 1000
-    return 0.0
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from counting import TEMPLATE, Counted, counted, tiny_model
 from peers import PEERS
 
 WORDS = [
-    *("the", "of", "model", "answer", "token", "label", "42", "with", "question,", "because", "(often)", "however;"),
-    *("it's\n\nfirst:", "-", "list"),
-]
+    "the", "of", "model", "answer", "token", "label", "42", "with", "question,", "because", "(often)", "however;", "-",
+    "list", "it's\n\nfirst:",
+]  # fmt: skip
 OTHERS = ["naïve", "café", "数据", "“so”"]
 
 

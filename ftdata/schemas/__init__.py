@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from ftdata.errors import BadRow, UsageError, nearest
+from ftdata.registry import is_ours
 from ftdata.schemas.messages import (
     ROLES,
     SPECIAL_ROLES,
@@ -115,7 +116,6 @@ def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
     return conversation
 
 
-_OURS = {id(schema): schema for schema in schemas.own().values()}
 _LISTED = re.compile(r"\s*\[")
 _MOST_LOOKS = 1000
 
@@ -146,8 +146,8 @@ def _name(data: Mapping[str, Any], look: tuple[Any, ...]) -> str:
 
 def _converted(name: str, data: Mapping[str, Any]) -> Conversation:
     chosen = schemas.get(name)
-    if id(chosen) in _OURS:
-        return chosen.convert(data)  # type: ignore[union-attr]
+    if isinstance(chosen, Schema) and is_ours(chosen):
+        return chosen.convert(data)
     try:
         # A copy: it may be the same for each row, with other texts put into it.
         conversation: Any = deepcopy(chosen.convert(data) if isinstance(chosen, Schema) else chosen(data))

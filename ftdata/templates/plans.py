@@ -41,6 +41,8 @@ class Leaf:
 
     def of(self, content: str) -> str | None:
         """Return the stretch for another content; `None` where it is not of the same kind."""
+        if not self.changes and self.manner is None:
+            return content
         text = content
         for method, arguments in self.changes:
             text = getattr(text, method)(*arguments)
@@ -96,8 +98,8 @@ class Plan:
         try:
             for at, leaf in self.leaves:
                 content = contents[leaf.message]
-                own = leaf.of(content) if leaf.changes or leaf.manner else content
-                if own is None or not content or content.isspace():
+                own = leaf.of(content) if content and not content.isspace() else None
+                if own is None:
                     return None
                 texts[at] = own
             for question in self.way.questions:
