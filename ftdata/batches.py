@@ -100,8 +100,7 @@ class Renderings:
 
     Attributes:
         texts: the texts.
-        places: int64 `[texts + 1]`, where the characters of each text begin.
-        starts, ends: int64 `[spans]`, the characters of each span, counted through all texts.
+        starts, ends: int64 `[spans]`, the characters of each span, counted through all texts, which they tile.
         data: bool `[spans]`, which spans are not the template's own text.
     """
 
@@ -117,29 +116,25 @@ class Renderings:
         return iter(self.texts)
 
     @cached_property
-    def places(self) -> NDArray[np.int64]:  # noqa: D102
-        return ends_of(len(one.text) for one in self.texts)
-
-    @cached_property
     def spans(self) -> tuple[Spans, ...]:
         """The spans of each text."""
         return tuple(Spans.of(one.spans) for one in self.texts)
 
-    @cached_property
+    @property
     def starts(self) -> NDArray[np.int64]:  # noqa: D102
-        return _laid([one.starts for one in self.spans]) + self._shift
+        return self._edges[:-1]
 
-    @cached_property
+    @property
     def ends(self) -> NDArray[np.int64]:  # noqa: D102
-        return _laid([one.ends for one in self.spans]) + self._shift
+        return self._edges[1:]
 
     @cached_property
     def data(self) -> NDArray[np.bool_]:  # noqa: D102
         return np.concatenate([np.empty(0, np.bool_), *[one.kinds.is_data for one in self.spans]])
 
     @cached_property
-    def _shift(self) -> NDArray[np.int64]:
-        return np.repeat(self.places[:-1], [len(one.starts) for one in self.spans])
+    def _edges(self) -> NDArray[np.int64]:
+        return ends_of(chain.from_iterable([one.sizes for one in self.spans]))
 
 
 class Columns(NamedTuple):
@@ -172,7 +167,3 @@ def ends_of(sizes: Iterable[int]) -> NDArray[np.int64]:
 def width(most: int) -> type[np.signedinteger]:
     """Return the kind of number for places in a text of so many characters."""
     return np.int32 if most < 1 << 31 else np.int64
-
-
-def _laid(lists: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-    return np.fromiter(chain.from_iterable(lists), np.int64)

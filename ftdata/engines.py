@@ -126,7 +126,7 @@ class Engines:
     again if `retried`. What is `known` is not encoded once more.
     """
 
-    description: str
+    description: bytes
     reference: Reference
     trusted: bool = True
     retried: bool = False
@@ -174,7 +174,7 @@ class Engines:
         return found
 
 
-def fast(description: str, reference: Reference) -> Fast | None:
+def fast(description: bytes, reference: Reference) -> Fast | None:
     """Return the fast engine for a tokenizer, where it is installed, can be used, and does the same on hard texts."""
     try:
         import fastokens

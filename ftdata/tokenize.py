@@ -49,7 +49,7 @@ class Tokenizer:
     """
 
     name: str
-    json: str = field(repr=False)
+    json: bytes = field(repr=False)
     special_tokens: dict[str, str] = field(default_factory=dict)
     chat_template: str | None = field(default=None, repr=False)
 
@@ -61,7 +61,7 @@ class Tokenizer:
 
     @cached_property
     def _backend(self) -> tuple[tokenizers.Tokenizer, list[int]]:
-        return _bare(tokenizers.Tokenizer.from_str(self.json))
+        return _bare(tokenizers.Tokenizer.from_buffer(self.json))
 
     @property
     def _plain(self) -> tokenizers.Tokenizer:
@@ -80,7 +80,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hash of everything that decides ids: the tokenizer, its special tokens and its chat template."""
         parts = ("\0", json.dumps(self.special_tokens, sort_keys=True), "\0", self.chat_template or "")
-        found = xxhash.xxh3_128(self.json.encode())
+        found = xxhash.xxh3_128(self.json)
         found.update("".join(parts).encode())
         return found.hexdigest()
 
@@ -359,7 +359,7 @@ def load_tokenizer(tokenizer: Any) -> Tokenizer:
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
     if isinstance(tokenizer, tokenizers.Tokenizer):
-        return Tokenizer("<object>", tokenizer.to_str(), _special_tokens({}, tokenizer))
+        return Tokenizer("<object>", tokenizer.to_str().encode(), _special_tokens({}, tokenizer))
     if isinstance(getattr(tokenizer, "backend_tokenizer", None), tokenizers.Tokenizer):
         return _from_transformers(tokenizer)
     if not isinstance(tokenizer, str | Path):
@@ -394,7 +394,7 @@ def _from_transformers(tokenizer: Any) -> Tokenizer:
     known, loaded = _loaded.get(tokenizer, (None, None))
     if loaded is None or known != state:
         name = getattr(tokenizer, "name_or_path", "") or "<object>"
-        loaded = Tokenizer(name, tokenizer.backend_tokenizer.to_str(), specials, template)
+        loaded = Tokenizer(name, tokenizer.backend_tokenizer.to_str().encode(), specials, template)
     elif (loaded.special_tokens, loaded.chat_template) != (specials, template):
         loaded = loaded.with_template(template, specials)
     _loaded[tokenizer] = state, loaded
@@ -405,10 +405,10 @@ def _from_transformers(tokenizer: Any) -> Tokenizer:
 def _from_folder(folder: Path, name: str, state: tuple[tuple[int, int], ...]) -> Tokenizer:  # noqa: ARG001
     # `state` is when the files were last changed: with other files, the cache holds nothing.
     file = folder / "tokenizer.json"
-    text = file.read_bytes().decode("utf-8")
+    text = file.read_bytes()
     config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
     try:
-        backend = tokenizers.Tokenizer.from_str(text)
+        backend = tokenizers.Tokenizer.from_buffer(text)
     except Exception as error:  # noqa: BLE001  (tokenizers raises nothing narrower)
         raise TemplateRefused("bad_tokenizer", f"{file} cannot be loaded: {error}") from None
     loaded = Tokenizer(name, text, _special_tokens(config, backend), _chat_template(folder, config))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, Required, TypedDict, overload
 
 if TYPE_CHECKING:
@@ -177,32 +178,40 @@ class Kinds:
 
 
 class Spans(Sequence[Span]):
-    """Spans by columns, for those who ask many texts for one of these. Equal to a tuple of the same spans.
+    """Spans that tile a text, by columns: how many characters each has, and what it is. Equal to a tuple of the same.
 
     >>> spans = Spans.of((Span(0, 4, Part.CONTENT, 0, False), Span(4, 9, Part.CONTENT, 1, True)))
-    >>> spans.ends, spans.kinds.generated, spans[1].message, spans == tuple(spans)
-    ([4, 9], (False, True), 1, True)
+    >>> spans.sizes, spans.kinds.generated, spans[1].start, spans == tuple(spans)
+    ([4, 5], (False, True), 4, True)
     """
 
-    __slots__ = ("ends", "kinds", "starts")
+    __slots__ = ("kinds", "sizes")
 
-    def __init__(self, starts: list[int], ends: list[int], kinds: Kinds) -> None:
-        self.starts, self.ends, self.kinds = starts, ends, kinds
+    def __init__(self, sizes: list[int], kinds: Kinds) -> None:
+        self.sizes, self.kinds = sizes, kinds
 
     @classmethod
     def of(cls, spans: Sequence[Span]) -> Spans:
-        """Return the spans by columns."""
+        """Return the spans by columns.
+
+        Raises:
+            ValueError: they do not tile a text.
+        """
         if isinstance(spans, cls):
             return spans
         starts, ends, *kinds = zip(*spans, strict=True) if spans else ((),) * 5
-        return cls(list(starts), list(ends), Kinds(*kinds))
+        sizes = [end - start for start, end in zip(starts, ends, strict=True)]
+        if [*accumulate(sizes, initial=0)] != [*starts, *ends[-1:]] and spans:
+            raise ValueError("spans leave gaps, or overlap")
+        return cls(sizes, Kinds(*kinds))
 
     def __iter__(self) -> Iterator[Span]:
-        kinds = self.kinds
-        return map(Span._make, zip(self.starts, self.ends, kinds.parts, kinds.messages, kinds.generated, strict=True))
+        kinds, places = self.kinds, [*accumulate(self.sizes, initial=0)]
+        rest = (kinds.parts, kinds.messages, kinds.generated)
+        return map(Span._make, zip(places[:-1], places[1:], *rest, strict=True))
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.sizes)
 
     @overload
     def __getitem__(self, key: int) -> Span: ...

@@ -12,13 +12,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any
 
-from ftdata.templates.memory import Way
+from ftdata.templates.memory import Anchor, Way
 from ftdata.templates.runs import flat
 from ftdata.templates.spans import Piece
-from ftdata.templates.watched import Origin, evaluate
+from ftdata.templates.watched import Origin, Question, evaluate
 from ftdata.types import Kinds, Part, Rendered, Spans
 
 _ROLES = {"system", "user", "assistant"}
@@ -53,18 +52,18 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The stretches of one way that a template takes, and how spans lie in them.
+    """The spans of one way that a template takes, and what it hangs on (as of a `Way`).
 
-    `texts` holds the template's own, and `leaves` which of them are contents, and whose. Spans tile the text: `edges`
-    says in which stretch each begins, and how far into it, and `kinds` the rest of them.
+    `texts` holds the text of each that is the template's own, `leaves` which of them are contents, and whose, and
+    `kinds` the rest of what they are.
     """
 
-    way: Way
     texts: tuple[str, ...]
     leaves: tuple[tuple[int, Leaf], ...]
-    edges: tuple[tuple[int, int], ...]
     kinds: Kinds
     flags: frozenset[str]
+    questions: tuple[Question, ...]
+    unlike: tuple[tuple[Anchor, str], ...]
 
     @classmethod
     def of(
@@ -72,25 +71,27 @@ class Plan:
     ) -> Plan | None:
         """Return the plan for renderings like this one; `None` where a span is not told by the stretches.
 
+        A span is a stretch, or some of one of the template's.
+
         `alike`: whether prompts and endings were made of the very stretches that the whole begins with. Then what is
         printed of a text is the same in all of them, whatever there is to cut at its ends.
         """
-        edges, number = list[tuple[int, int]](), 0
-        for span in rendered.spans:
-            while number < len(parts) and parts[number].end <= span.start:
+        texts, leaves, firsts, number = list[str](), list[tuple[int, Leaf]](), [0], 0
+        for at, span in enumerate(rendered.spans):
+            if span.start == parts[number].end:
                 number += 1
-            piece = parts[number]
-            whole = (span.start, span.end) == (piece.start, piece.end)
-            if span.end > piece.end or (isinstance(stretches[number], Leaf) and not whole):
+                firsts.append(at)
+            stretch = stretches[number]
+            if span.end > parts[number].end or (isinstance(stretch, Leaf) and span.end < parts[number].end):
                 return None
-            edges.append((number, span.start - piece.start))
-        leaves = [(at, one) for at, one in enumerate(stretches) if isinstance(one, Leaf)]
-        if alike:
-            way = replace(way, questions=tuple(one for one in way.questions if one.asked[0] != "same"))
-            leaves = [(at, replace(leaf, manner=None)) for at, leaf in leaves]
-        texts = tuple("" if isinstance(one, Leaf) else one for one in stretches)
+            if isinstance(stretch, Leaf):
+                leaves.append((at, replace(stretch, manner=None) if alike else stretch))
+            texts.append("" if isinstance(stretch, Leaf) else rendered.text[span.start : span.end])
+        firsts.append(len(texts))
+        questions = tuple(one for one in way.questions if not (alike and one.asked[0] == "same"))
+        unlike = tuple(((firsts[number], offset), other) for (number, offset), other in way.unlike)
         kinds = replace(Spans.of(rendered.spans).kinds, followed=True)
-        return cls(way, texts, tuple(leaves), (*edges, (len(texts), 0)), kinds, rendered.flags)
+        return cls(tuple(texts), tuple(leaves), kinds, rendered.flags, questions, unlike)
 
     def fill(self, messages: Sequence[Mapping[str, Any]], contents: Sequence[str]) -> Rendered | None:
         """Return what the template makes of these messages (`contents_of` them), `None` where that is not certain."""
@@ -102,18 +103,16 @@ class Plan:
                 if own is None:
                     return None
                 texts[at] = own
-            for question in self.way.questions:
+            for question in self.questions:
                 if not question.same(messages):
                     return None
         except (ValueError, LookupError):
             return None
-        starts = [0, *accumulate(map(len, texts))]
-        text = "".join(texts)
-        for (number, offset), other in self.way.unlike:
-            if text.startswith(other, starts[number] + offset):
+        text, sizes = "".join(texts), [*map(len, texts)]
+        for (number, offset), other in self.unlike:
+            if text.startswith(other, sum(sizes[:number]) + offset):
                 return None
-        edges = [starts[at] + offset for at, offset in self.edges]
-        return Rendered(text, Spans(edges[:-1], edges[1:], self.kinds), self.flags, len(messages))
+        return Rendered(text, Spans(sizes, self.kinds), self.flags, len(messages))
 
 
 @dataclass
