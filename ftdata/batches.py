@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -161,7 +161,8 @@ class Columns(NamedTuple):
 
 def ends_of(sizes: Iterable[int]) -> NDArray[np.int64]:
     """Return where each of several things ends, after a 0: int64 `[things + 1]`."""
-    return np.fromiter(accumulate(sizes, initial=0), np.int64)
+    found = np.array([0, *sizes], np.int64)
+    return np.cumsum(found, out=found)
 
 
 def width(most: int) -> type[np.signedinteger]:

@@ -39,11 +39,18 @@ FEW, TOGETHER = 64, 1 << 20
 """Rows that are read, then normalised, then rendered, or fewer, where those before are so long: what a processor does
 many times over, it does a third faster than in turns with other things."""
 
-Prepared = tuple[Conversation, tuple[Rendered, ...]]
 _T = TypeVar("_T")
 
 PROVED, PROVED_EVERY, PROVED_MESSAGES = 32, 100, 4
 """Rows of each source that are confirmed by a second way: the first, every so many-th; by how many messages of each."""
+
+
+class Shown(NamedTuple):
+    """One row that was rendered: its texts, and which spans of each are to be trained."""
+
+    conversation: Conversation
+    texts: tuple[Rendered, ...]
+    chosen: tuple[Sequence[bool], ...]
 
 
 class Built(NamedTuple):
@@ -205,11 +212,11 @@ def _columns(examples: Sequence[Example]) -> Columns:
 def build_batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[Batch]:
     """As `build_rows`, as many rows at a time as go through the stages together."""
     for batch in _batches(recipe, rows):
-        texts = [(entry[0], rendered) for _, entry in batch if not isinstance(entry, Reject) for rendered in entry[1]]
-        yield _finished(recipe, batch, _masked(recipe, texts))
+        masked = _masked(recipe, [entry for _, entry in batch if not isinstance(entry, Reject)])
+        yield _finished(recipe, batch, masked)
 
 
-def _finished(recipe: Recipe, batch: Sequence[tuple[Row | Reject, Prepared | Reject]], masked: Masked) -> Batch:
+def _finished(recipe: Recipe, batch: Sequence[tuple[Row | Reject, Shown | Reject]], masked: Masked) -> Batch:
     """Say what became of each row, most of which are one text to which nothing more is to be done."""
     plain = masked.learnt > 0
     if recipe.max_length is not None:
@@ -222,8 +229,8 @@ def _finished(recipe: Recipe, batch: Sequence[tuple[Row | Reject, Prepared | Rej
         if isinstance(entry, Reject):
             entries.append(entry)
             continue
-        conversation, texts = entry
-        messages, first, at = conversation.messages, at, at + len(texts)
+        conversation = entry.conversation
+        messages, first, at = conversation.messages, at, at + len(entry.texts)
         if at - first == 1 and as_is[first] and (not messages or messages[-1]["role"] == "assistant"):
             entries.append(first)
         else:
@@ -231,17 +238,20 @@ def _finished(recipe: Recipe, batch: Sequence[tuple[Row | Reject, Prepared | Rej
     return Batch(masked, range(len(masked)) if entries == list(range(len(masked))) else entries)
 
 
-def _batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tuple[Row | Reject, Prepared | Reject]]]:
+def _batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tuple[Row | Reject, Shown | Reject]]]:
     """Yield rows, and what they were rendered to, as many together as shall be in memory."""
-    batch, letters, left, few = list[tuple[Row | Reject, Prepared | Reject]](), 0, iter(rows), 1
+    batch, letters, left, few = list[tuple[Row | Reject, Shown | Reject]](), 0, iter(rows), 1
+    policy = recipe.policy
     while some := _next(left, few):
         long = 0
         said = [_tried(_said, recipe, row) for row in some]
         for row, conversation in zip(some, said, strict=True):
-            entry = conversation if isinstance(conversation, Reject) else _tried(_shown, recipe, row, conversation)
+            entry: Shown | Reject = (
+                conversation if isinstance(conversation, Reject) else _tried(_shown, recipe, row, conversation, policy)
+            )
             batch.append((row, entry))
             if not isinstance(entry, Reject):
-                size = sum([len(one.text) for one in entry[1]])
+                size = sum([len(one.text) for one in entry.texts])
                 letters, long = letters + size, long + size
             if len(batch) == BATCH or letters >= LETTERS:
                 yield batch
@@ -279,15 +289,17 @@ def _said(recipe: Recipe, row: Row) -> Conversation:
     return conversation
 
 
-def _shown(recipe: Recipe, row: Row, conversation: Conversation) -> Prepared:
+def _shown(recipe: Recipe, row: Row, conversation: Conversation, policy: Policy) -> Shown:
     number = row.source.row
-    return conversation, _render(recipe, conversation, proved=number < PROVED or number % PROVED_EVERY == 0)
+    texts = _render(recipe, conversation, proved=number < PROVED or number % PROVED_EVERY == 0)
+    # While the row is at hand: to come back to it takes three times as long.
+    return Shown(conversation, texts, tuple([policy(one, conversation) for one in texts]))
 
 
 def _render(recipe: Recipe, conversation: Conversation, *, proved: bool) -> tuple[Rendered, ...]:
     if conversation.tokens is not None:
         return ()
-    recipe = recipe.with_kwargs(conversation.kwargs)
+    recipe = recipe.with_kwargs(conversation.kwargs) if conversation.kwargs else recipe
     texts = render(conversation, recipe.template, recipe.turns, recipe.dropped)
     _check_hidden(recipe, conversation, texts)
     if proved:
@@ -489,16 +501,15 @@ def _given(recipe: Recipe, conversation: Conversation, tokens: Tokens) -> Exampl
     return example if _stops(example, recipe) else replace(example, flags=flags | {"no_stop"})
 
 
-def _masked(recipe: Recipe, texts: Sequence[tuple[Conversation, Rendered]]) -> Masked:
-    """Tokenise and mask texts, all at once."""
-    said, batch = [one for one, _ in texts], Renderings([one for _, one in texts])
+def _masked(recipe: Recipe, rows: Sequence[Shown]) -> Masked:
+    """Tokenise and mask the texts of rows, all at once."""
+    said = [row.conversation for row in rows for _ in row.texts]
+    batch = Renderings([one for row in rows for one in row.texts])
     tokens, refused = encode_rendered(recipe.tokenizer, batch, recipe.control, recipe.control_tokens)
     tokens = _begun(recipe, batch, tokens)
-    policy = recipe.policy
-    chosen = [
-        [False] * len(one.spans) if number in refused else policy(one, conversation)
-        for number, (conversation, one) in enumerate(texts)
-    ]
+    chosen = [one for row in rows for one in row.chosen]
+    for number in refused:
+        chosen[number] = [False] * len(chosen[number])
     trained, straddles = trained_tokens(tokens, batch, chosen)
     flags = [one.flags for one in batch]
     for flag, numbers in (("control_tokens", tokens.escaped), ("straddle", np.flatnonzero(straddles).tolist())):
@@ -628,7 +639,8 @@ def encode(
     conversation = normalise(Row(row, Source("<messages>", 0)), "messages")
     try:
         texts = _render(recipe, conversation, proved=False)
-        masked = _masked(recipe, [(conversation, one) for one in texts])
+        chosen = tuple(recipe.policy(one, conversation) for one in texts)
+        masked = _masked(recipe, [Shown(conversation, texts, chosen)])
         examples = _examples(recipe, conversation, [masked[number] for number in range(len(masked))])
         _check_flags(recipe, examples)
     except BadRow as error:

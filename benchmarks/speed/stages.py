@@ -109,8 +109,14 @@ def measured(data: Path, tokenizer: str, template: str) -> dict[str, float]:
         ],
     )
     owners = zip(rows, talks, strict=True)
-    batches = [[(row, (talk, (one,))) for one, (row, talk) in zip(group, owners, strict=False)] for group in groups]
-    made = [examples._masked(recipe, [(talk, one) for _, (talk, (one,)) in batch]) for batch in batches]
+    batches = [
+        [
+            (row, examples.Shown(talk, (one,), (own,)))
+            for one, own, (row, talk) in zip(group, trained, owners, strict=False)
+        ]
+        for group, trained in zip(groups, chosen, strict=True)
+    ]
+    made = [examples._masked(recipe, [shown for _, shown in batch]) for batch in batches]
     finished = timed("finish", lambda: [examples._finished(recipe, *pair) for pair in zip(batches, made, strict=True)])
     hashed = [(batch.columns, [b"x" * 24] * len(batch)) for batch in finished]
     with tempfile.TemporaryDirectory() as scratch:

@@ -21,7 +21,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -100,54 +101,85 @@ def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
     """
     try:
         data, missing = _mapped(row, columns)
-        kwargs = _kwargs(data)
+        kwargs = _kwargs(data) if "chat_template_kwargs" in data else {}
         try:
-            look = _look(data)
-            name = _name(data, look) if schema == "auto" else schema
-            conversation = _converted(name, data)
+            kind = _kind(schema, data)
+            conversation = kind.convert(data)
         except BadRow as error:
             raise missing or error from None
     except BadRow as error:
         where = f"{row.source} {error.field}".rstrip()
         raise BadRow(error.code, error.message, where=where, hint=error.hint, field=error.field) from None
-    noted = _notes(name, data, look, conversation.messages)
-    conversation.kwargs, conversation.noted = kwargs, noted
-    conversation.schema, conversation.source = name, row.source
+    conversation.kwargs, conversation.noted = kwargs, _notes(kind, data, conversation.messages)
+    conversation.schema, conversation.source = kind.name, row.source
     return conversation
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What rows that look alike have in common.
+
+    Attributes:
+        name: their schema.
+        convert: what makes conversations of them.
+        unread: what is to be noted of the columns that the schema does not read.
+        chats: the columns that it reads in which there may be messages.
+    """
+
+    name: str
+    convert: Convert
+    unread: frozenset[str]
+    chats: tuple[str, ...]
+
+
 _LISTED = re.compile(r"\s*\[")
-_MOST_LOOKS = 1000
+_MOST_KINDS = 1000
 
-_names: dict[Any, str] = {}
-_columns: dict[Any, tuple[list[str], list[str]]] = {}
-
-
-def _look(data: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return all that schemas look at to know their rows: names of columns, and of each cell what kind it is."""
-    return schemas.version, *[
-        (name, type(value), not value, type(value) is str and _LISTED.match(value) is not None)
-        for name, value in data.items()
-    ]
+_kinds: dict[Any, _Kind] = {}
 
 
-def _name(data: Mapping[str, Any], look: tuple[Any, ...]) -> str:
-    """Return the schema of a row; of rows that look alike it is found once."""
-    if (known := _names.get(look)) is not None:
+def _kind(schema: str, data: Mapping[str, Any]) -> _Kind:
+    """Return of what kind a row is; of rows that look alike it is found once.
+
+    That is all that schemas look at to know their rows: names of columns, and of each cell what kind it is.
+    """
+    look = (
+        schemas.version,
+        schema,
+        *[
+            (name, type(value), not value, type(value) is str and _LISTED.match(value) is not None)
+            for name, value in data.items()
+        ],
+    )
+    if (known := _kinds.get(look)) is not None:
         return known
-    name = _detect(data)
+    kind = _kind_of(_detect(data) if schema == "auto" else schema, data)
     # Whether a list under any name is one of messages, only what is in it tells.
-    if name != "chat_log":
-        if len(_names) == _MOST_LOOKS:
-            _names.clear()
-        _names[look] = name
-    return name
+    if kind.name != "chat_log":
+        if len(_kinds) == _MOST_KINDS:
+            _kinds.clear()
+        _kinds[look] = kind
+    return kind
 
 
-def _converted(name: str, data: Mapping[str, Any]) -> Conversation:
+def _kind_of(name: str, data: Mapping[str, Any]) -> _Kind:
     chosen = schemas.get(name)
-    if isinstance(chosen, Schema) and is_ours(chosen):
-        return chosen.convert(data)
+    if not isinstance(chosen, Schema):
+        return _Kind(name, partial(_converted, name, chosen), frozenset(), ())
+    logs = log_columns(data) if name == "chat_log" else ()
+    read = {name_in(data, column) for column in chosen.columns} | {"chat_template_kwargs", *logs}
+    read -= {"functions"} if data.get("functions") and data.get("tools") else set()
+    chats = {*_CHATS, "messages", "conversations", "conversation", *logs}
+    return _Kind(
+        name,
+        chosen.convert if is_ours(chosen) else partial(_converted, name, chosen),
+        frozenset(f"column {column}" for column in data if column not in read),
+        tuple(column for column in data if column in read & chats),
+    )
+
+
+def _converted(name: str, chosen: Schema | Convert, data: Mapping[str, Any]) -> Conversation:
+    """Return what a schema of the user's own makes of a row."""
     try:
         # A copy: it may be the same for each row, with other texts put into it.
         conversation: Any = deepcopy(chosen.convert(data) if isinstance(chosen, Schema) else chosen(data))
@@ -176,7 +208,8 @@ def _checked(made: Conversation, name: str) -> Conversation:
     if made.tokens is not None:
         listed_ids = {"input_ids": np.asarray(made.tokens.input_ids).tolist()}
         mask = np.asarray(made.tokens.trained).astype(int).tolist()
-        return _converted("tokens", {**listed_ids, "completion_mask": mask})
+        tokens = {**listed_ids, "completion_mask": mask}
+        return _kind_of("tokens", tokens).convert(tokens)
     messages = read_messages(list(made.messages), "messages") if made.messages else ()
     tools = read_tools({"tools": list(made.tools)})
     # Nothing comes before the first message: this says that nobody said.
@@ -184,34 +217,17 @@ def _checked(made: Conversation, name: str) -> Conversation:
     return replace(made, messages=messages, tools=tools, completion_from=begins)
 
 
-def _notes(name: str, data: Mapping[str, Any], look: tuple[Any, ...], messages: tuple[Message, ...]) -> frozenset[str]:
-    if (name, look) not in _columns or name == "chat_log":
-        if len(_columns) == _MOST_LOOKS:
-            _columns.clear()
-        _columns[name, look] = _split_columns(name, data)
-    unread, chats = _columns[name, look]
-    noted = [f"column {column}" for column in unread]
-    for column in chats:
+def _notes(kind: _Kind, data: Mapping[str, Any], messages: tuple[Message, ...]) -> frozenset[str]:
+    noted = kind.unread
+    for column in kind.chats:
         spelled = listed(data[column])
         if is_as_read(spelled, messages):
             continue
         if column in _CHATS and isinstance(data[column], str) and is_messages(spelled):
-            noted.append(f"text {column}")
+            noted |= {f"text {column}"}
         else:
-            noted += notes_of(spelled)
-    return frozenset(noted)
-
-
-def _split_columns(name: str, data: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the columns that a schema does not read, and those that it reads in which there may be messages."""
-    schema = schemas.get(name)
-    if not isinstance(schema, Schema):
-        return [], []
-    logs = log_columns(data) if name == "chat_log" else ()
-    read = {name_in(data, column) for column in schema.columns} | {"chat_template_kwargs", *logs}
-    read -= {"functions"} if data.get("functions") and data.get("tools") else set()
-    chats = {*_CHATS, "messages", "conversations", "conversation", *logs}
-    return [column for column in data if column not in read], [column for column in data if column in read & chats]
+            noted = noted.union(notes_of(spelled))
+    return noted
 
 
 def check_columns(columns: Mapping[str, str] | None) -> None:

@@ -237,7 +237,7 @@ def _opened(
 
 def _chat(column: str) -> Convert:
     def convert(data: Mapping[str, Any]) -> Conversation:
-        messages = _opened(data, read_messages(_get(data, column), column))
+        messages = _opened(data, read_messages(data.get(column) or _get(data, column), column))
         return Conversation(messages=messages, tools=read_tools(data), completion_from=last_answer(messages))
 
     return convert

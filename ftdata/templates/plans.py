@@ -40,8 +40,6 @@ class Leaf:
 
     def of(self, content: str) -> str | None:
         """Return the stretch for another content; `None` where it is not of the same kind."""
-        if not self.changes and self.manner is None:
-            return content
         text = content
         for method, arguments in self.changes:
             text = getattr(text, method)(*arguments)
@@ -99,7 +97,9 @@ class Plan:
         try:
             for at, leaf in self.leaves:
                 content = contents[leaf.message]
-                own = leaf.of(content) if content and not content.isspace() else None
+                if not content or content.isspace():
+                    return None
+                own = leaf.of(content) if leaf.changes or leaf.manner else content
                 if own is None:
                     return None
                 texts[at] = own

@@ -84,8 +84,11 @@ def _render_chat(conversation: Conversation, template: Template, turns: str, dro
         for index, message in enumerate(conversation.messages)
         if message["role"] == "assistant" and message.get("train", True)
     ]
+    planned = turns != "split" and not conversation.tools
+    whole = template.plans.filled(conversation.messages, assistants) if planned else None
     chat = _Chats(conversation, template, dropped)
-    whole = chat.joint(assistants, must=turns == "joint") if turns != "split" else None
+    if whole is None and turns != "split":
+        whole = chat.joint(assistants, must=turns == "joint")
     if whole is not None and (turns == "joint" or "rewritten" not in whole.flags):
         return (whole,)
     parts = [one for group in _groups(conversation.messages, assistants) for one in _split(chat, group)]
@@ -105,13 +108,14 @@ class _Chats:
         return Chat.of(self.conversation, self.template)
 
     def until(self, turns: Sequence[int], count: int | None = None) -> Rendered:
-        """Render the first `count` messages, by default all, by a plan where there is one.
+        """Render the first `count` messages, by a plan where there is one, or all, for which there is none.
 
         Raises:
             BadRow: as `render_chat` does.
         """
         messages = self.conversation.messages[:count]
-        known = self.template.plans.filled(messages, turns) if not self.conversation.tools else None
+        planned = count is not None and not self.conversation.tools
+        known = self.template.plans.filled(messages, turns) if planned else None
         return known or render_chat(self._whole.first(len(messages)), turns, self.dropped)
 
     def joint(self, turns: Sequence[int], count: int | None = None, *, must: bool) -> Rendered | None:
