@@ -46,11 +46,15 @@ PROVED, PROVED_EVERY, PROVED_MESSAGES = 32, 100, 4
 
 
 class Shown(NamedTuple):
-    """One row that was rendered: its texts, and which spans of each are to be trained."""
+    """One row that was rendered: its texts, and which spans of each are to be trained.
+
+    `plain`: it is one text, and ends with an answer if it is messages.
+    """
 
     conversation: Conversation
     texts: tuple[Rendered, ...]
     chosen: tuple[Sequence[bool], ...]
+    plain: bool
 
 
 class Built(NamedTuple):
@@ -224,18 +228,19 @@ def _finished(recipe: Recipe, batch: Sequence[tuple[Row | Reject, Shown | Reject
     plain[list(masked.refused)] = False
     if recipe.refuse:
         plain &= np.fromiter((flags.isdisjoint(recipe.refuse) for flags in masked.flags), np.bool_)
+    if plain.all() and all(type(entry) is Shown and entry.plain for _, entry in batch):
+        return Batch(masked, range(len(masked)))
     as_is, at, entries = plain.tolist(), 0, list[int | Built | Reject]()
     for row, entry in batch:
         if isinstance(entry, Reject):
             entries.append(entry)
             continue
-        conversation = entry.conversation
-        messages, first, at = conversation.messages, at, at + len(entry.texts)
-        if at - first == 1 and as_is[first] and (not messages or messages[-1]["role"] == "assistant"):
+        first, at = at, at + len(entry.texts)
+        if entry.plain and as_is[first]:
             entries.append(first)
         else:
-            entries.append(_finish(recipe, row, conversation, [masked[n] for n in range(first, at)]))
-    return Batch(masked, range(len(masked)) if entries == list(range(len(masked))) else entries)
+            entries.append(_finish(recipe, row, entry.conversation, [masked[n] for n in range(first, at)]))
+    return Batch(masked, entries)
 
 
 def _batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tuple[Row | Reject, Shown | Reject]]]:
@@ -291,9 +296,16 @@ def _said(recipe: Recipe, row: Row) -> Conversation:
 
 def _shown(recipe: Recipe, row: Row, conversation: Conversation, policy: Policy) -> Shown:
     number = row.source.row
-    texts = _render(recipe, conversation, proved=number < PROVED or number % PROVED_EVERY == 0)
-    # While the row is at hand: to come back to it takes three times as long.
-    return Shown(conversation, texts, tuple([policy(one, conversation) for one in texts]))
+    return _chosen(
+        conversation, _render(recipe, conversation, proved=number < PROVED or number % PROVED_EVERY == 0), policy
+    )
+
+
+def _chosen(conversation: Conversation, texts: tuple[Rendered, ...], policy: Policy) -> Shown:
+    """Ask all that is to be known of a row while it is at hand: to come back to it takes three times as long."""
+    messages = conversation.messages
+    plain = len(texts) == 1 and (not messages or messages[-1]["role"] == "assistant")
+    return Shown(conversation, texts, tuple([policy(one, conversation) for one in texts]), plain)
 
 
 def _render(recipe: Recipe, conversation: Conversation, *, proved: bool) -> tuple[Rendered, ...]:
@@ -639,8 +651,7 @@ def encode(
     conversation = normalise(Row(row, Source("<messages>", 0)), "messages")
     try:
         texts = _render(recipe, conversation, proved=False)
-        chosen = tuple(recipe.policy(one, conversation) for one in texts)
-        masked = _masked(recipe, [Shown(conversation, texts, chosen)])
+        masked = _masked(recipe, [_chosen(conversation, texts, recipe.policy)])
         examples = _examples(recipe, conversation, [masked[number] for number in range(len(masked))])
         _check_flags(recipe, examples)
     except BadRow as error:

@@ -111,7 +111,7 @@ def measured(data: Path, tokenizer: str, template: str) -> dict[str, float]:
     owners = zip(rows, talks, strict=True)
     batches = [
         [
-            (row, examples.Shown(talk, (one,), (own,)))
+            (row, examples.Shown(talk, (one,), (own,), plain=True))
             for one, own, (row, talk) in zip(group, trained, owners, strict=False)
         ]
         for group, trained in zip(groups, chosen, strict=True)
