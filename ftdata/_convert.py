@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 
 from ftdata import store
 from ftdata.errors import BadRow, UsageError, one_of
-from ftdata.examples import check_answers, rejected
 from ftdata.ledger import Ledger, readings
 from ftdata.readers import FileSource, MemorySource, sources
 from ftdata.readers.select import Selection
 from ftdata.recipe import Options, Recipe, make_recipe
 from ftdata.schemas import last_answer, normalise
+from ftdata.shown import check_answers, rejected
 from ftdata.templates import render
 from ftdata.tolerance import Tolerance
 from ftdata.types import WHOLE, Conversation, Reject, Rendered, Row

@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.text import Text
 
 from ftdata.errors import BadRow, InputRefused
-from ftdata.examples import Built, build_rows, check_answers
+from ftdata.examples import Built, build_rows
 from ftdata.readers import FileSource, sources
 from ftdata.recipe import Options, Recipe, as_date, check_kwargs, make_recipe
 from ftdata.schemas import normalise
+from ftdata.shown import check_answers
 from ftdata.templates import Template, check, closed, find, render
 from ftdata.types import Example, Reject, Rendered, Row
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftdata import examples
+from ftdata import shown as texts
 from ftdata.batches import Encoded, Encodings
 from ftdata.examples import Built, build_batches
 from ftdata.recipe import make_recipe
@@ -85,11 +85,11 @@ def test_rows_become_the_same_in_batches_of_any_size(tokenizer_dir, options, cho
     recipe = make_recipe(tokenizer_dir("tiny_bpe"), "chatml", **options)
     rows = [Row(data, Source("x", number)) for number, data in enumerate(chosen)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(examples, "BATCH", 1)
-        patch.setattr(examples, "FEW", 1)
+        patch.setattr(texts, "BATCH", 1)
+        patch.setattr(texts, "FEW", 1)
         alone = [one for batch in build_batches(recipe, rows) for one in batch]
-        patch.setattr(examples, "BATCH", size)
-        patch.setattr(examples, "FEW", size)
+        patch.setattr(texts, "BATCH", size)
+        patch.setattr(texts, "FEW", size)
         batches = list(build_batches(recipe, rows))
     together = [one for batch in batches for one in batch]
     assert list(map(shown, together)) == list(map(shown, alone))
@@ -137,7 +137,7 @@ def test_few_long_rows_are_in_memory_at_once(tokenizer_dir, placed):
             )
 
     done = 0
-    for batch in examples._batches(make_recipe(tokenizer_dir("tiny_bpe"), "chatml"), rows()):
+    for batch in texts.shown(make_recipe(tokenizer_dir("tiny_bpe"), "chatml"), rows()):
         assert sum(read[done:]) <= 2 * 2_000_000 + 70
         done += len(batch)
     assert done == len(read) == len(sizes)

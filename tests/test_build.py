@@ -273,8 +273,8 @@ def test_the_same_bytes_for_any_number_of_workers(tiny, tmp_path):
 def test_batch_size_does_not_matter(tiny, monkeypatch):
     built = []
     for batch, letters in ((1, 1 << 20), (7, 1 << 20), (1000, 1 << 20), (1000, 100)):
-        monkeypatch.setattr("ftdata.examples.BATCH", batch)
-        monkeypatch.setattr("ftdata.examples.LETTERS", letters)
+        monkeypatch.setattr("ftdata.shown.BATCH", batch)
+        monkeypatch.setattr("ftdata.shown.LETTERS", letters)
         built.append(build_sft_dataset(ROWS, tiny, packing="bfd", max_length=128))
     assert all(each["train"][:] == built[0]["train"][:] for each in built)
     assert len({each.report.fingerprint for each in built}) == 1

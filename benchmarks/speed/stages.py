@@ -20,7 +20,7 @@ import jinja2
 import numpy as np
 import orjson
 
-from ftdata import examples, store
+from ftdata import examples, shown, store
 from ftdata.batches import Renderings
 from ftdata.mask import trained_tokens
 from ftdata.readers import sources
@@ -85,7 +85,7 @@ def measured(data: Path, tokenizer: str, template: str) -> dict[str, float]:
     timed(
         "check",
         lambda: [
-            (examples.check_answers(talk), examples._check_hidden(recipe, talk, own))
+            (shown.check_answers(talk), shown._check_hidden(recipe, talk, own))
             for talk, own in zip(talks, texts, strict=True)
         ],
     )
@@ -111,12 +111,12 @@ def measured(data: Path, tokenizer: str, template: str) -> dict[str, float]:
     owners = zip(rows, talks, strict=True)
     batches = [
         [
-            (row, examples.Shown(talk, (one,), (own,), plain=True))
+            (row, shown.Shown(talk, (one,), (own,), plain=True))
             for one, own, (row, talk) in zip(group, trained, owners, strict=False)
         ]
         for group, trained in zip(groups, chosen, strict=True)
     ]
-    made = [examples._masked(recipe, [shown for _, shown in batch]) for batch in batches]
+    made = [examples._masked(recipe, [each for _, each in batch]) for batch in batches]
     finished = timed("finish", lambda: [examples._finished(recipe, *pair) for pair in zip(batches, made, strict=True)])
     hashed = [(batch.columns, [b"x" * 24] * len(batch)) for batch in finished]
     with tempfile.TemporaryDirectory() as scratch:

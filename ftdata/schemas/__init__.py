@@ -49,8 +49,10 @@ __all__ = [
     "SPECIAL_ROLES",
     "STANDS_FOR",
     "Convert",
+    "Kind",
     "Schema",
     "check_columns",
+    "kind_of",
     "last_answer",
     "normalise",
     "schemas",
@@ -58,6 +60,9 @@ __all__ = [
 
 _CHATS = {"prompt", "completion", "response", "chosen", "rejected"}
 """Columns that may hold a text or messages."""
+
+_OF_MESSAGES = {"messages": "messages", "sharegpt": "conversations"}
+"""Schemas whose rows are messages in one column."""
 
 _RESERVED = {
     "add_generation_prompt",
@@ -103,7 +108,7 @@ def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
         data, missing = _mapped(row, columns)
         kwargs = _kwargs(data) if "chat_template_kwargs" in data else {}
         try:
-            kind = _kind(schema, data)
+            kind = kind_of(schema, data)
             conversation = kind.convert(data)
         except BadRow as error:
             raise missing or error from None
@@ -116,7 +121,7 @@ def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
+class Kind:
     """What rows that look alike have in common.
 
     Attributes:
@@ -124,21 +129,23 @@ class _Kind:
         convert: what makes conversations of them.
         unread: what is to be noted of the columns that the schema does not read.
         chats: the columns that it reads in which there may be messages.
+        chat: the column that is all messages, where nothing else in the row adds to them.
     """
 
     name: str
     convert: Convert
     unread: frozenset[str]
     chats: tuple[str, ...]
+    chat: str | None = None
 
 
 _LISTED = re.compile(r"\s*\[")
 _MOST_KINDS = 1000
 
-_kinds: dict[Any, _Kind] = {}
+_kinds: dict[Any, Kind] = {}
 
 
-def _kind(schema: str, data: Mapping[str, Any]) -> _Kind:
+def kind_of(schema: str, data: Mapping[str, Any]) -> Kind:
     """Return of what kind a row is; of rows that look alike it is found once.
 
     That is all that schemas look at to know their rows: names of columns, and of each cell what kind it is.
@@ -153,7 +160,7 @@ def _kind(schema: str, data: Mapping[str, Any]) -> _Kind:
     )
     if (known := _kinds.get(look)) is not None:
         return known
-    kind = _kind_of(_detect(data) if schema == "auto" else schema, data)
+    kind = _kind_named(_detect(data) if schema == "auto" else schema, data)
     # Whether a list under any name is one of messages, only what is in it tells.
     if kind.name != "chat_log":
         if len(_kinds) == _MOST_KINDS:
@@ -162,19 +169,21 @@ def _kind(schema: str, data: Mapping[str, Any]) -> _Kind:
     return kind
 
 
-def _kind_of(name: str, data: Mapping[str, Any]) -> _Kind:
+def _kind_named(name: str, data: Mapping[str, Any]) -> Kind:
     chosen = schemas.get(name)
     if not isinstance(chosen, Schema):
-        return _Kind(name, partial(_converted, name, chosen), frozenset(), ())
+        return Kind(name, partial(_converted, name, chosen), frozenset(), ())
     logs = log_columns(data) if name == "chat_log" else ()
     read = {name_in(data, column) for column in chosen.columns} | {"chat_template_kwargs", *logs}
     read -= {"functions"} if data.get("functions") and data.get("tools") else set()
     chats = {*_CHATS, "messages", "conversations", "conversation", *logs}
-    return _Kind(
+    alone = is_ours(chosen) and name in _OF_MESSAGES and not read.intersection(data) - {_OF_MESSAGES[name]}
+    return Kind(
         name,
         chosen.convert if is_ours(chosen) else partial(_converted, name, chosen),
         frozenset(f"column {column}" for column in data if column not in read),
         tuple(column for column in data if column in read & chats),
+        _OF_MESSAGES[name] if alone else None,
     )
 
 
@@ -209,7 +218,7 @@ def _checked(made: Conversation, name: str) -> Conversation:
         listed_ids = {"input_ids": np.asarray(made.tokens.input_ids).tolist()}
         mask = np.asarray(made.tokens.trained).astype(int).tolist()
         tokens = {**listed_ids, "completion_mask": mask}
-        return _kind_of("tokens", tokens).convert(tokens)
+        return _kind_named("tokens", tokens).convert(tokens)
     messages = read_messages(list(made.messages), "messages") if made.messages else ()
     tools = read_tools({"tools": list(made.tools)})
     # Nothing comes before the first message: this says that nobody said.
@@ -217,7 +226,7 @@ def _checked(made: Conversation, name: str) -> Conversation:
     return replace(made, messages=messages, tools=tools, completion_from=begins)
 
 
-def _notes(kind: _Kind, data: Mapping[str, Any], messages: tuple[Message, ...]) -> frozenset[str]:
+def _notes(kind: Kind, data: Mapping[str, Any], messages: tuple[Message, ...]) -> frozenset[str]:
     noted = kind.unread
     for column in kind.chats:
         spelled = listed(data[column])

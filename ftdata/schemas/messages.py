@@ -105,14 +105,14 @@ def read_messages(value: Any, field: str) -> tuple[Message, ...]:
         raise BadRow("no_messages", "is an empty list, expected messages", field=field)
     messages: list[Message] = []
     for index, item in enumerate(value):
-        if plain := _plain(item):
+        if plain := plain_message(item):
             messages.append(plain)
         else:
             messages += _read(item, f"{field}[{index}]")
     return tuple(messages)
 
 
-def _plain(item: Any) -> Message | None:
+def plain_message(item: Any) -> Message | None:
     """Return what is read of a message as most are, a known role and a text: most often the item itself."""
     if type(item) is not dict or len(item) != 2:
         return None

@@ -136,11 +136,14 @@ class Plans:
         contents = contents_of(messages)
         if contents is None:
             return None
-        shape = (*[message["role"] for message in messages], *turns)
-        for plan in self.by_shape.get(shape, ()):
+        for plan in self.of([message["role"] for message in messages], turns):
             if (rendered := plan.fill(messages, contents)) is not None:
                 return rendered
         return None
+
+    def of(self, roles: Sequence[str], turns: Sequence[int]) -> Sequence[Plan]:
+        """Return the plans for messages of these roles, of which these are the turns."""
+        return self.by_shape.get((*roles, *turns), ())
 
     def keep(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int], plan: Plan) -> None:
         """Remember a plan for messages of this shape."""

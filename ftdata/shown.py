@@ -1,0 +1,263 @@
+"""Rows to texts: read, normalised, rendered, checked, and marked with what is to be trained.
+
+    Row ──normalise──> Conversation ──render──> Rendered ──choose──> Shown
+     └─────────── or, at any stage, Reject: where, why, and the way out
+
+Rows come together in batches, in the order of what went in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+from ftdata.errors import BadRow, TemplateRefused
+from ftdata.mask import Policy
+from ftdata.recipe import Recipe
+from ftdata.schemas import normalise
+from ftdata.templates import closed, render
+from ftdata.templates.spans import thinking_tags
+from ftdata.templates.verify import contradicted
+from ftdata.types import Conversation, Reject, Rendered, Row, Spans
+from ftdata.usual import usual
+
+BATCH, LETTERS = 1024, 1 << 20
+"""Rows that are tokenised together, or fewer, where their texts are as long."""
+
+FEW, TOGETHER = 64, 1 << 20
+"""Rows that are read, then normalised, then rendered, or fewer, where those before are so long: what a processor does
+many times over, it does a third faster than in turns with other things."""
+
+PROVED, PROVED_EVERY, PROVED_MESSAGES = 32, 100, 4
+"""Rows of each source that are confirmed by a second way: the first, every so many-th; by how many messages of each."""
+
+
+_T = TypeVar("_T")
+
+
+class Shown(NamedTuple):
+    """One row that was rendered: its texts, and which spans of each are to be trained.
+
+    `plain`: it is one text, and ends with an answer if it is messages.
+    """
+
+    conversation: Conversation
+    texts: tuple[Rendered, ...]
+    chosen: tuple[Sequence[bool], ...]
+    plain: bool
+
+
+def shown(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tuple[Row | Reject, Shown | Reject]]]:
+    """Yield rows, and what they were rendered to, as many together as shall be in memory."""
+    batch, letters, left, few = list[tuple[Row | Reject, Shown | Reject]](), 0, iter(rows), 1
+    policy, at_once = recipe.policy, usual(recipe)
+    while some := _next(left, few):
+        long = 0
+        known = [None if isinstance(row, Reject) or _is_proved(row) else at_once(row) for row in some]
+        said = [one[0] if one else _tried(_said, recipe, row) for row, one in zip(some, known, strict=True)]
+        for row, one, conversation in zip(some, known, said, strict=True):
+            entry: Shown | Reject = (
+                conversation
+                if isinstance(conversation, Reject)
+                else _tried(_shown, recipe, row, conversation, one and one[1:], policy)
+            )
+            batch.append((row, entry))
+            if not isinstance(entry, Reject):
+                size = sum([len(one.text) for one in entry.texts])
+                letters, long = letters + size, long + size
+            if len(batch) == BATCH or letters >= LETTERS:
+                yield batch
+                batch, letters = [], 0
+        few = min(FEW, 1 + TOGETHER * len(some) // (long + 1))
+    if batch:
+        yield batch
+
+
+def _next(rows: Iterator[Row | Reject], few: int) -> list[Row | Reject]:
+    """Return the next few rows, fewer where they turn out to be long, as far as their places in a file tell."""
+    some = list[Row | Reject]()
+    for row in islice(rows, few):
+        some.append(row)
+        if (row.source.offset or 0) - (some[0].source.offset or 0) >= TOGETHER:
+            break
+    return some
+
+
+def _tried(step: Callable[..., _T], recipe: Recipe, row: Row | Reject, *given: Any) -> _T | Reject:
+    """Return what a step makes of a row, or why the row is rejected."""
+    if isinstance(row, Reject):
+        return row
+    try:
+        return step(recipe, row, *given)
+    except BadRow as error:
+        return rejected(row, error)
+    except RecursionError:
+        return rejected(row, BadRow("too_deep", "is nested too deep to be read"))
+
+
+def _said(recipe: Recipe, row: Row) -> Conversation:
+    conversation = normalise(row, recipe.schema, recipe.columns)
+    check_answers(conversation)
+    return conversation
+
+
+def _is_proved(row: Row) -> bool:
+    return row.source.row < PROVED or row.source.row % PROVED_EVERY == 0
+
+
+def _shown(
+    recipe: Recipe, row: Row, conversation: Conversation, texts: tuple[Rendered, ...] | None, policy: Policy
+) -> Shown:
+    return chosen(conversation, texts or rendered(recipe, conversation, proved=_is_proved(row)), policy)
+
+
+def chosen(conversation: Conversation, texts: tuple[Rendered, ...], policy: Policy) -> Shown:
+    """Ask all that is to be known of a row while it is at hand: to come back to it takes three times as long."""
+    messages = conversation.messages
+    plain = len(texts) == 1 and (not messages or messages[-1]["role"] == "assistant")
+    return Shown(conversation, texts, tuple([policy(one, conversation) for one in texts]), plain)
+
+
+def rendered(recipe: Recipe, conversation: Conversation, *, proved: bool = False) -> tuple[Rendered, ...]:
+    """Render a conversation, and see that no control token is hidden in it; `proved`: by a second way, too.
+
+    Raises:
+        BadRow: as `render` does, or `control_tokens`.
+        TemplateRefused: as `render` does, or `template_unproved`.
+    """
+    if conversation.tokens is not None:
+        return ()
+    recipe = recipe.with_kwargs(conversation.kwargs) if conversation.kwargs else recipe
+    texts = render(conversation, recipe.template, recipe.turns, recipe.dropped)
+    _check_hidden(recipe, conversation, texts)
+    if proved:
+        _prove(recipe, conversation, texts)
+    return tuple(closed(one, recipe.template) for one in texts) if recipe.unclosed == "append_eos" else texts
+
+
+def _prove(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
+    """Confirm a row by the second way. That it fails says nothing good about the others, so all are refused."""
+    for one in texts:
+        if against := contradicted(conversation, recipe.template, one, PROVED_MESSAGES):
+            raise TemplateRefused(
+                "template_unproved",
+                f"two ways of finding what template {recipe.template.name!r} has the model produce disagree: {against}",
+                where=str(conversation.source),
+                hint="mark what is trained with {% generation %} in a template file of your own",
+            )
+
+
+def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
+    """Refuse a row whose own text spells control tokens that would pass for the template's.
+
+    Where a template prints a text in a way that we cannot follow, it counts as the template's. So the row is rendered
+    once more with the control tokens in it blotted out: the template must still write as many of them.
+    """
+    if all(map(_is_followed, texts)):
+        return
+    pattern = recipe.control.pattern
+    if recipe.control_tokens == "allow" or pattern is None or not conversation.messages:
+        return
+    if not recipe.control.spelled("\n".join(_strings(conversation))):
+        return
+
+    def blot(value: Any, keep: Sequence[tuple[int, int]] = ()) -> Any:
+        if isinstance(value, str):
+            return pattern.sub(lambda found: found.group() if found.span() in keep else "x" * len(found.group()), value)
+        if isinstance(value, Mapping):
+            # The tags of thinking that is written into an answer are no typed ones, and templates look for them.
+            own = value.get("content") if value.get("role") == "assistant" else None
+            tags = thinking_tags(own, "think") if isinstance(own, str) else ()
+            kept = {"role": value.get("role"), "content": blot(own, tags)} if tags else {"role": value.get("role")}
+            return {blot(key): kept[key] if key in kept else blot(item) for key, item in value.items()}
+        return [blot(item) for item in value] if isinstance(value, list | tuple) else value
+
+    tame = replace(conversation, messages=tuple(blot(conversation.messages)), tools=tuple(blot(conversation.tools)))
+    own = sum(len(recipe.control.matches(one)[0]) for one in texts if not one.keep_control)
+    try:
+        expected = render(tame, recipe.template, recipe.turns, recipe.dropped)
+    except BadRow:
+        expected = ()
+    if own != sum(len(recipe.control.matches(one)[0]) for one in expected if not one.keep_control):
+        raise BadRow(
+            "control_tokens",
+            "spells a control token, which the template prints as if it were its own",
+            hint="take it out of the data, or set control_tokens='allow'",
+        )
+
+
+def _is_followed(rendered: Rendered) -> bool:
+    return isinstance(rendered.spans, Spans) and rendered.spans.kinds.followed
+
+
+def _strings(conversation: Conversation) -> list[str]:
+    """Return all strings in a conversation, and all keys that are not of every message."""
+    found = list(_strings_in(conversation.tools))
+    for message in conversation.messages:
+        content = message.get("content")
+        if len(message) == 2 and type(content) is str:
+            found += message["role"], content
+        else:
+            found += (one for one in _strings_in(message) if one not in ("role", "content"))
+    return found
+
+
+def _strings_in(value: Any) -> Iterator[str]:
+    """Yield all strings in a JSON value, and all keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from value
+        yield from _strings_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings_in(inner)
+
+
+def check_answers(conversation: Conversation) -> None:
+    """Refuse a row that has no answer to learn, or an empty one.
+
+    Raises:
+        BadRow: `no_answer` or `empty_answer`.
+    """
+    if conversation.tokens is not None:
+        return
+    if conversation.text is not None:
+        if not conversation.text.strip():
+            raise BadRow("empty_answer", "is empty", field="text")
+        return
+    answers = 0
+    for index, message in enumerate(conversation.messages):
+        if message["role"] != "assistant":
+            continue
+        answers += 1
+        content = message.get("content")
+        if (
+            isinstance(content, str)
+            and (not content or content.isspace())
+            and message.get("train", True)
+            and not message.get("tool_calls")
+        ):
+            raise BadRow(
+                "empty_answer",
+                "is empty: the model would learn to answer nothing",
+                field=f"messages[{index}].content",
+                hint="take the row out, or give the message train: false",
+            )
+    if not answers:
+        raise BadRow("no_answer", "holds no assistant message, so there is nothing to learn")
+
+
+def rejected(row: Row | Reject, error: BadRow) -> Reject:
+    """Return the reject of a row, with the first 4 kB of it as far as they can be written."""
+    if isinstance(row, Reject):
+        return row
+    try:
+        raw = json.dumps(row.data, ensure_ascii=False, default=str, skipkeys=True)[:4096]
+    except (RecursionError, ValueError):
+        raw = ""
+    text = raw.encode("utf-8", "backslashreplace").decode()
+    return Reject(row.source, error.code, error.field, error.message, error.hint, text)
