@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ftdata import build_sft_dataset, examples
+from ftdata import build_sft_dataset, shown
 from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError
 from ftdata.store import read_manifest, verify
 from ftdata.testing import conversations
@@ -338,7 +338,7 @@ def test_progress_is_told(tiny):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_progress_counts_all_files(tiny, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(examples, "BATCH", 3)
+    monkeypatch.setattr(shown, "BATCH", 3)
     monkeypatch.setattr("ftdata.build.BYTES_PER_WORKER", 1)
     paths = [tmp_path / f"{name}.jsonl" for name in "ab"]
     for path in paths:
