@@ -25,10 +25,10 @@ from ftdata.errors import BadRow
 from ftdata.mask import Policy, trained_tokens
 from ftdata.recipe import FLAGS, Recipe, make_recipe, name_of
 from ftdata.schemas import normalise
-from ftdata.shown import Shown, chosen, rejected, rendered, shown
+from ftdata.shown import chosen, rejected, rendered, shown
 from ftdata.tokenize import encode_rendered
 from ftdata.truncate import truncate, turn_ends
-from ftdata.types import Conversation, Example, Message, Part, Reject, Row, Source, Span, Tokens
+from ftdata.types import Conversation, Example, Message, Part, Reject, Row, Shown, Source, Span, Tokens
 
 
 class Built(NamedTuple):
@@ -79,8 +79,9 @@ class Masked:
     @cached_property
     def learnt(self) -> NDArray[np.int64]:
         """Trained tokens of each text (int64 `[texts]`)."""
-        bounds = self.tokens.bounds.tolist()
-        return np.fromiter((np.count_nonzero(self.trained[a:b]) for a, b in pairwise(bounds)), np.int64)
+        found, filled = np.zeros(len(self), np.int64), np.diff(self.tokens.bounds) > 0
+        found[filled] = np.add.reduceat(self.trained, self.tokens.bounds[:-1][filled], dtype=np.int32)
+        return found
 
     def __len__(self) -> int:
         return len(self.texts)

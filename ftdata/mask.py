@@ -86,6 +86,11 @@ def policy_of(train_on: str | Policy, train_parts: Sequence[str] | None = None) 
     ]
 
 
+def is_own(train_on: str | Policy) -> bool:
+    """Whether a policy is one of ours, which tell spans by their kinds, and by who says what and is to be trained."""
+    return (masks.get(train_on) if isinstance(train_on, str) else train_on) in _OWN
+
+
 _OWN = (assistant, last_assistant, completion, everything)
 
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.mask import Policy
@@ -21,7 +21,7 @@ from ftdata.schemas import normalise
 from ftdata.templates import closed, render
 from ftdata.templates.spans import thinking_tags
 from ftdata.templates.verify import contradicted
-from ftdata.types import Conversation, Reject, Rendered, Row, Spans
+from ftdata.types import Conversation, Reject, Rendered, Row, Shown, Spans
 from ftdata.usual import usual
 
 BATCH, LETTERS = 1024, 1 << 20
@@ -38,18 +38,6 @@ PROVED, PROVED_EVERY, PROVED_MESSAGES = 32, 100, 4
 _T = TypeVar("_T")
 
 
-class Shown(NamedTuple):
-    """One row that was rendered: its texts, and which spans of each are to be trained.
-
-    `plain`: it is one text, and ends with an answer if it is messages.
-    """
-
-    conversation: Conversation
-    texts: tuple[Rendered, ...]
-    chosen: tuple[Sequence[bool], ...]
-    plain: bool
-
-
 def shown(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tuple[Row | Reject, Shown | Reject]]]:
     """Yield rows, and what they were rendered to, as many together as shall be in memory."""
     batch, letters, left, few = list[tuple[Row | Reject, Shown | Reject]](), 0, iter(rows), 1
@@ -57,13 +45,9 @@ def shown(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tuple[R
     while some := _next(left, few):
         long = 0
         known = [None if isinstance(row, Reject) or _is_proved(row) else at_once(row) for row in some]
-        said = [one[0] if one else _tried(_said, recipe, row) for row, one in zip(some, known, strict=True)]
-        for row, one, conversation in zip(some, known, said, strict=True):
-            entry: Shown | Reject = (
-                conversation
-                if isinstance(conversation, Reject)
-                else _tried(_shown, recipe, row, conversation, one and one[1:], policy)
-            )
+        said = [_tried(_said, recipe, row) if one is None else one for row, one in zip(some, known, strict=True)]
+        for row, one in zip(some, said, strict=True):
+            entry = _tried(_shown, recipe, row, one, policy) if isinstance(one, Conversation) else one
             batch.append((row, entry))
             if not isinstance(entry, Reject):
                 size = sum([len(one.text) for one in entry.texts])
@@ -108,14 +92,12 @@ def _is_proved(row: Row) -> bool:
     return row.source.row < PROVED or row.source.row % PROVED_EVERY == 0
 
 
-def _shown(
-    recipe: Recipe, row: Row, conversation: Conversation, texts: tuple[Rendered, ...] | None, policy: Policy
-) -> Shown:
-    return chosen(conversation, texts or rendered(recipe, conversation, proved=_is_proved(row)), policy)
+def _shown(recipe: Recipe, row: Row, conversation: Conversation, policy: Policy) -> Shown:
+    return chosen(conversation, rendered(recipe, conversation, proved=_is_proved(row)), policy)
 
 
 def chosen(conversation: Conversation, texts: tuple[Rendered, ...], policy: Policy) -> Shown:
-    """Ask all that is to be known of a row while it is at hand: to come back to it takes three times as long."""
+    """Choose what is to be trained."""
     messages = conversation.messages
     plain = len(texts) == 1 and (not messages or messages[-1]["role"] == "assistant")
     return Shown(conversation, texts, tuple([policy(one, conversation) for one in texts]), plain)

@@ -249,6 +249,18 @@ class Rendered(NamedTuple):
     keep_control: bool = False
 
 
+class Shown(NamedTuple):
+    """One row that was rendered: its texts, and which spans of each are to be trained.
+
+    `plain`: it is one text, and ends with an answer if it is messages.
+    """
+
+    conversation: Conversation
+    texts: tuple[Rendered, ...]
+    chosen: tuple[Sequence[bool], ...]
+    plain: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One tokenised training example of `n` tokens.

@@ -1,38 +1,51 @@
-"""The usual row: messages of a role and a text each, which a plan says all of. It is read and rendered in one step.
+"""The usual row: messages of a role and a text each, which a plan says all of. It is read and shown in one step.
 
-Its schema, who answers in it, and what its template makes of it hang on its columns and roles, so that little is to be
-found out of each row. What is unusual in any way goes through the stages one by one, which make the same of a usual
-row, too.
+Its schema, who answers in it, what its template makes of it and what of that is trained hang on its columns and roles,
+so that little is to be found out of each row. What is unusual in any way goes through the stages one by one, which make
+the same of a usual row, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 from ftdata.errors import BadRow
+from ftdata.mask import is_own
 from ftdata.recipe import Recipe
-from ftdata.schemas import kind_of
+from ftdata.schemas import Kind, kind_of
 from ftdata.schemas.messages import plain_message
 from ftdata.templates.plans import contents_of
-from ftdata.types import Conversation, Message, Rendered, Row
+from ftdata.types import Conversation, Message, Row, Shown
 
 
-def usual(recipe: Recipe) -> Callable[[Row], tuple[Conversation, Rendered] | None]:
-    """Return what gives the conversation of a usual row, and its one text; `None` for every other row."""
-    schema, template, auto = recipe.schema, recipe.template, recipe.turns == "auto"
-    if recipe.columns or recipe.turns == "split" or recipe.unclosed == "append_eos" or not template.chat:
+def usual(recipe: Recipe) -> Callable[[Row], Shown | None]:
+    """Return what shows a usual row, and gives `None` for every other."""
+    if recipe.columns or recipe.turns == "split" or recipe.unclosed == "append_eos" or not recipe.template.chat:
         return lambda _: None
-    plans = template.plans
+    # What a policy of the user's own looks at, nobody knows.
+    if not is_own(recipe.train_on):
+        return lambda _: None
+    plans, policy, auto = recipe.template.plans, recipe.policy, recipe.turns == "auto"
+    chosen: dict[int, Sequence[bool]] = {}
 
-    def show(row: Row) -> tuple[Conversation, Rendered] | None:
+    def show(row: Row) -> Shown | None:
         column, roles, messages, contents = _talk(row)
         turns = _turns(roles)
         for plan in plans.of(roles, turns) if turns else ():
             rendered = plan.fill(messages, contents)
-            if rendered is not None and not (auto and "rewritten" in rendered.flags):
-                said = _said(row, schema, column, messages, turns)
-                return None if said is None else (said, rendered)
+            if rendered is None:
+                continue
+            kind = _kind(recipe.schema, row.data)
+            if kind is None or kind.chat != column or (auto and "rewritten" in plan.flags):
+                return None
+            conversation = Conversation(
+                tuple(messages), completion_from=turns[-1], noted=kind.unread, schema=kind.name, source=row.source
+            )
+            if (trained := chosen.get(id(plan))) is None:
+                trained = chosen[id(plan)] = policy(rendered, conversation)
+            return Shown(conversation, (rendered,), (trained,), roles[-1] == "assistant")
         return None
 
     return show
@@ -55,16 +68,11 @@ def _talk(row: Row) -> tuple[str, tuple[str, ...], Sequence[Message], Sequence[s
     return column, tuple([item["role"] for item in said]), messages, contents
 
 
-def _said(row: Row, schema: str, column: str, messages: Sequence[Message], turns: Sequence[int]) -> Conversation | None:
+def _kind(schema: str, data: Mapping[str, Any]) -> Kind | None:
     try:
-        kind = kind_of(schema, row.data)
+        return kind_of(schema, data)
     except BadRow:
         return None
-    if kind.chat != column:
-        return None
-    return Conversation(
-        tuple(messages), completion_from=turns[-1], noted=kind.unread, schema=kind.name, source=row.source
-    )
 
 
 @lru_cache(maxsize=1024)

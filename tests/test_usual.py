@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ftdata.recipe import make_recipe
 from ftdata.schemas import normalise
-from ftdata.shown import check_answers, rendered
+from ftdata.shown import check_answers, chosen, rendered
 from ftdata.types import Row, Source
 from ftdata.usual import usual
 
@@ -52,7 +52,15 @@ def rows(draw):
 
 
 @pytest.mark.parametrize("name", ["chatml", "qwen", "gemma"])
-@pytest.mark.parametrize("options", [{}, {"turns": "joint"}, {"schema": "messages"}, {"unclosed": "append_eos"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"turns": "joint", "train_on": "completion", "train_parts": ["answer"]},
+        {"schema": "messages", "train_on": "last_assistant"},
+        {"unclosed": "append_eos"},
+    ],
+)
 @settings(max_examples=150, deadline=None)
 @given(data=rows())
 def test_it_is_what_the_stages_make_of_it(tokenizer_dir, name, options, data):
@@ -66,7 +74,7 @@ def test_it_is_what_the_stages_make_of_it(tokenizer_dir, name, options, data):
     if found is not None:
         conversation = normalise(row, recipe.schema)
         check_answers(conversation)
-        assert found == (conversation, *rendered(recipe, conversation))
+        assert found == chosen(conversation, rendered(recipe, conversation), recipe.policy)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import jinja2
 import numpy as np
 import orjson
 
-from ftdata import examples, shown, store
+from ftdata import examples, shown, store, types
 from ftdata.batches import Renderings
 from ftdata.mask import trained_tokens
 from ftdata.readers import sources
@@ -111,7 +111,7 @@ def measured(data: Path, tokenizer: str, template: str) -> dict[str, float]:
     owners = zip(rows, talks, strict=True)
     batches = [
         [
-            (row, shown.Shown(talk, (one,), (own,), plain=True))
+            (row, types.Shown(talk, (one,), (own,), plain=True))
             for one, own, (row, talk) in zip(group, trained, owners, strict=False)
         ]
         for group, trained in zip(groups, chosen, strict=True)
