@@ -160,11 +160,21 @@ def length(value: Any) -> int:
 def joined(pieces: Iterable[str]) -> Tracked:
     """Join strings; the result is watched if one of them is."""
     parts = list(pieces)
-    text = Tracked.of(concat(part.plain() if isinstance(part, Watched) else part for part in parts))
+    text = Tracked.of(concat(parts))
     if not any(isinstance(part, Watched) for part in parts):
         return text
-    origins = [part.origin if isinstance(part, Watched) else ("is", str.__str__(part)) for part in parts]
-    return Watched.at(text, None if None in origins else ("join", tuple(origins)))
+    origins = list[Origin]()
+    for part in parts:
+        origin = part.origin if isinstance(part, Watched) else ("is", str.__str__(part))
+        if origin is None:
+            return Watched.at(text, None)
+        for one in origin[1] if origin[0] == "join" else (origin,):
+            # What is joined of many is told once, and the template's own text as a whole.
+            if one[0] == "is" and origins and origins[-1][0] == "is":
+                origins[-1] = ("is", origins[-1][1] + one[1])
+            else:
+                origins.append(one)
+    return Watched.at(text, ("join", tuple(origins)))
 
 
 def watched(value: Any, path: tuple[Any, ...] = ()) -> Any:
