@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from ftdata import read
 from ftdata.errors import BadRow, InputRefused, UsageError
 from ftdata.readers import sources
+from ftdata.readers.lines import parse
 from ftdata.testing import texts
-from ftdata.types import Reject
+from ftdata.types import Reject, Source
 
 values = st.recursive(
     st.none()
@@ -233,3 +234,42 @@ def test_the_errors_in_the_docs_are_those_of_the_code():
     page = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(page)
     assert page.page() == path.with_suffix(".md").read_text()
+
+
+BLANK = st.sampled_from(["", "", " ", "\t", "  ", "\r"])
+STRINGS = st.one_of(
+    st.text(max_size=6).map(json.dumps),
+    st.text(max_size=6).map(lambda text: json.dumps(text, ensure_ascii=False)),
+    st.sampled_from(['"a"', '"\\u0061"', '"a\\":"', '"a\\" :"', '"\\u0022:"', '"{[:"', '"\\/"']),
+).filter(lambda text: "\\ud" not in text and "\n" not in text)
+NUMBERS = st.sampled_from(["0", "-0", "12", "1.10", "1e5", "18446744073709551616", "123456789012345678901234567890"])
+
+
+def json_text(inner, blank):
+    between = st.tuples(blank, blank).map("".join)
+    pair = st.tuples(STRINGS, between, inner, between).map(lambda each: f"{each[0]}{each[1]}:{each[3]}{each[2]}")
+    lists = st.tuples(st.lists(inner, max_size=3), between).map(lambda each: f"[{(',' + each[1]).join(each[0])}]")
+    objects = st.tuples(st.lists(pair, max_size=3), between).map(lambda each: f"{{{(',' + each[1]).join(each[0])}}}")
+    return lists | objects
+
+
+TREES = st.recursive(
+    STRINGS | NUMBERS | st.sampled_from(["true", "null"]), lambda inner: json_text(inner, BLANK), max_leaves=8
+)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(text=json_text(TREES, BLANK))
+def test_a_line_is_read_as_python_reads_it_unless_a_key_stands_twice(text):
+    twice = []
+
+    def unique(pairs):
+        twice.extend([1] * (len(pairs) - len(dict(pairs))))
+        return dict(pairs)
+
+    value = json.loads(text, object_pairs_hook=unique)
+    row = parse(text.encode() + b"\n", Source("x", 0, 1, 0), whole_line=True)
+    if twice:
+        assert row.code == "duplicate_key"
+    else:
+        assert repr(row.data) == repr(value)
