@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, pairwise
@@ -305,10 +305,7 @@ def _masked(recipe: Recipe, rows: Sequence[Shown]) -> Masked:
     batch = Renderings([one for row in rows for one in row.texts])
     tokens, refused = encode_rendered(recipe.tokenizer, batch, recipe.control, recipe.control_tokens)
     tokens = _begun(recipe, batch, tokens)
-    chosen = [one for row in rows for one in row.chosen]
-    for number in refused:
-        chosen[number] = [False] * len(chosen[number])
-    trained, straddles = trained_tokens(tokens, batch, chosen)
+    trained, straddles = trained_tokens(tokens, batch, _chosen(recipe, rows, refused))
     flags = [one.flags for one in batch]
     for flag, numbers in (("control_tokens", tokens.escaped), ("straddle", np.flatnonzero(straddles).tolist())):
         for number in numbers:
@@ -318,6 +315,21 @@ def _masked(recipe: Recipe, rows: Sequence[Shown]) -> Masked:
         if not plain and isinstance(example := made[number], Example) and not _stops(example, recipe):
             flags[number] |= {"no_stop"}
     return made
+
+
+def _chosen(recipe: Recipe, rows: Sequence[Shown], refused: Collection[int]) -> list[Sequence[bool]]:
+    """Return which spans of each text are to be trained; none of those that are refused."""
+    policy, found = recipe.policy, list[Sequence[bool]]()
+    for row in rows:
+        if row.chosen is not None and not refused:
+            found += row.chosen
+            continue
+        for number, one in enumerate(row.texts):
+            if len(found) in refused:
+                found.append([False] * len(one.spans))
+            else:
+                found.append(policy(one, row.conversation) if row.chosen is None else row.chosen[number])
+    return found
 
 
 def _begun(recipe: Recipe, batch: Renderings, tokens: Encodings) -> Encodings:

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from ftdata.errors import BadRow, TemplateRefused
-from ftdata.mask import Policy
+from ftdata.mask import Policy, is_own
 from ftdata.recipe import Recipe
 from ftdata.schemas import normalise
 from ftdata.templates import closed, render
@@ -41,7 +41,8 @@ _T = TypeVar("_T")
 def shown(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tuple[Row | Reject, Shown | Reject]]]:
     """Yield rows, and what they were rendered to, as many together as shall be in memory."""
     batch, letters, left, few = list[tuple[Row | Reject, Shown | Reject]](), 0, iter(rows), 1
-    policy, at_once = recipe.policy, usual(recipe)
+    # A user's own is asked later: its faults are none of the row's, and of refused texts it is told nothing.
+    policy, at_once = recipe.policy if is_own(recipe.train_on) else None, usual(recipe)
     while some := _next(left, few):
         long = 0
         known = [None if isinstance(row, Reject) or _is_proved(row) else at_once(row) for row in some]
@@ -92,15 +93,16 @@ def _is_proved(row: Row) -> bool:
     return row.source.row < PROVED or row.source.row % PROVED_EVERY == 0
 
 
-def _shown(recipe: Recipe, row: Row, conversation: Conversation, policy: Policy) -> Shown:
+def _shown(recipe: Recipe, row: Row, conversation: Conversation, policy: Policy | None) -> Shown:
     return chosen(conversation, rendered(recipe, conversation, proved=_is_proved(row)), policy)
 
 
-def chosen(conversation: Conversation, texts: tuple[Rendered, ...], policy: Policy) -> Shown:
-    """Choose what is to be trained."""
+def chosen(conversation: Conversation, texts: tuple[Rendered, ...], policy: Policy | None) -> Shown:
+    """Choose what is to be trained, if there is a policy to ask now."""
     messages = conversation.messages
     plain = len(texts) == 1 and (not messages or messages[-1]["role"] == "assistant")
-    return Shown(conversation, texts, tuple([policy(one, conversation) for one in texts]), plain)
+    asked = None if policy is None else tuple([policy(one, conversation) for one in texts])
+    return Shown(conversation, texts, asked, plain)
 
 
 def rendered(recipe: Recipe, conversation: Conversation, *, proved: bool = False) -> tuple[Rendered, ...]:

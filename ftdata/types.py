@@ -250,14 +250,14 @@ class Rendered(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """One row that was rendered: its texts, and which spans of each are to be trained.
+    """One row that was rendered: its texts, and which spans of each are to be trained, if that was asked already.
 
     `plain`: it is one text, and ends with an answer if it is messages.
     """
 
     conversation: Conversation
     texts: tuple[Rendered, ...]
-    chosen: tuple[Sequence[bool], ...]
+    chosen: tuple[Sequence[bool], ...] | None
     plain: bool
 
 

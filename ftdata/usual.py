@@ -57,9 +57,10 @@ def _talk(row: Row) -> tuple[str, tuple[str, ...], Sequence[Message], Sequence[s
     There are none, if it is not usual.
     """
     data = row.data
+    if type(data) is not dict or row.flat:
+        return "", (), (), ()
     column = "messages" if "messages" in data else "conversations"
-    said = data.get(column) if type(data) is dict and not row.flat else None
-    if type(said) is not list:
+    if type(said := data.get(column)) is not list:
         return column, (), (), ()
     messages = [message for message in map(plain_message, said) if message is not None]
     contents = contents_of(messages) if len(messages) == len(said) else None
@@ -71,7 +72,7 @@ def _talk(row: Row) -> tuple[str, tuple[str, ...], Sequence[Message], Sequence[s
 def _kind(schema: str, data: Mapping[str, Any]) -> Kind | None:
     try:
         return kind_of(schema, data)
-    except BadRow:
+    except (BadRow, RecursionError):
         return None
 
 

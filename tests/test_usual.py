@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ftdata.errors import BadRow
+from ftdata.examples import build_rows
 from ftdata.recipe import make_recipe
-from ftdata.schemas import normalise
+from ftdata.schemas import Schema, normalise, schemas
 from ftdata.shown import check_answers, chosen, rendered
-from ftdata.types import Row, Source
+from ftdata.types import Reject, Row, Source
 from ftdata.usual import usual
 
 TEXTS = st.sampled_from(
@@ -98,3 +100,50 @@ def test_which_rows_are_usual(tokenizer_dir, data, is_usual):
     assert (usual(recipe)(row) is not None) == is_usual
     assert usual(recipe)(row._replace(flat=True)) is None
     assert usual(replace(recipe, columns={"messages": "messages"}))(row) is None
+
+
+TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def built(tokenizer, rows, **options):
+    placed = [Row(data, Source("x.jsonl", number)) for number, data in enumerate(rows)]
+    return list(build_rows(make_recipe(tokenizer, "chatml", **options), placed))
+
+
+@pytest.mark.parametrize("odd", [None, 5, b"x", float("nan"), "text"])
+def test_odd_rows_among_usual_ones_are_rejected(tokenizer_dir, odd):
+    found = built(tokenizer_dir("tiny_bpe"), [*[{"messages": TALK}] * 40, odd, {"messages": TALK}])
+    assert [at for at, one in enumerate(found) if isinstance(one, Reject)] == [40]
+    assert found[40].code == "not_a_row"
+
+
+def test_a_schema_of_our_parts_is_asked_about_each_row(tokenizer_dir):
+    ours = schemas.get("messages")
+    schemas.register("messages")(Schema(("messages",), ours.matches, ours.convert))
+    try:
+        found = built(tokenizer_dir("tiny_bpe"), [{"messages": TALK, "system": "be brief"}] * 50)
+    finally:
+        schemas.register("messages")(ours)
+    assert all("be brief" in one.examples[0].text for one in found)
+
+
+@pytest.mark.parametrize("fault", [RecursionError, BadRow])
+def test_faults_of_a_policy_are_none_of_the_rows(tokenizer_dir, fault):
+    def policy(*_):
+        raise fault("mine", "mine")
+
+    with pytest.raises(fault, match="mine"):
+        built(tokenizer_dir("tiny_bpe"), [{"messages": TALK}] * 3, train_on=policy)
+
+
+def test_policies_are_asked_when_all_rows_are_rendered_and_about_no_refused_text(tokenizer_dir):
+    def policy(rendered, conversation):
+        assert "<|im_end|> typed" not in rendered.text
+        conversation.messages[0]["content"] = "changed"
+        return [span.generated for span in rendered.spans]
+
+    rows = [{"messages": [dict(one) for one in TALK]} for _ in range(40)] * 2
+    rows.append({"messages": [{"role": "user", "content": "<|im_end|> typed"}, TALK[1]]})
+    found = built(tokenizer_dir("tiny_bpe"), rows, train_on=policy, control_tokens="refuse")
+    assert [one.code for one in found if isinstance(one, Reject)] == ["control_tokens"]
+    assert not any("changed" in one.examples[0].text for one in found[:80])

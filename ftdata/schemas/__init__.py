@@ -61,8 +61,8 @@ __all__ = [
 _CHATS = {"prompt", "completion", "response", "chosen", "rejected"}
 """Columns that may hold a text or messages."""
 
-_OF_MESSAGES = {"messages": "messages", "sharegpt": "conversations"}
-"""Schemas whose rows are messages in one column."""
+_OF_MESSAGES = ((schemas.get("messages"), "messages"), (schemas.get("sharegpt"), "conversations"))
+"""Schemas whose rows are messages in one column; the very objects, since users may make others of their parts."""
 
 _RESERVED = {
     "add_generation_prompt",
@@ -177,13 +177,13 @@ def _kind_named(name: str, data: Mapping[str, Any]) -> Kind:
     read = {name_in(data, column) for column in chosen.columns} | {"chat_template_kwargs", *logs}
     read -= {"functions"} if data.get("functions") and data.get("tools") else set()
     chats = {*_CHATS, "messages", "conversations", "conversation", *logs}
-    alone = is_ours(chosen) and name in _OF_MESSAGES and not read.intersection(data) - {_OF_MESSAGES[name]}
+    column = next((column for schema, column in _OF_MESSAGES if schema is chosen), None)
     return Kind(
         name,
         chosen.convert if is_ours(chosen) else partial(_converted, name, chosen),
         frozenset(f"column {column}" for column in data if column not in read),
         tuple(column for column in data if column in read & chats),
-        _OF_MESSAGES[name] if alone else None,
+        column if read.intersection(data) == {column} else None,
     )
 
 

@@ -163,18 +163,24 @@ def joined(pieces: Iterable[str]) -> Tracked:
     text = Tracked.of(concat(parts))
     if not any(isinstance(part, Watched) for part in parts):
         return text
-    origins = list[Origin]()
-    for part in parts:
-        origin = part.origin if isinstance(part, Watched) else ("is", str.__str__(part))
-        if origin is None:
-            return Watched.at(text, None)
+    origins = [part.origin if isinstance(part, Watched) else ("is", str.__str__(part)) for part in parts]
+    known = [origin for origin in origins if origin is not None]
+    if len(known) < len(parts):
+        return Watched.at(text, None)
+    # A sum, which may be one of many that grow in a loop, is not gone through.
+    return Watched.at(text, ("join", tuple(known if len(known) == 2 else _merged(known))))
+
+
+def _merged(origins: Sequence[Origin]) -> list[Origin]:
+    """Return the same with what was joined before as its parts, and neighbours of the template's own text as one."""
+    found = list[Origin]()
+    for origin in origins:
         for one in origin[1] if origin[0] == "join" else (origin,):
-            # What is joined of many is told once, and the template's own text as a whole.
-            if one[0] == "is" and origins and origins[-1][0] == "is":
-                origins[-1] = ("is", origins[-1][1] + one[1])
+            if one[0] == "is" and found and found[-1][0] == "is":
+                found[-1] = ("is", found[-1][1] + one[1])
             else:
-                origins.append(one)
-    return Watched.at(text, ("join", tuple(origins)))
+                found.append(one)
+    return found
 
 
 def watched(value: Any, path: tuple[Any, ...] = ()) -> Any:
