@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ftdata.batches import Encodings, Renderings
 from ftdata.errors import UsageError, one_of
-from ftdata.registry import Registry
+from ftdata.registry import Registry, is_ours
 from ftdata.types import Conversation, Part, Rendered, Spans
 
 Policy = Callable[[Rendered, Conversation], Sequence[bool]]
@@ -71,8 +71,8 @@ def policy_of(train_on: str | Policy, train_parts: Sequence[str] | None = None) 
         raise UsageError(
             "train_on", f"train_on is {train_on!r}, expected one of {', '.join(masks.names())}, or a function"
         )
-    policy = masks.get(train_on) if isinstance(train_on, str) else train_on
-    policy = policy if policy in _OWN else _checked(policy)
+    policy = _asked(train_on)
+    policy = policy if is_ours(policy) else _checked(policy)
     if train_parts is None:
         return policy
     if isinstance(train_parts, str) or not train_parts:
@@ -88,10 +88,11 @@ def policy_of(train_on: str | Policy, train_parts: Sequence[str] | None = None) 
 
 def is_own(train_on: str | Policy) -> bool:
     """Whether a policy is one of ours, which tell spans by their kinds, and by who says what and is to be trained."""
-    return (masks.get(train_on) if isinstance(train_on, str) else train_on) in _OWN
+    return is_ours(_asked(train_on))
 
 
-_OWN = (assistant, last_assistant, completion, everything)
+def _asked(train_on: str | Policy) -> Policy:
+    return masks.get(train_on) if isinstance(train_on, str) else train_on
 
 
 def _checked(policy: Policy) -> Policy:

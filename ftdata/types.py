@@ -1,8 +1,8 @@
 """The values that flow through the stages. No logic beyond what derives from their own fields.
 
-    Row ──normalise──> Conversation ──render──> Rendered ──tokenise, mask, truncate──> Example ──pack──> build
+    Row ──normalise──> Conversation ──render──> Shown ──tokenise, mask, truncate──> Example ──pack──> build
 
-Every value is frozen; arrays are numpy.
+No stage changes what another was given; arrays are numpy.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class Spans(Sequence[Span]):
             return spans
         starts, ends, *kinds = zip(*spans, strict=True) if spans else ((),) * 5
         sizes = [end - start for start, end in zip(starts, ends, strict=True)]
-        if [*accumulate(sizes, initial=0)] != [*starts, *ends[-1:]] and spans:
+        if spans and [*accumulate(sizes, initial=0)] != [*starts, ends[-1]]:
             raise ValueError("spans leave gaps, or overlap")
         return cls(sizes, Kinds(*kinds))
 

@@ -28,6 +28,7 @@ def usual(recipe: Recipe) -> Callable[[Row], Shown | None]:
     if not is_own(recipe.train_on):
         return lambda _: None
     plans, policy, auto = recipe.template.plans, recipe.policy, recipe.turns == "auto"
+    # By the id of the plan, which is its own as long as the template is there.
     chosen: dict[int, Sequence[bool]] = {}
 
     def show(row: Row) -> Shown | None:
