@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import pydoc
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -40,6 +41,7 @@ def _number(text: str) -> float:
     return int(text) if text.isdecimal() else float(text)
 
 
+_MOST_ROWS = 10_000
 _PLACES = (
     "a file (json, jsonl, csv, tsv, parquet, arrow, xlsx; packed or not), glob, folder, URL, or - for standard input"
 )
@@ -129,6 +131,39 @@ def _listed(names: str | None) -> list[str] | None:
     return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
 
 
+def _rows(text: str | None) -> list[int] | None:
+    """Return the numbers that `3,8-11` stands for."""
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) - int(first) > _MOST_ROWS:
+            raise UsageError("row", f"--row is {text!r}, expected numbers from 0, such as 7 or 3,8-11")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def _paged(show: Callable[[Any], None], *, pager: bool) -> None:
+    """Print, through a pager where that is longer than the screen of somebody who is watching."""
+    from rich.console import Console
+
+    console = Console()
+    if not pager or not console.is_terminal or os.environ.get("TERM") == "dumb":
+        show(console)
+        return
+    with console.capture() as capture:
+        show(console)
+    text = capture.get()
+    if text.count("\n") + len(text) // (2 * console.width) < console.height:
+        console.file.write(text)
+        return
+    # As git does: a pager that lets colours through, and does not clear the screen behind itself.
+    os.environ.setdefault("LESS", "FRX")
+    os.environ.setdefault("LESSCHARSET", "utf-8")
+    pydoc.pager(text)
+
+
 def _places(data: list[str], encoding: str | None, split: str | None) -> Any:
     given = {"encoding": encoding, "split": split}
     more = {name: value for name, value in given.items() if value is not None}
@@ -167,40 +202,57 @@ def preview(
     max_length: MaxLength = None,
     overlong: Overlong = "reject",
     date: Date = None,
-    n: Annotated[int, typer.Option("-n", help="How many rows.", min=1)] = 3,
-    row: Annotated[int | None, typer.Option(help="Show this row (from 0).", min=0)] = None,
+    n: Annotated[int | None, typer.Option("-n", help="How many rows: 3, of odd ones 1 of each kind.", min=1)] = None,
+    row: Annotated[str | None, typer.Option(help="Show these rows, from 0: 7, or 3,8-11.")] = None,
+    id_: Annotated[str | None, typer.Option("--id", help="Show the rows of this id, uuid or the like.")] = None,
+    grep: Annotated[str | None, typer.Option(help="Show rows in which this regular expression is found.")] = None,
+    odd: Annotated[bool, typer.Option("--odd", help="Show the rows that stand out, and why.")] = False,
+    where: Where = None,
+    limit: Limit = None,
+    packing: Packing = None,
+    html: Annotated[Path | None, typer.Option(help="Write all that is to be seen to this file, as one page.")] = None,
+    pager: Annotated[bool, typer.Option(help="Page through what is longer than the screen.")] = True,
     encoding: Encoding = None,
     split: Split = None,
     as_json: Json = False,
 ) -> None:
-    """Show what rows become: the text, the control tokens, and what of it is trained."""
-    from rich.console import Console
+    """Show what rows become: the text, the control tokens, and what of it is trained; of data, or of a build."""
+    from ftdata.look.preview import preview as look
 
-    from ftdata._preview import preview as look
-
-    shown = look(
-        _places([data], encoding, split),
-        tokenizer,
-        template,
-        schema=schema,
-        columns=_columns(column),
-        train_on=train_on,
-        train_parts=_listed(train_parts),
-        turns=turns,
-        control_tokens=control_tokens,
-        dropped=dropped,
-        unclosed=unclosed,
-        refuse=_listed(refuse) or (),
-        max_length=max_length,
-        overlong=overlong,
-        date=date,
-        n=n,
-        row=row,
-    )
+    with _progress() if odd or html else _quiet() as progress:
+        shown = look(
+            _places([data], encoding, split),
+            tokenizer,
+            template,
+            schema=schema,
+            columns=_columns(column),
+            train_on=train_on,
+            train_parts=_listed(train_parts),
+            turns=turns,
+            control_tokens=control_tokens,
+            dropped=dropped,
+            unclosed=unclosed,
+            refuse=_listed(refuse) or (),
+            max_length=max_length,
+            overlong=overlong,
+            date=date,
+            n=n,
+            row=_rows(row),
+            id=id_,
+            grep=grep,
+            odd=odd,
+            where=where,
+            limit=limit,
+            packing=packing,
+            html=html,
+            progress=progress,
+        )
     if as_json:
         _print(shown, as_json=True)
+    elif html:
+        print(f"{html}: {len(shown.rows):,} rows, {html.stat().st_size:,} bytes")
     else:
-        shown.print(Console())
+        _paged(shown.print, pager=pager)
 
 
 @app.command()
@@ -392,7 +444,7 @@ def templates_check(
     as_json: Json = False,
 ) -> None:
     """Say what a template does: its stop, whether it rewrites earlier turns, what it drops."""
-    from ftdata._audit import check_template
+    from ftdata.recipe import check_template
 
     report = check_template(template)
     _print(report, as_json=as_json)
@@ -471,6 +523,11 @@ def plugins(as_json: Json = False) -> None:
         if as_json
         else "\n".join(f"{group}: {', '.join(names)}" for group, names in found.items())
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    yield None
 
 
 @contextmanager

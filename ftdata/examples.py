@@ -110,13 +110,27 @@ class Batch:
         return len(self.entries)
 
     def __iter__(self) -> Iterator[Built | Reject]:
+        built = 0
         for entry in self.entries:
-            if isinstance(entry, int):
-                example = self.masked[entry]
-                assert isinstance(example, Example)
-                yield Built(self.masked.said[entry], (example,))
-            else:
+            if isinstance(entry, Reject):
                 yield entry
+            else:
+                yield self.built(built)
+                built += 1
+
+    def built(self, number: int) -> Built:
+        """Return one of the rows that were built."""
+        entry = self.entries[number] if self.plain else self._built[number]
+        assert not isinstance(entry, Reject)
+        if isinstance(entry, Built):
+            return entry
+        example = self.masked[entry]
+        assert isinstance(example, Example)
+        return Built(self.masked.said[entry], (example,))
+
+    @cached_property
+    def _built(self) -> list[int | Built]:
+        return [entry for entry in self.entries if not isinstance(entry, Reject)]
 
     @cached_property
     def rejects(self) -> list[Reject]:
@@ -261,7 +275,7 @@ def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:
 def _examples(recipe: Recipe, conversation: Conversation, encoded: Sequence[Example | BadRow]) -> tuple[Example, ...]:
     """Return the examples of one conversation; turns on their own of which nothing is trained are none."""
     if conversation.tokens is not None:
-        return (_given(recipe, conversation, conversation.tokens),)
+        return (given(recipe, conversation, conversation.tokens),)
     trained: list[Example] = []
     for one in encoded:
         if isinstance(one, BadRow):
@@ -275,8 +289,12 @@ def _examples(recipe: Recipe, conversation: Conversation, encoded: Sequence[Exam
     return tuple(trained)
 
 
-def _given(recipe: Recipe, conversation: Conversation, tokens: Tokens) -> Example:
-    """Pass the row's own tokens through; its text is theirs, one by one, for people to read."""
+def given(recipe: Recipe, conversation: Conversation, tokens: Tokens) -> Example:
+    """Pass the row's own tokens through; its text is theirs, one by one, for people to read.
+
+    Raises:
+        BadRow: the tokenizer has no such tokens, or none is to be learnt.
+    """
     ids, trained = tokens.input_ids, tokens.trained
     if (foreign := np.flatnonzero((ids < 0) | (ids >= recipe.tokenizer.size))).size:
         at = int(foreign[0])
@@ -284,9 +302,7 @@ def _given(recipe: Recipe, conversation: Conversation, tokens: Tokens) -> Exampl
         raise BadRow("token_id", found, field=f"input_ids[{at}]", hint="give the tokenizer that made these tokens")
     if not trained.any():
         raise BadRow("nothing_trained", "has no token to learn", field="labels")
-    distinct, which = np.unique(ids, return_inverse=True)
-    spelled = [recipe.tokenizer.decode([one]) for one in distinct.tolist()]
-    texts = [spelled[one] for one in which.tolist()]
+    texts = recipe.tokenizer.spelled(ids.tolist())
     ends = np.cumsum([len(text) for text in texts])
     offsets = np.stack((ends - [len(text) for text in texts], ends), axis=1).astype(np.int32)
     runs = np.flatnonzero(np.diff(trained, prepend=~trained[:1], append=~trained[-1:]))

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from ftdata.errors import BadRow, TemplateRefused, UsageError, one_of
 from ftdata.mask import Policy, policy_of
 from ftdata.schemas import check_columns, schemas
-from ftdata.templates import DEFAULT_DATE, DROPPED, TURNS, UNCLOSED, Template, check, find, scaffold
-from ftdata.templates.child import trusted
+from ftdata.templates import DEFAULT_DATE, DROPPED, TURNS, UNCLOSED, Template, check, find, scaffold, templates
+from ftdata.templates.child import trusted, verify
+from ftdata.templates.verify import TemplateReport
 from ftdata.tokenize import CONTROL_POLICIES, ControlTokens, Tokenizer, control_tokens, load_tokenizer
 from ftdata.truncate import POLICIES as OVERLONG
 
 _MOST_VARIANTS = 64
+
+NO_TOKENIZER = {"bos_token": "<bos>", "eos_token": "<eos>"}
+"""What stands for special tokens where no tokenizer says what they are."""
 
 FLAGS = {
     "arguments_as_text": "{n} examples give the arguments of tool calls as JSON text: the template fails on objects",
@@ -188,6 +196,51 @@ def make_recipe(
     kwargs = json.dumps(template_kwargs or {}, sort_keys=True)
     bound, control = _bind(loaded, name, source, template is not None, as_date(date), kwargs)
     return Recipe(tokenizer=loaded, template=bound, control=control, **options)
+
+
+def bare_template(
+    template: str | Path, date: str | datetime.date | None = None, kwargs: Mapping[str, Any] | None = None
+) -> Template:
+    """Return a template to be looked at without a tokenizer: `<bos>` and `<eos>` stand for its special tokens.
+
+    Raises:
+        UsageError: an unknown name or value.
+        TemplateRefused: the template cannot be compiled, or marks nothing as trained.
+    """
+    check_kwargs(kwargs)
+    name, source = find(template)
+    control = re.compile(r"<\|[^|<>]*\|>|</?[a-z_]+>")
+    bare = Template(name, source, special_tokens=NO_TOKENIZER, control=control, date=as_date(date), kwargs=kwargs or {})
+    check(bare)
+    return bare
+
+
+def check_template(template_or_tokenizer: Any) -> TemplateReport:
+    """Say what a template does: its stop, whether it rewrites earlier turns, what it drops.
+
+    Args:
+        template_or_tokenizer: a built-in name, a `.jinja` file, a Jinja string, or a tokenizer (folder, hub id or
+            object), whose chat template is checked.
+
+    Raises:
+        UsageError: it is none of these.
+        TemplateRefused: the template cannot be compiled, or the tokenizer has none.
+
+    >>> check_template("chatml").verdict
+    'exact'
+    """
+    return verify(_bound(template_or_tokenizer))
+
+
+def _bound(given: Any) -> Template:
+    is_text = isinstance(given, str | Path)
+    if is_text and (str(given) in templates or "{" in str(given) or Path(given).is_file()):
+        return bare_template(given)
+    is_name = is_text and "/" not in str(given) and not Path(given).is_dir()
+    if is_name and get_close_matches(str(given), templates.names()):
+        find(given)  # a misspelt name: say so instead of asking the hub
+    known = isinstance(given, Tokenizer | tokenizers.Tokenizer) or hasattr(given, "backend_tokenizer")
+    return make_recipe(given if is_text or known else str(given)).template
 
 
 def check_kwargs(kwargs: Any) -> None:

@@ -94,7 +94,7 @@ def test_preview_without_a_tokenizer():
 def test_preview_with_a_tokenizer(tokenizer_dir):
     done = ftdata("preview", EXAMPLES / "faq.json", "--tokenizer", tokenizer_dir("tiny_bpe"), "--row", 1)
     assert "⟨<|im_start|>⟩assistant↵" in done.stdout
-    assert "⟦Yes, on Saturday we are open from 10 am to 2 pm.⟨<|im_end|>⟩⟧" in done.stdout
+    assert "⟦Yes, on Saturday we are open from 10 am to 2 pm.⟨<|im_end|>⟩■⟧" in done.stdout
     assert "tokens trained" in done.stdout
     assert "row 1" in done.stdout
     shown = json.loads(

@@ -1,0 +1,187 @@
+"""Builds as data: the documents that a build holds, with their tokens, their labels and where they came from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from ftdata.batches import Columns, Encodings, Renderings
+from ftdata.errors import FtdataError, UsageError
+from ftdata.examples import Batch, Built, Masked, given
+from ftdata.recipe import Recipe, make_recipe
+from ftdata.store import read_manifest
+from ftdata.types import IGNORE_INDEX, Conversation, Source, Tokens
+
+_AT_ONCE = 256
+_NONE = Masked([], Renderings([]), Encodings.of([], []), np.empty(0, np.bool_), [], {})
+
+
+class Document(NamedTuple):
+    """One example of a build: the number of its pack, and its tokens and labels as they are stored."""
+
+    split: str
+    pack: int
+    source: Source
+    flags: frozenset[str]
+    cut: int
+    ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+
+
+def build_at(data: Any) -> Path | None:
+    """Return the folder if that is what the data is: a build."""
+    if isinstance(data, list | tuple) and len(data) == 1:
+        data = data[0]
+    if not isinstance(data, str | Path) or not (Path(data) / "manifest.json").is_file():
+        return None
+    return Path(data) if (Path(data) / "dataset_dict.json").is_file() else None
+
+
+def recipe_of(folder: Path, tokenizer: Any = None) -> Recipe:
+    """Return the tokenizer and template that a build was made with.
+
+    Args:
+        folder: the build.
+        tokenizer: where its tokenizer is now; `None`: where it was.
+
+    Raises:
+        UsageError: it is another tokenizer, or is not there any more.
+        InputRefused: the folder is no build, or damaged.
+    """
+    options = read_manifest(folder)["options"]
+    made, template = options["tokenizer"], options["template"]
+    hint = "name the one that it was built with: --tokenizer"
+    own = template["name"] == "tokenizer"
+    try:
+        recipe = make_recipe(
+            made["name"] if tokenizer is None else tokenizer,
+            None if own else template["source"],
+            date=template["date"],
+            template_kwargs=template["kwargs"],
+        )
+    except FtdataError as error:
+        if tokenizer is not None:
+            raise
+        raise UsageError("tokenizer_gone", f"{folder} was built with {made['name']}: {error}", hint=hint) from None
+    if recipe.tokenizer.fingerprint != made["fingerprint"]:
+        found = f"{recipe.tokenizer.name} is not the tokenizer that {folder} was built with ({made['name']})"
+        raise UsageError("tokenizer_differs", found, hint=hint)
+    return recipe
+
+
+def splits_of(folder: Path) -> list[str]:
+    """Return the names of a build's splits, in its order."""
+    return list(orjson.loads((folder / "dataset_dict.json").read_bytes())["splits"])
+
+
+def documents(folder: Path, split: str) -> Iterator[Document]:
+    """Yield the examples of a split, in the order of its packs."""
+    told = _told(folder / split / "provenance.parquet")
+    for path in sorted((folder / split).glob("data-*.arrow")):
+        with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
+            for batch in stream:
+                ids, labels, lengths = (_values(batch[name]) for name in ("input_ids", "labels", "seq_lengths"))
+                ends = np.cumsum(lengths).tolist()
+                for start, end, one in zip([0, *ends], ends, told, strict=False):
+                    yield Document(split, *one, ids[start:end], labels[start:end])
+
+
+def _told(path: Path) -> Iterator[tuple[int, Source, frozenset[str], int]]:
+    names = ["pack", "source", "row", "line", "flags", "cut"]
+    for batch in pq.ParquetFile(path).iter_batches(columns=names, batch_size=1 << 14):
+        for pack, source, row, line, flags, cut in zip(*(batch[name].to_pylist() for name in names), strict=True):
+            yield pack, Source(source, row, line), frozenset(flags), cut
+
+
+def _values(column: pa.ListArray) -> NDArray[np.int32]:
+    flat = column.flatten()
+    return np.frombuffer(flat.buffers()[1], np.int32)[flat.offset : flat.offset + len(flat)]
+
+
+def as_built(recipe: Recipe, document: Document) -> Built:
+    """Return a document as it comes out of the stages: its text is that of its tokens.
+
+    Raises:
+        BadRow: it holds tokens that the tokenizer has not.
+    """
+    said = _said(document)
+    assert said.tokens is not None
+    example = replace(given(recipe, said, said.tokens), flags=document.flags, cut=document.cut)
+    return Built(said, (example,))
+
+
+def _said(document: Document) -> Conversation:
+    tokens = Tokens(document.ids, document.labels != IGNORE_INDEX)
+    return Conversation((), tokens=tokens, schema=document.split, source=document.source)
+
+
+@dataclass(frozen=True, eq=False)
+class Stored(Batch):
+    """Documents as what rows became; their texts are made of their tokens where somebody looks at them."""
+
+    recipe: Recipe
+    documents: Sequence[Document]
+
+    plain = False
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def built(self, number: int) -> Built:
+        """Return one of the documents."""
+        return as_built(self.recipe, self.documents[number])
+
+    @cached_property
+    def conversations(self) -> Sequence[Conversation]:
+        """What is known of the rows behind them."""
+        return [_said(one) for one in self.documents]
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Each is an example."""
+        return [1] * len(self.documents)
+
+    @cached_property
+    def columns(self) -> Columns:
+        """All documents by columns."""
+        some = self.documents
+        trained = [one.labels != IGNORE_INDEX for one in some]
+        return Columns(
+            np.concatenate([one.ids for one in some]),
+            np.concatenate(trained),
+            np.asarray([len(one.ids) for one in some], np.int64),
+            np.asarray([np.count_nonzero(one) for one in trained], np.int64),
+            [one.cut for one in some],
+            [one.flags for one in some],
+            [one.source for one in some],
+        )
+
+
+def batches(recipe: Recipe, some: Iterable[Document]) -> Iterator[Stored]:
+    """Yield documents as batches of what rows became."""
+    left = iter(some)
+    while chosen := list(islice(left, _AT_ONCE)):
+        yield Stored(_NONE, (), recipe, chosen)
+
+
+def columns(folder: Path, split: str) -> dict[str, NDArray[np.int64]]:
+    """Return what `provenance.parquet` says of the examples of a split, in numbers (int64 `[examples]` each)."""
+    table = pq.read_table(folder / split / "provenance.parquet", columns=["pack", "tokens", "trained", "cut"])
+    return {name: np.asarray(table[name].to_pylist(), np.int64) for name in table.column_names}
+
+
+def flags_of(folder: Path, split: str) -> Counter[str]:
+    """Return how many examples of a split have each flag."""
+    table = pq.read_table(folder / split / "provenance.parquet", columns=["flags"])
+    return Counter(flag for flags in table["flags"].to_pylist() for flag in flags)

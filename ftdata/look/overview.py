@@ -1,0 +1,236 @@
+"""Overview: the page of a whole data set or build: its first rows, those that stand out, lengths, packs, rejects."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import xxhash
+
+from ftdata.errors import UsageError
+from ftdata.examples import Batch, Built
+from ftdata.look import built, pictures
+from ftdata.look.page import MOST_PACKS, Packs, Page
+from ftdata.look.survey import Ints, Numbers, Odd, Progress, Step, Survey, survey
+from ftdata.look.views import RowView, view
+from ftdata.pack import best_fit_decreasing
+from ftdata.recipe import FLAGS, Recipe
+from ftdata.store import read_manifest
+from ftdata.templates.child import verify
+from ftdata.types import Reject, Source
+
+FIRST, LETTERS = 100, 2_000_000
+"""How many rows a page begins with where nobody said so, and how many characters these may have."""
+
+
+@dataclass
+class First:
+    """The first rows, `most` of them or, where that is `None`, as many as a page holds well; shown batches."""
+
+    most: int | None
+    found: list[Built | Reject] = field(default_factory=list)
+    letters: int = 0
+
+    def __call__(self, batch: Batch) -> None:
+        """Look at a batch."""
+        if self._is_full():
+            return
+        for outcome in batch:
+            self.found.append(outcome)
+            if isinstance(outcome, Built):
+                self.letters += sum(len(one.text) for one in outcome.examples)
+            if self._is_full():
+                return
+
+    def _is_full(self) -> bool:
+        if self.most is not None:
+            return len(self.found) >= self.most
+        return len(self.found) >= FIRST or self.letters >= LETTERS
+
+
+def of_data(
+    title: str,
+    recipe: Recipe,
+    steps: Iterator[Step],
+    names: Sequence[tuple[str, str]],
+    most: int | None,
+    packing: str | None,
+    progress: Progress | None,
+) -> Page:
+    """Return the page of data that is not built, after reading all of it.
+
+    Raises:
+        UsageError: packs are asked for, and not how long they are.
+    """
+    if packing and recipe.max_length is None:
+        raise UsageError("packing_length", "packing needs max_length, the tokens that a pack holds")
+    first, odd = First(most), Odd()
+
+    def watch(batch: Batch, numbers: Numbers) -> None:
+        first(batch)
+        odd(batch, numbers)
+
+    seen = survey(steps, names, watch, progress)
+    rows = _rows(first, odd, recipe)
+    packs = _planned(seen, recipe.max_length) if packing and recipe.max_length and len(seen.numbers) else None
+    options = {**recipe.describe(), "packing": packing}
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(options, sort_keys=True).encode())
+    return _page(title, rows, recipe, seen, packs, {"fingerprint of the options": digest, **_listed(options)})
+
+
+def of_build(folder: Path, title: str, recipe: Recipe, most: int | None, progress: Progress | None) -> Page:
+    """Return the page of a build: the tokens and labels that it holds, its packs and its rejects."""
+    names = built.splits_of(folder)
+    first, odd = First(most), Odd()
+
+    def watch(batch: Batch, numbers: Numbers) -> None:
+        first(batch)
+        odd(batch, numbers)
+
+    def steps() -> Iterator[Step]:
+        for number, split in enumerate(names):
+            for batch in built.batches(recipe, built.documents(folder, split)):
+                yield Step(number, batch)
+
+    seen = survey(steps(), [(name, name) for name in names], watch, progress)
+    report = orjson.loads((folder / "report.json").read_bytes())
+    rejects = tuple(_rejects(folder / "rejects.jsonl"))
+    codes: dict[str, int] = {}
+    for ledger in report["sources"]:
+        for code, count in ledger["rejected"].items():
+            codes[code] = codes.get(code, 0) + count
+    overlong = np.asarray([one.tokens for one in rejects if one.tokens], np.int64)
+    seen = replace(seen, rejected=codes, rejects=rejects, overlong=overlong)
+    manifest = read_manifest(folder)
+    options = manifest["options"]
+    recipe = replace(recipe, max_length=options["max_length"], overlong=options["overlong"])
+    packs = _stored(folder, names, options["max_length"]) if options["packing"] else None
+    said = {"fingerprint": manifest["fingerprint"], "ftdata": manifest["ftdata"], **_listed(options)}
+    return _page(title, _rows(first, odd, recipe), recipe, seen, packs, said)
+
+
+def _rows(first: First, odd: Odd, recipe: Recipe) -> list[RowView]:
+    """Return the first rows, and after them those that stand out and are not among them."""
+    stand_out = {_key(outcome): (outcome, reasons) for outcome, reasons in odd.rows()}
+    rows = []
+    for outcome in first.found:
+        _, reasons = stand_out.pop(_key(outcome), (outcome, []))
+        rows.append(view(outcome, recipe, reasons))
+    return rows + [view(outcome, recipe, reasons) for outcome, reasons in stand_out.values()]
+
+
+def _key(outcome: Built | Reject) -> tuple[str, int]:
+    source = outcome.source if isinstance(outcome, Reject) else outcome.conversation.source
+    return source.path, source.row
+
+
+def _page(
+    title: str, rows: list[RowView], recipe: Recipe, seen: Survey, packs: Packs | None, options: Mapping[str, Any]
+) -> Page:
+    numbers = seen.numbers
+    tokens, trained = int(numbers.tokens.sum()), int(numbers.trained.sum())
+    totals = {
+        "rows read": f"{seen.rows:,}",
+        "rejected": f"{sum(seen.rejected.values()):,}",
+        "examples": f"{len(numbers.tokens):,}",
+        "tokens": f"{tokens:,}",
+        "trained": f"{trained / max(tokens, 1):.1%}",
+    }
+    if packs:
+        totals["packs"] = f"{packs.count:,}"
+        totals["full"] = f"{packs.fill:.2%}"
+    lengths = seen.lengths
+    picture = (pictures.lengths(lengths, line=recipe.max_length), lengths_said(seen, recipe)) if len(lengths) else None
+    return Page(
+        title,
+        rows,
+        recipe.tokenizer,
+        said=f"{len(rows):,} of {seen.rows:,} are in this page" if len(rows) < seen.rows else "",
+        totals=totals,
+        warnings=tuple(warnings(seen, recipe)),
+        picture=picture,
+        packs=packs,
+        rejects=(seen.rejected, seen.rejects[:500]),
+        options=options,
+    )
+
+
+def warnings(seen: Survey, recipe: Recipe) -> Iterator[str]:
+    """Yield what a careful reader should know of a template, and of what it made of the rows."""
+    if recipe.template.source and recipe.template.chat and (adds := verify(recipe.template).adds.strip()):
+        yield f"the template puts this before conversations that do not begin so: {adds}"
+    if recipe.template.uses_date:
+        yield f"the template prints a date, shown as {recipe.template.date:%Y-%m-%d}; set it with date="
+    for flag, count in seen.flags.items():
+        if flag in FLAGS and flag != "pretokenised":
+            yield FLAGS[flag].format(n=f"{count:,}", repeated="some")
+
+
+def lengths_said(seen: Survey, recipe: Recipe) -> str:
+    """Say how long examples are, and what `max_length` does to them."""
+    lengths = seen.lengths
+    said = f"{len(lengths):,} examples of {int(lengths.min()):,} to {int(lengths.max()):,} tokens"
+    said += f", half of them up to {int(np.median(lengths)):,}. "
+    if recipe.max_length is None:
+        return f"{said}There is no max_length."
+    longer = int((lengths > recipe.max_length).sum())
+    if not longer:
+        return f"{said}All fit into max_length {recipe.max_length:,}."
+    cut = int((seen.numbers.cut > 0).sum())
+    lost = seen.flags.get("truncated_answer", 0)
+    return (
+        f"{said}{longer:,} are longer than max_length {recipe.max_length:,} (overlong={recipe.overlong}): "
+        f"{seen.rejected.get('overlong', 0):,} rows are rejected, {cut:,} examples are cut, "
+        f"and {lost:,} answers lose their end."
+    )
+
+
+def _planned(seen: Survey, size: int) -> Packs:
+    """Return the packs that a build of these rows would have."""
+    numbers = seen.numbers
+    plan = best_fit_decreasing(numbers.tokens, size)
+    row = np.repeat(np.arange(len(numbers)), numbers.examples)
+
+    def document(example: int) -> tuple[int, str, str]:
+        at = row[example]
+        path, line = seen.sources[numbers.source[at]], int(numbers.line[at])
+        source = Source(path, int(numbers.row[at]), line or None)
+        return int(numbers.tokens[example]), str(source), f"{path}\0{source.row}"
+
+    some = [plan.order[plan.bounds[at] : plan.bounds[at + 1]].tolist() for at in range(min(len(plan), MOST_PACKS))]
+    fill = int(numbers.tokens.sum()) / (len(plan) * size)
+    return Packs(size, len(plan), fill, [[document(one) for one in pack] for pack in some])
+
+
+def _stored(folder: Path, splits: Sequence[str], size: int) -> Packs:
+    shown: list[list[tuple[int, str, str]]] = []
+    for one in built.documents(folder, splits[0]):
+        if one.pack >= MOST_PACKS:
+            break
+        shown += [[] for _ in range(one.pack + 1 - len(shown))]
+        shown[one.pack].append((len(one.ids), str(one.source), f"{one.source.path}\0{one.source.row}"))
+    columns = [built.columns(folder, split) for split in splits]
+    count = sum(int(each["pack"].max(initial=-1)) + 1 for each in columns)
+    tokens: Ints = np.concatenate([each["tokens"] for each in columns])
+    return Packs(size, count, int(tokens.sum()) / max(count * size, 1), shown)
+
+
+def _rejects(path: Path) -> Iterator[Reject]:
+    for line in path.read_bytes().splitlines():
+        one = orjson.loads(line)
+        source = Source(one["file"], one["row"], one["line"], one["byte_offset"])
+        yield Reject(source, one["code"], one["field"], one["reason"], one["fix"], one["raw"], one["tokens"])
+
+
+def _listed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as names and values; those that are objects by the names of what is in them."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        inner = value if isinstance(value, Mapping) else None
+        found.update({f"{name}.{key}": part for key, part in inner.items()} if inner else {name: value})
+    return found

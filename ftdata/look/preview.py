@@ -1,0 +1,301 @@
+"""Preview: some rows as they will be trained, chosen by number, id, pattern, or because they are odd."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ftdata.errors import InputRefused, UsageError
+from ftdata.examples import build_rows
+from ftdata.look import built, overview, terminal
+from ftdata.look.page import Page, fragment, write_page
+from ftdata.look.survey import Odd, Progress, Step, steps, survey
+from ftdata.look.views import RowView, view, view_text
+from ftdata.readers import FileSource, sources
+from ftdata.readers.select import Selection
+from ftdata.recipe import Options, Recipe, bare_template, make_recipe
+from ftdata.types import Reject, Row
+
+_IDS = ("id", "_id", "ID", "uuid", "uid", "guid", "key", "conversation_id", "prompt_id", "question_id", "task_id")
+"""Columns by which people name rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """Some rows of a source, as they would be trained; in a notebook it shows itself."""
+
+    title: str
+    rows: tuple[RowView, ...]
+
+    def __str__(self) -> str:
+        console = Console(color_system=None, width=200, soft_wrap=True)
+        with console.capture() as capture:
+            self.print(console)
+        return capture.get()
+
+    def print(self, console: Console) -> None:
+        """Print to a rich console, in colour where it has colour."""
+        console.print(self.title, style="bold", highlight=False, markup=False, soft_wrap=True)
+        terminal.print_rows(console, self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the preview as JSON."""
+        return {"title": self.title, "rows": [shown.as_dict() for shown in self.rows]}
+
+    def _repr_html_(self) -> str:
+        return fragment(self.title, self.rows)
+
+
+def preview(
+    data: Any,
+    tokenizer: Any = None,
+    template: str | Path | None = None,
+    schema: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    train_on: str = "assistant",
+    train_parts: Sequence[str] | None = None,
+    turns: str = "auto",
+    control_tokens: str = "escape",
+    dropped: str = "refuse",
+    unclosed: str = "flag",
+    refuse: Sequence[str] = (),
+    max_length: int | None = None,
+    overlong: str = "reject",
+    n: int | None = None,
+    row: int | Iterable[int] | None = None,
+    id: str | None = None,  # noqa: A002  (the name of the column)
+    grep: str | None = None,
+    odd: bool = False,
+    where: str | None = None,
+    limit: int | None = None,
+    packing: str | None = None,
+    html: str | Path | None = None,
+    date: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Preview:
+    """Show what rows of `data` become, without building.
+
+    Only as much of the source is read as is shown, but for `odd`, which reads all of it.
+
+    Args:
+        data: as for `build_sft_dataset`, and so are all options that are not listed here; or the folder of a build,
+            of which the very tokens and labels are shown, and which takes none of them.
+        tokenizer: `None` shows the text and what of it is trained, without tokens.
+        template: without a tokenizer, `None` means `chatml`.
+        n: how many rows to show, from the first (3); with `odd`: of each kind (1).
+        row: show the rows of these numbers (from 0) instead.
+        id: show the rows whose `id` is this (or whose `uuid`, `conversation_id`, ...).
+        grep: show the rows with a text in which this regular expression is found.
+        odd: show the rows that stand out: the longest, the shortest, those least trained, without a stop token, with
+            control tokens in their texts, rewritten or not all printed by the template, duplicates, rejected ones.
+        packing: for `html`: show the packs that a build would have.
+        html: write all that is to be seen to this file, one page that needs nothing else. Where no rows are chosen
+            all of the data is read: with the first `n` rows (100) there are those that stand out, how long examples
+            are and what `max_length` cuts, packs, and rejected rows.
+        progress: for `odd` and `html`, is told the rows and tokens done so far, and which share of the data that is.
+
+    Raises:
+        UsageError: an unknown option value, or no such row.
+        InputRefused: the source cannot be read.
+
+    >>> print(preview([{"question": "2+2?", "answer": "4"}], template="question_answer", n=1))
+    <memory> · template question_answer · no tokenizer
+    ── row 0 · <memory>[0] · question_answer ──
+    ### Question:↵
+    2+2?↵
+    ↵
+    ### Answer:↵
+    ⟦4⟨<eos>⟩■⟧
+    6 of 38 characters trained
+    <BLANKLINE>
+    """
+    wanted = Wanted(n, _numbers(row), id, grep, odd)
+    folder = built.build_at(data)
+    if folder is not None:
+        _of_build_alone(where, limit, packing)
+        recipe = built.recipe_of(folder, tokenizer)
+        title = _title([str(folder)], recipe)
+        if html is not None and not wanted.chosen:
+            page = overview.of_build(folder, title, recipe, n, progress)
+        else:
+            page = Page(title, tuple(_of_build(folder, recipe, wanted, progress)), recipe.tokenizer)
+        return _finished(page, wanted, html)
+    choices: dict[str, Any] = {
+        "schema": schema,
+        "columns": columns,
+        "train_on": train_on,
+        "train_parts": train_parts,
+        "turns": turns,
+        "control_tokens": control_tokens,
+        "dropped": dropped,
+        "unclosed": unclosed,
+        "refuse": refuse,
+        "max_length": max_length,
+        "overlong": overlong,
+    }
+    selection = Selection(where, limit)
+    given = sources(data)
+    places = list(dict.fromkeys(one.path for one in given))
+    # A first look needs no download.
+    near = [replace(one, streaming=True) if isinstance(one, FileSource) else one for one in given]
+    rows = selection.of(row for one in near for row in one.rows())
+    if tokenizer is None:
+        if odd:
+            hint = "pass one: --tokenizer"
+            raise UsageError("odd", "which rows are odd is told by their tokens, and there is no tokenizer", hint=hint)
+        bare = bare_template(template if template is not None else "chatml", date, template_kwargs)
+        options = Options(**choices)
+        shown = tuple(view_text(entry, bare, options) for entry in wanted.of(rows))
+        return _finished(Page(f"{', '.join(places)} · template {bare.name} · no tokenizer", shown), wanted, html)
+    recipe = make_recipe(tokenizer, template, date=date, template_kwargs=template_kwargs, **choices)
+    title = _title(places, recipe)
+    if html is not None and not wanted.chosen:
+        names = [(one.path, one.split or "train") for one in given]
+        page = overview.of_data(title, recipe, steps(recipe, given, selection), names, n, packing, progress)
+    elif odd:
+        page = Page(
+            title, tuple(_odd(recipe, steps(recipe, given, selection), wanted.most, progress)), recipe.tokenizer
+        )
+    else:
+        shown = tuple(view(outcome, recipe) for outcome in build_rows(recipe, wanted.of(rows)))
+        page = Page(title, shown, recipe.tokenizer)
+    return _finished(page, wanted, html)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which rows are to be shown.
+
+    Raises:
+        UsageError: nobody can want that.
+    """
+
+    n: int | None = None
+    numbers: frozenset[int] = frozenset()
+    id: str | None = None
+    grep: str | None = None
+    odd: bool = False
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("numbers", "id", "grep", "odd") if getattr(self, name)]
+        if len(given) > 1:
+            names = " and ".join("row" if name == "numbers" else name for name in given)
+            raise UsageError("rows_wanted", f"{names} both say which rows to show: which of them?")
+        if self.grep is not None:
+            try:
+                re.compile(self.grep)
+            except re.error as error:
+                raise UsageError("grep", f"grep={self.grep!r} is no regular expression: {error}") from None
+
+    @property
+    def chosen(self) -> bool:
+        """Whether certain rows are wanted, not the first ones."""
+        return bool(self.numbers) or self.id is not None or self.grep is not None or self.odd
+
+    @property
+    def most(self) -> int:
+        """How many rows to show, of each kind where they are odd ones."""
+        return self.n if self.n is not None else 1 if self.odd else 3
+
+    def of(self, rows: Iterable[Row | Reject]) -> Iterator[Row | Reject]:
+        """Yield the rows that are wanted, and read no further than they are."""
+        if self.numbers:
+            for at, row in enumerate(islice(rows, max(self.numbers) + 1)):
+                if at in self.numbers:
+                    yield row
+        elif self.id is not None:
+            yield from islice((row for row in rows if _id_of(row) == self.id), self.n)
+        elif self.grep is not None:
+            found = re.compile(self.grep)
+            yield from islice((row for row in rows if any(map(found.search, texts_of(row)))), self.most)
+        else:
+            yield from islice(rows, self.most)
+
+
+def texts_of(row: Row | Reject) -> Iterator[str]:
+    """Yield the texts of a row as they were written, but for the names of its columns."""
+    left: list[Any] = [row.raw if isinstance(row, Reject) else row.data]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            left += reversed([*value.values()])
+        elif isinstance(value, list | tuple):
+            left += reversed(value)
+
+
+def _id_of(row: Row | Reject) -> str | None:
+    if isinstance(row, Reject) or not isinstance(row.data, Mapping):
+        return None
+    found = next((row.data[name] for name in _IDS if row.data.get(name) is not None), None)
+    return found if isinstance(found, str) or found is None else json.dumps(found)
+
+
+def _numbers(row: int | Iterable[int] | None) -> frozenset[int]:
+    numbers = frozenset([row] if isinstance(row, int) else row or ())
+    if any(number < 0 for number in numbers):
+        raise UsageError("row", f"row is {min(numbers)}, expected numbers from 0")
+    return numbers
+
+
+def _odd(recipe: Recipe, steps: Iterable[Step], most: int, progress: Progress | None) -> Iterator[RowView]:
+    odd = Odd(most)
+    survey(steps, (), odd, progress)
+    return (view(outcome, recipe, why) for outcome, why in odd.rows())
+
+
+def _of_build(folder: Path, recipe: Recipe, wanted: Wanted, progress: Progress | None) -> Iterator[RowView]:
+    held = (one for split in built.splits_of(folder) for one in built.documents(folder, split))
+    if wanted.odd:
+        yield from _odd(recipe, (Step(0, batch) for batch in built.batches(recipe, held)), wanted.most, progress)
+        return
+    if wanted.id is not None:
+        raise UsageError("rows_wanted", "a build holds tokens, not the ids of rows", hint="choose by row, or by grep")
+    if wanted.numbers:
+        some = (one for at, one in enumerate(islice(held, max(wanted.numbers) + 1)) if at in wanted.numbers)
+        yield from (view(built.as_built(recipe, one), recipe) for one in some)
+        return
+    views = (view(built.as_built(recipe, one), recipe) for one in held)
+    if wanted.grep is not None:
+        found = re.compile(wanted.grep)
+        views = (one for one in views if any(found.search(example.text) for example in one.examples))
+    yield from islice(views, wanted.most)
+
+
+def _of_build_alone(where: str | None, limit: int | None, packing: str | None) -> None:
+    """Refuse what cannot be said of a build."""
+    for name, value in (("where", where), ("limit", limit), ("packing", packing)):
+        if value is not None:
+            raise UsageError(name, f"{name} is said of a build, which is done", hint="choose by row, grep or odd")
+
+
+def _title(places: Sequence[str], recipe: Recipe) -> str:
+    named = ", ".join(places[:3]) + (f" and {len(places) - 3:,} more" if len(places) > 3 else "")
+    return f"{named} · template {recipe.template.name} · tokenizer {recipe.tokenizer.name}"
+
+
+def _finished(page: Page, wanted: Wanted, html: str | Path | None) -> Preview:
+    """Return what is shown, after writing the page if there is to be one.
+
+    Raises:
+        InputRefused: a row that was asked for is not there, or there are none.
+    """
+    if missing := sorted(wanted.numbers)[len(page.rows) :]:
+        raise InputRefused("no_such_row", f"there is no row {', '.join(map(str, missing))}")
+    if not page.rows:
+        what = ""
+        if wanted.id is not None or wanted.grep is not None:
+            what = f" whose id is {wanted.id!r}" if wanted.id is not None else f" that matches {wanted.grep!r}"
+        raise InputRefused("no_such_row", f"there is no row{what}")
+    if html is not None:
+        write_page(html, page)
+    return Preview(page.title, tuple(page.rows))

@@ -1,0 +1,296 @@
+"""Views: one row as it will be trained, every token with its text, its owner and its label, for people to read.
+
+What prints a view (the terminal, the page, a notebook) decides on nothing: all that is shown is in the view.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ftdata.errors import BadRow
+from ftdata.examples import Built
+from ftdata.recipe import Options, Recipe
+from ftdata.schemas import normalise
+from ftdata.shown import check_answers
+from ftdata.templates import Template, closed, render
+from ftdata.types import Conversation, Example, Part, Reject, Rendered, Row, Source, Span
+
+_LOSSES = frozenset({"content_cut", "payload_dropped", "reasoning_dropped", "rewritten", "tools_dropped"})
+"""Flags of examples in which something that the row says is not shown."""
+
+
+class Owner(NamedTuple):
+    """Who wrote a stretch: the message's number and role (-1 and none: nobody's), and which part of it that is."""
+
+    message: int
+    role: str
+    part: str
+
+
+class Segment(NamedTuple):
+    """Neighbouring tokens of one kind: `control` marks control tokens, `stop` those that end a trained turn.
+
+    `data` is text of the row itself, all else the template's.
+    """
+
+    text: str
+    trained: bool
+    control: bool
+    stop: bool
+    owner: Owner
+
+    @property
+    def data(self) -> bool:
+        """Whether the row wrote it, not the template."""
+        return self.owner.part not in ("", Part.SCAFFOLD)
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One example, by tokens; where there is no tokenizer, by spans, and without ids.
+
+    Attributes:
+        text: what is shown, an added BOS included.
+        ends: int64 `[n]`, the character before which the text of each ends. A character of several tokens is the
+            first one's; what no token stands for goes with the token after it.
+        trained: bool `[n]`.
+        control: bool `[n]`.
+        stop: bool `[n]`, the control tokens with which what is trained ends.
+        owner: int64 `[n]`, numbers of `owners`.
+        owners: who wrote it.
+        ids: int32 `[n]`, or `None`.
+        flags: what a careful reader should know.
+        cut: tokens that truncation took from the end.
+        rest: the text behind the last token.
+    """
+
+    text: str
+    ends: NDArray[np.int64]
+    trained: NDArray[np.bool_]
+    control: NDArray[np.bool_]
+    owner: NDArray[np.int64]
+    owners: tuple[Owner, ...]
+    ids: NDArray[np.int32] | None = None
+    flags: frozenset[str] = frozenset()
+    cut: int = 0
+    rest: str = ""
+
+    @property
+    def stop(self) -> NDArray[np.bool_]:  # noqa: D102
+        ends: NDArray[np.bool_] = self.trained & self.control & ~np.append(self.trained[1:], False)
+        return ends
+
+    @property
+    def pieces(self) -> list[str]:
+        """The text of each token."""
+        return [self.text[start:end] for start, end in pairwise([0, *self.ends.tolist()])]
+
+    def segments(self) -> Iterator[Segment]:
+        """Yield neighbouring tokens of one kind together; each control token is alone."""
+        stop = self.stop
+        kind = np.stack((self.trained, self.control, stop, self.owner), axis=1)
+        apart = np.any(kind[1:] != kind[:-1], axis=1) | self.control[1:]
+        bounds = [0, *(np.flatnonzero(apart) + 1).tolist(), len(kind)] if len(kind) else [0]
+        ends = [0, *self.ends.tolist()]
+        for first, last in pairwise(bounds):
+            is_trained, is_control, is_stop, owner = kind[first].tolist()
+            if text := self.text[ends[first] : ends[last]]:
+                yield Segment(text, bool(is_trained), bool(is_control), bool(is_stop), self.owners[owner])
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many tokens are trained, of how many; without tokens: characters."""
+        if self.ids is not None:
+            return int(self.trained.sum()), len(self)
+        return int(np.diff(self.ends, prepend=0)[self.trained].sum()), len(self.text)
+
+
+class Lost(NamedTuple):
+    """Text of a row that the template does not print."""
+
+    field: str
+    text: str
+
+
+@dataclass(frozen=True)
+class RowView:
+    """One row: its examples, or why it is rejected.
+
+    Attributes:
+        source: where it came from.
+        schema: as what it was read.
+        examples: what is trained of it.
+        lost: what the template does not print of it.
+        rejected: why there are no examples.
+        why: for what it was chosen, of rows that are odd.
+    """
+
+    source: Source
+    schema: str = ""
+    examples: tuple[View, ...] = ()
+    lost: tuple[Lost, ...] = ()
+    rejected: str = ""
+    why: tuple[str, ...] = ()
+    pack: int | None = field(default=None)
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What a careful reader should know of any of its examples."""
+        return tuple(sorted(frozenset[str]().union(*(one.flags for one in self.examples))))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row as JSON; `tokens` and `trained` are counts per example, `null` without a tokenizer."""
+        with_ids = bool(self.examples) and all(one.ids is not None for one in self.examples)
+        return {
+            "row": self.source.row,
+            "place": str(self.source),
+            "schema": self.schema,
+            "why": list(self.why),
+            "examples": [[_segment(one) for one in view.segments()] for view in self.examples],
+            "tokens": [len(one) for one in self.examples] if with_ids else None,
+            "trained": [one.counts[0] for one in self.examples] if with_ids else None,
+            "cut": [{"tokens": one.cut, "text": one.rest} for one in self.examples],
+            "lost": [lost._asdict() for lost in self.lost],
+            "flags": list(self.flags),
+            "rejected": self.rejected,
+        }
+
+
+def _segment(segment: Segment) -> dict[str, Any]:
+    text, trained, control, stop, owner = segment
+    said = {"text": text, "trained": trained, "control": control, "stop": stop, "data": segment.data}
+    return {**said, **owner._asdict()}
+
+
+def view(outcome: Built | Reject, recipe: Recipe, why: Sequence[str] = ()) -> RowView:
+    """Return what is to be seen of a row that was built or rejected."""
+    if isinstance(outcome, Reject):
+        return RowView(outcome.source, rejected=str(outcome), why=tuple(why))
+    said = outcome.conversation
+    return RowView(
+        said.source,
+        said.schema,
+        tuple(_by_token(example, said, recipe) for example in outcome.examples),
+        tuple(_lost(said, outcome.examples)),
+        why=tuple(why),
+    )
+
+
+def view_text(row: Row | Reject, template: Template, options: Options) -> RowView:
+    """Return what is to be seen of a row where there is no tokenizer: the text, and what of it is trained."""
+    if isinstance(row, Reject):
+        return RowView(row.source, rejected=str(row))
+    try:
+        said = normalise(row, options.schema, options.columns)
+        check_answers(said)
+        if said.tokens is not None:
+            hint = "pass the tokenizer that made them"
+            raise BadRow("no_tokenizer", "holds tokens, which cannot be shown without their tokenizer", hint=hint)
+        if said.kwargs:
+            template = replace(template, kwargs={**template.kwargs, **said.kwargs})
+        texts = render(said, template, options.turns, options.dropped)
+        if options.unclosed == "append_eos":
+            texts = tuple(closed(one, template) for one in texts)
+    except (BadRow, RecursionError) as error:
+        reason = str(error) if isinstance(error, BadRow) else f"[too_deep] {row.source}: is nested too deep to be read"
+        return RowView(row.source, rejected=reason)
+    examples = tuple(_by_span(one, options.policy(one, said), said, template) for one in texts)
+    return RowView(row.source, said.schema, examples, tuple(_lost(said, texts)))
+
+
+def _by_span(rendered: Rendered, chosen: Sequence[bool], said: Conversation, template: Template) -> View:
+    specials = set(template.special_tokens.values())
+    owners, owner = _owners(rendered.spans, said)
+    return View(
+        rendered.text,
+        np.fromiter((span.end for span in rendered.spans), np.int64),
+        np.fromiter(chosen, np.bool_),
+        np.fromiter((rendered.text[span.start : span.end] in specials for span in rendered.spans), np.bool_),
+        owner,
+        owners,
+        flags=rendered.flags,
+    )
+
+
+def _by_token(example: Example, said: Conversation, recipe: Recipe) -> View:
+    added = len(recipe.tokenizer.bos_ids) if len(example) and example.offsets[0, 1] == 0 else 0
+    begun = recipe.tokenizer.decode(example.input_ids[:added]) if added else ""
+    ends = np.maximum.accumulate(example.offsets[:, 1].astype(np.int64)) + len(begun)
+    ends[:added] = len(begun)
+    owners, by_span = _owners(example.spans, said)
+    at = np.searchsorted([span.end for span in example.spans], example.offsets[:, 0], side="right")
+    owner = np.append(by_span, 0)[np.minimum(at, len(by_span))]
+    owner[:added] = 0
+    whole = begun + example.text
+    shown = int(ends[-1]) if len(ends) else len(begun)
+    return View(
+        whole[:shown],
+        ends,
+        example.trained,
+        recipe.control.among(example.input_ids),
+        owner,
+        owners,
+        example.input_ids,
+        example.flags,
+        example.cut,
+        whole[shown:],
+    )
+
+
+def _owners(spans: Sequence[Span], said: Conversation) -> tuple[tuple[Owner, ...], NDArray[np.int64]]:
+    """Return who wrote stretches, and which of these wrote each span; the first is nobody."""
+    found = {Owner(-1, "", ""): 0}
+    numbers = []
+    for span in spans:
+        if said.tokens is not None:
+            owner = Owner(-1, "", "")
+        elif 0 <= span.message < len(said.messages):
+            owner = Owner(span.message, said.messages[span.message]["role"], str(span.part))
+        else:
+            owner = Owner(-1, "", str(span.part))
+        numbers.append(found.setdefault(owner, len(found)))
+    return tuple(found), np.asarray(numbers, np.int64)
+
+
+def _lost(said: Conversation, texts: Sequence[Rendered] | Sequence[Example]) -> Iterator[Lost]:
+    """Yield the texts of messages that stand in none of the examples, or what of them does not."""
+    if all(one.flags.isdisjoint(_LOSSES) for one in texts):
+        return
+    shown = "\n".join(one.text for one in texts)
+    for number, message in enumerate(said.messages):
+        for name in ("content", "reasoning_content"):
+            for given in map(str.strip, _texts(message.get(name))):
+                if given not in shown:
+                    yield Lost(f"messages[{number}].{name}", _missing(given, shown))
+    if said.tools and any("tools_dropped" in one.flags for one in texts):
+        yield Lost("tools", json.dumps(said.tools, ensure_ascii=False))
+
+
+def _texts(content: object) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+            yield part["text"]
+
+
+def _missing(given: str, printed: str) -> str:
+    """Return the lines of a text that are not printed; all of it where that tells nothing."""
+    lines = [line for line in given.splitlines() if line.strip() and line.strip() not in printed]
+    return "\n".join(lines) or given
+
+
+def visible(text: str) -> str:
+    """Return a text with its line breaks marked, and with codes for what would drive a terminal or deceive a reader."""
+    printable = "".join(c if c.isprintable() or c in "\n\t" else f"\\u{ord(c):04x}" for c in text)
+    return printable.replace("\t", "⇥\t").replace("\n", "↵\n")
