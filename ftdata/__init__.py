@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 from ftdata._version import __version__
 
 if TYPE_CHECKING:
-    from ftdata._audit import audit
     from ftdata._convert import convert
     from ftdata.build import build_sft_dataset
     from ftdata.errors import FtdataError
     from ftdata.examples import encode
+    from ftdata.look.audit import audit
     from ftdata.look.preview import preview
     from ftdata.readers import read
     from ftdata.recipe import check_template
 
 _HOMES = {
     "FtdataError": "ftdata.errors",
-    "audit": "ftdata._audit",
+    "audit": "ftdata.look.audit",
     "build_sft_dataset": "ftdata.build",
     "check_template": "ftdata.recipe",
     "convert": "ftdata._convert",

@@ -383,37 +383,74 @@ def push(
 
 @app.command()
 def audit(
-    data: Data,
-    tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="A folder with tokenizer.json, or a hub id.")],
+    data: Annotated[list[str], typer.Argument(help=f"What to look at: a build, or {_PLACES}.", show_default=False)],
+    tokenizer: Tokenizer = None,
     template: Template = None,
     schema: Schema = "auto",
     column: Columns = None,
     train_on: TrainOn = "assistant",
+    train_parts: TrainParts = None,
     turns: Turns = "auto",
+    control_tokens: ControlTokens = "escape",
+    dropped: Dropped = "refuse",
+    unclosed: Unclosed = "flag",
     max_length: MaxLength = None,
     overlong: Overlong = "reject",
+    where: Where = None,
+    limit: Limit = None,
     date: Date = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="A test set, of which no row may be trained on. Repeatable.")
+    ] = None,
+    near: Annotated[float | None, typer.Option(help="Look for rows that are so similar, e.g. 0.8.")] = None,
+    pii: Annotated[bool, typer.Option("--pii", help="Look for what belongs to a person, too.")] = False,
+    ignore: Annotated[str | None, typer.Option(help="Codes not to look for: duplicate,script.")] = None,
+    fail_on: Annotated[
+        str, typer.Option(help="The least severity that is exit code 1: note, warning, error; or never.")
+    ] = "note",
+    format_: Annotated[str, typer.Option("--format", help="text, json, sarif or github (annotations).")] = "text",
     encoding: Encoding = None,
     split: Split = None,
     as_json: Json = False,
 ) -> None:
-    """Look for what would go wrong in training; exit code 1 if there is anything."""
-    from ftdata._audit import audit as inspect
+    """Look for what would go wrong in training on data or on a build; exit code 1 if there is anything."""
+    from ftdata.errors import one_of
+    from ftdata.look.audit import FAIL_ON
+    from ftdata.look.audit import audit as inspect
 
-    report = inspect(
-        _places([data], encoding, split),
-        tokenizer,
-        template,
-        schema=schema,
-        columns=_columns(column),
-        train_on=train_on,
-        turns=turns,
-        max_length=max_length,
-        overlong=overlong,
-        date=date,
-    )
-    _print(report, as_json=as_json)
-    raise typer.Exit(1 if report else 0)
+    one_of("format", format_, ("text", "json", "sarif", "github"))
+    one_of("fail_on", fail_on, FAIL_ON)
+    with _progress() as progress:
+        report = inspect(
+            _places(data, encoding, split),
+            tokenizer,
+            template,
+            schema=schema,
+            columns=_columns(column),
+            train_on=train_on,
+            train_parts=_listed(train_parts),
+            turns=turns,
+            control_tokens=control_tokens,
+            dropped=dropped,
+            unclosed=unclosed,
+            max_length=max_length,
+            overlong=overlong,
+            where=where,
+            limit=limit,
+            date=date,
+            against=against,
+            near=near,
+            pii=pii,
+            ignore=_listed(ignore) or (),
+            progress=progress,
+        )
+    if format_ == "sarif":
+        print(json.dumps(report.as_sarif(), ensure_ascii=False, indent=2))
+    elif format_ == "github":
+        print(report.as_github())
+    else:
+        _print(report, as_json=as_json or format_ == "json")
+    raise typer.Exit(1 if report.fails(fail_on) else 0)
 
 
 @templates_app.command("list")

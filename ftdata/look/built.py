@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ftdata.batches import Columns, Encodings, Renderings
 from ftdata.errors import FtdataError, UsageError
 from ftdata.examples import Batch, Built, Masked, given
-from ftdata.recipe import Recipe, make_recipe
+from ftdata.recipe import Options, Recipe, make_recipe
 from ftdata.store import read_manifest
 from ftdata.types import IGNORE_INDEX, Conversation, Source, Tokens
 
@@ -46,6 +46,19 @@ def build_at(data: Any) -> Path | None:
     if not isinstance(data, str | Path) or not (Path(data) / "manifest.json").is_file():
         return None
     return Path(data) if (Path(data) / "dataset_dict.json").is_file() else None
+
+
+def refuse(said: Mapping[str, Any]) -> None:
+    """Refuse options that decide what a build becomes: it is done.
+
+    Raises:
+        UsageError: one is not as it is where nobody says anything.
+    """
+    usual = {each.name: each.default for each in fields(Options)}
+    for name, value in said.items():
+        if value is not None and value != usual.get(name) and not (name == "refuse" and not value):
+            hint = "leave it out, or look at the data that it was made of"
+            raise UsageError("said_of_build", f"{name} is said of a build, which is done", hint=hint)
 
 
 def recipe_of(folder: Path, tokenizer: Any = None) -> Recipe:

@@ -197,10 +197,8 @@ def _planned(seen: Survey, size: int) -> Packs:
     row = np.repeat(np.arange(len(numbers)), numbers.examples)
 
     def document(example: int) -> tuple[int, str, str]:
-        at = row[example]
-        path, line = seen.sources[numbers.source[at]], int(numbers.line[at])
-        source = Source(path, int(numbers.row[at]), line or None)
-        return int(numbers.tokens[example]), str(source), f"{path}\0{source.row}"
+        source = seen.source(int(row[example]))
+        return int(numbers.tokens[example]), str(source), f"{source.path}\0{source.row}"
 
     some = [plan.order[plan.bounds[at] : plan.bounds[at + 1]].tolist() for at in range(min(len(plan), MOST_PACKS))]
     fill = int(numbers.tokens.sum()) / (len(plan) * size)

@@ -118,16 +118,6 @@ def preview(
     <BLANKLINE>
     """
     wanted = Wanted(n, _numbers(row), id, grep, odd)
-    folder = built.build_at(data)
-    if folder is not None:
-        _of_build_alone(where, limit, packing)
-        recipe = built.recipe_of(folder, tokenizer)
-        title = _title([str(folder)], recipe)
-        if html is not None and not wanted.chosen:
-            page = overview.of_build(folder, title, recipe, n, progress)
-        else:
-            page = Page(title, tuple(_of_build(folder, recipe, wanted, progress)), recipe.tokenizer)
-        return _finished(page, wanted, html)
     choices: dict[str, Any] = {
         "schema": schema,
         "columns": columns,
@@ -141,6 +131,17 @@ def preview(
         "max_length": max_length,
         "overlong": overlong,
     }
+    folder = built.build_at(data)
+    if folder is not None:
+        more = {"where": where, "limit": limit, "packing": packing, "date": date, "template_kwargs": template_kwargs}
+        built.refuse({**choices, **more, "template": template})
+        recipe = built.recipe_of(folder, tokenizer)
+        title = _title([str(folder)], recipe)
+        if html is not None and not wanted.chosen:
+            page = overview.of_build(folder, title, recipe, n, progress)
+        else:
+            page = Page(title, tuple(_of_build(folder, recipe, wanted, progress)), recipe.tokenizer)
+        return _finished(page, wanted, html)
     selection = Selection(where, limit)
     given = sources(data)
     places = list(dict.fromkeys(one.path for one in given))
@@ -269,13 +270,6 @@ def _of_build(folder: Path, recipe: Recipe, wanted: Wanted, progress: Progress |
         found = re.compile(wanted.grep)
         views = (one for one in views if any(found.search(example.text) for example in one.examples))
     yield from islice(views, wanted.most)
-
-
-def _of_build_alone(where: str | None, limit: int | None, packing: str | None) -> None:
-    """Refuse what cannot be said of a build."""
-    for name, value in (("where", where), ("limit", limit), ("packing", packing)):
-        if value is not None:
-            raise UsageError(name, f"{name} is said of a build, which is done", hint="choose by row, grep or odd")
 
 
 def _title(places: Sequence[str], recipe: Recipe) -> str:

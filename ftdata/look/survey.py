@@ -20,11 +20,12 @@ from ftdata.examples import Batch, Built, build_batches
 from ftdata.readers import FileSource, MemorySource
 from ftdata.readers.select import Selection
 from ftdata.recipe import Recipe
-from ftdata.types import Conversation, Reject
+from ftdata.types import Conversation, Reject, Source
 
 Ints = NDArray[np.int64]
 Progress = Callable[[int, int, float | None], None]
 
+_ASKED = 4
 MOST_REJECTS = 1000
 """Rejected rows that are kept in words; the others are counted."""
 
@@ -41,7 +42,7 @@ class Numbers:
         turns: messages of the assistant; -1 where nobody knows.
         examples: how many there are of it.
         content: equal where tokens and labels are (uint64).
-        asked: equal where the tokens before the first trained one are (uint64).
+        asked: equal where the tokens that are not trained are (uint64); 0 where there are too few to tell.
         tokens, trained, cut: int64 `[examples]`.
     """
 
@@ -109,6 +110,11 @@ class Survey:
     def rows(self) -> int:
         """Rows that were read."""
         return len(self.numbers) + sum(self.rejected.values()) + self.passed
+
+    def source(self, row: int) -> Source:
+        """Return where a row that was built came from."""
+        numbers = self.numbers
+        return Source(self.sources[numbers.source[row]], int(numbers.row[row]), int(numbers.line[row]) or None)
 
     @property
     def lengths(self) -> Ints:
@@ -205,17 +211,17 @@ def _turns(said: Conversation) -> int:
 
 
 def _digests(batch: Batch, first: Ints) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Return hashes of all that is trained of each row, and of what comes before the first trained token."""
+    """Return hashes of all tokens and labels of each row, and of its tokens that are not trained; 0: there are few."""
     columns = batch.columns
     ids, trained = columns.ids, columns.trained
     ends = np.append(0, np.cumsum(columns.lengths))
     begins = ends[:-1][first] if len(first) else first
     bounds = [*begins.tolist(), int(ends[-1])]
-    learnt = np.append(np.flatnonzero(trained), len(trained))
-    begin = learnt[np.searchsorted(learnt, begins)].tolist()
+    given = np.append(0, np.cumsum(~trained))[bounds].tolist()
+    untrained = ids[~trained]
     digest = xxhash.xxh3_64_intdigest
     content = [digest(ids[a:b].tobytes(), digest(trained[a:b].tobytes())) for a, b in pairwise(bounds)]
-    asked = [digest(ids[a:b].tobytes()) for a, b in zip(bounds, begin, strict=False)]
+    asked = [digest(untrained[a:b].tobytes()) if b - a >= _ASKED else 0 for a, b in pairwise(given)]
     return np.asarray(content, np.uint64), np.asarray(asked, np.uint64)
 
 

@@ -1,0 +1,332 @@
+"""Audit: what is wrong with data, or with a build, found by `checks`, and told to people and to machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ftdata import similar
+from ftdata._version import __version__
+from ftdata.errors import UsageError, one_of
+from ftdata.examples import Batch
+from ftdata.look import built, detect
+from ftdata.look.checks import SEVERITIES, Check, Data, Row, Setting, checks
+from ftdata.look.survey import Numbers, Progress, Step, Survey, steps, survey
+from ftdata.readers import sources
+from ftdata.readers.select import Selection
+from ftdata.recipe import Recipe, make_recipe
+from ftdata.templates.child import verify
+from ftdata.types import Conversation, Example, Reject, Source
+
+SHOWN = 10
+"""Rows of each finding that are named."""
+
+FAIL_ON = (*SEVERITIES, "never")
+_COMPARED = 100
+
+
+class Place(NamedTuple):
+    """A row with a finding, and what exactly was found there."""
+
+    source: Source
+    says: str = ""
+
+
+@dataclass
+class Finding:
+    """What one check found: in how many rows, and where first."""
+
+    code: str
+    severity: str
+    says: str
+    fix: str
+    count: int = 0
+    places: list[Place] = field(default_factory=list)
+
+    def add(self, source: Source | None, says: str = "") -> None:
+        """Count one more; without a source it is about no row."""
+        self.count += 1
+        if len(self.places) < SHOWN and source is not None:
+            self.places.append(Place(source, says))
+
+    @property
+    def where(self) -> list[str]:
+        """The first rows, as file and line."""
+        return [str(place.source) for place in self.places]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the finding as JSON."""
+        own = {name: getattr(self, name) for name in ("code", "severity", "says", "fix", "count", "where")}
+        return {**own, "places": [{**one.source._asdict(), "says": one.says} for one in self.places]}
+
+    def __str__(self) -> str:
+        rows = f"{self.count:,} × " if self.places else ""
+        lines = [f"{self.severity:8} {self.code}: {rows}{self.says}"]
+        lines += [f"{'':9}{place.source}{f': {place.says}' if place.says else ''}" for place in self.places[:5]]
+        if self.places and self.count > 5:
+            lines.append(f"{'':9}and {self.count - 5:,} more")
+        return "\n".join([*lines, f"{'':9}Fix: {self.fix}"])
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """All findings, the worst first; falsy when there are none.
+
+    Attributes:
+        rows: how many rows were looked at.
+        findings: what was found.
+        skipped: the checks that were not made, and what asks for them.
+    """
+
+    rows: int
+    findings: tuple[Finding, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.findings)
+
+    def fails(self, severity: str) -> bool:
+        """Whether there is a finding of this severity or a worse one; `"never"` is none."""
+        one_of("fail_on", severity, FAIL_ON)
+        worst = [SEVERITIES.index(finding.severity) for finding in self.findings]
+        return severity != "never" and any(one >= SEVERITIES.index(severity) for one in worst)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON."""
+        findings = [finding.as_dict() for finding in self.findings]
+        return {"ftdata": __version__, "rows": self.rows, "findings": findings, "skipped": self.skipped}
+
+    def __str__(self) -> str:
+        head = f"{self.rows:,} rows, {len(self.findings)} findings"
+        asked = ", ".join(f"{code} ({how})" for code, how in self.skipped.items())
+        return "\n".join([*map(str, self.findings), head, *([f"not looked for: {asked}"] if asked else [])])
+
+    def as_sarif(self) -> dict[str, Any]:
+        """Return the report as SARIF 2.1.0 (OASIS), which code hosts and editors show beside the lines."""
+        rules = [
+            {
+                "id": one.code,
+                "shortDescription": {"text": one.says},
+                "help": {"text": one.fix},
+                "defaultConfiguration": {"level": one.severity},
+            }
+            for one in self.findings
+        ]
+        driver = {"name": "ftdata", "version": __version__, "rules": rules}
+        results = [
+            {
+                "ruleId": finding.code,
+                "level": finding.severity,
+                "message": {"text": _told(finding, place)},
+                "locations": [_location(place.source)] if place else [],
+            }
+            for finding in self.findings
+            for place in _places(finding)
+        ]
+        schema = "https://json.schemastore.org/sarif-2.1.0.json"
+        return {"$schema": schema, "version": "2.1.0", "runs": [{"tool": {"driver": driver}, "results": results}]}
+
+    def as_github(self) -> str:
+        """Return the report as workflow commands, which GitHub shows as annotations."""
+        lines = []
+        for finding in self.findings:
+            kind = "notice" if finding.severity == "note" else finding.severity
+            for place in _places(finding):
+                at = ""
+                if place:
+                    at = f"file={_escaped(place.source.path, ':,')},line={place.source.line or 1},"
+                lines.append(f"::{kind} {at}title={_escaped(finding.code, ':,')}::{_escaped(_told(finding, place))}")
+        return "\n".join(lines)
+
+
+def _places(finding: Finding) -> Sequence[Place | None]:
+    return finding.places or [None]
+
+
+def _told(finding: Finding, place: Place | None) -> str:
+    more = f" ({finding.count:,} rows)" if finding.count > 1 else ""
+    return f"{finding.says}{more}{f': {place.says}' if place and place.says else ''}. Fix: {finding.fix}"
+
+
+def _location(source: Source) -> dict[str, Any]:
+    place: dict[str, Any] = {"artifactLocation": {"uri": source.path.replace("\\", "/")}}
+    if source.line is not None:
+        place["region"] = {"startLine": source.line}
+    return {"physicalLocation": place}
+
+
+def _escaped(text: str, more: str = "") -> str:
+    for sign in ("%", "\r", "\n", *more):
+        text = text.replace(sign, f"%{ord(sign):02X}")
+    return text
+
+
+def audit(
+    data: Any,
+    tokenizer: Any = None,
+    template: str | Path | None = None,
+    *,
+    against: Any = None,
+    ignore: Sequence[str] = (),
+    near: float | None = None,
+    pii: bool = False,
+    where: str | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> AuditReport:
+    """Look for what would go wrong in training on `data`, without building it; or at a build.
+
+    The checks are described in docs/checks.md. Rows of splits of the data that are not `train` count as held out.
+
+    Args:
+        data: as for `build_sft_dataset`; or the folder of a build, whose tokens and labels are looked at.
+        tokenizer: as for `build_sft_dataset`; a build knows its own.
+        template: as for `build_sft_dataset`.
+        against: more data, which is held out: a test set, of which no row may be trained on.
+        ignore: codes of checks that are not to be made.
+        near: how similar rows must be (0.5 to 1) to count as almost equal; `None`: this is not looked at.
+        pii: look for what belongs to a person, too.
+        where: rows to look at, as for `build_sft_dataset`.
+        limit: how many rows to look at.
+        progress: called with the rows and tokens done so far, and which share of the data that is.
+        options: further options of `build_sft_dataset` that decide what a row becomes.
+
+    Raises:
+        UsageError: an option cannot be meant.
+        InputRefused: a source cannot be read.
+    """
+    if near is not None:
+        if not isinstance(near, int | float) or not 0.5 <= near <= 1:
+            raise UsageError("near", f"near is {near!r}, expected a similarity from 0.5 to 1, such as 0.8")
+        similar.require()
+    folder = built.build_at(data)
+    if folder is None:
+        selection = Selection(where, limit)
+        recipe, names, through = _of_data(data, against, tokenizer, template, selection, options)
+    else:
+        said = {"template": template, "where": where, "limit": limit, "against": against, **options}
+        recipe, names, through = _of_build(folder, tokenizer, said)
+    wanted = {"": True, "pii": pii, "near": near is not None}
+    skipped = {code: f"--{one.asked}" for code, one in checks.items() if not wanted[one.asked]}
+    if folder is not None:
+        skipped |= {code: "a build holds no messages" for code, one in checks.items() if one.of_messages}
+    auditor = Auditor(recipe, frozenset((*ignore, *skipped)), near)
+    seen = survey(through, names, auditor, progress)
+    several = len({split for _, split in names}) > 1
+    return replace(auditor.report(seen, [several and split != "train" for _, split in names]), skipped=skipped)
+
+
+def _of_data(
+    data: Any,
+    against: Any,
+    tokenizer: Any,
+    template: str | Path | None,
+    selection: Selection,
+    options: dict[str, Any],
+) -> tuple[Recipe, list[tuple[str, str]], Iterator[Step]]:
+    if tokenizer is None:
+        hint = "pass the model's: --tokenizer"
+        raise UsageError("no_tokenizer", "what is trained hangs on the tokenizer, and none is given", hint=hint)
+    recipe = make_recipe(tokenizer, template, **options)
+    given, tests = sources(data), sources(against) if against is not None else ()
+    names = [(one.path, one.split or "train") for one in given] + [(one.path, "held out") for one in tests]
+    return recipe, names, steps(recipe, (*given, *tests), selection)
+
+
+def _of_build(
+    folder: Path, tokenizer: Any, said: dict[str, Any]
+) -> tuple[Recipe, list[tuple[str, str]], Iterator[Step]]:
+    built.refuse(said)
+    recipe, splits = built.recipe_of(folder, tokenizer), built.splits_of(folder)
+    through = (
+        Step(number, batch)
+        for number, split in enumerate(splits)
+        for batch in built.batches(recipe, built.documents(folder, split))
+    )
+    return recipe, [(split, split) for split in splits], through
+
+
+class Auditor:
+    """Makes checks on batches as they come, and on all rows in the end."""
+
+    def __init__(self, recipe: Recipe, left: frozenset[str], near: float | None) -> None:
+        self.recipe, self.left, self.near = recipe, left, near
+        self.made = made = [one for code, one in checks.items() if code not in left]
+        chat = recipe.template.source and recipe.template.chat
+        self.adds = verify(recipe.template).adds.strip() if chat else ""
+        self.by_flag = {one.code: one for one in made if one.of == "flag"}
+        self.on_rows = [one for one in made if one.of == "row"]
+        self.findings: dict[str, Finding] = {}
+        self.scripts: list[int] = []
+        self.signatures: list[np.ndarray] = []
+        self.stops: set[int] = set()
+        self.said: list[Conversation] = []
+
+    def __call__(self, batch: Batch, numbers: Numbers) -> None:
+        """Look at a batch."""
+        for number in range(len(numbers)):
+            one = batch.built(number)
+            row = Row(one.conversation, one.examples, self.recipe, self.adds)
+            source = one.conversation.source
+            for flag in sorted(frozenset[str]().union(*(example.flags for example in one.examples))):
+                if flag in self.by_flag:
+                    self._found(self.by_flag[flag], source)
+            for check in self.on_rows:
+                for says in islice(check.finds(row), 1):
+                    self._found(check, source, says)
+            self.scripts.append(self._script(one.examples))
+            if len(self.said) < _COMPARED and one.conversation.messages:
+                self.said.append(one.conversation)
+        for reject in batch.rejects:
+            self._rejected(reject)
+        if self.near is not None and len(numbers):
+            self.signatures.append(similar.signatures(batch.conversations))
+
+    def report(self, seen: Survey, held_out: Sequence[bool]) -> AuditReport:
+        """Make the checks on all rows together, and report."""
+        signatures = np.concatenate(self.signatures) if self.signatures else None
+        data = Data(seen, np.asarray(self.scripts, np.int64), held_out, self.near, signatures)
+        for check in self.made:
+            if check.of == "data":
+                for row, says in check.finds(data):
+                    self._found(check, seen.source(row), says)
+            elif check.of == "template":
+                for says in check.finds(Setting(self.recipe, frozenset(self.stops), self.said)):
+                    self._found(check, None, says)
+        order = {code: number for number, code in enumerate(checks)}
+
+        def rank(one: Finding) -> tuple[int, int]:
+            return -SEVERITIES.index(one.severity), order.get(one.code, -1)
+
+        return AuditReport(seen.rows, tuple(sorted(self.findings.values(), key=rank)))
+
+    def _found(self, check: Check, source: Source | None, says: str = "") -> None:
+        if check.code not in self.findings:
+            told = f"{check.says}: {says}" if source is None else check.says
+            self.findings[check.code] = Finding(check.code, check.severity, told, check.fix)
+        self.findings[check.code].add(source, says)
+
+    def _rejected(self, reject: Reject) -> None:
+        if reject.code in self.left:
+            return
+        fix = reject.fix or "mend the row"
+        found = self.findings.setdefault(reject.code, Finding(reject.code, "error", "the row is rejected", fix))
+        found.add(reject.source, f"{reject.field} {reject.reason}".strip())
+
+    def _script(self, examples: Sequence[Example]) -> int:
+        """Return in which script the first answer is written, and note the stops with which answers end."""
+        found = -1
+        for example in examples:
+            ids, trained = example.input_ids, example.trained
+            ends = np.flatnonzero(trained & ~np.append(trained[1:], False))
+            self.stops.update(ids[ends][self.recipe.control.among(ids[ends])].tolist())
+            if found < 0 and len(ends):
+                first = int(example.offsets[int(trained.argmax()), 0])
+                found = detect.script(example.text[first : int(example.offsets[ends[0], 1])])
+        return found
