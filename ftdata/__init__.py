@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from ftdata.errors import FtdataError
     from ftdata.examples import encode
     from ftdata.look.audit import audit
+    from ftdata.look.diff import diff
     from ftdata.look.preview import preview
+    from ftdata.look.stats import stats
     from ftdata.readers import read
     from ftdata.recipe import check_template
 
@@ -29,9 +31,11 @@ _HOMES = {
     "build_sft_dataset": "ftdata.build",
     "check_template": "ftdata.recipe",
     "convert": "ftdata._convert",
+    "diff": "ftdata.look.diff",
     "encode": "ftdata.examples",
     "preview": "ftdata.look.preview",
     "read": "ftdata.readers",
+    "stats": "ftdata.look.stats",
 }
 
 __all__ = [
@@ -41,9 +45,11 @@ __all__ = [
     "build_sft_dataset",
     "check_template",
     "convert",
+    "diff",
     "encode",
     "preview",
     "read",
+    "stats",
 ]
 
 

@@ -453,6 +453,96 @@ def audit(
     raise typer.Exit(1 if report.fails(fail_on) else 0)
 
 
+@app.command()
+def stats(
+    data: Annotated[list[str], typer.Argument(help=f"What to count: a build, or {_PLACES}.", show_default=False)],
+    tokenizer: Tokenizer = None,
+    template: Template = None,
+    schema: Schema = "auto",
+    column: Columns = None,
+    train_on: TrainOn = "assistant",
+    train_parts: TrainParts = None,
+    turns: Turns = "auto",
+    control_tokens: ControlTokens = "escape",
+    dropped: Dropped = "refuse",
+    unclosed: Unclosed = "flag",
+    max_length: MaxLength = None,
+    overlong: Overlong = "reject",
+    where: Where = None,
+    limit: Limit = None,
+    date: Date = None,
+    svg: Annotated[Path | None, typer.Option(help="A folder for pictures: lengths.svg, trained.svg.")] = None,
+    encoding: Encoding = None,
+    split: Split = None,
+    as_json: Json = False,
+) -> None:
+    """Count rows, turns, tokens and what is trained, by source and schema; of data, or of a build."""
+    from rich.console import Console
+
+    from ftdata.look.stats import stats as count
+
+    with _progress() as progress:
+        found = count(
+            _places(data, encoding, split),
+            tokenizer,
+            template,
+            schema=schema,
+            columns=_columns(column),
+            train_on=train_on,
+            train_parts=_listed(train_parts),
+            turns=turns,
+            control_tokens=control_tokens,
+            dropped=dropped,
+            unclosed=unclosed,
+            max_length=max_length,
+            overlong=overlong,
+            where=where,
+            limit=limit,
+            date=date,
+            svg=svg,
+            progress=progress,
+        )
+    if as_json:
+        _print(found, as_json=True)
+    else:
+        found.print(Console())
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A build, a config file, or data.", show_default=False)],
+    b: Annotated[str | None, typer.Argument(metavar="B", help="The same; without it, A with --set.")] = None,
+    tokenizer: Tokenizer = None,
+    template: Template = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="How B differs from A: template=chatml, turns=split. Repeatable.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", help="How many rows that differ to show.", min=0)] = 10,
+    html: Annotated[Path | None, typer.Option(help="Write these to this file, side by side.")] = None,
+    pager: Annotated[bool, typer.Option(help="Page through what is longer than the screen.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Compare the same rows, built in two ways: which tokens or labels are others; exit code 1 if there are any."""
+    from ftdata.look.diff import diff as compare
+    from ftdata.look.diff import side_options
+
+    first = side_options(a, tokenizer=tokenizer, template=template)
+    second = side_options(a if b is None else b, tokenizer=tokenizer, template=template, changes=set_ or [])
+    if b is None and not set_:
+        raise UsageError(
+            "diff", "there is nothing to compare with", hint="name B, or say how it differs: --set turns=split"
+        )
+    with _progress() as progress:
+        found = compare(first, second, n=n, html=html, progress=progress)
+    if as_json:
+        _print(found, as_json=True)
+    else:
+        _paged(found.print, pager=pager)
+        if html:
+            print(f"{html}: {len(found.changed):,} rows side by side")
+    raise typer.Exit(1 if found else 0)
+
+
 @templates_app.command("list")
 def templates_list(as_json: Json = False) -> None:
     """List the built-in and installed templates."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -14,12 +14,11 @@ from ftdata import similar
 from ftdata._version import __version__
 from ftdata.errors import UsageError, one_of
 from ftdata.examples import Batch
-from ftdata.look import built, detect
+from ftdata.look import detect
 from ftdata.look.checks import SEVERITIES, Check, Data, Row, Setting, checks
-from ftdata.look.survey import Numbers, Progress, Step, Survey, steps, survey
-from ftdata.readers import sources
-from ftdata.readers.select import Selection
-from ftdata.recipe import Recipe, make_recipe
+from ftdata.look.side import side_of
+from ftdata.look.survey import Numbers, Progress, Survey, survey
+from ftdata.recipe import Recipe
 from ftdata.templates.child import verify
 from ftdata.types import Conversation, Example, Reject, Source
 
@@ -103,7 +102,9 @@ class AuditReport:
 
     def __str__(self) -> str:
         head = f"{self.rows:,} rows, {len(self.findings)} findings"
-        asked = ", ".join(f"{code} ({how})" for code, how in self.skipped.items())
+        reasons = dict.fromkeys(self.skipped.values())
+        whose = {how: ", ".join(code for code, own in self.skipped.items() if own == how) for how in reasons}
+        asked = "; ".join(f"{codes} ({how})" for how, codes in whose.items())
         return "\n".join([*map(str, self.findings), head, *([f"not looked for: {asked}"] if asked else [])])
 
     def as_sarif(self) -> dict[str, Any]:
@@ -205,51 +206,15 @@ def audit(
         if not isinstance(near, int | float) or not 0.5 <= near <= 1:
             raise UsageError("near", f"near is {near!r}, expected a similarity from 0.5 to 1, such as 0.8")
         similar.require()
-    folder = built.build_at(data)
-    if folder is None:
-        selection = Selection(where, limit)
-        recipe, names, through = _of_data(data, against, tokenizer, template, selection, options)
-    else:
-        said = {"template": template, "where": where, "limit": limit, "against": against, **options}
-        recipe, names, through = _of_build(folder, tokenizer, said)
+    side = side_of(data, tokenizer, template, against=against, where=where, limit=limit, **options)
     wanted = {"": True, "pii": pii, "near": near is not None}
     skipped = {code: f"--{one.asked}" for code, one in checks.items() if not wanted[one.asked]}
-    if folder is not None:
+    if side.folder is not None:
         skipped |= {code: "a build holds no messages" for code, one in checks.items() if one.of_messages}
-    auditor = Auditor(recipe, frozenset((*ignore, *skipped)), near)
-    seen = survey(through, names, auditor, progress)
-    several = len({split for _, split in names}) > 1
-    return replace(auditor.report(seen, [several and split != "train" for _, split in names]), skipped=skipped)
-
-
-def _of_data(
-    data: Any,
-    against: Any,
-    tokenizer: Any,
-    template: str | Path | None,
-    selection: Selection,
-    options: dict[str, Any],
-) -> tuple[Recipe, list[tuple[str, str]], Iterator[Step]]:
-    if tokenizer is None:
-        hint = "pass the model's: --tokenizer"
-        raise UsageError("no_tokenizer", "what is trained hangs on the tokenizer, and none is given", hint=hint)
-    recipe = make_recipe(tokenizer, template, **options)
-    given, tests = sources(data), sources(against) if against is not None else ()
-    names = [(one.path, one.split or "train") for one in given] + [(one.path, "held out") for one in tests]
-    return recipe, names, steps(recipe, (*given, *tests), selection)
-
-
-def _of_build(
-    folder: Path, tokenizer: Any, said: dict[str, Any]
-) -> tuple[Recipe, list[tuple[str, str]], Iterator[Step]]:
-    built.refuse(said)
-    recipe, splits = built.recipe_of(folder, tokenizer), built.splits_of(folder)
-    through = (
-        Step(number, batch)
-        for number, split in enumerate(splits)
-        for batch in built.batches(recipe, built.documents(folder, split))
-    )
-    return recipe, [(split, split) for split in splits], through
+    auditor = Auditor(side.recipe, frozenset((*ignore, *skipped)), near)
+    seen = survey(side.steps(), side.names, auditor, progress)
+    several = len({split for _, split in side.names}) > 1
+    return replace(auditor.report(seen, [several and split != "train" for _, split in side.names]), skipped=skipped)
 
 
 class Auditor:

@@ -136,7 +136,8 @@ def as_built(recipe: Recipe, document: Document) -> Built:
 
 def _said(document: Document) -> Conversation:
     tokens = Tokens(document.ids, document.labels != IGNORE_INDEX)
-    return Conversation((), tokens=tokens, schema=document.split, source=document.source)
+    told = {"pack": str(document.pack)}
+    return Conversation((), told, tokens=tokens, schema=document.split, source=document.source)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import numpy as np
 import orjson
 import xxhash
 
-from ftdata.errors import UsageError
 from ftdata.examples import Batch, Built
+from ftdata.layout import Layout
 from ftdata.look import built, pictures
-from ftdata.look.page import MOST_PACKS, Packs, Page
-from ftdata.look.survey import Ints, Numbers, Odd, Progress, Step, Survey, survey
+from ftdata.look.page import MOST_PACKS, Packs, Page, flat
+from ftdata.look.side import Side
+from ftdata.look.survey import MOST_REJECTS, Ints, Numbers, Odd, Progress, Survey, survey
 from ftdata.look.views import RowView, view
 from ftdata.pack import best_fit_decreasing
 from ftdata.recipe import FLAGS, Recipe
@@ -53,65 +55,54 @@ class First:
         return len(self.found) >= FIRST or self.letters >= LETTERS
 
 
-def of_data(
-    title: str,
-    recipe: Recipe,
-    steps: Iterator[Step],
-    names: Sequence[tuple[str, str]],
-    most: int | None,
-    packing: str | None,
-    progress: Progress | None,
-) -> Page:
-    """Return the page of data that is not built, after reading all of it.
+def overview(side: Side, most: int | None, packing: str | None, progress: Progress | None) -> Page:
+    """Return the page of data, or of a build with the very tokens and labels that it holds, after reading all of it.
+
+    Args:
+        side: the data, or the build.
+        most: how many of the first rows to show.
+        packing: show the packs that a build would have; those that a build has are shown.
+        progress: is told the rows and tokens done so far, and which share of the data that is.
 
     Raises:
-        UsageError: packs are asked for, and not how long they are.
+        UsageError: packs are asked for, and not how long they are; or of a build.
     """
-    if packing and recipe.max_length is None:
-        raise UsageError("packing_length", "packing needs max_length, the tokens that a pack holds")
+    recipe = side.recipe
+    if side.folder is not None:
+        built.refuse({"packing": packing})
+    Layout(packing=packing, max_length=recipe.max_length)
     first, odd = First(most), Odd()
 
     def watch(batch: Batch, numbers: Numbers) -> None:
         first(batch)
         odd(batch, numbers)
 
-    seen = survey(steps, names, watch, progress)
-    rows = _rows(first, odd, recipe)
-    packs = _planned(seen, recipe.max_length) if packing and recipe.max_length and len(seen.numbers) else None
-    options = {**recipe.describe(), "packing": packing}
-    digest = xxhash.xxh3_128_hexdigest(json.dumps(options, sort_keys=True).encode())
-    return _page(title, rows, recipe, seen, packs, {"fingerprint of the options": digest, **_listed(options)})
+    seen = survey(side.steps(), side.names, watch, progress)
+    if side.folder is None:
+        options = {**recipe.describe(), "packing": packing}
+        digest = xxhash.xxh3_128_hexdigest(json.dumps(options, sort_keys=True).encode())
+        packs = _planned(seen, recipe.max_length) if packing and recipe.max_length and len(seen.numbers) else None
+        said = {"fingerprint of the options": digest, **flat(options)}
+    else:
+        seen, packs, said, recipe = _with_report(side.folder, seen, recipe)
+    return _page(side.title, _rows(first, odd, side.recipe), recipe, seen, packs, said)
 
 
-def of_build(folder: Path, title: str, recipe: Recipe, most: int | None, progress: Progress | None) -> Page:
-    """Return the page of a build: the tokens and labels that it holds, its packs and its rejects."""
-    names = built.splits_of(folder)
-    first, odd = First(most), Odd()
-
-    def watch(batch: Batch, numbers: Numbers) -> None:
-        first(batch)
-        odd(batch, numbers)
-
-    def steps() -> Iterator[Step]:
-        for number, split in enumerate(names):
-            for batch in built.batches(recipe, built.documents(folder, split)):
-                yield Step(number, batch)
-
-    seen = survey(steps(), [(name, name) for name in names], watch, progress)
-    report = orjson.loads((folder / "report.json").read_bytes())
-    rejects = tuple(_rejects(folder / "rejects.jsonl"))
-    codes: dict[str, int] = {}
-    for ledger in report["sources"]:
-        for code, count in ledger["rejected"].items():
-            codes[code] = codes.get(code, 0) + count
-    overlong = np.asarray([one.tokens for one in rejects if one.tokens], np.int64)
-    seen = replace(seen, rejected=codes, rejects=rejects, overlong=overlong)
-    manifest = read_manifest(folder)
+def _with_report(folder: Path, seen: Survey, recipe: Recipe) -> tuple[Survey, Packs | None, dict[str, Any], Recipe]:
+    """Return what is said of a build beside its tokens: its rejects, its packs, its options."""
+    manifest, report = read_manifest(folder), orjson.loads((folder / "report.json").read_bytes())
     options = manifest["options"]
-    recipe = replace(recipe, max_length=options["max_length"], overlong=options["overlong"])
-    packs = _stored(folder, names, options["max_length"]) if options["packing"] else None
-    said = {"fingerprint": manifest["fingerprint"], "ftdata": manifest["ftdata"], **_listed(options)}
-    return _page(title, _rows(first, odd, recipe), recipe, seen, packs, said)
+    codes = Counter[str]()
+    for ledger in report["sources"]:
+        codes.update(ledger["rejected"])
+    rejects, overlong = list[Reject](), list[int]()
+    for one in _rejects(folder / "rejects.jsonl"):
+        rejects += [one] if len(rejects) < MOST_REJECTS else []
+        overlong += [one.tokens] if one.tokens else []
+    seen = replace(seen, rejected=codes, rejects=tuple(rejects), overlong=np.asarray(overlong, np.int64))
+    packs = _stored(folder, seen.splits, options["max_length"]) if options["packing"] else None
+    said = {"fingerprint": manifest["fingerprint"], "ftdata": manifest["ftdata"], **flat(options)}
+    return seen, packs, said, replace(recipe, max_length=options["max_length"], overlong=options["overlong"])
 
 
 def _rows(first: First, odd: Odd, recipe: Recipe) -> list[RowView]:
@@ -219,16 +210,7 @@ def _stored(folder: Path, splits: Sequence[str], size: int) -> Packs:
 
 
 def _rejects(path: Path) -> Iterator[Reject]:
-    for line in path.read_bytes().splitlines():
-        one = orjson.loads(line)
-        source = Source(one["file"], one["row"], one["line"], one["byte_offset"])
-        yield Reject(source, one["code"], one["field"], one["reason"], one["fix"], one["raw"], one["tokens"])
-
-
-def _listed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options as names and values; those that are objects by the names of what is in them."""
-    found: dict[str, Any] = {}
-    for name, value in options.items():
-        inner = value if isinstance(value, Mapping) else None
-        found.update({f"{name}.{key}": part for key, part in inner.items()} if inner else {name: value})
-    return found
+    with path.open("rb") as file:
+        for one in map(orjson.loads, file):
+            source = Source(one["file"], one["row"], one["line"], one["byte_offset"])
+            yield Reject(source, one["code"], one["field"], one["reason"], one["fix"], one["raw"], one["tokens"])

@@ -255,6 +255,15 @@ def _place(reject: Reject) -> str:
     return f'<a href="{escape(href, quote=True)}">{said}</a>' if href else said
 
 
+def flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as names and values; those that are objects by the names of what is in them."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        inner = value if isinstance(value, Mapping) else None
+        found.update({f"{name}.{key}": part for key, part in inner.items()} if inner else {name: value})
+    return found
+
+
 def _options(options: Mapping[str, Any]) -> str:
     rows = "".join(
         f"<tr><th>{escape(name)}</th><td><code>{escape(value if isinstance(value, str) else json.dumps(value))}</code>"

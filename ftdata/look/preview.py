@@ -14,13 +14,15 @@ from rich.console import Console
 
 from ftdata.errors import InputRefused, UsageError
 from ftdata.examples import build_rows
-from ftdata.look import built, overview, terminal
+from ftdata.look import built, terminal
+from ftdata.look.overview import overview
 from ftdata.look.page import Page, fragment, write_page
-from ftdata.look.survey import Odd, Progress, Step, steps, survey
+from ftdata.look.side import Side, side_of
+from ftdata.look.survey import Odd, Progress, survey
 from ftdata.look.views import RowView, view, view_text
 from ftdata.readers import FileSource, sources
 from ftdata.readers.select import Selection
-from ftdata.recipe import Options, Recipe, bare_template, make_recipe
+from ftdata.recipe import Options, Recipe, bare_template
 from ftdata.types import Reject, Row
 
 _IDS = ("id", "_id", "ID", "uuid", "uid", "guid", "key", "conversation_id", "prompt_id", "question_id", "task_id")
@@ -131,43 +133,23 @@ def preview(
         "max_length": max_length,
         "overlong": overlong,
     }
-    folder = built.build_at(data)
-    if folder is not None:
-        more = {"where": where, "limit": limit, "packing": packing, "date": date, "template_kwargs": template_kwargs}
-        built.refuse({**choices, **more, "template": template})
-        recipe = built.recipe_of(folder, tokenizer)
-        title = _title([str(folder)], recipe)
-        if html is not None and not wanted.chosen:
-            page = overview.of_build(folder, title, recipe, n, progress)
-        else:
-            page = Page(title, tuple(_of_build(folder, recipe, wanted, progress)), recipe.tokenizer)
+    if tokenizer is None and built.build_at(data) is None:
+        page = _as_text(data, template, Options(**choices), wanted, Selection(where, limit), date, template_kwargs)
         return _finished(page, wanted, html)
-    selection = Selection(where, limit)
-    given = sources(data)
-    places = list(dict.fromkeys(one.path for one in given))
-    # A first look needs no download.
-    near = [replace(one, streaming=True) if isinstance(one, FileSource) else one for one in given]
-    rows = selection.of(row for one in near for row in one.rows())
-    if tokenizer is None:
-        if odd:
-            hint = "pass one: --tokenizer"
-            raise UsageError("odd", "which rows are odd is told by their tokens, and there is no tokenizer", hint=hint)
-        bare = bare_template(template if template is not None else "chatml", date, template_kwargs)
-        options = Options(**choices)
-        shown = tuple(view_text(entry, bare, options) for entry in wanted.of(rows))
-        return _finished(Page(f"{', '.join(places)} · template {bare.name} · no tokenizer", shown), wanted, html)
-    recipe = make_recipe(tokenizer, template, date=date, template_kwargs=template_kwargs, **choices)
-    title = _title(places, recipe)
+    # Which of these says nothing is no business of a build's.
+    more = {"date": date, "template_kwargs": template_kwargs}
+    given = {**choices, **{name: value for name, value in more.items() if value is not None}}
+    side = side_of(data, tokenizer, template, where=where, limit=limit, **given)
     if html is not None and not wanted.chosen:
-        names = [(one.path, one.split or "train") for one in given]
-        page = overview.of_data(title, recipe, steps(recipe, given, selection), names, n, packing, progress)
-    elif odd:
-        page = Page(
-            title, tuple(_odd(recipe, steps(recipe, given, selection), wanted.most, progress)), recipe.tokenizer
-        )
+        page = overview(side, n, packing, progress)
     else:
-        shown = tuple(view(outcome, recipe) for outcome in build_rows(recipe, wanted.of(rows)))
-        page = Page(title, shown, recipe.tokenizer)
+        if odd:
+            rows = _odd(side, wanted.most, progress)
+        elif side.folder is not None:
+            rows = _of_build(side, wanted)
+        else:
+            rows = _of_data(data, side.recipe, wanted, Selection(where, limit))
+        page = Page(side.title, tuple(rows), side.recipe.tokenizer)
     return _finished(page, wanted, html)
 
 
@@ -248,33 +230,54 @@ def _numbers(row: int | Iterable[int] | None) -> frozenset[int]:
     return numbers
 
 
-def _odd(recipe: Recipe, steps: Iterable[Step], most: int, progress: Progress | None) -> Iterator[RowView]:
-    odd = Odd(most)
-    survey(steps, (), odd, progress)
-    return (view(outcome, recipe, why) for outcome, why in odd.rows())
+def _near(data: Any) -> Iterator[Row | Reject]:
+    """Yield rows without a download: a first look needs none."""
+    for one in sources(data):
+        yield from (replace(one, streaming=True) if isinstance(one, FileSource) else one).rows()
 
 
-def _of_build(folder: Path, recipe: Recipe, wanted: Wanted, progress: Progress | None) -> Iterator[RowView]:
-    held = (one for split in built.splits_of(folder) for one in built.documents(folder, split))
+def _as_text(
+    data: Any,
+    template: str | Path | None,
+    options: Options,
+    wanted: Wanted,
+    selection: Selection,
+    date: str | None,
+    kwargs: Mapping[str, Any] | None,
+) -> Page:
     if wanted.odd:
-        yield from _odd(recipe, (Step(0, batch) for batch in built.batches(recipe, held)), wanted.most, progress)
-        return
+        found = "which rows are odd is told by their tokens, and there is no tokenizer"
+        raise UsageError("odd", found, hint="pass one: --tokenizer")
+    bare = bare_template(template if template is not None else "chatml", date, kwargs)
+    rows = tuple(view_text(entry, bare, options) for entry in wanted.of(selection.of(_near(data))))
+    places = [str(data)] if isinstance(data, str | Path) else list(dict.fromkeys(one.source.path for one in rows))
+    return Page(f"{', '.join(places)} · template {bare.name} · no tokenizer", rows)
+
+
+def _of_data(data: Any, recipe: Recipe, wanted: Wanted, selection: Selection) -> Iterator[RowView]:
+    rows = wanted.of(selection.of(_near(data)))
+    return (view(outcome, recipe) for outcome in build_rows(recipe, rows))
+
+
+def _of_build(side: Side, wanted: Wanted) -> Iterator[RowView]:
+    """Yield the examples that are wanted of a build, which are numbered in the order of its splits and packs."""
     if wanted.id is not None:
         raise UsageError("rows_wanted", "a build holds tokens, not the ids of rows", hint="choose by row, or by grep")
+    held = (one for split, _ in side.names for one in built.documents(side.folder or Path(), split))
     if wanted.numbers:
-        some = (one for at, one in enumerate(islice(held, max(wanted.numbers) + 1)) if at in wanted.numbers)
-        yield from (view(built.as_built(recipe, one), recipe) for one in some)
-        return
-    views = (view(built.as_built(recipe, one), recipe) for one in held)
+        some = islice(held, max(wanted.numbers) + 1)
+        held = (one for at, one in enumerate(some) if at in wanted.numbers)
+    views = (view(built.as_built(side.recipe, one), side.recipe) for one in held)
     if wanted.grep is not None:
         found = re.compile(wanted.grep)
         views = (one for one in views if any(found.search(example.text) for example in one.examples))
-    yield from islice(views, wanted.most)
+    yield from views if wanted.numbers else islice(views, wanted.most)
 
 
-def _title(places: Sequence[str], recipe: Recipe) -> str:
-    named = ", ".join(places[:3]) + (f" and {len(places) - 3:,} more" if len(places) > 3 else "")
-    return f"{named} · template {recipe.template.name} · tokenizer {recipe.tokenizer.name}"
+def _odd(side: Side, most: int, progress: Progress | None) -> Iterator[RowView]:
+    odd = Odd(most)
+    survey(side.steps(), side.names, odd, progress)
+    return (view(outcome, side.recipe, why) for outcome, why in odd.rows())
 
 
 def _finished(page: Page, wanted: Wanted, html: str | Path | None) -> Preview:

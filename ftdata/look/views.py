@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -87,6 +87,15 @@ class View:
         ends: NDArray[np.bool_] = self.trained & self.control & ~np.append(self.trained[1:], False)
         return ends
 
+    def part(self, first: int, last: int) -> View:
+        """Return the tokens from `first` on and before `last`, as a view of their own."""
+        start, end = (int(self.ends[at - 1]) if at else 0 for at in (first, last))
+        columns = {name: getattr(self, name)[first:last] for name in ("trained", "control", "owner")}
+        ids = None if self.ids is None else self.ids[first:last]
+        return replace(
+            self, text=self.text[start:end], ends=self.ends[first:last] - start, **columns, ids=ids, cut=0, rest=""
+        )
+
     @property
     def pieces(self) -> list[str]:
         """The text of each token."""
@@ -133,6 +142,7 @@ class RowView:
         lost: what the template does not print of it.
         rejected: why there are no examples.
         why: for what it was chosen, of rows that are odd.
+        pack: the number of its pack, in a build.
     """
 
     source: Source
@@ -141,7 +151,7 @@ class RowView:
     lost: tuple[Lost, ...] = ()
     rejected: str = ""
     why: tuple[str, ...] = ()
-    pack: int | None = field(default=None)
+    pack: int | None = None
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -183,6 +193,7 @@ def view(outcome: Built | Reject, recipe: Recipe, why: Sequence[str] = ()) -> Ro
         tuple(_by_token(example, said, recipe) for example in outcome.examples),
         tuple(_lost(said, outcome.examples)),
         why=tuple(why),
+        pack=int(said.fields["pack"]) if said.tokens is not None and "pack" in said.fields else None,
     )
 
 

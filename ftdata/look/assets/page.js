@@ -252,7 +252,8 @@ function facts(one, at) {
   const id = one.ids ? one.ids[at] : null;
   const owner = role ? `${role}, messages[${message}]${part ? `, ${part}` : ""}` : part === "scaffold" ? "the template" : part || "not known";
   const found = [[one.ids ? "token" : "stretch", `${at} of ${one.sizes.length}`]];
-  if (id !== null) found.push(["id", String(id)], ["piece", data.pieces[id] ?? ""]);
+  if (id !== null) found.push(["id", String(id)]);
+  if (data.pieces[id] !== undefined) found.push(["piece", data.pieces[id]]);
   found.push(["owner", owner]);
   found.push(["label", one.isTrained[at] ? (id === null ? "trained" : String(id)) : "-100"]);
   if (one.isControl[at]) found.push(["is", one.isTrained[at] && !one.isTrained[at + 1] ? "a stop token" : "a control token"]);
