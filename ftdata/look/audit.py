@@ -245,7 +245,7 @@ class Auditor:
             for check in self.on_rows:
                 for says in islice(check.finds(row), 1):
                     self._found(check, source, says)
-            self.scripts.append(self._script(one.examples))
+            self.scripts.append(self._scripts(one.examples))
             if len(self.said) < _COMPARED and one.conversation.messages:
                 self.said.append(one.conversation)
         for reject in batch.rejects:
@@ -284,14 +284,15 @@ class Auditor:
         found = self.findings.setdefault(reject.code, Finding(reject.code, "error", "the row is rejected", fix))
         found.add(reject.source, f"{reject.field} {reject.reason}".strip())
 
-    def _script(self, examples: Sequence[Example]) -> int:
-        """Return in which script the first answer is written, and note the stops with which answers end."""
-        found = -1
+    def _scripts(self, examples: Sequence[Example]) -> int:
+        """Return in which scripts answers are written, a bit for each, and note the stops with which they end."""
+        found = 0
         for example in examples:
             ids, trained = example.input_ids, example.trained
             ends = np.flatnonzero(trained & ~np.append(trained[1:], False))
             self.stops.update(ids[ends][self.recipe.control.among(ids[ends])].tolist())
-            if found < 0 and len(ends):
-                first = int(example.offsets[int(trained.argmax()), 0])
-                found = detect.script(example.text[first : int(example.offsets[ends[0], 1])])
+            begins = np.flatnonzero(trained & ~np.append(False, trained[:-1]))
+            places = zip(example.offsets[begins, 0].tolist(), example.offsets[ends, 1].tolist(), strict=True)
+            for script in (detect.script(example.text[start:end]) for start, end in places):
+                found |= 1 << script if script >= 0 else 0
         return found

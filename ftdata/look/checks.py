@@ -68,7 +68,7 @@ class Data:
 
     Attributes:
         seen: numbers of the rows.
-        scripts: int64 `[rows]`, the number of the script of what is trained, of `detect.SCRIPTS`; -1: none.
+        scripts: int64 `[rows]`, a bit for each script, of `detect.SCRIPTS`, in which an answer is written.
         held_out: by number of the source, whether its rows must not be trained on.
         near: how similar rows must be to count as equal; `None`: as the same.
         signatures: MinHashes of the rows, where there is `near`.
@@ -410,15 +410,17 @@ _FEW, _MOST, _ENOUGH = 0.01, 0.8, 200
     "see whether these rows are meant to be there",
 )
 def _script(data: Data) -> Iterator[tuple[int, str]]:
-    written = data.scripts[data.scripts >= 0]
-    if len(written) < _ENOUGH:
+    written = np.count_nonzero(data.scripts)
+    if written < _ENOUGH:
         return
-    shares = np.bincount(written, minlength=len(detect.SCRIPTS)) / len(written)
-    if shares.max() >= _MOST:
-        rare = np.flatnonzero((shares > 0) & (shares < _FEW))
-        usual = detect.SCRIPTS[int(shares.argmax())]
-        for row in np.flatnonzero(np.isin(data.scripts, rare)).tolist():
-            yield row, f"{detect.SCRIPTS[data.scripts[row]]}, where others are {usual}"
+    shares = [np.count_nonzero(data.scripts >> number & 1) / written for number in range(len(detect.SCRIPTS))]
+    usual = max(range(len(shares)), key=shares.__getitem__)
+    rare = [number for number, share in enumerate(shares) if share < _FEW]
+    for row in (
+        np.flatnonzero(data.scripts & sum(1 << number for number in rare)).tolist() if shares[usual] >= _MOST else ()
+    ):
+        own = next(number for number in rare if data.scripts[row] >> number & 1)
+        yield row, f"{detect.SCRIPTS[own]}, where others are {detect.SCRIPTS[usual]}"
 
 
 # --- tokenizer and template

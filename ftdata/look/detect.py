@@ -85,6 +85,7 @@ _BLOCKS = {
     0x20000: 11,
 }
 """Where blocks of Unicode begin, and the number of their script."""
+_LATIN, _OTHERS = re.compile("[A-Za-z\u00c0-\u02af]"), re.compile("[\u0370-\U0010ffff]")
 _BEGINS, _NUMBERS = list(_BLOCKS), list(_BLOCKS.values())
 
 
@@ -97,10 +98,9 @@ def script(text: str) -> int:
     ['Latin', 'Cyrillic', 'Han', 'Kana']
     """
     text = text[:_LETTERS]
-    if text.isascii():
-        return 0 if any(map(str.isalpha, text)) else -1
     counts = [0] * (len(SCRIPTS) + 1)
-    for char in filter(str.isalpha, text):
+    counts[0] = len(_LATIN.findall(text))
+    for char in () if text.isascii() else filter(str.isalpha, _OTHERS.findall(text)):
         counts[_NUMBERS[bisect(_BEGINS, ord(char)) - 1]] += 1
     if counts[_KANA]:
         counts[_KANA] += counts[_HAN]
