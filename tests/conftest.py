@@ -1,6 +1,7 @@
 """What tests share: tokenizers, tiny models, and where test data that is not in the repository lies."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,14 @@ os.environ["FTDATA_CACHE"] = "off"
 SHARED = Path(os.environ.get("FTDATA_SHARED", Path(__file__).parents[2] / "shared"))
 
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
+        # Where tests must tell all, a browser that is not there is a fault.
+        if item.get_closest_marker("browser") and CHROMIUM is None and not os.environ.get("CI"):
+            item.add_marker(pytest.mark.skip(reason="there is no Chromium (apt install chromium)"))
         if item.get_closest_marker("shared") and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason="the shared test data is not here (FTDATA_SHARED)"))
 
@@ -78,3 +85,14 @@ def tiny_model(folder, kind="llama", *, seed=0):
 def llama(tmp_path_factory):
     """A tiny Llama with the tiny byte-level tokenizer and a ChatML template."""
     return tiny_model(tiny_bpe(tmp_path_factory.mktemp("models") / "llama"))
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A real browser, without a window."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        launched = play.chromium.launch(executable_path=CHROMIUM or "chromium", args=["--no-sandbox"])
+        yield launched
+        launched.close()

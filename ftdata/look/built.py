@@ -152,6 +152,9 @@ class Stored(Batch):
     def __len__(self) -> int:
         return len(self.documents)
 
+    def __iter__(self) -> Iterator[Built]:
+        return map(self.built, range(len(self)))
+
     def built(self, number: int) -> Built:
         """Return one of the documents."""
         return as_built(self.recipe, self.documents[number])

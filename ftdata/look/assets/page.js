@@ -2,7 +2,7 @@
 // All texts reach the document as text nodes: nothing that a row says is ever read as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const PER_PAGE = 25, PER_FRAME = 4000;
+const PER_PAGE = 25, PER_FRAME = 1500, PER_BLOCK = 200;
 const state = { page: 0, rows: [], hit: null, cursor: null, drawing: 0 };
 
 function make(tag, name, text) {
@@ -73,11 +73,19 @@ for (const [number, row] of data.rows.entries()) {
 function* drawn(one, into) {
   const { ends, isTrained, isControl, by, isNew } = one;
   one.spans = [];
-  let mark = null, group = null, groupOf = -1;
+  // A browser takes long over one paragraph of many parts: so lines come in blocks, drawn where they are looked at.
+  let block = null, since = 0, broken = false, mark = null, group = null, groupOf = -1;
   for (let at = 0; at < ends.length; at++) {
+    if (!block || (at - since >= PER_BLOCK && (broken || at - since >= 10 * PER_BLOCK))) {
+      block = make("div", "lines");
+      into.append(block);
+      since = at;
+      mark = null;
+      groupOf = -1;
+    }
     if (isTrained[at] !== (mark !== null ? 1 : 0)) {
       mark = isTrained[at] ? make("mark", "tr") : null;
-      if (mark) into.append(mark);
+      if (mark) block.append(mark);
       groupOf = -1;
     }
     if (by[at] !== groupOf) {
@@ -85,7 +93,7 @@ function* drawn(one, into) {
       group = make("span", role && part !== "scaffold" ? "o" : part === "scaffold" ? "sc" : "");
       if (role) group.dataset.role = role;
       if (role && part !== "scaffold") group.dir = "auto";
-      (mark || into).append(group);
+      (mark || block).append(group);
       groupOf = by[at];
     }
     const span = make("span", "t");
@@ -93,12 +101,14 @@ function* drawn(one, into) {
     if (isControl[at] && isTrained[at] && !isTrained[at + 1]) span.classList.add("s");
     if (isNew && isNew[at]) span.classList.add("new");
     span.token = at;
-    addText(span, one.text.slice(at ? ends[at - 1] : 0, ends[at]));
+    const text = one.text.slice(at ? ends[at - 1] : 0, ends[at]);
+    broken = text.endsWith("\n");
+    addText(span, text);
     group.append(span);
     one.spans.push(span);
     if (at % PER_FRAME === PER_FRAME - 1) yield;
   }
-  if (one.rest) into.append(make("span", "cut", `✂${one.rest}`));
+  if (one.rest) (block || into).append(make("span", "cut", `✂${one.rest}`));
 }
 
 function shownHits(one) {
