@@ -1,0 +1,179 @@
+"""What differs between two ways of building the same rows is told, and nothing else."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from makers import CHATML
+
+from ftdata import build_sft_dataset, diff
+from ftdata.errors import UsageError
+from ftdata.look.diff import compared
+from ftdata.look.views import Owner, View
+
+
+def talk(*texts):
+    return [
+        {"role": role, "content": text} for role, text in zip(("user", "assistant") * len(texts), texts, strict=False)
+    ]
+
+
+ROWS = [{"messages": talk(f"question {n}", f"answer {n}")} for n in range(6)] + [
+    {"messages": talk("q", "a1", "and", "a2")}
+]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+def test_the_same_is_the_same(data, tokenizer_dir, tmp_path):
+    side = {"data": data, "tokenizer": tokenizer_dir("tiny_bpe")}
+    found = diff(side, side)
+    assert not found
+    assert found.rows["same"] == 7
+    for name, options in (("a", {}), ("b", {"packing": "bfd", "max_length": 100, "seed": 3})):
+        build_sft_dataset(data, tokenizer_dir("tiny_bpe"), output_dir=tmp_path / name, **options)
+    # How rows are packed is no difference between them.
+    assert not diff(tmp_path / "a", tmp_path / "b")
+    assert not diff(side, tmp_path / "b")
+
+
+def test_other_labels_are_told_from_other_tokens(data, tokenizer_dir):
+    side = {"data": data, "tokenizer": tokenizer_dir("tiny_bpe")}
+    found = diff(side, {**side, "train_on": "last_assistant"})
+    assert found.rows == {"same": 6, "labels differ": 1, "tokens differ": 0, "only in A": 0, "only in B": 0}
+    assert found.options == {"train_on": ("assistant", "last_assistant")}
+    (changed,) = found.changed
+    a, b = changed.a.examples[0], changed.b.examples[0]
+    marked = [at for edit in changed.edits[0] for at in range(*edit.in_a)]
+    assert marked == np.flatnonzero(a.trained != b.trained).tolist()
+    text = str(found)
+    assert "train_on: assistant → last_assistant" in text
+    assert text.count("⟦a1") == 1
+    assert text.index("⟦a1") < text.index("\n+ ")
+
+
+def test_templates_and_splits_of_turns(data, tokenizer_dir):
+    side = {"data": data, "tokenizer": tokenizer_dir("tiny_bpe")}
+    assert diff(side, {**side, "template": "zephyr"}).rows["tokens differ"] == 7
+    found = diff(side, {**side, "turns": "split"})
+    assert (found.rows["same"], found.rows["tokens differ"]) == (6, 1)
+    assert len(found.changed[0].b.examples) == 2
+
+
+def test_rows_that_one_side_rejects(data, tokenizer_dir):
+    side = {"data": data, "tokenizer": tokenizer_dir("tiny_bpe")}
+    found = diff(side, {**side, "max_length": 40})
+    assert found.rows["only in A"] == 1
+    assert found.rows["same"] == 6
+    assert "[overlong]" in found.changed[0].b.rejected
+    assert "[overlong]" in str(found)
+
+
+def test_across_tokenizers_texts_are_compared(data, tokenizer_dir):
+    a = {"data": data, "tokenizer": tokenizer_dir("tiny_bpe"), "template": CHATML}
+    assert not diff(a, {**a, "tokenizer": tokenizer_dir("qwen")})
+    assert diff(a, {**a, "tokenizer": tokenizer_dir("qwen"), "train_on": "all"}).rows["labels differ"] == 7
+
+
+def test_data_that_was_moved_is_known_by_its_name(data, tokenizer_dir, tmp_path):
+    build_sft_dataset(data, tokenizer_dir("tiny_bpe"), output_dir=tmp_path / "a")
+    (tmp_path / "elsewhere").mkdir()
+    moved = shutil.copy(data, tmp_path / "elsewhere" / "d.jsonl")
+    assert not diff(tmp_path / "a", {"data": str(moved), "tokenizer": tokenizer_dir("tiny_bpe")})
+
+
+@pytest.mark.parametrize(
+    ("b", "says"),
+    [
+        ({"tokenizer": "x"}, "names no data"),
+        ({"data": [], "tokenizr": 1}, "did you mean 'tokenizer'"),
+        ({"data": []}, "no_tokenizer"),
+    ],
+)
+def test_sides_that_are_none(data, tokenizer_dir, b, says):
+    with pytest.raises(UsageError, match=says):
+        diff({"data": data, "tokenizer": tokenizer_dir("tiny_bpe")}, b)
+
+
+def run(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "ftdata", "diff", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_the_command_compares_configurations_data_and_builds(data, tokenizer_dir, tmp_path):
+    tokenizer = tokenizer_dir("tiny_bpe")
+    build_sft_dataset(data, tokenizer, output_dir=tmp_path / "a")
+    config = tmp_path / "run.yaml"
+    config.write_text(f"data: {data}\nmodel: {tokenizer}\noutput_dir: out\nmax_length: 40\n")
+    assert run(tmp_path / "a", tmp_path / "a").returncode == 0
+    done = run(tmp_path / "a", config, "--html", tmp_path / "page.html")
+    assert done.returncode == 1
+    assert "1 only in A" in done.stdout
+    assert (tmp_path / "page.html").is_file()
+    done = run(data, "-t", tokenizer, "--set", "turns=split", "--json")
+    assert json.loads(done.stdout)["rows"]["tokens differ"] == 1
+    assert run(data, "-t", tokenizer).returncode == 2
+    assert "did you mean 'turns'" in run(data, "-t", tokenizer, "--set", "turn=split").stderr
+    assert run(data, "-t", tokenizer, "--set", "turns").returncode == 2
+
+
+@pytest.mark.browser
+@pytest.mark.xdist_group("browser")
+def test_the_page_shows_both_sides(data, tokenizer_dir, tmp_path, chromium):
+    side = {"data": data, "tokenizer": tokenizer_dir("tiny_bpe")}
+    found = diff(side, {**side, "train_on": "last_assistant"}, html=tmp_path / "page.html")
+    page = chromium.new_page()
+    page.goto(f"file://{tmp_path / 'page.html'}")
+    page.wait_for_selector("#list[data-ready]")
+    assert page.locator(".pair .ex").count() == 2
+    outlined = page.evaluate(
+        "[...document.querySelectorAll('.ex')].map((box) => [...box.querySelectorAll('.t.new')].map((one) => one.token))"
+    )
+    edits = found.changed[0].edits[0]
+    assert outlined == [
+        [at for edit in edits for at in range(*edit.in_a)],
+        [at for edit in edits for at in range(*edit.in_b)],
+    ]
+    assert [text[:2] for text in page.locator(".pair h4").all_inner_texts()] == ["A:", "B:"]
+    page.close()
+
+
+def view(pieces, trained):
+    size = len(pieces)
+    nobody = np.zeros(size, np.int64)
+    return View(
+        "".join(pieces),
+        np.cumsum([len(one) for one in pieces]),
+        np.asarray(trained, bool),
+        nobody > 0,
+        nobody,
+        (Owner(-1, "", ""),),
+    )
+
+
+sides = st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=12)
+
+
+@settings(deadline=None)
+@given(left=sides, right=sides)
+def test_what_is_left_of_both_is_the_same(left, right):
+    edits = compared(*(view([text for text, _ in one], [yes for _, yes in one]) for one in (left, right)))
+    kept = []
+    for side, places in ((left, [edit.in_a for edit in edits]), (right, [edit.in_b for edit in edits])):
+        changed = {at for place in places for at in range(*place)}
+        kept.append([one for at, one in enumerate(side) if at not in changed])
+    assert kept[0] == kept[1]
+    assert bool(edits) == (left != right)

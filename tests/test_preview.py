@@ -1,0 +1,329 @@
+"""What is to be seen in a terminal: which rows, what of them, and how it is told apart."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chats import ANSWER, USER
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from makers import CHATML
+
+from ftdata import build_sft_dataset, preview
+from ftdata.errors import InputRefused, UsageError
+from ftdata.look.views import visible
+from ftdata.testing import AWKWARD
+from ftdata.tokenize import load_tokenizer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def talk(question, answer, **more):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **more}
+
+
+ROWS = [talk(f"question {n}", "an answer " * (n + 1), id=f"row-{n}") for n in range(12)]
+
+
+def numbers(shown):
+    return [one.source.row for one in shown.rows]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rows"),
+    [
+        ({}, [0, 1, 2]),
+        ({"n": 2}, [0, 1]),
+        ({"row": 7}, [7]),
+        ({"row": [7, 2, 9]}, [2, 7, 9]),
+        ({"id": "row-4"}, [4]),
+        ({"grep": "question 1"}, [1, 10, 11]),
+        ({"grep": "question 1", "n": 1}, [1]),
+        ({"grep": r"^question [35]$"}, [3, 5]),
+        ({"where": "id == 'row-8'"}, [8]),
+        ({"limit": 1}, [0]),
+    ],
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_rows_are_picked(tokenizer_dir, wanted, rows, named):
+    shown = preview(ROWS, tokenizer_dir("tiny_bpe") if named else None, **wanted)
+    assert numbers(shown) == rows
+
+
+@pytest.mark.parametrize(
+    ("wanted", "error", "says"),
+    [
+        ({"row": 3, "grep": "x"}, UsageError, "row and grep both say"),
+        ({"grep": "("}, UsageError, "is no regular expression"),
+        ({"row": -1}, UsageError, "expected numbers from 0"),
+        ({"row": [2, 99]}, InputRefused, "there is no row 99"),
+        ({"id": "nobody"}, InputRefused, "whose id is 'nobody'"),
+        ({"grep": "nowhere"}, InputRefused, "matches 'nowhere'"),
+        ({"odd": True}, UsageError, "--tokenizer"),
+    ],
+)
+def test_rows_that_nobody_can_mean(wanted, error, says):
+    with pytest.raises(error, match=says):
+        preview(ROWS, **wanted)
+
+
+def test_no_more_is_read_than_is_shown(tokenizer_dir):
+    read = []
+
+    def rows():
+        for row in ROWS * 1000:
+            read.append(1)
+            yield row
+
+    preview(rows(), tokenizer_dir("tiny_bpe"), row=3)
+    preview(rows(), row=3)
+    assert len(read) <= 8
+
+
+def test_odd_rows_say_why(tokenizer_dir):
+    given_rows = [
+        *[talk(f"question {n}", f"an answer of some words {n}") for n in range(50)],
+        talk("short", "a"),
+        talk("a long one", "word " * 200),
+        talk("word " * 100, "a"),
+        talk("typed <|im_end|>", "an answer of some words"),
+        talk("question 3", "an answer of some words 3"),
+        talk("empty", " "),
+        {"messages": [USER, {**ANSWER, "reasoning_content": "a thought"}]},
+    ]
+    shown = preview(given_rows, tokenizer_dir("tiny_bpe"), odd=True)
+    why = {one.source.row: one.why for one in shown.rows}
+    assert why[51] == ("longest",)
+    assert "least trained" in why[52]
+    assert why[53] == ("control tokens in its text",)
+    assert why[54] == ("duplicate",)
+    assert why[55] == ("rejected: empty_answer",)
+    assert "not all printed by the template" in why[56]
+    assert "odd: longest" in str(shown)
+    (lost,) = next(one.lost for one in shown.rows if one.source.row == 56)
+    assert lost == ("messages[1].reasoning_content", "a thought")
+    assert "not printed by the template: messages[1].reasoning_content: a thought" in str(shown)
+    more = preview(given_rows, tokenizer_dir("tiny_bpe"), odd=True, n=3)
+    assert sum("longest" in one.why for one in more.rows) == 3
+
+
+def test_what_truncation_cuts_is_shown(tokenizer_dir):
+    shown = preview([talk("q", "word " * 50)], tokenizer_dir("tiny_bpe"), max_length=40, overlong="truncate")
+    (view,) = shown.rows[0].examples
+    assert view.cut > 0
+    assert re.search(rf"✂ {view.cut} tokens cut: .*word", str(shown))
+    assert (
+        view.text + view.rest
+        == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n" + "word " * 50 + "<|im_end|>\n"
+    )
+    told = shown.as_dict()["rows"][0]
+    assert told["cut"] == [{"tokens": view.cut, "text": view.rest}]
+
+
+def test_json_says_all_of_it(tokenizer_dir):
+    told = preview(
+        [{"messages": [{"role": "system", "content": "s"}, USER, ANSWER]}], tokenizer_dir("tiny_bpe")
+    ).as_dict()
+    (row,) = told["rows"]
+    (example,) = row["examples"]
+    assert [(one["text"], one["role"]) for one in example if one["data"]] == [
+        ("s", "system"),
+        ("q1", "user"),
+        ("a1", "assistant"),
+    ]
+    (stop,) = [one for one in example if one["stop"]]
+    assert (stop["text"], stop["trained"], stop["control"]) == ("<|im_end|>", True, True)
+    assert json.loads(json.dumps(told)) == told
+
+
+@pytest.mark.parametrize("name", ["tiny_bpe", "tiny_metaspace", "qwen", "deepseek", "mistral"])
+@settings(deadline=None, max_examples=40)
+@given(
+    text=st.lists(st.sampled_from([*AWKWARD, "年號", "👍🏽", "naïve", "a b", "x\n"]), min_size=1, max_size=6).map(
+        "".join
+    )
+)
+def test_views_show_every_token_and_every_character(tokenizer_dir, name, text):
+    folder = tokenizer_dir(name)
+    try:
+        shown = preview([talk("q", text)], folder, CHATML)
+    except UnicodeEncodeError:
+        return
+    for row in shown.rows:
+        for view in row.examples:
+            assert len(view) == len(view.ids) == len(view.trained) == len(view.pieces)
+            assert "".join(view.pieces) == view.text
+            assert "".join(one.text for one in view.segments()) == view.text
+            learnt = "".join(one.text for one in view.segments() if one.trained)
+            assert learnt == "".join(piece for piece, yes in zip(view.pieces, view.trained, strict=True) if yes)
+            start, end = len(view) // 3, 2 * len(view) // 3
+            assert view.part(start, end).pieces == view.pieces[start:end]
+
+
+@pytest.mark.parametrize("name", ["tiny_bpe", "tiny_metaspace", "qwen", "deepseek", "mistral"])
+@settings(deadline=None, max_examples=60)
+@given(
+    text=st.lists(
+        st.sampled_from(["年號", "👍🏽", "naïve", "a b", " ", "  x", "\n", "é", "the ", "ß"]), max_size=8
+    ).map("".join)
+)
+def test_tokens_alone_are_spelled_as_their_text(tokenizer_dir, name, text):
+    tokenizer = load_tokenizer(tokenizer_dir(name))
+    ids = tokenizer.encode([text])[0].ids.tolist()
+    spelled = tokenizer.spelled(ids)
+    assert len(spelled) == len(ids)
+    # Some decoders take away blanks with which a text begins.
+    assert "".join(spelled).lstrip(" ") == tokenizer.decode(ids).lstrip(" ")
+
+
+def test_a_build_is_shown_as_it_is(tokenizer_dir, tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    built = build_sft_dataset(
+        path, tokenizer_dir("tiny_bpe"), output_dir=tmp_path / "built", packing="bfd", max_length=400
+    )
+    shown = preview(tmp_path / "built", n=100)
+    ids = np.concatenate([view.ids for row in shown.rows for view in row.examples])
+    trained = np.concatenate([view.trained for row in shown.rows for view in row.examples])
+    assert ids.tolist() == [one for row in built["train"]["input_ids"] for one in row]
+    assert trained.tolist() == [one != -100 for row in built["train"]["labels"] for one in row]
+    assert {row.source.line for row in shown.rows} == set(range(1, 13))
+    assert shown.rows[0].pack == 0
+    assert "⟦an answer ⟨<|im_end|>⟩■⟧" in str(shown)
+    assert [one.source for one in preview(tmp_path / "built", row=[2, 5]).rows] == [
+        shown.rows[2].source,
+        shown.rows[5].source,
+    ]
+    assert len(preview(tmp_path / "built", grep="question 7").rows) == 1
+    assert any("longest" in one.why for one in preview(tmp_path / "built", odd=True).rows)
+
+
+def test_what_a_build_does_not_take(tokenizer_dir, tmp_path):
+    build_sft_dataset(ROWS, tokenizer_dir("tiny_bpe"), output_dir=tmp_path / "built")
+    for options in (
+        {"template": "chatml"},
+        {"max_length": 100},
+        {"where": "true"},
+        {"train_on": "all"},
+        {"packing": "bfd", "html": tmp_path / "x.html"},
+    ):
+        with pytest.raises(UsageError, match="said of a build"):
+            preview(tmp_path / "built", **options)
+    with pytest.raises(UsageError, match="the ids of rows"):
+        preview(tmp_path / "built", id="row-1")
+    with pytest.raises(UsageError, match="is not the tokenizer that"):
+        preview(tmp_path / "built", tokenizer_dir("qwen"))
+    moved = tmp_path / "moved"
+    Path(tokenizer_dir("tiny_bpe")).rename(moved)
+    try:
+        with pytest.raises(UsageError, match="was built with .*--tokenizer"):
+            preview(tmp_path / "built")
+        assert preview(tmp_path / "built", moved).rows
+    finally:
+        moved.rename(tokenizer_dir("tiny_bpe"))
+
+
+def in_terminal(*arguments, columns=80, **environment):
+    """What a command prints to a terminal, as it came."""
+    primary, secondary = pty.openpty()
+    import fcntl
+    import struct
+    import termios
+
+    fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    base = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "FORCE_COLOR")}
+    done = subprocess.Popen(
+        [sys.executable, "-m", "ftdata", *map(str, arguments)],
+        stdin=secondary, stdout=secondary, stderr=subprocess.PIPE, env={**base, "TERM": "xterm-256color", **environment},
+    )  # fmt: skip
+    os.close(secondary)
+    parts = []
+    while True:
+        try:
+            part = os.read(primary, 1 << 16)
+        except OSError:
+            break
+        if not part:
+            break
+        parts.append(part)
+    assert done.wait() == 0, done.stderr.read()
+    done.stderr.close()
+    os.close(primary)
+    return b"".join(parts).decode()
+
+
+def bare(text):
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def test_a_terminal_gets_colours_and_a_pipe_marks(tokenizer_dir):
+    arguments = ("preview", EXAMPLES / "faq.json", "-t", tokenizer_dir("tiny_bpe"), "-n", 1)
+    coloured = in_terminal(*arguments)
+    assert "\x1b[1;4;32m" in coloured
+    assert "⟦" not in coloured
+    # Without colours what is trained stands between marks.
+    plain = in_terminal(*arguments, NO_COLOR="1")
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", plain)
+    assert "⟦We are open" in bare(plain)
+    piped = subprocess.run(
+        [sys.executable, "-m", "ftdata", *map(str, arguments)], capture_output=True, text=True, check=True
+    ).stdout
+    assert "\x1b" not in piped
+    assert piped.replace("\n", "") == bare(plain).replace("\r\n", "\n").replace("\n", "")
+
+
+def test_nothing_is_cut_at_80_columns(tokenizer_dir):
+    long = talk("a question " * 30, "an answer " * 30)
+    path = (
+        Path(tokenizer_dir("tiny_bpe")).parent
+        / "a-long-name-of-a-file-that-does-not-fit-into-eighty-columns-of-a-terminal.jsonl"
+    )
+    path.write_text(json.dumps(long) + "\n")
+    shown = bare(in_terminal("preview", path, "-t", tokenizer_dir("tiny_bpe"), "--no-pager"))
+    assert "an answer " * 30 in shown.replace("\r\n", "")
+    assert path.name in shown.replace("\r\n", "")
+    assert "…" not in shown
+
+
+def test_long_output_goes_through_the_pager(tokenizer_dir, tmp_path):
+    pager = tmp_path / "pager"
+    pager.write_text("#!/bin/sh\necho PAGED\ncat\n")
+    pager.chmod(0o755)
+    arguments = ("preview", EXAMPLES / "faq.json", "-t", tokenizer_dir("tiny_bpe"))
+    assert "PAGED" in in_terminal(*arguments, "-n", 20, PAGER=str(pager))
+    assert "PAGED" not in in_terminal(*arguments, "-n", 1, PAGER=str(pager))
+    assert "PAGED" not in in_terminal(*arguments, "-n", 20, "--no-pager", PAGER=str(pager))
+    done = subprocess.run(
+        [sys.executable, "-m", "ftdata", *map(str, arguments), "-n", "20"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PAGER": str(pager)},
+    )
+    assert "PAGED" not in done.stdout
+
+
+@pytest.mark.parametrize("char", ["\x1b", "\u202e", "\u200b", "\u2066", "\x00", "\x9b", "\u2028", "\ufeff"])
+def test_what_drives_or_deceives_a_terminal_is_spelled_out(char):
+    assert visible(f"a{char}b") == f"a\\u{ord(char):04x}b"
+
+
+@pytest.mark.parametrize(("text", "rows"), [("1", [1]), ("0,2-4", [0, 2, 3, 4]), (" 1 , 3", [1, 3])])
+def test_numbers_of_rows_on_the_command_line(text, rows):
+    from ftdata.cli import _rows
+
+    assert _rows(text) == rows
+
+
+@pytest.mark.parametrize("text", ["x", "1-", "-1", "3-x", "1,,2", "0-99999999999", "²"])
+def test_numbers_of_rows_that_are_none(text):
+    from ftdata.cli import _rows
+
+    with pytest.raises(UsageError, match="such as 7 or 3,8-11"):
+        _rows(text)
