@@ -449,8 +449,12 @@ def audit(
         print(json.dumps(report.as_sarif(), ensure_ascii=False, indent=2))
     elif format_ == "github":
         print(report.as_github())
+    elif as_json or format_ == "json":
+        _print(report, as_json=True)
     else:
-        _print(report, as_json=as_json or format_ == "json")
+        from rich.console import Console
+
+        report.print(Console())
     raise typer.Exit(1 if report.fails(fail_on) else 0)
 
 

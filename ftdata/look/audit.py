@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
 
 from ftdata import similar
 from ftdata._version import __version__
@@ -24,6 +27,9 @@ from ftdata.types import Conversation, Example, Reject, Source
 
 SHOWN = 10
 """Rows of each finding that are named."""
+
+_TOLD, _INDENT = 5, "    "
+_STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 
 FAIL_ON = (*SEVERITIES, "never")
 _COMPARED = 100
@@ -65,11 +71,12 @@ class Finding:
 
     def __str__(self) -> str:
         rows = f"{self.count:,} × " if self.places else ""
-        lines = [f"{self.severity:8} {self.code}: {rows}{self.says}"]
-        lines += [f"{'':9}{place.source}{f': {place.says}' if place.says else ''}" for place in self.places[:5]]
-        if self.places and self.count > 5:
-            lines.append(f"{'':9}and {self.count - 5:,} more")
-        return "\n".join([*lines, f"{'':9}Fix: {self.fix}"])
+        lines = [f"{rows}{self.says}"]
+        lines += [f"{place.source}{f': {place.says}' if place.says else ''}" for place in self.places[:_TOLD]]
+        if self.places and self.count > _TOLD:
+            lines.append(f"and {self.count - _TOLD:,} more")
+        lines.append(f"Fix: {self.fix}")
+        return "\n".join([f"{self.severity} {self.code}", *(f"{_INDENT}{line}" for line in lines)])
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,18 @@ class AuditReport:
         whose = {how: ", ".join(code for code, own in self.skipped.items() if own == how) for how in reasons}
         asked = "; ".join(f"{codes} ({how})" for how, codes in whose.items())
         return "\n".join([*map(str, self.findings), head, *([f"not looked for: {asked}"] if asked else [])])
+
+    def print(self, console: Console) -> None:
+        """Print to a rich console; what is longer than a line of a terminal goes on below itself."""
+        for line in str(self).splitlines():
+            head, blank, code = line.partition(" ")
+            style = _STYLES.get(head, "")
+            if not console.is_terminal:
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+            elif line.startswith(_INDENT):
+                console.print(Padding(Text(line.strip()), (0, 0, 0, len(_INDENT))))
+            else:
+                console.print(Text.assemble((head, style), blank, code))
 
     def as_sarif(self) -> dict[str, Any]:
         """Return the report as SARIF 2.1.0 (OASIS), which code hosts and editors show beside the lines."""

@@ -113,9 +113,8 @@ class Diff:
                     (b, "+", "green", [edit.in_b for edit in edits]),
                 ):
                     if shown is not None and edits:
-                        line = Text(f"{sign} ", style)
-                        line.append_text(_around(shown, places, plain=is_plain(console)))
-                        console.print(line, soft_wrap=True)
+                        text = _around(shown, places, plain=is_plain(console))
+                        console.print(Text.assemble((f"{sign} ", style), text), soft_wrap=True)
         counted = ", ".join(f"{count:,} {kind}" for kind, count in self.rows.items())
         console.print(f"{sum(self.rows.values()):,} rows: {counted}", highlight=False, soft_wrap=True)
 
@@ -380,16 +379,25 @@ def _marked(view: View, stretches: Sequence[tuple[int, int]]) -> NDArray[np.bool
 
 
 def _around(view: View, stretches: Sequence[tuple[int, int]], *, plain: bool) -> Text:
-    """Return stretches of tokens with a few around each."""
-    near = np.zeros(len(view), np.bool_)
+    """Return stretches of tokens with a few around each; in colours, they stand out."""
+    near, marked = np.zeros(len(view), np.bool_), _marked(view, stretches)
     for start, end in stretches:
         near[max(start - _CONTEXT, 0) : end + _CONTEXT] = True
     shown, at = Text(), 0
     for first, last in np.flatnonzero(np.diff(near, prepend=False, append=False)).reshape(-1, 2).tolist():
         shown.append(" … " if first > at else "")
-        shown.append_text(as_text(view.part(first, last).segments(), plain=plain))
+        for start, end in [(first, last)] if plain else _apart(marked, first, last):
+            text = as_text(view.part(start, end).segments(), plain=plain)
+            if marked[start] and not plain:
+                text.stylize("reverse")
+            shown.append_text(text)
         at = last
     return shown.append(" …") if at < len(view) else shown
+
+
+def _apart(marked: NDArray[np.bool_], first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Yield the stretches of tokens that are marked, and those that are not."""
+    yield from pairwise([first, *(np.flatnonzero(np.diff(marked[first:last])) + first + 1).tolist(), last])
 
 
 def _options(a: Side, b: Side) -> dict[str, tuple[Any, Any]]:

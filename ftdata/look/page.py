@@ -214,7 +214,8 @@ def _href(row: RowView) -> str | None:
 
 def _folded(key: str, says: str, body: str) -> str:
     summary = f"<summary><h2>{key.capitalize()}</h2> {says}</summary>"
-    return f'<details id="{key}">{summary}<div class="box" tabindex="0" role="region" aria-label="{key}">{body}</div></details>'
+    box = f'<div class="box" tabindex="0" role="region" aria-label="{key}">{body}</div>'
+    return f'<details id="{key}">{summary}{box}</details>'
 
 
 def _summary(page: Page) -> str:

@@ -28,7 +28,8 @@ def print_rows(console: Console, rows: Iterable[RowView]) -> None:
         if row.rejected:
             console.print(Text(visible(row.rejected), "red"), soft_wrap=True)
         for view in row.examples:
-            console.print(as_text(view.segments(), plain=is_plain(console)), soft_wrap=True)
+            text = as_text(view.segments(), plain=is_plain(console))
+            console.print(text, soft_wrap=True, end="" if text.plain.endswith("\n") else "\n")
             if view.rest:
                 console.print(Text(_cut(view), "red"), soft_wrap=True)
             console.print(Text(counted(view), "cyan"), soft_wrap=True)
