@@ -147,7 +147,7 @@ def test_the_page_shows_both_sides(data, tokenizer_dir, tmp_path, chromium):
         [at for edit in edits for at in range(*edit.in_a)],
         [at for edit in edits for at in range(*edit.in_b)],
     ]
-    assert [text[:2] for text in page.locator(".pair h4").all_inner_texts()] == ["A:", "B:"]
+    assert [text[:2] for text in page.locator(".pair h4").all_text_contents()] == ["A:", "B:"]
     page.close()
 
 

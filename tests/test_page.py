@@ -175,11 +175,11 @@ def test_hostile_rows_are_text(simple):
     assert not page.title().startswith("taken")
     assert page.locator("#list script, #list img, #list b").count() == 0
     assert page.evaluate("data.rows[0].examples[0].text").count(HOSTILE.replace("\u202e", "\u202e")) == 2
-    seen = page.inner_text(".ex")
+    seen = page.text_content(".ex")
     assert "<script>document.title='taken'</script>" in seen
     # What would turn or hide its neighbours is shown by its number.
     assert not set(seen) & set("\u202e\u202c\u200b\u2066\u2069\x1b\x00\u2028")
-    assert {"U+202E", "U+200B", "U+2066", "U+001B", "U+0000", "U+2028"} <= set(page.locator(".inv").all_inner_texts())
+    assert {"U+202E", "U+200B", "U+2066", "U+001B", "U+0000", "U+2028"} <= set(page.locator(".inv").all_text_contents())
     assert page.faults == []
     assert [url for url in page.asked if not url.startswith("file:")] == []
 
@@ -213,10 +213,10 @@ def test_search_finds_and_marks(simple):
     assert page.inner_text("#status").startswith("3 found in 2 of 3 rows")
     page.wait_for_selector("#list[data-ready]", state="attached")
     assert [
-        text.strip().lower() for text in page.locator(".row").first.locator(".hit").all_inner_texts() if text.strip()
+        text.strip().lower() for text in page.locator(".row").first.locator(".hit").all_text_contents() if text.strip()
     ]
     assert (
-        "".join(page.locator(".row").first.locator(".hit").all_inner_texts()).lower().replace(" ", "").count("quick")
+        "".join(page.locator(".row").first.locator(".hit").all_text_contents()).lower().replace(" ", "").count("quick")
         == 2
     )
     page.select_option("#in", "trained")
@@ -245,11 +245,11 @@ def test_rows_are_filtered_and_ordered(simple):
     page.select_option("#order", "long")
     assert names()[:-1] == shortest[1:][::-1]
     page.select_option("#order", "")
-    options = page.locator("#kind option").all_inner_texts()
+    options = page.locator("#kind option").all_text_contents()
     assert {"every row", "control_tokens (1)", "rejected (1)", "shortest (1)"} <= set(options)
     page.select_option("#kind", "rejected")
     assert names() == ["row 4"]
-    assert "empty_answer" in page.inner_text(".row")
+    assert "empty_answer" in page.text_content(".row")
 
 
 def test_a_token_tells_what_it_is(simple):
@@ -303,7 +303,7 @@ def test_a_document_in_a_pack_leads_to_its_row(simple):
     part = page.locator(".doc.here").nth(40)
     number = re.search(r"\[(\d+)\]", part.get_attribute("title")).group(1)
     part.click()
-    assert f"row {number}" in page.inner_text(f"#{page.evaluate('document.activeElement.id')} h3")
+    assert f"row {number}" in page.text_content(f"#{page.evaluate('document.activeElement.id')} h3")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -335,7 +335,7 @@ def test_what_max_length_does_is_said(simple):
     )
     assert "max_length 60: 2 longer" in page.text_content("#lengths svg")
     assert page.locator(".cut").count() == 3  # one is in the legend
-    assert "tokens cut" in page.locator(".row").nth(1).inner_text()
+    assert "tokens cut" in page.locator(".row").nth(1).text_content()
 
 
 def test_a_long_page_is_whole(simple):

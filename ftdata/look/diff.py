@@ -401,9 +401,9 @@ def _apart(marked: NDArray[np.bool_], first: int, last: int) -> Iterator[tuple[i
 
 
 def _options(a: Side, b: Side) -> dict[str, tuple[Any, Any]]:
-    """Return the options that differ, each as it is on both sides."""
-    said = [flat(side.recipe.describe()) for side in (a, b)]
-    return {name: (said[0][name], said[1].get(name)) for name in said[0] if said[0][name] != said[1].get(name)}
+    """Return the options that differ, each as it is on both sides; what one side knows nothing of is left out."""
+    left, right = flat(a.options), flat(b.options)
+    return {name: (left[name], right[name]) for name in left if name in right and left[name] != right[name]}
 
 
 def _brief(value: Any) -> str:

@@ -19,11 +19,10 @@ from ftdata.look import built, pictures
 from ftdata.look.page import MOST_PACKS, Packs, Page, flat
 from ftdata.look.side import Side
 from ftdata.look.survey import MOST_REJECTS, Ints, Numbers, Odd, Progress, Survey, survey
-from ftdata.look.views import RowView, view
+from ftdata.look.views import RowView, added, view
 from ftdata.pack import best_fit_decreasing
 from ftdata.recipe import FLAGS, Recipe
 from ftdata.store import read_manifest
-from ftdata.templates.child import verify
 from ftdata.types import Reject, Source
 
 FIRST, LETTERS = 100, 2_000_000
@@ -79,7 +78,7 @@ def overview(side: Side, most: int | None, packing: str | None, progress: Progre
 
     seen = survey(side.steps(), side.names, watch, progress)
     if side.folder is None:
-        options = {**recipe.describe(), "packing": packing}
+        options = {**side.options, "packing": packing}
         digest = xxhash.xxh3_128_hexdigest(json.dumps(options, sort_keys=True).encode())
         packs = _planned(seen, recipe.max_length) if packing and recipe.max_length and len(seen.numbers) else None
         said = {"fingerprint of the options": digest, **flat(options)}
@@ -101,7 +100,7 @@ def _with_report(folder: Path, seen: Survey, recipe: Recipe) -> tuple[Survey, Pa
         overlong += [one.tokens] if one.tokens else []
     seen = replace(seen, rejected=codes, rejects=tuple(rejects), overlong=np.asarray(overlong, np.int64))
     packs = _stored(folder, seen.splits, options["max_length"]) if options["packing"] else None
-    said = {"fingerprint": manifest["fingerprint"], "ftdata": manifest["ftdata"], **flat(options)}
+    said = {"fingerprint": manifest["fingerprint"], **flat({"ftdata": manifest["ftdata"], **options})}
     return seen, packs, said, replace(recipe, max_length=options["max_length"], overlong=options["overlong"])
 
 
@@ -153,10 +152,7 @@ def _page(
 
 def warnings(seen: Survey, recipe: Recipe) -> Iterator[str]:
     """Yield what a careful reader should know of a template, and of what it made of the rows."""
-    if recipe.template.source and recipe.template.chat and (adds := verify(recipe.template).adds.strip()):
-        yield f"the template puts this before conversations that do not begin so: {adds}"
-    if recipe.template.uses_date:
-        yield f"the template prints a date, shown as {recipe.template.date:%Y-%m-%d}; set it with date="
+    yield from added(recipe)
     for flag, count in seen.flags.items():
         if flag in FLAGS and flag != "pretokenised":
             yield FLAGS[flag].format(n=f"{count:,}", repeated="some")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from ftdata.errors import InputRefused, UsageError
 from ftdata.examples import build_rows
@@ -19,7 +20,7 @@ from ftdata.look.overview import overview
 from ftdata.look.page import Page, fragment, write_page
 from ftdata.look.side import Side, side_of
 from ftdata.look.survey import Odd, Progress, survey
-from ftdata.look.views import RowView, view, view_text
+from ftdata.look.views import RowView, added, view, view_text, visible
 from ftdata.readers import FileSource, sources
 from ftdata.readers.select import Selection
 from ftdata.recipe import Options, Recipe, bare_template
@@ -35,6 +36,7 @@ class Preview:
 
     title: str
     rows: tuple[RowView, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         console = Console(color_system=None, width=200, soft_wrap=True)
@@ -45,11 +47,13 @@ class Preview:
     def print(self, console: Console) -> None:
         """Print to a rich console, in colour where it has colour."""
         console.print(self.title, style="bold", highlight=False, markup=False, soft_wrap=True)
+        for note in self.notes:
+            console.print(Text(f"note: {visible(note)}", "yellow"), soft_wrap=True)
         terminal.print_rows(console, self.rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the preview as JSON."""
-        return {"title": self.title, "rows": [shown.as_dict() for shown in self.rows]}
+        return {"title": self.title, "notes": list(self.notes), "rows": [shown.as_dict() for shown in self.rows]}
 
     def _repr_html_(self) -> str:
         return fragment(self.title, self.rows)
@@ -149,7 +153,7 @@ def preview(
             rows = _of_build(side, wanted)
         else:
             rows = _of_data(data, side.recipe, wanted, Selection(where, limit))
-        page = Page(side.title, tuple(rows), side.recipe.tokenizer)
+        page = Page(side.title, tuple(rows), side.recipe.tokenizer, warnings=tuple(added(side.recipe)))
     return _finished(page, wanted, html)
 
 
@@ -295,4 +299,4 @@ def _finished(page: Page, wanted: Wanted, html: str | Path | None) -> Preview:
         raise InputRefused("no_such_row", f"there is no row{what}")
     if html is not None:
         write_page(html, page)
-    return Preview(page.title, tuple(page.rows))
+    return Preview(page.title, tuple(page.rows), tuple(page.warnings))

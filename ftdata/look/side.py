@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ftdata._version import __version__
 from ftdata.errors import UsageError
 from ftdata.look import built
 from ftdata.look.survey import Step, steps
 from ftdata.readers import sources
 from ftdata.readers.select import Selection
 from ftdata.recipe import Recipe, make_recipe
+from ftdata.store import read_manifest
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Side:
         recipe: what decides what a row becomes.
         names: name and split of each source; of a build: its splits.
         steps: goes through it.
+        options: what it was made with.
         folder: that of the build, if it is one.
     """
 
@@ -31,6 +34,7 @@ class Side:
     recipe: Recipe
     names: Sequence[tuple[str, str]]
     steps: Callable[[], Iterator[Step]]
+    options: Mapping[str, Any]
     folder: Path | None = None
 
 
@@ -62,10 +66,10 @@ def side_of(
     folder = built.build_at(data)
     if folder is not None:
         built.refuse({"template": template, "against": against, "where": where, "limit": limit, **options})
-        recipe, splits = built.recipe_of(folder, tokenizer), built.splits_of(folder)
-        return Side(
-            titled([str(folder)], recipe), recipe, [(name, name) for name in splits], _built(folder, recipe), folder
-        )
+        recipe, manifest = built.recipe_of(folder, tokenizer), read_manifest(folder)
+        names = [(name, name) for name in built.splits_of(folder)]
+        said = {"ftdata": manifest["ftdata"], **manifest["options"]}
+        return Side(titled([str(folder)], recipe), recipe, names, _built(folder, recipe), said, folder)
     if tokenizer is None:
         hint = "pass the model's: --tokenizer"
         raise UsageError("no_tokenizer", "what is trained hangs on the tokenizer, and none is given", hint=hint)
@@ -78,6 +82,7 @@ def side_of(
         recipe,
         names,
         lambda: steps(recipe, (*given, *tests), Selection(where, limit)),
+        {"ftdata": __version__, **recipe.describe(), "where": where, "limit": limit},
     )
 
 

@@ -20,6 +20,7 @@ from ftdata.recipe import Options, Recipe
 from ftdata.schemas import normalise
 from ftdata.shown import check_answers
 from ftdata.templates import Template, closed, render
+from ftdata.templates.child import verify
 from ftdata.types import Conversation, Example, Part, Reject, Rendered, Row, Source, Span
 
 _LOSSES = frozenset({"content_cut", "payload_dropped", "reasoning_dropped", "rewritten", "tools_dropped"})
@@ -195,6 +196,18 @@ def view(outcome: Built | Reject, recipe: Recipe, why: Sequence[str] = ()) -> Ro
         why=tuple(why),
         pack=int(said.fields["pack"]) if said.tokens is not None and "pack" in said.fields else None,
     )
+
+
+def added(recipe: Recipe) -> Iterator[str]:
+    """Yield what the template prints that no row says."""
+    template = recipe.template
+    if not template.source or not template.chat:
+        return
+    found = verify(template)
+    if found.adds.strip():
+        yield f"the template puts this before conversations that have no system message: {found.adds.strip()}"
+    if found.uses_date:
+        yield f"the template prints a date, shown as {template.date:%Y-%m-%d}; set it with date="
 
 
 def view_text(row: Row | Reject, template: Template, options: Options) -> RowView:
