@@ -316,14 +316,14 @@ def test_what_drives_or_deceives_a_terminal_is_spelled_out(char):
 
 @pytest.mark.parametrize(("text", "rows"), [("1", [1]), ("0,2-4", [0, 2, 3, 4]), (" 1 , 3", [1, 3])])
 def test_numbers_of_rows_on_the_command_line(text, rows):
-    from ftdata.cli import _rows
+    from ftdata.cli.options import rows_of
 
-    assert _rows(text) == rows
+    assert rows_of(text) == rows
 
 
 @pytest.mark.parametrize("text", ["x", "1-", "-1", "3-x", "1,,2", "0-99999999999", "²"])
 def test_numbers_of_rows_that_are_none(text):
-    from ftdata.cli import _rows
+    from ftdata.cli.options import rows_of
 
     with pytest.raises(UsageError, match="such as 7 or 3,8-11"):
-        _rows(text)
+        rows_of(text)

@@ -1,0 +1,81 @@
+"""The command line: each command is a few lines over the public function of the same name.
+
+Exit codes: 0 done, 1 findings, 2 usage or config, 3 input refused, 4 rejects above the limit, 5 local I/O,
+6 network or hub, 7 internal error, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+import ftdata
+from ftdata.cli.looks import audit, diff, preview, stats
+from ftdata.cli.work import build, convert, evaluate, plugins, push, templates_app, train
+from ftdata.errors import FtdataError
+
+app = typer.Typer(
+    name="ftdata",
+    help="Turn fine-tuning data into exactly the tokens and labels a model should be trained on; look at them; train.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
+)
+for _command in (preview, build, convert, push, audit, stats, diff, train):
+    app.command()(_command)
+app.command("eval")(evaluate)
+app.command()(plugins)
+app.add_typer(templates_app, name="templates")
+
+
+def main() -> None:
+    """Run the command line; every error that ftdata knows is one message, without a traceback."""
+    # Terminals that cannot show a character must not stop the work.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        app()
+    except FtdataError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        _fail(f"[io] {error.filename or ''}: {error.strerror or error}", 5)
+    except Exception as error:
+        if os.environ.get("FTDATA_DEBUG"):
+            raise
+        _fail(f"[internal] {type(error).__name__}: {error}. This is a bug of ftdata; FTDATA_DEBUG=1 shows where", 7)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"ftdata: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"ftdata {ftdata.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass

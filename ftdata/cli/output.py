@@ -1,0 +1,66 @@
+"""What commands print: values, as text or JSON, through a pager where they are long; and how far they have come."""
+
+from __future__ import annotations
+
+import json
+import os
+import pydoc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+
+def print_value(value: Any, *, as_json: bool) -> None:
+    """Print a value as JSON, or as it speaks for itself."""
+    print(json.dumps(value.as_dict(), ensure_ascii=False, indent=2) if as_json else value)
+
+
+def paged(show: Callable[[Any], None], *, pager: bool) -> None:
+    """Print, through a pager where that is longer than the screen of somebody who is watching."""
+    from rich.console import Console
+
+    console = Console()
+    if not pager or not console.is_terminal or os.environ.get("TERM") == "dumb":
+        show(console)
+        return
+    with console.capture() as capture:
+        show(console)
+    text = capture.get()
+    if text.count("\n") + len(text) // (2 * console.width) < console.height:
+        console.file.write(text)
+        return
+    # As git does: a pager that lets colours through, and does not clear the screen behind itself.
+    os.environ.setdefault("LESS", "FRX")
+    os.environ.setdefault("LESSCHARSET", "utf-8")
+    pydoc.pager(text)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Show nothing: what comes is there at once."""
+    yield None
+
+
+@contextmanager
+def progress_bar() -> Iterator[Any]:
+    """Show rows and tokens done on stderr, where a person is watching."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        BarColumn(),
+        TextColumn("{task.fields[rows]:,} rows ({task.fields[rows_each]:,.0f}/s)"),
+        TextColumn("{task.fields[tokens]:,} tokens ({task.fields[tokens_each]:,.0f}/s)"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("build", total=None, rows=0, tokens=0, rows_each=0, tokens_each=0)
+
+        def update(rows: int, tokens: int, share: float | None) -> None:
+            seconds = bar.tasks[task].elapsed or 1
+            said = {"rows": rows, "tokens": tokens, "rows_each": rows / seconds, "tokens_each": tokens / seconds}
+            bar.update(task, total=share and 1, completed=share or 0, **cast(Any, said))
+
+        yield update

@@ -1,0 +1,267 @@
+"""Commands that make something, or list what there is: a few lines over the public function of the same name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ftdata.cli.options import (
+    PLACES,
+    Columns,
+    ControlTokens,
+    Date,
+    Dedup,
+    Dropped,
+    Encoding,
+    Json,
+    Limit,
+    MaxLength,
+    MaxRejects,
+    Near,
+    OnBadRows,
+    Overlong,
+    Packing,
+    Refuse,
+    Sample,
+    Schema,
+    Seed,
+    Shuffle,
+    Split,
+    Template,
+    TestSize,
+    Tokenizer,
+    TrainOn,
+    TrainParts,
+    Turns,
+    Unclosed,
+    Where,
+    columns_of,
+    places_of,
+    recipe_of,
+)
+from ftdata.cli.output import print_value, progress_bar
+
+templates_app = typer.Typer(no_args_is_help=True, help="List, show and check templates.")
+
+
+def build(
+    data: Annotated[list[str], typer.Argument(help=f"What to read, each {PLACES}.", show_default=False)],
+    tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="A folder with tokenizer.json, or a hub id.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the build.")],
+    template: Template = None,
+    schema: Schema = "auto",
+    column: Columns = None,
+    train_on: TrainOn = "assistant",
+    train_parts: TrainParts = None,
+    turns: Turns = "auto",
+    control_tokens: ControlTokens = "escape",
+    dropped: Dropped = "refuse",
+    unclosed: Unclosed = "flag",
+    refuse: Refuse = None,
+    max_length: MaxLength = None,
+    overlong: Overlong = "reject",
+    packing: Packing = None,
+    where: Where = None,
+    limit: Limit = None,
+    dedup: Dedup = False,
+    near: Near = None,
+    sample: Sample = None,
+    shuffle: Shuffle = False,
+    test_size: TestSize = None,
+    seed: Seed = 0,
+    on_bad_rows: OnBadRows = "error",
+    max_rejects: MaxRejects = None,
+    date: Date = None,
+    workers: Annotated[int | None, typer.Option(help="Processes at most; the result does not depend on it.")] = None,
+    engine: Annotated[str, typer.Option(help="local.")] = "local",
+    encoding: Encoding = None,
+    split: Split = None,
+    as_json: Json = False,
+) -> None:
+    """Build a data set: tokens and labels, with a report of every row."""
+    given = locals()
+    from ftdata.build import write_build
+
+    with progress_bar() as progress:
+        report = write_build(
+            places_of(data, encoding, split),
+            tokenizer,
+            output_dir,
+            template=template,
+            **recipe_of(given),
+            packing=packing,
+            where=where,
+            limit=limit,
+            dedup=dedup,
+            near=near,
+            sample=sample,
+            shuffle=shuffle,
+            test_size=test_size,
+            seed=seed,
+            on_bad_rows=on_bad_rows,
+            max_rejects=max_rejects,
+            workers=os.cpu_count() if workers is None else workers,
+            engine=engine,
+            progress=progress,
+        )
+    print_value(report, as_json=as_json)
+    if not as_json:
+        print(f"built    {output_dir} in {report.seconds:.1f} s (tokens by {report.engine})")
+
+
+def convert(
+    data: Annotated[list[str], typer.Argument(help=f"What to read, each {PLACES}.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .jsonl or .parquet file.")],
+    to: Annotated[
+        str, typer.Option(help="messages, prompt_completion, or text (as the template prints it).")
+    ] = "messages",
+    tokenizer: Tokenizer = None,
+    template: Template = None,
+    schema: Schema = "auto",
+    column: Columns = None,
+    where: Where = None,
+    limit: Limit = None,
+    on_bad_rows: OnBadRows = "error",
+    max_rejects: MaxRejects = None,
+    encoding: Encoding = None,
+    split: Split = None,
+    as_json: Json = False,
+) -> None:
+    """Write rows of any shape in one: as messages, as prompt and completion, or as templated text."""
+    from ftdata._convert import convert as write
+
+    done = write(
+        places_of(data, encoding, split),
+        output,
+        to,
+        tokenizer=tokenizer,
+        template=template,
+        schema=schema,
+        columns=columns_of(column),
+        where=where,
+        limit=limit,
+        on_bad_rows=on_bad_rows,
+        max_rejects=max_rejects,
+    )
+    print_value(done, as_json=as_json)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="A build.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="owner/name on the hub; made if it is not there.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make a new one private.")] = False,
+) -> None:
+    """Upload a build to the hub, with its card."""
+    from ftdata._push import push as upload
+
+    print(upload(folder, repo, private=private))
+
+
+@templates_app.command("list")
+def templates_list(as_json: Json = False) -> None:
+    """List the built-in and installed templates."""
+    from ftdata.templates import templates
+
+    print(json.dumps(templates.names()) if as_json else "\n".join(templates.names()))
+
+
+@templates_app.command("show")
+def templates_show(
+    name: Annotated[str, typer.Argument(help="A template's name or file.")], as_json: Json = False
+) -> None:
+    """Print a template's Jinja text."""
+    from ftdata.templates import find
+
+    found, source = find(name)
+    print(
+        json.dumps({"name": found, "source": source}, ensure_ascii=False) if as_json else source,
+        end="\n" if as_json else "",
+    )
+
+
+@templates_app.command("check")
+def templates_check(
+    template: Annotated[str, typer.Argument(help="A template, or a tokenizer whose template is checked.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a template does: its stop, whether it rewrites earlier turns, what it drops."""
+    from ftdata.recipe import check_template
+
+    report = check_template(template)
+    print_value(report, as_json=as_json)
+    raise typer.Exit(1 if report.verdict == "refused" else 0)
+
+
+def train(
+    source: Annotated[
+        str, typer.Argument(help="A config file (.yaml, .toml), a build, or a data file.", show_default=False)
+    ],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Folder or hub id of the base model.")] = None,
+    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Folder for the run.")] = None,
+    template: Template = None,
+    max_length: MaxLength = None,
+    packing: Packing = None,
+    test_size: TestSize = None,
+    quantization: Annotated[str | None, typer.Option(help="nf4: QLoRA, the base model in 4 bits.")] = None,
+    lora_r: Annotated[int | None, typer.Option(help="Rank of the LoRA adapter.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of SFTConfig, e.g. --set learning_rate=1e-4.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the run's folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model on data or on a build, with LoRA, QLoRA or in full; save, and draw the loss."""
+    from ftdata.train import run
+
+    folder = run(
+        source,
+        model=model,
+        output_dir=output_dir,
+        template=template,
+        max_length=max_length,
+        packing=packing,
+        test_size=test_size,
+        quantization=quantization,
+        lora_r=lora_r,
+        settings=set_ or [],
+        resume=resume,
+    )
+    if as_json:
+        print((folder / "run.json").read_text(encoding="utf-8"), end="")
+
+
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="A finished run of `ftdata train`.")],
+    data: Annotated[str | None, typer.Option(help="Questions with expected answers; default: the run's data.")] = None,
+    n: Annotated[int, typer.Option("-n", help="How many rows.", min=1)] = 20,
+    as_json: Json = False,
+) -> None:
+    """Ask base and tuned model the same questions, side by side, with exact match and SacreBLEU."""
+    from ftdata.train import compare
+
+    report = compare(run_dir, data, n)
+    if as_json:
+        print_value(report, as_json=True)
+    else:
+        from rich.console import Console
+
+        report.print(Console())
+
+
+def plugins(as_json: Json = False) -> None:
+    """List readers, schemas, templates and mask policies, built in and installed."""
+    from ftdata.mask import masks
+    from ftdata.readers import readers
+    from ftdata.schemas import schemas
+    from ftdata.templates import templates
+
+    found = {registry.group: registry.names() for registry in (readers, schemas, templates, masks)}
+    print(
+        json.dumps(found, indent=2)
+        if as_json
+        else "\n".join(f"{group}: {', '.join(names)}" for group, names in found.items())
+    )
