@@ -22,6 +22,7 @@ A message always has the same four parts: where, what was found, what was expect
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -119,6 +120,18 @@ class HubError(FtdataError, OSError):
 
 class InternalError(FtdataError, RuntimeError):
     """A promise of ftdata's own was broken. Please report it with the message."""
+
+
+# They show nothing, though Python calls them printable: fillers, a blank of Braille, selectors of variants.
+_BLANK = re.compile("[\u115f\u1160\u2800\u3164\uffa0\U000e0100-\U000e01ef]")
+
+
+def printable(text: str) -> str:
+    """Return a text with codes for what would drive a terminal, or show nothing; line breaks and tabs stay."""
+    if text.isascii() and text.isprintable():
+        return text
+    spelled = "".join(char if char.isprintable() or char in "\n\t" else f"\\u{ord(char):04x}" for char in text)
+    return _BLANK.sub(lambda found: f"\\u{ord(found.group()):04x}", spelled)
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -34,12 +34,14 @@ from ftdata.types import Conversation, Example, Message, Part, Reject, Row, Show
 class Built(NamedTuple):
     """One row that was built: its examples, and how many tokens of it did not fit.
 
-    `repeated` is what it costs to show a conversation in several examples: their tokens beyond the longest one's.
+    `dropped` are the lengths of examples that did not fit at all. `repeated` is what it costs to show a conversation in
+    several examples: their tokens beyond the longest one's.
     """
 
     conversation: Conversation
     examples: tuple[Example, ...]
     cut: int = 0
+    dropped: tuple[int, ...] = ()
 
     @property
     def repeated(self) -> int:
@@ -173,6 +175,13 @@ class Batch:
         return 0 if self.plain else sum(entry.cut for entry in self.entries if isinstance(entry, Built))
 
     @property
+    def dropped(self) -> list[int]:
+        """Tokens of each example that did not fit at all, of rows of which others did."""
+        if self.plain:
+            return []
+        return [length for entry in self.entries if isinstance(entry, Built) for length in entry.dropped]
+
+    @property
     def repeated(self) -> int:
         """Tokens that are there because conversations are shown in several examples."""
         return 0 if self.plain else sum(entry.repeated for entry in self.entries if isinstance(entry, Built))
@@ -242,7 +251,8 @@ def _finish(
         whole = _examples(recipe, conversation, encoded)
     except BadRow as error:
         return rejected(row, error)
-    tokens = sum(map(len, whole))
+    lengths = tuple(map(len, whole))
+    dropped = list[int]()
     kept: list[Example] = []
     refusal: BadRow | None = None
     for example in whole:
@@ -250,14 +260,15 @@ def _finish(
             kept.append(truncate(example, recipe.max_length, recipe.overlong))
         except BadRow as error:
             refusal = error
+            dropped.append(len(example))
     # Turns rendered one by one are whole turns: `drop_turns` may leave some of them out, the others may not.
     if refusal is not None and (recipe.overlong != "drop_turns" or not kept):
-        return replace(rejected(row, refusal), tokens=tokens)
+        return replace(rejected(row, refusal), lengths=lengths)
     try:
         _check_flags(recipe, kept)
     except BadRow as error:
-        return replace(rejected(row, error), tokens=tokens)
-    return Built(conversation, tuple(kept), tokens - sum(map(len, kept)))
+        return replace(rejected(row, error), lengths=lengths)
+    return Built(conversation, tuple(kept), sum(lengths) - sum(map(len, kept)), tuple(dropped))
 
 
 def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:

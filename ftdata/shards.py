@@ -143,7 +143,10 @@ def _read(known: dict[str, Any], task: Task) -> ShardResult:
         name: Counter(value) if name in counts else value for name, value in known["ledger"].items()
     }
     ledger = Ledger(**values)
-    rejects = [Reject(**{**reject, "source": Source(*reject["source"])}) for reject in known["rejects"]]
+    rejects = [
+        Reject(**{**reject, "source": Source(*reject["source"]), "lengths": tuple(reject["lengths"])})
+        for reject in known["rejects"]
+    ]
     return ShardResult(task, ledger, rejects, known["content"], known["engine"])
 
 

@@ -303,6 +303,7 @@ def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
                 "byte_offset": reject.source.offset,
                 "row": reject.source.row,
                 **{name: value for name, value in asdict(reject).items() if name != "source"},
+                "tokens": reject.tokens,
             }
             text = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
             file.write(text + b"\n")

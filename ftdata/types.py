@@ -300,7 +300,7 @@ class Example:
 class Reject:
     """One row that was not built: where it stands, why, and what to do.
 
-    `raw` holds the row's first 4 kB, `tokens` its length where it got as far as having one.
+    `raw` holds the row's first 4 kB, `lengths` the tokens of each of its examples where it got as far as having some.
     """
 
     source: Source
@@ -309,7 +309,12 @@ class Reject:
     reason: str
     fix: str = ""
     raw: str = ""
-    tokens: int = 0
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of all of its examples."""
+        return sum(self.lengths)
 
     def __str__(self) -> str:
         place = f"{self.source} {self.field}".rstrip()

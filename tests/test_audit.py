@@ -96,7 +96,12 @@ CASES = {
         rows({"input_ids": [1, 40, 2, 2], "labels": [-100, 40, 2, 2]}),
         rows({"input_ids": [2, 2, 40, 2], "labels": [-100, -100, 40, 2]}),
     ),
-    "label_share": (rows(talk("word " * 500, "x")), rows(talk("word " * 300, "an answer " * 20))),
+    "left_over": (rows(talk("q", "an answer</s>")), rows(talk("q", "<s>struck</s> out"))),
+    "same_prompt": (
+        rows(PLAIN, against=[talk("a question", "x")]),
+        rows(PLAIN, against=[talk("another question", "x")]),
+    ),
+    "label_share": (rows(talk("word " * 3000, "x")), rows(talk("word " * 300, "an answer " * 20))),
     "role_order": (
         rows({"messages": [USER, USER, ANSWER]}),
         rows({"messages": [{"role": "system", "content": "s"}, {"role": "developer", "content": "d"}, *TALK]}),

@@ -87,7 +87,7 @@ def test_preview_without_a_tokenizer():
     done = ftdata("preview", EXAMPLES / "faq.json", "-n", 1)
     assert done.returncode == 0
     assert "question_answer" in done.stdout
-    assert "⟦We are open Monday to Friday from 9 am to 6 pm.<|im_end|>⟧" in done.stdout
+    assert "⟦We are open Monday to Friday from 9 am to 6 pm.⟨<|im_end|>⟩■⟧" in done.stdout
     assert "characters trained" in done.stdout
 
 

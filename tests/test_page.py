@@ -174,7 +174,7 @@ def test_hostile_rows_are_text(simple):
     page = simple([talk(HOSTILE, HOSTILE), {"messages": HOSTILE}, talk("q", "")])
     assert not page.title().startswith("taken")
     assert page.locator("#list script, #list img, #list b").count() == 0
-    assert page.evaluate("data.rows[0].examples[0].text").count(HOSTILE.replace("\u202e", "\u202e")) == 2
+    assert page.evaluate("data.rows[0].examples[0].text").count(HOSTILE) == 2
     seen = page.text_content(".ex")
     assert "<script>document.title='taken'</script>" in seen
     # What would turn or hide its neighbours is shown by its number.
@@ -225,8 +225,11 @@ def test_search_finds_and_marks(simple):
     assert page.inner_text("#status").startswith("2 found in 2 of 3 rows")
     page.select_option("#in", "all")
     page.fill("#q", "/qui[ck]+ (b|f)/")
+    assert "press Enter" in page.inner_text("#status")
+    page.keyboard.press("Enter")
     assert page.inner_text("#status").startswith("1 found in 1 of 3 rows")
     page.fill("#q", "/(/")
+    page.keyboard.press("Enter")
     assert page.inner_text("#status").startswith("no regular expression")
     page.fill("#q", "nowhere")
     assert page.inner_text("#status").startswith("0 found in 0 of 3 rows")
@@ -293,7 +296,6 @@ def test_all_of_it_works_by_keys(simple):
     assert page.input_value("#q") == "jk?"
     page.keyboard.press("Escape")
     assert page.evaluate("document.activeElement === document.body")
-    page.click("#next", trial=True, force=True)
     assert page.faults == []
 
 
@@ -329,10 +331,8 @@ def test_what_max_length_does_is_said(simple):
     rows = [talk("q", "short"), talk("q", "word " * 100), talk("q", "word " * 200)]
     page = simple(rows, max_length=60, overlong="truncate")
     said = page.inner_text("#lengths p")
-    assert (
-        "2 are longer than max_length 60 (overlong=truncate): 0 rows are rejected, 2 examples are cut, and 2 answers lose their end."
-        in said
-    )
+    assert "2 are longer than max_length 60 (overlong=truncate): 2 are cut, 0 are left out (0 rows" in said
+    assert "2 answers lose their end, 0 are lost whole." in said
     assert "max_length 60: 2 longer" in page.text_content("#lengths svg")
     assert page.locator(".cut").count() == 3  # one is in the legend
     assert "tokens cut" in page.locator(".row").nth(1).text_content()
@@ -343,11 +343,11 @@ def test_a_long_page_is_whole(simple):
     page = simple(
         [talk("q", "abcdefgh ijkl\n" * 9000)] + [talk(f"q{n}", "an answer of some words") for n in range(300)]
     )
-    assert (
-        page.locator(".ex").first.locator(".t").count()
-        == page.evaluate("data.rows[0].examples[0].ends.length")
-        > 90_000
-    )
+    size = page.evaluate("data.rows[0].examples[0].ends.length")
+    assert page.locator(".ex").first.locator(".t").count() == 100_000 < size
+    page.locator(".ex button").click()
+    page.wait_for_selector("#list[data-ready]", state="attached")
+    assert page.locator(".ex").first.locator(".t").count() == size
     assert page.inner_text("#page") == "page 1 of 13"
     page.fill("#q", "q299")
     assert page.inner_text("#status").startswith("1 found in 1 of")

@@ -16,7 +16,7 @@ import typer
 import ftdata
 from ftdata.cli.looks import audit, diff, preview, stats
 from ftdata.cli.work import build, convert, evaluate, plugins, push, templates_app, train
-from ftdata.errors import FtdataError
+from ftdata.errors import FtdataError, printable
 
 app = typer.Typer(
     name="ftdata",
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"ftdata: {message}", file=sys.stderr)
+    print(f"ftdata: {printable(message)}", file=sys.stderr)
     sys.exit(code)
 
 

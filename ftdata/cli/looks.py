@@ -36,7 +36,7 @@ from ftdata.cli.options import (
     recipe_of,
     rows_of,
 )
-from ftdata.cli.output import paged, print_value, progress_bar, quiet
+from ftdata.cli.output import paged, print_value, progress_bar, quiet, write
 from ftdata.errors import UsageError
 
 
@@ -94,7 +94,7 @@ def preview(
     if as_json:
         print_value(shown, as_json=True)
     elif html:
-        print(f"{html}: {len(shown.rows):,} rows, {html.stat().st_size:,} bytes")
+        write(f"{html}: {len(shown.rows):,} rows, {html.stat().st_size:,} bytes")
     else:
         paged(shown.print, pager=pager)
 
@@ -146,22 +146,20 @@ def audit(
             **recipe_of(given),
             where=where,
             limit=limit,
-            against=against,
+            against=None if against is None else places_of(against, encoding, None),
             near=near,
             pii=pii,
             ignore=listed(ignore) or (),
             progress=progress,
         )
     if format_ == "sarif":
-        print(json.dumps(report.as_sarif(), ensure_ascii=False, indent=2))
+        write(json.dumps(report.as_sarif(), ensure_ascii=False, indent=2))
     elif format_ == "github":
-        print(report.as_github())
+        write(report.as_github())
     elif as_json or format_ == "json":
         print_value(report, as_json=True)
     else:
-        from rich.console import Console
-
-        report.print(Console())
+        paged(report.print)
     raise typer.Exit(1 if report.fails(fail_on) else 0)
 
 
@@ -189,8 +187,6 @@ def stats(
 ) -> None:
     """Count rows, turns, tokens and what is trained, by source and schema; of data, or of a build."""
     given = locals()
-    from rich.console import Console
-
     from ftdata.look.stats import stats as count
 
     with progress_bar() as progress:
@@ -207,7 +203,7 @@ def stats(
     if as_json:
         print_value(found, as_json=True)
     else:
-        found.print(Console())
+        paged(found.print)
 
 
 def diff(
@@ -240,5 +236,5 @@ def diff(
     else:
         paged(found.print, pager=pager)
         if html:
-            print(f"{html}: {len(found.changed):,} rows side by side")
+            write(f"{html}: {len(found.changed):,} rows side by side")
     raise typer.Exit(1 if found else 0)

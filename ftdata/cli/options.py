@@ -81,7 +81,7 @@ def rows_of(text: str | None) -> list[int] | None:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal()) or int(last) - int(first) > _MOST_ROWS:
+        if not (first.isdecimal() and last.isdecimal()) or not 0 <= int(last) - int(first) <= _MOST_ROWS:
             raise UsageError("row", f"--row is {text!r}, expected numbers from 0, such as 7 or 3,8-11")
         found += range(int(first), int(last) + 1)
     return found

@@ -5,29 +5,42 @@ from __future__ import annotations
 import json
 import os
 import pydoc
+import shlex
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 
+def write(text: str) -> None:
+    """Write to standard output; who reads it may have seen enough (`| head`), which is no fault."""
+    try:
+        sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left is not to be tried again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def print_value(value: Any, *, as_json: bool) -> None:
     """Print a value as JSON, or as it speaks for itself."""
-    print(json.dumps(value.as_dict(), ensure_ascii=False, indent=2) if as_json else value)
+    write(json.dumps(value.as_dict(), ensure_ascii=False, indent=2) if as_json else str(value))
 
 
-def paged(show: Callable[[Any], None], *, pager: bool) -> None:
-    """Print, through a pager where that is longer than the screen of somebody who is watching."""
+def paged(show: Callable[[Any], None], *, pager: bool = False) -> None:
+    """Print what is shown on a console; through a pager where that is longer than the screen of who is watching."""
     from rich.console import Console
 
     console = Console()
-    if not pager or not console.is_terminal or os.environ.get("TERM") == "dumb":
-        show(console)
-        return
     with console.capture() as capture:
         show(console)
     text = capture.get()
-    if text.count("\n") + len(text) // (2 * console.width) < console.height:
-        console.file.write(text)
+    watched = pager and console.is_terminal and os.environ.get("TERM") != "dumb"
+    lines = text.count("\n") + len(text) // (2 * console.width)
+    named = shlex.split(os.environ.get("PAGER", ""))
+    if not watched or lines < console.height or (named and shutil.which(named[0]) is None):
+        write(text)
         return
     # As git does: a pager that lets colours through, and does not clear the screen behind itself.
     os.environ.setdefault("LESS", "FRX")

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
 from ftdata import similar
 from ftdata._version import __version__
-from ftdata.errors import UsageError, one_of
+from ftdata.errors import InputRefused, UsageError, one_of
 from ftdata.examples import Batch
 from ftdata.look import detect
 from ftdata.look.checks import SEVERITIES, Check, Data, Row, Setting, checks
-from ftdata.look.side import side_of
-from ftdata.look.survey import Numbers, Progress, Survey, survey
+from ftdata.look.side import Side, side_of
+from ftdata.look.survey import Numbers, Progress, Survey, groups_of, survey
+from ftdata.readers.streams import STDIN
 from ftdata.recipe import Recipe
 from ftdata.templates.child import verify
-from ftdata.types import Conversation, Example, Reject, Source
+from ftdata.types import Conversation, Example, Part, Reject, Source
 
 SHOWN = 10
 """Rows of each finding that are named."""
@@ -143,7 +147,7 @@ class AuditReport:
                 "ruleId": finding.code,
                 "level": finding.severity,
                 "message": {"text": _told(finding, place)},
-                "locations": [_location(place.source)] if place else [],
+                "locations": [_location(place.source)] if place and place.source.path != STDIN else [],
             }
             for finding in self.findings
             for place in _places(finding)
@@ -158,8 +162,9 @@ class AuditReport:
             kind = "notice" if finding.severity == "note" else finding.severity
             for place in _places(finding):
                 at = ""
-                if place:
-                    at = f"file={_escaped(place.source.path, ':,')},line={place.source.line or 1},"
+                if place and place.source.path != STDIN:
+                    line = f"line={place.source.line}," if place.source.line else ""
+                    at = f"file={_escaped(place.source.path, ':,')},{line}"
                 lines.append(f"::{kind} {at}title={_escaped(finding.code, ':,')}::{_escaped(_told(finding, place))}")
         return "\n".join(lines)
 
@@ -170,11 +175,13 @@ def _places(finding: Finding) -> Sequence[Place | None]:
 
 def _told(finding: Finding, place: Place | None) -> str:
     more = f" ({finding.count:,} rows)" if finding.count > 1 else ""
-    return f"{finding.says}{more}{f': {place.says}' if place and place.says else ''}. Fix: {finding.fix}"
+    row = f"row {place.source.row}" if place and place.source.line is None else ""
+    said = ", ".join(filter(None, (row, place.says if place else "")))
+    return f"{finding.says}{more}{f': {said}' if said else ''}. Fix: {finding.fix}"
 
 
 def _location(source: Source) -> dict[str, Any]:
-    place: dict[str, Any] = {"artifactLocation": {"uri": source.path.replace("\\", "/")}}
+    place: dict[str, Any] = {"artifactLocation": {"uri": quote(source.path.replace("\\", "/"), safe="/:")}}
     if source.line is not None:
         place["region"] = {"startLine": source.line}
     return {"physicalLocation": place}
@@ -221,6 +228,12 @@ def audit(
         UsageError: an option cannot be meant.
         InputRefused: a source cannot be read.
     """
+    if isinstance(ignore, str):
+        raise UsageError("ignore", f"ignore is {ignore!r}, expected a list of codes")
+    for code in ignore:
+        # Codes of rejected rows can be ignored, too; nobody has a list of these.
+        if code not in checks and (close := get_close_matches(str(code), checks, n=1, cutoff=0.85)):
+            raise UsageError("unknown_ignore", f"ignore names {code!r}", hint=f"did you mean {close[0]!r}?")
     if near is not None:
         if not isinstance(near, int | float) or not 0.5 <= near <= 1:
             raise UsageError("near", f"near is {near!r}, expected a similarity from 0.5 to 1, such as 0.8")
@@ -232,8 +245,9 @@ def audit(
         skipped |= {code: "a build holds no messages" for code, one in checks.items() if one.of_messages}
     auditor = Auditor(side.recipe, frozenset((*ignore, *skipped)), near)
     seen = survey(side.steps(), side.names, auditor, progress)
-    several = len({split for _, split in side.names}) > 1
-    return replace(auditor.report(seen, [several and split != "train" for _, split in side.names]), skipped=skipped)
+    if not seen.rows:
+        raise InputRefused("no_rows", "there are no rows to look at", hint="where, or limit, leaves none")
+    return replace(auditor.report(side, seen), skipped=skipped)
 
 
 class Auditor:
@@ -246,7 +260,7 @@ class Auditor:
         self.adds = verify(recipe.template).adds.strip() if chat else ""
         self.by_flag = {one.code: one for one in made if one.of == "flag"}
         self.on_rows = [one for one in made if one.of == "row"]
-        self.findings: dict[str, Finding] = {}
+        self.findings: dict[tuple[str, bool], Finding] = {}
         self.scripts: list[int] = []
         self.signatures: list[np.ndarray] = []
         self.stops: set[int] = set()
@@ -272,10 +286,19 @@ class Auditor:
         if self.near is not None and len(numbers):
             self.signatures.append(similar.signatures(batch.conversations))
 
-    def report(self, seen: Survey, held_out: Sequence[bool]) -> AuditReport:
+    def report(self, side: Side, seen: Survey) -> AuditReport:
         """Make the checks on all rows together, and report."""
+        scripts = np.asarray(self.scripts, np.int64)
         signatures = np.concatenate(self.signatures) if self.signatures else None
-        data = Data(seen, np.asarray(self.scripts, np.int64), held_out, self.near, signatures)
+        if side.folder is not None:
+            # Examples of one row, which packs hold apart, are looked at together.
+            groups = groups_of(seen.numbers)
+            first = np.unique(groups, return_index=True)[1]
+            together = np.zeros(len(first), np.int64)
+            np.bitwise_or.at(together, groups, scripts)
+            scripts, signatures = together, None if signatures is None else signatures[first]
+            seen = side.finished(seen)
+        data = Data(seen, scripts, side.held_out, self.near, signatures)
         for check in self.made:
             if check.of == "data":
                 for row, says in check.finds(data):
@@ -291,27 +314,36 @@ class Auditor:
         return AuditReport(seen.rows, tuple(sorted(self.findings.values(), key=rank)))
 
     def _found(self, check: Check, source: Source | None, says: str = "") -> None:
-        if check.code not in self.findings:
+        if (check.code, False) not in self.findings:
             told = f"{check.says}: {says}" if source is None else check.says
-            self.findings[check.code] = Finding(check.code, check.severity, told, check.fix)
-        self.findings[check.code].add(source, says)
+            self.findings[check.code, False] = Finding(check.code, check.severity, told, check.fix)
+        self.findings[check.code, False].add(source, says)
 
     def _rejected(self, reject: Reject) -> None:
         if reject.code in self.left:
             return
         fix = reject.fix or "mend the row"
-        found = self.findings.setdefault(reject.code, Finding(reject.code, "error", "the row is rejected", fix))
+        # Some codes are those of checks, too, where a row is built all the same.
+        found = self.findings.setdefault((reject.code, True), Finding(reject.code, "error", "the row is rejected", fix))
         found.add(reject.source, f"{reject.field} {reject.reason}".strip())
 
     def _scripts(self, examples: Sequence[Example]) -> int:
         """Return in which scripts answers are written, a bit for each, and note the stops with which they end."""
         found = 0
         for example in examples:
-            ids, trained = example.input_ids, example.trained
+            ids, trained, offsets = example.input_ids, example.trained, example.offsets
             ends = np.flatnonzero(trained & ~np.append(trained[1:], False))
             self.stops.update(ids[ends][self.recipe.control.among(ids[ends])].tolist())
-            begins = np.flatnonzero(trained & ~np.append(False, trained[:-1]))
-            places = zip(example.offsets[begins, 0].tolist(), example.offsets[ends, 1].tolist(), strict=True)
+            # What a template writes, tokens that have names among it, is in no language.
+            said = trained & ~self.recipe.control.among(ids) & ~_scaffold(example)
+            begins, ends = np.flatnonzero(np.diff(said, prepend=False, append=False)).reshape(-1, 2).T
+            places = zip(offsets[begins, 0].tolist(), offsets[ends - 1, 1].tolist(), strict=True)
             for script in (detect.script(example.text[start:end]) for start, end in places):
                 found |= 1 << script if script >= 0 else 0
         return found
+
+
+def _scaffold(example: Example) -> NDArray[np.bool_]:
+    """Return which tokens begin in the template's own text (bool `[n]`)."""
+    own = np.asarray([*(span.part is Part.SCAFFOLD for span in example.spans), True])
+    return np.asarray(own[np.searchsorted([span.end for span in example.spans], example.offsets[:, 0], side="right")])

@@ -17,19 +17,22 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ftdata.batches import Columns, Encodings, Renderings
-from ftdata.errors import FtdataError, UsageError
+from ftdata.errors import FtdataError, InputRefused, UsageError
 from ftdata.examples import Batch, Built, Masked, given
+from ftdata.look.survey import MOST_REJECTS, Survey
+from ftdata.mask import masks
 from ftdata.recipe import Options, Recipe, make_recipe
 from ftdata.store import read_manifest
-from ftdata.types import IGNORE_INDEX, Conversation, Source, Tokens
+from ftdata.types import IGNORE_INDEX, Conversation, Reject, Source, Tokens
 
 _AT_ONCE = 256
 _NONE = Masked([], Renderings([]), Encodings.of([], []), np.empty(0, np.bool_), [], {})
 
 
 class Document(NamedTuple):
-    """One example of a build: the number of its pack, and its tokens and labels as they are stored."""
+    """One example of a build: its number in it, that of its pack, and its tokens and labels as they are stored."""
 
+    number: int
     split: str
     pack: int
     source: Source
@@ -41,8 +44,14 @@ class Document(NamedTuple):
 
 def build_at(data: Any) -> Path | None:
     """Return the folder if that is what the data is: a build."""
-    if isinstance(data, list | tuple) and len(data) == 1:
-        data = data[0]
+    if isinstance(data, list | tuple):
+        places = [one for one in data if isinstance(one, str | Path | Mapping)]
+        if len(places) > 1 and any(build_at(one) for one in places):
+            raise UsageError("build_alone", "a build is looked at alone", hint="name one build, or its data")
+        data = data[0] if len(data) == 1 else None
+    if isinstance(data, Mapping) and (folder := build_at(data.get("path"))):
+        said = ", ".join(str(name) for name in data if name != "path")
+        raise UsageError("said_of_build", f"{said} is said of a build, {folder}, which is done", hint="leave it out")
     if not isinstance(data, str | Path) or not (Path(data) / "manifest.json").is_file():
         return None
     return Path(data) if (Path(data) / "dataset_dict.json").is_file() else None
@@ -74,6 +83,11 @@ def recipe_of(folder: Path, tokenizer: Any = None) -> Recipe:
     """
     options = read_manifest(folder)["options"]
     made, template = options["tokenizer"], options["template"]
+    kept = {
+        name: options[name] for name in ("turns", "control_tokens", "dropped", "unclosed", "max_length", "overlong")
+    }
+    # A function of the user's own is not in the build, and what it chose is.
+    kept |= {"train_on": options["train_on"]} if options["train_on"] in masks else {}
     hint = "name the one that it was built with: --tokenizer"
     own = template["name"] == "tokenizer"
     try:
@@ -82,6 +96,7 @@ def recipe_of(folder: Path, tokenizer: Any = None) -> Recipe:
             None if own else template["source"],
             date=template["date"],
             template_kwargs=template["kwargs"],
+            **kept,
         )
     except FtdataError as error:
         if tokenizer is not None:
@@ -98,16 +113,36 @@ def splits_of(folder: Path) -> list[str]:
     return list(orjson.loads((folder / "dataset_dict.json").read_bytes())["splits"])
 
 
-def documents(folder: Path, split: str) -> Iterator[Document]:
-    """Yield the examples of a split, in the order of its packs."""
-    told = _told(folder / split / "provenance.parquet")
-    for path in sorted((folder / split).glob("data-*.arrow")):
-        with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
-            for batch in stream:
-                ids, labels, lengths = (_values(batch[name]) for name in ("input_ids", "labels", "seq_lengths"))
-                ends = np.cumsum(lengths).tolist()
-                for start, end, one in zip([0, *ends], ends, told, strict=False):
-                    yield Document(split, *one, ids[start:end], labels[start:end])
+def documents(folder: Path, splits: Sequence[str]) -> Iterator[Document]:
+    """Yield the examples of splits, in the order of their packs.
+
+    Raises:
+        InputRefused: the build is damaged.
+    """
+    every = ((split, *one) for split in splits for one in _documents(folder, split))
+    return (Document(number, *one) for number, one in enumerate(every))
+
+
+def _documents(folder: Path, split: str) -> Iterator[tuple[int, Source, frozenset[str], int, Any, Any]]:
+    hint = "build it again"
+    try:
+        told = _told(folder / split / "provenance.parquet")
+        for path in sorted((folder / split).glob("data-*.arrow")):
+            with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
+                for batch in stream:
+                    ids, labels, lengths = (_values(batch[name]) for name in ("input_ids", "labels", "seq_lengths"))
+                    ends = np.cumsum(lengths).tolist()
+                    for start, end in zip([0, *ends], ends, strict=False):
+                        yield *next(told), ids[start:end], labels[start:end]
+    except StopIteration:
+        raise InputRefused(
+            "damaged_build", f"{folder}/{split} holds more examples than rows of provenance", hint=hint
+        ) from None
+    except (OSError, pa.ArrowException, KeyError) as error:
+        found = f"{folder}/{split} cannot be read: {' '.join(str(error).split())}"
+        raise InputRefused("damaged_build", found, hint=hint) from None
+    if next(told, None) is not None:
+        raise InputRefused("damaged_build", f"{folder}/{split} holds fewer examples than were built", hint=hint)
 
 
 def _told(path: Path) -> Iterator[tuple[int, Source, frozenset[str], int]]:
@@ -136,7 +171,7 @@ def as_built(recipe: Recipe, document: Document) -> Built:
 
 def _said(document: Document) -> Conversation:
     tokens = Tokens(document.ids, document.labels != IGNORE_INDEX)
-    told = {"pack": str(document.pack)}
+    told = {"example": str(document.number), "pack": str(document.pack)}
     return Conversation((), told, tokens=tokens, schema=document.split, source=document.source)
 
 
@@ -192,13 +227,54 @@ def batches(recipe: Recipe, some: Iterable[Document]) -> Iterator[Stored]:
         yield Stored(_NONE, (), recipe, chosen)
 
 
-def columns(folder: Path, split: str) -> dict[str, NDArray[np.int64]]:
+def provenance(folder: Path, split: str) -> dict[str, NDArray[np.int64]]:
     """Return what `provenance.parquet` says of the examples of a split, in numbers (int64 `[examples]` each)."""
     table = pq.read_table(folder / split / "provenance.parquet", columns=["pack", "tokens", "trained", "cut"])
     return {name: np.asarray(table[name].to_pylist(), np.int64) for name in table.column_names}
 
 
-def flags_of(folder: Path, split: str) -> Counter[str]:
-    """Return how many examples of a split have each flag."""
-    table = pq.read_table(folder / split / "provenance.parquet", columns=["flags"])
-    return Counter(flag for flags in table["flags"].to_pylist() for flag in flags)
+def sources_of(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the files that a build is made of, and the split of each.
+
+    Raises:
+        InputRefused: the build is damaged.
+    """
+    try:
+        tables = [pq.read_table(folder / split / "provenance.parquet", columns=["source"]) for split in splits]
+    except (OSError, pa.ArrowException, KeyError) as error:
+        found = f"{folder} cannot be read: {' '.join(str(error).split())}"
+        raise InputRefused("damaged_build", found, hint="build it again") from None
+    return [
+        (path, split)
+        for split, table in zip(splits, tables, strict=True)
+        for path in table["source"].unique().to_pylist()
+    ]
+
+
+def reported(folder: Path, seen: Survey) -> Survey:
+    """Return a survey of a build with what its report says: the rows that were read, and those that were rejected."""
+    report = orjson.loads((folder / "report.json").read_bytes())
+    codes = Counter[str]()
+    for ledger in report["sources"]:
+        codes.update(ledger["rejected"])
+    rejects, overlong = list[Reject](), list[int]()
+    for one in rejects_of(folder):
+        rejects += [one] if len(rejects) < MOST_REJECTS else []
+        overlong += one.lengths if one.code == "overlong" else ()
+    return replace(
+        seen.by_row(),
+        read=report["read"],
+        rejected=codes,
+        rejects=tuple(rejects),
+        overlong=np.asarray(overlong, np.int64),
+    )
+
+
+def rejects_of(folder: Path) -> Iterator[Reject]:
+    """Yield the rows that were rejected when a build was made."""
+    with (folder / "rejects.jsonl").open("rb") as file:
+        for one in map(orjson.loads, file):
+            source = Source(one["file"], one["row"], one["line"], one["byte_offset"])
+            yield Reject(
+                source, one["code"], one["field"], one["reason"], one["fix"], one["raw"], tuple(one["lengths"])
+            )

@@ -6,6 +6,7 @@ they were read; a *template* check at tokenizer and template. Rows that are reje
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,10 +19,11 @@ from ftdata import similar
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.look import detect
 from ftdata.look.survey import Ints, Survey
+from ftdata.look.views import texts_of
 from ftdata.recipe import Recipe, make_recipe
 from ftdata.shown import rendered
 from ftdata.templates.child import verify
-from ftdata.types import Conversation, Example, Part
+from ftdata.types import Conversation, Example, Message
 
 SEVERITIES = ("note", "warning", "error")
 
@@ -226,25 +228,20 @@ _LEAST, _LONG = 0.005, 400
 
 @_check(
     "label_share",
-    "warning",
+    "note",
     "row",
-    "next to nothing of the row is trained, or its prompt is, too",
-    "look at it with `ftdata preview --odd`; choose another train_on",
+    "next to nothing of the row is trained; or, where it came as tokens, all of it",
+    "look at it with `ftdata preview --odd`: a short answer to a long text may be meant, a lost one is not",
 )
 def _label_share(row: Row) -> Iterator[str]:
     tokens = sum(len(one) for one in row.examples)
     trained = sum(int(one.trained.sum()) for one in row.examples)
     if tokens >= _LONG and trained < _LEAST * tokens:
         yield f"{trained:,} of {tokens:,} tokens are trained"
-    if any(one.trained[_prompted(one)].any() for one in row.examples if row.said.messages):
-        yield "text of the prompt is trained"
-
-
-def _prompted(example: Example) -> NDArray[np.bool_]:
-    """Return which tokens begin in contents that the model does not produce (bool `[n]`)."""
-    given = np.asarray([span.part is Part.CONTENT and not span.generated for span in example.spans] + [False])
-    at = np.searchsorted([span.end for span in example.spans], example.offsets[:, 0], side="right")
-    return np.asarray(given[at] & (example.offsets[:, 1] > example.offsets[:, 0]))
+    came_as_tokens = row.said.tokens is not None and row.recipe.train_on != "all"
+    turns = sum(row.recipe.control.count(one.input_ids) for one in row.examples)
+    if came_as_tokens and tokens == trained and turns > 1:
+        yield "all tokens are trained, those of prompts, too"
 
 
 # --- messages of a row
@@ -259,7 +256,7 @@ def _prompted(example: Example) -> NDArray[np.bool_]:
     of_messages=True,
 )
 def _role_order(row: Row) -> Iterator[str]:
-    before, called = "", False
+    before = ""
     for number, message in enumerate(row.said.messages):
         role, place = message["role"], f"messages[{number}]"
         if role in ("system", "developer"):
@@ -269,9 +266,26 @@ def _role_order(row: Row) -> Iterator[str]:
             yield f"{place} answers before anything was asked"
         elif role == before and role in ("user", "assistant"):
             yield f"{place} follows a message of the same role ({role})"
-        elif role == "tool" and before != "tool" and not called:
+        before = role
+    yield from _calls(row.said.messages)
+
+
+def _calls(messages: Sequence[Message]) -> Iterator[str]:
+    """Yield what is wrong with calls of tools and their results."""
+    waiting = list[str | None]()
+    for number, message in enumerate(messages):
+        place, given = f"messages[{number}]", message.get("tool_call_id")
+        if message["role"] != "tool":
+            if waiting:
+                yield f"{place} comes before the result of a tool that was called"
+            waiting = [call.get("id") for call in message.get("tool_calls") or ()]
+        elif not waiting:
             yield f"{place} is the result of a tool that nobody called"
-        before, called = role, bool(message.get("tool_calls"))
+        else:
+            own = [call for call in waiting if given is None or call in (None, given)]
+            if not own:
+                yield f"{place} answers the call {given!r}, which nobody made"
+            waiting.remove((own or waiting)[0])
 
 
 @_check(
@@ -286,8 +300,35 @@ def _trivial_answer(row: Row) -> Iterator[str]:
     for number, message in enumerate(row.said.messages):
         content = message.get("content")
         asked = message["role"] == "assistant" and message.get("train", True) and not message.get("tool_calls")
-        if asked and isinstance(content, str) and detect.says_nothing(content):
-            yield f"messages[{number}].content is {content.strip()!r}"
+        text = content if isinstance(content, str) else "\n".join(texts_of(content))
+        if asked and content is not None and detect.says_nothing(text) and _is_trained(row, number):
+            yield f"messages[{number}].content is {text.strip()!r}"
+
+
+def _is_trained(row: Row, number: int) -> bool:
+    """Whether any token of a message is trained."""
+    for one in row.examples:
+        for span in one.spans:
+            if span.message == number and span.generated:
+                inside = (one.offsets[:, 0] >= span.start) & (one.offsets[:, 1] <= span.end)
+                if one.trained[inside].any():
+                    return True
+    return False
+
+
+@_check(
+    "left_over",
+    "warning",
+    "row",
+    "a message holds what the template of some model writes",
+    "take it out: the data was templated once before",
+    of_messages=True,
+)
+def _left_over(row: Row) -> Iterator[str]:
+    for number, message in enumerate(row.said.messages):
+        for text in texts_of(message.get("content")):
+            if (found := detect.left_over(text)) and not row.recipe.control.spelled(found):
+                yield f"messages[{number}].content holds {found!r}"
 
 
 @_check(
@@ -300,7 +341,7 @@ def _trivial_answer(row: Row) -> Iterator[str]:
 )
 def _default_system(row: Row) -> Iterator[str]:
     messages = row.said.messages
-    if row.adds and messages and messages[0]["role"] not in ("system", "developer"):
+    if len(re.findall(r"[^\W\d_]+", row.adds)) > 3 and messages and messages[0]["role"] not in ("system", "developer"):
         yield repr(row.adds[:80])
 
 
@@ -316,7 +357,8 @@ def _default_system(row: Row) -> Iterator[str]:
 )
 def _mojibake(row: Row) -> Iterator[str]:
     for example in row.examples:
-        if (found := detect.mojibake(example.text)) is not None:
+        # A build may end in the midst of a character, where it was cut.
+        if (found := detect.mojibake(example.text.rstrip("\ufffd") if example.cut else example.text)) is not None:
             yield repr(found)
 
 
@@ -375,21 +417,42 @@ def _near_duplicate(data: Data) -> Iterator[tuple[int, str]]:
     "leakage",
     "error",
     "data",
-    "a row that is held out is trained on, or asks the same",
+    "a row that is held out is trained on: an equal one, or, with --near, one that says almost the same",
     "take it out of one of them; build with test_size, which keeps equal rows together",
 )
 def _leakage(data: Data) -> Iterator[tuple[int, str]]:
-    numbers, out, told = data.seen.numbers, data.out, set[int]()
-    ways: list[tuple[str, NDArray[Any]]] = [("equal to", numbers.content), ("asks the same as", numbers.asked)]
+    told = set[int]()
+    ways: list[tuple[str, NDArray[Any]]] = [("equal to", data.seen.numbers.content)]
     if data.near is not None and data.signatures is not None:
         ways.append(("almost", similar.groups(data.signatures, data.near) + 1))
     for says, values in ways:
-        known = _first_of(values, ~out)
-        for row in np.flatnonzero(out).tolist():
-            # 0: nobody knows.
-            if (value := int(values[row])) and value in known and row not in told:
+        for row, earlier in _shared(data, values):
+            if row not in told:
                 told.add(row)
-                yield row, f"{says} {data.seen.source(known[value])}"
+                yield row, f"{says} {data.seen.source(earlier)}"
+
+
+@_check(
+    "same_prompt",
+    "warning",
+    "data",
+    "a row that is held out asks, word for word, what is trained to be answered otherwise",
+    "take it out of one of them, unless the question is one that everybody asks",
+)
+def _same_prompt(data: Data) -> Iterator[tuple[int, str]]:
+    numbers = data.seen.numbers
+    equal = {row for row, _ in _shared(data, numbers.content)}
+    for row, earlier in _shared(data, numbers.asked):
+        if row not in equal:
+            yield row, f"asks the same as {data.seen.source(earlier)}"
+
+
+def _shared(data: Data, values: NDArray[Any]) -> Iterator[tuple[int, int]]:
+    """Yield rows that are held out whose value is that of one that is trained on, and which; 0: nobody knows."""
+    known = _first_of(values, ~data.out)
+    for row in np.flatnonzero(data.out).tolist():
+        if (value := int(values[row])) and value in known:
+            yield row, known[value]
 
 
 def _first_of(values: NDArray[Any], among: NDArray[np.bool_]) -> dict[int, int]:
@@ -415,7 +478,9 @@ def _script(data: Data) -> Iterator[tuple[int, str]]:
         return
     shares = [np.count_nonzero(data.scripts >> number & 1) / written for number in range(len(detect.SCRIPTS))]
     usual = max(range(len(shares)), key=shares.__getitem__)
-    rare = [number for number, share in enumerate(shares) if share < _FEW]
+    # Where Kana are usual, words in Han alone are, too.
+    beside = {"Kana": "Han"}.get(detect.SCRIPTS[usual])
+    rare = [number for number, share in enumerate(shares) if share < _FEW and detect.SCRIPTS[number] != beside]
     for row in (
         np.flatnonzero(data.scripts & sum(1 << number for number in rare)).tolist() if shares[usual] >= _MOST else ()
     ):
@@ -470,7 +535,12 @@ def _template_drift(given: Setting) -> Iterator[str]:
     if recipe.tokenizer.chat_template in (None, recipe.template.source):
         return
     try:
-        own = make_recipe(recipe.tokenizer, date=recipe.template.date)
+        own = make_recipe(
+            recipe.tokenizer,
+            date=recipe.template.date,
+            template_kwargs=recipe.template.kwargs,
+            **{name: getattr(recipe, name) for name in ("turns", "dropped", "unclosed")},
+        )
     except TemplateRefused as error:
         yield f"it is refused: {error}"
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from bisect import bisect
 from collections.abc import Iterator
 from functools import lru_cache
@@ -12,12 +11,15 @@ _CONTINUED = "\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–�
 _MOJIBAKE = re.compile(
     "|".join(
         (
-            "â€[™˜œ“”¢¦¹º\x93\x94\x98\x99\x9c\x9d]",  # quotation marks and dots in UTF-8, read as Windows-1252
-            "Ã[\u0080-\u00aa\u00ac-\u00ba\u00bc-\u00beŸ‰Šœ]",  # é è à ü ß É
-            "Â[\u00a0°£©®·±²³´¼½¾§¢]",
-            f"(?:[ÐÑ][{_CONTINUED}]){{2}}",  # Cyrillic
-            f"(?:[ä-é][{_CONTINUED}]{{2}}){{2}}",  # Chinese, Japanese, Korean
+            "[\u0080-\u0084\u0086-\u009f]",  # what Windows-1252 has there, read as Latin-1
+            f"â[{_CONTINUED}][{_CONTINUED}]",  # quotation marks, arrows, €, ≤ in UTF-8, read as Windows-1252
+            "Ã[\u00a1-\u00aa\u00ac-\u00ba\u00bc-\u00beŸŒŽšž]|(?<![A-ZÀ-Þ])Ã\u00a0",  # é ü ñ ß, à
+            "Ã[‡„…–˜‰Šœ›](?=[a-z])|(?<=[a-z])Ã[«»](?=[a-z])",  # Ç Ä Å Ö Ø before a small letter
+            "Â[\u00a0-\u00bf€]",
+            f"(?:[ÎÏÐÑÖרÙÚÛ][{_CONTINUED}]){{2}}",  # Greek, Cyrillic, Hebrew, Arabic
+            f"(?:[à-ï][{_CONTINUED}]{{2}}){{2}}",  # Indic scripts, Thai, Chinese, Japanese, Korean
             f"ðŸ[{_CONTINUED}]{{2}}",
+            "(?:Р[°±ІіґµЅѕїј»є№ёќџ’Ўњћў]|С[‚ѓ„…†‡€‰Љ‹ЊЏЃ\u0080-\u0098]){3}",  # Cyrillic in UTF-8, read as Windows-1251
             "ï»¿|\ufffd",
         )
     )
@@ -36,20 +38,50 @@ def mojibake(text: str) -> str | None:
 
 
 _NOTHING = frozenset(
-    ("n/a", "nan", "null", "undefined", "todo", "tbd", "fixme", "lorem ipsum", "[removed]", "[deleted]", "#n/a")
+    (
+        "n/a",
+        "n/a.",
+        "n.a.",
+        "nan",
+        "null",
+        "todo",
+        "tbd",
+        "fixme",
+        "lorem ipsum",
+        "[removed]",
+        "[deleted]",
+        "#n/a",
+        "none",
+    )
 )
+_NOTHING |= {"<noinput>", "<nooutput>", "no answer", "[insert answer here]", "[answer]", "answer here"}
 
 
 def says_nothing(text: str) -> bool:
-    """Whether a text is a placeholder, or has no letter, digit or symbol in it, but punctuation alone.
+    """Whether a text is a placeholder, or made of dots and dashes alone.
 
-    >>> [says_nothing(text) for text in ("N/A", "...", "4", "👍", "√", "")]
-    [True, True, False, False, False, True]
+    >>> [says_nothing(text) for text in ("N/A", "...", "–", "4", "%", "[]", "👍", "")]
+    [True, True, True, False, False, False, False, True]
     """
     text = text.strip()
-    if len(text) > 32:
-        return False
-    return text.casefold() in _NOTHING or all(unicodedata.category(char)[0] in "PZC" for char in text)
+    return len(text) <= 32 and (text.casefold() in _NOTHING or not text.strip(".…-–—_ "))
+
+
+_LEFT_OVER = re.compile(
+    r"<\|(?:im_start|im_end|eot_id|eom_id|begin_of_text|end_of_text|endoftext|start_header_id|end_header_id|user|assistant"
+    r"|system|end|start|channel|message)\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>\s*$|<｜[^｜<>]{1,40}｜>"
+    r"|<\|(?:START|END)_OF_TURN_TOKEN\|>|### (?:Human|Assistant):"
+)
+
+
+def left_over(text: str) -> str | None:
+    """Return what the template of some model writes, where it stands in a text.
+
+    >>> left_over("Sure.<|eot_id|>"), left_over("<s>struck out</s> is HTML")
+    ('<|eot_id|>', None)
+    """
+    found = _LEFT_OVER.search(text)
+    return found.group().strip() if found else None
 
 
 SCRIPTS = (
@@ -109,14 +141,21 @@ def script(text: str) -> int:
 
 
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
+_OWN_NET = r"10\.|127\.|0\.|192\.168\.|172\.(?:1[6-9]|2\d|3[01])\.|255\.|1\.2\.3\.4\b"
+_KEYS = (
+    *("sk-[A-Za-z0-9_-]{20,}", "gh[pousr]_[A-Za-z0-9]{36,}", r"github_pat_\w{22,}", "AKIA[0-9A-Z]{16}"),
+    *("hf_[A-Za-z0-9]{30,}", r"AIza[\w-]{35}", "xox[abpr]-[A-Za-z0-9-]{10,}"),
+)
+_CALLED = (
+    *(r"\+\d{1,3}[ .-]?(?:\(\d+\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}", r"0[1-9](?:[ .-]\d\d){4}"),
+    *(r"\(\d{3}\) ?\d{3}[ .-]\d{4}", r"\d{3}-\d{3}-\d{4}"),
+)
 _PERSONAL = {
-    "e-mail address": r"(?<![\w.+-])\w[\w.+-]*@(?!example\.)[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b",
-    "telephone number": r"(?<![\w.])(?:\+\d{1,3}[ .-]?(?:\(\d+\)[ .-]?)?\d{2,4}(?:[ .-]?\d{2,4}){2,3}"
-    r"|\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}-\d{3}-\d{4})(?![\w-])",
+    "e-mail address": r"(?<![\w.+-])\w[\w.+-]*@(?!example\.|git(?:hub|lab)\.com:)[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b",
+    "telephone number": rf"(?<![\w.])(?:{'|'.join(_CALLED)})(?![\w-])",
     "social security number": r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])",
-    "network address": rf"(?<![\w.])(?!10\.|127\.|0\.|192\.168\.|255\.)(?:{_OCTET}\.){{3}}{_OCTET}(?![\w.])",
-    "secret key": r"\b(?:sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{36,}|AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{30,}"
-    r"|xox[abpr]-[A-Za-z0-9-]{10,})|-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "network address": rf"(?<![\w.])(?!{_OWN_NET})(?:{_OCTET}\.){{3}}{_OCTET}(?![\w.])",
+    "secret key": rf"\b(?:{'|'.join(_KEYS)})|-----BEGIN [A-Z ]*PRIVATE KEY-----",
     "card number": r"(?<![\w.-])[3-6](?:\d{12,18}|\d{3}(?:[ -]\d{4}){2}[ -]\d{1,7}|\d{3}[ -]\d{6}[ -]\d{5})(?![\w-])",
     "bank account": r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b",
 }

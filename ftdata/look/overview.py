@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import xxhash
 
 from ftdata.examples import Batch, Built
@@ -18,12 +16,12 @@ from ftdata.layout import Layout
 from ftdata.look import built, pictures
 from ftdata.look.page import MOST_PACKS, Packs, Page, flat
 from ftdata.look.side import Side
-from ftdata.look.survey import MOST_REJECTS, Ints, Numbers, Odd, Progress, Survey, survey
+from ftdata.look.survey import Ints, Numbers, Odd, Progress, Survey, key_of, survey
 from ftdata.look.views import RowView, added, view
 from ftdata.pack import best_fit_decreasing
 from ftdata.recipe import FLAGS, Recipe
 from ftdata.store import read_manifest
-from ftdata.types import Reject, Source
+from ftdata.types import Reject
 
 FIRST, LETTERS = 100, 2_000_000
 """How many rows a page begins with where nobody said so, and how many characters these may have."""
@@ -76,47 +74,29 @@ def overview(side: Side, most: int | None, packing: str | None, progress: Progre
         first(batch)
         odd(batch, numbers)
 
-    seen = survey(side.steps(), side.names, watch, progress)
+    seen = side.finished(survey(side.steps(), side.names, watch, progress))
     if side.folder is None:
         options = {**side.options, "packing": packing}
         digest = xxhash.xxh3_128_hexdigest(json.dumps(options, sort_keys=True).encode())
         packs = _planned(seen, recipe.max_length) if packing and recipe.max_length and len(seen.numbers) else None
         said = {"fingerprint of the options": digest, **flat(options)}
     else:
-        seen, packs, said, recipe = _with_report(side.folder, seen, recipe)
+        names = built.splits_of(side.folder)
+        packs = (
+            _stored(side.folder, names, recipe.max_length) if side.options["packing"] and recipe.max_length else None
+        )
+        said = {"fingerprint": read_manifest(side.folder)["fingerprint"], **flat(side.options)}
     return _page(side.title, _rows(first, odd, side.recipe), recipe, seen, packs, said)
-
-
-def _with_report(folder: Path, seen: Survey, recipe: Recipe) -> tuple[Survey, Packs | None, dict[str, Any], Recipe]:
-    """Return what is said of a build beside its tokens: its rejects, its packs, its options."""
-    manifest, report = read_manifest(folder), orjson.loads((folder / "report.json").read_bytes())
-    options = manifest["options"]
-    codes = Counter[str]()
-    for ledger in report["sources"]:
-        codes.update(ledger["rejected"])
-    rejects, overlong = list[Reject](), list[int]()
-    for one in _rejects(folder / "rejects.jsonl"):
-        rejects += [one] if len(rejects) < MOST_REJECTS else []
-        overlong += [one.tokens] if one.tokens else []
-    seen = replace(seen, rejected=codes, rejects=tuple(rejects), overlong=np.asarray(overlong, np.int64))
-    packs = _stored(folder, seen.splits, options["max_length"]) if options["packing"] else None
-    said = {"fingerprint": manifest["fingerprint"], **flat({"ftdata": manifest["ftdata"], **options})}
-    return seen, packs, said, replace(recipe, max_length=options["max_length"], overlong=options["overlong"])
 
 
 def _rows(first: First, odd: Odd, recipe: Recipe) -> list[RowView]:
     """Return the first rows, and after them those that stand out and are not among them."""
-    stand_out = {_key(outcome): (outcome, reasons) for outcome, reasons in odd.rows()}
+    stand_out = {key_of(outcome): (outcome, reasons) for outcome, reasons in odd.rows()}
     rows = []
     for outcome in first.found:
-        _, reasons = stand_out.pop(_key(outcome), (outcome, []))
+        _, reasons = stand_out.pop(key_of(outcome), (outcome, []))
         rows.append(view(outcome, recipe, reasons))
     return rows + [view(outcome, recipe, reasons) for outcome, reasons in stand_out.values()]
-
-
-def _key(outcome: Built | Reject) -> tuple[str, int]:
-    source = outcome.source if isinstance(outcome, Reject) else outcome.conversation.source
-    return source.path, source.row
 
 
 def _page(
@@ -140,7 +120,7 @@ def _page(
         title,
         rows,
         recipe.tokenizer,
-        said=f"{len(rows):,} of {seen.rows:,} are in this page" if len(rows) < seen.rows else "",
+        said=_said(rows, seen),
         totals=totals,
         warnings=tuple(warnings(seen, recipe)),
         picture=picture,
@@ -148,6 +128,12 @@ def _page(
         rejects=(seen.rejected, seen.rejects[:500]),
         options=options,
     )
+
+
+def _said(rows: Sequence[RowView], seen: Survey) -> str:
+    what, there = ("rows", seen.rows) if seen.read is None else ("examples", len(seen.numbers))
+    shown = len(rows) if seen.read is None else sum(row.number is not None for row in rows)
+    return f"{shown:,} of {there:,} {what} are in this page" if shown < there else ""
 
 
 def warnings(seen: Survey, recipe: Recipe) -> Iterator[str]:
@@ -168,12 +154,11 @@ def lengths_said(seen: Survey, recipe: Recipe) -> str:
     longer = int((lengths > recipe.max_length).sum())
     if not longer:
         return f"{said}All fit into max_length {recipe.max_length:,}."
-    cut = int((seen.numbers.cut > 0).sum())
-    lost = seen.flags.get("truncated_answer", 0)
+    cut, out = int((seen.numbers.cut > 0).sum()), len(seen.overlong)
     return (
         f"{said}{longer:,} are longer than max_length {recipe.max_length:,} (overlong={recipe.overlong}): "
-        f"{seen.rejected.get('overlong', 0):,} rows are rejected, {cut:,} examples are cut, "
-        f"and {lost:,} answers lose their end."
+        f"{cut:,} are cut, {out:,} are left out ({seen.rejected.get('overlong', 0):,} rows are rejected for it); "
+        f"{seen.flags.get('truncated_answer', 0):,} answers lose their end, {seen.lost:,} are lost whole."
     )
 
 
@@ -185,7 +170,7 @@ def _planned(seen: Survey, size: int) -> Packs:
 
     def document(example: int) -> tuple[int, str, str]:
         source = seen.source(int(row[example]))
-        return int(numbers.tokens[example]), str(source), f"{source.path}\0{source.row}"
+        return int(numbers.tokens[example]), str(source), f"{source.path}\0{source.row}\0"
 
     some = [plan.order[plan.bounds[at] : plan.bounds[at + 1]].tolist() for at in range(min(len(plan), MOST_PACKS))]
     fill = int(numbers.tokens.sum()) / (len(plan) * size)
@@ -194,19 +179,13 @@ def _planned(seen: Survey, size: int) -> Packs:
 
 def _stored(folder: Path, splits: Sequence[str], size: int) -> Packs:
     shown: list[list[tuple[int, str, str]]] = []
-    for one in built.documents(folder, splits[0]):
+    for one in built.documents(folder, splits[:1]):
         if one.pack >= MOST_PACKS:
             break
         shown += [[] for _ in range(one.pack + 1 - len(shown))]
-        shown[one.pack].append((len(one.ids), str(one.source), f"{one.source.path}\0{one.source.row}"))
-    columns = [built.columns(folder, split) for split in splits]
+        key = f"{one.source.path}\0{one.source.row}\0{one.number}"
+        shown[one.pack].append((len(one.ids), str(one.source), key))
+    columns = [built.provenance(folder, split) for split in splits]
     count = sum(int(each["pack"].max(initial=-1)) + 1 for each in columns)
     tokens: Ints = np.concatenate([each["tokens"] for each in columns])
     return Packs(size, count, int(tokens.sum()) / max(count * size, 1), shown)
-
-
-def _rejects(path: Path) -> Iterator[Reject]:
-    with path.open("rb") as file:
-        for one in map(orjson.loads, file):
-            source = Source(one["file"], one["row"], one["line"], one["byte_offset"])
-            yield Reject(source, one["code"], one["field"], one["reason"], one["fix"], one["raw"], one["tokens"])

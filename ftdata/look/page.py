@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftdata._version import __version__
-from ftdata.look.views import Owner, RowView, Segment, View, visible
+from ftdata.errors import printable
+from ftdata.look.views import Owner, RowView, Segment, View, line, visible
 from ftdata.store import new_file
 from ftdata.tokenize import Tokenizer
 from ftdata.types import Reject
@@ -103,7 +104,7 @@ def html(page: Page) -> str:
         sections["options"] = _folded("options", "how this was made", _options(page.options))
     parts = {
         "policy": escape(policy, quote=True).replace("&#x27;", "'"),
-        "title": escape(page.title),
+        "title": _text(page.title),
         "sections": "".join(f'<a href="#{key}">{key.capitalize()}</a>' for key in [*sections, "rows"]),
         "body": _summary(page) + "".join(sections.values()),
         "made": f"ftdata {escape(__version__)}",
@@ -146,7 +147,9 @@ def _data(page: Page) -> dict[str, Any]:
                 "row": row.source.row,
                 "place": str(row.source),
                 "href": _href(row),
-                "key": f"{row.source.path}\0{row.source.row}",
+                "key": f"{row.source.path}\0{row.source.row}\0{'' if row.number is None else row.number}",
+                "name": f"row {row.source.row}" if row.number is None else f"example {row.number}",
+                "dropped": list(row.dropped),
                 "schema": row.schema,
                 "why": row.why,
                 "flags": row.flags,
@@ -212,6 +215,10 @@ def _href(row: RowView) -> str | None:
 # --- the rest, which needs no script
 
 
+def _text(text: str) -> str:
+    return escape(printable(text))
+
+
 def _folded(key: str, says: str, body: str) -> str:
     summary = f"<summary><h2>{key.capitalize()}</h2> {says}</summary>"
     box = f'<div class="box" tabindex="0" role="region" aria-label="{key}">{body}</div>'
@@ -219,10 +226,8 @@ def _folded(key: str, says: str, body: str) -> str:
 
 
 def _summary(page: Page) -> str:
-    cards = "".join(
-        f"<li><b>{escape(value)}</b><span>{escape(name)}</span></li>" for name, value in page.totals.items()
-    )
-    notes = "".join(f"<li>{escape(note)}</li>" for note in page.warnings)
+    cards = "".join(f"<li><b>{_text(value)}</b><span>{_text(name)}</span></li>" for name, value in page.totals.items())
+    notes = "".join(f"<li>{_text(note)}</li>" for note in page.warnings)
     return (f'<ul class="cards">{cards}</ul>' if cards else "") + (f"<ul>{notes}</ul>" if notes else "")
 
 
@@ -239,10 +244,10 @@ def _packs(packs: Packs) -> tuple[str, str]:
 
 def _rejected(codes: Mapping[str, int], rejects: Sequence[Reject]) -> tuple[str, str]:
     total = sum(codes.values())
-    listed = ", ".join(f"{count:,} {escape(code)}" for code, count in codes.items())
+    listed = ", ".join(f"{count:,} {_text(code)}" for code, count in codes.items())
     rows = "".join(
-        f"<tr><td>{_place(one)}</td><td><code>{escape(one.code)}</code></td><td>{escape(one.field)}</td>"
-        f"<td>{escape(one.reason)}</td><td>{escape(one.fix)}</td></tr>"
+        f"<tr><td>{_place(one)}</td><td><code>{_text(one.code)}</code></td><td>{_text(one.field)}</td>"
+        f"<td>{_text(one.reason)}</td><td>{_text(one.fix)}</td></tr>"
         for one in rejects
     )
     more = f"<p>The first {len(rejects):,} of them:</p>" if len(rejects) < total else ""
@@ -252,7 +257,7 @@ def _rejected(codes: Mapping[str, int], rejects: Sequence[Reject]) -> tuple[str,
 
 def _place(reject: Reject) -> str:
     href = _href(RowView(reject.source))
-    said = escape(str(reject.source))
+    said = _text(str(reject.source))
     return f'<a href="{escape(href, quote=True)}">{said}</a>' if href else said
 
 
@@ -267,7 +272,7 @@ def flat(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _options(options: Mapping[str, Any]) -> str:
     rows = "".join(
-        f"<tr><th>{escape(name)}</th><td><code>{escape(value if isinstance(value, str) else json.dumps(value))}</code>"
+        f"<tr><th>{_text(name)}</th><td><code>{_text(value if isinstance(value, str) else json.dumps(value))}</code>"
         "</td></tr>"
         for name, value in options.items()
     )
@@ -286,11 +291,11 @@ _CONTROL = "border:1px solid #bf398988;border-radius:4px;padding:0 2px"
 
 def fragment(title: str, rows: Sequence[RowView]) -> str:
     """Return rows as HTML without a script, for a notebook: what is trained is green and underlined."""
-    parts = [f"<p><b>{escape(title)}</b></p>"]
+    parts = [f"<p><b>{_text(line(title))}</b></p>"]
     for row in rows:
-        parts.append(f"<p>row {row.source.row} · {escape(str(row.source))} · {escape(row.schema or 'refused')}</p>")
+        parts.append(f"<p>row {row.source.row} · {_text(line(row.source))} · {_text(row.schema or 'refused')}</p>")
         if row.rejected:
-            parts.append(f'<p style="color:#cf222e">{escape(row.rejected)}</p>')
+            parts.append(f'<p style="color:#cf222e">{_text(line(row.rejected))}</p>')
         parts += [f'<pre style="{_FRAGMENT}">{"".join(_stretches(one))}</pre>' for one in row.examples]
     return f"<div>{''.join(parts)}</div>"
 
@@ -300,7 +305,7 @@ def _stretches(view: View) -> Iterable[str]:
         text = "".join(_segment(one) for one in segments)
         yield f'<mark style="color:inherit;{_MARKED}">{text}</mark>' if trained else text
     if view.rest:
-        yield f'<s style="color:#cf222e">✂{escape(view.rest)}</s>'
+        yield f'<s style="color:#cf222e">✂{_text(visible(view.rest))}</s>'
 
 
 def _segment(segment: Segment) -> str:

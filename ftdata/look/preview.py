@@ -16,11 +16,11 @@ from rich.text import Text
 from ftdata.errors import InputRefused, UsageError
 from ftdata.examples import build_rows
 from ftdata.look import built, terminal
-from ftdata.look.overview import overview
+from ftdata.look.overview import FIRST, overview
 from ftdata.look.page import Page, fragment, write_page
 from ftdata.look.side import Side, side_of
 from ftdata.look.survey import Odd, Progress, survey
-from ftdata.look.views import RowView, added, view, view_text, visible
+from ftdata.look.views import RowView, added, line, view, view_text
 from ftdata.readers import FileSource, sources
 from ftdata.readers.select import Selection
 from ftdata.recipe import Options, Recipe, bare_template
@@ -46,9 +46,9 @@ class Preview:
 
     def print(self, console: Console) -> None:
         """Print to a rich console, in colour where it has colour."""
-        console.print(self.title, style="bold", highlight=False, markup=False, soft_wrap=True)
+        console.print(Text(line(self.title), "bold"), soft_wrap=True)
         for note in self.notes:
-            console.print(Text(f"note: {visible(note)}", "yellow"), soft_wrap=True)
+            console.print(Text(f"note: {line(note)}", "yellow"), soft_wrap=True)
         terminal.print_rows(console, self.rows)
 
     def as_dict(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def preview(
     6 of 38 characters trained
     <BLANKLINE>
     """
-    wanted = Wanted(n, _numbers(row), id, grep, odd)
+    wanted = Wanted(n, _numbers(row), id, grep, odd, many=html is not None)
     choices: dict[str, Any] = {
         "schema": schema,
         "columns": columns,
@@ -138,12 +138,16 @@ def preview(
         "overlong": overlong,
     }
     if tokenizer is None and built.build_at(data) is None:
-        page = _as_text(data, template, Options(**choices), wanted, Selection(where, limit), date, template_kwargs)
+        page = _as_text(
+            data, template, Options(**choices), wanted, Selection(where, limit), date, template_kwargs, packing
+        )
         return _finished(page, wanted, html)
     # Which of these says nothing is no business of a build's.
     more = {"date": date, "template_kwargs": template_kwargs}
     given = {**choices, **{name: value for name, value in more.items() if value is not None}}
     side = side_of(data, tokenizer, template, where=where, limit=limit, **given)
+    if packing is not None and (html is None or wanted.chosen):
+        raise UsageError("packing", "packs are shown on a page of the whole: html, without a choice of rows")
     if html is not None and not wanted.chosen:
         page = overview(side, n, packing, progress)
     else:
@@ -166,13 +170,15 @@ class Wanted:
     """
 
     n: int | None = None
-    numbers: frozenset[int] = frozenset()
+    numbers: frozenset[int] | None = None
     id: str | None = None
     grep: str | None = None
     odd: bool = False
+    many: bool = False
 
     def __post_init__(self) -> None:
-        given = [name for name in ("numbers", "id", "grep", "odd") if getattr(self, name)]
+        given = [name for name in ("numbers", "id", "grep", "odd") if getattr(self, name) not in (None, False)]
+        given += ["n"] if self.numbers is not None and self.n is not None else []
         if len(given) > 1:
             names = " and ".join("row" if name == "numbers" else name for name in given)
             raise UsageError("rows_wanted", f"{names} both say which rows to show: which of them?")
@@ -185,29 +191,27 @@ class Wanted:
     @property
     def chosen(self) -> bool:
         """Whether certain rows are wanted, not the first ones."""
-        return bool(self.numbers) or self.id is not None or self.grep is not None or self.odd
+        return self.numbers is not None or self.id is not None or self.grep is not None or self.odd
 
     @property
     def most(self) -> int:
         """How many rows to show, of each kind where they are odd ones."""
-        return self.n if self.n is not None else 1 if self.odd else 3
+        return self.n if self.n is not None else 1 if self.odd else FIRST if self.many else 3
 
     def of(self, rows: Iterable[Row | Reject]) -> Iterator[Row | Reject]:
         """Yield the rows that are wanted, and read no further than they are."""
-        if self.numbers:
-            for at, row in enumerate(islice(rows, max(self.numbers) + 1)):
-                if at in self.numbers:
-                    yield row
+        if self.numbers is not None:
+            yield from (row for row in rows if row.source.row in self.numbers)
         elif self.id is not None:
             yield from islice((row for row in rows if _id_of(row) == self.id), self.n)
         elif self.grep is not None:
             found = re.compile(self.grep)
-            yield from islice((row for row in rows if any(map(found.search, texts_of(row)))), self.most)
+            yield from islice((row for row in rows if any(map(found.search, strings_of(row)))), self.most)
         else:
             yield from islice(rows, self.most)
 
 
-def texts_of(row: Row | Reject) -> Iterator[str]:
+def strings_of(row: Row | Reject) -> Iterator[str]:
     """Yield the texts of a row as they were written, but for the names of its columns."""
     left: list[Any] = [row.raw if isinstance(row, Reject) else row.data]
     while left:
@@ -227,17 +231,21 @@ def _id_of(row: Row | Reject) -> str | None:
     return found if isinstance(found, str) or found is None else json.dumps(found)
 
 
-def _numbers(row: int | Iterable[int] | None) -> frozenset[int]:
-    numbers = frozenset([row] if isinstance(row, int) else row or ())
-    if any(number < 0 for number in numbers):
-        raise UsageError("row", f"row is {min(numbers)}, expected numbers from 0")
-    return numbers
+def _numbers(row: int | Iterable[int] | None) -> frozenset[int] | None:
+    if row is None:
+        return None
+    numbers = [row] if isinstance(row, int) else list(row) if isinstance(row, Iterable) else [row]
+    if not numbers or not all(type(number) is int and number >= 0 for number in numbers):
+        raise UsageError("row", f"row is {row!r}, expected numbers from 0")
+    return frozenset(numbers)
 
 
-def _near(data: Any) -> Iterator[Row | Reject]:
-    """Yield rows without a download: a first look needs none."""
+def _near(data: Any, numbers: frozenset[int] | None) -> Iterator[Row | Reject]:
+    """Yield rows without a download, which a first look does not need; of each source up to the last by number."""
+    last = None if numbers is None else max(numbers) + 1
     for one in sources(data):
-        yield from (replace(one, streaming=True) if isinstance(one, FileSource) else one).rows()
+        near = replace(one, streaming=True) if isinstance(one, FileSource) else one
+        yield from islice(near.rows(), last)
 
 
 def _as_text(
@@ -248,18 +256,20 @@ def _as_text(
     selection: Selection,
     date: str | None,
     kwargs: Mapping[str, Any] | None,
+    packing: str | None,
 ) -> Page:
-    if wanted.odd:
-        found = "which rows are odd is told by their tokens, and there is no tokenizer"
-        raise UsageError("odd", found, hint="pass one: --tokenizer")
+    counting = {"odd": wanted.odd, "max_length": options.max_length, "refuse": options.refuse, "packing": packing}
+    if given := [name for name, value in counting.items() if value]:
+        found = f"{given[0]} is about tokens, and there is no tokenizer"
+        raise UsageError("no_tokenizer", found, hint="pass the model's: --tokenizer")
     bare = bare_template(template if template is not None else "chatml", date, kwargs)
-    rows = tuple(view_text(entry, bare, options) for entry in wanted.of(selection.of(_near(data))))
+    rows = tuple(view_text(entry, bare, options) for entry in wanted.of(selection.of(_near(data, wanted.numbers))))
     places = [str(data)] if isinstance(data, str | Path) else list(dict.fromkeys(one.source.path for one in rows))
     return Page(f"{', '.join(places)} · template {bare.name} · no tokenizer", rows)
 
 
 def _of_data(data: Any, recipe: Recipe, wanted: Wanted, selection: Selection) -> Iterator[RowView]:
-    rows = wanted.of(selection.of(_near(data)))
+    rows = wanted.of(selection.of(_near(data, wanted.numbers)))
     return (view(outcome, recipe) for outcome in build_rows(recipe, rows))
 
 
@@ -267,15 +277,15 @@ def _of_build(side: Side, wanted: Wanted) -> Iterator[RowView]:
     """Yield the examples that are wanted of a build, which are numbered in the order of its splits and packs."""
     if wanted.id is not None:
         raise UsageError("rows_wanted", "a build holds tokens, not the ids of rows", hint="choose by row, or by grep")
-    held = (one for split, _ in side.names for one in built.documents(side.folder or Path(), split))
-    if wanted.numbers:
-        some = islice(held, max(wanted.numbers) + 1)
-        held = (one for at, one in enumerate(some) if at in wanted.numbers)
+    folder = side.folder or Path()
+    held = built.documents(folder, built.splits_of(folder))
+    if wanted.numbers is not None:
+        held = (one for one in islice(held, max(wanted.numbers) + 1) if one.number in wanted.numbers)
     views = (view(built.as_built(side.recipe, one), side.recipe) for one in held)
     if wanted.grep is not None:
         found = re.compile(wanted.grep)
         views = (one for one in views if any(found.search(example.text) for example in one.examples))
-    yield from views if wanted.numbers else islice(views, wanted.most)
+    yield from views if wanted.numbers is not None else islice(views, wanted.most)
 
 
 def _odd(side: Side, most: int, progress: Progress | None) -> Iterator[RowView]:
@@ -290,7 +300,8 @@ def _finished(page: Page, wanted: Wanted, html: str | Path | None) -> Preview:
     Raises:
         InputRefused: a row that was asked for is not there, or there are none.
     """
-    if missing := sorted(wanted.numbers)[len(page.rows) :]:
+    there = {row.source.row if row.number is None else row.number for row in page.rows}
+    if missing := sorted((wanted.numbers or frozenset()) - there):
         raise InputRefused("no_such_row", f"there is no row {', '.join(map(str, missing))}")
     if not page.rows:
         what = ""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ftdata._version import __version__
-from ftdata.errors import UsageError
+from ftdata.errors import UsageError, one_of
 from ftdata.look import built
-from ftdata.look.survey import Step, steps
-from ftdata.readers import sources
+from ftdata.look.survey import Step, Survey, steps
+from ftdata.readers import FileSource, MemorySource, sources
 from ftdata.readers.select import Selection
-from ftdata.recipe import Recipe, make_recipe
+from ftdata.recipe import Options, Recipe, make_recipe
 from ftdata.store import read_manifest
+
+HELD_OUT = "held out"
+_HELD = ("test", "valid", "val", "eval", "dev")
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,10 @@ class Side:
     Attributes:
         title: how to speak of it.
         recipe: what decides what a row becomes.
-        names: name and split of each source; of a build: its splits.
+        names: name and split of each source.
         steps: goes through it.
         options: what it was made with.
+        finished: adds to a survey of it what is known besides.
         folder: that of the build, if it is one.
     """
 
@@ -35,7 +39,18 @@ class Side:
     names: Sequence[tuple[str, str]]
     steps: Callable[[], Iterator[Step]]
     options: Mapping[str, Any]
+    finished: Callable[[Survey], Survey] = lambda seen: seen
     folder: Path | None = None
+
+    @property
+    def held_out(self) -> list[bool]:
+        """Of each source, whether its rows must not be trained on: those of splits that are not for training."""
+        own = {split for _, split in self.names if split != HELD_OUT}
+        if len(own) < 2:
+            return [split == HELD_OUT for _, split in self.names]
+        if "train" in own:
+            return [split != "train" for _, split in self.names]
+        return [split == HELD_OUT or any(word in split.lower() for word in _HELD) for _, split in self.names]
 
 
 def side_of(
@@ -54,45 +69,61 @@ def side_of(
         data: as for `build_sft_dataset`; or the folder of a build.
         tokenizer: as for `build_sft_dataset`; of a build: where its tokenizer is now.
         template: as for `build_sft_dataset`.
-        against: more data, of the split "held out".
+        against: more data, all of it, of the split "held out".
         where: rows to read, as for `build_sft_dataset`.
-        limit: how many rows to read.
+        limit: how many rows to read of each place.
         options: further options of `build_sft_dataset` that decide what a row becomes.
 
     Raises:
-        UsageError: an option cannot be meant, or is said of a build; there is no tokenizer.
+        UsageError: an option is not known, cannot be meant, or is said of a build; there is no tokenizer.
         InputRefused: a source cannot be read.
     """
+    for name in options:
+        one_of("option", name, ("date", "template_kwargs", *(each.name for each in fields(Options))))
     folder = built.build_at(data)
     if folder is not None:
         built.refuse({"template": template, "against": against, "where": where, "limit": limit, **options})
-        recipe, manifest = built.recipe_of(folder, tokenizer), read_manifest(folder)
-        names = [(name, name) for name in built.splits_of(folder)]
-        said = {"ftdata": manifest["ftdata"], **manifest["options"]}
-        return Side(titled([str(folder)], recipe), recipe, names, _built(folder, recipe), said, folder)
+        return _of_build(folder, tokenizer)
+    given = sources(data)
     if tokenizer is None:
         hint = "pass the model's: --tokenizer"
         raise UsageError("no_tokenizer", "what is trained hangs on the tokenizer, and none is given", hint=hint)
     recipe = make_recipe(tokenizer, template, **options)
-    given, tests = sources(data), sources(against) if against is not None else ()
-    names = [(one.path, one.split or "train") for one in given] + [(one.path, "held out") for one in tests]
+    tests = [_apart(one) for one in sources(against)] if against is not None else []
     Selection(where, limit)
+
+    def through() -> Iterator[Step]:
+        chosen = {one.place: Selection(where, limit) for one in given}
+        return steps(recipe, [*((one, chosen[one.place]) for one in given), *((one, Selection()) for one in tests)])
+
     return Side(
         titled([one.path for one in given], recipe),
         recipe,
-        names,
-        lambda: steps(recipe, (*given, *tests), Selection(where, limit)),
+        [*((one.path, one.split or "train") for one in given), *((one.path, HELD_OUT) for one in tests)],
+        through,
         {"ftdata": __version__, **recipe.describe(), "where": where, "limit": limit},
     )
 
 
-def _built(folder: Path, recipe: Recipe) -> Callable[[], Iterator[Step]]:
-    def through() -> Iterator[Step]:
-        for number, split in enumerate(built.splits_of(folder)):
-            for batch in built.batches(recipe, built.documents(folder, split)):
-                yield Step(number, batch)
+def _apart(source: FileSource | MemorySource) -> FileSource | MemorySource:
+    """Return a source that can be told from the data: what is in memory has no name of its own."""
+    return replace(source, path=f"<against {source.path.strip('<>')}>") if source.path.startswith("<") else source
 
-    return through
+
+def _of_build(folder: Path, tokenizer: Any) -> Side:
+    manifest = read_manifest(folder)
+    recipe, splits = built.recipe_of(folder, tokenizer), built.splits_of(folder)
+    names = built.sources_of(folder, splits)
+    numbers = {name: number for number, name in enumerate(names)}
+
+    def through() -> Iterator[Step]:
+        for batch in built.batches(recipe, built.documents(folder, splits)):
+            yield Step([numbers[one.source.path, one.split] for one in batch.documents], batch)
+
+    said = {"ftdata": manifest["ftdata"], **manifest["options"]}
+    return Side(
+        titled([str(folder)], recipe), recipe, names, through, said, lambda seen: built.reported(folder, seen), folder
+    )
 
 
 def titled(places: Sequence[str], recipe: Recipe) -> str:

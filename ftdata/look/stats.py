@@ -31,7 +31,7 @@ class Group:
         name: which of these.
         rows: how many there are.
         examples: what became of them.
-        turns: messages of the assistant; `None` where nobody knows.
+        turns: messages of the assistant; `None` where nobody knows: of tokens that were made elsewhere, of builds.
         tokens: of all examples together.
         trained: those that carry loss.
         lengths: percentile -> tokens of an example.
@@ -60,7 +60,10 @@ class Limit:
 
 @dataclass(frozen=True)
 class Stats:
-    """Figures of data or of a build, the whole first; `rejected` counts by code, `flags` examples."""
+    """Figures of data or of a build, the whole first.
+
+    `rows` are those that were read (and wanted, by `where`), `rejected` counts them by code, `flags` examples.
+    """
 
     title: str
     rows: int
@@ -110,7 +113,7 @@ class Stats:
             for column in limits.columns:
                 column.justify = "right"
             for one in self.limits:
-                share = f"{one.longer / max(whole.examples, 1):.2%}"
+                share = f"{one.longer / max(len(self.seen.lengths), 1):.2%}"
                 limits.add_row(f"{one.max_length:,}", f"{one.longer:,}", share, f"{one.tokens:,}")
             console.print()
             console.print(limits)
@@ -148,7 +151,7 @@ def stats(
         tokenizer: as for `build_sft_dataset`; a build knows its own.
         template: as for `build_sft_dataset`.
         where: rows to count, as for `build_sft_dataset`.
-        limit: how many rows to count.
+        limit: how many rows to count of each place.
         svg: a folder for pictures: `lengths.svg` and `trained.svg`.
         progress: called with the rows and tokens done so far, and which share of the data that is.
         options: further options of `build_sft_dataset` that decide what a row becomes.
@@ -156,9 +159,10 @@ def stats(
     Raises:
         UsageError: an option cannot be meant.
         InputRefused: a source cannot be read, or nothing in it can be built.
+        StorageError: the pictures cannot be written.
     """
     side = side_of(data, tokenizer, template, where=where, limit=limit, **options)
-    seen = survey(side.steps(), side.names, progress=progress)
+    seen = side.finished(survey(side.steps(), side.names, progress=progress))
     if not len(seen.numbers):
         raise InputRefused("nothing_built", f"none of {seen.rows:,} rows can be built, so there is nothing to count")
     groups = tuple(_groups(seen, side))
@@ -172,15 +176,19 @@ def stats(
 
 def _groups(seen: Survey, side: Side) -> Iterator[Group]:
     numbers = seen.numbers
-    split = np.asarray([[*dict.fromkeys(seen.splits)].index(name) for name in seen.splits])
+    splits, paths = [*dict.fromkeys(seen.splits)], [*dict.fromkeys(seen.sources)]
+    split = np.asarray([splits.index(name) for name in seen.splits])
+    path = np.asarray([paths.index(name) for name in seen.sources])
     every = np.ones(len(numbers), np.bool_)
     yield _group("all", "", numbers, every)
     ways: list[tuple[str, Ints, list[str]]] = [
-        ("source", numbers.source, list(seen.sources)),
-        ("split", split[numbers.source], [*dict.fromkeys(seen.splits)]),
+        ("source", path[numbers.source], paths),
+        ("split", split[numbers.source], splits),
         ("schema", numbers.schema, list(seen.schemas)),
     ]
-    for of, values, names in ways[1 if side.folder else 0 : 2 if side.folder else 3]:
+    if side.folder is not None:
+        del ways[2]
+    for of, values, names in ways:
         for number, name in enumerate(names):
             if (chosen := values == number).any() and len(names) > 1:
                 yield _group(of, name, numbers, chosen)

@@ -1,14 +1,11 @@
-"""Survey: one pass over all rows, of which numbers are kept and the rows that stand out; memory for the numbers alone.
-
-A build is surveyed by what its `provenance.parquet` says, which takes no time.
-"""
+"""Survey: one pass over all rows, of which numbers are kept, and the rows that stand out; no more is held in memory."""
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -80,6 +77,12 @@ def _over(how: np.ufunc, values: Ints, first: Ints) -> Ints:
     return how.reduceat(values, first) if len(first) else values[:0]
 
 
+def groups_of(numbers: Numbers) -> Ints:
+    """Return the number of the row of each example of a build, in the order of their sources (int64 `[examples]`)."""
+    pairs = np.stack((numbers.source, numbers.row), axis=1)
+    return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1) if len(pairs) else pairs[:, 0]
+
+
 @dataclass(frozen=True, eq=False)
 class Survey:
     """What all rows became.
@@ -92,8 +95,10 @@ class Survey:
         flags: how many examples have each flag.
         rejected: how many rows were rejected, by code.
         rejects: the first of them.
-        overlong: int64, the tokens of rows that were rejected for their length, and of others that were.
-        passed: rows that were read and not wanted.
+        overlong: int64, the tokens of each example that did not fit at all: of rows that were rejected for it, and of
+            others.
+        lost: answers that stand wholly behind a cut.
+        read: rows that were read; `None`: those that were built or rejected.
     """
 
     sources: tuple[str, ...]
@@ -104,17 +109,35 @@ class Survey:
     rejected: Mapping[str, int] = field(default_factory=dict)
     rejects: tuple[Reject, ...] = ()
     overlong: Ints = field(default_factory=lambda: np.empty(0, np.int64))
-    passed: int = 0
+    lost: int = 0
+    read: int | None = None
 
     @property
     def rows(self) -> int:
         """Rows that were read."""
-        return len(self.numbers) + sum(self.rejected.values()) + self.passed
+        return len(self.numbers) + sum(self.rejected.values()) if self.read is None else self.read
 
     def source(self, row: int) -> Source:
         """Return where a row that was built came from."""
         numbers = self.numbers
         return Source(self.sources[numbers.source[row]], int(numbers.row[row]), int(numbers.line[row]) or None)
+
+    def by_row(self) -> Survey:
+        """Return the survey of a build by rows: examples of one row, which packs hold apart, together."""
+        numbers = self.numbers
+        groups = groups_of(numbers)
+        order = np.argsort(groups, kind="stable")
+        first = np.flatnonzero(np.diff(groups[order], prepend=-1))
+        own = order[first]
+        assert (numbers.examples == 1).all()
+        columns: dict[str, Any] = {
+            name: getattr(numbers, name)[own] for name in ("source", "row", "line", "schema", "turns")
+        }
+        columns |= {name: getattr(numbers, name)[order] for name in ("tokens", "trained", "cut")}
+        columns |= {
+            name: _over(np.add, getattr(numbers, name)[order], first) for name in ("examples", "content", "asked")
+        }
+        return replace(self, numbers=Numbers(**columns))
 
     @property
     def lengths(self) -> Ints:
@@ -123,18 +146,18 @@ class Survey:
 
 
 class Step(NamedTuple):
-    """A batch of what rows became, the number of their source, and which share of all that is, if that is known."""
+    """A batch of what rows became, the number of their source (or of each its own), and which share of all that is."""
 
-    source: int
+    source: int | Sequence[int]
     batch: Batch
     share: float | None = None
 
 
-def steps(recipe: Recipe, given: Sequence[FileSource | MemorySource], selection: Selection) -> Iterator[Step]:
-    """Take the rows of sources through the stages."""
-    sizes = [source.size for source in given]
+def steps(recipe: Recipe, given: Sequence[tuple[FileSource | MemorySource, Selection]]) -> Iterator[Step]:
+    """Take the rows of sources that are wanted of each through the stages."""
+    sizes = [source.size for source, _ in given]
     before = [*accumulate(sizes, initial=0)]
-    for number, source in enumerate(given):
+    for number, (source, selection) in enumerate(given):
         for batch in build_batches(recipe, selection.of(source.rows())):
             share = source.share_before(batch.last)
             if share is not None and before[-1]:
@@ -159,13 +182,15 @@ def survey(
     schemas: dict[str, int] = {}
     parts, flags, rejected = [_numbers(None, 0, schemas)], Counter[str](), Counter[str]()
     rejects, overlong = list[Reject](), list[int]()
-    rows = tokens = 0
+    rows = tokens = lost = 0
     for source, batch, share in through:
         parts.append(numbers := _numbers(batch, source, schemas))
         flags.update(flag for each in batch.columns.flags if each for flag in each)
         rejected.update(one.code for one in batch.rejects)
         rejects += batch.rejects[: MOST_REJECTS - len(rejects)]
-        overlong += [one.tokens for one in batch.rejects if one.tokens]
+        overlong += (length for one in batch.rejects if one.code == "overlong" for length in one.lengths)
+        overlong += batch.dropped
+        lost += _lost(batch)
         if watch:
             watch(batch, numbers)
         rows, tokens = rows + len(batch), tokens + int(numbers.tokens.sum())
@@ -181,10 +206,11 @@ def survey(
         dict(rejected.most_common()),
         tuple(rejects),
         np.asarray(overlong, np.int64),
+        lost,
     )
 
 
-def _numbers(batch: Batch | None, source: int, schemas: dict[str, int]) -> Numbers:
+def _numbers(batch: Batch | None, source: int | Sequence[int], schemas: dict[str, int]) -> Numbers:
     said: Sequence[Conversation] = batch.conversations if batch else ()
     counts = np.asarray(batch.counts if batch else (), np.int64)
     first = np.cumsum(counts) - counts
@@ -192,7 +218,7 @@ def _numbers(batch: Batch | None, source: int, schemas: dict[str, int]) -> Numbe
     columns = batch.columns if batch else None
     content, asked = _digests(batch, first) if batch else (empty.astype(np.uint64),) * 2
     return Numbers(
-        np.full(len(said), source, np.int64),
+        np.broadcast_to(np.asarray(source, np.int64), len(said)).copy(),
         np.asarray([one.source.row for one in said], np.int64),
         np.asarray([one.source.line or 0 for one in said], np.int64),
         np.asarray([schemas.setdefault(one.schema, len(schemas)) for one in said], np.int64),
@@ -204,6 +230,19 @@ def _numbers(batch: Batch | None, source: int, schemas: dict[str, int]) -> Numbe
         columns.learnt if columns else empty,
         np.asarray(columns.cut, np.int64) if columns else empty,
     )
+
+
+def _lost(batch: Batch) -> int:
+    """Return how many answers stand wholly behind the end of examples that were cut."""
+    if not any(batch.columns.cut):
+        return 0
+    found = 0
+    for number in range(len(batch.counts)):
+        for one in batch.built(number).examples:
+            answers = [span for span in one.spans if span.generated] if one.cut else []
+            begun = {span.message for span in answers if span.start < int(one.offsets[-1, 1])}
+            found += len({span.message for span in answers} - begun)
+    return found
 
 
 def _turns(said: Conversation) -> int:
@@ -223,6 +262,14 @@ def _digests(batch: Batch, first: Ints) -> tuple[NDArray[np.uint64], NDArray[np.
     content = [digest(ids[a:b].tobytes(), digest(trained[a:b].tobytes())) for a, b in pairwise(bounds)]
     asked = [digest(untrained[a:b].tobytes()) if b - a >= _ASKED else 0 for a, b in pairwise(given)]
     return np.asarray(content, np.uint64), np.asarray(asked, np.uint64)
+
+
+def key_of(outcome: Built | Reject) -> tuple[str, int, str]:
+    """Return what tells rows apart, and the examples of a build, of which several may be of one row."""
+    if isinstance(outcome, Reject):
+        return outcome.source.path, outcome.source.row, ""
+    said = outcome.conversation
+    return said.source.path, said.source.row, said.fields.get("example", "") if said.tokens is not None else ""
 
 
 Entry = tuple[float, int, Built | Reject]
@@ -275,12 +322,11 @@ class Odd:
 
     def rows(self) -> Iterator[tuple[Built | Reject, list[str]]]:
         """Yield each row that stands out, once, and why."""
-        chosen: dict[tuple[str, int], tuple[Built | Reject, list[str]]] = {}
+        chosen: dict[tuple[str, int, str], tuple[Built | Reject, list[str]]] = {}
         order = [*dict.fromkeys(("longest", "shortest", "least trained", *_KINDS.values(), "duplicate")), *self.found]
         for kind in dict.fromkeys(order):
             for _, _, outcome in sorted(self.found.get(kind, ()), key=lambda entry: entry[:2], reverse=True):
-                source = outcome.source if isinstance(outcome, Reject) else outcome.conversation.source
-                chosen.setdefault((source.path, source.row), (outcome, []))[1].append(kind)
+                chosen.setdefault(key_of(outcome), (outcome, []))[1].append(kind)
         yield from chosen.values()
 
 

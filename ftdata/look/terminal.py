@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.text import Text
 
-from ftdata.look.views import RowView, Segment, View, visible
+from ftdata.look.views import RowView, Segment, View, line, visible
 
 LEGEND = "⟦trained⟧ ⟨control token⟩ ⟨stop⟩■ ↵ line break ✂ cut"
 
@@ -22,22 +22,32 @@ _SHORT = 300
 def print_rows(console: Console, rows: Iterable[RowView]) -> None:
     """Print rows, token by token, in the colours of their roles where there are colours."""
     for row in rows:
-        console.print(Text(f"── row {row.source.row} · {row.source} · {row.schema or 'refused'} ──", "bold blue"))
+        console.print(Text(f"── {headed(row)} ──", "bold blue"), soft_wrap=True)
         if row.why:
             console.print(Text(f"odd: {', '.join(row.why)}", "bold yellow"), soft_wrap=True)
         if row.rejected:
-            console.print(Text(visible(row.rejected), "red"), soft_wrap=True)
+            console.print(Text(line(row.rejected), "red"), soft_wrap=True)
         for view in row.examples:
             text = as_text(view.segments(), plain=is_plain(console))
             console.print(text, soft_wrap=True, end="" if text.plain.endswith("\n") else "\n")
             if view.rest:
                 console.print(Text(_cut(view), "red"), soft_wrap=True)
             console.print(Text(counted(view), "cyan"), soft_wrap=True)
+        if row.dropped:
+            said = f"✂ {len(row.dropped):,} examples of {sum(row.dropped):,} tokens do not fit, and are left out"
+            console.print(Text(said, "red"), soft_wrap=True)
         for lost in row.lost:
             said = f"not printed by the template: {lost.field}: {visible(_shortened(lost.text))}"
             console.print(Text(said, "yellow"), soft_wrap=True)
         if row.flags:
             console.print(Text(f"flags: {', '.join(row.flags)}", "yellow"), soft_wrap=True)
+
+
+def headed(row: RowView) -> str:
+    """Say which row it is, where it stands, and as what it was read."""
+    number = f"row {row.source.row}" if row.number is None else f"example {row.number}"
+    pack = "" if row.pack is None else f" · pack {row.pack}"
+    return line(f"{number} · {row.source} · {row.schema or 'refused'}{pack}")
 
 
 def is_plain(console: Console) -> bool:

@@ -6,6 +6,7 @@ What prints a view (the terminal, the page, a notebook) decides on nothing: all 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ftdata.errors import BadRow
+from ftdata.errors import BadRow, printable
 from ftdata.examples import Built
 from ftdata.recipe import Options, Recipe
 from ftdata.schemas import normalise
@@ -23,8 +24,15 @@ from ftdata.templates import Template, closed, render
 from ftdata.templates.child import verify
 from ftdata.types import Conversation, Example, Part, Reject, Rendered, Row, Source, Span
 
-_LOSSES = frozenset({"content_cut", "payload_dropped", "reasoning_dropped", "rewritten", "tools_dropped"})
-"""Flags of examples in which something that the row says is not shown."""
+_LOSSES = {
+    "content": frozenset({"content_cut", "payload_dropped", "rewritten"}),
+    "reasoning_content": frozenset({"content_cut", "payload_dropped", "reasoning_dropped", "rewritten"}),
+}
+"""What of a message may be lost, and the flags that say that something like it is."""
+
+
+_MARKS = re.compile("[⟦⟧⟨⟩■✂↵⇥]")
+"""With which what is trained is told apart where there are no colours."""
 
 
 class Owner(NamedTuple):
@@ -143,6 +151,8 @@ class RowView:
         lost: what the template does not print of it.
         rejected: why there are no examples.
         why: for what it was chosen, of rows that are odd.
+        dropped: the lengths of examples that `overlong="drop_turns"` leaves out.
+        number: the number of the example, in a build.
         pack: the number of its pack, in a build.
     """
 
@@ -152,6 +162,8 @@ class RowView:
     lost: tuple[Lost, ...] = ()
     rejected: str = ""
     why: tuple[str, ...] = ()
+    dropped: tuple[int, ...] = ()
+    number: int | None = None
     pack: int | None = None
 
     @property
@@ -170,6 +182,9 @@ class RowView:
             "examples": [[_segment(one) for one in view.segments()] for view in self.examples],
             "tokens": [len(one) for one in self.examples] if with_ids else None,
             "trained": [one.counts[0] for one in self.examples] if with_ids else None,
+            "dropped": list(self.dropped),
+            "example": self.number,
+            "pack": self.pack,
             "cut": [{"tokens": one.cut, "text": one.rest} for one in self.examples],
             "lost": [lost._asdict() for lost in self.lost],
             "flags": list(self.flags),
@@ -188,13 +203,16 @@ def view(outcome: Built | Reject, recipe: Recipe, why: Sequence[str] = ()) -> Ro
     if isinstance(outcome, Reject):
         return RowView(outcome.source, rejected=str(outcome), why=tuple(why))
     said = outcome.conversation
+    of_build = said.tokens is not None and "pack" in said.fields
     return RowView(
         said.source,
         said.schema,
         tuple(_by_token(example, said, recipe) for example in outcome.examples),
         tuple(_lost(said, outcome.examples)),
         why=tuple(why),
-        pack=int(said.fields["pack"]) if said.tokens is not None and "pack" in said.fields else None,
+        dropped=outcome.dropped,
+        number=int(said.fields["example"]) if of_build else None,
+        pack=int(said.fields["pack"]) if of_build else None,
     )
 
 
@@ -233,17 +251,23 @@ def view_text(row: Row | Reject, template: Template, options: Options) -> RowVie
 
 
 def _by_span(rendered: Rendered, chosen: Sequence[bool], said: Conversation, template: Template) -> View:
-    specials = set(template.special_tokens.values())
-    owners, owner = _owners(rendered.spans, said)
-    return View(
-        rendered.text,
-        np.fromiter((span.end for span in rendered.spans), np.int64),
-        np.fromiter(chosen, np.bool_),
-        np.fromiter((rendered.text[span.start : span.end] in specials for span in rendered.spans), np.bool_),
-        owner,
-        owners,
-        flags=rendered.flags,
-    )
+    specials = "|".join(map(re.escape, template.special_tokens.values()))
+    pattern = re.compile(f"({specials}|<\\|[^|<>]*\\|>)")
+    spans, control, trained = list[Span](), list[bool](), list[bool]()
+    for span, yes in zip(rendered.spans, chosen, strict=True):
+        # What a row writes is no control token, whatever it looks like.
+        own = span.part is Part.SCAFFOLD or rendered.keep_control
+        at = span.start
+        for number, text in enumerate(pattern.split(rendered.text[span.start : span.end]) if own else [None]):
+            end = span.end if text is None else at + len(text)
+            if end > at:
+                spans.append(span._replace(start=at, end=end))
+                control.append(bool(number % 2))
+                trained.append(yes)
+            at = end
+    owners, owner = _owners(spans, said)
+    ends = np.fromiter((span.end for span in spans), np.int64)
+    return View(rendered.text, ends, np.array(trained), np.array(control), owner, owners, flags=rendered.flags)
 
 
 def _by_token(example: Example, said: Conversation, recipe: Recipe) -> View:
@@ -288,19 +312,23 @@ def _owners(spans: Sequence[Span], said: Conversation) -> tuple[tuple[Owner, ...
 
 def _lost(said: Conversation, texts: Sequence[Rendered] | Sequence[Example]) -> Iterator[Lost]:
     """Yield the texts of messages that stand in none of the examples, or what of them does not."""
-    if all(one.flags.isdisjoint(_LOSSES) for one in texts):
-        return
-    shown = "\n".join(one.text for one in texts)
+    flags = frozenset[str]().union(*(one.flags for one in texts))
+    printed = [""] * len(said.messages)
+    for one in texts:
+        for span in one.spans:
+            if span.part is not Part.SCAFFOLD and 0 <= span.message < len(printed):
+                printed[span.message] += one.text[span.start : span.end]
     for number, message in enumerate(said.messages):
-        for name in ("content", "reasoning_content"):
-            for given in map(str.strip, _texts(message.get(name))):
-                if given not in shown:
-                    yield Lost(f"messages[{number}].{name}", _missing(given, shown))
-    if said.tools and any("tools_dropped" in one.flags for one in texts):
+        for name, losses in _LOSSES.items():
+            for given in map(str.strip, texts_of(message.get(name)) if flags & losses else ()):
+                if given not in printed[number]:
+                    yield Lost(f"messages[{number}].{name}", _missing(given, printed[number]))
+    if said.tools and "tools_dropped" in flags:
         yield Lost("tools", json.dumps(said.tools, ensure_ascii=False))
 
 
-def _texts(content: object) -> Iterator[str]:
+def texts_of(content: object) -> Iterator[str]:
+    """Yield the texts of what a message holds: one, or those of its parts."""
     if isinstance(content, str):
         yield content
     for part in content if isinstance(content, list) else ():
@@ -315,6 +343,11 @@ def _missing(given: str, printed: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Return a text with its line breaks marked, and with codes for what would drive a terminal or deceive a reader."""
-    printable = "".join(c if c.isprintable() or c in "\n\t" else f"\\u{ord(c):04x}" for c in text)
-    return printable.replace("\t", "⇥\t").replace("\n", "↵\n")
+    """Return a text with its line breaks marked, and with codes for what would deceive a reader: our own marks, too."""
+    spelled = _MARKS.sub(lambda found: f"\\u{ord(found.group()):04x}", printable(text))
+    return spelled.replace("\t", "⇥\t").replace("\n", "↵\n")
+
+
+def line(text: object) -> str:
+    """Return a text as part of one line."""
+    return visible(str(text)).replace("↵\n", "↵").replace("⇥\t", "⇥")

@@ -2,7 +2,7 @@
 // All texts reach the document as text nodes: nothing that a row says is ever read as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const PER_PAGE = 25, PER_FRAME = 1500, PER_BLOCK = 200;
+const MOST = 100000, PER_PAGE = 25, PER_FRAME = 1500, PER_BLOCK = 200;
 const state = { page: 0, rows: [], hit: null, cursor: null, drawing: 0 };
 
 function make(tag, name, text) {
@@ -37,6 +37,13 @@ function addPlain(into, text) {
   if (from < text.length) into.append(text.slice(from));
 }
 
+// Small letters, each where its capital stands: places in the two are the same.
+function lowered(text) {
+  const whole = text.toLowerCase().replaceAll("ς", "σ");
+  if (whole.length === text.length) return whole;
+  return Array.from(text, (char) => (char.toLowerCase().length === char.length ? char.toLowerCase() : char)).join("").replaceAll("ς", "σ");
+}
+
 // Runs [value, length, value, length, ...] become one value a token.
 function unrolled(runs, size) {
   const values = new Int32Array(size);
@@ -59,13 +66,14 @@ for (const [number, row] of data.rows.entries()) {
     one.by = unrolled(one.owner, size);
     one.isNew = one.changed ? unrolled(one.changed, size) : null;
     one.learnt = one.isTrained.reduce((sum, yes) => sum + yes, 0);
-    one.lower = one.text.toLowerCase();
+    one.lower = lowered(one.text);
     one.row = row;
   }
   row.tokens = Math.max(0, ...row.examples.map((one) => one.sizes.length));
   const all = row.examples.reduce((sum, one) => sum + one.sizes.length, 0);
   row.share = all ? row.examples.reduce((sum, one) => sum + one.learnt, 0) / all : 2;
-  row.lower = [row.place, row.rejected, ...row.lost.map((lost) => lost.text)].join("\n").toLowerCase();
+  row.beside = { text: [row.rejected, ...row.lost.map((lost) => lost.text)].join("\n") };
+  row.beside.lower = lowered(row.beside.text);
 }
 
 // --- one example ---------------------------------------------------------------------------------------------------
@@ -73,9 +81,10 @@ for (const [number, row] of data.rows.entries()) {
 function* drawn(one, into) {
   const { ends, isTrained, isControl, by, isNew } = one;
   one.spans = [];
+  const most = one.whole ? ends.length : Math.min(ends.length, MOST);
   // A browser takes long over one paragraph of many parts: so lines come in blocks, drawn where they are looked at.
   let block = null, since = 0, broken = false, mark = null, group = null, groupOf = -1;
-  for (let at = 0; at < ends.length; at++) {
+  for (let at = 0; at < most; at++) {
     if (!block || (at - since >= PER_BLOCK && (broken || at - since >= 10 * PER_BLOCK))) {
       block = make("div", "lines");
       into.append(block);
@@ -108,7 +117,16 @@ function* drawn(one, into) {
     one.spans.push(span);
     if (at % PER_FRAME === PER_FRAME - 1) yield;
   }
-  if (one.rest) (block || into).append(make("span", "cut", `✂${one.rest}`));
+  if (most < ends.length) {
+    const more = make("button", "", `show all ${ends.length.toLocaleString("en")} tokens`);
+    more.type = "button";
+    more.addEventListener("click", () => { one.whole = true; show(state.page); });
+    into.append(more);
+  } else if (one.rest) {
+    const rest = make("span", "cut", "✂");
+    addText(rest, one.rest);
+    (block || into).append(rest);
+  }
 }
 
 function shownHits(one) {
@@ -134,13 +152,20 @@ function percent(part, whole) { return whole ? `${Math.round(100 * part / whole)
 
 function exampleOf(one, number, row, title) {
   const box = make("pre", "ex");
-  const unit = one.ids ? "tokens" : "stretches";
-  const says = `${one.learnt.toLocaleString("en")} of ${one.sizes.length.toLocaleString("en")} ${unit} trained (${percent(one.learnt, one.sizes.length)})`;
+  const letters = (wanted) => one.sizes.reduce((sum, size, at) => sum + (wanted || one.isTrained[at] ? size : 0), 0);
+  const [learnt, all, unit] = one.ids ? [one.learnt, one.sizes.length, "tokens"] : [letters(false), letters(true), "characters"];
+  const says = `${learnt.toLocaleString("en")} of ${all.toLocaleString("en")} ${unit} trained (${percent(learnt, all)})`;
   box.tabIndex = 0;
   box.setAttribute("role", "group");
-  box.setAttribute("aria-label", `row ${row.row}${title ? `, ${title}` : ""}, example ${number + 1}: ${says}; arrow keys go from token to token`);
+  box.setAttribute("aria-label", `${row.name}${title ? `, ${title}` : ""}, example ${number + 1}: ${says}; arrow keys go from token to token`);
   box.example = one;
   return [box, make("p", "note", says + (one.cut ? ` · ✂ ${one.cut.toLocaleString("en")} tokens cut` : ""))];
+}
+
+function noteOf(name, text) {
+  const note = make("p", `note ${name}`);
+  addText(note, text);
+  return note;
 }
 
 function cardOf(row) {
@@ -148,18 +173,23 @@ function cardOf(row) {
   card.id = `row-${row.number}`;
   card.tabIndex = -1;
   const head = make("h3");
-  head.append(`row ${row.row}`);
+  head.append(row.name);
   if (row.href) {
-    const link = make("a", "", row.place);
+    const link = make("a");
+    addPlain(link, row.place);
     link.href = row.href;
     head.append(link);
-  } else head.append(make("span", "", row.place));
+  } else {
+    const place = make("span");
+    addPlain(place, row.place);
+    head.append(place);
+  }
   if (row.schema) head.append(make("span", "", row.schema));
   if (row.pack !== null) head.append(make("span", "", `pack ${row.pack}`));
   for (const why of row.why) head.append(make("span", "why", why));
   for (const flag of row.flags) head.append(make("span", "flag", flag));
   card.append(head);
-  if (row.rejected) card.append(make("p", "note bad", row.rejected));
+  if (row.rejected) card.append(noteOf("bad", row.rejected));
   const pair = row.titles ? make("div", "pair") : null;
   row.examples.forEach((one, number) => {
     if (pair) {
@@ -169,7 +199,11 @@ function cardOf(row) {
     } else card.append(...exampleOf(one, number, row));
   });
   if (pair) card.append(pair);
-  for (const lost of row.lost) card.append(make("p", "note flag", `not printed by the template: ${lost.field}: ${lost.text}`));
+  for (const lost of row.lost) card.append(noteOf("flag", `not printed by the template: ${lost.field}: ${lost.text}`));
+  if (row.dropped.length) {
+    const tokens = row.dropped.reduce((sum, length) => sum + length, 0).toLocaleString("en");
+    card.append(noteOf("bad", `✂ ${row.dropped.length} examples of ${tokens} tokens do not fit, and are left out`));
+  }
   return card;
 }
 
@@ -206,24 +240,31 @@ function show(page) {
   step();
 }
 
+// What stands between slashes, with flags behind; `m` is always meant: texts have lines.
+function patternOf(text) {
+  const written = /^\/(.+)\/([imsu]*)$/s.exec(text);
+  if (!written) return null;
+  const flags = new Set(["g", "m", "u", ...written[2]]);
+  try {
+    return new RegExp(written[1], [...flags].join(""));
+  } catch {
+    flags.delete("u");
+    return new RegExp(written[1], [...flags].join(""));
+  }
+}
+
 function seeker(text) {
   if (!text) return null;
-  const written = /^\/(.+)\/(i?)$/s.exec(text);
-  let pattern = null;
-  if (written) pattern = new RegExp(written[1], "gu" + written[2]);
-  const lower = text.toLowerCase();
+  const pattern = patternOf(text), wanted = lowered(text);
   return (one) => {
     const found = [];
     if (pattern) {
-      for (const match of one.text.matchAll(pattern)) if (match[0]) found.push([match.index, match.index + match[0].length]);
+      for (const match of one.text.matchAll(pattern)) found.push([match.index, match.index + Math.max(match[0].length, 1)]);
     } else {
-      // Where small letters are longer than capitals, places differ: then letters must be as they are.
-      const within = one.lower.length === one.text.length ? one.lower : one.text;
-      const wanted = within === one.text && within !== one.lower ? text : lower;
-      for (let at = within.indexOf(wanted); at >= 0; at = within.indexOf(wanted, at + wanted.length)) found.push([at, at + wanted.length]);
+      for (let at = one.lower.indexOf(wanted); at >= 0; at = one.lower.indexOf(wanted, at + wanted.length)) found.push([at, at + wanted.length]);
     }
     const where = $("in").value;
-    return where === "all" ? found : found.filter(([start]) => one.isTrained[after(one.ends, start)] === (where === "trained" ? 1 : 0));
+    return where === "all" || !one.ends ? found : found.filter(([start]) => one.isTrained[after(one.ends, start)] === (where === "trained" ? 1 : 0));
   };
 }
 
@@ -237,12 +278,11 @@ function search() {
     return;
   }
   let hits = 0;
-  const lower = text.toLowerCase();
   state.rows = data.rows.filter((row) => {
     if (kind && !row.kinds.includes(kind)) return false;
     if (!state.hit) return true;
     const own = row.examples.reduce((sum, one) => sum + state.hit(one).length, 0);
-    const beside = $("in").value === "all" && row.lower.includes(lower) ? 1 : 0;
+    const beside = $("in").value === "all" ? state.hit(row.beside).length : 0;
     hits += own + beside;
     return own + beside > 0;
   });
@@ -387,7 +427,13 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
-for (const name of ["q", "in", "kind", "order"]) $(name).addEventListener("input", search);
+for (const name of ["in", "kind", "order"]) $(name).addEventListener("input", search);
+// A pattern is looked for when it is whole: half of one may take for ever.
+$("q").addEventListener("input", () => {
+  if ($("q").value.startsWith("/")) $("status").textContent = "press Enter to look for the regular expression";
+  else search();
+});
+$("q").addEventListener("change", search);
 $("find").addEventListener("submit", (event) => event.preventDefault());
 $("borders").addEventListener("change", () => $("list").classList.toggle("borders", $("borders").checked));
 $("prev").addEventListener("click", () => show(state.page - 1));
