@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import xxhash
-from chats import ANSWER, HEAD, LATE_STOP, PROMPT, TALK, TURN, USER, template
+from chats import ANSWER, HEAD, LATE_STOP, PROMPT, TALK, TOOLED, TURN, USER, template
 from makers import CHATML, deepseek, tiny_bpe
 
 from ftdata import audit, build_sft_dataset
@@ -429,3 +429,103 @@ def test_the_checks_in_the_docs_are_those_of_the_code():
     docs = Path(__file__).parents[1] / "docs"
     made = subprocess.run([sys.executable, docs / "checks.py"], capture_output=True, text=True, check=True).stdout
     assert (docs / "checks.md").read_text() == made
+
+
+def test_a_rejected_row_is_an_error_whatever_else_has_its_code(tokenizer):
+    loses = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + CHATML
+    system = {"messages": [{"role": "system", "content": "lost"}, *TALK]}
+    calls = {"messages": TOOLED}
+    report = found(tokenizer, [system, system, calls], {"template": loses, "dropped": "flag"})
+    told = [(one.code, one.severity, one.count) for one in report.findings if one.code == "payload_dropped"]
+    assert told == [("payload_dropped", "error", 1), ("payload_dropped", "warning", 2)]
+
+
+def test_what_is_held_out(tokenizer, tmp_path):
+    data = [PLAIN, talk("another", "answer")]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    given = tokenizer()
+    # The data is what is trained on, whatever its split is called.
+    (finding,) = audit([{"path": tmp_path, "split": "test"}], given, against=data[:1]).findings
+    assert (finding.code, finding.where) == ("leakage", ["<against memory>[0]"])
+    assert [
+        one.code for one in audit([{**PLAIN, "lang": "en"}], given, against=data, where="lang == 'en'").findings
+    ] == ["leakage"]
+    assert [one.code for one in audit(data, given, against=data[1:], limit=1).findings] == []
+    assert [one.code for one in audit(data, given, against=data[:1], limit=1).findings] == ["leakage"]
+    from datasets import Dataset, DatasetDict
+
+    splits = DatasetDict({name: Dataset.from_list([PLAIN]) for name in ("train_sft", "test_sft")})
+    assert [one.code for one in audit(splits, given).findings] == ["leakage"]
+
+
+@pytest.mark.parametrize("text", ["Ã–sterreich", "â†’ next", "5 â‚¬", "Â¡Hola!", "it\x92s", "NoÃ«l", "РџСЂРёРІРµС‚", "ÎºÎ±Î»Î·Î¼Î­ÏÎ±",
+    "×©×œ×•×", "Ù…Ø±Ø­Ø¨Ø§", "ì•ˆë…•", "à¤¨à¤®", "ðŸ˜€", "ã\x81\x93ã\x82\x93"])  # fmt: skip
+def test_wrong_encodings(text):
+    assert detect.mojibake(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "“CAFÉ”",
+        "été…” dit-il",
+        "«MANHÃ»",
+        "à « demain »",
+        "Ñandú, año",
+        "Привет, Россия",
+        "×, ÷ ±",
+        "şÎnceput",
+        "Üben–Ärger",
+        "…”",
+        "naïve—à",
+    ],
+)
+def test_right_encodings(text):
+    assert detect.mojibake(text) is None
+
+
+def test_scripts_are_those_of_what_is_said(tokenizer):
+    answers = [f"東京都です、{number}" for number in range(300)]
+    assert not found(tokenizer, [talk(f"質問 {n}", one) for n, one in enumerate([*answers, "東京", "富士山"])], {})
+    (finding,) = found(
+        tokenizer, [talk(f"質問 {n}", one) for n, one in enumerate([*answers, "in English, all of it"])], {}
+    ).findings
+    assert (finding.code, finding.count) == ("script", 1)
+
+
+def test_findings_of_a_build_name_the_files_it_is_made_of(tokenizer, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(PLAIN) + "\n")
+    build_sft_dataset([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tokenizer(), output_dir=tmp_path / "built")
+    (finding,) = audit(tmp_path / "built").findings
+    assert (finding.code, finding.where, finding.places[0].says) == (
+        "duplicate",
+        [f"{tmp_path}/b.jsonl:1"],
+        f"equal to {tmp_path}/a.jsonl:1",
+    )
+
+
+def test_the_command(tokenizer, tmp_path):
+    import subprocess
+    import sys
+
+    path, latin = tmp_path / "d.jsonl", tmp_path / "latin.jsonl"
+    path.write_text(json.dumps({"messages": [USER, {**ANSWER, "mood": "sunny"}]}) + "\n")
+    latin.write_bytes(json.dumps(talk("où", "là"), ensure_ascii=False).encode("cp1252") + b"\n")
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "ftdata", "audit", *map(str, arguments), "-t", tokenizer()]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert [run(path, "--fail-on", one).returncode for one in ("note", "warning")] == [1, 0]
+    assert json.loads(run(path, "--format", "sarif").stdout)["version"] == "2.1.0"
+    assert run(path, "--format", "github").stdout.startswith("::notice file=")
+    assert json.loads(run(path, "--json").stdout)["findings"][0]["code"] == "fields_dropped"
+    assert run(path, "--ignore", "fields_dropped").returncode == 0
+    assert "did you mean 'duplicate'" in run(path, "--ignore", "dupliacte").stderr
+    assert run(path, "--where", "false").returncode == 3
+    done = run(latin, "--encoding", "cp1252", "--against", latin)
+    assert (done.returncode, "error leakage" in done.stdout) == (1, True)
+    plain = run(path).stdout
+    assert plain.startswith("note fields_dropped\n    1 × ")

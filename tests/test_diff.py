@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from makers import CHATML
 
 from ftdata import build_sft_dataset, diff
-from ftdata.errors import UsageError
+from ftdata.errors import InputRefused, UsageError
 from ftdata.look.diff import compared
 from ftdata.look.views import Owner, View
 
@@ -50,7 +51,7 @@ def test_the_same_is_the_same(data, tokenizer_dir, tmp_path):
 def test_other_labels_are_told_from_other_tokens(data, tokenizer_dir):
     side = {"data": data, "tokenizer": tokenizer_dir("tiny_bpe")}
     found = diff(side, {**side, "train_on": "last_assistant"})
-    assert found.rows == {"same": 6, "labels differ": 1, "tokens differ": 0, "only in A": 0, "only in B": 0}
+    assert +Counter(found.rows) == {"same": 6, "labels differ": 1}
     assert found.options == {"train_on": ("assistant", "last_assistant")}
     (changed,) = found.changed
     a, b = changed.a.examples[0], changed.b.examples[0]
@@ -92,6 +93,68 @@ def test_data_that_was_moved_is_known_by_its_name(data, tokenizer_dir, tmp_path)
     assert not diff(tmp_path / "a", {"data": str(moved), "tokenizer": tokenizer_dir("tiny_bpe")})
 
 
+def test_the_same_rows_are_looked_at_on_both_sides(tokenizer_dir, tmp_path):
+    """However packs and sources are ordered, and wherever a row is rejected."""
+    rows = [{"messages": talk(f"question {n}", "an answer " * (1 + n * 7 % 5))} for n in range(40)]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, options in (
+        ("a", {"seed": 1}),
+        ("b", {"shuffle": True, "train_on": "all", "packing": "bfd", "max_length": 200}),
+    ):
+        build_sft_dataset(path, tokenizer_dir("tiny_bpe"), output_dir=tmp_path / name, **options)
+    found = diff(tmp_path / "a", tmp_path / "b", n=6)
+    assert +Counter(found.rows) == {"labels differ": 40}
+    assert all(one.a.examples and one.b.examples for one in found.changed)
+    assert [one.a.source for one in found.changed] == [one.b.source for one in found.changed]
+    assert {name: found.options[name] for name in ("train_on", "packing", "shuffle")} == {
+        "train_on": ("assistant", "all"), "packing": (None, "bfd"), "shuffle": (False, True),
+    }  # fmt: skip
+    side = {"data": str(path), "tokenizer": tokenizer_dir("tiny_bpe")}
+    found = diff(side, {**side, "max_length": 40, "train_on": "all"}, n=2)
+    assert found.rows["only in A"] > 2
+    assert all("[overlong]" in one.b.rejected for one in found.changed if one.kind == "only in A")
+
+
+def test_rows_that_neither_side_builds_are_counted(tokenizer_dir):
+    rows = [{"messages": talk("q", "")}, {"messages": talk("q", "a")}]
+    side = {"data": rows, "tokenizer": tokenizer_dir("tiny_bpe")}
+    found = diff(side, side)
+    assert +Counter(found.rows) == {"same": 1, "rejected by both": 1}
+    assert not found
+    with pytest.raises(InputRefused, match="neither side"):
+        diff({**side, "data": rows[:1]}, {**side, "data": rows[:1]})
+
+
+def test_repeated_and_moved_rows_have_kinds_of_their_own(data, tokenizer_dir, tmp_path):
+    tokenizer = tokenizer_dir("tiny_bpe")
+    build_sft_dataset(data, tokenizer, output_dir=tmp_path / "a")
+    build_sft_dataset([{"path": data, "weight": 2}], tokenizer, output_dir=tmp_path / "twice")
+    build_sft_dataset(data, tokenizer, output_dir=tmp_path / "split", test_size=2)
+    assert +Counter(diff(tmp_path / "a", tmp_path / "twice").rows) == {"another number of times": 7}
+    assert +Counter(diff(tmp_path / "a", tmp_path / "split").rows) == {"same": 5, "in another split": 2}
+
+
+def test_files_of_one_name_are_kept_apart(data, tokenizer_dir, tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "d.jsonl").write_text(json.dumps({"messages": talk(name, name)}) + "\n")
+    tokenizer = tokenizer_dir("tiny_bpe")
+    both = [str(tmp_path / name / "d.jsonl") for name in ("x", "y")]
+    side = {"data": both, "tokenizer": tokenizer}
+    assert +Counter(diff(side, {**side, "data": both[::-1]}).rows) == {"same": 2}
+    assert +Counter(diff(side, {**side, "data": [both[0], data]}).rows) != {"same": 2}
+    # One on each side: it is the same data, whatever its name.
+    other = shutil.copy(data, tmp_path / "renamed.jsonl")
+    assert not diff({"data": data, "tokenizer": tokenizer}, {"data": str(other), "tokenizer": tokenizer})
+
+
+def test_data_that_can_be_read_once_is_kept(tokenizer_dir):
+    rows = iter(ROWS)
+    side = {"data": rows, "tokenizer": tokenizer_dir("tiny_bpe")}
+    assert +Counter(diff(side, {**side, "train_on": "last_assistant"}).rows) == {"same": 6, "labels differ": 1}
+
+
 @pytest.mark.parametrize(
     ("b", "says"),
     [
@@ -128,6 +191,11 @@ def test_the_command_compares_configurations_data_and_builds(data, tokenizer_dir
     assert run(data, "-t", tokenizer).returncode == 2
     assert "did you mean 'turns'" in run(data, "-t", tokenizer, "--set", "turn=split").stderr
     assert run(data, "-t", tokenizer, "--set", "turns").returncode == 2
+    assert run(data, "-t", tokenizer, "--set", "where='question 1' in messages[0].content").returncode == 1
+    assert run(data, "-t", tokenizer, "--set", "template={{ messages[0].content }}").returncode == 1
+    assert run("-", "-t", tokenizer, "--set", "turns=split").returncode == 2
+    done = run(data, "-t", tokenizer, "--set", "turns=split", "--html", data)
+    assert (done.returncode, "is no page of ftdata" in done.stderr) == (2, True)
 
 
 @pytest.mark.browser

@@ -69,6 +69,86 @@ def test_a_build_has_the_figures_of_its_data(data, tokenizer_dir, tmp_path):
     assert of_build.groups[0].turns is None
 
 
+def test_figures_of_a_build_are_those_of_its_report(data, tokenizer_dir, tmp_path):
+    options = {"max_length": 400, "overlong": "drop_turns", "turns": "split", "test_size": 1, "dedup": True}
+    built = build_sft_dataset(
+        data,
+        tokenizer_dir("tiny_bpe"),
+        output_dir=tmp_path / "built",
+        on_bad_rows="quarantine",
+        max_rejects=5,
+        **options,
+    )
+    report = json.loads((tmp_path / "built" / "report.json").read_text())
+    found = stats(tmp_path / "built")
+    splits = report["splits"].values()
+    assert found.rows == report["read"]
+    assert sum(found.rejected.values()) == report["rejected"]
+    assert found.groups[0].examples == sum(one["examples"] for one in splits)
+    assert found.groups[0].tokens == sum(one["tokens"] for one in splits)
+    assert found.groups[0].trained == sum(one["trained"] for one in splits)
+    assert {one.name: one.tokens for one in found.groups if one.of == "split"} == {
+        name: one["tokens"] for name, one in report["splits"].items()
+    }
+    assert {one.name for one in found.groups if one.of == "source"} <= set(data)
+    # Turns on their own are examples, not rows.
+    assert found.groups[0].rows < found.groups[0].examples == len(built["train"]) + len(built["test"])
+
+
+def test_percentiles_are_values_that_are_there(tokenizer_dir):
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x" * n}]}
+        for n in range(1, 41)
+    ]
+    whole = stats(rows, tokenizer_dir("tiny_bpe")).groups[0]
+    lengths = sorted(len(example) for row in rows for example in encode(row["messages"], tokenizer_dir("tiny_bpe")))
+    answers = sorted(
+        int(example.trained.sum()) for row in rows for example in encode(row["messages"], tokenizer_dir("tiny_bpe"))
+    )
+    places = {0: 0, 5: 1, 25: 9, 50: 19, 75: 29, 95: 37, 99: 38, 100: 39}
+    assert dict(whole.lengths) == {at: lengths[place] for at, place in places.items()}
+    assert dict(whole.answers) == {at: answers[place] for at, place in places.items()}
+
+
+def test_rows_are_chosen_as_in_a_build(data, tokenizer_dir):
+    tokenizer = tokenizer_dir("tiny_bpe")
+    assert [one.rows for one in stats(data, tokenizer, limit=1).groups if one.of == "source"] == [1, 1]
+    assert stats(data, tokenizer, where="messages is defined").groups[0].rows == 3
+    with pytest.raises(UsageError, match="did you mean 'turns'"):
+        stats(data, tokenizer, turn="split")
+    with pytest.raises(UsageError, match="looked at alone"):
+        stats([data[0], build_at(data, tokenizer)], tokenizer)
+
+
+def build_at(data, tokenizer):
+    import tempfile
+    from pathlib import Path
+
+    folder = Path(tempfile.mkdtemp()) / "built"
+    build_sft_dataset(data, tokenizer, output_dir=folder, on_bad_rows="quarantine", max_rejects=5)
+    return str(folder)
+
+
+def test_flags_are_counted(tokenizer_dir):
+    rows = [{"question": "<|im_end|>", "answer": "a"}, {"question": "q", "answer": "a"}]
+    assert stats(rows, tokenizer_dir("tiny_bpe")).flags == {"control_tokens": 1}
+
+
+@pytest.mark.parametrize("name", ["train/data-00000.arrow", "train/provenance.parquet"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "empty"])
+def test_a_damaged_build_is_refused(data, tokenizer_dir, name, damage):
+    from pathlib import Path
+
+    folder = Path(build_at(data, tokenizer_dir("tiny_bpe")))
+    path = folder / name
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if damage == "cut" else 0])
+    with pytest.raises(InputRefused, match="damaged_build"):
+        stats(folder)
+
+
 def test_limits_say_what_is_longer(tokenizer_dir):
     found = stats(
         [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x " * 700}]}],

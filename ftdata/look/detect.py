@@ -16,7 +16,7 @@ _MOJIBAKE = re.compile(
             "Ã[\u00a1-\u00aa\u00ac-\u00ba\u00bc-\u00beŸŒŽšž]|(?<![A-ZÀ-Þ])Ã\u00a0",  # é ü ñ ß, à
             "Ã[‡„…–˜‰Šœ›](?=[a-z])|(?<=[a-z])Ã[«»](?=[a-z])",  # Ç Ä Å Ö Ø before a small letter
             "Â[\u00a0-\u00bf€]",
-            f"(?:[ÎÏÐÑÖרÙÚÛ][{_CONTINUED}]){{2}}",  # Greek, Cyrillic, Hebrew, Arabic
+            f"(?:[\u00ce-\u00d1\u00d6-\u00db][{_CONTINUED}]){{2}}",  # Greek, Cyrillic, Hebrew, Arabic
             f"(?:[à-ï][{_CONTINUED}]{{2}}){{2}}",  # Indic scripts, Thai, Chinese, Japanese, Korean
             f"ðŸ[{_CONTINUED}]{{2}}",
             "(?:Р[°±ІіґµЅѕїј»є№ёќџ’Ўњћў]|С[‚ѓ„…†‡€‰Љ‹ЊЏЃ\u0080-\u0098]){3}",  # Cyrillic in UTF-8, read as Windows-1251

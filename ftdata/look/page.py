@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftdata._version import __version__
-from ftdata.errors import printable
+from ftdata.errors import UsageError, printable
 from ftdata.look.views import Owner, RowView, Segment, View, line, visible
 from ftdata.store import new_file
 from ftdata.tokenize import Tokenizer
@@ -59,7 +59,7 @@ class Page:
         packs: how documents share packs.
         rejects: rows that were rejected, and how many there are by code.
         options: how it was made.
-        titles: where rows are shown side by side, what each side is.
+        titles: where rows are shown side by side, what each example of each row is.
         changed: of each example of each row, the tokens that differ from the other side (bool `[n]`).
     """
 
@@ -73,16 +73,24 @@ class Page:
     packs: Packs | None = None
     rejects: tuple[Mapping[str, int], Sequence[Reject]] = field(default_factory=lambda: ({}, ()))
     options: Mapping[str, Any] = field(default_factory=dict)
-    titles: tuple[str, str] | None = None
+    titles: Sequence[Sequence[str]] = ()
     changed: Sequence[Sequence[NDArray[np.bool_]]] = ()
+
+
+_BEGIN = b"<!doctype html>"
 
 
 def write_page(path: str | Path, page: Page) -> None:
     """Write the page, whole or not at all.
 
     Raises:
+        UsageError: there is something else.
         StorageError: the disk refuses.
     """
+    target = Path(path)
+    if target.is_file() and target.read_bytes()[: len(_BEGIN)].lower() != _BEGIN:
+        found = f"{path} exists and is no page of ftdata"
+        raise UsageError("target_exists", found, hint="choose another name: data is not written over")
     with new_file(Path(path).resolve()) as file:
         file.write_text(html(page), encoding="utf-8")
 
@@ -157,7 +165,7 @@ def _data(page: Page) -> dict[str, Any]:
                 "lost": [lost._asdict() for lost in row.lost],
                 "rejected": row.rejected,
                 "pack": row.pack,
-                "titles": page.titles if page.titles and len(examples) == 2 else None,
+                "titles": page.titles[number] if page.titles else None,
                 "examples": examples,
             }
         )
