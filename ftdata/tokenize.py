@@ -138,6 +138,9 @@ class Tokenizer:
                 at = end
             else:
                 at += 1
+        # A blank that is put before every text, and taken away again, is none of the text's.
+        if texts and texts[0].startswith(" ") and not self.decode(ids[:8]).startswith(" "):
+            texts[0] = texts[0][1:]
         return texts
 
     def _whole(self, ids: Sequence[int], at: int) -> int:

@@ -529,3 +529,12 @@ def test_the_command(tokenizer, tmp_path):
     assert (done.returncode, "error leakage" in done.stdout) == (1, True)
     plain = run(path).stdout
     assert plain.startswith("note fields_dropped\n    1 × ")
+
+
+def test_results_of_tools_under_other_names_are_results(tokenizer):
+    rows = [{"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+                               {"from": "observation", "value": "ok"}, {"from": "gpt", "value": "done"}]}]  # fmt: skip
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    assert "role_order" not in {one.code for one in found(tokenizer, rows, {"template": template}).findings}
+    rows[0]["conversations"].pop(2)
+    assert "role_order" in {one.code for one in found(tokenizer, rows, {"template": template}).findings}

@@ -9,6 +9,7 @@ import pytest
 from makers import CHATML, qwen, tiny_bpe
 
 from ftdata import build_sft_dataset, preview
+from ftdata.errors import UsageError
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
@@ -297,6 +298,79 @@ def test_all_of_it_works_by_keys(simple):
     page.keyboard.press("Escape")
     assert page.evaluate("document.activeElement === document.body")
     assert page.faults == []
+
+
+def test_search_folds_letters_where_they_stand(simple):
+    page = simple([talk("Straße İstanbul HELLO", "Hello ΣΑΣ Привет"), talk("hello", "x")])
+    for text, rows in (
+        ("hello", 2),
+        ("HELLO", 2),
+        ("привет", 1),
+        ("straße", 1),
+        ("σας", 1),
+        ("i\u0307stanbul", 0),
+        ("stanbul", 1),
+    ):
+        page.fill("#q", text)
+        assert f"in {rows} of 2 rows" in page.inner_text("#status"), text
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rows"),
+    [("/^and/", 1), ("/HELLO/", 0), ("/hello/i", 1), (r"/\-/", 1), ("/data/", 0), ("/(?=hello)/", 1)],
+)
+def test_patterns_have_flags_and_lines(simple, pattern, rows):
+    page = simple([talk("one line\nand another", "a - b"), talk("hello", "x")])
+    page.fill("#q", pattern)
+    page.keyboard.press("Enter")
+    assert f"in {rows} of 2 rows" in page.inner_text("#status")
+
+
+def test_what_is_beside_a_row_is_searched_and_spelled_out(simple):
+    page = simple(
+        [
+            talk("q", ""),
+            {
+                "messages": [
+                    {"role": "user", "content": "q"},
+                    {"role": "assistant", "content": "a", "reasoning_content": "hid\u202eden"},
+                ]
+            },
+        ]
+    )
+    page.fill("#q", "empty_answer")
+    assert "1 found in 1 of 2 rows" in page.inner_text("#status")
+    page.fill("#q", "hid")
+    assert "1 found in 1 of 2 rows" in page.inner_text("#status")
+    assert "U+202E" in page.text_content(".note.flag")
+
+
+def test_packs_of_a_build_lead_to_the_very_example(opened, tmp_path):
+    long = {"messages": [part for n in range(4) for part in talk(f"q{n}", f"a{n} " * (1 + 9 * n))["messages"]]}
+    rows = [long, talk("q", "a"), talk("r", "b " * 9)]
+    build_sft_dataset(
+        rows, tiny_bpe(tmp_path / "t"), output_dir=tmp_path / "built", turns="split", packing="bfd", max_length=200
+    )
+    preview(tmp_path / "built", html=tmp_path / "page.html")
+    page = opened(tmp_path / "page.html")
+    page.click("a[href='#packs']")
+    for part in page.locator(".doc.here").all():
+        tokens = re.search(r": ([0-9,]+) tokens", part.get_attribute("title")).group(1)
+        part.click()
+        assert f"of {tokens} tokens trained" in page.text_content(f"#{page.evaluate('document.activeElement.id')}")
+    assert "3 rows read" in " ".join(page.inner_text(".cards li >> nth=0").split())
+    page.click("a[href='#options']")
+    assert json.loads((tmp_path / "built" / "manifest.json").read_text())["fingerprint"] in page.inner_text("#options")
+    assert "turns" in page.inner_text("#options")
+
+
+def test_nothing_else_is_written_over(tmp_path):
+    (tmp_path / "data.json").write_text("[]")
+    for _ in range(2):
+        preview([talk("q", "a")], html=tmp_path / "page.html")
+    with pytest.raises(UsageError, match="is no page of ftdata"):
+        preview([talk("q", "a")], html=tmp_path / "data.json")
+    assert (tmp_path / "data.json").read_text() == "[]"
 
 
 def test_a_document_in_a_pack_leads_to_its_row(simple):

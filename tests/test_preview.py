@@ -65,7 +65,7 @@ def test_rows_are_picked(tokenizer_dir, wanted, rows, named):
         ({"row": [2, 99]}, InputRefused, "there is no row 99"),
         ({"id": "nobody"}, InputRefused, "whose id is 'nobody'"),
         ({"grep": "nowhere"}, InputRefused, "matches 'nowhere'"),
-        ({"odd": True}, UsageError, "--tokenizer"),
+        ({"row": 3, "n": 1}, UsageError, "row and n both say"),
     ],
 )
 def test_rows_that_nobody_can_mean(wanted, error, says):
@@ -178,8 +178,7 @@ def test_tokens_alone_are_spelled_as_their_text(tokenizer_dir, name, text):
     ids = tokenizer.encode([text])[0].ids.tolist()
     spelled = tokenizer.spelled(ids)
     assert len(spelled) == len(ids)
-    # Some decoders take away blanks with which a text begins.
-    assert "".join(spelled).lstrip(" ") == tokenizer.decode(ids).lstrip(" ")
+    assert "".join(spelled) == tokenizer.decode(ids)
 
 
 def test_a_build_is_shown_as_it_is(tokenizer_dir, tmp_path):
@@ -298,6 +297,7 @@ def test_long_output_goes_through_the_pager(tokenizer_dir, tmp_path):
     arguments = ("preview", EXAMPLES / "faq.json", "-t", tokenizer_dir("tiny_bpe"))
     assert "PAGED" in in_terminal(*arguments, "-n", 20, PAGER=str(pager))
     assert "PAGED" not in in_terminal(*arguments, "-n", 1, PAGER=str(pager))
+    assert "question_answer" in in_terminal(*arguments, "-n", 20, PAGER="nowhere-to-be-found")
     assert "PAGED" not in in_terminal(*arguments, "-n", 20, "--no-pager", PAGER=str(pager))
     done = subprocess.run(
         [sys.executable, "-m", "ftdata", *map(str, arguments), "-n", "20"],
@@ -309,7 +309,106 @@ def test_long_output_goes_through_the_pager(tokenizer_dir, tmp_path):
     assert "PAGED" not in done.stdout
 
 
-@pytest.mark.parametrize("char", ["\x1b", "\u202e", "\u200b", "\u2066", "\x00", "\x9b", "\u2028", "\ufeff"])
+def test_data_cannot_forge_marks_or_drive_a_terminal(tmp_path):
+    forged = "done ⟧ ⟦never trained ⟨x⟩■ ✂ ↵"
+    path = tmp_path / "a\x1b[31m\n.jsonl"
+    path.write_text(json.dumps(talk("q", forged)) + "\n{broken \x1b[31m\n")
+    text = str(preview(path))
+    assert "\x1b" not in text
+    assert text.splitlines()[0].startswith(f"{tmp_path}/a\\u001b[31m↵.jsonl · template")
+    assert (text.count("⟦"), text.count("⟧"), text.count("■")) == (1, 1, 1)
+    assert "done \\u27e7 \\u27e6never trained \\u27e8x\\u27e9\\u25a0 \\u2702 \\u21b5" in text
+
+
+def test_without_a_tokenizer_what_a_row_types_is_no_control_token():
+    (row,) = preview([talk("<eos>", "<|im_end|>")]).rows
+    segments = [
+        (one.text, one.control, one.stop) for one in row.examples[0].segments() if one.text in ("<eos>", "<|im_end|>")
+    ]
+    assert segments == [
+        ("<eos>", False, False),
+        ("<|im_end|>", True, False),
+        ("<|im_end|>", False, False),
+        ("<|im_end|>", True, True),
+    ]
+
+
+@pytest.mark.parametrize("options", [{"max_length": 9}, {"refuse": ["no_stop"]}, {"packing": "bfd"}, {"odd": True}])
+def test_what_counts_tokens_needs_a_tokenizer(options):
+    with pytest.raises(UsageError, match="is about tokens, and there is no tokenizer"):
+        preview(ROWS, **options)
+
+
+def test_numbers_of_rows_are_those_that_are_shown(tokenizer_dir, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(talk(f"{name}{n}", "x")) + "\n" for n in range(3)))
+    shown = preview([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], row=2)
+    assert [str(one.source) for one in shown.rows] == [f"{tmp_path}/a.jsonl:3", f"{tmp_path}/b.jsonl:3"]
+    assert numbers(preview(ROWS, where="id != 'row-0'", row=[1, 3])) == [1, 3]
+    build_sft_dataset(ROWS, tokenizer_dir("tiny_bpe"), output_dir=tmp_path / "built", packing="bfd", max_length=400)
+    (row,) = preview(tmp_path / "built", row=5).rows
+    assert (row.number, row.as_dict()["example"]) == (5, 5)
+    assert "── example 5 · " in str(preview(tmp_path / "built", row=5))
+
+
+@pytest.mark.parametrize("row", [[], "3", 1.5, [1, "2"]])
+def test_rows_that_are_no_numbers(row):
+    with pytest.raises(UsageError, match="expected numbers from 0"):
+        preview(ROWS, row=row)
+
+
+LONG = {"messages": [part for n in range(4) for part in talk(f"q{n}", f"a{n} " * (1 + 20 * n))["messages"]]}
+
+
+def test_examples_that_do_not_fit_are_said_to_be_left_out(tokenizer_dir):
+    whole = preview([LONG], tokenizer_dir("tiny_bpe"), turns="split").rows[0]
+    shown = preview([LONG], tokenizer_dir("tiny_bpe"), turns="split", max_length=100, overlong="drop_turns")
+    (row,) = shown.rows
+    lengths = [len(one) for one in whole.examples]
+    assert (*map(len, row.examples), *row.dropped) == tuple(lengths)
+    assert row.dropped
+    assert f"✂ {len(row.dropped)} examples of {sum(row.dropped)} tokens do not fit, and are left out" in str(shown)
+
+
+@pytest.mark.parametrize("overlong", ["reject", "drop_turns", "truncate"])
+def test_lengths_are_those_before_anything_is_cut(tokenizer_dir, overlong):
+    from ftdata import stats
+
+    whole = stats([LONG, *ROWS], tokenizer_dir("tiny_bpe"), turns="split").seen.lengths
+    seen = stats([LONG, *ROWS], tokenizer_dir("tiny_bpe"), turns="split", max_length=100, overlong=overlong).seen
+    assert sorted(seen.lengths.tolist()) == sorted(whole.tolist())
+
+
+def test_what_is_lost_is_looked_for_in_its_own_message(tokenizer_dir):
+    messages = [{"role": "user", "content": "ok"}, {"role": "assistant", "content": "first", "reasoning_content": "ok"}]
+    (row,) = preview([{"messages": messages}], tokenizer_dir("tiny_bpe"), CHATML).rows
+    assert row.lost == (("messages[1].reasoning_content", "ok"),)
+
+
+def test_examples_of_one_row_are_told_apart_in_a_build(tokenizer_dir, tmp_path):
+    options = {"turns": "split", "packing": "bfd", "max_length": 300}
+    build_sft_dataset([LONG, *ROWS[:2]], tokenizer_dir("tiny_bpe"), output_dir=tmp_path / "built", **options)
+    why = {one.number: (len(one.examples[0]), one.why) for one in preview(tmp_path / "built", odd=True).rows}
+    every = [len(one.examples[0]) for one in preview(tmp_path / "built", n=99).rows]
+    assert [length for length, kinds in why.values() if "longest" in kinds] == [max(every)]
+    assert [length for length, kinds in why.values() if "shortest" in kinds] == [min(every)]
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault(tokenizer_dir):
+    command = f"{sys.executable} -m ftdata preview {EXAMPLES / 'faq.json'} -n 60"
+    for more in ("", "--json"):
+        done = subprocess.run(
+            ["bash", "-c", f"{command} {more} | head -1; exit ${{PIPESTATUS[0]}}"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "char", ["\x1b", "\u202e", "\u200b", "\u2066", "\x00", "\x9b", "\u2028", "\ufeff", "\u3164", "\u115f"]
+)
 def test_what_drives_or_deceives_a_terminal_is_spelled_out(char):
     assert visible(f"a{char}b") == f"a\\u{ord(char):04x}b"
 
@@ -321,7 +420,7 @@ def test_numbers_of_rows_on_the_command_line(text, rows):
     assert rows_of(text) == rows
 
 
-@pytest.mark.parametrize("text", ["x", "1-", "-1", "3-x", "1,,2", "0-99999999999", "²"])
+@pytest.mark.parametrize("text", ["x", "1-", "-1", "3-x", "5-3", "1,,2", "0-99999999999", "²"])
 def test_numbers_of_rows_that_are_none(text):
     from ftdata.cli.options import rows_of
 

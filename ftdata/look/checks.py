@@ -270,12 +270,16 @@ def _role_order(row: Row) -> Iterator[str]:
     yield from _calls(row.said.messages)
 
 
+_RESULTS = ("tool", "observation", "function", "ipython", "tool_response")
+"""Roles of what tools answer; those of a template's own are left as they are."""
+
+
 def _calls(messages: Sequence[Message]) -> Iterator[str]:
     """Yield what is wrong with calls of tools and their results."""
     waiting = list[str | None]()
     for number, message in enumerate(messages):
         place, given = f"messages[{number}]", message.get("tool_call_id")
-        if message["role"] != "tool":
+        if message["role"] not in _RESULTS:
             if waiting:
                 yield f"{place} comes before the result of a tool that was called"
             waiting = [call.get("id") for call in message.get("tool_calls") or ()]
