@@ -20,15 +20,14 @@ HEAD = """# What `ftdata audit` looks for
     ftdata audit data.jsonl -t MODEL --ignore script --fail-on warning --format github
 
 An *error* says that what is trained is wrong, a *warning* that it likely is, a *note* what is good to know. Rows that
-are [refused](errors.md) are errors, by their own codes. `--format` is `text`, `json`, `sarif` (2.1.0) or `github`
-(annotations); each finding names its first ten rows (as text five) by file and line, or row. Codes stay as they are. In Python:
-`ftdata.audit(...)` returns the same report.
+are [refused](errors.md) are errors, by their own codes, even where a check of the same code is a warning. `--format` is
+`text`, `json`, `sarif` (2.1.0) or `github` (annotations); each finding names its first ten rows (as text five) by file
+and line, or row. Codes stay as they are. In Python: `ftdata.audit(...)` returns the same report.
 
-Rows of splits that are not for training, and of `--against`, are held out: they are compared with those that are trained
-on, token by token; `--near` compares words. Rows of a build are those of the data that it was made of, wherever packs hold
-their examples. A row that is refused is told as an error even where a check of the same code is a warning.
-
-Checks marked † need messages, or what was decided when a build was made, so a build is not asked for them.
+Rows of splits that are not for training, and of `--against`, are held out: they are compared with those that are
+trained on, token by token; `--near` compares words. Rows of a build are those of the data that it was made of,
+wherever packs hold their examples. Checks marked † need messages, or what was decided when a build was made, so a
+build is not asked for them.
 
 | code | severity | of | says | way out | asked by |
 |---|---|---|---|---|---|

@@ -178,7 +178,8 @@ def test_tokens_alone_are_spelled_as_their_text(tokenizer_dir, name, text):
     ids = tokenizer.encode([text])[0].ids.tolist()
     spelled = tokenizer.spelled(ids)
     assert len(spelled) == len(ids)
-    assert "".join(spelled) == tokenizer.decode(ids)
+    # Some decoders take away blanks with which a text begins.
+    assert "".join(spelled) in (tokenizer.decode(ids), text)
 
 
 def test_a_build_is_shown_as_it_is(tokenizer_dir, tmp_path):
