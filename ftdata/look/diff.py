@@ -6,7 +6,7 @@ Two passes: the first keeps a few bytes of each row and tells which rows differ,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import SequenceMatcher
 from itertools import islice, pairwise, zip_longest
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 import yaml
 from numpy.typing import NDArray
 from rich.console import Console
@@ -22,9 +21,21 @@ from rich.text import Text
 
 from ftdata.config import load_config, parse_yaml
 from ftdata.errors import InputRefused, UsageError, one_of
-from ftdata.examples import Batch
 from ftdata.look import built
 from ftdata.look.page import Page, flat, write_page
+from ftdata.look.prints import (
+    KINDS,
+    LABELS,
+    MOST_ROWS,
+    MOVED,
+    NEITHER,
+    REPEATED,
+    SAME,
+    TOKENS,
+    keys_of,
+    kinds_of,
+    prints_of,
+)
 from ftdata.look.side import Side, side_of
 from ftdata.look.survey import Progress
 from ftdata.look.terminal import as_text, is_plain
@@ -32,16 +43,12 @@ from ftdata.look.views import RowView, View, view
 from ftdata.readers.streams import STDIN
 from ftdata.recipe import Options
 from ftdata.tokenize import Tokenizer
-from ftdata.types import Example, Reject
+from ftdata.types import Reject
 
-SAME, LABELS, TOKENS = "same", "labels differ", "tokens differ"
-MOVED, REPEATED = "in another split", "another number of times"
-ONLY_A, ONLY_B, NEITHER = "only in A", "only in B", "rejected by both"
-KINDS = (SAME, LABELS, TOKENS, MOVED, REPEATED, ONLY_A, ONLY_B, NEITHER)
 _DECIDES = ("template", "date", "template_kwargs", "where", "limit", *(each.name for each in fields(Options)))
 """Options that decide what a row becomes, or whether it is read."""
 
-_CONTEXT, _MOST_COMPARED, _MOST_ROWS = 8, 4000, 1 << 40
+_CONTEXT, _MOST_COMPARED = 8, 4000
 
 
 class Edit(NamedTuple):
@@ -181,12 +188,12 @@ def diff(
         a = {**a, "data": kept}
     sides = _side(a), _side(b)
     by_text = sides[0].recipe.tokenizer.fingerprint != sides[1].recipe.tokenizer.fingerprint
-    prints = [_prints(side, progress, by_text=by_text) for side in sides]
+    prints = [prints_of(side, progress, by_text=by_text) for side in sides]
     if not any(one.tokens[0] for one in prints):
         raise InputRefused("nothing_built", "neither side has a row that can be built, so there is nothing to compare")
-    keys = _keys([one.paths for one in prints])
+    keys = keys_of([one.paths for one in prints])
     rows = [one.by_row(own) for one, own in zip(prints, keys, strict=True)]
-    kinds = _kinds(*rows)
+    kinds = kinds_of(*rows)
     both = set(rows[0][0].tolist()) & set(rows[1][0].tolist())
     count = Counter(kinds.values())
     count[SAME] = len(both) - sum(count[kind] for kind in (LABELS, TOKENS, MOVED, REPEATED))
@@ -259,145 +266,12 @@ def _side(given: Any) -> Side:
     return side_of(**{**given, "data": list(data) if isinstance(data, Iterator) else data})
 
 
-@dataclass(frozen=True)
-class Prints:
-    """What tells examples of one side from those of the other; uint64 `[examples]` each where nothing else is said.
-
-    Attributes:
-        paths: the names of the sources, by number.
-        source: int64 `[examples]`, the number of the source of each.
-        row: int64 `[examples]`, the number of the row there.
-        split: hashes of the split.
-        first: hashes of the tokens; across tokenizers, of the text.
-        second: hashes of the labels; across tokenizers, of what is trained of the text.
-        rejected: source and row of each that was rejected.
-        tokens: how many there are on this side, and how many are trained.
-    """
-
-    paths: Sequence[str]
-    source: NDArray[np.int64]
-    row: NDArray[np.int64]
-    split: NDArray[np.uint64]
-    first: NDArray[np.uint64]
-    second: NDArray[np.uint64]
-    rejected: Sequence[tuple[int, int]]
-    tokens: tuple[int, int]
-
-    def by_row(self, keys: Mapping[str, int]) -> Rows:
-        """Return the rows: their keys, what tells each from that of the other side, and where it comes first.
-
-        Of several examples of a row the sums are told: in which order packs hold them is no difference.
-        """
-        own = np.asarray([keys[path] for path in self.paths], np.int64)
-        rows, first, which, counts = np.unique(
-            own[self.source] * _MOST_ROWS + self.row, return_index=True, return_inverse=True, return_counts=True
-        )
-        sums = []
-        for values in (self.first, self.second, self.split):
-            sums.append(total := np.zeros(len(rows), np.uint64))
-            np.add.at(total, which.reshape(-1), values)
-        return rows, sums[0], sums[1], sums[2], counts.astype(np.uint64), first
-
-    def rejected_as(self, keys: Mapping[str, int]) -> set[int]:
-        """Return the keys of the rows that were rejected."""
-        return {keys[self.paths[source]] * _MOST_ROWS + row for source, row in self.rejected}
-
-
-Rows = tuple[NDArray[Any], ...]
-
-
-def _keys(paths: Sequence[Sequence[str]]) -> list[dict[str, int]]:
-    """Return, for each side, the number of each source: the same where it is the same data.
-
-    It is where the path is; else where one file alone on each side has the name; or where just one source is left.
-    """
-    left, right = ([*dict.fromkeys(own)] for own in paths)
-    keys = [
-        {path: number for number, path in enumerate(left)},
-        {path: left.index(path) for path in right if path in left},
-    ]
-    ways: tuple[Callable[[str], str], ...] = (lambda path: Path(path).name, lambda _: "")
-    for name in ways:
-        open_a = [path for path in left if path not in right and keys[0][path] not in keys[1].values()]
-        open_b = [path for path in right if path not in keys[1]]
-        for path in open_b:
-            own = [other for other in open_a if name(other) == name(path)]
-            if len(own) == 1 and sum(name(other) == name(path) for other in open_b) == 1:
-                keys[1][path] = keys[0][own[0]]
-    for path in right:
-        keys[1].setdefault(path, len(left) + len(keys[1]))
-    return keys
-
-
-def _prints(side: Side, progress: Progress | None, *, by_text: bool) -> Prints:
-    columns: tuple[list[int], ...] = ([], [], [], [], [])
-    paths, splits, rejected = dict[str, int](), [split for _, split in side.names], list[tuple[int, int]]()
-    digests = [xxhash.xxh3_64_intdigest(split.encode()) for split in splits]
-    rows = tokens = trained = 0
-    for step in side.steps():
-        batch = step.batch
-        rows, tokens = rows + len(batch), tokens + int(batch.columns.lengths.sum())
-        trained += int(batch.columns.learnt.sum())
-        numbers = np.repeat(np.broadcast_to(step.source, len(batch.counts)), batch.counts).tolist()
-        for one, number in zip(batch.columns.sources, numbers, strict=True):
-            columns[0].append(paths.setdefault(one.path, len(paths)))
-            columns[1].append(one.row)
-            columns[2].append(digests[number])
-        for pair in _texts(batch) if by_text else _tokens(batch):
-            columns[3].append(pair[0])
-            columns[4].append(pair[1])
-        rejected += ((paths.setdefault(reject.source.path, len(paths)), reject.source.row) for reject in batch.rejects)
-        if progress:
-            progress(rows, tokens, step.share)
-    for reject in built.rejects_of(side.folder) if side.folder else ():
-        rejected.append((paths.setdefault(reject.source.path, len(paths)), reject.source.row))
-    source, row = (np.asarray(one, np.int64) for one in columns[:2])
-    split, first, second = (np.asarray(one, np.uint64) for one in columns[2:])
-    return Prints([*paths], source, row, split, first, second, rejected, (tokens, trained))
-
-
-def _tokens(batch: Batch) -> Iterator[tuple[int, int]]:
-    columns, digest = batch.columns, xxhash.xxh3_64_intdigest
-    for start, end in pairwise(np.append(0, np.cumsum(columns.lengths)).tolist()):
-        yield digest(columns.ids[start:end].tobytes()), digest(columns.trained[start:end].tobytes())
-
-
-def _texts(batch: Batch) -> Iterator[tuple[int, int]]:
-    digest = xxhash.xxh3_64_intdigest
-    for number in range(len(batch.conversations)):
-        for one in batch.built(number).examples:
-            learnt = "".join(one.text[start:end] for start, end in _runs(one))
-            yield digest(one.text.encode("utf-8", "replace")), digest(learnt.encode("utf-8", "replace"))
-
-
-def _runs(example: Example) -> Iterator[tuple[int, int]]:
-    """Yield where the stretches of text stand that are trained."""
-    edges = np.flatnonzero(np.diff(example.trained, prepend=False, append=False))
-    for first, last in edges.reshape(-1, 2).tolist():
-        yield int(example.offsets[first, 0]), int(example.offsets[last - 1, 1])
-
-
-def _kinds(a: Rows, b: Rows) -> dict[int, str]:
-    """Return how each row differs that does."""
-    kinds = dict.fromkeys(np.setdiff1d(a[0], b[0]).tolist(), ONLY_A)
-    kinds |= dict.fromkeys(np.setdiff1d(b[0], a[0]).tolist(), ONLY_B)
-    both, at_a, at_b = np.intersect1d(a[0], b[0], return_indices=True)
-    _, first_a, second_a, split_a, count_a, _ = (column[at_a] for column in a)
-    _, first_b, second_b, split_b, count_b, _ = (column[at_b] for column in b)
-    # Sums of the same, each taken so often, are to each other as these numbers; all of it is modulo 2 ** 64.
-    tokens, labels = first_a * count_b != first_b * count_a, second_a * count_b != second_b * count_a
-    rules = ((tokens, TOKENS), (labels, LABELS), (count_a != count_b, REPEATED), (split_a != split_b, MOVED))
-    for differ, kind in reversed(rules):
-        kinds |= dict.fromkeys(both[differ].tolist(), kind)
-    return kinds
-
-
 def _shown(side: Side, keys: Mapping[str, int], wanted: set[int]) -> dict[int, RowView]:
     """Return the rows of a side that are wanted, those that it rejects among them."""
     found = dict[int, RowView]()
     for step in side.steps():
         for number, said in enumerate(step.batch.conversations):
-            if (key := keys[said.source.path] * _MOST_ROWS + said.source.row) in wanted:
+            if (key := keys[said.source.path] * MOST_ROWS + said.source.row) in wanted:
                 row = view(step.batch.built(number), side.recipe)
                 known = found.get(key)
                 found[key] = replace(known, examples=(*known.examples, *row.examples)) if known else row
@@ -413,7 +287,7 @@ def _add_rejects(
     found: dict[int, RowView], rejects: Iterable[Reject], side: Side, keys: Mapping[str, int], wanted: set[int]
 ) -> None:
     for reject in rejects:
-        if (key := keys[reject.source.path] * _MOST_ROWS + reject.source.row) in wanted:
+        if (key := keys[reject.source.path] * MOST_ROWS + reject.source.row) in wanted:
             found.setdefault(key, view(reject, side.recipe))
 
 
