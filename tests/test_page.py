@@ -3,6 +3,9 @@
 import json
 import random
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -437,3 +440,15 @@ def test_a_notebook_shows_rows_without_a_script(opened, tmp_path):
     assert page.inner_text("mark") == "an answer <b>bold</b><|im_end|>"
     assert "<script>" in page.inner_text("pre")
     assert page.title() != "taken"
+
+
+def test_the_pictures_of_the_docs_can_be_made(tmp_path):
+    """`python docs/look.py` makes them anew."""
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, root / "docs" / "look.py", tmp_path / "look"], check=True, capture_output=True)
+    made = {path.name: path.stat().st_size for path in (tmp_path / "look").iterdir()}
+    assert set(made) == {path.name for path in (root / "docs" / "look").iterdir()}
+    named = set(re.findall(r"\(look/([\w.-]+)\)", (root / "docs" / "look.md").read_text()))
+    assert named == set(made)
+    assert min(made.values()) > 2000
+    assert all("@font-face" not in path.read_text() for path in (tmp_path / "look").glob("*.svg"))
