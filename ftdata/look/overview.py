@@ -82,9 +82,8 @@ def overview(side: Side, most: int | None, packing: str | None, progress: Progre
         said = {"fingerprint of the options": digest, **flat(options)}
     else:
         names = built.splits_of(side.folder)
-        packs = (
-            _stored(side.folder, names, recipe.max_length) if side.options["packing"] and recipe.max_length else None
-        )
+        packed = side.options["packing"] and recipe.max_length
+        packs = _stored(side.folder, names, recipe.max_length or 0) if packed else None
         said = {"fingerprint": read_manifest(side.folder)["fingerprint"], **flat(side.options)}
     return _page(side.title, _rows(first, odd, side.recipe), recipe, seen, packs, said)
 
@@ -131,7 +130,7 @@ def _page(
 
 
 def _said(rows: Sequence[RowView], seen: Survey) -> str:
-    what, there = ("rows", seen.rows) if seen.read is None else ("examples", len(seen.numbers))
+    what, there = ("rows", seen.rows) if seen.read is None else ("examples", len(seen.numbers.tokens))
     shown = len(rows) if seen.read is None else sum(row.number is not None for row in rows)
     return f"{shown:,} of {there:,} {what} are in this page" if shown < there else ""
 

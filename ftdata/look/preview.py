@@ -304,10 +304,11 @@ def _finished(page: Page, wanted: Wanted, html: str | Path | None) -> Preview:
     if missing := sorted((wanted.numbers or frozenset()) - there):
         raise InputRefused("no_such_row", f"there is no row {', '.join(map(str, missing))}")
     if not page.rows:
-        what = ""
+        what = "are no rows"
         if wanted.id is not None or wanted.grep is not None:
-            what = f" whose id is {wanted.id!r}" if wanted.id is not None else f" that matches {wanted.grep!r}"
-        raise InputRefused("no_such_row", f"there is no row{what}")
+            whose = f"whose id is {wanted.id!r}" if wanted.id is not None else f"that matches {wanted.grep!r}"
+            what = f"is no row {whose}"
+        raise InputRefused("no_such_row", f"there {what}")
     if html is not None:
         write_page(html, page)
     return Preview(page.title, tuple(page.rows), tuple(page.warnings))
