@@ -75,7 +75,7 @@ def policy_of(train_on: str | Policy, train_parts: Sequence[str] | None = None) 
     policy = policy if is_ours(policy) else _checked(policy)
     if train_parts is None:
         return policy
-    if isinstance(train_parts, str) or not train_parts:
+    if isinstance(train_parts, str) or not isinstance(train_parts, Iterable) or not train_parts:
         raise UsageError("train_parts", f"train_parts is {train_parts!r}, expected a list of {', '.join(PARTS)}")
     for name in train_parts:
         one_of("train_parts", name, PARTS)

@@ -94,9 +94,11 @@ class Options:
         for flag in self.refuse:
             one_of("refuse", flag, FLAGS)
         one_of("overlong", self.overlong, OVERLONG)
+        if not isinstance(self.schema, str):
+            raise UsageError("schema", f"schema is {self.schema!r}, expected a name, or auto")
         if self.schema != "auto":
             schemas.get(self.schema)
-        if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 2):
+        if self.max_length is not None and (not isinstance(self.max_length, int) or not 2 <= self.max_length < 1 << 31):
             raise UsageError("max_length", f"max_length is {self.max_length!r}, expected a whole number from 2")
         check_columns(self.columns)
         policy_of(self.train_on, self.train_parts)

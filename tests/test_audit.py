@@ -378,6 +378,15 @@ def test_sarif_names_rules_files_and_lines(tokenizer, tmp_path):
     assert f"equal to {path}:1" in result["message"]["text"]
 
 
+def test_names_of_files_drive_no_terminal(tokenizer, tmp_path):
+    path = tmp_path / "we\x1b[31mird\n::error::f.jsonl"
+    path.write_text(json.dumps(talk("q", "N/A")) + "\n")
+    report = audit(path, tokenizer())
+    for text in (str(report), report.as_github()):
+        assert "\x1b" not in text
+        assert "\n::error" not in text
+
+
 def test_annotations_cannot_be_broken_out_of(tokenizer, tmp_path):
     path = tmp_path / "a,b:c%.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in (PLAIN, talk("q", "N/A"))))
@@ -460,7 +469,7 @@ def test_what_is_held_out(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["Ã–sterreich", "â†’ next", "5 â‚¬", "Â¡Hola!", "it\x92s", "NoÃ«l", "РџСЂРёРІРµС‚", "ÎºÎ±Î»Î·Î¼Î­ÏÎ±",
-    "×©×œ×•×", "Ù…Ø±Ø­Ø¨Ø§", "ì•ˆë…•", "à¤¨à¤®", "ðŸ˜€", "ã\x81\x93ã\x82\x93"])  # fmt: skip
+    "×©×œ×•×", "Ù…Ø±Ø­Ø¨Ø§", "ì•ˆë…•", "à¤¨à¤®", "ðŸ˜€", "MiÄ™dzy", "sÅ‚owami", "PÅ™iÅ¡el", "yaÅŸÄ±yorum", "Ä‘Æ°á»", "È˜i", "itâ€™s", "ã\x81\x93ã\x82\x93"])  # fmt: skip
 def test_wrong_encodings(text):
     assert detect.mojibake(text)
 

@@ -149,6 +149,76 @@ def test_files_of_one_name_are_kept_apart(data, tokenizer_dir, tmp_path):
     assert not diff({"data": data, "tokenizer": tokenizer}, {"data": str(other), "tokenizer": tokenizer})
 
 
+def test_examples_of_a_row_are_paired_whatever_pack_holds_them(tokenizer_dir, tmp_path):
+    rows = [
+        {"messages": talk(*(f"{word}{n} " * (1 + 7 * turn) for turn in range(4) for word in "qa"))} for n in range(9)
+    ]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    side = {
+        "data": str(path),
+        "tokenizer": tokenizer_dir("tiny_bpe"),
+        "turns": "split",
+        "train_on": "all",
+        "max_length": 600,
+    }
+    build_sft_dataset(
+        path, side["tokenizer"], turns="split", max_length=600, packing="bfd", shuffle=True, output_dir=tmp_path / "b"
+    )
+    found = diff(side, tmp_path / "b", n=9)
+    assert +Counter(found.rows) == {"labels differ": 9}
+    for one in found.changed:
+        assert [view.ids.tolist() for view in one.a.examples] == [view.ids.tolist() for view in one.b.examples]
+        assert all(len(edits) <= 2 for edits in one.edits)
+
+
+def test_files_of_equal_names_that_moved_together_are_paired_in_order(tokenizer_dir, tmp_path, monkeypatch):
+    for place in "abcd":
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "x.jsonl").write_text(
+            json.dumps({"messages": talk("q", "ac" if place in "ac" else "bd")}) + "\n"
+        )
+    monkeypatch.chdir(tmp_path)
+    side = lambda *names: {"data": [f"{name}/x.jsonl" for name in names], "tokenizer": tokenizer_dir("tiny_bpe")}
+    assert not diff(side("a", "b"), side("c", "d"))
+    assert not diff(side("a", "b"), {**side(), "data": [str(tmp_path / name / "x.jsonl") for name in "ba"]})
+
+
+def test_a_file_that_is_there_twice_is_shown_twice(data, tokenizer_dir):
+    side = {"data": data, "tokenizer": tokenizer_dir("tiny_bpe"), "limit": 2}
+    found = diff({**side, "data": [data, data]}, side)
+    assert +Counter(found.rows) == {"another number of times": 2}
+    assert [(len(one.a.examples), len(one.b.examples)) for one in found.changed] == [(2, 1)] * 2
+
+
+def test_across_tokenizers_only_what_is_trained_is_outlined(data, tokenizer_dir):
+    a = {"data": data, "tokenizer": tokenizer_dir("tiny_bpe"), "template": CHATML}
+    (changed, *_) = diff(a, {**a, "tokenizer": tokenizer_dir("qwen"), "train_on": "last_assistant"}).changed
+    for view, places in (
+        (changed.a.examples[0], [edit.in_a for edit in changed.edits[0]]),
+        (changed.b.examples[0], [edit.in_b for edit in changed.edits[0]]),
+    ):
+        assert "".join(view.part(*place).text for place in places) == "a1<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "schema=[]",
+        "schema=null",
+        "columns=x",
+        "train_parts=5",
+        "limit=99999999999999999999",
+        "max_length=99999999999999999999",
+        "turns=[",
+        "refuse=x",
+    ],
+)
+def test_values_that_no_option_has_are_one_line(data, tokenizer_dir, change):
+    done = run(data, "-t", tokenizer_dir("tiny_bpe"), "--set", change)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+
+
 def test_data_that_can_be_read_once_is_kept(tokenizer_dir):
     rows = iter(ROWS)
     side = {"data": rows, "tokenizer": tokenizer_dir("tiny_bpe")}

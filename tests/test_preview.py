@@ -352,6 +352,38 @@ def test_numbers_of_rows_are_those_that_are_shown(tokenizer_dir, tmp_path):
     assert "── example 5 · " in str(preview(tmp_path / "built", row=5))
 
 
+def test_any_column_that_names_rows_does():
+    rows = [{**talk("q", "a"), "id": 7.0, "uuid": "u-1"}, {**talk("q", "a"), "id": 8, "uuid": "u-2"}]
+    assert [numbers(preview(rows, id=one)) for one in ("7", "8", "u-1", "u-2")] == [[0], [1], [0], [1]]
+
+
+def test_stops_are_told_whatever_is_trained(tokenizer_dir):
+    (row,) = preview([talk("q", "a")], tokenizer_dir("tiny_bpe"), train_on="all").rows
+    assert [one.text for one in row.examples[0].segments() if one.stop] == ["<|im_end|>"]
+
+
+def test_a_build_says_what_was_cut(tokenizer_dir, tmp_path):
+    build_sft_dataset(
+        [talk("q", "word " * 50)],
+        tokenizer_dir("tiny_bpe"),
+        output_dir=tmp_path / "b",
+        max_length=40,
+        overlong="truncate",
+    )
+    assert re.search(r"✂ \d+ tokens cut", str(preview(tmp_path / "b")))
+
+
+def test_a_notebook_is_told_what_a_terminal_is(tokenizer_dir):
+    messages = [
+        {"role": "user", "content": "ok"},
+        {"role": "assistant", "content": "first", "reasoning_content": "a secret"},
+    ]
+    html = preview([{"messages": messages}], tokenizer_dir("tiny_bpe"), CHATML)._repr_html_()
+    assert "messages[1].reasoning_content: a secret" in html
+    assert "flags: reasoning_dropped" in html
+    assert "tokens trained" in html
+
+
 @pytest.mark.parametrize("row", [[], "3", 1.5, [1, "2"]])
 def test_rows_that_are_no_numbers(row):
     with pytest.raises(UsageError, match="expected numbers from 0"):

@@ -68,7 +68,9 @@ def progress_bar() -> Iterator[Any]:
         TextColumn("left:"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # Where nobody is watching, even an empty line is one too many.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("build", total=None, rows=0, tokens=0, rows_each=0, tokens_each=0)
 
         def update(rows: int, tokens: int, share: float | None) -> None:

@@ -18,12 +18,13 @@ from rich.text import Text
 
 from ftdata import similar
 from ftdata._version import __version__
-from ftdata.errors import InputRefused, UsageError, one_of
+from ftdata.errors import InputRefused, UsageError, one_of, printable
 from ftdata.examples import Batch
 from ftdata.look import detect
 from ftdata.look.checks import SEVERITIES, Check, Data, Row, Setting, checks
 from ftdata.look.side import Side, side_of
 from ftdata.look.survey import Numbers, Progress, Survey, groups_of, survey
+from ftdata.look.views import line
 from ftdata.readers.streams import STDIN
 from ftdata.recipe import Recipe
 from ftdata.templates.child import verify
@@ -76,11 +77,11 @@ class Finding:
     def __str__(self) -> str:
         rows = f"{self.count:,} × " if self.places else ""
         lines = [f"{rows}{self.says}"]
-        lines += [f"{place.source}{f': {place.says}' if place.says else ''}" for place in self.places[:_TOLD]]
+        lines += [line(f"{place.source}{f': {place.says}' if place.says else ''}") for place in self.places[:_TOLD]]
         if self.places and self.count > _TOLD:
             lines.append(f"and {self.count - _TOLD:,} more")
         lines.append(f"Fix: {self.fix}")
-        return "\n".join([f"{self.severity} {self.code}", *(f"{_INDENT}{line}" for line in lines)])
+        return "\n".join([f"{self.severity} {self.code}", *(f"{_INDENT}{one}" for one in lines)])
 
 
 @dataclass(frozen=True)
@@ -120,13 +121,13 @@ class AuditReport:
 
     def print(self, console: Console) -> None:
         """Print to a rich console; what is longer than a line of a terminal goes on below itself."""
-        for line in str(self).splitlines():
-            head, blank, code = line.partition(" ")
+        for told in str(self).splitlines():
+            head, blank, code = told.partition(" ")
             style = _STYLES.get(head, "")
             if not console.is_terminal:
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
-            elif line.startswith(_INDENT):
-                console.print(Padding(Text(line.strip()), (0, 0, 0, len(_INDENT))))
+                console.print(told, highlight=False, markup=False, soft_wrap=True)
+            elif told.startswith(_INDENT):
+                console.print(Padding(Text(told.strip()), (0, 0, 0, len(_INDENT))))
             else:
                 console.print(Text.assemble((head, style), blank, code))
 
@@ -141,7 +142,9 @@ class AuditReport:
             }
             for one in self.findings
         ]
-        driver = {"name": "ftdata", "version": __version__, "rules": rules}
+        # A code may be that of a check and of rows that are rejected: the worst comes first, and is the rule.
+        only = list({rule["id"]: rule for rule in reversed(rules)}.values())[::-1]
+        driver = {"name": "ftdata", "version": __version__, "rules": only}
         results = [
             {
                 "ruleId": finding.code,
@@ -163,8 +166,8 @@ class AuditReport:
             for place in _places(finding):
                 at = ""
                 if place and place.source.path != STDIN:
-                    line = f"line={place.source.line}," if place.source.line else ""
-                    at = f"file={_escaped(place.source.path, ':,')},{line}"
+                    where = f"line={place.source.line}," if place.source.line else ""
+                    at = f"file={_escaped(place.source.path, ':,')},{where}"
                 lines.append(f"::{kind} {at}title={_escaped(finding.code, ':,')}::{_escaped(_told(finding, place))}")
         return "\n".join(lines)
 
@@ -188,6 +191,7 @@ def _location(source: Source) -> dict[str, Any]:
 
 
 def _escaped(text: str, more: str = "") -> str:
+    text = printable(text)
     for sign in ("%", "\r", "\n", *more):
         text = text.replace(sign, f"%{ord(sign):02X}")
     return text

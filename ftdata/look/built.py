@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
@@ -109,8 +110,26 @@ def recipe_of(folder: Path, tokenizer: Any = None) -> Recipe:
 
 
 def splits_of(folder: Path) -> list[str]:
-    """Return the names of a build's splits, in its order."""
-    return list(orjson.loads((folder / "dataset_dict.json").read_bytes())["splits"])
+    """Return the names of a build's splits, in its order.
+
+    Raises:
+        InputRefused: the build is damaged.
+    """
+    with _whole(folder / "dataset_dict.json"):
+        splits = orjson.loads((folder / "dataset_dict.json").read_bytes())["splits"]
+        if not splits or not all(isinstance(name, str) and (folder / name).is_dir() for name in splits):
+            raise ValueError("it names no splits that are there")
+        return list(splits)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Say that a build is damaged where a file of it cannot be read."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+        found = f"{path} cannot be read: {' '.join(str(error).split())}"
+        raise InputRefused("damaged_build", found, hint="build it again") from None
 
 
 def documents(folder: Path, splits: Sequence[str]) -> Iterator[Document]:
@@ -239,11 +258,8 @@ def sources_of(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:
     Raises:
         InputRefused: the build is damaged.
     """
-    try:
+    with _whole(folder):
         tables = [pq.read_table(folder / split / "provenance.parquet", columns=["source"]) for split in splits]
-    except (OSError, pa.ArrowException, KeyError) as error:
-        found = f"{folder} cannot be read: {' '.join(str(error).split())}"
-        raise InputRefused("damaged_build", found, hint="build it again") from None
     return [
         (path, split)
         for split, table in zip(splits, tables, strict=True)
@@ -253,17 +269,19 @@ def sources_of(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:
 
 def reported(folder: Path, seen: Survey) -> Survey:
     """Return a survey of a build with what its report says: the rows that were read, and those that were rejected."""
-    report = orjson.loads((folder / "report.json").read_bytes())
     codes = Counter[str]()
-    for ledger in report["sources"]:
-        codes.update(ledger["rejected"])
+    with _whole(folder / "report.json"):
+        report = orjson.loads((folder / "report.json").read_bytes())
+        read = int(report["read"])
+        for ledger in report["sources"]:
+            codes.update(ledger["rejected"])
     rejects, overlong = list[Reject](), list[int]()
     for one in rejects_of(folder):
         rejects += [one] if len(rejects) < MOST_REJECTS else []
         overlong += one.lengths if one.code == "overlong" else ()
     return replace(
         seen.by_row(),
-        read=report["read"],
+        read=read,
         rejected=codes,
         rejects=tuple(rejects),
         overlong=np.asarray(overlong, np.int64),
@@ -271,8 +289,13 @@ def reported(folder: Path, seen: Survey) -> Survey:
 
 
 def rejects_of(folder: Path) -> Iterator[Reject]:
-    """Yield the rows that were rejected when a build was made."""
-    with (folder / "rejects.jsonl").open("rb") as file:
+    """Yield the rows that were rejected when a build was made.
+
+    Raises:
+        InputRefused: the build is damaged.
+    """
+    path = folder / "rejects.jsonl"
+    with _whole(path), path.open("rb") as file:
         for one in map(orjson.loads, file):
             source = Source(one["file"], one["row"], one["line"], one["byte_offset"])
             yield Reject(

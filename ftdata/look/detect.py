@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 _CONTINUED = "\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
+_SIGNS = "¡-ª¬-º¼-¾€‚ƒ„†‡ˆ‰Š‹ŒŽ•˜™š›œžŸ"
 _MOJIBAKE = re.compile(
     "|".join(
         (
             "[\u0080-\u0084\u0086-\u009f]",  # what Windows-1252 has there, read as Latin-1
-            f"â[{_CONTINUED}][{_CONTINUED}]",  # quotation marks, arrows, €, ≤ in UTF-8, read as Windows-1252
+            f"â[€‚„†‡ˆ‰•˜šœ\u0080-\u009f][{_CONTINUED}]",  # quotation marks, arrows, € in UTF-8, read as Windows-1252
             "Ã[\u00a1-\u00aa\u00ac-\u00ba\u00bc-\u00beŸŒŽšž]|(?<![A-ZÀ-Þ])Ã\u00a0",  # é ü ñ ß, à
             "Ã[‡„…–˜‰Šœ›](?=[a-z])|(?<=[a-z])Ã[«»](?=[a-z])",  # Ç Ä Å Ö Ø before a small letter
-            "Â[\u00a0-\u00bf€]",
+            "Â[¡-ª¬-º¼-¿€]|(?<![A-ZÀ-ÞĐ\u00a0‚‘“«])Â\u00a0|Â«(?=\\w)|(?<=[a-z])Â»",
+            f"(?<=[A-Za-z])[ÄÅ][{_SIGNS}]|[ÄÅ][{_SIGNS}](?=[a-z])|È[˜™š›](?=[a-z])|Æ[°¡]",  # Polish, Czech, Turkish
+            f"á[º»][{_CONTINUED}](?=[a-z])",  # Vietnamese
             f"(?:[\u00ce-\u00d1\u00d6-\u00db][{_CONTINUED}]){{2}}",  # Greek, Cyrillic, Hebrew, Arabic
             f"(?:[à-ï][{_CONTINUED}]{{2}}){{2}}",  # Indic scripts, Thai, Chinese, Japanese, Korean
             f"ðŸ[{_CONTINUED}]{{2}}",
@@ -39,49 +42,48 @@ def mojibake(text: str) -> str | None:
 
 _NOTHING = frozenset(
     (
-        "n/a",
-        "n/a.",
-        "n.a.",
-        "nan",
-        "null",
-        "todo",
-        "tbd",
-        "fixme",
-        "lorem ipsum",
-        "[removed]",
-        "[deleted]",
-        "#n/a",
-        "none",
+        *("n/a", "n/a.", "n.a.", "#n/a", "todo", "tbd", "fixme", "lorem ipsum", "[removed]", "[deleted]", "<noinput>"),
+        *("<nooutput>", "no answer", "no answer.", "[insert answer here]", "[answer]", "answer here"),
     )
 )
-_NOTHING |= {"<noinput>", "<nooutput>", "no answer", "[insert answer here]", "[answer]", "answer here"}
 
 
 def says_nothing(text: str) -> bool:
     """Whether a text is a placeholder, or made of dots and dashes alone.
 
-    >>> [says_nothing(text) for text in ("N/A", "...", "–", "4", "%", "[]", "👍", "")]
-    [True, True, True, False, False, False, False, True]
+    >>> [says_nothing(text) for text in ("N/A", "nan", "...", "–", "-", "4", "%", "NaN", "👍", "")]
+    [True, True, True, True, False, False, False, False, False, True]
     """
     text = text.strip()
-    return len(text) <= 32 and (text.casefold() in _NOTHING or not text.strip(".…-–—_ "))
+    if len(text) > 32 or text == "-":
+        return False
+    # As pandas writes what is not there; programs write it otherwise.
+    return text == "nan" or text.casefold() in _NOTHING or not text.strip(".…-–—_。・ ")
 
 
+_CONTROL = "|".join(
+    (
+        *("im_start", "im_end", "im_sep", "eot_id", "eom_id", "eot", "begin_of_text", "end_of_text", "endoftext"),
+        *("start_header_id", "end_header_id", "header_start", "header_end", "user", "assistant", "system", "end"),
+        *("start", "channel", "message", "return", "call", "python_tag", "(?:START|END)_OF_TURN_TOKEN"),
+    )
+)
 _LEFT_OVER = re.compile(
-    r"<\|(?:im_start|im_end|eot_id|eom_id|begin_of_text|end_of_text|endoftext|start_header_id|end_header_id|user|assistant"
-    r"|system|end|start|channel|message)\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>\s*$|<｜[^｜<>]{1,40}｜>"
-    r"|<\|(?:START|END)_OF_TURN_TOKEN\|>|### (?:Human|Assistant):"
+    rf"<\|(?:{_CONTROL})\|>|(?<!\w)\[/?INST\]|\[TOOL_CALLS\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:/s|eos)>\s*\Z"
+    r"|<｜[^｜<>]{1,40}｜>|^### (?:Human|Assistant|Instruction|Response):|\n\nHuman: [^\n]*\n\nAssistant:",
+    re.MULTILINE,
 )
 
 
 def left_over(text: str) -> str | None:
     """Return what the template of some model writes, where it stands in a text.
 
-    >>> left_over("Sure.<|eot_id|>"), left_over("<s>struck out</s> is HTML")
-    ('<|eot_id|>', None)
+    >>> left_over("Sure.<|eot_id|>"), left_over("<s>struck out</s>"), left_over("a[INST]")
+    ('<|eot_id|>', None, None)
     """
     found = _LEFT_OVER.search(text)
-    return found.group().strip() if found else None
+    struck_out = found is not None and found.group().startswith("</s>") and "<s>" in text
+    return found.group().strip() if found and not struck_out else None
 
 
 SCRIPTS = (
@@ -122,7 +124,7 @@ _BEGINS, _NUMBERS = list(_BLOCKS), list(_BLOCKS.values())
 
 
 def script(text: str) -> int:
-    """Return the number, of `SCRIPTS`, of that in which most letters of a text are written; -1 where there are none.
+    """Return the number, of `SCRIPTS`, of that in which most letters of a text are written; -1: there are hardly any.
 
     Kana anywhere make a text Japanese, whatever Han is in it; it counts as Kana.
 
@@ -137,7 +139,8 @@ def script(text: str) -> int:
     if counts[_KANA]:
         counts[_KANA] += counts[_HAN]
     most = max(range(len(SCRIPTS)), key=counts.__getitem__)
-    return most if counts[most] else -1
+    # A sign or two of another script (π, µ) are no language.
+    return most if counts[most] >= (1 if most in (_KANA, _HAN) else 3) else -1
 
 
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"

@@ -5,6 +5,7 @@ Two passes: the first keeps a few bytes of each row and tells which rows differ,
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -180,7 +181,7 @@ def diff(
         UsageError: an option cannot be meant.
         InputRefused: a source cannot be read.
     """
-    if type(n) is not int or n < 0:
+    if type(n) is not int or not 0 <= n <= sys.maxsize // 2:
         raise UsageError("n", f"n is {n!r}, expected a number of rows from 0")
     if isinstance(a, Mapping) and isinstance(b, Mapping) and isinstance(a.get("data"), Iterator):
         kept = list(a["data"])
@@ -268,7 +269,7 @@ def _side(given: Any) -> Side:
 
 def _shown(side: Side, keys: Mapping[str, int], wanted: set[int]) -> dict[int, RowView]:
     """Return the rows of a side that are wanted, those that it rejects among them."""
-    found = dict[int, RowView]()
+    found, once = dict[int, RowView](), len({path for path, _ in side.names}) == len(side.names)
     for step in side.steps():
         for number, said in enumerate(step.batch.conversations):
             if (key := keys[said.source.path] * MOST_ROWS + said.source.row) in wanted:
@@ -276,7 +277,7 @@ def _shown(side: Side, keys: Mapping[str, int], wanted: set[int]) -> dict[int, R
                 known = found.get(key)
                 found[key] = replace(known, examples=(*known.examples, *row.examples)) if known else row
         _add_rejects(found, step.batch.rejects, side, keys, wanted)
-        if len(found) == len(wanted) and side.folder is None:
+        if len(found) == len(wanted) and side.folder is None and once:
             return found
     if side.folder is not None:
         _add_rejects(found, built.rejects_of(side.folder), side, keys, wanted)
@@ -295,8 +296,28 @@ def _changed(kind: str, a: RowView | None, b: RowView | None, *, by_text: bool) 
     known = a or b
     assert known
     a, b = (one or RowView(known.source, rejected="is not there") for one in (a, b))
+    own = _paired(a.examples, b.examples)
+    a, b = (replace(one, examples=tuple(each)) for one, each in zip((a, b), own, strict=True))
     pairs = zip_longest(a.examples, b.examples)
     return Changed(kind, a, b, tuple(compared(*pair, by_text=by_text) for pair in pairs))
+
+
+def _paired(a: Sequence[View], b: Sequence[View]) -> tuple[list[View], list[View]]:
+    """Return the examples of a row so that those that belong together stand at the same place: packs mix them.
+
+    Those of one text belong together; of the others, which are turns on their own, the shorter ones come first.
+    """
+    left, right = list[View](), list[View]()
+    rest = sorted(b, key=len)
+    alone = list[View]()
+    for one in sorted(a, key=len):
+        same = next((at for at, other in enumerate(rest) if other.text == one.text), None)
+        if same is None:
+            alone.append(one)
+        else:
+            left.append(one)
+            right.append(rest.pop(same))
+    return left + alone, right + rest
 
 
 def compared(a: View | None, b: View | None, *, by_text: bool = False) -> tuple[Edit, ...]:
@@ -306,6 +327,10 @@ def compared(a: View | None, b: View | None, *, by_text: bool = False) -> tuple[
     """
     if a is None or b is None:
         return (Edit((0, len(a) if a else 0), (0, len(b) if b else 0)),)
+    if by_text and a.text == b.text:
+        learnt = [np.repeat(one.trained, np.diff(one.ends, prepend=0)) for one in (a, b)]
+        edges = np.flatnonzero(np.diff(learnt[0] != learnt[1], prepend=False, append=False)).reshape(-1, 2).tolist()
+        return tuple(Edit(_tokens_of(a, *place), _tokens_of(b, *place)) for place in edges)
     left, right = (one.pieces if by_text or one.ids is None else one.ids.tolist() for one in (a, b))
     if left == right:
         edges = np.flatnonzero(np.diff(a.trained != b.trained, prepend=False, append=False)).reshape(-1, 2).tolist()
@@ -321,6 +346,12 @@ def compared(a: View | None, b: View | None, *, by_text: bool = False) -> tuple[
     return tuple(
         Edit((start + a1, start + a2), (start + b1, start + b2)) for kind, a1, a2, b1, b2 in edits if kind != "equal"
     )
+
+
+def _tokens_of(view: View, start: int, end: int) -> tuple[int, int]:
+    """Return the tokens of the characters from `start` on and before `end`."""
+    first, last = np.searchsorted(view.ends, [start, end - 1], side="right").tolist()
+    return first, last + 1
 
 
 def _marked(view: View, stretches: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:

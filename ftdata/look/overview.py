@@ -154,10 +154,12 @@ def lengths_said(seen: Survey, recipe: Recipe) -> str:
     if not longer:
         return f"{said}All fit into max_length {recipe.max_length:,}."
     cut, out = int((seen.numbers.cut > 0).sum()), len(seen.overlong)
+    # A build has neither what was cut nor what `drop_turns` left out.
+    lost = f", {seen.lost:,} are lost whole." if seen.read is None else ", as far as a build tells."
     return (
         f"{said}{longer:,} are longer than max_length {recipe.max_length:,} (overlong={recipe.overlong}): "
         f"{cut:,} are cut, {out:,} are left out ({seen.rejected.get('overlong', 0):,} rows are rejected for it); "
-        f"{seen.flags.get('truncated_answer', 0):,} answers lose their end, {seen.lost:,} are lost whole."
+        f"{seen.flags.get('truncated_answer', 0):,} answers lose their end{lost}"
     )
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ftdata._version import __version__
 from ftdata.errors import UsageError, printable
-from ftdata.look.views import Owner, RowView, Segment, View, line, visible
+from ftdata.look.views import Owner, RowView, Segment, View, counted, headed, line, visible
 from ftdata.store import new_file
 from ftdata.tokenize import Tokenizer
 from ftdata.types import Reject
@@ -161,7 +161,9 @@ def _data(page: Page) -> dict[str, Any]:
                 "schema": row.schema,
                 "why": row.why,
                 "flags": row.flags,
-                "kinds": [*dict.fromkeys([*row.why, *row.flags, *(["rejected"] if row.rejected else [])])],
+                "kinds": [
+                    *dict.fromkeys([*row.why, *row.flags, *(["rejected"] if row.rejected and not page.titles else [])])
+                ],
                 "lost": [lost._asdict() for lost in row.lost],
                 "rejected": row.rejected,
                 "pack": row.pack,
@@ -181,6 +183,7 @@ def _example(view: View, owners: dict[Owner, int], changed: NDArray[np.bool_] | 
         "ids": None if view.ids is None else view.ids.tolist(),
         "trained": _runs(view.trained),
         "control": _runs(view.control),
+        "stop": _runs(view.stop),
         "owner": _runs(numbers[view.owner]) if len(view) else [],
         "cut": view.cut,
         "rest": view.rest[:2000],
@@ -297,14 +300,22 @@ _MARKED = "background:#2da44e33;text-decoration:underline #2da44e"
 _CONTROL = "border:1px solid #bf398988;border-radius:4px;padding:0 2px"
 
 
-def fragment(title: str, rows: Sequence[RowView]) -> str:
+def fragment(title: str, rows: Sequence[RowView], notes: Sequence[str] = ()) -> str:
     """Return rows as HTML without a script, for a notebook: what is trained is green and underlined."""
-    parts = [f"<p><b>{_text(line(title))}</b></p>"]
+    parts = [f"<p><b>{_text(line(title))}</b></p>", *(f"<p>note: {_text(line(note))}</p>" for note in notes)]
     for row in rows:
-        parts.append(f"<p>row {row.source.row} · {_text(line(row.source))} · {_text(row.schema or 'refused')}</p>")
+        odd = f" · odd: {', '.join(row.why)}" if row.why else ""
+        parts.append(f"<p>{_text(headed(row) + odd)}</p>")
         if row.rejected:
             parts.append(f'<p style="color:#cf222e">{_text(line(row.rejected))}</p>')
-        parts += [f'<pre style="{_FRAGMENT}">{"".join(_stretches(one))}</pre>' for one in row.examples]
+        for one in row.examples:
+            cut = f" · ✂ {one.cut:,} tokens cut" if one.cut else ""
+            parts.append(f'<pre style="{_FRAGMENT}">{"".join(_stretches(one))}</pre><p>{counted(one)}{cut}</p>')
+        if row.dropped:
+            parts.append(f"<p>✂ {len(row.dropped):,} examples of {sum(row.dropped):,} tokens are left out</p>")
+        lost = (f"not printed by the template: {one.field}: {visible(one.text)}" for one in row.lost)
+        flags = [f"flags: {', '.join(row.flags)}"] if row.flags else []
+        parts += [f'<p style="color:#9a6700">{_text(said)}</p>' for said in (*lost, *flags)]
     return f"<div>{''.join(parts)}</div>"
 
 

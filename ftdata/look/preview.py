@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -56,7 +57,7 @@ class Preview:
         return {"title": self.title, "notes": list(self.notes), "rows": [shown.as_dict() for shown in self.rows]}
 
     def _repr_html_(self) -> str:
-        return fragment(self.title, self.rows)
+        return fragment(self.title, self.rows, self.notes)
 
 
 def preview(
@@ -182,6 +183,8 @@ class Wanted:
         if len(given) > 1:
             names = " and ".join("row" if name == "numbers" else name for name in given)
             raise UsageError("rows_wanted", f"{names} both say which rows to show: which of them?")
+        if self.n is not None and (type(self.n) is not int or not 1 <= self.n <= sys.maxsize):
+            raise UsageError("n", f"n is {self.n!r}, expected a number of rows from 1")
         if self.grep is not None:
             try:
                 re.compile(self.grep)
@@ -203,7 +206,7 @@ class Wanted:
         if self.numbers is not None:
             yield from (row for row in rows if row.source.row in self.numbers)
         elif self.id is not None:
-            yield from islice((row for row in rows if _id_of(row) == self.id), self.n)
+            yield from islice((row for row in rows if self.id in _ids_of(row)), self.n)
         elif self.grep is not None:
             found = re.compile(self.grep)
             yield from islice((row for row in rows if any(map(found.search, strings_of(row)))), self.most)
@@ -224,18 +227,20 @@ def strings_of(row: Row | Reject) -> Iterator[str]:
             left += reversed(value)
 
 
-def _id_of(row: Row | Reject) -> str | None:
+def _ids_of(row: Row | Reject) -> set[str]:
+    """Return all by which a row may be named; numbers that tables made fractions as whole ones, too."""
     if isinstance(row, Reject) or not isinstance(row.data, Mapping):
-        return None
-    found = next((row.data[name] for name in _IDS if row.data.get(name) is not None), None)
-    return found if isinstance(found, str) or found is None else json.dumps(found)
+        return set()
+    found = [row.data[name] for name in _IDS if row.data.get(name) is not None]
+    whole = [str(int(one)) for one in found if isinstance(one, float) and one.is_integer()]
+    return {*whole, *(one if isinstance(one, str) else json.dumps(one) for one in found)}
 
 
 def _numbers(row: int | Iterable[int] | None) -> frozenset[int] | None:
     if row is None:
         return None
     numbers = [row] if isinstance(row, int) else list(row) if isinstance(row, Iterable) else [row]
-    if not numbers or not all(type(number) is int and number >= 0 for number in numbers):
+    if not numbers or not all(type(number) is int and 0 <= number < sys.maxsize for number in numbers):
         raise UsageError("row", f"row is {row!r}, expected numbers from 0")
     return frozenset(numbers)
 

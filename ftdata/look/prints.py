@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,21 +77,19 @@ Rows = tuple[NDArray[Any], ...]
 def keys_of(paths: Sequence[Sequence[str]]) -> list[dict[str, int]]:
     """Return, for each side, the number of each source: the same where it is the same data.
 
-    It is where the path is; else where one file alone on each side has the name; or where just one source is left.
+    It is where the path is; else where as many files on each side have the name, in their order; or where just one
+    source is left.
     """
     left, right = ([*dict.fromkeys(own)] for own in paths)
-    keys = [
-        {path: number for number, path in enumerate(left)},
-        {path: left.index(path) for path in right if path in left},
-    ]
-    ways: tuple[Callable[[str], str], ...] = (lambda path: Path(path).name, lambda _: "")
+    keys = [{path: number for number, path in enumerate(left)}, dict[str, int]()]
+    ways: tuple[Callable[[str], str], ...] = (str, os.path.abspath, os.path.basename, lambda _: "")
     for name in ways:
-        open_a = [path for path in left if path not in right and keys[0][path] not in keys[1].values()]
+        open_a = [path for path in left if keys[0][path] not in keys[1].values()]
         open_b = [path for path in right if path not in keys[1]]
-        for path in open_b:
-            own = [other for other in open_a if name(other) == name(path)]
-            if len(own) == 1 and sum(name(other) == name(path) for other in open_b) == 1:
-                keys[1][path] = keys[0][own[0]]
+        for same in dict.fromkeys(map(name, open_b)):
+            pair = [[path for path in own if name(path) == same] for own in (open_a, open_b)]
+            if len(pair[0]) == len(pair[1]) and (name is not ways[-1] or len(pair[0]) == 1):
+                keys[1] |= {b: keys[0][a] for a, b in zip(*pair, strict=True)}
     for path in right:
         keys[1].setdefault(path, len(left) + len(keys[1]))
     return keys

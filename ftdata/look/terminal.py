@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.text import Text
 
-from ftdata.look.views import RowView, Segment, View, line, visible
+from ftdata.look.views import RowView, Segment, View, counted, headed, line, visible
 
 LEGEND = "⟦trained⟧ ⟨control token⟩ ⟨stop⟩■ ↵ line break ✂ cut"
 
@@ -30,7 +30,7 @@ def print_rows(console: Console, rows: Iterable[RowView]) -> None:
         for view in row.examples:
             text = as_text(view.segments(), plain=is_plain(console))
             console.print(text, soft_wrap=True, end="" if text.plain.endswith("\n") else "\n")
-            if view.rest:
+            if view.rest or view.cut:
                 console.print(Text(_cut(view), "red"), soft_wrap=True)
             console.print(Text(counted(view), "cyan"), soft_wrap=True)
         if row.dropped:
@@ -41,13 +41,6 @@ def print_rows(console: Console, rows: Iterable[RowView]) -> None:
             console.print(Text(said, "yellow"), soft_wrap=True)
         if row.flags:
             console.print(Text(f"flags: {', '.join(row.flags)}", "yellow"), soft_wrap=True)
-
-
-def headed(row: RowView) -> str:
-    """Say which row it is, where it stands, and as what it was read."""
-    number = f"row {row.source.row}" if row.number is None else f"example {row.number}"
-    pack = "" if row.pack is None else f" · pack {row.pack}"
-    return line(f"{number} · {row.source} · {row.schema or 'refused'}{pack}")
 
 
 def is_plain(console: Console) -> bool:
@@ -74,17 +67,9 @@ def as_text(segments: Iterable[Segment], *, plain: bool) -> Text:
     return shown
 
 
-def counted(view: View) -> str:
-    """Say how much of an example is trained."""
-    trained, total = view.counts
-    if view.ids is None:
-        return f"{trained:,} of {total:,} characters trained"
-    return f"{trained:,} of {total:,} tokens trained ({trained / max(total, 1):.0%})"
-
-
 def _cut(view: View) -> str:
     what = f"✂ {view.cut:,} tokens cut" if view.cut else "✂ no token stands for"
-    return f"{what}: {visible(_shortened(view.rest))}"
+    return f"{what}: {visible(_shortened(view.rest))}" if view.rest else what
 
 
 def _shortened(text: str) -> str:

@@ -71,9 +71,10 @@ class View:
             first one's; what no token stands for goes with the token after it.
         trained: bool `[n]`.
         control: bool `[n]`.
-        stop: bool `[n]`, the control tokens with which what is trained ends.
+        stop: bool `[n]`, the trained control tokens with which what the model must produce ends.
         owner: int64 `[n]`, numbers of `owners`.
         owners: who wrote it.
+        generated: bool `[n]`, what the model must produce; `None`: what is trained.
         ids: int32 `[n]`, or `None`.
         flags: what a careful reader should know.
         cut: tokens that truncation took from the end.
@@ -90,20 +91,20 @@ class View:
     flags: frozenset[str] = frozenset()
     cut: int = 0
     rest: str = ""
+    generated: NDArray[np.bool_] | None = None
 
     @property
     def stop(self) -> NDArray[np.bool_]:  # noqa: D102
-        ends: NDArray[np.bool_] = self.trained & self.control & ~np.append(self.trained[1:], False)
+        own = self.trained if self.generated is None else self.generated
+        ends: NDArray[np.bool_] = self.trained & self.control & own & ~np.append(own[1:], False)
         return ends
 
     def part(self, first: int, last: int) -> View:
         """Return the tokens from `first` on and before `last`, as a view of their own."""
         start, end = (int(self.ends[at - 1]) if at else 0 for at in (first, last))
-        columns = {name: getattr(self, name)[first:last] for name in ("trained", "control", "owner")}
-        ids = None if self.ids is None else self.ids[first:last]
-        return replace(
-            self, text=self.text[start:end], ends=self.ends[first:last] - start, **columns, ids=ids, cut=0, rest=""
-        )
+        names = ("trained", "control", "owner", "ids", "generated")
+        columns = {name: own[first:last] for name in names if (own := getattr(self, name)) is not None}
+        return replace(self, text=self.text[start:end], ends=self.ends[first:last] - start, **columns, cut=0, rest="")
 
     @property
     def pieces(self) -> list[str]:
@@ -267,7 +268,17 @@ def _by_span(rendered: Rendered, chosen: Sequence[bool], said: Conversation, tem
             at = end
     owners, owner = _owners(spans, said)
     ends = np.fromiter((span.end for span in spans), np.int64)
-    return View(rendered.text, ends, np.array(trained), np.array(control), owner, owners, flags=rendered.flags)
+    generated = np.fromiter((span.generated for span in spans), np.bool_)
+    return View(
+        rendered.text,
+        ends,
+        np.array(trained),
+        np.array(control),
+        owner,
+        owners,
+        flags=rendered.flags,
+        generated=generated,
+    )
 
 
 def _by_token(example: Example, said: Conversation, recipe: Recipe) -> View:
@@ -279,6 +290,7 @@ def _by_token(example: Example, said: Conversation, recipe: Recipe) -> View:
     at = np.searchsorted([span.end for span in example.spans], example.offsets[:, 0], side="right")
     owner = np.append(by_span, 0)[np.minimum(at, len(by_span))]
     owner[:added] = 0
+    produced = np.asarray([*(span.generated for span in example.spans), False])[np.minimum(at, len(by_span))]
     whole = begun + example.text
     shown = int(ends[-1]) if len(ends) else len(begun)
     return View(
@@ -292,6 +304,7 @@ def _by_token(example: Example, said: Conversation, recipe: Recipe) -> View:
         example.flags,
         example.cut,
         whole[shown:],
+        produced,
     )
 
 
@@ -351,3 +364,18 @@ def visible(text: str) -> str:
 def line(text: object) -> str:
     """Return a text as part of one line."""
     return visible(str(text)).replace("↵\n", "↵").replace("⇥\t", "⇥")
+
+
+def headed(row: RowView) -> str:
+    """Say which row it is, where it stands, and as what it was read."""
+    number = f"row {row.source.row}" if row.number is None else f"example {row.number}"
+    pack = "" if row.pack is None else f" · pack {row.pack}"
+    return line(f"{number} · {row.source} · {row.schema or 'refused'}{pack}")
+
+
+def counted(view: View) -> str:
+    """Say how much of an example is trained."""
+    trained, total = view.counts
+    if view.ids is None:
+        return f"{trained:,} of {total:,} characters trained"
+    return f"{trained:,} of {total:,} tokens trained ({trained / max(total, 1):.0%})"

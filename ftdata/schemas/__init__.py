@@ -245,6 +245,8 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
     Raises:
         UsageError: with the nearest canonical name.
     """
+    if columns is not None and not isinstance(columns, Mapping):
+        raise UsageError("columns", f"columns is {columns!r}, expected a mapping, e.g. output to answer")
     known = {name for schema in _known().values() for name in schema.columns}
     for name, actual in (columns or {}).items():
         if not isinstance(actual, str) or not actual:

@@ -13,7 +13,7 @@ function make(tag, name, text) {
 }
 
 // Characters that show nothing, or turn what is around them, are shown by their numbers.
-const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\ufff9-\ufffb]|\ud800(?![\udc00-\udfff])|\udb40[\udc00-\udfff]/g;
+const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0\ufff9-\ufffb]|\ud800(?![\udc00-\udfff])|\udb40[\udc00-\udfff]/g;
 
 function addText(into, text) {
   let from = 0;
@@ -63,6 +63,7 @@ for (const [number, row] of data.rows.entries()) {
     for (let at = 0; at < size; at++) one.ends[at] = end += one.sizes[at];
     one.isTrained = unrolled(one.trained, size);
     one.isControl = unrolled(one.control, size);
+    one.isStop = unrolled(one.stop, size);
     one.by = unrolled(one.owner, size);
     one.isNew = one.changed ? unrolled(one.changed, size) : null;
     one.learnt = one.isTrained.reduce((sum, yes) => sum + yes, 0);
@@ -79,7 +80,7 @@ for (const [number, row] of data.rows.entries()) {
 // --- one example ---------------------------------------------------------------------------------------------------
 
 function* drawn(one, into) {
-  const { ends, isTrained, isControl, by, isNew } = one;
+  const { ends, isTrained, isControl, isStop, by, isNew } = one;
   one.spans = [];
   const most = one.whole ? ends.length : Math.min(ends.length, MOST);
   // A browser takes long over one paragraph of many parts: so lines come in blocks, drawn where they are looked at.
@@ -107,7 +108,7 @@ function* drawn(one, into) {
     }
     const span = make("span", "t");
     if (isControl[at]) span.classList.add("c");
-    if (isControl[at] && isTrained[at] && !isTrained[at + 1]) span.classList.add("s");
+    if (isStop[at]) span.classList.add("s");
     if (isNew && isNew[at]) span.classList.add("new");
     span.token = at;
     const text = one.text.slice(at ? ends[at - 1] : 0, ends[at]);
@@ -306,7 +307,7 @@ function facts(one, at) {
   if (data.pieces[id] !== undefined) found.push(["piece", data.pieces[id]]);
   found.push(["owner", owner]);
   found.push(["label", one.isTrained[at] ? (id === null ? "trained" : String(id)) : "-100"]);
-  if (one.isControl[at]) found.push(["is", one.isTrained[at] && !one.isTrained[at + 1] ? "a stop token" : "a control token"]);
+  if (one.isControl[at]) found.push(["is", one.isStop[at] ? "a stop token" : "a control token"]);
   return found;
 }
 

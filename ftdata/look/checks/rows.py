@@ -187,14 +187,14 @@ def _calls(messages: Sequence[Message]) -> Iterator[str]:
             own = [call for call in waiting if given is None or call in (None, given)]
             if not own:
                 yield f"{place} answers the call {given!r}, which nobody made"
-            waiting.remove((own or waiting)[0])
+            waiting.remove(given if given in own else (own or waiting)[0])
 
 
 @check(
     "trivial_answer",
     "warning",
     "row",
-    "an answer says nothing: it is a placeholder, or punctuation alone",
+    "an answer says nothing: it is a placeholder, or dots and dashes alone",
     "take the row out, or give the message train: false",
     of_messages=True,
 )
