@@ -26,6 +26,7 @@ from ftdata.mask import Policy, trained_tokens
 from ftdata.recipe import FLAGS, Recipe, make_recipe, name_of
 from ftdata.schemas import normalise
 from ftdata.shown import chosen, rejected, rendered, shown
+from ftdata.spelling import spelled
 from ftdata.tokenize import encode_rendered
 from ftdata.truncate import truncate, turn_ends
 from ftdata.types import Conversation, Example, Message, Part, Reject, Row, Shown, Source, Span, Tokens
@@ -313,7 +314,7 @@ def given(recipe: Recipe, conversation: Conversation, tokens: Tokens) -> Example
         raise BadRow("token_id", found, field=f"input_ids[{at}]", hint="give the tokenizer that made these tokens")
     if not trained.any():
         raise BadRow("nothing_trained", "has no token to learn", field="labels")
-    texts = recipe.tokenizer.spelled(ids.tolist())
+    texts = spelled(recipe.tokenizer, ids.tolist())
     ends = np.cumsum([len(text) for text in texts])
     offsets = np.stack((ends - [len(text) for text in texts], ends), axis=1).astype(np.int32)
     runs = np.flatnonzero(np.diff(trained, prepend=~trained[:1], append=~trained[-1:]))

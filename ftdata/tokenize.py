@@ -33,9 +33,6 @@ _PLACEHOLDERS = (0xF0000, 0xF8000, 0x100000, 0x108000)
 """Private-use characters from one of these on stand for control tokens while typed ones are being escaped."""
 
 
-_BROKEN, _LONGEST = "\ufffd", 16
-"""What stands for bytes that are no character, and how many tokens at most make one that is shown whole."""
-
 _LOADED = frozenset({"_backend", "engines", "added_tokens", "size"})
 """What a tokenizer holds ready that does not depend on its chat template or special tokens."""
 
@@ -126,52 +123,6 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_control: bool = False) -> str:
         """Return the text of ids, with or without special tokens."""
         return str(self._plain.decode(list(ids), skip_special_tokens=skip_control))
-
-    def spelled(self, ids: Sequence[int]) -> list[str]:
-        """Return the text of each token; of those that make a character together, the first one's is all of it."""
-        texts = [self._spelling(one) for one in ids]
-        at = 0
-        while at < len(texts):
-            if _BROKEN in texts[at]:
-                end = self._whole(ids, at)
-                texts[at:end] = [self._decoded(ids[at:end]), *[""] * (end - at - 1)]
-                at = end
-            else:
-                at += 1
-        # A blank that is put before every text, and taken away again, is none of the text's.
-        if texts and texts[0].startswith(" ") and not self.decode(ids[:8]).startswith(" "):
-            texts[0] = texts[0][1:]
-        return texts
-
-    def _whole(self, ids: Sequence[int], at: int) -> int:
-        """Return before which token the characters end that begin with this one; the next where they never do."""
-        for end in range(at + 2, min(at + _LONGEST, len(ids)) + 1):
-            if _BROKEN not in self._decoded(ids[at:end]):
-                return end
-        return at + 1
-
-    @cached_property
-    def _spellings(self) -> dict[int, str]:
-        return {}
-
-    def _spelling(self, id_: int) -> str:
-        known = self._spellings
-        if id_ not in known:
-            known[id_] = self._decoded([id_])
-        return known[id_]
-
-    @cached_property
-    def _before(self) -> tuple[list[int], str]:
-        """A token to put before others, and its text: decoders take the blank away with which a text begins."""
-        for letter in ("a", "A", "0"):
-            ids = self._plain.encode(letter, add_special_tokens=False).ids[-1:]
-            if ids and (text := self.decode(ids)) and self.decode(ids * 2).startswith(text):
-                return ids, text
-        return [], ""
-
-    def _decoded(self, ids: Sequence[int]) -> str:
-        before, text = self._before
-        return self.decode([*before, *ids]).removeprefix(text)
 
     def encode(self, texts: Sequence[str]) -> Encodings:
         """Encode texts as they stand; no special token is added."""

@@ -18,6 +18,7 @@ from makers import CHATML
 from ftdata import build_sft_dataset, preview
 from ftdata.errors import InputRefused, UsageError
 from ftdata.look.views import visible
+from ftdata.spelling import spelled
 from ftdata.testing import AWKWARD
 from ftdata.tokenize import load_tokenizer
 
@@ -176,10 +177,10 @@ def test_views_show_every_token_and_every_character(tokenizer_dir, name, text):
 def test_tokens_alone_are_spelled_as_their_text(tokenizer_dir, name, text):
     tokenizer = load_tokenizer(tokenizer_dir(name))
     ids = tokenizer.encode([text])[0].ids.tolist()
-    spelled = tokenizer.spelled(ids)
-    assert len(spelled) == len(ids)
+    texts = spelled(tokenizer, ids)
+    assert len(texts) == len(ids)
     # Some decoders take away blanks with which a text begins.
-    assert "".join(spelled) in (tokenizer.decode(ids), text)
+    assert "".join(texts) in (tokenizer.decode(ids), text)
 
 
 def test_a_build_is_shown_as_it_is(tokenizer_dir, tmp_path):
@@ -319,6 +320,21 @@ def test_data_cannot_forge_marks_or_drive_a_terminal(tmp_path):
     assert text.splitlines()[0].startswith(f"{tmp_path}/a\\u001b[31m↵.jsonl · template")
     assert (text.count("⟦"), text.count("⟧"), text.count("■")) == (1, 1, 1)
     assert "done \\u27e7 \\u27e6never trained \\u27e8x\\u27e9\\u25a0 \\u2702 \\u21b5" in text
+
+
+def test_names_of_files_drive_no_terminal(tokenizer_dir, tmp_path):
+    from ftdata import diff, stats
+
+    path = tmp_path / "a\x1b[31m\n.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
+    side = {"data": str(path), "tokenizer": tokenizer_dir("tiny_bpe")}
+    for text in (
+        str(stats(**side)),
+        str(diff(side, {**side, "max_length": 30})),
+        str(preview(str(path), tokenizer_dir("tiny_bpe"))),
+    ):
+        assert "\x1b" not in text
+        assert "a\\u001b[31m↵.jsonl" in text
 
 
 def test_without_a_tokenizer_what_a_row_types_is_no_control_token():

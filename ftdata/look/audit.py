@@ -213,7 +213,8 @@ def audit(
 ) -> AuditReport:
     """Look for what would go wrong in training on `data`, without building it; or at a build.
 
-    The checks are described in docs/checks.md. Rows of splits of the data that are not `train` count as held out.
+    The checks are described in docs/checks.md. Of data with several splits, rows of those that are not for training
+    count as held out.
 
     Args:
         data: as for `build_sft_dataset`; or the folder of a build, whose tokens and labels are looked at.
@@ -224,7 +225,7 @@ def audit(
         near: how similar rows must be (0.5 to 1) to count as almost equal; `None`: this is not looked at.
         pii: look for what belongs to a person, too.
         where: rows to look at, as for `build_sft_dataset`.
-        limit: how many rows to look at.
+        limit: how many rows to look at of each place; all of `against` is looked at.
         progress: called with the rows and tokens done so far, and which share of the data that is.
         options: further options of `build_sft_dataset` that decide what a row becomes.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,15 +82,18 @@ def recipe_of(folder: Path, tokenizer: Any = None) -> Recipe:
         UsageError: it is another tokenizer, or is not there any more.
         InputRefused: the folder is no build, or damaged.
     """
-    options = read_manifest(folder)["options"]
-    made, template = options["tokenizer"], options["template"]
-    kept = {
-        name: options[name] for name in ("turns", "control_tokens", "dropped", "unclosed", "max_length", "overlong")
-    }
-    # A function of the user's own is not in the build, and what it chose is.
-    kept |= {"train_on": options["train_on"]} if options["train_on"] in masks else {}
+    manifest, names = (
+        read_manifest(folder),
+        ("turns", "control_tokens", "dropped", "unclosed", "max_length", "overlong"),
+    )
+    with _whole(folder / "manifest.json"):
+        options = manifest["options"]
+        made, template = options["tokenizer"], options["template"]
+        kept = {name: options[name] for name in names}
+        # A function of the user's own is not in the build, and what it chose is.
+        kept |= {"train_on": options["train_on"]} if options["train_on"] in masks else {}
+        own = template["name"] == "tokenizer"
     hint = "name the one that it was built with: --tokenizer"
-    own = template["name"] == "tokenizer"
     try:
         recipe = make_recipe(
             made["name"] if tokenizer is None else tokenizer,
@@ -143,25 +146,19 @@ def documents(folder: Path, splits: Sequence[str]) -> Iterator[Document]:
 
 
 def _documents(folder: Path, split: str) -> Iterator[tuple[int, Source, frozenset[str], int, Any, Any]]:
-    hint = "build it again"
-    try:
+    with _whole(folder / split):
         told = _told(folder / split / "provenance.parquet")
         for path in sorted((folder / split).glob("data-*.arrow")):
             with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
                 for batch in stream:
                     ids, labels, lengths = (_values(batch[name]) for name in ("input_ids", "labels", "seq_lengths"))
                     ends = np.cumsum(lengths).tolist()
-                    for start, end in zip([0, *ends], ends, strict=False):
-                        yield *next(told), ids[start:end], labels[start:end]
-    except StopIteration:
-        raise InputRefused(
-            "damaged_build", f"{folder}/{split} holds more examples than rows of provenance", hint=hint
-        ) from None
-    except (OSError, pa.ArrowException, KeyError) as error:
-        found = f"{folder}/{split} cannot be read: {' '.join(str(error).split())}"
-        raise InputRefused("damaged_build", found, hint=hint) from None
-    if next(told, None) is not None:
-        raise InputRefused("damaged_build", f"{folder}/{split} holds fewer examples than were built", hint=hint)
+                    for start, end in pairwise([0, *ends]):
+                        if (one := next(told, None)) is None:
+                            raise ValueError("it holds more examples than rows of provenance")
+                        yield *one, ids[start:end], labels[start:end]
+        if next(told, None) is not None:
+            raise ValueError("it holds fewer examples than were built")
 
 
 def _told(path: Path) -> Iterator[tuple[int, Source, frozenset[str], int]]:
@@ -248,7 +245,7 @@ def batches(recipe: Recipe, some: Iterable[Document]) -> Iterator[Stored]:
 
 def provenance(folder: Path, split: str) -> dict[str, NDArray[np.int64]]:
     """Return what `provenance.parquet` says of the examples of a split, in numbers (int64 `[examples]` each)."""
-    table = pq.read_table(folder / split / "provenance.parquet", columns=["pack", "tokens", "trained", "cut"])
+    table = pq.read_table(folder / split / "provenance.parquet", columns=["pack", "tokens"])
     return {name: np.asarray(table[name].to_pylist(), np.int64) for name in table.column_names}
 
 

@@ -40,7 +40,7 @@ from ftdata.look.prints import (
 from ftdata.look.side import Side, side_of
 from ftdata.look.survey import Progress
 from ftdata.look.terminal import as_text, is_plain
-from ftdata.look.views import RowView, View, view
+from ftdata.look.views import RowView, View, line, view
 from ftdata.readers.streams import STDIN
 from ftdata.recipe import Options
 from ftdata.tokenize import Tokenizer
@@ -111,16 +111,16 @@ class Diff:
     def print(self, console: Console) -> None:
         """Print to a rich console: counts, and of each row that is shown what differs, with a little around it."""
         for letter, title, (tokens, trained) in zip("AB", self.titles, self.tokens, strict=True):
-            console.print(Text(f"{letter} {title}: {tokens:,} tokens, {trained:,} trained", "bold"), soft_wrap=True)
+            said = f"{letter} {line(title)}: {tokens:,} tokens, {trained:,} trained"
+            console.print(Text(said, "bold"), soft_wrap=True)
         for name, (a, b) in self.options.items():
             console.print(Text(f"  {name}: {_brief(a)} → {_brief(b)}"), soft_wrap=True)
         for one in self.changed:
-            console.print(
-                Text(f"── row {one.a.source.row} · {one.a.source} · {one.kind} ──", "bold blue"), soft_wrap=True
-            )
+            said = f"── row {one.a.source.row} · {line(one.a.source)} · {one.kind} ──"
+            console.print(Text(said, "bold blue"), soft_wrap=True)
             for row, sign, style in ((one.a, "-", "red"), (one.b, "+", "green")):
                 if row.rejected:
-                    console.print(Text(f"{sign} {row.rejected}", style), soft_wrap=True)
+                    console.print(Text(f"{sign} {line(row.rejected)}", style), soft_wrap=True)
             for a, b, edits in zip_longest(one.a.examples, one.b.examples, one.edits):
                 for shown, sign, style, places in (
                     (a, "-", "red", [edit.in_a for edit in edits]),
@@ -181,7 +181,7 @@ def diff(
         UsageError: an option cannot be meant.
         InputRefused: a source cannot be read.
     """
-    if type(n) is not int or not 0 <= n <= sys.maxsize // 2:
+    if type(n) is not int or not 0 <= n <= sys.maxsize:
         raise UsageError("n", f"n is {n!r}, expected a number of rows from 0")
     if isinstance(a, Mapping) and isinstance(b, Mapping) and isinstance(a.get("data"), Iterator):
         kept = list(a["data"])
@@ -200,8 +200,8 @@ def diff(
     count[SAME] = len(both) - sum(count[kind] for kind in (LABELS, TOKENS, MOVED, REPEATED))
     count[NEITHER] = len(prints[0].rejected_as(keys[0]) & prints[1].rejected_as(keys[1]))
     # The first in the order of A, and then of B, whichever side they are looked at on.
-    wanted = [*islice((key for one in rows for key in one[0][np.argsort(one[-1])].tolist() if key in kinds), 2 * n)]
-    wanted = [*dict.fromkeys(wanted)][:n]
+    order = (key for one in rows for key in one[0][np.argsort(one[-1])].tolist() if key in kinds)
+    wanted = [*islice(dict.fromkeys(order), n)]
     shown = [_shown(side, own, {*wanted}) for side, own in zip(sides, keys, strict=True)] if wanted else [{}, {}]
     found = Diff(
         (sides[0].title, sides[1].title),
@@ -397,5 +397,5 @@ def _options(a: Side, b: Side) -> dict[str, tuple[Any, Any]]:
 
 
 def _brief(value: Any) -> str:
-    text = " ".join(str(value).split())
+    text = line(" ".join(str(value).split()))
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -87,12 +87,19 @@ def write_page(path: str | Path, page: Page) -> None:
         UsageError: there is something else.
         StorageError: the disk refuses.
     """
-    target = Path(path)
-    if target.is_file() and target.read_bytes()[: len(_BEGIN)].lower() != _BEGIN:
+    if not _is_page(Path(path)):
         found = f"{path} exists and is no page of ftdata"
         raise UsageError("target_exists", found, hint="choose another name: data is not written over")
     with new_file(Path(path).resolve()) as file:
         file.write_text(html(page), encoding="utf-8")
+
+
+def _is_page(path: Path) -> bool:
+    """Whether there is nothing that must not be written over."""
+    if not path.is_file():
+        return True
+    with path.open("rb") as file:
+        return file.read(len(_BEGIN)).lower() == _BEGIN
 
 
 def html(page: Page) -> str:

@@ -22,9 +22,9 @@ from ftdata.look.page import Page, fragment, write_page
 from ftdata.look.side import Side, side_of
 from ftdata.look.survey import Odd, Progress, survey
 from ftdata.look.views import RowView, added, line, view, view_text
-from ftdata.readers import FileSource, sources
+from ftdata.readers import FileSource, MemorySource, sources
 from ftdata.readers.select import Selection
-from ftdata.recipe import Options, Recipe, bare_template
+from ftdata.recipe import Options, bare_template
 from ftdata.types import Reject, Row
 
 _IDS = ("id", "_id", "ID", "uuid", "uid", "guid", "key", "conversation_id", "prompt_id", "question_id", "task_id")
@@ -157,7 +157,7 @@ def preview(
         elif side.folder is not None:
             rows = _of_build(side, wanted)
         else:
-            rows = _of_data(data, side.recipe, wanted, Selection(where, limit))
+            rows = _of_data(side, wanted, Selection(where, limit))
         page = Page(side.title, tuple(rows), side.recipe.tokenizer, warnings=tuple(added(side.recipe)))
     return _finished(page, wanted, html)
 
@@ -245,10 +245,10 @@ def _numbers(row: int | Iterable[int] | None) -> frozenset[int] | None:
     return frozenset(numbers)
 
 
-def _near(data: Any, numbers: frozenset[int] | None) -> Iterator[Row | Reject]:
+def _near(given: Iterable[FileSource | MemorySource], numbers: frozenset[int] | None) -> Iterator[Row | Reject]:
     """Yield rows without a download, which a first look does not need; of each source up to the last by number."""
     last = None if numbers is None else max(numbers) + 1
-    for one in sources(data):
+    for one in given:
         near = replace(one, streaming=True) if isinstance(one, FileSource) else one
         yield from islice(near.rows(), last)
 
@@ -268,14 +268,16 @@ def _as_text(
         found = f"{given[0]} is about tokens, and there is no tokenizer"
         raise UsageError("no_tokenizer", found, hint="pass the model's: --tokenizer")
     bare = bare_template(template if template is not None else "chatml", date, kwargs)
-    rows = tuple(view_text(entry, bare, options) for entry in wanted.of(selection.of(_near(data, wanted.numbers))))
+    rows = tuple(
+        view_text(entry, bare, options) for entry in wanted.of(selection.of(_near(sources(data), wanted.numbers)))
+    )
     places = [str(data)] if isinstance(data, str | Path) else list(dict.fromkeys(one.source.path for one in rows))
     return Page(f"{', '.join(places)} · template {bare.name} · no tokenizer", rows)
 
 
-def _of_data(data: Any, recipe: Recipe, wanted: Wanted, selection: Selection) -> Iterator[RowView]:
-    rows = wanted.of(selection.of(_near(data, wanted.numbers)))
-    return (view(outcome, recipe) for outcome in build_rows(recipe, rows))
+def _of_data(side: Side, wanted: Wanted, selection: Selection) -> Iterator[RowView]:
+    rows = wanted.of(selection.of(_near(side.sources, wanted.numbers)))
+    return (view(outcome, side.recipe) for outcome in build_rows(side.recipe, rows))
 
 
 def _of_build(side: Side, wanted: Wanted) -> Iterator[RowView]:

@@ -30,6 +30,7 @@ class Side:
         names: name and split of each source.
         steps: goes through it.
         options: what it was made with.
+        sources: what it is read from; a build: nothing.
         finished: adds to a survey of it what is known besides.
         folder: that of the build, if it is one.
     """
@@ -39,6 +40,7 @@ class Side:
     names: Sequence[tuple[str, str]]
     steps: Callable[[], Iterator[Step]]
     options: Mapping[str, Any]
+    sources: Sequence[FileSource | MemorySource] = ()
     finished: Callable[[Survey], Survey] = lambda seen: seen
     folder: Path | None = None
 
@@ -102,6 +104,7 @@ def side_of(
         [*((one.path, one.split or "train") for one in given), *((one.path, HELD_OUT) for one in tests)],
         through,
         {"ftdata": __version__, **recipe.describe(), "where": where, "limit": limit},
+        given,
     )
 
 
@@ -122,7 +125,13 @@ def _of_build(folder: Path, tokenizer: Any) -> Side:
 
     said = {"ftdata": manifest["ftdata"], **manifest["options"]}
     return Side(
-        titled([str(folder)], recipe), recipe, names, through, said, lambda seen: built.reported(folder, seen), folder
+        titled([str(folder)], recipe),
+        recipe,
+        names,
+        through,
+        said,
+        finished=lambda seen: built.reported(folder, seen),
+        folder=folder,
     )
 
 

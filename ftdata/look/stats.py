@@ -16,6 +16,7 @@ from ftdata.errors import InputRefused
 from ftdata.look import pictures
 from ftdata.look.side import Side, side_of
 from ftdata.look.survey import Ints, Numbers, Progress, Survey, survey
+from ftdata.look.views import line
 from ftdata.store import new_file
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
@@ -87,7 +88,7 @@ class Stats:
 
     def print(self, console: Console) -> None:
         """Print tables to a rich console."""
-        console.print(Text(self.title, "bold"), soft_wrap=True)
+        console.print(Text(line(self.title), "bold"), soft_wrap=True)
         whole = self.groups[0]
         reasons = ", ".join(f"{count:,} {code}" for code, count in self.rejected.items())
         rejected = f" ({reasons})" if reasons else ""
@@ -224,7 +225,7 @@ def _limits(lengths: Ints) -> Iterator[Limit]:
 
 
 def _named(group: Group) -> str:
-    return f"{group.of} {group.name}".strip()
+    return line(f"{group.of} {group.name}".strip())
 
 
 def _percentile(at: int) -> str:

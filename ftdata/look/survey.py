@@ -234,10 +234,9 @@ def _numbers(batch: Batch | None, source: int | Sequence[int], schemas: dict[str
 
 def _lost(batch: Batch) -> int:
     """Return how many answers stand wholly behind the end of examples that were cut."""
-    if not any(batch.columns.cut):
-        return 0
-    found = 0
-    for number in range(len(batch.counts)):
+    found, bounds = 0, np.cumsum(batch.counts)
+    cut = [at for at, tokens in enumerate(batch.columns.cut) if tokens]
+    for number in dict.fromkeys(np.searchsorted(bounds, cut, side="right").tolist()):
         for one in batch.built(number).examples:
             answers = [span for span in one.spans if span.generated] if one.cut else []
             begun = {span.message for span in answers if span.start < int(one.offsets[-1, 1])}

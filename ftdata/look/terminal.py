@@ -12,8 +12,6 @@ from rich.text import Text
 
 from ftdata.look.views import RowView, Segment, View, counted, headed, line, visible
 
-LEGEND = "⟦trained⟧ ⟨control token⟩ ⟨stop⟩■ ↵ line break ✂ cut"
-
 _TRAINED, _CONTROL, _SCAFFOLD = "bold green underline", "magenta", "dim"
 _ROLES = {"system": "yellow", "developer": "yellow", "user": "blue", "tool": "cyan", "assistant": "default"}
 _SHORT = 300

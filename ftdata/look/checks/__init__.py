@@ -4,6 +4,7 @@ A *flag* check is a flag of the examples; a *row* check looks at each row; a *da
 they were read; a *template* check at tokenizer and template. Rows that are rejected are findings, too, by their codes.
 """
 
+# To import them is what puts them into the list.
 from ftdata.look.checks import rows, together
 from ftdata.look.checks.registry import SEVERITIES, Check, Data, Row, Setting, checks
 
