@@ -2,14 +2,18 @@
 
 ```yaml
 data: data.json
+template: null
+mask: {train_on: assistant}
+length: {max_length: 1024, overlong: drop_turns}
+pack: bfd
 model: google/gemma-2-2b
-output_dir: out
-max_length: 1024
-packing: bfd
 quantization: nf4
 lora: {r: 16, alpha: 32}
 train: {num_train_epochs: 3, learning_rate: 2.0e-4}
+output_dir: out
 ```
+
+`mask`, `length` and `pack` group fields that may as well stand by themselves, under the names that they have as flags.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import datetime
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,13 @@ import msgspec
 import yaml
 
 from ftdata.errors import UsageError, nearest
+
+SECTIONS = {
+    "mask": ("train_on", "train_parts", "turns", "control_tokens", "dropped", "unclosed", "refuse"),
+    "length": ("max_length", "overlong"),
+    "pack": ("packing",),
+}
+"""Section of a file -> the fields that it groups. A single value is that of the first."""
 
 
 class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,6 +95,22 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     quantization: str | None = None
     """`"nf4"`: 4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023)."""
     train: dict[str, Any] = {}
+    early_stopping: int | None = None
+    """Evaluations without a lower loss after which training ends; the best model is kept."""
+    samples: int | list[str] = 3
+    """Prompts that the model answers at every evaluation: so many of the test split, or these."""
+    attn_implementation: str | None = None
+    """What computes attention, such as `"sdpa"` or `"flash_attention_2"`; `None`: what the model prefers."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run."""
+
+    def __post_init__(self) -> None:
+        if self.early_stopping is not None and self.early_stopping < 1:
+            message = f"early_stopping is {self.early_stopping}: expected evaluations, at least 1"
+            raise ValueError(message)
+        if isinstance(self.samples, int) and self.samples < 0:
+            message = f"samples is {self.samples}: expected a number of prompts, or prompts"
+            raise ValueError(message)
 
     def build_options(self) -> dict[str, Any]:
         """Return the fields that `build_sft_dataset` takes, besides data, tokenizer and output_dir."""
@@ -177,10 +205,11 @@ def make_config(values: dict[str, Any], where: str = "", **overrides: Any) -> Co
 
     >>> make_config({"data": "d.json", "model": "m", "output_dir": "o", "max_lenght": 512})
     Traceback (most recent call last):
-    ftdata.errors.UsageError: [config] unknown key 'max_lenght'. Fix: did you mean 'max_length'? known: columns, ...
+    ftdata.errors.UsageError: [config] unknown key 'max_lenght'. Fix: did you mean 'max_length'? known: ...
     """
     # TOML has dates of its own.
     values = {name: str(value) if isinstance(value, datetime.date) else value for name, value in values.items()}
+    values, overrides = _flat(values, where), _flat(overrides, "")
     given = {**values, **{name: value for name, value in overrides.items() if value is not None}}
     for name in ("lora", "train"):
         # What is overridden in a section leaves the rest of it as it was.
@@ -189,10 +218,74 @@ def make_config(values: dict[str, Any], where: str = "", **overrides: Any) -> Co
     for kind, section in ((Config, given), (Lora, given.get("lora"))):
         for key in section if isinstance(section, dict) else ():
             if key not in kind.__struct_fields__:
-                raise UsageError(
-                    "config", f"unknown key {key!r}", where=where, hint=nearest(str(key), kind.__struct_fields__)
-                )
+                known = (*kind.__struct_fields__, *(SECTIONS if kind is Config else ()))
+                raise UsageError("config", f"unknown key {key!r}", where=where, hint=nearest(str(key), known))
     try:
         return msgspec.convert(given, Config)
     except msgspec.ValidationError as error:
         raise UsageError("config", str(error), where=where) from None
+
+
+def _flat(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return values with the fields of sections beside the others."""
+    found = {name: value for name, value in values.items() if name not in SECTIONS}
+    for section, fields in SECTIONS.items():
+        inner = values.get(section)
+        if inner is None:
+            continue
+        for name, value in (inner if isinstance(inner, dict) else {fields[0]: inner}).items():
+            if name not in fields:
+                raise UsageError(
+                    "config", f"unknown key {name!r} in {section}", where=where, hint=nearest(name, fields)
+                )
+            if values.get(name) is not None:
+                raise UsageError("config", f"{name} is given twice, once in {section}", where=where)
+            found[name] = value
+    return found
+
+
+def assigned(items: Iterable[str]) -> dict[str, Any]:
+    """Return what `name=value` stands for: a field of `SFTConfig`, one of `Config`, or one in a section.
+
+    Raises:
+        UsageError: it is none of these, or the value cannot be parsed.
+
+    >>> assigned(["learning_rate=1e-4", "lora.r=8", "where=lang == 'en'"])
+    {'train': {'learning_rate': 0.0001}, 'lora': {'r': 8}, 'where': "lang == 'en'"}
+    """
+    found: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise UsageError("setting", f"--set is {item!r}, expected name=value, e.g. learning_rate=1e-4")
+        try:
+            value = parse_yaml(text)
+        except yaml.YAMLError as error:
+            raise UsageError("setting", f"--set {name}: {' '.join(str(error).split())}") from None
+        section, dot, field = name.strip().replace("-", "_").partition(".")
+        if dot:
+            found.setdefault(section, {})[field] = value
+        elif section in SECTIONS or (section in Config.__struct_fields__ and section != "seed"):
+            found[section] = value
+        else:
+            # The seed that matters once there is a build is that of training.
+            found.setdefault("train", {})[section] = value
+    return found
+
+
+def to_yaml(config: Config) -> str:
+    """Return a configuration as a file that `load_config` reads; fields at their defaults are left out.
+
+    >>> print(to_yaml(make_config({"data": "d.json", "model": "m", "output_dir": "o", "length": 512})), end="")
+    data: d.json
+    model: m
+    output_dir: o
+    max_length: 512
+    """
+    defaults = make_config({"data": "", "model": "", "output_dir": ""})
+    given = {
+        name: value
+        for name, value in msgspec.to_builtins(config).items()
+        if name in ("data", "model", "output_dir") or value != msgspec.to_builtins(getattr(defaults, name))
+    }
+    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=120)

@@ -413,7 +413,7 @@ def _sync(folder: Path) -> None:
 def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
     """Write `manifest.json`: `about`, and size and hash (XXH3, 128 bits) of every file in the folder."""
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3_128": _hash(path)}
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3_128": digest(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
@@ -452,11 +452,12 @@ def verify(folder: Path) -> list[str]:
     return [
         name
         for name, known in files.items()
-        if not (folder / name).is_file() or _hash(folder / name) != known["xxh3_128"]
+        if not (folder / name).is_file() or digest(folder / name) != known["xxh3_128"]
     ]
 
 
-def _hash(path: Path) -> str:
+def digest(path: Path) -> str:
+    """Return the XXH3 (128 bits) of a file, in hexadecimal."""
     # A cryptographic one takes longer than packing and writing do, and would tell no more of a damaged disk.
     found = xxhash.xxh3_128()
     with path.open("rb") as file:

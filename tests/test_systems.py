@@ -184,7 +184,7 @@ def test_d_code_alpaca_with_opt(tmp_path):
         settings={**QUICK, "save_strategy": "epoch", "eval_strategy": "epoch"},
     )
     report = compare(tmp_path / "run", kept, n=3, num_beams=5, early_stopping=True, max_new_tokens=6)
-    assert 0 <= report.bleu_tuned <= 100
+    assert 0 <= report.tuned.bleu <= 100
     assert len(report.rows) == 3
     assert (tmp_path / "run" / "loss.png").is_file()
 

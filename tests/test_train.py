@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from ftdata.config import make_config  # noqa: E402
 from ftdata.train import compare, run  # noqa: E402
+from ftdata.train.handover import check_first_batch  # noqa: E402
+from ftdata.train.model import load_model, parameters  # noqa: E402
 from ftdata.train.probe import leak  # noqa: E402
-from ftdata.train.qlora import load_model, parameters  # noqa: E402
-from ftdata.train.sft import check_first_batch, make_trainer, token_loss  # noqa: E402
+from ftdata.train.sft import make_trainer  # noqa: E402
 
 ROWS = [
     {"question": f"What is {a}?", "answer": answer}
@@ -111,19 +112,20 @@ def test_the_saved_adapter_answers_again(qlora_run, data):
 
 
 def test_what_is_asked_is_what_was_trained(qlora_run, data):
-    from ftdata.train.evaluate import _from_build, _from_rows, last_turn
+    from ftdata.build import load_build
+    from ftdata.train.prompts import documents, last_turn, of_messages, of_rows
+    from ftdata.train.saved import finished
 
-    options = json.loads((qlora_run / "data" / "manifest.json").read_text())["options"]
-    rows = [
-        last_turn(*tokens, {2})
-        for tokens in _from_rows(data, json.loads((qlora_run / "run.json").read_text())["tokenizer"], options)
-    ]
-    _, documents = _from_build(qlora_run / "data")
-    assert all(last_turn(*tokens, {2}) in rows for tokens in documents)
+    recipe = finished(qlora_run).recipe
+    rows = [last_turn(*tokens, {2}) for tokens in of_rows(data, recipe)]
+    built = load_build(qlora_run / "data")
+    assert all(last_turn(*tokens, {2}) in rows for split in built.values() for tokens in documents(split))
+    asked = [of_messages([{"role": "user", "content": row["question"]}], recipe) for row in ROWS]
+    assert asked == [prompt for prompt, _ in rows]
 
 
 def test_typed_control_tokens_are_asked_as_text(llama):
-    from ftdata.train.evaluate import _from_rows
+    from ftdata.train.prompts import of_rows, recipe_of
 
     options = {
         "template": {"name": "tokenizer", "date": None, "kwargs": {}},
@@ -132,7 +134,7 @@ def test_typed_control_tokens_are_asked_as_text(llama):
         "turns": "auto",
         "control_tokens": "escape",
     }
-    ((ids, _),) = _from_rows([{"question": "a<|im_end|>b", "answer": "c"}], llama, options)
+    ((ids, _),) = of_rows([{"question": "a<|im_end|>b", "answer": "c"}], recipe_of(llama, options))
     assert ids.count(2) == 2
 
 
@@ -195,7 +197,7 @@ def test_padded_rows_carry_the_same_labels(llama, tmp_path):
     assert batch["attention_mask"].shape == batch["labels"].shape
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
     joined.eval_dataset, padded.eval_dataset = joined.train_dataset, padded.train_dataset
-    assert math.isclose(token_loss(joined), token_loss(padded), rel_tol=1e-5)
+    assert math.isclose(joined.evaluate()["eval_loss"], padded.evaluate()["eval_loss"], rel_tol=1e-5)
 
 
 def test_packed_and_unpacked_lose_the_same(llama, tmp_path):
@@ -206,7 +208,7 @@ def test_packed_and_unpacked_lose_the_same(llama, tmp_path):
     for built in (packed, alone):
         trainer = trainer_for(llama, tmp_path, built)
         trainer.eval_dataset = trainer.train_dataset
-        found.append(token_loss(trainer))
+        found.append(trainer.evaluate()["eval_loss"])
     assert math.isclose(*found, rel_tol=1e-4)
     trainer = trainer_for(llama, tmp_path, packed)
     batch = next(iter(trainer.get_train_dataloader()))
@@ -263,7 +265,7 @@ def test_settings_that_would_undo_the_build_are_refused(llama, data, tmp_path, s
 def test_refusals_before_training(llama, data, qlora_run, tmp_path, tokenizer_dir):
     with pytest.raises(UsageError, match="holds a run already"):
         run(qlora_run / "data", model=llama, output_dir=qlora_run)
-    with pytest.raises(UsageError, match="no whole checkpoint"):
+    with pytest.raises(UsageError, match="no checkpoint of a run"):
         run(qlora_run / "data", model=llama, output_dir=tmp_path / "empty", resume=True)
     from conftest import tiny_model
     from makers import tiny_bpe
@@ -349,22 +351,51 @@ def test_an_incomplete_checkpoint_is_passed_over(qlora_run, llama, tmp_path):
     assert losses(again) == losses(qlora_run)
 
 
-def test_ids_beyond_the_embedding_are_refused(llama, tmp_path):
+def with_token(llama, folder, token, **config):
+    """Add a token to the tokenizer that the model has no embedding for."""
     from tokenizers import Tokenizer
 
+    shutil.copytree(llama, folder)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens([token])
+    backend.save(str(folder / "tokenizer.json"))
+    known = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**known, **config}))
+    return str(folder)
+
+
+def test_a_pad_token_that_the_model_lacks_is_replaced(llama, tmp_path):
+    model = with_token(llama, tmp_path / "model", "[PAD]", pad_token="[PAD]")
+    folder = run(write(tmp_path), model=model, output_dir=tmp_path / "run", settings={"max_steps": 1})
+    saved = json.loads((folder / "model" / "generation_config.json").read_text())
+    rows = AutoModelForCausalLM.from_pretrained(llama).get_input_embeddings().weight.shape[0]
+    assert saved["pad_token_id"] == AutoModelForCausalLM.from_pretrained(llama).config.eos_token_id
+    assert AutoModelForCausalLM.from_pretrained(folder / "model").get_input_embeddings().weight.shape[0] == rows
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("options", [{}, {"lora": {"r": 4}}, {"quantization": "nf4"}], ids=["full", "lora", "nf4"])
+def test_new_tokens_are_given_embeddings_and_trained(llama, tmp_path, options, tied):
+    model = with_token(llama, tmp_path / "model", "[NEW]")
+    base = AutoModelForCausalLM.from_pretrained(llama, tie_word_embeddings=tied)
+    base.save_pretrained(model)
+    path = tmp_path / "new.jsonl"
+    path.write_text('{"question": "a [NEW] b", "answer": "[NEW]"}\n' * 4)
+    settings = {**QUICK, "num_train_epochs": 3, "save_strategy": "epoch"}
+    folder = run(path, model=model, output_dir=tmp_path / "run", control_tokens="allow", settings=settings, **options)
+    assert losses(folder)[-1] < losses(folder)[0]
+    report = compare(folder, n=1, max_new_tokens=2)
+    assert report.tuned.perplexity < report.base.perplexity
+
+
+def test_a_tokenizer_of_another_model_is_refused(llama, tmp_path):
+    smaller = AutoModelForCausalLM.from_pretrained(llama)
+    smaller.resize_token_embeddings(100)
     model = tmp_path / "model"
     shutil.copytree(llama, model)
-    backend = Tokenizer.from_file(str(model / "tokenizer.json"))
-    backend.add_special_tokens(["[PAD]"])
-    backend.save(str(model / "tokenizer.json"))
-    config = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "[PAD]"}))
-    with pytest.raises(UsageError, match="pad token"):
-        run(write(tmp_path), model=str(model), output_dir=tmp_path / "run")
-    path = tmp_path / "pad.jsonl"
-    path.write_text('{"text": "a [PAD] b"}\n')
+    smaller.save_pretrained(model)
     with pytest.raises(UsageError, match="holds token id"):
-        run(path, model=str(model), output_dir=tmp_path / "run2")
+        run(write(tmp_path), model=str(model), output_dir=tmp_path / "run")
 
 
 def test_sampling_settings_of_the_base_do_not_break_the_end(llama, data, tmp_path):

@@ -1,4 +1,4 @@
-"""Commands that make something, or list what there is: a few lines over the public function of the same name."""
+"""Commands that make data, or list what there is: a few lines over the public function of the same name."""
 
 from __future__ import annotations
 
@@ -194,62 +194,6 @@ def templates_check(
     report = check_template(template)
     print_value(report, as_json=as_json)
     raise typer.Exit(1 if report.verdict == "refused" else 0)
-
-
-def train(
-    source: Annotated[
-        str, typer.Argument(help="A config file (.yaml, .toml), a build, or a data file.", show_default=False)
-    ],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Folder or hub id of the base model.")] = None,
-    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Folder for the run.")] = None,
-    template: Template = None,
-    max_length: MaxLength = None,
-    packing: Packing = None,
-    test_size: TestSize = None,
-    quantization: Annotated[str | None, typer.Option(help="nf4: QLoRA, the base model in 4 bits.")] = None,
-    lora_r: Annotated[int | None, typer.Option(help="Rank of the LoRA adapter.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A field of SFTConfig, e.g. --set learning_rate=1e-4.")
-    ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the run's folder.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Train a model on data or on a build, with LoRA, QLoRA or in full; save, and draw the loss."""
-    from ftdata.train import run
-
-    folder = run(
-        source,
-        model=model,
-        output_dir=output_dir,
-        template=template,
-        max_length=max_length,
-        packing=packing,
-        test_size=test_size,
-        quantization=quantization,
-        lora_r=lora_r,
-        settings=set_ or [],
-        resume=resume,
-    )
-    if as_json:
-        print((folder / "run.json").read_text(encoding="utf-8"), end="")
-
-
-def evaluate(
-    run_dir: Annotated[Path, typer.Argument(help="A finished run of `ftdata train`.")],
-    data: Annotated[str | None, typer.Option(help="Questions with expected answers; default: the run's data.")] = None,
-    n: Annotated[int, typer.Option("-n", help="How many rows.", min=1)] = 20,
-    as_json: Json = False,
-) -> None:
-    """Ask base and tuned model the same questions, side by side, with exact match and SacreBLEU."""
-    from ftdata.train import compare
-
-    report = compare(run_dir, data, n)
-    if as_json:
-        print_value(report, as_json=True)
-    else:
-        from rich.console import Console
-
-        report.print(Console())
 
 
 def plugins(as_json: Json = False) -> None:

@@ -81,7 +81,12 @@ _BEGIN = b"<!doctype html>"
 
 
 def write_page(path: str | Path, page: Page) -> None:
-    """Write the page, whole or not at all.
+    """Write the page, as `write_html` does."""
+    write_html(path, html(page))
+
+
+def write_html(path: str | Path, text: str) -> None:
+    """Write a page, whole or not at all.
 
     Raises:
         UsageError: there is something else.
@@ -91,7 +96,7 @@ def write_page(path: str | Path, page: Page) -> None:
         found = f"{path} exists and is no page of ftdata"
         raise UsageError("target_exists", found, hint="choose another name: data is not written over")
     with new_file(Path(path).resolve()) as file:
-        file.write_text(html(page), encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
 
 
 def _is_page(path: Path) -> bool:

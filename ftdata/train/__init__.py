@@ -7,19 +7,21 @@ when a function is called, not before.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yaml import YAMLError
-
-from ftdata.config import Config, load_config, make_config, parse_yaml
+from ftdata.config import Config, assigned, load_config, make_config
 from ftdata.errors import MissingDependency, UsageError
 from ftdata.store import read_manifest
 from ftdata.tokenize import load_tokenizer
 
 if TYPE_CHECKING:
-    from ftdata.train.evaluate import Comparison
+    from ftdata.train.chat import Conversation
+    from ftdata.train.estimate import Estimate
+    from ftdata.train.report import Comparison
 
 NEEDED = ("torch", "transformers", "trl", "peft", "accelerate", "matplotlib", "sacrebleu")
 
@@ -29,18 +31,20 @@ def run(
     *,
     model: str | None = None,
     output_dir: str | Path | None = None,
-    settings: dict[str, Any] | list[str] | None = None,
+    settings: Mapping[str, Any] | Sequence[str] | None = None,
     resume: bool = False,
     **overrides: Any,
 ) -> Path:
     """Train a model; build the data first where `source` is not a build yet.
 
     Args:
-        source: a config file (`.yaml`, `.yml`, `.toml`), the folder of a build, or data as `build_sft_dataset` takes.
+        source: a config file (`.yaml`, `.yml`, `.toml`), the folder of a build, the folder of a run that is to go on,
+            or data as `build_sft_dataset` takes.
         model: folder or hub id of the base model.
-        output_dir: folder for the run: checkpoints, the model, `run.json`, the loss as picture and figures.
-        settings: fields of TRL's `SFTConfig`, as a mapping or as `["learning_rate=1e-4"]`.
-        resume: go on from the last checkpoint in `output_dir`.
+        output_dir: folder for the run: checkpoints, the model, `config.yaml`, `run.json`, the loss as picture and
+            figures, `samples.jsonl`.
+        settings: fields of TRL's `SFTConfig`, as a mapping or as `["learning_rate=1e-4", "lora.r=8"]`.
+        resume: go on from the last whole checkpoint in `output_dir`.
         overrides: further fields of `Config`.
 
     Returns:
@@ -48,24 +52,54 @@ def run(
 
     Raises:
         UsageError: a field is unknown, missing or contradicts another.
+        InputRefused: data, model or checkpoints cannot be used as they are.
         MissingDependency: the `train` extra is not installed.
     """
     _require()
+    config, build = _resolve(source, model, output_dir, {**overrides, **_settings(settings)}, resume=resume)
     _quiet()
-    config, build = _resolve(source, model, output_dir, {**overrides, "train": _settings(settings)})
     from ftdata.train import sft
 
     return sft.train(config, build, resume=resume)
 
 
-def compare(run_dir: str | Path, data: Any = None, n: int = 20, **generation: Any) -> Comparison:
+def dry_run(
+    source: str | Path,
+    *,
+    model: str | None = None,
+    output_dir: str | Path | None = None,
+    settings: Mapping[str, Any] | Sequence[str] | None = None,
+    **overrides: Any,
+) -> tuple[Estimate, str]:
+    """Work out what `run` would do, and leave nothing.
+
+    Returns:
+        Parameters, data, steps, computing, memory and time; and a note on how rows are put together, or nothing.
+
+    Raises:
+        UsageError: as `run`.
+        InputRefused: as `run`; the run does not fit, or the model leaks.
+        MissingDependency: the `train` extra is not installed.
+    """
+    _require()
+    config, build = _resolve(source, model, output_dir, {**overrides, **_settings(settings)})
+    _quiet()
+    from ftdata.train import sft
+
+    return sft.look_ahead(config, build)
+
+
+def compare(run_dir: str | Path, data: Any = None, n: int | None = 20, **options: Any) -> Comparison:
     """Ask base and tuned model the same questions.
 
     Args:
         run_dir: the folder of a finished run.
-        data: questions with their expected answers; `None` takes the run's own data.
-        n: how many rows.
-        generation: further arguments of `model.generate`.
+        data: questions with their expected answers; `None` takes the run's own data: its test split, if there is one.
+        n: how many rows; `None` takes all.
+        options: `batch_size`, and further arguments of `model.generate`, such as `num_beams` or `do_sample`.
+
+    Returns:
+        Perplexity, exact match, SacreBLEU and chrF of both, and every answer.
 
     Raises:
         UsageError: the folder is no finished run.
@@ -75,7 +109,86 @@ def compare(run_dir: str | Path, data: Any = None, n: int = 20, **generation: An
     _quiet()
     from ftdata.train import evaluate
 
-    return evaluate.compare(Path(run_dir), data, n, **generation)
+    return evaluate.compare(Path(run_dir), data, n, **options)
+
+
+def generate(run_dir: str | Path, prompts: Sequence[str], *, base: bool = False, **options: Any) -> list[str]:
+    """Answer prompts with the model of a finished run.
+
+    Args:
+        run_dir: the folder of the run.
+        prompts: what a user says, each by itself.
+        base: ask the base model instead.
+        options: `batch_size`, and further arguments of `model.generate`.
+
+    Raises:
+        UsageError: the folder is no finished run.
+        MissingDependency: the `train` extra is not installed.
+    """
+    return conversation(run_dir, base=base, **options).answers(
+        [[{"role": "user", "content": text}] for text in prompts]
+    )
+
+
+def conversation(run_dir: str | Path, *, base: bool = False, system: str | None = None, **options: Any) -> Conversation:
+    """Begin a conversation with the model of a finished run: `.say(text)` returns its answer.
+
+    Args:
+        run_dir: the folder of the run.
+        base: talk with the base model instead.
+        system: a system message.
+        options: further arguments of `model.generate`.
+
+    Raises:
+        UsageError: the folder is no finished run.
+        MissingDependency: the `train` extra is not installed.
+    """
+    _require()
+    _quiet()
+    from ftdata.train import chat, saved
+
+    return chat.begin(saved.finished(Path(run_dir)), base=base, system=system, **options)
+
+
+def merge(run_dir: str | Path, output_dir: str | Path) -> float:
+    """Write the base model with a run's adapter merged into it.
+
+    Args:
+        run_dir: the folder of a finished run.
+        output_dir: a new folder, for a model that needs neither ftdata nor PEFT.
+
+    Returns:
+        How far the merged model's logits are off those of base and adapter, relative to the largest.
+
+    Raises:
+        UsageError: the run has no adapter, or the folder is not empty.
+        MissingDependency: the `train` extra is not installed.
+    """
+    _require()
+    _quiet()
+    from ftdata.train import saved
+
+    return saved.merge(saved.finished(Path(run_dir)), Path(output_dir))
+
+
+def init(data: str, model: str, output_dir: str | Path = "out", **overrides: Any) -> str:
+    """Return a commented configuration for some data and a model, with values worked out from both.
+
+    Args:
+        data: a file, or whatever else `build_sft_dataset` takes as text.
+        model: folder or hub id of the base model.
+        output_dir: folder for the run.
+        overrides: fields of `Config` that are decided already.
+
+    Raises:
+        InputRefused: the data cannot be read, or nothing of it be built.
+        MissingDependency: the `train` extra is not installed.
+    """
+    _require()
+    _quiet()
+    from ftdata.train import start
+
+    return start.worked_out(data, model, str(output_dir), overrides)
 
 
 def _require() -> None:
@@ -90,11 +203,18 @@ def _quiet() -> None:
     # Bars for loading twenty tensors, and advice about settings that ftdata has decided, hide what matters.
     import warnings
 
+    # Workers of a tokenizer that forks has are of no use here, and it says so on every fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    for name in ("trl", "peft", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # So they are: they have new tokens, which are trained.
+    warnings.filterwarnings("ignore", "Setting `save_embedding_layers` to `True`", UserWarning)
 
 
 def _resolve(
@@ -102,11 +222,15 @@ def _resolve(
     model: str | None,
     output_dir: str | Path | None,
     overrides: dict[str, Any],
+    *,
+    resume: bool = False,
 ) -> tuple[Config, Path | None]:
     path = Path(source)
     if (rank := overrides.pop("lora_r", None)) is not None:
-        overrides["lora"] = {"r": rank}
+        overrides["lora"] = {**(overrides.get("lora") or {}), "r": rank}
     given = {**overrides, "model": model, "output_dir": str(output_dir) if output_dir else None}
+    if (path / "run.json").is_file() and not (path / "manifest.json").is_file():
+        return _begun(path, given, resume=resume)
     if path.suffix in (".yaml", ".yml", ".toml"):
         config = load_config(path, **given)
         if not isinstance(config.data, str) or not (Path(config.data) / "manifest.json").is_file():
@@ -120,10 +244,29 @@ def _resolve(
     for name, value in (("--model", model), ("--output-dir", output_dir)):
         if not value:
             raise UsageError("missing_option", f"training on {source} needs {name}")
-    if path.is_dir():
-        _check_built(path, {name: value for name, value in overrides.items() if value is not None})
-        return make_config({"data": str(path)}, **given), path
+    if (path / "manifest.json").is_file():
+        config = make_config({"data": str(path)}, **given)
+        _check_built(path, {name: value for name, value in _built_by(given).items() if value is not None})
+        return config, path
     return make_config({"data": str(source)}, **given), None
+
+
+def _begun(run_dir: Path, given: dict[str, Any], *, resume: bool) -> tuple[Config, Path | None]:
+    """Return the configuration that a run was begun with, and the data that it was begun on."""
+    if not (run_dir / "config.yaml").is_file():
+        raise UsageError("not_a_run", f"{run_dir} keeps no config.yaml", hint="name the configuration, or the data")
+    if not resume:
+        raise UsageError("run_exists", f"{run_dir} holds a run already", hint="go on with --resume")
+    config = load_config(run_dir / "config.yaml", **{**given, "output_dir": str(run_dir)})
+    named = config.data if isinstance(config.data, str) else ""
+    build = Path(named) if (Path(named) / "manifest.json").is_file() else run_dir / "data"
+    return config, build
+
+
+def _built_by(given: Mapping[str, Any]) -> dict[str, Any]:
+    options = make_config({"data": ""}, **{"model": "", "output_dir": "", **given}).build_options()
+    plain = make_config({"data": "", "model": "", "output_dir": ""}).build_options()
+    return {name: value for name, value in options.items() if value != plain[name]}
 
 
 def _tokenizer_of(folder: Path) -> str:
@@ -149,16 +292,7 @@ def _check_built(folder: Path, asked: Mapping[str, Any]) -> None:
         )
 
 
-def _settings(settings: dict[str, Any] | list[str] | None) -> dict[str, Any]:
-    if not isinstance(settings, list):
-        return settings or {}
-    parsed = {}
-    for item in settings:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise UsageError("setting", f"--set is {item!r}, expected name=value, e.g. learning_rate=1e-4")
-        try:
-            parsed[name] = parse_yaml(value)
-        except YAMLError as error:
-            raise UsageError("setting", f"--set {name}: {' '.join(str(error).split())}") from None
-    return parsed
+def _settings(settings: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
+    if settings is None or isinstance(settings, Mapping):
+        return {"train": dict(settings or {})}
+    return assigned(settings)

@@ -1,64 +1,146 @@
-"""Checkpoints: what a run was, whether another may go on from it, and where.
+"""Checkpoints: what a run was, whether another may go on from it, and from where.
 
 `run.json` holds what decides the weights of a run. Going on is allowed with the same data, model, adapter and
-settings; only how long to train, and what is logged and kept, may change.
+settings; only how long to train, and what is logged and kept, may change. A checkpoint is whole when its seal is
+there, which is written last, and every file is what the seal says: any other is passed over, with words.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from msgspec import to_builtins
 
 from ftdata._version import __version__
 from ftdata.config import Config
 from ftdata.errors import InputRefused, UsageError
-from ftdata.store import write_json
+from ftdata.store import digest, write_json
 
-FREE = ("num_train_epochs", "max_steps", "disable_tqdm", "report_to", "run_name")
+FREE = ("num_train_epochs", "max_steps", "disable_tqdm", "report_to", "run_name", "load_best_model_at_end")
 """Settings that may change when a run goes on, besides those of logging, saving and evaluation."""
 
-_WHOLE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+SEAL = "ftdata.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What a checkpoint belongs to: the fingerprint of its data, and the setup of its run."""
+
+    fingerprint: str
+    setup: dict[str, Any]
+
+    @property
+    def run(self) -> str:
+        """Both in one, short."""
+        text = json.dumps([self.fingerprint, self.setup], sort_keys=True)
+        return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """A run that is being resumed: its `run.json`, and its last whole checkpoint."""
+    """A run that is being resumed: its `run.json`, its last whole checkpoint, and why later ones are passed over."""
 
     about: dict[str, Any]
     checkpoint: str
+    passed: tuple[str, ...] = ()
 
 
-def check(run: Path, config: Config, *, resume: bool) -> Before | None:
+def write_seal(checkpoint: Path, seal: Seal) -> None:
+    """Say that a checkpoint is whole, when everything in it is on the disk."""
+    files = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name != SEAL:
+            files[str(path.relative_to(checkpoint))] = digest(path)
+            _sync(path)
+    about = {"ftdata": __version__, "run": seal.run, "fingerprint": seal.fingerprint, "files": files}
+    write_whole(checkpoint / SEAL, about)
+
+
+def write_whole(path: Path, about: dict[str, Any]) -> None:
+    """Write a JSON file so that it is there whole, or as it was."""
+    new = path.with_name(f"{path.name}.tmp")
+    write_json(new, about)
+    _sync(new)
+    new.replace(path)
+    _sync(path.parent)
+
+
+def damage(checkpoint: Path, seal: Seal | None = None) -> str | None:
+    """Return what is wrong with a checkpoint, or `None`.
+
+    Args:
+        checkpoint: its folder.
+        seal: the run that it must belong to.
+    """
+    try:
+        known = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        files, run = dict(known["files"]), known["run"]
+    except FileNotFoundError:
+        return "it was not written to its end"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{SEAL} is damaged"
+    for name, right in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if digest(path) != right:
+            return f"{name} is damaged"
+    return "it is of another run" if seal is not None and run != seal.run else None
+
+
+def check(run: Path, config: Config, processes: int, *, resume: bool) -> Before | None:
     """Say whether a run may begin in this folder, or go on, before anything in it is touched.
 
     Raises:
-        UsageError: it holds a run or a build, or, to resume, no checkpoint.
-        InputRefused: its run was another one.
+        UsageError: it holds a run or a build, or, to resume, nothing to go on from.
+        InputRefused: its run was another one, or no checkpoint of it is whole.
     """
     if (run / "manifest.json").is_file():
         raise UsageError("target_exists", f"{run} is a build", hint="choose another folder for the run")
-    last = last_whole(run)
     about = read(run)
+    found = ordered(run)
     if not resume:
-        if about.get("finished") or last is not None:
+        if about.get("finished") or found:
+            done = "finished" if about.get("finished") else f"interrupted after {found[-1].name}"
             hint = "go on with --resume, or choose another folder"
-            raise UsageError("run_exists", f"{run} holds a run already", hint=hint)
+            raise UsageError("run_exists", f"{run} holds a run already, {done}", hint=hint)
         return None
-    if last is None:
-        raise UsageError("nothing_to_resume", f"{run} holds no whole checkpoint", hint="start without --resume")
-    now = describe(config, "")["setup"]
-    changed = [name for name in now if now[name] != about.get("setup", {}).get(name)]
+    if not found or not about:
+        raise UsageError("nothing_to_resume", f"{run} holds no checkpoint of a run", hint="start without --resume")
+    now = describe(config, "", processes)["setup"]
+    before = about.get("setup", {})
+    changed = [name for name in now if now[name] != before.get(name)]
     if changed:
         raise InputRefused(
             "other_run",
-            f"the checkpoints in {run} come from another run: {', '.join(changed)} changed",
+            f"the checkpoints in {run} come from another run: {'; '.join(_changes(changed, before, now))}",
             hint="resume with what it was begun with, or start anew in another folder",
         )
-    return Before(about, last)
+    seal = Seal(about["fingerprint"], before)
+    passed: list[str] = []
+    for path in reversed(found):
+        if (wrong := damage(path, seal)) is None:
+            return Before(about, str(path), tuple(passed))
+        passed.append(f"{path.name}: {wrong}")
+    listed = "; ".join(passed)
+    raise InputRefused("no_whole_checkpoint", f"{run} holds no whole checkpoint: {listed}", hint="start anew")
+
+
+def _changes(names: list[str], before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    for name in names:
+        old, new = before.get(name), now[name]
+        if name == "train" and isinstance(old, dict):
+            differing = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+            yield ", ".join(f"train.{key} was {old.get(key)}, is {new.get(key)}" for key in differing)
+        else:
+            yield f"{name} changed" if name == "weights" else f"{name} was {old}, is {new}"
 
 
 def same_data(run: Path, before: Before, fingerprint: str) -> None:
@@ -71,31 +153,29 @@ def same_data(run: Path, before: Before, fingerprint: str) -> None:
     if known != fingerprint:
         raise InputRefused(
             "other_data",
-            f"the checkpoints in {run} were trained on build {known}, this is {fingerprint}",
+            f"the checkpoints in {run} were trained on build {known}, this is {fingerprint}: data, tokenizer, "
+            "template or options are others",
             hint="resume with the same data and options, or start anew in another folder",
         )
 
 
-def begin(run: Path, config: Config, fingerprint: str, before: Before | None) -> str | None:
-    """Note that a run begins or goes on; return the checkpoint to go on from.
+def begin(run: Path, config: Config, fingerprint: str, processes: int, before: Before | None) -> None:
+    """Note that a run begins or goes on; what cannot be gone on from is taken away.
 
     Raises:
         InputRefused: the data is not that of the run that goes on.
     """
     if before is not None:
         same_data(run, before, fingerprint)
-        return before.checkpoint
+        for name in (passed.partition(":")[0] for passed in before.passed):
+            shutil.rmtree(run / name)
+        return
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "run.json", {**describe(config, fingerprint), "finished": False})
-    return None
+    write_whole(run / "run.json", {**describe(config, fingerprint, processes), "finished": False})
 
 
-def describe(config: Config, fingerprint: str) -> dict[str, Any]:
+def describe(config: Config, fingerprint: str, processes: int) -> dict[str, Any]:
     """Return what decides the weights of a run, for `run.json`."""
-    folder = Path(config.model)
-    weights = (
-        {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))} if folder.is_dir() else {}
-    )
     settings = {
         name: value
         for name, value in config.train.items()
@@ -103,21 +183,26 @@ def describe(config: Config, fingerprint: str) -> dict[str, Any]:
     }
     setup = {
         "model": config.model,
-        "weights": weights,
+        "weights": weights_of(config.model),
         "quantization": config.quantization,
         "lora": to_builtins(config.lora),
+        "attn_implementation": config.attn_implementation,
         "train": to_builtins(settings),
+        "processes": processes,
     }
     return {"ftdata": __version__, "fingerprint": fingerprint, "setup": setup}
 
 
-def last_whole(run: Path) -> str | None:
-    """Return the last checkpoint that was written to its end, or `None`."""
+def weights_of(model: str) -> dict[str, str]:
+    """Return the digest of each file of weights in a model's folder; of a hub id, nothing."""
+    folder = Path(model)
+    return {path.name: digest(path) for path in sorted(folder.glob("*.safetensors"))} if folder.is_dir() else {}
+
+
+def ordered(run: Path) -> list[Path]:
+    """Return the folders of checkpoints, by their steps."""
     found = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        if all((path / name).is_file() for name in _WHOLE) and any(path.glob("*.safetensors")):
-            return str(path)
-    return None
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -128,7 +213,17 @@ def read(run: Path) -> dict[str, Any]:
     """
     path = run / "run.json"
     try:
-        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise InputRefused("damaged_run", f"{path} is damaged: {error}", hint="start anew in another folder") from None
+    if not isinstance(about, dict) or (about and not {"fingerprint", "setup"} <= about.keys()):
+        raise InputRefused("damaged_run", f"{path} does not describe a run", hint="start anew in another folder")
     return about
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

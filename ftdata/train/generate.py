@@ -2,44 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from ftdata.errors import UsageError
+from ftdata.train.prompts import until_stop
+
 _GREEDY = {"max_new_tokens": 256, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
-def generate(model: Any, prompts: Sequence[Sequence[int]], *, batch_size: int = 16, **options: Any) -> list[list[int]]:
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 16,
+    done: Callable[[int], None] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> list[list[int]]:
     """Return the ids that the model answers to each prompt, up to and without its stop token.
+
+    Prompts of like length are generated together, so that little is padded; answers come in the order of the prompts.
 
     Args:
         model: a causal language model; its generation config says where it stops and what pads on the left.
         prompts: token ids.
         batch_size: prompts generated together.
-        options: further arguments of `model.generate`.
+        done: called with the number of prompts answered so far.
+        seed: decides what is sampled, where anything is.
+        options: further arguments of `model.generate`, such as `num_beams`; greedy without.
+
+    Raises:
+        UsageError: `model.generate` refuses the options.
     """
     stops, pad_id = model.generation_config.eos_token_id, model.generation_config.pad_token_id
     stop_ids = set(stops if isinstance(stops, list) else [stops])
-    answers: list[list[int]] = []
+    given = {**_GREEDY, "pad_token_id": pad_id, **options}
+    if given["do_sample"]:
+        torch.manual_seed(seed)
+        given = {name: value for name, value in given.items() if value is not None}
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    answers: list[list[int]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
-        for at in range(0, len(prompts), batch_size):
-            batch = prompts[at : at + batch_size]
-            width = max(map(len, batch))
-            ids = torch.tensor([[pad_id] * (width - len(one)) + list(one) for one in batch])
-            mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in batch])
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                **{**_GREEDY, "pad_token_id": pad_id, **options},
-            )
-            answers.extend(until_stop(one, stop_ids) for one in output[:, width:].tolist())
-    model.train(was_training)
+    try:
+        with torch.inference_mode():
+            for at in range(0, len(order), batch_size):
+                chosen = order[at : at + batch_size]
+                width = len(prompts[chosen[-1]])
+                ids = torch.tensor([_left([pad_id], prompts[number], width) for number in chosen])
+                mask = torch.tensor([_left([0], [1] * len(prompts[number]), width) for number in chosen])
+                output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **given)
+                for number, found in zip(chosen, output[:, width:].tolist(), strict=True):
+                    answers[number] = until_stop(found, stop_ids)
+                if done is not None:
+                    done(at + len(chosen))
+    except (ValueError, TypeError) as error:
+        raise UsageError("generation", f"generate refuses: {' '.join(str(error).split())[:300]}") from None
+    finally:
+        model.train(was_training)
     return answers
 
 
-def until_stop(ids: list[int], stops: set[int]) -> list[int]:
-    """Return the ids before the first stop."""
-    return ids[: next((at for at, id_ in enumerate(ids) if id_ in stops), len(ids))]
+def _left(filler: list[int], ids: Sequence[int], width: int) -> list[int]:
+    return filler * (width - len(ids)) + list(ids)

@@ -1,19 +1,12 @@
-"""The hand-over: a finished build -> `SFTTrainer`, with the only settings that keep its labels as they are.
-
-SFTTrainer takes `input_ids, labels, seq_lengths` untouched when it is told to skip its own preparation and to
-batch without padding; with other settings it packs again, cuts at 1024 tokens, or lets packed documents see
-each other, without a word. So these settings are fixed, and the first batch is counted before the first step.
-"""
+"""A run: the data built, the model loaded, both checked against each other, trained, saved, read back."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
-import random
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +18,58 @@ import torch
 from msgspec import structs
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import AutoTokenizer, TrainerCallback, set_seed
+from transformers import AutoTokenizer, EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import SFTConfig, SFTTrainer
 
 from ftdata.build import load_build, write_build
-from ftdata.config import Config
-from ftdata.errors import InputRefused, InternalError, UsageError
-from ftdata.store import read_manifest, verify, write_json
+from ftdata.config import Config, to_yaml
+from ftdata.errors import InputRefused, UsageError
+from ftdata.store import read_manifest, verify
 from ftdata.templates import Template
 from ftdata.tokenize import control_tokens, load_tokenizer
-from ftdata.train import checkpoints
+from ftdata.train import checkpoints, place
+from ftdata.train.card import card
+from ftdata.train.estimate import Estimate, check_fits, estimate, rows_of
+from ftdata.train.handover import arguments, check_first_batch, check_settings
+from ftdata.train.model import (
+    adapter,
+    embeddings,
+    fit_vocabulary,
+    load_config,
+    load_model,
+    quantization_config,
+    wants_adapter,
+    weights_dtype,
+)
 from ftdata.train.plots import loss_picture, sparkline
-from ftdata.train.probe import LEAK, leak
-from ftdata.train.qlora import adapter, check_vocabulary, load_model, parameters, precision
+from ftdata.train.probe import LEAK, architecture_leaks, leak
+from ftdata.train.prompts import documents, last_turn, of_messages, recipe_of
+from ftdata.train.saved import Finished, check_reloads, first_logits
+from ftdata.train.trainer import Trainer
+from ftdata.train.watch import Samples, Watch
 from ftdata.types import IGNORE_INDEX
 
-FIXED = {
-    "dataset_kwargs": "the data is prepared already, and must not be prepared again",
-    "padding_free": "follows from the data and from what the model can keep apart",
-    "packing": "packing is done in the build (the packing field), where no answer is cut",
-    "max_length": "length is decided in the build (the max_length field), where every cut is reported",
-    "shuffle_dataset": "the sampler shuffles; shuffling the data set as well would detach it from its report",
-    "output_dir": "it has a field of its own",
-    "resume_from_checkpoint": "resuming has a switch of its own (--resume)",
-    "model_init_kwargs": "the model is loaded before the trainer sees it",
-    "eos_token": "the stop is decided by the template that the data was built with",
-    "chat_template_path": "the template is decided in the build (the template field)",
-    "completion_only_loss": "the mask is decided in the build (the train_on field)",
-    "assistant_only_loss": "the mask is decided in the build (the train_on field)",
-}
-"""SFTConfig fields that a user may not set -> why."""
+_SEEN = 64
+"""Tokens by which a saved model is compared with the one in memory."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """A finished build: its folder, manifest and splits."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    splits: datasets.DatasetDict
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several documents."""
+        return any(_largest(split, "seq_lengths", pc.list_value_length) > 1 for split in self.splits.values())
+
+    @property
+    def vocabulary(self) -> int:
+        """One more than the largest token id."""
+        return 1 + max(_largest(split, "input_ids", pc.list_flatten) for split in self.splits.values())
 
 
 def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
@@ -69,73 +82,115 @@ def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
 
     Raises:
         UsageError: a setting contradicts the hand-over, the run exists, or there is nothing to resume.
-        InputRefused: the build is damaged or was made with another tokenizer, the run was another one, or the
-            model leaks.
+        InputRefused: the build is damaged or was made with another tokenizer, the run was another one, the model
+            leaks, or does not fit.
     """
-    console = Console(stderr=True)
+    quantization_config(config.quantization, torch.float32)
+    # One process speaks for all.
+    console = Console(stderr=True, quiet=not place.is_main())
     run = Path(config.output_dir)
-    # Adapters remember their base model by this name, and must find it from any folder.
-    name = _absolute(config.tokenizer or config.model)
-    config = structs.replace(config, model=_absolute(config.model), tokenizer=name)
-    _check_settings(config.train)
-    before = checkpoints.check(run, config, resume=resume)
-    model = load_model(config.model, config.quantization)
-    build = build or _build(config, run, before, console)
-    manifest = _checked_manifest(build, name)
-    checkpoint = checkpoints.begin(run, config, manifest["fingerprint"], before)
-    splits = load_build(build)
-    set_seed(int(config.train.get("seed", 42)))
-    isolated = leak(model) <= LEAK
-    packed = any(_largest(split, "seq_lengths", pc.list_value_length) > 1 for split in splits.values())
-    if packed and not isolated:
+    config = _named(config)
+    check_settings(config.train)
+    before = checkpoints.check(run, config, place.processes(), resume=resume)
+    for passed in before.passed if before else ():
+        console.print(f"{run.name}/{passed}: passed over", style="yellow", highlight=False, markup=False)
+    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+    data = _checked(build or _built(config, run, before, console), config)
+    found = _estimated(config, model_config, data, isolated=True)
+    console.print(str(found), highlight=False, markup=False, soft_wrap=True)
+    check_fits(found)
+    place.wait()
+    if place.is_main():
+        checkpoints.begin(run, config, data.manifest["fingerprint"], place.processes(), before)
+        if before is None:
+            about = structs.replace(config, data=str(data.folder)) if build else config
+            (run / "config.yaml").write_text(to_yaml(about), encoding="utf-8")
+    place.wait()
+    trainer = _prepared(config, data, run, console)
+    watch = Watch(console)
+    trainer.add_callback(watch)
+    try:
+        trainer.train(resume_from_checkpoint=before.checkpoint if before else None)
+    except torch.OutOfMemoryError:
         raise InputRefused(
-            "model_leaks",
-            f"{config.model} ({model.config.model_type}, {model.config._attn_implementation}) "
-            "lets packed documents see each other",
-            hint="build without packing",
-        )
-    trainer = make_trainer(config, model, splits, isolated=isolated)
-    largest = max(_largest(split, "input_ids", pc.list_flatten) for split in splits.values())
-    check_vocabulary(model, 1 + largest, trainer.processing_class.pad_token_id)
-    check_first_batch(trainer, padding_free=isolated)
-    template = manifest["options"]["template"]
-    if template["name"] != "tokenizer" and Template(template["name"], template["source"]).chat:
-        # Whoever loads the model must prompt it as it was trained.
-        trainer.processing_class.chat_template = template["source"]
-    trainable, total = parameters(trainer.model)
-    share = f"{total:,} parameters, {trainable:,} of them trained ({trainable / total:.2%})"
-    console.print(f"{config.model}: {share}", highlight=False)
-    trainer.add_callback(Watch(console))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    control = control_tokens(load_tokenizer(name), template["source"] + (load_tokenizer(name).chat_template or ""))
-    stop_ids = _stop_ids(splits["train"], control.ids) or trainer.processing_class.eos_token_id
-    return _finish(trainer, config, manifest, build, run, console, stop_ids)
+            "out_of_memory",
+            f"{config.model} does not fit into the memory of {place.device_name()} with this batch",
+            hint="a smaller per_device_train_batch_size with more gradient_accumulation_steps, a smaller max_length, "
+            "gradient_checkpointing, or quantization: nf4",
+        ) from None
+    except KeyboardInterrupt:
+        watch.stop()
+        console.print(f"go on with: ftdata train {run} --resume", highlight=False, markup=False)
+        raise
+    finally:
+        watch.stop()
+    return _finish(trainer, config, data, run, console, found)
 
 
-def make_trainer(config: Config, model: Any, splits: datasets.DatasetDict, *, isolated: bool) -> SFTTrainer:
-    """Return an `SFTTrainer` that takes the build's labels as they are.
+def look_ahead(config: Config, build: Path | None) -> tuple[Estimate, str]:
+    """Work out a run without loading its model or leaving anything: the estimate, and what else would be said.
+
+    Raises:
+        UsageError: as `train`.
+        InputRefused: as `train`; a model that leaks is found by one of its kind with two layers.
+    """
+    config = _named(config)
+    check_settings(config.train)
+    quantization_config(config.quantization, torch.float32)
+    checkpoints.check(Path(config.output_dir), config, place.processes(), resume=False)
+    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+    with tempfile.TemporaryDirectory() as scratch:
+        if build is None:
+            build = Path(scratch) / "data"
+            write_build(config.data, config.tokenizer, build, **config.build_options())
+        data = _checked(build, config)
+        leaks = architecture_leaks(model_config, config.attn_implementation)
+        if leaks and data.packed:
+            raise _leaks(config.model, model_config.model_type)
+        found = _estimated(config, model_config, data, isolated=not leaks)
+    check_fits(found)
+    return found, "rows are padded: the model lets documents see each other" if leaks else ""
+
+
+def make_trainer(
+    config: Config, model: Any, splits: datasets.DatasetDict, *, isolated: bool, seal: checkpoints.Seal | None = None
+) -> Trainer:
+    """Return a trainer that takes the build's labels as they are.
 
     Args:
         config: the run.
-        model: the base model.
+        model: the base model; its embeddings grow where the tokenizer has new tokens.
         splits: the build.
         isolated: whether the model keeps packed documents apart; if not, rows are padded instead of joined.
+        seal: what checkpoints are to be known by.
+
+    Raises:
+        UsageError: the trainer refuses its settings, or the tokenizer is another model's.
     """
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        # Padding is masked by position, never by id, so sharing a token with EOS costs nothing.
-        tokenizer.pad_token = tokenizer.eos_token
+    code = {"trust_remote_code": True} if config.trust_remote_code else {}
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model, **code)
+    data = Data(Path(), {}, splits)
+    new = fit_vocabulary(model, data.vocabulary, tokenizer)
+    packed = data.packed
+    settings = arguments(config, isolated=isolated, packed=packed, evaluates="test" in splits)
+    lengths = rows_of(splits["train"]).lengths if settings.train_sampling_strategy == "group_by_length" else None
+    keep, settings.save_total_limit = settings.save_total_limit, None
     if not isolated:
         splits = splits.remove_columns("seq_lengths")
-    arguments = _arguments(config, isolated=isolated, evaluates="test" in splits)
+    callbacks = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping is not None else []
+    whole = embeddings(model) if new else ()
     try:
-        trainer = SFTTrainer(
+        trainer = Trainer(
+            seal=seal or checkpoints.Seal("", {}),
+            keep=keep,
+            lengths=lengths,
             model=model,
-            args=arguments,
+            args=settings,
             train_dataset=splits["train"],
             eval_dataset=splits.get("test"),
             processing_class=tokenizer,
-            peft_config=adapter(config),
+            peft_config=adapter(config, whole, tied=len(whole) == 2 and bool(model.config.tie_word_embeddings)),
+            callbacks=callbacks,
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UsageError("train_setting", f"SFTTrainer refuses: {' '.join(str(error).split())}") from None
@@ -150,219 +205,207 @@ def make_trainer(config: Config, model: Any, splits: datasets.DatasetDict, *, is
     return trainer
 
 
-def token_loss(trainer: SFTTrainer) -> float:
-    """Return the mean loss over all trained tokens of the evaluation split.
-
-    The trainer's own `eval_loss` is a mean over batches, which gives tokens of short batches more weight.
-    """
-    total, count = 0.0, 0
-    trainer.model.eval()
-    with torch.inference_mode():
-        for batch in trainer.get_eval_dataloader():
-            tokens = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-            total += float(trainer.model(**trainer._prepare_inputs(batch)).loss) * tokens
-            count += tokens
-    return total / max(count, 1)
-
-
-def check_first_batch(trainer: SFTTrainer, *, padding_free: bool) -> None:
-    """Count the first batch as the model would get it, against the build; random states are left as they were.
-
-    Raises:
-        InternalError: labels, document boundaries or masks are not what the build holds.
-    """
-    with _same_randomness():
-        indices = list(iter(trainer._get_train_sampler()))[: trainer.args.train_batch_size]
-        rows = [trainer.train_dataset[index] for index in indices]
-        batch = trainer.data_collator([{name: row[name] for name in row} for row in rows])
-    labels = [np.asarray(row["labels"]) for row in rows]
-    found = int((batch["labels"] != IGNORE_INDEX).sum())
-    expected = sum(int((label != IGNORE_INDEX).sum()) for label in labels)
-    problems = []
-    if found != expected:
-        problems.append(f"{found} trained tokens, the build has {expected}")
-    if padding_free:
-        documents = sum(len(row["seq_lengths"]) for row in rows)
-        starts = int((batch["position_ids"] == 0).sum())
-        if starts != documents:
-            problems.append(f"{starts} documents, the build has {documents}")
-        if "attention_mask" in batch:
-            problems.append("an attention mask, which would hide the document boundaries")
-    elif int(batch["attention_mask"].sum()) != sum(len(row["input_ids"]) for row in rows):
-        problems.append("padding that is not masked")
-    if problems:
-        raise InternalError("hand_over", f"the trainer's first batch has {'; '.join(problems)}")
-
-
-class Watch(TrainerCallback):  # type: ignore[misc]
-    """Shows step, loss and time left."""
-
-    def __init__(self, console: Console) -> None:
-        columns = (
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[says]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=console)
-        self._task = self._bar.add_task("train", says="")
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002, D102
-        self._bar.start()
-        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002, D102
-        self._bar.update(self._task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002, D102
-        for key in ("loss", "eval_loss"):
-            if logs and key in logs:
-                self._bar.update(self._task, says=f"{key} {logs[key]:.4f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002, D102
-        self._bar.stop()
-
-
-def _arguments(config: Config, *, isolated: bool, evaluates: bool) -> SFTConfig:
-    gpu = torch.cuda.is_available()
-    defaults: dict[str, Any] = {
-        "report_to": "none",
-        "logging_steps": 10,
-        "logging_first_step": True,
-        "save_strategy": "epoch",
-        "save_total_limit": 2,
-        "eval_strategy": "epoch" if evaluates else "no",
-        "prediction_loss_only": True,
-        "per_device_eval_batch_size": 4,
-        "bf16": precision() is torch.bfloat16,
-        "fp16": precision() is torch.float16,
-        "use_cpu": not gpu,
-        "dataloader_pin_memory": gpu,
-        "activation_checkpointing": gpu,
-        "disable_tqdm": True,
-    }
-    fixed = {
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "padding_free": isolated,
-        "packing": False,
-        "max_length": None,
-        "shuffle_dataset": False,
-        "output_dir": config.output_dir,
-    }
-    try:
-        return SFTConfig(**{**defaults, **config.train, **fixed})
-    except (ValueError, TypeError) as error:
-        raise UsageError("train_setting", f"SFTConfig refuses the train settings: {error}") from None
+def _named(config: Config) -> Config:
+    # Adapters remember their base model by this name, and must find it from any folder.
+    return structs.replace(
+        config,
+        model=_absolute(config.model),
+        tokenizer=_absolute(config.tokenizer or config.model),
+        data=_absolute_data(config.data),
+        output_dir=str(Path(config.output_dir).resolve()),
+        template=_absolute(config.template) if config.template else None,
+    )
 
 
 def _absolute(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    # A template may be given as its text, which no file system takes for a name.
+    known = "\n" not in name and len(name) < 1024 and "{" not in name
+    return str(Path(name).resolve()) if known and Path(name).exists() else name
 
 
-def _check_settings(settings: dict[str, Any]) -> None:
-    fields = {field.name: str(field.type) for field in dataclasses.fields(SFTConfig)}
-    for name, value in settings.items():
-        if name in FIXED:
-            raise UsageError("fixed_setting", f"train.{name} cannot be set: {FIXED[name]}")
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see TRL's SFTConfig for its fields"
-            raise UsageError("train_setting", f"SFTConfig has no field {name!r}", hint=hint)
-        numeric = ("float" in fields[name] or "int" in fields[name]) and "str" not in fields[name]
-        if numeric and not isinstance(value, int | float | None):
-            raise UsageError("train_setting", f"train.{name} is {value!r}, expected a number")
-        if name.endswith(("_batch_size", "accumulation_steps")) and not value >= 1:
-            raise UsageError("train_setting", f"train.{name} is {value!r}, expected at least 1")
+def _absolute_data(data: Any) -> Any:
+    if isinstance(data, list):
+        return [_absolute_data(one) for one in data]
+    if isinstance(data, dict):
+        return {**data, "path": _absolute(data["path"])} if isinstance(data.get("path"), str) else data
+    is_pattern = any(sign in data for sign in "*?[") and "://" not in data
+    return str(Path.cwd() / data) if is_pattern and not Path(data).exists() else _absolute(data)
 
 
-def _build(config: Config, run: Path, before: checkpoints.Before | None, console: Console) -> Path:
+def _built(config: Config, run: Path, before: checkpoints.Before | None, console: Console) -> Path:
     # While a run is being resumed its data stays as it is until the new build has proved to be the same.
     build = run / ("data.resumed" if before else "data")
-    report = write_build(config.data, config.tokenizer, build, **config.build_options())
-    console.print(str(report), highlight=False, markup=False)
-    if before:
-        shutil.rmtree(build)
-        checkpoints.same_data(run, before, report.fingerprint)
+    with place.main_first() as is_main:
+        if is_main:
+            report = write_build(config.data, config.tokenizer, build, **config.build_options())
+            console.print(str(report), highlight=False, markup=False)
+            if before:
+                shutil.rmtree(build)
+                checkpoints.same_data(run, before, report.fingerprint)
     return run / "data"
 
 
-def _checked_manifest(build: Path, tokenizer: str) -> dict[str, Any]:
+def _checked(build: Path, config: Config) -> Data:
     manifest = read_manifest(build)
     if damaged := verify(build):
         raise InputRefused("damaged_build", f"{build} is damaged: {', '.join(damaged)}", hint="build again")
-    made_with = manifest["options"]["tokenizer"]
+    made_with, tokenizer = manifest["options"]["tokenizer"], str(config.tokenizer)
     if load_tokenizer(tokenizer).fingerprint != made_with["fingerprint"]:
         raise InputRefused(
             "other_tokenizer",
             f"{build} was built with tokenizer {made_with['name']}, which is not that of {tokenizer}",
             hint="build again with the model's own tokenizer, or name it with tokenizer:",
         )
-    return manifest
+    return Data(build, manifest, load_build(build))
 
 
-def _largest(split: datasets.Dataset, column: str, numbers: Callable[[pa.Array], pa.Array]) -> int:
-    return max((pc.max(numbers(chunk)).as_py() for chunk in split.data.column(column).chunks if len(chunk)), default=0)
+def _estimated(config: Config, model_config: Any, data: Data, *, isolated: bool) -> Estimate:
+    settings = arguments(config, isolated=isolated, packed=data.packed, evaluates="test" in data.splits)
+    return estimate(config, model_config, rows_of(data.splits["train"]), settings)
 
 
-def _stop_ids(split: datasets.Dataset, control: NDArray[np.int32]) -> list[int]:
-    """Return the control tokens that end trained turns: what the saved model must stop at."""
-    found: set[int] = set()
-    for row in split.select(range(min(len(split), 64))):
-        ids, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
-        after = np.append(labels[1:], IGNORE_INDEX)
-        after[np.cumsum(row["seq_lengths"]) - 1] = IGNORE_INDEX
-        found.update(ids[(labels != IGNORE_INDEX) & (after == IGNORE_INDEX)].tolist())
-    return sorted(found & set(control.tolist()))
-
-
-@contextmanager
-def _same_randomness() -> Iterator[None]:
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002  (the trainer uses the global state)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])  # noqa: NPY002
-
-
-def _finish(
-    trainer: SFTTrainer,
-    config: Config,
-    manifest: dict[str, Any],
-    build: Path,
-    run: Path,
-    console: Console,
-    stop_ids: list[int] | int,
-) -> Path:
-    # The trainer aligns this with the tokenizer's EOS; the model must stop where its data taught it to.
-    trainer.model.generation_config.eos_token_id = stop_ids
-    trainer.model.generation_config.pad_token_id = trainer.processing_class.pad_token_id
-    trainer.save_model(str(run / "model"))
-    trainer.model.generation_config.save_pretrained(str(run / "model"))
-    history = trainer.state.log_history
-    loss_picture(history, run)
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    loss = token_loss(trainer) if trainer.eval_dataset is not None else None
-    write_json(
-        run / "run.json",
-        {
-            **checkpoints.describe(config, manifest["fingerprint"]),
-            "finished": True,
-            "build": build.name if build.parent == run else str(build.resolve()),
-            "adapter": adapter(config) is not None,
-            "data": config.data,
-            "tokenizer": config.tokenizer,
-            "steps": trainer.state.global_step,
-            "loss": losses,
-            "test_loss": loss,
-        },
+def _prepared(config: Config, data: Data, run: Path, console: Console) -> Trainer:
+    set_seed(int(config.train.get("seed", 42)))
+    model = load_model(
+        config.model,
+        config.quantization,
+        dtype=weights_dtype(config),
+        attention=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
     )
+    isolated = leak(model) <= LEAK
+    if data.packed and not isolated:
+        raise _leaks(config.model, f"{model.config.model_type}, {model.config._attn_implementation}")
+    seal = checkpoints.Seal(data.manifest["fingerprint"], checkpoints.read(run)["setup"])
+    trainer = make_trainer(config, model, data.splits, isolated=isolated, seal=seal)
+    check_first_batch(trainer, padding_free=isolated)
+    if not isolated:
+        said = f"{model.config.model_type} lets documents see each other: rows are padded, not joined"
+        console.print(said, highlight=False, markup=False)
+    template = data.manifest["options"]["template"]
+    if template["name"] != "tokenizer" and Template(template["name"], template["source"]).chat:
+        # Whoever loads the model must prompt it as it was trained.
+        trainer.processing_class.chat_template = template["source"]
+    stops = _taught_to_stop(trainer, config, data)
+    if not stops:
+        said = "no answer ends in a control token: the model is not taught to stop"
+        console.print(said, style="yellow", highlight=False, markup=False)
+    if place.is_main() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        # Where the model is spread over processes, one alone cannot ask it.
+        trainer.add_callback(_samples(config, data, run, set(stops), console))
+    return trainer
+
+
+def _taught_to_stop(trainer: Trainer, config: Config, data: Data) -> list[int]:
+    """Let the model stop where its data teaches it to; the trainer aligns that with the tokenizer's EOS alone."""
+    stops = _stop_ids(config, data)
+    trainer.model.generation_config.eos_token_id = stops or trainer.processing_class.eos_token_id
+    trainer.model.generation_config.pad_token_id = trainer.processing_class.pad_token_id
+    return stops
+
+
+def _leaks(model: str, kind: str) -> InputRefused:
+    return InputRefused(
+        "model_leaks",
+        f"{model} ({kind}) lets packed documents see each other",
+        hint="build without packing (pack: null): rows are then padded; or another attn_implementation",
+    )
+
+
+def _samples(config: Config, data: Data, run: Path, stops: set[int], console: Console) -> Samples:
+    tokenizer = load_tokenizer(config.tokenizer)
+    expected: list[list[int] | None]
+    if isinstance(config.samples, int):
+        held_out = documents(data.splits["test"]) if "test" in data.splits else iter(())
+        turns = (turn for ids, labels in held_out if (turn := last_turn(ids, labels, stops)) is not None)
+        chosen = [turn for _, turn in zip(range(config.samples), turns, strict=False)]
+        prompts, expected = [prompt for prompt, _ in chosen], [answer for _, answer in chosen]
+    else:
+        recipe = recipe_of(str(config.tokenizer), data.manifest["options"])
+        prompts = [of_messages([{"role": "user", "content": text}], recipe) for text in config.samples]
+        expected = [None] * len(prompts)
+    return Samples(prompts, expected, tokenizer, run / "samples.jsonl", console)
+
+
+def _stop_ids(config: Config, data: Data) -> list[int]:
+    """Return the control tokens that end trained turns: what the saved model must stop at."""
+    source = data.manifest["options"]["template"]["source"]
+    tokenizer = load_tokenizer(config.tokenizer)
+    control = control_tokens(tokenizer, source + (tokenizer.chat_template or "")).ids
+    found: NDArray[np.int64] = np.empty(0, np.int64)
+    for batch in data.splits["train"].data.to_batches():
+        lengths = pc.list_flatten(batch.column("seq_lengths")).to_numpy(zero_copy_only=False)
+        ids = pc.list_flatten(batch.column("input_ids")).to_numpy(zero_copy_only=False)
+        trained = pc.list_flatten(batch.column("labels")).to_numpy(zero_copy_only=False) != IGNORE_INDEX
+        after = np.append(trained[1:], False)
+        after[np.cumsum(lengths) - 1] = False
+        found = np.union1d(found, ids[trained & ~after])
+    return [int(id_) for id_ in np.intersect1d(found, control)]
+
+
+def _largest(split: datasets.Dataset, column: str, numbers: Any) -> int:
+    chunks: list[pa.Array] = split.data.column(column).chunks
+    return max((pc.max(numbers(chunk)).as_py() for chunk in chunks if len(chunk)), default=0)
+
+
+def _finish(trainer: Trainer, config: Config, data: Data, run: Path, console: Console, found: Estimate) -> Path:
+    taught = _taught_to_stop(trainer, config, data)
+    trainer.save_model(str(run / "model"))
+    loss = trainer.token_loss(trainer.eval_dataset)[0] if trainer.eval_dataset is not None else None
+    if not place.is_main():
+        place.wait()
+        return run
+    history, tokenizer = trainer.state.log_history, load_tokenizer(config.tokenizer)
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    trainer.model.generation_config.save_pretrained(str(run / "model"))
+    # A pickle of settings: nothing reads it, and strangers should not have to.
+    (run / "model" / "training_args.bin").unlink(missing_ok=True)
+    loss_picture(history, run)
+    about = {
+        **checkpoints.describe(config, data.manifest["fingerprint"], place.processes()),
+        "finished": True,
+        "build": data.folder.name if data.folder.parent == run else str(data.folder.resolve()),
+        "options": data.manifest["options"],
+        "adapter": wants_adapter(config),
+        "embeddings": trainer.model.get_input_embeddings().weight.shape[0],
+        "trust_remote_code": config.trust_remote_code,
+        "data": config.data,
+        "tokenizer": config.tokenizer,
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
+        "loss": losses,
+        "test_loss": loss,
+        "perplexity": None if loss is None else math.exp(min(loss, 700)),
+        "stops": [tokenizer.piece(id_) for id_ in taught],
+        "estimate": found.as_dict(),
+    }
+    (run / "model" / "README.md").write_text(card(config, about, data.manifest), encoding="utf-8")
+    _read_back(trainer, Finished(run, about), data, config)
+    checkpoints.write_whole(run / "run.json", about)
+    _say_result(console, run, about)
+    place.wait()
+    return run
+
+
+def _read_back(trainer: Trainer, run: Finished, data: Data, config: Config) -> None:
+    """Load what was saved, and hold it against the model in memory."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    ids = data.splits["train"][0]["input_ids"][:_SEEN]
+    before = first_logits(trainer.accelerator.unwrap_model(trainer.model), ids)
+    # Two models do not have to fit.
+    trainer.model = trainer.model_wrapped = trainer.optimizer = None
+    trainer.accelerator.free_memory()
+    check_reloads(run, ids, before, weights_dtype(config))
+
+
+def _say_result(console: Console, run: Path, about: Mapping[str, Any]) -> None:
+    losses = about["loss"]
     if losses:
         console.print(f"loss {losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}", highlight=False)
-    if loss is not None:
-        console.print(f"perplexity {math.exp(loss):.3f} per trained token of the test split", highlight=False)
-    console.print(f"saved {run / 'model'}, loss as a picture in {run / 'loss.png'}", highlight=False)
-    return run
+    if about["perplexity"] is not None:
+        console.print(f"perplexity {about['perplexity']:.3f} per trained token of the test split", highlight=False)
+    if about["best_step"] is not None and about["best_step"] != about["steps"]:
+        console.print(f"the model of step {about['best_step']}, the best of {about['steps']}", highlight=False)
+    said = f"saved {run / 'model'}, and read back; loss as a picture in {run / 'loss.png'}"
+    console.print(said, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,67 @@
+"""Talk with the model of a finished run: prompts and conversations, shown to it as it was trained on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ftdata.recipe import Recipe
+from ftdata.tokenize import Tokenizer
+from ftdata.train.generate import generate
+from ftdata.train.prompts import of_messages
+from ftdata.train.saved import Finished, load_base, load_tuned
+from ftdata.types import Message
+
+
+@dataclass
+class Conversation:
+    """A conversation with a model; `messages` is what was said so far."""
+
+    model: Any
+    recipe: Recipe
+    options: dict[str, Any]
+    messages: list[Message] = field(default_factory=list)
+
+    def say(self, text: str) -> str:
+        """Say something, and return the answer; both are remembered.
+
+        Raises:
+            InputRefused: the template cannot show the conversation.
+        """
+        asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        (answer,) = self.answers([asked])
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+        return answer
+
+    def answers(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+        """Return what the model answers to each of several conversations."""
+        prompts = [of_messages(messages, self.recipe) for messages in conversations]
+        tokenizer: Tokenizer = self.recipe.tokenizer
+        # The blank before an answer may be a part of its first token.
+        return [tokenizer.decode(ids).strip(" ") for ids in generate(self.model, prompts, **self.options)]
+
+
+def begin(run: Finished, *, base: bool = False, system: str | None = None, **options: Any) -> Conversation:
+    """Load a run's model, or its base model, for a conversation; see `ftdata.train.conversation`."""
+    if base:
+        model = load_base(run, quantization=run.about["setup"]["quantization"])
+        model.generation_config = stopping(model, run)
+    else:
+        model = load_tuned(run)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    first: list[Message] = [{"role": "system", "content": system}] if system is not None else []
+    return Conversation(model, run.recipe, options, first)
+
+
+def stopping(model: Any, run: Finished) -> Any:
+    """Return a base model's generation config: it may stop as it always did, or as it was taught since."""
+    settings = model.generation_config
+    own = settings.eos_token_id
+    known = set(own if isinstance(own, list) else [own]) - {None}
+    settings.eos_token_id = sorted(run.stops | known)
+    settings.pad_token_id = run.settings.pad_token_id
+    return settings

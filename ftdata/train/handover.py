@@ -1,0 +1,189 @@
+"""The hand-over: rows of a build -> `SFTTrainer`, with the only settings that keep their labels as they are.
+
+SFTTrainer takes `input_ids, labels, seq_lengths` untouched when it is told to skip its own preparation and to
+batch without padding; with other settings it packs again, cuts at 1024 tokens, or lets packed documents see
+each other, without a word. So these settings are fixed, and the first batch is compared before the first step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from trl import SFTConfig
+
+from ftdata.config import Config
+from ftdata.errors import InternalError, UsageError
+from ftdata.train.model import wants_adapter
+from ftdata.train.place import precision
+from ftdata.types import IGNORE_INDEX
+
+FIXED = {
+    "dataset_kwargs": "the data is prepared already, and must not be prepared again",
+    "padding_free": "follows from the data and from what the model can keep apart",
+    "packing": "packing is done in the build (the packing field), where no answer is cut",
+    "eval_packing": "packing is done in the build (the packing field), where no answer is cut",
+    "max_length": "length is decided in the build (the max_length field), where every cut is reported",
+    "truncation_mode": "length is decided in the build (the overlong field), where every cut is reported",
+    "shuffle_dataset": "the sampler shuffles; shuffling the data set as well would detach it from its report",
+    "remove_unused_columns": "the collator takes the columns of the build, and no others are in it",
+    "output_dir": "it has a field of its own",
+    "resume_from_checkpoint": "resuming has a switch of its own (--resume)",
+    "model_init_kwargs": "the model is loaded before the trainer sees it; attn_implementation and quantization are "
+    "fields of their own",
+    "trust_remote_code": "it has a field of its own, outside train",
+    "eos_token": "the stop is decided by the template that the data was built with",
+    "pad_token": "padding is masked by position; the tokenizer says what it is",
+    "chat_template_path": "the template is decided in the build (the template field)",
+    "completion_only_loss": "the mask is decided in the build (the train_on field)",
+    "assistant_only_loss": "the mask is decided in the build (the train_on field)",
+    "save_only_model": "a checkpoint without the optimizer's state cannot be resumed",
+}
+"""SFTConfig fields that a user may not set -> why."""
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that would undo the build, that `SFTConfig` does not have, or that are no numbers.
+
+    Raises:
+        UsageError: naming the setting, and why, or what is near.
+    """
+    fields = {field.name: str(field.type) for field in dataclasses.fields(SFTConfig)}
+    for name, value in settings.items():
+        if name in FIXED:
+            raise UsageError("fixed_setting", f"train.{name} cannot be set: {FIXED[name]}")
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "see TRL's SFTConfig for its fields"
+            raise UsageError("train_setting", f"SFTConfig has no field {name!r}", hint=hint)
+        numeric = ("float" in fields[name] or "int" in fields[name]) and "str" not in fields[name]
+        if numeric and not isinstance(value, int | float | None):
+            raise UsageError("train_setting", f"train.{name} is {value!r}, expected a number")
+        if name.endswith(("_batch_size", "accumulation_steps")) and not value >= 1:
+            raise UsageError("train_setting", f"train.{name} is {value!r}, expected at least 1")
+
+
+def arguments(config: Config, *, isolated: bool, packed: bool, evaluates: bool) -> SFTConfig:
+    """Return the trainer's settings: sensible ones, over them the user's, over them those that keep the labels.
+
+    Args:
+        config: the run.
+        isolated: whether the model keeps packed documents apart, so that rows are joined instead of padded.
+        packed: whether rows hold several documents; if not, rows of like length go together, the longest first, so
+            that a batch that does not fit shows at once.
+        evaluates: whether there is a test split.
+
+    Raises:
+        UsageError: `SFTConfig` refuses.
+    """
+    gpu = torch.cuda.is_available() and not config.train.get("use_cpu")
+    dtype = precision(config.train)
+    often = config.train.get("eval_strategy", "epoch" if evaluates else "no")
+    stops_early = config.early_stopping is not None
+    if stops_early and (not evaluates or often == "no"):
+        raise UsageError("early_stopping", "early_stopping needs evaluations", hint="set test_size, or name a split")
+    best = {"load_best_model_at_end": True, "save_strategy": often} if stops_early else {}
+    if stops_early and "eval_steps" in config.train:
+        best["save_steps"] = config.train["eval_steps"]
+    defaults: dict[str, Any] = {
+        "report_to": "none",
+        "logging_steps": 10,
+        "logging_first_step": True,
+        # A loss that is no number is to be seen, not replaced by the mean of the others.
+        "logging_nan_inf_filter": False,
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "eval_strategy": often,
+        "prediction_loss_only": True,
+        "per_device_eval_batch_size": 4,
+        "train_sampling_strategy": "random" if packed else "group_by_length",
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "use_cpu": not gpu,
+        "dataloader_pin_memory": gpu,
+        "activation_checkpointing": gpu,
+        "disable_tqdm": True,
+        **({"optim": "paged_adamw_32bit"} if gpu and config.quantization else {}),
+        # A step of full fine-tuning moves all weights; an adapter begins at nothing.
+        "learning_rate": 2e-4 if wants_adapter(config) else 2e-5,
+        **best,
+    }
+    fixed = {
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "padding_free": isolated,
+        "packing": False,
+        "max_length": None,
+        "shuffle_dataset": False,
+        "remove_unused_columns": True,
+        "output_dir": config.output_dir,
+    }
+    try:
+        return SFTConfig(**{**defaults, **config.train, **fixed})
+    except (ValueError, TypeError, ImportError) as error:
+        said = " ".join(str(error).split())
+        raise UsageError("train_setting", f"SFTConfig refuses the train settings: {said}") from None
+
+
+def check_first_batch(trainer: Any, *, padding_free: bool) -> None:
+    """Compare the first batch, as the model would get it, with the build; random states are left as they were.
+
+    Raises:
+        InternalError: tokens, labels, document boundaries or masks are not what the build holds.
+    """
+    with _same_randomness():
+        indices = list(iter(trainer._get_train_sampler()))[: trainer.args.train_batch_size]
+        rows = [trainer.train_dataset[index] for index in indices]
+        batch = trainer.data_collator([dict(row) for row in rows])
+    problems = list((_joined if padding_free else _padded)(batch, rows))
+    if problems:
+        raise InternalError("hand_over", f"the trainer's first batch has {'; '.join(problems)}")
+
+
+def _joined(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    lengths = np.concatenate([row["seq_lengths"] for row in rows])
+    starts = np.cumsum(lengths) - lengths
+    labels = np.concatenate([row["labels"] for row in rows])
+    # The first token of a document has nothing before it to be predicted from.
+    labels[starts] = IGNORE_INDEX
+    yield from _other("tokens", batch["input_ids"][0], np.concatenate([row["input_ids"] for row in rows]))
+    yield from _other("labels", batch["labels"][0], labels)
+    if not np.array_equal(np.flatnonzero(batch["position_ids"][0].numpy() == 0), starts):
+        yield f"other document boundaries than the build's {len(starts)}"
+    if "attention_mask" in batch:
+        yield "an attention mask, which would hide the document boundaries"
+
+
+def _padded(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for at, row in enumerate(rows):
+        size = len(row["input_ids"])
+        yield from _other("tokens", batch["input_ids"][at][:size], np.asarray(row["input_ids"]))
+        yield from _other("labels", batch["labels"][at][:size], np.asarray(row["labels"]))
+        if int(batch["attention_mask"][at].sum()) != size or int(batch["attention_mask"][at][:size].sum()) != size:
+            yield "padding that is not masked"
+        if bool((batch["labels"][at][size:] != IGNORE_INDEX).any()):
+            yield "padding that is trained"
+
+
+def _other(what: str, found: torch.Tensor, expected: NDArray[Any]) -> Iterator[str]:
+    if not np.array_equal(found.numpy()[: len(expected)], expected):
+        trained = (found.numpy() != IGNORE_INDEX).sum(), (expected != IGNORE_INDEX).sum()
+        counted = f" ({trained[0]} trained, the build has {trained[1]})" if what == "labels" else ""
+        yield f"other {what} than the build{counted}"
+
+
+@contextmanager
+def _same_randomness() -> Iterator[None]:
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002  (the trainer uses the global state)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])  # noqa: NPY002

@@ -1,0 +1,214 @@
+"""The model: loaded whole or in 4 bits, in the precision that the device is good at, with its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from peft import LoraConfig
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from ftdata.config import Config, Lora
+from ftdata.errors import InputRefused, MissingDependency, UsageError, one_of
+from ftdata.train.place import precision
+
+QUANTIZATIONS = ("nf4",)
+
+
+def quantization_config(name: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """Return the configuration of 4-bit NormalFloat with double quantisation (Dettmers et al. 2023), or `None`.
+
+    Raises:
+        UsageError: an unknown quantisation.
+        MissingDependency: bitsandbytes is not installed.
+    """
+    if name is None:
+        return None
+    one_of("quantization", name, QUANTIZATIONS)
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise MissingDependency(
+            "missing_bitsandbytes", "quantization needs bitsandbytes", hint="pip install bitsandbytes"
+        ) from None
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def weights_dtype(config: Config) -> torch.dtype:
+    """Return the dtype of the weights: that of computing under an adapter, float32 where they are trained themselves.
+
+    Steps of a usual learning rate are smaller than bfloat16 can tell, and would be lost.
+    """
+    return precision(config.train) if wants_adapter(config) else torch.float32
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """Load a model's configuration alone.
+
+    Raises:
+        InputRefused: there is no such model, or it needs code of its own.
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        raise InputRefused(
+            "is_adapter",
+            f"{name} is an adapter, not a model: training would start without it",
+            hint="name the base model, or merge the adapter into it first (ftdata merge)",
+        )
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
+        raise _refused(name, error) from None
+
+
+def load_model(
+    name: str,
+    quantization: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a causal language model from a folder or the hub; weights are read from safetensors alone.
+
+    Args:
+        name: a folder, or a hub id.
+        quantization: `"nf4"`, or `None`.
+        dtype: of the weights; `None` takes that of computing here.
+        attention: what computes attention, such as `"sdpa"`; `None` leaves it to the model.
+        trust_remote_code: whether Python code that comes with the model may run.
+
+    Raises:
+        InputRefused: there is no such model, or it needs what is not allowed.
+    """
+    dtype = dtype or precision()
+    load_config(name, trust_remote_code=trust_remote_code)
+    in_bits = quantization_config(quantization, dtype)
+    more: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    if torch.cuda.is_available() and quantization:
+        more["device_map"] = {"": torch.cuda.current_device()}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            quantization_config=in_bits,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **more,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, HfHubHTTPError) as error:
+        raise _refused(name, error) from None
+    settings = model.generation_config
+    if any(value not in (None, 1.0, 50) for value in (settings.temperature, settings.top_p, settings.top_k)):
+        # Sampling settings without sampling are an error when the model is saved, at the end of all the work.
+        settings.do_sample = True
+    if not torch.cuda.is_available():
+        for module in model.modules():
+            # bitsandbytes repacks 4-bit weights for AVX512-BF16 on the first forward in eval mode, and then
+            # they can no longer be trained.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _refused(name: str, error: Exception) -> InputRefused:
+    what = " ".join(str(error).split())
+    if "trust_remote_code" in what:
+        return InputRefused(
+            "remote_code",
+            f"{name} brings Python code of its own, which is not run",
+            hint="read it, then say trust_remote_code: true (--trust-remote-code)",
+        )
+    if "safetensors" in what and "bin" in what:
+        return InputRefused(
+            "no_safetensors",
+            f"{name} has its weights as pickles, which can run code when they are read",
+            hint="convert them to safetensors: load them where you trust them, and save_pretrained",
+        )
+    hint = "pass a folder with config.json and safetensors, or a hub id"
+    return InputRefused("no_model", f"{name} cannot be loaded: {what[:300]}", hint=hint)
+
+
+def wants_adapter(config: Config) -> bool:
+    """Return whether an adapter is trained; quantised weights are never trained without one."""
+    return config.lora is not None or config.quantization is not None
+
+
+def adapter(config: Config, whole: Sequence[str] = (), *, tied: bool = False) -> LoraConfig | None:
+    """Return the LoRA adapter of a configuration, or `None` where all weights are trained.
+
+    Args:
+        config: the run.
+        whole: modules to be trained and saved whole beside it: embeddings that have new tokens.
+        tied: whether these share their weights.
+    """
+    if not wants_adapter(config):
+        return None
+    lora = config.lora or Lora()
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        modules_to_save=list(whole) or None,
+        ensure_weight_tying=bool(whole) and tied,
+        task_type="CAUSAL_LM",
+    )
+
+
+def embeddings(model: Any) -> list[str]:
+    """Return the names of the modules that hold input and output embeddings."""
+    held = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [name.rpartition(".")[2] for name, module in model.named_modules() if any(module is one for one in held)]
+
+
+def fit_vocabulary(model: Any, size: int, tokenizer: Any) -> int:
+    """Make room in the embeddings for tokens that were added to the tokenizer; return how many they are.
+
+    New rows are drawn around the mean of the others, as `resize_token_embeddings` does (Hewitt 2021), and must be
+    trained.
+
+    Args:
+        model: a causal language model.
+        size: one more than the largest token id in the data.
+        tokenizer: a `transformers` tokenizer; its pad token becomes one that the model has.
+
+    Raises:
+        UsageError: ids beyond the embeddings are no added tokens: the tokenizer is another model's.
+    """
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    new = max(0, size - rows)
+    if new:
+        added = set(tokenizer.get_added_vocab().values())
+        if not added.issuperset(range(rows, size)):
+            raise UsageError(
+                "vocabulary",
+                f"the data holds token id {size - 1}, the model has {rows} embeddings",
+                hint="build with the model's own tokenizer",
+            )
+        model.resize_token_embeddings(size)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= max(rows, size):
+        # Padding is masked by position, never by id, so sharing a token with EOS costs nothing.
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= max(rows, size):
+        raise UsageError(
+            "pad_token",
+            f"the tokenizer has no pad or EOS token among the model's {rows} embeddings",
+            hint="name a pad token in tokenizer_config.json that the model has",
+        )
+    return new
+
+
+def parameters(model: Any) -> tuple[int, int]:
+    """Return the number of trainable and of all parameters; a 4-bit weight holds two per byte."""
+    trainable = total = 0
+    for weight in model.parameters():
+        count = weight.numel() * (2 if weight.__class__.__name__ == "Params4bit" else 1)
+        total += count
+        trainable += count if weight.requires_grad else 0
+    return trainable, total

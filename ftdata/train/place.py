@@ -1,0 +1,77 @@
+"""Where a run happens: the device, its precision, memory and speed; and which of several processes this is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+from accelerate import PartialState
+
+
+def precision(settings: Mapping[str, Any] | None = None) -> torch.dtype:
+    """Return the dtype to compute in: what `bf16` or `fp16` say, else what the device is good at.
+
+    That is bfloat16 or float16 on a GPU, and float32 without one.
+    """
+    settings = settings or {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if settings.get(name):
+            return dtype
+    if not torch.cuda.is_available() or settings.get("use_cpu") or {"bf16", "fp16"} <= settings.keys():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() and "bf16" not in settings else torch.float16
+
+
+def device_name() -> str:
+    """Return what to call the device."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def free_memory() -> int:
+    """Return the bytes that this process may still take on the device."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    # Processes of one machine share what is free there.
+    return int(psutil.virtual_memory().available) // processes()
+
+
+def speed(dtype: torch.dtype, seconds: float = 0.1) -> float:
+    """Measure and return the floating-point operations per second of a product of matrices."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 4096 if device == "cuda" else 512
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    times, started = 0, None
+    while started is None or time.perf_counter() - started < seconds:
+        left @ right
+        if device == "cuda":
+            torch.cuda.synchronize()
+        # The first one pays for what is set up once.
+        started = time.perf_counter() if started is None else started
+        times += 1
+    return 2.0 * size**3 * (times - 1) / (time.perf_counter() - started)
+
+
+def processes() -> int:
+    """Return how many processes train together."""
+    return int(PartialState().num_processes)
+
+
+def is_main() -> bool:
+    """Return whether this process is the one that writes, and speaks."""
+    return bool(PartialState().is_main_process)
+
+
+def wait() -> None:
+    """Go on when all processes have come here."""
+    PartialState().wait_for_everyone()
+
+
+@contextmanager
+def main_first() -> Iterator[bool]:
+    """Let the main process go first; the others find what it made. Yields whether this is the main one."""
+    with PartialState().main_process_first():
+        yield is_main()

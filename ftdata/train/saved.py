@@ -1,0 +1,183 @@
+"""A finished run: its model saved, read back and compared, loaded again, merged into its base."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import GenerationConfig
+
+from ftdata.errors import InputRefused, InternalError, UsageError
+from ftdata.recipe import Recipe
+from ftdata.store import read_manifest
+from ftdata.tokenize import Tokenizer, load_tokenizer
+from ftdata.train import checkpoints
+from ftdata.train.model import load_model
+from ftdata.train.prompts import recipe_of
+
+_CLOSE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+"""How far logits may be off after a model was written and read, relative to the largest: what the dtype rounds."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that came to its end."""
+
+    folder: Path
+    about: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        """The folder of the trained model, or adapter."""
+        return self.folder / "model"
+
+    @property
+    def build(self) -> Path:
+        """What it was trained on."""
+        return self.folder / str(self.about["build"])
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What it was built with."""
+        return load_tokenizer(self.about["tokenizer"])
+
+    @property
+    def recipe(self) -> Recipe:
+        """How its data was made."""
+        return recipe_of(self.about["tokenizer"], self.about["options"])
+
+    @property
+    def settings(self) -> GenerationConfig:
+        """How the trained model stops and pads."""
+        return GenerationConfig.from_pretrained(str(self.model))
+
+    @property
+    def stops(self) -> set[int]:
+        """Ids of the tokens that it stops at."""
+        found = self.settings.eos_token_id
+        return set(found if isinstance(found, list) else [found])
+
+
+def finished(folder: Path) -> Finished:
+    """Return a finished run.
+
+    Raises:
+        UsageError: the folder is no finished run.
+    """
+    about = checkpoints.read(folder)
+    if not about.get("finished"):
+        begun = f"go on with `ftdata train {folder} --resume`" if checkpoints.ordered(folder) else ""
+        raise UsageError("not_a_run", f"{folder} is no finished run", hint=begun or "make one with `ftdata train`")
+    if "options" not in about:
+        # Runs of an earlier version say less of what they were.
+        found = Finished(folder, about)
+        about = {**about, "options": read_manifest(found.build)["options"]}
+    return Finished(folder, about)
+
+
+def load_base(run: Finished, *, quantization: str | None = None, dtype: Any = None) -> Any:
+    """Load the model that a run began with; its embeddings have room for the tokens that were added."""
+    setup = run.about["setup"]
+    model = load_model(
+        setup["model"],
+        quantization,
+        dtype=dtype,
+        attention=setup.get("attn_implementation"),
+        trust_remote_code=run.about.get("trust_remote_code", False),
+    )
+    rows = run.about.get("embeddings")
+    if rows and rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows)
+    return model
+
+
+def load_tuned(run: Finished, base: Any = None) -> Any:
+    """Load the trained model: its adapter on the base model, or all of it.
+
+    Args:
+        run: a finished run.
+        base: the base model where it is loaded already; it is changed.
+
+    Raises:
+        InputRefused: what was saved cannot be read.
+    """
+    setup = run.about["setup"]
+    try:
+        if run.about["adapter"]:
+            base = base if base is not None else load_base(run, quantization=setup["quantization"])
+            model = PeftModel.from_pretrained(base, str(run.model))
+        else:
+            code = run.about.get("trust_remote_code", False)
+            model = load_model(str(run.model), attention=setup.get("attn_implementation"), trust_remote_code=code)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise InputRefused("damaged_model", f"{run.model} cannot be loaded: {said}", hint="train again") from None
+    model.generation_config = run.settings
+    return model.to(base.device) if base is not None and hasattr(base, "device") else model
+
+
+def first_logits(model: Any, ids: list[int]) -> torch.Tensor:
+    """Return the logits of some tokens, on the CPU."""
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        found = model(input_ids=torch.tensor([ids]).to(model.device), use_cache=False).logits[0].float().cpu()
+    model.train(was_training)
+    return found
+
+
+def check_reloads(run: Finished, ids: list[int], before: torch.Tensor, dtype: torch.dtype) -> Any:
+    """Load a run's model from the disk, and compare what it says with what it said before; return it.
+
+    Raises:
+        InternalError: it says something else.
+    """
+    gc.collect()
+    model = load_tuned(run)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    after = first_logits(model, ids)
+    off = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
+    close = _CLOSE[dtype if dtype in _CLOSE else torch.float32]
+    if off > close:
+        message = f"{run.model} was saved, but says something else when it is loaded again: logits are off by {off:.2g}"
+        raise InternalError("reload", message)
+    return model
+
+
+def merge(run: Finished, target: Path) -> float:
+    """Write the base model with a run's adapter added to its weights, as a model that needs neither ftdata nor PEFT.
+
+    Args:
+        run: a finished run with an adapter.
+        target: the new folder.
+
+    Returns:
+        How far its logits are off those of base and adapter, relative to the largest.
+
+    Raises:
+        UsageError: there is no adapter to merge, or something stands in the way.
+    """
+    if not run.about["adapter"]:
+        raise UsageError("no_adapter", f"{run.model} is a whole model: it has no adapter to merge")
+    if target.exists() and any(target.iterdir()):
+        raise UsageError("target_exists", f"{target} is not empty", hint="choose another folder")
+    # Merged in the weights' own precision: four bits could not hold what the adapter adds.
+    model = load_tuned(run, load_base(run, dtype="auto"))
+    ids = list(range(min(32, run.tokenizer.size)))
+    before = first_logits(model, ids)
+    merged = model.merge_and_unload()
+    after = first_logits(merged, ids)
+    merged.generation_config = run.settings
+    target.mkdir(parents=True, exist_ok=True)
+    merged.save_pretrained(target, safe_serialization=True)
+    for path in run.model.iterdir():
+        if path.name.startswith(("tokenizer", "special_tokens", "chat_template", "added_tokens", "vocab", "merges")):
+            shutil.copy(path, target / path.name)
+    return float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
