@@ -63,6 +63,9 @@ def tiny_model(folder, kind="llama", *, seed=0):
         "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**wide)),
         "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**wide, num_key_value_heads=1, head_dim=16)),
         "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**wide, num_key_value_heads=2, head_dim=16)),
+        "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**wide, num_key_value_heads=2)),
+        "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**wide, num_key_value_heads=2, head_dim=16)),
+        "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**wide)),
         "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**wide)),
         "opt": lambda: hf.OPTForCausalLM(
             hf.OPTConfig(

@@ -269,7 +269,6 @@ def test_the_command_compares_configurations_data_and_builds(data, tokenizer_dir
 
 
 @pytest.mark.browser
-@pytest.mark.xdist_group("browser")
 def test_the_page_shows_both_sides(data, tokenizer_dir, tmp_path, chromium):
     side = {"data": data, "tokenizer": tokenizer_dir("tiny_bpe")}
     found = diff(side, {**side, "train_on": "last_assistant"}, html=tmp_path / "page.html")

@@ -14,7 +14,7 @@ from makers import CHATML, qwen, tiny_bpe
 from ftdata import build_sft_dataset, preview
 from ftdata.errors import UsageError
 
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.browser
 
 HOSTILE = (
     "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"

@@ -11,7 +11,7 @@ from ftdata.errors import BadRow
 from ftdata.tokenize import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
-pytestmark = [pytest.mark.train, pytest.mark.xdist_group("train")]
+pytestmark = pytest.mark.train
 
 SHARED_NAMES = (
     sorted(p.name for p in (SHARED / "tokenizers").iterdir()) if (SHARED / "tokenizers").is_dir() else ["none"]

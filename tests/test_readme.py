@@ -41,7 +41,6 @@ def test_python_blocks_run(place, number):
 
 
 @pytest.mark.train
-@pytest.mark.xdist_group("train")
 def test_the_commands_run(place):
     pytest.importorskip("trl")
     quick = {"OMP_NUM_THREADS": "1", **os.environ}

@@ -14,7 +14,7 @@ from ftdata import build_sft_dataset, read
 from ftdata.tokenize import load_tokenizer
 
 pytest.importorskip("trl")
-pytestmark = [pytest.mark.train, pytest.mark.xdist_group("train")]
+pytestmark = pytest.mark.train
 
 from ftdata.train import compare, run  # noqa: E402
 

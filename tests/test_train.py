@@ -11,7 +11,7 @@ from ftdata import build_sft_dataset
 from ftdata.errors import InputRefused, InternalError, UsageError
 
 pytest.importorskip("trl")
-pytestmark = [pytest.mark.train, pytest.mark.xdist_group("train")]
+pytestmark = pytest.mark.train
 
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402

@@ -220,7 +220,7 @@ def steps_of(rows: int, arguments: Any, epochs: float | None = None) -> int:
     if epochs is None and arguments.max_steps > 0:
         return int(arguments.max_steps)
     batches = math.ceil(rows / (arguments.per_device_train_batch_size * place.processes()))
-    each = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
+    each: int = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
     epochs = float(arguments.num_train_epochs) if epochs is None else epochs
     return math.ceil(epochs * each)
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from trl import SFTConfig
 
 from ftdata.config import Config
-from ftdata.errors import InternalError, UsageError
+from ftdata.errors import InternalError, UsageError, one_of
 from ftdata.train.model import wants_adapter
 from ftdata.train.place import precision
 from ftdata.types import IGNORE_INDEX
@@ -35,6 +35,7 @@ FIXED = {
     "shuffle_dataset": "the sampler shuffles; shuffling the data set as well would detach it from its report",
     "remove_unused_columns": "the collator takes the columns of the build, and no others are in it",
     "output_dir": "it has a field of its own",
+    "dataloader_drop_last": "no row is dropped",
     "resume_from_checkpoint": "resuming has a switch of its own (--resume)",
     "model_init_kwargs": "the model is loaded before the trainer sees it; attn_implementation and quantization are "
     "fields of their own",
@@ -47,6 +48,10 @@ FIXED = {
     "save_only_model": "a checkpoint without the optimizer's state cannot be resumed",
 }
 """SFTConfig fields that a user may not set -> why."""
+
+
+STRATEGIES = ("random", "group_by_length", "sequential")
+"""Orders of rows: by chance, by chance with those of like length together, as they stand."""
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -63,6 +68,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(name, fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "see TRL's SFTConfig for its fields"
             raise UsageError("train_setting", f"SFTConfig has no field {name!r}", hint=hint)
+        if name == "train_sampling_strategy":
+            one_of(name, value, STRATEGIES)
         numeric = ("float" in fields[name] or "int" in fields[name]) and "str" not in fields[name]
         if numeric and not isinstance(value, int | float | None):
             raise UsageError("train_setting", f"train.{name} is {value!r}, expected a number")

@@ -57,21 +57,26 @@ def speed(dtype: torch.dtype, seconds: float = 0.1) -> float:
 
 def processes() -> int:
     """Return how many processes train together."""
-    return int(PartialState().num_processes)
+    return int(_state().num_processes)
 
 
 def is_main() -> bool:
     """Return whether this process is the one that writes, and speaks."""
-    return bool(PartialState().is_main_process)
+    return bool(_state().is_main_process)
 
 
 def wait() -> None:
     """Go on when all processes have come here."""
-    PartialState().wait_for_everyone()
+    _state().wait_for_everyone()
 
 
 @contextmanager
 def main_first() -> Iterator[bool]:
     """Let the main process go first; the others find what it made. Yields whether this is the main one."""
-    with PartialState().main_process_first():
+    with _state().main_process_first():
         yield is_main()
+
+
+def _state() -> PartialState:
+    # Several processes without a GPU take each other for strangers unless they are told that there is none.
+    return PartialState(cpu=not torch.cuda.is_available())

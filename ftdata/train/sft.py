@@ -120,7 +120,7 @@ def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
         ) from None
     except KeyboardInterrupt:
         watch.stop()
-        console.print(f"go on with: ftdata train {run} --resume", highlight=False, markup=False)
+        console.print(f"go on with: ftdata train {run} --resume", highlight=False, markup=False, soft_wrap=True)
         raise
     finally:
         watch.stop()
@@ -173,7 +173,7 @@ def make_trainer(
     new = fit_vocabulary(model, data.vocabulary, tokenizer)
     packed = data.packed
     settings = arguments(config, isolated=isolated, packed=packed, evaluates="test" in splits)
-    lengths = rows_of(splits["train"]).lengths if settings.train_sampling_strategy == "group_by_length" else None
+    lengths = rows_of(splits["train"]).lengths
     keep, settings.save_total_limit = settings.save_total_limit, None
     if not isolated:
         splits = splits.remove_columns("seq_lengths")

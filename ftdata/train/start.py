@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from ftdata.config import make_config
-from ftdata.errors import InputRefused, TemplateRefused
+from ftdata.errors import InputRefused
 from ftdata.look.stats import Group, Stats, stats
 from ftdata.tokenize import load_tokenizer
 from ftdata.train import place
@@ -19,7 +19,7 @@ from ftdata.train.model import load_config
 from ftdata.train.probe import architecture_leaks
 
 _TEMPLATES = ("question_answer", "alpaca", "zephyr")
-"""For tokenizers without a chat template: the first that shows the data; none needs a token of its own."""
+"""For tokenizers without a chat template: the one that shows most rows; none needs a token of its own."""
 
 _TRIED = 50
 _SMALL = 300_000_000
@@ -93,14 +93,13 @@ def _written(name: str, comment: str, value: Any) -> str:
 def _template(data: str, tokenizer: str, limit: int | None) -> str | None:
     if load_tokenizer(tokenizer).chat_template:
         return None
-    few = min(limit or _TRIED, _TRIED)
+    few, refused = min(limit or _TRIED, _TRIED), {}
     for name in _TEMPLATES:
         try:
-            if not stats(data, tokenizer, name, limit=few).rejected:
-                return name
-        except (InputRefused, TemplateRefused):
+            refused[name] = sum(stats(data, tokenizer, name, limit=few).rejected.values())
+        except InputRefused:
             continue
-    return _TEMPLATES[-1]
+    return min(refused, key=lambda name: refused[name], default=_TEMPLATES[-1])
 
 
 def _about_template(name: str | None) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -31,14 +32,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     Args:
         seal: what each checkpoint is to be known by.
         keep: how many checkpoints are kept, besides the best; `None` keeps all.
-        lengths: tokens of each row, where rows of like length are to go together.
+        lengths: tokens of each row.
         more: the arguments of `SFTTrainer`.
     """
 
-    def __init__(
-        self, *, seal: checkpoints.Seal, keep: int | None, lengths: NDArray[np.int64] | None, **more: Any
-    ) -> None:
-        self._seal, self._keep, self._lengths = seal, keep, lengths
+    def __init__(self, *, seal: checkpoints.Seal, keep: int | None, lengths: NDArray[np.int64], **more: Any) -> None:
+        self._seal, self._keep, self._lengths, self._rows = seal, keep, lengths, len(lengths)
+        if more["args"].world_size > 1:
+            more["train_dataset"] = with_filler(more["train_dataset"])
         super().__init__(**more)
 
     def evaluate(
@@ -81,11 +82,20 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return "cpu" if self.args.device.type == "mps" else self.args.device
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self._lengths is None or train_dataset not in (None, self.train_dataset):
-            return super()._get_train_sampler(train_dataset)
-        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return Grouped(self._lengths, rows, seed)
+        del train_dataset
+        arguments = self.args
+        at_once = arguments.train_batch_size * arguments.world_size
+        strategy = str(getattr(arguments.train_sampling_strategy, "value", arguments.train_sampling_strategy))
+        return Order(
+            self._rows,
+            at_once * arguments.gradient_accumulation_steps,
+            arguments.data_seed if arguments.data_seed is not None else arguments.seed,
+            # Of an epoch's end the trainer says that it is the next one's beginning.
+            lambda: int((self.state.epoch or 0) + 1e-9),
+            self._lengths if strategy == "group_by_length" else None,
+            shuffled=strategy != "sequential",
+            filled=at_once if arguments.world_size > 1 else 1,
+        )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -108,34 +118,69 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         pass
 
 
-class Grouped(torch.utils.data.Sampler):  # type: ignore[misc]
-    """Rows in an order by chance, but those of like length together; the batch with the longest comes first.
+class Order(torch.utils.data.Sampler):  # type: ignore[misc]
+    """The order that rows are trained in, decided by seed and epoch alone, so that a resumed run has the same.
 
-    It is decided by seed and epoch alone, so that a resumed run goes through the same rows.
+    It is by chance, or as the rows stand; with lengths, rows of like length go together and the batch with the longest
+    comes first. Several processes need as many rows each: what they lack is a row of which nothing is trained.
+
+    Args:
+        size: how many rows there are.
+        per_step: how many are trained between two steps of the optimizer.
+        seed: decides what is left to chance.
+        epoch: says which epoch it is.
+        lengths: tokens of each row, or `None`.
+        shuffled: whether anything is left to chance.
+        filled: the number of rows must be a multiple of this; number `size` stands for those that lack.
     """
 
-    def __init__(self, lengths: NDArray[np.int64], rows: int, seed: int) -> None:
-        self._lengths, self._rows, self._seed, self._epoch = lengths, rows, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begin another epoch."""
-        self._epoch = epoch
+    def __init__(
+        self,
+        size: int,
+        per_step: int,
+        seed: int,
+        epoch: Callable[[], int],
+        lengths: NDArray[np.int64] | None,
+        *,
+        shuffled: bool,
+        filled: int,
+    ) -> None:
+        self._size, self._per_step, self._seed, self._epoch = size, per_step, seed, epoch
+        self._lengths, self._shuffled = lengths, shuffled
+        self._lacking = -size % filled
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return self._size + self._lacking
 
     def __iter__(self) -> Iterator[int]:
-        chance = np.random.default_rng((self._seed, self._epoch))
-        order = chance.permutation(len(self._lengths))
-        pools = np.split(order, range(self._rows * _POOL, len(order), self._rows * _POOL))
-        order = np.concatenate([pool[np.argsort(-self._lengths[pool], kind="stable")] for pool in pools])
-        batches = np.split(order, range(self._rows, len(order), self._rows))
+        order = np.arange(self._size)
+        if self._shuffled:
+            chance = np.random.default_rng((self._seed, self._epoch()))
+            order = chance.permutation(self._size)
+            if self._lengths is not None:
+                order = self._grouped(order, self._lengths, chance)
+        return iter([*order.tolist(), *[self._size] * self._lacking])
+
+    def _grouped(
+        self, order: NDArray[np.int64], lengths: NDArray[np.int64], chance: np.random.Generator
+    ) -> NDArray[np.int64]:
+        pools = np.split(order, range(self._per_step * _POOL, len(order), self._per_step * _POOL))
+        order = np.concatenate([pool[np.argsort(-lengths[pool], kind="stable")] for pool in pools])
+        batches = np.split(order, range(self._per_step, len(order), self._per_step))
         whole = len(batches) - 1
         # The last batch may have fewer rows, and stays where it is.
         mixed = [batches[number] for number in chance.permutation(whole)] + batches[whole:]
-        longest = max(range(len(mixed)), key=lambda number: (len(mixed[number]), self._lengths[mixed[number]].max()))
+        longest = max(range(len(mixed)), key=lambda number: (len(mixed[number]), lengths[mixed[number]].max()))
         mixed.insert(0, mixed.pop(longest))
-        return iter(np.concatenate(mixed).tolist())
+        return np.concatenate(mixed)
+
+
+def with_filler(rows: Any) -> Any:
+    """Return rows with one more, of which nothing is trained."""
+    first = rows[0]["input_ids"][:1]
+    filler = {"input_ids": [first * 2], "labels": [[IGNORE_INDEX] * 2], "seq_lengths": [[2]]}
+    kept = {name: filler[name] for name in rows.column_names}
+    return datasets.concatenate_datasets([rows, datasets.Dataset.from_dict(kept, features=rows.features)])
 
 
 def _predicted(batch: Any) -> int:

@@ -1,0 +1,270 @@
+"""A run that was interrupted goes on as if it had not been; one that was damaged or changed does not go on in silence."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ftdata.errors import InputRefused
+
+pytest.importorskip("trl")
+pytestmark = pytest.mark.train
+
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from ftdata.train import checkpoints, run  # noqa: E402
+
+ROWS = [
+    {"question": f"What is {a}?", "answer": f"{a}, {b} and {c}"}
+    for a, b, c in zip("abcdefgh", "ijklmnop", "qrstuvwx", strict=True)
+]
+SETTINGS = {
+    "max_steps": 8,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 5e-3,
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "save_total_limit": 10,
+}
+DROPOUT = {"lora": {"r": 4, "dropout": 0.3}}
+
+
+def write(path, rows=ROWS):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data") / "data.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(llama, data, tmp_path_factory):
+    """An uninterrupted run, with dropout, so that the state of chance matters."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    run(data, model=llama, output_dir=folder, settings=SETTINGS, **DROPOUT)
+    return folder
+
+
+@pytest.fixture
+def interrupted(whole, tmp_path):
+    """The same, as it was after step 6."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "checkpoint-8")
+    shutil.rmtree(folder / "model")
+    about = json.loads((folder / "run.json").read_text())
+    kept = {name: about[name] for name in ("ftdata", "fingerprint", "setup")}
+    (folder / "run.json").write_text(json.dumps({**kept, "finished": False}))
+    return folder
+
+
+def losses(folder):
+    about = json.loads((folder / "run.json").read_text())
+    assert about["finished"]
+    return about["loss"]
+
+
+def weights(folder):
+    return load_file(next((folder / "model").glob("*.safetensors")))
+
+
+def same(one, other):
+    assert losses(one) == losses(other)
+    left, right = weights(one), weights(other)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zeroed(checkpoint):
+    path = checkpoint / "adapter_model.safetensors"
+    save_file({name: torch.zeros_like(value) for name, value in load_file(path).items()}, path)
+
+
+DAMAGES = {
+    "weights cut": lambda last: cut(last / "adapter_model.safetensors"),
+    "weights zeroed in place": zeroed,
+    "optimizer cut": lambda last: cut(last / "optimizer.pt"),
+    "optimizer missing": lambda last: (last / "optimizer.pt").unlink(),
+    "scheduler missing": lambda last: (last / "scheduler.pt").unlink(),
+    "random state missing": lambda last: (last / "rng_state.pth").unlink(),
+    "trainer's state missing": lambda last: (last / "trainer_state.json").unlink(),
+    "an empty newer checkpoint": lambda last: last.with_name("checkpoint-7").mkdir(),
+    "no seal": lambda last: (last / checkpoints.SEAL).unlink(),
+    "a seal that is no seal": lambda last: (last / checkpoints.SEAL).write_text('{"files": 3}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(whole, interrupted, damage, capsys):
+    damage(interrupted / "checkpoint-6")
+    run(interrupted, resume=True)
+    same(interrupted, whole)
+    said = capsys.readouterr().err
+    assert "passed over" in said
+    assert not (interrupted / "checkpoint-7").exists()
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(whole, interrupted, llama, data, tmp_path, capsys):
+    run(data, model=llama, output_dir=tmp_path / "other", settings={**SETTINGS, "learning_rate": 1e-3}, **DROPOUT)
+    shutil.rmtree(interrupted / "checkpoint-6")
+    shutil.copytree(tmp_path / "other" / "checkpoint-6", interrupted / "checkpoint-6")
+    run(interrupted, resume=True)
+    same(interrupted, whole)
+    assert "it is of another run: passed over" in capsys.readouterr().err
+
+
+def test_without_damage_a_run_goes_on_to_the_bit(whole, interrupted, capsys):
+    run(interrupted, resume=True)
+    same(interrupted, whole)
+    assert "passed over" not in capsys.readouterr().err
+
+
+def test_where_no_checkpoint_is_whole_it_is_said(interrupted):
+    for path in interrupted.glob("checkpoint-*"):
+        (path / "optimizer.pt").unlink()
+    with pytest.raises(InputRefused, match="checkpoint-6: optimizer.pt is missing; checkpoint-4"):
+        run(interrupted, resume=True)
+
+
+CHANGES = {
+    "data": lambda folder, given: write(Path(given["source"]), [*ROWS[:7], {"question": "x", "answer": "y"}]),
+    "template": lambda folder, given: given.update(template="question_answer"),
+    "max_length": lambda folder, given: given.update(max_length=40, overlong="truncate"),
+    "mask": lambda folder, given: given.update(train_on="all"),
+    "rank": lambda folder, given: given.update(lora={"r": 8, "dropout": 0.3}),
+    "learning rate": lambda folder, given: given.update(settings={**SETTINGS, "learning_rate": 1e-3}),
+    "model": lambda folder, given: given.update(model=other_weights(folder, given["model"])),
+}
+
+
+def other_weights(folder, model):
+    shutil.copytree(model, folder / "other")
+    path = folder / "other" / "model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    return str(folder / "other")
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_run_is_refused_with_both_sides(llama, interrupted, tmp_path, change):
+    source = write(tmp_path / "data.jsonl")
+    given = {"source": source, "model": llama, "output_dir": interrupted, "settings": SETTINGS, **DROPOUT}
+    change(tmp_path, given)
+    before = sorted(path.name for path in interrupted.rglob("*"))
+    with pytest.raises(InputRefused, match="other_(run|data)"):
+        run(given.pop("source"), resume=True, **given)
+    assert sorted(path.name for path in interrupted.rglob("*")) == before
+
+
+def test_another_tokenizer_is_refused(llama, interrupted, tmp_path, data):
+    shutil.copytree(llama, tmp_path / "other")
+    template = tmp_path / "other" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("\n", "\n ") + " ")
+    given = {"model": llama, "output_dir": interrupted, "settings": SETTINGS, **DROPOUT}
+    with pytest.raises(InputRefused, match="other_data"):
+        run(data, tokenizer=str(tmp_path / "other"), resume=True, **given)
+
+
+KILLED = """
+import os, signal, sys
+from ftdata.train import checkpoints, run, trainer
+
+point, at = sys.argv[1], int(sys.argv[2])
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if point == "before the seal":
+    seal = checkpoints.write_seal
+    checkpoints.write_seal = lambda path, *rest: die() if path.name == f"checkpoint-{at}" else seal(path, *rest)
+elif point == "before the old one goes":
+    remove = trainer.shutil.rmtree
+    trainer.shutil.rmtree = lambda path, **how: die() if str(path).endswith(f"checkpoint-{at}") else remove(path, **how)
+elif point == "in a step":
+    step = trainer.Trainer.training_step
+    def stepped(self, *rest):
+        if self.state.global_step == at:
+            die()
+        return step(self, *rest)
+    trainer.Trainer.training_step = stepped
+run(*eval(sys.argv[3]), **eval(sys.argv[4]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("point", "at", "lost"),
+    [
+        ("in a step", 5, 4),
+        pytest.param("before the seal", 6, 4, marks=pytest.mark.long),
+        pytest.param("before the old one goes", 4, 6, marks=pytest.mark.long),
+        pytest.param("in a step", 3, 2, marks=pytest.mark.long),
+    ],
+)
+def test_killed_it_loses_no_more_than_the_steps_since_the_last_whole_checkpoint(
+    llama, data, whole, tmp_path, point, at, lost, capsys
+):
+    settings = {**SETTINGS, "save_total_limit": 1}
+    given = {"model": llama, "output_dir": str(tmp_path / "run"), "settings": settings, **DROPOUT}
+    call = [sys.executable, "-c", KILLED, point, str(at), repr((data,)), repr(given)]
+    assert subprocess.run(call, check=False, capture_output=True).returncode == -signal.SIGKILL
+    sound = [path for path in checkpoints.ordered(tmp_path / "run") if checkpoints.damage(path) is None]
+    assert sound[-1].name == f"checkpoint-{lost}"
+    run(tmp_path / "run", resume=True)
+    same(tmp_path / "run", whole)
+
+
+@pytest.mark.long
+def test_killed_at_any_time_it_goes_on_with_one_command(llama, data, whole, tmp_path):
+    """Kills from outside, each a little later, until it comes to its end."""
+    command = [sys.executable, "-m", "ftdata", "train", data, "-m", llama, "-o", str(tmp_path / "run")]
+    options = [f"--set={name}={value}" for name, value in {**SETTINGS, "save_steps": 1}.items()]
+    options += ["--set=lora.r=4", "--set=lora.dropout=0.3"]
+    resume, patience, killed = [], 6.0, 0
+    for _ in range(20):
+        target = (
+            [sys.executable, "-m", "ftdata", "train", str(tmp_path / "run"), *resume]
+            if resume
+            else [*command, *options]
+        )
+        process = subprocess.Popen(target, stderr=subprocess.PIPE)
+        try:
+            _, said = process.communicate(timeout=patience)
+            assert process.returncode == 0, said
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            killed += 1
+        patience += 0.7
+        resume = ["--resume"] if checkpoints.ordered(tmp_path / "run") else []
+        if not resume:
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    assert killed
+    same(tmp_path / "run", whole)
+
+
+def test_an_interrupt_says_how_to_go_on(llama, data, tmp_path):
+    command = [sys.executable, "-m", "ftdata", "train", data, "-m", llama, "-o", str(tmp_path / "run")]
+    command += ["--set=num_train_epochs=100000", "--set=save_strategy=steps", "--set=save_steps=1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "FTDATA_CACHE": "off"})
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run").glob("checkpoint-*/ftdata.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"go on with: ftdata train {tmp_path / 'run'} --resume" in said
+    assert "Traceback" not in said

@@ -1,0 +1,565 @@
+"""A run from its configuration to a judged model: worked out before, watched during, read back and asked after."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from ftdata import build_sft_dataset
+from ftdata.config import load_config, make_config, to_yaml
+from ftdata.errors import InputRefused, InternalError, UsageError
+
+pytest.importorskip("trl")
+pytestmark = pytest.mark.train
+
+import torch  # noqa: E402
+import transformers as hf  # noqa: E402
+from conftest import tiny_model  # noqa: E402
+from datasets import load_from_disk  # noqa: E402
+from makers import tiny_bpe  # noqa: E402
+from trl import SFTConfig, SFTTrainer  # noqa: E402
+
+from ftdata.train import compare, conversation, dry_run, generate, init, merge, run  # noqa: E402
+from ftdata.train import estimate as before  # noqa: E402
+from ftdata.train.handover import arguments  # noqa: E402
+from ftdata.train.model import load_model  # noqa: E402
+from ftdata.train.probe import architecture_leaks  # noqa: E402
+from ftdata.train.sft import make_trainer  # noqa: E402
+
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+ASKED = ["Write {} as a word.", "Spell {}.", "{}?", "What is {} in words?"]
+TASK = [
+    {"question": ask.format(n), "answer": f"It is written {word}, as a word."}
+    for n, word in enumerate(NUMBERS)
+    for ask in ASKED
+]
+QUICK = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1}
+ISOLATED = ["llama", "gemma2", "gpt_neox", "phi", "qwen2", "qwen3"]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data") / "numbers.jsonl", TASK)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny model of each class."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            made[kind] = tiny_model(tiny_bpe(tmp_path_factory.mktemp("models") / kind), kind)
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def learnt(llama, data, tmp_path_factory):
+    """A run that learns to write numbers as words, for ways of asking that it was held out from."""
+    folder = tmp_path_factory.mktemp("runs") / "learnt"
+    settings = {
+        "num_train_epochs": 30,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "eval_strategy": "steps",
+    }
+    settings |= {"eval_steps": 30, "save_steps": 30, "save_strategy": "steps", "logging_steps": 5}
+    return run(data, model=llama, output_dir=folder, test_size=8, early_stopping=20, settings=settings, samples=2)
+
+
+# Judged
+
+
+def test_tuned_is_better_than_base_at_what_it_was_taught(learnt):
+    found = compare(learnt, n=None, max_new_tokens=40)
+    assert found.asked.startswith("the test split")
+    assert len(found.rows) == 8
+    assert found.tuned.exact > found.base.exact + 0.4
+    assert found.tuned.bleu > found.base.bleu + 20
+    assert found.tuned.chrf > found.base.chrf + 20
+    assert found.tuned.perplexity < found.base.perplexity / 10
+    about = json.loads((learnt / "run.json").read_text())
+    assert math.isclose(found.tuned.perplexity, about["perplexity"], rel_tol=1e-4)
+
+
+def test_beams_and_chance_are_ways_to_answer(learnt):
+    beams = compare(learnt, n=3, num_beams=3, early_stopping=True, max_new_tokens=40)
+    assert beams.tuned.exact > beams.base.exact
+    one, again, other = (
+        compare(learnt, n=3, do_sample=True, temperature=5.0, max_new_tokens=8, seed=seed).rows for seed in (1, 1, 2)
+    )
+    assert one == again != other
+    with pytest.raises(UsageError, match="generate refuses"):
+        compare(learnt, n=1, num_beems=3)
+
+
+def test_what_is_asked_together_is_answered_as_alone(learnt):
+    """Padding on the left, and prompts of several lengths, change nothing."""
+    together = compare(learnt, n=6, batch_size=6, max_new_tokens=8)
+    alone = compare(learnt, n=6, batch_size=1, max_new_tokens=8)
+    assert together.rows == alone.rows
+
+
+class Cells(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.cells, self.tags = [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_data(self, data):
+        if self.cells:
+            self.cells[-1] += data
+
+
+def test_base_and_tuned_side_by_side_as_table_json_and_page(learnt, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "ftdata", "eval", str(learnt), "-n", "2", "--html", str(tmp_path / "e.html"), "--json"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["tuned"].keys() == {"perplexity", "exact", "bleu", "chrf"}
+    cells = Cells((tmp_path / "e.html").read_text()).cells
+    for row in found["rows"]:
+        assert all(any(text.strip() == cell.strip() for cell in cells) for text in (row["prompt"], row["tuned"]))
+
+
+def test_hostile_answers_drive_neither_terminal_nor_page():
+    from rich.console import Console
+
+    from ftdata.train.report import Answered, Comparison, Scores
+
+    hostile = "\x1b[31m<script>alert(1)</script>[bold]\u202e"
+    scores = Scores(1.0, 0.0, 0.0, 0.0)
+    report = Comparison(hostile, hostile, hostile, scores, scores, (Answered(hostile, hostile, hostile, hostile),))
+    assert "script" not in Cells(report.as_html()).tags
+    console = Console(width=200, force_terminal=True, color_system=None)
+    with console.capture() as capture:
+        report.print(console)
+    assert "\x1b[31m" not in capture.get()
+    assert "\u202e" not in capture.get()
+
+
+def test_chat_remembers_and_generate_answers(learnt):
+    assert generate(learnt, ["Spell 3.", "Spell 5."], max_new_tokens=8) != generate(
+        learnt, ["Spell 3.", "Spell 5."], base=True, max_new_tokens=8
+    )
+    talk = conversation(learnt, max_new_tokens=4)
+    first = talk.say("Spell 3.")
+    talk.say("And 4?")
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
+    assert talk.messages[1]["content"] == first
+    done = subprocess.run(
+        [sys.executable, "-m", "ftdata", "chat", str(learnt), "--max-new-tokens", "4"],
+        input="Spell 3.\n/new\nSpell 3.\n",
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [first, first]
+
+
+def test_a_prompt_is_asked_as_it_was_trained_under_any_kind_of_template(llama):
+    from ftdata.train.prompts import documents, last_turn, of_messages, recipe_of
+
+    said = [{"role": "user", "content": "Spell 3."}]
+    rows = {
+        None: {"messages": [*said, {"role": "assistant", "content": "three"}]},
+        "question_answer": {"question": "Spell 3.", "answer": "three"},
+        "alpaca": {"instruction": "Spell 3.", "output": "three"},
+        "{{ prompt }} = {% generation %}{{ completion }}{{ eos_token }}{% endgeneration %}": {
+            "prompt": "Spell 3.",
+            "completion": "three",
+        },
+    }
+    for template, row in rows.items():
+        built = build_sft_dataset([row], llama, template)
+        ((ids, labels),) = documents(built["train"])
+        recipe = recipe_of(llama, built.report.options)
+        assert of_messages(said, recipe) == last_turn(ids, labels, set())[0], template
+
+
+def test_merged_says_the_same_without_peft(llama, data, tmp_path):
+    for name, options in {"lora": {"lora": {"r": 4}}, "nf4": {"quantization": "nf4"}}.items():
+        folder = run(
+            data, model=llama, output_dir=tmp_path / name, settings={**QUICK, "learning_rate": 0.05}, **options
+        )
+        assert merge(folder, tmp_path / f"{name}-merged") < 1e-4
+        merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-merged")
+        base = hf.AutoModelForCausalLM.from_pretrained(llama)
+        assert not torch.equal(merged.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
+        assert merged.generation_config.eos_token_id == [2]
+        assert hf.AutoTokenizer.from_pretrained(tmp_path / f"{name}-merged").chat_template
+        with pytest.raises(UsageError, match="not empty"):
+            merge(folder, tmp_path / f"{name}-merged")
+
+
+def test_what_is_no_finished_run_is_refused(learnt, tmp_path):
+    for call in (compare, conversation):
+        with pytest.raises(UsageError, match="no finished run"):
+            call(tmp_path)
+    with pytest.raises(UsageError, match="no adapter to merge"):
+        merge(learnt, tmp_path / "merged")
+    shutil.copytree(learnt, tmp_path / "damaged")
+    (tmp_path / "damaged" / "model" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputRefused, match="cannot be loaded"):
+        conversation(tmp_path / "damaged")
+
+
+# Left behind
+
+
+def test_a_run_leaves_what_is_needed_to_use_judge_and_repeat_it(learnt, llama, tmp_path):
+    assert {path.name for path in learnt.iterdir()} >= {
+        "config.yaml",
+        "run.json",
+        "samples.jsonl",
+        "loss.png",
+        "loss.svg",
+    }
+    assert not list((learnt / "model").glob("*.bin"))
+    samples = [json.loads(line) for line in (learnt / "samples.jsonl").read_text().splitlines()]
+    assert {sample["prompt"] for sample in samples} == {sample["prompt"] for sample in samples[:2]}
+    assert len({sample["step"] for sample in samples}) > 1
+    assert any(word in samples[0]["expected"] for word in NUMBERS)
+    card = (learnt / "model" / "README.md").read_text()
+    about = json.loads((learnt / "run.json").read_text())
+    for said in (about["fingerprint"], "assistant", "test perplexity", f"{about['perplexity']:.3f}", "<\\|im_end\\|>"):
+        assert said in card
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "transformers"
+    config = load_config(learnt / "config.yaml")
+    assert config.model == llama
+    assert load_config_text(card.split("```yaml\n")[1].split("```")[0], tmp_path) == config
+
+
+def load_config_text(text, folder):
+    (folder / "again.yaml").write_text(text)
+    return load_config(folder / "again.yaml")
+
+
+def test_the_best_model_is_kept_and_training_ends_when_nothing_gets_better(llama, data, tmp_path):
+    settings = {"num_train_epochs": 50, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 2}
+    settings |= {"learning_rate": 0.05, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"}
+    folder = run(data, model=llama, output_dir=tmp_path / "run", test_size=8, early_stopping=2, settings=settings)
+    about = json.loads((folder / "run.json").read_text())
+    assert about["steps"] < 450
+    assert about["best_step"] == about["steps"] - 4
+    assert (folder / f"checkpoint-{about['best_step']}").is_dir()
+    history = json.loads((folder / f"checkpoint-{about['steps']}" / "trainer_state.json").read_text())["log_history"]
+    assert math.isclose(about["test_loss"], min(e["eval_loss"] for e in history if "eval_loss" in e), rel_tol=1e-6)
+    with pytest.raises(UsageError, match="needs evaluations"):
+        run(data, model=llama, output_dir=tmp_path / "none", early_stopping=2)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(llama, data, tmp_path):
+    with pytest.raises(InputRefused, match="diverged"):
+        run(
+            data,
+            model=llama,
+            output_dir=tmp_path / "run",
+            settings={**QUICK, "max_steps": 30, "learning_rate": 1e30, "max_grad_norm": 0},
+        )
+
+
+def test_report_to_is_passed_through(llama, data, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    run(data, model=llama, output_dir=tmp_path / "run", settings={**QUICK, "report_to": "tensorboard"})
+    assert list((tmp_path / "board").glob("events*"))
+
+
+# The hand-over
+
+
+@pytest.mark.parametrize("kind", [*ISOLATED, "opt"])
+def test_models_of_every_class_train_and_come_back(models, data, tmp_path, kind):
+    packed = kind != "opt"
+    options = {"packing": "bfd", "max_length": 128} if packed else {}
+    folder = run(
+        data, model=models(kind), output_dir=tmp_path / "run", lora={"r": 4}, test_size=4, settings=QUICK, **options
+    )
+    found = compare(folder, n=2, max_new_tokens=2)
+    assert math.isfinite(found.tuned.perplexity)
+    assert architecture_leaks(hf.AutoConfig.from_pretrained(models(kind))) is not packed
+
+
+@pytest.mark.parametrize("kind", ISOLATED)
+def test_packed_loses_what_is_lost_alone(models, tmp_path, kind):
+    """P9: the sum of the losses of all trained tokens, on each class."""
+    sums = []
+    for options in ({"packing": "bfd", "max_length": 128}, {}):
+        built = build_sft_dataset(TASK, models(kind), **options)
+        config = make_config({"data": "d", "model": models(kind), "output_dir": str(tmp_path)})
+        trainer = make_trainer(config, load_model(models(kind)), built, isolated=True)
+        loss, tokens = trainer.token_loss(built["train"])
+        sums.append(loss * tokens)
+    assert math.isclose(*sums, rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("isolated", [True, False], ids=["joined", "padded"])
+def test_losses_are_those_of_plain_trl_on_the_same_labels(llama, tmp_path, isolated):
+    built = build_sft_dataset(TASK, llama)
+    settings = {**QUICK, "max_steps": 8, "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"}
+    config = make_config({"data": "d", "model": llama, "output_dir": str(tmp_path), "train": settings})
+    ours = make_trainer(config, load_model(llama), built, isolated=isolated)
+    plain = SFTTrainer(
+        model=hf.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32),
+        args=SFTConfig(
+            output_dir=str(tmp_path / "plain"),
+            max_length=None,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            activation_checkpointing=False,
+            **{"learning_rate": 1e-3, **settings},
+        ),
+        train_dataset=built["train"].remove_columns("seq_lengths"),
+        processing_class=hf.AutoTokenizer.from_pretrained(llama),
+    )
+    found = []
+    for trainer in (ours, plain):
+        trainer.train()
+        found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(found[0]) == 8
+    assert all(math.isclose(left, right, abs_tol=1e-5) for left, right in zip(*found, strict=True))
+
+
+def test_rows_of_like_length_go_together_and_the_longest_come_first(llama, tmp_path):
+    rows = [{"question": "a " * (n % 37), "answer": "b"} for n in range(300)]
+    built = build_sft_dataset(rows, llama)
+    config = make_config(
+        {"data": "d", "model": llama, "output_dir": str(tmp_path), "train": {"per_device_train_batch_size": 4}}
+    )
+    trainer = make_trainer(config, load_model(llama), built, isolated=True)
+    lengths = [len(row["input_ids"]) for row in built["train"]]
+    epochs = []
+    for epoch in (0, 1):
+        trainer.state.epoch = float(epoch)
+        epochs.append([batch["position_ids"].shape[1] for batch in trainer.get_train_dataloader()])
+    sampler = trainer._get_train_sampler()
+    order = list(sampler)
+    assert sorted(order) == list(range(300))
+    batches = [[lengths[number] for number in order[at : at + 4]] for at in range(0, 300, 4)]
+    assert max(lengths) in batches[0]
+    apart = sum(max(batch) - min(batch) for batch in batches) / len(batches)
+    assert apart < 3
+    assert sum(epochs[0]) == sum(epochs[1]) == sum(lengths)
+    assert epochs[0] != epochs[1]
+
+
+def test_a_model_that_comes_back_otherwise_is_not_called_saved(llama, data, tmp_path, monkeypatch):
+    from ftdata.train import saved
+
+    right = saved.load_tuned
+
+    def wrong(*given):
+        model = right(*given)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+        return model
+
+    monkeypatch.setattr(saved, "load_tuned", wrong)
+    with pytest.raises(InternalError, match="says something else"):
+        run(data, model=llama, output_dir=tmp_path / "run", settings=QUICK)
+    assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
+
+
+# Before
+
+
+def test_flops_are_those_of_the_tutorial_on_pythia():
+    """2,195.7 GFLOP for 2,048 tokens and 4 accumulated batches on Pythia-70m, 0.28 GB of weights."""
+    with torch.device("meta"):
+        model = hf.GPTNeoXForCausalLM(
+            hf.GPTNeoXConfig(
+                vocab_size=50304, hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8
+            )
+        )
+    assert round(6 * model.num_parameters(exclude_embeddings=True) * 2048 * 4 / 1e9, 1) == 2195.7
+    assert (
+        0.28
+        < before._weight_bytes(model, make_config({"data": "", "model": "", "output_dir": ""}), torch.float32) / 1e9
+        < 0.31
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": {"r": 4}}, {"quantization": "nf4"}], ids=["full", "lora", "nf4"])
+def test_the_estimate_counts_what_is_there(llama, data, tmp_path, options):
+    found, _ = dry_run(data, model=llama, output_dir=tmp_path / "run", max_length=64, packing="bfd", **options)
+    assert not (tmp_path / "run").exists()
+    folder = run(
+        data,
+        model=llama,
+        output_dir=tmp_path / "run",
+        max_length=64,
+        packing="bfd",
+        **options,
+        settings={"save_strategy": "no"},
+    )
+    about = json.loads((folder / "run.json").read_text())
+    assert about["steps"] == found.steps
+    built = load_from_disk(str(folder / "data" / "train"))
+    assert (found.rows, found.tokens) == (len(built), sum(map(len, built["input_ids"])))
+    assert found.trained_tokens == sum(label != -100 for row in built["labels"] for label in row)
+    model = load_model(llama, options.get("quantization"))
+    adapters = 4 * found.trainable if options else 0
+    assert math.isclose(found.weights - adapters, model.get_memory_footprint(), rel_tol=0.05)
+    if options:
+        saved = (folder / "model" / "adapter_model.safetensors").stat().st_size
+        assert math.isclose(4 * found.trainable, saved, rel_tol=0.1)
+    else:
+        assert found.trainable == found.parameters == model.num_parameters()
+    assert found.as_dict()["memory"] == found.memory
+    assert f"{found.steps:,} steps" in str(found)
+
+
+@pytest.mark.parametrize("kind", [*ISOLATED, "opt"])
+def test_activations_are_estimated_within_a_half(models, kind):
+    model = hf.AutoModelForCausalLM.from_pretrained(models(kind))
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    length = 256
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        held = model.train().base_model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
+    assert held is not None
+    found = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in weights) / length
+    assert 0.5 < before._kept_per_token(model, torch.float32, length, recomputes=False) / found < 2
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_loaded(llama, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(before.place, "free_memory", lambda: 100_000)
+    for call in (run, dry_run):
+        with pytest.raises(InputRefused, match=r"too_large.*Fix: quantization: nf4, or lora"):
+            call(data, model=llama, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_leak_is_found_without_the_weights(models, data, tmp_path):
+    with pytest.raises(InputRefused, match="model_leaks"):
+        dry_run(data, model=models("opt"), output_dir=tmp_path / "run", max_length=128, packing="bfd")
+    _, note = dry_run(data, model=models("opt"), output_dir=tmp_path / "run")
+    assert "padded" in note
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_init_writes_what_train_takes(models, data, tmp_path, kind, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = init(data, models(kind), "out")
+    config = load_config_text(text, tmp_path)
+    assert config.packing == ("bfd" if kind == "llama" else None)
+    assert config.test_size == 4
+    assert config.max_length >= max(len(row["input_ids"]) for row in build_sft_dataset(TASK, models(kind))["train"])
+    assert dry_run(tmp_path / "again.yaml")[0].steps > 0
+    assert all(
+        line.startswith("#") for at, line in enumerate(text.splitlines()) if text.splitlines()[at - 1] == "" or at == 0
+    )
+
+
+def test_init_finds_a_template_and_leaves_bad_rows_out(tmp_path):
+    model = tiny_model(tiny_bpe(tmp_path / "base", None, eos="</s>", bos=None))
+    data = write(tmp_path / "d.jsonl", [*TASK, {"question": "x", "answer": ""}])
+    config = load_config_text(init(data, model), tmp_path)
+    assert config.template == "question_answer"
+    assert config.on_bad_rows == "quarantine"
+    chats = write(
+        tmp_path / "c.jsonl",
+        [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3,
+    )
+    assert load_config_text(init(chats, model), tmp_path).template == "zephyr"
+
+
+def test_init_does_not_write_over(llama, data, tmp_path):
+    command = [sys.executable, "-m", "ftdata", "init", data, "-m", llama, "-o", str(tmp_path / "run.yaml")]
+    (tmp_path / "run.yaml").write_text("mine")
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert (tmp_path / "run.yaml").read_text() == "mine"
+
+
+# What must not run
+
+
+def test_code_of_strangers_does_not_run(llama, data, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    (model / "modeling_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('ran')\nclass Own: pass\n")
+    config = json.loads((model / "config.json").read_text())
+    own = {"AutoConfig": "modeling_own.Own", "AutoModelForCausalLM": "modeling_own.Own"}
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": own}))
+    with pytest.raises(InputRefused, match="remote_code"):
+        run(data, model=str(model), output_dir=tmp_path / "run")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_are_not_read(llama, data, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    (model / "model.safetensors").unlink()
+    torch.save(hf.AutoModelForCausalLM.from_pretrained(llama).state_dict(), model / "pytorch_model.bin")
+    with pytest.raises(InputRefused, match="no_safetensors|no_model"):
+        run(data, model=str(model), output_dir=tmp_path / "run")
+
+
+def test_sections_and_flat_fields_are_the_same(tmp_path):
+    flat = {
+        "train_on": "last_assistant",
+        "turns": "split",
+        "max_length": 64,
+        "overlong": "drop_turns",
+        "packing": "bfd",
+    }
+    common = {"data": "d", "model": "m", "output_dir": "o"}
+    grouped = {
+        "mask": {"train_on": "last_assistant", "turns": "split"},
+        "length": {"max_length": 64, "overlong": "drop_turns"},
+        "pack": "bfd",
+    }
+    assert make_config({**common, **flat}) == make_config({**common, **grouped})
+    (tmp_path / "c.yaml").write_text(to_yaml(make_config({**common, **grouped})))
+    assert load_config(tmp_path / "c.yaml") == make_config({**common, **flat})
+    assert make_config({**common, "length": 32}, max_length=64).max_length == 64
+    for wrong, says in (
+        ({"length": {"max_lenght": 3}}, "did you mean 'max_length'"),
+        ({"length": 3, "max_length": 4}, "given twice"),
+        ({"early_stopping": 0}, "at least 1"),
+        ({"samples": -1}, "expected a number of prompts"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            make_config({**common, **wrong})
+
+
+def test_settings_follow_the_device_and_the_data(llama, tmp_path):
+    config = make_config({"data": "d", "model": llama, "output_dir": str(tmp_path)})
+    joined = arguments(config, isolated=True, packed=True, evaluates=False)
+    padded = arguments(config, isolated=False, packed=False, evaluates=True)
+    assert (joined.padding_free, str(joined.train_sampling_strategy)) == (True, "random")
+    assert (padded.padding_free, padded.eval_strategy.value) == (False, "epoch")
+    assert "group" in str(padded.train_sampling_strategy)
+    assert joined.max_length is None
+    assert (joined.bf16, joined.fp16) == ((True, False) if torch.cuda.is_available() else (False, False))
