@@ -177,7 +177,7 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
 
 
-def load_config(path: Path, **overrides: Any) -> Config:
+def load_config(path: Path, /, **overrides: Any) -> Config:
     """Read a YAML or TOML file.
 
     Args:
@@ -194,10 +194,10 @@ def load_config(path: Path, **overrides: Any) -> Config:
         raise UsageError("config_file", f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UsageError("config_file", f"{path} holds a {type(values).__name__}, expected keys and values")
-    return make_config(values, where=str(path), **overrides)
+    return make_config(values, str(path), **overrides)
 
 
-def make_config(values: dict[str, Any], where: str = "", **overrides: Any) -> Config:
+def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> Config:
     """Make a configuration from plain values.
 
     Raises:
@@ -209,7 +209,7 @@ def make_config(values: dict[str, Any], where: str = "", **overrides: Any) -> Co
     """
     # TOML has dates of its own.
     values = {name: str(value) if isinstance(value, datetime.date) else value for name, value in values.items()}
-    values, overrides = _flat(values, where), _flat(overrides, "")
+    values, overrides = _flat(values, file), _flat(overrides, "")
     given = {**values, **{name: value for name, value in overrides.items() if value is not None}}
     for name in ("lora", "train"):
         # What is overridden in a section leaves the rest of it as it was.
@@ -219,11 +219,11 @@ def make_config(values: dict[str, Any], where: str = "", **overrides: Any) -> Co
         for key in section if isinstance(section, dict) else ():
             if key not in kind.__struct_fields__:
                 known = (*kind.__struct_fields__, *(SECTIONS if kind is Config else ()))
-                raise UsageError("config", f"unknown key {key!r}", where=where, hint=nearest(str(key), known))
+                raise UsageError("config", f"unknown key {key!r}", where=file, hint=nearest(str(key), known))
     try:
         return msgspec.convert(given, Config)
     except msgspec.ValidationError as error:
-        raise UsageError("config", str(error), where=where) from None
+        raise UsageError("config", str(error), where=file) from None
 
 
 def _flat(values: dict[str, Any], where: str) -> dict[str, Any]:

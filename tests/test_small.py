@@ -108,3 +108,8 @@ def test_a_cached_tokenizer_follows_its_files(tokenizer_dir, tmp_path):
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     assert load_tokenizer(folder).chat_template == "{{ messages }}"
     assert load_tokenizer(folder).fingerprint != one.fingerprint
+
+
+def test_every_field_can_be_overridden():
+    """Also one that is called as a parameter might be."""
+    assert make_config(REQUIRED, "run.yaml", where="not input").where == "not input"

@@ -27,7 +27,7 @@ NEEDED = ("torch", "transformers", "trl", "peft", "accelerate", "matplotlib", "s
 
 
 def run(
-    source: str | Path,
+    source: Any,
     *,
     model: str | None = None,
     output_dir: str | Path | None = None,
@@ -39,7 +39,7 @@ def run(
 
     Args:
         source: a config file (`.yaml`, `.yml`, `.toml`), the folder of a build, the folder of a run that is to go on,
-            or data as `build_sft_dataset` takes.
+            or data as `build_sft_dataset` takes: a place, a mapping, or a list of these.
         model: folder or hub id of the base model.
         output_dir: folder for the run: checkpoints, the model, `config.yaml`, `run.json`, the loss as picture and
             figures, `samples.jsonl`.
@@ -64,7 +64,7 @@ def run(
 
 
 def dry_run(
-    source: str | Path,
+    source: Any,
     *,
     model: str | None = None,
     output_dir: str | Path | None = None,
@@ -225,7 +225,8 @@ def _resolve(
     *,
     resume: bool = False,
 ) -> tuple[Config, Path | None]:
-    path = Path(source)
+    named = isinstance(source, str | Path)
+    path = Path(source if named else "")
     if (rank := overrides.pop("lora_r", None)) is not None:
         overrides["lora"] = {**(overrides.get("lora") or {}), "r": rank}
     given = {**overrides, "model": model, "output_dir": str(output_dir) if output_dir else None}
@@ -248,7 +249,7 @@ def _resolve(
         config = make_config({"data": str(path)}, **given)
         _check_built(path, {name: value for name, value in _built_by(given).items() if value is not None})
         return config, path
-    return make_config({"data": str(source)}, **given), None
+    return make_config({"data": str(source) if named else source}, **given), None
 
 
 def _begun(run_dir: Path, given: dict[str, Any], *, resume: bool) -> tuple[Config, Path | None]:

@@ -16,6 +16,7 @@ from ftdata.errors import InputRefused
 from ftdata.tokenize import Tokenizer
 from ftdata.train.chat import stopping
 from ftdata.train.generate import generate
+from ftdata.train.handover import splits_of
 from ftdata.train.prompts import documents, last_turn, of_rows
 from ftdata.train.report import Answered, Comparison, Scores
 from ftdata.train.saved import Finished, finished, load_base, load_tuned
@@ -99,7 +100,7 @@ def _without_blanks(texts: Sequence[str]) -> bool:
 
 
 def _from_build(run: Finished) -> tuple[str, Iterator[Document]]:
-    splits = load_build(run.build)
+    splits = splits_of(load_build(run.build))
     name = "test" if "test" in splits else "train"
     return f"the {name} split of {run.build}", documents(splits[name])
 

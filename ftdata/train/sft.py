@@ -30,7 +30,7 @@ from ftdata.tokenize import control_tokens, load_tokenizer
 from ftdata.train import checkpoints, place
 from ftdata.train.card import card
 from ftdata.train.estimate import Estimate, check_fits, estimate, rows_of
-from ftdata.train.handover import arguments, check_first_batch, check_settings
+from ftdata.train.handover import arguments, check_first_batch, check_settings, splits_of
 from ftdata.train.model import (
     adapter,
     embeddings,
@@ -256,7 +256,7 @@ def _checked(build: Path, config: Config) -> Data:
             f"{build} was built with tokenizer {made_with['name']}, which is not that of {tokenizer}",
             hint="build again with the model's own tokenizer, or name it with tokenizer:",
         )
-    return Data(build, manifest, load_build(build))
+    return Data(build, manifest, splits_of(load_build(build)))
 
 
 def _estimated(config: Config, model_config: Any, data: Data, *, isolated: bool) -> Estimate:

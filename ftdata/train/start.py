@@ -72,7 +72,7 @@ def worked_out(data: str, model: str, output_dir: str, overrides: Mapping[str, A
         "mask": ("Which tokens carry the loss.", {"train_on": "assistant", "turns": "auto"}),
         "length": _length(found),
         "pack": _pack(found),
-        "on_bad_rows": _bad_rows(found),
+        **_bad_rows(found),
         "test_size": _test(found),
         "model": (f"The base model: {parameters:,} parameters.", model),
         **_weights(found),
@@ -133,14 +133,21 @@ def _pack(found: Found) -> tuple[str, str | None]:
     return "bfd: whole examples together, each seeing itself alone. null: one example a row.", "bfd"
 
 
-def _bad_rows(found: Found) -> tuple[str, str]:
+def _bad_rows(found: Found) -> dict[str, tuple[str, Any]]:
     bad = sum(found.figures.rejected.values())
-    longer = found.all.lengths[100] > (found.positions or 1 << 20)
+    most = found.positions or 1 << 20
+    longer = int((found.figures.seen.lengths > most).sum())
     if not bad and not longer:
-        return "error: bad rows end the build, all named. quarantine: it goes on without them.", "error"
-    codes = ", ".join(f"{count:,} {code}" for code, count in found.figures.rejected.items())
-    said = f"{bad:,} of {found.figures.rows:,} rows cannot be built ({codes})" if bad else "Some rows are too long"
-    return f"{said}: they are left out, and listed in rejects.jsonl.", "quarantine"
+        return {
+            "on_bad_rows": ("error: bad rows end the build, all named. quarantine: it goes on without them.", "error")
+        }
+    codes = [f"{count:,} {code}" for code, count in found.figures.rejected.items()]
+    codes += [f"{longer:,} too long"] * bool(longer)
+    said = f"Of {found.figures.rows:,} rows these are left out, and listed in rejects.jsonl: {', '.join(codes)}."
+    return {
+        "on_bad_rows": (said, "quarantine"),
+        "max_rejects": ("More would end the build.", bad + longer),
+    }
 
 
 def _test(found: Found) -> tuple[str, int | None]:
