@@ -140,6 +140,24 @@ def test_where_no_checkpoint_is_whole_it_is_said(interrupted):
         run(interrupted, resume=True)
 
 
+class Opens:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_pickle_that_runs_code_is_refused_though_its_seal_is_right(interrupted, tmp_path):
+    last = interrupted / "checkpoint-6"
+    torch.save(Opens(str(tmp_path / "ran")), last / "optimizer.pt")
+    about = json.loads((interrupted / "run.json").read_text())
+    checkpoints.write_seal(last, checkpoints.Seal(about["fingerprint"], about["setup"]))
+    with pytest.raises(InputRefused, match="unsafe_checkpoint"):
+        run(interrupted, resume=True)
+    assert not (tmp_path / "ran").exists()
+
+
 CHANGES = {
     "data": lambda folder, given: write(Path(given["source"]), [*ROWS[:7], {"question": "x", "answer": "y"}]),
     "template": lambda folder, given: given.update(template="question_answer"),

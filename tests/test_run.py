@@ -282,6 +282,34 @@ def test_a_loss_that_is_no_number_ends_the_run(llama, data, tmp_path):
         )
 
 
+def test_who_is_watching_sees_the_loss_fall():
+    from io import StringIO
+    from types import SimpleNamespace
+
+    from rich.console import Console
+
+    from ftdata.train.watch import Watch
+
+    seen = {}
+    for terminal in (True, False):
+        screen = StringIO()
+        watch = Watch(Console(file=screen, force_terminal=terminal, width=80, color_system=None))
+        state = SimpleNamespace(max_steps=8, global_step=0, log_history=[])
+        watch.on_train_begin(None, state, None)
+        for step in range(1, 9):
+            state.global_step = step
+            watch.on_step_end(None, state, None)
+            watch.on_log(None, state, None, logs={"loss": 8.0 - step, "num_tokens": 100 * step})
+        watch.on_log(None, state, None, logs={"eval_loss": math.log(2)})
+        watch.on_train_end(None, state, None)
+        seen[terminal] = screen.getvalue()
+    assert "7.0000 █" in seen[True]
+    assert "perplexity 2.000" in seen[True]
+    assert "\x1b" not in seen[False]
+    assert [line.split()[1] for line in seen[False].splitlines()] == [*(f"{step}/8" for step in range(1, 9)), "8/8"]
+    assert "tokens/s" in seen[False]
+
+
 def test_report_to_is_passed_through(llama, data, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))

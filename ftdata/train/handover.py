@@ -24,7 +24,7 @@ from ftdata.config import Config
 from ftdata.errors import InternalError, UsageError, one_of
 from ftdata.readers.naming import split_of
 from ftdata.train.model import wants_adapter
-from ftdata.train.place import precision
+from ftdata.train.place import precision, processes
 from ftdata.types import IGNORE_INDEX
 
 FIXED = {
@@ -77,6 +77,21 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise UsageError("train_setting", f"train.{name} is {value!r}, expected a number")
         if name.endswith(("_batch_size", "accumulation_steps")) and not value >= 1:
             raise UsageError("train_setting", f"train.{name} is {value!r}, expected at least 1")
+
+
+def check_devices(settings: Mapping[str, Any]) -> None:
+    """Refuse one process that sees several GPUs: the trainer would split batches over them in a way of its own.
+
+    Raises:
+        UsageError: with the command for one process each.
+    """
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and processes() == 1 and not settings.get("use_cpu"):
+        raise UsageError(
+            "several_gpus",
+            f"one process sees {gpus} GPUs",
+            hint=f"accelerate launch --num_processes {gpus} -m ftdata train ..., or CUDA_VISIBLE_DEVICES=0",
+        )
 
 
 def arguments(config: Config, *, isolated: bool, packed: bool, evaluates: bool) -> SFTConfig:

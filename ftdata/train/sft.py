@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError  # what torch raises for pickles that it does not trust
 from typing import Any
 
 import datasets
@@ -30,7 +31,7 @@ from ftdata.tokenize import control_tokens, load_tokenizer
 from ftdata.train import checkpoints, place
 from ftdata.train.card import card
 from ftdata.train.estimate import Estimate, check_fits, estimate, rows_of
-from ftdata.train.handover import arguments, check_first_batch, check_settings, splits_of
+from ftdata.train.handover import arguments, check_devices, check_first_batch, check_settings, splits_of
 from ftdata.train.model import (
     adapter,
     embeddings,
@@ -86,6 +87,7 @@ def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
             leaks, or does not fit.
     """
     quantization_config(config.quantization, torch.float32)
+    check_devices(config.train)
     # One process speaks for all.
     console = Console(stderr=True, quiet=not place.is_main())
     run = Path(config.output_dir)
@@ -117,6 +119,13 @@ def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
             f"{config.model} does not fit into the memory of {place.device_name()} with this batch",
             hint="a smaller per_device_train_batch_size with more gradient_accumulation_steps, a smaller max_length, "
             "gradient_checkpointing, or quantization: nf4",
+        ) from None
+    except UnpicklingError as error:
+        said = " ".join(str(error).split())[:200]
+        raise InputRefused(
+            "unsafe_checkpoint",
+            f"{before.checkpoint if before else run} holds what is no state of a trainer: {said}",
+            hint="it may run code when it is read: do not go on from it",
         ) from None
     except KeyboardInterrupt:
         watch.stop()
