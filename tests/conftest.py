@@ -65,6 +65,16 @@ def tiny_model(folder, kind="llama", *, seed=0):
         "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**wide, num_key_value_heads=2, head_dim=16)),
         "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**wide, num_key_value_heads=2)),
         "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**wide, num_key_value_heads=2, head_dim=16)),
+        "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(
+            hf.Qwen3MoeConfig(
+                **wide,
+                num_key_value_heads=2,
+                head_dim=16,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=32,
+            )
+        ),
         "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**wide)),
         "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**wide)),
         "opt": lambda: hf.OPTForCausalLM(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ftdata.errors import InputRefused
+from ftdata.errors import InputRefused, UsageError
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.train
@@ -166,6 +166,7 @@ CHANGES = {
     "rank": lambda folder, given: given.update(lora={"r": 8, "dropout": 0.3}),
     "learning rate": lambda folder, given: given.update(settings={**SETTINGS, "learning_rate": 1e-3}),
     "model": lambda folder, given: given.update(model=other_weights(folder, given["model"])),
+    "model's configuration": lambda folder, given: given.update(model=other_config(folder, given["model"])),
 }
 
 
@@ -173,6 +174,13 @@ def other_weights(folder, model):
     shutil.copytree(model, folder / "other")
     path = folder / "other" / "model.safetensors"
     save_file({name: value + 1 for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    return str(folder / "other")
+
+
+def other_config(folder, model):
+    shutil.copytree(model, folder / "other")
+    path = folder / "other" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_dropout": 0.3}))
     return str(folder / "other")
 
 
@@ -185,6 +193,68 @@ def test_a_changed_run_is_refused_with_both_sides(llama, interrupted, tmp_path, 
     with pytest.raises(InputRefused, match="other_(run|data)"):
         run(given.pop("source"), resume=True, **given)
     assert sorted(path.name for path in interrupted.rglob("*")) == before
+
+
+def test_what_decides_nothing_may_change(llama, data, interrupted, whole, tmp_path):
+    """Another place of the same model, settings of evaluating and loading, a default that is said."""
+    shutil.copytree(llama, tmp_path / "elsewhere")
+    more = {
+        "per_device_eval_batch_size": 2,
+        "dataloader_num_workers": 1,
+        "push_to_hub": False,
+        "lr_scheduler_type": "linear",
+    }
+    given = {
+        "model": str(tmp_path / "elsewhere"),
+        "output_dir": interrupted,
+        "settings": {**SETTINGS, **more},
+        **DROPOUT,
+    }
+    run(data, resume=True, **given)
+    same(interrupted, whole)
+
+
+@pytest.fixture(scope="module")
+def stopped(llama, data, tmp_path_factory):
+    """A run that ended when nothing got better."""
+    folder = tmp_path_factory.mktemp("runs") / "stopped"
+    settings = {"num_train_epochs": 40, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.05}
+    settings |= {"per_device_train_batch_size": 2, "logging_steps": 1, "save_total_limit": 50}
+    return run(data, model=llama, output_dir=folder, test_size=2, early_stopping=3, settings=settings)
+
+
+def begun(folder, *without):
+    for name in without:
+        shutil.rmtree(folder / name)
+    about = json.loads((folder / "run.json").read_text())
+    kept = {name: about[name] for name in ("ftdata", "fingerprint", "setup")}
+    (folder / "run.json").write_text(json.dumps({**kept, "finished": False}))
+
+
+def test_patience_is_remembered(stopped, tmp_path):
+    about = json.loads((stopped / "run.json").read_text())
+    assert about["steps"] < 100
+    with pytest.raises(UsageError, match="nothing got better"):
+        run(stopped, resume=True)
+    # From where the run was moved to.
+    shutil.copytree(stopped, tmp_path / "moved")
+    begun(tmp_path / "moved", f"checkpoint-{about['steps']}")
+    run(tmp_path / "moved", resume=True)
+    again = json.loads((tmp_path / "moved" / "run.json").read_text())
+    assert (again["steps"], again["best_step"]) == (about["steps"], about["best_step"])
+    assert again["test_loss"] == about["test_loss"]
+    same(tmp_path / "moved", stopped)
+
+
+def test_a_damaged_best_model_is_not_taken_for_it(stopped, tmp_path, capsys):
+    about = json.loads((stopped / "run.json").read_text())
+    shutil.copytree(stopped, tmp_path / "run")
+    begun(tmp_path / "run")
+    weights = tmp_path / "run" / f"checkpoint-{about['best_step']}" / "model.safetensors"
+    save_file({name: value * 1.01 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    run(tmp_path / "run", resume=True)
+    assert "the best before it is" in capsys.readouterr().err
+    same(tmp_path / "run", stopped)
 
 
 def test_another_tokenizer_is_refused(llama, interrupted, tmp_path, data):

@@ -199,6 +199,18 @@ def test_a_prompt_is_asked_as_it_was_trained_under_any_kind_of_template(llama):
         assert of_messages(said, recipe) == last_turn(ids, labels, set())[0], template
 
 
+def test_a_base_that_is_another_by_now_is_refused(llama, data, tmp_path):
+    shutil.copytree(llama, tmp_path / "model")
+    folder = run(data, model=str(tmp_path / "model"), output_dir=tmp_path / "run", lora={"r": 4}, settings=QUICK)
+    base = hf.AutoModelForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        base.lm_head.weight.mul_(1.5)
+    base.save_pretrained(tmp_path / "model")
+    for call in (compare, lambda run: merge(run, tmp_path / "merged"), lambda run: generate(run, ["a"])):
+        with pytest.raises(InputRefused, match="other_base"):
+            call(folder)
+
+
 def test_merged_says_the_same_without_peft(llama, data, tmp_path):
     for name, options in {"lora": {"lora": {"r": 4}}, "nf4": {"quantization": "nf4"}}.items():
         folder = run(
@@ -318,6 +330,73 @@ def test_report_to_is_passed_through(llama, data, tmp_path, monkeypatch):
 
 
 # The hand-over
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "qwen3_moe"},
+        {"kind": "qwen3_moe", "lora": {"r": 4}},
+        {"settings": {"label_smoothing_factor": 0.3}},
+        {"settings": {"loss_type": "dft"}},
+    ],
+    ids=["experts", "experts with an adapter", "smoothed labels", "dft"],
+)
+def test_perplexity_is_that_of_the_tokens_whatever_is_added_to_the_loss(models, data, tmp_path, options):
+    kind, settings = options.pop("kind", "llama"), {**QUICK, **options.pop("settings", {})}
+    folder = run(data, model=models(kind), output_dir=tmp_path / "run", test_size=4, settings=settings, **options)
+    found = compare(folder, n=None, max_new_tokens=2)
+    about = json.loads((folder / "run.json").read_text())
+    assert math.isclose(found.tuned.perplexity, about["perplexity"], rel_tol=1e-4)
+    assert "output_router_logits" not in (folder / "config.yaml").read_text()
+    assert len((folder / "samples.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "settings", [{"top_k": 1}, {"min_p": 0.1}, {"length_penalty": 0.8}, {"early_stopping": True}, {"temperature": 0.6}]
+)
+def test_no_generation_config_of_a_base_model_breaks_the_end(llama, data, tmp_path, settings):
+    shutil.copytree(llama, tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    folder = run(data, model=str(tmp_path / "model"), output_dir=tmp_path / "run", settings={**QUICK, "max_steps": 1})
+    assert generate(folder, ["3?"], max_new_tokens=2) == generate(folder, ["3?"], max_new_tokens=2)
+
+
+def test_what_is_longer_than_the_model_has_positions_is_refused(models, llama, tmp_path, learnt):
+    data = write(tmp_path / "long.jsonl", [{"question": "a" * 700, "answer": "b"}])
+    for kind in ("llama", "opt"):
+        for call in (run, dry_run):
+            with pytest.raises(InputRefused, match=r"too_long.*max_length: 512"):
+                call(data, model=models(kind), output_dir=tmp_path / "run")
+    with pytest.raises(InputRefused, match="prompt_too_long"):
+        generate(learnt, ["a" * 700])
+    assert generate(learnt, ["a" * 480], max_new_tokens=200)
+
+
+def test_the_best_by_perplexity_is_the_one_with_the_least(llama, data, tmp_path):
+    settings = {"num_train_epochs": 3, "learning_rate": 1e-3, "metric_for_best_model": "perplexity"}
+    folder = run(data, model=llama, output_dir=tmp_path / "run", test_size=8, early_stopping=1, settings=settings)
+    about = json.loads((folder / "run.json").read_text())
+    assert about["best_step"] == about["steps"]
+
+
+def test_new_embeddings_count_as_trained(llama, tmp_path):
+    from tokenizers import Tokenizer
+
+    shutil.copytree(llama, tmp_path / "model")
+    backend = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    backend.add_special_tokens(["[NEW]", "[OTHER]"])
+    backend.save(str(tmp_path / "model" / "tokenizer.json"))
+    rows = write(tmp_path / "d.jsonl", [{"question": "a", "answer": "[NEW]"}] * 2)
+    given = {"model": str(tmp_path / "model"), "lora": {"r": 4}, "control_tokens": "allow"}
+    found, _ = dry_run(rows, output_dir=tmp_path / "run", **given)
+    folder = run(rows, output_dir=tmp_path / "run", settings=QUICK, **given)
+    base = hf.AutoModelForCausalLM.from_pretrained(llama)
+    assert found.trainable > 2 * base.get_input_embeddings().weight.numel()
+    scores = [compare(folder, n=1, max_new_tokens=1).base for _ in range(2)]
+    assert scores[0] == scores[1]
+    assert generate(folder, ["[OTHER]"], max_new_tokens=1)
 
 
 @pytest.mark.parametrize("kind", [*ISOLATED, "opt"])

@@ -213,6 +213,9 @@ def _quiet() -> None:
     for name in ("trl", "peft", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "`label_smoothing_factor` is deprecated", FutureWarning)
+    # What peft asks of layers of experts, and does not find in models that have them otherwise.
+    warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
     # So they are: they have new tokens, which are trained.
     warnings.filterwarnings("ignore", "Setting `save_embedding_layers` to `True`", UserWarning)
 

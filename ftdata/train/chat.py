@@ -10,7 +10,7 @@ import torch
 
 from ftdata.recipe import Recipe
 from ftdata.tokenize import Tokenizer
-from ftdata.train.generate import generate
+from ftdata.train.answers import generate
 from ftdata.train.prompts import of_messages
 from ftdata.train.saved import Finished, load_base, load_tuned
 from ftdata.types import Message

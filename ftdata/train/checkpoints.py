@@ -11,20 +11,26 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import xxhash
+from huggingface_hub import try_to_load_from_cache
 from msgspec import to_builtins
+from trl import SFTConfig
 
 from ftdata._version import __version__
 from ftdata.config import Config
 from ftdata.errors import InputRefused, UsageError
 from ftdata.store import digest, write_json
 
-FREE = ("num_train_epochs", "max_steps", "disable_tqdm", "report_to", "run_name", "load_best_model_at_end")
-"""Settings that may change when a run goes on, besides those of logging, saving and evaluation."""
+FREE = ("num_train_epochs", "max_steps", "disable_tqdm", "report_to", "run_name", "load_best_model_at_end", "use_cpu")
+FREE_KINDS = ("logging_", "save_", "eval_", "per_device_eval_", "dataloader_", "hub_", "push_")
+"""Settings that may change when a run goes on: how long it trains, what is logged, kept and evaluated."""
+
+_OWN = ("train_sampling_strategy", "learning_rate", "optim", "bf16", "fp16", "activation_checkpointing")
+"""Settings of which what is not said is not what `SFTConfig` would take."""
 
 SEAL = "ftdata.json"
 
@@ -117,20 +123,38 @@ def check(run: Path, config: Config, processes: int, *, resume: bool) -> Before 
     now = describe(config, "", processes)["setup"]
     before = about.get("setup", {})
     changed = [name for name in now if now[name] != before.get(name)]
+    if now["weights"] and "weights" not in changed and "model" in changed:
+        # The same model in another place.
+        changed.remove("model")
     if changed:
         raise InputRefused(
             "other_run",
             f"the checkpoints in {run} come from another run: {'; '.join(_changes(changed, before, now))}",
             hint="resume with what it was begun with, or start anew in another folder",
         )
+    patience = config.early_stopping
+    if about.get("finished") and patience is not None and about.get("stopped_early") == patience:
+        hint = "raise early_stopping to train on"
+        raise UsageError("run_finished", f"{run} is finished: nothing got better any more", hint=hint)
     seal = Seal(about["fingerprint"], before)
+    keeps_best = config.early_stopping is not None or bool(config.train.get("load_best_model_at_end"))
     passed: list[str] = []
     for path in reversed(found):
-        if (wrong := damage(path, seal)) is None:
+        wrong = damage(path, seal) or (_damage_of_best(path, seal) if keeps_best else None)
+        if wrong is None:
             return Before(about, str(path), tuple(passed))
         passed.append(f"{path.name}: {wrong}")
     listed = "; ".join(passed)
     raise InputRefused("no_whole_checkpoint", f"{run} holds no whole checkpoint: {listed}", hint="start anew")
+
+
+def _damage_of_best(checkpoint: Path, seal: Seal) -> str | None:
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    if (step := state.get("best_global_step")) is None:
+        return None
+    best = checkpoint.with_name(f"checkpoint-{step}")
+    wrong = damage(best, seal) if best != checkpoint else None
+    return f"the best before it is {best.name}, and {wrong}" if wrong else None
 
 
 def _changes(names: list[str], before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
@@ -176,10 +200,11 @@ def begin(run: Path, config: Config, fingerprint: str, processes: int, before: B
 
 def describe(config: Config, fingerprint: str, processes: int) -> dict[str, Any]:
     """Return what decides the weights of a run, for `run.json`."""
+    plain = {field.name: field.default for field in fields(SFTConfig)}
     settings = {
         name: value
         for name, value in config.train.items()
-        if name not in FREE and not name.startswith(("logging_", "save_", "eval_"))
+        if name not in FREE and not name.startswith(FREE_KINDS) and (name in _OWN or value != plain.get(name, value))
     }
     setup = {
         "model": config.model,
@@ -194,9 +219,13 @@ def describe(config: Config, fingerprint: str, processes: int) -> dict[str, Any]
 
 
 def weights_of(model: str) -> dict[str, str]:
-    """Return the digest of each file of weights in a model's folder; of a hub id, nothing."""
+    """Return the digest of each file that makes a model in its folder; of a hub id, the commit that was loaded last."""
     folder = Path(model)
-    return {path.name: digest(path) for path in sorted(folder.glob("*.safetensors"))} if folder.is_dir() else {}
+    if not folder.is_dir():
+        known = try_to_load_from_cache(model, "config.json")
+        return {"commit": Path(known).parent.name} if isinstance(known, str) else {}
+    made_by = (path for kind in ("*.safetensors", "config.json", "*.py") for path in folder.glob(kind))
+    return {path.name: digest(path) for path in sorted(made_by)}
 
 
 def ordered(run: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from ftdata.config import Config
 from ftdata.errors import InputRefused
 from ftdata.train import place
-from ftdata.train.model import adapter, weights_dtype
+from ftdata.train.model import adapter, embeddings, weights_dtype
 from ftdata.types import IGNORE_INDEX
 
 OPTIMIZER_BYTES = {
@@ -131,7 +131,7 @@ def rows_of(split: Any) -> Rows:
     return Rows(joined, int(joined.sum()), trained, documents)
 
 
-def estimate(config: Config, model_config: Any, rows: Rows, arguments: Any) -> Estimate:
+def estimate(config: Config, model_config: Any, rows: Rows, arguments: Any, vocabulary: int = 0) -> Estimate:
     """Work out a run.
 
     Args:
@@ -139,6 +139,7 @@ def estimate(config: Config, model_config: Any, rows: Rows, arguments: Any) -> E
         model_config: the model's configuration.
         rows: what is trained on.
         arguments: the trainer's settings.
+        vocabulary: one more than the largest token id; embeddings that have to grow for it are trained whole.
     """
     dtype, longest = weights_dtype(config), int(rows.lengths.max())
     with torch.device("meta"):
@@ -146,7 +147,9 @@ def estimate(config: Config, model_config: Any, rows: Rows, arguments: Any) -> E
         weights = _weight_bytes(model, config, dtype)
         flops_per_token = 6 * model.num_parameters(exclude_embeddings=True)
         kept = _kept_per_token(model, dtype, longest, recomputes=bool(arguments.gradient_checkpointing))
-        lora = adapter(config)
+        grows = vocabulary > model.get_input_embeddings().weight.shape[0]
+        whole = embeddings(model) if grows else ()
+        lora = adapter(config, whole, tied=len(whole) == 2 and bool(model.config.tie_word_embeddings))
         if lora is not None:
             # Adapters are kept in float32 whatever the model is in.
             model = get_peft_model(model, lora)

@@ -14,8 +14,8 @@ import torch
 from ftdata.build import load_build
 from ftdata.errors import InputRefused
 from ftdata.tokenize import Tokenizer
+from ftdata.train.answers import generate
 from ftdata.train.chat import stopping
-from ftdata.train.generate import generate
 from ftdata.train.handover import splits_of
 from ftdata.train.prompts import documents, last_turn, of_rows
 from ftdata.train.report import Answered, Comparison, Scores

@@ -47,6 +47,9 @@ FIXED = {
     "chat_template_path": "the template is decided in the build (the template field)",
     "completion_only_loss": "the mask is decided in the build (the train_on field)",
     "assistant_only_loss": "the mask is decided in the build (the train_on field)",
+    "accelerator_config": "rows are given to processes so that none is lost or stands twice",
+    "average_tokens_across_devices": "every trained token weighs the same, whichever process has it",
+    "restore_callback_states_from_checkpoint": "a run that goes on is the one that was begun",
     "save_only_model": "a checkpoint without the optimizer's state cannot be resumed",
 }
 """SFTConfig fields that a user may not set -> why."""
@@ -72,10 +75,12 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise UsageError("train_setting", f"SFTConfig has no field {name!r}", hint=hint)
         if name == "train_sampling_strategy":
             one_of(name, value, STRATEGIES)
+        if value is None and name.endswith("batch_size"):
+            raise UsageError("train_setting", f"train.{name} is null, expected a number")
         numeric = ("float" in fields[name] or "int" in fields[name]) and "str" not in fields[name]
         if numeric and not isinstance(value, int | float | None):
             raise UsageError("train_setting", f"train.{name} is {value!r}, expected a number")
-        if name.endswith(("_batch_size", "accumulation_steps")) and not value >= 1:
+        if name.endswith(("_batch_size", "accumulation_steps")) and value is not None and not value >= 1:
             raise UsageError("train_setting", f"train.{name} is {value!r}, expected at least 1")
 
 
@@ -139,6 +144,9 @@ def arguments(config: Config, *, isolated: bool, packed: bool, evaluates: bool) 
         "learning_rate": 2e-4 if wants_adapter(config) else 2e-5,
         **best,
     }
+    if str(config.train.get("metric_for_best_model", "")).endswith("perplexity"):
+        # Of what is not called a loss, the trainer takes the largest for the best.
+        defaults["greater_is_better"] = False
     fixed = {
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "padding_free": isolated,
@@ -147,6 +155,9 @@ def arguments(config: Config, *, isolated: bool, packed: bool, evaluates: bool) 
         "shuffle_dataset": False,
         "remove_unused_columns": True,
         "output_dir": config.output_dir,
+        "average_tokens_across_devices": True,
+        # How long it is since anything got better is a part of where a run is.
+        "restore_callback_states_from_checkpoint": stops_early,
     }
     try:
         return SFTConfig(**{**defaults, **config.train, **fixed})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from ftdata.config import Config, Lora
 from ftdata.errors import InputRefused, MissingDependency, UsageError, one_of
@@ -103,10 +104,7 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, HfHubHTTPError) as error:
         raise _refused(name, error) from None
-    settings = model.generation_config
-    if any(value not in (None, 1.0, 50) for value in (settings.temperature, settings.top_p, settings.top_k)):
-        # Sampling settings without sampling are an error when the model is saved, at the end of all the work.
-        settings.do_sample = True
+    model.generation_config = _savable(model.generation_config)
     if not torch.cuda.is_available():
         for module in model.modules():
             # bitsandbytes repacks 4-bit weights for AVX512-BF16 on the first forward in eval mode, and then
@@ -114,6 +112,20 @@ def load_model(
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _savable(settings: GenerationConfig) -> GenerationConfig:
+    """Return settings that can be saved: sampling without `do_sample` is an error, at the end of all the work."""
+    tokens = {name: getattr(settings, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sampled = copy.deepcopy(settings)
+    sampled.do_sample = True
+    for candidate in (settings, sampled):
+        try:
+            candidate.validate(strict=True)
+        except ValueError:
+            continue
+        return candidate
+    return GenerationConfig(**tokens)
 
 
 def _refused(name: str, error: Exception) -> InputRefused:
@@ -167,8 +179,8 @@ def embeddings(model: Any) -> list[str]:
     return [name.rpartition(".")[2] for name, module in model.named_modules() if any(module is one for one in held)]
 
 
-def fit_vocabulary(model: Any, size: int, tokenizer: Any) -> int:
-    """Make room in the embeddings for tokens that were added to the tokenizer; return how many they are.
+def fit_vocabulary(model: Any, size: int, tokenizer: Any) -> bool:
+    """Make room in the embeddings for tokens that were added to the tokenizer; return whether there are any.
 
     New rows are drawn around the mean of the others, as `resize_token_embeddings` does (Hewitt 2021), and must be
     trained.
@@ -182,7 +194,7 @@ def fit_vocabulary(model: Any, size: int, tokenizer: Any) -> int:
         UsageError: ids beyond the embeddings are no added tokens: the tokenizer is another model's.
     """
     rows = int(model.get_input_embeddings().weight.shape[0])
-    new = max(0, size - rows)
+    new = size > rows
     if new:
         added = set(tokenizer.get_added_vocab().values())
         if not added.issuperset(range(rows, size)):
@@ -191,7 +203,8 @@ def fit_vocabulary(model: Any, size: int, tokenizer: Any) -> int:
                 f"the data holds token id {size - 1}, the model has {rows} embeddings",
                 hint="build with the model's own tokenizer",
             )
-        model.resize_token_embeddings(size)
+        size = max(size, len(tokenizer))
+        resize(model, size)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= max(rows, size):
         # Padding is masked by position, never by id, so sharing a token with EOS costs nothing.
         tokenizer.pad_token = tokenizer.eos_token
@@ -202,6 +215,13 @@ def fit_vocabulary(model: Any, size: int, tokenizer: Any) -> int:
             hint="name a pad token in tokenizer_config.json that the model has",
         )
     return new
+
+
+def resize(model: Any, size: int) -> None:
+    """Give a model so many embeddings; new ones are drawn the same way each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.resize_token_embeddings(size)
 
 
 def parameters(model: Any) -> tuple[int, int]:

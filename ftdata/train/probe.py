@@ -10,12 +10,14 @@ import copy
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 
 LEAK = 1e-4
 """Relative change of B's logits above which a model counts as leaking."""
 
-_LAYERS = 2
+_LAYERS = 4
+_MOST_LAYERS = 12
 _MOST_WEIGHTS = 1_500_000_000
 
 
@@ -47,7 +49,7 @@ def leak(model: Any, length: int = 20) -> float:
 
 
 def architecture_leaks(config: Any, attention: str | None = None) -> bool | None:
-    """Say whether models of a configuration leak, by a model of two of its layers with weights by chance.
+    """Say whether models of a configuration leak, by a model of a few of its layers with weights by chance.
 
     Returns:
         `None` where such a model cannot be made, or is too large to be made for this.
@@ -66,8 +68,9 @@ def architecture_leaks(config: Any, attention: str | None = None) -> bool | None
             # Weights as small as models begin with make attention so even that little is seen through it.
             if weight.dim() > 1:
                 weight.data.normal_(std=weight.shape[-1] ** -0.5)
-        return leak(model) > LEAK
-    except (RuntimeError, ValueError, TypeError, ImportError, AttributeError, IndexError):
+        # What is no number tells nothing good.
+        return not leak(model) <= LEAK
+    except (RuntimeError, ValueError, TypeError, ImportError, AttributeError, LookupError, StrictDataclassError):
         return None
     finally:
         torch.set_rng_state(state)
@@ -77,12 +80,15 @@ def _small(config: Any) -> Any:
     small = copy.deepcopy(config)
     text = small.get_text_config()
     kinds = getattr(text, "layer_types", None)
-    for name, value in (("num_hidden_layers", _LAYERS), ("vocab_size", 64)):
+    # Layers may be of several kinds: one of each has to be there.
+    first = {kind: at for at, kind in reversed(list(enumerate(kinds or ())))}
+    layers = min(max([_LAYERS, *(at + 1 for at in first.values())]), _MOST_LAYERS)
+    for name, value in (("num_hidden_layers", layers), ("vocab_size", 64)):
         setattr(text, name, min(getattr(text, name, value) or value, value))
     if isinstance(kinds, list) and getattr(text, "layer_types", None) == kinds:
-        text.layer_types = kinds[:_LAYERS]
+        text.layer_types = kinds[:layers]
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(text, name, None)
+        setattr(text, name, 0)
     return small
 
 

@@ -18,7 +18,7 @@ from ftdata.recipe import Recipe
 from ftdata.store import read_manifest
 from ftdata.tokenize import Tokenizer, load_tokenizer
 from ftdata.train import checkpoints
-from ftdata.train.model import load_model
+from ftdata.train.model import load_model, resize
 from ftdata.train.prompts import recipe_of
 
 _CLOSE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
@@ -82,8 +82,18 @@ def finished(folder: Path) -> Finished:
 
 
 def load_base(run: Finished, *, quantization: str | None = None, dtype: Any = None) -> Any:
-    """Load the model that a run began with; its embeddings have room for the tokens that were added."""
+    """Load the model that a run began with; its embeddings have room for the tokens that were added.
+
+    Raises:
+        InputRefused: it cannot be loaded, or is another by now.
+    """
     setup = run.about["setup"]
+    if setup["weights"] and checkpoints.weights_of(setup["model"]) != setup["weights"]:
+        raise InputRefused(
+            "other_base",
+            f"{setup['model']} is not what {run.folder} was trained from: its files have changed",
+            hint="put the model back that it was, or train again",
+        )
     model = load_model(
         setup["model"],
         quantization,
@@ -93,7 +103,7 @@ def load_base(run: Finished, *, quantization: str | None = None, dtype: Any = No
     )
     rows = run.about.get("embeddings")
     if rows and rows > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(rows)
+        resize(model, rows)
     return model
 
 

@@ -270,7 +270,15 @@ def _checked(build: Path, config: Config) -> Data:
 
 def _estimated(config: Config, model_config: Any, data: Data, *, isolated: bool) -> Estimate:
     settings = arguments(config, isolated=isolated, packed=data.packed, evaluates="test" in data.splits)
-    return estimate(config, model_config, rows_of(data.splits["train"]), settings)
+    most = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    longest = max(_largest(split, "seq_lengths", pc.list_flatten) for split in data.splits.values())
+    if most and longest > most:
+        raise InputRefused(
+            "too_long",
+            f"an example has {longest:,} tokens, {config.model} has {most:,} positions",
+            hint=f"build with max_length: {most}",
+        )
+    return estimate(config, model_config, rows_of(data.splits["train"]), settings, data.vocabulary)
 
 
 def _prepared(config: Config, data: Data, run: Path, console: Console) -> Trainer:
@@ -359,6 +367,12 @@ def _largest(split: datasets.Dataset, column: str, numbers: Any) -> int:
 
 def _finish(trainer: Trainer, config: Config, data: Data, run: Path, console: Console, found: Estimate) -> Path:
     taught = _taught_to_stop(trainer, config, data)
+    # The trainer has asked routers for their logits, which whoever generates has no use for.
+    router = getattr(
+        load_config(config.model, trust_remote_code=config.trust_remote_code), "output_router_logits", None
+    )
+    if router is not None:
+        trainer.model.config.output_router_logits = router
     trainer.save_model(str(run / "model"))
     loss = trainer.token_loss(trainer.eval_dataset)[0] if trainer.eval_dataset is not None else None
     if not place.is_main():
@@ -381,7 +395,8 @@ def _finish(trainer: Trainer, config: Config, data: Data, run: Path, console: Co
         "data": config.data,
         "tokenizer": config.tokenizer,
         "steps": trainer.state.global_step,
-        "best_step": trainer.state.best_global_step,
+        "best_step": trainer.state.best_global_step if trainer.args.load_best_model_at_end else None,
+        "stopped_early": config.early_stopping if trainer.state.global_step < trainer.state.max_steps else None,
         "loss": losses,
         "test_loss": loss,
         "perplexity": None if loss is None else math.exp(min(loss, 700)),

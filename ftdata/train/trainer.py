@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from trl import SFTTrainer
 
+from ftdata.errors import InputRefused
 from ftdata.train import checkpoints
 from ftdata.train.place import wait
 from ftdata.types import IGNORE_INDEX
@@ -60,7 +61,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return metrics
 
     def token_loss(self, dataset: Any) -> tuple[float, int]:
-        """Return the mean loss over the trained tokens of a data set, and how many they are, over all processes."""
+        """Return the mean loss over the trained tokens of a data set, and how many they are, over all processes.
+
+        It is the cross-entropy alone, whatever is added to it or taken for it in training.
+        """
         size, rank, ranks = self.args.eval_batch_size, self.args.process_index, self.args.world_size
         sums = torch.zeros(2, dtype=torch.float64)
         model = self.model_wrapped
@@ -70,9 +74,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             mine = range(at + rank * size, min(at + (rank + 1) * size, len(dataset)))
             # A process without rows of its own goes along with others' for nothing: all must call the model as often.
             batch = self.data_collator([dataset[number] for number in mine or range(1)])
-            counted = _predicted(batch) if mine else 0
-            loss, _, _ = self.prediction_step(model, batch, prediction_loss_only=True)
-            sums += torch.tensor([float(loss) * counted, counted], dtype=torch.float64)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                found = model(**self._prepare_inputs(batch), use_cache=False, fused_lm_head=True)
+            if mine:
+                sums += torch.stack([-found.log_probs.double().sum(), found.label_mask.double().sum()]).cpu()
         model.train(was_training)
         total, count = self.accelerator.reduce(sums.to(self._sum_device()), "sum").tolist()
         return total / max(count, 1), int(count)
@@ -110,6 +115,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 if path not in kept and (best is None or path.name != Path(best).name):
                     shutil.rmtree(path)
         wait()
+
+    def _load_best_model(self) -> None:
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if wrong := checkpoints.damage(best, self._seal):
+            hint = "take it away, and go on with --resume from an earlier one"
+            raise InputRefused("damaged_checkpoint", f"the best model is that of {best}: {wrong}", hint=hint)
+        # The run may have been moved since it was saved.
+        self.state.best_model_checkpoint = str(best)
+        super()._load_best_model()
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write none: the run has one of its own."""
@@ -181,7 +195,3 @@ def with_filler(rows: Any) -> Any:
     filler = {"input_ids": [first * 2], "labels": [[IGNORE_INDEX] * 2], "seq_lengths": [[2]]}
     kept = {name: filler[name] for name in rows.column_names}
     return datasets.concatenate_datasets([rows, datasets.Dataset.from_dict(kept, features=rows.features)])
-
-
-def _predicted(batch: Any) -> int:
-    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())

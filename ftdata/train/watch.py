@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from ftdata.errors import InputRefused, printable
 from ftdata.tokenize import Tokenizer
-from ftdata.train.generate import generate
+from ftdata.train.answers import generate
 from ftdata.train.plots import chart
 
 SAMPLE_TOKENS = 64

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from ftdata.errors import UsageError
+from ftdata.errors import InputRefused, UsageError
 from ftdata.train.prompts import until_stop
 
 _GREEDY = {"max_new_tokens": 256, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -36,6 +37,7 @@ def generate(
 
     Raises:
         UsageError: `model.generate` refuses the options.
+        InputRefused: a prompt is longer than the model has positions, or holds a token that it has no embedding for.
     """
     stops, pad_id = model.generation_config.eos_token_id, model.generation_config.pad_token_id
     stop_ids = set(stops if isinstance(stops, list) else [stops])
@@ -43,17 +45,20 @@ def generate(
     if given["do_sample"]:
         torch.manual_seed(seed)
         given = {name: value for name, value in given.items() if value is not None}
+    most = given["max_new_tokens"]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     answers: list[list[int]] = [[] for _ in prompts]
+    room = _room(model, prompts)
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _without_router(model):
             for at in range(0, len(order), batch_size):
                 chosen = order[at : at + batch_size]
                 width = len(prompts[chosen[-1]])
                 ids = torch.tensor([_left([pad_id], prompts[number], width) for number in chosen])
                 mask = torch.tensor([_left([0], [1] * len(prompts[number]), width) for number in chosen])
+                given["max_new_tokens"] = min(most, room - width)
                 output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **given)
                 for number, found in zip(chosen, output[:, width:].tolist(), strict=True):
                     answers[number] = until_stop(found, stop_ids)
@@ -64,6 +69,40 @@ def generate(
     finally:
         model.train(was_training)
     return answers
+
+
+def positions(model: Any) -> int:
+    """Return how many tokens a model can tell apart by their place."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+
+
+def _room(model: Any, prompts: Sequence[Sequence[int]]) -> int:
+    room, rows = positions(model), int(model.get_input_embeddings().weight.shape[0])
+    longest = max(map(len, prompts), default=0)
+    if longest >= room:
+        raise InputRefused("prompt_too_long", f"a prompt has {longest:,} tokens, the model has {room:,} positions")
+    unknown = max((max(ids) for ids in prompts if ids), default=0)
+    if unknown >= rows:
+        raise InputRefused(
+            "vocabulary",
+            f"a prompt holds token id {unknown}, the model has {rows:,} embeddings",
+            hint="it has a token that training has not seen: leave it out",
+        )
+    return room
+
+
+@contextmanager
+def _without_router(model: Any) -> Iterator[None]:
+    # Of a step of generation, the loss that balances experts would be told from the mask of the whole prompt.
+    config = model.config.get_text_config()
+    before = getattr(config, "output_router_logits", None)
+    if before:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if before:
+            config.output_router_logits = before
 
 
 def _left(filler: list[int], ids: Sequence[int], width: int) -> list[int]:
