@@ -215,7 +215,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "`label_smoothing_factor` is deprecated", FutureWarning)
     # What peft asks of layers of experts, and does not find in models that have them otherwise.
-    warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+    warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
     # So they are: they have new tokens, which are trained.
     warnings.filterwarnings("ignore", "Setting `save_embedding_layers` to `True`", UserWarning)
 
