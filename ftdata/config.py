@@ -37,6 +37,9 @@ SECTIONS = {
 }
 """Section of a file -> the fields that it groups. A single value is that of the first."""
 
+NULL: Any = object()
+"""What overrides a value by nothing, where `None` leaves it as it is."""
+
 
 class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A LoRA adapter (Hu et al. 2021): `alpha / r` scales what the two low-rank matrices add."""
@@ -177,6 +180,22 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes what the loader reads as the same: texts that it would take for numbers stand in quotes."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    r"""Write plain values as YAML that `parse_yaml` reads.
+
+    >>> dump_yaml({"output_dir": "1e5", "save_strategy": "no"})
+    "output_dir: '1e5'\nsave_strategy: no\n"
+    """
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20)
+
+
 def load_config(path: Path, /, **overrides: Any) -> Config:
     """Read a YAML or TOML file.
 
@@ -211,6 +230,7 @@ def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> 
     values = {name: str(value) if isinstance(value, datetime.date) else value for name, value in values.items()}
     values, overrides = _flat(values, file), _flat(overrides, "")
     given = {**values, **{name: value for name, value in overrides.items() if value is not None}}
+    given = {name: None if value is NULL else value for name, value in given.items()}
     for name in ("lora", "train"):
         # What is overridden in a section leaves the rest of it as it was.
         if isinstance(overrides.get(name), dict) and isinstance(values.get(name), dict):
@@ -263,13 +283,16 @@ def assigned(items: Iterable[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise UsageError("setting", f"--set {name}: {' '.join(str(error).split())}") from None
         section, dot, field = name.strip().replace("-", "_").partition(".")
-        if dot:
-            found.setdefault(section, {})[field] = value
-        elif section in SECTIONS or (section in Config.__struct_fields__ and section != "seed"):
-            found[section] = value
-        else:
-            # The seed that matters once there is a build is that of training.
-            found.setdefault("train", {})[section] = value
+        if not dot and (section in SECTIONS or (section in Config.__struct_fields__ and section != "seed")):
+            if isinstance(found.get(section), dict) or (isinstance(value, dict) and section in found):
+                raise UsageError("setting", f"--set gives {section} twice, whole and in part")
+            found[section] = NULL if value is None else value
+            continue
+        # The seed that matters once there is a build is that of training.
+        section, field = (section, field) if dot else ("train", section)
+        if not isinstance(found.setdefault(section, {}), dict):
+            raise UsageError("setting", f"--set gives {section} twice, whole and in part")
+        found[section][field] = NULL if value is None and section in SECTIONS else value
     return found
 
 
@@ -288,4 +311,4 @@ def to_yaml(config: Config) -> str:
         for name, value in msgspec.to_builtins(config).items()
         if name in ("data", "model", "output_dir") or value != msgspec.to_builtins(getattr(defaults, name))
     }
-    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=120)
+    return dump_yaml(given)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ftdata.config import load_config
 from ftdata.errors import InputRefused, UsageError
 
 pytest.importorskip("trl")
@@ -201,7 +202,6 @@ def test_what_decides_nothing_may_change(llama, data, interrupted, whole, tmp_pa
     more = {
         "per_device_eval_batch_size": 2,
         "dataloader_num_workers": 1,
-        "push_to_hub": False,
         "lr_scheduler_type": "linear",
     }
     given = {
@@ -255,6 +255,25 @@ def test_a_damaged_best_model_is_not_taken_for_it(stopped, tmp_path, capsys):
     run(tmp_path / "run", resume=True)
     assert "the best before it is" in capsys.readouterr().err
     same(tmp_path / "run", stopped)
+
+
+def test_a_run_without_a_checkpoint_yet_begins_again_by_the_same_command(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    begun(tmp_path / "run", *(path.name for path in checkpoints.ordered(tmp_path / "run")), "model")
+    run(tmp_path / "run", resume=True)
+    same(tmp_path / "run", whole)
+
+
+def test_a_run_that_goes_on_takes_no_options_of_its_data(interrupted):
+    for options in ({"template": "zephyr"}, {"max_length": 16}, {"limit": 3}, {"train_on": "all"}):
+        with pytest.raises(UsageError, match="already_built"):
+            run(interrupted, resume=True, **options)
+
+
+def test_a_run_that_trains_longer_says_so(interrupted):
+    run(interrupted, resume=True, settings={"max_steps": 10})
+    assert load_config(interrupted / "config.yaml").train["max_steps"] == 10
+    assert "max_steps: 10" in (interrupted / "model" / "README.md").read_text()
 
 
 def test_another_tokenizer_is_refused(llama, interrupted, tmp_path, data):

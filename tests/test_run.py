@@ -13,6 +13,7 @@ import yaml
 from ftdata import build_sft_dataset
 from ftdata.config import load_config, make_config, to_yaml
 from ftdata.errors import InputRefused, InternalError, UsageError
+from ftdata.recipe import make_recipe
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.train
@@ -177,6 +178,33 @@ def test_chat_remembers_and_generate_answers(learnt):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [first, first]
+
+
+def test_no_heat_is_the_likeliest_and_wrong_shares_are_refused(learnt):
+    command = [sys.executable, "-m", "ftdata", "generate", str(learnt), "Spell 3.", "--max-new-tokens", "12"]
+    said = {
+        tuple(options): subprocess.run([*command, *options], check=False, capture_output=True, text=True)
+        for options in ([], ["--temperature", "0"], ["--top-p", "2"])
+    }
+    plain, cold, wrong = said.values()
+    assert plain.stdout == cold.stdout != ""
+    assert wrong.returncode == 2
+
+
+def test_a_conversation_goes_on_after_silence_and_where_only_one_question_is_shown(llama, data, tmp_path):
+    from ftdata.train.chat import Conversation
+
+    folder = run(data, model=llama, output_dir=tmp_path / "run", template="question_answer", settings=QUICK)
+    talk = conversation(folder, max_new_tokens=2)
+    talk.say("Spell 3.")
+    assert not talk.forgets
+    talk.say("Spell 4.")
+    assert talk.forgets
+    assert len(talk.messages) == 4
+    chats = Conversation(talk.model, make_recipe(llama), {"max_new_tokens": 2})
+    chats.messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]
+    chats.say("b")
+    assert not chats.forgets
 
 
 def test_a_prompt_is_asked_as_it_was_trained_under_any_kind_of_template(llama):
@@ -593,7 +621,11 @@ def test_init_finds_a_template_and_leaves_bad_rows_out(tmp_path):
     data = write(tmp_path / "d.jsonl", [*TASK, {"question": "x", "answer": ""}])
     config = load_config_text(init(data, model), tmp_path)
     assert config.template == "question_answer"
-    assert config.on_bad_rows == "quarantine"
+    assert (config.on_bad_rows, config.max_rejects) == ("quarantine", 1)
+    (tmp_path / "r.yaml").write_text(to_yaml(config))
+    assert run(tmp_path / "r.yaml", output_dir=tmp_path / "run", settings=QUICK)
+    with pytest.raises(UsageError, match="standard input"):
+        init("-", model)
     chats = write(
         tmp_path / "c.jsonl",
         [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3,

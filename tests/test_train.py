@@ -16,8 +16,8 @@ pytestmark = pytest.mark.train
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from ftdata.config import make_config  # noqa: E402
-from ftdata.train import compare, run  # noqa: E402
+from ftdata.config import assigned, make_config  # noqa: E402
+from ftdata.train import compare, dry_run, run  # noqa: E402
 from ftdata.train.handover import check_first_batch  # noqa: E402
 from ftdata.train.model import load_model, parameters  # noqa: E402
 from ftdata.train.probe import leak  # noqa: E402
@@ -251,15 +251,43 @@ def write(folder):
         ({"lr_scheduler_type": "nonsense"}, "SFTConfig refuses"),
         ({"learning_rate": "abc"}, "expected a number"),
         ({"per_device_train_batch_size": 0}, "at least 1"),
-        ({"eval_strategy": "steps"}, "SFTTrainer refuses"),
+        ({"eval_strategy": "steps"}, "nothing is held out"),
         ({"group_by_length": True}, "no field 'group_by_length'"),
         ({"resume_from_checkpoint": "/nowhere"}, "--resume"),
         (["x=[1"], "--set x"),
+        ({"per_device_train_batch_size": None}, "expected a number"),
+        ({"per_device_train_batch_size": True}, "expected a number"),
+        ({"num_train_epochs": None}, "expected a number"),
+        ({"max_steps": 1.5}, "expected a whole number"),
+        ({"seed": 1.5}, "expected a whole number"),
+        ({"num_train_epochs": 0}, "0 steps"),
+        ({"metric_for_best_model": "foo"}, "metric_for_best_model"),
+        ({"push_to_hub": True}, "hf upload"),
+        ({"use_liger_kernel": True}, "TRL's own head"),
+        ({"accelerator_config": {"split_batches": True}}, "stands twice"),
+        ({"report_to": "nonsense"}, "SFTConfig refuses"),
+        (["lora=null", "lora.r=8"], "twice, whole and in part"),
+        (["train=5", "learning_rate=1"], "twice, whole and in part"),
+        (["lora.target_modules=nope"], "takes no such adapter"),
+        (["attn_implementation=foo"], "cannot be made so"),
     ],
 )
 def test_settings_that_would_undo_the_build_are_refused(llama, data, tmp_path, settings, says):
-    with pytest.raises(UsageError, match=says):
-        run(data, model=llama, output_dir=tmp_path / "run", settings=settings)
+    for call in (run, dry_run):
+        with pytest.raises(UsageError, match=says):
+            call(data, model=llama, output_dir=tmp_path / "run", settings=settings)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_what_is_set_to_nothing_is_nothing(llama, data, tmp_path):
+    from ftdata.train import _resolve
+
+    path = tmp_path / "run.yaml"
+    path.write_text(f"data: {data}\nmodel: other\noutput_dir: out\nlora: {{r: 4}}\npack: bfd\nmax_length: 64\n")
+    settings = ["lora=null", "pack=null", "length.max_length=null", f"model={llama}", "output_dir=there"]
+    config, _ = _resolve(path, None, None, assigned(settings))
+    assert (config.lora, config.packing, config.max_length, config.model) == (None, None, None, llama)
+    assert config.output_dir == "there"
 
 
 def test_refusals_before_training(llama, data, qlora_run, tmp_path, tokenizer_dir):

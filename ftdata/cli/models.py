@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ftdata.cli.options import Columns, Json, Limit, MaxLength, Packing, Template, TestSize, columns_of
+from ftdata.cli.options import Columns, Json, Limit, MaxLength, MaxRejects, Packing, Template, TestSize, columns_of
 from ftdata.cli.output import print_value, write
-from ftdata.errors import UsageError
+from ftdata.errors import UsageError, printable
 
 Run = Annotated[Path, typer.Argument(help="The folder of a finished run of `ftdata train`.", show_default=False)]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or hub id of the base model.")]
@@ -72,6 +72,7 @@ def train(
     test_size: TestSize = None,
     limit: Limit = None,
     on_bad_rows: Annotated[str | None, typer.Option(help="error or quarantine.")] = None,
+    max_rejects: MaxRejects = None,
     quantization: Annotated[str | None, typer.Option(help="nf4: QLoRA, the base model in 4 bits.")] = None,
     lora_r: Annotated[int | None, typer.Option(help="Rank of the LoRA adapter.")] = None,
     attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2, ...")] = None,
@@ -106,6 +107,7 @@ def train(
         "test_size": test_size,
         "limit": limit,
         "on_bad_rows": on_bad_rows,
+        "max_rejects": max_rejects,
         "quantization": quantization,
         "lora_r": lora_r,
         "attn_implementation": attn_implementation,
@@ -143,14 +145,14 @@ def evaluate(
     options = _generation(max_new_tokens, num_beams, temperature, top_p, seed)
     with _answering() as done:
         report = compare(run_dir, data, n or None, batch_size=batch_size, done=done, **options)
-    if html is not None:
-        report.write_html(html)
     if as_json:
         print_value(report, as_json=True)
     else:
         from rich.console import Console
 
         report.print(Console())
+    if html is not None:
+        report.write_html(html)
 
 
 def generate(
@@ -179,7 +181,7 @@ def generate(
         rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(asked, answers, strict=True)]
         write(json.dumps(rows, ensure_ascii=False, indent=2))
     else:
-        write("\n".join(answers))
+        write("\n".join(printable(answer) for answer in answers))
 
 
 def chat(
@@ -192,12 +194,11 @@ def chat(
     seed: ChanceSeed = 0,
 ) -> None:
     """Talk with a tuned model; an empty line or Ctrl-D ends it, /new begins anew."""
-    from ftdata.errors import printable
     from ftdata.train import conversation
 
     options = _generation(max_new_tokens, 1, temperature, top_p, seed)
     talk = conversation(run_dir, base=base, system=system, **options)
-    first = list(talk.messages)
+    first, told = list(talk.messages), False
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")
@@ -209,6 +210,9 @@ def chat(
             talk.messages = list(first)
             continue
         write(printable(talk.say(text)))
+        if talk.forgets and len(talk.messages) > 2 and not told:
+            told = True
+            print("(the template shows one question: what was said before is not seen)", file=sys.stderr)
 
 
 def merge(
@@ -228,8 +232,12 @@ def _generation(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if num_beams > 1:
         options |= {"num_beams": num_beams, "early_stopping": True}
-    if temperature is not None or top_p is not None:
-        options |= {"do_sample": True, "temperature": temperature or 1.0, "top_p": top_p or 1.0, "seed": seed}
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UsageError("top_p", f"--top-p is {top_p}, expected a share above 0, to 1")
+    # No heat at all: the likeliest, as everywhere.
+    if temperature != 0 and (temperature is not None or top_p is not None):
+        heat = 1.0 if temperature is None else temperature
+        options |= {"do_sample": True, "temperature": heat, "top_p": 1.0 if top_p is None else top_p, "seed": seed}
     return options
 
 

@@ -231,8 +231,10 @@ def _resolve(
     named = isinstance(source, str | Path)
     path = Path(source if named else "")
     if (rank := overrides.pop("lora_r", None)) is not None:
-        overrides["lora"] = {**(overrides.get("lora") or {}), "r": rank}
-    given = {**overrides, "model": model, "output_dir": str(output_dir) if output_dir else None}
+        lora = overrides.get("lora")
+        overrides["lora"] = {**(lora if isinstance(lora, dict) else {}), "r": rank}
+    given = {**overrides, "model": model or overrides.get("model")}
+    given["output_dir"] = str(output_dir) if output_dir else overrides.get("output_dir")
     if (path / "run.json").is_file() and not (path / "manifest.json").is_file():
         return _begun(path, given, resume=resume)
     if path.suffix in (".yaml", ".yml", ".toml"):
@@ -245,7 +247,7 @@ def _resolve(
         if config.tokenizer and load_tokenizer(config.tokenizer).fingerprint != _tokenizer_of(Path(config.data)):
             raise UsageError("already_built", f"tokenizer cannot change: {config.data} is built", hint="build again")
         return config, Path(config.data)
-    for name, value in (("--model", model), ("--output-dir", output_dir)):
+    for name, value in (("--model", given["model"]), ("--output-dir", given["output_dir"])):
         if not value:
             raise UsageError("missing_option", f"training on {source} needs {name}")
     if (path / "manifest.json").is_file():
@@ -264,11 +266,12 @@ def _begun(run_dir: Path, given: dict[str, Any], *, resume: bool) -> tuple[Confi
     config = load_config(run_dir / "config.yaml", **{**given, "output_dir": str(run_dir)})
     named = config.data if isinstance(config.data, str) else ""
     build = Path(named) if (Path(named) / "manifest.json").is_file() else run_dir / "data"
+    _check_built(build, {name: value for name, value in _built_by(given).items() if value is not None})
     return config, build
 
 
 def _built_by(given: Mapping[str, Any]) -> dict[str, Any]:
-    options = make_config({"data": ""}, **{"model": "", "output_dir": "", **given}).build_options()
+    options = make_config({"data": "", "model": "", "output_dir": ""}, **given).build_options()
     plain = make_config({"data": "", "model": "", "output_dir": ""}).build_options()
     return {name: value for name, value in options.items() if value != plain[name]}
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from ftdata.errors import InputRefused
 from ftdata.recipe import Recipe
 from ftdata.tokenize import Tokenizer
 from ftdata.train.answers import generate
@@ -18,12 +19,16 @@ from ftdata.types import Message
 
 @dataclass
 class Conversation:
-    """A conversation with a model; `messages` is what was said so far."""
+    """A conversation with a model; `messages` is what was said so far.
+
+    `forgets` says that the template has room for one question alone, so that nothing else is seen by the model.
+    """
 
     model: Any
     recipe: Recipe
     options: dict[str, Any]
     messages: list[Message] = field(default_factory=list)
+    forgets: bool = False
 
     def say(self, text: str) -> str:
         """Say something, and return the answer; both are remembered.
@@ -31,9 +36,17 @@ class Conversation:
         Raises:
             InputRefused: the template cannot show the conversation.
         """
-        asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
-        (answer,) = self.answers([asked])
-        self.messages = [*asked, {"role": "assistant", "content": answer}]
+        said: Message = {"role": "user", "content": text}
+        # What the model has said is not asked of it again, so it may be nothing.
+        earlier = [cast(Message, {**one, "train": False}) for one in self.messages]
+        try:
+            (answer,) = self.answers([[*earlier, said]])
+        except InputRefused:
+            if not earlier or any(one["role"] == "system" for one in earlier):
+                raise
+            (answer,) = self.answers([[said]])
+            self.forgets = True
+        self.messages = [*self.messages, said, {"role": "assistant", "content": answer}]
         return answer
 
     def answers(self, conversations: Sequence[Sequence[Message]]) -> list[str]:

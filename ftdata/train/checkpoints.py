@@ -44,8 +44,9 @@ class Seal:
 
     @property
     def run(self) -> str:
-        """Both in one, short."""
-        text = json.dumps([self.fingerprint, self.setup], sort_keys=True)
+        """Both in one, short; where a model lies makes no difference while its weights are known."""
+        setup = {name: value for name, value in self.setup.items() if name != "model" or not self.setup.get("weights")}
+        text = json.dumps([self.fingerprint, setup], sort_keys=True)
         return xxhash.xxh3_128_hexdigest(text.encode())
 
 
@@ -108,6 +109,8 @@ def check(run: Path, config: Config, processes: int, *, resume: bool) -> Before 
         UsageError: it holds a run or a build, or, to resume, nothing to go on from.
         InputRefused: its run was another one, or no checkpoint of it is whole.
     """
+    if run.exists() and not run.is_dir():
+        raise UsageError("target_exists", f"{run} is a file", hint="choose another folder for the run")
     if (run / "manifest.json").is_file():
         raise UsageError("target_exists", f"{run} is a build", hint="choose another folder for the run")
     about = read(run)
@@ -118,9 +121,21 @@ def check(run: Path, config: Config, processes: int, *, resume: bool) -> Before 
             hint = "go on with --resume, or choose another folder"
             raise UsageError("run_exists", f"{run} holds a run already, {done}", hint=hint)
         return None
-    if not found or not about:
+    if not about:
         raise UsageError("nothing_to_resume", f"{run} holds no checkpoint of a run", hint="start without --resume")
-    now = describe(config, "", processes)["setup"]
+    if not found:
+        # It was interrupted before there was any: it begins again.
+        return None
+    _check_same_run(run, about, describe(config, "", processes)["setup"])
+    patience = config.early_stopping
+    if about.get("finished") and patience is not None and about.get("stopped_early") == patience:
+        hint = "raise early_stopping to train on"
+        raise UsageError("run_finished", f"{run} is finished: nothing got better any more", hint=hint)
+    keeps_best = config.early_stopping is not None or bool(config.train.get("load_best_model_at_end"))
+    return _last_whole(run, about, found, keeps_best=keeps_best)
+
+
+def _check_same_run(run: Path, about: dict[str, Any], now: dict[str, Any]) -> None:
     before = about.get("setup", {})
     changed = [name for name in now if now[name] != before.get(name)]
     if now["weights"] and "weights" not in changed and "model" in changed:
@@ -132,12 +147,10 @@ def check(run: Path, config: Config, processes: int, *, resume: bool) -> Before 
             f"the checkpoints in {run} come from another run: {'; '.join(_changes(changed, before, now))}",
             hint="resume with what it was begun with, or start anew in another folder",
         )
-    patience = config.early_stopping
-    if about.get("finished") and patience is not None and about.get("stopped_early") == patience:
-        hint = "raise early_stopping to train on"
-        raise UsageError("run_finished", f"{run} is finished: nothing got better any more", hint=hint)
-    seal = Seal(about["fingerprint"], before)
-    keeps_best = config.early_stopping is not None or bool(config.train.get("load_best_model_at_end"))
+
+
+def _last_whole(run: Path, about: dict[str, Any], found: list[Path], *, keeps_best: bool) -> Before:
+    seal = Seal(about["fingerprint"], about["setup"])
     passed: list[str] = []
     for path in reversed(found):
         wrong = damage(path, seal) or (_damage_of_best(path, seal) if keeps_best else None)

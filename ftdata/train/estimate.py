@@ -18,7 +18,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from ftdata.config import Config
-from ftdata.errors import InputRefused
+from ftdata.errors import InputRefused, UsageError
 from ftdata.train import place
 from ftdata.train.model import adapter, embeddings, weights_dtype
 from ftdata.types import IGNORE_INDEX
@@ -143,7 +143,7 @@ def estimate(config: Config, model_config: Any, rows: Rows, arguments: Any, voca
     """
     dtype, longest = weights_dtype(config), int(rows.lengths.max())
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        model = _shapes(config, model_config, dtype)
         weights = _weight_bytes(model, config, dtype)
         flops_per_token = 6 * model.num_parameters(exclude_embeddings=True)
         kept = _kept_per_token(model, dtype, longest, recomputes=bool(arguments.gradient_checkpointing))
@@ -152,11 +152,17 @@ def estimate(config: Config, model_config: Any, rows: Rows, arguments: Any, voca
         lora = adapter(config, whole, tied=len(whole) == 2 and bool(model.config.tie_word_embeddings))
         if lora is not None:
             # Adapters are kept in float32 whatever the model is in.
-            model = get_peft_model(model, lora)
+            try:
+                model = get_peft_model(model, lora)
+            except (ValueError, RuntimeError) as error:
+                said = " ".join(str(error).split())[:300]
+                raise UsageError("lora", f"{config.model} takes no such adapter: {said}") from None
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     total = sum(weight.numel() for weight in model.parameters())
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * place.processes()
     steps = steps_of(len(rows.lengths), arguments)
+    if steps < 1:
+        raise UsageError("no_steps", "there is nothing to train: 0 steps", hint="set num_train_epochs or max_steps")
     batch = int(np.sort(rows.lengths)[::-1][: arguments.per_device_train_batch_size].sum())
     tokens_per_step = round(rows.tokens / len(rows.lengths) * min(per_step, len(rows.lengths)))
     flops = flops_per_token * tokens_per_step
@@ -226,6 +232,17 @@ def steps_of(rows: int, arguments: Any, epochs: float | None = None) -> int:
     each: int = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
     epochs = float(arguments.num_train_epochs) if epochs is None else epochs
     return math.ceil(epochs * each)
+
+
+def _shapes(config: Config, model_config: Any, dtype: torch.dtype) -> Any:
+    more = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    try:
+        return AutoModelForCausalLM.from_config(
+            model_config, dtype=dtype, trust_remote_code=config.trust_remote_code, **more
+        )
+    except (ValueError, ImportError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise UsageError("model_setting", f"{config.model} cannot be made so: {said}") from None
 
 
 def _weight_bytes(model: Any, config: Config, dtype: torch.dtype) -> int:

@@ -39,7 +39,8 @@ def compare(
     pairs = ((document, turn) for document in found if (turn := last_turn(*document, stops)) is not None)
     chosen = list(islice(pairs, n))
     if not chosen:
-        raise InputRefused("no_questions", f"no row of {asked} has a prompt and an answer")
+        hint = "texts alone have a perplexity, in run.json; name questions with --data"
+        raise InputRefused("no_questions", f"no row of {asked} has a prompt and an answer", hint=hint)
     texts = [document for document, _ in chosen]
     prompts = [prompt for _, (prompt, _) in chosen]
     tokenizer = run.tokenizer

@@ -18,6 +18,7 @@ import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import SFTConfig
 
 from ftdata.config import Config
@@ -35,6 +36,8 @@ FIXED = {
     "max_length": "length is decided in the build (the max_length field), where every cut is reported",
     "truncation_mode": "length is decided in the build (the overlong field), where every cut is reported",
     "shuffle_dataset": "the sampler shuffles; shuffling the data set as well would detach it from its report",
+    "push_to_hub": "a model is uploaded with its card when it is finished: hf upload OWNER/NAME out/model",
+    "use_liger_kernel": "TRL's own head computes the loss without all logits",
     "remove_unused_columns": "the collator takes the columns of the build, and no others are in it",
     "output_dir": "it has a field of its own",
     "dataloader_drop_last": "no row is dropped",
@@ -59,13 +62,18 @@ STRATEGIES = ("random", "group_by_length", "sequential")
 """Orders of rows: by chance, by chance with those of like length together, as they stand."""
 
 
+METRICS = ("loss", "perplexity")
+"""What an evaluation tells."""
+
+
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse settings that would undo the build, that `SFTConfig` does not have, or that are no numbers.
 
     Raises:
         UsageError: naming the setting, and why, or what is near.
     """
-    fields = {field.name: str(field.type) for field in dataclasses.fields(SFTConfig)}
+    known = {field.name: field for field in dataclasses.fields(SFTConfig)}
+    fields = {name: str(field.type) for name, field in known.items()}
     for name, value in settings.items():
         if name in FIXED:
             raise UsageError("fixed_setting", f"train.{name} cannot be set: {FIXED[name]}")
@@ -75,11 +83,15 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise UsageError("train_setting", f"SFTConfig has no field {name!r}", hint=hint)
         if name == "train_sampling_strategy":
             one_of(name, value, STRATEGIES)
-        if value is None and name.endswith("batch_size"):
-            raise UsageError("train_setting", f"train.{name} is null, expected a number")
+        if name == "metric_for_best_model" and value is not None:
+            one_of(name, str(value).removeprefix("eval_"), METRICS)
         numeric = ("float" in fields[name] or "int" in fields[name]) and "str" not in fields[name]
-        if numeric and not isinstance(value, int | float | None):
+        whole = numeric and "float" not in fields[name]
+        fits = isinstance(value, int | float) and (not isinstance(value, bool) or "bool" in fields[name])
+        if numeric and not (fits or (value is None and known[name].default is None)):
             raise UsageError("train_setting", f"train.{name} is {value!r}, expected a number")
+        if whole and isinstance(value, float) and not value.is_integer():
+            raise UsageError("train_setting", f"train.{name} is {value!r}, expected a whole number")
         if name.endswith(("_batch_size", "accumulation_steps")) and value is not None and not value >= 1:
             raise UsageError("train_setting", f"train.{name} is {value!r}, expected at least 1")
 
@@ -115,6 +127,8 @@ def arguments(config: Config, *, isolated: bool, packed: bool, evaluates: bool) 
     gpu = torch.cuda.is_available() and not config.train.get("use_cpu")
     dtype = precision(config.train)
     often = config.train.get("eval_strategy", "epoch" if evaluates else "no")
+    if not evaluates and str(often) != "no":
+        raise UsageError("no_test_split", f"eval_strategy is {often!r}, and nothing is held out", hint="set test_size")
     stops_early = config.early_stopping is not None
     if stops_early and (not evaluates or often == "no"):
         raise UsageError("early_stopping", "early_stopping needs evaluations", hint="set test_size, or name a split")
@@ -160,10 +174,13 @@ def arguments(config: Config, *, isolated: bool, packed: bool, evaluates: bool) 
         "restore_callback_states_from_checkpoint": stops_early,
     }
     try:
-        return SFTConfig(**{**defaults, **config.train, **fixed})
+        found = SFTConfig(**{**defaults, **config.train, **fixed})
+        # It would be asked for when the trainer is made, after the model was loaded.
+        get_reporting_integration_callbacks(found.report_to)
     except (ValueError, TypeError, ImportError) as error:
         said = " ".join(str(error).split())
         raise UsageError("train_setting", f"SFTConfig refuses the train settings: {said}") from None
+    return found
 
 
 def check_first_batch(trainer: Any, *, padding_free: bool) -> None:

@@ -104,9 +104,8 @@ def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
     place.wait()
     if place.is_main():
         checkpoints.begin(run, config, data.manifest["fingerprint"], place.processes(), before)
-        if before is None:
-            about = structs.replace(config, data=str(data.folder)) if build else config
-            (run / "config.yaml").write_text(to_yaml(about), encoding="utf-8")
+        about = config if data.folder == run / "data" else structs.replace(config, data=str(data.folder))
+        (run / "config.yaml").write_text(to_yaml(about), encoding="utf-8")
     place.wait()
     trainer = _prepared(config, data, run, console)
     watch = Watch(console)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoModelForCausalLM
 
-from ftdata.config import make_config
-from ftdata.errors import InputRefused
+from ftdata.config import dump_yaml, make_config
+from ftdata.errors import InputRefused, UsageError
 from ftdata.look.stats import Group, Stats, stats
 from ftdata.tokenize import load_tokenizer
 from ftdata.train import place
@@ -49,6 +48,8 @@ class Found:
 
 def worked_out(data: str, model: str, output_dir: str, overrides: Mapping[str, Any]) -> str:
     """Return the configuration as YAML; see `ftdata.train.init`."""
+    if data == "-":
+        raise UsageError("init", "standard input is there once, and a run reads it later", hint="name a file")
     given = {name: value for name, value in overrides.items() if value is not None}
     known = make_config({"data": data, "model": model, "output_dir": output_dir, **given})
     template = known.template or _template(data, known.tokenizer or model, known.limit)
@@ -86,7 +87,7 @@ def worked_out(data: str, model: str, output_dir: str, overrides: Mapping[str, A
 
 
 def _written(name: str, comment: str, value: Any) -> str:
-    text = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, width=1 << 20)
+    text = dump_yaml({name: value})
     return "".join(f"# {line}\n" for line in comment.splitlines()) + text
 
 

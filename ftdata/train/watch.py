@@ -133,6 +133,12 @@ class Samples(TrainerCallback):  # type: ignore[misc]
         self._prompts, self._expected, self._tokenizer = prompts, expected, tokenizer
         self._path, self._console = path, console
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002, D102
+        # What was said after the checkpoint that is gone on from is said again.
+        kept = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
+        kept = [line for line in kept if json.loads(line)["step"] <= state.global_step]
+        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:  # noqa: ARG002, D102
         answers = generate(model, self._prompts, max_new_tokens=SAMPLE_TOKENS)
         with self._path.open("a", encoding="utf-8") as file:
