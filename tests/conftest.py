@@ -9,6 +9,8 @@ from makers import MAKERS, tiny_bpe
 
 # Nothing may be taken from an earlier run.
 os.environ["FTDATA_CACHE"] = "off"
+# Tiny models gain nothing from threads, and tests run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(os.environ.get("FTDATA_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -109,3 +111,16 @@ def chromium():
         launched = play.chromium.launch(executable_path=CHROMIUM or "chromium", args=["--no-sandbox"])
         yield launched
         launched.close()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Make (once) and return the folder of a tiny model, by its class."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            made[kind] = tiny_model(tiny_bpe(tmp_path_factory.mktemp("models") / kind), kind)
+        return made[kind]
+
+    return get

@@ -113,8 +113,6 @@ def test_a_translation(hub, tmp_path):
     run = about(tmp_path / "out" / "translate")
     assert (run["adapter"], run["setup"]["quantization"], run["steps"]) == (True, "nf4", 9)
     assert run["perplexity"] > 1
-    example(hub, tmp_path, "translate", "--epochs", "2", "--resume")
-    assert about(tmp_path / "out" / "translate")["steps"] == 18
 
 
 @pytest.mark.parametrize("shape", ["guanaco", "ultrachat"])
@@ -154,10 +152,14 @@ def test_e_company_faq(hub, tmp_path):
 
 
 def test_the_notebook_runs(hub, tmp_path):
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    import nbclient
+    import nbformat
+
     (tmp_path / "data.json").write_text(json.dumps(TRANSLATIONS, ensure_ascii=False))
     notebook = nbformat.read(EXAMPLES / "train.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    parameters.source = parameters.source.replace("EPOCHS = 3", "EPOCHS = 1")
     client = nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}})
     before = {name: os.environ.get(name) for name in hub}
     os.environ.update(hub)
@@ -171,4 +173,4 @@ def test_the_notebook_runs(hub, tmp_path):
     shown = [output.data for cell in notebook.cells for output in cell.get("outputs", ()) if "data" in output]
     assert any("image/png" in data for data in shown)
     assert sum("text/html" in data for data in shown) >= 2
-    assert about(tmp_path / "out")["steps"] == 27
+    assert about(tmp_path / "out")["steps"] == 9

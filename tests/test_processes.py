@@ -3,15 +3,18 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.train
 
+from accelerate.commands.launch import launch_command_parser  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from ftdata.train import run  # noqa: E402
@@ -93,6 +96,15 @@ def test_one_process_speaks_for_both(two):
     _, done = two
     assert done.stderr.count("rows     16 read") == 1
     assert done.stderr.count("saved ") == 1
+
+
+def test_the_commands_of_the_documentation_are_those_of_accelerate():
+    text = (Path(__file__).parents[1] / "docs" / "train.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^    accelerate launch (.*?) -m ftdata train run.yaml$", text, re.MULTILINE)
+    assert len(commands) == 4
+    known = {option for action in launch_command_parser()._actions for option in action.option_strings}
+    asked = {word for command in commands for word in command.split() if word.startswith("--")}
+    assert asked <= known
 
 
 @pytest.mark.long

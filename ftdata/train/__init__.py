@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,8 +202,6 @@ def _quiet() -> None:
     # Bars for loading twenty tensors, and advice about settings that ftdata has decided, hide what matters.
     import warnings
 
-    # Workers of a tokenizer that forks has are of no use here, and it says so on every fork.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import transformers
 

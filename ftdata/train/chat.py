@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
-
 from ftdata.errors import InputRefused
 from ftdata.recipe import Recipe
 from ftdata.tokenize import Tokenizer
@@ -64,8 +62,6 @@ def begin(run: Finished, *, base: bool = False, system: str | None = None, **opt
         model.generation_config = stopping(model, run)
     else:
         model = load_tuned(run)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
     first: list[Message] = [{"role": "system", "content": system}] if system is not None else []
     return Conversation(model, run.recipe, options, first)
 

@@ -16,7 +16,7 @@ from ftdata.errors import InputRefused
 from ftdata.tokenize import Tokenizer
 from ftdata.train.answers import generate
 from ftdata.train.chat import stopping
-from ftdata.train.handover import splits_of
+from ftdata.train.data import splits_of
 from ftdata.train.prompts import documents, last_turn, of_rows
 from ftdata.train.report import Answered, Comparison, Scores
 from ftdata.train.saved import Finished, finished, load_base, load_tuned
@@ -108,14 +108,11 @@ def _from_build(run: Finished) -> tuple[str, Iterator[Document]]:
 
 def _models(run: Finished) -> Iterator[Any]:
     base = load_base(run, quantization=run.about["setup"]["quantization"])
-    if torch.cuda.is_available():
-        base = base.to("cuda")
     own = base.generation_config
     base.generation_config = stopping(base, run)
     yield base
     base.generation_config = own
-    tuned = load_tuned(run, base if run.about["adapter"] else None)
-    yield tuned.to("cuda") if torch.cuda.is_available() else tuned
+    yield load_tuned(run, base if run.about["adapter"] else None)
 
 
 def _asked(tokenizer: Tokenizer, ids: list[int]) -> str:

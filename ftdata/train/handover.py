@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,7 +22,6 @@ from trl import SFTConfig
 
 from ftdata.config import Config
 from ftdata.errors import InternalError, UsageError, one_of
-from ftdata.readers.naming import split_of
 from ftdata.train.model import wants_adapter
 from ftdata.train.place import precision, processes
 from ftdata.types import IGNORE_INDEX
@@ -228,32 +226,6 @@ def _other(what: str, found: torch.Tensor, expected: NDArray[Any]) -> Iterator[s
         trained = (found.numpy() != IGNORE_INDEX).sum(), (expected != IGNORE_INDEX).sum()
         counted = f" ({trained[0]} trained, the build has {trained[1]})" if what == "labels" else ""
         yield f"other {what} than the build{counted}"
-
-
-def splits_of(build: datasets.DatasetDict) -> datasets.DatasetDict:
-    """Return the splits of a build that a run needs: `train`, and `test` where anything is held out.
-
-    Data sets name them as they like (`train_sft`, `validation`): what is evaluated is what is called a test, or else a
-    validation.
-
-    Raises:
-        UsageError: none of them, or several, are for training.
-    """
-    meant = {name: name if name in ("train", "test") else split_of(name) or "train" for name in build}
-    found = {}
-    for kind, wanted in (("train", ("train",)), ("test", ("test", "validation"))):
-        for one in wanted:
-            names = [name for name in build if meant[name] == one]
-            exact = [name for name in names if name == one] or names
-            if len(exact) > 1:
-                listed = ", ".join(exact)
-                raise UsageError("splits", f"several splits are for {kind}: {listed}", hint="choose with split")
-            if exact:
-                found[kind] = build[exact[0]]
-                break
-    if "train" not in found:
-        raise UsageError("splits", f"no split is for training: {', '.join(build)}", hint="choose with split")
-    return datasets.DatasetDict(found)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -58,6 +59,17 @@ def speed(dtype: torch.dtype, seconds: float = 0.1) -> float:
 def processes() -> int:
     """Return how many processes train together."""
     return int(_state().num_processes)
+
+
+def is_sharded() -> bool:
+    """Return whether a model is to be spread over the processes, and so must not be loaded whole onto a device."""
+    return any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+
+
+def computing(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return a context in which float32 weights on a GPU compute as they do in training."""
+    wanted = device.type == "cuda" and dtype is torch.float32 and precision() is not torch.float32
+    return torch.autocast(device.type, dtype=precision() if wanted else torch.bfloat16, enabled=wanted)
 
 
 def is_main() -> bool:

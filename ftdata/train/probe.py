@@ -13,6 +13,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 
+from ftdata.train.place import computing
+
 LEAK = 1e-4
 """Relative change of B's logits above which a model counts as leaking."""
 
@@ -38,7 +40,7 @@ def leak(model: Any, length: int = 20) -> float:
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), computing(model.device, model.dtype):
             behind, behind_other = (_logits(model, before, second) for before in (first, other))
     except (RuntimeError, ValueError, TypeError, NotImplementedError):
         # Models of state or convolution refuse packed sequences without the kernels that keep them apart.

@@ -19,6 +19,7 @@ from ftdata.store import read_manifest
 from ftdata.tokenize import Tokenizer, load_tokenizer
 from ftdata.train import checkpoints
 from ftdata.train.model import load_model, resize
+from ftdata.train.place import computing
 from ftdata.train.prompts import recipe_of
 
 _CLOSE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
@@ -107,12 +108,13 @@ def load_base(run: Finished, *, quantization: str | None = None, dtype: Any = No
     return model
 
 
-def load_tuned(run: Finished, base: Any = None) -> Any:
+def load_tuned(run: Finished, base: Any = None, *, dtype: Any = None) -> Any:
     """Load the trained model: its adapter on the base model, or all of it.
 
     Args:
         run: a finished run.
         base: the base model where it is loaded already; it is changed.
+        dtype: of the weights; `None` takes that of computing here.
 
     Raises:
         InputRefused: what was saved cannot be read.
@@ -120,23 +122,25 @@ def load_tuned(run: Finished, base: Any = None) -> Any:
     setup = run.about["setup"]
     try:
         if run.about["adapter"]:
-            base = base if base is not None else load_base(run, quantization=setup["quantization"])
+            base = base if base is not None else load_base(run, quantization=setup["quantization"], dtype=dtype)
             model = PeftModel.from_pretrained(base, str(run.model))
         else:
             code = run.about.get("trust_remote_code", False)
-            model = load_model(str(run.model), attention=setup.get("attn_implementation"), trust_remote_code=code)
+            model = load_model(
+                str(run.model), dtype=dtype, attention=setup.get("attn_implementation"), trust_remote_code=code
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         said = " ".join(str(error).split())[:300]
         raise InputRefused("damaged_model", f"{run.model} cannot be loaded: {said}", hint="train again") from None
     model.generation_config = run.settings
-    return model.to(base.device) if base is not None and hasattr(base, "device") else model
+    return model
 
 
 def first_logits(model: Any, ids: list[int]) -> torch.Tensor:
     """Return the logits of some tokens, on the CPU."""
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), computing(model.device, model.dtype):
         found = model(input_ids=torch.tensor([ids]).to(model.device), use_cache=False).logits[0].float().cpu()
     model.train(was_training)
     return found
@@ -149,9 +153,7 @@ def check_reloads(run: Finished, ids: list[int], before: torch.Tensor, dtype: to
         InternalError: it says something else.
     """
     gc.collect()
-    model = load_tuned(run)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
+    model = load_tuned(run, dtype=dtype)
     after = first_logits(model, ids)
     off = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
     close = _CLOSE[dtype if dtype in _CLOSE else torch.float32]

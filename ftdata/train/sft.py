@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError  # what torch raises for pickles that it does not trust
 from typing import Any
 
 import datasets
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from msgspec import structs
-from numpy.typing import NDArray
 from rich.console import Console
 from transformers import AutoTokenizer, EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ftdata.build import load_build, write_build
+from ftdata.build import write_build
 from ftdata.config import Config, to_yaml
 from ftdata.errors import InputRefused, UsageError
-from ftdata.store import read_manifest, verify
 from ftdata.templates import Template
-from ftdata.tokenize import control_tokens, load_tokenizer
+from ftdata.tokenize import load_tokenizer
 from ftdata.train import checkpoints, place
-from ftdata.train.card import card
+from ftdata.train.data import Data, checked
 from ftdata.train.estimate import Estimate, check_fits, estimate, rows_of
-from ftdata.train.handover import arguments, check_devices, check_first_batch, check_settings, splits_of
+from ftdata.train.finish import finish, teach_to_stop
+from ftdata.train.handover import arguments, check_devices, check_first_batch, check_settings
 from ftdata.train.model import (
     adapter,
     embeddings,
@@ -39,38 +32,12 @@ from ftdata.train.model import (
     load_config,
     load_model,
     quantization_config,
-    wants_adapter,
     weights_dtype,
 )
-from ftdata.train.plots import loss_picture, sparkline
 from ftdata.train.probe import LEAK, architecture_leaks, leak
 from ftdata.train.prompts import documents, last_turn, of_messages, recipe_of
-from ftdata.train.saved import Finished, check_reloads, first_logits
 from ftdata.train.trainer import Trainer
 from ftdata.train.watch import Samples, Watch
-from ftdata.types import IGNORE_INDEX
-
-_SEEN = 64
-"""Tokens by which a saved model is compared with the one in memory."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """A finished build: its folder, manifest and splits."""
-
-    folder: Path
-    manifest: dict[str, Any]
-    splits: datasets.DatasetDict
-
-    @property
-    def packed(self) -> bool:
-        """Whether rows hold several documents."""
-        return any(_largest(split, "seq_lengths", pc.list_value_length) > 1 for split in self.splits.values())
-
-    @property
-    def vocabulary(self) -> int:
-        """One more than the largest token id."""
-        return 1 + max(_largest(split, "input_ids", pc.list_flatten) for split in self.splits.values())
 
 
 def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
@@ -93,11 +60,11 @@ def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
     run = Path(config.output_dir)
     config = _named(config)
     check_settings(config.train)
+    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
     before = checkpoints.check(run, config, place.processes(), resume=resume)
     for passed in before.passed if before else ():
         console.print(f"{run.name}/{passed}: passed over", style="yellow", highlight=False, markup=False)
-    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
-    data = _checked(build or _built(config, run, before, console), config)
+    data = checked(build or _built(config, run, before, console), str(config.tokenizer))
     found = _estimated(config, model_config, data, isolated=True)
     console.print(str(found), highlight=False, markup=False, soft_wrap=True)
     check_fits(found)
@@ -132,7 +99,7 @@ def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
         raise
     finally:
         watch.stop()
-    return _finish(trainer, config, data, run, console, found)
+    return finish(trainer, config, data, run, console, found)
 
 
 def look_ahead(config: Config, build: Path | None) -> tuple[Estimate, str]:
@@ -145,13 +112,13 @@ def look_ahead(config: Config, build: Path | None) -> tuple[Estimate, str]:
     config = _named(config)
     check_settings(config.train)
     quantization_config(config.quantization, torch.float32)
-    checkpoints.check(Path(config.output_dir), config, place.processes(), resume=False)
     model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+    checkpoints.check(Path(config.output_dir), config, place.processes(), resume=False)
     with tempfile.TemporaryDirectory() as scratch:
         if build is None:
             build = Path(scratch) / "data"
             write_build(config.data, config.tokenizer, build, **config.build_options())
-        data = _checked(build, config)
+        data = checked(build, str(config.tokenizer))
         leaks = architecture_leaks(model_config, config.attn_implementation)
         if leaks and data.packed:
             raise _leaks(config.model, model_config.model_type)
@@ -253,28 +220,13 @@ def _built(config: Config, run: Path, before: checkpoints.Before | None, console
     return run / "data"
 
 
-def _checked(build: Path, config: Config) -> Data:
-    manifest = read_manifest(build)
-    if damaged := verify(build):
-        raise InputRefused("damaged_build", f"{build} is damaged: {', '.join(damaged)}", hint="build again")
-    made_with, tokenizer = manifest["options"]["tokenizer"], str(config.tokenizer)
-    if load_tokenizer(tokenizer).fingerprint != made_with["fingerprint"]:
-        raise InputRefused(
-            "other_tokenizer",
-            f"{build} was built with tokenizer {made_with['name']}, which is not that of {tokenizer}",
-            hint="build again with the model's own tokenizer, or name it with tokenizer:",
-        )
-    return Data(build, manifest, splits_of(load_build(build)))
-
-
 def _estimated(config: Config, model_config: Any, data: Data, *, isolated: bool) -> Estimate:
     settings = arguments(config, isolated=isolated, packed=data.packed, evaluates="test" in data.splits)
     most = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    longest = max(_largest(split, "seq_lengths", pc.list_flatten) for split in data.splits.values())
-    if most and longest > most:
+    if most and data.longest > most:
         raise InputRefused(
             "too_long",
-            f"an example has {longest:,} tokens, {config.model} has {most:,} positions",
+            f"an example has {data.longest:,} tokens, {config.model} has {most:,} positions",
             hint=f"build with max_length: {most}",
         )
     return estimate(config, model_config, rows_of(data.splits["train"]), settings, data.vocabulary)
@@ -302,7 +254,7 @@ def _prepared(config: Config, data: Data, run: Path, console: Console) -> Traine
     if template["name"] != "tokenizer" and Template(template["name"], template["source"]).chat:
         # Whoever loads the model must prompt it as it was trained.
         trainer.processing_class.chat_template = template["source"]
-    stops = _taught_to_stop(trainer, config, data)
+    stops = teach_to_stop(trainer, config, data)
     if not stops:
         said = "no answer ends in a control token: the model is not taught to stop"
         console.print(said, style="yellow", highlight=False, markup=False)
@@ -310,14 +262,6 @@ def _prepared(config: Config, data: Data, run: Path, console: Console) -> Traine
         # Where the model is spread over processes, one alone cannot ask it.
         trainer.add_callback(_samples(config, data, run, set(stops), console))
     return trainer
-
-
-def _taught_to_stop(trainer: Trainer, config: Config, data: Data) -> list[int]:
-    """Let the model stop where its data teaches it to; the trainer aligns that with the tokenizer's EOS alone."""
-    stops = _stop_ids(config, data)
-    trainer.model.generation_config.eos_token_id = stops or trainer.processing_class.eos_token_id
-    trainer.model.generation_config.pad_token_id = trainer.processing_class.pad_token_id
-    return stops
 
 
 def _leaks(model: str, kind: str) -> InputRefused:
@@ -341,94 +285,3 @@ def _samples(config: Config, data: Data, run: Path, stops: set[int], console: Co
         prompts = [of_messages([{"role": "user", "content": text}], recipe) for text in config.samples]
         expected = [None] * len(prompts)
     return Samples(prompts, expected, tokenizer, run / "samples.jsonl", console)
-
-
-def _stop_ids(config: Config, data: Data) -> list[int]:
-    """Return the control tokens that end trained turns: what the saved model must stop at."""
-    source = data.manifest["options"]["template"]["source"]
-    tokenizer = load_tokenizer(config.tokenizer)
-    control = control_tokens(tokenizer, source + (tokenizer.chat_template or "")).ids
-    found: NDArray[np.int64] = np.empty(0, np.int64)
-    for batch in data.splits["train"].data.to_batches():
-        lengths = pc.list_flatten(batch.column("seq_lengths")).to_numpy(zero_copy_only=False)
-        ids = pc.list_flatten(batch.column("input_ids")).to_numpy(zero_copy_only=False)
-        trained = pc.list_flatten(batch.column("labels")).to_numpy(zero_copy_only=False) != IGNORE_INDEX
-        after = np.append(trained[1:], False)
-        after[np.cumsum(lengths) - 1] = False
-        found = np.union1d(found, ids[trained & ~after])
-    return [int(id_) for id_ in np.intersect1d(found, control)]
-
-
-def _largest(split: datasets.Dataset, column: str, numbers: Any) -> int:
-    chunks: list[pa.Array] = split.data.column(column).chunks
-    return max((pc.max(numbers(chunk)).as_py() for chunk in chunks if len(chunk)), default=0)
-
-
-def _finish(trainer: Trainer, config: Config, data: Data, run: Path, console: Console, found: Estimate) -> Path:
-    taught = _taught_to_stop(trainer, config, data)
-    # The trainer has asked routers for their logits, which whoever generates has no use for.
-    router = getattr(
-        load_config(config.model, trust_remote_code=config.trust_remote_code), "output_router_logits", None
-    )
-    if router is not None:
-        trainer.model.config.output_router_logits = router
-    trainer.save_model(str(run / "model"))
-    loss = trainer.token_loss(trainer.eval_dataset)[0] if trainer.eval_dataset is not None else None
-    if not place.is_main():
-        place.wait()
-        return run
-    history, tokenizer = trainer.state.log_history, load_tokenizer(config.tokenizer)
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    trainer.model.generation_config.save_pretrained(str(run / "model"))
-    # A pickle of settings: nothing reads it, and strangers should not have to.
-    (run / "model" / "training_args.bin").unlink(missing_ok=True)
-    loss_picture(history, run)
-    about = {
-        **checkpoints.describe(config, data.manifest["fingerprint"], place.processes()),
-        "finished": True,
-        "build": data.folder.name if data.folder.parent == run else str(data.folder.resolve()),
-        "options": data.manifest["options"],
-        "adapter": wants_adapter(config),
-        "embeddings": trainer.model.get_input_embeddings().weight.shape[0],
-        "trust_remote_code": config.trust_remote_code,
-        "data": config.data,
-        "tokenizer": config.tokenizer,
-        "steps": trainer.state.global_step,
-        "best_step": trainer.state.best_global_step if trainer.args.load_best_model_at_end else None,
-        "stopped_early": config.early_stopping if trainer.state.global_step < trainer.state.max_steps else None,
-        "loss": losses,
-        "test_loss": loss,
-        "perplexity": None if loss is None else math.exp(min(loss, 700)),
-        "stops": [tokenizer.piece(id_) for id_ in taught],
-        "estimate": found.as_dict(),
-    }
-    (run / "model" / "README.md").write_text(card(config, about, data.manifest), encoding="utf-8")
-    _read_back(trainer, Finished(run, about), data, config)
-    checkpoints.write_whole(run / "run.json", about)
-    _say_result(console, run, about)
-    place.wait()
-    return run
-
-
-def _read_back(trainer: Trainer, run: Finished, data: Data, config: Config) -> None:
-    """Load what was saved, and hold it against the model in memory."""
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        return
-    ids = data.splits["train"][0]["input_ids"][:_SEEN]
-    before = first_logits(trainer.accelerator.unwrap_model(trainer.model), ids)
-    # Two models do not have to fit.
-    trainer.model = trainer.model_wrapped = trainer.optimizer = None
-    trainer.accelerator.free_memory()
-    check_reloads(run, ids, before, weights_dtype(config))
-
-
-def _say_result(console: Console, run: Path, about: Mapping[str, Any]) -> None:
-    losses = about["loss"]
-    if losses:
-        console.print(f"loss {losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}", highlight=False)
-    if about["perplexity"] is not None:
-        console.print(f"perplexity {about['perplexity']:.3f} per trained token of the test split", highlight=False)
-    if about["best_step"] is not None and about["best_step"] != about["steps"]:
-        console.print(f"the model of step {about['best_step']}, the best of {about['steps']}", highlight=False)
-    said = f"saved {run / 'model'}, and read back; loss as a picture in {run / 'loss.png'}"
-    console.print(said, highlight=False, markup=False, soft_wrap=True)
