@@ -59,6 +59,8 @@ def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
     console = Console(stderr=True, quiet=not place.is_main())
     run = Path(config.output_dir)
     config = _named(config)
+    # Nothing says better what is wrong with a name.
+    load_tokenizer(config.tokenizer)
     check_settings(config.train)
     model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
     before = checkpoints.check(run, config, place.processes(), resume=resume)
@@ -110,6 +112,7 @@ def look_ahead(config: Config, build: Path | None) -> tuple[Estimate, str]:
         InputRefused: as `train`; a model that leaks is found by one of its kind with two layers.
     """
     config = _named(config)
+    load_tokenizer(config.tokenizer)
     check_settings(config.train)
     quantization_config(config.quantization, torch.float32)
     model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
