@@ -234,8 +234,9 @@ def begun(folder, *without):
 def test_patience_is_remembered(stopped, tmp_path):
     about = json.loads((stopped / "run.json").read_text())
     assert about["steps"] < 100
-    with pytest.raises(UsageError, match="nothing got better"):
-        run(stopped, resume=True)
+    for patience in (None, 2):
+        with pytest.raises(UsageError, match="nothing got better"):
+            run(stopped, resume=True, early_stopping=patience)
     # From where the run was moved to.
     shutil.copytree(stopped, tmp_path / "moved")
     begun(tmp_path / "moved", f"checkpoint-{about['steps']}")

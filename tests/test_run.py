@@ -259,6 +259,12 @@ def test_rows_of_like_length_go_together_and_the_longest_come_first(llama, tmp_p
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.parametrize("options", [{}, {"lora": {"r": 4}}], ids=["full", "lora"])
+def test_a_run_in_bfloat16_is_read_back(llama, data, tmp_path, options):
+    folder = run(data, model=llama, output_dir=tmp_path / "run", settings={**QUICK, "bf16": True}, **options)
+    assert compare(folder, n=1, max_new_tokens=2).rows
+
+
 def test_a_model_that_comes_back_otherwise_is_not_called_saved(llama, data, tmp_path, monkeypatch):
     from ftdata.train import saved
 

@@ -128,7 +128,7 @@ def check(run: Path, config: Config, processes: int, *, resume: bool) -> Before 
         return None
     _check_same_run(run, about, describe(config, "", processes)["setup"])
     patience = config.early_stopping
-    if about.get("finished") and patience is not None and about.get("stopped_early") == patience:
+    if about.get("finished") and patience is not None and (about.get("stopped_early") or 0) >= patience:
         hint = "raise early_stopping to train on"
         raise UsageError("run_finished", f"{run} is finished: nothing got better any more", hint=hint)
     keeps_best = config.early_stopping is not None or bool(config.train.get("load_best_model_at_end"))

@@ -88,7 +88,7 @@ def _read_back(trainer: Trainer, run: Finished, data: Data, config: Config) -> N
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
     ids = data.splits["train"][0]["input_ids"][:_SEEN]
-    before = first_logits(trainer.accelerator.unwrap_model(trainer.model), ids)
+    before = first_logits(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), ids)
     # Two models do not have to fit.
     trainer.model = trainer.model_wrapped = trainer.optimizer = None
     trainer.accelerator.free_memory()
