@@ -21,7 +21,7 @@ from __future__ import annotations
 import datetime
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +228,7 @@ def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> 
     """
     # TOML has dates of its own.
     values = {name: str(value) if isinstance(value, datetime.date) else value for name, value in values.items()}
-    values, overrides = _flat(values, file), _flat(overrides, "")
+    values, overrides = flat(values, file), flat(overrides)
     given = {**values, **{name: value for name, value in overrides.items() if value is not None}}
     given = {name: None if value is NULL else value for name, value in given.items()}
     for name in ("lora", "train"):
@@ -246,7 +246,7 @@ def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> 
         raise UsageError("config", str(error), where=file) from None
 
 
-def _flat(values: dict[str, Any], where: str) -> dict[str, Any]:
+def flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Return values with the fields of sections beside the others."""
     found = {name: value for name, value in values.items() if name not in SECTIONS}
     for section, fields in SECTIONS.items():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ftdata import build_sft_dataset
 from ftdata.config import load_config
 from ftdata.errors import InputRefused, UsageError
 
@@ -237,6 +238,11 @@ def test_patience_is_remembered(stopped, tmp_path):
     for patience in (None, 2):
         with pytest.raises(UsageError, match="nothing got better"):
             run(stopped, resume=True, early_stopping=patience)
+    # Killed when patience was used up already, it has nothing left to train.
+    shutil.copytree(stopped, tmp_path / "late")
+    begun(tmp_path / "late", "model")
+    run(tmp_path / "late", resume=True)
+    same(tmp_path / "late", stopped)
     # From where the run was moved to.
     shutil.copytree(stopped, tmp_path / "moved")
     begun(tmp_path / "moved", f"checkpoint-{about['steps']}")
@@ -265,10 +271,30 @@ def test_a_run_without_a_checkpoint_yet_begins_again_by_the_same_command(whole, 
     same(tmp_path / "run", whole)
 
 
-def test_a_run_that_goes_on_takes_no_options_of_its_data(interrupted):
+def test_a_run_that_goes_on_takes_no_options_of_its_data(interrupted, llama, tmp_path):
+    build_sft_dataset(ROWS, llama, packing="bfd", max_length=64, output_dir=tmp_path / "packed")
+    with pytest.raises(UsageError, match="packing cannot change"):
+        run(tmp_path / "packed", model=llama, output_dir=tmp_path / "run", settings=["pack=null"])
+    with pytest.raises(UsageError, match="holds no run that has begun"):
+        run(tmp_path / "nowhere", resume=True)
     for options in ({"template": "zephyr"}, {"max_length": 16}, {"limit": 3}, {"train_on": "all"}):
         with pytest.raises(UsageError, match="already_built"):
             run(interrupted, resume=True, **options)
+
+
+def test_where_all_steps_are_done_none_is_trained(whole, tmp_path):
+    """Also in the middle of an epoch."""
+    for steps, last in ((8, 8), (6, 6)):
+        folder = tmp_path / str(steps)
+        shutil.copytree(whole, folder)
+        begun(folder, *(path.name for path in checkpoints.ordered(folder) if int(path.name[11:]) > last), "model")
+        run(folder, resume=True, settings={"max_steps": steps})
+        assert json.loads((folder / "run.json").read_text())["steps"] == steps
+        assert losses(folder) == losses(whole)[:steps]
+        left, right = load_file(folder / f"checkpoint-{steps}" / "adapter_model.safetensors"), weights(folder)
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    with pytest.raises(UsageError, match="goes on where it is"):
+        run(whole, output_dir=tmp_path / "other", resume=True)
 
 
 def test_a_run_that_trains_longer_says_so(interrupted):

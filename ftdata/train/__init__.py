@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftdata.config import Config, assigned, load_config, make_config
+from ftdata.config import NULL, Config, assigned, flat, load_config, make_config
 from ftdata.errors import MissingDependency, UsageError
 from ftdata.store import read_manifest
 from ftdata.tokenize import load_tokenizer
@@ -244,12 +244,15 @@ def _resolve(
         if config.tokenizer and load_tokenizer(config.tokenizer).fingerprint != _tokenizer_of(Path(config.data)):
             raise UsageError("already_built", f"tokenizer cannot change: {config.data} is built", hint="build again")
         return config, Path(config.data)
+    if resume and named and not path.is_file() and not given["model"]:
+        hint = "begin it again, as it was begun"
+        raise UsageError("nothing_to_resume", f"{source} holds no run that has begun", hint=hint)
     for name, value in (("--model", given["model"]), ("--output-dir", given["output_dir"])):
         if not value:
             raise UsageError("missing_option", f"training on {source} needs {name}")
     if (path / "manifest.json").is_file():
         config = make_config({"data": str(path)}, **given)
-        _check_built(path, {name: value for name, value in _built_by(given).items() if value is not None})
+        _check_built(path, _built_by(given))
         return config, path
     return make_config({"data": str(source) if named else source}, **given), None
 
@@ -260,17 +263,24 @@ def _begun(run_dir: Path, given: dict[str, Any], *, resume: bool) -> tuple[Confi
         raise UsageError("not_a_run", f"{run_dir} keeps no config.yaml", hint="name the configuration, or the data")
     if not resume:
         raise UsageError("run_exists", f"{run_dir} holds a run already", hint="go on with --resume")
+    if given.get("output_dir") and Path(given["output_dir"]).resolve() != run_dir.resolve():
+        raise UsageError("run_exists", f"{run_dir} goes on where it is", hint="leave --output-dir out")
     config = load_config(run_dir / "config.yaml", **{**given, "output_dir": str(run_dir)})
     named = config.data if isinstance(config.data, str) else ""
     build = Path(named) if (Path(named) / "manifest.json").is_file() else run_dir / "data"
-    _check_built(build, {name: value for name, value in _built_by(given).items() if value is not None})
+    _check_built(build, _built_by(given))
     return config, build
 
 
 def _built_by(given: Mapping[str, Any]) -> dict[str, Any]:
-    options = make_config({"data": "", "model": "", "output_dir": ""}, **given).build_options()
+    """Return what is asked of a build, nothing included where that is what was said."""
+    config = make_config({"data": "", "model": "", "output_dir": ""}, **given)
     plain = make_config({"data": "", "model": "", "output_dir": ""}).build_options()
-    return {name: value for name, value in options.items() if value != plain[name]}
+    said = {name for name, value in flat(given).items() if value is NULL}
+    options = {name: value for name, value in config.build_options().items() if value != plain[name] or name in said}
+    if options.get("template", "") is None:
+        options["template"] = "tokenizer"
+    return options
 
 
 def _tokenizer_of(folder: Path) -> str:

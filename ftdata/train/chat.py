@@ -39,8 +39,9 @@ class Conversation:
         earlier = [cast(Message, {**one, "train": False}) for one in self.messages]
         try:
             (answer,) = self.answers([[*earlier, said]])
-        except InputRefused:
-            if not earlier or any(one["role"] == "system" for one in earlier):
+        except InputRefused as error:
+            # One question is all that some templates have room for; too long is another matter.
+            if not earlier or error.code != "template_raises" or any(one["role"] == "system" for one in earlier):
                 raise
             (answer,) = self.answers([[said]])
             self.forgets = True

@@ -58,6 +58,15 @@ class Before:
     checkpoint: str
     passed: tuple[str, ...] = ()
 
+    def is_done(self, steps: int, patience: int | None) -> bool:
+        """Return whether nothing is left to train: of so many steps, or because nothing got better for so long."""
+        path = Path(self.checkpoint) / "trainer_state.json"
+        state = json.loads(path.read_text(encoding="utf-8"))
+        kept = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+        kept = kept[0] if isinstance(kept, list) else kept
+        waited = kept.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        return state["global_step"] >= steps or (patience is not None and waited >= patience)
+
 
 def write_seal(checkpoint: Path, seal: Seal) -> None:
     """Say that a checkpoint is whole, when everything in it is on the disk."""

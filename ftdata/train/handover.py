@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,6 +65,9 @@ METRICS = ("loss", "perplexity")
 """What an evaluation tells."""
 
 
+_NOT_BELOW_0 = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
+
+
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse settings that would undo the build, that `SFTConfig` does not have, or that are no numbers.
 
@@ -83,15 +87,32 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             one_of(name, value, STRATEGIES)
         if name == "metric_for_best_model" and value is not None:
             one_of(name, str(value).removeprefix("eval_"), METRICS)
-        numeric = ("float" in fields[name] or "int" in fields[name]) and "str" not in fields[name]
-        whole = numeric and "float" not in fields[name]
-        fits = isinstance(value, int | float) and (not isinstance(value, bool) or "bool" in fields[name])
-        if numeric and not (fits or (value is None and known[name].default is None)):
-            raise UsageError("train_setting", f"train.{name} is {value!r}, expected a number")
-        if whole and isinstance(value, float) and not value.is_integer():
-            raise UsageError("train_setting", f"train.{name} is {value!r}, expected a whole number")
-        if name.endswith(("_batch_size", "accumulation_steps")) and value is not None and not value >= 1:
-            raise UsageError("train_setting", f"train.{name} is {value!r}, expected at least 1")
+        if "str" not in fields[name] and ("float" in fields[name] or "int" in fields[name]):
+            _check_number(name, value, fields[name], nothing=known[name].default is None)
+
+
+def _check_number(name: str, value: Any, kind: str, *, nothing: bool) -> None:
+    if value is None and nothing:
+        return
+    expected = None
+    if (
+        not isinstance(value, int | float)
+        or (isinstance(value, bool) and "bool" not in kind)
+        or not math.isfinite(value)
+    ):
+        expected = "a number"
+    elif isinstance(value, float) and "float" not in kind:
+        expected = "a whole number"
+    elif name in ("seed", "data_seed") and not 0 <= value < 1 << 32:
+        expected = f"0 to {(1 << 32) - 1}"
+    elif name in _NOT_BELOW_0 and value < 0:
+        expected = "at least 0"
+    elif name.endswith(("_batch_size", "accumulation_steps")) and value < 1:
+        expected = "at least 1"
+    if expected is not None:
+        raise UsageError("train_setting", f"train.{name} is {value!r}, expected {expected}")
+    if name == "max_steps" and value == 0:
+        raise UsageError("no_steps", "there is nothing to train: 0 steps", hint="set num_train_epochs or max_steps")
 
 
 def check_devices(settings: Mapping[str, Any]) -> None:

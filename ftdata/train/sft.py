@@ -80,7 +80,10 @@ def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
     watch = Watch(console)
     trainer.add_callback(watch)
     try:
-        trainer.train(resume_from_checkpoint=before.checkpoint if before else None)
+        if before and before.is_done(found.steps, config.early_stopping):
+            trainer.take(before.checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=before.checkpoint if before else None)
     except torch.OutOfMemoryError:
         raise InputRefused(
             "out_of_memory",

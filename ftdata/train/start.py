@@ -143,7 +143,7 @@ def _bad_rows(found: Found) -> dict[str, tuple[str, Any]]:
             "on_bad_rows": ("error: bad rows end the build, all named. quarantine: it goes on without them.", "error")
         }
     codes = [f"{count:,} {code}" for code, count in found.figures.rejected.items()]
-    codes += [f"{longer:,} too long"] * bool(longer)
+    codes += [f"{longer:,} too long, but for those of which turns fit"] * bool(longer)
     said = f"Of {found.figures.rows:,} rows these are left out, and listed in rejects.jsonl: {', '.join(codes)}."
     return {
         "on_bad_rows": (said, "quarantine"),

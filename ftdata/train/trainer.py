@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import TrainerState
 from trl import SFTTrainer
 
 from ftdata.errors import InputRefused
@@ -115,6 +116,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 if path not in kept and (best is None or path.name != Path(best).name):
                     shutil.rmtree(path)
         wait()
+
+    def take(self, checkpoint: str) -> None:
+        """Be what a checkpoint is, or the best before it, without training."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if self.args.load_best_model_at_end and self.state.best_global_step is not None:
+            self._load_best_model()
 
     def _load_best_model(self) -> None:
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
