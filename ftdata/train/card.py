@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,11 +64,6 @@ def _use(config: Config, *, adapter: bool) -> str:
         f"from transformers import AutoTokenizer\nfrom {package} import {kind}\n\n"
         f"model = {kind}.from_pretrained({folder})\ntokenizer = AutoTokenizer.from_pretrained({folder})\n"
     )
-
-
-def command(config_path: Path) -> str:
-    """Return the command that goes on with a run, or does it again."""
-    return shlex.join(["ftdata", "train", str(config_path)])
 
 
 def _cell(value: object) -> str:

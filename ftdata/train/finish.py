@@ -76,17 +76,18 @@ def finish(trainer: Trainer, config: Config, data: Data, run: Path, console: Con
         "estimate": found.as_dict(),
     }
     (run / "model" / "README.md").write_text(card(config, about, data.manifest), encoding="utf-8")
-    _read_back(trainer, Finished(run, about), data, config)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if not sharded:
+        # Spread over processes, one alone does not have it whole.
+        _read_back(trainer, Finished(run, about), data, config)
     checkpoints.write_whole(run / "run.json", about)
-    _say_result(console, run, about)
+    _say_result(console, run, about, "saved" if sharded else "saved, and read back")
     place.wait()
     return run
 
 
 def _read_back(trainer: Trainer, run: Finished, data: Data, config: Config) -> None:
     """Load what was saved, and hold it against the model in memory."""
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        return
     ids = data.splits["train"][0]["input_ids"][:_SEEN]
     before = first_logits(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), ids)
     # Two models do not have to fit.
@@ -95,7 +96,7 @@ def _read_back(trainer: Trainer, run: Finished, data: Data, config: Config) -> N
     check_reloads(run, ids, before, weights_dtype(config))
 
 
-def _say_result(console: Console, run: Path, about: Mapping[str, Any]) -> None:
+def _say_result(console: Console, run: Path, about: Mapping[str, Any], done: str) -> None:
     losses = about["loss"]
     if losses:
         console.print(f"loss {losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}", highlight=False)
@@ -103,5 +104,5 @@ def _say_result(console: Console, run: Path, about: Mapping[str, Any]) -> None:
         console.print(f"perplexity {about['perplexity']:.3f} per trained token of the test split", highlight=False)
     if about["best_step"] is not None and about["best_step"] != about["steps"]:
         console.print(f"the model of step {about['best_step']}, the best of {about['steps']}", highlight=False)
-    said = f"saved {run / 'model'}, and read back; loss as a picture in {run / 'loss.png'}"
+    said = f"{done}: {run / 'model'}; loss as a picture in {run / 'loss.png'}"
     console.print(said, highlight=False, markup=False, soft_wrap=True)
