@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ftdata.look.stats import stats
     from ftdata.readers import read
     from ftdata.recipe import check_template
+    from ftdata.store import verify
 
 _HOMES = {
     "FtdataError": "ftdata.errors",
@@ -36,6 +37,7 @@ _HOMES = {
     "preview": "ftdata.look.preview",
     "read": "ftdata.readers",
     "stats": "ftdata.look.stats",
+    "verify": "ftdata.store",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "preview",
     "read",
     "stats",
+    "verify",
 ]
 
 

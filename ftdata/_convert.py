@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import jsonlines
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ftdata import store
+from ftdata import atomic, disk, store
 from ftdata.errors import BadRow, UsageError, one_of
 from ftdata.ledger import Ledger, readings
 from ftdata.readers import FileSource, MemorySource, sources
@@ -154,7 +155,7 @@ def convert(
                         _count(outcome, ledger, rejects)
                     write.batch([record for one in batch if not isinstance(one, Reject) for record in one[1]])
                 ledger.pass_over(selection.passed - before)
-        tolerance.judge(ledgers, rejects)
+        tolerance.judge(ledgers, lambda: rejects)
     beside = _rejects_beside(output)
     beside.unlink(missing_ok=True)
     if rejects:
@@ -256,12 +257,13 @@ def _writer(output: Path, to: str) -> Iterator[_Writer]:
     kind = output.suffix.lower()
     if kind not in (".jsonl", ".parquet"):
         raise UsageError("output", f"{output} is neither .jsonl nor .parquet")
-    with store.new_file(output) as temporary:
+    with atomic.new_file(output) as temporary:
         if kind == ".parquet":
-            with pq.ParquetWriter(str(temporary), _TABLES[to]) as table:
+            with disk.create(temporary) as file, pq.ParquetWriter(file, _TABLES[to]) as table:
                 yield _Parquet(table, _TABLES[to])
         else:
-            with temporary.open("w", encoding="utf-8") as file, jsonlines.Writer(file, compact=True) as lines:
+            text = io.TextIOWrapper(disk.create(temporary), encoding="utf-8", newline="\n")
+            with text, jsonlines.Writer(text, compact=True) as lines:
                 yield _Lines(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,5 +61,6 @@ def _files_there(api: Any, repo: str) -> Iterator[str]:
             return None
 
     path = asked(manifest, repo)
-    known = store.read_manifest(Path(path).parent).get("files", {}) if path else {}
+    # Of whatever version of ftdata it is, and be it damaged: what it names is replaced.
+    known = json.loads(Path(path).read_bytes())["files"] if path else ()
     yield from (re.sub(r"([*?[])", r"[\1]", name) for name in known)

@@ -1,46 +1,52 @@
 """Build: read everything, keep the ledger, split, pack, write.
 
-Each source is a shard task of its own: it writes its examples beside the target and reports its ledger. The
-pack plan is made from the lengths of all of them; tokens are gathered when the packs are written.
+Each source, or each part of a long one, is a shard task of its own: it writes its examples beside the target and
+reports its ledger. The pack plan is made from the lengths of all of them; tokens are gathered when the packs are
+written, each file of them a task again.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ftdata import cache, similar, store
+from ftdata import atomic, cache, disk, similar, store
 from ftdata._version import __version__
 from ftdata.card import card
 from ftdata.engines import EngineDiffers
-from ftdata.errors import InputRefused, UsageError, one_of
-from ftdata.executors import ENGINES, run
+from ftdata.errors import InputRefused, UsageError
+from ftdata.executors import check_engine, run
+from ftdata.joined import Joined
+from ftdata.kept import minhashes
 from ftdata.layout import Facts, Laid, Layout, lay_out
 from ftdata.ledger import Report, notes_of
 from ftdata.mask import Policy
-from ftdata.pack import best_fit_decreasing, unpacked
-from ftdata.readers import FileSource, sources
+from ftdata.pack import packed, unpacked
+from ftdata.readers import FileSource, MemorySource, sources
 from ftdata.readers.naming import split_of
+from ftdata.readers.parts import in_parts
 from ftdata.readers.select import Selection
 from ftdata.recipe import Recipe, make_recipe
-from ftdata.shards import Progress, ShardResult, Task, build_shard
+from ftdata.shards import Progress, ShardResult, Task, build_shard, key_of
 from ftdata.tolerance import Tolerance
 
 if TYPE_CHECKING:
     import datasets
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 BYTES_PER_WORKER = 32 << 20
 """Data from which on another process pays: each has to load the tokenizer."""
@@ -113,10 +119,11 @@ def build_sft_dataset(
         on_bad_rows: `"error"` (all bad rows are collected, then one error) or `"quarantine"` (go on without them).
         max_rejects: with `"quarantine"`: how many rows (or `"1%"`) may be rejected.
         output_dir: where to write the build; `None` keeps it in memory.
-        workers: processes at most (`None`: this one); the result does not depend on it. There is one for each file,
-            and for each 32 MB of data. As with every process pool, a script that asks for more than one needs
+        workers: processes at most (`None`: this one); the result does not depend on it. There is no more than one for
+            each 32 MB of data. As with every process pool, a script that asks for more than one needs
             `if __name__ == "__main__":`.
-        engine: `"local"`.
+        engine: `"local"`; or `"ray"` (the cluster of `RAY_ADDRESS`, else one on this machine) or `"ray:ADDRESS"`, whose
+            nodes must see the same files; `workers` are then tasks at once (`None`: as many as there is room for).
         date: what templates that print a date are shown.
         template_kwargs: further variables for the template.
         progress: called with the rows and tokens done so far, and which share of the data that is (0 to 1, `None`
@@ -200,15 +207,22 @@ def write_build(
     tolerance = Tolerance(on_bad_rows, max_rejects)
     if workers is not None and workers < 1:
         raise UsageError("workers", f"workers is {workers}, expected at least 1")
-    one_of("engine", engine, ENGINES)
+    check_engine(engine)
     if (
         callable(made.train_on)
         and workers not in (None, 1)
         and "<lambda>" in getattr(made.train_on, "__qualname__", "")
     ):
         raise UsageError("train_on", "a lambda cannot go to other processes", hint="use a named function, or workers=1")
-    with store.new_folder(Path(output_dir).resolve()) as folder:
-        return _build(made, layout, selection, data, folder, tolerance, workers, engine, progress)
+    found = sources(data)
+    wanted = _Wanted(made, layout, selection, tolerance, _named(data), found if limit else in_parts(found))
+    crew = _Crew(workers, engine)
+    with atomic.workplace(Path(output_dir).resolve(), store.check_target) as place:
+        report = _built_before(wanted, place.target, crew)
+        if report is None:
+            report = _build(wanted, place, crew, progress)
+            place.publish()
+    return report
 
 
 def load_build(folder: Path, report: Report | None = None, *, in_memory: bool = False) -> datasets.DatasetDict:
@@ -220,102 +234,148 @@ def load_build(folder: Path, report: Report | None = None, *, in_memory: bool = 
     return loaded
 
 
-def _build(
-    recipe: Recipe,
-    layout: Layout,
-    selection: Selection,
-    data: Any,
-    folder: Path,
-    tolerance: Tolerance,
-    workers: int | None,
-    engine: str,
-    progress: Progress | None,
-) -> Report:
-    began = time.monotonic()
-    shards = folder / "shards"
-    chosen = selection.where, selection.limit
-    tasks = [
-        Task(source, shards / f"{number:05d}", *chosen, near=layout.near is not None)
-        for number, source in enumerate(sources(data))
-    ]
+@dataclass(frozen=True)
+class _Crew:
+    """Who does the tasks: so many workers of an engine."""
+
+    workers: int | None
+    engine: str
+
+    def do(self, work: Callable[[Any, Item], Result], common: Any, tasks: Sequence[Item]) -> list[Result]:
+        """Return what `work` makes of each task."""
+        if len(tasks) == 1:
+            return [work(common, tasks[0])]
+        processes = self.workers if self.engine != "local" else min(self.workers or 1, len(tasks))
+        return [result for _, result in sorted(run(work, common, tasks, processes, self.engine), key=_number)]
+
+
+def _number(done: tuple[int, Any]) -> int:
+    return done[0]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A build that is asked for: all that decides what it becomes. `named` is the data as a configuration names it."""
+
+    recipe: Recipe
+    layout: Layout
+    selection: Selection
+    tolerance: Tolerance
+    named: list[Any] | None
+    sources: Sequence[FileSource | MemorySource]
+
+    def tasks(self, home: Path) -> list[Task]:
+        """Return the tasks by which the data is read, with their folders in `home`."""
+        chosen, near = (self.selection.where, self.selection.limit), self.layout.near is not None
+        return [Task(source, home, number, *chosen, near) for number, source in enumerate(self.sources)]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the manifest says of it, but for the sources."""
+        chosen = {"where": self.selection.where, "limit": self.selection.limit}
+        return {**self.recipe.describe(), **asdict(self.layout), **chosen}
+
+    def request(self, keys: Sequence[str | None]) -> str | None:
+        """Return the hash of all that decides every byte of it, where the keys of its shards do."""
+        if not all(keys) or self.selection.limit:
+            return None
+        shares = [(one.split, one.share, one.place) for one in self.sources]
+        return cache.key_of([self.options, shares, asdict(self.tolerance), self.named, cache.code(), keys])
+
+
+def _built_before(wanted: _Wanted, target: Path, crew: _Crew) -> Report | None:
+    """Return the report of the build that is there already, if it is this one, to the last bit."""
     try:
-        results = _run(recipe, tasks, workers, engine, progress)
+        manifest = store.read_manifest(target)
+    except InputRefused:
+        return None
+    # To look at all the data takes its time: only where nothing else says that something has changed.
+    options = {name: value for name, value in manifest["options"].items() if name != "sources"}
+    if manifest["request"] is None or options != json.loads(json.dumps(wanted.options)):
+        return None
+    tasks = wanted.tasks(target)
+    if not all(map(_is_file, tasks)):
+        return None
+    local = crew.engine == "local"
+    keys = [key_of(wanted.recipe, task) for task in tasks] if local else crew.do(key_of, wanted.recipe, tasks)
+    if wanted.request(keys) != manifest["request"] or store.verify(target):
+        return None
+    return Report.of(json.loads((target / "report.json").read_bytes()))
+
+
+def _build(wanted: _Wanted, place: atomic.Workplace, crew: _Crew, progress: Progress | None) -> Report:
+    began, folder = time.monotonic(), place.new
+    recipe, layout = wanted.recipe, wanted.layout
+    tasks = wanted.tasks(place.shards)
+    try:
+        results = _run(recipe, tasks, crew, progress)
     except EngineDiffers as differs:
         # What one text shows may be so for others: all is done again.
         _check_rereadable(tasks, str(differs))
-        shutil.rmtree(shards)
         cache.clear()
-        results = _run(recipe, [replace(task, trusted=False) for task in tasks], workers, engine, progress)
-    tasks = [result.task for result in results]
-    ledgers = tuple(result.ledger for result in results)
-    rejects = [reject for result in results for reject in result.rejects]
-    tolerance.judge(ledgers, rejects)
-    examples = store.Examples.open([task.folder for task in tasks])
-    for result, lengths in zip(results, _lengths_by_shard(examples, len(tasks)), strict=True):
-        result.ledger.check(len(lengths), int(lengths.sum()), len(result.rejects))
-    splits = {}
-    laid = lay_out(_facts(examples, tasks, layout), layout)
+        results = _run(recipe, [replace(task, trusted=False) for task in tasks], crew, progress)
+    joined = Joined(results)
+    wanted.tolerance.judge(joined.ledgers, joined.rejects)
+    laid = lay_out(_facts(joined, layout), layout)
     if not len(laid.splits["train"]):
         why = ", ".join(_left_out(laid, layout)) or "the sources have none, or none that their shares have room for"
         raise InputRefused("nothing_built", f"no row was left to train on: {why}")
-    named = [(task.source.path, task.source.split or "train") for task in tasks]
+    disk.mkdir(folder)
+    written, splits = list[store.Written](), dict[str, dict[str, Any]]()
     for name, members in laid.splits.items():
-        splits[name] = _write_split(folder, name, examples, members, layout, named)
-    shutil.rmtree(shards)
-    cache.tidy()
-    options = {
-        **recipe.describe(),
-        **asdict(layout),
-        **dict(zip(("where", "limit"), chosen, strict=True)),
-        "sources": [{"split": task.source.split, **task.source.share._asdict()} for task in tasks],
-    }
-    fingerprint = _fingerprint(options, results)
+        splits[name], files = _write_split(folder, name, joined, members, layout, crew)
+        written += files
+    options = {**wanted.options, "sources": [{"split": one.split, **one.share._asdict()} for one in joined.sources]}
+    fingerprint = _fingerprint(options, joined)
     report = Report(
-        ledgers,
+        joined.ledgers,
         splits,
-        (*notes_of(ledgers, recipe), *_left_out(laid, layout), *_named_otherwise(tasks)),
-        tuple(str(reject) for reject in rejects[:20]),
+        (*notes_of(joined.ledgers, recipe), *_left_out(laid, layout), *_named_otherwise(joined.sources)),
+        tuple(map(str, islice(joined.rejects(), 20))),
         fingerprint,
-        {**options, **asdict(tolerance), "data": _named(data)},
+        {**options, **asdict(wanted.tolerance), "data": wanted.named},
         round(time.monotonic() - began, 3),
         ", ".join(dict.fromkeys(result.engine for result in results)),
     )
-    store.write_rejects(folder / "rejects.jsonl", rejects)
-    store.write_json(folder / "dataset_dict.json", {"splits": list(splits)})
+    store.write_rejects(folder / "rejects.jsonl", joined.rejects())
+    disk.write_json(folder / "dataset_dict.json", {"splits": list(splits)})
     # How long it took, and who did it, is no part of what was built: equal builds are equal files.
-    store.write_json(folder / "report.json", {**report.as_dict(), "seconds": None, "engine": None})
-    files = {name: [f"{name}/{one.name}" for one in sorted((folder / name).glob("data-*.arrow"))] for name in splits}
-    (folder / "README.md").write_text(card(report, recipe, files), encoding="utf-8")
-    store.write_manifest(folder, {"ftdata": __version__, "fingerprint": fingerprint, "options": options})
+    disk.write_json(folder / "report.json", {**report.as_dict(), "seconds": None, "engine": None})
+    names = {name: [f"{name}/{one.path.name}" for one in written if one.path.parent.name == name] for name in splits}
+    disk.write(folder / "README.md", card(report, recipe, names).encode())
+    about = {"ftdata": __version__, "fingerprint": fingerprint, "options": options}
+    store.write_manifest(folder, {**about, "request": wanted.request([one.key for one in results])}, written)
+    cache.tidy()
     return report
 
 
-def _run(
-    recipe: Recipe, tasks: Sequence[Task], workers: int | None, engine: str, progress: Progress | None
-) -> list[ShardResult]:
-    results: list[ShardResult] = []
+def _run(recipe: Recipe, tasks: Sequence[Task], crew: _Crew, progress: Progress | None) -> list[ShardResult]:
+    results: dict[int, ShardResult] = {}
     limited = any(task.limit for task in tasks)
     # What is in memory, or comes through a pipe, is here alone; how many rows are wanted, the tasks before say.
     sizes = [task.source.size for task in tasks]
     alone = limited or not all(map(_is_file, tasks))
-    processes = 1 if alone else min(workers or 1, len(tasks), 1 + sum(sizes) // BYTES_PER_WORKER)
-    # Within this process progress is told per batch; worker processes are told of when a shard is done.
-    here = processes == 1
+    engine, workers = ("local", 1) if alone else (crew.engine, crew.workers)
+    if engine == "local":
+        workers = min(workers or 1, len(tasks), 1 + sum(sizes) // BYTES_PER_WORKER)
+    # Within this process progress is told per batch; others tell of what they have done when a shard is.
+    here = engine == "local" and workers == 1
 
     def told(rows: int, tokens: int, share: float | None) -> None:
         assert progress
-        size = sizes[len(results)] * (share or 0.0) if len(results) < len(sizes) else 0
-        whole = (sum(sizes[: len(results)]) + size) / max(sum(sizes), 1)
-        counted = [result.ledger for result in results]
+        at = len(results)
+        size = sizes[at] * (share or 0.0) if at < len(sizes) else 0
+        whole = (sum(sizes[number] for number in results) + size) / max(sum(sizes), 1)
+        counted = [result.ledger for result in results.values()]
         done = sum(one.read for one in counted) + rows, sum(one.tokens_kept for one in counted) + tokens
         progress(*done, whole or share or None)
 
-    work = partial(build_shard, recipe, progress=told if here and progress else None)
-    for result in run(work, _limited(tasks, results) if limited else tasks, processes, engine):
-        results.append(result)
+    work = partial(build_shard, progress=told if here and progress else None)
+    for number, result in run(work, recipe, _limited(tasks, results) if limited else tasks, workers, engine):
+        results[number] = result
         if progress:
             told(0, 0, None)
-    return results
+    return [results[number] for number in sorted(results)]
 
 
 def _is_file(task: Task) -> bool:
@@ -341,23 +401,19 @@ def _named(data: Any) -> list[Any] | None:
     return named if len(named) == len(places) else None
 
 
-def _limited(tasks: Sequence[Task], results: Sequence[ShardResult]) -> Iterator[Task]:
+def _limited(tasks: Sequence[Task], results: Mapping[int, ShardResult]) -> Iterator[Task]:
     """Yield the tasks that still have rows to read, of the limit of each place and split, as results come in."""
     for task in tasks:
         own = task.source.place, task.source.split
-        before = [one.ledger for one in results if (one.task.source.place, one.task.source.split) == own]
+        before = [one.ledger for one in results.values() if (one.task.source.place, one.task.source.split) == own]
         left = (task.limit or 0) - sum(ledger.read - ledger.passed for ledger in before)
         if left > 0:
             yield replace(task, limit=left)
 
 
-def _lengths_by_shard(examples: store.Examples, shards: int) -> list[NDArray[np.int64]]:
-    lengths = examples.lengths
-    return [lengths[examples.shard == number] for number in range(shards)]
-
-
-def _facts(examples: store.Examples, tasks: Sequence[Task], layout: Layout) -> Facts:
-    near = layout.near
+def _facts(joined: Joined, layout: Layout) -> Facts:
+    near, examples = layout.near, joined.examples
+    tasks = [result.task for result in joined.results]
     splits = [task.source.split for task in tasks]
     content: NDArray[np.generic] = np.broadcast_to(np.int8(0), len(examples.lengths))
     asked = content
@@ -366,9 +422,9 @@ def _facts(examples: store.Examples, tasks: Sequence[Task], layout: Layout) -> F
         content = contents = examples.contents
         asked = np.ascontiguousarray(contents.view("S8").reshape(-1, 3)[:, :2]).view("S16").ravel()
     if near is not None:
-        minhashes = np.concatenate([store.minhashes(task.folder, similar.SIZE) for task in tasks])
-        content = similar.united(similar.first_alike(minhashes, near), contents)
-        asked = similar.united(similar.groups(minhashes, near), asked)
+        said = np.concatenate([minhashes(folder, similar.SIZE) for folder in examples.folders])
+        content = similar.united(similar.first_alike(said, near), contents)
+        asked = similar.united(similar.groups(said, near), asked)
     return Facts(
         source=examples.shard,
         row=examples.column("row"),
@@ -382,36 +438,35 @@ def _facts(examples: store.Examples, tasks: Sequence[Task], layout: Layout) -> F
 
 
 def _write_split(
-    folder: Path,
-    name: str,
-    examples: store.Examples,
-    members: NDArray[np.int64],
-    layout: Layout,
-    sources: Sequence[tuple[str, str]],
-) -> dict[str, Any]:
+    folder: Path, name: str, joined: Joined, members: NDArray[np.int64], layout: Layout, crew: _Crew
+) -> tuple[dict[str, Any], list[store.Written]]:
+    examples = joined.examples
     lengths = examples.lengths[members]
     if layout.packing and layout.max_length:
-        plan = best_fit_decreasing(lengths, layout.max_length)
+        plan = packed(lengths, layout.max_length)
         fill = float(lengths.sum() / (len(plan) * layout.max_length)) if len(plan) else 0.0
     else:
         plan, fill = unpacked(len(members)), None
-    store.write_split(folder, name, examples, members, plan)
+    disk.mkdir(folder / name)
+    written = crew.do(store.write_packs, None, list(store.pack_files(folder, name, examples, members, plan)))
+    store.write_split(folder, name, examples, members, plan, [one.path for one in written])
     trained = examples.column("trained")[members]
-    shard = examples.shard[members]
-    each = {"examples": None, "tokens": lengths, "trained": trained}
-    of_source = {name: np.bincount(shard, counts, len(sources)).astype(int).tolist() for name, counts in each.items()}
-    return {
+    source = np.asarray(joined.of)[examples.shard[members]]
+    each, count = {"examples": None, "tokens": lengths, "trained": trained}, len(joined.sources)
+    of_source = {name: np.bincount(source, counts, count).astype(int).tolist() for name, counts in each.items()}
+    about = {
         "examples": len(members),
         "rows": len(plan),
         "tokens": int(lengths.sum()),
         "trained": int(trained.sum()),
         "fill": fill,
         "sources": [
-            {"source": source, **dict(zip(each, counts, strict=True))}
-            for (source, split), *counts in zip(sources, *of_source.values(), strict=True)
-            if counts[0] or split == name
+            {"source": one.path, **dict(zip(each, counts, strict=True))}
+            for one, *counts in zip(joined.sources, *of_source.values(), strict=True)
+            if counts[0] or (one.split or "train") == name
         ],
     }
+    return about, written
 
 
 def _left_out(laid: Laid, layout: Layout) -> Iterator[str]:
@@ -424,18 +479,19 @@ def _left_out(laid: Laid, layout: Layout) -> Iterator[str]:
         yield f"test holds fewer rows than {layout.test_size}: equal ones stay together"
 
 
-def _named_otherwise(tasks: Sequence[Task]) -> Iterator[str]:
-    plain = [task.source.path for task in tasks if isinstance(task.source, FileSource) and task.source.split is None]
+def _named_otherwise(found: Sequence[FileSource | MemorySource]) -> Iterator[str]:
+    plain = [one.path for one in found if isinstance(one, FileSource) and one.split is None]
     if others := [path for path in plain if split_of(Path(path).name) not in (None, "train")]:
         yield f"trained on, though named as of another split: {', '.join(others[:5])}"
 
 
-def _fingerprint(options: Mapping[str, Any], results: Sequence[ShardResult]) -> str:
+def _fingerprint(options: Mapping[str, Any], joined: Joined) -> str:
     # Names of files and folders decide nothing.
     nameless = {
         **options,
         "tokenizer": options["tokenizer"]["fingerprint"],
         "template": {**options["template"], "name": None},
     }
-    parts = {"ftdata": __version__, "options": nameless, "content": [result.content for result in results]}
+    content = [joined.examples.content, [ledger.examples for ledger in joined.ledgers]]
+    parts = {"ftdata": __version__, "options": nameless, "content": content}
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())

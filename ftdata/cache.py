@@ -1,6 +1,6 @@
 """The second time: shards that were built before, and tokens that texts were made into, are taken from a folder.
 
-    DIR/shards/KEY/         what a shard's folder holds, and result.json; KEY is the hash of all that decides it
+    DIR/shards/KEY/         what a shard's folder holds; KEY is the hash of all that decides it
     DIR/texts/KEY/PART/     hashes, bounds, ids and offsets of texts; KEY is the hash of a source and a tokenizer
 
 DIR is `FTDATA_CACHE`, else `ftdata` in `XDG_CACHE_HOME` or `~/.cache`; with `FTDATA_CACHE=off` there is none. It is a
@@ -26,6 +26,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from ftdata import atomic, disk
 from ftdata.batches import Encoded, Encodings
 
 _MOST_OF_DISK = 10
@@ -49,8 +50,7 @@ def code() -> str:
     """Return a hash of this package as it is installed: with other code, nothing is the same."""
     package = Path(__file__).parent
     files = sorted(path for kind in ("*.py", "*.jinja") for path in package.rglob(kind))
-    stamps = [(str(path.relative_to(package)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return key_of(stamps)
+    return key_of([(str(path.relative_to(package)), disk.digest(path)) for path in files])
 
 
 def key_of(parts: Any) -> str:
@@ -58,69 +58,35 @@ def key_of(parts: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
 
 
-def content_of(path: str | Path) -> str:
-    """Return the hash of a file's bytes."""
-    found = xxhash.xxh3_128()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(1 << 22):
-            found.update(chunk)
-    return str(found.hexdigest())
-
-
 def find(kind: str, key: str, target: Path) -> dict[str, Any] | None:
     """Put the files of an entry into the folder `target`, and return its result; `None` where there is none."""
     folder = root()
-    if folder is None:
+    if folder is None or not (entry := folder / kind / key).is_dir():
         return None
-    entry = folder / kind / key
-    with suppress(OSError, ValueError):
-        known: dict[str, Any] = json.loads((entry / "result.json").read_text(encoding="utf-8"))
-        if _copied(entry, target) == known["files"]:
+    with suppress(OSError):
+        result = atomic.sealed(entry)
+        if result is not None:
+            disk.remove(target)
+            _copy(entry, target)
             os.utime(entry)
-            return dict(known["result"])
+            return result
         shutil.rmtree(entry)
-    shutil.rmtree(target, ignore_errors=True)
     return None
 
 
-def keep(kind: str, key: str, source: Path, result: dict[str, Any]) -> None:
-    """Remember the files of a folder, and its result, under a key."""
+def keep(kind: str, key: str, source: Path) -> None:
+    """Remember a folder that was sealed under a key."""
     folder = root()
-    if folder is None:
-        return
-    with suppress(OSError), _new_entry(folder / kind / key) as entry:
-        known = {"files": _copied(source, entry), "result": result}
-        (entry / "result.json").write_text(json.dumps(known), encoding="utf-8")
+    if folder is not None:
+        with suppress(OSError):
+            _copy(source, folder / kind / key)
 
 
-def _copied(source: Path, target: Path) -> dict[str, str]:
-    """Have the files of one folder in another, and return their hashes.
-
-    They are the same files where that can be, since none is ever changed.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    hashes = {}
-    for path in source.iterdir():
-        if path.name == "result.json":
-            continue
-        try:
-            os.link(path, target / path.name)
-        except OSError:
-            shutil.copyfile(path, target / path.name)
-        hashes[path.name] = content_of(target / path.name)
-    return hashes
-
-
-@contextmanager
-def _new_entry(target: Path) -> Iterator[Path]:
-    """Give a folder that becomes `target` when the block ends well; if another process was faster, it vanishes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
-    try:
-        yield scratch
-        scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def _copy(source: Path, target: Path) -> None:
+    """Have the files of one folder in another; the same where that can be, since none is ever changed."""
+    with atomic.new_folder(target) as scratch:
+        for path in source.iterdir():
+            disk.link(path, scratch / path.name)
 
 
 def tidy() -> None:

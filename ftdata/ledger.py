@@ -8,7 +8,7 @@ Both are asserted in every build, against what was written; if they fail, that i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import Any
@@ -46,6 +46,20 @@ class Ledger:
             each.name: dict(value) if isinstance(value := getattr(self, each.name), Counter) else value
             for each in fields(self)
         }
+
+    @classmethod
+    def of(cls, counts: Mapping[str, Any]) -> Ledger:
+        """Return the ledger that `as_dict` gave."""
+        values: dict[str, Any] = {
+            name: Counter(value) if isinstance(value, dict) else value for name, value in counts.items()
+        }
+        return cls(**values)
+
+    def join(self, other: Ledger) -> None:
+        """Add what became of other rows of the same source."""
+        for each in fields(self)[1:]:
+            mine, theirs = getattr(self, each.name), getattr(other, each.name)
+            setattr(self, each.name, mine + theirs)
 
     def add(self, batch: Batch) -> None:
         """Count what rows became."""
@@ -131,7 +145,7 @@ class Report:
         rejects: the first rejected rows, in words.
         fingerprint: hash of everything that decides the result.
         seconds: how long the build took.
-        engine: what made the tokens; which does not change them.
+        engine: what made the tokens; which does not change them. Empty where the build was there already.
     """
 
     sources: tuple[Ledger, ...]
@@ -152,6 +166,14 @@ class Report:
     def totals(self) -> dict[str, int]:
         """The counts of all sources together."""
         return {name: self.total(name) for name in COUNTS}
+
+    @classmethod
+    def of(cls, known: Mapping[str, Any]) -> Report:
+        """Return the report that `report.json` holds; it says neither how long the build took nor who made it."""
+        own = {each.name: known[each.name] for each in fields(cls)}
+        own["sources"] = tuple(Ledger.of(one) for one in known["sources"])
+        tuples = {name: tuple(own[name]) for name in ("notes", "rejects")}
+        return cls(**{**own, **tuples, "seconds": 0.0, "engine": ""})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON."""

@@ -41,6 +41,19 @@ def unpacked(count: int) -> Plan:
     return Plan(np.arange(count, dtype=np.int64), np.arange(count + 1, dtype=np.int64))
 
 
+WINDOW = 1 << 22
+"""Examples that are packed together: with more, packs would be no fuller, and would draw on tokens from everywhere."""
+
+
+def packed(lengths: NDArray[np.integer], capacity: int) -> Plan:
+    """Pack examples by `best_fit_decreasing`, as many at a time as make a window."""
+    starts = range(0, max(len(lengths), 1), WINDOW)
+    plans = [best_fit_decreasing(lengths[start : start + WINDOW], capacity) for start in starts]
+    ends = [plan.bounds[1:] + start for start, plan in zip(starts, plans, strict=True)]
+    orders = [plan.order + start for start, plan in zip(starts, plans, strict=True)]
+    return Plan(np.concatenate(orders), np.concatenate([np.zeros(1, np.int64), *ends]))
+
+
 def best_fit_decreasing(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> Plan:
     """Put examples, longest first, each into the fullest pack that still has room.
 

@@ -1,4 +1,4 @@
-"""Shards: one source becomes a folder of examples, and an account of all that was in it.
+"""Shards: one source, or a part of it, becomes a folder of examples, and an account of all that was in it.
 
 What a shard becomes hangs on its task and the recipe alone, so one that was built before is taken from the cache.
 """
@@ -6,11 +6,9 @@ What a shard becomes hangs on its task and the recipe alone, so one that was bui
 from __future__ import annotations
 
 import gc
-import stat
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -19,9 +17,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ftdata import cache, similar, store
-from ftdata.batches import Columns, ends_of
+from ftdata import atomic, cache, disk, similar
+from ftdata.batches import ends_of
+from ftdata.errors import InputRefused
 from ftdata.examples import Batch, build_batches
+from ftdata.kept import Kept, write_shard
 from ftdata.ledger import Ledger
 from ftdata.mask import masks
 from ftdata.readers import FileSource, MemorySource, readers
@@ -29,7 +29,7 @@ from ftdata.readers.select import Selection
 from ftdata.recipe import Recipe
 from ftdata.registry import is_ours
 from ftdata.schemas import schemas
-from ftdata.types import Reject, Source
+from ftdata.types import Reject, Row
 
 Progress = Callable[[int, int, float | None], None]
 """Called as the build goes on with the rows and the tokens done so far, and which share that is, where it is known."""
@@ -40,28 +40,43 @@ _PARSERS = ("jinja2", "orjson", "pyarrow", "tokenizers")
 
 @dataclass(frozen=True)
 class Task:
-    """One shard: a source, and the folder for its examples. Planned from the data alone.
+    """One shard: a source, and the folder where those of shards are. Planned from the data alone.
 
     `trusted`: whether the fast engine may encode it.
     """
 
     source: FileSource | MemorySource
-    folder: Path
+    home: Path
+    number: int
     where: str | None = None
     limit: int | None = None
     near: bool = False
     trusted: bool = True
 
+    def __str__(self) -> str:
+        span = getattr(self.source, "span", None)
+        return f"{self.source.path} {'{}-{}'.format(*span) if span else ''}".rstrip()
+
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What a shard task reports back; the examples themselves are in its folder."""
+    """What a shard task reports back; the examples themselves are in its folder.
+
+    Attributes:
+        task: the task.
+        folder: where its examples are.
+        ledger: what became of the rows.
+        lines: in how many they stood, where that is known.
+        engine: what made the tokens.
+        key: the hash of all that decides it, where that can be said.
+    """
 
     task: Task
+    folder: Path
     ledger: Ledger
-    rejects: list[Reject]
-    content: str
+    lines: int | None
     engine: str
+    key: str | None = None
 
 
 def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) -> ShardResult:
@@ -69,53 +84,49 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
 
     Raises:
         EngineDiffers: the fast engine gave other tokens than the reference; all is to be done again without.
+        InputRefused: a source cannot be read, or has changed while it was.
     """
-    stamp = _stamp(task)
-    key = _key(recipe, task) if stamp else None
-    known = cache.find("shards", key, task.folder) if key else None
-    if known is not None:
-        result = _read(known, task)
+    key = key_of(recipe, task)
+    folder = task.home / ((key or f"{task.number:06d}") + ("" if task.trusted else "-reference"))
+    known = key is not None and (atomic.sealed(folder) or cache.find("shards", key, folder))
+    if known:
+        result = _read(known, task, folder, key)
         if progress:
             progress(result.ledger.read, result.ledger.tokens_kept, 1.0)
         return result
-    with cache.texts(_texts_key(recipe, task)) if key else _nothing() as texts:
-        recipe.tokenizer.engines.known = texts
-        try:
-            result = _built(recipe, task, progress)
-        finally:
-            recipe.tokenizer.engines.known = None
-    if key and stamp == _stamp(task):
-        cache.keep("shards", key, task.folder, _written(result))
+    disk.remove(folder)
+    with atomic.new_folder(folder) as scratch:
+        with cache.texts(_texts_key(recipe, task)) if key and cache.root() else nullcontext() as texts:
+            recipe.tokenizer.engines.known = texts
+            try:
+                result = replace(_built(recipe, task, scratch, progress), folder=folder, key=key)
+            finally:
+                recipe.tokenizer.engines.known = None
+        if key != key_of(recipe, task):
+            path = task.source.path
+            raise InputRefused("file_changed", "has changed while it was read", where=path, hint="read it again")
+        atomic.seal(scratch, _written(result))
+    if key:
+        cache.keep("shards", key, folder)
     return result
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield None
+def key_of(recipe: Recipe, task: Task) -> str | None:
+    """Return the hash of all that decides what becomes of a file; `None` where that cannot be said.
 
-
-def _stamp(task: Task) -> tuple[int, int] | None:
-    """Return what tells versions of a file here apart; `None` where there is none, or nothing shall be remembered."""
-    if not isinstance(task.source, FileSource) or cache.root() is None:
-        return None
-    try:
-        found = Path(task.source.path).stat()
-    except (OSError, ValueError):
-        return None
-    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
-
-
-def _key(recipe: Recipe, task: Task) -> str | None:
-    """Return the hash of all that decides what becomes of a file; `None` where functions do that may change."""
+    It cannot of what is no file here, and where functions of the user's own decide, which may change.
+    """
     source = task.source
-    assert isinstance(source, FileSource)
+    if not isinstance(source, FileSource) or not _is_regular(source.path):
+        return None
     policy = masks.own().get(recipe.train_on) if isinstance(recipe.train_on, str) else None
     shapes = schemas.own()
     read = shapes.values() if recipe.schema == "auto" else [shapes.get(recipe.schema)]
     if not all(map(is_ours, (policy, readers.own().get(source.reader), *read))):
         return None
+    in_bytes = source.span if source.span and source.reader != "parquet" else (0, None)
     try:
-        content = cache.content_of(source.path)
+        content = disk.digest(source.path, *in_bytes)
     except OSError:
         return None
     # To which split it belongs, and how much of it is taken, is decided afterwards.
@@ -124,58 +135,67 @@ def _key(recipe: Recipe, task: Task) -> str | None:
     return cache.key_of([cache.code(), *map(version, _PARSERS), content, read_as, chosen, recipe.describe()])
 
 
+def _is_regular(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _texts_key(recipe: Recipe, task: Task) -> str:
-    return cache.key_of([version("tokenizers"), task.source.path, recipe.tokenizer.fingerprint, task.trusted])
+    source = task.source
+    span = source.span if isinstance(source, FileSource) else None
+    return cache.key_of([version("tokenizers"), source.path, span, recipe.tokenizer.fingerprint, task.trusted])
 
 
 def _written(result: ShardResult) -> dict[str, Any]:
     return {
         "ledger": result.ledger.as_dict(),
-        "rejects": [asdict(reject) for reject in result.rejects],
-        "content": result.content,
+        "lines": result.lines,
         "engine": result.engine,
     }
 
 
-def _read(known: dict[str, Any], task: Task) -> ShardResult:
-    counts = {each.name for each in fields(Ledger) if each.default_factory is Counter}
-    values: dict[str, Any] = {
-        name: Counter(value) if name in counts else value for name, value in known["ledger"].items()
-    }
-    ledger = Ledger(**values)
-    rejects = [
-        Reject(**{**reject, "source": Source(*reject["source"]), "lengths": tuple(reject["lengths"])})
-        for reject in known["rejects"]
-    ]
-    return ShardResult(task, ledger, rejects, known["content"], known["engine"])
+def _read(known: dict[str, Any], task: Task, folder: Path, key: str | None) -> ShardResult:
+    ledger = Ledger.of(known["ledger"])
+    return ShardResult(task, folder, ledger, known["lines"], known["engine"], key)
 
 
-def _built(recipe: Recipe, task: Task, progress: Progress | None) -> ShardResult:
+class _Counted:
+    """Rows, and then in how many lines they stood."""
+
+    lines: int | None = None
+
+    def __init__(self, rows: Iterator[Row | Reject]) -> None:
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[Row | Reject]:
+        if isinstance(self._rows, Generator):
+            self.lines = yield from self._rows
+        else:
+            yield from self._rows
+
+
+def _built(recipe: Recipe, task: Task, folder: Path, progress: Progress | None) -> ShardResult:
     ledger = Ledger(task.source.path)
-    rejects: list[Reject] = []
     engines = recipe.tokenizer.engines
     engines.trusted, engines.retried = engines.trusted and task.trusted, True
     engines.expect(0 if engines.known is not None and engines.known.filled else task.source.size)
-    content = xxhash.xxh3_128()
-    selection = Selection(task.where, task.limit)
+    selection, rows = Selection(task.where, task.limit), _Counted(task.source.rows())
 
-    def batches() -> Iterator[tuple[Columns, list[bytes]]]:
-        for batch in build_batches(recipe, selection.of(task.source.rows())):
+    def batches() -> Iterator[Kept]:
+        for batch in build_batches(recipe, selection.of(iter(rows))):
             ledger.add(batch)
-            rejects.extend(batch.rejects)
             hashes = _hashes(batch)
-            content.update(b"".join(hashes))
-            yield batch.columns, hashes
-            if task.near:
-                minhashes = similar.signatures(batch.conversations)
-                store.add_minhashes(task.folder, np.repeat(minhashes, batch.counts, axis=0))
+            near = np.repeat(similar.signatures(batch.conversations), batch.counts, axis=0) if task.near else None
+            yield Kept(batch.columns, hashes, batch.rejects, near)
             if progress:
                 progress(ledger.read, ledger.tokens_kept, task.source.share_before(batch.last))
 
     with _rarely_collecting():
-        store.write_shard(task.folder, batches())
+        write_shard(folder, batches())
     ledger.pass_over(selection.passed)
-    return ShardResult(task, ledger, rejects, content.hexdigest(), engines.name)
+    return ShardResult(task, folder, ledger, rows.lines, engines.name)
 
 
 @contextmanager

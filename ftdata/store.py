@@ -1,6 +1,6 @@
-"""Write: token shards while building, and the finished build, which appears whole or not at all.
+"""Write: the finished build, out of shards.
 
-    DIR/manifest.json           what this is, how it was made, a hash of every file; written last
+    DIR/manifest.json           what this is, how it was made, a hash of every file and of itself; written last
     DIR/report.json             the ledger: what was read, built, rejected, cut
     DIR/rejects.jsonl           one line per rejected row: place, code, reason, fix, raw
     DIR/README.md               the same for people; it names the files, so `datasets.load_dataset(DIR)` finds them
@@ -14,44 +14,28 @@ The folders of the splits are those that `datasets.save_to_disk` would write.
 from __future__ import annotations
 
 import json
-import mmap
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from ftdata.batches import Columns
-from ftdata.errors import InputRefused, StorageError, UsageError
+from ftdata import disk
+from ftdata.arrays import int32, int64
+from ftdata.errors import InputRefused, UsageError
+from ftdata.kept import Examples, Mapped
 from ftdata.pack import Plan
 from ftdata.types import IGNORE_INDEX, Reject
 
-FORMAT = 2
+FORMAT, _SEAL = 3, "xxh3_128"
 _TOKENS_PER_FILE, _TOKENS_PER_BATCH, _ROWS_PER_GROUP = 1 << 27, 1 << 20, 1 << 16
 
-_EXAMPLES = pa.schema(
-    [
-        ("source", pa.string()),
-        ("row", pa.int64()),
-        ("line", pa.int64()),
-        ("tokens", pa.int64()),
-        ("trained", pa.int64()),
-        ("cut", pa.int64()),
-        ("flags", pa.list_(pa.string())),
-        ("content", pa.binary(24)),
-    ]
-)
 _PACKS = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
@@ -61,147 +45,44 @@ _PACKS = pa.schema(
 )
 
 
-def write_shard(folder: Path, batches: Iterable[tuple[Columns, Sequence[bytes]]]) -> None:
-    """Write the examples of one shard: flat token ids and trained bits, and a table of the examples.
-
-    With each example comes the hash of what its row became: 16 bytes of the tokens, 8 of the labels.
-    """
-    folder.mkdir(parents=True)
-    with ExitStack() as stack:
-        ids = stack.enter_context((folder / "ids.i32").open("wb"))
-        trained = stack.enter_context((folder / "trained.b8").open("wb"))
-        table = stack.enter_context(pa.ipc.new_file(str(folder / "examples.arrow"), _EXAMPLES))
-        for columns, hashes in batches:
-            ids.write(columns.ids.data)
-            trained.write(columns.trained.data)
-            if hashes:
-                table.write_batch(_table_batch(columns, hashes))
-
-
-def _table_batch(examples: Columns, hashes: Sequence[bytes]) -> pa.RecordBatch:
-    flags = [sorted(each) if each else () for each in examples.flags]
-    columns = [
-        _strings([source.path for source in examples.sources]),
-        _int64([source.row for source in examples.sources]),
-        _int64([source.line for source in examples.sources]),
-        _int64(examples.lengths),
-        _int64(examples.learnt),
-        _int64(examples.cut),
-        pa.ListArray.from_arrays(_ends(map(len, flags)), _strings([flag for each in flags for flag in each])),
-        pa.Array.from_buffers(pa.binary(24), len(hashes), [None, pa.py_buffer(b"".join(hashes))]),
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=_EXAMPLES)
-
-
-def add_minhashes(folder: Path, values: NDArray[np.uint32]) -> None:
-    """Add the MinHashes (`[examples, ...]`) of what a shard's next examples say."""
-    with (folder / "minhashes.u32").open("ab") as file:
-        file.write(values.tobytes())
-
-
-def minhashes(folder: Path, size: int) -> NDArray[np.uint32]:
-    """Return the MinHashes of a shard's examples: uint32 `[examples, size]`."""
-    path = folder / "minhashes.u32"
-    return _mapped(path, np.uint32)[0].reshape(-1, size) if path.exists() else np.empty((0, size), np.uint32)
-
-
 @dataclass(frozen=True)
-class Examples:
-    """All examples of a build, before packing: memory-mapped shards and one table.
+class PackFile:
+    """One file of packs, to be written out of shards; what is written hangs on this alone.
 
-    `shard` and `start` (int64 `[examples]`) say in which shard, and from which token on, an example stands.
+    Attributes:
+        path: the file.
+        shards: the folders in which its examples stand.
+        shard: int32 `[examples]`, the number of the folder, in the order of the packs.
+        start: int64 `[examples]`, from which token of the shard on each stands.
+        lengths: int32 `[examples]`.
+        bounds: int64 `[packs + 1]`, where the examples of each pack begin.
+        batches: the first pack of each batch, and the last one's end.
     """
 
-    ids: tuple[NDArray[np.int32], ...] = field(repr=False)
-    trained: tuple[NDArray[np.bool_], ...] = field(repr=False)
-    table: pa.Table = field(repr=False)
-    shard: NDArray[np.int64] = field(repr=False)
+    path: Path
+    shards: Sequence[Path]
+    shard: NDArray[np.int32] = field(repr=False)
     start: NDArray[np.int64] = field(repr=False)
-    maps: tuple[mmap.mmap, ...] = field(repr=False)
+    lengths: NDArray[np.int32] = field(repr=False)
+    bounds: NDArray[np.int64] = field(repr=False)
+    batches: Sequence[int] = field(repr=False)
 
-    @classmethod
-    def open(cls, folders: Sequence[Path]) -> Examples:
-        """Open the shards that `write_shard` wrote."""
-        tables = [pa.ipc.open_file(pa.memory_map(str(folder / "examples.arrow"))).read_all() for folder in folders]
-        lengths = [_numbers(table["tokens"]) for table in tables]
-        ids = [_mapped(folder / "ids.i32", np.int32) for folder in folders]
-        trained = [_mapped(folder / "trained.b8", np.bool_) for folder in folders]
-        return cls(
-            ids=tuple(values for values, _ in ids),
-            trained=tuple(values for values, _ in trained),
-            table=pa.concat_tables(tables) if tables else _EXAMPLES.empty_table(),
-            shard=np.repeat(np.arange(len(folders)), [len(each) for each in lengths]),
-            start=np.concatenate([np.cumsum(each) - each for each in lengths] or [np.empty(0, np.int64)]),
-            maps=tuple(own for _, own in (*ids, *trained) if own is not None),
-        )
-
-    def forget(self) -> None:
-        """Give back the memory of the tokens that were read; they are read again where somebody asks."""
-        for own in self.maps:
-            if hasattr(mmap, "MADV_DONTNEED"):
-                own.madvise(mmap.MADV_DONTNEED)
-
-    @cached_property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each example (int64 `[examples]`)."""
-        return self.column("tokens")
-
-    def column(self, name: str) -> NDArray[np.int64]:
-        """Return a column of whole numbers of the table (int64 `[examples]`)."""
-        return _numbers(self.table[name])
-
-    @cached_property
-    def contents(self) -> NDArray[np.bytes_]:
-        """The hash of what each example's row became (24 bytes each, `[examples]`)."""
-        chunks = [
-            np.frombuffer(chunk.buffers()[1], np.dtype("S24"))[chunk.offset : chunk.offset + len(chunk)]
-            for chunk in self.table["content"].chunks
-            if len(chunk)
-        ]
-        return np.concatenate(chunks) if chunks else np.empty(0, "S24")
-
-    def gather(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Return the ids and the labels of the examples, one after the other (int32 `[tokens]` each)."""
-        runs = self._runs(indices)
-        ids = _joined([self.ids[shard][first:last] for shard, first, last in runs])
-        trained = _joined([self.trained[shard][first:last] for shard, first, last in runs])
-        return ids, np.where(trained, ids, np.int32(IGNORE_INDEX))
-
-    def _runs(self, indices: NDArray[np.int64]) -> list[tuple[int, int, int]]:
-        """Return where the examples stand, as shard and tokens `[first, last)`; those that adjoin are one run."""
-        shard, first = self.shard[indices], self.start[indices]
-        last = first + self.lengths[indices]
-        apart = np.ones(len(indices) + 1, dtype=np.bool_)
-        apart[1:-1] = (shard[1:] != shard[:-1]) | (first[1:] != last[:-1])
-        begins = np.flatnonzero(apart)
-        return list(
-            zip(shard[begins[:-1]].tolist(), first[begins[:-1]].tolist(), last[begins[1:] - 1].tolist(), strict=True)
-        )
+    def __str__(self) -> str:
+        return str(self.path)
 
 
-def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+class Written(NamedTuple):
+    """A file that was written: its bytes and its hash, as the manifest has them."""
+
+    path: Path
+    bytes: int
+    xxh3_128: str
 
 
-def _numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    chunks = [
-        np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk)]
-        for chunk in column.chunks
-        if len(chunk)
-    ]
-    return np.concatenate(chunks) if chunks else np.empty(0, np.int64)
-
-
-def _mapped(path: Path, dtype: type[np.generic]) -> tuple[NDArray[Any], mmap.mmap | None]:
-    with path.open("rb") as file:
-        if not path.stat().st_size:
-            return np.empty(0, dtype), None
-        own = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.frombuffer(own, dtype), own
-
-
-def write_split(folder: Path, split: str, examples: Examples, members: NDArray[np.int64], plan: Plan) -> None:
-    """Write one split in the layout of `datasets.save_to_disk`, and its provenance.
+def pack_files(
+    folder: Path, split: str, examples: Examples, members: NDArray[np.int64], plan: Plan
+) -> Iterator[PackFile]:
+    """Yield the files of one split, which can be written in any order, anywhere.
 
     Args:
         folder: the build's folder.
@@ -210,25 +91,90 @@ def write_split(folder: Path, split: str, examples: Examples, members: NDArray[n
         members: int64, the examples of this split; `plan` counts within them.
         plan: which of them share a row.
     """
-    target = folder / split
-    target.mkdir()
-    lengths = examples.lengths
-    order = members[plan.order]
-    bounds = plan.bounds
-    sizes = np.diff(np.concatenate(([0], np.cumsum(lengths[order])))[bounds])
+    order, bounds = members[plan.order], plan.bounds
+    sizes = np.diff(np.concatenate(([0], np.cumsum(examples.lengths[order])))[bounds])
     before = np.cumsum(sizes) - sizes
-    batches = np.flatnonzero(np.diff(before // _TOKENS_PER_BATCH, prepend=-1, append=-1)).tolist()
+    batches = np.flatnonzero(np.diff(before // _TOKENS_PER_BATCH, prepend=-1, append=-1))
     file_of = before[batches[:-1]] // _TOKENS_PER_FILE
-    names = []
     for number in range(int(file_of[-1]) + 1 if len(file_of) else 1):
-        name = f"data-{number:05d}.arrow"
-        names.append(name)
-        with pa.ipc.new_stream(str(target / name), _PACKS) as writer:
-            for one in np.flatnonzero(file_of == number).tolist():
-                writer.write_batch(_pack_batch(examples, order, bounds[batches[one] : batches[one + 1] + 1]))
-                examples.forget()
+        own = np.flatnonzero(file_of == number)
+        packs = batches[own[0] : own[-1] + 2] if len(own) else np.zeros(1, np.int64)
+        chosen = order[bounds[packs[0]] : bounds[packs[-1]]]
+        used, shard = np.unique(examples.shard[chosen], return_inverse=True)
+        yield PackFile(
+            folder / split / f"data-{number:05d}.arrow",
+            [examples.folders[one] for one in used.tolist()],
+            shard.astype(np.int32),
+            examples.start[chosen],
+            examples.lengths[chosen].astype(np.int32),
+            bounds[packs[0] : packs[-1] + 1] - bounds[packs[0]],
+            (packs - packs[0]).tolist(),
+        )
+
+
+def write_packs(_: None, file: PackFile) -> Written:
+    """Write one file of packs: labels are the ids where they are trained, else -100."""
+    with disk.create(file.path) as sink, pa.ipc.new_stream(sink, _PACKS) as writer:
+        for first, last in zip(file.batches[:-1], file.batches[1:], strict=True):
+            writer.write_batch(_pack_batch(file, first, last))
+    # Another build may have shards of these names.
+    _tokens.cache_clear()
+    return Written(file.path, file.path.stat().st_size, disk.digest(file.path))
+
+
+def _pack_batch(file: PackFile, first: int, last: int) -> pa.RecordBatch:
+    bounds = file.bounds[first : last + 1]
+    own = slice(int(bounds[0]), int(bounds[-1]))
+    lengths = file.lengths[own]
+    tokens = {shard: _tokens(file.shards[shard]) for shard in np.unique(file.shard[own]).tolist()}
+    runs = list(_runs(file.shard[own], file.start[own], lengths))
+    ids = _joined([tokens[shard].ids.values[a:b] for shard, a, b in runs])
+    trained = _joined([tokens[shard].trained.values[a:b] for shard, a, b in runs])
+    in_pack = int32(bounds - bounds[0])
+    in_tokens = int32(np.concatenate(([0], np.cumsum(lengths)))[bounds - bounds[0]])
+    columns = [
+        pa.ListArray.from_arrays(in_tokens, int32(ids)),
+        pa.ListArray.from_arrays(in_tokens, int32(np.where(trained, ids, np.int32(IGNORE_INDEX)))),
+        pa.ListArray.from_arrays(in_pack, int32(lengths)),
+    ]
+    for one in tokens.values():
+        one.ids.forget()
+        one.trained.forget()
+    return pa.RecordBatch.from_arrays(columns, schema=_PACKS)
+
+
+class _Tokens(NamedTuple):
+    ids: Mapped
+    trained: Mapped
+
+
+@lru_cache(maxsize=256)
+def _tokens(shard: Path) -> _Tokens:
+    return _Tokens(Mapped.of(shard / "ids.i32", np.int32), Mapped.of(shard / "trained.b8", np.bool_))
+
+
+def _runs(
+    shard: NDArray[np.int32], first: NDArray[np.int64], lengths: NDArray[np.int32]
+) -> Iterator[tuple[int, int, int]]:
+    """Yield where examples stand, as shard and tokens `[first, last)`; those that adjoin are one run."""
+    last = first + lengths
+    apart = np.ones(len(shard) + 1, dtype=np.bool_)
+    apart[1:-1] = (shard[1:] != shard[:-1]) | (first[1:] != last[:-1])
+    begins = np.flatnonzero(apart)
+    yield from zip(shard[begins[:-1]].tolist(), first[begins[:-1]].tolist(), last[begins[1:] - 1].tolist(), strict=True)
+
+
+def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def write_split(
+    folder: Path, split: str, examples: Examples, members: NDArray[np.int64], plan: Plan, files: Iterable[Path]
+) -> None:
+    """Write what goes with the files of a split, in the layout of `datasets.save_to_disk`, and its provenance."""
+    target = folder / split
     state: dict[str, Any] = {
-        "_data_files": [{"filename": name} for name in names],
+        "_data_files": [{"filename": file.name} for file in files],
         "_fingerprint": "",
         "_format_columns": None,
         "_format_kwargs": {},
@@ -236,66 +182,25 @@ def write_split(folder: Path, split: str, examples: Examples, members: NDArray[n
         "_output_all_columns": False,
         "_split": split,
     }
-    write_json(target / "state.json", state)
-    write_json(target / "dataset_info.json", {})
+    disk.write_json(target / "state.json", state)
+    disk.write_json(target / "dataset_info.json", {})
+    order = members[plan.order]
     table = examples.table.drop_columns(["content"])
-    packs = np.repeat(np.arange(len(plan), dtype=np.int32), np.diff(bounds))
+    packs = np.repeat(np.arange(len(plan), dtype=np.int32), np.diff(plan.bounds))
     # To take rows imports what costs more than a small build.
     as_given = np.array_equal(order, np.arange(len(table)))
-    with pq.ParquetWriter(target / "provenance.parquet", table.schema.append(pa.field("pack", pa.int32()))) as writer:
+    schema = table.schema.append(pa.field("pack", pa.int32()))
+    with disk.create(target / "provenance.parquet") as sink, pq.ParquetWriter(sink, schema) as writer:
         for at in range(0, len(order), _ROWS_PER_GROUP):
             some = order[at : at + _ROWS_PER_GROUP]
-            taken = table.slice(at, len(some)) if as_given else table.take(_int64(some.tolist()))
-            writer.write_table(taken.append_column("pack", _int32(packs[at : at + len(some)])))
-
-
-def _pack_batch(examples: Examples, order: NDArray[np.int64], bounds: NDArray[np.int64]) -> pa.RecordBatch:
-    chosen = order[bounds[0] : bounds[-1]]
-    ids, labels = examples.gather(chosen)
-    lengths = examples.lengths[chosen]
-    in_pack = _int32(bounds - bounds[0])
-    in_tokens = _int32(np.concatenate(([0], np.cumsum(lengths)))[bounds - bounds[0]])
-    columns = [
-        pa.ListArray.from_arrays(in_tokens, _int32(ids)),
-        pa.ListArray.from_arrays(in_tokens, _int32(labels)),
-        pa.ListArray.from_arrays(in_pack, _int32(lengths)),
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=_PACKS)
-
-
-# `pa.array` and `to_numpy` import pandas, which costs more than most builds: so arrays are made of buffers.
-
-
-def _int32(values: NDArray[np.integer]) -> pa.Array:
-    data = np.ascontiguousarray(values, dtype=np.int32)
-    return pa.Array.from_buffers(pa.int32(), len(data), [None, pa.py_buffer(data)])
-
-
-def _int64(values: NDArray[np.int64] | Sequence[int | None]) -> pa.Array:
-    known = None
-    if not isinstance(values, np.ndarray) and None in values:
-        known = pa.py_buffer(np.packbits([value is not None for value in values], bitorder="little"))
-        values = [value or 0 for value in values]
-    data = np.ascontiguousarray(values, dtype=np.int64)
-    return pa.Array.from_buffers(pa.int64(), len(data), [known, pa.py_buffer(data)])
-
-
-def _strings(values: Sequence[str]) -> pa.Array:
-    # Most are the name of one file, again and again.
-    spelled = {value: value.encode("utf-8", "backslashreplace") for value in set(values)}
-    data = [spelled[value] for value in values]
-    buffers = [None, _ends(map(len, data)).buffers()[1], pa.py_buffer(b"".join(data))]
-    return pa.Array.from_buffers(pa.string(), len(data), buffers)
-
-
-def _ends(sizes: Iterable[int]) -> pa.Array:
-    """Return where each of several lists ends, after a 0."""
-    return _int32(np.cumsum([0, *sizes]))
+            taken = table.slice(at, len(some)) if as_given else table.take(int64(some))
+            taken = examples.placed(taken, examples.shard[some])
+            writer.write_table(taken.append_column("pack", int32(packs[at : at + len(some)])))
 
 
 def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
     """Write one JSON line per rejected row."""
-    with path.open("wb") as file:
+    with disk.create(path) as file:
         for reject in rejects:
             record = {
                 "file": reject.source.path,
@@ -309,74 +214,12 @@ def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
             file.write(text + b"\n")
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file, keys in the order given."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Give a folder to write into, which becomes `target` when the block ends well, and vanishes otherwise.
-
-    An older build at `target` stays whole until the new one is complete on disk.
+def check_target(target: Path) -> None:
+    """Refuse a target that holds anything but a build: it is about to be replaced.
 
     Raises:
-        UsageError: `target` holds something that is no build of ftdata.
-        StorageError: the disk refuses; the message names the path.
+        UsageError: it does; the message names what.
     """
-    _refuse_foreign(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent))
-    except OSError as error:
-        raise StorageError("write", f"cannot write beside {target}: {error.strerror}") from None
-    try:
-        yield folder
-        folder.chmod(0o777 & ~_umask())
-        _sync(folder)
-        old = folder.with_suffix(".old")
-        if target.exists():
-            target.replace(old)
-        folder.replace(target)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError("write", f"cannot write {target}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def new_file(target: Path) -> Iterator[Path]:
-    """Give a file to write into, which becomes `target` when the block ends well, and vanishes otherwise.
-
-    Raises:
-        StorageError: the disk refuses; the message names the path.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}-", suffix=".tmp", dir=target.parent)
-        os.close(handle)
-    except OSError as error:
-        raise StorageError("write", f"cannot write beside {target}: {error.strerror}") from None
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError("write", f"cannot write {target}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _refuse_foreign(target: Path) -> None:
-    """Refuse a target that holds anything but a build: it is about to be replaced."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     hint = "choose another output folder"
@@ -395,29 +238,22 @@ def _refuse_foreign(target: Path) -> None:
         )
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def write_manifest(folder: Path, about: Mapping[str, Any], written: Iterable[Written]) -> None:
+    """Write `manifest.json`: `about`, and size and hash (XXH3, 128 bits) of every file in the folder, and of itself.
 
-
-def _sync(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write `manifest.json`: `about`, and size and hash (XXH3, 128 bits) of every file in the folder."""
+    Of the files that are `written` both are known.
+    """
+    known = {one.path: {"bytes": one.bytes, "xxh3_128": one.xxh3_128} for one in written}
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3_128": digest(path)}
+        str(path.relative_to(folder)): known.get(path) or {"bytes": path.stat().st_size, "xxh3_128": disk.digest(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    write_json(folder / "manifest.json", {"format": FORMAT, **about, "files": files})
+    disk.write(folder / "manifest.json", _sealed({"format": FORMAT, **about, "files": files}))
+
+
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+    return disk.json_of({**manifest, _SEAL: xxhash.xxh3_128_hexdigest(disk.json_of(manifest))})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -433,9 +269,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} is no build of ftdata: it has no manifest.json",
             hint="make one with `ftdata build`",
         )
+    text = path.read_bytes()
     try:
-        manifest: dict[str, Any] = orjson.loads(path.read_bytes())
-    except orjson.JSONDecodeError as error:
+        manifest: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputRefused("damaged_build", f"{path} is damaged: {error}", hint="build again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputRefused(
@@ -443,24 +280,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} is not of format {FORMAT}, which this ftdata reads",
             hint="build again",
         )
+    manifest.pop(_SEAL, None)
+    if _sealed(manifest) != text:
+        raise InputRefused("damaged_build", f"{path} is damaged: its hash is another", hint="build again")
     return manifest
 
 
-def verify(folder: Path) -> list[str]:
-    """Return the files of a build whose content is not what the manifest says (missing ones included)."""
-    files = read_manifest(folder)["files"]
-    return [
-        name
-        for name, known in files.items()
-        if not (folder / name).is_file() or digest(folder / name) != known["xxh3_128"]
-    ]
+def verify(folder: str | Path) -> list[str]:
+    """Return the files of a build that are not as they were written: changed by a bit, cut off, or missing.
+
+    Args:
+        folder: the build.
+
+    Raises:
+        InputRefused: the folder is no build.
+    """
+    folder = Path(folder)
+    try:
+        files = read_manifest(folder)["files"]
+    except InputRefused as error:
+        if error.code != "damaged_build":
+            raise
+        return ["manifest.json"]
+    return [name for name, known in files.items() if not _is_as_known(folder / name, known)]
 
 
-def digest(path: Path) -> str:
-    """Return the XXH3 (128 bits) of a file, in hexadecimal."""
-    # A cryptographic one takes longer than packing and writing do, and would tell no more of a damaged disk.
-    found = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
+def _is_as_known(path: Path, known: Mapping[str, Any]) -> bool:
+    try:
+        return (path.stat().st_size, disk.digest(path)) == (known["bytes"], known["xxh3_128"])
+    except OSError:
+        return False

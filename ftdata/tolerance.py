@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError, one_of
 from ftdata.ledger import Ledger
@@ -57,26 +58,30 @@ class Tolerance:
             raise UsageError("max_rejects", f"max_rejects is {self.max_rejects!r}, {expected}")
         return value * rows if text.endswith("%") or 0 < value < 1 else value
 
-    def judge(self, ledgers: Sequence[Ledger], rejects: Sequence[Reject]) -> None:
+    def judge(self, ledgers: Sequence[Ledger], rejects: Callable[[], Iterable[Reject]]) -> None:
         """Refuse a run with more bad rows than are allowed, or nothing else.
 
         Raises:
             BadRows, TooManyRejects, InputRefused: as `build_sft_dataset`.
         """
-        bad = [reject for reject in rejects if reject.code not in BY_CHOICE]
+        bad = sum(ledger.rejected.total() - sum(ledger.rejected[code] for code in BY_CHOICE) for ledger in ledgers)
         rows = sum(ledger.read - ledger.passed for ledger in ledgers)
         if bad and self.on_bad_rows == "error":
             hint = "mend the rows, or go on without them: on_bad_rows='quarantine', max_rejects=..."
-            raise BadRows(len(bad), map(str, bad[:20]), hint=hint)
-        if len(bad) > self.allowed(rows):
-            listed = "\n  ".join(map(str, bad[:5]))
+            raise BadRows(bad, map(str, _first(rejects(), 20)), hint=hint)
+        if bad > self.allowed(rows):
+            listed = "\n  ".join(map(str, _first(rejects(), 5)))
             raise TooManyRejects(
                 "max_rejects",
-                f"{len(bad)} of {rows} rows are refused, max_rejects allows {int(self.allowed(rows))}:\n  {listed}\n",
+                f"{bad} of {rows} rows are refused, max_rejects allows {int(self.allowed(rows))}:\n  {listed}\n",
                 hint="mend the rows, or raise max_rejects",
             )
         if not any(ledger.built for ledger in ledgers):
             passed = sum(ledger.passed for ledger in ledgers)
             none = f"where= passes over all {passed:,} rows" if passed else "the sources hold no rows"
-            reasons = "; ".join(map(str, rejects[:3])) or none
+            reasons = "; ".join(map(str, islice(rejects(), 3))) or none
             raise InputRefused("nothing_built", f"no row was left to build: {reasons}")
+
+
+def _first(rejects: Iterable[Reject], count: int) -> Iterator[Reject]:
+    return islice((reject for reject in rejects if reject.code not in BY_CHOICE), count)

@@ -73,6 +73,8 @@ def build(tmp_path, tokenizer_dir, monkeypatch):
 
     def make(data, **options):
         folders = tmp_path / "built", tmp_path / "afresh"
+        for folder in folders:  # else what is there already is looked at, and found to be the same
+            shutil.rmtree(folder, ignore_errors=True)
         write_build([str(one) for one in data], tokenizer_dir("tiny_bpe"), folders[0], **options)
         return folders[0]
 

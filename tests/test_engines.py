@@ -1,6 +1,7 @@
 """Engines: the fast one gives the very tokens and places of the reference, or it is not used."""
 
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,7 @@ def test_an_engine_that_differs_is_not_used(tokenizer_dir, tmp_path, source, mon
     report = write_build(source, replace(tiny), tmp_path / "built")
     # What the other one made is not remembered.
     assert files(tmp_path / "built") == files(tmp_path / "right")
+    shutil.rmtree(tmp_path / "built")
     report = write_build(source, replace(tiny), tmp_path / "built")
     assert report.engine.startswith("tokenizers")
     assert files(tmp_path / "built") == files(tmp_path / "right")

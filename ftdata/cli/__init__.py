@@ -16,7 +16,7 @@ import typer
 import ftdata
 from ftdata.cli.looks import audit, diff, preview, stats
 from ftdata.cli.models import chat, evaluate, generate, init, merge, train
-from ftdata.cli.work import build, convert, plugins, push, templates_app
+from ftdata.cli.work import build, convert, plugins, push, templates_app, verify
 from ftdata.errors import FtdataError, printable
 
 app = typer.Typer(
@@ -30,7 +30,7 @@ app = typer.Typer(
         "help_option_names": ["-h", "--help"],
     },
 )
-for _command in (preview, build, convert, push, audit, stats, diff, init, train, generate, chat, merge):
+for _command in (preview, build, verify, convert, push, audit, stats, diff, init, train, generate, chat, merge):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.command()(plugins)

@@ -76,8 +76,10 @@ def build(
     on_bad_rows: OnBadRows = "error",
     max_rejects: MaxRejects = None,
     date: Date = None,
-    workers: Annotated[int | None, typer.Option(help="Processes at most; the result does not depend on it.")] = None,
-    engine: Annotated[str, typer.Option(help="local.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Tasks at once, at most; the result does not depend on it.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, ray, or ray:ADDRESS of a cluster.")] = "local",
     encoding: Encoding = None,
     split: Split = None,
     as_json: Json = False,
@@ -104,13 +106,16 @@ def build(
             seed=seed,
             on_bad_rows=on_bad_rows,
             max_rejects=max_rejects,
-            workers=os.cpu_count() if workers is None else workers,
+            workers=os.cpu_count() if workers is None and engine == "local" else workers,
             engine=engine,
             progress=progress,
         )
     print_value(report, as_json=as_json)
     if not as_json:
-        print(f"built    {output_dir} in {report.seconds:.1f} s (tokens by {report.engine})")
+        how = (
+            f"in {report.seconds:.1f} s (tokens by {report.engine})" if report.engine else "before: nothing has changed"
+        )
+        print(f"built    {output_dir} {how}")
 
 
 def convert(
@@ -148,6 +153,19 @@ def convert(
         max_rejects=max_rejects,
     )
     print_value(done, as_json=as_json)
+
+
+def verify(folder: Annotated[Path, typer.Argument(help="A build.", show_default=False)], as_json: Json = False) -> None:
+    """Find every bit of a build that is not as it was written; exit code 1 if there is any."""
+    from ftdata.store import verify as broken
+
+    damaged = broken(folder)
+    print(
+        json.dumps({"folder": str(folder), "damaged": damaged}, ensure_ascii=False)
+        if as_json
+        else "\n".join(f"damaged  {folder / name}" for name in damaged) or f"whole    {folder}"
+    )
+    raise typer.Exit(1 if damaged else 0)
 
 
 def push(

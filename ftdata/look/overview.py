@@ -18,7 +18,7 @@ from ftdata.look.page import MOST_PACKS, Packs, Page, flat
 from ftdata.look.side import Side
 from ftdata.look.survey import Ints, Numbers, Odd, Progress, Survey, key_of, survey
 from ftdata.look.views import RowView, added, view
-from ftdata.pack import best_fit_decreasing
+from ftdata.pack import packed
 from ftdata.recipe import FLAGS, Recipe
 from ftdata.store import read_manifest
 from ftdata.types import Reject
@@ -166,7 +166,7 @@ def lengths_said(seen: Survey, recipe: Recipe) -> str:
 def _planned(seen: Survey, size: int) -> Packs:
     """Return the packs that a build of these rows would have."""
     numbers = seen.numbers
-    plan = best_fit_decreasing(numbers.tokens, size)
+    plan = packed(numbers.tokens, size)
     row = np.repeat(np.arange(len(numbers)), numbers.examples)
 
     def document(example: int) -> tuple[int, str, str]:

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ftdata import disk
 from ftdata._version import __version__
+from ftdata.atomic import new_file
 from ftdata.errors import UsageError, printable
 from ftdata.look.views import Owner, RowView, Segment, View, counted, headed, line, visible
-from ftdata.store import new_file
 from ftdata.tokenize import Tokenizer
 from ftdata.types import Reject
 
@@ -96,7 +97,7 @@ def write_html(path: str | Path, text: str) -> None:
         found = f"{path} exists and is no page of ftdata"
         raise UsageError("target_exists", found, hint="choose another name: data is not written over")
     with new_file(Path(path).resolve()) as file:
-        file.write_text(text, encoding="utf-8")
+        disk.write(file, text.encode())
 
 
 def _is_page(path: Path) -> bool:

@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ftdata import disk
+from ftdata.atomic import new_file
 from ftdata.errors import InputRefused
 from ftdata.look import pictures
 from ftdata.look.side import Side, side_of
 from ftdata.look.survey import Ints, Numbers, Progress, Survey, survey
 from ftdata.look.views import line
-from ftdata.store import new_file
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 _LIMITS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -171,7 +172,7 @@ def stats(
     if svg is not None:
         for name, picture in found.pictures().items():
             with new_file(Path(svg).resolve() / f"{name}.svg") as file:
-                file.write_text(picture, encoding="utf-8")
+                disk.write(file, picture.encode())
     return found
 
 

@@ -29,7 +29,8 @@ def read_parquet(file: Input) -> Iterator[Row | Reject]:
         check_seekable(stream, file)
         try:
             table = _parquet(stream)
-            yield from _batches(table.iter_batches(_BATCH), table.schema_arrow, file)
+            groups = range(*file.span) if file.span else None
+            yield from _batches(table.iter_batches(_BATCH, row_groups=groups), table.schema_arrow, file)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise damaged(error, file, "Parquet") from None
 
@@ -48,6 +49,18 @@ def parquet_rows(file: Input) -> int | None:
     with file.open() as stream:
         try:
             return int(_parquet(stream).metadata.num_rows) if stream.seekable() else None
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
+            return None
+
+
+def parquet_groups(file: Input) -> list[int] | None:
+    """Return the bytes that each row group of a Parquet file becomes, or `None` where it cannot be asked."""
+    import pyarrow as pa
+
+    with file.open() as stream:
+        try:
+            told = _parquet(stream).metadata if stream.seekable() else None
+            return told and [told.row_group(number).total_byte_size for number in range(told.num_row_groups)]
         except (pa.ArrowException, OSError, UnicodeDecodeError):
             return None
 
@@ -142,7 +155,7 @@ def _batches(batches: Iterable[Any], schema: Any, file: Input) -> Iterator[Row |
     for index, item in enumerate(from_batches(batches, schema)):
         source = Source(file.path, index)
         yield Reject(source, *item) if isinstance(item, Fault) else Row(item, source)
-    if index < 0:
+    if index < 0 and file.span is None:
         raise InputRefused("no_rows", "the file holds no rows", where=file.path)
 
 

@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
@@ -53,14 +53,29 @@ _PUNCTUATION = re.compile(rb"[\[\]]*|,")
 _ESCAPES = (rb"\u0022", rb"\u0020", rb"\u003a", rb"\u003A")
 
 
-def read_jsonl(file: Input) -> Iterator[Row | Reject]:
-    """Yield one row per non-blank physical line; `line` counts from 1 and blank lines count too."""
+Rows = Generator[Row | Reject, None, int | None]
+"""Rows, and then how many lines they stood in, where that is known."""
+
+
+def read_jsonl(file: Input) -> Rows:
+    """Yield one row per non-blank physical line; `line` counts from 1 and blank lines count too.
+
+    Of a span, rows and lines are counted from its own beginning.
+    """
     with file.text() as stream:
         _refuse_foreign(stream.peek(512), file)
-        yield from _lines(stream, file)
+        return (yield from _lines(stream, file))
 
 
-def read_json(file: Input) -> Iterator[Row | Reject]:
+def in_lines(file: Input, reader: str) -> bool:
+    """Whether a file is read line by line, and so can be in parts."""
+    with file.open() as stream:
+        if not stream.seekable() or not file.is_plain(stream.peek(8)[:8]):
+            return False
+        return reader in ("jsonl", "ndjson") or (reader == "json" and _looks_like_lines(_head(stream)))
+
+
+def read_json(file: Input) -> Rows:
     """Yield the rows of a JSON file; `line` is where each row begins.
 
     Rows are the elements of a top-level array, or top-level objects one after another, or the entries of one
@@ -68,16 +83,18 @@ def read_json(file: Input) -> Iterator[Row | Reject]:
     of the only list of objects in one object (`{"version": 1, "data": [...]}`).
     A file whose first line is a whole object and that goes on is read as JSON Lines.
     """
+    if file.span is not None:
+        return (yield from read_jsonl(file))
     with file.text() as stream:
         head = _head(stream)
         _refuse_foreign(head, file)
         if _looks_like_lines(head):
             with joined(head, stream) as whole:
-                yield from _lines(whole, file)
-            return
+                return (yield from _lines(whole, file))
         with closing(before(head, chunks(stream))) as parts:
             seen, key = _seen(parts, file.path) if head.removeprefix(_BOM).lstrip().startswith(b"{") else ([], None)
             yield from _by_columns(_scan(chain(seen, parts), file, key), head, file)
+    return None
 
 
 def _head(stream: io.BufferedReader) -> bytes:
@@ -117,9 +134,14 @@ def _seen(parts: Iterator[bytes], path: str) -> tuple[list[bytes], str | None]:
     return seen, found.key_of_rows(path)
 
 
-def _lines(stream: io.BufferedReader, file: Input) -> Iterator[Row | Reject]:
-    index = number = offset = 0
-    while raw := stream.readline(MAX_LINE + 1):
+def _lines(stream: io.BufferedReader, file: Input) -> Rows:
+    index = number = 0
+    offset, end = file.span or (0, None)
+    if offset:
+        # What stands before the first line break is of the line that begins before.
+        stream.seek(offset - 1)
+        offset += _to_end_of_line(stream) - 1
+    while (end is None or offset < end) and (raw := stream.readline(MAX_LINE + 1)):
         number += 1
         source = Source(file.path, index, number, offset)
         size = len(raw) if raw.endswith(b"\n") else len(raw) + _to_end_of_line(stream)
@@ -136,8 +158,14 @@ def _lines(stream: io.BufferedReader, file: Input) -> Iterator[Row | Reject]:
                 row = replace(row, code="partial_file", reason=reason, fix="write the file again, it looks cut off")
             yield row
         index += 1
-    if index == 0:
-        raise InputRefused("no_rows", "the file holds no rows", where=file.path)
+    if index == 0 and file.span is None:
+        raise no_rows(file.path)
+    return number
+
+
+def no_rows(path: str) -> InputRefused:
+    """Return what is said of a file without rows."""
+    return InputRefused("no_rows", "the file holds no rows", where=path)
 
 
 def _to_end_of_line(stream: io.BufferedReader) -> int:
@@ -187,7 +215,7 @@ def _by_columns(rows: Iterator[Row | Reject], head: bytes, file: Input) -> Itera
     """Yield the rows; where one alone holds columns, the rows that these make."""
     first, second = next(rows, None), next(rows, None)
     if first is None:
-        raise InputRefused("no_rows", "the file holds no rows", where=file.path)
+        raise no_rows(file.path)
     # In an array it is a row, whatever it holds.
     alone = isinstance(first, Row) and second is None and not head.removeprefix(_BOM).lstrip().startswith(b"[")
     columns = _columns(first.data) if isinstance(first, Row) and alone else None

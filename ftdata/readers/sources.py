@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -31,7 +31,8 @@ class FileSource:
     """A file and the name of the reader for it: all that a worker process needs to read its rows.
 
     `place` is the number of what the user named, which may be several files. With `first` or `last`: only the rows from
-    the one on and before the other, as the reader counts them.
+    the one on and before the other, as the reader counts them. With a `span`: only a part of the file, of so many
+    bytes (`length`), in which rows are counted from its own beginning.
     """
 
     path: str
@@ -43,22 +44,35 @@ class FileSource:
     streaming: bool = False
     first: int = 0
     last: int | None = None
+    span: tuple[int, int] | None = None
+    length: int | None = None
 
-    def rows(self) -> Iterator[Row | Reject]:
-        """Yield the file's rows and rejects, in file order.
+    @property
+    def input(self) -> Input:
+        """The file, to be opened."""
+        return Input(self.path, self.encoding, self.streaming, self.span)
+
+    def rows(self) -> Generator[Row | Reject, None, int | None]:
+        """Yield the file's rows and rejects, in file order; return in how many lines they stood, if that is known.
 
         Raises:
             InputRefused: it cannot be read, or has changed while it was.
         """
-        before = _stamp(self.path)
-        rows = readers.get(self.reader)(Input(self.path, self.encoding, self.streaming))
-        yield from islice(rows, self.first, self.last)
+        before, lines = _stamp(self.path), None
+        rows = readers.get(self.reader)(self.input)
+        if self.span is not None and isinstance(rows, Generator):
+            lines = yield from rows
+        else:
+            yield from islice(rows, self.first, self.last)
         if before != _stamp(self.path):
             raise InputRefused("file_changed", "has changed while it was read", where=self.path, hint="read it again")
+        return lines
 
     @property
     def size(self) -> int:
-        """The bytes of the file, if it lies here."""
+        """The bytes of the file, or of the part of it, if it lies here."""
+        if self.length is not None:
+            return self.length
         stamp = _stamp(self.path)
         return stamp[0] if stamp else 0
 
@@ -67,11 +81,12 @@ class FileSource:
         stamp = _stamp(self.path)
         if row.offset is None or not stamp or not stamp[0] or _is_packed(self.path, stamp):
             return None
-        return min(row.offset / stamp[0], 1.0)
+        first, last = self.span or (0, stamp[0])
+        return min((row.offset - first) / (last - first), 1.0)
 
     def count(self, enough: int | None = None) -> int:
         """Return how many rows there are; `enough` where there are as many."""
-        if self.reader == "parquet" and (rows := parquet_rows(Input(self.path, None, self.streaming))) is not None:
+        if self.reader == "parquet" and (rows := parquet_rows(self.input)) is not None:
             return rows if enough is None else min(rows, enough)
         return sum(1 for _ in islice(self.rows(), enough))
 

@@ -54,12 +54,14 @@ class Input:
     """A file, wherever it lies. Picklable: it is opened where it is read.
 
     `path` is a local path, `-` for standard input, or a URL; `encoding` that of a text without a byte order mark. With
-    `streaming`, files of the hub are read from there, and not downloaded first.
+    `streaming`, files of the hub are read from there, and not downloaded first. With a `span`, no more is read than a
+    part of it: of lines those that begin from the one byte on and before the other, of Parquet such row groups.
     """
 
     path: str
     encoding: str | None = None
     streaming: bool = False
+    span: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.encoding is not None:
@@ -115,6 +117,10 @@ class Input:
             file = _joined(_unpacked(file, packing, self.path))
         encoding = _encoding(_head(file), self.encoding)
         return _joined(_decoded(file, encoding, self.path)) if encoding else file
+
+    def is_plain(self, head: bytes) -> bool:
+        """Whether a file that begins so is UTF-8 as it stands."""
+        return packed(head) is None and _encoding(head, self.encoding) is None
 
 
 def packed(head: bytes) -> str | None:

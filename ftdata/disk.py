@@ -1,0 +1,169 @@
+"""Disk: every write, sync and rename of what is kept goes through here, so that a test can make each of them fail.
+
+`FTDATA_FAILPOINT=OPERATION:NUMBER:FAULT` is for tests alone. OPERATION is one of `OPERATIONS`, or `*` for any; NUMBER
+counts them from 1 in this process; FAULT is `kill` (as SIGKILL or a power cut does, in the middle of a write), `enospc`
+(from then on the disk is full), `eio` (this once), `readonly` (from then on nothing can be changed), or `trace`, which
+lists all on stderr.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import xxhash
+
+OPERATIONS = ("create", "write", "sync", "mkdir", "link", "rename", "swap", "remove")
+_ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO, "readonly": errno.EROFS}
+_LASTING = {"enospc": ("create", "write", "sync", "mkdir", "link"), "readonly": OPERATIONS}
+_BUFFER = 1 << 20
+_seen: Counter[str] = Counter()
+
+
+def _reached(operation: str, path: str | Path, half: Callable[[], Any] = lambda: None) -> None:
+    """Fail where a test wants it; `half` does a part of the operation before."""
+    wanted = os.environ.get("FTDATA_FAILPOINT")
+    if wanted is None:
+        return
+    _seen.update((operation, "*"))
+    name, number, fault = wanted.split(":")
+    if fault == "trace":
+        sys.stderr.write(f"{_seen['*']} {operation} {path}\n")
+        return
+    now = name in ("*", operation) and _seen[name] == int(number)
+    lasts = name in ("*", operation) and _seen[name] > int(number) and operation in _LASTING.get(fault, ())
+    if not now and not lasts:
+        return
+    half()
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    _fail(_ERRORS[fault], path)
+
+
+def _fail(number: int, path: str | Path) -> NoReturn:
+    raise OSError(number, os.strerror(number), str(path))
+
+
+class _File(io.FileIO):
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        _reached("write", str(self.name), lambda: super(_File, self).write(view[: len(view) // 2]))
+        return super().write(view) or 0
+
+
+def create(path: Path, mode: str = "w") -> io.BufferedWriter:
+    """Open a file to write bytes to it; with mode `"a"`, after those that are there."""
+    _reached("create", path)
+    return io.BufferedWriter(_File(path, mode), _BUFFER)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a whole file."""
+    with create(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file, keys in the order given."""
+    write(path, json_of(value))
+
+
+def json_of(value: Mapping[str, Any]) -> bytes:
+    """Return the bytes that `write_json` writes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, outlast a power cut."""
+    _reached("sync", path)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(folder: Path) -> None:
+    """`sync` all that is in a folder, and the folder."""
+    for path in (*sorted(folder.rglob("*")), folder):
+        sync(path)
+
+
+def mkdir(path: Path, *, parents: bool = False, exist_ok: bool = False) -> None:
+    """Make a folder."""
+    if not (exist_ok and path.is_dir()):
+        _reached("mkdir", path)
+        path.mkdir(parents=parents, exist_ok=exist_ok)
+
+
+def link(source: Path, target: Path) -> None:
+    """Have the file under another name, too: the same where that can be, else a copy."""
+    _reached("link", target)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give a file or a folder another name, at once; a file that has it already is replaced."""
+    _reached("rename", target)
+    source.replace(target)
+
+
+def swap(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders, at once; `False` where the system or the disk has no such thing."""
+    _reached("swap", other)
+    exchange = _renameat2()
+    if exchange is None:
+        return False
+    here, exchanged = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(exchange(here, os.fsencode(one), here, os.fsencode(other), exchanged) == 0)
+
+
+@cache
+def _renameat2() -> Any:
+    return getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder and all that is in it; what is not there, or cannot be removed, is no fault."""
+    try:
+        _reached("remove", path)
+    except OSError:
+        return
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        try:
+            path.unlink()
+        except OSError:
+            return
+
+
+def digest(path: str | Path, start: int = 0, end: int | None = None) -> str:
+    """Return the XXH3 (128 bits) of a file, in hexadecimal; or of the bytes from `start` to the end of `end`'s line."""
+    # A cryptographic one takes longer than packing and writing do, and would tell no more of a damaged disk.
+    found = xxhash.xxh3_128()
+    with Path(path).open("rb") as file:
+        left = sys.maxsize if end is None else end - file.seek(start)
+        last = b"\n"
+        while part := file.read(min(1 << 22, left)):
+            found.update(part)
+            left, last = left - len(part), part[-1:]
+        while end is not None and last != b"\n" and (part := file.readline(1 << 22)):
+            found.update(part)
+            last = part[-1:]
+    return found.hexdigest()

@@ -1,0 +1,83 @@
+"""Builds that die: a process that forks one for each trial, since to start Python takes longer than a build does.
+
+Reads lines of JSON from stdin: `failpoint`, `seconds` after which it is killed, and what `write_build` is given. Answers
+each with one line: `code` (that of `ftdata`; -9 if it was killed) and `error`. With `together`, as many build at once.
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+
+from ftdata import disk
+from ftdata.build import write_build
+from ftdata.errors import FtdataError
+
+
+def main():
+    warm = False
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if not warm:
+            # What is imported and learnt here is not in each child again.
+            with tempfile.TemporaryDirectory() as folder:
+                write_build(asked["data"], asked["tokenizer"], folder + "/out", **asked["options"])
+            warm = True
+        with tempfile.TemporaryFile("w+") as said:
+            codes = trial(asked, said)
+            said.seek(0)
+            text = said.read()
+        sys.stdout.write(json.dumps({"code": codes[0], "codes": codes, "error": text}) + "\n")
+        sys.stdout.flush()
+
+
+def trial(asked, said):
+    children = []
+    for number in range(asked.get("together") or 1):
+        child = os.fork()
+        if child == 0:
+            os.dup2(said.fileno(), 2)
+            if number and asked.get("first_only"):
+                # So that the first is at work before.
+                time.sleep(0.03)
+                asked["failpoint"] = None
+            os._exit(build(asked))
+        children.append(child)
+    if (seconds := asked.get("seconds")) is not None:
+        threading.Timer(seconds, kill, children).start()
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def kill(child):
+    try:
+        os.kill(child, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def build(asked):
+    disk._seen.clear()
+    if asked.get("failpoint"):
+        os.environ["FTDATA_FAILPOINT"] = asked["failpoint"]
+    os.environ["FTDATA_CACHE"] = asked.get("cache", "off")
+    try:
+        report = write_build(asked["data"], asked["tokenizer"], asked["output_dir"], **asked["options"])
+        if asked.get("together"):
+            os.write(2, b"built;" if report.engine else b"there;")
+    except FtdataError as error:
+        sys.stderr.write(str(error))
+        sys.stderr.flush()
+        return error.exit_code
+    except BaseException:  # noqa: BLE001  (told to who asked)
+        traceback.print_exc()
+        sys.stderr.flush()
+        return 99
+    return 0
+
+
+if __name__ == "__main__":
+    main()
