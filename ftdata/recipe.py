@@ -18,7 +18,7 @@ from ftdata.errors import BadRow, TemplateRefused, UsageError, one_of
 from ftdata.mask import Policy, policy_of
 from ftdata.schemas import check_columns, schemas
 from ftdata.templates import DEFAULT_DATE, DROPPED, TURNS, UNCLOSED, Template, check, find, scaffold, templates
-from ftdata.templates.child import trusted, verify
+from ftdata.templates.apart import trusted, verify
 from ftdata.templates.verify import TemplateReport
 from ftdata.tokenize import CONTROL_POLICIES, ControlTokens, Tokenizer, control_tokens, load_tokenizer
 from ftdata.truncate import POLICIES as OVERLONG
@@ -213,6 +213,8 @@ def bare_template(
     name, source = find(template)
     control = re.compile(r"<\|[^|<>]*\|>|</?[a-z_]+>")
     bare = Template(name, source, special_tokens=NO_TOKENIZER, control=control, date=as_date(date), kwargs=kwargs or {})
+    # Before anything of it is looked at here: to read a template may take for ever, too.
+    verify(bare)
     check(bare)
     return bare
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.mask import Policy, is_own
 from ftdata.recipe import Recipe
 from ftdata.schemas import normalise
-from ftdata.templates import closed, render
+from ftdata.templates import begun, closed, contradicted, render
 from ftdata.templates.spans import thinking_tags
-from ftdata.templates.verify import contradicted
 from ftdata.types import Conversation, Reject, Rendered, Row, Shown, Spans
 from ftdata.usual import usual
 
@@ -40,25 +39,44 @@ _T = TypeVar("_T")
 
 def shown(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tuple[Row | Reject, Shown | Reject]]]:
     """Yield rows, and what they were rendered to, as many together as shall be in memory."""
-    batch, letters, left, few = list[tuple[Row | Reject, Shown | Reject]](), 0, iter(rows), 1
-    # A user's own is asked later: its faults are none of the row's, and of refused texts it is told nothing.
-    policy, at_once = recipe.policy if is_own(recipe.train_on) else None, usual(recipe)
-    while some := _next(left, few):
-        long = 0
-        known = [None if isinstance(row, Reject) or _is_proved(row) else at_once(row) for row in some]
-        said = [_tried(_said, recipe, row) if one is None else one for row, one in zip(some, known, strict=True)]
-        for row, one in zip(some, said, strict=True):
-            entry = _tried(_shown, recipe, row, one, policy) if isinstance(one, Conversation) else one
-            batch.append((row, entry))
-            if not isinstance(entry, Reject):
-                size = sum([len(one.text) for one in entry.texts])
-                letters, long = letters + size, long + size
-            if len(batch) == BATCH or letters >= LETTERS:
-                yield batch
-                batch, letters = [], 0
-        few = min(FEW, 1 + TOGETHER * len(some) // (long + 1))
+    batch, letters = list[tuple[Row | Reject, Shown | Reject]](), 0
+    for entry in chain.from_iterable(_in_turns(recipe, iter(rows))):
+        batch.append(entry)
+        if not isinstance(entry[1], Reject):
+            letters += sum([len(one.text) for one in entry[1].texts])
+        if len(batch) == BATCH or letters >= LETTERS:
+            yield batch
+            batch, letters = [], 0
     if batch:
         yield batch
+
+
+def _in_turns(recipe: Recipe, rows: Iterator[Row | Reject]) -> Iterator[list[tuple[Row | Reject, Shown | Reject]]]:
+    """Yield a few rows at a time, and what they were rendered to; while they are, the next few are read."""
+    # A user's own is asked later: its faults are none of the row's, and of refused texts it is told nothing.
+    policy, at_once = recipe.policy if is_own(recipe.train_on) else None, usual(recipe)
+    few, ahead = 1, list[_Few]()
+    while some := _next(rows, few):
+        known = [None if isinstance(row, Reject) or _is_proved(row) else at_once(row) for row in some]
+        said = [_tried(_said, recipe, row) if one is None else one for row, one in zip(some, known, strict=True)]
+        ahead.append([(row, one, _begun(recipe, one)) for row, one in zip(some, said, strict=True)])
+        if len(ahead) > 1 or few == 1:
+            done = _finished(recipe, ahead.pop(0), policy)
+            long = sum([len(one.text) for _, entry in done if isinstance(entry, Shown) for one in entry.texts])
+            few = min(FEW, 1 + TOGETHER * len(done) // (long + 1))
+            yield done
+    yield from (_finished(recipe, one, policy) for one in ahead)
+
+
+_Few = list[tuple[Row | Reject, Conversation | Shown | Reject, Callable[[], tuple[Rendered, ...]] | None]]
+"""A few rows, how each was read, and what waits for its texts."""
+
+
+def _finished(recipe: Recipe, some: _Few, policy: Policy | None) -> list[tuple[Row | Reject, Shown | Reject]]:
+    return [
+        (row, _tried(_shown, recipe, row, one, policy, texts) if isinstance(one, Conversation) else one)
+        for row, one, texts in some
+    ]
 
 
 def _next(rows: Iterator[Row | Reject], few: int) -> list[Row | Reject]:
@@ -93,8 +111,21 @@ def _is_proved(row: Row) -> bool:
     return row.source.row < PROVED or row.source.row % PROVED_EVERY == 0
 
 
-def _shown(recipe: Recipe, row: Row, conversation: Conversation, policy: Policy | None) -> Shown:
-    return chosen(conversation, rendered(recipe, conversation, proved=_is_proved(row)), policy)
+def _begun(recipe: Recipe, said: Conversation | Shown | Reject) -> Callable[[], tuple[Rendered, ...]] | None:
+    """Begin to render a conversation, if that is all that its rendering hangs on."""
+    if not isinstance(said, Conversation) or said.tokens is not None or said.kwargs:
+        return None
+    return begun(said, recipe.template, recipe.turns, recipe.dropped)
+
+
+def _shown(
+    recipe: Recipe,
+    row: Row,
+    conversation: Conversation,
+    policy: Policy | None,
+    texts: Callable[[], tuple[Rendered, ...]] | None,
+) -> Shown:
+    return chosen(conversation, rendered(recipe, conversation, texts, proved=_is_proved(row)), policy)
 
 
 def chosen(conversation: Conversation, texts: tuple[Rendered, ...], policy: Policy | None) -> Shown:
@@ -105,8 +136,16 @@ def chosen(conversation: Conversation, texts: tuple[Rendered, ...], policy: Poli
     return Shown(conversation, texts, asked, plain)
 
 
-def rendered(recipe: Recipe, conversation: Conversation, *, proved: bool = False) -> tuple[Rendered, ...]:
+def rendered(
+    recipe: Recipe,
+    conversation: Conversation,
+    begun: Callable[[], tuple[Rendered, ...]] | None = None,
+    *,
+    proved: bool = False,
+) -> tuple[Rendered, ...]:
     """Render a conversation, and see that no control token is hidden in it; `proved`: by a second way, too.
+
+    Where that was `begun`, it is waited for.
 
     Raises:
         BadRow: as `render` does, or `control_tokens`.
@@ -115,7 +154,7 @@ def rendered(recipe: Recipe, conversation: Conversation, *, proved: bool = False
     if conversation.tokens is not None:
         return ()
     recipe = recipe.with_kwargs(conversation.kwargs) if conversation.kwargs else recipe
-    texts = render(conversation, recipe.template, recipe.turns, recipe.dropped)
+    texts = begun() if begun else render(conversation, recipe.template, recipe.turns, recipe.dropped)
     _check_hidden(recipe, conversation, texts)
     if proved:
         _prove(recipe, conversation, texts)

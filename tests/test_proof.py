@@ -1,6 +1,5 @@
 """Templates on trial: the second way finds what the first got wrong, and hostile ones are held."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 
 from ftdata import build_sft_dataset, check_template, encode
 from ftdata.errors import TemplateRefused
-from ftdata.templates import Template, child, render
+from ftdata.templates import Template, apart, child, render
 from ftdata.templates.chat import Chat
 from ftdata.templates.proof import contradiction
 from ftdata.types import Conversation, Part, Span
@@ -93,32 +92,32 @@ def test_hostile_templates_are_held(attack, tokenizer_dir):
 
 def test_verdicts_are_kept_by_content(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    child._examined.cache_clear()
-    first = child.verify(bound())
+    apart._examined.cache_clear()
+    first = apart.verify(bound())
     (kept,) = (tmp_path / "ftdata" / "verdicts").iterdir()
     asked = []
-    monkeypatch.setattr(child, "_ask", lambda description: asked.append(description))
-    child._examined.cache_clear()
-    assert child.verify(bound()) == first
+    monkeypatch.setattr(apart, "ask", lambda *given, **_: asked.append(given))
+    apart._examined.cache_clear()
+    assert apart.verify(bound()) == first
     assert not asked
     kept.write_text("not JSON")
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    child._examined.cache_clear()
-    assert child.verify(bound()) == first
+    apart._examined.cache_clear()
+    assert apart.verify(bound()) == first
 
 
 def test_a_cache_that_cannot_be_written_is_no_fault(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    child._examined.cache_clear()
-    assert child.verify(bound()).verdict == "exact"
+    apart._examined.cache_clear()
+    assert apart.verify(bound()).verdict == "exact"
 
 
 def test_a_template_that_is_contradicted_is_refused(tokenizer_dir, monkeypatch):
-    report = replace(child.verify(bound()), contradictions=("plain: messages[1]: the region begins elsewhere",))
-    monkeypatch.setattr(child, "verify", lambda template: report)
+    report = replace(apart.verify(bound()), contradictions=("plain: messages[1]: the region begins elsewhere",))
+    monkeypatch.setattr(apart, "verify", lambda template: report)
     with pytest.raises(TemplateRefused, match="template_unproved.*begins elsewhere"):
         encode(TALK, tokenizer_dir("tiny_bpe"), CHATML + "{# another #}")
 
@@ -152,6 +151,7 @@ def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, 
     if planned:
         monkeypatch.setattr(plans.Plan, "fill", wrongly_filled)
     else:
+        monkeypatch.setattr(apart, "HERE", True)  # where it can be made to fail
         monkeypatch.setattr(plans.Plans, "filled", lambda *_: None)
         monkeypatch.setattr(chat, "_located", wrong)
     with pytest.raises(TemplateRefused, match="template_unproved") as caught:
@@ -176,39 +176,33 @@ def test_what_the_report_says(tokenizer_dir):
 def test_an_interrupted_question_leaves_no_answer_behind(monkeypatch, tmp_path):
     """After Ctrl-C the next template must not be given the verdict of the one before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    server = child._server(os.getpid())
 
-    class Interrupted:
-        def readline(self):
-            raise KeyboardInterrupt
+    def interrupted(*_):
+        raise KeyboardInterrupt
 
-        def close(self):
-            server.stdout.close()
-
-    monkeypatch.setattr(child, "_server", replace_server(child._server, replace(server, stdout=Interrupted())))
+    monkeypatch.setattr(child._Server, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        child._examined.__wrapped__(described(CHATML + "{# interrupted #}"))
+        apart._examined.__wrapped__(bound(CHATML + "{# interrupted #}").description)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    child._server.cache_clear()
-    assert child.verify(bound("{{ raise_exception('never') }}{{ messages }}")).verdict == "refused"
+    assert apart.verify(bound("{{ raise_exception('never') }}{{ messages }}")).verdict == "refused"
 
 
 def test_a_server_that_was_killed_is_asked_again(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     child._server(os.getpid()).process.kill()
-    assert child.verify(bound(CHATML + "{# killed #}")).verdict == "exact"
+    assert apart.verify(bound(CHATML + "{# killed #}")).verdict == "exact"
 
 
 @pytest.mark.parametrize("kept", ["[]", "null", "5", '"x"', "{}"])
 def test_a_spoilt_verdict_is_made_again(kept, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    child._examined.cache_clear()
-    child.verify(bound())
+    apart._examined.cache_clear()
+    apart.verify(bound())
     (file,) = (tmp_path / "ftdata" / "verdicts").iterdir()
     file.write_text(kept)
-    child._examined.cache_clear()
-    assert child.verify(bound()).verdict == "exact"
+    apart._examined.cache_clear()
+    assert apart.verify(bound()).verdict == "exact"
 
 
 def test_forked_processes_end(tokenizer_dir):
@@ -219,15 +213,3 @@ def test_forked_processes_end(tokenizer_dir):
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert ran.stdout == "0\n", ran.stderr
-
-
-def described(source):
-    return json.dumps(child._description(bound(source)), sort_keys=True)
-
-
-def replace_server(real, fake):
-    def server(process_id):
-        return fake
-
-    server.cache_clear = real.cache_clear
-    return server

@@ -27,7 +27,7 @@ from ftdata.look.survey import Numbers, Progress, Survey, groups_of, survey
 from ftdata.look.views import line
 from ftdata.readers.streams import STDIN
 from ftdata.recipe import Recipe
-from ftdata.templates.child import verify
+from ftdata.templates.apart import verify
 from ftdata.types import Conversation, Example, Part, Reject, Source
 
 SHOWN = 10

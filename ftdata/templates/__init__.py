@@ -5,8 +5,9 @@ A *chat template* reads `messages`; a *prompt template* reads the row's own colu
 `{% generation %} ... {% endgeneration %}`, or, in a tokenizer's own chat template, detected (`markers`).
 """
 
-from ftdata.templates.rendering import DROPPED, TURNS, UNCLOSED, closed, prompt, render
-from ftdata.templates.template import DEFAULT_DATE, Template, check, find, scaffold, templates
+from ftdata.templates.apart import begun, contradicted, render, scaffold, trusted, verify
+from ftdata.templates.rendering import DROPPED, TURNS, UNCLOSED, closed
+from ftdata.templates.template import DEFAULT_DATE, Template, check, find, templates
 
 __all__ = [
     "DEFAULT_DATE",
@@ -14,11 +15,14 @@ __all__ = [
     "TURNS",
     "UNCLOSED",
     "Template",
+    "begun",
     "check",
     "closed",
+    "contradicted",
     "find",
-    "prompt",
     "render",
     "scaffold",
     "templates",
+    "trusted",
+    "verify",
 ]

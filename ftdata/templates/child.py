@@ -1,152 +1,129 @@
-"""Examine templates in a process of their own: they are code from strangers, and may loop, or fill the memory.
+"""Templates run in a process of their own: they are code from strangers, and may loop, or fill the memory.
 
-The verdict is kept by content: the same template with the same tokens and options is examined once.
+Each process of ours has one such child, which it ends, and begins anew, where an answer takes too long (`kitchen` is
+what runs there, `wire` says how values are sent).
 """
 
 from __future__ import annotations
 
 import atexit
-import datetime
-import json
 import os
-import re
 import select
-import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections import Counter, deque
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import xxhash
-
-from ftdata._version import __version__
-from ftdata.errors import InternalError, TemplateRefused
+from ftdata.errors import BadRow, InternalError, TemplateRefused
 from ftdata.templates.template import Template
-from ftdata.templates.verify import TemplateReport, examine
+from ftdata.templates.wire import HEAD, packet, unpacked, whole
 
-SECONDS = 5
-MEGABYTES = 512
+SECONDS, LETTERS_A_SECOND = 3, 20_000
+"""How long an answer may take: so many seconds, and one for every so many characters of what is asked."""
+
+AHEAD_SECONDS = 1
+"""How long answers may take that were asked for together, before each is asked for by itself."""
+
+MEGABYTES, BYTES_A_LETTER = 512, 64
+"""How much memory it may take: so many megabytes, and so many bytes for every character of what is asked."""
+
+MOST_OVER = 3
+"""Rows on which a template may go over these limits before it is refused."""
+
+_PIPE, _TOGETHER = 1 << 15, 1 << 13
+"""Bytes that are sent ahead: half of what a pipe holds; and those that are sent together, at least."""
+
+_over: Counter[str] = Counter()
 
 
-def verify(template: Template) -> TemplateReport:
-    """Examine a template in a child process of at most 5 s and 512 MB, or remember what was found.
+class OverLimits(Exception):
+    """The child took too long, too much memory, or was ended by what it did."""
 
-    Verdicts are kept in `$XDG_CACHE_HOME/ftdata` (`~/.cache/ftdata`), where that can be written.
+
+def ask(do: str, template: Template, seconds: float | None = None, **given: Any) -> dict[str, Any]:
+    """Return what the child answers.
+
+    Args:
+        do: what it shall do, one of `kitchen.DISHES`.
+        template: with which.
+        seconds: how long that may take; `None`: as long as it may for so much.
+        given: with what, as plain values.
 
     Raises:
-        TemplateRefused: it cannot be compiled; `template_limits`: it takes more time or memory than any template
-            needs.
+        BadRow, TemplateRefused: as it finds.
+        RecursionError: what is given is nested too deep.
+        OverLimits: it does not answer.
     """
-    return _examined(json.dumps(_description(template), sort_keys=True))
+    return begin(do, template, seconds, **given).answer()
 
 
-def trusted(template: Template) -> Template:
-    """Return the template, examined and not contradicted.
-
-    Raises:
-        TemplateRefused: as `verify`, or `template_unproved`: two ways of finding what is trained disagree about it.
-    """
-    if template.source and (against := verify(template).contradictions):
-        raise TemplateRefused(
-            "template_unproved",
-            f"two ways of finding what template {template.name!r} has the model produce disagree: {against[0]}",
-            hint="mark what is trained with {% generation %} in a template file of your own",
-        )
-    return template
-
-
-def _description(template: Template) -> dict[str, Any]:
-    return {
-        "name": template.name,
-        "source": template.source,
-        "strict": template.strict,
-        "special_tokens": dict(template.special_tokens),
-        "control": template.control.pattern if template.control is not None else None,
-        "date": template.date.isoformat(),
-        "kwargs": dict(template.kwargs),
-    }
-
-
-@lru_cache(maxsize=1024)
-def _examined(description: str) -> TemplateReport:
-    key = xxhash.xxh3_128_hexdigest(f"{__version__} {_own_code()} {description}".encode())
-    file = _cache() / f"{key}.json"
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        return _report(json.loads(file.read_text(encoding="utf-8")))
-    answer = _ask(description)
-    if "failed" in answer:
-        raise InternalError("template_examination", answer["failed"])
-    if "refused" in answer:
-        raise TemplateRefused(**answer["refused"])
-    with suppress(OSError):
-        _keep(file, json.dumps(answer["report"]))
-    return _report(answer["report"])
-
-
-def _report(found: Mapping[str, Any]) -> TemplateReport:
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
-    return TemplateReport(**fields)
-
-
-@lru_cache(maxsize=1)
-def _own_code() -> str:
-    """Return a hash of the modules that reach a verdict: an editable install changes without a new version."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return xxhash.xxh3_64_hexdigest(b"".join(file.read_bytes() for file in files))
-
-
-def _cache() -> Path:
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftdata" / "verdicts"
-    except RuntimeError:
-        # No home, and a user that is not known, as in many containers: nothing is kept there.
-        return Path(os.devnull) / "verdicts"
-
-
-def _keep(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as temporary:
-        temporary.write(text)
-    Path(temporary.name).replace(file)
-
-
-def _ask(description: str) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        return _asked(description)
-    # A server that was killed from outside says nothing about the template: it is asked once more.
-    try:
-        return _asked(description)
-    except (OSError, ValueError):
-        raise _over_limits(description) from None
-
-
-def _asked(description: str) -> dict[str, Any]:
-    with _lock(os.getpid()):
+def begin(do: str, template: Template, seconds: float | None = None, **given: Any) -> Asked:
+    """Ask as `ask` does, and do not wait: while the child is at work, so may this process be."""
+    sent = packet({"do": do, "template": template.key, **given})
+    asked = Asked(template, sent, seconds or SECONDS + len(sent) / LETTERS_A_SECOND)
+    with _lock(os.getpid()), suppress(OSError):
         server = _server(os.getpid())
-        try:
-            server.stdin.write(description + "\n")
-            server.stdin.flush()
-            return dict(json.loads(server.stdout.readline()))
-        except BaseException:
-            # Interrupted while waiting, too: the answer that is still to come must not be taken for another's.
-            server.stop()
-            raise
+        # What does not fit into a pipe would make us wait for a child that waits for us.
+        while server.waiting and server.room < len(sent):
+            server.receive(server.waiting[0])
+        if server.room >= len(sent):
+            server.send(asked, now=False)
+    return asked
 
 
-def _over_limits(description: str) -> TemplateRefused:
-    return TemplateRefused(
-        "template_limits",
-        f"template {json.loads(description)['name']!r} needs more than {SECONDS} s or {MEGABYTES} MB for a few small "
-        "conversations",
-        hint="use another template: this one loops, or is an attack",
-    )
+@dataclass(eq=False)
+class Asked:
+    """A question, and the answer when there is one; `over`: there will be none."""
+
+    template: Template
+    sent: bytes
+    wait: float
+    found: dict[str, Any] | None = None
+    over: bool = False
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for the answer, and return it.
+
+        Raises:
+            BadRow, TemplateRefused, RecursionError, OverLimits: as `ask` does.
+        """
+        with _lock(os.getpid()):
+            # A child that was ended, by another question or from outside, says nothing about this one: another is
+            # asked, and one more.
+            for _ in range(3):
+                if self.found is None and not self.over:
+                    with suppress(OSError):
+                        server = _server(os.getpid())
+                        if self not in server.waiting:
+                            server.receive_all()
+                            server.send(self)
+                        server.receive(self)
+        if self.found is None or "over" in self.found:
+            raise OverLimits
+        if "bad" in self.found:
+            raise BadRow(**self.found["bad"])
+        if "refused" in self.found:
+            raise TemplateRefused(**self.found["refused"])
+        if "deep" in self.found:
+            raise RecursionError
+        if "failed" in self.found:
+            raise InternalError("template", self.found["failed"])
+        return self.found
+
+
+def over_limits(template: Template) -> BadRow | TemplateRefused:
+    """Return what is said of a template that takes too much on a row; when it does so often, on all."""
+    _over[template.key] += 1
+    found = f"template {template.name!r} needs more than {SECONDS} s or {MEGABYTES} MB"
+    hint = "use another template: this one loops, or is an attack"
+    if _over[template.key] < MOST_OVER:
+        return BadRow("template_limits", f"{found} for this row", hint=hint)
+    return TemplateRefused("template_limits", f"{found} for each of {MOST_OVER} rows", hint=hint)
 
 
 @lru_cache(maxsize=1)
@@ -154,39 +131,121 @@ def _lock(process_id: int) -> threading.Lock:  # noqa: ARG001  (a forked process
     return threading.Lock()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Server:
-    process: subprocess.Popen[str]
-    stdin: IO[str]
-    stdout: IO[str]
+    """The child, and the questions that it has not answered yet, in the order in which it will."""
+
+    process: subprocess.Popen[bytes]
+    known: set[str] = field(default_factory=set)
+    waiting: deque[Asked] = field(default_factory=deque)
+    unsent: bytearray = field(default_factory=bytearray)
+    unread: bytearray = field(default_factory=bytearray)
+
+    @property
+    def room(self) -> int:
+        """How many bytes may be sent without waiting for answers."""
+        return _PIPE - sum(len(asked.sent) for asked in self.waiting)
+
+    def send(self, asked: Asked, *, now: bool = True) -> None:
+        """Send a question; several at once, where that has time.
+
+        Raises:
+            OSError: nobody reads it.
+        """
+        if asked.template.key not in self.known:
+            self.known.add(asked.template.key)
+            self.unsent.extend(packet({"know": asked.template.description}))
+        self.unsent.extend(asked.sent)
+        self.waiting.append(asked)
+        if now or len(self.unsent) >= _TOGETHER:
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            assert self.process.stdin is not None
+            self.process.stdin.write(self.unsent)
+            self.process.stdin.flush()
+            self.unsent.clear()
+        except BaseException:
+            self.stop()
+            raise
+
+    def receive_all(self) -> None:
+        """Take all answers."""
+        while self.waiting:
+            self.receive(self.waiting[-1])
+
+    def receive(self, asked: Asked) -> None:
+        """Take answers until a question has its own; who waits in vain ends the child.
+
+        Raises:
+            OSError: the child has ended.
+        """
+        self._flush()
+        try:
+            while self.waiting and asked.found is None:
+                first = self.waiting[0]
+                # Of several, nobody knows at which the child is.
+                alone = len(self.waiting) == 1
+                first.found = unpacked(self._read(first.wait if alone else AHEAD_SECONDS))
+                self.waiting.popleft()
+                if "over" in first.found:
+                    # So much memory is not given back.
+                    self.stop()
+        except OverLimits:
+            first.over = alone
+            self.stop()
+        except ValueError:
+            self.stop()
+            raise OSError from None
+        except BaseException:
+            # Interrupted while waiting, too: the answer that is still to come must not be taken for another's.
+            self.stop()
+            raise
+
+    def _read(self, wait: float) -> bytes:
+        """Return the packet that comes within so many seconds, without its head.
+
+        Raises:
+            OverLimits: none does.
+            OSError: none will.
+        """
+        assert self.process.stdout is not None
+        end, descriptor = time.monotonic() + wait, self.process.stdout.fileno()
+        while (size := whole(self.unread)) is None:
+            if not select.select([descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise OverLimits
+            part = os.read(descriptor, 1 << 18)
+            if not part:
+                raise OSError
+            self.unread.extend(part)
+        found = bytes(self.unread[HEAD:size])
+        del self.unread[:size]
+        return found
 
     def stop(self) -> None:
         """End the process, which holds nothing worth keeping; the next question starts another."""
         _server.cache_clear()
+        self.waiting.clear()
         self.process.kill()
         self.process.wait()
-        for stream in (self.stdin, self.stdout):
+        for stream in (self.process.stdin, self.process.stdout):
             with suppress(OSError):
-                stream.close()
+                stream.close()  # type: ignore[union-attr]
 
 
 @lru_cache(maxsize=1)
 def _server(process_id: int) -> _Server:
-    """Start the process that examines templates: one child of it for each, which starts in no time."""
     path = os.pathsep.join(str(entry) for entry in sys.path if entry)
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "ftdata.templates.child"],
+        [sys.executable, "-P", "-m", "ftdata.templates.kitchen"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        text=True,
-        encoding="utf-8",
         env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
         start_new_session=True,
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    server = _Server(process, process.stdin, process.stdout)
+    server = _Server(process)
 
     @atexit.register
     def stop() -> None:
@@ -195,62 +254,3 @@ def _server(process_id: int) -> _Server:
             server.stop()
 
     return server
-
-
-def main() -> None:
-    """Answer each line of stdin, a template's description, with one line: its report, or the refusal."""
-    for line in sys.stdin:
-        sys.stdout.write((_limited(line) if hasattr(os, "fork") else _answer(line)) + "\n")
-        sys.stdout.flush()
-
-
-def _limited(line: str) -> str:
-    """Answer in a child of this process, which may use so much and no more."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        _limit()
-        with os.fdopen(writing, "w", encoding="utf-8") as stream:
-            stream.write(_answer(line))
-        os._exit(0)
-    os.close(writing)
-    answer = b""
-    end = time.monotonic() + SECONDS
-    while select.select([reading], [], [], max(0.0, end - time.monotonic()))[0] and (more := os.read(reading, 1 << 16)):
-        answer += more
-    os.close(reading)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return answer.decode() if answer.endswith(b"}") else json.dumps({"refused": _refusal(_over_limits(line))})
-
-
-def _limit() -> None:
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (MEGABYTES << 20, MEGABYTES << 20))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _answer(line: str) -> str:
-    found = json.loads(line)
-    control = re.compile(found["control"]) if found["control"] else None
-    date = datetime.datetime.fromisoformat(found["date"])
-    try:
-        report = examine(Template(**{**found, "control": control, "date": date}))
-    except TemplateRefused as error:
-        return json.dumps({"refused": _refusal(error)})
-    except MemoryError:
-        return json.dumps({"refused": _refusal(_over_limits(line))})
-    except Exception as error:  # noqa: BLE001  (told to the process that asked)
-        return json.dumps({"failed": f"{type(error).__name__}: {error}"})
-    return json.dumps({"report": report.as_dict()})
-
-
-def _refusal(error: TemplateRefused) -> dict[str, str]:
-    return {"code": error.code, "message": error.message, "hint": error.hint}
-
-
-if __name__ == "__main__":
-    main()

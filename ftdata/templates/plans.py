@@ -117,10 +117,14 @@ class Plan:
 
 @dataclass
 class Plans:
-    """What is known about one template. `missed` counts the conversations of each shape that no plan was for."""
+    """What is known about one template. `missed` counts the conversations of each shape that no plan was for.
+
+    `fresh` are the plans that were found since somebody took them from there.
+    """
 
     by_shape: dict[Shape, list[Plan]] = field(default_factory=dict)
     missed: Counter[Shape] = field(default_factory=Counter)
+    fresh: list[tuple[Shape, Plan]] = field(default_factory=list)
 
     def wanted(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> bool:
         """Whether to look for a plan for these, which is done the more rarely the more often there was none."""
@@ -149,6 +153,7 @@ class Plans:
         """Remember a plan for messages of this shape."""
         if shape := shape_of(messages, turns):
             self.by_shape.setdefault(shape, []).append(plan)
+            self.fresh.append((shape, plan))
 
 
 def shape_of(messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> Shape | None:

@@ -23,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ftdata.templates.chat import Chat
 from ftdata.templates.compare import agreement
 from ftdata.templates.template import TEMPLATE_FAULTS
+from ftdata.templates.unfolded import Generator
 from ftdata.types import Rendered
 
 
@@ -169,6 +170,7 @@ def _program(source: str, date: datetime.datetime) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Transparent, loopcontrols]
     )
+    environment.code_generator_class = Generator
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": _raise, "strftime_now": date.strftime}
     return environment.from_string(source)

@@ -8,7 +8,6 @@ from functools import cached_property
 
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.templates.chat import Chat, render_chat
-from ftdata.templates.sandbox import CUT
 from ftdata.templates.spans import Region, pieces, tile, tracked
 from ftdata.templates.template import Template, templates
 from ftdata.types import Conversation, Message, Part, Rendered, Span
@@ -64,6 +63,31 @@ def render(
         return tuple(one._replace(flags=one.flags | {"parts_joined"}) for one in texts)
 
 
+class _Unknown(Exception):
+    """What a template makes of a conversation is not told by a plan."""
+
+
+def known(
+    conversation: Conversation, template: Template, turns: str = "auto", dropped: str = "refuse"
+) -> tuple[Rendered, ...] | None:
+    """Return what `render` does of a conversation for which the template need not be run; `None` for others."""
+    if not template.source or (conversation.text is not None and template.chat):
+        return render(conversation, template, turns)
+    try:
+        return _render_chat(conversation, template, turns, dropped, runs=False) if template.chat else None
+    except _Unknown:
+        return None
+
+
+def _trained(conversation: Conversation) -> list[int]:
+    # Of an answer that is not trained, nobody needs to know where it begins and ends.
+    return [
+        index
+        for index, message in enumerate(conversation.messages)
+        if message["role"] == "assistant" and message.get("train", True)
+    ]
+
+
 def with_texts(conversation: Conversation) -> Conversation:
     """Return the conversation with text for each content that is a list of one text part."""
     return replace(conversation, messages=tuple(map(_with_text, conversation.messages)))
@@ -77,16 +101,13 @@ def _with_text(message: Message) -> Message:
     return {**message, "content": content[0].get("text")}
 
 
-def _render_chat(conversation: Conversation, template: Template, turns: str, dropped: str) -> tuple[Rendered, ...]:
-    # Of an answer that is not trained, nobody needs to know where it begins and ends.
-    assistants = [
-        index
-        for index, message in enumerate(conversation.messages)
-        if message["role"] == "assistant" and message.get("train", True)
-    ]
+def _render_chat(
+    conversation: Conversation, template: Template, turns: str, dropped: str, *, runs: bool = True
+) -> tuple[Rendered, ...]:
+    assistants = _trained(conversation)
     planned = turns != "split" and not conversation.tools
     whole = template.plans.filled(conversation.messages, assistants) if planned else None
-    chat = _Chats(conversation, template, dropped)
+    chat = _Chats(conversation, template, dropped, runs)
     if whole is None and turns != "split":
         whole = chat.joint(assistants, must=turns == "joint")
     if whole is not None and (turns == "joint" or "rewritten" not in whole.flags):
@@ -97,11 +118,12 @@ def _render_chat(conversation: Conversation, template: Template, turns: str, dro
 
 @dataclass
 class _Chats:
-    """A conversation under a chat template, and what it is up to each of its turns."""
+    """A conversation under a chat template, and what it is up to each of its turns; `runs`: if need be, it is run."""
 
     conversation: Conversation
     template: Template
     dropped: str
+    runs: bool
 
     @cached_property
     def _whole(self) -> Chat:
@@ -116,6 +138,8 @@ class _Chats:
         messages = self.conversation.messages[:count]
         planned = count is not None and not self.conversation.tools
         known = self.template.plans.filled(messages, turns) if planned else None
+        if known is None and not self.runs:
+            raise _Unknown
         return known or render_chat(self._whole.first(len(messages)), turns, self.dropped)
 
     def joint(self, turns: Sequence[int], count: int | None = None, *, must: bool) -> Rendered | None:
@@ -166,22 +190,6 @@ def _split(chat: _Chats, group: Sequence[int]) -> Iterator[Rendered]:
             return
     for turn in group:
         yield chat.until([turn], turn + 1)
-
-
-def prompt(conversation: Conversation, template: Template) -> str:
-    """Return what the model is shown when it is asked for the last answer: the same template, no response.
-
-    For a chat template, the messages before the final assistant message with the generation prompt; for a
-    prompt template, the text before its first generation block.
-
-    Raises:
-        BadRow: the template fails on the row.
-    """
-    if not template.chat:
-        return template.run(conversation.fields, prompt_only=True).partition(CUT)[0]
-    messages = conversation.messages
-    before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    return str.__str__(Chat.of(replace(conversation, messages=before), template).text(generation_prompt=True))
 
 
 def _already_formatted(text: str, template: Template) -> Rendered:

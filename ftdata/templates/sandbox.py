@@ -24,10 +24,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from ftdata.templates.tracked import Tracked, concat, dumps, safe
+from ftdata.templates.unfolded import Generator
 from ftdata.templates.watched import Watched, joined, length, opaque, watched_call, watched_method, watched_result
-
-CUT = "\ufdd0"
-"""Printed where a prompt ends; a noncharacter, so no text holds it."""
 
 
 class Loud(jinja2.Undefined):
@@ -47,8 +45,7 @@ class Loud(jinja2.Undefined):
 class Generation(Extension):
     """`{% generation %} ... {% endgeneration %}`: what stands inside is what the model must produce.
 
-    Each block's output carries a number of its own in its owners (`tracked.BLOCK`). In a template compiled
-    for prompts the block is not run at all: it prints `CUT`, where the prompt ends.
+    Each block's output carries a number of its own in its owners (`tracked.BLOCK`).
     """
 
     tags = {"generation"}  # noqa: RUF012  (Jinja's own contract)
@@ -61,29 +58,34 @@ class Generation(Extension):
         return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
     def _mark(self, caller: Macro) -> str:
-        return CUT if self.environment.prompt_only else Tracked.of(caller()).in_block(next(self.blocks))  # type: ignore[attr-defined]
+        return Tracked.of(caller()).in_block(next(self.blocks))
 
 
 class Environment(ImmutableSandboxedEnvironment):
     """The sandbox, with string operations that keep the memory of who wrote what."""
 
-    prompt_only = False
+    code_generator_class = Generator
+
     watch = False
     # Jinja calls it with an iterable of strings wherever it joins output.
     concat = staticmethod(concat)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """Look an attribute up; a string has the attributes of `str` and no others, with tracked results."""
+        """Look an attribute up; a string has the public methods of `str` and no others, with tracked results."""
         if not isinstance(obj, str):
             return super().getattr(obj, attribute)
-        if self.watch and not isinstance(obj, Watched) and hasattr(str, attribute):
-            super().getattr(Tracked.of(obj), attribute)
+        if attribute.startswith("_"):
+            return self.unsafe_undefined(obj, attribute)
+        if not hasattr(str, attribute):
+            return self.undefined(obj=obj, name=attribute)
+        if attribute in ("format", "format_map"):
+            # They reach into what they are given: Jinja's own look at each attribute as it does.
+            if self.watch:
+                opaque()
+            return self.wrap_str_format(getattr(str.__str__(obj), attribute))
+        if self.watch and not isinstance(obj, Watched):
             return watched_method(obj, attribute)
-        return (
-            super().getattr(Tracked.of(obj), attribute)
-            if hasattr(str, attribute)
-            else self.undefined(obj=obj, name=attribute)
-        )
+        return getattr(Tracked.of(obj), attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """Look an item up, as `getattr` does."""
@@ -214,6 +216,8 @@ def _environment(date: datetime.datetime, strict: bool) -> Environment:
         undefined=Loud if strict else jinja2.Undefined,
     )
     environment.filters |= {"tojson": _tojson, "join": _join, "replace": _replace, "safe": safe}
+    # It prints another text each time.
+    del environment.globals["lipsum"], environment.filters["random"]
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": _clock(date),
@@ -223,30 +227,34 @@ def _environment(date: datetime.datetime, strict: bool) -> Environment:
     return environment
 
 
+@lru_cache(maxsize=1)
+def environment() -> Environment:
+    """Return the environment in which templates are read and compiled.
+
+    What they compile to does not depend on how they are run: strict, watched.
+    """
+    return _environment(datetime.datetime.fromtimestamp(0, datetime.UTC), strict=False)
+
+
 @lru_cache(maxsize=64)
 def _code(source: str) -> CodeType:
-    # What a template compiles to does not depend on how it is run: strict, watched, for prompts only.
-    return _environment(datetime.datetime.fromtimestamp(0, datetime.UTC), strict=False).compile(source)
+    return environment().compile(source)
 
 
 @lru_cache(maxsize=64)
-def compile_template(
-    source: str, date: datetime.datetime, strict: bool, prompt_only: bool = False, watch: bool = False
-) -> jinja2.Template:
+def compile_template(source: str, date: datetime.datetime, strict: bool, watch: bool = False) -> jinja2.Template:
     """Compile a template for tracked rendering.
 
     Args:
         source: the Jinja text.
         date: what `strftime_now` prints.
         strict: an undefined name that is printed is an error, instead of nothing.
-        prompt_only: print `CUT` in place of each generation block.
         watch: let nothing that is asked of watched strings go by unnoticed.
 
     Raises:
         jinja2.TemplateSyntaxError: with the template line.
     """
     environment = _environment(date, strict)
-    environment.prompt_only = prompt_only
     if watch:
         _watch(environment)
     # `a ~ b` compiles to a call of the module-level `str_join`, which is looked up in the template's namespace.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.meta
+import xxhash
 from jinja2 import nodes
 
 from ftdata.errors import BadRow, TemplateRefused, UsageError, nearest
@@ -20,10 +22,11 @@ from ftdata.templates import markers
 from ftdata.templates.memory import Memory
 from ftdata.templates.plans import Plans
 from ftdata.templates.runs import Runs
-from ftdata.templates.sandbox import compile_template
+from ftdata.templates.sandbox import compile_template, environment
 from ftdata.templates.spans import pieces, tracked, tracked_messages
 from ftdata.templates.stops import Stops
 from ftdata.templates.tracked import Tracked, concat
+from ftdata.templates.unfolded import names_in
 from ftdata.templates.watched import plain
 from ftdata.types import Part
 
@@ -84,13 +87,33 @@ class Template:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
+    def description(self) -> str:
+        """All that it is, as JSON."""
+        pattern = self.control.pattern if self.control is not None else None
+        own = {"name": self.name, "source": self.source, "strict": self.strict, "control": pattern}
+        given = {"special_tokens": dict(self.special_tokens), "kwargs": dict(self.kwargs)}
+        return json.dumps({**own, **given, "date": self.date.isoformat()}, sort_keys=True)
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of all that it is."""
+        return xxhash.xxh3_128_hexdigest(self.description.encode())
+
+    @classmethod
+    def described(cls, description: str) -> Template:
+        """Return the template of a description."""
+        found = json.loads(description)
+        control = re.compile(found["control"]) if found["control"] else None
+        return cls(**{**found, "control": control, "date": datetime.datetime.fromisoformat(found["date"])})
+
+    @cached_property
     def names(self) -> frozenset[str]:
         """The variables that the template reads.
 
         Raises:
             TemplateRefused: `template_syntax`, with the line.
         """
-        return frozenset(jinja2.meta.find_undeclared_variables(self._syntax))
+        return names_in(self._syntax)
 
     @cached_property
     def chat(self) -> bool:
@@ -100,7 +123,7 @@ class Template:
     @cached_property
     def tagged(self) -> bool:
         """Whether the template itself marks what the model must produce."""
-        tokens = self._compile().environment.lex(self.source)
+        tokens = environment().lex(self.source)
         return any(kind == "name" and value == "generation" for _, kind, value in tokens)
 
     @cached_property
@@ -182,36 +205,42 @@ class Template:
         """What the template makes of conversations that it treats as those seen so far."""
         return Plans()
 
-    def run(self, variables: Mapping[str, Any], *, prompt_only: bool = False, watch: bool = False) -> Tracked:
+    def run(self, variables: Mapping[str, Any]) -> Tracked:
         """Render once. The text is exactly what transformers renders for the same variables.
 
         Args:
             variables: what the template is given, besides special tokens and `kwargs`.
-            prompt_only: end where the first generation block begins.
-            watch: note what is asked of watched strings (`watched`).
 
         Raises:
             BadRow: `template_raises`, with the template's own message.
+            TemplateRefused: it cannot be compiled.
         """
-        return plain(self.rendered(variables, prompt_only=prompt_only, watch=watch))
+        return plain(self.rendered(variables))
 
-    def rendered(self, variables: Mapping[str, Any], *, prompt_only: bool = False, watch: bool = False) -> Tracked:
+    def rendered(self, variables: Mapping[str, Any], *, watch: bool = False) -> Tracked:
         """Render once, as `run`; with `watch`, the text may be watched itself, and tells how it came about."""
         given = {**self.special_tokens, **self.kwargs, **variables}
+        program = self._compile(watch=watch)
         try:
-            return Tracked.of(self._compile(prompt_only=prompt_only, watch=watch).render(given))
+            return Tracked.of(program.render(given))
         except TEMPLATE_FAULTS as error:
             reason = str(error).replace(f"'{Tracked.__name__}'", "'str'")
             raise BadRow("template_raises", f"template {self.name!r} fails on this row: {reason}") from None
 
     @property
     def _syntax(self) -> nodes.Template:
-        self._compile()
-        return _parsed(self.source, self.date, self.strict)
+        # Not compiled: that is for the process in which it runs.
+        with self._told():
+            return _parsed(self.source)
 
-    def _compile(self, *, prompt_only: bool = False, watch: bool = False) -> jinja2.Template:
+    def _compile(self, *, watch: bool) -> jinja2.Template:
+        with self._told():
+            return compile_template(self.source, self.date, self.strict, watch)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
         try:
-            return compile_template(self.source, self.date, self.strict, prompt_only, watch)
+            yield
         except jinja2.TemplateSyntaxError as error:
             message = f"template {self.name!r}, line {error.lineno}: {error.message}"
             raise TemplateRefused("template_syntax", message) from None
@@ -221,8 +250,8 @@ class Template:
 
 
 @lru_cache(maxsize=64)
-def _parsed(source: str, date: datetime.datetime, strict: bool) -> nodes.Template:
-    return compile_template(source, date, strict, False, False).environment.parse(source)
+def _parsed(source: str) -> nodes.Template:
+    return environment().parse(source)
 
 
 def find(spec: str | Path) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from ftdata.look import detect
 from ftdata.look.checks.registry import Data, Setting, check
 from ftdata.recipe import Recipe, make_recipe
 from ftdata.shown import rendered
-from ftdata.templates.child import verify
+from ftdata.templates.apart import verify
 from ftdata.types import Conversation
 
 # --- all rows together

@@ -1,0 +1,186 @@
+"""What templates do, asked of the process in which they run; what they are known to do is not asked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import xxhash
+
+from ftdata import disk
+from ftdata._version import __version__
+from ftdata.errors import BadRow, TemplateRefused
+from ftdata.templates import rendering, wire
+from ftdata.templates import template as templates
+from ftdata.templates.child import MEGABYTES, SECONDS, Asked, OverLimits, ask, begin, over_limits
+from ftdata.templates.template import Template
+from ftdata.templates.verify import TemplateReport
+from ftdata.templates.verify import contradicted as contradicted_here
+from ftdata.types import Conversation, Rendered
+
+HERE = not hasattr(os, "fork")
+"""Where there are no limits for processes, templates run in this one."""
+
+
+def render(
+    conversation: Conversation, template: Template, turns: str = "auto", dropped: str = "refuse"
+) -> tuple[Rendered, ...]:
+    """Render a conversation, as `rendering.render` does.
+
+    Raises:
+        BadRow: as it does; `template_limits`: the template takes more time or memory than any needs.
+        TemplateRefused: as it does, or `template_limits` on several rows.
+    """
+    return begun(conversation, template, turns, dropped)()
+
+
+def begun(
+    conversation: Conversation, template: Template, turns: str = "auto", dropped: str = "refuse"
+) -> Callable[[], tuple[Rendered, ...]]:
+    """Begin to render a conversation; what is returned waits for it, and returns and raises what `render` does."""
+    if HERE:
+        return partial(rendering.render, conversation, template, turns, dropped)
+    try:
+        known = rendering.known(conversation, template, turns, dropped)
+        if known is not None:
+            return lambda: known
+        said = wire.of_conversation(conversation)
+        asked = begin("render", template, conversation=said, turns=turns, dropped=dropped)
+    except (BadRow, TemplateRefused, RecursionError) as error:
+        return partial(_raised, error)
+    return partial(_rendered, template, asked)
+
+
+def _raised(error: Exception) -> NoReturn:
+    raise error
+
+
+def _rendered(template: Template, asked: Asked) -> tuple[Rendered, ...]:
+    try:
+        answer = asked.answer()
+    except OverLimits:
+        raise over_limits(template) from None
+    for shape, plan in answer["plans"]:
+        template.plans.by_shape.setdefault(tuple(shape), []).append(wire.plan(plan))
+    return tuple(map(wire.rendered, answer["texts"]))
+
+
+def contradicted(
+    conversation: Conversation, template: Template, rendered: Rendered, most: int | None = None
+) -> str | None:
+    """Return what speaks against a rendering, as `verify.contradicted` does.
+
+    Raises:
+        BadRow, TemplateRefused: as `render`.
+    """
+    if HERE:
+        return contradicted_here(conversation, template, rendered, most)
+    said, made = wire.of_conversation(conversation), wire.of_rendered(rendered)
+    try:
+        found = ask("contradict", template, conversation=said, rendered=made, most=most)["found"]
+    except OverLimits:
+        raise over_limits(template) from None
+    return None if found is None else str(found)
+
+
+def scaffold(template: Template) -> str:
+    """Return what a chat template prints around messages, as `template.scaffold` does.
+
+    Raises:
+        TemplateRefused: as `verify`.
+    """
+    if HERE or not template.source:
+        return templates.scaffold(template)
+    try:
+        return str(ask("scaffold", template)["text"])
+    except OverLimits:
+        raise _refused(template) from None
+
+
+def verify(template: Template) -> TemplateReport:
+    """Examine a template, or remember what was found.
+
+    Verdicts are kept in `$XDG_CACHE_HOME/ftdata` (`~/.cache/ftdata`), where that can be written, by content: the same
+    template with the same tokens and options is examined once.
+
+    Raises:
+        TemplateRefused: it cannot be compiled; `template_limits`: it takes more time or memory than any template
+            needs.
+    """
+    return _examined(template.description)
+
+
+def trusted(template: Template) -> Template:
+    """Return the template, examined and not contradicted.
+
+    Raises:
+        TemplateRefused: as `verify`, or `template_unproved`: two ways of finding what is trained disagree about it.
+    """
+    if template.source and (against := verify(template).contradictions):
+        raise TemplateRefused(
+            "template_unproved",
+            f"two ways of finding what template {template.name!r} has the model produce disagree: {against[0]}",
+            hint="mark what is trained with {% generation %} in a template file of your own",
+        )
+    return template
+
+
+@lru_cache(maxsize=1024)
+def _examined(description: str) -> TemplateReport:
+    key = xxhash.xxh3_128_hexdigest(f"{__version__} {_own_code()} {description}".encode())
+    file = _cache() / f"{key}.json"
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        return _report(json.loads(file.read_text(encoding="utf-8")))
+    template = Template.described(description)
+    try:
+        report = _asked(template)
+    except OverLimits:
+        raise _refused(template) from None
+    with suppress(OSError):
+        disk.mkdir(file.parent, parents=True, exist_ok=True)
+        beside = file.with_suffix(f".{os.getpid()}")
+        disk.write(beside, json.dumps(report).encode())
+        disk.rename(beside, file)
+    return _report(report)
+
+
+def _asked(template: Template) -> Mapping[str, Any]:
+    if HERE:
+        from ftdata.templates.verify import examine
+
+        return examine(template).as_dict()
+    # The child ends what takes it too long itself.
+    return dict(ask("examine", template, seconds=4.0 * SECONDS)["report"])
+
+
+def _refused(template: Template) -> TemplateRefused:
+    return TemplateRefused(
+        "template_limits",
+        f"template {template.name!r} needs more than {SECONDS} s or {MEGABYTES} MB for a few small conversations",
+        hint="use another template: this one loops, or is an attack",
+    )
+
+
+def _report(found: Mapping[str, Any]) -> TemplateReport:
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    return TemplateReport(**fields)
+
+
+@lru_cache(maxsize=1)
+def _own_code() -> str:
+    """Return a hash of the modules that reach a verdict: an editable install changes without a new version."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return xxhash.xxh3_64_hexdigest(b"".join(file.read_bytes() for file in files))
+
+
+def _cache() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftdata" / "verdicts"
+    except RuntimeError:
+        # No home, and a user that is not known, as in many containers: nothing is kept there.
+        return Path(os.devnull) / "verdicts"
