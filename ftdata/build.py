@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -215,6 +216,7 @@ def write_build(
     ):
         raise UsageError("train_on", "a lambda cannot go to other processes", hint="use a named function, or workers=1")
     found = sources(data)
+    _check_splits(found)
     wanted = _Wanted(made, layout, selection, tolerance, _named(data), found if limit else in_parts(found))
     crew = _Crew(workers, engine)
     with atomic.workplace(Path(output_dir).resolve(), store.check_target) as place:
@@ -223,6 +225,15 @@ def write_build(
             report = _build(wanted, place, crew, progress)
             place.publish()
     return report
+
+
+def _check_splits(found: Sequence[FileSource | MemorySource]) -> None:
+    """Refuse names of splits that are no names of folders: those of cards and of data sets are of strangers."""
+    for one in found:
+        if one.split is not None and not re.fullmatch(r"\w[\w.-]{0,99}", one.split):
+            told = f"is of the split {one.split[:60]!r}, which is no name for a folder"
+            hint = "letters, digits, _, - and . make a name; data_files or split says another"
+            raise InputRefused("split_name", told, where=one.path, hint=hint)
 
 
 def load_build(folder: Path, report: Report | None = None, *, in_memory: bool = False) -> datasets.DatasetDict:

@@ -8,6 +8,7 @@ import fsspec
 import pytest
 
 from ftdata import read
+from ftdata.build import write_build
 from ftdata.errors import InputRefused, UsageError
 from ftdata.readers import sources
 
@@ -115,3 +116,22 @@ def test_a_folder_elsewhere_is_read_as_one_here(tmp_path):
         == by_split(str(tmp_path / "saved"))
         == {"train": ["train"], "test": ["test"]}
     )
+
+
+@pytest.mark.parametrize("split", ["../out", "/tmp/out", "..", "a/b", "a\nb", "a\0b", "", "x" * 200])
+def test_splits_stay_in_the_build(tmp_path, tokenizer_dir, split):
+    import datasets
+
+    data = datasets.DatasetDict({split: datasets.Dataset.from_list([{"question": "q", "answer": "a"}])})
+    with pytest.raises(InputRefused, match="split_name"):
+        write_build(data, tokenizer_dir("tiny_bpe"), tmp_path / "to" / "out")
+    assert [path.name for path in tmp_path.rglob("*")] in ([], ["to"])
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "/etc", "a/b", ""])
+def test_saved_data_sets_stay_in_their_folder(tmp_path, name):
+    (tmp_path / "x.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
+    with pytest.raises(InputRefused, match="damaged_file"):
+        sources(tmp_path / "saved")

@@ -86,7 +86,7 @@ def test_hostile_templates_are_held(attack, tokenizer_dir):
     began = time.monotonic()
     with pytest.raises(TemplateRefused, match="template_limits"):
         encode(TALK, tokenizer_dir("tiny_bpe"), HOSTILE[attack] + CHATML)
-    assert time.monotonic() - began < 4 * child.SECONDS
+    assert time.monotonic() - began < 4 * child.EXAMINED_SECONDS
     assert check_template("chatml").verdict == "exact"
 
 
@@ -180,7 +180,7 @@ def test_an_interrupted_question_leaves_no_answer_behind(monkeypatch, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(child._Server, "read", interrupted)
+    monkeypatch.setattr(child._Server, "_read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         apart._examined.__wrapped__(bound(CHATML + "{# interrupted #}").description)
     monkeypatch.undo()

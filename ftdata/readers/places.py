@@ -151,7 +151,7 @@ def _saved(path: Path, key: str) -> list[str]:
     try:
         found = json.loads(path.read_bytes())[key]
         names = [one["filename"] if isinstance(one, dict) else one for one in found]
-        if not all(name and PurePosixPath(name).name == name for name in names):
+        if not all(name not in ("", "..") and PurePosixPath(name).name == name for name in names):
             raise ValueError
     except (ValueError, LookupError, TypeError):
         hint = "save the data set again"

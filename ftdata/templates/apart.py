@@ -17,7 +17,7 @@ from ftdata._version import __version__
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.templates import rendering, wire
 from ftdata.templates import template as templates
-from ftdata.templates.child import MEGABYTES, SECONDS, Asked, OverLimits, ask, begin, over_limits
+from ftdata.templates.child import EXAMINED_SECONDS, MEGABYTES, Asked, OverLimits, ask, begin, over_limits
 from ftdata.templates.template import Template
 from ftdata.templates.verify import TemplateReport
 from ftdata.templates.verify import contradicted as contradicted_here
@@ -155,13 +155,13 @@ def _asked(template: Template) -> Mapping[str, Any]:
 
         return examine(template).as_dict()
     # The child ends what takes it too long itself.
-    return dict(ask("examine", template, seconds=4.0 * SECONDS)["report"])
+    return dict(ask("examine", template, seconds=4.0 * EXAMINED_SECONDS)["report"])
 
 
 def _refused(template: Template) -> TemplateRefused:
     return TemplateRefused(
         "template_limits",
-        f"template {template.name!r} needs more than {SECONDS} s or {MEGABYTES} MB for a few small conversations",
+        f"template {template.name!r} needs more than {EXAMINED_SECONDS} s or {MEGABYTES} MB for small conversations",
         hint="use another template: this one loops, or is an attack",
     )
 

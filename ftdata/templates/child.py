@@ -23,22 +23,28 @@ from ftdata.errors import BadRow, InternalError, TemplateRefused
 from ftdata.templates.template import Template
 from ftdata.templates.wire import HEAD, packet, unpacked, whole
 
-SECONDS, LETTERS_A_SECOND = 3, 20_000
+SECONDS, LETTERS_A_SECOND = 2.5, 20_000
 """How long an answer may take: so many seconds, and one for every so many characters of what is asked."""
 
-AHEAD_SECONDS = 1
-"""How long answers may take that were asked for together, before each is asked for by itself."""
+AHEAD_SECONDS, AGAIN_SECONDS = 0.5, 1.0
+"""How long answers may take that were asked for together, before each is asked for by itself; and how long one may of a
+template that took too long before."""
+
+EXAMINED_SECONDS = 3
+"""How long it may take to examine a template."""
 
 MEGABYTES, BYTES_A_LETTER = 512, 64
 """How much memory it may take: so many megabytes, and so many bytes for every character of what is asked."""
 
-MOST_OVER = 3
-"""Rows on which a template may go over these limits before it is refused."""
+MOST_OVER, APART = 2, 100
+"""Rows on which a template may go over these limits before it is refused, if fewer are between them than so many."""
 
 _PIPE, _TOGETHER = 1 << 15, 1 << 13
 """Bytes that are sent ahead: half of what a pipe holds; and those that are sent together, at least."""
 
 _over: Counter[str] = Counter()
+_since: Counter[str] = Counter()
+"""Of each template: the rows that went over the limits, and those that did not since."""
 
 
 class OverLimits(Exception):
@@ -65,7 +71,8 @@ def ask(do: str, template: Template, seconds: float | None = None, **given: Any)
 def begin(do: str, template: Template, seconds: float | None = None, **given: Any) -> Asked:
     """Ask as `ask` does, and do not wait: while the child is at work, so may this process be."""
     sent = packet({"do": do, "template": template.key, **given})
-    asked = Asked(template, sent, seconds or SECONDS + len(sent) / LETTERS_A_SECOND)
+    wait = AGAIN_SECONDS if template.key in _over else SECONDS
+    asked = Asked(template, sent, seconds or wait + len(sent) / LETTERS_A_SECOND)
     with _lock(os.getpid()), suppress(OSError):
         server = _server(os.getpid())
         # What does not fit into a pipe would make us wait for a child that waits for us.
@@ -105,6 +112,8 @@ class Asked:
                         server.receive(self)
         if self.found is None or "over" in self.found:
             raise OverLimits
+        if self.template.key in _over:
+            _since[self.template.key] += 1
         if "bad" in self.found:
             raise BadRow(**self.found["bad"])
         if "refused" in self.found:
@@ -118,7 +127,7 @@ class Asked:
 
 def over_limits(template: Template) -> BadRow | TemplateRefused:
     """Return what is said of a template that takes too much on a row; when it does so often, on all."""
-    _over[template.key] += 1
+    _over[template.key] = 1 if _since.pop(template.key, 0) >= APART else _over[template.key] + 1
     found = f"template {template.name!r} needs more than {SECONDS} s or {MEGABYTES} MB"
     hint = "use another template: this one loops, or is an attack"
     if _over[template.key] < MOST_OVER:

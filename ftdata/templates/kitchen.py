@@ -19,7 +19,7 @@ from typing import Any
 
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.templates import rendering, wire
-from ftdata.templates.child import BYTES_A_LETTER, MEGABYTES, SECONDS
+from ftdata.templates.child import BYTES_A_LETTER, EXAMINED_SECONDS, MEGABYTES
 from ftdata.templates.template import Template, scaffold
 from ftdata.templates.verify import contradicted, examine
 
@@ -94,13 +94,13 @@ def _apart(template: Template, asked: Mapping[str, Any]) -> bytes:
         os.close(reading)
         import resource
 
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        resource.setrlimit(resource.RLIMIT_CPU, (EXAMINED_SECONDS, EXAMINED_SECONDS))
         with os.fdopen(writing, "wb") as stream:
             stream.write(_answer(template, asked, 0))
         os._exit(0)
     os.close(writing)
     answer = bytearray()
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + EXAMINED_SECONDS
     while select.select([reading], [], [], max(0.0, end - time.monotonic()))[0] and (more := os.read(reading, 1 << 16)):
         answer += more
     os.close(reading)
