@@ -17,7 +17,7 @@ import tokenizers
 from ftdata.errors import BadRow, TemplateRefused, UsageError, one_of
 from ftdata.mask import Policy, policy_of
 from ftdata.schemas import check_columns, schemas
-from ftdata.templates import DEFAULT_DATE, DROPPED, TURNS, UNCLOSED, Template, check, find, scaffold, templates
+from ftdata.templates import DEFAULT_DATE, DROPPED, TURNS, UNCLOSED, Template, check, find, scaffold, start, templates
 from ftdata.templates.apart import trusted, verify
 from ftdata.templates.verify import TemplateReport
 from ftdata.tokenize import CONTROL_POLICIES, ControlTokens, Tokenizer, control_tokens, load_tokenizer
@@ -192,6 +192,7 @@ def make_recipe(
         UsageError: an unknown name or value.
         TemplateRefused: the template cannot be compiled, or marks nothing as trained.
     """
+    start()
     loaded = load_tokenizer(tokenizer)
     check_kwargs(template_kwargs)
     name, source = ("tokenizer", loaded.chat_template or "") if template is None else find(template)

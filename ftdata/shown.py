@@ -60,7 +60,9 @@ def _in_turns(recipe: Recipe, rows: Iterator[Row | Reject]) -> Iterator[list[tup
         known = [None if isinstance(row, Reject) or _is_proved(row) else at_once(row) for row in some]
         said = [_tried(_said, recipe, row) if one is None else one for row, one in zip(some, known, strict=True)]
         ahead.append([(row, one, _begun(recipe, one)) for row, one in zip(some, said, strict=True)])
-        if len(ahead) > 1 or few == 1:
+        # Of long rows no more are in memory than must be.
+        alone = few < FEW or len(some) < few
+        while len(ahead) > (not alone):
             done = _finished(recipe, ahead.pop(0), policy)
             long = sum([len(one.text) for _, entry in done if isinstance(entry, Shown) for one in entry.texts])
             few = min(FEW, 1 + TOGETHER * len(done) // (long + 1))

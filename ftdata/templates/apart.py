@@ -17,7 +17,7 @@ from ftdata._version import __version__
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.templates import rendering, wire
 from ftdata.templates import template as templates
-from ftdata.templates.child import EXAMINED_SECONDS, MEGABYTES, Asked, OverLimits, ask, begin, over_limits
+from ftdata.templates.child import EXAMINED_SECONDS, MEGABYTES, Asked, OverLimits, ask, begin, over_limits, warm
 from ftdata.templates.template import Template
 from ftdata.templates.verify import TemplateReport
 from ftdata.templates.verify import contradicted as contradicted_here
@@ -25,6 +25,22 @@ from ftdata.types import Conversation, Rendered
 
 HERE = not hasattr(os, "fork")
 """Where there are no limits for processes, templates run in this one."""
+
+
+@lru_cache(maxsize=1)
+def _own() -> frozenset[str]:
+    return frozenset(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.jinja"))
+
+
+def _here(template: Template) -> bool:
+    """Whether a template runs in this process: ours are no strangers'."""
+    return HERE or template.source in _own()
+
+
+def start() -> None:
+    """Begin the process in which templates run: it is ready when what is loaded meanwhile is."""
+    if not HERE:
+        warm()
 
 
 def render(
@@ -43,7 +59,7 @@ def begun(
     conversation: Conversation, template: Template, turns: str = "auto", dropped: str = "refuse"
 ) -> Callable[[], tuple[Rendered, ...]]:
     """Begin to render a conversation; what is returned waits for it, and returns and raises what `render` does."""
-    if HERE:
+    if _here(template):
         return partial(rendering.render, conversation, template, turns, dropped)
     try:
         known = rendering.known(conversation, template, turns, dropped)
@@ -78,7 +94,7 @@ def contradicted(
     Raises:
         BadRow, TemplateRefused: as `render`.
     """
-    if HERE:
+    if _here(template):
         return contradicted_here(conversation, template, rendered, most)
     said, made = wire.of_conversation(conversation), wire.of_rendered(rendered)
     try:
@@ -94,7 +110,7 @@ def scaffold(template: Template) -> str:
     Raises:
         TemplateRefused: as `verify`.
     """
-    if HERE or not template.source:
+    if _here(template) or not template.source:
         return templates.scaffold(template)
     try:
         return str(ask("scaffold", template)["text"])

@@ -51,6 +51,12 @@ class OverLimits(Exception):
     """The child took too long, too much memory, or was ended by what it did."""
 
 
+def warm() -> None:
+    """Begin the child, if there is none."""
+    with _lock(os.getpid()):
+        _server(os.getpid())
+
+
 def ask(do: str, template: Template, seconds: float | None = None, **given: Any) -> dict[str, Any]:
     """Return what the child answers.
 
