@@ -135,3 +135,23 @@ def test_saved_data_sets_stay_in_their_folder(tmp_path, name):
     (tmp_path / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
     with pytest.raises(InputRefused, match="damaged_file"):
         sources(tmp_path / "saved")
+
+
+def test_offsets_that_lead_elsewhere_are_found_behind_a_text_that_is_none(tmp_path):
+    """What is wrong first in a column must not hide what would end the process."""
+    import numpy as np
+    import pyarrow as pa
+
+    ends, size = pa.py_buffer(np.array([0, 1], np.int32)), 0x1234
+    broken = pa.Array.from_buffers(pa.string(), 1, [None, ends, pa.py_buffer(b"\xff")])
+    column = pa.StructArray.from_arrays([broken, pa.array(["A" * size])], ["a", "b"])
+    batch = pa.RecordBatch.from_arrays([column], ["question"])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    data = bytearray(sink.getvalue().to_pybytes())
+    at = data.rfind(b"\0\0\0\0" + size.to_bytes(4, "little")) + 4
+    data[at : at + 4] = (0x70000000).to_bytes(4, "little")
+    (tmp_path / "data.arrow").write_bytes(data)
+    with pytest.raises(InputRefused, match="damaged_file"):
+        list(read(tmp_path / "data.arrow"))

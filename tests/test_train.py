@@ -453,3 +453,30 @@ def test_flags_over_the_file(llama, data, tmp_path):
     assert build is None
     assert (config.lora.r, config.lora.alpha) == (8, 64)
     assert config.train == {"learning_rate": 2e-4, "save_strategy": "no", "max_steps": 1}
+
+
+def test_a_run_names_no_code_to_be_read_by(llama, data, tmp_path):
+    """What lies in a folder that came from somewhere is not run."""
+    from ftdata.store import read_manifest
+    from ftdata.train.prompts import recipe_of
+
+    build_sft_dataset(data, llama, output_dir=tmp_path / "out")
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\ndef fn(row): pass\n")
+    options = read_manifest(tmp_path / "out")["options"] | {"schema": f"{tmp_path / 'evil.py'}:fn"}
+    assert recipe_of(str(llama), options).schema == "auto"
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused(llama, tmp_path):
+    """Without asking anybody who may be at the keyboard."""
+    from ftdata.train.model import load_processing
+
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    known = json.loads((folder / "tokenizer_config.json").read_text())
+    known |= {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(known))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass Own: pass\n")
+    with pytest.raises(InputRefused):
+        load_processing(str(folder))
+    assert not (tmp_path / "mark").exists()

@@ -147,6 +147,22 @@ def _check(column: Any) -> None:
     except pa.ArrowInvalid as error:
         if not any(kind in str(error) for kind in ("UTF8", "date64")):
             raise
+        # What is wrong first hides what is wrong besides.
+        column.view(_in_bytes(column.type)).validate(full=True)
+
+
+def _in_bytes(kind: Any) -> Any:
+    """Return a type of the same buffers, of which nothing but these can be wrong."""
+    import pyarrow as pa
+
+    known = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.date64(): pa.int64()}
+    if pa.types.is_list(kind):
+        return pa.list_(_in_bytes(kind.value_type))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_in_bytes(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([each.with_type(_in_bytes(each.type)) for each in kind])
+    return known.get(kind, kind)
 
 
 def _batches(batches: Iterable[Any], schema: Any, file: Input) -> Iterator[Row | Reject]:

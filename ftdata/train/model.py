@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from ftdata.config import Config, Lora
 from ftdata.errors import InputRefused, MissingDependency, UsageError, one_of
@@ -114,6 +114,19 @@ def load_model(
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     return model
+
+
+def load_processing(name: str, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer as the trainer takes it.
+
+    Raises:
+        InputRefused: it brings Python code of its own, or cannot be loaded.
+    """
+    try:
+        # Left open, transformers would ask on standard input whether to run such code.
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _refused(name, error) from None
 
 
 def _savable(settings: GenerationConfig) -> GenerationConfig:

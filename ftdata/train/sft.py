@@ -12,7 +12,7 @@ import datasets
 import torch
 from msgspec import structs
 from rich.console import Console
-from transformers import AutoTokenizer, EarlyStoppingCallback, set_seed
+from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ftdata.build import write_build
@@ -31,6 +31,7 @@ from ftdata.train.model import (
     fit_vocabulary,
     load_config,
     load_model,
+    load_processing,
     quantization_config,
     weights_dtype,
 )
@@ -148,8 +149,7 @@ def make_trainer(
     Raises:
         UsageError: the trainer refuses its settings, or the tokenizer is another model's.
     """
-    code = {"trust_remote_code": True} if config.trust_remote_code else {}
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model, **code)
+    tokenizer = load_processing(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     data = Data(Path(), {}, splits)
     new = fit_vocabulary(model, data.vocabulary, tokenizer)
     packed = data.packed
