@@ -133,7 +133,17 @@ def _bare(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, list[int
     """Return a tokenizer that encodes texts and no more, and the ids that it would put around an empty one.
 
     A post-processor adds special tokens, which is done elsewhere, and may trim blanks from offsets.
+
+    Raises:
+        TemplateRefused: it gives other tokens each time.
     """
+    if getattr(backend.model, "dropout", None):
+        found = (
+            f"leaves out merges by chance (dropout={backend.model.dropout:g}): the same text has other tokens each time"
+        )
+        raise TemplateRefused(
+            "tokenizer_dropout", f"the tokenizer {found}", hint="set dropout to null in its tokenizer.json"
+        )
     backend.no_truncation()
     backend.no_padding()
     around = backend.encode("", add_special_tokens=True).ids

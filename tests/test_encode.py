@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from laws import law
 
 from ftdata import encode
-from ftdata.errors import BadRow
+from ftdata.errors import BadRow, TemplateRefused
 from ftdata.recipe import make_recipe
 from ftdata.templates import render
 from ftdata.templates.verify import contradicted
@@ -411,3 +411,11 @@ def test_a_broken_law_is_shown(tokenizer_dir, monkeypatch):
     monkeypatch.setattr(examples, "trained_tokens", everything)
     with pytest.raises(AssertionError, match="M1"):
         try_template(tokenizer_dir("tiny_bpe"), max_examples=40)
+
+
+def test_a_tokenizer_that_throws_dice_is_refused(tokenizer_dir, tmp_path):
+    description = json.loads((Path(tokenizer_dir("tiny_bpe")) / "tokenizer.json").read_text())
+    description["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(TemplateRefused, match="tokenizer_dropout"):
+        encode([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], tmp_path, "chatml")
