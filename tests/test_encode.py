@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,11 @@ def test_typed_control_tokens_stay_text(name, tokenizer_dir):
         encode(messages, recipe.tokenizer, control_tokens="refuse")
 
 
+@lru_cache
+def itself(file):
+    return tokenizers.Tokenizer.from_file(file)
+
+
 @pytest.mark.parametrize("name", ALL)
 @law(cases=len(ALL))
 @given(data=st.data())
@@ -116,7 +122,7 @@ def test_ids_are_those_of_the_tokenizer_alone(name, tokenizer_dir, data):
     """One text, one tokenisation: the whole text through the tokenizer gives the same ids."""
     messages = data.draw(conversations(system=system_of(name)))
     tokenizer = load_tokenizer(tokenizer_dir(name))
-    alone = tokenizers.Tokenizer.from_file(f"{tokenizer_dir(name)}/tokenizer.json")
+    alone = itself(f"{tokenizer_dir(name)}/tokenizer.json")
     try:
         examples = encode(messages, tokenizer, control_tokens="allow")
     except BadRow:
