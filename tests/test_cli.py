@@ -260,3 +260,13 @@ def test_data_comes_from_anywhere(tokenizer_dir, tmp_path):
     )
     assert json.loads(done.stdout)["built"] == 3
     assert ftdata("preview", tmp_path / "latin.jsonl", "--encoding", "cp12525").returncode == 2
+
+
+def test_names_in_data_do_not_drive_the_terminal(tmp_path, tokenizer_dir):
+    row = {"question": "q", "answer": "a", "k\x1b[31m\u202e": 1}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    done = ftdata("build", tmp_path / "d.jsonl", "-t", tokenizer_dir("tiny_bpe"), "-o", tmp_path / "out")
+    assert done.returncode == 0
+    assert "k\\u001b[31m\\u202e" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert "\u202e" not in done.stdout

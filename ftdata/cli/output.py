@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+from ftdata.errors import printable
+
 
 def write(text: str) -> None:
     """Write to standard output; who reads it may have seen enough (`| head`), which is no fault."""
@@ -25,7 +27,8 @@ def write(text: str) -> None:
 
 def print_value(value: Any, *, as_json: bool) -> None:
     """Print a value as JSON, or as it speaks for itself."""
-    write(json.dumps(value.as_dict(), ensure_ascii=False, indent=2) if as_json else str(value))
+    # Names of columns, files and templates are of strangers, and must not drive the terminal.
+    write(json.dumps(value.as_dict(), ensure_ascii=False, indent=2) if as_json else printable(str(value)))
 
 
 def paged(show: Callable[[Any], None], *, pager: bool = False) -> None:
