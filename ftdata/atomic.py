@@ -12,7 +12,6 @@ Folders of shards are sealed by `result.json`, which says what all others in it 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -190,6 +189,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _lock(folder: Path) -> int:
     """Return the open lock of a folder, made if need be; who held it before may have removed both."""
+    import fcntl
+
     path, told = folder / "lock", False
     while True:
         disk.mkdir(folder, parents=True, exist_ok=True)

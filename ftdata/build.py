@@ -12,12 +12,11 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -26,9 +25,10 @@ from numpy.typing import NDArray
 from ftdata import atomic, cache, disk, similar, store
 from ftdata._version import __version__
 from ftdata.card import card
+from ftdata.crew import Crew, check_rereadable, is_file
 from ftdata.engines import EngineDiffers
 from ftdata.errors import InputRefused, UsageError
-from ftdata.executors import check_engine, run
+from ftdata.executors import check_engine
 from ftdata.joined import Joined
 from ftdata.kept import minhashes
 from ftdata.layout import Facts, Laid, Layout, lay_out
@@ -40,17 +40,11 @@ from ftdata.readers.naming import split_of
 from ftdata.readers.parts import in_parts
 from ftdata.readers.select import Selection
 from ftdata.recipe import Recipe, make_recipe
-from ftdata.shards import Progress, ShardResult, Task, build_shard, key_of
+from ftdata.shards import Progress, Task, key_of
 from ftdata.tolerance import Tolerance
 
 if TYPE_CHECKING:
     import datasets
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-BYTES_PER_WORKER = 32 << 20
-"""Data from which on another process pays: each has to load the tokenizer."""
 
 
 def build_sft_dataset(
@@ -218,7 +212,7 @@ def write_build(
     found = sources(data)
     _check_splits(found)
     wanted = _Wanted(made, layout, selection, tolerance, _named(data), found if limit else in_parts(found))
-    crew = _Crew(workers, engine)
+    crew = Crew(workers, engine)
     with atomic.workplace(Path(output_dir).resolve(), store.check_target) as place:
         report = _built_before(wanted, place.target, crew)
         if report is None:
@@ -243,25 +237,6 @@ def load_build(folder: Path, report: Report | None = None, *, in_memory: bool = 
     loaded = datasets.load_from_disk(str(folder), keep_in_memory=in_memory)
     loaded.report = report
     return loaded
-
-
-@dataclass(frozen=True)
-class _Crew:
-    """Who does the tasks: so many workers of an engine."""
-
-    workers: int | None
-    engine: str
-
-    def do(self, work: Callable[[Any, Item], Result], common: Any, tasks: Sequence[Item]) -> list[Result]:
-        """Return what `work` makes of each task."""
-        if len(tasks) == 1:
-            return [work(common, tasks[0])]
-        processes = self.workers if self.engine != "local" else min(self.workers or 1, len(tasks))
-        return [result for _, result in sorted(run(work, common, tasks, processes, self.engine), key=_number)]
-
-
-def _number(done: tuple[int, Any]) -> int:
-    return done[0]
 
 
 @dataclass(frozen=True)
@@ -294,7 +269,7 @@ class _Wanted:
         return cache.key_of([self.options, shares, asdict(self.tolerance), self.named, cache.code(), keys])
 
 
-def _built_before(wanted: _Wanted, target: Path, crew: _Crew) -> Report | None:
+def _built_before(wanted: _Wanted, target: Path, crew: Crew) -> Report | None:
     """Return the report of the build that is there already, if it is this one, to the last bit."""
     try:
         manifest = store.read_manifest(target)
@@ -305,7 +280,7 @@ def _built_before(wanted: _Wanted, target: Path, crew: _Crew) -> Report | None:
     if manifest["request"] is None or options != json.loads(json.dumps(wanted.options)):
         return None
     tasks = wanted.tasks(target)
-    if not all(map(_is_file, tasks)):
+    if not all(map(is_file, tasks)):
         return None
     local = crew.engine == "local"
     keys = [key_of(wanted.recipe, task) for task in tasks] if local else crew.do(key_of, wanted.recipe, tasks)
@@ -314,17 +289,17 @@ def _built_before(wanted: _Wanted, target: Path, crew: _Crew) -> Report | None:
     return Report.of(json.loads((target / "report.json").read_bytes()))
 
 
-def _build(wanted: _Wanted, place: atomic.Workplace, crew: _Crew, progress: Progress | None) -> Report:
+def _build(wanted: _Wanted, place: atomic.Workplace, crew: Crew, progress: Progress | None) -> Report:
     began, folder = time.monotonic(), place.new
     recipe, layout = wanted.recipe, wanted.layout
     tasks = wanted.tasks(place.shards)
     try:
-        results = _run(recipe, tasks, crew, progress)
+        results = crew.build(recipe, tasks, progress)
     except EngineDiffers as differs:
         # What one text shows may be so for others: all is done again.
-        _check_rereadable(tasks, str(differs))
+        check_rereadable(tasks, str(differs))
         cache.clear()
-        results = _run(recipe, [replace(task, trusted=False) for task in tasks], crew, progress)
+        results = crew.build(recipe, [replace(task, trusted=False) for task in tasks], progress)
     joined = Joined(results)
     wanted.tolerance.judge(joined.ledgers, joined.rejects)
     laid = lay_out(_facts(joined, layout), layout)
@@ -360,45 +335,6 @@ def _build(wanted: _Wanted, place: atomic.Workplace, crew: _Crew, progress: Prog
     return report
 
 
-def _run(recipe: Recipe, tasks: Sequence[Task], crew: _Crew, progress: Progress | None) -> list[ShardResult]:
-    results: dict[int, ShardResult] = {}
-    limited = any(task.limit for task in tasks)
-    # What is in memory, or comes through a pipe, is here alone; how many rows are wanted, the tasks before say.
-    sizes = [task.source.size for task in tasks]
-    alone = limited or not all(map(_is_file, tasks))
-    engine, workers = ("local", 1) if alone else (crew.engine, crew.workers)
-    if engine == "local":
-        workers = min(workers or 1, len(tasks), 1 + sum(sizes) // BYTES_PER_WORKER)
-    # Within this process progress is told per batch; others tell of what they have done when a shard is.
-    here = engine == "local" and workers == 1
-
-    def told(rows: int, tokens: int, share: float | None) -> None:
-        assert progress
-        at = len(results)
-        size = sizes[at] * (share or 0.0) if at < len(sizes) else 0
-        whole = (sum(sizes[number] for number in results) + size) / max(sum(sizes), 1)
-        counted = [result.ledger for result in results.values()]
-        done = sum(one.read for one in counted) + rows, sum(one.tokens_kept for one in counted) + tokens
-        progress(*done, whole or share or None)
-
-    work = partial(build_shard, progress=told if here and progress else None)
-    for number, result in run(work, recipe, _limited(tasks, results) if limited else tasks, workers, engine):
-        results[number] = result
-        if progress:
-            told(0, 0, None)
-    return [results[number] for number in sorted(results)]
-
-
-def _is_file(task: Task) -> bool:
-    return isinstance(task.source, FileSource) and task.source.path != "-"
-
-
-def _check_rereadable(tasks: Sequence[Task], engine: str) -> None:
-    if not all(map(_is_file, tasks)):
-        found = f"{engine} gives other tokens than tokenizers, and this data can be read but once"
-        raise InputRefused("engine_differs", found, hint="pass it as a file, or uninstall fastokens")
-
-
 def _named(data: Any) -> list[Any] | None:
     """Return the places that the user named, as a configuration would; `None` where there is one in memory."""
     places = data if isinstance(data, list | tuple) else [data]
@@ -410,16 +346,6 @@ def _named(data: Any) -> list[Any] | None:
         if isinstance(one, str | Path) or (isinstance(one, Mapping) and isinstance(one.get("path"), str | Path))
     ]
     return named if len(named) == len(places) else None
-
-
-def _limited(tasks: Sequence[Task], results: Mapping[int, ShardResult]) -> Iterator[Task]:
-    """Yield the tasks that still have rows to read, of the limit of each place and split, as results come in."""
-    for task in tasks:
-        own = task.source.place, task.source.split
-        before = [one.ledger for one in results.values() if (one.task.source.place, one.task.source.split) == own]
-        left = (task.limit or 0) - sum(ledger.read - ledger.passed for ledger in before)
-        if left > 0:
-            yield replace(task, limit=left)
 
 
 def _facts(joined: Joined, layout: Layout) -> Facts:
@@ -449,7 +375,7 @@ def _facts(joined: Joined, layout: Layout) -> Facts:
 
 
 def _write_split(
-    folder: Path, name: str, joined: Joined, members: NDArray[np.int64], layout: Layout, crew: _Crew
+    folder: Path, name: str, joined: Joined, members: NDArray[np.int64], layout: Layout, crew: Crew
 ) -> tuple[dict[str, Any], list[store.Written]]:
     examples = joined.examples
     lengths = examples.lengths[members]

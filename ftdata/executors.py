@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import cached_property
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, TypeVar
@@ -181,7 +182,8 @@ class _Ray:
         """Yield what each task becomes."""
         left = enumerate(tasks)
         while True:
-            while len(self.running) < self.room and (one := next(left, None)):
+            room = self.room
+            while len(self.running) < room and (one := next(left, None)):
                 self.begin(*one)
             if not self.running:
                 return
@@ -189,7 +191,7 @@ class _Ray:
             for reference in ready:
                 if reference in self.running:
                     yield self.end(reference)
-            if not ready and len(self.running) < self.room:
+            if not ready and len(self.running) < room:
                 for number, task in self.stragglers():
                     self.begin(number, task)
 
@@ -198,10 +200,14 @@ class _Ray:
         """How many tasks may run: a few more than there are processors, so that none of them waits for us."""
         return self.workers or 2 + 2 * int(self.ray.cluster_resources().get("CPU", 1))
 
+    @cached_property
+    def do(self) -> Any:
+        """What does a task on the cluster, which learns of it once."""
+        return self.ray.remote(max_retries=TRIES, num_cpus=1)(_do_on_ray)
+
     def begin(self, number: int, task: Any) -> None:
         """Have a task done somewhere."""
-        do = self.ray.remote(max_retries=TRIES, num_cpus=1)(_do_on_ray)
-        self.running[do.remote([self.given], task)] = number, task, time.monotonic()
+        self.running[self.do.remote([self.given], task)] = number, task, time.monotonic()
 
     def end(self, reference: Any) -> tuple[int, Any]:
         """Return what a task became that is done, and give up others that are the same."""

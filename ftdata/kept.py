@@ -84,15 +84,8 @@ def write_shard(folder: Path, batches: Iterable[Kept]) -> None:
 
 
 def _line(reject: Reject) -> bytes:
-    return (
-        json.dumps(
-            [list(getattr(reject, name)) if name == "lengths" else getattr(reject, name) for name in _REJECT]
-        ).encode()
-        + b"\n"
-    )
-
-
-_REJECT = ("source", "code", "field", "reason", "fix", "raw", "lengths")
+    place, why = reject.source, (reject.code, reject.field, reject.reason, reject.fix)
+    return json.dumps([place, *why, reject.raw, reject.lengths]).encode() + b"\n"
 
 
 class Before(NamedTuple):

@@ -124,9 +124,11 @@ def key_of(recipe: Recipe, task: Task) -> str | None:
     read = shapes.values() if recipe.schema == "auto" else [shapes.get(recipe.schema)]
     if not all(map(is_ours, (policy, readers.own().get(source.reader), *read))):
         return None
-    in_bytes = source.span if source.span and source.reader != "parquet" else (0, None)
+    # Whether a line begins with a part, the byte before it says.
+    in_lines = source.span is not None and source.reader != "parquet"
+    first, last = (max(source.span[0] - 1, 0), source.span[1]) if source.span and in_lines else (0, None)
     try:
-        content = disk.digest(source.path, *in_bytes)
+        content = disk.digest(source.path, first, last)
     except OSError:
         return None
     # To which split it belongs, and how much of it is taken, is decided afterwards.

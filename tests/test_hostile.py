@@ -191,3 +191,17 @@ def test_a_child_that_is_gone_is_replaced(tokenizer_dir):
             assert "template_limits" in str(error)
     assert server.process.poll() is not None
     assert build_sft_dataset(data, tokenizer_dir("tiny_bpe"), CHAT)["train"][:] == whole
+
+
+def test_a_plan_does_not_grow_what_it_is_asked_of(tokenizer_dir):
+    """What a template asks of short texts is asked of long ones in this process, where nothing limits it."""
+    asked = "messages[0].content" + " | replace('ξ', 'ξξξξξξξξξ')" * 8
+    source = f"{{% if ({asked}).startswith('x') %}}x{{% endif %}}" + CHAT
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
+    long = [{"role": "user", "content": "ξ" * 1000}, {"role": "assistant", "content": "yes"}]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data = [{"messages": talk}] * 5 + [{"messages": long}] + [{"messages": talk}] * 5
+    found = build_sft_dataset(data, tokenizer_dir("tiny_bpe"), source, on_bad_rows="quarantine", max_rejects=1)
+    assert found.report.totals["built"] == 10
+    assert "template_limits" in found.report.rejects[0]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEGABYTES << 10

@@ -183,3 +183,17 @@ def _lines_of(source):
             next(reading)
         except StopIteration as end:
             return end.value or 0
+
+
+def test_a_part_hangs_on_the_byte_before_it(tmp_path, tokenizer_dir, small, monkeypatch):
+    """Where that is no line break any more, the part begins inside of a line, though none of its bytes is another."""
+    monkeypatch.setenv("FTDATA_CACHE", str(tmp_path / "cache"))
+    row = '{"question": "q", "answer": "a"}'
+    (tmp_path / "a.jsonl").write_text(f"{row}\n" * 4)
+    small(len(row) + 1)
+    options = {"on_bad_rows": "quarantine", "max_rejects": 4}
+    whole = write_build(str(tmp_path / "a.jsonl"), tokenizer_dir("tiny_bpe"), tmp_path / "out", **options)
+    assert whole.totals["built"] == 4
+    (tmp_path / "a.jsonl").write_text(f"{row}\n{row} {row}\n{row}\n")
+    joined = write_build(str(tmp_path / "a.jsonl"), tokenizer_dir("tiny_bpe"), tmp_path / "out", **options)
+    assert (joined.totals["read"], joined.totals["built"]) == (3, 2)

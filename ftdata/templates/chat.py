@@ -119,7 +119,9 @@ def _plan(
     if way is None or stretches is None or contents is None:
         return None
     plan = Plan.of(way, stretches, rendered, parts, alike=alike(origins[0], origins[1:]))
-    return plan if plan is not None and plan.fill(messages, contents) == rendered else None
+    if plan is None or not plan.bounded:
+        return None
+    return plan if plan.fill(messages, contents) == rendered else None
 
 
 def _regions(

@@ -22,7 +22,7 @@ from ftdata.types import Kinds, Part, Rendered, Spans
 
 _ROLES = {"system", "user", "assistant"}
 _THINKING = re.compile(r"</(?:think|thinking|thought|reasoning)>")
-_MOST_SHAPES, _MOST_PLANS = 512, 8
+_MOST_SHAPES, _MOST_PLANS, _MOST_GROWTH = 512, 8, 8
 
 Shape = tuple[Any, ...]
 
@@ -90,6 +90,11 @@ class Plan:
         unlike = tuple(((firsts[number], offset), other) for (number, offset), other in way.unlike)
         kinds = replace(Spans.of(rendered.spans).kinds, followed=True)
         return cls(tuple(texts), tuple(leaves), kinds, rendered.flags, questions, unlike)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether its questions can be asked of any row: that is done here, not where templates are held to limits."""
+        return all(_growth(one.asked) <= _MOST_GROWTH for one in self.questions)
 
     def fill(self, messages: Sequence[Mapping[str, Any]], contents: Sequence[str]) -> Rendered | None:
         """Return what the template makes of these messages (`contents_of` them), `None` where that is not certain."""
@@ -229,6 +234,17 @@ def _cut_as(parts: Sequence[Piece], found: Sequence[str | Leaf], text: str) -> t
 
 
 _CHANGES = ("strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "__getitem__", "split")
+
+
+def _growth(origin: Any) -> float:
+    """Return how many times longer than what the row gives a text may become on the way to a value of it."""
+    if not isinstance(origin, tuple):
+        return 1.0
+    before = max(map(_growth, origin), default=1.0)
+    if origin[:1] != ("do",) or origin[2] != "replace":
+        return before
+    old, new = (len(one) if isinstance(one, str) else 0 for one in (*origin[3], "", "")[:2])
+    return before * max(1.0, new / old if old else new + 1)
 
 
 def _leaf(origin: Origin) -> Leaf | None:

@@ -8,7 +8,6 @@ there, which is written last, and every file is what the seal says: any other is
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -22,7 +21,7 @@ from trl import SFTConfig
 
 from ftdata._version import __version__
 from ftdata.config import Config
-from ftdata.disk import digest, write_json
+from ftdata.disk import digest, sync, write_json
 from ftdata.errors import InputRefused, UsageError
 
 FREE = ("num_train_epochs", "max_steps", "disable_tqdm", "report_to", "run_name", "load_best_model_at_end", "use_cpu")
@@ -74,7 +73,7 @@ def write_seal(checkpoint: Path, seal: Seal) -> None:
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.name != SEAL:
             files[str(path.relative_to(checkpoint))] = digest(path)
-            _sync(path)
+            sync(path)
     about = {"ftdata": __version__, "run": seal.run, "fingerprint": seal.fingerprint, "files": files}
     write_whole(checkpoint / SEAL, about)
 
@@ -83,9 +82,9 @@ def write_whole(path: Path, about: dict[str, Any]) -> None:
     """Write a JSON file so that it is there whole, or as it was."""
     new = path.with_name(f"{path.name}.tmp")
     write_json(new, about)
-    _sync(new)
+    sync(new)
     new.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def damage(checkpoint: Path, seal: Seal | None = None) -> str | None:
@@ -270,11 +269,3 @@ def read(run: Path) -> dict[str, Any]:
     if not isinstance(about, dict) or (about and not {"fingerprint", "setup"} <= about.keys()):
         raise InputRefused("damaged_run", f"{path} does not describe a run", hint="start anew in another folder")
     return about
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
