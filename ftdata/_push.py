@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ftdata import store
+from ftdata import elsewhere, store
 from ftdata.errors import InputRefused, UsageError
 from ftdata.readers.hub import asked
 
@@ -26,7 +26,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
         InputRefused: the folder is no build, or is damaged.
         HubError: the hub refuses, or fails again and again.
     """
-    folder = Path(folder)
+    folder = elsewhere.here(folder)
     if broken := store.verify(folder):
         raise InputRefused("damaged_build", f"{folder} is damaged: {', '.join(broken[:3])}", hint="build again")
     from huggingface_hub import HfApi

@@ -13,6 +13,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ftdata import atomic, cache, disk, similar, store
+from ftdata import atomic, cache, disk, elsewhere, similar, store
 from ftdata._version import __version__
 from ftdata.card import card
 from ftdata.crew import Crew, check_rereadable, is_file
@@ -39,6 +40,7 @@ from ftdata.readers import FileSource, MemorySource, sources
 from ftdata.readers.naming import split_of
 from ftdata.readers.parts import in_parts
 from ftdata.readers.select import Selection
+from ftdata.readers.streams import is_url
 from ftdata.recipe import Recipe, make_recipe
 from ftdata.shards import Progress, Task, key_of
 from ftdata.tolerance import Tolerance
@@ -113,7 +115,8 @@ def build_sft_dataset(
             `ftdata.layout.mixed(number, seed)` are taken.
         on_bad_rows: `"error"` (all bad rows are collected, then one error) or `"quarantine"` (go on without them).
         max_rejects: with `"quarantine"`: how many rows (or `"1%"`) may be rejected.
-        output_dir: where to write the build; `None` keeps it in memory.
+        output_dir: where to write the build, a folder or the URL of one in an object store (`s3://bucket/name`), where
+            no other build is replaced; `None` keeps it in memory.
         workers: processes at most (`None`: this one); the result does not depend on it. There is no more than one for
             each 32 MB of data. As with every process pool, a script that asks for more than one needs
             `if __name__ == "__main__":`.
@@ -135,7 +138,7 @@ def build_sft_dataset(
         InputRefused: a source cannot be read, or nothing was left to build.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        target = Path(output_dir) if output_dir is not None else Path(scratch) / "build"
+        target = output_dir if output_dir is not None else Path(scratch) / "build"
         report = write_build(
             data,
             tokenizer,
@@ -169,7 +172,7 @@ def build_sft_dataset(
             template_kwargs=template_kwargs,
             progress=progress,
         )
-        return load_build(target.resolve(), report, in_memory=output_dir is None)
+        return load_build(elsewhere.here(target).resolve(), report, in_memory=output_dir is None)
 
 
 def write_build(
@@ -213,11 +216,33 @@ def write_build(
     _check_splits(found)
     wanted = _Wanted(made, layout, selection, tolerance, _named(data), found if limit else in_parts(found))
     crew = Crew(workers, engine)
+    if isinstance(output_dir, str) and is_url(output_dir):
+        return _build_elsewhere(wanted, elsewhere.checked(output_dir), crew, progress)
     with atomic.workplace(Path(output_dir).resolve(), store.check_target) as place:
-        report = _built_before(wanted, place.target, crew)
-        if report is None:
-            report = _build(wanted, place, crew, progress)
-            place.publish()
+        return _built_at(wanted, place, crew, progress)
+
+
+def _built_at(wanted: _Wanted, place: atomic.Workplace, crew: Crew, progress: Progress | None) -> Report:
+    report = _built_before(wanted, place.target, crew)
+    if report is None:
+        report = _build(wanted, place, crew, progress)
+        place.publish()
+    return report
+
+
+def _build_elsewhere(wanted: _Wanted, url: str, crew: Crew, progress: Progress | None) -> Report:
+    """Make a build here and send it to a URL, if it is not there already."""
+    with atomic.workplace(elsewhere.staging(url), store.check_target) as place:
+        there = None
+        with suppress(InputRefused):
+            there = elsewhere.manifest(url)
+        if there and wanted.made(there, crew) and not elsewhere.missing(url, there["files"]):
+            disk.remove(place.target)
+            return Report.of(json.loads(elsewhere.read(url, "report.json")))
+        elsewhere.check_free(url)
+        report = _built_at(wanted, place, crew, progress)
+        elsewhere.upload(place.target, url)
+        disk.remove(place.target)
     return report
 
 
@@ -268,6 +293,21 @@ class _Wanted:
         shares = [(one.split, one.share, one.place) for one in self.sources]
         return cache.key_of([self.options, shares, asdict(self.tolerance), self.named, cache.code(), keys])
 
+    def made(self, manifest: Mapping[str, Any], crew: Crew) -> bool:
+        """Whether a build with this manifest is this one."""
+        options = {name: value for name, value in manifest["options"].items() if name != "sources"}
+        tasks = self.tasks(Path())
+        # To look at all the data takes its time: only where nothing else says that something has changed.
+        if (
+            manifest["request"] is None
+            or options != json.loads(json.dumps(self.options))
+            or not all(map(is_file, tasks))
+        ):
+            return False
+        local = crew.engine == "local"
+        keys = [key_of(self.recipe, task) for task in tasks] if local else crew.do(key_of, self.recipe, tasks)
+        return bool(self.request(keys) == manifest["request"])
+
 
 def _built_before(wanted: _Wanted, target: Path, crew: Crew) -> Report | None:
     """Return the report of the build that is there already, if it is this one, to the last bit."""
@@ -275,16 +315,7 @@ def _built_before(wanted: _Wanted, target: Path, crew: Crew) -> Report | None:
         manifest = store.read_manifest(target)
     except InputRefused:
         return None
-    # To look at all the data takes its time: only where nothing else says that something has changed.
-    options = {name: value for name, value in manifest["options"].items() if name != "sources"}
-    if manifest["request"] is None or options != json.loads(json.dumps(wanted.options)):
-        return None
-    tasks = wanted.tasks(target)
-    if not all(map(is_file, tasks)):
-        return None
-    local = crew.engine == "local"
-    keys = [key_of(wanted.recipe, task) for task in tasks] if local else crew.do(key_of, wanted.recipe, tasks)
-    if wanted.request(keys) != manifest["request"] or store.verify(target):
+    if not wanted.made(manifest, crew) or store.verify(target):
         return None
     return Report.of(json.loads((target / "report.json").read_bytes()))
 

@@ -25,7 +25,9 @@ from ftdata.kept import Kept, write_shard
 from ftdata.ledger import Ledger
 from ftdata.mask import masks
 from ftdata.readers import FileSource, MemorySource, readers
+from ftdata.readers.remote import version_of
 from ftdata.readers.select import Selection
+from ftdata.readers.streams import in_store
 from ftdata.recipe import Recipe
 from ftdata.registry import is_ours
 from ftdata.schemas import schemas
@@ -117,24 +119,32 @@ def key_of(recipe: Recipe, task: Task) -> str | None:
     It cannot of what is no file here, and where functions of the user's own decide, which may change.
     """
     source = task.source
-    if not isinstance(source, FileSource) or not _is_regular(source.path):
+    if not isinstance(source, FileSource) or not (in_store(source.path) or _is_regular(source.path)):
         return None
     policy = masks.own().get(recipe.train_on) if isinstance(recipe.train_on, str) else None
     shapes = schemas.own()
     read = shapes.values() if recipe.schema == "auto" else [shapes.get(recipe.schema)]
     if not all(map(is_ours, (policy, readers.own().get(source.reader), *read))):
         return None
-    # Whether a line begins with a part, the byte before it says.
-    in_lines = source.span is not None and source.reader != "parquet"
-    first, last = (max(source.span[0] - 1, 0), source.span[1]) if source.span and in_lines else (0, None)
-    try:
-        content = disk.digest(source.path, first, last)
-    except OSError:
+    if (content := _content(source)) is None:
         return None
     # To which split it belongs, and how much of it is taken, is decided afterwards.
     read_as = {**asdict(source), "place": None, "share": None, "split": None}
     chosen = task.where, task.limit, task.near
     return cache.key_of([cache.code(), *map(version, _PARSERS), content, read_as, chosen, recipe.describe()])
+
+
+def _content(source: FileSource) -> Any:
+    """Return a hash of what is read of a file; of one elsewhere, what the place calls its version."""
+    if in_store(source.path):
+        return version_of(source.path)
+    # Whether a line begins with a part, the byte before it says.
+    in_lines = source.span is not None and source.reader != "parquet"
+    first, last = (max(source.span[0] - 1, 0), source.span[1]) if source.span and in_lines else (0, None)
+    try:
+        return disk.digest(source.path, first, last)
+    except OSError:
+        return None
 
 
 def _is_regular(path: str) -> bool:

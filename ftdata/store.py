@@ -269,7 +269,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} is no build of ftdata: it has no manifest.json",
             hint="make one with `ftdata build`",
         )
-    text = path.read_bytes()
+    return manifest_of(path.read_bytes(), str(path))
+
+
+def manifest_of(text: bytes, path: str) -> dict[str, Any]:
+    """Return the manifest that a text is, `path` being where it was read.
+
+    Raises:
+        InputRefused: it is damaged, or of another format.
+    """
     try:
         manifest: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -286,16 +294,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(folder: str | Path) -> list[str]:
+def verify(folder: Path) -> list[str]:
     """Return the files of a build that are not as they were written: changed by a bit, cut off, or missing.
-
-    Args:
-        folder: the build.
 
     Raises:
         InputRefused: the folder is no build.
     """
-    folder = Path(folder)
     try:
         files = read_manifest(folder)["files"]
     except InputRefused as error:

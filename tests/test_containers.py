@@ -220,6 +220,7 @@ def test_places_that_fsspec_knows(tmp_path):
 
 def test_a_place_without_its_package_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(MissingDependency, match=r"ftdata\[s3\]"):
         data_of("s3://bucket/d.jsonl")
 

@@ -1,9 +1,10 @@
 """What one large file costs: memory of the process's own while gigabyte after gigabyte is read, and at most.
 
-    python benchmarks/speed/large.py --tokenizer FOLDER --data chats.jsonl [--gigabytes 10]
+    python benchmarks/speed/large.py --tokenizer FOLDER --data chats.jsonl [--gigabytes 10] [--workers 2]
 
-The rows are exchanges of those conversations in other orders, a tenth of the file ten times. All of it is built and
-packed to 8,192 tokens in one process; the disk needs four times as much room.
+The rows are exchanges of those conversations in other orders, of 2 kB and more, a tenth of the file ten times. All of
+it is built and packed to 8,192 tokens; the disk needs four times as much room. Memory is that of all processes
+together, less what they had when everything was imported.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 
 import orjson
-from counting import own
+from counting import cpu, own
 
 
 def main() -> None:
@@ -26,15 +27,17 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--gigabytes", type=float, default=10)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        built(Path(given.child), given.tokenizer)
+        built(Path(given.child), given.tokenizer, given.workers)
         return
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
         file = Path(scratch) / "large.jsonl"
         written(file, Path(given.data), int(given.gigabytes * 1e9))
         command = [sys.executable, __file__, "--child", str(file), "--tokenizer", given.tokenizer, "--data", given.data]
+        command += ["--workers", str(given.workers)]
         subprocess.run(command, check=True, env={**os.environ, "FTDATA_CACHE": "off"})  # noqa: S603
 
 
@@ -45,7 +48,9 @@ def written(file: Path, data: Path, size: int) -> None:
     tenth = file.with_name("tenth.jsonl")
     with tenth.open("wb") as target:
         while target.tell() < size / 10:
-            talk = [message for pair in chance.choices(pairs, k=chance.randint(1, 6)) for message in pair]
+            talk, least = [], chance.randint(100, 1500)
+            while sum(len(message["content"]) for message in talk) < least:
+                talk += chance.choice(pairs)
             target.write(orjson.dumps({"messages": talk}) + b"\n")
     with file.open("wb") as target:
         for _ in range(10):
@@ -53,10 +58,10 @@ def written(file: Path, data: Path, size: int) -> None:
                 shutil.copyfileobj(source, target)
 
 
-def built(file: Path, tokenizer: str) -> None:
+def built(file: Path, tokenizer: str, workers: int) -> None:
     from ftdata.build import write_build
 
-    most, told, began = [0.0], [0], time.process_time()
+    imported, most, told = own(), [0.0], [(0.0, 0.0)]
 
     def watch() -> None:
         while True:
@@ -64,18 +69,20 @@ def built(file: Path, tokenizer: str) -> None:
             time.sleep(0.2)
 
     def progress(rows: int, tokens: int, share: float | None) -> None:
-        if share is not None and int(share * 10) > told[0]:
-            told[0] = int(share * 10)
-            print(f"{share:4.0%} read: {rows:,} rows, {tokens:,} tokens, {own():,.0f} MB of its own", flush=True)
+        if share is not None and share >= told[-1][0] + 0.1:
+            told.append((share, own() - imported))
+            print(f"{share:4.0%} read: {rows:,} rows, {tokens:,} tokens, {told[-1][1]:,.0f} MB of its own", flush=True)
 
     threading.Thread(target=watch, daemon=True).start()
     report = write_build(
         file, tokenizer, file.parent / "built", template="chatml", packing="bfd", max_length=8192, overlong="truncate",
-        progress=progress,
+        workers=workers, progress=progress,
     )  # fmt: skip
-    size, train, used = file.stat().st_size / 1e9, report.splits["train"], time.process_time() - began
+    size, train, used = file.stat().st_size / 1e9, report.splits["train"], cpu()
+    (first, before), (last, after) = told[2], told[-1]
     print(f"{size:.1f} GB: {train['examples']:,} conversations, {train['tokens']:,} tokens")
-    print(f"{used:,.0f} CPU s, {report.seconds:,.0f} s, {most[0]:,.0f} MB of its own at most")
+    print(f"{used:,.0f} CPU s, {report.seconds:,.0f} s, {most[0] - imported:,.0f} MB of its own at most")
+    print(f"{(after - before) / (last - first) / size:+.1f} MB for each GB that is read")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,9 @@ templates_app = typer.Typer(no_args_is_help=True, help="List, show and check tem
 def build(
     data: Annotated[list[str], typer.Argument(help=f"What to read, each {PLACES}.", show_default=False)],
     tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="A folder with tokenizer.json, or a hub id.")],
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder for the build.")],
+    output_dir: Annotated[
+        str, typer.Option("--output-dir", "-o", help="Folder for the build; or a URL, such as s3://bucket/name.")
+    ],
     template: Template = None,
     schema: Schema = "auto",
     column: Columns = None,
@@ -155,15 +157,18 @@ def convert(
     print_value(done, as_json=as_json)
 
 
-def verify(folder: Annotated[Path, typer.Argument(help="A build.", show_default=False)], as_json: Json = False) -> None:
+def verify(
+    folder: Annotated[str, typer.Argument(help="A build: a folder, or a URL.", show_default=False)],
+    as_json: Json = False,
+) -> None:
     """Find every bit of a build that is not as it was written; exit code 1 if there is any."""
-    from ftdata.store import verify as broken
+    from ftdata.elsewhere import verify as broken
 
     damaged = broken(folder)
     print(
-        json.dumps({"folder": str(folder), "damaged": damaged}, ensure_ascii=False)
+        json.dumps({"folder": folder, "damaged": damaged}, ensure_ascii=False)
         if as_json
-        else "\n".join(f"damaged  {folder / name}" for name in damaged) or f"whole    {folder}"
+        else "\n".join(f"damaged  {folder}/{name}" for name in damaged) or f"whole    {folder}"
     )
     raise typer.Exit(1 if damaged else 0)
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ftdata import elsewhere
 from ftdata.batches import Columns, Encodings, Renderings
 from ftdata.errors import FtdataError, InputRefused, UsageError
 from ftdata.examples import Batch, Built, Masked, given
@@ -53,9 +54,7 @@ def build_at(data: Any) -> Path | None:
     if isinstance(data, Mapping) and (folder := build_at(data.get("path"))):
         said = ", ".join(str(name) for name in data if name != "path")
         raise UsageError("said_of_build", f"{said} is said of a build, {folder}, which is done", hint="leave it out")
-    if not isinstance(data, str | Path) or not (Path(data) / "manifest.json").is_file():
-        return None
-    return Path(data) if (Path(data) / "dataset_dict.json").is_file() else None
+    return elsewhere.build_at(data)
 
 
 def refuse(said: Mapping[str, Any]) -> None:

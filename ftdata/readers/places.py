@@ -19,11 +19,12 @@ from ftdata.readers.streams import STDIN, Input, is_url
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A file, the name of the reader for it, and the split that it is of, if that is known."""
+    """A file, and the name of the reader for it; if they are known, the split that it is of, and its size elsewhere."""
 
     path: str
     reader: str
     split: str | None = None
+    size: int | None = None
 
 
 def found_at(place: str, reader: str | None = None, on_hub: Mapping[str, Any] | None = None) -> Iterator[Found]:
@@ -49,7 +50,8 @@ def found_at(place: str, reader: str | None = None, on_hub: Mapping[str, Any] | 
         yield Found(STDIN, reader or "json")
     elif is_url(place):
         files, folder = listed(place)
-        yield from (_file(one, reader) for one in files) if folder is None else _remote_folder(files, folder, reader)
+        found = (_file(one, reader) for one in files) if folder is None else _remote_folder([*files], folder, reader)
+        yield from (replace(one, size=files[one.path] or None) for one in found)
     else:
         yield from _local(place, reader)
 

@@ -6,6 +6,7 @@ import io
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ftdata.errors import FtdataError, HubError, InputRefused, MissingDependency, UsageError
@@ -17,6 +18,7 @@ TRIES, PAUSE = 5, 1.0
 
 _LASTING = (InputRefused, ImportError, ValueError, FileNotFoundError, PermissionError, NotImplementedError)
 _STAMP = ("etag", "size", "last-modified", "lastmodified", "mtime", "md5hash")
+_CONTENT = ("etag", "md5hash", "crc32c", "generation", "content_md5", "version_id")
 
 
 def persist(
@@ -79,32 +81,95 @@ def open_remote(url: str) -> io.BufferedReader:
     return io.BufferedReader(_RemoteFile(url), 1 << 20)
 
 
-def listed(url: str) -> tuple[list[str], str | None]:
+def listed(url: str) -> tuple[dict[str, int], str | None]:
     """Return the files that a URL stands for: itself, or those of a pattern or in a folder, and then the folder.
+
+    With each goes its size in bytes, 0 where the place does not say.
 
     Raises:
         UsageError: there is none.
         HubError: the place cannot be looked at, asked again and again.
     """
     if url.startswith(("http://", "https://")):
-        return [url], None
+        return {url: 0}, None
     return _asked(url, lambda: _listed(url))
 
 
-def _listed(url: str) -> tuple[list[str], str | None]:
+def sizes_in(url: str) -> dict[str, int]:
+    """Return the bytes of each file in a folder, by its path in it, as the place says now; none where there is none.
+
+    Raises:
+        UsageError: the protocol is unknown.
+        HubError: the place cannot be looked at, asked again and again.
+    """
+
+    def ask() -> dict[str, int]:
+        filesystem, path = _place(url)
+        try:
+            found = filesystem.find(path, detail=True)
+        except FileNotFoundError:
+            return {}
+        home = str(filesystem._strip_protocol(path)).rstrip("/") + "/"
+        return {name.removeprefix(home): int(about["size"]) for name, about in found.items()}
+
+    return _asked(url, ask)
+
+
+def version_of(url: str) -> dict[str, str] | None:
+    """Return what tells the content of a file from every other; `None` where the place does not say.
+
+    Raises:
+        UsageError: it is not there.
+        HubError: the place cannot be looked at, asked again and again.
+    """
+
+    def ask() -> dict[str, Any]:
+        filesystem, path = _place(url)
+        return dict(filesystem.info(path))
+
+    about = {name.lower(): str(value) for name, value in _asked(url, ask).items() if value is not None}
+    known = {name: about[name] for name in _CONTENT if name in about}
+    return {**known, "size": about["size"]} if known and "size" in about else None
+
+
+def send(file: Path, url: str) -> None:
+    """Put a file of this machine at a URL.
+
+    Raises:
+        UsageError: there is no such place, or the protocol is unknown.
+        HubError: the place refuses, or fails again and again.
+    """
+
+    def ask() -> None:
+        filesystem, path = _place(url)
+        filesystem.put_file(str(file), path)
+
+    _asked(url, ask)
+
+
+def _place(url: str) -> tuple[Any, str]:
+    """Return the file system of a URL, which remembers nothing of before, and the path in it."""
     import fsspec
 
-    filesystem, path = fsspec.core.url_to_fs(url)
+    filesystem, path = fsspec.core.url_to_fs(url, **_options(url))
+    filesystem.invalidate_cache()
+    return filesystem, path
+
+
+def _listed(url: str) -> tuple[dict[str, int], str | None]:
+    import fsspec
+
+    filesystem, path = _place(url)
     folder = None
     if fsspec.core.has_magic(path):
-        found = sorted(filesystem.glob(path))
+        found = filesystem.glob(path, detail=True)
     elif filesystem.isdir(path):
-        found, folder = sorted(filesystem.find(path)), str(filesystem.unstrip_protocol(path)).rstrip("/")
+        found, folder = filesystem.find(path, detail=True), str(filesystem.unstrip_protocol(path)).rstrip("/")
     else:
-        found = [path]
+        found = {path: filesystem.info(path)}
     if not found:
         raise FileNotFoundError(url)
-    return [str(filesystem.unstrip_protocol(one)) for one in found], folder
+    return {str(filesystem.unstrip_protocol(one)): int(found[one].get("size") or 0) for one in sorted(found)}, folder
 
 
 class _RemoteFile(io.RawIOBase):
@@ -146,10 +211,7 @@ class _RemoteFile(io.RawIOBase):
 
     def _open(self) -> dict[str, Any]:
         """Open the file anew, and return what tells its versions apart."""
-        import fsspec
-
-        filesystem, path = fsspec.core.url_to_fs(self._url, **_options(self._url))
-        filesystem.invalidate_cache()
+        filesystem, path = _place(self._url)
         info = filesystem.info(path)
         self._file = filesystem.open(path, "rb", **({"block_size": 0} if self._whole else {}))
         return {name.lower(): value for name, value in info.items() if name.lower() in _STAMP}

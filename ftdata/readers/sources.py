@@ -31,8 +31,8 @@ class FileSource:
     """A file and the name of the reader for it: all that a worker process needs to read its rows.
 
     `place` is the number of what the user named, which may be several files. With `first` or `last`: only the rows from
-    the one on and before the other, as the reader counts them. With a `span`: only a part of the file, of so many
-    bytes (`length`), in which rows are counted from its own beginning.
+    the one on and before the other, as the reader counts them. With a `span`: only a part of the file, in which rows
+    are counted from its own beginning. `length`: of how many bytes, of a part or of what lies elsewhere.
     """
 
     path: str
@@ -70,7 +70,7 @@ class FileSource:
 
     @property
     def size(self) -> int:
-        """The bytes of the file, or of the part of it, if it lies here."""
+        """The bytes of the file, or of the part of it, where that is known."""
         if self.length is not None:
             return self.length
         stamp = _stamp(self.path)
@@ -201,7 +201,7 @@ def _placed(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
 
 def _files(place: str, reader: str | None, on_hub: Mapping[str, Any]) -> Iterator[FileSource]:
     for one in found_at(place, reader, on_hub):
-        yield FileSource(one.path, one.reader, split=one.split)
+        yield FileSource(one.path, one.reader, split=one.split, length=one.size)
 
 
 def _share(spec: Mapping[str, Any]) -> Share:

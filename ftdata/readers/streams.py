@@ -136,6 +136,11 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def in_store(path: str) -> bool:
+    """Whether this names a place in an object store, or another file system elsewhere: no page, and not the hub."""
+    return is_url(path) and not is_hub(path) and not path.startswith(("http://", "https://"))
+
+
 def before(head: bytes, rest: Generator[bytes]) -> Generator[bytes]:
     """Yield `head`, and then the rest."""
     yield head

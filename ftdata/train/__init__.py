@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftdata.config import NULL, Config, assigned, flat, load_config, make_config
+from ftdata.elsewhere import build_at
 from ftdata.errors import MissingDependency, UsageError
 from ftdata.store import read_manifest
 from ftdata.tokenize import load_tokenizer
@@ -234,26 +235,28 @@ def _resolve(
     given["output_dir"] = str(output_dir) if output_dir else overrides.get("output_dir")
     if (path / "run.json").is_file() and not (path / "manifest.json").is_file():
         return _begun(path, given, resume=resume)
+    build = build_at(source)
     if path.suffix in (".yaml", ".yml", ".toml"):
         config = load_config(path, **given)
-        if not isinstance(config.data, str) or not (Path(config.data) / "manifest.json").is_file():
+        build = build_at(config.data)
+        if build is None:
             return config, None
         plain = make_config({"data": config.data}, model=config.model, output_dir=config.output_dir).build_options()
         asked = {name: value for name, value in config.build_options().items() if value != plain[name]}
-        _check_built(Path(config.data), asked)
-        if config.tokenizer and load_tokenizer(config.tokenizer).fingerprint != _tokenizer_of(Path(config.data)):
+        _check_built(build, asked)
+        if config.tokenizer and load_tokenizer(config.tokenizer).fingerprint != _tokenizer_of(build):
             raise UsageError("already_built", f"tokenizer cannot change: {config.data} is built", hint="build again")
-        return config, Path(config.data)
+        return config, build
     if resume and named and not path.is_file() and not given["model"]:
         hint = "begin it again, as it was begun"
         raise UsageError("nothing_to_resume", f"{source} holds no run that has begun", hint=hint)
     for name, value in (("--model", given["model"]), ("--output-dir", given["output_dir"])):
         if not value:
             raise UsageError("missing_option", f"training on {source} needs {name}")
-    if (path / "manifest.json").is_file():
-        config = make_config({"data": str(path)}, **given)
-        _check_built(path, _built_by(given))
-        return config, path
+    if build is not None:
+        config = make_config({"data": str(source)}, **given)
+        _check_built(build, _built_by(given))
+        return config, build
     return make_config({"data": str(source) if named else source}, **given), None
 
 
@@ -266,8 +269,7 @@ def _begun(run_dir: Path, given: dict[str, Any], *, resume: bool) -> tuple[Confi
     if given.get("output_dir") and Path(given["output_dir"]).resolve() != run_dir.resolve():
         raise UsageError("run_exists", f"{run_dir} goes on where it is", hint="leave --output-dir out")
     config = load_config(run_dir / "config.yaml", **{**given, "output_dir": str(run_dir)})
-    named = config.data if isinstance(config.data, str) else ""
-    build = Path(named) if (Path(named) / "manifest.json").is_file() else run_dir / "data"
+    build = build_at(config.data) or run_dir / "data"
     _check_built(build, _built_by(given))
     return config, build
 
