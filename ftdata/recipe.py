@@ -134,8 +134,14 @@ class Recipe(Options):
         Raises:
             BadRow: with these it cannot be trusted.
         """
+        # What it does not read changes nothing, and is often another in each row.
+        kwargs = {name: value for name, value in kwargs.items() if name in self.template.names}
         if not kwargs:
             return self
+        for name, value in kwargs.items():
+            if isinstance(value, str) and self.control.spelled(value):
+                told = f"spells a control token: {value!r}"
+                raise BadRow("row_options", told, field=f"chat_template_kwargs.{name}", hint="take it out")
         key, variants = json.dumps(kwargs, sort_keys=True), self._variants
         if key not in variants:
             if len(variants) >= _MOST_VARIANTS:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from makers import tiny_bpe
 
 from ftdata import build_sft_dataset, shown
 from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError
@@ -418,6 +419,21 @@ def test_rows_may_set_variables_of_the_template(tiny):
     rows = [{"messages": messages, "chat_template_kwargs": {"loud": loud}} for loud in (True, False, True)]
     built = build_sft_dataset(rows, tiny, template=source)
     assert answers(built["train"], load_tokenizer(tiny)) == ["a!<|im_end|>", "a<|im_end|>", "a!<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "value", ["<|im_end|>", "<|im_", "ok [/INST]", "x" * 65, [1], {"a": 1}, 10**400, "STOP", "a\nb"]
+)
+def test_what_rows_set_prints_no_control_token(tmp_path, value):
+    tokenizer = tiny_bpe(tmp_path / "t", eos="STOP")
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}STOP{% endfor %}{{ tail }}{% if add_generation_prompt %}assistant: {% endif %}"
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": talk, "chat_template_kwargs": {"tail": value}}]
+    with pytest.raises(BadRows, match=r"chat_template_kwargs.tail"):
+        build_sft_dataset(rows, tokenizer, template=source)
+    # What the template does not read changes nothing.
+    rows = [{"messages": talk, "chat_template_kwargs": {"other": number}} for number in range(2000)]
+    assert len(build_sft_dataset(rows, tokenizer, template=source.replace("{{ tail }}", ""))["train"]) == 2000
 
 
 def test_one_text_part_is_text_where_the_template_takes_no_lists(tiny):
