@@ -30,8 +30,11 @@ class FtdataError(Exception):
     """Base of the tree. `code` is stable and greppable; `where` and `hint` may be empty."""
 
     exit_code = 7
+    longest = 2_000
+    """Characters of a message: what data gives for names has no end."""
 
     def __init__(self, code: str, message: str, *, where: str = "", hint: str = "") -> None:
+        message, where, hint = brief(message, self.longest), on_one_line(brief(where)), brief(hint)
         super().__init__(code, message, where, hint)
         self.code = code
         self.message = message
@@ -81,11 +84,13 @@ class BadRow(InputRefused):
 
     def __init__(self, code: str, message: str, *, where: str = "", hint: str = "", field: str = "") -> None:
         super().__init__(code, message, where=where, hint=hint)
-        self.field = field
+        self.field = brief(field)
 
 
 class BadRows(InputRefused):
     """All bad rows of a run; `count` of them, the first few with their reasons in the message."""
+
+    longest = 200_000
 
     def __init__(self, count: int, lines: Iterable[str], *, hint: str) -> None:
         lines = list(lines)
@@ -132,6 +137,22 @@ def printable(text: str) -> str:
         return text
     spelled = "".join(char if char.isprintable() or char in "\n\t" else f"\\u{ord(char):04x}" for char in text)
     return _BLANK.sub(lambda found: f"\\u{ord(found.group()):04x}", spelled)
+
+
+def brief(text: str, most: int = 2_000) -> str:
+    """Return a text, without its middle where it is longer than that.
+
+    >>> brief("abcdefghij" * 10, 40)
+    'abcdefghij ... 80 more ... abcdefghij'
+    """
+    # What is said of what was found begins a message, and what was expected often ends it.
+    kept = max((most - 20) // 2, 1)
+    return text if len(text) <= most else f"{text[:kept]} ... {len(text) - 2 * kept:,} more ... {text[-kept:]}"
+
+
+def on_one_line(text: str) -> str:
+    """Return a name without line breaks, after which a reader of logs takes it for something else."""
+    return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

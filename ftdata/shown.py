@@ -26,6 +26,9 @@ from ftdata.usual import usual
 BATCH, LETTERS = 1024, 1 << 20
 """Rows that are tokenised together, or fewer, where their texts are as long."""
 
+LONGEST = 8 << 20
+"""Characters of a row that are tokenised: each takes some hundred bytes meanwhile, and no model reads as many."""
+
 FEW, TOGETHER = 64, 1 << 20
 """Rows that are read, then normalised, then rendered, or fewer, where those before are so long: what a processor does
 many times over, it does a third faster than in turns with other things."""
@@ -40,15 +43,20 @@ _T = TypeVar("_T")
 def shown(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tuple[Row | Reject, Shown | Reject]]]:
     """Yield rows, and what they were rendered to, as many together as shall be in memory."""
     batch, letters = list[tuple[Row | Reject, Shown | Reject]](), 0
-    for entry in chain.from_iterable(_in_turns(recipe, iter(rows))):
-        batch.append(entry)
-        if not isinstance(entry[1], Reject):
-            letters += sum([len(one.text) for one in entry[1].texts])
+    for row, entry in chain.from_iterable(_in_turns(recipe, iter(rows))):
+        own = 0 if isinstance(entry, Reject) else sum([len(one.text) for one in entry.texts])
+        batch.append((row, entry if own <= LONGEST else _too_long(row, own)))
+        letters += own
         if len(batch) == BATCH or letters >= LETTERS:
             yield batch
             batch, letters = [], 0
     if batch:
         yield batch
+
+
+def _too_long(row: Row | Reject, letters: int) -> Reject:
+    told = f"has {letters:,} characters of text, at most {LONGEST:,} are tokenised"
+    return rejected(row, BadRow("row_too_long", told, hint="make several rows of it"))
 
 
 def _in_turns(recipe: Recipe, rows: Iterator[Row | Reject]) -> Iterator[list[tuple[Row | Reject, Shown | Reject]]]:

@@ -14,6 +14,8 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, Required, TypedDict, overload
 
+from ftdata.errors import on_one_line
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -317,6 +319,6 @@ class Reject:
         return sum(self.lengths)
 
     def __str__(self) -> str:
-        place = f"{self.source} {self.field}".rstrip()
+        place = on_one_line(f"{self.source} {self.field}".rstrip())
         way_out = f". Fix: {self.fix}" if self.fix else ""
         return f"[{self.code}] {place}: {self.reason}{way_out}"

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ftdata.errors import InputRefused
 from ftdata.readers.checks import check_names, check_seekable, damaged
 from ftdata.readers.memory import Fault, present
-from ftdata.readers.streams import CHUNK, Input
+from ftdata.readers.streams import CHUNK, FREE, MAX_LINE, MAX_RATIO, Input, expansion
 from ftdata.types import Reject, Row, Source
 
 _BATCH = 1024
+_LARGE = "total_uncompressed_size"
+_DICTIONARY = 4 << 20
+"""Bytes of a column from which its dictionary is looked at before it is read."""
 
 Read = Callable[[Any], Any]
 
@@ -29,10 +32,54 @@ def read_parquet(file: Input) -> Iterator[Row | Reject]:
         check_seekable(stream, file)
         try:
             table = _parquet(stream)
-            groups = range(*file.span) if file.span else None
-            yield from _batches(table.iter_batches(_BATCH, row_groups=groups), table.schema_arrow, file)
+            groups = range(*file.span) if file.span else range(table.num_row_groups)
+            yield from _batches(_of_groups(table, groups, stream, file), table.schema_arrow, file)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise damaged(error, file, "Parquet") from None
+
+
+def _of_groups(table: Any, groups: Iterable[int], stream: io.BufferedReader, file: Input) -> Iterator[Any]:
+    """Yield the batches of row groups, none larger than memory is.
+
+    Raises:
+        InputRefused: a group becomes more than a file may.
+    """
+    for number in groups:
+        group = table.metadata.row_group(number)
+        columns = [group.column(index) for index in range(group.num_columns)]
+        small, large = (sum(getattr(one, name) for one in columns) for name in ("total_compressed_size", _LARGE))
+        if large > max(FREE, MAX_RATIO * small):
+            raise expansion(large, small, file.path)
+        coded = [one for one in columns if one.has_dictionary_page and one.physical_type == "BYTE_ARRAY"]
+        # Long values are in no dictionary that others write, and to look is to read some of the file.
+        coded = [one for one in coded if getattr(one, _LARGE) > _DICTIONARY]
+        at_once = _rows_at_once(stream, table.metadata, number, coded) if coded else _BATCH
+        yield from table.iter_batches(at_once, row_groups=[number])
+
+
+def _rows_at_once(stream: io.BufferedReader, metadata: Any, number: int, coded: Sequence[Any]) -> int:
+    """Return how many rows of a group are read together: few where a value stands once and is meant many times."""
+    import pyarrow.parquet as pq
+
+    names = [one.path_in_schema for one in coded]
+    options = {"pre_buffer": False, "buffer_size": CHUNK, "read_dictionary": names}
+    reader = pq.ParquetFile(stream, metadata=metadata, **options)
+    first = next(reader.iter_batches(1, row_groups=[number], columns=names), None)
+    most = max(map(_longest, first.columns), default=0) if first is not None else 0
+    values = max(one.num_values for one in coded) / max(metadata.row_group(number).num_rows, 1)
+    return int(max(1, min(_BATCH, MAX_LINE / max(most * values, 1))))
+
+
+def _longest(column: Any) -> int:
+    """Return the bytes of the longest value in the dictionaries of a column."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_dictionary(column.type):
+        return pc.max(pc.binary_length(column.dictionary)).as_py() or 0
+    if pa.types.is_struct(column.type):
+        return max(map(_longest, column.flatten()), default=0)
+    return _longest(column.values) if pa.types.is_list(column.type) else 0
 
 
 def _parquet(stream: io.BufferedReader) -> Any:
@@ -135,7 +182,39 @@ def from_batches(batches: Iterable[Any], schema: Any) -> Iterator[dict[str, Any]
         for column in batch.columns:
             _check(column)
         for start in range(0, len(batch), _BATCH):
-            yield from _values(batch.slice(start, _BATCH), columns)
+            yield from _in_pieces(batch.slice(start, _BATCH), columns)
+
+
+def _in_pieces(batch: Any, columns: Mapping[str, Read]) -> Iterator[dict[str, Any] | Fault]:
+    """Yield the rows of a batch: as Python values they are no more together than a row may be."""
+    if _size(batch) <= MAX_LINE:
+        yield from _values(batch, columns)
+    elif len(batch) == 1:
+        yield Fault("row_too_long", "", f"is {_size(batch):,} bytes long, at most {MAX_LINE:,} are read")
+    else:
+        half = len(batch) // 2
+        yield from _in_pieces(batch.slice(0, half), columns)
+        yield from _in_pieces(batch.slice(half), columns)
+
+
+def _size(batch: Any) -> int:
+    """Return the bytes of rows; each value of a dictionary counts as often as it is meant."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    size = 0
+    for column in batch.columns:
+        if pa.types.is_dictionary(column.type) and _has_length(column.type.value_type):
+            size += pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0
+        else:
+            size += column.nbytes
+    return size
+
+
+def _has_length(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind))
 
 
 def _check(column: Any) -> None:

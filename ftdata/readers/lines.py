@@ -21,7 +21,7 @@ import orjson
 
 from ftdata.errors import InputRefused
 from ftdata.readers.scan import COLUMNS, depth_of, outline, pieces
-from ftdata.readers.streams import CHUNK, Input, before, chunks, joined
+from ftdata.readers.streams import CHUNK, MAX_LINE, Input, before, chunks, joined
 from ftdata.types import Reject, Row, Source
 
 _BOM = b"\xef\xbb\xbf"
@@ -36,9 +36,6 @@ _FOREIGN = {
 _WEB = (b"<!doctype", b"<html", b"<?xml")
 _LFS = b"version https://git-lfs"
 _RAW_LIMIT = 4096
-
-MAX_LINE = 64 << 20
-"""Bytes that a row may have; longer ones are rejected, since one would fill the memory of every later stage."""
 
 MAX_DEPTH = 128
 """Levels of brackets that a row may have."""
@@ -143,6 +140,9 @@ def _lines(stream: io.BufferedReader, file: Input) -> Rows:
         offset += _to_end_of_line(stream) - 1
     while (end is None or offset < end) and (raw := stream.readline(MAX_LINE + 1)):
         number += 1
+        if raw == b"\n":
+            offset += 1
+            continue
         source = Source(file.path, index, number, offset)
         size = len(raw) if raw.endswith(b"\n") else len(raw) + _to_end_of_line(stream)
         offset += size

@@ -11,12 +11,12 @@ from itertools import chain
 
 from ftdata.errors import InputRefused
 from ftdata.readers.checks import check_names
-from ftdata.readers.lines import MAX_LINE
-from ftdata.readers.streams import Input
+from ftdata.readers.streams import MAX_LINE, Input
 from ftdata.types import Reject, Row, Source
 
 _DELIMITERS = ",;\t|"
 _BOM = "\ufeff"
+_RAW = 4096
 _FAR = 10_000
 """Lines that a quote left open by a fault is looked for in."""
 
@@ -51,7 +51,7 @@ class _Lines:
         self._stream, self._file = stream, file
         self._ahead: deque[bytes] = deque()
         self.line = self.offset = 0
-        self.taken: list[str] = []
+        self.forget()
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -62,8 +62,15 @@ class _Lines:
             raise StopIteration
         self.line += 1
         self.offset += len(raw)
-        self.taken.append(raw.decode("utf-8", "surrogateescape"))
-        return self.taken[-1]
+        self.taken += 1
+        text = raw.decode("utf-8", "surrogateescape")
+        if len(self._begin) < _RAW:
+            self._begin += text[:_RAW]
+        return text
+
+    def forget(self) -> None:
+        """Begin to count the lines of another row."""
+        self.taken, self._begin = 0, ""
 
     def _read(self) -> bytes:
         raw = self._stream.readline(MAX_LINE + 1)
@@ -101,7 +108,7 @@ class _Lines:
     @property
     def raw(self) -> str:
         """How the lines taken last begin."""
-        return "".join(self.taken)[:4096].encode("utf-8", "backslashreplace").decode()
+        return self._begin[:_RAW].encode("utf-8", "backslashreplace").decode()
 
 
 def _cells(head: str, lines: _Lines, file: Input, delimiter: str) -> Iterator[Row | Reject]:
@@ -121,7 +128,7 @@ def _cells(head: str, lines: _Lines, file: Input, delimiter: str) -> Iterator[Ro
     index = 0
     while True:
         source = Source(file.path, index, lines.line + 1, lines.offset)
-        lines.taken.clear()
+        lines.forget()
         try:
             cells = next(reader)
         except StopIteration:
@@ -129,7 +136,7 @@ def _cells(head: str, lines: _Lines, file: Input, delimiter: str) -> Iterator[Ro
         except csv.Error as error:
             while lines.within_quotes(delimiter):
                 pass
-            more = f", with {len(lines.taken) - 1:,} lines after it" if len(lines.taken) > 1 else ""
+            more = f", with {lines.taken - 1:,} lines after it" if lines.taken > 1 else ""
             fix = "a quote inside quotes is written twice"
             yield Reject(source, "csv", "", f"is not valid CSV{more}: {error}", fix, lines.raw)
             index += 1

@@ -26,8 +26,11 @@ from ftdata.readers.remote import open_remote
 CHUNK = 1 << 20
 """Bytes that are read at once."""
 
-MAX_RATIO, FREE = 200, 1 << 30
+MAX_RATIO, FREE = 200, 16 << 20
 """How many times its size a packed file may become, once it is more than `FREE` bytes."""
+
+MAX_LINE = 64 << 20
+"""Bytes that a row may have; longer ones are rejected, since one would fill the memory of every later stage."""
 
 STDIN = "-"
 
@@ -219,12 +222,7 @@ def _unpacked(file: BinaryIO, packing: str, path: str) -> Generator[bytes]:
         for chunk in chunks(_opened(_joined(counted()), packing)):
             plain += len(chunk)
             if plain > FREE and plain > MAX_RATIO * packed:
-                raise InputRefused(
-                    "expansion",
-                    f"becomes more than {MAX_RATIO} times its size: {plain:,} bytes out of {packed:,}",
-                    where=path,
-                    hint="unpack it yourself if that is right",
-                )
+                raise expansion(plain, packed, path)
             yield chunk
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
@@ -235,6 +233,12 @@ def _unpacked(file: BinaryIO, packing: str, path: str) -> Generator[bytes]:
             where=path,
             hint="copy or download it again",
         ) from None
+
+
+def expansion(plain: int, packed: int, path: str) -> InputRefused:
+    """Return what is said of a file that becomes far more than it is."""
+    found = f"becomes more than {MAX_RATIO} times its size: {plain:,} bytes out of {packed:,}"
+    return InputRefused("expansion", found, where=path, hint="unpack it yourself if that is right")
 
 
 def _opened(file: io.BufferedReader, packing: str) -> BinaryIO:
