@@ -22,6 +22,7 @@ Beams = Annotated[int, typer.Option("--num-beams", help="Beams to search with; 1
 Temperature = Annotated[float | None, typer.Option(help="Sample by chance: 0.7 stays near what is likely.")]
 TopP = Annotated[float | None, typer.Option(help="Sample among the tokens that hold this much of the chance.")]
 ChanceSeed = Annotated[int, typer.Option("--seed", help="Decides what is sampled.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Base = Annotated[bool, typer.Option("--base", help="Ask the base model, as it was before.")]
 
 
@@ -32,9 +33,7 @@ def init(
     output_dir: Annotated[str, typer.Option(help="Folder for the run, in the file.")] = "out",
     template: Template = None,
     limit: Limit = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write a commented configuration for data and a model, with values worked out from both."""
     from ftdata.train import init as worked_out
@@ -80,9 +79,7 @@ def train(
         list[str] | None,
         typer.Option("--set", help="Any field: learning_rate=1e-4 (of SFTConfig), lora.alpha=32, mask.turns=split."),
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    trust_remote_code: Trust = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it takes: parameters, memory, steps, time; train nothing.")
     ] = False,
@@ -137,12 +134,14 @@ def evaluate(
     top_p: TopP = None,
     seed: ChanceSeed = 0,
     html: Annotated[Path | None, typer.Option(help="Write a page with both, side by side.")] = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Ask base and tuned model the same questions: side by side, perplexity, exact match, SacreBLEU, chrF."""
     from ftdata.train import compare
 
     options = _generation(max_new_tokens, num_beams, temperature, top_p, seed)
+    options |= {"trust_remote_code": trust_remote_code}
     with _answering() as done:
         report = compare(run_dir, data, n or None, batch_size=batch_size, done=done, **options)
     if as_json:
@@ -167,6 +166,7 @@ def generate(
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: ChanceSeed = 0,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Answer prompts with a tuned model."""
@@ -176,6 +176,7 @@ def generate(
     if not asked:
         raise UsageError("missing_option", "nothing was asked", hint="name a prompt, or write lines to standard input")
     options = _generation(max_new_tokens, num_beams, temperature, top_p, seed)
+    options |= {"trust_remote_code": trust_remote_code}
     answers = answered(run_dir, asked, base=base, batch_size=batch_size, **options)
     if as_json:
         rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(asked, answers, strict=True)]
@@ -192,12 +193,13 @@ def chat(
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: ChanceSeed = 0,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Talk with a tuned model; an empty line or Ctrl-D ends it, /new begins anew."""
     from ftdata.train import conversation
 
     options = _generation(max_new_tokens, 1, temperature, top_p, seed)
-    talk = conversation(run_dir, base=base, system=system, **options)
+    talk = conversation(run_dir, base=base, system=system, trust_remote_code=trust_remote_code, **options)
     first, told = list(talk.messages), False
     while True:
         try:
@@ -218,11 +220,12 @@ def chat(
 def merge(
     run_dir: Run,
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="A new folder for the whole model.")],
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write the base model with the run's adapter merged into it: a model that needs neither ftdata nor PEFT."""
     from ftdata.train import merge as merged
 
-    off = merged(run_dir, output_dir)
+    off = merged(run_dir, output_dir, trust_remote_code=trust_remote_code)
     print(f"merged into {output_dir}; its logits are off by {off:.1g} of the largest")
 
 

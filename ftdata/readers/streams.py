@@ -161,9 +161,9 @@ def chunks(file: BinaryIO) -> Generator[bytes]:
         yield from _read(file)
 
 
-def _read(file: BinaryIO) -> Generator[bytes]:
+def _read(file: BinaryIO, size: int = CHUNK) -> Generator[bytes]:
     read = getattr(file, "read1", file.read)
-    while chunk := read(CHUNK):
+    while chunk := read(size):
         yield chunk
 
 
@@ -214,9 +214,11 @@ def _unpacked(file: BinaryIO, packing: str, path: str) -> Generator[bytes]:
 
     def counted() -> Generator[bytes]:
         nonlocal packed
-        for chunk in chunks(file):
-            packed += len(chunk)
-            yield chunk
+        with file:
+            # Little at once: what was read counts as unpacked.
+            for chunk in _read(file, 1 << 16):
+                packed += len(chunk)
+                yield chunk
 
     try:
         for chunk in chunks(_opened(_joined(counted()), packing)):

@@ -96,7 +96,8 @@ def compare(run_dir: str | Path, data: Any = None, n: int | None = 20, **options
         run_dir: the folder of a finished run.
         data: questions with their expected answers; `None` takes the run's own data: its test split, if there is one.
         n: how many rows; `None` takes all.
-        options: `batch_size`, and further arguments of `model.generate`, such as `num_beams` or `do_sample`.
+        options: `batch_size`, `trust_remote_code`, and further arguments of `model.generate`, such as `num_beams` or
+            `do_sample`.
 
     Returns:
         Perplexity, exact match, SacreBLEU and chrF of both, and every answer.
@@ -119,7 +120,7 @@ def generate(run_dir: str | Path, prompts: Sequence[str], *, base: bool = False,
         run_dir: the folder of the run.
         prompts: what a user says, each by itself.
         base: ask the base model instead.
-        options: `batch_size`, and further arguments of `model.generate`.
+        options: `batch_size`, `trust_remote_code`, and further arguments of `model.generate`.
 
     Raises:
         UsageError: the folder is no finished run.
@@ -130,13 +131,21 @@ def generate(run_dir: str | Path, prompts: Sequence[str], *, base: bool = False,
     )
 
 
-def conversation(run_dir: str | Path, *, base: bool = False, system: str | None = None, **options: Any) -> Conversation:
+def conversation(
+    run_dir: str | Path,
+    *,
+    base: bool = False,
+    system: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Conversation:
     """Begin a conversation with the model of a finished run: `.say(text)` returns its answer.
 
     Args:
         run_dir: the folder of the run.
         base: talk with the base model instead.
         system: a system message.
+        trust_remote_code: whether Python code that comes with the model may run.
         options: further arguments of `model.generate`.
 
     Raises:
@@ -147,15 +156,17 @@ def conversation(run_dir: str | Path, *, base: bool = False, system: str | None 
     _quiet()
     from ftdata.train import chat, saved
 
-    return chat.begin(saved.finished(Path(run_dir)), base=base, system=system, **options)
+    run = saved.finished(Path(run_dir), trust_remote_code=trust_remote_code)
+    return chat.begin(run, base=base, system=system, **options)
 
 
-def merge(run_dir: str | Path, output_dir: str | Path) -> float:
+def merge(run_dir: str | Path, output_dir: str | Path, *, trust_remote_code: bool = False) -> float:
     """Write the base model with a run's adapter merged into it.
 
     Args:
         run_dir: the folder of a finished run.
         output_dir: a new folder, for a model that needs neither ftdata nor PEFT.
+        trust_remote_code: whether Python code that comes with the model may run.
 
     Returns:
         How far the merged model's logits are off those of base and adapter, relative to the largest.
@@ -168,7 +179,7 @@ def merge(run_dir: str | Path, output_dir: str | Path) -> float:
     _quiet()
     from ftdata.train import saved
 
-    return saved.merge(saved.finished(Path(run_dir)), Path(output_dir))
+    return saved.merge(saved.finished(Path(run_dir), trust_remote_code=trust_remote_code), Path(output_dir))
 
 
 def init(data: str, model: str, output_dir: str | Path = "out", **overrides: Any) -> str:
@@ -268,7 +279,9 @@ def _begun(run_dir: Path, given: dict[str, Any], *, resume: bool) -> tuple[Confi
         raise UsageError("run_exists", f"{run_dir} holds a run already", hint="go on with --resume")
     if given.get("output_dir") and Path(given["output_dir"]).resolve() != run_dir.resolve():
         raise UsageError("run_exists", f"{run_dir} goes on where it is", hint="leave --output-dir out")
-    config = load_config(run_dir / "config.yaml", **{**given, "output_dir": str(run_dir)})
+    # What a folder says of code to be trusted is whoever made it; what the command says is the user.
+    own = {"output_dir": str(run_dir), "trust_remote_code": bool(given.get("trust_remote_code"))}
+    config = load_config(run_dir / "config.yaml", **{**given, **own})
     build = build_at(config.data) or run_dir / "data"
     _check_built(build, _built_by(given))
     return config, build

@@ -27,13 +27,19 @@ Document = tuple[list[int], list[int]]
 
 
 def compare(
-    run_dir: Path, data: Any, n: int | None, *, done: Callable[[int, int], None] | None = None, **generation: Any
+    run_dir: Path,
+    data: Any,
+    n: int | None,
+    *,
+    trust_remote_code: bool = False,
+    done: Callable[[int, int], None] | None = None,
+    **generation: Any,
 ) -> Comparison:
     """Compare base and tuned model; see `ftdata.train.compare`.
 
     `done` is called with the number of answers so far, and of all.
     """
-    run = finished(run_dir)
+    run = finished(run_dir, trust_remote_code=trust_remote_code)
     asked, found = _from_build(run) if data is None else (str(data), of_rows(data, run.recipe))
     stops = run.stops
     pairs = ((document, turn) for document in found if (turn := last_turn(*document, stops)) is not None)

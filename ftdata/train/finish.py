@@ -79,7 +79,7 @@ def finish(trainer: Trainer, config: Config, data: Data, run: Path, console: Con
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if not sharded:
         # Spread over processes, one alone does not have it whole.
-        _read_back(trainer, Finished(run, about), data, config)
+        _read_back(trainer, Finished(run, about, config.trust_remote_code), data, config)
     checkpoints.write_whole(run / "run.json", about)
     _say_result(console, run, about, "saved" if sharded else "saved, and read back")
     place.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
             f"{name} is an adapter, not a model: training would start without it",
             hint="name the base model, or merge the adapter into it first (ftdata merge)",
         )
+    check_weights(Path(name))
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
@@ -96,16 +98,21 @@ def load_model(
         # Where it is asked before it is trained, FlashAttention has to find it.
         more["device_map"] = {"": torch.cuda.current_device()}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, told = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             quantization_config=in_bits,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
             **more,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, HfHubHTTPError) as error:
         raise _refused(name, error) from None
+    if lacking := sorted(told["missing_keys"]):
+        found = f"{name} has no weights for {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}"
+        hint = "they would be random numbers: is this a causal language model, and all of it there?"
+        raise InputRefused("missing_weights", found, hint=hint)
     model.generation_config = _savable(model.generation_config)
     if not torch.cuda.is_available():
         for module in model.modules():
@@ -114,6 +121,27 @@ def load_model(
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     return model
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse weights in a folder that are no safetensors, or that an index looks for elsewhere.
+
+    Raises:
+        InputRefused: there are such.
+    """
+    if (folder / "adapter_config.json").is_file() and not (folder / "adapter_model.safetensors").is_file():
+        raise _pickled(str(folder))
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        files = set(json.loads(index.read_bytes())["weight_map"].values())
+        plain = all(Path(name).name == name and name.endswith(".safetensors") for name in files)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        plain = False
+    if not plain:
+        found = f"{index} names files that are no safetensors beside it"
+        raise InputRefused("weights_index", found, hint="save the model again, or get it from where it was made")
 
 
 def load_processing(name: str, *, trust_remote_code: bool = False) -> Any:
@@ -143,6 +171,14 @@ def _savable(settings: GenerationConfig) -> GenerationConfig:
     return GenerationConfig(**tokens)
 
 
+def _pickled(name: str) -> InputRefused:
+    return InputRefused(
+        "no_safetensors",
+        f"{name} has its weights as pickles, which can run code when they are read",
+        hint="convert them to safetensors: load them where you trust them, and save_pretrained",
+    )
+
+
 def _refused(name: str, error: Exception) -> InputRefused:
     what = " ".join(str(error).split())
     if "trust_remote_code" in what:
@@ -152,11 +188,7 @@ def _refused(name: str, error: Exception) -> InputRefused:
             hint="read it, then say trust_remote_code: true (--trust-remote-code)",
         )
     if "safetensors" in what and "bin" in what:
-        return InputRefused(
-            "no_safetensors",
-            f"{name} has its weights as pickles, which can run code when they are read",
-            hint="convert them to safetensors: load them where you trust them, and save_pretrained",
-        )
+        return _pickled(name)
     hint = "pass a folder with config.json and safetensors, or a hub id"
     return InputRefused("no_model", f"{name} cannot be loaded: {what[:300]}", hint=hint)
 

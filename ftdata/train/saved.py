@@ -18,7 +18,7 @@ from ftdata.recipe import Recipe
 from ftdata.store import read_manifest
 from ftdata.tokenize import Tokenizer, load_tokenizer
 from ftdata.train import checkpoints
-from ftdata.train.model import load_model, resize
+from ftdata.train.model import check_weights, load_model, resize
 from ftdata.train.place import computing
 from ftdata.train.prompts import recipe_of
 
@@ -28,10 +28,11 @@ _CLOSE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that came to its end."""
+    """A run that came to its end; `trusted`: whether Python code that comes with its model may run."""
 
     folder: Path
     about: dict[str, Any]
+    trusted: bool = False
 
     @property
     def model(self) -> Path:
@@ -65,8 +66,13 @@ class Finished:
         return set(found if isinstance(found, list) else [found])
 
 
-def finished(folder: Path) -> Finished:
+def finished(folder: Path, *, trust_remote_code: bool = False) -> Finished:
     """Return a finished run.
+
+    Args:
+        folder: its folder.
+        trust_remote_code: whether Python code that comes with its model may run: what the run says of that is whoever
+            made it.
 
     Raises:
         UsageError: the folder is no finished run.
@@ -77,9 +83,9 @@ def finished(folder: Path) -> Finished:
         raise UsageError("not_a_run", f"{folder} is no finished run", hint=begun or "make one with `ftdata train`")
     if "options" not in about:
         # Runs of an earlier version say less of what they were.
-        found = Finished(folder, about)
+        found = Finished(folder, about, trust_remote_code)
         about = {**about, "options": read_manifest(found.build)["options"]}
-    return Finished(folder, about)
+    return Finished(folder, about, trust_remote_code)
 
 
 def load_base(run: Finished, *, quantization: str | None = None, dtype: Any = None) -> Any:
@@ -100,7 +106,7 @@ def load_base(run: Finished, *, quantization: str | None = None, dtype: Any = No
         quantization,
         dtype=dtype,
         attention=setup.get("attn_implementation"),
-        trust_remote_code=run.about.get("trust_remote_code", False),
+        trust_remote_code=run.trusted,
     )
     rows = run.about.get("embeddings")
     if rows and rows > model.get_input_embeddings().weight.shape[0]:
@@ -123,12 +129,11 @@ def load_tuned(run: Finished, base: Any = None, *, dtype: Any = None) -> Any:
     try:
         if run.about["adapter"]:
             base = base if base is not None else load_base(run, quantization=setup["quantization"], dtype=dtype)
+            check_weights(run.model)
             model = PeftModel.from_pretrained(base, str(run.model))
         else:
-            code = run.about.get("trust_remote_code", False)
-            model = load_model(
-                str(run.model), dtype=dtype, attention=setup.get("attn_implementation"), trust_remote_code=code
-            )
+            attention = setup.get("attn_implementation")
+            model = load_model(str(run.model), dtype=dtype, attention=attention, trust_remote_code=run.trusted)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         said = " ".join(str(error).split())[:300]
         raise InputRefused("damaged_model", f"{run.model} cannot be loaded: {said}", hint="train again") from None
