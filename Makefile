@@ -7,7 +7,7 @@ CONSTRAINTS ?= .ci/constraints.txt
 RUN := out
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long masks speed laws mutants check lint fix types layers clean
+.PHONY: help install demo test test-long masks speed laws fuzz mutants check lint fix types layers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,7 +52,12 @@ speed: install  ## CPU of a build beside other tools (MODEL: a folder with a tok
 	$(BIN)/python benchmarks/speed/draw.py $(RUN)/prep.json docs/speed.svg
 
 laws: install  ## the masking laws, 20,000 examples each
-	FTDATA_LAWS=20000 $(BIN)/python -m pytest -n auto -m laws
+	$(BIN)/python -m pytest -n auto --hypothesis-profile=release -m laws
+
+fuzz: install  ## ten minutes of bytes by chance for each reader of what strangers made
+	$(BIN)/pip install --quiet --disable-pip-version-check atheris==3.0.0
+	for target in $$($(BIN)/python tests/fuzz.py --list); do \
+		$(BIN)/python tests/fuzz.py $$target -max_total_time=600 $(RUN)/corpus/$$target || exit 1; done
 
 mutants: install  ## do tests notice when spans, masks and truncation are changed by a little?
 	$(BIN)/pip install --quiet --disable-pip-version-check mutmut==3.8.1

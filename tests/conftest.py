@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import laws  # noqa: F401  (profiles of Hypothesis)
 import pytest
 from makers import MAKERS, tiny_bpe
 

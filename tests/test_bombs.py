@@ -40,7 +40,7 @@ FILES = {
     "dictionary": ("a.parquet", table(question=repeated("y" * 100 * MEGABYTE, 20), answer=["a"] * 20), "expansion|row_too_long"),
     "columns": ("a.jsonl", lambda path: path.write_text(json.dumps({f"c{n}": 1 for n in range(1_000_000)})), "schema"),
     "names": ("a.csv", lambda path: path.write_text(",".join(f"c{n}" for n in range(1_000_000)) + "\n" + "v," * 999_999 + "v\n"), "schema"),
-    "open quote": ("a.csv", lambda path: path.write_bytes(b'question,answer\n"' + b"q a\n" * 20_000_000), "csv"),
+    "open quote": ("a.csv", lambda path: path.write_bytes(b'question,answer\n"' + b"q a\n" * 15_000_000), "csv"),
     "nested": ("a.json", lambda path: path.write_bytes(b'{"a":' * 2_000_000), "partial_file"),
 }  # fmt: skip
 

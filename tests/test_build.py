@@ -11,8 +11,9 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import often
 from makers import tiny_bpe
 
 from ftdata import build_sft_dataset, shown
@@ -21,7 +22,7 @@ from ftdata.store import read_manifest, verify
 from ftdata.testing import conversations
 from ftdata.tokenize import load_tokenizer
 
-few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = often(25)
 ROWS = [{"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}."} for n in range(40)]
 BAD = {"question": "no answer", "answer": ""}
 

@@ -16,8 +16,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import often
 from test_readers import outcomes, rows, write
 
 from ftdata import read
@@ -127,7 +128,7 @@ def test_csv_without_rows_or_names_is_refused(tmp_path, text, code):
     assert caught.value.code == code
 
 
-@settings(max_examples=100, deadline=None)
+@often(100)
 @given(
     st.lists(
         st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")), min_size=2, max_size=2),
@@ -249,7 +250,7 @@ def test_commas_too_many_are_rejected(tmp_path, text):
     assert [one.code for one in found if isinstance(one, Reject)] == ["not_a_row"]
 
 
-@settings(max_examples=200, deadline=None)
+@often(200)
 @given(
     rows=rows,
     sizes=st.lists(st.integers(1, 40), min_size=1),

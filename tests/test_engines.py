@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import often
 
 from ftdata import build_sft_dataset, engines, preview
 from ftdata.build import write_build
@@ -30,7 +31,7 @@ def pair(folder):
 
 
 @pytest.mark.parametrize("name", ["tiny_bpe", "qwen", "deepseek", "tiny_prepend", "tiny_replace"])
-@settings(max_examples=200, deadline=None)
+@often(200)
 @given(data=st.data())
 def test_both_engines_give_the_same(tokenizer_dir, name, data):
     fast, reference = pair(tokenizer_dir(name))

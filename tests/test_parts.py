@@ -8,8 +8,9 @@ from itertools import accumulate
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import often
 
 from ftdata import store
 from ftdata.build import write_build
@@ -55,7 +56,7 @@ def small(monkeypatch):
     return lambda size: monkeypatch.setattr(parts, "PART", size)
 
 
-@settings(max_examples=300, deadline=None)
+@often(300)
 @given(
     lines=st.lists(st.sampled_from(LINES), min_size=3, max_size=30),
     newline=st.sampled_from(["\n", "\r\n"]),

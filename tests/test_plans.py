@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import often
 
 from ftdata.errors import BadRow
 from ftdata.examples import build_rows
@@ -49,7 +50,7 @@ def outcome(conversation, template, turns):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-@settings(max_examples=60, deadline=None)
+@often(60)
 @given(
     shape=st.sampled_from(["ua", "sua", "uaua"]),
     contents=st.lists(st.lists(texts() | st.sampled_from(HARD), min_size=4, max_size=4), min_size=3, max_size=6),

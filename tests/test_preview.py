@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chats import ANSWER, USER
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import often
 from makers import CHATML
 
 from ftdata import build_sft_dataset, preview
@@ -144,7 +145,7 @@ def test_json_says_all_of_it(tokenizer_dir):
 
 
 @pytest.mark.parametrize("name", ["tiny_bpe", "tiny_metaspace", "qwen", "deepseek", "mistral"])
-@settings(deadline=None, max_examples=40)
+@often(40)
 @given(
     text=st.lists(st.sampled_from([*AWKWARD, "年號", "👍🏽", "naïve", "a b", "x\n"]), min_size=1, max_size=6).map(
         "".join
@@ -168,7 +169,7 @@ def test_views_show_every_token_and_every_character(tokenizer_dir, name, text):
 
 
 @pytest.mark.parametrize("name", ["tiny_bpe", "tiny_metaspace", "qwen", "deepseek", "mistral"])
-@settings(deadline=None, max_examples=60)
+@often(60)
 @given(
     text=st.lists(
         st.sampled_from(["年號", "👍🏽", "naïve", "a b", " ", "  x", "\n", "é", "the ", "ß"]), max_size=8

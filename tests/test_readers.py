@@ -3,8 +3,9 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import often
 
 from ftdata import read
 from ftdata.errors import BadRow, InputRefused, UsageError
@@ -34,7 +35,7 @@ def outcomes(path):
     return [entry for source in sources(path) for entry in source.rows()]
 
 
-@settings(max_examples=100, deadline=None)
+@often(100)
 @given(rows=rows, pretty=st.booleans(), ascii_only=st.booleans())
 def test_an_array_comes_back_as_written_with_its_lines(tmp_path_factory, rows, pretty, ascii_only):
     """R1, R2, R4: every value exact, every line physical."""
@@ -49,7 +50,7 @@ def test_an_array_comes_back_as_written_with_its_lines(tmp_path_factory, rows, p
     assert [row.source.row for row in found] == list(range(len(rows)))
 
 
-@settings(max_examples=100, deadline=None)
+@often(100)
 @given(
     rows=rows,
     blanks=st.lists(st.integers(0, 2), min_size=6, max_size=6),
@@ -68,7 +69,7 @@ def test_lines_come_back_as_written(tmp_path_factory, rows, blanks, ending, bom)
     assert [row.source.line for row in found] == lines
 
 
-@settings(max_examples=50, deadline=None)
+@often(50)
 @given(rows=rows, data=st.data())
 def test_a_broken_line_is_rejected_where_it_is(tmp_path_factory, rows, data):
     """D1, D2: read = built + rejected, and the rejected lines are the broken ones."""
@@ -258,7 +259,7 @@ TREES = st.recursive(
 )
 
 
-@settings(max_examples=1500, deadline=None)
+@often(1500)
 @given(text=json_text(TREES, BLANK))
 def test_a_line_is_read_as_python_reads_it_unless_a_key_stands_twice(text):
     twice = []

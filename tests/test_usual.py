@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import often
 
 from ftdata.errors import BadRow
 from ftdata.examples import build_rows
@@ -63,7 +64,7 @@ def rows(draw):
         {"unclosed": "append_eos"},
     ],
 )
-@settings(max_examples=150, deadline=None)
+@often(150)
 @given(data=rows())
 def test_it_is_what_the_stages_make_of_it(tokenizer_dir, name, options, data):
     tokenizer, template = (tokenizer_dir("tiny_bpe"), name) if name != "qwen" else (tokenizer_dir("qwen"), None)

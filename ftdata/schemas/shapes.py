@@ -288,6 +288,8 @@ def _pretokenised(data: Mapping[str, Any]) -> Conversation:
 
 
 def _whole_numbers(data: Mapping[str, Any], column: str) -> Any:
+    if column not in data:
+        raise BadRow("missing_column", "is not there, and this schema needs it", field=column)
     value = listed(data[column])
     if not isinstance(value, list) or not all(type(one) is int or type(one) is bool for one in value):
         raise BadRow("tokens_type", f"is {describe(value)}, expected a list of whole numbers", field=column)

@@ -1,0 +1,31 @@
+"""What strangers made is refused in words or read: the seeds of the fuzzer, and what is near to them."""
+
+import random
+import time
+
+import fuzz
+import pytest
+from laws import ONCE, profile
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("target", fuzz.TARGETS)
+def test_bytes_by_chance_are_read_or_refused(target):
+    chance = random.Random(target)
+    known = list(fuzz.seeds(target))
+    tries = (60 if target == "render" else 300) * profile() // ONCE
+    for data in [*known, *(near(chance, known) for _ in range(tries))]:
+        began = time.process_time()
+        fuzz.one(target, data)
+        assert time.process_time() - began < 10, data
+
+
+def near(chance, known):
+    """One of the seeds, with parts exchanged, doubled or left out, or with a piece of another one."""
+    data, other = bytearray(chance.choice(known)), chance.choice(known)
+    for _ in range(chance.randint(1, 8)):
+        at, size = chance.randint(0, len(data)), chance.choice([0, 1, 1, 4, 16])
+        begin = chance.randint(0, len(other))
+        piece = chance.choice([bytes([chance.randrange(256)]), other[begin : begin + size], data[at : at + size] * 2])
+        data[at : at + size] = piece
+    return bytes(data)
