@@ -150,6 +150,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 class _Loader(yaml.SafeLoader):
     """YAML as 1.2 has it where 1.1 surprises: `1e-4` is a number, `no`, `off` and `yes` are words, dates are texts."""
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Take over the keys of other mappings (`<<`), which may have taken over those of others."""
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_VALUES:
+            raise ValueError("it merges parts of itself too often")
+
 
 _Loader.yaml_implicit_resolvers = {
     first: [
@@ -171,13 +177,49 @@ _Loader.add_implicit_resolver(
 )
 
 
+_MOST_BYTES, _MOST_VALUES, _DEEPEST = 1 << 18, 10_000, 32
+"""Of a configuration: more is an attack, or no configuration."""
+
+
 def parse_yaml(text: str) -> Any:
     """Parse YAML into plain values, without surprises.
 
     >>> parse_yaml("{learning_rate: 1e-4, save_strategy: no, steps: 3, quick: true}")
     {'learning_rate': 0.0001, 'save_strategy': 'no', 'steps': 3, 'quick': True}
     """
-    return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+    try:
+        return _plain(yaml.load(text, _Loader))  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        # What the tags of YAML make of texts that are none of theirs.
+        told = "it is nested too deep" if isinstance(error, RecursionError) else f"{type(error).__name__}: {error}"
+        raise yaml.YAMLError(told) from None
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a file if it is what a file may say, small enough to be walked through.
+
+    Raises:
+        ValueError: it is not, or becomes too much where names for other parts of it are followed.
+    """
+    left, seen = [(value, 0)], 0
+    while left:
+        one, depth = left.pop()
+        seen += 1
+        if depth > _DEEPEST or seen > _MOST_VALUES:
+            raise ValueError("it is nested too deep, or in itself, or names parts of itself too often")
+        if isinstance(one, dict):
+            if odd := next((key for key in one if not isinstance(key, str)), None):
+                raise ValueError(f"{odd!r} is no name: put it in quotes")
+            left += ((inner, depth + 1) for inner in one.values())
+        elif isinstance(one, list):
+            left += ((inner, depth + 1) for inner in one)
+        elif isinstance(one, int) and abs(one) >= 1 << 63:
+            raise ValueError(f"a number of {one.bit_length():,} bits is too large")
+        elif not (one is None or isinstance(one, str | int | float | datetime.date)):
+            raise ValueError(f"a value is a {type(one).__name__}")
+    return value
 
 
 class _Dumper(yaml.SafeDumper):
@@ -207,9 +249,11 @@ def load_config(path: Path, /, **overrides: Any) -> Config:
         UsageError: the file cannot be parsed, a key is unknown, or a value has the wrong type; names the key.
     """
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES:,} bytes: is it the data?")
         text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if path.suffix == ".toml" else parse_yaml(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+        values = _plain(tomllib.loads(text)) if path.suffix == ".toml" else parse_yaml(text)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UsageError("config_file", f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UsageError("config_file", f"{path} holds a {type(values).__name__}, expected keys and values")

@@ -164,11 +164,12 @@ def main():
     target, rest = sys.argv[1], sys.argv[2:]
     folder = Path(next((one for one in rest if not one.startswith("-")), tempfile.mkdtemp()))
     folder.mkdir(parents=True, exist_ok=True)
-    for number, data in enumerate(seeds(target)):
-        (folder / f"seed-{number}").write_bytes(data)
     with atheris.instrument_imports(include=["ftdata"], enable_loader_override=False):
         for name in ("config", "examples", "readers", "store"):
             importlib.import_module(f"ftdata.{name}")
+    # What makes them is imported by now, so that it is instrumented.
+    for number, data in enumerate(seeds(target)):
+        (folder / f"seed-{number}").write_bytes(data)
     options = [one for one in rest if one.startswith("-")]
     atheris.Setup(
         [sys.argv[0], "-rss_limit_mb=4096", "-timeout=30", *options, str(folder)], lambda data: one(target, data)

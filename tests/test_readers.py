@@ -274,3 +274,9 @@ def test_a_line_is_read_as_python_reads_it_unless_a_key_stands_twice(text):
         assert row.code == "duplicate_key"
     else:
         assert repr(row.data) == repr(value)
+
+
+def test_bytes_that_begin_as_half_a_character_are_no_text(tmp_path):
+    path = write(tmp_path, "d.jsonl", b"@" + b"\xed" * 9 + b'\n{"a": 1}\n')
+    first, second = outcomes(path)
+    assert (first.code, second.data) == ("encoding", {"a": 1})

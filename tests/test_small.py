@@ -1,5 +1,6 @@
 """Registry, errors, configuration, templates' reports: the small modules."""
 
+import itertools
 import pickle
 
 import pytest
@@ -76,11 +77,21 @@ def test_a_bad_config_is_refused(values, says):
         make_config(values)
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "a: !!python/object:os.system {}"])
-def test_a_broken_config_file_is_refused(tmp_path, text):
-    path = tmp_path / "run.yaml"
+NAMED = "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in itertools.pairwise("abcdefgh"))
+MERGED = "".join(f"{b}: &{b} {{<<: [{', '.join(['*' + a] * 9)}]}}\n" for a, b in itertools.pairwise("abcdefgh"))
+BROKEN = [
+    "- a\n- b\n", "a: [", "a: !!python/object:os.system {}", "seed: !!int x", "date: !!timestamp x", "a: !!binary '@'",
+    "seed: !!bool x", f"seed: {'9' * 5000}", f"seed: {'9' * 30}", f"a: {'[' * 5000}", "mask: {1: 2}", "lora: &a {r: *a}",
+    "a: &a [*a]", "a: &a {<<: *a}", "a: &a [x]\n" + NAMED, "a: &a {x: 1}\n" + MERGED, "a: " + "x" * 300_000, "\0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BROKEN)
+@pytest.mark.parametrize("suffix", ["yaml", "toml"])
+def test_a_broken_config_file_is_refused(tmp_path, text, suffix):
+    path = tmp_path / f"run.{suffix}"
     path.write_text(text)
-    with pytest.raises(UsageError, match=r"run\.yaml"):
+    with pytest.raises(UsageError, match=r"run\.(yaml|toml)"):
         load_config(path)
 
 

@@ -45,6 +45,7 @@ _KEY = re.compile(rb'"[ \t\r\n]*:')
 # Nineteen digits in a row are found fastest as nineteen zeros.
 _DIGITS, _LONG_NUMBER = bytes.maketrans(b"123456789", b"000000000"), b"0" * 19
 _BLANKS = b" \t\r\n"
+_SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
 _PUNCTUATION = re.compile(rb"[\[\]]*|,")
 # What hides a colon after a quote, or looks like one.
 _ESCAPES = (rb"\u0022", rb"\u0020", rb"\u003a", rb"\u003A")
@@ -377,7 +378,7 @@ def _second_opinion(text: bytes, source: Source, error: orjson.JSONDecodeError |
 
 def not_text(found: bytes, at: int) -> tuple[str, str]:
     """Say that bytes are no text, and what to do: those of UTF-8 that is none, or of what another encoding lacks."""
-    half = found.decode("utf-8", "surrogatepass") if found[:1] == b"\xed" and len(found) == 3 else ""
+    half = found.decode("utf-8", "surrogatepass") if _SURROGATE.fullmatch(found) else ""
     if "\udc80" <= half <= "\udcff":
         return f"is no text in its encoding: byte 0x{ord(half) - 0xDC00:02x}", "say another encoding"
     return f"is not UTF-8 text: byte 0x{found[0]:02x} at {at} bytes into it", "say its encoding, e.g. encoding='cp1252'"
