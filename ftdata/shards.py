@@ -9,6 +9,7 @@ import gc
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from importlib.metadata import version
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -131,7 +132,12 @@ def key_of(recipe: Recipe, task: Task) -> str | None:
     # To which split it belongs, and how much of it is taken, is decided afterwards.
     read_as = {**asdict(source), "place": None, "share": None, "split": None}
     chosen = task.where, task.limit, task.near
-    return cache.key_of([cache.code(), *map(version, _PARSERS), content, read_as, chosen, recipe.describe()])
+    return cache.key_of([cache.code(), *_versions(), content, read_as, chosen, recipe.describe()])
+
+
+@lru_cache(maxsize=1)
+def _versions() -> list[str]:
+    return list(map(version, _PARSERS))
 
 
 def _content(source: FileSource) -> Any:
@@ -157,7 +163,8 @@ def _is_regular(path: str) -> bool:
 def _texts_key(recipe: Recipe, task: Task) -> str:
     source = task.source
     span = source.span if isinstance(source, FileSource) else None
-    return cache.key_of([version("tokenizers"), source.path, span, recipe.tokenizer.fingerprint, task.trusted])
+    ours = recipe.tokenizer.fingerprint, task.trusted
+    return cache.key_of([_versions()[_PARSERS.index("tokenizers")], source.path, span, *ours])
 
 
 def _written(result: ShardResult) -> dict[str, Any]:

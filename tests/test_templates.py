@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftdata.errors import BadRow, TemplateRefused, UsageError
+from ftdata.recipe import make_recipe
 from ftdata.templates import Template, check, find, render, templates
 from ftdata.templates.tracked import Tracked, concat, dumps, safe
 from ftdata.testing import conversations, texts
@@ -306,3 +307,10 @@ def test_unmarked_templates_are_detected():
 
 def test_jinja_is_new_enough():
     assert tuple(map(int, jinja2.__version__.split(".")[:3])) >= (3, 1, 6)
+
+
+@pytest.mark.parametrize("wrong", ["m.content | rerlace('a', 'b')", "m is oddly"])
+def test_what_no_template_has_is_named_with_its_line(tokenizer_dir, wrong):
+    source = "{% for m in messages %}\n{{ " + wrong + " }}{% endfor %}"
+    with pytest.raises(TemplateRefused, match=r"template_syntax.*line 2: No (filter|test) named"):
+        make_recipe(tokenizer_dir("tiny_bpe"), source)

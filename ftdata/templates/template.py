@@ -113,7 +113,8 @@ class Template:
         Raises:
             TemplateRefused: `template_syntax`, with the line.
         """
-        return names_in(self._syntax)
+        with self._told():
+            return names_in(self._syntax)
 
     @cached_property
     def chat(self) -> bool:
