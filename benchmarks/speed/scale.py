@@ -1,4 +1,4 @@
-"""What the process that waits for all others has to do, for as many shards as a cluster may have: nothing else is not shared.
+"""What the process that waits for all others has to do, for as many shards as a cluster may have.
 
     python benchmarks/speed/scale.py [--shards 1000000] [--rows 200000000] [--tokenizer FOLDER --built 2000]
 
