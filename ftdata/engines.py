@@ -25,6 +25,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from ftdata.batches import Encoded, Encodings, ends_of, width
+from ftdata.errors import TemplateRefused
 
 ENOUGH, BYTES = 1_000_000, 4
 """Characters from which on it pays to load the fast engine: as many, and one for every so many bytes of the tokenizer's
@@ -49,6 +50,25 @@ class Known(Protocol):
         """Return the tokens of each text: those that are known, else what `encode` makes."""
 
 
+@contextmanager
+def in_words() -> Iterator[None]:
+    """Say what `tokenizers` says where it gives up: with an error of no kind, or one that ends programs.
+
+    Raises:
+        TemplateRefused: `bad_tokenizer`.
+    """
+    try:
+        yield
+    except (TypeError, UnicodeError):
+        raise
+    except BaseException as error:
+        # Rust's panics are no `Exception`: code is not meant to go on after them, and ours does not.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        told = f"the tokenizer fails: {' '.join(str(error).split())[:300]}"
+        raise TemplateRefused("bad_tokenizer", told, hint="mend its tokenizer.json, or take another") from None
+
+
 class Engine(Protocol):
     """What encodes texts as they stand, without adding special tokens."""
 
@@ -65,7 +85,8 @@ class Reference:
 
     def encode(self, texts: Sequence[str]) -> Encodings:
         """Return the tokens of each text."""
-        found = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        with in_words():
+            found = self.backend.encode_batch(list(texts), add_special_tokens=False)
         encoded = [
             Encoded(np.asarray(one.ids, np.int32), np.asarray(one.offsets, np.int32).reshape(-1, 2)) for one in found
         ]

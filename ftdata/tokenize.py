@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -23,7 +24,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ftdata.batches import Encoded, Encodings, Renderings
-from ftdata.engines import Engines, Reference
+from ftdata.engines import Engines, Reference, in_words
 from ftdata.errors import BadRow, HubError, TemplateRefused, UsageError, nearest
 from ftdata.types import Part, Rendered
 
@@ -129,6 +130,9 @@ class Tokenizer:
         return self.engines.encode(texts)
 
 
+_LARGEST_ID = 1 << 26
+
+
 def _bare(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, list[int]]:
     """Return a tokenizer that encodes texts and no more, and the ids that it would put around an empty one.
 
@@ -144,9 +148,13 @@ def _bare(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, list[int
         raise TemplateRefused(
             "tokenizer_dropout", f"the tokenizer {found}", hint="set dropout to null in its tokenizer.json"
         )
+    if (largest := max(backend.get_added_tokens_decoder(), default=0)) > _LARGEST_ID:
+        told = f"the tokenizer is damaged: an added token has the id {largest:,}, for which no model has room"
+        raise TemplateRefused("bad_tokenizer", told)
     backend.no_truncation()
     backend.no_padding()
-    around = backend.encode("", add_special_tokens=True).ids
+    with in_words():
+        around = backend.encode("", add_special_tokens=True).ids
     if backend.post_processor is not None:
         backend.post_processor = tokenizers.processors.Sequence([])
     return backend, around
@@ -422,9 +430,10 @@ def _from_folder(folder: Path, name: str, state: tuple[tuple[int, int], ...]) ->
     text = file.read_bytes()
     config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
     try:
-        backend = tokenizers.Tokenizer.from_buffer(text)
-    except Exception as error:  # noqa: BLE001  (tokenizers raises nothing narrower)
-        raise TemplateRefused("bad_tokenizer", f"{file} cannot be loaded: {error}") from None
+        with in_words():
+            backend = tokenizers.Tokenizer.from_buffer(text)
+    except TemplateRefused as error:
+        raise TemplateRefused(error.code, f"{file} cannot be loaded: {error.message}", hint=error.hint) from None
     loaded = Tokenizer(name, text, _special_tokens(config, backend), _chat_template(folder, config))
     # To load a large vocabulary once more would take most of a preview.
     loaded.__dict__["_backend"] = _bare(backend)
@@ -434,19 +443,27 @@ def _from_folder(folder: Path, name: str, state: tuple[tuple[int, int], ...]) ->
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TemplateRefused("bad_tokenizer", f"{path} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise TemplateRefused("bad_tokenizer", f"{path} holds a {type(found).__name__}, expected an object")
     return {key: value for key, value in found.items() if value is not None}
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_bytes().decode("utf-8")
+        try:
+            return file.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise TemplateRefused("bad_tokenizer", f"{file} is not UTF-8 text: {error}") from None
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
+        with suppress(LookupError, TypeError):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if template is not None and not isinstance(template, str):
+        told = f"chat_template is a {type(template).__name__}, expected text, or a list of names and templates"
+        raise TemplateRefused("bad_tokenizer", f"{folder / 'tokenizer_config.json'}: {told}")
     return template
 
 

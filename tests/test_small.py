@@ -1,13 +1,16 @@
 """Registry, errors, configuration, templates' reports: the small modules."""
 
 import itertools
+import json
 import pickle
+from pathlib import Path
 
 import pytest
+from makers import tiny_bpe
 
-from ftdata import check_template
+from ftdata import build_sft_dataset, check_template
 from ftdata.config import load_config, make_config
-from ftdata.errors import BadRow, BadRows, FtdataError, InputRefused, UsageError, nearest
+from ftdata.errors import BadRow, BadRows, FtdataError, InputRefused, TemplateRefused, UsageError, nearest
 from ftdata.registry import Registry
 from ftdata.tokenize import load_tokenizer
 
@@ -124,3 +127,36 @@ def test_a_cached_tokenizer_follows_its_files(tokenizer_dir, tmp_path):
 def test_every_field_can_be_overridden():
     """Also one that is called as a parameter might be."""
     assert make_config(REQUIRED, "run.yaml", where="not input").where == "not input"
+
+
+DAMAGED = {
+    "a list": ("tokenizer_config.json", lambda _: []),
+    "null": ("tokenizer_config.json", lambda _: None),
+    "a template that is no text": ("tokenizer_config.json", lambda config: {**config, "chat_template": 5}),
+    "a template without a name": ("tokenizer_config.json", lambda config: {**config, "chat_template": [{"name": "x"}]}),
+    "an empty vocabulary": ("tokenizer.json", lambda one: {**one, "model": {**one["model"], "vocab": {}}}),
+    "no unknown token": ("tokenizer.json", lambda one: {**one, "model": {"type": "Unigram", "vocab": [["a", -1.0]]}}),
+    "a slow pattern": ("tokenizer.json", lambda one: {**one, "pre_tokenizer": pattern("(a+)+$")}),
+    "no pattern": ("tokenizer.json", lambda one: {**one, "pre_tokenizer": pattern("(")}),
+    "no map": (
+        "tokenizer.json",
+        lambda one: {**one, "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    ),
+}
+
+
+def pattern(text):
+    return {"type": "Split", "pattern": {"Regex": text}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_tokenizers_are_refused(damage, tmp_path):
+    """In words: some of these end `tokenizers` with a panic, which Python takes for no error."""
+    name, change = DAMAGED[damage]
+    folder = Path(tiny_bpe(tmp_path / "t"))
+    if "template" in damage:
+        (folder / "chat_template.jinja").unlink()
+    (folder / name).write_text(json.dumps(change(json.loads((folder / name).read_text()))))
+    talk = [{"role": "user", "content": "a" * 60 + "b"}, {"role": "assistant", "content": "zé"}]
+    with pytest.raises(TemplateRefused, match="bad_tokenizer"):
+        build_sft_dataset([talk], str(folder))
