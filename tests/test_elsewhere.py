@@ -10,7 +10,7 @@ import fsspec
 import pytest
 from hub.bucket import serving
 
-from ftdata import build_sft_dataset, preview, verify
+from ftdata import build_sft_dataset, preview, store, verify
 from ftdata.build import write_build
 from ftdata.errors import HubError, InputRefused, UsageError
 from ftdata.readers import parts, remote
@@ -122,6 +122,21 @@ def test_a_build_that_did_not_arrive_goes_on(bucket, build):
     build("s3://data/in", "s3://data/out")
     assert verify("s3://data/out") == []
     assert not [said for said in sent(bucket) if said.partition("/out/")[2] in there]
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "", ".", "train/./x"])
+def test_what_is_fetched_stays_in_its_folder(bucket, tmp_path, name):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "x").write_text("mine")
+    store.write_manifest(tmp_path / "made", {"fingerprint": ""}, [])
+    found = json.loads((tmp_path / "made" / "manifest.json").read_text())
+    found["files"][name] = {"bytes": 1, "xxh3_128": "0"}
+    found.pop("xxh3_128")
+    put("evil/manifest.json", store._sealed(found))
+    put("evil/dataset_dict.json", b"{}")
+    with pytest.raises(InputRefused, match="damaged_build"):
+        preview("s3://data/evil")
+    assert not list((tmp_path / "cache").rglob("*x"))
 
 
 def test_builds_elsewhere_are_fetched_whole(bucket, build, tokenizer_dir, tmp_path):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import islice, pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,7 +119,7 @@ def splits_of(folder: Path) -> list[str]:
     """
     with _whole(folder / "dataset_dict.json"):
         splits = orjson.loads((folder / "dataset_dict.json").read_bytes())["splits"]
-        if not splits or not all(isinstance(name, str) and (folder / name).is_dir() for name in splits):
+        if not splits or not all(PurePosixPath(name).name == name and (folder / name).is_dir() for name in splits):
             raise ValueError("it names no splits that are there")
         return list(splits)
 
@@ -150,8 +150,12 @@ def _documents(folder: Path, split: str) -> Iterator[tuple[int, Source, frozense
         for path in sorted((folder / split).glob("data-*.arrow")):
             with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
                 for batch in stream:
+                    # Buffers that contradict each other would end the process.
+                    batch.validate(full=True)
                     ids, labels, lengths = (_values(batch[name]) for name in ("input_ids", "labels", "seq_lengths"))
-                    ends = np.cumsum(lengths).tolist()
+                    ends = np.cumsum(lengths, dtype=np.int64).tolist()
+                    if (lengths < 0).any() or not len(ids) == len(labels) == (ends[-1] if ends else 0):
+                        raise ValueError("its lengths are not those of its tokens")
                     for start, end in pairwise([0, *ends]):
                         if (one := next(told, None)) is None:
                             raise ValueError("it holds more examples than rows of provenance")
