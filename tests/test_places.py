@@ -155,3 +155,29 @@ def test_offsets_that_lead_elsewhere_are_found_behind_a_text_that_is_none(tmp_pa
     (tmp_path / "data.arrow").write_bytes(data)
     with pytest.raises(InputRefused, match="damaged_file"):
         list(read(tmp_path / "data.arrow"))
+
+
+def test_deep_patterns_find_each_file_once(tmp_path, monkeypatch):
+    names = {
+        "a.jsonl": "0",
+        "x/b.jsonl": "1",
+        "x/y/c.jsonl": "2",
+        ".hidden/d.jsonl": "3",
+        "x/.e.jsonl": "4",
+        "x/f.txt": "",
+    }
+    folder = write(tmp_path / "d", names)
+    for name in ("one", "two"):
+        (tmp_path / "d" / "x" / name).symlink_to(tmp_path / "d")
+    monkeypatch.chdir(tmp_path)
+    for pattern in (f"{folder}/**/*.jsonl", "d/**/*.jsonl", "**/*.jsonl", "./d/**/*.jsonl", f"{folder}//**/*.jsonl"):
+        assert by_split(pattern) == {None: ["0", "1", "2"]}, pattern
+    assert by_split("d/x/**/c.*") == {None: ["2"]}
+    assert by_split("**/y/*.jsonl") == {None: ["2"]}
+
+
+def test_patterns_of_strangers_take_no_time():
+    from ftdata.readers.naming import fits
+
+    assert not fits("a" * 5000, "*a" * 200 + "b")
+    assert not fits("/".join("a" * 200), "/".join(["**", "a"] * 90) + "/b")

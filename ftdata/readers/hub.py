@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ftdata.errors import HubError, InputRefused, UsageError, nearest
-from ftdata.readers.naming import split_of
+from ftdata.readers.naming import fits, split_of
 from ftdata.readers.remote import TRIES, persist, status_of
 
 Result = TypeVar("Result")
@@ -95,7 +95,7 @@ def hub_files(
     config = _config(info.card_data, name, where) if name or not (path or data_files) else {}
     given = path or data_files or config.get("data_files")
     if given is None:
-        inside = f"{config['data_dir'].strip('/')}/" if config.get("data_dir") else ""
+        inside = f"{str(config['data_dir']).strip('/')}/" if config.get("data_dir") else ""
         own = [one for one in names if one.startswith(inside) and readable(one)]
         yield from ((HubFile(repo, commit, one), split) for one, split in _named(own, names, repo))
         return
@@ -106,11 +106,9 @@ def hub_files(
 
 def _matching(pattern: str, names: Sequence[str], readable: Callable[[str], bool], where: str) -> list[str]:
     """Return the files that a pattern, a name, or that of a folder stands for."""
-    from fsspec.utils import glob_translate
-
     if pattern in names:
         return [pattern]
-    found = list(filter(re.compile(glob_translate(pattern)).match, names))
+    found = [one for one in names if fits(one, pattern)]
     found = found or [one for one in names if one.startswith(f"{pattern.rstrip('/')}/")]
     if not found:
         hint = nearest(pattern, names) if names else "the data set holds no files"
@@ -169,7 +167,8 @@ def _by_split(data_files: Any, where: str) -> dict[str, list[str]]:
 
 def _config(card: Any, name: str | None, where: str) -> Mapping[str, Any]:
     """Return the configuration of a card that has the name, or is the default."""
-    configs = [one for one in (card.to_dict().get("configs") or ()) if isinstance(one, dict)] if card else []
+    listed = card.to_dict().get("configs") if card else None
+    configs = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
     known = {str(one.get("config_name", "default")): one for one in configs}
     if name is None and not known:
         return {}

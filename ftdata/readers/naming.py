@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 _NO_DATA = {
@@ -33,3 +36,27 @@ def split_of(path: str) -> str | None:
     words = re.split(r"[^a-z]+", name.name.split(".", 1)[0].lower())
     folders = [folder.name.lower() for folder in name.parents]
     return next((_SPLITS[word] for word in (*words, *folders) if word in _SPLITS), None)
+
+
+def fits(path: str, pattern: str) -> bool:
+    """Whether a path fits a pattern: `*` and `?` stand for what is within a name, `**` for any folders.
+
+    In time that hangs on their lengths: patterns come from cards of data sets, too.
+
+    >>> [fits("a/b/c.jsonl", pattern) for pattern in ("a/**/*.jsonl", "**", "a/*.jsonl", "a/b/c.*")]
+    [True, True, False, True]
+    """
+    names = path.split("/")
+    reached = {0}
+    for part in pattern.split("/"):
+        if part == "**":
+            reached = set(range(min(reached), len(names) + 1)) if reached else reached
+        else:
+            match = _name_pattern(part)
+            reached = {at + 1 for at in reached if at < len(names) and match(names[at])}
+    return len(names) in reached
+
+
+@lru_cache(maxsize=256)
+def _name_pattern(pattern: str) -> Callable[[str], object]:
+    return re.compile(fnmatch.translate(pattern)).match

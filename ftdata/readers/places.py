@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ftdata.errors import InputRefused, UsageError, nearest
 from ftdata.readers.formats import readers
 from ftdata.readers.hub import hub_files, is_hub
-from ftdata.readers.naming import is_data, split_of
+from ftdata.readers.naming import fits, is_data, split_of
 from ftdata.readers.remote import listed
 from ftdata.readers.streams import STDIN, Input, is_url
 
@@ -72,7 +74,9 @@ def _local(place: str, reader: str | None) -> Iterator[Found]:
 
 
 def _matching(pattern: str, reader: str | None) -> Iterator[Found]:
-    found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else []  # noqa: PTH207  (absolute too)
+    found = list[str]()
+    if glob.has_magic(pattern):
+        found = sorted(_deep(pattern) if "**" in pattern else glob.glob(pattern))  # noqa: PTH207  (absolute too)
     if not found:
         beside = [p.name for p in Path(pattern).parent.glob("*") if p.suffix.lstrip(".") in readers]
         hint = nearest(Path(pattern).name, beside) if beside else f"looked in {Path(pattern).parent.resolve()}"
@@ -81,6 +85,22 @@ def _matching(pattern: str, reader: str | None) -> Iterator[Found]:
         # A pattern that goes deep names the files in folders itself.
         if Path(path).is_file() or "**" not in pattern:
             yield from _local(path, reader)
+
+
+def _deep(pattern: str) -> Iterator[str]:
+    """Yield the files that fit a pattern with `**`; what is hidden is not looked at, and nothing twice."""
+    base = "/".join(takewhile(lambda part: not glob.has_magic(part), pattern.split("/")))
+    start = base or ("/" if pattern.startswith("/") else ".")
+    seen = {os.path.realpath(start)}
+    for folder, folders, files in os.walk(start, followlinks=True):
+        # Links may lead to a folder above, or to one that was there already.
+        new = [name for name in sorted(folders) if not name.startswith(".")]
+        places = {name: os.path.realpath(os.path.join(folder, name)) for name in new}  # noqa: PTH118
+        folders[:] = [name for name in new if places[name] not in seen]
+        seen.update(places.values())
+        here = folder if base or folder.startswith("/") else folder.removeprefix(".").removeprefix("/")
+        paths = (f"{here.rstrip('/')}/{name}".lstrip("/" if not here else "") for name in files if name[:1] != ".")
+        yield from (path for path in paths if fits(path, pattern.replace("//", "/")))
 
 
 def _file(path: str, reader: str | None = None) -> Found:
