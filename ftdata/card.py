@@ -26,12 +26,13 @@ def card(report: Report, recipe: Recipe, files: Mapping[str, Sequence[str]]) -> 
     """
     listed = {split: "".join(f"\n    - {name}" for name in names) for split, names in files.items()}
     paths = "".join(f"  - split: {split}\n    path:{names}\n" for split, names in listed.items())
-    facts = "".join(f"| {name} | `{_cell(value)}` |\n" for name, value in _facts(report, recipe))
-    title = ", ".join(Path(ledger.source).name for ledger in report.sources)
+    facts = "".join(f"| {name} | {_cell(value)} |\n" for name, value in _facts(report, recipe))
+    title = _plain(", ".join(Path(ledger.source).name for ledger in report.sources))
+    fence = _fence(str(report), 3)
     return (
         f"---\nconfigs:\n- config_name: default\n  data_files:\n{paths}---\n\n# {title}\n\n"
         f"Built by ftdata: tokens, labels (-100 where nothing is learnt) and document lengths.\n\n"
-        f"| | |\n|---|---|\n{facts}\n```\n{report}\n```\n"
+        f"| | |\n|---|---|\n{facts}\n{fence}\n{report}\n{fence}\n"
     )
 
 
@@ -54,7 +55,19 @@ def _facts(report: Report, recipe: Recipe) -> Iterator[tuple[str, object]]:
 
 
 def _cell(value: object) -> str:
-    return re.sub(r"[\r\n]+", " ", str(value)).replace("|", r"\|")
+    """Return a value as code: names of files and columns are of strangers, and say nothing in Markdown."""
+    text = re.sub(r"\s+", " ", str(value)).replace("|", r"\|")
+    fence = _fence(text, 1)
+    return f"{fence}{text}{fence}" if fence == "`" else f"{fence} {text} {fence}"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]()<>#!|~])", r"\\\1", re.sub(r"\s+", " ", text))
+
+
+def _fence(text: str, least: int) -> str:
+    """Return more backticks than there are together in a text."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def _command(report: Report, recipe: Recipe) -> str:

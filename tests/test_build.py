@@ -471,3 +471,19 @@ def test_rejects_say_where_they_stand(tiny, tmp_path):
     assert path.read_bytes()[first["byte_offset"] :].startswith(first["raw"].encode())
     assert (second["line"], second["code"], second["raw"]) == (4, "json", "{")
     assert path.read_bytes()[second["byte_offset"] :] == b"{\n"
+
+
+def test_names_of_strangers_say_nothing_in_the_card(tmp_path, tokenizer_dir):
+    name = "a`b\n# Title [x](http:evil) <img src=x> ```.jsonl"
+    (tmp_path / name).write_text('{"q": "what", "a": "that"}\n')
+    build_sft_dataset(
+        str(tmp_path / name),
+        tokenizer_dir("tiny_bpe"),
+        columns={"question": "q", "answer": "a"},
+        output_dir=tmp_path / "out",
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert [line for line in card.splitlines() if line.startswith("# ")] == [
+        r"# a\`b \# Title \[x\]\(http:evil\) \<img src=x\> \`\`\`.jsonl"
+    ]
+    assert "| source 1 | ```` " in card
