@@ -7,11 +7,13 @@ import json
 import os
 import resource
 import time
+from pathlib import Path
 
 import pytest
 
 from ftdata import build_sft_dataset, check_template, preview
 from ftdata.errors import FtdataError
+from ftdata.templates import child
 
 MEGABYTES = 512
 # Beside other tests, everything takes longer.
@@ -205,3 +207,13 @@ def test_a_plan_does_not_grow_what_it_is_asked_of(tokenizer_dir):
     assert found.report.totals["built"] == 10
     assert "template_limits" in found.report.rejects[0]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEGABYTES << 10
+
+
+def test_keys_are_not_where_templates_run(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    child._server(os.getpid()).stop()
+    child._server.cache_clear()
+    child.warm()
+    environment = Path(f"/proc/{child._server(os.getpid()).process.pid}/environ").read_bytes()
+    assert b"PYTHONPATH" in environment
+    assert b"secret" not in environment

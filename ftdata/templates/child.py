@@ -249,6 +249,10 @@ class _Server:
                 stream.close()  # type: ignore[union-attr]
 
 
+_KEPT = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PATH", "PYTHONPYCACHEPREFIX", "TMPDIR", "TZ")
+"""What of the environment the process is given: where Python and its libraries are, and how they spell."""
+
+
 @lru_cache(maxsize=1)
 def _server(process_id: int) -> _Server:
     path = os.pathsep.join(str(entry) for entry in sys.path if entry)
@@ -257,7 +261,9 @@ def _server(process_id: int) -> _Server:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
+        # Tokens and keys are no business of what runs there.
+        env={name: os.environ[name] for name in _KEPT if name in os.environ}
+        | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"},
         start_new_session=True,
     )
     server = _Server(process)
