@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from ftdata import disk
 from ftdata.errors import FtdataError, HubError, InternalError, StorageError
 
@@ -151,18 +153,25 @@ def _beside(target: Path) -> Path:
 
 
 def seal(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write `result.json`, the last file of a folder: a hash of every other one, and a result."""
-    files = {path.name: disk.digest(path) for path in sorted(folder.iterdir())}
-    disk.write_json(folder / _SEAL, {"files": files, "result": result})
+    """Write `result.json`, the last file of a folder: a hash of every other one, a result, and a hash of the two."""
+    said = {"files": {path.name: disk.digest(path) for path in sorted(folder.iterdir())}, "result": result}
+    disk.write_json(folder / _SEAL, {**said, "seal": _hash(said)})
 
 
 def sealed(folder: Path) -> dict[str, Any] | None:
     """Return the result of a folder that was sealed, and is as it was; else `None`."""
     with suppress(OSError, ValueError, LookupError, TypeError):
         known = json.loads((folder / _SEAL).read_bytes())
-        if {name: disk.digest(folder / name) for name in known["files"]} == known["files"]:
+        if (
+            known.pop("seal") == _hash(known)
+            and {name: disk.digest(folder / name) for name in known["files"]} == known["files"]
+        ):
             return dict(known["result"])
     return None
+
+
+def _hash(said: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(disk.json_of(said))
 
 
 @contextmanager

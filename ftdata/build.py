@@ -236,12 +236,16 @@ def _build_elsewhere(wanted: _Wanted, url: str, crew: Crew, progress: Progress |
         there = None
         with suppress(InputRefused):
             there = elsewhere.manifest(url)
-        if there and wanted.made(there, crew) and not elsewhere.missing(url, there["files"]):
+        if there and wanted.made(there, crew) and not elsewhere.verify(url):
             disk.remove(place.target)
             return Report.of(json.loads(elsewhere.read(url, "report.json")))
         elsewhere.check_free(url)
         report = _built_at(wanted, place, crew, progress)
-        elsewhere.upload(place.target, url)
+        try:
+            elsewhere.upload(place.target, url)
+        except UsageError:
+            disk.remove(place.target)
+            raise
         disk.remove(place.target)
     return report
 

@@ -177,7 +177,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-_MOST_BYTES, _MOST_VALUES, _DEEPEST = 1 << 18, 10_000, 32
+_MOST_BYTES, _MOST_VALUES, _DEEPEST = 1 << 19, 50_000, 32
 """Of a configuration: more is an attack, or no configuration."""
 
 
@@ -210,12 +210,12 @@ def _plain(value: Any) -> Any:
         if depth > _DEEPEST or seen > _MOST_VALUES:
             raise ValueError("it is nested too deep, or in itself, or names parts of itself too often")
         if isinstance(one, dict):
-            if odd := next((key for key in one if not isinstance(key, str)), None):
-                raise ValueError(f"{odd!r} is no name: put it in quotes")
+            if odd := [key for key in one if not isinstance(key, str)]:
+                raise ValueError(f"{odd[0]!r} is no name: put it in quotes")
             left += ((inner, depth + 1) for inner in one.values())
         elif isinstance(one, list):
             left += ((inner, depth + 1) for inner in one)
-        elif isinstance(one, int) and abs(one) >= 1 << 63:
+        elif isinstance(one, int) and abs(one) >= 1 << 64:
             raise ValueError(f"a number of {one.bit_length():,} bits is too large")
         elif not (one is None or isinstance(one, str | int | float | datetime.date)):
             raise ValueError(f"a value is a {type(one).__name__}")

@@ -11,7 +11,7 @@ file held against the manifest.
 from __future__ import annotations
 
 import os
-import re
+import stat
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,15 +21,14 @@ from typing import Any
 import xxhash
 
 from ftdata import atomic, cache, disk, store
-from ftdata.errors import HubError, InputRefused, UsageError
-from ftdata.readers.remote import open_remote, send, sizes_in
+from ftdata.errors import HubError, InputRefused, StorageError, UsageError
+from ftdata.readers.formats import readers
+from ftdata.readers.remote import forget, open_remote, send, sizes_in
 from ftdata.readers.streams import Input, chunks, in_store, is_url
 
 _TELLING = ("manifest.json", "dataset_dict.json")
-_OF_BUILD = re.compile(
-    r"dataset_dict\.json|report\.json|rejects\.jsonl|README\.md"
-    r"|[^/]+/(data-\d+\.arrow|provenance\.parquet|state\.json|dataset_info\.json)"
-)
+_CLAIM = "ftdata-upload"
+"""The file that stands at a place until the manifest does: a hash of the manifest."""
 
 _AT_ONCE = 8
 """Files on their way: one alone does not fill a line."""
@@ -55,7 +54,15 @@ def staging(url: str) -> Path:
 
 
 def _home() -> Path:
-    return (cache.root() or Path(tempfile.gettempdir()) / f"ftdata-{os.getuid()}").resolve() / "builds"
+    if (own := cache.root()) is not None:
+        return own.resolve() / "builds"
+    folder = Path(tempfile.gettempdir()).resolve() / f"ftdata-{os.getuid()}"
+    # Others may write beside it.
+    folder.mkdir(mode=0o700, exist_ok=True)
+    state = folder.lstat()
+    if state.st_uid != os.getuid() or not stat.S_ISDIR(state.st_mode) or state.st_mode & 0o022:
+        raise StorageError("not_ours", f"{folder} is not this user's alone", hint="remove it, or set FTDATA_CACHE")
+    return folder / "builds"
 
 
 def manifest(url: str) -> dict[str, Any] | None:
@@ -94,11 +101,12 @@ def upload(folder: Path, url: str) -> None:
     """Send a finished build to a URL; what an earlier try has put there, and is as it shall be, stays.
 
     Raises:
-        UsageError: `target_exists`: there is something else.
+        UsageError: `target_exists`: there is something else, or another build on its way.
         HubError: the place refuses, or fails again and again.
     """
     files = store.read_manifest(folder)["files"]
-    check_free(url, files)
+    claim = disk.digest(folder / "manifest.json").encode()
+    _claim(url, claim)
     there = sizes_in(url)
 
     def put(name: str) -> None:
@@ -111,27 +119,41 @@ def upload(folder: Path, url: str) -> None:
     if lost := missing(url, files):
         found = f"has not what was sent: {', '.join(lost[:3])}"
         raise HubError("network", found, where=url, hint="run it again: it goes on with what is missing")
-    send(folder / "manifest.json", f"{url}/manifest.json")
+    if (
+        not send(folder / "manifest.json", f"{url}/manifest.json", anew=True)
+        and _manifest(url) != (folder / "manifest.json").read_bytes()
+    ):
+        raise _taken(url, "holds another build")
+    forget(f"{url}/{_CLAIM}")
 
 
-def check_free(url: str, files: Mapping[str, Any] | None = None) -> None:
+def check_free(url: str) -> None:
     """Refuse a place in which there is anything but a part of a build that did not arrive whole.
-
-    Args:
-        url: the place.
-        files: those of the build; `None` where they are not known yet.
 
     Raises:
         UsageError: there is.
     """
     there = sizes_in(url)
     if "manifest.json" in there:
-        found, hint = "holds another build", "it is not written over: choose another place, or remove it"
-        raise UsageError("target_exists", found, where=url, hint=hint)
-    known = _OF_BUILD.fullmatch if files is None else files.__contains__
-    if others := sorted(name for name in there if not known(name)):
-        found = f"holds what is not of the build: {', '.join(others[:3])}"
-        raise UsageError("target_exists", found, where=url, hint="choose another place, or remove it")
+        raise _taken(url, "holds another build")
+    # What nobody has claimed is none of ours, whatever it is called.
+    if there and _CLAIM not in there:
+        raise _taken(url, f"holds what is no build: {', '.join(sorted(there)[:3])}")
+
+
+def _claim(url: str, claim: bytes) -> None:
+    """Say at a place which build is on its way there; one at a time is."""
+    check_free(url)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(claim)
+        file.flush()
+        if not send(Path(file.name), f"{url}/{_CLAIM}", anew=True) and read(url, _CLAIM) != claim:
+            raise _taken(url, "waits for another build that is on its way there, or was")
+
+
+def _taken(url: str, found: str) -> UsageError:
+    hint = "it is not written over: choose another place, or remove what is there"
+    return UsageError("target_exists", found, where=url, hint=hint)
 
 
 def build_at(place: object) -> Path | None:
@@ -141,7 +163,7 @@ def build_at(place: object) -> Path | None:
         InputRefused: it is damaged.
         HubError: it cannot be read, asked again and again.
     """
-    if isinstance(place, str) and in_store(place) and not Input(place).suffix:
+    if isinstance(place, str) and in_store(place) and Input(place).suffix not in readers:
         return here(place) if "manifest.json" in sizes_in(place.rstrip("/")) else None
     if isinstance(place, str | Path) and all((Path(place) / name).is_file() for name in _TELLING):
         return Path(place)
@@ -163,7 +185,8 @@ def here(place: str | Path) -> Path:
         raise InputRefused("not_a_build", f"{url} is no build of ftdata: it has no manifest.json")
     files = store.manifest_of(text, f"{url}/manifest.json")["files"]
     target = _home() / xxhash.xxh3_128_hexdigest(text)
-    if not target.is_dir():
+    if not target.is_dir() or store.verify(target):
+        disk.remove(target)
         with atomic.new_folder(target) as scratch:
             for folder in {(scratch / name).parent for name in files}:
                 disk.mkdir(folder, parents=True, exist_ok=True)
@@ -205,8 +228,8 @@ def verify(place: str | Path) -> list[str]:
         raise InputRefused("not_a_build", f"{url} is no build of ftdata: it has no manifest.json")
     files = found["files"]
     lost = set(missing(url, files))
-    with ThreadPoolExecutor(_AT_ONCE) as readers:
-        digests = readers.map(lambda name: None if name in lost else _digest(f"{url}/{name}"), files)
+    with ThreadPoolExecutor(_AT_ONCE) as fetchers:
+        digests = fetchers.map(lambda name: None if name in lost else _digest(f"{url}/{name}"), files)
         return [name for name, digest in zip(files, digests, strict=True) if digest != files[name]["xxh3_128"]]
 
 

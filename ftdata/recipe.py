@@ -28,6 +28,9 @@ _MOST_VARIANTS = 64
 NO_TOKENIZER = {"bos_token": "<bos>", "eos_token": "<eos>"}
 """What stands for special tokens where no tokenizer says what they are."""
 
+_LONGEST_WORDS, _MARKS = 4096, re.compile(r"[<>\[\]{}|\uff5c\x00-\x08\x0e-\x1f]")
+"""How long a text may be that a row gives to the template, and what is not in it: control tokens are made of it."""
+
 FLAGS = {
     "arguments_as_text": "{n} examples give the arguments of tool calls as JSON text: the template fails on objects",
     "arguments_parsed": "{n} examples give the arguments of tool calls as objects: the template does not print JSON "
@@ -139,9 +142,10 @@ class Recipe(Options):
         if not kwargs:
             return self
         for name, value in kwargs.items():
-            if isinstance(value, str) and self.control.spelled(value):
-                told = f"spells a control token: {value!r}"
-                raise BadRow("row_options", told, field=f"chat_template_kwargs.{name}", hint="take it out")
+            if not _is_plain(value) or (isinstance(value, str) and self.control.spelled(value)):
+                found = "is no number, nor words without signs of which control tokens are made"
+                hint = "set it for all rows: template_kwargs"
+                raise BadRow("row_options", found, field=f"chat_template_kwargs.{name}", hint=hint)
         key, variants = json.dumps(kwargs, sort_keys=True), self._variants
         if key not in variants:
             if len(variants) >= _MOST_VARIANTS:
@@ -252,6 +256,13 @@ def _bound(given: Any) -> Template:
         find(given)  # a misspelt name: say so instead of asking the hub
     known = isinstance(given, Tokenizer | tokenizers.Tokenizer) or hasattr(given, "backend_tokenizer")
     return make_recipe(given if is_text or known else str(given)).template
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a row may give this to the template, which prints it as its own words."""
+    if isinstance(value, str):
+        return len(value) <= _LONGEST_WORDS and not _MARKS.search(value)
+    return value in (None, [], {}) or (isinstance(value, int | float) and abs(value) < 1e15)
 
 
 def check_kwargs(kwargs: Any) -> None:

@@ -130,7 +130,7 @@ def key_of(recipe: Recipe, task: Task) -> str | None:
     if (content := _content(source)) is None:
         return None
     # To which split it belongs, and how much of it is taken, is decided afterwards.
-    read_as = {**asdict(source), "place": None, "share": None, "split": None}
+    read_as = {**asdict(source), "place": None, "share": None, "split": None, "version": None}
     chosen = task.where, task.limit, task.near
     return cache.key_of([cache.code(), *_versions(), content, read_as, chosen, recipe.describe()])
 

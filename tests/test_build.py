@@ -422,9 +422,7 @@ def test_rows_may_set_variables_of_the_template(tiny):
     assert answers(built["train"], load_tokenizer(tiny)) == ["a!<|im_end|>", "a<|im_end|>", "a!<|im_end|>"]
 
 
-@pytest.mark.parametrize(
-    "value", ["<|im_end|>", "<|im_", "ok [/INST]", "x" * 65, [1], {"a": 1}, 10**400, "STOP", "a\nb"]
-)
+@pytest.mark.parametrize("value", ["<|im_end|>", "<|im_", "ok [/INST]", "x" * 5000, [1], {"a": 1}, 10**400, "STOP"])
 def test_what_rows_set_prints_no_control_token(tmp_path, value):
     tokenizer = tiny_bpe(tmp_path / "t", eos="STOP")
     source = "{% for m in messages %}{{ m.role }}: {{ m.content }}STOP{% endfor %}{{ tail }}{% if add_generation_prompt %}assistant: {% endif %}"

@@ -10,7 +10,7 @@ import fsspec
 import pytest
 from hub.bucket import serving
 
-from ftdata import build_sft_dataset, preview, store, verify
+from ftdata import build_sft_dataset, elsewhere, preview, store, verify
 from ftdata.build import write_build
 from ftdata.errors import HubError, InputRefused, UsageError
 from ftdata.readers import parts, remote
@@ -102,7 +102,7 @@ def test_what_is_there_is_not_made_again_and_not_written_over(bucket, build):
     with pytest.raises(UsageError, match=r"s3://data/out: holds another build"):
         build("s3://data/in", "s3://data/out")
     assert (objects("out"), sent(bucket)) == (before, ["PUT /data/in/a.jsonl"])
-    with pytest.raises(UsageError, match=r"s3://data/in: holds what is not of the build: a.jsonl"):
+    with pytest.raises(UsageError, match=r"s3://data/in: holds what is no build: a.jsonl"):
         build("s3://data/in", "s3://data/in")
     for place in ("http://example.org/x", "hf://datasets/me/x", "file:///tmp/x"):
         with pytest.raises(UsageError, match=f"output_url.*{place} is no place for a build"):
@@ -122,6 +122,34 @@ def test_a_build_that_did_not_arrive_goes_on(bucket, build):
     build("s3://data/in", "s3://data/out")
     assert verify("s3://data/out") == []
     assert not [said for said in sent(bucket) if said.partition("/out/")[2] in there]
+
+
+def test_what_is_not_ours_stays(bucket, build):
+    put("mine/README.md", b"my notes")
+    put("mine/train/data-00000.arrow", b"mine")
+    before = objects("mine")
+    with pytest.raises(UsageError, match=r"s3://data/mine: holds what is no build: README.md, train/data-00000.arrow"):
+        build("s3://data/in", "s3://data/mine")
+    assert objects("mine") == before
+
+
+def test_one_build_at_a_time_is_on_its_way(bucket, build, monkeypatch, tmp_path):
+    """Another machine, which shares nothing with this one but the place."""
+    put("in/b.jsonl", LINES[: LINES.index(b"\n") + 1] * 9)
+    missing = elsewhere.missing
+
+    def meanwhile(*asked):
+        monkeypatch.setattr(elsewhere, "missing", missing)
+        monkeypatch.setenv("FTDATA_CACHE", str(tmp_path / "other"))
+        with pytest.raises(UsageError, match="another build that is on its way"):
+            build("s3://data/in/b.jsonl", "s3://data/out")
+        monkeypatch.setenv("FTDATA_CACHE", str(tmp_path / "cache"))
+        return missing(*asked)
+
+    monkeypatch.setattr(elsewhere, "missing", meanwhile)
+    build("s3://data/in/a.jsonl", "s3://data/out")
+    assert verify("s3://data/out") == []
+    assert "ftdata-upload" not in objects("out")
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "", ".", "train/./x"])

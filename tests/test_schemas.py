@@ -279,7 +279,7 @@ def test_tokens_that_were_made_elsewhere(data, trained):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content_type", "messages[0].content"),
         ({"conversations": [{"from": "function_call", "value": "f()"}]}, "json_text", "conversations[0].value"),
         ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"chat_template": "x"}}, "row_options", "chat_template_kwargs.chat_template"),
-        ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"x": [1]}}, "row_options", "chat_template_kwargs.x"),
+        ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"tools": [1]}}, "row_options", "chat_template_kwargs.tools"),
         ({"messages": [USER, ASSISTANT], "chat_template_kwargs": [1]}, "row_options", "chat_template_kwargs"),
     ],
 )  # fmt: skip

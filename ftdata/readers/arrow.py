@@ -10,6 +10,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ftdata.errors import InputRefused
 from ftdata.readers.checks import check_names, check_seekable, damaged
 from ftdata.readers.memory import Fault, present
@@ -17,9 +19,6 @@ from ftdata.readers.streams import CHUNK, FREE, MAX_LINE, MAX_RATIO, Input, expa
 from ftdata.types import Reject, Row, Source
 
 _BATCH = 1024
-_LARGE = "total_uncompressed_size"
-_DICTIONARY = 4 << 20
-"""Bytes of a column from which its dictionary is looked at before it is read."""
 
 Read = Callable[[Any], Any]
 
@@ -42,32 +41,36 @@ def _of_groups(table: Any, groups: Iterable[int], stream: io.BufferedReader, fil
     """Yield the batches of row groups, none larger than memory is.
 
     Raises:
-        InputRefused: a group becomes more than a file may.
+        InputRefused: a group becomes more than a file may, or its rows are all too long.
     """
     for number in groups:
         group = table.metadata.row_group(number)
         columns = [group.column(index) for index in range(group.num_columns)]
-        small, large = (sum(getattr(one, name) for one in columns) for name in ("total_compressed_size", _LARGE))
+        small = sum(one.total_compressed_size for one in columns)
+        large = sum(max(one.total_uncompressed_size, one.num_values // 8) for one in columns)
         if large > max(FREE, MAX_RATIO * small):
             raise expansion(large, small, file.path)
-        coded = [one for one in columns if one.has_dictionary_page and one.physical_type == "BYTE_ARRAY"]
-        # Long values are in no dictionary that others write, and to look is to read some of the file.
-        coded = [one for one in coded if getattr(one, _LARGE) > _DICTIONARY]
-        at_once = _rows_at_once(stream, table.metadata, number, coded) if coded else _BATCH
-        yield from table.iter_batches(at_once, row_groups=[number])
+        if large > MAX_LINE * max(group.num_rows, 1):
+            found = f"has rows of {large // max(group.num_rows, 1):,} bytes and more, at most {MAX_LINE:,} are read"
+            raise InputRefused("row_too_long", found, where=file.path)
+        yield from table.iter_batches(_rows_at_once(stream, table, number, columns), row_groups=[number])
 
 
-def _rows_at_once(stream: io.BufferedReader, metadata: Any, number: int, coded: Sequence[Any]) -> int:
+def _rows_at_once(stream: io.BufferedReader, table: Any, number: int, columns: Sequence[Any]) -> int:
     """Return how many rows of a group are read together: few where a value stands once and is meant many times."""
     import pyarrow.parquet as pq
 
-    names = [one.path_in_schema for one in coded]
-    options = {"pre_buffer": False, "buffer_size": CHUNK, "read_dictionary": names}
-    reader = pq.ParquetFile(stream, metadata=metadata, **options)
-    first = next(reader.iter_batches(1, row_groups=[number], columns=names), None)
-    most = max(map(_longest, first.columns), default=0) if first is not None else 0
-    values = max(one.num_values for one in coded) / max(metadata.row_group(number).num_rows, 1)
-    return int(max(1, min(_BATCH, MAX_LINE / max(most * values, 1))))
+    rows = max(table.metadata.row_group(number).num_rows, 1)
+    coded = [index for index, one in enumerate(columns) if one.has_dictionary_page]
+    sizes = [columns[index].num_values * (table.schema.column(index).length or 0) for index in coded]
+    if names := [columns[index].path_in_schema for index in coded if columns[index].physical_type == "BYTE_ARRAY"]:
+        reader = pq.ParquetFile(
+            stream, metadata=table.metadata, pre_buffer=False, buffer_size=CHUNK, read_dictionary=names
+        )
+        first = next(reader.iter_batches(1, row_groups=[number], columns=names), None)
+        longest = max(map(_longest, first.columns), default=0) if first is not None else 0
+        sizes.append(longest * max(columns[index].num_values for index in coded))
+    return int(max(1, min(_BATCH, MAX_LINE * rows / max(*sizes, 1, 1))))
 
 
 def _longest(column: Any) -> int:
@@ -75,11 +78,14 @@ def _longest(column: Any) -> int:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if pa.types.is_dictionary(column.type):
+    kind = column.type
+    if pa.types.is_dictionary(kind):
         return pc.max(pc.binary_length(column.dictionary)).as_py() or 0
-    if pa.types.is_struct(column.type):
+    if pa.types.is_struct(kind):
         return max(map(_longest, column.flatten()), default=0)
-    return _longest(column.values) if pa.types.is_list(column.type) else 0
+    if pa.types.is_map(kind):
+        return max(_longest(column.keys), _longest(column.items))
+    return _longest(column.values) if pa.types.is_nested(kind) else 0
 
 
 def _parquet(stream: io.BufferedReader) -> Any:
@@ -177,6 +183,7 @@ def _own_nulls(feature: Any) -> Read:
 
 def from_batches(batches: Iterable[Any], schema: Any) -> Iterator[dict[str, Any] | Fault]:
     """Yield the rows of Arrow's batches, with a fault for each that Python cannot have."""
+    _refuse_overlapping(schema)
     columns = _in_json(schema)
     for batch in batches:
         for column in batch.columns:
@@ -198,23 +205,63 @@ def _in_pieces(batch: Any, columns: Mapping[str, Read]) -> Iterator[dict[str, An
 
 
 def _size(batch: Any) -> int:
-    """Return the bytes of rows; each value of a dictionary counts as often as it is meant."""
+    """Return about how many bytes rows are as values: one that is meant several times counts as often."""
+    return sum(map(_bytes, batch.columns))
+
+
+def _bytes(column: Any) -> int:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    size = 0
-    for column in batch.columns:
-        if pa.types.is_dictionary(column.type) and _has_length(column.type.value_type):
-            size += pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0
-        else:
-            size += column.nbytes
+    kind, size = column.type, 8 * len(column)
+    if isinstance(column, pa.ExtensionArray):
+        size = _bytes(column.storage)
+    elif pa.types.is_dictionary(kind):
+        values, meant = column.dictionary, column.indices.drop_null()
+        if pa.types.is_nested(values.type):
+            size += len(meant) * _bytes(values)
+        elif _has_length(values.type):
+            size += pc.sum(pc.binary_length(values).cast(pa.int64()).take(meant)).as_py() or 0
+    elif pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+        views = np.frombuffer(column.buffers()[1], np.int32).reshape(-1, 4)
+        size += int(views[column.offset : column.offset + len(column), 0].sum(dtype=np.int64))
+    elif pa.types.is_struct(kind):
+        size += sum(map(_bytes, column.flatten()))
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        size += _bytes(column.flatten())
+    else:
+        size = max(size, int(column.nbytes))
     return size
 
 
 def _has_length(kind: Any) -> bool:
     import pyarrow as pa
 
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind))
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    return any(test(kind) for test in tests)
+
+
+def _refuse_overlapping(schema: Any) -> None:
+    """Refuse columns of which a value may be meant any number of times: nobody writes data so.
+
+    Raises:
+        InputRefused: there is one.
+    """
+    import pyarrow as pa
+
+    def odd(kind: Any) -> bool:
+        if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind) or pa.types.is_run_end_encoded(kind):
+            return True
+        inner = range(kind.num_fields) if pa.types.is_nested(kind) and not pa.types.is_dictionary(kind) else ()
+        return any(odd(kind.field(number).type) for number in inner)
+
+    for each in schema:
+        if odd(each.type):
+            found, hint = (
+                f"column {each.name!r} is a {each.type}, which is not read",
+                "cast it: to a list, to its values",
+            )
+            raise InputRefused("column_type", found, hint=hint)
 
 
 def _check(column: Any) -> None:

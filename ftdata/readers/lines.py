@@ -142,7 +142,9 @@ def _lines(stream: io.BufferedReader, file: Input) -> Rows:
     while (end is None or offset < end) and (raw := stream.readline(MAX_LINE + 1)):
         number += 1
         if raw == b"\n":
-            offset += 1
+            # Many of them stand together, or none.
+            more = _breaks(stream) if end is None else 0
+            offset, number = offset + 1 + more, number + more
             continue
         source = Source(file.path, index, number, offset)
         size = len(raw) if raw.endswith(b"\n") else len(raw) + _to_end_of_line(stream)
@@ -162,6 +164,16 @@ def _lines(stream: io.BufferedReader, file: Input) -> Rows:
     if index == 0 and file.span is None:
         raise no_rows(file.path)
     return number
+
+
+def _breaks(stream: io.BufferedReader) -> int:
+    """Read the line breaks that come next, and return how many there were."""
+    count = 0
+    while (seen := stream.peek(1)) and (here := len(seen) - len(seen.lstrip(b"\n"))):
+        count += len(stream.read(here))
+        if here < len(seen):
+            break
+    return count
 
 
 def no_rows(path: str) -> InputRefused:

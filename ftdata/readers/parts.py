@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 
 from ftdata.readers.arrow import parquet_groups
 from ftdata.readers.lines import in_lines
-from ftdata.readers.sources import FileSource, MemorySource
+from ftdata.readers.sources import FileSource, MemorySource, version
 from ftdata.readers.streams import STDIN
 
 PART = 64 << 20
@@ -28,8 +28,14 @@ def in_parts(found: Sequence[FileSource | MemorySource]) -> list[FileSource | Me
     return [
         piece
         for one in found
-        for piece in (_parts(one, part) if isinstance(one, FileSource) and one.size > part else [one])
+        for piece in (_of_one_version(one, part) if isinstance(one, FileSource) and one.size > part else [one])
     ]
+
+
+def _of_one_version(source: FileSource, part: int) -> list[FileSource]:
+    known = version(source.path) if source.path != STDIN else None
+    parts = list(_parts(source, part))
+    return [replace(one, version=known) for one in parts] if len(parts) > 1 else parts
 
 
 def _parts(source: FileSource, part: int) -> Iterator[FileSource]:

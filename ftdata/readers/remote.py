@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import time
 from collections.abc import Callable
@@ -132,17 +133,40 @@ def version_of(url: str) -> dict[str, str] | None:
     return {**known, "size": about["size"]} if known and "size" in about else None
 
 
-def send(file: Path, url: str) -> None:
-    """Put a file of this machine at a URL.
+def send(file: Path, url: str, *, anew: bool = False) -> bool:
+    """Put a file of this machine at a URL; `anew`: only where there is none, and return whether that was so.
+
+    Where a place cannot be asked for the two together (S3 can), it is asked before.
 
     Raises:
         UsageError: there is no such place, or the protocol is unknown.
         HubError: the place refuses, or fails again and again.
     """
 
+    def ask() -> bool:
+        filesystem, path = _place(url)
+        if anew and filesystem.exists(path):
+            return False
+        known = "mode" in inspect.signature(filesystem.put_file).parameters
+        try:
+            filesystem.put_file(str(file), path, **({"mode": "create"} if anew and known else {}))
+        except FileExistsError:
+            return False
+        return True
+
+    return _asked(url, ask)
+
+
+def forget(url: str) -> None:
+    """Remove a file at a URL.
+
+    Raises:
+        HubError: the place refuses, or fails again and again.
+    """
+
     def ask() -> None:
         filesystem, path = _place(url)
-        filesystem.put_file(str(file), path)
+        filesystem.rm_file(path)
 
     _asked(url, ask)
 

@@ -200,6 +200,9 @@ def _brackets(parts: Iterable[bytes]) -> Iterator[tuple[bytes, list[int]]]:
         yield part, found
 
 
+_NEVER_CLOSED = 1_000_000
+
+
 @dataclass(slots=True)
 class _Cutter:
     path: str
@@ -253,6 +256,9 @@ class _Cutter:
             elif self.under is not None and self.inside and self.depth == 1:
                 self.inside, self.gap = False, self.gap + part[mark:at]
                 self.ended = self.line + part.count(b"\n", counted, at), self.offset + at
+        if self.depth > _NEVER_CLOSED:
+            found = f"opens {self.depth:,} brackets, one in another: this is no data"
+            raise InputRefused("too_deep", found, where=f"{self.path}:{self.begun[0]}")
         self._pass(part, mark, before)
         self.line += part.count(b"\n", counted)
         self.offset += len(part)

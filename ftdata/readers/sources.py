@@ -16,7 +16,8 @@ from ftdata.readers.arrow import from_batches, from_dataset, parquet_rows, prese
 from ftdata.readers.formats import readers
 from ftdata.readers.memory import Fault, from_dataframe, plain
 from ftdata.readers.places import found_at
-from ftdata.readers.streams import STDIN, Input, packed
+from ftdata.readers.remote import version_of
+from ftdata.readers.streams import STDIN, Input, in_store, packed
 from ftdata.types import WHOLE, Reject, Row, Share, Source
 
 _MOST = 1000
@@ -32,7 +33,8 @@ class FileSource:
 
     `place` is the number of what the user named, which may be several files. With `first` or `last`: only the rows from
     the one on and before the other, as the reader counts them. With a `span`: only a part of the file, in which rows
-    are counted from its own beginning. `length`: of how many bytes, of a part or of what lies elsewhere.
+    are counted from its own beginning. `length`: of how many bytes, of a part or of what lies elsewhere. `version`:
+    what the file was when its parts were planned, which all of them must be of.
     """
 
     path: str
@@ -46,6 +48,7 @@ class FileSource:
     last: int | None = None
     span: tuple[int, int] | None = None
     length: int | None = None
+    version: Any = None
 
     @property
     def input(self) -> Input:
@@ -59,14 +62,19 @@ class FileSource:
             InputRefused: it cannot be read, or has changed while it was.
         """
         before, lines = _stamp(self.path), None
+        if self.version is not None and self.version != version(self.path):
+            raise self._changed()
         rows = readers.get(self.reader)(self.input)
         if self.span is not None and isinstance(rows, Generator):
             lines = yield from rows
         else:
             yield from islice(rows, self.first, self.last)
-        if before != _stamp(self.path):
-            raise InputRefused("file_changed", "has changed while it was read", where=self.path, hint="read it again")
+        if before != _stamp(self.path) or (self.version is not None and self.version != version(self.path)):
+            raise self._changed()
         return lines
+
+    def _changed(self) -> InputRefused:
+        return InputRefused("file_changed", "has changed while it was read", where=self.path, hint="read it again")
 
     @property
     def size(self) -> int:
@@ -243,6 +251,11 @@ def _chosen(found: Sequence[FileSource | MemorySource], spec: Mapping[str, Any])
 def _is_packed(path: str, stamp: tuple[int, int]) -> bool:  # noqa: ARG001  (of another version it is asked again)
     with Input(path).open() as file:
         return packed(file.peek(8)[:8]) is not None
+
+
+def version(path: str) -> Any:
+    """Return what tells versions of a file apart, wherever it lies; `None` where nothing does."""
+    return version_of(path) if in_store(path) else _stamp(path)
 
 
 def _stamp(path: str) -> tuple[int, int] | None:

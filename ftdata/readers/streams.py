@@ -26,7 +26,7 @@ from ftdata.readers.remote import open_remote
 CHUNK = 1 << 20
 """Bytes that are read at once."""
 
-MAX_RATIO, FREE = 200, 16 << 20
+MAX_RATIO, FREE = 200, 1 << 30
 """How many times its size a packed file may become, once it is more than `FREE` bytes."""
 
 MAX_LINE = 64 << 20

@@ -64,9 +64,6 @@ _CHATS = {"prompt", "completion", "response", "chosen", "rejected"}
 _OF_MESSAGES = ((schemas.get("messages"), "messages"), (schemas.get("sharegpt"), "conversations"))
 """Schemas whose rows are messages in one column; the very objects, since users may make others of their parts."""
 
-_LONGEST_WORD, _MARKS = 64, re.compile(r"[<>\[\]{}|\uff5c\x00-\x1f]")
-"""How long a word may be that a row gives to the template, and what it has not: control tokens are made of it."""
-
 _RESERVED = {
     "add_generation_prompt",
     "chat_template",
@@ -326,22 +323,17 @@ def _kwargs(data: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if not isinstance(given, Mapping):
         raise BadRow("row_options", "is no object", field="chat_template_kwargs")
-    for name, value in given.items():
-        if name in _RESERVED or name.endswith("_token") or not _is_plain(value):
+    # Tables have every column in every row: what says nothing sets nothing.
+    own = {name: value for name, value in given.items() if not (name in _RESERVED and value in (None, "", [], {}))}
+    for name in own:
+        if not isinstance(name, str) or name in _RESERVED or name.endswith("_token"):
             raise BadRow(
                 "row_options",
                 "is not the row's to set: the template and how it is run are the build's",
-                field=f"chat_template_kwargs.{name[:100]}",
-                hint="take it out; a row may set numbers and words that the template reads, such as enable_thinking",
+                field=f"chat_template_kwargs.{str(name)[:100]}",
+                hint="take it out; a row may set what the template reads, such as enable_thinking",
             )
-    return dict(given)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a row may give this to the template: what it says is printed as the template's own words are."""
-    if isinstance(value, str):
-        return len(value) <= _LONGEST_WORD and not _MARKS.search(value)
-    return value is None or (isinstance(value, int | float) and abs(value) < 1e15)
+    return own
 
 
 def _detect(data: Mapping[str, Any]) -> str:
