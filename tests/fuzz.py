@@ -95,7 +95,7 @@ def config(data):
 TARGETS = {one.__name__: one for one in (read, normalise, render, encode, manifest, config)}
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 SEEDS = {
-    "read": [b'\x00{"a": 1}', b'\x00[{"a": 1}, {"b": [null, 1e5]}]', b'\x01{"a": "\\u0022"}\n{}\n', b'\x02a,b\n1,"2\n"\n', b"\x06a: [1, &x 2, *x]\n"],
+    "read": [(kind, data) for kind, data in {"json": b'[{"a": 1}, {"b": [null, 1e5]}]', "jsonl": b'{"a": "\\u0022"}\n{}\n', "csv": b'a,b\n1,"2\n"\n', "tsv": b"a\tb\n1\t2\n"}.items()],
     "normalise": [json.dumps(one).encode() for one in ({"messages": TALK}, {"question": "q", "answer": "a"}, {"prompt": "p", "completion": [1]})],
     "render": [json.dumps(TALK).encode() + b"\n" + one.encode() for one in (CHAT, "{{ messages[0].content | replace('a', 'b') }}", "{% generation %}{% endgeneration %}")],
     "encode": [b"question\nanswer", b"<|im_start|>\n<|im_end|>", "\u200b\n\ufeff".encode()],
@@ -142,15 +142,40 @@ def one(target, data):
     refused(lambda: TARGETS[target](data))
 
 
+def tables():
+    """A small Parquet and a small Arrow file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"messages": [TALK, None], "n": [1, 2]})
+    for kind in ("parquet", "arrow"):
+        sink = pa.BufferOutputStream()
+        if kind == "parquet":
+            pq.write_table(table, sink)
+        else:
+            with pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+        yield kind, sink.getvalue().to_pybytes()
+
+
 def seeds(target):
-    yield from SEEDS[target]
-    if target == "read" and SHARED.is_dir():
-        known = formats()
+    if target != "read":
+        yield from SEEDS[target]
+        if target == "render":
+            yield from templates()
+        return
+    known = formats()
+    for kind, data in [*SEEDS["read"], *tables()]:
+        yield bytes([known.index(kind)]) + data
+    if SHARED.is_dir():
         for file in sorted((SHARED / "badinput" / "dev" / "cases").glob("*/data*")):
             if file.stat().st_size < 1 << 16:
                 kind = file.suffix.removeprefix(".")
                 yield bytes([known.index(kind) if kind in known else 0]) + file.read_bytes()
-    if target == "render" and SHARED.is_dir():
+
+
+def templates():
+    if SHARED.is_dir():
         for template in json.loads((SHARED / "badinput" / "dev" / "templates" / "templates.json").read_text()).values():
             yield json.dumps(TALK).encode() + b"\n" + template["template"].encode()
 

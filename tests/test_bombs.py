@@ -31,17 +31,17 @@ def repeated(text, times):
 
 FILES = {
     "line of 100 MB": ("a.jsonl", lambda path: path.write_bytes(b'{"question": "' + b"x" * 100 * MEGABYTE + b'", "answer": "a"}\n'), "line_too_long"),
-    "1 GiB in one line": ("a.jsonl.gz", packed(b"x", 1024), "expansion"),
-    "1 GiB of blank lines": ("a.jsonl.gz", packed(b"\n", 1024), "expansion"),
-    "1 GiB of brackets": ("a.json.gz", packed(b"[", 1024), "expansion"),
+    "1 GiB in one line": ("a.jsonl.gz", packed(b"x", 1024), "line_too_long|expansion"),
+    "1 GiB of blank lines": ("a.jsonl.gz", packed(b"\n", 1024), "no_rows|expansion"),
+    "1 GiB of brackets": ("a.json.gz", packed(b"[", 1024), "too_deep"),
     "1 GiB of blanks": ("a.csv.gz", packed(b" ", 1024), "line_too_long|expansion"),
     "long text": ("a.jsonl", lambda path: path.write_text(json.dumps({"question": "q", "answer": "word " * 2_400_000})), "row_too_long"),
-    "long cell": ("a.parquet", table(question=["z" * 300_000_000], answer=["a"]), "expansion"),
+    "long cell": ("a.parquet", table(question=["z" * 300_000_000], answer=["a"]), "row_too_long"),
     "dictionary": ("a.parquet", table(question=repeated("y" * 100 * MEGABYTE, 20), answer=["a"] * 20), "expansion|row_too_long"),
     "columns": ("a.jsonl", lambda path: path.write_text(json.dumps({f"c{n}": 1 for n in range(1_000_000)})), "schema"),
     "names": ("a.csv", lambda path: path.write_text(",".join(f"c{n}" for n in range(1_000_000)) + "\n" + "v," * 999_999 + "v\n"), "schema"),
     "open quote": ("a.csv", lambda path: path.write_bytes(b'question,answer\n"' + b"q a\n" * 15_000_000), "csv"),
-    "nested": ("a.json", lambda path: path.write_bytes(b'{"a":' * 2_000_000), "partial_file"),
+    "nested": ("a.json", lambda path: path.write_bytes(b'{"a":' * 2_000_000), "too_deep"),
 }  # fmt: skip
 
 
