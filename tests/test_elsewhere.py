@@ -181,3 +181,14 @@ def test_builds_elsewhere_are_fetched_whole(bucket, build, tokenizer_dir, tmp_pa
     with pytest.raises(InputRefused, match=r"s3://data/out is damaged: train/data-00000.arrow"):
         preview("s3://data/out", tokenizer_dir("tiny_bpe"))
     assert not list((tmp_path / "cache" / "builds").iterdir())
+
+
+def test_nobody_is_told_so_at_once(monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setattr(remote, "PAUSE", 1000)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(HubError, match=r"credentials\] s3://nowhere/a.jsonl"):
+        sources("s3://nowhere/a.jsonl")

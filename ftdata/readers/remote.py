@@ -19,6 +19,7 @@ TRIES, PAUSE = 5, 1.0
 
 _LASTING = (InputRefused, ImportError, ValueError, FileNotFoundError, PermissionError, NotImplementedError)
 _STAMP = ("etag", "size", "last-modified", "lastmodified", "mtime", "md5hash")
+_NOBODY = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError", "DefaultCredentialsError")
 _CONTENT = ("etag", "md5hash", "crc32c", "generation", "content_md5", "version_id")
 
 
@@ -275,8 +276,17 @@ class _RemoteFile(io.RawIOBase):
 
 
 def _asked(url: str, ask: Callable[[], Result]) -> Result:
+    def known() -> Result:
+        try:
+            return ask()
+        except Exception as error:
+            # The errors of each store are its own, and it need not be installed.
+            if type(_root(error)).__name__ in _NOBODY:
+                raise PermissionError(str(_root(error)) or "it takes credentials") from None
+            raise
+
     try:
-        return persist(ask, (Exception,), _LASTING)
+        return persist(known, (Exception,), _LASTING)
     except InputRefused:
         raise
     except Exception as error:  # noqa: BLE001  (every file system has errors of its own)
@@ -293,6 +303,9 @@ def _told(url: str, error: BaseException, status: int | None) -> FtdataError:
         return UsageError("file_not_found", "is not there", where=url)
     if isinstance(error, ValueError):
         return UsageError("unknown_protocol", reason, where=url)
+    if isinstance(error, PermissionError):
+        hint = "log in, as the tools of that store do: its environment variables, or its file of credentials"
+        return HubError("credentials", reason, where=url, hint=hint)
     found = f"the server answers {status}" if status else f"cannot be read, {TRIES} times"
     return HubError("network", f"{found}: {reason}", where=url, hint="check the address, or try again later")
 
