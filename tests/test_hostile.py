@@ -213,7 +213,9 @@ def test_keys_are_not_where_templates_run(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     child._server(os.getpid()).stop()
     child._server.cache_clear()
-    child.warm()
-    environment = Path(f"/proc/{child._server(os.getpid()).process.pid}/environ").read_bytes()
+    place = Path(f"/proc/{child._server(os.getpid()).process.pid}/environ")
+    # Until it has begun it has none.
+    while not (environment := place.read_bytes()):
+        time.sleep(0.01)
     assert b"PYTHONPATH" in environment
     assert b"secret" not in environment
