@@ -156,6 +156,10 @@ def _taken(url: str, found: str) -> UsageError:
     return UsageError("target_exists", found, where=url, hint=hint)
 
 
+def _no_build(url: str) -> InputRefused:
+    return InputRefused("not_a_build", f"{url} is no build of ftdata: it has no manifest.json")
+
+
 def build_at(place: object) -> Path | None:
     """Return the folder of a build if that is what a place is; one that is elsewhere is fetched.
 
@@ -182,7 +186,7 @@ def here(place: str | Path) -> Path:
     url = checked(place)
     text = _manifest(url)
     if text is None:
-        raise InputRefused("not_a_build", f"{url} is no build of ftdata: it has no manifest.json")
+        raise _no_build(url)
     files = store.manifest_of(text, f"{url}/manifest.json")["files"]
     target = _home() / xxhash.xxh3_128_hexdigest(text)
     if not target.is_dir() or store.verify(target):
@@ -225,7 +229,7 @@ def verify(place: str | Path) -> list[str]:
             raise
         return ["manifest.json"]
     if found is None:
-        raise InputRefused("not_a_build", f"{url} is no build of ftdata: it has no manifest.json")
+        raise _no_build(url)
     files = found["files"]
     lost = set(missing(url, files))
     with ThreadPoolExecutor(_AT_ONCE) as fetchers:

@@ -70,7 +70,7 @@ def _rows_at_once(stream: io.BufferedReader, table: Any, number: int, columns: S
         first = next(reader.iter_batches(1, row_groups=[number], columns=names), None)
         longest = max(map(_longest, first.columns), default=0) if first is not None else 0
         sizes.append(longest * max(columns[index].num_values for index in coded))
-    return int(max(1, min(_BATCH, MAX_LINE * rows / max(*sizes, 1, 1))))
+    return int(max(1, min(_BATCH, MAX_LINE * rows / max([*sizes, 1]))))
 
 
 def _longest(column: Any) -> int:
@@ -257,11 +257,8 @@ def _refuse_overlapping(schema: Any) -> None:
 
     for each in schema:
         if odd(each.type):
-            found, hint = (
-                f"column {each.name!r} is a {each.type}, which is not read",
-                "cast it: to a list, to its values",
-            )
-            raise InputRefused("column_type", found, hint=hint)
+            found = f"column {each.name!r} is a {each.type}, which is not read"
+            raise InputRefused("column_type", found, hint="cast it to what it stands for")
 
 
 def _check(column: Any) -> None:

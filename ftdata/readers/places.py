@@ -98,9 +98,9 @@ def _deep(pattern: str) -> Iterator[str]:
         places = {name: os.path.realpath(os.path.join(folder, name)) for name in new}  # noqa: PTH118
         folders[:] = [name for name in new if places[name] not in seen]
         seen.update(places.values())
-        here = folder if base or folder.startswith("/") else folder.removeprefix(".").removeprefix("/")
-        paths = (f"{here.rstrip('/')}/{name}".lstrip("/" if not here else "") for name in files if name[:1] != ".")
-        yield from (path for path in paths if fits(path, pattern.replace("//", "/")))
+        paths = (os.path.join(folder, name) for name in files if not name.startswith("."))  # noqa: PTH118
+        plain = (path if base else path.removeprefix("./") for path in paths)
+        yield from (path for path in plain if fits(path, pattern.replace("//", "/")))
 
 
 def _file(path: str, reader: str | None = None) -> Found:

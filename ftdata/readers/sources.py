@@ -61,20 +61,19 @@ class FileSource:
         Raises:
             InputRefused: it cannot be read, or has changed while it was.
         """
-        before, lines = _stamp(self.path), None
-        if self.version is not None and self.version != version(self.path):
-            raise self._changed()
+        before, lines = self.version if self.version is not None else _stamp(self.path), None
+        self._check(before)
         rows = readers.get(self.reader)(self.input)
         if self.span is not None and isinstance(rows, Generator):
             lines = yield from rows
         else:
             yield from islice(rows, self.first, self.last)
-        if before != _stamp(self.path) or (self.version is not None and self.version != version(self.path)):
-            raise self._changed()
+        self._check(before)
         return lines
 
-    def _changed(self) -> InputRefused:
-        return InputRefused("file_changed", "has changed while it was read", where=self.path, hint="read it again")
+    def _check(self, before: Any) -> None:
+        if before != (version(self.path) if self.version is not None else _stamp(self.path)):
+            raise InputRefused("file_changed", "has changed while it was read", where=self.path, hint="read it again")
 
     @property
     def size(self) -> int:
