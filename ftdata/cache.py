@@ -36,15 +36,6 @@ _MOST_UNUSED = 3
 """Texts are forgotten where they take so many times the room of those that were used."""
 
 
-def root() -> Path | None:
-    """Return the cache's folder; `None` where there shall be none."""
-    given = os.environ.get("FTDATA_CACHE")
-    if given is not None:
-        return None if given.lower() in ("", "0", "off", "false", "no") else Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return Path(base or Path.home() / ".cache") / "ftdata"
-
-
 @cache
 def code() -> str:
     """Return a hash of this package as it is installed: with other code, nothing is the same."""
@@ -60,7 +51,7 @@ def key_of(parts: Any) -> str:
 
 def find(kind: str, key: str, target: Path) -> dict[str, Any] | None:
     """Put the files of an entry into the folder `target`, and return its result; `None` where there is none."""
-    folder = root()
+    folder = disk.cache_root()
     if folder is None or not (entry := folder / kind / key).is_dir():
         return None
     with suppress(OSError):
@@ -76,7 +67,7 @@ def find(kind: str, key: str, target: Path) -> dict[str, Any] | None:
 
 def keep(kind: str, key: str, source: Path) -> None:
     """Remember a folder that was sealed under a key."""
-    folder = root()
+    folder = disk.cache_root()
     if folder is not None:
         with suppress(OSError):
             _copy(source, folder / kind / key)
@@ -91,7 +82,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def tidy() -> None:
     """Remove what was used longest ago, if the cache has become too large."""
-    folder = root()
+    folder = disk.cache_root()
     if folder is None or not folder.is_dir():
         return
     with suppress(OSError):
@@ -208,7 +199,7 @@ class Texts:
 @contextmanager
 def texts(key: str) -> Iterator[Texts | None]:
     """Give what is known of the texts of one source, and remember what is new if the block ends well."""
-    folder, found = root(), None
+    folder, found = disk.cache_root(), None
     if folder is not None:
         with suppress(OSError):
             found = Texts(folder / "texts" / key)
@@ -224,7 +215,7 @@ def texts(key: str) -> Iterator[Texts | None]:
 
 def clear() -> None:
     """Forget everything."""
-    folder = root()
+    folder = disk.cache_root()
     if folder is not None:
         for kind in ("shards", "texts"):
             shutil.rmtree(folder / kind, ignore_errors=True)

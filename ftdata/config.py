@@ -45,9 +45,13 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A LoRA adapter (Hu et al. 2021): `alpha / r` scales what the two low-rank matrices add."""
 
     r: int = 16
+    """Rank of the matrices."""
     alpha: int = 32
+    """What they add is scaled by `alpha / r`."""
     dropout: float = 0.0
+    """Share of their input that is left out, by chance, in each step."""
     target_modules: str | list[str] = "all-linear"
+    """Names of the layers that get an adapter."""
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.alpha < 1 or not 0 <= self.dropout < 1:
@@ -64,13 +68,17 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """
 
     data: str | dict[str, Any] | list[str | dict[str, Any]]
+    """What to train on, as `ftdata build` takes it: a place, a mapping, a list of these; or the folder of a build."""
     model: str
+    """Folder or hub id of the base model."""
     output_dir: str
+    """Folder for the run."""
     tokenizer: str | None = None
     """`None`: the model's own."""
     template: str | None = None
     schema: str = "auto"
     columns: dict[str, str] | None = None
+    """Canonical column -> name, or path, in the data."""
     train_on: str = "assistant"
     train_parts: list[str] | None = None
     turns: str = "auto"
@@ -93,11 +101,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     seed: int = 0
     date: str | None = None
     template_kwargs: dict[str, Any] | None = None
+    """Variables for the chat template, such as `{enable_thinking: false}`; a row's own go before these."""
     lora: Lora | None = None
     """`None`: all weights are trained, unless `quantization` asks for an adapter."""
     quantization: str | None = None
     """`"nf4"`: 4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023)."""
     train: dict[str, Any] = {}
+    """Fields of TRL's `SFTConfig`."""
     early_stopping: int | None = None
     """Evaluations without a lower loss after which training ends; the best model is kept."""
     samples: int | list[str] = 3
@@ -229,6 +239,14 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    # Templates are to be read by people.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def dump_yaml(values: dict[str, Any]) -> str:
     r"""Write plain values as YAML that `parse_yaml` reads.
 
@@ -248,6 +266,15 @@ def load_config(path: Path, /, **overrides: Any) -> Config:
     Raises:
         UsageError: the file cannot be parsed, a key is unknown, or a value has the wrong type; names the key.
     """
+    return make_config(read_values(path), str(path), **overrides)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Return the plain values of a YAML, JSON or TOML file.
+
+    Raises:
+        UsageError: it cannot be read, or holds no keys and values.
+    """
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES:,} bytes: is it the data?")
@@ -257,7 +284,7 @@ def load_config(path: Path, /, **overrides: Any) -> Config:
         raise UsageError("config_file", f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UsageError("config_file", f"{path} holds a {type(values).__name__}, expected keys and values")
-    return make_config(values, str(path), **overrides)
+    return values
 
 
 def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> Config:

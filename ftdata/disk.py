@@ -1,4 +1,4 @@
-"""Disk: every write, sync and rename of what is kept goes through here, so that a test can make each of them fail.
+"""Disk: every write, sync and rename of builds and shards goes through here, so that a test can make each of them fail.
 
 `FTDATA_FAILPOINT=OPERATION:NUMBER:FAULT` is for tests alone. OPERATION is one of `OPERATIONS`, or `*` for any; NUMBER
 counts them from 1 in this process; FAULT is `kill` (as SIGKILL or a power cut does, in the middle of a write), `enospc`
@@ -167,3 +167,15 @@ def digest(path: str | Path, start: int = 0, end: int | None = None) -> str:
             found.update(part)
             last = part[-1:]
     return found.hexdigest()
+
+
+def cache_root() -> Path | None:
+    """Return the folder of what is remembered from run to run; `None` where there shall be none, or no place for it."""
+    given = os.environ.get("FTDATA_CACHE")
+    if given is not None:
+        return None if given.lower() in ("", "0", "off", "false", "no") else Path(given).expanduser()
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftdata"
+    except RuntimeError:
+        # No home, and a user that is not known, as in many containers.
+        return None

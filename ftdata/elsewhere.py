@@ -20,7 +20,7 @@ from typing import Any
 
 import xxhash
 
-from ftdata import atomic, cache, disk, store
+from ftdata import atomic, disk, store
 from ftdata.errors import HubError, InputRefused, StorageError, UsageError
 from ftdata.readers.formats import readers
 from ftdata.readers.remote import forget, open_remote, send, sizes_in
@@ -54,7 +54,7 @@ def staging(url: str) -> Path:
 
 
 def _home() -> Path:
-    if (own := cache.root()) is not None:
+    if (own := disk.cache_root()) is not None:
         return own.resolve() / "builds"
     folder = Path(tempfile.gettempdir()).resolve() / f"ftdata-{os.getuid()}"
     # Others may write beside it.
@@ -216,9 +216,12 @@ def verify(place: str | Path) -> list[str]:
         place: the build's folder, or its URL.
 
     Raises:
+        UsageError: it is neither.
         InputRefused: there is no build.
         HubError: it cannot be read, asked again and again.
     """
+    if not isinstance(place, str | Path):
+        raise UsageError("build_type", f"it is {place!r:.60}, expected the folder of a build, or its URL")
     if not (isinstance(place, str) and is_url(place)):
         return store.verify(Path(place))
     url = checked(place)

@@ -51,7 +51,7 @@ def check_engine(engine: str) -> None:
         raise UsageError("unknown_engine", f"engine is {engine!r}", hint=nearest(str(engine), ENGINES))
     if name == "ray":
         try:
-            import ray  # noqa: F401
+            import ray  # noqa: F401  (is it there?)
         except ImportError:
             hint = "pip install 'ftdata[ray]'"
             raise MissingDependency("no_ray", "this engine needs Ray", hint=hint) from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,16 @@ from ftdata.types import WHOLE, Share
 
 _SPLIT, _SAMPLE, _WEIGHT, _SHUFFLE = (np.uint64(number) << np.uint64(56) for number in (0, 1, 2, 3))
 """What a number is drawn for: the draws of one seed are independent of each other."""
+
+
+def check_near(near: Any) -> None:
+    """Refuse what is no similarity.
+
+    Raises:
+        UsageError: it is no number from 0.5 to 1.
+    """
+    if isinstance(near, bool) or not isinstance(near, int | float) or not 0.5 <= near <= 1:
+        raise UsageError("near", f"near is {near!r}, expected a similarity from 0.5 to 1, such as 0.8")
 
 
 @dataclass(frozen=True)
@@ -58,8 +69,7 @@ class Layout:
             if value is not None and not (whole or (isinstance(value, float) and 0 < value < 1)):
                 raise UsageError(name, f"{name} is {value!r}, expected a share below 1 or a whole number of rows")
         if self.near is not None:
-            if not isinstance(self.near, int | float) or not 0.5 <= self.near <= 1:
-                raise UsageError("near", f"near is {self.near!r}, expected a similarity from 0.5 to 1, such as 0.8")
+            check_near(self.near)
             if not (self.dedup or self.test_size):
                 raise UsageError("near", "near says which rows count as equal: it goes with dedup or test_size")
 

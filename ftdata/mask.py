@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftdata.batches import Encodings, Renderings
-from ftdata.errors import UsageError, one_of
+from ftdata.errors import FtdataError, UsageError, one_of
 from ftdata.registry import Registry, is_ours
 from ftdata.types import Conversation, Part, Rendered, Spans
 
@@ -52,7 +52,7 @@ def completion(rendered: Rendered, conversation: Conversation) -> list[bool]:
 
 
 @masks.register("all")
-def everything(rendered: Rendered, conversation: Conversation) -> list[bool]:  # noqa: ARG001
+def everything(rendered: Rendered, conversation: Conversation) -> list[bool]:  # noqa: ARG001  (a policy)
     """Train the whole text, prompts and template included."""
     return [True] * len(rendered.spans)
 
@@ -99,7 +99,13 @@ def _checked(policy: Policy) -> Policy:
     """Return a policy of the user's own, whose answers are looked at before they are believed."""
 
     def answers(rendered: Rendered, conversation: Conversation) -> list[bool]:
-        given = policy(rendered, conversation)
+        try:
+            given = policy(rendered, conversation)
+        except FtdataError:
+            raise
+        except Exception as error:
+            found = f"the mask policy fails: {type(error).__name__}: {error}"
+            raise UsageError("mask_failed", found, where=str(conversation.source)) from error
         chosen = list(given) if isinstance(given, Iterable) else None
         if chosen is None or not all(isinstance(one, bool | np.bool_) for one in chosen):
             raise UsageError("mask_type", f"the mask policy gave {given!r:.60}, expected one bool per span")

@@ -249,6 +249,8 @@ def check_template(template_or_tokenizer: Any) -> TemplateReport:
 
 def _bound(given: Any) -> Template:
     is_text = isinstance(given, str | Path)
+    if given is None or isinstance(given, bytes | int | float):
+        raise UsageError("template_type", f"it is {given!r:.60}, expected a template, a tokenizer, or the name of one")
     if is_text and (str(given) in templates or "{" in str(given) or Path(given).is_file()):
         return bare_template(given)
     is_name = is_text and "/" not in str(given) and not Path(given).is_dir()

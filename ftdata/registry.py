@@ -1,4 +1,4 @@
-"""Plug-in points: four maps from a name to a callable, filled by decorator, by entry point or by file.
+"""Plug-in points: four maps from a name to a function (templates: a file), filled by decorator, entry point or file.
 
     @schemas.register("mine")                                   in process
     [project.entry-points."ftdata.schemas"] mine = "pkg:fn"     installed
@@ -13,11 +13,22 @@ import importlib.util
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from ftdata.errors import UsageError, nearest
 
 T = TypeVar("T")
+
+
+class Plugin(NamedTuple):
+    """A name of a registry, and the package that it comes from; no package: it was registered in this process."""
+
+    name: str
+    package: str
+    version: str
+
+    def __str__(self) -> str:
+        return self.name if self.package in ("ftdata", "") else f"{self.name} ({self.package} {self.version})"
 
 
 class Registry(Generic[T]):
@@ -58,7 +69,7 @@ class Registry(Generic[T]):
         if name in self._own:
             return self._own[name]
         for point in entry_points(group=self.group, name=name):
-            value: T = point.load()
+            value: T = self._loaded(point.load, f"plug-in {name!r} of {point.value}")
             return value
         path, _, attribute = name.rpartition(":")
         if path.endswith(".py"):
@@ -74,11 +85,25 @@ class Registry(Generic[T]):
 
     def __contains__(self, name: str) -> bool:
         # To ask what is installed takes longer than to build a small data set.
-        return name in self._own or name in self.names()
+        return name in self._own or name in self.names() or name.rpartition(":")[0].endswith(".py")
 
     def names(self) -> list[str]:
         """Return all known names: registered first, then installed plug-ins."""
         return [*self._own, *(point.name for point in entry_points(group=self.group))]
+
+    def plugins(self) -> list[Plugin]:
+        """Return all that is known, each with the package that it comes from: registered first, then installed."""
+        own = [Plugin(name, "ftdata" if is_ours(value) else "", "") for name, value in self._own.items()]
+        points = entry_points(group=self.group)
+        return own + [
+            Plugin(one.name, one.dist.name if one.dist else "", one.dist.version if one.dist else "") for one in points
+        ]
+
+    def _loaded(self, load: Callable[[], Any], what: str) -> Any:
+        try:
+            return load()
+        except Exception as error:
+            raise UsageError("plugin_failed", f"{what} cannot be loaded: {type(error).__name__}: {error}") from error
 
     def _from_file(self, path: Path, attribute: str) -> T:
         if not path.is_file():
@@ -87,11 +112,8 @@ class Registry(Generic[T]):
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            found = f"{path} cannot be loaded: {type(error).__name__}: {error}"
-            raise UsageError("plugin_failed", found) from error
+        loader = spec.loader
+        self._loaded(lambda: loader.exec_module(module), str(path))
         if not hasattr(module, attribute):
             public = [n for n in vars(module) if not n.startswith("_")]
             raise UsageError("no_such_name", f"{path} defines no {attribute!r}", hint=nearest(attribute, public))

@@ -99,7 +99,7 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
         return result
     disk.remove(folder)
     with atomic.new_folder(folder) as scratch:
-        with cache.texts(_texts_key(recipe, task)) if key and cache.root() else nullcontext() as texts:
+        with cache.texts(_texts_key(recipe, task)) if key and disk.cache_root() else nullcontext() as texts:
             recipe.tokenizer.engines.known = texts
             try:
                 result = replace(_built(recipe, task, scratch, progress), folder=folder, key=key)

@@ -44,7 +44,7 @@ def require() -> None:
         MissingDependency: it is not installed.
     """
     try:
-        import rensa  # noqa: F401
+        import rensa  # noqa: F401  (is it there?)
     except ImportError:
         hint = "pip install 'ftdata[dedup]'"
         raise MissingDependency("no_rensa", "near-duplicates need rensa", hint=hint) from None

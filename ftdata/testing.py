@@ -31,6 +31,8 @@ from ftdata.examples import encode
 from ftdata.recipe import make_recipe
 from ftdata.types import IGNORE_INDEX, Example, Message, Part
 
+__all__ = ["check_control", "check_laws", "conversations", "texts", "try_template"]
+
 try:
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st

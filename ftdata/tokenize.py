@@ -424,7 +424,7 @@ def _from_transformers(tokenizer: Any) -> Tokenizer:
 
 
 @lru_cache(maxsize=8)
-def _from_folder(folder: Path, name: str, state: tuple[tuple[int, int], ...]) -> Tokenizer:  # noqa: ARG001
+def _from_folder(folder: Path, name: str, state: tuple[tuple[int, int], ...]) -> Tokenizer:  # noqa: ARG001  (part of the key)
     # `state` is when the files were last changed: with other files, the cache holds nothing.
     file = folder / "tokenizer.json"
     text = file.read_bytes()

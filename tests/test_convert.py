@@ -4,8 +4,8 @@ import json
 
 import datasets
 import pytest
-from test_matrix import SHAPES
-from test_readers import write
+from rows import write
+from shapes import SHAPES
 
 from ftdata import convert, read
 from ftdata.errors import BadRows, StorageError, TooManyRejects, UsageError

@@ -16,7 +16,7 @@ import typer
 import ftdata
 from ftdata.cli.looks import audit, diff, preview, stats
 from ftdata.cli.models import chat, evaluate, generate, init, merge, train
-from ftdata.cli.work import build, convert, plugins, push, templates_app, verify
+from ftdata.cli.work import build, config_app, convert, env, plugins, push, templates_app, verify
 from ftdata.errors import FtdataError, printable
 
 app = typer.Typer(
@@ -34,7 +34,9 @@ for _command in (preview, build, verify, convert, push, audit, stats, diff, init
     app.command()(_command)
 app.command("eval")(evaluate)
 app.command()(plugins)
+app.command()(env)
 app.add_typer(templates_app, name="templates")
+app.add_typer(config_app, name="config")
 
 
 def main() -> None:

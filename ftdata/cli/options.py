@@ -31,7 +31,9 @@ Columns = Annotated[
     list[str] | None, typer.Option("--column", help="Map a column, e.g. --column output=answer. Repeatable.")
 ]
 TrainOn = Annotated[str, typer.Option(help="assistant, last_assistant, completion, all, or ./file.py:function.")]
-Turns = Annotated[str, typer.Option(help="auto, joint or split: one example per conversation, or per assistant turn.")]
+Turns = Annotated[
+    str, typer.Option(help="auto, joint or split: one example for a conversation, or for each message of the user.")
+]
 TrainParts = Annotated[
     str | None, typer.Option(help="Of what is trained, these parts only: reasoning,answer,tool_call.")
 ]
@@ -55,7 +57,7 @@ Shuffle = Annotated[bool, typer.Option("--shuffle", help="Put the rows into anot
 TestSize = Annotated[
     float | None, typer.Option(parser=number, help="Share (below 1) or number of rows for a test split.")
 ]
-Seed = Annotated[int, typer.Option(help="Decides which rows go to the test split.")]
+Seed = Annotated[int, typer.Option(help="Decides all that is left to chance: test split, sample, order, weights.")]
 OnBadRows = Annotated[str, typer.Option(help="error: show all and stop; quarantine: go on without them.")]
 MaxRejects = Annotated[str | None, typer.Option(help="With quarantine: how many rows may be rejected, e.g. 100 or 1%.")]
 

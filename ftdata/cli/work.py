@@ -44,7 +44,9 @@ from ftdata.cli.options import (
     recipe_of,
 )
 from ftdata.cli.output import print_value, progress_bar
+from ftdata.errors import UsageError, printable
 
+config_app = typer.Typer(no_args_is_help=True, help="Take over configurations of other tools.")
 templates_app = typer.Typer(no_args_is_help=True, help="List, show and check templates.")
 
 
@@ -219,6 +221,42 @@ def templates_check(
     raise typer.Exit(1 if report.verdict == "refused" else 0)
 
 
+@config_app.command("import")
+def config_import(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="Axolotl's YAML, LLaMA-Factory's training YAML, or its dataset_info.json.", show_default=False
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; - prints it.")] = Path("-"),
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="Which of its data sets: name, path, or number from 0. Repeatable; default: all."),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The base model, if the file names none.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a configuration of Axolotl or LLaMA-Factory into one of ours; what is not the same is named."""
+    from ftdata.foreign import import_config
+
+    if str(output) != "-" and output.exists():
+        raise UsageError("target_exists", f"{output} is there already", hint="choose another name with --output")
+    found = import_config(file, dataset or (), model=model)
+    if str(output) == "-":
+        print_value(found, as_json=as_json)
+        return
+    output.write_text(str(found), encoding="utf-8")
+    print_value(found, as_json=True) if as_json else print(printable("\n".join((*found.notes, f"wrote {output}"))))
+
+
+def env(as_json: Json = False) -> None:
+    """Print versions of ftdata, Python and packages, and settings, for a bug report."""
+    from ftdata.environment import environment
+
+    print_value(environment(), as_json=as_json)
+
+
 def plugins(as_json: Json = False) -> None:
     """List readers, schemas, templates and mask policies, built in and installed."""
     from ftdata.mask import masks
@@ -226,9 +264,8 @@ def plugins(as_json: Json = False) -> None:
     from ftdata.schemas import schemas
     from ftdata.templates import templates
 
-    found = {registry.group: registry.names() for registry in (readers, schemas, templates, masks)}
-    print(
-        json.dumps(found, indent=2)
-        if as_json
-        else "\n".join(f"{group}: {', '.join(names)}" for group, names in found.items())
-    )
+    found = {registry.group: registry.plugins() for registry in (readers, schemas, templates, masks)}
+    if as_json:
+        print(json.dumps({group: [one._asdict() for one in plugins] for group, plugins in found.items()}, indent=2))
+    else:
+        print("\n".join(f"{group}: {', '.join(map(str, plugins))}" for group, plugins in found.items()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import islice
@@ -20,6 +20,7 @@ from ftdata import similar
 from ftdata._version import __version__
 from ftdata.errors import InputRefused, UsageError, one_of, printable
 from ftdata.examples import Batch
+from ftdata.layout import check_near
 from ftdata.look import detect
 from ftdata.look.checks import SEVERITIES, Check, Data, Row, Setting, checks
 from ftdata.look.side import Side, side_of
@@ -233,15 +234,14 @@ def audit(
         UsageError: an option cannot be meant.
         InputRefused: a source cannot be read.
     """
-    if isinstance(ignore, str):
+    if isinstance(ignore, str) or not isinstance(ignore, Iterable):
         raise UsageError("ignore", f"ignore is {ignore!r}, expected a list of codes")
     for code in ignore:
         # Codes of rejected rows can be ignored, too; nobody has a list of these.
         if code not in checks and (close := get_close_matches(str(code), checks, n=1, cutoff=0.85)):
             raise UsageError("unknown_ignore", f"ignore names {code!r}", hint=f"did you mean {close[0]!r}?")
     if near is not None:
-        if not isinstance(near, int | float) or not 0.5 <= near <= 1:
-            raise UsageError("near", f"near is {near!r}, expected a similarity from 0.5 to 1, such as 0.8")
+        check_near(near)
         similar.require()
     side = side_of(data, tokenizer, template, against=against, where=where, limit=limit, **options)
     wanted = {"": True, "pii": pii, "near": near is not None}

@@ -77,7 +77,7 @@ def preview(
     overlong: str = "reject",
     n: int | None = None,
     row: int | Iterable[int] | None = None,
-    id: str | None = None,  # noqa: A002  (the name of the column)
+    id: str | int | None = None,  # noqa: A002  (the name of the column)
     grep: str | None = None,
     odd: bool = False,
     where: str | None = None,
@@ -124,7 +124,7 @@ def preview(
     6 of 38 characters trained
     <BLANKLINE>
     """
-    wanted = Wanted(n, _numbers(row), id, grep, odd, many=html is not None)
+    wanted = Wanted(n, _numbers(row), None if id is None else str(id), grep, odd, many=html is not None)
     choices: dict[str, Any] = {
         "schema": schema,
         "columns": columns,
@@ -188,7 +188,7 @@ class Wanted:
         if self.grep is not None:
             try:
                 re.compile(self.grep)
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise UsageError("grep", f"grep={self.grep!r} is no regular expression: {error}") from None
 
     @property

@@ -94,7 +94,8 @@ class View:
     generated: NDArray[np.bool_] | None = None
 
     @property
-    def stop(self) -> NDArray[np.bool_]:  # noqa: D102
+    def stop(self) -> NDArray[np.bool_]:
+        """Which tokens are stops: control tokens that end a trained stretch (bool `[n]`)."""
         own = self.trained if self.generated is None else self.generated
         ends: NDArray[np.bool_] = self.trained & self.control & own & ~np.append(own[1:], False)
         return ends

@@ -95,10 +95,10 @@ def _deep(pattern: str) -> Iterator[str]:
     for folder, folders, files in os.walk(start, followlinks=True):
         # Links may lead to a folder above, or to one that was there already.
         new = [name for name in sorted(folders) if not name.startswith(".")]
-        places = {name: os.path.realpath(os.path.join(folder, name)) for name in new}  # noqa: PTH118
+        places = {name: os.path.realpath(os.path.join(folder, name)) for name in new}  # noqa: PTH118  (a million names)
         folders[:] = [name for name in new if places[name] not in seen]
         seen.update(places.values())
-        paths = (os.path.join(folder, name) for name in files if not name.startswith("."))  # noqa: PTH118
+        paths = (os.path.join(folder, name) for name in files if not name.startswith("."))  # noqa: PTH118  (a million names)
         plain = (path if base else path.removeprefix("./") for path in paths)
         yield from (path for path in plain if fits(path, pattern.replace("//", "/")))
 

@@ -35,7 +35,7 @@ class Selection:
             if not isinstance(self.where, str):
                 raise UsageError("where", f"where is {self.where!r}, expected an expression")
             _expression(self.where)
-        if self.limit is not None and (not isinstance(self.limit, int) or not 1 <= self.limit <= sys.maxsize):
+        if self.limit is not None and (type(self.limit) is not int or not 1 <= self.limit <= sys.maxsize):
             raise UsageError("limit", f"limit is {self.limit!r}, expected a number of rows from 1")
 
     def of(self, rows: Iterator[Row | Reject]) -> Iterator[Row | Reject]:

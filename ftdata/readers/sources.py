@@ -10,14 +10,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ftdata.errors import InputRefused, UsageError, nearest, one_of
+from ftdata.errors import FtdataError, InputRefused, UsageError, nearest
 from ftdata.readers import splits
 from ftdata.readers.arrow import from_batches, from_dataset, parquet_rows, present_as
-from ftdata.readers.formats import readers
+from ftdata.readers.formats import Reader, readers
 from ftdata.readers.memory import Fault, from_dataframe, plain
 from ftdata.readers.places import found_at
 from ftdata.readers.remote import version_of
 from ftdata.readers.streams import STDIN, Input, in_store, packed
+from ftdata.registry import is_ours
 from ftdata.types import WHOLE, Reject, Row, Share, Source
 
 _MOST = 1000
@@ -63,7 +64,8 @@ class FileSource:
         """
         before, lines = self.version if self.version is not None else _stamp(self.path), None
         self._check(before)
-        rows = readers.get(self.reader)(self.input)
+        reader = readers.get(self.reader)
+        rows = reader(self.input) if is_ours(reader) else _checked(reader, self)
         if self.span is not None and isinstance(rows, Generator):
             lines = yield from rows
         else:
@@ -96,6 +98,28 @@ class FileSource:
         if self.reader == "parquet" and (rows := parquet_rows(self.input)) is not None:
             return rows if enough is None else min(rows, enough)
         return sum(1 for _ in islice(self.rows(), enough))
+
+
+def _checked(reader: Reader, file: FileSource) -> Iterator[Row | Reject]:
+    """Yield what a reader of the user's own does."""
+    rows: Iterator[Any] = iter(())
+    try:
+        rows = iter(reader(file.input))
+        for one in rows:
+            source: Any = getattr(one, "source", None)
+            if not isinstance(one, Row | Reject):
+                told = f"yields a {type(one).__name__}, expected a ftdata.types.Row or Reject"
+            elif not isinstance(source, Source):
+                told = f"its source is a {type(source).__name__}, expected a ftdata.types.Source"
+            else:
+                yield one
+                continue
+            raise InputRefused("reader_failed", f"reader {file.reader}: {told}", where=file.path)
+    except FtdataError:
+        raise
+    except Exception as error:
+        told = f"reader {file.reader} fails on it: {type(error).__name__}: {error}"
+        raise InputRefused("reader_failed", told, where=file.path, hint="mend the reader, or the file") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +170,7 @@ def sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
         return _specified(data)
     if isinstance(data, list | tuple) and data and all(_is_place(item) for item in data):
         return tuple(replace(one, place=number) for number, item in enumerate(data) for one in sources(item))
-    if isinstance(data, Iterable):
+    if isinstance(data, Iterable) and not isinstance(data, bytes | bytearray):
         return (MemorySource(data),)
     raise UsageError("data_type", f"data is a {type(data).__name__}, expected a path, paths, or an iterable of rows")
 
@@ -201,7 +225,7 @@ def _placed(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
     encoding, reader = spec.get("encoding"), spec.get("format")
     Input(str(place), encoding)
     if reader is not None:
-        one_of("format", reader, readers.names())
+        readers.get(reader)
     files = _files(str(place), reader, {key: spec[key] for key in _ON_HUB if spec.get(key) is not None})
     return tuple(replace(one, encoding=encoding, streaming=bool(spec.get("streaming"))) for one in files)
 

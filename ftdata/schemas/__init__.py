@@ -336,12 +336,20 @@ def _kwargs(data: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
+def _fits(name: str, schema: Schema, data: Mapping[str, Any]) -> bool:
+    try:
+        return bool(schema.matches(data))
+    except Exception as error:
+        found = f"schema {name} fails to say whether it fits: {type(error).__name__}: {error}"
+        raise BadRow("schema_failed", found, hint="mend its matches, which is asked about every row") from error
+
+
 def _detect(data: Mapping[str, Any]) -> str:
-    found = [name for name, schema in _known().items() if schema.matches(data)]
+    found = [name for name, schema in _known().items() if _fits(name, schema, data)]
     if len(found) > 1:
         # Tables with the columns of several shapes leave blank those of the others.
         filled = {name: value for name, value in data.items() if value != ""}
-        found = [name for name in found if _known()[name].matches(filled)] or found
+        found = [name for name in found if _fits(name, _known()[name], filled)] or found
     if len(found) == 1:
         return found[0]
     logs = log_columns(data) if not found and not is_one_message(data) else []

@@ -149,7 +149,8 @@ def trusted(template: Template) -> Template:
 @lru_cache(maxsize=1024)
 def _examined(description: str) -> TemplateReport:
     key = xxhash.xxh3_128_hexdigest(f"{__version__} {_own_code()} {description}".encode())
-    file = _cache() / f"{key}.json"
+    root = disk.cache_root()
+    file = root / "verdicts" / f"{key}.json" if root else Path(os.devnull)
     with suppress(OSError, ValueError, TypeError, AttributeError):
         return _report(json.loads(file.read_text(encoding="utf-8")))
     template = Template.described(description)
@@ -158,6 +159,8 @@ def _examined(description: str) -> TemplateReport:
     except OverLimits:
         raise _refused(template) from None
     with suppress(OSError):
+        if root is None:
+            return _report(report)
         disk.mkdir(file.parent, parents=True, exist_ok=True)
         beside = file.with_suffix(f".{os.getpid()}")
         disk.write(beside, json.dumps(report).encode())
@@ -192,11 +195,3 @@ def _own_code() -> str:
     """Return a hash of the modules that reach a verdict: an editable install changes without a new version."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return xxhash.xxh3_64_hexdigest(b"".join(file.read_bytes() for file in files))
-
-
-def _cache() -> Path:
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftdata" / "verdicts"
-    except RuntimeError:
-        # No home, and a user that is not known, as in many containers: nothing is kept there.
-        return Path(os.devnull) / "verdicts"

@@ -246,7 +246,7 @@ class _Server:
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
             with suppress(OSError):
-                stream.close()  # type: ignore[union-attr]
+                stream.close()  # type: ignore[union-attr]  # they are pipes
 
 
 _KEPT = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PATH", "PYTHONPYCACHEPREFIX", "TMPDIR", "TZ")

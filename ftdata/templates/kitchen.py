@@ -23,7 +23,7 @@ from ftdata.templates.child import BYTES_A_LETTER, EXAMINED_SECONDS, MEGABYTES
 from ftdata.templates.template import Template, scaffold
 from ftdata.templates.verify import contradicted, examine
 
-_MOST_TEMPLATES, _MOST_SAID = 256, 2000
+_MOST_SAID = 2000
 _LONG = 1 << 22
 
 

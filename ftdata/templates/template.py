@@ -264,7 +264,7 @@ def find(spec: str | Path) -> tuple[str, str]:
     text = str(spec)
     if "{{" in text or "{%" in text:
         return "<string>", text
-    path = templates.get(text) if text in templates else Path(text)
+    path = Path(templates.get(text) if text in templates else text)
     if not path.is_file():
         raise UsageError(
             "unknown_template",

@@ -32,7 +32,7 @@ _TOOLS: tuple[dict[str, Any], ...] = (
 
 
 def _message(role: str, content: str, **more: Any) -> Message:
-    return {"role": role, "content": content, **more}  # type: ignore[typeddict-item]
+    return {"role": role, "content": content, **more}  # type: ignore[typeddict-item]  # any keys
 
 
 _user, _answer = partial(_message, "user"), partial(_message, "assistant")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ftdata.train.estimate import Estimate
     from ftdata.train.report import Comparison
 
+__all__ = ["compare", "conversation", "dry_run", "generate", "init", "merge", "run"]
+
 NEEDED = ("torch", "transformers", "trl", "peft", "accelerate", "matplotlib", "sacrebleu")
 
 

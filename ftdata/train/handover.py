@@ -257,4 +257,4 @@ def _same_randomness() -> Iterator[None]:
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
-        np.random.set_state(states[2])  # noqa: NPY002
+        np.random.set_state(states[2])  # noqa: NPY002  (as above)

@@ -33,7 +33,7 @@ def quantization_config(name: str | None, dtype: torch.dtype) -> BitsAndBytesCon
         return None
     one_of("quantization", name, QUANTIZATIONS)
     try:
-        import bitsandbytes  # noqa: F401
+        import bitsandbytes  # noqa: F401  (is it there?)
     except ImportError:
         raise MissingDependency(
             "missing_bitsandbytes", "quantization needs bitsandbytes", hint="pip install bitsandbytes"

@@ -113,7 +113,7 @@ def look_ahead(config: Config, build: Path | None) -> tuple[Estimate, str]:
 
     Raises:
         UsageError: as `train`.
-        InputRefused: as `train`; a model that leaks is found by one of its kind with two layers.
+        InputRefused: as `train`; a model that leaks is found by one of its kind with few layers.
     """
     config = _named(config)
     load_tokenizer(config.tokenizer)

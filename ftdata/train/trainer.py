@@ -28,7 +28,7 @@ _POOL = 50
 """Batches among whose rows those of like length are looked for: enough to fill them evenly, few enough to mix."""
 
 
-class Trainer(SFTTrainer):  # type: ignore[misc]
+class Trainer(SFTTrainer):
     """Trains on the labels of a build.
 
     Args:
@@ -140,7 +140,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         pass
 
 
-class Order(torch.utils.data.Sampler):  # type: ignore[misc]
+class Order(torch.utils.data.Sampler):
     """The order that rows are trained in, decided by seed and epoch alone, so that a resumed run has the same.
 
     It is by chance, or as the rows stand; with lengths, rows of like length go together and the batch with the longest

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from transformers import TrainerCallback
 
+from ftdata.atomic import new_file
 from ftdata.errors import InputRefused, printable
 from ftdata.tokenize import Tokenizer
 from ftdata.train.answers import generate
@@ -23,7 +24,7 @@ from ftdata.train.plots import chart
 SAMPLE_TOKENS = 64
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]
+class Watch(TrainerCallback):
     """Shows step, loss, speed and time left: as a picture to who is watching, as lines to a file.
 
     Raises:
@@ -49,7 +50,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._before = 0
         self._at = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002, D102
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
         self._began = self._since = time.perf_counter()
@@ -58,10 +59,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self._live = Live(self._picture(), console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002, D102
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.update(self._task, completed=state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002, D102
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         logs = logs or {}
         loss = logs.get("loss")
         if loss is not None and not math.isfinite(loss):
@@ -88,7 +89,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             time_left = f"{left * (state.max_steps - state.global_step):.0f} s left"
             self._say(f"step {state.global_step}/{state.max_steps}  {'  '.join(filter(None, said))}  {time_left}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002, D102
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -111,7 +112,15 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-class Samples(TrainerCallback):  # type: ignore[misc]
+def _step(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError):
+        # A kill in the middle of writing left a part of it.
+        return math.inf
+
+
+class Samples(TrainerCallback):
     """Asks the model the same prompts at every evaluation: into `samples.jsonl`, and to who is watching.
 
     Args:
@@ -133,13 +142,13 @@ class Samples(TrainerCallback):  # type: ignore[misc]
         self._prompts, self._expected, self._tokenizer = prompts, expected, tokenizer
         self._path, self._console = path, console
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002, D102
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # What was said after the checkpoint that is gone on from is said again.
         kept = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
-        kept = [line for line in kept if json.loads(line)["step"] <= state.global_step]
-        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        with new_file(self._path) as file:
+            file.write_text("".join(f"{line}\n" for line in kept if _step(line) <= state.global_step), encoding="utf-8")
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:  # noqa: ARG002, D102
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         answers = generate(model, self._prompts, max_new_tokens=SAMPLE_TOKENS)
         with self._path.open("a", encoding="utf-8") as file:
             for prompt, expected, answer in zip(self._prompts, self._expected, answers, strict=True):

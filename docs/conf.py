@@ -1,0 +1,27 @@
+"""How the site is built: `make docs`."""
+
+import ftdata
+
+project = "ftdata"
+author = "the ftdata developers"
+version = release = ftdata.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["scripts"]
+html_theme = "furo"
+html_title = f"ftdata {version}"
+html_copy_source = html_show_sourcelink = False
+templates_path = []
+
+myst_heading_anchors = 3
+myst_enable_extensions = ["colon_fence"]
+# Blocks of the shell hold prompts and what is printed.
+suppress_warnings = ["misc.highlighting_failure"]
+
+# Docstrings are written as Markdown has it: single backticks are code.
+default_role = "code"
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "undoc-members": False}
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+python_use_unqualified_type_names = True

@@ -1,0 +1,21 @@
+"""Rows, audited."""
+
+from ftdata import audit
+
+
+def talk(*texts, system=None):
+    roles = ("user", "assistant") * len(texts)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    return {"messages": [{"role": "system", "content": system}, *messages] if system else messages}
+
+
+PLAIN = talk("a question", "an answer")
+
+
+def rows(*given, **options):
+    return [*given], options
+
+
+def found(tokenizer, given, options):
+    made = {name: options[name] for name in ("pad", "chat") if name in options}
+    return audit(given, tokenizer(**made), **{name: value for name, value in options.items() if name not in made})

@@ -1,0 +1,16 @@
+"""What tests of looking share."""
+
+import pytest
+import xxhash
+from makers import CHATML, tiny_bpe
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("audited")
+
+    def get(pad="<|pad|>", chat=CHATML):
+        path = folder / xxhash.xxh3_64_hexdigest(f"{pad} {chat}".encode())
+        return str(path) if path.exists() else tiny_bpe(path, chat, bos="<s>", pad=pad)
+
+    return get

@@ -1,0 +1,162 @@
+"""Audit: what is reported, how, of what; the command."""
+
+import json
+
+import pytest
+from audited import PLAIN, found, talk
+from chats import ANSWER, TALK, TOOLED, USER
+from makers import CHATML
+
+from ftdata import audit, build_sft_dataset
+from ftdata.errors import UsageError
+
+
+def test_what_was_asked_for_alone_is_said_to_be_left_out(tokenizer):
+    report = found(tokenizer, [PLAIN], {})
+    assert not report
+    assert report.skipped == {"pii": "--pii", "near_duplicate": "--near"}
+    assert "not looked for: pii (--pii); near_duplicate (--near)" in str(report)
+
+
+def test_rejected_rows_are_findings_by_their_codes(tokenizer):
+    report = found(tokenizer, [talk("q", ""), PLAIN, "no row"], {})
+    assert {one.code: one.where for one in report.findings} == {
+        "empty_answer": ["<memory>[0]"],
+        "not_a_row": ["<memory>[2]"],
+    }
+    assert not found(tokenizer, [talk("q", "")], {"ignore": ["empty_answer"]})
+
+
+def test_sarif_names_rules_files_and_lines(tokenizer, tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (PLAIN, PLAIN, talk("q", ""))))
+    report = audit(path, tokenizer())
+    sarif = report.as_sarif()
+    (run,) = sarif["runs"]
+    assert sarif["version"] == "2.1.0"
+    assert [rule["id"] for rule in run["tool"]["driver"]["rules"]] == ["empty_answer", "duplicate"]
+    result = run["results"][1]
+    assert result["level"] == "warning"
+    place = result["locations"][0]["physicalLocation"]
+    assert (place["artifactLocation"]["uri"], place["region"]["startLine"]) == (str(path), 2)
+    assert f"equal to {path}:1" in result["message"]["text"]
+
+
+def test_names_of_files_drive_no_terminal(tokenizer, tmp_path):
+    path = tmp_path / "we\x1b[31mird\n::error::f.jsonl"
+    path.write_text(json.dumps(talk("q", "N/A")) + "\n")
+    report = audit(path, tokenizer())
+    for text in (str(report), report.as_github()):
+        assert "\x1b" not in text
+        assert "\n::error" not in text
+
+
+def test_annotations_cannot_be_broken_out_of(tokenizer, tmp_path):
+    path = tmp_path / "a,b:c%.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (PLAIN, talk("q", "N/A"))))
+    lines = audit(path, tokenizer()).as_github().splitlines()
+    assert lines[0].startswith(f"::warning file={tmp_path}/a%2Cb%3Ac%25.jsonl,line=2,title=trivial_answer::")
+    assert len(lines) == 1
+
+
+def test_the_worst_comes_first_and_decides(tokenizer):
+    report = found(tokenizer, [PLAIN, PLAIN, talk("q", ""), {"messages": [USER, {**ANSWER, "mood": "sunny"}]}], {})
+    assert [one.severity for one in report.findings] == ["error", "warning", "note"]
+    assert [report.fails(one) for one in ("note", "warning", "error", "never")] == [True, True, True, False]
+    quiet = found(tokenizer, [{"messages": [USER, {**ANSWER, "mood": "sunny"}]}], {})
+    assert [quiet.fails(one) for one in ("note", "warning", "error", "never")] == [True, False, False, False]
+    with pytest.raises(UsageError, match="did you mean 'error'"):
+        quiet.fails("eror")
+
+
+def test_requests_that_nobody_can_mean(tokenizer, tmp_path):
+    with pytest.raises(UsageError, match="no_tokenizer"):
+        audit([PLAIN])
+    with pytest.raises(UsageError, match="expected a similarity"):
+        audit([PLAIN], tokenizer(), near=0.2)
+    build_sft_dataset([PLAIN], tokenizer(), output_dir=tmp_path / "built")
+    with pytest.raises(UsageError, match="template is said of a build"):
+        audit(tmp_path / "built", template="chatml")
+
+
+def test_a_rejected_row_is_an_error_whatever_else_has_its_code(tokenizer):
+    loses = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + CHATML
+    system = {"messages": [{"role": "system", "content": "lost"}, *TALK]}
+    calls = {"messages": TOOLED}
+    report = found(tokenizer, [system, system, calls], {"template": loses, "dropped": "flag"})
+    told = [(one.code, one.severity, one.count) for one in report.findings if one.code == "payload_dropped"]
+    assert told == [("payload_dropped", "error", 1), ("payload_dropped", "warning", 2)]
+
+
+def test_what_is_held_out(tokenizer, tmp_path):
+    data = [PLAIN, talk("another", "answer")]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    given = tokenizer()
+    # The data is what is trained on, whatever its split is called.
+    (finding,) = audit([{"path": tmp_path, "split": "test"}], given, against=data[:1]).findings
+    assert (finding.code, finding.where) == ("leakage", ["<against memory>[0]"])
+    assert [
+        one.code for one in audit([{**PLAIN, "lang": "en"}], given, against=data, where="lang == 'en'").findings
+    ] == ["leakage"]
+    assert [one.code for one in audit(data, given, against=data[1:], limit=1).findings] == []
+    assert [one.code for one in audit(data, given, against=data[:1], limit=1).findings] == ["leakage"]
+    from datasets import Dataset, DatasetDict
+
+    splits = DatasetDict({name: Dataset.from_list([PLAIN]) for name in ("train_sft", "test_sft")})
+    assert [one.code for one in audit(splits, given).findings] == ["leakage"]
+
+
+def test_scripts_are_those_of_what_is_said(tokenizer):
+    answers = [f"東京都です、{number}" for number in range(300)]
+    assert not found(tokenizer, [talk(f"質問 {n}", one) for n, one in enumerate([*answers, "東京", "富士山"])], {})
+    (finding,) = found(
+        tokenizer, [talk(f"質問 {n}", one) for n, one in enumerate([*answers, "in English, all of it"])], {}
+    ).findings
+    assert (finding.code, finding.count) == ("script", 1)
+
+
+def test_findings_of_a_build_name_the_files_it_is_made_of(tokenizer, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(PLAIN) + "\n")
+    build_sft_dataset([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tokenizer(), output_dir=tmp_path / "built")
+    (finding,) = audit(tmp_path / "built").findings
+    assert (finding.code, finding.where, finding.places[0].says) == (
+        "duplicate",
+        [f"{tmp_path}/b.jsonl:1"],
+        f"equal to {tmp_path}/a.jsonl:1",
+    )
+
+
+def test_the_command(tokenizer, tmp_path):
+    import subprocess
+    import sys
+
+    path, latin = tmp_path / "d.jsonl", tmp_path / "latin.jsonl"
+    path.write_text(json.dumps({"messages": [USER, {**ANSWER, "mood": "sunny"}]}) + "\n")
+    latin.write_bytes(json.dumps(talk("où", "là"), ensure_ascii=False).encode("cp1252") + b"\n")
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "ftdata", "audit", *map(str, arguments), "-t", tokenizer()]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert [run(path, "--fail-on", one).returncode for one in ("note", "warning")] == [1, 0]
+    assert json.loads(run(path, "--format", "sarif").stdout)["version"] == "2.1.0"
+    assert run(path, "--format", "github").stdout.startswith("::notice file=")
+    assert json.loads(run(path, "--json").stdout)["findings"][0]["code"] == "fields_dropped"
+    assert run(path, "--ignore", "fields_dropped").returncode == 0
+    assert "did you mean 'duplicate'" in run(path, "--ignore", "dupliacte").stderr
+    assert run(path, "--where", "false").returncode == 3
+    done = run(latin, "--encoding", "cp1252", "--against", latin)
+    assert (done.returncode, "error leakage" in done.stdout) == (1, True)
+    plain = run(path).stdout
+    assert plain.startswith("note fields_dropped\n    1 × ")
+
+
+def test_results_of_tools_under_other_names_are_results(tokenizer):
+    rows = [{"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+                               {"from": "observation", "value": "ok"}, {"from": "gpt", "value": "done"}]}]  # fmt: skip
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    assert "role_order" not in {one.code for one in found(tokenizer, rows, {"template": template}).findings}
+    rows[0]["conversations"].pop(2)
+    assert "role_order" in {one.code for one in found(tokenizer, rows, {"template": template}).findings}

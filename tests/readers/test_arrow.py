@@ -1,0 +1,101 @@
+"""Parquet and Arrow: what they hold, as it was written; damage."""
+
+import json
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rows import ROWS, data_of, outcomes, questions, write
+
+from ftdata.errors import InputRefused
+
+
+def test_parquet_and_arrow(tmp_path):
+    table = pa.Table.from_pylist(ROWS)
+    pq.write_table(table, tmp_path / "d.parquet")
+    with pa.OSFile(str(tmp_path / "file.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pa.OSFile(str(tmp_path / "stream.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    for name in ("d.parquet", "file.arrow", "stream.arrow"):
+        assert data_of(str(tmp_path / name)) == ROWS
+        whole = (tmp_path / name).read_bytes()
+        path = write(tmp_path, f"cut-{name}", whole[: len(whole) // 2])
+        with pytest.raises(InputRefused, match="damaged_file|partial_file"):
+            data_of(path)
+
+
+def test_text_in_parquet_that_is_not_utf8_is_rejected_row_by_row(tmp_path):
+    raw = pa.array([b"good", b"\xff\xfe"]).cast(pa.binary())
+    broken = pa.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])
+    pq.write_table(pa.table({"text": broken}), tmp_path / "d.parquet")
+    good, bad = outcomes(str(tmp_path / "d.parquet"))
+    assert good.data == {"text": "good"}
+    assert (bad.code, bad.source.row) == ("encoding", 1)
+
+
+def stream_of(table):
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        for batch in table.to_batches(1000):
+            writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def test_arrow_streams_are_whole_or_refused(tmp_path):
+    table = pa.Table.from_pylist([{"question": f"q{n}", "answer": "a"} for n in range(3000)])
+    whole = stream_of(table)
+    assert len(questions(write(tmp_path, "d.arrow", whole))) == 3000
+    with pytest.raises(InputRefused, match="cut off"):
+        questions(write(tmp_path, "cut.arrow", whole[:-8]))
+    with pytest.raises(InputRefused, match="repeated_column"):
+        questions(write(tmp_path, "twice.arrow", stream_of(table.append_column("question", table["answer"]))))
+    offsets = whole.index(np.arange(0, 12, 2, dtype=np.int32).tobytes())
+    damaged = whole[: offsets + 4] + b"\xff\xff\xff\x7f" + whole[offsets + 8 :]
+    with pytest.raises(InputRefused, match="damaged_file"):
+        questions(write(tmp_path, "damaged.arrow", damaged))
+
+
+def test_json_in_arrow_is_what_it_says(tmp_path):
+    """`datasets` keeps objects that differ between rows as JSON text, and notes it in the schema."""
+    talks = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": [{"type": "text", "text": "x"}]}], "tools": [{"a": None}]},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x", "train": True}], "tools": [{"b": {"c": 1}}]},
+    ]  # fmt: skip
+    path = write(tmp_path, "d.jsonl", "".join(json.dumps(talk) + "\n" for talk in talks))
+    made = datasets.load_dataset("json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
+    made.to_parquet(tmp_path / "d.parquet")
+    made.save_to_disk(tmp_path / "saved")
+    for data in (
+        made,
+        made.with_format("numpy"),
+        str(tmp_path / "d.parquet"),
+        str(tmp_path / "saved"),
+        made.data.table,
+    ):
+        assert data_of(data) == talks
+
+
+def test_metadata_of_others_is_no_matter(tmp_path):
+    table = pa.table({"question": ["q"], "answer": ["a"], "when": pa.array([1], pa.date64())})
+    for note in (b'{"info":null}', b"null", b"[]", b"not json", b"\xff"):
+        pq.write_table(table.replace_schema_metadata({b"huggingface": note}), tmp_path / "d.parquet")
+        assert data_of(tmp_path / "d.parquet")[0]["question"] == "q"
+    assert questions(write(tmp_path, "d.arrow", stream_of(table))) == ["q"]
+    assert data_of(table.to_batches()[0])[0]["question"] == data_of(table.to_reader())[0]["question"] == "q"
+
+
+def test_nulls_of_json_stay_however_a_data_set_is_read():
+    features = datasets.Features(
+        {"messages": datasets.List({"role": datasets.Value("string"), "calls": datasets.Json()})}
+    )
+    made = datasets.Dataset.from_list(
+        [{"messages": [{"role": "user", "calls": {"a": None, "b": 1}}]}], features=features
+    )
+    assert (
+        data_of(made)
+        == data_of(made.to_iterable_dataset())
+        == [{"messages": [{"role": "user", "calls": {"a": None, "b": 1}}]}]
+    )

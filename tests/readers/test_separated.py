@@ -1,0 +1,90 @@
+"""CSV and TSV: every cell as its text, faults where they are."""
+
+import csv
+import gzip
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from laws import often
+from rows import CELLS, data_of, outcomes, write
+
+from ftdata import read
+from ftdata.errors import InputRefused
+from ftdata.types import Reject
+
+
+def test_csv_and_tsv_are_text(tmp_path):
+    for name, delimiter in {"d.csv": ",", "e.csv": ";", "d.tsv": "\t"}.items():
+        out = io.StringIO()
+        writer = csv.DictWriter(out, ["question", "answer"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(CELLS)
+        path = write(tmp_path, name, "\ufeff" + out.getvalue())
+        assert data_of(path) == CELLS
+        assert [row.source.line for row in read(path)] == [2, 3]
+        assert data_of(write(tmp_path, name + ".gz", gzip.compress(out.getvalue().encode()))) == CELLS
+
+
+def test_faults_of_csv_are_rejected_where_they_are(tmp_path):
+    text = b'q,a\n1,2\n1,2,3\n\nx"y,"a "b" c"\n\xff,1\n"multi\nline",ok\nlast,"cut'
+    found = outcomes(write(tmp_path, "d.csv", text))
+    assert [(getattr(one, "code", "row"), one.source.line) for one in found] == [
+        ("row", 2), ("ragged_row", 3), ("csv", 5), ("encoding", 6), ("row", 7), ("csv", 9)
+    ]  # fmt: skip
+    for one in found:
+        assert text[one.source.offset :].startswith(text.split(b"\n")[one.source.line - 1])
+
+
+@pytest.mark.parametrize(("text", "code"), [("", "no_rows"), ("a,b\n", "no_rows"), ("a,a\n1,2\n", "repeated_column")])
+def test_csv_without_rows_or_names_is_refused(tmp_path, text, code):
+    with pytest.raises(InputRefused) as caught:
+        data_of(write(tmp_path, "d.csv", text))
+    assert caught.value.code == code
+
+
+@often(100)
+@given(
+    st.lists(
+        st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")), min_size=2, max_size=2),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_any_csv_that_python_writes_comes_back(tmp_path_factory, cells):
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows([["p", "c"], *cells])
+    path = write(tmp_path_factory.mktemp("csv"), "d.csv", out.getvalue())
+    assert [list(row.values()) for row in data_of(path)] == cells
+
+
+def test_csv_as_spreadsheets_write_it(tmp_path):
+    assert data_of(write(tmp_path, "a.csv", "\nquestion,answer\nq,a\n")) == [{"question": "q", "answer": "a"}]
+    assert data_of(write(tmp_path, "b.csv", "sep=;\r\nquestion;answer\r\nq, r;a\r\n")) == [
+        {"question": "q, r", "answer": "a"}
+    ]
+
+
+def test_the_rest_of_a_broken_csv_row_is_no_row(tmp_path):
+    text = 'question,answer\n"he said "hi"\nyes, sure\nok","x"\ngood,row\n"a "b" c",d\n"x\ny",z\n'
+    found = outcomes(write(tmp_path, "d.csv", text))
+    assert [getattr(one, "data", None) or (one.code, one.source.line) for one in found] == [
+        ("csv", 2), {"question": "good", "answer": "row"}, ("csv", 6), {"question": "x\ny", "answer": "z"}
+    ]  # fmt: skip
+    assert found[0].raw == '"he said "hi"\nyes, sure\nok","x"\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        # Quotes within cells are no sign of what is open.
+        ("x.tsv", 'question\tanswer\na0\tb0\n"q2" is\ta2\nq3 say "hi" to\ta3\nq4\ta4\n', ["a0", "csv", "q3", "q4"]),
+        ("x.csv", 'question,answer\n"bad" x,y\ngood1,a\nthe 5" disk,c\nok,d\n', ["csv", "good1", "the", "ok"]),
+        ("x.csv", 'question,answer\n"he said "hi"\nyes, sure\nok","x"\ngood,row\n', ["csv", "good"]),
+        ("x.csv", 'question,answer\n"a "b"\nmore","and "" so\non"\ngood,row\n', ["csv", "good"]),
+    ],
+)
+def test_rows_after_a_fault_of_csv_are_read_where_they_begin(tmp_path, name, text, expected):
+    found = outcomes(write(tmp_path, name, text))
+    assert ["csv" if isinstance(one, Reject) else one.data["question"].split()[0] for one in found] == expected

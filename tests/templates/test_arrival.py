@@ -1,0 +1,226 @@
+"""What of a row arrives in the text, rules R11 to R13: calls, fields, refusals of the template's own."""
+
+import json
+
+import pytest
+from chats import (
+    ANSWER,
+    CALL,
+    CALLS,
+    HEAD,
+    PROMPT,
+    TALK,
+    TOOLED,
+    TURN,
+    USER,
+    called,
+    outcome,
+    refusal,
+    template,
+    trained,
+)
+
+from ftdata.templates import Template, render
+from ftdata.types import Conversation
+
+THINKS = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+
+
+def test_r11_tool_calls_are_trained_and_results_are_not():
+    texts, flags = trained(template(HEAD + "{{ m.content }}" + CALLS + "<|im_end|>\n"), TOOLED)
+    assert texts[0] == '<tool_call>{"name": "find", "arguments": {"key": "value"}}</tool_call><|im_end|>'
+    assert texts[1] == "a2<|im_end|>"
+    assert flags == set()
+
+
+def test_r11_a_message_printed_around_another_is_refused():
+    around = (
+        "{% for m in messages %}{% if m.role != 'tool' %}" + HEAD + CALLS + "{% if m.tool_calls %}"
+        "<result>{{ messages[loop.index0 + 1].content if not loop.last else '' }}</result>{% endif %}"
+        + TURN
+        + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}" + PROMPT + "{% endif %}"
+    )
+    messages = [USER, {**CALL, "content": "then"}, *TOOLED[2:]]
+    assert refusal(around, messages).code == "interleaved"
+
+
+def test_r12_text_that_never_arrives():
+    assert refusal(template(), TOOLED).code == "payload_dropped"
+    no_system = template("{% if m.role != 'system' %}" + HEAD + TURN + "{% endif %}")
+    with_rule = [{"role": "system", "content": "be brief"}, *TALK]
+    assert refusal(no_system, with_rule).field == "messages[0].content"
+    assert trained(no_system, with_rule, dropped="flag") == (["a1<|im_end|>", "a2<|im_end|>"], {"payload_dropped"})
+    one = [USER, {"role": "assistant", "content": [{"type": "text", "text": "a1"}]}]
+    assert trained(template(), one) == (["a1<|im_end|>"], {"parts_joined"})
+    parts = [USER, {"role": "assistant", "content": [{"type": "text", "text": "a1"}] * 2}]
+    assert refusal(template(HEAD + "{{ m.content | tojson }}<|im_end|>\n"), parts).code == "content_stringified"
+    thought = [USER, {**ANSWER, "reasoning_content": "hm"}]
+    assert trained(template(), thought) == (["a1<|im_end|>"], {"reasoning_dropped"})
+    cut = template(HEAD + "{{ m.content.split('</think>')[-1] }}<|im_end|>\n")
+    assert trained(cut, [USER, {"role": "assistant", "content": "hm</think>a1"}]) == (["a1<|im_end|>"], {"content_cut"})
+    assert trained(template(), [USER, {**ANSWER, "mood": "sunny"}])[1] == {"fields_dropped"}
+
+
+def test_r12_text_whose_memory_is_lost_is_found_by_changing_it():
+    literal = template(HEAD + "{% for c in m.tool_calls or [] %}<call>{{ c.function }}</call>{% endfor %}" + TURN)
+    texts, _ = trained(literal, TOOLED)
+    assert texts[0] == "<call>{'name': 'find', 'arguments': {'key': 'value'}}</call><|im_end|>"
+    formatted = template(HEAD + "{{ '%s' % m.content }}<|im_end|>\n")
+    assert trained(formatted) == (["a1<|im_end|>", "a2<|im_end|>"], set())
+
+
+def test_r13_what_the_template_refuses_is_refused_in_its_own_words():
+    strict = template("{% if m.role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}" + HEAD + TURN)
+    error = refusal(strict, [{"role": "system", "content": "x"}, *TALK])
+    assert error.code == "template_raises"
+    assert "no system, please" in error.message
+    after_user = template(
+        "{% if loop.first and m.role != 'user' %}{{ raise_exception('begin!') }}{% endif %}" + HEAD + TURN
+    )
+    assert refusal(after_user, [ANSWER]).code == "template_raises"
+
+
+def test_r13_two_answers_in_a_row():
+    assert trained(template(), [USER, ANSWER, {"role": "assistant", "content": "more"}])[0] == [
+        "a1<|im_end|>",
+        "more<|im_end|>",
+    ]
+    late = template("{% if not loop.first %}<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}", PROMPT)
+    assert refusal(late, [USER, ANSWER, {"role": "assistant", "content": "more"}]).code in {"overlap", "history_drift"}
+
+
+def test_r12_one_of_two_calls_that_is_missing():
+    first_only = template(
+        HEAD + "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}<|im_end|>\n"
+    )
+    second = {"type": "function", "function": {"name": "find", "arguments": {"key": "another"}}}
+    calls = [USER, {**CALL, "tool_calls": [*CALL["tool_calls"], second]}]
+    assert refusal(first_only, calls).code == "payload_dropped"
+    assert (
+        "tools_dropped"
+        in render(
+            Conversation((USER, ANSWER), tools=({"name": "find"},)), Template("t", template(), strict=False), "joint"
+        )[0].flags
+    )
+
+
+PRINTS = template(
+    HEAD
+    + "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments }}</call>{% endfor %}<|im_end|>\n"
+)
+
+
+def test_arguments_that_are_text_are_printed_as_they_are_where_the_template_takes_text():
+    written = '{"city":"Ulm", "n":1.50}'
+    assert trained(PRINTS, called(written)) == ([f"<call>f {written}</call><|im_end|>", "a2<|im_end|>"], set())
+    assert trained(PRINTS, called(""))[0][0] == "<call>f </call><|im_end|>"
+    as_json = template(HEAD + "{{ m.content }}" + CALLS + "<|im_end|>\n")
+    texts, flags = trained(as_json, called(written))
+    assert texts[0] == '<tool_call>{"name": "f", "arguments": {"city": "Ulm", "n": 1.5}}</tool_call><|im_end|>'
+    assert flags == {"arguments_parsed"}
+    assert refusal(as_json, called('{"city":')).code == "tool_arguments"
+
+
+@pytest.mark.parametrize("arguments", [{"n": 12}, {"n": "x"}, {"s": "abc", "n": [1, 2], "flag": True}])
+def test_r11_numbers_and_brackets_of_a_call_are_its_own(arguments):
+    stopless = template(
+        "<|{{ m.role }}|>\n{{ m.content }}" + CALLS.replace("</tool_call>", "") + "\n", "<|assistant|>\n"
+    )
+    texts, flags = trained(stopless, called(arguments))
+    assert texts[0] == f'<tool_call>{{"name": "f", "arguments": {json.dumps(arguments)}}}'
+    assert flags == {"no_stop"}
+
+
+@pytest.mark.parametrize(
+    ("turn", "messages"),
+    [
+        (
+            "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}",
+            called({"n": 1}, {"n": 2}),
+        ),
+        ("{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}", called({"ok": 7})),
+    ],
+)
+def test_r12_numbers_and_keys_that_never_arrive(turn, messages):
+    assert refusal(template(HEAD + turn + "<|im_end|>\n"), messages).code == "payload_dropped"
+
+
+@pytest.mark.parametrize(
+    ("turn", "more", "flag"),
+    [
+        ("{{ m.content[0].text }}", {"content": [{"type": "text", "text": "so yes"}, {"type": "text", "text": "yes"}]}, "content_cut"),
+        (THINKS, {"reasoning_content": "one", "thinking": "another"}, "content_cut"),
+        ("{{ m.content }}", {"reasoning_content": ["a thought"]}, "reasoning_dropped"),
+        ("{{ m.content }}", {"score": 3}, "fields_dropped"),
+        ("{{ m.content }}{{ m.score }}", {"score": 3}, None),
+        ("{{ '<think>%s</think>' % m.reasoning_content }}{{ m.content }}", {"reasoning_content": "one"}, None),
+        ("<think>{{ m.content.split('</think>')[0][7:] | trim }}</think>{{ m.content.split('</think>')[1] | trim }}",
+         {"content": "<think>\nhm\n</think>\n\nyes"}, None),
+    ],
+)  # fmt: skip
+def test_r12_what_is_lost_is_flagged_and_nothing_else(turn, more, flag):
+    messages = [{"role": "user", "content": "q"}, {**ANSWER, **more}]
+    source = template(HEAD + "{% if m.role == 'user' %}{{ m.content }}{% else %}" + turn + "{% endif %}<|im_end|>\n")
+    assert trained(source, messages)[1] == ({flag} if flag else set())
+
+
+def test_tools_that_are_not_printed_whole_are_flagged():
+    tools = [
+        {"type": "function", "function": {"name": n, "parameters": {"properties": {"k": {}}}}} for n in ("go", "run")
+    ]
+
+    def flags(before):
+        source = Template("t", template(before=before), strict=False, special_tokens={"eos_token": "<|im_end|>"})
+        return render(Conversation(tuple(TALK), tools=tuple(tools)), source, "joint")[0].flags
+
+    assert flags("{{ tools | tojson }}") == set()
+    assert (
+        flags("{{ (tools or [{}])[0] | tojson }}")
+        == flags("{% for t in tools or [] %}{{ t.function.name }}{% endfor %}")
+        == {"tools_dropped"}
+    )
+
+
+def test_r13_nothing_asks_for_an_answer_that_opens_the_conversation():
+    assert refusal(template(), [ANSWER, *TALK]).code == "no_prompt"
+
+
+@pytest.mark.parametrize("key", ["function_call", "function_calls"])
+def test_r11_older_spellings_of_calls_are_trained(key):
+    printed = "{% if m." + key + " %}<tool_call>{{ m." + key + " | tojson }}</tool_call>{% endif %}"
+    messages = [USER, {**ANSWER, key: {"name": "f", "arguments": "{}"}}, *TOOLED[2:]]
+    texts, flags = trained(template(HEAD + "{{ m.content }}" + printed + "<|im_end|>\n"), messages)
+    assert texts[0] == 'a1<tool_call>{"name": "f", "arguments": "{}"}</tool_call><|im_end|>'
+    assert flags == set()
+
+
+def test_r11_any_other_field_before_the_stop_is_refused():
+    source = template(HEAD + "{{ m.content }}{% if m.mood %} ({{ m.mood }}){% endif %}<|im_end|>\n")
+    assert refusal(source, [USER, {**ANSWER, "mood": "sunny"}]).code == "interleaved"
+
+
+def test_r12_a_call_that_says_what_another_says():
+    first_only = template(
+        HEAD + "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}<|im_end|>\n"
+    )
+    every = template(HEAD + "{{ m.content }}" + CALLS + "<|im_end|>\n")
+    for arguments in ({"key": "lu"}, {"key": "value"}, {"key": 1}):
+        second = {"type": "function", "function": {"name": "find", "arguments": arguments}}
+        first = {"type": "function", "function": {"name": "find", "arguments": {"key": "value", "n": 12}}}
+        messages = [USER, {**CALL, "tool_calls": [first, second]}]
+        assert refusal(first_only, messages).code == "payload_dropped"
+        assert trained(every, messages)[1] == set()
+
+
+def test_roles_that_a_template_names_go_through():
+    named = template("{% if m.role == 'ipython' %}<|im_start|>ipython\n{% else %}" + HEAD + "{% endif %}" + TURN)
+    messages = [USER, CALL | {"content": "c", "tool_calls": None}, {"role": "ipython", "content": "r"}, TALK[3]]
+    assert "<|im_start|>ipython\nr" in outcome(named, messages)[0].text
+    assert "<|im_start|>tool\nr" in outcome(template(), messages)[0].text
+    error = refusal(template(), [{"role": "context", "content": "c"}, *TALK])
+    assert (error.code, error.field) == ("unknown_role", "messages[0].role")
+
+
+def test_an_answer_that_is_not_trained_needs_no_prompt():
+    assert trained(template(), [{**ANSWER, "train": False}, *TALK])[0] == ["a1<|im_end|>", "a2<|im_end|>"]

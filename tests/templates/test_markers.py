@@ -1,0 +1,112 @@
+"""Where turns begin, rules R2 to R4: at their generation prompt, in a history that stays."""
+
+import pytest
+from chats import (
+    CALLS,
+    HEAD,
+    PROMPT,
+    TALK,
+    TOOLED,
+    TURN,
+    USER,
+    refusal,
+    template,
+    trained,
+)
+
+
+def test_r2_a_turn_begins_where_its_generation_prompt_ends():
+    assert trained(template()) == (["a1<|im_end|>", "a2<|im_end|>"], set())
+    spaced = template(
+        "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}<|im_end|>{% endif %}", ""
+    )
+    assert trained(spaced) == ([" a1<|im_end|>", " a2<|im_end|>"], set())
+    by_itself = template(
+        "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}" + TURN
+    )
+    assert trained(by_itself)[0][0] == "<think>\n\n</think>\n\na1<|im_end|>"
+    forced = template(
+        by_itself.partition("{% for m in messages %}")[2].partition("{% endfor %}")[0], PROMPT + "<think>\n"
+    )
+    assert trained(forced) == (["\n</think>\n\na1<|im_end|>", "\n</think>\n\na2<|im_end|>"], set())
+
+
+def test_r2_where_there_is_no_prompt_tags_say_where_the_model_begins():
+    body = "{% if m.role == 'assistant' %}{% generation %}" + TURN.strip() + "{% endgeneration %}\n{% else %}" + TURN
+    tagged = template(HEAD + body + "{% endif %}", "")
+    assert trained(tagged) == (["a1<|im_end|>", "a2<|im_end|>"], {"tags_unconfirmed"})
+    untagged = template(HEAD + TURN, "")
+    assert trained(untagged)[0] == [f"<|im_start|>assistant\n{answer}<|im_end|>" for answer in ("a1", "a2")]
+
+
+@pytest.mark.parametrize(
+    ("marked", "flags"),
+    [
+        ("{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}", set()),
+        ("{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>", {"tags_overruled", "stop_untagged"}),
+        ("{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}", {"tags_overruled"}),
+    ],
+)
+def test_r2_the_stop_is_trained_whatever_the_tags_of_the_tokenizer_say(marked, flags):
+    tagged = template(
+        HEAD + "{% if m.role == 'assistant' %}" + marked + "{% else %}{{ m.content }}<|im_end|>{% endif %}\n"
+    )
+    assert trained(tagged) == (["a1<|im_end|>", "a2<|im_end|>"], flags)
+
+
+def test_r2_thinking_in_the_data_that_the_prompt_opens():
+    messages = [USER, {"role": "assistant", "content": "<think>\nhm\n</think>\na1"}]
+    assert trained(template(prompt=PROMPT + "<think>\n"), messages) == (["hm\n</think>\na1<|im_end|>"], set())
+
+
+def test_r3_prompt_drift_begins_before_the_scaffold_that_is_not_there():
+    assert trained(template(prompt=PROMPT + "<think>\n")) == (["a1<|im_end|>", "a2<|im_end|>"], {"prompt_drift"})
+    half_shared = template(
+        "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}</think>{% endif %}" + TURN, PROMPT + "<think>"
+    )
+    assert trained(half_shared)[0] == ["</think>a1<|im_end|>", "</think>a2<|im_end|>"]
+    first_letters = [USER, {"role": "assistant", "content": "<thank you"}]
+    assert trained(template(prompt=PROMPT + "<think>\n"), first_letters)[0] == ["<thank you<|im_end|>"]
+    empty = [USER, {"role": "assistant", "content": ""}, *TALK[2:]]
+    assert trained(template(prompt=PROMPT + "<think>\n"), empty)[0] == ["<|im_end|>", "a2<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["<|im_start|>user\n", "<|im_start|>critic\nJudge this.<|im_end|>\n", "Answer now:"],
+    ids=["other role", "another turn", "no header"],
+)
+def test_r4_any_other_drift_is_refused(prompt):
+    error = refusal(template(prompt=prompt))
+    assert (error.code, error.field) == ("history_drift", "messages[1]")
+
+
+def test_r4_history_that_is_rewritten_is_split():
+    moved = template(
+        "{% if m.role == 'user' and loop.index0 == messages|length - 2 %}<|im_start|>note\nlast question<|im_end|>\n{% endif %}"
+        + HEAD
+        + TURN
+    )
+    prompt_moves = (
+        "{% for m in messages %}{% if m.role == 'user' and loop.revindex <= 2 %}NOTE {% endif %}" + HEAD + TURN
+    )
+    source = prompt_moves + "{% endfor %}{% if add_generation_prompt %}" + PROMPT + "{% endif %}"
+    assert refusal(source).code == "history_drift"
+    assert trained(source, turns="auto") == (["a1<|im_end|>", "a2<|im_end|>"], {"split"})
+    assert refusal(moved).code == "history_drift"
+
+
+@pytest.mark.parametrize("prompt", ["Answer now: ", "[Be brief] Ok. "])
+def test_r4_a_prompt_that_says_more_than_thinking_is_refused(prompt):
+    assert refusal(template(prompt=PROMPT + prompt)).code == "history_drift"
+
+
+def test_r4_history_that_cannot_be_compared_is_flagged():
+    source = template(
+        "{% if m.tool_calls and loop.last %}{{ raise_exception('a call needs its result') }}{% endif %}"
+        + HEAD
+        + "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}"
+        + CALLS
+        + "<|im_end|>\n"
+    )
+    assert trained(source, TOOLED)[1] == {"uncompared"}

@@ -1,0 +1,17 @@
+"""What is reported of a template."""
+
+from ftdata import check_template
+
+
+def test_template_reports(tokenizer_dir):
+    exact = check_template(tokenizer_dir("deepseek"))
+    assert (exact.verdict, exact.prefix_stable) == ("exact", True)
+    split = check_template(tokenizer_dir("qwen"))
+    assert (split.verdict, split.prefix_stable, split.stop) == ("split", False, "<|im_end|>")
+    assert "<think>" in split.reasons[0]
+    assert split.rewrites == ("turns", "reasoning", "think_tags")
+    assert exact.proved > len(exact.lacks)
+    refused = check_template("{{ raise_exception('never') }}{{ messages }}")
+    assert refused.verdict == "refused"
+    assert "never" in refused.reasons[0]
+    assert check_template("alpaca").kind == "prompt"

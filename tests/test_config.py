@@ -1,0 +1,59 @@
+"""Configuration files: typed, and refused in words when they are broken."""
+
+import itertools
+
+import pytest
+
+from ftdata.config import load_config, make_config
+from ftdata.errors import UsageError
+
+REQUIRED = {"data": "d.json", "model": "m", "output_dir": "o"}
+
+
+def test_a_config_file_is_typed(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data: d.json\nmodel: m\noutput_dir: o\nlora: {r: 8}\ntrain: {learning_rate: 1.0e-4}\n")
+    config = load_config(path, max_length=64, packing=None)
+    assert (config.lora.r, config.max_length, config.packing, config.train["learning_rate"]) == (8, 64, None, 1e-4)
+    toml = tmp_path / "run.toml"
+    toml.write_text('data = "d.json"\nmodel = "m"\noutput_dir = "o"\n[lora]\nr = 8\n')
+    assert load_config(toml).lora == config.lora
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({**REQUIRED, "max_lenght": 5}, "did you mean 'max_length'"),
+        ({**REQUIRED, "max_length": "5"}, "max_length"),
+        ({**REQUIRED, "lora": {"rank": 3}}, "unknown key 'rank'"),
+        ({"data": "d"}, "model"),
+    ],
+)
+def test_a_bad_config_is_refused(values, says):
+    with pytest.raises(UsageError, match=says):
+        make_config(values)
+
+
+NAMED = "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in itertools.pairwise("abcdefgh"))
+
+MERGED = "".join(f"{b}: &{b} {{<<: [{', '.join(['*' + a] * 9)}]}}\n" for a, b in itertools.pairwise("abcdefgh"))
+
+BROKEN = [
+    "- a\n- b\n", "a: [", "a: !!python/object:os.system {}", "seed: !!int x", "date: !!timestamp x", "a: !!binary '@'",
+    "seed: !!bool x", f"seed: {'9' * 5000}", f"seed: {'9' * 30}", f"a: {'[' * 5000}", "mask: {1: 2}", "mask: {0: 2}", "mask: {null: 2}", "lora: &a {r: *a}",
+    "a: &a [*a]", "a: &a {<<: *a}", "a: &a [x]\n" + NAMED, "a: &a {x: 1}\n" + MERGED, "a: " + "x" * 600_000, "\0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BROKEN)
+@pytest.mark.parametrize("suffix", ["yaml", "toml"])
+def test_a_broken_config_file_is_refused(tmp_path, text, suffix):
+    path = tmp_path / f"run.{suffix}"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"run\.(yaml|toml)"):
+        load_config(path)
+
+
+def test_every_field_can_be_overridden():
+    """Also one that is called as a parameter might be."""
+    assert make_config(REQUIRED, "run.yaml", where="not input").where == "not input"

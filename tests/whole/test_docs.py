@@ -1,0 +1,265 @@
+"""Docs: what they say is run, what they name is there, what is made of the code is as the code is."""
+
+import gzip
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub.small import small_hub
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = {
+    str(path.relative_to(ROOT)): path
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+}
+FENCE = re.compile(r"^```(\w*) ?([\w.-]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+TRAINS = {"README.md", "docs/train.md", "docs/recipes.md", "docs/start/training.md", "docs/howto/trainer.md"}
+
+
+def blocks(page):
+    """Yield language, name and text of each block."""
+    for found in FENCE.finditer(PAGES[page].read_text()):
+        yield found.groups()
+
+
+def commands(text):
+    """Yield each command of a block, with what it is said to print."""
+    text = text.replace("\\\n", " ")
+    for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
+        command, _, printed = part.partition("\n")
+        yield command, printed
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    pytest.importorskip("trl")
+    with small_hub(tmp_path_factory.mktemp("hub")) as environment:
+        yield environment
+
+
+@pytest.fixture
+def place(tmp_path, llama):
+    """A folder with what the pages name."""
+    shutil.copytree(llama, tmp_path / "MODEL")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    rows = json.loads((ROOT / "examples" / "faq.json").read_text())
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    (tmp_path / "held_out.json").write_text(json.dumps(rows[:2]))
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    (tmp_path / "chats.csv").write_text("question,answer\nWhen?,Now.\n")
+    said = ("What is 2?", "It is two.", "And 3?", "Three.")
+    talk = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, said, strict=True)]
+    thinks = [{**one, "reasoning_content": "So."} if one["role"] == "assistant" else one for one in talk]
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+    calls = [talk[0], call, {"role": "tool", "content": "2"}, talk[1]]
+    for name, messages in (("chats", talk), ("thoughts", thinks), ("tools", calls)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    (tmp_path / "conversations.json").write_text(json.dumps([talk] * 4))
+    translations = [{"instruction": f"第{n}年召迴朝廷。\n翻譯成文言文：", "output": "明年召還。"} for n in range(20)]
+    (tmp_path / "translations.json").write_text(json.dumps(translations))
+    (tmp_path / "chats").mkdir()
+    packed = gzip.compress(json.dumps({"messages": talk}).encode())
+    (tmp_path / "chats" / "a.jsonl.gz").write_bytes(packed)
+    subprocess.run(
+        [sys.executable, "-m", "ftdata", "convert", "data.json", "-o", "tables.parquet"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    return tmp_path
+
+
+def environment(hub):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    quick = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    return {**quick, **hub, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.train
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(kind in ("console", "python") for kind, _, _ in blocks(page))]
+)
+def test_what_a_page_says_is_run(page, place, hub):
+    """In its order, in one folder: commands, with what they print where that is shown; Python; files that have a name."""
+    for language, name, text in blocks(page):
+        if name:
+            (place / name).write_text(text)
+        elif language == "console":
+            for command, printed in commands(text):
+                done = subprocess.run(
+                    ["bash", "-c", command],
+                    cwd=place,
+                    env=environment(hub),
+                    capture_output=True,
+                    text=True,
+                    input="Hello?\n",
+                    check=False,
+                    timeout=240,
+                )
+                assert done.returncode == 0, (command, done.stdout, done.stderr)
+                assert_is_printed(printed, done.stdout)
+        elif language == "python":
+            done = subprocess.run(
+                [sys.executable, "-c", text],
+                cwd=place,
+                env=environment(hub),
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=240,
+            )
+            assert done.returncode == 0, (text, done.stderr)
+
+
+def assert_is_printed(shown, printed):
+    """Lines that are shown are printed, in their order; `...` stands for any."""
+    if shown.strip():
+        pattern = r"[\s\S]*".join(re.escape(part.strip()) for part in re.split(r"^\.\.\.$", shown, flags=re.MULTILINE))
+        assert re.fullmatch(pattern, printed.strip()), printed
+
+
+def named():
+    """Yield page and command of every call of ftdata in a block that is not run, and in running text."""
+    for page, path in PAGES.items():
+        for language, _, text in blocks(page):
+            if language == "sh":
+                for line in text.replace("\\\n", " ").splitlines():
+                    found = re.search(r"(?:^|-m )ftdata (.*)", line)
+                    if found:
+                        yield page, found[1].partition("  #")[0]
+        for found in re.findall(r"`ftdata ([a-z][^`]*)`", FENCE.sub("", path.read_text())):
+            yield page, found.partition(" ...")[0]
+
+
+@pytest.mark.parametrize(("page", "command"), list(named()))
+def test_commands_that_are_named_are_there(page, command, reference):
+    """Every command, and every option, of what is not run; `A|B` are alternatives."""
+    words = shlex.split(command)
+    of = next((name for name in reference.NAMES if f"ftdata {command} ".startswith(f"{name} ")), None)
+    assert of or words[0] in ("templates", "config"), command
+    for word in words:
+        if word.startswith("-") and word not in ("-", "--help", "-h", "--version"):
+            assert word.partition("=")[0] in reference.NAMES[of], (of, word)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """`docs/scripts/reference.py`, with the flags of each command."""
+    import importlib.util
+
+    sys.path.insert(0, str(DOCS / "scripts"))
+    spec = importlib.util.spec_from_file_location("reference", DOCS / "scripts" / "reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.remove(str(DOCS / "scripts"))
+    module.NAMES = {
+        name: {flag for option in module.options(function) for flag in module.flags(*option)}
+        for name, function in module.every_command()
+    }
+    return module
+
+
+@pytest.mark.parametrize(
+    "name", ["api.md", "commands.md", "configuration.md", "errors.md", "checks.md", "schemas.md", "plugins.md"]
+)
+def test_the_reference_is_what_the_code_says(name, reference):
+    """`python docs/scripts/reference.py` writes it anew."""
+    if name == "api.md":
+        assert {path.name for path in (DOCS / "reference").iterdir()} == {name, *reference.PAGES}
+    else:
+        assert (DOCS / "reference" / name).read_text() == reference.PAGES[name]()
+
+
+def test_every_option_says_what_it_is_for(reference):
+    for name, function in reference.every_command():
+        assert function.__doc__, name
+        for one, _, info in reference.options(function):
+            assert info.help, (name, one.name)
+            assert info.help.rstrip().endswith((".", ")", "]")), (name, one.name, info.help)
+
+
+def test_every_public_name_is_in_the_reference():
+    import ftdata
+    import ftdata.testing
+    import ftdata.train
+    from ftdata import errors
+
+    page = (DOCS / "reference" / "api.md").read_text()
+    kinds = [
+        name for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, errors.FtdataError)
+    ]
+    wanted = {*ftdata.__all__, *ftdata.train.__all__, *ftdata.testing.__all__, *kinds} - {"__version__"}
+    assert not {name for name in wanted if not re.search(rf"\b{name}\b", page)}
+
+
+def anchors(text):
+    """Return the names of the headings of a page, as GitHub makes them."""
+    plain = FENCE.sub("", text)
+    for heading in re.findall(r"^#+ (.*)$", plain, re.MULTILINE):
+        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = FENCE.sub("", PAGES[page].read_text())
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if "://" in path:
+            continue
+        found = (PAGES[page].parent / path).resolve() if path else PAGES[page]
+        assert found.exists(), target
+        assert not anchor or anchor in list(anchors(found.read_text())), target
+
+
+def test_every_page_is_in_the_contents():
+    listed = re.findall(
+        r"^([\w/-]+)$",
+        "".join(
+            text
+            for _, _, text in re.findall(
+                r"^```({)(toctree})\n(.*?)^```", (DOCS / "index.md").read_text(), re.DOTALL | re.MULTILINE
+            )
+        ),
+        re.MULTILINE,
+    )
+    assert {f"docs/{name}.md" for name in listed} == {page for page in PAGES if page.startswith("docs/")} - {
+        "docs/index.md"
+    }
+
+
+def test_configurations_that_are_shown_are_configurations():
+    from ftdata.config import make_config, parse_yaml
+
+    shown = [
+        parse_yaml(text)
+        for page in PAGES
+        for language, _, text in blocks(page)
+        if language == "yaml" and "model:" in text
+    ]
+    assert shown
+    for values in shown:
+        make_config(values)
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """`make docs`."""
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "dirhtml", DOCS, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "build_sft_dataset" in (tmp_path / "reference" / "api" / "index.html").read_text()
+
+
+def test_the_pictures_of_the_concepts_are_what_the_code_draws(tmp_path):
+    """`python docs/scripts/concepts.py` draws them anew."""
+    subprocess.run([sys.executable, DOCS / "scripts" / "concepts.py", tmp_path], check=True)
+    made = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert made == {path.name: path.read_text() for path in (DOCS / "concepts").glob("*.svg")}

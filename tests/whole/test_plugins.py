@@ -1,0 +1,97 @@
+"""Plug-ins: one of each kind, from a package that is really installed; and from files, with what goes wrong in them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ftdata import build_sft_dataset
+from ftdata.errors import FtdataError
+
+PACKAGE = Path(__file__).parents[1] / "plugin_package"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The environment of a process for which the package is installed."""
+    target = tmp_path_factory.mktemp("site")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        target,
+        PACKAGE,
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return {**os.environ, "PYTHONPATH": str(target)}
+
+
+def ftdata(environment, *arguments, code=0):
+    command = [sys.executable, "-m", "ftdata", *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_an_installed_plugin_of_each_kind_works(installed, tokenizer_dir, tmp_path):
+    listed = json.loads(ftdata(installed, "plugins", "--json"))
+    names = {
+        "ftdata.readers": "dialogue",
+        "ftdata.schemas": "interview",
+        "ftdata.templates": "terse",
+        "ftdata.masks": "first_answer",
+    }
+    for group, name in names.items():
+        (found,) = (one for one in listed[group] if one["name"] == name)
+        assert found == {"name": name, "package": "ftdata-dialogue", "version": "1.2.0"}
+    assert "first_answer (ftdata-dialogue 1.2.0)" in ftdata(installed, "plugins")
+    data = tmp_path / "talk.dialogue"
+    data.write_text("Who? => Me.\nWhere? => Here.\n")
+    options = ("--schema", "interview", "--template", "terse", "--train-on", "first_answer")
+    shown = ftdata(installed, "preview", data, "-t", tokenizer_dir("tiny_bpe"), *options)
+    assert "> Who?↵\n⟦Me.⟨<|im_end|>⟩■⟧" in shown
+    ftdata(installed, "build", data, "-t", tokenizer_dir("tiny_bpe"), *options, "-o", tmp_path / "out", "--workers", 2)
+    data.write_text("Who? => Me.\nWhere?\n")
+    told = ftdata(installed, "build", data, "-t", tokenizer_dir("tiny_bpe"), *options, "-o", tmp_path / "new", code=3)
+    assert f"[no_arrow] {data}:2: has no ' => '. Fix: put one between question and answer" in told
+
+
+def test_a_reader_of_a_file_is_a_format(tokenizer_dir, tmp_path):
+    data = tmp_path / "talk.log"
+    data.write_text("Who? => Me.\n")
+    name = f"{PACKAGE / 'ftdata_dialogue' / '__init__.py'}"
+    spec = {"path": str(data), "format": f"{name}:read_dialogue"}
+    built = build_sft_dataset(spec, tokenizer_dir("tiny_bpe"), schema=f"{name}:interview")
+    assert built["train"].num_rows == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return 5", "reader_failed.*TypeError"),
+        ("return [{'text': 'a'}]", "reader_failed.*yields a dict, expected a ftdata.types.Row"),
+        ("raise KeyError('x')", "reader_failed.*KeyError"),
+        ("return [Row({'text': 'a'}, 3)]", "reader_failed.*its source is a int"),
+    ],
+)
+def test_a_reader_that_fails_is_named(body, says, tokenizer_dir, tmp_path):
+    (tmp_path / "mine.py").write_text(f"from ftdata.types import Row\ndef read(file):\n    {body}\n")
+    (tmp_path / "a.log").write_text("x")
+    with pytest.raises(FtdataError, match=says):
+        build_sft_dataset(
+            {"path": str(tmp_path / "a.log"), "format": f"{tmp_path}/mine.py:read"}, tokenizer_dir("tiny_bpe")
+        )
+
+
+def test_an_unknown_format_is_named(tokenizer_dir, tmp_path):
+    (tmp_path / "a.log").write_text("x")
+    with pytest.raises(FtdataError, match=r"unknown_reader.*did you mean 'jsonl'"):
+        build_sft_dataset({"path": str(tmp_path / "a.log"), "format": "jsonll"}, tokenizer_dir("tiny_bpe"))
