@@ -59,7 +59,13 @@ _TABLES = {
 
 @dataclass(frozen=True)
 class Converted:
-    """What became of the rows of each source, and where they were written."""
+    """What became of the rows of each source, and where they were written.
+
+    Attributes:
+        output: the file.
+        sources: what became of the rows of each source: read, built (written), passed over, rejected by code.
+        rejects: the rows that were left out, each with its reason.
+    """
 
     output: Path
     sources: tuple[Ledger, ...]
@@ -125,14 +131,27 @@ def convert(
         where: an expression over columns; other rows are left out.
         limit: rows to read of each thing that `data` names.
         on_bad_rows: `"error"` or `"quarantine"`: rejects are written beside the output, to `NAME.rejects.jsonl`.
-        max_rejects: how many rows may be left out.
+        max_rejects: with `"quarantine"`: how many rows, or which share (`"1%"`), may be left out.
 
     Returns:
         The counts, and the rejects.
 
     Raises:
         UsageError: an option cannot be meant.
-        BadRows, TooManyRejects: rows are refused.
+        BadRows: rows are refused (`on_bad_rows="error"`).
+        TooManyRejects: more than `max_rejects`.
+        InputRefused: a source cannot be read, or one file cannot say what it holds.
+        TemplateRefused: with `to="text"`, as for `build_sft_dataset`.
+        StorageError: the disk refuses.
+        HubError: the network or the hub fails.
+
+    >>> import tempfile
+    >>> target = f"{tempfile.mkdtemp()}/chats.jsonl"
+    >>> done = convert([{"question": "Add 1. 2", "answer": "3"}], target)
+    >>> done.sources[0].built
+    1
+    >>> print(Path(target).read_text(encoding="utf-8"), end="")
+    {"messages":[{"role":"user","content":"Add 1. 2"},{"role":"assistant","content":"3"}]}
     """
     one_of("to", to, FORMS)
     if (to == "text") != (tokenizer is not None):

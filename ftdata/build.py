@@ -98,10 +98,11 @@ def build_sft_dataset(
         control_tokens: `"escape"`, `"refuse"` or `"allow"` control-token text inside the data.
         dropped: `"refuse"` or `"flag"` rows of which the template leaves out a message that is not the assistant's.
         unclosed: `"flag"` a last turn that the template leaves without a stop, or `"append_eos"` and train it.
-        refuse: flags of the report, such as `"no_stop"`, that make a row a bad one.
+        refuse: flags of the report, such as `"no_stop"`, that make a row a bad one; all are in `ftdata.recipe.FLAGS`.
         max_length: tokens that an example, and a pack, may have.
         overlong: `"reject"`, `"drop_turns"` or `"truncate"`.
-        packing: `None` or `"bfd"` (best-fit decreasing, whole examples only; needs `max_length`).
+        packing: `None` or `"bfd"` (best-fit decreasing, whole examples only; needs `max_length`), as Ding et al. 2024
+            (arXiv:2404.10830) pack, but nothing is cut.
         where: a Jinja expression over the columns of a row, such as `lang == "en" and messages | length > 2`: the other
             rows are passed over, and counted.
         limit: rows to read of each thing that `data` names, and of each split of it.
@@ -129,13 +130,29 @@ def build_sft_dataset(
 
     Returns:
         A `datasets.DatasetDict` with `"train"` (and `"test"`), columns `input_ids`, `labels` and `seq_lengths`
-        (int32 lists; one row per pack, or per example), and the `Report` as `.report`.
+        (int32 lists; one row per pack, or per example), and the `Report` as `.report`. `labels` has the id of the very
+        token (models shift them), or -100; `seq_lengths` adds up to the length of the row.
 
     Raises:
-        UsageError: an option cannot be meant.
-        BadRows: rows are refused (`on_bad_rows="error"`).
+        UsageError: an option cannot be meant, or a source is not there.
+        BadRows: rows are refused (`on_bad_rows="error"`); all of them are counted, the first 20 named.
         TooManyRejects: more than `max_rejects`.
         InputRefused: a source cannot be read, or nothing was left to build.
+        TemplateRefused: the template, or the tokenizer, cannot be used for any row.
+        MissingDependency: `near`, `engine="ray"`, Excel or an object store need an extra that is not installed.
+        StorageError: the disk refuses, or is full; what was done stays for the next try.
+        HubError: the hub, or another place on the network, fails again and again.
+
+    >>> from ftdata.testing import byte_tokenizer
+    >>> rows = [{"question": "2+2?", "answer": "4"}, {"question": "3+3?", "answer": "6"}]
+    >>> ds = build_sft_dataset(rows, byte_tokenizer(), "chatml", max_length=128, packing="bfd")
+    >>> print(ds.report)
+    rows     2 read = 2 built + 0 rejected
+    tokens   52 in = 52 kept + 0 cut + 0 in rejected rows
+    train    2 examples, 1 packs, 40.6% full, 52 tokens, 7.7% trained
+    >>> pack = ds["train"][0]
+    >>> pack["seq_lengths"], [label for label in pack["labels"] if label != -100]
+    ([26, 26], [52, 257, 54, 257])
     """
     with tempfile.TemporaryDirectory() as scratch:
         target = output_dir if output_dir is not None else Path(scratch) / "build"
@@ -196,7 +213,17 @@ def write_build(
     progress: Progress | None = None,
     **recipe: Any,
 ) -> Report:
-    """Build as `build_sft_dataset` does, without loading the result (or `datasets`); return the report."""
+    """Build as `build_sft_dataset` does, without loading the result (or `datasets`); return the report.
+
+    Args:
+        data: as there, and so all others.
+        tokenizer: as there.
+        output_dir: where to write the build.
+        recipe: options of `make_recipe`: what decides what a row becomes.
+
+    Raises:
+        FtdataError: as `build_sft_dataset`.
+    """
     made = make_recipe(tokenizer, **recipe)
     layout = Layout(packing, made.max_length, test_size, seed, dedup, near, sample, shuffle)
     if near is not None:

@@ -215,10 +215,23 @@ def verify(place: str | Path) -> list[str]:
     Args:
         place: the build's folder, or its URL.
 
+    Returns:
+        Their names, relative to the build; none: it is whole, to the bit.
+
     Raises:
         UsageError: it is neither.
         InputRefused: there is no build.
         HubError: it cannot be read, asked again and again.
+
+    >>> import tempfile
+    >>> from ftdata.build import write_build
+    >>> from ftdata.testing import byte_tokenizer
+    >>> folder = f"{tempfile.mkdtemp()}/built"
+    >>> _ = write_build([{"question": "2+2?", "answer": "4"}], byte_tokenizer(), folder, template="chatml")
+    >>> with open(f"{folder}/report.json", "a", encoding="utf-8") as file:
+    ...     _ = file.write(" ")
+    >>> verify(folder)
+    ['report.json']
     """
     if not isinstance(place, str | Path):
         raise UsageError("build_type", f"it is {place!r:.60}, expected the folder of a build, or its URL")

@@ -27,7 +27,21 @@ from collections.abc import Iterable
 
 
 class FtdataError(Exception):
-    """Base of the tree. `code` is stable and greppable; `where` and `hint` may be empty."""
+    """Base of the tree: what ftdata raises on purpose.
+
+    Attributes:
+        code: a name that stays the same from version to version; listed in docs/reference/errors.md.
+        message: what was found, and what was expected.
+        where: file and line, row, field; empty where it is about no place.
+        hint: the way out; may be empty.
+        exit_code: of the command line.
+
+    >>> try:
+    ...     raise BadRow("content_type", "is a number, expected text", where="data.jsonl:7")
+    ... except FtdataError as error:
+    ...     print(error.code, error.where, error.exit_code)
+    content_type data.jsonl:7 3
+    """
 
     exit_code = 7
     longest = 2_000

@@ -437,11 +437,22 @@ def encode(
         template_kwargs: further variables for the template.
 
     Returns:
-        One example, or one per assistant turn where the template rewrites earlier turns.
+        One example, or one per group of turns that answer one user message where the template rewrites earlier turns;
+        arrays are numpy's, int32 and bool `[tokens]`.
 
     Raises:
+        UsageError: an option cannot be meant.
         BadRow: the conversation is refused; `.code` says why.
         TemplateRefused: the template or tokenizer cannot be used at all.
+        HubError: the tokenizer cannot be had.
+
+    >>> from ftdata.testing import byte_tokenizer
+    >>> talk = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    >>> (example,) = encode(talk, byte_tokenizer(), "chatml")
+    >>> example.text.splitlines()
+    ['<|im_start|>user', '2+2?<|im_end|>', '<|im_start|>assistant', '4<|im_end|>']
+    >>> example.labels.tolist()[-4:], example.labels.dtype
+    ([-100, 52, 257, -100], dtype('int32'))
     """
     recipe = make_recipe(
         tokenizer,

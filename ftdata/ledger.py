@@ -22,7 +22,25 @@ from ftdata.types import Conversation, Reject
 
 @dataclass
 class Ledger:
-    """What became of the rows of one source, and of their tokens."""
+    """What became of the rows of one source, and of their tokens.
+
+    Attributes:
+        source: its file, or what it is.
+        read: rows that were read.
+        built: of these, rows that became examples.
+        passed: rows that were passed over: by `where`, `sample`, `dedup`, `weight`.
+        rejected: code -> rows that were rejected.
+        schemas: schema -> rows.
+        flags: flag -> examples.
+        noted: how rows were read, where that is not plain -> rows.
+        examples: what was built.
+        tokens_in: of the rows that were read.
+        tokens_kept: of the examples.
+        tokens_cut: taken by truncation.
+        tokens_rejected: of rejected rows that came so far as to have some.
+        tokens_trained: that carry loss.
+        tokens_repeated: prompts that stand again in several examples of a conversation.
+    """
 
     source: str
     read: int = 0

@@ -19,8 +19,13 @@ from ftdata.registry import Registry, is_ours
 from ftdata.types import Conversation, Part, Rendered, Spans
 
 Policy = Callable[[Rendered, Conversation], Sequence[bool]]
+"""A mask policy: for each span of a text, whether it is trained. What it raises is `mask_failed`.
+
+It must answer alike for the same text and messages, and, with several `workers`, be found by its name in a module.
+"""
 
 masks: Registry[Policy] = Registry("ftdata.masks", "mask")
+"""Name, for `train_on` -> policy."""
 
 
 @masks.register("assistant")

@@ -237,9 +237,13 @@ def check_template(template_or_tokenizer: Any) -> TemplateReport:
         template_or_tokenizer: a built-in name, a `.jinja` file, a Jinja string, or a tokenizer (folder, hub id or
             object), whose chat template is checked.
 
+    Returns:
+        The verdict, and what it stands on.
+
     Raises:
         UsageError: it is none of these.
         TemplateRefused: the template cannot be compiled, or the tokenizer has none.
+        HubError: the tokenizer cannot be had.
 
     >>> check_template("chatml").verdict
     'exact'

@@ -64,7 +64,7 @@ class Registry(Generic[T]):
         """Return what is registered under `name`, or what `path/to/file.py:name` defines.
 
         Raises:
-            UsageError: nothing has this name; the hint holds the nearest ones.
+            UsageError: nothing has this name (the hint holds the nearest ones), or what has cannot be loaded.
         """
         if name in self._own:
             return self._own[name]

@@ -13,6 +13,14 @@ or law by law:
         for example in encode(messages, tokenizer="my-model", template="my.jinja"):
             check_laws(example, messages)
 
+The laws:
+
+- M0: ids are those that the tokenizer gives the whole text.
+- M1: nothing is trained but what the model must produce: turns of the assistant, with their stops.
+- M2: all of that is trained.
+- M3: a label is the token's own id, or -100.
+- M8: no control token is made of what a row says.
+
 Needs Hypothesis (`pip install 'ftdata[test]'`).
 """
 
@@ -24,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 from numpy.typing import ArrayLike
 
 from ftdata.errors import BadRow, one_of
@@ -31,12 +40,12 @@ from ftdata.examples import encode
 from ftdata.recipe import make_recipe
 from ftdata.types import IGNORE_INDEX, Example, Message, Part
 
-__all__ = ["check_control", "check_laws", "conversations", "texts", "try_template"]
+__all__ = ["byte_tokenizer", "check_control", "check_laws", "conversations", "texts", "try_template"]
 
 try:
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
-except ImportError as error:  # pragma: no cover
+except ImportError as error:
     from ftdata.errors import MissingDependency
 
     raise MissingDependency(
@@ -83,8 +92,30 @@ AWKWARD = (
 """Pieces that break tools: control tokens, template syntax, blanks, combining marks, look-alikes of numbers."""
 
 
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """Return a tokenizer that needs no download: a token for each byte, whose id it is, and ChatML's control tokens.
+
+    >>> encoded = byte_tokenizer().encode("Hi<|im_end|>")
+    >>> encoded.ids, encoded.tokens
+    ([72, 105, 257], ['H', 'i', '<|im_end|>'])
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    # How byte-level BPE spells bytes that show nothing (GPT-2's `bytes_to_unicode`).
+    others = {byte: 256 + n for n, byte in enumerate(byte for byte in range(256) if byte not in printable)}
+    vocabulary = {chr(others.get(byte, byte)): byte for byte in range(256)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return made
+
+
 def texts(*, min_size: int = 1) -> st.SearchStrategy[str]:
-    """Return a strategy for texts: any Unicode but surrogates, mixed with `AWKWARD` pieces."""
+    """Return a strategy for texts: any Unicode but surrogates, mixed with `AWKWARD` pieces.
+
+    Args:
+        min_size: how many pieces at least, of four at most; a piece may be empty.
+    """
     piece = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), st.sampled_from(AWKWARD))
     return st.lists(piece, min_size=min_size, max_size=4).map("".join)
 
@@ -151,6 +182,11 @@ def try_template(
     Raises:
         AssertionError: a law is broken; Hypothesis shows the smallest conversation that breaks it.
         UsageError: another option, under which the laws say something else.
+        TemplateRefused: the template, or the tokenizer, cannot be used at all.
+        HubError: the tokenizer cannot be had.
+
+    >>> try_template(byte_tokenizer(), "chatml", max_examples=5)
+    {}
     """
     for name in options:
         one_of("option", name, _RENDERING)
@@ -188,7 +224,7 @@ def check_control(example: Example, control: ArrayLike) -> None:
 
     Args:
         example: the result of `encode` with control tokens escaped.
-        control: ids of control tokens.
+        control: ids of control tokens (integers).
 
     Raises:
         AssertionError: naming the law.

@@ -40,7 +40,17 @@ class ToolCall(TypedDict):
 
 
 class Message(TypedDict, total=False):
-    """One message as chat templates see it. `train` is the per-message choice and never reaches a template."""
+    """One message as chat templates see it, in the keys of OpenAI's chat format as Hugging Face templates read it.
+
+    Attributes:
+        role: `"system"`, `"user"`, `"assistant"`, `"tool"`, or another that the template names.
+        content: a text, or a list of parts, each with a `type`; `None` beside calls.
+        reasoning_content: what was thought before the answer.
+        tool_calls: calls of an assistant.
+        tool_call_id: which call a tool's message answers.
+        name: of the tool, or of who speaks.
+        train: whether it is trained; never reaches a template.
+    """
 
     role: Required[str]
     content: str | list[dict[str, Any]] | None
@@ -54,8 +64,14 @@ class Message(TypedDict, total=False):
 class Source(NamedTuple):
     """Where a row came from.
 
-    `row` counts from 0; `line` is the physical line, from 1, and `offset` the byte where the row (in JSON Lines:
-    its line) begins in the text once unpacked and in UTF-8, if there are such.
+    Attributes:
+        path: the file, or URL; `<memory>` and the like for rows in memory.
+        row: counted from 0.
+        line: the physical line where it begins, counted from 1; `None` where there are no lines.
+        offset: the byte where it begins (in JSON Lines: where its line does), in the text once unpacked and in UTF-8.
+
+    >>> str(Source("data.jsonl", 6, 7)), str(Source("data.parquet", 6))
+    ('data.jsonl:7', 'data.parquet[6]')
     """
 
     path: str
@@ -83,7 +99,13 @@ WHOLE = Share()
 
 
 class Row(NamedTuple):
-    """One row exactly as written: an object, or a bare list of messages. In a `flat` one every cell is a text."""
+    """One row exactly as written.
+
+    Attributes:
+        data: an object (a dict), or a bare list of messages.
+        source: where it stands.
+        flat: whether every cell is a text, as in CSV.
+    """
 
     data: Any
     source: Source
@@ -92,7 +114,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Tokens that were made elsewhere: int32 `input_ids`, and which of them are `trained` (bool), both `[n]`."""
+    """Tokens that were made elsewhere.
+
+    Attributes:
+        input_ids: int32 `[n]`.
+        trained: bool `[n]`.
+    """
 
     input_ids: NDArray[np.int32]
     trained: NDArray[np.bool_]
@@ -130,21 +157,29 @@ class Part(StrEnum):
     """Why a stretch of text is there."""
 
     SCAFFOLD = "scaffold"
-    """the template's own text"""
+    """The template's own text."""
     CONTENT = "content"
+    """What a message says."""
     REASONING = "reasoning"
+    """What was thought before an answer."""
     TOOL_CALL = "tool_call"
+    """Name and arguments of a call."""
     TOOLS = "tools"
-    """tool schemas, printed into the prompt"""
+    """Schemas of tools, printed into the prompt."""
     OTHER = "other"
-    """any other field of a message: a name, an id"""
+    """Any other field of a message: a name, an id."""
 
 
 class Span(NamedTuple):
-    """A half-open stretch `[start, end)` of the rendered text, in characters.
+    """A half-open stretch `[start, end)` of the rendered text.
 
-    `message` is the index of the message that the stretch belongs to (-1: none); `generated` is true where
-    the model itself must produce the text: after the generation prompt, up to and including the stop.
+    Attributes:
+        start: in characters.
+        end: in characters.
+        part: why it is there.
+        message: index of the message that it belongs to; -1: none.
+        generated: whether the model itself must produce it: from the end of the generation prompt up to and including
+            the stop.
     """
 
     start: int
@@ -237,10 +272,15 @@ class Spans(Sequence[Span]):
 class Rendered(NamedTuple):
     """The text that is tokenised, and the spans that tile it: no gap, no overlap.
 
-    `messages` is how many of the conversation's first messages it shows (0: it was not made of messages).
-    `add_bos` is true for prompt templates and plain text: the tokenizer's own BOS is put in front, unless the
-    tokens begin with it already. `keep_control` is true where control-token text is meant
-    as such, whatever the policy: text that was formatted before it came to us.
+    Attributes:
+        text: what is tokenised.
+        spans: tile it.
+        flags: what a careful reader should know of it.
+        messages: how many of the conversation's first messages it shows; 0 for plain text and prompt templates.
+        add_bos: whether the tokenizer's own BOS is put in front, unless the tokens begin with it: for prompt templates
+            and plain text.
+        keep_control: whether control-token text is meant as such, whatever the option says: in text that was formatted
+            before it came to us.
     """
 
     text: str
@@ -252,9 +292,13 @@ class Rendered(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """One row that was rendered: its texts, and which spans of each are to be trained, if that was asked already.
+    """One row that was rendered.
 
-    `plain`: it is one text, and ends with an answer if it is messages.
+    Attributes:
+        conversation: what it says.
+        texts: what is made of it.
+        chosen: for each text, which spans are trained; `None`: not asked yet.
+        plain: whether it is one text, which ends with an answer if it is made of messages.
     """
 
     conversation: Conversation
@@ -300,9 +344,16 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """One row that was not built: where it stands, why, and what to do.
+    """One row that was not built.
 
-    `raw` holds the row's first 4 kB, `lengths` the tokens of each of its examples where it got as far as having some.
+    Attributes:
+        source: where it stands.
+        code: why, as a name that stays.
+        field: path of the value inside the row, such as `messages[0].content`; may be empty.
+        reason: why, in words.
+        fix: what to do; may be empty.
+        raw: its first 4 kB.
+        lengths: tokens of each of its examples, where it came so far as to have some.
     """
 
     source: Source

@@ -170,7 +170,11 @@ def _too_long(values: Mapping[str, Any], draft: Draft) -> None:
 
 def _data(values: Mapping[str, Any], chosen: Sequence[str], draft: Draft) -> None:
     every = values.get("datasets")
-    if not isinstance(every, list) or not all(isinstance(one, Mapping) and one.get("path") for one in every):
+    if (
+        not isinstance(every, list)
+        or not every
+        or not all(isinstance(one, Mapping) and one.get("path") for one in every)
+    ):
         raise cannot("datasets: expected a list of mappings, each with a path")
     named = {str(number): one for number, one in enumerate(every)}
     if unknown := [name for name in chosen if name not in named and name not in [one["path"] for one in every]]:

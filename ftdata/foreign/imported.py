@@ -10,7 +10,6 @@ from typing import Any
 from ftdata.config import Config, make_config, read_values, to_yaml
 from ftdata.errors import UsageError
 from ftdata.foreign.axolotl import axolotl
-from ftdata.foreign.draft import cannot
 from ftdata.foreign.llamafactory import data_sets, training
 
 _NAMELESS = "MODEL"
@@ -78,11 +77,12 @@ def import_config(path: str | Path, datasets: Sequence[str] = (), *, model: str 
     tool, read = _tool(values, str(path))
     try:
         draft = read(values, tuple(datasets), path.parent)
-    except (AttributeError, TypeError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise UsageError(error.code, error.message, where=str(path), hint=error.hint) from None
+    except UsageError as error:
+        raise UsageError(error.code, error.message, where=str(path), hint=error.hint) from None
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         # A value is of another type than that tool takes, too.
-        raise cannot(f"a value is not what {tool} expects: {error}", hint="run it there first") from None
+        told = f"a value is not what {tool} expects: {error}"
+        raise UsageError("cannot_import", told, where=str(path), hint="does it run there?") from None
     fields = {"model": model or _NAMELESS, "output_dir": "out", **draft.fields}
     if model is not None:
         fields["model"] = model

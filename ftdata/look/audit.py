@@ -50,7 +50,16 @@ class Place(NamedTuple):
 
 @dataclass
 class Finding:
-    """What one check found: in how many rows, and where first."""
+    """What one check found: in how many rows, and where first.
+
+    Attributes:
+        code: of the check, or of the rejected rows.
+        severity: `"error"`, `"warning"` or `"note"`.
+        says: what is wrong.
+        fix: what to do.
+        count: in how many rows.
+        places: the first ten of them, each with what was found there.
+    """
 
     code: str
     severity: str
@@ -214,8 +223,8 @@ def audit(
 ) -> AuditReport:
     """Look for what would go wrong in training on `data`, without building it; or at a build.
 
-    The checks are described in docs/checks.md. Of data with several splits, rows of those that are not for training
-    count as held out.
+    The checks are described in docs/reference/checks.md. Of data with several splits, rows of those that are not for
+    training count as held out.
 
     Args:
         data: as for `build_sft_dataset`; or the folder of a build, whose tokens and labels are looked at.
@@ -228,11 +237,23 @@ def audit(
         where: rows to look at, as for `build_sft_dataset`.
         limit: how many rows to look at of each place; all of `against` is looked at.
         progress: called with the rows and tokens done so far, and which share of the data that is.
-        options: further options of `build_sft_dataset` that decide what a row becomes.
+        options: further options of `build_sft_dataset` that decide what a row becomes: `columns`, `train_on`,
+            `max_length`, `overlong`, ...
+
+    Returns:
+        The findings, the worst first; as JSON, SARIF or annotations, too.
 
     Raises:
         UsageError: an option cannot be meant.
-        InputRefused: a source cannot be read.
+        InputRefused: a source cannot be read, or is no build.
+        TemplateRefused: the template, or the tokenizer, cannot be used for any row.
+        MissingDependency: `near` needs `ftdata[dedup]`.
+        HubError: the network or the hub fails.
+
+    >>> from ftdata.testing import byte_tokenizer
+    >>> rows = [{"question": "Open?", "answer": "Yes."}, {"question": "Late?", "answer": ""}]
+    >>> [(found.code, found.count) for found in audit(rows, byte_tokenizer(), "chatml").findings]
+    [('empty_answer', 1)]
     """
     if isinstance(ignore, str) or not isinstance(ignore, Iterable):
         raise UsageError("ignore", f"ignore is {ignore!r}, expected a list of codes")

@@ -61,7 +61,14 @@ class Edit(NamedTuple):
 
 @dataclass(frozen=True)
 class Changed:
-    """One row that differs: as it is in A and in B, and what differs of each example."""
+    """One row that differs.
+
+    Attributes:
+        kind: of `KINDS`: labels, tokens, split, number of times, on which side.
+        a: as it is in A.
+        b: as it is in B.
+        edits: for each example, the stretches of tokens that differ, `[start, end)` in A and in B.
+    """
 
     kind: str
     a: RowView
@@ -177,9 +184,21 @@ def diff(
         html: write these to this file, side by side.
         progress: called with the rows and tokens done so far, and which share of the data that is.
 
+    Returns:
+        How many rows are the same, or differ in which way, and the first that do; falsy where none does.
+
     Raises:
         UsageError: an option cannot be meant.
-        InputRefused: a source cannot be read.
+        InputRefused: a source cannot be read, or neither side has a row that can be built.
+        TemplateRefused: a template, or a tokenizer, cannot be used for any row.
+        StorageError: the page cannot be written.
+        HubError: the network or the hub fails.
+
+    >>> from ftdata.testing import byte_tokenizer
+    >>> side = {"data": [{"question": "2+2?", "answer": "4"}], "tokenizer": byte_tokenizer(), "template": "chatml"}
+    >>> found = diff(side, {**side, "train_on": "all"})
+    >>> bool(found), {kind: count for kind, count in found.rows.items() if count}
+    (True, {'labels differ': 1})
     """
     if type(n) is not int or not 0 <= n <= sys.maxsize:
         raise UsageError("n", f"n is {n!r}, expected a number of rows from 0")

@@ -22,6 +22,7 @@ from ftdata.look.page import Page, fragment, write_page
 from ftdata.look.side import Side, side_of
 from ftdata.look.survey import Odd, Progress, survey
 from ftdata.look.views import RowView, added, line, view, view_text
+from ftdata.mask import Policy
 from ftdata.readers import FileSource, MemorySource, sources
 from ftdata.readers.select import Selection
 from ftdata.recipe import Options, bare_template
@@ -33,7 +34,13 @@ _IDS = ("id", "_id", "ID", "uuid", "uid", "guid", "key", "conversation_id", "pro
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """Some rows of a source, as they would be trained; in a notebook it shows itself."""
+    """Some rows of a source, as they would be trained; in a notebook it shows itself.
+
+    Attributes:
+        title: what was looked at: data, template, tokenizer.
+        rows: each row that is shown, with its examples as they are seen.
+        notes: what is to be known of all of them, in sentences.
+    """
 
     title: str
     rows: tuple[RowView, ...]
@@ -66,7 +73,7 @@ def preview(
     template: str | Path | None = None,
     schema: str = "auto",
     columns: Mapping[str, str] | None = None,
-    train_on: str = "assistant",
+    train_on: str | Policy = "assistant",
     train_parts: Sequence[str] | None = None,
     turns: str = "auto",
     control_tokens: str = "escape",
@@ -109,9 +116,15 @@ def preview(
             are and what `max_length` cuts, packs, and rejected rows.
         progress: for `odd` and `html`, is told the rows and tokens done so far, and which share of the data that is.
 
+    Returns:
+        The rows: printed with colours by `.print(console)`, as text by `str`, as JSON by `.as_dict()`.
+
     Raises:
         UsageError: an unknown option value, or no such row.
         InputRefused: the source cannot be read.
+        TemplateRefused: the template, or the tokenizer, cannot be used for any row.
+        StorageError: a build is damaged, or the page cannot be written.
+        HubError: the network or the hub fails.
 
     >>> print(preview([{"question": "2+2?", "answer": "4"}], template="question_answer", n=1))
     <memory> · template question_answer · no tokenizer

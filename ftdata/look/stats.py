@@ -53,7 +53,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Limit:
-    """What a `max_length` would do: how many examples are longer, and how many tokens stand behind it."""
+    """What a `max_length` would do.
+
+    Attributes:
+        max_length: in tokens.
+        longer: how many examples have more.
+        tokens: how many tokens stand beyond it, of all examples together.
+    """
 
     max_length: int
     longer: int
@@ -62,9 +68,16 @@ class Limit:
 
 @dataclass(frozen=True)
 class Stats:
-    """Figures of data or of a build, the whole first.
+    """Figures of data or of a build.
 
-    `rows` are those that were read (and wanted, by `where`), `rejected` counts them by code, `flags` examples.
+    Attributes:
+        title: what was looked at.
+        rows: rows that were read, and wanted by `where`.
+        rejected: code -> rejected rows.
+        flags: flag -> examples.
+        groups: figures of all rows first, then by source, split and schema where there are several.
+        limits: what `max_length` of usual sizes would do.
+        seen: the numbers behind it, row by row.
     """
 
     title: str

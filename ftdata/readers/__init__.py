@@ -26,10 +26,16 @@ def read(data: Any) -> Iterator[Row]:
     Args:
         data: anything that `build_sft_dataset` accepts as data.
 
+    Yields:
+        Rows: `.data` is an object (a dict) or a bare list of messages, `.source` its file, row and physical line.
+
     Raises:
         UsageError: the source cannot be found.
         InputRefused: it has no reader, or cannot be read.
         BadRow: a row cannot be parsed; names file, physical line and column.
+        MissingDependency: Excel or an object store need an extra that is not installed.
+        StorageError: the disk refuses.
+        HubError: the network or the hub fails again and again.
 
     >>> [row.data for row in read([{"question": "007", "answer": "2024-01-01"}])]
     [{'question': '007', 'answer': '2024-01-01'}]

@@ -13,8 +13,15 @@ from ftdata.registry import Registry
 from ftdata.types import Reject, Row
 
 Reader = Callable[[Input], Iterator[Row | Reject]]
+"""A reader: of a file, its rows exactly as written, and a `Reject` in the place of each that cannot be parsed.
+
+It is called in other processes, too, so it is a function at the top of a module; what it raises, but for `FtdataError`,
+is `reader_failed`.
+"""
 
 readers: Registry[Reader] = Registry("ftdata.readers", "reader")
+"""Suffix, or name for `format` -> reader."""
+
 for _read, _suffixes in {
     read_json: ("json",),
     read_jsonl: ("jsonl", "ndjson"),

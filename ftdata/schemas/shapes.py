@@ -23,6 +23,7 @@ from ftdata.schemas.messages import (
 from ftdata.types import IGNORE_INDEX, Conversation, Message, Tokens
 
 Convert = Callable[[Mapping[str, Any]], Conversation]
+"""What makes a conversation of a row; `BadRow` rejects it, and anything else that is raised is `schema_failed`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Schema:
 
 
 schemas: Registry[Schema | Convert] = Registry("ftdata.schemas", "schema")
+"""Name -> schema. Those that are a `Schema` and registered in process are found by themselves; others when named."""
 
 ALIASES = {
     "completion": ("response",),

@@ -31,6 +31,8 @@ from ftdata.templates.watched import plain
 from ftdata.types import Part
 
 templates: Registry[Path] = Registry("ftdata.templates", "template")
+"""Name -> `.jinja` file."""
+
 for _file in sorted(Path(__file__).parent.glob("*.jinja")):
     templates.register(_file.stem)(_file)
 

@@ -1,7 +1,38 @@
 """Train: a thin hand-over of a finished build to TRL's `SFTTrainer`, and what comes before and after it.
 
 This package is the only one that knows torch, transformers, trl, peft and bitsandbytes, and it imports them
-when a function is called, not before.
+when a function is called, not before. All of it, on a model that is made on the spot:
+
+    >>> import json, logging, pathlib, tempfile
+    >>> import transformers
+    >>> from ftdata.testing import byte_tokenizer
+    >>> transformers.logging.disable_progress_bar()
+    >>> place = pathlib.Path(tempfile.mkdtemp())
+    >>> tokens = {"eos_token": "<|im_end|>", "pad_token": "<|im_start|>"}
+    >>> tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), **tokens)
+    >>> _ = tokenizer.save_pretrained(place / "model")
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> config = transformers.LlamaConfig(vocab_size=258, max_position_embeddings=256, **sizes)
+    >>> transformers.LlamaForCausalLM(config).save_pretrained(place / "model")
+    >>> data, model = str(place / "data.json"), str(place / "model")
+    >>> rows = [{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(4)]
+    >>> _ = pathlib.Path(data).write_text(json.dumps(rows))
+    >>> dry_run(data, model=model, output_dir="out", template="chatml")[0].trained_tokens
+    36
+    >>> settings = {"max_steps": 2, "disable_tqdm": True}
+    >>> out = run(data, model=model, output_dir=place / "out", template="chatml", lora_r=2, settings=settings)
+    >>> sorted(path.name for path in (out / "model").iterdir())[:2]
+    ['README.md', 'adapter_config.json']
+    >>> len(generate(out, ["What is 2?"], max_new_tokens=4))
+    1
+    >>> isinstance(conversation(out, max_new_tokens=4).say("What is 2?"), str)
+    True
+    >>> len(compare(out, n=2, max_new_tokens=4).rows)
+    2
+    >>> merge(out, place / "merged") < 1e-4
+    True
+    >>> "max_length: " in init(data, model, template="chatml")
+    True
 """
 
 from __future__ import annotations
@@ -56,6 +87,8 @@ def run(
         UsageError: a field is unknown, missing or contradicts another.
         InputRefused: data, model or checkpoints cannot be used as they are.
         MissingDependency: the `train` extra is not installed.
+        StorageError: the disk refuses; what was sealed before stays.
+        HubError: data, model or tokenizer cannot be had.
     """
     _require()
     config, build = _resolve(source, model, output_dir, {**overrides, **_settings(settings)}, resume=resume)
@@ -75,8 +108,16 @@ def dry_run(
 ) -> tuple[Estimate, str]:
     """Work out what `run` would do, and leave nothing.
 
+    Args:
+        source: as for `run`, and so all others.
+        model: folder or hub id of the base model.
+        output_dir: folder for the run, which is not made.
+        settings: fields of TRL's `SFTConfig`.
+        overrides: further fields of `Config`.
+
     Returns:
-        Parameters, data, steps, computing, memory and time; and a note on how rows are put together, or nothing.
+        Parameters, data, steps, computing (FLOP), memory (bytes) and time (seconds); and a note on how rows are put
+        together, or nothing.
 
     Raises:
         UsageError: as `run`.
@@ -96,7 +137,8 @@ def compare(run_dir: str | Path, data: Any = None, n: int | None = 20, **options
 
     Args:
         run_dir: the folder of a finished run.
-        data: questions with their expected answers; `None` takes the run's own data: its test split, if there is one.
+        data: questions with their expected answers, as `build_sft_dataset` takes data; `None` takes the run's own: its
+            test split, if there is one.
         n: how many rows; `None` takes all.
         options: `batch_size`, `trust_remote_code`, and further arguments of `model.generate`, such as `num_beams` or
             `do_sample`.
@@ -105,7 +147,8 @@ def compare(run_dir: str | Path, data: Any = None, n: int | None = 20, **options
         Perplexity, exact match, SacreBLEU and chrF of both, and every answer.
 
     Raises:
-        UsageError: the folder is no finished run.
+        UsageError: the folder is no finished run, or an option is none of `model.generate`.
+        InputRefused: the data has no row that can be asked, or the model is damaged.
         MissingDependency: the `train` extra is not installed.
     """
     _require()
@@ -122,10 +165,14 @@ def generate(run_dir: str | Path, prompts: Sequence[str], *, base: bool = False,
         run_dir: the folder of the run.
         prompts: what a user says, each by itself.
         base: ask the base model instead.
-        options: `batch_size`, `trust_remote_code`, and further arguments of `model.generate`.
+        options: `batch_size`, `trust_remote_code`, `seed` for sampling, and further arguments of `model.generate`.
+
+    Returns:
+        The answers, in the order of the prompts.
 
     Raises:
-        UsageError: the folder is no finished run.
+        UsageError: the folder is no finished run, or an option is none of `model.generate`.
+        InputRefused: a prompt cannot be put into the template, or the model is damaged.
         MissingDependency: the `train` extra is not installed.
     """
     return conversation(run_dir, base=base, **options).answers(
@@ -150,8 +197,12 @@ def conversation(
         trust_remote_code: whether Python code that comes with the model may run.
         options: further arguments of `model.generate`.
 
+    Returns:
+        The conversation, which remembers what was said, in `.messages`.
+
     Raises:
-        UsageError: the folder is no finished run.
+        UsageError: the folder is no finished run, or an option is none of `model.generate`.
+        InputRefused: the model is damaged.
         MissingDependency: the `train` extra is not installed.
     """
     _require()
@@ -171,10 +222,12 @@ def merge(run_dir: str | Path, output_dir: str | Path, *, trust_remote_code: boo
         trust_remote_code: whether Python code that comes with the model may run.
 
     Returns:
-        How far the merged model's logits are off those of base and adapter, relative to the largest.
+        How far the merged model's logits are off those of base and adapter: the largest difference, divided by the
+        largest logit, in float32.
 
     Raises:
         UsageError: the run has no adapter, or the folder is not empty.
+        InputRefused: the base model or the adapter is damaged.
         MissingDependency: the `train` extra is not installed.
     """
     _require()
@@ -193,7 +246,12 @@ def init(data: str, model: str, output_dir: str | Path = "out", **overrides: Any
         output_dir: folder for the run.
         overrides: fields of `Config` that are decided already.
 
+    Returns:
+        YAML, with a comment at each value.
+
     Raises:
+        UsageError: an option cannot be meant; or the data is `-`, which a run could not read once more.
+        HubError: model or data cannot be had.
         InputRefused: the data cannot be read, or nothing of it be built.
         MissingDependency: the `train` extra is not installed.
     """

@@ -56,10 +56,33 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A run before it is begun. Memory is in bytes, computing in floating-point operations, time in seconds.
+    """A run before it is begun.
 
-    `activations` is what a step keeps for its way back, for the largest batch. `flops` counts six operations per token
-    and weight that is no embedding (Kaplan et al. 2020), as `Trainer.floating_point_ops` does, whatever is trained.
+    Attributes:
+        model: its name.
+        parameters: weights of the model.
+        trainable: those that are trained.
+        dtype: what is computed in.
+        quantization: `"nf4"` or `None`.
+        device: where it would run.
+        processes: how many train together.
+        rows: of the train split: packs, or examples.
+        tokens: of all of them.
+        trained_tokens: those that carry loss.
+        longest: tokens of the longest row.
+        epochs: how often all rows are seen.
+        steps: of the optimizer.
+        rows_per_step: in all processes.
+        tokens_per_step: the mean.
+        flops_per_step: floating-point operations: six per token and weight that is no embedding (Kaplan et al. 2020),
+            as `Trainer.floating_point_ops` counts them, whatever is trained.
+        flops: of all steps.
+        seconds: of all steps, roughly.
+        weights: bytes in each process.
+        gradients: bytes.
+        optimizer: bytes of its state.
+        activations: bytes that a step keeps for its way back, for the largest batch.
+        free: bytes that the device has.
     """
 
     model: str

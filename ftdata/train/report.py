@@ -50,7 +50,16 @@ _SHOWN = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base against tuned: what was asked of which models, their scores, and every answer."""
+    """Base against tuned.
+
+    Attributes:
+        asked: which rows.
+        base_model: name of the base model.
+        tuned_model: folder of the tuned one.
+        base: scores of the base model: perplexity, exact match (share), SacreBLEU and chrF (0 to 100).
+        tuned: scores of the tuned one.
+        rows: every prompt, with the answer that was expected and both that were given.
+    """
 
     asked: str
     base_model: str

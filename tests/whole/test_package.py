@@ -40,7 +40,14 @@ def test_sdist_and_wheel_hold_what_they_should(built):
     assert source <= names
     assert {name for name in inside if not name.startswith("ftdata-")} == source
     assert {"ftdata/py.typed", "ftdata/templates/chatml.jinja", "ftdata/look/assets/page.js"} <= inside
-    assert {"tests/whole/test_package.py", "docs/index.md", "examples/faq.json", "Makefile", ".ci/run", "LICENSE"} <= names
+    assert {
+        "tests/whole/test_package.py",
+        "docs/index.md",
+        "examples/faq.json",
+        "Makefile",
+        ".ci/run",
+        "LICENSE",
+    } <= names
 
 
 @pytest.mark.long
