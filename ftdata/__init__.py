@@ -16,7 +16,6 @@ from ftdata._version import __version__
 if TYPE_CHECKING:
     from ftdata._convert import convert
     from ftdata.build import build_sft_dataset
-    from ftdata.elsewhere import verify
     from ftdata.errors import FtdataError
     from ftdata.examples import encode
     from ftdata.look.audit import audit
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from ftdata.look.stats import stats
     from ftdata.readers import read
     from ftdata.recipe import check_template
+    from ftdata.remote_builds import verify
 
 _HOMES = {
     "FtdataError": "ftdata.errors",
@@ -37,7 +37,7 @@ _HOMES = {
     "preview": "ftdata.look.preview",
     "read": "ftdata.readers",
     "stats": "ftdata.look.stats",
-    "verify": "ftdata.elsewhere",
+    "verify": "ftdata.remote_builds",
 }
 
 __all__ = [

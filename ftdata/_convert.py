@@ -137,7 +137,7 @@ def convert(
         The counts, and the rejects.
 
     Raises:
-        UsageError: an option cannot be meant.
+        UsageError: an option is invalid.
         BadRows: rows are refused (`on_bad_rows="error"`).
         TooManyRejects: more than `max_rejects`.
         InputRefused: a source cannot be read, or one file cannot say what it holds.

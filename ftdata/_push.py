@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ftdata import elsewhere, store
+from ftdata import remote_builds, store
 from ftdata.errors import InputRefused, UsageError
 from ftdata.readers.hub import asked
 
@@ -27,7 +27,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
         InputRefused: the folder is no build, or is damaged.
         HubError: the hub refuses, or fails again and again.
     """
-    folder = elsewhere.here(folder)
+    folder = remote_builds.here(folder)
     if broken := store.verify(folder):
         raise InputRefused("damaged_build", f"{folder} is damaged: {', '.join(broken[:3])}", hint="build again")
     from huggingface_hub import HfApi

@@ -2,7 +2,7 @@
 
     DIR                     the build: the old one, or the new one, never a mixture
     .DIR.ftdata/            where the new one is made; gone when it is done
-    .DIR.ftdata/lock        who holds it makes the build; the system lets go of it when a process ends, however it does
+    .DIR.ftdata/lock        held (flock) by the process that builds, until it ends, however it does
     .DIR.ftdata/shards/     what is done already; a build that was killed goes on with it
     .DIR.ftdata/new/        the build, until it takes the place of the old one
 
@@ -83,10 +83,10 @@ class Workplace:
 
 
 @contextmanager
-def workplace(target: Path, check: Callable[[Path], None] = lambda _: None) -> Iterator[Workplace]:
+def workplace(target: Path, check: Callable[[Path], None]) -> Iterator[Workplace]:
     """Give the place where `target` is made; while another process has it, wait.
 
-    Where something from outside ends the block (a signal, the disk, the network), what is done stays for the next one.
+    After a signal, or a fault of disk or network, what is done so far is kept for the next try.
 
     Args:
         target: what is to be made.

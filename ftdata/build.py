@@ -23,18 +23,16 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ftdata import atomic, cache, disk, elsewhere, similar, store
+from ftdata import atomic, cache, disk, near_duplicates, remote_builds, store
 from ftdata._version import __version__
 from ftdata.card import card
-from ftdata.crew import Crew, check_rereadable, is_file
-from ftdata.engines import EngineDiffers
+from ftdata.encoders import EncodersDiffer
 from ftdata.errors import InputRefused, UsageError
 from ftdata.executors import check_engine
-from ftdata.joined import Joined
-from ftdata.kept import minhashes
 from ftdata.layout import Facts, Laid, Layout, lay_out
 from ftdata.ledger import Report, notes_of
 from ftdata.mask import Policy
+from ftdata.merged import Joined
 from ftdata.pack import packed, unpacked
 from ftdata.readers import FileSource, MemorySource, sources
 from ftdata.readers.naming import split_of
@@ -42,6 +40,8 @@ from ftdata.readers.parts import in_parts
 from ftdata.readers.select import Selection
 from ftdata.readers.streams import is_url
 from ftdata.recipe import Recipe, make_recipe
+from ftdata.runner import Runner, check_rereadable, is_file
+from ftdata.shard_files import minhashes
 from ftdata.shards import Progress, Task, key_of
 from ftdata.tolerance import Tolerance
 
@@ -134,7 +134,7 @@ def build_sft_dataset(
         token (models shift them), or -100; `seq_lengths` adds up to the length of the row.
 
     Raises:
-        UsageError: an option cannot be meant, or a source is not there.
+        UsageError: an option is invalid, or a source is not there.
         BadRows: rows are refused (`on_bad_rows="error"`); all of them are counted, the first 20 named.
         TooManyRejects: more than `max_rejects`.
         InputRefused: a source cannot be read, or nothing was left to build.
@@ -189,7 +189,7 @@ def build_sft_dataset(
             template_kwargs=template_kwargs,
             progress=progress,
         )
-        return load_build(elsewhere.here(target).resolve(), report, in_memory=output_dir is None)
+        return load_build(remote_builds.here(target).resolve(), report, in_memory=output_dir is None)
 
 
 def write_build(
@@ -227,7 +227,7 @@ def write_build(
     made = make_recipe(tokenizer, **recipe)
     layout = Layout(packing, made.max_length, test_size, seed, dedup, near, sample, shuffle)
     if near is not None:
-        similar.require()
+        near_duplicates.require()
     selection = Selection(where, limit)
     tolerance = Tolerance(on_bad_rows, max_rejects)
     if workers is not None and workers < 1:
@@ -242,34 +242,34 @@ def write_build(
     found = sources(data)
     _check_splits(found)
     wanted = _Wanted(made, layout, selection, tolerance, _named(data), found if limit else in_parts(found))
-    crew = Crew(workers, engine)
+    runner = Runner(workers, engine)
     if isinstance(output_dir, str) and is_url(output_dir):
-        return _build_elsewhere(wanted, elsewhere.checked(output_dir), crew, progress)
+        return _build_elsewhere(wanted, remote_builds.checked(output_dir), runner, progress)
     with atomic.workplace(Path(output_dir).resolve(), store.check_target) as place:
-        return _built_at(wanted, place, crew, progress)
+        return _built_at(wanted, place, runner, progress)
 
 
-def _built_at(wanted: _Wanted, place: atomic.Workplace, crew: Crew, progress: Progress | None) -> Report:
-    report = _built_before(wanted, place.target, crew)
+def _built_at(wanted: _Wanted, place: atomic.Workplace, runner: Runner, progress: Progress | None) -> Report:
+    report = _built_before(wanted, place.target, runner)
     if report is None:
-        report = _build(wanted, place, crew, progress)
+        report = _build(wanted, place, runner, progress)
         place.publish()
     return report
 
 
-def _build_elsewhere(wanted: _Wanted, url: str, crew: Crew, progress: Progress | None) -> Report:
+def _build_elsewhere(wanted: _Wanted, url: str, runner: Runner, progress: Progress | None) -> Report:
     """Make a build here and send it to a URL, if it is not there already."""
-    with atomic.workplace(elsewhere.staging(url), store.check_target) as place:
+    with atomic.workplace(remote_builds.staging(url), store.check_target) as place:
         there = None
         with suppress(InputRefused):
-            there = elsewhere.manifest(url)
-        if there and wanted.made(there, crew) and not elsewhere.verify(url):
+            there = remote_builds.manifest(url)
+        if there and wanted.made(there, runner) and not remote_builds.verify(url):
             disk.remove(place.target)
-            return Report.of(json.loads(elsewhere.read(url, "report.json")))
-        elsewhere.check_free(url)
-        report = _built_at(wanted, place, crew, progress)
+            return Report.of(json.loads(remote_builds.read(url, "report.json")))
+        remote_builds.check_free(url)
+        report = _built_at(wanted, place, runner, progress)
         try:
-            elsewhere.upload(place.target, url)
+            remote_builds.upload(place.target, url)
         except UsageError:
             disk.remove(place.target)
             raise
@@ -324,7 +324,7 @@ class _Wanted:
         shares = [(one.split, one.share, one.place) for one in self.sources]
         return cache.key_of([self.options, shares, asdict(self.tolerance), self.named, cache.code(), keys])
 
-    def made(self, manifest: Mapping[str, Any], crew: Crew) -> bool:
+    def made(self, manifest: Mapping[str, Any], runner: Runner) -> bool:
         """Whether a build with this manifest is this one."""
         options = {name: value for name, value in manifest["options"].items() if name != "sources"}
         tasks = self.tasks(Path())
@@ -335,33 +335,33 @@ class _Wanted:
             or not all(map(is_file, tasks))
         ):
             return False
-        local = crew.engine == "local"
-        keys = [key_of(self.recipe, task) for task in tasks] if local else crew.do(key_of, self.recipe, tasks)
+        local = runner.engine == "local"
+        keys = [key_of(self.recipe, task) for task in tasks] if local else runner.do(key_of, self.recipe, tasks)
         return bool(self.request(keys) == manifest["request"])
 
 
-def _built_before(wanted: _Wanted, target: Path, crew: Crew) -> Report | None:
+def _built_before(wanted: _Wanted, target: Path, runner: Runner) -> Report | None:
     """Return the report of the build that is there already, if it is this one, to the last bit."""
     try:
         manifest = store.read_manifest(target)
     except InputRefused:
         return None
-    if not wanted.made(manifest, crew) or store.verify(target):
+    if not wanted.made(manifest, runner) or store.verify(target):
         return None
     return Report.of(json.loads((target / "report.json").read_bytes()))
 
 
-def _build(wanted: _Wanted, place: atomic.Workplace, crew: Crew, progress: Progress | None) -> Report:
+def _build(wanted: _Wanted, place: atomic.Workplace, runner: Runner, progress: Progress | None) -> Report:
     began, folder = time.monotonic(), place.new
     recipe, layout = wanted.recipe, wanted.layout
     tasks = wanted.tasks(place.shards)
     try:
-        results = crew.build(recipe, tasks, progress)
-    except EngineDiffers as differs:
+        results = runner.build(recipe, tasks, progress)
+    except EncodersDiffer as differs:
         # What one text shows may be so for others: all is done again.
         check_rereadable(tasks, str(differs))
         cache.clear()
-        results = crew.build(recipe, [replace(task, trusted=False) for task in tasks], progress)
+        results = runner.build(recipe, [replace(task, trusted=False) for task in tasks], progress)
     joined = Joined(results)
     wanted.tolerance.judge(joined.ledgers, joined.rejects)
     laid = lay_out(_facts(joined, layout), layout)
@@ -371,7 +371,7 @@ def _build(wanted: _Wanted, place: atomic.Workplace, crew: Crew, progress: Progr
     disk.mkdir(folder)
     written, splits = list[store.Written](), dict[str, dict[str, Any]]()
     for name, members in laid.splits.items():
-        splits[name], files = _write_split(folder, name, joined, members, layout, crew)
+        splits[name], files = _write_split(folder, name, joined, members, layout, runner)
         written += files
     options = {**wanted.options, "sources": [{"split": one.split, **one.share._asdict()} for one in joined.sources]}
     fingerprint = _fingerprint(options, joined)
@@ -383,12 +383,12 @@ def _build(wanted: _Wanted, place: atomic.Workplace, crew: Crew, progress: Progr
         fingerprint,
         {**options, **asdict(wanted.tolerance), "data": wanted.named},
         round(time.monotonic() - began, 3),
-        ", ".join(dict.fromkeys(result.engine for result in results)),
+        ", ".join(dict.fromkeys(result.encoder for result in results)),
     )
     store.write_rejects(folder / "rejects.jsonl", joined.rejects())
     disk.write_json(folder / "dataset_dict.json", {"splits": list(splits)})
     # How long it took, and who did it, is no part of what was built: equal builds are equal files.
-    disk.write_json(folder / "report.json", {**report.as_dict(), "seconds": None, "engine": None})
+    disk.write_json(folder / "report.json", {**report.as_dict(), "seconds": None, "encoder": None})
     names = {name: [f"{name}/{one.path.name}" for one in written if one.path.parent.name == name] for name in splits}
     disk.write(folder / "README.md", card(report, recipe, names).encode())
     about = {"ftdata": __version__, "fingerprint": fingerprint, "options": options}
@@ -421,9 +421,9 @@ def _facts(joined: Joined, layout: Layout) -> Facts:
         content = contents = examples.contents
         asked = np.ascontiguousarray(contents.view("S8").reshape(-1, 3)[:, :2]).view("S16").ravel()
     if near is not None:
-        said = np.concatenate([minhashes(folder, similar.SIZE) for folder in examples.folders])
-        content = similar.united(similar.first_alike(said, near), contents)
-        asked = similar.united(similar.groups(said, near), asked)
+        said = np.concatenate([minhashes(folder, near_duplicates.SIZE) for folder in examples.folders])
+        content = near_duplicates.united(near_duplicates.first_alike(said, near), contents)
+        asked = near_duplicates.united(near_duplicates.groups(said, near), asked)
     return Facts(
         source=examples.shard,
         row=examples.column("row"),
@@ -437,7 +437,7 @@ def _facts(joined: Joined, layout: Layout) -> Facts:
 
 
 def _write_split(
-    folder: Path, name: str, joined: Joined, members: NDArray[np.int64], layout: Layout, crew: Crew
+    folder: Path, name: str, joined: Joined, members: NDArray[np.int64], layout: Layout, runner: Runner
 ) -> tuple[dict[str, Any], list[store.Written]]:
     examples = joined.examples
     lengths = examples.lengths[members]
@@ -447,7 +447,7 @@ def _write_split(
     else:
         plan, fill = unpacked(len(members)), None
     disk.mkdir(folder / name)
-    written = crew.do(store.write_packs, None, list(store.pack_files(folder, name, examples, members, plan)))
+    written = runner.do(store.write_packs, None, list(store.pack_files(folder, name, examples, members, plan)))
     store.write_split(folder, name, examples, members, plan, [one.path for one in written])
     trained = examples.column("trained")[members]
     source = np.asarray(joined.of)[examples.shard[members]]

@@ -33,7 +33,7 @@ _MOST_OF_DISK = 10
 """The cache is kept below the disk's size divided by this."""
 
 _MOST_UNUSED = 3
-"""Texts are forgotten where they take so many times the room of those that were used."""
+"""A source's texts are forgotten when they take so many times the room of those that were last used."""
 
 
 @cache
@@ -146,7 +146,7 @@ class Texts:
 
     def encode(self, texts: Sequence[str], encode: Callable[[Sequence[str]], Encodings]) -> Encodings:
         """Return the tokens of each text: as they were made before, else by `encode`."""
-        # Nobody can make two texts of one digest, and so have one trained with the tokens of the other.
+        # BLAKE2b, not XXH3: with a collision, data could have one text trained with the tokens of another.
         digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
         hashes = np.frombuffer(b"".join(digests), "S16")
         found: list[Encoded | None] = [None] * len(texts)

@@ -1,7 +1,7 @@
 """Every error that ftdata raises on purpose.
 
     FtdataError                     .code  .where  .hint  .exit_code
-    ├── UsageError (ValueError)         a request that cannot be meant           exit 2
+    ├── UsageError (ValueError)         an invalid request                       exit 2
     ├── MissingDependency (ImportError) an optional package is not installed     exit 2
     ├── InputRefused (ValueError)       the input cannot be read or understood   exit 3
     │   ├── BadRow                      one row
@@ -76,7 +76,7 @@ def _rebuild(
 
 
 class UsageError(FtdataError, ValueError):
-    """A request that cannot be meant: an unknown option value, a file that is not there."""
+    """An invalid request: an unknown option value, options that contradict each other, a file that is not there."""
 
     exit_code = 2
 

@@ -441,7 +441,7 @@ def encode(
         arrays are numpy's, int32 and bool `[tokens]`.
 
     Raises:
-        UsageError: an option cannot be meant.
+        UsageError: an option is invalid.
         BadRow: the conversation is refused; `.code` says why.
         TemplateRefused: the template or tokenizer cannot be used at all.
         HubError: the tokenizer cannot be had.

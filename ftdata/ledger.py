@@ -163,7 +163,7 @@ class Report:
         rejects: the first rejected rows, in words.
         fingerprint: hash of everything that decides the result.
         seconds: how long the build took.
-        engine: what made the tokens; which does not change them. Empty where the build was there already.
+        encoder: name and version of what made the tokens, which never changes them; empty where the build was there.
     """
 
     sources: tuple[Ledger, ...]
@@ -173,7 +173,7 @@ class Report:
     fingerprint: str
     options: dict[str, Any]
     seconds: float
-    engine: str = ""
+    encoder: str = ""
 
     def total(self, name: str) -> int:
         """Return a count over all sources: `"read"`, `"built"`, `"rejected"`, `"tokens_kept"`, ..."""
@@ -191,7 +191,7 @@ class Report:
         own = {each.name: known[each.name] for each in fields(cls)}
         own["sources"] = tuple(Ledger.of(one) for one in known["sources"])
         tuples = {name: tuple(own[name]) for name in ("notes", "rejects")}
-        return cls(**{**own, **tuples, "seconds": 0.0, "engine": ""})
+        return cls(**{**own, **tuples, "seconds": 0.0, "encoder": ""})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON."""
@@ -239,7 +239,7 @@ def notes_of(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
 
 
 def readings(ledgers: Sequence[Ledger]) -> Iterator[str]:
-    """Yield how rows were read where it is not as they say."""
+    """Yield notes on how rows were interpreted: roles under other names, columns that were not read."""
     noted = sum((ledger.noted for ledger in ledgers), Counter[str]())
     for kind, says in (
         ("column", "columns that are not read"),

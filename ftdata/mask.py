@@ -92,7 +92,7 @@ def policy_of(train_on: str | Policy, train_parts: Sequence[str] | None = None) 
 
 
 def is_own(train_on: str | Policy) -> bool:
-    """Whether a policy is one of ours, which tell spans by their kinds, and by who says what and is to be trained."""
+    """Whether a policy is built in: their answer depends on kinds of spans, roles and `train` alone."""
     return is_ours(_asked(train_on))
 
 

@@ -18,7 +18,7 @@ from ftdata.errors import BadRow, TemplateRefused, UsageError, one_of
 from ftdata.mask import Policy, policy_of
 from ftdata.schemas import check_columns, schemas
 from ftdata.templates import DEFAULT_DATE, DROPPED, TURNS, UNCLOSED, Template, check, find, scaffold, start, templates
-from ftdata.templates.apart import trusted, verify
+from ftdata.templates.isolated import trusted, verify
 from ftdata.templates.verify import TemplateReport
 from ftdata.tokenize import CONTROL_POLICIES, ControlTokens, Tokenizer, control_tokens, load_tokenizer
 from ftdata.truncate import POLICIES as OVERLONG

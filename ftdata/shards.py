@@ -1,6 +1,6 @@
 """Shards: one source, or a part of it, becomes a folder of examples, and an account of all that was in it.
 
-What a shard becomes hangs on its task and the recipe alone, so one that was built before is taken from the cache.
+What a shard becomes depends on its task and the recipe alone, so one that was built before is taken from the cache.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ftdata import atomic, cache, disk, similar
+from ftdata import atomic, cache, disk, near_duplicates
 from ftdata.batches import ends_of
 from ftdata.errors import InputRefused
 from ftdata.examples import Batch, build_batches
-from ftdata.kept import Kept, write_shard
 from ftdata.ledger import Ledger
 from ftdata.mask import masks
 from ftdata.readers import FileSource, MemorySource, readers
@@ -32,6 +31,7 @@ from ftdata.readers.streams import in_store
 from ftdata.recipe import Recipe
 from ftdata.registry import is_ours
 from ftdata.schemas import schemas
+from ftdata.shard_files import Kept, write_shard
 from ftdata.types import Reject, Row
 
 Progress = Callable[[int, int, float | None], None]
@@ -45,7 +45,7 @@ _PARSERS = ("jinja2", "orjson", "pyarrow", "tokenizers")
 class Task:
     """One shard: a source, and the folder where those of shards are. Planned from the data alone.
 
-    `trusted`: whether the fast engine may encode it.
+    `trusted`: whether the fast encoder may encode it.
     """
 
     source: FileSource | MemorySource
@@ -70,7 +70,7 @@ class ShardResult:
         folder: where its examples are.
         ledger: what became of the rows.
         lines: in how many they stood, where that is known.
-        engine: what made the tokens.
+        encoder: what made the tokens.
         key: the hash of all that decides it, where that can be said.
     """
 
@@ -78,7 +78,7 @@ class ShardResult:
     folder: Path
     ledger: Ledger
     lines: int | None
-    engine: str
+    encoder: str
     key: str | None = None
 
 
@@ -86,7 +86,7 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
     """Build one shard: read its source, write its examples, count everything; or take it as it was built before.
 
     Raises:
-        EngineDiffers: the fast engine gave other tokens than the reference; all is to be done again without.
+        EncodersDiffer: the fast encoder gave other tokens than the reference; all is to be done again without.
         InputRefused: a source cannot be read, or has changed while it was.
     """
     key = key_of(recipe, task)
@@ -100,11 +100,11 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
     disk.remove(folder)
     with atomic.new_folder(folder) as scratch:
         with cache.texts(_texts_key(recipe, task)) if key and disk.cache_root() else nullcontext() as texts:
-            recipe.tokenizer.engines.known = texts
+            recipe.tokenizer.encoders.known = texts
             try:
                 result = replace(_built(recipe, task, scratch, progress), folder=folder, key=key)
             finally:
-                recipe.tokenizer.engines.known = None
+                recipe.tokenizer.encoders.known = None
         if key != key_of(recipe, task):
             path = task.source.path
             raise InputRefused("file_changed", "has changed while it was read", where=path, hint="read it again")
@@ -171,13 +171,13 @@ def _written(result: ShardResult) -> dict[str, Any]:
     return {
         "ledger": result.ledger.as_dict(),
         "lines": result.lines,
-        "engine": result.engine,
+        "encoder": result.encoder,
     }
 
 
 def _read(known: dict[str, Any], task: Task, folder: Path, key: str | None) -> ShardResult:
     ledger = Ledger.of(known["ledger"])
-    return ShardResult(task, folder, ledger, known["lines"], known["engine"], key)
+    return ShardResult(task, folder, ledger, known["lines"], known["encoder"], key)
 
 
 class _Counted:
@@ -197,16 +197,18 @@ class _Counted:
 
 def _built(recipe: Recipe, task: Task, folder: Path, progress: Progress | None) -> ShardResult:
     ledger = Ledger(task.source.path)
-    engines = recipe.tokenizer.engines
-    engines.trusted, engines.retried = engines.trusted and task.trusted, True
-    engines.expect(0 if engines.known is not None and engines.known.filled else task.source.size)
+    encoders = recipe.tokenizer.encoders
+    encoders.trusted, encoders.retried = encoders.trusted and task.trusted, True
+    encoders.expect(0 if encoders.known is not None and encoders.known.filled else task.source.size)
     selection, rows = Selection(task.where, task.limit), _Counted(task.source.rows())
 
     def batches() -> Iterator[Kept]:
         for batch in build_batches(recipe, selection.of(iter(rows))):
             ledger.add(batch)
             hashes = _hashes(batch)
-            near = np.repeat(similar.signatures(batch.conversations), batch.counts, axis=0) if task.near else None
+            near = (
+                np.repeat(near_duplicates.signatures(batch.conversations), batch.counts, axis=0) if task.near else None
+            )
             yield Kept(batch.columns, hashes, batch.rejects, near)
             if progress:
                 progress(ledger.read, ledger.tokens_kept, task.source.share_before(batch.last))
@@ -214,7 +216,7 @@ def _built(recipe: Recipe, task: Task, folder: Path, progress: Progress | None) 
     with _rarely_collecting():
         write_shard(folder, batches())
     ledger.pass_over(selection.passed)
-    return ShardResult(task, folder, ledger, rows.lines, engines.name)
+    return ShardResult(task, folder, ledger, rows.lines, encoders.name)
 
 
 @contextmanager

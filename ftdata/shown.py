@@ -15,13 +15,13 @@ from itertools import chain, islice
 from typing import Any, TypeVar
 
 from ftdata.errors import BadRow, TemplateRefused
+from ftdata.fast_path import usual
 from ftdata.mask import Policy, is_own
 from ftdata.recipe import Recipe
 from ftdata.schemas import normalise
 from ftdata.templates import begun, closed, contradicted, render
 from ftdata.templates.spans import thinking_tags
 from ftdata.types import Conversation, Reject, Rendered, Row, Shown, Spans
-from ftdata.usual import usual
 
 BATCH, LETTERS = 1024, 1 << 20
 """Rows that are tokenised together, or fewer, where their texts are as long."""
@@ -30,8 +30,8 @@ LONGEST = 8 << 20
 """Characters of a row that are tokenised: each takes some hundred bytes meanwhile, and no model reads as many."""
 
 FEW, TOGETHER = 64, 1 << 20
-"""Rows that are read, then normalised, then rendered, or fewer, where those before are so long: what a processor does
-many times over, it does a third faster than in turns with other things."""
+"""Rows, or characters, that go through a stage together: one stage over many rows is a third faster than to change
+stages with every row (caches of the processor)."""
 
 PROVED, PROVED_EVERY, PROVED_MESSAGES = 32, 100, 4
 """Rows of each source that are confirmed by a second way: the first, every so many-th; by how many messages of each."""
@@ -61,7 +61,7 @@ def _too_long(row: Row | Reject, letters: int) -> Reject:
 
 def _in_turns(recipe: Recipe, rows: Iterator[Row | Reject]) -> Iterator[list[tuple[Row | Reject, Shown | Reject]]]:
     """Yield a few rows at a time, and what they were rendered to; while they are, the next few are read."""
-    # A user's own is asked later: its faults are none of the row's, and of refused texts it is told nothing.
+    # A user's own policy is asked later: what it raises must not reject the row, and it sees no refused texts.
     policy, at_once = recipe.policy if is_own(recipe.train_on) else None, usual(recipe)
     few, ahead = 1, list[_Few]()
     while some := _next(rows, few):
@@ -122,7 +122,7 @@ def _is_proved(row: Row) -> bool:
 
 
 def _begun(recipe: Recipe, said: Conversation | Shown | Reject) -> Callable[[], tuple[Rendered, ...]] | None:
-    """Begin to render a conversation, if that is all that its rendering hangs on."""
+    """Begin to render a conversation, if that is all that its rendering depends on."""
     if not isinstance(said, Conversation) or said.tokens is not None or said.kwargs:
         return None
     return begun(said, recipe.template, recipe.turns, recipe.dropped)

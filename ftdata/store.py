@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from ftdata import disk
 from ftdata.arrays import int32, int64
 from ftdata.errors import InputRefused, UsageError
-from ftdata.kept import Examples, Mapped
 from ftdata.pack import Plan
+from ftdata.shard_files import Examples, Mapped
 from ftdata.types import IGNORE_INDEX, Reject
 
 FORMAT, _SEAL = 3, "xxh3_128"
@@ -47,7 +47,7 @@ _PACKS = pa.schema(
 
 @dataclass(frozen=True)
 class PackFile:
-    """One file of packs, to be written out of shards; what is written hangs on this alone.
+    """One file of packs, to be written out of shards; what is written depends on this alone.
 
     Attributes:
         path: the file.

@@ -6,12 +6,7 @@
         refused = try_template("my-model", "my.jinja", max_examples=1000)
         assert not refused, refused
 
-or law by law:
-
-    @given(conversations())
-    def test_my_template(messages):
-        for example in encode(messages, tokenizer="my-model", template="my.jinja"):
-            check_laws(example, messages)
+or law by law, with `@given(conversations())` and `check_laws(example, messages)` for each of `encode(messages, ...)`.
 
 The laws:
 
@@ -185,8 +180,7 @@ def try_template(
         TemplateRefused: the template, or the tokenizer, cannot be used at all.
         HubError: the tokenizer cannot be had.
 
-    >>> try_template(byte_tokenizer(), "chatml", max_examples=5)
-    {}
+    >>> refused = try_template(byte_tokenizer(), "chatml", max_examples=5)
     """
     for name in options:
         one_of("option", name, _RENDERING)

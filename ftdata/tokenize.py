@@ -24,7 +24,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ftdata.batches import Encoded, Encodings, Renderings
-from ftdata.engines import Engines, Reference, in_words
+from ftdata.encoders import Encoders, Reference, in_words
 from ftdata.errors import BadRow, HubError, TemplateRefused, UsageError, nearest
 from ftdata.types import Part, Rendered
 
@@ -34,7 +34,7 @@ _PLACEHOLDERS = (0xF0000, 0xF8000, 0x100000, 0x108000)
 """Private-use characters from one of these on stand for control tokens while typed ones are being escaped."""
 
 
-_LOADED = frozenset({"_backend", "engines", "added_tokens", "size"})
+_LOADED = frozenset({"_backend", "encoders", "added_tokens", "size"})
 """What a tokenizer holds ready that does not depend on its chat template or special tokens."""
 
 
@@ -69,9 +69,9 @@ class Tokenizer:
         return self._backend[0]
 
     @cached_property
-    def engines(self) -> Engines:
+    def encoders(self) -> Encoders:
         """What encodes texts."""
-        return Engines(self.json, Reference(self._plain))
+        return Encoders(self.json, Reference(self._plain))
 
     def __getstate__(self) -> dict[str, Any]:
         # What is held ready is made anew in other processes.
@@ -127,7 +127,7 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> Encodings:
         """Encode texts as they stand; no special token is added."""
-        return self.engines.encode(texts)
+        return self.encoders.encode(texts)
 
 
 _LARGEST_ID = 1 << 26

@@ -19,7 +19,12 @@ SHARED = Path(os.environ.get("FTDATA_SHARED", Path(__file__).parents[2] / "share
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+HEAVY = ("test_crashes", "test_pages", "test_resume", "test_examples", "test_judged", "test_ray", "test_package")
+"""Files that take longest: first, so that no worker is left with one of them at the end."""
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: HEAVY.index(item.path.stem) if item.path.stem in HEAVY else len(HEAVY))
     for item in items:
         # Where tests must tell all, a browser that is not there is a fault.
         if item.get_closest_marker("browser") and CHROMIUM is None and not os.environ.get("CI"):

@@ -67,7 +67,7 @@ def build(asked):
     try:
         report = write_build(asked["data"], asked["tokenizer"], asked["output_dir"], **asked["options"])
         if asked.get("together"):
-            os.write(2, b"built;" if report.engine else b"there;")
+            os.write(2, b"built;" if report.encoder else b"there;")
     except FtdataError as error:
         sys.stderr.write(str(error))
         sys.stderr.flush()

@@ -53,7 +53,7 @@ def normalise(data):
 
 def render(data):
     """A template, between the first line break and which it is a conversation as JSON."""
-    from ftdata.templates.apart import render
+    from ftdata.templates.isolated import render
     from ftdata.templates.template import Template
     from ftdata.types import Conversation
 

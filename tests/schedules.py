@@ -92,7 +92,7 @@ def named(error, name):
 
 def written(name, scratch, store):
     """Send a build to the store: there is a manifest afterwards only if there is all that it names."""
-    from ftdata import elsewhere
+    from ftdata import remote_builds
     from ftdata import store as builds
     from ftdata.errors import HubError
 
@@ -103,16 +103,16 @@ def written(name, scratch, store):
     builds.write_manifest(folder, {"fingerprint": name}, [])
     said = "sent"
     try:
-        elsewhere.upload(folder, f"s3://data/{name}/out")
+        remote_builds.upload(folder, f"s3://data/{name}/out")
     except HubError as error:
         if not named(error, name):
             return f"BAD words: {error}"
         said = "exit 6"
     store.faults.clear()
-    there = elsewhere.manifest(f"s3://data/{name}/out")
+    there = remote_builds.manifest(f"s3://data/{name}/out")
     if there is None:
         return f"{said}, no build" if said == "exit 6" else "BAD lost"
-    return said if elsewhere.verify(f"s3://data/{name}/out") == [] else "BAD half"
+    return said if remote_builds.verify(f"s3://data/{name}/out") == [] else "BAD half"
 
 
 if __name__ == "__main__":

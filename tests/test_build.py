@@ -255,9 +255,9 @@ def test_the_same_bytes_for_any_number_of_workers(tiny, tmp_path):
     flagged = {"messages": [typed, {"role": "assistant", "content": "a"}, more], "one": 1, "two": 2, "three": 3}
     files = [write_rows(tmp_path / f"{n}.jsonl", [*ROWS[n * 10 : n * 10 + 10], flagged]) for n in range(4)]
     script = (
-        "import sys, json\nfrom ftdata import crew, build_sft_dataset\n"
+        "import sys, json\nfrom ftdata import runner, build_sft_dataset\n"
         "if __name__ == '__main__':\n"
-        "    crew.BYTES_PER_WORKER = 1\n"
+        "    runner.BYTES_PER_WORKER = 1\n"
         "    build_sft_dataset(json.loads(sys.argv[1]), sys.argv[2], packing='bfd', max_length=128, test_size=0.2,\n"
         "                      output_dir=sys.argv[3], workers=int(sys.argv[4]))\n"
     )
@@ -341,7 +341,7 @@ def test_progress_is_told(tiny):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_progress_counts_all_files(tiny, tmp_path, monkeypatch, workers):
     monkeypatch.setattr(shown, "BATCH", 3)
-    monkeypatch.setattr("ftdata.crew.BYTES_PER_WORKER", 1)
+    monkeypatch.setattr("ftdata.runner.BYTES_PER_WORKER", 1)
     paths = [tmp_path / f"{name}.jsonl" for name in "ab"]
     for path in paths:
         path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -9,7 +9,7 @@ import pytest
 
 from ftdata import cache, shards
 from ftdata.build import write_build
-from ftdata.engines import Engines, Reference
+from ftdata.encoders import Engines, Reference
 
 
 def rows(name, count=40):

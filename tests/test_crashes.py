@@ -130,8 +130,14 @@ def test_all_that_is_asked_of_the_disk_can_fail(builder):
             assert way not in text, (path, way)
 
 
-@pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("fault", "old"),
+    [
+        pytest.param(fault, old, marks=() if old or fault == "kill" else pytest.mark.long)
+        for fault in FAULTS
+        for old in (True, False)
+    ],
+)
 def test_every_operation_may_fail(builder, fault, old):
     """G8, G9: at each write, sync and rename."""
     before = "old" if old else None
@@ -155,11 +161,12 @@ def test_every_operation_may_fail(builder, fault, old):
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_it_may_be_killed_at_any_time(builder, old):
-    """G8: SIGKILL at 200 moments by chance and more, often several times before a build comes to its end."""
+@pytest.mark.parametrize("builds", [25, pytest.param(100, marks=pytest.mark.long)])
+def test_it_may_be_killed_at_any_time(builder, old, builds):
+    """G8: SIGKILL at moments by chance, often several times before a build comes to its end."""
     dice, before = random.Random(old), "old" if old else None
     seen = set()
-    for _ in range(100):
+    for _ in range(builds):
         builder.begin(old)
         for _ in range(dice.randint(1, 3)):
             done = builder.build(seconds=dice.uniform(0, 0.15))
@@ -172,9 +179,10 @@ def test_it_may_be_killed_at_any_time(builder, old):
 
 
 @pytest.mark.parametrize("many", [2, 4, 8])
-def test_builds_at_once_are_one_build(builder, many):
+@pytest.mark.parametrize("rounds", [6, pytest.param(20, marks=pytest.mark.long)])
+def test_builds_at_once_are_one_build(builder, many, rounds):
     """G12: of many processes one builds, and the others wait, and find it done."""
-    for number in range(20):
+    for number in range(rounds):
         builder.begin(old=number % 2)
         done = builder.build(together=many)
         assert done["codes"] == [0] * many, done

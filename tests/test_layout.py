@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftdata import build_sft_dataset, similar
+from ftdata import build_sft_dataset, near_duplicates
 from ftdata.errors import InputRefused, MissingDependency, TooManyRejects, UsageError
 from ftdata.layout import Facts, Layout, lay_out, mixed
 from ftdata.types import WHOLE, Conversation, Share
@@ -322,8 +322,8 @@ def test_rows_that_say_almost_the_same_are_left_out_or_stay_together(tokenizer_d
 @given(st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=8), min_size=1, max_size=12))
 def test_groups_are_those_of_all_pairs(rows):
     """The bands find, for rows that are much alike or not at all, what comparing each with each would."""
-    minhashes = np.repeat(np.array([one[0] for one in rows], np.uint32)[:, None], similar.PERMUTATIONS, axis=1)
-    labels = similar.groups(minhashes, 0.8)
+    minhashes = np.repeat(np.array([one[0] for one in rows], np.uint32)[:, None], near_duplicates.PERMUTATIONS, axis=1)
+    labels = near_duplicates.groups(minhashes, 0.8)
     assert [[a == b for b in labels] for a in labels] == [[one[0] == two[0] for two in rows] for one in rows]
 
 
@@ -378,21 +378,21 @@ def talk(question, answer="a", system=None, **more):
     ],
 )  # fmt: skip
 def test_rows_that_differ_in_what_matters_are_not_near(one, other):
-    minhashes = similar.signatures([one, other, one])
-    assert similar.first_alike(minhashes, 0.9).tolist() == [0, 1, 0]
+    minhashes = near_duplicates.signatures([one, other, one])
+    assert near_duplicates.first_alike(minhashes, 0.9).tolist() == [0, 1, 0]
 
 
 def test_what_is_left_out_stands_for_nobody():
     words = [f"w{n}" for n in range(2400)]
     windows = [talk(" ".join(words[20 * n : 20 * n + 400])) for n in range(100)]
-    minhashes = similar.signatures(windows)
-    assert len(set(similar.groups(minhashes, 0.8).tolist())) == 1
-    stay = sorted(set(similar.first_alike(minhashes, 0.8).tolist()))
+    minhashes = near_duplicates.signatures(windows)
+    assert len(set(near_duplicates.groups(minhashes, 0.8).tolist())) == 1
+    stay = sorted(set(near_duplicates.first_alike(minhashes, 0.8).tolist()))
     assert 30 < len(stay) < 70
     assert all((minhashes[a, :128] == minhashes[b, :128]).mean() < 0.8 for a, b in itertools.pairwise(stay))
 
 
 def test_labels_are_united_where_rows_are_equal():
     labels, equal = np.array([0, 1, 1, 3, 4]), np.array(["a", "b", "c", "c", "d"])
-    united = similar.united(labels, equal)
+    united = near_duplicates.united(labels, equal)
     assert [[x == y for y in united] for x in united] == [[x == y for y in (0, 1, 1, 1, 4)] for x in (0, 1, 1, 1, 4)]

@@ -161,7 +161,7 @@ def test_who_waits_may_be_killed_and_goes_on(cluster, data, here, tmp_path, toke
     assert files(target) == here
 
 
-def test_engines_that_there_are_not(monkeypatch):
+def test_encoders_that_there_are_not(monkeypatch):
     for engine in ("loca", "local:1", "", None, "spark"):
         with pytest.raises(UsageError, match="unknown_engine"):
             check_engine(engine)

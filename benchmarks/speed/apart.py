@@ -1,6 +1,6 @@
 """What it costs that templates run in a process of their own: builds with it, and with templates in the same process.
 
-    python benchmarks/speed/apart.py --tokenizer FOLDER --data chats.jsonl [--rounds 3] TEMPLATE.jinja ...
+    python benchmarks/speed/isolated.py --tokenizer FOLDER --data chats.jsonl [--rounds 3] TEMPLATE.jinja ...
 
 CPU seconds of all processes together, for the rows alone (a build of a few of them is taken off), the least of the
 rounds, in turns.
@@ -59,9 +59,9 @@ def cpu(which: str, tokenizer: str, data: str, template: str) -> float:
 
 def built(data: str, tokenizer: str, template: str, which: str) -> None:
     from ftdata.build import write_build
-    from ftdata.templates import apart
+    from ftdata.templates import isolated
 
-    apart.HERE = which == "here"
+    isolated.HERE = which == "here"
     with tempfile.TemporaryDirectory() as scratch:
         write_build(
             data, tokenizer, Path(scratch) / "out", template=template, on_bad_rows="quarantine", max_rejects="100%"

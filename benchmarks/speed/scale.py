@@ -48,8 +48,8 @@ def measured(what: str) -> Iterator[list[str]]:
 
 def planned(count: int) -> None:
     from ftdata import disk
-    from ftdata.joined import Joined
     from ftdata.ledger import Ledger
+    from ftdata.merged import Joined
     from ftdata.readers.parts import PART, in_parts
     from ftdata.readers.sources import FileSource
     from ftdata.shards import ShardResult, Task

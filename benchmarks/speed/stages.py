@@ -62,7 +62,7 @@ OTHERS = ("normalise", "check", "finish")
 
 def measured(data: Path, tokenizer: str, template: str) -> dict[str, float]:
     recipe = make_recipe(tokenizer, template)
-    recipe.tokenizer.engines.expect(1 << 30)
+    recipe.tokenizer.encoders.expect(1 << 30)
     times: dict[str, float] = {}
     count = sum(1 for _ in data.open("rb"))
 
@@ -91,7 +91,7 @@ def measured(data: Path, tokenizer: str, template: str) -> dict[str, float]:
     )
     stream = chain.from_iterable(texts)
     groups = list(iter(lambda: list(islice(stream, 256)), []))
-    engine = recipe.tokenizer.engines
+    engine = recipe.tokenizer.encoders
     engine.encode(["x"])
     alone = engine._fast.native.encode_batch_flat if engine._fast else engine.reference.encode
     timed("the engine alone", lambda: [alone([one.text for one in group]) for group in groups])

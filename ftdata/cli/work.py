@@ -117,7 +117,9 @@ def build(
     print_value(report, as_json=as_json)
     if not as_json:
         how = (
-            f"in {report.seconds:.1f} s (tokens by {report.engine})" if report.engine else "before: nothing has changed"
+            f"in {report.seconds:.1f} s (tokens by {report.encoder})"
+            if report.encoder
+            else "before: nothing has changed"
         )
         print(f"built    {output_dir} {how}")
 
@@ -164,7 +166,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Find every bit of a build that is not as it was written; exit code 1 if there is any."""
-    from ftdata.elsewhere import verify as broken
+    from ftdata.remote_builds import verify as broken
 
     damaged = broken(folder)
     print(

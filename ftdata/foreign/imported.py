@@ -56,9 +56,10 @@ def import_config(path: str | Path, datasets: Sequence[str] = (), *, model: str 
         UsageError: `config_file`, if the file cannot be read; `cannot_import`, if it says what ours cannot, or names
             data of several kinds; it names the keys.
 
-    >>> import tempfile, pathlib
-    >>> file = pathlib.Path(tempfile.mkdtemp()) / "dataset_info.json"
-    >>> _ = file.write_text('{"faq": {"hf_hub_url": "me/faq", "columns": {"prompt": "q", "response": "a"}}}')
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "dataset_info.json"
+    >>> with file.open("x") as info:
+    ...     _ = info.write('{"faq": {"hf_hub_url": "me/faq", "columns": {"prompt": "q", "response": "a"}}}')
     >>> print(import_config(file, model="gpt2"))
     # From a configuration of LLaMA-Factory.
     data:

@@ -16,19 +16,19 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from ftdata import similar
+from ftdata import near_duplicates
 from ftdata._version import __version__
 from ftdata.errors import InputRefused, UsageError, one_of, printable
 from ftdata.examples import Batch
 from ftdata.layout import check_near
 from ftdata.look import detect
 from ftdata.look.checks import SEVERITIES, Check, Data, Row, Setting, checks
-from ftdata.look.side import Side, side_of
+from ftdata.look.subject import Side, side_of
 from ftdata.look.survey import Numbers, Progress, Survey, groups_of, survey
 from ftdata.look.views import line
 from ftdata.readers.streams import STDIN
 from ftdata.recipe import Recipe
-from ftdata.templates.apart import verify
+from ftdata.templates.isolated import verify
 from ftdata.types import Conversation, Example, Part, Reject, Source
 
 SHOWN = 10
@@ -244,7 +244,7 @@ def audit(
         The findings, the worst first; as JSON, SARIF or annotations, too.
 
     Raises:
-        UsageError: an option cannot be meant.
+        UsageError: an option is invalid.
         InputRefused: a source cannot be read, or is no build.
         TemplateRefused: the template, or the tokenizer, cannot be used for any row.
         MissingDependency: `near` needs `ftdata[dedup]`.
@@ -263,7 +263,7 @@ def audit(
             raise UsageError("unknown_ignore", f"ignore names {code!r}", hint=f"did you mean {close[0]!r}?")
     if near is not None:
         check_near(near)
-        similar.require()
+        near_duplicates.require()
     side = side_of(data, tokenizer, template, against=against, where=where, limit=limit, **options)
     wanted = {"": True, "pii": pii, "near": near is not None}
     skipped = {code: f"--{one.asked}" for code, one in checks.items() if not wanted[one.asked]}
@@ -310,7 +310,7 @@ class Auditor:
         for reject in batch.rejects:
             self._rejected(reject)
         if self.near is not None and len(numbers):
-            self.signatures.append(similar.signatures(batch.conversations))
+            self.signatures.append(near_duplicates.signatures(batch.conversations))
 
     def report(self, side: Side, seen: Survey) -> AuditReport:
         """Make the checks on all rows together, and report."""

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ftdata import elsewhere
+from ftdata import remote_builds
 from ftdata.batches import Columns, Encodings, Renderings
 from ftdata.errors import FtdataError, InputRefused, UsageError
 from ftdata.examples import Batch, Built, Masked, given
@@ -54,7 +54,7 @@ def build_at(data: Any) -> Path | None:
     if isinstance(data, Mapping) and (folder := build_at(data.get("path"))):
         said = ", ".join(str(name) for name in data if name != "path")
         raise UsageError("said_of_build", f"{said} is said of a build, {folder}, which is done", hint="leave it out")
-    return elsewhere.build_at(data)
+    return remote_builds.build_at(data)
 
 
 def refuse(said: Mapping[str, Any]) -> None:

@@ -23,8 +23,7 @@ from rich.text import Text
 from ftdata.config import load_config, parse_yaml
 from ftdata.errors import InputRefused, UsageError, one_of
 from ftdata.look import built
-from ftdata.look.page import Page, flat, write_page
-from ftdata.look.prints import (
+from ftdata.look.digests import (
     KINDS,
     LABELS,
     MOST_ROWS,
@@ -37,7 +36,8 @@ from ftdata.look.prints import (
     kinds_of,
     prints_of,
 )
-from ftdata.look.side import Side, side_of
+from ftdata.look.page import Page, flat, write_page
+from ftdata.look.subject import Side, side_of
 from ftdata.look.survey import Progress
 from ftdata.look.terminal import as_text, is_plain
 from ftdata.look.views import RowView, View, line, view
@@ -188,7 +188,7 @@ def diff(
         How many rows are the same, or differ in which way, and the first that do; falsy where none does.
 
     Raises:
-        UsageError: an option cannot be meant.
+        UsageError: an option is invalid.
         InputRefused: a source cannot be read, or neither side has a row that can be built.
         TemplateRefused: a template, or a tokenizer, cannot be used for any row.
         StorageError: the page cannot be written.

@@ -15,7 +15,7 @@ from ftdata.examples import Batch, Built
 from ftdata.layout import Layout
 from ftdata.look import built, pictures
 from ftdata.look.page import MOST_PACKS, Packs, Page, flat
-from ftdata.look.side import Side
+from ftdata.look.subject import Side
 from ftdata.look.survey import Ints, Numbers, Odd, Progress, Survey, key_of, survey
 from ftdata.look.views import RowView, added, view
 from ftdata.pack import packed

@@ -19,7 +19,7 @@ from ftdata.examples import build_rows
 from ftdata.look import built, terminal
 from ftdata.look.overview import FIRST, overview
 from ftdata.look.page import Page, fragment, write_page
-from ftdata.look.side import Side, side_of
+from ftdata.look.subject import Side, side_of
 from ftdata.look.survey import Odd, Progress, survey
 from ftdata.look.views import RowView, added, line, view, view_text
 from ftdata.mask import Policy

@@ -16,7 +16,7 @@ from ftdata import disk
 from ftdata.atomic import new_file
 from ftdata.errors import InputRefused
 from ftdata.look import pictures
-from ftdata.look.side import Side, side_of
+from ftdata.look.subject import Side, side_of
 from ftdata.look.survey import Ints, Numbers, Progress, Survey, survey
 from ftdata.look.views import line
 
@@ -172,7 +172,7 @@ def stats(
         options: further options of `build_sft_dataset` that decide what a row becomes.
 
     Raises:
-        UsageError: an option cannot be meant.
+        UsageError: an option is invalid.
         InputRefused: a source cannot be read, or nothing in it can be built.
         StorageError: the pictures cannot be written.
     """

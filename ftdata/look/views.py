@@ -21,7 +21,7 @@ from ftdata.recipe import Options, Recipe
 from ftdata.schemas import normalise
 from ftdata.shown import check_answers
 from ftdata.templates import Template, closed, render
-from ftdata.templates.apart import verify
+from ftdata.templates.isolated import verify
 from ftdata.types import Conversation, Example, Part, Reject, Rendered, Row, Source, Span
 
 _LOSSES = {

@@ -41,7 +41,7 @@ def split_of(path: str) -> str | None:
 def fits(path: str, pattern: str) -> bool:
     """Whether a path fits a pattern: `*` and `?` stand for what is within a name, `**` for any folders.
 
-    In time that hangs on their lengths: patterns come from cards of data sets, too.
+    In time that depends on their lengths: patterns come from cards of data sets, too.
 
     >>> [fits("a/b/c.jsonl", pattern) for pattern in ("a/**/*.jsonl", "**", "a/*.jsonl", "a/b/c.*")]
     [True, True, False, True]

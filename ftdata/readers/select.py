@@ -20,9 +20,13 @@ from ftdata.types import Reject, Row
 
 @dataclass
 class Selection:
-    """The rows of one or several sources that are wanted; `passed` counts those that were read and are not.
+    """The rows of one or several sources that are wanted. Rejects pass: whether they were wanted is not known.
 
-    `taken` those that were yielded. Rows that could not be read are wanted: whether they were is not known.
+    Attributes:
+        where: an expression of the user's own; it runs in this process, without limits.
+        limit: how many rows.
+        passed: how many were read and not wanted.
+        taken: how many were yielded.
     """
 
     where: str | None = None

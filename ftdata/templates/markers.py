@@ -152,7 +152,7 @@ def _other_turn(own: str, forced: str) -> bool:
 def _part(prompt: str, text: str, first: int) -> int:
     """Return where the two renderings part: before a tag that they only half share, and before the answer."""
     at = min(agreement(prompt, text), first)
-    # What follows the answer's beginning is not looked at: where the two part must not hang on what it says.
+    # What follows the answer's beginning is not looked at: where the two part must not depend on what it says.
     for one in (prompt, text[:first]):
         line = one[max(0, at - 64) : at + 64]
         for tag in ATOM.finditer(line):

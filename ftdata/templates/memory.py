@@ -27,10 +27,10 @@ _MOST_KEYS, _MOST_WAYS = 512, 8
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """The turns of one skeleton, and what they hang on.
+    """The turns of one skeleton, as they were found once.
 
-    That is the answers to questions, and, where a prompt goes on with text of the template's own while the
-    conversation goes on with a text of the row, that the row's text does not happen to begin with the same.
+    They are those of another row if it gives the same answers to `questions`, and none of its texts begins with what
+    stands in `unlike`, where a prompt goes on with the template's own text and the conversation with the row's.
     """
 
     questions: tuple[Question, ...]
@@ -135,7 +135,7 @@ def _shape(value: Any) -> Any:
 
 
 _BY_CHANCE: list[tuple[Anchor, str]] = [((-1, -1), "")]
-"""Two texts of the row stand where the renderings part: whether they do hangs on all of what they say."""
+"""Two texts of the row stand where the renderings part: whether they do depends on all of what they say."""
 
 
 def _apart(text: str, parts: Sequence[Piece], prefix: Tracked) -> list[tuple[Anchor, str]]:
@@ -159,7 +159,7 @@ def _apart(text: str, parts: Sequence[Piece], prefix: Tracked) -> list[tuple[Anc
 
 
 def _anchor(parts: Sequence[Piece], at: int) -> Anchor | None:
-    """Return a position by the piece it stands in; `None` inside a text of the row, where it hangs on the text."""
+    """Return a position by the piece it stands in; `None` inside a text of the row, where it depends on the text."""
     for index, piece in enumerate(parts):
         if piece.start <= at < piece.end:
             return (index, at - piece.start) if piece.part is Part.SCAFFOLD or at == piece.start else None

@@ -50,7 +50,7 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The spans of one way that a template takes, and what it hangs on (as of a `Way`).
+    """The spans of one way that a template takes, and what it depends on (as of a `Way`).
 
     `texts` holds the text of each that is the template's own, `leaves` which of them are contents, and whose, and
     `kinds` the rest of what they are.

@@ -44,8 +44,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftdata.config import NULL, Config, assigned, flat, load_config, make_config
-from ftdata.elsewhere import build_at
 from ftdata.errors import MissingDependency, UsageError
+from ftdata.remote_builds import build_at
 from ftdata.store import read_manifest
 from ftdata.tokenize import load_tokenizer
 
@@ -207,9 +207,9 @@ def conversation(
     """
     _require()
     _quiet()
-    from ftdata.train import chat, saved
+    from ftdata.train import chat, finished_run
 
-    run = saved.finished(Path(run_dir), trust_remote_code=trust_remote_code)
+    run = finished_run.finished(Path(run_dir), trust_remote_code=trust_remote_code)
     return chat.begin(run, base=base, system=system, **options)
 
 
@@ -232,9 +232,11 @@ def merge(run_dir: str | Path, output_dir: str | Path, *, trust_remote_code: boo
     """
     _require()
     _quiet()
-    from ftdata.train import saved
+    from ftdata.train import finished_run
 
-    return saved.merge(saved.finished(Path(run_dir), trust_remote_code=trust_remote_code), Path(output_dir))
+    return finished_run.merge(
+        finished_run.finished(Path(run_dir), trust_remote_code=trust_remote_code), Path(output_dir)
+    )
 
 
 def init(data: str, model: str, output_dir: str | Path = "out", **overrides: Any) -> str:
@@ -250,16 +252,16 @@ def init(data: str, model: str, output_dir: str | Path = "out", **overrides: Any
         YAML, with a comment at each value.
 
     Raises:
-        UsageError: an option cannot be meant; or the data is `-`, which a run could not read once more.
+        UsageError: an option is invalid; or the data is `-`, which a run could not read once more.
         HubError: model or data cannot be had.
         InputRefused: the data cannot be read, or nothing of it be built.
         MissingDependency: the `train` extra is not installed.
     """
     _require()
     _quiet()
-    from ftdata.train import start
+    from ftdata.train import first_config
 
-    return start.worked_out(data, model, str(output_dir), overrides)
+    return first_config.worked_out(data, model, str(output_dir), overrides)
 
 
 def _require() -> None:

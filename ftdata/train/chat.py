@@ -10,8 +10,8 @@ from ftdata.errors import InputRefused
 from ftdata.recipe import Recipe
 from ftdata.tokenize import Tokenizer
 from ftdata.train.answers import generate
+from ftdata.train.finished_run import Finished, load_base, load_tuned
 from ftdata.train.prompts import of_messages
-from ftdata.train.saved import Finished, load_base, load_tuned
 from ftdata.types import Message
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from ftdata.config import Config
 from ftdata.errors import InputRefused, UsageError
-from ftdata.train import place
+from ftdata.train import device
 from ftdata.train.model import adapter, embeddings, weights_dtype
 from ftdata.types import IGNORE_INDEX
 
@@ -182,7 +182,7 @@ def estimate(config: Config, model_config: Any, rows: Rows, arguments: Any, voca
                 raise UsageError("lora", f"{config.model} takes no such adapter: {said}") from None
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     total = sum(weight.numel() for weight in model.parameters())
-    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * place.processes()
+    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * device.processes()
     steps = steps_of(len(rows.lengths), arguments)
     if steps < 1:
         raise UsageError("no_steps", "there is nothing to train: 0 steps", hint="set num_train_epochs or max_steps")
@@ -191,7 +191,7 @@ def estimate(config: Config, model_config: Any, rows: Rows, arguments: Any, voca
     flops = flops_per_token * tokens_per_step
     # Forward, back to the activations, and, where these are trained, back to the weights: two of six each.
     shares = 2 + 2 + 2 * (trainable == total) + 2 * bool(arguments.gradient_checkpointing)
-    worked = flops * steps * shares / 6 / place.processes() / (place.speed(place.precision(config.train)) * BUSY)
+    worked = flops * steps * shares / 6 / device.processes() / (device.speed(device.precision(config.train)) * BUSY)
     state = OPTIMIZER_BYTES.get(str(getattr(arguments.optim, "value", arguments.optim)), 8)
     return Estimate(
         model=config.model,
@@ -199,8 +199,8 @@ def estimate(config: Config, model_config: Any, rows: Rows, arguments: Any, voca
         trainable=trainable,
         dtype=str(dtype).removeprefix("torch."),
         quantization=config.quantization,
-        device=place.device_name(),
-        processes=place.processes(),
+        device=device.device_name(),
+        processes=device.processes(),
         rows=len(rows.lengths),
         tokens=rows.tokens,
         trained_tokens=rows.trained,
@@ -216,7 +216,7 @@ def estimate(config: Config, model_config: Any, rows: Rows, arguments: Any, voca
         gradients=4 * trainable,
         optimizer=round(state * trainable),
         activations=round(kept * batch),
-        free=place.free_memory(),
+        free=device.free_memory(),
     )
 
 
@@ -251,7 +251,7 @@ def steps_of(rows: int, arguments: Any, epochs: float | None = None) -> int:
     """
     if epochs is None and arguments.max_steps > 0:
         return int(arguments.max_steps)
-    batches = math.ceil(rows / (arguments.per_device_train_batch_size * place.processes()))
+    batches = math.ceil(rows / (arguments.per_device_train_batch_size * device.processes()))
     each: int = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
     epochs = float(arguments.num_train_epochs) if epochs is None else epochs
     return math.ceil(epochs * each)

@@ -17,9 +17,9 @@ from ftdata.tokenize import Tokenizer
 from ftdata.train.answers import generate
 from ftdata.train.chat import stopping
 from ftdata.train.data import splits_of
+from ftdata.train.finished_run import Finished, finished, load_base, load_tuned
 from ftdata.train.prompts import documents, last_turn, of_rows
 from ftdata.train.report import Answered, Comparison, Scores
-from ftdata.train.saved import Finished, finished, load_base, load_tuned
 from ftdata.types import IGNORE_INDEX
 
 Document = tuple[list[int], list[int]]

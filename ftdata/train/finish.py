@@ -11,13 +11,13 @@ from rich.console import Console
 
 from ftdata.config import Config
 from ftdata.tokenize import load_tokenizer
-from ftdata.train import checkpoints, place
+from ftdata.train import checkpoints, device
 from ftdata.train.card import card
 from ftdata.train.data import Data
 from ftdata.train.estimate import Estimate
+from ftdata.train.finished_run import Finished, check_reloads, first_logits
 from ftdata.train.model import load_config, wants_adapter, weights_dtype
 from ftdata.train.plots import loss_picture, sparkline
-from ftdata.train.saved import Finished, check_reloads, first_logits
 from ftdata.train.trainer import Trainer
 
 _SEEN = 64
@@ -47,8 +47,8 @@ def finish(trainer: Trainer, config: Config, data: Data, run: Path, console: Con
         trainer.model.config.output_router_logits = router
     trainer.save_model(str(run / "model"))
     loss = trainer.token_loss(trainer.eval_dataset)[0] if trainer.eval_dataset is not None else None
-    if not place.is_main():
-        place.wait()
+    if not device.is_main():
+        device.wait()
         return run
     history, tokenizer = trainer.state.log_history, load_tokenizer(config.tokenizer)
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -57,7 +57,7 @@ def finish(trainer: Trainer, config: Config, data: Data, run: Path, console: Con
     (run / "model" / "training_args.bin").unlink(missing_ok=True)
     loss_picture(history, run)
     about = {
-        **checkpoints.describe(config, data.manifest["fingerprint"], place.processes()),
+        **checkpoints.describe(config, data.manifest["fingerprint"], device.processes()),
         "finished": True,
         "build": data.folder.name if data.folder.parent == run else str(data.folder.resolve()),
         "options": data.manifest["options"],
@@ -82,7 +82,7 @@ def finish(trainer: Trainer, config: Config, data: Data, run: Path, console: Con
         _read_back(trainer, Finished(run, about, config.trust_remote_code), data, config)
     checkpoints.write_whole(run / "run.json", about)
     _say_result(console, run, about, "saved" if sharded else "saved, and read back")
-    place.wait()
+    device.wait()
     return run
 
 

@@ -23,8 +23,8 @@ from trl import SFTConfig
 
 from ftdata.config import Config
 from ftdata.errors import InternalError, UsageError, one_of
+from ftdata.train.device import precision, processes
 from ftdata.train.model import wants_adapter
-from ftdata.train.place import precision, processes
 from ftdata.types import IGNORE_INDEX
 
 FIXED = {

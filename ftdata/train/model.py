@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from ftdata.config import Config, Lora
 from ftdata.errors import InputRefused, MissingDependency, UsageError, one_of
-from ftdata.train import place
-from ftdata.train.place import precision
+from ftdata.train import device
+from ftdata.train.device import precision
 
 QUANTIZATIONS = ("nf4",)
 
@@ -94,7 +94,7 @@ def load_model(
     load_config(name, trust_remote_code=trust_remote_code)
     in_bits = quantization_config(quantization, dtype)
     more: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    if torch.cuda.is_available() and not place.is_sharded():
+    if torch.cuda.is_available() and not device.is_sharded():
         # Where it is asked before it is trained, FlashAttention has to find it.
         more["device_map"] = {"": torch.cuda.current_device()}
     try:

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 
-from ftdata.train.place import computing
+from ftdata.train.device import computing
 
 LEAK = 1e-4
 """Relative change of B's logits above which a model counts as leaking."""

@@ -20,7 +20,7 @@ from ftdata.config import Config, to_yaml
 from ftdata.errors import InputRefused, UsageError
 from ftdata.templates import Template
 from ftdata.tokenize import load_tokenizer
-from ftdata.train import checkpoints, place
+from ftdata.train import checkpoints, device
 from ftdata.train.data import Data, checked
 from ftdata.train.estimate import Estimate, check_fits, estimate, rows_of
 from ftdata.train.finish import finish, teach_to_stop
@@ -57,26 +57,26 @@ def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
     quantization_config(config.quantization, torch.float32)
     check_devices(config.train)
     # One process speaks for all.
-    console = Console(stderr=True, quiet=not place.is_main())
+    console = Console(stderr=True, quiet=not device.is_main())
     run = Path(config.output_dir)
     config = _named(config)
     # Nothing says better what is wrong with a name.
     load_tokenizer(config.tokenizer)
     check_settings(config.train)
     model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
-    before = checkpoints.check(run, config, place.processes(), resume=resume)
+    before = checkpoints.check(run, config, device.processes(), resume=resume)
     for passed in before.passed if before else ():
         console.print(f"{run.name}/{passed}: passed over", style="yellow", highlight=False, markup=False)
     data = checked(build or _built(config, run, before, console), str(config.tokenizer))
     found = _estimated(config, model_config, data, isolated=True)
     console.print(str(found), highlight=False, markup=False, soft_wrap=True)
     check_fits(found)
-    place.wait()
-    if place.is_main():
-        checkpoints.begin(run, config, data.manifest["fingerprint"], place.processes(), before)
+    device.wait()
+    if device.is_main():
+        checkpoints.begin(run, config, data.manifest["fingerprint"], device.processes(), before)
         about = config if data.folder == run / "data" else structs.replace(config, data=str(data.folder))
         (run / "config.yaml").write_text(to_yaml(about), encoding="utf-8")
-    place.wait()
+    device.wait()
     trainer = _prepared(config, data, run, console)
     watch = Watch(console)
     trainer.add_callback(watch)
@@ -88,7 +88,7 @@ def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
     except torch.OutOfMemoryError:
         raise InputRefused(
             "out_of_memory",
-            f"{config.model} does not fit into the memory of {place.device_name()} with this batch",
+            f"{config.model} does not fit into the memory of {device.device_name()} with this batch",
             hint="a smaller per_device_train_batch_size with more gradient_accumulation_steps, a smaller max_length, "
             "gradient_checkpointing, or quantization: nf4",
         ) from None
@@ -120,7 +120,7 @@ def look_ahead(config: Config, build: Path | None) -> tuple[Estimate, str]:
     check_settings(config.train)
     quantization_config(config.quantization, torch.float32)
     model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
-    checkpoints.check(Path(config.output_dir), config, place.processes(), resume=False)
+    checkpoints.check(Path(config.output_dir), config, device.processes(), resume=False)
     with tempfile.TemporaryDirectory() as scratch:
         if build is None:
             build = Path(scratch) / "data"
@@ -216,7 +216,7 @@ def _absolute_data(data: Any) -> Any:
 def _built(config: Config, run: Path, before: checkpoints.Before | None, console: Console) -> Path:
     # While a run is being resumed its data stays as it is until the new build has proved to be the same.
     build = run / ("data.resumed" if before else "data")
-    with place.main_first() as is_main:
+    with device.main_first() as is_main:
         if is_main:
             report = write_build(config.data, config.tokenizer, build, **config.build_options())
             console.print(str(report), highlight=False, markup=False)
@@ -264,7 +264,7 @@ def _prepared(config: Config, data: Data, run: Path, console: Console) -> Traine
     if not stops:
         said = "no answer ends in a control token: the model is not taught to stop"
         console.print(said, style="yellow", highlight=False, markup=False)
-    if place.is_main() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    if device.is_main() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         # Where the model is spread over processes, one alone cannot ask it.
         trainer.add_callback(_samples(config, data, run, set(stops), console))
     return trainer

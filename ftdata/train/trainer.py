@@ -1,6 +1,6 @@
-"""The trainer: TRL's, with its own ways to evaluate, to put rows together and to keep checkpoints.
+"""The trainer: TRL's, with evaluation by token, an order of rows of its own, and sealed checkpoints.
 
-And nothing is written or sent beside what was asked for.
+No card is written and nothing reported that was not asked for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trl import SFTTrainer
 
 from ftdata.errors import InputRefused
 from ftdata.train import checkpoints
-from ftdata.train.place import wait
+from ftdata.train.device import wait
 from ftdata.types import IGNORE_INDEX
 
 _POOL = 50

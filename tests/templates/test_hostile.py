@@ -13,7 +13,7 @@ import pytest
 
 from ftdata import build_sft_dataset, check_template, preview
 from ftdata.errors import FtdataError
-from ftdata.templates import child
+from ftdata.templates import process
 
 MEGABYTES = 512
 # Beside other tests, everything takes longer.
@@ -170,15 +170,15 @@ def test_what_is_not_the_same_each_time_is_not_there(tokenizer_dir):
 
 
 def test_a_child_that_is_gone_is_replaced(tokenizer_dir):
-    from ftdata.templates import child
+    from ftdata.templates import process
 
     data = [
         {"messages": [*row["messages"][:-1], {**row["messages"][-1], "name": f"x{n}"}]}
         for n, row in enumerate(rows("") * 40)
     ]
     whole = build_sft_dataset(data, tokenizer_dir("tiny_bpe"), CHAT)["train"][:]
-    server = child._server(os.getpid())
-    sent = child._Server.send
+    server = process._server(os.getpid())
+    sent = process._Server.send
 
     def killing(self, asked, **how):
         if not len(asked.sent) % 7:
@@ -186,7 +186,7 @@ def test_a_child_that_is_gone_is_replaced(tokenizer_dir):
         sent(self, asked, **how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(child._Server, "send", killing)
+        patch.setattr(process._Server, "send", killing)
         try:
             assert build_sft_dataset(data, tokenizer_dir("tiny_bpe"), CHAT)["train"][:] == whole
         except FtdataError as error:
@@ -211,9 +211,9 @@ def test_a_plan_does_not_grow_what_it_is_asked_of(tokenizer_dir):
 
 def test_keys_are_not_where_templates_run(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
-    child._server(os.getpid()).stop()
-    child._server.cache_clear()
-    place = Path(f"/proc/{child._server(os.getpid()).process.pid}/environ")
+    process._server(os.getpid()).stop()
+    process._server.cache_clear()
+    place = Path(f"/proc/{process._server(os.getpid()).process.pid}/environ")
     # Until it has begun it has none.
     while not (environment := place.read_bytes()):
         time.sleep(0.01)

@@ -117,7 +117,7 @@ def test_turns_of_their_own_are_joined_too(tokenizer_dir, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["chatml", "qwen"])
-def test_usual_conversations_are_rendered_once(tokenizer_dir, name):
+def test_fast_path_conversations_are_rendered_once(tokenizer_dir, name):
     tokenizer, source = SOURCES[name]
     template = fresh(tokenizer_dir(tokenizer), source)
     runs = []

@@ -10,7 +10,7 @@ import pytest
 
 from ftdata import build_sft_dataset, check_template, encode
 from ftdata.errors import TemplateRefused
-from ftdata.templates import Template, apart, child, render
+from ftdata.templates import Template, isolated, process, render
 from ftdata.templates.chat import Chat
 from ftdata.templates.proof import contradiction
 from ftdata.types import Conversation, Part, Span
@@ -86,38 +86,38 @@ def test_hostile_templates_are_held(attack, tokenizer_dir):
     began = time.monotonic()
     with pytest.raises(TemplateRefused, match="template_limits"):
         encode(TALK, tokenizer_dir("tiny_bpe"), HOSTILE[attack] + CHATML)
-    assert time.monotonic() - began < 4 * child.EXAMINED_SECONDS
+    assert time.monotonic() - began < 4 * process.EXAMINED_SECONDS
     assert check_template("chatml").verdict == "exact"
 
 
 def test_verdicts_are_kept_by_content(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    apart._examined.cache_clear()
-    first = apart.verify(bound())
-    (kept,) = (tmp_path / "ftdata" / "verdicts").iterdir()
+    monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
+    isolated._examined.cache_clear()
+    first = isolated.verify(bound())
+    (kept,) = (tmp_path / "verdicts").iterdir()
     asked = []
-    monkeypatch.setattr(apart, "ask", lambda *given, **_: asked.append(given))
-    apart._examined.cache_clear()
-    assert apart.verify(bound()) == first
+    monkeypatch.setattr(isolated, "ask", lambda *given, **_: asked.append(given))
+    isolated._examined.cache_clear()
+    assert isolated.verify(bound()) == first
     assert not asked
     kept.write_text("not JSON")
     monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    apart._examined.cache_clear()
-    assert apart.verify(bound()) == first
+    monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
+    isolated._examined.cache_clear()
+    assert isolated.verify(bound()) == first
 
 
 def test_a_cache_that_cannot_be_written_is_no_fault(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    apart._examined.cache_clear()
-    assert apart.verify(bound()).verdict == "exact"
+    monkeypatch.setenv("FTDATA_CACHE", str(blocked))
+    isolated._examined.cache_clear()
+    assert isolated.verify(bound()).verdict == "exact"
 
 
 def test_a_template_that_is_contradicted_is_refused(tokenizer_dir, monkeypatch):
-    report = replace(apart.verify(bound()), contradictions=("plain: messages[1]: the region begins elsewhere",))
-    monkeypatch.setattr(apart, "verify", lambda template: report)
+    report = replace(isolated.verify(bound()), contradictions=("plain: messages[1]: the region begins elsewhere",))
+    monkeypatch.setattr(isolated, "verify", lambda template: report)
     with pytest.raises(TemplateRefused, match="template_unproved.*begins elsewhere"):
         encode(TALK, tokenizer_dir("tiny_bpe"), CHATML + "{# another #}")
 
@@ -151,7 +151,7 @@ def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, 
     if planned:
         monkeypatch.setattr(plans.Plan, "fill", wrongly_filled)
     else:
-        monkeypatch.setattr(apart, "HERE", True)  # where it can be made to fail
+        monkeypatch.setattr(isolated, "HERE", True)  # where it can be made to fail
         monkeypatch.setattr(plans.Plans, "filled", lambda *_: None)
         monkeypatch.setattr(chat, "_located", wrong)
     with pytest.raises(TemplateRefused, match="template_unproved") as caught:
@@ -175,34 +175,34 @@ def test_what_the_report_says(tokenizer_dir):
 
 def test_an_interrupted_question_leaves_no_answer_behind(monkeypatch, tmp_path):
     """After Ctrl-C the next template must not be given the verdict of the one before."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(child._Server, "_read", interrupted)
+    monkeypatch.setattr(process._Server, "_read", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        apart._examined.__wrapped__(bound(CHATML + "{# interrupted #}").description)
+        isolated._examined.__wrapped__(bound(CHATML + "{# interrupted #}").description)
     monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert apart.verify(bound("{{ raise_exception('never') }}{{ messages }}")).verdict == "refused"
+    monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
+    assert isolated.verify(bound("{{ raise_exception('never') }}{{ messages }}")).verdict == "refused"
 
 
 def test_a_server_that_was_killed_is_asked_again(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    child._server(os.getpid()).process.kill()
-    assert apart.verify(bound(CHATML + "{# killed #}")).verdict == "exact"
+    monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
+    process._server(os.getpid()).process.kill()
+    assert isolated.verify(bound(CHATML + "{# killed #}")).verdict == "exact"
 
 
 @pytest.mark.parametrize("kept", ["[]", "null", "5", '"x"', "{}"])
 def test_a_spoilt_verdict_is_made_again(kept, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    apart._examined.cache_clear()
-    apart.verify(bound())
-    (file,) = (tmp_path / "ftdata" / "verdicts").iterdir()
+    monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
+    isolated._examined.cache_clear()
+    isolated.verify(bound())
+    (file,) = (tmp_path / "verdicts").iterdir()
     file.write_text(kept)
-    apart._examined.cache_clear()
-    assert apart.verify(bound()).verdict == "exact"
+    isolated._examined.cache_clear()
+    assert isolated.verify(bound()).verdict == "exact"
 
 
 def test_forked_processes_end(tokenizer_dir):

@@ -100,7 +100,7 @@ def test_one_process_speaks_for_both(two):
 
 def test_the_commands_of_the_documentation_are_those_of_accelerate():
     text = (Path(__file__).parents[2] / "docs" / "train.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^    accelerate launch (.*?) -m ftdata train run.yaml$", text, re.MULTILINE)
+    commands = re.findall(r"^accelerate launch (.*?) -m ftdata train run.yaml$", text, re.MULTILINE)
     assert len(commands) == 4
     known = {option for action in launch_command_parser()._actions for option in action.option_strings}
     asked = {word for command in commands for word in command.split() if word.startswith("--")}

@@ -397,8 +397,14 @@ def test_an_interrupt_says_how_to_go_on(llama, data, tmp_path):
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run").glob("checkpoint-*/ftdata.json")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    while True:
+        # As a person does: where Python is in the middle of forgetting something, it passes over an interrupt.
+        process.send_signal(signal.SIGINT)
+        try:
+            _, said = process.communicate(timeout=15)
+            break
+        except subprocess.TimeoutExpired:
+            assert time.monotonic() < deadline + 120
     assert process.returncode == 130
     assert f"go on with: ftdata train {tmp_path / 'run'} --resume" in said
     assert "Traceback" not in said

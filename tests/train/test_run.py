@@ -266,9 +266,9 @@ def test_a_run_in_bfloat16_is_read_back(llama, data, tmp_path, options):
 
 
 def test_a_model_that_comes_back_otherwise_is_not_called_saved(llama, data, tmp_path, monkeypatch):
-    from ftdata.train import saved
+    from ftdata.train import finished_run
 
-    right = saved.load_tuned
+    right = finished_run.load_tuned
 
     def wrong(*given, **how):
         model = right(*given, **how)
@@ -276,7 +276,7 @@ def test_a_model_that_comes_back_otherwise_is_not_called_saved(llama, data, tmp_
             model.lm_head.weight.mul_(2)
         return model
 
-    monkeypatch.setattr(saved, "load_tuned", wrong)
+    monkeypatch.setattr(finished_run, "load_tuned", wrong)
     with pytest.raises(InternalError, match="says something else"):
         run(data, model=llama, output_dir=tmp_path / "run", settings=QUICK)
     assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"]

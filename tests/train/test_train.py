@@ -113,8 +113,8 @@ def test_the_saved_adapter_answers_again(qlora_run, data):
 
 def test_what_is_asked_is_what_was_trained(qlora_run, data):
     from ftdata.build import load_build
+    from ftdata.train.finished_run import finished
     from ftdata.train.prompts import documents, last_turn, of_messages, of_rows
-    from ftdata.train.saved import finished
 
     recipe = finished(qlora_run).recipe
     rows = [last_turn(*tokens, {2}) for tokens in of_rows(data, recipe)]

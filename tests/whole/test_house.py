@@ -25,7 +25,7 @@ ALLOWED = {
     ("config.py", "yaml.load"): "with a SafeLoader, and the result is looked through",
     ("registry.py", "exec_module"): "a plug-in file that the user names on the command line",
     ("templates/sandbox.py", "exec"): "what Jinja's sandbox generated, as Jinja itself runs it",
-    ("templates/child.py", "subprocess"): "our own interpreter, with a list of arguments",
+    ("templates/process.py", "subprocess"): "our own interpreter, with a list of arguments",
     ("train/sft.py", "pickle"): "the name of the error by which torch refuses one",
 }
 
@@ -180,3 +180,14 @@ def test_heavy_libraries_are_imported_on_use():
             named = [one.module or "" for one in tree.body if isinstance(one, ast.ImportFrom)]
             named += [each.name for one in tree.body if isinstance(one, ast.Import) for each in one.names]
             assert not HEAVY & {name.partition(".")[0] for name in named}, path
+
+
+def test_the_map_of_the_architecture_is_whole():
+    """Every module of the package, and every folder in it, is named on the page, and nothing that is not there."""
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    table = page.partition("| layer | modules |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(\w+)/?`", table))
+    there = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "_version"}
+    there |= {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert there <= named
+    assert named <= there | {path.stem for path in PACKAGE.rglob("*.py")}

@@ -1,4 +1,4 @@
-"""Engines: texts into ids and offsets, many at once.
+"""Encoders: texts into ids and offsets, many at once.
 
 The reference is `tokenizers`; where it is shown to do the same, fastokens (extra `fast`) takes its place, which is some
 hundred times faster.
@@ -28,15 +28,15 @@ from ftdata.batches import Encoded, Encodings, ends_of, width
 from ftdata.errors import TemplateRefused
 
 ENOUGH, BYTES = 1_000_000, 4
-"""Characters from which on it pays to load the fast engine: as many, and one for every so many bytes of the tokenizer's
-description. They take the reference as long as loading does, give or take the half, with those that were measured."""
+"""The fast encoder is loaded from this many characters on, and one more for every so many bytes of the tokenizer's
+file: with less to do, loading takes longer than it saves."""
 
 SAMPLE, SAMPLED = 1000, 4
-"""Characters of the texts that both engines encode, and of how many batches one: more would take most of the time."""
+"""Characters of the texts that both encoders are compared on, and of how many batches one has such a text."""
 
 
-class EngineDiffers(Exception):
-    """The fast engine gave other tokens than the reference for a text of the data."""
+class EncodersDiffer(Exception):
+    """The fast encoder gave other tokens than the reference for a text of the data."""
 
 
 class Known(Protocol):
@@ -69,7 +69,7 @@ def in_words() -> Iterator[None]:
         raise TemplateRefused("bad_tokenizer", told, hint="mend its tokenizer.json, or take another") from None
 
 
-class Engine(Protocol):
+class Encoder(Protocol):
     """What encodes texts as they stand, without adding special tokens."""
 
     def encode(self, texts: Sequence[str]) -> Encodings:
@@ -140,8 +140,8 @@ class Fast:
 
 
 @dataclass
-class Engines:
-    """The engines of one tokenizer: the reference, and from enough work on the fast one.
+class Encoders:
+    """The encoders of one tokenizer: the reference, and from enough work on the fast one.
 
     `trusted` is false where the fast one was seen to differ, here or elsewhere; where it is found to, who asks does all
     again if `retried`. What is `known` is not encoded once more.
@@ -167,10 +167,10 @@ class Engines:
         self.expected, self._batches = max(self.expected, size), 0
 
     def encode(self, texts: Sequence[str]) -> Encodings:
-        """Return the tokens of each text. Of some batches, the first among them, one is encoded by both engines.
+        """Return the tokens of each text. Of some batches, the first among them, one is encoded by both encoders.
 
         Raises:
-            EngineDiffers: they do not agree, and all is to be done again.
+            EncodersDiffer: they do not agree, and all is to be done again.
         """
         return self._encode(texts) if self.known is None else self.known.encode(texts, self._encode)
 
@@ -190,13 +190,13 @@ class Engines:
         if differs(found[tried], self.reference.encode([texts[tried]])[0]):
             self.trusted = False
             if self.retried:
-                raise EngineDiffers(self._fast.name)
+                raise EncodersDiffer(self._fast.name)
             return self.reference.encode(texts)
         return found
 
 
 def fast(description: bytes, reference: Reference) -> Fast | None:
-    """Return the fast engine for a tokenizer, where it is installed, can be used, and does the same on hard texts."""
+    """Return the fast encoder for a tokenizer, where it is installed, can be used, and does the same on hard texts."""
     try:
         import fastokens
     except ImportError:
@@ -212,15 +212,15 @@ def fast(description: bytes, reference: Reference) -> Fast | None:
     apart = _added(spec, len(letters)) if "Prepend" in normalizers else None
     # A post-processor adds special tokens, which is done elsewhere.
     bare = orjson.dumps({**spec, "post_processor": None}).decode()
-    # It takes fifty megabytes, and the engine as much again while it is made.
+    # It takes fifty megabytes, and the encoder as much again while it is made.
     del spec
     with _set_up(_SETTINGS):
         try:
             native = fastokens.Tokenizer.from_json_str(bare)
         except Exception:  # noqa: BLE001  (what it does not support it refuses in its own ways)
             return None
-        engine = Fast(native, reference, letters, "NFC" in normalizers, apart, f"fastokens {version('fastokens')}")
-        return engine if first_difference(engine, reference, texts) is None else None
+        encoder = Fast(native, reference, letters, "NFC" in normalizers, apart, f"fastokens {version('fastokens')}")
+        return encoder if first_difference(encoder, reference, texts) is None else None
 
 
 def _give_back() -> None:
@@ -249,9 +249,9 @@ def _set_up(settings: Mapping[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
-def first_difference(engine: Engine, reference: Engine, texts: Sequence[str]) -> str | None:
-    """Return the first text that two engines encode differently."""
-    pairs = zip(texts, engine.encode(texts), reference.encode(texts), strict=True)
+def first_difference(encoder: Encoder, reference: Encoder, texts: Sequence[str]) -> str | None:
+    """Return the first text that two encoders encode differently."""
+    pairs = zip(texts, encoder.encode(texts), reference.encode(texts), strict=True)
     return next((text for text, one, other in pairs if differs(one, other)), None)
 
 

@@ -1,4 +1,4 @@
-"""Side: data under a recipe, or a build, gone through from the first row to the last, as often as it takes."""
+"""Subject: what is looked at, data under a recipe or a build, from the first row to the last, as often as it takes."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def side_of(
     given = sources(data)
     if tokenizer is None:
         hint = "pass the model's: --tokenizer"
-        raise UsageError("no_tokenizer", "what is trained hangs on the tokenizer, and none is given", hint=hint)
+        raise UsageError("no_tokenizer", "what is trained depends on the tokenizer, and none is given", hint=hint)
     recipe = make_recipe(tokenizer, template, **options)
     tests = [_apart(one) for one in sources(against)] if against is not None else []
     Selection(where, limit)

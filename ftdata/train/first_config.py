@@ -1,4 +1,4 @@
-"""Start: a commented configuration for some data and a model, with values worked out from both."""
+"""First configuration (`ftdata init`): commented, its values worked out from data and model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ftdata.config import dump_yaml, make_config
 from ftdata.errors import InputRefused, UsageError
 from ftdata.look.stats import Group, Stats, stats
 from ftdata.tokenize import load_tokenizer
-from ftdata.train import place
+from ftdata.train import device
 from ftdata.train.model import load_config
 from ftdata.train.probe import architecture_leaks
 
@@ -165,7 +165,7 @@ def _weights(found: Found) -> dict[str, tuple[str, Any]]:
     lora = ("A LoRA adapter on all linear layers.", {"r": 16, "alpha": 32, "dropout": 0.05})
     if not torch.cuda.is_available():
         return {"lora": lora, "quantization": ("nf4 (QLoRA) would hold the model in a fourth of the memory.", None)}
-    fits = 2 * found.parameters < 0.4 * place.free_memory()
+    fits = 2 * found.parameters < 0.4 * device.free_memory()
     said = "null: the model in 16 bits fits; nf4 (QLoRA) takes a fourth." if fits else "The model in 4 bits (QLoRA)."
     return {"lora": lora, "quantization": (said, None if fits else "nf4")}
 

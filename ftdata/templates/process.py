@@ -20,27 +20,27 @@ from functools import lru_cache
 from typing import Any
 
 from ftdata.errors import BadRow, InternalError, TemplateRefused
+from ftdata.templates.protocol import HEAD, packet, unpacked, whole
 from ftdata.templates.template import Template
-from ftdata.templates.wire import HEAD, packet, unpacked, whole
 
 SECONDS, LETTERS_A_SECOND = 2.5, 20_000
-"""How long an answer may take: so many seconds, and one for every so many characters of what is asked."""
+"""How long an answer may take: seconds, and one more for every so many characters of the question."""
 
 AHEAD_SECONDS, AGAIN_SECONDS = 0.5, 1.0
-"""How long answers may take that were asked for together, before each is asked for by itself; and how long one may of a
-template that took too long before."""
+"""How long one of several queued answers may take before each is asked for by itself; and any of a template that took
+too long before."""
 
 EXAMINED_SECONDS = 3
 """How long it may take to examine a template."""
 
 MEGABYTES, BYTES_A_LETTER = 512, 64
-"""How much memory it may take: so many megabytes, and so many bytes for every character of what is asked."""
+"""How much memory it may take: megabytes, and bytes for every character of the question."""
 
 MOST_OVER, APART = 2, 100
-"""Rows on which a template may go over these limits before it is refused, if fewer are between them than so many."""
+"""A template is refused with so many rows over these limits, if fewer than so many rows lie between them."""
 
 _PIPE, _TOGETHER = 1 << 15, 1 << 13
-"""Bytes that are sent ahead: half of what a pipe holds; and those that are sent together, at least."""
+"""Bytes sent before answers are read: half of what a pipe holds; and from how many on the buffer is flushed."""
 
 _over: Counter[str] = Counter()
 _since: Counter[str] = Counter()
@@ -257,7 +257,7 @@ _KEPT = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PATH", "PYTHO
 def _server(process_id: int) -> _Server:
     path = os.pathsep.join(str(entry) for entry in sys.path if entry)
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "ftdata.templates.kitchen"],
+        [sys.executable, "-P", "-m", "ftdata.templates.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ftdata.errors import BadRow, TemplateRefused
-from ftdata.templates import rendering, wire
-from ftdata.templates.child import BYTES_A_LETTER, EXAMINED_SECONDS, MEGABYTES
+from ftdata.templates import protocol, rendering
+from ftdata.templates.process import BYTES_A_LETTER, EXAMINED_SECONDS, MEGABYTES
 from ftdata.templates.template import Template, scaffold
 from ftdata.templates.verify import contradicted, examine
 
@@ -28,17 +28,17 @@ _LONG = 1 << 22
 
 
 def _render(template: Template, asked: Mapping[str, Any]) -> dict[str, Any]:
-    conversation = wire.conversation(asked["conversation"])
+    conversation = protocol.conversation(asked["conversation"])
     texts = rendering.render(conversation, template, asked["turns"], asked["dropped"])
     plans, template.plans.fresh = template.plans.fresh, []
     return {
-        "texts": [wire.of_rendered(one) for one in texts],
-        "plans": [(shape, wire.of_plan(plan)) for shape, plan in plans],
+        "texts": [protocol.of_rendered(one) for one in texts],
+        "plans": [(shape, protocol.of_plan(plan)) for shape, plan in plans],
     }
 
 
 def _contradict(template: Template, asked: Mapping[str, Any]) -> dict[str, Any]:
-    conversation, rendered = wire.conversation(asked["conversation"]), wire.rendered(asked["rendered"])
+    conversation, rendered = protocol.conversation(asked["conversation"]), protocol.rendered(asked["rendered"])
     return {"found": contradicted(conversation, template, rendered, asked["most"])}
 
 
@@ -65,8 +65,8 @@ def main() -> None:
     while part := os.read(0, 1 << 18):
         received += part
         made = bytearray()
-        while (size := wire.whole(received)) is not None:
-            asked = wire.unpacked(bytes(received[wire.HEAD : size]))
+        while (size := protocol.whole(received)) is not None:
+            asked = protocol.unpacked(bytes(received[protocol.HEAD : size]))
             del received[:size]
             if "know" in asked:
                 template = Template.described(asked["know"])
@@ -107,24 +107,24 @@ def _apart(template: Template, asked: Mapping[str, Any]) -> bytes:
     with suppress(OSError):
         os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return bytes(answer) if wire.whole(answer) == len(answer) else wire.packet({"over": True})
+    return bytes(answer) if protocol.whole(answer) == len(answer) else protocol.packet({"over": True})
 
 
 def _answer(template: Template, asked: Mapping[str, Any], size: int) -> bytes:
     restored = _limited(size)
     try:
-        made = wire.packet(DISHES[asked["do"]](template, asked))
-        return made if len(made) < _LONG + BYTES_A_LETTER * size else wire.packet({"over": True})
+        made = protocol.packet(DISHES[asked["do"]](template, asked))
+        return made if len(made) < _LONG + BYTES_A_LETTER * size else protocol.packet({"over": True})
     except BadRow as error:
-        return wire.packet({"bad": {**_said(error), "field": error.field}})
+        return protocol.packet({"bad": {**_said(error), "field": error.field}})
     except TemplateRefused as error:
-        return wire.packet({"refused": _said(error)})
+        return protocol.packet({"refused": _said(error)})
     except RecursionError:
-        return wire.packet({"deep": True})
+        return protocol.packet({"deep": True})
     except MemoryError:
-        return wire.packet({"over": True})
+        return protocol.packet({"over": True})
     except Exception as error:  # noqa: BLE001  (told to the process that asked)
-        return wire.packet({"failed": f"{type(error).__name__}: {error}"[:_MOST_SAID]})
+        return protocol.packet({"failed": f"{type(error).__name__}: {error}"[:_MOST_SAID]})
     finally:
         restored()
 

@@ -1,4 +1,4 @@
-"""Engines: the fast one gives the very tokens and places of the reference, or it is not used."""
+"""Encoders: the fast one gives the very tokens and places of the reference, or it is not used."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import often
 
-from ftdata import build_sft_dataset, engines, preview
+from ftdata import build_sft_dataset, encoders, preview
 from ftdata.build import write_build
 from ftdata.errors import InputRefused
 from ftdata.testing import texts
@@ -23,10 +23,10 @@ PAIRS = {}
 
 
 def pair(folder):
-    """The two engines of a tokenizer."""
+    """The two encoders of a tokenizer."""
     if folder not in PAIRS:
         loaded = load_tokenizer(folder)
-        PAIRS[folder] = engines.fast(loaded.json, loaded.engines.reference), loaded.engines.reference
+        PAIRS[folder] = encoders.fast(loaded.json, loaded.encoders.reference), loaded.encoders.reference
     return PAIRS[folder]
 
 
@@ -38,7 +38,7 @@ def test_both_engines_give_the_same(tokenizer_dir, name, data):
     added = st.sampled_from([token for token in load_tokenizer(tokenizer_dir(name)).added_tokens if token])
     given_texts = data.draw(st.lists(st.lists(texts(min_size=0) | added, max_size=4).map("".join), max_size=5))
     assert fast is not None
-    assert engines.first_difference(fast, reference, given_texts) is None
+    assert encoders.first_difference(fast, reference, given_texts) is None
 
 
 @pytest.mark.parametrize("name", ["tiny_metaspace", "tiny_wordpiece"])
@@ -62,11 +62,11 @@ def files(folder):
 @pytest.mark.parametrize("name", ["tiny_bpe", "tiny_prepend", "tiny_replace"])
 def test_a_build_does_not_depend_on_the_engine(tokenizer_dir, tmp_path, source, monkeypatch, name):
     tiny = load_tokenizer(tokenizer_dir(name))
-    used = [write_build(source, replace(tiny), tmp_path / "reference").engine]
-    monkeypatch.setattr(engines, "ENOUGH", 0)
-    used.append(write_build(source, replace(tiny), tmp_path / "fast").engine)
+    used = [write_build(source, replace(tiny), tmp_path / "reference").encoder]
+    monkeypatch.setattr(encoders, "ENOUGH", 0)
+    used.append(write_build(source, replace(tiny), tmp_path / "fast").encoder)
     monkeypatch.setitem(sys.modules, "fastokens", None)
-    used.append(write_build(source, replace(tiny), tmp_path / "none").engine)
+    used.append(write_build(source, replace(tiny), tmp_path / "none").encoder)
     assert [name.split()[0] for name in used] == ["tokenizers", "fastokens", "tokenizers"]
     assert files(tmp_path / "reference") == files(tmp_path / "fast") == files(tmp_path / "none")
 
@@ -76,22 +76,22 @@ def test_an_engine_that_differs_is_not_used(tokenizer_dir, tmp_path, source, mon
     monkeypatch.chdir(tmp_path)
     tiny = load_tokenizer(tokenizer_dir("tiny_bpe"))
     right = write_build(source, replace(tiny), tmp_path / "right")
-    encode = engines.Fast.encode
+    encode = encoders.Fast.encode
 
     def wrong(self, given_texts):
         found = encode(self, given_texts)
         wrong = {number: found[number] for number, text in enumerate(given_texts) if "q39 " in text}
         return found.with_({number: one._replace(ids=np.flip(one.ids)) for number, one in wrong.items()})
 
-    monkeypatch.setattr(engines, "ENOUGH", 0)
-    monkeypatch.setattr(engines.Fast, "encode", wrong)
+    monkeypatch.setattr(encoders, "ENOUGH", 0)
+    monkeypatch.setattr(encoders.Fast, "encode", wrong)
     monkeypatch.setenv("FTDATA_CACHE", cache)
     report = write_build(source, replace(tiny), tmp_path / "built")
     # What the other one made is not remembered.
     assert files(tmp_path / "built") == files(tmp_path / "right")
     shutil.rmtree(tmp_path / "built")
     report = write_build(source, replace(tiny), tmp_path / "built")
-    assert report.engine.startswith("tokenizers")
+    assert report.encoder.startswith("tokenizers")
     assert files(tmp_path / "built") == files(tmp_path / "right")
     assert report.fingerprint == right.fingerprint
     with pytest.raises(InputRefused, match="engine_differs"):
@@ -103,19 +103,19 @@ def test_an_engine_that_differs_is_not_used(tokenizer_dir, tmp_path, source, mon
 def test_an_engine_that_differs_on_hard_texts_is_never_begun_with(tokenizer_dir, monkeypatch):
     loaded = load_tokenizer(tokenizer_dir("tiny_bpe"))
     monkeypatch.setattr(
-        engines.Fast, "encode", lambda self, given_texts: self.reference.encode([text.strip() for text in given_texts])
+        encoders.Fast, "encode", lambda self, given_texts: self.reference.encode([text.strip() for text in given_texts])
     )
-    assert engines.fast(loaded.json, loaded.engines.reference) is None
+    assert encoders.fast(loaded.json, loaded.encoders.reference) is None
 
 
 def test_settings_of_the_fast_engine_are_the_users_if_there_are_any(tokenizer_dir, monkeypatch):
     loaded, seen = load_tokenizer(tokenizer_dir("tiny_bpe")), []
     monkeypatch.setenv("FASTOKENS_BPE_THREADS", "2")
     monkeypatch.delenv("FASTOKENS_INPUT_CACHE", raising=False)
-    compare = engines.first_difference
+    compare = encoders.first_difference
     noted = lambda *given: seen.append({**os.environ}) or compare(*given)
-    monkeypatch.setattr(engines, "first_difference", noted)
-    assert engines.fast(loaded.json, loaded.engines.reference)
+    monkeypatch.setattr(encoders, "first_difference", noted)
+    assert encoders.fast(loaded.json, loaded.encoders.reference)
     assert (seen[0]["FASTOKENS_BPE_THREADS"], seen[0]["FASTOKENS_INPUT_CACHE"]) == ("2", "0")
     assert os.environ["FASTOKENS_BPE_THREADS"] == "2"
     assert "FASTOKENS_INPUT_CACHE" not in os.environ

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import often
 
-from ftdata.errors import BadRow
+from ftdata.errors import BadRow, UsageError
 from ftdata.examples import build_rows
+from ftdata.fast_path import usual
 from ftdata.recipe import make_recipe
 from ftdata.schemas import Schema, normalise, schemas
 from ftdata.shown import check_answers, chosen, rendered
 from ftdata.types import Reject, Row, Source
-from ftdata.usual import usual
 
 TEXTS = st.sampled_from(
     ["a", "two words", " blanks ", "\n", "", "<think>so</think>it is", "x <|im_end|> y", "</think>"]
@@ -128,12 +128,12 @@ def test_a_schema_of_our_parts_is_asked_about_each_row(tokenizer_dir):
     assert all("be brief" in one.examples[0].text for one in found)
 
 
-@pytest.mark.parametrize("fault", [RecursionError, BadRow])
-def test_faults_of_a_policy_are_none_of_the_rows(tokenizer_dir, fault):
+@pytest.mark.parametrize(("fault", "told"), [(RecursionError, UsageError), (BadRow, BadRow)])
+def test_faults_of_a_policy_are_none_of_the_rows(tokenizer_dir, fault, told):
     def policy(*_):
         raise fault("mine", "mine")
 
-    with pytest.raises(fault, match="mine"):
+    with pytest.raises(told, match="mine"):
         built(tokenizer_dir("tiny_bpe"), [{"messages": TALK}] * 3, train_on=policy)
 
 

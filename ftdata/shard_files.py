@@ -1,4 +1,4 @@
-"""Kept: what a shard's rows became, in files of their own, until the build is written of them.
+"""Shard files: what a shard's rows became, in files of their own, until the build is written of them.
 
     SHARD/ids.i32           the tokens of all examples
     SHARD/trained.b8        which of them carry loss

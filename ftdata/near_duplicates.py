@@ -95,9 +95,9 @@ def _shingles(words: Sequence[str]) -> list[str]:
 
 
 def first_alike(minhashes: NDArray[np.uint32], threshold: float) -> NDArray[np.int64]:
-    """Return for each row the number of the first one that stays and is as similar as `threshold`; maybe its own.
+    """Return for each row the first row that is kept and at least as similar as `threshold`: itself where none is.
 
-    Rows that are left out stand for nobody: what is like them alone stays.
+    Rows that are left out suppress no others. Args and result: uint32 `[rows, hashes]` -> int64 `[rows]`.
     """
     found = np.arange(len(minhashes))
     labels = groups(minhashes, threshold)
@@ -117,9 +117,9 @@ def first_alike(minhashes: NDArray[np.uint32], threshold: float) -> NDArray[np.i
 
 
 def groups(minhashes: NDArray[np.uint32], threshold: float) -> NDArray[np.int64]:
-    """Return a number for each row, the same for rows that are as similar as `threshold`, or have such between them.
+    """Return the connected components of similarity: int64 `[rows]`, equal for rows that a chain of similar ones joins.
 
-    What they share besides does not matter.
+    Tools, system messages and masks are not looked at.
     """
     minhashes = minhashes[:, :PERMUTATIONS]
     labels = np.arange(len(minhashes))

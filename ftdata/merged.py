@@ -1,4 +1,4 @@
-"""Join: what shards report, each for itself, as one account of the data.
+"""Merge: what shards report, each for itself, as one account of the data.
 
 Shards that are parts of one file are one source again: what they counted is added up, and where a row stands is counted
 from the beginning of the file.
@@ -13,10 +13,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from ftdata.kept import Before, Examples, rejects
 from ftdata.ledger import Ledger
 from ftdata.readers import FileSource, MemorySource
 from ftdata.readers.lines import no_rows
+from ftdata.shard_files import Before, Examples, rejects
 from ftdata.shards import ShardResult
 from ftdata.types import Reject
 

@@ -18,8 +18,8 @@ from ftdata.recipe import Recipe
 from ftdata.store import read_manifest
 from ftdata.tokenize import Tokenizer, load_tokenizer
 from ftdata.train import checkpoints
+from ftdata.train.device import computing
 from ftdata.train.model import check_weights, load_model, resize
-from ftdata.train.place import computing
 from ftdata.train.prompts import recipe_of
 
 _CLOSE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ftdata import similar
+from ftdata import near_duplicates
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.look import detect
 from ftdata.look.checks.registry import Data, Setting, check
 from ftdata.recipe import Recipe, make_recipe
 from ftdata.shown import rendered
-from ftdata.templates.apart import verify
+from ftdata.templates.isolated import verify
 from ftdata.types import Conversation
 
 # --- all rows together
@@ -48,7 +48,7 @@ def _near_duplicate(data: Data) -> Iterator[tuple[int, str]]:
     if data.signatures is None:
         return
     trained, content = np.flatnonzero(~data.out), data.seen.numbers.content
-    first = trained[similar.first_alike(data.signatures[trained], data.near)]
+    first = trained[near_duplicates.first_alike(data.signatures[trained], data.near)]
     for row, earlier in zip(trained.tolist(), first.tolist(), strict=True):
         if content[row] != content[earlier]:
             yield row, f"almost {data.seen.source(earlier)}"
@@ -65,7 +65,7 @@ def _leakage(data: Data) -> Iterator[tuple[int, str]]:
     told = set[int]()
     ways: list[tuple[str, NDArray[Any]]] = [("equal to", data.seen.numbers.content)]
     if data.near is not None and data.signatures is not None:
-        ways.append(("almost", similar.groups(data.signatures, data.near) + 1))
+        ways.append(("almost", near_duplicates.groups(data.signatures, data.near) + 1))
     for says, values in ways:
         for row, earlier in _shared(data, values):
             if row not in told:

@@ -1,4 +1,4 @@
-"""Separated values: CSV and TSV, every cell as its text."""
+"""Delimited text: CSV and TSV, every cell as its text."""
 
 from __future__ import annotations
 

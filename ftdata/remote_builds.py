@@ -1,4 +1,4 @@
-"""Elsewhere: builds in object stores, which have neither locks nor renames.
+"""Remote builds: builds in object stores, which have neither locks nor renames.
 
 A build is made on this machine and sent there file by file, the manifest last: without one, there is no build. One that
 is there is never written over, since nothing could exchange all of it at once. To be used, it is fetched, and every

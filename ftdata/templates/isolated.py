@@ -15,9 +15,9 @@ import xxhash
 from ftdata import disk
 from ftdata._version import __version__
 from ftdata.errors import BadRow, TemplateRefused
-from ftdata.templates import rendering, wire
+from ftdata.templates import protocol, rendering
 from ftdata.templates import template as templates
-from ftdata.templates.child import EXAMINED_SECONDS, MEGABYTES, Asked, OverLimits, ask, begin, over_limits, warm
+from ftdata.templates.process import EXAMINED_SECONDS, MEGABYTES, Asked, OverLimits, ask, begin, over_limits, warm
 from ftdata.templates.template import Template
 from ftdata.templates.verify import TemplateReport
 from ftdata.templates.verify import contradicted as contradicted_here
@@ -65,7 +65,7 @@ def begun(
         known = rendering.known(conversation, template, turns, dropped)
         if known is not None:
             return lambda: known
-        said = wire.of_conversation(conversation)
+        said = protocol.of_conversation(conversation)
         asked = begin("render", template, conversation=said, turns=turns, dropped=dropped)
     except (BadRow, TemplateRefused, RecursionError) as error:
         return partial(_raised, error)
@@ -82,8 +82,8 @@ def _rendered(template: Template, asked: Asked) -> tuple[Rendered, ...]:
     except OverLimits:
         raise over_limits(template) from None
     for shape, plan in answer["plans"]:
-        template.plans.by_shape.setdefault(tuple(shape), []).append(wire.plan(plan))
-    return tuple(map(wire.rendered, answer["texts"]))
+        template.plans.by_shape.setdefault(tuple(shape), []).append(protocol.plan(plan))
+    return tuple(map(protocol.rendered, answer["texts"]))
 
 
 def contradicted(
@@ -96,7 +96,7 @@ def contradicted(
     """
     if _here(template):
         return contradicted_here(conversation, template, rendered, most)
-    said, made = wire.of_conversation(conversation), wire.of_rendered(rendered)
+    said, made = protocol.of_conversation(conversation), protocol.of_rendered(rendered)
     try:
         found = ask("contradict", template, conversation=said, rendered=made, most=most)["found"]
     except OverLimits:

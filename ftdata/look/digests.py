@@ -1,4 +1,4 @@
-"""Prints: a few bytes of each example, by which those of two sides are told from each other."""
+"""Digests: a few bytes of each example, by which those of two sides are told from each other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ftdata.examples import Batch
 from ftdata.look import built
-from ftdata.look.side import Side
+from ftdata.look.subject import Side
 from ftdata.look.survey import Progress
 from ftdata.types import Example
 
@@ -75,10 +75,10 @@ Rows = tuple[NDArray[Any], ...]
 
 
 def keys_of(paths: Sequence[Sequence[str]]) -> list[dict[str, int]]:
-    """Return, for each side, the number of each source: the same where it is the same data.
+    """Return, for each side, path -> a number, the same for what is the same source on both.
 
-    It is where the path is; else where as many files on each side have the name, in their order; or where just one
-    source is left.
+    Sources are matched by path; then by name, in order, where as many on each side have it; then what is left, if that
+    is one on each side.
     """
     left, right = ([*dict.fromkeys(own)] for own in paths)
     keys = [{path: number for number, path in enumerate(left)}, dict[str, int]()]
@@ -151,7 +151,7 @@ def kinds_of(a: Rows, b: Rows) -> dict[int, str]:
     both, at_a, at_b = np.intersect1d(a[0], b[0], return_indices=True)
     _, first_a, second_a, split_a, count_a, _ = (column[at_a] for column in a)
     _, first_b, second_b, split_b, count_b, _ = (column[at_b] for column in b)
-    # Sums of the same, each taken so often, are to each other as these numbers; all of it is modulo 2 ** 64.
+    # A row that is there n times adds its digest n times (modulo 2 ** 64): compared crosswise, without a division.
     tokens, labels = first_a * count_b != first_b * count_a, second_a * count_b != second_b * count_a
     rules = ((tokens, TOKENS), (labels, LABELS), (count_a != count_b, REPEATED), (split_a != split_b, MOVED))
     for differ, kind in reversed(rules):

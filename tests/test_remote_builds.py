@@ -10,7 +10,7 @@ import fsspec
 import pytest
 from hub.bucket import serving
 
-from ftdata import build_sft_dataset, elsewhere, preview, store, verify
+from ftdata import build_sft_dataset, preview, remote_builds, store, verify
 from ftdata.build import write_build
 from ftdata.errors import HubError, InputRefused, UsageError
 from ftdata.readers import parts, remote
@@ -97,7 +97,7 @@ def test_what_is_there_is_not_made_again_and_not_written_over(bucket, build):
     first = build("s3://data/in", "s3://data/out")
     before, bucket.asked[:] = objects("out"), []
     again = build("s3://data/in", "s3://data/out")
-    assert (again.totals, again.engine, sent(bucket)) == (first.totals, "", [])
+    assert (again.totals, again.encoder, sent(bucket)) == (first.totals, "", [])
     put("in/a.jsonl", LINES.replace(b"what", b"then"))
     with pytest.raises(UsageError, match=r"s3://data/out: holds another build"):
         build("s3://data/in", "s3://data/out")
@@ -136,17 +136,17 @@ def test_what_is_not_ours_stays(bucket, build):
 def test_one_build_at_a_time_is_on_its_way(bucket, build, monkeypatch, tmp_path):
     """Another machine, which shares nothing with this one but the place."""
     put("in/b.jsonl", LINES[: LINES.index(b"\n") + 1] * 9)
-    missing = elsewhere.missing
+    missing = remote_builds.missing
 
     def meanwhile(*asked):
-        monkeypatch.setattr(elsewhere, "missing", missing)
+        monkeypatch.setattr(remote_builds, "missing", missing)
         monkeypatch.setenv("FTDATA_CACHE", str(tmp_path / "other"))
         with pytest.raises(UsageError, match="another build that is on its way"):
             build("s3://data/in/b.jsonl", "s3://data/out")
         monkeypatch.setenv("FTDATA_CACHE", str(tmp_path / "cache"))
         return missing(*asked)
 
-    monkeypatch.setattr(elsewhere, "missing", meanwhile)
+    monkeypatch.setattr(remote_builds, "missing", meanwhile)
     build("s3://data/in/a.jsonl", "s3://data/out")
     assert verify("s3://data/out") == []
     assert "ftdata-upload" not in objects("out")

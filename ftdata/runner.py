@@ -1,4 +1,4 @@
-"""Crew: who does the tasks of a build, and how far they have come."""
+"""Runner: who does the tasks of a build, and how far they have come."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BYTES_PER_WORKER = 32 << 20
 
 
 @dataclass(frozen=True)
-class Crew:
+class Runner:
     """So many workers of an engine."""
 
     workers: int | None
@@ -40,7 +40,7 @@ class Crew:
         """Build the shards; those that a limit leaves nothing of are not in the result.
 
         Raises:
-            EngineDiffers: as `build_shard`.
+            EncodersDiffer: as `build_shard`.
         """
         results: dict[int, ShardResult] = {}
         limited = any(task.limit for task in tasks)

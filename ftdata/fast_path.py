@@ -1,8 +1,7 @@
-"""The usual row: messages of a role and a text each, which a plan says all of. It is read and shown in one step.
+"""Fast path: a usual row, messages of a role and a text each for which there is a plan, is read and shown in one step.
 
-Its schema, who answers in it, what its template makes of it and what of that is trained hang on its columns and roles,
-so that little is to be found out of each row. What is unusual in any way goes through the stages one by one, which make
-the same of a usual row, too.
+Schema, turns, text and mask of such a row depend on its columns and roles, so that little is to be found out for each.
+What is unusual in any way goes through the stages one by one, which make the same of a usual row, too.
 """
 
 from __future__ import annotations
