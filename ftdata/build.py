@@ -154,41 +154,10 @@ def build_sft_dataset(
     >>> pack["seq_lengths"], [label for label in pack["labels"] if label != -100]
     ([26, 26], [52, 257, 54, 257])
     """
+    options = {name: value for name, value in locals().items() if name not in ("data", "tokenizer", "output_dir")}
     with tempfile.TemporaryDirectory() as scratch:
         target = output_dir if output_dir is not None else Path(scratch) / "build"
-        report = write_build(
-            data,
-            tokenizer,
-            target,
-            template=template,
-            schema=schema,
-            columns=columns,
-            train_on=train_on,
-            train_parts=train_parts,
-            turns=turns,
-            control_tokens=control_tokens,
-            dropped=dropped,
-            unclosed=unclosed,
-            refuse=refuse,
-            max_length=max_length,
-            overlong=overlong,
-            packing=packing,
-            where=where,
-            limit=limit,
-            dedup=dedup,
-            near=near,
-            sample=sample,
-            shuffle=shuffle,
-            test_size=test_size,
-            seed=seed,
-            on_bad_rows=on_bad_rows,
-            max_rejects=max_rejects,
-            workers=workers,
-            engine=engine,
-            date=date,
-            template_kwargs=template_kwargs,
-            progress=progress,
-        )
+        report = write_build(data, tokenizer, target, **options)
         return load_build(remote_builds.here(target).resolve(), report, in_memory=output_dir is None)
 
 

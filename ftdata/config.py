@@ -28,7 +28,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from ftdata.errors import UsageError, nearest
+from ftdata.errors import UsageError, nearest, said_by
 
 SECTIONS = {
     "mask": ("train_on", "train_parts", "turns", "control_tokens", "dropped", "unclosed", "refuse"),
@@ -64,7 +64,7 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A training run, from data to model.
 
-    The fields up to `template_kwargs` are those of `build_sft_dataset`. `train` holds any field of TRL's `SFTConfig`.
+    The fields from `template` to `template_kwargs` are those of `build_sft_dataset`.
     """
 
     data: str | dict[str, Any] | list[str | dict[str, Any]]
@@ -127,33 +127,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def build_options(self) -> dict[str, Any]:
         """Return the fields that `build_sft_dataset` takes, besides data, tokenizer and output_dir."""
-        names = (
-            "template",
-            "schema",
-            "columns",
-            "train_on",
-            "train_parts",
-            "turns",
-            "control_tokens",
-            "dropped",
-            "unclosed",
-            "refuse",
-            "max_length",
-            "overlong",
-            "packing",
-            "where",
-            "limit",
-            "dedup",
-            "near",
-            "sample",
-            "shuffle",
-            "test_size",
-            "on_bad_rows",
-            "max_rejects",
-            "seed",
-            "date",
-            "template_kwargs",
-        )
+        fields = self.__struct_fields__
+        names = fields[fields.index("template") : fields.index("template_kwargs") + 1]
         return {name: getattr(self, name) for name in names}
 
 
@@ -281,7 +256,7 @@ def read_values(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         values = _plain(tomllib.loads(text)) if path.suffix == ".toml" else parse_yaml(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UsageError("config_file", f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        raise UsageError("config_file", f"{path} cannot be read: {said_by(error)}") from None
     if not isinstance(values, dict):
         raise UsageError("config_file", f"{path} holds a {type(values).__name__}, expected keys and values")
     return values
@@ -352,7 +327,7 @@ def assigned(items: Iterable[str]) -> dict[str, Any]:
         try:
             value = parse_yaml(text)
         except yaml.YAMLError as error:
-            raise UsageError("setting", f"--set {name}: {' '.join(str(error).split())}") from None
+            raise UsageError("setting", f"--set {name}: {said_by(error)}") from None
         section, dot, field = name.strip().replace("-", "_").partition(".")
         if not dot and (section in SECTIONS or (section in Config.__struct_fields__ and section != "seed")):
             if isinstance(found.get(section), dict) or (isinstance(value, dict) and section in found):

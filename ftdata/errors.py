@@ -164,6 +164,15 @@ def brief(text: str, most: int = 2_000) -> str:
     return text if len(text) <= most else f"{text[:kept]} ... {len(text) - 2 * kept:,} more ... {text[-kept:]}"
 
 
+def said_by(error: BaseException, most: int = 300) -> str:
+    r"""Return what an error of another library says, on one line, and no more of it than that.
+
+    >>> said_by(ValueError("line one\n  line two"))
+    'line one line two'
+    """
+    return " ".join(str(error).split())[:most]
+
+
 def on_one_line(text: str) -> str:
     """Return a name without line breaks, after which a reader of logs takes it for something else."""
     return text.replace("\n", "\\n").replace("\r", "\\r")

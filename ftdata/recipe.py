@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 from ftdata.errors import BadRow, TemplateRefused, UsageError, one_of
-from ftdata.mask import Policy, policy_of
+from ftdata.mask import Policy, masks, policy_of
 from ftdata.schemas import check_columns, schemas
 from ftdata.templates import DEFAULT_DATE, DROPPED, TURNS, UNCLOSED, Template, check, find, scaffold, start, templates
 from ftdata.templates.isolated import trusted, verify
@@ -179,6 +179,32 @@ class Recipe(Options):
             "max_length": self.max_length,
             "overlong": self.overlong,
         }
+
+
+def arguments_of(options: Mapping[str, Any], tokenizer: Any = None, *, names: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of `make_recipe` for a recipe that `Recipe.describe` told of.
+
+    Args:
+        options: what it told, maybe of an earlier version, which lacks what that did not know.
+        tokenizer: where its tokenizer is now; `None`: where it was.
+        names: the fields of `Options` to take over. What runs code (a schema or mask in a file of the user's own) is
+            never among them: whoever calls names such files, not a folder that came from somewhere.
+
+    Raises:
+        LookupError, TypeError: the options are not what `describe` tells.
+    """
+    template, made = options["template"], options["tokenizer"]
+    given = {name: options[name] for name in names if name in options}
+    for name, known in (("schema", ["auto", *schemas.names()]), ("train_on", masks.names())):
+        if name in given and given[name] not in known:
+            del given[name]
+    return {
+        "tokenizer": made["name"] if tokenizer is None else tokenizer,
+        "template": None if template["name"] == "tokenizer" else template["source"],
+        "date": template["date"],
+        "template_kwargs": template["kwargs"],
+        **given,
+    }
 
 
 def make_recipe(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ftdata.errors import nearest
+from ftdata.errors import nearest, said_by
 from ftdata.foreign.draft import Draft, Keys, cannot, carry, check_roles, one_for_all
 
 INFO = "dataset_info.json"
@@ -170,9 +170,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise cannot(
-            f"{path} cannot be read: {' '.join(str(error).split())}", hint="dataset_dir names its folder"
-        ) from None
+        raise cannot(f"{path} cannot be read: {said_by(error)}", hint="dataset_dir names its folder") from None
     if not isinstance(found, dict):
         raise cannot(f"{path} holds a {type(found).__name__}, expected names and data sets")
     return found

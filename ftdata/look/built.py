@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 
 from ftdata import remote_builds
 from ftdata.batches import Columns, Encodings, Renderings
-from ftdata.errors import FtdataError, InputRefused, UsageError
+from ftdata.errors import FtdataError, InputRefused, UsageError, said_by
 from ftdata.examples import Batch, Built, Masked, given
 from ftdata.look.survey import MOST_REJECTS, Survey
-from ftdata.mask import masks
-from ftdata.recipe import Options, Recipe, make_recipe
+from ftdata.recipe import Options, Recipe, arguments_of, make_recipe
 from ftdata.store import read_manifest
 from ftdata.types import IGNORE_INDEX, Conversation, Reject, Source, Tokens
 
@@ -81,32 +80,20 @@ def recipe_of(folder: Path, tokenizer: Any = None) -> Recipe:
         UsageError: it is another tokenizer, or is not there any more.
         InputRefused: the folder is no build, or damaged.
     """
-    manifest, names = (
-        read_manifest(folder),
-        ("turns", "control_tokens", "dropped", "unclosed", "max_length", "overlong"),
-    )
-    with _whole(folder / "manifest.json"):
-        options = manifest["options"]
-        made, template = options["tokenizer"], options["template"]
-        kept = {name: options[name] for name in names}
-        # A function of the user's own is not in the build, and what it chose is.
-        kept |= {"train_on": options["train_on"]} if options["train_on"] in masks else {}
-        own = template["name"] == "tokenizer"
+    manifest = read_manifest(folder)
+    names = ("turns", "control_tokens", "dropped", "unclosed", "max_length", "overlong", "train_on")
     hint = "name the one that it was built with: --tokenizer"
+    with _whole(folder / "manifest.json"):
+        name, fingerprint = (manifest["options"]["tokenizer"][key] for key in ("name", "fingerprint"))
+        given = arguments_of(manifest["options"], tokenizer, names=names)
     try:
-        recipe = make_recipe(
-            made["name"] if tokenizer is None else tokenizer,
-            None if own else template["source"],
-            date=template["date"],
-            template_kwargs=template["kwargs"],
-            **kept,
-        )
+        recipe = make_recipe(**given)
     except FtdataError as error:
         if tokenizer is not None:
             raise
-        raise UsageError("tokenizer_gone", f"{folder} was built with {made['name']}: {error}", hint=hint) from None
-    if recipe.tokenizer.fingerprint != made["fingerprint"]:
-        found = f"{recipe.tokenizer.name} is not the tokenizer that {folder} was built with ({made['name']})"
+        raise UsageError("tokenizer_gone", f"{folder} was built with {name}: {error}", hint=hint) from None
+    if recipe.tokenizer.fingerprint != fingerprint:
+        found = f"{recipe.tokenizer.name} is not the tokenizer that {folder} was built with ({name})"
         raise UsageError("tokenizer_differs", found, hint=hint)
     return recipe
 
@@ -130,7 +117,7 @@ def _whole(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-        found = f"{path} cannot be read: {' '.join(str(error).split())}"
+        found = f"{path} cannot be read: {said_by(error)}"
         raise InputRefused("damaged_build", found, hint="build it again") from None
 
 

@@ -18,7 +18,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from ftdata.config import Config
-from ftdata.errors import InputRefused, UsageError
+from ftdata.errors import InputRefused, UsageError, said_by
 from ftdata.train import device
 from ftdata.train.model import adapter, embeddings, weights_dtype
 from ftdata.types import IGNORE_INDEX
@@ -178,8 +178,7 @@ def estimate(config: Config, model_config: Any, rows: Rows, arguments: Any, voca
             try:
                 model = get_peft_model(model, lora)
             except (ValueError, RuntimeError) as error:
-                said = " ".join(str(error).split())[:300]
-                raise UsageError("lora", f"{config.model} takes no such adapter: {said}") from None
+                raise UsageError("lora", f"{config.model} takes no such adapter: {said_by(error)}") from None
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     total = sum(weight.numel() for weight in model.parameters())
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * device.processes()
@@ -264,8 +263,7 @@ def _shapes(config: Config, model_config: Any, dtype: torch.dtype) -> Any:
             model_config, dtype=dtype, trust_remote_code=config.trust_remote_code, **more
         )
     except (ValueError, ImportError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise UsageError("model_setting", f"{config.model} cannot be made so: {said}") from None
+        raise UsageError("model_setting", f"{config.model} cannot be made so: {said_by(error)}") from None
 
 
 def _weight_bytes(model: Any, config: Config, dtype: torch.dtype) -> int:

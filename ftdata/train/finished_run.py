@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from ftdata.errors import InputRefused, InternalError, UsageError
+from ftdata.errors import InputRefused, InternalError, UsageError, said_by
 from ftdata.recipe import Recipe
 from ftdata.store import read_manifest
 from ftdata.tokenize import Tokenizer, load_tokenizer
@@ -135,8 +135,9 @@ def load_tuned(run: Finished, base: Any = None, *, dtype: Any = None) -> Any:
             attention = setup.get("attn_implementation")
             model = load_model(str(run.model), dtype=dtype, attention=attention, trust_remote_code=run.trusted)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise InputRefused("damaged_model", f"{run.model} cannot be loaded: {said}", hint="train again") from None
+        raise InputRefused(
+            "damaged_model", f"{run.model} cannot be loaded: {said_by(error)}", hint="train again"
+        ) from None
     model.generation_config = run.settings
     return model
 

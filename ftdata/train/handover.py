@@ -22,7 +22,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from trl import SFTConfig
 
 from ftdata.config import Config
-from ftdata.errors import InternalError, UsageError, one_of
+from ftdata.errors import InternalError, UsageError, one_of, said_by
 from ftdata.train.device import precision, processes
 from ftdata.train.model import wants_adapter
 from ftdata.types import IGNORE_INDEX
@@ -197,8 +197,7 @@ def arguments(config: Config, *, isolated: bool, packed: bool, evaluates: bool) 
         # It would be asked for when the trainer is made, after the model was loaded.
         get_reporting_integration_callbacks(found.report_to)
     except (ValueError, TypeError, ImportError) as error:
-        said = " ".join(str(error).split())
-        raise UsageError("train_setting", f"SFTConfig refuses the train settings: {said}") from None
+        raise UsageError("train_setting", f"SFTConfig refuses the train settings: {said_by(error)}") from None
     return found
 
 

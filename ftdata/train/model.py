@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from ftdata.config import Config, Lora
-from ftdata.errors import InputRefused, MissingDependency, UsageError, one_of
+from ftdata.errors import InputRefused, MissingDependency, UsageError, one_of, said_by
 from ftdata.train import device
 from ftdata.train.device import precision
 
@@ -180,7 +180,7 @@ def _pickled(name: str) -> InputRefused:
 
 
 def _refused(name: str, error: Exception) -> InputRefused:
-    what = " ".join(str(error).split())
+    what = said_by(error)
     if "trust_remote_code" in what:
         return InputRefused(
             "remote_code",

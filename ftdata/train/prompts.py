@@ -13,8 +13,7 @@ from typing import Any
 from ftdata.errors import InputRefused
 from ftdata.examples import build_rows
 from ftdata.readers import sources
-from ftdata.recipe import Recipe, make_recipe
-from ftdata.schemas import schemas
+from ftdata.recipe import Recipe, arguments_of, make_recipe
 from ftdata.types import IGNORE_INDEX, Message, Reject, Row, Source
 
 _TRIAL = "x"
@@ -57,19 +56,9 @@ def recipe_of(tokenizer: str, options: Mapping[str, Any]) -> Recipe:
         tokenizer: the tokenizer that it was built with.
         options: those of its manifest.
     """
-    template = options["template"]
-    # Builds of an earlier version lack what it did not know; what of a row is trained is asked whatever was chosen.
-    same = ("columns", "turns", "control_tokens", "dropped", "unclosed")
-    # A file with code is run where who calls names it, not where a folder does that came from somewhere.
-    schema = options.get("schema", "auto")
-    return make_recipe(
-        tokenizer,
-        None if template["name"] == "tokenizer" else template["source"],
-        date=template["date"],
-        template_kwargs=template["kwargs"],
-        schema=schema if schema in schemas else "auto",
-        **{name: options[name] for name in same if name in options},
-    )
+    # What of a row is trained is asked, whatever was chosen.
+    names = ("schema", "columns", "turns", "control_tokens", "dropped", "unclosed")
+    return make_recipe(**arguments_of(options, tokenizer, names=names))
 
 
 def of_rows(data: Any, recipe: Recipe) -> Iterator[tuple[list[int], list[int]]]:

@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ftdata.build import write_build
 from ftdata.config import Config, to_yaml
-from ftdata.errors import InputRefused, UsageError
+from ftdata.errors import InputRefused, UsageError, said_by
 from ftdata.templates import Template
 from ftdata.tokenize import load_tokenizer
 from ftdata.train import checkpoints, device
@@ -93,10 +93,9 @@ def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
             "gradient_checkpointing, or quantization: nf4",
         ) from None
     except UnpicklingError as error:
-        said = " ".join(str(error).split())[:200]
         raise InputRefused(
             "unsafe_checkpoint",
-            f"{before.checkpoint if before else run} holds what is no state of a trainer: {said}",
+            f"{before.checkpoint if before else run} holds what is no state of a trainer: {said_by(error, 200)}",
             hint="it may run code when it is read: do not go on from it",
         ) from None
     except KeyboardInterrupt:
