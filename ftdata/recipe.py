@@ -193,13 +193,13 @@ def arguments_of(options: Mapping[str, Any], tokenizer: Any = None, *, names: Se
     Raises:
         LookupError, TypeError: the options are not what `describe` tells.
     """
-    template, made = options["template"], options["tokenizer"]
+    template = options["template"]
     given = {name: options[name] for name in names if name in options}
     for name, known in (("schema", ["auto", *schemas.names()]), ("train_on", masks.names())):
         if name in given and given[name] not in known:
             del given[name]
     return {
-        "tokenizer": made["name"] if tokenizer is None else tokenizer,
+        "tokenizer": options["tokenizer"]["name"] if tokenizer is None else tokenizer,
         "template": None if template["name"] == "tokenizer" else template["source"],
         "date": template["date"],
         "template_kwargs": template["kwargs"],

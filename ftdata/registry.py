@@ -85,7 +85,7 @@ class Registry(Generic[T]):
 
     def __contains__(self, name: str) -> bool:
         # To ask what is installed takes longer than to build a small data set.
-        return name in self._own or name in self.names() or name.rpartition(":")[0].endswith(".py")
+        return name in self._own or name in self.names()
 
     def names(self) -> list[str]:
         """Return all known names: registered first, then installed plug-ins."""

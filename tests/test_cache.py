@@ -9,7 +9,7 @@ import pytest
 
 from ftdata import cache, shards
 from ftdata.build import write_build
-from ftdata.encoders import Engines, Reference
+from ftdata.encoders import Encoders, Reference
 
 
 def rows(name, count=40):
@@ -42,7 +42,7 @@ def kept(tmp_path, monkeypatch):
 def work(monkeypatch):
     """Count the shards that are built, and the texts that are encoded."""
     done = {"shards": 0, "texts": 0}
-    built, encode = shards._built, Engines._encode
+    built, encode = shards._built, Encoders._encode
 
     def counted(*arguments):
         done["shards"] += 1
@@ -53,7 +53,7 @@ def work(monkeypatch):
         return encode(self, texts)
 
     monkeypatch.setattr(shards, "_built", counted)
-    monkeypatch.setattr(Engines, "_encode", encoded)
+    monkeypatch.setattr(Encoders, "_encode", encoded)
 
     def since():
         found = tuple(done.values())

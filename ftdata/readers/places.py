@@ -105,7 +105,7 @@ def _deep(pattern: str) -> Iterator[str]:
 
 def _file(path: str, reader: str | None = None) -> Found:
     suffix = reader or Input(path).suffix
-    if suffix not in readers:
+    if reader is None and suffix not in readers:
         known = ", ".join(f".{name}" for name in readers.names())
         hint = f"readable: {known}; format= says what other files are, e.g. format='jsonl'"
         raise InputRefused("no_reader", f"no reader for '.{suffix}' files", where=path, hint=hint)

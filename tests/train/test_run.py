@@ -350,7 +350,7 @@ def test_activations_are_estimated_within_a_half(tiny, kind):
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_loaded(llama, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(before.place, "free_memory", lambda: 100_000)
+    monkeypatch.setattr(before.device, "free_memory", lambda: 100_000)
     for call in (run, dry_run):
         with pytest.raises(InputRefused, match=r"too_large.*Fix: quantization: nf4, or lora"):
             call(data, model=llama, output_dir=tmp_path / "run")

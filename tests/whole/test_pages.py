@@ -13,7 +13,7 @@ import pytest
 from hub.small import small_hub
 from pages import PAGES, ROOT, blocks, commands
 
-LONG = {"docs/train.md", "docs/recipes.md", "docs/howto/trainer.md"}
+LONG = {"docs/train.md", "docs/start/training.md", "docs/recipes.md", "docs/howto/trainer.md"}
 """They train several times over; what they say stands in shorter pages, or in `examples/`, as well."""
 
 

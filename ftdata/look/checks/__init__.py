@@ -5,7 +5,7 @@ they were read; a *template* check at tokenizer and template. Rows that are reje
 """
 
 # To import them is what puts them into the list.
-from ftdata.look.checks import dataset, rows
+from ftdata.look.checks import rows, whole
 from ftdata.look.checks.registry import SEVERITIES, Check, Data, Row, Setting, checks
 
-__all__ = ["SEVERITIES", "Check", "Data", "Row", "Setting", "checks", "dataset", "rows"]
+__all__ = ["SEVERITIES", "Check", "Data", "Row", "Setting", "checks", "rows", "whole"]
