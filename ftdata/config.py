@@ -256,7 +256,7 @@ def read_values(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         values = _plain(tomllib.loads(text)) if path.suffix == ".toml" else parse_yaml(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UsageError("config_file", f"{path} cannot be read: {said_by(error)}") from None
+        raise UsageError("config_file", f"{path} cannot be read: {said_by(error, 2_000)}") from None
     if not isinstance(values, dict):
         raise UsageError("config_file", f"{path} holds a {type(values).__name__}, expected keys and values")
     return values
@@ -327,7 +327,7 @@ def assigned(items: Iterable[str]) -> dict[str, Any]:
         try:
             value = parse_yaml(text)
         except yaml.YAMLError as error:
-            raise UsageError("setting", f"--set {name}: {said_by(error)}") from None
+            raise UsageError("setting", f"--set {name}: {said_by(error, 2_000)}") from None
         section, dot, field = name.strip().replace("-", "_").partition(".")
         if not dot and (section in SECTIONS or (section in Config.__struct_fields__ and section != "seed")):
             if isinstance(found.get(section), dict) or (isinstance(value, dict) and section in found):

@@ -117,7 +117,7 @@ def _whole(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-        found = f"{path} cannot be read: {said_by(error)}"
+        found = f"{path} cannot be read: {said_by(error, 2_000)}"
         raise InputRefused("damaged_build", found, hint="build it again") from None
 
 

@@ -197,7 +197,7 @@ def arguments(config: Config, *, isolated: bool, packed: bool, evaluates: bool) 
         # It would be asked for when the trainer is made, after the model was loaded.
         get_reporting_integration_callbacks(found.report_to)
     except (ValueError, TypeError, ImportError) as error:
-        raise UsageError("train_setting", f"SFTConfig refuses the train settings: {said_by(error)}") from None
+        raise UsageError("train_setting", f"SFTConfig refuses the train settings: {said_by(error, 2_000)}") from None
     return found
 
 

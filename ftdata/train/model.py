@@ -180,7 +180,7 @@ def _pickled(name: str) -> InputRefused:
 
 
 def _refused(name: str, error: Exception) -> InputRefused:
-    what = said_by(error)
+    what = said_by(error, 2_000)
     if "trust_remote_code" in what:
         return InputRefused(
             "remote_code",
