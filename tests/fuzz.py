@@ -21,9 +21,7 @@ CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end
 def formats():
     from ftdata.readers.formats import readers
 
-    return sorted(
-        {"json", "jsonl", "csv", "tsv", "txt", "parquet", "arrow", "yaml", "toml", "xlsx"} & set(readers.names())
-    )
+    return sorted({reader: name for name, reader in reversed(readers.own().items())}.values())
 
 
 def read(data):

@@ -44,8 +44,8 @@ def texts(node, names=()):
     match node:
         case ast.Name(id=name, lineno=line):
             # A text that was put together just before.
-            near = [value for at, other, value in names if other == name and line - 12 < at < line]
-            yield from texts(near[-1]) if near else ()
+            near = [(at, value) for at, other, value in names if other == name and line - 12 < at < line]
+            yield from texts(max(near, key=lambda one: one[0])[1]) if near else ()
         case ast.Constant(value=str(text)):
             yield text
         case ast.JoinedStr(values=parts):

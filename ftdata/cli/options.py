@@ -16,9 +16,8 @@ def number(text: str) -> float:
 
 
 _MOST_ROWS = 10_000
-PLACES = (
-    "a file (json, jsonl, csv, tsv, parquet, arrow, xlsx; packed or not), glob, folder, URL, or - for standard input"
-)
+FORMATS = ("json", "jsonl", "csv", "tsv", "parquet", "arrow", "xlsx")
+PLACES = f"a file ({', '.join(FORMATS)}; packed or not), glob, folder, URL, or - for standard input"
 Data = Annotated[str, typer.Argument(help=f"What to read: {PLACES}.", show_default=False)]
 Encoding = Annotated[str | None, typer.Option(help="What text is written in that is not Unicode, e.g. cp1252.")]
 Split = Annotated[str | None, typer.Option(help="The split to read, of data that has several.")]

@@ -69,6 +69,15 @@ def test_every_option_says_what_it_is_for(reference):
             assert info.help.rstrip().endswith((".", ")", "]")), (name, one.name, info.help)
 
 
+def test_help_names_every_format():
+    """Each reader by its first suffix."""
+    from ftdata.cli.options import FORMATS
+    from ftdata.readers import readers
+
+    first = {reader: name for name, reader in reversed(readers.own().items())}
+    assert set(FORMATS) == set(first.values()), "FORMATS in ftdata/cli/options.py"
+
+
 def test_every_public_name_is_in_the_reference():
     import ftdata
     import ftdata.testing

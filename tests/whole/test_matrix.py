@@ -105,8 +105,17 @@ CONTAINERS = {
 }
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
-@pytest.mark.parametrize("shape", SHAPES)
+CANNOT = {}
+"""(shape, container) -> what the format has no place for, such as a line break; the table has a – there."""
+
+CELLS = [
+    pytest.param(shape, container, marks=[pytest.mark.xfail(strict=True)] if (shape, container) in CANNOT else ())
+    for shape in SHAPES
+    for container in CONTAINERS
+]
+
+
+@pytest.mark.parametrize(("shape", "container"), CELLS)
 def test_every_shape_in_every_container(tmp_path, container, shape):
     rows = [SHAPES[shape]] * 2
     expected = normalise(next(read([SHAPES[shape]])))
@@ -127,5 +136,6 @@ def test_the_table_in_the_docs_is_this_matrix():
     )
     assert [cell.strip() for cell in head.split("|")][1:] == list(SHAPES)
     found = [[cell.strip() for cell in line.split("|")] for line in body[1:]]
-    assert [line[0] for line in found] == list(CONTAINERS)
-    assert {cell for line in found for cell in line[1:]} == {"✓"}
+    assert [line[0] for line in found] == list(CONTAINERS), "docs/data.md has a row for each container, in this order"
+    for name, *cells in found:
+        assert cells == ["–" if (shape, name) in CANNOT else "✓" for shape in SHAPES], name
