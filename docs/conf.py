@@ -21,8 +21,10 @@ suppress_warnings = ["misc.highlighting_failure"]
 default_role = "code"
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "undoc-members": False}
+html_show_copyright = False
 napoleon_use_rtype = False
+# The site is built without the extra `train`.
+autodoc_mock_imports = ["torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "safetensors"]
 napoleon_use_ivar = True
 napoleon_attr_annotations = False
 python_use_unqualified_type_names = True

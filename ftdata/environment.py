@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
+from urllib.parse import urlsplit
 
 from ftdata._version import __version__
 
-_SETTINGS = re.compile(
-    r"FTDATA_\w+|HF_(?:HOME|ENDPOINT|HUB_\w+)|HTTPS?_PROXY|NO_COLOR|CUDA_VISIBLE_DEVICES", re.IGNORECASE
-)
-_SECRET = re.compile(r"//[^/@]*@")
+_SHOWN = ("FTDATA_CACHE", "FTDATA_DEBUG", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "NO_COLOR",
+          "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "XDG_CACHE_HOME")  # fmt: skip
+_NAMED = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+"""Settings that matter, and may hold passwords in any form: that they are set is told, and no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +63,18 @@ def environment() -> Environment:
         system=f"{platform.machine()}, {platform.platform()}",
         processors=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         packages={name: _version(name) for name in _needed()},
-        settings={
-            name: _SECRET.sub("//***@", value)
-            for name, value in sorted(os.environ.items())
-            if _SETTINGS.fullmatch(name)
-        },
+        settings=dict(_settings()),
     )
+
+
+def _settings() -> Iterator[tuple[str, str]]:
+    for name, value in sorted(os.environ.items()):
+        if name.upper() in _NAMED:
+            yield name, "(set)"
+        elif name in _SHOWN:
+            place = urlsplit(value)
+            # Of a URL the host alone: what stands before it, and behind, may be anybody's key.
+            yield name, f"{place.scheme}://{(place.hostname or '')}/..." if "//" in value else value
 
 
 def _needed() -> list[str]:

@@ -1,4 +1,6 @@
 import gzip
+import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -71,6 +73,16 @@ def test_the_public_names_are_what_is_exported():
     assert package.__all__ == sorted(package.__all__)
     assert all(getattr(package, name) is not None for name in package.__all__)
     assert {"build_sft_dataset", "encode", "check_template", "read", "preview", "audit"} <= set(package.__all__)
+    own = {name for name in dir(package) if not name.startswith("_") and not inspect.ismodule(getattr(package, name))}
+    assert own - {"annotations", "Any", "TYPE_CHECKING"} | {"__version__"} == set(package.__all__)
+    for module in ("train", "testing", "foreign", "readers", "schemas"):
+        found = importlib.import_module(f"ftdata.{module}")
+        made = {
+            name for name, one in vars(found).items()
+            if not name.startswith("_") and callable(one) and getattr(one, "__module__", "") == found.__name__
+        }  # fmt: skip
+        assert made <= set(found.__all__), module
+        assert all(hasattr(found, name) for name in found.__all__)
     with pytest.raises(AttributeError):
         package.nothing  # noqa: B018
 

@@ -9,6 +9,7 @@ from ftdata.config import Config, dump_yaml, load_config
 from ftdata.errors import UsageError
 from ftdata.foreign import import_config
 from ftdata.foreign.axolotl import KEYS as AXOLOTL
+from ftdata.foreign.draft import Draft, carry
 from ftdata.foreign.llamafactory import KEYS as FACTORY
 
 AXOLOTL_FILE = {
@@ -113,6 +114,11 @@ CASES = {
         [{"q": "1+1?", "a": "2"}],
         ["1+1? ⟦2⟨<eos>⟩■⟧"],
     ),
+    "braces, Jinja and odd breaks": (
+        {"field_instruction": "q", "field_output": "a", "no_input_format": "\\boxed{{{instruction}}} {{{{ x }}}} {{% if %}}\x85\u2028 "},
+        [{"q": "1+1?", "a": "2"}],
+        ["\\boxed{1+1?} {{ x }} {% if %}\\u0085\\u2028 ⟦2⟨<eos>⟩■⟧"],
+    ),
     "completion": ("completion", [{"text": "Once there was."}], ["⟦Once there was.⟨<eos>⟩■⟧"]),
 }  # fmt: skip
 
@@ -148,6 +154,14 @@ def test_texts_are_those_of_axolotl(case, tmp_path):
         ({"datasets": [{"path": "a", "type": "chat_template", "drop_system_message": True}]}, "drop_system_message"),
         ({"datasets": [{"path": "a", "type": {"field_question": "q"}}]}, "field_question is not known"),
         ({"learning_rate": {"a": 1}, "val_set_size": "x"}, "a value is not what Axolotl expects"),
+        ({"val_set_size": float("inf")}, "inf is no size"),
+        ({"val_set_size": -1}, "-1 is no size"),
+        ({"num_epochs": 0}, "num_epochs 0"),
+        ({"datasets": [{"path": 5, "type": "alpaca"}]}, "a path is 5"),
+        ({"datasets": [{"path": "a", "type": "alpaca", "ds_type": "./mine.py:read"}]}, "ds_type is './mine.py:read'"),
+        ({"datasets": [{"path": "a", "type": {"format": "{instruction!s}"}}]}, "the format"),
+        ({"datasets": [{"path": "a", "type": {"format": "{0}"}}]}, "the format"),
+        ({"datasets": [{"path": "a", "type": {"format": "{"}}]}, "a value is not what Axolotl expects"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_said_is_refused_with_its_key(changes, says, tmp_path):
@@ -162,6 +176,11 @@ def test_what_cannot_be_said_is_refused_with_its_key(changes, says, tmp_path):
     [
         ({"test_datasets": [{"path": "x"}]}, "test_datasets: left out: held-out rows"),
         ({"train_on_input": True}, "not known, and left out: train_on_input"),
+        ({"datasets": [{"path": "a", "type": "alpaca", "feild": "x"}]}, "a: not known, and left out: feild"),
+        ({"trust_remote_code": True}, "trust_remote_code: left out"),
+        ({"val_set_size": 0, "eval_steps": 5}, "eval_steps: left out, since no rows are held out"),
+        ({"train_on_inputs": True}, "leaves out headers"),
+        ({"zz\ntrain_on: all\n#": 1}, "left out: zz\\ntrain_on: all"),
         ({"load_in_8bit": True}, "load_in_8bit: left out"),
         ({"adapter": "lora"}, "16 bits here as there"),
         ({"datasets": [{"path": "a", "type": "chat_template", "field_tools": "functions"}]}, "field_tools had no effect"),
@@ -182,6 +201,17 @@ def test_one_of_several_data_sets_is_taken(tmp_path):
     assert import_config(path, ["0"]).config.template == "alpaca"
     with pytest.raises(UsageError, match="no data set 'c'; there are a, b"):
         import_config(path, ["c"])
+
+
+def test_slices_and_all_layers_are_taken_whatever_the_order(tmp_path):
+    given = {
+        "datasets": [{"path": "d.jsonl", "type": "alpaca", "split": "train[:5]"}],
+        "lora_target_modules": ["q_proj"],
+        "warmup_steps": 7,
+    }
+    config = import_config(axolotl(tmp_path, **given)).config
+    assert config.data == [{"path": "d.jsonl", "split": "train[:5]"}]
+    assert (config.lora.target_modules, config.train["warmup_steps"]) == ("all-linear", 7)
 
 
 def test_files_of_a_folder_are_places_of_their_own(tmp_path):
@@ -260,10 +290,26 @@ def test_other_files_are_refused(text, tmp_path):
         import_config(path)
 
 
+USUAL = {
+    "axolotl": "learning_rate weight_decay max_grad_norm gradient_accumulation_steps max_steps warmup_steps save_steps eval_steps logging_steps",
+    "factory": "learning_rate weight_decay max_grad_norm gradient_accumulation_steps max_steps num_train_epochs lr_scheduler_type optim bf16",
+}
+
+
+def test_the_usual_settings_of_a_run_are_carried():
+    assert set(USUAL["axolotl"].split()) <= set(AXOLOTL.same)
+    assert set(USUAL["factory"].split()) <= set(FACTORY.same)
+
+
 @pytest.mark.parametrize("keys", [AXOLOTL, FACTORY], ids=["axolotl", "llamafactory"])
 def test_every_key_leads_to_a_field_that_is_there(keys):
     SFTConfig = pytest.importorskip("trl").SFTConfig  # noqa: N806
     targets = [rule for rule in keys.rules.values() if isinstance(rule, str)] + [f"train.{name}" for name in keys.same]
+    given = {**dict.fromkeys(keys.same, 3), **{key: 3 for key, rule in keys.rules.items() if isinstance(rule, str)}}
+    draft = Draft()
+    carry(given, keys, draft)
+    carried = {f"{name}.{inner}" for name, value in draft.fields.items() if isinstance(value, dict) for inner in value}
+    assert {*targets} <= carried | set(draft.fields)
     for target in targets:
         section, _, field = target.partition(".")
         if section == "train":

@@ -25,7 +25,7 @@ Tokenizer = Annotated[str | None, typer.Option("--tokenizer", "-t", help="A fold
 Template = Annotated[
     str | None, typer.Option(help="A built-in name, a .jinja file, or Jinja text. Default: the tokenizer's.")
 ]
-Schema = Annotated[str, typer.Option(help="The shape of every row; auto finds it per row.")]
+Schema = Annotated[str, typer.Option(help="The shape of every row, or ./file.py:function; auto finds it per row.")]
 Columns = Annotated[
     list[str] | None, typer.Option("--column", help="Map a column, e.g. --column output=answer. Repeatable.")
 ]

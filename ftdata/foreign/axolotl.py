@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ftdata.foreign.draft import Draft, Keys, cannot, carry, check_roles, one_for_all
+from ftdata.foreign.draft import (
+    Draft,
+    Keys,
+    cannot,
+    carry,
+    check_roles,
+    one_for_all,
+    share,
+    unknown_in,
+    without_evaluation,
+)
 
 _CHANGES = "it changes what is learnt, and ftdata has nothing like it"
 _ANOTHER = "that is another way of training"
@@ -16,11 +26,10 @@ KEYS = Keys(
     rules={
         "base_model": "model",
         "tokenizer_config": "tokenizer",
-        "trust_remote_code": "trust_remote_code",
         "chat_template_kwargs": "template_kwargs",
         "sequence_len": "max_length",
         "sample_packing": lambda yes: {"packing": "bfd"} if yes else {},
-        "val_set_size": lambda size: {"test_size": int(size) if size > 1 else size} if size else {},
+        "val_set_size": share,
         "dataset_exact_deduplication": "dedup",
         "shuffle_merged_datasets": "shuffle",
         "output_dir": "output_dir",
@@ -29,7 +38,6 @@ KEYS = Keys(
         "lora_alpha": "lora.alpha",
         "lora_dropout": "lora.dropout",
         "lora_target_modules": "lora.target_modules",
-        "lora_target_linear": lambda yes: {"lora.target_modules": "all-linear"} if yes else {},
         "num_epochs": "train.num_train_epochs",
         "micro_batch_size": "train.per_device_train_batch_size",
         "eval_batch_size": "train.per_device_eval_batch_size",
@@ -74,6 +82,7 @@ KEYS = Keys(
         "fsdp": "is said to accelerate: accelerate launch --use_fsdp ... -m ftdata train",
         "fsdp_config": "is said to accelerate: accelerate launch --use_fsdp ... -m ftdata train",
         "default_system_message": "Axolotl 0.19 puts it nowhere, so it is left out; write it into the data",
+        "trust_remote_code": "left out: code of a model runs where you say so, --trust-remote-code",
         "eot_tokens": "left out: stops are found in the template",
         "special_tokens": "left out: stops are found; for more tokens, save a tokenizer with them",
         "tokens": "left out: save a tokenizer with them, and name it as tokenizer",
@@ -94,18 +103,25 @@ KEYS = Keys(
     },
 )  # fmt: skip
 _OWN = ("datasets", "chat_template", "chat_template_jinja", "adapter", "load_in_4bit", "excess_length_strategy",
-        "train_on_inputs", "evals_per_epoch", "saves_per_epoch")  # fmt: skip
+        "train_on_inputs", "evals_per_epoch", "saves_per_epoch", "lora_target_linear")  # fmt: skip
 _SOURCE = {"path": "path", "name": "name", "revision": "revision", "split": "split", "data_files": "data_files"}
 _MESSAGES = {
     "role": ("role", "from", "speaker", "author", "sender"),
     "content": ("content", "value", "text", "message"),
 }
-_SUFFIXES = ("json", "jsonl", "csv", "parquet", "arrow", "txt")
+_SUFFIXES = ("json", "jsonl", "csv", "parquet", "arrow")
 _IGNORED = ("field_tools", "field_system", "field_thinking", "template_thinking_key", "weight")
 _OF_TYPE = ("field_instruction", "field_input", "field_output", "format", "no_input_format", "system_prompt")
 _NOWHERE = (
     "message_field_training_detail", "drop_system_message", "split_thinking", "shards", "shards_idx", "conversation",
 )  # fmt: skip
+
+
+_KNOWN = {
+    *_SOURCE, *_IGNORED, *_OF_TYPE, *_NOWHERE, "type", "ds_type", "field", "field_messages", "chat_template",
+    "message_property_mappings", "message_field_role", "message_field_content", "roles", "roles_to_train",
+    "train_on_eos", "train_on_eot", "message_field_training", "chat_template_jinja", "preprocess_shards",
+}  # fmt: skip
 
 
 def axolotl(values: Mapping[str, Any], chosen: Sequence[str], folder: Path) -> Draft:  # noqa: ARG001  (one signature for all)
@@ -136,11 +152,16 @@ def axolotl(values: Mapping[str, Any], chosen: Sequence[str], folder: Path) -> D
     _too_long(values, draft)
     for name in ("eval", "save"):
         if times := values.get(f"{name}s_per_epoch"):
+            if times * kept["num_epochs"] <= 0:
+                raise ValueError(f"{name}s_per_epoch is {times}, num_epochs {kept['num_epochs']}")
             # A share of the whole run, as Trainer takes it.
             draft.put(f"train.{name}_strategy", "steps")
             draft.put(f"train.{name}_steps", 1 / (times * kept["num_epochs"]))
-    if values.get("lora_target_modules") and values.get("lora_target_linear"):
-        draft.note("lora_target_linear: all linear layers; lora_target_modules are among them")
+    if values.get("adapter") and values.get("lora_target_linear"):
+        draft.put("lora.target_modules", "all-linear")
+    if values.get("warmup_steps") is not None:
+        draft.put("train.warmup_steps", values["warmup_steps"])
+    without_evaluation(draft)
     return draft
 
 
@@ -170,12 +191,10 @@ def _too_long(values: Mapping[str, Any], draft: Draft) -> None:
 
 def _data(values: Mapping[str, Any], chosen: Sequence[str], draft: Draft) -> None:
     every = values.get("datasets")
-    if (
-        not isinstance(every, list)
-        or not every
-        or not all(isinstance(one, Mapping) and one.get("path") for one in every)
-    ):
+    if not (isinstance(every, list) and every and all(isinstance(one, Mapping) for one in every)):
         raise cannot("datasets: expected a list of mappings, each with a path")
+    if odd := [one.get("path") for one in every if not isinstance(one.get("path"), str) or not one["path"]]:
+        raise cannot(f"datasets: a path is {odd[0]!r:.80}, expected a file, a folder, or a name of the hub")
     named = {str(number): one for number, one in enumerate(every)}
     if unknown := [name for name in chosen if name not in named and name not in [one["path"] for one in every]]:
         raise cannot(
@@ -198,14 +217,18 @@ def _sources(one: Mapping[str, Any], draft: Draft) -> list[dict[str, Any]]:
         raise cannot(f"{path}: {', '.join(misplaced)} {told}")
     if lost := [key for key in _NOWHERE if one.get(key)]:
         raise cannot(f"{path}: {', '.join(lost)}: {_CHANGES}")
+    unknown_in(path, one, _KNOWN, draft)
+    kind, split = one.get("ds_type"), one.get("split")
+    if kind not in (None, *_SUFFIXES, "text"):
+        raise cannot(f"{path}: ds_type is {kind!r:.60}", hint=f"one of {', '.join(_SUFFIXES)}")
+    said = {"split": split} if split not in (None, "train") else {}
     if files and Path(path).is_dir():
         # Axolotl takes these relative to where it runs.
-        return [{"path": place} for place in ([files] if isinstance(files, str) else files)]
-    kind = one.get("ds_type")
+        return [{"path": place, **said} for place in ([files] if isinstance(files, str) else files)]
     if Path(path).suffix[1:] in _SUFFIXES or Path(path).is_file():
         # Of a file there is a train split alone.
-        other = kind and Path(path).suffix[1:] not in (kind, "jsonl")
-        return [{"path": path, **({"format": kind} if other else {})}]
+        other = kind in _SUFFIXES and Path(path).suffix[1:] not in (kind, "jsonl")
+        return [{"path": path, **said, **({"format": kind} if other else {})}]
     return [{"split": "train", **{ours: one[theirs] for theirs, ours in _SOURCE.items() if one.get(theirs)}}]
 
 
@@ -228,6 +251,8 @@ def _kind(one: Mapping[str, Any], values: Mapping[str, Any], draft: Draft) -> di
         columns = {} if column == "text" else {"columns": {"text": column}}
         return {"schema": "text", "template": "{% generation %}{{ text }}{{ eos_token }}{% endgeneration %}", **columns}
     if kind == "chat_template":
+        if everything:
+            draft.note("train_on_inputs: everything is trained here; Axolotl leaves out headers of chat templates")
         return {**_chat(one, values, draft), **everything}
     way = (
         "use type: chat_template"
@@ -325,11 +350,22 @@ def _mapped(kind: Mapping[str, Any]) -> dict[str, Any]:
 def _jinja(text: str) -> str:
     r"""Return a format of Python's as Jinja, its text as it stands.
 
-    >>> _jinja("Q: {instruction}\\n{{x}}")
-    '{{ "Q: " }}{{ instruction }}{{ "\\\\n{x}" }}'
+    Raises:
+        UsageError: `cannot_import`: a field of it is no plain name.
+
+    >>> print(_jinja("Q: {instruction}\n{{x}}"))
+    {{ "Q: " }}{{ instruction }}{{ "\n{x}" }}
     """
-    parts = re.split(r"(?<!\{)\{(\w+)\}(?!\})", text)
-    plain = [json.dumps(part.replace("{{", "{").replace("}}", "}"), ensure_ascii=False) for part in parts[::2]]
-    made = [f"{{{{ {one} }}}}" if one != '""' else "" for one in plain]
-    names = [f"{{{{ {name} }}}}" for name in parts[1::2]]
-    return "".join(one + name for one, name in zip(made, [*names, ""], strict=True))
+    parts, plain = list[str](), ""
+    for words, name, form, conversion in string.Formatter().parse(text):
+        plain += words
+        if name is None:
+            continue
+        if name not in ("instruction", "input", "system") or form or conversion:
+            raise cannot(f"the format {text!r:.80} has the field {name!r}", hint="instruction, input or system, plain")
+        parts, plain = [*parts, _printed(plain), f"{{{{ {name} }}}}"], ""
+    return "".join([*parts, _printed(plain)])
+
+
+def _printed(text: str) -> str:
+    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""

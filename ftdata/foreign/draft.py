@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftdata.errors import UsageError
+from ftdata.errors import UsageError, brief, on_one_line, printable
 from ftdata.schemas import ROLES, SPECIAL_ROLES
 
 Rule = str | Callable[[Any], Mapping[str, Any]]
@@ -30,6 +30,7 @@ class Draft:
 
     def note(self, text: str) -> None:
         """Say something, once."""
+        text = brief(on_one_line(printable(text)))
         if text not in self.notes:
             self.notes.append(text)
 
@@ -81,6 +82,33 @@ def carry(values: Mapping[str, Any], keys: Keys, draft: Draft, *, but: Collectio
     known = {*keys.rules, *keys.same, *keys.left, *keys.noted}
     if unknown := [key for key in said if key not in known]:
         draft.note(f"not known, and left out: {', '.join(unknown)}")
+
+
+def share(size: Any) -> Mapping[str, Any]:
+    """Return the test split that a size asks for: a share below 1, or rows; nothing for 0.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(size, bool) or not isinstance(size, int | float) or not 0 <= size < 1 << 53:
+        raise ValueError(f"{size!r} is no size of a split")
+    return {"test_size": int(size) if size > 1 else size} if size else {}
+
+
+def unknown_in(name: str, given: Mapping[str, Any], known: Collection[str], draft: Draft) -> None:
+    """Note keys of a data set that nobody knows, and that were passed over there as well."""
+    if unknown := [str(key) for key, value in given.items() if key not in known and value not in (None, False)]:
+        draft.note(f"{name}: not known, and left out: {', '.join(unknown)}")
+
+
+def without_evaluation(draft: Draft) -> None:
+    """Take out when to evaluate, where nothing is held out to be evaluated on."""
+    train = draft.fields.get("train", {})
+    if "test_size" not in draft.fields:
+        for name in ("eval_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model"):
+            if train.pop(name, None) not in (None, "no"):
+                draft.note(f"{name}: left out, since no rows are held out: test_size says how many")
+        draft.fields.pop("early_stopping", None)
 
 
 def check_roles(roles: Mapping[str, str], where: str) -> None:

@@ -61,7 +61,8 @@ def import_config(path: str | Path, datasets: Sequence[str] = (), *, model: str 
     >>> with file.open("x") as info:
     ...     _ = info.write('{"faq": {"hf_hub_url": "me/faq", "columns": {"prompt": "q", "response": "a"}}}')
     >>> print(import_config(file, model="gpt2"))
-    # From a configuration of LLaMA-Factory.
+    # From a configuration of LLaMA-Factory. What is not the same:
+    # - faq: columns of the name input, system, history are read if rows have them; there only when named
     data:
     - path: me/faq
       split: train
@@ -80,7 +81,7 @@ def import_config(path: str | Path, datasets: Sequence[str] = (), *, model: str 
         draft = read(values, tuple(datasets), path.parent)
     except UsageError as error:
         raise UsageError(error.code, error.message, where=str(path), hint=error.hint) from None
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # A value is of another type than that tool takes, too.
         told = f"a value is not what {tool} expects: {error}"
         raise UsageError("cannot_import", told, where=str(path), hint="does it run there?") from None

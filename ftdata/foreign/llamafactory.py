@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from ftdata.errors import nearest, said_by
-from ftdata.foreign.draft import Draft, Keys, cannot, carry, check_roles, one_for_all
+from ftdata.foreign.draft import (
+    Draft,
+    Keys,
+    cannot,
+    carry,
+    check_roles,
+    one_for_all,
+    share,
+    unknown_in,
+    without_evaluation,
+)
 
 INFO = "dataset_info.json"
 _CHANGES = "it changes what is learnt, and ftdata has nothing like it"
@@ -22,7 +32,6 @@ def _layers(names: str) -> str | list[str]:
 KEYS = Keys(
     rules={
         "model_name_or_path": "model",
-        "trust_remote_code": "trust_remote_code",
         "output_dir": "output_dir",
         "cutoff_len": "max_length",
         "train_on_prompt": lambda yes: {"train_on": "all"} if yes else {},
@@ -30,7 +39,7 @@ KEYS = Keys(
         "packing": lambda yes: {"packing": "bfd"} if yes else {},
         "neat_packing": lambda yes: {"packing": "bfd"} if yes else {},
         "max_samples": "limit",
-        "val_size": lambda size: {"test_size": int(size) if size > 1 else size} if size else {},
+        "val_size": share,
         "seed": lambda seed: {"seed": seed, "train.seed": seed},
         "lora_rank": "lora.r",
         "lora_alpha": "lora.alpha",
@@ -53,7 +62,7 @@ KEYS = Keys(
     left={
         "do_train", "do_eval", "do_predict", "predict_with_generate", "preprocessing_num_workers", "use_fast_tokenizer",
         "preprocessing_batch_size", "overwrite_cache", "overwrite_output_dir", "plot_loss", "streaming", "buffer_size",
-        "data_shared_file_system", "ddp_timeout", "pure_bf16", "enable_liger_kernel", "use_unsloth", "upcast_layernorm",
+        "data_shared_file_system", "ddp_timeout", "enable_liger_kernel", "use_unsloth", "upcast_layernorm",
         "upcast_lmhead_output", "resume_from_checkpoint", "include_num_input_tokens_seen", "use_reentrant_gc",
         "cache_dir", "low_cpu_mem_usage", "save_only_model", "ray_run_name", "group_by_length", "double_quantization",
         "quantization_method", "quantization_type",
@@ -61,6 +70,8 @@ KEYS = Keys(
     noted={
         "deepspeed": "is said to accelerate: accelerate launch --use_deepspeed ... -m ftdata train",
         "fsdp": "is said to accelerate: accelerate launch --use_fsdp ... -m ftdata train",
+        "trust_remote_code": "left out: code of a model runs where you say so, --trust-remote-code",
+        "pure_bf16": "left out: weights that are trained are float32, or an adapter's",
         "model_revision": "left out: download that revision, and name its folder as model",
         "tool_format": "left out: the model's template prints calls in its own way",
         "default_system": "left out: write it into the data, or into a template",
@@ -87,6 +98,11 @@ _USUAL = {
 }  # fmt: skip
 _OWN = ("stage", "dataset", "dataset_dir", "template", "finetuning_type", "quantization_bit", "mix_strategy")
 _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
+_SHOWN = {"query": "input", "system": "system", "history": "history"}
+_KNOWN = {
+    "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name", "formatting", "ranking",
+    "subset", "split", "folder", "num_samples", "columns", "tags",
+}  # fmt: skip
 _MEDIA = ("images", "videos", "audios", "kto_tag")
 _MEANT = {
     "user_tag": "user", "assistant_tag": "assistant", "system_tag": "system", "observation_tag": "observation",
@@ -107,9 +123,12 @@ def training(values: Mapping[str, Any], chosen: Sequence[str], folder: Path) -> 
     for key, only in (("stage", "sft"), ("mix_strategy", "concat")):
         if values.get(key, only) != only:
             raise cannot(f"{key}: {values[key]}, where ftdata knows {only}")
+    values = {key: value for key, value in values.items() if value is not None}
     draft, rank = Draft(), values.get("lora_rank", 8)
     usual = {"lora_rank": rank, "lora_alpha": 2 * rank, "lora_target": "all", **_USUAL}
     carry({**usual, **values}, KEYS, draft, but=_OWN)
+    if "warmup_steps" in values:
+        draft.put("train.warmup_steps", values["warmup_steps"])
     _weights(values, draft)
     _lengths(values, draft)
     named = [name.strip() for name in str(values.get("dataset") or "").split(",") if name.strip()]
@@ -124,6 +143,7 @@ def training(values: Mapping[str, Any], chosen: Sequence[str], folder: Path) -> 
         f"{told}: LLaMA-Factory has tables of its own, ftdata takes the model's chat template, as it will be used; "
         "compare with ftdata preview, or name a .jinja file as template"
     )
+    without_evaluation(draft)
     return draft
 
 
@@ -197,12 +217,19 @@ def _source(name: str, info: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         found |= {"data_files": f"{info['folder']}/**"} if info.get("folder") else {}
     else:
         found = {"path": info.get("cloud_file_name") or str(folder / info["file_name"])}
-    return {**found, **({"rows": info["num_samples"]} if info.get("num_samples") else {})}
+    rows = info.get("num_samples")
+    if rows is not None and type(rows) is not int:
+        raise cannot(f"{name}: num_samples is {rows!r:.60}, expected a number of rows")
+    return {**found, **({"rows": rows} if rows else {})}
 
 
 def _kind(name: str, info: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
     """Return what a data set says of its rows: schema and columns."""
     columns, kind = info.get("columns") or {}, info.get("formatting", "alpaca")
+    unknown_in(name, info, _KNOWN, draft)
+    shown = [ours for theirs, ours in _SHOWN.items() if not columns.get(theirs)]
+    if kind == "alpaca" and (shown := [one for one in shown if one != "input" or columns]):
+        draft.note(f"{name}: columns of the name {', '.join(shown)} are read if rows have them; there only when named")
     if media := [one for one in _MEDIA if columns.get(one)]:
         raise cannot(f"{name}: columns {', '.join(media)}, where ftdata trains on texts")
     if kind == "alpaca":

@@ -230,7 +230,7 @@ class _RemoteFile(io.RawIOBase):
 
     def close(self) -> None:
         if self._file is not None:
-            with suppress(Exception):
+            with suppress(Exception):  # (what was read is whole, whatever a file system says at the end)
                 self._file.close()
         super().close()
 
@@ -259,7 +259,7 @@ class _RemoteFile(io.RawIOBase):
             self._file.close()
             return self._read(size)
         except Exception:
-            with suppress(Exception):
+            with suppress(Exception):  # (the first error is raised)
                 self._file.close()
             raise
         if size and not part:

@@ -103,23 +103,38 @@ class FileSource:
 def _checked(reader: Reader, file: FileSource) -> Iterator[Row | Reject]:
     """Yield what a reader of the user's own does."""
     rows: Iterator[Any] = iter(())
+    last = -1
     try:
         rows = iter(reader(file.input))
         for one in rows:
-            source: Any = getattr(one, "source", None)
-            if not isinstance(one, Row | Reject):
-                told = f"yields a {type(one).__name__}, expected a ftdata.types.Row or Reject"
-            elif not isinstance(source, Source):
-                told = f"its source is a {type(source).__name__}, expected a ftdata.types.Source"
-            else:
-                yield one
-                continue
-            raise InputRefused("reader_failed", f"reader {file.reader}: {told}", where=file.path)
+            if told := _odd(one, last):
+                raise InputRefused("reader_failed", f"reader {file.reader}: {told}", where=file.path)
+            last = one.source.row
+            # A copy: it may be the same object for each row, with other texts put into it.
+            yield one._replace(data=plain(one.data)) if isinstance(one, Row) else one
     except FtdataError:
         raise
     except Exception as error:
         told = f"reader {file.reader} fails on it: {type(error).__name__}: {error}"
         raise InputRefused("reader_failed", told, where=file.path, hint="mend the reader, or the file") from error
+
+
+def _odd(one: Any, last: int) -> str | None:
+    """Return what is wrong with what a reader yields, after the row of that number; `None` if nothing is."""
+    if not isinstance(one, Row | Reject):
+        return f"yields a {type(one).__name__}, expected a ftdata.types.Row or Reject"
+    source: Any = one.source
+    if not isinstance(source, Source):
+        return f"its source is a {type(source).__name__}, expected a ftdata.types.Source"
+    numbers = [source.row, *(number for number in (source.line, source.offset) if number is not None)]
+    if not isinstance(source.path, str) or any(type(number) is not int for number in numbers):
+        return f"{tuple(source)!r:.100} is no source: expected a path and numbers"
+    if source.row <= last:
+        return f"row {source.row} comes after row {last}: rows are counted from 0"
+    texts = [one.code, one.field, one.reason, one.fix, one.raw] if isinstance(one, Reject) else []
+    if not all(isinstance(text, str) for text in texts):
+        return "a Reject has other than texts"
+    return None
 
 
 @dataclass(frozen=True, slots=True)

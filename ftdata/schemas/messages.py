@@ -215,7 +215,9 @@ def _speaker(item: Mapping[str, Any], field: str) -> tuple[str, Mapping[str, Any
         return _role(item["role"], f"{field}.role"), {key: value for key, value in item.items() if key != "role"}
     speaker = next((key for key in _SPEAKERS if key in item), None)
     if speaker is None:
-        return _role(None, f"{field}.role"), item
+        told = f"is null or absent, no role; the message has {', '.join(map(repr, item)) or 'nothing'}"
+        hint = "rename these to role and content, or read rows by a function: schema='./mine.py:convert'"
+        raise BadRow("unknown_role", told, field=f"{field}.role", hint=hint)
     name, text = item[speaker], _text_key(item)
     rest = {key: value for key, value in item.items() if key not in (speaker, text)}
     if name == "function_call":

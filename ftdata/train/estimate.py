@@ -40,6 +40,9 @@ OPTIMIZER_BYTES = {
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes per weight: 4 bits, one byte per block of 64, one float32 per 256 of these (Dettmers et al. 2023)."""
 
+FEW_STEPS = 20
+"""A run of fewer steps is told that it is short."""
+
 BUSY = 0.4
 """Share of a device's speed at products of matrices that training reaches, as a rule of thumb."""
 
@@ -131,6 +134,10 @@ class Estimate:
             )
         )
         many = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        told = (
+            "\nnote     in so few steps a model hardly changes: more num_train_epochs, or fewer rows a step, make more"
+        )
+        few = told if self.steps < FEW_STEPS else ""
         return (
             f"model    {self.model}: {self.parameters:,} parameters, {self.trainable:,} trained ({share:.2%}), {kind}\n"
             f"data     {self.rows:,} rows, {self.tokens:,} tokens, {self.trained_tokens:,} trained "
@@ -138,7 +145,7 @@ class Estimate:
             f"run      {self.steps:,} steps of {self.rows_per_step:,} rows, {self.epochs:g} epochs; "
             f"{_many(self.flops_per_step)}FLOP a step, {_many(self.flops)}FLOP in all\n"
             f"memory   about {_bytes(self.memory)} of {_bytes(self.free)} free{many}: {parts}\n"
-            f"time     about {_time(self.seconds)} on {self.device}"
+            f"time     about {_time(self.seconds)} on {self.device}{few}"
         )
 
 

@@ -40,6 +40,8 @@ def compare(
     `done` is called with the number of answers so far, and of all.
     """
     run = finished(run_dir, trust_remote_code=trust_remote_code)
+    if data is None:
+        run.check_build()
     asked, found = _from_build(run) if data is None else (str(data), of_rows(data, run.recipe))
     stops = run.stops
     pairs = ((document, turn) for document in found if (turn := last_turn(*document, stops)) is not None)
@@ -109,7 +111,8 @@ def _without_blanks(texts: Sequence[str]) -> bool:
 def _from_build(run: Finished) -> tuple[str, Iterator[Document]]:
     splits = splits_of(load_build(run.build))
     name = "test" if "test" in splits else "train"
-    return f"the {name} split of {run.build}", documents(splits[name])
+    seen = "" if name == "test" else ", which was trained on"
+    return f"the {name} split of {run.build}{seen}", documents(splits[name])
 
 
 def _models(run: Finished) -> Iterator[Any]:

@@ -44,6 +44,17 @@ class Finished:
         """What it was trained on."""
         return self.folder / str(self.about["build"])
 
+    def check_build(self) -> None:
+        """Refuse a build that has taken the place of the one that was trained on.
+
+        Raises:
+            InputRefused: it has another fingerprint, or is not there.
+        """
+        there, known = read_manifest(self.build).get("fingerprint"), self.about.get("fingerprint")
+        if known is not None and there != known:
+            told = f"{self.build} is not the build that {self.folder} was trained on any more"
+            raise InputRefused("other_data", told, hint="build it again as it was, or name questions with --data")
+
     @property
     def tokenizer(self) -> Tokenizer:
         """What it was built with."""

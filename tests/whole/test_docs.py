@@ -6,18 +6,35 @@ import subprocess
 import sys
 
 import pytest
-from pages import DOCS, FENCE, PAGES, blocks
+from pages import DOCS, FENCE, PAGES, ROOT, blocks
+
+
+def indented(page):
+    """Yield blocks that are marked by four blanks, as those of a language without a name."""
+    text = FENCE.sub("", PAGES[page].read_text())
+    for found in re.findall(r"(?:^    .*\n)+", text, re.MULTILINE):
+        yield "", "", "".join(line[4:] + "\n" for line in found.splitlines())
+
+
+def test_targets_of_make_that_are_named_are_there():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        name
+        for page in PAGES.values()
+        for name in re.findall(r"(?:^ {4}|`)make ([a-z-]+)", page.read_text(), re.MULTILINE)
+    }
+    assert named
+    assert named <= targets
 
 
 def named():
     """Yield page and command of every call of ftdata in a block that is not run, and in running text."""
     for page, path in PAGES.items():
-        for language, _, text in blocks(page):
-            if language == "sh":
+        for language, _, text in (*blocks(page), *indented(page)):
+            if language in ("sh", "yaml", ""):
                 for line in text.replace("\\\n", " ").splitlines():
-                    found = re.search(r"(?:^|-m )ftdata (.*)", line)
-                    if found:
-                        yield page, found[1].partition("  #")[0]
+                    for found in re.findall(r"(?:^|&& |-m |run: |\w=\S+ )\s*ftdata (.*?)(?=  #| && |$)", line):
+                        yield page, found
         for found in re.findall(r"`ftdata ([a-z][^`]*)`", FENCE.sub("", path.read_text())):
             yield page, found.partition(" ...")[0]
 
@@ -27,10 +44,10 @@ def test_commands_that_are_named_are_there(page, command, reference):
     """Every command, and every option, of what is not run; `A|B` are alternatives."""
     words = shlex.split(command)
     of = next((name for name in reference.NAMES if f"ftdata {command} ".startswith(f"{name} ")), None)
-    assert of or words[0] in ("templates", "config"), command
+    assert of or words in (["templates"], ["config"], ["--help"], ["--version"]) or "|" in command, command
     for word in words:
         if word.startswith("-") and word not in ("-", "--help", "-h", "--version"):
-            assert word.partition("=")[0] in reference.NAMES[of], (of, word)
+            assert of and word.partition("=")[0] in reference.NAMES[of], (of, word)
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +95,29 @@ def test_help_names_every_format():
     assert set(FORMATS) == set(first.values()), "FORMATS in ftdata/cli/options.py"
 
 
-def test_every_public_name_is_in_the_reference():
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The page of the Python reference, as `make docs` builds it."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "dirhtml", DOCS, folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return folder / "reference" / "api" / "index.html"
+
+
+def test_every_public_name_is_in_the_reference(site):
     import ftdata
     import ftdata.testing
     import ftdata.train
     from ftdata import errors
 
-    page = (DOCS / "reference" / "api.md").read_text()
+    page = site.read_text()
     kinds = [
         name for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, errors.FtdataError)
     ]
     wanted = {*ftdata.__all__, *ftdata.train.__all__, *ftdata.testing.__all__, *kinds} - {"__version__"}
-    assert not {name for name in wanted if not re.search(rf"\b{name}\b", page)}
+    there = set(re.findall(r'id="ftdata\.([\w.]+)"', page))
+    assert not {name for name in wanted if not any(one.rpartition(".")[2] == name for one in there)}
 
 
 def anchors(text):
@@ -102,7 +130,8 @@ def anchors(text):
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     text = FENCE.sub("", PAGES[page].read_text())
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    inline, beside = re.findall(r"\]\(([^)\s]+)", text), re.findall(r"^\[[^\]]+\]: (\S+)", text, re.MULTILINE)
+    for target in (*inline, *beside, *re.findall(r"(?:src|href)=\"([^\"]+)\"", text)):
         path, _, anchor = target.partition("#")
         if "://" in path:
             continue
@@ -141,12 +170,8 @@ def test_configurations_that_are_shown_are_configurations():
         make_config(values)
 
 
-def test_the_site_is_built_without_a_warning(tmp_path):
-    """`make docs`."""
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "dirhtml", DOCS, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "build_sft_dataset" in (tmp_path / "reference" / "api" / "index.html").read_text()
+def test_the_site_is_built_without_a_warning(site):
+    assert "build_sft_dataset" in site.read_text()
 
 
 def test_the_pictures_of_the_concepts_are_what_the_code_draws(tmp_path):

@@ -117,3 +117,25 @@ def test_bad_rows_of_a_reader_of_ones_own_are_counted(tmp_path, tokenizer_dir):
     assert "2 read = 1 built + 1 rejected" in str(report)
     with pytest.raises(BadRow, match="odd"):
         list(ftdata.read(spec))
+
+
+def test_messages_in_other_keys_are_told_which_they_are(tokenizer_dir):
+    row = {"messages": [{"who": "customer", "says": "Hi"}]}
+    with pytest.raises(FtdataError, match=r"no role; the message has 'who', 'says'.*rename these to role and content"):
+        build_sft_dataset([row], tokenizer_dir("tiny_bpe"))
+
+
+@pytest.mark.train
+def test_a_build_that_was_replaced_is_not_judged_by(llama, tmp_path):
+    pytest.importorskip("trl")
+    from ftdata.build import write_build
+    from ftdata.train import compare, run
+
+    rows = [{"question": f"{n}?", "answer": f"{n}."} for n in range(8)]
+    write_build(rows, llama, tmp_path / "built", test_size=2)
+    settings = {"max_steps": 1, "report_to": "none"}
+    done = run(tmp_path / "built", model=llama, output_dir=tmp_path / "run", lora_r=2, settings=settings)
+    assert "test split" in compare(done, n=1, max_new_tokens=2).asked
+    write_build(rows, llama, tmp_path / "built")
+    with pytest.raises(FtdataError, match=r"other_data.*is not the build that .*run was trained on any more"):
+        compare(done, n=1, max_new_tokens=2)

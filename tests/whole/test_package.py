@@ -187,13 +187,22 @@ def test_the_changelog_knows_this_version():
 def test_a_bug_report_names_what_matters(monkeypatch):
     from ftdata.environment import environment
 
-    monkeypatch.setenv("HF_ENDPOINT", "https://me:secret@hub.example")
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    secrets = {
+        "HF_ENDPOINT": "https://me:secret@hub.example/?token=secret",
+        "HF_TOKEN": "secret",
+        "HF_HUB_TOKEN": "secret",
+        "HTTPS_PROXY": "user:sec/ret@host:80",
+        "FTDATA_API_KEY": "secret",
+        "FTDATA_CACHE": "s3://AKIA:secret@bucket",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
     found = environment()
     assert found.ftdata == ftdata.__version__
     assert {"numpy", "tokenizers", "trl", "torch"} <= found.packages.keys()
     assert "pytest" not in found.packages
     assert found.packages["numpy"]
-    assert "secret" not in str(found)
-    assert "hub.example" in str(found)
-    assert found.as_dict()["settings"]["HF_ENDPOINT"] == "https://***@hub.example"
+    assert "sec" not in str(found)
+    assert "AKIA" not in str(found)
+    assert found.as_dict()["settings"]["HF_ENDPOINT"] == "https://hub.example/..."
+    assert found.settings["HTTPS_PROXY"] == "(set)"

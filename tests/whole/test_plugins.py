@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ftdata import build_sft_dataset
+from ftdata import build_sft_dataset, read
 from ftdata.errors import FtdataError
 
 PACKAGE = Path(__file__).parents[1] / "plugin_package"
@@ -80,10 +80,13 @@ def test_a_reader_of_a_file_is_a_format(tokenizer_dir, tmp_path):
         ("return [{'text': 'a'}]", "reader_failed.*yields a dict, expected a ftdata.types.Row"),
         ("raise KeyError('x')", "reader_failed.*KeyError"),
         ("return [Row({'text': 'a'}, 3)]", "reader_failed.*its source is a int"),
+        ("return [Row({'text': 'a'}, Source('x', '0'))]", "reader_failed.*is no source"),
+        ("return [Row({'text': 'a'}, Source('x', 0))] * 2", "reader_failed.*row 0 comes after row 0"),
+        ("return [Reject(Source('x', 0), 'c', 'f', None)]", "reader_failed.*other than texts"),
     ],
 )
 def test_a_reader_that_fails_is_named(body, says, tokenizer_dir, tmp_path):
-    (tmp_path / "mine.py").write_text(f"from ftdata.types import Row\ndef read(file):\n    {body}\n")
+    (tmp_path / "mine.py").write_text(f"from ftdata.types import Reject, Row, Source\ndef read(file):\n    {body}\n")
     (tmp_path / "a.log").write_text("x")
     with pytest.raises(FtdataError, match=says):
         build_sft_dataset(
@@ -95,3 +98,17 @@ def test_an_unknown_format_is_named(tokenizer_dir, tmp_path):
     (tmp_path / "a.log").write_text("x")
     with pytest.raises(FtdataError, match=r"unknown_reader.*did you mean 'jsonl'"):
         build_sft_dataset({"path": str(tmp_path / "a.log"), "format": "jsonll"}, tokenizer_dir("tiny_bpe"))
+
+
+def test_a_reader_may_use_one_object_for_all_rows(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from ftdata.types import Row, Source\n"
+        "def read(file):\n"
+        "    row = {}\n"
+        "    for n in range(3):\n"
+        "        row['text'] = f'text {n}'\n"
+        "        yield Row(row, Source(file.path, n))\n"
+    )
+    (tmp_path / "a.log").write_text("x")
+    rows = list(read({"path": str(tmp_path / "a.log"), "format": f"{tmp_path}/mine.py:read"}))
+    assert [row.data["text"] for row in rows] == ["text 0", "text 1", "text 2"]
