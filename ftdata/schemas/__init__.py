@@ -375,9 +375,12 @@ def _detect(data: Mapping[str, Any]) -> str:
             hint="put each conversation's messages in a list of their own",
         )
     candidates = "; ".join(f"{name}: {', '.join(s.columns[:3])}" for name, s in _known().items() if s.columns)
+    known = {column for schema in _known().values() for column in schema.columns}
+    nulls = [name for name, value in data.items() if value is None and name in known]
+    said = f" ({', '.join(nulls)} {'is' if len(nulls) == 1 else 'are'} null)" if nulls else ""
     raise BadRow(
         "unknown_schema",
-        f"has no known shape; its columns: {present}",
+        f"has no known shape; its columns: {present}{said}",
         hint=f"map its columns with columns=, e.g. columns={{'prompt': ..., 'completion': ...}}. "
         f"Known shapes: {candidates}",
     )

@@ -91,7 +91,8 @@ def finished(folder: Path, *, trust_remote_code: bool = False) -> Finished:
     about = checkpoints.read(folder)
     if not about.get("finished"):
         begun = f"go on with `ftdata train {folder} --resume`" if checkpoints.ordered(folder) else ""
-        raise UsageError("not_a_run", f"{folder} is no finished run", hint=begun or "make one with `ftdata train`")
+        what = "is no finished run" if folder.is_dir() else "is not there"
+        raise UsageError("not_a_run", f"{folder} {what}", hint=begun or "make one with `ftdata train`")
     if "options" not in about:
         # Runs of an earlier version say less of what they were.
         found = Finished(folder, about, trust_remote_code)

@@ -125,6 +125,11 @@ def test_messages_in_other_keys_are_told_which_they_are(tokenizer_dir):
         build_sft_dataset([row], tokenizer_dir("tiny_bpe"))
 
 
+def test_a_null_is_named(tokenizer_dir):
+    with pytest.raises(FtdataError, match=r"its columns: 'question', 'answer' \(answer is null\)"):
+        build_sft_dataset([{"question": "Why?", "answer": None}], tokenizer_dir("tiny_bpe"))
+
+
 @pytest.mark.train
 def test_a_build_that_was_replaced_is_not_judged_by(llama, tmp_path):
     pytest.importorskip("trl")
