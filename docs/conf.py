@@ -20,6 +20,7 @@ suppress_warnings = ["misc.highlighting_failure"]
 # Docstrings are written as Markdown has it: single backticks are code.
 default_role = "code"
 autodoc_typehints = "signature"
+maximum_signature_line_length = 88
 autodoc_member_order = "bysource"
 html_show_copyright = False
 napoleon_use_rtype = False
