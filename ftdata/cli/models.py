@@ -252,6 +252,9 @@ def _answering() -> Iterator[Callable[[int, int], None]]:
 
     console = Console(stderr=True)
     columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:
+        yield lambda *_: None
+        return
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("answers", total=None)
         yield lambda done, of: bar.update(task, completed=done, total=of)

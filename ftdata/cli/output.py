@@ -72,8 +72,11 @@ def progress_bar() -> Iterator[Any]:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    # Where nobody is watching, even an empty line is one too many.
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:
+        # Where nobody is watching, even an empty line is one too many, and some versions of rich write one.
+        yield lambda *_: None
+        return
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("build", total=None, rows=0, tokens=0, rows_each=0, tokens_each=0)
 
         def update(rows: int, tokens: int, share: float | None) -> None:
