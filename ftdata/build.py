@@ -32,7 +32,7 @@ from ftdata.executors import check_engine
 from ftdata.layout import Facts, Laid, Layout, lay_out
 from ftdata.ledger import Report, notes_of
 from ftdata.mask import Policy
-from ftdata.merged import Joined
+from ftdata.merged import Merged
 from ftdata.pack import packed, unpacked
 from ftdata.readers import FileSource, MemorySource, sources
 from ftdata.readers.naming import split_of
@@ -331,7 +331,7 @@ def _build(wanted: _Wanted, place: atomic.Workplace, runner: Runner, progress: P
         check_rereadable(tasks, str(differs))
         cache.clear()
         results = runner.build(recipe, [replace(task, trusted=False) for task in tasks], progress)
-    joined = Joined(results)
+    joined = Merged(results)
     wanted.tolerance.judge(joined.ledgers, joined.rejects)
     laid = lay_out(_facts(joined, layout), layout)
     if not len(laid.splits["train"]):
@@ -379,7 +379,7 @@ def _named(data: Any) -> list[Any] | None:
     return named if len(named) == len(places) else None
 
 
-def _facts(joined: Joined, layout: Layout) -> Facts:
+def _facts(joined: Merged, layout: Layout) -> Facts:
     near, examples = layout.near, joined.examples
     tasks = [result.task for result in joined.results]
     splits = [task.source.split for task in tasks]
@@ -406,7 +406,7 @@ def _facts(joined: Joined, layout: Layout) -> Facts:
 
 
 def _write_split(
-    folder: Path, name: str, joined: Joined, members: NDArray[np.int64], layout: Layout, runner: Runner
+    folder: Path, name: str, joined: Merged, members: NDArray[np.int64], layout: Layout, runner: Runner
 ) -> tuple[dict[str, Any], list[store.Written]]:
     examples = joined.examples
     lengths = examples.lengths[members]
@@ -453,7 +453,7 @@ def _named_otherwise(found: Sequence[FileSource | MemorySource]) -> Iterator[str
         yield f"trained on, though named as of another split: {', '.join(others[:5])}"
 
 
-def _fingerprint(options: Mapping[str, Any], joined: Joined) -> str:
+def _fingerprint(options: Mapping[str, Any], joined: Merged) -> str:
     # Names of files and folders decide nothing.
     nameless = {
         **options,

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
-from urllib.parse import urlsplit
 
 from ftdata._version import __version__
 
@@ -72,9 +71,10 @@ def _settings() -> Iterator[tuple[str, str]]:
         if name.upper() in _NAMED:
             yield name, "(set)"
         elif name in _SHOWN:
-            place = urlsplit(value)
-            # Of a URL the host alone: what stands before it, and behind, may be anybody's key.
-            yield name, f"{place.scheme}://{(place.hostname or '')}/..." if "//" in value else value
+            # Of a URL no more than the host, and not that where anything in it may be somebody's key.
+            plain = re.fullmatch(r"(\w+://[\w.:-]+)(/[\w./-]*)?", value)
+            hidden = f"{value.partition('://')[0]}://..." if "://" in value else "(set)" if "@" in value else value
+            yield name, plain[1] if plain else hidden
 
 
 def _needed() -> list[str]:

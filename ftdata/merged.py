@@ -22,7 +22,7 @@ from ftdata.types import Reject
 
 
 @dataclass(frozen=True)
-class Joined:
+class Merged:
     """All shards of a build, in the order of the data."""
 
     results: Sequence[ShardResult]

@@ -16,6 +16,7 @@ from ftdata.foreign.draft import (
     check_roles,
     one_for_all,
     share,
+    stated,
     unknown_in,
     without_evaluation,
 )
@@ -102,6 +103,10 @@ KEYS = Keys(
         ),
     },
 )  # fmt: skip
+_USUAL = {
+    "sequence_len": 512, "num_epochs": 1, "micro_batch_size": 1, "seed": 42, "optimizer": "adamw_torch_fused",
+    "lr_scheduler": "cosine", "save_total_limit": 4, "gradient_checkpointing": False, "output_dir": "model-out",
+}  # fmt: skip
 _OWN = ("datasets", "chat_template", "chat_template_jinja", "adapter", "load_in_4bit", "excess_length_strategy",
         "train_on_inputs", "evals_per_epoch", "saves_per_epoch", "lora_target_linear")  # fmt: skip
 _SOURCE = {"path": "path", "name": "name", "revision": "revision", "split": "split", "data_files": "data_files"}
@@ -135,32 +140,22 @@ def axolotl(values: Mapping[str, Any], chosen: Sequence[str], folder: Path) -> D
     Raises:
         UsageError: `cannot_import`.
     """
-    draft = Draft()
-    kept = {**values, "save_total_limit": values.get("save_total_limit", 4), "num_epochs": values.get("num_epochs", 1)}
-    kept |= {"sequence_len": values.get("sequence_len", 512), "seed": values.get("seed", 42)}
-    kept |= {"micro_batch_size": values.get("micro_batch_size", 1), "output_dir": values.get("output_dir", "model-out")}
-    kept |= {
-        "lr_scheduler": values.get("lr_scheduler", "cosine"),
-        "optimizer": values.get("optimizer", "adamw_torch_fused"),
-    }
-    kept |= {"gradient_checkpointing": values.get("gradient_checkpointing", False)}
-    if values.get("warmup_steps") is None and values.get("warmup_ratio") is None:
-        kept["warmup_ratio"] = 0.03
-    carry(kept, KEYS, draft, but=_OWN)
+    draft, values = Draft(), stated(values, _USUAL)
+    if "warmup_steps" not in values:
+        values.setdefault("warmup_ratio", 0.03)
+    carry(values, KEYS, draft, but=_OWN)
     _data(values, chosen, draft)
     _adapter(values, draft)
     _too_long(values, draft)
     for name in ("eval", "save"):
         if times := values.get(f"{name}s_per_epoch"):
-            if times * kept["num_epochs"] <= 0:
-                raise ValueError(f"{name}s_per_epoch is {times}, num_epochs {kept['num_epochs']}")
+            if times * values["num_epochs"] <= 0:
+                raise ValueError(f"{name}s_per_epoch is {times}, num_epochs {values['num_epochs']}")
             # A share of the whole run, as Trainer takes it.
             draft.put(f"train.{name}_strategy", "steps")
-            draft.put(f"train.{name}_steps", 1 / (times * kept["num_epochs"]))
+            draft.put(f"train.{name}_steps", 1 / (times * values["num_epochs"]))
     if values.get("adapter") and values.get("lora_target_linear"):
         draft.put("lora.target_modules", "all-linear")
-    if values.get("warmup_steps") is not None:
-        draft.put("train.warmup_steps", values["warmup_steps"])
     without_evaluation(draft)
     return draft
 

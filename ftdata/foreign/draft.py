@@ -84,6 +84,14 @@ def carry(values: Mapping[str, Any], keys: Keys, draft: Draft, *, but: Collectio
         draft.note(f"not known, and left out: {', '.join(unknown)}")
 
 
+def stated(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a file says, beside what its tool takes for granted; null says nothing, steps of warmup come first."""
+    said = {**usual, **{key: value for key, value in values.items() if value is not None}}
+    if "warmup_steps" in said:
+        said.pop("warmup_ratio", None)
+    return said
+
+
 def share(size: Any) -> Mapping[str, Any]:
     """Return the test split that a size asks for: a share below 1, or rows; nothing for 0.
 

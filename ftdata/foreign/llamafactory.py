@@ -16,6 +16,7 @@ from ftdata.foreign.draft import (
     check_roles,
     one_for_all,
     share,
+    stated,
     unknown_in,
     without_evaluation,
 )
@@ -94,6 +95,7 @@ KEYS = Keys(
     },
 )  # fmt: skip
 _USUAL = {
+    "lora_rank": 8, "lora_target": "all",
     "cutoff_len": 2048, "learning_rate": 5e-5, "num_train_epochs": 3.0, "per_device_train_batch_size": 8, "seed": 42,
 }  # fmt: skip
 _OWN = ("stage", "dataset", "dataset_dir", "template", "finetuning_type", "quantization_bit", "mix_strategy")
@@ -123,12 +125,9 @@ def training(values: Mapping[str, Any], chosen: Sequence[str], folder: Path) -> 
     for key, only in (("stage", "sft"), ("mix_strategy", "concat")):
         if values.get(key, only) != only:
             raise cannot(f"{key}: {values[key]}, where ftdata knows {only}")
-    values = {key: value for key, value in values.items() if value is not None}
-    draft, rank = Draft(), values.get("lora_rank", 8)
-    usual = {"lora_rank": rank, "lora_alpha": 2 * rank, "lora_target": "all", **_USUAL}
-    carry({**usual, **values}, KEYS, draft, but=_OWN)
-    if "warmup_steps" in values:
-        draft.put("train.warmup_steps", values["warmup_steps"])
+    draft, values = Draft(), stated(values, _USUAL)
+    values.setdefault("lora_alpha", 2 * values["lora_rank"])
+    carry(values, KEYS, draft, but=_OWN)
     _weights(values, draft)
     _lengths(values, draft)
     named = [name.strip() for name in str(values.get("dataset") or "").split(",") if name.strip()]

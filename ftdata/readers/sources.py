@@ -102,10 +102,9 @@ class FileSource:
 
 def _checked(reader: Reader, file: FileSource) -> Iterator[Row | Reject]:
     """Yield what a reader of the user's own does."""
-    rows: Iterator[Any] = iter(())
     last = -1
     try:
-        rows = iter(reader(file.input))
+        rows: Iterator[Any] = iter(reader(file.input))
         for one in rows:
             if told := _odd(one, last):
                 raise InputRefused("reader_failed", f"reader {file.reader}: {told}", where=file.path)

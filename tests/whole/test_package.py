@@ -191,9 +191,10 @@ def test_a_bug_report_names_what_matters(monkeypatch):
         "HF_ENDPOINT": "https://me:secret@hub.example/?token=secret",
         "HF_TOKEN": "secret",
         "HF_HUB_TOKEN": "secret",
+        "HF_HOME": "//[secret@x",
         "HTTPS_PROXY": "user:sec/ret@host:80",
         "FTDATA_API_KEY": "secret",
-        "FTDATA_CACHE": "s3://AKIA:secret@bucket",
+        "FTDATA_CACHE": "s3://AKIA:sec/ret@bucket",
     }
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
@@ -203,6 +204,8 @@ def test_a_bug_report_names_what_matters(monkeypatch):
     assert "pytest" not in found.packages
     assert found.packages["numpy"]
     assert "sec" not in str(found)
-    assert "AKIA" not in str(found)
-    assert found.as_dict()["settings"]["HF_ENDPOINT"] == "https://hub.example/..."
+    assert "akia" not in str(found).lower()
+    assert found.as_dict()["settings"]["HF_ENDPOINT"] == "https://..."
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example:8080/a/b")
+    assert environment().settings["HF_ENDPOINT"] == "https://hub.example:8080"
     assert found.settings["HTTPS_PROXY"] == "(set)"
