@@ -85,7 +85,7 @@ def carry(values: Mapping[str, Any], keys: Keys, draft: Draft, *, but: Collectio
 
 
 def stated(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a file says, beside what its tool takes for granted; null says nothing, steps of warmup come first."""
+    """Return what a file says beside what its tool takes for granted; null says nothing, steps of warmup come first."""
     said = {**usual, **{key: value for key, value in values.items() if value is not None}}
     if "warmup_steps" in said:
         said.pop("warmup_ratio", None)
