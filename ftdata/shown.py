@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -36,6 +36,12 @@ stages with every row (caches of the processor)."""
 PROVED, PROVED_EVERY, PROVED_MESSAGES = 32, 100, 4
 """Rows of each source that are confirmed by a second way: the first, every so many-th; by how many messages of each."""
 
+
+LIMITS_APART = 100
+"""A template is refused when two short rows exceed its limits and fewer rows than this lie between them."""
+
+MAX_RAW = 4096
+"""Characters of a rejected row that are kept."""
 
 _T = TypeVar("_T")
 
@@ -63,7 +69,7 @@ def _in_turns(recipe: Recipe, rows: Iterator[Row | Reject]) -> Iterator[list[tup
     """Yield a few rows at a time, and what they were rendered to; while they are, the next few are read."""
     # A user's own policy is asked later: what it raises must not reject the row, and it sees no refused texts.
     policy, at_once = recipe.policy if is_own(recipe.train_on) else None, usual(recipe)
-    few, ahead = 1, list[_Few]()
+    few, ahead, limits = 1, list[_Few](), _LimitWatch(recipe)
     while some := _next(rows, few):
         known = [None if isinstance(row, Reject) or _is_proved(row) else at_once(row) for row in some]
         said = [_tried(_said, recipe, row) if one is None else one for row, one in zip(some, known, strict=True)]
@@ -71,22 +77,56 @@ def _in_turns(recipe: Recipe, rows: Iterator[Row | Reject]) -> Iterator[list[tup
         # Of long rows no more are in memory than must be.
         alone = few < FEW or len(some) < few
         while len(ahead) > (not alone):
-            done = _finished(recipe, ahead.pop(0), policy)
+            done = _finished(recipe, ahead.pop(0), policy, limits)
             long = sum([len(one.text) for _, entry in done if isinstance(entry, Shown) for one in entry.texts])
             few = min(FEW, 1 + TOGETHER * len(done) // (long + 1))
             yield done
-    yield from (_finished(recipe, one, policy) for one in ahead)
+    yield from (_finished(recipe, one, policy, limits) for one in ahead)
 
 
 _Few = list[tuple[Row | Reject, Conversation | Shown | Reject, Callable[[], tuple[Rendered, ...]] | None]]
 """A few rows, how each was read, and what waits for its texts."""
 
 
-def _finished(recipe: Recipe, some: _Few, policy: Policy | None) -> list[tuple[Row | Reject, Shown | Reject]]:
-    return [
-        (row, _tried(_shown, recipe, row, one, policy, texts) if isinstance(one, Conversation) else one)
-        for row, one, texts in some
-    ]
+@dataclass
+class _LimitWatch:
+    """Refuses a template that exceeds its limits on short rows of one source again and again.
+
+    Long rows may honestly exceed them. Which rows were read before, by which process, does not matter.
+    """
+
+    recipe: Recipe
+    previous: int | None = None
+    rows: int = 0
+
+    def check(self, entry: Shown | Reject | Conversation) -> None:
+        """Count a row.
+
+        Raises:
+            TemplateRefused: `template_limits`: two short rows, close to each other, exceed the limits.
+        """
+        self.rows += 1
+        if not isinstance(entry, Reject) or entry.code != "template_limits" or len(entry.raw) >= MAX_RAW:
+            return
+        if self.previous is not None and self.rows - self.previous < LIMITS_APART:
+            raise TemplateRefused(
+                "template_limits",
+                f"template {self.recipe.template.name!r} exceeds its limits on several short rows: {entry.reason}",
+                where=str(entry.source),
+                hint="use another template: this one loops, or is an attack",
+            )
+        self.previous = self.rows
+
+
+def _finished(
+    recipe: Recipe, some: _Few, policy: Policy | None, limits: _LimitWatch
+) -> list[tuple[Row | Reject, Shown | Reject]]:
+    done = list[tuple[Row | Reject, Shown | Reject]]()
+    for row, one, texts in some:
+        entry = _tried(_shown, recipe, row, one, policy, texts) if isinstance(one, Conversation) else one
+        limits.check(entry)
+        done.append((row, entry))
+    return done
 
 
 def _next(rows: Iterator[Row | Reject], few: int) -> list[Row | Reject]:
@@ -289,7 +329,7 @@ def rejected(row: Row | Reject, error: BadRow) -> Reject:
     if isinstance(row, Reject):
         return row
     try:
-        raw = json.dumps(row.data, ensure_ascii=False, default=str, skipkeys=True)[:4096]
+        raw = json.dumps(row.data, ensure_ascii=False, default=str, skipkeys=True)[:MAX_RAW]
     except (RecursionError, ValueError):
         raw = ""
     text = raw.encode("utf-8", "backslashreplace").decode()

@@ -24,6 +24,9 @@ from ftdata.types import Conversation, Message, Rendered
 
 _ROLES = sorted(set(ROLES.values()))
 
+_MAX_CACHED_MESSAGES = 200
+"""Renderings of longer conversations are not cached."""
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -201,11 +204,13 @@ def _located(
     """
     text, memory = str.__str__(tracked), chat.template.memory
     key = key_of(chat.messages, chat.tools, turns, text, parts)
-    planned = not chat.tools and chat.template.plans.wanted(chat.messages, turns)
+    # Long conversations are rarely of one shape, and what is recorded of one grows with the square of its messages.
+    cached = len(chat.messages) <= _MAX_CACHED_MESSAGES
+    planned = cached and not chat.tools and chat.template.plans.wanted(chat.messages, turns)
     if not planned and (known := memory.recall(key, chat.messages, text, parts)) is not None:
         return known
     seen: dict[tuple[int, bool], Tracked] = {}
-    asked = chat.watched() if chat.template.foreseeable else chat
+    asked = chat.watched() if cached and chat.template.foreseeable else chat
     shape = shape_of(chat.messages, ()) if asked.watch and not chat.tools else None
 
     def run(count: int, generation_prompt: bool) -> Tracked:

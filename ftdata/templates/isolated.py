@@ -17,7 +17,16 @@ from ftdata._version import __version__
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.templates import protocol, rendering
 from ftdata.templates import template as templates
-from ftdata.templates.process import EXAMINED_SECONDS, MEGABYTES, Asked, OverLimits, ask, begin, over_limits, warm
+from ftdata.templates.process import (
+    EXAMINE_CPU_SECONDS,
+    MAX_STEPS,
+    MEGABYTES,
+    LimitExceeded,
+    Request,
+    ask,
+    start_worker,
+    submit,
+)
 from ftdata.templates.template import Template
 from ftdata.templates.verify import TemplateReport
 from ftdata.templates.verify import contradicted as contradicted_here
@@ -40,7 +49,7 @@ def _here(template: Template) -> bool:
 def start() -> None:
     """Begin the process in which templates run: it is ready when what is loaded meanwhile is."""
     if not HERE:
-        warm()
+        start_worker()
 
 
 def render(
@@ -59,31 +68,59 @@ def begun(
     conversation: Conversation, template: Template, turns: str = "auto", dropped: str = "refuse"
 ) -> Callable[[], tuple[Rendered, ...]]:
     """Begin to render a conversation; what is returned waits for it, and returns and raises what `render` does."""
-    if _here(template):
-        return partial(rendering.render, conversation, template, turns, dropped)
     try:
+        steps = _steps(conversation)
+        if _here(template):
+            return partial(rendering.render, conversation, template, turns, dropped)
         known = rendering.known(conversation, template, turns, dropped)
         if known is not None:
             return lambda: known
-        said = protocol.of_conversation(conversation)
-        asked = begin("render", template, conversation=said, turns=turns, dropped=dropped)
+        sent = protocol.of_conversation(conversation)
+        request = submit("render", template, steps, conversation=sent, turns=turns, dropped=dropped)
     except (BadRow, TemplateRefused, RecursionError) as error:
         return partial(_raised, error)
-    return partial(_rendered, template, asked)
+    return partial(_rendered, template, request)
+
+
+def _steps(conversation: Conversation) -> int:
+    """Return how often rendering a conversation looks at a message: at each of them, for each trained answer.
+
+    Raises:
+        BadRow: `too_many_messages`: more than `MAX_STEPS`.
+    """
+    steps = len(conversation.messages) * len(rendering.trained_answers(conversation))
+    if steps > MAX_STEPS:
+        raise BadRow(
+            "too_many_messages",
+            f"has {len(conversation.messages):,} messages and {len(rendering.trained_answers(conversation)):,} trained "
+            f"answers; their product may be at most {MAX_STEPS:,}, since answers are located one by one",
+            field="messages",
+            hint="split the conversation into several rows, or give most answers train: false",
+        )
+    return steps
 
 
 def _raised(error: Exception) -> NoReturn:
     raise error
 
 
-def _rendered(template: Template, asked: Asked) -> tuple[Rendered, ...]:
+def _rendered(template: Template, request: Request) -> tuple[Rendered, ...]:
     try:
-        answer = asked.answer()
-    except OverLimits:
-        raise over_limits(template) from None
+        answer = request.result()
+    except LimitExceeded:
+        raise _row_exceeds(template, request) from None
     for shape, plan in answer["plans"]:
         template.plans.by_shape.setdefault(tuple(shape), []).append(protocol.plan(plan))
     return tuple(map(protocol.rendered, answer["texts"]))
+
+
+def _row_exceeds(template: Template, request: Request) -> BadRow:
+    return BadRow(
+        "template_limits",
+        f"template {template.name!r} needs more than {2 * request.cpu_seconds:.3g} s of CPU time, or more than "
+        f"{MEGABYTES} MB, for this row",
+        hint="split the row if it is long; otherwise the template loops: use another one",
+    )
 
 
 def contradicted(
@@ -96,11 +133,14 @@ def contradicted(
     """
     if _here(template):
         return contradicted_here(conversation, template, rendered, most)
-    said, made = protocol.of_conversation(conversation), protocol.of_rendered(rendered)
+    sent, made = protocol.of_conversation(conversation), protocol.of_rendered(rendered)
+    # Each of the messages that are changed is rendered three times, with all others.
+    steps = len(conversation.messages) * 3 * (most or len(conversation.messages))
+    request = submit("contradict", template, steps, conversation=sent, rendered=made, most=most)
     try:
-        found = ask("contradict", template, conversation=said, rendered=made, most=most)["found"]
-    except OverLimits:
-        raise over_limits(template) from None
+        found = request.result()["found"]
+    except LimitExceeded:
+        raise _row_exceeds(template, request) from None
     return None if found is None else str(found)
 
 
@@ -114,7 +154,7 @@ def scaffold(template: Template) -> str:
         return templates.scaffold(template)
     try:
         return str(ask("scaffold", template)["text"])
-    except OverLimits:
+    except LimitExceeded:
         raise _refused(template) from None
 
 
@@ -156,7 +196,7 @@ def _examined(description: str) -> TemplateReport:
     template = Template.described(description)
     try:
         report = _asked(template)
-    except OverLimits:
+    except LimitExceeded:
         raise _refused(template) from None
     with suppress(OSError):
         if root is None:
@@ -173,14 +213,14 @@ def _asked(template: Template) -> Mapping[str, Any]:
         from ftdata.templates.verify import examine
 
         return examine(template).as_dict()
-    # The child ends what takes it too long itself.
-    return dict(ask("examine", template, seconds=4.0 * EXAMINED_SECONDS)["report"])
+    return dict(ask("examine", template)["report"])
 
 
 def _refused(template: Template) -> TemplateRefused:
     return TemplateRefused(
         "template_limits",
-        f"template {template.name!r} needs more than {EXAMINED_SECONDS} s or {MEGABYTES} MB for small conversations",
+        f"template {template.name!r} needs more than {EXAMINE_CPU_SECONDS:.3g} s of CPU time, or more than "
+        f"{MEGABYTES} MB, for small conversations",
         hint="use another template: this one loops, or is an attack",
     )
 

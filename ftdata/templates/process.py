@@ -1,277 +1,337 @@
-"""Templates run in a process of their own: they are code from strangers, and may loop, or fill the memory.
+"""Run templates in a worker process: they are untrusted code, which may loop forever or fill the memory.
 
-Each process of ours has one such child, which it ends, and begins anew, where an answer takes too long (`kitchen` is
-what runs there, `wire` says how values are sent).
+Each process has one worker (`ftdata.templates.worker`), which is replaced when it ends. Requests and answers are frames
+of a `multiprocessing` connection; `ftdata.templates.protocol` defines their contents.
+
+Limits are counted in CPU time of the worker, never in wall time: what becomes of a row must not depend on what else the
+machine does. The limit of a request follows from its size alone, and is many times what honest templates need. A worker
+that exceeds it is ended by the kernel (SIGPROF). The request is then repeated once, alone and with twice the limit, in
+a new worker; only if that fails too, the row is rejected.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
-import select
+import signal
 import subprocess
 import sys
 import threading
-import time
-from collections import Counter, deque
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from ftdata.errors import BadRow, InternalError, TemplateRefused
-from ftdata.templates.protocol import HEAD, packet, unpacked, whole
+from ftdata.errors import BadRow, InternalError, StorageError, TemplateRefused
+from ftdata.templates import protocol
 from ftdata.templates.template import Template
 
-SECONDS, LETTERS_A_SECOND = 2.5, 20_000
-"""How long an answer may take: seconds, and one more for every so many characters of the question."""
+CPU_SECONDS, CHARACTERS_PER_SECOND, SECONDS_PER_STEP = 0.6, 20_000, 0.0005
+"""CPU limit of a request: seconds, one more for so many characters, and so many for each step (`steps`)."""
 
-AHEAD_SECONDS, AGAIN_SECONDS = 0.5, 1.0
-"""How long one of several queued answers may take before each is asked for by itself; and any of a template that took
-too long before."""
+EXAMINE_CPU_SECONDS = 3.0
+"""CPU limit of the examination of a template."""
 
-EXAMINED_SECONDS = 3
-"""How long it may take to examine a template."""
+MEGABYTES, BYTES_PER_CHARACTER = 512, 64
+"""Memory limit of a request: megabytes, and bytes for every character of it."""
 
-MEGABYTES, BYTES_A_LETTER = 512, 64
-"""How much memory it may take: megabytes, and bytes for every character of the question."""
+MAX_STEPS = 1 << 22
+"""Conversations with more steps (messages times answers) are rejected: each answer needs renderings of its own."""
 
-MOST_OVER, APART = 2, 100
-"""A template is refused with so many rows over these limits, if fewer than so many rows lie between them."""
+MAX_LOST = 5
+"""How often a worker may end for reasons outside of its control (killed, out of memory) before the build stops."""
 
-_PIPE, _TOGETHER = 1 << 15, 1 << 13
-"""Bytes sent before answers are read: half of what a pipe holds; and from how many on the buffer is flushed."""
+_MAX_ATTEMPTS = 2
+"""How often a request may exceed its limits."""
 
-_over: Counter[str] = Counter()
-_since: Counter[str] = Counter()
-"""Of each template: the rows that went over the limits, and those that did not since."""
+_MAX_UNANSWERED, _MIN_FRAME = 1 << 15, 1 << 13
+"""Bytes sent before answers are read, well below the buffer of a socket; and bytes that requests are collected to."""
 
-
-class OverLimits(Exception):
-    """The child took too long, too much memory, or was ended by what it did."""
+_ENDED_BY_TEMPLATE = {signal.SIGPROF, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
+"""Signals by which a template ends its worker: the CPU limit, and crashes such as an overflow of the C stack."""
 
 
-def warm() -> None:
-    """Begin the child, if there is none."""
+class LimitExceeded(Exception):
+    """The template needs more CPU time or memory than its request is allowed."""
+
+
+def start_worker() -> None:
+    """Start the worker of this process unless it is running, so that it is ready by the first request."""
     with _lock(os.getpid()):
-        _server(os.getpid())
+        _worker()
 
 
-def ask(do: str, template: Template, seconds: float | None = None, **given: Any) -> dict[str, Any]:
-    """Return what the child answers.
+def ask(action: str, template: Template, **arguments: Any) -> dict[str, Any]:
+    """Have the worker do something with a template, and return its answer.
 
     Args:
-        do: what it shall do, one of `kitchen.DISHES`.
-        template: with which.
-        seconds: how long that may take; `None`: as long as it may for so much.
-        given: with what, as plain values.
+        action: one of `worker.ACTIONS`.
+        template: the template.
+        arguments: JSON values that the action takes.
 
     Raises:
-        BadRow, TemplateRefused: as it finds.
-        RecursionError: what is given is nested too deep.
-        OverLimits: it does not answer.
+        BadRow, TemplateRefused: the action raises it.
+        RecursionError: the arguments are nested too deep.
+        LimitExceeded: the template exceeds its limits.
+        StorageError: `template_worker_lost`: workers end again and again for other reasons.
     """
-    return begin(do, template, seconds, **given).answer()
+    return submit(action, template, **arguments).result()
 
 
-def begin(do: str, template: Template, seconds: float | None = None, **given: Any) -> Asked:
-    """Ask as `ask` does, and do not wait: while the child is at work, so may this process be."""
-    sent = packet({"do": do, "template": template.key, **given})
-    wait = AGAIN_SECONDS if template.key in _over else SECONDS
-    asked = Asked(template, sent, seconds or wait + len(sent) / LETTERS_A_SECOND)
-    with _lock(os.getpid()), suppress(OSError):
-        server = _server(os.getpid())
-        # What does not fit into a pipe would make us wait for a child that waits for us.
-        while server.waiting and server.room < len(sent):
-            server.receive(server.waiting[0])
-        if server.room >= len(sent):
-            server.send(asked, now=False)
-    return asked
+def submit(action: str, template: Template, steps: int = 0, **arguments: Any) -> Request:
+    """Send a request as `ask` does, and return without waiting for the answer.
+
+    Args:
+        action: one of `worker.ACTIONS`.
+        template: the template.
+        steps: how often a template looks at a message, at least: this scales the CPU limit.
+        arguments: JSON values that the action takes.
+    """
+    body = protocol.encode(arguments)
+    limit = CPU_SECONDS + len(body) / CHARACTERS_PER_SECOND + steps * SECONDS_PER_STEP
+    request = Request(action, template, body, limit)
+    if template.key in _exceeding:
+        # The last attempt decides. It comes at once, alone, where it is to be expected.
+        request.exceeded = _MAX_ATTEMPTS - 1
+        return request
+    with _lock(os.getpid()), suppress(WorkerEnded):
+        worker = _worker()
+        # Sending more than the socket's buffer holds would wait for a worker that waits for us.
+        while worker.pending and worker.unanswered + len(body) > _MAX_UNANSWERED:
+            worker.receive()
+        worker.send(request, flush=False)
+    return request
 
 
 @dataclass(eq=False)
-class Asked:
-    """A question, and the answer when there is one; `over`: there will be none."""
+class Request:
+    """A request to the worker and, once received, its answer.
 
+    Attributes:
+        action: one of `worker.ACTIONS`.
+        template: the template.
+        body: the encoded arguments.
+        cpu_seconds: the CPU limit of the first attempt.
+        answer: what the worker answered; `None` until then.
+        exceeded: how many attempts exceeded the limits.
+        lost: how many attempts ended with a worker that something else had killed.
+    """
+
+    action: str
     template: Template
-    sent: bytes
-    wait: float
-    found: dict[str, Any] | None = None
-    over: bool = False
+    body: bytes
+    cpu_seconds: float
+    answer: dict[str, Any] | None = None
+    exceeded: int = 0
+    lost: int = 0
 
-    def answer(self) -> dict[str, Any]:
-        """Wait for the answer, and return it.
+    @property
+    def frame(self) -> list[Any]:
+        """The request as it is sent."""
+        return [self.action, self.template.key, self.body, self.cpu_seconds * (1 + self.exceeded)]
+
+    def result(self) -> dict[str, Any]:
+        """Wait for the answer and return it.
 
         Raises:
-            BadRow, TemplateRefused, RecursionError, OverLimits: as `ask` does.
+            BadRow, TemplateRefused, RecursionError, LimitExceeded, StorageError: as `ask` does.
         """
         with _lock(os.getpid()):
-            # A child that was ended, by another question or from outside, says nothing about this one: another is
-            # asked, and one more.
-            for _ in range(3):
-                if self.found is None and not self.over:
-                    with suppress(OSError):
-                        server = _server(os.getpid())
-                        if self not in server.waiting:
-                            server.receive_all()
-                            server.send(self)
-                        server.receive(self)
-        if self.found is None or "over" in self.found:
-            raise OverLimits
-        if self.template.key in _over:
-            _since[self.template.key] += 1
-        if "bad" in self.found:
-            raise BadRow(**self.found["bad"])
-        if "refused" in self.found:
-            raise TemplateRefused(**self.found["refused"])
-        if "deep" in self.found:
+            while self.answer is None:
+                if self.exceeded >= _MAX_ATTEMPTS:
+                    _exceeding.add(self.template.key)
+                    raise LimitExceeded
+                with suppress(WorkerEnded):
+                    worker = _worker()
+                    if self not in worker.pending:
+                        # Alone, so that a worker that ends is known to end because of this request.
+                        worker.receive_all()
+                        worker.send(self)
+                    worker.receive_until(self)
+        answer = self.answer
+        if "examination_ended" in answer:
+            raise LimitExceeded
+        if "bad_row" in answer:
+            raise BadRow(**answer["bad_row"])
+        if "template_refused" in answer:
+            raise TemplateRefused(**answer["template_refused"])
+        if "too_deep" in answer:
             raise RecursionError
-        if "failed" in self.found:
-            raise InternalError("template", self.found["failed"])
-        return self.found
+        if "failed" in answer:
+            raise InternalError("template", answer["failed"])
+        return answer
 
 
-def over_limits(template: Template) -> BadRow | TemplateRefused:
-    """Return what is said of a template that takes too much on a row; when it does so often, on all."""
-    _over[template.key] = 1 if _since.pop(template.key, 0) >= APART else _over[template.key] + 1
-    found = f"template {template.name!r} needs more than {SECONDS} s or {MEGABYTES} MB"
-    hint = "use another template: this one loops, or is an attack"
-    if _over[template.key] < MOST_OVER:
-        return BadRow("template_limits", f"{found} for this row", hint=hint)
-    return TemplateRefused("template_limits", f"{found} for each of {MOST_OVER} rows", hint=hint)
+_exceeding: set[str] = set()
+"""The keys of templates that exceeded their limits in this process."""
 
 
 @lru_cache(maxsize=1)
-def _lock(process_id: int) -> threading.Lock:  # noqa: ARG001  (a forked process needs one that nobody holds)
+def _lock(process_id: int) -> threading.Lock:  # noqa: ARG001  (a forked process needs a lock that nobody holds)
     return threading.Lock()
 
 
+class WorkerEnded(Exception):
+    """The worker ended before it answered; it was replaced or will be."""
+
+
 @dataclass(frozen=True, eq=False)
-class _Server:
-    """The child, and the questions that it has not answered yet, in the order in which it will."""
+class _Worker:
+    """The worker process, and the requests that it has not answered yet, oldest first."""
 
     process: subprocess.Popen[bytes]
-    known: set[str] = field(default_factory=set)
-    waiting: deque[Asked] = field(default_factory=deque)
-    unsent: bytearray = field(default_factory=bytearray)
-    unread: bytearray = field(default_factory=bytearray)
+    connection: Connection
+    known_templates: set[str] = field(default_factory=set)
+    pending: deque[Request] = field(default_factory=deque)
+    unsent: list[list[Any]] = field(default_factory=list)
 
     @property
-    def room(self) -> int:
-        """How many bytes may be sent without waiting for answers."""
-        return _PIPE - sum(len(asked.sent) for asked in self.waiting)
+    def unanswered(self) -> int:
+        """Bytes of the requests that are not answered yet."""
+        return sum(len(request.body) for request in self.pending)
 
-    def send(self, asked: Asked, *, now: bool = True) -> None:
-        """Send a question; several at once, where that has time.
+    def send(self, request: Request, *, flush: bool = True) -> None:
+        """Send a request; with `flush=False`, maybe only together with the next ones.
 
         Raises:
-            OSError: nobody reads it.
+            WorkerEnded: the worker has ended.
         """
-        if asked.template.key not in self.known:
-            self.known.add(asked.template.key)
-            self.unsent.extend(packet({"know": asked.template.description}))
-        self.unsent.extend(asked.sent)
-        self.waiting.append(asked)
-        if now or len(self.unsent) >= _TOGETHER:
-            self._flush()
+        if request.template.key not in self.known_templates:
+            self.known_templates.add(request.template.key)
+            self.unsent.append(["define_template", request.template.key, request.template.description.encode(), 0.0])
+        self.unsent.append(request.frame)
+        self.pending.append(request)
+        if flush or sum(len(body) for _, _, body, _ in self.unsent) >= _MIN_FRAME:
+            self._guarded(self._flush)
 
-    def _flush(self) -> None:
-        try:
-            assert self.process.stdin is not None
-            self.process.stdin.write(self.unsent)
-            self.process.stdin.flush()
-            self.unsent.clear()
-        except BaseException:
-            self.stop()
-            raise
+    def receive(self) -> None:
+        """Receive the answers to the requests that were sent together and are the oldest unanswered ones.
+
+        Raises:
+            WorkerEnded: the worker has ended.
+        """
+        self._guarded(self._receive)
 
     def receive_all(self) -> None:
-        """Take all answers."""
-        while self.waiting:
-            self.receive(self.waiting[-1])
-
-    def receive(self, asked: Asked) -> None:
-        """Take answers until a question has its own; who waits in vain ends the child.
+        """Receive all answers.
 
         Raises:
-            OSError: the child has ended.
+            WorkerEnded: the worker has ended.
         """
+        while self.pending:
+            self.receive()
+
+    def receive_until(self, request: Request) -> None:
+        """Receive answers until there is one for this request, or an attempt at it exceeded the limits.
+
+        Raises:
+            WorkerEnded: the worker has ended.
+        """
+        exceeded = request.exceeded
+        while request.answer is None and request.exceeded == exceeded:
+            self.receive()
+
+    def _flush(self) -> None:
+        if self.unsent:
+            self.connection.send_bytes(protocol.encode(self.unsent))
+            self.unsent.clear()
+
+    def _receive(self) -> None:
         self._flush()
+        for answer in map(protocol.decode, protocol.decode(self.connection.recv_bytes())):
+            request = self.pending.popleft()
+            if "output_too_long" in answer:
+                # It is as long however often the request is repeated.
+                request.exceeded = _MAX_ATTEMPTS
+            else:
+                request.answer = answer
+
+    def _guarded(self, exchange: Callable[[], None]) -> None:
+        """Exchange frames with the worker; replace it when it ends, and when anything interrupts the exchange."""
         try:
-            while self.waiting and asked.found is None:
-                first = self.waiting[0]
-                # Of several, nobody knows at which the child is.
-                alone = len(self.waiting) == 1
-                first.found = unpacked(self._read(first.wait if alone else AHEAD_SECONDS))
-                self.waiting.popleft()
-                if "over" in first.found:
-                    # So much memory is not given back.
-                    self.stop()
-        except OverLimits:
-            first.over = alone
-            self.stop()
-        except ValueError:
-            self.stop()
-            raise OSError from None
+            exchange()
+        except (OSError, EOFError):
+            self._count_end()
+            raise WorkerEnded from None
         except BaseException:
-            # Interrupted while waiting, too: the answer that is still to come must not be taken for another's.
+            # Also Ctrl-C: an answer that is still to come must not be taken for the answer to another request.
             self.stop()
             raise
 
-    def _read(self, wait: float) -> bytes:
-        """Return the packet that comes within so many seconds, without its head.
+    def _count_end(self) -> None:
+        """Count, for each pending request, that the worker ended; which of several ended it is not known.
 
         Raises:
-            OverLimits: none does.
-            OSError: none will.
+            StorageError: something kills the workers.
         """
-        assert self.process.stdout is not None
-        end, descriptor = time.monotonic() + wait, self.process.stdout.fileno()
-        while (size := whole(self.unread)) is None:
-            if not select.select([descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
-                raise OverLimits
-            part = os.read(descriptor, 1 << 18)
-            if not part:
-                raise OSError
-            self.unread.extend(part)
-        found = bytes(self.unread[HEAD:size])
-        del self.unread[:size]
-        return found
+        pending = list(self.pending)
+        status = self.process.wait()
+        self.stop()
+        for request in pending:
+            if -status in _ENDED_BY_TEMPLATE:
+                # Each of several requests is repeated alone. Only then it is known which of them is to blame.
+                request.exceeded = request.exceeded + 1 if len(pending) == 1 else 1
+                continue
+            request.lost += 1
+            if request.lost >= MAX_LOST:
+                raise StorageError(
+                    "template_worker_lost",
+                    f"the process that runs templates ended {MAX_LOST} times (exit status {status})",
+                    hint="is there too little memory, or does something kill it? Run the command again to resume",
+                )
 
     def stop(self) -> None:
-        """End the process, which holds nothing worth keeping; the next question starts another."""
-        _server.cache_clear()
-        self.waiting.clear()
+        """End the process, which holds nothing worth keeping; the next request starts another."""
+        if _current[-1:] == [self]:
+            _current.clear()
+        self.pending.clear()
         self.process.kill()
         self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            with suppress(OSError):
-                stream.close()  # type: ignore[union-attr]  # they are pipes
+        self.connection.close()
 
 
-_KEPT = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PATH", "PYTHONPYCACHEPREFIX", "TMPDIR", "TZ")
-"""What of the environment the process is given: where Python and its libraries are, and how they spell."""
+_ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PATH", "PYTHONPYCACHEPREFIX", "TMPDIR", "TZ")
+"""The environment variables that the worker gets: tokens and keys are not among them."""
+
+_current: list[_Worker] = []
+"""The worker of this process, if there is one."""
+
+_owner: list[int] = []
+"""The process that `_current` belongs to: a forked process must not use the worker of its parent."""
 
 
-@lru_cache(maxsize=1)
-def _server(process_id: int) -> _Server:
+def _worker() -> _Worker:
+    """Return the running worker of this process; start one if there is none."""
+    if _owner != [os.getpid()]:
+        _current.clear()
+        _owner[:] = [os.getpid()]
+    if not _current:
+        _current.append(_start())
+    return _current[0]
+
+
+def _start() -> _Worker:
     path = os.pathsep.join(str(entry) for entry in sys.path if entry)
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "ftdata.templates.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+    ours, theirs = Pipe()
+    process = subprocess.Popen(  # noqa: S603  (our own interpreter, with a list of arguments)
+        [sys.executable, "-P", "-m", "ftdata.templates.worker", str(theirs.fileno())],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        # Tokens and keys are no business of what runs there.
-        env={name: os.environ[name] for name in _KEPT if name in os.environ}
+        pass_fds=[theirs.fileno()],
+        env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"},
         start_new_session=True,
     )
-    server = _Server(process)
+    theirs.close()
+    return _Worker(process, ours)
 
-    @atexit.register
-    def stop() -> None:
-        # A forked process inherits this, but not the server.
-        if os.getpid() == process_id and process.poll() is None:
-            server.stop()
 
-    return server
+@atexit.register
+def _stop_worker() -> None:
+    # A forked process inherits this function, but must not stop the worker of its parent.
+    if _owner == [os.getpid()] and _current:
+        _current[0].stop()

@@ -1,7 +1,8 @@
-"""What goes between the process that renders and this one: plain values, and nothing that could be anything else.
+"""Messages between this process and the template worker: JSON values only, which cannot run code when they are decoded.
 
-8 bytes     how many follow, the lowest first
-1 byte      M: MessagePack; J: JSON, for numbers and texts that MessagePack has not
+The first byte is `M` for MessagePack, or `J` for JSON (integers and strings that MessagePack cannot represent). A frame
+to the worker is a list of `[action, template key, encoded arguments, CPU seconds]`; a frame from it is a list of
+answers, one for each request.
 """
 
 from __future__ import annotations
@@ -18,40 +19,28 @@ from ftdata.templates.plans import Leaf, Plan
 from ftdata.templates.watched import Question
 from ftdata.types import Conversation, Kinds, Part, Rendered, Spans
 
-HEAD = 8
-"""Bytes that say how many follow."""
 
-
-def packet(value: Any) -> bytes:
+def encode(value: Any) -> bytes:
     """Return plain values as they are sent.
 
     Raises:
-        BadRow: there are others among them.
+        BadRow: `not_json`: there are values of other types among them.
         RecursionError: they are nested too deep.
     """
     try:
-        body = b"M" + msgspec.msgpack.encode(value)
+        return b"M" + msgspec.msgpack.encode(value)
     except (TypeError, ValueError, OverflowError, NotImplementedError):
         try:
-            body = b"J" + json.dumps(value).encode()
+            return b"J" + json.dumps(value).encode()
         except (TypeError, ValueError) as error:
             raise BadRow("not_json", f"holds what JSON does not: {error}") from None
-    return len(body).to_bytes(HEAD, "little") + body
 
 
-def whole(received: bytes | bytearray) -> int | None:
-    """Return where the first packet ends, if all of it is there."""
-    if len(received) < HEAD:
-        return None
-    size = HEAD + int.from_bytes(received[:HEAD], "little")
-    return size if len(received) >= size else None
-
-
-def unpacked(body: bytes) -> Any:
-    """Return the values of a packet, without its head.
+def decode(body: bytes) -> Any:
+    """Return the values that `encode` encoded.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the bytes are not such values.
     """
     return json.loads(body[1:]) if body[:1] == b"J" else msgspec.msgpack.decode(memoryview(body)[1:])
 

@@ -79,8 +79,8 @@ def known(
         return None
 
 
-def _trained(conversation: Conversation) -> list[int]:
-    # Of an answer that is not trained, nobody needs to know where it begins and ends.
+def trained_answers(conversation: Conversation) -> list[int]:
+    """Return the indices of the assistant messages that may be trained: the turns to be located."""
     return [
         index
         for index, message in enumerate(conversation.messages)
@@ -104,7 +104,7 @@ def _with_text(message: Message) -> Message:
 def _render_chat(
     conversation: Conversation, template: Template, turns: str, dropped: str, *, runs: bool = True
 ) -> tuple[Rendered, ...]:
-    assistants = _trained(conversation)
+    assistants = trained_answers(conversation)
     planned = turns != "split" and not conversation.tools
     whole = template.plans.filled(conversation.messages, assistants) if planned else None
     chat = _Chats(conversation, template, dropped, runs)

@@ -1,35 +1,35 @@
-"""The process in which templates run: answers each packet of stdin, a question, with one on stdout.
+"""The worker process in which templates run: answers each frame of requests with a frame of answers.
 
-Templates are examined in a child of this process, each in one of its own, which starts in no time. Rows are rendered in
-this process itself, which learns from each how to render others; it may use so much memory and no more, and is ended
-by who asks where it takes too long.
+Every request has a limit of CPU time and of memory. The kernel ends this process where a template exceeds one
+(SIGPROF); the process that sent the request starts another worker. Templates are examined in a fork of this process,
+which ends without taking the worker with it.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-import select
 import signal
-import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.templates import protocol, rendering
-from ftdata.templates.process import BYTES_A_LETTER, EXAMINED_SECONDS, MEGABYTES
+from ftdata.templates.process import BYTES_PER_CHARACTER, EXAMINE_CPU_SECONDS, MEGABYTES
 from ftdata.templates.template import Template, scaffold
 from ftdata.templates.verify import contradicted, examine
 
-_MOST_SAID = 2000
-_LONG = 1 << 22
+_MAX_MESSAGE = 2000
+_MAX_OUTPUT = 1 << 22
 
 
-def _render(template: Template, asked: Mapping[str, Any]) -> dict[str, Any]:
-    conversation = protocol.conversation(asked["conversation"])
-    texts = rendering.render(conversation, template, asked["turns"], asked["dropped"])
+def _render(template: Template, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    conversation = protocol.conversation(arguments["conversation"])
+    texts = rendering.render(conversation, template, arguments["turns"], arguments["dropped"])
     plans, template.plans.fresh = template.plans.fresh, []
     return {
         "texts": [protocol.of_rendered(one) for one in texts],
@@ -37,9 +37,9 @@ def _render(template: Template, asked: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _contradict(template: Template, asked: Mapping[str, Any]) -> dict[str, Any]:
-    conversation, rendered = protocol.conversation(asked["conversation"]), protocol.rendered(asked["rendered"])
-    return {"found": contradicted(conversation, template, rendered, asked["most"])}
+def _contradict(template: Template, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    conversation, rendered = protocol.conversation(arguments["conversation"]), protocol.rendered(arguments["rendered"])
+    return {"found": contradicted(conversation, template, rendered, arguments["most"])}
 
 
 def _scaffold(template: Template, _: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def _examine(template: Template, _: Mapping[str, Any]) -> dict[str, Any]:
     return {"report": examine(template).as_dict()}
 
 
-DISHES: dict[str, Callable[[Template, Mapping[str, Any]], dict[str, Any]]] = {
+ACTIONS: dict[str, Callable[[Template, Mapping[str, Any]], dict[str, Any]]] = {
     "render": _render,
     "contradict": _contradict,
     "scaffold": _scaffold,
@@ -58,97 +58,93 @@ DISHES: dict[str, Callable[[Template, Mapping[str, Any]], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    """Answer until nobody asks any more."""
-    known: dict[str, Template] = {}
-    received = bytearray()
-    while part := os.read(0, 1 << 18):
-        received += part
-        made = bytearray()
-        while (size := protocol.whole(received)) is not None:
-            asked = protocol.unpacked(bytes(received[protocol.HEAD : size]))
-            del received[:size]
-            if "know" in asked:
-                template = Template.described(asked["know"])
-                known[template.key] = template
-            else:
-                made += _told(known[asked["template"]], asked, size)
-        _write(made)
+def main(connection: Connection) -> None:
+    """Answer requests until the other process closes the connection."""
+    # Both may be inherited otherwise.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+    templates: dict[str, Template] = {}
+    with suppress(EOFError, OSError):
+        while True:
+            answers = list[bytes]()
+            for action, key, body, cpu_seconds in protocol.decode(connection.recv_bytes()):
+                if action == "define_template":
+                    templates[key] = Template.described(body.decode())
+                elif action == "examine":
+                    answers.append(_answer_in_fork(templates[key], action, body))
+                else:
+                    answers.append(_answer(templates[key], action, body, cpu_seconds))
+            connection.send_bytes(protocol.encode(answers))
 
 
-def _write(answers: bytes | bytearray) -> None:
-    left = memoryview(answers)
-    while left:
-        left = left[os.write(1, left) :]
-
-
-def _told(template: Template, asked: Mapping[str, Any], size: int) -> bytes:
-    return _apart(template, asked) if asked["do"] == "examine" else _answer(template, asked, size)
-
-
-def _apart(template: Template, asked: Mapping[str, Any]) -> bytes:
-    """Answer in a child of this process, which knows nothing of other templates afterwards."""
-    reading, writing = os.pipe()
+def _answer_in_fork(template: Template, action: str, body: bytes) -> bytes:
+    """Answer in a fork of this process, which ends with all that it learned of the template."""
+    receiver, sender = Pipe(duplex=False)
     child = os.fork()
     if child == 0:
-        os.close(reading)
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CPU, (EXAMINED_SECONDS, EXAMINED_SECONDS))
-        with os.fdopen(writing, "wb") as stream:
-            stream.write(_answer(template, asked, 0))
-        os._exit(0)
-    os.close(writing)
-    answer = bytearray()
-    end = time.monotonic() + EXAMINED_SECONDS
-    while select.select([reading], [], [], max(0.0, end - time.monotonic()))[0] and (more := os.read(reading, 1 << 16)):
-        answer += more
-    os.close(reading)
-    with suppress(OSError):
-        os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return bytes(answer) if protocol.whole(answer) == len(answer) else protocol.packet({"over": True})
-
-
-def _answer(template: Template, asked: Mapping[str, Any], size: int) -> bytes:
-    restored = _limited(size)
+        try:
+            sender.send_bytes(_answer(template, action, body, EXAMINE_CPU_SECONDS))
+        finally:
+            os._exit(0)
+    sender.close()
     try:
-        made = protocol.packet(DISHES[asked["do"]](template, asked))
-        return made if len(made) < _LONG + BYTES_A_LETTER * size else protocol.packet({"over": True})
-    except BadRow as error:
-        return protocol.packet({"bad": {**_said(error), "field": error.field}})
-    except TemplateRefused as error:
-        return protocol.packet({"refused": _said(error)})
-    except RecursionError:
-        return protocol.packet({"deep": True})
-    except MemoryError:
-        return protocol.packet({"over": True})
-    except Exception as error:  # noqa: BLE001  (told to the process that asked)
-        return protocol.packet({"failed": f"{type(error).__name__}: {error}"[:_MOST_SAID]})
+        return receiver.recv_bytes()
+    except (OSError, EOFError):
+        return protocol.encode({"examination_ended": True})
     finally:
-        restored()
+        receiver.close()
+        os.waitpid(child, 0)
 
 
-def _said(error: BadRow | TemplateRefused) -> dict[str, str]:
-    return {"code": error.code, "message": error.message[:_MOST_SAID], "where": error.where, "hint": error.hint}
+def _answer(template: Template, action: str, body: bytes, cpu_seconds: float) -> bytes:
+    """Return the encoded answer to one request; the limits hold until it is encoded."""
+    with _memory_limit(len(body)):
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+        try:
+            answer = protocol.encode(ACTIONS[action](template, protocol.decode(body)))
+            too_long = len(answer) > _MAX_OUTPUT + BYTES_PER_CHARACTER * len(body)
+            return protocol.encode({"output_too_long": len(answer)}) if too_long else answer
+        except BadRow as error:
+            return protocol.encode({"bad_row": {**_described(error), "field": error.field}})
+        except TemplateRefused as error:
+            return protocol.encode({"template_refused": _described(error)})
+        except RecursionError:
+            return protocol.encode({"too_deep": True})
+        except MemoryError:
+            # As when the CPU limit is exceeded; the memory would not be given back, either.
+            os.kill(os.getpid(), signal.SIGPROF)
+            raise
+        except Exception as error:  # noqa: BLE001  (reported to the process that sent the request)
+            return protocol.encode({"failed": f"{type(error).__name__}: {error}"[:_MAX_MESSAGE]})
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _limited(size: int) -> Callable[[], None]:
-    """Limit the memory of this process from here on, and return what lifts that."""
+def _described(error: BadRow | TemplateRefused) -> dict[str, str]:
+    return {"code": error.code, "message": error.message[:_MAX_MESSAGE], "where": error.where, "hint": error.hint}
+
+
+@contextmanager
+def _memory_limit(size: int) -> Iterator[None]:
+    """Limit how much memory this process may take, beyond what it has, for a request of so many bytes."""
     try:
         import resource
 
         pages = int(Path("/proc/self/statm").read_text().split()[0])
     except (ImportError, OSError):
-        return lambda: None
+        yield
+        return
     kind, (before, most) = resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS)
-    room = pages * resource.getpagesize() + (MEGABYTES << 20) + BYTES_A_LETTER * size
+    room = pages * resource.getpagesize() + (MEGABYTES << 20) + BYTES_PER_CHARACTER * size
     resource.setrlimit(kind, (room if most < 0 else min(room, most), most))
-    return lambda: resource.setrlimit(kind, (before, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (before, most))
 
 
 if __name__ == "__main__":
     # What a row leaves behind is in no cycle, but for errors.
     gc.freeze()
     gc.set_threshold(100_000, 10, 10)
-    main()
+    main(Connection(int(sys.argv[1])))

@@ -6,13 +6,15 @@ G14 of a build's promises: at most 5 s and 512 MB for each, and the process goes
 import json
 import os
 import resource
+import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from ftdata import build_sft_dataset, check_template, preview
-from ftdata.errors import FtdataError
+from ftdata.errors import FtdataError, StorageError
 from ftdata.templates import process
 
 MEGABYTES = 512
@@ -22,6 +24,13 @@ CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+CONVERSATION = {
+    "messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}],
+    "fields": {},
+    "tools": [],
+    "text": None,
+    "completion_from": 1,
+}
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 # `n` is what no constant folding knows.
@@ -177,22 +186,65 @@ def test_a_child_that_is_gone_is_replaced(tokenizer_dir):
         for n, row in enumerate(rows("") * 40)
     ]
     whole = build_sft_dataset(data, tokenizer_dir("tiny_bpe"), CHAT)["train"][:]
-    server = process._server(os.getpid())
-    sent = process._Server.send
+    worker = process._worker()
+    send, sent = process._Worker.send, []
 
-    def killing(self, asked, **how):
-        if not len(asked.sent) % 7:
+    def killing(self, request, **how):
+        sent.append(request)
+        if len(sent) % 7 == 0:
             self.process.kill()
-        sent(self, asked, **how)
+        send(self, request, **how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process._Server, "send", killing)
-        try:
-            assert build_sft_dataset(data, tokenizer_dir("tiny_bpe"), CHAT)["train"][:] == whole
-        except FtdataError as error:
-            assert "template_limits" in str(error)
-    assert server.process.poll() is not None
+        patch.setattr(process._Worker, "send", killing)
+        assert build_sft_dataset(data, tokenizer_dir("tiny_bpe"), CHAT)["train"][:] == whole
+    assert len(sent) > 20
+    assert worker.process.poll() is not None
     assert build_sft_dataset(data, tokenizer_dir("tiny_bpe"), CHAT)["train"][:] == whole
+
+
+def test_a_worker_that_is_killed_each_time_stops_the_build(tokenizer_dir):
+    """Something else than the template ends the worker: no row may be rejected for that."""
+    send = process._Worker.send
+
+    def killing(self, request, **how):
+        self.process.kill()
+        send(self, request, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process._Worker, "send", killing)
+        with pytest.raises(StorageError, match="template_worker_lost"):
+            build_sft_dataset(
+                rows("")[:1], tokenizer_dir("tiny_bpe"), CHAT + "{# killed #}", on_bad_rows="quarantine", max_rejects=9
+            )
+
+
+def test_a_worker_that_ended_before_a_request_is_sent_is_replaced(tokenizer_dir):
+    """The worker may end while answers to earlier requests are received, right before the next one is sent."""
+    from ftdata.templates.template import Template
+
+    looping = Template("looping", "{{ messages }}" + LOOPS)
+    asked = [
+        process.submit("render", looping, conversation=CONVERSATION, turns="auto", dropped="refuse") for _ in range(2)
+    ]
+    honest = process.submit("scaffold", Template("honest", CHAT))
+    assert "text" in honest.result()
+    for request in asked:
+        with pytest.raises(process.LimitExceeded):
+            request.result()
+
+
+def test_limits_are_counted_in_cpu_time():
+    """A worker that does not get to run must not lose its row."""
+    from ftdata.templates.template import Template
+
+    request = process.submit("scaffold", Template("honest", CHAT + "{# stopped #}"))
+    worker = process._worker()
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    threading.Timer(3 * process.CPU_SECONDS, os.kill, (worker.process.pid, signal.SIGCONT)).start()
+    assert "text" in request.result()
+    assert request.exceeded == 0
+    assert process._worker() is worker
 
 
 def test_a_plan_does_not_grow_what_it_is_asked_of(tokenizer_dir):
@@ -211,9 +263,8 @@ def test_a_plan_does_not_grow_what_it_is_asked_of(tokenizer_dir):
 
 def test_keys_are_not_where_templates_run(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
-    process._server(os.getpid()).stop()
-    process._server.cache_clear()
-    place = Path(f"/proc/{process._server(os.getpid()).process.pid}/environ")
+    process._worker().stop()
+    place = Path(f"/proc/{process._worker().process.pid}/environ")
     # Until it has begun it has none.
     while not (environment := place.read_bytes()):
         time.sleep(0.01)

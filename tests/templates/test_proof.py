@@ -1,6 +1,5 @@
 """Templates on trial: the second way finds what the first got wrong, and hostile ones are held."""
 
-import os
 import subprocess
 import sys
 import time
@@ -86,7 +85,7 @@ def test_hostile_templates_are_held(attack, tokenizer_dir):
     began = time.monotonic()
     with pytest.raises(TemplateRefused, match="template_limits"):
         encode(TALK, tokenizer_dir("tiny_bpe"), HOSTILE[attack] + CHATML)
-    assert time.monotonic() - began < 4 * process.EXAMINED_SECONDS
+    assert time.monotonic() - began < 4 * process.EXAMINE_CPU_SECONDS
     assert check_template("chatml").verdict == "exact"
 
 
@@ -180,7 +179,7 @@ def test_an_interrupted_question_leaves_no_answer_behind(monkeypatch, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(process._Server, "_read", interrupted)
+    monkeypatch.setattr(process._Worker, "_receive", interrupted)
     with pytest.raises(KeyboardInterrupt):
         isolated._examined.__wrapped__(bound(CHATML + "{# interrupted #}").description)
     monkeypatch.undo()
@@ -190,7 +189,7 @@ def test_an_interrupted_question_leaves_no_answer_behind(monkeypatch, tmp_path):
 
 def test_a_server_that_was_killed_is_asked_again(monkeypatch, tmp_path):
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
-    process._server(os.getpid()).process.kill()
+    process._worker().process.kill()
     assert isolated.verify(bound(CHATML + "{# killed #}")).verdict == "exact"
 
 
