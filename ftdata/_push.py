@@ -12,6 +12,10 @@ from typing import Any
 from ftdata import remote_builds, store
 from ftdata.errors import InputRefused, UsageError
 from ftdata.readers.hub import asked
+from ftdata.redaction import redact
+
+_ABOUT = ("README.md", "manifest.json", "report.json")
+"""Files of a build that describe it, and so may name the place of its data with credentials."""
 
 
 def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
@@ -24,12 +28,13 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
 
     Raises:
         UsageError: the hub has no such names.
-        InputRefused: the folder is no build, or is damaged.
+        InputRefused: the folder is no build, is damaged, or describes itself with a secret in it.
         HubError: the hub refuses, or fails again and again.
     """
     folder = remote_builds.here(folder)
     if broken := store.verify(folder):
         raise InputRefused("damaged_build", f"{folder} is damaged: {', '.join(broken[:3])}", hint="build again")
+    _check_secrets(folder)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
@@ -49,6 +54,28 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
         repo,
     )
     return str(done.commit_url)
+
+
+def _check_secrets(folder: Path) -> None:
+    """Refuse to upload a build whose description holds a secret, such as one that an earlier version wrote."""
+    for path in (folder / name for name in _ABOUT):
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        values: list[Any] = list(_texts(json.loads(text))) if path.suffix == ".json" and text else [text]
+        if redact(values) != values:
+            raise InputRefused(
+                "secret",
+                f"{path} holds a secret, such as a token or the password of a URL: it would be uploaded",
+                hint="build again without it, or take it out of the address of the data",
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts of a JSON value; names of columns say nothing about secrets."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+    elif isinstance(value, str):
+        yield value
 
 
 def _files_there(api: Any, repo: str) -> Iterator[str]:

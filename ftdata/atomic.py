@@ -3,10 +3,14 @@
     DIR                     the build: the old one, or the new one, never a mixture
     .DIR.ftdata/            where the new one is made; gone when it is done
     .DIR.ftdata/lock        held (flock) by the process that builds, until it ends, however it does
+    .DIR.ftdata/token       recorded (`ftdata.records`) by who made the folder: only then its content is reused
     .DIR.ftdata/shards/     what is done already; a build that was killed goes on with it
     .DIR.ftdata/new/        the build, until it takes the place of the old one
 
 Folders of shards are sealed by `result.json`, which says what all others in it are.
+
+The folder may have come with a repository of a stranger. No link in it is followed, nothing in it is reused that this
+user did not record, and nothing is removed that no build writes.
 """
 
 from __future__ import annotations
@@ -15,16 +19,17 @@ import errno
 import json
 import logging
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import xxhash
 
-from ftdata import disk
+from ftdata import disk, records
 from ftdata.errors import FtdataError, HubError, InternalError, StorageError
 
 _log = logging.getLogger(__name__)
@@ -52,12 +57,36 @@ class Workplace:
     def _old(self) -> Path:
         return self.folder / "old"
 
-    def recover(self) -> None:
-        """Tidy up after a process that did not come to its end: what it had not published is made anew."""
+    def claim(self) -> None:
+        """Make sure that what the folder holds was made by this user; remove what an unfinished build left there.
+
+        What a process had not published when it ended is made anew. Shards are kept if the folder's token is recorded.
+
+        Raises:
+            StorageError: `workplace_unknown`: the folder holds files that no build writes.
+        """
+        token = self.folder / "token"
+        recorded = token.is_file() and records.has("workplace", self._record(token.read_bytes()))
+        if not recorded:
+            foreign = next((path for path in _entries(self.folder) if not _WRITTEN_BY_BUILDS.fullmatch(path)), None)
+            if foreign is not None or self._old.exists():
+                raise StorageError(
+                    "workplace_unknown",
+                    f"{self.folder} holds {foreign or 'old'}, and there is no record that a build of this user made it",
+                    hint=f"look at it and remove {self.folder}, or choose another output folder",
+                )
+            self._remove_content(keep="lock")
+            new = secrets.token_hex(16).encode()
+            disk.write(token, new)
+            records.add("workplace", self._record(new))
         if self._old.exists() and not self.target.exists():
             disk.rename(self._old, self.target)
-        for left in (self.new, self._old, *self.shards.glob(".*")):
+        unfinished = (path for path in self.shards.glob(".*") if _TEMPORARY.fullmatch(path.name))
+        for left in (self.new, self._old, *unfinished):
             disk.remove(left)
+
+    def _record(self, token: bytes) -> bytes:
+        return os.fsencode(self.folder) + b"\0" + token
 
     def publish(self) -> None:
         """Have `new` take the place of `target`, at once, so that a power cut leaves the one or the other."""
@@ -72,14 +101,61 @@ class Workplace:
 
     def clear(self) -> None:
         """Remove it all; the lock, for which others may be waiting, last."""
-        for path in sorted(self.folder.iterdir()):
-            if path.name != "lock":
-                disk.remove(path)
+        with suppress(OSError):
+            records.remove("workplace", self._record((self.folder / "token").read_bytes()))
+        self._remove_content(keep="lock")
         disk.remove(self.folder / "lock")
         try:
             self.folder.rmdir()
         except OSError:
             return
+
+    def _remove_content(self, keep: str) -> None:
+        for path in sorted(self.folder.iterdir()):
+            if path.name != keep:
+                disk.remove(path)
+
+
+_TEMPORARY = re.compile(r"\.[^/]+-[0-9a-f]{8}\.tmp")
+"""Names of unfinished files and folders (`_beside`)."""
+
+_SHARD_FILES = r"(?:result\.json|ids\.i32|trained\.b8|examples\.arrow|rejects\.jsonl|minhashes\.u32)"
+_SPLIT_FILES = r"(?:data-\d{5}\.arrow|provenance\.parquet|state\.json|dataset_info\.json)"
+_BUILD_FILES = r"(?:manifest\.json|report\.json|rejects\.jsonl|README\.md|dataset_dict\.json)"
+_WRITTEN_BY_BUILDS = re.compile(
+    rf"lock|token|shards/(?:(?:{_TEMPORARY.pattern}|[0-9a-f]+(?:-reference)?)/{_SHARD_FILES}?|{_TEMPORARY.pattern})?"
+    rf"|(?:new|old)/(?:{_BUILD_FILES}|\w[\w.-]*/{_SPLIT_FILES}?)?"
+)
+"""Paths in a workplace that builds write."""
+
+
+def _entries(folder: Path) -> Iterator[str]:
+    """Yield the paths of all that is in a folder, relative to it, folders with a slash; no link is followed."""
+    for at, folders, files in os.walk(folder, onerror=_raise):
+        for name in (*(f"{name}/" for name in folders), *files):
+            yield name if Path(at) == folder else f"{os.path.relpath(at, folder)}/{name}"
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a workplace that belongs to somebody else or contains links: whoever made it could lead writes elsewhere.
+
+    Raises:
+        StorageError: `workplace_owner` or `workplace_link`.
+    """
+    hint = f"look at it and remove {folder}, or choose another output folder"
+    if folder.is_symlink():
+        raise StorageError("workplace_link", f"{folder} is a symbolic link", hint=hint)
+    if not folder.exists():
+        return
+    if hasattr(os, "geteuid") and (owner := folder.lstat().st_uid) != os.geteuid():
+        raise StorageError("workplace_owner", f"{folder} belongs to another user (uid {owner})", hint=hint)
+    link = next((path for path in _entries(folder) if (folder / path).is_symlink()), None)
+    if link is not None:
+        raise StorageError("workplace_link", f"{folder} contains a symbolic link: {link}", hint=hint)
 
 
 @contextmanager
@@ -96,20 +172,31 @@ def workplace(target: Path, check: Callable[[Path], None]) -> Iterator[Workplace
         StorageError: the disk refuses; the message names the path.
     """
     place = Workplace(target, target.parent / f".{target.name}.ftdata")
-    with _told(target), _locked(place.folder):
-        place.recover()
-        try:
-            check(target)
-            yield place
-        except FtdataError as error:
-            if not isinstance(error, StorageError | HubError | InternalError):
-                place.clear()
-            raise
-        except Exception as error:
-            if not isinstance(error, OSError):
-                place.clear()
-            raise
-        place.clear()
+    with _told(target):
+        _check_folder(place.folder)
+        with _locked(place.folder):
+            # Again: another process may have been at work meanwhile.
+            _check_folder(place.folder)
+            place.claim()
+            with _cleared(place):
+                check(target)
+                yield place
+
+
+@contextmanager
+def _cleared(place: Workplace) -> Iterator[None]:
+    """Remove the workplace in the end, unless the same command can resume from it."""
+    try:
+        yield
+    except FtdataError as error:
+        if not isinstance(error, StorageError | HubError | InternalError):
+            place.clear()
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError):
+            place.clear()
+        raise
+    place.clear()
 
 
 @contextmanager
@@ -204,7 +291,7 @@ def _lock(folder: Path) -> int:
     while True:
         disk.mkdir(folder, parents=True, exist_ok=True)
         try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:
             continue
         try:

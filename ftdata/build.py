@@ -40,6 +40,7 @@ from ftdata.readers.parts import in_parts
 from ftdata.readers.select import Selection
 from ftdata.readers.streams import is_url
 from ftdata.recipe import Recipe, make_recipe
+from ftdata.redaction import redact_text, storable
 from ftdata.runner import Runner, check_rereadable, is_file
 from ftdata.shard_files import minhashes
 from ftdata.shards import Progress, Task, key_of
@@ -222,6 +223,7 @@ def _built_at(wanted: _Wanted, place: atomic.Workplace, runner: Runner, progress
     report = _built_before(wanted, place.target, runner)
     if report is None:
         report = _build(wanted, place, runner, progress)
+        store.record(store.read_manifest(place.new))
         place.publish()
     return report
 
@@ -232,11 +234,17 @@ def _build_elsewhere(wanted: _Wanted, url: str, runner: Runner, progress: Progre
         there = None
         with suppress(InputRefused):
             there = remote_builds.manifest(url)
-        if there and wanted.made(there, runner) and not remote_builds.verify(url):
+        same = bool(there) and wanted.made(there or {}, runner) and not remote_builds.verify(url)
+        if there and same and store.is_recorded(there):
             disk.remove(place.target)
             return Report.of(json.loads(remote_builds.read(url, "report.json")))
-        remote_builds.check_free(url)
+        if not same:
+            remote_builds.check_free(url)
         report = _built_at(wanted, place, runner, progress)
+        if same and there == store.read_manifest(place.target):
+            # Somebody else made it; what comes out here is the same to the last bit.
+            disk.remove(place.target)
+            return report
         try:
             remote_builds.upload(place.target, url)
         except UsageError:
@@ -315,7 +323,8 @@ def _built_before(wanted: _Wanted, target: Path, runner: Runner) -> Report | Non
         manifest = store.read_manifest(target)
     except InputRefused:
         return None
-    if not wanted.made(manifest, runner) or store.verify(target):
+    # A folder that came from elsewhere may hold a build that looks like this one, with other tokens.
+    if not store.is_recorded(manifest) or not wanted.made(manifest, runner) or store.verify(target):
         return None
     return Report.of(json.loads((target / "report.json").read_bytes()))
 
@@ -348,9 +357,9 @@ def _build(wanted: _Wanted, place: atomic.Workplace, runner: Runner, progress: P
         joined.ledgers,
         splits,
         (*notes_of(joined.ledgers, recipe), *_left_out(laid, layout), *_named_otherwise(joined.sources)),
-        tuple(map(str, islice(joined.rejects(), 20))),
+        tuple(storable(redact_text(str(one))) for one in islice(joined.rejects(), 20)),
         fingerprint,
-        {**options, **asdict(wanted.tolerance), "data": wanted.named},
+        storable({**options, **asdict(wanted.tolerance), "data": wanted.named}),
         round(time.monotonic() - began, 3),
         ", ".join(dict.fromkeys(result.encoder for result in results)),
     )
@@ -359,7 +368,7 @@ def _build(wanted: _Wanted, place: atomic.Workplace, runner: Runner, progress: P
     # How long it took, and who did it, is no part of what was built: equal builds are equal files.
     disk.write_json(folder / "report.json", {**report.as_dict(), "seconds": None, "encoder": None})
     names = {name: [f"{name}/{one.path.name}" for one in written if one.path.parent.name == name] for name in splits}
-    disk.write(folder / "README.md", card(report, recipe, names).encode())
+    disk.write(folder / "README.md", card(report, recipe, names).encode("utf-8", "backslashreplace"))
     about = {"ftdata": __version__, "fingerprint": fingerprint, "options": options}
     store.write_manifest(folder, {**about, "request": wanted.request([one.key for one in results])}, written)
     cache.tidy()
@@ -429,7 +438,7 @@ def _write_split(
         "trained": int(trained.sum()),
         "fill": fill,
         "sources": [
-            {"source": one.path, **dict(zip(each, counts, strict=True))}
+            {"source": storable(one.path), **dict(zip(each, counts, strict=True))}
             for one, *counts in zip(joined.sources, *of_source.values(), strict=True)
             if counts[0] or (one.split or "train") == name
         ],
@@ -448,7 +457,7 @@ def _left_out(laid: Laid, layout: Layout) -> Iterator[str]:
 
 
 def _named_otherwise(found: Sequence[FileSource | MemorySource]) -> Iterator[str]:
-    plain = [one.path for one in found if isinstance(one, FileSource) and one.split is None]
+    plain = [storable(one.path) for one in found if isinstance(one, FileSource) and one.split is None]
     if others := [path for path in plain if split_of(Path(path).name) not in (None, "train")]:
         yield f"trained on, though named as of another split: {', '.join(others[:5])}"
 

@@ -3,6 +3,9 @@
     DIR/shards/KEY/         what a shard's folder holds; KEY is the hash of all that decides it
     DIR/texts/KEY/PART/     hashes, bounds, ids and offsets of texts; KEY is the hash of a source and a tokenizer
 
+Each folder is sealed by hashes of its files (`atomic.seal`), which are compared before anything in it is used; a folder
+that is damaged is removed, and what it held is made again.
+
 DIR is `FTDATA_CACHE`, else `ftdata` in `XDG_CACHE_HOME` or `~/.cache`; with `FTDATA_CACHE=off` there is none. It is a
 convenience: whatever goes wrong with it, a build goes on without. It holds a tenth of the disk at most, and what was
 used last.
@@ -104,6 +107,8 @@ class _Part:
     """Texts that one build came upon: their hashes, sorted, and where the tokens of each stand."""
 
     def __init__(self, folder: Path) -> None:
+        if atomic.sealed(folder) is None:
+            raise ValueError("is damaged")
         self.hashes = _mapped(folder / "hashes", np.dtype("S16"))
         self._places = _mapped(folder / "places.i64", np.dtype(np.int64)).reshape(-1, 2)
         self.ids = _mapped(folder / "ids.i32", np.dtype(np.int32))
@@ -133,8 +138,11 @@ class Texts:
         self._folder, self._parts = folder, list[_Part]()
         self._used, self._added, self._counts = 0, bytearray(), array("q")
         for part in sorted(folder.glob("[!.]*")):
-            with suppress(OSError, ValueError):
+            try:
                 self._parts.append(_Part(part))
+            except (OSError, ValueError):
+                # A part that is not as it was written is made anew.
+                shutil.rmtree(part, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         self._scratch = Path(tempfile.mkdtemp(prefix=".", dir=folder))
         self._written, self._most = 0, shutil.disk_usage(folder).total // _MOST_OF_DISK // 4
@@ -189,6 +197,7 @@ class Texts:
         ends = np.cumsum(counts)
         (self._scratch / "hashes").write_bytes(hashes[order].tobytes())
         (self._scratch / "places.i64").write_bytes(np.stack((ends - counts, ends), axis=1)[order].tobytes())
+        atomic.seal(self._scratch, {})
         self._scratch.rename(self._folder / self._scratch.name.lstrip("."))
 
     def close(self) -> None:

@@ -28,7 +28,8 @@ from typing import Any
 import msgspec
 import yaml
 
-from ftdata.errors import UsageError, nearest, said_by
+from ftdata.errors import UsageError, brief, nearest, said_by
+from ftdata.redaction import drop_redacted, is_secret_name, redact, redact_text
 
 SECTIONS = {
     "mask": ("train_on", "train_parts", "turns", "control_tokens", "dropped", "unclosed", "refuse"),
@@ -41,8 +42,15 @@ NULL: Any = object()
 """What overrides a value by nothing, where `None` leaves it as it is."""
 
 
+LORA_NAMES = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
+"""Field of `peft.LoraConfig` -> its short name here."""
+
+
 class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A LoRA adapter (Hu et al. 2021): `alpha / r` scales what the two low-rank matrices add."""
+    """A LoRA adapter (Hu et al. 2021): `alpha / r` scales the product of the two low-rank matrices.
+
+    In a file, the fields of `more` stand beside the others: `lora: {r: 16, use_dora: true}`.
+    """
 
     r: int = 16
     """Rank of the matrices."""
@@ -52,6 +60,13 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Share of their input that is left out, by chance, in each step."""
     target_modules: str | list[str] = "all-linear"
     """Names of the layers that get an adapter."""
+    more: dict[str, Any] = {}
+    """Further fields of `peft.LoraConfig`, such as `use_dora`, `use_rslora`, `modules_to_save` or `bias`."""
+
+    def fields(self) -> dict[str, Any]:
+        """Return the adapter as a file has it: further fields beside the four of our own."""
+        own = {name: getattr(self, name) for name in self.__struct_fields__ if name != "more"}
+        return {**own, **self.more}
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.alpha < 1 or not 0 <= self.dropout < 1:
@@ -104,8 +119,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Variables for the chat template, such as `{enable_thinking: false}`; a row's own go before these."""
     lora: Lora | None = None
     """`None`: all weights are trained, unless `quantization` asks for an adapter."""
-    quantization: str | None = None
-    """`"nf4"`: 4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023)."""
+    quantization: str | dict[str, Any] | None = None
+    """`nf4` (QLoRA, Dettmers et al. 2023), `fp4`, `int8`, or fields of `BitsAndBytesConfig`; `None`: 16 or 32 bits."""
     train: dict[str, Any] = {}
     """Fields of TRL's `SFTConfig`."""
     early_stopping: int | None = None
@@ -261,10 +276,19 @@ def read_values(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         values = _plain(tomllib.loads(text)) if path.suffix == ".toml" else parse_yaml(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UsageError("config_file", f"{path} cannot be read: {said_by(error, 2_000)}") from None
+        raise UsageError("config_file", f"{path} cannot be read: {_problem(error)}") from None
     if not isinstance(values, dict):
         raise UsageError("config_file", f"{path} holds a {type(values).__name__}, expected keys and values")
     return values
+
+
+def _problem(error: Exception) -> str:
+    """Return what is wrong with a file. The line that YAML quotes is left out: it may hold a secret."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return redact_text(said_by(error, 2_000))
+    mark = error.problem_mark or error.context_mark
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return brief(f"{place}{' '.join(filter(None, (error.context, error.problem)))}")
 
 
 def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> Config:
@@ -279,22 +303,43 @@ def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> 
     """
     # TOML has dates of its own.
     values = {name: str(value) if isinstance(value, datetime.date) else value for name, value in values.items()}
-    values, overrides = flat(values, file), flat(overrides)
+    # A secret that was redacted when the file was kept must never be used as if it were the secret.
+    values, _ = drop_redacted(values)
+    values, overrides = flat(_with_lora(values, file), file), flat(_with_lora(overrides, file))
     given = {**values, **{name: value for name, value in overrides.items() if value is not None}}
     given = {name: None if value is NULL else value for name, value in given.items()}
-    for name in ("lora", "train"):
+    for name in ("lora", "quantization", "train"):
         # What is overridden in a section leaves the rest of it as it was.
         if isinstance(overrides.get(name), dict) and isinstance(values.get(name), dict):
             given[name] = {**values[name], **overrides[name]}
-    for kind, section in ((Config, given), (Lora, given.get("lora"))):
-        for key in section if isinstance(section, dict) else ():
-            if key not in kind.__struct_fields__:
-                known = (*kind.__struct_fields__, *(SECTIONS if kind is Config else ()))
-                raise UsageError("config", f"unknown key {key!r}", where=file, hint=nearest(str(key), known))
+    for key in given:
+        if key not in Config.__struct_fields__:
+            known = (*Config.__struct_fields__, *SECTIONS)
+            raise UsageError("config", f"unknown key {key!r}", where=file, hint=nearest(str(key), known))
+    if isinstance(lora := given.get("lora"), dict):
+        own = {name: value for name, value in lora.items() if name in Lora.__struct_fields__ and name != "more"}
+        given["lora"] = {**own, "more": {name: value for name, value in lora.items() if name not in own}}
     try:
         return msgspec.convert(given, Config)
     except msgspec.ValidationError as error:
         raise UsageError("config", str(error), where=file) from None
+
+
+def _with_lora(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return values with the short names of LoRA fields.
+
+    Raises:
+        UsageError: a field stands there under both of its names.
+    """
+    lora = values.get("lora")
+    if isinstance(lora, Lora):
+        return {**values, "lora": lora.fields()}
+    if not isinstance(lora, dict):
+        return values
+    for name, short in LORA_NAMES.items():
+        if name in lora and short in lora:
+            raise UsageError("config", f"lora.{short} is given twice, once as {name}", where=where)
+    return {**values, "lora": {LORA_NAMES.get(name, name): value for name, value in lora.items()}}
 
 
 def flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -328,11 +373,12 @@ def assigned(items: Iterable[str]) -> dict[str, Any]:
     for item in items:
         name, equals, text = item.partition("=")
         if not equals:
-            raise UsageError("setting", f"--set is {item!r}, expected name=value, e.g. learning_rate=1e-4")
+            raise UsageError("setting", f"--set is {redact(item)!r}, expected name=value, e.g. learning_rate=1e-4")
         try:
             value = parse_yaml(text)
         except yaml.YAMLError as error:
-            raise UsageError("setting", f"--set {name}: {said_by(error, 2_000)}") from None
+            shown = "the value is not valid YAML" if is_secret_name(name) else _problem(error)
+            raise UsageError("setting", f"--set {name}: {shown}") from None
         section, dot, field = name.strip().replace("-", "_").partition(".")
         if not dot and (section in SECTIONS or (section in Config.__struct_fields__ and section != "seed")):
             if isinstance(found.get(section), dict) or (isinstance(value, dict) and section in found):
@@ -347,8 +393,12 @@ def assigned(items: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Config, *, redacted: bool = False) -> str:
     """Return a configuration as a file that `load_config` reads; fields at their defaults are left out.
+
+    Args:
+        config: the configuration.
+        redacted: replace its secrets, for a file that others may see.
 
     >>> print(to_yaml(make_config({"data": "d.json", "model": "m", "output_dir": "o", "length": 512})), end="")
     data: d.json
@@ -356,10 +406,16 @@ def to_yaml(config: Config) -> str:
     output_dir: o
     max_length: 512
     """
-    defaults = make_config({"data": "", "model": "", "output_dir": ""})
+    defaults = to_values(make_config({"data": "", "model": "", "output_dir": ""}))
     given = {
         name: value
-        for name, value in msgspec.to_builtins(config).items()
-        if name in ("data", "model", "output_dir") or value != msgspec.to_builtins(getattr(defaults, name))
+        for name, value in to_values(config).items()
+        if name in ("data", "model", "output_dir") or value != defaults[name]
     }
-    return dump_yaml(given)
+    return dump_yaml(redact(given) if redacted else given)
+
+
+def to_values(config: Config) -> dict[str, Any]:
+    """Return all fields of a configuration as plain values, as a file has them."""
+    values: dict[str, Any] = msgspec.to_builtins(config)
+    return {**values, "lora": msgspec.to_builtins(config.lora.fields()) if config.lora else None}

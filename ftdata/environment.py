@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 from ftdata._version import __version__
+from ftdata.redaction import redact_text
 
 _SHOWN = ("FTDATA_CACHE", "FTDATA_DEBUG", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "NO_COLOR",
           "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "XDG_CACHE_HOME")  # fmt: skip
@@ -74,7 +75,7 @@ def _settings() -> Iterator[tuple[str, str]]:
             # Of a URL no more than the host, and not that where anything in it may be somebody's key.
             plain = re.fullmatch(r"(\w+://[\w.:-]+)(/[\w./-]*)?", value)
             hidden = f"{value.partition('://')[0]}://..." if "://" in value else "(set)" if "@" in value else value
-            yield name, plain[1] if plain else hidden
+            yield name, redact_text(plain[1] if plain else hidden)
 
 
 def _needed() -> list[str]:

@@ -28,6 +28,7 @@ from ftdata.schemas import normalise
 from ftdata.shown import chosen, rejected, rendered, shown
 from ftdata.spelling import spelled
 from ftdata.tokenize import encode_rendered
+from ftdata.tokenizer_loading import load_tokenizer
 from ftdata.truncate import truncate, turn_ends
 from ftdata.types import Conversation, Example, Message, Part, Reject, Row, Shown, Source, Span, Tokens
 
@@ -289,15 +290,21 @@ def _examples(recipe: Recipe, conversation: Conversation, encoded: Sequence[Exam
     if conversation.tokens is not None:
         return (given(recipe, conversation, conversation.tokens),)
     trained: list[Example] = []
+    lost = frozenset[str]()
     for one in encoded:
         if isinstance(one, BadRow):
             raise one
         if one.trained.any():
             trained.append(one)
+        elif not any(span.generated for span in one.spans):
+            # An empty turn by itself, without a stop: there is no example that could carry its flags.
+            lost |= one.flags & {"no_stop", "unclosed_final"}
     if not trained:
         raise BadRow("nothing_trained", f"no token would be trained under train_on={name_of(recipe.train_on)!r}")
     if conversation.messages and conversation.messages[-1]["role"] != "assistant":
-        trained[-1] = replace(trained[-1], flags=trained[-1].flags | {"trailing_turns"})
+        lost |= {"trailing_turns"}
+    if lost:
+        trained[-1] = replace(trained[-1], flags=trained[-1].flags | lost)
     return tuple(trained)
 
 
@@ -455,7 +462,7 @@ def encode(
     ([-100, 52, 257, -100], dtype('int32'))
     """
     recipe = make_recipe(
-        tokenizer,
+        load_tokenizer(tokenizer, thorough=False),
         template,
         date=date,
         template_kwargs=template_kwargs,

@@ -235,6 +235,8 @@ def notes_of(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
     ]
     if recipe.template.uses_date:
         notes.append(f"the template prints a date, shown as {recipe.template.date:%Y-%m-%d}; set it with date=")
+    if kwargs := recipe.template.kwargs:
+        notes.append(f"template variables: {', '.join(f'{name}={value!r}' for name, value in sorted(kwargs.items()))}")
     return (*notes, *readings(ledgers))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from ftdata.ledger import Ledger
 from ftdata.readers import FileSource, MemorySource
 from ftdata.readers.lines import no_rows
+from ftdata.redaction import storable
 from ftdata.shard_files import Before, Examples, rejects
 from ftdata.shards import ShardResult
 from ftdata.types import Reject
@@ -51,7 +52,7 @@ class Merged:
         Raises:
             InputRefused: one has none.
         """
-        found = [Ledger(source.path) for source in self.sources]
+        found = [Ledger(storable(source.path)) for source in self.sources]
         for number, result in zip(self.of, self.results, strict=True):
             found[number].join(result.ledger)
         for source, ledger in zip(self.sources, found, strict=True):

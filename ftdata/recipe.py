@@ -20,7 +20,8 @@ from ftdata.schemas import check_columns, schemas
 from ftdata.templates import DEFAULT_DATE, DROPPED, TURNS, UNCLOSED, Template, check, find, scaffold, start, templates
 from ftdata.templates.isolated import trusted, verify
 from ftdata.templates.verify import TemplateReport
-from ftdata.tokenize import CONTROL_POLICIES, ControlTokens, Tokenizer, control_tokens, load_tokenizer
+from ftdata.tokenize import CONTROL_POLICIES, ControlTokens, Tokenizer, control_tokens
+from ftdata.tokenizer_loading import load_tokenizer
 from ftdata.truncate import POLICIES as OVERLONG
 
 _MOST_VARIANTS = 64
@@ -37,6 +38,8 @@ FLAGS = {
     "text as it stands",
     "content_cut": "{n} examples lost part of a message to the template",
     "control_tokens": "{n} examples had control tokens spelled in their data, tokenised as plain text",
+    "empty_thinking": "{n} examples train an empty thinking block, which the template prints where no reasoning is "
+    "given; set enable_thinking=false to leave it to the prompt, or give reasoning",
     "eos_appended": "{n} examples got the stop that the template does not print at the end",
     "fields_dropped": "{n} examples have message keys that the template does not print",
     "junk_tail": "{n} examples end in template text that no model generates; it is not trained",
@@ -46,6 +49,7 @@ FLAGS = {
     "pretokenised": "{n} examples came as tokens, which were checked and passed through",
     "prompt_drift": "{n} examples lack a scaffold that the generation prompt forces (an open thinking block)",
     "reasoning_dropped": "{n} examples lost reasoning, which the template does not print",
+    "rejected_side_dropped": "{n} examples are the chosen side of a preference pair; the rejected side is not built",
     "rewritten": "{n} examples show an earlier turn otherwise than the model wrote it",
     "split": "{n} examples are turns by themselves, {repeated} tokens of them repeated: the template rewrites earlier "
     "turns, so each is shown as it will be asked",

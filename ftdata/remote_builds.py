@@ -50,7 +50,7 @@ def checked(url: str) -> str:
 
 def staging(url: str) -> Path:
     """Return the folder of this machine in which a build is made that is to go to a URL."""
-    return _home() / xxhash.xxh3_128_hexdigest(url.encode())
+    return _home() / xxhash.xxh3_128_hexdigest(url.encode("utf-8", "backslashreplace"))
 
 
 def _home() -> Path:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +30,11 @@ from numpy.typing import NDArray
 from ftdata import disk
 from ftdata.arrays import ends, int64, numbers, strings
 from ftdata.batches import Columns
+from ftdata.redaction import storable
 from ftdata.types import Reject, Source
 
-_MOST_MAPS = 20_000
-"""Files that are mapped at once: the system allows 65,530."""
+_MAX_OPEN_FILES = 64
+"""Tables of examples that stay open: processes may often open 1,024 files, or 256. More are written into one file."""
 
 _EXAMPLES = pa.schema(
     [
@@ -111,7 +114,7 @@ def rejects(folder: Path, before: Before = _NOTHING) -> Iterator[Reject]:
 def _table_batch(examples: Columns, contents: Sequence[bytes]) -> pa.RecordBatch:
     flags = [sorted(each) if each else () for each in examples.flags]
     columns = [
-        strings([source.path for source in examples.sources]),
+        strings([_public(source.path) for source in examples.sources]),
         int64([source.row for source in examples.sources]),
         int64([source.line for source in examples.sources]),
         int64(examples.lengths),
@@ -123,10 +126,17 @@ def _table_batch(examples: Columns, contents: Sequence[bytes]) -> pa.RecordBatch
     return pa.RecordBatch.from_arrays(columns, schema=_EXAMPLES)
 
 
+@lru_cache(maxsize=64)
+def _public(path: str) -> str:
+    """Return a path as it may be stored: an address without its password."""
+    return str(storable(path))
+
+
 def minhashes(folder: Path, size: int) -> NDArray[np.uint32]:
     """Return the MinHashes of a shard's examples: uint32 `[examples, size]`."""
     path = folder / "minhashes.u32"
-    return Mapped.of(path, np.uint32).values.reshape(-1, size) if path.exists() else np.empty((0, size), np.uint32)
+    # Not mapped: of many shards, more files would be open than a process may have.
+    return np.fromfile(path, np.uint32).reshape(-1, size) if path.exists() else np.empty((0, size), np.uint32)
 
 
 class Mapped(NamedTuple):
@@ -150,6 +160,31 @@ class Mapped(NamedTuple):
             self.pages.madvise(mmap.MADV_DONTNEED)
 
 
+def _tables(folders: Sequence[Path]) -> Iterator[pa.Table]:
+    """Yield the table of examples of each shard, mapped into memory."""
+    if len(folders) <= _MAX_OPEN_FILES:
+        for folder in folders:
+            yield pa.ipc.open_file(pa.memory_map(os.fsencode(folder / "examples.arrow"))).read_all()
+        return
+    # A mapped file stays open: many tables become one file, whose name is not needed once it is mapped.
+    joined = folders[0].parent / f".examples-{secrets.token_hex(4)}.tmp"
+    counts = list[int]()
+    try:
+        with disk.create(joined) as sink, pa.ipc.new_file(sink, _EXAMPLES) as writer:
+            for folder in folders:
+                with pa.OSFile(os.fsencode(folder / "examples.arrow")) as file:
+                    batches = pa.ipc.open_file(file).read_all().to_batches()
+                    counts.append(sum(map(len, batches)))
+                    for batch in batches:
+                        writer.write_batch(batch)
+        table = pa.ipc.open_file(pa.memory_map(os.fsencode(joined))).read_all()
+    finally:
+        disk.remove(joined)
+    ends = np.cumsum(counts)
+    for count, end in zip(counts, ends.tolist(), strict=True):
+        yield table.slice(end - count, count)
+
+
 @dataclass(frozen=True)
 class Examples:
     """All examples of a build, before packing: where they stand, and one table.
@@ -171,8 +206,7 @@ class Examples:
     @classmethod
     def open(cls, folders: Sequence[Path], before: Sequence[Before]) -> Examples:
         """Open the shards that `write_shard` wrote."""
-        opened = pa.memory_map if len(folders) <= _MOST_MAPS else pa.OSFile
-        tables = [pa.ipc.open_file(opened(str(folder / "examples.arrow"))).read_all() for folder in folders]
+        tables = list(_tables(folders))
         lengths = [numbers(table["tokens"]) for table in tables]
         return cls(
             folders,

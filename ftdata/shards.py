@@ -29,6 +29,7 @@ from ftdata.readers.remote import version_of
 from ftdata.readers.select import Selection
 from ftdata.readers.streams import in_store
 from ftdata.recipe import Recipe
+from ftdata.redaction import storable
 from ftdata.registry import is_ours
 from ftdata.schemas import schemas
 from ftdata.shard_files import Kept, write_shard
@@ -196,7 +197,7 @@ class _Counted:
 
 
 def _built(recipe: Recipe, task: Task, folder: Path, progress: Progress | None) -> ShardResult:
-    ledger = Ledger(task.source.path)
+    ledger = Ledger(storable(task.source.path))
     encoders = recipe.tokenizer.encoders
     encoders.trusted, encoders.retried = encoders.trusted and task.trusted, True
     encoders.expect(0 if encoders.known is not None and encoders.known.filled else task.source.size)

@@ -19,6 +19,7 @@ from ftdata.fast_path import usual
 from ftdata.mask import Policy, is_own
 from ftdata.recipe import Recipe
 from ftdata.schemas import normalise
+from ftdata.schemas.messages import has_visible_text
 from ftdata.templates import begun, closed, contradicted, render
 from ftdata.templates.spans import thinking_tags
 from ftdata.types import Conversation, Reject, Rendered, Row, Shown, Spans
@@ -208,7 +209,15 @@ def rendered(
     _check_hidden(recipe, conversation, texts)
     if proved:
         _prove(recipe, conversation, texts)
+    texts = with_row_flags(conversation, texts)
     return tuple(closed(one, recipe.template) for one in texts) if recipe.unclosed == "append_eos" else texts
+
+
+def with_row_flags(conversation: Conversation, texts: tuple[Rendered, ...]) -> tuple[Rendered, ...]:
+    """Return the texts with flags for what was left out of the row when it was read."""
+    if conversation.schema != "preference":
+        return texts
+    return tuple(one._replace(flags=one.flags | {"rejected_side_dropped"}) for one in texts)
 
 
 def _prove(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
@@ -299,8 +308,8 @@ def check_answers(conversation: Conversation) -> None:
     if conversation.tokens is not None:
         return
     if conversation.text is not None:
-        if not conversation.text.strip():
-            raise BadRow("empty_answer", "is empty", field="text")
+        if not has_visible_text(conversation.text):
+            raise BadRow("empty_answer", "is empty, or has no visible character", field="text")
         return
     answers = 0
     for index, message in enumerate(conversation.messages):
@@ -308,15 +317,12 @@ def check_answers(conversation: Conversation) -> None:
             continue
         answers += 1
         content = message.get("content")
-        if (
-            isinstance(content, str)
-            and (not content or content.isspace())
-            and message.get("train", True)
-            and not message.get("tool_calls")
-        ):
+        texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content or ()]
+        asked = message.get("train", True) and not message.get("tool_calls")
+        if asked and content is not None and not any(map(has_visible_text, texts)):
             raise BadRow(
                 "empty_answer",
-                "is empty: the model would learn to answer nothing",
+                "is empty, or has no visible character: the model would learn to answer nothing",
                 field=f"messages[{index}].content",
                 hint="take the row out, or give the message train: false",
             )

@@ -14,9 +14,12 @@ The folders of the splits are those that `datasets.save_to_disk` would write.
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -26,15 +29,18 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from ftdata import disk
+from ftdata import disk, records
 from ftdata.arrays import int32, int64
 from ftdata.errors import InputRefused, UsageError
 from ftdata.pack import Plan
+from ftdata.redaction import storable
 from ftdata.shard_files import Examples, Mapped
 from ftdata.types import IGNORE_INDEX, Reject
 
 FORMAT, _SEAL = 3, "xxh3_128"
 _TOKENS_PER_FILE, _TOKENS_PER_BATCH, _ROWS_PER_GROUP = 1 << 27, 1 << 20, 1 << 16
+_MAX_OPEN_SHARDS = 64
+"""Shards that stay open: each takes two of the files that a process may open, of which there may be 256."""
 
 _PACKS = pa.schema(
     [
@@ -126,10 +132,7 @@ def _pack_batch(file: PackFile, first: int, last: int) -> pa.RecordBatch:
     bounds = file.bounds[first : last + 1]
     own = slice(int(bounds[0]), int(bounds[-1]))
     lengths = file.lengths[own]
-    tokens = {shard: _tokens(file.shards[shard]) for shard in np.unique(file.shard[own]).tolist()}
-    runs = list(_runs(file.shard[own], file.start[own], lengths))
-    ids = _joined([tokens[shard].ids.values[a:b] for shard, a, b in runs])
-    trained = _joined([tokens[shard].trained.values[a:b] for shard, a, b in runs])
+    ids, trained = _gathered(file.shards, file.shard[own], file.start[own], lengths)
     in_pack = int32(bounds - bounds[0])
     in_tokens = int32(np.concatenate(([0], np.cumsum(lengths)))[bounds - bounds[0]])
     columns = [
@@ -137,10 +140,29 @@ def _pack_batch(file: PackFile, first: int, last: int) -> pa.RecordBatch:
         pa.ListArray.from_arrays(in_tokens, int32(np.where(trained, ids, np.int32(IGNORE_INDEX)))),
         pa.ListArray.from_arrays(in_pack, int32(lengths)),
     ]
-    for one in tokens.values():
-        one.ids.forget()
-        one.trained.forget()
     return pa.RecordBatch.from_arrays(columns, schema=_PACKS)
+
+
+def _gathered(
+    folders: Sequence[Path], shard: NDArray[np.int32], start: NDArray[np.int64], lengths: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Return the tokens of examples, and which are trained: int32 and bool `[tokens]`. One shard is open at a time."""
+    runs = list(_runs(shard, start, lengths))
+    sizes = [last - first for _, first, last in runs]
+    places = np.cumsum([0, *sizes]).tolist()
+    ids, trained = np.empty(places[-1], np.int32), np.empty(places[-1], np.bool_)
+    by_shard = sorted(range(len(runs)), key=lambda run: runs[run][0])
+    for number, some in groupby(by_shard, key=lambda run: runs[run][0]):
+        tokens = _tokens(folders[number])
+        for run in some:
+            own = slice(places[run], places[run + 1])
+            ids[own], trained[own] = (
+                tokens.ids.values[slice(*runs[run][1:])],
+                tokens.trained.values[slice(*runs[run][1:])],
+            )
+        tokens.ids.forget()
+        tokens.trained.forget()
+    return ids, trained
 
 
 class _Tokens(NamedTuple):
@@ -148,7 +170,7 @@ class _Tokens(NamedTuple):
     trained: Mapped
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=_MAX_OPEN_SHARDS)
 def _tokens(shard: Path) -> _Tokens:
     return _Tokens(Mapped.of(shard / "ids.i32", np.int32), Mapped.of(shard / "trained.b8", np.bool_))
 
@@ -162,10 +184,6 @@ def _runs(
     apart[1:-1] = (shard[1:] != shard[:-1]) | (first[1:] != last[:-1])
     begins = np.flatnonzero(apart)
     yield from zip(shard[begins[:-1]].tolist(), first[begins[:-1]].tolist(), last[begins[1:] - 1].tolist(), strict=True)
-
-
-def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def write_split(
@@ -203,7 +221,7 @@ def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
     with disk.create(path) as file:
         for reject in rejects:
             record = {
-                "file": reject.source.path,
+                "file": storable(reject.source.path),
                 "line": reject.source.line,
                 "byte_offset": reject.source.offset,
                 "row": reject.source.row,
@@ -227,15 +245,34 @@ def check_target(target: Path) -> None:
         own = {*read_manifest(target)["files"], "manifest.json"}
     except (InputRefused, KeyError, TypeError):
         raise UsageError("target_exists", f"{target} exists and is no build of ftdata", hint=hint) from None
-    others = [
-        name
-        for path in sorted(target.rglob("*"))
-        if path.is_file() and (name := str(path.relative_to(target))) not in own
-    ]
+    others = [name for name, is_link in _files(target) if is_link or name not in own]
     if others:
         raise UsageError(
             "target_exists", f"{target} holds files that are not of the build: {', '.join(others[:3])}", hint=hint
         )
+
+
+def _files(folder: Path) -> list[tuple[str, bool]]:
+    """Return the path of each file and each link in a folder, relative to it, and whether it is a link."""
+    found = list[tuple[str, bool]]()
+    for at, folders, files in os.walk(folder):
+        paths = [Path(at) / name for name in (*folders, *files)]
+        found += [
+            (str(path.relative_to(folder)), path.is_symlink())
+            for path in paths
+            if not path.is_dir() or path.is_symlink()
+        ]
+    return sorted(found)
+
+
+def record(manifest: Mapping[str, Any]) -> None:
+    """Record that this user made the build with this manifest, so that it may be reused."""
+    records.add("build", _sealed(manifest))
+
+
+def is_recorded(manifest: Mapping[str, Any]) -> bool:
+    """Return whether this user made the build with this manifest: its hashes do not tell who did."""
+    return records.has("build", _sealed(manifest))
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any], written: Iterable[Written]) -> None:
@@ -315,6 +352,9 @@ def verify(folder: Path) -> list[str]:
 
 def _is_as_known(path: Path, known: Mapping[str, Any]) -> bool:
     try:
+        # A link, or a device, is not what was written.
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return False
         return (path.stat().st_size, disk.digest(path)) == (known["bytes"], known["xxh3_128"])
     except OSError:
         return False

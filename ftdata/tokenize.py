@@ -10,13 +10,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import tokenizers
@@ -25,7 +22,7 @@ from numpy.typing import NDArray
 
 from ftdata.batches import Encoded, Encodings, Renderings
 from ftdata.encoders import Encoders, Reference, in_words
-from ftdata.errors import BadRow, HubError, TemplateRefused, UsageError, nearest
+from ftdata.errors import BadRow, TemplateRefused
 from ftdata.types import Part, Rendered
 
 CONTROL_POLICIES = ("escape", "refuse", "allow")
@@ -151,6 +148,7 @@ def _bare(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, list[int
     if (largest := max(backend.get_added_tokens_decoder(), default=0)) > _LARGEST_ID:
         told = f"the tokenizer is damaged: an added token has the id {largest:,}, for which no model has room"
         raise TemplateRefused("bad_tokenizer", told)
+    _check_added_tokens(backend)
     backend.no_truncation()
     backend.no_padding()
     with in_words():
@@ -158,6 +156,33 @@ def _bare(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, list[int
     if backend.post_processor is not None:
         backend.post_processor = tokenizers.processors.Sequence([])
     return backend, around
+
+
+def _check_added_tokens(backend: tokenizers.Tokenizer) -> None:
+    """Refuse added tokens that ordinary text contains, where they change what the text is.
+
+    A special token is left out when text is decoded for people, and a token that strips takes the whitespace around it
+    out of the ids. Both are meant for control tokens, not for spaces, single characters or words.
+
+    Raises:
+        TemplateRefused: `ordinary_special_token`.
+    """
+    for id_, token in backend.get_added_tokens_decoder().items():
+        text = token.content.strip()
+        strips = (token.lstrip or token.rstrip) and is_ordinary(token.content)
+        if strips or (token.special and len(text) < 2):
+            raise TemplateRefused(
+                "ordinary_special_token",
+                f"the tokenizer's added token {token.content!r} (id {id_}) is ordinary text, and "
+                f"{'strips whitespace' if strips else 'is a special token'}: text that contains it would be changed",
+                hint='in tokenizer.json, set "special", "lstrip" and "rstrip" of this token to false',
+            )
+
+
+def is_ordinary(token: str) -> bool:
+    """Return whether ordinary text contains this token: whitespace, a single character, or letters and digits only."""
+    text = token.strip()
+    return len(text) < 2 or text.isalnum()
 
 
 def _is_text(text: str) -> bool:
@@ -359,137 +384,13 @@ def _shadow(control: ControlTokens, base: int) -> tuple[tokenizers.Tokenizer, ND
 
 @lru_cache(maxsize=32)
 def control_tokens(tokenizer: Tokenizer, template: str) -> ControlTokens:
-    """Return the tokens that only this template may write: special ones, and added ones that it prints."""
+    """Return the tokens that only this template may write: special ones, and added ones that it prints.
+
+    Words that were added to the vocabulary are no control tokens, though the template may contain them.
+    """
     found = (
         token
         for token, (_, special) in tokenizer.added_tokens.items()
-        if token.strip() and (special or token in template)
+        if token.strip() and (special or (token in template and not is_ordinary(token)))
     )
     return ControlTokens(tokenizer, tuple(sorted(found, key=lambda token: (-len(token), token))))
-
-
-def load_tokenizer(tokenizer: Any) -> Tokenizer:
-    """Load a tokenizer without importing transformers.
-
-    Args:
-        tokenizer: a folder with `tokenizer.json`, a hub id, or a `transformers` or `tokenizers` object.
-
-    Raises:
-        UsageError: there is no such folder, or the object is no fast tokenizer.
-        HubError: a hub id that cannot be downloaded.
-    """
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    if isinstance(tokenizer, tokenizers.Tokenizer):
-        return Tokenizer("<object>", tokenizer.to_str().encode(), _special_tokens({}, tokenizer))
-    if isinstance(getattr(tokenizer, "backend_tokenizer", None), tokenizers.Tokenizer):
-        return _from_transformers(tokenizer)
-    if not isinstance(tokenizer, str | Path):
-        raise UsageError(
-            "tokenizer_type",
-            f"a {type(tokenizer).__name__} is no fast tokenizer",
-            hint="pass a folder, a hub id, or a tokenizer with a tokenizer.json",
-        )
-    folder = Path(tokenizer) if Path(tokenizer).is_dir() else _download(str(tokenizer))
-    if not (folder / "tokenizer.json").is_file():
-        raise UsageError(
-            "no_tokenizer",
-            f"{folder} holds no tokenizer.json",
-            hint="save a fast tokenizer into it: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
-        )
-    states = ((folder / name).stat() for name in _FILES if (folder / name).is_file())
-    return _from_folder(folder, str(tokenizer), tuple((state.st_mtime_ns, state.st_size) for state in states))
-
-
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-
-_loaded: WeakKeyDictionary[Any, tuple[Any, Tokenizer]] = WeakKeyDictionary()
-
-
-def _from_transformers(tokenizer: Any) -> Tokenizer:
-    # Writing the backend out costs a second for large vocabularies, so it is done once per state of the object.
-    specials = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, dict):
-        template = template.get("default")
-    state = len(tokenizer)
-    known, loaded = _loaded.get(tokenizer, (None, None))
-    if loaded is None or known != state:
-        name = getattr(tokenizer, "name_or_path", "") or "<object>"
-        loaded = Tokenizer(name, tokenizer.backend_tokenizer.to_str().encode(), specials, template)
-    elif (loaded.special_tokens, loaded.chat_template) != (specials, template):
-        loaded = loaded.with_template(template, specials)
-    _loaded[tokenizer] = state, loaded
-    return loaded
-
-
-@lru_cache(maxsize=8)
-def _from_folder(folder: Path, name: str, state: tuple[tuple[int, int], ...]) -> Tokenizer:  # noqa: ARG001  (part of the key)
-    # `state` is when the files were last changed: with other files, the cache holds nothing.
-    file = folder / "tokenizer.json"
-    text = file.read_bytes()
-    config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
-    try:
-        with in_words():
-            backend = tokenizers.Tokenizer.from_buffer(text)
-    except TemplateRefused as error:
-        raise TemplateRefused(error.code, f"{file} cannot be loaded: {error.message}", hint=error.hint) from None
-    loaded = Tokenizer(name, text, _special_tokens(config, backend), _chat_template(folder, config))
-    # To load a large vocabulary once more would take most of a preview.
-    loaded.__dict__["_backend"] = _bare(backend)
-    return loaded
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise TemplateRefused("bad_tokenizer", f"{path} is not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise TemplateRefused("bad_tokenizer", f"{path} holds a {type(found).__name__}, expected an object")
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise TemplateRefused("bad_tokenizer", f"{file} is not UTF-8 text: {error}") from None
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        with suppress(LookupError, TypeError):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if template is not None and not isinstance(template, str):
-        told = f"chat_template is a {type(template).__name__}, expected text, or a list of names and templates"
-        raise TemplateRefused("bad_tokenizer", f"{folder / 'tokenizer_config.json'}: {told}")
-    return template
-
-
-def _special_tokens(config: dict[str, Any], backend: tokenizers.Tokenizer) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for key, value in config.items():
-        if key.endswith("_token") and not key.startswith(("add_", "use_")):
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str) and backend.token_to_id(text) is not None:
-                found[key] = text
-    return found
-
-
-def _download(name: str) -> Path:
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        parent = Path(name).parent
-        beside = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-        raise UsageError("no_tokenizer", f"no folder {name}", hint=nearest(Path(name).name, beside) if beside else "")
-    import huggingface_hub
-
-    try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES))
-    except Exception as error:  # noqa: BLE001  (the hub client raises many kinds; all mean that nothing came)
-        raise HubError(
-            "hub_tokenizer",
-            f"no folder {name}, and it cannot be had from the hub: {error}".splitlines()[0],
-            hint="check the name, HF_TOKEN and HF_ENDPOINT, or pass a local folder",
-        ) from None
-    return Path(folder)

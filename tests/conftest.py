@@ -1,7 +1,9 @@
 """What tests share: tokenizers, tiny models, and where test data that is not in the repository lies."""
 
+import atexit
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import laws  # noqa: F401  (profiles of Hypothesis)
@@ -10,6 +12,9 @@ from makers import MAKERS, tiny_bpe
 
 # Nothing may be taken from an earlier run.
 os.environ["FTDATA_CACHE"] = "off"
+# Records of what was built belong to this run.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="ftdata-state-")
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 # Tiny models gain nothing from threads, and tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -56,7 +61,7 @@ def tiny_model(folder, kind="llama", *, seed=0):
     import torch
     import transformers as hf
 
-    from ftdata.tokenize import load_tokenizer
+    from ftdata.tokenizer_loading import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     common = {

@@ -20,7 +20,7 @@ from ftdata import build_sft_dataset, shown
 from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError
 from ftdata.store import read_manifest, verify
 from ftdata.testing import conversations
-from ftdata.tokenize import load_tokenizer
+from ftdata.tokenizer_loading import load_tokenizer
 
 few = often(25)
 ROWS = [{"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}."} for n in range(40)]

@@ -254,3 +254,18 @@ def test_known_texts_come_back_as_they_were(kept, tokenizer_dir):
     with cache.texts("key") as texts:
         assert texts.filled
         assert len(texts.encode(said, lambda missing: pytest.fail(str(missing)))) == 6
+
+
+@pytest.mark.parametrize("name", ["ids.i32", "offsets.i32", "places.i64", "hashes", "result.json"])
+def test_a_damaged_part_of_the_texts_is_made_again(name, kept, files, build, work):
+    """Another mask takes the tokens out of the cache of texts: a flipped bit there must not be trained."""
+    build(files)
+    work()
+    (part,) = [path for path in (kept / "texts").glob("*/*") if path.is_dir()][:1]
+    file = part / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    build.compare(files, train_on="last_assistant")
+    assert work()[1] > 0
+    build.compare(files, train_on="all")

@@ -25,7 +25,8 @@ def test_a_config_file_is_typed(tmp_path):
     [
         ({**REQUIRED, "max_lenght": 5}, "did you mean 'max_length'"),
         ({**REQUIRED, "max_length": "5"}, "max_length"),
-        ({**REQUIRED, "lora": {"rank": 3}}, "unknown key 'rank'"),
+        ({**REQUIRED, "lora": {"r": "3"}}, "lora.r"),
+        ({**REQUIRED, "quantization": 4}, "quantization"),
         ({"data": "d"}, "model"),
     ],
 )

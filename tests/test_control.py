@@ -10,6 +10,7 @@ import pytest
 from makers import CHATML
 
 from ftdata import build_sft_dataset
+from ftdata.schemas.messages import has_visible_text
 from ftdata.types import IGNORE_INDEX
 
 PLAIN = [
@@ -57,7 +58,7 @@ def texts(chance, spelled):
         parts.append(
             chance.choice([token, token[:at], token[at:], token[:at] + token + token[at:], *chance.sample(PLAIN, 4)])
         )
-    return "".join(parts) if any(part.strip() for part in parts) else "x"
+    return "".join(parts) if any(map(has_visible_text, parts)) else "x"
 
 
 @pytest.mark.parametrize("count", [400, pytest.param(100_000, marks=[pytest.mark.long, pytest.mark.timeout(1800)])])

@@ -15,10 +15,11 @@ from laws import law
 from ftdata import encode
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.recipe import make_recipe
+from ftdata.schemas.messages import has_visible_text
 from ftdata.templates import render
 from ftdata.templates.verify import contradicted
 from ftdata.testing import check_laws, conversations, texts, try_template
-from ftdata.tokenize import load_tokenizer
+from ftdata.tokenizer_loading import load_tokenizer
 from ftdata.types import Conversation
 
 ALL = ("deepseek", "qwen", "mistral", "tiny_bpe", "tiny_metaspace", "tiny_wordpiece")
@@ -132,7 +133,7 @@ def test_ids_are_those_of_the_tokenizer_alone(name, tokenizer_dir, data):
 
 
 @law()
-@given(question=texts(), answer=texts().filter(lambda text: bool(text.strip())))
+@given(question=texts(), answer=texts().filter(has_visible_text))
 def test_template_syntax_in_data_is_text(tokenizer_dir, question, answer):
     """M9: what looks like Jinja inside the data is printed as it is."""
     (example,) = encode(

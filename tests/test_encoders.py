@@ -16,7 +16,7 @@ from ftdata import build_sft_dataset, encoders, preview
 from ftdata.build import write_build
 from ftdata.errors import InputRefused
 from ftdata.testing import texts
-from ftdata.tokenize import load_tokenizer
+from ftdata.tokenizer_loading import load_tokenizer
 
 ROWS = [{"question": f"q{n} é \u200d👍🏽", "answer": "a\u0301 " * n + "<|im_end|>"} for n in range(1, 40)]
 PAIRS = {}

@@ -47,6 +47,19 @@ def factory(folder, **changes):
     return path
 
 
+def test_adapters_and_quantizations_are_carried_over(tmp_path):
+    config = import_config(
+        axolotl(tmp_path, adapter="lora", load_in_4bit=False, load_in_8bit=True, peft_use_dora=True)
+    ).config
+    assert (config.quantization, config.lora.more) == ("int8", {"use_dora": True})
+    config = import_config(
+        factory(tmp_path, quantization_bit=8, use_rslora=True, additional_target="embed_tokens, lm_head")
+    ).config
+    assert config.quantization == "int8"
+    assert config.lora.more == {"use_rslora": True, "modules_to_save": ["embed_tokens", "lm_head"]}
+    assert import_config(factory(tmp_path, quantization_type="fp4")).config.quantization == "fp4"
+
+
 def test_axolotl_is_carried_over(tmp_path):
     found = import_config(axolotl(tmp_path))
     config = found.config
@@ -136,7 +149,7 @@ def test_texts_are_those_of_axolotl(case, tmp_path):
     [
         ({"rl": "dpo"}, "rl: that is another way of training"),
         ({"adapter": "oft"}, "adapter: oft"),
-        ({"peft_use_dora": True, "relora": True}, "peft_use_dora: .*; relora: "),
+        ({"loraplus_lr_ratio": 16, "relora": True}, "loraplus_lr_ratio: .*; relora: "),
         ({"excess_length_strategy": "split"}, "excess_length_strategy: split"),
         ({"datasets": []}, "expected a list of mappings"),
         ({"datasets": "x"}, "expected a list of mappings"),
@@ -272,8 +285,9 @@ def test_a_list_of_data_sets_alone_is_carried_over(tmp_path):
         ({"dataset": "ranked"}, "ranking"),
         ({"dataset_dir": "nowhere"}, "cannot be read"),
         ({"finetuning_type": "oft"}, "finetuning_type: oft"),
-        ({"quantization_bit": 8}, "8 bits"),
-        ({"use_dora": True}, "use_dora"),
+        ({"quantization_bit": 3}, "3 bits"),
+        ({"quantization_bit": 4, "quantization_method": "hqq"}, "4 bits, hqq"),
+        ({"use_galore": True}, "use_galore"),
         ({"mix_strategy": "interleave_under"}, "mix_strategy"),
     ],
 )

@@ -19,7 +19,7 @@ from ftdata.errors import BadRow
 from ftdata.examples import build_rows
 from ftdata.recipe import make_recipe
 from ftdata.testing import check_laws
-from ftdata.tokenize import load_tokenizer
+from ftdata.tokenizer_loading import load_tokenizer
 from ftdata.types import Part, Row, Source
 
 

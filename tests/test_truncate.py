@@ -7,7 +7,7 @@ from laws import law
 from ftdata import encode
 from ftdata.errors import BadRow
 from ftdata.testing import conversations
-from ftdata.tokenize import load_tokenizer
+from ftdata.tokenizer_loading import load_tokenizer
 from ftdata.truncate import POLICIES, truncate, turn_ends
 
 

@@ -18,6 +18,7 @@ from ftdata.cli.looks import audit, diff, preview, stats
 from ftdata.cli.models import chat, evaluate, generate, init, merge, train
 from ftdata.cli.work import build, config_app, convert, env, plugins, push, templates_app, verify
 from ftdata.errors import FtdataError, printable
+from ftdata.redaction import redact_text
 
 app = typer.Typer(
     name="ftdata",
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"ftdata: {printable(message)}", file=sys.stderr)
+    print(f"ftdata: {printable(redact_text(message))}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +25,7 @@ from ftdata.cli.options import (
     Schema,
     Split,
     Template,
+    TemplateKwarg,
     Tokenizer,
     TrainOn,
     TrainParts,
@@ -35,6 +36,7 @@ from ftdata.cli.options import (
     places_of,
     recipe_of,
     rows_of,
+    template_kwargs_of,
 )
 from ftdata.cli.output import paged, print_value, progress_bar, quiet, write
 from ftdata.errors import UsageError
@@ -56,6 +58,7 @@ def preview(
     max_length: MaxLength = None,
     overlong: Overlong = "reject",
     date: Date = None,
+    template_kwarg: TemplateKwarg = None,
     n: Annotated[int | None, typer.Option("-n", help="How many rows: 3, of odd ones 1 of each kind.", min=1)] = None,
     row: Annotated[str | None, typer.Option(help="Show these rows, from 0: 7, or 3,8-11.")] = None,
     id_: Annotated[str | None, typer.Option("--id", help="Show the rows of this id, uuid or the like.")] = None,
@@ -117,6 +120,7 @@ def audit(
     where: Where = None,
     limit: Limit = None,
     date: Date = None,
+    template_kwarg: TemplateKwarg = None,
     against: Annotated[
         list[str] | None, typer.Option(help="A test set, of which no row may be trained on. Repeatable.")
     ] = None,
@@ -182,6 +186,7 @@ def stats(
     where: Where = None,
     limit: Limit = None,
     date: Date = None,
+    template_kwarg: TemplateKwarg = None,
     svg: Annotated[Path | None, typer.Option(help="A folder for pictures: lengths.svg, trained.svg.")] = None,
     encoding: Encoding = None,
     split: Split = None,
@@ -216,6 +221,7 @@ def diff(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="How B differs from A: template=chatml, turns=split. Repeatable.")
     ] = None,
+    template_kwarg: TemplateKwarg = None,
     n: Annotated[int, typer.Option("-n", help="How many rows that differ to show.", min=0)] = 10,
     html: Annotated[Path | None, typer.Option(help="Write these to this file, side by side.")] = None,
     pager: Annotated[bool, typer.Option(help="Page through what is longer than the screen.")] = True,
@@ -225,8 +231,13 @@ def diff(
     from ftdata.look.diff import diff as compare
     from ftdata.look.diff import side_options
 
-    first = side_options(a, tokenizer=tokenizer, template=template)
-    second = side_options(a if b is None else b, tokenizer=tokenizer, template=template, changes=set_ or [])
+    both: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "template": template,
+        "template_kwargs": template_kwargs_of(template_kwarg),
+    }
+    first = side_options(a, **both)
+    second = side_options(a if b is None else b, **both, changes=set_ or [])
     if b is None and not set_:
         raise UsageError(
             "diff", "there is nothing to compare with", hint="name B, or say how it differs: --set turns=split"

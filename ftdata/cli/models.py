@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ftdata.cli.options import Columns, Json, Limit, MaxLength, MaxRejects, Packing, Template, TestSize, columns_of
 from ftdata.cli.output import print_value, write
 from ftdata.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from ftdata.train.progress import Progress
 
 Run = Annotated[Path, typer.Argument(help="The folder of a finished run of `ftdata train`.", show_default=False)]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or hub id of the base model.")]
@@ -72,7 +76,7 @@ def train(
     limit: Limit = None,
     on_bad_rows: Annotated[str | None, typer.Option(help="error or quarantine.")] = None,
     max_rejects: MaxRejects = None,
-    quantization: Annotated[str | None, typer.Option(help="nf4: QLoRA, the base model in 4 bits.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="Base model in few bits: nf4 (QLoRA), fp4 or int8.")] = None,
     lora_r: Annotated[int | None, typer.Option(help="Rank of the LoRA adapter.")] = None,
     attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2, ...")] = None,
     set_: Annotated[
@@ -142,8 +146,8 @@ def evaluate(
 
     options = _generation(max_new_tokens, num_beams, temperature, top_p, seed)
     options |= {"trust_remote_code": trust_remote_code}
-    with _answering() as done:
-        report = compare(run_dir, data, n or None, batch_size=batch_size, done=done, **options)
+    with _answering() as progress:
+        report = compare(run_dir, data, n or None, batch_size=batch_size, progress=progress, **options)
     if as_json:
         print_value(report, as_json=True)
     else:
@@ -177,7 +181,8 @@ def generate(
         raise UsageError("missing_option", "nothing was asked", hint="name a prompt, or write lines to standard input")
     options = _generation(max_new_tokens, num_beams, temperature, top_p, seed)
     options |= {"trust_remote_code": trust_remote_code}
-    answers = answered(run_dir, asked, base=base, batch_size=batch_size, **options)
+    with _answering() as progress:
+        answers = answered(run_dir, asked, base=base, batch_size=batch_size, progress=progress, **options)
     if as_json:
         rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(asked, answers, strict=True)]
         write(json.dumps(rows, ensure_ascii=False, indent=2))
@@ -220,13 +225,17 @@ def chat(
 def merge(
     run_dir: Run,
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="A new folder for the whole model.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: that of the base model.")
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write the base model with the run's adapter merged into it: a model that needs neither ftdata nor PEFT."""
-    from ftdata.train import merge as merged
+    from ftdata.train import merge as merge_run
 
-    off = merged(run_dir, output_dir, trust_remote_code=trust_remote_code)
-    print(f"merged into {output_dir}; its logits are off by {off:.1g} of the largest")
+    merged = merge_run(run_dir, output_dir, dtype=dtype, trust_remote_code=trust_remote_code)
+    print(f"merged into {output_dir} in {merged.dtype}")
+    print(f"its logits differ from the adapter's by at most {merged.error:.1g} of the largest (limit {merged.limit:g})")
 
 
 def _generation(
@@ -244,17 +253,44 @@ def _generation(
     return options
 
 
+_LONG = 10.0
+"""Seconds of answering that are announced, and between two lines where no terminal shows a bar."""
+
+
 @contextmanager
-def _answering() -> Iterator[Callable[[int, int], None]]:
-    """Show how many answers there are, where a person is watching."""
+def _answering() -> Iterator[Callable[[Progress], None]]:
+    """Show how long answering takes at most, and how far it is: as a bar on a terminal, as lines elsewhere."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
-    columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    if not console.is_terminal:
-        yield lambda *_: None
-        return
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("answers", total=None)
-        yield lambda done, of: bar.update(task, completed=done, total=of)
+    columns = (TextColumn("answers {task.fields[answers]}"), BarColumn(), TextColumn("{task.fields[left]}"))
+    with Bars(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("answers", total=None, answers="", left="")
+        announced: list[float] = []
+
+        def show(now: Progress) -> None:
+            left = "" if now.seconds_left is None else f"at most {_duration(now.seconds_left)} left"
+            answers = f"{now.answers}/{now.of_answers}"
+            bars.update(task, completed=now.steps, total=now.of_steps, answers=answers, left=left)
+            if now.seconds_left is None or (not announced and now.seconds_left < _LONG):
+                return
+            # The second token is slower than those after it.
+            if not announced and now.steps >= min(4, now.of_steps):
+                speed = f"{now.seconds_per_step:.2g} s a token; fewer with --max-new-tokens or -n"
+                text = f"{now.of_answers} answers take at most {_duration(now.seconds_left)} ({speed})"
+                console.print(text, highlight=False, soft_wrap=True)
+                announced.append(time.perf_counter())
+            elif announced and not console.is_terminal and time.perf_counter() - announced[-1] > 3 * _LONG:
+                console.print(f"{answers} answers, {left}", highlight=False, soft_wrap=True)
+                announced.append(time.perf_counter())
+
+        yield show
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 1):.0f} s"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 from ftdata.errors import UsageError
 
@@ -43,6 +44,10 @@ ControlTokens = Annotated[str, typer.Option(help="Control-token text inside data
 MaxLength = Annotated[int | None, typer.Option(help="Tokens that an example, and a pack, may have.")]
 Overlong = Annotated[str, typer.Option(help="What becomes of longer examples: reject, drop_turns or truncate.")]
 Date = Annotated[str | None, typer.Option(help="What templates that print a date are shown, e.g. 2026-01-31.")]
+TemplateKwarg = Annotated[
+    list[str] | None,
+    typer.Option(help="Set a template variable, e.g. enable_thinking=false. Repeatable."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Packing = Annotated[str | None, typer.Option(help="bfd: put whole examples together, best fit first.")]
 Where = Annotated[str | None, typer.Option(help="Rows to read: lang == 'en' and messages | length > 2 (Jinja).")]
@@ -67,6 +72,25 @@ def columns_of(pairs: list[str] | None) -> dict[str, str] | None:
         if "=" not in pair:
             raise UsageError("column", f"--column is {pair!r}, expected name=column, e.g. output=answer")
     return {pair.split("=", 1)[0]: pair.split("=", 1)[1] for pair in pairs} if pairs else None
+
+
+def template_kwargs_of(pairs: list[str] | None) -> dict[str, Any] | None:
+    """Return the template variables that `enable_thinking=false`, ... set; values are read as YAML.
+
+    >>> template_kwargs_of(["enable_thinking=false", "date_string=26 Jul 2026"])
+    {'enable_thinking': False, 'date_string': '26 Jul 2026'}
+    """
+    found = dict[str, Any]()
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip().isidentifier():
+            told = f"--template-kwarg is {pair!r}, expected name=value, e.g. enable_thinking=false"
+            raise UsageError("template_kwargs", told)
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            found[name.strip()] = value
+    return found or None
 
 
 def listed(names: str | None) -> list[str] | None:
@@ -100,4 +124,11 @@ def recipe_of(given: Mapping[str, Any]) -> dict[str, Any]:
     plain = ("schema", "train_on", "turns", "control_tokens", "dropped", "unclosed", "max_length", "overlong", "date")
     found = {name: given[name] for name in plain if name in given}
     refuse = {"refuse": listed(given["refuse"]) or ()} if "refuse" in given else {}
-    return {**found, **refuse, "columns": columns_of(given["column"]), "train_parts": listed(given["train_parts"])}
+    kwargs = {"template_kwargs": template_kwargs_of(given["template_kwarg"])} if "template_kwarg" in given else {}
+    return {
+        **found,
+        **refuse,
+        **kwargs,
+        "columns": columns_of(given["column"]),
+        "train_parts": listed(given["train_parts"]),
+    }

@@ -32,6 +32,7 @@ from ftdata.cli.options import (
     Shuffle,
     Split,
     Template,
+    TemplateKwarg,
     TestSize,
     Tokenizer,
     TrainOn,
@@ -80,6 +81,7 @@ def build(
     on_bad_rows: OnBadRows = "error",
     max_rejects: MaxRejects = None,
     date: Date = None,
+    template_kwarg: TemplateKwarg = None,
     workers: Annotated[
         int | None, typer.Option(help="Tasks at once, at most; the result does not depend on it.")
     ] = None,

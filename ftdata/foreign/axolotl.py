@@ -39,6 +39,9 @@ KEYS = Keys(
         "lora_alpha": "lora.alpha",
         "lora_dropout": "lora.dropout",
         "lora_target_modules": "lora.target_modules",
+        "lora_modules_to_save": "lora.modules_to_save",
+        "peft_use_dora": "lora.use_dora",
+        "peft_use_rslora": "lora.use_rslora",
         "num_epochs": "train.num_train_epochs",
         "micro_batch_size": "train.per_device_train_batch_size",
         "eval_batch_size": "train.per_device_eval_batch_size",
@@ -88,7 +91,6 @@ KEYS = Keys(
         "special_tokens": "left out: stops are found; for more tokens, save a tokenizer with them",
         "tokens": "left out: save a tokenizer with them, and name it as tokenizer",
         "revision_of_model": "left out: download that revision, and name its folder as model",
-        "load_in_8bit": "left out: the base model is in 16 bits, or 4 with quantization: nf4",
         "shuffle_before_merging_datasets": "left out: rows are put into another order once, with shuffle",
         "test_datasets": "left out: held-out rows are those of test_size, or a split named test of the same data",
         "cosine_min_lr_ratio": "left out: see cosine_with_min_lr of lr_scheduler_type",
@@ -96,8 +98,8 @@ KEYS = Keys(
     refused={
         **dict.fromkeys(("rl", "reward_model", "process_reward_model", "pretraining_dataset"), _ANOTHER),
         **dict.fromkeys(
-            ("peft_use_dora", "peft_use_rslora", "lora_modules_to_save", "lora_model_dir", "relora",
-             "unfrozen_parameters", "lisa_n_layers", "loraplus_lr_ratio", "embedding_lr", "lr_groups", "qat", "plugins",
+            ("lora_model_dir", "relora", "unfrozen_parameters", "lisa_n_layers", "loraplus_lr_ratio", "embedding_lr",
+             "lr_groups", "qat", "plugins",
              "kd_trainer", "use_eaft", "curriculum_sampling", "min_sample_len", "trainer_cls", "gptq", "fp8"),
             _CHANGES,
         ),
@@ -107,8 +109,9 @@ _USUAL = {
     "sequence_len": 512, "num_epochs": 1, "micro_batch_size": 1, "seed": 42, "optimizer": "adamw_torch_fused",
     "lr_scheduler": "cosine", "save_total_limit": 4, "gradient_checkpointing": False, "output_dir": "model-out",
 }  # fmt: skip
-_OWN = ("datasets", "chat_template", "chat_template_jinja", "adapter", "load_in_4bit", "excess_length_strategy",
-        "train_on_inputs", "evals_per_epoch", "saves_per_epoch", "lora_target_linear")  # fmt: skip
+_OWN = ("datasets", "chat_template", "chat_template_jinja", "adapter", "load_in_4bit", "load_in_8bit",
+        "excess_length_strategy", "train_on_inputs", "evals_per_epoch", "saves_per_epoch",
+        "lora_target_linear")  # fmt: skip
 _SOURCE = {"path": "path", "name": "name", "revision": "revision", "split": "split", "data_files": "data_files"}
 _MESSAGES = {
     "role": ("role", "from", "speaker", "author", "sender"),
@@ -168,8 +171,12 @@ def _adapter(values: Mapping[str, Any], draft: Draft) -> None:
         draft.fields.pop("lora", None)
     if kind == "qlora":
         draft.put("quantization", "nf4")
+    elif kind == "lora" and values.get("load_in_8bit"):
+        draft.put("quantization", "int8")
     elif values.get("load_in_4bit"):
         draft.note("load_in_4bit: Axolotl loads 4 bits with adapter: qlora only, so this is 16 bits here as there")
+    if values.get("load_in_8bit") and kind != "lora":
+        draft.note("load_in_8bit: left out: it is taken over with adapter: lora only")
 
 
 def _too_long(values: Mapping[str, Any], draft: Draft) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftdata.config import Config, make_config, read_values, to_yaml
+from ftdata.config import Config, make_config, read_values, to_values, to_yaml
 from ftdata.errors import UsageError
 from ftdata.foreign.axolotl import axolotl
 from ftdata.foreign.llamafactory import data_sets, training
@@ -31,9 +31,7 @@ class Imported:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
-        import msgspec
-
-        return {"tool": self.tool, "config": msgspec.to_builtins(self.config), "notes": list(self.notes)}
+        return {"tool": self.tool, "config": to_values(self.config), "notes": list(self.notes)}
 
     def __str__(self) -> str:
         notes = "".join(f"# - {note}\n" for note in self.notes)

@@ -46,6 +46,9 @@ KEYS = Keys(
         "lora_alpha": "lora.alpha",
         "lora_dropout": "lora.dropout",
         "lora_target": lambda names: {"lora.target_modules": _layers(names)},
+        "use_dora": "lora.use_dora",
+        "use_rslora": "lora.use_rslora",
+        "additional_target": lambda names: {"lora.modules_to_save": names.replace(" ", "").split(",")},
         "warmup_ratio": "train.warmup_steps",
         "early_stopping_steps": "early_stopping",
         "flash_attn": lambda how: {"attn_implementation": _ATTENTION[how]} if how in _ATTENTION else {},
@@ -85,7 +88,7 @@ KEYS = Keys(
     },
     refused={
         **dict.fromkeys(
-            ("additional_target", "use_rslora", "use_dora", "pissa_init", "loraplus_lr_ratio", "use_galore",
+            ("pissa_init", "loraplus_lr_ratio", "use_galore",
              "use_apollo", "use_badam", "use_adam_mini", "use_muon", "use_llama_pro", "use_asft_loss", "use_eaft_loss",
              "mixture_of_depths", "rope_scaling", "shift_attn", "interleave_probs", "freeze_trainable_layers",
              "adapter_name_or_path"),
@@ -153,10 +156,12 @@ def _weights(values: Mapping[str, Any], draft: Draft) -> None:
     if kind == "full":
         draft.fields.pop("lora", None)
     if bits := values.get("quantization_bit"):
-        how = (bits, values.get("quantization_method", "bnb"), values.get("quantization_type", "nf4"))
-        if how != (4, "bnb", "nf4"):
-            raise cannot(f"quantization: {how[0]} bits, {how[1]}, {how[2]}, where ftdata knows 4 bits, bnb, nf4")
-        draft.put("quantization", "nf4")
+        how, kind = values.get("quantization_method", "bnb"), values.get("quantization_type", "nf4")
+        name = {(4, "bnb", "nf4"): "nf4", (4, "bnb", "fp4"): "fp4"}.get((bits, how, kind))
+        name = "int8" if (bits, how) == (8, "bnb") else name
+        if name is None:
+            raise cannot(f"quantization: {bits} bits, {how}, {kind}, expected 4 or 8 bits of bnb, in nf4 or fp4")
+        draft.put("quantization", name)
 
 
 def _lengths(values: Mapping[str, Any], draft: Draft) -> None:

@@ -194,7 +194,8 @@ def _told(finding: Finding, place: Place | None) -> str:
 
 
 def _location(source: Source) -> dict[str, Any]:
-    place: dict[str, Any] = {"artifactLocation": {"uri": quote(source.path.replace("\\", "/"), safe="/:")}}
+    uri = quote(source.path.replace("\\", "/"), safe="/:", errors="surrogateescape")
+    place: dict[str, Any] = {"artifactLocation": {"uri": uri}}
     if source.line is not None:
         place["region"] = {"startLine": source.line}
     return {"physicalLocation": place}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -135,7 +136,7 @@ def _documents(folder: Path, split: str) -> Iterator[tuple[int, Source, frozense
     with _whole(folder / split):
         told = _told(folder / split / "provenance.parquet")
         for path in sorted((folder / split).glob("data-*.arrow")):
-            with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
+            with pa.ipc.open_stream(pa.memory_map(os.fsencode(path))) as stream:
                 for batch in stream:
                     # Buffers that contradict each other would end the process.
                     batch.validate(full=True)
@@ -153,7 +154,7 @@ def _documents(folder: Path, split: str) -> Iterator[tuple[int, Source, frozense
 
 def _told(path: Path) -> Iterator[tuple[int, Source, frozenset[str], int]]:
     names = ["pack", "source", "row", "line", "flags", "cut"]
-    for batch in pq.ParquetFile(path).iter_batches(columns=names, batch_size=1 << 14):
+    for batch in pq.ParquetFile(pa.memory_map(os.fsencode(path))).iter_batches(columns=names, batch_size=1 << 14):
         for pack, source, row, line, flags, cut in zip(*(batch[name].to_pylist() for name in names), strict=True):
             yield pack, Source(source, row, line), frozenset(flags), cut
 
@@ -235,8 +236,14 @@ def batches(recipe: Recipe, some: Iterable[Document]) -> Iterator[Stored]:
 
 def provenance(folder: Path, split: str) -> dict[str, NDArray[np.int64]]:
     """Return what `provenance.parquet` says of the examples of a split, in numbers (int64 `[examples]` each)."""
-    table = pq.read_table(folder / split / "provenance.parquet", columns=["pack", "tokens"])
+    table = _provenance(folder, split, ["pack", "tokens"])
     return {name: np.asarray(table[name].to_pylist(), np.int64) for name in table.column_names}
+
+
+def _provenance(folder: Path, split: str, columns: list[str]) -> pa.Table:
+    # Bytes, since a path need not be UTF-8.
+    with pa.memory_map(os.fsencode(folder / split / "provenance.parquet")) as file:
+        return pq.read_table(file, columns=columns)
 
 
 def sources_of(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:
@@ -246,7 +253,7 @@ def sources_of(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:
         InputRefused: the build is damaged.
     """
     with _whole(folder):
-        tables = [pq.read_table(folder / split / "provenance.parquet", columns=["source"]) for split in splits]
+        tables = [_provenance(folder, split, ["source"]) for split in splits]
     return [
         (path, split)
         for split, table in zip(splits, tables, strict=True)

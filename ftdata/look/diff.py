@@ -236,7 +236,12 @@ def diff(
 
 
 def side_options(
-    given: str, *, tokenizer: str | None = None, template: str | None = None, changes: Sequence[str] = ()
+    given: str,
+    *,
+    tokenizer: str | None = None,
+    template: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    changes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the side that a word of a command line names: a build, a configuration, or data.
 
@@ -244,6 +249,7 @@ def side_options(
         given: the folder of a build, a `.yaml`, `.yml` or `.toml` file, or data.
         tokenizer: of all of these.
         template: of data, or instead of the configuration's.
+        template_kwargs: template variables of data, or instead of the configuration's.
         changes: further options as `name=value`, the value in YAML.
 
     Raises:
@@ -254,7 +260,8 @@ def side_options(
         config = load_config(Path(given))
         options = {name: value for name, value in config.build_options().items() if name in _DECIDES}
         said = {"data": config.data, "tokenizer": config.tokenizer or config.model, **options}
-    more = {name: value for name, value in (("tokenizer", tokenizer), ("template", template)) if value is not None}
+    given_here = {"tokenizer": tokenizer, "template": template, "template_kwargs": template_kwargs}
+    more: dict[str, Any] = {name: value for name, value in given_here.items() if value is not None}
     for change in changes:
         name, equals, value = change.partition("=")
         if not equals:

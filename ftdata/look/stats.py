@@ -185,7 +185,7 @@ def stats(
     if svg is not None:
         for name, picture in found.pictures().items():
             with new_file(Path(svg).resolve() / f"{name}.svg") as file:
-                disk.write(file, picture.encode())
+                disk.write(file, picture.encode("utf-8", "backslashreplace"))
     return found
 
 

@@ -19,7 +19,7 @@ from ftdata.errors import BadRow, printable
 from ftdata.examples import Built
 from ftdata.recipe import Options, Recipe
 from ftdata.schemas import normalise
-from ftdata.shown import check_answers
+from ftdata.shown import check_answers, with_row_flags
 from ftdata.templates import Template, closed, render
 from ftdata.templates.isolated import verify
 from ftdata.types import Conversation, Example, Part, Reject, Rendered, Row, Source, Span
@@ -243,6 +243,7 @@ def view_text(row: Row | Reject, template: Template, options: Options) -> RowVie
         if said.kwargs:
             template = replace(template, kwargs={**template.kwargs, **said.kwargs})
         texts = render(said, template, options.turns, options.dropped)
+        texts = with_row_flags(said, texts)
         if options.unclosed == "append_eos":
             texts = tuple(closed(one, template) for one in texts)
     except (BadRow, RecursionError) as error:

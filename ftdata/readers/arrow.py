@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from ftdata.errors import InputRefused
+from ftdata.readers.arrow_messages import Limits, check_ahead, check_blocks, checked
 from ftdata.readers.checks import check_names, check_seekable, damaged
 from ftdata.readers.memory import Fault, present
-from ftdata.readers.streams import CHUNK, FREE, MAX_LINE, MAX_RATIO, Input, expansion
+from ftdata.readers.streams import CHUNK, FREE, MAX_LINE, MAX_RATIO, MAX_REPEATED, Input, expansion, file_of, is_url
 from ftdata.types import Reject, Row, Source
 
 _BATCH = 1024
@@ -30,11 +31,20 @@ def read_parquet(file: Input) -> Iterator[Row | Reject]:
     with file.open() as stream:
         check_seekable(stream, file)
         try:
-            table = _parquet(stream)
+            table, limits = _parquet(stream, file)
             groups = range(*file.span) if file.span else range(table.num_row_groups)
-            yield from _batches(_of_groups(table, groups, stream, file), table.schema_arrow, file)
+            _check_values(table, groups, limits)
+            batches = _of_groups(table, groups, stream, file)
+            yield from _batches(batches, table.schema_arrow, file, limits.packed)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise damaged(error, file, "Parquet") from None
+
+
+def _check_values(table: Any, groups: Iterable[int], limits: Limits) -> None:
+    """Refuse a Parquet file with far more values than its size explains."""
+    for number in groups:
+        group = table.metadata.row_group(number)
+        limits.rows(group.num_rows, sum(group.column(index).num_values for index in range(group.num_columns)))
 
 
 def _of_groups(table: Any, groups: Iterable[int], stream: io.BufferedReader, file: Input) -> Iterator[Any]:
@@ -61,6 +71,8 @@ def _rows_at_once(stream: io.BufferedReader, table: Any, number: int, columns: S
     import pyarrow.parquet as pq
 
     rows = max(table.metadata.row_group(number).num_rows, 1)
+    if all(one.total_uncompressed_size * one.num_values <= MAX_LINE for one in columns):
+        return _BATCH
     coded = [index for index, one in enumerate(columns) if one.has_dictionary_page]
     sizes = [columns[index].num_values * (table.schema.column(index).length or 0) for index in coded]
     if names := [columns[index].path_in_schema for index in coded if columns[index].physical_type == "BYTE_ARRAY"]:
@@ -88,11 +100,18 @@ def _longest(column: Any) -> int:
     return _longest(column.values) if pa.types.is_nested(kind) else 0
 
 
-def _parquet(stream: io.BufferedReader) -> Any:
+def _parquet(stream: io.BufferedReader, file: Input) -> tuple[Any, Limits]:
+    """Open a Parquet file; refuse one whose metadata is most of it."""
     import pyarrow.parquet as pq
 
+    limits = Limits(file, stream.seek(0, io.SEEK_END))
+    stream.seek(max(limits.packed - 8, 0))
+    if (size := int.from_bytes(stream.read(4), "little")) < limits.packed:
+        # More than the file holds is damage, which pyarrow reports.
+        limits.metadata(size)
+    stream.seek(0)
     # Else what was read stays in memory to the end.
-    return pq.ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK)
+    return pq.ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK), limits
 
 
 def parquet_rows(file: Input) -> int | None:
@@ -101,7 +120,7 @@ def parquet_rows(file: Input) -> int | None:
 
     with file.open() as stream:
         try:
-            return int(_parquet(stream).metadata.num_rows) if stream.seekable() else None
+            return int(_parquet(stream, file)[0].metadata.num_rows) if stream.seekable() else None
         except (pa.ArrowException, OSError, UnicodeDecodeError):
             return None
 
@@ -112,7 +131,7 @@ def parquet_groups(file: Input) -> list[int] | None:
 
     with file.open() as stream:
         try:
-            told = _parquet(stream).metadata if stream.seekable() else None
+            told = _parquet(stream, file)[0].metadata if stream.seekable() else None
             return told and [told.row_group(number).total_byte_size for number in range(told.num_row_groups)]
         except (pa.ArrowException, OSError, UnicodeDecodeError):
             return None
@@ -124,16 +143,35 @@ def read_arrow(file: Input) -> Iterator[Row | Reject]:
 
     with file.open() as stream:
         try:
+            size = _length(stream)
             if stream.peek(6)[:6] == b"ARROW1":
                 check_seekable(stream, file)
+                check_blocks(stream, file, size or 0)
                 found = pa.ipc.open_file(stream)
-                yield from _batches((found.get_batch(n) for n in range(found.num_record_batches)), found.schema, file)
+                batches = (found.get_batch(number) for number in range(found.num_record_batches))
+                yield from _batches(batches, found.schema, file, size)
             else:
                 _check_end(stream, file)
-                found = pa.ipc.open_stream(stream)
-                yield from _batches(iter(found), found.schema, file)
+                found = pa.ipc.open_stream(_counted(stream, file, size))
+                yield from _batches(iter(found), found.schema, file, size)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise damaged(error, file, "Arrow") from None
+
+
+def _length(stream: io.BufferedReader) -> int | None:
+    if not stream.seekable():
+        return None
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    return size
+
+
+def _counted(stream: io.BufferedReader, file: Input, size: int | None) -> io.BufferedReader:
+    """Return a stream of which no batch becomes more than it may: looked through before, if it is on this machine."""
+    if size is None or is_url(file.path):
+        return file_of(checked(stream, file, size))
+    check_ahead(stream, file, size)
+    return stream
 
 
 def _check_end(stream: io.BufferedReader, file: Input) -> None:
@@ -181,15 +219,25 @@ def _own_nulls(feature: Any) -> Read:
     return present
 
 
-def from_batches(batches: Iterable[Any], schema: Any) -> Iterator[dict[str, Any] | Fault]:
-    """Yield the rows of Arrow's batches, with a fault for each that Python cannot have."""
-    _refuse_overlapping(schema)
-    columns = _in_json(schema)
+def from_batches(
+    batches: Iterable[Any], schema: Any, count: Callable[[int], None] = lambda _: None
+) -> Iterator[dict[str, Any] | Fault]:
+    """Yield the rows of Arrow's batches, with a fault for each that Python cannot have.
+
+    `count` is called with about how many bytes of values come next.
+    """
+    try:
+        _refuse_overlapping(schema)
+        columns = _in_json(schema)
+    except RecursionError:
+        raise InputRefused("too_deep", "has columns that are nested too deep to be read") from None
     for batch in batches:
-        for column in batch.columns:
+        for column in batch.columns if len(batch) else ():
             _check(column)
         for start in range(0, len(batch), _BATCH):
-            yield from _in_pieces(batch.slice(start, _BATCH), columns)
+            piece = batch.slice(start, _BATCH)
+            count(_size(piece))
+            yield from _in_pieces(piece, columns)
 
 
 def _in_pieces(batch: Any, columns: Mapping[str, Read]) -> Iterator[dict[str, Any] | Fault]:
@@ -288,10 +336,19 @@ def _in_bytes(kind: Any) -> Any:
     return known.get(kind, kind)
 
 
-def _batches(batches: Iterable[Any], schema: Any, file: Input) -> Iterator[Row | Reject]:
+def _batches(batches: Iterable[Any], schema: Any, file: Input, size: int | None) -> Iterator[Row | Reject]:
     check_names(schema.names, file)
+    total = 0
+
+    def count(plain: int) -> None:
+        nonlocal total
+        total += plain
+        if size is not None and total > max(MAX_LINE, MAX_REPEATED * size):
+            hint = "if that is right, write it again without compression and dictionaries"
+            raise expansion(total, size, file.path, MAX_REPEATED, hint)
+
     index = -1
-    for index, item in enumerate(from_batches(batches, schema)):
+    for index, item in enumerate(from_batches(batches, schema, count)):
         source = Source(file.path, index)
         yield Reject(source, *item) if isinstance(item, Fault) else Row(item, source)
     if index < 0 and file.span is None:
@@ -302,9 +359,10 @@ def _in_json(schema: Any) -> dict[str, Read]:
     """Return how to read the columns that hold JSON text: by Arrow's own type, or as `datasets` notes it."""
     try:
         features = dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
-    except (LookupError, TypeError, ValueError):
-        features = {}
-    found = {each.name: _reader(each.type) or _reader_of(features.get(each.name)) for each in schema}
+        noted = {name: _reader_of(feature) for name, feature in features.items()}
+    except (LookupError, TypeError, ValueError, RecursionError):
+        noted = {}
+    found = {each.name: _reader(each.type) or noted.get(each.name) for each in schema}
     return {name: read for name, read in found.items() if read}
 
 

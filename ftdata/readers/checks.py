@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 
 from ftdata.errors import InputRefused
@@ -12,7 +13,7 @@ from ftdata.readers.streams import Input, packed
 def check_names(names: Sequence[str], file: Input) -> None:
     """Refuse a table that names a column twice."""
     if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
         raise InputRefused("repeated_column", f"names columns twice: {', '.join(map(repr, twice))}", where=file.path)
 
 

@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, BinaryIO
 
 from ftdata.errors import InputRefused, MissingDependency
 from ftdata.readers.checks import check_names, check_seekable, damaged
 from ftdata.readers.streams import Input
+from ftdata.readers.workbook_limits import MAX_ROWS, TextLimit, check_archive, shared_strings
 from ftdata.types import Reject, Row, Source
 
 _ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
@@ -23,7 +24,7 @@ def read_excel(file: Input) -> Iterator[Row | Reject]:
     The first row of each that is not empty names its columns.
     """
     try:
-        import openpyxl
+        import openpyxl  # noqa: F401  (asked for before the file is opened)
     except ImportError:
         raise MissingDependency(
             "no_excel", "Excel files need openpyxl", where=file.path, hint="pip install 'ftdata[excel]'"
@@ -31,13 +32,15 @@ def read_excel(file: Input) -> Iterator[Row | Reject]:
     with file.open() as stream:
         check_seekable(stream, file)
         try:
+            size = check_archive(stream, file)
+            strings = shared_strings(stream)
             # Formulas stand in the one, and what they came to in the other.
-            books = [openpyxl.load_workbook(stream, read_only=True, data_only=plain) for plain in (True, False)]
+            books = [_workbook(stream, strings, values=values) for values in (True, False)]
             sheets = [sheet for sheet in books[0].worksheets if sheet.sheet_state == "visible"]
-            index = 0
+            index, text = 0, TextLimit(file, size)
             for sheet in sheets:
                 path = f"{file.path}#{sheet.title}" if len(sheets) > 1 else file.path
-                for row in _sheet(sheet, books[1][sheet.title], path):
+                for row in _sheet(sheet, books[1][sheet.title], path, text):
                     source = row.source._replace(row=index)
                     yield row._replace(source=source) if isinstance(row, Row) else replace(row, source=source)
                     index += 1
@@ -49,11 +52,38 @@ def read_excel(file: Input) -> Iterator[Row | Reject]:
         raise InputRefused("no_rows", "the file holds no rows", where=file.path)
 
 
-def _sheet(sheet: Any, formulas: Any, path: str) -> Iterator[Row | Reject]:
+def _workbook(stream: BinaryIO, strings: list[str], *, values: bool) -> Any:
+    """Open a workbook with the values of its formulas, or the formulas, and with shared strings as they are stored."""
+    from openpyxl.reader.excel import ExcelReader
+
+    class Reader(ExcelReader):  # type: ignore[misc]  # openpyxl has no types
+        def read_strings(self) -> None:
+            # openpyxl would remove "x005F_", so that a typed "_x000D_" could not be told from a carriage return.
+            self.shared_strings = strings
+
+    reader = Reader(stream, read_only=True, data_only=values)
+    reader.read()
+    return reader.wb
+
+
+def _sheet(sheet: Any, formulas: Any, path: str, limit: TextLimit) -> Iterator[Row | Reject]:
     names: list[str] = []
     for each in (sheet, formulas):
         each.reset_dimensions()
     for line, (cells, written) in enumerate(zip(sheet.iter_rows(), formulas.iter_rows(), strict=True), start=1):
+        if not cells and not written:
+            # openpyxl makes up all rows that are missing before one with a high number.
+            if line > MAX_ROWS:
+                raise InputRefused(
+                    "too_many_rows",
+                    f"has a row with a number above {MAX_ROWS:,}, the most that a sheet may have",
+                    where=path,
+                    hint="open it in Excel and save it, or save it as CSV",
+                )
+            continue
+        if fault := limit.fault(cells):
+            yield Reject(Source(path, 0, line), *fault)
+            continue
         texts = [_text(cell.value) for cell in cells]
         if not any(texts) and not any(cell.data_type == "f" for cell in written):
             continue

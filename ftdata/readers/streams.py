@@ -29,6 +29,10 @@ CHUNK = 1 << 20
 MAX_RATIO, FREE = 200, 1 << 30
 """How many times its size a packed file may become, once it is more than `FREE` bytes."""
 
+MAX_REPEATED = 1000
+"""How many times the size of a file its values may become, once they are more than `MAX_LINE` bytes, where a value
+stands in the file once and is repeated: a long system prompt in every row is no bomb."""
+
 MAX_LINE = 64 << 20
 """Bytes that a row may have; longer ones are rejected, since one would fill the memory of every later stage."""
 
@@ -94,7 +98,7 @@ class Input:
         """
         try:
             if self.path == STDIN:
-                return _joined(_at_least(8, _read(sys.stdin.buffer)))
+                return file_of(_at_least(8, _read(sys.stdin.buffer)))
             if not is_url(self.path):
                 return cast(io.BufferedReader, Path(self.path).open("rb", buffering=CHUNK))
             if is_hub(self.path) and not self.streaming:
@@ -117,9 +121,9 @@ class Input:
         """
         file = self.open()
         if packing := packed(_head(file)):
-            file = _joined(_unpacked(file, packing, self.path))
+            file = file_of(_unpacked(file, packing, self.path))
         encoding = _encoding(_head(file), self.encoding)
-        return _joined(_decoded(file, encoding, self.path)) if encoding else file
+        return file_of(_decoded(file, encoding, self.path)) if encoding else file
 
     def is_plain(self, head: bytes) -> bool:
         """Whether a file that begins so is UTF-8 as it stands."""
@@ -152,7 +156,12 @@ def before(head: bytes, rest: Generator[bytes]) -> Generator[bytes]:
 
 def joined(head: bytes, rest: BinaryIO) -> io.BufferedReader:
     """Return a file of what was read of it already and of the rest."""
-    return _joined(before(head, chunks(rest)))
+    return file_of(before(head, chunks(rest)))
+
+
+def file_of(parts: Generator[bytes]) -> io.BufferedReader:
+    """Return chunks of bytes as a file."""
+    return io.BufferedReader(_Chunks(parts), CHUNK)
 
 
 def chunks(file: BinaryIO) -> Generator[bytes]:
@@ -201,10 +210,6 @@ def _at_least(size: int, parts: Generator[bytes]) -> Generator[bytes]:
     yield from parts
 
 
-def _joined(parts: Generator[bytes]) -> io.BufferedReader:
-    return io.BufferedReader(_Chunks(parts), CHUNK)
-
-
 def _head(file: io.BufferedReader) -> bytes:
     return file.peek(8)[:8]
 
@@ -221,7 +226,7 @@ def _unpacked(file: BinaryIO, packing: str, path: str) -> Generator[bytes]:
                 yield chunk
 
     try:
-        for chunk in chunks(_opened(_joined(counted()), packing)):
+        for chunk in chunks(_opened(file_of(counted()), packing)):
             plain += len(chunk)
             if plain > FREE and plain > MAX_RATIO * packed:
                 raise expansion(plain, packed, path)
@@ -237,17 +242,19 @@ def _unpacked(file: BinaryIO, packing: str, path: str) -> Generator[bytes]:
         ) from None
 
 
-def expansion(plain: int, packed: int, path: str) -> InputRefused:
-    """Return what is said of a file that becomes far more than it is."""
-    found = f"becomes more than {MAX_RATIO} times its size: {plain:,} bytes out of {packed:,}"
-    return InputRefused("expansion", found, where=path, hint="unpack it yourself if that is right")
+def expansion(
+    plain: int, packed: int, path: str, ratio: int = MAX_RATIO, hint: str = "unpack it yourself if that is right"
+) -> InputRefused:
+    """Return the refusal of a file that becomes far more than it is."""
+    found = f"becomes more than {ratio:,} times its size: {plain:,} bytes out of {packed:,}"
+    return InputRefused("expansion", found, where=path, hint=hint)
 
 
 def _opened(file: io.BufferedReader, packing: str) -> BinaryIO:
     if packing == "gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=file))
     if packing in ("bz2", "xz"):
-        return _joined(_concatenated(file, bz2.BZ2Decompressor if packing == "bz2" else lzma.LZMADecompressor))
+        return file_of(_concatenated(file, bz2.BZ2Decompressor if packing == "bz2" else lzma.LZMADecompressor))
     import pyarrow as pa
 
     return cast(BinaryIO, pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd"))

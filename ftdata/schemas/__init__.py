@@ -42,6 +42,7 @@ from ftdata.schemas.messages import (
     read_tools,
 )
 from ftdata.schemas.shapes import ALIASES, Convert, Schema, last_answer, listed, log_columns, name_in, schemas
+from ftdata.schemas.training_fields import check_fields, is_guarded
 from ftdata.types import Conversation, Message, Row, Tokens
 
 __all__ = [
@@ -116,6 +117,8 @@ def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
         kwargs = _kwargs(data) if "chat_template_kwargs" in data else {}
         try:
             kind = kind_of(schema, data)
+            if kind.guarded:
+                check_fields(data, kind.guarded)
             conversation = kind.convert(data)
         except BadRow as error:
             raise missing or error from None
@@ -137,6 +140,7 @@ class Kind:
         unread: what is to be noted of the columns that the schema does not read.
         chats: the columns that it reads in which there may be messages.
         chat: the column that is all messages, where nothing else in the row adds to them.
+        guarded: the columns that it does not read, whose values may decide what is trained (`check_fields`).
     """
 
     name: str
@@ -144,12 +148,13 @@ class Kind:
     unread: frozenset[str]
     chats: tuple[str, ...]
     chat: str | None = None
+    guarded: tuple[str, ...] = ()
 
 
 _LISTED = re.compile(r"\s*\[")
 _MOST_KINDS = 1000
 
-_kinds: dict[Any, Kind] = {}
+_kinds: dict[Any, Kind | BadRow] = {}
 
 
 def kind_of(schema: str, data: Mapping[str, Any]) -> Kind:
@@ -166,14 +171,30 @@ def kind_of(schema: str, data: Mapping[str, Any]) -> Kind:
         ],
     )
     if (known := _kinds.get(look)) is not None:
+        if isinstance(known, BadRow):
+            raise BadRow(known.code, known.message, hint=known.hint, field=known.field)
         return known
-    kind = _kind_named(_detect(data) if schema == "auto" else schema, data)
+    try:
+        kind = _kind_named(_detect(data) if schema == "auto" else schema, data)
+    except BadRow as error:
+        # Millions of rows without a known shape must not take longer than others.
+        if error.code == "unknown_schema" and not any(map(_may_be_messages, data.values())):
+            _remember(look, error)
+        raise
     # Whether a list under any name is one of messages, only what is in it tells.
     if kind.name != "chat_log":
-        if len(_kinds) == _MOST_KINDS:
-            _kinds.clear()
-        _kinds[look] = kind
+        _remember(look, kind)
     return kind
+
+
+def _may_be_messages(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and _LISTED.match(value) is not None)
+
+
+def _remember(look: Any, kind: Kind | BadRow) -> None:
+    if len(_kinds) == _MOST_KINDS:
+        _kinds.clear()
+    _kinds[look] = kind
 
 
 def _kind_named(name: str, data: Mapping[str, Any]) -> Kind:
@@ -185,12 +206,14 @@ def _kind_named(name: str, data: Mapping[str, Any]) -> Kind:
     read -= {"functions"} if data.get("functions") and data.get("tools") else set()
     chats = {*_CHATS, "messages", "conversations", "conversation", *logs}
     column = next((column for schema, column in _OF_MESSAGES if schema is chosen), None)
+    guarded = tuple(column for column in data if column not in read and is_guarded(str(column)))
     return Kind(
         name,
         chosen.convert if is_ours(chosen) else partial(_converted, name, chosen),
         frozenset(f"column {column}" for column in data if column not in read),
         tuple(column for column in data if column in read & chats),
-        column if read.intersection(data) == {column} else None,
+        column if read.intersection(data) == {column} and not guarded else None,
+        guarded,
     )
 
 

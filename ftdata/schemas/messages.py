@@ -18,11 +18,13 @@ Keys that nobody knows are kept: a template may read them. Nulls are absent, as 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from operator import is_
 from typing import Any, cast
 
 from ftdata.errors import BadRow, nearest
+from ftdata.schemas.training_fields import TRAIN_FIELDS, check_fields, is_guarded, read_flag
 from ftdata.types import Message
 
 ROLES = {
@@ -54,7 +56,6 @@ SPECIAL_ROLES = (*STANDS_FOR, "context", "documents", "latest_reminder")
 _SPEAKERS = ("from", "speaker", "author", "sender")
 _TEXTS = ("value", "text", "message", "utterance", "content")
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
-_TRAIN_KEYS = ("train", "training", "weight", "loss")
 _KEYS = {
     "role",
     "content",
@@ -66,8 +67,49 @@ _KEYS = {
     "thinking",
     "id",
 }
-_KEYS |= {*_SPEAKERS, *_TEXTS, *_TRAIN_KEYS}
+_KEYS |= {*_SPEAKERS, *_TEXTS, *TRAIN_FIELDS}
+_TOOL_ROLES = {"tool", *STANDS_FOR}
+_PART_TYPES = {
+    "text",
+    "input_text",
+    "output_text",
+    "refusal",
+    "thinking",
+    "reasoning",
+    "tool_use",
+    "tool_result",
+    "file",
+}
+_PART_TYPES |= {
+    "image",
+    "image_url",
+    "input_image",
+    "video",
+    "video_url",
+    "audio",
+    "audio_url",
+    "input_audio",
+    "document",
+}
+"""Types of the parts that the content of a message may consist of."""
 _OWN_ROLES = {*ROLES.values(), *STANDS_FOR, "context", "documents", "latest_reminder"}
+
+
+_VISIBLE = re.compile(
+    r"[^\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff\U0001d173-\U0001d17a]"
+)
+"""Characters that show something: neither whitespace, nor control, format, filler or variation characters (Unicode's
+Default_Ignorable_Code_Point, with the blank of Braille)."""
+
+
+def has_visible_text(text: str) -> bool:
+    r"""Return whether a text shows anything: a zero-width space, a byte order mark or NUL does not.
+
+    >>> has_visible_text("\u200b\ufeff\x00 \n"), has_visible_text("\u200bx")
+    (False, True)
+    """
+    return _VISIBLE.search(text) is not None
 
 
 def is_message(value: Any) -> bool:
@@ -195,16 +237,17 @@ def _read(item: Any, field: str) -> Iterator[Message]:
     if not isinstance(item, Mapping):
         raise BadRow("message_type", f"is {describe(item)}, expected an object with role and content", field=field)
     role, item = _speaker(item, field)
-    message = {key: value for key, value in item.items() if key not in _TRAIN_KEYS and value is not None}
+    check_fields(item, [key for key in item if key not in TRAIN_FIELDS and is_guarded(str(key))], field)
+    message = {key: value for key, value in item.items() if key not in TRAIN_FIELDS and value is not None}
     message = {"role": role, **message}
-    trained = [_flag(item[key], f"{field}.{key}") for key in _TRAIN_KEYS if item.get(key) is not None]
+    trained = [_flag(item[key], f"{field}.{key}") for key in TRAIN_FIELDS if item.get(key) is not None]
     if trained:
         message["train"] = all(trained)
     if isinstance(content := message.get("content"), list) and _has_blocks(content):
         yield from cast(Iterator[Message], _from_blocks(message, field))
         return
     message.update(_calls(message, field))
-    if not isinstance(content, str):
+    if not isinstance(content, str) and not (role in _TOOL_ROLES and is_tool_result(content)):
         message.update(_content(content, has_calls=bool(message.get("tool_calls")), field=f"{field}.content"))
     yield cast(Message, message)
 
@@ -284,11 +327,34 @@ def _content(content: Any, *, has_calls: bool, field: str) -> dict[str, Any]:
     if isinstance(content, list) and content and all(_is_part(part, "text") for part in content):
         if not all(isinstance(part.get("text"), str) for part in content):
             raise BadRow("content_type", "has a text part without text", field=field)
+        for number, part in enumerate(content):
+            guarded = [key for key in part if key in TRAIN_FIELDS or is_guarded(str(key))]
+            _check_part(part, guarded, f"{field}[{number}]")
         return {"content": [dict(part) for part in content]}
     if isinstance(content, list) and any(isinstance(part, Mapping) and part.get("type") != "text" for part in content):
         kinds = sorted({str(part.get("type")) for part in content if isinstance(part, Mapping)} - {"text"})
         raise BadRow("content_type", f"has parts that are no text: {', '.join(kinds)}", field=field)
     raise BadRow("content_type", f"is {describe(content)}, expected text or a list of text parts", field=field)
+
+
+def _check_part(part: Mapping[str, Any], guarded: list[str], field: str) -> None:
+    """Reject a part of a message with a mask of its own: masks are of whole messages."""
+    for key in guarded:
+        if key in TRAIN_FIELDS and part[key] is not None and read_flag(part[key], f"{field}.{key}") is False:
+            found = "leaves out a part of a message, of which all or nothing is trained"
+            raise BadRow("part_mask", found, field=f"{field}.{key}", hint="make several messages of it")
+    check_fields(part, [key for key in guarded if key not in TRAIN_FIELDS], field)
+
+
+def is_tool_result(content: Any) -> bool:
+    """Return whether this is what a tool returned as JSON: an object, or a list of objects that are no parts."""
+    if isinstance(content, Mapping):
+        return True
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(isinstance(item, Mapping) and item.get("type") not in _PART_TYPES for item in content)
+    )
 
 
 _ORDER = "results of calls, thinking, text, calls: what comes in another order is several messages"
@@ -341,7 +407,7 @@ def _result(block: Mapping[str, Any], field: str) -> str | list[dict[str, Any]]:
 
 
 def _flag(value: Any, field: str) -> bool:
-    if isinstance(value, bool | int | float) and value in (0, 1):
-        return bool(value)
-    found = f"is {describe(value)}, expected 0 or 1 (a token is trained or it is not)"
-    raise BadRow("weight_value", found, field=field)
+    flag = read_flag(value, field)
+    if flag is None:
+        raise BadRow("weight_value", f"is {describe(value)}, expected 0 or 1", field=field)
+    return flag

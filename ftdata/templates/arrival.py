@@ -41,7 +41,7 @@ def recover(
             continue
         for part, keys in _KEYS.items():
             given = _given(message, part)
-            if isinstance(message.get("content"), list) or _all_printed(given, arrived[index, part]):
+            if isinstance(message.get("content"), list | Mapping) or _all_printed(given, arrived[index, part]):
                 continue
             # Reasoning is left out by design of many templates: only what is there is looked for.
             if part is Part.REASONING and not _all_printed(given, text):
@@ -86,6 +86,9 @@ def check_arrival(
             continue
         stretch = stretches.get(index, "")
         given = _given(message, Part.CONTENT)
+        if _is_object(message.get("content")):
+            _check_object(message["content"], text, content, stretch, f"messages[{index}].content")
+            continue
         printed = _any_printed(filter(None, given), text) if not content else len(content) > sum(map(len, given))
         if isinstance(message.get("content"), list) and any(map(str.strip, given)) and printed:
             raise BadRow(
@@ -116,6 +119,45 @@ def check_arrival(
     if not _tools_printed(tools, arrived[-1, Part.TOOLS]):
         flags.add("tools_dropped")
     return frozenset(flags)
+
+
+def _is_object(content: Any) -> bool:
+    """Return whether a content is JSON values, as tools return them, and no list of text parts."""
+    parts = content if isinstance(content, list) else ()
+    return isinstance(content, Mapping) or any(not isinstance(part.get("text"), str) for part in parts)
+
+
+def _check_object(content: Any, text: str, printed: str, stretch: str, field: str) -> None:
+    """Reject the result of a tool that the template does not print as JSON, or in words of its own.
+
+    Args:
+        content: the result.
+        text: the rendering.
+        printed: what of it is known to come from this result.
+        stretch: all that is printed for its message: keys and numbers are looked for here.
+        field: where it stands.
+
+    Raises:
+        BadRow: `content_stringified`: it is printed as Python prints it; `payload_dropped`: not all of it is printed.
+    """
+    plain = _untracked(content)
+    hint = "give the result as JSON text, which every template prints"
+    literal = str(plain)
+    if literal in text and literal not in {json.dumps(plain, ensure_ascii=only) for only in (False, True)}:
+        raise BadRow(
+            "content_stringified", "the template prints the object as Python would, not as JSON", field=field, hint=hint
+        )
+    if not _all_printed(_values(plain), printed) or not _any_printed((*_keys(plain), *_numbers(plain)), stretch):
+        raise BadRow("payload_dropped", "the template does not print all of this object", field=field, hint=hint)
+
+
+def _untracked(value: Any) -> Any:
+    """Return JSON values with plain strings."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Mapping):
+        return {_untracked(key): _untracked(item) for key, item in value.items()}
+    return [_untracked(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _stands(message: Mapping[str, Any], printed: str) -> bool:
@@ -249,6 +291,8 @@ def _given(message: Mapping[str, Any], part: Part) -> list[str]:
     if part is Part.REASONING:
         return list(dict.fromkeys(text for key in _REASONING for text in _values(message.get(key))))
     content = message.get("content")
+    if _is_object(content):
+        return list(_values(content))
     if isinstance(content, list):
         return [part.get("text", "") for part in content]
     return [content] if content else []
@@ -256,7 +300,7 @@ def _given(message: Mapping[str, Any], part: Part) -> list[str]:
 
 def _answers_nothing(message: Mapping[str, Any]) -> bool:
     content = message.get("content")
-    blank = not content if isinstance(content, list) else not (content or "").strip()
+    blank = not content.strip() if isinstance(content, str) else not content
     return blank and message["role"] == "assistant" and not message.get("tool_calls")
 
 
@@ -308,8 +352,11 @@ def _extents(
 def _place(text: str, message: Mapping[str, Any], index: int, rerender: Rerender) -> int | None:
     """Return where in the rendering an empty answer stands."""
     filled = rerender(index, {**message, "content": "x"})
-    at = agreement(text, filled) if filled is not None else -1
-    return at if filled == f"{text[:at]}x{text[at:]}" else None
+    if filled is None:
+        return None
+    at = agreement(text, filled)
+    # What follows may be another text: some templates print no stop after an answer that is empty.
+    return at if filled.startswith(f"{text[:at]}x") else None
 
 
 def _insert(parts: Sequence[Piece], empty: Piece) -> list[Piece]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -16,11 +17,11 @@ from ftdata.templates import markers
 from ftdata.templates.arrival import check_arrival, recover
 from ftdata.templates.memory import key_of
 from ftdata.templates.plans import Plan, alike, contents_of, shape_of, stretches_of
-from ftdata.templates.spans import Piece, Region, pieces, split_thinking, tile, tracked_messages
+from ftdata.templates.spans import THINKING_NAMES, Piece, Region, pieces, split_thinking, tile, tracked_messages
 from ftdata.templates.template import Template, chat_variables
 from ftdata.templates.tracked import Tracked
 from ftdata.templates.watched import Origin, Watched, plain, watched, watching
-from ftdata.types import Conversation, Message, Rendered
+from ftdata.types import Conversation, Message, Part, Rendered
 
 _ROLES = sorted(set(ROLES.values()))
 
@@ -97,12 +98,31 @@ def render_chat(chat: Chat, turns: Sequence[int], dropped: str = "refuse") -> Re
     regions, unusual = _regions(chat, tracked, parts, turns, origins)
     assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
     spans = tile(split_thinking(text, parts, regions, assistants), regions)
+    unusual |= _thinking_flags(text, parts, regions)
     rendered = Rendered(text, spans, flags | unusual, messages=len(chat.messages))
     if origins and not flags and parts == pieces(tracked):
-        plan = _plan(chat, rendered, parts, turns, origins)
-        if plan is not None:
-            chat.template.plans.keep(chat.messages, turns, plan)
+        # Texts that are joined thousands of times have origins nested too deep to be gone through.
+        with suppress(RecursionError):
+            plan = _plan(chat, rendered, parts, turns, origins)
+            if plan is not None:
+                chat.template.plans.keep(chat.messages, turns, plan)
     return rendered
+
+
+_EMPTY_THINKING = re.compile(rf"\s*<({THINKING_NAMES})>\s*</\1>")
+
+
+def _thinking_flags(text: str, parts: Sequence[Piece], regions: Sequence[Region]) -> frozenset[str]:
+    """Return the flag of texts in which the template itself begins a turn with an empty thinking block."""
+    for region in regions:
+        found = _EMPTY_THINKING.match(text, region.start, region.end)
+        typed = found and any(
+            piece.part is not Part.SCAFFOLD and piece.start < found.end() and found.start() < piece.end
+            for piece in parts
+        )
+        if found and not typed:
+            return frozenset({"empty_thinking"})
+    return frozenset()
 
 
 def _plan(
@@ -229,7 +249,9 @@ def _located(
         whole = run(len(chat.messages), False) if asked.watch else tracked
         found = [_locate(chat, text, parts, turn, prefix) for turn in turns]
     if asked.watch and plain(whole) == tracked and parts == pieces(tracked):
-        memory.keep(key, log, text, map(plain, seen.values()), parts, found)
+        # The origins of texts that are joined in long loops are nested too deep to be compared.
+        with suppress(RecursionError):
+            memory.keep(key, log, text, map(plain, seen.values()), parts, found)
     if planned:
         origins += (one.origin if isinstance(one, Watched) else ("is", one) for one in (whole, *seen.values()))
     return found

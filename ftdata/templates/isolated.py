@@ -191,8 +191,8 @@ def _examined(description: str) -> TemplateReport:
     key = xxhash.xxh3_128_hexdigest(f"{__version__} {_own_code()} {description}".encode())
     root = disk.cache_root()
     file = root / "verdicts" / f"{key}.json" if root else Path(os.devnull)
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        return _report(json.loads(file.read_text(encoding="utf-8")))
+    with suppress(OSError, ValueError, TypeError, AttributeError, LookupError):
+        return _report(_unsealed(json.loads(file.read_text(encoding="utf-8"))))
     template = Template.described(description)
     try:
         report = _asked(template)
@@ -203,9 +203,25 @@ def _examined(description: str) -> TemplateReport:
             return _report(report)
         disk.mkdir(file.parent, parents=True, exist_ok=True)
         beside = file.with_suffix(f".{os.getpid()}")
-        disk.write(beside, json.dumps(report).encode())
+        disk.write(beside, json.dumps({"report": report, "xxh3_128": _hash(report)}).encode())
         disk.rename(beside, file)
     return _report(report)
+
+
+def _hash(report: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(report, sort_keys=True).encode())
+
+
+def _unsealed(kept: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a report that was kept.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    report: Mapping[str, Any] = kept["report"]
+    if kept["xxh3_128"] != _hash(report):
+        raise ValueError("the report is damaged")
+    return report
 
 
 def _asked(template: Template) -> Mapping[str, Any]:
@@ -213,7 +229,14 @@ def _asked(template: Template) -> Mapping[str, Any]:
         from ftdata.templates.verify import examine
 
         return examine(template).as_dict()
-    return dict(ask("examine", template)["report"])
+    try:
+        return dict(ask("examine", template)["report"])
+    except RecursionError:
+        raise TemplateRefused(
+            "template_too_deep",
+            f"template {template.name!r} nests texts, loops or macros too deep to be examined",
+            hint="use another template, or a simpler one",
+        ) from None
 
 
 def _refused(template: Template) -> TemplateRefused:

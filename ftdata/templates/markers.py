@@ -89,6 +89,9 @@ def locate(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, c
         flags |= {"unclosed_final"}
     elif not stop:
         flags |= {"unclosed_final" if last and not tail.strip() and stops.stop.strip() else "no_stop"}
+    if not own and stops.stop.strip() not in text[start:end]:
+        # Of an empty answer nothing but the stop is to be learned.
+        flags |= {"no_stop"}
     if ended is None:
         flags |= {"uncompared"}
     if last and text[end:].strip():

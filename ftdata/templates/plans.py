@@ -8,11 +8,12 @@ like that in any way is rendered.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ftdata.templates.memory import Anchor, Way
 from ftdata.templates.runs import flat
@@ -22,7 +23,11 @@ from ftdata.types import Kinds, Part, Rendered, Spans
 
 _ROLES = {"system", "user", "assistant"}
 _THINKING = re.compile(r"</(?:think|thinking|thought|reasoning)>")
-_MOST_SHAPES, _MOST_PLANS, _MOST_GROWTH = 512, 8, 8
+_MOST_SHAPES, _MOST_PLANS = 512, 8
+
+_MAX_WORK, _MAX_FIXED_WORK, _MAX_DEPTH = 512, 1 << 16, 50
+"""Characters that may be looked at to try a plan on a row: so many for each of the row's characters, and others;
+and how deep values may be nested that are made of others."""
 
 Shape = tuple[Any, ...]
 
@@ -46,6 +51,14 @@ class Leaf:
         if text is not content and text.strip() != content.strip():
             return None
         return text if self.manner is None or self.manner == (text == content, content.strip() != content) else None
+
+
+def _leaf_origin(leaf: Leaf) -> Origin:
+    """Return how a content that is cut at its ends comes about."""
+    origin: Origin = ("at", (leaf.message, "content"))
+    for name, arguments in leaf.changes:
+        origin = ("do", origin, name, arguments)
+    return origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +106,23 @@ class Plan:
 
     @property
     def bounded(self) -> bool:
-        """Whether its questions can be asked of any row: that is done here, not where templates are held to limits."""
-        return all(_growth(one.asked) <= _MOST_GROWTH for one in self.questions)
+        """Whether it can be tried on any row in this process, where nothing limits how long that takes.
+
+        Then no more than `_MAX_WORK` times the characters of the row are looked at, and `_MAX_FIXED_WORK` others.
+        """
+        known, work, fixed = dict[int, _Cost](), Counter[int](), 0.0
+        leaves = [_leaf_origin(leaf) for _, leaf in self.leaves]
+        try:
+            for origin in (*(question.asked for question in self.questions), *leaves):
+                cost = _cost(origin, known)
+                if cost.depth > _MAX_DEPTH:
+                    return False
+                fixed += cost.fixed_work
+                for message in _messages_in(origin, set(), set()):
+                    work[message] += math.ceil(cost.work)
+        except RecursionError:
+            return False
+        return fixed <= _MAX_FIXED_WORK and max(work.values(), default=0) <= _MAX_WORK
 
     def fill(self, messages: Sequence[Mapping[str, Any]], contents: Sequence[str]) -> Rendered | None:
         """Return what the template makes of these messages (`contents_of` them), `None` where that is not certain."""
@@ -111,7 +139,7 @@ class Plan:
             for question in self.questions:
                 if not question.same(messages):
                     return None
-        except (ValueError, LookupError):
+        except (ValueError, LookupError, RecursionError):
             return None
         text, sizes = "".join(texts), [*map(len, texts)]
         for (number, offset), other in self.unlike:
@@ -235,16 +263,75 @@ def _cut_as(parts: Sequence[Piece], found: Sequence[str | Leaf], text: str) -> t
 
 _CHANGES = ("strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "__getitem__", "split")
 
+_STRIPS = {"strip", "lstrip", "rstrip", "split", "rsplit"}
 
-def _growth(origin: Any) -> float:
-    """Return how many times longer than what the row gives a text may become on the way to a value of it."""
-    if not isinstance(origin, tuple):
-        return 1.0
-    before = max(map(_growth, origin), default=1.0)
-    if origin[:1] != ("do",) or origin[2] != "replace":
-        return before
-    old, new = (len(one) if isinstance(one, str) else 0 for one in (*origin[3], "", "")[:2])
-    return before * max(1.0, new / old if old else new + 1)
+
+class _Cost(NamedTuple):
+    """What it takes to make a value again out of other messages, for every character of these, and apart from them.
+
+    `size` and `fixed` are characters of the value; `work` and `fixed_work` are those that are looked at on the way.
+    """
+
+    size: float
+    fixed: float
+    work: float
+    fixed_work: float
+    depth: int
+
+
+def _cost(origin: Any, known: dict[int, _Cost]) -> _Cost:
+    """Return the cost of a value. A text that is joined with itself counts twice, however often it is shared.
+
+    `known` holds the costs of what was looked at before, by its id.
+    """
+    if id(origin) in known:
+        return known[id(origin)]
+    kind = origin[0]
+    if kind == "is":
+        written = len(str(origin[1]))
+        cost = _Cost(0, written, 0, written + 1, 1)
+    elif kind == "at":
+        cost = _Cost(1, 0, 1, 1, 1)
+    elif kind == "join":
+        costs = [_cost(part, known) for part in origin[1]]
+        size, fixed = math.fsum(one.size for one in costs), math.fsum(one.fixed for one in costs)
+        work = size + math.fsum(one.work for one in costs)
+        fixed_work = 1 + fixed + math.fsum(one.fixed_work for one in costs)
+        cost = _Cost(size, fixed, work, fixed_work, 1 + max(one.depth for one in costs))
+    else:
+        _, before, name, arguments = origin[1] if kind == "same" else origin
+        cost = _changed_cost(_cost(before, known), name, arguments)
+    known[id(origin)] = cost
+    return cost
+
+
+def _changed_cost(before: _Cost, name: str, arguments: Sequence[Any]) -> _Cost:
+    """Return the cost of a value that a method makes of another."""
+    given = [len(one) for one in arguments if isinstance(one, str)]
+    # Characters to strip are compared with each character of the text; whatever is searched for, about once.
+    factor = 1 + (given[0] if name in _STRIPS and given else 0)
+    growth = 1.0
+    if name == "replace" and len(given) > 1:
+        growth = max(1.0, given[1] / given[0] if given[0] else given[1] + 1)
+    elif name in ("upper", "lower", "casefold", "title", "capitalize", "swapcase"):
+        growth = 3.0
+    size = before.size * growth
+    fixed = before.fixed * growth + (given[1] if name == "replace" and given[1:] else 0)
+    work, fixed_work = before.work + factor * size, before.fixed_work + factor * fixed + sum(given) + 1
+    return _Cost(size, fixed, work, fixed_work, 1 + before.depth)
+
+
+def _messages_in(origin: Any, found: set[int], seen: set[int]) -> set[int]:
+    """Return the messages that a value is made of."""
+    if id(origin) in seen or not isinstance(origin, tuple):
+        return found
+    seen.add(id(origin))
+    if origin[:1] == ("at",):
+        found.add(origin[1][0])
+    else:
+        for part in origin[1] if origin[:1] == ("join",) else origin[1:2]:
+            _messages_in(part, found, seen)
+    return found
 
 
 def _leaf(origin: Origin) -> Leaf | None:

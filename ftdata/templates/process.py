@@ -29,7 +29,7 @@ from ftdata.errors import BadRow, InternalError, StorageError, TemplateRefused
 from ftdata.templates import protocol
 from ftdata.templates.template import Template
 
-CPU_SECONDS, CHARACTERS_PER_SECOND, SECONDS_PER_STEP = 0.6, 20_000, 0.0005
+CPU_SECONDS, CHARACTERS_PER_SECOND, SECONDS_PER_STEP = 0.5, 20_000, 0.0005
 """CPU limit of a request: seconds, one more for so many characters, and so many for each step (`steps`)."""
 
 EXAMINE_CPU_SECONDS = 3.0

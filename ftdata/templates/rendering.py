@@ -96,7 +96,7 @@ def with_texts(conversation: Conversation) -> Conversation:
 def _with_text(message: Message) -> Message:
     """Return the message with its only part of text for content: how several would be joined, nobody said."""
     content = message.get("content")
-    if not isinstance(content, list) or len(content) != 1:
+    if not isinstance(content, list) or len(content) != 1 or not isinstance(content[0].get("text"), str):
         return message
     return {**message, "content": content[0].get("text")}
 

@@ -8,6 +8,7 @@ makes the same of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +67,7 @@ class Run:
                 if not own:
                     return None
                 made.append(Tracked(own, ((len(own), owner),)))
-        except (ValueError, LookupError):
+        except (ValueError, LookupError, RecursionError):
             return None
         log.questions += asked
         return Watched.at(concat(made), self.origin)
@@ -111,7 +112,9 @@ class Runs:
                 log.questions += own.questions
                 log.opaque |= own.opaque
         if len(self.by_key) < _MOST_KEYS or key in self.by_key:
-            runs, made = self.by_key.setdefault(key, []), Run.of(text, own, messages)
+            runs, made = self.by_key.setdefault(key, []), None
+            with suppress(RecursionError):
+                made = Run.of(text, own, messages)
             if made is not None and len(runs) < _MOST_RUNS:
                 runs.append(made)
         return text

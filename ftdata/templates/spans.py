@@ -23,8 +23,8 @@ _KEYS = {
     **dict.fromkeys(_REASONING, Part.REASONING),
 }
 
-_NAMES = "think|thinking|thought|reasoning"
-_OPENS, _OPENED = re.compile(rf"\s*<({_NAMES})>"), re.compile(rf"<({_NAMES})>\s*$")
+THINKING_NAMES = "think|thinking|thought|reasoning"
+_OPENS, _OPENED = re.compile(rf"\s*<({THINKING_NAMES})>"), re.compile(rf"<({THINKING_NAMES})>\s*$")
 
 
 class Piece(NamedTuple):

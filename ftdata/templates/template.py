@@ -54,6 +54,9 @@ _ROLES = {"u": "user", "a": "assistant"}
 DEFAULT_DATE = datetime.datetime(2026, 1, 1)  # noqa: DTZ001  (templates print wall-clock time)
 """What the clock shows where nobody said otherwise: templates with a date stay the same from day to day."""
 
+_TRACKED_OBJECT = f"{Tracked.__module__}.{Tracked.__name__} object"
+"""How Jinja names a tracked string."""
+
 TEMPLATE_FAULTS = (
     jinja2.TemplateError,
     TypeError,
@@ -227,7 +230,9 @@ class Template:
         try:
             return Tracked.of(program.render(given))
         except TEMPLATE_FAULTS as error:
-            reason = str(error).replace(f"'{Tracked.__name__}'", "'str'")
+            reason = (
+                str(error).replace(f"'{Tracked.__name__}'", "'str'").replace(f"'{_TRACKED_OBJECT}'", "'str object'")
+            )
             raise BadRow("template_raises", f"template {self.name!r} fails on this row: {reason}") from None
 
     @property

@@ -56,7 +56,7 @@ class Question:
         """Whether these messages give the same answer."""
         try:
             return bool(evaluate(self.asked, messages) == self.answer)
-        except (ValueError, LookupError):
+        except (ValueError, LookupError, RecursionError):
             return False
 
 

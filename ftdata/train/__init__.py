@@ -29,7 +29,7 @@ when a function is called, not before. All of it, on a model that is made on the
     True
     >>> len(compare(out, n=2, max_new_tokens=4).rows)
     2
-    >>> merge(out, place / "merged") < 1e-4
+    >>> merge(out, place / "merged").error < 1e-4
     True
     >>> "max_length: " in init(data, model, template="chatml")
     True
@@ -39,22 +39,28 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftdata.config import NULL, Config, assigned, flat, load_config, make_config
+from ftdata.config import NULL, Config, assigned, flat, load_config, make_config, read_values
 from ftdata.errors import MissingDependency, UsageError
+from ftdata.redaction import drop_redacted, is_redacted
 from ftdata.remote_builds import build_at
 from ftdata.store import read_manifest
-from ftdata.tokenize import load_tokenizer
+from ftdata.tokenizer_loading import load_tokenizer
 
 if TYPE_CHECKING:
     from ftdata.train.chat import Conversation
     from ftdata.train.estimate import Estimate
+    from ftdata.train.merging import Merged
     from ftdata.train.report import Comparison
 
 __all__ = ["compare", "conversation", "dry_run", "generate", "init", "merge", "run"]
+
+_VARIABLES = {"hub_token": ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
+"""Setting -> environment variables that its library reads where the setting is missing."""
 
 NEEDED = ("torch", "transformers", "trl", "peft", "accelerate", "matplotlib", "sacrebleu")
 
@@ -95,7 +101,7 @@ def run(
     _quiet()
     from ftdata.train import sft
 
-    return sft.train(config, build, resume=resume)
+    return sft.train(config, build, resume=resume, notes=tuple(_left_out(source, config, resume=resume)))
 
 
 def dry_run(
@@ -140,8 +146,8 @@ def compare(run_dir: str | Path, data: Any = None, n: int | None = 20, **options
         data: questions with their expected answers, as `build_sft_dataset` takes data; `None` takes the run's own: its
             test split, if there is one.
         n: how many rows; `None` takes all.
-        options: `batch_size`, `trust_remote_code`, and further arguments of `model.generate`, such as `num_beams` or
-            `do_sample`.
+        options: `batch_size`, `trust_remote_code`, `progress` (called after each token with an
+            `ftdata.train.progress.Progress`), and further arguments of `model.generate`, such as `num_beams`.
 
     Returns:
         Perplexity, exact match, SacreBLEU and chrF of both, and every answer.
@@ -213,30 +219,33 @@ def conversation(
     return chat.begin(run, base=base, system=system, **options)
 
 
-def merge(run_dir: str | Path, output_dir: str | Path, *, trust_remote_code: bool = False) -> float:
-    """Write the base model with a run's adapter merged into it.
+def merge(
+    run_dir: str | Path, output_dir: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False
+) -> Merged:
+    """Write the base model with a run's adapter merged into it: added in float32, and rounded once.
 
     Args:
         run_dir: the folder of a finished run.
         output_dir: a new folder, for a model that needs neither ftdata nor PEFT.
+        dtype: of the new weights: `float32`, `bfloat16` or `float16`; `None` takes that of the base model.
         trust_remote_code: whether Python code that comes with the model may run.
 
     Returns:
-        How far the merged model's logits are off those of base and adapter: the largest difference, divided by the
-        largest logit, in float32.
+        The folder, the dtype, and `error`: how far the merged model's logits are off those of base and adapter, as the
+        largest difference over ordinary tokens, divided by the largest logit, in float32.
 
     Raises:
         UsageError: the run has no adapter, or the folder is not empty.
-        InputRefused: the base model or the adapter is damaged.
+        InputRefused: the base model or the adapter is damaged; or the error is above the limit of the dtype, 1e-3 for
+            float32 and 5e-2 for 16 bits, and nothing is written.
         MissingDependency: the `train` extra is not installed.
     """
     _require()
     _quiet()
-    from ftdata.train import finished_run
+    from ftdata.train import finished_run, merging
 
-    return finished_run.merge(
-        finished_run.finished(Path(run_dir), trust_remote_code=trust_remote_code), Path(output_dir)
-    )
+    run = finished_run.finished(Path(run_dir), trust_remote_code=trust_remote_code)
+    return merging.merge(run, Path(output_dir), dtype)
 
 
 def init(data: str, model: str, output_dir: str | Path = "out", **overrides: Any) -> str:
@@ -313,6 +322,7 @@ def _resolve(
         config = load_config(path, **given)
         build = build_at(config.data)
         if build is None:
+            _check_not_redacted(config, path)
             return config, None
         plain = make_config({"data": config.data}, model=config.model, output_dir=config.output_dir).build_options()
         asked = {name: value for name, value in config.build_options().items() if value != plain[name]}
@@ -331,6 +341,34 @@ def _resolve(
         _check_built(build, _built_by(given))
         return config, build
     return make_config({"data": str(source) if named else source}, **given), None
+
+
+def _check_not_redacted(config: Config, file: Path) -> None:
+    """Refuse a kept configuration whose data cannot be read again without the secret that was removed from it."""
+    if is_redacted(config.data):
+        raise UsageError(
+            "redacted",
+            "data has a part that was redacted when the file was kept",
+            where=str(file),
+            hint="pass the data again, with its credentials: --set data=...",
+        )
+
+
+def _left_out(source: Any, config: Config, *, resume: bool) -> Iterator[str]:
+    """Yield a note for each secret that a kept configuration lacks, and that no one has passed again."""
+    path = Path(source) / "config.yaml" if resume and isinstance(source, str | Path) else source
+    if not isinstance(path, str | Path) or Path(path).suffix not in (".yaml", ".yml", ".toml"):
+        return
+    if not Path(path).is_file():
+        return
+    for name in drop_redacted(read_values(Path(path)))[1]:
+        section, dot, field = name.partition(".")
+        kept = getattr(config, section, None)
+        if not dot or (isinstance(kept, Mapping) and field in kept):
+            continue
+        variable = next((each for each in _VARIABLES.get(field, ()) if os.environ.get(each)), None)
+        source_of = f"taken from {variable}" if variable else f"left out; pass it again with --set {name}=..."
+        yield f"{name} was redacted in {path}: {source_of}"
 
 
 def _begun(run_dir: Path, given: dict[str, Any], *, resume: bool) -> tuple[Config, Path | None]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from ftdata.errors import InputRefused, UsageError
+from ftdata.train.device import fitting_threads
+from ftdata.train.progress import Step
 from ftdata.train.prompts import until_stop
 
 _GREEDY = {"max_new_tokens": 256, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -19,7 +21,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     batch_size: int = 16,
-    done: Callable[[int], None] | None = None,
+    progress: Callable[[Step], None] | None = None,
     seed: int = 0,
     **options: Any,
 ) -> list[list[int]]:
@@ -31,7 +33,7 @@ def generate(
         model: a causal language model; its generation config says where it stops and what pads on the left.
         prompts: token ids.
         batch_size: prompts generated together.
-        done: called with the number of prompts answered so far.
+        progress: called after each token of a batch.
         seed: decides what is sampled, where anything is.
         options: further arguments of `model.generate`, such as `num_beams`; greedy without.
 
@@ -47,12 +49,15 @@ def generate(
         given = {name: value for name, value in given.items() if value is not None}
     most = given["max_new_tokens"]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    report = Reporter(progress, -(-len(order) // batch_size), most)
+    if progress is not None:
+        given["stopping_criteria"] = [*(given.get("stopping_criteria") or ()), report]
     answers: list[list[int]] = [[] for _ in prompts]
     room = _room(model, prompts)
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), _without_router(model):
+        with torch.inference_mode(), _without_router(model), fitting_threads(model):
             for at in range(0, len(order), batch_size):
                 chosen = order[at : at + batch_size]
                 width = len(prompts[chosen[-1]])
@@ -62,13 +67,44 @@ def generate(
                 output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **given)
                 for number, found in zip(chosen, output[:, width:].tolist(), strict=True):
                     answers[number] = until_stop(found, stop_ids)
-                if done is not None:
-                    done(at + len(chosen))
+                report.end_batch(at + len(chosen))
     except (ValueError, TypeError) as error:
         raise UsageError("generation", f"generate refuses: {' '.join(str(error).split())[:300]}") from None
     finally:
         model.train(was_training)
     return answers
+
+
+class Reporter:
+    """Reports each token that a model generates: a criterion of stopping that never stops.
+
+    Args:
+        progress: called with each step.
+        batches: how many there are.
+        most: tokens of an answer at most.
+    """
+
+    def __init__(self, progress: Callable[[Step], None] | None, batches: int, most: int) -> None:
+        self._progress, self._batches, self._most = progress, batches, most
+        self._batch = self._token = self._answers = 0
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> torch.Tensor:
+        """Report a token of the running batch, and let it go on."""
+        del scores
+        self._token += 1
+        self._report(ended=False)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def end_batch(self, answers: int) -> None:
+        """Report that the running batch has its answers, which makes so many in all."""
+        self._answers = answers
+        self._report(ended=True)
+        self._batch, self._token = self._batch + 1, 0
+
+    def _report(self, *, ended: bool) -> None:
+        if self._progress is not None:
+            step = Step(self._batch, self._batches, self._token, self._most, self._answers, ended)
+            self._progress(step)
 
 
 def positions(model: Any) -> int:

@@ -9,19 +9,21 @@ from typing import Any
 
 from ftdata._version import __version__
 from ftdata.config import Config, to_yaml
+from ftdata.redaction import redact_text
 
 
 def card(config: Config, about: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    """Return a model's `README.md`.
+    """Return a model's `README.md`, without secrets: it is uploaded with the model.
 
     Args:
         config: the run.
         about: what `run.json` says of it when it is finished.
         manifest: that of the build it was trained on.
     """
-    base = "" if Path(config.model).is_dir() else f"base_model: {config.model}\n"
+    base = "" if Path(config.model).is_dir() else f"base_model: {redact_text(config.model)}\n"
     library = "library_name: peft\n" if about["adapter"] else "library_name: transformers\n"
     facts = "".join(f"| {name} | `{_cell(value)}` |\n" for name, value in _facts(config, about, manifest))
+    again = to_yaml(config, redacted=True)
     results = "".join(f"| {name} | {value} |\n" for name, value in _results(about))
     return (
         f"---\n{base}{library}pipeline_tag: text-generation\ntags:\n- sft\n- ftdata\n---\n\n"
@@ -29,7 +31,7 @@ def card(config: Config, about: Mapping[str, Any], manifest: Mapping[str, Any]) 
         f"{Path(config.model).name}, fine-tuned by ftdata.\n\n## Data and mask\n\n| | |\n|---|---|\n{facts}\n"
         f"## Results\n\n| | |\n|---|---|\n{results}\n"
         f"## Again\n\n```\nftdata train config.yaml\n```\n\nwith this as `config.yaml`:\n\n"
-        f"```yaml\n{to_yaml(config)}```\n\n## Use\n\n```python\n{_use(config, adapter=about['adapter'])}```\n"
+        f"```yaml\n{again}```\n\n## Use\n\n```python\n{_use(config, adapter=about['adapter'])}```\n"
     )
 
 
@@ -67,4 +69,4 @@ def _use(config: Config, *, adapter: bool) -> str:
 
 
 def _cell(value: object) -> str:
-    return re.sub(r"[\r\n]+", " ", str(value)).replace("|", r"\|")
+    return re.sub(r"[\r\n]+", " ", redact_text(str(value))).replace("|", r"\|")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from ftdata.recipe import Recipe
 from ftdata.tokenize import Tokenizer
 from ftdata.train.answers import generate
 from ftdata.train.finished_run import Finished, load_base, load_tuned
+from ftdata.train.progress import Meter, Progress
 from ftdata.train.prompts import of_messages
 from ftdata.types import Message
 
@@ -27,6 +28,7 @@ class Conversation:
     options: dict[str, Any]
     messages: list[Message] = field(default_factory=list)
     forgets: bool = False
+    progress: Callable[[Progress], None] | None = None
 
     def say(self, text: str) -> str:
         """Say something, and return the answer; both are remembered.
@@ -53,18 +55,28 @@ class Conversation:
         prompts = [of_messages(messages, self.recipe) for messages in conversations]
         tokenizer: Tokenizer = self.recipe.tokenizer
         # The blank before an answer may be a part of its first token.
-        return [tokenizer.decode(ids).strip(" ") for ids in generate(self.model, prompts, **self.options)]
+        meter = Meter(len(prompts), 1, self.progress) if self.progress else None
+        answers = generate(self.model, prompts, progress=meter, **self.options)
+        return [tokenizer.decode(ids).strip(" ") for ids in answers]
 
 
-def begin(run: Finished, *, base: bool = False, system: str | None = None, **options: Any) -> Conversation:
+def begin(
+    run: Finished,
+    *,
+    base: bool = False,
+    system: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    **options: Any,
+) -> Conversation:
     """Load a run's model, or its base model, for a conversation; see `ftdata.train.conversation`."""
+    if base or run.about["adapter"]:
+        model = load_base(run, quantization=run.about["setup"]["quantization"], answers=True)
     if base:
-        model = load_base(run, quantization=run.about["setup"]["quantization"])
         model.generation_config = stopping(model, run)
     else:
-        model = load_tuned(run)
+        model = load_tuned(run, model if run.about["adapter"] else None)
     first: list[Message] = [{"role": "system", "content": system}] if system is not None else []
-    return Conversation(model, run.recipe, options, first)
+    return Conversation(model, run.recipe, options, first, progress=progress)
 
 
 def stopping(model: Any, run: Finished) -> Any:

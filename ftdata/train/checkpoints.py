@@ -23,6 +23,7 @@ from ftdata._version import __version__
 from ftdata.config import Config
 from ftdata.disk import digest, sync, write_json
 from ftdata.errors import InputRefused, UsageError
+from ftdata.redaction import drop_redacted, redact
 
 FREE = ("num_train_epochs", "max_steps", "disable_tqdm", "report_to", "run_name", "load_best_model_at_end", "use_cpu")
 FREE_KINDS = ("logging_", "save_", "eval_", "per_device_eval_", "dataloader_", "hub_", "push_")
@@ -79,9 +80,9 @@ def write_seal(checkpoint: Path, seal: Seal) -> None:
 
 
 def write_whole(path: Path, about: dict[str, Any]) -> None:
-    """Write a JSON file so that it is there whole, or as it was."""
+    """Write a JSON file so that it is there whole, or as it was; without secrets."""
     new = path.with_name(f"{path.name}.tmp")
-    write_json(new, about)
+    write_json(new, redact(about))
     sync(new)
     new.replace(path)
     sync(path.parent)
@@ -231,9 +232,10 @@ def describe(config: Config, fingerprint: str, processes: int) -> dict[str, Any]
         "model": config.model,
         "weights": weights_of(config.model),
         "quantization": config.quantization,
-        "lora": to_builtins(config.lora),
+        "lora": to_builtins(config.lora.fields()) if config.lora else None,
         "attn_implementation": config.attn_implementation,
-        "train": to_builtins(settings),
+        # Secrets decide no weights, and a resumed run may have others.
+        "train": drop_redacted(redact(to_builtins(settings)))[0],
         "processes": processes,
     }
     return {"ftdata": __version__, "fingerprint": fingerprint, "setup": setup}

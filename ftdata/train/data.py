@@ -17,7 +17,8 @@ from ftdata.build import load_build
 from ftdata.errors import InputRefused, UsageError
 from ftdata.readers.naming import split_of
 from ftdata.store import read_manifest, verify
-from ftdata.tokenize import control_tokens, load_tokenizer
+from ftdata.tokenize import control_tokens
+from ftdata.tokenizer_loading import load_tokenizer
 from ftdata.types import IGNORE_INDEX
 
 

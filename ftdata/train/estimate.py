@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM
 from ftdata.config import Config
 from ftdata.errors import InputRefused, UsageError, said_by
 from ftdata.train import device
-from ftdata.train.model import adapter, embeddings, weights_dtype
+from ftdata.train.adapter import adapter, check_modules
+from ftdata.train.model import weights_dtype
+from ftdata.train.quantization import bytes_per_weight, quantization_name, skipped_modules
 from ftdata.types import IGNORE_INDEX
 
 OPTIMIZER_BYTES = {
@@ -36,9 +38,6 @@ OPTIMIZER_BYTES = {
     "sgd": 0,
 }
 """Bytes of optimizer state per trained weight; Adam and what is not listed keep two float32."""
-
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes per weight: 4 bits, one byte per block of 64, one float32 per 256 of these (Dettmers et al. 2023)."""
 
 FEW_STEPS = 20
 """A run of fewer steps is told that it is short."""
@@ -66,7 +65,7 @@ class Estimate:
         parameters: weights of the model.
         trainable: those that are trained.
         dtype: what is computed in.
-        quantization: `"nf4"` or `None`.
+        quantization: `"nf4"`, `"fp4"`, `"int8"` or `None`.
         device: where it would run.
         processes: how many train together.
         rows: of the train split: packs, or examples.
@@ -149,6 +148,16 @@ class Estimate:
         )
 
 
+def check_adapter(config: Config, model_config: Any) -> None:
+    """Refuse an adapter that the model cannot take, by a model of shapes alone: no weight and no row is read.
+
+    Raises:
+        UsageError: naming the field, and what the model lacks.
+    """
+    with torch.device("meta"):
+        check_modules(config, _shapes(config, model_config, weights_dtype(config)))
+
+
 def rows_of(split: Any) -> Rows:
     """Count what a split of a build holds, a chunk at a time."""
     lengths, trained, documents = [np.empty(0, np.int64)], 0, 0
@@ -178,8 +187,7 @@ def estimate(config: Config, model_config: Any, rows: Rows, arguments: Any, voca
         flops_per_token = 6 * model.num_parameters(exclude_embeddings=True)
         kept = _kept_per_token(model, dtype, longest, recomputes=bool(arguments.gradient_checkpointing))
         grows = vocabulary > model.get_input_embeddings().weight.shape[0]
-        whole = embeddings(model) if grows else ()
-        lora = adapter(config, whole, tied=len(whole) == 2 and bool(model.config.tie_word_embeddings))
+        lora = adapter(config, model, grows=grows, shapes=True)
         if lora is not None:
             # Adapters are kept in float32 whatever the model is in.
             try:
@@ -204,7 +212,7 @@ def estimate(config: Config, model_config: Any, rows: Rows, arguments: Any, voca
         parameters=total,
         trainable=trainable,
         dtype=str(dtype).removeprefix("torch."),
-        quantization=config.quantization,
+        quantization=quantization_name(config.quantization),
         device=device.device_name(),
         processes=device.processes(),
         rows=len(rows.lengths),
@@ -278,12 +286,15 @@ def _weight_bytes(model: Any, config: Config, dtype: torch.dtype) -> int:
         weights: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
         return sum(int(weight.nbytes) for weight in weights)
     head = model.get_output_embeddings()
+    skipped = skipped_modules(config.quantization)
     small = {
-        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head and not name.endswith(skipped)
     }
-    size = dtype.itemsize
+    size, quantized = dtype.itemsize, bytes_per_weight(config.quantization)
     return round(
-        sum(int(weight.numel()) * (NF4_BYTES if id(weight) in small else size) for weight in model.parameters())
+        sum(int(weight.numel()) * (quantized if id(weight) in small else size) for weight in model.parameters())
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -13,14 +14,20 @@ import torch
 
 from ftdata.build import load_build
 from ftdata.errors import InputRefused
+from ftdata.redaction import redact_text
 from ftdata.tokenize import Tokenizer
 from ftdata.train.answers import generate
 from ftdata.train.chat import stopping
 from ftdata.train.data import splits_of
+from ftdata.train.device import fitting_threads
 from ftdata.train.finished_run import Finished, finished, load_base, load_tuned
+from ftdata.train.progress import Meter, Progress
 from ftdata.train.prompts import documents, last_turn, of_rows
 from ftdata.train.report import Answered, Comparison, Scores
 from ftdata.types import IGNORE_INDEX
+
+_TOKENS_AT_ONCE = 4096
+"""Tokens whose logits are computed in one forward pass, unless one document has more."""
 
 Document = tuple[list[int], list[int]]
 """Ids and labels."""
@@ -32,17 +39,18 @@ def compare(
     n: int | None,
     *,
     trust_remote_code: bool = False,
-    done: Callable[[int, int], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    batch_size: int = 16,
     **generation: Any,
 ) -> Comparison:
     """Compare base and tuned model; see `ftdata.train.compare`.
 
-    `done` is called with the number of answers so far, and of all.
+    `progress` is called after each token.
     """
     run = finished(run_dir, trust_remote_code=trust_remote_code)
     if data is None:
         run.check_build()
-    asked, found = _from_build(run) if data is None else (str(data), of_rows(data, run.recipe))
+    asked, found = _from_build(run) if data is None else (redact_text(str(data)), of_rows(data, run.recipe))
     stops = run.stops
     pairs = ((document, turn) for document in found if (turn := last_turn(*document, stops)) is not None)
     chosen = list(islice(pairs, n))
@@ -55,35 +63,55 @@ def compare(
     expected = [tokenizer.decode(answer) for _, (_, answer) in chosen]
     scores: list[Scores] = []
     answers: list[list[str]] = []
-    for number, model in enumerate(_models(run)):
+    meter = Meter(len(prompts), 2, progress) if progress else None
 
-        def tell(so_far: int, before: int = number * len(prompts)) -> None:
-            if done is not None:
-                done(before + so_far, 2 * len(prompts))
+    def ask(model: Any) -> None:
+        found = generate(model, prompts, batch_size=batch_size, progress=meter, **generation)
+        answers.append([tokenizer.decode(ids) for ids in found])
+        scores.append(scored(answers[-1], expected, perplexity(model, texts, batch_size)))
+        if meter is not None:
+            meter.next_model()
 
-        said = generate(model, prompts, done=tell, **generation)
-        answers.append([tokenizer.decode(ids) for ids in said])
-        scores.append(scored(answers[-1], expected, perplexity(model, texts)))
+    _ask_both(run, ask)
     shown = [_asked(tokenizer, ids) for ids in prompts]
     rows = tuple(Answered(*each) for each in zip(shown, expected, *answers, strict=True))
     return Comparison(asked, str(run.about["setup"]["model"]), str(run.model), scores[0], scores[1], rows)
 
 
-def perplexity(model: Any, texts: Sequence[Document]) -> float:
-    """Return the exponential of the mean loss over all trained tokens of documents, each by itself."""
+def perplexity(model: Any, texts: Sequence[Document], batch_size: int = 16) -> float:
+    """Return the exponential of the mean loss over all trained tokens of documents, each by itself.
+
+    Documents of like length share a forward pass, padded on the right.
+    """
     total, count = 0.0, 0
     model.eval()
-    with torch.inference_mode():
-        for ids, labels in texts:
-            wanted = torch.tensor(labels)[1:]
+    with torch.inference_mode(), fitting_threads(model):
+        for batch in _batches(texts, batch_size):
+            width = max(len(ids) for ids, _ in batch)
+            ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])
+            mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in batch])
+            wanted = torch.tensor([labels + [IGNORE_INDEX] * (width - len(labels)) for _, labels in batch])[:, 1:]
             trained = wanted != IGNORE_INDEX
-            logits = model(input_ids=torch.tensor([ids]).to(model.device), use_cache=False).logits[0, :-1]
+            inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
             losses = torch.nn.functional.cross_entropy(
                 logits[trained.to(logits.device)].float(), wanted[trained].to(logits.device), reduction="sum"
             )
             total += float(losses)
             count += int(trained.sum())
     return math.exp(min(total / max(count, 1), 700))
+
+
+def _batches(texts: Sequence[Document], batch_size: int) -> Iterator[list[Document]]:
+    """Yield documents by their length, as many together as hold few enough tokens: their logits are all in memory."""
+    batch: list[Document] = []
+    for text in sorted(texts, key=lambda text: len(text[0])):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * len(text[0]) > _TOKENS_AT_ONCE):
+            yield batch
+            batch = []
+        batch.append((list(text[0]), list(text[1])))
+    if batch:
+        yield batch
 
 
 def scored(answers: Sequence[str], expected: Sequence[str], perplexity: float) -> Scores:
@@ -115,13 +143,24 @@ def _from_build(run: Finished) -> tuple[str, Iterator[Document]]:
     return f"the {name} split of {run.build}{seen}", documents(splits[name])
 
 
-def _models(run: Finished) -> Iterator[Any]:
-    base = load_base(run, quantization=run.about["setup"]["quantization"])
+def _ask_both(run: Finished, ask: Callable[[Any], None]) -> None:
+    """Ask the base model, then the tuned one.
+
+    An adapter is put on the base model that is loaded already, so the weights are loaded, and quantized, once. To put
+    it on and switch it off for the base model would not be the same: initializations such as `pissa`, and trained
+    biases, change the base weights themselves. Of two whole models, one is in memory at a time.
+    """
+    base = load_base(run, quantization=run.about["setup"]["quantization"], answers=True)
     own = base.generation_config
     base.generation_config = stopping(base, run)
-    yield base
+    ask(base)
     base.generation_config = own
-    yield load_tuned(run, base if run.about["adapter"] else None)
+    if run.about["adapter"]:
+        ask(load_tuned(run, base))
+        return
+    del base
+    gc.collect()
+    ask(load_tuned(run))
 
 
 def _asked(tokenizer: Tokenizer, ids: list[int]) -> str:

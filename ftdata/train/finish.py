@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from ftdata.config import Config
-from ftdata.tokenize import load_tokenizer
+from ftdata.tokenizer_loading import load_tokenizer
 from ftdata.train import checkpoints, device
 from ftdata.train.card import card
 from ftdata.train.data import Data
@@ -91,8 +91,7 @@ def _read_back(trainer: Trainer, run: Finished, data: Data, config: Config) -> N
     ids = data.splits["train"][0]["input_ids"][:_SEEN]
     before = first_logits(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), ids)
     # Two models do not have to fit.
-    trainer.model = trainer.model_wrapped = trainer.optimizer = None
-    trainer.accelerator.free_memory()
+    trainer.release()
     check_reloads(run, ids, before, weights_dtype(config))
 
 

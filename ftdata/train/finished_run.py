@@ -1,9 +1,8 @@
-"""A finished run: its model saved, read back and compared, loaded again, merged into its base."""
+"""A finished run: its model saved, read back and compared, and loaded again."""
 
 from __future__ import annotations
 
 import gc
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,18 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from ftdata.errors import InputRefused, InternalError, UsageError, said_by
+from ftdata.errors import FtdataError, InputRefused, InternalError, UsageError, said_by
 from ftdata.recipe import Recipe
 from ftdata.store import read_manifest
-from ftdata.tokenize import Tokenizer, load_tokenizer
+from ftdata.tokenize import Tokenizer
+from ftdata.tokenizer_loading import load_tokenizer
 from ftdata.train import checkpoints
 from ftdata.train.device import computing
-from ftdata.train.model import check_weights, load_model, resize
+from ftdata.train.model import check_weights, load_model, resize, unpacked
 from ftdata.train.prompts import recipe_of
+from ftdata.train.quantization import Quantization
 
-_CLOSE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+CLOSE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 """How far logits may be off after a model was written and read, relative to the largest: what the dtype rounds."""
 
 
@@ -100,8 +101,14 @@ def finished(folder: Path, *, trust_remote_code: bool = False) -> Finished:
     return Finished(folder, about, trust_remote_code)
 
 
-def load_base(run: Finished, *, quantization: str | None = None, dtype: Any = None) -> Any:
+def load_base(run: Finished, *, quantization: Quantization = None, dtype: Any = None, answers: bool = False) -> Any:
     """Load the model that a run began with; its embeddings have room for the tokens that were added.
+
+    Args:
+        run: a finished run.
+        quantization: as it was trained, or `None`.
+        dtype: of the weights; `None` takes that of computing here.
+        answers: whether it is loaded to answer, so that speed matters more than memory.
 
     Raises:
         InputRefused: it cannot be loaded, or is another by now.
@@ -120,6 +127,8 @@ def load_base(run: Finished, *, quantization: str | None = None, dtype: Any = No
         attention=setup.get("attn_implementation"),
         trust_remote_code=run.trusted,
     )
+    if answers:
+        model = unpacked(model)
     rows = run.about.get("embeddings")
     if rows and rows > model.get_input_embeddings().weight.shape[0]:
         resize(model, rows)
@@ -146,6 +155,8 @@ def load_tuned(run: Finished, base: Any = None, *, dtype: Any = None) -> Any:
         else:
             attention = setup.get("attn_implementation")
             model = load_model(str(run.model), dtype=dtype, attention=attention, trust_remote_code=run.trusted)
+    except FtdataError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputRefused(
             "damaged_model", f"{run.model} cannot be loaded: {said_by(error)}", hint="train again"
@@ -174,40 +185,8 @@ def check_reloads(run: Finished, ids: list[int], before: torch.Tensor, dtype: to
     model = load_tuned(run, dtype=dtype)
     after = first_logits(model, ids)
     off = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
-    close = _CLOSE[dtype if dtype in _CLOSE else torch.float32]
+    close = CLOSE[dtype if dtype in CLOSE else torch.float32]
     if off > close:
         message = f"{run.model} was saved, but says something else when it is loaded again: logits are off by {off:.2g}"
         raise InternalError("reload", message)
     return model
-
-
-def merge(run: Finished, target: Path) -> float:
-    """Write the base model with a run's adapter added to its weights, as a model that needs neither ftdata nor PEFT.
-
-    Args:
-        run: a finished run with an adapter.
-        target: the new folder.
-
-    Returns:
-        How far its logits are off those of base and adapter, relative to the largest.
-
-    Raises:
-        UsageError: there is no adapter to merge, or something stands in the way.
-    """
-    if not run.about["adapter"]:
-        raise UsageError("no_adapter", f"{run.model} is a whole model: it has no adapter to merge")
-    if target.exists() and any(target.iterdir()):
-        raise UsageError("target_exists", f"{target} is not empty", hint="choose another folder")
-    # Merged in the weights' own precision: four bits could not hold what the adapter adds.
-    model = load_tuned(run, load_base(run, dtype="auto"))
-    ids = list(range(min(32, run.tokenizer.size)))
-    before = first_logits(model, ids)
-    merged = model.merge_and_unload()
-    after = first_logits(merged, ids)
-    merged.generation_config = run.settings
-    target.mkdir(parents=True, exist_ok=True)
-    merged.save_pretrained(target, safe_serialization=True)
-    for path in run.model.iterdir():
-        if path.name.startswith(("tokenizer", "special_tokens", "chat_template", "added_tokens", "vocab", "merges")):
-            shutil.copy(path, target / path.name)
-    return float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))

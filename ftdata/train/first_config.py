@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from ftdata.config import dump_yaml, make_config
 from ftdata.errors import InputRefused, UsageError
 from ftdata.look.stats import Group, Stats, stats
-from ftdata.tokenize import load_tokenizer
+from ftdata.tokenizer_loading import load_tokenizer
 from ftdata.train import device
 from ftdata.train.model import load_config
 from ftdata.train.probe import architecture_leaks

@@ -7,8 +7,6 @@ each other, without a word. So these settings are fixed, and the first batch is 
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +20,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 from trl import SFTConfig
 
 from ftdata.config import Config
-from ftdata.errors import InternalError, UsageError, one_of, said_by
+from ftdata.errors import InternalError, UsageError, nearest, one_of, said_by
+from ftdata.redaction import redact
 from ftdata.train.device import precision, processes
+from ftdata.train.fields import Field, check_type, fields_of
 from ftdata.train.model import wants_adapter
 from ftdata.types import IGNORE_INDEX
 
@@ -69,39 +69,36 @@ _NOT_BELOW_0 = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse settings that would undo the build, that `SFTConfig` does not have, or that are no numbers.
+    """Refuse settings that would undo the build, that `SFTConfig` does not have, or that have another type.
 
     Raises:
         UsageError: naming the setting, and why, or what is near.
     """
-    known = {field.name: field for field in dataclasses.fields(SFTConfig)}
-    fields = {name: str(field.type) for name, field in known.items()}
+    fields = fields_of(SFTConfig)
     for name, value in settings.items():
         if name in FIXED:
             raise UsageError("fixed_setting", f"train.{name} cannot be set: {FIXED[name]}")
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see TRL's SFTConfig for its fields"
+            near = nearest(str(name), fields).partition("known: ")[0].strip()
+            hint = near or "see TRL's SFTConfig for its fields"
             raise UsageError("train_setting", f"SFTConfig has no field {name!r}", hint=hint)
         if name == "train_sampling_strategy":
             one_of(name, value, STRATEGIES)
         if name == "metric_for_best_model" and value is not None:
             one_of(name, str(value).removeprefix("eval_"), METRICS)
-        if "str" not in fields[name] and ("float" in fields[name] or "int" in fields[name]):
-            _check_number(name, value, fields[name], nothing=known[name].default is None)
+        if fields[name].is_number:
+            _check_number(name, value, fields[name])
+        else:
+            check_type("train", name, value, fields[name])
 
 
-def _check_number(name: str, value: Any, kind: str, *, nothing: bool) -> None:
-    if value is None and nothing:
+def _check_number(name: str, value: Any, field: Field) -> None:
+    if value is None and field.optional:
         return
     expected = None
-    if (
-        not isinstance(value, int | float)
-        or (isinstance(value, bool) and "bool" not in kind)
-        or not math.isfinite(value)
-    ):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         expected = "a number"
-    elif isinstance(value, float) and "float" not in kind:
+    elif isinstance(value, float) and not field.takes_fractions:
         expected = "a whole number"
     elif name in ("seed", "data_seed") and not 0 <= value < 1 << 32:
         expected = f"0 to {(1 << 32) - 1}"
@@ -110,7 +107,7 @@ def _check_number(name: str, value: Any, kind: str, *, nothing: bool) -> None:
     elif name.endswith(("_batch_size", "accumulation_steps")) and value < 1:
         expected = "at least 1"
     if expected is not None:
-        raise UsageError("train_setting", f"train.{name} is {value!r}, expected {expected}")
+        raise UsageError("train_setting", f"train.{name} is {redact(value)!r}, expected {expected}")
     if name == "max_steps" and value == 0:
         raise UsageError("no_steps", "there is nothing to train: 0 steps", hint="set num_train_epochs or max_steps")
 

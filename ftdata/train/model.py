@@ -4,43 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from peft import LoraConfig
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from ftdata.config import Config, Lora
-from ftdata.errors import InputRefused, MissingDependency, UsageError, one_of, said_by
+from ftdata.config import Config
+from ftdata.errors import InputRefused, UsageError, said_by
 from ftdata.train import device
 from ftdata.train.device import precision
-
-QUANTIZATIONS = ("nf4",)
-
-
-def quantization_config(name: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Return the configuration of 4-bit NormalFloat with double quantisation (Dettmers et al. 2023), or `None`.
-
-    Raises:
-        UsageError: an unknown quantisation.
-        MissingDependency: bitsandbytes is not installed.
-    """
-    if name is None:
-        return None
-    one_of("quantization", name, QUANTIZATIONS)
-    try:
-        import bitsandbytes  # noqa: F401  (is it there?)
-    except ImportError:
-        raise MissingDependency(
-            "missing_bitsandbytes", "quantization needs bitsandbytes", hint="pip install bitsandbytes"
-        ) from None
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+from ftdata.train.quantization import Quantization, quantization_config
 
 
 def weights_dtype(config: Config) -> torch.dtype:
@@ -72,7 +48,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
 
 def load_model(
     name: str,
-    quantization: str | None = None,
+    quantization: Quantization = None,
     *,
     dtype: torch.dtype | None = None,
     attention: str | None = None,
@@ -82,7 +58,7 @@ def load_model(
 
     Args:
         name: a folder, or a hub id.
-        quantization: `"nf4"`, or `None`.
+        quantization: `"nf4"`, `"fp4"`, `"int8"`, fields of `BitsAndBytesConfig`, or `None`.
         dtype: of the weights; `None` takes that of computing here.
         attention: what computes attention, such as `"sdpa"`; `None` leaves it to the model.
         trust_remote_code: whether Python code that comes with the model may run.
@@ -91,8 +67,13 @@ def load_model(
         InputRefused: there is no such model, or it needs what is not allowed.
     """
     dtype = dtype or precision()
-    load_config(name, trust_remote_code=trust_remote_code)
+    model_config = load_config(name, trust_remote_code=trust_remote_code)
     in_bits = quantization_config(quantization, dtype)
+    if in_bits is not None and in_bits.llm_int8_skip_modules:
+        # Named modules replace those that are never quantized, where they should be added to them.
+        with torch.device("meta"):
+            shapes = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+        in_bits.llm_int8_skip_modules = sorted({*in_bits.llm_int8_skip_modules, *embeddings(shapes)})
     more: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     if torch.cuda.is_available() and not device.is_sharded():
         # Where it is asked before it is trained, FlashAttention has to find it.
@@ -121,6 +102,20 @@ def load_model(
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     return model
+
+
+def unpacked(model: Any) -> Any:
+    """Return a model in 4 bits on a CPU with its weights as numbers again, where they fit into the memory.
+
+    A CPU unpacks the weights of every layer for every token otherwise. The numbers are the same, and so are the
+    answers.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    is_packed = quantizer is not None and getattr(quantizer.quantization_config, "load_in_4bit", False)
+    if not is_packed or model.device.type != "cpu":
+        return model
+    needed = parameters(model)[1] * precision().itemsize
+    return model.dequantize() if needed < device.free_memory() / 2 else model
 
 
 def check_weights(folder: Path) -> None:
@@ -198,28 +193,6 @@ def wants_adapter(config: Config) -> bool:
     return config.lora is not None or config.quantization is not None
 
 
-def adapter(config: Config, whole: Sequence[str] = (), *, tied: bool = False) -> LoraConfig | None:
-    """Return the LoRA adapter of a configuration, or `None` where all weights are trained.
-
-    Args:
-        config: the run.
-        whole: modules to be trained and saved whole beside it: embeddings that have new tokens.
-        tied: whether these share their weights.
-    """
-    if not wants_adapter(config):
-        return None
-    lora = config.lora or Lora()
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        modules_to_save=list(whole) or None,
-        ensure_weight_tying=bool(whole) and tied,
-        task_type="CAUSAL_LM",
-    )
-
-
 def embeddings(model: Any) -> list[str]:
     """Return the names of the modules that hold input and output embeddings."""
     held = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -275,7 +248,8 @@ def parameters(model: Any) -> tuple[int, int]:
     """Return the number of trainable and of all parameters; a 4-bit weight holds two per byte."""
     trainable = total = 0
     for weight in model.parameters():
-        count = weight.numel() * (2 if weight.__class__.__name__ == "Params4bit" else 1)
+        # Packed weights may be stored as wider numbers (`bnb_4bit_quant_storage`).
+        count = weight.numel() * (2 * weight.element_size() if weight.__class__.__name__ == "Params4bit" else 1)
         total += count
         trainable += count if weight.requires_grad else 0
     return trainable, total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError  # what torch raises for pickles that it does not trust
 from typing import Any
@@ -19,51 +20,43 @@ from ftdata.build import write_build
 from ftdata.config import Config, to_yaml
 from ftdata.errors import InputRefused, UsageError, said_by
 from ftdata.templates import Template
-from ftdata.tokenize import load_tokenizer
+from ftdata.tokenizer_loading import load_tokenizer
 from ftdata.train import checkpoints, device
+from ftdata.train.adapter import adapter, check_lora
 from ftdata.train.data import Data, checked
-from ftdata.train.estimate import Estimate, check_fits, estimate, rows_of
+from ftdata.train.estimate import Estimate, check_adapter, check_fits, estimate, rows_of
 from ftdata.train.finish import finish, teach_to_stop
 from ftdata.train.handover import arguments, check_devices, check_first_batch, check_settings
-from ftdata.train.model import (
-    adapter,
-    embeddings,
-    fit_vocabulary,
-    load_config,
-    load_model,
-    load_processing,
-    quantization_config,
-    weights_dtype,
-)
+from ftdata.train.model import fit_vocabulary, load_config, load_model, load_processing, weights_dtype
 from ftdata.train.probe import LEAK, architecture_leaks, leak
 from ftdata.train.prompts import documents, last_turn, of_messages, recipe_of
+from ftdata.train.quantization import quantization_config
 from ftdata.train.trainer import Trainer
 from ftdata.train.watch import Samples, Watch
 
 
-def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
+def train(config: Config, build: Path | None, *, resume: bool = False, notes: Sequence[str] = ()) -> Path:
     """Train, save, and draw the loss.
 
     Args:
         config: the run.
         build: the finished build, or `None` to build `config.data` into the run's folder first.
         resume: go on from the last whole checkpoint.
+        notes: what to print before anything is done.
 
     Raises:
         UsageError: a setting contradicts the hand-over, the run exists, or there is nothing to resume.
         InputRefused: the build is damaged or was made with another tokenizer, the run was another one, the model
             leaks, or does not fit.
     """
-    quantization_config(config.quantization, torch.float32)
     check_devices(config.train)
     # One process speaks for all.
     console = Console(stderr=True, quiet=not device.is_main())
     run = Path(config.output_dir)
+    for note in notes:
+        console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
     config = _named(config)
-    # Nothing says better what is wrong with a name.
-    load_tokenizer(config.tokenizer)
-    check_settings(config.train)
-    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+    model_config = _checked(config)
     before = checkpoints.check(run, config, device.processes(), resume=resume)
     for passed in before.passed if before else ():
         console.print(f"{run.name}/{passed}: passed over", style="yellow", highlight=False, markup=False)
@@ -75,7 +68,7 @@ def train(config: Config, build: Path | None, *, resume: bool = False) -> Path:
     if device.is_main():
         checkpoints.begin(run, config, data.manifest["fingerprint"], device.processes(), before)
         about = config if data.folder == run / "data" else structs.replace(config, data=str(data.folder))
-        (run / "config.yaml").write_text(to_yaml(about), encoding="utf-8")
+        (run / "config.yaml").write_text(to_yaml(about, redacted=True), encoding="utf-8")
     device.wait()
     trainer = _prepared(config, data, run, console)
     watch = Watch(console)
@@ -115,10 +108,7 @@ def look_ahead(config: Config, build: Path | None) -> tuple[Estimate, str]:
         InputRefused: as `train`; a model that leaks is found by one of its kind with few layers.
     """
     config = _named(config)
-    load_tokenizer(config.tokenizer)
-    check_settings(config.train)
-    quantization_config(config.quantization, torch.float32)
-    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+    model_config = _checked(config)
     checkpoints.check(Path(config.output_dir), config, device.processes(), resume=False)
     with tempfile.TemporaryDirectory() as scratch:
         if build is None:
@@ -158,7 +148,7 @@ def make_trainer(
     if not isolated:
         splits = splits.remove_columns("seq_lengths")
     callbacks = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping is not None else []
-    whole = embeddings(model) if new else ()
+    lora = adapter(config, model, grows=new)
     try:
         trainer = Trainer(
             seal=seal or checkpoints.Seal("", {}),
@@ -169,7 +159,7 @@ def make_trainer(
             train_dataset=splits["train"],
             eval_dataset=splits.get("test"),
             processing_class=tokenizer,
-            peft_config=adapter(config, whole, tied=len(whole) == 2 and bool(model.config.tie_word_embeddings)),
+            peft_config=lora,
             callbacks=callbacks,
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
@@ -183,6 +173,23 @@ def make_trainer(
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
+
+
+def _checked(config: Config) -> Any:
+    """Check all settings of a run before any of its data is read, and return the configuration of its model.
+
+    Raises:
+        UsageError: a field is unknown, has another type, or names a module that the model lacks.
+        InputRefused: there is no such model.
+    """
+    quantization_config(config.quantization, torch.float32)
+    check_settings(config.train)
+    check_lora(config)
+    # The tokenizer is loaded first: its error says best what is wrong with the name of a model.
+    load_tokenizer(config.tokenizer)
+    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+    check_adapter(config, model_config)
+    return model_config
 
 
 def _named(config: Config) -> Config:

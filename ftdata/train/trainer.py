@@ -5,6 +5,7 @@ No card is written and nothing reported that was not asked for.
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 import time
@@ -109,6 +110,8 @@ class Trainer(SFTTrainer):
         wait()
         if self.args.should_save:
             run = Path(self.args.output_dir)
+            # A pickle of all settings, secrets among them, which nothing reads.
+            (run / f"checkpoint-{self.state.global_step}" / "training_args.bin").unlink(missing_ok=True)
             checkpoints.write_seal(run / f"checkpoint-{self.state.global_step}", self._seal)
             best = self.state.best_model_checkpoint
             kept = checkpoints.ordered(run)[-self._keep :] if self._keep else checkpoints.ordered(run)
@@ -123,6 +126,22 @@ class Trainer(SFTTrainer):
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         if self.args.load_best_model_at_end and self.state.best_global_step is not None:
             self._load_best_model()
+
+    def release(self) -> None:
+        """Let go of the model, the optimizer and all that holds them, so that another model fits into the memory.
+
+        The trainer cannot train, evaluate or save any more.
+        """
+        # Callbacks get these with each event, so their handler keeps them, too.
+        for name in ("model", "model_wrapped", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"):
+            for holder in (self, self.callback_handler):
+                if hasattr(holder, name):
+                    setattr(holder, name, None)
+        self.accelerator.free_memory()
+        # Models and their wrapped methods hold each other.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _load_best_model(self) -> None:
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"

@@ -30,6 +30,18 @@ UNTAGGED = template(
 
 CUTS = template(HEAD + "{{ m.content.split('</think>')[-1] }}<|im_end|>\n")
 
+THINKING = (
+    "{% for m in messages %}" + HEAD + "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
+    + PROMPT
+    + "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+# "A:" and the answer make one token in this tokenizer.
+STRADDLING = (
+    "{% for m in messages %}{{ m.role }} th{% generation %}e {{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}"
+)
+
 THINKS = template(HEAD + "{{ m.reasoning_content or '' }}" + TURN)
 
 TOOLS = "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.description }}\n{% endfor %}" + CHATML
@@ -69,6 +81,15 @@ CASES = {
     "prompt_drift": (
         rows(PLAIN, template=template(prompt=PROMPT + "<think>\n")),
         rows(PLAIN, template=template()),
+    ),
+    "empty_thinking": (
+        rows(talk("q", "a"), template=THINKING),
+        rows(talk("q", "a"), template=THINKING, template_kwargs={"enable_thinking": False}),
+    ),
+    "straddle": (rows(talk("q", "a"), template=STRADDLING), rows(talk("q", "a"), template=CHATML)),
+    "rejected_side_dropped": (
+        rows({"prompt": "q", "chosen": "yes", "rejected": "no"}, template=CHATML),
+        rows({"prompt": "q", "completion": "yes"}, template=CHATML),
     ),
     "tags_unconfirmed": (rows(PLAIN, template=TAGGED), rows(PLAIN, template=CHATML)),
     "stop_untagged": (rows(PLAIN, chat=UNTAGGED), rows(PLAIN, chat=TAGGED)),

@@ -7,7 +7,7 @@ import pytest
 from makers import deepseek
 
 from ftdata import audit, build_sft_dataset
-from ftdata.tokenize import load_tokenizer
+from ftdata.tokenizer_loading import load_tokenizer
 
 WORDS = [
     "river",

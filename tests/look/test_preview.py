@@ -21,7 +21,7 @@ from ftdata.errors import InputRefused, UsageError
 from ftdata.look.views import visible
 from ftdata.spelling import spelled
 from ftdata.testing import AWKWARD
-from ftdata.tokenize import load_tokenizer
+from ftdata.tokenizer_loading import load_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

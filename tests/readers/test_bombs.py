@@ -4,7 +4,10 @@ import gzip
 import json
 import subprocess
 import sys
+import zipfile
 
+import numpy as np
+import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -29,7 +32,83 @@ def repeated(text, times):
     return pa.DictionaryArray.from_arrays(pa.array([0] * times, pa.int32()), pa.array([text]))
 
 
+MAIN = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
+
+
+def workbook(sheet, strings=()):
+    """Write a workbook of parts that are written piece by piece: a sheet's rows, and shared strings."""
+
+    def write(path):
+        openpyxl.Workbook().save(path)
+        with zipfile.ZipFile(path) as old:
+            parts = {name: old.read(name) for name in old.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+            for name, data in parts.items():
+                if name not in ("xl/worksheets/sheet1.xml", "xl/sharedStrings.xml"):
+                    new.writestr(name, data)
+            for name, tags, pieces in (
+                ("xl/worksheets/sheet1.xml", ("<worksheet", "><sheetData>", "</sheetData></worksheet>"), sheet),
+                ("xl/sharedStrings.xml", ("<sst", ">", "</sst>"), strings),
+            ):
+                with new.open(name, "w", force_zip64=True) as part:
+                    part.write(f"{tags[0]} {MAIN}{tags[1]}".encode())
+                    for piece, times in pieces:
+                        for _ in range(times):
+                            part.write(piece.encode())
+                    part.write(tags[2].encode())
+
+    return write
+
+
+def cells(row, count=2, string=0):
+    return f'<row r="{row}">' + f'<c t="s"><v>{string}</v></c>' * count + "</row>"
+
+
+NAMED = [("<si><t>question</t></si><si><t>answer</t></si>", 1)]
+HEAD = '<row r="1"><c r="A1" t="s"><v>0</v></c><c r="B1" t="s"><v>1</v></c></row>'
+
+
+def arrow_stream(batches, rows, kind=None):
+    """Write a stream of batches that compress to next to nothing."""
+
+    def write(path):
+        column = pa.array(np.zeros(rows, np.int64)) if kind is None else kind(rows)
+        batch = pa.record_batch({"question": column, "answer": column})
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, batch.schema, options=options) as writer:
+            for _ in range(batches):
+                writer.write_batch(batch)
+
+    return write
+
+
+def nested(depth):
+    """A schema whose metadata describe columns that are nested very deep."""
+
+    def write(path):
+        feature = '{"feature": ' * depth + '{"dtype": "string", "_type": "Value"}' + ', "_type": "List"}' * depth
+        info = '{"info": {"features": {"question": ' + feature + "}}}"
+        schema = pa.schema([pa.field("question", pa.string())], metadata={"huggingface": info})
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            writer.write_batch(pa.record_batch([pa.array(["q"])], schema=schema))
+
+    return write
+
+
 FILES = {
+    "shared strings": ("a.xlsx", workbook([(HEAD, 1)], [*NAMED, ("<si><t>" + "x" * 1000 + "</t></si>", 1_000_000)]), "expansion"),
+    "shared strings, empty": ("a.xlsx", workbook([(HEAD, 1)], [*NAMED, ("<si><t>x</t></si>" * 1000, 50_000)]), "expansion"),
+    "one long string in all cells": ("a.xlsx", workbook([(HEAD, 1), (cells(2, 2, 2).replace(' r="2"', ""), 100_000)], [*NAMED, ("<si><t>" + "word " * 400_000 + "</t></si>", 1)]), "cell_too_long|expansion"),
+    "row number": ("a.xlsx", workbook([(HEAD, 1), (cells(2_000_000_000), 1)], NAMED), "too_many_rows"),
+    "huge sheet": ("a.xlsx", workbook([(HEAD, 1), (cells(2, 100) * 100, 20_000)], NAMED), "expansion"),
+    "one huge row": ("a.xlsx", workbook([(HEAD, 1), ('<row r="2">', 1), ("<c><v>1</v></c>" * 1000, 1000), ("</row>", 1)], NAMED), "row_too_long|expansion"),
+    "one row number for all": ("a.xlsx", workbook([(HEAD, 1), (cells(2, 2, 0), 100)], NAMED), "row_order"),
+    "empty rows": ("a.xlsx", workbook([(HEAD, 1), ("<row/>" * 1000, 2000)], NAMED), "too_many_rows|expansion"),
+    "many compressed buffers": ("a.arrow", arrow_stream(2000, 1_000_000), "expansion"),
+    "one compressed buffer": ("a.arrow", arrow_stream(1, 200_000_000), "expansion"),
+    "compressed text": ("a.arrow", arrow_stream(400, 4, lambda rows: pa.array(["y" * 20_000_000] * rows)), "expansion|row_too_long"),
+    "empty columns": ("a.arrow", arrow_stream(100, 100_000_000, pa.nulls), "expansion|schema"),
+    "nested metadata": ("a.arrow", nested(5000), "too_deep|schema|damaged"),
     "line of 100 MB": ("a.jsonl", lambda path: path.write_bytes(b'{"question": "' + b"x" * 100 * MEGABYTE + b'", "answer": "a"}\n'), "line_too_long"),
     "1 GiB in one line": ("a.jsonl.gz", packed(b"x", 1024), "line_too_long|expansion"),
     "1 GiB of blank lines": ("a.jsonl.gz", packed(b"\n", 1024), "no_rows|expansion"),
@@ -51,7 +130,15 @@ done = subprocess.run([sys.executable, "-m", "ftdata", *sys.argv[1:]], capture_o
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
 print(json.dumps([done.returncode, done.stdout + done.stderr, used.ru_maxrss >> 10, used.ru_utime + used.ru_stime]))
 """
-QUICK = ("line of 100 MB", "1 GiB in one line", "long cell", "columns")
+QUICK = (
+    "line of 100 MB",
+    "1 GiB in one line",
+    "long cell",
+    "columns",
+    "row number",
+    "shared strings",
+    "many compressed buffers",
+)
 
 
 @pytest.mark.parametrize(

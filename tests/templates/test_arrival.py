@@ -224,3 +224,112 @@ def test_roles_that_a_template_names_go_through():
 
 def test_an_answer_that_is_not_trained_needs_no_prompt():
     assert trained(template(), [{**ANSWER, "train": False}, *TALK])[0] == ["a1<|im_end|>", "a2<|im_end|>"]
+
+
+RESULTS = [
+    {"temperature": 21, "city": "Oslo"},
+    [{"a": 1}, {"b": [1, 2.5, True, None, "x\ny"]}],
+    {"type": "weather", "city": {"name": "Tromsø"}},
+    {"ok": True},
+    {},
+]
+RESULT = HEAD + "{% if m.role == 'tool' %}PRINTED{% else %}{{ m.content }}" + CALLS + "{% endif %}<|im_end|>\n"
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=str)
+@pytest.mark.parametrize("printed", ["{{ m.content | tojson }}", "{{ m.content | tojson(indent=2) }}",
+    "{% if m.content is string %}{{ m.content }}{% else %}{{ m.content | tojson }}{% endif %}"])  # fmt: skip
+def test_r12_results_of_tools_that_are_objects(result, printed):
+    messages = [*TOOLED[:2], {**TOOLED[2], "content": result}, *TOOLED[3:]]
+    texts, flags = trained(template(RESULT.replace("PRINTED", printed)), messages)
+    assert texts[1] == "a2<|im_end|>"
+    assert flags == set()
+    bound = Template(
+        "results", template(RESULT.replace("PRINTED", printed)), special_tokens={"eos_token": "<|im_end|>"}
+    )
+    (rendered,) = render(Conversation(tuple(messages)), bound)
+    assert json.loads(rendered.text.partition("tool\n")[2].partition("<|im_end|>")[0]) == result
+
+
+@pytest.mark.parametrize("result", RESULTS[:4], ids=str)
+@pytest.mark.parametrize(
+    ("printed", "code"),
+    [
+        ("{{ m.content }}", "content_stringified"),
+        ("{{ m.content | string }}", "content_stringified"),
+        ("done", "payload_dropped"),
+    ],
+)
+def test_r12_objects_that_are_not_printed_as_json(result, printed, code):
+    messages = [*TOOLED[:2], {**TOOLED[2], "content": result}, *TOOLED[3:]]
+    found = refusal(template(RESULT.replace("PRINTED", printed)), messages)
+    assert found.code == code
+    assert found.field == "messages[2].content"
+    assert "JSON text" in found.hint
+
+
+STOP_AFTER_TEXT = HEAD + "{{ m.content }}{% if not loop.last or m.content %}<|im_end|>\n{% endif %}"
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, ""], ids=["a generation prompt", "no generation prompt"])
+def test_an_empty_answer_without_a_stop_is_flagged(prompt):
+    """Neither the header nor anything else may pass for the stop that the template leaves out."""
+    source = (
+        "{% for m in messages %}"
+        + STOP_AFTER_TEXT
+        + "{% endfor %}{% if add_generation_prompt %}"
+        + prompt
+        + "{% endif %}"
+    )
+    texts, flags = trained(source, [USER, {**ANSWER, "content": ""}])
+    assert flags & {"no_stop", "unclosed_final"}
+    assert not any("<|im_end|>" in text for text in texts)
+
+
+def test_an_empty_turn_by_itself_is_flagged(tokenizer_dir):
+    """Where turns are split, nothing is left of a turn of which nothing is trained but its flag."""
+    from ftdata import encode
+
+    source = (
+        "{% for m in messages %}" + HEAD + "{{ m.content }}{% if m.content %}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}" + PROMPT + "{% endif %}"
+    )
+    messages = [USER, {**ANSWER, "content": ""}, USER, ANSWER]
+    for turns in ("split", "joint"):
+        examples = encode(messages, tokenizer_dir("tiny_bpe"), source, turns=turns)
+        assert any("no_stop" in example.flags for example in examples), turns
+
+
+THINKING = (
+    "{% for m in messages %}"
+    + HEAD
+    + "{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
+    + PROMPT
+    + "{% if not enable_thinking | default(true) %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def test_an_empty_thinking_block_is_flagged():
+    texts, flags = trained(THINKING, TALK)
+    assert texts[0].startswith("<think>\n\n</think>")
+    assert flags == {"empty_thinking"}
+    thought = [USER, {**ANSWER, "reasoning_content": "hm"}]
+    assert trained(THINKING, thought)[1] == set()
+    typed = [USER, {**ANSWER, "content": "<think>\n\n</think>yes"}]
+    assert "empty_thinking" not in trained(template(), typed)[1]
+
+
+def test_a_template_variable_leaves_the_thinking_block_to_the_prompt(tokenizer_dir):
+    from ftdata import encode
+
+    (example,) = encode(TALK[:2], tokenizer_dir("tiny_bpe"), THINKING, template_kwargs={"enable_thinking": False})
+    assert "empty_thinking" not in example.flags
+    assert (
+        "".join(
+            example.text[slice(*span)]
+            for span, yes in zip(example.offsets.tolist(), example.trained, strict=True)
+            if yes
+        )
+        == "a1<|im_end|>"
+    )

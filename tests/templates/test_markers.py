@@ -109,4 +109,4 @@ def test_r4_history_that_cannot_be_compared_is_flagged():
         + CALLS
         + "<|im_end|>\n"
     )
-    assert trained(source, TOOLED)[1] == {"uncompared"}
+    assert trained(source, TOOLED)[1] == {"uncompared", "empty_thinking"}

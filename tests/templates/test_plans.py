@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import often
+from makers import CHATML
 
-from ftdata.errors import BadRow
+from ftdata.errors import BadRow, FtdataError
 from ftdata.examples import build_rows
 from ftdata.recipe import make_recipe
-from ftdata.templates import find, render
+from ftdata.templates import find, render, rendering
 from ftdata.testing import texts
 from ftdata.types import Conversation, Reject, Row, Source
 
@@ -149,3 +150,56 @@ def test_what_a_template_does_about_typed_control_tokens_is_no_plan(tokenizer_di
         rows = [Row({"messages": talk}, Source("x", number)) for number in range(20)]
         found = {one.code if isinstance(one, Reject) else "built" for one in build_rows(recipe, rows)}
         assert found == ({"control_tokens"} if typed else {"built"})
+
+
+GROWTH = {
+    "doubled": "{% set s = namespace(x=messages[0].content) %}{% for i in range(40) %}{% set s.x = s.x ~ s.x %}{% endfor %}"
+    "{% if s.x.startswith('x') %}x{% endif %}",
+    "doubled a little": "{% set s = namespace(x=messages[0].content) %}{% for i in range(12) %}{% set s.x = s.x ~ s.x %}{% endfor %}"
+    "{% if s.x.startswith('x') %}x{% endif %}",
+    "stripped": "{% if messages[0].content.strip('ab' * 200000).startswith('x') %}x{% endif %}",
+    "joined": "{% set s = namespace(x=messages[0].content) %}{% for i in range(3000) %}{% set s.x = s.x ~ '-' %}{% endfor %}"
+    "{% if s.x.startswith('x') %}x{% endif %}",
+    "asked often": "{% for i in range(2000) %}{% if messages[0].content.startswith('q' ~ i) %}x{% endif %}{% endfor %}",
+    "asked of long texts": "{% if messages[0].content.startswith('q' * 300000) %}x{% endif %}",
+    "replaced": "{% if (messages[0].content" + " | replace('h', 'hhhhhhhhh')" * 8 + ").startswith('x') %}x{% endif %}",
+    "recased": "{% if messages[0].content" + ".upper()" * 40 + ".startswith('x') %}x{% endif %}",
+}
+
+
+@pytest.mark.parametrize("growth", GROWTH)
+def test_what_is_tried_in_this_process_is_bounded(growth, tokenizer_dir):
+    """The template does no more than it may on short rows; on a long row, this process must not do it instead."""
+    import resource
+    import time
+
+    from ftdata import build_sft_dataset
+
+    asked = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+    long = {"role": "user", "content": "ab" * 1_000_000}, asked[1]
+    data = [{"messages": asked}] * 40 + [{"messages": long}] * 2
+    memory, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    source = GROWTH[growth] + CHATML + "{# bounded #}"
+    try:
+        report = build_sft_dataset(
+            data, tokenizer_dir("tiny_bpe"), source, on_bad_rows="quarantine", max_rejects=42
+        ).report
+        assert report.totals["built"] >= 40 or growth == "doubled"
+    except FtdataError as error:
+        assert error.code in ("template_limits", "nothing_built", "too_many_rejects"), error
+    # Tokenizing 4 MB takes some of it.
+    assert time.process_time() - began < 12
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 800 << 10
+
+
+def test_honest_plans_are_within_the_bounds():
+    from ftdata.templates.template import Template
+
+    talk = [
+        {"role": "user", "content": f"question {n}"} if n % 2 == 0 else {"role": "assistant", "content": f"answer {n}"}
+        for n in range(60)
+    ]
+    template = Template("honest", CHATML, special_tokens={"eos_token": "<|im_end|>"})
+    for _ in range(2):
+        rendering.render(Conversation(tuple(talk)), template)
+    assert template.plans.filled(talk, list(range(1, 60, 2))) is not None

@@ -250,6 +250,8 @@ def write(folder):
         (["learning_rate"], "expected name=value"),
         ({"lr_scheduler_type": "nonsense"}, "SFTConfig refuses"),
         ({"learning_rate": "abc"}, "expected a number"),
+        ({"bf16": "maybe"}, "expected true or false"),
+        (["lora.rank=3"], "no field 'rank'"),
         ({"per_device_train_batch_size": 0}, "at least 1"),
         ({"eval_strategy": "steps"}, "nothing is held out"),
         ({"group_by_length": True}, "no field 'group_by_length'"),
@@ -273,7 +275,7 @@ def write(folder):
         ({"report_to": "nonsense"}, "SFTConfig refuses"),
         (["lora=null", "lora.r=8"], "twice, whole and in part"),
         (["train=5", "learning_rate=1"], "twice, whole and in part"),
-        (["lora.target_modules=nope"], "takes no such adapter"),
+        (["lora.target_modules=nope"], "no module that matches 'nope'"),
         (["attn_implementation=foo"], "cannot be made so"),
     ],
 )

@@ -8,7 +8,7 @@ from makers import MAKERS
 
 from ftdata import build_sft_dataset, encode
 from ftdata.errors import BadRow
-from ftdata.tokenize import load_tokenizer
+from ftdata.tokenizer_loading import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.train

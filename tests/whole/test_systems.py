@@ -10,7 +10,7 @@ from conftest import tiny_model
 from makers import tiny_bpe
 
 from ftdata import build_sft_dataset, read
-from ftdata.tokenize import load_tokenizer
+from ftdata.tokenizer_loading import load_tokenizer
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.train

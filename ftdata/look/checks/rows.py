@@ -64,6 +64,25 @@ flag(
     "see `ftdata templates check`; give reasoning where the prompt opens a thinking block",
 )
 flag(
+    "empty_thinking",
+    "warning",
+    "answers train an empty thinking block, which the template prints where no reasoning is given",
+    "pass --template-kwarg enable_thinking=false if the template reads it, which moves the block to the prompt; "
+    "or give reasoning; train it only if the model shall decide not to think",
+)
+flag(
+    "straddle",
+    "warning",
+    "a trained token crosses the boundary of the answer: inference never produces a token merged with the prompt",
+    "end the prompt with a control token or a line break, or put the space before the answer into the generation block",
+)
+flag(
+    "rejected_side_dropped",
+    "note",
+    "only the chosen side of preference pairs is built",
+    "nothing, if supervised fine-tuning on the chosen side is meant",
+)
+flag(
     "tags_unconfirmed",
     "warning",
     "the template's tags mark what is not, or not certainly, what the model produces",

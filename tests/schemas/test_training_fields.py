@@ -1,0 +1,184 @@
+"""Fields that decide what is trained: understood, or rejected, never ignored."""
+
+import json
+
+import pytest
+from converted import ASSISTANT, USER, convert
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftdata import build_sft_dataset, encode
+from ftdata.errors import BadRow, BadRows
+from ftdata.schemas.training_fields import MEDIA_FIELDS, TRAIN_FIELDS, is_mask_name
+
+OFF = [False, 0, 0.0]
+ON = [True, 1, 1.0]
+ROWS = {
+    "messages": {"messages": [USER, ASSISTANT]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    "prompt_completion": {"prompt": "q", "completion": "a"},
+    "alpaca": {"instruction": "q", "output": "a"},
+    "question_answer": {"question": "q", "answer": "a"},
+    "text": {"text": "a"},
+}
+
+
+@pytest.mark.parametrize("name", TRAIN_FIELDS)
+@pytest.mark.parametrize("value", OFF, ids=str)
+def test_messages_that_are_not_trained(name, value, tokenizer_dir):
+    assert convert({"messages": [USER, {**ASSISTANT, name: value}]}).messages[1]["train"] is False
+    row = {"messages": [USER, {**ASSISTANT, "content": "untrained", name: value}, USER, ASSISTANT]}
+    built = build_sft_dataset([row], tokenizer_dir("tiny_bpe"))["train"][0]
+    whole = build_sft_dataset([{"messages": row["messages"][2:]}], tokenizer_dir("tiny_bpe"))["train"][0]
+    assert [label for label in built["labels"] if label != -100] == [
+        label for label in whole["labels"] if label != -100
+    ]
+
+
+@pytest.mark.parametrize("name", TRAIN_FIELDS)
+@pytest.mark.parametrize("value", ON, ids=str)
+def test_messages_that_are_trained(name, value):
+    assert convert({"messages": [USER, {**ASSISTANT, name: value}]}).messages[1]["train"] is True
+
+
+@pytest.mark.parametrize("name", TRAIN_FIELDS)
+@pytest.mark.parametrize("value", [0.5, 2, -1, [0], {"x": 1}, "0.5"], ids=str)
+def test_fractional_weights_are_rejected(name, value):
+    with pytest.raises(BadRow, match="weight_value") as caught:
+        convert({"messages": [USER, {**ASSISTANT, name: value}]})
+    assert caught.value.field == f"messages[1].{name}"
+
+
+UNKNOWN = ["mask", "is_masked", "train_on_turn", "no_train", "lossMask", "my_loss", "sample_weight", "token_weights"]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+@pytest.mark.parametrize("value", [0, 1, False, 0.3, [1, 0], "0", "true"], ids=str)
+@pytest.mark.parametrize("place", ["message", "row", "part"])
+def test_unknown_mask_fields_are_rejected(name, value, place):
+    part = {"type": "text", "text": "a"}
+    row = {
+        "message": {"messages": [USER, {**ASSISTANT, name: value}]},
+        "row": {"messages": [USER, ASSISTANT], name: value},
+        "part": {"messages": [USER, {**ASSISTANT, "content": [{**part, name: value}]}]},
+    }[place]
+    with pytest.raises(BadRow, match="unknown_mask_field") as caught:
+        convert(row)
+    assert caught.value.field.endswith(name)
+    assert "schema=" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["constraints", "glossary", "terrain", "lang", "weigh"])
+def test_names_that_contain_a_word_by_chance(name):
+    assert not is_mask_name(name)
+    assert convert({"messages": [USER, ASSISTANT], name: 1}).messages == (USER, ASSISTANT)
+
+
+@pytest.mark.parametrize("value", [None, "", [], {}, "70 kg"], ids=str)
+def test_fields_that_say_nothing_about_training(value):
+    assert len(convert({"messages": [USER, ASSISTANT], "weight_of_parcel": value}).messages) == 2
+
+
+@pytest.mark.parametrize("shape", ROWS)
+@pytest.mark.parametrize("name", TRAIN_FIELDS)
+def test_rows_that_are_not_trained(shape, name):
+    for value in (*OFF, "0", "false"):
+        with pytest.raises(BadRow, match="row_not_trained") as caught:
+            convert({**ROWS[shape], name: value})
+        assert caught.value.field == name
+    for value in (*ON, "1", "true", None, ""):
+        assert convert({**ROWS[shape], name: value}).messages == convert(ROWS[shape]).messages
+    with pytest.raises(BadRow, match="weight_value"):
+        convert({**ROWS[shape], name: 0.7})
+
+
+def test_a_row_that_is_not_trained_can_be_left_out(tokenizer_dir):
+    rows = [{**ROWS["messages"], "trainable": flag} for flag in (True, False, True)]
+    report = build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), where="trainable").report
+    assert (report.totals["built"], report.totals["passed"]) == (2, 1)
+
+
+@pytest.mark.parametrize("shape", ROWS)
+def test_labels_beside_text_are_rejected(shape):
+    with pytest.raises(BadRow, match="labels_beside_text"):
+        convert({**ROWS[shape], "labels": [-100, 5]})
+    assert convert({**ROWS[shape], "labels": "positive"}).messages == convert(ROWS[shape]).messages
+
+
+@pytest.mark.parametrize("name", ["completion_mask", "assistant_masks", "loss_mask"])
+def test_masks_of_tokens_beside_messages_are_rejected(name):
+    with pytest.raises(BadRow, match="unknown_mask_field|weight_value"):
+        convert({"messages": [USER, ASSISTANT], name: [0, 0, 1]})
+
+
+@pytest.mark.parametrize("name", sorted(MEDIA_FIELDS))
+def test_media_are_rejected(name, tokenizer_dir):
+    for row in (
+        {**ROWS["alpaca"], "instruction": "<image>What?", name: ["a.png"]},
+        {**ROWS["sharegpt"], name: {"bytes": "abc"}},
+        {"messages": [{**USER, name: "a.png"}, ASSISTANT]},
+        {"messages": [{**USER, "content": [{"type": "text", "text": "q", name: "a.png"}]}, ASSISTANT]},
+    ):
+        with pytest.raises(BadRow, match="media") as caught:
+            convert(row)
+        assert caught.value.field.endswith(name)
+    for nothing in (None, "", [], {}):
+        assert convert({**ROWS["messages"], name: nothing}).messages == (USER, ASSISTANT)
+    with pytest.raises(BadRows, match="media"):
+        build_sft_dataset([{**ROWS["messages"], name: ["a.png"]}], tokenizer_dir("tiny_bpe"))
+
+
+INVISIBLE = [
+    "\u200b",
+    "\ufeff",
+    "\x00",
+    "\u200b\u200d\n",
+    "\u2060",
+    "\u00ad",
+    "\u2800",
+    "\u3164",
+    "\ufe0f",
+    "\x1b",
+    "\u202e",
+]
+
+
+@pytest.mark.parametrize("answer", ["", " \n\t", *INVISIBLE], ids=ascii)
+def test_answers_without_a_visible_character_are_empty(answer, tokenizer_dir):
+    shapes = [
+        {"messages": [USER, {"role": "assistant", "content": answer}]},
+        {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]},
+        {"question": "q", "answer": answer},
+        {"text": answer},
+    ]
+    for row in shapes:
+        with pytest.raises(BadRows, match="empty_answer"):
+            # Many rows of a shape, so that the fast path is taken, too.
+            build_sft_dataset([ROWS["messages"]] * 40 + [row], tokenizer_dir("tiny_bpe"))
+
+
+@given(st.text(st.sampled_from(["\u200b", "\ufeff", "\x00", " ", "a", "é", "中", "🙂"]), min_size=1))
+def test_one_visible_character_is_an_answer(answer):
+    from ftdata.schemas.messages import has_visible_text
+
+    assert has_visible_text(answer) == bool(set(answer) & set("aé中🙂"))
+
+
+def test_the_rejected_side_is_reported(tokenizer_dir, tmp_path):
+    from ftdata import audit, preview
+
+    rows = [{"prompt": "q", "chosen": "yes", "rejected": "no"}]
+    built = build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), "chatml")
+    assert "rejected side is not built" in str(built.report)
+    assert "rejected_side_dropped" in json.dumps(preview(rows, tokenizer_dir("tiny_bpe"), "chatml").as_dict())
+    assert "rejected_side_dropped" in json.dumps(preview(rows, template="chatml").as_dict())
+    assert [one.code for one in audit(rows, tokenizer_dir("tiny_bpe"), "chatml").findings if "rejected" in one.code]
+    with pytest.raises(BadRows, match="rejected_side_dropped"):
+        build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), "chatml", refuse=["rejected_side_dropped"])
+
+
+def test_encode_takes_the_same_fields(tokenizer_dir):
+    talk = [USER, {**ASSISTANT, "trainable": False, "content": "b"}, USER, ASSISTANT]
+    (example,) = encode(talk, tokenizer_dir("tiny_bpe"), "chatml")
+    (trained,) = encode([USER, ASSISTANT], tokenizer_dir("tiny_bpe"), "chatml")
+    assert example.trained.sum() == trained.trained.sum()
