@@ -73,7 +73,7 @@ def _fence(text: str, least: int) -> str:
 def _command(report: Report, recipe: Recipe) -> str:
     """Return the command line that builds the same; what it cannot say is said to be in Python or a configuration."""
     options, template = report.options, recipe.template
-    shared = {"encoding", "split", "path"}
+    shared = {"encoding", "quoting", "split", "path"}
     places = [{"path": one} if isinstance(one, str) else one for one in options["data"] or ()]
     more = [{name: value for name, value in one.items() if name != "path"} for one in places]
     alike = all(one == more[0] and set(one) <= shared for one in more)

@@ -21,6 +21,7 @@ from ftdata.cli.options import (
     MaxLength,
     Overlong,
     Packing,
+    Quoting,
     Refuse,
     Schema,
     Split,
@@ -70,6 +71,7 @@ def preview(
     html: Annotated[Path | None, typer.Option(help="Write all that is to be seen to this file, as one page.")] = None,
     pager: Annotated[bool, typer.Option(help="Page through what is longer than the screen.")] = True,
     encoding: Encoding = None,
+    quoting: Quoting = None,
     split: Split = None,
     as_json: Json = False,
 ) -> None:
@@ -79,7 +81,7 @@ def preview(
 
     with progress_bar() if odd or html else quiet() as progress:
         shown = look(
-            places_of([data], encoding, split),
+            places_of([data], encoding, split, quoting),
             tokenizer,
             template,
             **recipe_of(given),
@@ -132,6 +134,7 @@ def audit(
     ] = "note",
     format_: Annotated[str, typer.Option("--format", help="text, json, sarif or github (annotations).")] = "text",
     encoding: Encoding = None,
+    quoting: Quoting = None,
     split: Split = None,
     as_json: Json = False,
 ) -> None:
@@ -145,13 +148,13 @@ def audit(
     one_of("fail_on", fail_on, FAIL_ON)
     with progress_bar() as progress:
         report = inspect(
-            places_of(data, encoding, split),
+            places_of(data, encoding, split, quoting),
             tokenizer,
             template,
             **recipe_of(given),
             where=where,
             limit=limit,
-            against=None if against is None else places_of(against, encoding, None),
+            against=None if against is None else places_of(against, encoding, None, quoting),
             near=near,
             pii=pii,
             ignore=listed(ignore) or (),
@@ -189,6 +192,7 @@ def stats(
     template_kwarg: TemplateKwarg = None,
     svg: Annotated[Path | None, typer.Option(help="A folder for pictures: lengths.svg, trained.svg.")] = None,
     encoding: Encoding = None,
+    quoting: Quoting = None,
     split: Split = None,
     as_json: Json = False,
 ) -> None:
@@ -198,7 +202,7 @@ def stats(
 
     with progress_bar() as progress:
         found = count(
-            places_of(data, encoding, split),
+            places_of(data, encoding, split, quoting),
             tokenizer,
             template,
             **recipe_of(given),

@@ -21,6 +21,7 @@ FORMATS = ("json", "jsonl", "csv", "tsv", "parquet", "arrow", "xlsx")
 PLACES = f"a file ({', '.join(FORMATS)}; packed or not), glob, folder, URL, or - for standard input"
 Data = Annotated[str, typer.Argument(help=f"What to read: {PLACES}.", show_default=False)]
 Encoding = Annotated[str | None, typer.Option(help="What text is written in that is not Unicode, e.g. cp1252.")]
+Quoting = Annotated[str | None, typer.Option(help="Quotes in CSV and TSV files: csv, or none (they are text).")]
 Split = Annotated[str | None, typer.Option(help="The split to read, of data that has several.")]
 Tokenizer = Annotated[str | None, typer.Option("--tokenizer", "-t", help="A folder with tokenizer.json, or a hub id.")]
 Template = Annotated[
@@ -112,9 +113,9 @@ def rows_of(text: str | None) -> list[int] | None:
     return found
 
 
-def places_of(data: list[str], encoding: str | None, split: str | None) -> Any:
+def places_of(data: list[str], encoding: str | None, split: str | None, quoting: str | None = None) -> Any:
     """Return places, and what is said of all of them."""
-    given = {"encoding": encoding, "split": split}
+    given = {"encoding": encoding, "split": split, "quoting": quoting}
     more = {name: value for name, value in given.items() if value is not None}
     return [{"path": place, **more} for place in data] if more else data
 

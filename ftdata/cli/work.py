@@ -25,6 +25,7 @@ from ftdata.cli.options import (
     OnBadRows,
     Overlong,
     Packing,
+    Quoting,
     Refuse,
     Sample,
     Schema,
@@ -87,6 +88,7 @@ def build(
     ] = None,
     engine: Annotated[str, typer.Option(help="local, ray, or ray:ADDRESS of a cluster.")] = "local",
     encoding: Encoding = None,
+    quoting: Quoting = None,
     split: Split = None,
     as_json: Json = False,
 ) -> None:
@@ -96,7 +98,7 @@ def build(
 
     with progress_bar() as progress:
         report = write_build(
-            places_of(data, encoding, split),
+            places_of(data, encoding, split, quoting),
             tokenizer,
             output_dir,
             template=template,
@@ -141,6 +143,7 @@ def convert(
     on_bad_rows: OnBadRows = "error",
     max_rejects: MaxRejects = None,
     encoding: Encoding = None,
+    quoting: Quoting = None,
     split: Split = None,
     as_json: Json = False,
 ) -> None:
@@ -148,7 +151,7 @@ def convert(
     from ftdata._convert import convert as write
 
     done = write(
-        places_of(data, encoding, split),
+        places_of(data, encoding, split, quoting),
         output,
         to,
         tokenizer=tokenizer,

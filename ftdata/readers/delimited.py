@@ -7,10 +7,12 @@ import io
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, count
+from typing import Literal
 
 from ftdata.errors import InputRefused
 from ftdata.readers.checks import check_names
+from ftdata.readers.quoting import quoting_of
 from ftdata.readers.streams import MAX_LINE, Input
 from ftdata.types import Reject, Row, Source
 
@@ -31,7 +33,7 @@ def read_csv(file: Input) -> Iterator[Row | Reject]:
 
 
 def read_tsv(file: Input) -> Iterator[Row | Reject]:
-    """Yield the rows of a file of tab-separated values, as `read_csv`."""
+    """Yield the rows of a file of tab-separated values, as `read_csv`; quotes may be text (`quoting_of`)."""
     yield from _separated(file, "\t")
 
 
@@ -41,7 +43,11 @@ def _separated(file: Input, delimiter: str | None) -> Iterator[Row | Reject]:
         head = next(filter(str.strip, lines), "").removeprefix(_BOM)
         if said := re.fullmatch(r"sep=(.)\s*", head):
             head, delimiter = next(lines, ""), said[1]
-        yield from _cells(head, lines, file, delimiter or max(_DELIMITERS, key=_outside_quotes(head).count))
+        quoting = file.quoting or "csv"
+        if delimiter == "\t":
+            quoting = quoting_of(file, lines.ahead(), b"\t")
+        delimiter = delimiter or max(_DELIMITERS, key=_outside_quotes(head).count)
+        yield from _cells(head, lines, file, delimiter, quoted=quoting == "csv")
 
 
 class _Lines:
@@ -67,6 +73,15 @@ class _Lines:
         if len(self._begin) < _RAW:
             self._begin += text[:_RAW]
         return text
+
+    def ahead(self) -> Iterator[bytes]:
+        """Yield the lines that come next, which are kept."""
+        for number in count():
+            if number == len(self._ahead):
+                self._ahead.append(self._read())
+            if not self._ahead[number]:
+                return
+            yield self._ahead[number]
 
     def forget(self) -> None:
         """Begin to count the lines of another row."""
@@ -111,11 +126,12 @@ class _Lines:
         return self._begin[:_RAW].encode("utf-8", "backslashreplace").decode()
 
 
-def _cells(head: str, lines: _Lines, file: Input, delimiter: str) -> Iterator[Row | Reject]:
+def _cells(head: str, lines: _Lines, file: Input, delimiter: str, *, quoted: bool) -> Iterator[Row | Reject]:
     csv.field_size_limit(MAX_LINE)
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     try:
         # Names may have line breaks inside quotes.
-        names = next(csv.reader(chain([head], lines), delimiter=delimiter, strict=True), [])
+        names = next(csv.reader(chain([head], lines), delimiter=delimiter, strict=True, quoting=quoting), [])
     except csv.Error as error:
         hint = "lines must end in LF or CRLF, and a quote inside quotes is written twice"
         raise InputRefused("csv", f"the header is not valid CSV: {error}", where=file.path, hint=hint) from None
@@ -124,7 +140,7 @@ def _cells(head: str, lines: _Lines, file: Input, delimiter: str) -> Iterator[Ro
     if not any(names):
         raise InputRefused("no_rows", "the file is empty, or its header is", where=file.path)
     check_names(names, file)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)
     index = 0
     while True:
         source = Source(file.path, index, lines.line + 1, lines.offset)
@@ -134,7 +150,7 @@ def _cells(head: str, lines: _Lines, file: Input, delimiter: str) -> Iterator[Ro
         except StopIteration:
             break
         except csv.Error as error:
-            while lines.within_quotes(delimiter):
+            while quoted and lines.within_quotes(delimiter):
                 pass
             more = f", with {lines.taken - 1:,} lines after it" if lines.taken > 1 else ""
             fix = "a quote inside quotes is written twice"

@@ -10,12 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ftdata.errors import FtdataError, InputRefused, UsageError, nearest
+from ftdata.errors import FtdataError, InputRefused, UsageError, nearest, one_of
 from ftdata.readers import splits
 from ftdata.readers.arrow import from_batches, from_dataset, parquet_rows, present_as
 from ftdata.readers.formats import Reader, readers
 from ftdata.readers.memory import Fault, from_dataframe, plain
 from ftdata.readers.places import found_at
+from ftdata.readers.quoting import QUOTINGS
 from ftdata.readers.remote import version_of
 from ftdata.readers.streams import STDIN, Input, in_store, packed
 from ftdata.registry import is_ours
@@ -24,7 +25,7 @@ from ftdata.types import WHOLE, Reject, Row, Share, Source
 _MOST = 1000
 _SHARES = {"weight": "times", "rows": "rows", "tokens": "tokens"}
 _ON_HUB = ("name", "revision", "data_files")
-_OF_FILES = (*_ON_HUB, "format", "encoding", "streaming")
+_OF_FILES = (*_ON_HUB, "format", "encoding", "quoting", "streaming")
 _SPEC = ("path", "split", *_SHARES, *_OF_FILES)
 
 
@@ -50,11 +51,12 @@ class FileSource:
     span: tuple[int, int] | None = None
     length: int | None = None
     version: Any = None
+    quoting: str | None = None
 
     @property
     def input(self) -> Input:
         """The file, to be opened."""
-        return Input(self.path, self.encoding, self.streaming, self.span)
+        return Input(self.path, self.encoding, streaming=self.streaming, span=self.span, quoting=self.quoting)
 
     def rows(self) -> Generator[Row | Reject, None, int | None]:
         """Yield the file's rows and rejects, in file order; return in how many lines they stood, if that is known.
@@ -169,7 +171,8 @@ def sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
     Args:
         data: a path (also of a folder, a URL, or `-` for standard input), a glob, a pandas `DataFrame`, a
             `pyarrow.Table`, a `datasets.Dataset`, `IterableDataset` or `DatasetDict`; a mapping with one of these as
-            `path` and, maybe, `split`, `format`, `encoding`, and one of `weight`, `rows` and `tokens`; a list of these;
+            `path` and, maybe, `split`, `format`, `encoding`, `quoting` (`csv` or `none`), and one of `weight`,
+            `rows` and `tokens`; a list of these;
             or any iterable of rows (dicts, or lists of messages).
 
     Raises:
@@ -237,11 +240,16 @@ def _placed(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
             raise UsageError("data_type", f"{said[0]} is said of data in memory, which has none")
         return sources(place)
     encoding, reader = spec.get("encoding"), spec.get("format")
+    quoting = spec.get("quoting")
+    if quoting is not None:
+        one_of("quoting", quoting, QUOTINGS)
     Input(str(place), encoding)
     if reader is not None:
         readers.get(reader)
     files = _files(str(place), reader, {key: spec[key] for key in _ON_HUB if spec.get(key) is not None})
-    return tuple(replace(one, encoding=encoding, streaming=bool(spec.get("streaming"))) for one in files)
+    return tuple(
+        replace(one, encoding=encoding, quoting=quoting, streaming=bool(spec.get("streaming"))) for one in files
+    )
 
 
 def _files(place: str, reader: str | None, on_hub: Mapping[str, Any]) -> Iterator[FileSource]:

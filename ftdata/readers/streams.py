@@ -67,6 +67,7 @@ class Input:
 
     path: str
     encoding: str | None = None
+    quoting: str | None = None
     streaming: bool = False
     span: tuple[int, int] | None = None
 

@@ -11,7 +11,7 @@ from laws import often
 from rows import CELLS, data_of, outcomes, write
 
 from ftdata import read
-from ftdata.errors import InputRefused
+from ftdata.errors import InputRefused, UsageError
 from ftdata.types import Reject
 
 
@@ -78,8 +78,8 @@ def test_the_rest_of_a_broken_csv_row_is_no_row(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        # Quotes within cells are no sign of what is open.
-        ("x.tsv", 'question\tanswer\na0\tb0\n"q2" is\ta2\nq3 say "hi" to\ta3\nq4\ta4\n', ["a0", "csv", "q3", "q4"]),
+        # Quotes that CSV does not write are text.
+        ("x.tsv", 'question\tanswer\na0\tb0\n"q2" is\ta2\nq3 say "hi" to\ta3\nq4\ta4\n', ["a0", '"q2"', "q3", "q4"]),
         ("x.csv", 'question,answer\n"bad" x,y\ngood1,a\nthe 5" disk,c\nok,d\n', ["csv", "good1", "the", "ok"]),
         ("x.csv", 'question,answer\n"he said "hi"\nyes, sure\nok","x"\ngood,row\n', ["csv", "good"]),
         ("x.csv", 'question,answer\n"a "b"\nmore","and "" so\non"\ngood,row\n', ["csv", "good"]),
@@ -88,3 +88,82 @@ def test_the_rest_of_a_broken_csv_row_is_no_row(tmp_path):
 def test_rows_after_a_fault_of_csv_are_read_where_they_begin(tmp_path, name, text, expected):
     found = outcomes(write(tmp_path, name, text))
     assert ["csv" if isinstance(one, Reject) else one.data["question"].split()[0] for one in found] == expected
+
+
+LITERAL = 'question\tanswer\nsay "hi"\t"hi" she said\n"all of it"\tx\n5" pipe\t"open\n'
+QUOTED = 'question\tanswer\n"a\tb"\t"say ""hi"""\nplain\t"two\nlines"\n'
+
+
+def test_tsv_quotes_that_are_text(tmp_path, caplog):
+    (tmp_path / "d.tsv").write_text(LITERAL)
+    assert data_of(tmp_path / "d.tsv") == [
+        {"question": 'say "hi"', "answer": '"hi" she said'},
+        {"question": '"all of it"', "answer": "x"},
+        {"question": '5" pipe', "answer": '"open'},
+    ]
+    assert "quotes are text" in caplog.text
+
+
+def test_tsv_quotes_of_csv(tmp_path, caplog):
+    expected = [{"question": "a\tb", "answer": 'say "hi"'}, {"question": "plain", "answer": "two\nlines"}]
+    for text in (QUOTED, QUOTED + '"broken" row\tx\n'):
+        (tmp_path / "d.tsv").write_text(text)
+        found = outcomes(str(tmp_path / "d.tsv"))
+        assert [row.data for row in found[:2]] == expected
+        assert [row.code for row in found[2:]] in ([], ["csv"])
+    assert "quotes" not in caplog.text
+
+
+def test_tsv_quotes_as_the_user_says(tmp_path):
+    (tmp_path / "d.tsv").write_text('question\tanswer\n"q"\t"a"\n')
+    assert data_of(tmp_path / "d.tsv") == [{"question": "q", "answer": "a"}]
+    source = {"path": str(tmp_path / "d.tsv"), "quoting": "none"}
+    assert [row.data for row in read(source)] == [{"question": '"q"', "answer": '"a"'}]
+    (tmp_path / "l.tsv").write_text(LITERAL)
+    rows = outcomes({"path": str(tmp_path / "l.tsv"), "quoting": "csv"})
+    assert "csv" in {getattr(row, "code", "") for row in rows}
+    (tmp_path / "d.csv").write_text('question,answer\n"q","a"\n')
+    assert [row.data for row in read({"path": str(tmp_path / "d.csv"), "quoting": "none"})] == [
+        {"question": '"q"', "answer": '"a"'}
+    ]
+    with pytest.raises(UsageError, match="quoting"):
+        list(read({"path": str(tmp_path / "d.csv"), "quoting": "all"}))
+
+
+@given(st.lists(st.lists(st.text(st.sampled_from('a"\t\n ,')), min_size=2, max_size=2), min_size=1))
+def test_tsv_written_as_csv_comes_back(rows):
+    """Whatever cells say: a writer of CSV quotes those with quotes, delimiters or line breaks in them."""
+    import csv
+    import io
+
+    from ftdata.readers.quoting import _Quotes
+
+    text = io.StringIO()
+    csv.writer(text, delimiter="\t", lineterminator="\n").writerows([["question", "answer"], *rows])
+    found = _Quotes.count(io.BytesIO(text.getvalue().encode()), b"\t")
+    assert found.is_csv
+    assert not found.literal
+
+
+@given(st.lists(st.lists(st.text(st.sampled_from('ab" ,'), min_size=1), min_size=2, max_size=2), min_size=1))
+def test_tsv_written_without_quoting_comes_back(rows):
+    import io
+
+    from ftdata.readers.quoting import _Quotes
+
+    text = "\n".join(["question\tanswer", *map("\t".join, rows)]) + "\n"
+    literal = any('"' in cell and not (cell[0] == cell[-1] == '"' and len(cell) > 1) for row in rows for cell in row)
+    found = _Quotes.count(io.BytesIO(text.encode()), b"\t")
+    if literal and found.needed == 0 and found.quoted <= found.plain:
+        assert not found.is_csv
+
+
+def test_tsv_on_standard_input_is_judged_by_its_first_lines(tmp_path):
+    import subprocess
+    import sys
+
+    ran = subprocess.run(
+        [sys.executable, "-m", "ftdata", "preview", "-", "--template", "question_answer"],
+        input=LITERAL.replace("\t", ","), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in ran.stderr
