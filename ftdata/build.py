@@ -40,7 +40,7 @@ from ftdata.readers.parts import in_parts
 from ftdata.readers.select import Selection
 from ftdata.readers.streams import is_url
 from ftdata.recipe import Recipe, make_recipe
-from ftdata.redaction import redact_text, storable
+from ftdata.redaction import redact, redact_text, storable
 from ftdata.runner import Runner, check_rereadable, is_file
 from ftdata.shard_files import minhashes
 from ftdata.shards import Progress, Task, key_of
@@ -156,6 +156,9 @@ def build_sft_dataset(
     ([26, 26], [52, 257, 54, 257])
     """
     options = {name: value for name, value in locals().items() if name not in ("data", "tokenizer", "output_dir")}
+    if output_dir is not None and storable(str(output_dir)) != redact(str(output_dir)):
+        found = f"output_dir is {str(output_dir)!r}, whose name is not UTF-8: datasets cannot load from it"
+        raise UsageError("output_name", found, hint="choose another folder; `ftdata build` can write to this one")
     with tempfile.TemporaryDirectory() as scratch:
         target = output_dir if output_dir is not None else Path(scratch) / "build"
         report = write_build(data, tokenizer, target, **options)

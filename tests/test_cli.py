@@ -282,3 +282,31 @@ def test_names_in_data_do_not_drive_the_terminal(tmp_path, tokenizer_dir):
     assert "k\\u001b[31m\\u202e" in done.stdout
     assert "\x1b" not in done.stdout
     assert "\u202e" not in done.stdout
+
+
+@pytest.mark.parametrize("command", ["preview", "audit", "stats", "build", "diff"])
+def test_template_variables_on_the_command_line(command, tokenizer_dir, tmp_path):
+    """Every command that renders takes them, and shows what they change."""
+    data, template = tmp_path / "d.jsonl", tmp_path / "t.jinja"
+    data.write_text('{"question": "q", "answer": "a"}\n')
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if not enable_thinking | default(true) %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    given = [command, str(data), "-t", tokenizer_dir("tiny_bpe"), "--template", str(template)]
+    given += {"build": ["-o", str(tmp_path / "out")], "diff": ["--set", "train_on=all"]}.get(command, [])
+    told = {}
+    for name, more in (("plain", []), ("set", ["--template-kwarg", "enable_thinking=false"])):
+        done = ftdata(*given, *more, *(["--json"] if command != "build" else []))
+        assert done.returncode in (0, 1), done.stderr
+        told[name] = done.stdout
+    assert told["plain"] != told["set"]
+    if command in ("preview", "audit", "build"):
+        assert "thinking" in told["plain"]
+    if command == "build":
+        assert "enable_thinking=False" in told["set"]
+        assert "empty thinking block" not in told["set"]
+    refused = ftdata(*given, "--template-kwarg", "thinking")
+    assert refused.returncode == 2
+    assert "name=value" in refused.stderr

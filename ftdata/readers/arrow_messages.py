@@ -77,7 +77,6 @@ class Limits:
         """
         self._rows += rows
         self._values += values
-        self._empty += not rows
         for count, name, most in (
             (self._empty, "empty batches", _MOST_EMPTY),
             (self._rows, "rows", max(_FREE_ROWS, _MAX_ROWS * self.packed)),
@@ -92,8 +91,10 @@ class Limits:
         """Check the size of metadata.
 
         Raises:
-            InputRefused: it is more than a file may have.
+            InputRefused: it is more than a file may have, or the file is cut off.
         """
+        if 0 < self.packed < size:
+            raise damaged(ValueError(f"it is cut off: it has no {size:,} bytes of metadata"), self._file, "Arrow")
         most = max(_FREE_METADATA, self.packed // _MOST_METADATA)
         if size > most:
             found = f"has {size:,} bytes of metadata, expected at most {most:,}"
@@ -107,7 +108,8 @@ class Limits:
             InputRefused: that is more than a batch, or a file, may become.
         """
         # What is in a dictionary is no row yet.
-        self.rows(message.rows if message.kind == _RECORDS else 1, message.values)
+        self._empty += not message.rows
+        self.rows(message.rows if message.kind == _RECORDS else 0, message.values)
         self._plain += plain
         if plain > max(_MAX_BATCH, MAX_RATIO * message.body):
             raise expansion(plain, message.body, self._file.path)
