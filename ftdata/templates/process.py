@@ -184,7 +184,7 @@ class _Worker:
 
     process: subprocess.Popen[bytes]
     connection: Connection
-    known_templates: set[str] = field(default_factory=set)
+    known_templates: dict[str, Template] = field(default_factory=dict)
     pending: deque[Request] = field(default_factory=deque)
     unsent: list[list[Any]] = field(default_factory=list)
 
@@ -199,8 +199,9 @@ class _Worker:
         Raises:
             WorkerEnded: the worker has ended.
         """
-        if request.template.key not in self.known_templates:
-            self.known_templates.add(request.template.key)
+        if self.known_templates.get(request.template.key) is not request.template:
+            # An equal template that was made anew has none of the plans that the worker has sent before.
+            self.known_templates[request.template.key] = request.template
             self.unsent.append(["define_template", request.template.key, request.template.description.encode(), 0.0])
         self.unsent.append(request.frame)
         self.pending.append(request)

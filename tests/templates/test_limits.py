@@ -83,3 +83,17 @@ def test_the_limit_of_a_row_follows_from_the_row_alone():
     longer = process.submit("render", template, 5000, conversation={"messages": talk(100)["messages"]})
     assert longer.cpu_seconds > first.cpu_seconds + 2
     process._worker().stop()
+
+
+def test_a_template_that_is_made_anew_gets_its_plans(tokenizer_dir):
+    """The worker sends each plan once, and to one object: an equal one must not go without."""
+    from ftdata.templates import render
+    from ftdata.templates.template import Template
+    from ftdata.types import Conversation
+
+    conversation = Conversation(tuple(talk(2)["messages"]), completion_from=1)
+    for _ in range(2):
+        template = Template("anew", CUSTOM, special_tokens={"eos_token": "<|im_end|>"})
+        for _ in range(3):
+            render(conversation, template)
+        assert template.plans.filled(conversation.messages, [1]) is not None
