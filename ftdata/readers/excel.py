@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import datetime
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import zip_longest
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
-from ftdata.errors import InputRefused, MissingDependency
+from ftdata.errors import FtdataError, InputRefused, MissingDependency
 from ftdata.readers.checks import check_names, check_seekable, damaged
-from ftdata.readers.streams import Input
-from ftdata.readers.workbook_limits import MAX_ROWS, TextLimit, check_archive, shared_strings
+from ftdata.readers.streams import MAX_LINE, MAX_REPEATED, Input, expansion
+from ftdata.readers.workbook import AS_CSV, Cell, CellRow, Sheet, Strings, Workbook, open_workbook
+from ftdata.readers.xml_scan import unescape
 from ftdata.types import Reject, Row, Source
 
-_ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
+MAX_CELL = 32_767
+"""Characters of a cell, as in Excel."""
+
+_SMALLEST_CELL = len("<c t='s'><v>0</v></c>")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_excel(file: Input) -> Iterator[Row | Reject]:
@@ -29,92 +34,199 @@ def read_excel(file: Input) -> Iterator[Row | Reject]:
         raise MissingDependency(
             "no_excel", "Excel files need openpyxl", where=file.path, hint="pip install 'ftdata[excel]'"
         ) from None
+    index = 0
     with file.open() as stream:
         check_seekable(stream, file)
         try:
-            size = check_archive(stream, file)
-            strings = shared_strings(stream)
-            # Formulas stand in the one, and what they came to in the other.
-            books = [_workbook(stream, strings, values=values) for values in (True, False)]
-            sheets = [sheet for sheet in books[0].worksheets if sheet.sheet_state == "visible"]
-            index, text = 0, TextLimit(file, size)
-            for sheet in sheets:
-                path = f"{file.path}#{sheet.title}" if len(sheets) > 1 else file.path
-                for row in _sheet(sheet, books[1][sheet.title], path, text):
-                    source = row.source._replace(row=index)
-                    yield row._replace(source=source) if isinstance(row, Row) else replace(row, source=source)
-                    index += 1
-        except InputRefused:
+            for row in _rows(open_workbook(stream, file.path)):
+                source = row.source._replace(row=index)
+                yield row._replace(source=source) if isinstance(row, Row) else replace(row, source=source)
+                index += 1
+        except FtdataError:
             raise
-        except Exception as error:  # noqa: BLE001  (zip, XML and openpyxl each have errors of their own)
+        except Exception as error:  # noqa: BLE001  (zip and XML each have errors of their own)
             raise damaged(error, file, "Excel") from None
     if index == 0:
         raise InputRefused("no_rows", "the file holds no rows", where=file.path)
 
 
-def _workbook(stream: BinaryIO, strings: list[str], *, values: bool) -> Any:
-    """Open a workbook with the values of its formulas, or the formulas, and with shared strings as they are stored."""
-    from openpyxl.reader.excel import ExcelReader
+def _rows(book: Workbook) -> Iterator[Row | Reject]:
+    sheets = [sheet for sheet in book.sheets if sheet.visible]
+    size = book.check_size(sheets)
+    strings = book.strings()
+    try:
+        _check_repeated(book, sheets, strings, size)
+        for sheet in sheets:
+            path = f"{book.path}#{sheet.title}" if len(sheets) > 1 else book.path
+            yield from _sheet(book.rows(sheet), path, _Texts(book, strings))
+    finally:
+        strings.close()
 
-    class Reader(ExcelReader):  # type: ignore[misc]  # openpyxl has no types
-        def read_strings(self) -> None:
-            # openpyxl would remove "x005F_", so that a typed "_x000D_" could not be told from a carriage return.
-            self.shared_strings = strings
 
-    reader = Reader(stream, read_only=True, data_only=values)
-    reader.read()
-    return reader.wb
+def _check_repeated(book: Workbook, sheets: Sequence[Sheet], strings: Strings, size: int) -> None:
+    """Refuse a workbook whose cells repeat shared strings so often that their text never ends.
+
+    Raises:
+        InputRefused: their text is far more than the file.
+    """
+    most = max(MAX_LINE, MAX_REPEATED * book.packed)
+    if max(strings.sizes, default=0) * (size // _SMALLEST_CELL) <= most:
+        return
+    total, sizes, before = 0, strings.sizes, (book.plain, book.elements)
+    for sheet in sheets:
+        for row in book.rows(sheet):
+            numbers = [_index(cell.value, sizes) for cell in row.cells if cell.kind == "s" and cell.value]
+            total += sum(sizes[number] for number in numbers if number is not None)
+            if total > most:
+                raise expansion(total, book.packed, book.path, MAX_REPEATED, AS_CSV)
+    book.plain, book.elements = before
 
 
-def _sheet(sheet: Any, formulas: Any, path: str, limit: TextLimit) -> Iterator[Row | Reject]:
-    names: list[str] = []
-    for each in (sheet, formulas):
-        each.reset_dimensions()
-    for line, (cells, written) in enumerate(zip(sheet.iter_rows(), formulas.iter_rows(), strict=True), start=1):
-        if not cells and not written:
-            # openpyxl makes up all rows that are missing before one with a high number.
-            if line > MAX_ROWS:
-                raise InputRefused(
-                    "too_many_rows",
-                    f"has a row with a number above {MAX_ROWS:,}, the most that a sheet may have",
-                    where=path,
-                    hint="open it in Excel and save it, or save it as CSV",
-                )
+def _index(text: str, sizes: Sequence[int]) -> int | None:
+    """Return the number of a shared string, if there is one."""
+    return number if text.isdecimal() and len(text) < 19 and (number := int(text)) < len(sizes) else None
+
+
+class Fault(NamedTuple):
+    """Why a row is rejected."""
+
+    code: str
+    field: str
+    reason: str
+    fix: str
+
+
+def _sheet(rows: Iterator[CellRow], path: str, texts: _Texts) -> Iterator[Row | Reject]:
+    names: dict[int, str] = {}
+    width = 0
+    for row in rows:
+        source, found = Source(path, 0, row.number), dict[int, str]()
+        fault = texts.read(row, found)
+        if not found and not fault:
             continue
-        if fault := limit.fault(cells):
-            yield Reject(Source(path, 0, line), *fault)
-            continue
-        texts = [_text(cell.value) for cell in cells]
-        if not any(texts) and not any(cell.data_type == "f" for cell in written):
-            continue
-        source = Source(path, 0, line)
-        if names:
-            fault = _fault(names, texts, cells, written)
-            row = {name: text for name, text in zip(names, texts, strict=False) if text}
-            yield Reject(source, *fault, "\t".join(texts)[:4096]) if fault else Row(row, source, flat=True)
+        if not names:
+            _check_header(found, fault, source)
+            names, width = found, max(found)
+        elif fault := fault or _unnamed(names, width, found):
+            yield Reject(source, *fault, _raw(found))
         else:
-            names = texts
-            check_names([one for one in names if one], Input(path))
+            yield Row({names.get(column, ""): text for column, text in found.items()}, source, flat=True)
 
 
-def _fault(
-    names: Sequence[str], texts: Sequence[str], cells: Sequence[Any], written: Sequence[Any]
-) -> tuple[str, str, str, str] | None:
-    """Return code, field, reason and way out of what is wrong with a row, if anything is."""
-    # One column may be without a name, such as that of an index.
-    if names.count("") > 1 and any(text and not name for name, text in zip_longest(names, texts, fillvalue="")):
+def _check_header(names: Mapping[int, str], fault: Fault | None, source: Source) -> None:
+    """Refuse a first row that cannot name the columns.
+
+    Raises:
+        InputRefused: two columns have one name, or a name cannot be read.
+    """
+    # An error such as #REF! is a bad name, but it is one.
+    if fault and not (names and fault.code in ("excel_error", "excel_formula")):
+        found = f"the first row, which names the columns, {fault.reason}"
+        raise InputRefused(fault.code, found, where=str(source), hint=fault.fix)
+    check_names([*names.values()], Input(source.path))
+
+
+def _unnamed(names: Mapping[int, str], width: int, found: Mapping[int, str]) -> Fault | None:
+    """Return the fault of text in a column without a name; one column may have none, such as that of an index."""
+    nameless = [column for column in found if column not in names]
+    if nameless and (width - len(names) != 1 or max(nameless) > width):
         fix = "give every column a name in the first row, and take titles above it out"
-        return "ragged_row", "", "has a cell in a column without a name", fix
-    for cell, formula in zip(cells, written, strict=True):
-        if cell.data_type == "e":
-            return "excel_error", cell.coordinate, f"is an error, {cell.value}", "mend the formula"
-        if formula.data_type == "f" and cell.value is None and cell.data_type == "n":
-            return "excel_formula", formula.coordinate, "is a formula without a value", "open it in Excel, and save it"
+        return Fault("ragged_row", "", "has a cell in a column without a name", fix)
     return None
 
 
-def _text(value: Any) -> str:
+def _raw(found: Mapping[int, str]) -> str:
+    text = "\t".join(text[:4096] for text in found.values())[:4096]
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+class _Texts:
+    """Reads cells as text."""
+
+    def __init__(self, book: Workbook, strings: Strings) -> None:
+        self._book, self._strings = book, strings
+        self._reads: dict[str, Callable[[str, int], str]] = {
+            "s": lambda text, _: self._shared(text),
+            "inlineStr": lambda text, _: text,
+            "str": lambda text, _: unescape(text),
+            "b": lambda text, _: str(bool(int(text))),
+            "d": lambda text, _: _iso_date(text),
+            "n": self._number,
+        }
+
+    def read(self, row: CellRow, found: dict[int, str]) -> Fault | None:
+        """Put the texts of a row that are not empty into `found`, by column; return the row's first fault."""
+        sizes = self._strings.sizes
+        shared = [_index(cell.value, sizes) for cell in row.cells if cell.kind == "s" and cell.value]
+        size = row.size + sum(sizes[number] for number in shared if number is not None)
+        if size > MAX_LINE:
+            told = f"is {size:,} bytes long, at most {MAX_LINE:,} are read"
+            return Fault("row_too_long", "", told, "make several rows of it")
+        faults = [fault for cell in row.cells if (fault := self._read(cell, row.number, found))]
+        return faults[0] if faults else None
+
+    def _read(self, cell: Cell, row: int, found: dict[int, str]) -> Fault | None:
+        """Put the text of a cell into `found`, and return its fault if it has one."""
+        place = f"{_letters(cell.column)}{row}"
+        if cell.column in found:
+            return Fault("excel_error", place, "stands twice in the row", "open the file in Excel and save it")
+        if cell.value is None:
+            fault = Fault("excel_formula", place, "is a formula without a value", "open it in Excel, and save it")
+            return fault if cell.kind == "n" else None
+        try:
+            text = cell.value if cell.kind == "e" else self._reads[cell.kind](cell.value, cell.style)
+        except (LookupError, ValueError, OverflowError):
+            told = f"has the type {cell.kind[:20]!r}, and {cell.value[:100]!r} is no such value"
+            return Fault("excel_error", place, told, "correct the cell in Excel")
+        if text:
+            found[cell.column] = text
+        return _fault_of(text, cell, place)
+
+    def _shared(self, text: str) -> str:
+        if (number := _index(text, self._strings.sizes)) is None:
+            raise LookupError
+        return self._strings[number]
+
+    def _number(self, text: str, style: int) -> str:
+        value = float(text) if {".", "E", "e"} & {*text} else int(text)
+        if style in self._book.dates:
+            from openpyxl.utils.datetime import CALENDAR_MAC_1904, WINDOWS_EPOCH, from_excel
+
+            epoch = CALENDAR_MAC_1904 if self._book.date1904 else WINDOWS_EPOCH
+            return _date_text(from_excel(value, epoch, timedelta=style in self._book.durations))
+        if math.isinf(value):
+            raise OverflowError
+        return str(value)
+
+
+def _fault_of(text: str, cell: Cell, place: str) -> Fault | None:
+    if cell.kind == "e":
+        return Fault("excel_error", place, f"is an error, {text[:100]}", "mend the formula")
+    if len(text) > MAX_CELL:
+        told = f"has a cell of {len(text):,} characters; a cell of Excel has {MAX_CELL:,} at most"
+        return Fault("cell_too_long", place, told, "write it as CSV or JSON Lines")
+    if text.isascii() or not _SURROGATE.search(text):
+        return None
+    return Fault("lone_surrogate", place, "holds half a character (a lone surrogate)", "correct the cell in Excel")
+
+
+def _iso_date(text: str) -> str:
+    from openpyxl.utils.datetime import from_ISO8601
+
+    if (value := from_ISO8601(text)) is None:
+        raise ValueError
+    return _date_text(value)
+
+
+def _date_text(value: Any) -> str:
     if isinstance(value, datetime.datetime) and value.time() == datetime.time():
         value = value.date()
-    # Characters that XML has no place for are written as _x000D_ (ECMA-376 Part 1, 22.9.2.19).
-    return "" if value is None else _ESCAPED.sub(lambda found: chr(int(found[1], 16)), str(value))
+    return str(value)
+
+
+def _letters(column: int) -> str:
+    letters = ""
+    while column:
+        column, letter = divmod(column - 1, 26)
+        letters = chr(65 + letter) + letters
+    return letters

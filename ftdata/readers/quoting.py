@@ -13,8 +13,9 @@ QUOTINGS = ("csv", "none")
 """`csv`: a cell in quotes ends with a quote, and a quote in it is written twice; `none`: quotes are text."""
 
 _log = logging.getLogger(__name__)
-_SAMPLE, _FAR = 1000, 10_000
-"""Lines that are looked at of what can be read only once; and lines that a cell in quotes may go on over."""
+_SAMPLE, _FAR, _MOST_TRIES = 1000, 10_000, 20
+"""Lines that are looked at of what can be read only once; lines that a cell in quotes may go on over; and how often the
+end of a row is looked for."""
 
 
 def quoting_of(file: Input, ahead: Iterable[bytes], delimiter: bytes) -> str:
@@ -67,16 +68,19 @@ class _Quotes:
     def count(cls, lines: Iterable[bytes], delimiter: bytes) -> _Quotes:
         """Count the cells of lines."""
         found, begun = cls(), list[bytes]()
-        size = 0
+        size = tries = 0
         for line in lines:
-            begun.append(line.rstrip(b"\r\n"))
-            size += len(line)
-            if found._take(b"\n".join(begun) if len(begun) > 1 else begun[0], delimiter):
-                begun, size = [], 0
-            elif len(begun) > _FAR or size > MAX_LINE:
+            text = line.rstrip(b"\r\n")
+            # An open cell can end only in a line with a quote that is not doubled: others are not looked at again.
+            may_end = not begun or b'"' in text.replace(b'""', b"")
+            begun.append(text)
+            size, tries = size + len(line), tries + may_end
+            if may_end and found._take(b"\n".join(begun) if len(begun) > 1 else text, delimiter):
+                begun, size, tries = [], 0, 0
+            elif len(begun) > _FAR or size > MAX_LINE or tries > _MOST_TRIES:
                 # A quote that is never closed is text.
                 found.literal += 1
-                begun, size = [], 0
+                begun, size, tries = [], 0, 0
         found.literal += bool(begun)
         return found
 

@@ -99,3 +99,21 @@ def test_nulls_of_json_stay_however_a_data_set_is_read():
         == data_of(made.to_iterable_dataset())
         == [{"messages": [{"role": "user", "calls": {"a": None, "b": 1}}]}]
     )
+
+
+@pytest.mark.parametrize("name", ["d.parquet", "file.arrow", "stream.arrow"])
+def test_a_table_that_is_cut_off_anywhere_is_damaged(tmp_path, name):
+    """What stands where the length of metadata is expected may be any number."""
+    table = pa.Table.from_pylist(ROWS)
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        pq.write_table(table, path)
+    else:
+        new = pa.ipc.new_file if name.startswith("file") else pa.ipc.new_stream
+        with pa.OSFile(str(path), "wb") as sink, new(sink, table.schema) as writer:
+            writer.write_table(table)
+    whole = path.read_bytes()
+    for size in range(12, len(whole) - 8, 37):
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputRefused, match="damaged_file|partial_file"):
+            data_of(path)

@@ -35,7 +35,7 @@ def repeated(text, times):
 MAIN = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
 
 
-def workbook(sheet, strings=()):
+def workbook(sheet, strings=(), others=None):
     """Write a workbook of parts that are written piece by piece: a sheet's rows, and shared strings."""
 
     def write(path):
@@ -45,7 +45,7 @@ def workbook(sheet, strings=()):
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
             for name, data in parts.items():
                 if name not in ("xl/worksheets/sheet1.xml", "xl/sharedStrings.xml"):
-                    new.writestr(name, data)
+                    new.writestr(name, (others or {}).get(name, data))
             for name, tags, pieces in (
                 ("xl/worksheets/sheet1.xml", ("<worksheet", "><sheetData>", "</sheetData></worksheet>"), sheet),
                 ("xl/sharedStrings.xml", ("<sst", ">", "</sst>"), strings),
@@ -62,6 +62,23 @@ def workbook(sheet, strings=()):
 
 def cells(row, count=2, string=0):
     return f'<row r="{row}">' + f'<c t="s"><v>{string}</v></c>' * count + "</row>"
+
+
+def many_sheets(count):
+    sheet = '<sheet name="s{n}" sheetId="{n}" r:id="rId1"/>'
+    namespace = 'xmlns:r="http://schemas.openxmlformats.org/officeDocument/2006/relationships"'
+    listed = "".join(sheet.format(n=n) for n in range(1, count + 1))
+    main = f"<workbook {MAIN} {namespace}><sheets>{listed}</sheets></workbook>"
+    return lambda path: workbook([(HEAD, 1)], NAMED, {"xl/workbook.xml": main})(path)
+
+
+def many_parts(count):
+    def write(path):
+        with zipfile.ZipFile(path, "w") as archive:
+            for number in range(count):
+                archive.writestr(str(number), b"")
+
+    return write
 
 
 NAMED = [("<si><t>question</t></si><si><t>answer</t></si>", 1)]
@@ -103,6 +120,11 @@ FILES = {
     "huge sheet": ("a.xlsx", workbook([(HEAD, 1), (cells(2, 100) * 100, 20_000)], NAMED), "expansion"),
     "one huge row": ("a.xlsx", workbook([(HEAD, 1), ('<row r="2">', 1), ("<c><v>1</v></c>" * 1000, 1000), ("</row>", 1)], NAMED), "row_too_long|expansion"),
     "one row number for all": ("a.xlsx", workbook([(HEAD, 1), (cells(2, 2, 0), 100)], NAMED), "row_order"),
+    "wide rows": ("a.xlsx", workbook([(HEAD, 1), ('<row><c r="XFD2" t="str"><v>q</v></c></row>' * 1000, 100)], NAMED), "ragged_row"),
+    "long string, often": ("a.xlsx", workbook([(HEAD, 1), (cells(2, 2, 2).replace(' r="2"', "") * 1000, 100)], [*NAMED, ("<si><t>" + "x" * 32_767 + "</t></si>", 1)]), "expansion"),
+    "many sheets": ("a.xlsx", many_sheets(300_000), "expansion"),
+    "many parts": ("a.xlsx", many_parts(400_000), "expansion"),
+    "styles": ("a.xlsx", workbook([(HEAD, 1)], NAMED, {"xl/styles.xml": f"<styleSheet {MAIN}><cellXfs>" + "<xf/>" * 3_000_000 + "</cellXfs></styleSheet>"}), "expansion"),
     "empty rows": ("a.xlsx", workbook([(HEAD, 1), ("<row/>" * 1000, 2000)], NAMED), "too_many_rows|expansion"),
     "many compressed buffers": ("a.arrow", arrow_stream(2000, 1_000_000), "expansion"),
     "one compressed buffer": ("a.arrow", arrow_stream(1, 200_000_000), "expansion"),
@@ -120,6 +142,8 @@ FILES = {
     "columns": ("a.jsonl", lambda path: path.write_text(json.dumps({f"c{n}": 1 for n in range(1_000_000)})), "schema"),
     "names": ("a.csv", lambda path: path.write_text(",".join(f"c{n}" for n in range(1_000_000)) + "\n" + "v," * 999_999 + "v\n"), "schema"),
     "open quote": ("a.csv", lambda path: path.write_bytes(b'question,answer\n"' + b"q a\n" * 15_000_000), "csv"),
+    "open quotes": ("a.tsv", lambda path: path.write_text("question\tanswer\n" + ('"a\n' + ("x" * 600 + '""\n') * 10_001) * 4), "ragged_row"),
+    "quotes that reopen": ("a.tsv", lambda path: path.write_text("question\tanswer\n" + ('"a\n' + ("x" * 600 + '"\t"\n') * 10_001) * 4), "csv|ragged_row"),
     "nested": ("a.json", lambda path: path.write_bytes(b'{"a":' * 2_000_000), "too_deep"),
 }  # fmt: skip
 

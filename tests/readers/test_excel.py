@@ -7,6 +7,7 @@ import pytest
 from rows import data_of, outcomes
 
 from ftdata import read
+from ftdata.errors import InputRefused
 
 
 def test_excel_is_text_sheet_by_sheet(tmp_path):
@@ -104,3 +105,69 @@ def test_a_large_honest_workbook_is_read(tmp_path):
     frame = pd.DataFrame({"question": [f"question {n}" for n in range(20_000)], "answer": ["yes", "no"] * 10_000})
     frame.to_excel(path, index=False)
     assert data_of(path) == frame.to_dict("records")
+
+
+def changed(path, name, old, new):
+    import zipfile
+
+    with zipfile.ZipFile(path) as archive:
+        parts = {part: archive.read(part) for part in archive.namelist()}
+    assert old in parts[name]
+    parts[name] = parts[name].replace(old, new)
+    with zipfile.ZipFile(path, "w") as archive:
+        for part, data in parts.items():
+            archive.writestr(part, data)
+
+
+def book_of(path, *rows):
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.active.append(row)
+    book.save(path)
+    return str(path)
+
+
+def codes(path):
+    return [getattr(one, "data", None) or (one.code, one.field, one.source.line) for one in outcomes(path)]
+
+
+def test_text_beyond_the_header_is_not_lost(tmp_path):
+    path = book_of(tmp_path / "d.xlsx", ["question", "answer"], ["q", "a", "more"], ["q", "a"])
+    assert codes(path) == [("ragged_row", "", 2), {"question": "q", "answer": "a"}]
+
+
+def test_halves_of_characters_in_excel(tmp_path):
+    """Excel escapes characters beyond 16 bits in halves; a half that stands alone is no text."""
+    path = book_of(tmp_path / "d.xlsx", ["question", "answer"], ["q", "_xD83D__xDE00_"], ["q", "_xD83D_"])
+    assert codes(path) == [{"question": "q", "answer": "😀"}, ("lone_surrogate", "B3", 3)]
+
+
+def test_a_cell_that_excel_would_not_write_rejects_its_row(tmp_path):
+    path = book_of(tmp_path / "d.xlsx", ["question", "answer"], ["q", 1], ["q", 2], ["q", 3])
+    changed(path, "xl/worksheets/sheet1.xml", b"<v>2</v>", b"<v>two</v>")
+    assert codes(path) == [{"question": "q", "answer": "1"}, ("excel_error", "B3", 3), {"question": "q", "answer": "3"}]
+
+
+def test_a_header_that_cannot_be_read_is_refused(tmp_path):
+    path = book_of(tmp_path / "d.xlsx", ["question", "LONG"], ["q", "a"])
+    changed(path, "xl/worksheets/sheet1.xml", b"LONG", b"x" * 40_000)
+    with pytest.raises(InputRefused, match="cell_too_long"):
+        outcomes(path)
+
+
+def test_an_honest_workbook_may_repeat_a_long_text(tmp_path):
+    """XML of 130 MB out of 700 kB: the same system prompt of 8 kB in each row."""
+    prompt = "You are a helpful assistant. " * 280
+    import openpyxl
+
+    book = openpyxl.Workbook(write_only=True)
+    sheet = book.create_sheet("s")
+    sheet.append(["system", "question", "answer"])
+    for n in range(16_000):
+        sheet.append([prompt, f"q{n}", f"a{n}"])
+    book.save(tmp_path / "d.xlsx")
+    found = data_of(tmp_path / "d.xlsx")
+    assert len(found) == 16_000
+    assert found[-1] == {"system": prompt, "question": "q15999", "answer": "a15999"}
