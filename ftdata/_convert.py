@@ -22,7 +22,7 @@ from ftdata.readers import FileSource, MemorySource, sources
 from ftdata.readers.select import Selection
 from ftdata.recipe import Options, Recipe, make_recipe
 from ftdata.schemas import last_answer, normalise
-from ftdata.shown import check_answers, rejected
+from ftdata.shown import UnknownSchemas, check_answers, rejected
 from ftdata.templates import render
 from ftdata.tolerance import Tolerance
 from ftdata.types import WHOLE, Conversation, Reject, Rendered, Row
@@ -167,10 +167,11 @@ def convert(
             selection = Selection(where, limit)
             for source in (one for one in found if one.place == place):
                 ledgers.append(ledger := Ledger(source.path))
-                before = selection.passed
+                before, unknown = selection.passed, UnknownSchemas()
                 outcomes = (_record(row, to, options, recipe, write.check) for row in selection.of(source.rows()))
                 while batch := list(islice(outcomes, _BATCH)):
                     for outcome in batch:
+                        unknown.check(outcome)
                         _count(outcome, ledger, rejects)
                     write.batch([record for one in batch if not isinstance(one, Reject) for record in one[1]])
                 ledger.pass_over(selection.passed - before)

@@ -100,6 +100,14 @@ class BadRow(InputRefused):
         super().__init__(code, message, where=where, hint=hint)
         self.field = brief(field)
 
+    def located(self, where: str) -> BadRow:
+        """Return this error, without its traceback, at another place; millions of rows may share one cause."""
+        error = BadRow.__new__(BadRow)
+        error.__dict__.update(self.__dict__)
+        error.where = on_one_line(brief(where))
+        error.args = (self.code, self.message, error.where, self.hint)
+        return error
+
 
 class BadRows(InputRefused):
     """All bad rows of a run; `count` of them, the first few with their reasons in the message."""

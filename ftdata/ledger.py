@@ -253,5 +253,7 @@ def readings(ledgers: Sequence[Ledger]) -> Iterator[str]:
         if own:
             more = f", and {len(own) - 10} more" if len(own) > 10 else ""
             yield f"{says}: {', '.join(f'{name} ({rows:,} rows)' for name, rows in own[:10])}{more}"
+    if count := noted["quotes"]:
+        yield f"quotes are text, as the file is not quoted like CSV (--quoting csv changes that): {count:,} rows"
     if count := noted["completion"]:
         yield f"completions that begin before the last answer, which messages do not tell: {count:,} rows"

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, TypeVar
 
-from ftdata.errors import BadRow, TemplateRefused
+from ftdata.errors import BadRow, InputRefused, TemplateRefused
 from ftdata.fast_path import usual
 from ftdata.mask import Policy, is_own
 from ftdata.recipe import Recipe
@@ -41,8 +41,13 @@ PROVED, PROVED_EVERY, PROVED_MESSAGES = 32, 100, 4
 LIMITS_APART = 100
 """A template is refused when two short rows exceed its limits and fewer rows than this lie between them."""
 
+MAX_UNKNOWN = 100_000
+"""A source is refused when so many rows, one after another, have no known schema: it is not data for training."""
+
 MAX_RAW = 4096
 """Characters of a rejected row that are kept."""
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, default=str, skipkeys=True)
 
 _T = TypeVar("_T")
 
@@ -70,7 +75,7 @@ def _in_turns(recipe: Recipe, rows: Iterator[Row | Reject]) -> Iterator[list[tup
     """Yield a few rows at a time, and what they were rendered to; while they are, the next few are read."""
     # A user's own policy is asked later: what it raises must not reject the row, and it sees no refused texts.
     policy, at_once = recipe.policy if is_own(recipe.train_on) else None, usual(recipe)
-    few, ahead, limits = 1, list[_Few](), _LimitWatch(recipe)
+    few, ahead, watch = 1, list[_Few](), _Watch(recipe)
     while some := _next(rows, few):
         known = [None if isinstance(row, Reject) or _is_proved(row) else at_once(row) for row in some]
         said = [_tried(_said, recipe, row) if one is None else one for row, one in zip(some, known, strict=True)]
@@ -78,11 +83,11 @@ def _in_turns(recipe: Recipe, rows: Iterator[Row | Reject]) -> Iterator[list[tup
         # Of long rows no more are in memory than must be.
         alone = few < FEW or len(some) < few
         while len(ahead) > (not alone):
-            done = _finished(recipe, ahead.pop(0), policy, limits)
+            done = _finished(recipe, ahead.pop(0), policy, watch)
             long = sum([len(one.text) for _, entry in done if isinstance(entry, Shown) for one in entry.texts])
             few = min(FEW, 1 + TOGETHER * len(done) // (long + 1))
             yield done
-    yield from (_finished(recipe, one, policy, limits) for one in ahead)
+    yield from (_finished(recipe, one, policy, watch) for one in ahead)
 
 
 _Few = list[tuple[Row | Reject, Conversation | Shown | Reject, Callable[[], tuple[Rendered, ...]] | None]]
@@ -90,23 +95,52 @@ _Few = list[tuple[Row | Reject, Conversation | Shown | Reject, Callable[[], tupl
 
 
 @dataclass
-class _LimitWatch:
-    """Refuses a template that exceeds its limits on short rows of one source again and again.
+class UnknownSchemas:
+    """Counts consecutive rows without a known schema."""
 
-    Long rows may honestly exceed them. Which rows were read before, by which process, does not matter.
+    rows: int = 0
+
+    def check(self, entry: object) -> None:
+        """Count a row, given as the reject or as anything else.
+
+        Raises:
+            InputRefused: `unknown_schema`: the last `MAX_UNKNOWN` rows have no known schema.
+        """
+        if not isinstance(entry, Reject) or entry.code != "unknown_schema":
+            self.rows = 0
+            return
+        self.rows += 1
+        if self.rows == MAX_UNKNOWN:
+            raise InputRefused(
+                "unknown_schema",
+                f"this row and the {MAX_UNKNOWN - 1:,} rows before it have no known schema; this row: {entry.reason}",
+                where=str(entry.source),
+                hint=entry.fix,
+            )
+
+
+@dataclass
+class _Watch:
+    """Stops a source whose rows fail for a reason that they share, instead of rejecting millions of them.
+
+    Which rows were read before, by which process, does not matter.
     """
 
     recipe: Recipe
     previous: int | None = None
     rows: int = 0
+    unknown: UnknownSchemas = field(default_factory=UnknownSchemas)
 
     def check(self, entry: Shown | Reject | Conversation) -> None:
         """Count a row.
 
         Raises:
-            TemplateRefused: `template_limits`: two short rows, close to each other, exceed the limits.
+            TemplateRefused: `template_limits`: two short rows, close to each other, exceed the limits of the template.
+                Long rows may honestly exceed them.
+            InputRefused: as `UnknownSchemas.check`.
         """
         self.rows += 1
+        self.unknown.check(entry)
         if not isinstance(entry, Reject) or entry.code != "template_limits" or len(entry.raw) >= MAX_RAW:
             return
         if self.previous is not None and self.rows - self.previous < LIMITS_APART:
@@ -120,12 +154,12 @@ class _LimitWatch:
 
 
 def _finished(
-    recipe: Recipe, some: _Few, policy: Policy | None, limits: _LimitWatch
+    recipe: Recipe, some: _Few, policy: Policy | None, watch: _Watch
 ) -> list[tuple[Row | Reject, Shown | Reject]]:
     done = list[tuple[Row | Reject, Shown | Reject]]()
     for row, one, texts in some:
         entry = _tried(_shown, recipe, row, one, policy, texts) if isinstance(one, Conversation) else one
-        limits.check(entry)
+        watch.check(entry)
         done.append((row, entry))
     return done
 
@@ -335,7 +369,7 @@ def rejected(row: Row | Reject, error: BadRow) -> Reject:
     if isinstance(row, Reject):
         return row
     try:
-        raw = json.dumps(row.data, ensure_ascii=False, default=str, skipkeys=True)[:MAX_RAW]
+        raw = _ENCODER.encode(row.data)[:MAX_RAW]
     except (RecursionError, ValueError):
         raw = ""
     text = raw.encode("utf-8", "backslashreplace").decode()

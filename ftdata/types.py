@@ -105,11 +105,13 @@ class Row(NamedTuple):
         data: an object (a dict), or a bare list of messages.
         source: where it stands.
         flat: whether every cell is a text, as in CSV.
+        noted: notes of the reader for the report, such as `"quotes"` (quotes of this file are text).
     """
 
     data: Any
     source: Source
     flat: bool = False
+    noted: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,9 @@ _FAR = 10_000
 """Lines that a quote left open by a fault is looked for in."""
 
 
+_QUOTES_ARE_TEXT = frozenset({"quotes"})
+
+
 def read_csv(file: Input) -> Iterator[Row | Reject]:
     """Yield the rows of a CSV file (comma, semicolon, tab or bar, as the header has it), every cell as its text.
 
@@ -46,8 +49,9 @@ def _separated(file: Input, delimiter: str | None) -> Iterator[Row | Reject]:
         quoting = file.quoting or "csv"
         if delimiter == "\t":
             quoting = quoting_of(file, lines.ahead(), b"\t")
+        noted = _QUOTES_ARE_TEXT if delimiter == "\t" and quoting != "csv" else frozenset[str]()
         delimiter = delimiter or max(_DELIMITERS, key=_outside_quotes(head).count)
-        yield from _cells(head, lines, file, delimiter, quoted=quoting == "csv")
+        yield from _cells(head, lines, file, delimiter, quoted=quoting == "csv", noted=noted)
 
 
 class _Lines:
@@ -126,7 +130,9 @@ class _Lines:
         return self._begin[:_RAW].encode("utf-8", "backslashreplace").decode()
 
 
-def _cells(head: str, lines: _Lines, file: Input, delimiter: str, *, quoted: bool) -> Iterator[Row | Reject]:
+def _cells(
+    head: str, lines: _Lines, file: Input, delimiter: str, *, quoted: bool, noted: frozenset[str]
+) -> Iterator[Row | Reject]:
     csv.field_size_limit(MAX_LINE)
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     try:
@@ -159,13 +165,13 @@ def _cells(head: str, lines: _Lines, file: Input, delimiter: str, *, quoted: boo
             continue
         if not cells:
             continue
-        yield _row(names, cells, source, lines.raw)
+        yield _row(names, cells, source, lines.raw, noted)
         index += 1
     if index == 0:
         raise InputRefused("no_rows", "the file holds no rows below its header", where=file.path)
 
 
-def _row(names: Sequence[str], cells: Sequence[str], source: Source, raw: str) -> Row | Reject:
+def _row(names: Sequence[str], cells: Sequence[str], source: Source, raw: str, noted: frozenset[str]) -> Row | Reject:
     while len(cells) > len(names) and not cells[-1]:
         cells = cells[:-1]
     if len(cells) != len(names):
@@ -175,7 +181,7 @@ def _row(names: Sequence[str], cells: Sequence[str], source: Source, raw: str) -
         if not cell.isascii() and any("\ud800" <= char <= "\udfff" for char in cell):
             fix = "say what it is written in, e.g. encoding='cp1252'"
             return Reject(source, "encoding", name, "is no text in its encoding", fix, raw)
-    return Row(dict(zip(names, cells, strict=True)), source, flat=True)
+    return Row(dict(zip(names, cells, strict=True)), source, flat=True, noted=noted)
 
 
 def _outside_quotes(line: str) -> str:

@@ -124,8 +124,8 @@ def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
             raise missing or error from None
     except BadRow as error:
         where = f"{row.source} {error.field}".rstrip()
-        raise BadRow(error.code, error.message, where=where, hint=error.hint, field=error.field) from None
-    conversation.kwargs, conversation.noted = kwargs, _notes(kind, data, conversation.messages)
+        raise error.located(where) from None
+    conversation.kwargs, conversation.noted = kwargs, _notes(kind, data, conversation.messages) | row.noted
     conversation.schema, conversation.source = kind.name, row.source
     return conversation
 
@@ -172,7 +172,7 @@ def kind_of(schema: str, data: Mapping[str, Any]) -> Kind:
     )
     if (known := _kinds.get(look)) is not None:
         if isinstance(known, BadRow):
-            raise BadRow(known.code, known.message, hint=known.hint, field=known.field)
+            raise known.with_traceback(None)
         return known
     try:
         kind = _kind_named(_detect(data) if schema == "auto" else schema, data)

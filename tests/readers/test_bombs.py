@@ -144,6 +144,7 @@ FILES = {
     "open quote": ("a.csv", lambda path: path.write_bytes(b'question,answer\n"' + b"q a\n" * 15_000_000), "csv"),
     "open quotes": ("a.tsv", lambda path: path.write_text("question\tanswer\n" + ('"a\n' + ("x" * 600 + '""\n') * 10_001) * 4), "ragged_row"),
     "quotes that reopen": ("a.tsv", lambda path: path.write_text("question\tanswer\n" + ('"a\n' + ("x" * 600 + '"\t"\n') * 10_001) * 4), "csv|ragged_row"),
+    "a million empty objects": ("a.jsonl", lambda path: path.write_bytes(b"{}\n" * 1_000_000), "unknown_schema"),
     "nested": ("a.json", lambda path: path.write_bytes(b'{"a":' * 2_000_000), "too_deep"),
 }  # fmt: skip
 
@@ -162,6 +163,7 @@ QUICK = (
     "row number",
     "shared strings",
     "many compressed buffers",
+    "a million empty objects",
 )
 
 

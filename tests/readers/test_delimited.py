@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from laws import often
 from rows import CELLS, data_of, outcomes, write
 
-from ftdata import read
+from ftdata import convert, read
 from ftdata.errors import InputRefused, UsageError
 from ftdata.types import Reject
 
@@ -102,6 +102,10 @@ def test_tsv_quotes_that_are_text(tmp_path, caplog):
         {"question": '5" pipe', "answer": '"open'},
     ]
     assert "quotes are text" in caplog.text
+    report = convert(str(tmp_path / "d.tsv"), to="messages", output=tmp_path / "d.jsonl")
+    assert any("quotes are text" in note and "3 rows" in note for note in report.notes)
+    (tmp_path / "c.tsv").write_text(QUOTED)
+    assert not convert(str(tmp_path / "c.tsv"), to="messages", output=tmp_path / "c.jsonl").notes
 
 
 def test_tsv_quotes_of_csv(tmp_path, caplog):
