@@ -32,8 +32,7 @@ masks: Registry[Policy] = Registry("ftdata.masks", "mask")
 def assistant(rendered: Rendered, conversation: Conversation) -> Sequence[bool]:
     """Train every assistant turn, except messages that say `train: false` or `weight: 0`."""
     kinds = Spans.of(rendered.spans).kinds
-    said = conversation.messages
-    untrained = [i for i in kinds.turns if i < len(said) and said[i].get("train") is False]
+    untrained = _untrained(conversation)
     if not untrained:
         return kinds.generated
     pairs = zip(kinds.generated, kinds.messages, strict=True)
@@ -57,9 +56,23 @@ def completion(rendered: Rendered, conversation: Conversation) -> list[bool]:
 
 
 @masks.register("all")
-def everything(rendered: Rendered, conversation: Conversation) -> list[bool]:  # noqa: ARG001  (a policy)
-    """Train the whole text, prompts and template included."""
-    return [True] * len(rendered.spans)
+def everything(rendered: Rendered, conversation: Conversation) -> list[bool]:
+    """Train the whole text, prompts and template included, except messages with `train: false` or `weight: 0`.
+
+    The template text around such a message is trained, its stop token is not.
+    """
+    untrained = _untrained(conversation)
+    if not untrained:
+        return [True] * len(rendered.spans)
+    return [
+        span.message not in untrained or (span.part is Part.SCAFFOLD and not span.generated) for span in rendered.spans
+    ]
+
+
+def _untrained(conversation: Conversation) -> frozenset[int]:
+    """Return the indices of the messages that are not trained."""
+    messages = enumerate(conversation.messages)
+    return frozenset(index for index, message in messages if message.get("train") is False)
 
 
 PARTS = {"reasoning": Part.REASONING, "answer": Part.CONTENT, "tool_call": Part.TOOL_CALL}

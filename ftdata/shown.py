@@ -249,7 +249,8 @@ def rendered(
 
 def with_row_flags(conversation: Conversation, texts: tuple[Rendered, ...]) -> tuple[Rendered, ...]:
     """Return the texts with flags for what was left out of the row when it was read."""
-    if conversation.schema != "preference":
+    beside = any(note.startswith("column rejected") for note in conversation.noted)
+    if conversation.schema != "preference" and not beside:
         return texts
     return tuple(one._replace(flags=one.flags | {"rejected_side_dropped"}) for one in texts)
 

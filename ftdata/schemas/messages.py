@@ -97,7 +97,7 @@ _OWN_ROLES = {*ROLES.values(), *STANDS_FOR, "context", "documents", "latest_remi
 
 _VISIBLE = re.compile(
     r"[^\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
-    r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff\U0001d173-\U0001d17a]"
+    r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufdd0-\ufdef\ufff0-\ufffb\ufffe\uffff\U0001bca0-\U0001bca3\U000e0000-\U000e0fff\U0001d173-\U0001d17a]"
 )
 """Characters that show something: neither whitespace, nor control, format, filler or variation characters (Unicode's
 Default_Ignorable_Code_Point, with the blank of Braille)."""
@@ -301,6 +301,8 @@ def _calls(message: dict[str, Any], field: str) -> dict[str, Any]:
 
 def _call(call: Mapping[str, Any], field: str) -> dict[str, Any]:
     call = {key: value for key, value in call.items() if value is not None}
+    if "arguments" in call or "function" in call:
+        _check_part({key: value for key, value in call.items() if key not in _ARGUMENTS}, field)
     function = call.get("function")
     if function is None and isinstance(call.get("name"), str):
         given = next((key for key in _ARGUMENTS if key in call), None)
@@ -328,8 +330,7 @@ def _content(content: Any, *, has_calls: bool, field: str) -> dict[str, Any]:
         if not all(isinstance(part.get("text"), str) for part in content):
             raise BadRow("content_type", "has a text part without text", field=field)
         for number, part in enumerate(content):
-            guarded = [key for key in part if key in TRAIN_FIELDS or is_guarded(str(key))]
-            _check_part(part, guarded, f"{field}[{number}]")
+            _check_part(part, f"{field}[{number}]")
         return {"content": [dict(part) for part in content]}
     if isinstance(content, list) and any(isinstance(part, Mapping) and part.get("type") != "text" for part in content):
         kinds = sorted({str(part.get("type")) for part in content if isinstance(part, Mapping)} - {"text"})
@@ -337,8 +338,9 @@ def _content(content: Any, *, has_calls: bool, field: str) -> dict[str, Any]:
     raise BadRow("content_type", f"is {describe(content)}, expected text or a list of text parts", field=field)
 
 
-def _check_part(part: Mapping[str, Any], guarded: list[str], field: str) -> None:
+def _check_part(part: Mapping[str, Any], field: str) -> None:
     """Reject a part of a message with a mask of its own: masks are of whole messages."""
+    guarded = [key for key in part if key in TRAIN_FIELDS or is_guarded(str(key))]
     for key in guarded:
         if key in TRAIN_FIELDS and part[key] is not None and read_flag(part[key], f"{field}.{key}") is False:
             found = "leaves out a part of a message, of which all or nothing is trained"
@@ -376,6 +378,8 @@ def _from_blocks(message: dict[str, Any], field: str) -> Iterator[dict[str, Any]
     texts, thoughts, calls = list[str](), list[str](), list[dict[str, Any]]()
     for index, block in enumerate(message["content"]):
         place = f"{field}.content[{index}]"
+        if isinstance(block, Mapping):
+            _check_part(block, place)
         if _is_part(block, "text") and isinstance(block.get("text"), str):
             if calls:
                 raise BadRow("block_order", "is text after a tool_use: no template prints it there", field=place)
@@ -400,6 +404,7 @@ def _from_blocks(message: dict[str, Any], field: str) -> Iterator[dict[str, Any]
 def _result(block: Mapping[str, Any], field: str) -> str | list[dict[str, Any]]:
     content = block.get("content", "")
     if isinstance(content, list) and len(content) == 1 and _is_part(content[0], "text"):
+        _check_part(content[0], f"{field}.content[0]")
         content = content[0].get("text")
     if not isinstance(content, str):
         return list(_content(content, has_calls=False, field=f"{field}.content")["content"])

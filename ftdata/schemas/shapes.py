@@ -268,7 +268,7 @@ def _pretokenised(data: Mapping[str, Any]) -> Conversation:
     for name, whole in (("attention_mask", [1] * len(ids)), ("seq_lengths", [len(ids)])):
         if data.get(name) is not None and _whole_numbers(data, name).tolist() != whole:
             raise BadRow("tokens_shape", "is not that of one unpadded example", field=name, hint="one row per example")
-    mask = next((name for name in _MASKS if data.get(name) is not None), None)
+    masks = {name: _mask(data, name, len(ids)) for name in _MASKS if data.get(name) is not None}
     if data.get("labels") is not None:
         labels = _whole_numbers(data, "labels")
         if len(labels) != len(ids):
@@ -278,15 +278,27 @@ def _pretokenised(data: Mapping[str, Any]) -> Conversation:
             at = int(wrong[0])
             found = f"is {labels[at]}, expected the id {ids[at]} itself or {IGNORE_INDEX} (labels are not shifted)"
             raise BadRow("label_value", found, field=f"labels[{at}]")
-    elif mask is not None:
-        values = _whole_numbers(data, mask)
-        if len(values) != len(ids) or not np.isin(values, (0, 1)).all():
-            raise BadRow("tokens_shape", f"is no 0 or 1 for each of {len(ids)} ids", field=mask)
-        trained = values == 1
+    elif masks:
+        trained = next(iter(masks.values()))
     else:
         hint = f"give labels, or one of {', '.join(_MASKS)}"
         raise BadRow("no_labels", "come without labels: which of them are to be learnt?", field="input_ids", hint=hint)
+    for name, mask in masks.items():
+        if not np.array_equal(mask, trained):
+            at = int(np.flatnonzero(mask != trained)[0])
+            other = "labels" if data.get("labels") is not None else next(iter(masks))
+            here, there = ("trained", "not trained")[:: 1 if mask[at] else -1]
+            found = f"differs from {other}: token {at} is {here} here, and {there} there"
+            raise BadRow("two_masks", found, field=f"{name}[{at}]", hint="keep only one of the two")
     return Conversation(messages=(), tokens=Tokens(ids.astype(np.int32), trained))
+
+
+def _mask(data: Mapping[str, Any], name: str, length: int) -> Any:
+    """Return a column of 0 and 1 as bool `[length]`."""
+    values = _whole_numbers(data, name)
+    if len(values) != length or not np.isin(values, (0, 1)).all():
+        raise BadRow("tokens_shape", f"is no 0 or 1 for each of {length} ids", field=name)
+    return values == 1
 
 
 def _whole_numbers(data: Mapping[str, Any], column: str) -> Any:

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from ftdata import build_sft_dataset, encode
 from ftdata.errors import BadRow, BadRows
+from ftdata.schemas import normalise
 from ftdata.schemas.training_fields import MEDIA_FIELDS, TRAIN_FIELDS, is_mask_name
+from ftdata.types import NOWHERE, Part, Row
 
 OFF = [False, 0, 0.0]
 ON = [True, 1, 1.0]
@@ -182,3 +184,69 @@ def test_encode_takes_the_same_fields(tokenizer_dir):
     (example,) = encode(talk, tokenizer_dir("tiny_bpe"), "chatml")
     (trained,) = encode([USER, ASSISTANT], tokenizer_dir("tiny_bpe"), "chatml")
     assert example.trained.sum() == trained.trained.sum()
+
+
+PAIR = {"prompt": "Q?", "completion": "A!"}
+CALL = {"function": {"name": "f", "arguments": {}}, "train": False}
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        ({"input_ids": [1, 2], "labels": [1, 2], "loss_mask": [0, 0]}, "two_masks"),
+        ({"input_ids": [1, 2], "labels": [-100, 2], "completion_mask": [1, 1]}, "two_masks"),
+        ({"input_ids": [1, 2], "completion_mask": [0, 1], "assistant_masks": [1, 0]}, "two_masks"),
+        ({**PAIR, "labels": "[-100, 3]"}, "labels_beside_text"),
+        ({**PAIR, "label": False}, "row_not_trained"),
+        ({**PAIR, "kto_tag": "False"}, "row_not_trained"),
+        ({**PAIR, "train": "no"}, "row_not_trained"),
+        ({**PAIR, "loss_mask": "[0, 1]"}, "unknown_mask_field"),
+        ({**PAIR, "train_on_inputs": "yes"}, "unknown_mask_field"),
+        ({**PAIR, "metadata": {"train": False}}, "unknown_mask_field"),
+        ({**PAIR, "imageUrl": "a.png"}, "media"),
+        ({**PAIR, "image_paths": ["a.png"]}, "media"),
+        ({"messages": [USER, {**ASSISTANT, "mask": "no"}]}, "unknown_mask_field"),
+        ({"messages": [USER, {**ASSISTANT, "extra": {"weight": 0}}]}, "unknown_mask_field"),
+        ({"messages": [USER, {**ASSISTANT, "tool_calls": [CALL]}]}, "part_mask"),
+    ],
+)
+def test_fields_that_contradict_the_labels(row, code):
+    with pytest.raises(BadRow) as caught:
+        normalise(Row(row, NOWHERE))
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("key", ["train", "loss_mask"])
+@pytest.mark.parametrize("block", [{"type": "thinking", "thinking": "hm"}, {"type": "tool_use", "name": "f"}])
+def test_blocks_with_masks_are_rejected(block, key):
+    blocks = [{**block, key: False}, {"type": "text", "text": "yo"}]
+    with pytest.raises(BadRow, match="part_mask"):
+        normalise(Row({"messages": [USER, {"role": "assistant", "content": blocks}]}, NOWHERE))
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "x", "image": "a.png"}]}
+    with pytest.raises(BadRow, match="media"):
+        normalise(Row({"messages": [USER, {"role": "user", "content": [result]}]}, NOWHERE))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**PAIR, "label": 0},
+        {**PAIR, "label": True},
+        {**PAIR, "metadata": {"loss": 2.5, "trained_by": "x"}},
+        {**PAIR, "training": "a course"},
+        {"input_ids": [1, 2], "labels": [-100, 2], "loss_mask": [0, 1]},
+    ],
+)
+def test_fields_that_contradict_nothing(row):
+    assert normalise(Row(row, NOWHERE)).schema in ("prompt_completion", "tokens")
+
+
+def test_all_trains_no_message_that_is_left_out(tokenizer_dir):
+    messages = [USER, {**ASSISTANT, "content": "BAD", "train": False}, USER, ASSISTANT]
+    (example,) = encode(messages, tokenizer_dir("tiny_bpe"), "chatml", train_on="all")
+    (span,) = [span for span in example.spans if span.message == 1 and span.part is Part.CONTENT]
+    start, end = example.offsets.T
+    inside = (start < span.end) & (end > span.start)
+    assert inside.any()
+    assert not example.trained[inside].any()
+    assert example.trained[start >= span.end + len("<|im_end|>")].all()
