@@ -99,8 +99,12 @@ def _from_transformers(tokenizer: Any, *, thorough: bool) -> Tokenizer:
     return loaded
 
 
+_TOKEN_SETTINGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
+
+
 def _state(backend: tokenizers.Tokenizer) -> tuple[Any, ...]:
     """Return all that can be changed in a tokenizer but its vocabulary and merges, and what these make of a sample."""
+    added = backend.get_added_tokens_decoder()
     parts = (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder)
     settings = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
                 "ignore_merges", "max_input_chars_per_word")  # fmt: skip
@@ -108,7 +112,9 @@ def _state(backend: tokenizers.Tokenizer) -> tuple[Any, ...]:
         backend.get_vocab_size(with_added_tokens=True),
         tuple(None if part is None else part.__getstate__() for part in parts),
         tuple(getattr(backend.model, name, None) for name in settings),
-        tuple((id_, str(token)) for id_, token in backend.get_added_tokens_decoder().items()),
+        tuple(
+            (id_, token.content, *(getattr(token, name) for name in _TOKEN_SETTINGS)) for id_, token in added.items()
+        ),
         tuple(backend.encode(_SAMPLE, add_special_tokens=False).ids),
     )
 

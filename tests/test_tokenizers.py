@@ -120,6 +120,21 @@ def test_encode_notices_a_changed_object(change, tokenizer_dir):
     assert after.input_ids.tolist() != before.input_ids.tolist()
 
 
+def test_encode_notices_that_an_added_token_became_special(tokenizer_dir):
+    from tokenizers import AddedToken
+
+    held = transformers_tokenizer(tokenizer_dir("tiny_bpe"))
+    held.add_tokens(["lazy dog"])
+    messages = [{"role": "user", "content": "The"}, {"role": "assistant", "content": "lazy dog, The"}]
+    assert (
+        build_sft_dataset([{"messages": messages}], held)["train"]["input_ids"][0]
+        == encode(messages, held)[0].input_ids.tolist()
+    )
+    held.add_tokens([AddedToken("lazy dog", special=True)], special_tokens=True)
+    built = build_sft_dataset([{"messages": messages}], held)["train"]["input_ids"][0]
+    assert encode(messages, held)[0].input_ids.tolist() == built
+
+
 def test_files_of_the_same_size_and_time_are_loaded_again(tokenizer_dir, tmp_path):
     folder = tmp_path / "t"
     shutil.copytree(tokenizer_dir("tiny_bpe"), folder)

@@ -86,6 +86,22 @@ def left_over(text: str) -> str | None:
     return found.group().strip() if found and not struck_out else None
 
 
+_PLACEHOLDER = re.compile(
+    r"<(?:image|video|audio|img|ImageHere|start_of_image|image_soft_token)(?:_?\d+)?>(?!.*</)|\[IMG\]|<image_placeholder>"
+    r"|<\|(?:image|video|audio)(?:_pad|_\d+)?\|>|!\[[^\]\n]{0,100}\]\(data:image/"
+)
+
+
+def media_placeholder(text: str) -> str | None:
+    """Return what stands for an image, a video or a sound in a text; `None` where nothing does.
+
+    >>> media_placeholder("<image>What?"), media_placeholder("<image_1>"), media_placeholder("an <imagery>")
+    ('<image>', '<image_1>', None)
+    """
+    found = _PLACEHOLDER.search(text)
+    return found.group() if found else None
+
+
 SCRIPTS = (
     *("Latin", "Greek", "Cyrillic", "Armenian", "Hebrew", "Arabic", "Indic", "Thai", "Georgian", "Hangul"),
     *("Kana", "Han"),

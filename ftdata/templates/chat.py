@@ -109,7 +109,8 @@ def render_chat(chat: Chat, turns: Sequence[int], dropped: str = "refuse") -> Re
     return rendered
 
 
-_EMPTY_THINKING = re.compile(rf"\s*<({THINKING_NAMES})>\s*</\1>")
+_EMPTY_THINKING = re.compile(rf"\s*(?:<({THINKING_NAMES})>\s*</\1>|</(?:{THINKING_NAMES})>)")
+"""An empty thinking block, whole or without the tag that the prompt ends with."""
 
 
 def _thinking_flags(text: str, parts: Sequence[Piece], regions: Sequence[Region]) -> frozenset[str]:

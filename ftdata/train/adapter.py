@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -125,10 +126,12 @@ def check_modules(config: Config, model: Any) -> None:
             config, "lora.target_modules", f"module that matches {pattern!r}", nearest(pattern, _last(modules))
         )
     _check_layers(config, fields.get("layers_to_transform"), model)
+    _check_patterns(config, fields, modules)
+    _check_tokens(config, fields.get("trainable_token_indices"), model)
     lora = adapter(config, model, grows=False, shapes=True)
     try:
         get_peft_model(model, lora)
-    except (ValueError, TypeError, RuntimeError, ImportError, NotImplementedError) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError, ImportError, NotImplementedError) as error:
         raise UsageError("lora", f"{config.model} takes no such adapter: {said_by(error)}") from None
 
 
@@ -137,6 +140,28 @@ def _check_layers(config: Config, chosen: Any, model: Any) -> None:
     for number in chosen if isinstance(chosen, list) else () if chosen is None else (chosen,):
         if not 0 <= number < layers:
             raise _lacks(config, "lora.layers_to_transform", f"layer {number}", f"expected 0 to {layers - 1}")
+
+
+def _check_patterns(config: Config, fields: Mapping[str, Any], modules: Sequence[str]) -> None:
+    """Refuse ranks, alphas and exclusions for modules that the model lacks; PEFT ignores those."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in fields.get(field) or ():
+            # As PEFT matches them.
+            if not _any_match(rf"(?:.*\.)?(?:{pattern})", modules, f"lora.{field}"):
+                raise _lacks(config, f"lora.{field}", f"module {pattern!r}", nearest(pattern, _last(modules)))
+    excluded = fields.get("exclude_modules")
+    if isinstance(excluded, str) and not _any_match(excluded, modules, "lora.exclude_modules"):
+        raise _lacks(
+            config, "lora.exclude_modules", f"module that matches {excluded!r}", nearest(excluded, _last(modules))
+        )
+
+
+def _check_tokens(config: Config, chosen: Any, model: Any) -> None:
+    tokens = int(model.get_input_embeddings().num_embeddings)
+    ids = chain.from_iterable(chosen.values()) if isinstance(chosen, Mapping) else chosen or ()
+    for id_ in ids:
+        if not 0 <= id_ < tokens:
+            raise _lacks(config, "lora.trainable_token_indices", f"token {id_}", f"expected 0 to {tokens - 1}")
 
 
 def _lacks(config: Config, field: str, what: str, hint: str) -> UsageError:
@@ -151,11 +176,11 @@ def _listed(value: Any) -> list[str]:
     return value if isinstance(value, list) else []
 
 
-def _any_match(pattern: str, names: Iterable[str]) -> bool:
+def _any_match(pattern: str, names: Iterable[str], field: str = "lora.target_modules") -> bool:
     try:
         return any(re.fullmatch(pattern, name) for name in names)
     except re.error as error:
-        message = f"lora.target_modules is {pattern!r}, which is no regular expression: {error}"
+        message = f"{field} is {pattern!r}, which is no regular expression: {error}"
         raise UsageError("train_setting", message, hint="list names: target_modules: [q_proj, v_proj]") from None
 
 

@@ -103,6 +103,7 @@ CASES = {
         rows({"input_ids": [1, 40, 2, 2], "labels": [-100, 40, 2, 2]}),
         rows({"input_ids": [2, 2, 40, 2], "labels": [-100, -100, 40, 2]}),
     ),
+    "media_placeholder": (rows(talk("<image>What?", "a")), rows(talk("an <image>alt</image> in XML", "a"))),
     "left_over": (rows(talk("q", "an answer</s>")), rows(talk("q", "<s>struck</s> out"))),
     "same_prompt": (
         rows(PLAIN, against=[talk("a question", "x")]),

@@ -320,6 +320,19 @@ def test_an_empty_thinking_block_is_flagged():
     assert "empty_thinking" not in trained(template(), typed)[1]
 
 
+def test_a_thinking_block_that_the_prompt_opens_and_the_answer_closes_is_flagged():
+    opened = (
+        "{% for m in messages %}"
+        + HEAD
+        + "{% if m.role == 'assistant' %}<think>{{ m.reasoning_content or '' }}</think>{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}" + PROMPT + "<think>{% endif %}"
+    )
+    texts, flags = trained(opened, TALK)
+    assert texts[0].startswith("</think>")
+    assert flags == {"empty_thinking"}
+    assert trained(opened, [USER, {**ANSWER, "reasoning_content": "hm"}])[1] == set()
+
+
 def test_a_template_variable_leaves_the_thinking_block_to_the_prompt(tokenizer_dir):
     from ftdata import encode
 

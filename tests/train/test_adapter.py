@@ -144,6 +144,23 @@ def test_layers_that_the_model_lacks_are_refused(llama, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("lora", "says"),
+    [
+        ({"rank_pattern": {"q_prj": 4}}, "rank_pattern: .*no module 'q_prj'.*did you mean 'q_proj'"),
+        ({"alpha_pattern": {"nomod": 4}}, "alpha_pattern: .*no module 'nomod'"),
+        ({"exclude_modules": "foo"}, "exclude_modules: .*no module that matches 'foo'"),
+        ({"trainable_token_indices": [10_000_000]}, "trainable_token_indices: .*no token 10000000. Fix: expected 0 to"),
+        ({"trainable_token_indices": [-5]}, "no token -5"),
+        ({"layer_replication": [[0, 99]]}, "takes no such adapter"),
+    ],
+)
+def test_what_peft_would_ignore_is_refused(llama, tmp_path, lora, says):
+    lora = {"target_modules": ["q_proj", "v_proj"], **lora}
+    with pytest.raises(UsageError, match=says):
+        run("/nowhere/data.jsonl", model=llama, output_dir=tmp_path / "run", lora=lora)
+
+
+@pytest.mark.parametrize(
     "lora",
     [{"use_dora": True}, {"use_rslora": True, "bias": "all"}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"}],
     ids=["dora", "rslora and bias", "a module whole", "pissa"],

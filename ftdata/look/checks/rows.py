@@ -253,6 +253,21 @@ def _left_over(row: Row) -> Iterator[str]:
 
 
 @check(
+    "media_placeholder",
+    "warning",
+    "row",
+    "a message holds a placeholder for an image, a video or a sound, which is built as text",
+    "remove these rows: the model would learn to answer about what it is not shown",
+    of_messages=True,
+)
+def _media_placeholder(row: Row) -> Iterator[str]:
+    for number, message in enumerate(row.said.messages):
+        for text in texts_of(message.get("content")):
+            if found := detect.media_placeholder(text):
+                yield f"messages[{number}].content holds {found!r}"
+
+
+@check(
     "default_system",
     "note",
     "row",
