@@ -14,7 +14,7 @@ from ftdata.errors import BadRow
 from ftdata.mask import is_own
 from ftdata.recipe import Recipe
 from ftdata.schemas import Kind, kind_of
-from ftdata.schemas.messages import has_visible_text, plain_message
+from ftdata.schemas.messages import has_answer, plain_message
 from ftdata.templates.plans import contents_of
 from ftdata.types import Conversation, Message, Row, Shown
 
@@ -64,7 +64,7 @@ def _talk(row: Row) -> tuple[str, tuple[str, ...], Sequence[Message], Sequence[s
         return column, (), (), ()
     messages = [message for message in map(plain_message, said) if message is not None]
     contents = contents_of(messages) if len(messages) == len(said) else None
-    if not contents or not all(map(has_visible_text, contents)):
+    if not contents or not all(map(has_answer, contents)):
         return column, (), (), ()
     return column, tuple([item["role"] for item in said]), messages, contents
 

@@ -19,7 +19,7 @@ from ftdata.fast_path import usual
 from ftdata.mask import Policy, is_own
 from ftdata.recipe import Recipe
 from ftdata.schemas import normalise
-from ftdata.schemas.messages import has_visible_text
+from ftdata.schemas.messages import has_answer, has_visible_text
 from ftdata.templates import begun, closed, contradicted, render
 from ftdata.templates.spans import thinking_tags
 from ftdata.types import Conversation, Reject, Rendered, Row, Shown, Spans
@@ -354,10 +354,10 @@ def check_answers(conversation: Conversation) -> None:
         content = message.get("content")
         texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content or ()]
         asked = message.get("train", True) and not message.get("tool_calls")
-        if asked and content is not None and not any(map(has_visible_text, texts)):
+        if asked and content is not None and not any(map(has_answer, texts)):
             raise BadRow(
                 "empty_answer",
-                "is empty, or has no visible character: the model would learn to answer nothing",
+                "is empty, or has no visible character outside thinking: the model would learn to answer nothing",
                 field=f"messages[{index}].content",
                 hint="take the row out, or give the message train: false",
             )

@@ -33,7 +33,7 @@ from numpy.typing import ArrayLike
 from ftdata.errors import BadRow, one_of
 from ftdata.examples import encode
 from ftdata.recipe import make_recipe
-from ftdata.schemas.messages import has_visible_text
+from ftdata.schemas.messages import has_answer
 from ftdata.types import IGNORE_INDEX, Example, Message, Part
 
 __all__ = ["byte_tokenizer", "check_control", "check_laws", "conversations", "texts", "try_template"]
@@ -127,7 +127,7 @@ def conversations(
         tools: some answers come after a tool call and its result.
         max_turns: how many questions at most.
     """
-    answer = texts().filter(has_visible_text)
+    answer = texts().filter(has_answer)
     thought = st.none() | answer if reasoning else st.none()
     call = st.none() | st.tuples(answer, answer) if tools else st.none()
     turn = st.tuples(texts(), call, thought, answer)

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import law
 
-from ftdata import encode
-from ftdata.errors import BadRow, TemplateRefused
+from ftdata import build_sft_dataset, encode
+from ftdata.errors import BadRow, BadRows, TemplateRefused
 from ftdata.recipe import make_recipe
-from ftdata.schemas.messages import has_visible_text
+from ftdata.schemas.messages import has_answer
 from ftdata.templates import render
 from ftdata.templates.verify import contradicted
 from ftdata.testing import check_laws, conversations, texts, try_template
@@ -133,7 +133,7 @@ def test_ids_are_those_of_the_tokenizer_alone(name, tokenizer_dir, data):
 
 
 @law()
-@given(question=texts(), answer=texts().filter(has_visible_text))
+@given(question=texts(), answer=texts().filter(has_answer))
 def test_template_syntax_in_data_is_text(tokenizer_dir, question, answer):
     """M9: what looks like Jinja inside the data is printed as it is."""
     (example,) = encode(
@@ -426,3 +426,23 @@ def test_a_tokenizer_that_throws_dice_is_refused(tokenizer_dir, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
     with pytest.raises(TemplateRefused, match="tokenizer_dropout"):
         encode([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], tmp_path, "chatml")
+
+
+@pytest.mark.parametrize("template", ["chatml", "gemma", "zephyr"])
+def test_an_empty_answer_that_is_not_trained(template, tokenizer_dir):
+    user = {"role": "user", "content": "Hi"}
+    messages = [
+        user,
+        {"role": "assistant", "content": "", "train": False},
+        user,
+        {"role": "assistant", "content": "yes"},
+    ]
+    (example,) = encode(messages, tokenizer_dir("tiny_bpe"), template)
+    assert {span.message for span in example.spans if span.generated} == {3}
+
+
+@pytest.mark.parametrize("answer", ["<think>hm</think>", "<think>\n\n</think>\n\u200b", "\ufffe\U0001bca0"])
+def test_an_answer_without_text_outside_thinking_is_rejected(answer, tokenizer_dir):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+    with pytest.raises(BadRows, match="empty_answer"):
+        build_sft_dataset([{"messages": messages}], tokenizer_dir("tiny_bpe"), "chatml")

@@ -112,6 +112,19 @@ def has_visible_text(text: str) -> bool:
     return _VISIBLE.search(text) is not None
 
 
+THINKING_NAMES = "think|thinking|thought|reasoning"
+_THINKING = re.compile(rf"<({THINKING_NAMES})>.*?</\1>", re.DOTALL)
+
+
+def has_answer(text: str) -> bool:
+    """Return whether a text shows anything beside thinking in tags.
+
+    >>> has_answer("<think>hm</think> yes"), has_answer("<think>hm</think>")
+    (True, False)
+    """
+    return has_visible_text(text) and ("</" not in text or has_visible_text(_THINKING.sub("", text)))
+
+
 def is_message(value: Any) -> bool:
     """Whether this looks like one message: an object with somebody who speaks, and a text."""
     return isinstance(value, Mapping) and (

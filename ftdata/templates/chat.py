@@ -13,11 +13,12 @@ from typing import Any
 
 from ftdata.errors import BadRow
 from ftdata.schemas import ROLES, STANDS_FOR
+from ftdata.schemas.messages import THINKING_NAMES
 from ftdata.templates import markers
 from ftdata.templates.arrival import check_arrival, recover
 from ftdata.templates.memory import key_of
 from ftdata.templates.plans import Plan, alike, contents_of, shape_of, stretches_of
-from ftdata.templates.spans import THINKING_NAMES, Piece, Region, pieces, split_thinking, tile, tracked_messages
+from ftdata.templates.spans import Piece, Region, pieces, split_thinking, tile, tracked_messages
 from ftdata.templates.template import Template, chat_variables
 from ftdata.templates.tracked import Tracked
 from ftdata.templates.watched import Origin, Watched, plain, watched, watching
@@ -157,7 +158,8 @@ def _regions(
 ) -> tuple[list[Region], frozenset[str]]:
     """Return what the model must produce, as detected; where the user's own template marks it otherwise, as marked."""
     own = chat.template.tagged and chat.template.strict
-    marked = _in_turns(markers.from_blocks(parts, turns), turns) if own else None
+    assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    marked = markers.from_blocks(parts, assistants, turns) if own else None
     try:
         located = _located(chat, tracked, parts, turns, origins)
         _check_disjoint([turn.region for turn in located])
@@ -170,7 +172,7 @@ def _regions(
     solid = [one for one in regions if one.start < one.end]
     if marked is not None:
         return (regions, flags) if marked == solid else (marked, flags | {"tags_unconfirmed"})
-    if chat.template.tagged and (tags := _marked(parts, turns)) != solid:
+    if chat.template.tagged and (tags := _marked(parts, assistants, turns)) != solid:
         # Where a template has no generation prompt, nothing but its tags says that the model need not write a header.
         if tags and "add_generation_prompt" not in chat.template.names and _begin_later(tags, solid):
             return tags, flags | {"tags_unconfirmed"}
@@ -269,13 +271,9 @@ def _locate(chat: Chat, text: str, parts: Sequence[Piece], turn: int, prefix: ma
         raise
 
 
-def _in_turns(regions: Sequence[Region], turns: Sequence[int]) -> list[Region]:
-    return [region for region in regions if region.message in turns]
-
-
-def _marked(parts: Sequence[Piece], turns: Sequence[int]) -> list[Region] | None:
+def _marked(parts: Sequence[Piece], assistants: Sequence[int], turns: Sequence[int]) -> list[Region] | None:
     try:
-        return _in_turns(markers.from_blocks(parts, turns), turns)
+        return markers.from_blocks(parts, assistants, turns)
     except BadRow:
         return None
 

@@ -38,8 +38,8 @@ class Turn:
     flags: frozenset[str] = frozenset()
 
 
-def from_blocks(parts: Sequence[Piece], assistants: Sequence[int]) -> list[Region]:
-    """Return the regions that `{% generation %}` blocks mark.
+def from_blocks(parts: Sequence[Piece], assistants: Sequence[int], turns: Sequence[int]) -> list[Region]:
+    """Return the regions that `{% generation %}` blocks mark for the `turns`, a part of the `assistants`' messages.
 
     Raises:
         BadRow: it is not clear which message a block belongs to.
@@ -49,15 +49,16 @@ def from_blocks(parts: Sequence[Piece], assistants: Sequence[int]) -> list[Regio
     for position, block in enumerate(blocks):
         inside = [piece for piece in parts if piece.block == block]
         owners = {piece.message for piece in inside if piece.part is not Part.SCAFFOLD}
-        if not owners and len(blocks) == len(assistants):
-            owners = {assistants[position]}
+        if not owners:
+            # An empty answer: blocks come in the order of the messages.
+            owners = {each[position] for each in (assistants, turns) if len(each) == len(blocks)}
         if len(owners) != 1:
             raise BadRow(
                 "generation_tags",
                 f"generation block {position} of the template holds text of {len(owners)} messages, expected one",
             )
         regions.append(Region(owners.pop(), inside[0].start, inside[-1].end))
-    return regions
+    return [region for region in regions if region.message in turns]
 
 
 def locate(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, count: int, stops: Stops) -> Turn:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ftdata.schemas.messages import THINKING_NAMES
 from ftdata.templates.tracked import BLOCK, Tracked
 from ftdata.types import Part, Span
 
@@ -23,7 +24,6 @@ _KEYS = {
     **dict.fromkeys(_REASONING, Part.REASONING),
 }
 
-THINKING_NAMES = "think|thinking|thought|reasoning"
 _OPENS, _OPENED = re.compile(rf"\s*<({THINKING_NAMES})>"), re.compile(rf"<({THINKING_NAMES})>\s*$")
 
 

@@ -28,7 +28,7 @@ def test_r2_a_turn_begins_where_its_generation_prompt_ends():
     forced = template(
         by_itself.partition("{% for m in messages %}")[2].partition("{% endfor %}")[0], PROMPT + "<think>\n"
     )
-    assert trained(forced) == (["\n</think>\n\na1<|im_end|>", "\n</think>\n\na2<|im_end|>"], set())
+    assert trained(forced) == (["\n</think>\n\na1<|im_end|>", "\n</think>\n\na2<|im_end|>"], {"empty_thinking"})
 
 
 def test_r2_where_there_is_no_prompt_tags_say_where_the_model_begins():
