@@ -31,7 +31,7 @@ _PLACEHOLDERS = (0xF0000, 0xF8000, 0x100000, 0x108000)
 """Private-use characters from one of these on stand for control tokens while typed ones are being escaped."""
 
 
-_LOADED = frozenset({"_backend", "encoders", "added_tokens", "size"})
+_LOADED = frozenset({"_backend", "encoders", "added_tokens", "stripping_tokens", "size"})
 """What a tokenizer holds ready that does not depend on its chat template or special tokens."""
 
 
@@ -86,6 +86,12 @@ class Tokenizer:
     def added_tokens(self) -> dict[str, tuple[int, bool]]:
         """Added token -> (id, is special)."""
         return {token.content: (id_, token.special) for id_, token in self._plain.get_added_tokens_decoder().items()}
+
+    @cached_property
+    def stripping_tokens(self) -> frozenset[str]:
+        """Added tokens that take the whitespace around them out of the ids."""
+        tokens = self._plain.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in tokens if token.lstrip or token.rstrip)
 
     @cached_property
     def bos_ids(self) -> NDArray[np.int32]:
@@ -384,13 +390,14 @@ def _shadow(control: ControlTokens, base: int) -> tuple[tokenizers.Tokenizer, ND
 
 @lru_cache(maxsize=32)
 def control_tokens(tokenizer: Tokenizer, template: str) -> ControlTokens:
-    """Return the tokens that only this template may write: special ones, and added ones that it prints.
+    """Return the tokens that only this template may write: special ones, and added ones that it prints or that strip.
 
     Words that were added to the vocabulary are no control tokens, though the template may contain them.
     """
     found = (
         token
         for token, (_, special) in tokenizer.added_tokens.items()
-        if token.strip() and (special or (token in template and not is_ordinary(token)))
+        if token.strip()
+        and (special or token in tokenizer.stripping_tokens or (token in template and not is_ordinary(token)))
     )
     return ControlTokens(tokenizer, tuple(sorted(found, key=lambda token: (-len(token), token))))

@@ -189,3 +189,13 @@ def test_words_that_were_added_to_the_vocabulary_are_ordinary_text(content, toke
     assert example.input_ids.tolist() == alone.encode(example.text, add_special_tokens=False).ids
     assert alone.decode(example.input_ids.tolist(), skip_special_tokens=False) == example.text
     assert "control_tokens" not in example.flags
+
+
+@pytest.mark.parametrize("content", ["<x>", "best,", "a-b"])
+def test_text_that_spells_a_token_that_strips_keeps_its_whitespace(content, tokenizer_dir, tmp_path):
+    folder = with_added(tokenizer_dir("tiny_bpe"), tmp_path / "t", content=content, lstrip=True, rstrip=True)
+    text = f"The lazy {content}  dog"
+    messages = [{"role": "user", "content": "The"}, {"role": "assistant", "content": text}]
+    (example,) = encode(messages, folder, "chatml")
+    assert load_tokenizer(folder).decode(example.input_ids[example.trained].tolist()).startswith(text)
+    assert "control_tokens" in example.flags
