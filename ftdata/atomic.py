@@ -27,8 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import xxhash
-
 from ftdata import disk, records
 from ftdata.errors import FtdataError, HubError, InternalError, StorageError
 
@@ -258,7 +256,7 @@ def sealed(folder: Path) -> dict[str, Any] | None:
 
 
 def _hash(said: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(disk.json_of(said))
+    return disk.hash_of(disk.json_of(said))
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from ftdata import atomic, cache, disk, near_duplicates, remote_builds, store
@@ -474,4 +473,4 @@ def _fingerprint(options: Mapping[str, Any], joined: Merged) -> str:
     }
     content = [joined.examples.content, [ledger.examples for ledger in joined.ledgers]]
     parts = {"ftdata": __version__, "options": nameless, "content": content}
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+    return disk.hash_of(json.dumps(parts, sort_keys=True).encode())

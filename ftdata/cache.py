@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from ftdata import atomic, disk
@@ -49,7 +48,7 @@ def code() -> str:
 
 def key_of(parts: Any) -> str:
     """Return the hash of a JSON value."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
+    return disk.hash_of(json.dumps(parts, sort_keys=True, default=str).encode())
 
 
 def find(kind: str, key: str, target: Path) -> dict[str, Any] | None:

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-import xxhash
-
+from ftdata import disk
 from ftdata._version import __version__
 from ftdata.layout import Layout
 from ftdata.ledger import Report
@@ -43,7 +42,7 @@ def _facts(report: Report, recipe: Recipe) -> Iterator[tuple[str, object]]:
         share = "" if (place["amount"], place["unit"]) == (1, "times") else f", {place['amount']:g} {place['unit']}"
         yield f"source {number}", f"{ledger.source}: {ledger.built:,} rows{split}{share}"
     yield "tokenizer", f"{recipe.tokenizer.name} ({recipe.tokenizer.fingerprint})"
-    yield "template", f"{template.name} ({xxhash.xxh3_128_hexdigest(template.source.encode())})"
+    yield "template", f"{template.name} ({disk.hash_of(template.source.encode())})"
     if template.kwargs:
         yield "template variables", dict(template.kwargs)
     yield "trained on", ", ".join([options["train_on"], *(options["train_parts"] or ())])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import io
 import json
 import os
@@ -21,8 +22,6 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
-
-import xxhash
 
 OPERATIONS = ("create", "write", "sync", "mkdir", "link", "rename", "swap", "remove")
 _ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO, "readonly": errno.EROFS}
@@ -154,9 +153,9 @@ def remove(path: Path) -> None:
 
 
 def digest(path: str | Path, start: int = 0, end: int | None = None) -> str:
-    """Return the XXH3 (128 bits) of a file, in hexadecimal; or of the bytes from `start` to the end of `end`'s line."""
-    # A cryptographic one takes longer than packing and writing do, and would tell no more of a damaged disk.
-    found = xxhash.xxh3_128()
+    """Return the SHA-256 of a file, in hexadecimal; or of the bytes from `start` to the end of `end`'s line."""
+    # Faster hashes exist, but two files can be made that have the same, and one would be built for the other.
+    found = hashlib.sha256()
     with Path(path).open("rb") as file:
         left = sys.maxsize if end is None else end - file.seek(start)
         last = b"\n"
@@ -167,6 +166,11 @@ def digest(path: str | Path, start: int = 0, end: int | None = None) -> str:
             found.update(part)
             last = part[-1:]
     return found.hexdigest()
+
+
+def hash_of(content: bytes) -> str:
+    """Return the first 128 bits of the SHA-256 of `content`, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def cache_root() -> Path | None:

@@ -10,6 +10,7 @@ file held against the manifest.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import tempfile
@@ -17,8 +18,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from ftdata import atomic, disk, store
 from ftdata.errors import HubError, InputRefused, StorageError, UsageError
@@ -50,7 +49,7 @@ def checked(url: str) -> str:
 
 def staging(url: str) -> Path:
     """Return the folder of this machine in which a build is made that is to go to a URL."""
-    return _home() / xxhash.xxh3_128_hexdigest(url.encode("utf-8", "backslashreplace"))
+    return _home() / disk.hash_of(url.encode("utf-8", "backslashreplace"))
 
 
 def _home() -> Path:
@@ -111,7 +110,7 @@ def upload(folder: Path, url: str) -> None:
 
     def put(name: str) -> None:
         known = files[name]
-        if there.get(name) != known["bytes"] or _digest(f"{url}/{name}") != known["xxh3_128"]:
+        if there.get(name) != known["bytes"] or _digest(f"{url}/{name}") != known["sha256"]:
             send(folder / name, f"{url}/{name}")
 
     with ThreadPoolExecutor(_AT_ONCE) as senders:
@@ -188,7 +187,7 @@ def here(place: str | Path) -> Path:
     if text is None:
         raise _no_build(url)
     files = store.manifest_of(text, f"{url}/manifest.json")["files"]
-    target = _home() / xxhash.xxh3_128_hexdigest(text)
+    target = _home() / disk.hash_of(text)
     if not target.is_dir() or store.verify(target):
         disk.remove(target)
         with atomic.new_folder(target) as scratch:
@@ -250,11 +249,11 @@ def verify(place: str | Path) -> list[str]:
     lost = set(missing(url, files))
     with ThreadPoolExecutor(_AT_ONCE) as fetchers:
         digests = fetchers.map(lambda name: None if name in lost else _digest(f"{url}/{name}"), files)
-        return [name for name, digest in zip(files, digests, strict=True) if digest != files[name]["xxh3_128"]]
+        return [name for name, digest in zip(files, digests, strict=True) if digest != files[name]["sha256"]]
 
 
 def _digest(url: str) -> str:
-    found = xxhash.xxh3_128()
+    found = hashlib.sha256()
     with open_remote(url) as file:
         for chunk in chunks(file):
             found.update(chunk)

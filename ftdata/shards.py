@@ -10,13 +10,13 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from hashlib import sha256
 from importlib.metadata import version
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from ftdata import atomic, cache, disk, near_duplicates
 from ftdata.batches import ends_of
@@ -238,5 +238,5 @@ def _hashes(batch: Batch) -> list[bytes]:
     bounds = ends_of(columns.lengths.tolist())[list(examples)].tolist()
     ids, trained = columns.ids.data, columns.trained.data
     for count, (first, last) in zip(batch.counts, pairwise(bounds), strict=True):
-        found += [xxhash.xxh3_128_digest(ids[first:last]) + xxhash.xxh3_64_digest(trained[first:last])] * count
+        found += [sha256(ids[first:last]).digest()[:16] + sha256(trained[first:last]).digest()[:8]] * count
     return found

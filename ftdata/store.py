@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 from numpy.typing import NDArray
 
 from ftdata import disk, records
@@ -37,7 +36,7 @@ from ftdata.redaction import storable
 from ftdata.shard_files import Examples, Mapped
 from ftdata.types import IGNORE_INDEX, Reject
 
-FORMAT, _SEAL = 3, "xxh3_128"
+FORMAT, _SEAL = 4, "sha256"
 _TOKENS_PER_FILE, _TOKENS_PER_BATCH, _ROWS_PER_GROUP = 1 << 27, 1 << 20, 1 << 16
 _MAX_OPEN_SHARDS = 64
 """Shards that stay open: each takes two of the files that a process may open, of which there may be 256."""
@@ -82,7 +81,7 @@ class Written(NamedTuple):
 
     path: Path
     bytes: int
-    xxh3_128: str
+    sha256: str
 
 
 def pack_files(
@@ -280,9 +279,9 @@ def write_manifest(folder: Path, about: Mapping[str, Any], written: Iterable[Wri
 
     Of the files that are `written` both are known.
     """
-    known = {one.path: {"bytes": one.bytes, "xxh3_128": one.xxh3_128} for one in written}
+    known = {one.path: {"bytes": one.bytes, "sha256": one.sha256} for one in written}
     files = {
-        str(path.relative_to(folder)): known.get(path) or {"bytes": path.stat().st_size, "xxh3_128": disk.digest(path)}
+        str(path.relative_to(folder)): known.get(path) or {"bytes": path.stat().st_size, "sha256": disk.digest(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
@@ -290,7 +289,7 @@ def write_manifest(folder: Path, about: Mapping[str, Any], written: Iterable[Wri
 
 
 def _sealed(manifest: Mapping[str, Any]) -> bytes:
-    return disk.json_of({**manifest, _SEAL: xxhash.xxh3_128_hexdigest(disk.json_of(manifest))})
+    return disk.json_of({**manifest, _SEAL: disk.hash_of(disk.json_of(manifest))})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -355,6 +354,6 @@ def _is_as_known(path: Path, known: Mapping[str, Any]) -> bool:
         # A link, or a device, is not what was written.
         if not stat.S_ISREG(path.lstat().st_mode):
             return False
-        return (path.stat().st_size, disk.digest(path)) == (known["bytes"], known["xxh3_128"])
+        return (path.stat().st_size, disk.digest(path)) == (known["bytes"], known["sha256"])
     except OSError:
         return False

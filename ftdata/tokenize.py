@@ -7,6 +7,7 @@ kept from becoming one, because control tokens come from the template only.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-import xxhash
 from numpy.typing import NDArray
 
 from ftdata.batches import Encoded, Encodings, Renderings
@@ -78,7 +78,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hash of everything that decides ids: the tokenizer, its special tokens and its chat template."""
         parts = ("\0", json.dumps(self.special_tokens, sort_keys=True), "\0", self.chat_template or "")
-        found = xxhash.xxh3_128(self.json)
+        found = hashlib.sha256(self.json)
         found.update("".join(parts).encode())
         return found.hexdigest()
 

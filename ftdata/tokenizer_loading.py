@@ -10,8 +10,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import tokenizers
-import xxhash
 
+from ftdata import disk
 from ftdata.encoders import in_words
 from ftdata.errors import HubError, TemplateRefused, UsageError, nearest
 from ftdata.tokenize import Tokenizer, _bare
@@ -68,7 +68,7 @@ _SAMPLE = (
 
 def _from_content(name: str, text: bytes, special_tokens: dict[str, str], chat_template: str | None) -> Tokenizer:
     """Return the tokenizer of this content: the object that was made of it before, if it is among the last ones."""
-    digest = xxhash.xxh3_128_hexdigest(text)
+    digest = disk.hash_of(text)
     key = (digest, name, json.dumps(special_tokens, sort_keys=True), chat_template or "", str(chat_template is None))
     if key not in _loaded:
         alike = next((known for (other, *_), known in _loaded.items() if other == digest), None)
@@ -124,7 +124,7 @@ def _from_folder(folder: Path, name: str) -> Tokenizer:
     text = file.read_bytes()
     config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
     template = _chat_template(folder, config)
-    digest = xxhash.xxh3_128_hexdigest(text)
+    digest = disk.hash_of(text)
     alike = next((known for (other, *_), known in _loaded.items() if other == digest), None)
     if alike is not None:
         return _from_content(name, text, _special_tokens(config, alike._plain), template)

@@ -97,7 +97,7 @@ SEEDS = {
     "normalise": [json.dumps(one).encode() for one in ({"messages": TALK}, {"question": "q", "answer": "a"}, {"prompt": "p", "completion": [1]})],
     "render": [json.dumps(TALK).encode() + b"\n" + one.encode() for one in (CHAT, "{{ messages[0].content | replace('a', 'b') }}", "{% generation %}{% endgeneration %}")],
     "encode": [b"question\nanswer", b"<|im_start|>\n<|im_end|>", "\u200b\n\ufeff".encode()],
-    "manifest": [b'{"format": 3, "files": {}, "xxh3_128": "0"}', b"[]"],
+    "manifest": [b'{"format": 4, "files": {}, "sha256": "0"}', b"[]"],
     "config": [b"\x01data: d\nmodel: m\noutput_dir: o\n", b'\x00data = "d"\nmodel = "m"\n', b"\x01a: &a [*a]\n"],
 }  # fmt: skip
 _made = []

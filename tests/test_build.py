@@ -245,7 +245,7 @@ def test_a_failed_build_leaves_the_old_one(tiny, tmp_path):
 
 
 def digest(folder):
-    return {name: entry["xxh3_128"] for name, entry in read_manifest(folder)["files"].items()}
+    return {name: entry["sha256"] for name, entry in read_manifest(folder)["files"].items()}
 
 
 def test_the_same_bytes_for_any_number_of_workers(tiny, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import xxhash
 
 from ftdata import cache, shards
 from ftdata.build import write_build
@@ -184,6 +185,18 @@ def test_a_flipped_bit_is_found(kept, files, build, work):
     path.unlink()
     path.write_bytes(content)
     build.compare(files)
+
+
+def test_files_made_to_collide_are_two_files(kept, tmp_path, build, work):
+    """Two conversations whose files have the same XXH3 (128 bits): anyone can make such pairs."""
+    path, hashes = tmp_path / "a.jsonl", set()
+    for first, middle in (("aaaa", "ecc"), ("cecc", "aaa")):
+        asked = "a" * 153 + first + "04AD" + "b" * 120 + ("c" + middle if first == "aaaa" else "a" + middle)
+        turns = [{"role": "user", "content": asked + "KxTz" + "c" * 300}, {"role": "assistant", "content": "fine"}]
+        path.write_text(json.dumps({"messages": turns}, separators=(",", ":")) + "\n")
+        hashes.add(xxhash.xxh3_128_hexdigest(path.read_bytes()))
+        build.compare([path])
+    assert len(hashes) == 1
 
 
 def test_there_may_be_none(monkeypatch, tmp_path, files, build, work):

@@ -158,8 +158,8 @@ def test_what_is_fetched_stays_in_its_folder(bucket, tmp_path, name):
     (tmp_path / "x").write_text("mine")
     store.write_manifest(tmp_path / "made", {"fingerprint": ""}, [])
     found = json.loads((tmp_path / "made" / "manifest.json").read_text())
-    found["files"][name] = {"bytes": 1, "xxh3_128": "0"}
-    found.pop("xxh3_128")
+    found["files"][name] = {"bytes": 1, "sha256": "0"}
+    found.pop("sha256")
     put("evil/manifest.json", store._sealed(found))
     put("evil/dataset_dict.json", b"{}")
     with pytest.raises(InputRefused, match="damaged_build"):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
+from ftdata import disk
 from ftdata.examples import Batch, Built
 from ftdata.layout import Layout
 from ftdata.look import built, pictures
@@ -77,7 +77,7 @@ def overview(side: Side, most: int | None, packing: str | None, progress: Progre
     seen = side.finished(survey(side.steps(), side.names, watch, progress))
     if side.folder is None:
         options = {**side.options, "packing": packing}
-        digest = xxhash.xxh3_128_hexdigest(json.dumps(options, sort_keys=True).encode())
+        digest = disk.hash_of(json.dumps(options, sort_keys=True).encode())
         packs = _planned(seen, recipe.max_length) if packing and recipe.max_length and len(seen.numbers) else None
         said = {"fingerprint of the options": digest, **flat(options)}
     else:

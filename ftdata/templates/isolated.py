@@ -10,8 +10,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import xxhash
-
 from ftdata import disk
 from ftdata._version import __version__
 from ftdata.errors import BadRow, TemplateRefused
@@ -188,7 +186,7 @@ def trusted(template: Template) -> Template:
 
 @lru_cache(maxsize=1024)
 def _examined(description: str) -> TemplateReport:
-    key = xxhash.xxh3_128_hexdigest(f"{__version__} {_own_code()} {description}".encode())
+    key = disk.hash_of(f"{__version__} {_own_code()} {description}".encode())
     root = disk.cache_root()
     file = root / "verdicts" / f"{key}.json" if root else Path(os.devnull)
     with suppress(OSError, ValueError, TypeError, AttributeError, LookupError):
@@ -203,13 +201,13 @@ def _examined(description: str) -> TemplateReport:
             return _report(report)
         disk.mkdir(file.parent, parents=True, exist_ok=True)
         beside = file.with_suffix(f".{os.getpid()}")
-        disk.write(beside, json.dumps({"report": report, "xxh3_128": _hash(report)}).encode())
+        disk.write(beside, json.dumps({"report": report, "sha256": _hash(report)}).encode())
         disk.rename(beside, file)
     return _report(report)
 
 
 def _hash(report: Any) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(report, sort_keys=True).encode())
+    return disk.hash_of(json.dumps(report, sort_keys=True).encode())
 
 
 def _unsealed(kept: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -219,7 +217,7 @@ def _unsealed(kept: Mapping[str, Any]) -> Mapping[str, Any]:
         ValueError: it is not as it was written.
     """
     report: Mapping[str, Any] = kept["report"]
-    if kept["xxh3_128"] != _hash(report):
+    if kept["sha256"] != _hash(report):
         raise ValueError("the report is damaged")
     return report
 
@@ -257,4 +255,4 @@ def _report(found: Mapping[str, Any]) -> TemplateReport:
 def _own_code() -> str:
     """Return a hash of the modules that reach a verdict: an editable install changes without a new version."""
     files = sorted(Path(__file__).parent.glob("*.py"))
-    return xxhash.xxh3_64_hexdigest(b"".join(file.read_bytes() for file in files))
+    return disk.hash_of(b"".join(file.read_bytes() for file in files))

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import xxhash
 from jinja2 import nodes
 
+from ftdata import disk
 from ftdata.errors import BadRow, TemplateRefused, UsageError, nearest
 from ftdata.registry import Registry
 from ftdata.templates import markers
@@ -102,7 +102,7 @@ class Template:
     @cached_property
     def key(self) -> str:
         """A hash of all that it is."""
-        return xxhash.xxh3_128_hexdigest(self.description.encode())
+        return disk.hash_of(self.description.encode())
 
     @classmethod
     def described(cls, description: str) -> Template:

@@ -97,7 +97,7 @@ def run(
         HubError: data, model or tokenizer cannot be had.
     """
     _require()
-    config, build = _resolve(source, model, output_dir, {**overrides, **_settings(settings)}, resume=resume)
+    config, build = _resolve(source, model, output_dir, _given(overrides, settings), resume=resume)
     _quiet()
     from ftdata.train import sft
 
@@ -131,7 +131,7 @@ def dry_run(
         MissingDependency: the `train` extra is not installed.
     """
     _require()
-    config, build = _resolve(source, model, output_dir, {**overrides, **_settings(settings)})
+    config, build = _resolve(source, model, output_dir, _given(overrides, settings))
     _quiet()
     from ftdata.train import sft
 
@@ -421,7 +421,12 @@ def _check_built(folder: Path, asked: Mapping[str, Any]) -> None:
         )
 
 
-def _settings(settings: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
-    if settings is None or isinstance(settings, Mapping):
-        return {"train": dict(settings or {})}
-    return assigned(settings)
+def _given(overrides: dict[str, Any], settings: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
+    """Return the fields that arguments give, those of `settings` over the others."""
+    if settings is None:
+        return overrides
+    added = {"train": dict(settings)} if isinstance(settings, Mapping) else assigned(settings)
+    # The command line passes None for each option that is not given.
+    if twice := sorted(name for name in overrides.keys() & added.keys() if overrides[name] is not None):
+        raise UsageError("setting", f"{', '.join(twice)} is given twice, in settings and as an argument of its own")
+    return {**overrides, **added}

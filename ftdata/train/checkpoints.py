@@ -14,14 +14,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from huggingface_hub import try_to_load_from_cache
 from msgspec import to_builtins
 from trl import SFTConfig
 
 from ftdata._version import __version__
 from ftdata.config import Config
-from ftdata.disk import digest, sync, write_json
+from ftdata.disk import digest, hash_of, sync, write_json
 from ftdata.errors import InputRefused, UsageError
 from ftdata.redaction import drop_redacted, redact
 
@@ -47,7 +46,7 @@ class Seal:
         """Both in one, short; where a model lies makes no difference while its weights are known."""
         setup = {name: value for name, value in self.setup.items() if name != "model" or not self.setup.get("weights")}
         text = json.dumps([self.fingerprint, setup], sort_keys=True)
-        return xxhash.xxh3_128_hexdigest(text.encode())
+        return hash_of(text.encode())
 
 
 @dataclass(frozen=True, slots=True)

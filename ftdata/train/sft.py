@@ -184,6 +184,8 @@ def _checked(config: Config) -> Any:
     """
     quantization_config(config.quantization, torch.float32)
     check_settings(config.train)
+    # Whether anything is held out is not known yet; all else that the trainer refuses, it refuses now.
+    arguments(config, isolated=False, packed=False, evaluates=True)
     check_lora(config)
     # The tokenizer is loaded first: its error says best what is wrong with the name of a model.
     load_tokenizer(config.tokenizer)

@@ -303,3 +303,18 @@ def test_the_package_and_its_help_import_no_training_library():
     code = "import sys, ftdata, ftdata.cli, ftdata.config, ftdata.redaction, ftdata.train\n"
     code += "assert not {'torch', 'transformers', 'trl', 'peft', 'bitsandbytes'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"optim": "adamw_tor"}, "adamw_tor"),
+        ({"lr_scheduler_type": "cosin"}, "cosin"),
+        ({"save_strategy": "sometimes"}, "sometimes"),
+        ({"eval_strategy": "stepz"}, "stepz"),
+        ({"report_to": "wandbb"}, "wandbb"),
+    ],
+)
+def test_words_that_the_trainer_does_not_know_are_refused_before_any_data_is_read(llama, tmp_path, settings, says):
+    with pytest.raises(UsageError, match=says):
+        run("/nowhere/data.jsonl", model=llama, output_dir=tmp_path / "run", settings=settings)
