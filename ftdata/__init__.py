@@ -14,30 +14,30 @@ from typing import TYPE_CHECKING, Any
 from ftdata._version import __version__
 
 if TYPE_CHECKING:
-    from ftdata._convert import convert
-    from ftdata.build import build_sft_dataset
+    from ftdata.build.convert import convert
+    from ftdata.build.dataset import build_sft_dataset
+    from ftdata.build.remote import verify
     from ftdata.errors import FtdataError
-    from ftdata.examples import encode
-    from ftdata.look.audit import audit
-    from ftdata.look.diff import diff
-    from ftdata.look.preview import preview
-    from ftdata.look.stats import stats
+    from ftdata.inspection.audit import audit
+    from ftdata.inspection.diff import diff
+    from ftdata.inspection.preview import preview
+    from ftdata.inspection.stats import stats
+    from ftdata.pipeline.examples import encode
+    from ftdata.pipeline.recipe import check_template
     from ftdata.readers import read
-    from ftdata.recipe import check_template
-    from ftdata.remote_builds import verify
 
 _HOMES = {
     "FtdataError": "ftdata.errors",
-    "audit": "ftdata.look.audit",
-    "build_sft_dataset": "ftdata.build",
-    "check_template": "ftdata.recipe",
-    "convert": "ftdata._convert",
-    "diff": "ftdata.look.diff",
-    "encode": "ftdata.examples",
-    "preview": "ftdata.look.preview",
+    "audit": "ftdata.inspection.audit",
+    "build_sft_dataset": "ftdata.build.dataset",
+    "check_template": "ftdata.pipeline.recipe",
+    "convert": "ftdata.build.convert",
+    "diff": "ftdata.inspection.diff",
+    "encode": "ftdata.pipeline.examples",
+    "preview": "ftdata.inspection.preview",
     "read": "ftdata.readers",
-    "stats": "ftdata.look.stats",
-    "verify": "ftdata.remote_builds",
+    "stats": "ftdata.inspection.stats",
+    "verify": "ftdata.build.remote",
 }
 
 __all__ = [

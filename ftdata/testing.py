@@ -31,8 +31,8 @@ import tokenizers
 from numpy.typing import ArrayLike
 
 from ftdata.errors import BadRow, one_of
-from ftdata.examples import encode
-from ftdata.recipe import make_recipe
+from ftdata.pipeline.examples import encode
+from ftdata.pipeline.recipe import make_recipe
 from ftdata.schemas.messages import has_answer
 from ftdata.types import IGNORE_INDEX, Example, Message, Part
 

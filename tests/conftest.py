@@ -61,7 +61,7 @@ def tiny_model(folder, kind="llama", *, seed=0):
     import torch
     import transformers as hf
 
-    from ftdata.tokenizer_loading import load_tokenizer
+    from ftdata.tokenizing.load import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     common = {

@@ -13,9 +13,9 @@ import threading
 import time
 import traceback
 
-from ftdata import disk
-from ftdata.build import write_build
+from ftdata.build.dataset import write_build
 from ftdata.errors import FtdataError
+from ftdata.storage import disk
 
 
 def main():

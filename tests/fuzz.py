@@ -51,8 +51,8 @@ def normalise(data):
 
 def render(data):
     """A template, between the first line break and which it is a conversation as JSON."""
-    from ftdata.templates.isolated import render
     from ftdata.templates.template import Template
+    from ftdata.templates.worker.client import render
     from ftdata.types import Conversation
 
     first, _, source = data.partition(b"\n")
@@ -76,7 +76,7 @@ def encode(data):
 
 def manifest(data):
     """The manifest of a build."""
-    from ftdata.store import manifest_of
+    from ftdata.build.store import manifest_of
 
     manifest_of(data, "manifest.json")
 

@@ -31,9 +31,9 @@ def main():
         # The hub's client reads them when it is imported.
         os.environ.update(HF_ENDPOINT=address, HF_HUB_DISABLE_XET="1", FTDATA_CACHE=f"{scratch}/cache")
         os.environ.pop("HF_HUB_OFFLINE", None)
-        from ftdata.readers import parts, remote
+        from ftdata.readers import file_parts, remote_files
 
-        remote.PAUSE, parts.PART = 0.001, 400_000
+        remote_files.PAUSE, file_parts.PART = 0.001, 400_000
         tally, most = Counter(), 0
         for number in range(count):
             hub.asked.clear()
@@ -55,7 +55,7 @@ def trial(chance, hub, store, address, scratch):
     import fsspec
 
     from ftdata.errors import FtdataError, HubError
-    from ftdata.readers.parts import in_parts
+    from ftdata.readers.file_parts import in_parts
     from ftdata.readers.sources import sources
 
     # Nothing of an earlier trial helps.
@@ -92,8 +92,8 @@ def named(error, name):
 
 def written(name, scratch, store):
     """Send a build to the store: there is a manifest afterwards only if there is all that it names."""
-    from ftdata import remote_builds
-    from ftdata import store as builds
+    from ftdata.build import remote
+    from ftdata.build import store as builds
     from ftdata.errors import HubError
 
     folder = Path(scratch) / name
@@ -103,16 +103,16 @@ def written(name, scratch, store):
     builds.write_manifest(folder, {"fingerprint": name}, [])
     said = "sent"
     try:
-        remote_builds.upload(folder, f"s3://data/{name}/out")
+        remote.upload(folder, f"s3://data/{name}/out")
     except HubError as error:
         if not named(error, name):
             return f"BAD words: {error}"
         said = "exit 6"
     store.faults.clear()
-    there = remote_builds.manifest(f"s3://data/{name}/out")
+    there = remote.manifest(f"s3://data/{name}/out")
     if there is None:
         return f"{said}, no build" if said == "exit 6" else "BAD lost"
-    return said if remote_builds.verify(f"s3://data/{name}/out") == [] else "BAD half"
+    return said if remote.verify(f"s3://data/{name}/out") == [] else "BAD half"
 
 
 if __name__ == "__main__":

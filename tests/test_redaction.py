@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ftdata._push import _check_secrets
+from ftdata.build.push import _check_secrets
 from ftdata.config import assigned, load_config, make_config, to_yaml
 from ftdata.errors import InputRefused, UsageError
 from ftdata.redaction import REDACTED, drop_redacted, is_redacted, is_secret_name, redact, redact_text

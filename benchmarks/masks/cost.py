@@ -21,7 +21,7 @@ from typing import Any
 from peers import PEERS
 
 from ftdata import encode
-from ftdata.recipe import make_recipe
+from ftdata.pipeline.recipe import make_recipe
 from ftdata.templates import render
 from ftdata.types import Conversation
 

@@ -58,10 +58,10 @@ def cpu(which: str, tokenizer: str, data: str, template: str) -> float:
 
 
 def built(data: str, tokenizer: str, template: str, which: str) -> None:
-    from ftdata.build import write_build
-    from ftdata.templates import isolated
+    from ftdata.build.dataset import write_build
+    from ftdata.templates.worker import client
 
-    isolated.HERE = which == "here"
+    client.HERE = which == "here"
     with tempfile.TemporaryDirectory() as scratch:
         write_build(
             data, tokenizer, Path(scratch) / "out", template=template, on_bad_rows="quarantine", max_rejects="100%"

@@ -71,7 +71,7 @@ def child(folder: str, tokenizer: str, workers: int) -> dict[str, Any]:
 def built(folder: Path, tokenizer: str, workers: int) -> dict[str, Any]:
     import threading
 
-    from ftdata.build import write_build
+    from ftdata.build.dataset import write_build
 
     most = [0.0]
 

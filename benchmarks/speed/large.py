@@ -59,7 +59,7 @@ def written(file: Path, data: Path, size: int) -> None:
 
 
 def built(file: Path, tokenizer: str, workers: int) -> None:
-    from ftdata.build import write_build
+    from ftdata.build.dataset import write_build
 
     imported, most, told = own(), [0.0], [(0.0, 0.0)]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ftdata.pack import best_fit_decreasing
+from ftdata.build.pack import best_fit_decreasing
 
 
 def lengths(count: int, capacity: int) -> np.ndarray:

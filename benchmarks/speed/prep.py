@@ -111,8 +111,8 @@ def ftdata(data: Path, tokenizer: str, *, fast: bool = True, again: bool = False
     """A whole build: read, checked, encoded, written to disk with its report and hashes."""
     if not fast:
         sys.modules["fastokens"] = None  # type: ignore[assignment]
-    from ftdata.build import write_build
-    from ftdata.recipe import make_recipe
+    from ftdata.build.dataset import write_build
+    from ftdata.pipeline.recipe import make_recipe
 
     def load() -> Any:
         recipe = make_recipe(tokenizer, TEMPLATE)

@@ -47,12 +47,12 @@ def measured(what: str) -> Iterator[list[str]]:
 
 
 def planned(count: int) -> None:
-    from ftdata import disk
-    from ftdata.ledger import Ledger
-    from ftdata.merged import Joined
-    from ftdata.readers.parts import PART, in_parts
+    from ftdata.build.ledger import Ledger
+    from ftdata.build.merge_shards import Joined
+    from ftdata.build.shards import ShardResult, Task
+    from ftdata.readers.file_parts import PART, in_parts
     from ftdata.readers.sources import FileSource
-    from ftdata.shards import ShardResult, Task
+    from ftdata.storage import disk
 
     files = [FileSource(f"s3://bucket/data/{n:07d}.jsonl.gz", "jsonl", length=10_000_000) for n in range(count)]
     home = Path("/shared/out")
@@ -81,7 +81,7 @@ def planned(count: int) -> None:
 
 
 def packed(rows: int) -> None:
-    from ftdata.pack import packed as plan
+    from ftdata.build.pack import packed as plan
 
     lengths = np.random.default_rng(0).lognormal(6, 1, rows).clip(8, 8192).astype(np.int32)
     with measured(f"packs of 8,192 planned for {rows:,} rows, {lengths.sum() / 1e9:,.0f} billion tokens") as more:
@@ -90,7 +90,7 @@ def packed(rows: int) -> None:
 
 
 def built(tokenizer: str, count: int) -> None:
-    from ftdata.build import write_build
+    from ftdata.build.dataset import write_build
 
     with tempfile.TemporaryDirectory() as scratch:
         data, out = Path(scratch) / "data", Path(scratch) / "out"

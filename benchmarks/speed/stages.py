@@ -20,14 +20,16 @@ import jinja2
 import numpy as np
 import orjson
 
-from ftdata import examples, shown, store, types
-from ftdata.batches import Renderings
-from ftdata.mask import trained_tokens
+from ftdata import types
+from ftdata.build import store
+from ftdata.pipeline import examples, render_rows
+from ftdata.pipeline.mask import trained_tokens
+from ftdata.pipeline.recipe import make_recipe
 from ftdata.readers import sources
-from ftdata.recipe import make_recipe
 from ftdata.schemas import normalise
 from ftdata.templates import find, render
-from ftdata.tokenize import encode_rendered
+from ftdata.tokenizing.batches import Renderings
+from ftdata.tokenizing.tokenizer import encode_rendered
 
 
 def main() -> None:
@@ -85,7 +87,7 @@ def measured(data: Path, tokenizer: str, template: str) -> dict[str, float]:
     timed(
         "check",
         lambda: [
-            (shown.check_answers(talk), shown._check_hidden(recipe, talk, own))
+            (render_rows.check_answers(talk), render_rows._check_hidden(recipe, talk, own))
             for talk, own in zip(talks, texts, strict=True)
         ],
     )

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from makers import CHATML, qwen  # noqa: E402
 
 from ftdata import encode  # noqa: E402
-from ftdata.pack import best_fit_decreasing  # noqa: E402
+from ftdata.build.pack import best_fit_decreasing  # noqa: E402
 from ftdata.types import Part  # noqa: E402
 
 TALK = (

@@ -18,8 +18,8 @@ from typer.models import ArgumentInfo
 
 from ftdata.cli import app
 from ftdata.config import SECTIONS, Config, Lora
-from ftdata.look.checks import checks
-from ftdata.mask import masks
+from ftdata.inspection.checks import checks
+from ftdata.pipeline.mask import masks
 from ftdata.readers import readers
 from ftdata.schemas import schemas
 from ftdata.schemas.shapes import ALIASES

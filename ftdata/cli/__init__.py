@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import ftdata
-from ftdata.cli.looks import audit, diff, preview, stats
-from ftdata.cli.models import chat, evaluate, generate, init, merge, train
-from ftdata.cli.work import build, config_app, convert, env, plugins, push, templates_app, verify
+from ftdata.cli.build import build, config_app, convert, env, plugins, push, templates_app, verify
+from ftdata.cli.inspect import audit, diff, preview, stats
+from ftdata.cli.train import chat, evaluate, generate, init, merge, train
 from ftdata.errors import FtdataError, printable
 from ftdata.redaction import redact_text
 
@@ -42,10 +43,7 @@ app.add_typer(config_app, name="config")
 
 def main() -> None:
     """Run the command line; every error that ftdata knows is one message, without a traceback."""
-    # Terminals that cannot show a character must not stop the work.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    _prepare_streams()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app()
@@ -63,6 +61,17 @@ def main() -> None:
         if os.environ.get("FTDATA_DEBUG"):
             raise
         _fail(f"[internal] {type(error).__name__}: {error}. This is a bug of ftdata; FTDATA_DEBUG=1 shows where", 7)
+
+
+def _prepare_streams() -> None:
+    # Python has no object for a stream that was closed before it started (`<&-`, `>&-`).
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  (open until the end)
+    # Terminals that cannot show a character must not stop the work.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, code: int) -> None:

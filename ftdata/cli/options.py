@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from ftdata.errors import UsageError
+from ftdata.errors import UsageError, said_by
 
 
 def number(text: str) -> float:
@@ -91,6 +91,8 @@ def template_kwargs_of(pairs: list[str] | None) -> dict[str, Any] | None:
             found[name.strip()] = yaml.safe_load(value)
         except yaml.YAMLError:
             found[name.strip()] = value
+        except (RecursionError, ValueError) as error:
+            raise UsageError("template_kwargs", f"--template-kwarg {name} cannot be read: {said_by(error)}") from None
     return found or None
 
 

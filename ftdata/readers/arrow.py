@@ -8,15 +8,26 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ftdata.errors import InputRefused
-from ftdata.readers.arrow_messages import Limits, check_ahead, check_blocks, checked
-from ftdata.readers.checks import check_names, check_seekable, damaged
-from ftdata.readers.memory import Fault, present
-from ftdata.readers.streams import CHUNK, FREE, MAX_LINE, MAX_RATIO, MAX_REPEATED, Input, expansion, file_of, is_url
+from ftdata.readers.arrow_headers import MAX_BATCH, Limits, check_ahead, check_blocks, checked
+from ftdata.readers.in_memory import Fault, present
+from ftdata.readers.parquet_pages import pages
+from ftdata.readers.streams import (
+    CHUNK,
+    FREE_REPEATED,
+    MAX_LINE,
+    MAX_RATIO,
+    MAX_REPEATED,
+    Input,
+    expansion,
+    file_of,
+    is_url,
+)
+from ftdata.readers.table_checks import check_names, check_seekable, damaged
 from ftdata.types import Reject, Row, Source
 
 _BATCH = 1024
@@ -51,38 +62,67 @@ def _of_groups(table: Any, groups: Iterable[int], stream: io.BufferedReader, fil
     """Yield the batches of row groups, none larger than memory is.
 
     Raises:
-        InputRefused: a group becomes more than a file may, or its rows are all too long.
+        InputRefused: the groups become more than a file may, or all rows of a group are too long.
     """
+    small = large = 0
     for number in groups:
         group = table.metadata.row_group(number)
         columns = [group.column(index) for index in range(group.num_columns)]
-        small = sum(one.total_compressed_size for one in columns)
-        large = sum(max(one.total_uncompressed_size, one.num_values // 8) for one in columns)
-        if large > max(FREE, MAX_RATIO * small):
+        sizes = [_size_of(stream, column, file) for column in columns]
+        size = sum(max(one.bytes, column.num_values // 8) for one, column in zip(sizes, columns, strict=True))
+        small, large = small + sum(one.total_compressed_size for one in columns), large + size
+        if large > max(MAX_BATCH, MAX_RATIO * small):
             raise expansion(large, small, file.path)
-        if large > MAX_LINE * max(group.num_rows, 1):
-            found = f"has rows of {large // max(group.num_rows, 1):,} bytes and more, at most {MAX_LINE:,} are read"
+        if size > MAX_LINE * max(group.num_rows, 1):
+            found = f"has rows of {size // max(group.num_rows, 1):,} bytes and more, at most {MAX_LINE:,} are read"
             raise InputRefused("row_too_long", found, where=file.path)
-        yield from table.iter_batches(_rows_at_once(stream, table, number, columns), row_groups=[number])
+        yield from table.iter_batches(_rows_at_once(stream, table, number, columns, sizes), row_groups=[number])
 
 
-def _rows_at_once(stream: io.BufferedReader, table: Any, number: int, columns: Sequence[Any]) -> int:
-    """Return how many rows of a group are read together: few where a value stands once and is meant many times."""
+class _Size(NamedTuple):
+    """Bytes of a column chunk after decompression, and of its widest value at most, where that is known."""
+
+    bytes: int
+    widest: float
+
+
+def _size_of(stream: io.BufferedReader, column: Any, file: Input) -> _Size:
+    """Return how large a column chunk becomes."""
+    bytes_, widest = column.total_uncompressed_size, 0.0
+    if is_url(file.path):
+        # To look at each page would take a request for each.
+        return _Size(bytes_, bytes_ / max(column.num_values, 1))
+    seen = 0
+    try:
+        for page in pages(stream, column):
+            seen += page.size
+            if not page.is_dictionary:
+                widest = max(widest, page.size if page.has_prefixes else page.size / max(page.values, 1))
+    except ValueError as error:
+        raise damaged(error, file, "Parquet") from None
+    return _Size(max(bytes_, seen), widest)
+
+
+def _rows_at_once(
+    stream: io.BufferedReader, table: Any, number: int, columns: Sequence[Any], sizes: Sequence[_Size]
+) -> int:
+    """Return how many rows of a group are read together: few where values are long, or stand once and are repeated."""
     import pyarrow.parquet as pq
 
     rows = max(table.metadata.row_group(number).num_rows, 1)
-    if all(one.total_uncompressed_size * one.num_values <= MAX_LINE for one in columns):
+    if all(size.bytes * one.num_values <= MAX_LINE for one, size in zip(columns, sizes, strict=True)):
         return _BATCH
     coded = [index for index, one in enumerate(columns) if one.has_dictionary_page]
-    sizes = [columns[index].num_values * (table.schema.column(index).length or 0) for index in coded]
+    most = [columns[index].num_values * (table.schema.column(index).length or 0) for index in coded]
     if names := [columns[index].path_in_schema for index in coded if columns[index].physical_type == "BYTE_ARRAY"]:
         reader = pq.ParquetFile(
             stream, metadata=table.metadata, pre_buffer=False, buffer_size=CHUNK, read_dictionary=names
         )
         first = next(reader.iter_batches(1, row_groups=[number], columns=names), None)
         longest = max(map(_longest, first.columns), default=0) if first is not None else 0
-        sizes.append(longest * max(columns[index].num_values for index in coded))
-    return int(max(1, min(_BATCH, MAX_LINE * rows / max([*sizes, 1]))))
+        most.append(longest * max(columns[index].num_values for index in coded))
+    most.append(int(sum(size.widest * one.num_values for one, size in zip(columns, sizes, strict=True))))
+    return int(max(1, min(_BATCH, MAX_LINE * rows / max([*most, 1]))))
 
 
 def _longest(column: Any) -> int:
@@ -343,7 +383,7 @@ def _batches(batches: Iterable[Any], schema: Any, file: Input, size: int | None)
     def count(plain: int) -> None:
         nonlocal total
         total += plain
-        if size is not None and total > max(MAX_LINE, MAX_REPEATED * size):
+        if size is not None and total > max(FREE_REPEATED, MAX_REPEATED * size):
             hint = "if that is right, write it again without compression and dictionaries"
             raise expansion(total, size, file.path, MAX_REPEATED, hint)
 

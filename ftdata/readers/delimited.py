@@ -11,9 +11,9 @@ from itertools import chain, count
 from typing import Literal
 
 from ftdata.errors import InputRefused
-from ftdata.readers.checks import check_names
-from ftdata.readers.quoting import quoting_of
+from ftdata.readers.quote_detection import quoting_of
 from ftdata.readers.streams import MAX_LINE, Input
+from ftdata.readers.table_checks import check_names
 from ftdata.types import Reject, Row, Source
 
 _DELIMITERS = ",;\t|"

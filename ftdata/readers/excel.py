@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ftdata.errors import FtdataError, InputRefused, MissingDependency
-from ftdata.readers.checks import check_names, check_seekable, damaged
-from ftdata.readers.streams import MAX_LINE, MAX_REPEATED, Input, expansion
+from ftdata.readers.streams import FREE_REPEATED, MAX_LINE, MAX_REPEATED, Input, expansion
+from ftdata.readers.table_checks import check_names, check_seekable, damaged
 from ftdata.readers.workbook import AS_CSV, Cell, CellRow, Sheet, Strings, Workbook, open_workbook
 from ftdata.readers.xml_scan import unescape
 from ftdata.types import Reject, Row, Source
@@ -69,7 +69,7 @@ def _check_repeated(book: Workbook, sheets: Sequence[Sheet], strings: Strings, s
     Raises:
         InputRefused: their text is far more than the file.
     """
-    most = max(MAX_LINE, MAX_REPEATED * book.packed)
+    most = max(FREE_REPEATED, MAX_REPEATED * book.packed)
     if max(strings.sizes, default=0) * (size // _SMALLEST_CELL) <= most:
         return
     total, sizes, before = 0, strings.sizes, (book.plain, book.elements)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from ftdata.readers.arrow import read_arrow, read_parquet
 from ftdata.readers.delimited import read_csv, read_tsv
 from ftdata.readers.excel import read_excel
-from ftdata.readers.lines import read_json, read_jsonl
+from ftdata.readers.json_rows import read_json, read_jsonl
 from ftdata.readers.streams import Input
 from ftdata.registry import Registry
 from ftdata.types import Reject, Row

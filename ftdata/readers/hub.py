@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ftdata.errors import HubError, InputRefused, UsageError, nearest
-from ftdata.readers.naming import fits, split_of
-from ftdata.readers.remote import TRIES, persist, status_of
+from ftdata.readers.file_names import fits, split_of
+from ftdata.readers.remote_files import TRIES, persist, status_of
 
 Result = TypeVar("Result")
 

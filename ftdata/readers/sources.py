@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ftdata.errors import FtdataError, InputRefused, UsageError, nearest, one_of
-from ftdata.readers import splits
+from ftdata.readers import split_expressions
 from ftdata.readers.arrow import from_batches, from_dataset, parquet_rows, present_as
 from ftdata.readers.formats import Reader, readers
-from ftdata.readers.memory import Fault, from_dataframe, plain
-from ftdata.readers.places import found_at
-from ftdata.readers.quoting import QUOTINGS
-from ftdata.readers.remote import version_of
+from ftdata.readers.in_memory import Fault, from_dataframe, plain
+from ftdata.readers.quote_detection import QUOTINGS
+from ftdata.readers.remote_files import version_of
+from ftdata.readers.resolve_paths import found_at
 from ftdata.readers.streams import STDIN, Input, in_store, packed
 from ftdata.registry import is_ours
 from ftdata.types import WHOLE, Reject, Row, Share, Source
@@ -274,7 +274,7 @@ def _share(spec: Mapping[str, Any]) -> Share:
 
 def _chosen(found: Sequence[FileSource | MemorySource], spec: Mapping[str, Any]) -> Iterator[FileSource | MemorySource]:
     """Yield the sources of the rows that `split` says. Several parts together are no split any more."""
-    parts = splits.parse(str(spec["split"]))
+    parts = split_expressions.parse(str(spec["split"]))
     names = list(dict.fromkeys(one.split or "train" for one in found))
     for part in parts:
         own = [one for one in found if (one.split or "train") == part.name]
@@ -283,7 +283,7 @@ def _chosen(found: Sequence[FileSource | MemorySource], spec: Mapping[str, Any])
         if part.whole:
             taken = own
         elif files := [one for one in own if isinstance(one, FileSource) and one.path != STDIN]:
-            ranges = splits.ranges(part, [one.count for one in files])
+            ranges = split_expressions.ranges(part, [one.count for one in files])
             taken = [replace(files[number], first=first, last=last) for number, first, last in ranges]
         else:
             raise UsageError("split", "slices are of files", hint="slice what is in memory before you pass it")

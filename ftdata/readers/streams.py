@@ -16,12 +16,13 @@ import sys
 import zlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from ftdata.errors import FtdataError, InputRefused, StorageError, UsageError
 from ftdata.readers.hub import HubFile, is_hub
-from ftdata.readers.remote import open_remote
+from ftdata.readers.remote_files import open_remote
 
 CHUNK = 1 << 20
 """Bytes that are read at once."""
@@ -29,8 +30,11 @@ CHUNK = 1 << 20
 MAX_RATIO, FREE = 200, 1 << 30
 """How many times its size a packed file may become, once it is more than `FREE` bytes."""
 
-MAX_REPEATED = 1000
-"""How many times the size of a file its values may become, once they are more than `MAX_LINE` bytes, where a value
+MAX_XZ_MEMORY = 128 << 20
+"""Bytes that unpacking an xz file may take: `xz -9` needs 65 MiB, and a file may ask for gigabytes."""
+
+MAX_REPEATED, FREE_REPEATED = 1000, 16 << 20
+"""How many times the size of a file its values may become, once they are more than `FREE_REPEATED` bytes, where a value
 stands in the file once and is repeated: a long system prompt in every row is no bomb."""
 
 MAX_LINE = 64 << 20
@@ -233,6 +237,11 @@ def _unpacked(file: BinaryIO, packing: str, path: str) -> Generator[bytes]:
                 raise expansion(plain, packed, path)
             yield chunk
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if "Memory usage limit" in str(error):
+            found = f"the xz file needs more than {MAX_XZ_MEMORY:,} bytes of memory to unpack"
+            raise InputRefused(
+                "expansion", found, where=path, hint="unpack it yourself, or pack it with xz -9"
+            ) from None
         cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
         fault = "truncated: it ends" if cut else "corrupt"
         raise InputRefused(
@@ -255,7 +264,8 @@ def _opened(file: io.BufferedReader, packing: str) -> BinaryIO:
     if packing == "gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=file))
     if packing in ("bz2", "xz"):
-        return file_of(_concatenated(file, bz2.BZ2Decompressor if packing == "bz2" else lzma.LZMADecompressor))
+        new = bz2.BZ2Decompressor if packing == "bz2" else partial(lzma.LZMADecompressor, memlimit=MAX_XZ_MEMORY)
+        return file_of(_concatenated(file, new))
     import pyarrow as pa
 
     return cast(BinaryIO, pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd"))

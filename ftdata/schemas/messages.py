@@ -53,6 +53,9 @@ STANDS_FOR = {"ipython": "tool", "observation": "tool", "function": "tool", "env
 SPECIAL_ROLES = (*STANDS_FOR, "context", "documents", "latest_reminder")
 """Roles that go through to templates that name them."""
 
+_MAX_KEYS = 1000
+"""Keys that a message may have."""
+
 _SPEAKERS = ("from", "speaker", "author", "sender")
 _TEXTS = ("value", "text", "message", "utterance", "content")
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
@@ -249,6 +252,8 @@ def _text_key(item: Mapping[str, Any]) -> str | None:
 def _read(item: Any, field: str) -> Iterator[Message]:
     if not isinstance(item, Mapping):
         raise BadRow("message_type", f"is {describe(item)}, expected an object with role and content", field=field)
+    if len(item) > _MAX_KEYS:
+        raise BadRow("message_type", f"has {len(item):,} keys, expected at most {_MAX_KEYS:,}", field=field)
     role, item = _speaker(item, field)
     check_fields(item, [key for key in item if key not in TRAIN_FIELDS and is_guarded(str(key))], field)
     message = {key: value for key, value in item.items() if key not in TRAIN_FIELDS and value is not None}

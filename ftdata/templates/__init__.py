@@ -5,9 +5,9 @@ A *chat template* reads `messages`; a *prompt template* reads the row's own colu
 `{% generation %} ... {% endgeneration %}`, or, in a tokenizer's own chat template, detected (`markers`).
 """
 
-from ftdata.templates.isolated import begun, contradicted, render, scaffold, start, trusted, verify
-from ftdata.templates.rendering import DROPPED, TURNS, UNCLOSED, closed
+from ftdata.templates.render_chat import DROPPED, TURNS, UNCLOSED, closed
 from ftdata.templates.template import DEFAULT_DATE, Template, check, find, templates
+from ftdata.templates.worker.client import begun, contradicted, render, scaffold, start, trusted, verify
 
 __all__ = [
     "DEFAULT_DATE",

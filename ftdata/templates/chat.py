@@ -14,14 +14,14 @@ from typing import Any
 from ftdata.errors import BadRow
 from ftdata.schemas import ROLES, STANDS_FOR
 from ftdata.schemas.messages import THINKING_NAMES
-from ftdata.templates import markers
-from ftdata.templates.arrival import check_arrival, recover
-from ftdata.templates.memory import key_of
-from ftdata.templates.plans import Plan, alike, contents_of, shape_of, stretches_of
-from ftdata.templates.spans import Piece, Region, pieces, split_thinking, tile, tracked_messages
+from ftdata.templates.attribution.coverage import check_arrival, recover
+from ftdata.templates.attribution.spans import Piece, Region, pieces, split_thinking, tile, tracked_messages
+from ftdata.templates.attribution.tracked_strings import Tracked
+from ftdata.templates.attribution.watched_strings import Origin, Watched, plain, watched, watching
+from ftdata.templates.cache.plans import Plan, alike, contents_of, shape_of, stretches_of
+from ftdata.templates.cache.turn_cache import key_of
 from ftdata.templates.template import Template, chat_variables
-from ftdata.templates.tracked import Tracked
-from ftdata.templates.watched import Origin, Watched, plain, watched, watching
+from ftdata.templates.turns import locate
 from ftdata.types import Conversation, Message, Part, Rendered
 
 _ROLES = sorted(set(ROLES.values()))
@@ -159,7 +159,7 @@ def _regions(
     """Return what the model must produce, as detected; where the user's own template marks it otherwise, as marked."""
     own = chat.template.tagged and chat.template.strict
     assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    marked = markers.from_blocks(parts, assistants, turns) if own else None
+    marked = locate.from_blocks(parts, assistants, turns) if own else None
     try:
         located = _located(chat, tracked, parts, turns, origins)
         _check_disjoint([turn.region for turn in located])
@@ -219,7 +219,7 @@ def _located(
     parts: tuple[Piece, ...],
     turns: Sequence[int],
     origins: list[Origin | None],
-) -> list[markers.Turn]:
+) -> list[locate.Turn]:
     """Find the turns, or remember where they are in renderings like this one.
 
     Where a plan may come of it, they are found, and `origins` tell how the texts that were compared came about: the
@@ -260,9 +260,9 @@ def _located(
     return found
 
 
-def _locate(chat: Chat, text: str, parts: Sequence[Piece], turn: int, prefix: markers.RenderPrefix) -> markers.Turn:
+def _locate(chat: Chat, text: str, parts: Sequence[Piece], turn: int, prefix: locate.RenderPrefix) -> locate.Turn:
     try:
-        return markers.locate(text, parts, turn, prefix, len(chat.messages), chat.template.stops)
+        return locate.locate(text, parts, turn, prefix, len(chat.messages), chat.template.stops)
     except BadRow as error:
         error.field = error.field or f"messages[{turn}]"
         # Of the tags that vendors put into templates, many train headers or miss the stop: they are no proof.
@@ -273,7 +273,7 @@ def _locate(chat: Chat, text: str, parts: Sequence[Piece], turn: int, prefix: ma
 
 def _marked(parts: Sequence[Piece], assistants: Sequence[int], turns: Sequence[int]) -> list[Region] | None:
     try:
-        return markers.from_blocks(parts, assistants, turns)
+        return locate.from_blocks(parts, assistants, turns)
     except BadRow:
         return None
 

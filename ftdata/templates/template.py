@@ -15,19 +15,19 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
-from ftdata import disk
 from ftdata.errors import BadRow, TemplateRefused, UsageError, nearest
 from ftdata.registry import Registry
-from ftdata.templates import markers
-from ftdata.templates.memory import Memory
-from ftdata.templates.plans import Plans
-from ftdata.templates.runs import Runs
-from ftdata.templates.sandbox import compile_template, environment
-from ftdata.templates.spans import pieces, tracked, tracked_messages
-from ftdata.templates.stops import Stops
-from ftdata.templates.tracked import Tracked, concat
-from ftdata.templates.unfolded import names_in
-from ftdata.templates.watched import plain
+from ftdata.storage import disk
+from ftdata.templates.attribution.spans import pieces, tracked, tracked_messages
+from ftdata.templates.attribution.tracked_strings import Tracked, concat
+from ftdata.templates.attribution.watched_strings import plain
+from ftdata.templates.cache.plans import Plans
+from ftdata.templates.cache.prefix_cache import Runs
+from ftdata.templates.cache.turn_cache import Memory
+from ftdata.templates.sandbox.constant_folding import names_in
+from ftdata.templates.sandbox.environment import compile_template, environment
+from ftdata.templates.turns import locate
+from ftdata.templates.turns.stops import Stops
 from ftdata.types import Part
 
 templates: Registry[Path] = Registry("ftdata.templates", "template")
@@ -143,7 +143,7 @@ class Template:
     @cached_property
     def stops(self) -> Stops:
         """How turns end, learnt from probes."""
-        return markers.learn(self._probe, Stops(self.special_tokens.get("eos_token"), self.control))
+        return locate.learn(self._probe, Stops(self.special_tokens.get("eos_token"), self.control))
 
     def _probe(self, roles: str) -> Tracked | None:
         """Render a plain conversation, its contents as text or, for templates that want them so, as lists of parts."""

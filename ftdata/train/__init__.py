@@ -44,18 +44,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftdata.build.remote import build_at
+from ftdata.build.store import read_manifest
 from ftdata.config import NULL, Config, assigned, flat, load_config, make_config, read_values
 from ftdata.errors import MissingDependency, UsageError
 from ftdata.redaction import drop_redacted, is_redacted
-from ftdata.remote_builds import build_at
-from ftdata.store import read_manifest
-from ftdata.tokenizer_loading import load_tokenizer
+from ftdata.tokenizing.load import load_tokenizer
 
 if TYPE_CHECKING:
-    from ftdata.train.chat import Conversation
-    from ftdata.train.estimate import Estimate
-    from ftdata.train.merging import Merged
-    from ftdata.train.report import Comparison
+    from ftdata.train.inference.chat import Conversation
+    from ftdata.train.inference.comparison_report import Comparison
+    from ftdata.train.inference.merge_adapter import Merged
+    from ftdata.train.model.estimate import Estimate
 
 __all__ = ["compare", "conversation", "dry_run", "generate", "init", "merge", "run"]
 
@@ -99,7 +99,7 @@ def run(
     _require()
     config, build = _resolve(source, model, output_dir, _given(overrides, settings), resume=resume)
     _quiet()
-    from ftdata.train import sft
+    from ftdata.train.runs import sft
 
     return sft.train(config, build, resume=resume, notes=tuple(_left_out(source, config, resume=resume)))
 
@@ -133,7 +133,7 @@ def dry_run(
     _require()
     config, build = _resolve(source, model, output_dir, _given(overrides, settings))
     _quiet()
-    from ftdata.train import sft
+    from ftdata.train.runs import sft
 
     return sft.look_ahead(config, build)
 
@@ -147,7 +147,7 @@ def compare(run_dir: str | Path, data: Any = None, n: int | None = 20, **options
             test split, if there is one.
         n: how many rows; `None` takes all.
         options: `batch_size`, `trust_remote_code`, `progress` (called after each token with an
-            `ftdata.train.progress.Progress`), and further arguments of `model.generate`, such as `num_beams`.
+            `ftdata.train.inference.progress.Progress`), and further arguments of `model.generate`, such as `num_beams`.
 
     Returns:
         Perplexity, exact match, SacreBLEU and chrF of both, and every answer.
@@ -159,9 +159,9 @@ def compare(run_dir: str | Path, data: Any = None, n: int | None = 20, **options
     """
     _require()
     _quiet()
-    from ftdata.train import evaluate
+    from ftdata.train.inference import evaluation
 
-    return evaluate.compare(Path(run_dir), data, n, **options)
+    return evaluation.compare(Path(run_dir), data, n, **options)
 
 
 def generate(run_dir: str | Path, prompts: Sequence[str], *, base: bool = False, **options: Any) -> list[str]:
@@ -213,9 +213,10 @@ def conversation(
     """
     _require()
     _quiet()
-    from ftdata.train import chat, finished_run
+    from ftdata.train.inference import chat
+    from ftdata.train.inference.run_dir import finished
 
-    run = finished_run.finished(Path(run_dir), trust_remote_code=trust_remote_code)
+    run = finished(Path(run_dir), trust_remote_code=trust_remote_code)
     return chat.begin(run, base=base, system=system, **options)
 
 
@@ -242,10 +243,11 @@ def merge(
     """
     _require()
     _quiet()
-    from ftdata.train import finished_run, merging
+    from ftdata.train.inference import merge_adapter
+    from ftdata.train.inference.run_dir import finished
 
-    run = finished_run.finished(Path(run_dir), trust_remote_code=trust_remote_code)
-    return merging.merge(run, Path(output_dir), dtype)
+    run = finished(Path(run_dir), trust_remote_code=trust_remote_code)
+    return merge_adapter.merge(run, Path(output_dir), dtype)
 
 
 def init(data: str, model: str, output_dir: str | Path = "out", **overrides: Any) -> str:
@@ -268,9 +270,9 @@ def init(data: str, model: str, output_dir: str | Path = "out", **overrides: Any
     """
     _require()
     _quiet()
-    from ftdata.train import first_config
+    from ftdata.train import init_config
 
-    return first_config.worked_out(data, model, str(output_dir), overrides)
+    return init_config.worked_out(data, model, str(output_dir), overrides)
 
 
 def _require() -> None:

@@ -20,9 +20,9 @@ from trl import SFTConfig
 
 from ftdata._version import __version__
 from ftdata.config import Config
-from ftdata.disk import digest, hash_of, sync, write_json
 from ftdata.errors import InputRefused, UsageError
 from ftdata.redaction import drop_redacted, redact
+from ftdata.storage.disk import digest, hash_of, sync, write_json
 
 FREE = ("num_train_epochs", "max_steps", "disable_tqdm", "report_to", "run_name", "load_best_model_at_end", "use_cpu")
 FREE_KINDS = ("logging_", "save_", "eval_", "per_device_eval_", "dataloader_", "hub_", "push_")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 import subprocess
 import sys
 import zipfile
@@ -112,7 +113,68 @@ def nested(depth):
     return write
 
 
+def plain(**columns):
+    return lambda path: pq.write_table(
+        pa.table(columns), path, compression="zstd", use_dictionary=False, write_statistics=False
+    )
+
+
+def integer(number):
+    """Return a positive integer in Thrift's compact protocol."""
+    number, text = number << 1, b""
+    while number > 127:
+        number, text = number >> 7, text + bytes([number & 127 | 128])
+    return text + bytes([number])
+
+
+def forged(write, stated=1000):
+    """Write a Parquet file whose footer states that large column chunks are small."""
+
+    def wrong(path):
+        write(path)
+        metadata, data = pq.ParquetFile(path).metadata, path.read_bytes()
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        sizes = {
+            group.column(number).total_uncompressed_size for group in groups for number in range(metadata.num_columns)
+        }
+        sizes |= {group.total_byte_size for group in groups}
+        length = int.from_bytes(data[-8:-4], "little")
+        footer = data[-8 - length : -8]
+        for size in sizes:
+            footer = footer.replace(integer(size), integer(stated)) if size > MEGABYTE else footer
+        path.write_bytes(data[: -8 - length] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+        assert pq.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size <= stated
+
+    return wrong
+
+
+def prefixes(path):
+    values = pa.table({"question": ["y" * 900_000 + str(number) for number in range(1000)], "answer": ["a"] * 1000})
+    encoding = {"question": "DELTA_BYTE_ARRAY", "answer": "PLAIN"}
+    pq.write_table(values, path, compression="zstd", use_dictionary=False, column_encoding=encoding)
+
+
+def xz(dict_size):
+    def write(path):
+        filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": dict_size}]
+        with lzma.open(path, "wb", format=lzma.FORMAT_XZ, filters=filters) as file:
+            for _ in range(300):
+                file.write(b" " * MEGABYTE + b"\n")
+
+    return write
+
+
 FILES = {
+    "plain cells": ("a.parquet", plain(question=["\0" * MEGABYTE] * 1000, answer=["a"] * 1000), "expansion"),
+    "plain cells, small in the footer": ("a.parquet", forged(plain(question=["\0" * 4 * MEGABYTE] * 900, answer=["a"] * 900)), "expansion"),
+    "one plain cell": ("a.parquet", plain(question=["\0" * 60_000_000], answer=["a"]), "expansion"),
+    "one plain cell in each row group": ("a.parquet", lambda path: pq.write_table(pa.table({"question": ["\0" * 60_000_000] * 15, "answer": ["a"] * 15}), path, row_group_size=1, compression="zstd", use_dictionary=False), "expansion"),
+    "repeated prefixes": ("a.parquet", prefixes, "expansion"),
+    "xz that needs 1 GiB": ("a.jsonl.xz", xz(1 << 30), "expansion"),
+    "a million empty lists": ("a.jsonl", lambda path: path.write_bytes(b"[]\n" * 1_000_000), "no_messages"),
+    "a million nulls": ("a.json", lambda path: path.write_bytes(b"[" + b"null," * 1_000_000 + b"null]"), "not_rows|not_a_row"),
+    "a million empty cells": ("a.csv", lambda path: path.write_bytes(b"question,answer\n" + b",\n" * 1_000_000), "empty_answer"),
+    "many keys": ("a.jsonl", lambda path: path.write_text(json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"} | {f"k{n}": 1 for n in range(200_000)}]})), "message_type"),
     "shared strings": ("a.xlsx", workbook([(HEAD, 1)], [*NAMED, ("<si><t>" + "x" * 1000 + "</t></si>", 1_000_000)]), "expansion"),
     "shared strings, empty": ("a.xlsx", workbook([(HEAD, 1)], [*NAMED, ("<si><t>x</t></si>" * 1000, 50_000)]), "expansion"),
     "one long string in all cells": ("a.xlsx", workbook([(HEAD, 1), (cells(2, 2, 2).replace(' r="2"', ""), 100_000)], [*NAMED, ("<si><t>" + "word " * 400_000 + "</t></si>", 1)]), "cell_too_long|expansion"),
@@ -137,7 +199,7 @@ FILES = {
     "1 GiB of brackets": ("a.json.gz", packed(b"[", 1024), "too_deep"),
     "1 GiB of blanks": ("a.csv.gz", packed(b" ", 1024), "line_too_long|expansion"),
     "long text": ("a.jsonl", lambda path: path.write_text(json.dumps({"question": "q", "answer": "word " * 2_400_000})), "row_too_long"),
-    "long cell": ("a.parquet", table(question=["z" * 300_000_000], answer=["a"]), "row_too_long"),
+    "long cell": ("a.parquet", table(question=["z" * 300_000_000], answer=["a"]), "row_too_long|expansion"),
     "dictionary": ("a.parquet", table(question=repeated("y" * 100 * MEGABYTE, 20), answer=["a"] * 20), "expansion|row_too_long"),
     "columns": ("a.jsonl", lambda path: path.write_text(json.dumps({f"c{n}": 1 for n in range(1_000_000)})), "schema"),
     "names": ("a.csv", lambda path: path.write_text(",".join(f"c{n}" for n in range(1_000_000)) + "\n" + "v," * 999_999 + "v\n"), "schema"),

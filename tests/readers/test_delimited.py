@@ -140,7 +140,7 @@ def test_tsv_written_as_csv_comes_back(rows):
     import csv
     import io
 
-    from ftdata.readers.quoting import _Quotes
+    from ftdata.readers.quote_detection import _Quotes
 
     text = io.StringIO()
     csv.writer(text, delimiter="\t", lineterminator="\n").writerows([["question", "answer"], *rows])
@@ -153,7 +153,7 @@ def test_tsv_written_as_csv_comes_back(rows):
 def test_tsv_written_without_quoting_comes_back(rows):
     import io
 
-    from ftdata.readers.quoting import _Quotes
+    from ftdata.readers.quote_detection import _Quotes
 
     text = "\n".join(["question\tanswer", *map("\t".join, rows)]) + "\n"
     literal = any('"' in cell and not (cell[0] == cell[-1] == '"' and len(cell) > 1) for row in rows for cell in row)

@@ -8,9 +8,9 @@ import random
 
 import pytest
 
-from ftdata.examples import Built, build_rows
+from ftdata.pipeline.examples import Built, build_rows
+from ftdata.pipeline.recipe import make_recipe
 from ftdata.readers import sources
-from ftdata.recipe import make_recipe
 from ftdata.types import Reject
 
 WORDS = [

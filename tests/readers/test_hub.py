@@ -14,10 +14,10 @@ from hub.server import serving
 
 from ftdata import read
 from ftdata.errors import HubError, InputRefused, UsageError
-from ftdata.readers import remote
+from ftdata.readers import remote_files
 
 ROWS = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(40)]
-QUICK = "import ftdata.readers.remote as remote; remote.PAUSE = 0.01\n"
+QUICK = "import ftdata.readers.remote_files as remote; remote.PAUSE = 0.01\n"
 
 
 def lines(rows):
@@ -273,7 +273,7 @@ MANY = lines(ROWS * 4500)
 
 @pytest.fixture
 def web(monkeypatch):
-    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    monkeypatch.setattr(remote_files, "PAUSE", 0.01)
     with serving() as (server, address):
         yield server, address
 

@@ -11,7 +11,7 @@ from rows import anything, outcomes, write
 from ftdata import read
 from ftdata.errors import BadRow, InputRefused, UsageError
 from ftdata.readers import sources
-from ftdata.readers.lines import parse
+from ftdata.readers.json_rows import parse
 from ftdata.types import Reject, Source
 
 
@@ -201,7 +201,7 @@ def test_frames_from_parquet_hold_arrays(tmp_path):
 
 
 def test_an_enormous_line_is_rejected(tmp_path, monkeypatch):
-    monkeypatch.setattr("ftdata.readers.lines.MAX_LINE", 50)
+    monkeypatch.setattr("ftdata.readers.json_rows.MAX_LINE", 50)
     long = '{"text": "' + "x" * 60 + '"}'
     codes = [getattr(e, "code", "") for e in outcomes(write(tmp_path, "d.jsonl", f'{{"text": "a"}}\n{long}\n'))]
     assert codes == ["", "line_too_long"]

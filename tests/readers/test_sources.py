@@ -15,7 +15,7 @@ from rows import CELLS, LINES, ROWS, data_of, write
 
 from ftdata import read
 from ftdata.errors import InputRefused, MissingDependency, UsageError
-from ftdata.readers.scan import COLUMNS
+from ftdata.readers.json_scan import COLUMNS
 from ftdata.schemas import schemas
 
 

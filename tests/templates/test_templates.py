@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftdata.errors import BadRow, TemplateRefused, UsageError
-from ftdata.recipe import make_recipe
+from ftdata.pipeline.recipe import make_recipe
 from ftdata.templates import Template, check, find, render, templates
-from ftdata.templates.tracked import Tracked, concat, dumps, safe
+from ftdata.templates.attribution.tracked_strings import Tracked, concat, dumps, safe
 from ftdata.testing import conversations, texts
 from ftdata.types import Conversation
 
@@ -159,7 +159,7 @@ TRICKY = [
 @given(messages=conversations(max_turns=2))
 def test_the_text_is_what_jinja_alone_renders(source, messages):
     """Attribution changes no character."""
-    from ftdata.templates.spans import tracked_messages
+    from ftdata.templates.attribution.spans import tracked_messages
 
     ours = Template("t", source, strict=False, special_tokens=SPECIAL).run({"messages": tracked_messages(messages)})
     theirs = transformers_environment().from_string(source).render(messages=messages, **SPECIAL)

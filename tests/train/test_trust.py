@@ -15,7 +15,7 @@ import transformers as hf  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from ftdata.train import compare, generate, run  # noqa: E402
-from ftdata.train.model import load_model  # noqa: E402
+from ftdata.train.model.load import load_model  # noqa: E402
 
 QUICK = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1}
 

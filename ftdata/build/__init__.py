@@ -1,0 +1,1 @@
+"""Build a data set on disk: shards, splits, packing, the build store and its cache."""

@@ -1,0 +1,1 @@
+"""Turn rows into examples: render, tokenize, mask and truncate."""

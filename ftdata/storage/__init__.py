@@ -1,0 +1,1 @@
+"""Files on disk: atomic replacement, build records and Arrow helpers."""

@@ -1,0 +1,1 @@
+"""Reuse earlier renderings of a template."""

@@ -1,0 +1,1 @@
+"""Locate turns and their stop tokens in a rendered text."""

@@ -1,0 +1,1 @@
+"""Check a template with probes and a second renderer."""

@@ -1,0 +1,1 @@
+"""Run templates in a worker process."""

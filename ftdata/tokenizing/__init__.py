@@ -1,0 +1,1 @@
+"""Load tokenizers and tokenize batches of texts with character offsets."""

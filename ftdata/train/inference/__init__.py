@@ -1,0 +1,1 @@
+"""Use a finished run: generate, evaluate, chat and merge."""

@@ -1,0 +1,160 @@
+"""Report: what base and tuned model answered, side by side, as a table, JSON and a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ftdata.errors import printable
+from ftdata.inspection.html_page import write_html
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One prompt with what was expected and what each model said."""
+
+    prompt: str
+    expected: str
+    base: str
+    tuned: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How good the answers of a model are.
+
+    `perplexity` is that of all trained tokens, given what stands before them; `exact` is a share of the answers; `bleu`
+    and `chrf` go from 0 to 100.
+    """
+
+    perplexity: float
+    exact: float
+    bleu: float
+    chrf: float
+
+
+_SHOWN = {
+    "perplexity": ("perplexity", "{:.3f}"),
+    "exact": ("exact match", "{:.1%}"),
+    "bleu": ("SacreBLEU", "{:.1f}"),
+    "chrf": ("chrF", "{:.1f}"),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Base against tuned.
+
+    Attributes:
+        asked: which rows.
+        base_model: name of the base model.
+        tuned_model: folder of the tuned one.
+        base: scores of the base model: perplexity, exact match (share), SacreBLEU and chrF (0 to 100).
+        tuned: scores of the tuned one.
+        rows: every prompt, with the answer that was expected and both that were given.
+    """
+
+    asked: str
+    base_model: str
+    tuned_model: str
+    base: Scores
+    tuned: Scores
+    rows: tuple[Answered, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the comparison as JSON."""
+        return asdict(self)
+
+    def scores(self) -> Iterator[tuple[str, str, str]]:
+        """Yield name and both values of each score, as they are shown."""
+        for name, (title, form) in _SHOWN.items():
+            yield title, form.format(getattr(self.base, name)), form.format(getattr(self.tuned, name))
+
+    def print(self, console: Console) -> None:
+        """Print the answers side by side, and the scores."""
+        table = Table("prompt", "expected", "base", "tuned", show_lines=True)
+        for row in self.rows:
+            style = "green" if row.tuned.strip() == row.expected.strip() else "red"
+            texts = [Text(printable(text)) for text in (row.prompt, row.expected)]
+            table.add_row(*texts, Text(printable(row.base), style="dim"), Text(printable(row.tuned), style=style))
+        console.print(table)
+        scores = Table("", "base", "tuned", box=None, pad_edge=False)
+        for title, *values in self.scores():
+            scores.add_row(title, *values)
+        console.print(f"{len(self.rows)} rows of {printable(self.asked)}", highlight=False, markup=False)
+        console.print(scores)
+
+    def as_html(self) -> str:
+        """Return the comparison as one page, without anything from elsewhere."""
+        scores = "".join(f"<tr><th>{name}<td>{base}<td>{tuned}\n" for name, base, tuned in self.scores())
+        rows = "".join(
+            f"<tr><td>{_cell(row.prompt)}<td>{_cell(row.expected)}<td>{_cell(row.base)}"
+            f"<td class={'right' if row.tuned.strip() == row.expected.strip() else 'other'}>{_cell(row.tuned)}\n"
+            for row in self.rows
+        )
+        return _PAGE.format(
+            asked=_cell(self.asked),
+            base=_cell(self.base_model),
+            tuned=_cell(self.tuned_model),
+            count=len(self.rows),
+            scores=scores,
+            rows=rows,
+        )
+
+    def write_html(self, path: Path) -> None:
+        """Write the page.
+
+        Raises:
+            UsageError: the file is there, and no page.
+        """
+        write_html(path, self.as_html())
+
+
+def _cell(text: str) -> str:
+    return escape(printable(text))
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta name="generator" content="ftdata">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>base and tuned: {asked}</title>
+<style>
+:root {{ color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }}
+body {{ margin: 2em auto; max-width: 90em; padding: 0 1em }}
+table {{ border-collapse: collapse; margin: 1em 0 }}
+th, td {{ border: 1px solid #8886; padding: .4em .7em; text-align: left; vertical-align: top }}
+td {{ white-space: pre-wrap; overflow-wrap: anywhere }}
+.right {{ background: #2a72 }}
+.other {{ background: #a331 }}
+</style>
+</head>
+<body>
+<main>
+<h1>Base and tuned</h1>
+<p>{count} rows of {asked}</p>
+<p>base: {base}<br>tuned: {tuned}</p>
+<table>
+<thead><tr><th>score<th>base<th>tuned</thead>
+<tbody>
+{scores}</tbody>
+</table>
+<table>
+<thead><tr><th>prompt<th>expected<th>base<th>tuned</thead>
+<tbody>
+{rows}</tbody>
+</table>
+</main>
+</body>
+</html>
+"""

@@ -1,0 +1,129 @@
+"""Merge: the adapter of a finished run added to the weights of its base model, in float32, and rounded once."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftdata.errors import InputRefused, UsageError, one_of, said_by
+from ftdata.tokenizing.tokenizer import Tokenizer, control_tokens
+from ftdata.train.inference.run_dir import CLOSE, Finished, load_base, load_tuned
+from ftdata.train.model.load import load_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+LIMITS = {name: CLOSE[dtype] for name, dtype in DTYPES.items()}
+"""How far the logits of a merged model may be off those of its adapter, relative to the largest."""
+
+_TEXT = (
+    "The quick brown fox jumps over the lazy dog. In 1969, 3 people flew to the moon; 2 of them walked on it.\n"
+    "def add(a, b):\n    return a + b  # 1 + 1 = 2\n"
+)
+"""Ordinary text, whose tokens every model has seen."""
+
+_FILES = ("tokenizer", "special_tokens", "chat_template", "added_tokens", "vocab", "merges")
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A merged model.
+
+    Attributes:
+        folder: where it is.
+        dtype: of its weights: `float32`, `bfloat16` or `float16`.
+        error: how far its logits are off those of base and adapter in float32: the largest difference, over ordinary
+            tokens of a text and of the vocabulary, divided by the largest logit.
+        limit: the error above which it is not written.
+    """
+
+    folder: Path
+    dtype: str
+    error: float
+    limit: float
+
+
+def merge(run: Finished, target: Path, dtype: str | None = None) -> Merged:
+    """Write the base model with a run's adapter added to its weights, as a model that needs neither ftdata nor PEFT.
+
+    Args:
+        run: a finished run with an adapter.
+        target: the new folder.
+        dtype: of the new weights; `None` takes that of the base model.
+
+    Raises:
+        UsageError: there is no adapter to merge, or something stands in the way.
+        InputRefused: the merged model differs from the adapter by more than the limit; nothing is written.
+    """
+    if not run.about["adapter"]:
+        raise UsageError("no_adapter", f"{run.model} is a whole model: it has no adapter to merge")
+    if target.exists() and any(target.iterdir()):
+        raise UsageError("target_exists", f"{target} is not empty", hint="choose another folder")
+    dtype = dtype or _dtype_of(run)
+    one_of("dtype", dtype, DTYPES)
+    merged, error = _merged(run, DTYPES[dtype])
+    if not error <= LIMITS[dtype]:
+        hint = "use the adapter as it is" if dtype == "float32" else "merge with --dtype float32, or use the adapter"
+        found = (
+            f"the merged model in {dtype} differs from the adapter: its logits are off by {error:.2g} of the largest"
+        )
+        raise InputRefused("merge_error", f"{found}, expected at most {LIMITS[dtype]:g}", hint=hint)
+    merged.generation_config = run.settings
+    target.mkdir(parents=True, exist_ok=True)
+    merged.to(DTYPES[dtype]).save_pretrained(target, safe_serialization=True)
+    for path in run.model.iterdir():
+        if path.name.startswith(_FILES):
+            shutil.copy(path, target / path.name)
+    return Merged(target, dtype, error, LIMITS[dtype])
+
+
+def _merged(run: Finished, dtype: torch.dtype) -> tuple[Any, float]:
+    """Return the merged model, rounded to a dtype and held in float32, and its error."""
+    ids, ordinary = _ordinary(run.tokenizer, str(run.about["options"]["template"]["source"]))
+    try:
+        # Four bits could not hold what the adapter adds, and 16 bits would round every sum and every activation.
+        model = load_tuned(run, load_base(run, dtype=torch.float32)).float()
+        before = _logits(model, ids, ordinary)
+        merged = model.merge_and_unload(safe_merge=True)
+        for weight in merged.parameters():
+            weight.data = weight.data.to(dtype).float()
+        after = _logits(merged, ids, ordinary)
+    except torch.OutOfMemoryError:
+        hint = "merge on the CPU: CUDA_VISIBLE_DEVICES= ftdata merge ..."
+        raise InputRefused("out_of_memory", f"{run.folder} does not fit in float32 on the GPU", hint=hint) from None
+    except ValueError as error:
+        # PEFT refuses weights that are no numbers, and kinds of adapters that cannot be merged.
+        raise InputRefused("merge_error", f"{run.model} cannot be merged: {said_by(error)}") from None
+    off = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
+    return merged, off if math.isfinite(off) else math.inf
+
+
+def _dtype_of(run: Finished) -> str:
+    config = load_config(run.about["setup"]["model"], trust_remote_code=run.trusted)
+    name = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    return name if name in DTYPES else "float32"
+
+
+def _ordinary(tokenizer: Tokenizer, template: str) -> tuple[list[int], torch.Tensor]:
+    """Return the ids of an ordinary text, and which ids of the vocabulary are no control tokens (bool `[size]`)."""
+    control = set(control_tokens(tokenizer, template).ids.tolist())
+    control |= {id_ for id_, is_special in tokenizer.added_tokens.values() if is_special}
+    ids = [id_ for id_ in tokenizer.encode([_TEXT]).ids.tolist() if id_ not in control]
+    ordinary = torch.ones(tokenizer.size, dtype=torch.bool)
+    ordinary[[id_ for id_ in control if id_ < tokenizer.size]] = False
+    return ids or [id_ for id_ in range(tokenizer.size) if id_ not in control][:32], ordinary
+
+
+def _logits(model: Any, ids: list[int], ordinary: torch.Tensor) -> torch.Tensor:
+    """Return the logits of ordinary tokens, computed in float32, on the CPU."""
+    model.eval()
+    positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(ids))
+    with torch.inference_mode():
+        inputs = torch.tensor([ids[:positions]]).to(model.device)
+        found = model(input_ids=inputs, use_cache=False).logits[0].float().cpu()
+    # Embeddings may be padded with rows of no token.
+    return found[:, : len(ordinary)][:, ordinary[: found.shape[1]]]

@@ -1,0 +1,1 @@
+"""Load, adapt, quantize and probe a model."""

@@ -1,0 +1,1 @@
+"""Run SFTTrainer on a build."""

@@ -1,0 +1,308 @@
+"""Whatever ends a build, the old one or the new one is there, whole, and the same command goes on."""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+
+from ftdata import verify
+from ftdata.build.dataset import write_build
+from ftdata.storage.disk import OPERATIONS
+
+OPTIONS = {
+    "packing": "bfd",
+    "max_length": 128,
+    "test_size": 2,
+    "on_bad_rows": "quarantine",
+    "max_rejects": "50%",
+}
+FAULTS = ("kill", "enospc", "eio", "readonly")
+
+
+def rows(word, count):
+    for number in range(count):
+        talk = [{"role": "user", "content": f"{word} {number}?"}, {"role": "assistant", "content": "yes " * number}]
+        yield json.dumps({"messages": talk}) if number % 5 else '{"half'
+
+
+class Builder:
+    """Builds in processes of their own, and what must hold however they end."""
+
+    def __init__(self, folder, tokenizer):
+        self.folder, self.tokenizer, self.target = folder, tokenizer, folder / "to" / "out"
+        self.data = [str(folder / "a.jsonl"), str(folder / "b.jsonl")]
+        self.whole = {}
+        for version in ("old", "new"):
+            self.write(version)
+            write_build(self.data, tokenizer, folder / version, **OPTIONS)
+            self.whole[version] = contents(folder / version)
+        assert self.whole["old"] != self.whole["new"]
+        command = [sys.executable, str(Path(__file__).parents[1] / "crashes.py")]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def write(self, version):
+        for path in self.data:
+            Path(path).write_text("".join(f"{row}\n" for row in rows(version, 6)))
+
+    def begin(self, old):
+        """Put an old build at the target, or nothing; the data is that of the new one."""
+        shutil.rmtree(self.target.parent, ignore_errors=True)
+        self.target.parent.mkdir()
+        if old:
+            shutil.copytree(self.folder / "old", self.target)
+
+    def build(self, **how):
+        given = {"data": self.data, "tokenizer": self.tokenizer, "output_dir": str(self.target), "options": OPTIONS}
+        asked = {**given, **how}
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+    def state(self):
+        """Which version is there: `None` if none is. Another state than these is a fault."""
+        assert [path.name for path in self.target.parent.iterdir() if not path.name.startswith(".")] in ([], ["out"])
+        if not self.target.exists():
+            return None
+        (found,) = [version for version, files in self.whole.items() if files == contents(self.target)]
+        assert verify(self.target) == []
+        return found
+
+    def goes_on(self):
+        """The same command, again: the new build is there, and nothing else."""
+        done = self.build()
+        assert done["code"] == 0, done
+        assert self.state() == "new"
+        assert [path.name for path in self.target.parent.iterdir()] == ["out"]
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory, tokenizer_dir):
+    # In memory, where that can be: what a disk takes to sync is not what is tried here.
+    memory = Path("/dev/shm")
+    home = (
+        tempfile.TemporaryDirectory(dir=memory)
+        if os.access(memory, os.W_OK)
+        else nullcontext(tmp_path_factory.mktemp("c"))
+    )
+    with home as folder:
+        found = Builder(Path(folder), tokenizer_dir("tiny_bpe"))
+        yield found
+        found.end()
+
+
+def operations(builder, old):
+    """All that a build asks of the disk, in order."""
+    builder.begin(old)
+    done = builder.build(failpoint="*:0:trace")
+    assert done["code"] == 0, done
+    return [line.split()[1] for line in done["error"].splitlines()]
+
+
+def test_all_that_is_asked_of_the_disk_can_fail(builder):
+    """So that what follows leaves nothing out."""
+    assert set(operations(builder, old=True)) == {*OPERATIONS} - {"link"}  # which is for the cache
+    source = (Path(__file__).parents[2] / "ftdata").rglob("*.py")
+    for path in source:
+        if path.parent.name in ("train", "templates", "cli") or path.name in ("disk.py", "cache.py"):
+            continue
+        text = path.read_text()
+        for way in (".write_text(", ".write_bytes(", 'open("w', "os.rename", "os.replace", "mkstemp", "shutil.move"):
+            assert way not in text, (path, way)
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.long)])
+def test_every_operation_may_fail(builder, fault, old, every):
+    """G8, G9: at each write, sync and rename; or at each sixth where there is less time."""
+    before = "old" if old else None
+    asked = operations(builder, old)
+    published = next(number for number, name in enumerate(asked, 1) if name in ("rename", "swap") and number > 70)
+    for number, operation in islice(enumerate(asked, 1), FAULTS.index(fault) % every, None, every):
+        builder.begin(old)
+        done = builder.build(failpoint=f"*:{number}:{fault}")
+        where = (number, operation, done)
+        if fault == "kill":
+            assert done["code"] == -9, where
+        elif done["code"] != 0:
+            # What cannot be tidied away does no harm.
+            assert done["code"] == 5, where
+            assert str(builder.target) in done["error"], where
+            assert "Fix: " in done["error"], where
+        else:
+            assert operation == "remove", where
+        assert builder.state() == ("new" if number > published or (done["code"] == 0) else before), where
+        builder.goes_on()
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("builds", [25, pytest.param(100, marks=pytest.mark.long)])
+def test_it_may_be_killed_at_any_time(builder, old, builds):
+    """G8: SIGKILL at moments by chance, often several times before a build comes to its end."""
+    dice, before = random.Random(old), "old" if old else None
+    seen = set()
+    for _ in range(builds):
+        builder.begin(old)
+        for _ in range(dice.randint(1, 3)):
+            done = builder.build(seconds=dice.uniform(0, 0.15))
+            assert done["code"] in (0, -9), done
+            found = builder.state()
+            assert found in (before, "new")
+            seen.add((done["code"], found))
+        builder.goes_on()
+    assert (-9, before) in seen
+
+
+@pytest.mark.parametrize("many", [2, 4, 8])
+@pytest.mark.parametrize("rounds", [6, pytest.param(20, marks=pytest.mark.long)])
+def test_builds_at_once_are_one_build(builder, many, rounds):
+    """G12: of many processes one builds, and the others wait, and find it done."""
+    for number in range(rounds):
+        builder.begin(old=number % 2)
+        done = builder.build(together=many)
+        assert done["codes"] == [0] * many, done
+        assert done["error"].count("built;") == 1, done
+        assert done["error"].count("there;") == many - 1, done
+        assert builder.state() == "new"
+        assert [path.name for path in builder.target.parent.iterdir()] == ["out"]
+
+
+def test_those_who_wait_go_on_where_the_first_was_killed(builder):
+    for number in range(1, 79, 6):
+        builder.begin(old=True)
+        done = builder.build(together=3, failpoint=f"*:{number}:kill", first_only=True)
+        assert sorted(done["codes"]) == [-9, 0, 0], done
+        assert builder.state() == "new"
+        assert [path.name for path in builder.target.parent.iterdir()] == ["out"]
+
+
+def test_every_damage_is_found_before_use(builder, tokenizer_dir):
+    """G10: 500 flipped bits and cuts, in every file, the manifest among them."""
+    builder.begin(old=True)
+    dice, whole = random.Random(0), builder.whole["old"]
+    for number in range(500):
+        name = dice.choice(sorted(name for name in whole if whole[name]))
+        path, data = builder.target / name, bytearray(whole[name])
+        if number % 3:
+            at = dice.randrange(len(data))
+            data[at] ^= 1 << dice.randrange(8)
+        else:
+            del data[dice.randrange(len(data)) :]
+        path.write_bytes(data)
+        assert verify(builder.target) == [name]
+        path.write_bytes(whole[name])
+    assert verify(builder.target) == []
+
+
+class Changes(RuleBasedStateMachine):
+    """Data, options and kept files change, builds are killed; whatever is there is whole, and never out of date."""
+
+    builder = cache = None
+
+    def __init__(self):
+        super().__init__()
+        self.builder.begin(old=False)
+        self.builder.write("old")
+        shutil.rmtree(self.cache, ignore_errors=True)
+        self.options, self.seen = dict(OPTIONS), []
+
+    def expected(self):
+        with tempfile.TemporaryDirectory(dir=self.builder.folder) as folder:
+            write_build(self.builder.data, self.builder.tokenizer, Path(folder) / "out", **self.options)
+            return contents(Path(folder) / "out")
+
+    @rule(file=st.integers(0, 1), letter=st.sampled_from("abc"), at=st.integers(0, 5))
+    def edit(self, file, letter, at):
+        """The size and the time stay what they were."""
+        path = Path(self.builder.data[file])
+        before, text = path.stat(), path.read_text().split("\n")
+        text[at] = re.sub(r"\w\w? (?=\d)", f"{letter}{letter} ", text[at], count=1)
+        path.write_text("\n".join(text))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    @rule(file=st.integers(0, 1), count=st.integers(1, 9))
+    def grow(self, file, count):
+        with Path(self.builder.data[file]).open("a") as out:
+            out.writelines(f"{row}\n" for row in rows("more", count))
+
+    @rule(file=st.integers(0, 1))
+    def exchange(self, file):
+        """Another file has the name now."""
+        path = Path(self.builder.data[file])
+        path.with_suffix(".new").write_text("".join(f"{row}\n" for row in rows("other", 5)))
+        path.with_suffix(".new").replace(path)
+
+    @rule(file=st.integers(0, 1))
+    def touch(self, file):
+        os.utime(self.builder.data[file])
+
+    @rule(
+        turned=st.sampled_from(
+            [{"packing": None}, {"packing": "bfd"}, {"train_on": "all"}, {"test_size": 3}, {"seed": 7}]
+        )
+    )
+    def choose(self, turned):
+        self.options |= turned
+
+    @rule(part=st.floats(0, 1), bit=st.integers(0, 7), where=st.sampled_from(["cache", "place"]))
+    def damage(self, part, bit, where):
+        """A bit flips in what is remembered, or in what a killed build left behind."""
+        folder = self.cache if where == "cache" else self.builder.target.parent / ".out.ftdata"
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+        if files:
+            path = files[int(part * (len(files) - 1))]
+            data = bytearray(path.read_bytes())
+            data[int(part * (len(data) - 1))] ^= 1 << bit
+            path.write_bytes(data)
+
+    @rule(number=st.integers(1, 90), fault=st.sampled_from(FAULTS), cached=st.booleans())
+    def fail(self, number, fault, cached):
+        self.seen.append(self.expected())
+        done = self.build(cached, failpoint=f"*:{number}:{fault}")
+        assert done["code"] in (-9, 5, 0), done
+        self.whole(late=done["code"] != 0)
+
+    @rule(cached=st.booleans(), together=st.sampled_from([0, 2]))
+    def succeed(self, cached, together):
+        expected = self.expected()
+        self.seen.append(expected)
+        done = self.build(cached, together=together)
+        assert done.get("codes", [done["code"]]) == [0] * (together or 1), done
+        assert contents(self.builder.target) == expected
+        assert [path.name for path in self.builder.target.parent.iterdir()] == ["out"]
+
+    def build(self, cached, **how):
+        return self.builder.build(cache=str(self.cache) if cached else "off", options=self.options, **how)
+
+    def whole(self, late):
+        if self.builder.target.exists():
+            assert contents(self.builder.target) in (self.seen if late else self.seen[-1:])
+            assert verify(self.builder.target) == []
+
+
+@pytest.mark.parametrize("examples", [25, pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
+def test_changes(builder, examples):
+    """G11: never out of date."""
+    Changes.builder, Changes.cache = builder, builder.folder / "cache"
+    run_state_machine_as_test(Changes, settings=settings(max_examples=examples, stateful_step_count=12, deadline=None))

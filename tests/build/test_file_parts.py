@@ -1,0 +1,200 @@
+"""A long file is read in parts: the same rows, at the same places, however long these are."""
+
+import json
+import random
+from dataclasses import asdict
+from itertools import accumulate
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from laws import often
+
+from ftdata.build import store
+from ftdata.build.dataset import write_build
+from ftdata.build.pack import best_fit_decreasing, packed
+from ftdata.errors import InputRefused
+from ftdata.readers import file_parts, sources
+from ftdata.readers.file_parts import in_parts
+from ftdata.types import Reject
+
+LINES = [
+    '{"question": "q", "answer": "a"}',
+    '{"question": "a longer question, so that parts end inside of it", "answer": "äöü \u2028 日本"}',
+    '{"half',
+    "",
+    "  ",
+    "7",
+    '\ufeff{"question": "with a mark", "answer": "x"}',
+    '{"question": "q", "answer": "' + "long " * 60 + '"}',
+]
+
+
+def places(found):
+    """What is read, each with where it stands, rows and lines counted through all parts of a file."""
+    rows = lines = 0
+    for source in found:
+        before, reading = (rows, lines), source.rows()
+        while True:
+            try:
+                one = next(reading)
+            except StopIteration as end:
+                lines += end.value or 0
+                break
+            place = one.source._replace(
+                row=before[0] + one.source.row, line=one.source.line and before[1] + one.source.line
+            )
+            yield (one.code, one.reason) if isinstance(one, Reject) else one.data, place
+            rows += 1
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Parts of so many bytes."""
+    return lambda size: monkeypatch.setattr(file_parts, "PART", size)
+
+
+@often(300)
+@given(
+    lines=st.lists(st.sampled_from(LINES), min_size=3, max_size=30),
+    newline=st.sampled_from(["\n", "\r\n"]),
+    last=st.booleans(),
+    suffix=st.sampled_from(["jsonl", "json"]),
+    size=st.integers(1, 700),
+)
+def test_parts_are_the_whole(tmp_path_factory, lines, newline, last, suffix, size):
+    # So that it is seen to be lines, whatever comes.
+    lines = [LINES[0], LINES[0], *lines, LINES[0]]
+    path = tmp_path_factory.mktemp("parts") / f"data.{suffix}"
+    path.write_bytes((newline.join(lines) + (newline if last else "")).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file_parts, "PART", size)
+        found = in_parts(sources(path))
+        assert len(found) > 1 or path.stat().st_size <= 1.5 * size
+        assert sum(one.size for one in found) == path.stat().st_size
+        assert list(places(found)) == list(places(sources(path)))
+
+
+def test_what_is_not_lines_is_whole(tmp_path, small):
+    small(10)
+    rows = [{"question": "q" * 40, "answer": "a"}] * 3
+    for name, text in {
+        "array.json": json.dumps(rows),
+        "pretty.json": "\n".join(json.dumps(row, indent=1) for row in rows),
+        "wide.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode("utf-16"),
+        "table.csv": "question,answer\n" + 'q,"a\nb"\n' * 9,
+    }.items():
+        (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
+        assert in_parts(sources(tmp_path / name)) == list(sources(tmp_path / name)), name
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sliced = sources({"path": tmp_path / "lines.jsonl", "split": "train[:2]"})
+    assert in_parts(sliced) == list(sliced)
+
+
+def test_row_groups_are_parts(tmp_path, small):
+    table = pa.table({"question": [f"q{n}" for n in range(100)], "answer": [str(n) for n in range(100)]})
+    pq.write_table(table, tmp_path / "d.parquet", row_group_size=9)
+    small(200)
+    found = in_parts(sources(tmp_path / "d.parquet"))
+    assert len(found) > 3
+    assert list(places(found)) == list(places(sources(tmp_path / "d.parquet")))
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_build_does_not_depend_on_parts(tmp_path, tokenizer_dir, small):
+    dice = random.Random(0)
+    (tmp_path / "a.jsonl").write_text("".join(dice.choice(LINES) + "\n" for _ in range(300)))
+    pq.write_table(pa.table({"question": ["q"] * 50, "answer": ["a"] * 50}), tmp_path / "b.parquet", row_group_size=7)
+    data = [str(tmp_path / "a.jsonl"), {"path": str(tmp_path / "b.parquet"), "weight": 2}, str(tmp_path / "a.jsonl")]
+    options = {"on_bad_rows": "quarantine", "max_rejects": "90%", "packing": "bfd", "max_length": 256}
+    built = []
+    for size in (1 << 30, 5000, 777, 100):
+        small(size)
+        report = write_build(data, tokenizer_dir("tiny_bpe"), tmp_path / f"out{size}", **options)
+        found = files(tmp_path / f"out{size}")
+        del found["manifest.json"]  # which says by what parts it was asked for
+        built.append((asdict(report) | {"seconds": 0}, found))
+        assert store.verify(tmp_path / f"out{size}") == []
+    for one in built[1:]:
+        assert one == built[0]
+
+
+def test_a_long_file_without_rows_is_refused(tmp_path, tokenizer_dir, small):
+    (tmp_path / "a.jsonl").write_text("\n" * 1000)
+    small(100)
+    with pytest.raises(InputRefused, match="no_rows"):
+        write_build(str(tmp_path / "a.jsonl"), tokenizer_dir("tiny_bpe"), tmp_path / "out")
+
+
+def test_windows_hold_every_example_once(monkeypatch):
+    lengths = [random.Random(0).randint(1, 50) for _ in range(1000)]
+    for window in (7, 100, 1000, 5000):
+        monkeypatch.setattr("ftdata.build.pack.WINDOW", window)
+        plan = packed(lengths, 64)
+        assert sorted(plan.order.tolist()) == list(range(1000))
+        assert max(sum(lengths[one] for one in pack) for pack in plan.packs) <= 64
+        firsts = [min(pack) // window for pack in plan.packs]
+        assert firsts == sorted(firsts) == [max(pack) // window for pack in plan.packs]
+        if window >= 1000:
+            assert plan.packs == best_fit_decreasing(lengths, 64).packs
+    assert packed([], 64).packs == []
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_the_line_of_a_fault_is_exact(tmp_path):
+    """G4: 200 faults at lines by chance, in files of 1 kB to 1 GB."""
+    dice = random.Random(4)
+    path, sizes = tmp_path / "data.jsonl", [10 ** dice.uniform(3, 9) for _ in range(198)] + [1e9, 1e9]
+    for number, size in enumerate(sizes):
+        row = json.dumps({"question": "q" * dice.randint(0, 2000), "answer": "a"}).encode() + dice.choice(
+            [b"\n", b"\r\n", b"\n\n"]
+        )
+        count = max(1, int(size / len(row)))
+        at = dice.randrange(count)
+        with path.open("wb") as out:
+            for first in range(0, at, 1000):
+                out.write(row * min(1000, at - first))
+            out.write(b'{"question": "q", "answer" "a"}\n')
+            for first in range(0, count - at, 1000):
+                out.write(row * min(1000, count - at - first))
+        found = in_parts(sources(path))
+        # Where the others are whole, only their lines are wanted.
+        lines = list(accumulate((_lines_of(one) for one in found), initial=0))
+        rejects = [
+            (before, one)
+            for before, source in zip(lines, found, strict=False)
+            for one in source.rows()
+            if isinstance(one, Reject)
+        ]
+        ((before, reject),) = rejects
+        assert before + reject.source.line == at * row.count(b"\n") + 1, (number, size)
+        assert reject.source.offset == at * len(row)
+
+
+def _lines_of(source):
+    reading = source.rows()
+    while True:
+        try:
+            next(reading)
+        except StopIteration as end:
+            return end.value or 0
+
+
+def test_a_part_hangs_on_the_byte_before_it(tmp_path, tokenizer_dir, small, monkeypatch):
+    """Where that is no line break any more, the part begins inside of a line, though none of its bytes is another."""
+    monkeypatch.setenv("FTDATA_CACHE", str(tmp_path / "cache"))
+    row = '{"question": "q", "answer": "a"}'
+    (tmp_path / "a.jsonl").write_text(f"{row}\n" * 4)
+    small(len(row) + 1)
+    options = {"on_bad_rows": "quarantine", "max_rejects": 4}
+    whole = write_build(str(tmp_path / "a.jsonl"), tokenizer_dir("tiny_bpe"), tmp_path / "out", **options)
+    assert whole.totals["built"] == 4
+    (tmp_path / "a.jsonl").write_text(f"{row}\n{row} {row}\n{row}\n")
+    joined = write_build(str(tmp_path / "a.jsonl"), tokenizer_dir("tiny_bpe"), tmp_path / "out", **options)
+    assert (joined.totals["read"], joined.totals["built"]) == (3, 2)

@@ -1,0 +1,195 @@
+"""Builds in an object store: the bytes of a local one, whole or not there, and never written over."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import fsspec
+import pytest
+from hub.bucket import serving
+
+from ftdata import build_sft_dataset, preview, verify
+from ftdata.build import remote, store
+from ftdata.build.dataset import write_build
+from ftdata.errors import HubError, InputRefused, UsageError
+from ftdata.readers import file_parts, remote_files
+from ftdata.readers.sources import sources
+
+ROWS = [{"question": f"what is {n}?", "answer": f"it is {n * n}"} for n in range(300)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    monkeypatch.setattr(remote_files, "PAUSE", 0.01)
+    monkeypatch.setenv("FTDATA_CACHE", str(tmp_path / "cache"))
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    with serving() as server:
+        put("in/a.jsonl", LINES)
+        yield server
+
+
+def put(path, data):
+    fsspec.filesystem("s3").pipe(f"data/{path}", data)
+
+
+def objects(folder):
+    store = fsspec.filesystem("s3")
+    store.invalidate_cache()
+    return {name.removeprefix(f"data/{folder}/"): store.cat(name) for name in store.find(f"data/{folder}")}
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def sent(bucket):
+    return [said for said in bucket.asked if said.startswith(("PUT", "POST"))]
+
+
+def ftdata(*arguments):
+    done = subprocess.run([sys.executable, "-m", "ftdata", *arguments], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("count", [12, pytest.param(100, marks=pytest.mark.long)])
+def test_networks_that_fail_give_all_rows_or_an_error(count):
+    """0 partial sets accepted, whatever the network does; nobody is asked without end; the place is named."""
+    driver = Path(__file__).parents[1] / "schedules.py"
+    done = subprocess.run([sys.executable, driver, str(count)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["schedules"] == count
+
+
+@pytest.fixture
+def build(tokenizer_dir):
+    def write(data, target, **options):
+        return write_build(data, tokenizer_dir("tiny_bpe"), target, **options)
+
+    return write
+
+
+def test_a_build_in_a_store_is_that_of_a_folder(bucket, build, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    build(str(tmp_path / "a.jsonl"), str(tmp_path / "out"))
+    build(str(tmp_path / "a.jsonl"), "s3://data/out/")
+    assert objects("out") == files(tmp_path / "out")
+    assert list((tmp_path / "cache" / "builds").iterdir()) == []
+    assert bucket.asked.index("PUT /data/out/manifest.json") > max(
+        number for number, said in enumerate(bucket.asked) if said.startswith("PUT /data/out/train")
+    )
+
+
+def test_parts_of_what_lies_elsewhere_are_read_there(bucket, build, tmp_path, monkeypatch):
+    whole = build("s3://data/in/a.jsonl", str(tmp_path / "whole"))
+    monkeypatch.setattr(file_parts, "PART", 5000)
+    assert len(file_parts.in_parts(sources("s3://data/in"))) == len(LINES) // 5000
+    monkeypatch.setenv("FTDATA_CACHE", "off")
+    assert build("s3://data/in", str(tmp_path / "parts")).totals == whole.totals
+    same = {path for path in files(tmp_path / "whole") if path.endswith(".arrow")}
+    assert {path: files(tmp_path / "parts")[path] for path in same} == {
+        path: files(tmp_path / "whole")[path] for path in same
+    }
+
+
+def test_what_is_there_is_not_made_again_and_not_written_over(bucket, build):
+    first = build("s3://data/in", "s3://data/out")
+    before, bucket.asked[:] = objects("out"), []
+    again = build("s3://data/in", "s3://data/out")
+    assert (again.totals, again.encoder, sent(bucket)) == (first.totals, "", [])
+    put("in/a.jsonl", LINES.replace(b"what", b"then"))
+    with pytest.raises(UsageError, match=r"s3://data/out: holds another build"):
+        build("s3://data/in", "s3://data/out")
+    assert (objects("out"), sent(bucket)) == (before, ["PUT /data/in/a.jsonl"])
+    with pytest.raises(UsageError, match=r"s3://data/in: holds what is no build: a.jsonl"):
+        build("s3://data/in", "s3://data/in")
+    for place in ("http://example.org/x", "hf://datasets/me/x", "file:///tmp/x"):
+        with pytest.raises(UsageError, match=f"output_url.*{place} is no place for a build"):
+            build("s3://data/in", place)
+
+
+def test_a_build_that_did_not_arrive_goes_on(bucket, build):
+    bucket.faults += [("PUT /data/out/.*arrow", 503)] * 99
+    with pytest.raises(HubError, match=r"s3://data/out/train/data-00000.arrow: .*503"):
+        build("s3://data/in", "s3://data/out")
+    there = objects("out")
+    assert "manifest.json" not in there
+    assert there
+    with pytest.raises(InputRefused, match="no build of ftdata"):
+        verify("s3://data/out")
+    bucket.faults, bucket.asked[:] = [("PUT /data/out/.*arrow", 503), ("GET .*", "cut")], []
+    build("s3://data/in", "s3://data/out")
+    assert verify("s3://data/out") == []
+    assert not [said for said in sent(bucket) if said.partition("/out/")[2] in there]
+
+
+def test_what_is_not_ours_stays(bucket, build):
+    put("mine/README.md", b"my notes")
+    put("mine/train/data-00000.arrow", b"mine")
+    before = objects("mine")
+    with pytest.raises(UsageError, match=r"s3://data/mine: holds what is no build: README.md, train/data-00000.arrow"):
+        build("s3://data/in", "s3://data/mine")
+    assert objects("mine") == before
+
+
+def test_one_build_at_a_time_is_on_its_way(bucket, build, monkeypatch, tmp_path):
+    """Another machine, which shares nothing with this one but the place."""
+    put("in/b.jsonl", LINES[: LINES.index(b"\n") + 1] * 9)
+    missing = remote.missing
+
+    def meanwhile(*asked):
+        monkeypatch.setattr(remote, "missing", missing)
+        monkeypatch.setenv("FTDATA_CACHE", str(tmp_path / "other"))
+        with pytest.raises(UsageError, match="another build that is on its way"):
+            build("s3://data/in/b.jsonl", "s3://data/out")
+        monkeypatch.setenv("FTDATA_CACHE", str(tmp_path / "cache"))
+        return missing(*asked)
+
+    monkeypatch.setattr(remote, "missing", meanwhile)
+    build("s3://data/in/a.jsonl", "s3://data/out")
+    assert verify("s3://data/out") == []
+    assert "ftdata-upload" not in objects("out")
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "", ".", "train/./x"])
+def test_what_is_fetched_stays_in_its_folder(bucket, tmp_path, name):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "x").write_text("mine")
+    store.write_manifest(tmp_path / "made", {"fingerprint": ""}, [])
+    found = json.loads((tmp_path / "made" / "manifest.json").read_text())
+    found["files"][name] = {"bytes": 1, "sha256": "0"}
+    found.pop("sha256")
+    put("evil/manifest.json", store._sealed(found))
+    put("evil/dataset_dict.json", b"{}")
+    with pytest.raises(InputRefused, match="damaged_build"):
+        preview("s3://data/evil")
+    assert not list((tmp_path / "cache").rglob("*x"))
+
+
+def test_builds_elsewhere_are_fetched_whole(bucket, build, tokenizer_dir, tmp_path):
+    loaded = build_sft_dataset("s3://data/in", tokenizer_dir("tiny_bpe"), output_dir="s3://data/out")
+    assert len(loaded["train"]) == 300
+    assert "it is 81" in str(preview("s3://data/out", tokenizer_dir("tiny_bpe"), n=10))
+    assert ftdata("verify", "s3://data/out") == (0, "whole    s3://data/out\n", "")
+    arrow = next(iter(fsspec.filesystem("s3").glob("data/out/train/*.arrow")))
+    data = fsspec.filesystem("s3").cat(arrow)
+    put(arrow.removeprefix("data/"), data[:999] + bytes([data[999] ^ 1]) + data[1000:])
+    assert ftdata("verify", "s3://data/out") == (1, "damaged  s3://data/out/train/data-00000.arrow\n", "")
+    for one in (tmp_path / "cache" / "builds").iterdir():
+        one.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputRefused, match=r"s3://data/out is damaged: train/data-00000.arrow"):
+        preview("s3://data/out", tokenizer_dir("tiny_bpe"))
+    assert not list((tmp_path / "cache" / "builds").iterdir())
+
+
+def test_nobody_is_told_so_at_once(monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setattr(remote_files, "PAUSE", 1000)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(HubError, match=r"credentials\] s3://nowhere/a.jsonl"):
+        sources("s3://nowhere/a.jsonl")

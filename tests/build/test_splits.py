@@ -1,0 +1,399 @@
+"""Which rows go where: by chance that is the same everywhere, whole rows, no row on both sides."""
+
+import itertools
+import json
+import sys
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftdata import build_sft_dataset
+from ftdata.build import near_duplicates
+from ftdata.build.splits import Facts, Layout, lay_out, mixed
+from ftdata.errors import InputRefused, MissingDependency, TooManyRejects, UsageError
+from ftdata.types import WHOLE, Conversation, Share
+
+ROWS = [{"question": f"What is {n}?", "answer": f"It is {n}.", "lang": "en" if n % 3 else "de"} for n in range(30)]
+
+
+def facts(rows, splits=(None,), shares=(WHOLE,), tokens=1):
+    """`rows`: for each row its source, its content and how many examples it has."""
+    of = [(source, at, content) for at, (source, content, count) in enumerate(rows) for _ in range(count)]
+    source, row, content = zip(*of, strict=True) if of else ((), (), ())
+    return Facts(
+        np.array(source, np.int64),
+        np.array(row, np.int64),
+        np.array(content, np.int64),
+        np.array(content, np.int64),
+        np.broadcast_to(tokens, len(row)),
+        splits,
+        shares,
+    )
+
+
+rows = st.lists(st.tuples(st.just(0), st.integers(0, 9), st.integers(1, 3)), min_size=2, max_size=40)
+
+
+def whole_rows(given_rows, numbers):
+    """The rows that these examples are, each checked to be whole and in order."""
+    begins = np.cumsum([0, *(count for *_, count in given_rows)])
+    found, at = [], 0
+    while at < len(numbers):
+        row = int(np.searchsorted(begins, numbers[at], side="right")) - 1
+        count = given_rows[row][2]
+        assert numbers[at : at + count].tolist() == list(range(begins[row], begins[row] + count))
+        found.append(row)
+        at += count
+    return found
+
+
+@given(rows=rows, seed=st.integers(0, 2**64), size=st.integers(1, 39), dedup=st.booleans(), shuffle=st.booleans())
+def test_a_test_split_shares_no_row_with_training(rows, seed, size, dedup, shuffle):
+    unique = len({content for _, content, _ in rows})
+    layout = Layout(test_size=size, seed=seed, dedup=dedup, shuffle=shuffle)
+    if size >= (unique if dedup else len(rows)):
+        with pytest.raises(UsageError, match="none to train on"):
+            lay_out(facts(rows), layout)
+        return
+    equal = max(sum(other[1] == row[1] for other in rows) for row in rows)
+    try:
+        laid = lay_out(facts(rows), layout)
+    except UsageError as error:
+        assert "too many equals" in str(error)
+        assert not dedup
+        assert equal > size
+        return
+    train, test = (whole_rows(rows, laid.splits[name]) for name in ("train", "test"))
+    assert not {rows[one][1] for one in train} & {rows[one][1] for one in test}
+    assert len(test) <= size
+    kept = sorted(train + test)
+    assert kept == (
+        [one for one, (_, content, _) in enumerate(rows) if content not in [c for _, c, _ in rows[:one]]]
+        if dedup
+        else list(range(len(rows)))
+    )
+    assert laid.left_out["duplicate"] == (len(rows) - unique if dedup else 0)
+    assert train == sorted(train) or shuffle
+
+
+@given(rows=rows, sample=st.integers(1, 50) | st.floats(0.01, 0.99), seed=st.integers(0, 99))
+def test_a_sample_is_as_large_as_asked_for(rows, sample, seed):
+    laid = lay_out(facts(rows), Layout(sample=sample, seed=seed))
+    taken = whole_rows(rows, laid.splits["train"])
+    expected = min(sample, len(rows)) if sample >= 1 else int(np.ceil(sample * len(rows)))
+    assert len(taken) == len(set(taken)) == expected
+    assert laid.left_out["not sampled"] == len(rows) - expected
+    assert taken == sorted(taken)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    weights=st.lists(st.sampled_from([0.0, 0.3, 0.5, 1.0, 1.75, 2.0, 3.0]), min_size=3, max_size=3),
+    seed=st.integers(0, 99),
+)
+def test_sources_are_taken_as_often_as_their_weight_says(sizes, weights, seed):
+    rows = [(source, number, 1) for source, size in enumerate(sizes) for number in range(size)]
+    shares = [Share(weight) for weight in weights[: len(sizes)]]
+    laid = lay_out(facts(rows, [None] * len(sizes), shares), Layout(seed=seed))
+    counts = np.bincount(laid.splits["train"], minlength=len(rows))
+    for source, size in enumerate(sizes):
+        own = counts[[number for number, row in enumerate(rows) if row[0] == source]]
+        weight = weights[source]
+        assert own.sum() == int(np.floor(weight)) * size + round((weight - np.floor(weight)) * size)
+        assert own.min() >= np.floor(weight)
+        assert own.max() <= np.ceil(weight)
+
+
+@given(
+    tokens=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=12), min_size=1, max_size=3),
+    amount=st.integers(0, 200),
+    unit=st.sampled_from(["rows", "tokens"]),
+    seed=st.integers(0, 99),
+)
+def test_of_a_source_is_taken_what_is_asked_for(tokens, amount, unit, seed):
+    sizes = np.array([one for each in tokens for one in each])
+    rows = [(source, number, 1) for source, each in enumerate(tokens) for number in range(len(each))]
+    shares = [Share(amount, unit)] + [WHOLE] * (len(tokens) - 1)
+    laid = lay_out(facts(rows, [None] * len(tokens), shares, sizes), Layout(seed=seed))
+    counts = np.bincount(laid.splits["train"], minlength=len(rows))
+    own = counts[: len(tokens[0])]
+    assert (counts[len(tokens[0]) :] == 1).all()
+    assert not amount or own.max() - own.min() <= 1
+    if unit == "rows":
+        assert own.sum() == amount
+    else:
+        taken = int((own * sizes[: len(own)]).sum())
+        assert amount - max(tokens[0]) < taken <= amount
+
+
+def test_splits_of_the_data_stay_and_what_is_tested_is_not_trained():
+    given_rows = [(0, 1, 1), (0, 2, 1), (1, 2, 1), (1, 3, 1)]
+    kept = lay_out(facts(given_rows, ["train", "test"], [Share(), Share()]), Layout())
+    assert {name: found.tolist() for name, found in kept.splits.items()} == {"train": [0, 1], "test": [2, 3]}
+    apart = lay_out(facts(given_rows, ["train", "test"], [Share(), Share()]), Layout(dedup=True))
+    assert {name: found.tolist() for name, found in apart.splits.items()} == {"train": [0], "test": [2, 3]}
+
+
+def test_chance_is_the_same_everywhere():
+    """SplitMix64's own first numbers, and the shuffle of ten rows by seed 42: neither may ever change."""
+    assert mixed(np.arange(3, dtype=np.uint64), 0).tolist() == [
+        16294208416658607535, 7960286522194355700, 487617019471545679
+    ]  # fmt: skip
+    laid = lay_out(facts([(0, n, 1) for n in range(10)]), Layout(shuffle=True, seed=42))
+    assert laid.splits["train"].tolist() == [3, 5, 6, 0, 9, 2, 4, 1, 8, 7]
+
+
+def test_rows_are_chosen_in_a_build(tokenizer_dir, tmp_path):
+    tiny = tokenizer_dir("tiny_bpe")
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, *ROWS[:5]]) + "{\n")
+    options = {"on_bad_rows": "quarantine", "max_rejects": 1}
+    built = build_sft_dataset(str(path), tiny, where="lang == 'en'", dedup=True, **options)
+    assert len(built["train"]) == 20
+    assert {name: built.report.totals[name] for name in ("read", "built", "passed", "rejected")} == {
+        "read": 36, "built": 23, "passed": 12, "rejected": 1
+    }  # fmt: skip
+    assert "3 rows are left out: duplicate" in built.report.notes
+    assert len(build_sft_dataset(str(path), tiny, limit=7)["train"]) == 7
+    assert len(build_sft_dataset(str(path), tiny, where="question is matching('1[0-9]')", limit=4)["train"]) == 4
+    mixed_in = build_sft_dataset([{"path": str(path), "weight": 0.5}, {"path": str(path), "weight": 2}], tiny, limit=10)
+    assert len(mixed_in["train"]) == 5 + 20
+    sampled = [
+        build_sft_dataset(str(path), tiny, sample=10, shuffle=True, seed=1, workers=n, **options) for n in (1, 2)
+    ]
+    assert sampled[0]["train"].to_dict() == sampled[1]["train"].to_dict()
+    assert len(sampled[0]["train"]) == 10
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"where": "lang =="}, {"limit": 0}, {"sample": -1}, {"sample": 1.5}, {"test_size": 0}],
+)
+def test_what_cannot_be_chosen_is_refused(tokenizer_dir, options):
+    with pytest.raises(UsageError, match=next(iter(options))):
+        build_sft_dataset(ROWS, tokenizer_dir("tiny_bpe"), **options)
+
+
+@pytest.mark.parametrize("weight", [-1, "2", float("inf"), True])
+def test_weights_are_numbers(tokenizer_dir, tmp_path, weight):
+    (tmp_path / "d.jsonl").write_text('{"text": "t"}\n')
+    with pytest.raises(UsageError, match="weight"):
+        build_sft_dataset([{"path": str(tmp_path / "d.jsonl"), "weight": weight}], tokenizer_dir("tiny_bpe"))
+
+
+def test_what_is_taken_of_each_source_is_in_the_report(tokenizer_dir, tmp_path):
+    data = []
+    for name, unit, amount in (("a", "rows", 50), ("b", "tokens", 400), ("c", "weight", 0.5)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        data.append({"path": path, unit: amount})
+    built = build_sft_dataset(data, tokenizer_dir("tiny_bpe"))
+    parts = built.report.splits["train"]["sources"]
+    assert [part["examples"] for part in parts][::2] == [50, 15]
+    assert 370 < parts[1]["tokens"] <= 400
+    assert sum(part["tokens"] for part in parts) == sum(map(len, built["train"]["input_ids"]))
+    assert f"50 examples, {parts[0]['tokens'] / built.report.splits['train']['tokens']:.1%}" in str(built.report)
+    with pytest.raises(UsageError, match="which of them"):
+        build_sft_dataset([{**data[0], "weight": 2}], tokenizer_dir("tiny_bpe"))
+
+
+def test_what_has_no_weight_is_in_no_split():
+    given_rows = [(0, n, 1) for n in range(5)] + [(1, n, 1) for n in range(5, 10)]
+    laid = lay_out(facts(given_rows, [None, None], [Share(0), Share()]), Layout(test_size=2))
+    assert sorted(np.concatenate(list(laid.splits.values())).tolist()) == [5, 6, 7, 8, 9]
+    assert laid.left_out["of weight 0"] == 5
+
+
+def test_a_build_without_rows_is_no_build(tokenizer_dir):
+    for options, says in (
+        ({"where": "lang == 'fr'"}, "passes over all 30 rows"),
+        ({"test_size": 3}, "too many equals"),
+    ):
+        rows = ROWS if "where" in options else [ROWS[0]] * 10
+        with pytest.raises((InputRefused, UsageError), match=says):
+            build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), **options)
+
+
+def lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def many(tmp_path):
+    """A folder of ten files with one row each."""
+    for number in range(10):
+        lines(tmp_path / "many" / f"{number}.jsonl", [{"question": f"q{number}", "answer": "a", "n": number}])
+    return str(tmp_path / "many")
+
+
+def test_shares_and_limits_are_those_of_a_place_however_many_files_it_has(tokenizer_dir, tmp_path, many):
+    tiny, other = tokenizer_dir("tiny_bpe"), lines(tmp_path / "o.jsonl", ROWS)
+    for amount, expected in (({"weight": 0.5}, 5), ({"weight": 1.5}, 15), ({"rows": 3}, 3)):
+        built = build_sft_dataset([{"path": many, **amount}, other], tiny)
+        own = [part["examples"] for part in built.report.splits["train"]["sources"] if "many" in part["source"]]
+        assert sum(own) == expected
+    for workers in (1, 2):
+        limited = build_sft_dataset([many, other], tiny, limit=4, where="n is not defined or n > 2", workers=workers)
+        assert [ledger.built for ledger in limited.report.sources] == [0, 0, 0, 1, 1, 1, 1, 4]
+        assert limited.report.total("passed") == 3
+
+
+def test_where_passes_over_rows_without_the_column(tokenizer_dir):
+    rows = [{**row, "score": n} if n % 2 else row for n, row in enumerate(ROWS)]
+    tiny = tokenizer_dir("tiny_bpe")
+    assert build_sft_dataset(rows, tiny, where="score > 3").report.total("built") == 13
+    rows[1]["score"] = "high"
+    options = {"where": "score > 3", "on_bad_rows": "quarantine"}
+    assert build_sft_dataset(rows, tiny, **options, max_rejects=1).report.sources[0].rejected == {"where": 1}
+    with pytest.raises(TooManyRejects, match="1 of 14 rows"):
+        build_sft_dataset(rows, tiny, **options, max_rejects="6%")
+    dashed = [{**row, "a-b": n, "talk": '["x", "y"]'} for n, row in enumerate(ROWS)]
+    assert (
+        build_sft_dataset(dashed, tiny, where="row['a-b'] < 5 and talk | from_json | length == 2").report.total("built")
+        == 5
+    )
+
+
+def test_rows_that_are_asked_the_same_are_on_one_side(tokenizer_dir):
+    def talk(n, train):
+        said = [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "x", "train": train}]
+        return {"messages": [*said, {"role": "user", "content": "z"}, {"role": "assistant", "content": "y"}]}
+
+    rows = [talk(n, train) for n in range(20) for train in (True, False)]
+    built = build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), test_size=0.5, turns="joint")
+    assert not {*map(tuple, built["train"]["input_ids"])} & {*map(tuple, built["test"]["input_ids"])}
+    assert len(build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), dedup=True, turns="joint")["train"]) == 40
+
+
+def test_rows_of_both_splits_are_named(tokenizer_dir):
+    made = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(ROWS[:6]), "test": datasets.Dataset.from_list(ROWS[3:8])}
+    )
+    tiny = tokenizer_dir("tiny_bpe")
+    assert "3 rows of test are in train, too" in build_sft_dataset(made, tiny).report.notes
+    sampled = build_sft_dataset(made, tiny, sample=2)
+    assert [len(sampled[name]) for name in ("train", "test")] == [2, 5]
+    with pytest.raises(UsageError, match="splits already"):
+        build_sft_dataset(made, tiny, sample=2, test_size=1)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0.07, 7), (0.1, 10), (0.001, 1), (13, 13)])
+def test_shares_are_counted_exactly(size, expected):
+    laid = lay_out(facts([(0, n, 1) for n in range(100)]), Layout(test_size=size))
+    assert len(laid.splits["test"]) == expected
+    assert len(lay_out(facts([(0, n, 1) for n in range(100)]), Layout(sample=size)).splits["train"]) == expected
+
+
+def poem(number, words=60):
+    rng = np.random.default_rng(number)
+    return [f"w{one}" for one in rng.integers(0, 4000, words)]
+
+
+def test_rows_that_say_almost_the_same_are_left_out_or_stay_together(tokenizer_dir):
+    """60 words, of which one is another: 5 of 56 and of 61 runs of five words differ, a similarity of 0.84."""
+    system = {"role": "system", "content": "s " * 300}
+
+    def row(words):
+        return [
+            system,
+            {"role": "user", "content": " ".join(words[:20])},
+            {"role": "assistant", "content": " ".join(words[20:])},
+        ]
+
+    rows = []
+    for number in range(40):
+        words = poem(number)
+        rows.append(row(words))
+        if number % 2:
+            rows.append(row([*words[:30], "another", *words[31:]]))
+    tiny = tokenizer_dir("tiny_bpe")
+    for near, expected in ((0.7, 40), (0.97, 60)):
+        assert len(build_sft_dataset(rows, tiny, dedup=True, near=near)["train"]) == expected
+    built = build_sft_dataset(rows, tiny, test_size=0.5, near=0.7, workers=2)
+    assert sum(map(len, built.values())) == 60
+    firsts = [{tuple(ids[-40:][:10]) for ids in built[name]["input_ids"]} for name in ("train", "test")]
+    assert not firsts[0] & firsts[1]
+
+
+@given(st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=8), min_size=1, max_size=12))
+def test_groups_are_those_of_all_pairs(rows):
+    """The bands find, for rows that are much alike or not at all, what comparing each with each would."""
+    minhashes = np.repeat(np.array([one[0] for one in rows], np.uint32)[:, None], near_duplicates.PERMUTATIONS, axis=1)
+    labels = near_duplicates.groups(minhashes, 0.8)
+    assert [[a == b for b in labels] for a in labels] == [[one[0] == two[0] for two in rows] for one in rows]
+
+
+def test_near_goes_with_something_and_needs_its_library(tokenizer_dir, monkeypatch):
+    tiny = tokenizer_dir("tiny_bpe")
+    with pytest.raises(UsageError, match="goes with dedup or test_size"):
+        build_sft_dataset(ROWS, tiny, near=0.8)
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'ftdata\[dedup\]'"):
+        build_sft_dataset(ROWS, tiny, near=0.8, dedup=True)
+
+
+def test_a_limit_takes_of_each_split_and_makes_none_of_another(tokenizer_dir, tmp_path):
+    for name in ("train", "test"):
+        lines(tmp_path / "fold" / f"{name}.jsonl", ROWS[:10])
+    built = build_sft_dataset(str(tmp_path / "fold"), tokenizer_dir("tiny_bpe"), limit=3)
+    assert {name: len(split) for name, split in built.items()} == {"train": 3, "test": 3}
+    assert "3 rows of test are in train, too" in built.report.notes
+    one = build_sft_dataset([{"path": str(tmp_path / "fold"), "rows": 1}], tokenizer_dir("tiny_bpe"))
+    assert "10 rows of test" not in str(one.report.notes)
+    named = [{"path": str(tmp_path / "fold"), "split": name} for name in ("train", "test")]
+    with pytest.raises(UsageError, match="test is not trained on"):
+        build_sft_dataset([named[0], {**named[1], "weight": 3}], tokenizer_dir("tiny_bpe"))
+    taken = build_sft_dataset(str(tmp_path / "fold" / "test.jsonl"), tokenizer_dir("tiny_bpe"))
+    assert any("named as of another split" in note for note in taken.report.notes)
+
+
+@pytest.mark.parametrize("where", ["lng != 'en'", "not lng", "lng | length < 5", "lang not in lng", "dict", "range"])
+def test_what_asks_for_a_column_that_is_not_there_is_false(tokenizer_dir, where):
+    with pytest.raises(InputRefused, match="passes over all 30 rows"):
+        build_sft_dataset(ROWS, tokenizer_dir("tiny_bpe"), where=where)
+    rows = [{**row, "row": n} for n, row in enumerate(ROWS)]
+    assert build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), where="row == 3").report.total("built") == 1
+    with pytest.raises(UsageError, match="no regular expression"):
+        build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), where="question is matching('(')")
+
+
+def talk(question, answer="a", system=None, **more):
+    said = ({"role": "system", "content": system},) if system else ()
+    return Conversation(
+        (*said, {"role": "user", "content": question}, {"role": "assistant", "content": answer}), **more
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (talk("😀"), talk("😎")), (talk("2 + 2"), talk("2 * 2")), (talk("is x < 3"), talk("is x > 3")), (talk("-5"), talk("5")),
+        (talk("राम की किताब"), talk("राम का कोताबा")),
+        (talk("q " * 50, system="Translate to French"), talk("q " * 50, system="Translate to German")),
+        (talk("q " * 50, tools=({"name": "a"},)), talk("q " * 50, tools=({"name": "b"},))),
+    ],
+)  # fmt: skip
+def test_rows_that_differ_in_what_matters_are_not_near(one, other):
+    minhashes = near_duplicates.signatures([one, other, one])
+    assert near_duplicates.first_alike(minhashes, 0.9).tolist() == [0, 1, 0]
+
+
+def test_what_is_left_out_stands_for_nobody():
+    words = [f"w{n}" for n in range(2400)]
+    windows = [talk(" ".join(words[20 * n : 20 * n + 400])) for n in range(100)]
+    minhashes = near_duplicates.signatures(windows)
+    assert len(set(near_duplicates.groups(minhashes, 0.8).tolist())) == 1
+    stay = sorted(set(near_duplicates.first_alike(minhashes, 0.8).tolist()))
+    assert 30 < len(stay) < 70
+    assert all((minhashes[a, :128] == minhashes[b, :128]).mean() < 0.8 for a, b in itertools.pairwise(stay))
+
+
+def test_labels_are_united_where_rows_are_equal():
+    labels, equal = np.array([0, 1, 1, 3, 4]), np.array(["a", "b", "c", "c", "d"])
+    united = near_duplicates.united(labels, equal)
+    assert [[x == y for y in united] for x in united] == [[x == y for y in (0, 1, 1, 1, 4)] for x in (0, 1, 1, 1, 4)]

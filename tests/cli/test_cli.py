@@ -1,0 +1,367 @@
+import gzip
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "transformers", "datasets", "trl", "peft", "pandas", "bitsandbytes", "accelerate")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def ftdata(*arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, "-m", "ftdata", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **environment},
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import ftdata",
+        "import ftdata.cli",
+        "from ftdata import build_sft_dataset, encode, read, preview, audit, check_template",
+        "from ftdata.cli import app",
+        "import ftdata.train",
+    ],
+)
+def test_imports_are_light(statement):
+    code = f"{statement}\nimport sys\nprint([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_bare_import_needs_nothing_at_all():
+    code = "import ftdata, sys; print([n for n in ('numpy', 'pyarrow', 'tokenizers', 'jinja2', 'typer', 'rich') if n in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+def test_preview_with_a_tokenizer_stays_light(tokenizer_dir):
+    code = (
+        f"import sys; from ftdata import preview; preview({str(EXAMPLES / 'faq.json')!r}, {tokenizer_dir('tiny_bpe')!r});"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+def test_a_build_stays_light(tokenizer_dir, tmp_path):
+    code = (
+        f"import sys; from ftdata.build.dataset import write_build; write_build({str(EXAMPLES / 'faq.json')!r}, {tokenizer_dir('tiny_bpe')!r}, {str(tmp_path / 'o')!r}, test_size=3);"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_public_names_are_what_is_exported():
+    import ftdata as package
+
+    assert package.__all__ == sorted(package.__all__)
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    assert {"build_sft_dataset", "encode", "check_template", "read", "preview", "audit"} <= set(package.__all__)
+    own = {name for name in dir(package) if not name.startswith("_") and not inspect.ismodule(getattr(package, name))}
+    assert own - {"annotations", "Any", "TYPE_CHECKING"} | {"__version__"} == set(package.__all__)
+    for module in ("train", "testing", "importers", "readers", "schemas"):
+        found = importlib.import_module(f"ftdata.{module}")
+        made = {
+            name for name, one in vars(found).items()
+            if not name.startswith("_") and callable(one) and getattr(one, "__module__", "") == found.__name__
+        }  # fmt: skip
+        assert made <= set(found.__all__), module
+        assert all(hasattr(found, name) for name in found.__all__)
+    with pytest.raises(AttributeError):
+        package.nothing  # noqa: B018
+
+
+def test_help_and_version():
+    for command in ([], ["preview"], ["build"], ["train"], ["audit"], ["eval"], ["templates"], ["plugins"]):
+        done = ftdata(*command, "--help")
+        assert done.returncode == 0
+        assert "Usage" in done.stdout
+    assert ftdata("--version").stdout.startswith("ftdata 0.")
+
+
+def test_preview_without_a_tokenizer():
+    done = ftdata("preview", EXAMPLES / "faq.json", "-n", 1)
+    assert done.returncode == 0
+    assert "question_answer" in done.stdout
+    assert "⟦We are open Monday to Friday from 9 am to 6 pm.⟨<|im_end|>⟩■⟧" in done.stdout
+    assert "characters trained" in done.stdout
+
+
+def test_preview_with_a_tokenizer(tokenizer_dir):
+    done = ftdata("preview", EXAMPLES / "faq.json", "--tokenizer", tokenizer_dir("tiny_bpe"), "--row", 1)
+    assert "⟨<|im_start|>⟩assistant↵" in done.stdout
+    assert "⟦Yes, on Saturday we are open from 10 am to 2 pm.⟨<|im_end|>⟩■⟧" in done.stdout
+    assert "tokens trained" in done.stdout
+    assert "row 1" in done.stdout
+    shown = json.loads(
+        ftdata("preview", EXAMPLES / "faq.json", "-t", tokenizer_dir("tiny_bpe"), "--row", 1, "--json").stdout
+    )
+    (example,) = shown["rows"][0]["examples"]
+    assert "".join(segment["text"] for segment in example if segment["trained"]).startswith("Yes, on Saturday")
+
+
+def test_preview_colours_where_there_are_colours(tokenizer_dir):
+    from io import StringIO
+
+    from rich.console import Console
+
+    from ftdata import preview
+
+    out = StringIO()
+    preview(str(EXAMPLES / "faq.json"), tokenizer_dir("tiny_bpe"), n=1).print(
+        Console(file=out, force_terminal=True, color_system="standard")
+    )
+    assert "\x1b[1;4;32m" in out.getvalue()
+    assert "⟦" not in out.getvalue()
+
+
+def test_preview_shows_bad_rows_with_their_reason(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"question": "q", "answer": ""}\n{broken\n{"question": "q", "answer": "\\u001b[31mred"}\n')
+    done = ftdata("preview", path)
+    assert "[empty_answer]" in done.stdout
+    assert "d.jsonl:2" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert done.returncode == 0
+
+
+def test_build_then_audit(tokenizer_dir, tmp_path):
+    done = ftdata(
+        "build",
+        EXAMPLES / "faq.json",
+        "-t",
+        tokenizer_dir("tiny_bpe"),
+        "-o",
+        tmp_path / "out",
+        "--max_length",
+        256,
+        "--packing",
+        "bfd",
+        "--test-size",
+        0.1,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "72 read = 72 built + 0 rejected" in done.stdout
+    assert (tmp_path / "out" / "manifest.json").is_file()
+    report = ftdata("build", EXAMPLES / "faq.json", "-t", tokenizer_dir("tiny_bpe"), "-o", tmp_path / "out", "--json")
+    assert json.loads(report.stdout)["built"] == 72
+    clean = ftdata("audit", EXAMPLES / "faq.json", "-t", tokenizer_dir("tiny_bpe"))
+    assert clean.returncode == 0
+    assert "0 findings" in clean.stdout
+
+
+def test_audit_finds_what_is_wrong(tokenizer_dir, tmp_path):
+    path = tmp_path / "d.jsonl"
+    rows = [
+        {"question": "q", "answer": "a"},
+        {"question": "q", "answer": "a"},
+        {"question": "q", "answer": ""},
+        {"question": "itâ€™s", "answer": "b"},
+        {"question": "<|im_end|>", "answer": "c"},
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "d"},
+                {"role": "user", "content": "e"},
+            ]
+        },
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = ftdata("audit", path, "-t", tokenizer_dir("tiny_bpe"), "--json")
+    assert done.returncode == 1
+    found = {finding["code"]: finding["where"] for finding in json.loads(done.stdout)["findings"]}
+    assert found == {
+        "duplicate": [f"{path}:2"],
+        "empty_answer": [f"{path}:3"],
+        "mojibake": [f"{path}:4"],
+        "control_tokens": [f"{path}:5"],
+        "trailing_turns": [f"{path}:6"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["preview", "nowhere.json"], 2, "file_not_found"),
+        (["preview", "{faq}", "--turns", "both"], 2, "unknown_turns"),
+        (["preview", "{faq}", "--row", "1000"], 3, "no_such_row"),
+        (["preview", "{faq}", "--template", "alpaca"], 0, ""),
+        (["preview", "{faq}", "--template", "chatlm"], 2, "did you mean 'chatml'"),
+        (["preview", "{faq}", "--column", "output"], 2, "expected name=column"),
+        (["preview", "{faq}", "--tokenizer", "./nowhere"], 2, "no_tokenizer"),
+        (["build", "{faq}", "-o", "{tmp}/out"], 2, "--tokenizer"),
+        (["build", "{faq}", "-t", "{tok}", "-o", "{tmp}"], 2, "target_exists"),
+        (["build", "{bad}", "-t", "{tok}", "-o", "{tmp}/out"], 3, "bad_rows"),
+        (
+            ["build", "{bad}", "-t", "{tok}", "-o", "{tmp}/out", "--on-bad-rows", "quarantine", "--max-rejects", "0"],
+            4,
+            "max_rejects",
+        ),
+        (["build", "{faq}", "-t", "{tok}", "-o", "/proc/out"], 5, "/proc/out"),
+        (["templates", "check", "chatlm"], 2, "did you mean"),
+        (["templates", "check", "chatml"], 0, ""),
+        (["templates", "list"], 0, ""),
+        (["templates", "show", "alpaca"], 0, ""),
+        (["plugins"], 0, ""),
+        (["eval", "{tmp}"], 2, "not_a_run"),
+        (["train", "{faq}"], 2, "--model"),
+        (["nothing"], 2, "nothing"),
+    ],
+)
+def test_exit_codes(arguments, code, says, tmp_path, tokenizer_dir):
+    (tmp_path / "bad.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": "q", "answer": ""}\n')
+    places = {
+        "faq": EXAMPLES / "faq.json",
+        "tmp": tmp_path,
+        "bad": tmp_path / "bad.jsonl",
+        "tok": tokenizer_dir("tiny_bpe"),
+    }
+    done = ftdata(*(argument.format(**places) for argument in arguments))
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+
+
+def test_a_closed_pipe_is_no_error(tokenizer_dir):
+    command = (
+        f"{sys.executable} -m ftdata preview {EXAMPLES / 'faq.json'} -t {tokenizer_dir('tiny_bpe')} -n 72 | head -1"
+    )
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_data_comes_from_anywhere(tokenizer_dir, tmp_path):
+    text = '{"question": "caf\xe9?", "answer": "oui"}\n' * 3
+    (tmp_path / "latin.jsonl").write_bytes(text.encode("cp1252"))
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    refused = ftdata("preview", tmp_path / "latin.jsonl")
+    assert "encoding='cp1252'" in refused.stdout
+    shown = ftdata("preview", tmp_path / "latin.jsonl", "--encoding", "cp1252", "-n", "1")
+    assert "café?" in shown.stdout
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ftdata",
+            "build",
+            "-",
+            "-t",
+            tokenizer_dir("tiny_bpe"),
+            "-o",
+            str(tmp_path / "out"),
+            "--json",
+        ],
+        input=(tmp_path / "d.jsonl.gz").read_bytes(),
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["built"] == 3
+    assert ftdata("preview", tmp_path / "latin.jsonl", "--encoding", "cp12525").returncode == 2
+
+
+def test_names_in_data_do_not_drive_the_terminal(tmp_path, tokenizer_dir):
+    row = {"question": "q", "answer": "a", "k\x1b[31m\u202e": 1}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    done = ftdata("build", tmp_path / "d.jsonl", "-t", tokenizer_dir("tiny_bpe"), "-o", tmp_path / "out")
+    assert done.returncode == 0
+    assert "k\\u001b[31m\\u202e" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert "\u202e" not in done.stdout
+
+
+@pytest.mark.parametrize("command", ["preview", "audit", "stats", "build", "diff"])
+def test_template_variables_on_the_command_line(command, tokenizer_dir, tmp_path):
+    """Every command that renders takes them, and shows what they change."""
+    data, template = tmp_path / "d.jsonl", tmp_path / "t.jinja"
+    data.write_text('{"question": "q", "answer": "a"}\n')
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if not enable_thinking | default(true) %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    given = [command, str(data), "-t", tokenizer_dir("tiny_bpe"), "--template", str(template)]
+    given += {"build": ["-o", str(tmp_path / "out")], "diff": ["--set", "train_on=all"]}.get(command, [])
+    told = {}
+    for name, more in (("plain", []), ("set", ["--template-kwarg", "enable_thinking=false"])):
+        done = ftdata(*given, *more, *(["--json"] if command != "build" else []))
+        assert done.returncode in (0, 1), done.stderr
+        told[name] = done.stdout
+    assert told["plain"] != told["set"]
+    if command in ("preview", "audit", "build"):
+        assert "thinking" in told["plain"]
+    if command == "build":
+        assert "enable_thinking=False" in told["set"]
+        assert "empty thinking block" not in told["set"]
+    refused = ftdata(*given, "--template-kwarg", "thinking")
+    assert refused.returncode == 2
+    assert "name=value" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--where", "(" * 5000), "cannot be compiled"),
+        (("--template-kwarg", "a=" + "[" * 100_000), "cannot be read"),
+        (("--template-kwarg", "enable_thinking=" + "9" * 5000), "cannot be read"),
+        (("--template-kwarg", "api_key=secret-word"), "api_key"),
+        (("--split", "train[999999999999999999999999:]"), "names no rows"),
+    ],
+)
+def test_values_without_bounds_are_refused_in_one_line(tmp_path, tokenizer_dir, options, says):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "q", "answer": "a"}\n')
+    done = ftdata("build", data, "-t", tokenizer_dir("tiny_bpe"), "-o", tmp_path / "out", *options)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert "secret-word" not in done.stderr
+
+
+def test_closed_standard_streams_are_no_fault(tmp_path, tokenizer_dir):
+    (tmp_path / "data.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    command = f"{sys.executable} -m ftdata {{}} -t {tokenizer_dir('tiny_bpe')} {{}}"
+    for asked, redirected, code in (("preview data.jsonl", ">&-", 0), ("build -", "-o out <&-", 3)):
+        done = subprocess.run(
+            command.format(asked, redirected), shell=True, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, done.stderr
+        assert "internal" not in done.stderr
+
+
+def test_a_pipe_or_device_that_is_named_as_output_is_written_to_and_not_replaced(tmp_path, tokenizer_dir):
+    pipe = tmp_path / "page.html"
+    os.mkfifo(pipe)
+    (tmp_path / "data.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE) as reader:
+        done = ftdata("preview", tmp_path / "data.jsonl", "-t", tokenizer_dir("tiny_bpe"), "--html", pipe)
+        page, _ = reader.communicate(timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert page.startswith(b"<!doctype html>")
+    assert pipe.is_fifo()
+
+
+def test_an_output_folder_is_named_and_holds_no_source(tmp_path, tokenizer_dir):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    build = ("build", data, "-t", tokenizer_dir("tiny_bpe"), "-o")
+    assert ftdata(*build, "").returncode == 2
+    assert ftdata(*build, data / "out").returncode == 0
+    done = ftdata(*build, data / "out")
+    assert done.returncode == 2
+    assert "lies in the output folder" in done.stderr
+    assert ftdata(*build, "s3://key:word@bucket/name").returncode == 2

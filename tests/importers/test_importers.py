@@ -1,0 +1,334 @@
+"""Configurations of other tools: what they say is carried over, noted or refused, and texts come out as they would there."""
+
+import json
+
+import pytest
+
+from ftdata import preview
+from ftdata.config import Config, dump_yaml, load_config
+from ftdata.errors import UsageError
+from ftdata.importers import import_config
+from ftdata.importers.axolotl import KEYS as AXOLOTL
+from ftdata.importers.draft import Draft, carry
+from ftdata.importers.llamafactory import KEYS as FACTORY
+
+AXOLOTL_FILE = {
+    "base_model": "me/base", "datasets": [{"path": "data.jsonl", "type": "chat_template"}], "adapter": "qlora", "load_in_4bit": True,
+    "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True, "sequence_len": 1024, "sample_packing": True, "val_set_size": 0.1,
+    "micro_batch_size": 2, "num_epochs": 4, "learning_rate": 2e-4, "warmup_ratio": 0.1, "evals_per_epoch": 2, "flash_attention": True,
+    "bf16": "auto", "output_dir": "./out", "dataset_prepared_path": "prepared", "wandb_project": "", "seed": 7,
+}  # fmt: skip
+FACTORY_FILE = {
+    "model_name_or_path": "me/base", "stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_target": "q_proj, v_proj",
+    "dataset": "faq", "template": "qwen", "cutoff_len": 512, "output_dir": "out", "learning_rate": 1e-4, "quantization_bit": 4,
+    "val_size": 5, "warmup_ratio": 0.1, "flash_attn": "fa2", "neat_packing": True, "max_samples": 100,
+}  # fmt: skip
+INFOS = {
+    "faq": {"file_name": "faq.json", "columns": {"prompt": "q", "query": "more", "response": "a", "system": "rule"}},
+    "chats": {"hf_hub_url": "me/chats", "subset": "en", "formatting": "sharegpt", "num_samples": 10,
+              "tags": {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt", "observation_tag": "observation"}},
+    "odd": {"file_name": "x.json", "formatting": "sharegpt", "tags": {"user_tag": "customer"}},
+    "media": {"file_name": "x.json", "columns": {"prompt": "q", "images": "i"}},
+    "ranked": {"file_name": "x.json", "ranking": True},
+}  # fmt: skip
+
+
+def axolotl(folder, **changes):
+    path = folder / "axolotl.yaml"
+    path.write_text(dump_yaml({**AXOLOTL_FILE, **changes}))
+    return path
+
+
+def factory(folder, **changes):
+    (folder / "data").mkdir(exist_ok=True)
+    (folder / "data" / "dataset_info.json").write_text(json.dumps(INFOS))
+    path = folder / "train.yaml"
+    path.write_text(dump_yaml({**FACTORY_FILE, **changes}))
+    return path
+
+
+def test_adapters_and_quantizations_are_carried_over(tmp_path):
+    config = import_config(
+        axolotl(tmp_path, adapter="lora", load_in_4bit=False, load_in_8bit=True, peft_use_dora=True)
+    ).config
+    assert (config.quantization, config.lora.more) == ("int8", {"use_dora": True})
+    config = import_config(
+        factory(tmp_path, quantization_bit=8, use_rslora=True, additional_target="embed_tokens, lm_head")
+    ).config
+    assert config.quantization == "int8"
+    assert config.lora.more == {"use_rslora": True, "modules_to_save": ["embed_tokens", "lm_head"]}
+    assert import_config(factory(tmp_path, quantization_type="fp4")).config.quantization == "fp4"
+
+
+def test_axolotl_is_carried_over(tmp_path):
+    found = import_config(axolotl(tmp_path))
+    config = found.config
+    assert found.tool == "Axolotl"
+    assert (config.model, config.output_dir, config.max_length, config.packing) == ("me/base", "./out", 1024, "bfd")
+    assert (config.quantization, config.lora.r, config.lora.alpha, config.lora.target_modules) == (
+        "nf4",
+        8,
+        16,
+        "all-linear",
+    )
+    assert (config.test_size, config.seed, config.on_bad_rows) == (0.1, 7, "quarantine")
+    assert config.data == [{"path": "data.jsonl"}]
+    assert config.attn_implementation == "flash_attention_2"
+    assert config.train == {
+        "per_device_train_batch_size": 2, "num_train_epochs": 4, "learning_rate": 2e-4, "warmup_steps": 0.1, "seed": 7,
+        "save_total_limit": 4, "lr_scheduler_type": "cosine", "optim": "adamw_torch_fused", "gradient_checkpointing": False,
+        "eval_strategy": "steps", "eval_steps": 1 / 8,
+    }  # fmt: skip
+    assert any("dataset_prepared_path" in note for note in found.notes)
+    path = tmp_path / "run.yaml"
+    path.write_text(str(found))
+    assert load_config(path) == config
+
+
+def test_what_axolotl_takes_for_granted_is_written_out(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("base_model: m\ndatasets: [{path: me/data, type: alpaca}]\nlearning_rate: 1e-4\n")
+    config = import_config(path).config
+    assert (config.max_length, config.seed, config.lora, config.template) == (512, 42, None, "alpaca")
+    assert config.data == [{"path": "me/data", "split": "train"}]
+    assert (
+        config.train["num_train_epochs"],
+        config.train["per_device_train_batch_size"],
+        config.train["warmup_steps"],
+    ) == (1, 1, 0.03)
+
+
+def texts(config, rows):
+    """Return what rows become under an imported configuration: text with what is trained of it in brackets."""
+    options = {name: getattr(config, name) for name in ("template", "schema", "columns", "train_on")}
+    lines = str(preview(rows, **options, n=len(rows))).split("── row ")[1:]
+    return ["\n".join(one.strip().split("\n")[1:-1]).replace("↵", "") for one in lines]
+
+
+PREAMBLE = "Below is an instruction that describes a task"
+CASES = {
+    "alpaca": (
+        "alpaca",
+        [{"instruction": "Add.", "input": "1+1", "output": "2"}, {"instruction": "Add.", "input": "", "output": "2"}],
+        [
+            f"{PREAMBLE}, paired with an input that provides further context. Write a response that appropriately completes the request."
+            "\n\n### Instruction:\nAdd.\n\n### Input:\n1+1\n\n### Response:\n⟦2⟨<eos>⟩■⟧",
+            f"{PREAMBLE}. Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Response:\n⟦2⟨<eos>⟩■⟧",
+        ],
+    ),
+    "own format": (
+        {"system_prompt": 'Be "good".', "system_format": "<<{system}>>\n", "field_instruction": "q", "field_output": "a", "field_input": "c",
+         "format": "Q: {instruction} ({input}) {{x}}\nA: ", "no_input_format": "Q: {instruction}\nA: "},
+        [{"q": "1+1?", "c": "sum", "a": "2"}, {"q": "1+1?", "a": "2"}, {"q": "1+1?", "a": "2", "system": "Short."}],
+        ['<<Be "good".>>\nQ: 1+1? (sum) {x}\nA: ⟦2⟨<eos>⟩■⟧', '<<Be "good".>>\nQ: 1+1?\nA: ⟦2⟨<eos>⟩■⟧', "<<Short.>>\nQ: 1+1?\nA: ⟦2⟨<eos>⟩■⟧"],
+    ),
+    "without a format for rows without input": (
+        {"field_instruction": "q", "field_output": "a", "format": "Q: {instruction} {input}\nA: "},
+        [{"q": "1+1?", "a": "2"}],
+        ["1+1? ⟦2⟨<eos>⟩■⟧"],
+    ),
+    "braces, Jinja and odd breaks": (
+        {"field_instruction": "q", "field_output": "a", "no_input_format": "\\boxed{{{instruction}}} {{{{ x }}}} {{% if %}}\x85\u2028 "},
+        [{"q": "1+1?", "a": "2"}],
+        ["\\boxed{1+1?} {{ x }} {% if %}\\u0085\\u2028 ⟦2⟨<eos>⟩■⟧"],
+    ),
+    "completion": ("completion", [{"text": "Once there was."}], ["⟦Once there was.⟨<eos>⟩■⟧"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_texts_are_those_of_axolotl(case, tmp_path):
+    """As axolotl 0.19.0 prints them."""
+    kind, rows, expected = CASES[case]
+    config = import_config(axolotl(tmp_path, datasets=[{"path": "d.jsonl", "type": kind}])).config
+    assert texts(config, rows) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rl": "dpo"}, "rl: that is another way of training"),
+        ({"adapter": "oft"}, "adapter: oft"),
+        ({"loraplus_lr_ratio": 16, "relora": True}, "loraplus_lr_ratio: .*; relora: "),
+        ({"excess_length_strategy": "split"}, "excess_length_strategy: split"),
+        ({"datasets": []}, "expected a list of mappings"),
+        ({"datasets": "x"}, "expected a list of mappings"),
+        ({"datasets": [{"path": "a", "type": "alpaca"}, {"path": "b", "type": "chat_template"}]}, "different kinds: .*--dataset"),
+        ({"datasets": [{"path": "a", "type": "gpteacher"}]}, "type gpteacher has no counterpart"),
+        ({"datasets": [{"path": "a", "type": "sharegpt"}]}, "use type: chat_template"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "roles": {"user": ["customer"]}}]}, "'customer' stands for user, and is a role that nobody knows"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "roles": {"assistant": ["human"]}}]}, "'human' stands for assistant, and is user here"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "roles_to_train": ["user"]}]}, "roles_to_train"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "roles_to_train": []}]}, "roles_to_train"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "message_field_training": "learn"}]}, "'learn'.*rename it to train"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "message_property_mappings": {"content": "body"}}]}, "content under 'body'"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "chat_template": "llama3"}]}, "chat_template: llama3"),
+        ({"datasets": [{"path": "a", "type": "alpaca", "format": "{instruction}"}]}, "format stands beside type"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "drop_system_message": True}]}, "drop_system_message"),
+        ({"datasets": [{"path": "a", "type": {"field_question": "q"}}]}, "field_question is not known"),
+        ({"learning_rate": {"a": 1}, "val_set_size": "x"}, "a value is not what Axolotl expects"),
+        ({"val_set_size": float("inf")}, "inf is no size"),
+        ({"val_set_size": -1}, "-1 is no size"),
+        ({"num_epochs": 0}, "num_epochs 0"),
+        ({"datasets": [{"path": 5, "type": "alpaca"}]}, "a path is 5"),
+        ({"datasets": [{"path": "a", "type": "alpaca", "ds_type": "./mine.py:read"}]}, "ds_type is './mine.py:read'"),
+        ({"datasets": [{"path": "a", "type": {"format": "{instruction!s}"}}]}, "the format"),
+        ({"datasets": [{"path": "a", "type": {"format": "{0}"}}]}, "the format"),
+        ({"datasets": [{"path": "a", "type": {"format": "{"}}]}, "a value is not what Axolotl expects"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_said_is_refused_with_its_key(changes, says, tmp_path):
+    with pytest.raises(UsageError, match=says) as error:
+        import_config(axolotl(tmp_path, **changes))
+    assert error.value.code == "cannot_import"
+    assert error.value.where.endswith("axolotl.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"test_datasets": [{"path": "x"}]}, "test_datasets: left out: held-out rows"),
+        ({"train_on_input": True}, "not known, and left out: train_on_input"),
+        ({"datasets": [{"path": "a", "type": "alpaca", "feild": "x"}]}, "a: not known, and left out: feild"),
+        ({"trust_remote_code": True}, "trust_remote_code: left out"),
+        ({"val_set_size": 0, "eval_steps": 5}, "eval_steps: left out, since no rows are held out"),
+        ({"train_on_inputs": True}, "leaves out headers"),
+        ({"zz\ntrain_on: all\n#": 1}, "left out: zz\\ntrain_on: all"),
+        ({"load_in_8bit": True}, "load_in_8bit: left out"),
+        ({"adapter": "lora"}, "16 bits here as there"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "field_tools": "functions"}]}, "field_tools had no effect"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "train_on_eos": "last"}]}, "stop of every trained turn is trained"),
+        ({"datasets": [{"path": "a", "type": "completion"}]}, "Axolotl cuts longer ones"),
+    ],
+)  # fmt: skip
+def test_what_is_not_the_same_is_noted(changes, says, tmp_path):
+    found = import_config(axolotl(tmp_path, **changes))
+    assert any(says in note for note in found.notes), found.notes
+    assert f"# - {found.notes[0]}\n" in str(found)
+
+
+def test_one_of_several_data_sets_is_taken(tmp_path):
+    several = [{"path": "a", "type": "alpaca"}, {"path": "b", "type": "chat_template", "field_messages": "talk"}]
+    path = axolotl(tmp_path, datasets=several)
+    assert import_config(path, ["b"]).config.columns == {"messages": "talk"}
+    assert import_config(path, ["0"]).config.template == "alpaca"
+    with pytest.raises(UsageError, match="no data set 'c'; there are a, b"):
+        import_config(path, ["c"])
+
+
+def test_slices_and_all_layers_are_taken_whatever_the_order(tmp_path):
+    given = {
+        "datasets": [{"path": "d.jsonl", "type": "alpaca", "split": "train[:5]"}],
+        "lora_target_modules": ["q_proj"],
+        "warmup_steps": 7,
+    }
+    config = import_config(axolotl(tmp_path, **given)).config
+    assert config.data == [{"path": "d.jsonl", "split": "train[:5]"}]
+    assert (config.lora.target_modules, config.train["warmup_steps"]) == ("all-linear", 7)
+
+
+def test_files_of_a_folder_are_places_of_their_own(tmp_path):
+    files = [str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")]
+    given = [{"path": str(tmp_path), "data_files": files, "type": "chat_template"}]
+    assert import_config(axolotl(tmp_path, datasets=given)).config.data == [{"path": file} for file in files]
+
+
+def test_llamafactory_is_carried_over(tmp_path):
+    found = import_config(factory(tmp_path))
+    config = found.config
+    assert found.tool == "LLaMA-Factory"
+    assert config.data == [{"path": str(tmp_path / "data" / "faq.json")}]
+    assert config.columns == {"instruction": "q", "input": "more", "output": "a", "system": "rule"}
+    assert (config.schema, config.max_length, config.packing, config.test_size, config.limit) == (
+        "alpaca",
+        512,
+        "bfd",
+        5,
+        100,
+    )
+    assert (config.quantization, config.lora.r, config.lora.alpha, config.lora.target_modules) == (
+        "nf4",
+        8,
+        16,
+        ["q_proj", "v_proj"],
+    )
+    assert config.train["warmup_steps"] == 0.1
+    assert config.train["num_train_epochs"] == 3
+    assert any(note.startswith("template: qwen: LLaMA-Factory has tables of its own") for note in found.notes)
+    assert any("joined by a blank line" in note for note in found.notes)
+    full = import_config(
+        factory(tmp_path, finetuning_type="full", quantization_bit=None, mask_history=True, dataset="chats")
+    ).config
+    assert (full.lora, full.train_on) == (None, "last_assistant")
+    assert full.data == [{"path": "me/chats", "split": "train", "name": "en", "rows": 10}]
+
+
+def test_a_list_of_data_sets_alone_is_carried_over(tmp_path):
+    factory(tmp_path)
+    path = tmp_path / "data" / "dataset_info.json"
+    found = import_config(path, ["chats"], model="me/base")
+    assert (found.config.model, found.config.columns) == ("me/base", None)
+    with pytest.raises(UsageError, match="it lists 5 data sets.*choose with --dataset: faq, chats"):
+        import_config(path)
+    assert any("names no model" in note for note in import_config(path, ["faq"]).notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"stage": "dpo"}, "stage: dpo"),
+        ({"dataset": "faq,chats"}, "different kinds"),
+        ({"dataset": "fag"}, "no data set 'fag'.*did you mean 'faq'"),
+        ({"dataset": ""}, "names no data"),
+        ({"dataset": "odd"}, "'customer' stands for user"),
+        ({"dataset": "media"}, "columns images"),
+        ({"dataset": "ranked"}, "ranking"),
+        ({"dataset_dir": "nowhere"}, "cannot be read"),
+        ({"finetuning_type": "oft"}, "finetuning_type: oft"),
+        ({"quantization_bit": 3}, "3 bits"),
+        ({"quantization_bit": 4, "quantization_method": "hqq"}, "4 bits, hqq"),
+        ({"use_galore": True}, "use_galore"),
+        ({"mix_strategy": "interleave_under"}, "mix_strategy"),
+    ],
+)
+def test_what_cannot_be_said_of_llamafactory_is_refused(changes, says, tmp_path):
+    with pytest.raises(UsageError, match=says):
+        import_config(factory(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("text", ["a: 1", "model: m\ndata: d\noutput_dir: o\n", "[1]", "a: ["])
+def test_other_files_are_refused(text, tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="unknown_tool|config_file"):
+        import_config(path)
+
+
+USUAL = {
+    "axolotl": "learning_rate weight_decay max_grad_norm gradient_accumulation_steps max_steps warmup_steps save_steps eval_steps logging_steps",
+    "factory": "learning_rate weight_decay max_grad_norm gradient_accumulation_steps max_steps num_train_epochs lr_scheduler_type optim bf16",
+}
+
+
+def test_the_usual_settings_of_a_run_are_carried():
+    assert set(USUAL["axolotl"].split()) <= set(AXOLOTL.same)
+    assert set(USUAL["factory"].split()) <= set(FACTORY.same)
+
+
+@pytest.mark.parametrize("keys", [AXOLOTL, FACTORY], ids=["axolotl", "llamafactory"])
+def test_every_key_leads_to_a_field_that_is_there(keys):
+    SFTConfig = pytest.importorskip("trl").SFTConfig  # noqa: N806
+    targets = [rule for rule in keys.rules.values() if isinstance(rule, str)] + [f"train.{name}" for name in keys.same]
+    given = {**dict.fromkeys(keys.same, 3), **{key: 3 for key, rule in keys.rules.items() if isinstance(rule, str)}}
+    draft = Draft()
+    carry(given, keys, draft)
+    carried = {f"{name}.{inner}" for name, value in draft.fields.items() if isinstance(value, dict) for inner in value}
+    assert {*targets} <= carried | set(draft.fields)
+    for target in targets:
+        section, _, field = target.partition(".")
+        if section == "train":
+            assert field in SFTConfig.__dataclass_fields__, target
+        else:
+            assert section in Config.__struct_fields__, target
+    groups = [set(keys.rules), set(keys.same), set(keys.left), set(keys.noted), set(keys.refused)]
+    assert sum(map(len, groups)) == len(set().union(*groups))

@@ -1,0 +1,161 @@
+"""Checks, one by one: rows that make each fire, and rows that nearly do."""
+
+import pytest
+from audited import PLAIN, found, rows, talk
+from chats import ANSWER, HEAD, LATE_STOP, PROMPT, TALK, TURN, USER, template
+from makers import CHATML
+
+from ftdata.inspection.checks import checks
+
+DEFAULT = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}" + CHATML
+
+DATED = "{% if messages[0].role == 'system' %}{{ messages[0].content }} {{ strftime_now('%Y') }}{% endif %}" + CHATML
+
+TAGGED = template(
+    HEAD
+    + "{% if m.role == 'assistant' %}{% generation %}"
+    + TURN.strip()
+    + "{% endgeneration %}\n{% else %}"
+    + TURN
+    + "{% endif %}",
+    "",
+)
+
+UNTAGGED = template(
+    HEAD
+    + "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n{% else %}"
+    + TURN
+    + "{% endif %}"
+)
+
+CUTS = template(HEAD + "{{ m.content.split('</think>')[-1] }}<|im_end|>\n")
+
+THINKING = (
+    "{% for m in messages %}" + HEAD + "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
+    + PROMPT
+    + "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+# "A:" and the answer make one token in this tokenizer.
+STRADDLING = (
+    "{% for m in messages %}{{ m.role }} th{% generation %}e {{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}"
+)
+
+THINKS = template(HEAD + "{{ m.reasoning_content or '' }}" + TURN)
+
+TOOLS = "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.description }}\n{% endfor %}" + CHATML
+
+TOOL = {"type": "function", "function": {"name": "find", "description": "finds", "parameters": {}}}
+
+
+# code -> (what makes it fire, what nearly does)
+CASES = {
+    "no_stop": (rows({"input_ids": [1, 40, 41], "labels": [-100, 40, 41]}), rows({"text": "a stop<|im_end|>"})),
+    "truncated_answer": (
+        rows(talk("q", "a long answer " * 20), max_length=30, overlong="truncate"),
+        rows(talk("q", "short", "q", "a long answer " * 20), max_length=40, overlong="drop_turns"),
+    ),
+    "unclosed_final": (rows(talk("q", "a"), template=LATE_STOP), rows(talk("q", "a"), template=CHATML)),
+    "content_cut": (rows(talk("q", "hm</think>a1"), template=CUTS), rows(talk("q", "a1"), template=CUTS)),
+    "payload_dropped": (
+        rows(
+            {"messages": [{"role": "system", "content": "lost"}, *TALK]},
+            template="{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + CHATML,
+            dropped="flag",
+        ),
+        rows(talk("q", "a"), template=CHATML, dropped="flag"),
+    ),
+    "reasoning_dropped": (
+        rows({"messages": [USER, {**ANSWER, "reasoning_content": "a thought"}]}, template=CHATML),
+        rows({"messages": [USER, {**ANSWER, "reasoning_content": "a thought"}]}, template=THINKS),
+    ),
+    "tools_dropped": (
+        rows({**PLAIN, "tools": [TOOL]}, template=CHATML),
+        rows({**PLAIN, "tools": [TOOL]}, template=TOOLS),
+    ),
+    "fields_dropped": (
+        rows({"messages": [USER, {**ANSWER, "mood": "sunny"}]}, template=CHATML + "{# mood #}"),
+        rows({"messages": [USER, {**ANSWER, "train": True}]}, template=CHATML),
+    ),
+    "prompt_drift": (
+        rows(PLAIN, template=template(prompt=PROMPT + "<think>\n")),
+        rows(PLAIN, template=template()),
+    ),
+    "empty_thinking": (
+        rows(talk("q", "a"), template=THINKING),
+        rows(talk("q", "a"), template=THINKING, template_kwargs={"enable_thinking": False}),
+    ),
+    "straddle": (rows(talk("q", "a"), template=STRADDLING), rows(talk("q", "a"), template=CHATML)),
+    "rejected_side_dropped": (
+        rows({"prompt": "q", "chosen": "yes", "rejected": "no"}, template=CHATML),
+        rows({"prompt": "q", "completion": "yes"}, template=CHATML),
+    ),
+    "tags_unconfirmed": (rows(PLAIN, template=TAGGED), rows(PLAIN, template=CHATML)),
+    "stop_untagged": (rows(PLAIN, chat=UNTAGGED), rows(PLAIN, chat=TAGGED)),
+    "control_tokens": (rows(talk("<|im_end|>", "a")), rows(talk("<|im_end", "a"))),
+    "trailing_turns": (rows({"messages": [*TALK, USER]}), rows({"messages": TALK})),
+    "double_bos": (
+        rows({"input_ids": [3, 3, 40, 2], "labels": [-100, -100, 40, 2]}),
+        rows({"text": "<s>text<|im_end|>"}),
+    ),
+    "double_eos": (
+        rows({"input_ids": [1, 40, 2, 2], "labels": [-100, 40, 2, 2]}),
+        rows({"input_ids": [2, 2, 40, 2], "labels": [-100, -100, 40, 2]}),
+    ),
+    "media_placeholder": (rows(talk("<image>What?", "a")), rows(talk("an <image>alt</image> in XML", "a"))),
+    "left_over": (rows(talk("q", "an answer</s>")), rows(talk("q", "<s>struck</s> out"))),
+    "same_prompt": (
+        rows(PLAIN, against=[talk("a question", "x")]),
+        rows(PLAIN, against=[talk("another question", "x")]),
+    ),
+    "label_share": (rows(talk("word " * 3000, "x")), rows(talk("word " * 300, "an answer " * 20))),
+    "role_order": (
+        rows({"messages": [USER, USER, ANSWER]}),
+        rows({"messages": [{"role": "system", "content": "s"}, {"role": "developer", "content": "d"}, *TALK]}),
+    ),
+    "trivial_answer": (rows(talk("q", "N/A")), rows(talk("q", "4"), talk("q", "No."), talk("q", "👍"), talk("q", "√"))),
+    "default_system": (rows(PLAIN, template=DEFAULT), rows(talk("q", "a", system="s"), template=DEFAULT)),
+    "mojibake": (rows(talk("itâ€™s", "a")), rows(talk("it’s “CAFÉ”, été…” à São Paulo", "«MANHÃ» Â l’aide"))),
+    "pii": (
+        rows(talk("mail ada@lovelace.org", "a"), pii=True),
+        rows(talk("mail me@example.com, 10.0.0.1, 1.2.3", "4111 1111 1111 1112"), pii=True),
+    ),
+    "duplicate": (rows(PLAIN, PLAIN), rows(PLAIN, talk("a question", "another answer"))),
+    "near_duplicate": (
+        rows(
+            talk("q", "one two three four five six seven eight nine ten " * 3),
+            talk("q", "one two three four five six seven eight nine ten " * 3 + "!"),
+            near=0.7,
+        ),
+        rows(PLAIN, PLAIN, near=0.7),
+    ),
+    "leakage": (rows(PLAIN, against=[PLAIN]), rows(PLAIN, against=[talk("another question", "an answer")])),
+    "script": (
+        rows(*[talk(f"q{n}", f"answer {n}") for n in range(300)], talk("q", "привет, как дела")),
+        rows(*[talk(f"q{n}", f"answer {n}") for n in range(300)], talk("привет", "hello")),
+    ),
+    "pad_is_stop": (rows(PLAIN, pad="<|im_end|>"), rows(PLAIN)),
+    "date_inserted": (rows(talk("q", "a", system="s"), template=DATED), rows(PLAIN)),
+    "template_drift": (rows(PLAIN, template="zephyr"), rows(PLAIN, template="{# mine #}" + CHATML)),
+}
+
+
+def test_every_check_is_tried():
+    assert set(CASES) == set(checks)
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_a_check_fires(tokenizer, code):
+    report = found(tokenizer, *CASES[code][0])
+    (finding,) = [one for one in report.findings if one.code == code]
+    assert finding.severity == checks[code].severity
+    assert finding.fix in str(report)
+    assert code not in {
+        one.code for one in found(tokenizer, CASES[code][0][0], {**CASES[code][0][1], "ignore": [code]}).findings
+    }
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_a_check_stays_silent(tokenizer, code):
+    assert code not in {one.code for one in found(tokenizer, *CASES[code][1]).findings}

@@ -1,0 +1,150 @@
+"""What is made of a usual row in one step is what the stages make of it one by one."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from laws import often
+
+from ftdata.errors import BadRow, UsageError
+from ftdata.pipeline.examples import build_rows
+from ftdata.pipeline.fast_path import usual
+from ftdata.pipeline.recipe import make_recipe
+from ftdata.pipeline.render_rows import check_answers, chosen, rendered
+from ftdata.schemas import Schema, normalise, schemas
+from ftdata.types import Reject, Row, Source
+
+TEXTS = st.sampled_from(
+    ["a", "two words", " blanks ", "\n", "", "<think>so</think>it is", "x <|im_end|> y", "</think>"]
+)
+TURNS = st.sampled_from(
+    [
+        lambda role, text: {"role": role, "content": text},
+        lambda role, text: {"content": text, "role": role},
+        lambda role, text: {"role": role, "content": text, "train": False},
+        lambda role, text: {"role": role, "content": text, "name": "x"},
+        lambda role, text: {"role": {"user": "human", "assistant": "gpt"}.get(role, role), "content": text},
+        lambda role, text: {"from": role, "value": text},
+        lambda role, text: {"role": role, "content": [{"type": "text", "text": text}]},
+    ]
+)
+ROLES = st.lists(st.sampled_from(["system", "user", "assistant", "assistant", "user", "tool"]), max_size=5)
+BESIDE = st.sampled_from(
+    [
+        *[{}] * 6,
+        {"id": 3},
+        {"system": "be brief"},
+        {"system": None},
+        {"tools": []},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"prompt": "x", "completion": "y"},
+    ]
+)
+
+
+@st.composite
+def rows(draw):
+    usually = draw(st.booleans())
+    roles = ["user", "assistant"] * draw(st.integers(1, 2)) if usually else draw(ROLES)
+    turn = draw(TURNS)
+    talk = [(turn if usually else draw(TURNS))(role, draw(TEXTS)) for role in roles]
+    column = draw(st.sampled_from(["messages", "messages", "conversations", "conversation", "chat"]))
+    data = {column: talk, **draw(BESIDE)}
+    return talk if draw(st.integers(0, 9)) == 0 else data
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen", "gemma"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"turns": "joint", "train_on": "completion", "train_parts": ["answer"]},
+        {"schema": "messages", "train_on": "last_assistant"},
+        {"unclosed": "append_eos"},
+    ],
+)
+@often(150)
+@given(data=rows())
+def test_it_is_what_the_stages_make_of_it(tokenizer_dir, name, options, data):
+    tokenizer, template = (tokenizer_dir("tiny_bpe"), name) if name != "qwen" else (tokenizer_dir("qwen"), None)
+    recipe = make_recipe(tokenizer, template, **options)
+    row = Row(data, Source("x.jsonl", 7, 8, 90))
+    # What was seen before, there may be a plan for.
+    seen = {"messages": [{"role": role, "content": "text"} for role in ("user", "assistant")]}
+    rendered(recipe, normalise(row._replace(data=seen)))
+    found = usual(recipe)(row)
+    if found is not None:
+        conversation = normalise(row, recipe.schema)
+        check_answers(conversation)
+        assert found == chosen(conversation, rendered(recipe, conversation), recipe.policy)
+
+
+@pytest.mark.parametrize(
+    ("data", "is_usual"),
+    [
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, True),
+        ({"messages": [{"content": "q", "role": "user"}, {"content": "a", "role": "assistant"}], "id": 1}, True),
+        ({"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, True),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "system": "s"}, False),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}, False),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "user", "content": "a"}]}, False),
+        ({"instruction": "q", "output": "a"}, False),
+    ],
+)
+def test_which_rows_are_usual(tokenizer_dir, data, is_usual):
+    recipe = make_recipe(tokenizer_dir("tiny_bpe"), "chatml")
+    row = Row(data, Source("x.jsonl", 0))
+    assert usual(recipe)(row) is None or is_usual
+    seen = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    rendered(recipe, normalise(row._replace(data=seen)))
+    assert (usual(recipe)(row) is not None) == is_usual
+    assert usual(recipe)(row._replace(flat=True)) is None
+    assert usual(replace(recipe, columns={"messages": "messages"}))(row) is None
+
+
+TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def built(tokenizer, rows, **options):
+    placed = [Row(data, Source("x.jsonl", number)) for number, data in enumerate(rows)]
+    return list(build_rows(make_recipe(tokenizer, "chatml", **options), placed))
+
+
+@pytest.mark.parametrize("odd", [None, 5, b"x", float("nan"), "text"])
+def test_odd_rows_among_usual_ones_are_rejected(tokenizer_dir, odd):
+    found = built(tokenizer_dir("tiny_bpe"), [*[{"messages": TALK}] * 40, odd, {"messages": TALK}])
+    assert [at for at, one in enumerate(found) if isinstance(one, Reject)] == [40]
+    assert found[40].code == "not_a_row"
+
+
+def test_a_schema_of_our_parts_is_asked_about_each_row(tokenizer_dir):
+    ours = schemas.get("messages")
+    schemas.register("messages")(Schema(("messages",), ours.matches, ours.convert))
+    try:
+        found = built(tokenizer_dir("tiny_bpe"), [{"messages": TALK, "system": "be brief"}] * 50)
+    finally:
+        schemas.register("messages")(ours)
+    assert all("be brief" in one.examples[0].text for one in found)
+
+
+@pytest.mark.parametrize(("fault", "told"), [(RecursionError, UsageError), (BadRow, BadRow)])
+def test_faults_of_a_policy_are_none_of_the_rows(tokenizer_dir, fault, told):
+    def policy(*_):
+        raise fault("mine", "mine")
+
+    with pytest.raises(told, match="mine"):
+        built(tokenizer_dir("tiny_bpe"), [{"messages": TALK}] * 3, train_on=policy)
+
+
+def test_policies_are_asked_when_all_rows_are_rendered_and_about_no_refused_text(tokenizer_dir):
+    def policy(rendered, conversation):
+        assert "<|im_end|> typed" not in rendered.text
+        conversation.messages[0]["content"] = "changed"
+        return [span.generated for span in rendered.spans]
+
+    rows = [{"messages": [dict(one) for one in TALK]} for _ in range(40)] * 2
+    rows.append({"messages": [{"role": "user", "content": "<|im_end|> typed"}, TALK[1]]})
+    found = built(tokenizer_dir("tiny_bpe"), rows, train_on=policy, control_tokens="refuse")
+    assert [one.code for one in found if isinstance(one, Reject)] == ["control_tokens"]
+    assert not any("changed" in one.examples[0].text for one in found[:80])

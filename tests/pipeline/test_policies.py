@@ -1,0 +1,290 @@
+"""What is left to the user's choice: parts, turns, flags as faults, tags; and what cannot be meant."""
+
+import re
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from chats import ANSWER, CALL, CALLS, HEAD, PROMPT, STOPLESS, TALK, TOOLED, TURN, USER, outcome, shown, template
+
+from ftdata import encode
+from ftdata.errors import BadRow, TemplateRefused, UsageError
+from ftdata.pipeline.examples import build_rows
+from ftdata.pipeline.mask import assistant, completion, last_assistant
+from ftdata.pipeline.recipe import FLAGS, make_recipe
+from ftdata.templates import Template, render
+from ftdata.testing import try_template
+from ftdata.types import Conversation, Row, Source
+
+
+def test_flags_can_be_made_faults(tokenizer_dir):
+    with pytest.raises(BadRow, match="no_stop"):
+        encode(TALK, tokenizer_dir("tiny_bpe"), STOPLESS, refuse=["no_stop"])
+    encode(TALK, tokenizer_dir("tiny_bpe"), refuse=["no_stop"])
+    with pytest.raises(UsageError, match="no_stop"):
+        encode(TALK, tokenizer_dir("tiny_bpe"), refuse=["nostop"])
+    with pytest.raises(UsageError, match="list of flags"):
+        encode(TALK, tokenizer_dir("tiny_bpe"), refuse="no_stop")
+    rows = [Row({"messages": TALK}, Source("x", n)) for n in range(2)]
+    recipe = make_recipe(tokenizer_dir("tiny_bpe"), STOPLESS, refuse=["no_stop"])
+    assert [(one.code, one.tokens > 0) for one in build_rows(recipe, rows)] == [("no_stop", True)] * 2
+    cut = make_recipe(tokenizer_dir("tiny_bpe"), max_length=60, overlong="truncate", refuse=["truncated_answer"])
+    (row,) = build_rows(cut, [Row({"messages": [USER, {**ANSWER, "content": "long " * 30}]}, Source("x", 0))])
+    assert row.code == "truncated_answer"
+
+
+def test_every_flag_is_documented():
+    table = (
+        (Path(__file__).parents[2] / "docs" / "masks.md")
+        .read_text()
+        .partition("| flag |")[2]
+        .partition("| refusal |")[0]
+    )
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(FLAGS)
+
+
+def test_turns_are_grouped_by_the_question_they_answer():
+    """A call, its result and the answer are shown together, as they are when the model is asked for them."""
+    thinking = "{% if m.role == 'assistant' and loop.index0 > ns.last %}<think></think>{% endif %}"
+    source = (
+        "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+        + template(HEAD + thinking + "{{ m.content }}" + CALLS + "<|im_end|>\n")
+    )
+    messages = [*TOOLED, {"role": "user", "content": "q3"}, {"role": "assistant", "content": "a3"}]
+    first, second = outcome(source, messages, "auto")
+    assert {span.message for span in first.spans if span.generated} == {1, 3}
+    assert {span.message for span in second.spans if span.generated} == {5}
+    assert (first.messages, second.messages) == (4, 6)
+
+
+THINKING = [USER, {"role": "assistant", "content": "a1", "reasoning_content": "hm"}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "parts", "expected"),
+    [
+        (THINKING, ["answer"], "a1<|im_end|>"),
+        (THINKING, ["reasoning"], "<think>hm</think>"),
+        (THINKING, ["reasoning", "answer"], "<think>hm</think>a1<|im_end|>"),
+        ([USER, {"role": "assistant", "content": "<think>hm</think>\na1"}], ["answer"], "a1<|im_end|>"),
+        (
+            [USER, {**CALL, "content": "let me see"}],
+            ["tool_call"],
+            '<tool_call>{"name": "find", "arguments": {"key": "value"}}</tool_call><|im_end|>',
+        ),
+        ([USER, {**CALL, "content": "let me see"}], ["answer"], "let me see"),
+        (
+            [USER, {**ANSWER, "reasoning_content": "r1"}, USER, {**ANSWER, "reasoning_content": "r2"}],
+            ["reasoning"],
+            "<think>r1</think><think>r2</think>",
+        ),
+        (TOOLED, ["answer"], "a2<|im_end|>"),
+    ],
+)
+def test_parts_of_a_turn_can_be_chosen(tokenizer_dir, messages, parts, expected):
+    source = template(
+        HEAD
+        + "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+        + CALLS
+        + "<|im_end|>\n"
+    )
+    (example,) = encode(messages, tokenizer_dir("tiny_bpe"), source, train_parts=parts)
+    pieces = example.offsets[example.trained]
+    assert "".join(example.text[a:b] for a, b in pieces) == expected
+
+
+@pytest.mark.parametrize("key", ["train", "training", "weight", "loss"])
+def test_messages_say_themselves_whether_they_are_trained(tokenizer_dir, key):
+    messages = [USER, {**ANSWER, key: 0}, *TALK[2:]]
+    (example,) = encode(messages, tokenizer_dir("tiny_bpe"))
+    assert "".join(example.text[a:b] for a, b in example.offsets[example.trained]) == "a2<|im_end|>"
+    assert "fields_dropped" not in example.flags
+
+
+def test_thinking_that_the_prompt_opens_is_reasoning(tokenizer_dir):
+    source = template(prompt=PROMPT + "<think>\n").replace(
+        "{{ m.content }}", "{% if m.role == 'assistant' %}<think>\n{% endif %}{{ m.content }}"
+    )
+    messages = [USER, {"role": "assistant", "content": "why\n</think>\n\na1"}]
+    (example,) = encode(messages, tokenizer_dir("tiny_bpe"), source, train_parts=["answer"])
+    assert "".join(example.text[a:b] for a, b in example.offsets[example.trained]) == "a1<|im_end|>"
+
+
+def test_lone_surrogates_are_refused_row_by_row(tokenizer_dir):
+    with pytest.raises(BadRow, match="lone_surrogate"):
+        encode([{"role": "user", "content": "\ud800"}, ANSWER], tokenizer_dir("tiny_bpe"))
+
+
+def test_whole_numbers_of_any_size_stay(tokenizer_dir):
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"id": 123456789012345678901234567890}'}}
+    messages = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    (example,) = encode(
+        messages, tokenizer_dir("tiny_bpe"), template(HEAD + "{{ m.content }}" + CALLS + "<|im_end|>\n")
+    )
+    assert "123456789012345678901234567890" in example.text
+
+
+def test_what_is_remembered_does_not_hide_what_is_cut():
+    """The prompt prints earlier answers whole, the conversation cuts thinking out of them: seen only where there is any."""
+    strip = "{% set c = m.content %}{% if m.role == 'assistant' and loop.index0 != ns.last and '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}"
+    source = (
+        "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'assistant' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+        + template(strip + HEAD + "{{ c }}<|im_end|>\n")
+    )
+    known = Template("t", source, strict=False, special_tokens={"eos_token": "<|im_end|>"})
+    (plain,) = render(Conversation(tuple(TALK)), known, "joint")
+    assert plain.flags == set()
+    thinking = [USER, {"role": "assistant", "content": "<think>hm</think>a1"}, *TALK[2:]]
+    with pytest.raises(BadRow, match="history_drift"):
+        render(Conversation(tuple(thinking)), known, "joint")
+
+
+def test_tags_of_a_users_own_template_are_followed_and_compared(tokenizer_dir):
+    right = template("<|im_start|>{{ m.role }}\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n")
+    header = template("<|im_start|>{% generation %}{{ m.role }}\n{{ m.content }}<|im_end|>{% endgeneration %}\n")
+    only = "{% if m.role == 'assistant' %}", "{% else %}" + TURN + "{% endif %}"
+    right, header = (
+        source.replace("{% generation %}", only[0] + "{% generation %}").replace(
+            "{% endgeneration %}\n", "{% endgeneration %}\n" + only[1].replace(TURN, body)
+        )
+        for source, body in ((right, TURN), (header, "{{ m.role }}\n" + TURN))
+    )
+    (example,) = encode(TALK, tokenizer_dir("tiny_bpe"), right)
+    assert (shown(example), example.flags) == ("a1<|im_end|>a2<|im_end|>", set())
+    (example,) = encode(TALK, tokenizer_dir("tiny_bpe"), header)
+    assert (shown(example), example.flags) == ("assistant\na1<|im_end|>assistant\na2<|im_end|>", {"tags_unconfirmed"})
+    with pytest.raises(AssertionError, match="M2"):
+        try_template(tokenizer_dir("tiny_bpe"), header, max_examples=10)
+
+
+@pytest.mark.parametrize("asked", ["messages[-1].content | title == 'Short'", "messages[-1].content is in '/short'"])
+def test_what_is_remembered_hangs_on_all_that_a_template_may_ask(tokenizer_dir, asked):
+    source = template(prompt=PROMPT + "{% if " + asked + " %}Sure: {% endif %}")
+    encode([{"role": "user", "content": "hello"}, ANSWER], tokenizer_dir("tiny_bpe"), source)
+    with pytest.raises(BadRow, match="history_drift"):
+        encode([{"role": "user", "content": "short"}, ANSWER], tokenizer_dir("tiny_bpe"), source)
+
+
+LONG = [{"role": "user", "content": "a long question /think"}, ANSWER]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "range(messages[-1].content | length) | length > 3",
+        "messages[-1].content[2]",
+        "'X' | replace('X', messages[-1].content) == messages[-1].content and messages[-1].content | length > 3",
+        "messages[-1].content.split('a', maxsplit=1) | length > 1",
+        "messages[-1].content | length is sameas 22",
+    ],
+)
+def test_lengths_and_places_are_remembered(asked):
+    source = template(prompt=PROMPT + "{% if " + asked + " %}<think>\n{% endif %}")
+    known = Template("t", source, strict=False, special_tokens={"eos_token": "<|im_end|>"})
+    flags = [render(Conversation(tuple(talk)), known, "joint")[0].flags for talk in (TALK[:2], LONG, TALK[:2], LONG)]
+    assert flags == [set(), {"prompt_drift"}] * 2
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        "m.content | replace(' /think', '')",
+        "m.content[:10]",
+        "m.content.replace(' /think', '')",
+        "m.content.split(' /')[0]",
+    ],
+)
+def test_what_was_not_cut_in_one_row_may_be_in_another(printed):
+    source = template(HEAD + "{% if loop.last %}{{ " + printed + " }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n")
+    known = Template("t", source, strict=False, special_tokens={"eos_token": "<|im_end|>"})
+    for talk, refused in ((TALK[:2], False), (LONG, True), (TALK[:2], False)):
+        with pytest.raises(BadRow, match="history_drift") if refused else nullcontext():
+            render(Conversation(tuple(talk)), known, "joint")
+
+
+def test_reasoning_that_is_trimmed_in_history_only():
+    source = template(
+        HEAD
+        + "{% if m.reasoning_content %}<think>{{ m.reasoning_content if loop.last else m.reasoning_content | trim }}</think>{% endif %}"
+        + TURN
+    )
+    known = Template("t", source, strict=False, special_tokens={"eos_token": "<|im_end|>"})
+    count = {}
+    for thought in ("hm", "\nhm\n", "hm"):
+        messages = [{**one, "reasoning_content": thought} if one["role"] == "assistant" else one for one in TALK]
+        count[thought] = len(render(Conversation(tuple(messages)), known, "auto"))
+    assert count == {"hm": 1, "\nhm\n": 2}
+
+
+@pytest.mark.parametrize("parts", [["answer"], ["reasoning"]])
+def test_blanks_before_thinking_are_thinking(tokenizer_dir, parts):
+    messages = [USER, {"role": "assistant", "content": "\n<think>hm</think>a"}]
+    (example,) = encode(messages, tokenizer_dir("tiny_bpe"), template(), train_parts=parts)
+    assert shown(example) == ("a<|im_end|>" if parts == ["answer"] else "\n<think>hm</think>")
+
+
+def test_a_special_token_that_a_tokenizer_lacks_prints_nothing(tokenizer_dir):
+    (example,) = encode(TALK, tokenizer_dir("tiny_bpe"), template(before="{{ bos_token }}"))
+    assert example.text.startswith("<|im_start|>")
+    with pytest.raises(BadRow, match="bos_tokem"):
+        encode(TALK, tokenizer_dir("tiny_bpe"), template(before="{{ bos_tokem }}"))
+
+
+def test_trailing_turns_are_said_once(tokenizer_dir):
+    found = encode([*TALK, USER], tokenizer_dir("tiny_bpe"), turns="split")
+    assert ["trailing_turns" in one.flags for one in found] == [False, True]
+    (whole,) = encode([*TALK, USER], tokenizer_dir("tiny_bpe"), turns="joint")
+    assert "trailing_turns" in whole.flags
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "error"),
+    [
+        (None, {}, BadRow),
+        ([{"role": "user", "content": "q", "x": {1}}, ANSWER], {}, BadRow),
+        (TALK, {"train_parts": [1]}, UsageError),
+        (TALK, {"train_parts": []}, UsageError),
+        (TALK, {"train_parts": "answer"}, UsageError),
+        (TALK, {"train_on": None}, UsageError),
+        (TALK, {"train_on": lambda *_: None}, UsageError),
+        (TALK, {"train_on": lambda *_: 3}, UsageError),
+        (TALK, {"train_on": lambda rendered, _: ["no"] * len(rendered.spans)}, UsageError),
+        (TALK, {"refuse": None}, UsageError),
+        (TALK, {"turns": None}, UsageError),
+        (TALK, {"template_kwargs": [1]}, UsageError),
+        (TALK, {"template_kwargs": {"tools": []}}, UsageError),
+        (TALK, {"template": "{% for m in messages %}" * 30 + "{% endfor %}" * 30}, TemplateRefused),
+        (TALK, {"template": "{% for m in messages %}{% set c = cycler() %}{% endfor %}"}, BadRow),
+    ],
+)
+def test_what_cannot_be_meant_is_an_error_of_ours(tokenizer_dir, messages, options, error):
+    with pytest.raises(error):
+        encode(messages, tokenizer_dir("tiny_bpe"), **options)
+
+
+def test_a_policy_must_speak_of_every_span(tokenizer_dir):
+    with pytest.raises(UsageError, match=r"\[mask_length\] the mask policy gave 1 answers for \d+ spans"):
+        encode(TALK, tokenizer_dir("tiny_bpe"), train_on=lambda *_: [True])
+
+
+@pytest.mark.parametrize("policy", [assistant, completion, last_assistant])
+def test_a_policy_may_ask_another_about_messages_of_its_own(tokenizer_dir, policy):
+    def second_only(rendered, conversation):
+        changed = ({**message, "train": n != 1} for n, message in enumerate(conversation.messages))
+        return policy(rendered, replace(conversation, messages=tuple(changed)))
+
+    recipe = make_recipe(tokenizer_dir("tiny_bpe"), train_on=second_only)
+    rows = [Row({"messages": [USER, ANSWER, USER, {**ANSWER, "content": "b"}]}, Source("x", n)) for n in range(8)]
+    for built in build_rows(recipe, rows):
+        (example,) = built.examples
+        assert shown(example) == "b<|im_end|>"
+
+
+def test_rows_nested_too_deep_are_rejected(tokenizer_dir):
+    deep = {}
+    for _ in range(3000):
+        deep = {"x": deep}
+    recipe = make_recipe(tokenizer_dir("tiny_bpe"))
+    (row,) = build_rows(recipe, [Row({"messages": [{**USER, "extra": deep}, ANSWER]}, Source("x", 0))])
+    assert row.code == "too_deep"

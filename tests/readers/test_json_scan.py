@@ -1,0 +1,253 @@
+"""JSON: where rows are, wherever the text is parted, and which faults are whose."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from laws import often
+from rows import ROWS, TALK, anything, data_of, outcomes, questions, write
+
+from ftdata import read
+from ftdata.errors import InputRefused
+from ftdata.readers.json_scan import pieces
+from ftdata.types import Reject
+
+
+def test_rows_under_a_key(tmp_path):
+    about = {"version": "1", "tags": {"a": 1}}
+    for indent in (None, 2):
+        path = write(tmp_path, "d.json", json.dumps({**about, "data": ROWS, "more": 3}, indent=indent))
+        assert data_of(path) == ROWS
+    assert [row.source.line for row in read(path)] == [7, 19]
+    with pytest.raises(InputRefused, match="train, test"):
+        data_of(write(tmp_path, "e.json", json.dumps({"train": ROWS, "test": ROWS})))
+    for one in ({"messages": TALK}, {"tools": [{"type": "f"}], "messages": TALK}):
+        assert data_of(write(tmp_path, "f.json", json.dumps(one))) == [one]
+        assert data_of(write(tmp_path, "g.json", json.dumps(one, indent=1) * 2)) == [one] * 2
+
+
+def test_lines_of_bare_lists_under_a_json_name(tmp_path):
+    assert data_of(write(tmp_path, "d.json", f"{json.dumps(TALK)}\n{json.dumps(TALK)}\n")) == [TALK, TALK]
+
+
+@pytest.mark.parametrize("text", ['[{"text": "a"},, {"text": "b"}]', '[{"text": "a"}, {"text": "b"},]'])
+def test_commas_too_many_are_rejected(tmp_path, text):
+    found = outcomes(write(tmp_path, "d.json", text))
+    assert [one.data["text"] for one in found if not isinstance(one, Reject)] == ["a", "b"]
+    assert [one.code for one in found if isinstance(one, Reject)] == ["not_a_row"]
+
+
+@often(200)
+@given(
+    rows=anything,
+    sizes=st.lists(st.integers(1, 40), min_size=1),
+    indent=st.sampled_from([None, 1]),
+    nested=st.booleans(),
+    concatenated=st.booleans(),
+)
+def test_the_scan_finds_rows_wherever_the_text_is_parted(rows, sizes, indent, nested, concatenated):
+    each = [json.dumps(row, indent=indent, ensure_ascii=False) for row in rows]
+    text = (",\n".join(each) if nested or not concatenated else "\n".join(each)).encode()
+    head, tail = (
+        (b'{"a": [[1], "]"], "rows": [', b'], "z": [1, "]", [2]]}')
+        if nested
+        else (b"", b"")
+        if concatenated
+        else (b"[", b"]")
+    )
+    whole, parts, at = head + text + tail, [], len(head)
+    parts = [head] if head else []
+    while at < len(whole):
+        parts.append(whole[at : at + sizes[len(parts) % len(sizes)]])
+        at += len(parts[-1])
+    *found, last = pieces(parts, "x", 10_000, "rows" if nested else None)
+    assert [json.loads(piece.text) for piece in found] == rows
+    assert last.size == 0
+    for piece in found:
+        assert whole[piece.offset :].startswith(piece.text)
+        assert piece.line == 1 + whole[: piece.offset].count(b"\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ('{"a": 1, "a": 2}', "duplicate_key"),
+        ('{"m": [{"role": "user", "role" : "x"}]}', "duplicate_key"),
+        ('{"a": NaN, "a": 2}', "duplicate_key"),
+        ('{"a": "\\u0022:", "b": 1, "b": 1}', "duplicate_key"),
+        ('{"a": "\\":", "b": "x\\" :"}', None),
+        ('{"a": "\\u0022:"}', None),
+        ('{"a":\t1, "b"\t: [{"a": 1}]}', None),
+        ("[" * 200 + "]" * 200, "too_deep"),
+        ('{"a": "' + "[" * 200 + '"}', None),
+        ('{"a": "\\udc00"}', "lone_surrogate"),
+        ('{"a": "\\ud83d\\ude00"}', None),
+        ('"{\\"a\\": 1}"', "not_a_row"),
+    ],
+)  # fmt: skip
+def test_rows_are_read_exactly_or_not_at_all(tmp_path, line, code):
+    (found,) = outcomes(write(tmp_path, "d.jsonl", line + "\n"))
+    assert getattr(found, "code", None) == code
+    if code is None:
+        assert found.data == json.loads(line)
+
+
+def test_rows_after_a_broken_one_are_not_made_up(tmp_path):
+    found = outcomes(write(tmp_path, "d.csv", 'q,a\n"He said "hi"\nto me,ok"\nx,y\n'))
+    assert [getattr(one, "code", "row") for one in found] == ["csv", "row"]
+    (lone,) = outcomes(write(tmp_path, "e.csv", "q,a\n" + '"x,y\n' + "x,y\n" * 20))
+    assert "with 20 lines after it" in lone.reason
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"question": "2+2?", "answer": "4", "choices": [{"text": "3"}, {"text": "4"}]}, None),
+        ({"version": 1, "tags": ["a"], "about": {"x": [{"y": 1}]}, "data": [{"q": 1}, {"q": 2}]}, [{"q": 1}, {"q": 2}]),
+        ({"messages": [{"id": 1, "role": "user", "content": "q"}], "tools": [{"name": "f"}]}, None),
+        ({"data": [{"content": "c", "question": "q"}]}, [{"content": "c", "question": "q"}]),
+        ({"train": [{"q": 1}], "test": []}, [{"q": 1}]),
+        ([{"text": ["a", "b"]}], [{"text": ["a", "b"]}]),
+        ({"input_ids": [1, 2], "labels": [1, 2]}, None),
+    ],
+)
+def test_a_row_is_told_from_what_holds_rows(tmp_path, data, expected):
+    for indent in (None, 1):
+        assert data_of(write(tmp_path, "d.json", json.dumps(data, indent=indent))) == (expected or [data])
+
+
+def test_no_list_beyond_the_first_megabyte_is_lost(tmp_path):
+    big = {"train": [{"question": "q" + "x" * 1000, "answer": "a"}] * 1500, "test": [{"question": "q", "answer": "a"}]}
+    with pytest.raises(InputRefused, match="train, test"):
+        data_of(write(tmp_path, "d.json", json.dumps(big)))
+    long = {"documents": [{"text": "x" * 1_100_000}], "question": "q", "answer": "a"}
+    assert data_of(write(tmp_path, "e.json", f"{json.dumps(long)}\n" * 2)) == [long] * 2
+
+
+def test_long_texts_are_scanned_once(tmp_path):
+    rows = [{"text": "word [x] " * 100_000}, {"text": "y"}]
+    assert data_of(write(tmp_path, "d.json", json.dumps(rows))) == rows
+    nested = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]] * 3000
+    assert data_of(write(tmp_path, "e.json", json.dumps(nested))) == nested
+
+
+def test_a_quote_inside_a_plain_cell_is_a_quote(tmp_path):
+    assert data_of(write(tmp_path, "d.csv", 'q,a\n12" ruler,x\n')) == [{"q": '12" ruler', "a": "x"}]
+
+
+def test_values_that_python_does_not_have_are_rejected(tmp_path):
+    far = pa.array([0, 10**15], pa.timestamp("ms"))
+    pq.write_table(pa.table({"text": ["a", "b"], "when": far}), tmp_path / "d.parquet")
+    good, bad = outcomes(str(tmp_path / "d.parquet"))
+    assert (good.data["text"], bad.code) == ("a", "value_range")
+
+
+def test_numbers_and_keys_of_any_kind_stay(tmp_path):
+    (row,) = outcomes(write(tmp_path, "d.jsonl", '{"id": 123456789012345678901}\n'))
+    assert row.data == {"id": 123456789012345678901}
+    (bad,) = outcomes(write(tmp_path, "e.jsonl", '{"answer": "first", "answer"\t:"second"}\n'))
+    assert bad.code == "duplicate_key"
+
+
+def test_small_faults_of_files_do_not_cost_them(tmp_path):
+    broken, good = outcomes(write(tmp_path, "d.json", '{"text": "a"\n{"text": "b"}\n'))
+    assert (broken.code, good.data) == ("json", {"text": "b"})
+    assert data_of(write(tmp_path, "what?.csv", "q,a,,\nx,y,,\n")) == [{"q": "x", "a": "y"}]
+    (bad,) = outcomes(write(tmp_path, "e.csv", "q,a,,\nx,y,,z\n"))
+    assert bad.code == "ragged_row"
+
+
+def row_of(size, number=0):
+    return json.dumps({"question": f"q{number}" + "x" * size, "answer": "a"})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # A row that holds a list of objects is a row, however long it is.
+        ("\n".join(json.dumps({"documents": [{"title": "t", "text": "d" * 1500}] * 900, "question": f"q{n}", "answer": "a"}) for n in range(2)), ["q0", "q1"]),
+        ('{"data": [' + ", ".join(row_of(600_000, n) for n in range(3)) + "]}", ["q0", "q1", "q2"]),
+        ('{"messages": [{"id": 1, "question": "q0", "answer": "a"}]}', ["q0"]),
+    ],
+    ids=["long-rows", "long-rows-under-a-key", "a-key-that-rows-have"],
+)  # fmt: skip
+def test_what_is_a_row_is_told_by_all_of_it(tmp_path, text, expected):
+    assert questions(write(tmp_path, "d.json", text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ('{"train": [{"a": 1}], "note": "x", "test": [{"a": 1}]}', "several_lists"),
+        ('{"train": [{"a": 1}], "train": [{"a": 1}]}', "several_lists"),
+        ('{"v": 1, "train": [{"a": 1}]} {"a": "LOST"}', "not_rows"),
+        ('{"train": [{"a": 1}], "v": 1} LOST', "not_rows"),
+    ],
+)
+def test_what_stands_beside_the_rows_is_found_however_the_text_is_parted(text, code):
+    data = text.encode()
+    for at in range(len(data)):
+        with pytest.raises(InputRefused) as refused:
+            list(pieces([data[:at], data[at:]], "d.json", 1 << 20, "train"))
+        assert refused.value.code == code
+
+
+def test_arrays_whose_lines_are_whole_are_no_json_lines(tmp_path):
+    chat = json.dumps(TALK)
+    for text in (f"[\n{chat}\n]", f"[\n{chat}\n,\n{chat}\n]"):
+        assert data_of(write(tmp_path, "d.json", text)) == [TALK] * text.count("007")
+
+
+def test_each_broken_line_is_rejected_alone(tmp_path):
+    lines = ['{"question": "q, "answer": "a"}'] * 2 + [row_of(0)] * 2
+    found = outcomes(write(tmp_path, "d.json", "\n".join(lines) + "\n"))
+    assert [getattr(one, "code", "row") for one in found] == ["json", "json", "row", "row"]
+
+
+def test_places_of_faults_in_json(tmp_path):
+    (_, bad) = outcomes(write(tmp_path, "b.json", '[{"question": "a"}, {"question": x}]'))
+    assert "byte 33" in bad.reason
+    with pytest.raises(InputRefused, match=r"c.json:4: the JSON ends before the list"):
+        outcomes(write(tmp_path, "c.json", f"[\n{row_of(1)},\n{row_of(1)}\n"))
+
+
+def test_many_strays_and_many_keys_take_no_longer_than_few(tmp_path):
+    found = outcomes(write(tmp_path, "d.json", "[" + "1,\n" * 200_000 + row_of(1) + "]"))
+    assert len(found) == 200_001
+    assert [one.source.line for one in found[:3]] == [1, 2, 3]
+    wide = "{" + ",".join(f'"k{n}":1' for n in range(200_000)) + ',"k199999":2}'
+    (twice,) = outcomes(write(tmp_path, "d.jsonl", wide + "\n"))
+    assert "'k199999' twice" in twice.reason
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{q},{q},]",
+        "[{q} {q}]",
+        "[{q},{q}}",
+        "[{q},{q}]]",
+        '{"data":[{q},{q},]}',
+        '{"data":[{q} {q}]}',
+        '{"data":[{q},{q}}]',
+    ],
+)
+def test_json_that_is_not_valid_is_not_taken_for_it(tmp_path, text):
+    path = write(tmp_path, "d.json", text.replace("{q}", row_of(1)))
+    try:
+        found = outcomes(path)
+    except InputRefused:
+        return
+    assert any(isinstance(one, Reject) for one in found)
+
+
+def test_columns_of_objects_are_columns(tmp_path):
+    columns = {"question": ["a", "b"], "answer": ["c", "d"], "meta": [{"x": 1}, {"x": 2}]}
+    assert [row["meta"]["x"] for row in data_of(write(tmp_path, "d.json", json.dumps(columns)))] == [1, 2]
+    row = {"messages": TALK, "tools": [{"a": 1}, {"b": 2}]}
+    assert data_of(write(tmp_path, "e.json", json.dumps(row))) == [row]
+    with pytest.raises(InputRefused, match="which of them are the rows"):
+        data_of(write(tmp_path, "f.json", '{"text": "About", "data": [' + row_of(1) + "]}"))

@@ -1,0 +1,205 @@
+"""Plans: what is joined is what would have been rendered, or it is rendered."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from laws import often
+from makers import CHATML
+
+from ftdata.errors import BadRow, FtdataError
+from ftdata.pipeline.examples import build_rows
+from ftdata.pipeline.recipe import make_recipe
+from ftdata.templates import find, render, render_chat
+from ftdata.testing import texts
+from ftdata.types import Conversation, Reject, Row, Source
+
+ROLES = {"s": "system", "u": "user", "a": "assistant"}
+HARD = [
+    "  x  ",
+    "\nend\n",
+    "<think>hm</think>yes",
+    "</think>",
+    "<think>",
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "a",
+    "",
+    "[INST]",
+    "é\u0301",
+]
+SOURCES = {
+    "chatml": ("tiny_bpe", "chatml"),
+    "qwen": ("qwen", None),
+    "deepseek": ("deepseek", None),
+    "short": ("tiny_bpe", "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content | length > 4 %}{{ m.content | trim }}{% else %}short {{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"),
+    "mood": ("tiny_bpe", "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if 'yes' in messages[0].content %}!{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% if 'yes' in messages[0].content %}!{% endif %}{% endif %}"),
+}  # fmt: skip
+
+
+def fresh(tokenizer, template):
+    """Return a template that has seen nothing."""
+    return replace(make_recipe(tokenizer, template).template)
+
+
+def outcome(conversation, template, turns):
+    try:
+        return render(conversation, template, turns)
+    except BadRow as error:
+        return error.code
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@often(60)
+@given(
+    shape=st.sampled_from(["ua", "sua", "uaua"]),
+    contents=st.lists(st.lists(texts() | st.sampled_from(HARD), min_size=4, max_size=4), min_size=3, max_size=6),
+    turns=st.sampled_from(["auto", "joint"]),
+)
+def test_what_a_plan_gives_is_what_is_rendered(tokenizer_dir, name, shape, contents, turns):
+    tokenizer, template = SOURCES[name]
+    known = make_recipe(tokenizer_dir(tokenizer), template).template
+    for said in contents:
+        messages = tuple({"role": ROLES[one], "content": text} for one, text in zip(shape, said, strict=False))
+        conversation = Conversation(messages)
+        found = outcome(conversation, known, turns)
+        kept = known.plans.by_shape.copy()
+        known.plans.by_shape.clear()
+        assert outcome(conversation, known, turns) == found
+        known.plans.by_shape.update({**known.plans.by_shape, **kept})
+
+
+def counted(monkeypatch, template):
+    """Count the runs of a template."""
+    runs, rendered = [], type(template).rendered
+
+    def run(self, *arguments, **options):
+        runs.append(1)
+        return rendered(self, *arguments, **options)
+
+    monkeypatch.setattr(type(template), "rendered", run)
+    return runs
+
+
+def talk(turns, blanks=False):
+    said = (" said {} \n" if blanks else "said {}").format
+    return Conversation(tuple({"role": ("user", "assistant")[n % 2], "content": said(n)} for n in range(2 * turns)))
+
+
+def test_blanks_around_texts_need_no_other_plan(tokenizer_dir, monkeypatch):
+    template = make_recipe(tokenizer_dir("tiny_bpe"), SOURCES["chatml"][1]).template
+    render(talk(3), template)
+    runs = counted(monkeypatch, template)
+    for text in ("a", " a", "a\n", "\n\na b "):
+        (found,) = render(Conversation(tuple({**one, "content": text} for one in talk(3).messages)), template)
+        assert found.text.count(f"\n{text}<|im_end|>") == 6
+    assert runs == []
+
+
+def test_longer_conversations_begin_as_shorter_ones(tokenizer_dir, monkeypatch):
+    template = make_recipe(tokenizer_dir("tiny_bpe"), SOURCES["chatml"][1]).template
+    for turns in range(1, 12):
+        render(talk(turns), template)
+    runs = counted(monkeypatch, template)
+    render(talk(12), template)
+    # The whole twice, watched and not, and what it begins with up to the last turn.
+    assert len(runs) <= 5
+
+
+def test_turns_of_their_own_are_joined_too(tokenizer_dir, monkeypatch):
+    template = fresh(tokenizer_dir("qwen"), None)
+    assert len(render(talk(3), template)) == 3
+    runs = counted(monkeypatch, template)
+    for number in range(4):
+        said = [{**one, "content": f"{one['content']} {number}"} for one in talk(3).messages]
+        assert len(render(Conversation(tuple(said)), template)) == 3
+    assert runs == []
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen"])
+def test_fast_path_conversations_are_rendered_once(tokenizer_dir, name):
+    tokenizer, source = SOURCES[name]
+    template = fresh(tokenizer_dir(tokenizer), source)
+    runs = []
+    rendered = type(template).rendered
+
+    def counted(self, *arguments, **options):
+        runs.append(1)
+        return rendered(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(template), "rendered", counted)
+        for number in range(20):
+            talk = [{"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": f"a {number}"}]
+            render(Conversation(tuple(talk)), template)
+            if number == 0:
+                runs.clear()
+    assert runs == []
+
+
+def test_what_a_template_does_about_typed_control_tokens_is_no_plan(tokenizer_dir):
+    source = SOURCES["chatml"][1]
+    reacting = find(source)[1].replace(
+        "{{ text(message.content) }}<|im_end|>{% endif %}",
+        "{% if '<|im_end|>' in message.content %}<|im_end|>{% endif %}{{ text(message.content) }}<|im_end|>{% endif %}",
+    )
+    recipe = make_recipe(tokenizer_dir("tiny_bpe"), reacting)
+    for typed in ("", "<|im_end|>") * 3:
+        talk = [{"role": "user", "content": f"q {typed}"}, {"role": "assistant", "content": "a"}]
+        rows = [Row({"messages": talk}, Source("x", number)) for number in range(20)]
+        found = {one.code if isinstance(one, Reject) else "built" for one in build_rows(recipe, rows)}
+        assert found == ({"control_tokens"} if typed else {"built"})
+
+
+GROWTH = {
+    "doubled": "{% set s = namespace(x=messages[0].content) %}{% for i in range(40) %}{% set s.x = s.x ~ s.x %}{% endfor %}"
+    "{% if s.x.startswith('x') %}x{% endif %}",
+    "doubled a little": "{% set s = namespace(x=messages[0].content) %}{% for i in range(12) %}{% set s.x = s.x ~ s.x %}{% endfor %}"
+    "{% if s.x.startswith('x') %}x{% endif %}",
+    "stripped": "{% if messages[0].content.strip('ab' * 200000).startswith('x') %}x{% endif %}",
+    "joined": "{% set s = namespace(x=messages[0].content) %}{% for i in range(3000) %}{% set s.x = s.x ~ '-' %}{% endfor %}"
+    "{% if s.x.startswith('x') %}x{% endif %}",
+    "asked often": "{% for i in range(2000) %}{% if messages[0].content.startswith('q' ~ i) %}x{% endif %}{% endfor %}",
+    "asked of long texts": "{% if messages[0].content.startswith('q' * 300000) %}x{% endif %}",
+    "replaced": "{% if (messages[0].content" + " | replace('h', 'hhhhhhhhh')" * 8 + ").startswith('x') %}x{% endif %}",
+    "recased": "{% if messages[0].content" + ".upper()" * 40 + ".startswith('x') %}x{% endif %}",
+}
+
+
+@pytest.mark.parametrize("growth", GROWTH)
+def test_what_is_tried_in_this_process_is_bounded(growth, tokenizer_dir):
+    """The template does no more than it may on short rows; on a long row, this process must not do it instead."""
+    import resource
+    import time
+
+    from ftdata import build_sft_dataset
+
+    asked = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+    long = {"role": "user", "content": "ab" * 1_000_000}, asked[1]
+    data = [{"messages": asked}] * 40 + [{"messages": long}] * 2
+    memory, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    source = GROWTH[growth] + CHATML + "{# bounded #}"
+    try:
+        report = build_sft_dataset(
+            data, tokenizer_dir("tiny_bpe"), source, on_bad_rows="quarantine", max_rejects=42
+        ).report
+        assert report.totals["built"] >= 40 or growth == "doubled"
+    except FtdataError as error:
+        assert error.code in ("template_limits", "nothing_built", "too_many_rejects"), error
+    # Tokenizing 4 MB takes some of it.
+    assert time.process_time() - began < 12
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 800 << 10
+
+
+def test_honest_plans_are_within_the_bounds():
+    from ftdata.templates.template import Template
+
+    talk = [
+        {"role": "user", "content": f"question {n}"} if n % 2 == 0 else {"role": "assistant", "content": f"answer {n}"}
+        for n in range(60)
+    ]
+    template = Template("honest", CHATML, special_tokens={"eos_token": "<|im_end|>"})
+    for _ in range(2):
+        render_chat.render(Conversation(tuple(talk)), template)
+    assert template.plans.filled(talk, list(range(1, 60, 2))) is not None

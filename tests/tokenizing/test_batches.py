@@ -1,0 +1,143 @@
+"""Texts laid end to end: what is found of all at once is what is found of each alone."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ftdata.build.shards import _hashes
+from ftdata.pipeline import render_rows as texts
+from ftdata.pipeline.examples import Built, build_batches
+from ftdata.pipeline.recipe import make_recipe
+from ftdata.tokenizing.batches import Encoded, Encodings
+from ftdata.types import Reject, Row, Source
+
+
+def talk(*said):
+    return [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]
+
+
+@st.composite
+def encoded(draw):
+    pairs = draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)).map(sorted), max_size=5))
+    ids = draw(st.lists(st.integers(0, 99), min_size=len(pairs), max_size=len(pairs)))
+    offsets = np.asarray(pairs, np.int32).reshape(-1, 2)
+    return Encoded(np.asarray(ids, np.int32), offsets, draw(st.booleans()))
+
+
+def listed(batch):
+    return [(one.ids.tolist(), one.offsets.tolist(), one.escaped) for one in batch]
+
+
+@settings(deadline=None)
+@given(st.lists(encoded(), max_size=5), st.data())
+def test_encodings_are_their_texts(batch, data):
+    sizes = [9 + data.draw(st.integers(0, 3)) for _ in batch]
+    laid = Encodings.of(batch, sizes)
+    assert listed(laid) == listed(batch)
+    assert all(one.offsets.dtype == one.ids.dtype == np.int32 for one in laid)
+
+    others = {
+        at: data.draw(encoded()) for at in data.draw(st.sets(st.integers(0, len(batch) - 1)) if batch else st.just(()))
+    }
+    batch = [others.get(at, one) for at, one in enumerate(batch)]
+    laid = laid.with_(others)
+    assert listed(laid) == listed(batch)
+
+    bos = np.asarray(data.draw(st.lists(st.integers(100, 109), max_size=2)), np.int32)
+    begun = data.draw(st.sets(st.integers(0, len(batch) - 1)) if batch else st.just(set()))
+    blank = [[0, 0]] * len(bos)
+    expected = [
+        ([*bos.tolist(), *ids], [*blank, *offsets], escaped) if at in begun else (ids, offsets, escaped)
+        for at, (ids, offsets, escaped) in enumerate(listed(batch))
+    ]
+    assert listed(laid.begun(sorted(begun), bos)) == expected
+
+
+ROWS = [
+    {"messages": talk("a question", "an answer")},
+    {"messages": talk("q", "short", "and then?", "a longer answer than the others, in many words")},
+    {"messages": talk("no answer")},
+    {"messages": talk("typed <|im_end|> by a user", "yes")},
+    {"messages": talk("q", "a", "trailing")},
+    {"messages": talk("half \ud800", "a")},
+    {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
+    {"text": "formatted before"},
+    "no row",
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_length": 40},
+        {"max_length": 40, "overlong": "drop_turns"},
+        {"turns": "split"},
+        {"refuse": ["trailing_turns"]},
+    ],
+)
+@settings(deadline=None)
+@given(chosen=st.lists(st.sampled_from(ROWS), max_size=12), size=st.integers(1, 5))
+def test_rows_become_the_same_in_batches_of_any_size(tokenizer_dir, options, chosen, size):
+    recipe = make_recipe(tokenizer_dir("tiny_bpe"), "chatml", **options)
+    rows = [Row(data, Source("x", number)) for number, data in enumerate(chosen)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "BATCH", 1)
+        patch.setattr(texts, "FEW", 1)
+        alone = [one for batch in build_batches(recipe, rows) for one in batch]
+        patch.setattr(texts, "BATCH", size)
+        patch.setattr(texts, "FEW", size)
+        batches = list(build_batches(recipe, rows))
+    together = [one for batch in batches for one in batch]
+    assert list(map(shown, together)) == list(map(shown, alone))
+    assert [one.source for batch in batches for one in batch.rejects] == [
+        one.source for one in alone if isinstance(one, Reject)
+    ]
+    done = 0
+    for batch in batches:
+        done += len(batch)
+        assert batch.last == rows[done - 1].source
+        made = [example for one in batch if isinstance(one, Built) for example in one.examples]
+        columns = batch.columns
+        assert columns.ids.tolist() == [token for one in made for token in one.input_ids.tolist()]
+        assert columns.trained.tolist() == [yes for one in made for yes in one.trained.tolist()]
+        assert columns.lengths.tolist() == list(map(len, made))
+        assert columns.learnt.tolist() == [int(one.trained.sum()) for one in made]
+        assert [columns.cut, columns.flags, columns.sources] == [
+            [getattr(one, name) for one in made] for name in ("cut", "flags", "source")
+        ]
+        assert len(_hashes(batch)) == len(made)
+
+
+def shown(one):
+    if isinstance(one, Reject):
+        return replace(one, raw="")
+    fields = [
+        (e.input_ids.tolist(), e.trained.tolist(), e.offsets.tolist(), e.text, tuple(e.spans), e.flags, e.cut, e.source)
+        for e in one.examples
+    ]
+    return one.conversation.messages, fields, one.cut
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_few_long_rows_are_in_memory_at_once(tokenizer_dir, placed):
+    """Of a file their places tell which are long, of other rows those before them do."""
+    sizes = [*([1] * 70 if placed else []), *[2_000_000] * 5, *[1] * 70]
+    begins = np.cumsum([0, *sizes]).tolist()
+    read = []
+
+    def rows():
+        for number, size in enumerate(sizes):
+            read.append(size)
+            yield Row(
+                {"messages": talk("q", "y" * size)}, Source("x", number, None, begins[number] if placed else None)
+            )
+
+    done = 0
+    for batch in texts.shown(make_recipe(tokenizer_dir("tiny_bpe"), "chatml"), rows()):
+        assert sum(read[done:]) <= 2 * 2_000_000 + 70
+        done += len(batch)
+    assert done == len(read) == len(sizes)

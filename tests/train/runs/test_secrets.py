@@ -1,0 +1,163 @@
+"""No secret of a run is in anything that it writes or prints, and a run goes on without it, or with a new one."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ftdata.config import load_config
+from ftdata.errors import UsageError
+from ftdata.redaction import REDACTED
+
+pytest.importorskip("trl")
+pytestmark = pytest.mark.train
+
+from ftdata.train import _resolve, checkpoints, run  # noqa: E402
+from ftdata.train.runs import sft  # noqa: E402
+
+SECRET = "hf_" + "aB3dE6" * 6
+WEB = "pa55word"
+SETTINGS = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{n}?", "answer": f"It is {n}."}) + "\n" for n in range(6)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(llama, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "ftdata",
+        "train",
+        data,
+        "-m",
+        llama,
+        "-o",
+        str(folder),
+        "--set",
+        f"hub_token={SECRET}",
+    ]
+    command += [f"--set={name}={value}" for name, value in SETTINGS.items()]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return folder, done.stdout + done.stderr
+
+
+def files_with(folder, secret):
+    return [
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and secret.encode() in path.read_bytes()
+    ]
+
+
+def test_a_token_is_nowhere_in_the_run(finished):
+    folder, printed = finished
+    assert files_with(folder, SECRET) == []
+    assert SECRET not in printed
+    assert f"hub_token: '{REDACTED}'" in (folder / "config.yaml").read_text()
+    card = (folder / "model" / "README.md").read_text()
+    assert f"hub_token: '{REDACTED}'" in card
+    assert "max_steps: 2" in card
+    assert (folder / "checkpoint-2" / "ftdata.json").is_file()
+
+
+def test_a_run_goes_on_without_its_token_or_with_a_new_one(finished, monkeypatch):
+    folder, _ = finished
+    config, _ = _resolve(folder, None, None, {}, resume=True)
+    assert "hub_token" not in config.train
+    assert config.train["max_steps"] == 2
+    seen = []
+    monkeypatch.setattr(
+        sft, "train", lambda config, build, **how: seen.append((config.train.get("hub_token"), how["notes"]))
+    )
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    run(folder, resume=True)
+    monkeypatch.setenv("HF_TOKEN", "another")
+    run(folder, resume=True)
+    run(folder, resume=True, settings={"hub_token": "new"})
+    (left, (note,)), (env, (from_env,)), (new, none) = seen
+    assert (left, env, new, none) == (None, None, "new", ())
+    assert "train.hub_token was redacted" in note
+    assert "--set train.hub_token=" in note
+    assert "taken from HF_TOKEN" in from_env
+
+
+def test_a_resumed_run_is_the_same_run_whatever_its_token(finished, tmp_path, capsys):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    run(folder, resume=True, settings={"max_steps": 3})
+    assert "train.hub_token was redacted" in capsys.readouterr().err
+    assert json.loads((folder / "run.json").read_text())["steps"] == 3
+    run(folder, resume=True, settings={"max_steps": 4, "hub_token": "hf_" + "zY9" * 12})
+    assert json.loads((folder / "run.json").read_text())["steps"] == 4
+    assert files_with(folder, "zY9zY9") == []
+
+
+def test_secrets_decide_no_run(tmp_path):
+    from ftdata.config import make_config
+
+    values = {"data": "d", "model": "m", "output_dir": "o"}
+    one, other = (
+        checkpoints.describe(make_config({**values, "train": {"tracker_api_key": key}}), "", 1)["setup"]
+        for key in ("a", "b")
+    )
+    assert one == other
+    checkpoints.write_whole(
+        tmp_path / "run.json", {"data": f"https://me:{WEB}@host/d.json", "steps": 2, "stops": ["</s>"]}
+    )
+    assert json.loads((tmp_path / "run.json").read_text()) == {
+        "data": f"https://{REDACTED}@host/d.json",
+        "steps": 2,
+        "stops": ["</s>"],
+    }
+
+
+def test_credentials_in_the_address_of_data_are_not_on_the_card(tmp_path):
+    from ftdata.config import make_config
+    from ftdata.train.runs.model_card import card
+
+    config = make_config({"data": f"https://me:{WEB}@host/d.json", "model": "me/model", "output_dir": "o"})
+    options = {
+        "tokenizer": {"name": "t"},
+        "template": {"name": "chatml"},
+        "train_on": "assistant",
+        "train_parts": None,
+        "max_length": 1,
+        "packing": None,
+    }
+    about = {
+        "adapter": False,
+        "fingerprint": "f",
+        "stops": [],
+        "steps": 1,
+        "loss": [],
+        "estimate": {"rows": 1, "tokens": 1, "trained_tokens": 1},
+    }
+    text = card(config, about, {"options": options})
+    assert WEB not in text
+    assert f"https://{REDACTED}@host/d.json" in text
+
+
+def test_data_without_its_credentials_is_not_read(llama, tmp_path):
+    kept = tmp_path / "config.yaml"
+    kept.write_text(f"data: https://{REDACTED}@host/d.json\nmodel: {llama}\noutput_dir: {tmp_path / 'out'}\n")
+    with pytest.raises(UsageError, match="redacted.*--set data="):
+        run(kept)
+    config, _ = _resolve(kept, None, None, {"data": "d.json"})
+    assert config.data == "d.json"
+    assert load_config(kept).model == llama
