@@ -9,7 +9,7 @@ Nothing has to be said of role markers, of the pad token or of the stop: they fo
 import typer
 
 import ftdata
-from ftdata.train import conversation, run
+from ftdata.train import run, start_chat
 
 
 def main(
@@ -38,7 +38,7 @@ def main(
             "activation_checkpointing": True,
         },
     )
-    talk = conversation(folder, max_new_tokens=64)
+    talk = start_chat(folder, max_new_tokens=64)
     for question in ("Hello! Who are you?", "And what did I just ask?"):
         print(f"> {question}\n{talk.say(question)}")
 

@@ -28,11 +28,19 @@ from typing import Any
 import msgspec
 import yaml
 
-from ftdata.errors import UsageError, brief, nearest, said_by
+from ftdata.errors import UsageError, describe_exception, shorten, suggest_names
 from ftdata.redaction import drop_redacted, is_secret_name, redact, redact_text
 
 SECTIONS = {
-    "mask": ("train_on", "train_parts", "turns", "control_tokens", "dropped", "unclosed", "refuse"),
+    "mask": (
+        "train_on",
+        "train_parts",
+        "turns",
+        "control_tokens",
+        "on_dropped_message",
+        "on_missing_stop",
+        "reject_flags",
+    ),
     "length": ("max_length", "overlong"),
     "pack": ("packing",),
 }
@@ -98,16 +106,16 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     train_parts: list[str] | None = None
     turns: str = "auto"
     control_tokens: str = "escape"
-    dropped: str = "refuse"
-    unclosed: str = "flag"
-    refuse: list[str] = []
+    on_dropped_message: str = "reject"
+    on_missing_stop: str = "flag"
+    reject_flags: list[str] = []
     max_length: int | None = None
     overlong: str = "reject"
     packing: str | None = None
     where: str | None = None
     limit: int | None = None
     dedup: bool = False
-    near: float | None = None
+    near_duplicate_threshold: float | None = None
     sample: int | float | None = None
     shuffle: bool = False
     test_size: int | float | None = None
@@ -261,10 +269,10 @@ def load_config(path: Path, /, **overrides: Any) -> Config:
     Raises:
         UsageError: the file cannot be parsed, a key is unknown, or a value has the wrong type; names the key.
     """
-    return make_config(read_values(path), str(path), **overrides)
+    return make_config(read_config_file(path), str(path), **overrides)
 
 
-def read_values(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
     """Return the plain values of a YAML, JSON or TOML file.
 
     Raises:
@@ -285,10 +293,10 @@ def read_values(path: Path) -> dict[str, Any]:
 def _problem(error: Exception) -> str:
     """Return what is wrong with a file. The line that YAML quotes is left out: it may hold a secret."""
     if not isinstance(error, yaml.MarkedYAMLError):
-        return redact_text(said_by(error, 2_000))
+        return redact_text(describe_exception(error, 2_000))
     mark = error.problem_mark or error.context_mark
     place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    return brief(f"{place}{' '.join(filter(None, (error.context, error.problem)))}")
+    return shorten(f"{place}{' '.join(filter(None, (error.context, error.problem)))}")
 
 
 def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> Config:
@@ -305,7 +313,7 @@ def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> 
     values = {name: str(value) if isinstance(value, datetime.date) else value for name, value in values.items()}
     # A secret that was redacted when the file was kept must never be used as if it were the secret.
     values, _ = drop_redacted(values)
-    values, overrides = flat(_with_lora(values, file), file), flat(_with_lora(overrides, file))
+    values, overrides = flatten_sections(_with_lora(values, file), file), flatten_sections(_with_lora(overrides, file))
     given = {**values, **{name: value for name, value in overrides.items() if value is not None}}
     given = {name: None if value is NULL else value for name, value in given.items()}
     for name in ("lora", "quantization", "train"):
@@ -315,7 +323,7 @@ def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> 
     for key in given:
         if key not in Config.__struct_fields__:
             known = (*Config.__struct_fields__, *SECTIONS)
-            raise UsageError("config", f"unknown key {key!r}", where=file, hint=nearest(str(key), known))
+            raise UsageError("config", f"unknown key {key!r}", where=file, hint=suggest_names(str(key), known))
     if isinstance(lora := given.get("lora"), dict):
         own = {name: value for name, value in lora.items() if name in Lora.__struct_fields__ and name != "more"}
         given["lora"] = {**own, "more": {name: value for name, value in lora.items() if name not in own}}
@@ -342,7 +350,7 @@ def _with_lora(values: dict[str, Any], where: str) -> dict[str, Any]:
     return {**values, "lora": {LORA_NAMES.get(name, name): value for name, value in lora.items()}}
 
 
-def flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+def flatten_sections(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Return values with the fields of sections beside the others."""
     found = {name: value for name, value in values.items() if name not in SECTIONS}
     for section, fields in SECTIONS.items():
@@ -352,7 +360,7 @@ def flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
         for name, value in (inner if isinstance(inner, dict) else {fields[0]: inner}).items():
             if name not in fields:
                 raise UsageError(
-                    "config", f"unknown key {name!r} in {section}", where=where, hint=nearest(name, fields)
+                    "config", f"unknown key {name!r} in {section}", where=where, hint=suggest_names(name, fields)
                 )
             if values.get(name) is not None:
                 raise UsageError("config", f"{name} is given twice, once in {section}", where=where)
@@ -360,13 +368,13 @@ def flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     return found
 
 
-def assigned(items: Iterable[str]) -> dict[str, Any]:
+def parse_settings(items: Iterable[str]) -> dict[str, Any]:
     """Return what `name=value` stands for: a field of `SFTConfig`, one of `Config`, or one in a section.
 
     Raises:
         UsageError: it is none of these, or the value cannot be parsed.
 
-    >>> assigned(["learning_rate=1e-4", "lora.r=8", "where=lang == 'en'"])
+    >>> parse_settings(["learning_rate=1e-4", "lora.r=8", "where=lang == 'en'"])
     {'train': {'learning_rate': 0.0001}, 'lora': {'r': 8}, 'where': "lang == 'en'"}
     """
     found: dict[str, Any] = {}
@@ -406,16 +414,16 @@ def to_yaml(config: Config, *, redacted: bool = False) -> str:
     output_dir: o
     max_length: 512
     """
-    defaults = to_values(make_config({"data": "", "model": "", "output_dir": ""}))
+    defaults = config_values(make_config({"data": "", "model": "", "output_dir": ""}))
     given = {
         name: value
-        for name, value in to_values(config).items()
+        for name, value in config_values(config).items()
         if name in ("data", "model", "output_dir") or value != defaults[name]
     }
     return dump_yaml(redact(given) if redacted else given)
 
 
-def to_values(config: Config) -> dict[str, Any]:
+def config_values(config: Config) -> dict[str, Any]:
     """Return all fields of a configuration as plain values, as a file has them."""
     values: dict[str, Any] = msgspec.to_builtins(config)
     return {**values, "lora": msgspec.to_builtins(config.lora.fields()) if config.lora else None}

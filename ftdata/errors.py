@@ -48,7 +48,7 @@ class FtdataError(Exception):
     """Characters of a message: what data gives for names has no end."""
 
     def __init__(self, code: str, message: str, *, where: str = "", hint: str = "") -> None:
-        message, where, hint = brief(message, self.longest), on_one_line(brief(where)), brief(hint)
+        message, where, hint = shorten(message, self.longest), escape_line_breaks(shorten(where)), shorten(hint)
         super().__init__(code, message, where, hint)
         self.code = code
         self.message = message
@@ -98,13 +98,13 @@ class BadRow(InputRefused):
 
     def __init__(self, code: str, message: str, *, where: str = "", hint: str = "", field: str = "") -> None:
         super().__init__(code, message, where=where, hint=hint)
-        self.field = brief(field)
+        self.field = shorten(field)
 
     def located(self, where: str) -> BadRow:
         """Return this error, without its traceback, at another place; millions of rows may share one cause."""
         error = BadRow.__new__(BadRow)
         error.__dict__.update(self.__dict__)
-        error.where = on_one_line(brief(where))
+        error.where = escape_line_breaks(shorten(where))
         error.args = (self.code, self.message, error.where, self.hint)
         return error
 
@@ -153,7 +153,7 @@ class InternalError(FtdataError, RuntimeError):
 _BLANK = re.compile("[\u115f\u1160\u2800\u3164\uffa0\U000e0100-\U000e01ef]")
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """Return a text with codes for what would drive a terminal, or show nothing; line breaks and tabs stay."""
     if text.isascii() and text.isprintable():
         return text
@@ -161,10 +161,10 @@ def printable(text: str) -> str:
     return _BLANK.sub(lambda found: f"\\u{ord(found.group()):04x}", spelled)
 
 
-def brief(text: str, most: int = 2_000) -> str:
+def shorten(text: str, most: int = 2_000) -> str:
     """Return a text, without its middle where it is longer than that.
 
-    >>> brief("abcdefghij" * 10, 40)
+    >>> shorten("abcdefghij" * 10, 40)
     'abcdefghij ... 80 more ... abcdefghij'
     """
     # What is said of what was found begins a message, and what was expected often ends it.
@@ -172,26 +172,26 @@ def brief(text: str, most: int = 2_000) -> str:
     return text if len(text) <= most else f"{text[:kept]} ... {len(text) - 2 * kept:,} more ... {text[-kept:]}"
 
 
-def said_by(error: BaseException, most: int = 300) -> str:
+def describe_exception(error: BaseException, most: int = 300) -> str:
     r"""Return what an error of another library says, on one line, and no more of it than that.
 
-    >>> said_by(ValueError("line one\n  line two"))
+    >>> describe_exception(ValueError("line one\n  line two"))
     'line one line two'
     """
     return " ".join(str(error).split())[:most]
 
 
-def on_one_line(text: str) -> str:
+def escape_line_breaks(text: str) -> str:
     """Return a name without line breaks, after which a reader of logs takes it for something else."""
     return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
-def nearest(name: str, candidates: Iterable[str]) -> str:
+def suggest_names(name: str, candidates: Iterable[str]) -> str:
     """Say which of `candidates` a mistyped `name` may have meant.
 
-    >>> nearest("chatlm", ["chatml", "alpaca"])
+    >>> suggest_names("chatlm", ["chatml", "alpaca"])
     "did you mean 'chatml'? known: alpaca, chatml"
-    >>> nearest("x", ["b", "a"])
+    >>> suggest_names("x", ["b", "a"])
     'known: a, b'
     """
     known = sorted(candidates)
@@ -200,11 +200,11 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}? {listing}" if close else listing
 
 
-def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
     """Refuse a `value` of option `name` that is not among the `allowed` ones.
 
     Raises:
         UsageError: with the nearest allowed value.
     """
     if not isinstance(value, str) or value not in allowed:
-        raise UsageError(f"unknown_{name}", f"{name} is {value!r}", hint=nearest(str(value), allowed))
+        raise UsageError(f"unknown_{name}", f"{name} is {value!r}", hint=suggest_names(str(value), allowed))

@@ -135,19 +135,19 @@ def redact(value: Any) -> Any:
     return _redacted(value, tuple(_environment()))
 
 
-def storable(value: Any) -> Any:
+def redact_for_storage(value: Any) -> Any:
     r"""Return names and options as they may be stored: without secrets, and as Unicode that every reader of JSON takes.
 
     Names of files need not be UTF-8. Python represents the bytes that are not by lone surrogates.
 
-    >>> storable({"path": "a" + chr(0xDCFF)})["path"].isascii()
+    >>> redact_for_storage({"path": "a" + chr(0xDCFF)})["path"].isascii()
     True
     """
     value = redact(value)
     if isinstance(value, Mapping):
-        return {key: storable(inner) for key, inner in value.items()}
+        return {key: redact_for_storage(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(storable(inner) for inner in value)
+        return type(value)(redact_for_storage(inner) for inner in value)
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 

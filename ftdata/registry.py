@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from ftdata.errors import UsageError, nearest
+from ftdata.errors import UsageError, suggest_names
 
 T = TypeVar("T")
 
@@ -77,9 +77,9 @@ class Registry(Generic[T]):
                 self._files[name] = self._from_file(Path(path), attribute)
             return self._files[name]
         code = f"unknown_{self.noun}"
-        raise UsageError(code, f"no {self.noun} named {name!r}", hint=nearest(name, self.names()))
+        raise UsageError(code, f"no {self.noun} named {name!r}", hint=suggest_names(name, self.names()))
 
-    def own(self) -> dict[str, T]:
+    def registered(self) -> dict[str, T]:
         """Return the values registered in process, in order of registration."""
         return dict(self._own)
 
@@ -93,7 +93,7 @@ class Registry(Generic[T]):
 
     def plugins(self) -> list[Plugin]:
         """Return all that is known, each with the package that it comes from: registered first, then installed."""
-        own = [Plugin(name, "ftdata" if is_ours(value) else "", "") for name, value in self._own.items()]
+        own = [Plugin(name, "ftdata" if is_built_in(value) else "", "") for name, value in self._own.items()]
         points = entry_points(group=self.group)
         return own + [
             Plugin(one.name, one.dist.name if one.dist else "", one.dist.version if one.dist else "") for one in points
@@ -116,11 +116,11 @@ class Registry(Generic[T]):
         self._loaded(lambda: loader.exec_module(module), str(path))
         if not hasattr(module, attribute):
             public = [n for n in vars(module) if not n.startswith("_")]
-            raise UsageError("no_such_name", f"{path} defines no {attribute!r}", hint=nearest(attribute, public))
+            raise UsageError("no_such_name", f"{path} defines no {attribute!r}", hint=suggest_names(attribute, public))
         value: T = getattr(module, attribute)
         return value
 
 
-def is_ours(value: object) -> bool:
+def is_built_in(value: object) -> bool:
     """Whether a schema, policy or reader is one of this package: of others nobody knows what they do next time."""
     return str(getattr(getattr(value, "convert", value), "__module__", "")).startswith("ftdata.")

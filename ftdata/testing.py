@@ -6,7 +6,7 @@
         refused = try_template("my-model", "my.jinja", max_examples=1000)
         assert not refused, refused
 
-or law by law, with `@given(conversations())` and `check_laws(example, messages)` for each of `encode(messages, ...)`.
+or law by law, with `@given(conversations())` and `check_masking_rules(example, messages)` for each of `encode(messages, ...)`.
 
 The laws:
 
@@ -30,13 +30,20 @@ import numpy as np
 import tokenizers
 from numpy.typing import ArrayLike
 
-from ftdata.errors import BadRow, one_of
+from ftdata.errors import BadRow, check_choice
 from ftdata.pipeline.examples import encode
 from ftdata.pipeline.recipe import make_recipe
 from ftdata.schemas.messages import has_answer
 from ftdata.types import IGNORE_INDEX, Example, Message, Part
 
-__all__ = ["byte_tokenizer", "check_control", "check_laws", "conversations", "texts", "try_template"]
+__all__ = [
+    "byte_tokenizer",
+    "check_control_tokens",
+    "check_masking_rules",
+    "conversation_strategy",
+    "text_strategy",
+    "try_template",
+]
 
 try:
     from hypothesis import HealthCheck, given, settings
@@ -106,7 +113,7 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
     return made
 
 
-def texts(*, min_size: int = 1) -> st.SearchStrategy[str]:
+def text_strategy(*, min_size: int = 1) -> st.SearchStrategy[str]:
     """Return a strategy for texts: any Unicode but surrogates, mixed with `AWKWARD` pieces.
 
     Args:
@@ -116,7 +123,7 @@ def texts(*, min_size: int = 1) -> st.SearchStrategy[str]:
     return st.lists(piece, min_size=min_size, max_size=4).map("".join)
 
 
-def conversations(
+def conversation_strategy(
     *, system: bool = True, reasoning: bool = False, tools: bool = False, max_turns: int = 4
 ) -> st.SearchStrategy[list[Message]]:
     """Return a strategy for conversations: maybe a system message, then user and assistant by turns.
@@ -127,11 +134,11 @@ def conversations(
         tools: some answers come after a tool call and its result.
         max_turns: how many questions at most.
     """
-    answer = texts().filter(has_answer)
+    answer = text_strategy().filter(has_answer)
     thought = st.none() | answer if reasoning else st.none()
     call = st.none() | st.tuples(answer, answer) if tools else st.none()
-    turn = st.tuples(texts(), call, thought, answer)
-    rule = st.none() | texts() if system else st.none()
+    turn = st.tuples(text_strategy(), call, thought, answer)
+    rule = st.none() | text_strategy() if system else st.none()
     return st.tuples(rule, st.lists(turn, min_size=1, max_size=max_turns)).map(_conversation)
 
 
@@ -158,7 +165,7 @@ def _conversation(
     return messages
 
 
-_RENDERING = ("turns", "dropped", "date", "template_kwargs")
+_RENDERING = ("turns", "on_dropped_message", "date", "template_kwargs")
 
 
 def try_template(
@@ -170,7 +177,7 @@ def try_template(
         tokenizer: as for `encode`.
         template: as for `encode`.
         max_examples: how many conversations: plain ones, with a system message, with reasoning, with tool calls.
-        options: options of `encode` that change the rendering: `turns`, `dropped`, `date`, `template_kwargs`.
+        options: options of `encode` that change the rendering: `turns`, `on_dropped_message`, `date`, `template_kwargs`.
 
     Returns:
         How many conversations were refused, by code: what a template does not take is no broken law.
@@ -184,13 +191,13 @@ def try_template(
     >>> refused = try_template(byte_tokenizer(), "chatml", max_examples=5)
     """
     for name in options:
-        one_of("option", name, _RENDERING)
+        check_choice("option", name, _RENDERING)
     refused: Counter[str] = Counter()
     recipe = make_recipe(tokenizer, template)
     kinds: tuple[dict[str, bool], ...] = ({"system": False}, {}, {"reasoning": True}, {"tools": True})
 
     @settings(max_examples=max_examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    @given(st.one_of(*(conversations(**kind) for kind in kinds)))
+    @given(st.one_of(*(conversation_strategy(**kind) for kind in kinds)))
     def check(messages: list[Message]) -> None:
         try:
             plain = encode(messages, tokenizer, template, **options)
@@ -199,14 +206,16 @@ def try_template(
             refused[refusal.code] += 1
             return
         for example in plain:
-            check_laws(example, messages)
-            check_control(example, recipe.control.ids)
-            assert "tags_unconfirmed" not in example.flags, "M2: the template marks what the model need not produce"
+            check_masking_rules(example, messages)
+            check_control_tokens(example, recipe.control.ids)
+            assert "generation_tags_unconfirmed" not in example.flags, (
+                "M2: the template marks what the model need not produce"
+            )
         assert {span.message for one in plain for span in one.spans if span.generated} == {
             index for index, message in enumerate(messages) if message["role"] == "assistant"
         }, "M2: a turn is not trained"
         for example in allowed:
-            check_laws(example, messages)
+            check_masking_rules(example, messages)
             alone = recipe.tokenizer.encode([example.text])[0].ids
             assert example.input_ids[-len(alone) :].tolist() == alone.tolist(), "M0: ids are not the tokenizer's own"
 
@@ -214,7 +223,7 @@ def try_template(
     return dict(refused)
 
 
-def check_control(example: Example, control: ArrayLike) -> None:
+def check_control_tokens(example: Example, control: ArrayLike) -> None:
     """Assert that no control token stands where the row's own text does.
 
     Args:
@@ -233,7 +242,9 @@ def check_control(example: Example, control: ArrayLike) -> None:
         assert scaffold[start:end].all(), f"M8: control token {position} is made of the row's text"
 
 
-def check_laws(example: Example, messages: Sequence[Mapping[str, Any]], trained: Sequence[int] | None = None) -> None:
+def check_masking_rules(
+    example: Example, messages: Sequence[Mapping[str, Any]], trained: Sequence[int] | None = None
+) -> None:
     """Assert the masking laws on one encoded conversation.
 
     Args:

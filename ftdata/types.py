@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, Required, TypedDict, overload
 
-from ftdata.errors import on_one_line
+from ftdata.errors import escape_line_breaks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,18 +83,18 @@ class Source(NamedTuple):
         return f"{self.path}:{self.line}" if self.line is not None else f"{self.path}[{self.row}]"
 
 
-NOWHERE = Source("<memory>", 0)
+UNKNOWN_SOURCE = Source("<memory>", 0)
 """Where rows that nobody read come from."""
 
 
-class Share(NamedTuple):
+class SourceShare(NamedTuple):
     """How much of a source is trained on: an `amount` of `"times"` (each row so often), `"rows"` or `"tokens"`."""
 
     amount: float = 1.0
     unit: str = "times"
 
 
-WHOLE = Share()
+WHOLE = SourceShare()
 """Each row once."""
 
 
@@ -105,17 +105,17 @@ class Row(NamedTuple):
         data: an object (a dict), or a bare list of messages.
         source: where it stands.
         flat: whether every cell is a text, as in CSV.
-        noted: notes of the reader for the report, such as `"quotes"` (quotes of this file are text).
+        notes: notes of the reader for the report, such as `"quotes"` (quotes of this file are text).
     """
 
     data: Any
     source: Source
     flat: bool = False
-    noted: frozenset[str] = frozenset()
+    notes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class RowTokens:
     """Tokens that were made elsewhere.
 
     Attributes:
@@ -139,7 +139,7 @@ class Conversation:
         completion_from: index of the first message of the completion.
         tokens: the row's own tokens, passed through; `None` for everything else.
         kwargs: the row's own variables for the template (`enable_thinking`, ...).
-        noted: what a careful reader should know of how it was read: columns that were not, roles under other names.
+        notes: what a careful reader should know of how it was read: columns that were not, roles under other names.
         schema: name of the schema that recognised the row.
     """
 
@@ -148,11 +148,11 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     text: str | None = None
     completion_from: int = 0
-    tokens: Tokens | None = None
+    tokens: RowTokens | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    noted: frozenset[str] = frozenset()
+    notes: frozenset[str] = frozenset()
     schema: str = "messages"
-    source: Source = NOWHERE
+    source: Source = UNKNOWN_SOURCE
 
 
 class Part(StrEnum):
@@ -192,7 +192,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kinds:
+class SpanKinds:
     """What spans are, but for where they stand; texts that a template makes alike have them in common.
 
     `followed` is true where it is known that the template's own text would be the same had the row said something else.
@@ -226,7 +226,7 @@ class Spans(Sequence[Span]):
 
     __slots__ = ("kinds", "sizes")
 
-    def __init__(self, sizes: list[int], kinds: Kinds) -> None:
+    def __init__(self, sizes: list[int], kinds: SpanKinds) -> None:
         self.sizes, self.kinds = sizes, kinds
 
     @classmethod
@@ -242,7 +242,7 @@ class Spans(Sequence[Span]):
         sizes = [end - start for start, end in zip(starts, ends, strict=True)]
         if spans and [*accumulate(sizes, initial=0)] != [*starts, ends[-1]]:
             raise ValueError("spans leave gaps, or overlap")
-        return cls(sizes, Kinds(*kinds))
+        return cls(sizes, SpanKinds(*kinds))
 
     def __iter__(self) -> Iterator[Span]:
         kinds, places = self.kinds, [*accumulate(self.sizes, initial=0)]
@@ -293,19 +293,19 @@ class Rendered(NamedTuple):
     keep_control: bool = False
 
 
-class Shown(NamedTuple):
+class RenderedRow(NamedTuple):
     """One row that was rendered.
 
     Attributes:
         conversation: what it says.
         texts: what is made of it.
-        chosen: for each text, which spans are trained; `None`: not asked yet.
+        trained_spans: for each text, which spans are trained; `None`: not asked yet.
         plain: whether it is one text, which ends with an answer if it is made of messages.
     """
 
     conversation: Conversation
     texts: tuple[Rendered, ...]
-    chosen: tuple[Sequence[bool], ...] | None
+    trained_spans: tuple[Sequence[bool], ...] | None
     plain: bool
 
 
@@ -319,7 +319,7 @@ class Example:
         offsets: int32 `[n, 2]`, the characters of `text` behind each token (empty for an added BOS).
         text: the rendered text.
         spans: tile `text`.
-        flags: what a careful reader should know (`no_stop`, `control_tokens`, ...).
+        flags: what a careful reader should know (`no_trained_stop`, `control_tokens`, ...).
         cut: tokens that truncation took from the end.
         source: where the row came from.
     """
@@ -372,6 +372,6 @@ class Reject:
         return sum(self.lengths)
 
     def __str__(self) -> str:
-        place = on_one_line(f"{self.source} {self.field}".rstrip())
+        place = escape_line_breaks(f"{self.source} {self.field}".rstrip())
         way_out = f". Fix: {self.fix}" if self.fix else ""
         return f"[{self.code}] {place}: {self.reason}{way_out}"

@@ -16,7 +16,7 @@ def ftdata(case, datafile, work, root):
         max_length=options["max_length"],
         packing="bfd" if options["packing"] else None,
         # The cases want a template refused whose own tags leave out the stop; without this it is trained, and flagged.
-        refuse=["stop_untagged"],
+        reject_flags=["stop_outside_generation_tags"],
         on_bad_rows="quarantine",
         max_rejects="100%",
         output_dir=work / "build",

@@ -3,7 +3,7 @@
 import pytest
 
 from ftdata.errors import BadRow
-from ftdata.templates import Template, render
+from ftdata.templates import Template, render_in_worker
 from ftdata.types import Conversation
 
 USER, ANSWER = {"role": "user", "content": "q1"}, {"role": "assistant", "content": "a1"}
@@ -31,7 +31,7 @@ STOPLESS = template("{{ m.role }}: {{ m.content }}\n\n", "assistant: ")
 
 def outcome(source, messages=TALK, turns="joint", special=None, **options):
     special = special or {"bos_token": "<s>", "eos_token": "<|im_end|>"}
-    return render(
+    return render_in_worker(
         Conversation(tuple(messages)), Template("t", source, strict=False, special_tokens=special), turns, **options
     )
 

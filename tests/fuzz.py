@@ -21,7 +21,7 @@ CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end
 def formats():
     from ftdata.readers.formats import readers
 
-    return sorted({reader: name for name, reader in reversed(readers.own().items())}.values())
+    return sorted({reader: name for name, reader in reversed(readers.registered().items())}.values())
 
 
 def read(data):
@@ -40,19 +40,19 @@ def read(data):
 
 def normalise(data):
     """A row, as JSON, under any schema."""
-    from ftdata.schemas import normalise, schemas
+    from ftdata.schemas import normalize, schemas
     from ftdata.types import Row, Source
 
     row = parsed(data)
     if isinstance(row, dict):
         for schema in ("auto", *schemas.names()):
-            refused(lambda schema=schema: normalise(Row(row, Source("fuzz", 0)), schema))
+            refused(lambda schema=schema: normalize(Row(row, Source("fuzz", 0)), schema))
 
 
 def render(data):
     """A template, between the first line break and which it is a conversation as JSON."""
     from ftdata.templates.template import Template
-    from ftdata.templates.worker.client import render
+    from ftdata.templates.worker.client import render_in_worker
     from ftdata.types import Conversation
 
     first, _, source = data.partition(b"\n")
@@ -60,25 +60,25 @@ def render(data):
     found = parsed(first)
     talk = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
     messages = tuple({"role": str(one.get("role")), "content": str(one.get("content"))} for one in talk)
-    render(Conversation(messages), template)
+    render_in_worker(Conversation(messages), template)
 
 
 def encode(data):
     """Two texts of a conversation, and a template that is known."""
     from ftdata import encode
-    from ftdata.testing import check_laws
+    from ftdata.testing import check_masking_rules
 
     question, _, answer = data.decode("utf-8", "replace").partition("\n")
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     for example in encode(messages, tokenizer(), CHAT):
-        check_laws(example, messages)
+        check_masking_rules(example, messages)
 
 
 def manifest(data):
     """The manifest of a build."""
-    from ftdata.build.store import manifest_of
+    from ftdata.build.store import parse_manifest
 
-    manifest_of(data, "manifest.json")
+    parse_manifest(data, "manifest.json")
 
 
 def config(data):

@@ -6,18 +6,18 @@ import pyarrow as pa
 from hypothesis import strategies as st
 
 from ftdata import read
-from ftdata.readers import sources
-from ftdata.testing import texts
+from ftdata.readers import resolve_sources
+from ftdata.testing import text_strategy
 
 values = st.recursive(
     st.none()
     | st.booleans()
     | st.integers(-(2**63), 2**64 - 1)
     | st.floats(allow_nan=False, allow_infinity=False)
-    | texts(min_size=0),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts(min_size=0), inner, max_size=3),
+    | text_strategy(min_size=0),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text_strategy(min_size=0), inner, max_size=3),
 )
-anything = st.lists(st.dictionaries(texts(min_size=1), values, min_size=1, max_size=4), min_size=2, max_size=6)
+anything = st.lists(st.dictionaries(text_strategy(min_size=1), values, min_size=1, max_size=4), min_size=2, max_size=6)
 
 TALK = [{"role": "user", "content": "q, “x”\n\r\n\u2028"}, {"role": "assistant", "content": "007"}]
 
@@ -51,4 +51,4 @@ def write(folder, name, text):
 
 
 def outcomes(path):
-    return [entry for source in sources(path) for entry in source.rows()]
+    return [entry for source in resolve_sources(path) for entry in source.rows()]

@@ -55,8 +55,8 @@ def trial(chance, hub, store, address, scratch):
     import fsspec
 
     from ftdata.errors import FtdataError, HubError
-    from ftdata.readers.file_parts import in_parts
-    from ftdata.readers.sources import sources
+    from ftdata.readers.file_parts import split_into_parts
+    from ftdata.readers.sources import resolve_sources
 
     # Nothing of an earlier trial helps.
     name = f"n{chance.getrandbits(60):x}"
@@ -77,7 +77,7 @@ def trial(chance, hub, store, address, scratch):
     try:
         if kind == "write":
             return written(name, scratch, store)
-        rows = [next(iter(row.data.values())) for one in in_parts(sources(data)) for row in one.rows()]
+        rows = [next(iter(row.data.values())) for one in split_into_parts(resolve_sources(data)) for row in one.rows()]
     except HubError as error:
         return "exit 6" if named(error, name) else f"BAD words: {error}"
     except FtdataError as error:
@@ -103,13 +103,13 @@ def written(name, scratch, store):
     builds.write_manifest(folder, {"fingerprint": name}, [])
     said = "sent"
     try:
-        remote.upload(folder, f"s3://data/{name}/out")
+        remote.upload_build(folder, f"s3://data/{name}/out")
     except HubError as error:
         if not named(error, name):
             return f"BAD words: {error}"
         said = "exit 6"
     store.faults.clear()
-    there = remote.manifest(f"s3://data/{name}/out")
+    there = remote.read_remote_manifest(f"s3://data/{name}/out")
     if there is None:
         return f"{said}, no build" if said == "exit 6" else "BAD lost"
     return said if remote.verify(f"s3://data/{name}/out") == [] else "BAD half"

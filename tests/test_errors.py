@@ -2,7 +2,7 @@
 
 import pickle
 
-from ftdata.errors import BadRow, BadRows, FtdataError, InputRefused, nearest
+from ftdata.errors import BadRow, BadRows, FtdataError, InputRefused, suggest_names
 
 
 def test_errors_have_four_parts_and_survive_pickling():
@@ -30,4 +30,4 @@ def test_every_error_is_of_two_families():
 
 
 def test_nearest_without_candidates():
-    assert nearest("x", []) == "known: "
+    assert suggest_names("x", []) == "known: "

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from ftdata.build.push import _check_secrets
-from ftdata.config import assigned, load_config, make_config, to_yaml
+from ftdata.config import load_config, make_config, parse_settings, to_yaml
 from ftdata.errors import InputRefused, UsageError
 from ftdata.redaction import REDACTED, drop_redacted, is_redacted, is_secret_name, redact, redact_text
 
@@ -120,9 +120,9 @@ def test_errors_about_a_configuration_show_no_secret(tmp_path):
     with pytest.raises(UsageError, match="line 2") as broken:
         load_config(path)
     with pytest.raises(UsageError) as unparsed:
-        assigned(["hub_token=[s3cretvalue"])
+        parse_settings(["hub_token=[s3cretvalue"])
     with pytest.raises(UsageError) as unassigned:
-        assigned(["hf_" + "aB3" * 11])
+        parse_settings(["hf_" + "aB3" * 11])
     for error in (broken, unparsed, unassigned):
         assert "s3cretvalue" not in str(error.value)
         assert "aB3" not in str(error.value)

@@ -22,7 +22,7 @@ from peers import PEERS
 
 from ftdata import encode
 from ftdata.pipeline.recipe import make_recipe
-from ftdata.templates import render
+from ftdata.templates import render_in_worker
 from ftdata.types import Conversation
 
 ROUNDS, TIMES, WORDS = (1, 3, 10, 40), 15, 50
@@ -53,7 +53,7 @@ def _times(tokenizer: Any, rounds: int) -> dict[str, float]:
     texts = iter([tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks])
 
     def spans(talk: Messages) -> None:
-        render(Conversation(tuple(talk)), recipe.template, "joint")  # type: ignore[arg-type]
+        render_in_worker(Conversation(tuple(talk)), recipe.template, "joint")  # type: ignore[arg-type]
 
     def first(talk: Messages) -> None:
         recipe.template.memory.ways.clear()

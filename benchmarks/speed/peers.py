@@ -124,7 +124,7 @@ def axolotl(data: Path, tokenizer: str) -> Counted:
         from axolotl.utils.dict import DictDefault
         from axolotl.utils.trainer import disable_datasets_caching
 
-        from ftdata.templates import find
+        from ftdata.templates import find_template
 
         datasets.disable_progress_bars()
         chats = {
@@ -148,7 +148,7 @@ def axolotl(data: Path, tokenizer: str) -> Counted:
 
         def load() -> Any:
             loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
-            loaded.chat_template = find(TEMPLATE)[1]
+            loaded.chat_template = find_template(TEMPLATE)[1]
             return loaded
 
         def work(loaded: Any) -> Any:
@@ -171,7 +171,7 @@ def unsloth(data: Path, tokenizer: str) -> Counted:
         from unsloth.chat_templates import train_on_responses_only
         from unsloth.models.rl import patch_trl_rl_trainers
 
-        from ftdata.templates import find
+        from ftdata.templates import find_template
 
         patch_trl_rl_trainers()  # as `import unsloth` does where there is a GPU: its own trainer in TRL's place
         from trl import SFTConfig, SFTTrainer
@@ -181,7 +181,7 @@ def unsloth(data: Path, tokenizer: str) -> Counted:
 
         def load() -> Any:
             loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
-            loaded.chat_template = find(TEMPLATE)[1]
+            loaded.chat_template = find_template(TEMPLATE)[1]
             return loaded, tiny_model(len(loaded))
 
         def work(loaded: Any) -> Any:

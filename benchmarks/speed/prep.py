@@ -140,13 +140,13 @@ def trl(data: Path, tokenizer: str) -> Counted:
     import transformers
     from trl import SFTConfig, SFTTrainer
 
-    from ftdata.templates import find
+    from ftdata.templates import find_template
 
     datasets.disable_caching()
 
     def load() -> Any:
         loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
-        loaded.chat_template = find(TEMPLATE)[1]
+        loaded.chat_template = find_template(TEMPLATE)[1]
         return loaded, tiny_model(len(loaded))
 
     def work(loaded: Any) -> Any:

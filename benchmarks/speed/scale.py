@@ -50,14 +50,14 @@ def planned(count: int) -> None:
     from ftdata.build.ledger import Ledger
     from ftdata.build.merge_shards import Joined
     from ftdata.build.shards import ShardResult, Task
-    from ftdata.readers.file_parts import PART, in_parts
+    from ftdata.readers.file_parts import PART, split_into_parts
     from ftdata.readers.sources import FileSource
     from ftdata.storage import disk
 
     files = [FileSource(f"s3://bucket/data/{n:07d}.jsonl.gz", "jsonl", length=10_000_000) for n in range(count)]
     home = Path("/shared/out")
     with measured(f"{count:,} files of 10 MB ({count / 1e5:.0f} TB) planned") as more:
-        tasks = [Task(one, home, number) for number, one in enumerate(in_parts(files))]
+        tasks = [Task(one, home, number) for number, one in enumerate(split_into_parts(files))]
         more.append(f"{len(tasks):,} tasks of {len(pickle.dumps(tasks[0]))} bytes")
     with measured("1 TB and 100 TB of lines in parts"):
         for size in (10**12, 10**14):
@@ -73,7 +73,9 @@ def planned(count: int) -> None:
         more.append(f"{sum(one.read for one in joined.ledgers):,} rows")
     with measured("their part of manifest and report") as more:
         sources = [{"split": one.split, **one.share._asdict()} for one in joined.sources]
-        written = disk.json_of({"sources": sources}) + disk.json_of({"rows": [one.as_dict() for one in joined.ledgers]})
+        written = disk.encode_json({"sources": sources}) + disk.encode_json(
+            {"rows": [one.as_dict() for one in joined.ledgers]}
+        )
         more.append(f"{len(written) / 1e6:,.0f} MB")
     with measured("a key for all of them") as more:
         text = json.dumps([asdict(one) for one in tasks[:1000]], default=str)
@@ -81,7 +83,7 @@ def planned(count: int) -> None:
 
 
 def packed(rows: int) -> None:
-    from ftdata.build.pack import packed as plan
+    from ftdata.build.pack import plan_packs as plan
 
     lengths = np.random.default_rng(0).lognormal(6, 1, rows).clip(8, 8192).astype(np.int32)
     with measured(f"packs of 8,192 planned for {rows:,} rows, {lengths.sum() / 1e9:,.0f} billion tokens") as more:

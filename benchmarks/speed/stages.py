@@ -25,10 +25,10 @@ from ftdata.build import store
 from ftdata.pipeline import examples, render_rows
 from ftdata.pipeline.mask import trained_tokens
 from ftdata.pipeline.recipe import make_recipe
-from ftdata.readers import sources
-from ftdata.schemas import normalise
-from ftdata.templates import find, render
-from ftdata.tokenizing.batches import Renderings
+from ftdata.readers import resolve_sources
+from ftdata.schemas import normalize
+from ftdata.templates import find_template, render_in_worker
+from ftdata.tokenizing.batches import RenderedBatch
 from ftdata.tokenizing.tokenizer import encode_rendered
 
 
@@ -74,16 +74,16 @@ def measured(data: Path, tokenizer: str, template: str) -> dict[str, float]:
         times[name] = (time.process_time() - began) / count * 1e6
         return done
 
-    (source,) = sources(str(data))
+    (source,) = resolve_sources(str(data))
     lines = data.read_bytes().splitlines()
     timed("orjson alone", lambda: [orjson.loads(line) for line in lines])
     rows = timed("read", lambda: list(source.rows()))
-    talks = timed("normalise", lambda: [normalise(row) for row in rows])
+    talks = timed("normalise", lambda: [normalize(row) for row in rows])
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)  # noqa: S701
-    plain = find(template)[1].replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    plain = find_template(template)[1].replace("{% generation %}", "").replace("{% endgeneration %}", "")
     compiled = environment.from_string(plain)
     timed("Jinja2 alone", lambda: [compiled.render(messages=talk.messages) for talk in talks])
-    texts = timed("render", lambda: [render(talk, recipe.template) for talk in talks])
+    texts = timed("render", lambda: [render_in_worker(talk, recipe.template) for talk in talks])
     timed(
         "check",
         lambda: [
@@ -99,21 +99,23 @@ def measured(data: Path, tokenizer: str, template: str) -> dict[str, float]:
     timed("the engine alone", lambda: [alone([one.text for one in group]) for group in groups])
     encoded = timed(
         "tokenise",
-        lambda: [encode_rendered(recipe.tokenizer, Renderings(group), recipe.control, "escape")[0] for group in groups],
+        lambda: [
+            encode_rendered(recipe.tokenizer, RenderedBatch(group), recipe.control, "escape")[0] for group in groups
+        ],
     )
     chosen = [[recipe.policy(one, talks[0]) for one in group] for group in groups]
     timed("one pass over the tokens", lambda: [np.cumsum(tokens.ids) for tokens in encoded])
     timed(
         "mask",
         lambda: [
-            trained_tokens(tokens, Renderings(group), own)
+            trained_tokens(tokens, RenderedBatch(group), own)
             for tokens, group, own in zip(encoded, groups, chosen, strict=True)
         ],
     )
     owners = zip(rows, talks, strict=True)
     batches = [
         [
-            (row, types.Shown(talk, (one,), (own,), plain=True))
+            (row, types.RenderedRow(talk, (one,), (own,), plain=True))
             for one, own, (row, talk) in zip(group, trained, owners, strict=False)
         ]
         for group, trained in zip(groups, chosen, strict=True)

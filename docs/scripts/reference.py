@@ -38,7 +38,7 @@ CHECKS = """# What `ftdata audit` looks for
 $ ftdata audit data.jsonl --tokenizer MODEL || [ $? = 1 ]                # exit code 1 if anything is found
 $ ftdata audit data.jsonl -t MODEL --against test.jsonl --fail-on never  # no row of the test set may be trained on
 $ ftdata build data.jsonl -t MODEL -o built && ftdata audit built --fail-on error  # the labels that a build holds
-$ ftdata audit data.jsonl -t MODEL --near 0.8 --pii --fail-on never      # what is looked for when asked only
+$ ftdata audit data.jsonl -t MODEL --near-duplicate-threshold 0.8 --pii --fail-on never      # what is looked for when asked only
 $ ftdata audit data.jsonl -t MODEL --ignore script --fail-on error --format github
 ```
 
@@ -48,7 +48,7 @@ are [refused](errors.md) are errors, by their own codes, even where a check of t
 and line, or row. Codes stay as they are. In Python: `ftdata.audit(...)` returns the same report.
 
 Rows of splits that are not for training, and of `--against`, are held out: they are compared with those that are
-trained on, token by token; `--near` compares words. Rows of a build are those of the data that it was made of,
+trained on, token by token; `--near-duplicate-threshold` compares words. Rows of a build are those of the data that it was made of,
 wherever packs hold their examples. Checks marked † need messages, or what was decided when a build was made, so a
 build is not asked for them.
 

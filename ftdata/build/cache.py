@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftdata.storage import atomic, disk
-from ftdata.tokenizing.batches import Encoded, Encodings
+from ftdata.tokenizing.batches import EncodedText, Encodings
 
 _MOST_OF_DISK = 10
 """The cache is kept below the disk's size divided by this."""
@@ -39,25 +39,25 @@ _MOST_UNUSED = 3
 
 
 @cache
-def code() -> str:
+def package_hash() -> str:
     """Return a hash of this package as it is installed: with other code, nothing is the same."""
     package = Path(__file__).parents[1]
     files = sorted(path for kind in ("*.py", "*.jinja") for path in package.rglob(kind))
-    return key_of([(str(path.relative_to(package)), disk.digest(path)) for path in files])
+    return hash_key([(str(path.relative_to(package)), disk.sha256_of_file(path)) for path in files])
 
 
-def key_of(parts: Any) -> str:
+def hash_key(parts: Any) -> str:
     """Return the hash of a JSON value."""
-    return disk.hash_of(json.dumps(parts, sort_keys=True, default=str).encode())
+    return disk.hash_bytes(json.dumps(parts, sort_keys=True, default=str).encode())
 
 
-def find(kind: str, key: str, target: Path) -> dict[str, Any] | None:
+def restore_entry(kind: str, key: str, target: Path) -> dict[str, Any] | None:
     """Put the files of an entry into the folder `target`, and return its result; `None` where there is none."""
     folder = disk.cache_root()
     if folder is None or not (entry := folder / kind / key).is_dir():
         return None
     with suppress(OSError):
-        result = atomic.sealed(entry)
+        result = atomic.read_sealed(entry)
         if result is not None:
             disk.remove(target)
             _copy(entry, target)
@@ -67,7 +67,7 @@ def find(kind: str, key: str, target: Path) -> dict[str, Any] | None:
     return None
 
 
-def keep(kind: str, key: str, source: Path) -> None:
+def store_entry(kind: str, key: str, source: Path) -> None:
     """Remember a folder that was sealed under a key."""
     folder = disk.cache_root()
     if folder is not None:
@@ -77,12 +77,12 @@ def keep(kind: str, key: str, source: Path) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     """Have the files of one folder in another; the same where that can be, since none is ever changed."""
-    with atomic.new_folder(target) as scratch:
+    with atomic.publish_folder(target) as scratch:
         for path in source.iterdir():
             disk.link(path, scratch / path.name)
 
 
-def tidy() -> None:
+def evict_entries() -> None:
     """Remove what was used longest ago, if the cache has become too large."""
     folder = disk.cache_root()
     if folder is None or not folder.is_dir():
@@ -106,7 +106,7 @@ class _Part:
     """Texts that one build came upon: their hashes, sorted, and where the tokens of each stand."""
 
     def __init__(self, folder: Path) -> None:
-        if atomic.sealed(folder) is None:
+        if atomic.read_sealed(folder) is None:
             raise ValueError("is damaged")
         self.hashes = _mapped(folder / "hashes", np.dtype("S16"))
         self._places = _mapped(folder / "places.i64", np.dtype(np.int64)).reshape(-1, 2)
@@ -115,14 +115,14 @@ class _Part:
         if len(self._places) != len(self.hashes) or not len(self.ids) == len(self._offsets) == self._places.max():
             raise ValueError("is not whole")
 
-    def find(self, hashes: NDArray[np.bytes_]) -> list[Encoded | None]:
+    def find(self, hashes: NDArray[np.bytes_]) -> list[EncodedText | None]:
         """Return the tokens of the texts that are known."""
         at = np.searchsorted(self.hashes, hashes)
         known = np.flatnonzero(at < len(self.hashes))
         known = known[self.hashes[at[known]] == hashes[known]]
-        found: list[Encoded | None] = [None] * len(hashes)
+        found: list[EncodedText | None] = [None] * len(hashes)
         for number, (first, last) in zip(known.tolist(), self._places[at[known]].tolist(), strict=True):
-            found[number] = Encoded(self.ids[first:last], self._offsets[first:last])
+            found[number] = EncodedText(self.ids[first:last], self._offsets[first:last])
         return found
 
 
@@ -130,7 +130,7 @@ def _mapped(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:
     return np.asarray(np.memmap(path, kind, "r")) if path.stat().st_size else np.empty(0, kind)
 
 
-class Texts:
+class TextCache:
     """The tokens that the texts of one source were made into before, and those that are new now."""
 
     def __init__(self, folder: Path) -> None:
@@ -147,7 +147,7 @@ class Texts:
         self._written, self._most = 0, shutil.disk_usage(folder).total // _MOST_OF_DISK // 4
 
     @property
-    def filled(self) -> bool:
+    def has_entries(self) -> bool:
         """Whether any are."""
         return bool(self._parts)
 
@@ -156,7 +156,7 @@ class Texts:
         # BLAKE2b, not XXH3: with a collision, data could have one text trained with the tokens of another.
         digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
         hashes = np.frombuffer(b"".join(digests), "S16")
-        found: list[Encoded | None] = [None] * len(texts)
+        found: list[EncodedText | None] = [None] * len(texts)
         for part in self._parts:
             found = [one or other for one, other in zip(found, part.find(hashes), strict=True)]
         self._used += sum(len(one.ids) for one in found if one is not None)
@@ -196,7 +196,7 @@ class Texts:
         ends = np.cumsum(counts)
         (self._scratch / "hashes").write_bytes(hashes[order].tobytes())
         (self._scratch / "places.i64").write_bytes(np.stack((ends - counts, ends), axis=1)[order].tobytes())
-        atomic.seal(self._scratch, {})
+        atomic.seal_folder(self._scratch, {})
         self._scratch.rename(self._folder / self._scratch.name.lstrip("."))
 
     def close(self) -> None:
@@ -205,12 +205,12 @@ class Texts:
 
 
 @contextmanager
-def texts(key: str) -> Iterator[Texts | None]:
+def open_text_cache(key: str) -> Iterator[TextCache | None]:
     """Give what is known of the texts of one source, and remember what is new if the block ends well."""
     folder, found = disk.cache_root(), None
     if folder is not None:
         with suppress(OSError):
-            found = Texts(folder / "texts" / key)
+            found = TextCache(folder / "texts" / key)
     try:
         yield found
         if found is not None:
@@ -221,7 +221,7 @@ def texts(key: str) -> Iterator[Texts | None]:
             found.close()
 
 
-def clear() -> None:
+def clear_cache() -> None:
     """Forget everything."""
     folder = disk.cache_root()
     if folder is not None:

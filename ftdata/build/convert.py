@@ -16,16 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ftdata.build import store
-from ftdata.build.ledger import Ledger, readings
-from ftdata.build.reject_limit import Tolerance
-from ftdata.errors import BadRow, UsageError, one_of
+from ftdata.build.ledger import Ledger, reading_notes
+from ftdata.build.reject_limit import RejectLimit
+from ftdata.errors import BadRow, UsageError, check_choice
 from ftdata.pipeline.recipe import Options, Recipe, make_recipe
-from ftdata.pipeline.render_rows import RejectedRows, check_answers, rejected
-from ftdata.readers import FileSource, MemorySource, sources
-from ftdata.readers.row_filter import Selection
-from ftdata.schemas import last_answer, normalise
+from ftdata.pipeline.render_rows import RejectedRows, check_answers, make_reject
+from ftdata.readers import FileSource, MemorySource, resolve_sources
+from ftdata.readers.row_filter import RowFilter
+from ftdata.schemas import last_answer_index, normalize
 from ftdata.storage import atomic, disk
-from ftdata.templates import render
+from ftdata.templates import render_in_worker
 from ftdata.types import WHOLE, Conversation, Reject, Rendered, Row
 
 FORMS = ("messages", "prompt_completion", "text")
@@ -59,7 +59,7 @@ _TABLES = {
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConvertReport:
     """What became of the rows of each source, and where they were written.
 
     Attributes:
@@ -75,7 +75,7 @@ class Converted:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a careful reader should know, in sentences."""
-        return tuple(readings(self.sources))
+        return tuple(reading_notes(self.sources))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counts as JSON."""
@@ -84,7 +84,7 @@ class Converted:
                 "source": one.source,
                 "read": one.read,
                 "written": one.built,
-                "passed": one.passed,
+                "filtered": one.filtered,
                 "rejected": dict(one.rejected),
             }
             for one in self.sources
@@ -94,11 +94,11 @@ class Converted:
 
     def __str__(self) -> str:
         read, written, passed = (
-            sum(getattr(one, name) for one in self.sources) for name in ("read", "built", "passed")
+            sum(getattr(one, name) for one in self.sources) for name in ("read", "built", "filtered")
         )
         lines = [
             f"rows     {read:,} read = {written:,} written to {self.output} + {len(self.rejects):,} rejected"
-            + (f" + {passed:,} passed over (where)" if passed else "")
+            + (f" + {passed:,} filtered out (where)" if passed else "")
         ]
         lines += [f"note     {note}" for note in self.notes]
         return "\n".join([*lines, *(f"reject   {reject}" for reject in self.rejects[:20])])
@@ -117,7 +117,7 @@ def convert(
     limit: int | None = None,
     on_bad_rows: str = "error",
     max_rejects: float | str | None = None,
-) -> Converted:
+) -> ConvertReport:
     """Write rows of any known shape in one shape, exactly.
 
     Args:
@@ -154,34 +154,34 @@ def convert(
     >>> print(Path(target).read_text(encoding="utf-8"), end="")
     {"messages":[{"role":"user","content":"Add 1. 2"},{"role":"assistant","content":"3"}]}
     """
-    one_of("to", to, FORMS)
+    check_choice("to", to, FORMS)
     if (to == "text") != (tokenizer is not None):
         raise UsageError("to", "a tokenizer goes with to='text', and only there: its special tokens are printed")
-    tolerance = Tolerance(on_bad_rows, max_rejects)
+    tolerance = RejectLimit(on_bad_rows, max_rejects)
     options = Options(schema=schema, columns=columns)
     recipe = make_recipe(tokenizer, template, schema=schema, columns=columns) if tokenizer is not None else None
     ledgers: list[Ledger] = []
     rejects: list[Reject] = []
-    found = _one_split(sources(data), output)
+    found = _one_split(resolve_sources(data), output)
     with _writer(Path(output), to) as write:
         for place in sorted({source.place for source in found}):
-            selection = Selection(where, limit)
+            selection = RowFilter(where, limit)
             for source in (one for one in found if one.place == place):
                 ledgers.append(ledger := Ledger(source.path))
-                before, rejected_rows = selection.passed, RejectedRows()
+                before, rejected_rows = selection.filtered, RejectedRows()
                 outcomes = (_record(row, to, options, recipe, write.check) for row in selection.of(source.rows()))
                 while batch := list(islice(outcomes, _BATCH)):
                     for outcome in batch:
                         rejected_rows.check(outcome)
                         _count(outcome, ledger, rejects)
                     write.batch([record for one in batch if not isinstance(one, Reject) for record in one[1]])
-                ledger.pass_over(selection.passed - before)
+                ledger.add_filtered(selection.filtered - before)
         tolerance.judge(ledgers, lambda: rejects)
     beside = _rejects_beside(output)
     beside.unlink(missing_ok=True)
     if rejects:
         store.write_rejects(beside, rejects)
-    return Converted(Path(output), tuple(ledgers), tuple(rejects))
+    return ConvertReport(Path(output), tuple(ledgers), tuple(rejects))
 
 
 def _one_split(found: Sequence[FileSource | MemorySource], output: str | Path) -> Sequence[FileSource | MemorySource]:
@@ -220,17 +220,17 @@ def _record(
     if isinstance(row, Reject):
         return row
     try:
-        conversation = normalise(row, options.schema, options.columns)
+        conversation = normalize(row, options.schema, options.columns)
         check_answers(conversation)
         records = _shaped(conversation, to, recipe)
         for record in records:
             check(record)
     except BadRow as error:
-        return rejected(row, error)
+        return make_reject(row, error)
     except RecursionError:
-        return rejected(row, BadRow("too_deep", "is nested too deep to be read"))
-    if to == "messages" and conversation.completion_from != last_answer(conversation.messages):
-        conversation = replace(conversation, noted=conversation.noted | {"completion"})
+        return make_reject(row, BadRow("too_deep", "is nested too deep to be read"))
+    if to == "messages" and conversation.completion_from != last_answer_index(conversation.messages):
+        conversation = replace(conversation, notes=conversation.notes | {"completion"})
     return conversation, records
 
 
@@ -249,7 +249,7 @@ def _shaped(conversation: Conversation, to: str, recipe: Recipe | None) -> list[
         if any(message.get("train") is False for message in conversation.messages):
             raise BadRow("untrained_message", "holds a message that is not trained, which a text does not tell")
         recipe = recipe.with_kwargs(conversation.kwargs)
-        return [{"text": _checked(one, recipe)} for one in render(conversation, recipe.template)]
+        return [{"text": _checked(one, recipe)} for one in render_in_worker(conversation, recipe.template)]
     beside: dict[str, Any] = {"tools": list(conversation.tools)} if conversation.tools else {}
     beside |= {"chat_template_kwargs": dict(conversation.kwargs)} if conversation.kwargs else {}
     messages, at = list(conversation.messages), conversation.completion_from
@@ -278,7 +278,7 @@ def _writer(output: Path, to: str) -> Iterator[_Writer]:
     kind = output.suffix.lower()
     if kind not in (".jsonl", ".parquet"):
         raise UsageError("output", f"{output} is neither .jsonl nor .parquet")
-    with atomic.new_file(output) as temporary:
+    with atomic.replace_file(output) as temporary:
         if kind == ".parquet":
             with disk.create(temporary) as file, pq.ParquetWriter(file, _TABLES[to]) as table:
                 yield _Parquet(table, _TABLES[to])

@@ -24,25 +24,25 @@ from numpy.typing import NDArray
 
 from ftdata._version import __version__
 from ftdata.build import cache, near_duplicates, remote, store
-from ftdata.build.dataset_card import card
+from ftdata.build.dataset_card import render_dataset_card
 from ftdata.build.executors import check_engine
-from ftdata.build.ledger import Report, notes_of
-from ftdata.build.merge_shards import Merged
-from ftdata.build.pack import packed, unpacked
-from ftdata.build.reject_limit import Tolerance
-from ftdata.build.run_tasks import Runner, check_rereadable, is_file
-from ftdata.build.shard_files import minhashes
-from ftdata.build.shards import Progress, Task, key_of
-from ftdata.build.splits import Facts, Laid, Layout, lay_out
+from ftdata.build.ledger import Report, report_notes
+from ftdata.build.merge_shards import MergedShards
+from ftdata.build.pack import plan_packs, plan_unpacked
+from ftdata.build.reject_limit import RejectLimit
+from ftdata.build.run_tasks import TaskRunner, check_all_rereadable, is_rereadable
+from ftdata.build.shard_files import read_minhashes
+from ftdata.build.shards import Progress, Task, shard_key
+from ftdata.build.splits import ExampleFacts, Layout, SplitPlan, assign_splits
 from ftdata.errors import InputRefused, UsageError
 from ftdata.pipeline.mask import Policy
 from ftdata.pipeline.recipe import Recipe, make_recipe
-from ftdata.readers import FileSource, MemorySource, sources
-from ftdata.readers.file_names import split_of
-from ftdata.readers.file_parts import in_parts
-from ftdata.readers.row_filter import Selection
+from ftdata.readers import FileSource, MemorySource, resolve_sources
+from ftdata.readers.file_names import split_from_name
+from ftdata.readers.file_parts import split_into_parts
+from ftdata.readers.row_filter import RowFilter
 from ftdata.readers.streams import is_url
-from ftdata.redaction import redact, redact_text, storable
+from ftdata.redaction import redact, redact_for_storage, redact_text
 from ftdata.storage import atomic, disk
 from ftdata.tokenizing.encoders import EncodersDiffer
 
@@ -60,16 +60,16 @@ def build_sft_dataset(
     train_parts: Sequence[str] | None = None,
     turns: str = "auto",
     control_tokens: str = "escape",
-    dropped: str = "refuse",
-    unclosed: str = "flag",
-    refuse: Sequence[str] = (),
+    on_dropped_message: str = "reject",
+    on_missing_stop: str = "flag",
+    reject_flags: Sequence[str] = (),
     max_length: int | None = None,
     overlong: str = "reject",
     packing: str | None = None,
     where: str | None = None,
     limit: int | None = None,
     dedup: bool = False,
-    near: float | None = None,
+    near_duplicate_threshold: float | None = None,
     sample: float | None = None,
     shuffle: bool = False,
     test_size: float | None = None,
@@ -97,9 +97,9 @@ def build_sft_dataset(
         turns: `"joint"` or `"split"`: one example per conversation, or per group of assistant turns that answer one
             user message; `"auto"` splits where the template does not show earlier turns as the model wrote them.
         control_tokens: `"escape"`, `"refuse"` or `"allow"` control-token text inside the data.
-        dropped: `"refuse"` or `"flag"` rows of which the template leaves out a message that is not the assistant's.
-        unclosed: `"flag"` a last turn that the template leaves without a stop, or `"append_eos"` and train it.
-        refuse: flags of the report, such as `"no_stop"`, that make a row a bad one; see
+        on_dropped_message: `"reject"` or `"flag"` rows of which the template leaves out a message that is not the assistant's.
+        on_missing_stop: `"flag"` a last turn that the template leaves without a stop, or `"append_eos"` and train it.
+        reject_flags: flags of the report, such as `"no_trained_stop"`, that make a row a bad one; see
             `ftdata.pipeline.recipe.FLAGS`.
         max_length: tokens that an example, and a pack, may have.
         overlong: `"reject"`, `"drop_turns"` or `"truncate"`.
@@ -109,13 +109,13 @@ def build_sft_dataset(
             rows are passed over, and counted.
         limit: rows to read of each thing that `data` names, and of each split of it.
         dedup: leave out rows whose tokens and labels are those of an earlier one.
-        near: how similar rows must be, such as 0.8, to count as equal for `dedup` and `test_size` (Jaccard similarity
+        near_duplicate_threshold: how similar rows must be, such as 0.8, to count as equal for `dedup` and `test_size` (Jaccard similarity
             of words, five at a time, estimated; needs `ftdata[dedup]`).
         sample: share (below 1) or number of rows to take, by chance.
         shuffle: put the rows of the train split into another order.
         test_size: share (below 1) or number of rows for a `"test"` split; equal rows go together.
         seed: decides all that is left to chance, the same way on every machine: the rows with the smallest
-            `ftdata.build.splits.mixed(number, seed)` are taken.
+            `ftdata.build.splits.seeded_hash(number, seed)` are taken.
         on_bad_rows: `"error"` (all bad rows are collected, then one error) or `"quarantine"` (go on without them).
         max_rejects: with `"quarantine"`: how many rows (or `"1%"`) may be rejected.
         output_dir: where to write the build, a folder or the URL of one in an object store (`s3://bucket/name`), where
@@ -141,7 +141,7 @@ def build_sft_dataset(
         TooManyRejects: more than `max_rejects`.
         InputRefused: a source cannot be read, or nothing was left to build.
         TemplateRefused: the template, or the tokenizer, cannot be used for any row.
-        MissingDependency: `near`, `engine="ray"`, Excel or an object store need an extra that is not installed.
+        MissingDependency: `near_duplicate_threshold`, `engine="ray"`, Excel or an object store need an extra that is not installed.
         StorageError: the disk refuses, or is full; what was done stays for the next try.
         HubError: the hub, or another place on the network, fails again and again.
 
@@ -157,13 +157,13 @@ def build_sft_dataset(
     ([26, 26], [52, 257, 54, 257])
     """
     options = {name: value for name, value in locals().items() if name not in ("data", "tokenizer", "output_dir")}
-    if output_dir is not None and storable(str(output_dir)) != redact(str(output_dir)):
+    if output_dir is not None and redact_for_storage(str(output_dir)) != redact(str(output_dir)):
         found = f"output_dir is {str(output_dir)!r}, whose name is not UTF-8: datasets cannot load from it"
         raise UsageError("output_name", found, hint="choose another folder; `ftdata build` can write to this one")
     with tempfile.TemporaryDirectory() as scratch:
         target = output_dir if output_dir is not None else Path(scratch) / "build"
         report = write_build(data, tokenizer, target, **options)
-        return load_build(remote.here(target).resolve(), report, in_memory=output_dir is None)
+        return load_build(remote.local_build(target).resolve(), report, in_memory=output_dir is None)
 
 
 def write_build(
@@ -175,7 +175,7 @@ def write_build(
     where: str | None = None,
     limit: int | None = None,
     dedup: bool = False,
-    near: float | None = None,
+    near_duplicate_threshold: float | None = None,
     sample: float | None = None,
     shuffle: bool = False,
     test_size: float | None = None,
@@ -199,11 +199,11 @@ def write_build(
         FtdataError: as `build_sft_dataset`.
     """
     made = make_recipe(tokenizer, **recipe)
-    layout = Layout(packing, made.max_length, test_size, seed, dedup, near, sample, shuffle)
-    if near is not None:
-        near_duplicates.require()
-    selection = Selection(where, limit)
-    tolerance = Tolerance(on_bad_rows, max_rejects)
+    layout = Layout(packing, made.max_length, test_size, seed, dedup, near_duplicate_threshold, sample, shuffle)
+    if near_duplicate_threshold is not None:
+        near_duplicates.require_rensa()
+    selection = RowFilter(where, limit)
+    tolerance = RejectLimit(on_bad_rows, max_rejects)
     if workers is not None and workers < 1:
         raise UsageError("workers", f"workers is {workers}, expected at least 1")
     check_engine(engine)
@@ -213,36 +213,36 @@ def write_build(
         and "<lambda>" in getattr(made.train_on, "__qualname__", "")
     ):
         raise UsageError("train_on", "a lambda cannot go to other processes", hint="use a named function, or workers=1")
-    found = sources(data)
+    found = resolve_sources(data)
     _check_splits(found)
     _check_output(output_dir, found)
-    wanted = _Wanted(made, layout, selection, tolerance, _named(data), found if limit else in_parts(found))
-    runner = Runner(workers, engine)
+    wanted = _Wanted(made, layout, selection, tolerance, _named(data), found if limit else split_into_parts(found))
+    runner = TaskRunner(workers, engine)
     if isinstance(output_dir, str) and is_url(output_dir):
-        return _build_elsewhere(wanted, remote.checked(output_dir), runner, progress)
-    with atomic.workplace(Path(output_dir).resolve(), store.check_target) as place:
+        return _build_elsewhere(wanted, remote.check_output_url(output_dir), runner, progress)
+    with atomic.open_workspace(Path(output_dir).resolve(), store.check_target) as place:
         return _built_at(wanted, place, runner, progress)
 
 
-def _built_at(wanted: _Wanted, place: atomic.Workplace, runner: Runner, progress: Progress | None) -> Report:
+def _built_at(wanted: _Wanted, place: atomic.Workspace, runner: TaskRunner, progress: Progress | None) -> Report:
     report = _built_before(wanted, place.target, runner)
     if report is None:
         report = _build(wanted, place, runner, progress)
-        store.record(store.read_manifest(place.new))
+        store.record_build(store.read_manifest(place.new))
         place.publish()
     return report
 
 
-def _build_elsewhere(wanted: _Wanted, url: str, runner: Runner, progress: Progress | None) -> Report:
+def _build_elsewhere(wanted: _Wanted, url: str, runner: TaskRunner, progress: Progress | None) -> Report:
     """Make a build here and send it to a URL, if it is not there already."""
-    with atomic.workplace(remote.staging(url), store.check_target) as place:
+    with atomic.open_workspace(remote.staging_folder(url), store.check_target) as place:
         there = None
         with suppress(InputRefused):
-            there = remote.manifest(url)
+            there = remote.read_remote_manifest(url)
         same = bool(there) and wanted.made(there or {}, runner) and not remote.verify(url)
         if there and same and store.is_recorded(there):
             disk.remove(place.target)
-            return Report.of(json.loads(remote.read(url, "report.json")))
+            return Report.of(json.loads(remote.read_remote_file(url, "report.json")))
         if not same:
             remote.check_free(url)
         report = _built_at(wanted, place, runner, progress)
@@ -251,7 +251,7 @@ def _build_elsewhere(wanted: _Wanted, url: str, runner: Runner, progress: Progre
             disk.remove(place.target)
             return report
         try:
-            remote.upload(place.target, url)
+            remote.upload_build(place.target, url)
         except UsageError:
             disk.remove(place.target)
             raise
@@ -301,14 +301,14 @@ class _Wanted:
 
     recipe: Recipe
     layout: Layout
-    selection: Selection
-    tolerance: Tolerance
+    selection: RowFilter
+    tolerance: RejectLimit
     named: list[Any] | None
     sources: Sequence[FileSource | MemorySource]
 
     def tasks(self, home: Path) -> list[Task]:
         """Return the tasks by which the data is read, with their folders in `home`."""
-        chosen, near = (self.selection.where, self.selection.limit), self.layout.near is not None
+        chosen, near = (self.selection.where, self.selection.limit), self.layout.near_duplicate_threshold is not None
         return [Task(source, home, number, *chosen, near) for number, source in enumerate(self.sources)]
 
     @property
@@ -322,9 +322,9 @@ class _Wanted:
         if not all(keys) or self.selection.limit:
             return None
         shares = [(one.split, one.share, one.place) for one in self.sources]
-        return cache.key_of([self.options, shares, asdict(self.tolerance), self.named, cache.code(), keys])
+        return cache.hash_key([self.options, shares, asdict(self.tolerance), self.named, cache.package_hash(), keys])
 
-    def made(self, manifest: Mapping[str, Any], runner: Runner) -> bool:
+    def made(self, manifest: Mapping[str, Any], runner: TaskRunner) -> bool:
         """Whether a build with this manifest is this one."""
         options = {name: value for name, value in manifest["options"].items() if name != "sources"}
         tasks = self.tasks(Path())
@@ -332,27 +332,27 @@ class _Wanted:
         if (
             manifest["request"] is None
             or options != json.loads(json.dumps(self.options))
-            or not all(map(is_file, tasks))
+            or not all(map(is_rereadable, tasks))
         ):
             return False
         local = runner.engine == "local"
-        keys = [key_of(self.recipe, task) for task in tasks] if local else runner.do(key_of, self.recipe, tasks)
+        keys = [shard_key(self.recipe, task) for task in tasks] if local else runner.do(shard_key, self.recipe, tasks)
         return bool(self.request(keys) == manifest["request"])
 
 
-def _built_before(wanted: _Wanted, target: Path, runner: Runner) -> Report | None:
+def _built_before(wanted: _Wanted, target: Path, runner: TaskRunner) -> Report | None:
     """Return the report of the build that is there already, if it is this one, to the last bit."""
     try:
         manifest = store.read_manifest(target)
     except InputRefused:
         return None
     # A folder that came from elsewhere may hold a build that looks like this one, with other tokens.
-    if not store.is_recorded(manifest) or not wanted.made(manifest, runner) or store.verify(target):
+    if not store.is_recorded(manifest) or not wanted.made(manifest, runner) or store.verify_files(target):
         return None
     return Report.of(json.loads((target / "report.json").read_bytes()))
 
 
-def _build(wanted: _Wanted, place: atomic.Workplace, runner: Runner, progress: Progress | None) -> Report:
+def _build(wanted: _Wanted, place: atomic.Workspace, runner: TaskRunner, progress: Progress | None) -> Report:
     began, folder = time.monotonic(), place.new
     recipe, layout = wanted.recipe, wanted.layout
     tasks = wanted.tasks(place.shards)
@@ -360,17 +360,17 @@ def _build(wanted: _Wanted, place: atomic.Workplace, runner: Runner, progress: P
         results = runner.build(recipe, tasks, progress)
     except EncodersDiffer as differs:
         # What one text shows may be so for others: all is done again.
-        check_rereadable(tasks, str(differs))
-        cache.clear()
+        check_all_rereadable(tasks, str(differs))
+        cache.clear_cache()
         results = runner.build(recipe, [replace(task, trusted=False) for task in tasks], progress)
-    joined = Merged(results)
+    joined = MergedShards(results)
     wanted.tolerance.judge(joined.ledgers, joined.rejects)
-    laid = lay_out(_facts(joined, layout), layout)
+    laid = assign_splits(_facts(joined, layout), layout)
     if not len(laid.splits["train"]):
         why = ", ".join(_left_out(laid, layout)) or "the sources have none, or none that their shares have room for"
-        raise InputRefused("nothing_built", f"no row was left to train on: {why}")
+        raise InputRefused("no_rows_built", f"no row was left to train on: {why}")
     disk.mkdir(folder)
-    written, splits = list[store.Written](), dict[str, dict[str, Any]]()
+    written, splits = list[store.WrittenFile](), dict[str, dict[str, Any]]()
     for name, members in laid.splits.items():
         splits[name], files = _write_split(folder, name, joined, members, layout, runner)
         written += files
@@ -379,10 +379,10 @@ def _build(wanted: _Wanted, place: atomic.Workplace, runner: Runner, progress: P
     report = Report(
         joined.ledgers,
         splits,
-        (*notes_of(joined.ledgers, recipe), *_left_out(laid, layout), *_named_otherwise(joined.sources)),
-        tuple(storable(redact_text(str(one))) for one in islice(joined.rejects(), 20)),
+        (*report_notes(joined.ledgers, recipe), *_left_out(laid, layout), *_named_otherwise(joined.sources)),
+        tuple(redact_for_storage(redact_text(str(one))) for one in islice(joined.rejects(), 20)),
         fingerprint,
-        storable({**options, **asdict(wanted.tolerance), "data": wanted.named}),
+        redact_for_storage({**options, **asdict(wanted.tolerance), "data": wanted.named}),
         round(time.monotonic() - began, 3),
         ", ".join(dict.fromkeys(result.encoder for result in results)),
     )
@@ -391,10 +391,10 @@ def _build(wanted: _Wanted, place: atomic.Workplace, runner: Runner, progress: P
     # How long it took, and who did it, is no part of what was built: equal builds are equal files.
     disk.write_json(folder / "report.json", {**report.as_dict(), "seconds": None, "encoder": None})
     names = {name: [f"{name}/{one.path.name}" for one in written if one.path.parent.name == name] for name in splits}
-    disk.write(folder / "README.md", card(report, recipe, names).encode("utf-8", "backslashreplace"))
+    disk.write(folder / "README.md", render_dataset_card(report, recipe, names).encode("utf-8", "backslashreplace"))
     about = {"ftdata": __version__, "fingerprint": fingerprint, "options": options}
     store.write_manifest(folder, {**about, "request": wanted.request([one.key for one in results])}, written)
-    cache.tidy()
+    cache.evict_entries()
     return report
 
 
@@ -411,8 +411,8 @@ def _named(data: Any) -> list[Any] | None:
     return named if len(named) == len(places) else None
 
 
-def _facts(joined: Merged, layout: Layout) -> Facts:
-    near, examples = layout.near, joined.examples
+def _facts(joined: MergedShards, layout: Layout) -> ExampleFacts:
+    near, examples = layout.near_duplicate_threshold, joined.examples
     tasks = [result.task for result in joined.results]
     splits = [task.source.split for task in tasks]
     content: NDArray[np.generic] = np.broadcast_to(np.int8(0), len(examples.lengths))
@@ -422,10 +422,10 @@ def _facts(joined: Merged, layout: Layout) -> Facts:
         content = contents = examples.contents
         asked = np.ascontiguousarray(contents.view("S8").reshape(-1, 3)[:, :2]).view("S16").ravel()
     if near is not None:
-        said = np.concatenate([minhashes(folder, near_duplicates.SIZE) for folder in examples.folders])
-        content = near_duplicates.united(near_duplicates.first_alike(said, near), contents)
-        asked = near_duplicates.united(near_duplicates.groups(said, near), asked)
-    return Facts(
+        said = np.concatenate([read_minhashes(folder, near_duplicates.SIZE) for folder in examples.folders])
+        content = near_duplicates.merge_labels(near_duplicates.first_similar(said, near), contents)
+        asked = near_duplicates.merge_labels(near_duplicates.similarity_groups(said, near), asked)
+    return ExampleFacts(
         source=examples.shard,
         row=examples.column("row"),
         content=content,
@@ -438,17 +438,17 @@ def _facts(joined: Merged, layout: Layout) -> Facts:
 
 
 def _write_split(
-    folder: Path, name: str, joined: Merged, members: NDArray[np.int64], layout: Layout, runner: Runner
-) -> tuple[dict[str, Any], list[store.Written]]:
+    folder: Path, name: str, joined: MergedShards, members: NDArray[np.int64], layout: Layout, runner: TaskRunner
+) -> tuple[dict[str, Any], list[store.WrittenFile]]:
     examples = joined.examples
     lengths = examples.lengths[members]
     if layout.packing and layout.max_length:
-        plan = packed(lengths, layout.max_length)
+        plan = plan_packs(lengths, layout.max_length)
         fill = float(lengths.sum() / (len(plan) * layout.max_length)) if len(plan) else 0.0
     else:
-        plan, fill = unpacked(len(members)), None
+        plan, fill = plan_unpacked(len(members)), None
     disk.mkdir(folder / name)
-    written = runner.do(store.write_packs, None, list(store.pack_files(folder, name, examples, members, plan)))
+    written = runner.do(store.write_packs, None, list(store.plan_pack_files(folder, name, examples, members, plan)))
     store.write_split(folder, name, examples, members, plan, [one.path for one in written])
     trained = examples.column("trained")[members]
     source = np.asarray(joined.of)[examples.shard[members]]
@@ -461,7 +461,7 @@ def _write_split(
         "trained": int(trained.sum()),
         "fill": fill,
         "sources": [
-            {"source": storable(one.path), **dict(zip(each, counts, strict=True))}
+            {"source": redact_for_storage(one.path), **dict(zip(each, counts, strict=True))}
             for one, *counts in zip(joined.sources, *of_source.values(), strict=True)
             if counts[0] or (one.split or "train") == name
         ],
@@ -469,7 +469,7 @@ def _write_split(
     return about, written
 
 
-def _left_out(laid: Laid, layout: Layout) -> Iterator[str]:
+def _left_out(laid: SplitPlan, layout: Layout) -> Iterator[str]:
     for reason, count in laid.left_out.items():
         if count:
             yield f"{count:,} rows are left out: {reason}"
@@ -480,12 +480,12 @@ def _left_out(laid: Laid, layout: Layout) -> Iterator[str]:
 
 
 def _named_otherwise(found: Sequence[FileSource | MemorySource]) -> Iterator[str]:
-    plain = [storable(one.path) for one in found if isinstance(one, FileSource) and one.split is None]
-    if others := [path for path in plain if split_of(Path(path).name) not in (None, "train")]:
+    plain = [redact_for_storage(one.path) for one in found if isinstance(one, FileSource) and one.split is None]
+    if others := [path for path in plain if split_from_name(Path(path).name) not in (None, "train")]:
         yield f"trained on, though named as of another split: {', '.join(others[:5])}"
 
 
-def _fingerprint(options: Mapping[str, Any], joined: Merged) -> str:
+def _fingerprint(options: Mapping[str, Any], joined: MergedShards) -> str:
     # Names of files and folders decide nothing.
     nameless = {
         **options,
@@ -494,4 +494,4 @@ def _fingerprint(options: Mapping[str, Any], joined: Merged) -> str:
     }
     content = [joined.examples.content, [ledger.examples for ledger in joined.ledgers]]
     parts = {"ftdata": __version__, "options": nameless, "content": content}
-    return disk.hash_of(json.dumps(parts, sort_keys=True).encode())
+    return disk.hash_bytes(json.dumps(parts, sort_keys=True).encode())

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from ftdata._version import __version__
 from ftdata.build.ledger import Report
-from ftdata.build.reject_limit import Tolerance
+from ftdata.build.reject_limit import RejectLimit
 from ftdata.build.splits import Layout
 from ftdata.pipeline.recipe import Options, Recipe
-from ftdata.readers.row_filter import Selection
+from ftdata.readers.row_filter import RowFilter
 from ftdata.storage import disk
 
 
-def card(report: Report, recipe: Recipe, files: Mapping[str, Sequence[str]]) -> str:
+def render_dataset_card(report: Report, recipe: Recipe, files: Mapping[str, Sequence[str]]) -> str:
     """Return `README.md`: the files of each split for the hub and `datasets.load_dataset`, and the report.
 
     It states sources, tokenizer, template, what is trained, counts, and the command that builds the same. `files` are
@@ -42,7 +42,7 @@ def _facts(report: Report, recipe: Recipe) -> Iterator[tuple[str, object]]:
         share = "" if (place["amount"], place["unit"]) == (1, "times") else f", {place['amount']:g} {place['unit']}"
         yield f"source {number}", f"{ledger.source}: {ledger.built:,} rows{split}{share}"
     yield "tokenizer", f"{recipe.tokenizer.name} ({recipe.tokenizer.fingerprint})"
-    yield "template", f"{template.name} ({disk.hash_of(template.source.encode())})"
+    yield "template", f"{template.name} ({disk.hash_bytes(template.source.encode())})"
     if template.kwargs:
         yield "template variables", dict(template.kwargs)
     yield "trained on", ", ".join([options["train_on"], *(options["train_parts"] or ())])
@@ -85,7 +85,7 @@ def _command(report: Report, recipe: Recipe) -> str:
         words += ["--template", template.name]
     if template.uses_date:
         words += ["--date", f"{template.date:%Y-%m-%d}"]
-    known = (*fields(Options), *fields(Layout), *fields(Selection), *fields(Tolerance))
+    known = (*fields(Options), *fields(Layout), *fields(RowFilter), *fields(RejectLimit))
     defaults = {each.name: each.default for each in known}
     for name, default in defaults.items():
         value = options.get(name)

@@ -23,7 +23,7 @@ from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ftdata.errors import MissingDependency, StorageError, UsageError, nearest
+from ftdata.errors import MissingDependency, StorageError, UsageError, suggest_names
 
 Common = TypeVar("Common")
 Task = TypeVar("Task")
@@ -48,7 +48,7 @@ def check_engine(engine: str) -> None:
     """
     name = engine.partition(":")[0] if isinstance(engine, str) else engine
     if name not in ENGINES or (name == "local" and engine != "local"):
-        raise UsageError("unknown_engine", f"engine is {engine!r}", hint=nearest(str(engine), ENGINES))
+        raise UsageError("unknown_engine", f"engine is {engine!r}", hint=suggest_names(str(engine), ENGINES))
     if name == "ray":
         try:
             import ray  # noqa: F401  (is it there?)
@@ -57,7 +57,7 @@ def check_engine(engine: str) -> None:
             raise MissingDependency("no_ray", "this engine needs Ray", hint=hint) from None
 
 
-def run(
+def run_tasks(
     work: Callable[[Common, Task], Result],
     common: Common,
     tasks: Iterable[Task],

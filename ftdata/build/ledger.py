@@ -28,11 +28,11 @@ class Ledger:
         source: its file, or what it is.
         read: rows that were read.
         built: of these, rows that became examples.
-        passed: rows that were passed over: by `where`, `sample`, `dedup`, `weight`.
+        filtered: rows that were passed over: by `where`, `sample`, `dedup`, `weight`.
         rejected: code -> rows that were rejected.
         schemas: schema -> rows.
         flags: flag -> examples.
-        noted: how rows were read, where that is not plain -> rows.
+        notes: how rows were read, where that is not plain -> rows.
         examples: what was built.
         tokens_in: of the rows that were read.
         tokens_kept: of the examples.
@@ -45,11 +45,11 @@ class Ledger:
     source: str
     read: int = 0
     built: int = 0
-    passed: int = 0
+    filtered: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     schemas: Counter[str] = field(default_factory=Counter)
     flags: Counter[str] = field(default_factory=Counter)
-    noted: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
     examples: int = 0
     tokens_in: int = 0
     tokens_kept: int = 0
@@ -90,7 +90,7 @@ class Ledger:
         self.tokens_cut += batch.cut
         self.tokens_in += batch.cut + tokens
         self.tokens_kept += tokens
-        self.tokens_trained += int(columns.learnt.sum())
+        self.tokens_trained += int(columns.trained_counts.sum())
 
     def reject(self, rejects: Sequence[Reject]) -> None:
         """Count rows that were rejected."""
@@ -105,14 +105,14 @@ class Ledger:
         self.read += len(conversations)
         self.built += len(conversations)
         self.schemas.update(one.schema for one in conversations)
-        for note in chain.from_iterable(sorted(one.noted) for one in conversations if one.noted):
-            if note in self.noted or len(self.noted) < _MOST_NOTES:
-                self.noted[note] += 1
+        for note in chain.from_iterable(sorted(one.notes) for one in conversations if one.notes):
+            if note in self.notes or len(self.notes) < _MOST_NOTES:
+                self.notes[note] += 1
 
-    def pass_over(self, rows: int) -> None:
+    def add_filtered(self, rows: int) -> None:
         """Count rows that were read and not wanted."""
         self.read += rows
-        self.passed += rows
+        self.filtered += rows
 
     def check(self, written: int, tokens_written: int, rejects_written: int) -> None:
         """Assert the identities, against what was really written.
@@ -121,7 +121,7 @@ class Ledger:
             InternalError: they do not hold.
         """
         rows = (
-            self.read == self.built + self.rejected.total() + self.passed and rejects_written == self.rejected.total()
+            self.read == self.built + self.rejected.total() + self.filtered and rejects_written == self.rejected.total()
         )
         tokens = self.tokens_in == self.tokens_kept + self.tokens_cut + self.tokens_rejected
         if not (rows and tokens and written == self.examples and tokens_written == self.tokens_kept):
@@ -139,7 +139,7 @@ COUNTS = (
     "read",
     "built",
     "rejected",
-    "passed",
+    "filtered",
     "examples",
     "tokens_in",
     "tokens_kept",
@@ -205,7 +205,7 @@ class Report:
         lines = [
             f"rows     {n['read']:,} read = {n['built']:,} built + {n['rejected']:,} rejected"
             + (f" ({listed})" if listed else "")
-            + (f" + {n['passed']:,} passed over (where)" if n["passed"] else ""),
+            + (f" + {n['passed']:,} filtered out (where)" if n["filtered"] else ""),
             f"tokens   {n['tokens_in']:,} in = {n['tokens_kept']:,} kept + {n['tokens_cut']:,} cut"
             f" + {n['tokens_rejected']:,} in rejected rows",
         ]
@@ -224,7 +224,7 @@ class Report:
         return "\n".join([*lines, *(f"note     {note}" for note in self.notes)])
 
 
-def notes_of(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
+def report_notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
     """Return what the flags of the examples mean, and how the rows were read."""
     flags = Counter[str]()
     for ledger in ledgers:
@@ -237,23 +237,23 @@ def notes_of(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
         notes.append(f"the template prints a date, shown as {recipe.template.date:%Y-%m-%d}; set it with date=")
     if kwargs := recipe.template.kwargs:
         notes.append(f"template variables: {', '.join(f'{name}={value!r}' for name, value in sorted(kwargs.items()))}")
-    return (*notes, *readings(ledgers))
+    return (*notes, *reading_notes(ledgers))
 
 
-def readings(ledgers: Sequence[Ledger]) -> Iterator[str]:
+def reading_notes(ledgers: Sequence[Ledger]) -> Iterator[str]:
     """Yield notes on how rows were interpreted: roles under other names, columns that were not read."""
-    noted = sum((ledger.noted for ledger in ledgers), Counter[str]())
+    notes = sum((ledger.notes for ledger in ledgers), Counter[str]())
     for kind, says in (
         ("column", "columns that are not read"),
         ("role", "roles that are read as others"),
         ("text", "columns whose texts spell messages, and are read as texts"),
         ("message key", "keys of messages that only templates read which name them"),
     ):
-        own = [(note.removeprefix(kind).strip(), rows) for note, rows in noted.most_common() if note.startswith(kind)]
+        own = [(note.removeprefix(kind).strip(), rows) for note, rows in notes.most_common() if note.startswith(kind)]
         if own:
             more = f", and {len(own) - 10} more" if len(own) > 10 else ""
             yield f"{says}: {', '.join(f'{name} ({rows:,} rows)' for name, rows in own[:10])}{more}"
-    if count := noted["quotes"]:
+    if count := notes["quotes"]:
         yield f"quotes are text, as the file is not quoted like CSV (--quoting csv changes that): {count:,} rows"
-    if count := noted["completion"]:
+    if count := notes["completion"]:
         yield f"completions that begin before the last answer, which messages do not tell: {count:,} rows"

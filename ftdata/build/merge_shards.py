@@ -14,16 +14,16 @@ from itertools import pairwise
 import numpy as np
 
 from ftdata.build.ledger import Ledger
-from ftdata.build.shard_files import Before, Examples, rejects
+from ftdata.build.shard_files import ExampleTable, FileOffset, read_rejects
 from ftdata.build.shards import ShardResult
 from ftdata.readers import FileSource, MemorySource
-from ftdata.readers.json_rows import no_rows
-from ftdata.redaction import storable
+from ftdata.readers.json_rows import no_rows_error
+from ftdata.redaction import redact_for_storage
 from ftdata.types import Reject
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedShards:
     """All shards of a build, in the order of the data."""
 
     results: Sequence[ShardResult]
@@ -52,44 +52,44 @@ class Merged:
         Raises:
             InputRefused: one has none.
         """
-        found = [Ledger(storable(source.path)) for source in self.sources]
+        found = [Ledger(redact_for_storage(source.path)) for source in self.sources]
         for number, result in zip(self.of, self.results, strict=True):
             found[number].join(result.ledger)
         for source, ledger in zip(self.sources, found, strict=True):
             if not ledger.read and isinstance(source, FileSource) and source.span is not None:
-                raise no_rows(source.path)
+                raise no_rows_error(source.path)
         return tuple(found)
 
     @cached_property
-    def before(self) -> list[Before]:
+    def before(self) -> list[FileOffset]:
         """What stands in its file before each shard."""
-        found, sums, firsts = list[Before](), Before(), set(self._firsts)
+        found, sums, firsts = list[FileOffset](), FileOffset(), set(self._firsts)
         for number, result in enumerate(self.results):
             if number in firsts:
-                sums = Before()
+                sums = FileOffset()
             found.append(sums)
-            sums = Before(sums.rows + result.ledger.read, sums.lines + (result.lines or 0))
+            sums = FileOffset(sums.rows + result.ledger.read, sums.lines + (result.lines or 0))
         return found
 
     @cached_property
-    def examples(self) -> Examples:
+    def examples(self) -> ExampleTable:
         """All examples.
 
         Raises:
             InternalError: a ledger does not add up to what was written.
         """
-        found = Examples.open([result.folder for result in self.results], self.before)
+        found = ExampleTable.open([result.folder for result in self.results], self.before)
         shards = len(self.results)
         counts, tokens = np.bincount(found.shard, minlength=shards), np.bincount(found.shard, found.lengths, shards)
         for result, *written in zip(self.results, counts.tolist(), tokens.tolist(), strict=True):
-            result.ledger.check(written[0], int(written[1]), sum(1 for _ in rejects(result.folder)))
+            result.ledger.check(written[0], int(written[1]), sum(1 for _ in read_rejects(result.folder)))
         return found
 
     def rejects(self) -> Iterator[Reject]:
         """Yield the rows that were rejected."""
         for result, before in zip(self.results, self.before, strict=True):
             if result.ledger.rejected:
-                yield from rejects(result.folder, before)
+                yield from read_rejects(result.folder, before)
 
 
 def _goes_on(one: FileSource | MemorySource, other: FileSource | MemorySource) -> bool:

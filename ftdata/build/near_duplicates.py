@@ -37,7 +37,7 @@ def _word() -> re.Pattern[str]:
     return re.compile(rf"[{alone}][{marks}]*|(?:(?![{alone}])\w[{marks}]*)+|\S")
 
 
-def require() -> None:
+def require_rensa() -> None:
     """Refuse to go on without the library that makes signatures.
 
     Raises:
@@ -50,7 +50,7 @@ def require() -> None:
         raise MissingDependency("no_rensa", "near-duplicates need rensa", hint=hint) from None
 
 
-def signatures(conversations: Sequence[Conversation]) -> NDArray[np.uint32]:
+def minhash_signatures(conversations: Sequence[Conversation]) -> NDArray[np.uint32]:
     """Return the MinHash of what each conversation says, and a hash of all that must be equal besides.
 
     uint32 `[conversations, SIZE]`, the hash in the last two columns.
@@ -94,13 +94,13 @@ def _shingles(words: Sequence[str]) -> list[str]:
     return [" ".join(words[at : at + _WORDS]) for at in range(max(len(words) - _WORDS + 1, 1))]
 
 
-def first_alike(minhashes: NDArray[np.uint32], threshold: float) -> NDArray[np.int64]:
+def first_similar(minhashes: NDArray[np.uint32], threshold: float) -> NDArray[np.int64]:
     """Return for each row the first row that is kept and at least as similar as `threshold`: itself where none is.
 
     Rows that are left out suppress no others. Args and result: uint32 `[rows, hashes]` -> int64 `[rows]`.
     """
     found = np.arange(len(minhashes))
-    labels = groups(minhashes, threshold)
+    labels = similarity_groups(minhashes, threshold)
     order = np.argsort(labels, kind="stable")
     bounds = np.flatnonzero(np.diff(labels[order], prepend=-1, append=-1) != 0)
     for start, end in pairwise(bounds.tolist()):
@@ -116,7 +116,7 @@ def first_alike(minhashes: NDArray[np.uint32], threshold: float) -> NDArray[np.i
     return found
 
 
-def groups(minhashes: NDArray[np.uint32], threshold: float) -> NDArray[np.int64]:
+def similarity_groups(minhashes: NDArray[np.uint32], threshold: float) -> NDArray[np.int64]:
     """Return the connected components of similarity: int64 `[rows]`, equal for rows that a chain of similar ones joins.
 
     Tools, system messages and masks are not looked at.
@@ -159,7 +159,7 @@ def _join(labels: NDArray[np.int64], left: NDArray[np.int64], right: NDArray[np.
         labels[:] = labels[labels]
 
 
-def united(labels: NDArray[np.int64], equal: NDArray[np.generic]) -> NDArray[np.int64]:
+def merge_labels(labels: NDArray[np.int64], equal: NDArray[np.generic]) -> NDArray[np.int64]:
     """Return labels that are the same, too, where `equal` is."""
     _, first, which = np.unique(equal, return_index=True, return_inverse=True)
     found = labels.copy()

@@ -16,7 +16,7 @@ from ftdata.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PackPlan:
     """Which example goes where.
 
     Attributes:
@@ -36,25 +36,25 @@ class Plan:
         return [self.order[a:b].tolist() for a, b in zip(self.bounds[:-1], self.bounds[1:], strict=True)]
 
 
-def unpacked(count: int) -> Plan:
+def plan_unpacked(count: int) -> PackPlan:
     """Return the plan that puts each of `count` examples into a row of its own."""
-    return Plan(np.arange(count, dtype=np.int64), np.arange(count + 1, dtype=np.int64))
+    return PackPlan(np.arange(count, dtype=np.int64), np.arange(count + 1, dtype=np.int64))
 
 
 WINDOW = 1 << 22
 """Examples that are packed together: with more, packs would be no fuller, and would draw on tokens from everywhere."""
 
 
-def packed(lengths: NDArray[np.integer], capacity: int) -> Plan:
+def plan_packs(lengths: NDArray[np.integer], capacity: int) -> PackPlan:
     """Pack examples by `best_fit_decreasing`, as many at a time as make a window."""
     starts = range(0, max(len(lengths), 1), WINDOW)
     plans = [best_fit_decreasing(lengths[start : start + WINDOW], capacity) for start in starts]
     ends = [plan.bounds[1:] + start for start, plan in zip(starts, plans, strict=True)]
     orders = [plan.order + start for start, plan in zip(starts, plans, strict=True)]
-    return Plan(np.concatenate(orders), np.concatenate([np.zeros(1, np.int64), *ends]))
+    return PackPlan(np.concatenate(orders), np.concatenate([np.zeros(1, np.int64), *ends]))
 
 
-def best_fit_decreasing(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> Plan:
+def best_fit_decreasing(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> PackPlan:
     """Put examples, longest first, each into the fullest pack that still has room.
 
     Packs come out in the order of their first example, and hold their examples in the order given.
@@ -121,11 +121,11 @@ def _sorted(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     return order
 
 
-def _in_order(pack_of: NDArray[np.int64], count: int) -> Plan:
+def _in_order(pack_of: NDArray[np.int64], count: int) -> PackPlan:
     first = np.full(count, len(pack_of), dtype=np.int64)
     np.minimum.at(first, pack_of, np.arange(len(pack_of)))
     rank = np.empty(count, dtype=np.int64)
     rank[_sorted(first)] = np.arange(count)
     ranked = rank[pack_of]
     sizes = np.bincount(ranked, minlength=count)
-    return Plan(_sorted(ranked), np.concatenate(([0], np.cumsum(sizes))))
+    return PackPlan(_sorted(ranked), np.concatenate(([0], np.cumsum(sizes))))

@@ -11,7 +11,7 @@ from typing import Any
 
 from ftdata.build import remote, store
 from ftdata.errors import InputRefused, UsageError
-from ftdata.readers.hub import asked
+from ftdata.readers.hub import call_hub
 from ftdata.redaction import redact
 
 _ABOUT = ("README.md", "manifest.json", "report.json")
@@ -31,8 +31,8 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
         InputRefused: the folder is no build, is damaged, or describes itself with a secret in it.
         HubError: the hub refuses, or fails again and again.
     """
-    folder = remote.here(folder)
-    if broken := store.verify(folder):
+    folder = remote.local_build(folder)
+    if broken := store.verify_files(folder):
         raise InputRefused("damaged_build", f"{folder} is damaged: {', '.join(broken[:3])}", hint="build again")
     _check_secrets(folder)
     from huggingface_hub import HfApi
@@ -44,10 +44,10 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
     except HFValidationError as error:
         raise UsageError("hub_name", f"{repo!r} is no name for the hub: {error}", hint="owner/name") from None
     api, kind = HfApi(), "dataset"
-    asked(lambda: api.create_repo(repo, repo_type=kind, private=private, exist_ok=True), repo)
+    call_hub(lambda: api.create_repo(repo, repo_type=kind, private=private, exist_ok=True), repo)
     message = f"Build {store.read_manifest(folder)['fingerprint']}"
     earlier = list(_files_there(api, repo))
-    done = asked(
+    done = call_hub(
         lambda: api.upload_folder(
             repo_id=repo, folder_path=folder, repo_type=kind, commit_message=message, delete_patterns=earlier
         ),
@@ -88,7 +88,7 @@ def _files_there(api: Any, repo: str) -> Iterator[str]:
         except EntryNotFoundError:
             return None
 
-    path = asked(manifest, repo)
+    path = call_hub(manifest, repo)
     # Of whatever version of ftdata it is, and be it damaged: what it names is replaced.
     with suppress(ValueError, LookupError, TypeError):
         known = json.loads(Path(path).read_bytes())["files"] if path else ()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ftdata.build.ledger import Ledger
-from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError, one_of
+from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError, check_choice
 from ftdata.types import Reject
 
 BY_CHOICE = frozenset({"overlong"})
@@ -15,7 +15,7 @@ BY_CHOICE = frozenset({"overlong"})
 
 
 @dataclass(frozen=True)
-class Tolerance:
+class RejectLimit:
     """What is done about bad rows; checked when made.
 
     Attributes:
@@ -27,7 +27,7 @@ class Tolerance:
     max_rejects: float | str | None = None
 
     def __post_init__(self) -> None:
-        one_of("on_bad_rows", self.on_bad_rows, ("error", "quarantine"))
+        check_choice("on_bad_rows", self.on_bad_rows, ("error", "quarantine"))
         if self.on_bad_rows == "error":
             if self.max_rejects is not None:
                 raise UsageError("max_rejects", "max_rejects goes with on_bad_rows='quarantine'")
@@ -65,7 +65,7 @@ class Tolerance:
             BadRows, TooManyRejects, InputRefused: as `build_sft_dataset`.
         """
         bad = sum(ledger.rejected.total() - sum(ledger.rejected[code] for code in BY_CHOICE) for ledger in ledgers)
-        rows = sum(ledger.read - ledger.passed for ledger in ledgers)
+        rows = sum(ledger.read - ledger.filtered for ledger in ledgers)
         if bad and self.on_bad_rows == "error":
             hint = "mend the rows, or go on without them: on_bad_rows='quarantine', max_rejects=..."
             raise BadRows(bad, map(str, _first(rejects(), 20)), hint=hint)
@@ -77,10 +77,10 @@ class Tolerance:
                 hint="mend the rows, or raise max_rejects",
             )
         if not any(ledger.built for ledger in ledgers):
-            passed = sum(ledger.passed for ledger in ledgers)
+            passed = sum(ledger.filtered for ledger in ledgers)
             none = f"where= passes over all {passed:,} rows" if passed else "the sources hold no rows"
             reasons = "; ".join(map(str, islice(rejects(), 3))) or none
-            raise InputRefused("nothing_built", f"no row was left to build: {reasons}")
+            raise InputRefused("no_rows_built", f"no row was left to build: {reasons}")
 
 
 def _first(rejects: Iterable[Reject], count: int) -> Iterator[Reject]:

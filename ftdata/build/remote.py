@@ -22,8 +22,8 @@ from typing import Any
 from ftdata.build import store
 from ftdata.errors import HubError, InputRefused, StorageError, UsageError
 from ftdata.readers.formats import readers
-from ftdata.readers.remote_files import forget, open_remote, send, sizes_in
-from ftdata.readers.streams import Input, chunks, in_store, is_url
+from ftdata.readers.remote_files import list_sizes, open_remote, remove_remote_file, upload_file
+from ftdata.readers.streams import Input, is_object_store, is_url, read_chunks
 from ftdata.storage import atomic, disk
 
 _TELLING = ("manifest.json", "dataset_dict.json")
@@ -34,13 +34,13 @@ _AT_ONCE = 8
 """Files on their way: one alone does not fill a line."""
 
 
-def checked(url: str) -> str:
+def check_output_url(url: str) -> str:
     """Return the URL of an output folder, without slashes at its end.
 
     Raises:
         UsageError: nothing can be put there.
     """
-    if not in_store(url) or url.startswith(("file:", "local:", "data:")):
+    if not is_object_store(url) or url.startswith(("file:", "local:", "data:")):
         hint = (
             "`ftdata push` sends builds to the hub" if url.startswith("hf://") else "a path, or e.g. s3://bucket/name"
         )
@@ -50,9 +50,9 @@ def checked(url: str) -> str:
     return url.rstrip("/")
 
 
-def staging(url: str) -> Path:
+def staging_folder(url: str) -> Path:
     """Return the folder of this machine in which a build is made that is to go to a URL."""
-    return _home() / disk.hash_of(url.encode("utf-8", "backslashreplace"))
+    return _home() / disk.hash_bytes(url.encode("utf-8", "backslashreplace"))
 
 
 def _home() -> Path:
@@ -63,11 +63,13 @@ def _home() -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     state = folder.lstat()
     if state.st_uid != os.getuid() or not stat.S_ISDIR(state.st_mode) or state.st_mode & 0o022:
-        raise StorageError("not_ours", f"{folder} is not this user's alone", hint="remove it, or set FTDATA_CACHE")
+        raise StorageError(
+            "not_a_build_folder", f"{folder} is not this user's alone", hint="remove it, or set FTDATA_CACHE"
+        )
     return folder / "builds"
 
 
-def manifest(url: str) -> dict[str, Any] | None:
+def read_remote_manifest(url: str) -> dict[str, Any] | None:
     """Return the manifest of the build at a URL, or `None` where there is none.
 
     Raises:
@@ -75,31 +77,31 @@ def manifest(url: str) -> dict[str, Any] | None:
         HubError: the place cannot be read, asked again and again.
     """
     text = _manifest(url)
-    return None if text is None else store.manifest_of(text, f"{url}/manifest.json")
+    return None if text is None else store.parse_manifest(text, f"{url}/manifest.json")
 
 
 def _manifest(url: str) -> bytes | None:
     try:
-        return read(url, "manifest.json")
+        return read_remote_file(url, "manifest.json")
     except UsageError as error:
         if error.code == "file_not_found":
             return None
         raise
 
 
-def read(url: str, name: str) -> bytes:
+def read_remote_file(url: str, name: str) -> bytes:
     """Return one small file of a build at a URL."""
     with open_remote(f"{url}/{name}") as file:
         return file.read()
 
 
-def missing(url: str, files: Mapping[str, Any]) -> list[str]:
+def missing_files(url: str, files: Mapping[str, Any]) -> list[str]:
     """Return those of a build's files that are not at a URL, or have not as many bytes there."""
-    there = sizes_in(url)
+    there = list_sizes(url)
     return [name for name, known in files.items() if there.get(name) != known["bytes"]]
 
 
-def upload(folder: Path, url: str) -> None:
+def upload_build(folder: Path, url: str) -> None:
     """Send a finished build to a URL; what an earlier try has put there, and is as it shall be, stays.
 
     Raises:
@@ -107,26 +109,26 @@ def upload(folder: Path, url: str) -> None:
         HubError: the place refuses, or fails again and again.
     """
     files = store.read_manifest(folder)["files"]
-    claim = disk.digest(folder / "manifest.json").encode()
+    claim = disk.sha256_of_file(folder / "manifest.json").encode()
     _claim(url, claim)
-    there = sizes_in(url)
+    there = list_sizes(url)
 
     def put(name: str) -> None:
         known = files[name]
         if there.get(name) != known["bytes"] or _digest(f"{url}/{name}") != known["sha256"]:
-            send(folder / name, f"{url}/{name}")
+            upload_file(folder / name, f"{url}/{name}")
 
     with ThreadPoolExecutor(_AT_ONCE) as senders:
         list(senders.map(put, files))
-    if lost := missing(url, files):
+    if lost := missing_files(url, files):
         found = f"has not what was sent: {', '.join(lost[:3])}"
         raise HubError("network", found, where=url, hint="run it again: it goes on with what is missing")
     if (
-        not send(folder / "manifest.json", f"{url}/manifest.json", anew=True)
+        not upload_file(folder / "manifest.json", f"{url}/manifest.json", anew=True)
         and _manifest(url) != (folder / "manifest.json").read_bytes()
     ):
         raise _taken(url, "holds another build")
-    forget(f"{url}/{_CLAIM}")
+    remove_remote_file(f"{url}/{_CLAIM}")
 
 
 def check_free(url: str) -> None:
@@ -135,7 +137,7 @@ def check_free(url: str) -> None:
     Raises:
         UsageError: there is.
     """
-    there = sizes_in(url)
+    there = list_sizes(url)
     if "manifest.json" in there:
         raise _taken(url, "holds another build")
     # What nobody has claimed is none of ours, whatever it is called.
@@ -149,7 +151,7 @@ def _claim(url: str, claim: bytes) -> None:
     with tempfile.NamedTemporaryFile() as file:
         file.write(claim)
         file.flush()
-        if not send(Path(file.name), f"{url}/{_CLAIM}", anew=True) and read(url, _CLAIM) != claim:
+        if not upload_file(Path(file.name), f"{url}/{_CLAIM}", anew=True) and read_remote_file(url, _CLAIM) != claim:
             raise _taken(url, "waits for another build that is on its way there, or was")
 
 
@@ -162,21 +164,21 @@ def _no_build(url: str) -> InputRefused:
     return InputRefused("not_a_build", f"{url} is no build of ftdata: it has no manifest.json")
 
 
-def build_at(place: object) -> Path | None:
+def find_build(place: object) -> Path | None:
     """Return the folder of a build if that is what a place is; one that is elsewhere is fetched.
 
     Raises:
         InputRefused: it is damaged.
         HubError: it cannot be read, asked again and again.
     """
-    if isinstance(place, str) and in_store(place) and Input(place).suffix not in readers:
-        return here(place) if "manifest.json" in sizes_in(place.rstrip("/")) else None
+    if isinstance(place, str) and is_object_store(place) and Input(place).suffix not in readers:
+        return local_build(place) if "manifest.json" in list_sizes(place.rstrip("/")) else None
     if isinstance(place, str | Path) and all((Path(place) / name).is_file() for name in _TELLING):
         return Path(place)
     return None
 
 
-def here(place: str | Path) -> Path:
+def local_build(place: str | Path) -> Path:
     """Return the folder of a build: where it is in an object store, one on this machine that is the same.
 
     Raises:
@@ -185,21 +187,21 @@ def here(place: str | Path) -> Path:
     """
     if not (isinstance(place, str) and is_url(place)):
         return Path(place)
-    url = checked(place)
+    url = check_output_url(place)
     text = _manifest(url)
     if text is None:
         raise _no_build(url)
-    files = store.manifest_of(text, f"{url}/manifest.json")["files"]
-    target = _home() / disk.hash_of(text)
-    if not target.is_dir() or store.verify(target):
+    files = store.parse_manifest(text, f"{url}/manifest.json")["files"]
+    target = _home() / disk.hash_bytes(text)
+    if not target.is_dir() or store.verify_files(target):
         disk.remove(target)
-        with atomic.new_folder(target) as scratch:
+        with atomic.publish_folder(target) as scratch:
             for folder in {(scratch / name).parent for name in files}:
                 disk.mkdir(folder, parents=True, exist_ok=True)
             with ThreadPoolExecutor(_AT_ONCE) as fetchers:
                 list(fetchers.map(lambda name: _fetch(f"{url}/{name}", scratch / name), files))
             disk.write(scratch / "manifest.json", text)
-            if damaged := store.verify(scratch):
+            if damaged := store.verify_files(scratch):
                 found = f"{url} is damaged: {', '.join(damaged[:3])}"
                 raise InputRefused("damaged_build", found, hint="build again")
     return target
@@ -207,7 +209,7 @@ def here(place: str | Path) -> Path:
 
 def _fetch(url: str, file: Path) -> None:
     with open_remote(url) as source, disk.create(file) as target:
-        for chunk in chunks(source):
+        for chunk in read_chunks(source):
             target.write(chunk)
 
 
@@ -238,10 +240,10 @@ def verify(place: str | Path) -> list[str]:
     if not isinstance(place, str | Path):
         raise UsageError("build_type", f"it is {place!r:.60}, expected the folder of a build, or its URL")
     if not (isinstance(place, str) and is_url(place)):
-        return store.verify(Path(place))
-    url = checked(place)
+        return store.verify_files(Path(place))
+    url = check_output_url(place)
     try:
-        found = manifest(url)
+        found = read_remote_manifest(url)
     except InputRefused as error:
         if error.code != "damaged_build":
             raise
@@ -249,7 +251,7 @@ def verify(place: str | Path) -> list[str]:
     if found is None:
         raise _no_build(url)
     files = found["files"]
-    lost = set(missing(url, files))
+    lost = set(missing_files(url, files))
     with ThreadPoolExecutor(_AT_ONCE) as fetchers:
         digests = fetchers.map(lambda name: None if name in lost else _digest(f"{url}/{name}"), files)
         return [name for name, digest in zip(files, digests, strict=True) if digest != files[name]["sha256"]]
@@ -258,6 +260,6 @@ def verify(place: str | Path) -> list[str]:
 def _digest(url: str) -> str:
     found = hashlib.sha256()
     with open_remote(url) as file:
-        for chunk in chunks(file):
+        for chunk in read_chunks(file):
             found.update(chunk)
     return found.hexdigest()

@@ -8,7 +8,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, TypeVar
 
-from ftdata.build.executors import run
+from ftdata.build.executors import run_tasks
 from ftdata.build.shards import Progress, ShardResult, Task, build_shard
 from ftdata.errors import InputRefused
 from ftdata.pipeline.recipe import Recipe
@@ -22,7 +22,7 @@ BYTES_PER_WORKER = 32 << 20
 
 
 @dataclass(frozen=True)
-class Runner:
+class TaskRunner:
     """So many workers of an engine."""
 
     workers: int | None
@@ -33,7 +33,7 @@ class Runner:
         if len(tasks) == 1:
             return [work(common, tasks[0])]
         workers = self.workers if self.engine != "local" else min(self.workers or 1, len(tasks))
-        done = sorted(run(work, common, tasks, workers, self.engine), key=itemgetter(0))
+        done = sorted(run_tasks(work, common, tasks, workers, self.engine), key=itemgetter(0))
         return [result for _, result in done]
 
     def build(self, recipe: Recipe, tasks: Sequence[Task], progress: Progress | None) -> list[ShardResult]:
@@ -47,7 +47,7 @@ class Runner:
         sizes = [task.source.size for task in tasks]
         engine, workers = self.engine, self.workers
         # What is in memory, or comes through a pipe, is here alone; how many rows are wanted, the tasks before say.
-        if limited or not all(map(is_file, tasks)):
+        if limited or not all(map(is_rereadable, tasks)):
             engine, workers = "local", 1
         if engine == "local":
             workers = min(workers or 1, len(tasks), 1 + sum(sizes) // BYTES_PER_WORKER)
@@ -55,7 +55,7 @@ class Runner:
         # Within this process progress is told per batch; others tell of what they have done when a shard is.
         here = told.batch if progress and engine == "local" and workers == 1 else None
         left = _limited(tasks, results) if limited else tasks
-        for number, result in run(partial(build_shard, progress=here), recipe, left, workers, engine):
+        for number, result in run_tasks(partial(build_shard, progress=here), recipe, left, workers, engine):
             results[number] = result
             told.shard(number, result)
         return [results[number] for number in sorted(results)]
@@ -90,18 +90,18 @@ class _Told:
             self.progress(self.rows + rows, self.tokens + tokens, (self.size + size) / self._all or share or None)
 
 
-def is_file(task: Task) -> bool:
+def is_rereadable(task: Task) -> bool:
     """Whether a task reads what others can read, and read again."""
     return isinstance(task.source, FileSource) and task.source.path != "-"
 
 
-def check_rereadable(tasks: Sequence[Task], engine: str) -> None:
+def check_all_rereadable(tasks: Sequence[Task], engine: str) -> None:
     """Refuse to do tasks again that cannot be.
 
     Raises:
         InputRefused: they cannot.
     """
-    if not all(map(is_file, tasks)):
+    if not all(map(is_rereadable, tasks)):
         found = f"{engine} gives other tokens than tokenizers, and this data can be read but once"
         raise InputRefused("engine_differs", found, hint="pass it as a file, or uninstall fastokens")
 
@@ -111,6 +111,6 @@ def _limited(tasks: Sequence[Task], results: Mapping[int, ShardResult]) -> Itera
     for task in tasks:
         own = task.source.place, task.source.split
         before = [one.ledger for one in results.values() if (one.task.source.place, one.task.source.split) == own]
-        left = (task.limit or 0) - sum(ledger.read - ledger.passed for ledger in before)
+        left = (task.limit or 0) - sum(ledger.read - ledger.filtered for ledger in before)
         if left > 0:
             yield replace(task, limit=left)

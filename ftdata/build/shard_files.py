@@ -27,10 +27,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ftdata.redaction import storable
+from ftdata.redaction import redact_for_storage
 from ftdata.storage import disk
-from ftdata.storage.arrow_arrays import ends, int64, numbers, strings
-from ftdata.tokenizing.batches import Columns
+from ftdata.storage.arrow_arrays import int64_array, int64_column, list_offsets, string_array
+from ftdata.tokenizing.batches import ExampleColumns
 from ftdata.types import Reject, Source
 
 _MAX_OPEN_FILES = 64
@@ -50,7 +50,7 @@ _EXAMPLES = pa.schema(
 )
 
 
-class Kept(NamedTuple):
+class ShardContent(NamedTuple):
     """What some rows became.
 
     Attributes:
@@ -60,13 +60,13 @@ class Kept(NamedTuple):
         minhashes: uint32 `[examples, ...]`, what each example says; or `None`.
     """
 
-    columns: Columns
+    columns: ExampleColumns
     contents: Sequence[bytes]
     rejects: Sequence[Reject]
     minhashes: NDArray[np.uint32] | None
 
 
-def write_shard(folder: Path, batches: Iterable[Kept]) -> None:
+def write_shard(folder: Path, batches: Iterable[ShardContent]) -> None:
     """Write what the rows of a shard became into a folder."""
     with ExitStack() as stack:
         ids, trained, rejects, examples = (
@@ -91,17 +91,17 @@ def _line(reject: Reject) -> bytes:
     return json.dumps([place, *why, reject.raw, reject.lengths]).encode() + b"\n"
 
 
-class Before(NamedTuple):
+class FileOffset(NamedTuple):
     """What stands in a file before a shard of it: rows, and lines."""
 
     rows: int = 0
     lines: int = 0
 
 
-_NOTHING = Before()
+_NOTHING = FileOffset()
 
 
-def rejects(folder: Path, before: Before = _NOTHING) -> Iterator[Reject]:
+def read_rejects(folder: Path, before: FileOffset = _NOTHING) -> Iterator[Reject]:
     """Yield the rows of a shard that were rejected, counted from the beginning of the file."""
     with (folder / "rejects.jsonl").open("rb") as file:
         for line in file:
@@ -111,16 +111,18 @@ def rejects(folder: Path, before: Before = _NOTHING) -> Iterator[Reject]:
             yield Reject(place, code, where, reason, fix, raw, tuple(lengths))
 
 
-def _table_batch(examples: Columns, contents: Sequence[bytes]) -> pa.RecordBatch:
+def _table_batch(examples: ExampleColumns, contents: Sequence[bytes]) -> pa.RecordBatch:
     flags = [sorted(each) if each else () for each in examples.flags]
     columns = [
-        strings([_public(source.path) for source in examples.sources]),
-        int64([source.row for source in examples.sources]),
-        int64([source.line for source in examples.sources]),
-        int64(examples.lengths),
-        int64(examples.learnt),
-        int64(examples.cut),
-        pa.ListArray.from_arrays(ends(map(len, flags)), strings([flag for each in flags for flag in each])),
+        string_array([_public(source.path) for source in examples.sources]),
+        int64_array([source.row for source in examples.sources]),
+        int64_array([source.line for source in examples.sources]),
+        int64_array(examples.lengths),
+        int64_array(examples.trained_counts),
+        int64_array(examples.cut),
+        pa.ListArray.from_arrays(
+            list_offsets(map(len, flags)), string_array([flag for each in flags for flag in each])
+        ),
         pa.Array.from_buffers(pa.binary(24), len(contents), [None, pa.py_buffer(b"".join(contents))]),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=_EXAMPLES)
@@ -129,24 +131,24 @@ def _table_batch(examples: Columns, contents: Sequence[bytes]) -> pa.RecordBatch
 @lru_cache(maxsize=64)
 def _public(path: str) -> str:
     """Return a path as it may be stored: an address without its password."""
-    return str(storable(path))
+    return str(redact_for_storage(path))
 
 
-def minhashes(folder: Path, size: int) -> NDArray[np.uint32]:
+def read_minhashes(folder: Path, size: int) -> NDArray[np.uint32]:
     """Return the MinHashes of a shard's examples: uint32 `[examples, size]`."""
     path = folder / "minhashes.u32"
     # Not mapped: of many shards, more files would be open than a process may have.
     return np.fromfile(path, np.uint32).reshape(-1, size) if path.exists() else np.empty((0, size), np.uint32)
 
 
-class Mapped(NamedTuple):
+class MappedArray(NamedTuple):
     """A file of numbers, in memory where it is looked at."""
 
     values: NDArray[Any]
     pages: mmap.mmap | None
 
     @classmethod
-    def of(cls, path: Path, dtype: type[np.generic]) -> Mapped:
+    def of(cls, path: Path, dtype: type[np.generic]) -> MappedArray:
         """Map a file."""
         with path.open("rb") as file:
             if not path.stat().st_size:
@@ -186,7 +188,7 @@ def _tables(folders: Sequence[Path]) -> Iterator[pa.Table]:
 
 
 @dataclass(frozen=True)
-class Examples:
+class ExampleTable:
     """All examples of a build, before packing: where they stand, and one table.
 
     Attributes:
@@ -198,16 +200,16 @@ class Examples:
     """
 
     folders: Sequence[Path]
-    before: Sequence[Before]
+    before: Sequence[FileOffset]
     table: pa.Table = field(repr=False)
     shard: NDArray[np.int64] = field(repr=False)
     start: NDArray[np.int64] = field(repr=False)
 
     @classmethod
-    def open(cls, folders: Sequence[Path], before: Sequence[Before]) -> Examples:
+    def open(cls, folders: Sequence[Path], before: Sequence[FileOffset]) -> ExampleTable:
         """Open the shards that `write_shard` wrote."""
         tables = list(_tables(folders))
-        lengths = [numbers(table["tokens"]) for table in tables]
+        lengths = [int64_column(table["tokens"]) for table in tables]
         return cls(
             folders,
             before,
@@ -223,7 +225,7 @@ class Examples:
 
     def column(self, name: str) -> NDArray[np.int64]:
         """Return a column of whole numbers of the table (int64 `[examples]`)."""
-        return numbers(self.table[name])
+        return int64_column(self.table[name])
 
     @property
     def content(self) -> str:
@@ -249,8 +251,8 @@ class Examples:
             return table
         import pyarrow.compute as pc
 
-        for at, name in enumerate(Before._fields):
+        for at, name in enumerate(FileOffset._fields):
             column = table.schema.get_field_index(name[:-1])
-            more = int64(np.array([one[at] for one in self.before], np.int64)[shard])
+            more = int64_array(np.array([one[at] for one in self.before], np.int64)[shard])
             table = table.set_column(column, name[:-1], pc.add(table.column(column), more))
         return table

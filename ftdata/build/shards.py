@@ -20,20 +20,20 @@ import numpy as np
 
 from ftdata.build import cache, near_duplicates
 from ftdata.build.ledger import Ledger
-from ftdata.build.shard_files import Kept, write_shard
+from ftdata.build.shard_files import ShardContent, write_shard
 from ftdata.errors import InputRefused
 from ftdata.pipeline.examples import Batch, build_batches
 from ftdata.pipeline.mask import masks
 from ftdata.pipeline.recipe import Recipe
 from ftdata.readers import FileSource, MemorySource, readers
-from ftdata.readers.remote_files import version_of
-from ftdata.readers.row_filter import Selection
-from ftdata.readers.streams import in_store
-from ftdata.redaction import storable
-from ftdata.registry import is_ours
+from ftdata.readers.remote_files import remote_version
+from ftdata.readers.row_filter import RowFilter
+from ftdata.readers.streams import is_object_store
+from ftdata.redaction import redact_for_storage
+from ftdata.registry import is_built_in
 from ftdata.schemas import schemas
 from ftdata.storage import atomic, disk
-from ftdata.tokenizing.batches import ends_of
+from ftdata.tokenizing.batches import end_offsets
 from ftdata.types import Reject, Row
 
 Progress = Callable[[int, int, float | None], None]
@@ -91,50 +91,50 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
         EncodersDiffer: the fast encoder gave other tokens than the reference; all is to be done again without.
         InputRefused: a source cannot be read, or has changed while it was.
     """
-    key = key_of(recipe, task)
+    key = shard_key(recipe, task)
     folder = task.home / ((key or f"{task.number:06d}") + ("" if task.trusted else "-reference"))
-    known = key is not None and (atomic.sealed(folder) or cache.find("shards", key, folder))
+    known = key is not None and (atomic.read_sealed(folder) or cache.restore_entry("shards", key, folder))
     if known:
         result = _read(known, task, folder, key)
         if progress:
             progress(result.ledger.read, result.ledger.tokens_kept, 1.0)
         return result
     disk.remove(folder)
-    with atomic.new_folder(folder) as scratch:
-        with cache.texts(_texts_key(recipe, task)) if key and disk.cache_root() else nullcontext() as texts:
-            recipe.tokenizer.encoders.known = texts
+    with atomic.publish_folder(folder) as scratch:
+        with cache.open_text_cache(_texts_key(recipe, task)) if key and disk.cache_root() else nullcontext() as texts:
+            recipe.tokenizer.encoders.cache = texts
             try:
                 result = replace(_built(recipe, task, scratch, progress), folder=folder, key=key)
             finally:
-                recipe.tokenizer.encoders.known = None
-        if key != key_of(recipe, task):
+                recipe.tokenizer.encoders.cache = None
+        if key != shard_key(recipe, task):
             path = task.source.path
             raise InputRefused("file_changed", "has changed while it was read", where=path, hint="read it again")
-        atomic.seal(scratch, _written(result))
+        atomic.seal_folder(scratch, _written(result))
     if key:
-        cache.keep("shards", key, folder)
+        cache.store_entry("shards", key, folder)
     return result
 
 
-def key_of(recipe: Recipe, task: Task) -> str | None:
+def shard_key(recipe: Recipe, task: Task) -> str | None:
     """Return the hash of all that decides what becomes of a file; `None` where that cannot be said.
 
     It cannot of what is no file here, and where functions of the user's own decide, which may change.
     """
     source = task.source
-    if not isinstance(source, FileSource) or not (in_store(source.path) or _is_regular(source.path)):
+    if not isinstance(source, FileSource) or not (is_object_store(source.path) or _is_regular(source.path)):
         return None
-    policy = masks.own().get(recipe.train_on) if isinstance(recipe.train_on, str) else None
-    shapes = schemas.own()
+    policy = masks.registered().get(recipe.train_on) if isinstance(recipe.train_on, str) else None
+    shapes = schemas.registered()
     read = shapes.values() if recipe.schema == "auto" else [shapes.get(recipe.schema)]
-    if not all(map(is_ours, (policy, readers.own().get(source.reader), *read))):
+    if not all(map(is_built_in, (policy, readers.registered().get(source.reader), *read))):
         return None
     if (content := _content(source)) is None:
         return None
     # To which split it belongs, and how much of it is taken, is decided afterwards.
     read_as = {**asdict(source), "place": None, "share": None, "split": None, "version": None}
     chosen = task.where, task.limit, task.near
-    return cache.key_of([cache.code(), *_versions(), content, read_as, chosen, recipe.describe()])
+    return cache.hash_key([cache.package_hash(), *_versions(), content, read_as, chosen, recipe.describe()])
 
 
 @lru_cache(maxsize=1)
@@ -144,13 +144,13 @@ def _versions() -> list[str]:
 
 def _content(source: FileSource) -> Any:
     """Return a hash of what is read of a file; of one elsewhere, what the place calls its version."""
-    if in_store(source.path):
-        return version_of(source.path)
+    if is_object_store(source.path):
+        return remote_version(source.path)
     # Whether a line begins with a part, the byte before it says.
     in_lines = source.span is not None and source.reader != "parquet"
     first, last = (max(source.span[0] - 1, 0), source.span[1]) if source.span and in_lines else (0, None)
     try:
-        return disk.digest(source.path, first, last)
+        return disk.sha256_of_file(source.path, first, last)
     except OSError:
         return None
 
@@ -166,7 +166,7 @@ def _texts_key(recipe: Recipe, task: Task) -> str:
     source = task.source
     span = source.span if isinstance(source, FileSource) else None
     ours = recipe.tokenizer.fingerprint, task.trusted
-    return cache.key_of([_versions()[_PARSERS.index("tokenizers")], source.path, span, *ours])
+    return cache.hash_key([_versions()[_PARSERS.index("tokenizers")], source.path, span, *ours])
 
 
 def _written(result: ShardResult) -> dict[str, Any]:
@@ -198,26 +198,28 @@ class _Counted:
 
 
 def _built(recipe: Recipe, task: Task, folder: Path, progress: Progress | None) -> ShardResult:
-    ledger = Ledger(storable(task.source.path))
+    ledger = Ledger(redact_for_storage(task.source.path))
     encoders = recipe.tokenizer.encoders
     encoders.trusted, encoders.retried = encoders.trusted and task.trusted, True
-    encoders.expect(0 if encoders.known is not None and encoders.known.filled else task.source.size)
-    selection, rows = Selection(task.where, task.limit), _Counted(task.source.rows())
+    encoders.expect(0 if encoders.cache is not None and encoders.cache.has_entries else task.source.size)
+    selection, rows = RowFilter(task.where, task.limit), _Counted(task.source.rows())
 
-    def batches() -> Iterator[Kept]:
+    def batches() -> Iterator[ShardContent]:
         for batch in build_batches(recipe, selection.of(iter(rows))):
             ledger.add(batch)
             hashes = _hashes(batch)
             near = (
-                np.repeat(near_duplicates.signatures(batch.conversations), batch.counts, axis=0) if task.near else None
+                np.repeat(near_duplicates.minhash_signatures(batch.conversations), batch.counts, axis=0)
+                if task.near
+                else None
             )
-            yield Kept(batch.columns, hashes, batch.rejects, near)
+            yield ShardContent(batch.columns, hashes, batch.rejects, near)
             if progress:
                 progress(ledger.read, ledger.tokens_kept, task.source.share_before(batch.last))
 
     with _rarely_collecting():
         write_shard(folder, batches())
-    ledger.pass_over(selection.passed)
+    ledger.add_filtered(selection.filtered)
     return ShardResult(task, folder, ledger, rows.lines, encoders.name)
 
 
@@ -236,7 +238,7 @@ def _hashes(batch: Batch) -> list[bytes]:
     """Return, for each example, the hash of all examples of its row: 16 bytes of the tokens, 8 of the labels."""
     columns, found = batch.columns, list[bytes]()
     examples = accumulate(batch.counts, initial=0)
-    bounds = ends_of(columns.lengths.tolist())[list(examples)].tolist()
+    bounds = end_offsets(columns.lengths.tolist())[list(examples)].tolist()
     ids, trained = columns.ids.data, columns.trained.data
     for count, (first, last) in zip(batch.counts, pairwise(bounds), strict=True):
         found += [sha256(ids[first:last]).digest()[:16] + sha256(trained[first:last]).digest()[:8]] * count

@@ -2,7 +2,7 @@
 
     rows built ──> without repeats ──> a sample ──> train and test ──> sources weighted ──> shuffled
 
-Everything that looks like chance is a sort by `mixed(number of the row, seed)`, so it is the same on every machine, for
+Everything that looks like chance is a sort by `seeded_hash(number of the row, seed)`, so it is the same on every machine, for
 every version of numpy, for any number of workers.
 """
 
@@ -16,21 +16,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ftdata.errors import UsageError, one_of
-from ftdata.types import WHOLE, Share
+from ftdata.errors import UsageError, check_choice
+from ftdata.types import WHOLE, SourceShare
 
 _SPLIT, _SAMPLE, _WEIGHT, _SHUFFLE = (np.uint64(number) << np.uint64(56) for number in (0, 1, 2, 3))
 """What a number is drawn for: the draws of one seed are independent of each other."""
 
 
-def check_near(near: Any) -> None:
+def check_similarity_threshold(near: Any) -> None:
     """Refuse what is no similarity.
 
     Raises:
         UsageError: it is no number from 0.5 to 1.
     """
     if isinstance(near, bool) or not isinstance(near, int | float) or not 0.5 <= near <= 1:
-        raise UsageError("near", f"near is {near!r}, expected a similarity from 0.5 to 1, such as 0.8")
+        raise UsageError(
+            "near_duplicate_threshold",
+            f"near_duplicate_threshold is {near!r}, expected a similarity from 0.5 to 1, such as 0.8",
+        )
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Layout:
         test_size: share (below 1) or number of rows for a test split.
         seed: decides all that is left to chance.
         dedup: leave out rows whose tokens and labels are those of an earlier one.
-        near: how similar (0.5 to 1) rows must be to count as equal, for `dedup` and `test_size`.
+        near_duplicate_threshold: how similar (0.5 to 1) rows must be to count as equal, for `dedup` and `test_size`.
         sample: share (below 1) or number of rows to take; splits of the data other than `train` stay whole.
         shuffle: whether rows come in another order than that of the data.
     """
@@ -53,12 +56,12 @@ class Layout:
     test_size: float | None = None
     seed: int = 0
     dedup: bool = False
-    near: float | None = None
+    near_duplicate_threshold: float | None = None
     sample: float | None = None
     shuffle: bool = False
 
     def __post_init__(self) -> None:
-        one_of("packing", str(self.packing), ("None", "bfd"))
+        check_choice("packing", str(self.packing), ("None", "bfd"))
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise UsageError("seed", f"seed is {self.seed!r}, expected a whole number")
         if self.packing and self.max_length is None:
@@ -68,14 +71,17 @@ class Layout:
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             if value is not None and not (whole or (isinstance(value, float) and 0 < value < 1)):
                 raise UsageError(name, f"{name} is {value!r}, expected a share below 1 or a whole number of rows")
-        if self.near is not None:
-            check_near(self.near)
+        if self.near_duplicate_threshold is not None:
+            check_similarity_threshold(self.near_duplicate_threshold)
             if not (self.dedup or self.test_size):
-                raise UsageError("near", "near says which rows count as equal: it goes with dedup or test_size")
+                raise UsageError(
+                    "near_duplicate_threshold",
+                    "near_duplicate_threshold says which rows count as equal: it goes with dedup or test_size",
+                )
 
 
 @dataclass(frozen=True)
-class Facts:
+class ExampleFacts:
     """What the layout must know of the examples built, in the order of the data.
 
     Attributes:
@@ -95,12 +101,12 @@ class Facts:
     asked: NDArray[np.generic]
     tokens: NDArray[np.int64]
     splits: Sequence[str | None]
-    shares: Sequence[Share]
+    shares: Sequence[SourceShare]
     places: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
-class Laid:
+class SplitPlan:
     """The layout: int64 numbers of examples for each split, in order; how many rows were left out, and why.
 
     `shared`: how many rows of a split of the data are in `train`, too.
@@ -111,7 +117,7 @@ class Laid:
     shared: Counter[str] = field(default_factory=Counter)
 
 
-def lay_out(facts: Facts, layout: Layout) -> Laid:
+def assign_splits(facts: ExampleFacts, layout: Layout) -> SplitPlan:
     """Decide on all examples at once.
 
     Examples of one row stay together. Rows with equal contents are never on both sides of a test split.
@@ -162,7 +168,7 @@ def lay_out(facts: Facts, layout: Layout) -> Laid:
     if layout.shuffle:
         rows["train"] = rows["train"][_drawn(np.arange(len(rows["train"])), layout.seed, _SHUFFLE)]
     examples_of = np.concatenate((first, [len(facts.row)]))
-    return Laid({name: _examples(numbers, examples_of) for name, numbers in rows.items()}, left_out, +shared)
+    return SplitPlan({name: _examples(numbers, examples_of) for name, numbers in rows.items()}, left_out, +shared)
 
 
 _TRAIN = 0
@@ -173,10 +179,10 @@ def _numbered(values: NDArray[np.generic]) -> NDArray[np.int64]:
     return np.asarray(np.unique(values, return_inverse=True)[1], dtype=np.int64)
 
 
-def mixed(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+def seeded_hash(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
     """Return a number for each that looks like chance (SplitMix64; Steele, Lea and Flood 2014).
 
-    >>> mixed(np.arange(2, dtype=np.uint64), 42).tolist()
+    >>> seeded_hash(np.arange(2, dtype=np.uint64), 42).tolist()
     [13679457532755275413, 2949826092126892291]
     """
     with np.errstate(over="ignore"):
@@ -186,7 +192,7 @@ def mixed(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
         return np.asarray(z ^ (z >> np.uint64(31)), dtype=np.uint64)
 
 
-def _rows(facts: Facts) -> NDArray[np.int64]:
+def _rows(facts: ExampleFacts) -> NDArray[np.int64]:
     """Return the first example of each row of each source."""
     begins = np.ones(len(facts.row), dtype=np.bool_)
     begins[1:] = (np.diff(facts.row) != 0) | (np.diff(facts.source) != 0)
@@ -195,7 +201,7 @@ def _rows(facts: Facts) -> NDArray[np.int64]:
 
 def _drawn(numbers: NDArray[np.int64], seed: int, purpose: np.uint64) -> NDArray[np.int64]:
     """Return an order of the numbers, by chance."""
-    return np.argsort(mixed(numbers.astype(np.uint64) + purpose, seed), kind="stable")
+    return np.argsort(seeded_hash(numbers.astype(np.uint64) + purpose, seed), kind="stable")
 
 
 def _count(size: float, rows: int) -> int:
@@ -246,7 +252,7 @@ def _shared(
     rows: NDArray[np.int64],
     place: NDArray[np.int64],
     tokens: NDArray[np.int64],
-    shares: Mapping[int, Share],
+    shares: Mapping[int, SourceShare],
     seed: int,
 ) -> NDArray[np.int64]:
     """Return the rows of each place as often as its share says: all of them, and a part of them once more.

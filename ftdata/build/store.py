@@ -28,12 +28,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ftdata.build.pack import Plan
-from ftdata.build.shard_files import Examples, Mapped
+from ftdata.build.pack import PackPlan
+from ftdata.build.shard_files import ExampleTable, MappedArray
 from ftdata.errors import InputRefused, UsageError
-from ftdata.redaction import storable
+from ftdata.redaction import redact_for_storage
 from ftdata.storage import build_records, disk
-from ftdata.storage.arrow_arrays import int32, int64
+from ftdata.storage.arrow_arrays import int32_array, int64_array
 from ftdata.types import IGNORE_INDEX, Reject
 
 FORMAT, _SEAL = 4, "sha256"
@@ -76,7 +76,7 @@ class PackFile:
         return str(self.path)
 
 
-class Written(NamedTuple):
+class WrittenFile(NamedTuple):
     """A file that was written: its bytes and its hash, as the manifest has them."""
 
     path: Path
@@ -84,8 +84,8 @@ class Written(NamedTuple):
     sha256: str
 
 
-def pack_files(
-    folder: Path, split: str, examples: Examples, members: NDArray[np.int64], plan: Plan
+def plan_pack_files(
+    folder: Path, split: str, examples: ExampleTable, members: NDArray[np.int64], plan: PackPlan
 ) -> Iterator[PackFile]:
     """Yield the files of one split, which can be written in any order, anywhere.
 
@@ -117,14 +117,14 @@ def pack_files(
         )
 
 
-def write_packs(_: None, file: PackFile) -> Written:
+def write_packs(_: None, file: PackFile) -> WrittenFile:
     """Write one file of packs: labels are the ids where they are trained, else -100."""
     with disk.create(file.path) as sink, pa.ipc.new_stream(sink, _PACKS) as writer:
         for first, last in zip(file.batches[:-1], file.batches[1:], strict=True):
             writer.write_batch(_pack_batch(file, first, last))
     # Another build may have shards of these names.
     _tokens.cache_clear()
-    return Written(file.path, file.path.stat().st_size, disk.digest(file.path))
+    return WrittenFile(file.path, file.path.stat().st_size, disk.sha256_of_file(file.path))
 
 
 def _pack_batch(file: PackFile, first: int, last: int) -> pa.RecordBatch:
@@ -132,12 +132,12 @@ def _pack_batch(file: PackFile, first: int, last: int) -> pa.RecordBatch:
     own = slice(int(bounds[0]), int(bounds[-1]))
     lengths = file.lengths[own]
     ids, trained = _gathered(file.shards, file.shard[own], file.start[own], lengths)
-    in_pack = int32(bounds - bounds[0])
-    in_tokens = int32(np.concatenate(([0], np.cumsum(lengths)))[bounds - bounds[0]])
+    in_pack = int32_array(bounds - bounds[0])
+    in_tokens = int32_array(np.concatenate(([0], np.cumsum(lengths)))[bounds - bounds[0]])
     columns = [
-        pa.ListArray.from_arrays(in_tokens, int32(ids)),
-        pa.ListArray.from_arrays(in_tokens, int32(np.where(trained, ids, np.int32(IGNORE_INDEX)))),
-        pa.ListArray.from_arrays(in_pack, int32(lengths)),
+        pa.ListArray.from_arrays(in_tokens, int32_array(ids)),
+        pa.ListArray.from_arrays(in_tokens, int32_array(np.where(trained, ids, np.int32(IGNORE_INDEX)))),
+        pa.ListArray.from_arrays(in_pack, int32_array(lengths)),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=_PACKS)
 
@@ -165,13 +165,13 @@ def _gathered(
 
 
 class _Tokens(NamedTuple):
-    ids: Mapped
-    trained: Mapped
+    ids: MappedArray
+    trained: MappedArray
 
 
 @lru_cache(maxsize=_MAX_OPEN_SHARDS)
 def _tokens(shard: Path) -> _Tokens:
-    return _Tokens(Mapped.of(shard / "ids.i32", np.int32), Mapped.of(shard / "trained.b8", np.bool_))
+    return _Tokens(MappedArray.of(shard / "ids.i32", np.int32), MappedArray.of(shard / "trained.b8", np.bool_))
 
 
 def _runs(
@@ -186,7 +186,7 @@ def _runs(
 
 
 def write_split(
-    folder: Path, split: str, examples: Examples, members: NDArray[np.int64], plan: Plan, files: Iterable[Path]
+    folder: Path, split: str, examples: ExampleTable, members: NDArray[np.int64], plan: PackPlan, files: Iterable[Path]
 ) -> None:
     """Write what goes with the files of a split, in the layout of `datasets.save_to_disk`, and its provenance."""
     target = folder / split
@@ -210,9 +210,9 @@ def write_split(
     with disk.create(target / "provenance.parquet") as sink, pq.ParquetWriter(sink, schema) as writer:
         for at in range(0, len(order), _ROWS_PER_GROUP):
             some = order[at : at + _ROWS_PER_GROUP]
-            taken = table.slice(at, len(some)) if as_given else table.take(int64(some))
+            taken = table.slice(at, len(some)) if as_given else table.take(int64_array(some))
             taken = examples.placed(taken, examples.shard[some])
-            writer.write_table(taken.append_column("pack", int32(packs[at : at + len(some)])))
+            writer.write_table(taken.append_column("pack", int32_array(packs[at : at + len(some)])))
 
 
 def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
@@ -220,7 +220,7 @@ def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
     with disk.create(path) as file:
         for reject in rejects:
             record = {
-                "file": storable(reject.source.path),
+                "file": redact_for_storage(reject.source.path),
                 "line": reject.source.line,
                 "byte_offset": reject.source.offset,
                 "row": reject.source.row,
@@ -264,24 +264,25 @@ def _files(folder: Path) -> list[tuple[str, bool]]:
     return sorted(found)
 
 
-def record(manifest: Mapping[str, Any]) -> None:
+def record_build(manifest: Mapping[str, Any]) -> None:
     """Record that this user made the build with this manifest, so that it may be reused."""
-    build_records.add("build", _sealed(manifest))
+    build_records.add_record("build", _sealed(manifest))
 
 
 def is_recorded(manifest: Mapping[str, Any]) -> bool:
     """Return whether this user made the build with this manifest: its hashes do not tell who did."""
-    return build_records.has("build", _sealed(manifest))
+    return build_records.has_record("build", _sealed(manifest))
 
 
-def write_manifest(folder: Path, about: Mapping[str, Any], written: Iterable[Written]) -> None:
+def write_manifest(folder: Path, about: Mapping[str, Any], written: Iterable[WrittenFile]) -> None:
     """Write `manifest.json`: `about`, and size and hash (XXH3, 128 bits) of every file in the folder, and of itself.
 
     Of the files that are `written` both are known.
     """
     known = {one.path: {"bytes": one.bytes, "sha256": one.sha256} for one in written}
     files = {
-        str(path.relative_to(folder)): known.get(path) or {"bytes": path.stat().st_size, "sha256": disk.digest(path)}
+        str(path.relative_to(folder)): known.get(path)
+        or {"bytes": path.stat().st_size, "sha256": disk.sha256_of_file(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
@@ -289,7 +290,7 @@ def write_manifest(folder: Path, about: Mapping[str, Any], written: Iterable[Wri
 
 
 def _sealed(manifest: Mapping[str, Any]) -> bytes:
-    return disk.json_of({**manifest, _SEAL: disk.hash_of(disk.json_of(manifest))})
+    return disk.encode_json({**manifest, _SEAL: disk.hash_bytes(disk.encode_json(manifest))})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -305,10 +306,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} is no build of ftdata: it has no manifest.json",
             hint="make one with `ftdata build`",
         )
-    return manifest_of(path.read_bytes(), str(path))
+    return parse_manifest(path.read_bytes(), str(path))
 
 
-def manifest_of(text: bytes, path: str) -> dict[str, Any]:
+def parse_manifest(text: bytes, path: str) -> dict[str, Any]:
     """Return the manifest that a text is, `path` being where it was read.
 
     Raises:
@@ -334,7 +335,7 @@ def manifest_of(text: bytes, path: str) -> dict[str, Any]:
     return manifest
 
 
-def verify(folder: Path) -> list[str]:
+def verify_files(folder: Path) -> list[str]:
     """Return the files of a build that are not as they were written: changed by a bit, cut off, or missing.
 
     Raises:
@@ -354,6 +355,6 @@ def _is_as_known(path: Path, known: Mapping[str, Any]) -> bool:
         # A link, or a device, is not what was written.
         if not stat.S_ISREG(path.lstat().st_mode):
             return False
-        return (path.stat().st_size, disk.digest(path)) == (known["bytes"], known["sha256"])
+        return (path.stat().st_size, disk.sha256_of_file(path)) == (known["bytes"], known["sha256"])
     except OSError:
         return False

@@ -18,7 +18,7 @@ import ftdata
 from ftdata.cli.build import build, config_app, convert, env, plugins, push, templates_app, verify
 from ftdata.cli.inspect import audit, diff, preview, stats
 from ftdata.cli.train import chat, evaluate, generate, init, merge, train
-from ftdata.errors import FtdataError, printable
+from ftdata.errors import FtdataError, escape_unprintable
 from ftdata.redaction import redact_text
 
 app = typer.Typer(
@@ -75,7 +75,7 @@ def _prepare_streams() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"ftdata: {printable(redact_text(message))}", file=sys.stderr)
+    print(f"ftdata: {escape_unprintable(redact_text(message))}", file=sys.stderr)
     sys.exit(code)
 
 

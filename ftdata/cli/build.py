@@ -15,18 +15,19 @@ from ftdata.cli.options import (
     ControlTokens,
     Date,
     Dedup,
-    Dropped,
     Encoding,
     Json,
     Limit,
     MaxLength,
     MaxRejects,
-    Near,
+    NearDuplicateThreshold,
     OnBadRows,
+    OnDroppedMessage,
+    OnMissingStop,
     Overlong,
     Packing,
     Quoting,
-    Refuse,
+    RejectFlags,
     Sample,
     Schema,
     Seed,
@@ -39,14 +40,13 @@ from ftdata.cli.options import (
     TrainOn,
     TrainParts,
     Turns,
-    Unclosed,
     Where,
-    columns_of,
-    places_of,
-    recipe_of,
+    collect_recipe_options,
+    make_sources,
+    parse_columns,
 )
 from ftdata.cli.output import print_value, progress_bar
-from ftdata.errors import UsageError, printable
+from ftdata.errors import UsageError, escape_unprintable
 
 config_app = typer.Typer(no_args_is_help=True, help="Take over configurations of other tools.")
 templates_app = typer.Typer(no_args_is_help=True, help="List, show and check templates.")
@@ -65,16 +65,16 @@ def build(
     train_parts: TrainParts = None,
     turns: Turns = "auto",
     control_tokens: ControlTokens = "escape",
-    dropped: Dropped = "refuse",
-    unclosed: Unclosed = "flag",
-    refuse: Refuse = None,
+    on_dropped_message: OnDroppedMessage = "reject",
+    on_missing_stop: OnMissingStop = "flag",
+    reject_flags: RejectFlags = None,
     max_length: MaxLength = None,
     overlong: Overlong = "reject",
     packing: Packing = None,
     where: Where = None,
     limit: Limit = None,
     dedup: Dedup = False,
-    near: Near = None,
+    near_duplicate_threshold: NearDuplicateThreshold = None,
     sample: Sample = None,
     shuffle: Shuffle = False,
     test_size: TestSize = None,
@@ -98,16 +98,16 @@ def build(
 
     with progress_bar() as progress:
         report = write_build(
-            places_of(data, encoding, split, quoting),
+            make_sources(data, encoding, split, quoting),
             tokenizer,
             output_dir,
             template=template,
-            **recipe_of(given),
+            **collect_recipe_options(given),
             packing=packing,
             where=where,
             limit=limit,
             dedup=dedup,
-            near=near,
+            near_duplicate_threshold=near_duplicate_threshold,
             sample=sample,
             shuffle=shuffle,
             test_size=test_size,
@@ -151,13 +151,13 @@ def convert(
     from ftdata.build.convert import convert as write
 
     done = write(
-        places_of(data, encoding, split, quoting),
+        make_sources(data, encoding, split, quoting),
         output,
         to,
         tokenizer=tokenizer,
         template=template,
         schema=schema,
-        columns=columns_of(column),
+        columns=parse_columns(column),
         where=where,
         limit=limit,
         on_bad_rows=on_bad_rows,
@@ -206,9 +206,9 @@ def templates_show(
     name: Annotated[str, typer.Argument(help="A template's name or file.")], as_json: Json = False
 ) -> None:
     """Print a template's Jinja text."""
-    from ftdata.templates import find
+    from ftdata.templates import find_template
 
-    found, source = find(name)
+    found, source = find_template(name)
     print(
         json.dumps({"name": found, "source": source}, ensure_ascii=False) if as_json else source,
         end="\n" if as_json else "",
@@ -254,14 +254,16 @@ def config_import(
         print_value(found, as_json=as_json)
         return
     output.write_text(str(found), encoding="utf-8")
-    print_value(found, as_json=True) if as_json else print(printable("\n".join((*found.notes, f"wrote {output}"))))
+    print_value(found, as_json=True) if as_json else print(
+        escape_unprintable("\n".join((*found.notes, f"wrote {output}")))
+    )
 
 
 def env(as_json: Json = False) -> None:
     """Print versions of ftdata, Python and packages, and settings, for a bug report."""
-    from ftdata.cli.environment import environment
+    from ftdata.cli.environment import describe_environment
 
-    print_value(environment(), as_json=as_json)
+    print_value(describe_environment(), as_json=as_json)
 
 
 def plugins(as_json: Json = False) -> None:

@@ -20,7 +20,7 @@ _NAMED = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
 
 @dataclass(frozen=True, slots=True)
-class Environment:
+class EnvironmentReport:
     """Where ftdata runs.
 
     Attributes:
@@ -51,13 +51,13 @@ class Environment:
         return "\n".join((f"ftdata {self.ftdata}, {machine}", *settings, "", *lines))
 
 
-def environment() -> Environment:
+def describe_environment() -> EnvironmentReport:
     """Return what a bug report needs to know of the machine. Imports none of the packages that it names.
 
-    >>> environment().packages["numpy"] is not None
+    >>> describe_environment().packages["numpy"] is not None
     True
     """
-    return Environment(
+    return EnvironmentReport(
         ftdata=__version__,
         python=f"{platform.python_implementation()} {platform.python_version()}",
         system=f"{platform.machine()}, {platform.platform()}",

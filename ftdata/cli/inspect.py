@@ -14,15 +14,16 @@ from ftdata.cli.options import (
     ControlTokens,
     Data,
     Date,
-    Dropped,
     Encoding,
     Json,
     Limit,
     MaxLength,
+    OnDroppedMessage,
+    OnMissingStop,
     Overlong,
     Packing,
     Quoting,
-    Refuse,
+    RejectFlags,
     Schema,
     Split,
     Template,
@@ -31,15 +32,14 @@ from ftdata.cli.options import (
     TrainOn,
     TrainParts,
     Turns,
-    Unclosed,
     Where,
-    listed,
-    places_of,
-    recipe_of,
-    rows_of,
-    template_kwargs_of,
+    collect_recipe_options,
+    make_sources,
+    parse_row_numbers,
+    parse_template_kwargs,
+    split_names,
 )
-from ftdata.cli.output import paged, print_value, progress_bar, quiet, write
+from ftdata.cli.output import no_progress, print_paged, print_value, progress_bar, write_stdout
 from ftdata.errors import UsageError
 
 
@@ -53,9 +53,9 @@ def preview(
     train_parts: TrainParts = None,
     turns: Turns = "auto",
     control_tokens: ControlTokens = "escape",
-    dropped: Dropped = "refuse",
-    unclosed: Unclosed = "flag",
-    refuse: Refuse = None,
+    on_dropped_message: OnDroppedMessage = "reject",
+    on_missing_stop: OnMissingStop = "flag",
+    reject_flags: RejectFlags = None,
     max_length: MaxLength = None,
     overlong: Overlong = "reject",
     date: Date = None,
@@ -79,14 +79,14 @@ def preview(
     given = locals()
     from ftdata.inspection.preview import preview as look
 
-    with progress_bar() if odd or html else quiet() as progress:
+    with progress_bar() if odd or html else no_progress() as progress:
         shown = look(
-            places_of([data], encoding, split, quoting),
+            make_sources([data], encoding, split, quoting),
             tokenizer,
             template,
-            **recipe_of(given),
+            **collect_recipe_options(given),
             n=n,
-            row=rows_of(row),
+            row=parse_row_numbers(row),
             id=id_,
             grep=grep,
             odd=odd,
@@ -99,9 +99,9 @@ def preview(
     if as_json:
         print_value(shown, as_json=True)
     elif html:
-        write(f"{html}: {len(shown.rows):,} rows, {html.stat().st_size:,} bytes")
+        write_stdout(f"{html}: {len(shown.rows):,} rows, {html.stat().st_size:,} bytes")
     else:
-        paged(shown.print, pager=pager)
+        print_paged(shown.print, pager=pager)
 
 
 def audit(
@@ -114,9 +114,9 @@ def audit(
     train_parts: TrainParts = None,
     turns: Turns = "auto",
     control_tokens: ControlTokens = "escape",
-    dropped: Dropped = "refuse",
-    unclosed: Unclosed = "flag",
-    refuse: Refuse = None,
+    on_dropped_message: OnDroppedMessage = "reject",
+    on_missing_stop: OnMissingStop = "flag",
+    reject_flags: RejectFlags = None,
     max_length: MaxLength = None,
     overlong: Overlong = "reject",
     where: Where = None,
@@ -126,7 +126,9 @@ def audit(
     against: Annotated[
         list[str] | None, typer.Option(help="A test set, of which no row may be trained on. Repeatable.")
     ] = None,
-    near: Annotated[float | None, typer.Option(help="Look for rows that are so similar, e.g. 0.8.")] = None,
+    near_duplicate_threshold: Annotated[
+        float | None, typer.Option(help="Look for rows that are so similar, e.g. 0.8.")
+    ] = None,
     pii: Annotated[bool, typer.Option("--pii", help="Look for what belongs to a person, too.")] = False,
     ignore: Annotated[str | None, typer.Option(help="Codes not to look for: duplicate,script.")] = None,
     fail_on: Annotated[
@@ -140,34 +142,34 @@ def audit(
 ) -> None:
     """Look for what would go wrong in training on data or on a build; exit code 1 if there is anything."""
     given = locals()
-    from ftdata.errors import one_of
+    from ftdata.errors import check_choice
     from ftdata.inspection.audit import FAIL_ON
     from ftdata.inspection.audit import audit as inspect
 
-    one_of("format", format_, ("text", "json", "sarif", "github"))
-    one_of("fail_on", fail_on, FAIL_ON)
+    check_choice("format", format_, ("text", "json", "sarif", "github"))
+    check_choice("fail_on", fail_on, FAIL_ON)
     with progress_bar() as progress:
         report = inspect(
-            places_of(data, encoding, split, quoting),
+            make_sources(data, encoding, split, quoting),
             tokenizer,
             template,
-            **recipe_of(given),
+            **collect_recipe_options(given),
             where=where,
             limit=limit,
-            against=None if against is None else places_of(against, encoding, None, quoting),
-            near=near,
+            against=None if against is None else make_sources(against, encoding, None, quoting),
+            near_duplicate_threshold=near_duplicate_threshold,
             pii=pii,
-            ignore=listed(ignore) or (),
+            ignore=split_names(ignore) or (),
             progress=progress,
         )
     if format_ == "sarif":
-        write(json.dumps(report.as_sarif(), ensure_ascii=False, indent=2))
+        write_stdout(json.dumps(report.as_sarif(), ensure_ascii=False, indent=2))
     elif format_ == "github":
-        write(report.as_github())
+        write_stdout(report.as_github())
     elif as_json or format_ == "json":
         print_value(report, as_json=True)
     else:
-        paged(report.print)
+        print_paged(report.print)
     raise typer.Exit(1 if report.fails(fail_on) else 0)
 
 
@@ -181,9 +183,9 @@ def stats(
     train_parts: TrainParts = None,
     turns: Turns = "auto",
     control_tokens: ControlTokens = "escape",
-    dropped: Dropped = "refuse",
-    unclosed: Unclosed = "flag",
-    refuse: Refuse = None,
+    on_dropped_message: OnDroppedMessage = "reject",
+    on_missing_stop: OnMissingStop = "flag",
+    reject_flags: RejectFlags = None,
     max_length: MaxLength = None,
     overlong: Overlong = "reject",
     where: Where = None,
@@ -202,10 +204,10 @@ def stats(
 
     with progress_bar() as progress:
         found = count(
-            places_of(data, encoding, split, quoting),
+            make_sources(data, encoding, split, quoting),
             tokenizer,
             template,
-            **recipe_of(given),
+            **collect_recipe_options(given),
             where=where,
             limit=limit,
             svg=svg,
@@ -214,7 +216,7 @@ def stats(
     if as_json:
         print_value(found, as_json=True)
     else:
-        paged(found.print)
+        print_paged(found.print)
 
 
 def diff(
@@ -238,7 +240,7 @@ def diff(
     both: dict[str, Any] = {
         "tokenizer": tokenizer,
         "template": template,
-        "template_kwargs": template_kwargs_of(template_kwarg),
+        "template_kwargs": parse_template_kwargs(template_kwarg),
     }
     first = side_options(a, **both)
     second = side_options(a if b is None else b, **both, changes=set_ or [])
@@ -251,7 +253,7 @@ def diff(
     if as_json:
         print_value(found, as_json=True)
     else:
-        paged(found.print, pager=pager)
+        print_paged(found.print, pager=pager)
         if html:
-            write(f"{html}: {len(found.changed):,} rows side by side")
+            write_stdout(f"{html}: {len(found.changed):,} rows side by side")
     raise typer.Exit(1 if found else 0)

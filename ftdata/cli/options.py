@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from ftdata.errors import UsageError, said_by
+from ftdata.errors import UsageError, describe_exception
 
 
-def number(text: str) -> float:
+def parse_number(text: str) -> float:
     """Return a number of rows, or a share of them: 1 is one row, and 1.0 neither."""
     return int(text) if text.isdecimal() else float(text)
 
@@ -38,9 +38,15 @@ Turns = Annotated[
 TrainParts = Annotated[
     str | None, typer.Option(help="Of what is trained, these parts only: reasoning,answer,tool_call.")
 ]
-Dropped = Annotated[str, typer.Option(help="Messages that the template leaves out (system): refuse or flag the row.")]
-Unclosed = Annotated[str, typer.Option(help="Last turns that the template leaves without a stop: flag or append_eos.")]
-Refuse = Annotated[str | None, typer.Option(help="Flags of the report that make a row a bad one: no_stop,content_cut.")]
+OnDroppedMessage = Annotated[
+    str, typer.Option(help="Messages that the template leaves out (system): reject or flag the row.")
+]
+OnMissingStop = Annotated[
+    str, typer.Option(help="Last turns that the template leaves without a stop: flag or append_eos.")
+]
+RejectFlags = Annotated[
+    str | None, typer.Option(help="Flags of the report that make a row a bad one: no_trained_stop,message_truncated.")
+]
 ControlTokens = Annotated[str, typer.Option(help="Control-token text inside data: escape, refuse or allow.")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens that an example, and a pack, may have.")]
 Overlong = Annotated[str, typer.Option(help="What becomes of longer examples: reject, drop_turns or truncate.")]
@@ -54,20 +60,22 @@ Packing = Annotated[str | None, typer.Option(help="bfd: put whole examples toget
 Where = Annotated[str | None, typer.Option(help="Rows to read: lang == 'en' and messages | length > 2 (Jinja).")]
 Limit = Annotated[int | None, typer.Option(help="How many rows to read of each place named.", min=1)]
 Dedup = Annotated[bool, typer.Option("--dedup", help="Leave out rows that are equal to an earlier one.")]
-Near = Annotated[float | None, typer.Option(help="How similar rows count as equal for --dedup and --test-size: 0.8.")]
+NearDuplicateThreshold = Annotated[
+    float | None, typer.Option(help="How similar rows count as equal for --dedup and --test-size: 0.8.")
+]
 Sample = Annotated[
-    float | None, typer.Option(parser=number, help="Share (below 1) or number of rows to take, by chance.")
+    float | None, typer.Option(parser=parse_number, help="Share (below 1) or number of rows to take, by chance.")
 ]
 Shuffle = Annotated[bool, typer.Option("--shuffle", help="Put the rows into another order.")]
 TestSize = Annotated[
-    float | None, typer.Option(parser=number, help="Share (below 1) or number of rows for a test split.")
+    float | None, typer.Option(parser=parse_number, help="Share (below 1) or number of rows for a test split.")
 ]
 Seed = Annotated[int, typer.Option(help="Decides all that is left to chance: test split, sample, order, weights.")]
 OnBadRows = Annotated[str, typer.Option(help="error: show all and stop; quarantine: go on without them.")]
 MaxRejects = Annotated[str | None, typer.Option(help="With quarantine: how many rows may be rejected, e.g. 100 or 1%.")]
 
 
-def columns_of(pairs: list[str] | None) -> dict[str, str] | None:
+def parse_columns(pairs: list[str] | None) -> dict[str, str] | None:
     """Return the columns that `output=answer`, ... map."""
     for pair in pairs or []:
         if "=" not in pair:
@@ -75,10 +83,10 @@ def columns_of(pairs: list[str] | None) -> dict[str, str] | None:
     return {pair.split("=", 1)[0]: pair.split("=", 1)[1] for pair in pairs} if pairs else None
 
 
-def template_kwargs_of(pairs: list[str] | None) -> dict[str, Any] | None:
+def parse_template_kwargs(pairs: list[str] | None) -> dict[str, Any] | None:
     """Return the template variables that `enable_thinking=false`, ... set; values are read as YAML.
 
-    >>> template_kwargs_of(["enable_thinking=false", "date_string=26 Jul 2026"])
+    >>> parse_template_kwargs(["enable_thinking=false", "date_string=26 Jul 2026"])
     {'enable_thinking': False, 'date_string': '26 Jul 2026'}
     """
     found = dict[str, Any]()
@@ -92,16 +100,18 @@ def template_kwargs_of(pairs: list[str] | None) -> dict[str, Any] | None:
         except yaml.YAMLError:
             found[name.strip()] = value
         except (RecursionError, ValueError) as error:
-            raise UsageError("template_kwargs", f"--template-kwarg {name} cannot be read: {said_by(error)}") from None
+            raise UsageError(
+                "template_kwargs", f"--template-kwarg {name} cannot be read: {describe_exception(error)}"
+            ) from None
     return found or None
 
 
-def listed(names: str | None) -> list[str] | None:
+def split_names(names: str | None) -> list[str] | None:
     """Return the names that stand between commas."""
     return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
 
 
-def rows_of(text: str | None) -> list[int] | None:
+def parse_row_numbers(text: str | None) -> list[int] | None:
     """Return the numbers that `3,8-11` stands for."""
     if text is None:
         return None
@@ -115,23 +125,33 @@ def rows_of(text: str | None) -> list[int] | None:
     return found
 
 
-def places_of(data: list[str], encoding: str | None, split: str | None, quoting: str | None = None) -> Any:
+def make_sources(data: list[str], encoding: str | None, split: str | None, quoting: str | None = None) -> Any:
     """Return places, and what is said of all of them."""
     given = {"encoding": encoding, "split": split, "quoting": quoting}
     more = {name: value for name, value in given.items() if value is not None}
     return [{"path": place, **more} for place in data] if more else data
 
 
-def recipe_of(given: Mapping[str, Any]) -> dict[str, Any]:
+def collect_recipe_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return, of what a command was given, the options that decide what a row becomes, as functions take them."""
-    plain = ("schema", "train_on", "turns", "control_tokens", "dropped", "unclosed", "max_length", "overlong", "date")
+    plain = (
+        "schema",
+        "train_on",
+        "turns",
+        "control_tokens",
+        "on_dropped_message",
+        "on_missing_stop",
+        "max_length",
+        "overlong",
+        "date",
+    )
     found = {name: given[name] for name in plain if name in given}
-    refuse = {"refuse": listed(given["refuse"]) or ()} if "refuse" in given else {}
-    kwargs = {"template_kwargs": template_kwargs_of(given["template_kwarg"])} if "template_kwarg" in given else {}
+    flags = {"reject_flags": split_names(given["reject_flags"]) or ()} if "reject_flags" in given else {}
+    kwargs = {"template_kwargs": parse_template_kwargs(given["template_kwarg"])} if "template_kwarg" in given else {}
     return {
         **found,
-        **refuse,
+        **flags,
         **kwargs,
-        "columns": columns_of(given["column"]),
-        "train_parts": listed(given["train_parts"]),
+        "columns": parse_columns(given["column"]),
+        "train_parts": split_names(given["train_parts"]),
     }

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-from ftdata.errors import printable
+from ftdata.errors import escape_unprintable
 
 
-def write(text: str) -> None:
+def write_stdout(text: str) -> None:
     """Write to standard output; who reads it may have seen enough (`| head`), which is no fault."""
     try:
         sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
@@ -28,10 +28,12 @@ def write(text: str) -> None:
 def print_value(value: Any, *, as_json: bool) -> None:
     """Print a value as JSON, or as it speaks for itself."""
     # Names of columns, files and templates are of strangers, and must not drive the terminal.
-    write(json.dumps(value.as_dict(), ensure_ascii=False, indent=2) if as_json else printable(str(value)))
+    write_stdout(
+        json.dumps(value.as_dict(), ensure_ascii=False, indent=2) if as_json else escape_unprintable(str(value))
+    )
 
 
-def paged(show: Callable[[Any], None], *, pager: bool = False) -> None:
+def print_paged(show: Callable[[Any], None], *, pager: bool = False) -> None:
     """Print what is shown on a console; through a pager where that is longer than the screen of who is watching."""
     from rich.console import Console
 
@@ -43,7 +45,7 @@ def paged(show: Callable[[Any], None], *, pager: bool = False) -> None:
     lines = text.count("\n") + len(text) // (2 * console.width)
     named = shlex.split(os.environ.get("PAGER", ""))
     if not watched or lines < console.height or (named and shutil.which(named[0]) is None):
-        write(text)
+        write_stdout(text)
         return
     # As git does: a pager that lets colours through, and does not clear the screen behind itself.
     os.environ.setdefault("LESS", "FRX")
@@ -52,7 +54,7 @@ def paged(show: Callable[[Any], None], *, pager: bool = False) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def no_progress() -> Iterator[None]:
     """Show nothing: what comes is there at once."""
     yield None
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ftdata.cli.options import Columns, Json, Limit, MaxLength, MaxRejects, Packing, Template, TestSize, columns_of
-from ftdata.cli.output import print_value, write
-from ftdata.errors import UsageError, printable
+from ftdata.cli.options import Columns, Json, Limit, MaxLength, MaxRejects, Packing, Template, TestSize, parse_columns
+from ftdata.cli.output import print_value, write_stdout
+from ftdata.errors import UsageError, escape_unprintable
 
 if TYPE_CHECKING:
-    from ftdata.train.inference.progress import Progress
+    from ftdata.train.inference.progress import GenerationProgress
 
 Run = Annotated[Path, typer.Argument(help="The folder of a finished run of `ftdata train`.", show_default=False)]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or hub id of the base model.")]
@@ -48,7 +48,7 @@ def init(
         data, model, output_dir, template=template, limit=limit, trust_remote_code=trust_remote_code or None
     )
     if str(output) == "-":
-        write(text)
+        write_stdout(text)
         return
     output.write_text(text, encoding="utf-8")
     print(f"wrote {output}; look at it, then: ftdata train {output}")
@@ -99,7 +99,7 @@ def train(
         "settings": set_ or [],
         "template": template,
         "schema": schema,
-        "columns": columns_of(column),
+        "columns": parse_columns(column),
         "train_on": train_on,
         "turns": turns,
         "max_length": max_length,
@@ -122,7 +122,7 @@ def train(
         return
     folder = ftdata.train.run(source, resume=resume, **given)
     if as_json:
-        write((folder / "run.json").read_text(encoding="utf-8"))
+        write_stdout((folder / "run.json").read_text(encoding="utf-8"))
 
 
 def evaluate(
@@ -185,9 +185,9 @@ def generate(
         answers = answered(run_dir, asked, base=base, batch_size=batch_size, progress=progress, **options)
     if as_json:
         rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(asked, answers, strict=True)]
-        write(json.dumps(rows, ensure_ascii=False, indent=2))
+        write_stdout(json.dumps(rows, ensure_ascii=False, indent=2))
     else:
-        write("\n".join(printable(answer) for answer in answers))
+        write_stdout("\n".join(escape_unprintable(answer) for answer in answers))
 
 
 def chat(
@@ -201,10 +201,10 @@ def chat(
     trust_remote_code: Trust = False,
 ) -> None:
     """Talk with a tuned model; an empty line or Ctrl-D ends it, /new begins anew."""
-    from ftdata.train import conversation
+    from ftdata.train import start_chat
 
     options = _generation(max_new_tokens, 1, temperature, top_p, seed)
-    talk = conversation(run_dir, base=base, system=system, trust_remote_code=trust_remote_code, **options)
+    talk = start_chat(run_dir, base=base, system=system, trust_remote_code=trust_remote_code, **options)
     first, told = list(talk.messages), False
     while True:
         try:
@@ -216,7 +216,7 @@ def chat(
         if text.strip() == "/new":
             talk.messages = list(first)
             continue
-        write(printable(talk.say(text)))
+        write_stdout(escape_unprintable(talk.say(text)))
         if talk.forgets and len(talk.messages) > 2 and not told:
             told = True
             print("(the template shows one question: what was said before is not seen)", file=sys.stderr)
@@ -258,7 +258,7 @@ _LONG = 10.0
 
 
 @contextmanager
-def _answering() -> Iterator[Callable[[Progress], None]]:
+def _answering() -> Iterator[Callable[[GenerationProgress], None]]:
     """Show how long answering takes at most, and how far it is: as a bar on a terminal, as lines elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -270,7 +270,7 @@ def _answering() -> Iterator[Callable[[Progress], None]]:
         task = bars.add_task("answers", total=None, answers="", left="")
         announced: list[float] = []
 
-        def show(now: Progress) -> None:
+        def show(now: GenerationProgress) -> None:
             left = "" if now.seconds_left is None else f"at most {_duration(now.seconds_left)} left"
             answers = f"{now.answers}/{now.of_answers}"
             bars.update(task, completed=now.steps, total=now.of_steps, answers=answers, left=left)

@@ -8,6 +8,6 @@ Keys mean what they do in Axolotl 0.19.0 and LLaMA-Factory 0.9.5. What would tra
 the file is a note; what cannot be said in ours is refused.
 """
 
-from ftdata.importers.import_config import Imported, import_config
+from ftdata.importers.import_config import ImportedConfig, import_config
 
-__all__ = ["Imported", "import_config"]
+__all__ = ["ImportedConfig", "import_config"]

@@ -10,27 +10,27 @@ from typing import Any
 
 from ftdata.importers.draft import (
     Draft,
-    Keys,
-    cannot,
-    carry,
+    KeyRules,
+    apply_rules,
     check_roles,
-    one_for_all,
-    share,
-    stated,
-    unknown_in,
-    without_evaluation,
+    conversion_error,
+    explicit_settings,
+    merge_dataset_options,
+    note_unknown_keys,
+    remove_evaluation,
+    test_size_of,
 )
 
 _CHANGES = "it changes what is learnt, and ftdata has nothing like it"
 _ANOTHER = "that is another way of training"
-KEYS = Keys(
+KEYS = KeyRules(
     rules={
         "base_model": "model",
         "tokenizer_config": "tokenizer",
         "chat_template_kwargs": "template_kwargs",
         "sequence_len": "max_length",
         "sample_packing": lambda yes: {"packing": "bfd"} if yes else {},
-        "val_set_size": share,
+        "val_set_size": test_size_of,
         "dataset_exact_deduplication": "dedup",
         "shuffle_merged_datasets": "shuffle",
         "output_dir": "output_dir",
@@ -132,7 +132,7 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def axolotl(values: Mapping[str, Any], chosen: Sequence[str], folder: Path) -> Draft:  # noqa: ARG001  (one signature for all)
+def draft_from_axolotl(values: Mapping[str, Any], chosen: Sequence[str], folder: Path) -> Draft:  # noqa: ARG001  (one signature for all)
     """Return a draft of what an Axolotl file says.
 
     Args:
@@ -143,10 +143,10 @@ def axolotl(values: Mapping[str, Any], chosen: Sequence[str], folder: Path) -> D
     Raises:
         UsageError: `cannot_import`.
     """
-    draft, values = Draft(), stated(values, _USUAL)
+    draft, values = Draft(), explicit_settings(values, _USUAL)
     if "warmup_steps" not in values:
         values.setdefault("warmup_ratio", 0.03)
-    carry(values, KEYS, draft, but=_OWN)
+    apply_rules(values, KEYS, draft, but=_OWN)
     _data(values, chosen, draft)
     _adapter(values, draft)
     _too_long(values, draft)
@@ -159,14 +159,14 @@ def axolotl(values: Mapping[str, Any], chosen: Sequence[str], folder: Path) -> D
             draft.put(f"train.{name}_steps", 1 / (times * values["num_epochs"]))
     if values.get("adapter") and values.get("lora_target_linear"):
         draft.put("lora.target_modules", "all-linear")
-    without_evaluation(draft)
+    remove_evaluation(draft)
     return draft
 
 
 def _adapter(values: Mapping[str, Any], draft: Draft) -> None:
     kind = values.get("adapter")
     if kind not in (None, "lora", "qlora"):
-        raise cannot(f"adapter: {kind}, of which ftdata knows lora and qlora")
+        raise conversion_error(f"adapter: {kind}, of which ftdata knows lora and qlora")
     if kind is None:
         draft.fields.pop("lora", None)
     if kind == "qlora":
@@ -188,25 +188,25 @@ def _too_long(values: Mapping[str, Any], draft: Draft) -> None:
         draft.put("max_rejects", "100%")
         draft.note("rows that are too long are left out and counted; so are bad ones: max_rejects says how many may be")
     elif how != "raise":
-        raise cannot(f"excess_length_strategy: {how}")
+        raise conversion_error(f"excess_length_strategy: {how}")
 
 
 def _data(values: Mapping[str, Any], chosen: Sequence[str], draft: Draft) -> None:
     every = values.get("datasets")
     if not (isinstance(every, list) and every and all(isinstance(one, Mapping) for one in every)):
-        raise cannot("datasets: expected a list of mappings, each with a path")
+        raise conversion_error("datasets: expected a list of mappings, each with a path")
     if odd := [one.get("path") for one in every if not isinstance(one.get("path"), str) or not one["path"]]:
-        raise cannot(f"datasets: a path is {odd[0]!r:.80}, expected a file, a folder, or a name of the hub")
+        raise conversion_error(f"datasets: a path is {odd[0]!r:.80}, expected a file, a folder, or a name of the hub")
     named = {str(number): one for number, one in enumerate(every)}
     if unknown := [name for name in chosen if name not in named and name not in [one["path"] for one in every]]:
-        raise cannot(
+        raise conversion_error(
             f"no data set {unknown[0]!r}; there are {', '.join(one['path'] for one in every)}",
             hint="a path, or a number from 0",
         )
     taken = {number: one for number, one in named.items() if not chosen or number in chosen or one["path"] in chosen}
     draft.put("data", [source for one in taken.values() for source in _sources(one, draft)])
     kinds = {f"{one['path']} ({number})": _kind(one, values, draft) for number, one in taken.items()}
-    one_for_all(kinds, draft)
+    merge_dataset_options(kinds, draft)
 
 
 def _sources(one: Mapping[str, Any], draft: Draft) -> list[dict[str, Any]]:
@@ -216,13 +216,13 @@ def _sources(one: Mapping[str, Any], draft: Draft) -> list[dict[str, Any]]:
         draft.note(f"{path}: {', '.join(useless)} {told}")
     if misplaced := [key for key in _OF_TYPE if one.get(key)]:
         told = "stands beside type, where Axolotl does not read it; it belongs into a mapping under type"
-        raise cannot(f"{path}: {', '.join(misplaced)} {told}")
+        raise conversion_error(f"{path}: {', '.join(misplaced)} {told}")
     if lost := [key for key in _NOWHERE if one.get(key)]:
-        raise cannot(f"{path}: {', '.join(lost)}: {_CHANGES}")
-    unknown_in(path, one, _KNOWN, draft)
+        raise conversion_error(f"{path}: {', '.join(lost)}: {_CHANGES}")
+    note_unknown_keys(path, one, _KNOWN, draft)
     kind, split = one.get("ds_type"), one.get("split")
     if kind not in (None, *_SUFFIXES, "text"):
-        raise cannot(f"{path}: ds_type is {kind!r:.60}", hint=f"one of {', '.join(_SUFFIXES)}")
+        raise conversion_error(f"{path}: ds_type is {kind!r:.60}", hint=f"one of {', '.join(_SUFFIXES)}")
     said = {"split": split} if split not in (None, "train") else {}
     if files and Path(path).is_dir():
         # Axolotl takes these relative to where it runs.
@@ -261,7 +261,7 @@ def _kind(one: Mapping[str, Any], values: Mapping[str, Any], draft: Draft) -> di
         if str(kind).startswith("sharegpt")
         else "write it as a Jinja template: template in ours"
     )
-    raise cannot(f"{path}: type {kind} has no counterpart", hint=way)
+    raise conversion_error(f"{path}: type {kind} has no counterpart", hint=way)
 
 
 def _chat(one: Mapping[str, Any], values: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
@@ -270,7 +270,7 @@ def _chat(one: Mapping[str, Any], values: Mapping[str, Any], draft: Draft) -> di
     mapped |= one.get("message_property_mappings") or {}
     for name, theirs in mapped.items():
         if theirs and theirs not in _MESSAGES.get(name, (name,)):
-            raise cannot(
+            raise conversion_error(
                 f"{path}: messages have their {name} under {theirs!r}",
                 hint="make messages of rows by a function: schema='./mine.py:convert'",
             )
@@ -281,12 +281,14 @@ def _chat(one: Mapping[str, Any], values: Mapping[str, Any], draft: Draft) -> di
     )
     trained = one.get("roles_to_train", ["assistant"])
     if not trained or not set(trained) <= {"assistant", "gpt"}:
-        raise cannot(f"{path}: roles_to_train {trained}", hint="train_on takes a function, from Python")
+        raise conversion_error(f"{path}: roles_to_train {trained}", hint="train_on takes a function, from Python")
     if one.get("train_on_eos", "turn") not in (None, "turn") or one.get("train_on_eot", "turn") not in (None, "turn"):
         draft.note(f"{path}: the stop of every trained turn is trained, whatever train_on_eos says")
     flag = one.get("message_field_training")
     if flag and flag not in ("train", "training", "weight", "loss"):
-        raise cannot(f"{path}: messages say whether they are trained under {flag!r}", hint="rename it to train")
+        raise conversion_error(
+            f"{path}: messages say whether they are trained under {flag!r}", hint="rename it to train"
+        )
     if not flag:
         draft.note(
             f"{path}: messages with train, training, weight or loss of 0 are left untrained; there only when told so"
@@ -308,7 +310,7 @@ def _template(one: Mapping[str, Any], values: Mapping[str, Any], draft: Draft) -
             return {"template": "chatml"}
         if str(name).startswith("tokenizer_default_fallback"):
             continue
-        raise cannot(
+        raise conversion_error(
             f"chat_template: {name}",
             hint="save that template as a file, and name it; or take the model's own: tokenizer_default",
         )
@@ -332,7 +334,7 @@ def _mapped(kind: Mapping[str, Any]) -> dict[str, Any]:
         "no_input_format",
     }
     if unknown := kind.keys() - known:
-        raise cannot(f"type: {', '.join(sorted(unknown))} is not known")
+        raise conversion_error(f"type: {', '.join(sorted(unknown))} is not known")
     columns = {
         name: kind[f"field_{name}"]
         for name in ("instruction", "input", "output", "system")
@@ -364,7 +366,9 @@ def _jinja(text: str) -> str:
         if name is None:
             continue
         if name not in ("instruction", "input", "system") or form or conversion:
-            raise cannot(f"the format {text!r:.80} has the field {name!r}", hint="instruction, input or system, plain")
+            raise conversion_error(
+                f"the format {text!r:.80} has the field {name!r}", hint="instruction, input or system, plain"
+            )
         parts, plain = [*parts, _printed(plain), f"{{{{ {name} }}}}"], ""
     return "".join([*parts, _printed(plain)])
 

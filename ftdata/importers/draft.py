@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftdata.errors import UsageError, brief, on_one_line, printable
+from ftdata.errors import UsageError, escape_line_breaks, escape_unprintable, shorten
 from ftdata.schemas import ROLES, SPECIAL_ROLES
 
 Rule = str | Callable[[Any], Mapping[str, Any]]
@@ -30,13 +30,13 @@ class Draft:
 
     def note(self, text: str) -> None:
         """Say something, once."""
-        text = brief(on_one_line(printable(text)))
+        text = shorten(escape_line_breaks(escape_unprintable(text)))
         if text not in self.notes:
             self.notes.append(text)
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
+class KeyRules:
     """What becomes of the keys of a file.
 
     Attributes:
@@ -54,7 +54,7 @@ class Keys:
     refused: Mapping[str, str]
 
 
-def carry(values: Mapping[str, Any], keys: Keys, draft: Draft, *, but: Collection[str] = ()) -> None:
+def apply_rules(values: Mapping[str, Any], keys: KeyRules, draft: Draft, *, but: Collection[str] = ()) -> None:
     """Put what a file says into a draft, and note what it leaves out.
 
     Args:
@@ -68,7 +68,7 @@ def carry(values: Mapping[str, Any], keys: Keys, draft: Draft, *, but: Collectio
     """
     said = {key: value for key, value in values.items() if key not in but and value not in (None, False, "", [], {})}
     if refused := [f"{key}: {keys.refused[key]}" for key in said if key in keys.refused]:
-        raise cannot("; ".join(refused))
+        raise conversion_error("; ".join(refused))
     for key, value in values.items():
         rule = keys.rules.get(key, f"train.{key}" if key in keys.same else None)
         if key in but or value is None or rule is None:
@@ -84,7 +84,7 @@ def carry(values: Mapping[str, Any], keys: Keys, draft: Draft, *, but: Collectio
         draft.note(f"not known, and left out: {', '.join(unknown)}")
 
 
-def stated(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+def explicit_settings(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a file says beside what its tool takes for granted; null says nothing, steps of warmup come first."""
     said = {**usual, **{key: value for key, value in values.items() if value is not None}}
     if "warmup_steps" in said:
@@ -92,7 +92,7 @@ def stated(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any
     return said
 
 
-def share(size: Any) -> Mapping[str, Any]:
+def test_size_of(size: Any) -> Mapping[str, Any]:
     """Return the test split that a size asks for: a share below 1, or rows; nothing for 0.
 
     Raises:
@@ -103,13 +103,13 @@ def share(size: Any) -> Mapping[str, Any]:
     return {"test_size": int(size) if size > 1 else size} if size else {}
 
 
-def unknown_in(name: str, given: Mapping[str, Any], known: Collection[str], draft: Draft) -> None:
+def note_unknown_keys(name: str, given: Mapping[str, Any], known: Collection[str], draft: Draft) -> None:
     """Note keys of a data set that nobody knows, and that were passed over there as well."""
     if unknown := [str(key) for key, value in given.items() if key not in known and value not in (None, False)]:
         draft.note(f"{name}: not known, and left out: {', '.join(unknown)}")
 
 
-def without_evaluation(draft: Draft) -> None:
+def remove_evaluation(draft: Draft) -> None:
     """Take out when to evaluate, where nothing is held out to be evaluated on."""
     train = draft.fields.get("train", {})
     if "test_size" not in draft.fields:
@@ -131,18 +131,18 @@ def check_roles(roles: Mapping[str, str], where: str) -> None:
         taken = ROLES.get(found, "tool" if found in SPECIAL_ROLES else None)
         if taken != alike.get(meant, meant):
             told = f"is {taken} here" if taken else "is a role that nobody knows"
-            raise cannot(
+            raise conversion_error(
                 f"{where}: {found!r} stands for {meant}, and {told}",
                 hint="rename it in the data, or make messages of rows by a function: schema='./mine.py:convert'",
             )
 
 
-def cannot(why: str, *, hint: str = "take it out of the file, and say it in ours by hand") -> UsageError:
+def conversion_error(why: str, *, hint: str = "take it out of the file, and say it in ours by hand") -> UsageError:
     """Return the error for what cannot be carried over."""
     return UsageError("cannot_import", why, hint=hint)
 
 
-def one_for_all(found: Mapping[str, Mapping[str, Any]], draft: Draft) -> None:
+def merge_dataset_options(found: Mapping[str, Mapping[str, Any]], draft: Draft) -> None:
     """Put what all data sets say of their rows into a draft.
 
     Args:
@@ -154,7 +154,7 @@ def one_for_all(found: Mapping[str, Mapping[str, Any]], draft: Draft) -> None:
     """
     kinds = [dict(one) for one in found.values()]
     if any(one != kinds[0] for one in kinds):
-        raise cannot(
+        raise conversion_error(
             f"data sets are of different kinds: {', '.join(found)}",
             hint="import those of a kind by themselves, with --dataset, and train on their builds one after another",
         )

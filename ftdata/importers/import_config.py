@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftdata.config import Config, make_config, read_values, to_values, to_yaml
+from ftdata.config import Config, config_values, make_config, read_config_file, to_yaml
 from ftdata.errors import UsageError
-from ftdata.importers.axolotl import axolotl
-from ftdata.importers.llamafactory import data_sets, training
+from ftdata.importers.axolotl import draft_from_axolotl
+from ftdata.importers.llamafactory import draft_from_dataset_info, draft_from_training_file
 
 _NAMELESS = "MODEL"
 
 
 @dataclass(frozen=True, slots=True)
-class Imported:
+class ImportedConfig:
     """A configuration that came from another tool.
 
     Attributes:
@@ -31,7 +31,7 @@ class Imported:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
-        return {"tool": self.tool, "config": to_values(self.config), "notes": list(self.notes)}
+        return {"tool": self.tool, "config": config_values(self.config), "notes": list(self.notes)}
 
     def __str__(self) -> str:
         notes = "".join(f"# - {note}\n" for note in self.notes)
@@ -39,7 +39,7 @@ class Imported:
         return head + notes + to_yaml(self.config)
 
 
-def import_config(path: str | Path, datasets: Sequence[str] = (), *, model: str | None = None) -> Imported:
+def import_config(path: str | Path, datasets: Sequence[str] = (), *, model: str | None = None) -> ImportedConfig:
     """Turn a configuration of Axolotl or LLaMA-Factory into one of ours.
 
     Args:
@@ -73,7 +73,7 @@ def import_config(path: str | Path, datasets: Sequence[str] = (), *, model: str 
     <BLANKLINE>
     """
     path = Path(path)
-    values = read_values(path)
+    values = read_config_file(path)
     tool, read = _tool(values, str(path))
     try:
         draft = read(values, tuple(datasets), path.parent)
@@ -88,17 +88,17 @@ def import_config(path: str | Path, datasets: Sequence[str] = (), *, model: str 
         fields["model"] = model
     elif "model" not in draft.fields:
         draft.note("it names no model: --model, or write it below")
-    return Imported(tool, make_config(fields, str(path)), tuple(draft.notes))
+    return ImportedConfig(tool, make_config(fields, str(path)), tuple(draft.notes))
 
 
 def _tool(values: Mapping[str, Any], path: str) -> tuple[str, Any]:
     """Return whose file this is, and what reads it."""
     if "base_model" in values or (isinstance(values.get("datasets"), list) and "model" not in values):
-        return "Axolotl", axolotl
+        return "Axolotl", draft_from_axolotl
     if "model_name_or_path" in values or "dataset_dir" in values:
-        return "LLaMA-Factory", training
+        return "LLaMA-Factory", draft_from_training_file
     if values and all(isinstance(one, Mapping) for one in values.values()) and path.endswith(".json"):
-        return "LLaMA-Factory", data_sets
+        return "LLaMA-Factory", draft_from_dataset_info
     raise UsageError(
         "unknown_tool",
         f"{path} is no file of Axolotl's or LLaMA-Factory's that is known",

@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ftdata.errors import nearest, said_by
+from ftdata.errors import describe_exception, suggest_names
 from ftdata.importers.draft import (
     Draft,
-    Keys,
-    cannot,
-    carry,
+    KeyRules,
+    apply_rules,
     check_roles,
-    one_for_all,
-    share,
-    stated,
-    unknown_in,
-    without_evaluation,
+    conversion_error,
+    explicit_settings,
+    merge_dataset_options,
+    note_unknown_keys,
+    remove_evaluation,
+    test_size_of,
 )
 
 INFO = "dataset_info.json"
@@ -30,7 +30,7 @@ def _layers(names: str) -> str | list[str]:
     return "all-linear" if names == "all" else names.replace(" ", "").split(",")
 
 
-KEYS = Keys(
+KEYS = KeyRules(
     rules={
         "model_name_or_path": "model",
         "output_dir": "output_dir",
@@ -40,7 +40,7 @@ KEYS = Keys(
         "packing": lambda yes: {"packing": "bfd"} if yes else {},
         "neat_packing": lambda yes: {"packing": "bfd"} if yes else {},
         "max_samples": "limit",
-        "val_size": share,
+        "val_size": test_size_of,
         "seed": lambda seed: {"seed": seed, "train.seed": seed},
         "lora_rank": "lora.r",
         "lora_alpha": "lora.alpha",
@@ -114,7 +114,7 @@ _MEANT = {
 }  # fmt: skip
 
 
-def training(values: Mapping[str, Any], chosen: Sequence[str], folder: Path) -> Draft:
+def draft_from_training_file(values: Mapping[str, Any], chosen: Sequence[str], folder: Path) -> Draft:
     """Return a draft of what a training file says, with the data sets that it names.
 
     Args:
@@ -127,15 +127,15 @@ def training(values: Mapping[str, Any], chosen: Sequence[str], folder: Path) -> 
     """
     for key, only in (("stage", "sft"), ("mix_strategy", "concat")):
         if values.get(key, only) != only:
-            raise cannot(f"{key}: {values[key]}, where ftdata knows {only}")
-    draft, values = Draft(), stated(values, _USUAL)
+            raise conversion_error(f"{key}: {values[key]}, where ftdata knows {only}")
+    draft, values = Draft(), explicit_settings(values, _USUAL)
     values.setdefault("lora_alpha", 2 * values["lora_rank"])
-    carry(values, KEYS, draft, but=_OWN)
+    apply_rules(values, KEYS, draft, but=_OWN)
     _weights(values, draft)
     _lengths(values, draft)
     named = [name.strip() for name in str(values.get("dataset") or "").split(",") if name.strip()]
     if not named:
-        raise cannot("dataset: it names no data")
+        raise conversion_error("dataset: it names no data")
     place = Path(str(values.get("dataset_dir", "data")))
     if not (place / INFO).is_file() and (folder / place / INFO).is_file():
         place = folder / place
@@ -145,14 +145,14 @@ def training(values: Mapping[str, Any], chosen: Sequence[str], folder: Path) -> 
         f"{told}: LLaMA-Factory has tables of its own, ftdata takes the model's chat template, as it will be used; "
         "compare with ftdata preview, or name a .jinja file as template"
     )
-    without_evaluation(draft)
+    remove_evaluation(draft)
     return draft
 
 
 def _weights(values: Mapping[str, Any], draft: Draft) -> None:
     kind = values.get("finetuning_type", "lora")
     if kind not in ("lora", "full"):
-        raise cannot(f"finetuning_type: {kind}, of which ftdata knows lora and full")
+        raise conversion_error(f"finetuning_type: {kind}, of which ftdata knows lora and full")
     if kind == "full":
         draft.fields.pop("lora", None)
     if bits := values.get("quantization_bit"):
@@ -160,7 +160,9 @@ def _weights(values: Mapping[str, Any], draft: Draft) -> None:
         name = {(4, "bnb", "nf4"): "nf4", (4, "bnb", "fp4"): "fp4"}.get((bits, how, kind))
         name = "int8" if (bits, how) == (8, "bnb") else name
         if name is None:
-            raise cannot(f"quantization: {bits} bits, {how}, {kind}, expected 4 or 8 bits of bnb, in nf4 or fp4")
+            raise conversion_error(
+                f"quantization: {bits} bits, {how}, {kind}, expected 4 or 8 bits of bnb, in nf4 or fp4"
+            )
         draft.put("quantization", name)
 
 
@@ -171,7 +173,7 @@ def _lengths(values: Mapping[str, Any], draft: Draft) -> None:
         draft.note("packing: documents see each other there; here they do not, as with neat_packing")
 
 
-def data_sets(values: Mapping[str, Any], chosen: Sequence[str], folder: Path) -> Draft:
+def draft_from_dataset_info(values: Mapping[str, Any], chosen: Sequence[str], folder: Path) -> Draft:
     """Return a draft of data sets that a `dataset_info.json` lists; the model is still to be named.
 
     Args:
@@ -185,7 +187,7 @@ def data_sets(values: Mapping[str, Any], chosen: Sequence[str], folder: Path) ->
     draft = Draft()
     names = list(chosen) or (list(values) if len(values) == 1 else [])
     if not names:
-        raise cannot(f"it lists {len(values)} data sets", hint=f"choose with --dataset: {', '.join(values)}")
+        raise conversion_error(f"it lists {len(values)} data sets", hint=f"choose with --dataset: {', '.join(values)}")
     _data(values, names, folder, draft)
     return draft
 
@@ -194,27 +196,31 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise cannot(f"{path} cannot be read: {said_by(error)}", hint="dataset_dir names its folder") from None
+        raise conversion_error(
+            f"{path} cannot be read: {describe_exception(error)}", hint="dataset_dir names its folder"
+        ) from None
     if not isinstance(found, dict):
-        raise cannot(f"{path} holds a {type(found).__name__}, expected names and data sets")
+        raise conversion_error(f"{path} holds a {type(found).__name__}, expected names and data sets")
     return found
 
 
 def _data(infos: Mapping[str, Any], names: Sequence[str], folder: Path, draft: Draft) -> None:
     for name in names:
         if not isinstance(infos.get(name), Mapping):
-            raise cannot(f"no data set {name!r} in {folder / INFO}", hint=nearest(name, infos))
+            raise conversion_error(f"no data set {name!r} in {folder / INFO}", hint=suggest_names(name, infos))
     draft.put("data", [_source(name, infos[name], folder) for name in names])
-    one_for_all({name: _kind(name, infos[name], draft) for name in names}, draft)
+    merge_dataset_options({name: _kind(name, infos[name], draft) for name in names}, draft)
 
 
 def _source(name: str, info: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if info.get("ranking"):
-        raise cannot(
+        raise conversion_error(
             f"{name}: ranking", hint="rows with chosen and rejected are read without it: their chosen side is trained"
         )
     if info.get("script_url") or not (info.get("hf_hub_url") or info.get("file_name") or info.get("cloud_file_name")):
-        raise cannot(f"{name}: it comes from a script or another hub", hint="save it as a file, and name that")
+        raise conversion_error(
+            f"{name}: it comes from a script or another hub", hint="save it as a file, and name that"
+        )
     if url := info.get("hf_hub_url"):
         found = {"path": url, "split": info.get("split") or "train"}
         found |= {ours: info[theirs] for theirs, ours in (("subset", "name"),) if info.get(theirs)}
@@ -223,19 +229,19 @@ def _source(name: str, info: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         found = {"path": info.get("cloud_file_name") or str(folder / info["file_name"])}
     rows = info.get("num_samples")
     if rows is not None and type(rows) is not int:
-        raise cannot(f"{name}: num_samples is {rows!r:.60}, expected a number of rows")
+        raise conversion_error(f"{name}: num_samples is {rows!r:.60}, expected a number of rows")
     return {**found, **({"rows": rows} if rows else {})}
 
 
 def _kind(name: str, info: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
     """Return what a data set says of its rows: schema and columns."""
     columns, kind = info.get("columns") or {}, info.get("formatting", "alpaca")
-    unknown_in(name, info, _KNOWN, draft)
+    note_unknown_keys(name, info, _KNOWN, draft)
     shown = [ours for theirs, ours in _SHOWN.items() if not columns.get(theirs)]
     if kind == "alpaca" and (shown := [one for one in shown if one != "input" or columns]):
         draft.note(f"{name}: columns of the name {', '.join(shown)} are read if rows have them; there only when named")
     if media := [one for one in _MEDIA if columns.get(one)]:
-        raise cannot(f"{name}: columns {', '.join(media)}, where ftdata trains on texts")
+        raise conversion_error(f"{name}: columns {', '.join(media)}, where ftdata trains on texts")
     if kind == "alpaca":
         if not columns or columns.get("query"):
             draft.note(f"{name}: prompt and query are joined by a blank line here, and by a line break there")
@@ -243,7 +249,7 @@ def _kind(name: str, info: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
         mapped = {ours: theirs for ours, theirs in renamed.items() if ours != theirs}
         return {"schema": "alpaca", **({"columns": mapped} if mapped else {})}
     if kind not in ("sharegpt", "openai"):
-        raise cannot(f"{name}: formatting {kind}")
+        raise conversion_error(f"{name}: formatting {kind}")
     _tags(name, info.get("tags") or {})
     draft.note(
         f"{name}: rows that LLaMA-Factory skips, since turns do not alternate, are kept where the template takes them"
@@ -259,10 +265,12 @@ def _kind(name: str, info: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
 def _tags(name: str, tags: Mapping[str, str]) -> None:
     for tag, known in (("role_tag", ("from", "role", "speaker")), ("content_tag", ("value", "content", "text"))):
         if tags.get(tag, known[0]) not in known:
-            raise cannot(
+            raise conversion_error(
                 f"{name}: {tag} is {tags[tag]!r}",
                 hint="make messages of rows by a function: schema='./mine.py:convert'",
             )
     check_roles({tags[tag]: meant for tag, meant in _MEANT.items() if tags.get(tag)}, name)
     if tags.get("function_tag", "function_call") not in ("function_call", "function", "assistant"):
-        raise cannot(f"{name}: function_tag is {tags['function_tag']!r}", hint="rename it in the data to function_call")
+        raise conversion_error(
+            f"{name}: function_tag is {tags['function_tag']!r}", hint="rename it in the data to function_call"
+        )

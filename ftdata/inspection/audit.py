@@ -18,17 +18,17 @@ from rich.text import Text
 
 from ftdata._version import __version__
 from ftdata.build import near_duplicates
-from ftdata.build.splits import check_near
-from ftdata.errors import InputRefused, UsageError, one_of, printable
+from ftdata.build.splits import check_similarity_threshold
+from ftdata.errors import InputRefused, UsageError, check_choice, escape_unprintable
 from ftdata.inspection import text_detectors
-from ftdata.inspection.checks import SEVERITIES, Check, Data, Row, Setting, checks
-from ftdata.inspection.row_views import line
-from ftdata.inspection.survey import Numbers, Progress, Survey, groups_of, survey
-from ftdata.inspection.target import Side, side_of
+from ftdata.inspection.checks import SEVERITIES, Check, CheckedDataset, CheckedRow, CheckedTemplate, checks
+from ftdata.inspection.row_views import to_single_line
+from ftdata.inspection.survey import Progress, RowNumbers, Survey, rows_of_examples, survey_rows
+from ftdata.inspection.target import Target, make_target
 from ftdata.pipeline.examples import Batch
 from ftdata.pipeline.recipe import Recipe
 from ftdata.readers.streams import STDIN
-from ftdata.templates.worker.client import verify
+from ftdata.templates.worker.client import verify_template
 from ftdata.types import Conversation, Example, Part, Reject, Source
 
 SHOWN = 10
@@ -41,7 +41,7 @@ FAIL_ON = (*SEVERITIES, "never")
 _COMPARED = 100
 
 
-class Place(NamedTuple):
+class FindingLocation(NamedTuple):
     """A row with a finding, and what exactly was found there."""
 
     source: Source
@@ -66,13 +66,13 @@ class Finding:
     says: str
     fix: str
     count: int = 0
-    places: list[Place] = field(default_factory=list)
+    places: list[FindingLocation] = field(default_factory=list)
 
     def add(self, source: Source | None, says: str = "") -> None:
         """Count one more; without a source it is about no row."""
         self.count += 1
         if len(self.places) < SHOWN and source is not None:
-            self.places.append(Place(source, says))
+            self.places.append(FindingLocation(source, says))
 
     @property
     def where(self) -> list[str]:
@@ -87,7 +87,9 @@ class Finding:
     def __str__(self) -> str:
         rows = f"{self.count:,} × " if self.places else ""
         lines = [f"{rows}{self.says}"]
-        lines += [line(f"{place.source}{f': {place.says}' if place.says else ''}") for place in self.places[:_TOLD]]
+        lines += [
+            to_single_line(f"{place.source}{f': {place.says}' if place.says else ''}") for place in self.places[:_TOLD]
+        ]
         if self.places and self.count > _TOLD:
             lines.append(f"and {self.count - _TOLD:,} more")
         lines.append(f"Fix: {self.fix}")
@@ -113,7 +115,7 @@ class AuditReport:
 
     def fails(self, severity: str) -> bool:
         """Whether there is a finding of this severity or a worse one; `"never"` is none."""
-        one_of("fail_on", severity, FAIL_ON)
+        check_choice("fail_on", severity, FAIL_ON)
         worst = [SEVERITIES.index(finding.severity) for finding in self.findings]
         return severity != "never" and any(one >= SEVERITIES.index(severity) for one in worst)
 
@@ -182,11 +184,11 @@ class AuditReport:
         return "\n".join(lines)
 
 
-def _places(finding: Finding) -> Sequence[Place | None]:
+def _places(finding: Finding) -> Sequence[FindingLocation | None]:
     return finding.places or [None]
 
 
-def _told(finding: Finding, place: Place | None) -> str:
+def _told(finding: Finding, place: FindingLocation | None) -> str:
     more = f" ({finding.count:,} rows)" if finding.count > 1 else ""
     row = f"row {place.source.row}" if place and place.source.line is None else ""
     said = ", ".join(filter(None, (row, place.says if place else "")))
@@ -202,7 +204,7 @@ def _location(source: Source) -> dict[str, Any]:
 
 
 def _escaped(text: str, more: str = "") -> str:
-    text = printable(text)
+    text = escape_unprintable(text)
     for sign in ("%", "\r", "\n", *more):
         text = text.replace(sign, f"%{ord(sign):02X}")
     return text
@@ -215,7 +217,7 @@ def audit(
     *,
     against: Any = None,
     ignore: Sequence[str] = (),
-    near: float | None = None,
+    near_duplicate_threshold: float | None = None,
     pii: bool = False,
     where: str | None = None,
     limit: int | None = None,
@@ -233,7 +235,7 @@ def audit(
         template: as for `build_sft_dataset`.
         against: more data, which is held out: a test set, of which no row may be trained on.
         ignore: codes of checks that are not to be made.
-        near: how similar rows must be (0.5 to 1) to count as almost equal; `None`: this is not looked at.
+        near_duplicate_threshold: how similar rows must be (0.5 to 1) to count as almost equal; `None`: this is not looked at.
         pii: look for what belongs to a person, too.
         where: rows to look at, as for `build_sft_dataset`.
         limit: how many rows to look at of each place; all of `against` is looked at.
@@ -248,7 +250,7 @@ def audit(
         UsageError: an option is invalid.
         InputRefused: a source cannot be read, or is no build.
         TemplateRefused: the template, or the tokenizer, cannot be used for any row.
-        MissingDependency: `near` needs `ftdata[dedup]`.
+        MissingDependency: `near_duplicate_threshold` needs `ftdata[dedup]`.
         HubError: the network or the hub fails.
 
     >>> from ftdata.testing import byte_tokenizer
@@ -262,16 +264,16 @@ def audit(
         # Codes of rejected rows can be ignored, too; nobody has a list of these.
         if code not in checks and (close := get_close_matches(str(code), checks, n=1, cutoff=0.85)):
             raise UsageError("unknown_ignore", f"ignore names {code!r}", hint=f"did you mean {close[0]!r}?")
-    if near is not None:
-        check_near(near)
-        near_duplicates.require()
-    side = side_of(data, tokenizer, template, against=against, where=where, limit=limit, **options)
-    wanted = {"": True, "pii": pii, "near": near is not None}
-    skipped = {code: f"--{one.asked}" for code, one in checks.items() if not wanted[one.asked]}
+    if near_duplicate_threshold is not None:
+        check_similarity_threshold(near_duplicate_threshold)
+        near_duplicates.require_rensa()
+    side = make_target(data, tokenizer, template, against=against, where=where, limit=limit, **options)
+    wanted = {"": True, "pii": pii, "near_duplicate_threshold": near_duplicate_threshold is not None}
+    skipped = {code: f"--{one.asked.replace('_', '-')}" for code, one in checks.items() if not wanted[one.asked]}
     if side.folder is not None:
         skipped |= {code: "a build holds no messages" for code, one in checks.items() if one.of_messages}
-    auditor = Auditor(side.recipe, frozenset((*ignore, *skipped)), near)
-    seen = survey(side.steps(), side.names, auditor, progress)
+    auditor = Auditor(side.recipe, frozenset((*ignore, *skipped)), near_duplicate_threshold)
+    seen = survey_rows(side.steps(), side.names, auditor, progress)
     if not seen.rows:
         raise InputRefused("no_rows", "there are no rows to look at", hint="where, or limit, leaves none")
     return replace(auditor.report(side, seen), skipped=skipped)
@@ -280,11 +282,11 @@ def audit(
 class Auditor:
     """Makes checks on batches as they come, and on all rows in the end."""
 
-    def __init__(self, recipe: Recipe, left: frozenset[str], near: float | None) -> None:
-        self.recipe, self.left, self.near = recipe, left, near
+    def __init__(self, recipe: Recipe, left: frozenset[str], near_duplicate_threshold: float | None) -> None:
+        self.recipe, self.left, self.near_duplicate_threshold = recipe, left, near_duplicate_threshold
         self.made = made = [one for code, one in checks.items() if code not in left]
         chat = recipe.template.source and recipe.template.chat
-        self.adds = verify(recipe.template).adds.strip() if chat else ""
+        self.adds = verify_template(recipe.template).adds.strip() if chat else ""
         self.by_flag = {one.code: one for one in made if one.of == "flag"}
         self.on_rows = [one for one in made if one.of == "row"]
         self.findings: dict[tuple[str, bool], Finding] = {}
@@ -293,11 +295,11 @@ class Auditor:
         self.stops: set[int] = set()
         self.said: list[Conversation] = []
 
-    def __call__(self, batch: Batch, numbers: Numbers) -> None:
+    def __call__(self, batch: Batch, numbers: RowNumbers) -> None:
         """Look at a batch."""
         for number in range(len(numbers)):
             one = batch.built(number)
-            row = Row(one.conversation, one.examples, self.recipe, self.adds)
+            row = CheckedRow(one.conversation, one.examples, self.recipe, self.adds)
             source = one.conversation.source
             for flag in sorted(frozenset[str]().union(*(example.flags for example in one.examples))):
                 if flag in self.by_flag:
@@ -310,28 +312,28 @@ class Auditor:
                 self.said.append(one.conversation)
         for reject in batch.rejects:
             self._rejected(reject)
-        if self.near is not None and len(numbers):
-            self.signatures.append(near_duplicates.signatures(batch.conversations))
+        if self.near_duplicate_threshold is not None and len(numbers):
+            self.signatures.append(near_duplicates.minhash_signatures(batch.conversations))
 
-    def report(self, side: Side, seen: Survey) -> AuditReport:
+    def report(self, side: Target, seen: Survey) -> AuditReport:
         """Make the checks on all rows together, and report."""
         scripts = np.asarray(self.scripts, np.int64)
         signatures = np.concatenate(self.signatures) if self.signatures else None
         if side.folder is not None:
             # Examples of one row, which packs hold apart, are looked at together.
-            groups = groups_of(seen.numbers)
+            groups = rows_of_examples(seen.numbers)
             first = np.unique(groups, return_index=True)[1]
             together = np.zeros(len(first), np.int64)
             np.bitwise_or.at(together, groups, scripts)
             scripts, signatures = together, None if signatures is None else signatures[first]
             seen = side.finished(seen)
-        data = Data(seen, scripts, side.held_out, self.near, signatures)
+        data = CheckedDataset(seen, scripts, side.held_out, self.near_duplicate_threshold, signatures)
         for check in self.made:
             if check.of == "data":
                 for row, says in check.finds(data):
                     self._found(check, seen.source(row), says)
             elif check.of == "template":
-                for says in check.finds(Setting(self.recipe, frozenset(self.stops), self.said)):
+                for says in check.finds(CheckedTemplate(self.recipe, frozenset(self.stops), self.said)):
                     self._found(check, None, says)
         order = {code: number for number, code in enumerate(checks)}
 
@@ -365,7 +367,7 @@ class Auditor:
             said = trained & ~self.recipe.control.among(ids) & ~_scaffold(example)
             begins, ends = np.flatnonzero(np.diff(said, prepend=False, append=False)).reshape(-1, 2).T
             places = zip(offsets[begins, 0].tolist(), offsets[ends - 1, 1].tolist(), strict=True)
-            for script in (text_detectors.script(example.text[start:end]) for start, end in places):
+            for script in (text_detectors.detect_script(example.text[start:end]) for start, end in places):
                 found |= 1 << script if script >= 0 else 0
         return found
 

@@ -15,7 +15,7 @@ _ALONE = (
 _TEXT = 'font-family="system-ui,sans-serif" font-size="11" fill="currentColor"'
 
 
-def lengths(values: NDArray[np.integer], *, line: int | None = None, alone: bool = False) -> str:
+def draw_length_histogram(values: NDArray[np.integer], *, line: int | None = None, alone: bool = False) -> str:
     """Return a histogram of lengths in tokens, in steps that grow by a fourth of an octave, as SVG.
 
     Args:
@@ -41,7 +41,7 @@ def lengths(values: NDArray[np.integer], *, line: int | None = None, alone: bool
     return _drawn(bars, [(place(tick), _short(tick)) for tick in ticks], "tokens of an example", says, marked, alone)
 
 
-def shares(values: NDArray[np.floating], *, alone: bool = False) -> str:
+def draw_share_histogram(values: NDArray[np.floating], *, alone: bool = False) -> str:
     """Return a histogram of shares from 0 to 1, such as that of trained tokens, as SVG."""
     counts, edges = np.histogram(values, np.linspace(0, 1, 41))
     bars = [(float(a), float(b), int(n), f"{a:.1%} to {b:.1%}: {n:,}")

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ftdata.config import load_config, parse_yaml
-from ftdata.errors import InputRefused, UsageError, one_of
+from ftdata.errors import InputRefused, UsageError, check_choice
 from ftdata.inspection import stored_builds
 from ftdata.inspection.fingerprints import (
     KINDS,
@@ -32,15 +32,15 @@ from ftdata.inspection.fingerprints import (
     REPEATED,
     SAME,
     TOKENS,
-    keys_of,
-    kinds_of,
-    prints_of,
+    classify_differences,
+    fingerprint_examples,
+    match_sources,
 )
-from ftdata.inspection.html_page import Page, flat, write_page
-from ftdata.inspection.row_views import RowView, View, line, view
+from ftdata.inspection.html_page import HtmlPage, flatten_options, write_page
+from ftdata.inspection.row_views import ExampleView, RowView, make_row_view, to_single_line
 from ftdata.inspection.survey import Progress
-from ftdata.inspection.target import Side, side_of
-from ftdata.inspection.terminal import as_text, is_plain
+from ftdata.inspection.target import Target, make_target
+from ftdata.inspection.terminal import has_no_colors, style_segments
 from ftdata.pipeline.recipe import Options
 from ftdata.readers.streams import STDIN
 from ftdata.tokenizing.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ class Edit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Changed:
+class ChangedRow:
     """One row that differs.
 
     Attributes:
@@ -93,7 +93,7 @@ class Diff:
     options: Mapping[str, tuple[Any, Any]]
     rows: Mapping[str, int]
     tokens: tuple[tuple[int, int], tuple[int, int]]
-    changed: tuple[Changed, ...] = field(repr=False)
+    changed: tuple[ChangedRow, ...] = field(repr=False)
     tokenizer: Tokenizer | None = field(default=None, repr=False)
 
     def __bool__(self) -> bool:
@@ -118,28 +118,28 @@ class Diff:
     def print(self, console: Console) -> None:
         """Print to a rich console: counts, and of each row that is shown what differs, with a little around it."""
         for letter, title, (tokens, trained) in zip("AB", self.titles, self.tokens, strict=True):
-            said = f"{letter} {line(title)}: {tokens:,} tokens, {trained:,} trained"
+            said = f"{letter} {to_single_line(title)}: {tokens:,} tokens, {trained:,} trained"
             console.print(Text(said, "bold"), soft_wrap=True)
         for name, (a, b) in self.options.items():
             console.print(Text(f"  {name}: {_brief(a)} → {_brief(b)}"), soft_wrap=True)
         for one in self.changed:
-            said = f"── row {one.a.source.row} · {line(one.a.source)} · {one.kind} ──"
+            said = f"── row {one.a.source.row} · {to_single_line(one.a.source)} · {one.kind} ──"
             console.print(Text(said, "bold blue"), soft_wrap=True)
             for row, sign, style in ((one.a, "-", "red"), (one.b, "+", "green")):
                 if row.rejected:
-                    console.print(Text(f"{sign} {line(row.rejected)}", style), soft_wrap=True)
+                    console.print(Text(f"{sign} {to_single_line(row.rejected)}", style), soft_wrap=True)
             for a, b, edits in zip_longest(one.a.examples, one.b.examples, one.edits):
                 for shown, sign, style, places in (
                     (a, "-", "red", [edit.in_a for edit in edits]),
                     (b, "+", "green", [edit.in_b for edit in edits]),
                 ):
                     if shown is not None and edits:
-                        text = _around(shown, places, plain=is_plain(console))
+                        text = _around(shown, places, plain=has_no_colors(console))
                         console.print(Text.assemble((f"{sign} ", style), text), soft_wrap=True)
         counted = ", ".join(f"{count:,} {kind}" for kind, count in self.rows.items() if count or kind == SAME)
         console.print(f"{sum(self.rows.values()):,} rows: {counted}", highlight=False, soft_wrap=True)
 
-    def page(self) -> Page:
+    def page(self) -> HtmlPage:
         """Return the page that shows the changed rows side by side."""
         rows, marks, titles = list[RowView](), list[list[NDArray[np.bool_]]](), list[list[str]]()
         letters = [f"{letter}: {title}" for letter, title in zip("AB", self.titles, strict=True)]
@@ -154,7 +154,7 @@ class Diff:
                 titles.append([letter for letter, _, _ in there])
         totals = {kind: f"{count:,}" for kind, count in self.rows.items() if count or kind == SAME}
         options = {name: f"{_brief(a)} → {_brief(b)}" for name, (a, b) in self.options.items()}
-        return Page(
+        return HtmlPage(
             " against ".join(self.titles),
             rows,
             totals=totals,
@@ -208,12 +208,12 @@ def diff(
         a = {**a, "data": kept}
     sides = _side(a), _side(b)
     by_text = sides[0].recipe.tokenizer.fingerprint != sides[1].recipe.tokenizer.fingerprint
-    prints = [prints_of(side, progress, by_text=by_text) for side in sides]
+    prints = [fingerprint_examples(side, progress, by_text=by_text) for side in sides]
     if not any(one.tokens[0] for one in prints):
-        raise InputRefused("nothing_built", "neither side has a row that can be built, so there is nothing to compare")
-    keys = keys_of([one.paths for one in prints])
+        raise InputRefused("no_rows_built", "neither side has a row that can be built, so there is nothing to compare")
+    keys = match_sources([one.paths for one in prints])
     rows = [one.by_row(own) for one, own in zip(prints, keys, strict=True)]
-    kinds = kinds_of(*rows)
+    kinds = classify_differences(*rows)
     both = set(rows[0][0].tolist()) & set(rows[1][0].tolist())
     count = Counter(kinds.values())
     count[SAME] = len(both) - sum(count[kind] for kind in (LABELS, TOKENS, MOVED, REPEATED))
@@ -266,7 +266,7 @@ def side_options(
         name, equals, value = change.partition("=")
         if not equals:
             raise UsageError("set", f"--set is {change!r}, expected name=value, e.g. turns=split")
-        one_of("set", name.strip().replace("-", "_"), ("tokenizer", *_DECIDES))
+        check_choice("set", name.strip().replace("-", "_"), ("tokenizer", *_DECIDES))
         more[name.strip().replace("-", "_")] = _value(value)
     return {**said, **more}
 
@@ -279,63 +279,63 @@ def _value(text: str) -> Any:
         return text
 
 
-def _side(given: Any) -> Side:
+def _side(given: Any) -> Target:
     if not isinstance(given, Mapping):
-        return side_of(given)
+        return make_target(given)
     for name in given:
-        one_of("option", str(name), ("data", "tokenizer", *_DECIDES))
+        check_choice("option", str(name), ("data", "tokenizer", *_DECIDES))
     if "data" not in given:
         raise UsageError("diff", "a side names no data", hint="give data and tokenizer, or the folder of a build")
     data = given["data"]
     if str(data) == STDIN or (isinstance(data, list) and STDIN in data):
         raise UsageError("diff", "standard input is read once, and a comparison reads twice", hint="save it to a file")
     # What can be gone through but once is kept.
-    return side_of(**{**given, "data": list(data) if isinstance(data, Iterator) else data})
+    return make_target(**{**given, "data": list(data) if isinstance(data, Iterator) else data})
 
 
-def _shown(side: Side, keys: Mapping[str, int], wanted: set[int]) -> dict[int, RowView]:
+def _shown(side: Target, keys: Mapping[str, int], wanted: set[int]) -> dict[int, RowView]:
     """Return the rows of a side that are wanted, those that it rejects among them."""
     found, once = dict[int, RowView](), len({path for path, _ in side.names}) == len(side.names)
     for step in side.steps():
         for number, said in enumerate(step.batch.conversations):
             if (key := keys[said.source.path] * MOST_ROWS + said.source.row) in wanted:
-                row = view(step.batch.built(number), side.recipe)
+                row = make_row_view(step.batch.built(number), side.recipe)
                 known = found.get(key)
                 found[key] = replace(known, examples=(*known.examples, *row.examples)) if known else row
         _add_rejects(found, step.batch.rejects, side, keys, wanted)
         if len(found) == len(wanted) and side.folder is None and once:
             return found
     if side.folder is not None:
-        _add_rejects(found, stored_builds.rejects_of(side.folder), side, keys, wanted)
+        _add_rejects(found, stored_builds.read_build_rejects(side.folder), side, keys, wanted)
     return found
 
 
 def _add_rejects(
-    found: dict[int, RowView], rejects: Iterable[Reject], side: Side, keys: Mapping[str, int], wanted: set[int]
+    found: dict[int, RowView], rejects: Iterable[Reject], side: Target, keys: Mapping[str, int], wanted: set[int]
 ) -> None:
     for reject in rejects:
         if (key := keys[reject.source.path] * MOST_ROWS + reject.source.row) in wanted:
-            found.setdefault(key, view(reject, side.recipe))
+            found.setdefault(key, make_row_view(reject, side.recipe))
 
 
-def _changed(kind: str, a: RowView | None, b: RowView | None, *, by_text: bool) -> Changed:
+def _changed(kind: str, a: RowView | None, b: RowView | None, *, by_text: bool) -> ChangedRow:
     known = a or b
     assert known
     a, b = (one or RowView(known.source, rejected="is not there") for one in (a, b))
     own = _paired(a.examples, b.examples)
     a, b = (replace(one, examples=tuple(each)) for one, each in zip((a, b), own, strict=True))
     pairs = zip_longest(a.examples, b.examples)
-    return Changed(kind, a, b, tuple(compared(*pair, by_text=by_text) for pair in pairs))
+    return ChangedRow(kind, a, b, tuple(find_edits(*pair, by_text=by_text) for pair in pairs))
 
 
-def _paired(a: Sequence[View], b: Sequence[View]) -> tuple[list[View], list[View]]:
+def _paired(a: Sequence[ExampleView], b: Sequence[ExampleView]) -> tuple[list[ExampleView], list[ExampleView]]:
     """Return the examples of a row so that those that belong together stand at the same place: packs mix them.
 
     Those of one text belong together; of the others, which are turns on their own, the shorter ones come first.
     """
-    left, right = list[View](), list[View]()
+    left, right = list[ExampleView](), list[ExampleView]()
     rest = sorted(b, key=len)
-    alone = list[View]()
+    alone = list[ExampleView]()
     for one in sorted(a, key=len):
         same = next((at for at, other in enumerate(rest) if other.text == one.text), None)
         if same is None:
@@ -346,7 +346,7 @@ def _paired(a: Sequence[View], b: Sequence[View]) -> tuple[list[View], list[View
     return left + alone, right + rest
 
 
-def compared(a: View | None, b: View | None, *, by_text: bool = False) -> tuple[Edit, ...]:
+def find_edits(a: ExampleView | None, b: ExampleView | None, *, by_text: bool = False) -> tuple[Edit, ...]:
     """Return the stretches of tokens that are not as in the other, by id (or text) and label; all where there is none.
 
     Where too many are left between what begins and what ends alike, all of these are one stretch.
@@ -374,20 +374,20 @@ def compared(a: View | None, b: View | None, *, by_text: bool = False) -> tuple[
     )
 
 
-def _tokens_of(view: View, start: int, end: int) -> tuple[int, int]:
+def _tokens_of(view: ExampleView, start: int, end: int) -> tuple[int, int]:
     """Return the tokens of the characters from `start` on and before `end`."""
     first, last = np.searchsorted(view.ends, [start, end - 1], side="right").tolist()
     return first, last + 1
 
 
-def _marked(view: View, stretches: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+def _marked(view: ExampleView, stretches: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
     marks = np.zeros(len(view), np.bool_)
     for start, end in stretches:
         marks[start:end] = True
     return marks
 
 
-def _around(view: View, stretches: Sequence[tuple[int, int]], *, plain: bool) -> Text:
+def _around(view: ExampleView, stretches: Sequence[tuple[int, int]], *, plain: bool) -> Text:
     """Return stretches of tokens with a few around each; in colours, they stand out."""
     near, marked = np.zeros(len(view), np.bool_), _marked(view, stretches)
     for start, end in stretches:
@@ -396,7 +396,7 @@ def _around(view: View, stretches: Sequence[tuple[int, int]], *, plain: bool) ->
     for first, last in np.flatnonzero(np.diff(near, prepend=False, append=False)).reshape(-1, 2).tolist():
         shown.append(" … " if first > at else "")
         for start, end in [(first, last)] if plain else _apart(marked, first, last):
-            text = as_text(view.part(start, end).segments(), plain=plain)
+            text = style_segments(view.part(start, end).segments(), plain=plain)
             if marked[start] and not plain:
                 text.stylize("reverse")
             shown.append_text(text)
@@ -409,9 +409,9 @@ def _apart(marked: NDArray[np.bool_], first: int, last: int) -> Iterator[tuple[i
     yield from pairwise([first, *(np.flatnonzero(np.diff(marked[first:last])) + first + 1).tolist(), last])
 
 
-def _options(a: Side, b: Side) -> dict[str, tuple[Any, Any]]:
+def _options(a: Target, b: Target) -> dict[str, tuple[Any, Any]]:
     """Return the options that differ, each as it is on both sides; what one side knows nothing of is left out."""
-    left, right = ({**side.options, **flat({"template": side.options["template"]})} for side in (a, b))
+    left, right = ({**side.options, **flatten_options({"template": side.options["template"]})} for side in (a, b))
     both = [name for name in left if name in right and name not in ("template", "sources", "data")]
     tokenizer = {"tokenizer": tuple(side.options["tokenizer"]["name"] for side in (a, b))}
     if left["tokenizer"]["fingerprint"] == right["tokenizer"]["fingerprint"]:
@@ -423,5 +423,5 @@ def _options(a: Side, b: Side) -> dict[str, tuple[Any, Any]]:
 
 
 def _brief(value: Any) -> str:
-    text = line(" ".join(str(value).split()))
+    text = to_single_line(" ".join(str(value).split()))
     return text if len(text) <= 60 else f"{text[:57]}…"

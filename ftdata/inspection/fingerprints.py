@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ftdata.inspection import stored_builds
 from ftdata.inspection.survey import Progress
-from ftdata.inspection.target import Side
+from ftdata.inspection.target import Target
 from ftdata.pipeline.examples import Batch
 from ftdata.types import Example
 
@@ -28,7 +28,7 @@ MOST_ROWS = 1 << 40
 
 
 @dataclass(frozen=True)
-class Prints:
+class ExampleFingerprints:
     """What tells examples of one side from those of the other; uint64 `[examples]` each where nothing else is said.
 
     Attributes:
@@ -74,7 +74,7 @@ class Prints:
 Rows = tuple[NDArray[Any], ...]
 
 
-def keys_of(paths: Sequence[Sequence[str]]) -> list[dict[str, int]]:
+def match_sources(paths: Sequence[Sequence[str]]) -> list[dict[str, int]]:
     """Return, for each side, path -> a number, the same for what is the same source on both.
 
     Sources are matched by path; then by name, in order, where as many on each side have it; then what is left, if that
@@ -95,7 +95,7 @@ def keys_of(paths: Sequence[Sequence[str]]) -> list[dict[str, int]]:
     return keys
 
 
-def prints_of(side: Side, progress: Progress | None, *, by_text: bool) -> Prints:
+def fingerprint_examples(side: Target, progress: Progress | None, *, by_text: bool) -> ExampleFingerprints:
     """Go through a side once, and return what tells its examples; across tokenizers `by_text`."""
     columns: tuple[list[int], ...] = ([], [], [], [], [])
     paths, splits, rejected = dict[str, int](), [split for _, split in side.names], list[tuple[int, int]]()
@@ -104,7 +104,7 @@ def prints_of(side: Side, progress: Progress | None, *, by_text: bool) -> Prints
     for step in side.steps():
         batch = step.batch
         rows, tokens = rows + len(batch), tokens + int(batch.columns.lengths.sum())
-        trained += int(batch.columns.learnt.sum())
+        trained += int(batch.columns.trained_counts.sum())
         numbers = np.repeat(np.broadcast_to(step.source, len(batch.counts)), batch.counts).tolist()
         for one, number in zip(batch.columns.sources, numbers, strict=True):
             columns[0].append(paths.setdefault(one.path, len(paths)))
@@ -116,11 +116,11 @@ def prints_of(side: Side, progress: Progress | None, *, by_text: bool) -> Prints
         rejected += ((paths.setdefault(reject.source.path, len(paths)), reject.source.row) for reject in batch.rejects)
         if progress:
             progress(rows, tokens, step.share)
-    for reject in stored_builds.rejects_of(side.folder) if side.folder else ():
+    for reject in stored_builds.read_build_rejects(side.folder) if side.folder else ():
         rejected.append((paths.setdefault(reject.source.path, len(paths)), reject.source.row))
     source, row = (np.asarray(one, np.int64) for one in columns[:2])
     split, first, second = (np.asarray(one, np.uint64) for one in columns[2:])
-    return Prints([*paths], source, row, split, first, second, rejected, (tokens, trained))
+    return ExampleFingerprints([*paths], source, row, split, first, second, rejected, (tokens, trained))
 
 
 def _tokens(batch: Batch) -> Iterator[tuple[int, int]]:
@@ -144,7 +144,7 @@ def _runs(example: Example) -> Iterator[tuple[int, int]]:
         yield int(example.offsets[first, 0]), int(example.offsets[last - 1, 1])
 
 
-def kinds_of(a: Rows, b: Rows) -> dict[int, str]:
+def classify_differences(a: Rows, b: Rows) -> dict[int, str]:
     """Return how each row differs that does."""
     kinds = dict.fromkeys(np.setdiff1d(a[0], b[0]).tolist(), ONLY_A)
     kinds |= dict.fromkeys(np.setdiff1d(b[0], a[0]).tolist(), ONLY_B)

@@ -20,10 +20,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftdata._version import __version__
-from ftdata.errors import UsageError, printable
-from ftdata.inspection.row_views import Owner, RowView, Segment, View, counted, headed, line, visible
+from ftdata.errors import UsageError, escape_unprintable
+from ftdata.inspection.row_views import (
+    ExampleView,
+    RowView,
+    Segment,
+    SegmentOwner,
+    describe_trained_share,
+    make_visible,
+    row_heading,
+    to_single_line,
+)
 from ftdata.storage import disk
-from ftdata.storage.atomic import new_file
+from ftdata.storage.atomic import replace_file
 from ftdata.tokenizing.tokenizer import Tokenizer
 from ftdata.types import Reject
 
@@ -33,7 +42,7 @@ MOST_PACKS = 200
 
 
 @dataclass(frozen=True)
-class Packs:
+class PackLayout:
     """How documents share packs: of each pack the lengths of its documents, and where they came from.
 
     `fill` is the share of `count * size` tokens that are there; `documents` are those of the first packs.
@@ -46,7 +55,7 @@ class Packs:
 
 
 @dataclass(frozen=True)
-class Page:
+class HtmlPage:
     """What a page shows.
 
     Attributes:
@@ -71,7 +80,7 @@ class Page:
     totals: Mapping[str, str] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     picture: tuple[str, str] | None = None
-    packs: Packs | None = None
+    packs: PackLayout | None = None
     rejects: tuple[Mapping[str, int], Sequence[Reject]] = field(default_factory=lambda: ({}, ()))
     options: Mapping[str, Any] = field(default_factory=dict)
     titles: Sequence[Sequence[str]] = ()
@@ -81,9 +90,9 @@ class Page:
 _BEGIN = b"<!doctype html>"
 
 
-def write_page(path: str | Path, page: Page) -> None:
+def write_page(path: str | Path, page: HtmlPage) -> None:
     """Write the page, as `write_html` does."""
-    write_html(path, html(page))
+    write_html(path, render_html(page))
 
 
 def write_html(path: str | Path, text: str) -> None:
@@ -96,7 +105,7 @@ def write_html(path: str | Path, text: str) -> None:
     if not _is_page(Path(path)):
         found = f"{path} exists and is no page of ftdata"
         raise UsageError("target_exists", found, hint="choose another name: data is not written over")
-    with new_file(Path(path).resolve()) as file:
+    with replace_file(Path(path).resolve()) as file:
         disk.write(file, text.encode())
 
 
@@ -108,7 +117,7 @@ def _is_page(path: Path) -> bool:
         return file.read(len(_BEGIN)).lower() == _BEGIN
 
 
-def html(page: Page) -> str:
+def render_html(page: HtmlPage) -> str:
     """Return the page as HTML."""
     style, script = _asset("page.css"), _asset("page.js")
     policy = (
@@ -157,8 +166,8 @@ def _json(value: Any) -> str:
 # --- the rows, as the script reads them
 
 
-def _data(page: Page) -> dict[str, Any]:
-    owners: dict[Owner, int] = {}
+def _data(page: HtmlPage) -> dict[str, Any]:
+    owners: dict[SegmentOwner, int] = {}
     rows = []
     for number, row in enumerate(page.rows):
         changed = page.changed[number] if page.changed else [None] * len(row.examples)
@@ -188,7 +197,7 @@ def _data(page: Page) -> dict[str, Any]:
     return {"said": page.said, "owners": list(owners), "pieces": _pieces(page), "rows": rows, "packs": packs}
 
 
-def _example(view: View, owners: dict[Owner, int], changed: NDArray[np.bool_] | None) -> dict[str, Any]:
+def _example(view: ExampleView, owners: dict[SegmentOwner, int], changed: NDArray[np.bool_] | None) -> dict[str, Any]:
     numbers = np.asarray([owners.setdefault(one, len(owners)) for one in view.owners], np.int64)
     return {
         "text": view.text,
@@ -204,7 +213,7 @@ def _example(view: View, owners: dict[Owner, int], changed: NDArray[np.bool_] | 
     }
 
 
-def _sizes(view: View) -> list[int]:
+def _sizes(view: ExampleView) -> list[int]:
     """Return how long the text of each token is, in the units of UTF-16, in which scripts count."""
     wide = np.frombuffer(view.text.encode("utf-32-le", "surrogatepass"), np.uint32) > 0xFFFF
     before = np.append(0, np.cumsum(1 + wide.astype(np.int64)))
@@ -218,7 +227,7 @@ def _runs(values: NDArray[Any]) -> list[int]:
     return list(np.stack((values[starts].astype(np.int64), lengths), axis=1).ravel().tolist())
 
 
-def _pieces(page: Page) -> dict[int, str]:
+def _pieces(page: HtmlPage) -> dict[int, str]:
     """Return how the vocabulary spells each token that is shown."""
     if page.tokenizer is None:
         return {}
@@ -240,7 +249,7 @@ def _href(row: RowView) -> str | None:
 
 
 def _text(text: str) -> str:
-    return escape(printable(text))
+    return escape(escape_unprintable(text))
 
 
 def _folded(key: str, says: str, body: str) -> str:
@@ -249,7 +258,7 @@ def _folded(key: str, says: str, body: str) -> str:
     return f'<details id="{key}">{summary}{box}</details>'
 
 
-def _summary(page: Page) -> str:
+def _summary(page: HtmlPage) -> str:
     cards = "".join(f"<li><b>{_text(value)}</b><span>{_text(name)}</span></li>" for name, value in page.totals.items())
     notes = "".join(f"<li>{_text(note)}</li>" for note in page.warnings)
     return (f'<ul class="cards">{cards}</ul>' if cards else "") + (f"<ul>{notes}</ul>" if notes else "")
@@ -259,7 +268,7 @@ def _lengths(svg: str, says: str) -> str:
     return f"{svg}<p>{escape(says)}</p>"
 
 
-def _packs(packs: Packs) -> tuple[str, str]:
+def _packs(packs: PackLayout) -> tuple[str, str]:
     shown = len(packs.documents)
     more = f"; the first {shown:,} are drawn" if shown < packs.count else ""
     says = f"{packs.count:,} packs of {packs.size:,} tokens, {packs.fill:.2%} full{more}"
@@ -285,7 +294,7 @@ def _place(reject: Reject) -> str:
     return f'<a href="{escape(href, quote=True)}">{said}</a>' if href else said
 
 
-def flat(options: Mapping[str, Any]) -> dict[str, Any]:
+def flatten_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options as names and values; those that are objects by the names of what is in them."""
     found: dict[str, Any] = {}
     for name, value in options.items():
@@ -313,35 +322,40 @@ _MARKED = "background:#2da44e33;text-decoration:underline #2da44e"
 _CONTROL = "border:1px solid #bf398988;border-radius:4px;padding:0 2px"
 
 
-def fragment(title: str, rows: Sequence[RowView], notes: Sequence[str] = ()) -> str:
+def render_fragment(title: str, rows: Sequence[RowView], notes: Sequence[str] = ()) -> str:
     """Return rows as HTML without a script, for a notebook: what is trained is green and underlined."""
-    parts = [f"<p><b>{_text(line(title))}</b></p>", *(f"<p>note: {_text(line(note))}</p>" for note in notes)]
+    parts = [
+        f"<p><b>{_text(to_single_line(title))}</b></p>",
+        *(f"<p>note: {_text(to_single_line(note))}</p>" for note in notes),
+    ]
     for row in rows:
         odd = f" · odd: {', '.join(row.why)}" if row.why else ""
-        parts.append(f"<p>{_text(headed(row) + odd)}</p>")
+        parts.append(f"<p>{_text(row_heading(row) + odd)}</p>")
         if row.rejected:
-            parts.append(f'<p style="color:#cf222e">{_text(line(row.rejected))}</p>')
+            parts.append(f'<p style="color:#cf222e">{_text(to_single_line(row.rejected))}</p>')
         for one in row.examples:
             cut = f" · ✂ {one.cut:,} tokens cut" if one.cut else ""
-            parts.append(f'<pre style="{_FRAGMENT}">{"".join(_stretches(one))}</pre><p>{counted(one)}{cut}</p>')
+            parts.append(
+                f'<pre style="{_FRAGMENT}">{"".join(_stretches(one))}</pre><p>{describe_trained_share(one)}{cut}</p>'
+            )
         if row.dropped:
             parts.append(f"<p>✂ {len(row.dropped):,} examples of {sum(row.dropped):,} tokens are left out</p>")
-        lost = (f"not printed by the template: {one.field}: {visible(one.text)}" for one in row.lost)
+        lost = (f"not printed by the template: {one.field}: {make_visible(one.text)}" for one in row.lost)
         flags = [f"flags: {', '.join(row.flags)}"] if row.flags else []
         parts += [f'<p style="color:#9a6700">{_text(said)}</p>' for said in (*lost, *flags)]
     return f"<div>{''.join(parts)}</div>"
 
 
-def _stretches(view: View) -> Iterable[str]:
+def _stretches(view: ExampleView) -> Iterable[str]:
     for trained, segments in groupby(view.segments(), key=lambda segment: segment.trained):
         text = "".join(_segment(one) for one in segments)
         yield f'<mark style="color:inherit;{_MARKED}">{text}</mark>' if trained else text
     if view.rest:
-        yield f'<s style="color:#cf222e">✂{_text(visible(view.rest))}</s>'
+        yield f'<s style="color:#cf222e">✂{_text(make_visible(view.rest))}</s>'
 
 
 def _segment(segment: Segment) -> str:
     owner = segment.owner
     says = f"{owner.role}, messages[{owner.message}]" if owner.role else owner.part
     style = f' style="{_CONTROL}"' if segment.control else ""
-    return f'<bdi title="{escape(says, quote=True)}"{style}>{escape(visible(segment.text))}</bdi>'
+    return f'<bdi title="{escape(says, quote=True)}"{style}>{escape(make_visible(segment.text))}</bdi>'

@@ -16,16 +16,16 @@ from rich.text import Text
 
 from ftdata.errors import InputRefused, UsageError
 from ftdata.inspection import stored_builds, terminal
-from ftdata.inspection.html_page import Page, fragment, write_page
-from ftdata.inspection.overview import FIRST, overview
-from ftdata.inspection.row_views import RowView, added, line, view, view_text
-from ftdata.inspection.survey import Odd, Progress, survey
-from ftdata.inspection.target import Side, side_of
+from ftdata.inspection.html_page import HtmlPage, render_fragment, write_page
+from ftdata.inspection.overview import FIRST, make_overview
+from ftdata.inspection.row_views import RowView, added_texts, make_row_view, make_text_view, to_single_line
+from ftdata.inspection.survey import Outliers, Progress, survey_rows
+from ftdata.inspection.target import Target, make_target
 from ftdata.pipeline.examples import build_rows
 from ftdata.pipeline.mask import Policy
-from ftdata.pipeline.recipe import Options, bare_template
-from ftdata.readers import FileSource, MemorySource, sources
-from ftdata.readers.row_filter import Selection
+from ftdata.pipeline.recipe import Options, load_bare_template
+from ftdata.readers import FileSource, MemorySource, resolve_sources
+from ftdata.readers.row_filter import RowFilter
 from ftdata.types import Reject, Row
 
 _IDS = ("id", "_id", "ID", "uuid", "uid", "guid", "key", "conversation_id", "prompt_id", "question_id", "task_id")
@@ -54,9 +54,9 @@ class Preview:
 
     def print(self, console: Console) -> None:
         """Print to a rich console, in colour where it has colour."""
-        console.print(Text(line(self.title), "bold"), soft_wrap=True)
+        console.print(Text(to_single_line(self.title), "bold"), soft_wrap=True)
         for note in self.notes:
-            console.print(Text(f"note: {line(note)}", "yellow"), soft_wrap=True)
+            console.print(Text(f"note: {to_single_line(note)}", "yellow"), soft_wrap=True)
         terminal.print_rows(console, self.rows)
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class Preview:
         return {"title": self.title, "notes": list(self.notes), "rows": [shown.as_dict() for shown in self.rows]}
 
     def _repr_html_(self) -> str:
-        return fragment(self.title, self.rows, self.notes)
+        return render_fragment(self.title, self.rows, self.notes)
 
 
 def preview(
@@ -77,9 +77,9 @@ def preview(
     train_parts: Sequence[str] | None = None,
     turns: str = "auto",
     control_tokens: str = "escape",
-    dropped: str = "refuse",
-    unclosed: str = "flag",
-    refuse: Sequence[str] = (),
+    on_dropped_message: str = "reject",
+    on_missing_stop: str = "flag",
+    reject_flags: Sequence[str] = (),
     max_length: int | None = None,
     overlong: str = "reject",
     n: int | None = None,
@@ -137,7 +137,7 @@ def preview(
     6 of 38 characters trained
     <BLANKLINE>
     """
-    wanted = Wanted(n, _numbers(row), None if id is None else str(id), grep, odd, many=html is not None)
+    wanted = RowSelection(n, _numbers(row), None if id is None else str(id), grep, odd, many=html is not None)
     choices: dict[str, Any] = {
         "schema": schema,
         "columns": columns,
@@ -145,38 +145,38 @@ def preview(
         "train_parts": train_parts,
         "turns": turns,
         "control_tokens": control_tokens,
-        "dropped": dropped,
-        "unclosed": unclosed,
-        "refuse": refuse,
+        "on_dropped_message": on_dropped_message,
+        "on_missing_stop": on_missing_stop,
+        "reject_flags": reject_flags,
         "max_length": max_length,
         "overlong": overlong,
     }
-    if tokenizer is None and stored_builds.build_at(data) is None:
+    if tokenizer is None and stored_builds.find_build_folder(data) is None:
         page = _as_text(
-            data, template, Options(**choices), wanted, Selection(where, limit), date, template_kwargs, packing
+            data, template, Options(**choices), wanted, RowFilter(where, limit), date, template_kwargs, packing
         )
         return _finished(page, wanted, html)
     # Which of these says nothing is no business of a build's.
     more = {"date": date, "template_kwargs": template_kwargs}
     given = {**choices, **{name: value for name, value in more.items() if value is not None}}
-    side = side_of(data, tokenizer, template, where=where, limit=limit, **given)
+    side = make_target(data, tokenizer, template, where=where, limit=limit, **given)
     if packing is not None and (html is None or wanted.chosen):
         raise UsageError("packing", "packs are shown on a page of the whole: html, without a choice of rows")
     if html is not None and not wanted.chosen:
-        page = overview(side, n, packing, progress)
+        page = make_overview(side, n, packing, progress)
     else:
         if odd:
             rows = _odd(side, wanted.most, progress)
         elif side.folder is not None:
             rows = _of_build(side, wanted)
         else:
-            rows = _of_data(side, wanted, Selection(where, limit))
-        page = Page(side.title, tuple(rows), side.recipe.tokenizer, warnings=tuple(added(side.recipe)))
+            rows = _of_data(side, wanted, RowFilter(where, limit))
+        page = HtmlPage(side.title, tuple(rows), side.recipe.tokenizer, warnings=tuple(added_texts(side.recipe)))
     return _finished(page, wanted, html)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RowSelection:
     """Which rows are to be shown.
 
     Raises:
@@ -222,12 +222,12 @@ class Wanted:
             yield from islice((row for row in rows if self.id in _ids_of(row)), self.n)
         elif self.grep is not None:
             found = re.compile(self.grep)
-            yield from islice((row for row in rows if any(map(found.search, strings_of(row)))), self.most)
+            yield from islice((row for row in rows if any(map(found.search, iterate_strings(row)))), self.most)
         else:
             yield from islice(rows, self.most)
 
 
-def strings_of(row: Row | Reject) -> Iterator[str]:
+def iterate_strings(row: Row | Reject) -> Iterator[str]:
     """Yield the texts of a row as they were written, but for the names of its columns."""
     left: list[Any] = [row.raw if isinstance(row, Reject) else row.data]
     while left:
@@ -270,51 +270,57 @@ def _as_text(
     data: Any,
     template: str | Path | None,
     options: Options,
-    wanted: Wanted,
-    selection: Selection,
+    wanted: RowSelection,
+    selection: RowFilter,
     date: str | None,
     kwargs: Mapping[str, Any] | None,
     packing: str | None,
-) -> Page:
-    counting = {"odd": wanted.odd, "max_length": options.max_length, "refuse": options.refuse, "packing": packing}
+) -> HtmlPage:
+    counting = {
+        "odd": wanted.odd,
+        "max_length": options.max_length,
+        "reject_flags": options.reject_flags,
+        "packing": packing,
+    }
     if given := [name for name, value in counting.items() if value]:
         found = f"{given[0]} is about tokens, and there is no tokenizer"
         raise UsageError("no_tokenizer", found, hint="pass the model's: --tokenizer")
-    bare = bare_template(template if template is not None else "chatml", date, kwargs)
+    bare = load_bare_template(template if template is not None else "chatml", date, kwargs)
     rows = tuple(
-        view_text(entry, bare, options) for entry in wanted.of(selection.of(_near(sources(data), wanted.numbers)))
+        make_text_view(entry, bare, options)
+        for entry in wanted.of(selection.of(_near(resolve_sources(data), wanted.numbers)))
     )
     places = [str(data)] if isinstance(data, str | Path) else list(dict.fromkeys(one.source.path for one in rows))
-    return Page(f"{', '.join(places)} · template {bare.name} · no tokenizer", rows)
+    return HtmlPage(f"{', '.join(places)} · template {bare.name} · no tokenizer", rows)
 
 
-def _of_data(side: Side, wanted: Wanted, selection: Selection) -> Iterator[RowView]:
+def _of_data(side: Target, wanted: RowSelection, selection: RowFilter) -> Iterator[RowView]:
     rows = wanted.of(selection.of(_near(side.sources, wanted.numbers)))
-    return (view(outcome, side.recipe) for outcome in build_rows(side.recipe, rows))
+    return (make_row_view(outcome, side.recipe) for outcome in build_rows(side.recipe, rows))
 
 
-def _of_build(side: Side, wanted: Wanted) -> Iterator[RowView]:
+def _of_build(side: Target, wanted: RowSelection) -> Iterator[RowView]:
     """Yield the examples that are wanted of a build, which are numbered in the order of its splits and packs."""
     if wanted.id is not None:
         raise UsageError("rows_wanted", "a build holds tokens, not the ids of rows", hint="choose by row, or by grep")
     folder = side.folder or Path()
-    held = stored_builds.documents(folder, stored_builds.splits_of(folder))
+    held = stored_builds.read_build_documents(folder, stored_builds.split_names(folder))
     if wanted.numbers is not None:
         held = (one for one in islice(held, max(wanted.numbers) + 1) if one.number in wanted.numbers)
-    views = (view(stored_builds.as_built(side.recipe, one), side.recipe) for one in held)
+    views = (make_row_view(stored_builds.document_to_row(side.recipe, one), side.recipe) for one in held)
     if wanted.grep is not None:
         found = re.compile(wanted.grep)
         views = (one for one in views if any(found.search(example.text) for example in one.examples))
     yield from views if wanted.numbers is not None else islice(views, wanted.most)
 
 
-def _odd(side: Side, most: int, progress: Progress | None) -> Iterator[RowView]:
-    odd = Odd(most)
-    survey(side.steps(), side.names, odd, progress)
-    return (view(outcome, side.recipe, why) for outcome, why in odd.rows())
+def _odd(side: Target, most: int, progress: Progress | None) -> Iterator[RowView]:
+    odd = Outliers(most)
+    survey_rows(side.steps(), side.names, odd, progress)
+    return (make_row_view(outcome, side.recipe, why) for outcome, why in odd.rows())
 
 
-def _finished(page: Page, wanted: Wanted, html: str | Path | None) -> Preview:
+def _finished(page: HtmlPage, wanted: RowSelection, html: str | Path | None) -> Preview:
     """Return what is shown, after writing the page if there is to be one.
 
     Raises:

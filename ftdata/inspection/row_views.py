@@ -15,18 +15,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ftdata.errors import BadRow, printable
-from ftdata.pipeline.examples import Built
+from ftdata.errors import BadRow, escape_unprintable
+from ftdata.pipeline.examples import BuiltRow
 from ftdata.pipeline.recipe import Options, Recipe
-from ftdata.pipeline.render_rows import check_answers, with_row_flags
-from ftdata.schemas import normalise
-from ftdata.templates import Template, closed, render
-from ftdata.templates.worker.client import verify
+from ftdata.pipeline.render_rows import add_row_flags, check_answers
+from ftdata.schemas import normalize
+from ftdata.templates import Template, append_missing_stop, render_in_worker
+from ftdata.templates.worker.client import verify_template
 from ftdata.types import Conversation, Example, Part, Reject, Rendered, Row, Source, Span
 
 _LOSSES = {
-    "content": frozenset({"content_cut", "payload_dropped", "rewritten"}),
-    "reasoning_content": frozenset({"content_cut", "payload_dropped", "reasoning_dropped", "rewritten"}),
+    "content": frozenset({"message_truncated", "message_dropped", "history_rewritten"}),
+    "reasoning_content": frozenset({"message_truncated", "message_dropped", "reasoning_dropped", "history_rewritten"}),
 }
 """What of a message may be lost, and the flags that say that something like it is."""
 
@@ -35,7 +35,7 @@ _MARKS = re.compile("[⟦⟧⟨⟩■✂↵⇥]")
 """With which what is trained is told apart where there are no colours."""
 
 
-class Owner(NamedTuple):
+class SegmentOwner(NamedTuple):
     """Who wrote a stretch: the message's number and role (-1 and none: nobody's), and which part of it that is."""
 
     message: int
@@ -53,7 +53,7 @@ class Segment(NamedTuple):
     trained: bool
     control: bool
     stop: bool
-    owner: Owner
+    owner: SegmentOwner
 
     @property
     def data(self) -> bool:
@@ -62,7 +62,7 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class View:
+class ExampleView:
     """One example, by tokens; where there is no tokenizer, by spans, and without ids.
 
     Attributes:
@@ -86,7 +86,7 @@ class View:
     trained: NDArray[np.bool_]
     control: NDArray[np.bool_]
     owner: NDArray[np.int64]
-    owners: tuple[Owner, ...]
+    owners: tuple[SegmentOwner, ...]
     ids: NDArray[np.int32] | None = None
     flags: frozenset[str] = frozenset()
     cut: int = 0
@@ -100,7 +100,7 @@ class View:
         ends: NDArray[np.bool_] = self.trained & self.control & own & ~np.append(own[1:], False)
         return ends
 
-    def part(self, first: int, last: int) -> View:
+    def part(self, first: int, last: int) -> ExampleView:
         """Return the tokens from `first` on and before `last`, as a view of their own."""
         start, end = (int(self.ends[at - 1]) if at else 0 for at in (first, last))
         names = ("trained", "control", "owner", "ids", "generated")
@@ -135,7 +135,7 @@ class View:
         return int(np.diff(self.ends, prepend=0)[self.trained].sum()), len(self.text)
 
 
-class Lost(NamedTuple):
+class DroppedText(NamedTuple):
     """Text of a row that the template does not print."""
 
     field: str
@@ -160,8 +160,8 @@ class RowView:
 
     source: Source
     schema: str = ""
-    examples: tuple[View, ...] = ()
-    lost: tuple[Lost, ...] = ()
+    examples: tuple[ExampleView, ...] = ()
+    lost: tuple[DroppedText, ...] = ()
     rejected: str = ""
     why: tuple[str, ...] = ()
     dropped: tuple[int, ...] = ()
@@ -200,7 +200,7 @@ def _segment(segment: Segment) -> dict[str, Any]:
     return {**said, **owner._asdict()}
 
 
-def view(outcome: Built | Reject, recipe: Recipe, why: Sequence[str] = ()) -> RowView:
+def make_row_view(outcome: BuiltRow | Reject, recipe: Recipe, why: Sequence[str] = ()) -> RowView:
     """Return what is to be seen of a row that was built or rejected."""
     if isinstance(outcome, Reject):
         return RowView(outcome.source, rejected=str(outcome), why=tuple(why))
@@ -218,34 +218,34 @@ def view(outcome: Built | Reject, recipe: Recipe, why: Sequence[str] = ()) -> Ro
     )
 
 
-def added(recipe: Recipe) -> Iterator[str]:
+def added_texts(recipe: Recipe) -> Iterator[str]:
     """Yield what the template prints that no row says."""
     template = recipe.template
     if not template.source or not template.chat:
         return
-    found = verify(template)
+    found = verify_template(template)
     if found.adds.strip():
         yield f"the template puts this before conversations that have no system message: {found.adds.strip()}"
     if found.uses_date:
         yield f"the template prints a date, shown as {template.date:%Y-%m-%d}; set it with date="
 
 
-def view_text(row: Row | Reject, template: Template, options: Options) -> RowView:
+def make_text_view(row: Row | Reject, template: Template, options: Options) -> RowView:
     """Return what is to be seen of a row where there is no tokenizer: the text, and what of it is trained."""
     if isinstance(row, Reject):
         return RowView(row.source, rejected=str(row))
     try:
-        said = normalise(row, options.schema, options.columns)
+        said = normalize(row, options.schema, options.columns)
         check_answers(said)
         if said.tokens is not None:
             hint = "pass the tokenizer that made them"
             raise BadRow("no_tokenizer", "holds tokens, which cannot be shown without their tokenizer", hint=hint)
         if said.kwargs:
             template = replace(template, kwargs={**template.kwargs, **said.kwargs})
-        texts = render(said, template, options.turns, options.dropped)
-        texts = with_row_flags(said, texts)
-        if options.unclosed == "append_eos":
-            texts = tuple(closed(one, template) for one in texts)
+        texts = render_in_worker(said, template, options.turns, options.on_dropped_message)
+        texts = add_row_flags(said, texts)
+        if options.on_missing_stop == "append_eos":
+            texts = tuple(append_missing_stop(one, template) for one in texts)
     except (BadRow, RecursionError) as error:
         reason = str(error) if isinstance(error, BadRow) else f"[too_deep] {row.source}: is nested too deep to be read"
         return RowView(row.source, rejected=reason)
@@ -253,7 +253,7 @@ def view_text(row: Row | Reject, template: Template, options: Options) -> RowVie
     return RowView(row.source, said.schema, examples, tuple(_lost(said, texts)))
 
 
-def _by_span(rendered: Rendered, chosen: Sequence[bool], said: Conversation, template: Template) -> View:
+def _by_span(rendered: Rendered, chosen: Sequence[bool], said: Conversation, template: Template) -> ExampleView:
     specials = "|".join(map(re.escape, template.special_tokens.values()))
     pattern = re.compile(f"({specials}|<\\|[^|<>]*\\|>)")
     spans, control, trained = list[Span](), list[bool](), list[bool]()
@@ -271,7 +271,7 @@ def _by_span(rendered: Rendered, chosen: Sequence[bool], said: Conversation, tem
     owners, owner = _owners(spans, said)
     ends = np.fromiter((span.end for span in spans), np.int64)
     generated = np.fromiter((span.generated for span in spans), np.bool_)
-    return View(
+    return ExampleView(
         rendered.text,
         ends,
         np.array(trained),
@@ -283,7 +283,7 @@ def _by_span(rendered: Rendered, chosen: Sequence[bool], said: Conversation, tem
     )
 
 
-def _by_token(example: Example, said: Conversation, recipe: Recipe) -> View:
+def _by_token(example: Example, said: Conversation, recipe: Recipe) -> ExampleView:
     added = len(recipe.tokenizer.bos_ids) if len(example) and example.offsets[0, 1] == 0 else 0
     begun = recipe.tokenizer.decode(example.input_ids[:added]) if added else ""
     ends = np.maximum.accumulate(example.offsets[:, 1].astype(np.int64)) + len(begun)
@@ -295,7 +295,7 @@ def _by_token(example: Example, said: Conversation, recipe: Recipe) -> View:
     produced = np.asarray([*(span.generated for span in example.spans), False])[np.minimum(at, len(by_span))]
     whole = begun + example.text
     shown = int(ends[-1]) if len(ends) else len(begun)
-    return View(
+    return ExampleView(
         whole[:shown],
         ends,
         example.trained,
@@ -310,22 +310,22 @@ def _by_token(example: Example, said: Conversation, recipe: Recipe) -> View:
     )
 
 
-def _owners(spans: Sequence[Span], said: Conversation) -> tuple[tuple[Owner, ...], NDArray[np.int64]]:
+def _owners(spans: Sequence[Span], said: Conversation) -> tuple[tuple[SegmentOwner, ...], NDArray[np.int64]]:
     """Return who wrote stretches, and which of these wrote each span; the first is nobody."""
-    found = {Owner(-1, "", ""): 0}
+    found = {SegmentOwner(-1, "", ""): 0}
     numbers = []
     for span in spans:
         if said.tokens is not None:
-            owner = Owner(-1, "", "")
+            owner = SegmentOwner(-1, "", "")
         elif 0 <= span.message < len(said.messages):
-            owner = Owner(span.message, said.messages[span.message]["role"], str(span.part))
+            owner = SegmentOwner(span.message, said.messages[span.message]["role"], str(span.part))
         else:
-            owner = Owner(-1, "", str(span.part))
+            owner = SegmentOwner(-1, "", str(span.part))
         numbers.append(found.setdefault(owner, len(found)))
     return tuple(found), np.asarray(numbers, np.int64)
 
 
-def _lost(said: Conversation, texts: Sequence[Rendered] | Sequence[Example]) -> Iterator[Lost]:
+def _lost(said: Conversation, texts: Sequence[Rendered] | Sequence[Example]) -> Iterator[DroppedText]:
     """Yield the texts of messages that stand in none of the examples, or what of them does not."""
     flags = frozenset[str]().union(*(one.flags for one in texts))
     printed = [""] * len(said.messages)
@@ -335,14 +335,14 @@ def _lost(said: Conversation, texts: Sequence[Rendered] | Sequence[Example]) -> 
                 printed[span.message] += one.text[span.start : span.end]
     for number, message in enumerate(said.messages):
         for name, losses in _LOSSES.items():
-            for given in map(str.strip, texts_of(message.get(name)) if flags & losses else ()):
+            for given in map(str.strip, content_texts(message.get(name)) if flags & losses else ()):
                 if given not in printed[number]:
-                    yield Lost(f"messages[{number}].{name}", _missing(given, printed[number]))
+                    yield DroppedText(f"messages[{number}].{name}", _missing(given, printed[number]))
     if said.tools and "tools_dropped" in flags:
-        yield Lost("tools", json.dumps(said.tools, ensure_ascii=False))
+        yield DroppedText("tools", json.dumps(said.tools, ensure_ascii=False))
 
 
-def texts_of(content: object) -> Iterator[str]:
+def content_texts(content: object) -> Iterator[str]:
     """Yield the texts of what a message holds: one, or those of its parts."""
     if isinstance(content, str):
         yield content
@@ -357,25 +357,25 @@ def _missing(given: str, printed: str) -> str:
     return "\n".join(lines) or given
 
 
-def visible(text: str) -> str:
+def make_visible(text: str) -> str:
     """Return a text with its line breaks marked, and with codes for what would deceive a reader: our own marks, too."""
-    spelled = _MARKS.sub(lambda found: f"\\u{ord(found.group()):04x}", printable(text))
+    spelled = _MARKS.sub(lambda found: f"\\u{ord(found.group()):04x}", escape_unprintable(text))
     return spelled.replace("\t", "⇥\t").replace("\n", "↵\n")
 
 
-def line(text: object) -> str:
+def to_single_line(text: object) -> str:
     """Return a text as part of one line."""
-    return visible(str(text)).replace("↵\n", "↵").replace("⇥\t", "⇥")
+    return make_visible(str(text)).replace("↵\n", "↵").replace("⇥\t", "⇥")
 
 
-def headed(row: RowView) -> str:
+def row_heading(row: RowView) -> str:
     """Say which row it is, where it stands, and as what it was read."""
     number = f"row {row.source.row}" if row.number is None else f"example {row.number}"
     pack = "" if row.pack is None else f" · pack {row.pack}"
-    return line(f"{number} · {row.source} · {row.schema or 'refused'}{pack}")
+    return to_single_line(f"{number} · {row.source} · {row.schema or 'refused'}{pack}")
 
 
-def counted(view: View) -> str:
+def describe_trained_share(view: ExampleView) -> str:
     """Say how much of an example is trained."""
     trained, total = view.counts
     if view.ids is None:

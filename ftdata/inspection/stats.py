@@ -14,18 +14,18 @@ from rich.text import Text
 
 from ftdata.errors import InputRefused
 from ftdata.inspection import charts
-from ftdata.inspection.row_views import line
-from ftdata.inspection.survey import Ints, Numbers, Progress, Survey, survey
-from ftdata.inspection.target import Side, side_of
+from ftdata.inspection.row_views import to_single_line
+from ftdata.inspection.survey import Ints, Progress, RowNumbers, Survey, survey_rows
+from ftdata.inspection.target import Target, make_target
 from ftdata.storage import disk
-from ftdata.storage.atomic import new_file
+from ftdata.storage.atomic import replace_file
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 _LIMITS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
 @dataclass(frozen=True)
-class Group:
+class StatsGroup:
     """Figures of some rows.
 
     Attributes:
@@ -52,7 +52,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Limit:
+class LengthLimit:
     """What a `max_length` would do.
 
     Attributes:
@@ -84,8 +84,8 @@ class Stats:
     rows: int
     rejected: Mapping[str, int]
     flags: Mapping[str, int]
-    groups: tuple[Group, ...]
-    limits: tuple[Limit, ...]
+    groups: tuple[StatsGroup, ...]
+    limits: tuple[LengthLimit, ...]
     seen: Survey = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Stats:
 
     def print(self, console: Console) -> None:
         """Print tables to a rich console."""
-        console.print(Text(line(self.title), "bold"), soft_wrap=True)
+        console.print(Text(to_single_line(self.title), "bold"), soft_wrap=True)
         whole = self.groups[0]
         reasons = ", ".join(f"{count:,} {code}" for code, count in self.rejected.items())
         rejected = f" ({reasons})" if reasons else ""
@@ -140,8 +140,8 @@ class Stats:
         numbers = self.seen.numbers
         share = numbers.trained / np.maximum(numbers.tokens, 1)
         return {
-            "lengths": charts.lengths(self.seen.lengths, alone=True),
-            "trained": charts.shares(share, alone=True),
+            "lengths": charts.draw_length_histogram(self.seen.lengths, alone=True),
+            "trained": charts.draw_share_histogram(share, alone=True),
         }
 
     def _repr_html_(self) -> str:
@@ -176,20 +176,20 @@ def stats(
         InputRefused: a source cannot be read, or nothing in it can be built.
         StorageError: the pictures cannot be written.
     """
-    side = side_of(data, tokenizer, template, where=where, limit=limit, **options)
-    seen = side.finished(survey(side.steps(), side.names, progress=progress))
+    side = make_target(data, tokenizer, template, where=where, limit=limit, **options)
+    seen = side.finished(survey_rows(side.steps(), side.names, progress=progress))
     if not len(seen.numbers):
-        raise InputRefused("nothing_built", f"none of {seen.rows:,} rows can be built, so there is nothing to count")
+        raise InputRefused("no_rows_built", f"none of {seen.rows:,} rows can be built, so there is nothing to count")
     groups = tuple(_groups(seen, side))
     found = Stats(side.title, seen.rows, seen.rejected, seen.flags, groups, tuple(_limits(seen.lengths)), seen)
     if svg is not None:
         for name, picture in found.pictures().items():
-            with new_file(Path(svg).resolve() / f"{name}.svg") as file:
+            with replace_file(Path(svg).resolve() / f"{name}.svg") as file:
                 disk.write(file, picture.encode("utf-8", "backslashreplace"))
     return found
 
 
-def _groups(seen: Survey, side: Side) -> Iterator[Group]:
+def _groups(seen: Survey, side: Target) -> Iterator[StatsGroup]:
     numbers = seen.numbers
     splits, paths = [*dict.fromkeys(seen.splits)], [*dict.fromkeys(seen.sources)]
     split = np.asarray([splits.index(name) for name in seen.splits])
@@ -209,10 +209,10 @@ def _groups(seen: Survey, side: Side) -> Iterator[Group]:
                 yield _group(of, name, numbers, chosen)
 
 
-def _group(of: str, name: str, numbers: Numbers, chosen: np.ndarray) -> Group:
+def _group(of: str, name: str, numbers: RowNumbers, chosen: np.ndarray) -> StatsGroup:
     mine = np.repeat(chosen, numbers.examples)
     tokens, trained, turns = numbers.tokens[mine], numbers.trained[mine], numbers.turns[chosen]
-    return Group(
+    return StatsGroup(
         of,
         name,
         int(chosen.sum()),
@@ -230,16 +230,16 @@ def _percentiles(values: Ints) -> dict[int, int]:
     return dict(zip(PERCENTILES, np.percentile(values, PERCENTILES, method="lower").astype(int).tolist(), strict=True))
 
 
-def _limits(lengths: Ints) -> Iterator[Limit]:
+def _limits(lengths: Ints) -> Iterator[LengthLimit]:
     for limit in _LIMITS:
         longer = lengths > limit
-        yield Limit(limit, int(longer.sum()), int((lengths[longer] - limit).sum()))
+        yield LengthLimit(limit, int(longer.sum()), int((lengths[longer] - limit).sum()))
         if not longer.any():
             return
 
 
-def _named(group: Group) -> str:
-    return line(f"{group.of} {group.name}".strip())
+def _named(group: StatsGroup) -> str:
+    return to_single_line(f"{group.of} {group.name}".strip())
 
 
 def _percentile(at: int) -> str:

@@ -20,18 +20,18 @@ from numpy.typing import NDArray
 
 from ftdata.build import remote
 from ftdata.build.store import read_manifest
-from ftdata.errors import FtdataError, InputRefused, UsageError, said_by
+from ftdata.errors import FtdataError, InputRefused, UsageError, describe_exception
 from ftdata.inspection.survey import MOST_REJECTS, Survey
-from ftdata.pipeline.examples import Batch, Built, Masked, given
-from ftdata.pipeline.recipe import Options, Recipe, arguments_of, make_recipe
-from ftdata.tokenizing.batches import Columns, Encodings, Renderings
-from ftdata.types import IGNORE_INDEX, Conversation, Reject, Source, Tokens
+from ftdata.pipeline.examples import Batch, BuiltRow, MaskedTexts, pass_tokens_through
+from ftdata.pipeline.recipe import Options, Recipe, make_recipe, recipe_arguments
+from ftdata.tokenizing.batches import Encodings, ExampleColumns, RenderedBatch
+from ftdata.types import IGNORE_INDEX, Conversation, Reject, RowTokens, Source
 
 _AT_ONCE = 256
-_NONE = Masked([], Renderings([]), Encodings.of([], []), np.empty(0, np.bool_), [], {})
+_NONE = MaskedTexts([], RenderedBatch([]), Encodings.of([], []), np.empty(0, np.bool_), [], {})
 
 
-class Document(NamedTuple):
+class BuildDocument(NamedTuple):
     """One example of a build: its number in it, that of its pack, and its tokens and labels as they are stored."""
 
     number: int
@@ -44,20 +44,22 @@ class Document(NamedTuple):
     labels: NDArray[np.int32]
 
 
-def build_at(data: Any) -> Path | None:
+def find_build_folder(data: Any) -> Path | None:
     """Return the folder if that is what the data is: a build."""
     if isinstance(data, list | tuple):
         places = [one for one in data if isinstance(one, str | Path | Mapping)]
-        if len(places) > 1 and any(build_at(one) for one in places):
+        if len(places) > 1 and any(find_build_folder(one) for one in places):
             raise UsageError("build_alone", "a build is looked at alone", hint="name one build, or its data")
         data = data[0] if len(data) == 1 else None
-    if isinstance(data, Mapping) and (folder := build_at(data.get("path"))):
+    if isinstance(data, Mapping) and (folder := find_build_folder(data.get("path"))):
         said = ", ".join(str(name) for name in data if name != "path")
-        raise UsageError("said_of_build", f"{said} is said of a build, {folder}, which is done", hint="leave it out")
-    return remote.build_at(data)
+        raise UsageError(
+            "option_of_finished_build", f"{said} is said of a build, {folder}, which is done", hint="leave it out"
+        )
+    return remote.find_build(data)
 
 
-def refuse(said: Mapping[str, Any]) -> None:
+def refuse_build_options(said: Mapping[str, Any]) -> None:
     """Refuse options that decide what a build becomes: it is done.
 
     Raises:
@@ -65,12 +67,12 @@ def refuse(said: Mapping[str, Any]) -> None:
     """
     usual = {each.name: each.default for each in fields(Options)}
     for name, value in said.items():
-        if value is not None and value != usual.get(name) and not (name == "refuse" and not value):
+        if value is not None and value != usual.get(name) and not (name == "reject_flags" and not value):
             hint = "leave it out, or look at the data that it was made of"
-            raise UsageError("said_of_build", f"{name} is said of a build, which is done", hint=hint)
+            raise UsageError("option_of_finished_build", f"{name} is said of a build, which is done", hint=hint)
 
 
-def recipe_of(folder: Path, tokenizer: Any = None) -> Recipe:
+def load_build_recipe(folder: Path, tokenizer: Any = None) -> Recipe:
     """Return the tokenizer and template that a build was made with.
 
     Args:
@@ -82,24 +84,24 @@ def recipe_of(folder: Path, tokenizer: Any = None) -> Recipe:
         InputRefused: the folder is no build, or damaged.
     """
     manifest = read_manifest(folder)
-    names = ("turns", "control_tokens", "dropped", "unclosed", "max_length", "overlong", "train_on")
+    names = ("turns", "control_tokens", "on_dropped_message", "on_missing_stop", "max_length", "overlong", "train_on")
     hint = "name the one that it was built with: --tokenizer"
     with _whole(folder / "manifest.json"):
         name, fingerprint = (manifest["options"]["tokenizer"][key] for key in ("name", "fingerprint"))
-        given = arguments_of(manifest["options"], tokenizer, names=names)
+        given = recipe_arguments(manifest["options"], tokenizer, names=names)
     try:
         recipe = make_recipe(**given)
     except FtdataError as error:
         if tokenizer is not None:
             raise
-        raise UsageError("tokenizer_gone", f"{folder} was built with {name}: {error}", hint=hint) from None
+        raise UsageError("tokenizer_missing", f"{folder} was built with {name}: {error}", hint=hint) from None
     if recipe.tokenizer.fingerprint != fingerprint:
         found = f"{recipe.tokenizer.name} is not the tokenizer that {folder} was built with ({name})"
         raise UsageError("tokenizer_differs", found, hint=hint)
     return recipe
 
 
-def splits_of(folder: Path) -> list[str]:
+def split_names(folder: Path) -> list[str]:
     """Return the names of a build's splits, in its order.
 
     Raises:
@@ -118,18 +120,18 @@ def _whole(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-        found = f"{path} cannot be read: {said_by(error, 2_000)}"
+        found = f"{path} cannot be read: {describe_exception(error, 2_000)}"
         raise InputRefused("damaged_build", found, hint="build it again") from None
 
 
-def documents(folder: Path, splits: Sequence[str]) -> Iterator[Document]:
+def read_build_documents(folder: Path, splits: Sequence[str]) -> Iterator[BuildDocument]:
     """Yield the examples of splits, in the order of their packs.
 
     Raises:
         InputRefused: the build is damaged.
     """
     every = ((split, *one) for split in splits for one in _documents(folder, split))
-    return (Document(number, *one) for number, one in enumerate(every))
+    return (BuildDocument(number, *one) for number, one in enumerate(every))
 
 
 def _documents(folder: Path, split: str) -> Iterator[tuple[int, Source, frozenset[str], int, Any, Any]]:
@@ -164,7 +166,7 @@ def _values(column: pa.ListArray) -> NDArray[np.int32]:
     return np.frombuffer(flat.buffers()[1], np.int32)[flat.offset : flat.offset + len(flat)]
 
 
-def as_built(recipe: Recipe, document: Document) -> Built:
+def document_to_row(recipe: Recipe, document: BuildDocument) -> BuiltRow:
     """Return a document as it comes out of the stages: its text is that of its tokens.
 
     Raises:
@@ -172,34 +174,34 @@ def as_built(recipe: Recipe, document: Document) -> Built:
     """
     said = _said(document)
     assert said.tokens is not None
-    example = replace(given(recipe, said, said.tokens), flags=document.flags, cut=document.cut)
-    return Built(said, (example,))
+    example = replace(pass_tokens_through(recipe, said, said.tokens), flags=document.flags, cut=document.cut)
+    return BuiltRow(said, (example,))
 
 
-def _said(document: Document) -> Conversation:
-    tokens = Tokens(document.ids, document.labels != IGNORE_INDEX)
+def _said(document: BuildDocument) -> Conversation:
+    tokens = RowTokens(document.ids, document.labels != IGNORE_INDEX)
     told = {"example": str(document.number), "pack": str(document.pack)}
     return Conversation((), told, tokens=tokens, schema=document.split, source=document.source)
 
 
 @dataclass(frozen=True, eq=False)
-class Stored(Batch):
+class StoredBatch(Batch):
     """Documents as what rows became; their texts are made of their tokens where somebody looks at them."""
 
     recipe: Recipe
-    documents: Sequence[Document]
+    documents: Sequence[BuildDocument]
 
     plain = False
 
     def __len__(self) -> int:
         return len(self.documents)
 
-    def __iter__(self) -> Iterator[Built]:
+    def __iter__(self) -> Iterator[BuiltRow]:
         return map(self.built, range(len(self)))
 
-    def built(self, number: int) -> Built:
+    def built(self, number: int) -> BuiltRow:
         """Return one of the documents."""
-        return as_built(self.recipe, self.documents[number])
+        return document_to_row(self.recipe, self.documents[number])
 
     @cached_property
     def conversations(self) -> Sequence[Conversation]:
@@ -212,11 +214,11 @@ class Stored(Batch):
         return [1] * len(self.documents)
 
     @cached_property
-    def columns(self) -> Columns:
+    def columns(self) -> ExampleColumns:
         """All documents by columns."""
         some = self.documents
         trained = [one.labels != IGNORE_INDEX for one in some]
-        return Columns(
+        return ExampleColumns(
             np.concatenate([one.ids for one in some]),
             np.concatenate(trained),
             np.asarray([len(one.ids) for one in some], np.int64),
@@ -227,14 +229,14 @@ class Stored(Batch):
         )
 
 
-def batches(recipe: Recipe, some: Iterable[Document]) -> Iterator[Stored]:
+def batch_documents(recipe: Recipe, some: Iterable[BuildDocument]) -> Iterator[StoredBatch]:
     """Yield documents as batches of what rows became."""
     left = iter(some)
     while chosen := list(islice(left, _AT_ONCE)):
-        yield Stored(_NONE, (), recipe, chosen)
+        yield StoredBatch(_NONE, (), recipe, chosen)
 
 
-def provenance(folder: Path, split: str) -> dict[str, NDArray[np.int64]]:
+def read_provenance(folder: Path, split: str) -> dict[str, NDArray[np.int64]]:
     """Return what `provenance.parquet` says of the examples of a split, in numbers (int64 `[examples]` each)."""
     table = _provenance(folder, split, ["pack", "tokens"])
     return {name: np.asarray(table[name].to_pylist(), np.int64) for name in table.column_names}
@@ -246,7 +248,7 @@ def _provenance(folder: Path, split: str, columns: list[str]) -> pa.Table:
         return pq.read_table(file, columns=columns)
 
 
-def sources_of(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:
+def build_sources(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:
     """Return the files that a build is made of, and the split of each.
 
     Raises:
@@ -261,7 +263,7 @@ def sources_of(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:
     ]
 
 
-def reported(folder: Path, seen: Survey) -> Survey:
+def add_reported_rejects(folder: Path, seen: Survey) -> Survey:
     """Return a survey of a build with what its report says: the rows that were read, and those that were rejected."""
     codes = Counter[str]()
     with _whole(folder / "report.json"):
@@ -270,7 +272,7 @@ def reported(folder: Path, seen: Survey) -> Survey:
         for ledger in report["sources"]:
             codes.update(ledger["rejected"])
     rejects, overlong = list[Reject](), list[int]()
-    for one in rejects_of(folder):
+    for one in read_build_rejects(folder):
         rejects += [one] if len(rejects) < MOST_REJECTS else []
         overlong += one.lengths if one.code == "overlong" else ()
     return replace(
@@ -282,7 +284,7 @@ def reported(folder: Path, seen: Survey) -> Survey:
     )
 
 
-def rejects_of(folder: Path) -> Iterator[Reject]:
+def read_build_rejects(folder: Path) -> Iterator[Reject]:
     """Yield the rows that were rejected when a build was made.
 
     Raises:

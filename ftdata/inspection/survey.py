@@ -13,10 +13,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ftdata.pipeline.examples import Batch, Built, build_batches
+from ftdata.pipeline.examples import Batch, BuiltRow, build_batches
 from ftdata.pipeline.recipe import Recipe
 from ftdata.readers import FileSource, MemorySource
-from ftdata.readers.row_filter import Selection
+from ftdata.readers.row_filter import RowFilter
 from ftdata.types import Conversation, Reject, Source
 
 Ints = NDArray[np.int64]
@@ -28,7 +28,7 @@ MOST_REJECTS = 1000
 
 
 @dataclass(frozen=True, eq=False)
-class Numbers:
+class RowNumbers:
     """Rows by columns; all arrays are int64 `[rows]`, but for those of the examples.
 
     Attributes:
@@ -77,7 +77,7 @@ def _over(how: np.ufunc, values: Ints, first: Ints) -> Ints:
     return how.reduceat(values, first) if len(first) else values[:0]
 
 
-def groups_of(numbers: Numbers) -> Ints:
+def rows_of_examples(numbers: RowNumbers) -> Ints:
     """Return the number of the row of each example of a build, in the order of their sources (int64 `[examples]`)."""
     pairs = np.stack((numbers.source, numbers.row), axis=1)
     return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1) if len(pairs) else pairs[:, 0]
@@ -104,7 +104,7 @@ class Survey:
     sources: tuple[str, ...]
     splits: tuple[str, ...]
     schemas: tuple[str, ...]
-    numbers: Numbers
+    numbers: RowNumbers
     flags: Mapping[str, int]
     rejected: Mapping[str, int] = field(default_factory=dict)
     rejects: tuple[Reject, ...] = ()
@@ -125,7 +125,7 @@ class Survey:
     def by_row(self) -> Survey:
         """Return the survey of a build by rows: examples of one row, which packs hold apart, together."""
         numbers = self.numbers
-        groups = groups_of(numbers)
+        groups = rows_of_examples(numbers)
         order = np.argsort(groups, kind="stable")
         first = np.flatnonzero(np.diff(groups[order], prepend=-1))
         own = order[first]
@@ -137,7 +137,7 @@ class Survey:
         columns |= {
             name: _over(np.add, getattr(numbers, name)[order], first) for name in ("examples", "content", "asked")
         }
-        return replace(self, numbers=Numbers(**columns))
+        return replace(self, numbers=RowNumbers(**columns))
 
     @property
     def lengths(self) -> Ints:
@@ -145,7 +145,7 @@ class Survey:
         return np.concatenate((self.numbers.tokens + self.numbers.cut, self.overlong))
 
 
-class Step(NamedTuple):
+class SurveyStep(NamedTuple):
     """A batch of what rows became, the number of their source (or of each its own), and which share of all that is."""
 
     source: int | Sequence[int]
@@ -153,7 +153,7 @@ class Step(NamedTuple):
     share: float | None = None
 
 
-def steps(recipe: Recipe, given: Sequence[tuple[FileSource | MemorySource, Selection]]) -> Iterator[Step]:
+def survey_steps(recipe: Recipe, given: Sequence[tuple[FileSource | MemorySource, RowFilter]]) -> Iterator[SurveyStep]:
     """Take the rows of sources that are wanted of each through the stages."""
     sizes = [source.size for source, _ in given]
     before = [*accumulate(sizes, initial=0)]
@@ -162,13 +162,13 @@ def steps(recipe: Recipe, given: Sequence[tuple[FileSource | MemorySource, Selec
             share = source.share_before(batch.last)
             if share is not None and before[-1]:
                 share = (before[number] + share * sizes[number]) / before[-1]
-            yield Step(number, batch, share)
+            yield SurveyStep(number, batch, share)
 
 
-def survey(
-    through: Iterable[Step],
+def survey_rows(
+    through: Iterable[SurveyStep],
     sources: Sequence[tuple[str, str]],
-    watch: Callable[[Batch, Numbers], None] | None = None,
+    watch: Callable[[Batch, RowNumbers], None] | None = None,
     progress: Progress | None = None,
 ) -> Survey:
     """Go through what rows became, once.
@@ -196,12 +196,12 @@ def survey(
         rows, tokens = rows + len(batch), tokens + int(numbers.tokens.sum())
         if progress:
             progress(rows, tokens, share)
-    joined = {each.name: np.concatenate([getattr(one, each.name) for one in parts]) for each in fields(Numbers)}
+    joined = {each.name: np.concatenate([getattr(one, each.name) for one in parts]) for each in fields(RowNumbers)}
     return Survey(
         tuple(name for name, _ in sources),
         tuple(split for _, split in sources),
         tuple(schemas),
-        Numbers(**joined),
+        RowNumbers(**joined),
         dict(sorted(flags.items())),
         dict(rejected.most_common()),
         tuple(rejects),
@@ -210,14 +210,14 @@ def survey(
     )
 
 
-def _numbers(batch: Batch | None, source: int | Sequence[int], schemas: dict[str, int]) -> Numbers:
+def _numbers(batch: Batch | None, source: int | Sequence[int], schemas: dict[str, int]) -> RowNumbers:
     said: Sequence[Conversation] = batch.conversations if batch else ()
     counts = np.asarray(batch.counts if batch else (), np.int64)
     first = np.cumsum(counts) - counts
     empty: Any = np.empty(0, np.int64)
     columns = batch.columns if batch else None
     content, asked = _digests(batch, first) if batch else (empty.astype(np.uint64),) * 2
-    return Numbers(
+    return RowNumbers(
         np.broadcast_to(np.asarray(source, np.int64), len(said)).copy(),
         np.asarray([one.source.row for one in said], np.int64),
         np.asarray([one.source.line or 0 for one in said], np.int64),
@@ -227,7 +227,7 @@ def _numbers(batch: Batch | None, source: int | Sequence[int], schemas: dict[str
         content,
         asked,
         columns.lengths if columns else empty,
-        columns.learnt if columns else empty,
+        columns.trained_counts if columns else empty,
         np.asarray(columns.cut, np.int64) if columns else empty,
     )
 
@@ -263,7 +263,7 @@ def _digests(batch: Batch, first: Ints) -> tuple[NDArray[np.uint64], NDArray[np.
     return np.asarray(content, np.uint64), np.asarray(asked, np.uint64)
 
 
-def key_of(outcome: Built | Reject) -> tuple[str, int, str]:
+def row_key(outcome: BuiltRow | Reject) -> tuple[str, int, str]:
     """Return what tells rows apart, and the examples of a build, of which several may be of one row."""
     if isinstance(outcome, Reject):
         return outcome.source.path, outcome.source.row, ""
@@ -271,12 +271,12 @@ def key_of(outcome: Built | Reject) -> tuple[str, int, str]:
     return said.source.path, said.source.row, said.fields.get("example", "") if said.tokens is not None else ""
 
 
-Entry = tuple[float, int, Built | Reject]
+Entry = tuple[float, int, BuiltRow | Reject]
 """How much a row stands out, its number counted down, and the row."""
 
 
 @dataclass
-class Odd:
+class Outliers:
     """The rows that stand out, of each kind the `most` foremost; shown batches one by one."""
 
     most: int = 1
@@ -284,7 +284,7 @@ class Odd:
     seen: set[int] = field(default_factory=set)
     order: int = 0
 
-    def __call__(self, batch: Batch, numbers: Numbers) -> None:
+    def __call__(self, batch: Batch, numbers: RowNumbers) -> None:
         """Look at a batch."""
         longest, tokens, trained = numbers.longest, numbers.per_row("tokens"), numbers.per_row("trained")
         share = trained / np.maximum(tokens, 1)
@@ -309,7 +309,7 @@ class Odd:
         if len(held) < self.most or score > held[0][0]:
             self._keep(kind, score, batch.built(number))
 
-    def _keep(self, kind: str, score: float, outcome: Built | Reject) -> None:
+    def _keep(self, kind: str, score: float, outcome: BuiltRow | Reject) -> None:
         self.order += 1
         held = self.found.setdefault(kind, [])
         # The earlier of equals comes first.
@@ -319,26 +319,26 @@ class Odd:
         elif entry > held[0]:
             heapq.heapreplace(held, entry)
 
-    def rows(self) -> Iterator[tuple[Built | Reject, list[str]]]:
+    def rows(self) -> Iterator[tuple[BuiltRow | Reject, list[str]]]:
         """Yield each row that stands out, once, and why."""
-        chosen: dict[tuple[str, int, str], tuple[Built | Reject, list[str]]] = {}
+        chosen: dict[tuple[str, int, str], tuple[BuiltRow | Reject, list[str]]] = {}
         order = [*dict.fromkeys(("longest", "shortest", "least trained", *_KINDS.values(), "duplicate")), *self.found]
         for kind in dict.fromkeys(order):
             for _, _, outcome in sorted(self.found.get(kind, ()), key=lambda entry: entry[:2], reverse=True):
-                chosen.setdefault(key_of(outcome), (outcome, []))[1].append(kind)
+                chosen.setdefault(row_key(outcome), (outcome, []))[1].append(kind)
         yield from chosen.values()
 
 
 _KINDS = {
-    "no_stop": "no stop token",
-    "unclosed_final": "no stop token",
+    "no_trained_stop": "no stop token",
+    "missing_final_stop": "no stop token",
     "control_tokens": "control tokens in its text",
-    "truncated_answer": "answer cut",
+    "answer_truncated": "answer cut",
     "truncated": "cut",
-    "rewritten": "rewritten by the template",
-    "split": "rewritten by the template",
-    "content_cut": "not all printed by the template",
-    "payload_dropped": "not all printed by the template",
+    "history_rewritten": "rewritten by the template",
+    "conversation_split": "rewritten by the template",
+    "message_truncated": "not all printed by the template",
+    "message_dropped": "not all printed by the template",
     "reasoning_dropped": "not all printed by the template",
     "tools_dropped": "not all printed by the template",
 }

@@ -9,19 +9,19 @@ from typing import Any
 
 from ftdata._version import __version__
 from ftdata.build.store import read_manifest
-from ftdata.errors import UsageError, one_of
+from ftdata.errors import UsageError, check_choice
 from ftdata.inspection import stored_builds
-from ftdata.inspection.survey import Step, Survey, steps
+from ftdata.inspection.survey import Survey, SurveyStep, survey_steps
 from ftdata.pipeline.recipe import Options, Recipe, make_recipe
-from ftdata.readers import FileSource, MemorySource, sources
-from ftdata.readers.row_filter import Selection
+from ftdata.readers import FileSource, MemorySource, resolve_sources
+from ftdata.readers.row_filter import RowFilter
 
 HELD_OUT = "held out"
 _HELD = ("test", "valid", "val", "eval", "dev")
 
 
 @dataclass(frozen=True)
-class Side:
+class Target:
     """Data under a recipe, or a build.
 
     Attributes:
@@ -38,7 +38,7 @@ class Side:
     title: str
     recipe: Recipe
     names: Sequence[tuple[str, str]]
-    steps: Callable[[], Iterator[Step]]
+    steps: Callable[[], Iterator[SurveyStep]]
     options: Mapping[str, Any]
     sources: Sequence[FileSource | MemorySource] = ()
     finished: Callable[[Survey], Survey] = lambda seen: seen
@@ -55,7 +55,7 @@ class Side:
         return [split == HELD_OUT or any(word in split.lower() for word in _HELD) for _, split in self.names]
 
 
-def side_of(
+def make_target(
     data: Any,
     tokenizer: Any = None,
     template: str | Path | None = None,
@@ -64,7 +64,7 @@ def side_of(
     where: str | None = None,
     limit: int | None = None,
     **options: Any,
-) -> Side:
+) -> Target:
     """Return data under a recipe, or a build, which says itself how it was made.
 
     Args:
@@ -81,25 +81,29 @@ def side_of(
         InputRefused: a source cannot be read.
     """
     for name in options:
-        one_of("option", name, ("date", "template_kwargs", *(each.name for each in fields(Options))))
-    folder = stored_builds.build_at(data)
+        check_choice("option", name, ("date", "template_kwargs", *(each.name for each in fields(Options))))
+    folder = stored_builds.find_build_folder(data)
     if folder is not None:
-        stored_builds.refuse({"template": template, "against": against, "where": where, "limit": limit, **options})
+        stored_builds.refuse_build_options(
+            {"template": template, "against": against, "where": where, "limit": limit, **options}
+        )
         return _of_build(folder, tokenizer)
-    given = sources(data)
+    given = resolve_sources(data)
     if tokenizer is None:
         hint = "pass the model's: --tokenizer"
         raise UsageError("no_tokenizer", "what is trained depends on the tokenizer, and none is given", hint=hint)
     recipe = make_recipe(tokenizer, template, **options)
-    tests = [_apart(one) for one in sources(against)] if against is not None else []
-    Selection(where, limit)
+    tests = [_apart(one) for one in resolve_sources(against)] if against is not None else []
+    RowFilter(where, limit)
 
-    def through() -> Iterator[Step]:
-        chosen = {one.place: Selection(where, limit) for one in given}
-        return steps(recipe, [*((one, chosen[one.place]) for one in given), *((one, Selection()) for one in tests)])
+    def through() -> Iterator[SurveyStep]:
+        chosen = {one.place: RowFilter(where, limit) for one in given}
+        return survey_steps(
+            recipe, [*((one, chosen[one.place]) for one in given), *((one, RowFilter()) for one in tests)]
+        )
 
-    return Side(
-        titled([one.path for one in given], recipe),
+    return Target(
+        target_title([one.path for one in given], recipe),
         recipe,
         [*((one.path, one.split or "train") for one in given), *((one.path, HELD_OUT) for one in tests)],
         through,
@@ -113,29 +117,29 @@ def _apart(source: FileSource | MemorySource) -> FileSource | MemorySource:
     return replace(source, path=f"<against {source.path.strip('<>')}>") if source.path.startswith("<") else source
 
 
-def _of_build(folder: Path, tokenizer: Any) -> Side:
+def _of_build(folder: Path, tokenizer: Any) -> Target:
     manifest = read_manifest(folder)
-    recipe, splits = stored_builds.recipe_of(folder, tokenizer), stored_builds.splits_of(folder)
-    names = stored_builds.sources_of(folder, splits)
+    recipe, splits = stored_builds.load_build_recipe(folder, tokenizer), stored_builds.split_names(folder)
+    names = stored_builds.build_sources(folder, splits)
     numbers = {name: number for number, name in enumerate(names)}
 
-    def through() -> Iterator[Step]:
-        for batch in stored_builds.batches(recipe, stored_builds.documents(folder, splits)):
-            yield Step([numbers[one.source.path, one.split] for one in batch.documents], batch)
+    def through() -> Iterator[SurveyStep]:
+        for batch in stored_builds.batch_documents(recipe, stored_builds.read_build_documents(folder, splits)):
+            yield SurveyStep([numbers[one.source.path, one.split] for one in batch.documents], batch)
 
     said = {"ftdata": manifest["ftdata"], **manifest["options"]}
-    return Side(
-        titled([str(folder)], recipe),
+    return Target(
+        target_title([str(folder)], recipe),
         recipe,
         names,
         through,
         said,
-        finished=lambda seen: stored_builds.reported(folder, seen),
+        finished=lambda seen: stored_builds.add_reported_rejects(folder, seen),
         folder=folder,
     )
 
 
-def titled(places: Sequence[str], recipe: Recipe) -> str:
+def target_title(places: Sequence[str], recipe: Recipe) -> str:
     """Say what is looked at, and as what."""
     named = list(dict.fromkeys(places))
     more = f" and {len(named) - 3:,} more" if len(named) > 3 else ""

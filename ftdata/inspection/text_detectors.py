@@ -29,10 +29,10 @@ _MOJIBAKE = re.compile(
 )
 
 
-def mojibake(text: str) -> str | None:
+def find_mojibake(text: str) -> str | None:
     """Return a text decoded with a wrong encoding, with what is around it; `None` where there is none.
 
-    >>> mojibake("it was Ã©tÃ©"), mojibake("un été à São Paulo, «MANHÃ»")
+    >>> find_mojibake("it was Ã©tÃ©"), find_mojibake("un été à São Paulo, «MANHÃ»")
     ('it was Ã©tÃ©', None)
     """
     if text.isascii() or not (found := _MOJIBAKE.search(text)):
@@ -48,10 +48,10 @@ _NOTHING = frozenset(
 )
 
 
-def says_nothing(text: str) -> bool:
+def is_placeholder_text(text: str) -> bool:
     """Whether a text is a placeholder, or made of dots and dashes alone.
 
-    >>> [says_nothing(text) for text in ("N/A", "nan", "...", "–", "-", "4", "%", "NaN", "👍", "")]
+    >>> [is_placeholder_text(text) for text in ("N/A", "nan", "...", "–", "-", "4", "%", "NaN", "👍", "")]
     [True, True, True, True, False, False, False, False, False, True]
     """
     text = text.strip()
@@ -75,10 +75,10 @@ _LEFT_OVER = re.compile(
 )
 
 
-def left_over(text: str) -> str | None:
+def find_template_leftover(text: str) -> str | None:
     """Return what the template of some model writes, where it stands in a text.
 
-    >>> left_over("Sure.<|eot_id|>"), left_over("<s>struck out</s>"), left_over("a[INST]")
+    >>> find_template_leftover("Sure.<|eot_id|>"), find_template_leftover("<s>struck out</s>"), find_template_leftover("a[INST]")
     ('<|eot_id|>', None, None)
     """
     found = _LEFT_OVER.search(text)
@@ -92,10 +92,10 @@ _PLACEHOLDER = re.compile(
 )
 
 
-def media_placeholder(text: str) -> str | None:
+def find_media_placeholder(text: str) -> str | None:
     """Return what stands for an image, a video or a sound in a text; `None` where nothing does.
 
-    >>> media_placeholder("<image>What?"), media_placeholder("<image_1>"), media_placeholder("an <imagery>")
+    >>> find_media_placeholder("<image>What?"), find_media_placeholder("<image_1>"), find_media_placeholder("an <imagery>")
     ('<image>', '<image_1>', None)
     """
     found = _PLACEHOLDER.search(text)
@@ -139,12 +139,12 @@ _LATIN, _OTHERS = re.compile("[A-Za-z\u00c0-\u02af]"), re.compile("[\u0370-\U001
 _BEGINS, _NUMBERS = list(_BLOCKS), list(_BLOCKS.values())
 
 
-def script(text: str) -> int:
+def detect_script(text: str) -> int:
     """Return the number, of `SCRIPTS`, of that in which most letters of a text are written; -1: there are hardly any.
 
     Kana anywhere make a text Japanese, whatever Han is in it; it counts as Kana.
 
-    >>> [SCRIPTS[script(text)] for text in ("hello", "привет", "年號", "これは本です")]
+    >>> [SCRIPTS[detect_script(text)] for text in ("hello", "привет", "年號", "これは本です")]
     ['Latin', 'Cyrillic', 'Han', 'Kana']
     """
     text = text[:_LETTERS]
@@ -180,12 +180,12 @@ _PERSONAL = {
 }
 
 
-def personal(text: str) -> Iterator[tuple[str, str]]:
+def find_personal_data(text: str) -> Iterator[tuple[str, str]]:
     """Yield what looks as if it belonged to a person: what kind of thing it is, and enough of it to find it again.
 
     Numbers of cards and of bank accounts count where their check digits are right.
 
-    >>> list(personal("write to ada@lovelace.org, or pay with 4111 1111 1111 1111"))
+    >>> list(find_personal_data("write to ada@lovelace.org, or pay with 4111 1111 1111 1111"))
     [('e-mail address', 'ada…rg'), ('card number', '411…11')]
     """
     for kind, pattern in _patterns().items():

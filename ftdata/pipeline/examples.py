@@ -22,18 +22,18 @@ from numpy.typing import NDArray
 
 from ftdata.errors import BadRow
 from ftdata.pipeline.mask import Policy, trained_tokens
-from ftdata.pipeline.recipe import FLAGS, Recipe, make_recipe, name_of
-from ftdata.pipeline.render_rows import chosen, rejected, rendered, shown
+from ftdata.pipeline.recipe import FLAGS, Recipe, make_recipe, policy_name
+from ftdata.pipeline.render_rows import apply_policy, make_reject, render_conversation, render_rows
 from ftdata.pipeline.truncate import truncate, turn_ends
-from ftdata.schemas import normalise
-from ftdata.tokenizing.batches import Columns, Encodings, Renderings
+from ftdata.schemas import normalize
+from ftdata.tokenizing.batches import Encodings, ExampleColumns, RenderedBatch
 from ftdata.tokenizing.load import load_tokenizer
-from ftdata.tokenizing.token_text import spelled
+from ftdata.tokenizing.token_text import token_texts
 from ftdata.tokenizing.tokenizer import encode_rendered
-from ftdata.types import Conversation, Example, Message, Part, Reject, Row, Shown, Source, Span, Tokens
+from ftdata.types import Conversation, Example, Message, Part, Reject, RenderedRow, Row, RowTokens, Source, Span
 
 
-class Built(NamedTuple):
+class BuiltRow(NamedTuple):
     """One row that was built: its examples, and how many tokens of it did not fit.
 
     `dropped` are the lengths of examples that did not fit at all. `repeated` is what it costs to show a conversation in
@@ -52,7 +52,7 @@ class Built(NamedTuple):
         return sum(lengths) - max(lengths, default=0)
 
 
-def build_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[Built | Reject]:
+def build_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[BuiltRow | Reject]:
     """Take rows through normalise, render, tokenise, mask and truncate.
 
     Yields, for each row and in order, what was built of it or why it was rejected.
@@ -61,7 +61,7 @@ def build_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[Built |
 
 
 @dataclass(frozen=True, eq=False)
-class Masked:
+class MaskedTexts:
     """Texts with their tokens and labels: an example each, by columns, or why it is refused.
 
     Attributes:
@@ -74,14 +74,14 @@ class Masked:
     """
 
     said: Sequence[Conversation]
-    texts: Renderings
+    texts: RenderedBatch
     tokens: Encodings
     trained: NDArray[np.bool_]
     flags: Sequence[frozenset[str]]
     refused: Mapping[int, BadRow]
 
     @cached_property
-    def learnt(self) -> NDArray[np.int64]:
+    def trained_counts(self) -> NDArray[np.int64]:
         """Trained tokens of each text (int64 `[texts]`)."""
         found, filled = np.zeros(len(self), np.int64), np.diff(self.tokens.bounds) > 0
         found[filled] = np.add.reduceat(self.trained, self.tokens.bounds[:-1][filled], dtype=np.int32)
@@ -100,10 +100,10 @@ class Masked:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What rows became, in order: a `Reject`, or `Built`; where that is one text's example, the text's number."""
+    """What rows became, in order: a `Reject`, or `BuiltRow`; where that is one text's example, the text's number."""
 
-    masked: Masked
-    entries: Sequence[int | Built | Reject]
+    masked: MaskedTexts
+    entries: Sequence[int | BuiltRow | Reject]
 
     @property
     def plain(self) -> bool:
@@ -113,7 +113,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __iter__(self) -> Iterator[Built | Reject]:
+    def __iter__(self) -> Iterator[BuiltRow | Reject]:
         built = 0
         for entry in self.entries:
             if isinstance(entry, Reject):
@@ -122,18 +122,18 @@ class Batch:
                 yield self.built(built)
                 built += 1
 
-    def built(self, number: int) -> Built:
+    def built(self, number: int) -> BuiltRow:
         """Return one of the rows that were built."""
         entry = self.entries[number] if self.plain else self._built[number]
         assert not isinstance(entry, Reject)
-        if isinstance(entry, Built):
+        if isinstance(entry, BuiltRow):
             return entry
         example = self.masked[entry]
         assert isinstance(example, Example)
-        return Built(self.masked.said[entry], (example,))
+        return BuiltRow(self.masked.said[entry], (example,))
 
     @cached_property
-    def _built(self) -> list[int | Built]:
+    def _built(self) -> list[int | BuiltRow]:
         return [entry for entry in self.entries if not isinstance(entry, Reject)]
 
     @cached_property
@@ -174,35 +174,37 @@ class Batch:
     @property
     def cut(self) -> int:
         """Tokens that did not fit."""
-        return 0 if self.plain else sum(entry.cut for entry in self.entries if isinstance(entry, Built))
+        return 0 if self.plain else sum(entry.cut for entry in self.entries if isinstance(entry, BuiltRow))
 
     @property
     def dropped(self) -> list[int]:
         """Tokens of each example that did not fit at all, of rows of which others did."""
         if self.plain:
             return []
-        return [length for entry in self.entries if isinstance(entry, Built) for length in entry.dropped]
+        return [length for entry in self.entries if isinstance(entry, BuiltRow) for length in entry.dropped]
 
     @property
     def repeated(self) -> int:
         """Tokens that are there because conversations are shown in several examples."""
-        return 0 if self.plain else sum(entry.repeated for entry in self.entries if isinstance(entry, Built))
+        return 0 if self.plain else sum(entry.repeated for entry in self.entries if isinstance(entry, BuiltRow))
 
     @cached_property
-    def columns(self) -> Columns:
+    def columns(self) -> ExampleColumns:
         """All examples by columns."""
         if self.plain:
             return _columns_of(self.masked)
-        return _columns([one for entry in self if isinstance(entry, Built) for one in entry.examples])
+        return _columns([one for entry in self if isinstance(entry, BuiltRow) for one in entry.examples])
 
 
-def _columns_of(masked: Masked) -> Columns:
+def _columns_of(masked: MaskedTexts) -> ExampleColumns:
     lengths, sources = np.diff(masked.tokens.bounds), [one.source for one in masked.said]
-    return Columns(masked.tokens.ids, masked.trained, lengths, masked.learnt, [0] * len(masked), masked.flags, sources)
+    return ExampleColumns(
+        masked.tokens.ids, masked.trained, lengths, masked.trained_counts, [0] * len(masked), masked.flags, sources
+    )
 
 
-def _columns(examples: Sequence[Example]) -> Columns:
-    return Columns(
+def _columns(examples: Sequence[Example]) -> ExampleColumns:
+    return ExampleColumns(
         np.concatenate([one.input_ids for one in examples] or [np.empty(0, np.int32)]),
         np.concatenate([one.trained for one in examples] or [np.empty(0, np.bool_)]),
         np.fromiter(map(len, examples), np.int64),
@@ -215,22 +217,22 @@ def _columns(examples: Sequence[Example]) -> Columns:
 
 def build_batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[Batch]:
     """As `build_rows`, as many rows at a time as go through the stages together."""
-    for batch in shown(recipe, rows):
+    for batch in render_rows(recipe, rows):
         masked = _masked(recipe, [entry for _, entry in batch if not isinstance(entry, Reject)])
         yield _finished(recipe, batch, masked)
 
 
-def _finished(recipe: Recipe, batch: Sequence[tuple[Row | Reject, Shown | Reject]], masked: Masked) -> Batch:
+def _finished(recipe: Recipe, batch: Sequence[tuple[Row | Reject, RenderedRow | Reject]], masked: MaskedTexts) -> Batch:
     """Say what became of each row, most of which are one text to which nothing more is to be done."""
-    plain = masked.learnt > 0
+    plain = masked.trained_counts > 0
     if recipe.max_length is not None:
         plain &= np.diff(masked.tokens.bounds) <= recipe.max_length
     plain[list(masked.refused)] = False
-    if recipe.refuse:
-        plain &= np.fromiter((flags.isdisjoint(recipe.refuse) for flags in masked.flags), np.bool_)
-    if plain.all() and all(type(entry) is Shown and entry.plain for _, entry in batch):
+    if recipe.reject_flags:
+        plain &= np.fromiter((flags.isdisjoint(recipe.reject_flags) for flags in masked.flags), np.bool_)
+    if plain.all() and all(type(entry) is RenderedRow and entry.plain for _, entry in batch):
         return Batch(masked, range(len(masked)))
-    as_is, at, entries = plain.tolist(), 0, list[int | Built | Reject]()
+    as_is, at, entries = plain.tolist(), 0, list[int | BuiltRow | Reject]()
     for row, entry in batch:
         if isinstance(entry, Reject):
             entries.append(entry)
@@ -248,11 +250,11 @@ def _finish(
     row: Row | Reject,
     conversation: Conversation,
     encoded: Sequence[Example | BadRow],
-) -> Built | Reject:
+) -> BuiltRow | Reject:
     try:
         whole = _examples(recipe, conversation, encoded)
     except BadRow as error:
-        return rejected(row, error)
+        return make_reject(row, error)
     lengths = tuple(map(len, whole))
     dropped = list[int]()
     kept: list[Example] = []
@@ -265,30 +267,32 @@ def _finish(
             dropped.append(len(example))
     # Turns rendered one by one are whole turns: `drop_turns` may leave some of them out, the others may not.
     if refusal is not None and (recipe.overlong != "drop_turns" or not kept):
-        return replace(rejected(row, refusal), lengths=lengths)
+        return replace(make_reject(row, refusal), lengths=lengths)
     try:
         _check_flags(recipe, kept)
     except BadRow as error:
-        return replace(rejected(row, error), lengths=lengths)
-    return Built(conversation, tuple(kept), sum(lengths) - sum(map(len, kept)), tuple(dropped))
+        return replace(make_reject(row, error), lengths=lengths)
+    return BuiltRow(conversation, tuple(kept), sum(lengths) - sum(map(len, kept)), tuple(dropped))
 
 
 def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:
     """Refuse a row with a flag that the user wants to be a fault."""
-    if not recipe.refuse:
+    if not recipe.reject_flags:
         return
-    found = frozenset[str]().union(*(example.flags for example in examples)).intersection(recipe.refuse)
+    found = frozenset[str]().union(*(example.flags for example in examples)).intersection(recipe.reject_flags)
     for flag in sorted(found):
         means = FLAGS[flag].format(n="such", repeated="some")
         raise BadRow(
-            flag, f"is refused by choice: {means}", hint=f"refuse= names {flag}; without it, it is a flag in the report"
+            flag,
+            f"is refused by choice: {means}",
+            hint=f"reject_flags= names {flag}; without it, it is a flag in the report",
         )
 
 
 def _examples(recipe: Recipe, conversation: Conversation, encoded: Sequence[Example | BadRow]) -> tuple[Example, ...]:
     """Return the examples of one conversation; turns on their own of which nothing is trained are none."""
     if conversation.tokens is not None:
-        return (given(recipe, conversation, conversation.tokens),)
+        return (pass_tokens_through(recipe, conversation, conversation.tokens),)
     trained: list[Example] = []
     lost = frozenset[str]()
     for one in encoded:
@@ -298,17 +302,17 @@ def _examples(recipe: Recipe, conversation: Conversation, encoded: Sequence[Exam
             trained.append(one)
         elif not any(span.generated for span in one.spans):
             # An empty turn by itself, without a stop: there is no example that could carry its flags.
-            lost |= one.flags & {"no_stop", "unclosed_final"}
+            lost |= one.flags & {"no_trained_stop", "missing_final_stop"}
     if not trained:
-        raise BadRow("nothing_trained", f"no token would be trained under train_on={name_of(recipe.train_on)!r}")
+        raise BadRow("nothing_trained", f"no token would be trained under train_on={policy_name(recipe.train_on)!r}")
     if conversation.messages and conversation.messages[-1]["role"] != "assistant":
-        lost |= {"trailing_turns"}
+        lost |= {"trailing_messages"}
     if lost:
         trained[-1] = replace(trained[-1], flags=trained[-1].flags | lost)
     return tuple(trained)
 
 
-def given(recipe: Recipe, conversation: Conversation, tokens: Tokens) -> Example:
+def pass_tokens_through(recipe: Recipe, conversation: Conversation, tokens: RowTokens) -> Example:
     """Pass the row's own tokens through; its text is theirs, one by one, for people to read.
 
     Raises:
@@ -321,7 +325,7 @@ def given(recipe: Recipe, conversation: Conversation, tokens: Tokens) -> Example
         raise BadRow("token_id", found, field=f"input_ids[{at}]", hint="give the tokenizer that made these tokens")
     if not trained.any():
         raise BadRow("nothing_trained", "has no token to learn", field="labels")
-    texts = spelled(recipe.tokenizer, ids.tolist())
+    texts = token_texts(recipe.tokenizer, ids.tolist())
     ends = np.cumsum([len(text) for text in texts])
     offsets = np.stack((ends - [len(text) for text in texts], ends), axis=1).astype(np.int32)
     runs = np.flatnonzero(np.diff(trained, prepend=~trained[:1], append=~trained[-1:]))
@@ -329,45 +333,48 @@ def given(recipe: Recipe, conversation: Conversation, tokens: Tokens) -> Example
         Span(int(offsets[a, 0]), int(offsets[b - 1, 1]), Part.CONTENT, at, bool(trained[a]))
         for at, (a, b) in enumerate(pairwise(runs.tolist()))
     ]
-    flags = frozenset({"pretokenised"})
+    flags = frozenset({"pretokenized"})
     example = Example(ids, trained, offsets, "".join(texts), tuple(spans), flags, conversation.source)
-    return example if _stops(example, recipe) else replace(example, flags=flags | {"no_stop"})
+    return example if _stops(example, recipe) else replace(example, flags=flags | {"no_trained_stop"})
 
 
-def _masked(recipe: Recipe, rows: Sequence[Shown]) -> Masked:
+def _masked(recipe: Recipe, rows: Sequence[RenderedRow]) -> MaskedTexts:
     """Tokenise and mask the texts of rows, all at once."""
     said = [row.conversation for row in rows for _ in row.texts]
-    batch = Renderings([one for row in rows for one in row.texts])
+    batch = RenderedBatch([one for row in rows for one in row.texts])
     tokens, refused = encode_rendered(recipe.tokenizer, batch, recipe.control, recipe.control_tokens)
     tokens = _begun(recipe, batch, tokens)
     trained, straddles = trained_tokens(tokens, batch, _chosen(recipe, rows, refused))
     flags = [one.flags for one in batch]
-    for flag, numbers in (("control_tokens", tokens.escaped), ("straddle", np.flatnonzero(straddles).tolist())):
+    for flag, numbers in (
+        ("control_tokens", tokens.escaped),
+        ("token_crosses_boundary", np.flatnonzero(straddles).tolist()),
+    ):
         for number in numbers:
             flags[number] |= {flag}
-    made = Masked(said, batch, tokens, trained, flags, refused)
+    made = MaskedTexts(said, batch, tokens, trained, flags, refused)
     for number, plain in enumerate(_closed(made, recipe)):
         if not plain and isinstance(example := made[number], Example) and not _stops(example, recipe):
-            flags[number] |= {"no_stop"}
+            flags[number] |= {"no_trained_stop"}
     return made
 
 
-def _chosen(recipe: Recipe, rows: Sequence[Shown], refused: Collection[int]) -> list[Sequence[bool]]:
+def _chosen(recipe: Recipe, rows: Sequence[RenderedRow], refused: Collection[int]) -> list[Sequence[bool]]:
     """Return which spans of each text are to be trained; none of those that are refused."""
     policy, found = recipe.policy, list[Sequence[bool]]()
     for row in rows:
-        if row.chosen is not None and not refused:
-            found += row.chosen
+        if row.trained_spans is not None and not refused:
+            found += row.trained_spans
             continue
         for number, one in enumerate(row.texts):
             if len(found) in refused:
                 found.append([False] * len(one.spans))
             else:
-                found.append(policy(one, row.conversation) if row.chosen is None else row.chosen[number])
+                found.append(policy(one, row.conversation) if row.trained_spans is None else row.trained_spans[number])
     return found
 
 
-def _begun(recipe: Recipe, batch: Renderings, tokens: Encodings) -> Encodings:
+def _begun(recipe: Recipe, batch: RenderedBatch, tokens: Encodings) -> Encodings:
     """Return the tokens with the tokenizer's own BOS before them, where a text has none of its own."""
     wanted = [number for number, one in enumerate(batch) if one.add_bos]
     if not wanted or not len(bos := recipe.tokenizer.bos_ids):
@@ -375,7 +382,7 @@ def _begun(recipe: Recipe, batch: Renderings, tokens: Encodings) -> Encodings:
     return tokens.begun([number for number in wanted if not np.array_equal(tokens[number].ids[:1], bos)], bos)
 
 
-def _closed(masked: Masked, recipe: Recipe) -> list[bool]:
+def _closed(masked: MaskedTexts, recipe: Recipe) -> list[bool]:
     """Return for which texts it is plain that every trained turn ends in a control token.
 
     That is so where every stretch of trained tokens, of which each turn has one, ends in one.
@@ -394,7 +401,7 @@ def _closed(masked: Masked, recipe: Recipe) -> list[bool]:
 def _stops(example: Example, recipe: Recipe) -> bool:
     """Whether every trained turn ends in a control token, but for blanks, and a last one that has none to end in."""
     ends = turn_ends(example)
-    if "unclosed_final" in example.flags:
+    if "missing_final_stop" in example.flags:
         ends = ends[:-1]
         if not len(ends):
             return True
@@ -416,9 +423,9 @@ def encode(
     train_parts: Sequence[str] | None = None,
     turns: str = "auto",
     control_tokens: str = "escape",
-    dropped: str = "refuse",
-    unclosed: str = "flag",
-    refuse: Sequence[str] = (),
+    on_dropped_message: str = "reject",
+    on_missing_stop: str = "flag",
+    reject_flags: Sequence[str] = (),
     date: str | datetime.date | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Example, ...]:
@@ -436,10 +443,10 @@ def encode(
         train_parts: of what `train_on` chooses, these parts only: `"reasoning"`, `"answer"`, `"tool_call"`.
         turns: `"auto"`, `"joint"` or `"split"`.
         control_tokens: `"escape"`, `"refuse"` or `"allow"` control-token text inside the messages.
-        dropped: `"refuse"` or `"flag"` a conversation of which the template leaves out a message that is not the
+        on_dropped_message: `"reject"` or `"flag"` a conversation of which the template leaves out a message that is not the
             assistant's.
-        unclosed: `"flag"` a last turn that the template leaves without a stop, or `"append_eos"` and train it.
-        refuse: flags, such as `"no_stop"`, that make a conversation a bad one.
+        on_missing_stop: `"flag"` a last turn that the template leaves without a stop, or `"append_eos"` and train it.
+        reject_flags: flags, such as `"no_trained_stop"`, that make a conversation a bad one.
         date: what templates that print a date are shown.
         template_kwargs: further variables for the template.
 
@@ -470,9 +477,9 @@ def encode(
         train_parts=train_parts,
         turns=turns,
         control_tokens=control_tokens,
-        dropped=dropped,
-        unclosed=unclosed,
-        refuse=refuse,
+        on_dropped_message=on_dropped_message,
+        on_missing_stop=on_missing_stop,
+        reject_flags=reject_flags,
     )
     row = {"messages": messages, **({"tools": tools} if tools else {})}
     try:
@@ -480,9 +487,9 @@ def encode(
         row = json.loads(json.dumps(row))
     except (TypeError, ValueError, RecursionError) as error:
         raise BadRow("not_json", f"the messages hold what JSON does not: {error}", where="<messages>") from None
-    conversation = normalise(Row(row, Source("<messages>", 0)), "messages")
+    conversation = normalize(Row(row, Source("<messages>", 0)), "messages")
     try:
-        masked = _masked(recipe, [chosen(conversation, rendered(recipe, conversation), recipe.policy)])
+        masked = _masked(recipe, [apply_policy(conversation, render_conversation(recipe, conversation), recipe.policy)])
         examples = _examples(recipe, conversation, [masked[number] for number in range(len(masked))])
         _check_flags(recipe, examples)
     except BadRow as error:

@@ -11,26 +11,26 @@ from functools import lru_cache
 from typing import Any
 
 from ftdata.errors import BadRow
-from ftdata.pipeline.mask import is_own
+from ftdata.pipeline.mask import is_custom
 from ftdata.pipeline.recipe import Recipe
-from ftdata.schemas import Kind, kind_of
+from ftdata.schemas import RowKind, classify_row
 from ftdata.schemas.messages import has_answer, plain_message
-from ftdata.templates.cache.plans import contents_of
-from ftdata.types import Conversation, Message, Row, Shown
+from ftdata.templates.cache.plans import message_contents
+from ftdata.types import Conversation, Message, RenderedRow, Row
 
 
-def usual(recipe: Recipe) -> Callable[[Row], Shown | None]:
+def make_fast_path(recipe: Recipe) -> Callable[[Row], RenderedRow | None]:
     """Return what shows a usual row, and gives `None` for every other."""
-    if recipe.columns or recipe.turns == "split" or recipe.unclosed == "append_eos" or not recipe.template.chat:
+    if recipe.columns or recipe.turns == "split" or recipe.on_missing_stop == "append_eos" or not recipe.template.chat:
         return lambda _: None
     # What a policy of the user's own looks at, nobody knows.
-    if not is_own(recipe.train_on):
+    if not is_custom(recipe.train_on):
         return lambda _: None
     plans, policy, auto = recipe.template.plans, recipe.policy, recipe.turns == "auto"
     # By the id of the plan, which is its own as long as the template is there.
     chosen: dict[int, Sequence[bool]] = {}
 
-    def show(row: Row) -> Shown | None:
+    def show(row: Row) -> RenderedRow | None:
         column, roles, messages, contents = _talk(row)
         turns = _turns(roles)
         for plan in plans.of(roles, turns) if turns else ():
@@ -38,14 +38,14 @@ def usual(recipe: Recipe) -> Callable[[Row], Shown | None]:
             if rendered is None:
                 continue
             kind = _kind(recipe.schema, row.data)
-            if kind is None or kind.chat != column or (auto and "rewritten" in plan.flags):
+            if kind is None or kind.chat != column or (auto and "history_rewritten" in plan.flags):
                 return None
             conversation = Conversation(
-                tuple(messages), completion_from=turns[-1], noted=kind.unread, schema=kind.name, source=row.source
+                tuple(messages), completion_from=turns[-1], notes=kind.unread, schema=kind.name, source=row.source
             )
             if (trained := chosen.get(id(plan))) is None:
                 trained = chosen[id(plan)] = policy(rendered, conversation)
-            return Shown(conversation, (rendered,), (trained,), roles[-1] == "assistant")
+            return RenderedRow(conversation, (rendered,), (trained,), roles[-1] == "assistant")
         return None
 
     return show
@@ -63,15 +63,15 @@ def _talk(row: Row) -> tuple[str, tuple[str, ...], Sequence[Message], Sequence[s
     if type(said := data.get(column)) is not list:
         return column, (), (), ()
     messages = [message for message in map(plain_message, said) if message is not None]
-    contents = contents_of(messages) if len(messages) == len(said) else None
+    contents = message_contents(messages) if len(messages) == len(said) else None
     if not contents or not all(map(has_answer, contents)):
         return column, (), (), ()
     return column, tuple([item["role"] for item in said]), messages, contents
 
 
-def _kind(schema: str, data: Mapping[str, Any]) -> Kind | None:
+def _kind(schema: str, data: Mapping[str, Any]) -> RowKind | None:
     try:
-        return kind_of(schema, data)
+        return classify_row(schema, data)
     except (BadRow, RecursionError):
         return None
 

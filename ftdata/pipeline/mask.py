@@ -13,9 +13,9 @@ from itertools import chain, groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from ftdata.errors import FtdataError, UsageError, one_of
-from ftdata.registry import Registry, is_ours
-from ftdata.tokenizing.batches import Encodings, Renderings
+from ftdata.errors import FtdataError, UsageError, check_choice
+from ftdata.registry import Registry, is_built_in
+from ftdata.tokenizing.batches import Encodings, RenderedBatch
 from ftdata.types import Conversation, Part, Rendered, Spans
 
 Policy = Callable[[Rendered, Conversation], Sequence[bool]]
@@ -56,7 +56,7 @@ def completion(rendered: Rendered, conversation: Conversation) -> list[bool]:
 
 
 @masks.register("all")
-def everything(rendered: Rendered, conversation: Conversation) -> list[bool]:
+def all_text(rendered: Rendered, conversation: Conversation) -> list[bool]:
     """Train the whole text, prompts and template included, except messages with `train: false` or `weight: 0`.
 
     The template text around such a message is trained, its stop token is not.
@@ -79,7 +79,7 @@ PARTS = {"reasoning": Part.REASONING, "answer": Part.CONTENT, "tool_call": Part.
 """What `train_parts` may name."""
 
 
-def policy_of(train_on: str | Policy, train_parts: Sequence[str] | None = None) -> Policy:
+def resolve_policy(train_on: str | Policy, train_parts: Sequence[str] | None = None) -> Policy:
     """Return the policy of a name, or the callable itself, narrowed to some parts of the turns.
 
     Raises:
@@ -90,23 +90,23 @@ def policy_of(train_on: str | Policy, train_parts: Sequence[str] | None = None) 
             "train_on", f"train_on is {train_on!r}, expected one of {', '.join(masks.names())}, or a function"
         )
     policy = _asked(train_on)
-    policy = policy if is_ours(policy) else _checked(policy)
+    policy = policy if is_built_in(policy) else _checked(policy)
     if train_parts is None:
         return policy
     if isinstance(train_parts, str) or not isinstance(train_parts, Iterable) or not train_parts:
         raise UsageError("train_parts", f"train_parts is {train_parts!r}, expected a list of {', '.join(PARTS)}")
     for name in train_parts:
-        one_of("train_parts", name, PARTS)
+        check_choice("train_parts", name, PARTS)
     wanted = frozenset(PARTS[name] for name in train_parts)
     return lambda rendered, conversation: [
         yes and bool(kinds & wanted)
-        for yes, kinds in zip(policy(rendered, conversation), span_parts(rendered), strict=True)
+        for yes, kinds in zip(policy(rendered, conversation), parts_of_spans(rendered), strict=True)
     ]
 
 
-def is_own(train_on: str | Policy) -> bool:
+def is_custom(train_on: str | Policy) -> bool:
     """Whether a policy is built in: their answer depends on kinds of spans, roles and `train` alone."""
-    return is_ours(_asked(train_on))
+    return is_built_in(_asked(train_on))
 
 
 def _asked(train_on: str | Policy) -> Policy:
@@ -135,7 +135,7 @@ def _checked(policy: Policy) -> Policy:
     return answers
 
 
-def span_parts(rendered: Rendered) -> list[frozenset[Part]]:
+def parts_of_spans(rendered: Rendered) -> list[frozenset[Part]]:
     """Return, for each span, the parts of the turn that it belongs to.
 
     The template's text goes with the part that it closes (`</think>`, the stop), or, before a turn's first part, with
@@ -171,7 +171,7 @@ def _closed_and_opened(before: Part | None, after: Part | None) -> frozenset[Par
 
 
 def trained_tokens(
-    tokens: Encodings, batch: Renderings, chosen: Sequence[Sequence[bool]]
+    tokens: Encodings, batch: RenderedBatch, chosen: Sequence[Sequence[bool]]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return which tokens carry loss (bool `[tokens]`), and in which texts one straddles a boundary (bool `[texts]`).
 
@@ -181,12 +181,12 @@ def trained_tokens(
         chosen: for each of them, which of its spans are to be trained.
 
     >>> import numpy as np
-    >>> from ftdata.tokenizing.batches import Encoded
+    >>> from ftdata.tokenizing.batches import EncodedText
     >>> from ftdata.types import Part, Span
     >>> spans = (Span(0, 4, Part.CONTENT, 0, False), Span(4, 9, Part.CONTENT, 1, True))
     >>> offsets = np.array([[0, 3], [3, 6], [6, 6], [6, 9]], dtype=np.int32)
-    >>> tokens = Encodings.of([Encoded(np.arange(4, dtype=np.int32), offsets)], [9])
-    >>> trained, straddles = trained_tokens(tokens, Renderings([Rendered("x" * 9, spans)]), [[False, True]])
+    >>> tokens = Encodings.of([EncodedText(np.arange(4, dtype=np.int32), offsets)], [9])
+    >>> trained, straddles = trained_tokens(tokens, RenderedBatch([Rendered("x" * 9, spans)]), [[False, True]])
     >>> trained.tolist(), straddles.tolist()
     ([False, True, False, True], [True])
     """
@@ -202,7 +202,7 @@ def trained_tokens(
     return trained, straddles
 
 
-def _stretches(batch: Renderings, chosen: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _stretches(batch: RenderedBatch, chosen: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return where stretches of chosen spans begin and end; neighbours are one."""
     chosen = chosen & (batch.starts < batch.ends)
     begins, ends = batch.starts[chosen], batch.ends[chosen]

@@ -14,16 +14,27 @@ from typing import Any
 
 import tokenizers
 
-from ftdata.errors import BadRow, TemplateRefused, UsageError, one_of
-from ftdata.pipeline.mask import Policy, masks, policy_of
+from ftdata.errors import BadRow, TemplateRefused, UsageError, check_choice
+from ftdata.pipeline.mask import Policy, masks, resolve_policy
 from ftdata.pipeline.truncate import POLICIES as OVERLONG
 from ftdata.redaction import is_secret_name
 from ftdata.schemas import check_columns, schemas
-from ftdata.templates import DEFAULT_DATE, DROPPED, TURNS, UNCLOSED, Template, check, find, scaffold, start, templates
+from ftdata.templates import (
+    DEFAULT_DATE,
+    DROPPED_MESSAGE_POLICIES,
+    MISSING_STOP_POLICIES,
+    TURNS,
+    Template,
+    check_can_train,
+    find_template,
+    scaffold_in_worker,
+    start_template_worker,
+    templates,
+)
 from ftdata.templates.verification.probe import TemplateReport
-from ftdata.templates.worker.client import trusted, verify
+from ftdata.templates.worker.client import require_verified, verify_template
 from ftdata.tokenizing.load import load_tokenizer
-from ftdata.tokenizing.tokenizer import CONTROL_POLICIES, ControlTokens, Tokenizer, control_tokens
+from ftdata.tokenizing.tokenizer import CONTROL_POLICIES, ControlTokens, Tokenizer, find_control_tokens
 
 _MOST_VARIANTS = 64
 
@@ -37,37 +48,37 @@ FLAGS = {
     "arguments_as_text": "{n} examples give the arguments of tool calls as JSON text: the template fails on objects",
     "arguments_parsed": "{n} examples give the arguments of tool calls as objects: the template does not print JSON "
     "text as it stands",
-    "content_cut": "{n} examples lost part of a message to the template",
+    "message_truncated": "{n} examples lost part of a message to the template",
     "control_tokens": "{n} examples had control tokens spelled in their data, tokenised as plain text",
     "empty_thinking": "{n} examples train an empty thinking block, which the template prints where no reasoning is "
     "given; set enable_thinking=false to leave it to the prompt, or give reasoning",
     "eos_appended": "{n} examples got the stop that the template does not print at the end",
     "fields_dropped": "{n} examples have message keys that the template does not print",
-    "junk_tail": "{n} examples end in template text that no model generates; it is not trained",
-    "no_stop": "{n} examples have a turn without a trained control token at its end: the model will not learn to stop",
-    "parts_joined": "{n} examples give contents as text that are lists of one text part: the template takes only text",
-    "payload_dropped": "{n} examples lost a whole message to the template",
-    "pretokenised": "{n} examples came as tokens, which were checked and passed through",
-    "prompt_drift": "{n} examples lack a scaffold that the generation prompt forces (an open thinking block)",
+    "text_after_last_stop": "{n} examples end in template text that no model generates; it is not trained",
+    "no_trained_stop": "{n} examples have a turn without a trained control token at its end: the model will not learn to stop",
+    "content_parts_joined": "{n} examples give contents as text that are lists of one text part: the template takes only text",
+    "message_dropped": "{n} examples lost a whole message to the template",
+    "pretokenized": "{n} examples came as tokens, which were checked and passed through",
+    "prompt_mismatch": "{n} examples lack a scaffold that the generation prompt forces (an open thinking block)",
     "reasoning_dropped": "{n} examples lost reasoning, which the template does not print",
     "rejected_side_dropped": "{n} examples are the chosen side of a preference pair; the rejected side is not built",
-    "rewritten": "{n} examples show an earlier turn otherwise than the model wrote it",
-    "split": "{n} examples are turns by themselves, {repeated} tokens of them repeated: the template rewrites earlier "
+    "history_rewritten": "{n} examples show an earlier turn otherwise than the model wrote it",
+    "conversation_split": "{n} examples are turns by themselves, {repeated} tokens of them repeated: the template rewrites earlier "
     "turns, so each is shown as it will be asked",
-    "stop_untagged": "{n} examples train the stop, which the template's own tags leave out: who follows them never "
+    "stop_outside_generation_tags": "{n} examples train the stop, which the template's own tags leave out: who follows them never "
     "teaches it",
-    "straddle": "{n} examples have a trained token that begins or ends outside the answer (tokens follow characters)",
-    "tags_overruled": "{n} examples are trained on what the model must generate, its stop included, not on what the "
+    "token_crosses_boundary": "{n} examples have a trained token that begins or ends outside the answer (tokens follow characters)",
+    "generation_tags_overruled": "{n} examples are trained on what the model must generate, its stop included, not on what the "
     "template's tags mark",
-    "tags_unconfirmed": "{n} examples are trained on what the template's tags mark, which is not, or not certainly, "
+    "generation_tags_unconfirmed": "{n} examples are trained on what the template's tags mark, which is not, or not certainly, "
     "what the model must generate",
     "tools_dropped": "{n} examples were given tools that the template does not print, or not whole",
-    "trailing_turns": "{n} examples end with messages that nothing answers",
-    "truncated_answer": "{n} examples end inside an answer",
-    "uncompared": "{n} examples have an earlier turn of which it is not known whether the model wrote it so: the "
+    "trailing_messages": "{n} examples end with messages that nothing answers",
+    "answer_truncated": "{n} examples end inside an answer",
+    "history_not_compared": "{n} examples have an earlier turn of which it is not known whether the model wrote it so: the "
     "template refuses the conversation up to there",
-    "unclosed_final": "{n} examples end without a stop: the template prints it only before the next message",
-    "unprobed": "{n} examples were judged by themselves: the template refuses plain conversations",
+    "missing_final_stop": "{n} examples end without a stop: the template prints it only before the next message",
+    "template_not_probed": "{n} examples were judged by themselves: the template refuses plain conversations",
 }
 """Flag -> what the report says about it."""
 
@@ -86,22 +97,22 @@ class Options:
     train_parts: Sequence[str] | None = None
     turns: str = "auto"
     control_tokens: str = "escape"
-    dropped: str = "refuse"
-    unclosed: str = "flag"
-    refuse: Sequence[str] = ()
+    on_dropped_message: str = "reject"
+    on_missing_stop: str = "flag"
+    reject_flags: Sequence[str] = ()
     max_length: int | None = None
     overlong: str = "reject"
 
     def __post_init__(self) -> None:
-        one_of("turns", self.turns, TURNS)
-        one_of("control_tokens", self.control_tokens, CONTROL_POLICIES)
-        one_of("dropped", self.dropped, DROPPED)
-        one_of("unclosed", self.unclosed, UNCLOSED)
-        if isinstance(self.refuse, str) or not isinstance(self.refuse, Iterable):
-            raise UsageError("refuse", f"refuse is {self.refuse!r}, expected a list of flags")
-        for flag in self.refuse:
-            one_of("refuse", flag, FLAGS)
-        one_of("overlong", self.overlong, OVERLONG)
+        check_choice("turns", self.turns, TURNS)
+        check_choice("control_tokens", self.control_tokens, CONTROL_POLICIES)
+        check_choice("on_dropped_message", self.on_dropped_message, DROPPED_MESSAGE_POLICIES)
+        check_choice("on_missing_stop", self.on_missing_stop, MISSING_STOP_POLICIES)
+        if isinstance(self.reject_flags, str) or not isinstance(self.reject_flags, Iterable):
+            raise UsageError("reject_flags", f"reject_flags is {self.reject_flags!r}, expected a list of flags")
+        for flag in self.reject_flags:
+            check_choice("reject_flags", flag, FLAGS)
+        check_choice("overlong", self.overlong, OVERLONG)
         if not isinstance(self.schema, str):
             raise UsageError("schema", f"schema is {self.schema!r}, expected a name, or auto")
         if self.schema != "auto":
@@ -109,12 +120,12 @@ class Options:
         if self.max_length is not None and (not isinstance(self.max_length, int) or not 2 <= self.max_length < 1 << 31):
             raise UsageError("max_length", f"max_length is {self.max_length!r}, expected a whole number from 2")
         check_columns(self.columns)
-        policy_of(self.train_on, self.train_parts)
+        resolve_policy(self.train_on, self.train_parts)
 
     @property
     def policy(self) -> Policy:
         """Which spans are trained."""
-        return policy_of(self.train_on, self.train_parts)
+        return resolve_policy(self.train_on, self.train_parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +138,11 @@ class Recipe(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.template)
-        if self.unclosed == "append_eos" and not self.template.special_tokens.get("eos_token"):
-            raise UsageError("unclosed", "unclosed='append_eos' needs an eos_token, and this tokenizer names none")
+        check_can_train(self.template)
+        if self.on_missing_stop == "append_eos" and not self.template.special_tokens.get("eos_token"):
+            raise UsageError(
+                "on_missing_stop", "on_missing_stop='append_eos' needs an eos_token, and this tokenizer names none"
+            )
 
     @cached_property
     def _variants(self) -> dict[str, Recipe]:
@@ -156,7 +169,7 @@ class Recipe(Options):
             if len(variants) >= _MOST_VARIANTS:
                 del variants[next(iter(variants))]
             try:
-                template = trusted(replace(self.template, kwargs={**self.template.kwargs, **kwargs}))
+                template = require_verified(replace(self.template, kwargs={**self.template.kwargs, **kwargs}))
                 variants[key] = replace(self, template=template)
             except TemplateRefused as error:
                 raise BadRow(error.code, error.message, field="chat_template_kwargs", hint=error.hint) from None
@@ -174,19 +187,19 @@ class Recipe(Options):
             },
             "schema": self.schema,
             "columns": dict(self.columns or {}),
-            "train_on": name_of(self.train_on),
+            "train_on": policy_name(self.train_on),
             "train_parts": None if self.train_parts is None else list(self.train_parts),
             "turns": self.turns,
             "control_tokens": self.control_tokens,
-            "dropped": self.dropped,
-            "unclosed": self.unclosed,
-            "refuse": sorted(self.refuse),
+            "on_dropped_message": self.on_dropped_message,
+            "on_missing_stop": self.on_missing_stop,
+            "reject_flags": sorted(self.reject_flags),
             "max_length": self.max_length,
             "overlong": self.overlong,
         }
 
 
-def arguments_of(options: Mapping[str, Any], tokenizer: Any = None, *, names: Sequence[str]) -> dict[str, Any]:
+def recipe_arguments(options: Mapping[str, Any], tokenizer: Any = None, *, names: Sequence[str]) -> dict[str, Any]:
     """Return the arguments of `make_recipe` for a recipe that `Recipe.describe` told of.
 
     Args:
@@ -233,16 +246,16 @@ def make_recipe(
         UsageError: an unknown name or value.
         TemplateRefused: the template cannot be compiled, or marks nothing as trained.
     """
-    start()
+    start_template_worker()
     loaded = load_tokenizer(tokenizer)
     check_kwargs(template_kwargs)
-    name, source = ("tokenizer", loaded.chat_template or "") if template is None else find(template)
+    name, source = ("tokenizer", loaded.chat_template or "") if template is None else find_template(template)
     kwargs = json.dumps(template_kwargs or {}, sort_keys=True)
-    bound, control = _bind(loaded, name, source, template is not None, as_date(date), kwargs)
+    bound, control = _bind(loaded, name, source, template is not None, parse_date(date), kwargs)
     return Recipe(tokenizer=loaded, template=bound, control=control, **options)
 
 
-def bare_template(
+def load_bare_template(
     template: str | Path, date: str | datetime.date | None = None, kwargs: Mapping[str, Any] | None = None
 ) -> Template:
     """Return a template to be looked at without a tokenizer: `<bos>` and `<eos>` stand for its special tokens.
@@ -252,12 +265,14 @@ def bare_template(
         TemplateRefused: the template cannot be compiled, or marks nothing as trained.
     """
     check_kwargs(kwargs)
-    name, source = find(template)
+    name, source = find_template(template)
     control = re.compile(r"<\|[^|<>]*\|>|</?[a-z_]+>")
-    bare = Template(name, source, special_tokens=NO_TOKENIZER, control=control, date=as_date(date), kwargs=kwargs or {})
+    bare = Template(
+        name, source, special_tokens=NO_TOKENIZER, control=control, date=parse_date(date), kwargs=kwargs or {}
+    )
     # Before anything of it is looked at here: to read a template may take for ever, too.
-    verify(bare)
-    check(bare)
+    verify_template(bare)
+    check_can_train(bare)
     return bare
 
 
@@ -279,7 +294,7 @@ def check_template(template_or_tokenizer: Any) -> TemplateReport:
     >>> check_template("chatml").verdict
     'exact'
     """
-    return verify(_bound(template_or_tokenizer))
+    return verify_template(_bound(template_or_tokenizer))
 
 
 def _bound(given: Any) -> Template:
@@ -287,10 +302,10 @@ def _bound(given: Any) -> Template:
     if given is None or isinstance(given, bytes | int | float):
         raise UsageError("template_type", f"it is {given!r:.60}, expected a template, a tokenizer, or the name of one")
     if is_text and (str(given) in templates or "{" in str(given) or Path(given).is_file()):
-        return bare_template(given)
+        return load_bare_template(given)
     is_name = is_text and "/" not in str(given) and not Path(given).is_dir()
     if is_name and get_close_matches(str(given), templates.names()):
-        find(given)  # a misspelt name: say so instead of asking the hub
+        find_template(given)  # a misspelt name: say so instead of asking the hub
     known = isinstance(given, Tokenizer | tokenizers.Tokenizer) or hasattr(given, "backend_tokenizer")
     return make_recipe(given if is_text or known else str(given)).template
 
@@ -332,12 +347,14 @@ def _bind(
     )
     # Nothing of a template runs here before it was examined: what it prints around messages is asked afterwards.
     written = source + (tokenizer.chat_template or "")
-    first = trusted(replace(unbound, control=control_tokens(tokenizer, written).pattern))
-    control = control_tokens(tokenizer, written + scaffold(first))
-    return (first if control.pattern == first.control else trusted(replace(first, control=control.pattern))), control
+    first = require_verified(replace(unbound, control=find_control_tokens(tokenizer, written).pattern))
+    control = find_control_tokens(tokenizer, written + scaffold_in_worker(first))
+    return (
+        first if control.pattern == first.control else require_verified(replace(first, control=control.pattern))
+    ), control
 
 
-def as_date(date: str | datetime.date | None) -> datetime.datetime:
+def parse_date(date: str | datetime.date | None) -> datetime.datetime:
     """Return what the clock shows to templates.
 
     Raises:
@@ -351,7 +368,7 @@ def as_date(date: str | datetime.date | None) -> datetime.datetime:
         raise UsageError("date", f"date is {str(date)!r}, expected the form 2026-01-31") from None
 
 
-def name_of(policy: str | Policy) -> str:
+def policy_name(policy: str | Policy) -> str:
     """Return how a policy is named in reports and fingerprints."""
     if isinstance(policy, str):
         return policy

@@ -15,14 +15,14 @@ from itertools import chain, islice
 from typing import Any, TypeVar
 
 from ftdata.errors import BadRow, InputRefused, TemplateRefused
-from ftdata.pipeline.fast_path import usual
-from ftdata.pipeline.mask import Policy, is_own
+from ftdata.pipeline.fast_path import make_fast_path
+from ftdata.pipeline.mask import Policy, is_custom
 from ftdata.pipeline.recipe import Recipe
-from ftdata.schemas import normalise
+from ftdata.schemas import normalize
 from ftdata.schemas.messages import has_answer, has_visible_text
-from ftdata.templates import begun, closed, contradicted, render
-from ftdata.templates.attribution.spans import thinking_tags
-from ftdata.types import Conversation, Reject, Rendered, Row, Shown, Spans
+from ftdata.templates import append_missing_stop, cross_check_in_worker, render_in_worker, submit_render
+from ftdata.templates.attribution.spans import find_thinking_tags
+from ftdata.types import Conversation, Reject, Rendered, RenderedRow, Row, Spans
 
 BATCH, LETTERS = 1024, 1 << 20
 """Rows that are tokenised together, or fewer, where their texts are as long."""
@@ -55,9 +55,11 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, default=str, skipkeys=True)
 _T = TypeVar("_T")
 
 
-def shown(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tuple[Row | Reject, Shown | Reject]]]:
+def render_rows(
+    recipe: Recipe, rows: Iterable[Row | Reject]
+) -> Iterator[list[tuple[Row | Reject, RenderedRow | Reject]]]:
     """Yield rows, and what they were rendered to, as many together as shall be in memory."""
-    batch, letters = list[tuple[Row | Reject, Shown | Reject]](), 0
+    batch, letters = list[tuple[Row | Reject, RenderedRow | Reject]](), 0
     for row, entry in chain.from_iterable(_in_turns(recipe, iter(rows))):
         own = 0 if isinstance(entry, Reject) else sum([len(one.text) for one in entry.texts])
         batch.append((row, entry if own <= LONGEST else _too_long(row, own)))
@@ -71,13 +73,15 @@ def shown(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[tuple[R
 
 def _too_long(row: Row | Reject, letters: int) -> Reject:
     told = f"has {letters:,} characters of text, at most {LONGEST:,} are tokenised"
-    return rejected(row, BadRow("row_too_long", told, hint="make several rows of it"))
+    return make_reject(row, BadRow("row_too_long", told, hint="make several rows of it"))
 
 
-def _in_turns(recipe: Recipe, rows: Iterator[Row | Reject]) -> Iterator[list[tuple[Row | Reject, Shown | Reject]]]:
+def _in_turns(
+    recipe: Recipe, rows: Iterator[Row | Reject]
+) -> Iterator[list[tuple[Row | Reject, RenderedRow | Reject]]]:
     """Yield a few rows at a time, and what they were rendered to; while they are, the next few are read."""
     # A user's own policy is asked later: what it raises must not reject the row, and it sees no refused texts.
-    policy, at_once = recipe.policy if is_own(recipe.train_on) else None, usual(recipe)
+    policy, at_once = recipe.policy if is_custom(recipe.train_on) else None, make_fast_path(recipe)
     few, ahead, watch = 1, list[_Few](), _Watch(recipe)
     while some := _next(rows, few):
         known = [None if isinstance(row, Reject) or _is_proved(row) else at_once(row) for row in some]
@@ -87,13 +91,13 @@ def _in_turns(recipe: Recipe, rows: Iterator[Row | Reject]) -> Iterator[list[tup
         alone = few < FEW or len(some) < few
         while len(ahead) > (not alone):
             done = _finished(recipe, ahead.pop(0), policy, watch)
-            long = sum([len(one.text) for _, entry in done if isinstance(entry, Shown) for one in entry.texts])
+            long = sum([len(one.text) for _, entry in done if isinstance(entry, RenderedRow) for one in entry.texts])
             few = min(FEW, 1 + TOGETHER * len(done) // (long + 1))
             yield done
     yield from (_finished(recipe, one, policy, watch) for one in ahead)
 
 
-_Few = list[tuple[Row | Reject, Conversation | Shown | Reject, Callable[[], tuple[Rendered, ...]] | None]]
+_Few = list[tuple[Row | Reject, Conversation | RenderedRow | Reject, Callable[[], tuple[Rendered, ...]] | None]]
 """A few rows, how each was read, and what waits for its texts."""
 
 
@@ -134,7 +138,7 @@ class _Watch:
     rows: int = 0
     rejected: RejectedRows = field(default_factory=RejectedRows)
 
-    def check(self, entry: Shown | Reject | Conversation) -> None:
+    def check(self, entry: RenderedRow | Reject | Conversation) -> None:
         """Count a row.
 
         Raises:
@@ -158,8 +162,8 @@ class _Watch:
 
 def _finished(
     recipe: Recipe, some: _Few, policy: Policy | None, watch: _Watch
-) -> list[tuple[Row | Reject, Shown | Reject]]:
-    done = list[tuple[Row | Reject, Shown | Reject]]()
+) -> list[tuple[Row | Reject, RenderedRow | Reject]]:
+    done = list[tuple[Row | Reject, RenderedRow | Reject]]()
     for row, one, texts in some:
         entry = _tried(_shown, recipe, row, one, policy, texts) if isinstance(one, Conversation) else one
         watch.check(entry)
@@ -184,13 +188,13 @@ def _tried(step: Callable[..., _T], recipe: Recipe, row: Row | Reject, *given: A
     try:
         return step(recipe, row, *given)
     except BadRow as error:
-        return rejected(row, error)
+        return make_reject(row, error)
     except RecursionError:
-        return rejected(row, BadRow("too_deep", "is nested too deep to be read"))
+        return make_reject(row, BadRow("too_deep", "is nested too deep to be read"))
 
 
 def _said(recipe: Recipe, row: Row) -> Conversation:
-    conversation = normalise(row, recipe.schema, recipe.columns)
+    conversation = normalize(row, recipe.schema, recipe.columns)
     check_answers(conversation)
     return conversation
 
@@ -199,11 +203,11 @@ def _is_proved(row: Row) -> bool:
     return row.source.row < PROVED or row.source.row % PROVED_EVERY == 0
 
 
-def _begun(recipe: Recipe, said: Conversation | Shown | Reject) -> Callable[[], tuple[Rendered, ...]] | None:
+def _begun(recipe: Recipe, said: Conversation | RenderedRow | Reject) -> Callable[[], tuple[Rendered, ...]] | None:
     """Begin to render a conversation, if that is all that its rendering depends on."""
     if not isinstance(said, Conversation) or said.tokens is not None or said.kwargs:
         return None
-    return begun(said, recipe.template, recipe.turns, recipe.dropped)
+    return submit_render(said, recipe.template, recipe.turns, recipe.on_dropped_message)
 
 
 def _shown(
@@ -212,19 +216,19 @@ def _shown(
     conversation: Conversation,
     policy: Policy | None,
     texts: Callable[[], tuple[Rendered, ...]] | None,
-) -> Shown:
-    return chosen(conversation, rendered(recipe, conversation, texts, proved=_is_proved(row)), policy)
+) -> RenderedRow:
+    return apply_policy(conversation, render_conversation(recipe, conversation, texts, proved=_is_proved(row)), policy)
 
 
-def chosen(conversation: Conversation, texts: tuple[Rendered, ...], policy: Policy | None) -> Shown:
+def apply_policy(conversation: Conversation, texts: tuple[Rendered, ...], policy: Policy | None) -> RenderedRow:
     """Choose what is to be trained, if there is a policy to ask now."""
     messages = conversation.messages
     plain = len(texts) == 1 and (not messages or messages[-1]["role"] == "assistant")
     asked = None if policy is None else tuple([policy(one, conversation) for one in texts])
-    return Shown(conversation, texts, asked, plain)
+    return RenderedRow(conversation, texts, asked, plain)
 
 
-def rendered(
+def render_conversation(
     recipe: Recipe,
     conversation: Conversation,
     begun: Callable[[], tuple[Rendered, ...]] | None = None,
@@ -237,22 +241,28 @@ def rendered(
 
     Raises:
         BadRow: as `render` does, or `control_tokens`.
-        TemplateRefused: as `render` does, or `template_unproved`.
+        TemplateRefused: as `render` does, or `template_not_verified`.
     """
     if conversation.tokens is not None:
         return ()
     recipe = recipe.with_kwargs(conversation.kwargs) if conversation.kwargs else recipe
-    texts = begun() if begun else render(conversation, recipe.template, recipe.turns, recipe.dropped)
+    texts = (
+        begun() if begun else render_in_worker(conversation, recipe.template, recipe.turns, recipe.on_dropped_message)
+    )
     _check_hidden(recipe, conversation, texts)
     if proved:
         _prove(recipe, conversation, texts)
-    texts = with_row_flags(conversation, texts)
-    return tuple(closed(one, recipe.template) for one in texts) if recipe.unclosed == "append_eos" else texts
+    texts = add_row_flags(conversation, texts)
+    return (
+        tuple(append_missing_stop(one, recipe.template) for one in texts)
+        if recipe.on_missing_stop == "append_eos"
+        else texts
+    )
 
 
-def with_row_flags(conversation: Conversation, texts: tuple[Rendered, ...]) -> tuple[Rendered, ...]:
+def add_row_flags(conversation: Conversation, texts: tuple[Rendered, ...]) -> tuple[Rendered, ...]:
     """Return the texts with flags for what was left out of the row when it was read."""
-    beside = any(note.startswith("column rejected") for note in conversation.noted)
+    beside = any(note.startswith("column rejected") for note in conversation.notes)
     if conversation.schema != "preference" and not beside:
         return texts
     return tuple(one._replace(flags=one.flags | {"rejected_side_dropped"}) for one in texts)
@@ -261,9 +271,9 @@ def with_row_flags(conversation: Conversation, texts: tuple[Rendered, ...]) -> t
 def _prove(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
     """Confirm a row by the second way. That it fails says nothing good about the others, so all are refused."""
     for one in texts:
-        if against := contradicted(conversation, recipe.template, one, PROVED_MESSAGES):
+        if against := cross_check_in_worker(conversation, recipe.template, one, PROVED_MESSAGES):
             raise TemplateRefused(
-                "template_unproved",
+                "template_not_verified",
                 f"two ways of finding what template {recipe.template.name!r} has the model produce disagree: {against}",
                 where=str(conversation.source),
                 hint="mark what is trained with {% generation %} in a template file of your own",
@@ -290,7 +300,7 @@ def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Re
         if isinstance(value, Mapping):
             # The tags of thinking that is written into an answer are no typed ones, and templates look for them.
             own = value.get("content") if value.get("role") == "assistant" else None
-            tags = thinking_tags(own, "think") if isinstance(own, str) else ()
+            tags = find_thinking_tags(own, "think") if isinstance(own, str) else ()
             kept = {"role": value.get("role"), "content": blot(own, tags)} if tags else {"role": value.get("role")}
             return {blot(key): kept[key] if key in kept else blot(item) for key, item in value.items()}
         return [blot(item) for item in value] if isinstance(value, list | tuple) else value
@@ -298,7 +308,7 @@ def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Re
     tame = replace(conversation, messages=tuple(blot(conversation.messages)), tools=tuple(blot(conversation.tools)))
     own = sum(len(recipe.control.matches(one)[0]) for one in texts if not one.keep_control)
     try:
-        expected = render(tame, recipe.template, recipe.turns, recipe.dropped)
+        expected = render_in_worker(tame, recipe.template, recipe.turns, recipe.on_dropped_message)
     except BadRow:
         expected = ()
     if own != sum(len(recipe.control.matches(one)[0]) for one in expected if not one.keep_control):
@@ -368,7 +378,7 @@ def check_answers(conversation: Conversation) -> None:
         raise BadRow("no_answer", "holds no assistant message, so there is nothing to learn")
 
 
-def rejected(row: Row | Reject, error: BadRow) -> Reject:
+def make_reject(row: Row | Reject, error: BadRow) -> Reject:
     """Return the reject of a row, with the first 4 kB of it as far as they can be written."""
     if isinstance(row, Reject):
         return row

@@ -4,7 +4,7 @@
 |--------------|-----------------------------------------------------------------------------------------|
 | `reject`     | is rejected, with its length                                                            |
 | `drop_turns` | keeps the turns that fit, whole: it ends with the last trained turn that does           |
-| `truncate`   | keeps its first `max_length` tokens, flagged `truncated_answer` where an answer is cut  |
+| `truncate`   | keeps its first `max_length` tokens, flagged `answer_truncated` where an answer is cut  |
 
 An example with nothing left to train is rejected under every policy.
 """
@@ -42,7 +42,7 @@ def truncate(example: Example, max_length: int | None, policy: str = "reject") -
             hint="raise max_length",
         )
     cuts_answer = bool(example.trained[keep - 1] and example.trained[keep])
-    flags = example.flags | ({"truncated_answer"} if cuts_answer else set()) | {"truncated"}
+    flags = example.flags | ({"answer_truncated"} if cuts_answer else set()) | {"truncated"}
     return replace(
         example,
         input_ids=example.input_ids[:keep],

@@ -13,11 +13,11 @@ from typing import Any
 
 from ftdata.errors import BadRow
 from ftdata.readers.formats import Reader, readers
-from ftdata.readers.sources import FileSource, MemorySource, sources
+from ftdata.readers.sources import FileSource, MemorySource, resolve_sources
 from ftdata.readers.streams import Input
 from ftdata.types import Reject, Row
 
-__all__ = ["FileSource", "Input", "MemorySource", "Reader", "read", "readers", "sources"]
+__all__ = ["FileSource", "Input", "MemorySource", "Reader", "read", "readers", "resolve_sources"]
 
 
 def read(data: Any) -> Iterator[Row]:
@@ -40,7 +40,7 @@ def read(data: Any) -> Iterator[Row]:
     >>> [row.data for row in read([{"question": "007", "answer": "2024-01-01"}])]
     [{'question': '007', 'answer': '2024-01-01'}]
     """
-    for source in sources(data):
+    for source in resolve_sources(data):
         for row in source.rows():
             if isinstance(row, Reject):
                 raise BadRow(row.code, row.reason, where=str(row.source), hint=row.fix, field=row.field)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ftdata.errors import InputRefused
-from ftdata.readers.arrow_headers import MAX_BATCH, Limits, check_ahead, check_blocks, checked
-from ftdata.readers.in_memory import Fault, present
-from ftdata.readers.parquet_pages import pages
+from ftdata.readers.arrow_headers import MAX_BATCH, TableLimits, check_ahead, check_blocks, check_stream
+from ftdata.readers.in_memory import ValueFault, drop_nulls
+from ftdata.readers.parquet_pages import read_pages
 from ftdata.readers.streams import (
     CHUNK,
     FREE_REPEATED,
@@ -23,11 +23,11 @@ from ftdata.readers.streams import (
     MAX_RATIO,
     MAX_REPEATED,
     Input,
-    expansion,
-    file_of,
+    expansion_error,
+    file_from_chunks,
     is_url,
 )
-from ftdata.readers.table_checks import check_names, check_seekable, damaged
+from ftdata.readers.table_checks import check_names, check_seekable, damaged_file_error
 from ftdata.types import Reject, Row, Source
 
 _BATCH = 1024
@@ -48,10 +48,10 @@ def read_parquet(file: Input) -> Iterator[Row | Reject]:
             batches = _of_groups(table, groups, stream, file)
             yield from _batches(batches, table.schema_arrow, file, limits.packed)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise damaged(error, file, "Parquet") from None
+            raise damaged_file_error(error, file, "Parquet") from None
 
 
-def _check_values(table: Any, groups: Iterable[int], limits: Limits) -> None:
+def _check_values(table: Any, groups: Iterable[int], limits: TableLimits) -> None:
     """Refuse a Parquet file with far more values than its size explains."""
     for number in groups:
         group = table.metadata.row_group(number)
@@ -72,7 +72,7 @@ def _of_groups(table: Any, groups: Iterable[int], stream: io.BufferedReader, fil
         size = sum(max(one.bytes, column.num_values // 8) for one, column in zip(sizes, columns, strict=True))
         small, large = small + sum(one.total_compressed_size for one in columns), large + size
         if large > max(MAX_BATCH, MAX_RATIO * small):
-            raise expansion(large, small, file.path)
+            raise expansion_error(large, small, file.path)
         if size > MAX_LINE * max(group.num_rows, 1):
             found = f"has rows of {size // max(group.num_rows, 1):,} bytes and more, at most {MAX_LINE:,} are read"
             raise InputRefused("row_too_long", found, where=file.path)
@@ -94,12 +94,12 @@ def _size_of(stream: io.BufferedReader, column: Any, file: Input) -> _Size:
         return _Size(bytes_, bytes_ / max(column.num_values, 1))
     seen = 0
     try:
-        for page in pages(stream, column):
+        for page in read_pages(stream, column):
             seen += page.size
             if not page.is_dictionary:
                 widest = max(widest, page.size if page.has_prefixes else page.size / max(page.values, 1))
     except ValueError as error:
-        raise damaged(error, file, "Parquet") from None
+        raise damaged_file_error(error, file, "Parquet") from None
     return _Size(max(bytes_, seen), widest)
 
 
@@ -140,11 +140,11 @@ def _longest(column: Any) -> int:
     return _longest(column.values) if pa.types.is_nested(kind) else 0
 
 
-def _parquet(stream: io.BufferedReader, file: Input) -> tuple[Any, Limits]:
+def _parquet(stream: io.BufferedReader, file: Input) -> tuple[Any, TableLimits]:
     """Open a Parquet file; refuse one whose metadata is most of it."""
     import pyarrow.parquet as pq
 
-    limits = Limits(file, stream.seek(0, io.SEEK_END))
+    limits = TableLimits(file, stream.seek(0, io.SEEK_END))
     stream.seek(max(limits.packed - 8, 0))
     if (size := int.from_bytes(stream.read(4), "little")) < limits.packed:
         # More than the file holds is damage, which pyarrow reports.
@@ -154,7 +154,7 @@ def _parquet(stream: io.BufferedReader, file: Input) -> tuple[Any, Limits]:
     return pq.ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK), limits
 
 
-def parquet_rows(file: Input) -> int | None:
+def count_parquet_rows(file: Input) -> int | None:
     """Return how many rows a Parquet file says that it has, or `None` where it cannot be asked."""
     import pyarrow as pa
 
@@ -165,7 +165,7 @@ def parquet_rows(file: Input) -> int | None:
             return None
 
 
-def parquet_groups(file: Input) -> list[int] | None:
+def parquet_group_sizes(file: Input) -> list[int] | None:
     """Return the bytes that each row group of a Parquet file becomes, or `None` where it cannot be asked."""
     import pyarrow as pa
 
@@ -195,7 +195,7 @@ def read_arrow(file: Input) -> Iterator[Row | Reject]:
                 found = pa.ipc.open_stream(_counted(stream, file, size))
                 yield from _batches(iter(found), found.schema, file, size)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise damaged(error, file, "Arrow") from None
+            raise damaged_file_error(error, file, "Arrow") from None
 
 
 def _length(stream: io.BufferedReader) -> int | None:
@@ -209,7 +209,7 @@ def _length(stream: io.BufferedReader) -> int | None:
 def _counted(stream: io.BufferedReader, file: Input, size: int | None) -> io.BufferedReader:
     """Return a stream of which no batch becomes more than it may: looked through before, if it is on this machine."""
     if size is None or is_url(file.path):
-        return file_of(checked(stream, file, size))
+        return file_from_chunks(check_stream(stream, file, size))
     check_ahead(stream, file, size)
     return stream
 
@@ -228,18 +228,18 @@ def _check_end(stream: io.BufferedReader, file: Input) -> None:
 def from_dataset(dataset: Any) -> Iterator[Any]:
     """Yield the rows of a `datasets.Dataset` as they are stored, or as its own transform gives them."""
     if dataset.format["type"] == "custom":
-        return map(present, dataset)
+        return map(drop_nulls, dataset)
     plain = dataset.with_format("arrow")
     batches = (batch for table in plain.iter(_BATCH) for batch in table.to_batches())
     return from_batches(batches, plain.data.schema)
 
 
-def present_as(features: Any) -> Callable[[Any], Any]:
+def make_null_reader(features: Any) -> Callable[[Any], Any]:
     """Return how to read rows that `datasets` decoded itself: nulls of tables are absent, those of JSON its own."""
     if features is None:
-        return present
+        return drop_nulls
     columns = {name: _own_nulls(feature) for name, feature in features.to_dict().items()}
-    return lambda row: {name: columns.get(name, present)(value) for name, value in row.items() if value is not None}
+    return lambda row: {name: columns.get(name, drop_nulls)(value) for name, value in row.items() if value is not None}
 
 
 def _own_nulls(feature: Any) -> Read:
@@ -248,20 +248,20 @@ def _own_nulls(feature: Any) -> Read:
         return lambda value: value
     if kind in ("List", "LargeList", "Sequence"):
         inner = _own_nulls(feature.get("feature"))
-        return lambda value: [inner(one) for one in value] if isinstance(value, list) else present(value)
+        return lambda value: [inner(one) for one in value] if isinstance(value, list) else drop_nulls(value)
     if isinstance(feature, dict) and not isinstance(kind, str):
         fields = {name: _own_nulls(one) for name, one in feature.items()}
         return lambda value: (
-            {name: fields.get(name, present)(one) for name, one in value.items() if one is not None}
+            {name: fields.get(name, drop_nulls)(one) for name, one in value.items() if one is not None}
             if isinstance(value, dict)
             else value
         )
-    return present
+    return drop_nulls
 
 
 def from_batches(
     batches: Iterable[Any], schema: Any, count: Callable[[int], None] = lambda _: None
-) -> Iterator[dict[str, Any] | Fault]:
+) -> Iterator[dict[str, Any] | ValueFault]:
     """Yield the rows of Arrow's batches, with a fault for each that Python cannot have.
 
     `count` is called with about how many bytes of values come next.
@@ -280,12 +280,12 @@ def from_batches(
             yield from _in_pieces(piece, columns)
 
 
-def _in_pieces(batch: Any, columns: Mapping[str, Read]) -> Iterator[dict[str, Any] | Fault]:
+def _in_pieces(batch: Any, columns: Mapping[str, Read]) -> Iterator[dict[str, Any] | ValueFault]:
     """Yield the rows of a batch: as Python values they are no more together than a row may be."""
     if _size(batch) <= MAX_LINE:
         yield from _values(batch, columns)
     elif len(batch) == 1:
-        yield Fault("row_too_long", "", f"is {_size(batch):,} bytes long, at most {MAX_LINE:,} are read")
+        yield ValueFault("row_too_long", "", f"is {_size(batch):,} bytes long, at most {MAX_LINE:,} are read")
     else:
         half = len(batch) // 2
         yield from _in_pieces(batch.slice(0, half), columns)
@@ -385,12 +385,12 @@ def _batches(batches: Iterable[Any], schema: Any, file: Input, size: int | None)
         total += plain
         if size is not None and total > max(FREE_REPEATED, MAX_REPEATED * size):
             hint = "if that is right, write it again without compression and dictionaries"
-            raise expansion(total, size, file.path, MAX_REPEATED, hint)
+            raise expansion_error(total, size, file.path, MAX_REPEATED, hint)
 
     index = -1
     for index, item in enumerate(from_batches(batches, schema, count)):
         source = Source(file.path, index)
-        yield Reject(source, *item) if isinstance(item, Fault) else Row(item, source)
+        yield Reject(source, *item) if isinstance(item, ValueFault) else Row(item, source)
     if index < 0 and file.span is None:
         raise InputRefused("no_rows", "the file holds no rows", where=file.path)
 
@@ -448,7 +448,7 @@ def _fields(reads: Mapping[str, Read | None]) -> Read | None:
     return fields if chosen else None
 
 
-def _values(batch: Any, columns: Mapping[str, Read]) -> Iterator[dict[str, Any] | Fault]:
+def _values(batch: Any, columns: Mapping[str, Read]) -> Iterator[dict[str, Any] | ValueFault]:
     try:
         found = [_item(item, columns) for item in batch.to_pylist(maps_as_pydicts="strict")]
     except (OverflowError, ValueError, KeyError, RecursionError):
@@ -460,17 +460,17 @@ def _values(batch: Any, columns: Mapping[str, Read]) -> Iterator[dict[str, Any] 
 
 def _item(item: Mapping[str, Any], columns: Mapping[str, Read]) -> dict[str, Any]:
     # Nulls inside of JSON text are its own.
-    found = {name: present(value) for name, value in item.items() if value is not None}
+    found = {name: drop_nulls(value) for name, value in item.items() if value is not None}
     return {name: columns[name](value) if name in columns else value for name, value in found.items()}
 
 
-def _value(row: Any, columns: Mapping[str, Read]) -> dict[str, Any] | Fault:
+def _value(row: Any, columns: Mapping[str, Read]) -> dict[str, Any] | ValueFault:
     found: dict[str, Any] = {}
     for name in row.schema.names:
         try:
             found |= _item(row.select([name]).to_pylist(maps_as_pydicts="strict")[0], columns)
         except UnicodeDecodeError as error:
-            return Fault("encoding", name, f"holds text that is not UTF-8: {error}")
+            return ValueFault("encoding", name, f"holds text that is not UTF-8: {error}")
         except (OverflowError, ValueError, KeyError, RecursionError) as error:
-            return Fault("value_range", name, f"holds a value that Python does not: {error}")
+            return ValueFault("value_range", name, f"holds a value that Python does not: {error}")
     return found

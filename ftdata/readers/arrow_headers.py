@@ -13,8 +13,8 @@ from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 from ftdata.errors import InputRefused
-from ftdata.readers.streams import FREE, MAX_LINE, MAX_RATIO, Input, expansion
-from ftdata.readers.table_checks import damaged
+from ftdata.readers.streams import FREE, MAX_LINE, MAX_RATIO, Input, expansion_error
+from ftdata.readers.table_checks import damaged_file_error
 
 _CONTINUATION = b"\xff\xff\xff\xff"
 _DICTIONARY, _RECORDS = 2, 3
@@ -39,7 +39,7 @@ class Block(NamedTuple):
     body: int
 
 
-class Message(NamedTuple):
+class ArrowMessage(NamedTuple):
     """What the metadata of a message says.
 
     Attributes:
@@ -59,7 +59,7 @@ class Message(NamedTuple):
     compressed: bool = False
 
 
-class Limits:
+class TableLimits:
     """Counts what the batches of a table become.
 
     `packed` is the size of the file, or what was read of it so far.
@@ -94,14 +94,16 @@ class Limits:
             InputRefused: it is more than a file may have, or the file is cut off.
         """
         if 0 < self.packed < size:
-            raise damaged(ValueError(f"it is cut off: it has no {size:,} bytes of metadata"), self._file, "Arrow")
+            raise damaged_file_error(
+                ValueError(f"it is cut off: it has no {size:,} bytes of metadata"), self._file, "Arrow"
+            )
         most = max(_FREE_METADATA, self.packed // _MOST_METADATA)
         if size > most:
             found = f"has {size:,} bytes of metadata, expected at most {most:,}"
             hint = "write it again, with fewer columns, or longer row groups"
             raise InputRefused("expansion", found, where=self._file.path, hint=hint)
 
-    def batch(self, message: Message, plain: int) -> None:
+    def batch(self, message: ArrowMessage, plain: int) -> None:
         """Count a batch which becomes so many bytes.
 
         Raises:
@@ -112,16 +114,16 @@ class Limits:
         self.rows(message.rows if message.kind == _RECORDS else 0, message.values)
         self._plain += plain
         if plain > max(MAX_BATCH, MAX_RATIO * message.body):
-            raise expansion(plain, message.body, self._file.path)
+            raise expansion_error(plain, message.body, self._file.path)
         if self._plain > max(FREE, MAX_RATIO * self.packed):
-            raise expansion(self._plain, self.packed, self._file.path)
+            raise expansion_error(self._plain, self.packed, self._file.path)
         if plain > MAX_LINE * max(message.rows, 1):
             size = plain // max(message.rows, 1)
             found = f"has rows of {size:,} bytes and more, at most {MAX_LINE:,} are read"
             raise InputRefused("row_too_long", found, where=self._file.path, hint="make several rows of each")
 
 
-def checked(stream: io.BufferedReader, file: Input, packed: int | None) -> Generator[bytes]:
+def check_stream(stream: io.BufferedReader, file: Input, packed: int | None) -> Generator[bytes]:
     """Yield the bytes of a stream of messages, each batch only after it was counted.
 
     Args:
@@ -132,7 +134,7 @@ def checked(stream: io.BufferedReader, file: Input, packed: int | None) -> Gener
     Raises:
         InputRefused: a batch, or all of them, become more than they may.
     """
-    limits, seen = Limits(file, packed or 0), 0
+    limits, seen = TableLimits(file, packed or 0), 0
     while head := stream.read(4):
         if head == _CONTINUATION:
             head += stream.read(4)
@@ -157,7 +159,7 @@ def check_ahead(stream: io.BufferedReader, file: Input, packed: int) -> None:
     Raises:
         InputRefused: they become more than they may, or the stream is damaged.
     """
-    limits, at = Limits(file, packed), 0
+    limits, at = TableLimits(file, packed), 0
     while True:
         stream.seek(at)
         head = stream.read(4)
@@ -182,10 +184,10 @@ def check_blocks(stream: io.BufferedReader, file: Input, packed: int) -> None:
     Raises:
         InputRefused: they become more than they may, or the file is damaged.
     """
-    limits = Limits(file, packed)
+    limits = TableLimits(file, packed)
     blocks = _footer(stream, file, packed)
     if len({block.offset for block in blocks}) < len(blocks):
-        raise damaged(ValueError("its footer names a batch twice"), file, "Arrow")
+        raise damaged_file_error(ValueError("its footer names a batch twice"), file, "Arrow")
     for block in blocks:
         stream.seek(block.offset)
         head = stream.read(4)
@@ -209,7 +211,7 @@ def _in(body: bytes) -> Callable[[int], bytes]:
     return lambda offset: body[offset : offset + 8]
 
 
-def _plain(message: Message, read: Callable[[int], bytes]) -> int:
+def _plain(message: ArrowMessage, read: Callable[[int], bytes]) -> int:
     """Return how many bytes the buffers of a batch become; `read` returns eight bytes of its body."""
     if not message.compressed:
         return sum(length for _, length in message.buffers)
@@ -226,16 +228,16 @@ def _footer(stream: io.BufferedReader, file: Input, packed: int) -> list[Block]:
     stream.seek(max(packed - 10, 0))
     size = int.from_bytes(stream.read(4), "little")
     if not 0 < size <= packed - 10:
-        raise damaged(ValueError("it has no footer: it is cut off"), file, "Arrow")
+        raise damaged_file_error(ValueError("it has no footer: it is cut off"), file, "Arrow")
     stream.seek(packed - 10 - size)
     try:
         footer = _Table.root(stream.read(size))
         return [Block(*found) for number in (2, 3) for found in footer.structs(number, "<qi4xq")]
     except (struct.error, ValueError, IndexError) as error:
-        raise damaged(error, file, "Arrow") from None
+        raise damaged_file_error(error, file, "Arrow") from None
 
 
-def _message(metadata: bytes, file: Input) -> Message:
+def _message(metadata: bytes, file: Input) -> ArrowMessage:
     """Return what the metadata of a message says.
 
     Raises:
@@ -250,14 +252,14 @@ def _message(metadata: bytes, file: Input) -> Message:
         if batch is not None and kind == _DICTIONARY:
             batch = batch.table(1)
         if batch is None or kind not in (_DICTIONARY, _RECORDS):
-            return Message(kind, body)
+            return ArrowMessage(kind, body)
         rows, lengths = batch.number(0, "<q"), [length for length, _ in batch.structs(1, "<qq")]
         buffers = tuple((offset, length) for offset, length in batch.structs(2, "<qq"))
         if min(rows, *lengths, *(length for _, length in buffers), 0) < 0:
             raise ValueError("a length in it is negative")
-        return Message(kind, body, rows, sum(lengths), buffers, batch.table(3) is not None)
+        return ArrowMessage(kind, body, rows, sum(lengths), buffers, batch.table(3) is not None)
     except (struct.error, ValueError, IndexError) as error:
-        raise damaged(error, file, "Arrow") from None
+        raise damaged_file_error(error, file, "Arrow") from None
 
 
 class _Table(NamedTuple):

@@ -11,7 +11,7 @@ from itertools import chain, count
 from typing import Literal
 
 from ftdata.errors import InputRefused
-from ftdata.readers.quote_detection import quoting_of
+from ftdata.readers.quote_detection import detect_quoting
 from ftdata.readers.streams import MAX_LINE, Input
 from ftdata.readers.table_checks import check_names
 from ftdata.types import Reject, Row, Source
@@ -48,10 +48,10 @@ def _separated(file: Input, delimiter: str | None) -> Iterator[Row | Reject]:
             head, delimiter = next(lines, ""), said[1]
         quoting = file.quoting or "csv"
         if delimiter == "\t":
-            quoting = quoting_of(file, lines.ahead(), b"\t")
-        noted = _QUOTES_ARE_TEXT if delimiter == "\t" and quoting != "csv" else frozenset[str]()
+            quoting = detect_quoting(file, lines.ahead(), b"\t")
+        notes = _QUOTES_ARE_TEXT if delimiter == "\t" and quoting != "csv" else frozenset[str]()
         delimiter = delimiter or max(_DELIMITERS, key=_outside_quotes(head).count)
-        yield from _cells(head, lines, file, delimiter, quoted=quoting == "csv", noted=noted)
+        yield from _cells(head, lines, file, delimiter, quoted=quoting == "csv", notes=notes)
 
 
 class _Lines:
@@ -131,7 +131,7 @@ class _Lines:
 
 
 def _cells(
-    head: str, lines: _Lines, file: Input, delimiter: str, *, quoted: bool, noted: frozenset[str]
+    head: str, lines: _Lines, file: Input, delimiter: str, *, quoted: bool, notes: frozenset[str]
 ) -> Iterator[Row | Reject]:
     csv.field_size_limit(MAX_LINE)
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
@@ -165,13 +165,13 @@ def _cells(
             continue
         if not cells:
             continue
-        yield _row(names, cells, source, lines.raw, noted)
+        yield _row(names, cells, source, lines.raw, notes)
         index += 1
     if index == 0:
         raise InputRefused("no_rows", "the file holds no rows below its header", where=file.path)
 
 
-def _row(names: Sequence[str], cells: Sequence[str], source: Source, raw: str, noted: frozenset[str]) -> Row | Reject:
+def _row(names: Sequence[str], cells: Sequence[str], source: Source, raw: str, notes: frozenset[str]) -> Row | Reject:
     while len(cells) > len(names) and not cells[-1]:
         cells = cells[:-1]
     if len(cells) != len(names):
@@ -181,7 +181,7 @@ def _row(names: Sequence[str], cells: Sequence[str], source: Source, raw: str, n
         if not cell.isascii() and any("\ud800" <= char <= "\udfff" for char in cell):
             fix = "say what it is written in, e.g. encoding='cp1252'"
             return Reject(source, "encoding", name, "is no text in its encoding", fix, raw)
-    return Row(dict(zip(names, cells, strict=True)), source, flat=True, noted=noted)
+    return Row(dict(zip(names, cells, strict=True)), source, flat=True, notes=notes)
 
 
 def _outside_quotes(line: str) -> str:

@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ftdata.errors import FtdataError, InputRefused, MissingDependency
-from ftdata.readers.streams import FREE_REPEATED, MAX_LINE, MAX_REPEATED, Input, expansion
-from ftdata.readers.table_checks import check_names, check_seekable, damaged
-from ftdata.readers.workbook import AS_CSV, Cell, CellRow, Sheet, Strings, Workbook, open_workbook
-from ftdata.readers.xml_scan import unescape
+from ftdata.readers.streams import FREE_REPEATED, MAX_LINE, MAX_REPEATED, Input, expansion_error
+from ftdata.readers.table_checks import check_names, check_seekable, damaged_file_error
+from ftdata.readers.workbook import AS_CSV, Cell, SharedStrings, Sheet, SheetRow, Workbook, open_workbook
+from ftdata.readers.xml_scan import unescape_xml_string
 from ftdata.types import Reject, Row, Source
 
 MAX_CELL = 32_767
@@ -45,7 +45,7 @@ def read_excel(file: Input) -> Iterator[Row | Reject]:
         except FtdataError:
             raise
         except Exception as error:  # noqa: BLE001  (zip and XML each have errors of their own)
-            raise damaged(error, file, "Excel") from None
+            raise damaged_file_error(error, file, "Excel") from None
     if index == 0:
         raise InputRefused("no_rows", "the file holds no rows", where=file.path)
 
@@ -63,7 +63,7 @@ def _rows(book: Workbook) -> Iterator[Row | Reject]:
         strings.close()
 
 
-def _check_repeated(book: Workbook, sheets: Sequence[Sheet], strings: Strings, size: int) -> None:
+def _check_repeated(book: Workbook, sheets: Sequence[Sheet], strings: SharedStrings, size: int) -> None:
     """Refuse a workbook whose cells repeat shared strings so often that their text never ends.
 
     Raises:
@@ -78,7 +78,7 @@ def _check_repeated(book: Workbook, sheets: Sequence[Sheet], strings: Strings, s
             numbers = [_index(cell.value, sizes) for cell in row.cells if cell.kind == "s" and cell.value]
             total += sum(sizes[number] for number in numbers if number is not None)
             if total > most:
-                raise expansion(total, book.packed, book.path, MAX_REPEATED, AS_CSV)
+                raise expansion_error(total, book.packed, book.path, MAX_REPEATED, AS_CSV)
     book.plain, book.elements = before
 
 
@@ -87,7 +87,7 @@ def _index(text: str, sizes: Sequence[int]) -> int | None:
     return number if text.isdecimal() and len(text) < 19 and (number := int(text)) < len(sizes) else None
 
 
-class Fault(NamedTuple):
+class CellFault(NamedTuple):
     """Why a row is rejected."""
 
     code: str
@@ -96,7 +96,7 @@ class Fault(NamedTuple):
     fix: str
 
 
-def _sheet(rows: Iterator[CellRow], path: str, texts: _Texts) -> Iterator[Row | Reject]:
+def _sheet(rows: Iterator[SheetRow], path: str, texts: _Texts) -> Iterator[Row | Reject]:
     names: dict[int, str] = {}
     width = 0
     for row in rows:
@@ -113,7 +113,7 @@ def _sheet(rows: Iterator[CellRow], path: str, texts: _Texts) -> Iterator[Row | 
             yield Row({names.get(column, ""): text for column, text in found.items()}, source, flat=True)
 
 
-def _check_header(names: Mapping[int, str], fault: Fault | None, source: Source) -> None:
+def _check_header(names: Mapping[int, str], fault: CellFault | None, source: Source) -> None:
     """Refuse a first row that cannot name the columns.
 
     Raises:
@@ -126,12 +126,12 @@ def _check_header(names: Mapping[int, str], fault: Fault | None, source: Source)
     check_names([*names.values()], Input(source.path))
 
 
-def _unnamed(names: Mapping[int, str], width: int, found: Mapping[int, str]) -> Fault | None:
+def _unnamed(names: Mapping[int, str], width: int, found: Mapping[int, str]) -> CellFault | None:
     """Return the fault of text in a column without a name; one column may have none, such as that of an index."""
     nameless = [column for column in found if column not in names]
     if nameless and (width - len(names) != 1 or max(nameless) > width):
         fix = "give every column a name in the first row, and take titles above it out"
-        return Fault("ragged_row", "", "has a cell in a column without a name", fix)
+        return CellFault("ragged_row", "", "has a cell in a column without a name", fix)
     return None
 
 
@@ -143,41 +143,41 @@ def _raw(found: Mapping[int, str]) -> str:
 class _Texts:
     """Reads cells as text."""
 
-    def __init__(self, book: Workbook, strings: Strings) -> None:
+    def __init__(self, book: Workbook, strings: SharedStrings) -> None:
         self._book, self._strings = book, strings
         self._reads: dict[str, Callable[[str, int], str]] = {
             "s": lambda text, _: self._shared(text),
             "inlineStr": lambda text, _: text,
-            "str": lambda text, _: unescape(text),
+            "str": lambda text, _: unescape_xml_string(text),
             "b": lambda text, _: str(bool(int(text))),
             "d": lambda text, _: _iso_date(text),
             "n": self._number,
         }
 
-    def read(self, row: CellRow, found: dict[int, str]) -> Fault | None:
+    def read(self, row: SheetRow, found: dict[int, str]) -> CellFault | None:
         """Put the texts of a row that are not empty into `found`, by column; return the row's first fault."""
         sizes = self._strings.sizes
         shared = [_index(cell.value, sizes) for cell in row.cells if cell.kind == "s" and cell.value]
         size = row.size + sum(sizes[number] for number in shared if number is not None)
         if size > MAX_LINE:
             told = f"is {size:,} bytes long, at most {MAX_LINE:,} are read"
-            return Fault("row_too_long", "", told, "make several rows of it")
+            return CellFault("row_too_long", "", told, "make several rows of it")
         faults = [fault for cell in row.cells if (fault := self._read(cell, row.number, found))]
         return faults[0] if faults else None
 
-    def _read(self, cell: Cell, row: int, found: dict[int, str]) -> Fault | None:
+    def _read(self, cell: Cell, row: int, found: dict[int, str]) -> CellFault | None:
         """Put the text of a cell into `found`, and return its fault if it has one."""
         place = f"{_letters(cell.column)}{row}"
         if cell.column in found:
-            return Fault("excel_error", place, "stands twice in the row", "open the file in Excel and save it")
+            return CellFault("excel_error", place, "stands twice in the row", "open the file in Excel and save it")
         if cell.value is None:
-            fault = Fault("excel_formula", place, "is a formula without a value", "open it in Excel, and save it")
+            fault = CellFault("excel_formula", place, "is a formula without a value", "open it in Excel, and save it")
             return fault if cell.kind == "n" else None
         try:
             text = cell.value if cell.kind == "e" else self._reads[cell.kind](cell.value, cell.style)
         except (LookupError, ValueError, OverflowError):
             told = f"has the type {cell.kind[:20]!r}, and {cell.value[:100]!r} is no such value"
-            return Fault("excel_error", place, told, "correct the cell in Excel")
+            return CellFault("excel_error", place, told, "correct the cell in Excel")
         if text:
             found[cell.column] = text
         return _fault_of(text, cell, place)
@@ -199,15 +199,15 @@ class _Texts:
         return str(value)
 
 
-def _fault_of(text: str, cell: Cell, place: str) -> Fault | None:
+def _fault_of(text: str, cell: Cell, place: str) -> CellFault | None:
     if cell.kind == "e":
-        return Fault("excel_error", place, f"is an error, {text[:100]}", "mend the formula")
+        return CellFault("excel_error", place, f"is an error, {text[:100]}", "mend the formula")
     if len(text) > MAX_CELL:
         told = f"has a cell of {len(text):,} characters; a cell of Excel has {MAX_CELL:,} at most"
-        return Fault("cell_too_long", place, told, "write it as CSV or JSON Lines")
+        return CellFault("cell_too_long", place, told, "write it as CSV or JSON Lines")
     if text.isascii() or not _SURROGATE.search(text):
         return None
-    return Fault("lone_surrogate", place, "holds half a character (a lone surrogate)", "correct the cell in Excel")
+    return CellFault("lone_surrogate", place, "holds half a character (a lone surrogate)", "correct the cell in Excel")
 
 
 def _iso_date(text: str) -> str:

@@ -26,10 +26,10 @@ def is_data(name: str) -> bool:
     return name.lower() not in _NO_DATA and not name.startswith((".", "_"))
 
 
-def split_of(path: str) -> str | None:
+def split_from_name(path: str) -> str | None:
     """Return the split that a file's name says, or else that of the nearest folder that is called as one.
 
-    >>> split_of("data/test-00000-of-00001.parquet"), split_of("eval/part-0.jsonl"), split_of("test-time/a.jsonl")
+    >>> split_from_name("data/test-00000-of-00001.parquet"), split_from_name("eval/part-0.jsonl"), split_from_name("test-time/a.jsonl")
     ('test', 'test', None)
     """
     name = PurePosixPath(path)
@@ -38,12 +38,12 @@ def split_of(path: str) -> str | None:
     return next((_SPLITS[word] for word in (*words, *folders) if word in _SPLITS), None)
 
 
-def fits(path: str, pattern: str) -> bool:
+def matches_pattern(path: str, pattern: str) -> bool:
     """Whether a path fits a pattern: `*` and `?` stand for what is within a name, `**` for any folders.
 
     In time that depends on their lengths: patterns come from cards of data sets, too.
 
-    >>> [fits("a/b/c.jsonl", pattern) for pattern in ("a/**/*.jsonl", "**", "a/*.jsonl", "a/b/c.*")]
+    >>> [matches_pattern("a/b/c.jsonl", pattern) for pattern in ("a/**/*.jsonl", "**", "a/*.jsonl", "a/b/c.*")]
     [True, True, False, True]
     """
     names = path.split("/")

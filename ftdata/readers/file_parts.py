@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
-from ftdata.readers.arrow import parquet_groups
-from ftdata.readers.json_rows import in_lines
-from ftdata.readers.sources import FileSource, MemorySource, version
+from ftdata.readers.arrow import parquet_group_sizes
+from ftdata.readers.json_rows import is_line_format
+from ftdata.readers.sources import FileSource, MemorySource, file_version
 from ftdata.readers.streams import STDIN
 
 PART = 64 << 20
@@ -18,7 +18,7 @@ MOST = 1 << 15
 """Parts of all files together, or longer ones are made: what is asked of a build for each of them stays little."""
 
 
-def in_parts(found: Sequence[FileSource | MemorySource]) -> list[FileSource | MemorySource]:
+def split_into_parts(found: Sequence[FileSource | MemorySource]) -> list[FileSource | MemorySource]:
     """Return the files, in their order, those that are longer than a part in parts.
 
     What is read of rows, and how they are numbered, does not depend on it: a part counts from its own beginning, and
@@ -33,7 +33,7 @@ def in_parts(found: Sequence[FileSource | MemorySource]) -> list[FileSource | Me
 
 
 def _of_one_version(source: FileSource, part: int) -> list[FileSource]:
-    known = version(source.path) if source.path != STDIN else None
+    known = file_version(source.path) if source.path != STDIN else None
     parts = list(_parts(source, part))
     return [replace(one, version=known) for one in parts] if len(parts) > 1 else parts
 
@@ -43,7 +43,7 @@ def _parts(source: FileSource, part: int) -> Iterator[FileSource]:
         yield source
     elif source.reader == "parquet":
         yield from _groups(source, part)
-    elif source.reader in ("json", "jsonl", "ndjson") and in_lines(source.input, source.reader):
+    elif source.reader in ("json", "jsonl", "ndjson") and is_line_format(source.input, source.reader):
         size = source.size
         edges = [*range(0, size - part // 2, part), size]
         for first, last in pairwise(edges):
@@ -53,7 +53,7 @@ def _parts(source: FileSource, part: int) -> Iterator[FileSource]:
 
 
 def _groups(source: FileSource, part: int) -> Iterator[FileSource]:
-    groups = parquet_groups(source.input) or []
+    groups = parquet_group_sizes(source.input) or []
     before = list(accumulate(groups, initial=0))
     edges = [0]
     for number in range(1, len(groups) + 1):

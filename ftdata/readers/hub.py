@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from ftdata.errors import HubError, InputRefused, UsageError, nearest
-from ftdata.readers.file_names import fits, split_of
-from ftdata.readers.remote_files import TRIES, persist, status_of
+from ftdata.errors import HubError, InputRefused, UsageError, suggest_names
+from ftdata.readers.file_names import matches_pattern, split_from_name
+from ftdata.readers.remote_files import TRIES, http_status, with_retries
 
 Result = TypeVar("Result")
 
@@ -51,7 +51,7 @@ class HubFile:
         from huggingface_hub import hf_hub_download
 
         repo, name, commit = self.repo, self.name, self.revision
-        return Path(asked(lambda: hf_hub_download(repo, name, repo_type="dataset", revision=commit), str(self)))
+        return Path(call_hub(lambda: hf_hub_download(repo, name, repo_type="dataset", revision=commit), str(self)))
 
 
 def is_hub(place: str) -> bool:
@@ -89,7 +89,7 @@ def hub_files(
 
     repo, at, path = found[1], found[2] or revision, found[3]
     where = f"{SCHEME}{repo}"
-    info = asked(lambda: HfApi().dataset_info(repo, revision=at, timeout=30), where)
+    info = call_hub(lambda: HfApi().dataset_info(repo, revision=at, timeout=30), where)
     names = [one.rfilename for one in info.siblings or ()]
     commit = str(info.sha)
     config = _config(info.card_data, name, where) if name or not (path or data_files) else {}
@@ -108,15 +108,15 @@ def _matching(pattern: str, names: Sequence[str], readable: Callable[[str], bool
     """Return the files that a pattern, a name, or that of a folder stands for."""
     if pattern in names:
         return [pattern]
-    found = [one for one in names if fits(one, pattern)]
+    found = [one for one in names if matches_pattern(one, pattern)]
     found = found or [one for one in names if one.startswith(f"{pattern.rstrip('/')}/")]
     if not found:
-        hint = nearest(pattern, names) if names else "the data set holds no files"
+        hint = suggest_names(pattern, names) if names else "the data set holds no files"
         raise UsageError("file_not_found", f"has no file {pattern!r}", where=where, hint=hint)
     return [one for one in found if readable(one)] or found
 
 
-def asked(ask: Callable[[], Result], what: str) -> Result:
+def call_hub(ask: Callable[[], Result], what: str) -> Result:
     """Return what the hub answers; it is asked again after failures that pass.
 
     Raises:
@@ -127,7 +127,7 @@ def asked(ask: Callable[[], Result], what: str) -> Result:
     # Its bases are those of its HTTP client, which differs from version to version, and lets its own errors through.
     client_errors = cast("tuple[type[Exception], ...]", (OSError, *HfHubHTTPError.__bases__))
     try:
-        return persist(ask, client_errors, (OfflineModeIsEnabled,))
+        return with_retries(ask, client_errors, (OfflineModeIsEnabled,))
     except OfflineModeIsEnabled as error:
         found = f"is not in the cache: {_first_line(error)}"
         raise HubError("hub_offline", found, where=what, hint="unset HF_HUB_OFFLINE") from None
@@ -135,7 +135,7 @@ def asked(ask: Callable[[], Result], what: str) -> Result:
         hint = "accept its terms on the hub, and set HF_TOKEN"
         raise HubError("hub_gated", f"is gated: {_first_line(error)}", where=what, hint=hint) from None
     except client_errors as error:
-        status = status_of(error)
+        status = http_status(error)
         if status is None:
             found, hint = f"cannot be reached, {TRIES} times", "is it a file? none here has this name"
         elif status < 500 and status != 429:
@@ -176,7 +176,7 @@ def _config(card: Any, name: str | None, where: str) -> Mapping[str, Any]:
     wanted = name or (default[0] if default else next(iter(known)) if len(known) == 1 else "")
     if wanted not in known:
         found = f"has no configuration {name!r}" if name else "has several configurations"
-        hint = nearest(name or "", known) if known else "leave name out: its card names none"
+        hint = suggest_names(name or "", known) if known else "leave name out: its card names none"
         raise UsageError("hub_config", found, where=where, hint=hint)
     return known[wanted]
 
@@ -189,7 +189,7 @@ def _named(files: Sequence[str], all_files: Sequence[str], repo: str) -> Iterato
         needs_code = f"needs code to be read ({script}), which is never run"
         reason = needs_code if script in all_files else "holds no file that is read"
         raise InputRefused("hub_no_data", reason, where=where, hint="name files with data_files")
-    named = [(name, split) for name in sorted(files) if (split := split_of(name))]
+    named = [(name, split) for name in sorted(files) if (split := split_from_name(name))]
     chosen = named or [(name, "train") for name in sorted(files)]
     stems = Counter(_SUFFIX.sub("", name) for name, _ in chosen)
     if twice := [stem for stem, count in stems.items() if count > 1]:

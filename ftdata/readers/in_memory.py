@@ -10,7 +10,7 @@ from ftdata.errors import InputRefused
 _BATCH = 1024
 
 
-class Fault(NamedTuple):
+class ValueFault(NamedTuple):
     """A row that Python cannot have, and why."""
 
     code: str
@@ -28,25 +28,25 @@ def from_dataframe(frame: Any) -> Iterator[dict[str, Any]]:
         columns = [part[name].tolist() for name in part]
         for at, cells in enumerate(zip(*columns, strict=True)):
             yield {
-                str(name): present(plain(cell))
+                str(name): drop_nulls(arrays_to_lists(cell))
                 for name, cell, there in zip(part, cells, known[at], strict=True)
                 if there
             }
 
 
-def present(value: Any) -> Any:
+def drop_nulls(value: Any) -> Any:
     """Return a JSON value without the nulls in its objects."""
     if isinstance(value, dict):
-        return {key: present(item) for key, item in value.items() if item is not None}
+        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [present(item) for item in value]
+        return [drop_nulls(item) for item in value]
     return value
 
 
-def plain(value: Any) -> Any:
+def arrays_to_lists(value: Any) -> Any:
     """Return a cell with lists for the arrays in it, as which pandas reads the lists of Parquet."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return [arrays_to_lists(item) for item in value]
+    return {key: arrays_to_lists(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -20,8 +20,8 @@ from typing import Any
 import orjson
 
 from ftdata.errors import InputRefused
-from ftdata.readers.json_scan import COLUMNS, depth_of, outline, pieces
-from ftdata.readers.streams import CHUNK, MAX_LINE, Input, before, chunks, joined
+from ftdata.readers.json_scan import COLUMNS, json_depth, scan_json, scan_outline
+from ftdata.readers.streams import CHUNK, MAX_LINE, Input, prepend, prepend_to_file, read_chunks
 from ftdata.types import Reject, Row, Source
 
 _BOM = b"\xef\xbb\xbf"
@@ -65,7 +65,7 @@ def read_jsonl(file: Input) -> Rows:
         return (yield from _lines(stream, file))
 
 
-def in_lines(file: Input, reader: str) -> bool:
+def is_line_format(file: Input, reader: str) -> bool:
     """Whether a file is read line by line, and so can be in parts."""
     with file.open() as stream:
         if not stream.seekable() or not file.is_plain(stream.peek(8)[:8]):
@@ -87,9 +87,9 @@ def read_json(file: Input) -> Rows:
         head = _head(stream)
         _refuse_foreign(head, file)
         if _looks_like_lines(head):
-            with joined(head, stream) as whole:
+            with prepend_to_file(head, stream) as whole:
                 return (yield from _lines(whole, file))
-        with closing(before(head, chunks(stream))) as parts:
+        with closing(prepend(head, read_chunks(stream))) as parts:
             seen, key = _seen(parts, file.path) if head.removeprefix(_BOM).lstrip().startswith(b"{") else ([], None)
             yield from _by_columns(_scan(chain(seen, parts), file, key), head, file)
     return None
@@ -122,7 +122,7 @@ def _seen(parts: Iterator[bytes], path: str) -> tuple[list[bytes], str | None]:
             if size > MAX_LINE:
                 return
 
-    found = outline(taken())
+    found = scan_outline(taken())
     if found.end is not None:
         # Whether it is all of the text, the next part says, where this one ends with it.
         while not (rest := b"".join(seen)[found.end :].strip()) and (part := next(parts, b"")):
@@ -155,14 +155,14 @@ def _lines(stream: io.BufferedReader, file: Input) -> Rows:
         elif not text or text.isspace():
             continue
         else:
-            row = parse(text, source, whole_line=True)
+            row = parse_row(text, source, whole_line=True)
             if isinstance(row, Reject) and not raw.endswith(b"\n"):
                 reason = f"{row.reason}; the file ends inside this line"
                 row = replace(row, code="partial_file", reason=reason, fix="write the file again, it looks cut off")
             yield row
         index += 1
     if index == 0 and file.span is None:
-        raise no_rows(file.path)
+        raise no_rows_error(file.path)
     return number
 
 
@@ -176,7 +176,7 @@ def _breaks(stream: io.BufferedReader) -> int:
     return count
 
 
-def no_rows(path: str) -> InputRefused:
+def no_rows_error(path: str) -> InputRefused:
     """Return what is said of a file without rows."""
     return InputRefused("no_rows", "the file holds no rows", where=path)
 
@@ -228,7 +228,7 @@ def _by_columns(rows: Iterator[Row | Reject], head: bytes, file: Input) -> Itera
     """Yield the rows; where one alone holds columns, the rows that these make."""
     first, second = next(rows, None), next(rows, None)
     if first is None:
-        raise no_rows(file.path)
+        raise no_rows_error(file.path)
     # In an array it is a row, whatever it holds.
     alone = isinstance(first, Row) and second is None and not head.removeprefix(_BOM).lstrip().startswith(b"[")
     columns = _columns(first.data) if isinstance(first, Row) and alone else None
@@ -262,7 +262,7 @@ def _columns(data: Any) -> list[dict[str, Any]] | None:
 def _scan(parts: Iterable[bytes], file: Input, under: str | None) -> Iterator[Row | Reject]:
     """Yield the rows of a JSON text, and a reject for each thing that stands where a row should."""
     index = 0
-    for piece in pieces(parts, file.path, MAX_LINE, under):
+    for piece in scan_json(parts, file.path, MAX_LINE, under):
         source = Source(file.path, index, piece.line, piece.offset)
         line, counted = piece.line - piece.gap.count(b"\n"), 0
         commas = None if not piece.listed else int(source.row > 0 and piece.size > 0)
@@ -273,7 +273,9 @@ def _scan(parts: Iterable[bytes], file: Input, under: str | None) -> Iterator[Ro
             yield Reject(place, "not_a_row", "", stray, "", _raw(piece.gap[at : at + _RAW_LIMIT]))
             source = source._replace(row=source.row + 1)
         if piece.size:
-            yield _too_long(source, piece.size) if piece.text is None else parse(piece.text, source, whole_line=False)
+            yield (
+                _too_long(source, piece.size) if piece.text is None else parse_row(piece.text, source, whole_line=False)
+            )
             source = source._replace(row=source.row + 1)
         index = source.row
 
@@ -298,7 +300,7 @@ def _too_long(source: Source, size: int) -> Reject:
     return Reject(source, "line_too_long", "", f"is {size:,} bytes long, at most {MAX_LINE:,} are read")
 
 
-def parse(text: bytes, source: Source, *, whole_line: bool) -> Row | Reject:
+def parse_row(text: bytes, source: Source, *, whole_line: bool) -> Row | Reject:
     """Parse the JSON text of one row; of a whole line errors say the column, else the byte in the file.
 
     Exactly: what two parsers would read differently (a key that stands twice, half a character) is rejected.
@@ -326,7 +328,7 @@ def _value(text: bytes, source: Source, *, whole_line: bool) -> Any:
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        if depth_of(text) > MAX_DEPTH:
+        if json_depth(text) > MAX_DEPTH:
             raise _too_deep() from None
         return _second_opinion(text.rstrip(), source, error, whole_line=whole_line)
     if _says_all(value, text):
@@ -375,7 +377,7 @@ def _second_opinion(text: bytes, source: Source, error: orjson.JSONDecodeError |
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as broken:
-        raise _Fault("encoding", *not_text(text[broken.start : broken.start + 3], broken.start)) from None
+        raise _Fault("encoding", *describe_invalid_utf8(text[broken.start : broken.start + 3], broken.start)) from None
     except UnicodeEncodeError:
         raise _Fault("lone_surrogate", "holds half a character (a lone surrogate escape)") from None
     except ValueError:
@@ -388,7 +390,7 @@ def _second_opinion(text: bytes, source: Source, error: orjson.JSONDecodeError |
     return value
 
 
-def not_text(found: bytes, at: int) -> tuple[str, str]:
+def describe_invalid_utf8(found: bytes, at: int) -> tuple[str, str]:
     """Say that bytes are no text, and what to do: those of UTF-8 that is none, or of what another encoding lacks."""
     half = found.decode("utf-8", "surrogatepass") if _SURROGATE.fullmatch(found) else ""
     if "\udc80" <= half <= "\udcff":

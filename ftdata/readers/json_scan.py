@@ -35,7 +35,7 @@ MAX_GAP = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class JsonPiece:
     """A row, with what stood between it and the row before; the last piece has no row, and a size of 0.
 
     Attributes:
@@ -55,7 +55,7 @@ class Piece:
     listed: bool = False
 
 
-def pieces(parts: Iterable[bytes], path: str, limit: int, under: str | None = None) -> Iterator[Piece]:
+def scan_json(parts: Iterable[bytes], path: str, limit: int, under: str | None = None) -> Iterator[JsonPiece]:
     """Yield the rows of a JSON text that comes in parts: elements of a top-level array, or else top-level values.
 
     Args:
@@ -73,7 +73,7 @@ def pieces(parts: Iterable[bytes], path: str, limit: int, under: str | None = No
     yield cutter.last()
 
 
-def depth_of(text: bytes) -> int:
+def json_depth(text: bytes) -> int:
     """Return how deep a JSON text is nested."""
     depth = deepest = 0
     for at in next(_brackets([text]))[1]:
@@ -122,7 +122,7 @@ def _is_row(value: Mapping[str, object]) -> bool:
     return any(set(columns) <= set(value) for columns in _CERTAIN)
 
 
-def outline(parts: Iterable[bytes]) -> Outline:
+def scan_outline(parts: Iterable[bytes]) -> Outline:
     """Look at the first object of a text that comes in parts; no more of them are taken than that takes."""
     text = bytearray()
     depth = start = before = opened = 0
@@ -232,7 +232,7 @@ class _Cutter:
     def __post_init__(self) -> None:
         self.inside = self.under is None
 
-    def cut(self, part: bytes, brackets: Iterable[int]) -> Iterator[Piece]:
+    def cut(self, part: bytes, brackets: Iterable[int]) -> Iterator[JsonPiece]:
         """Yield the rows that end in this part."""
         mark = counted = before = 0
         for at in brackets:
@@ -280,7 +280,7 @@ class _Cutter:
             place = f"{self.path}:{self.line}"
             raise InputRefused("not_rows", f"holds {MAX_GAP:,} bytes and more that are no object or list", where=place)
 
-    def last(self) -> Piece:
+    def last(self) -> JsonPiece:
         if self.depth:
             found = "the JSON ends inside the row that begins here: a bracket or a quote is never closed"
             line = self.begun[0]
@@ -290,7 +290,7 @@ class _Cutter:
             raise InputRefused("partial_file", found, where=f"{self.path}:{line}", hint=hint)
         if self.under is not None and self.between.strip():
             raise self._goes_on()
-        return Piece(self.gap, None, 0, *(self.ended or (self.line, self.offset)), self.under is not None)
+        return JsonPiece(self.gap, None, 0, *(self.ended or (self.line, self.offset)), self.under is not None)
 
     def _close(self, symbol: int, at: int) -> None:
         """Go one level up; brackets around rows must be closed by their own kind."""
@@ -335,9 +335,9 @@ class _Cutter:
         else:
             self.row.clear()
 
-    def _whole(self) -> Piece:
+    def _whole(self) -> JsonPiece:
         text = b"".join(self.row) if self.size <= self.limit else None
-        piece = Piece(self.gap, text, self.size, *self.begun, self.row_depth > 0)
+        piece = JsonPiece(self.gap, text, self.size, *self.begun, self.row_depth > 0)
         self.in_row, self.gap, self.size = False, b"", 0
         self.row.clear()
         return piece

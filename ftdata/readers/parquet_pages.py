@@ -21,7 +21,7 @@ _PREFIXES = 7
 """Parquet's encoding DELTA_BYTE_ARRAY, in which a value may repeat the beginning of the one before it."""
 
 
-class Page(NamedTuple):
+class ParquetPage(NamedTuple):
     """One page of a column chunk.
 
     Attributes:
@@ -37,7 +37,7 @@ class Page(NamedTuple):
     has_prefixes: bool
 
 
-def pages(stream: io.BufferedReader, column: Any) -> Iterator[Page]:
+def read_pages(stream: io.BufferedReader, column: Any) -> Iterator[ParquetPage]:
     """Yield the pages of a column chunk; the position in the stream changes.
 
     Args:
@@ -59,7 +59,7 @@ def pages(stream: io.BufferedReader, column: Any) -> Iterator[Page]:
             raise ValueError(f"the page header at byte {position:,} is damaged")
         about = header.get({_DATA: 5, _DICTIONARY: 7, _DATA_V2: 8}.get(kind, 0), {})
         encoding = about.get(4 if kind == _DATA_V2 else 2)
-        yield Page(size, about.get(1, 0), kind == _DICTIONARY, encoding == _PREFIXES)
+        yield ParquetPage(size, about.get(1, 0), kind == _DICTIONARY, encoding == _PREFIXES)
         position += length + packed
 
 

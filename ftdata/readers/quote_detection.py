@@ -18,7 +18,7 @@ _SAMPLE, _FAR, _MOST_TRIES = 1000, 10_000, 20
 end of a row is looked for."""
 
 
-def quoting_of(file: Input, ahead: Iterable[bytes], delimiter: bytes) -> str:
+def detect_quoting(file: Input, ahead: Iterable[bytes], delimiter: bytes) -> str:
     """Return how a file is quoted: as the user says, or as all of its quotes show.
 
     Args:

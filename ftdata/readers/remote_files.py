@@ -23,7 +23,7 @@ _NOBODY = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError
 _CONTENT = ("etag", "md5hash", "crc32c", "generation", "content_md5", "version_id")
 
 
-def persist(
+def with_retries(
     ask: Callable[[], Result], passing: tuple[type[Exception], ...], lasting: tuple[type[Exception], ...]
 ) -> Result:
     """Return what `ask` does; it is asked again after failures that pass, `TRIES` times in all.
@@ -40,7 +40,7 @@ def persist(
         try:
             return ask()
         except passing as error:
-            status = status_of(error)
+            status = http_status(error)
             final = status is not None and status < 500 and status not in (408, 425, 429)
             if final or isinstance(_root(error), lasting):
                 raise
@@ -52,7 +52,7 @@ def _root(error: BaseException) -> BaseException:
     return _root(error.__cause__) if error.__cause__ else error
 
 
-def status_of(error: BaseException) -> int | None:
+def http_status(error: BaseException) -> int | None:
     """Return the status that a server answered; a client's own errors have it in their cause."""
     seen: BaseException | None = error
     while seen is not None:
@@ -83,7 +83,7 @@ def open_remote(url: str) -> io.BufferedReader:
     return io.BufferedReader(_RemoteFile(url), 1 << 20)
 
 
-def listed(url: str) -> tuple[dict[str, int], str | None]:
+def list_url(url: str) -> tuple[dict[str, int], str | None]:
     """Return the files that a URL stands for: itself, or those of a pattern or in a folder, and then the folder.
 
     With each goes its size in bytes, 0 where the place does not say.
@@ -97,7 +97,7 @@ def listed(url: str) -> tuple[dict[str, int], str | None]:
     return _asked(url, lambda: _listed(url))
 
 
-def sizes_in(url: str) -> dict[str, int]:
+def list_sizes(url: str) -> dict[str, int]:
     """Return the bytes of each file in a folder, by its path in it, as the place says now; none where there is none.
 
     Raises:
@@ -117,7 +117,7 @@ def sizes_in(url: str) -> dict[str, int]:
     return _asked(url, ask)
 
 
-def version_of(url: str) -> dict[str, str] | None:
+def remote_version(url: str) -> dict[str, str] | None:
     """Return what tells the content of a file from every other; `None` where the place does not say.
 
     Raises:
@@ -134,7 +134,7 @@ def version_of(url: str) -> dict[str, str] | None:
     return {**known, "size": about["size"]} if known and "size" in about else None
 
 
-def send(file: Path, url: str, *, anew: bool = False) -> bool:
+def upload_file(file: Path, url: str, *, anew: bool = False) -> bool:
     """Put a file of this machine at a URL; `anew`: only where there is none, and return whether that was so.
 
     Where a place cannot be asked for the two together (S3 can), it is asked before.
@@ -158,7 +158,7 @@ def send(file: Path, url: str, *, anew: bool = False) -> bool:
     return _asked(url, ask)
 
 
-def forget(url: str) -> None:
+def remove_remote_file(url: str) -> None:
     """Remove a file at a URL.
 
     Raises:
@@ -286,11 +286,11 @@ def _asked(url: str, ask: Callable[[], Result]) -> Result:
             raise
 
     try:
-        return persist(known, (Exception,), _LASTING)
+        return with_retries(known, (Exception,), _LASTING)
     except InputRefused:
         raise
     except Exception as error:  # noqa: BLE001  (every file system has errors of its own)
-        raise _told(url, _root(error), status_of(error)) from None
+        raise _told(url, _root(error), http_status(error)) from None
 
 
 def _told(url: str, error: BaseException, status: int | None) -> FtdataError:

@@ -14,24 +14,24 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ftdata.errors import UsageError, said_by
+from ftdata.errors import UsageError, describe_exception
 from ftdata.types import Reject, Row
 
 
 @dataclass
-class Selection:
+class RowFilter:
     """The rows of one or several sources that are wanted. Rejects pass: whether they were wanted is not known.
 
     Attributes:
         where: an expression of the user's own; it runs in this process, without limits.
         limit: how many rows.
-        passed: how many were read and not wanted.
+        filtered: how many were read and not wanted.
         taken: how many were yielded.
     """
 
     where: str | None = None
     limit: int | None = None
-    passed: int = 0
+    filtered: int = 0
     taken: int = 0
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class Selection:
         for row in rows:
             wanted = self._judged(row)
             if wanted is None:
-                self.passed += 1
+                self.filtered += 1
             else:
                 yield wanted
 
@@ -93,7 +93,7 @@ def _expression(where: str) -> Callable[..., Any]:
         hint = "e.g. lang == 'en' and messages | length > 2"
         raise UsageError("where", f"where={where!r} is no expression: {error.message}", hint=hint) from None
     except (RecursionError, MemoryError, ValueError) as error:
-        raise UsageError("where", f"where={where!r:.100} cannot be compiled: {said_by(error)}") from None
+        raise UsageError("where", f"where={where!r:.100} cannot be compiled: {describe_exception(error)}") from None
 
 
 def _from_json(text: Any) -> Any:

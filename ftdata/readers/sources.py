@@ -10,17 +10,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ftdata.errors import FtdataError, InputRefused, UsageError, nearest, one_of
+from ftdata.errors import FtdataError, InputRefused, UsageError, check_choice, suggest_names
 from ftdata.readers import split_expressions
-from ftdata.readers.arrow import from_batches, from_dataset, parquet_rows, present_as
+from ftdata.readers.arrow import count_parquet_rows, from_batches, from_dataset, make_null_reader
 from ftdata.readers.formats import Reader, readers
-from ftdata.readers.in_memory import Fault, from_dataframe, plain
+from ftdata.readers.in_memory import ValueFault, arrays_to_lists, from_dataframe
 from ftdata.readers.quote_detection import QUOTINGS
-from ftdata.readers.remote_files import version_of
-from ftdata.readers.resolve_paths import found_at
-from ftdata.readers.streams import STDIN, Input, in_store, packed
-from ftdata.registry import is_ours
-from ftdata.types import WHOLE, Reject, Row, Share, Source
+from ftdata.readers.remote_files import remote_version
+from ftdata.readers.resolve_paths import resolve_files
+from ftdata.readers.streams import STDIN, Input, detect_compression, is_object_store
+from ftdata.registry import is_built_in
+from ftdata.types import WHOLE, Reject, Row, Source, SourceShare
 
 _MOST = 1000
 _SHARES = {"weight": "times", "rows": "rows", "tokens": "tokens"}
@@ -35,7 +35,7 @@ class FileSource:
 
     `place` is the number of what the user named, which may be several files. With `first` or `last`: only the rows from
     the one on and before the other, as the reader counts them. With a `span`: only a part of the file, in which rows
-    are counted from its own beginning. `length`: of how many bytes, of a part or of what lies elsewhere. `version`:
+    are counted from its own beginning. `length`: of how many bytes, of a part or of what lies elsewhere. `file_version`:
     what the file was when its parts were planned, which all of them must be of.
     """
 
@@ -43,7 +43,7 @@ class FileSource:
     reader: str
     encoding: str | None = None
     split: str | None = None
-    share: Share = WHOLE
+    share: SourceShare = WHOLE
     place: int = 0
     streaming: bool = False
     first: int = 0
@@ -67,7 +67,7 @@ class FileSource:
         before, lines = self.version if self.version is not None else _stamp(self.path), None
         self._check(before)
         reader = readers.get(self.reader)
-        rows = reader(self.input) if is_ours(reader) else _checked(reader, self)
+        rows = reader(self.input) if is_built_in(reader) else _checked(reader, self)
         if self.span is not None and isinstance(rows, Generator):
             lines = yield from rows
         else:
@@ -76,7 +76,7 @@ class FileSource:
         return lines
 
     def _check(self, before: Any) -> None:
-        if before != (version(self.path) if self.version is not None else _stamp(self.path)):
+        if before != (file_version(self.path) if self.version is not None else _stamp(self.path)):
             raise InputRefused("file_changed", "has changed while it was read", where=self.path, hint="read it again")
 
     @property
@@ -97,7 +97,7 @@ class FileSource:
 
     def count(self, enough: int | None = None) -> int:
         """Return how many rows there are; `enough` where there are as many."""
-        if self.reader == "parquet" and (rows := parquet_rows(self.input)) is not None:
+        if self.reader == "parquet" and (rows := count_parquet_rows(self.input)) is not None:
             return rows if enough is None else min(rows, enough)
         return sum(1 for _ in islice(self.rows(), enough))
 
@@ -112,7 +112,7 @@ def _checked(reader: Reader, file: FileSource) -> Iterator[Row | Reject]:
                 raise InputRefused("reader_failed", f"reader {file.reader}: {told}", where=file.path)
             last = one.source.row
             # A copy: it may be the same object for each row, with other texts put into it.
-            yield one._replace(data=plain(one.data)) if isinstance(one, Row) else one
+            yield one._replace(data=arrays_to_lists(one.data)) if isinstance(one, Row) else one
     except FtdataError:
         raise
     except Exception as error:
@@ -145,7 +145,7 @@ class MemorySource:
     items: Iterable[Any]
     path: str = "<memory>"
     split: str | None = None
-    share: Share = WHOLE
+    share: SourceShare = WHOLE
     place: int = 0
     size: int = 0
 
@@ -160,12 +160,12 @@ class MemorySource:
             source = Source(self.path, index)
             try:
                 # A copy: whoever gives the rows may use the same object for the next one.
-                yield Reject(source, *item) if isinstance(item, Fault) else Row(plain(item), source)
+                yield Reject(source, *item) if isinstance(item, ValueFault) else Row(arrays_to_lists(item), source)
             except RecursionError:
                 yield Reject(source, "too_deep", "", "is nested too deep to be read")
 
 
-def sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
+def resolve_sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
     """Resolve what a user may pass as data into sources, in the order given.
 
     Args:
@@ -186,7 +186,7 @@ def sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
     if isinstance(data, Mapping):
         return _specified(data)
     if isinstance(data, list | tuple) and data and all(_is_place(item) for item in data):
-        return tuple(replace(one, place=number) for number, item in enumerate(data) for one in sources(item))
+        return tuple(replace(one, place=number) for number, item in enumerate(data) for one in resolve_sources(item))
     if isinstance(data, Iterable) and not isinstance(data, bytes | bytearray):
         return (MemorySource(data),)
     raise UsageError("data_type", f"data is a {type(data).__name__}, expected a path, paths, or an iterable of rows")
@@ -199,14 +199,14 @@ def _in_memory(data: Any) -> tuple[FileSource | MemorySource, ...] | None:
     if hasattr(data, "to_dict") and hasattr(data, "columns"):
         return (MemorySource(from_dataframe(data), "<DataFrame>"),)
     if hasattr(data, "column_names") and isinstance(data, Mapping):
-        return tuple(replace(one, split=name) for name, part in data.items() for one in sources(part))
+        return tuple(replace(one, split=name) for name, part in data.items() for one in resolve_sources(part))
     if hasattr(data, "schema") and any(
         hasattr(data, name) for name in ("to_batches", "read_next_batch", "to_struct_array")
     ):
         batches = data.to_batches() if hasattr(data, "to_batches") else data if hasattr(data, "read_all") else [data]
         return (MemorySource(from_batches(batches, data.schema), "<Table>"),)
     if hasattr(data, "with_format"):
-        decoded = present_as(getattr(data, "features", None))
+        decoded = make_null_reader(getattr(data, "features", None))
         rows = from_dataset(data) if hasattr(data, "data") else map(decoded, data.with_format(None))
         return (MemorySource(rows, f"<{type(data).__name__}>"),)
     return None
@@ -225,7 +225,7 @@ def _specified(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]
         )
     for key in spec:
         if key not in _SPEC:
-            raise UsageError("unknown_data_key", f"data has the key {key!r}", hint=nearest(str(key), _SPEC))
+            raise UsageError("unknown_data_key", f"data has the key {key!r}", hint=suggest_names(str(key), _SPEC))
     found: Sequence[FileSource | MemorySource] = _placed(spec)
     if spec.get("split") is not None:
         found = tuple(_chosen(found, spec))
@@ -238,11 +238,11 @@ def _placed(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
     if not isinstance(place, str | Path):
         if said := [key for key in _OF_FILES if spec.get(key) is not None]:
             raise UsageError("data_type", f"{said[0]} is said of data in memory, which has none")
-        return sources(place)
+        return resolve_sources(place)
     encoding, reader = spec.get("encoding"), spec.get("format")
     quoting = spec.get("quoting")
     if quoting is not None:
-        one_of("quoting", quoting, QUOTINGS)
+        check_choice("quoting", quoting, QUOTINGS)
     Input(str(place), encoding)
     if reader is not None:
         readers.get(reader)
@@ -253,11 +253,11 @@ def _placed(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
 
 
 def _files(place: str, reader: str | None, on_hub: Mapping[str, Any]) -> Iterator[FileSource]:
-    for one in found_at(place, reader, on_hub):
+    for one in resolve_files(place, reader, on_hub):
         yield FileSource(one.path, one.reader, split=one.split, length=one.size)
 
 
-def _share(spec: Mapping[str, Any]) -> Share:
+def _share(spec: Mapping[str, Any]) -> SourceShare:
     given = [key for key in _SHARES if spec.get(key) is not None]
     if not given:
         return WHOLE
@@ -269,21 +269,23 @@ def _share(spec: Mapping[str, Any]) -> Share:
         raise UsageError("weight", f"weight is {amount!r}, expected how often each row is taken, e.g. 0.5 or 2")
     if unit != "times" and not (whole and amount >= 0):
         raise UsageError(given[0], f"{given[0]} is {amount!r}, expected how many {unit} are taken")
-    return Share(float(amount), unit)
+    return SourceShare(float(amount), unit)
 
 
 def _chosen(found: Sequence[FileSource | MemorySource], spec: Mapping[str, Any]) -> Iterator[FileSource | MemorySource]:
     """Yield the sources of the rows that `split` says. Several parts together are no split any more."""
-    parts = split_expressions.parse(str(spec["split"]))
+    parts = split_expressions.parse_split(str(spec["split"]))
     names = list(dict.fromkeys(one.split or "train" for one in found))
     for part in parts:
         own = [one for one in found if (one.split or "train") == part.name]
         if not own:
-            raise UsageError("no_split", f"{spec['path']} has no split {part.name!r}", hint=nearest(part.name, names))
+            raise UsageError(
+                "no_split", f"{spec['path']} has no split {part.name!r}", hint=suggest_names(part.name, names)
+            )
         if part.whole:
             taken = own
         elif files := [one for one in own if isinstance(one, FileSource) and one.path != STDIN]:
-            ranges = split_expressions.ranges(part, [one.count for one in files])
+            ranges = split_expressions.split_ranges(part, [one.count for one in files])
             taken = [replace(files[number], first=first, last=last) for number, first, last in ranges]
         else:
             raise UsageError("split", "slices are of files", hint="slice what is in memory before you pass it")
@@ -295,12 +297,12 @@ def _chosen(found: Sequence[FileSource | MemorySource], spec: Mapping[str, Any])
 @lru_cache(maxsize=64)
 def _is_packed(path: str, stamp: tuple[int, int]) -> bool:  # noqa: ARG001  (of another version it is asked again)
     with Input(path).open() as file:
-        return packed(file.peek(8)[:8]) is not None
+        return detect_compression(file.peek(8)[:8]) is not None
 
 
-def version(path: str) -> Any:
+def file_version(path: str) -> Any:
     """Return what tells versions of a file apart, wherever it lies; `None` where nothing does."""
-    return version_of(path) if in_store(path) else _stamp(path)
+    return remote_version(path) if is_object_store(path) else _stamp(path)
 
 
 def _stamp(path: str) -> tuple[int, int] | None:

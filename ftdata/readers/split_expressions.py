@@ -13,7 +13,7 @@ _LONGEST_BOUND = 18
 """Characters of a row number: larger numbers are not row numbers of any data set."""
 
 
-class Part(NamedTuple):
+class SplitPart(NamedTuple):
     """Rows of one split: all of them, or from `start` on and up to `stop`: numbers, or percentages such as `-10%`."""
 
     name: str
@@ -26,14 +26,14 @@ class Part(NamedTuple):
         return self.start is None and self.stop is None
 
 
-def parse(split: str) -> tuple[Part, ...]:
+def parse_split(split: str) -> tuple[SplitPart, ...]:
     """Return the parts of an expression.
 
     Raises:
         UsageError: it is none.
 
-    >>> parse("train[:10%]+test")
-    (Part(name='train', start=None, stop='10%'), Part(name='test', start=None, stop=None))
+    >>> parse_split("train[:10%]+test")
+    (SplitPart(name='train', start=None, stop='10%'), SplitPart(name='test', start=None, stop=None))
     """
     found = [_PART.fullmatch(part) for part in split.split("+")]
     bounds = [[bound for bound in one.groups()[1:] if bound] for one in found if one]
@@ -43,10 +43,12 @@ def parse(split: str) -> tuple[Part, ...]:
     if not all(found) or mixed or too_long or any(abs(int(bound[:-1])) > 100 for some in percent for bound in some):
         hint = "e.g. train, train[:10%], train[100:200], train+validation"
         raise UsageError("split", f"split is {split!r}, which names no rows", hint=hint)
-    return tuple(Part(*one.groups()) for one in found if one)
+    return tuple(SplitPart(*one.groups()) for one in found if one)
 
 
-def ranges(part: Part, counts: Sequence[Callable[[int | None], int]]) -> Iterator[tuple[int, int, int | None]]:
+def split_ranges(
+    part: SplitPart, counts: Sequence[Callable[[int | None], int]]
+) -> Iterator[tuple[int, int, int | None]]:
     """Yield the files that a part has rows of: number of the file, its first row, and the one after its last (or all).
 
     Args:
@@ -69,7 +71,7 @@ def ranges(part: Part, counts: Sequence[Callable[[int | None], int]]) -> Iterato
         at += size
 
 
-def _bounds(part: Part, counts: Sequence[Callable[[int | None], int]]) -> tuple[int, int | None]:
+def _bounds(part: SplitPart, counts: Sequence[Callable[[int | None], int]]) -> tuple[int, int | None]:
     if any(bound and (bound.startswith("-") or bound.endswith("%")) for bound in (part.start, part.stop)):
         total = sum(count(None) for count in counts)
         return slice(_row(part.start, total), _row(part.stop, total)).indices(total)[:2]

@@ -103,7 +103,7 @@ class Input:
         """
         try:
             if self.path == STDIN:
-                return file_of(_at_least(8, _read(sys.stdin.buffer)))
+                return file_from_chunks(_at_least(8, _read(sys.stdin.buffer)))
             if not is_url(self.path):
                 return cast(io.BufferedReader, Path(self.path).open("rb", buffering=CHUNK))
             if is_hub(self.path) and not self.streaming:
@@ -125,17 +125,17 @@ class Input:
             InputRefused: while reading: the file is cut off or damaged, or grows without bounds.
         """
         file = self.open()
-        if packing := packed(_head(file)):
-            file = file_of(_unpacked(file, packing, self.path))
+        if packing := detect_compression(_head(file)):
+            file = file_from_chunks(_unpacked(file, packing, self.path))
         encoding = _encoding(_head(file), self.encoding)
-        return file_of(_decoded(file, encoding, self.path)) if encoding else file
+        return file_from_chunks(_decoded(file, encoding, self.path)) if encoding else file
 
     def is_plain(self, head: bytes) -> bool:
         """Whether a file that begins so is UTF-8 as it stands."""
-        return packed(head) is None and _encoding(head, self.encoding) is None
+        return detect_compression(head) is None and _encoding(head, self.encoding) is None
 
 
-def packed(head: bytes) -> str | None:
+def detect_compression(head: bytes) -> str | None:
     """Return what a file that begins so is packed in."""
     # Frames to be skipped may come first (zstd, 3.1.2).
     if len(head) >= 4 and head[0] & 0xF0 == 0x50 and head[1:4] == b"\x2a\x4d\x18":
@@ -148,28 +148,28 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def in_store(path: str) -> bool:
+def is_object_store(path: str) -> bool:
     """Whether this names a place in an object store, or another file system elsewhere: no page, and not the hub."""
     return is_url(path) and not is_hub(path) and not path.startswith(("http://", "https://"))
 
 
-def before(head: bytes, rest: Generator[bytes]) -> Generator[bytes]:
+def prepend(head: bytes, rest: Generator[bytes]) -> Generator[bytes]:
     """Yield `head`, and then the rest."""
     yield head
     yield from rest
 
 
-def joined(head: bytes, rest: BinaryIO) -> io.BufferedReader:
+def prepend_to_file(head: bytes, rest: BinaryIO) -> io.BufferedReader:
     """Return a file of what was read of it already and of the rest."""
-    return file_of(before(head, chunks(rest)))
+    return file_from_chunks(prepend(head, read_chunks(rest)))
 
 
-def file_of(parts: Generator[bytes]) -> io.BufferedReader:
+def file_from_chunks(parts: Generator[bytes]) -> io.BufferedReader:
     """Return chunks of bytes as a file."""
     return io.BufferedReader(_Chunks(parts), CHUNK)
 
 
-def chunks(file: BinaryIO) -> Generator[bytes]:
+def read_chunks(file: BinaryIO) -> Generator[bytes]:
     """Yield what is left of a file, `CHUNK` bytes or fewer at a time, and close it."""
     with file:
         yield from _read(file)
@@ -231,10 +231,10 @@ def _unpacked(file: BinaryIO, packing: str, path: str) -> Generator[bytes]:
                 yield chunk
 
     try:
-        for chunk in chunks(_opened(file_of(counted()), packing)):
+        for chunk in read_chunks(_opened(file_from_chunks(counted()), packing)):
             plain += len(chunk)
             if plain > FREE and plain > MAX_RATIO * packed:
-                raise expansion(plain, packed, path)
+                raise expansion_error(plain, packed, path)
             yield chunk
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         if "Memory usage limit" in str(error):
@@ -252,7 +252,7 @@ def _unpacked(file: BinaryIO, packing: str, path: str) -> Generator[bytes]:
         ) from None
 
 
-def expansion(
+def expansion_error(
     plain: int, packed: int, path: str, ratio: int = MAX_RATIO, hint: str = "unpack it yourself if that is right"
 ) -> InputRefused:
     """Return the refusal of a file that becomes far more than it is."""
@@ -265,7 +265,7 @@ def _opened(file: io.BufferedReader, packing: str) -> BinaryIO:
         return cast(BinaryIO, gzip.GzipFile(fileobj=file))
     if packing in ("bz2", "xz"):
         new = bz2.BZ2Decompressor if packing == "bz2" else partial(lzma.LZMADecompressor, memlimit=MAX_XZ_MEMORY)
-        return file_of(_concatenated(file, new))
+        return file_from_chunks(_concatenated(file, new))
     import pyarrow as pa
 
     return cast(BinaryIO, pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd"))
@@ -274,7 +274,7 @@ def _opened(file: io.BufferedReader, packing: str) -> BinaryIO:
 def _concatenated(file: BinaryIO, new: Callable[[], Any]) -> Generator[bytes]:
     """Yield what one packed stream after another holds; what is no stream after one is damage."""
     unpacker = new()
-    for chunk in chunks(file):
+    for chunk in read_chunks(file):
         rest = chunk
         while rest or not (unpacker.eof or unpacker.needs_input):
             if unpacker.eof:
@@ -308,7 +308,7 @@ def _decoded(file: BinaryIO, encoding: str, path: str) -> Generator[bytes]:
     errors = "surrogatepass" if encoding.startswith("utf-") else "surrogateescape"
     decoder = codecs.getincrementaldecoder(encoding)(errors)
     try:
-        for chunk in chunks(file):
+        for chunk in read_chunks(file):
             yield decoder.decode(chunk).encode("utf-8", "surrogatepass")
         yield decoder.decode(b"", final=True).encode("utf-8", "surrogatepass")
     except UnicodeError as error:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ftdata.errors import InputRefused
-from ftdata.readers.streams import Input, packed
+from ftdata.readers.streams import Input, detect_compression
 
 
 def check_names(names: Sequence[str], file: Input) -> None:
@@ -19,7 +19,7 @@ def check_names(names: Sequence[str], file: Input) -> None:
 
 def check_seekable(stream: io.BufferedReader, file: Input) -> None:
     """Refuse what cannot be read from its end."""
-    if packing := packed(stream.peek(8)[:8]):
+    if packing := detect_compression(stream.peek(8)[:8]):
         found = f"is packed ({packing}), and this format cannot be read so"
         raise InputRefused("packed_table", found, where=file.path, hint="unpack it first")
     if not stream.seekable():
@@ -31,7 +31,7 @@ def check_seekable(stream: io.BufferedReader, file: Input) -> None:
         )
 
 
-def damaged(error: Exception, file: Input, kind: str) -> InputRefused:
+def damaged_file_error(error: Exception, file: Input, kind: str) -> InputRefused:
     """Return the refusal of a file that its library cannot read."""
     return InputRefused(
         "damaged_file", f"is no whole {kind} file: {error}", where=file.path, hint="copy or download it again"

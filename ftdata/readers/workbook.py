@@ -20,8 +20,8 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from ftdata.errors import InputRefused, StorageError
-from ftdata.readers.streams import FREE, MAX_LINE, MAX_RATIO, expansion
-from ftdata.readers.xml_scan import CHUNK, Elements, Scan, unescape
+from ftdata.readers.streams import FREE, MAX_LINE, MAX_RATIO, expansion_error
+from ftdata.readers.xml_scan import CHUNK, ElementParser, XmlParser, unescape_xml_string
 
 MAX_COLUMNS, MAX_ROWS = 16_384, 1_048_576
 """Columns and rows of a sheet, as in Excel."""
@@ -58,7 +58,7 @@ class Cell(NamedTuple):
     formula: bool
 
 
-class CellRow(NamedTuple):
+class SheetRow(NamedTuple):
     """One row of a sheet: its number, counted from 1, its cells, and how many bytes of text they hold.
 
     Cells of a row with more text than `MAX_LINE` are left out.
@@ -117,7 +117,7 @@ class Workbook:
             hint = f"remove empty rows, columns and sheets; or, {AS_CSV}"
             raise InputRefused("expansion", found, where=self.path, hint=hint)
 
-    def parse(self, part: str, scan: Scan) -> Iterator[None]:
+    def parse(self, part: str, scan: XmlParser) -> Iterator[None]:
         """Parse a part, and yield after each piece of it.
 
         Raises:
@@ -141,26 +141,26 @@ class Workbook:
     def _unpack(self, size: int) -> None:
         self.plain += size
         if self.plain > max(_FREE, MAX_RATIO * self.packed):
-            raise expansion(self.plain, self.packed, self.path, MAX_RATIO, AS_CSV)
+            raise expansion_error(self.plain, self.packed, self.path, MAX_RATIO, AS_CSV)
 
     def damaged(self, found: str) -> InputRefused:
         """Return the refusal of a workbook that is not as Excel files are."""
         hint = "copy or download it again, or open it in Excel and save it"
         return InputRefused("damaged_file", f"is no whole Excel file: {found}", where=self.path, hint=hint)
 
-    def strings(self) -> Strings:
+    def strings(self) -> SharedStrings:
         """Return the shared strings."""
-        found = Strings()
+        found = SharedStrings()
         if self.strings_part:
             self.parse_all(self.strings_part, _StringScan(found))
         return found
 
-    def parse_all(self, part: str, scan: Scan) -> None:
+    def parse_all(self, part: str, scan: XmlParser) -> None:
         """Parse a part."""
         for _ in self.parse(part, scan):
             pass
 
-    def rows(self, sheet: Sheet) -> Iterator[CellRow]:
+    def rows(self, sheet: Sheet) -> Iterator[SheetRow]:
         """Yield the rows of a sheet that have cells with a value or a formula.
 
         Raises:
@@ -223,7 +223,7 @@ class _Guarded:
         return self._stream.read(size)
 
 
-class Strings:
+class SharedStrings:
     """The shared strings of a workbook, in a temporary file if they are many."""
 
     def __init__(self) -> None:
@@ -254,10 +254,10 @@ class Strings:
         self._file.close()
 
 
-class _StringScan(Scan):
+class _StringScan(XmlParser):
     """Puts shared strings into `strings`, without their phonetic text."""
 
-    def __init__(self, strings: Strings) -> None:
+    def __init__(self, strings: SharedStrings) -> None:
         super().__init__()
         self._strings, self._texts, self._phonetic = strings, list[str](), False
 
@@ -273,19 +273,19 @@ class _StringScan(Scan):
         if name == "t":
             self.take(on=False)
             # Each run of a text with formats is escaped by itself.
-            self._texts.append(unescape(self.text()))
+            self._texts.append(unescape_xml_string(self.text()))
         elif name == "si":
             self._strings.add("".join(self._texts) if self.size <= MAX_LINE else "", self.size)
         elif name == "rPh":
             self._phonetic = False
 
 
-class _SheetScan(Scan):
+class _SheetScan(XmlParser):
     """Collects rows in `rows`."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        self.rows: list[CellRow] = []
+        self.rows: list[SheetRow] = []
         self._path, self._phonetic = path, False
         self._number = self._column = 0
         self._cells: list[Cell] = []
@@ -310,7 +310,7 @@ class _SheetScan(Scan):
     def end(self, name: str) -> None:
         if name == "row":
             if self._cells or self.size > MAX_LINE:
-                self.rows.append(CellRow(self._number, self._cells, self.size))
+                self.rows.append(SheetRow(self._number, self._cells, self.size))
         elif self._cell is None:
             return
         elif name == "v":
@@ -319,7 +319,7 @@ class _SheetScan(Scan):
                 self._value = value
         elif name == "t":
             self.take(on=False)
-            self._value = (self._value or "") + unescape(self.text())
+            self._value = (self._value or "") + unescape_xml_string(self.text())
         elif name == "rPh":
             self._phonetic = False
         elif name == "c":
@@ -387,7 +387,7 @@ def _related(book: Workbook, part: str, *kinds: str) -> list[tuple[str, str, str
 
     listing = str(home / "_rels" / f"{name}.rels")
     if listing in book.archive.NameToInfo:
-        book.parse_all(listing, Elements({"Relationship": add}))
+        book.parse_all(listing, ElementParser({"Relationship": add}))
     return found
 
 
@@ -413,7 +413,7 @@ def _read_main(book: Workbook, part: str, by_id: Mapping[str, str]) -> None:
             visible = attributes.get("state", "visible") == "visible"
             book.sheets.append(Sheet(attributes.get("name", ""), by_id[identity], visible))
 
-    book.parse_all(part, Elements({"workbookPr": properties, "sheet": sheet}))
+    book.parse_all(part, ElementParser({"workbookPr": properties, "sheet": sheet}))
 
 
 def _read_styles(book: Workbook, part: str) -> None:
@@ -431,7 +431,7 @@ def _read_styles(book: Workbook, part: str) -> None:
             book.durations.add(number)
 
 
-class _StyleScan(Scan):
+class _StyleScan(XmlParser):
     """Collects the number formats of a workbook, and the format of each style of cells."""
 
     def __init__(self) -> None:

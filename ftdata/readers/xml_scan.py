@@ -25,7 +25,7 @@ _LOCAL["http://schemas.openxmlformats.org/package/2006/relationships Relationshi
 """Names of elements with their namespaces (also those of strict files) -> without."""
 
 
-class Scan:
+class XmlParser:
     """A parser of XML that calls `start` and `end` for the elements that a workbook is read from.
 
     `refuse` makes the error for a text that is not acceptable.
@@ -95,7 +95,7 @@ class Scan:
         raise self.refuse("declares a document type, which no Excel file does")
 
 
-class Elements(Scan):
+class ElementParser(XmlParser):
     """Calls a function with the attributes of each element of some names."""
 
     def __init__(self, calls: dict[str, Callable[[dict[str, str]], None]]) -> None:
@@ -108,12 +108,12 @@ class Elements(Scan):
             call(attributes)
 
 
-def unescape(text: str) -> str:
+def unescape_xml_string(text: str) -> str:
     r"""Return a string with the characters that `_xHHHH_` stands for (ECMA-376 Part 1, 22.9.2.19).
 
     Excel writes `_x000D_` for a carriage return, and `_x005F_x000D_` for the text `_x000D_`.
 
-    >>> unescape("a_x000D_"), unescape("a_x005F_x000D_")
+    >>> unescape_xml_string("a_x000D_"), unescape_xml_string("a_x005F_x000D_")
     ('a\r', 'a_x000D_')
     """
     if "_x" not in text:

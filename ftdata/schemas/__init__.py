@@ -27,35 +27,44 @@ from typing import Any
 
 import numpy as np
 
-from ftdata.errors import BadRow, UsageError, nearest
-from ftdata.registry import is_ours
+from ftdata.errors import BadRow, UsageError, suggest_names
+from ftdata.registry import is_built_in
 from ftdata.schemas.messages import (
     ROLES,
     SPECIAL_ROLES,
     STANDS_FOR,
-    is_as_read,
+    is_canonical,
     is_messages,
-    is_one_message,
-    notes_of,
-    read_json,
+    is_single_message,
+    message_notes,
+    parse_json_field,
     read_messages,
     read_tools,
 )
-from ftdata.schemas.shapes import ALIASES, Convert, Schema, last_answer, listed, log_columns, name_in, schemas
-from ftdata.schemas.training_fields import check_fields, is_guarded
-from ftdata.types import Conversation, Message, Row, Tokens
+from ftdata.schemas.shapes import (
+    ALIASES,
+    Convert,
+    Schema,
+    find_column,
+    last_answer_index,
+    log_columns,
+    parse_json_list,
+    schemas,
+)
+from ftdata.schemas.training_fields import check_training_fields, is_guarded
+from ftdata.types import Conversation, Message, Row, RowTokens
 
 __all__ = [
     "ROLES",
     "SPECIAL_ROLES",
     "STANDS_FOR",
     "Convert",
-    "Kind",
+    "RowKind",
     "Schema",
     "check_columns",
-    "kind_of",
-    "last_answer",
-    "normalise",
+    "classify_row",
+    "last_answer_index",
+    "normalize",
     "schemas",
 ]
 
@@ -94,7 +103,7 @@ _RESERVED = {
 """What a row may not set: whose it is, or what would replace the template."""
 
 
-def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None = None) -> Conversation:
+def normalize(row: Row, schema: str = "auto", columns: Mapping[str, str] | None = None) -> Conversation:
     """Turn one row into a conversation.
 
     Args:
@@ -109,38 +118,38 @@ def normalise(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
 
     >>> from ftdata.types import Source
     >>> row = Row({"question": "2+2?", "answer": "4"}, Source("data.jsonl", 0, 1))
-    >>> normalise(row).messages
+    >>> normalize(row).messages
     ({'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'})
     """
     try:
         data, missing = _mapped(row, columns)
         kwargs = _kwargs(data) if "chat_template_kwargs" in data else {}
         try:
-            kind = kind_of(schema, data)
+            kind = classify_row(schema, data)
             if kind.guarded:
-                check_fields(data, kind.guarded)
+                check_training_fields(data, kind.guarded)
             conversation = kind.convert(data)
         except BadRow as error:
             raise missing or error from None
     except BadRow as error:
         where = f"{row.source} {error.field}".rstrip()
         raise error.located(where) from None
-    conversation.kwargs, conversation.noted = kwargs, _notes(kind, data, conversation.messages) | row.noted
+    conversation.kwargs, conversation.notes = kwargs, _notes(kind, data, conversation.messages) | row.notes
     conversation.schema, conversation.source = kind.name, row.source
     return conversation
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class RowKind:
     """What rows that look alike have in common.
 
     Attributes:
         name: their schema.
         convert: what makes conversations of them.
-        unread: what is to be noted of the columns that the schema does not read.
+        unread: what is to be notes of the columns that the schema does not read.
         chats: the columns that it reads in which there may be messages.
         chat: the column that is all messages, where nothing else in the row adds to them.
-        guarded: the columns that it does not read, whose values may decide what is trained (`check_fields`).
+        guarded: the columns that it does not read, whose values may decide what is trained (`check_training_fields`).
     """
 
     name: str
@@ -154,10 +163,10 @@ class Kind:
 _LISTED = re.compile(r"\s*\[")
 _MOST_KINDS = 1000
 
-_kinds: dict[Any, Kind | BadRow] = {}
+_kinds: dict[Any, RowKind | BadRow] = {}
 
 
-def kind_of(schema: str, data: Mapping[str, Any]) -> Kind:
+def classify_row(schema: str, data: Mapping[str, Any]) -> RowKind:
     """Return of what kind a row is; of rows that look alike it is found once.
 
     That is all that schemas look at to know their rows: names of columns, and of each cell what kind it is.
@@ -191,25 +200,25 @@ def _may_be_messages(value: Any) -> bool:
     return isinstance(value, list) or (isinstance(value, str) and _LISTED.match(value) is not None)
 
 
-def _remember(look: Any, kind: Kind | BadRow) -> None:
+def _remember(look: Any, kind: RowKind | BadRow) -> None:
     if len(_kinds) == _MOST_KINDS:
         _kinds.clear()
     _kinds[look] = kind
 
 
-def _kind_named(name: str, data: Mapping[str, Any]) -> Kind:
+def _kind_named(name: str, data: Mapping[str, Any]) -> RowKind:
     chosen = schemas.get(name)
     if not isinstance(chosen, Schema):
-        return Kind(name, partial(_converted, name, chosen), frozenset(), ())
+        return RowKind(name, partial(_converted, name, chosen), frozenset(), ())
     logs = log_columns(data) if name == "chat_log" else ()
-    read = {name_in(data, column) for column in chosen.columns} | {"chat_template_kwargs", *logs}
+    read = {find_column(data, column) for column in chosen.columns} | {"chat_template_kwargs", *logs}
     read -= {"functions"} if data.get("functions") and data.get("tools") else set()
     chats = {*_CHATS, "messages", "conversations", "conversation", *logs}
     column = next((column for schema, column in _OF_MESSAGES if schema is chosen), None)
     guarded = tuple(column for column in data if column not in read and is_guarded(str(column)))
-    return Kind(
+    return RowKind(
         name,
-        chosen.convert if is_ours(chosen) else partial(_converted, name, chosen),
+        chosen.convert if is_built_in(chosen) else partial(_converted, name, chosen),
         frozenset(f"column {column}" for column in data if column not in read),
         tuple(column for column in data if column in read & chats),
         column if read.intersection(data) == {column} and not guarded else None,
@@ -238,7 +247,7 @@ def _checked(made: Conversation, name: str) -> Conversation:
     whole = (
         isinstance(made.messages, tuple | list)
         and isinstance(made.text, str | None)
-        and isinstance(made.tokens, Tokens | None)
+        and isinstance(made.tokens, RowTokens | None)
         and isinstance(made.tools, tuple | list)
         and isinstance(made.fields, Mapping)
     )
@@ -252,21 +261,21 @@ def _checked(made: Conversation, name: str) -> Conversation:
     messages = read_messages(list(made.messages), "messages") if made.messages else ()
     tools = read_tools({"tools": list(made.tools)})
     # Nothing comes before the first message: this says that nobody said.
-    begins = made.completion_from or last_answer(messages)
+    begins = made.completion_from or last_answer_index(messages)
     return replace(made, messages=messages, tools=tools, completion_from=begins)
 
 
-def _notes(kind: Kind, data: Mapping[str, Any], messages: tuple[Message, ...]) -> frozenset[str]:
-    noted = kind.unread
+def _notes(kind: RowKind, data: Mapping[str, Any], messages: tuple[Message, ...]) -> frozenset[str]:
+    notes = kind.unread
     for column in kind.chats:
-        spelled = listed(data[column])
-        if is_as_read(spelled, messages):
+        spelled = parse_json_list(data[column])
+        if is_canonical(spelled, messages):
             continue
         if column in _CHATS and isinstance(data[column], str) and is_messages(spelled):
-            noted |= {f"text {column}"}
+            notes |= {f"text {column}"}
         else:
-            noted = noted.union(notes_of(spelled))
-    return noted
+            notes = notes.union(message_notes(spelled))
+    return notes
 
 
 def check_columns(columns: Mapping[str, str] | None) -> None:
@@ -283,12 +292,12 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
             raise UsageError("columns", f"columns= maps {name!r} to {actual!r}, expected the name of a column")
         if name not in known:
             raise UsageError(
-                "unknown_column", f"columns= maps {name!r}, which no schema has", hint=nearest(name, known)
+                "unknown_column", f"columns= maps {name!r}, which no schema has", hint=suggest_names(name, known)
             )
 
 
 def _known() -> dict[str, Schema]:
-    return {name: schema for name, schema in schemas.own().items() if isinstance(schema, Schema)}
+    return {name: schema for name, schema in schemas.registered().items() if isinstance(schema, Schema)}
 
 
 def _mapped(row: Row, columns: Mapping[str, str] | None) -> tuple[Mapping[str, Any], BadRow | None]:
@@ -315,7 +324,7 @@ def _mapped(row: Row, columns: Mapping[str, str] | None) -> tuple[Mapping[str, A
         except BadRow as error:
             missing = missing or error
     if row.flat:
-        mapped |= {name: chat for name in _CHATS & set(mapped) if is_messages(chat := listed(mapped[name]))}
+        mapped |= {name: chat for name in _CHATS & set(mapped) if is_messages(chat := parse_json_list(mapped[name]))}
     return mapped, missing
 
 
@@ -332,7 +341,7 @@ def _at(data: Mapping[str, Any], path: str, canonical: str) -> Any:
                 "missing_column",
                 f"has no column {path!r}, which columns= names for {canonical!r}",
                 field=path,
-                hint=nearest(path, map(str, data)),
+                hint=suggest_names(path, map(str, data)),
             ) from None
     return value
 
@@ -341,7 +350,7 @@ def _kwargs(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row's own variables for the template (`chat_template_kwargs`)."""
     given = data.get("chat_template_kwargs")
     if isinstance(given, str):
-        given = read_json(given, "chat_template_kwargs") if given.strip() else None
+        given = parse_json_field(given, "chat_template_kwargs") if given.strip() else None
     if given is None:
         return {}
     if not isinstance(given, Mapping):
@@ -375,7 +384,7 @@ def _detect(data: Mapping[str, Any]) -> str:
         found = [name for name in found if _fits(name, _known()[name], filled)] or found
     if len(found) == 1:
         return found[0]
-    logs = log_columns(data) if not found and not is_one_message(data) else []
+    logs = log_columns(data) if not found and not is_single_message(data) else []
     if len(logs) == 1:
         return "chat_log"
     present = ", ".join(map(repr, data)) or "none"
@@ -391,7 +400,7 @@ def _detect(data: Mapping[str, Any]) -> str:
             f"holds messages in several columns ({', '.join(logs)})",
             hint=f"say which with columns={{'messages': {logs[0]!r}}}",
         )
-    if is_one_message(data):
+    if is_single_message(data):
         raise BadRow(
             "one_message",
             "is a single message; a row is a whole conversation",

@@ -23,8 +23,8 @@ from collections.abc import Iterator, Mapping
 from operator import is_
 from typing import Any, cast
 
-from ftdata.errors import BadRow, nearest
-from ftdata.schemas.training_fields import TRAIN_FIELDS, check_fields, is_guarded, read_flag
+from ftdata.errors import BadRow, suggest_names
+from ftdata.schemas.training_fields import TRAIN_FIELDS, check_training_fields, is_guarded, read_flag
 from ftdata.types import Message
 
 ROLES = {
@@ -135,7 +135,7 @@ def is_message(value: Any) -> bool:
     )
 
 
-def is_one_message(row: Mapping[str, Any]) -> bool:
+def is_single_message(row: Mapping[str, Any]) -> bool:
     """Whether a row is a message alone: texts, too, have authors."""
     return is_message({key: value for key, value in row.items() if key != "author"})
 
@@ -156,9 +156,9 @@ def read_messages(value: Any, field: str) -> tuple[Message, ...]:
         BadRow: naming the field in which something is not what a message needs.
     """
     if isinstance(value, str):
-        value = read_json(value, field)
+        value = parse_json_field(value, field)
     if not isinstance(value, list):
-        raise BadRow("messages_type", f"is {describe(value)}, expected a list of messages", field=field)
+        raise BadRow("messages_type", f"is {describe_value(value)}, expected a list of messages", field=field)
     if not value:
         raise BadRow("no_messages", "is an empty list, expected messages", field=field)
     messages: list[Message] = []
@@ -183,7 +183,7 @@ def plain_message(item: Any) -> Message | None:
     )
 
 
-def is_as_read(value: Any, messages: tuple[Message, ...]) -> bool:
+def is_canonical(value: Any, messages: tuple[Message, ...]) -> bool:
     """Whether a row gives messages that are nothing but what was read of them: a role and a content each."""
     return (
         isinstance(value, list)
@@ -192,7 +192,7 @@ def is_as_read(value: Any, messages: tuple[Message, ...]) -> bool:
     )
 
 
-def notes_of(value: Any) -> Iterator[str]:
+def message_notes(value: Any) -> Iterator[str]:
     """Yield what was read of messages as something else than it says, and keys that only some templates read."""
     for item in value if isinstance(value, list) else ():
         if isinstance(item, Mapping):
@@ -207,11 +207,11 @@ def read_tools(data: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     name = "tools" if data.get("tools") else "functions"
     tools = data.get(name)
     if isinstance(tools, str):
-        tools = read_json(tools, name) if tools.strip() else None
+        tools = parse_json_field(tools, name) if tools.strip() else None
     if not tools:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRow("tools_type", f"is {describe(tools)}, expected a list of JSON schemas", field=name)
+        raise BadRow("tools_type", f"is {describe_value(tools)}, expected a list of JSON schemas", field=name)
     return tuple({"type": "function", "function": tool} if name == "functions" else tool for tool in tools)
 
 
@@ -225,7 +225,7 @@ def read_system(data: Mapping[str, Any], name: str) -> str | list[dict[str, Any]
     return content if isinstance(content, str) else list(_content(content, has_calls=False, field=name)["content"])
 
 
-def read_json(text: str, field: str) -> Any:
+def parse_json_field(text: str, field: str) -> Any:
     """Return what a JSON text holds.
 
     Raises:
@@ -238,7 +238,7 @@ def read_json(text: str, field: str) -> Any:
         raise BadRow("json_text", f"is text that is not JSON: {error}", field=field) from None
 
 
-def describe(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """Return a value as errors show it."""
     if value is None:
         return "null or absent"
@@ -251,11 +251,13 @@ def _text_key(item: Mapping[str, Any]) -> str | None:
 
 def _read(item: Any, field: str) -> Iterator[Message]:
     if not isinstance(item, Mapping):
-        raise BadRow("message_type", f"is {describe(item)}, expected an object with role and content", field=field)
+        raise BadRow(
+            "message_type", f"is {describe_value(item)}, expected an object with role and content", field=field
+        )
     if len(item) > _MAX_KEYS:
         raise BadRow("message_type", f"has {len(item):,} keys, expected at most {_MAX_KEYS:,}", field=field)
     role, item = _speaker(item, field)
-    check_fields(item, [key for key in item if key not in TRAIN_FIELDS and is_guarded(str(key))], field)
+    check_training_fields(item, [key for key in item if key not in TRAIN_FIELDS and is_guarded(str(key))], field)
     message = {key: value for key, value in item.items() if key not in TRAIN_FIELDS and value is not None}
     message = {"role": role, **message}
     trained = [_flag(item[key], f"{field}.{key}") for key in TRAIN_FIELDS if item.get(key) is not None]
@@ -282,7 +284,7 @@ def _speaker(item: Mapping[str, Any], field: str) -> tuple[str, Mapping[str, Any
     name, text = item[speaker], _text_key(item)
     rest = {key: value for key, value in item.items() if key not in (speaker, text)}
     if name == "function_call":
-        calls = read_json(item[text], f"{field}.{text}") if text and isinstance(item[text], str) else None
+        calls = parse_json_field(item[text], f"{field}.{text}") if text and isinstance(item[text], str) else None
         if not isinstance(calls, dict | list):
             raise BadRow("tool_calls_type", "is no JSON text of a call or of calls", field=f"{field}.{text}")
         return "assistant", {**rest, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
@@ -294,8 +296,8 @@ def _speaker(item: Mapping[str, Any], field: str) -> tuple[str, Mapping[str, Any
 def _role(value: Any, field: str) -> str:
     known = value if value in SPECIAL_ROLES else ROLES.get(value) if isinstance(value, str) else None
     if known is None:
-        found = f"is {describe(value)}, no role"
-        raise BadRow("unknown_role", found, field=field, hint=nearest(str(value), (*ROLES, *SPECIAL_ROLES)))
+        found = f"is {describe_value(value)}, no role"
+        raise BadRow("unknown_role", found, field=field, hint=suggest_names(str(value), (*ROLES, *SPECIAL_ROLES)))
     return str(known)
 
 
@@ -306,14 +308,14 @@ def _calls(message: dict[str, Any], field: str) -> dict[str, Any]:
         if calls:
             raise BadRow("two_calls", "stands beside function_call: which of them is meant?", field=field)
         one, field = message.pop("function_call"), field.replace("tool_calls", "function_call")
-        calls = [read_json(one, field) if isinstance(one, str) else one]
+        calls = [parse_json_field(one, field) if isinstance(one, str) else one]
     if isinstance(calls, str):
-        calls = read_json(calls, field) if calls.strip() else []
+        calls = parse_json_field(calls, field) if calls.strip() else []
     if calls is None:
         message.pop("tool_calls", None)
         return {}
     if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
-        raise BadRow("tool_calls_type", f"is {describe(calls)}, expected a list of objects", field=field)
+        raise BadRow("tool_calls_type", f"is {describe_value(calls)}, expected a list of objects", field=field)
     return {"tool_calls": [_call(call, f"{field}[{index}]") for index, call in enumerate(calls)]}
 
 
@@ -353,7 +355,7 @@ def _content(content: Any, *, has_calls: bool, field: str) -> dict[str, Any]:
     if isinstance(content, list) and any(isinstance(part, Mapping) and part.get("type") != "text" for part in content):
         kinds = sorted({str(part.get("type")) for part in content if isinstance(part, Mapping)} - {"text"})
         raise BadRow("content_type", f"has parts that are no text: {', '.join(kinds)}", field=field)
-    raise BadRow("content_type", f"is {describe(content)}, expected text or a list of text parts", field=field)
+    raise BadRow("content_type", f"is {describe_value(content)}, expected text or a list of text parts", field=field)
 
 
 def _check_part(part: Mapping[str, Any], field: str) -> None:
@@ -363,7 +365,7 @@ def _check_part(part: Mapping[str, Any], field: str) -> None:
         if key in TRAIN_FIELDS and part[key] is not None and read_flag(part[key], f"{field}.{key}") is False:
             found = "leaves out a part of a message, of which all or nothing is trained"
             raise BadRow("part_mask", found, field=f"{field}.{key}", hint="make several messages of it")
-    check_fields(part, [key for key in guarded if key not in TRAIN_FIELDS], field)
+    check_training_fields(part, [key for key in guarded if key not in TRAIN_FIELDS], field)
 
 
 def is_tool_result(content: Any) -> bool:
@@ -412,7 +414,7 @@ def _from_blocks(message: dict[str, Any], field: str) -> Iterator[dict[str, Any]
             result = {"role": "tool", "content": _result(block, place), "tool_call_id": block.get("tool_use_id", "")}
             yield {**result, **error}
         else:
-            raise BadRow("block_type", f"is {describe(block)}, which has no place here", field=place, hint=_ORDER)
+            raise BadRow("block_type", f"is {describe_value(block)}, which has no place here", field=place, hint=_ORDER)
     if texts or thoughts or calls:
         content: Any = texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts] or ""
         more = {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
@@ -432,5 +434,5 @@ def _result(block: Mapping[str, Any], field: str) -> str | list[dict[str, Any]]:
 def _flag(value: Any, field: str) -> bool:
     flag = read_flag(value, field)
     if flag is None:
-        raise BadRow("weight_value", f"is {describe(value)}, expected 0 or 1", field=field)
+        raise BadRow("weight_value", f"is {describe_value(value)}, expected 0 or 1", field=field)
     return flag

@@ -12,15 +12,15 @@ import orjson
 from ftdata.errors import BadRow
 from ftdata.registry import Registry
 from ftdata.schemas.messages import (
-    describe,
+    describe_value,
     is_messages,
-    is_one_message,
-    read_json,
+    is_single_message,
+    parse_json_field,
     read_messages,
     read_system,
     read_tools,
 )
-from ftdata.types import IGNORE_INDEX, Conversation, Message, Tokens
+from ftdata.types import IGNORE_INDEX, Conversation, Message, RowTokens
 
 Convert = Callable[[Mapping[str, Any]], Conversation]
 """What makes a conversation of a row; `BadRow` rejects it, and anything else that is raised is `schema_failed`."""
@@ -55,20 +55,20 @@ _MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 
 def log_columns(data: Mapping[str, Any]) -> list[str]:
     """Return the columns that hold a list of messages, whatever their names."""
-    return [name for name, value in data.items() if is_messages(listed(value))]
+    return [name for name, value in data.items() if is_messages(parse_json_list(value))]
 
 
-def listed(value: Any) -> Any:
+def parse_json_list(value: Any) -> Any:
     """Return the list that a text is the JSON of: in tables, where a column has one type, lists are often text."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
-        return read_json(value, "")
+        return parse_json_field(value, "")
     except BadRow:
         return value
 
 
-def name_in(data: Mapping[str, Any], column: str) -> str:
+def find_column(data: Mapping[str, Any], column: str) -> str:
     """Return the name under which a row has a canonical column, if it has it."""
     if data.get(column):
         return column
@@ -78,7 +78,7 @@ def name_in(data: Mapping[str, Any], column: str) -> str:
 
 
 def _get(data: Mapping[str, Any], column: str) -> Any:
-    return data.get(name_in(data, column))
+    return data.get(find_column(data, column))
 
 
 def _has(*required: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -105,7 +105,7 @@ def _text(data: Mapping[str, Any], column: str) -> str:
             )
         value = next(iter(value.values()))
     if not isinstance(value, str):
-        raise BadRow("content_type", f"is {describe(value)}, expected text", field=column)
+        raise BadRow("content_type", f"is {describe_value(value)}, expected text", field=column)
     return value
 
 
@@ -129,18 +129,18 @@ def _context(data: Mapping[str, Any]) -> tuple[tuple[Message, ...], dict[str, st
         fields["system"] = str(system[0].get("content"))
     history = _history(data)
     if history:
-        told = listed(data["history"])
+        told = parse_json_list(data["history"])
         fields["history"] = orjson.dumps(told).decode()
     return (*system, *history), fields
 
 
 def _system(data: Mapping[str, Any]) -> tuple[Message, ...]:
-    name = name_in(data, "system")
+    name = find_column(data, "system")
     return ({"role": "system", "content": read_system(data, name)},) if data.get(name) else ()
 
 
 def _history(data: Mapping[str, Any]) -> tuple[Message, ...]:
-    pairs = listed(data.get("history")) or []
+    pairs = parse_json_list(data.get("history")) or []
     if is_messages(pairs):
         return read_messages(pairs, "history")
     if not isinstance(pairs, list) or not all(
@@ -184,7 +184,7 @@ def _preference(data: Mapping[str, Any]) -> Conversation:
     else:
         messages = _turns(data, "prompt", "user") + chosen
     messages = _opened(data, messages, _history(data))
-    return Conversation(messages=messages, tools=read_tools(data), completion_from=last_answer(messages))
+    return Conversation(messages=messages, tools=read_tools(data), completion_from=last_answer_index(messages))
 
 
 def _repeated(prompt: tuple[Message, ...], chosen: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -240,7 +240,7 @@ def _opened(
 def _chat(column: str) -> Convert:
     def convert(data: Mapping[str, Any]) -> Conversation:
         messages = _opened(data, read_messages(data.get(column) or _get(data, column), column))
-        return Conversation(messages=messages, tools=read_tools(data), completion_from=last_answer(messages))
+        return Conversation(messages=messages, tools=read_tools(data), completion_from=last_answer_index(messages))
 
     return convert
 
@@ -252,7 +252,7 @@ def _log(data: Mapping[str, Any]) -> Conversation:
     return _chat(columns[0])(data)
 
 
-def last_answer(messages: Sequence[Message]) -> int:
+def last_answer_index(messages: Sequence[Message]) -> int:
     """Return the index of the last message of the assistant."""
     for index in range(len(messages) - 1, 0, -1):
         if messages[index]["role"] == "assistant":
@@ -290,7 +290,7 @@ def _pretokenised(data: Mapping[str, Any]) -> Conversation:
             here, there = ("trained", "not trained")[:: 1 if mask[at] else -1]
             found = f"differs from {other}: token {at} is {here} here, and {there} there"
             raise BadRow("two_masks", found, field=f"{name}[{at}]", hint="keep only one of the two")
-    return Conversation(messages=(), tokens=Tokens(ids.astype(np.int32), trained))
+    return Conversation(messages=(), tokens=RowTokens(ids.astype(np.int32), trained))
 
 
 def _mask(data: Mapping[str, Any], name: str, length: int) -> Any:
@@ -304,9 +304,9 @@ def _mask(data: Mapping[str, Any], name: str, length: int) -> Any:
 def _whole_numbers(data: Mapping[str, Any], column: str) -> Any:
     if column not in data:
         raise BadRow("missing_column", "is not there, and this schema needs it", field=column)
-    value = listed(data[column])
+    value = parse_json_list(data[column])
     if not isinstance(value, list) or not all(type(one) is int or type(one) is bool for one in value):
-        raise BadRow("tokens_type", f"is {describe(value)}, expected a list of whole numbers", field=column)
+        raise BadRow("tokens_type", f"is {describe_value(value)}, expected a list of whole numbers", field=column)
     if any(abs(one) >= 1 << 31 for one in value):
         raise BadRow("tokens_type", "holds numbers that no token has", field=column)
     return np.asarray(value, dtype=np.int64)
@@ -319,7 +319,7 @@ def _is_text_pair(first: str, second: str) -> Callable[[Mapping[str, Any]], bool
 
 
 def _is_plain_text(data: Mapping[str, Any]) -> bool:
-    return isinstance(data.get("text"), str | Mapping) and not is_one_message(data)
+    return isinstance(data.get("text"), str | Mapping) and not is_single_message(data)
 
 
 BESIDE = ("system", "tools", "functions")

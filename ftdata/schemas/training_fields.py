@@ -51,7 +51,7 @@ _SCHEMA_HINT = "rename or remove it if it is no mask, or read rows by a function
 
 
 def is_guarded(name: str) -> bool:
-    """Return whether the value of a field that no schema reads must be looked at (`check_fields`)."""
+    """Return whether the value of a field that no schema reads must be looked at (`check_training_fields`)."""
     return (
         is_media_name(name)
         or name in (*_TOKEN_FIELDS, *_PREFERENCE_FIELDS, *_METADATA_FIELDS)
@@ -87,7 +87,7 @@ def is_mask_name(name: str) -> bool:
     return name in TRAIN_FIELDS or _MASK_NAME.search(_HARMLESS.sub("", name.lower())) is not None
 
 
-def check_fields(fields: Mapping[str, Any], names: Iterable[str], place: str = "") -> None:
+def check_training_fields(fields: Mapping[str, Any], names: Iterable[str], place: str = "") -> None:
     """Reject what these fields say, unless it changes nothing.
 
     Args:

@@ -9,13 +9,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 
-def int32(values: NDArray[np.integer]) -> pa.Array:
+def int32_array(values: NDArray[np.integer]) -> pa.Array:
     """Return an array of int32."""
     data = np.ascontiguousarray(values, dtype=np.int32)
     return pa.Array.from_buffers(pa.int32(), len(data), [None, pa.py_buffer(data)])
 
 
-def int64(values: NDArray[np.int64] | Sequence[int | None]) -> pa.Array:
+def int64_array(values: NDArray[np.int64] | Sequence[int | None]) -> pa.Array:
     """Return an array of int64, `None` being null."""
     known = None
     if not isinstance(values, np.ndarray) and None in values:
@@ -25,21 +25,21 @@ def int64(values: NDArray[np.int64] | Sequence[int | None]) -> pa.Array:
     return pa.Array.from_buffers(pa.int64(), len(data), [known, pa.py_buffer(data)])
 
 
-def strings(values: Sequence[str]) -> pa.Array:
+def string_array(values: Sequence[str]) -> pa.Array:
     """Return an array of texts."""
     # Most are the name of one file, again and again.
     spelled = {value: value.encode("utf-8", "backslashreplace") for value in set(values)}
     data = [spelled[value] for value in values]
-    buffers = [None, ends(map(len, data)).buffers()[1], pa.py_buffer(b"".join(data))]
+    buffers = [None, list_offsets(map(len, data)).buffers()[1], pa.py_buffer(b"".join(data))]
     return pa.Array.from_buffers(pa.string(), len(data), buffers)
 
 
-def ends(sizes: Iterable[int]) -> pa.Array:
+def list_offsets(sizes: Iterable[int]) -> pa.Array:
     """Return where each of several lists ends, after a 0: int32."""
-    return int32(np.cumsum([0, *sizes]))
+    return int32_array(np.cumsum([0, *sizes]))
 
 
-def numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:
+def int64_column(column: pa.ChunkedArray) -> NDArray[np.int64]:
     """Return a column of int64 without nulls."""
     chunks = [
         np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk)]

@@ -37,7 +37,7 @@ _SEAL = "result.json"
 
 
 @dataclass(frozen=True)
-class Workplace:
+class Workspace:
     """Where a build is made: the folder of its shards, and that of the build itself, which is to become `target`."""
 
     target: Path
@@ -63,22 +63,22 @@ class Workplace:
         What a process had not published when it ended is made anew. Shards are kept if the folder's token is recorded.
 
         Raises:
-            StorageError: `workplace_unknown`: the folder holds files that no build writes.
+            StorageError: `workspace_unknown`: the folder holds files that no build writes.
         """
         token = self.folder / "token"
-        recorded = token.is_file() and build_records.has("workplace", self._record(token.read_bytes()))
+        recorded = token.is_file() and build_records.has_record("workplace", self._record(token.read_bytes()))
         if not recorded:
             foreign = next((path for path in _entries(self.folder) if not _WRITTEN_BY_BUILDS.fullmatch(path)), None)
             if foreign is not None or self._old.exists():
                 raise StorageError(
-                    "workplace_unknown",
+                    "workspace_unknown",
                     f"{self.folder} holds {foreign or 'old'}, and there is no record that a build of this user made it",
                     hint=f"look at it and remove {self.folder}, or choose another output folder",
                 )
             self._remove_content(keep="lock")
             new = secrets.token_hex(16).encode()
             disk.write(token, new)
-            build_records.add("workplace", self._record(new))
+            build_records.add_record("workplace", self._record(new))
         if self._old.exists() and not self.target.exists():
             disk.rename(self._old, self.target)
         unfinished = (path for path in self.shards.glob(".*") if _TEMPORARY.fullmatch(path.name))
@@ -102,7 +102,7 @@ class Workplace:
     def clear(self) -> None:
         """Remove it all; the lock, for which others may be waiting, last."""
         with suppress(OSError):
-            build_records.remove("workplace", self._record((self.folder / "token").read_bytes()))
+            build_records.remove_record("workplace", self._record((self.folder / "token").read_bytes()))
         self._remove_content(keep="lock")
         disk.remove(self.folder / "lock")
         try:
@@ -144,22 +144,22 @@ def _check_folder(folder: Path) -> None:
     """Refuse a workplace that belongs to somebody else or contains links: whoever made it could lead writes elsewhere.
 
     Raises:
-        StorageError: `workplace_owner` or `workplace_link`.
+        StorageError: `workspace_owner` or `workspace_link`.
     """
     hint = f"look at it and remove {folder}, or choose another output folder"
     if folder.is_symlink():
-        raise StorageError("workplace_link", f"{folder} is a symbolic link", hint=hint)
+        raise StorageError("workspace_link", f"{folder} is a symbolic link", hint=hint)
     if not folder.exists():
         return
     if hasattr(os, "geteuid") and (owner := folder.lstat().st_uid) != os.geteuid():
-        raise StorageError("workplace_owner", f"{folder} belongs to another user (uid {owner})", hint=hint)
+        raise StorageError("workspace_owner", f"{folder} belongs to another user (uid {owner})", hint=hint)
     link = next((path for path in _entries(folder) if (folder / path).is_symlink()), None)
     if link is not None:
-        raise StorageError("workplace_link", f"{folder} contains a symbolic link: {link}", hint=hint)
+        raise StorageError("workspace_link", f"{folder} contains a symbolic link: {link}", hint=hint)
 
 
 @contextmanager
-def workplace(target: Path, check: Callable[[Path], None]) -> Iterator[Workplace]:
+def open_workspace(target: Path, check: Callable[[Path], None]) -> Iterator[Workspace]:
     """Give the place where `target` is made; while another process has it, wait.
 
     After a signal, or a fault of disk or network, what is done so far is kept for the next try.
@@ -171,7 +171,7 @@ def workplace(target: Path, check: Callable[[Path], None]) -> Iterator[Workplace
     Raises:
         StorageError: the disk refuses; the message names the path.
     """
-    place = Workplace(target, target.parent / f".{target.name}.ftdata")
+    place = Workspace(target, target.parent / f".{target.name}.ftdata")
     with _told(target):
         _check_folder(place.folder)
         with _locked(place.folder):
@@ -184,7 +184,7 @@ def workplace(target: Path, check: Callable[[Path], None]) -> Iterator[Workplace
 
 
 @contextmanager
-def _cleared(place: Workplace) -> Iterator[None]:
+def _cleared(place: Workspace) -> Iterator[None]:
     """Remove the workplace in the end, unless the same command can resume from it."""
     try:
         yield
@@ -200,7 +200,7 @@ def _cleared(place: Workplace) -> Iterator[None]:
 
 
 @contextmanager
-def new_file(target: Path) -> Iterator[Path]:
+def replace_file(target: Path) -> Iterator[Path]:
     """Give a file to write into, which becomes `target` when the block ends well, and vanishes otherwise.
 
     A device or a pipe, such as `/dev/null`, is not replaced: the content is written to it when the block ends well.
@@ -229,7 +229,7 @@ def new_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def publish_folder(target: Path) -> Iterator[Path]:
     """Give a folder that becomes `target` when the block ends well, unless another process was faster, or vanishes."""
     disk.mkdir(target.parent, parents=True, exist_ok=True)
     temporary = _beside(target)
@@ -249,26 +249,26 @@ def _beside(target: Path) -> Path:
     return target.with_name(f".{target.name}-{secrets.token_hex(4)}.tmp")
 
 
-def seal(folder: Path, result: Mapping[str, Any]) -> None:
+def seal_folder(folder: Path, result: Mapping[str, Any]) -> None:
     """Write `result.json`, the last file of a folder: a hash of every other one, a result, and a hash of the two."""
-    said = {"files": {path.name: disk.digest(path) for path in sorted(folder.iterdir())}, "result": result}
+    said = {"files": {path.name: disk.sha256_of_file(path) for path in sorted(folder.iterdir())}, "result": result}
     disk.write_json(folder / _SEAL, {**said, "seal": _hash(said)})
 
 
-def sealed(folder: Path) -> dict[str, Any] | None:
+def read_sealed(folder: Path) -> dict[str, Any] | None:
     """Return the result of a folder that was sealed, and is as it was; else `None`."""
     with suppress(OSError, ValueError, LookupError, TypeError):
-        known = json.loads(disk.read(folder / _SEAL))
+        known = json.loads(disk.read_regular_file(folder / _SEAL))
         if (
             known.pop("seal") == _hash(known)
-            and {name: disk.digest(folder / name) for name in known["files"]} == known["files"]
+            and {name: disk.sha256_of_file(folder / name) for name in known["files"]} == known["files"]
         ):
             return dict(known["result"])
     return None
 
 
 def _hash(said: Mapping[str, Any]) -> str:
-    return disk.hash_of(disk.json_of(said))
+    return disk.hash_bytes(disk.encode_json(said))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ _MAX_RECORDS = 20_000
 """When there are more records than this, the older half is removed."""
 
 
-def add(kind: str, content: bytes) -> None:
+def add_record(kind: str, content: bytes) -> None:
     """Record something; without a place for records, nothing is recorded."""
     folder = _folder()
     if folder is None:
@@ -29,7 +29,7 @@ def add(kind: str, content: bytes) -> None:
         (folder / _key(kind, content)).touch(mode=0o600)
 
 
-def has(kind: str, content: bytes) -> bool:
+def has_record(kind: str, content: bytes) -> bool:
     """Return whether this user recorded it. Records in a folder that others can write to do not count."""
     folder = _folder()
     if folder is None:
@@ -42,7 +42,7 @@ def has(kind: str, content: bytes) -> bool:
         return False
 
 
-def remove(kind: str, content: bytes) -> None:
+def remove_record(kind: str, content: bytes) -> None:
     """Remove a record, if there is one."""
     folder = _folder()
     if folder is not None:

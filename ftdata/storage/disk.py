@@ -76,10 +76,10 @@ def write(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file, keys in the order given."""
-    write(path, json_of(value))
+    write(path, encode_json(value))
 
 
-def json_of(value: Mapping[str, Any]) -> bytes:
+def encode_json(value: Mapping[str, Any]) -> bytes:
     """Return the bytes that `write_json` writes."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     return text.encode("utf-8", "backslashreplace")
@@ -153,7 +153,7 @@ def remove(path: Path) -> None:
             return
 
 
-def read(path: Path) -> bytes:
+def read_regular_file(path: Path) -> bytes:
     """Return the content of a regular file.
 
     Raises:
@@ -168,7 +168,7 @@ def _check_regular(path: Path) -> None:
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
 
 
-def digest(path: str | Path, start: int = 0, end: int | None = None) -> str:
+def sha256_of_file(path: str | Path, start: int = 0, end: int | None = None) -> str:
     """Return the SHA-256 of a file, in hexadecimal; or of the bytes from `start` to the end of `end`'s line."""
     # Faster hashes exist, but two files can be made that have the same, and one would be built for the other.
     found = hashlib.sha256()
@@ -185,7 +185,7 @@ def digest(path: str | Path, start: int = 0, end: int | None = None) -> str:
     return found.hexdigest()
 
 
-def hash_of(content: bytes) -> str:
+def hash_bytes(content: bytes) -> str:
     """Return the first 128 bits of the SHA-256 of `content`, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()[:32]
 

@@ -14,13 +14,32 @@ from typing import Any
 from ftdata.errors import BadRow
 from ftdata.schemas import ROLES, STANDS_FOR
 from ftdata.schemas.messages import THINKING_NAMES
-from ftdata.templates.attribution.coverage import check_arrival, recover
-from ftdata.templates.attribution.spans import Piece, Region, pieces, split_thinking, tile, tracked_messages
-from ftdata.templates.attribution.tracked_strings import Tracked
-from ftdata.templates.attribution.watched_strings import Origin, Watched, plain, watched, watching
-from ftdata.templates.cache.plans import Plan, alike, contents_of, shape_of, stretches_of
-from ftdata.templates.cache.turn_cache import key_of
-from ftdata.templates.template import Template, chat_variables
+from ftdata.templates.attribution.coverage import check_coverage, recover_attribution
+from ftdata.templates.attribution.spans import (
+    TextPiece,
+    TurnRegion,
+    make_spans,
+    pieces_of,
+    split_thinking,
+    track_messages,
+)
+from ftdata.templates.attribution.tracked_strings import TrackedString
+from ftdata.templates.attribution.watched_strings import (
+    Origin,
+    WatchedString,
+    record_operations,
+    unwatch,
+    watch_messages,
+)
+from ftdata.templates.cache.plans import (
+    RenderPlan,
+    conversation_shape,
+    has_same_origins,
+    message_contents,
+    recorded_pieces,
+)
+from ftdata.templates.cache.turn_cache import skeleton_key
+from ftdata.templates.template import Template, make_chat_variables
 from ftdata.templates.turns import locate
 from ftdata.types import Conversation, Message, Part, Rendered
 
@@ -31,7 +50,7 @@ _MAX_CACHED_MESSAGES = 200
 
 
 @dataclass(frozen=True)
-class Chat:
+class ChatRendering:
     """A conversation as one chat template is given it: messages whose strings are tracked."""
 
     template: Template
@@ -41,7 +60,7 @@ class Chat:
     watch: bool = False
 
     @classmethod
-    def of(cls, conversation: Conversation, template: Template) -> Chat:
+    def of(cls, conversation: Conversation, template: Template) -> ChatRendering:
         """Track the conversation's messages; arguments of calls are objects where the template does not take text.
 
         Raises:
@@ -54,29 +73,29 @@ class Chat:
         if not template.takes_text_arguments and any(map(_has_text_arguments, messages)):
             messages = [_with_arguments(message, _as_object) for message in messages]
             flags = frozenset({"arguments_parsed"})
-        return cls(template, tuple(tracked_messages(messages)), conversation.tools, flags)
+        return cls(template, tuple(track_messages(messages)), conversation.tools, flags)
 
-    def first(self, count: int) -> Chat:
+    def first(self, count: int) -> ChatRendering:
         """Return the first messages of the conversation."""
         return replace(self, messages=self.messages[:count])
 
-    def text(self, count: int | None = None, *, generation_prompt: bool = False) -> Tracked:
+    def text(self, count: int | None = None, *, generation_prompt: bool = False) -> TrackedString:
         """Render the first `count` messages, by default all; of a watched conversation the text is watched.
 
         Raises:
             BadRow: the template fails.
         """
         messages = list(self.messages[:count])
-        variables = chat_variables(messages, self.tools, generation_prompt=generation_prompt)
+        variables = make_chat_variables(messages, self.tools, generation_prompt=generation_prompt)
         return self.template.rendered(variables, watch=self.watch)
 
-    def watched(self) -> Chat:
+    def watched(self) -> ChatRendering:
         """Return the same conversation with its texts watched (`watched.watching`)."""
-        return replace(self, messages=tuple(watched(self.messages)), watch=True)
+        return replace(self, messages=tuple(watch_messages(self.messages)), watch=True)
 
     def changed(self, index: int, message: Message | dict[str, Any]) -> str | None:
         """Render with another message `index`; `None` where the template fails."""
-        (other,) = tracked_messages([message])
+        (other,) = track_messages([message])
         try:
             return str.__str__(
                 replace(self, messages=(*self.messages[:index], other, *self.messages[index + 1 :])).text()
@@ -85,7 +104,7 @@ class Chat:
             return None
 
 
-def render_chat(chat: Chat, turns: Sequence[int], dropped: str = "refuse") -> Rendered:
+def render_turns(chat: ChatRendering, turns: Sequence[int], on_dropped_message: str = "reject") -> Rendered:
     """Render a conversation, with the regions of the given assistant turns.
 
     Raises:
@@ -93,15 +112,15 @@ def render_chat(chat: Chat, turns: Sequence[int], dropped: str = "refuse") -> Re
     """
     chat, tracked = _rendered(chat)
     text = str.__str__(tracked)
-    parts = recover(text, pieces(tracked), chat.messages, chat.changed)
-    flags = chat.flags | check_arrival(chat.messages, chat.tools, text, parts, chat.changed, dropped)
+    parts = recover_attribution(text, pieces_of(tracked), chat.messages, chat.changed)
+    flags = chat.flags | check_coverage(chat.messages, chat.tools, text, parts, chat.changed, on_dropped_message)
     origins: list[Origin | None] = []
     regions, unusual = _regions(chat, tracked, parts, turns, origins)
     assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    spans = tile(split_thinking(text, parts, regions, assistants), regions)
+    spans = make_spans(split_thinking(text, parts, regions, assistants), regions)
     unusual |= _thinking_flags(text, parts, regions)
     rendered = Rendered(text, spans, flags | unusual, messages=len(chat.messages))
-    if origins and not flags and parts == pieces(tracked):
+    if origins and not flags and parts == pieces_of(tracked):
         # Texts that are joined thousands of times have origins nested too deep to be gone through.
         with suppress(RecursionError):
             plan = _plan(chat, rendered, parts, turns, origins)
@@ -114,7 +133,7 @@ _EMPTY_THINKING = re.compile(rf"\s*(?:<({THINKING_NAMES})>\s*</\1>|</(?:{THINKIN
 """An empty thinking block, whole or without the tag that the prompt ends with."""
 
 
-def _thinking_flags(text: str, parts: Sequence[Piece], regions: Sequence[Region]) -> frozenset[str]:
+def _thinking_flags(text: str, parts: Sequence[TextPiece], regions: Sequence[TurnRegion]) -> frozenset[str]:
     """Return the flag of texts in which the template itself begins a turn with an empty thinking block."""
     for region in regions:
         found = _EMPTY_THINKING.match(text, region.start, region.end)
@@ -128,8 +147,12 @@ def _thinking_flags(text: str, parts: Sequence[Piece], regions: Sequence[Region]
 
 
 def _plan(
-    chat: Chat, rendered: Rendered, parts: tuple[Piece, ...], turns: Sequence[int], origins: Sequence[Origin | None]
-) -> Plan | None:
+    chat: ChatRendering,
+    rendered: Rendered,
+    parts: tuple[TextPiece, ...],
+    turns: Sequence[int],
+    origins: Sequence[Origin | None],
+) -> RenderPlan | None:
     """Return how conversations like this one are rendered, if all is known about that.
 
     `origins` tell how the whole came about, and what it was compared with.
@@ -138,59 +161,62 @@ def _plan(
     # What a template does about typed control tokens is looked at in each row that has them.
     if (control := chat.template.control) and any(control.search(message["content"]) for message in messages):
         return None
-    key = key_of(chat.messages, (), turns, rendered.text, parts)
+    key = skeleton_key(chat.messages, (), turns, rendered.text, parts)
     way = chat.template.memory.way(key, chat.messages, rendered.text, parts)
-    stretches, contents = stretches_of(origins[0], messages, parts, rendered.text), contents_of(messages)
+    stretches, contents = recorded_pieces(origins[0], messages, parts, rendered.text), message_contents(messages)
     if way is None or stretches is None or contents is None:
         return None
-    plan = Plan.of(way, stretches, rendered, parts, alike=alike(origins[0], origins[1:]))
+    plan = RenderPlan.of(way, stretches, rendered, parts, alike=has_same_origins(origins[0], origins[1:]))
     if plan is None or not plan.bounded:
         return None
     return plan if plan.fill(messages, contents) == rendered else None
 
 
 def _regions(
-    chat: Chat,
-    tracked: Tracked,
-    parts: tuple[Piece, ...],
+    chat: ChatRendering,
+    tracked: TrackedString,
+    parts: tuple[TextPiece, ...],
     turns: Sequence[int],
     origins: list[Origin | None],
-) -> tuple[list[Region], frozenset[str]]:
+) -> tuple[list[TurnRegion], frozenset[str]]:
     """Return what the model must produce, as detected; where the user's own template marks it otherwise, as marked."""
     own = chat.template.tagged and chat.template.strict
     assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    marked = locate.from_blocks(parts, assistants, turns) if own else None
+    marked = locate.regions_from_blocks(parts, assistants, turns) if own else None
     try:
         located = _located(chat, tracked, parts, turns, origins)
         _check_disjoint([turn.region for turn in located])
     except BadRow:
         if marked is None:
             raise
-        return marked, frozenset({"tags_unconfirmed"})
+        return marked, frozenset({"generation_tags_unconfirmed"})
     regions = [turn.region for turn in located]
     flags = frozenset[str]().union(*(turn.flags for turn in located))
     solid = [one for one in regions if one.start < one.end]
     if marked is not None:
-        return (regions, flags) if marked == solid else (marked, flags | {"tags_unconfirmed"})
+        return (regions, flags) if marked == solid else (marked, flags | {"generation_tags_unconfirmed"})
     if chat.template.tagged and (tags := _marked(parts, assistants, turns)) != solid:
         # Where a template has no generation prompt, nothing but its tags says that the model need not write a header.
         if tags and "add_generation_prompt" not in chat.template.names and _begin_later(tags, solid):
-            return tags, flags | {"tags_unconfirmed"}
-        flags |= {"tags_overruled", *(["stop_untagged"] if tags and _end_sooner(tags, solid) else [])}
+            return tags, flags | {"generation_tags_unconfirmed"}
+        flags |= {
+            "generation_tags_overruled",
+            *(["stop_outside_generation_tags"] if tags and _end_sooner(tags, solid) else []),
+        }
     return regions, flags
 
 
-def _begin_later(marked: Sequence[Region], found: Sequence[Region]) -> bool:
+def _begin_later(marked: Sequence[TurnRegion], found: Sequence[TurnRegion]) -> bool:
     pairs = [(one.message, one.end) for one in marked] == [(one.message, one.end) for one in found]
     return pairs and all(one.start >= other.start for one, other in zip(marked, found, strict=True))
 
 
-def _end_sooner(marked: Sequence[Region], found: Sequence[Region]) -> bool:
+def _end_sooner(marked: Sequence[TurnRegion], found: Sequence[TurnRegion]) -> bool:
     ends = {one.message: one.end for one in marked}
     return all(ends.get(one.message, one.end) < one.end for one in found)
 
 
-def _check_disjoint(regions: Sequence[Region]) -> None:
+def _check_disjoint(regions: Sequence[TurnRegion]) -> None:
     for before, after in pairwise(regions):
         if after.start < before.end:
             raise BadRow(
@@ -201,68 +227,70 @@ def _check_disjoint(regions: Sequence[Region]) -> None:
             )
 
 
-def _rendered(chat: Chat) -> tuple[Chat, Tracked]:
+def _rendered(chat: ChatRendering) -> tuple[ChatRendering, TrackedString]:
     try:
         return chat, chat.text()
     except BadRow:
         if not any(message.get("tool_calls") for message in chat.messages):
             raise
         # Some templates print the arguments of a call as they are, and so need them as text.
-        messages = tuple(tracked_messages([_with_arguments(message, _as_text) for message in chat.messages]))
+        messages = tuple(track_messages([_with_arguments(message, _as_text) for message in chat.messages]))
         chat = replace(chat, messages=messages, flags=chat.flags | {"arguments_as_text"})
         return chat, chat.text()
 
 
 def _located(
-    chat: Chat,
-    tracked: Tracked,
-    parts: tuple[Piece, ...],
+    chat: ChatRendering,
+    tracked: TrackedString,
+    parts: tuple[TextPiece, ...],
     turns: Sequence[int],
     origins: list[Origin | None],
-) -> list[locate.Turn]:
+) -> list[locate.LocatedTurn]:
     """Find the turns, or remember where they are in renderings like this one.
 
     Where a plan may come of it, they are found, and `origins` tell how the texts that were compared came about: the
     whole first.
     """
     text, memory = str.__str__(tracked), chat.template.memory
-    key = key_of(chat.messages, chat.tools, turns, text, parts)
+    key = skeleton_key(chat.messages, chat.tools, turns, text, parts)
     # Long conversations are rarely of one shape, and what is recorded of one grows with the square of its messages.
     cached = len(chat.messages) <= _MAX_CACHED_MESSAGES
     planned = cached and not chat.tools and chat.template.plans.wanted(chat.messages, turns)
     if not planned and (known := memory.recall(key, chat.messages, text, parts)) is not None:
         return known
-    seen: dict[tuple[int, bool], Tracked] = {}
+    seen: dict[tuple[int, bool], TrackedString] = {}
     asked = chat.watched() if cached and chat.template.foreseeable else chat
-    shape = shape_of(chat.messages, ()) if asked.watch and not chat.tools else None
+    shape = conversation_shape(chat.messages, ()) if asked.watch and not chat.tools else None
 
-    def run(count: int, generation_prompt: bool) -> Tracked:
+    def run(count: int, generation_prompt: bool) -> TrackedString:
         render = partial(asked.text, count, generation_prompt=generation_prompt)
         if shape is None:
             return render()
         return chat.template.runs.text((shape[:count], generation_prompt), chat.messages, log, render)
 
-    def prefix(count: int, generation_prompt: bool) -> Tracked:
+    def prefix(count: int, generation_prompt: bool) -> TrackedString:
         place = (count, generation_prompt)
         if place not in seen:
             seen[place] = run(*place)
-        return plain(seen[place])
+        return unwatch(seen[place])
 
-    with watching() as log:
+    with record_operations() as log:
         whole = run(len(chat.messages), False) if asked.watch else tracked
         found = [_locate(chat, text, parts, turn, prefix) for turn in turns]
-    if asked.watch and plain(whole) == tracked and parts == pieces(tracked):
+    if asked.watch and unwatch(whole) == tracked and parts == pieces_of(tracked):
         # The origins of texts that are joined in long loops are nested too deep to be compared.
         with suppress(RecursionError):
-            memory.keep(key, log, text, map(plain, seen.values()), parts, found)
+            memory.keep(key, log, text, map(unwatch, seen.values()), parts, found)
     if planned:
-        origins += (one.origin if isinstance(one, Watched) else ("is", one) for one in (whole, *seen.values()))
+        origins += (one.origin if isinstance(one, WatchedString) else ("is", one) for one in (whole, *seen.values()))
     return found
 
 
-def _locate(chat: Chat, text: str, parts: Sequence[Piece], turn: int, prefix: locate.RenderPrefix) -> locate.Turn:
+def _locate(
+    chat: ChatRendering, text: str, parts: Sequence[TextPiece], turn: int, prefix: locate.RenderPrefix
+) -> locate.LocatedTurn:
     try:
-        return locate.locate(text, parts, turn, prefix, len(chat.messages), chat.template.stops)
+        return locate.locate_turn(text, parts, turn, prefix, len(chat.messages), chat.template.stops)
     except BadRow as error:
         error.field = error.field or f"messages[{turn}]"
         # Of the tags that vendors put into templates, many train headers or miss the stop: they are no proof.
@@ -271,9 +299,9 @@ def _locate(chat: Chat, text: str, parts: Sequence[Piece], turn: int, prefix: lo
         raise
 
 
-def _marked(parts: Sequence[Piece], assistants: Sequence[int], turns: Sequence[int]) -> list[Region] | None:
+def _marked(parts: Sequence[TextPiece], assistants: Sequence[int], turns: Sequence[int]) -> list[TurnRegion] | None:
     try:
-        return locate.from_blocks(parts, assistants, turns)
+        return locate.regions_from_blocks(parts, assistants, turns)
     except BadRow:
         return None
 

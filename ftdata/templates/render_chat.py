@@ -7,27 +7,27 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ftdata.errors import BadRow, TemplateRefused
-from ftdata.templates.attribution.spans import Region, pieces, tile, tracked
-from ftdata.templates.chat import Chat, render_chat
+from ftdata.templates.attribution.spans import TurnRegion, make_spans, pieces_of, track_value
+from ftdata.templates.chat import ChatRendering, render_turns
 from ftdata.templates.template import Template, templates
 from ftdata.types import Conversation, Message, Part, Rendered, Span
 
 TURNS = ("auto", "joint", "split")
 
-DROPPED = ("refuse", "flag")
+DROPPED_MESSAGE_POLICIES = ("reject", "flag")
 
-UNCLOSED = ("flag", "append_eos")
+MISSING_STOP_POLICIES = ("flag", "append_eos")
 
-_SPLITTABLE = frozenset({"history_drift", "stop_unknown", "overlap"})
+_SPLITTABLE = frozenset({"history_drift", "unknown_stop", "overlap"})
 """Refusals of a whole conversation that need not hold for its turns taken by themselves."""
 
 
-_LISTS_REFUSED = frozenset({"template_raises", "payload_dropped", "content_stringified"})
+_LISTS_REFUSED = frozenset({"template_raises", "message_dropped", "content_stringified"})
 """What becomes of contents that are lists of parts where a template takes only text."""
 
 
-def render(
-    conversation: Conversation, template: Template, turns: str = "auto", dropped: str = "refuse"
+def render_chat(
+    conversation: Conversation, template: Template, turns: str = "auto", on_dropped_message: str = "reject"
 ) -> tuple[Rendered, ...]:
     """Render a conversation, attributed: one `Rendered`, or several that train some of its turns each.
 
@@ -37,7 +37,7 @@ def render(
         turns: `"joint"`: one text for all turns; `"split"`: one text for every group of assistant turns that
             answer one user message, equal to what is shown to the model when it is asked for them; `"auto"`: joint
             where the template shows earlier turns as the model wrote them, else split.
-        dropped: what to do where the template leaves out a message that is not the assistant's: `"refuse"` or `"flag"`.
+        on_dropped_message: what to do where the template leaves out a message that is not the assistant's: `"reject"` or `"flag"`.
 
     Raises:
         BadRow: the row does not fit the template, or where its turns begin and end is not certain.
@@ -54,27 +54,27 @@ def render(
     if not template.chat:
         return (_render_fields(conversation, template),)
     try:
-        return _render_chat(conversation, template, turns, dropped)
+        return _render_chat(conversation, template, turns, on_dropped_message)
     except BadRow as error:
-        joined = with_texts(conversation)
+        joined = join_text_parts(conversation)
         if error.code not in _LISTS_REFUSED or joined == conversation:
             raise
-        texts = _render_chat(joined, template, turns, dropped)
-        return tuple(one._replace(flags=one.flags | {"parts_joined"}) for one in texts)
+        texts = _render_chat(joined, template, turns, on_dropped_message)
+        return tuple(one._replace(flags=one.flags | {"content_parts_joined"}) for one in texts)
 
 
 class _Unknown(Exception):
     """What a template makes of a conversation is not told by a plan."""
 
 
-def known(
-    conversation: Conversation, template: Template, turns: str = "auto", dropped: str = "refuse"
+def render_from_cache(
+    conversation: Conversation, template: Template, turns: str = "auto", on_dropped_message: str = "reject"
 ) -> tuple[Rendered, ...] | None:
-    """Return what `render` does of a conversation for which the template need not be run; `None` for others."""
+    """Return what `render_turns` does of a conversation for which the template need not be run; `None` for others."""
     if not template.source or (conversation.text is not None and template.chat):
-        return render(conversation, template, turns)
+        return render_chat(conversation, template, turns)
     try:
-        return _render_chat(conversation, template, turns, dropped, runs=False) if template.chat else None
+        return _render_chat(conversation, template, turns, on_dropped_message, runs=False) if template.chat else None
     except _Unknown:
         return None
 
@@ -88,7 +88,7 @@ def trained_answers(conversation: Conversation) -> list[int]:
     ]
 
 
-def with_texts(conversation: Conversation) -> Conversation:
+def join_text_parts(conversation: Conversation) -> Conversation:
     """Return the conversation with text for each content that is a list of one text part."""
     return replace(conversation, messages=tuple(map(_with_text, conversation.messages)))
 
@@ -102,18 +102,22 @@ def _with_text(message: Message) -> Message:
 
 
 def _render_chat(
-    conversation: Conversation, template: Template, turns: str, dropped: str, *, runs: bool = True
+    conversation: Conversation, template: Template, turns: str, on_dropped_message: str, *, runs: bool = True
 ) -> tuple[Rendered, ...]:
     assistants = trained_answers(conversation)
     planned = turns != "split" and not conversation.tools
     whole = template.plans.filled(conversation.messages, assistants) if planned else None
-    chat = _Chats(conversation, template, dropped, runs)
+    chat = _Chats(conversation, template, on_dropped_message, runs)
     if whole is None and turns != "split":
         whole = chat.joint(assistants, must=turns == "joint")
-    if whole is not None and (turns == "joint" or "rewritten" not in whole.flags):
+    if whole is not None and (turns == "joint" or "history_rewritten" not in whole.flags):
         return (whole,)
     parts = [one for group in _groups(conversation.messages, assistants) for one in _split(chat, group)]
-    return tuple(one._replace(flags=one.flags | {"split"}) for one in parts) if len(parts) > 1 else tuple(parts)
+    return (
+        tuple(one._replace(flags=one.flags | {"conversation_split"}) for one in parts)
+        if len(parts) > 1
+        else tuple(parts)
+    )
 
 
 @dataclass
@@ -122,25 +126,25 @@ class _Chats:
 
     conversation: Conversation
     template: Template
-    dropped: str
+    on_dropped_message: str
     runs: bool
 
     @cached_property
-    def _whole(self) -> Chat:
-        return Chat.of(self.conversation, self.template)
+    def _whole(self) -> ChatRendering:
+        return ChatRendering.of(self.conversation, self.template)
 
     def until(self, turns: Sequence[int], count: int | None = None) -> Rendered:
         """Render the first `count` messages, by a plan where there is one, or all, for which there is none.
 
         Raises:
-            BadRow: as `render_chat` does.
+            BadRow: as `render_turns` does.
         """
         messages = self.conversation.messages[:count]
         planned = count is not None and not self.conversation.tools
         known = self.template.plans.filled(messages, turns) if planned else None
         if known is None and not self.runs:
             raise _Unknown
-        return known or render_chat(self._whole.first(len(messages)), turns, self.dropped)
+        return known or render_turns(self._whole.first(len(messages)), turns, self.on_dropped_message)
 
     def joint(self, turns: Sequence[int], count: int | None = None, *, must: bool) -> Rendered | None:
         """Render them in one text; `None` where that is refused, and each alone need not be."""
@@ -152,13 +156,15 @@ class _Chats:
             return None
 
 
-def closed(rendered: Rendered, template: Template) -> Rendered:
+def append_missing_stop(rendered: Rendered, template: Template) -> Rendered:
     """Return the text with EOS after a last turn that the template leaves without a stop; else as it is."""
     eos = template.special_tokens.get("eos_token")
     last = max((span for span in rendered.spans if span.generated), default=None)
     if last is None or eos is None or rendered.text[last.end :].strip():
         return rendered
-    if "unclosed_final" not in rendered.flags and ("no_stop" not in rendered.flags or last.part is Part.SCAFFOLD):
+    if "missing_final_stop" not in rendered.flags and (
+        "no_trained_stop" not in rendered.flags or last.part is Part.SCAFFOLD
+    ):
         return rendered
     text = rendered.text[: last.end] + eos
     spans = (
@@ -167,7 +173,7 @@ def closed(rendered: Rendered, template: Template) -> Rendered:
     )
     # Whether an earlier turn has no stop either, its tokens tell.
     return rendered._replace(
-        text=text, spans=spans, flags=rendered.flags - {"unclosed_final", "no_stop"} | {"eos_appended"}
+        text=text, spans=spans, flags=rendered.flags - {"missing_final_stop", "no_trained_stop"} | {"eos_appended"}
     )
 
 
@@ -185,7 +191,7 @@ def _groups(messages: Sequence[Message], assistants: Sequence[int]) -> Iterator[
 def _split(chat: _Chats, group: Sequence[int]) -> Iterator[Rendered]:
     if len(group) > 1:
         together = chat.joint(group, group[-1] + 1, must=False)
-        if together is not None and "rewritten" not in together.flags:
+        if together is not None and "history_rewritten" not in together.flags:
             yield together
             return
     for turn in group:
@@ -205,19 +211,19 @@ def _already_formatted(text: str, template: Template) -> Rendered:
 
 def _render_fields(conversation: Conversation, template: Template) -> Rendered:
     owners = {
-        name: tracked(value, Part.CONTENT, index) for index, (name, value) in enumerate(conversation.fields.items())
+        name: track_value(value, Part.CONTENT, index) for index, (name, value) in enumerate(conversation.fields.items())
     }
     try:
         text = template.run(owners)
     except BadRow as error:
         error.hint = f"the row has {', '.join(conversation.fields) or 'messages'}; columns= maps other names"
         raise
-    parts = pieces(text)
+    parts = pieces_of(text)
     arrived = {piece.message for piece in parts}
     for index, (name, value) in enumerate(conversation.fields.items()):
         if value.strip() and index not in arrived:
             raise BadRow(
-                "payload_dropped",
+                "message_dropped",
                 f"template {template.name!r} does not print this column",
                 field=name,
                 hint="use a template that has room for it, or take it out of the data",
@@ -225,10 +231,10 @@ def _render_fields(conversation: Conversation, template: Template) -> Rendered:
     answer = conversation.completion_from
     blocks = dict.fromkeys(piece.block for piece in parts if piece.block)
     regions = [
-        Region(answer, min(p.start for p in parts if p.block == b), max(p.end for p in parts if p.block == b))
+        TurnRegion(answer, min(p.start for p in parts if p.block == b), max(p.end for p in parts if p.block == b))
         for b in blocks
     ]
     if not regions:
         raise BadRow("nothing_marked", f"template {template.name!r} marks nothing as trained for this row")
     prompt_parts = (piece._replace(message=min(piece.message, 0)) for piece in parts)
-    return Rendered(str.__str__(text), tile(prompt_parts, regions), add_bos=True)
+    return Rendered(str.__str__(text), make_spans(prompt_parts, regions), add_bos=True)

@@ -15,19 +15,19 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
-from ftdata.errors import BadRow, TemplateRefused, UsageError, nearest
+from ftdata.errors import BadRow, TemplateRefused, UsageError, suggest_names
 from ftdata.registry import Registry
 from ftdata.storage import disk
-from ftdata.templates.attribution.spans import pieces, tracked, tracked_messages
-from ftdata.templates.attribution.tracked_strings import Tracked, concat
-from ftdata.templates.attribution.watched_strings import plain
-from ftdata.templates.cache.plans import Plans
-from ftdata.templates.cache.prefix_cache import Runs
-from ftdata.templates.cache.turn_cache import Memory
-from ftdata.templates.sandbox.constant_folding import names_in
-from ftdata.templates.sandbox.environment import compile_template, environment
+from ftdata.templates.attribution.spans import pieces_of, track_messages, track_value
+from ftdata.templates.attribution.tracked_strings import TrackedString, concat_tracked
+from ftdata.templates.attribution.watched_strings import unwatch
+from ftdata.templates.cache.plans import PlanCache
+from ftdata.templates.cache.prefix_cache import PrefixCache
+from ftdata.templates.cache.turn_cache import TurnCache
+from ftdata.templates.sandbox.constant_folding import template_variables
+from ftdata.templates.sandbox.environment import compile_template, sandbox_environment
 from ftdata.templates.turns import locate
-from ftdata.templates.turns.stops import Stops
+from ftdata.templates.turns.stops import TurnStops
 from ftdata.types import Part
 
 templates: Registry[Path] = Registry("ftdata.templates", "template")
@@ -54,7 +54,7 @@ _ROLES = {"u": "user", "a": "assistant"}
 DEFAULT_DATE = datetime.datetime(2026, 1, 1)  # noqa: DTZ001  (templates print wall-clock time)
 """What the clock shows where nobody said otherwise: templates with a date stay the same from day to day."""
 
-_TRACKED_OBJECT = f"{Tracked.__module__}.{Tracked.__name__} object"
+_TRACKED_OBJECT = f"{TrackedString.__module__}.{TrackedString.__name__} object"
 """How Jinja names a tracked string."""
 
 TEMPLATE_FAULTS = (
@@ -102,7 +102,7 @@ class Template:
     @cached_property
     def key(self) -> str:
         """A hash of all that it is."""
-        return disk.hash_of(self.description.encode())
+        return disk.hash_bytes(self.description.encode())
 
     @classmethod
     def described(cls, description: str) -> Template:
@@ -119,7 +119,7 @@ class Template:
             TemplateRefused: `template_syntax`, with the line.
         """
         with self._told():
-            return names_in(self._syntax)
+            return template_variables(self._syntax)
 
     @cached_property
     def chat(self) -> bool:
@@ -129,7 +129,7 @@ class Template:
     @cached_property
     def tagged(self) -> bool:
         """Whether the template itself marks what the model must produce."""
-        tokens = environment().lex(self.source)
+        tokens = sandbox_environment().lex(self.source)
         return any(kind == "name" and value == "generation" for _, kind, value in tokens)
 
     @cached_property
@@ -141,11 +141,11 @@ class Template:
         return any(name.name == "strftime_now" for name in names)
 
     @cached_property
-    def stops(self) -> Stops:
+    def stops(self) -> TurnStops:
         """How turns end, learnt from probes."""
-        return locate.learn(self._probe, Stops(self.special_tokens.get("eos_token"), self.control))
+        return locate.learn_stops(self._probe, TurnStops(self.special_tokens.get("eos_token"), self.control))
 
-    def _probe(self, roles: str) -> Tracked | None:
+    def _probe(self, roles: str) -> TrackedString | None:
         """Render a plain conversation, its contents as text or, for templates that want them so, as lists of parts."""
         contents = [f"{_ROLES[role]} text {number}" for number, role in enumerate(roles)]
         for as_content in (str, _as_parts):
@@ -154,11 +154,11 @@ class Template:
                 for role, content in zip(roles, contents, strict=True)
             ]
             try:
-                text = self.run(chat_variables(tracked_messages(messages)))
+                text = self.run(make_chat_variables(track_messages(messages)))
             except BadRow:
                 continue
             for found in (text, _found_again(text, contents)):
-                if len(roles) == len({piece.message for piece in pieces(found) if piece.part is Part.CONTENT}):
+                if len(roles) == len({piece.message for piece in pieces_of(found) if piece.part is Part.CONTENT}):
                     return found
         return None
 
@@ -175,7 +175,7 @@ class Template:
         ]
         for count in (4, 2):
             try:
-                return arguments in self.run(chat_variables(tracked_messages(messages[:count])))
+                return arguments in self.run(make_chat_variables(track_messages(messages[:count])))
             except BadRow:
                 continue
         return False
@@ -197,21 +197,21 @@ class Template:
         return divided and not any(_uses_length(node) for node in syntax.find_all(nodes.Node))
 
     @cached_property
-    def memory(self) -> Memory:
+    def memory(self) -> TurnCache:
         """Where turns begin and end, for the conversations seen so far."""
-        return Memory()
+        return TurnCache()
 
     @cached_property
-    def runs(self) -> Runs:
+    def runs(self) -> PrefixCache:
         """What the template made of the first messages of conversations seen so far."""
-        return Runs()
+        return PrefixCache()
 
     @cached_property
-    def plans(self) -> Plans:
+    def plans(self) -> PlanCache:
         """What the template makes of conversations that it treats as those seen so far."""
-        return Plans()
+        return PlanCache()
 
-    def run(self, variables: Mapping[str, Any]) -> Tracked:
+    def run(self, variables: Mapping[str, Any]) -> TrackedString:
         """Render once. The text is exactly what transformers renders for the same variables.
 
         Args:
@@ -221,17 +221,19 @@ class Template:
             BadRow: `template_raises`, with the template's own message.
             TemplateRefused: it cannot be compiled.
         """
-        return plain(self.rendered(variables))
+        return unwatch(self.rendered(variables))
 
-    def rendered(self, variables: Mapping[str, Any], *, watch: bool = False) -> Tracked:
+    def rendered(self, variables: Mapping[str, Any], *, watch: bool = False) -> TrackedString:
         """Render once, as `run`; with `watch`, the text may be watched itself, and tells how it came about."""
         given = {**self.special_tokens, **self.kwargs, **variables}
         program = self._compile(watch=watch)
         try:
-            return Tracked.of(program.render(given))
+            return TrackedString.of(program.render(given))
         except TEMPLATE_FAULTS as error:
             reason = (
-                str(error).replace(f"'{Tracked.__name__}'", "'str'").replace(f"'{_TRACKED_OBJECT}'", "'str object'")
+                str(error)
+                .replace(f"'{TrackedString.__name__}'", "'str'")
+                .replace(f"'{_TRACKED_OBJECT}'", "'str object'")
             )
             raise BadRow("template_raises", f"template {self.name!r} fails on this row: {reason}") from None
 
@@ -259,10 +261,10 @@ class Template:
 
 @lru_cache(maxsize=64)
 def _parsed(source: str) -> nodes.Template:
-    return environment().parse(source)
+    return sandbox_environment().parse(source)
 
 
-def find(spec: str | Path) -> tuple[str, str]:
+def find_template(spec: str | Path) -> tuple[str, str]:
     """Return the name and the Jinja text of a template: a built-in or plug-in name, a file, or Jinja itself.
 
     Raises:
@@ -276,7 +278,7 @@ def find(spec: str | Path) -> tuple[str, str]:
         raise UsageError(
             "unknown_template",
             f"no template named {text!r}, and no file of that name",
-            hint=nearest(text, templates.names()),
+            hint=suggest_names(text, templates.names()),
         )
     try:
         return text, path.read_bytes().decode("utf-8")
@@ -284,7 +286,7 @@ def find(spec: str | Path) -> tuple[str, str]:
         raise UsageError("template_encoding", f"{path} is not UTF-8 text: {error}") from None
 
 
-def check(template: Template) -> None:
+def check_can_train(template: Template) -> None:
     """Refuse a template that could never train anything, before any row is read.
 
     Raises:
@@ -298,7 +300,7 @@ def check(template: Template) -> None:
         )
 
 
-def scaffold(template: Template) -> str:
+def render_scaffold(template: Template) -> str:
     """Return what a chat template prints around messages, whatever they say: where it glues control tokens together.
 
     Templates that refuse a probe are silent here, and judged by the rows.
@@ -313,13 +315,13 @@ def scaffold(template: Template) -> str:
     return found
 
 
-def chat_variables(
+def make_chat_variables(
     messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] = (), *, generation_prompt: bool = False
 ) -> dict[str, Any]:
     """Return what a chat template is given, as transformers gives it."""
     return {
         "messages": messages,
-        "tools": tracked(tools, Part.TOOLS, -1) if tools else None,
+        "tools": track_value(tools, Part.TOOLS, -1) if tools else None,
         "documents": None,
         "add_generation_prompt": generation_prompt,
     }
@@ -335,11 +337,11 @@ def _uses_length(node: nodes.Node) -> bool:
     return not all(isinstance(one, nodes.Name) and one.name in ("messages", "tools") for one in lengths)
 
 
-def _found_again(text: Tracked, contents: Sequence[str]) -> Tracked:
+def _found_again(text: TrackedString, contents: Sequence[str]) -> TrackedString:
     """Return a text with these contents tracked where they stand, for templates that format them."""
     parts: list[str] = re.split(f"({'|'.join(map(re.escape, contents))})", str.__str__(text))
-    owners = {content: tracked(content, Part.CONTENT, index) for index, content in enumerate(contents)}
-    return Tracked.of(concat(owners.get(part, part) for part in parts))
+    owners = {content: track_value(content, Part.CONTENT, index) for index, content in enumerate(contents)}
+    return TrackedString.of(concat_tracked(owners.get(part, part) for part in parts))
 
 
 def _as_parts(text: str) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ftdata.types import Rendered, Source, Spans
 
 
-class Encoded(NamedTuple):
+class EncodedText(NamedTuple):
     """The tokens of one text: `ids` int32 `[n]`, `offsets` int32 `[n, 2]` in characters of the text.
 
     `escaped`: control tokens that the row spells were kept from becoming real.
@@ -45,33 +45,33 @@ class Encodings:
     escaped: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, encoded: Sequence[Encoded], sizes: Iterable[int]) -> Encodings:
+    def of(cls, encoded: Sequence[EncodedText], sizes: Iterable[int]) -> Encodings:
         """Lay the tokens of texts end to end; `sizes` are the characters of each.
 
-        >>> one = Encoded(np.array([7, 8], np.int32), np.array([[0, 2], [2, 3]], np.int32))
+        >>> one = EncodedText(np.array([7, 8], np.int32), np.array([[0, 2], [2, 3]], np.int32))
         >>> both = Encodings.of([one, one], [3, 3])
         >>> both.starts.tolist(), both.bounds.tolist(), both[1].offsets.tolist()
         ([0, 2, 3, 5], [0, 2, 4], [[0, 2], [2, 3]])
         """
-        bounds, places = ends_of(len(one.ids) for one in encoded), ends_of(sizes)
+        bounds, places = end_offsets(len(one.ids) for one in encoded), end_offsets(sizes)
         ids = np.concatenate([one.ids for one in encoded]) if encoded else np.empty(0, np.int32)
         offsets = np.concatenate([one.offsets for one in encoded]) if encoded else np.empty((0, 2), np.int32)
-        shift = np.repeat(places[:-1].astype(width(int(places[-1]))), np.diff(bounds))
+        shift = np.repeat(places[:-1].astype(offset_dtype(int(places[-1]))), np.diff(bounds))
         escaped = frozenset(number for number, one in enumerate(encoded) if one.escaped)
         return cls(ids, offsets[:, 0] + shift, offsets[:, 1] + shift, bounds, places, escaped)
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
-    def __getitem__(self, number: int) -> Encoded:
+    def __getitem__(self, number: int) -> EncodedText:
         own = slice(*self.bounds[number : number + 2].tolist())
         offsets = np.stack((self.starts[own], self.ends[own]), axis=1) - self.places[number]
-        return Encoded(self.ids[own], offsets.astype(np.int32), number in self.escaped)
+        return EncodedText(self.ids[own], offsets.astype(np.int32), number in self.escaped)
 
-    def __iter__(self) -> Iterator[Encoded]:
+    def __iter__(self) -> Iterator[EncodedText]:
         return map(self.__getitem__, range(len(self)))
 
-    def with_(self, others: Mapping[int, Encoded]) -> Encodings:
+    def with_(self, others: Mapping[int, EncodedText]) -> Encodings:
         """Return the same with other tokens for some of the texts."""
         if not others:
             return self
@@ -95,7 +95,7 @@ class Encodings:
 
 
 @dataclass(frozen=True, eq=False)
-class Renderings:
+class RenderedBatch:
     """Many rendered texts, and their spans.
 
     Attributes:
@@ -137,17 +137,17 @@ class Renderings:
 
     @cached_property
     def _edges(self) -> NDArray[np.int64]:
-        return ends_of(chain.from_iterable([one.sizes for one in self.spans]))
+        return end_offsets(chain.from_iterable([one.sizes for one in self.spans]))
 
 
-class Columns(NamedTuple):
+class ExampleColumns(NamedTuple):
     """Examples by columns, one after the other, as they are counted and written.
 
     Attributes:
         ids: int32 `[tokens]`.
         trained: bool `[tokens]`.
         lengths: int64 `[examples]`, tokens of each.
-        learnt: int64 `[examples]`, trained tokens of each.
+        trained_counts: int64 `[examples]`, trained tokens of each.
         cut: tokens that truncation took from each.
         flags: what a careful reader should know of each.
         sources: where the row of each came from.
@@ -156,18 +156,18 @@ class Columns(NamedTuple):
     ids: NDArray[np.int32]
     trained: NDArray[np.bool_]
     lengths: NDArray[np.int64]
-    learnt: NDArray[np.int64]
+    trained_counts: NDArray[np.int64]
     cut: Sequence[int]
     flags: Sequence[frozenset[str]]
     sources: Sequence[Source]
 
 
-def ends_of(sizes: Iterable[int]) -> NDArray[np.int64]:
+def end_offsets(sizes: Iterable[int]) -> NDArray[np.int64]:
     """Return where each of several things ends, after a 0: int64 `[things + 1]`."""
     found = np.array([0, *sizes], np.int64)
     return np.cumsum(found, out=found)
 
 
-def width(most: int) -> type[np.signedinteger]:
+def offset_dtype(most: int) -> type[np.signedinteger]:
     """Return the kind of number for places in a text of so many characters."""
     return np.int32 if most < 1 << 31 else np.int64

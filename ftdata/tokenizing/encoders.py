@@ -25,7 +25,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from ftdata.errors import TemplateRefused
-from ftdata.tokenizing.batches import Encoded, Encodings, ends_of, width
+from ftdata.tokenizing.batches import EncodedText, Encodings, end_offsets, offset_dtype
 
 ENOUGH, BYTES = 1_000_000, 4
 """The fast encoder is loaded from this many characters on, and one more for every so many bytes of the tokenizer's
@@ -39,11 +39,11 @@ class EncodersDiffer(Exception):
     """The fast encoder gave other tokens than the reference for a text of the data."""
 
 
-class Known(Protocol):
+class EncodingCache(Protocol):
     """Tokens that texts were made into before."""
 
     @property
-    def filled(self) -> bool:
+    def has_entries(self) -> bool:
         """Whether there are any."""
 
     def encode(self, texts: Sequence[str], encode: Callable[[Sequence[str]], Encodings]) -> Encodings:
@@ -51,7 +51,7 @@ class Known(Protocol):
 
 
 @contextmanager
-def in_words() -> Iterator[None]:
+def describe_encoder_error() -> Iterator[None]:
     """Say what `tokenizers` says where it gives up: with an error of no kind, or one that ends programs.
 
     Raises:
@@ -77,7 +77,7 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceEncoder:
     """`tokenizers` itself."""
 
     backend: tokenizers.Tokenizer
@@ -85,16 +85,17 @@ class Reference:
 
     def encode(self, texts: Sequence[str]) -> Encodings:
         """Return the tokens of each text."""
-        with in_words():
+        with describe_encoder_error():
             found = self.backend.encode_batch(list(texts), add_special_tokens=False)
         encoded = [
-            Encoded(np.asarray(one.ids, np.int32), np.asarray(one.offsets, np.int32).reshape(-1, 2)) for one in found
+            EncodedText(np.asarray(one.ids, np.int32), np.asarray(one.offsets, np.int32).reshape(-1, 2))
+            for one in found
         ]
         return Encodings.of(encoded, map(len, texts))
 
 
 @dataclass(frozen=True)
-class Fast:
+class FastEncoder:
     """fastokens, for BPE on bytes, or on characters with bytes for those that it does not know.
 
     Attributes:
@@ -106,7 +107,7 @@ class Fast:
     """
 
     native: Any
-    reference: Reference
+    reference: ReferenceEncoder
     letters: NDArray[np.unsignedinteger]
     composes: bool
     apart: NDArray[np.bool_] | None
@@ -118,9 +119,9 @@ class Fast:
             return Encodings.of([], [])
         flat, counted = self.native.encode_batch_flat(list(texts))
         ids, bounds = np.frombuffer(flat, "<i4"), np.frombuffer(counted, "<i8")
-        places = ends_of(map(len, texts))
+        places = end_offsets(map(len, texts))
         told = self.letters.take(ids, mode="clip")
-        counts, ends = told >> 1, np.zeros(len(ids) + 1, dtype=width(int(places[-1])))
+        counts, ends = told >> 1, np.zeros(len(ids) + 1, dtype=offset_dtype(int(places[-1])))
         first = _first(self.apart.take(ids, mode="clip"), bounds) if self.apart is not None else None
         if first is not None:
             counts -= first
@@ -148,13 +149,13 @@ class Encoders:
     """
 
     description: bytes
-    reference: Reference
+    reference: ReferenceEncoder
     trusted: bool = True
     retried: bool = False
     expected: int = 0
-    known: Known | None = None
+    cache: EncodingCache | None = None
     _batches: int = 0
-    _fast: Fast | None = None
+    _fast: FastEncoder | None = None
     _tried: bool = False
 
     @property
@@ -172,13 +173,13 @@ class Encoders:
         Raises:
             EncodersDiffer: they do not agree, and all is to be done again.
         """
-        return self._encode(texts) if self.known is None else self.known.encode(texts, self._encode)
+        return self._encode(texts) if self.cache is None else self.cache.encode(texts, self._encode)
 
     def _encode(self, texts: Sequence[str]) -> Encodings:
         self.expected += sum(map(len, texts))
         if self.trusted and not self._tried and self.expected > max(ENOUGH, len(self.description) // BYTES):
             _give_back()
-            self._fast, self._tried = fast(self.description, self.reference), True
+            self._fast, self._tried = load_fast_encoder(self.description, self.reference), True
             _give_back()
         if self._fast is None or not self.trusted or not texts:
             return self.reference.encode(texts)
@@ -187,7 +188,7 @@ class Encoders:
         if self._batches % SAMPLED != 1:
             return found
         tried = min(range(len(texts)), key=lambda number: abs(len(texts[number]) - SAMPLE))
-        if differs(found[tried], self.reference.encode([texts[tried]])[0]):
+        if has_difference(found[tried], self.reference.encode([texts[tried]])[0]):
             self.trusted = False
             if self.retried:
                 raise EncodersDiffer(self._fast.name)
@@ -195,7 +196,7 @@ class Encoders:
         return found
 
 
-def fast(description: bytes, reference: Reference) -> Fast | None:
+def load_fast_encoder(description: bytes, reference: ReferenceEncoder) -> FastEncoder | None:
     """Return the fast encoder for a tokenizer, where it is installed, can be used, and does the same on hard texts."""
     try:
         import fastokens
@@ -219,8 +220,10 @@ def fast(description: bytes, reference: Reference) -> Fast | None:
             native = fastokens.Tokenizer.from_json_str(bare)
         except Exception:  # noqa: BLE001  (what it does not support it refuses in its own ways)
             return None
-        encoder = Fast(native, reference, letters, "NFC" in normalizers, apart, f"fastokens {version('fastokens')}")
-        return encoder if first_difference(encoder, reference, texts) is None else None
+        encoder = FastEncoder(
+            native, reference, letters, "NFC" in normalizers, apart, f"fastokens {version('fastokens')}"
+        )
+        return encoder if find_first_difference(encoder, reference, texts) is None else None
 
 
 def _give_back() -> None:
@@ -249,13 +252,13 @@ def _set_up(settings: Mapping[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
-def first_difference(encoder: Encoder, reference: Encoder, texts: Sequence[str]) -> str | None:
+def find_first_difference(encoder: Encoder, reference: Encoder, texts: Sequence[str]) -> str | None:
     """Return the first text that two encoders encode differently."""
     pairs = zip(texts, encoder.encode(texts), reference.encode(texts), strict=True)
-    return next((text for text, one, other in pairs if differs(one, other)), None)
+    return next((text for text, one, other in pairs if has_difference(one, other)), None)
 
 
-def differs(one: Encoded, other: Encoded) -> bool:
+def has_difference(one: EncodedText, other: EncodedText) -> bool:
     """Whether the tokens of one text, or their places, are not the same."""
     return not (np.array_equal(one.ids, other.ids) and np.array_equal(one.offsets, other.offsets))
 

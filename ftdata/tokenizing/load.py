@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary
 
 import tokenizers
 
-from ftdata.errors import HubError, TemplateRefused, UsageError, nearest
+from ftdata.errors import HubError, TemplateRefused, UsageError, suggest_names
 from ftdata.storage import disk
-from ftdata.tokenizing.encoders import in_words
+from ftdata.tokenizing.encoders import describe_encoder_error
 from ftdata.tokenizing.tokenizer import Tokenizer, _bare
 
 
@@ -68,7 +68,7 @@ _SAMPLE = (
 
 def _from_content(name: str, text: bytes, special_tokens: dict[str, str], chat_template: str | None) -> Tokenizer:
     """Return the tokenizer of this content: the object that was made of it before, if it is among the last ones."""
-    digest = disk.hash_of(text)
+    digest = disk.hash_bytes(text)
     key = (digest, name, json.dumps(special_tokens, sort_keys=True), chat_template or "", str(chat_template is None))
     if key not in _loaded:
         alike = next((known for (other, *_), known in _loaded.items() if other == digest), None)
@@ -124,12 +124,12 @@ def _from_folder(folder: Path, name: str) -> Tokenizer:
     text = file.read_bytes()
     config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
     template = _chat_template(folder, config)
-    digest = disk.hash_of(text)
+    digest = disk.hash_bytes(text)
     alike = next((known for (other, *_), known in _loaded.items() if other == digest), None)
     if alike is not None:
         return _from_content(name, text, _special_tokens(config, alike._plain), template)
     try:
-        with in_words():
+        with describe_encoder_error():
             backend = tokenizers.Tokenizer.from_buffer(text)
         bare = _bare(backend)
     except TemplateRefused as error:
@@ -181,7 +181,9 @@ def _download(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         parent = Path(name).parent
         beside = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-        raise UsageError("no_tokenizer", f"no folder {name}", hint=nearest(Path(name).name, beside) if beside else "")
+        raise UsageError(
+            "no_tokenizer", f"no folder {name}", hint=suggest_names(Path(name).name, beside) if beside else ""
+        )
     import huggingface_hub
 
     try:

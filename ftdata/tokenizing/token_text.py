@@ -11,7 +11,7 @@ _BROKEN, _LONGEST = "\ufffd", 16
 """What stands for bytes that are no character, and how many tokens at most make one that is shown whole."""
 
 
-def spelled(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """Return the text of each token; of those that make a character together, the first one's is all of it."""
     known = _known(tokenizer)
     texts = [known[one] if one in known else known.setdefault(one, _decoded(tokenizer, [one])) for one in ids]

@@ -21,8 +21,8 @@ import tokenizers
 from numpy.typing import NDArray
 
 from ftdata.errors import BadRow, TemplateRefused
-from ftdata.tokenizing.batches import Encoded, Encodings, Renderings
-from ftdata.tokenizing.encoders import Encoders, Reference, in_words
+from ftdata.tokenizing.batches import EncodedText, Encodings, RenderedBatch
+from ftdata.tokenizing.encoders import Encoders, ReferenceEncoder, describe_encoder_error
 from ftdata.types import Part, Rendered
 
 CONTROL_POLICIES = ("escape", "refuse", "allow")
@@ -68,7 +68,7 @@ class Tokenizer:
     @cached_property
     def encoders(self) -> Encoders:
         """What encodes texts."""
-        return Encoders(self.json, Reference(self._plain))
+        return Encoders(self.json, ReferenceEncoder(self._plain))
 
     def __getstate__(self) -> dict[str, Any]:
         # What is held ready is made anew in other processes.
@@ -157,7 +157,7 @@ def _bare(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, list[int
     _check_added_tokens(backend)
     backend.no_truncation()
     backend.no_padding()
-    with in_words():
+    with describe_encoder_error():
         around = backend.encode("", add_special_tokens=True).ids
     if backend.post_processor is not None:
         backend.post_processor = tokenizers.processors.Sequence([])
@@ -200,7 +200,7 @@ def _is_text(text: str) -> bool:
 
 
 def encode_rendered(
-    tokenizer: Tokenizer, batch: Renderings, control: ControlTokens, policy: str
+    tokenizer: Tokenizer, batch: RenderedBatch, control: ControlTokens, policy: str
 ) -> tuple[Encodings, dict[int, BadRow]]:
     """Encode a batch of rendered texts.
 
@@ -229,7 +229,7 @@ def encode_rendered(
         return tokens, refused
     # Where every control token stands in the template's own text, none is typed; which is so in most batches.
     suspect = range(len(batch)) if policy == "refuse" else control.foreign(batch, tokens)
-    escaped: dict[int, Encoded] = {}
+    escaped: dict[int, EncodedText] = {}
     for index in suspect:
         one = batch[index]
         if one.keep_control or index in refused:
@@ -275,7 +275,7 @@ class ControlTokens:
                 return self.pattern is not None and self.pattern.search(text) is not None
         return False
 
-    def foreign(self, batch: Renderings, tokens: Encodings) -> list[int]:
+    def foreign(self, batch: RenderedBatch, tokens: Encodings) -> list[int]:
         """Return which texts have a control token, or an unknown one, that is not all the template's own text."""
         if not self.tokens:
             return []
@@ -318,7 +318,7 @@ class ControlTokens:
         """Return how many ids are control tokens where only the template's own become any."""
         return self.count(np.asarray([self.tokenizer.added_tokens[match.group()][0] for match in own], dtype=np.int32))
 
-    def escape(self, rendered: Rendered) -> Encoded | BadRow:
+    def escape(self, rendered: Rendered) -> EncodedText | BadRow:
         """Encode with the template's control tokens real and typed ones plain.
 
         The template's are replaced by private-use characters, as many as the token has, which a shadow of the
@@ -340,7 +340,7 @@ class ControlTokens:
             at = match.end()
         text = "".join([*pieces, rendered.text[at:]])
         shadow, ids = _shadow(self, base)
-        (encoded,) = Reference(shadow).encode([text])
+        (encoded,) = ReferenceEncoder(shadow).encode([text])
         real = ids[encoded.ids]
         if self.count(real) != self.expected(own):
             return BadRow(
@@ -348,7 +348,7 @@ class ControlTokens:
                 "this tokenizer makes a control token of the typed text whatever we do",
                 hint="take it out of the data",
             )
-        return Encoded(real, encoded.offsets, escaped=True)
+        return EncodedText(real, encoded.offsets, escaped=True)
 
     @cached_property
     def _between(self) -> tuple[int, int]:
@@ -389,7 +389,7 @@ def _shadow(control: ControlTokens, base: int) -> tuple[tokenizers.Tokenizer, ND
 
 
 @lru_cache(maxsize=32)
-def control_tokens(tokenizer: Tokenizer, template: str) -> ControlTokens:
+def find_control_tokens(tokenizer: Tokenizer, template: str) -> ControlTokens:
     """Return the tokens that only this template may write: special ones, and added ones that it prints or that strip.
 
     Words that were added to the vocabulary are no control tokens, though the template may contain them.

@@ -25,7 +25,7 @@ when a function is called, not before. All of it, on a model that is made on the
     ['README.md', 'adapter_config.json']
     >>> len(generate(out, ["What is 2?"], max_new_tokens=4))
     1
-    >>> isinstance(conversation(out, max_new_tokens=4).say("What is 2?"), str)
+    >>> isinstance(start_chat(out, max_new_tokens=4).say("What is 2?"), str)
     True
     >>> len(compare(out, n=2, max_new_tokens=4).rows)
     2
@@ -44,20 +44,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftdata.build.remote import build_at
+from ftdata.build.remote import find_build
 from ftdata.build.store import read_manifest
-from ftdata.config import NULL, Config, assigned, flat, load_config, make_config, read_values
+from ftdata.config import NULL, Config, flatten_sections, load_config, make_config, parse_settings, read_config_file
 from ftdata.errors import MissingDependency, UsageError
 from ftdata.redaction import drop_redacted, is_redacted
 from ftdata.tokenizing.load import load_tokenizer
 
 if TYPE_CHECKING:
-    from ftdata.train.inference.chat import Conversation
+    from ftdata.train.inference.chat import ChatSession
     from ftdata.train.inference.comparison_report import Comparison
-    from ftdata.train.inference.merge_adapter import Merged
+    from ftdata.train.inference.merge_adapter import MergedModel
     from ftdata.train.model.estimate import Estimate
 
-__all__ = ["compare", "conversation", "dry_run", "generate", "init", "merge", "run"]
+__all__ = ["compare", "dry_run", "generate", "init", "merge", "run", "start_chat"]
 
 _VARIABLES = {"hub_token": ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
 """Setting -> environment variables that its library reads where the setting is missing."""
@@ -101,7 +101,7 @@ def run(
     _quiet()
     from ftdata.train.runs import sft
 
-    return sft.train(config, build, resume=resume, notes=tuple(_left_out(source, config, resume=resume)))
+    return sft.train_sft(config, build, resume=resume, notes=tuple(_left_out(source, config, resume=resume)))
 
 
 def dry_run(
@@ -135,7 +135,7 @@ def dry_run(
     _quiet()
     from ftdata.train.runs import sft
 
-    return sft.look_ahead(config, build)
+    return sft.estimate_sft(config, build)
 
 
 def compare(run_dir: str | Path, data: Any = None, n: int | None = 20, **options: Any) -> Comparison:
@@ -147,7 +147,7 @@ def compare(run_dir: str | Path, data: Any = None, n: int | None = 20, **options
             test split, if there is one.
         n: how many rows; `None` takes all.
         options: `batch_size`, `trust_remote_code`, `progress` (called after each token with an
-            `ftdata.train.inference.progress.Progress`), and further arguments of `model.generate`, such as `num_beams`.
+            `ftdata.train.inference.progress.GenerationProgress`), and further arguments of `model.generate`, such as `num_beams`.
 
     Returns:
         Perplexity, exact match, SacreBLEU and chrF of both, and every answer.
@@ -161,7 +161,7 @@ def compare(run_dir: str | Path, data: Any = None, n: int | None = 20, **options
     _quiet()
     from ftdata.train.inference import evaluation
 
-    return evaluation.compare(Path(run_dir), data, n, **options)
+    return evaluation.compare_models(Path(run_dir), data, n, **options)
 
 
 def generate(run_dir: str | Path, prompts: Sequence[str], *, base: bool = False, **options: Any) -> list[str]:
@@ -181,19 +181,17 @@ def generate(run_dir: str | Path, prompts: Sequence[str], *, base: bool = False,
         InputRefused: a prompt cannot be put into the template, or the model is damaged.
         MissingDependency: the `train` extra is not installed.
     """
-    return conversation(run_dir, base=base, **options).answers(
-        [[{"role": "user", "content": text}] for text in prompts]
-    )
+    return start_chat(run_dir, base=base, **options).answers([[{"role": "user", "content": text}] for text in prompts])
 
 
-def conversation(
+def start_chat(
     run_dir: str | Path,
     *,
     base: bool = False,
     system: str | None = None,
     trust_remote_code: bool = False,
     **options: Any,
-) -> Conversation:
+) -> ChatSession:
     """Begin a conversation with the model of a finished run: `.say(text)` returns its answer.
 
     Args:
@@ -214,15 +212,15 @@ def conversation(
     _require()
     _quiet()
     from ftdata.train.inference import chat
-    from ftdata.train.inference.run_dir import finished
+    from ftdata.train.inference.run_dir import open_run
 
-    run = finished(Path(run_dir), trust_remote_code=trust_remote_code)
-    return chat.begin(run, base=base, system=system, **options)
+    run = open_run(Path(run_dir), trust_remote_code=trust_remote_code)
+    return chat.start_session(run, base=base, system=system, **options)
 
 
 def merge(
     run_dir: str | Path, output_dir: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False
-) -> Merged:
+) -> MergedModel:
     """Write the base model with a run's adapter merged into it: added in float32, and rounded once.
 
     Args:
@@ -244,10 +242,10 @@ def merge(
     _require()
     _quiet()
     from ftdata.train.inference import merge_adapter
-    from ftdata.train.inference.run_dir import finished
+    from ftdata.train.inference.run_dir import open_run
 
-    run = finished(Path(run_dir), trust_remote_code=trust_remote_code)
-    return merge_adapter.merge(run, Path(output_dir), dtype)
+    run = open_run(Path(run_dir), trust_remote_code=trust_remote_code)
+    return merge_adapter.merge_into_base(run, Path(output_dir), dtype)
 
 
 def init(data: str, model: str, output_dir: str | Path = "out", **overrides: Any) -> str:
@@ -272,7 +270,7 @@ def init(data: str, model: str, output_dir: str | Path = "out", **overrides: Any
     _quiet()
     from ftdata.train import init_config
 
-    return init_config.worked_out(data, model, str(output_dir), overrides)
+    return init_config.make_init_config(data, model, str(output_dir), overrides)
 
 
 def _require() -> None:
@@ -319,10 +317,10 @@ def _resolve(
     given["output_dir"] = str(output_dir) if output_dir else overrides.get("output_dir")
     if (path / "run.json").is_file() and not (path / "manifest.json").is_file():
         return _begun(path, given, resume=resume)
-    build = build_at(source)
+    build = find_build(source)
     if path.suffix in (".yaml", ".yml", ".toml"):
         config = load_config(path, **given)
-        build = build_at(config.data)
+        build = find_build(config.data)
         if build is None:
             _check_not_redacted(config, path)
             return config, None
@@ -363,7 +361,7 @@ def _left_out(source: Any, config: Config, *, resume: bool) -> Iterator[str]:
         return
     if not Path(path).is_file():
         return
-    for name in drop_redacted(read_values(Path(path)))[1]:
+    for name in drop_redacted(read_config_file(Path(path)))[1]:
         section, dot, field = name.partition(".")
         kept = getattr(config, section, None)
         if not dot or (isinstance(kept, Mapping) and field in kept):
@@ -384,7 +382,7 @@ def _begun(run_dir: Path, given: dict[str, Any], *, resume: bool) -> tuple[Confi
     # What a folder says of code to be trusted is whoever made it; what the command says is the user.
     own = {"output_dir": str(run_dir), "trust_remote_code": bool(given.get("trust_remote_code"))}
     config = load_config(run_dir / "config.yaml", **{**given, **own})
-    build = build_at(config.data) or run_dir / "data"
+    build = find_build(config.data) or run_dir / "data"
     _check_built(build, _built_by(given))
     return config, build
 
@@ -393,7 +391,7 @@ def _built_by(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is asked of a build, nothing included where that is what was said."""
     config = make_config({"data": "", "model": "", "output_dir": ""}, **given)
     plain = make_config({"data": "", "model": "", "output_dir": ""}).build_options()
-    said = {name for name, value in flat(given).items() if value is NULL}
+    said = {name for name, value in flatten_sections(given).items() if value is NULL}
     options = {name: value for name, value in config.build_options().items() if value != plain[name] or name in said}
     if options.get("template", "") is None:
         options["template"] = "tokenizer"
@@ -427,7 +425,7 @@ def _given(overrides: dict[str, Any], settings: Mapping[str, Any] | Sequence[str
     """Return the fields that arguments give, those of `settings` over the others."""
     if settings is None:
         return overrides
-    added = {"train": dict(settings)} if isinstance(settings, Mapping) else assigned(settings)
+    added = {"train": dict(settings)} if isinstance(settings, Mapping) else parse_settings(settings)
     # The command line passes None for each option that is not given.
     if twice := sorted(name for name in overrides.keys() & added.keys() if overrides[name] is not None):
         raise UsageError("setting", f"{', '.join(twice)} is given twice, in settings and as an argument of its own")

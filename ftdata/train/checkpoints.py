@@ -22,7 +22,7 @@ from ftdata._version import __version__
 from ftdata.config import Config
 from ftdata.errors import InputRefused, UsageError
 from ftdata.redaction import drop_redacted, redact
-from ftdata.storage.disk import digest, hash_of, sync, write_json
+from ftdata.storage.disk import hash_bytes, sha256_of_file, sync, write_json
 
 FREE = ("num_train_epochs", "max_steps", "disable_tqdm", "report_to", "run_name", "load_best_model_at_end", "use_cpu")
 FREE_KINDS = ("logging_", "save_", "eval_", "per_device_eval_", "dataloader_", "hub_", "push_")
@@ -35,7 +35,7 @@ SEAL = "ftdata.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Seal:
+class CheckpointSeal:
     """What a checkpoint belongs to: the fingerprint of its data, and the setup of its run."""
 
     fingerprint: str
@@ -46,11 +46,11 @@ class Seal:
         """Both in one, short; where a model lies makes no difference while its weights are known."""
         setup = {name: value for name, value in self.setup.items() if name != "model" or not self.setup.get("weights")}
         text = json.dumps([self.fingerprint, setup], sort_keys=True)
-        return hash_of(text.encode())
+        return hash_bytes(text.encode())
 
 
 @dataclass(frozen=True, slots=True)
-class Before:
+class PreviousRun:
     """A run that is being resumed: its `run.json`, its last whole checkpoint, and why later ones are passed over."""
 
     about: dict[str, Any]
@@ -67,18 +67,18 @@ class Before:
         return state["global_step"] >= steps or (patience is not None and waited >= patience)
 
 
-def write_seal(checkpoint: Path, seal: Seal) -> None:
+def write_seal(checkpoint: Path, seal: CheckpointSeal) -> None:
     """Say that a checkpoint is whole, when everything in it is on the disk."""
     files = {}
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.name != SEAL:
-            files[str(path.relative_to(checkpoint))] = digest(path)
+            files[str(path.relative_to(checkpoint))] = sha256_of_file(path)
             sync(path)
     about = {"ftdata": __version__, "run": seal.run, "fingerprint": seal.fingerprint, "files": files}
-    write_whole(checkpoint / SEAL, about)
+    write_json_atomically(checkpoint / SEAL, about)
 
 
-def write_whole(path: Path, about: dict[str, Any]) -> None:
+def write_json_atomically(path: Path, about: dict[str, Any]) -> None:
     """Write a JSON file so that it is there whole, or as it was; without secrets."""
     new = path.with_name(f"{path.name}.tmp")
     write_json(new, redact(about))
@@ -87,7 +87,7 @@ def write_whole(path: Path, about: dict[str, Any]) -> None:
     sync(path.parent)
 
 
-def damage(checkpoint: Path, seal: Seal | None = None) -> str | None:
+def find_damage(checkpoint: Path, seal: CheckpointSeal | None = None) -> str | None:
     """Return what is wrong with a checkpoint, or `None`.
 
     Args:
@@ -105,12 +105,12 @@ def damage(checkpoint: Path, seal: Seal | None = None) -> str | None:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if digest(path) != right:
+        if sha256_of_file(path) != right:
             return f"{name} is damaged"
     return "it is of another run" if seal is not None and run != seal.run else None
 
 
-def check(run: Path, config: Config, processes: int, *, resume: bool) -> Before | None:
+def check_run_folder(run: Path, config: Config, processes: int, *, resume: bool) -> PreviousRun | None:
     """Say whether a run may begin in this folder, or go on, before anything in it is touched.
 
     Raises:
@@ -121,8 +121,8 @@ def check(run: Path, config: Config, processes: int, *, resume: bool) -> Before 
         raise UsageError("target_exists", f"{run} is a file", hint="choose another folder for the run")
     if (run / "manifest.json").is_file():
         raise UsageError("target_exists", f"{run} is a build", hint="choose another folder for the run")
-    about = read(run)
-    found = ordered(run)
+    about = read_run_json(run)
+    found = list_checkpoints(run)
     if not resume:
         if about.get("finished") or found:
             done = "finished" if about.get("finished") else f"interrupted after {found[-1].name}"
@@ -134,7 +134,7 @@ def check(run: Path, config: Config, processes: int, *, resume: bool) -> Before 
     if not found:
         # It was interrupted before there was any: it begins again.
         return None
-    _check_same_run(run, about, describe(config, "", processes)["setup"])
+    _check_same_run(run, about, describe_setup(config, "", processes)["setup"])
     patience = config.early_stopping
     if about.get("finished") and patience is not None and (about.get("stopped_early") or 0) >= patience:
         hint = "raise early_stopping to train on"
@@ -151,30 +151,30 @@ def _check_same_run(run: Path, about: dict[str, Any], now: dict[str, Any]) -> No
         changed.remove("model")
     if changed:
         raise InputRefused(
-            "other_run",
+            "run_differs",
             f"the checkpoints in {run} come from another run: {'; '.join(_changes(changed, before, now))}",
             hint="resume with what it was begun with, or start anew in another folder",
         )
 
 
-def _last_whole(run: Path, about: dict[str, Any], found: list[Path], *, keeps_best: bool) -> Before:
-    seal = Seal(about["fingerprint"], about["setup"])
+def _last_whole(run: Path, about: dict[str, Any], found: list[Path], *, keeps_best: bool) -> PreviousRun:
+    seal = CheckpointSeal(about["fingerprint"], about["setup"])
     passed: list[str] = []
     for path in reversed(found):
-        wrong = damage(path, seal) or (_damage_of_best(path, seal) if keeps_best else None)
+        wrong = find_damage(path, seal) or (_damage_of_best(path, seal) if keeps_best else None)
         if wrong is None:
-            return Before(about, str(path), tuple(passed))
+            return PreviousRun(about, str(path), tuple(passed))
         passed.append(f"{path.name}: {wrong}")
     listed = "; ".join(passed)
     raise InputRefused("no_whole_checkpoint", f"{run} holds no whole checkpoint: {listed}", hint="start anew")
 
 
-def _damage_of_best(checkpoint: Path, seal: Seal) -> str | None:
+def _damage_of_best(checkpoint: Path, seal: CheckpointSeal) -> str | None:
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     if (step := state.get("best_global_step")) is None:
         return None
     best = checkpoint.with_name(f"checkpoint-{step}")
-    wrong = damage(best, seal) if best != checkpoint else None
+    wrong = find_damage(best, seal) if best != checkpoint else None
     return f"the best before it is {best.name}, and {wrong}" if wrong else None
 
 
@@ -188,7 +188,7 @@ def _changes(names: list[str], before: dict[str, Any], now: dict[str, Any]) -> I
             yield f"{name} changed" if name == "weights" else f"{name} was {old}, is {new}"
 
 
-def same_data(run: Path, before: Before, fingerprint: str) -> None:
+def check_same_data(run: Path, before: PreviousRun, fingerprint: str) -> None:
     """Refuse to go on with other data.
 
     Raises:
@@ -197,29 +197,29 @@ def same_data(run: Path, before: Before, fingerprint: str) -> None:
     known = before.about.get("fingerprint")
     if known != fingerprint:
         raise InputRefused(
-            "other_data",
+            "data_differs",
             f"the checkpoints in {run} were trained on build {known}, this is {fingerprint}: data, tokenizer, "
             "template or options are others",
             hint="resume with the same data and options, or start anew in another folder",
         )
 
 
-def begin(run: Path, config: Config, fingerprint: str, processes: int, before: Before | None) -> None:
+def begin_run(run: Path, config: Config, fingerprint: str, processes: int, before: PreviousRun | None) -> None:
     """Note that a run begins or goes on; what cannot be gone on from is taken away.
 
     Raises:
         InputRefused: the data is not that of the run that goes on.
     """
     if before is not None:
-        same_data(run, before, fingerprint)
+        check_same_data(run, before, fingerprint)
         for name in (passed.partition(":")[0] for passed in before.passed):
             shutil.rmtree(run / name)
         return
     run.mkdir(parents=True, exist_ok=True)
-    write_whole(run / "run.json", {**describe(config, fingerprint, processes), "finished": False})
+    write_json_atomically(run / "run.json", {**describe_setup(config, fingerprint, processes), "finished": False})
 
 
-def describe(config: Config, fingerprint: str, processes: int) -> dict[str, Any]:
+def describe_setup(config: Config, fingerprint: str, processes: int) -> dict[str, Any]:
     """Return what decides the weights of a run, for `run.json`."""
     plain = {field.name: field.default for field in fields(SFTConfig)}
     settings = {
@@ -229,7 +229,7 @@ def describe(config: Config, fingerprint: str, processes: int) -> dict[str, Any]
     }
     setup = {
         "model": config.model,
-        "weights": weights_of(config.model),
+        "weights": digest_weights(config.model),
         "quantization": config.quantization,
         "lora": to_builtins(config.lora.fields()) if config.lora else None,
         "attn_implementation": config.attn_implementation,
@@ -240,23 +240,23 @@ def describe(config: Config, fingerprint: str, processes: int) -> dict[str, Any]
     return {"ftdata": __version__, "fingerprint": fingerprint, "setup": setup}
 
 
-def weights_of(model: str) -> dict[str, str]:
+def digest_weights(model: str) -> dict[str, str]:
     """Return the digest of each file that makes a model in its folder; of a hub id, the commit that was loaded last."""
     folder = Path(model)
     if not folder.is_dir():
         known = try_to_load_from_cache(model, "config.json")
         return {"commit": Path(known).parent.name} if isinstance(known, str) else {}
     made_by = (path for kind in ("*.safetensors", "config.json", "*.py") for path in folder.glob(kind))
-    return {path.name: digest(path) for path in sorted(made_by)}
+    return {path.name: sha256_of_file(path) for path in sorted(made_by)}
 
 
-def ordered(run: Path) -> list[Path]:
+def list_checkpoints(run: Path) -> list[Path]:
     """Return the folders of checkpoints, by their steps."""
     found = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def read(run: Path) -> dict[str, Any]:
+def read_run_json(run: Path) -> dict[str, Any]:
     """Return what `run.json` says; empty where there is none.
 
     Raises:

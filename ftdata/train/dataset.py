@@ -14,16 +14,16 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ftdata.build.dataset import load_build
-from ftdata.build.store import read_manifest, verify
+from ftdata.build.store import read_manifest, verify_files
 from ftdata.errors import InputRefused, UsageError
-from ftdata.readers.file_names import split_of
+from ftdata.readers.file_names import split_from_name
 from ftdata.tokenizing.load import load_tokenizer
-from ftdata.tokenizing.tokenizer import control_tokens
+from ftdata.tokenizing.tokenizer import find_control_tokens
 from ftdata.types import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
-class Data:
+class TrainingData:
     """A finished build: its folder, manifest and splits, `train` and maybe `test`."""
 
     folder: Path
@@ -59,10 +59,10 @@ class Data:
             after = np.append(trained[1:], False)
             after[np.cumsum(lengths) - 1] = False
             found = np.union1d(found, ids[trained & ~after])
-        return [int(id_) for id_ in np.intersect1d(found, control_tokens(loaded, template).ids)]
+        return [int(id_) for id_ in np.intersect1d(found, find_control_tokens(loaded, template).ids)]
 
 
-def checked(build: Path, tokenizer: str) -> Data:
+def open_training_data(build: Path, tokenizer: str) -> TrainingData:
     """Open a build that is whole, and was made with a tokenizer.
 
     Raises:
@@ -70,19 +70,19 @@ def checked(build: Path, tokenizer: str) -> Data:
         UsageError: it has no split for training, or several.
     """
     manifest = read_manifest(build)
-    if damaged := verify(build):
+    if damaged := verify_files(build):
         raise InputRefused("damaged_build", f"{build} is damaged: {', '.join(damaged)}", hint="build again")
     made_with = manifest["options"]["tokenizer"]
     if load_tokenizer(tokenizer).fingerprint != made_with["fingerprint"]:
         raise InputRefused(
-            "other_tokenizer",
+            "tokenizer_mismatch",
             f"{build} was built with tokenizer {made_with['name']}, which is not that of {tokenizer}",
             hint="build again with the model's own tokenizer, or name it with tokenizer:",
         )
-    return Data(build, manifest, splits_of(load_build(build)))
+    return TrainingData(build, manifest, training_splits(load_build(build)))
 
 
-def splits_of(build: datasets.DatasetDict) -> datasets.DatasetDict:
+def training_splits(build: datasets.DatasetDict) -> datasets.DatasetDict:
     """Return the splits of a build that a run needs: `train`, and `test` where anything is held out.
 
     Data sets name them as they like (`train_sft`, `validation`): what is evaluated is what is called a test, or else a
@@ -91,7 +91,7 @@ def splits_of(build: datasets.DatasetDict) -> datasets.DatasetDict:
     Raises:
         UsageError: none of them, or several, are for training.
     """
-    meant = {name: name if name in ("train", "test") else split_of(name) or "train" for name in build}
+    meant = {name: name if name in ("train", "test") else split_from_name(name) or "train" for name in build}
     found = {}
     for kind, wanted in (("train", ("train",)), ("test", ("test", "validation"))):
         for one in wanted:

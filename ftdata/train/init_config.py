@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from ftdata.config import dump_yaml, make_config
 from ftdata.errors import InputRefused, UsageError
-from ftdata.inspection.stats import Group, Stats, stats
+from ftdata.inspection.stats import Stats, StatsGroup, stats
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.train.model import device
-from ftdata.train.model.isolation_probe import architecture_leaks
-from ftdata.train.model.load import load_config
+from ftdata.train.model.isolation_probe import has_leaking_architecture
+from ftdata.train.model.load import load_model_config
 
 _TEMPLATES = ("question_answer", "alpaca", "zephyr")
 """For tokenizers without a chat template: the one that shows most rows; none needs a token of its own."""
@@ -30,7 +30,7 @@ _TOKENS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class DataFacts:
     """What was looked at: the data's figures, and the model's."""
 
     figures: Stats
@@ -41,12 +41,12 @@ class Found:
     kind: str
 
     @property
-    def all(self) -> Group:
+    def all(self) -> StatsGroup:
         """Figures of all rows."""
         return self.figures.groups[0]
 
 
-def worked_out(data: str, model: str, output_dir: str, overrides: Mapping[str, Any]) -> str:
+def make_init_config(data: str, model: str, output_dir: str, overrides: Mapping[str, Any]) -> str:
     """Return the configuration as YAML; see `ftdata.train.init`."""
     if data == "-":
         raise UsageError("init", "standard input is there once, and a run reads it later", hint="name a file")
@@ -54,17 +54,17 @@ def worked_out(data: str, model: str, output_dir: str, overrides: Mapping[str, A
     known = make_config({"data": data, "model": model, "output_dir": output_dir, **given})
     template = known.template or _template(data, known.tokenizer or model, known.limit)
     figures = stats(data, known.tokenizer or model, template, limit=known.limit, where=known.where)
-    model_config = load_config(model, trust_remote_code=known.trust_remote_code)
+    model_config = load_model_config(model, trust_remote_code=known.trust_remote_code)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(
             model_config, trust_remote_code=known.trust_remote_code
         ).num_parameters()
-    found = Found(
+    found = DataFacts(
         figures=figures,
         template=template,
         parameters=parameters,
         positions=getattr(model_config.get_text_config(), "max_position_embeddings", None),
-        leaks=architecture_leaks(model_config, known.attn_implementation),
+        leaks=has_leaking_architecture(model_config, known.attn_implementation),
         kind=model_config.model_type,
     )
     parts = {
@@ -110,7 +110,7 @@ def _about_template(name: str | None) -> str:
     return f"The tokenizer has no chat template; {own}"
 
 
-def _length(found: Found) -> tuple[str, dict[str, Any]]:
+def _length(found: DataFacts) -> tuple[str, dict[str, Any]]:
     lengths, most = found.all.lengths, found.positions or 1 << 20
     wanted = -(-lengths[100] // 64) * 64
     said = (
@@ -126,7 +126,7 @@ def _length(found: Found) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _pack(found: Found) -> tuple[str, str | None]:
+def _pack(found: DataFacts) -> tuple[str, str | None]:
     if found.leaks:
         return f"{found.kind} lets packed documents see each other, so rows are padded instead.", None
     if found.leaks is None:
@@ -134,7 +134,7 @@ def _pack(found: Found) -> tuple[str, str | None]:
     return "bfd: whole examples together, each seeing itself alone. null: one example a row.", "bfd"
 
 
-def _bad_rows(found: Found) -> dict[str, tuple[str, Any]]:
+def _bad_rows(found: DataFacts) -> dict[str, tuple[str, Any]]:
     bad = sum(found.figures.rejected.values())
     most = found.positions or 1 << 20
     longer = int((found.figures.seen.lengths > most).sum())
@@ -151,7 +151,7 @@ def _bad_rows(found: Found) -> dict[str, tuple[str, Any]]:
     }
 
 
-def _test(found: Found) -> tuple[str, int | None]:
+def _test(found: DataFacts) -> tuple[str, int | None]:
     if any(group.of == "split" and group.name not in ("train", "all") for group in found.figures.groups):
         return "The data has a split for testing.", None
     if found.all.rows < 20:
@@ -159,7 +159,7 @@ def _test(found: Found) -> tuple[str, int | None]:
     return "Rows held out, chosen by seed: for the evaluation, and for `ftdata eval`.", min(found.all.rows // 10, 500)
 
 
-def _weights(found: Found) -> dict[str, tuple[str, Any]]:
+def _weights(found: DataFacts) -> dict[str, tuple[str, Any]]:
     if found.parameters <= _SMALL:
         return {"lora": ("null: all weights are trained; {r: 16, alpha: 32} would train an adapter.", None)}
     lora = ("A LoRA adapter on all linear layers.", {"r": 16, "alpha": 32, "dropout": 0.05})
@@ -170,7 +170,7 @@ def _weights(found: Found) -> dict[str, tuple[str, Any]]:
     return {"lora": lora, "quantization": (said, None if fits else "nf4")}
 
 
-def _train(found: Found) -> dict[str, Any]:
+def _train(found: DataFacts) -> dict[str, Any]:
     length = _length(found)[1]["max_length"]
     packed = _pack(found)[1] is not None
     rows = max(1, found.all.tokens // length if packed else found.all.examples)

@@ -10,7 +10,7 @@ import xxhash
 
 from ftdata.build import cache, shards
 from ftdata.build.dataset import write_build
-from ftdata.tokenizing.encoders import Encoders, Reference
+from ftdata.tokenizing.encoders import Encoders, ReferenceEncoder
 
 
 def rows(name, count=40):
@@ -105,7 +105,7 @@ def test_what_comes_out_is_the_same(kept, files, build):
         {},
         {"train_on": "last_assistant"},
         {"packing": "bfd", "max_length": 80},
-        {"near": 0.9, "dedup": True},
+        {"near_duplicate_threshold": 0.9, "dedup": True},
     ):
         for _ in range(2):
             build.compare(files, **options)
@@ -234,7 +234,7 @@ def test_it_does_not_grow_for_ever(kept, files, build, work, monkeypatch):
     work()
     usage = shutil.disk_usage(kept)._replace(total=10 * (size // 2 + 2000))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    cache.tidy()
+    cache.evict_entries()
     assert len(list(kept.glob("shards/*"))) == 1
     build([files[1]])
     assert work() == (0, 0)
@@ -253,18 +253,18 @@ def test_texts_that_are_gone_are_forgotten(kept, tmp_path, build):
 def test_known_texts_come_back_as_they_were(kept, tokenizer_dir):
     import tokenizers
 
-    engine = Reference(tokenizers.Tokenizer.from_file(f"{tokenizer_dir('tiny_bpe')}/tokenizer.json"))
+    engine = ReferenceEncoder(tokenizers.Tokenizer.from_file(f"{tokenizer_dir('tiny_bpe')}/tokenizer.json"))
     said = ["", "a", "a", "naïve 数据", "b" * 300, "\x00"]
     expected = engine.encode(said)
     for _ in range(2):
-        with cache.texts("key") as texts:
+        with cache.open_text_cache("key") as texts:
             found = texts.encode(said, engine.encode)
         assert all(
             np.array_equal(a, b)
             for one, two in zip(found, expected, strict=True)
             for a, b in zip(one[:2], two[:2], strict=True)
         )
-    with cache.texts("key") as texts:
+    with cache.open_text_cache("key") as texts:
         assert texts.filled
         assert len(texts.encode(said, lambda missing: pytest.fail(str(missing)))) == 6
 

@@ -9,7 +9,7 @@ from shapes import SHAPES
 
 from ftdata import convert, read
 from ftdata.errors import BadRows, StorageError, TooManyRejects, UsageError
-from ftdata.schemas import normalise
+from ftdata.schemas import normalize
 
 CHATS = {name: row for name, row in SHAPES.items() if name not in ("text", "tokens")}
 
@@ -30,8 +30,8 @@ def as_objects(messages):
 def test_what_is_written_is_the_same_conversation(tmp_path, shape, suffix, to):
     done = convert([CHATS[shape]] * 2, tmp_path / f"out{suffix}", to)
     assert (done.sources[0].read, done.sources[0].built, done.rejects) == (2, 2, ())
-    given = normalise(next(read([CHATS[shape]])))
-    for row in map(normalise, read(str(tmp_path / f"out{suffix}"))):
+    given = normalize(next(read([CHATS[shape]])))
+    for row in map(normalize, read(str(tmp_path / f"out{suffix}"))):
         assert row.schema == to
         assert as_objects(row.messages) == as_objects(given.messages)
         assert row.tools == given.tools
@@ -76,7 +76,7 @@ def test_what_has_no_place_is_counted_and_nothing_is_half_written(tmp_path):
     assert (
         convert(data, tmp_path / "o.jsonl", where="question == 'q'", on_bad_rows="quarantine", max_rejects=1)
         .sources[0]
-        .passed
+        .filtered
         == 2
     )
 
@@ -132,7 +132,7 @@ def test_what_is_left_out_is_counted_listed_and_written(tmp_path):
     rows = [{"question": str(n), "answer": "a" * (n % 3)} for n in range(9)]
     done = convert(rows, tmp_path / "o.jsonl", where="question != '4'", on_bad_rows="quarantine", max_rejects="40%")
     assert done.as_dict()["sources"] == [
-        {"source": "<memory>", "read": 9, "written": 5, "passed": 1, "rejected": {"empty_answer": 3}}
+        {"source": "<memory>", "read": 9, "written": 5, "filtered": 1, "rejected": {"empty_answer": 3}}
     ]
     listed = [json.loads(line) for line in (tmp_path / "o.rejects.jsonl").read_text().splitlines()]
     assert [(one["row"], one["code"]) for one in listed] == [
@@ -175,7 +175,7 @@ def test_places_are_counted_each_and_no_file_that_is_read_is_taken_away(tmp_path
     rows = [json.dumps({"question": str(n), "answer": "a"}) for n in range(5)]
     paths = [write(tmp_path, name, "\n".join(rows) + "\n") for name in ("p1.jsonl", "p2.jsonl")]
     done = convert(paths, tmp_path / "o.jsonl", where="question | int > 1")
-    assert [(one.read, one.built, one.passed) for one in done.sources] == [(5, 3, 2)] * 2
+    assert [(one.read, one.built, one.filtered) for one in done.sources] == [(5, 3, 2)] * 2
     mended = write(tmp_path, "chats.rejects.jsonl", rows[0] + "\n")
     with pytest.raises(UsageError, match="is read"):
         convert(mended, tmp_path / "chats.jsonl")

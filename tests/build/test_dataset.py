@@ -17,10 +17,10 @@ from laws import often
 from makers import tiny_bpe
 
 from ftdata import build_sft_dataset
-from ftdata.build.store import read_manifest, verify
+from ftdata.build.store import read_manifest, verify_files
 from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError
 from ftdata.pipeline import render_rows
-from ftdata.testing import conversations
+from ftdata.testing import conversation_strategy
 from ftdata.tokenizing.load import load_tokenizer
 
 few = often(25)
@@ -59,7 +59,7 @@ def test_labels_decode_to_the_answers(tiny):
 
 @few
 @given(
-    rows=st.lists(conversations(max_turns=2), min_size=1, max_size=12),
+    rows=st.lists(conversation_strategy(max_turns=2), min_size=1, max_size=12),
     packing=st.sampled_from([None, "bfd"]),
     seed=st.integers(0, 3),
     test_size=st.none() | st.floats(0.1, 0.5),
@@ -158,7 +158,7 @@ def test_a_bad_request_is_refused(tiny, options):
 
 
 def test_nothing_to_build_is_refused(tiny):
-    with pytest.raises(InputRefused, match="nothing_built"):
+    with pytest.raises(InputRefused, match="no_rows_built"):
         build_sft_dataset([], tiny)
     with pytest.raises(InputRefused, match="overlong"):
         build_sft_dataset(ROWS, tiny, max_length=5)
@@ -185,11 +185,13 @@ def test_the_test_split_is_of_the_size_asked_for_and_depends_on_the_seed(tiny):
 
 def test_the_split_is_the_same_on_every_machine():
     """The rows that seed 42 takes are part of the interface."""
-    from ftdata.build.splits import mixed
+    from ftdata.build.splits import seeded_hash
 
-    order = np.argsort(mixed(np.arange(10, dtype=np.uint64), 42), kind="stable")
+    order = np.argsort(seeded_hash(np.arange(10, dtype=np.uint64), 42), kind="stable")
     assert order.tolist() == [4, 1, 6, 2, 8, 3, 9, 0, 7, 5]
-    assert int(mixed(np.zeros(1, np.uint64), 0)[0]) == 0xE220A8397B1DCDAF  # the generator's published first output
+    assert (
+        int(seeded_hash(np.zeros(1, np.uint64), 0)[0]) == 0xE220A8397B1DCDAF
+    )  # the generator's published first output
 
 
 def test_provenance_leads_back_to_the_line(tiny, tmp_path):
@@ -211,13 +213,13 @@ def test_provenance_leads_back_to_the_line(tiny, tmp_path):
 
 def test_every_flipped_bit_is_found(tiny, tmp_path):
     build_sft_dataset(ROWS, tiny, output_dir=tmp_path / "out")
-    assert verify(tmp_path / "out") == []
+    assert verify_files(tmp_path / "out") == []
     for name in read_manifest(tmp_path / "out")["files"]:
         path = tmp_path / "out" / name
         original = path.read_bytes()
         if original:
             path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
-            assert verify(tmp_path / "out") == [name]
+            assert verify_files(tmp_path / "out") == [name]
             path.write_bytes(original)
 
 
@@ -242,7 +244,7 @@ def test_a_failed_build_leaves_the_old_one(tiny, tmp_path):
     with pytest.raises(BadRows):
         build_sft_dataset([BAD], tiny, output_dir=out)
     assert read_manifest(out) == before
-    assert verify(out) == []
+    assert verify_files(out) == []
 
 
 def digest(folder):
@@ -328,7 +330,7 @@ def test_a_policy_of_ones_own(tiny):
 
     built = build_sft_dataset(ROWS[:4], tiny, train_on=digits)
     assert answers(built["train"], load_tokenizer(tiny)) == [row["answer"] for row in ROWS[:4]]
-    assert built.report.sources[0].flags["no_stop"] == 4
+    assert built.report.sources[0].flags["no_trained_stop"] == 4
     assert any("will not learn to stop" in note for note in built.report.notes)
 
 
@@ -402,7 +404,7 @@ def test_policies_hold_where_turns_are_split(tokenizer_dir):
     first = [CHAT[0], {**CHAT[1], "weight": 0}, *CHAT[2:]]
     assert answers(build_sft_dataset([first], qwen)["train"], tokenizer) == [think + "two<|im_end|>"]
     trailing = build_sft_dataset([[*CHAT, CHAT[0]]], qwen)
-    assert trailing.report.sources[0].flags["trailing_turns"] == 1
+    assert trailing.report.sources[0].flags["trailing_messages"] == 1
 
 
 def test_tokens_pass_through(tiny):

@@ -14,10 +14,10 @@ from laws import often
 
 from ftdata.build import store
 from ftdata.build.dataset import write_build
-from ftdata.build.pack import best_fit_decreasing, packed
+from ftdata.build.pack import best_fit_decreasing, plan_packs
 from ftdata.errors import InputRefused
-from ftdata.readers import file_parts, sources
-from ftdata.readers.file_parts import in_parts
+from ftdata.readers import file_parts, resolve_sources
+from ftdata.readers.file_parts import split_into_parts
 from ftdata.types import Reject
 
 LINES = [
@@ -71,10 +71,10 @@ def test_parts_are_the_whole(tmp_path_factory, lines, newline, last, suffix, siz
     path.write_bytes((newline.join(lines) + (newline if last else "")).encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(file_parts, "PART", size)
-        found = in_parts(sources(path))
+        found = split_into_parts(resolve_sources(path))
         assert len(found) > 1 or path.stat().st_size <= 1.5 * size
         assert sum(one.size for one in found) == path.stat().st_size
-        assert list(places(found)) == list(places(sources(path)))
+        assert list(places(found)) == list(places(resolve_sources(path)))
 
 
 def test_what_is_not_lines_is_whole(tmp_path, small):
@@ -87,19 +87,19 @@ def test_what_is_not_lines_is_whole(tmp_path, small):
         "table.csv": "question,answer\n" + 'q,"a\nb"\n' * 9,
     }.items():
         (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
-        assert in_parts(sources(tmp_path / name)) == list(sources(tmp_path / name)), name
+        assert split_into_parts(resolve_sources(tmp_path / name)) == list(resolve_sources(tmp_path / name)), name
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sliced = sources({"path": tmp_path / "lines.jsonl", "split": "train[:2]"})
-    assert in_parts(sliced) == list(sliced)
+    sliced = resolve_sources({"path": tmp_path / "lines.jsonl", "split": "train[:2]"})
+    assert split_into_parts(sliced) == list(sliced)
 
 
 def test_row_groups_are_parts(tmp_path, small):
     table = pa.table({"question": [f"q{n}" for n in range(100)], "answer": [str(n) for n in range(100)]})
     pq.write_table(table, tmp_path / "d.parquet", row_group_size=9)
     small(200)
-    found = in_parts(sources(tmp_path / "d.parquet"))
+    found = split_into_parts(resolve_sources(tmp_path / "d.parquet"))
     assert len(found) > 3
-    assert list(places(found)) == list(places(sources(tmp_path / "d.parquet")))
+    assert list(places(found)) == list(places(resolve_sources(tmp_path / "d.parquet")))
 
 
 def files(folder):
@@ -119,7 +119,7 @@ def test_a_build_does_not_depend_on_parts(tmp_path, tokenizer_dir, small):
         found = files(tmp_path / f"out{size}")
         del found["manifest.json"]  # which says by what parts it was asked for
         built.append((asdict(report) | {"seconds": 0}, found))
-        assert store.verify(tmp_path / f"out{size}") == []
+        assert store.verify_files(tmp_path / f"out{size}") == []
     for one in built[1:]:
         assert one == built[0]
 
@@ -135,14 +135,14 @@ def test_windows_hold_every_example_once(monkeypatch):
     lengths = [random.Random(0).randint(1, 50) for _ in range(1000)]
     for window in (7, 100, 1000, 5000):
         monkeypatch.setattr("ftdata.build.pack.WINDOW", window)
-        plan = packed(lengths, 64)
+        plan = plan_packs(lengths, 64)
         assert sorted(plan.order.tolist()) == list(range(1000))
         assert max(sum(lengths[one] for one in pack) for pack in plan.packs) <= 64
         firsts = [min(pack) // window for pack in plan.packs]
         assert firsts == sorted(firsts) == [max(pack) // window for pack in plan.packs]
         if window >= 1000:
             assert plan.packs == best_fit_decreasing(lengths, 64).packs
-    assert packed([], 64).packs == []
+    assert plan_packs([], 64).packs == []
 
 
 @pytest.mark.long
@@ -163,7 +163,7 @@ def test_the_line_of_a_fault_is_exact(tmp_path):
             out.write(b'{"question": "q", "answer" "a"}\n')
             for first in range(0, count - at, 1000):
                 out.write(row * min(1000, count - at - first))
-        found = in_parts(sources(path))
+        found = split_into_parts(resolve_sources(path))
         # Where the others are whole, only their lines are wanted.
         lines = list(accumulate((_lines_of(one) for one in found), initial=0))
         rejects = [

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftdata.build.pack import best_fit_decreasing, unpacked
+from ftdata.build.pack import best_fit_decreasing, plan_unpacked
 from ftdata.errors import UsageError
 
 cases = st.integers(1, 64).flatmap(
@@ -58,5 +58,5 @@ def test_lengths_that_cannot_be_packed_are_refused(lengths):
 
 
 def test_unpacked_is_one_each():
-    assert unpacked(3).packs == [[0], [1], [2]]
+    assert plan_unpacked(3).packs == [[0], [1], [2]]
     assert best_fit_decreasing([], 8).packs == []

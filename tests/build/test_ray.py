@@ -12,7 +12,7 @@ import pytest
 
 from ftdata import verify
 from ftdata.build.dataset import write_build
-from ftdata.build.executors import check_engine, run
+from ftdata.build.executors import check_engine, run_tasks
 from ftdata.errors import MissingDependency, StorageError, UsageError
 from ftdata.readers import file_parts
 
@@ -45,7 +45,7 @@ def slowly(common, task):
 def test_a_worker_that_is_lost_is_replaced(cluster, tmp_path, engine):
     common = {"seconds": 0.01, "deadly": [3, 11], "mark": str(tmp_path / "mark"), "once": True}
     engine = f"ray:{cluster.address}" if engine == "ray" else engine
-    assert sorted(run(slowly, common, range(20), 2, engine)) == [(number, 2 * number) for number in range(20)]
+    assert sorted(run_tasks(slowly, common, range(20), 2, engine)) == [(number, 2 * number) for number in range(20)]
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
@@ -53,7 +53,7 @@ def test_a_task_that_ends_its_workers_is_named(cluster, tmp_path, engine):
     common = {"seconds": 0.01, "deadly": [3], "mark": str(tmp_path / "mark"), "once": False}
     engine = f"ray:{cluster.address}" if engine == "ray" else engine
     with pytest.raises(StorageError, match=r"worker_lost.*at 3: "):
-        list(run(slowly, common, range(6), 1 if engine != "local" else 2, engine))
+        list(run_tasks(slowly, common, range(6), 1 if engine != "local" else 2, engine))
 
 
 def failing(_, task):
@@ -64,14 +64,14 @@ def failing(_, task):
 def test_errors_come_through_as_they_are(cluster, engine):
     engine = f"ray:{cluster.address}" if engine == "ray" else engine
     with pytest.raises(UsageError, match=r"\[code\] task \d. Fix: none"):
-        list(run(failing, None, range(3), 2, engine))
+        list(run_tasks(failing, None, range(3), 2, engine))
 
 
 def test_a_straggler_is_begun_again_elsewhere(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr("ftdata.build.executors.SLOW_SECONDS", 1.0)
     common = {"mark": str(tmp_path / "mark")}
     began = time.monotonic()
-    assert sorted(run(stuck_once, common, range(8), 4, f"ray:{cluster.address}")) == [(n, n) for n in range(8)]
+    assert sorted(run_tasks(stuck_once, common, range(8), 4, f"ray:{cluster.address}")) == [(n, n) for n in range(8)]
     assert time.monotonic() - began < 60
 
 

@@ -15,7 +15,7 @@ from ftdata.build import remote, store
 from ftdata.build.dataset import write_build
 from ftdata.errors import HubError, InputRefused, UsageError
 from ftdata.readers import file_parts, remote_files
-from ftdata.readers.sources import sources
+from ftdata.readers.sources import resolve_sources
 
 ROWS = [{"question": f"what is {n}?", "answer": f"it is {n * n}"} for n in range(300)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -85,7 +85,7 @@ def test_a_build_in_a_store_is_that_of_a_folder(bucket, build, tmp_path):
 def test_parts_of_what_lies_elsewhere_are_read_there(bucket, build, tmp_path, monkeypatch):
     whole = build("s3://data/in/a.jsonl", str(tmp_path / "whole"))
     monkeypatch.setattr(file_parts, "PART", 5000)
-    assert len(file_parts.in_parts(sources("s3://data/in"))) == len(LINES) // 5000
+    assert len(file_parts.split_into_parts(resolve_sources("s3://data/in"))) == len(LINES) // 5000
     monkeypatch.setenv("FTDATA_CACHE", "off")
     assert build("s3://data/in", str(tmp_path / "parts")).totals == whole.totals
     same = {path for path in files(tmp_path / "whole") if path.endswith(".arrow")}
@@ -137,7 +137,7 @@ def test_what_is_not_ours_stays(bucket, build):
 def test_one_build_at_a_time_is_on_its_way(bucket, build, monkeypatch, tmp_path):
     """Another machine, which shares nothing with this one but the place."""
     put("in/b.jsonl", LINES[: LINES.index(b"\n") + 1] * 9)
-    missing = remote.missing
+    missing = remote.missing_files
 
     def meanwhile(*asked):
         monkeypatch.setattr(remote, "missing", missing)
@@ -192,4 +192,4 @@ def test_nobody_is_told_so_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(remote_files, "PAUSE", 1000)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(HubError, match=r"credentials\] s3://nowhere/a.jsonl"):
-        sources("s3://nowhere/a.jsonl")
+        resolve_sources("s3://nowhere/a.jsonl")

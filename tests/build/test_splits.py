@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from ftdata import build_sft_dataset
 from ftdata.build import near_duplicates
-from ftdata.build.splits import Facts, Layout, lay_out, mixed
+from ftdata.build.splits import ExampleFacts, Layout, assign_splits, seeded_hash
 from ftdata.errors import InputRefused, MissingDependency, TooManyRejects, UsageError
-from ftdata.types import WHOLE, Conversation, Share
+from ftdata.types import WHOLE, Conversation, SourceShare
 
 ROWS = [{"question": f"What is {n}?", "answer": f"It is {n}.", "lang": "en" if n % 3 else "de"} for n in range(30)]
 
@@ -23,7 +23,7 @@ def facts(rows, splits=(None,), shares=(WHOLE,), tokens=1):
     """`rows`: for each row its source, its content and how many examples it has."""
     of = [(source, at, content) for at, (source, content, count) in enumerate(rows) for _ in range(count)]
     source, row, content = zip(*of, strict=True) if of else ((), (), ())
-    return Facts(
+    return ExampleFacts(
         np.array(source, np.int64),
         np.array(row, np.int64),
         np.array(content, np.int64),
@@ -56,11 +56,11 @@ def test_a_test_split_shares_no_row_with_training(rows, seed, size, dedup, shuff
     layout = Layout(test_size=size, seed=seed, dedup=dedup, shuffle=shuffle)
     if size >= (unique if dedup else len(rows)):
         with pytest.raises(UsageError, match="none to train on"):
-            lay_out(facts(rows), layout)
+            assign_splits(facts(rows), layout)
         return
     equal = max(sum(other[1] == row[1] for other in rows) for row in rows)
     try:
-        laid = lay_out(facts(rows), layout)
+        laid = assign_splits(facts(rows), layout)
     except UsageError as error:
         assert "too many equals" in str(error)
         assert not dedup
@@ -81,7 +81,7 @@ def test_a_test_split_shares_no_row_with_training(rows, seed, size, dedup, shuff
 
 @given(rows=rows, sample=st.integers(1, 50) | st.floats(0.01, 0.99), seed=st.integers(0, 99))
 def test_a_sample_is_as_large_as_asked_for(rows, sample, seed):
-    laid = lay_out(facts(rows), Layout(sample=sample, seed=seed))
+    laid = assign_splits(facts(rows), Layout(sample=sample, seed=seed))
     taken = whole_rows(rows, laid.splits["train"])
     expected = min(sample, len(rows)) if sample >= 1 else int(np.ceil(sample * len(rows)))
     assert len(taken) == len(set(taken)) == expected
@@ -96,8 +96,8 @@ def test_a_sample_is_as_large_as_asked_for(rows, sample, seed):
 )
 def test_sources_are_taken_as_often_as_their_weight_says(sizes, weights, seed):
     rows = [(source, number, 1) for source, size in enumerate(sizes) for number in range(size)]
-    shares = [Share(weight) for weight in weights[: len(sizes)]]
-    laid = lay_out(facts(rows, [None] * len(sizes), shares), Layout(seed=seed))
+    shares = [SourceShare(weight) for weight in weights[: len(sizes)]]
+    laid = assign_splits(facts(rows, [None] * len(sizes), shares), Layout(seed=seed))
     counts = np.bincount(laid.splits["train"], minlength=len(rows))
     for source, size in enumerate(sizes):
         own = counts[[number for number, row in enumerate(rows) if row[0] == source]]
@@ -116,8 +116,8 @@ def test_sources_are_taken_as_often_as_their_weight_says(sizes, weights, seed):
 def test_of_a_source_is_taken_what_is_asked_for(tokens, amount, unit, seed):
     sizes = np.array([one for each in tokens for one in each])
     rows = [(source, number, 1) for source, each in enumerate(tokens) for number in range(len(each))]
-    shares = [Share(amount, unit)] + [WHOLE] * (len(tokens) - 1)
-    laid = lay_out(facts(rows, [None] * len(tokens), shares, sizes), Layout(seed=seed))
+    shares = [SourceShare(amount, unit)] + [WHOLE] * (len(tokens) - 1)
+    laid = assign_splits(facts(rows, [None] * len(tokens), shares, sizes), Layout(seed=seed))
     counts = np.bincount(laid.splits["train"], minlength=len(rows))
     own = counts[: len(tokens[0])]
     assert (counts[len(tokens[0]) :] == 1).all()
@@ -131,18 +131,18 @@ def test_of_a_source_is_taken_what_is_asked_for(tokens, amount, unit, seed):
 
 def test_splits_of_the_data_stay_and_what_is_tested_is_not_trained():
     given_rows = [(0, 1, 1), (0, 2, 1), (1, 2, 1), (1, 3, 1)]
-    kept = lay_out(facts(given_rows, ["train", "test"], [Share(), Share()]), Layout())
+    kept = assign_splits(facts(given_rows, ["train", "test"], [SourceShare(), SourceShare()]), Layout())
     assert {name: found.tolist() for name, found in kept.splits.items()} == {"train": [0, 1], "test": [2, 3]}
-    apart = lay_out(facts(given_rows, ["train", "test"], [Share(), Share()]), Layout(dedup=True))
+    apart = assign_splits(facts(given_rows, ["train", "test"], [SourceShare(), SourceShare()]), Layout(dedup=True))
     assert {name: found.tolist() for name, found in apart.splits.items()} == {"train": [0], "test": [2, 3]}
 
 
 def test_chance_is_the_same_everywhere():
     """SplitMix64's own first numbers, and the shuffle of ten rows by seed 42: neither may ever change."""
-    assert mixed(np.arange(3, dtype=np.uint64), 0).tolist() == [
+    assert seeded_hash(np.arange(3, dtype=np.uint64), 0).tolist() == [
         16294208416658607535, 7960286522194355700, 487617019471545679
     ]  # fmt: skip
-    laid = lay_out(facts([(0, n, 1) for n in range(10)]), Layout(shuffle=True, seed=42))
+    laid = assign_splits(facts([(0, n, 1) for n in range(10)]), Layout(shuffle=True, seed=42))
     assert laid.splits["train"].tolist() == [3, 5, 6, 0, 9, 2, 4, 1, 8, 7]
 
 
@@ -153,8 +153,8 @@ def test_rows_are_chosen_in_a_build(tokenizer_dir, tmp_path):
     options = {"on_bad_rows": "quarantine", "max_rejects": 1}
     built = build_sft_dataset(str(path), tiny, where="lang == 'en'", dedup=True, **options)
     assert len(built["train"]) == 20
-    assert {name: built.report.totals[name] for name in ("read", "built", "passed", "rejected")} == {
-        "read": 36, "built": 23, "passed": 12, "rejected": 1
+    assert {name: built.report.totals[name] for name in ("read", "built", "filtered", "rejected")} == {
+        "read": 36, "built": 23, "filtered": 12, "rejected": 1
     }  # fmt: skip
     assert "3 rows are left out: duplicate" in built.report.notes
     assert len(build_sft_dataset(str(path), tiny, limit=7)["train"]) == 7
@@ -202,7 +202,7 @@ def test_what_is_taken_of_each_source_is_in_the_report(tokenizer_dir, tmp_path):
 
 def test_what_has_no_weight_is_in_no_split():
     given_rows = [(0, n, 1) for n in range(5)] + [(1, n, 1) for n in range(5, 10)]
-    laid = lay_out(facts(given_rows, [None, None], [Share(0), Share()]), Layout(test_size=2))
+    laid = assign_splits(facts(given_rows, [None, None], [SourceShare(0), SourceShare()]), Layout(test_size=2))
     assert sorted(np.concatenate(list(laid.splits.values())).tolist()) == [5, 6, 7, 8, 9]
     assert laid.left_out["of weight 0"] == 5
 
@@ -240,7 +240,7 @@ def test_shares_and_limits_are_those_of_a_place_however_many_files_it_has(tokeni
     for workers in (1, 2):
         limited = build_sft_dataset([many, other], tiny, limit=4, where="n is not defined or n > 2", workers=workers)
         assert [ledger.built for ledger in limited.report.sources] == [0, 0, 0, 1, 1, 1, 1, 4]
-        assert limited.report.total("passed") == 3
+        assert limited.report.total("filtered") == 3
 
 
 def test_where_passes_over_rows_without_the_column(tokenizer_dir):
@@ -284,9 +284,9 @@ def test_rows_of_both_splits_are_named(tokenizer_dir):
 
 @pytest.mark.parametrize(("size", "expected"), [(0.07, 7), (0.1, 10), (0.001, 1), (13, 13)])
 def test_shares_are_counted_exactly(size, expected):
-    laid = lay_out(facts([(0, n, 1) for n in range(100)]), Layout(test_size=size))
+    laid = assign_splits(facts([(0, n, 1) for n in range(100)]), Layout(test_size=size))
     assert len(laid.splits["test"]) == expected
-    assert len(lay_out(facts([(0, n, 1) for n in range(100)]), Layout(sample=size)).splits["train"]) == expected
+    assert len(assign_splits(facts([(0, n, 1) for n in range(100)]), Layout(sample=size)).splits["train"]) == expected
 
 
 def poem(number, words=60):
@@ -313,8 +313,8 @@ def test_rows_that_say_almost_the_same_are_left_out_or_stay_together(tokenizer_d
             rows.append(row([*words[:30], "another", *words[31:]]))
     tiny = tokenizer_dir("tiny_bpe")
     for near, expected in ((0.7, 40), (0.97, 60)):
-        assert len(build_sft_dataset(rows, tiny, dedup=True, near=near)["train"]) == expected
-    built = build_sft_dataset(rows, tiny, test_size=0.5, near=0.7, workers=2)
+        assert len(build_sft_dataset(rows, tiny, dedup=True, near_duplicate_threshold=near)["train"]) == expected
+    built = build_sft_dataset(rows, tiny, test_size=0.5, near_duplicate_threshold=0.7, workers=2)
     assert sum(map(len, built.values())) == 60
     firsts = [{tuple(ids[-40:][:10]) for ids in built[name]["input_ids"]} for name in ("train", "test")]
     assert not firsts[0] & firsts[1]
@@ -324,17 +324,17 @@ def test_rows_that_say_almost_the_same_are_left_out_or_stay_together(tokenizer_d
 def test_groups_are_those_of_all_pairs(rows):
     """The bands find, for rows that are much alike or not at all, what comparing each with each would."""
     minhashes = np.repeat(np.array([one[0] for one in rows], np.uint32)[:, None], near_duplicates.PERMUTATIONS, axis=1)
-    labels = near_duplicates.groups(minhashes, 0.8)
+    labels = near_duplicates.similarity_groups(minhashes, 0.8)
     assert [[a == b for b in labels] for a in labels] == [[one[0] == two[0] for two in rows] for one in rows]
 
 
 def test_near_goes_with_something_and_needs_its_library(tokenizer_dir, monkeypatch):
     tiny = tokenizer_dir("tiny_bpe")
     with pytest.raises(UsageError, match="goes with dedup or test_size"):
-        build_sft_dataset(ROWS, tiny, near=0.8)
+        build_sft_dataset(ROWS, tiny, near_duplicate_threshold=0.8)
     monkeypatch.setitem(sys.modules, "rensa", None)
     with pytest.raises(MissingDependency, match=r"pip install 'ftdata\[dedup\]'"):
-        build_sft_dataset(ROWS, tiny, near=0.8, dedup=True)
+        build_sft_dataset(ROWS, tiny, near_duplicate_threshold=0.8, dedup=True)
 
 
 def test_a_limit_takes_of_each_split_and_makes_none_of_another(tokenizer_dir, tmp_path):
@@ -379,21 +379,21 @@ def talk(question, answer="a", system=None, **more):
     ],
 )  # fmt: skip
 def test_rows_that_differ_in_what_matters_are_not_near(one, other):
-    minhashes = near_duplicates.signatures([one, other, one])
-    assert near_duplicates.first_alike(minhashes, 0.9).tolist() == [0, 1, 0]
+    minhashes = near_duplicates.minhash_signatures([one, other, one])
+    assert near_duplicates.first_similar(minhashes, 0.9).tolist() == [0, 1, 0]
 
 
 def test_what_is_left_out_stands_for_nobody():
     words = [f"w{n}" for n in range(2400)]
     windows = [talk(" ".join(words[20 * n : 20 * n + 400])) for n in range(100)]
-    minhashes = near_duplicates.signatures(windows)
-    assert len(set(near_duplicates.groups(minhashes, 0.8).tolist())) == 1
-    stay = sorted(set(near_duplicates.first_alike(minhashes, 0.8).tolist()))
+    minhashes = near_duplicates.minhash_signatures(windows)
+    assert len(set(near_duplicates.similarity_groups(minhashes, 0.8).tolist())) == 1
+    stay = sorted(set(near_duplicates.first_similar(minhashes, 0.8).tolist()))
     assert 30 < len(stay) < 70
     assert all((minhashes[a, :128] == minhashes[b, :128]).mean() < 0.8 for a, b in itertools.pairwise(stay))
 
 
 def test_labels_are_united_where_rows_are_equal():
     labels, equal = np.array([0, 1, 1, 3, 4]), np.array(["a", "b", "c", "c", "d"])
-    united = near_duplicates.united(labels, equal)
+    united = near_duplicates.merge_labels(labels, equal)
     assert [[x == y for y in united] for x in united] == [[x == y for y in (0, 1, 1, 1, 4)] for x in (0, 1, 1, 1, 4)]

@@ -191,7 +191,7 @@ def test_audit_finds_what_is_wrong(tokenizer_dir, tmp_path):
         "empty_answer": [f"{path}:3"],
         "mojibake": [f"{path}:4"],
         "control_tokens": [f"{path}:5"],
-        "trailing_turns": [f"{path}:6"],
+        "trailing_messages": [f"{path}:6"],
     }
 
 

@@ -9,7 +9,7 @@ from ftdata.config import Config, dump_yaml, load_config
 from ftdata.errors import UsageError
 from ftdata.importers import import_config
 from ftdata.importers.axolotl import KEYS as AXOLOTL
-from ftdata.importers.draft import Draft, carry
+from ftdata.importers.draft import Draft, apply_rules
 from ftdata.importers.llamafactory import KEYS as FACTORY
 
 AXOLOTL_FILE = {
@@ -321,7 +321,7 @@ def test_every_key_leads_to_a_field_that_is_there(keys):
     targets = [rule for rule in keys.rules.values() if isinstance(rule, str)] + [f"train.{name}" for name in keys.same]
     given = {**dict.fromkeys(keys.same, 3), **{key: 3 for key, rule in keys.rules.items() if isinstance(rule, str)}}
     draft = Draft()
-    carry(given, keys, draft)
+    apply_rules(given, keys, draft)
     carried = {f"{name}.{inner}" for name, value in draft.fields.items() if isinstance(value, dict) for inner in value}
     assert {*targets} <= carried | set(draft.fields)
     for target in targets:

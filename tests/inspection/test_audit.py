@@ -14,8 +14,8 @@ from ftdata.errors import UsageError
 def test_what_was_asked_for_alone_is_said_to_be_left_out(tokenizer):
     report = found(tokenizer, [PLAIN], {})
     assert not report
-    assert report.skipped == {"pii": "--pii", "near_duplicate": "--near"}
-    assert "not looked for: pii (--pii); near_duplicate (--near)" in str(report)
+    assert report.skipped == {"pii": "--pii", "near_duplicate": "--near-duplicate-threshold"}
+    assert "not looked for: pii (--pii); near_duplicate (--near-duplicate-threshold)" in str(report)
 
 
 def test_rejected_rows_are_findings_by_their_codes(tokenizer):
@@ -73,7 +73,7 @@ def test_requests_that_nobody_can_mean(tokenizer, tmp_path):
     with pytest.raises(UsageError, match="no_tokenizer"):
         audit([PLAIN])
     with pytest.raises(UsageError, match="expected a similarity"):
-        audit([PLAIN], tokenizer(), near=0.2)
+        audit([PLAIN], tokenizer(), near_duplicate_threshold=0.2)
     build_sft_dataset([PLAIN], tokenizer(), output_dir=tmp_path / "built")
     with pytest.raises(UsageError, match="template is said of a build"):
         audit(tmp_path / "built", template="chatml")
@@ -83,9 +83,9 @@ def test_a_rejected_row_is_an_error_whatever_else_has_its_code(tokenizer):
     loses = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + CHATML
     system = {"messages": [{"role": "system", "content": "lost"}, *TALK]}
     calls = {"messages": TOOLED}
-    report = found(tokenizer, [system, system, calls], {"template": loses, "dropped": "flag"})
-    told = [(one.code, one.severity, one.count) for one in report.findings if one.code == "payload_dropped"]
-    assert told == [("payload_dropped", "error", 1), ("payload_dropped", "warning", 2)]
+    report = found(tokenizer, [system, system, calls], {"template": loses, "on_dropped_message": "flag"})
+    told = [(one.code, one.severity, one.count) for one in report.findings if one.code == "message_dropped"]
+    assert told == [("message_dropped", "error", 1), ("message_dropped", "warning", 2)]
 
 
 def test_what_is_held_out(tokenizer, tmp_path):

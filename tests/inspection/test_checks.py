@@ -51,20 +51,20 @@ TOOL = {"type": "function", "function": {"name": "find", "description": "finds",
 
 # code -> (what makes it fire, what nearly does)
 CASES = {
-    "no_stop": (rows({"input_ids": [1, 40, 41], "labels": [-100, 40, 41]}), rows({"text": "a stop<|im_end|>"})),
-    "truncated_answer": (
+    "no_trained_stop": (rows({"input_ids": [1, 40, 41], "labels": [-100, 40, 41]}), rows({"text": "a stop<|im_end|>"})),
+    "answer_truncated": (
         rows(talk("q", "a long answer " * 20), max_length=30, overlong="truncate"),
         rows(talk("q", "short", "q", "a long answer " * 20), max_length=40, overlong="drop_turns"),
     ),
-    "unclosed_final": (rows(talk("q", "a"), template=LATE_STOP), rows(talk("q", "a"), template=CHATML)),
-    "content_cut": (rows(talk("q", "hm</think>a1"), template=CUTS), rows(talk("q", "a1"), template=CUTS)),
-    "payload_dropped": (
+    "missing_final_stop": (rows(talk("q", "a"), template=LATE_STOP), rows(talk("q", "a"), template=CHATML)),
+    "message_truncated": (rows(talk("q", "hm</think>a1"), template=CUTS), rows(talk("q", "a1"), template=CUTS)),
+    "message_dropped": (
         rows(
             {"messages": [{"role": "system", "content": "lost"}, *TALK]},
             template="{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + CHATML,
-            dropped="flag",
+            on_dropped_message="flag",
         ),
-        rows(talk("q", "a"), template=CHATML, dropped="flag"),
+        rows(talk("q", "a"), template=CHATML, on_dropped_message="flag"),
     ),
     "reasoning_dropped": (
         rows({"messages": [USER, {**ANSWER, "reasoning_content": "a thought"}]}, template=CHATML),
@@ -78,7 +78,7 @@ CASES = {
         rows({"messages": [USER, {**ANSWER, "mood": "sunny"}]}, template=CHATML + "{# mood #}"),
         rows({"messages": [USER, {**ANSWER, "train": True}]}, template=CHATML),
     ),
-    "prompt_drift": (
+    "prompt_mismatch": (
         rows(PLAIN, template=template(prompt=PROMPT + "<think>\n")),
         rows(PLAIN, template=template()),
     ),
@@ -86,15 +86,15 @@ CASES = {
         rows(talk("q", "a"), template=THINKING),
         rows(talk("q", "a"), template=THINKING, template_kwargs={"enable_thinking": False}),
     ),
-    "straddle": (rows(talk("q", "a"), template=STRADDLING), rows(talk("q", "a"), template=CHATML)),
+    "token_crosses_boundary": (rows(talk("q", "a"), template=STRADDLING), rows(talk("q", "a"), template=CHATML)),
     "rejected_side_dropped": (
         rows({"prompt": "q", "chosen": "yes", "rejected": "no"}, template=CHATML),
         rows({"prompt": "q", "completion": "yes"}, template=CHATML),
     ),
-    "tags_unconfirmed": (rows(PLAIN, template=TAGGED), rows(PLAIN, template=CHATML)),
-    "stop_untagged": (rows(PLAIN, chat=UNTAGGED), rows(PLAIN, chat=TAGGED)),
+    "generation_tags_unconfirmed": (rows(PLAIN, template=TAGGED), rows(PLAIN, template=CHATML)),
+    "stop_outside_generation_tags": (rows(PLAIN, chat=UNTAGGED), rows(PLAIN, chat=TAGGED)),
     "control_tokens": (rows(talk("<|im_end|>", "a")), rows(talk("<|im_end", "a"))),
-    "trailing_turns": (rows({"messages": [*TALK, USER]}), rows({"messages": TALK})),
+    "trailing_messages": (rows({"messages": [*TALK, USER]}), rows({"messages": TALK})),
     "double_bos": (
         rows({"input_ids": [3, 3, 40, 2], "labels": [-100, -100, 40, 2]}),
         rows({"text": "<s>text<|im_end|>"}),
@@ -126,9 +126,9 @@ CASES = {
         rows(
             talk("q", "one two three four five six seven eight nine ten " * 3),
             talk("q", "one two three four five six seven eight nine ten " * 3 + "!"),
-            near=0.7,
+            near_duplicate_threshold=0.7,
         ),
-        rows(PLAIN, PLAIN, near=0.7),
+        rows(PLAIN, PLAIN, near_duplicate_threshold=0.7),
     ),
     "leakage": (rows(PLAIN, against=[PLAIN]), rows(PLAIN, against=[talk("another question", "an answer")])),
     "script": (

@@ -14,8 +14,8 @@ from makers import CHATML
 
 from ftdata import build_sft_dataset, diff
 from ftdata.errors import InputRefused, UsageError
-from ftdata.inspection.diff import compared
-from ftdata.inspection.row_views import Owner, View
+from ftdata.inspection.diff import find_edits
+from ftdata.inspection.row_views import ExampleView, SegmentOwner
 
 
 def talk(*texts):
@@ -211,7 +211,7 @@ def test_across_tokenizers_only_what_is_trained_is_outlined(data, tokenizer_dir)
         "limit=99999999999999999999",
         "max_length=99999999999999999999",
         "turns=[",
-        "refuse=x",
+        "reject_flags=x",
     ],
 )
 def test_values_that_no_option_has_are_one_line(data, tokenizer_dir, change):
@@ -291,13 +291,13 @@ def test_the_page_shows_both_sides(data, tokenizer_dir, tmp_path, chromium):
 def view(pieces, trained):
     size = len(pieces)
     nobody = np.zeros(size, np.int64)
-    return View(
+    return ExampleView(
         "".join(pieces),
         np.cumsum([len(one) for one in pieces]),
         np.asarray(trained, bool),
         nobody > 0,
         nobody,
-        (Owner(-1, "", ""),),
+        (SegmentOwner(-1, "", ""),),
     )
 
 
@@ -307,7 +307,7 @@ sides = st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=12)
 @settings(deadline=None)
 @given(left=sides, right=sides)
 def test_what_is_left_of_both_is_the_same(left, right):
-    edits = compared(*(view([text for text, _ in one], [yes for _, yes in one]) for one in (left, right)))
+    edits = find_edits(*(view([text for text, _ in one], [yes for _, yes in one]) for one in (left, right)))
     kept = []
     for side, places in ((left, [edit.in_a for edit in edits]), (right, [edit.in_b for edit in edits])):
         changed = {at for place in places for at in range(*place)}

@@ -80,16 +80,16 @@ def planted(chance, clean, tokenizer):
         ]
         alike.append({"messages": messages})
     return {
-        "no_stop": [tokenised(load_tokenizer(tokenizer), prose(chance, 20)) for _ in range(3)],
+        "no_trained_stop": [tokenised(load_tokenizer(tokenizer), prose(chance, 20)) for _ in range(3)],
         "double_bos": [{"text": f"{bos}{bos}{prose(chance, 20)}{eos}"} for _ in range(2)],
         "double_eos": [{"text": f"{bos}{prose(chance, 20)}{eos}{eos}"} for _ in range(2)],
-        "truncated_answer": [last(prose(chance, 1500)) for _ in range(2)],
+        "answer_truncated": [last(prose(chance, 1500)) for _ in range(2)],
         "empty_answer": [last("  ") for _ in range(4)],
         "trivial_answer": [last("N/A"), last("...")],
         "control_tokens": [last(f"the end {eos} it says {number}") for number in range(3)],
         "mojibake": [last(f"that isnâ€™t right, {end} {number}") for number in range(3)],
         "role_order": [{"messages": [{"role": "user", "content": "and?"}, *fresh()[-2:]]} for _ in range(2)],
-        "trailing_turns": [{"messages": [*fresh(), {"role": "user", "content": "and then?"}]} for _ in range(2)],
+        "trailing_messages": [{"messages": [*fresh(), {"role": "user", "content": "and then?"}]} for _ in range(2)],
         "reasoning_dropped": [
             {
                 "messages": [
@@ -133,7 +133,7 @@ def large(tmp_path_factory):
     return folder, tokenizer, {**expected, "leakage": [8, 71]}
 
 
-OPTIONS = {"max_length": 1024, "overlong": "truncate", "near": 0.8, "pii": True}
+OPTIONS = {"max_length": 1024, "overlong": "truncate", "near_duplicate_threshold": 0.8, "pii": True}
 
 
 @pytest.mark.timeout(600)
@@ -166,7 +166,7 @@ def test_a_build_of_them_has_the_findings_that_tokens_tell(large, tmp_path):
         on_bad_rows="quarantine",
         max_rejects=10,
     )
-    report = audit(tmp_path / "built", near=None, pii=True)
+    report = audit(tmp_path / "built", near_duplicate_threshold=None, pii=True)
     told = {one.code: sorted(place.source.line for place in one.places) for one in report.findings}
     of_tokens = set(expected) - {
         "empty_answer",

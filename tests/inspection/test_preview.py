@@ -18,10 +18,10 @@ from makers import CHATML
 
 from ftdata import build_sft_dataset, preview
 from ftdata.errors import InputRefused, UsageError
-from ftdata.inspection.row_views import visible
+from ftdata.inspection.row_views import make_visible
 from ftdata.testing import AWKWARD
 from ftdata.tokenizing.load import load_tokenizer
-from ftdata.tokenizing.token_text import spelled
+from ftdata.tokenizing.token_text import token_texts
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -178,7 +178,7 @@ def test_views_show_every_token_and_every_character(tokenizer_dir, name, text):
 def test_tokens_alone_are_spelled_as_their_text(tokenizer_dir, name, text):
     tokenizer = load_tokenizer(tokenizer_dir(name))
     ids = tokenizer.encode([text])[0].ids.tolist()
-    texts = spelled(tokenizer, ids)
+    texts = token_texts(tokenizer, ids)
     assert len(texts) == len(ids)
     # Some decoders take away blanks with which a text begins.
     assert "".join(texts) in (tokenizer.decode(ids), text)
@@ -351,7 +351,9 @@ def test_without_a_tokenizer_what_a_row_types_is_no_control_token():
     ]
 
 
-@pytest.mark.parametrize("options", [{"max_length": 9}, {"refuse": ["no_stop"]}, {"packing": "bfd"}, {"odd": True}])
+@pytest.mark.parametrize(
+    "options", [{"max_length": 9}, {"reject_flags": ["no_trained_stop"]}, {"packing": "bfd"}, {"odd": True}]
+)
 def test_what_counts_tokens_needs_a_tokenizer(options):
     with pytest.raises(UsageError, match="is about tokens, and there is no tokenizer"):
         preview(ROWS, **options)
@@ -460,19 +462,19 @@ def test_a_reader_that_has_seen_enough_is_no_fault(tokenizer_dir):
     "char", ["\x1b", "\u202e", "\u200b", "\u2066", "\x00", "\x9b", "\u2028", "\ufeff", "\u3164", "\u115f"]
 )
 def test_what_drives_or_deceives_a_terminal_is_spelled_out(char):
-    assert visible(f"a{char}b") == f"a\\u{ord(char):04x}b"
+    assert make_visible(f"a{char}b") == f"a\\u{ord(char):04x}b"
 
 
 @pytest.mark.parametrize(("text", "rows"), [("1", [1]), ("0,2-4", [0, 2, 3, 4]), (" 1 , 3", [1, 3])])
 def test_numbers_of_rows_on_the_command_line(text, rows):
-    from ftdata.cli.options import rows_of
+    from ftdata.cli.options import parse_row_numbers
 
-    assert rows_of(text) == rows
+    assert parse_row_numbers(text) == rows
 
 
 @pytest.mark.parametrize("text", ["x", "1-", "-1", "3-x", "5-3", "1,,2", "0-99999999999", "²"])
 def test_numbers_of_rows_that_are_none(text):
-    from ftdata.cli.options import rows_of
+    from ftdata.cli.options import parse_row_numbers
 
     with pytest.raises(UsageError, match="such as 7 or 3,8-11"):
-        rows_of(text)
+        parse_row_numbers(text)

@@ -192,7 +192,7 @@ def test_the_command_prints_tables_and_json(data, tokenizer_dir):
 @settings(deadline=None)
 @given(values=st.lists(st.integers(1, 200_000), min_size=1, max_size=50), line=st.none() | st.integers(2, 100_000))
 def test_a_histogram_counts_every_value(values, line):
-    svg = charts.lengths(np.asarray(values), line=line)
+    svg = charts.draw_length_histogram(np.asarray(values), line=line)
     root = ET.fromstring(svg)
     tips = [one.text for one in root.iter("{http://www.w3.org/2000/svg}title")][1:]
     assert sum(int(tip.rpartition(": ")[2].replace(",", "")) for tip in tips) == len(values)
@@ -203,6 +203,6 @@ def test_a_histogram_counts_every_value(values, line):
 @settings(deadline=None)
 @given(values=st.lists(st.floats(0, 1), min_size=1, max_size=50))
 def test_shares_are_all_drawn(values):
-    root = ET.fromstring(charts.shares(np.asarray(values)))
+    root = ET.fromstring(charts.draw_share_histogram(np.asarray(values)))
     tips = [one.text for one in root.iter("{http://www.w3.org/2000/svg}title")][1:]
     assert sum(int(tip.rpartition(": ")[2].replace(",", "")) for tip in tips) == len(values)

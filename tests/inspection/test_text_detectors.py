@@ -10,20 +10,22 @@ from ftdata.inspection import text_detectors
     ("DE88370400440532013000", False), ("078-05-1120", True), ("000-12-3456", False), ("8.8.8.8", True), ("192.168.0.1", False), ("1.2.3.4.5", False),
     ("+44 20 7946 0958", True), ("3.14159265358979", False), ("2024-01-02 10:20", False), ("sk-" + "a1" * 12, True), ("ada@lovelace", False)])  # fmt: skip
 def test_what_looks_personal(text, right):
-    assert bool(list(text_detectors.personal(f"see {text} there"))) is right
+    assert bool(list(text_detectors.find_personal_data(f"see {text} there"))) is right
 
 
 def test_scripts_of_texts_that_mix_them():
-    assert text_detectors.SCRIPTS[text_detectors.script("HTTP ответ сервера")] == "Cyrillic"
-    assert text_detectors.script("1234 + 5") == -1
-    assert text_detectors.script("→ ∑ ✓") == -1
-    assert np.unique([text_detectors.script(text) for text in ("ascii", "naïve", "Straße", "Ứng")]).tolist() == [0]
+    assert text_detectors.SCRIPTS[text_detectors.detect_script("HTTP ответ сервера")] == "Cyrillic"
+    assert text_detectors.detect_script("1234 + 5") == -1
+    assert text_detectors.detect_script("→ ∑ ✓") == -1
+    assert np.unique([text_detectors.detect_script(text) for text in ("ascii", "naïve", "Straße", "Ứng")]).tolist() == [
+        0
+    ]
 
 
 @pytest.mark.parametrize("text", ["Ã–sterreich", "â†’ next", "5 â‚¬", "Â¡Hola!", "it\x92s", "NoÃ«l", "РџСЂРёРІРµС‚", "ÎºÎ±Î»Î·Î¼Î­ÏÎ±",
     "×©×œ×•×", "Ù…Ø±Ø­Ø¨Ø§", "ì•ˆë…•", "à¤¨à¤®", "ðŸ˜€", "MiÄ™dzy", "sÅ‚owami", "PÅ™iÅ¡el", "yaÅŸÄ±yorum", "Ä‘Æ°á»", "È˜i", "itâ€™s", "ã\x81\x93ã\x82\x93"])  # fmt: skip
 def test_wrong_encodings(text):
-    assert text_detectors.mojibake(text)
+    assert text_detectors.find_mojibake(text)
 
 
 @pytest.mark.parametrize(
@@ -43,4 +45,4 @@ def test_wrong_encodings(text):
     ],
 )
 def test_right_encodings(text):
-    assert text_detectors.mojibake(text) is None
+    assert text_detectors.find_mojibake(text) is None

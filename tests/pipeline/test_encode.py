@@ -16,9 +16,9 @@ from ftdata import build_sft_dataset, encode
 from ftdata.errors import BadRow, BadRows, TemplateRefused
 from ftdata.pipeline.recipe import make_recipe
 from ftdata.schemas.messages import has_answer
-from ftdata.templates import render
-from ftdata.templates.verification.probe import contradicted
-from ftdata.testing import check_laws, conversations, texts, try_template
+from ftdata.templates import render_in_worker
+from ftdata.templates.verification.probe import describe_contradiction
+from ftdata.testing import check_masking_rules, conversation_strategy, text_strategy, try_template
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.types import Conversation
 
@@ -44,15 +44,15 @@ def pieces(example, tokenizer):
 @law(cases=len(ALL))
 @given(data=st.data())
 def test_laws_hold_for_any_conversation(name, tokenizer_dir, data):
-    messages = data.draw(conversations(system=system_of(name)))
+    messages = data.draw(conversation_strategy(system=system_of(name)))
     try:
         examples = encode(messages, tokenizer_dir(name))
     except BadRow as refusal:
-        assert refusal.code in {"payload_dropped", "control_tokens", "history_drift"}, refusal
+        assert refusal.code in {"message_dropped", "control_tokens", "history_drift"}, refusal
         return
-    joint = len(examples) == 1 and "split" not in examples[0].flags
+    joint = len(examples) == 1 and "conversation_split" not in examples[0].flags
     for example, last in zip(examples, [None] if joint else assistants(messages), strict=True):
-        check_laws(example, messages, trained=assistants(messages) if joint else [last])
+        check_masking_rules(example, messages, trained=assistants(messages) if joint else [last])
 
 
 @pytest.mark.parametrize("name", REVERSIBLE)
@@ -60,7 +60,7 @@ def test_laws_hold_for_any_conversation(name, tokenizer_dir, data):
 @given(data=st.data())
 def test_trained_text_is_the_answer_and_its_stop(name, tokenizer_dir, data):
     """M4, M5, M6: what carries loss decodes to each answer with its stop, and to nothing else."""
-    messages = data.draw(conversations(system=system_of(name)))
+    messages = data.draw(conversation_strategy(system=system_of(name)))
     tokenizer = load_tokenizer(tokenizer_dir(name))
     (example,) = encode(messages, tokenizer)
     stop = tokenizer.special_tokens["eos_token"]
@@ -70,7 +70,7 @@ def test_trained_text_is_the_answer_and_its_stop(name, tokenizer_dir, data):
     assert pieces(example, tokenizer) == [answer + stop for answer in answers]
     ends = np.flatnonzero(np.diff(example.trained.astype(int), append=0) == -1)
     assert (example.input_ids[ends] == tokenizer.id_of(stop)).all()
-    assert "no_stop" not in example.flags
+    assert "no_trained_stop" not in example.flags
 
 
 @pytest.mark.parametrize("name", ["deepseek", "qwen", "tiny_bpe", "tiny_metaspace"])
@@ -78,7 +78,7 @@ def test_trained_text_is_the_answer_and_its_stop(name, tokenizer_dir, data):
 @given(data=st.data())
 def test_control_tokens_come_from_the_template_only(name, tokenizer_dir, data):
     """M8: how many control ids there are depends on the roles, not on what the messages say."""
-    messages = data.draw(conversations(max_turns=2))
+    messages = data.draw(conversation_strategy(max_turns=2))
     recipe = make_recipe(tokenizer_dir(name))
     tame = [{**message, "content": "x"} for message in messages]
 
@@ -89,7 +89,7 @@ def test_control_tokens_come_from_the_template_only(name, tokenizer_dir, data):
     try:
         assert counts(messages) == counts(tame)
     except BadRow as refusal:
-        assert refusal.code in {"payload_dropped", "control_tokens", "history_drift"}, refusal
+        assert refusal.code in {"message_dropped", "control_tokens", "history_drift"}, refusal
 
 
 @pytest.mark.parametrize("name", ["deepseek", "qwen", "tiny_bpe", "tiny_metaspace"])
@@ -121,7 +121,7 @@ def itself(file):
 @given(data=st.data())
 def test_ids_are_those_of_the_tokenizer_alone(name, tokenizer_dir, data):
     """One text, one tokenisation: the whole text through the tokenizer gives the same ids."""
-    messages = data.draw(conversations(system=system_of(name)))
+    messages = data.draw(conversation_strategy(system=system_of(name)))
     tokenizer = load_tokenizer(tokenizer_dir(name))
     alone = itself(f"{tokenizer_dir(name)}/tokenizer.json")
     try:
@@ -133,7 +133,7 @@ def test_ids_are_those_of_the_tokenizer_alone(name, tokenizer_dir, data):
 
 
 @law()
-@given(question=texts(), answer=texts().filter(has_answer))
+@given(question=text_strategy(), answer=text_strategy().filter(has_answer))
 def test_template_syntax_in_data_is_text(tokenizer_dir, question, answer):
     """M9: what looks like Jinja inside the data is printed as it is."""
     (example,) = encode(
@@ -144,7 +144,7 @@ def test_template_syntax_in_data_is_text(tokenizer_dir, question, answer):
 
 
 @law()
-@given(messages=conversations(system=False).filter(lambda messages: len(messages) > 2))
+@given(messages=conversation_strategy(system=False).filter(lambda messages: len(messages) > 2))
 def test_later_turns_do_not_change_earlier_labels(tokenizer_dir, messages):
     """M12: the labels of the first turns are a prefix of the labels of all."""
     (whole,) = encode(messages, tokenizer_dir("deepseek"))
@@ -153,7 +153,7 @@ def test_later_turns_do_not_change_earlier_labels(tokenizer_dir, messages):
 
 
 @law()
-@given(messages=conversations(), data=st.data())
+@given(messages=conversation_strategy(), data=st.data())
 def test_policy_algebra(tokenizer_dir, messages, data):
     """M13: a message with train: false loses exactly its own tokens; the last turn and the others make all."""
     turns = assistants(messages)
@@ -182,7 +182,7 @@ def pad_is_eos(tokenizer_dir, tmp_path_factory):
 
 
 @law()
-@given(messages=conversations())
+@given(messages=conversation_strategy())
 def test_pad_equal_to_eos_changes_nothing(tokenizer_dir, pad_is_eos, messages):
     """M7: labels do not depend on which token pads."""
     (one,), (other,) = encode(messages, tokenizer_dir("tiny_bpe")), encode(messages, pad_is_eos)
@@ -211,7 +211,7 @@ def test_a_template_that_rewrites_history_is_split_or_flagged(tokenizer_dir):
     assert pieces(second, tokenizer) == ["<think>\n\n</think>\n\nd<|im_end|>"]
     (joint,) = encode(messages, tokenizer, turns="joint")
     assert pieces(joint, tokenizer) == ["b<|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>"]
-    assert "rewritten" in joint.flags
+    assert "history_rewritten" in joint.flags
 
 
 def test_a_typo_in_a_tokenizers_template_is_refused(tokenizer_dir):
@@ -378,12 +378,12 @@ def test_labels_equal_those_of_an_independent_oracle(name, tokenizer_dir, words)
 def test_what_is_remembered_is_what_would_be_found(name, tokenizer_dir, data):
     """A template that has seen other conversations says the same of this one as a fresh one does."""
     recipe = make_recipe(tokenizer_dir(name))
-    messages = data.draw(conversations(system=system_of(name), reasoning=name == "qwen", tools=name == "qwen"))
+    messages = data.draw(conversation_strategy(system=system_of(name), reasoning=name == "qwen", tools=name == "qwen"))
     conversation = Conversation(tuple(messages))
 
     def rendered(template):
         try:
-            return render(conversation, template)
+            return render_in_worker(conversation, template)
         except BadRow as refusal:
             return refusal.code
 
@@ -396,19 +396,21 @@ def test_what_is_remembered_is_what_would_be_found(name, tokenizer_dir, data):
 def test_the_second_way_agrees(name, tokenizer_dir, data):
     """Plain rendering, with letters put into the messages, contradicts no region."""
     recipe = make_recipe(tokenizer_dir(name))
-    messages = data.draw(conversations(system=system_of(name), max_turns=2))
+    messages = data.draw(conversation_strategy(system=system_of(name), max_turns=2))
     conversation = Conversation(tuple(messages))
     try:
-        texts_of_it = render(conversation, recipe.template)
+        texts_of_it = render_in_worker(conversation, recipe.template)
     except BadRow:
         return
-    assert [contradicted(conversation, recipe.template, one) for one in texts_of_it] == [None] * len(texts_of_it)
+    assert [describe_contradiction(conversation, recipe.template, one) for one in texts_of_it] == [None] * len(
+        texts_of_it
+    )
 
 
 @pytest.mark.parametrize("name", ["deepseek", "qwen", "tiny_bpe", "tiny_metaspace"])
 def test_users_can_try_the_laws_on_their_own(name, tokenizer_dir):
     refused = try_template(tokenizer_dir(name), max_examples=40)
-    assert set(refused) <= {"payload_dropped", "control_tokens", "history_drift", "template_raises"}
+    assert set(refused) <= {"message_dropped", "control_tokens", "history_drift", "template_raises"}
 
 
 def test_a_broken_law_is_shown(tokenizer_dir, monkeypatch):

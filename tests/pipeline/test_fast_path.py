@@ -9,10 +9,10 @@ from laws import often
 
 from ftdata.errors import BadRow, UsageError
 from ftdata.pipeline.examples import build_rows
-from ftdata.pipeline.fast_path import usual
+from ftdata.pipeline.fast_path import make_fast_path
 from ftdata.pipeline.recipe import make_recipe
-from ftdata.pipeline.render_rows import check_answers, chosen, rendered
-from ftdata.schemas import Schema, normalise, schemas
+from ftdata.pipeline.render_rows import apply_policy, check_answers, render_conversation
+from ftdata.schemas import Schema, normalize, schemas
 from ftdata.types import Reject, Row, Source
 
 TEXTS = st.sampled_from(
@@ -61,7 +61,7 @@ def rows(draw):
         {},
         {"turns": "joint", "train_on": "completion", "train_parts": ["answer"]},
         {"schema": "messages", "train_on": "last_assistant"},
-        {"unclosed": "append_eos"},
+        {"on_missing_stop": "append_eos"},
     ],
 )
 @often(150)
@@ -72,12 +72,12 @@ def test_it_is_what_the_stages_make_of_it(tokenizer_dir, name, options, data):
     row = Row(data, Source("x.jsonl", 7, 8, 90))
     # What was seen before, there may be a plan for.
     seen = {"messages": [{"role": role, "content": "text"} for role in ("user", "assistant")]}
-    rendered(recipe, normalise(row._replace(data=seen)))
-    found = usual(recipe)(row)
+    render_conversation(recipe, normalize(row._replace(data=seen)))
+    found = make_fast_path(recipe)(row)
     if found is not None:
-        conversation = normalise(row, recipe.schema)
+        conversation = normalize(row, recipe.schema)
         check_answers(conversation)
-        assert found == chosen(conversation, rendered(recipe, conversation), recipe.policy)
+        assert found == apply_policy(conversation, render_conversation(recipe, conversation), recipe.policy)
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,12 @@ def test_it_is_what_the_stages_make_of_it(tokenizer_dir, name, options, data):
 def test_which_rows_are_usual(tokenizer_dir, data, is_usual):
     recipe = make_recipe(tokenizer_dir("tiny_bpe"), "chatml")
     row = Row(data, Source("x.jsonl", 0))
-    assert usual(recipe)(row) is None or is_usual
+    assert make_fast_path(recipe)(row) is None or is_usual
     seen = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-    rendered(recipe, normalise(row._replace(data=seen)))
-    assert (usual(recipe)(row) is not None) == is_usual
-    assert usual(recipe)(row._replace(flat=True)) is None
-    assert usual(replace(recipe, columns={"messages": "messages"}))(row) is None
+    render_conversation(recipe, normalize(row._replace(data=seen)))
+    assert (make_fast_path(recipe)(row) is not None) == is_usual
+    assert make_fast_path(recipe)(row._replace(flat=True)) is None
+    assert make_fast_path(replace(recipe, columns={"messages": "messages"}))(row) is None
 
 
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

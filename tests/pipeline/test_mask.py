@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftdata.errors import UsageError
-from ftdata.pipeline.mask import policy_of, trained_tokens
+from ftdata.pipeline.mask import resolve_policy, trained_tokens
 from ftdata.pipeline.truncate import truncate, turn_ends
-from ftdata.tokenizing.batches import Encoded, Encodings, Renderings
+from ftdata.tokenizing.batches import EncodedText, Encodings, RenderedBatch
 from ftdata.types import Conversation, Example, Part, Rendered, Source, Span
 
 C = Part.CONTENT
@@ -46,9 +46,9 @@ def test_a_token_is_trained_if_a_trained_character_is_in_it(offsets, chosen, tra
 
 def together(batch):
     """Mask texts, each given by the places of its tokens, its spans, and which of them are trained."""
-    encoded = [Encoded(np.zeros(len(offsets), np.int32), offsets) for offsets, _, _ in batch]
+    encoded = [EncodedText(np.zeros(len(offsets), np.int32), offsets) for offsets, _, _ in batch]
     tokens = Encodings.of(encoded, [len(one.text) for _, one, _ in batch])
-    return trained_tokens(tokens, Renderings([one for _, one, _ in batch]), [chosen for _, _, chosen in batch])
+    return trained_tokens(tokens, RenderedBatch([one for _, one, _ in batch]), [chosen for _, _, chosen in batch])
 
 
 def one_by_one(offsets, rendered, chosen):
@@ -86,7 +86,7 @@ def test_a_policy_says_yes_or_no_for_each_span():
     rendered = Rendered("abcdef", TWO_TURNS)
     for answers, code in (([True, False], "mask_length"), ([1, 0, 1], "mask_type"), (None, "mask_type")):
         with pytest.raises(UsageError, match=code):
-            policy_of(lambda *_, answers=answers: answers)(rendered, Conversation(()))
+            resolve_policy(lambda *_, answers=answers: answers)(rendered, Conversation(()))
 
 
 @pytest.mark.parametrize(
@@ -118,4 +118,4 @@ def test_whole_turns_are_kept_or_none():
 
 def test_unknown_parts_are_named_by_their_option():
     with pytest.raises(UsageError, match=r"unknown_train_parts.*train_parts is 'anwser'.*did you mean 'answer'"):
-        policy_of("assistant", ["anwser"])
+        resolve_policy("assistant", ["anwser"])

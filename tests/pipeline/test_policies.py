@@ -13,25 +13,25 @@ from ftdata.errors import BadRow, TemplateRefused, UsageError
 from ftdata.pipeline.examples import build_rows
 from ftdata.pipeline.mask import assistant, completion, last_assistant
 from ftdata.pipeline.recipe import FLAGS, make_recipe
-from ftdata.templates import Template, render
+from ftdata.templates import Template, render_in_worker
 from ftdata.testing import try_template
 from ftdata.types import Conversation, Row, Source
 
 
 def test_flags_can_be_made_faults(tokenizer_dir):
-    with pytest.raises(BadRow, match="no_stop"):
-        encode(TALK, tokenizer_dir("tiny_bpe"), STOPLESS, refuse=["no_stop"])
-    encode(TALK, tokenizer_dir("tiny_bpe"), refuse=["no_stop"])
-    with pytest.raises(UsageError, match="no_stop"):
-        encode(TALK, tokenizer_dir("tiny_bpe"), refuse=["nostop"])
+    with pytest.raises(BadRow, match="no_trained_stop"):
+        encode(TALK, tokenizer_dir("tiny_bpe"), STOPLESS, reject_flags=["no_trained_stop"])
+    encode(TALK, tokenizer_dir("tiny_bpe"), reject_flags=["no_trained_stop"])
+    with pytest.raises(UsageError, match="no_trained_stop"):
+        encode(TALK, tokenizer_dir("tiny_bpe"), reject_flags=["nostop"])
     with pytest.raises(UsageError, match="list of flags"):
-        encode(TALK, tokenizer_dir("tiny_bpe"), refuse="no_stop")
+        encode(TALK, tokenizer_dir("tiny_bpe"), reject_flags="no_trained_stop")
     rows = [Row({"messages": TALK}, Source("x", n)) for n in range(2)]
-    recipe = make_recipe(tokenizer_dir("tiny_bpe"), STOPLESS, refuse=["no_stop"])
-    assert [(one.code, one.tokens > 0) for one in build_rows(recipe, rows)] == [("no_stop", True)] * 2
-    cut = make_recipe(tokenizer_dir("tiny_bpe"), max_length=60, overlong="truncate", refuse=["truncated_answer"])
+    recipe = make_recipe(tokenizer_dir("tiny_bpe"), STOPLESS, reject_flags=["no_trained_stop"])
+    assert [(one.code, one.tokens > 0) for one in build_rows(recipe, rows)] == [("no_trained_stop", True)] * 2
+    cut = make_recipe(tokenizer_dir("tiny_bpe"), max_length=60, overlong="truncate", reject_flags=["answer_truncated"])
     (row,) = build_rows(cut, [Row({"messages": [USER, {**ANSWER, "content": "long " * 30}]}, Source("x", 0))])
-    assert row.code == "truncated_answer"
+    assert row.code == "answer_truncated"
 
 
 def test_every_flag_is_documented():
@@ -133,11 +133,11 @@ def test_what_is_remembered_does_not_hide_what_is_cut():
         + template(strip + HEAD + "{{ c }}<|im_end|>\n")
     )
     known = Template("t", source, strict=False, special_tokens={"eos_token": "<|im_end|>"})
-    (plain,) = render(Conversation(tuple(TALK)), known, "joint")
+    (plain,) = render_in_worker(Conversation(tuple(TALK)), known, "joint")
     assert plain.flags == set()
     thinking = [USER, {"role": "assistant", "content": "<think>hm</think>a1"}, *TALK[2:]]
     with pytest.raises(BadRow, match="history_drift"):
-        render(Conversation(tuple(thinking)), known, "joint")
+        render_in_worker(Conversation(tuple(thinking)), known, "joint")
 
 
 def test_tags_of_a_users_own_template_are_followed_and_compared(tokenizer_dir):
@@ -153,7 +153,10 @@ def test_tags_of_a_users_own_template_are_followed_and_compared(tokenizer_dir):
     (example,) = encode(TALK, tokenizer_dir("tiny_bpe"), right)
     assert (shown(example), example.flags) == ("a1<|im_end|>a2<|im_end|>", set())
     (example,) = encode(TALK, tokenizer_dir("tiny_bpe"), header)
-    assert (shown(example), example.flags) == ("assistant\na1<|im_end|>assistant\na2<|im_end|>", {"tags_unconfirmed"})
+    assert (shown(example), example.flags) == (
+        "assistant\na1<|im_end|>assistant\na2<|im_end|>",
+        {"generation_tags_unconfirmed"},
+    )
     with pytest.raises(AssertionError, match="M2"):
         try_template(tokenizer_dir("tiny_bpe"), header, max_examples=10)
 
@@ -182,8 +185,11 @@ LONG = [{"role": "user", "content": "a long question /think"}, ANSWER]
 def test_lengths_and_places_are_remembered(asked):
     source = template(prompt=PROMPT + "{% if " + asked + " %}<think>\n{% endif %}")
     known = Template("t", source, strict=False, special_tokens={"eos_token": "<|im_end|>"})
-    flags = [render(Conversation(tuple(talk)), known, "joint")[0].flags for talk in (TALK[:2], LONG, TALK[:2], LONG)]
-    assert flags == [set(), {"prompt_drift"}] * 2
+    flags = [
+        render_in_worker(Conversation(tuple(talk)), known, "joint")[0].flags
+        for talk in (TALK[:2], LONG, TALK[:2], LONG)
+    ]
+    assert flags == [set(), {"prompt_mismatch"}] * 2
 
 
 @pytest.mark.parametrize(
@@ -200,7 +206,7 @@ def test_what_was_not_cut_in_one_row_may_be_in_another(printed):
     known = Template("t", source, strict=False, special_tokens={"eos_token": "<|im_end|>"})
     for talk, refused in ((TALK[:2], False), (LONG, True), (TALK[:2], False)):
         with pytest.raises(BadRow, match="history_drift") if refused else nullcontext():
-            render(Conversation(tuple(talk)), known, "joint")
+            render_in_worker(Conversation(tuple(talk)), known, "joint")
 
 
 def test_reasoning_that_is_trimmed_in_history_only():
@@ -213,7 +219,7 @@ def test_reasoning_that_is_trimmed_in_history_only():
     count = {}
     for thought in ("hm", "\nhm\n", "hm"):
         messages = [{**one, "reasoning_content": thought} if one["role"] == "assistant" else one for one in TALK]
-        count[thought] = len(render(Conversation(tuple(messages)), known, "auto"))
+        count[thought] = len(render_in_worker(Conversation(tuple(messages)), known, "auto"))
     assert count == {"hm": 1, "\nhm\n": 2}
 
 
@@ -233,9 +239,9 @@ def test_a_special_token_that_a_tokenizer_lacks_prints_nothing(tokenizer_dir):
 
 def test_trailing_turns_are_said_once(tokenizer_dir):
     found = encode([*TALK, USER], tokenizer_dir("tiny_bpe"), turns="split")
-    assert ["trailing_turns" in one.flags for one in found] == [False, True]
+    assert ["trailing_messages" in one.flags for one in found] == [False, True]
     (whole,) = encode([*TALK, USER], tokenizer_dir("tiny_bpe"), turns="joint")
-    assert "trailing_turns" in whole.flags
+    assert "trailing_messages" in whole.flags
 
 
 @pytest.mark.parametrize(
@@ -250,7 +256,7 @@ def test_trailing_turns_are_said_once(tokenizer_dir):
         (TALK, {"train_on": lambda *_: None}, UsageError),
         (TALK, {"train_on": lambda *_: 3}, UsageError),
         (TALK, {"train_on": lambda rendered, _: ["no"] * len(rendered.spans)}, UsageError),
-        (TALK, {"refuse": None}, UsageError),
+        (TALK, {"reject_flags": None}, UsageError),
         (TALK, {"turns": None}, UsageError),
         (TALK, {"template_kwargs": [1]}, UsageError),
         (TALK, {"template_kwargs": {"tools": []}}, UsageError),

@@ -7,12 +7,12 @@ from laws import law
 from ftdata import encode
 from ftdata.errors import BadRow
 from ftdata.pipeline.truncate import POLICIES, truncate, turn_ends
-from ftdata.testing import conversations
+from ftdata.testing import conversation_strategy
 from ftdata.tokenizing.load import load_tokenizer
 
 
 @law(100)
-@given(messages=conversations(), policy=st.sampled_from(POLICIES), data=st.data())
+@given(messages=conversation_strategy(), policy=st.sampled_from(POLICIES), data=st.data())
 def test_laws(tokenizer_dir, messages, policy, data):
     tokenizer = load_tokenizer(tokenizer_dir("tiny_bpe"))
     (whole,) = encode(messages, tokenizer)
@@ -34,11 +34,11 @@ def test_laws(tokenizer_dir, messages, policy, data):
     if policy == "drop_turns" and kept.cut:  # T4
         assert kept.input_ids[-1] == tokenizer.id_of("<|im_end|>")
         assert kept.trained[-1]
-        assert "truncated_answer" not in kept.flags
+        assert "answer_truncated" not in kept.flags
 
 
 @law(100)
-@given(messages=conversations(), policy=st.sampled_from(POLICIES))
+@given(messages=conversation_strategy(), policy=st.sampled_from(POLICIES))
 def test_no_limit_is_the_identity(tokenizer_dir, messages, policy):
     (whole,) = encode(messages, tokenizer_dir("tiny_bpe"))
     assert truncate(whole, None, policy) is whole  # T5
@@ -46,7 +46,7 @@ def test_no_limit_is_the_identity(tokenizer_dir, messages, policy):
 
 
 @law(100)
-@given(messages=conversations())
+@given(messages=conversation_strategy())
 def test_turn_ends_are_the_stops(tokenizer_dir, messages):
     tokenizer = load_tokenizer(tokenizer_dir("tiny_bpe"))
     (whole,) = encode(messages, tokenizer)
@@ -84,7 +84,7 @@ def test_a_cut_answer_is_flagged_and_its_stop_is_not_made_up(tokenizer_dir):
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a long answer " * 10}]
     (whole,) = encode(messages, tokenizer)
     kept = truncate(whole, len(whole) - 5, "truncate")
-    assert "truncated_answer" in kept.flags
+    assert "answer_truncated" in kept.flags
     assert not np.isin(tokenizer.id_of("<|im_end|>"), kept.labels)
     with pytest.raises(BadRow, match="no answer fits whole"):
         truncate(whole, len(whole) - 5, "drop_turns")

@@ -8,9 +8,9 @@ import random
 
 import pytest
 
-from ftdata.pipeline.examples import Built, build_rows
+from ftdata.pipeline.examples import BuiltRow, build_rows
 from ftdata.pipeline.recipe import make_recipe
-from ftdata.readers import sources
+from ftdata.readers import resolve_sources
 from ftdata.types import Reject
 
 WORDS = [
@@ -138,13 +138,13 @@ def test_one_fault_rejects_one_row_at_its_line(tmp_path, tokenizer_dir, files):
         rows = [good_row(dice, write is csv_file) for _ in range(dice.randint(2, 6))]
         at = dice.randrange(len(rows))
         path, lines = write(dice, fault, rows, at, tmp_path)
-        (source,) = sources(path)
+        (source,) = resolve_sources(path)
         outcomes = list(build_rows(recipe, source.rows()))
         rejected = [one for one in outcomes if isinstance(one, Reject)]
         assert [one.source.line for one in rejected] == [lines[at]], (number, fault, path, rejected)
         assert len(outcomes) == len(rows), (number, fault)
-        built = [one for one in outcomes if isinstance(one, Built)]
-        clean = list(build_rows(recipe, next(iter(sources([r for n, r in enumerate(rows) if n != at]))).rows()))
+        built = [one for one in outcomes if isinstance(one, BuiltRow)]
+        clean = list(build_rows(recipe, next(iter(resolve_sources([r for n, r in enumerate(rows) if n != at]))).rows()))
         assert [[e.input_ids.tolist() for e in one.examples] for one in built] == [
             [e.input_ids.tolist() for e in one.examples] for one in clean
         ], (number, fault)

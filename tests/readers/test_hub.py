@@ -47,8 +47,8 @@ def python(code):
 def rows_of(data):
     """The questions that are read from a place, by split."""
     return python(
-        "import json\nfrom ftdata.readers import sources\nfound = {}\n"
-        f"for source in sources({data!r}):\n"
+        "import json\nfrom ftdata.readers import resolve_sources\nfound = {}\n"
+        f"for source in resolve_sources({data!r}):\n"
         "    found.setdefault(source.split, []).extend(row.data['question'] for row in source.rows())\n"
         "print(json.dumps(found))"
     )
@@ -112,12 +112,12 @@ def test_files_of_the_hub_are_data_once_and_of_the_split_they_are_named_for(hub)
     found = python(f"""
 import json
 from ftdata.errors import UsageError
-from ftdata.readers import sources
+from ftdata.readers import resolve_sources
 found = []
 for spec in {specs!r}:
     try:
         splits = {{}}
-        for one in sources(spec):
+        for one in resolve_sources(spec):
             splits.setdefault(one.split, []).append(one.path.split("@")[1].partition("/")[2])
         found.append(splits)
     except UsageError as error:

@@ -12,7 +12,7 @@ from rows import ROWS, TALK, anything, data_of, outcomes, questions, write
 
 from ftdata import read
 from ftdata.errors import InputRefused
-from ftdata.readers.json_scan import pieces
+from ftdata.readers.json_scan import scan_json
 from ftdata.types import Reject
 
 
@@ -63,7 +63,7 @@ def test_the_scan_finds_rows_wherever_the_text_is_parted(rows, sizes, indent, ne
     while at < len(whole):
         parts.append(whole[at : at + sizes[len(parts) % len(sizes)]])
         at += len(parts[-1])
-    *found, last = pieces(parts, "x", 10_000, "rows" if nested else None)
+    *found, last = scan_json(parts, "x", 10_000, "rows" if nested else None)
     assert [json.loads(piece.text) for piece in found] == rows
     assert last.size == 0
     for piece in found:
@@ -191,7 +191,7 @@ def test_what_stands_beside_the_rows_is_found_however_the_text_is_parted(text, c
     data = text.encode()
     for at in range(len(data)):
         with pytest.raises(InputRefused) as refused:
-            list(pieces([data[:at], data[at:]], "d.json", 1 << 20, "train"))
+            list(scan_json([data[:at], data[at:]], "d.json", 1 << 20, "train"))
         assert refused.value.code == code
 
 

@@ -10,8 +10,8 @@ from rows import anything, outcomes, write
 
 from ftdata import read
 from ftdata.errors import BadRow, InputRefused, UsageError
-from ftdata.readers import sources
-from ftdata.readers.json_rows import parse
+from ftdata.readers import resolve_sources
+from ftdata.readers.json_rows import parse_row
 from ftdata.types import Reject, Source
 
 
@@ -152,13 +152,13 @@ def test_files_globs_and_lists_in_order(tmp_path):
 def test_a_missing_file_names_what_is_beside_it(tmp_path):
     write(tmp_path, "train.json", "[]")
     with pytest.raises(UsageError, match=r"did you mean 'train\.json'"):
-        sources(str(tmp_path / "trian.json"))
+        resolve_sources(str(tmp_path / "trian.json"))
 
 
 @pytest.mark.parametrize("data", [{"train": []}, 3])
 def test_what_is_no_source_is_refused(data):
     with pytest.raises(UsageError):
-        sources(data)
+        resolve_sources(data)
 
 
 def test_frames_and_datasets(tmp_path):
@@ -240,7 +240,7 @@ def test_a_line_is_read_as_python_reads_it_unless_a_key_stands_twice(text):
         return dict(pairs)
 
     value = json.loads(text, object_pairs_hook=unique)
-    row = parse(text.encode() + b"\n", Source("x", 0, 1, 0), whole_line=True)
+    row = parse_row(text.encode() + b"\n", Source("x", 0, 1, 0), whole_line=True)
     if twice:
         assert row.code == "duplicate_key"
     else:

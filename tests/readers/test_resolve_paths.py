@@ -10,7 +10,7 @@ import pytest
 from ftdata import read
 from ftdata.build.dataset import write_build
 from ftdata.errors import InputRefused, UsageError
-from ftdata.readers import sources
+from ftdata.readers import resolve_sources
 
 
 def line(question):
@@ -26,7 +26,7 @@ def write(folder, files):
 
 def by_split(data):
     found = {}
-    for source in sources(data):
+    for source in resolve_sources(data):
         found.setdefault(source.split, []).extend(row.data["question"] for row in source.rows())
     return found
 
@@ -46,13 +46,13 @@ def test_links_are_followed_once_and_none_leads_nowhere(tmp_path):
     assert by_split(folder) == {None: ["0", "1"]}
     (tmp_path / "data" / "broken.jsonl").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="link to nothing"):
-        sources(folder)
+        resolve_sources(folder)
 
 
 @pytest.mark.parametrize("place", ["", " ", "x" * 300, "a\0b"])
 def test_what_is_no_path_is_a_request_that_cannot_be_meant(place):
     with pytest.raises(UsageError, match="file_not_found"):
-        sources(place)
+        resolve_sources(place)
 
 
 def test_saved_data_sets_lie_in_folders_too(tmp_path):
@@ -63,7 +63,7 @@ def test_saved_data_sets_lie_in_folders_too(tmp_path):
     assert by_split(str(tmp_path)) == {None: ["one", "two"]}
     (tmp_path / "one" / "state.json").write_text('{"_data_files": [{"filename": "../two/x.arrow"}]}')
     with pytest.raises(InputRefused, match=r"state.json: lists no _data_files"):
-        sources(str(tmp_path))
+        resolve_sources(str(tmp_path))
 
 
 def test_a_named_pipe_is_a_place(tmp_path):
@@ -75,10 +75,10 @@ def test_a_named_pipe_is_a_place(tmp_path):
 def test_a_format_may_be_said(tmp_path):
     (tmp_path / "log.txt").write_text("question,answer\n0,a\n")
     with pytest.raises(InputRefused, match=r"no reader for '.txt' files.*format="):
-        sources(str(tmp_path / "log.txt"))
+        resolve_sources(str(tmp_path / "log.txt"))
     assert by_split({"path": tmp_path / "log.txt", "format": "csv"}) == {None: ["0"]}
     with pytest.raises(UsageError, match="did you mean 'csv'"):
-        sources({"path": tmp_path / "log.txt", "format": "cvs"})
+        resolve_sources({"path": tmp_path / "log.txt", "format": "cvs"})
 
 
 def test_folders_and_patterns_of_a_file_system_elsewhere():
@@ -88,7 +88,7 @@ def test_folders_and_patterns_of_a_file_system_elsewhere():
     for place in ("memory://here", "memory://here/*.jsonl"):
         assert by_split(place) == {None: ["a", "b"]}
     with pytest.raises(UsageError, match="is not there"):
-        sources("memory://here/*.csv")
+        resolve_sources("memory://here/*.csv")
 
 
 def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path):
@@ -134,7 +134,7 @@ def test_saved_data_sets_stay_in_their_folder(tmp_path, name):
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
     with pytest.raises(InputRefused, match="damaged_file"):
-        sources(tmp_path / "saved")
+        resolve_sources(tmp_path / "saved")
 
 
 def test_offsets_that_lead_elsewhere_are_found_behind_a_text_that_is_none(tmp_path):
@@ -177,7 +177,7 @@ def test_deep_patterns_find_each_file_once(tmp_path, monkeypatch):
 
 
 def test_patterns_of_strangers_take_no_time():
-    from ftdata.readers.file_names import fits
+    from ftdata.readers.file_names import matches_pattern
 
-    assert not fits("a" * 5000, "*a" * 200 + "b")
-    assert not fits("/".join("a" * 200), "/".join(["**", "a"] * 90) + "/b")
+    assert not matches_pattern("a" * 5000, "*a" * 200 + "b")
+    assert not matches_pattern("/".join("a" * 200), "/".join(["**", "a"] * 90) + "/b")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ftdata import read
 from ftdata.errors import UsageError
-from ftdata.readers import sources, split_expressions
+from ftdata.readers import resolve_sources, split_expressions
 
 BOUND = st.none() | st.integers(-12, 30).map(str) | st.integers(-100, 120).map("{}%".format)
 
@@ -24,7 +24,9 @@ def test_a_slice_is_that_of_all_rows_in_one_list(sizes, start, stop):
     counts = [lambda enough, size=size: size if enough is None else min(size, enough) for size in sizes]
     found = [
         row
-        for number, first, last in split_expressions.ranges(split_expressions.Part("train", start, stop), counts)
+        for number, first, last in split_expressions.split_ranges(
+            split_expressions.SplitPart("train", start, stop), counts
+        )
         for row in [(number, at) for at in range(sizes[number])][first:last]
     ]
     assert found == rows[slice(*bounds)]
@@ -35,10 +37,14 @@ def test_files_are_counted_no_further_than_they_must():
         raise AssertionError
 
     assert list(
-        split_expressions.ranges(split_expressions.Part("train", None, "5"), [lambda enough: min(9, enough), never])
+        split_expressions.split_ranges(
+            split_expressions.SplitPart("train", None, "5"), [lambda enough: min(9, enough), never]
+        )
     ) == [(0, 0, 5)]
     assert list(
-        split_expressions.ranges(split_expressions.Part("train", "5"), [lambda enough: min(9, enough), never])
+        split_expressions.split_ranges(
+            split_expressions.SplitPart("train", "5"), [lambda enough: min(9, enough), never]
+        )
     ) == [
         (0, 5, None),
         (1, 0, None),
@@ -65,10 +71,10 @@ def test_slices_are_those_of_datasets(tmp_path, split, kind):
             cache_dir=tmp_path / "cache",
         )
         expected += found["text"]
-    found = sources({"path": tmp_path / "saved", "split": split})
+    found = resolve_sources({"path": tmp_path / "saved", "split": split})
     assert [row.data["text"] for one in found for row in one.rows()] == expected
     assert [one.split for one in found] == [None if "+" in split else split.partition("[")[0]] * len(found)
-    alone = sources({"path": path, "split": f"train[{bounds or ':]'}"})
+    alone = resolve_sources({"path": path, "split": f"train[{bounds or ':]'}"})
     assert [row.data["text"] for one in alone for row in one.rows()] == found_of(expected, name)
 
 
@@ -81,7 +87,7 @@ def test_what_names_no_rows_is_refused(tmp_path):
     path.write_text(json.dumps({"text": "t"}) + "\n")
     for split, code in (("train[", "split"), ("train[1]", "split"), ("tset", "no_split"), ("train[5:]", "no_rows")):
         with pytest.raises(UsageError) as refused:
-            sources({"path": path, "split": split})
+            resolve_sources({"path": path, "split": split})
         assert refused.value.code == code
     with pytest.raises(UsageError, match="in memory"):
         list(read({"path": datasets.Dataset.from_list([{"text": "t"}]), "split": "train[:1]"}))

@@ -10,7 +10,7 @@ import pytest
 from rows import LINES, ROWS, data_of, outcomes, write, zstd
 
 from ftdata.errors import InputRefused, UsageError
-from ftdata.readers import sources
+from ftdata.readers import resolve_sources
 
 PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}
 
@@ -101,7 +101,7 @@ def test_what_an_encoding_lacks_is_no_text_in_it(tmp_path, encoding, byte):
     text = b'{"question": "' + byte + b'", "answer": "a"}\n'
     (bad,) = [
         row
-        for source in sources({"path": write(tmp_path, "d.jsonl", text), "encoding": encoding})
+        for source in resolve_sources({"path": write(tmp_path, "d.jsonl", text), "encoding": encoding})
         for row in source.rows()
     ]
     assert bad.code == "encoding"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftdata.errors import BadRow
-from ftdata.schemas import normalise
+from ftdata.schemas import normalize
 from ftdata.types import Row, Source
 
 
@@ -151,10 +151,10 @@ def test_history_may_be_messages_and_cells_are_messages_only_where_these_belong(
     assert len(convert({"question": "q", "answer": "a", "history": [USER, ASSISTANT]}).messages) == 4
     chat = json.dumps([{"speaker": "Ann", "text": "hi"}])
     row = Row({"instruction": "i", "input": chat, "output": "o"}, Source("d.csv", 0, 1), flat=True)
-    assert normalise(row).messages[0]["content"] == f"i\n\n{chat}"
+    assert normalize(row).messages[0]["content"] == f"i\n\n{chat}"
     spelled = {"prompt": json.dumps([USER]), "completion": "a"}
-    assert convert(spelled).noted == {"text prompt"}
-    assert convert({"question": "q", "answer": '[{"role": "capital", "city": "Rome"}]'}).noted == frozenset()
-    assert convert({"messages": [USER, ASSISTANT], "tools": [{"name": "t"}], "functions": [{"name": "f"}]}).noted == {
+    assert convert(spelled).notes == {"text prompt"}
+    assert convert({"question": "q", "answer": '[{"role": "capital", "city": "Rome"}]'}).notes == frozenset()
+    assert convert({"messages": [USER, ASSISTANT], "tools": [{"name": "t"}], "functions": [{"name": "f"}]}).notes == {
         "column functions"
     }

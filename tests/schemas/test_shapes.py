@@ -7,8 +7,8 @@ from converted import ASSISTANT, CALL, FUNCTION, USER, convert
 from hypothesis import given
 
 from ftdata.errors import BadRow, UsageError
-from ftdata.schemas import check_columns, normalise
-from ftdata.testing import texts
+from ftdata.schemas import check_columns, normalize
+from ftdata.testing import text_strategy
 from ftdata.types import Row, Source
 
 
@@ -45,7 +45,7 @@ def test_every_shape_is_recognised(data, schema, messages):
     assert conversation.source.line == 7
 
 
-@given(question=texts(min_size=0), answer=texts(min_size=0))
+@given(question=text_strategy(min_size=0), answer=text_strategy(min_size=0))
 def test_texts_pass_through_unchanged(question, answer):
     assert [m["content"] for m in convert({"question": question, "answer": answer}).messages] == [question, answer]
 
@@ -236,13 +236,13 @@ def contents(data, **options):
 def test_what_other_columns_hold_is_used_or_named():
     dolly = {"instruction": "Sum up.", "context": "LONG", "response": "S", "category": "x"}
     assert contents(dolly) == [("user", "Sum up.\n\nLONG"), ("assistant", "S")]
-    assert convert(dolly).noted == {"column category"}
+    assert convert(dolly).notes == {"column category"}
     assert contents({"prompt": "q", "response": "a", "system_prompt": "s"})[0] == ("system", "s")
     assert contents({"instruction": "", "input": "q", "output": "a"})[0] == ("user", "q")
     assert contents({"question": "q", "answer": "a", "system": [{"type": "text", "text": "s"}]})[0][0] == "system"
     log = {"talk": [{"speaker": "Human", "text": "q", "mood": "x"}, {"speaker": "bot", "text": "a"}], "id": 1}
-    assert convert(log).noted == {"column id", "role Human as user", "role bot as assistant", "message key mood"}
-    assert convert({"messages": [USER, ASSISTANT], "tools": []}).noted == frozenset()
+    assert convert(log).notes == {"column id", "role Human as user", "role bot as assistant", "message key mood"}
+    assert convert({"messages": [USER, ASSISTANT], "tools": []}).notes == frozenset()
 
 
 @pytest.mark.parametrize("prompt", ["q2", [USER | {"content": "q2"}]])
@@ -258,7 +258,7 @@ def test_a_text_that_spells_messages_is_a_text_where_texts_are_no_cells():
     data = {"prompt": "Write a chat as JSON", "completion": spelled}
     assert contents(data) == [("user", "Write a chat as JSON"), ("assistant", spelled)]
     row = Row({"prompt": json.dumps([USER]), "completion": json.dumps([ASSISTANT])}, Source("d.csv", 0, 1), flat=True)
-    assert normalise(row).messages == (USER, ASSISTANT)
+    assert normalize(row).messages == (USER, ASSISTANT)
 
 
 @pytest.mark.parametrize("name", ["eos_token", "bos_token", "raise_exception", "strftime_now"])
@@ -284,7 +284,7 @@ def test_a_mapping_is_not_replaced_by_what_it_stands_beside():
     with pytest.raises(BadRow, match="missing_column"):
         convert(data, columns={"output": "bset"})
     nested = convert({"question": "q", "data": {"answers": ["a"]}}, columns={"answer": "data.answers[0]"})
-    assert nested.noted == frozenset()
+    assert nested.notes == frozenset()
 
 
 def test_preferences_ask_what_they_were_asked():

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from ftdata import build_sft_dataset, encode
 from ftdata.errors import BadRow, BadRows
-from ftdata.schemas import normalise
+from ftdata.schemas import normalize
 from ftdata.schemas.training_fields import MEDIA_FIELDS, TRAIN_FIELDS, is_mask_name
-from ftdata.types import NOWHERE, Part, Row
+from ftdata.types import UNKNOWN_SOURCE, Part, Row
 
 OFF = [False, 0, 0.0]
 ON = [True, 1, 1.0]
@@ -97,7 +97,7 @@ def test_rows_that_are_not_trained(shape, name):
 def test_a_row_that_is_not_trained_can_be_left_out(tokenizer_dir):
     rows = [{**ROWS["messages"], "trainable": flag} for flag in (True, False, True)]
     report = build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), where="trainable").report
-    assert (report.totals["built"], report.totals["passed"]) == (2, 1)
+    assert (report.totals["built"], report.totals["filtered"]) == (2, 1)
 
 
 @pytest.mark.parametrize("shape", ROWS)
@@ -176,7 +176,7 @@ def test_the_rejected_side_is_reported(tokenizer_dir, tmp_path):
     assert "rejected_side_dropped" in json.dumps(preview(rows, template="chatml").as_dict())
     assert [one.code for one in audit(rows, tokenizer_dir("tiny_bpe"), "chatml").findings if "rejected" in one.code]
     with pytest.raises(BadRows, match="rejected_side_dropped"):
-        build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), "chatml", refuse=["rejected_side_dropped"])
+        build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), "chatml", reject_flags=["rejected_side_dropped"])
 
 
 def test_encode_takes_the_same_fields(tokenizer_dir):
@@ -212,7 +212,7 @@ CALL = {"function": {"name": "f", "arguments": {}}, "train": False}
 )
 def test_fields_that_contradict_the_labels(row, code):
     with pytest.raises(BadRow) as caught:
-        normalise(Row(row, NOWHERE))
+        normalize(Row(row, UNKNOWN_SOURCE))
     assert caught.value.code == code
 
 
@@ -221,10 +221,10 @@ def test_fields_that_contradict_the_labels(row, code):
 def test_blocks_with_masks_are_rejected(block, key):
     blocks = [{**block, key: False}, {"type": "text", "text": "yo"}]
     with pytest.raises(BadRow, match="part_mask"):
-        normalise(Row({"messages": [USER, {"role": "assistant", "content": blocks}]}, NOWHERE))
+        normalize(Row({"messages": [USER, {"role": "assistant", "content": blocks}]}, UNKNOWN_SOURCE))
     result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "x", "image": "a.png"}]}
     with pytest.raises(BadRow, match="media"):
-        normalise(Row({"messages": [USER, {"role": "user", "content": [result]}]}, NOWHERE))
+        normalize(Row({"messages": [USER, {"role": "user", "content": [result]}]}, UNKNOWN_SOURCE))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_blocks_with_masks_are_rejected(block, key):
     ],
 )
 def test_fields_that_contradict_nothing(row):
-    assert normalise(Row(row, NOWHERE)).schema in ("prompt_completion", "tokens")
+    assert normalize(Row(row, UNKNOWN_SOURCE)).schema in ("prompt_completion", "tokens")
 
 
 def test_all_trains_no_message_that_is_left_out(tokenizer_dir):

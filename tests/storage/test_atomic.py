@@ -45,7 +45,7 @@ def test_links_in_the_workplace_are_refused(link, data, private, tokenizer_dir, 
     place = tmp_path / ".built.ftdata" / link
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(private)
-    with pytest.raises(StorageError, match="workplace_link") as caught:
+    with pytest.raises(StorageError, match="workspace_link") as caught:
         write_build(data, tokenizer_dir("tiny_bpe"), tmp_path / "built", template="chatml")
     assert str(tmp_path / ".built.ftdata") in caught.value.message
     assert content(private) == before
@@ -72,7 +72,7 @@ def test_a_link_in_place_of_a_file_is_damage(data, tokenizer_dir, tmp_path):
 def test_the_workplace_of_another_user_is_refused(data, tokenizer_dir, tmp_path, monkeypatch):
     (tmp_path / ".built.ftdata").mkdir()
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    with pytest.raises(StorageError, match="workplace_owner.*uid"):
+    with pytest.raises(StorageError, match="workspace_owner.*uid"):
         write_build(data, tokenizer_dir("tiny_bpe"), tmp_path / "built", template="chatml")
 
 
@@ -83,7 +83,7 @@ def test_files_that_no_build_writes_are_kept(name, data, tokenizer_dir, tmp_path
     file = tmp_path / ".built.ftdata" / name
     file.parent.mkdir(parents=True)
     file.write_text("precious")
-    with pytest.raises(StorageError, match="workplace_unknown"):
+    with pytest.raises(StorageError, match="workspace_unknown"):
         write_build(data, tokenizer_dir("tiny_bpe"), tmp_path / "built", template="chatml")
     assert file.read_text() == "precious"
 
@@ -122,7 +122,7 @@ def test_a_forged_build_is_not_reused(data, tokenizer_dir, tmp_path, monkeypatch
     assert store.read_manifest(target)["files"].keys() == files.keys()
     assert verify(target) == []
     assert labels_of(target) != honest
-    assert disk.digest(target / "manifest.json")
+    assert disk.sha256_of_file(target / "manifest.json")
     monkeypatch.undo()
     write_build(data, tokenizer_dir("tiny_bpe"), target, **options)
     assert labels_of(target) == honest
@@ -155,12 +155,12 @@ def test_forged_shards_are_not_reused(data, tokenizer_dir, tmp_path, monkeypatch
     (shard / "result.json").unlink()
     trained = shard / "trained.b8"
     trained.write_bytes(b"\1" * trained.stat().st_size)
-    atomic.seal(shard, result)
-    assert atomic.sealed(shard) is not None
+    atomic.seal_folder(shard, result)
+    assert atomic.read_sealed(shard) is not None
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "victim"))
     write_build(data, tokenizer_dir("tiny_bpe"), target, template="chatml")
     assert any(-100 in labels for labels in labels_of(target))
-    assert disk.digest(target / "manifest.json")
+    assert disk.sha256_of_file(target / "manifest.json")
 
 
 @pytest.mark.parametrize("unusable", ["no home", "read-only", "open to all"])

@@ -68,7 +68,7 @@ def conversation(number):
         roles = [rng.choice(ROLES) for _ in range(rng.randrange(1, 7))]
     options = {
         "turns": rng.choice(["auto", "auto", "joint", "split"]),
-        "dropped": rng.choice(["refuse", "flag"]),
+        "on_dropped_message": rng.choice(["reject", "flag"]),
         "train_on": rng.choice(["assistant", "last_assistant", "completion", "all"]),
         "control_tokens": rng.choice(["escape", "escape", "refuse", "allow"]),
         "tools": rng.choice(
@@ -98,7 +98,7 @@ def outcomes(sources, numbers):
             except Exception as error:
                 raise AssertionError(f"{name}, conversation {number}: {error!r}") from error
             found[code] = found.get(code, 0) + 1
-            if code in ("template_syntax", "template_unproved"):
+            if code in ("template_syntax", "template_not_verified"):
                 break
     return found
 

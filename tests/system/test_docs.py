@@ -91,7 +91,7 @@ def test_help_names_every_format():
     from ftdata.cli.options import FORMATS
     from ftdata.readers import readers
 
-    first = {reader: name for name, reader in reversed(readers.own().items())}
+    first = {reader: name for name, reader in reversed(readers.registered().items())}
     assert set(FORMATS) == set(first.values()), "FORMATS in ftdata/cli/options.py"
 
 

@@ -21,7 +21,7 @@ def test_a_mask_that_fails_is_named(tokenizer_dir):
 
 
 def test_a_schema_that_fails_to_match_is_named(tokenizer_dir, monkeypatch):
-    monkeypatch.setattr(schemas, "_own", schemas.own())
+    monkeypatch.setattr(schemas, "_own", schemas.registered())
     schemas.register("mine")(Schema(("a",), lambda row: row["nothing"], lambda row: row))
     with pytest.raises(FtdataError, match=r"schema_failed.*schema mine fails to say whether it fits: KeyError"):
         build_sft_dataset([ROW], tokenizer_dir("tiny_bpe"))
@@ -45,8 +45,8 @@ def test_a_plugin_that_cannot_be_imported_is_named(monkeypatch):
         lambda _: ftdata.verify(3),
         lambda _: ftdata.preview([ROW], grep=3),
         lambda folder: ftdata.audit([ROW], folder, ignore=3),
-        lambda folder: ftdata.audit([ROW], folder, near=True),
-        lambda folder: build_sft_dataset([ROW], folder, dedup=True, near=True),
+        lambda folder: ftdata.audit([ROW], folder, near_duplicate_threshold=True),
+        lambda folder: build_sft_dataset([ROW], folder, dedup=True, near_duplicate_threshold=True),
         lambda folder: build_sft_dataset([ROW], folder, limit=True),
     ],
 )
@@ -94,13 +94,13 @@ def test_samples_that_were_cut_in_the_middle_of_a_line_are_gone_on_with(tmp_path
     pytest.importorskip("trl")
     from types import SimpleNamespace
 
-    from ftdata.train.runs.callbacks import Samples
+    from ftdata.train.runs.callbacks import SampleCallback
 
     path, whole = tmp_path / "samples.jsonl", json.dumps({"step": 2, "answer": "é"}, ensure_ascii=False) + "\n"
     later = json.dumps({"step": 9, "answer": "later"}) + "\n"
     for cut in range(len(later)):
         path.write_text(whole + later[:cut])
-        Samples([], [], None, path, None).on_train_begin(None, SimpleNamespace(global_step=5), None)
+        SampleCallback([], [], None, path, None).on_train_begin(None, SimpleNamespace(global_step=5), None)
         assert path.read_text() == whole
 
 
@@ -142,5 +142,5 @@ def test_a_build_that_was_replaced_is_not_judged_by(llama, tmp_path):
     done = run(tmp_path / "built", model=llama, output_dir=tmp_path / "run", lora_r=2, settings=settings)
     assert "test split" in compare(done, n=1, max_new_tokens=2).asked
     write_build(rows, llama, tmp_path / "built")
-    with pytest.raises(FtdataError, match=r"other_data.*is not the build that .*run was trained on any more"):
+    with pytest.raises(FtdataError, match=r"data_differs.*is not the build that .*run was trained on any more"):
         compare(done, n=1, max_new_tokens=2)

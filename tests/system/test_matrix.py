@@ -17,7 +17,7 @@ from rows import zstd
 from shapes import SHAPES
 
 from ftdata import read
-from ftdata.schemas import normalise
+from ftdata.schemas import normalize
 
 
 def pretty(rows):
@@ -118,8 +118,8 @@ CELLS = [
 @pytest.mark.parametrize(("shape", "container"), CELLS)
 def test_every_shape_in_every_container(tmp_path, container, shape):
     rows = [SHAPES[shape]] * 2
-    expected = normalise(next(read([SHAPES[shape]])))
-    for found in map(normalise, read(CONTAINERS[container](rows, tmp_path))):
+    expected = normalize(next(read([SHAPES[shape]])))
+    for found in map(normalize, read(CONTAINERS[container](rows, tmp_path))):
         assert (found.schema, found.messages, found.tools, found.text) == (
             expected.schema, expected.messages, expected.tools, expected.text
         )  # fmt: skip

@@ -189,7 +189,7 @@ def test_the_changelog_knows_this_version():
 
 
 def test_a_bug_report_names_what_matters(monkeypatch):
-    from ftdata.cli.environment import environment
+    from ftdata.cli.environment import describe_environment
 
     secrets = {
         "HF_ENDPOINT": "https://me:secret@hub.example/?token=secret",
@@ -202,7 +202,7 @@ def test_a_bug_report_names_what_matters(monkeypatch):
     }
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
-    found = environment()
+    found = describe_environment()
     assert found.ftdata == ftdata.__version__
     assert {"numpy", "tokenizers", "trl", "torch"} <= found.packages.keys()
     assert "pytest" not in found.packages
@@ -211,5 +211,5 @@ def test_a_bug_report_names_what_matters(monkeypatch):
     assert "akia" not in str(found).lower()
     assert found.as_dict()["settings"]["HF_ENDPOINT"] == "https://..."
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.example:8080/a/b")
-    assert environment().settings["HF_ENDPOINT"] == "https://hub.example:8080"
+    assert describe_environment().settings["HF_ENDPOINT"] == "https://hub.example:8080"
     assert found.settings["HTTPS_PROXY"] == "(set)"

@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 
 from ftdata.errors import BadRow, TemplateRefused, UsageError
 from ftdata.pipeline.recipe import make_recipe
-from ftdata.templates import Template, check, find, render, templates
-from ftdata.templates.attribution.tracked_strings import Tracked, concat, dumps, safe
-from ftdata.testing import conversations, texts
+from ftdata.templates import Template, check_can_train, find_template, render_in_worker, templates
+from ftdata.templates.attribution.tracked_strings import TrackedString, concat_tracked, dump_tracked_json, mark_safe
+from ftdata.testing import conversation_strategy, text_strategy
 from ftdata.types import Conversation
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
 def bound(spec, **options):
-    return Template(*find(spec), special_tokens=SPECIAL, **options)
+    return Template(*find_template(spec), special_tokens=SPECIAL, **options)
 
 
 def owners(text):
@@ -25,14 +25,14 @@ def owners(text):
 
 def mine(text, owner=9):
     """A tracked string whose characters each have an owner of their own."""
-    return Tracked(text, [(1, owner + index) for index in range(len(text))])
+    return TrackedString(text, [(1, owner + index) for index in range(len(text))])
 
 
 def expected(source, result):
     """Whether every owned character of the result is that very character of the source."""
     return all(
         owner == 0 or source[owner - 9].casefold() == char.casefold()
-        for char, owner in zip(result, owners(Tracked.of(result)), strict=True)
+        for char, owner in zip(result, owners(TrackedString.of(result)), strict=True)
     )
 
 
@@ -43,25 +43,25 @@ OPERATIONS = {
     "slice": lambda s: s[1:-1],
     "step": lambda s: s[::-2],
     "split": lambda s: "|".join(map(str, s.split())),
-    "split_on": lambda s: Tracked.of("|").join(s.split("ab")),
-    "rsplit_on": lambda s: Tracked.of("|").join(s.rsplit("a", 1)),
-    "lines": lambda s: Tracked.of("|").join(s.splitlines()),
-    "keep_lines": lambda s: Tracked.of("").join(s.splitlines(True)),
-    "partition": lambda s: concat(s.partition("b")),
-    "rpartition": lambda s: concat(s.rpartition("b")),
+    "split_on": lambda s: TrackedString.of("|").join(s.split("ab")),
+    "rsplit_on": lambda s: TrackedString.of("|").join(s.rsplit("a", 1)),
+    "lines": lambda s: TrackedString.of("|").join(s.splitlines()),
+    "keep_lines": lambda s: TrackedString.of("").join(s.splitlines(True)),
+    "partition": lambda s: concat_tracked(s.partition("b")),
+    "rpartition": lambda s: concat_tracked(s.rpartition("b")),
     "replace": lambda s: s.replace("a", "xy"),
     "replace_once": lambda s: s.replace("b", "", 1),
     "prefix": lambda s: s.removeprefix("a"),
     "suffix": lambda s: s.removesuffix("b"),
     "add": lambda s: "x" + s + "y",
     "times": lambda s: s * 2,
-    "iterate": lambda s: concat(s),
+    "iterate": lambda s: concat_tracked(s),
     "negative": lambda s: s[-1] if s else s,
     "upper": lambda s: s.upper(),
     "lower": lambda s: s.lower(),
     "title": lambda s: s.title(),
     "capitalize": lambda s: s.capitalize(),
-    "safe": lambda s: str(safe(s)),
+    "safe": lambda s: str(mark_safe(s)),
     "format": lambda s: f"{s}!",
 }
 
@@ -72,12 +72,12 @@ def test_tracked_strings_are_strings_that_remember(name, text):
     operation = OPERATIONS[name]
     plain, kept = operation(_joinable(text)), operation(mine(text))
     assert str.__str__(plain) == str.__str__(kept)
-    assert sum(length for length, _ in Tracked.of(kept).runs) == len(kept)
+    assert sum(length for length, _ in TrackedString.of(kept).runs) == len(kept)
     assert expected(text, kept)
 
 
 def _joinable(text):
-    return Tracked.of(text)
+    return TrackedString.of(text)
 
 
 @given(
@@ -95,8 +95,8 @@ def test_split_keeps_places_even_where_pieces_look_like_separators(text, sep, ti
 
 @given(
     value=st.recursive(
-        texts(min_size=0) | st.integers() | st.none(),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts(), inner, max_size=3),
+        text_strategy(min_size=0) | st.integers() | st.none(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text_strategy(), inner, max_size=3),
     ),
     ascii_only=st.booleans(),
     indent=st.sampled_from([None, 2]),
@@ -109,23 +109,23 @@ def test_dumps_is_json_with_owners(value, ascii_only, indent, sort_keys, keys):
 
     def track(x):
         if isinstance(x, str):
-            return Tracked(x, [(len(x), 7)] if x else [])
+            return TrackedString(x, [(len(x), 7)] if x else [])
         if isinstance(x, dict):
             return {track(key) if keys else key: track(inner) for key, inner in x.items()}
         return [track(inner) for inner in x] if isinstance(x, list) else x
 
-    assert dumps(track(value), plain, sort_keys=sort_keys) == plain(value, sort_keys=sort_keys)
+    assert dump_tracked_json(track(value), plain, sort_keys=sort_keys) == plain(value, sort_keys=sort_keys)
 
 
 def test_dumps_gives_escapes_to_their_owner():
-    text = dumps({"k": Tracked('a"\n', [(3, 7)])}, json.dumps)
+    text = dump_tracked_json({"k": TrackedString('a"\n', [(3, 7)])}, json.dumps)
     assert text == '{"k": "a\\"\\n"}'
     assert text.runs == ((7, 0), (5, 7), (2, 0))
 
 
 def test_dumps_gives_what_is_all_of_one_owner_to_it_whole():
-    own = {Tracked("n", [(1, 7)]): 12, Tracked("on", [(2, 7)]): True}
-    text = dumps({"name": Tracked("f", [(1, 7)]), "arguments": own}, json.dumps)
+    own = {TrackedString("n", [(1, 7)]): 12, TrackedString("on", [(2, 7)]): True}
+    text = dump_tracked_json({"name": TrackedString("f", [(1, 7)]), "arguments": own}, json.dumps)
     assert text == '{"name": "f", "arguments": {"n": 12, "on": true}}'
     assert "".join(char for char, owner in zip(text, owners(text), strict=True) if owner) == 'f{"n": 12, "on": true}'
 
@@ -156,33 +156,33 @@ TRICKY = [
 
 
 @pytest.mark.parametrize("source", TRICKY)
-@given(messages=conversations(max_turns=2))
+@given(messages=conversation_strategy(max_turns=2))
 def test_the_text_is_what_jinja_alone_renders(source, messages):
     """Attribution changes no character."""
-    from ftdata.templates.attribution.spans import tracked_messages
+    from ftdata.templates.attribution.spans import track_messages
 
-    ours = Template("t", source, strict=False, special_tokens=SPECIAL).run({"messages": tracked_messages(messages)})
+    ours = Template("t", source, strict=False, special_tokens=SPECIAL).run({"messages": track_messages(messages)})
     theirs = transformers_environment().from_string(source).render(messages=messages, **SPECIAL)
     assert ours == theirs
     assert sum(length for length, _ in ours.runs) == len(ours)
 
 
 @pytest.mark.parametrize("name", ["chatml", "zephyr", "gemma"])
-@given(messages=conversations(system=False))
+@given(messages=conversation_strategy(system=False))
 def test_built_in_chat_templates_train_answers_and_stops(name, messages):
-    (rendered,) = render(Conversation(tuple(messages)), bound(name))
+    (rendered,) = render_in_worker(Conversation(tuple(messages)), bound(name))
     stop = {"chatml": "<|im_end|>", "zephyr": "</s>", "gemma": "<end_of_turn>"}[name]
     trained = "".join(rendered.text[s.start : s.end] for s in rendered.spans if s.generated)
     assert trained == "".join(m["content"] + stop for m in messages if m["role"] == "assistant")
     assert rendered.text.endswith(messages[-1]["content"] + stop + "\n")
 
 
-@given(instruction=texts(), extra=texts(min_size=0), answer=texts())
+@given(instruction=text_strategy(), extra=text_strategy(min_size=0), answer=text_strategy())
 def test_prompt_templates_train_the_response(instruction, extra, answer):
     fields = {"instruction": instruction, "input": extra, "output": answer}
     messages = ({"role": "user", "content": instruction}, {"role": "assistant", "content": answer})
     row = Conversation(messages, fields, completion_from=1)
-    (rendered,) = render(row, bound("alpaca"))
+    (rendered,) = render_in_worker(row, bound("alpaca"))
     trained = "".join(rendered.text[s.start : s.end] for s in rendered.spans if s.generated)
     assert trained == answer + "</s>"
     assert rendered.text.endswith(trained)
@@ -191,42 +191,42 @@ def test_prompt_templates_train_the_response(instruction, extra, answer):
 
 def test_lessons_prompt_format():
     row = Conversation((), {"instruction": "Add 1 and 2", "output": "3", "input": ""}, completion_from=1)
-    (rendered,) = render(row, bound("instruction_response"))
+    (rendered,) = render_in_worker(row, bound("instruction_response"))
     assert rendered.text == "### Instruction:\nAdd 1 and 2\n\n### Response:\n3</s>"
     assert [rendered.text[s.start : s.end] for s in rendered.spans if s.generated] == ["3", "</s>"]
 
 
 def test_a_column_without_room_is_refused():
     row = Conversation((), {"instruction": "x", "output": "y", "input": "z"}, completion_from=1)
-    with pytest.raises(BadRow, match="payload_dropped"):
-        render(row, bound("instruction_response"))
+    with pytest.raises(BadRow, match="message_dropped"):
+        render_in_worker(row, bound("instruction_response"))
 
 
 def test_an_undefined_name_is_an_error():
     with pytest.raises(BadRow, match="'outptu' is undefined"):
-        render(Conversation((), {"output": "y"}), bound("{% generation %}{{ outptu }}{% endgeneration %}"))
+        render_in_worker(Conversation((), {"output": "y"}), bound("{% generation %}{{ outptu }}{% endgeneration %}"))
 
 
 def test_a_prompt_template_that_marks_nothing_is_refused():
     with pytest.raises(TemplateRefused, match="nothing_marked"):
-        check(bound("{{ instruction }} {{ output }}"))
+        check_can_train(bound("{{ instruction }} {{ output }}"))
 
 
 def test_a_syntax_error_names_its_line():
     with pytest.raises(TemplateRefused, match="line 2"):
-        check(bound("{{ a }}\n{% if %}"))
+        check_can_train(bound("{{ a }}\n{% if %}"))
 
 
 def test_an_unknown_template_names_the_nearest():
     with pytest.raises(UsageError, match="did you mean 'chatml'"):
-        find("chatlm")
+        find_template("chatlm")
 
 
 def test_files_and_strings(tmp_path):
     path = tmp_path / "mine.jinja"
     path.write_text("{% generation %}{{ text }}{% endgeneration %}")
-    assert find(path) == (str(path), path.read_text())
-    assert find("{{ x }}") == ("<string>", "{{ x }}")
+    assert find_template(path) == (str(path), path.read_text())
+    assert find_template("{{ x }}") == ("<string>", "{{ x }}")
     assert set(templates.names()) >= {"alpaca", "question_answer", "instruction_response", "chatml"}
 
 
@@ -249,7 +249,7 @@ def test_the_sandbox_holds(attack):
     program = Template("attack", attack + "{% generation %}{{ messages[0].content }}{% endgeneration %}")
     conversation = Conversation(({"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}))
     try:
-        (rendered,) = render(conversation, program)
+        (rendered,) = render_in_worker(conversation, program)
     except (BadRow, TemplateRefused):
         return
     assert "class" not in rendered.text
@@ -258,10 +258,10 @@ def test_the_sandbox_holds(attack):
 
 def test_text_is_already_formatted_and_gets_no_second_ending():
     row = Conversation((), text="<s>[INST] a [/INST] b </s>")
-    (rendered,) = render(row, Template("none", "", special_tokens=SPECIAL))
+    (rendered,) = render_in_worker(row, Template("none", "", special_tokens=SPECIAL))
     assert rendered.text == row.text
     assert not rendered.add_bos
-    (plain,) = render(Conversation((), text="just text"), Template("none", "", special_tokens=SPECIAL))
+    (plain,) = render_in_worker(Conversation((), text="just text"), Template("none", "", special_tokens=SPECIAL))
     assert plain.text == "just text</s>"
     assert plain.add_bos
 
@@ -269,7 +269,7 @@ def test_text_is_already_formatted_and_gets_no_second_ending():
 def test_no_template_says_what_to_pass():
     conversation = Conversation(({"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}))
     with pytest.raises(TemplateRefused, match="chatml"):
-        render(conversation, Template("none", ""))
+        render_in_worker(conversation, Template("none", ""))
 
 
 def test_dropped_content_is_refused_and_names_the_message():
@@ -282,8 +282,8 @@ def test_dropped_content_is_refused_and_names_the_message():
         {"role": "user", "content": "y"},
         {"role": "assistant", "content": "z"},
     )
-    with pytest.raises(BadRow, match="payload_dropped") as caught:
-        render(Conversation(messages), Template("t", source, strict=False, special_tokens=SPECIAL))
+    with pytest.raises(BadRow, match="message_dropped") as caught:
+        render_in_worker(Conversation(messages), Template("t", source, strict=False, special_tokens=SPECIAL))
     assert caught.value.field == "messages[0].content"
 
 
@@ -297,12 +297,16 @@ def test_unmarked_templates_are_detected():
         {"role": "assistant", "content": "z"},
         {"role": "user", "content": "w"},
     )
-    (rendered,) = render(Conversation(messages), Template("t", detected, strict=False, special_tokens=SPECIAL))
+    (rendered,) = render_in_worker(
+        Conversation(messages), Template("t", detected, strict=False, special_tokens=SPECIAL)
+    )
     assert [rendered.text[s.start : s.end] for s in rendered.spans if s.generated] == ["z", "</s>"]
     unstoppable = detected.replace("{{ eos_token }}", "")
-    (rendered,) = render(Conversation(messages), Template("t", unstoppable, strict=False, special_tokens=SPECIAL))
+    (rendered,) = render_in_worker(
+        Conversation(messages), Template("t", unstoppable, strict=False, special_tokens=SPECIAL)
+    )
     assert [rendered.text[s.start : s.end] for s in rendered.spans if s.generated] == ["z"]
-    assert "no_stop" in rendered.flags
+    assert "no_trained_stop" in rendered.flags
 
 
 def test_jinja_is_new_enough():

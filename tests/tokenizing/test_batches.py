@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from ftdata.build.shards import _hashes
 from ftdata.pipeline import render_rows as texts
-from ftdata.pipeline.examples import Built, build_batches
+from ftdata.pipeline.examples import BuiltRow, build_batches
 from ftdata.pipeline.recipe import make_recipe
-from ftdata.tokenizing.batches import Encoded, Encodings
+from ftdata.tokenizing.batches import EncodedText, Encodings
 from ftdata.types import Reject, Row, Source
 
 
@@ -24,7 +24,7 @@ def encoded(draw):
     pairs = draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)).map(sorted), max_size=5))
     ids = draw(st.lists(st.integers(0, 99), min_size=len(pairs), max_size=len(pairs)))
     offsets = np.asarray(pairs, np.int32).reshape(-1, 2)
-    return Encoded(np.asarray(ids, np.int32), offsets, draw(st.booleans()))
+    return EncodedText(np.asarray(ids, np.int32), offsets, draw(st.booleans()))
 
 
 def listed(batch):
@@ -76,7 +76,7 @@ ROWS = [
         {"max_length": 40},
         {"max_length": 40, "overlong": "drop_turns"},
         {"turns": "split"},
-        {"refuse": ["trailing_turns"]},
+        {"reject_flags": ["trailing_messages"]},
     ],
 )
 @settings(deadline=None)
@@ -100,12 +100,12 @@ def test_rows_become_the_same_in_batches_of_any_size(tokenizer_dir, options, cho
     for batch in batches:
         done += len(batch)
         assert batch.last == rows[done - 1].source
-        made = [example for one in batch if isinstance(one, Built) for example in one.examples]
+        made = [example for one in batch if isinstance(one, BuiltRow) for example in one.examples]
         columns = batch.columns
         assert columns.ids.tolist() == [token for one in made for token in one.input_ids.tolist()]
         assert columns.trained.tolist() == [yes for one in made for yes in one.trained.tolist()]
         assert columns.lengths.tolist() == list(map(len, made))
-        assert columns.learnt.tolist() == [int(one.trained.sum()) for one in made]
+        assert columns.trained_counts.tolist() == [int(one.trained.sum()) for one in made]
         assert [columns.cut, columns.flags, columns.sources] == [
             [getattr(one, name) for one in made] for name in ("cut", "flags", "source")
         ]
@@ -137,7 +137,7 @@ def test_few_long_rows_are_in_memory_at_once(tokenizer_dir, placed):
             )
 
     done = 0
-    for batch in texts.shown(make_recipe(tokenizer_dir("tiny_bpe"), "chatml"), rows()):
+    for batch in texts.render_rows(make_recipe(tokenizer_dir("tiny_bpe"), "chatml"), rows()):
         assert sum(read[done:]) <= 2 * 2_000_000 + 70
         done += len(batch)
     assert done == len(read) == len(sizes)

@@ -15,7 +15,7 @@ from laws import often
 from ftdata import build_sft_dataset, preview
 from ftdata.build.dataset import write_build
 from ftdata.errors import InputRefused
-from ftdata.testing import texts
+from ftdata.testing import text_strategy
 from ftdata.tokenizing import encoders
 from ftdata.tokenizing.load import load_tokenizer
 
@@ -27,7 +27,7 @@ def pair(folder):
     """The two encoders of a tokenizer."""
     if folder not in PAIRS:
         loaded = load_tokenizer(folder)
-        PAIRS[folder] = encoders.fast(loaded.json, loaded.encoders.reference), loaded.encoders.reference
+        PAIRS[folder] = encoders.load_fast_encoder(loaded.json, loaded.encoders.reference), loaded.encoders.reference
     return PAIRS[folder]
 
 
@@ -37,9 +37,9 @@ def pair(folder):
 def test_both_engines_give_the_same(tokenizer_dir, name, data):
     fast, reference = pair(tokenizer_dir(name))
     added = st.sampled_from([token for token in load_tokenizer(tokenizer_dir(name)).added_tokens if token])
-    given_texts = data.draw(st.lists(st.lists(texts(min_size=0) | added, max_size=4).map("".join), max_size=5))
+    given_texts = data.draw(st.lists(st.lists(text_strategy(min_size=0) | added, max_size=4).map("".join), max_size=5))
     assert fast is not None
-    assert encoders.first_difference(fast, reference, given_texts) is None
+    assert encoders.find_first_difference(fast, reference, given_texts) is None
 
 
 @pytest.mark.parametrize("name", ["tiny_metaspace", "tiny_wordpiece"])
@@ -77,7 +77,7 @@ def test_an_engine_that_differs_is_not_used(tokenizer_dir, tmp_path, source, mon
     monkeypatch.chdir(tmp_path)
     tiny = load_tokenizer(tokenizer_dir("tiny_bpe"))
     right = write_build(source, replace(tiny), tmp_path / "right")
-    encode = encoders.Fast.encode
+    encode = encoders.FastEncoder.encode
 
     def wrong(self, given_texts):
         found = encode(self, given_texts)
@@ -85,7 +85,7 @@ def test_an_engine_that_differs_is_not_used(tokenizer_dir, tmp_path, source, mon
         return found.with_({number: one._replace(ids=np.flip(one.ids)) for number, one in wrong.items()})
 
     monkeypatch.setattr(encoders, "ENOUGH", 0)
-    monkeypatch.setattr(encoders.Fast, "encode", wrong)
+    monkeypatch.setattr(encoders.FastEncoder, "encode", wrong)
     monkeypatch.setenv("FTDATA_CACHE", cache)
     report = write_build(source, replace(tiny), tmp_path / "built")
     # What the other one made is not remembered.
@@ -104,19 +104,21 @@ def test_an_engine_that_differs_is_not_used(tokenizer_dir, tmp_path, source, mon
 def test_an_engine_that_differs_on_hard_texts_is_never_begun_with(tokenizer_dir, monkeypatch):
     loaded = load_tokenizer(tokenizer_dir("tiny_bpe"))
     monkeypatch.setattr(
-        encoders.Fast, "encode", lambda self, given_texts: self.reference.encode([text.strip() for text in given_texts])
+        encoders.FastEncoder,
+        "encode",
+        lambda self, given_texts: self.reference.encode([text.strip() for text in given_texts]),
     )
-    assert encoders.fast(loaded.json, loaded.encoders.reference) is None
+    assert encoders.load_fast_encoder(loaded.json, loaded.encoders.reference) is None
 
 
 def test_settings_of_the_fast_engine_are_the_users_if_there_are_any(tokenizer_dir, monkeypatch):
     loaded, seen = load_tokenizer(tokenizer_dir("tiny_bpe")), []
     monkeypatch.setenv("FASTOKENS_BPE_THREADS", "2")
     monkeypatch.delenv("FASTOKENS_INPUT_CACHE", raising=False)
-    compare = encoders.first_difference
-    noted = lambda *given: seen.append({**os.environ}) or compare(*given)
+    compare = encoders.find_first_difference
+    notes = lambda *given: seen.append({**os.environ}) or compare(*given)
     monkeypatch.setattr(encoders, "first_difference", noted)
-    assert encoders.fast(loaded.json, loaded.encoders.reference)
+    assert encoders.load_fast_encoder(loaded.json, loaded.encoders.reference)
     assert (seen[0]["FASTOKENS_BPE_THREADS"], seen[0]["FASTOKENS_INPUT_CACHE"]) == ("2", "0")
     assert os.environ["FASTOKENS_BPE_THREADS"] == "2"
     assert "FASTOKENS_INPUT_CACHE" not in os.environ

@@ -18,7 +18,7 @@ from ftdata import encode
 from ftdata.errors import BadRow
 from ftdata.pipeline.examples import build_rows
 from ftdata.pipeline.recipe import make_recipe
-from ftdata.testing import check_laws
+from ftdata.testing import check_masking_rules
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.types import Part, Row, Source
 
@@ -71,7 +71,7 @@ def test_r18_flags_follow_truncation(tokenizer_dir):
     recipe = make_recipe(tokenizer_dir("tiny_bpe"), max_length=20, overlong="truncate")
     row = Row({"messages": [USER, {"role": "assistant", "content": "word " * 40}]}, Source("x", 0))
     (built,) = build_rows(recipe, [row])
-    assert built.examples[0].flags >= {"truncated", "truncated_answer"}
+    assert built.examples[0].flags >= {"truncated", "answer_truncated"}
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_r16_tags_of_thinking_in_earlier_answers_are_real_too(tokenizer_dir):
     ids = [tokenizer.id_of("<think>"), tokenizer.id_of("</think>")]
     assert [[int((one.input_ids == i).sum()) for i in ids] for one in examples] == [[1, 1], [2, 2]]
     for example, turn in zip(examples, (2, 4), strict=True):
-        check_laws(example, messages, trained=[turn])
+        check_masking_rules(example, messages, trained=[turn])
         parts = [(span.part, example.text[span.start : span.end]) for span in example.spans if span.message == turn]
         assert "".join(text for part, text in parts if part is Part.REASONING) == "\n hm \n"
         assert "".join(text for part, text in parts if part is Part.CONTENT) == f"a{turn // 2}"

@@ -10,6 +10,15 @@ from ftdata.inspection.checks import row_checks
 from ftdata.inspection.checks import dataset_checks
 
 # isort: on
-from ftdata.inspection.checks.registry import SEVERITIES, Check, Data, Row, Setting, checks
+from ftdata.inspection.checks.registry import SEVERITIES, Check, CheckedDataset, CheckedRow, CheckedTemplate, checks
 
-__all__ = ["SEVERITIES", "Check", "Data", "Row", "Setting", "checks", "dataset_checks", "row_checks"]
+__all__ = [
+    "SEVERITIES",
+    "Check",
+    "CheckedDataset",
+    "CheckedRow",
+    "CheckedTemplate",
+    "checks",
+    "dataset_checks",
+    "row_checks",
+]

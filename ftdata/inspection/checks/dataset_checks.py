@@ -11,23 +11,23 @@ from numpy.typing import NDArray
 from ftdata.build import near_duplicates
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.inspection import text_detectors
-from ftdata.inspection.checks.registry import Data, Setting, check
+from ftdata.inspection.checks.registry import CheckedDataset, CheckedTemplate, register_check
 from ftdata.pipeline.recipe import Recipe, make_recipe
-from ftdata.pipeline.render_rows import rendered
-from ftdata.templates.worker.client import verify
+from ftdata.pipeline.render_rows import render_conversation
+from ftdata.templates.worker.client import verify_template
 from ftdata.types import Conversation
 
 # --- all rows together
 
 
-@check(
+@register_check(
     "duplicate",
     "warning",
     "data",
     "the row is an exact duplicate of an earlier one",
     "keep one of them: build with dedup",
 )
-def _duplicate(data: Data) -> Iterator[tuple[int, str]]:
+def _duplicate(data: CheckedDataset) -> Iterator[tuple[int, str]]:
     trained, content = np.flatnonzero(~data.out), data.seen.numbers.content
     first = _first_of(content, ~data.out)
     for row in trained.tolist():
@@ -35,37 +35,37 @@ def _duplicate(data: Data) -> Iterator[tuple[int, str]]:
             yield row, f"equal to {data.seen.source(earlier)}"
 
 
-@check(
+@register_check(
     "near_duplicate",
     "warning",
     "data",
     "the row says almost the same as an earlier one",
-    "keep one of them: build with dedup and near",
-    asked="near",
+    "keep one of them: build with dedup and near_duplicate_threshold",
+    asked="near_duplicate_threshold",
 )
-def _near_duplicate(data: Data) -> Iterator[tuple[int, str]]:
-    assert data.near is not None
+def _near_duplicate(data: CheckedDataset) -> Iterator[tuple[int, str]]:
+    assert data.near_duplicate_threshold is not None
     if data.signatures is None:
         return
     trained, content = np.flatnonzero(~data.out), data.seen.numbers.content
-    first = trained[near_duplicates.first_alike(data.signatures[trained], data.near)]
+    first = trained[near_duplicates.first_similar(data.signatures[trained], data.near_duplicate_threshold)]
     for row, earlier in zip(trained.tolist(), first.tolist(), strict=True):
         if content[row] != content[earlier]:
             yield row, f"almost {data.seen.source(earlier)}"
 
 
-@check(
+@register_check(
     "leakage",
     "error",
     "data",
-    "a row that is held out is trained on: an equal one, or, with --near, one that says almost the same",
+    "a row that is held out is trained on: an equal one, or, with --near-duplicate-threshold, one that says almost the same",
     "take it out of one of them; build with test_size, which keeps equal rows together",
 )
-def _leakage(data: Data) -> Iterator[tuple[int, str]]:
+def _leakage(data: CheckedDataset) -> Iterator[tuple[int, str]]:
     told = set[int]()
     ways: list[tuple[str, NDArray[Any]]] = [("equal to", data.seen.numbers.content)]
-    if data.near is not None and data.signatures is not None:
-        ways.append(("almost", near_duplicates.groups(data.signatures, data.near) + 1))
+    if data.near_duplicate_threshold is not None and data.signatures is not None:
+        ways.append(("almost", near_duplicates.similarity_groups(data.signatures, data.near_duplicate_threshold) + 1))
     for says, values in ways:
         for row, earlier in _shared(data, values):
             if row not in told:
@@ -73,14 +73,14 @@ def _leakage(data: Data) -> Iterator[tuple[int, str]]:
                 yield row, f"{says} {data.seen.source(earlier)}"
 
 
-@check(
+@register_check(
     "same_prompt",
     "warning",
     "data",
     "a row that is held out asks, word for word, what is trained to be answered otherwise",
     "take it out of one of them, unless the question is one that everybody asks",
 )
-def _same_prompt(data: Data) -> Iterator[tuple[int, str]]:
+def _same_prompt(data: CheckedDataset) -> Iterator[tuple[int, str]]:
     numbers = data.seen.numbers
     equal = {row for row, _ in _shared(data, numbers.content)}
     for row, earlier in _shared(data, numbers.asked):
@@ -88,7 +88,7 @@ def _same_prompt(data: Data) -> Iterator[tuple[int, str]]:
             yield row, f"asks the same as {data.seen.source(earlier)}"
 
 
-def _shared(data: Data, values: NDArray[Any]) -> Iterator[tuple[int, int]]:
+def _shared(data: CheckedDataset, values: NDArray[Any]) -> Iterator[tuple[int, int]]:
     """Yield rows that are held out whose value is that of one that is trained on, and which; 0: nobody knows."""
     known = _first_of(values, ~data.out)
     for row in np.flatnonzero(data.out).tolist():
@@ -106,14 +106,14 @@ def _first_of(values: NDArray[Any], among: NDArray[np.bool_]) -> dict[int, int]:
 _FEW, _MOST, _ENOUGH = 0.01, 0.8, 200
 
 
-@check(
+@register_check(
     "script",
     "note",
     "data",
     "what is trained is written in another script than nearly all else",
     "see whether these rows are meant to be there",
 )
-def _script(data: Data) -> Iterator[tuple[int, str]]:
+def _script(data: CheckedDataset) -> Iterator[tuple[int, str]]:
     written = np.count_nonzero(data.scripts)
     if written < _ENOUGH:
         return
@@ -132,14 +132,14 @@ def _script(data: Data) -> Iterator[tuple[int, str]]:
 # --- tokenizer and template
 
 
-@check(
+@register_check(
     "pad_is_stop",
     "warning",
     "template",
     "the pad token ends turns, or there is none",
     "name another one: collators that mask it by its id hide the stop from the model (ftdata's labels are safe)",
 )
-def _pad_is_stop(given: Setting) -> Iterator[str]:
+def _pad_is_stop(given: CheckedTemplate) -> Iterator[str]:
     tokenizer = given.recipe.tokenizer
     specials = tokenizer.special_tokens
     pad, eos = (tokenizer.id_of(specials.get(name)) for name in ("pad_token", "eos_token"))
@@ -149,7 +149,7 @@ def _pad_is_stop(given: Setting) -> Iterator[str]:
         yield f"there is no pad token, for which many trainers then take {specials['eos_token']}, which is a stop"
 
 
-@check(
+@register_check(
     "date_inserted",
     "note",
     "template",
@@ -157,13 +157,13 @@ def _pad_is_stop(given: Setting) -> Iterator[str]:
     "set it with date=, and print the same at inference",
     of_messages=True,
 )
-def _date_inserted(given: Setting) -> Iterator[str]:
+def _date_inserted(given: CheckedTemplate) -> Iterator[str]:
     template = given.recipe.template
-    if template.source and template.chat and verify(template).uses_date:
+    if template.source and template.chat and verify_template(template).uses_date:
         yield f"shown as {template.date:%Y-%m-%d}"
 
 
-@check(
+@register_check(
     "template_drift",
     "warning",
     "template",
@@ -171,7 +171,7 @@ def _date_inserted(given: Setting) -> Iterator[str]:
     "keep the template that you train with beside the model, as `ftdata train` does, or train with the tokenizer's",
     of_messages=True,
 )
-def _template_drift(given: Setting) -> Iterator[str]:
+def _template_drift(given: CheckedTemplate) -> Iterator[str]:
     recipe = given.recipe
     if recipe.tokenizer.chat_template in (None, recipe.template.source):
         return
@@ -180,7 +180,7 @@ def _template_drift(given: Setting) -> Iterator[str]:
             recipe.tokenizer,
             date=recipe.template.date,
             template_kwargs=recipe.template.kwargs,
-            **{name: getattr(recipe, name) for name in ("turns", "dropped", "unclosed")},
+            **{name: getattr(recipe, name) for name in ("turns", "on_dropped_message", "on_missing_stop")},
         )
     except TemplateRefused as error:
         yield f"it is refused: {error}"
@@ -192,6 +192,6 @@ def _template_drift(given: Setting) -> Iterator[str]:
 
 def _text(recipe: Recipe, said: Conversation) -> str | None:
     try:
-        return "\n".join(one.text for one in rendered(recipe, said))
+        return "\n".join(one.text for one in render_conversation(recipe, said))
     except (BadRow, TemplateRefused):
         return None

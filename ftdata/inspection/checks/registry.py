@@ -27,8 +27,8 @@ class Check:
         of: `"flag"`, `"row"`, `"data"` or `"template"`.
         says: what is wrong.
         fix: what to do.
-        finds: a row check yields what it found in a `Row`; a data check, in `Data`, the numbers of rows and what it
-            found there; a template check what it found in a `Setting`.
+        finds: a row check yields what it found in a `CheckedRow`; a data check, in `CheckedDataset`, the numbers of rows and what it
+            found there; a template check what it found in a `CheckedTemplate`.
         asked: the option that asks for it, where it is not made otherwise.
         of_messages: whether it looks at messages, or at what was decided when a build was made: of a build, neither
             is there.
@@ -44,7 +44,7 @@ class Check:
     of_messages: bool = False
 
 
-class Row(NamedTuple):
+class CheckedRow(NamedTuple):
     """One row that was built, as row checks see it; `adds` is what the template prints before it by itself."""
 
     said: Conversation
@@ -54,21 +54,21 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Data:
+class CheckedDataset:
     """All rows, as data checks see them.
 
     Attributes:
         seen: numbers of the rows.
         scripts: int64 `[rows]`, a bit for each script, of `detect.SCRIPTS`, in which an answer is written.
         held_out: by number of the source, whether its rows must not be trained on.
-        near: how similar rows must be to count as equal; `None`: as the same.
-        signatures: MinHashes of the rows, where there is `near`.
+        near_duplicate_threshold: how similar rows must be to count as equal; `None`: as the same.
+        signatures: MinHashes of the rows, where there is `near_duplicate_threshold`.
     """
 
     seen: Survey
     scripts: Ints
     held_out: Sequence[bool]
-    near: float | None = None
+    near_duplicate_threshold: float | None = None
     signatures: NDArray[np.uint32] | None = None
 
     @cached_property
@@ -77,7 +77,7 @@ class Data:
         return np.asarray(self.held_out, np.bool_)[self.seen.numbers.source]
 
 
-class Setting(NamedTuple):
+class CheckedTemplate(NamedTuple):
     """Tokenizer and template, with which stops answers end, and some conversations, as template checks see them."""
 
     recipe: Recipe
@@ -91,7 +91,7 @@ checks: dict[str, Check] = {}
 Finds = Callable[[Any], Iterator[Any]]
 
 
-def check(code: str, severity: str, of: str, says: str, fix: str, **more: Any) -> Callable[[Finds], Finds]:
+def register_check(code: str, severity: str, of: str, says: str, fix: str, **more: Any) -> Callable[[Finds], Finds]:
     """Add a function to the checks."""
 
     def add(finds: Finds) -> Finds:
@@ -101,6 +101,6 @@ def check(code: str, severity: str, of: str, says: str, fix: str, **more: Any) -
     return add
 
 
-def flag(code: str, severity: str, says: str, fix: str) -> None:
+def register_flag_check(code: str, severity: str, says: str, fix: str) -> None:
     """Add a flag of examples to the checks."""
-    check(code, severity, "flag", says, fix)(lambda _: iter(()))
+    register_check(code, severity, "flag", says, fix)(lambda _: iter(()))

@@ -8,100 +8,102 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ftdata.inspection import text_detectors
-from ftdata.inspection.checks.registry import Row, check, flag
-from ftdata.inspection.row_views import texts_of
+from ftdata.inspection.checks.registry import CheckedRow, register_check, register_flag_check
+from ftdata.inspection.row_views import content_texts
 from ftdata.types import Message
 
 # --- flags, which the stages give
 
-flag(
-    "no_stop",
+register_flag_check(
+    "no_trained_stop",
     "error",
     "a trained turn does not end in a trained control token: the model will not learn to stop",
-    "use a template that ends turns with one, or unclosed='append_eos'",
+    "use a template that ends turns with one, or on_missing_stop='append_eos'",
 )
-flag(
-    "truncated_answer",
+register_flag_check(
+    "answer_truncated",
     "error",
     "max_length cuts an answer in the middle: the model learns to break off",
     "raise max_length, or choose overlong='drop_turns'",
 )
-flag(
-    "unclosed_final",
+register_flag_check(
+    "missing_final_stop",
     "warning",
     "the last turn has no stop: the template prints it only before the next message",
-    "unclosed='append_eos' trains the end-of-text token there",
+    "on_missing_stop='append_eos' trains the end-of-text token there",
 )
-flag(
-    "content_cut",
+register_flag_check(
+    "message_truncated",
     "warning",
     "the template prints only part of a message",
     "see what is lost with `ftdata preview --odd`",
 )
-flag("payload_dropped", "warning", "the template leaves out a whole message", "use a template that prints it")
-flag(
+register_flag_check(
+    "message_dropped", "warning", "the template leaves out a whole message", "use a template that prints it"
+)
+register_flag_check(
     "reasoning_dropped",
     "warning",
     "the template does not print reasoning",
     "use a template that does, or take the reasoning out",
 )
-flag(
+register_flag_check(
     "tools_dropped",
     "warning",
     "the template does not print the tools that are given, or not whole",
     "use a template that prints tools",
 )
-flag(
+register_flag_check(
     "fields_dropped",
     "note",
     "keys of messages are not printed by the template",
     "take them out, if they are not meant to be trained",
 )
-flag(
-    "prompt_drift",
+register_flag_check(
+    "prompt_mismatch",
     "warning",
     "what is trained lacks a scaffold that the prompt forces at inference",
     "see `ftdata templates check`; give reasoning where the prompt opens a thinking block",
 )
-flag(
+register_flag_check(
     "empty_thinking",
     "warning",
     "answers train an empty thinking block, which the template prints where no reasoning is given",
     "pass --template-kwarg enable_thinking=false if the template reads it, which moves the block to the prompt; "
     "or give reasoning; train it only if the model shall decide not to think",
 )
-flag(
-    "straddle",
+register_flag_check(
+    "token_crosses_boundary",
     "warning",
     "a trained token crosses the boundary of the answer: inference never produces a token merged with the prompt",
     "end the prompt with a control token or a line break, or put the space before the answer into the generation block",
 )
-flag(
+register_flag_check(
     "rejected_side_dropped",
     "note",
     "only the chosen side of preference pairs is built",
     "nothing, if supervised fine-tuning on the chosen side is meant",
 )
-flag(
-    "tags_unconfirmed",
+register_flag_check(
+    "generation_tags_unconfirmed",
     "warning",
     "the template's tags mark what is not, or not certainly, what the model produces",
     "mend the tags of the template, or take them out: turns are found without them",
 )
-flag(
-    "stop_untagged",
+register_flag_check(
+    "stop_outside_generation_tags",
     "note",
     "the template's own tags leave the stop out; it is trained all the same",
     "mend the tags of the template",
 )
-flag(
+register_flag_check(
     "control_tokens",
     "warning",
     "control tokens are spelled in the data",
     "they are tokenised as plain text; clean the data if they are left-overs of a template",
 )
-flag(
-    "trailing_turns",
+register_flag_check(
+    "trailing_messages",
     "warning",
     "the conversation ends with messages that nothing answers",
     "drop them from the data",
@@ -111,28 +113,28 @@ flag(
 # --- tokens of a row
 
 
-@check(
+@register_check(
     "double_bos",
     "error",
     "row",
     "the text begins with BOS twice",
     "take BOS out of the data, or out of the template",
 )
-def _double_bos(row: Row) -> Iterator[str]:
+def _double_bos(row: CheckedRow) -> Iterator[str]:
     tokenizer = row.recipe.tokenizer
     bos = tokenizer.special_tokens.get("bos_token")
     if bos is not None and any(one.input_ids[:2].tolist() == [tokenizer.id_of(bos)] * 2 for one in row.examples):
         yield f"begins with {bos} twice"
 
 
-@check(
+@register_check(
     "double_eos",
     "warning",
     "row",
     "an answer ends in two stop tokens",
     "take the stop out of the data: the template writes it",
 )
-def _double_eos(row: Row) -> Iterator[str]:
+def _double_eos(row: CheckedRow) -> Iterator[str]:
     for example in row.examples:
         ids, trained = example.input_ids, example.trained
         again = np.flatnonzero((ids[1:] == ids[:-1]) & trained[1:] & trained[:-1])
@@ -143,14 +145,14 @@ def _double_eos(row: Row) -> Iterator[str]:
 _LEAST, _LONG = 0.005, 400
 
 
-@check(
+@register_check(
     "label_share",
     "note",
     "row",
     "next to nothing of the row is trained; or, where it came as tokens, all of it",
     "look at it with `ftdata preview --odd`: a short answer to a long text may be meant, a lost one is not",
 )
-def _label_share(row: Row) -> Iterator[str]:
+def _label_share(row: CheckedRow) -> Iterator[str]:
     tokens = sum(len(one) for one in row.examples)
     trained = sum(int(one.trained.sum()) for one in row.examples)
     if tokens >= _LONG and trained < _LEAST * tokens:
@@ -164,7 +166,7 @@ def _label_share(row: Row) -> Iterator[str]:
 # --- messages of a row
 
 
-@check(
+@register_check(
     "role_order",
     "warning",
     "row",
@@ -172,7 +174,7 @@ def _label_share(row: Row) -> Iterator[str]:
     "mend the order: a system message first, then questions and answers by turns",
     of_messages=True,
 )
-def _role_order(row: Row) -> Iterator[str]:
+def _role_order(row: CheckedRow) -> Iterator[str]:
     before = ""
     for number, message in enumerate(row.said.messages):
         role, place = message["role"], f"messages[{number}]"
@@ -209,7 +211,7 @@ def _calls(messages: Sequence[Message]) -> Iterator[str]:
             waiting.remove(given if given in own else (own or waiting)[0])
 
 
-@check(
+@register_check(
     "trivial_answer",
     "warning",
     "row",
@@ -217,16 +219,16 @@ def _calls(messages: Sequence[Message]) -> Iterator[str]:
     "take the row out, or give the message train: false",
     of_messages=True,
 )
-def _trivial_answer(row: Row) -> Iterator[str]:
+def _trivial_answer(row: CheckedRow) -> Iterator[str]:
     for number, message in enumerate(row.said.messages):
         content = message.get("content")
         asked = message["role"] == "assistant" and message.get("train", True) and not message.get("tool_calls")
-        text = content if isinstance(content, str) else "\n".join(texts_of(content))
-        if asked and content is not None and text_detectors.says_nothing(text) and _is_trained(row, number):
+        text = content if isinstance(content, str) else "\n".join(content_texts(content))
+        if asked and content is not None and text_detectors.is_placeholder_text(text) and _is_trained(row, number):
             yield f"messages[{number}].content is {text.strip()!r}"
 
 
-def _is_trained(row: Row, number: int) -> bool:
+def _is_trained(row: CheckedRow, number: int) -> bool:
     """Whether any token of a message is trained."""
     for one in row.examples:
         for span in one.spans:
@@ -237,7 +239,7 @@ def _is_trained(row: Row, number: int) -> bool:
     return False
 
 
-@check(
+@register_check(
     "left_over",
     "warning",
     "row",
@@ -245,14 +247,14 @@ def _is_trained(row: Row, number: int) -> bool:
     "take it out: the data was templated once before",
     of_messages=True,
 )
-def _left_over(row: Row) -> Iterator[str]:
+def _left_over(row: CheckedRow) -> Iterator[str]:
     for number, message in enumerate(row.said.messages):
-        for text in texts_of(message.get("content")):
-            if (found := text_detectors.left_over(text)) and not row.recipe.control.spelled(found):
+        for text in content_texts(message.get("content")):
+            if (found := text_detectors.find_template_leftover(text)) and not row.recipe.control.spelled(found):
                 yield f"messages[{number}].content holds {found!r}"
 
 
-@check(
+@register_check(
     "media_placeholder",
     "warning",
     "row",
@@ -260,14 +262,14 @@ def _left_over(row: Row) -> Iterator[str]:
     "remove these rows: the model would learn to answer about what it is not shown",
     of_messages=True,
 )
-def _media_placeholder(row: Row) -> Iterator[str]:
+def _media_placeholder(row: CheckedRow) -> Iterator[str]:
     for number, message in enumerate(row.said.messages):
-        for text in texts_of(message.get("content")):
-            if found := text_detectors.media_placeholder(text):
+        for text in content_texts(message.get("content")):
+            if found := text_detectors.find_media_placeholder(text):
                 yield f"messages[{number}].content holds {found!r}"
 
 
-@check(
+@register_check(
     "default_system",
     "note",
     "row",
@@ -275,7 +277,7 @@ def _media_placeholder(row: Row) -> Iterator[str]:
     "give a system message, so that training and inference say the same",
     of_messages=True,
 )
-def _default_system(row: Row) -> Iterator[str]:
+def _default_system(row: CheckedRow) -> Iterator[str]:
     messages = row.said.messages
     if len(re.findall(r"[^\W\d_]+", row.adds)) > 3 and messages and messages[0]["role"] not in ("system", "developer"):
         yield repr(row.adds[:80])
@@ -284,23 +286,23 @@ def _default_system(row: Row) -> Iterator[str]:
 # --- texts of a row
 
 
-@check(
+@register_check(
     "mojibake",
     "warning",
     "row",
     "the text was decoded with a wrong encoding once",
     "repair it where it was made, for example with ftfy",
 )
-def _mojibake(row: Row) -> Iterator[str]:
+def _mojibake(row: CheckedRow) -> Iterator[str]:
     for example in row.examples:
         # A build may end in the midst of a character, where it was cut.
         if (
-            found := text_detectors.mojibake(example.text.rstrip("\ufffd") if example.cut else example.text)
+            found := text_detectors.find_mojibake(example.text.rstrip("\ufffd") if example.cut else example.text)
         ) is not None:
             yield repr(found)
 
 
-@check(
+@register_check(
     "pii",
     "warning",
     "row",
@@ -308,7 +310,7 @@ def _mojibake(row: Row) -> Iterator[str]:
     "take it out, or put a placeholder in its place",
     asked="pii",
 )
-def _pii(row: Row) -> Iterator[str]:
+def _pii(row: CheckedRow) -> Iterator[str]:
     for example in row.examples:
-        for kind, found in text_detectors.personal(example.text):
+        for kind, found in text_detectors.find_personal_data(example.text):
             yield f"{kind} {found}"

@@ -13,10 +13,10 @@ ATOM = re.compile(rf"{TAG.pattern}|\w+|\s+|.", re.DOTALL)
 """What is compared whole where two renderings part: a tag, a word, a blank, a sign."""
 
 
-def agreement(a: str, b: str) -> int:
+def common_prefix_length(a: str, b: str) -> int:
     """Return how many characters two texts have in common from their beginning.
 
-    >>> agreement("abcd", "abx")
+    >>> common_prefix_length("abcd", "abx")
     2
     """
     low, high = 0, min(len(a), len(b))
@@ -28,7 +28,7 @@ def agreement(a: str, b: str) -> int:
     return low
 
 
-def tags(text: str) -> set[str]:
+def find_tags(text: str) -> set[str]:
     """Return what looks like a control token."""
     return set(TAG.findall(text))
 

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from ftdata.errors import BadRow
-from ftdata.templates.attribution.agreement import agreement
-from ftdata.templates.attribution.spans import Piece, painted, thinking_tags
+from ftdata.templates.attribution.agreement import common_prefix_length
+from ftdata.templates.attribution.spans import TextPiece, find_thinking_tags, override_part
 from ftdata.types import Part
 
 Rerender = Callable[[int, dict[str, Any]], str | None]
@@ -22,9 +22,9 @@ _KEYS = {Part.CONTENT: ("content",), Part.TOOL_CALL: ("tool_calls",), Part.REASO
 _MOST_LEAVES = 64
 
 
-def recover(
-    text: str, parts: Sequence[Piece], messages: Sequence[Mapping[str, Any]], rerender: Rerender
-) -> tuple[Piece, ...]:
+def recover_attribution(
+    text: str, parts: Sequence[TextPiece], messages: Sequence[Mapping[str, Any]], rerender: Rerender
+) -> tuple[TextPiece, ...]:
     """Return the pieces with those added whose memory the template wiped out, found by changing the data.
 
     A text that was turned into a Python literal, or formatted, is a plain string to us. What moves in the rendering
@@ -37,7 +37,7 @@ def recover(
             continue
         if _answers_nothing(message):
             at = _place(text, message, index, rerender)
-            found = found if at is None else _insert(found, Piece(at, at, Part.CONTENT, index, 0))
+            found = found if at is None else _insert(found, TextPiece(at, at, Part.CONTENT, index, 0))
             continue
         for part, keys in _KEYS.items():
             given = _given(message, part)
@@ -51,18 +51,18 @@ def recover(
                     found = [
                         new
                         for old in found
-                        for new in painted(old, start, end, Part.SCAFFOLD, part=part, message=index)
+                        for new in override_part(old, start, end, Part.SCAFFOLD, part=part, message=index)
                     ]
     return tuple(found)
 
 
-def check_arrival(
+def check_coverage(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]],
     text: str,
-    parts: Sequence[Piece],
+    parts: Sequence[TextPiece],
     rerender: Rerender,
-    dropped: str = "refuse",
+    on_dropped_message: str = "reject",
 ) -> frozenset[str]:
     """Check that every message's text arrived in the rendering; return flags for what arrived in part.
 
@@ -72,10 +72,10 @@ def check_arrival(
         text: the rendering.
         parts: whose text it is.
         rerender: renders it with a message changed.
-        dropped: `"refuse"`, or `"flag"` rows of which a message that is not the assistant's is missing.
+        on_dropped_message: `"reject"`, or `"flag"` rows of which a message that is not the assistant's is missing.
 
     Raises:
-        BadRow: `payload_dropped`: a content or a tool call is nowhere in the text; `content_stringified`: a list of
+        BadRow: `message_dropped`: a content or a tool call is nowhere in the text; `content_stringified`: a list of
             parts is printed as a literal.
     """
     flags: set[str] = set()
@@ -101,18 +101,18 @@ def check_arrival(
             _calls_printed(message, calls, stretch) and _each_printed(message, stretch, partial(rerender, index))
         )
         if (any(map(str.strip, given)) and not content) or lost_call:
-            if dropped == "flag" and message["role"] != "assistant":
-                flags.add("payload_dropped")
+            if on_dropped_message == "flag" and message["role"] != "assistant":
+                flags.add("message_dropped")
                 continue
             raise BadRow(
-                "payload_dropped",
+                "message_dropped",
                 f"the template does not print this {message['role']} message's text as given",
                 field=f"messages[{index}].{'tool_calls' if lost_call else 'content'}",
                 hint="use a template that has room for it, or take it out of the data",
             )
         whole = _all_printed(given, content) or _thinking_moved(given, stretch)
         if not whole or not _all_printed(_given(message, Part.TOOL_CALL), calls):
-            flags.add("content_cut")
+            flags.add("message_truncated")
         flags |= _reasoning_flags(message, arrived[index, Part.REASONING])
         if not _fields_printed(message, arrived[index, Part.OTHER] + arrived[index, Part.TOOL_CALL], stretch):
             flags.add("fields_dropped")
@@ -138,7 +138,7 @@ def _check_object(content: Any, text: str, printed: str, stretch: str, field: st
         field: where it stands.
 
     Raises:
-        BadRow: `content_stringified`: it is printed as Python prints it; `payload_dropped`: not all of it is printed.
+        BadRow: `content_stringified`: it is printed as Python prints it; `message_dropped`: not all of it is printed.
     """
     plain = _untracked(content)
     hint = "give the result as JSON text, which every template prints"
@@ -148,7 +148,7 @@ def _check_object(content: Any, text: str, printed: str, stretch: str, field: st
             "content_stringified", "the template prints the object as Python would, not as JSON", field=field, hint=hint
         )
     if not _all_printed(_values(plain), printed) or not _any_printed((*_keys(plain), *_numbers(plain)), stretch):
-        raise BadRow("payload_dropped", "the template does not print all of this object", field=field, hint=hint)
+        raise BadRow("message_dropped", "the template does not print all of this object", field=field, hint=hint)
 
 
 def _untracked(value: Any) -> Any:
@@ -225,14 +225,14 @@ def _marked(value: Any, place: int = 7001) -> Any:
 def _thinking_moved(given: Sequence[str], stretch: str) -> bool:
     """Whether a content that holds thinking is all there, with other blanks around the thinking."""
     whole = "".join(given)
-    return bool(thinking_tags(whole)) and "".join(whole.split()) in "".join(stretch.split())
+    return bool(find_thinking_tags(whole)) and "".join(whole.split()) in "".join(stretch.split())
 
 
 def _reasoning_flags(message: Mapping[str, Any], printed: str) -> set[str]:
     thoughts = _given(message, Part.REASONING)
     if not any(thoughts) or _all_printed(thoughts, printed):
         return set()
-    return {"content_cut" if printed else "reasoning_dropped"}
+    return {"message_truncated" if printed else "reasoning_dropped"}
 
 
 def _fields_printed(message: Mapping[str, Any], printed: str, stretch: str) -> bool:
@@ -242,7 +242,7 @@ def _fields_printed(message: Mapping[str, Any], printed: str, stretch: str) -> b
     return _all_printed(dict.fromkeys(texts), printed) and _any_printed(numbers, stretch)
 
 
-def _texts(text: str, parts: Sequence[Piece]) -> defaultdict[tuple[int, Part], str]:
+def _texts(text: str, parts: Sequence[TextPiece]) -> defaultdict[tuple[int, Part], str]:
     """Return the text of each part of each message in a rendering."""
     found: defaultdict[tuple[int, Part], str] = defaultdict(str)
     for piece in parts:
@@ -251,7 +251,7 @@ def _texts(text: str, parts: Sequence[Piece]) -> defaultdict[tuple[int, Part], s
     return found
 
 
-def _stretches(text: str, parts: Sequence[Piece]) -> dict[int, str]:
+def _stretches(text: str, parts: Sequence[TextPiece]) -> dict[int, str]:
     """Return all that is printed for each message: from what is printed for another before it to the next after it."""
     owned = [piece for piece in parts if piece.part is not Part.SCAFFOLD]
     found: dict[int, tuple[int, int]] = {}
@@ -343,8 +343,8 @@ def _extents(
         before, after = (rerender(index, _changed(message, path, change)) for change in (_prefixed, _suffixed))
         if before is None or after is None or text in (before, after):
             continue
-        start = agreement(text, before)
-        end = len(text) - agreement(text[::-1], after[::-1])
+        start = common_prefix_length(text, before)
+        end = len(text) - common_prefix_length(text[::-1], after[::-1])
         if start < end:
             yield start, end
 
@@ -354,13 +354,13 @@ def _place(text: str, message: Mapping[str, Any], index: int, rerender: Rerender
     filled = rerender(index, {**message, "content": "x"})
     if filled is None:
         return None
-    at = agreement(text, filled)
+    at = common_prefix_length(text, filled)
     # What follows may be another text: some templates print no stop after an answer that is empty.
     return at if filled.startswith(f"{text[:at]}x") else None
 
 
-def _insert(parts: Sequence[Piece], empty: Piece) -> list[Piece]:
-    found: list[Piece] = []
+def _insert(parts: Sequence[TextPiece], empty: TextPiece) -> list[TextPiece]:
+    found: list[TextPiece] = []
     for piece in parts:
         inside = piece.start < empty.start < piece.end
         found += [piece._replace(end=empty.start), piece._replace(start=empty.start)] if inside else [piece]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ftdata.schemas.messages import THINKING_NAMES
-from ftdata.templates.attribution.tracked_strings import BLOCK, Tracked
+from ftdata.templates.attribution.tracked_strings import BLOCK, TrackedString
 from ftdata.types import Part, Span
 
 _PARTS = (Part.SCAFFOLD, Part.CONTENT, Part.REASONING, Part.TOOL_CALL, Part.TOOLS, Part.OTHER)
@@ -27,7 +27,7 @@ _KEYS = {
 _OPENS, _OPENED = re.compile(rf"\s*<({THINKING_NAMES})>"), re.compile(rf"<({THINKING_NAMES})>\s*$")
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """A stretch of the rendered text with one owner; `block` numbers its generation block (0: none)."""
 
     start: int
@@ -37,7 +37,7 @@ class Piece(NamedTuple):
     block: int
 
 
-class Region(NamedTuple):
+class TurnRegion(NamedTuple):
     """What the model must produce for one message: `[start, end)` in characters."""
 
     message: int
@@ -45,7 +45,7 @@ class Region(NamedTuple):
     end: int
 
 
-def tracked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def track_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the messages as a chat template is given them, with every data string tracked.
 
     As transformers does: null values are dropped, and the spellings of reasoning stand for each other.
@@ -53,48 +53,48 @@ def tracked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     return [_tracked_message(message, index) for index, message in enumerate(messages)]
 
 
-def tracked(value: Any, part: Part, message: int) -> Any:
+def track_value(value: Any, part: Part, message: int) -> Any:
     """Return a copy of a JSON value in which every string, keys included, is owned by `(message, part)`."""
     owner = 8 * (message + 1) + _CODES[part]
     if isinstance(value, str):
-        return Tracked(value, ((len(value), owner),) if value else ())
+        return TrackedString(value, ((len(value), owner),) if value else ())
     if isinstance(value, Mapping):
-        return {tracked(key, part, message): tracked(item, part, message) for key, item in value.items()}
+        return {track_value(key, part, message): track_value(item, part, message) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [tracked(item, part, message) for item in value]
+        return [track_value(item, part, message) for item in value]
     return value
 
 
-def pieces(text: Tracked) -> tuple[Piece, ...]:
+def pieces_of(text: TrackedString) -> tuple[TextPiece, ...]:
     """Return the stretches of a rendered text, in order, tiling it."""
-    found: list[Piece] = []
+    found: list[TextPiece] = []
     at = 0
     for length, owner in text.runs:
         message, code = divmod(owner & ((1 << BLOCK) - 1), 8)
-        found.append(Piece(at, at + length, _PARTS[code], message - 1, owner >> BLOCK))
+        found.append(TextPiece(at, at + length, _PARTS[code], message - 1, owner >> BLOCK))
         at += length
     return tuple(found)
 
 
 def split_thinking(
-    text: str, parts: Iterable[Piece], regions: Sequence[Region], assistants: Iterable[int]
-) -> tuple[Piece, ...]:
+    text: str, parts: Iterable[TextPiece], regions: Sequence[TurnRegion], assistants: Iterable[int]
+) -> tuple[TextPiece, ...]:
     """Return the pieces with thinking that is written into the assistant's contents made reasoning.
 
     Its tags are the scaffold around it, as where the template prints them.
     """
     parts = list(parts)
     thinking = _thinking(text, parts, regions, set(assistants))
-    found: list[Piece] = []
+    found: list[TextPiece] = []
     for piece in parts:
         cut = [piece]
         for start, end, part in thinking.get(piece.message, ()):
-            cut = [new for old in cut for new in painted(old, start, end, Part.CONTENT, part=part)]
+            cut = [new for old in cut for new in override_part(old, start, end, Part.CONTENT, part=part)]
         found += cut
     return tuple(found)
 
 
-def painted(piece: Piece, start: int, end: int, over: Part, **changes: Any) -> Iterator[Piece]:
+def override_part(piece: TextPiece, start: int, end: int, over: Part, **changes: Any) -> Iterator[TextPiece]:
     """Yield the piece, cut and changed where it lies in `[start, end)`, if it is of the part `over`."""
     if piece.part is not over or piece.end <= start or end <= piece.start:
         yield piece
@@ -108,7 +108,7 @@ def painted(piece: Piece, start: int, end: int, over: Part, **changes: Any) -> I
 
 
 def _thinking(
-    text: str, parts: Iterable[Piece], regions: Sequence[Region], assistants: set[int]
+    text: str, parts: Iterable[TextPiece], regions: Sequence[TurnRegion], assistants: set[int]
 ) -> dict[int, list[tuple[int, int, Part]]]:
     """Return, for each message whose content begins with thinking, where tags and thoughts stand."""
     ends = {region.message: region.end for region in regions}
@@ -119,7 +119,7 @@ def _thinking(
     found: dict[int, list[tuple[int, int, Part]]] = {}
     for message, (start, end) in contents.items():
         opened = _OPENED.search(text[max(0, start - 64) : start])
-        tags = thinking_tags(text[start:end], opened.group(1) if opened else None)
+        tags = find_thinking_tags(text[start:end], opened.group(1) if opened else None)
         if not tags:
             continue
         found[message] = [(start + a, start + b, Part.SCAFFOLD) for a, b in tags]
@@ -131,12 +131,12 @@ def _thinking(
     return found
 
 
-def thinking_tags(content: str, opened: str | None = None) -> list[tuple[int, int]]:
+def find_thinking_tags(content: str, opened: str | None = None) -> list[tuple[int, int]]:
     """Return where the tags of the thinking stand that a content begins with: none, both, or the closing one.
 
     `opened` is the name of a tag that stands open before it.
 
-    >>> thinking_tags("<think>hm</think>yes"), thinking_tags("hm</think>yes", "think"), thinking_tags("</think>")
+    >>> find_thinking_tags("<think>hm</think>yes"), find_thinking_tags("hm</think>yes", "think"), find_thinking_tags("</think>")
     ([(0, 7), (9, 17)], [(2, 10)], [])
     """
     opening = _OPENS.match(content)
@@ -148,7 +148,7 @@ def thinking_tags(content: str, opened: str | None = None) -> list[tuple[int, in
     return [*tags, (closing, closing + len(f"</{name}>"))]
 
 
-def tile(parts: Iterable[Piece], regions: Sequence[Region]) -> tuple[Span, ...]:
+def make_spans(parts: Iterable[TextPiece], regions: Sequence[TurnRegion]) -> tuple[Span, ...]:
     """Lay the regions over the pieces: spans that tile the text, each generated or not.
 
     Template text inside a region belongs to the region's message, outside to none. Regions are disjoint and
@@ -157,7 +157,7 @@ def tile(parts: Iterable[Piece], regions: Sequence[Region]) -> tuple[Span, ...]:
     return tuple(span for piece in parts for span in _spans(piece, regions))
 
 
-def _spans(piece: Piece, regions: Sequence[Region]) -> Iterator[Span]:
+def _spans(piece: TextPiece, regions: Sequence[TurnRegion]) -> Iterator[Span]:
     at = piece.start
     outside = -1 if piece.part is Part.SCAFFOLD else piece.message
     for region in regions:
@@ -179,6 +179,6 @@ def _tracked_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
         known = {"thinking": reasoning, **known, "reasoning_content": reasoning}
     # The role is one of a few known words, and what templates decide by.
     return {
-        key: value if key == "role" else tracked(value, _KEYS.get(key, Part.OTHER), index)
+        key: value if key == "role" else track_value(value, _KEYS.get(key, Part.OTHER), index)
         for key, value in known.items()
     }

@@ -1,6 +1,6 @@
 """Strings that remember who wrote them.
 
-A `Tracked` is a `str` that carries, for each stretch of its characters, the owner who wrote it: 0 for the
+A `TrackedString` is a `str` that carries, for each stretch of its characters, the owner who wrote it: 0 for the
 template, anything else for a field of the row. The operations that templates use (`+`, `~`, slices, `strip`,
 `split`, `replace`, `join`, loops, `tojson`) keep the memory; any other operation yields a plain string, which
 belongs to the template. Where the memory is lost, the row's text seems not to arrive: such rows are flagged, or
@@ -23,7 +23,7 @@ BLOCK = 40
 """The bits of an owner from here on number the `{% generation %}` block that the text stands in (0: none)."""
 
 
-class Tracked(str):
+class TrackedString(str):
     """A string with the owners of its characters in `runs`, which tile it."""
 
     __slots__ = ("runs",)
@@ -36,13 +36,13 @@ class Tracked(str):
         return self
 
     @classmethod
-    def of(cls, text: str) -> Tracked:
+    def of(cls, text: str) -> TrackedString:
         """Return `text` itself if it is tracked, else as the template's own."""
-        return text if isinstance(text, Tracked) else cls(text)
+        return text if isinstance(text, TrackedString) else cls(text)
 
-    def in_block(self, number: int) -> Tracked:
+    def in_block(self, number: int) -> TrackedString:
         """Return the string with the block number set in every owner."""
-        return Tracked(str.__str__(self), ((length, owner | number << BLOCK) for length, owner in self.runs))
+        return TrackedString(str.__str__(self), ((length, owner | number << BLOCK) for length, owner in self.runs))
 
     def __str__(self) -> str:
         return self
@@ -51,13 +51,13 @@ class Tracked(str):
         return (self[i] for i in range(len(self)))
 
     def __add__(self, other: str) -> str:
-        return concat((self, other)) if isinstance(other, str) else NotImplemented
+        return concat_tracked((self, other)) if isinstance(other, str) else NotImplemented
 
     def __radd__(self, other: str) -> str:
-        return concat((other, self)) if isinstance(other, str) else NotImplemented
+        return concat_tracked((other, self)) if isinstance(other, str) else NotImplemented
 
     def __mul__(self, times: SupportsIndex) -> str:
-        return Tracked(str.__mul__(self, times), self.runs * max(int(times), 0))
+        return TrackedString(str.__mul__(self, times), self.runs * max(int(times), 0))
 
     __rmul__ = __mul__
 
@@ -66,14 +66,14 @@ class Tracked(str):
             start, stop, step = key.indices(len(self))
             if step == 1:
                 return self._cut(start, max(start, stop))
-            return concat(self[i] for i in range(start, stop, step))
+            return concat_tracked(self[i] for i in range(start, stop, step))
         index = int(key) + (len(self) if int(key) < 0 else 0)
         if not 0 <= index < len(self):
             message = "string index out of range"
             raise IndexError(message)
         return self._cut(index, index + 1)
 
-    def _cut(self, start: int, stop: int) -> Tracked:
+    def _cut(self, start: int, stop: int) -> TrackedString:
         runs: list[Run] = []
         at = 0
         for length, owner in self.runs:
@@ -81,11 +81,11 @@ class Tracked(str):
             if taken > 0:
                 runs.append((taken, owner))
             at += length
-        return Tracked(str.__getitem__(self, slice(start, stop)), runs)
+        return TrackedString(str.__getitem__(self, slice(start, stop)), runs)
 
     def strip(self, chars: str | None = None, /) -> str:
         """As `str.strip`."""
-        return Tracked.of(self.lstrip(chars)).rstrip(chars)
+        return TrackedString.of(self.lstrip(chars)).rstrip(chars)
 
     def lstrip(self, chars: str | None = None, /) -> str:
         """As `str.lstrip`."""
@@ -130,10 +130,12 @@ class Tracked(str):
     def _recased(self, change: Callable[[str], str]) -> str:
         text = change(str.__str__(self))
         if len(text) == len(self):
-            return Tracked(text, self.runs)
+            return TrackedString(text, self.runs)
         # A few letters change their number (ß, ŉ), whatever follows them.
         ends = [len(change(str.__getitem__(self, slice(at)))) for at in accumulate(length for length, _ in self.runs)]
-        return Tracked(text, [(b - a, owner) for a, b, (_, owner) in zip([0, *ends], ends, self.runs, strict=False)])
+        return TrackedString(
+            text, [(b - a, owner) for a, b, (_, owner) in zip([0, *ends], ends, self.runs, strict=False)]
+        )
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """As `str.split`."""
@@ -172,7 +174,7 @@ class Tracked(str):
         """As `str.replace`; what is put in keeps its own owners."""
         if not old:
             return str.replace(self, old, new, count)
-        return Tracked.of(new).join(self.split(old, count))
+        return TrackedString.of(new).join(self.split(old, count))
 
     def join(self, pieces: Iterable[str], /) -> str:
         """As `str.join`."""
@@ -181,30 +183,30 @@ class Tracked(str):
             if parts and self:
                 parts.append(self)
             parts.append(piece)
-        return concat(parts)
+        return concat_tracked(parts)
 
 
 class TrackedMarkup(Markup):
     """What Jinja's `safe` makes of a tracked string: it remembers where it is printed as it stands."""
 
     __slots__ = ("tracked",)
-    tracked: Tracked
+    tracked: TrackedString
 
     def __str__(self) -> str:
         return getattr(self, "tracked", str.__str__(self))
 
 
-def safe(text: str) -> Markup:
+def mark_safe(text: str) -> Markup:
     """As Jinja's filter of that name."""
     marked = TrackedMarkup(text)
-    marked.tracked = Tracked.of(text)
+    marked.tracked = TrackedString.of(text)
     return marked
 
 
-def concat(pieces: Iterable[str]) -> str:
+def concat_tracked(pieces: Iterable[str]) -> str:
     """Join strings, tracked or not, into a tracked one; neighbours of the same owner are one run, and none is empty.
 
-    >>> concat(["a", "", Tracked("bc", [(2, 9)]), "d", "e"]).runs
+    >>> concat_tracked(["a", "", TrackedString("bc", [(2, 9)]), "d", "e"]).runs
     ((1, 0), (2, 9), (2, 0))
     """
     texts: list[str] = []
@@ -212,17 +214,17 @@ def concat(pieces: Iterable[str]) -> str:
     last = None
     for piece in pieces:
         texts.append(piece)
-        for run in piece.runs if isinstance(piece, Tracked) else ((len(piece), 0),):
+        for run in piece.runs if isinstance(piece, TrackedString) else ((len(piece), 0),):
             length, owner = run
             if owner == last:
                 runs[-1] = (runs[-1][0] + length, owner)
             elif length:
                 runs.append(run)
                 last = owner
-    return Tracked("".join(texts), runs)
+    return TrackedString("".join(texts), runs)
 
 
-def dumps(value: Any, plain: Callable[[Any], str], *, sort_keys: bool = False) -> str:
+def dump_tracked_json(value: Any, plain: Callable[[Any], str], *, sort_keys: bool = False) -> str:
     """Serialise `value` with `plain` (a `json.dumps` that does not sort), keeping the owners of what is in it.
 
     The strings are first replaced by noncharacters that name them, so that their places in the output are
@@ -239,15 +241,15 @@ def dumps(value: Any, plain: Callable[[Any], str], *, sort_keys: bool = False) -
     if mark is None:
         message = "the data holds all noncharacters"
         raise ValueError(message)
-    taken: list[Tracked] = []
+    taken: list[TrackedString] = []
 
     def named(item: Any) -> Any:
         owners = _owners(item)
-        if isinstance(item, Tracked):
+        if isinstance(item, TrackedString):
             taken.append(_escaped(item, plain))
         elif len(owners) == 1 and _NOBODY not in owners:
             whole = plain(_sorted(item) if sort_keys else item)
-            taken.append(Tracked(whole, ((len(whole), owners.pop()),)))
+            taken.append(TrackedString(whole, ((len(whole), owners.pop()),)))
         elif isinstance(item, dict):
             pairs = sorted(item.items()) if sort_keys else item.items()
             return {named(key): named(inner) for key, inner in pairs}
@@ -258,16 +260,16 @@ def dumps(value: Any, plain: Callable[[Any], str], *, sort_keys: bool = False) -
         return f"{mark}{len(taken) - 1}{mark}"
 
     skeleton = plain(named(value)).replace(f"\\u{ord(mark):04x}", mark)
-    return concat(_filled(skeleton, re.compile(f'"{mark}([0-9]+){mark}"'), taken))
+    return concat_tracked(_filled(skeleton, re.compile(f'"{mark}([0-9]+){mark}"'), taken))
 
 
-def _filled(skeleton: str, places: re.Pattern[str], taken: list[Tracked]) -> Iterator[str]:
+def _filled(skeleton: str, places: re.Pattern[str], taken: list[TrackedString]) -> Iterator[str]:
     at = 0
     for place in places.finditer(skeleton):
         yield skeleton[at : place.start()]
         line = skeleton[skeleton.rfind("\n", 0, place.start()) + 1 : place.start()]
         margin = line[: len(line) - len(line.lstrip())]
-        yield Tracked.of(taken[int(place.group(1))]).replace("\n", f"\n{margin}")
+        yield TrackedString.of(taken[int(place.group(1))]).replace("\n", f"\n{margin}")
         at = place.end()
     yield skeleton[at:]
 
@@ -277,7 +279,7 @@ _NOBODY = -1
 
 def _owners(value: Any) -> set[int]:
     """Return who owns the strings in a JSON value; strings that are not tracked are nobody's."""
-    if isinstance(value, Tracked):
+    if isinstance(value, TrackedString):
         return {owner for _, owner in value.runs}
     if isinstance(value, str):
         return {_NOBODY}
@@ -296,7 +298,7 @@ def _parts(text: str) -> set[str]:
     return set(re.findall(r"[\ufdd0-\ufdef]|\\ufd[de][0-9a-f]", text))
 
 
-def _escaped(text: Tracked, plain: Callable[[Any], str]) -> Tracked:
+def _escaped(text: TrackedString, plain: Callable[[Any], str]) -> TrackedString:
     whole = plain(str.__str__(text))
     runs: list[Run] = [(1, 0)]
     if len(whole) == len(text) + 2:
@@ -306,4 +308,4 @@ def _escaped(text: Tracked, plain: Callable[[Any], str]) -> Tracked:
         for length, owner in text.runs:
             runs.append((len(plain(str.__getitem__(text, slice(at, at + length)))) - 2, owner))
             at += length
-    return Tracked(whole, [*runs, (1, 0)])
+    return TrackedString(whole, [*runs, (1, 0)])

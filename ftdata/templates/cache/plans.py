@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from ftdata.templates.attribution.spans import Piece
-from ftdata.templates.attribution.watched_strings import Origin, Question, evaluate
-from ftdata.templates.cache.prefix_cache import flat
-from ftdata.templates.cache.turn_cache import Anchor, Way
-from ftdata.types import Kinds, Part, Rendered, Spans
+from ftdata.templates.attribution.spans import TextPiece
+from ftdata.templates.attribution.watched_strings import Origin, RecordedOperation, evaluate_origin
+from ftdata.templates.cache.prefix_cache import flatten_origin
+from ftdata.templates.cache.turn_cache import Anchor, CachedTurns
+from ftdata.types import Part, Rendered, SpanKinds, Spans
 
 _ROLES = {"system", "user", "assistant"}
 _THINKING = re.compile(r"</(?:think|thinking|thought|reasoning)>")
@@ -33,7 +33,7 @@ Shape = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
+class ContentLeaf:
     """A stretch that is a message's content, as it stands or changed at its ends: by methods of texts, and arguments.
 
     `manner`: whether all of it is printed, and whether it has blanks around it; `None` where neither matters.
@@ -53,7 +53,7 @@ class Leaf:
         return text if self.manner is None or self.manner == (text == content, content.strip() != content) else None
 
 
-def _leaf_origin(leaf: Leaf) -> Origin:
+def _leaf_origin(leaf: ContentLeaf) -> Origin:
     """Return how a content that is cut at its ends comes about."""
     origin: Origin = ("at", (leaf.message, "content"))
     for name, arguments in leaf.changes:
@@ -62,7 +62,7 @@ def _leaf_origin(leaf: Leaf) -> Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RenderPlan:
     """The spans of one way that a template takes, and what it depends on (as of a `Way`).
 
     `texts` holds the text of each that is the template's own, `leaves` which of them are contents, and whose, and
@@ -70,34 +70,40 @@ class Plan:
     """
 
     texts: tuple[str, ...]
-    leaves: tuple[tuple[int, Leaf], ...]
-    kinds: Kinds
+    leaves: tuple[tuple[int, ContentLeaf], ...]
+    kinds: SpanKinds
     flags: frozenset[str]
-    questions: tuple[Question, ...]
+    questions: tuple[RecordedOperation, ...]
     unlike: tuple[tuple[Anchor, str], ...]
 
     @classmethod
     def of(
-        cls, way: Way, stretches: Sequence[str | Leaf], rendered: Rendered, parts: Sequence[Piece], *, alike: bool
-    ) -> Plan | None:
+        cls,
+        way: CachedTurns,
+        stretches: Sequence[str | ContentLeaf],
+        rendered: Rendered,
+        parts: Sequence[TextPiece],
+        *,
+        alike: bool,
+    ) -> RenderPlan | None:
         """Return the plan for renderings like this one; `None` where a span is not told by the stretches.
 
         A span is a stretch, or some of one of the template's.
 
-        `alike`: whether prompts and endings were made of the very stretches that the whole begins with. Then what is
+        `has_same_origins`: whether prompts and endings were made of the very stretches that the whole begins with. Then what is
         printed of a text is the same in all of them, whatever there is to cut at its ends.
         """
-        texts, leaves, firsts, number = list[str](), list[tuple[int, Leaf]](), [0], 0
+        texts, leaves, firsts, number = list[str](), list[tuple[int, ContentLeaf]](), [0], 0
         for at, span in enumerate(rendered.spans):
             if span.start == parts[number].end:
                 number += 1
                 firsts.append(at)
             stretch = stretches[number]
-            if span.end > parts[number].end or (isinstance(stretch, Leaf) and span.end < parts[number].end):
+            if span.end > parts[number].end or (isinstance(stretch, ContentLeaf) and span.end < parts[number].end):
                 return None
-            if isinstance(stretch, Leaf):
+            if isinstance(stretch, ContentLeaf):
                 leaves.append((at, replace(stretch, manner=None) if alike else stretch))
-            texts.append("" if isinstance(stretch, Leaf) else rendered.text[span.start : span.end])
+            texts.append("" if isinstance(stretch, ContentLeaf) else rendered.text[span.start : span.end])
         firsts.append(len(texts))
         questions = tuple(one for one in way.questions if not (alike and one.asked[0] == "same"))
         unlike = tuple(((firsts[number], offset), other) for (number, offset), other in way.unlike)
@@ -125,7 +131,7 @@ class Plan:
         return fixed <= _MAX_FIXED_WORK and max(work.values(), default=0) <= _MAX_WORK
 
     def fill(self, messages: Sequence[Mapping[str, Any]], contents: Sequence[str]) -> Rendered | None:
-        """Return what the template makes of these messages (`contents_of` them), `None` where that is not certain."""
+        """Return what the template makes of these messages (`message_contents` them), `None` where that is not certain."""
         texts = list(self.texts)
         try:
             for at, leaf in self.leaves:
@@ -149,19 +155,19 @@ class Plan:
 
 
 @dataclass
-class Plans:
+class PlanCache:
     """What is known about one template. `missed` counts the conversations of each shape that no plan was for.
 
     `fresh` are the plans that were found since somebody took them from there.
     """
 
-    by_shape: dict[Shape, list[Plan]] = field(default_factory=dict)
+    by_shape: dict[Shape, list[RenderPlan]] = field(default_factory=dict)
     missed: Counter[Shape] = field(default_factory=Counter)
-    fresh: list[tuple[Shape, Plan]] = field(default_factory=list)
+    fresh: list[tuple[Shape, RenderPlan]] = field(default_factory=list)
 
     def wanted(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> bool:
         """Whether to look for a plan for these, which is done the more rarely the more often there was none."""
-        shape = shape_of(messages, turns)
+        shape = conversation_shape(messages, turns)
         if shape is None or (shape not in self.missed and len(self.missed) == _MOST_SHAPES):
             return False
         self.missed[shape] += 1
@@ -170,7 +176,7 @@ class Plans:
 
     def filled(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> Rendered | None:
         """Return what the template makes of messages, if one of the plans says so."""
-        contents = contents_of(messages)
+        contents = message_contents(messages)
         if contents is None:
             return None
         for plan in self.of([message["role"] for message in messages], turns):
@@ -178,26 +184,26 @@ class Plans:
                 return rendered
         return None
 
-    def of(self, roles: Sequence[str], turns: Sequence[int]) -> Sequence[Plan]:
+    def of(self, roles: Sequence[str], turns: Sequence[int]) -> Sequence[RenderPlan]:
         """Return the plans for messages of these roles, of which these are the turns."""
         return self.by_shape.get((*roles, *turns), ())
 
-    def keep(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int], plan: Plan) -> None:
+    def keep(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int], plan: RenderPlan) -> None:
         """Remember a plan for messages of this shape."""
-        if shape := shape_of(messages, turns):
+        if shape := conversation_shape(messages, turns):
             self.by_shape.setdefault(shape, []).append(plan)
             self.fresh.append((shape, plan))
 
 
-def shape_of(messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> Shape | None:
+def conversation_shape(messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> Shape | None:
     """Return what conversations of one plan have in common; `None` for those that have more to them than contents."""
-    if contents_of(messages) is None:
+    if message_contents(messages) is None:
         return None
     roles = [message["role"] for message in messages]
     return (*roles, *turns) if _ROLES.issuperset(roles) else None
 
 
-def contents_of(messages: Sequence[Mapping[str, Any]]) -> list[str] | None:
+def message_contents(messages: Sequence[Mapping[str, Any]]) -> list[str] | None:
     """Return the contents of messages that have nothing more to them; `None` where one has.
 
     Thinking in a content is cut out of it, wherever it ends.
@@ -214,12 +220,12 @@ def contents_of(messages: Sequence[Mapping[str, Any]]) -> list[str] | None:
     return contents
 
 
-def stretches_of(
-    origin: Origin | None, messages: Sequence[Mapping[str, Any]], parts: Sequence[Piece], text: str
-) -> tuple[str | Leaf, ...] | None:
+def recorded_pieces(
+    origin: Origin | None, messages: Sequence[Mapping[str, Any]], parts: Sequence[TextPiece], text: str
+) -> tuple[str | ContentLeaf, ...] | None:
     """Return the stretches that a run on watched strings was made of, if they are the very pieces of the text."""
-    found: list[str | Leaf] = []
-    for part in flat(origin):
+    found: list[str | ContentLeaf] = []
+    for part in flatten_origin(origin):
         if part is None:
             return None
         if isinstance(part, str):
@@ -228,24 +234,26 @@ def stretches_of(
         if (leaf := _leaf(part)) is None:
             return None
         content = str.__str__(messages[leaf.message]["content"])
-        manner = str.__str__(evaluate(part, messages)) == content, content != content.strip()
+        manner = str.__str__(evaluate_origin(part, messages)) == content, content != content.strip()
         found.append(replace(leaf, manner=manner))
     return _cut_as(parts, [one for one in found if one != ""], text)
 
 
-def alike(whole: Origin | None, others: Iterable[Origin | None]) -> bool:
+def has_same_origins(whole: Origin | None, others: Iterable[Origin | None]) -> bool:
     """Whether other runs were made of the same texts of the row as this one begins with, changed in the same ways."""
-    own = [part for part in flat(whole) if not isinstance(part, str)]
+    own = [part for part in flatten_origin(whole) if not isinstance(part, str)]
     for other in others:
-        theirs = [part for part in flat(other) if not isinstance(part, str)]
+        theirs = [part for part in flatten_origin(other) if not isinstance(part, str)]
         if None in theirs or theirs != own[: len(theirs)]:
             return False
     return True
 
 
-def _cut_as(parts: Sequence[Piece], found: Sequence[str | Leaf], text: str) -> tuple[str | Leaf, ...] | None:
+def _cut_as(
+    parts: Sequence[TextPiece], found: Sequence[str | ContentLeaf], text: str
+) -> tuple[str | ContentLeaf, ...] | None:
     """Return the stretches, the template's text cut where its pieces are; `None` where they are not those pieces."""
-    left, cut = list(found), list[str | Leaf]()
+    left, cut = list(found), list[str | ContentLeaf]()
     for piece in parts:
         one = left.pop(0) if left else ""
         if isinstance(one, str):
@@ -334,7 +342,7 @@ def _messages_in(origin: Any, found: set[int], seen: set[int]) -> set[int]:
     return found
 
 
-def _leaf(origin: Origin) -> Leaf | None:
+def _leaf(origin: Origin) -> ContentLeaf | None:
     """Return whose content this is, cut at its ends at most."""
     changes = list[tuple[str, tuple[Any, ...]]]()
     while origin[0] == "do" and origin[2] in _CHANGES:
@@ -342,4 +350,4 @@ def _leaf(origin: Origin) -> Leaf | None:
         changes.insert(0, (method, arguments))
     if origin[0] != "at" or len(origin[1]) != 2 or origin[1][1] != "content":
         return None
-    return Leaf(origin[1][0], tuple(changes), None)
+    return ContentLeaf(origin[1][0], tuple(changes), None)

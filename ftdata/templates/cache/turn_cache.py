@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftdata.templates.attribution.spans import Piece, Region, pieces
-from ftdata.templates.attribution.tracked_strings import Tracked
-from ftdata.templates.attribution.watched_strings import Log, Question
-from ftdata.templates.turns.locate import Turn
+from ftdata.templates.attribution.spans import TextPiece, TurnRegion, pieces_of
+from ftdata.templates.attribution.tracked_strings import TrackedString
+from ftdata.templates.attribution.watched_strings import OperationLog, RecordedOperation
+from ftdata.templates.turns.locate import LocatedTurn
 from ftdata.types import Part
 
 Key = tuple[Any, ...]
@@ -26,39 +26,41 @@ _MOST_KEYS, _MOST_WAYS = 512, 8
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class CachedTurns:
     """The turns of one skeleton, as they were found once.
 
     They are those of another row if it gives the same answers to `questions`, and none of its texts begins with what
     stands in `unlike`, where a prompt goes on with the template's own text and the conversation with the row's.
     """
 
-    questions: tuple[Question, ...]
+    questions: tuple[RecordedOperation, ...]
     unlike: tuple[tuple[Anchor, str], ...]
     turns: tuple[tuple[int, Anchor, Anchor, frozenset[str]], ...]
 
-    def located(self, parts: Sequence[Piece]) -> list[Turn]:
+    def located(self, parts: Sequence[TextPiece]) -> list[LocatedTurn]:
         """Return the turns in a text that has these pieces."""
         return [
-            Turn(Region(message, _position(parts, start), _position(parts, end)), flags)
+            LocatedTurn(TurnRegion(message, _position(parts, start), _position(parts, end)), flags)
             for message, start, end, flags in self.turns
         ]
 
 
 @dataclass
-class Memory:
+class TurnCache:
     """What is known about one template's ways."""
 
-    ways: dict[Key, list[Way]] = field(default_factory=dict)
+    ways: dict[Key, list[CachedTurns]] = field(default_factory=dict)
 
     def recall(
-        self, key: Key, messages: Sequence[Mapping[str, Any]], text: str, parts: Sequence[Piece]
-    ) -> list[Turn] | None:
+        self, key: Key, messages: Sequence[Mapping[str, Any]], text: str, parts: Sequence[TextPiece]
+    ) -> list[LocatedTurn] | None:
         """Return the turns of a rendering whose like was seen before, else `None`."""
         way = self.way(key, messages, text, parts)
         return None if way is None else way.located(parts)
 
-    def way(self, key: Key, messages: Sequence[Mapping[str, Any]], text: str, parts: Sequence[Piece]) -> Way | None:
+    def way(
+        self, key: Key, messages: Sequence[Mapping[str, Any]], text: str, parts: Sequence[TextPiece]
+    ) -> CachedTurns | None:
         """Return the way that a rendering took, if it was seen before."""
         for way in self.ways.get(key, ()):
             if any(text.startswith(other, _position(parts, anchor)) for anchor, other in way.unlike):
@@ -70,11 +72,11 @@ class Memory:
     def keep(
         self,
         key: Key,
-        log: Log,
+        log: OperationLog,
         text: str,
-        prefixes: Iterable[Tracked],
-        parts: Sequence[Piece],
-        turns: Sequence[Turn],
+        prefixes: Iterable[TrackedString],
+        parts: Sequence[TextPiece],
+        turns: Sequence[LocatedTurn],
     ) -> None:
         """Remember the turns, if all that they were found from would be the same for other texts of this key."""
         if log.opaque or (key not in self.ways and len(self.ways) >= _MOST_KEYS):
@@ -93,13 +95,13 @@ class Memory:
             anchored.append((turn.region.message, start, end, turn.flags))
         ways = self.ways.setdefault(key, [])
         questions = {repr(question): question for question in log.questions}
-        way = Way(tuple(questions.values()), tuple(dict.fromkeys(unlike)), tuple(anchored))
+        way = CachedTurns(tuple(questions.values()), tuple(dict.fromkeys(unlike)), tuple(anchored))
         if len(ways) < _MOST_WAYS and way not in ways:
             ways.append(way)
 
 
-def key_of(
-    messages: Sequence[Mapping[str, Any]], tools: object, turns: Sequence[int], text: str, parts: Sequence[Piece]
+def skeleton_key(
+    messages: Sequence[Mapping[str, Any]], tools: object, turns: Sequence[int], text: str, parts: Sequence[TextPiece]
 ) -> Key:
     """Return shape and skeleton of a rendered conversation."""
     skeleton = tuple(
@@ -111,7 +113,7 @@ def key_of(
     return _shape(messages), repr(tools) if tools else "", tuple(turns), skeleton
 
 
-def _manner(messages: Sequence[Mapping[str, Any]], piece: Piece, text: str) -> tuple[bool, bool, bool]:
+def _manner(messages: Sequence[Mapping[str, Any]], piece: TextPiece, text: str) -> tuple[bool, bool, bool]:
     """Say whether a message's content is printed whole, whether there are blanks around it, and whether it is nothing.
 
     A template may print one message otherwise in a prompt than in the whole: in texts that have nothing to cut, that
@@ -125,7 +127,7 @@ def _manner(messages: Sequence[Mapping[str, Any]], piece: Piece, text: str) -> t
 
 
 def _shape(value: Any) -> Any:
-    if isinstance(value, Tracked):
+    if isinstance(value, TrackedString):
         return str
     if isinstance(value, Mapping):
         return tuple((str.__str__(key), _shape(item)) for key, item in value.items())
@@ -138,12 +140,12 @@ _BY_CHANCE: list[tuple[Anchor, str]] = [((-1, -1), "")]
 """Two texts of the row stand where the renderings part: whether they do depends on all of what they say."""
 
 
-def _apart(text: str, parts: Sequence[Piece], prefix: Tracked) -> list[tuple[Anchor, str]]:
+def _apart(text: str, parts: Sequence[TextPiece], prefix: TrackedString) -> list[tuple[Anchor, str]]:
     """Return where the row's text must go on otherwise than `prefix` does, for the two to compare as they do now.
 
     Nothing, where `prefix` has the very pieces of the text, or the template itself parts them.
     """
-    written, said = pieces(prefix), str.__str__(prefix)
+    written, said = pieces_of(prefix), str.__str__(prefix)
     for index, (own, other) in enumerate(zip(written, parts, strict=False)):
         mine, theirs = said[own.start : own.end], text[other.start : other.end]
         if (own.part, own.message, mine) == (other.part, other.message, theirs):
@@ -158,7 +160,7 @@ def _apart(text: str, parts: Sequence[Piece], prefix: Tracked) -> list[tuple[Anc
     return []
 
 
-def _anchor(parts: Sequence[Piece], at: int) -> Anchor | None:
+def _anchor(parts: Sequence[TextPiece], at: int) -> Anchor | None:
     """Return a position by the piece it stands in; `None` inside a text of the row, where it depends on the text."""
     for index, piece in enumerate(parts):
         if piece.start <= at < piece.end:
@@ -166,6 +168,6 @@ def _anchor(parts: Sequence[Piece], at: int) -> Anchor | None:
     return len(parts), 0
 
 
-def _position(parts: Sequence[Piece], anchor: Anchor) -> int:
+def _position(parts: Sequence[TextPiece], anchor: Anchor) -> int:
     index, offset = anchor
     return parts[index].start + offset if index < len(parts) else parts[-1].end

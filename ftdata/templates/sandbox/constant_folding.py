@@ -12,7 +12,7 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.meta import TrackingCodeGenerator
 
 
-class Generator(CodeGenerator):
+class UnfoldedCodeGenerator(CodeGenerator):
     """Writes the code of templates as they stand: of constants, it joins nothing but the template's own text."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -26,14 +26,14 @@ class Generator(CodeGenerator):
 
 
 class _Names(TrackingCodeGenerator):
-    _output_child_to_const = Generator._output_child_to_const
+    _output_child_to_const = UnfoldedCodeGenerator._output_child_to_const
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
         self.optimizer = None
 
 
-def names_in(syntax: nodes.Template) -> frozenset[str]:
+def template_variables(syntax: nodes.Template) -> frozenset[str]:
     """Return the variables that a template reads."""
     assert syntax.environment is not None
     found = _Names(syntax.environment)

@@ -23,20 +23,20 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from ftdata.templates.attribution.tracked_strings import Tracked, concat, dumps, safe
+from ftdata.templates.attribution.tracked_strings import TrackedString, concat_tracked, dump_tracked_json, mark_safe
 from ftdata.templates.attribution.watched_strings import (
-    Watched,
-    joined,
-    length,
-    opaque,
-    watched_call,
-    watched_method,
-    watched_result,
+    WatchedString,
+    join_watched,
+    mark_opaque,
+    watch_method,
+    watch_result,
+    watch_unknown_call,
+    watched_length,
 )
-from ftdata.templates.sandbox.constant_folding import Generator
+from ftdata.templates.sandbox.constant_folding import UnfoldedCodeGenerator
 
 
-class Loud(jinja2.Undefined):
+class RaisingUndefined(jinja2.Undefined):
     """An undefined name may be tested (`{% if tools %}`) but never printed: a misspelt field is an error.
 
     But for special tokens, which not every tokenizer has.
@@ -50,7 +50,7 @@ class Loud(jinja2.Undefined):
         return str(self._fail_with_undefined_error())
 
 
-class Generation(Extension):
+class GenerationTag(Extension):
     """`{% generation %} ... {% endgeneration %}`: what stands inside is what the model must produce.
 
     Each block's output carries a number of its own in its owners (`tracked.BLOCK`).
@@ -66,17 +66,17 @@ class Generation(Extension):
         return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
     def _mark(self, caller: Macro) -> str:
-        return Tracked.of(caller()).in_block(next(self.blocks))
+        return TrackedString.of(caller()).in_block(next(self.blocks))
 
 
-class Environment(ImmutableSandboxedEnvironment):
+class SandboxEnvironment(ImmutableSandboxedEnvironment):
     """The sandbox, with string operations that keep the memory of who wrote what."""
 
-    code_generator_class = Generator
+    code_generator_class = UnfoldedCodeGenerator
 
     watch = False
     # Jinja calls it with an iterable of strings wherever it joins output.
-    concat = staticmethod(concat)
+    concat = staticmethod(concat_tracked)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """Look an attribute up; a string has the public methods of `str` and no others, with tracked results."""
@@ -89,17 +89,21 @@ class Environment(ImmutableSandboxedEnvironment):
         if attribute in ("format", "format_map"):
             # They reach into what they are given: Jinja's own look at each attribute as it does.
             if self.watch:
-                opaque()
+                mark_opaque()
             return self.wrap_str_format(getattr(str.__str__(obj), attribute))
-        if self.watch and not isinstance(obj, Watched):
-            return watched_method(obj, attribute)
-        return getattr(Tracked.of(obj), attribute)
+        if self.watch and not isinstance(obj, WatchedString):
+            return watch_method(obj, attribute)
+        return getattr(TrackedString.of(obj), attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """Look an item up, as `getattr` does."""
         if not isinstance(obj, str):
             return super().getitem(obj, argument)
-        return self.getattr(obj, argument) if isinstance(argument, str) else super().getitem(Tracked.of(obj), argument)
+        return (
+            self.getattr(obj, argument)
+            if isinstance(argument, str)
+            else super().getitem(TrackedString.of(obj), argument)
+        )
 
 
 class TemplateDict:
@@ -148,7 +152,7 @@ def _tojson(
     def plain(x: Any) -> str:
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators)
 
-    return dumps(value, plain, sort_keys=sort_keys)
+    return dump_tracked_json(value, plain, sort_keys=sort_keys)
 
 
 @jinja2.pass_environment
@@ -157,7 +161,7 @@ def _join(
 ) -> str:
     if attribute is not None:
         value = (environment.getattr(item, attribute) for item in value)
-    return Tracked.of(str(separator)).join(list(map(str, value)))
+    return TrackedString.of(str(separator)).join(list(map(str, value)))
 
 
 @jinja2.pass_environment
@@ -165,30 +169,30 @@ def _watched_join(
     environment: jinja2.Environment, value: Iterable[Any], separator: str = "", attribute: str | None = None
 ) -> str:
     items = value if attribute is None else (environment.getattr(item, attribute) for item in value)
-    return joined([part for item in items for part in (str(separator), str(item))][1:])
+    return join_watched([part for item in items for part in (str(separator), str(item))][1:])
 
 
 def _watched_str_join(pieces: Iterable[Any]) -> str:
-    return joined(map(str, pieces))
+    return join_watched(map(str, pieces))
 
 
 def _watched_in(value: Any, container: Any) -> bool:
-    if isinstance(value, Watched):
+    if isinstance(value, WatchedString):
         # Python looks for one text in another without asking either.
-        opaque()
+        mark_opaque()
     return value in container
 
 
 def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
     arguments = (str(old), str(new), -1 if count is None else count)
-    text = Tracked.of(str(value))
-    if isinstance(text, Watched) or not any(isinstance(one, Watched) for one in arguments):
+    text = TrackedString.of(str(value))
+    if isinstance(text, WatchedString) or not any(isinstance(one, WatchedString) for one in arguments):
         return text.replace(*arguments)
-    return str(watched_method(text, "replace")(*arguments))
+    return str(watch_method(text, "replace")(*arguments))
 
 
 def _str_join(pieces: Iterable[Any]) -> str:
-    return concat(map(str, pieces))
+    return concat_tracked(map(str, pieces))
 
 
 def _clock(date: datetime.datetime) -> Callable[[str], str]:
@@ -200,30 +204,30 @@ _TRANSPARENT |= {"capitalize", "lower", "replace", "select", "selectattr", "stri
 """Filters that learn about strings only through the methods of `str`."""
 
 
-def _watch(environment: Environment) -> None:
+def _watch(environment: SandboxEnvironment) -> None:
     filters = environment.filters
     for name, function in list(filters.items()):
         if name == "tojson":
-            filters[name] = watched_result(function)
+            filters[name] = watch_result(function)
         elif name not in _TRANSPARENT:
-            filters[name] = watched_call(function)
-    filters |= {"join": _watched_join, "length": length, "count": length}
+            filters[name] = watch_unknown_call(function)
+    filters |= {"join": _watched_join, "length": watched_length, "count": watched_length}
     environment.tests["in"] = _watched_in
     for name in ("iterable", "sequence"):
         test = environment.tests[name]
         environment.tests[name] = lambda value, test=test: isinstance(value, str) or test(value)
-    environment.concat = joined
+    environment.concat = join_watched
     environment.watch = True
 
 
-def _environment(date: datetime.datetime, strict: bool) -> Environment:
-    environment = Environment(
+def _environment(date: datetime.datetime, strict: bool) -> SandboxEnvironment:
+    environment = SandboxEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
-        extensions=[Generation, loopcontrols],
-        undefined=Loud if strict else jinja2.Undefined,
+        extensions=[GenerationTag, loopcontrols],
+        undefined=RaisingUndefined if strict else jinja2.Undefined,
     )
-    environment.filters |= {"tojson": _tojson, "join": _join, "replace": _replace, "safe": safe}
+    environment.filters |= {"tojson": _tojson, "join": _join, "replace": _replace, "safe": mark_safe}
     # It prints another text each time.
     del environment.globals["lipsum"], environment.filters["random"]
     environment.globals |= {
@@ -236,7 +240,7 @@ def _environment(date: datetime.datetime, strict: bool) -> Environment:
 
 
 @lru_cache(maxsize=1)
-def environment() -> Environment:
+def sandbox_environment() -> SandboxEnvironment:
     """Return the environment in which templates are read and compiled.
 
     What they compile to does not depend on how they are run: strict, watched.
@@ -246,7 +250,7 @@ def environment() -> Environment:
 
 @lru_cache(maxsize=64)
 def _code(source: str) -> CodeType:
-    return environment().compile(source)
+    return sandbox_environment().compile(source)
 
 
 @lru_cache(maxsize=64)

@@ -13,13 +13,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ftdata.errors import BadRow
-from ftdata.templates.attribution.agreement import ATOM, TAG, agreement, common_prefix, common_suffix, tags
-from ftdata.templates.attribution.spans import Piece, Region, pieces
-from ftdata.templates.attribution.tracked_strings import Tracked
-from ftdata.templates.turns.stops import Stops
+from ftdata.templates.attribution.agreement import (
+    ATOM,
+    TAG,
+    common_prefix,
+    common_prefix_length,
+    common_suffix,
+    find_tags,
+)
+from ftdata.templates.attribution.spans import TextPiece, TurnRegion, pieces_of
+from ftdata.templates.attribution.tracked_strings import TrackedString
+from ftdata.templates.turns.stops import TurnStops
 from ftdata.types import Part
 
-RenderPrefix = Callable[[int, bool], Tracked]
+RenderPrefix = Callable[[int, bool], TrackedString]
 """(number of messages, add the generation prompt) -> text"""
 
 _THINKING = re.compile("think|thought|reason|channel|analysis", re.IGNORECASE)
@@ -31,21 +38,23 @@ _SPLIT = "turns='split' trains each turn in a text of its own"
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class LocatedTurn:
     """One assistant message in a rendering: its region, and flags for what is unusual about it."""
 
-    region: Region
+    region: TurnRegion
     flags: frozenset[str] = frozenset()
 
 
-def from_blocks(parts: Sequence[Piece], assistants: Sequence[int], turns: Sequence[int]) -> list[Region]:
+def regions_from_blocks(
+    parts: Sequence[TextPiece], assistants: Sequence[int], turns: Sequence[int]
+) -> list[TurnRegion]:
     """Return the regions that `{% generation %}` blocks mark for the `turns`, a part of the `assistants`' messages.
 
     Raises:
         BadRow: it is not clear which message a block belongs to.
     """
     blocks = list(dict.fromkeys(piece.block for piece in parts if piece.block))
-    regions: list[Region] = []
+    regions: list[TurnRegion] = []
     for position, block in enumerate(blocks):
         inside = [piece for piece in parts if piece.block == block]
         owners = {piece.message for piece in inside if piece.part is not Part.SCAFFOLD}
@@ -57,19 +66,21 @@ def from_blocks(parts: Sequence[Piece], assistants: Sequence[int], turns: Sequen
                 "generation_tags",
                 f"generation block {position} of the template holds text of {len(owners)} messages, expected one",
             )
-        regions.append(Region(owners.pop(), inside[0].start, inside[-1].end))
+        regions.append(TurnRegion(owners.pop(), inside[0].start, inside[-1].end))
     return [region for region in regions if region.message in turns]
 
 
-def locate(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, count: int, stops: Stops) -> Turn:
+def locate_turn(
+    text: str, parts: Sequence[TextPiece], turn: int, prefix: RenderPrefix, count: int, stops: TurnStops
+) -> LocatedTurn:
     """Return the region of assistant message `turn` in the rendering `text` of `count` messages.
 
     Raises:
-        BadRow: `no_prompt`, `history_drift`, `interleaved` or `stop_unknown`, with the evidence.
+        BadRow: `no_prompt`, `history_drift`, `interleaved` or `unknown_stop`, with the evidence.
     """
     last = turn == count - 1
     start, flags = _begin(text, parts, turn, prefix, stops)
-    ended = Tracked.of(text) if last else _or_none(prefix, turn + 1)
+    ended = TrackedString.of(text) if last else _or_none(prefix, turn + 1)
     whole = ended is not None and text.startswith(ended)
     own = _own(parts, turn, len(ended) if ended is not None and whole else None, start)
     answered = own[-1].end if own else start
@@ -83,28 +94,28 @@ def locate(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, c
         stop = 0
     else:
         ending, rewritten = _ending(ended, text[:answered], turn)
-        flags |= {"rewritten"} if rewritten else set()
+        flags |= {"history_rewritten"} if rewritten else set()
         stop = stops.between(ending, gap)
     end = answered + stop
     if last and stops.late and not stops.known(tail):
-        flags |= {"unclosed_final"}
+        flags |= {"missing_final_stop"}
     elif not stop:
-        flags |= {"unclosed_final" if last and not tail.strip() and stops.stop.strip() else "no_stop"}
+        flags |= {"missing_final_stop" if last and not tail.strip() and stops.stop.strip() else "no_trained_stop"}
     if not own and stops.stop.strip() not in text[start:end]:
         # Of an empty answer nothing but the stop is to be learned.
-        flags |= {"no_stop"}
+        flags |= {"no_trained_stop"}
     if ended is None:
-        flags |= {"uncompared"}
+        flags |= {"history_not_compared"}
     if last and text[end:].strip():
-        flags |= {"junk_tail"}
+        flags |= {"text_after_last_stop"}
     if not stops.learnt:
-        flags |= {"unprobed"}
+        flags |= {"template_not_probed"}
     _check_own(parts, turn, start, end, own[0].start if own else end)
     _check_closed(text, parts, turn, answered, stops)
-    return Turn(Region(turn, start, end), frozenset(flags))
+    return LocatedTurn(TurnRegion(turn, start, end), frozenset(flags))
 
 
-def _check_own(parts: Sequence[Piece], turn: int, start: int, end: int, first: int) -> None:
+def _check_own(parts: Sequence[TextPiece], turn: int, start: int, end: int, first: int) -> None:
     """Refuse a region that holds another message's text; `first` is where the answer itself begins."""
     for piece in parts:
         inside = start <= piece.start < end and piece.part is not Part.SCAFFOLD
@@ -113,7 +124,7 @@ def _check_own(parts: Sequence[Piece], turn: int, start: int, end: int, first: i
             raise BadRow("interleaved", "the template prints text inside the answer that is not the answer's")
 
 
-def _check_closed(text: str, parts: Sequence[Piece], turn: int, answered: int, stops: Stops) -> None:
+def _check_closed(text: str, parts: Sequence[TextPiece], turn: int, answered: int, stops: TurnStops) -> None:
     """Refuse an answer that another field of the message follows before its stop."""
     following = next((p for p in parts if p.start >= answered and p.part is not Part.SCAFFOLD), None)
     if following is None or following.message != turn or following.part is not Part.OTHER:
@@ -122,7 +133,9 @@ def _check_closed(text: str, parts: Sequence[Piece], turn: int, answered: int, s
         raise BadRow("interleaved", "the template prints another field of the message between the answer and its stop")
 
 
-def _begin(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, stops: Stops) -> tuple[int, set[str]]:
+def _begin(
+    text: str, parts: Sequence[TextPiece], turn: int, prefix: RenderPrefix, stops: TurnStops
+) -> tuple[int, set[str]]:
     """Return where the model starts, which is where its prompt ends."""
     if turn == 0:
         raise BadRow("no_prompt", "opens the conversation: nothing asks for it", hint="put a message before it")
@@ -133,7 +146,7 @@ def _begin(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, s
     first = next((p.start for p in parts if p.message == turn and p.part is not Part.SCAFFOLD), len(text))
     start = _part(prompt, text, first)
     before = _or_none(prefix, turn)
-    known = max((piece.end for piece in pieces(prompt) if piece.part is not Part.SCAFFOLD), default=0)
+    known = max((piece.end for piece in pieces_of(prompt) if piece.part is not Part.SCAFFOLD), default=0)
     if before is not None and before != prompt and prompt.startswith(before):
         known = max(known, len(before))
     # At least the turn's header must be the same in both, or this is another turn than the one asked for.
@@ -142,20 +155,20 @@ def _begin(text: str, parts: Sequence[Piece], turn: int, prefix: RenderPrefix, s
     thinking = _THINKING.search(forced) or not TAG.sub("", forced).strip()
     if not header.strip() or not thinking or _other_turn(own, forced) or stops.known(forced):
         raise BadRow("history_drift", _disagreement(prompt, text), hint=_SPLIT)
-    return start, {"prompt_drift"}
+    return start, {"prompt_mismatch"}
 
 
 def _other_turn(own: str, forced: str) -> bool:
     """Whether what follows the shared text belongs to two different headers, rather than to thinking."""
     if not own or own.startswith(forced):
         return False
-    shared = [tag for tag in tags(own) & tags(forced) if not _THINKING.search(tag)]
+    shared = [tag for tag in find_tags(own) & find_tags(forced) if not _THINKING.search(tag)]
     return bool(shared)
 
 
 def _part(prompt: str, text: str, first: int) -> int:
     """Return where the two renderings part: before a tag that they only half share, and before the answer."""
-    at = min(agreement(prompt, text), first)
+    at = min(common_prefix_length(prompt, text), first)
     # What follows the answer's beginning is not looked at: where the two part must not depend on what it says.
     for one in (prompt, text[:first]):
         line = one[max(0, at - 64) : at + 64]
@@ -167,14 +180,14 @@ def _part(prompt: str, text: str, first: int) -> int:
     return at
 
 
-def _or_none(prefix: RenderPrefix, count: int) -> Tracked | None:
+def _or_none(prefix: RenderPrefix, count: int) -> TrackedString | None:
     try:
         return prefix(count, False)
     except BadRow:
         return None
 
 
-def _own(parts: Sequence[Piece], turn: int, length: int | None, start: int) -> list[Piece]:
+def _own(parts: Sequence[TextPiece], turn: int, length: int | None, start: int) -> list[TextPiece]:
     """Return the pieces of the message where it stands: not where a later message repeats some of it."""
     mine = [p for p in parts if p.message == turn and p.part in _PAYLOAD and p.end > start]
     if length is not None:
@@ -189,21 +202,21 @@ def _own(parts: Sequence[Piece], turn: int, length: int | None, start: int) -> l
     return [piece for piece in mine if piece.end <= stop]
 
 
-def _next(parts: Sequence[Piece], turn: int, at: int) -> int | None:
+def _next(parts: Sequence[TextPiece], turn: int, at: int) -> int | None:
     others = (p for p in parts if p.part is not Part.SCAFFOLD and (p.message != turn or p.part is Part.OTHER))
     return next((piece.start for piece in others if piece.start >= at), None)
 
 
-def _ending(ended: Tracked | None, begun: str, turn: int) -> tuple[str | None, bool]:
+def _ending(ended: TrackedString | None, begun: str, turn: int) -> tuple[str | None, bool]:
     """Return what follows the answer where the conversation ends there, and whether the answer itself differs there."""
     if ended is None:
         return None, False
-    mine = [p for p in pieces(ended) if p.message == turn and p.part in _PAYLOAD]
+    mine = [p for p in pieces_of(ended) if p.message == turn and p.part in _PAYLOAD]
     at = mine[-1].end if mine else len(begun)
     return ended[at:], ended[:at] != begun
 
 
-def learn(probe: Callable[[str], Tracked | None], bare: Stops) -> Stops:
+def learn_stops(probe: Callable[[str], TrackedString | None], bare: TurnStops) -> TurnStops:
     """Learn how turns end under a template.
 
     Args:
@@ -246,7 +259,7 @@ def learn(probe: Callable[[str], Tracked | None], bare: Stops) -> Stops:
     return stops if token and token.group() not in whole[: texts[3][1]] else replace(stops, leftover=leftover)
 
 
-def _opener(probe: Callable[[str], Tracked | None], gap: str) -> str | None:
+def _opener(probe: Callable[[str], TrackedString | None], gap: str) -> str | None:
     """Return what the template prints before a user message, told by two in a row; `None` where they do not tell."""
     twice, alone = probe("uu"), probe("u")
     texts, own = _by_message(twice), _by_message(alone)
@@ -257,17 +270,17 @@ def _opener(probe: Callable[[str], Tracked | None], gap: str) -> str | None:
     return opener if between.startswith(closing) and gap.endswith(opener) else None
 
 
-def _by_message(text: Tracked | None) -> dict[int, tuple[int, int]]:
+def _by_message(text: TrackedString | None) -> dict[int, tuple[int, int]]:
     """Return where the text of each message stands."""
     found: dict[int, tuple[int, int]] = {}
-    for piece in pieces(text) if text is not None else ():
+    for piece in pieces_of(text) if text is not None else ():
         if piece.part is Part.CONTENT:
             found[piece.message] = (found.get(piece.message, (piece.start, 0))[0], piece.end)
     return found
 
 
 def _disagreement(prefix: str, text: str) -> str:
-    at = agreement(prefix, text)
+    at = common_prefix_length(prefix, text)
     shown = slice(max(0, at - 20), at + 40)
     return (
         f"the template renders the conversation up to here as ...{prefix[shown]!r}... but inside the whole as "

@@ -11,11 +11,11 @@ import re
 from dataclasses import dataclass
 
 from ftdata.errors import BadRow
-from ftdata.templates.attribution.agreement import TAG, common_prefix, tags
+from ftdata.templates.attribution.agreement import TAG, common_prefix, find_tags
 
 
 @dataclass(frozen=True, slots=True)
-class Stops:
+class TurnStops:
     """How turns end under one template and tokenizer.
 
     Attributes:
@@ -44,14 +44,14 @@ class Stops:
         0 where there is no stop.
 
         Raises:
-            BadRow: `stop_unknown`: text follows the last control token, so what the model ends with is not certain.
+            BadRow: `unknown_stop`: text follows the last control token, so what the model ends with is not certain.
         """
         if self.leftover.strip() and tail.rstrip().endswith(self.leftover.rstrip()):
             tail = tail.rstrip().removesuffix(self.leftover.rstrip())
         end = self.known(tail)
         if not end and (end := _last(self.control, tail)) and tail[end:].strip():
             raise BadRow(
-                "stop_unknown",
+                "unknown_stop",
                 f"no single stop token ends the turn; the template writes {tail[:80]!r} after the answer",
                 hint="mark what is trained with {% generation %} in a template file of your own",
             )
@@ -75,8 +75,8 @@ class Stops:
         if closing is None or opened:
             return 0
         end = _last(self.control, closing) or _last(TAG, closing)
-        opening = {_unnumbered(tag) for tag in tags(self.before)}
-        return 0 if opening & {_unnumbered(tag) for tag in tags(closing[:end])} else end
+        opening = {_unnumbered(tag) for tag in find_tags(self.before)}
+        return 0 if opening & {_unnumbered(tag) for tag in find_tags(closing[:end])} else end
 
     def later(self, gap: str) -> int:
         """Return where the stop as learnt ends in `gap`, text that may be the next message's; 0 where there is none."""

@@ -20,9 +20,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ftdata.templates.attribution.agreement import agreement
-from ftdata.templates.chat import Chat
-from ftdata.templates.sandbox.constant_folding import Generator
+from ftdata.templates.attribution.agreement import common_prefix_length
+from ftdata.templates.chat import ChatRendering
+from ftdata.templates.sandbox.constant_folding import UnfoldedCodeGenerator
 from ftdata.templates.template import TEMPLATE_FAULTS
 from ftdata.types import Rendered
 
@@ -41,7 +41,7 @@ class Contradiction:
         return f"{where}{self.reason}: ...{self.ours!r}... against ...{self.theirs!r}..."
 
 
-def contradiction(chat: Chat, rendered: Rendered, most: int | None = None) -> Contradiction | None:
+def cross_check(chat: ChatRendering, rendered: Rendered, most: int | None = None) -> Contradiction | None:
     """Return what speaks against a rendering of this conversation, or `None`.
 
     Args:
@@ -78,11 +78,11 @@ def _start(turn: int, start: int, text: str, rendered: Rendered, prompt: str | N
         return Contradiction(turn, "the template cannot ask for this turn", text[start : start + 40], "")
     if text.startswith(prompt):
         # Where there is no generation prompt, tags may leave out a header that the model would have to write.
-        tagged = "tags_unconfirmed" in rendered.flags and start > len(prompt)
+        tagged = "generation_tags_unconfirmed" in rendered.flags and start > len(prompt)
         if start == len(prompt) or tagged:
             return None
         return _apart(turn, "the region begins elsewhere", text[:start], prompt)
-    if "prompt_drift" in rendered.flags and start <= agreement(text, prompt):
+    if "prompt_mismatch" in rendered.flags and start <= common_prefix_length(text, prompt):
         return None
     return _apart(turn, "the generation prompt is not what stands before the turn", text[:start], prompt)
 
@@ -111,10 +111,10 @@ def _place(messages: Sequence[Mapping[str, Any]], index: int, text: str, render:
         moved = render([*messages[:index], {**messages[index], "content": changed}, *messages[index + 1 :]], False)
         if moved is None:
             return None
-        at = agreement(text, moved)
+        at = common_prefix_length(text, moved)
         if len(moved) != len(text) + 1 or moved[at + 1 :] != text[at:]:
             return None
-        ends.append(min(at, len(text) - agreement(text[::-1], moved[::-1])) if ends else at)
+        ends.append(min(at, len(text) - common_prefix_length(text[::-1], moved[::-1])) if ends else at)
     return ends[0], max(ends)
 
 
@@ -123,7 +123,7 @@ def _other(letter: str) -> str:
 
 
 def _apart(message: int, reason: str, ours: str, theirs: str) -> Contradiction:
-    at = agreement(ours, theirs)
+    at = common_prefix_length(ours, theirs)
     shown = slice(max(0, at - 20), at + 40)
     return Contradiction(message, reason, ours[shown], theirs[shown])
 
@@ -131,7 +131,7 @@ def _apart(message: int, reason: str, ours: str, theirs: str) -> Contradiction:
 _Render = Callable[[Sequence[Mapping[str, Any]], bool], str | None]
 
 
-def _renderer(chat: Chat) -> _Render:
+def _renderer(chat: ChatRendering) -> _Render:
     template = chat.template
     fixed = {**template.special_tokens, **template.kwargs, "documents": None}
     tools = _plain(chat.tools) or None
@@ -170,7 +170,7 @@ def _program(source: str, date: datetime.datetime) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Transparent, loopcontrols]
     )
-    environment.code_generator_class = Generator
+    environment.code_generator_class = UnfoldedCodeGenerator
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": _raise, "strftime_now": date.strftime}
     return environment.from_string(source)

@@ -13,10 +13,10 @@ from typing import Any
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.schemas import ROLES
 from ftdata.templates.attribution.agreement import TAG
-from ftdata.templates.chat import Chat
-from ftdata.templates.render_chat import render, with_texts
+from ftdata.templates.chat import ChatRendering
+from ftdata.templates.render_chat import join_text_parts, render_chat
 from ftdata.templates.template import Template
-from ftdata.templates.verification.cross_check import contradiction
+from ftdata.templates.verification.cross_check import cross_check
 from ftdata.types import Conversation, Message, Part, Rendered
 
 _TOOLS: tuple[dict[str, Any], ...] = (
@@ -83,7 +83,7 @@ class TemplateReport:
         rewrites: what it changes: `"turns"` (earlier ones), `"reasoning"` (kept in some turns only), `"contents"`
             (of any kind), `"think_tags"` (thinking written into the content is cut), `"blanks"` (around contents).
         adds: what it prints before the first message without being asked to: a default system prompt.
-        flags: what else was unusual about the probes (`prompt_drift`, `no_stop`, `unclosed_final`, `junk_tail`).
+        flags: what else was unusual about the probes (`prompt_mismatch`, `no_trained_stop`, `missing_final_stop`, `text_after_last_stop`).
         tagged: whether the template itself marks what is trained.
         uses_date: whether it prints the date.
         reasons: why it is refused, or split.
@@ -138,7 +138,7 @@ class _Outcome:
         return frozenset[str]().union(*(one.flags for one in self.texts))
 
 
-def examine(template: Template) -> TemplateReport:
+def probe_template(template: Template) -> TemplateReport:
     """Probe a template with small conversations, in this process.
 
     Raises:
@@ -154,7 +154,7 @@ def examine(template: Template) -> TemplateReport:
     split = {name: _outcome(template, name, "split") for name in _PROBES}
     outcomes = [*joint.values(), *split.values()]
     plain, single = joint["plain"], split["single"]
-    stable = bool(plain.texts) and "rewritten" not in plain.flags
+    stable = bool(plain.texts) and "history_rewritten" not in plain.flags
     contradictions = tuple(one.contradiction for one in outcomes if one.contradiction)
     possible = any(one.texts for one in outcomes)
     unusual = plain.flags | single.flags
@@ -166,7 +166,18 @@ def examine(template: Template) -> TemplateReport:
         lacks=tuple(name for name in _FEATURES if _lacks(split[name], name)),
         rewrites=tuple(_rewrites(joint)),
         adds=_added(template, single),
-        flags=tuple(sorted(unusual & {"prompt_drift", "no_stop", "unclosed_final", "junk_tail", "unprobed"})),
+        flags=tuple(
+            sorted(
+                unusual
+                & {
+                    "prompt_mismatch",
+                    "no_trained_stop",
+                    "missing_final_stop",
+                    "text_after_last_stop",
+                    "template_not_probed",
+                }
+            )
+        ),
         reasons=() if stable else tuple(filter(None, (plain.refusal or _rewriting(plain, split["plain"]),))),
         contradictions=contradictions,
         proved=sum(len(one.texts) for one in outcomes),
@@ -177,14 +188,14 @@ def examine(template: Template) -> TemplateReport:
 def _outcome(template: Template, name: str, turns: str) -> _Outcome:
     conversation = Conversation(_PROBES[name], tools=_TOOLS if name == "tool_calls" else ())
     try:
-        texts = render(conversation, template, turns)
+        texts = render_chat(conversation, template, turns)
     except BadRow as error:
         return _Outcome(refusal=str(error))
-    against = (contradicted(conversation, template, one) for one in texts)
+    against = (describe_contradiction(conversation, template, one) for one in texts)
     return _Outcome(texts, contradiction=next((f"{name}: {one}" for one in against if one), ""))
 
 
-def contradicted(
+def describe_contradiction(
     conversation: Conversation, template: Template, rendered: Rendered, most: int | None = None
 ) -> str | None:
     """Return what speaks against a rendering of a conversation or of its first turns, in words; `None` for nothing."""
@@ -192,9 +203,9 @@ def contradicted(
         return None
     if template.tagged and template.strict:
         return None
-    if "parts_joined" in rendered.flags:
-        conversation = with_texts(conversation)
-    found = contradiction(Chat.of(conversation, template).first(rendered.messages), rendered, most)
+    if "content_parts_joined" in rendered.flags:
+        conversation = join_text_parts(conversation)
+    found = cross_check(ChatRendering.of(conversation, template).first(rendered.messages), rendered, most)
     return None if found is None else str(found)
 
 
@@ -213,19 +224,19 @@ def _generated(rendered: Rendered, message: int) -> str:
 def _lacks(outcome: _Outcome, feature: str) -> bool:
     part = {"names": Part.OTHER, "reasoning": Part.REASONING}.get(feature)
     if part is None or not outcome.texts:
-        return outcome.refusal.startswith(("[payload_dropped]", "[template_raises]"))
+        return outcome.refusal.startswith(("[message_dropped]", "[template_raises]"))
     return not any(span.part is part for one in outcome.texts for span in one.spans)
 
 
 def _rewrites(joint: Mapping[str, _Outcome]) -> Iterator[str]:
-    if "rewritten" in joint["plain"].flags or "rewritten" in joint["reasoning"].flags:
+    if "history_rewritten" in joint["plain"].flags or "history_rewritten" in joint["reasoning"].flags:
         yield "turns"
     printed = [span for one in joint["reasoning"].texts for span in one.spans if span.part is Part.REASONING]
     if len({span.message for span in printed}) == 1:
         yield "reasoning"
-    if "content_cut" in joint["single"].flags:
+    if "message_truncated" in joint["single"].flags:
         yield "contents"
-    elif "content_cut" in joint["think_tags"].flags:
+    elif "message_truncated" in joint["think_tags"].flags:
         yield "think_tags"
     given = [len(str(message["content"])) for message in _PROBES["blanks"]]
     if joint["blanks"].texts and _contents(joint["blanks"].texts) < sum(given):

@@ -17,7 +17,7 @@ from ftdata.templates import render_chat
 from ftdata.templates import template as templates
 from ftdata.templates.template import Template
 from ftdata.templates.verification.probe import TemplateReport
-from ftdata.templates.verification.probe import contradicted as contradicted_here
+from ftdata.templates.verification.probe import describe_contradiction as contradicted_here
 from ftdata.templates.worker import protocol
 from ftdata.templates.worker.process import (
     EXAMINE_CPU_SECONDS,
@@ -25,9 +25,9 @@ from ftdata.templates.worker.process import (
     MEGABYTES,
     LimitExceeded,
     Request,
-    ask,
+    call_worker,
     start_worker,
-    submit,
+    submit_request,
 )
 from ftdata.types import Conversation, Rendered
 
@@ -45,14 +45,14 @@ def _here(template: Template) -> bool:
     return HERE or template.source in _own()
 
 
-def start() -> None:
+def start_template_worker() -> None:
     """Begin the process in which templates run: it is ready when what is loaded meanwhile is."""
     if not HERE:
         start_worker()
 
 
-def render(
-    conversation: Conversation, template: Template, turns: str = "auto", dropped: str = "refuse"
+def render_in_worker(
+    conversation: Conversation, template: Template, turns: str = "auto", on_dropped_message: str = "reject"
 ) -> tuple[Rendered, ...]:
     """Render a conversation, as `rendering.render` does.
 
@@ -60,22 +60,24 @@ def render(
         BadRow: as it does; `template_limits`: the template takes more time or memory than any needs.
         TemplateRefused: as it does, or `template_limits` on several rows.
     """
-    return begun(conversation, template, turns, dropped)()
+    return submit_render(conversation, template, turns, on_dropped_message)()
 
 
-def begun(
-    conversation: Conversation, template: Template, turns: str = "auto", dropped: str = "refuse"
+def submit_render(
+    conversation: Conversation, template: Template, turns: str = "auto", on_dropped_message: str = "reject"
 ) -> Callable[[], tuple[Rendered, ...]]:
-    """Begin to render a conversation; what is returned waits for it, and returns and raises what `render` does."""
+    """Begin to render a conversation; what is returned waits for it, and returns and raises what `render_in_worker` does."""
     try:
         steps = _steps(conversation)
         if _here(template):
-            return partial(render_chat.render, conversation, template, turns, dropped)
-        known = render_chat.known(conversation, template, turns, dropped)
+            return partial(render_chat.render_chat, conversation, template, turns, on_dropped_message)
+        known = render_chat.render_from_cache(conversation, template, turns, on_dropped_message)
         if known is not None:
             return lambda: known
-        sent = protocol.of_conversation(conversation)
-        request = submit("render", template, steps, conversation=sent, turns=turns, dropped=dropped)
+        sent = protocol.encode_conversation(conversation)
+        request = submit_request(
+            "render", template, steps, conversation=sent, turns=turns, on_dropped_message=on_dropped_message
+        )
     except (BadRow, TemplateRefused, RecursionError) as error:
         return partial(_raised, error)
     return partial(_rendered, template, request)
@@ -110,8 +112,8 @@ def _rendered(template: Template, request: Request) -> tuple[Rendered, ...]:
     except LimitExceeded:
         raise _row_exceeds(template, request) from None
     for shape, plan in answer["plans"]:
-        template.plans.by_shape.setdefault(tuple(shape), []).append(protocol.plan(plan))
-    return tuple(map(protocol.rendered, answer["texts"]))
+        template.plans.by_shape.setdefault(tuple(shape), []).append(protocol.decode_plan(plan))
+    return tuple(map(protocol.decode_rendered_row, answer["texts"]))
 
 
 def _row_exceeds(template: Template, request: Request) -> BadRow:
@@ -123,20 +125,20 @@ def _row_exceeds(template: Template, request: Request) -> BadRow:
     )
 
 
-def contradicted(
+def cross_check_in_worker(
     conversation: Conversation, template: Template, rendered: Rendered, most: int | None = None
 ) -> str | None:
-    """Return what speaks against a rendering, as `verify.contradicted` does.
+    """Return what speaks against a rendering, as `verify_template.contradicted` does.
 
     Raises:
-        BadRow, TemplateRefused: as `render`.
+        BadRow, TemplateRefused: as `render_in_worker`.
     """
     if _here(template):
         return contradicted_here(conversation, template, rendered, most)
-    sent, made = protocol.of_conversation(conversation), protocol.of_rendered(rendered)
+    sent, made = protocol.encode_conversation(conversation), protocol.encode_rendered_row(rendered)
     # Each of the messages that are changed is rendered three times, with all others.
     steps = len(conversation.messages) * 3 * (most or len(conversation.messages))
-    request = submit("contradict", template, steps, conversation=sent, rendered=made, most=most)
+    request = submit_request("contradict", template, steps, conversation=sent, rendered=made, most=most)
     try:
         found = request.result()["found"]
     except LimitExceeded:
@@ -144,21 +146,21 @@ def contradicted(
     return None if found is None else str(found)
 
 
-def scaffold(template: Template) -> str:
+def scaffold_in_worker(template: Template) -> str:
     """Return what a chat template prints around messages, as `template.scaffold` does.
 
     Raises:
-        TemplateRefused: as `verify`.
+        TemplateRefused: as `verify_template`.
     """
     if _here(template) or not template.source:
-        return templates.scaffold(template)
+        return templates.render_scaffold(template)
     try:
-        return str(ask("scaffold", template)["text"])
+        return str(call_worker("scaffold", template)["text"])
     except LimitExceeded:
         raise _refused(template) from None
 
 
-def verify(template: Template) -> TemplateReport:
+def verify_template(template: Template) -> TemplateReport:
     """Examine a template, or remember what was found.
 
     Verdicts are kept in `$XDG_CACHE_HOME/ftdata` (`~/.cache/ftdata`), where that can be written, by content: the same
@@ -171,15 +173,15 @@ def verify(template: Template) -> TemplateReport:
     return _examined(template.description)
 
 
-def trusted(template: Template) -> Template:
+def require_verified(template: Template) -> Template:
     """Return the template, examined and not contradicted.
 
     Raises:
-        TemplateRefused: as `verify`, or `template_unproved`: two ways of finding what is trained disagree about it.
+        TemplateRefused: as `verify_template`, or `template_not_verified`: two ways of finding what is trained disagree about it.
     """
-    if template.source and (against := verify(template).contradictions):
+    if template.source and (against := verify_template(template).contradictions):
         raise TemplateRefused(
-            "template_unproved",
+            "template_not_verified",
             f"two ways of finding what template {template.name!r} has the model produce disagree: {against[0]}",
             hint="mark what is trained with {% generation %} in a template file of your own",
         )
@@ -188,11 +190,11 @@ def trusted(template: Template) -> Template:
 
 @lru_cache(maxsize=1024)
 def _examined(description: str) -> TemplateReport:
-    key = disk.hash_of(f"{__version__} {_own_code()} {description}".encode())
+    key = disk.hash_bytes(f"{__version__} {_own_code()} {description}".encode())
     root = disk.cache_root()
     file = root / "verdicts" / f"{key}.json" if root else Path(os.devnull)
     with suppress(OSError, ValueError, TypeError, AttributeError, LookupError):
-        return _report(_unsealed(json.loads(disk.read(file))))
+        return _report(_unsealed(json.loads(disk.read_regular_file(file))))
     template = Template.described(description)
     try:
         report = _asked(template)
@@ -209,7 +211,7 @@ def _examined(description: str) -> TemplateReport:
 
 
 def _hash(report: Any) -> str:
-    return disk.hash_of(json.dumps(report, sort_keys=True).encode())
+    return disk.hash_bytes(json.dumps(report, sort_keys=True).encode())
 
 
 def _unsealed(kept: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -226,11 +228,11 @@ def _unsealed(kept: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _asked(template: Template) -> Mapping[str, Any]:
     if HERE:
-        from ftdata.templates.verification.probe import examine
+        from ftdata.templates.verification.probe import probe_template
 
-        return examine(template).as_dict()
+        return probe_template(template).as_dict()
     try:
-        return dict(ask("examine", template)["report"])
+        return dict(call_worker("examine", template)["report"])
     except RecursionError:
         raise TemplateRefused(
             "template_too_deep",
@@ -257,4 +259,4 @@ def _report(found: Mapping[str, Any]) -> TemplateReport:
 def _own_code() -> str:
     """Return a hash of the modules that reach a verdict: an editable install changes without a new version."""
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
-    return disk.hash_of(b"".join(file.read_bytes() for file in files))
+    return disk.hash_bytes(b"".join(file.read_bytes() for file in files))

@@ -19,8 +19,8 @@ from typing import Any
 
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.templates import render_chat
-from ftdata.templates.template import Template, scaffold
-from ftdata.templates.verification.probe import contradicted, examine
+from ftdata.templates.template import Template, render_scaffold
+from ftdata.templates.verification.probe import describe_contradiction, probe_template
 from ftdata.templates.worker import protocol
 from ftdata.templates.worker.process import BYTES_PER_CHARACTER, EXAMINE_CPU_SECONDS, MEGABYTES
 
@@ -29,26 +29,29 @@ _MAX_OUTPUT = 1 << 22
 
 
 def _render(template: Template, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    conversation = protocol.conversation(arguments["conversation"])
-    texts = render_chat.render(conversation, template, arguments["turns"], arguments["dropped"])
+    conversation = protocol.decode_conversation(arguments["conversation"])
+    texts = render_chat.render_chat(conversation, template, arguments["turns"], arguments["on_dropped_message"])
     plans, template.plans.fresh = template.plans.fresh, []
     return {
-        "texts": [protocol.of_rendered(one) for one in texts],
-        "plans": [(shape, protocol.of_plan(plan)) for shape, plan in plans],
+        "texts": [protocol.encode_rendered_row(one) for one in texts],
+        "plans": [(shape, protocol.encode_plan(plan)) for shape, plan in plans],
     }
 
 
 def _contradict(template: Template, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    conversation, rendered = protocol.conversation(arguments["conversation"]), protocol.rendered(arguments["rendered"])
-    return {"found": contradicted(conversation, template, rendered, arguments["most"])}
+    conversation, rendered = (
+        protocol.decode_conversation(arguments["conversation"]),
+        protocol.decode_rendered_row(arguments["rendered"]),
+    )
+    return {"found": describe_contradiction(conversation, template, rendered, arguments["most"])}
 
 
 def _scaffold(template: Template, _: Mapping[str, Any]) -> dict[str, Any]:
-    return {"text": scaffold(template)}
+    return {"text": render_scaffold(template)}
 
 
 def _examine(template: Template, _: Mapping[str, Any]) -> dict[str, Any]:
-    return {"report": examine(template).as_dict()}
+    return {"report": probe_template(template).as_dict()}
 
 
 ACTIONS: dict[str, Callable[[Template, Mapping[str, Any]], dict[str, Any]]] = {
@@ -68,14 +71,14 @@ def main(connection: Connection) -> None:
     with suppress(EOFError, OSError):
         while True:
             answers = list[bytes]()
-            for action, key, body, cpu_seconds in protocol.decode(connection.recv_bytes()):
+            for action, key, body, cpu_seconds in protocol.decode_values(connection.recv_bytes()):
                 if action == "define_template":
                     templates[key] = Template.described(body.decode())
                 elif action == "examine":
                     answers.append(_answer_in_fork(templates[key], action, body))
                 else:
                     answers.append(_answer(templates[key], action, body, cpu_seconds))
-            connection.send_bytes(protocol.encode(answers))
+            connection.send_bytes(protocol.encode_values(answers))
 
 
 def _answer_in_fork(template: Template, action: str, body: bytes) -> bytes:
@@ -91,7 +94,7 @@ def _answer_in_fork(template: Template, action: str, body: bytes) -> bytes:
     try:
         return receiver.recv_bytes()
     except (OSError, EOFError):
-        return protocol.encode({"examination_ended": True})
+        return protocol.encode_values({"examination_ended": True})
     finally:
         receiver.close()
         os.waitpid(child, 0)
@@ -102,21 +105,21 @@ def _answer(template: Template, action: str, body: bytes, cpu_seconds: float) ->
     with _memory_limit(len(body)):
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         try:
-            answer = protocol.encode(ACTIONS[action](template, protocol.decode(body)))
+            answer = protocol.encode_values(ACTIONS[action](template, protocol.decode_values(body)))
             too_long = len(answer) > _MAX_OUTPUT + BYTES_PER_CHARACTER * len(body)
-            return protocol.encode({"output_too_long": len(answer)}) if too_long else answer
+            return protocol.encode_values({"output_too_long": len(answer)}) if too_long else answer
         except BadRow as error:
-            return protocol.encode({"bad_row": {**_described(error), "field": error.field}})
+            return protocol.encode_values({"bad_row": {**_described(error), "field": error.field}})
         except TemplateRefused as error:
-            return protocol.encode({"template_refused": _described(error)})
+            return protocol.encode_values({"template_refused": _described(error)})
         except RecursionError:
-            return protocol.encode({"too_deep": True})
+            return protocol.encode_values({"too_deep": True})
         except MemoryError:
             # As when the CPU limit is exceeded; the memory would not be given back, either.
             os.kill(os.getpid(), signal.SIGPROF)
             raise
         except Exception as error:  # noqa: BLE001  (reported to the process that sent the request)
-            return protocol.encode({"failed": f"{type(error).__name__}: {error}"[:_MAX_MESSAGE]})
+            return protocol.encode_values({"failed": f"{type(error).__name__}: {error}"[:_MAX_MESSAGE]})
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
 

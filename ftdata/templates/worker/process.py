@@ -64,7 +64,7 @@ def start_worker() -> None:
         _worker()
 
 
-def ask(action: str, template: Template, **arguments: Any) -> dict[str, Any]:
+def call_worker(action: str, template: Template, **arguments: Any) -> dict[str, Any]:
     """Have the worker do something with a template, and return its answer.
 
     Args:
@@ -78,11 +78,11 @@ def ask(action: str, template: Template, **arguments: Any) -> dict[str, Any]:
         LimitExceeded: the template exceeds its limits.
         StorageError: `template_worker_lost`: workers end again and again for other reasons.
     """
-    return submit(action, template, **arguments).result()
+    return submit_request(action, template, **arguments).result()
 
 
-def submit(action: str, template: Template, steps: int = 0, **arguments: Any) -> Request:
-    """Send a request as `ask` does, and return without waiting for the answer.
+def submit_request(action: str, template: Template, steps: int = 0, **arguments: Any) -> Request:
+    """Send a request as `call_worker` does, and return without waiting for the answer.
 
     Args:
         action: one of `worker.ACTIONS`.
@@ -90,7 +90,7 @@ def submit(action: str, template: Template, steps: int = 0, **arguments: Any) ->
         steps: how often a template looks at a message, at least: this scales the CPU limit.
         arguments: JSON values that the action takes.
     """
-    body = protocol.encode(arguments)
+    body = protocol.encode_values(arguments)
     limit = CPU_SECONDS + len(body) / CHARACTERS_PER_SECOND + steps * SECONDS_PER_STEP
     request = Request(action, template, body, limit)
     if template.key in _exceeding:
@@ -137,7 +137,7 @@ class Request:
         """Wait for the answer and return it.
 
         Raises:
-            BadRow, TemplateRefused, RecursionError, LimitExceeded, StorageError: as `ask` does.
+            BadRow, TemplateRefused, RecursionError, LimitExceeded, StorageError: as `call_worker` does.
         """
         with _lock(os.getpid()):
             while self.answer is None:
@@ -237,12 +237,12 @@ class _Worker:
 
     def _flush(self) -> None:
         if self.unsent:
-            self.connection.send_bytes(protocol.encode(self.unsent))
+            self.connection.send_bytes(protocol.encode_values(self.unsent))
             self.unsent.clear()
 
     def _receive(self) -> None:
         self._flush()
-        for answer in map(protocol.decode, protocol.decode(self.connection.recv_bytes())):
+        for answer in map(protocol.decode_values, protocol.decode_values(self.connection.recv_bytes())):
             request = self.pending.popleft()
             if "output_too_long" in answer:
                 # It is as long however often the request is repeated.

@@ -14,13 +14,13 @@ from typing import Any
 import msgspec
 
 from ftdata.errors import BadRow
-from ftdata.templates.attribution.watched_strings import Question
-from ftdata.templates.cache.plans import Leaf, Plan
+from ftdata.templates.attribution.watched_strings import RecordedOperation
+from ftdata.templates.cache.plans import ContentLeaf, RenderPlan
 from ftdata.templates.cache.turn_cache import Anchor
-from ftdata.types import Conversation, Kinds, Part, Rendered, Spans
+from ftdata.types import Conversation, Part, Rendered, SpanKinds, Spans
 
 
-def encode(value: Any) -> bytes:
+def encode_values(value: Any) -> bytes:
     """Return plain values as they are sent.
 
     Raises:
@@ -36,8 +36,8 @@ def encode(value: Any) -> bytes:
             raise BadRow("not_json", f"holds what JSON does not: {error}") from None
 
 
-def decode(body: bytes) -> Any:
-    """Return the values that `encode` encoded.
+def decode_values(body: bytes) -> Any:
+    """Return the values that `encode_values` encoded.
 
     Raises:
         ValueError: the bytes are not such values.
@@ -45,7 +45,7 @@ def decode(body: bytes) -> Any:
     return json.loads(body[1:]) if body[:1] == b"J" else msgspec.msgpack.decode(memoryview(body)[1:])
 
 
-def of_conversation(conversation: Conversation) -> dict[str, Any]:
+def encode_conversation(conversation: Conversation) -> dict[str, Any]:
     """Return what of a conversation is rendered."""
     return {
         "messages": conversation.messages,
@@ -56,13 +56,13 @@ def of_conversation(conversation: Conversation) -> dict[str, Any]:
     }
 
 
-def conversation(known: Mapping[str, Any]) -> Conversation:
+def decode_conversation(known: Mapping[str, Any]) -> Conversation:
     """Return a conversation."""
     messages, tools = tuple(known["messages"]), tuple(known["tools"])
     return Conversation(messages, known["fields"], tools, known["text"], known["completion_from"])
 
 
-def of_rendered(one: Rendered) -> dict[str, Any]:
+def encode_rendered_row(one: Rendered) -> dict[str, Any]:
     """Return a rendered text."""
     spans = Spans.of(one.spans)
     return {
@@ -74,41 +74,41 @@ def of_rendered(one: Rendered) -> dict[str, Any]:
     }
 
 
-def rendered(known: Mapping[str, Any]) -> Rendered:
+def decode_rendered_row(known: Mapping[str, Any]) -> Rendered:
     """Return a rendered text."""
     spans = Spans(known["sizes"], _kinds(known["kinds"]))
     return Rendered(known["text"], spans, frozenset(known["flags"]), *known["rest"])
 
 
-def _of_kinds(kinds: Kinds) -> list[Any]:
+def _of_kinds(kinds: SpanKinds) -> list[Any]:
     return [list(map(_NUMBERS.__getitem__, kinds.parts)), kinds.messages, kinds.generated, kinds.followed]
 
 
-def _kinds(known: Any) -> Kinds:
+def _kinds(known: Any) -> SpanKinds:
     parts, messages, generated, followed = known
-    return Kinds(tuple(map(_PARTS.__getitem__, parts)), tuple(messages), tuple(generated), followed)
+    return SpanKinds(tuple(map(_PARTS.__getitem__, parts)), tuple(messages), tuple(generated), followed)
 
 
 _PARTS = tuple(Part)
 _NUMBERS = {part: number for number, part in enumerate(_PARTS)}
 
 
-def of_plan(plan: Plan) -> list[Any]:
+def encode_plan(plan: RenderPlan) -> list[Any]:
     """Return a plan."""
     leaves = [(at, (leaf.message, leaf.changes, leaf.manner)) for at, leaf in plan.leaves]
     questions = [(one.asked, one.answer) for one in plan.questions]
     return [plan.texts, _packed(leaves), _of_kinds(plan.kinds), sorted(plan.flags), _packed(questions), plan.unlike]
 
 
-def plan(known: Any) -> Plan:
+def decode_plan(known: Any) -> RenderPlan:
     """Return a plan."""
     texts, leaves, kinds, flags, questions, unlike = known
-    return Plan(
+    return RenderPlan(
         tuple(texts),
-        tuple((at, Leaf(*leaf)) for at, leaf in _unpacked(leaves)),
+        tuple((at, ContentLeaf(*leaf)) for at, leaf in _unpacked(leaves)),
         _kinds(kinds),
         frozenset(flags),
-        tuple(Question(*one) for one in _unpacked(questions)),
+        tuple(RecordedOperation(*one) for one in _unpacked(questions)),
         tuple((_anchor(place), other) for place, other in unlike),
     )
 

@@ -9,15 +9,15 @@ from typing import Any, cast
 from ftdata.errors import InputRefused
 from ftdata.pipeline.recipe import Recipe
 from ftdata.tokenizing.tokenizer import Tokenizer
-from ftdata.train.inference.generation import generate
-from ftdata.train.inference.progress import Meter, Progress
-from ftdata.train.inference.prompts import of_messages
-from ftdata.train.inference.run_dir import Finished, load_base, load_tuned
+from ftdata.train.inference.generation import generate_ids
+from ftdata.train.inference.progress import GenerationProgress, ProgressMeter
+from ftdata.train.inference.prompts import encode_messages
+from ftdata.train.inference.run_dir import FinishedRun, load_base_model, load_tuned_model
 from ftdata.types import Message
 
 
 @dataclass
-class Conversation:
+class ChatSession:
     """A conversation with a model; `messages` is what was said so far.
 
     `forgets` says that the template has room for one question alone, so that nothing else is seen by the model.
@@ -28,7 +28,7 @@ class Conversation:
     options: dict[str, Any]
     messages: list[Message] = field(default_factory=list)
     forgets: bool = False
-    progress: Callable[[Progress], None] | None = None
+    progress: Callable[[GenerationProgress], None] | None = None
 
     def say(self, text: str) -> str:
         """Say something, and return the answer; both are remembered.
@@ -52,34 +52,34 @@ class Conversation:
 
     def answers(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         """Return what the model answers to each of several conversations."""
-        prompts = [of_messages(messages, self.recipe) for messages in conversations]
+        prompts = [encode_messages(messages, self.recipe) for messages in conversations]
         tokenizer: Tokenizer = self.recipe.tokenizer
         # The blank before an answer may be a part of its first token.
-        meter = Meter(len(prompts), 1, self.progress) if self.progress else None
-        answers = generate(self.model, prompts, progress=meter, **self.options)
+        meter = ProgressMeter(len(prompts), 1, self.progress) if self.progress else None
+        answers = generate_ids(self.model, prompts, progress=meter, **self.options)
         return [tokenizer.decode(ids).strip(" ") for ids in answers]
 
 
-def begin(
-    run: Finished,
+def start_session(
+    run: FinishedRun,
     *,
     base: bool = False,
     system: str | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[GenerationProgress], None] | None = None,
     **options: Any,
-) -> Conversation:
-    """Load a run's model, or its base model, for a conversation; see `ftdata.train.conversation`."""
+) -> ChatSession:
+    """Load a run's model, or its base model, for a conversation; see `ftdata.train.start_chat`."""
     if base or run.about["adapter"]:
-        model = load_base(run, quantization=run.about["setup"]["quantization"], answers=True)
+        model = load_base_model(run, quantization=run.about["setup"]["quantization"], answers=True)
     if base:
-        model.generation_config = stopping(model, run)
+        model.generation_config = base_generation_config(model, run)
     else:
-        model = load_tuned(run, model if run.about["adapter"] else None)
+        model = load_tuned_model(run, model if run.about["adapter"] else None)
     first: list[Message] = [{"role": "system", "content": system}] if system is not None else []
-    return Conversation(model, run.recipe, options, first, progress=progress)
+    return ChatSession(model, run.recipe, options, first, progress=progress)
 
 
-def stopping(model: Any, run: Finished) -> Any:
+def base_generation_config(model: Any, run: FinishedRun) -> Any:
     """Return a base model's generation config: it may stop as it always did, or as it was taught since."""
     settings = model.generation_config
     own = settings.eos_token_id

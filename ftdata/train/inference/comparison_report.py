@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ftdata.errors import printable
+from ftdata.errors import escape_unprintable
 from ftdata.inspection.html_page import write_html
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class ComparedAnswer:
     """One prompt with what was expected and what each model said."""
 
     prompt: str
@@ -66,7 +66,7 @@ class Comparison:
     tuned_model: str
     base: Scores
     tuned: Scores
-    rows: tuple[Answered, ...]
+    rows: tuple[ComparedAnswer, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the comparison as JSON."""
@@ -82,13 +82,17 @@ class Comparison:
         table = Table("prompt", "expected", "base", "tuned", show_lines=True)
         for row in self.rows:
             style = "green" if row.tuned.strip() == row.expected.strip() else "red"
-            texts = [Text(printable(text)) for text in (row.prompt, row.expected)]
-            table.add_row(*texts, Text(printable(row.base), style="dim"), Text(printable(row.tuned), style=style))
+            texts = [Text(escape_unprintable(text)) for text in (row.prompt, row.expected)]
+            table.add_row(
+                *texts,
+                Text(escape_unprintable(row.base), style="dim"),
+                Text(escape_unprintable(row.tuned), style=style),
+            )
         console.print(table)
         scores = Table("", "base", "tuned", box=None, pad_edge=False)
         for title, *values in self.scores():
             scores.add_row(title, *values)
-        console.print(f"{len(self.rows)} rows of {printable(self.asked)}", highlight=False, markup=False)
+        console.print(f"{len(self.rows)} rows of {escape_unprintable(self.asked)}", highlight=False, markup=False)
         console.print(scores)
 
     def as_html(self) -> str:
@@ -118,7 +122,7 @@ class Comparison:
 
 
 def _cell(text: str) -> str:
-    return escape(printable(text))
+    return escape(escape_unprintable(text))
 
 
 _PAGE = """<!DOCTYPE html>

@@ -16,14 +16,14 @@ from ftdata.build.dataset import load_build
 from ftdata.errors import InputRefused
 from ftdata.redaction import redact_text
 from ftdata.tokenizing.tokenizer import Tokenizer
-from ftdata.train.dataset import splits_of
-from ftdata.train.inference.chat import stopping
-from ftdata.train.inference.comparison_report import Answered, Comparison, Scores
-from ftdata.train.inference.generation import generate
-from ftdata.train.inference.progress import Meter, Progress
-from ftdata.train.inference.prompts import documents, last_turn, of_rows
-from ftdata.train.inference.run_dir import Finished, finished, load_base, load_tuned
-from ftdata.train.model.device import fitting_threads
+from ftdata.train.dataset import training_splits
+from ftdata.train.inference.chat import base_generation_config
+from ftdata.train.inference.comparison_report import ComparedAnswer, Comparison, Scores
+from ftdata.train.inference.generation import generate_ids
+from ftdata.train.inference.progress import GenerationProgress, ProgressMeter
+from ftdata.train.inference.prompts import encode_rows, read_documents, split_last_turn
+from ftdata.train.inference.run_dir import FinishedRun, load_base_model, load_tuned_model, open_run
+from ftdata.train.model.device import fit_threads
 from ftdata.types import IGNORE_INDEX
 
 _TOKENS_AT_ONCE = 4096
@@ -33,13 +33,13 @@ Document = tuple[list[int], list[int]]
 """Ids and labels."""
 
 
-def compare(
+def compare_models(
     run_dir: Path,
     data: Any,
     n: int | None,
     *,
     trust_remote_code: bool = False,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[GenerationProgress], None] | None = None,
     batch_size: int = 16,
     **generation: Any,
 ) -> Comparison:
@@ -47,12 +47,12 @@ def compare(
 
     `progress` is called after each token.
     """
-    run = finished(run_dir, trust_remote_code=trust_remote_code)
+    run = open_run(run_dir, trust_remote_code=trust_remote_code)
     if data is None:
         run.check_build()
-    asked, found = _from_build(run) if data is None else (redact_text(str(data)), of_rows(data, run.recipe))
+    asked, found = _from_build(run) if data is None else (redact_text(str(data)), encode_rows(data, run.recipe))
     stops = run.stops
-    pairs = ((document, turn) for document in found if (turn := last_turn(*document, stops)) is not None)
+    pairs = ((document, turn) for document in found if (turn := split_last_turn(*document, stops)) is not None)
     chosen = list(islice(pairs, n))
     if not chosen:
         hint = "texts alone have a perplexity, in run.json; name questions with --data"
@@ -63,18 +63,18 @@ def compare(
     expected = [tokenizer.decode(answer) for _, (_, answer) in chosen]
     scores: list[Scores] = []
     answers: list[list[str]] = []
-    meter = Meter(len(prompts), 2, progress) if progress else None
+    meter = ProgressMeter(len(prompts), 2, progress) if progress else None
 
     def ask(model: Any) -> None:
-        found = generate(model, prompts, batch_size=batch_size, progress=meter, **generation)
+        found = generate_ids(model, prompts, batch_size=batch_size, progress=meter, **generation)
         answers.append([tokenizer.decode(ids) for ids in found])
-        scores.append(scored(answers[-1], expected, perplexity(model, texts, batch_size)))
+        scores.append(score_answers(answers[-1], expected, perplexity(model, texts, batch_size)))
         if meter is not None:
             meter.next_model()
 
     _ask_both(run, ask)
     shown = [_asked(tokenizer, ids) for ids in prompts]
-    rows = tuple(Answered(*each) for each in zip(shown, expected, *answers, strict=True))
+    rows = tuple(ComparedAnswer(*each) for each in zip(shown, expected, *answers, strict=True))
     return Comparison(asked, str(run.about["setup"]["model"]), str(run.model), scores[0], scores[1], rows)
 
 
@@ -85,7 +85,7 @@ def perplexity(model: Any, texts: Sequence[Document], batch_size: int = 16) -> f
     """
     total, count = 0.0, 0
     model.eval()
-    with torch.inference_mode(), fitting_threads(model):
+    with torch.inference_mode(), fit_threads(model):
         for batch in _batches(texts, batch_size):
             width = max(len(ids) for ids, _ in batch)
             ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])
@@ -114,7 +114,7 @@ def _batches(texts: Sequence[Document], batch_size: int) -> Iterator[list[Docume
         yield batch
 
 
-def scored(answers: Sequence[str], expected: Sequence[str], perplexity: float) -> Scores:
+def score_answers(answers: Sequence[str], expected: Sequence[str], perplexity: float) -> Scores:
     """Return the scores of answers: exact matches, SacreBLEU (Post 2018) and chrF (Popović 2015).
 
     Blanks at the ends make no difference. BLEU counts words; of languages that are written without blanks, characters.
@@ -136,31 +136,31 @@ def _without_blanks(texts: Sequence[str]) -> bool:
     return wide > len(letters) / 2
 
 
-def _from_build(run: Finished) -> tuple[str, Iterator[Document]]:
-    splits = splits_of(load_build(run.build))
+def _from_build(run: FinishedRun) -> tuple[str, Iterator[Document]]:
+    splits = training_splits(load_build(run.build))
     name = "test" if "test" in splits else "train"
     seen = "" if name == "test" else ", which was trained on"
-    return f"the {name} split of {run.build}{seen}", documents(splits[name])
+    return f"the {name} split of {run.build}{seen}", read_documents(splits[name])
 
 
-def _ask_both(run: Finished, ask: Callable[[Any], None]) -> None:
+def _ask_both(run: FinishedRun, ask: Callable[[Any], None]) -> None:
     """Ask the base model, then the tuned one.
 
     An adapter is put on the base model that is loaded already, so the weights are loaded, and quantized, once. To put
     it on and switch it off for the base model would not be the same: initializations such as `pissa`, and trained
     biases, change the base weights themselves. Of two whole models, one is in memory at a time.
     """
-    base = load_base(run, quantization=run.about["setup"]["quantization"], answers=True)
+    base = load_base_model(run, quantization=run.about["setup"]["quantization"], answers=True)
     own = base.generation_config
-    base.generation_config = stopping(base, run)
+    base.generation_config = base_generation_config(base, run)
     ask(base)
     base.generation_config = own
     if run.about["adapter"]:
-        ask(load_tuned(run, base))
+        ask(load_tuned_model(run, base))
         return
     del base
     gc.collect()
-    ask(load_tuned(run))
+    ask(load_tuned_model(run))
 
 
 def _asked(tokenizer: Tokenizer, ids: list[int]) -> str:

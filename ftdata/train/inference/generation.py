@@ -9,19 +9,19 @@ from typing import Any
 import torch
 
 from ftdata.errors import InputRefused, UsageError
-from ftdata.train.inference.progress import Step
-from ftdata.train.inference.prompts import until_stop
-from ftdata.train.model.device import fitting_threads
+from ftdata.train.inference.progress import GenerationStep
+from ftdata.train.inference.prompts import cut_at_stop
+from ftdata.train.model.device import fit_threads
 
 _GREEDY = {"max_new_tokens": 256, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
-def generate(
+def generate_ids(
     model: Any,
     prompts: Sequence[Sequence[int]],
     *,
     batch_size: int = 16,
-    progress: Callable[[Step], None] | None = None,
+    progress: Callable[[GenerationStep], None] | None = None,
     seed: int = 0,
     **options: Any,
 ) -> list[list[int]]:
@@ -49,7 +49,7 @@ def generate(
         given = {name: value for name, value in given.items() if value is not None}
     most = given["max_new_tokens"]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    report = Reporter(progress, -(-len(order) // batch_size), most)
+    report = TokenReporter(progress, -(-len(order) // batch_size), most)
     if progress is not None:
         given["stopping_criteria"] = [*(given.get("stopping_criteria") or ()), report]
     answers: list[list[int]] = [[] for _ in prompts]
@@ -57,7 +57,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), _without_router(model), fitting_threads(model):
+        with torch.inference_mode(), _without_router(model), fit_threads(model):
             for at in range(0, len(order), batch_size):
                 chosen = order[at : at + batch_size]
                 width = len(prompts[chosen[-1]])
@@ -66,7 +66,7 @@ def generate(
                 given["max_new_tokens"] = min(most, room - width)
                 output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **given)
                 for number, found in zip(chosen, output[:, width:].tolist(), strict=True):
-                    answers[number] = until_stop(found, stop_ids)
+                    answers[number] = cut_at_stop(found, stop_ids)
                 report.end_batch(at + len(chosen))
     except (ValueError, TypeError) as error:
         raise UsageError("generation", f"generate refuses: {' '.join(str(error).split())[:300]}") from None
@@ -75,7 +75,7 @@ def generate(
     return answers
 
 
-class Reporter:
+class TokenReporter:
     """Reports each token that a model generates: a criterion of stopping that never stops.
 
     Args:
@@ -84,7 +84,7 @@ class Reporter:
         most: tokens of an answer at most.
     """
 
-    def __init__(self, progress: Callable[[Step], None] | None, batches: int, most: int) -> None:
+    def __init__(self, progress: Callable[[GenerationStep], None] | None, batches: int, most: int) -> None:
         self._progress, self._batches, self._most = progress, batches, most
         self._batch = self._token = self._answers = 0
 
@@ -103,17 +103,17 @@ class Reporter:
 
     def _report(self, *, ended: bool) -> None:
         if self._progress is not None:
-            step = Step(self._batch, self._batches, self._token, self._most, self._answers, ended)
+            step = GenerationStep(self._batch, self._batches, self._token, self._most, self._answers, ended)
             self._progress(step)
 
 
-def positions(model: Any) -> int:
+def max_positions(model: Any) -> int:
     """Return how many tokens a model can tell apart by their place."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
 
 def _room(model: Any, prompts: Sequence[Sequence[int]]) -> int:
-    room, rows = positions(model), int(model.get_input_embeddings().weight.shape[0])
+    room, rows = max_positions(model), int(model.get_input_embeddings().weight.shape[0])
     longest = max(map(len, prompts), default=0)
     if longest >= room:
         raise InputRefused("prompt_too_long", f"a prompt has {longest:,} tokens, the model has {room:,} positions")

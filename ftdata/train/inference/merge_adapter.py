@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ftdata.errors import InputRefused, UsageError, one_of, said_by
-from ftdata.tokenizing.tokenizer import Tokenizer, control_tokens
-from ftdata.train.inference.run_dir import CLOSE, Finished, load_base, load_tuned
-from ftdata.train.model.load import load_config
+from ftdata.errors import InputRefused, UsageError, check_choice, describe_exception
+from ftdata.tokenizing.tokenizer import Tokenizer, find_control_tokens
+from ftdata.train.inference.run_dir import CLOSE, FinishedRun, load_base_model, load_tuned_model
+from ftdata.train.model.load import load_model_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,7 +30,7 @@ _FILES = ("tokenizer", "special_tokens", "chat_template", "added_tokens", "vocab
 
 
 @dataclass(frozen=True, slots=True)
-class Merged:
+class MergedModel:
     """A merged model.
 
     Attributes:
@@ -47,7 +47,7 @@ class Merged:
     limit: float
 
 
-def merge(run: Finished, target: Path, dtype: str | None = None) -> Merged:
+def merge_into_base(run: FinishedRun, target: Path, dtype: str | None = None) -> MergedModel:
     """Write the base model with a run's adapter added to its weights, as a model that needs neither ftdata nor PEFT.
 
     Args:
@@ -64,7 +64,7 @@ def merge(run: Finished, target: Path, dtype: str | None = None) -> Merged:
     if target.exists() and any(target.iterdir()):
         raise UsageError("target_exists", f"{target} is not empty", hint="choose another folder")
     dtype = dtype or _dtype_of(run)
-    one_of("dtype", dtype, DTYPES)
+    check_choice("dtype", dtype, DTYPES)
     merged, error = _merged(run, DTYPES[dtype])
     if not error <= LIMITS[dtype]:
         hint = "use the adapter as it is" if dtype == "float32" else "merge with --dtype float32, or use the adapter"
@@ -78,15 +78,15 @@ def merge(run: Finished, target: Path, dtype: str | None = None) -> Merged:
     for path in run.model.iterdir():
         if path.name.startswith(_FILES):
             shutil.copy(path, target / path.name)
-    return Merged(target, dtype, error, LIMITS[dtype])
+    return MergedModel(target, dtype, error, LIMITS[dtype])
 
 
-def _merged(run: Finished, dtype: torch.dtype) -> tuple[Any, float]:
+def _merged(run: FinishedRun, dtype: torch.dtype) -> tuple[Any, float]:
     """Return the merged model, rounded to a dtype and held in float32, and its error."""
     ids, ordinary = _ordinary(run.tokenizer, str(run.about["options"]["template"]["source"]))
     try:
         # Four bits could not hold what the adapter adds, and 16 bits would round every sum and every activation.
-        model = load_tuned(run, load_base(run, dtype=torch.float32)).float()
+        model = load_tuned_model(run, load_base_model(run, dtype=torch.float32)).float()
         before = _logits(model, ids, ordinary)
         merged = model.merge_and_unload(safe_merge=True)
         for weight in merged.parameters():
@@ -97,20 +97,20 @@ def _merged(run: Finished, dtype: torch.dtype) -> tuple[Any, float]:
         raise InputRefused("out_of_memory", f"{run.folder} does not fit in float32 on the GPU", hint=hint) from None
     except ValueError as error:
         # PEFT refuses weights that are no numbers, and kinds of adapters that cannot be merged.
-        raise InputRefused("merge_error", f"{run.model} cannot be merged: {said_by(error)}") from None
+        raise InputRefused("merge_error", f"{run.model} cannot be merged: {describe_exception(error)}") from None
     off = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
     return merged, off if math.isfinite(off) else math.inf
 
 
-def _dtype_of(run: Finished) -> str:
-    config = load_config(run.about["setup"]["model"], trust_remote_code=run.trusted)
+def _dtype_of(run: FinishedRun) -> str:
+    config = load_model_config(run.about["setup"]["model"], trust_remote_code=run.trusted)
     name = str(getattr(config, "dtype", None)).removeprefix("torch.")
     return name if name in DTYPES else "float32"
 
 
 def _ordinary(tokenizer: Tokenizer, template: str) -> tuple[list[int], torch.Tensor]:
     """Return the ids of an ordinary text, and which ids of the vocabulary are no control tokens (bool `[size]`)."""
-    control = set(control_tokens(tokenizer, template).ids.tolist())
+    control = set(find_control_tokens(tokenizer, template).ids.tolist())
     control |= {id_ for id_, is_special in tokenizer.added_tokens.values() if is_special}
     ids = [id_ for id_ in tokenizer.encode([_TEXT]).ids.tolist() if id_ not in control]
     ordinary = torch.ones(tokenizer.size, dtype=torch.bool)

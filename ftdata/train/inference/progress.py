@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
-class Step(NamedTuple):
+class GenerationStep(NamedTuple):
     """The state of a generation after each token.
 
     Attributes:
@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class GenerationProgress:
     """How far answering is.
 
     Attributes:
@@ -49,7 +49,7 @@ class Progress:
     seconds_left: float | None
 
 
-class Meter:
+class ProgressMeter:
     """Turns the steps of one or more models into progress.
 
     Args:
@@ -58,7 +58,7 @@ class Meter:
         show: called with the progress after each token.
     """
 
-    def __init__(self, prompts: int, models: int, show: Callable[[Progress], None]) -> None:
+    def __init__(self, prompts: int, models: int, show: Callable[[GenerationProgress], None]) -> None:
         self._prompts, self._models, self._show = prompts, models, show
         self._model = 0
         self._previous: float | None = None
@@ -69,7 +69,7 @@ class Meter:
         self._model += 1
         self._previous = None
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, step: GenerationStep) -> None:
         """Take the state of the running model, and show the progress of all."""
         now = time.perf_counter()
         # The first token of a batch waits for its whole prompt, so it is not like the others.
@@ -83,4 +83,4 @@ class Meter:
         per_step = self._seconds / self._timed if self._timed else None
         left = None if per_step is None else per_step * (self._models * each - done)
         answers = self._model * self._prompts + step.answers
-        self._show(Progress(answers, self._models * self._prompts, done, self._models * each, per_step, left))
+        self._show(GenerationProgress(answers, self._models * self._prompts, done, self._models * each, per_step, left))

@@ -12,19 +12,19 @@ from typing import Any
 
 from ftdata.errors import InputRefused
 from ftdata.pipeline.examples import build_rows
-from ftdata.pipeline.recipe import Recipe, arguments_of, make_recipe
-from ftdata.readers import sources
+from ftdata.pipeline.recipe import Recipe, make_recipe, recipe_arguments
+from ftdata.readers import resolve_sources
 from ftdata.types import IGNORE_INDEX, Message, Reject, Row, Source
 
 _TRIAL = "x"
 
 
-def last_turn(ids: Sequence[int], labels: Sequence[int], stops: set[int]) -> tuple[list[int], list[int]] | None:
+def split_last_turn(ids: Sequence[int], labels: Sequence[int], stops: set[int]) -> tuple[list[int], list[int]] | None:
     """Return a document's prompt and expected answer: its last trained stretch without the stop, and all before it.
 
     So what is asked is what was trained, token by token. `None` where nothing stands before the answer.
 
-    >>> last_turn([1, 7, 8, 5, 2], [-100, -100, -100, 5, 2], {2})
+    >>> split_last_turn([1, 7, 8, 5, 2], [-100, -100, -100, 5, 2], {2})
     ([1, 7, 8], [5])
     """
     end = max((position for position, label in enumerate(labels) if label != IGNORE_INDEX), default=-1) + 1
@@ -32,15 +32,15 @@ def last_turn(ids: Sequence[int], labels: Sequence[int], stops: set[int]) -> tup
     while start and labels[start - 1] != IGNORE_INDEX:
         start -= 1
     # A document may begin with what is trained, as all of a text may be.
-    return (list(ids[:start]), until_stop(list(ids[start:end]), stops)) if start > 1 else None
+    return (list(ids[:start]), cut_at_stop(list(ids[start:end]), stops)) if start > 1 else None
 
 
-def until_stop(ids: list[int], stops: set[int]) -> list[int]:
+def cut_at_stop(ids: list[int], stops: set[int]) -> list[int]:
     """Return the ids before the first stop."""
     return ids[: next((at for at, id_ in enumerate(ids) if id_ in stops), len(ids))]
 
 
-def documents(split: Any) -> Iterator[tuple[list[int], list[int]]]:
+def read_documents(split: Any) -> Iterator[tuple[list[int], list[int]]]:
     """Yield ids and labels of the documents of a split of a build."""
     for row in split:
         at = 0
@@ -49,7 +49,7 @@ def documents(split: Any) -> Iterator[tuple[list[int], list[int]]]:
             at += length
 
 
-def recipe_of(tokenizer: str, options: Mapping[str, Any]) -> Recipe:
+def rebuild_recipe(tokenizer: str, options: Mapping[str, Any]) -> Recipe:
     """Return the recipe of a build again.
 
     Args:
@@ -57,23 +57,23 @@ def recipe_of(tokenizer: str, options: Mapping[str, Any]) -> Recipe:
         options: those of its manifest.
     """
     # What of a row is trained is asked, whatever was chosen.
-    names = ("schema", "columns", "turns", "control_tokens", "dropped", "unclosed")
-    return make_recipe(**arguments_of(options, tokenizer, names=names))
+    names = ("schema", "columns", "turns", "control_tokens", "on_dropped_message", "on_missing_stop")
+    return make_recipe(**recipe_arguments(options, tokenizer, names=names))
 
 
-def of_rows(data: Any, recipe: Recipe) -> Iterator[tuple[list[int], list[int]]]:
+def encode_rows(data: Any, recipe: Recipe) -> Iterator[tuple[list[int], list[int]]]:
     """Yield ids and labels of rows of data.
 
     Raises:
         InputRefused: a row cannot be built.
     """
-    for outcome in build_rows(recipe, (row for source in sources(data) for row in source.rows())):
+    for outcome in build_rows(recipe, (row for source in resolve_sources(data) for row in source.rows())):
         if isinstance(outcome, Reject):
             raise InputRefused(outcome.code, outcome.reason, where=str(outcome.source), hint=outcome.fix)
         yield outcome.examples[-1].input_ids.tolist(), outcome.examples[-1].labels.tolist()
 
 
-def of_messages(messages: Sequence[Message], recipe: Recipe) -> list[int]:
+def encode_messages(messages: Sequence[Message], recipe: Recipe) -> list[int]:
     """Return the ids of a conversation that the model is to go on with.
 
     Args:
@@ -88,7 +88,9 @@ def of_messages(messages: Sequence[Message], recipe: Recipe) -> list[int]:
         (outcome,) = build_rows(recipe, [Row(row, Source("<prompt>", 0))])
         if isinstance(outcome, Reject):
             refused = refused or outcome
-        elif turn := last_turn(outcome.examples[-1].input_ids.tolist(), outcome.examples[-1].labels.tolist(), set()):
+        elif turn := split_last_turn(
+            outcome.examples[-1].input_ids.tolist(), outcome.examples[-1].labels.tolist(), set()
+        ):
             return turn[0]
     if refused is None:
         raise InputRefused("no_questions", "nothing stands before the answer", where="<prompt>")

@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from ftdata.build.store import read_manifest
-from ftdata.errors import FtdataError, InputRefused, InternalError, UsageError, said_by
+from ftdata.errors import FtdataError, InputRefused, InternalError, UsageError, describe_exception
 from ftdata.pipeline.recipe import Recipe
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.tokenizing.tokenizer import Tokenizer
 from ftdata.train import checkpoints
-from ftdata.train.inference.prompts import recipe_of
-from ftdata.train.model.device import computing
-from ftdata.train.model.load import check_weights, load_model, resize, unpacked
+from ftdata.train.inference.prompts import rebuild_recipe
+from ftdata.train.model.device import training_precision
+from ftdata.train.model.load import check_weights, dequantize, load_model, resize_embeddings
 from ftdata.train.model.quantization import Quantization
 
 CLOSE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
@@ -28,7 +28,7 @@ CLOSE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedRun:
     """A run that came to its end; `trusted`: whether Python code that comes with its model may run."""
 
     folder: Path
@@ -54,7 +54,7 @@ class Finished:
         there, known = read_manifest(self.build).get("fingerprint"), self.about.get("fingerprint")
         if known is not None and there != known:
             told = f"{self.build} is not the build that {self.folder} was trained on any more"
-            raise InputRefused("other_data", told, hint="build it again as it was, or name questions with --data")
+            raise InputRefused("data_differs", told, hint="build it again as it was, or name questions with --data")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -64,7 +64,7 @@ class Finished:
     @property
     def recipe(self) -> Recipe:
         """How its data was made."""
-        return recipe_of(self.about["tokenizer"], self.about["options"])
+        return rebuild_recipe(self.about["tokenizer"], self.about["options"])
 
     @property
     def settings(self) -> GenerationConfig:
@@ -78,7 +78,7 @@ class Finished:
         return set(found if isinstance(found, list) else [found])
 
 
-def finished(folder: Path, *, trust_remote_code: bool = False) -> Finished:
+def open_run(folder: Path, *, trust_remote_code: bool = False) -> FinishedRun:
     """Return a finished run.
 
     Args:
@@ -89,19 +89,21 @@ def finished(folder: Path, *, trust_remote_code: bool = False) -> Finished:
     Raises:
         UsageError: the folder is no finished run.
     """
-    about = checkpoints.read(folder)
+    about = checkpoints.read_run_json(folder)
     if not about.get("finished"):
-        begun = f"go on with `ftdata train {folder} --resume`" if checkpoints.ordered(folder) else ""
+        begun = f"go on with `ftdata train {folder} --resume`" if checkpoints.list_checkpoints(folder) else ""
         what = "is no finished run" if folder.is_dir() else "is not there"
         raise UsageError("not_a_run", f"{folder} {what}", hint=begun or "make one with `ftdata train`")
     if "options" not in about:
         # Runs of an earlier version say less of what they were.
-        found = Finished(folder, about, trust_remote_code)
+        found = FinishedRun(folder, about, trust_remote_code)
         about = {**about, "options": read_manifest(found.build)["options"]}
-    return Finished(folder, about, trust_remote_code)
+    return FinishedRun(folder, about, trust_remote_code)
 
 
-def load_base(run: Finished, *, quantization: Quantization = None, dtype: Any = None, answers: bool = False) -> Any:
+def load_base_model(
+    run: FinishedRun, *, quantization: Quantization = None, dtype: Any = None, answers: bool = False
+) -> Any:
     """Load the model that a run began with; its embeddings have room for the tokens that were added.
 
     Args:
@@ -114,9 +116,9 @@ def load_base(run: Finished, *, quantization: Quantization = None, dtype: Any = 
         InputRefused: it cannot be loaded, or is another by now.
     """
     setup = run.about["setup"]
-    if setup["weights"] and checkpoints.weights_of(setup["model"]) != setup["weights"]:
+    if setup["weights"] and checkpoints.digest_weights(setup["model"]) != setup["weights"]:
         raise InputRefused(
-            "other_base",
+            "base_model_differs",
             f"{setup['model']} is not what {run.folder} was trained from: its files have changed",
             hint="put the model back that it was, or train again",
         )
@@ -128,14 +130,14 @@ def load_base(run: Finished, *, quantization: Quantization = None, dtype: Any = 
         trust_remote_code=run.trusted,
     )
     if answers:
-        model = unpacked(model)
+        model = dequantize(model)
     rows = run.about.get("embeddings")
     if rows and rows > model.get_input_embeddings().weight.shape[0]:
-        resize(model, rows)
+        resize_embeddings(model, rows)
     return model
 
 
-def load_tuned(run: Finished, base: Any = None, *, dtype: Any = None) -> Any:
+def load_tuned_model(run: FinishedRun, base: Any = None, *, dtype: Any = None) -> Any:
     """Load the trained model: its adapter on the base model, or all of it.
 
     Args:
@@ -149,7 +151,7 @@ def load_tuned(run: Finished, base: Any = None, *, dtype: Any = None) -> Any:
     setup = run.about["setup"]
     try:
         if run.about["adapter"]:
-            base = base if base is not None else load_base(run, quantization=setup["quantization"], dtype=dtype)
+            base = base if base is not None else load_base_model(run, quantization=setup["quantization"], dtype=dtype)
             check_weights(run.model)
             model = PeftModel.from_pretrained(base, str(run.model))
         else:
@@ -159,31 +161,31 @@ def load_tuned(run: Finished, base: Any = None, *, dtype: Any = None) -> Any:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputRefused(
-            "damaged_model", f"{run.model} cannot be loaded: {said_by(error)}", hint="train again"
+            "damaged_model", f"{run.model} cannot be loaded: {describe_exception(error)}", hint="train again"
         ) from None
     model.generation_config = run.settings
     return model
 
 
-def first_logits(model: Any, ids: list[int]) -> torch.Tensor:
+def compute_logits(model: Any, ids: list[int]) -> torch.Tensor:
     """Return the logits of some tokens, on the CPU."""
     was_training = model.training
     model.eval()
-    with torch.inference_mode(), computing(model.device, model.dtype):
+    with torch.inference_mode(), training_precision(model.device, model.dtype):
         found = model(input_ids=torch.tensor([ids]).to(model.device), use_cache=False).logits[0].float().cpu()
     model.train(was_training)
     return found
 
 
-def check_reloads(run: Finished, ids: list[int], before: torch.Tensor, dtype: torch.dtype) -> Any:
+def check_reloads(run: FinishedRun, ids: list[int], before: torch.Tensor, dtype: torch.dtype) -> Any:
     """Load a run's model from the disk, and compare what it says with what it said before; return it.
 
     Raises:
         InternalError: it says something else.
     """
     gc.collect()
-    model = load_tuned(run, dtype=dtype)
-    after = first_logits(model, ids)
+    model = load_tuned_model(run, dtype=dtype)
+    after = compute_logits(model, ids)
     off = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
     close = CLOSE[dtype if dtype in CLOSE else torch.float32]
     if off > close:

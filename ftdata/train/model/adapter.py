@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from ftdata.config import LORA_NAMES, Config, Lora
-from ftdata.errors import UsageError, nearest, said_by
-from ftdata.train.model.config_fields import check_fields, made
-from ftdata.train.model.load import embeddings, wants_adapter
+from ftdata.errors import UsageError, describe_exception, suggest_names
+from ftdata.train.model.config_fields import check_fields, convert_fields
+from ftdata.train.model.load import embedding_names, wants_adapter
 from ftdata.train.model.quantization import quantization_name
 
 FIXED = {
@@ -74,7 +74,7 @@ def _check_start(config: Config, start: Any) -> None:
         raise UsageError("train_setting", f"lora.init_lora_weights is {start!r}, {why}", hint=hint)
 
 
-def adapter(config: Config, model: Any, *, grows: bool, shapes: bool = False) -> LoraConfig | None:
+def make_lora_config(config: Config, model: Any, *, grows: bool, shapes: bool = False) -> LoraConfig | None:
     """Return the LoRA adapter of a configuration, or `None` where all weights are trained.
 
     Args:
@@ -89,7 +89,7 @@ def adapter(config: Config, model: Any, *, grows: bool, shapes: bool = False) ->
     if not wants_adapter(config):
         return None
     lora = config.lora or Lora()
-    held = embeddings(model)
+    held = embedding_names(model)
     saved = list(dict.fromkeys([*(lora.more.get("modules_to_save") or ()), *(held if grows else ())]))
     own: dict[str, Any] = {"modules_to_save": saved or None}
     if lora.more.get("ensure_weight_tying") is None:
@@ -119,20 +119,20 @@ def check_modules(config: Config, model: Any) -> None:
         names = parameters if field == "target_parameters" else modules
         for wanted in _listed(fields.get(field)):
             if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
-                raise _lacks(config, f"lora.{field}", f"module {wanted!r}", nearest(wanted, _last(names)))
+                raise _lacks(config, f"lora.{field}", f"module {wanted!r}", suggest_names(wanted, _last(names)))
     pattern = fields["target_modules"]
     if isinstance(pattern, str) and pattern != "all-linear" and not _any_match(pattern, modules):
         raise _lacks(
-            config, "lora.target_modules", f"module that matches {pattern!r}", nearest(pattern, _last(modules))
+            config, "lora.target_modules", f"module that matches {pattern!r}", suggest_names(pattern, _last(modules))
         )
     _check_layers(config, fields.get("layers_to_transform"), model)
     _check_patterns(config, fields, modules)
     _check_tokens(config, fields.get("trainable_token_indices"), model)
-    lora = adapter(config, model, grows=False, shapes=True)
+    lora = make_lora_config(config, model, grows=False, shapes=True)
     try:
         get_peft_model(model, lora)
     except (ValueError, TypeError, LookupError, RuntimeError, ImportError, NotImplementedError) as error:
-        raise UsageError("lora", f"{config.model} takes no such adapter: {said_by(error)}") from None
+        raise UsageError("lora", f"{config.model} takes no such adapter: {describe_exception(error)}") from None
 
 
 def _check_layers(config: Config, chosen: Any, model: Any) -> None:
@@ -148,11 +148,11 @@ def _check_patterns(config: Config, fields: Mapping[str, Any], modules: Sequence
         for pattern in fields.get(field) or ():
             # As PEFT matches them.
             if not _any_match(rf"(?:.*\.)?(?:{pattern})", modules, f"lora.{field}"):
-                raise _lacks(config, f"lora.{field}", f"module {pattern!r}", nearest(pattern, _last(modules)))
+                raise _lacks(config, f"lora.{field}", f"module {pattern!r}", suggest_names(pattern, _last(modules)))
     excluded = fields.get("exclude_modules")
     if isinstance(excluded, str) and not _any_match(excluded, modules, "lora.exclude_modules"):
         raise _lacks(
-            config, "lora.exclude_modules", f"module that matches {excluded!r}", nearest(excluded, _last(modules))
+            config, "lora.exclude_modules", f"module that matches {excluded!r}", suggest_names(excluded, _last(modules))
         )
 
 
@@ -195,6 +195,8 @@ def _lora_config(lora: Lora, own: Mapping[str, Any]) -> LoraConfig:
         with warnings.catch_warnings():
             # PEFT warns of fields that it is going to ignore.
             warnings.simplefilter("error", UserWarning)
-            return LoraConfig(**made(given, LoraConfig), task_type="CAUSAL_LM")
+            return LoraConfig(**convert_fields(given, LoraConfig), task_type="CAUSAL_LM")
     except (ValueError, TypeError, ImportError, UserWarning) as error:
-        raise UsageError("train_setting", f"LoraConfig refuses the lora settings: {said_by(error)}") from None
+        raise UsageError(
+            "train_setting", f"LoraConfig refuses the lora settings: {describe_exception(error)}"
+        ) from None

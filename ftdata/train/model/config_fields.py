@@ -17,7 +17,7 @@ from enum import Enum
 from typing import Any, Literal
 
 from ftdata.config import LORA_NAMES
-from ftdata.errors import UsageError, nearest
+from ftdata.errors import UsageError, suggest_names
 from ftdata.redaction import redact
 
 _DTYPES = Literal["float32", "float16", "bfloat16"]
@@ -40,7 +40,7 @@ _WORDS = {
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Field:
+class ConfigField:
     """A field of a configuration class: its type, and whether null stands for its default."""
 
     hint: Any
@@ -67,7 +67,7 @@ class Field:
         return _words(self.hint)
 
 
-def fields_of(kind: Callable[..., Any]) -> dict[str, Field]:
+def fields_of(kind: Callable[..., Any]) -> dict[str, ConfigField]:
     """Return the fields of a dataclass, or the parameters of another class.
 
     >>> fields_of(_Example)["quick"].accepts("maybe"), fields_of(_Example)["quick"].expected
@@ -79,7 +79,7 @@ def fields_of(kind: Callable[..., Any]) -> dict[str, Field]:
         return dict(_parameters(kind))
     hints = typing.get_type_hints(kind)
     return {
-        one.name: Field(hints[one.name], one.default is None or type(None) in _members(hints[one.name]))
+        one.name: ConfigField(hints[one.name], one.default is None or type(None) in _members(hints[one.name]))
         for one in declared
     }
 
@@ -107,11 +107,13 @@ def check_fields(section: str, values: Mapping[str, Any], kind: Callable[..., An
             raise UsageError("fixed_setting", f"{section}.{name} cannot be set: {fixed[name]}")
         if name not in known:
             usable = {*known, *(LORA_NAMES.values() if section == "lora" else ())} - fixed.keys()
-            raise UsageError("train_setting", f"{kind_name} has no field {name!r}", hint=nearest(str(name), usable))
+            raise UsageError(
+                "train_setting", f"{kind_name} has no field {name!r}", hint=suggest_names(str(name), usable)
+            )
         check_type(section, name, value, known[name])
 
 
-def check_type(section: str, name: str, value: Any, field: Field) -> None:
+def check_type(section: str, name: str, value: Any, field: ConfigField) -> None:
     """Refuse a value of another type than that of its field.
 
     Raises:
@@ -124,7 +126,7 @@ def check_type(section: str, name: str, value: Any, field: Field) -> None:
         raise UsageError("train_setting", message, hint=hint)
 
 
-def made(values: Mapping[str, Any], kind: Callable[..., Any]) -> dict[str, Any]:
+def convert_fields(values: Mapping[str, Any], kind: Callable[..., Any]) -> dict[str, Any]:
     """Return values as a class takes them: mappings as the classes that its fields declare, whole numbers as floats."""
     known = fields_of(kind)
     found: dict[str, Any] = {}
@@ -132,19 +134,19 @@ def made(values: Mapping[str, Any], kind: Callable[..., Any]) -> dict[str, Any]:
         members = _members(known[name].hint)
         inner: Any = next((one for one in members if dataclasses.is_dataclass(one)), None)
         if isinstance(value, Mapping) and inner is not None and dict not in members:
-            found[name] = inner(**made(value, inner))
+            found[name] = inner(**convert_fields(value, inner))
         else:
             is_whole = type(value) is int and float in members and int not in members
             found[name] = float(value) if is_whole else value
     return found
 
 
-def _parameters(kind: Callable[..., Any]) -> Iterator[tuple[str, Field]]:
+def _parameters(kind: Callable[..., Any]) -> Iterator[tuple[str, ConfigField]]:
     for one in inspect.signature(kind).parameters.values():
         if one.kind in (one.VAR_KEYWORD, one.VAR_POSITIONAL):
             continue
         hint = _UNDECLARED.get(one.name, Any if one.default in (None, one.empty) else type(one.default))
-        yield one.name, Field(hint, one.default is None)
+        yield one.name, ConfigField(hint, one.default is None)
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 
 
-def precision(settings: Mapping[str, Any] | None = None) -> torch.dtype:
+def compute_dtype(settings: Mapping[str, Any] | None = None) -> torch.dtype:
     """Return the dtype to compute in: what `bf16` or `fp16` say, else what the device is good at.
 
     That is bfloat16 or float16 on a GPU, and float32 without one.
@@ -37,10 +37,10 @@ def free_memory() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     # Processes of one machine share what is free there.
-    return int(psutil.virtual_memory().available) // processes()
+    return int(psutil.virtual_memory().available) // process_count()
 
 
-def speed(dtype: torch.dtype, seconds: float = 0.1) -> float:
+def measure_flops(dtype: torch.dtype, seconds: float = 0.1) -> float:
     """Measure and return the floating-point operations per second of a product of matrices."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = 4096 if device == "cuda" else 512
@@ -57,7 +57,7 @@ def speed(dtype: torch.dtype, seconds: float = 0.1) -> float:
 
 
 @contextmanager
-def fitting_threads(model: Any) -> Iterator[None]:
+def fit_threads(model: Any) -> Iterator[None]:
     """Run a model on a CPU with as many threads as make a token fastest; `OMP_NUM_THREADS` is left as it is.
 
     The threads of a parallel region wait for the slowest. Where another process keeps a core busy, one thread may be
@@ -91,7 +91,7 @@ def _token_seconds(model: Any, times: int = 3) -> float:
     return min(found)
 
 
-def processes() -> int:
+def process_count() -> int:
     """Return how many processes train together."""
     return int(_state().num_processes)
 
@@ -101,27 +101,27 @@ def is_sharded() -> bool:
     return any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
 
 
-def computing(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+def training_precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Return a context in which float32 weights on a GPU compute as they do in training."""
-    wanted = device.type == "cuda" and dtype is torch.float32 and precision() is not torch.float32
-    return torch.autocast(device.type, dtype=precision() if wanted else torch.bfloat16, enabled=wanted)
+    wanted = device.type == "cuda" and dtype is torch.float32 and compute_dtype() is not torch.float32
+    return torch.autocast(device.type, dtype=compute_dtype() if wanted else torch.bfloat16, enabled=wanted)
 
 
-def is_main() -> bool:
+def is_main_process() -> bool:
     """Return whether this process is the one that writes, and speaks."""
     return bool(_state().is_main_process)
 
 
-def wait() -> None:
+def wait_for_processes() -> None:
     """Go on when all processes have come here."""
     _state().wait_for_everyone()
 
 
 @contextmanager
-def main_first() -> Iterator[bool]:
+def main_process_first() -> Iterator[bool]:
     """Let the main process go first; the others find what it made. Yields whether this is the main one."""
     with _state().main_process_first():
-        yield is_main()
+        yield is_main_process()
 
 
 def _state() -> PartialState:

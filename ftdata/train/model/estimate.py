@@ -18,9 +18,9 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from ftdata.config import Config
-from ftdata.errors import InputRefused, UsageError, said_by
+from ftdata.errors import InputRefused, UsageError, describe_exception
 from ftdata.train.model import device
-from ftdata.train.model.adapter import adapter, check_modules
+from ftdata.train.model.adapter import check_modules, make_lora_config
 from ftdata.train.model.load import weights_dtype
 from ftdata.train.model.quantization import bytes_per_weight, quantization_name, skipped_modules
 from ftdata.types import IGNORE_INDEX
@@ -47,7 +47,7 @@ BUSY = 0.4
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class SplitCounts:
     """What the rows of a split hold: tokens of each, and of all, trained ones and documents."""
 
     lengths: NDArray[np.int64]
@@ -158,7 +158,7 @@ def check_adapter(config: Config, model_config: Any) -> None:
         check_modules(config, _shapes(config, model_config, weights_dtype(config)))
 
 
-def rows_of(split: Any) -> Rows:
+def count_split(split: Any) -> SplitCounts:
     """Count what a split of a build holds, a chunk at a time."""
     lengths, trained, documents = [np.empty(0, np.int64)], 0, 0
     for batch in split.data.to_batches():
@@ -167,10 +167,10 @@ def rows_of(split: Any) -> Rows:
         trained += pc.sum(pc.not_equal(labels, pa.scalar(IGNORE_INDEX, labels.type))).as_py() or 0
         documents += pc.sum(pc.list_value_length(batch.column("seq_lengths"))).as_py() or 0
     joined = np.concatenate(lengths)
-    return Rows(joined, int(joined.sum()), trained, documents)
+    return SplitCounts(joined, int(joined.sum()), trained, documents)
 
 
-def estimate(config: Config, model_config: Any, rows: Rows, arguments: Any, vocabulary: int = 0) -> Estimate:
+def estimate_run(config: Config, model_config: Any, rows: SplitCounts, arguments: Any, vocabulary: int = 0) -> Estimate:
     """Work out a run.
 
     Args:
@@ -187,17 +187,17 @@ def estimate(config: Config, model_config: Any, rows: Rows, arguments: Any, voca
         flops_per_token = 6 * model.num_parameters(exclude_embeddings=True)
         kept = _kept_per_token(model, dtype, longest, recomputes=bool(arguments.gradient_checkpointing))
         grows = vocabulary > model.get_input_embeddings().weight.shape[0]
-        lora = adapter(config, model, grows=grows, shapes=True)
+        lora = make_lora_config(config, model, grows=grows, shapes=True)
         if lora is not None:
             # Adapters are kept in float32 whatever the model is in.
             try:
                 model = get_peft_model(model, lora)
             except (ValueError, RuntimeError) as error:
-                raise UsageError("lora", f"{config.model} takes no such adapter: {said_by(error)}") from None
+                raise UsageError("lora", f"{config.model} takes no such adapter: {describe_exception(error)}") from None
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     total = sum(weight.numel() for weight in model.parameters())
-    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * device.processes()
-    steps = steps_of(len(rows.lengths), arguments)
+    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * device.process_count()
+    steps = count_steps(len(rows.lengths), arguments)
     if steps < 1:
         raise UsageError("no_steps", "there is nothing to train: 0 steps", hint="set num_train_epochs or max_steps")
     batch = int(np.sort(rows.lengths)[::-1][: arguments.per_device_train_batch_size].sum())
@@ -205,7 +205,14 @@ def estimate(config: Config, model_config: Any, rows: Rows, arguments: Any, voca
     flops = flops_per_token * tokens_per_step
     # Forward, back to the activations, and, where these are trained, back to the weights: two of six each.
     shares = 2 + 2 + 2 * (trainable == total) + 2 * bool(arguments.gradient_checkpointing)
-    worked = flops * steps * shares / 6 / device.processes() / (device.speed(device.precision(config.train)) * BUSY)
+    worked = (
+        flops
+        * steps
+        * shares
+        / 6
+        / device.process_count()
+        / (device.measure_flops(device.compute_dtype(config.train)) * BUSY)
+    )
     state = OPTIMIZER_BYTES.get(str(getattr(arguments.optim, "value", arguments.optim)), 8)
     return Estimate(
         model=config.model,
@@ -214,12 +221,12 @@ def estimate(config: Config, model_config: Any, rows: Rows, arguments: Any, voca
         dtype=str(dtype).removeprefix("torch."),
         quantization=quantization_name(config.quantization),
         device=device.device_name(),
-        processes=device.processes(),
+        processes=device.process_count(),
         rows=len(rows.lengths),
         tokens=rows.tokens,
         trained_tokens=rows.trained,
         longest=longest,
-        epochs=round(steps / steps_of(len(rows.lengths), arguments, epochs=1), 2),
+        epochs=round(steps / count_steps(len(rows.lengths), arguments, epochs=1), 2),
         steps=steps,
         rows_per_step=per_step,
         tokens_per_step=tokens_per_step,
@@ -234,7 +241,7 @@ def estimate(config: Config, model_config: Any, rows: Rows, arguments: Any, voca
     )
 
 
-def check_fits(found: Estimate) -> None:
+def check_memory(found: Estimate) -> None:
     """Refuse a run whose weights, gradients and optimizer alone are more than is free.
 
     Raises:
@@ -255,7 +262,7 @@ def check_fits(found: Estimate) -> None:
         )
 
 
-def steps_of(rows: int, arguments: Any, epochs: float | None = None) -> int:
+def count_steps(rows: int, arguments: Any, epochs: float | None = None) -> int:
     """Return the number of optimizer steps, as the trainer counts them.
 
     Args:
@@ -265,7 +272,7 @@ def steps_of(rows: int, arguments: Any, epochs: float | None = None) -> int:
     """
     if epochs is None and arguments.max_steps > 0:
         return int(arguments.max_steps)
-    batches = math.ceil(rows / (arguments.per_device_train_batch_size * device.processes()))
+    batches = math.ceil(rows / (arguments.per_device_train_batch_size * device.process_count()))
     each: int = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
     epochs = float(arguments.num_train_epochs) if epochs is None else epochs
     return math.ceil(epochs * each)
@@ -278,7 +285,7 @@ def _shapes(config: Config, model_config: Any, dtype: torch.dtype) -> Any:
             model_config, dtype=dtype, trust_remote_code=config.trust_remote_code, **more
         )
     except (ValueError, ImportError) as error:
-        raise UsageError("model_setting", f"{config.model} cannot be made so: {said_by(error)}") from None
+        raise UsageError("model_setting", f"{config.model} cannot be made so: {describe_exception(error)}") from None
 
 
 def _weight_bytes(model: Any, config: Config, dtype: torch.dtype) -> int:

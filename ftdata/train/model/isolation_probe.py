@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 
-from ftdata.train.model.device import computing
+from ftdata.train.model.device import training_precision
 
 LEAK = 1e-4
 """Relative change of B's logits above which a model counts as leaking."""
@@ -23,7 +23,7 @@ _MOST_LAYERS = 12
 _MOST_WEIGHTS = 1_500_000_000
 
 
-def leak(model: Any, length: int = 20) -> float:
+def measure_leak(model: Any, length: int = 20) -> float:
     """Return how much a document changes the one packed behind it: 0 where the model keeps them apart.
 
     Args:
@@ -40,7 +40,7 @@ def leak(model: Any, length: int = 20) -> float:
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), computing(model.device, model.dtype):
+        with torch.inference_mode(), training_precision(model.device, model.dtype):
             behind, behind_other = (_logits(model, before, second) for before in (first, other))
     except (RuntimeError, ValueError, TypeError, NotImplementedError):
         # Models of state or convolution refuse packed sequences without the kernels that keep them apart.
@@ -50,7 +50,7 @@ def leak(model: Any, length: int = 20) -> float:
     return float((behind - behind_other).abs().max() / behind.abs().max().clamp_min(1e-12))
 
 
-def architecture_leaks(config: Any, attention: str | None = None) -> bool | None:
+def has_leaking_architecture(config: Any, attention: str | None = None) -> bool | None:
     """Say whether models of a configuration leak, by a model of a few of its layers with weights by chance.
 
     Returns:
@@ -71,7 +71,7 @@ def architecture_leaks(config: Any, attention: str | None = None) -> bool | None
             if weight.dim() > 1:
                 weight.data.normal_(std=weight.shape[-1] ** -0.5)
         # What is no number tells nothing good.
-        return not leak(model) <= LEAK
+        return not measure_leak(model) <= LEAK
     except (RuntimeError, ValueError, TypeError, ImportError, AttributeError, LookupError, StrictDataclassError):
         return None
     finally:

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ftdata.config import Config
-from ftdata.errors import InputRefused, UsageError, said_by
+from ftdata.errors import InputRefused, UsageError, describe_exception
 from ftdata.train.model import device
-from ftdata.train.model.device import precision
+from ftdata.train.model.device import compute_dtype
 from ftdata.train.model.quantization import Quantization, quantization_config
 
 
@@ -24,10 +24,10 @@ def weights_dtype(config: Config) -> torch.dtype:
 
     Steps of a usual learning rate are smaller than bfloat16 can tell, and would be lost.
     """
-    return precision(config.train) if wants_adapter(config) else torch.float32
+    return compute_dtype(config.train) if wants_adapter(config) else torch.float32
 
 
-def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+def load_model_config(name: str, *, trust_remote_code: bool = False) -> Any:
     """Load a model's configuration alone.
 
     Raises:
@@ -66,14 +66,14 @@ def load_model(
     Raises:
         InputRefused: there is no such model, or it needs what is not allowed.
     """
-    dtype = dtype or precision()
-    model_config = load_config(name, trust_remote_code=trust_remote_code)
+    dtype = dtype or compute_dtype()
+    model_config = load_model_config(name, trust_remote_code=trust_remote_code)
     in_bits = quantization_config(quantization, dtype)
     if in_bits is not None and in_bits.llm_int8_skip_modules:
         # Named modules replace those that are never quantized, where they should be added to them.
         with torch.device("meta"):
             shapes = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
-        in_bits.llm_int8_skip_modules = sorted({*in_bits.llm_int8_skip_modules, *embeddings(shapes)})
+        in_bits.llm_int8_skip_modules = sorted({*in_bits.llm_int8_skip_modules, *embedding_names(shapes)})
     more: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     if torch.cuda.is_available() and not device.is_sharded():
         # Where it is asked before it is trained, FlashAttention has to find it.
@@ -104,7 +104,7 @@ def load_model(
     return model
 
 
-def unpacked(model: Any) -> Any:
+def dequantize(model: Any) -> Any:
     """Return a model in 4 bits on a CPU with its weights as numbers again, where they fit into the memory.
 
     A CPU unpacks the weights of every layer for every token otherwise. The numbers are the same, and so are the
@@ -114,7 +114,7 @@ def unpacked(model: Any) -> Any:
     is_packed = quantizer is not None and getattr(quantizer.quantization_config, "load_in_4bit", False)
     if not is_packed or model.device.type != "cpu":
         return model
-    needed = parameters(model)[1] * precision().itemsize
+    needed = count_parameters(model)[1] * compute_dtype().itemsize
     return model.dequantize() if needed < device.free_memory() / 2 else model
 
 
@@ -139,7 +139,7 @@ def check_weights(folder: Path) -> None:
         raise InputRefused("weights_index", found, hint="save the model again, or get it from where it was made")
 
 
-def load_processing(name: str, *, trust_remote_code: bool = False) -> Any:
+def load_trainer_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer as the trainer takes it.
 
     Raises:
@@ -175,7 +175,7 @@ def _pickled(name: str) -> InputRefused:
 
 
 def _refused(name: str, error: Exception) -> InputRefused:
-    what = said_by(error, 2_000)
+    what = describe_exception(error, 2_000)
     if "trust_remote_code" in what:
         return InputRefused(
             "remote_code",
@@ -193,7 +193,7 @@ def wants_adapter(config: Config) -> bool:
     return config.lora is not None or config.quantization is not None
 
 
-def embeddings(model: Any) -> list[str]:
+def embedding_names(model: Any) -> list[str]:
     """Return the names of the modules that hold input and output embeddings."""
     held = (model.get_input_embeddings(), model.get_output_embeddings())
     return [name.rpartition(".")[2] for name, module in model.named_modules() if any(module is one for one in held)]
@@ -224,7 +224,7 @@ def fit_vocabulary(model: Any, size: int, tokenizer: Any) -> bool:
                 hint="build with the model's own tokenizer",
             )
         size = max(size, len(tokenizer))
-        resize(model, size)
+        resize_embeddings(model, size)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= max(rows, size):
         # Padding is masked by position, never by id, so sharing a token with EOS costs nothing.
         tokenizer.pad_token = tokenizer.eos_token
@@ -237,14 +237,14 @@ def fit_vocabulary(model: Any, size: int, tokenizer: Any) -> bool:
     return new
 
 
-def resize(model: Any, size: int) -> None:
+def resize_embeddings(model: Any, size: int) -> None:
     """Give a model so many embeddings; new ones are drawn the same way each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model.resize_token_embeddings(size)
 
 
-def parameters(model: Any) -> tuple[int, int]:
+def count_parameters(model: Any) -> tuple[int, int]:
     """Return the number of trainable and of all parameters; a 4-bit weight holds two per byte."""
     trainable = total = 0
     for weight in model.parameters():

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from ftdata.errors import MissingDependency, UsageError, one_of
-from ftdata.train.model.config_fields import check_fields, made
+from ftdata.errors import MissingDependency, UsageError, check_choice
+from ftdata.train.model.config_fields import check_fields, convert_fields
 
 QUANTIZATIONS: Mapping[str, Mapping[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -79,7 +79,7 @@ def skipped_modules(chosen: Quantization) -> tuple[str, ...]:
 
 def _fields(chosen: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(chosen, str):
-        one_of("quantization", chosen, QUANTIZATIONS)
+        check_choice("quantization", chosen, QUANTIZATIONS)
         return dict(QUANTIZATIONS[chosen])
     check_fields("quantization", chosen, BitsAndBytesConfig, {})
     if bool(chosen.get("load_in_4bit")) == bool(chosen.get("load_in_8bit")):
@@ -89,4 +89,4 @@ def _fields(chosen: str | dict[str, Any]) -> dict[str, Any]:
             f"quantization sets {found} of load_in_4bit and load_in_8bit, expected one of them",
             hint="add load_in_4bit: true, or use a name: nf4, fp4, int8",
         )
-    return made({name: value for name, value in chosen.items() if value is not None}, BitsAndBytesConfig)
+    return convert_fields({name: value for name, value in chosen.items() if value is not None}, BitsAndBytesConfig)

@@ -15,16 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from transformers import TrainerCallback
 
-from ftdata.errors import InputRefused, printable
-from ftdata.storage.atomic import new_file
+from ftdata.errors import InputRefused, escape_unprintable
+from ftdata.storage.atomic import replace_file
 from ftdata.tokenizing.tokenizer import Tokenizer
-from ftdata.train.inference.generation import generate
-from ftdata.train.runs.plots import chart
+from ftdata.train.inference.generation import generate_ids
+from ftdata.train.runs.plots import draw_chart
 
 SAMPLE_TOKENS = 64
 
 
-class Watch(TrainerCallback):
+class TrainingProgressCallback(TrainerCallback):
     """Shows step, loss, speed and time left: as a picture to who is watching, as lines to a file.
 
     Raises:
@@ -105,7 +105,7 @@ class Watch(TrainerCallback):
         self._since, self._before = now, tokens
 
     def _picture(self) -> Group:
-        drawn = [Text(chart(self._losses, max(self._console.width - 12, 8)), style="cyan")] if self._losses else []
+        drawn = [Text(draw_chart(self._losses, max(self._console.width - 12, 8)), style="cyan")] if self._losses else []
         return Group(*drawn, self._bar)
 
     def _say(self, line: str) -> None:
@@ -120,7 +120,7 @@ def _step(line: str) -> float:
         return math.inf
 
 
-class Samples(TrainerCallback):
+class SampleCallback(TrainerCallback):
     """Asks the model the same prompts at every evaluation: into `samples.jsonl`, and to who is watching.
 
     Args:
@@ -145,11 +145,11 @@ class Samples(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # What was said after the checkpoint that is gone on from is said again.
         kept = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
-        with new_file(self._path) as file:
+        with replace_file(self._path) as file:
             file.write_text("".join(f"{line}\n" for line in kept if _step(line) <= state.global_step), encoding="utf-8")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        answers = generate(model, self._prompts, max_new_tokens=SAMPLE_TOKENS)
+        answers = generate_ids(model, self._prompts, max_new_tokens=SAMPLE_TOKENS)
         with self._path.open("a", encoding="utf-8") as file:
             for prompt, expected, answer in zip(self._prompts, self._expected, answers, strict=True):
                 said = {
@@ -163,7 +163,7 @@ class Samples(TrainerCallback):
                 self._show(asked, said["answer"])
 
     def _show(self, asked: str, answer: str) -> None:
-        asked, answer = (printable(" ".join(text.split())) for text in (asked, answer))
+        asked, answer = (escape_unprintable(" ".join(text.split())) for text in (asked, answer))
         line = Text.assemble("  ", (asked[-50:], "dim"), " → ", (answer, "green"))
         line.truncate(max(self._console.width, 60), overflow="ellipsis")
         self._console.print(line)

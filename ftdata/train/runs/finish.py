@@ -12,20 +12,20 @@ from rich.console import Console
 from ftdata.config import Config
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.train import checkpoints
-from ftdata.train.dataset import Data
-from ftdata.train.inference.run_dir import Finished, check_reloads, first_logits
+from ftdata.train.dataset import TrainingData
+from ftdata.train.inference.run_dir import FinishedRun, check_reloads, compute_logits
 from ftdata.train.model import device
 from ftdata.train.model.estimate import Estimate
-from ftdata.train.model.load import load_config, wants_adapter, weights_dtype
-from ftdata.train.runs.model_card import card
-from ftdata.train.runs.plots import loss_picture, sparkline
-from ftdata.train.runs.trainer import Trainer
+from ftdata.train.model.load import load_model_config, wants_adapter, weights_dtype
+from ftdata.train.runs.model_card import render_model_card
+from ftdata.train.runs.plots import draw_sparkline, write_loss_plot
+from ftdata.train.runs.trainer import BuildTrainer
 
 _SEEN = 64
 """Tokens by which a saved model is compared with the one in memory."""
 
 
-def teach_to_stop(trainer: Trainer, config: Config, data: Data) -> list[int]:
+def set_stop_tokens(trainer: BuildTrainer, config: Config, data: TrainingData) -> list[int]:
     """Let the model stop where its data teaches it to; the trainer aligns that with the tokenizer's EOS alone."""
     stops = data.stops(str(config.tokenizer))
     trainer.model.generation_config.eos_token_id = stops or trainer.processing_class.eos_token_id
@@ -33,32 +33,34 @@ def teach_to_stop(trainer: Trainer, config: Config, data: Data) -> list[int]:
     return stops
 
 
-def finish(trainer: Trainer, config: Config, data: Data, run: Path, console: Console, found: Estimate) -> Path:
+def finish_run(
+    trainer: BuildTrainer, config: Config, data: TrainingData, run: Path, console: Console, found: Estimate
+) -> Path:
     """Save, judge and read back what was trained; the folder of the run then says that it is finished.
 
     Raises:
         InternalError: what is read back says something else than the model in memory.
     """
-    taught = teach_to_stop(trainer, config, data)
+    taught = set_stop_tokens(trainer, config, data)
     # The trainer has asked routers for their logits, which whoever generates has no use for.
     router = getattr(
-        load_config(config.model, trust_remote_code=config.trust_remote_code), "output_router_logits", None
+        load_model_config(config.model, trust_remote_code=config.trust_remote_code), "output_router_logits", None
     )
     if router is not None:
         trainer.model.config.output_router_logits = router
     trainer.save_model(str(run / "model"))
     loss = trainer.token_loss(trainer.eval_dataset)[0] if trainer.eval_dataset is not None else None
-    if not device.is_main():
-        device.wait()
+    if not device.is_main_process():
+        device.wait_for_processes()
         return run
     history, tokenizer = trainer.state.log_history, load_tokenizer(config.tokenizer)
     losses = [entry["loss"] for entry in history if "loss" in entry]
     trainer.model.generation_config.save_pretrained(str(run / "model"))
     # A pickle of settings: nothing reads it, and strangers should not have to.
     (run / "model" / "training_args.bin").unlink(missing_ok=True)
-    loss_picture(history, run)
+    write_loss_plot(history, run)
     about = {
-        **checkpoints.describe(config, data.manifest["fingerprint"], device.processes()),
+        **checkpoints.describe_setup(config, data.manifest["fingerprint"], device.process_count()),
         "finished": True,
         "build": data.folder.name if data.folder.parent == run else str(data.folder.resolve()),
         "options": data.manifest["options"],
@@ -76,21 +78,21 @@ def finish(trainer: Trainer, config: Config, data: Data, run: Path, console: Con
         "stops": [tokenizer.piece(id_) for id_ in taught],
         "estimate": found.as_dict(),
     }
-    (run / "model" / "README.md").write_text(card(config, about, data.manifest), encoding="utf-8")
+    (run / "model" / "README.md").write_text(render_model_card(config, about, data.manifest), encoding="utf-8")
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if not sharded:
         # Spread over processes, one alone does not have it whole.
-        _read_back(trainer, Finished(run, about, config.trust_remote_code), data, config)
-    checkpoints.write_whole(run / "run.json", about)
+        _read_back(trainer, FinishedRun(run, about, config.trust_remote_code), data, config)
+    checkpoints.write_json_atomically(run / "run.json", about)
     _say_result(console, run, about, "saved" if sharded else "saved, and read back")
-    device.wait()
+    device.wait_for_processes()
     return run
 
 
-def _read_back(trainer: Trainer, run: Finished, data: Data, config: Config) -> None:
+def _read_back(trainer: BuildTrainer, run: FinishedRun, data: TrainingData, config: Config) -> None:
     """Load what was saved, and hold it against the model in memory."""
     ids = data.splits["train"][0]["input_ids"][:_SEEN]
-    before = first_logits(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), ids)
+    before = compute_logits(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), ids)
     # Two models do not have to fit.
     trainer.release()
     check_reloads(run, ids, before, weights_dtype(config))
@@ -99,7 +101,7 @@ def _read_back(trainer: Trainer, run: Finished, data: Data, config: Config) -> N
 def _say_result(console: Console, run: Path, about: Mapping[str, Any], done: str) -> None:
     losses = about["loss"]
     if losses:
-        console.print(f"loss {losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}", highlight=False)
+        console.print(f"loss {losses[0]:.3f} {draw_sparkline(losses)} {losses[-1]:.3f}", highlight=False)
     if about["perplexity"] is not None:
         console.print(f"perplexity {about['perplexity']:.3f} per trained token of the test split", highlight=False)
     if about["best_step"] is not None and about["best_step"] != about["steps"]:

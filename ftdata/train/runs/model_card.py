@@ -12,7 +12,7 @@ from ftdata.config import Config, to_yaml
 from ftdata.redaction import redact_text
 
 
-def card(config: Config, about: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+def render_model_card(config: Config, about: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     """Return a model's `README.md`, without secrets: it is uploaded with the model.
 
     Args:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-def loss_picture(history: Sequence[dict[str, float]], folder: Path) -> None:
+def write_loss_plot(history: Sequence[dict[str, float]], folder: Path) -> None:
     """Write `loss.png` and `loss.svg` from the trainer's log history; the same history gives the same bytes."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -28,10 +28,10 @@ def loss_picture(history: Sequence[dict[str, float]], folder: Path) -> None:
         figure.savefig(folder / "loss.svg", metadata={"Date": None})
 
 
-def sparkline(values: Sequence[float], width: int = 60) -> str:
+def draw_sparkline(values: Sequence[float], width: int = 60) -> str:
     """Return values as a line of blocks, at most `width` of them.
 
-    >>> sparkline([3.0, 2.0, 1.0, 0.0])
+    >>> draw_sparkline([3.0, 2.0, 1.0, 0.0])
     '█▆▃▁'
     """
     chosen, low, high = _bucketed(values, width)
@@ -39,10 +39,10 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
     return "".join(_BLOCKS[1 + round((value - low) * scale)] for value in chosen)
 
 
-def chart(values: Sequence[float], width: int = 60, height: int = 6) -> str:
+def draw_chart(values: Sequence[float], width: int = 60, height: int = 6) -> str:
     """Return values as a picture of blocks, `height` lines of at most `width`, the largest and smallest beside it.
 
-    >>> print(chart([4.0, 2.0, 1.0, 0.0], height=2))
+    >>> print(draw_chart([4.0, 2.0, 1.0, 0.0], height=2))
       4.0000 █▁
       0.0000 ██▅▁
     """

@@ -18,25 +18,25 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ftdata.build.dataset import write_build
 from ftdata.config import Config, to_yaml
-from ftdata.errors import InputRefused, UsageError, said_by
+from ftdata.errors import InputRefused, UsageError, describe_exception
 from ftdata.templates import Template
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.train import checkpoints
-from ftdata.train.dataset import Data, checked
-from ftdata.train.inference.prompts import documents, last_turn, of_messages, recipe_of
+from ftdata.train.dataset import TrainingData, open_training_data
+from ftdata.train.inference.prompts import encode_messages, read_documents, rebuild_recipe, split_last_turn
 from ftdata.train.model import device
-from ftdata.train.model.adapter import adapter, check_lora
-from ftdata.train.model.estimate import Estimate, check_adapter, check_fits, estimate, rows_of
-from ftdata.train.model.isolation_probe import LEAK, architecture_leaks, leak
-from ftdata.train.model.load import fit_vocabulary, load_config, load_model, load_processing, weights_dtype
+from ftdata.train.model.adapter import check_lora, make_lora_config
+from ftdata.train.model.estimate import Estimate, check_adapter, check_memory, count_split, estimate_run
+from ftdata.train.model.isolation_probe import LEAK, has_leaking_architecture, measure_leak
+from ftdata.train.model.load import fit_vocabulary, load_model, load_model_config, load_trainer_tokenizer, weights_dtype
 from ftdata.train.model.quantization import quantization_config
-from ftdata.train.runs.callbacks import Samples, Watch
-from ftdata.train.runs.finish import finish, teach_to_stop
-from ftdata.train.runs.sft_arguments import arguments, check_devices, check_first_batch, check_settings
-from ftdata.train.runs.trainer import Trainer
+from ftdata.train.runs.callbacks import SampleCallback, TrainingProgressCallback
+from ftdata.train.runs.finish import finish_run, set_stop_tokens
+from ftdata.train.runs.sft_arguments import check_devices, check_first_batch, check_settings, make_sft_config
+from ftdata.train.runs.trainer import BuildTrainer
 
 
-def train(config: Config, build: Path | None, *, resume: bool = False, notes: Sequence[str] = ()) -> Path:
+def train_sft(config: Config, build: Path | None, *, resume: bool = False, notes: Sequence[str] = ()) -> Path:
     """Train, save, and draw the loss.
 
     Args:
@@ -52,27 +52,27 @@ def train(config: Config, build: Path | None, *, resume: bool = False, notes: Se
     """
     check_devices(config.train)
     # One process speaks for all.
-    console = Console(stderr=True, quiet=not device.is_main())
+    console = Console(stderr=True, quiet=not device.is_main_process())
     run = Path(config.output_dir)
     for note in notes:
         console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
     config = _named(config)
     model_config = _checked(config)
-    before = checkpoints.check(run, config, device.processes(), resume=resume)
+    before = checkpoints.check_run_folder(run, config, device.process_count(), resume=resume)
     for passed in before.passed if before else ():
         console.print(f"{run.name}/{passed}: passed over", style="yellow", highlight=False, markup=False)
-    data = checked(build or _built(config, run, before, console), str(config.tokenizer))
+    data = open_training_data(build or _built(config, run, before, console), str(config.tokenizer))
     found = _estimated(config, model_config, data, isolated=True)
     console.print(str(found), highlight=False, markup=False, soft_wrap=True)
-    check_fits(found)
-    device.wait()
-    if device.is_main():
-        checkpoints.begin(run, config, data.manifest["fingerprint"], device.processes(), before)
+    check_memory(found)
+    device.wait_for_processes()
+    if device.is_main_process():
+        checkpoints.begin_run(run, config, data.manifest["fingerprint"], device.process_count(), before)
         about = config if data.folder == run / "data" else structs.replace(config, data=str(data.folder))
         (run / "config.yaml").write_text(to_yaml(about, redacted=True), encoding="utf-8")
-    device.wait()
+    device.wait_for_processes()
     trainer = _prepared(config, data, run, console)
-    watch = Watch(console)
+    watch = TrainingProgressCallback(console)
     trainer.add_callback(watch)
     try:
         if before and before.is_done(found.steps, config.early_stopping):
@@ -89,7 +89,7 @@ def train(config: Config, build: Path | None, *, resume: bool = False, notes: Se
     except UnpicklingError as error:
         raise InputRefused(
             "unsafe_checkpoint",
-            f"{before.checkpoint if before else run} holds what is no state of a trainer: {said_by(error, 200)}",
+            f"{before.checkpoint if before else run} holds what is no state of a trainer: {describe_exception(error, 200)}",
             hint="it may run code when it is read: do not go on from it",
         ) from None
     except KeyboardInterrupt:
@@ -98,10 +98,10 @@ def train(config: Config, build: Path | None, *, resume: bool = False, notes: Se
         raise
     finally:
         watch.stop()
-    return finish(trainer, config, data, run, console, found)
+    return finish_run(trainer, config, data, run, console, found)
 
 
-def look_ahead(config: Config, build: Path | None) -> tuple[Estimate, str]:
+def estimate_sft(config: Config, build: Path | None) -> tuple[Estimate, str]:
     """Work out a run without loading its model or leaving anything: the estimate, and what else would be said.
 
     Raises:
@@ -110,23 +110,28 @@ def look_ahead(config: Config, build: Path | None) -> tuple[Estimate, str]:
     """
     config = _named(config)
     model_config = _checked(config)
-    checkpoints.check(Path(config.output_dir), config, device.processes(), resume=False)
+    checkpoints.check_run_folder(Path(config.output_dir), config, device.process_count(), resume=False)
     with tempfile.TemporaryDirectory() as scratch:
         if build is None:
             build = Path(scratch) / "data"
             write_build(config.data, config.tokenizer, build, **config.build_options())
-        data = checked(build, str(config.tokenizer))
-        leaks = architecture_leaks(model_config, config.attn_implementation)
+        data = open_training_data(build, str(config.tokenizer))
+        leaks = has_leaking_architecture(model_config, config.attn_implementation)
         if leaks and data.packed:
             raise _leaks(config.model, model_config.model_type)
         found = _estimated(config, model_config, data, isolated=not leaks)
-    check_fits(found)
+    check_memory(found)
     return found, "rows are padded: the model lets documents see each other" if leaks else ""
 
 
 def make_trainer(
-    config: Config, model: Any, splits: datasets.DatasetDict, *, isolated: bool, seal: checkpoints.Seal | None = None
-) -> Trainer:
+    config: Config,
+    model: Any,
+    splits: datasets.DatasetDict,
+    *,
+    isolated: bool,
+    seal: checkpoints.CheckpointSeal | None = None,
+) -> BuildTrainer:
     """Return a trainer that takes the build's labels as they are.
 
     Args:
@@ -139,20 +144,20 @@ def make_trainer(
     Raises:
         UsageError: the trainer refuses its settings, or the tokenizer is another model's.
     """
-    tokenizer = load_processing(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
-    data = Data(Path(), {}, splits)
+    tokenizer = load_trainer_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
+    data = TrainingData(Path(), {}, splits)
     new = fit_vocabulary(model, data.vocabulary, tokenizer)
     packed = data.packed
-    settings = arguments(config, isolated=isolated, packed=packed, evaluates="test" in splits)
-    lengths = rows_of(splits["train"]).lengths
+    settings = make_sft_config(config, isolated=isolated, packed=packed, evaluates="test" in splits)
+    lengths = count_split(splits["train"]).lengths
     keep, settings.save_total_limit = settings.save_total_limit, None
     if not isolated:
         splits = splits.remove_columns("seq_lengths")
     callbacks = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping is not None else []
-    lora = adapter(config, model, grows=new)
+    lora = make_lora_config(config, model, grows=new)
     try:
-        trainer = Trainer(
-            seal=seal or checkpoints.Seal("", {}),
+        trainer = BuildTrainer(
+            seal=seal or checkpoints.CheckpointSeal("", {}),
             keep=keep,
             lengths=lengths,
             model=model,
@@ -186,11 +191,11 @@ def _checked(config: Config) -> Any:
     quantization_config(config.quantization, torch.float32)
     check_settings(config.train)
     # Whether anything is held out is not known yet; all else that the trainer refuses, it refuses now.
-    arguments(config, isolated=False, packed=False, evaluates=True)
+    make_sft_config(config, isolated=False, packed=False, evaluates=True)
     check_lora(config)
     # The tokenizer is loaded first: its error says best what is wrong with the name of a model.
     load_tokenizer(config.tokenizer)
-    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+    model_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
     check_adapter(config, model_config)
     return model_config
 
@@ -222,21 +227,21 @@ def _absolute_data(data: Any) -> Any:
     return str(Path.cwd() / data) if is_pattern and not Path(data).exists() else _absolute(data)
 
 
-def _built(config: Config, run: Path, before: checkpoints.Before | None, console: Console) -> Path:
+def _built(config: Config, run: Path, before: checkpoints.PreviousRun | None, console: Console) -> Path:
     # While a run is being resumed its data stays as it is until the new build has proved to be the same.
     build = run / ("data.resumed" if before else "data")
-    with device.main_first() as is_main:
+    with device.main_process_first() as is_main:
         if is_main:
             report = write_build(config.data, config.tokenizer, build, **config.build_options())
             console.print(str(report), highlight=False, markup=False)
             if before:
                 shutil.rmtree(build)
-                checkpoints.same_data(run, before, report.fingerprint)
+                checkpoints.check_same_data(run, before, report.fingerprint)
     return run / "data"
 
 
-def _estimated(config: Config, model_config: Any, data: Data, *, isolated: bool) -> Estimate:
-    settings = arguments(config, isolated=isolated, packed=data.packed, evaluates="test" in data.splits)
+def _estimated(config: Config, model_config: Any, data: TrainingData, *, isolated: bool) -> Estimate:
+    settings = make_sft_config(config, isolated=isolated, packed=data.packed, evaluates="test" in data.splits)
     most = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if most and data.longest > most:
         raise InputRefused(
@@ -244,10 +249,10 @@ def _estimated(config: Config, model_config: Any, data: Data, *, isolated: bool)
             f"an example has {data.longest:,} tokens, {config.model} has {most:,} positions",
             hint=f"build with max_length: {most}",
         )
-    return estimate(config, model_config, rows_of(data.splits["train"]), settings, data.vocabulary)
+    return estimate_run(config, model_config, count_split(data.splits["train"]), settings, data.vocabulary)
 
 
-def _prepared(config: Config, data: Data, run: Path, console: Console) -> Trainer:
+def _prepared(config: Config, data: TrainingData, run: Path, console: Console) -> BuildTrainer:
     set_seed(int(config.train.get("seed", 42)))
     model = load_model(
         config.model,
@@ -256,10 +261,10 @@ def _prepared(config: Config, data: Data, run: Path, console: Console) -> Traine
         attention=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )
-    isolated = leak(model) <= LEAK
+    isolated = measure_leak(model) <= LEAK
     if data.packed and not isolated:
         raise _leaks(config.model, f"{model.config.model_type}, {model.config._attn_implementation}")
-    seal = checkpoints.Seal(data.manifest["fingerprint"], checkpoints.read(run)["setup"])
+    seal = checkpoints.CheckpointSeal(data.manifest["fingerprint"], checkpoints.read_run_json(run)["setup"])
     trainer = make_trainer(config, model, data.splits, isolated=isolated, seal=seal)
     check_first_batch(trainer, padding_free=isolated)
     if not isolated:
@@ -269,11 +274,11 @@ def _prepared(config: Config, data: Data, run: Path, console: Console) -> Traine
     if template["name"] != "tokenizer" and Template(template["name"], template["source"]).chat:
         # Whoever loads the model must prompt it as it was trained.
         trainer.processing_class.chat_template = template["source"]
-    stops = teach_to_stop(trainer, config, data)
+    stops = set_stop_tokens(trainer, config, data)
     if not stops:
         said = "no answer ends in a control token: the model is not taught to stop"
         console.print(said, style="yellow", highlight=False, markup=False)
-    if device.is_main() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    if device.is_main_process() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         # Where the model is spread over processes, one alone cannot ask it.
         trainer.add_callback(_samples(config, data, run, set(stops), console))
     return trainer
@@ -287,16 +292,16 @@ def _leaks(model: str, kind: str) -> InputRefused:
     )
 
 
-def _samples(config: Config, data: Data, run: Path, stops: set[int], console: Console) -> Samples:
+def _samples(config: Config, data: TrainingData, run: Path, stops: set[int], console: Console) -> SampleCallback:
     tokenizer = load_tokenizer(config.tokenizer)
     expected: list[list[int] | None]
     if isinstance(config.samples, int):
-        held_out = documents(data.splits["test"]) if "test" in data.splits else iter(())
-        turns = (turn for ids, labels in held_out if (turn := last_turn(ids, labels, stops)) is not None)
+        held_out = read_documents(data.splits["test"]) if "test" in data.splits else iter(())
+        turns = (turn for ids, labels in held_out if (turn := split_last_turn(ids, labels, stops)) is not None)
         chosen = [turn for _, turn in zip(range(config.samples), turns, strict=False)]
         prompts, expected = [prompt for prompt, _ in chosen], [answer for _, answer in chosen]
     else:
-        recipe = recipe_of(str(config.tokenizer), data.manifest["options"])
-        prompts = [of_messages([{"role": "user", "content": text}], recipe) for text in config.samples]
+        recipe = rebuild_recipe(str(config.tokenizer), data.manifest["options"])
+        prompts = [encode_messages([{"role": "user", "content": text}], recipe) for text in config.samples]
         expected = [None] * len(prompts)
-    return Samples(prompts, expected, tokenizer, run / "samples.jsonl", console)
+    return SampleCallback(prompts, expected, tokenizer, run / "samples.jsonl", console)

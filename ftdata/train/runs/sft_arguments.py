@@ -20,10 +20,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 from trl import SFTConfig
 
 from ftdata.config import Config
-from ftdata.errors import InternalError, UsageError, nearest, one_of, said_by
+from ftdata.errors import InternalError, UsageError, check_choice, describe_exception, suggest_names
 from ftdata.redaction import redact
-from ftdata.train.model.config_fields import Field, check_type, fields_of
-from ftdata.train.model.device import precision, processes
+from ftdata.train.model.config_fields import ConfigField, check_type, fields_of
+from ftdata.train.model.device import compute_dtype, process_count
 from ftdata.train.model.load import wants_adapter
 from ftdata.types import IGNORE_INDEX
 
@@ -79,20 +79,20 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         if name in FIXED:
             raise UsageError("fixed_setting", f"train.{name} cannot be set: {FIXED[name]}")
         if name not in fields:
-            near = nearest(str(name), fields).partition("known: ")[0].strip()
+            near = suggest_names(str(name), fields).partition("known: ")[0].strip()
             hint = near or "see TRL's SFTConfig for its fields"
             raise UsageError("train_setting", f"SFTConfig has no field {name!r}", hint=hint)
         if name == "train_sampling_strategy":
-            one_of(name, value, STRATEGIES)
+            check_choice(name, value, STRATEGIES)
         if name == "metric_for_best_model" and value is not None:
-            one_of(name, str(value).removeprefix("eval_"), METRICS)
+            check_choice(name, str(value).removeprefix("eval_"), METRICS)
         if fields[name].is_number:
             _check_number(name, value, fields[name])
         else:
             check_type("train", name, value, fields[name])
 
 
-def _check_number(name: str, value: Any, field: Field) -> None:
+def _check_number(name: str, value: Any, field: ConfigField) -> None:
     if value is None and field.optional:
         return
     expected = None
@@ -119,7 +119,7 @@ def check_devices(settings: Mapping[str, Any]) -> None:
         UsageError: with the command for one process each.
     """
     gpus = torch.cuda.device_count()
-    if gpus > 1 and processes() == 1 and not settings.get("use_cpu"):
+    if gpus > 1 and process_count() == 1 and not settings.get("use_cpu"):
         raise UsageError(
             "several_gpus",
             f"one process sees {gpus} GPUs",
@@ -127,7 +127,7 @@ def check_devices(settings: Mapping[str, Any]) -> None:
         )
 
 
-def arguments(config: Config, *, isolated: bool, packed: bool, evaluates: bool) -> SFTConfig:
+def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: bool) -> SFTConfig:
     """Return the trainer's settings: sensible ones, over them the user's, over them those that keep the labels.
 
     Args:
@@ -141,7 +141,7 @@ def arguments(config: Config, *, isolated: bool, packed: bool, evaluates: bool) 
         UsageError: `SFTConfig` refuses.
     """
     gpu = torch.cuda.is_available() and not config.train.get("use_cpu")
-    dtype = precision(config.train)
+    dtype = compute_dtype(config.train)
     often = config.train.get("eval_strategy", "epoch" if evaluates else "no")
     if not evaluates and str(often) != "no":
         raise UsageError("no_test_split", f"eval_strategy is {often!r}, and nothing is held out", hint="set test_size")
@@ -194,7 +194,9 @@ def arguments(config: Config, *, isolated: bool, packed: bool, evaluates: bool) 
         # It would be asked for when the trainer is made, after the model was loaded.
         get_reporting_integration_callbacks(found.report_to)
     except (ValueError, TypeError, ImportError) as error:
-        raise UsageError("train_setting", f"SFTConfig refuses the train settings: {said_by(error, 2_000)}") from None
+        raise UsageError(
+            "train_setting", f"SFTConfig refuses the train settings: {describe_exception(error, 2_000)}"
+        ) from None
     return found
 
 

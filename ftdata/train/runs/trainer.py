@@ -22,14 +22,14 @@ from trl import SFTTrainer
 
 from ftdata.errors import InputRefused
 from ftdata.train import checkpoints
-from ftdata.train.model.device import wait
+from ftdata.train.model.device import wait_for_processes
 from ftdata.types import IGNORE_INDEX
 
 _POOL = 50
 """Batches among whose rows those of like length are looked for: enough to fill them evenly, few enough to mix."""
 
 
-class Trainer(SFTTrainer):
+class BuildTrainer(SFTTrainer):
     """Trains on the labels of a build.
 
     Args:
@@ -39,10 +39,12 @@ class Trainer(SFTTrainer):
         more: the arguments of `SFTTrainer`.
     """
 
-    def __init__(self, *, seal: checkpoints.Seal, keep: int | None, lengths: NDArray[np.int64], **more: Any) -> None:
+    def __init__(
+        self, *, seal: checkpoints.CheckpointSeal, keep: int | None, lengths: NDArray[np.int64], **more: Any
+    ) -> None:
         self._seal, self._keep, self._lengths, self._rows = seal, keep, lengths, len(lengths)
         if more["args"].world_size > 1:
-            more["train_dataset"] = with_filler(more["train_dataset"])
+            more["train_dataset"] = add_filler_row(more["train_dataset"])
         super().__init__(**more)
 
     def evaluate(
@@ -93,7 +95,7 @@ class Trainer(SFTTrainer):
         arguments = self.args
         at_once = arguments.train_batch_size * arguments.world_size
         strategy = str(getattr(arguments.train_sampling_strategy, "value", arguments.train_sampling_strategy))
-        return Order(
+        return EpochSampler(
             self._rows,
             at_once * arguments.gradient_accumulation_steps,
             arguments.data_seed if arguments.data_seed is not None else arguments.seed,
@@ -107,18 +109,18 @@ class Trainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         # Only what is sealed counts, so an older one goes when the newer is.
-        wait()
+        wait_for_processes()
         if self.args.should_save:
             run = Path(self.args.output_dir)
             # A pickle of all settings, secrets among them, which nothing reads.
             (run / f"checkpoint-{self.state.global_step}" / "training_args.bin").unlink(missing_ok=True)
             checkpoints.write_seal(run / f"checkpoint-{self.state.global_step}", self._seal)
             best = self.state.best_model_checkpoint
-            kept = checkpoints.ordered(run)[-self._keep :] if self._keep else checkpoints.ordered(run)
-            for path in checkpoints.ordered(run):
+            kept = checkpoints.list_checkpoints(run)[-self._keep :] if self._keep else checkpoints.list_checkpoints(run)
+            for path in checkpoints.list_checkpoints(run):
                 if path not in kept and (best is None or path.name != Path(best).name):
                     shutil.rmtree(path)
-        wait()
+        wait_for_processes()
 
     def take(self, checkpoint: str) -> None:
         """Be what a checkpoint is, or the best before it, without training."""
@@ -145,7 +147,7 @@ class Trainer(SFTTrainer):
 
     def _load_best_model(self) -> None:
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        if wrong := checkpoints.damage(best, self._seal):
+        if wrong := checkpoints.find_damage(best, self._seal):
             hint = "take it away, and go on with --resume from an earlier one"
             raise InputRefused("damaged_checkpoint", f"the best model is that of {best}: {wrong}", hint=hint)
         # The run may have been moved since it was saved.
@@ -159,7 +161,7 @@ class Trainer(SFTTrainer):
         pass
 
 
-class Order(torch.utils.data.Sampler):
+class EpochSampler(torch.utils.data.Sampler):
     """The order that rows are trained in, decided by seed and epoch alone, so that a resumed run has the same.
 
     It is by chance, or as the rows stand; with lengths, rows of like length go together and the batch with the longest
@@ -216,7 +218,7 @@ class Order(torch.utils.data.Sampler):
         return np.concatenate(mixed)
 
 
-def with_filler(rows: Any) -> Any:
+def add_filler_row(rows: Any) -> Any:
     """Return rows with one more, of which nothing is trained."""
     first = rows[0]["input_ids"][:1]
     filler = {"input_ids": [first * 2], "labels": [[IGNORE_INDEX] * 2], "seq_lengths": [[2]]}

@@ -20,7 +20,7 @@ from chats import (
     trained,
 )
 
-from ftdata.templates import Template, render
+from ftdata.templates import Template, render_in_worker
 from ftdata.types import Conversation
 
 THINKS = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
@@ -46,19 +46,25 @@ def test_r11_a_message_printed_around_another_is_refused():
 
 
 def test_r12_text_that_never_arrives():
-    assert refusal(template(), TOOLED).code == "payload_dropped"
+    assert refusal(template(), TOOLED).code == "message_dropped"
     no_system = template("{% if m.role != 'system' %}" + HEAD + TURN + "{% endif %}")
     with_rule = [{"role": "system", "content": "be brief"}, *TALK]
     assert refusal(no_system, with_rule).field == "messages[0].content"
-    assert trained(no_system, with_rule, dropped="flag") == (["a1<|im_end|>", "a2<|im_end|>"], {"payload_dropped"})
+    assert trained(no_system, with_rule, on_dropped_message="flag") == (
+        ["a1<|im_end|>", "a2<|im_end|>"],
+        {"message_dropped"},
+    )
     one = [USER, {"role": "assistant", "content": [{"type": "text", "text": "a1"}]}]
-    assert trained(template(), one) == (["a1<|im_end|>"], {"parts_joined"})
+    assert trained(template(), one) == (["a1<|im_end|>"], {"content_parts_joined"})
     parts = [USER, {"role": "assistant", "content": [{"type": "text", "text": "a1"}] * 2}]
     assert refusal(template(HEAD + "{{ m.content | tojson }}<|im_end|>\n"), parts).code == "content_stringified"
     thought = [USER, {**ANSWER, "reasoning_content": "hm"}]
     assert trained(template(), thought) == (["a1<|im_end|>"], {"reasoning_dropped"})
     cut = template(HEAD + "{{ m.content.split('</think>')[-1] }}<|im_end|>\n")
-    assert trained(cut, [USER, {"role": "assistant", "content": "hm</think>a1"}]) == (["a1<|im_end|>"], {"content_cut"})
+    assert trained(cut, [USER, {"role": "assistant", "content": "hm</think>a1"}]) == (
+        ["a1<|im_end|>"],
+        {"message_truncated"},
+    )
     assert trained(template(), [USER, {**ANSWER, "mood": "sunny"}])[1] == {"fields_dropped"}
 
 
@@ -96,10 +102,10 @@ def test_r12_one_of_two_calls_that_is_missing():
     )
     second = {"type": "function", "function": {"name": "find", "arguments": {"key": "another"}}}
     calls = [USER, {**CALL, "tool_calls": [*CALL["tool_calls"], second]}]
-    assert refusal(first_only, calls).code == "payload_dropped"
+    assert refusal(first_only, calls).code == "message_dropped"
     assert (
         "tools_dropped"
-        in render(
+        in render_in_worker(
             Conversation((USER, ANSWER), tools=({"name": "find"},)), Template("t", template(), strict=False), "joint"
         )[0].flags
     )
@@ -129,7 +135,7 @@ def test_r11_numbers_and_brackets_of_a_call_are_its_own(arguments):
     )
     texts, flags = trained(stopless, called(arguments))
     assert texts[0] == f'<tool_call>{{"name": "f", "arguments": {json.dumps(arguments)}}}'
-    assert flags == {"no_stop"}
+    assert flags == {"no_trained_stop"}
 
 
 @pytest.mark.parametrize(
@@ -143,14 +149,14 @@ def test_r11_numbers_and_brackets_of_a_call_are_its_own(arguments):
     ],
 )
 def test_r12_numbers_and_keys_that_never_arrive(turn, messages):
-    assert refusal(template(HEAD + turn + "<|im_end|>\n"), messages).code == "payload_dropped"
+    assert refusal(template(HEAD + turn + "<|im_end|>\n"), messages).code == "message_dropped"
 
 
 @pytest.mark.parametrize(
     ("turn", "more", "flag"),
     [
-        ("{{ m.content[0].text }}", {"content": [{"type": "text", "text": "so yes"}, {"type": "text", "text": "yes"}]}, "content_cut"),
-        (THINKS, {"reasoning_content": "one", "thinking": "another"}, "content_cut"),
+        ("{{ m.content[0].text }}", {"content": [{"type": "text", "text": "so yes"}, {"type": "text", "text": "yes"}]}, "message_truncated"),
+        (THINKS, {"reasoning_content": "one", "thinking": "another"}, "message_truncated"),
         ("{{ m.content }}", {"reasoning_content": ["a thought"]}, "reasoning_dropped"),
         ("{{ m.content }}", {"score": 3}, "fields_dropped"),
         ("{{ m.content }}{{ m.score }}", {"score": 3}, None),
@@ -172,7 +178,7 @@ def test_tools_that_are_not_printed_whole_are_flagged():
 
     def flags(before):
         source = Template("t", template(before=before), strict=False, special_tokens={"eos_token": "<|im_end|>"})
-        return render(Conversation(tuple(TALK), tools=tuple(tools)), source, "joint")[0].flags
+        return render_in_worker(Conversation(tuple(TALK), tools=tuple(tools)), source, "joint")[0].flags
 
     assert flags("{{ tools | tojson }}") == set()
     assert (
@@ -209,7 +215,7 @@ def test_r12_a_call_that_says_what_another_says():
         second = {"type": "function", "function": {"name": "find", "arguments": arguments}}
         first = {"type": "function", "function": {"name": "find", "arguments": {"key": "value", "n": 12}}}
         messages = [USER, {**CALL, "tool_calls": [first, second]}]
-        assert refusal(first_only, messages).code == "payload_dropped"
+        assert refusal(first_only, messages).code == "message_dropped"
         assert trained(every, messages)[1] == set()
 
 
@@ -247,7 +253,7 @@ def test_r12_results_of_tools_that_are_objects(result, printed):
     bound = Template(
         "results", template(RESULT.replace("PRINTED", printed)), special_tokens={"eos_token": "<|im_end|>"}
     )
-    (rendered,) = render(Conversation(tuple(messages)), bound)
+    (rendered,) = render_in_worker(Conversation(tuple(messages)), bound)
     assert json.loads(rendered.text.partition("tool\n")[2].partition("<|im_end|>")[0]) == result
 
 
@@ -257,7 +263,7 @@ def test_r12_results_of_tools_that_are_objects(result, printed):
     [
         ("{{ m.content }}", "content_stringified"),
         ("{{ m.content | string }}", "content_stringified"),
-        ("done", "payload_dropped"),
+        ("done", "message_dropped"),
     ],
 )
 def test_r12_objects_that_are_not_printed_as_json(result, printed, code):
@@ -282,7 +288,7 @@ def test_an_empty_answer_without_a_stop_is_flagged(prompt):
         + "{% endif %}"
     )
     texts, flags = trained(source, [USER, {**ANSWER, "content": ""}])
-    assert flags & {"no_stop", "unclosed_final"}
+    assert flags & {"no_trained_stop", "missing_final_stop"}
     assert not any("<|im_end|>" in text for text in texts)
 
 
@@ -297,7 +303,7 @@ def test_an_empty_turn_by_itself_is_flagged(tokenizer_dir):
     messages = [USER, {**ANSWER, "content": ""}, USER, ANSWER]
     for turns in ("split", "joint"):
         examples = encode(messages, tokenizer_dir("tiny_bpe"), source, turns=turns)
-        assert any("no_stop" in example.flags for example in examples), turns
+        assert any("no_trained_stop" in example.flags for example in examples), turns
 
 
 THINKING = (

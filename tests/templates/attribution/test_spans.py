@@ -3,16 +3,16 @@
 import pytest
 
 from ftdata.templates.attribution.spans import (
-    Piece,
-    Region,
-    painted,
-    pieces,
+    TextPiece,
+    TurnRegion,
+    find_thinking_tags,
+    make_spans,
+    override_part,
+    pieces_of,
     split_thinking,
-    thinking_tags,
-    tile,
-    tracked_messages,
+    track_messages,
 )
-from ftdata.templates.attribution.tracked_strings import concat
+from ftdata.templates.attribution.tracked_strings import concat_tracked
 from ftdata.types import Part, Span
 
 S, C, R = Part.SCAFFOLD, Part.CONTENT, Part.REASONING
@@ -22,14 +22,14 @@ def laid(*texts):
     """A text of (part, message, text), and its pieces."""
     found, at = [], 0
     for part, message, text in texts:
-        found.append(Piece(at, at + len(text), part, message, 0))
+        found.append(TextPiece(at, at + len(text), part, message, 0))
         at += len(text)
     return "".join(text for _, _, text in texts), found
 
 
 def test_regions_cut_pieces_and_what_is_outside_is_its_writers():
     _, parts = laid((S, -1, "<u>"), (C, 0, "ask"), (S, -1, "<a>"), (C, 1, "say"), (S, -1, "</s>\n"))
-    assert tile(parts, [Region(1, 7, 16)]) == (
+    assert make_spans(parts, [TurnRegion(1, 7, 16)]) == (
         Span(0, 3, S, -1, False),
         Span(3, 6, C, 0, False),
         Span(6, 7, S, -1, False),
@@ -38,8 +38,8 @@ def test_regions_cut_pieces_and_what_is_outside_is_its_writers():
         Span(12, 16, S, 1, True),
         Span(16, 17, S, -1, False),
     )
-    assert tile(parts[1:2], [Region(1, 0, 4)]) == (Span(3, 4, C, 1, True), Span(4, 6, C, 0, False))
-    assert tile(parts[1:2], [Region(1, 4, 5)]) == (
+    assert make_spans(parts[1:2], [TurnRegion(1, 0, 4)]) == (Span(3, 4, C, 1, True), Span(4, 6, C, 0, False))
+    assert make_spans(parts[1:2], [TurnRegion(1, 4, 5)]) == (
         Span(3, 4, C, 0, False),
         Span(4, 5, C, 1, True),
         Span(5, 6, C, 0, False),
@@ -58,9 +58,9 @@ def test_regions_cut_pieces_and_what_is_outside_is_its_writers():
     ],
 )
 def test_a_piece_is_painted_where_it_is_of_the_part(start, end, expected):
-    piece = Piece(2, 6, C, 1, 0)
-    assert [(one.start, one.end, one.part) for one in painted(piece, start, end, C, part=R)] == expected
-    assert list(painted(piece, start, end, S, part=R)) == [piece]
+    piece = TextPiece(2, 6, C, 1, 0)
+    assert [(one.start, one.end, one.part) for one in override_part(piece, start, end, C, part=R)] == expected
+    assert list(override_part(piece, start, end, S, part=R)) == [piece]
 
 
 def thinking(*texts, regions=(), assistants=(1, 3)):
@@ -81,27 +81,32 @@ def test_thinking_in_answers_inside_and_outside_regions():
         (R, "\n\n"),
         (C, "a"),
     ]
-    assert thinking(*talk) == thinking(*talk, regions=[Region(1, 16, 21), Region(3, 22, 42)]) == expected
+    assert thinking(*talk) == thinking(*talk, regions=[TurnRegion(1, 16, 21), TurnRegion(3, 22, 42)]) == expected
 
 
 def test_thinking_that_stands_open_before_the_answer():
     opened = [(S, -1, "<think>"), (C, 1, "hm</think>a")]
-    assert thinking(*opened, regions=[Region(1, 7, 18)])[1:] == [(R, "hm"), (S, "</think>"), (C, "a")]
+    assert thinking(*opened, regions=[TurnRegion(1, 7, 18)])[1:] == [(R, "hm"), (S, "</think>"), (C, "a")]
     # What the prompt forces may be what the answer spells.
     spelt = [(S, -1, "x"), (C, 1, "<think>hm</think>a")]
-    assert thinking(*spelt, regions=[Region(1, 8, 19)])[1:] == [(S, "<think>"), (R, "hm"), (S, "</think>"), (C, "a")]
+    assert thinking(*spelt, regions=[TurnRegion(1, 8, 19)])[1:] == [
+        (S, "<think>"),
+        (R, "hm"),
+        (S, "</think>"),
+        (C, "a"),
+    ]
     far = [(S, -1, "<think>" + " " * 70), (C, 1, "hm</think>a")]
-    assert thinking(*far, regions=[Region(1, 77, 88)])[1:] == [(C, "hm</think>a")]
+    assert thinking(*far, regions=[TurnRegion(1, 77, 88)])[1:] == [(C, "hm</think>a")]
 
 
 def test_thinking_of_one_letter_and_in_two_pieces():
-    assert thinking((S, -1, "<think>"), (C, 1, "h</think>a"), regions=[Region(1, 7, 17)])[1:] == [
+    assert thinking((S, -1, "<think>"), (C, 1, "h</think>a"), regions=[TurnRegion(1, 7, 17)])[1:] == [
         (R, "h"),
         (S, "</think>"),
         (C, "a"),
     ]
     parted = [(C, 1, "<think>hm"), (S, -1, "|"), (C, 1, "</think>a")]
-    assert thinking(*parted, regions=[Region(1, 0, 19)]) == [
+    assert thinking(*parted, regions=[TurnRegion(1, 0, 19)]) == [
         (S, "<think>"),
         (R, "hm"),
         (S, "|"),
@@ -112,7 +117,7 @@ def test_thinking_of_one_letter_and_in_two_pieces():
 
 def test_tags_of_thinking_outside_regions_are_nobodys():
     text, parts = laid((C, 1, "<think>hm</think>a"), (C, 3, "b"))
-    spans = tile(split_thinking(text, parts, [Region(3, 18, 19)], [1, 3]), [Region(3, 18, 19)])
+    spans = make_spans(split_thinking(text, parts, [TurnRegion(3, 18, 19)], [1, 3]), [TurnRegion(3, 18, 19)])
     assert [(span.part, span.message) for span in spans] == [(S, -1), (R, 1), (S, -1), (C, 1), (C, 3)]
 
 
@@ -126,14 +131,12 @@ def test_empty_thinking_is_no_reasoning():
     [("x</None>", None, []), ("</think>", "think", [(0, 8)]), ("a</think>", "thought", []), ("a <think>b</think>", None, [])],
 )  # fmt: skip
 def test_tags_of_thinking(content, opened, expected):
-    assert thinking_tags(content, opened) == expected
+    assert find_thinking_tags(content, opened) == expected
 
 
 def test_messages_as_templates_are_given_them():
-    (message,) = tracked_messages(
-        [{"role": "assistant", "content": "", "thinking": "hm", "name": None, "train": False}]
-    )
+    (message,) = track_messages([{"role": "assistant", "content": "", "thinking": "hm", "name": None, "train": False}])
     assert message == {"role": "assistant", "content": "", "thinking": "hm", "reasoning_content": "hm"}
     assert message["content"].runs == ()
-    whole = concat([message["thinking"], "|", tracked_messages([{"role": "user", "mood": "m"}])[0]["mood"]])
-    assert [(one.part, one.message) for one in pieces(whole)] == [(R, 0), (S, -1), (Part.OTHER, 0)]
+    whole = concat_tracked([message["thinking"], "|", track_messages([{"role": "user", "mood": "m"}])[0]["mood"]])
+    assert [(one.part, one.message) for one in pieces_of(whole)] == [(R, 0), (S, -1), (Part.OTHER, 0)]

@@ -11,8 +11,8 @@ from makers import CHATML
 from ftdata.errors import BadRow, FtdataError
 from ftdata.pipeline.examples import build_rows
 from ftdata.pipeline.recipe import make_recipe
-from ftdata.templates import find, render, render_chat
-from ftdata.testing import texts
+from ftdata.templates import find_template, render_chat, render_in_worker
+from ftdata.testing import text_strategy
 from ftdata.types import Conversation, Reject, Row, Source
 
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
@@ -45,7 +45,7 @@ def fresh(tokenizer, template):
 
 def outcome(conversation, template, turns):
     try:
-        return render(conversation, template, turns)
+        return render_in_worker(conversation, template, turns)
     except BadRow as error:
         return error.code
 
@@ -54,7 +54,9 @@ def outcome(conversation, template, turns):
 @often(60)
 @given(
     shape=st.sampled_from(["ua", "sua", "uaua"]),
-    contents=st.lists(st.lists(texts() | st.sampled_from(HARD), min_size=4, max_size=4), min_size=3, max_size=6),
+    contents=st.lists(
+        st.lists(text_strategy() | st.sampled_from(HARD), min_size=4, max_size=4), min_size=3, max_size=6
+    ),
     turns=st.sampled_from(["auto", "joint"]),
 )
 def test_what_a_plan_gives_is_what_is_rendered(tokenizer_dir, name, shape, contents, turns):
@@ -89,10 +91,10 @@ def talk(turns, blanks=False):
 
 def test_blanks_around_texts_need_no_other_plan(tokenizer_dir, monkeypatch):
     template = make_recipe(tokenizer_dir("tiny_bpe"), SOURCES["chatml"][1]).template
-    render(talk(3), template)
+    render_in_worker(talk(3), template)
     runs = counted(monkeypatch, template)
     for text in ("a", " a", "a\n", "\n\na b "):
-        (found,) = render(Conversation(tuple({**one, "content": text} for one in talk(3).messages)), template)
+        (found,) = render_in_worker(Conversation(tuple({**one, "content": text} for one in talk(3).messages)), template)
         assert found.text.count(f"\n{text}<|im_end|>") == 6
     assert runs == []
 
@@ -100,20 +102,20 @@ def test_blanks_around_texts_need_no_other_plan(tokenizer_dir, monkeypatch):
 def test_longer_conversations_begin_as_shorter_ones(tokenizer_dir, monkeypatch):
     template = make_recipe(tokenizer_dir("tiny_bpe"), SOURCES["chatml"][1]).template
     for turns in range(1, 12):
-        render(talk(turns), template)
+        render_in_worker(talk(turns), template)
     runs = counted(monkeypatch, template)
-    render(talk(12), template)
+    render_in_worker(talk(12), template)
     # The whole twice, watched and not, and what it begins with up to the last turn.
     assert len(runs) <= 5
 
 
 def test_turns_of_their_own_are_joined_too(tokenizer_dir, monkeypatch):
     template = fresh(tokenizer_dir("qwen"), None)
-    assert len(render(talk(3), template)) == 3
+    assert len(render_in_worker(talk(3), template)) == 3
     runs = counted(monkeypatch, template)
     for number in range(4):
         said = [{**one, "content": f"{one['content']} {number}"} for one in talk(3).messages]
-        assert len(render(Conversation(tuple(said)), template)) == 3
+        assert len(render_in_worker(Conversation(tuple(said)), template)) == 3
     assert runs == []
 
 
@@ -132,7 +134,7 @@ def test_fast_path_conversations_are_rendered_once(tokenizer_dir, name):
         patch.setattr(type(template), "rendered", counted)
         for number in range(20):
             talk = [{"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": f"a {number}"}]
-            render(Conversation(tuple(talk)), template)
+            render_in_worker(Conversation(tuple(talk)), template)
             if number == 0:
                 runs.clear()
     assert runs == []
@@ -140,7 +142,7 @@ def test_fast_path_conversations_are_rendered_once(tokenizer_dir, name):
 
 def test_what_a_template_does_about_typed_control_tokens_is_no_plan(tokenizer_dir):
     source = SOURCES["chatml"][1]
-    reacting = find(source)[1].replace(
+    reacting = find_template(source)[1].replace(
         "{{ text(message.content) }}<|im_end|>{% endif %}",
         "{% if '<|im_end|>' in message.content %}<|im_end|>{% endif %}{{ text(message.content) }}<|im_end|>{% endif %}",
     )
@@ -186,7 +188,7 @@ def test_what_is_tried_in_this_process_is_bounded(growth, tokenizer_dir):
         ).report
         assert report.totals["built"] >= 40 or growth == "doubled"
     except FtdataError as error:
-        assert error.code in ("template_limits", "nothing_built", "too_many_rejects"), error
+        assert error.code in ("template_limits", "no_rows_built", "too_many_rejects"), error
     # Tokenizing 4 MB takes some of it.
     assert time.process_time() - began < 12
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 800 << 10
@@ -201,5 +203,5 @@ def test_honest_plans_are_within_the_bounds():
     ]
     template = Template("honest", CHATML, special_tokens={"eos_token": "<|im_end|>"})
     for _ in range(2):
-        render_chat.render(Conversation(tuple(talk)), template)
+        render_chat.render_chat(Conversation(tuple(talk)), template)
     assert template.plans.filled(talk, list(range(1, 60, 2))) is not None

@@ -225,9 +225,10 @@ def test_a_worker_that_ended_before_a_request_is_sent_is_replaced(tokenizer_dir)
 
     looping = Template("looping", "{{ messages }}" + LOOPS)
     asked = [
-        process.submit("render", looping, conversation=CONVERSATION, turns="auto", dropped="refuse") for _ in range(2)
+        process.submit_request("render", looping, conversation=CONVERSATION, turns="auto", on_dropped_message="reject")
+        for _ in range(2)
     ]
-    honest = process.submit("scaffold", Template("honest", CHAT))
+    honest = process.submit_request("scaffold", Template("honest", CHAT))
     assert "text" in honest.result()
     for request in asked:
         with pytest.raises(process.LimitExceeded):
@@ -238,7 +239,7 @@ def test_limits_are_counted_in_cpu_time():
     """A worker that does not get to run must not lose its row."""
     from ftdata.templates.template import Template
 
-    request = process.submit("scaffold", Template("honest", CHAT + "{# stopped #}"))
+    request = process.submit_request("scaffold", Template("honest", CHAT + "{# stopped #}"))
     worker = process._worker()
     os.kill(worker.process.pid, signal.SIGSTOP)
     threading.Timer(3 * process.CPU_SECONDS, os.kill, (worker.process.pid, signal.SIGCONT)).start()

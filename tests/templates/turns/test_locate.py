@@ -34,7 +34,7 @@ def test_r2_a_turn_begins_where_its_generation_prompt_ends():
 def test_r2_where_there_is_no_prompt_tags_say_where_the_model_begins():
     body = "{% if m.role == 'assistant' %}{% generation %}" + TURN.strip() + "{% endgeneration %}\n{% else %}" + TURN
     tagged = template(HEAD + body + "{% endif %}", "")
-    assert trained(tagged) == (["a1<|im_end|>", "a2<|im_end|>"], {"tags_unconfirmed"})
+    assert trained(tagged) == (["a1<|im_end|>", "a2<|im_end|>"], {"generation_tags_unconfirmed"})
     untagged = template(HEAD + TURN, "")
     assert trained(untagged)[0] == [f"<|im_start|>assistant\n{answer}<|im_end|>" for answer in ("a1", "a2")]
 
@@ -43,8 +43,11 @@ def test_r2_where_there_is_no_prompt_tags_say_where_the_model_begins():
     ("marked", "flags"),
     [
         ("{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}", set()),
-        ("{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>", {"tags_overruled", "stop_untagged"}),
-        ("{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}", {"tags_overruled"}),
+        (
+            "{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>",
+            {"generation_tags_overruled", "stop_outside_generation_tags"},
+        ),
+        ("{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}", {"generation_tags_overruled"}),
     ],
 )
 def test_r2_the_stop_is_trained_whatever_the_tags_of_the_tokenizer_say(marked, flags):
@@ -60,7 +63,7 @@ def test_r2_thinking_in_the_data_that_the_prompt_opens():
 
 
 def test_r3_prompt_drift_begins_before_the_scaffold_that_is_not_there():
-    assert trained(template(prompt=PROMPT + "<think>\n")) == (["a1<|im_end|>", "a2<|im_end|>"], {"prompt_drift"})
+    assert trained(template(prompt=PROMPT + "<think>\n")) == (["a1<|im_end|>", "a2<|im_end|>"], {"prompt_mismatch"})
     half_shared = template(
         "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}</think>{% endif %}" + TURN, PROMPT + "<think>"
     )
@@ -92,7 +95,7 @@ def test_r4_history_that_is_rewritten_is_split():
     )
     source = prompt_moves + "{% endfor %}{% if add_generation_prompt %}" + PROMPT + "{% endif %}"
     assert refusal(source).code == "history_drift"
-    assert trained(source, turns="auto") == (["a1<|im_end|>", "a2<|im_end|>"], {"split"})
+    assert trained(source, turns="auto") == (["a1<|im_end|>", "a2<|im_end|>"], {"conversation_split"})
     assert refusal(moved).code == "history_drift"
 
 
@@ -109,4 +112,4 @@ def test_r4_history_that_cannot_be_compared_is_flagged():
         + CALLS
         + "<|im_end|>\n"
     )
-    assert trained(source, TOOLED)[1] == {"uncompared", "empty_thinking"}
+    assert trained(source, TOOLED)[1] == {"history_not_compared", "empty_thinking"}

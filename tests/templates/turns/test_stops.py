@@ -19,7 +19,7 @@ from chats import (
 )
 
 from ftdata import encode
-from ftdata.templates import Template, render
+from ftdata.templates import Template, render_in_worker
 from ftdata.types import Conversation
 
 
@@ -34,17 +34,17 @@ def test_r6_blanks_after_the_stop_are_not_trained():
 
 
 def test_r7_a_stop_that_only_the_next_message_prints():
-    assert trained(LATE_STOP) == (["a1<|im_end|>", "a2"], {"unclosed_final"})
+    assert trained(LATE_STOP) == (["a1<|im_end|>", "a2"], {"missing_final_stop"})
     unless_last = template(
         HEAD + "{{ m.content }}{% if not loop.last or add_generation_prompt %}<|im_end|>\n{% endif %}"
     )
-    assert trained(unless_last) == (["a1<|im_end|>", "a2"], {"unclosed_final"})
+    assert trained(unless_last) == (["a1<|im_end|>", "a2"], {"missing_final_stop"})
 
 
 def test_r8_no_stop_at_all_ends_with_the_answer():
     openers_only = template("<|{{ m.role }}|>\n{{ m.content }}", "<|assistant|>\n")
-    assert trained(openers_only) == (["a1", "a2"], {"no_stop"})
-    assert trained(STOPLESS) == (["a1", "a2"], {"no_stop"})
+    assert trained(openers_only) == (["a1", "a2"], {"no_trained_stop"})
+    assert trained(STOPLESS) == (["a1", "a2"], {"no_trained_stop"})
 
 
 @pytest.mark.parametrize(
@@ -52,13 +52,13 @@ def test_r8_no_stop_at_all_ends_with_the_answer():
     [
         (LATE_STOP, TALK, "a1<|im_end|>a2<|im_end|>", {"eos_appended"}),
         (STOPLESS, TALK[:2], "a1<|im_end|>", {"eos_appended"}),
-        (STOPLESS, TALK, "a1a2<|im_end|>", {"eos_appended", "no_stop"}),
-        (STOPLESS, [*TALK, USER], "a1a2", {"no_stop", "trailing_turns"}),
+        (STOPLESS, TALK, "a1a2<|im_end|>", {"eos_appended", "no_trained_stop"}),
+        (STOPLESS, [*TALK, USER], "a1a2", {"no_trained_stop", "trailing_messages"}),
         (template(), TALK, "a1<|im_end|>a2<|im_end|>", set()),
     ],
 )
 def test_r7_eos_can_be_put_where_the_template_prints_no_last_stop(tokenizer_dir, source, messages, trained, flags):
-    (example,) = encode(messages, tokenizer_dir("tiny_bpe"), source, unclosed="append_eos")
+    (example,) = encode(messages, tokenizer_dir("tiny_bpe"), source, on_missing_stop="append_eos")
     assert (shown(example), example.flags) == (trained, flags)
     if "eos_appended" in flags:
         assert example.text.endswith("a2<|im_end|>" if len(messages) > 2 else "a1<|im_end|>")
@@ -70,16 +70,18 @@ def test_r9_middle_and_final_stops_may_differ():
         "<|start|>assistant<|message|>",
     )
     special = {"eos_token": "<|return|>"}
-    (one,) = render(Conversation(tuple(TALK)), Template("t", source, strict=False, special_tokens=special), "joint")
+    (one,) = render_in_worker(
+        Conversation(tuple(TALK)), Template("t", source, strict=False, special_tokens=special), "joint"
+    )
     parts = [one.text[s.start : s.end] for s in one.spans if s.generated]
     assert parts == ["a1", "<|end|>", "a2", "<|return|>"]
 
 
 def test_r10_what_follows_the_final_stop_is_never_trained():
     always = template().replace("{% if add_generation_prompt %}", "").replace("{% endif %}", "{{ '' }}")
-    assert trained(always) == (["a1<|im_end|>", "a2<|im_end|>"], {"junk_tail"})
+    assert trained(always) == (["a1<|im_end|>", "a2<|im_end|>"], {"text_after_last_stop"})
     twice = template() + "{% if not add_generation_prompt %}</s>{% endif %}"
-    assert trained(twice) == (["a1<|im_end|>", "a2<|im_end|>"], {"junk_tail"})
+    assert trained(twice) == (["a1<|im_end|>", "a2<|im_end|>"], {"text_after_last_stop"})
 
 
 RATED = template(HEAD + TURN + "{% if m.rating %}<|im_start|>rating\n{{ m.rating }}<|im_end|>\n{% endif %}")
@@ -94,14 +96,14 @@ def test_r5_other_fields_of_a_message_do_not_move_its_stop():
 def test_r8_the_opener_of_the_next_message_is_no_stop():
     numbered = "{% for m in messages %}<|im_start|>{{ m.role }} #{{ loop.index }}\n{{ m.content }}\n{% endfor %}"
     asked = numbered + "{% if add_generation_prompt %}<|im_start|>assistant #{{ messages|length + 1 }}\n{% endif %}"
-    assert trained(asked) == (["a1", "a2"], {"no_stop"})
+    assert trained(asked) == (["a1", "a2"], {"no_trained_stop"})
     first_bare = "{% for m in messages %}{% if m.role == 'user' %}{% if not loop.first %}[INST] {% endif %}{{ m.content }} [/INST]{% else %} {{ m.content }} {% endif %}{% endfor %}"
-    assert trained(first_bare) == ([" a1", " a2"], {"no_stop"})
+    assert trained(first_bare) == ([" a1", " a2"], {"no_trained_stop"})
 
 
 def test_r10_a_footer_is_not_trained():
     footer = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}assistant: {% else %}### End{% endif %}"
-    assert trained(footer) == (["a1", "a2"], {"no_stop", "junk_tail"})
+    assert trained(footer) == (["a1", "a2"], {"no_trained_stop", "text_after_last_stop"})
 
 
 def test_r9_a_stop_that_is_printed_only_where_the_conversation_ends(tokenizer_dir):
@@ -110,10 +112,10 @@ def test_r9_a_stop_that_is_printed_only_where_the_conversation_ends(tokenizer_di
         "assistant:\n",
     )
     (example,) = encode(TALK, tokenizer_dir("qwen"), ends)
-    assert (shown(example), example.flags) == ("a1a2\n<|endoftext|>", {"no_stop"})
+    assert (shown(example), example.flags) == ("a1a2\n<|endoftext|>", {"no_trained_stop"})
     asks = template("<|im_start|>{{ m.role }}:\n{{ m.content }}\n", "") + "<|im_start|>assistant:{{ '\n' }}"
     (example,) = encode(TALK, tokenizer_dir("qwen"), asks)
-    assert (shown(example), example.flags) == ("a1a2", {"no_stop", "junk_tail"})
+    assert (shown(example), example.flags) == ("a1a2", {"no_trained_stop", "text_after_last_stop"})
 
 
 ENDS = "{% if loop.last and m.role == 'assistant' %}<|end|>{% else %}<|im_end|>\n{% endif %}"
@@ -124,7 +126,7 @@ ENDS = "{% if loop.last and m.role == 'assistant' %}<|end|>{% else %}<|im_end|>\
     [
         ("{{ m.content }}" + CALLS + ENDS, TOOLED, ["</tool_call><|im_end|>", "a2<|end|>"], set()),
         ("{{ m.content }}{% if m.role != 'user' %}</answer>{% endif %}" + ENDS, TALK, ["a1</answer><|im_end|>", "a2</answer><|end|>"], set()),
-        ("{{ m.content }}" + CALLS + "{% if not loop.last or add_generation_prompt %}<|im_end|>\n{% endif %}", TOOLED, ["</tool_call><|im_end|>", "a2"], {"unclosed_final"}),
+        ("{{ m.content }}" + CALLS + "{% if not loop.last or add_generation_prompt %}<|im_end|>\n{% endif %}", TOOLED, ["</tool_call><|im_end|>", "a2"], {"missing_final_stop"}),
     ],
 )  # fmt: skip
 def test_r5_a_closing_tag_is_no_stop(turn, messages, expected, flags):
@@ -138,12 +140,15 @@ def test_r7_a_call_without_its_stop_is_unclosed(tokenizer_dir):
         "{% if not loop.first %}<|im_end|>\n{% endif %}" + HEAD + "{{ m.content }}" + CALLS, "<|im_end|>\n" + PROMPT
     )
     texts, flags = trained(late, TOOLED)
-    assert (texts[0][-22:], texts[1], flags) == ("</tool_call><|im_end|>", "a2", {"unclosed_final"})
-    assert trained(late, TOOLED[:2])[1] == {"unclosed_final"}
-    (example,) = encode(TOOLED[:2], tokenizer_dir("tiny_bpe"), late, unclosed="append_eos")
+    assert (texts[0][-22:], texts[1], flags) == ("</tool_call><|im_end|>", "a2", {"missing_final_stop"})
+    assert trained(late, TOOLED[:2])[1] == {"missing_final_stop"}
+    (example,) = encode(TOOLED[:2], tokenizer_dir("tiny_bpe"), late, on_missing_stop="append_eos")
     assert shown(example).endswith("</tool_call><|im_end|>")
 
 
 def test_r8_the_stop_of_a_blank_message_is_not_the_answers():
     source = "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content | trim }}<|im_end|>{% else %}<|assistant|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    assert trained(source, [*TALK[:2], {"role": "user", "content": " "}, TALK[3]]) == (["a1", "a2"], {"no_stop"})
+    assert trained(source, [*TALK[:2], {"role": "user", "content": " "}, TALK[3]]) == (
+        ["a1", "a2"],
+        {"no_trained_stop"},
+    )

@@ -9,9 +9,9 @@ import pytest
 
 from ftdata import build_sft_dataset, check_template, encode
 from ftdata.errors import TemplateRefused
-from ftdata.templates import Template, render
-from ftdata.templates.chat import Chat
-from ftdata.templates.verification.cross_check import contradiction
+from ftdata.templates import Template, render_in_worker
+from ftdata.templates.chat import ChatRendering
+from ftdata.templates.verification.cross_check import cross_check
 from ftdata.templates.worker import client, process
 from ftdata.types import Conversation, Part, Span
 
@@ -34,9 +34,9 @@ def bound(source=CHATML):
 def against(change):
     """What the second way says of a rendering after `change` has been done to its spans."""
     template = bound()
-    (rendered,) = render(Conversation(TALK), template, "joint")
+    (rendered,) = render_in_worker(Conversation(TALK), template, "joint")
     spans = tuple(new for span in rendered.spans for new in change(span))
-    return contradiction(Chat.of(Conversation(TALK), template), rendered._replace(spans=spans))
+    return cross_check(ChatRendering.of(Conversation(TALK), template), rendered._replace(spans=spans))
 
 
 def test_a_right_rendering_is_not_contradicted():
@@ -68,10 +68,10 @@ def test_faults_are_contradicted(fault):
 
 def test_another_text_is_contradicted():
     template = bound()
-    (rendered,) = render(Conversation(TALK), template, "joint")
-    chat = Chat.of(Conversation(TALK), template)
-    assert "texts differ" in contradiction(chat, rendered._replace(text=rendered.text + "!")).reason
-    assert contradiction(Chat.of(Conversation(TALK[:2]), template), rendered) is not None
+    (rendered,) = render_in_worker(Conversation(TALK), template, "joint")
+    chat = ChatRendering.of(Conversation(TALK), template)
+    assert "texts differ" in cross_check(chat, rendered._replace(text=rendered.text + "!")).reason
+    assert cross_check(ChatRendering.of(Conversation(TALK[:2]), template), rendered) is not None
 
 
 HOSTILE = {
@@ -93,18 +93,18 @@ def test_hostile_templates_are_held(attack, tokenizer_dir):
 def test_verdicts_are_kept_by_content(tmp_path, monkeypatch):
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
     client._examined.cache_clear()
-    first = client.verify(bound())
+    first = client.verify_template(bound())
     (kept,) = (tmp_path / "verdicts").iterdir()
     asked = []
     monkeypatch.setattr(client, "ask", lambda *given, **_: asked.append(given))
     client._examined.cache_clear()
-    assert client.verify(bound()) == first
+    assert client.verify_template(bound()) == first
     assert not asked
     kept.write_text("not JSON")
     monkeypatch.undo()
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
     client._examined.cache_clear()
-    assert client.verify(bound()) == first
+    assert client.verify_template(bound()) == first
 
 
 def test_a_cache_that_cannot_be_written_is_no_fault(tmp_path, monkeypatch):
@@ -112,13 +112,15 @@ def test_a_cache_that_cannot_be_written_is_no_fault(tmp_path, monkeypatch):
     blocked.write_text("")
     monkeypatch.setenv("FTDATA_CACHE", str(blocked))
     client._examined.cache_clear()
-    assert client.verify(bound()).verdict == "exact"
+    assert client.verify_template(bound()).verdict == "exact"
 
 
 def test_a_template_that_is_contradicted_is_refused(tokenizer_dir, monkeypatch):
-    report = replace(client.verify(bound()), contradictions=("plain: messages[1]: the region begins elsewhere",))
+    report = replace(
+        client.verify_template(bound()), contradictions=("plain: messages[1]: the region begins elsewhere",)
+    )
     monkeypatch.setattr(client, "verify", lambda template: report)
-    with pytest.raises(TemplateRefused, match="template_unproved.*begins elsewhere"):
+    with pytest.raises(TemplateRefused, match="template_not_verified.*begins elsewhere"):
         encode(TALK, tokenizer_dir("tiny_bpe"), CHATML + "{# another #}")
 
 
@@ -128,7 +130,7 @@ def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, 
     from ftdata.templates import chat
     from ftdata.templates.cache import plans
 
-    located, fill = chat._located, plans.Plan.fill
+    located, fill = chat._located, plans.RenderPlan.fill
 
     def wrong(it, *given):
         turns = located(it, *given)
@@ -150,12 +152,12 @@ def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, 
     ]
     build_sft_dataset(rows, tokenizer_dir("tiny_bpe"))
     if planned:
-        monkeypatch.setattr(plans.Plan, "fill", wrongly_filled)
+        monkeypatch.setattr(plans.RenderPlan, "fill", wrongly_filled)
     else:
         monkeypatch.setattr(client, "HERE", True)  # where it can be made to fail
-        monkeypatch.setattr(plans.Plans, "filled", lambda *_: None)
+        monkeypatch.setattr(plans.PlanCache, "filled", lambda *_: None)
         monkeypatch.setattr(chat, "_located", wrong)
-    with pytest.raises(TemplateRefused, match="template_unproved") as caught:
+    with pytest.raises(TemplateRefused, match="template_not_verified") as caught:
         build_sft_dataset(rows, tokenizer_dir("tiny_bpe"))
     assert "[7]" in caught.value.where
     assert "messages[1]" in caught.value.message
@@ -186,24 +188,24 @@ def test_an_interrupted_question_leaves_no_answer_behind(monkeypatch, tmp_path):
         client._examined.__wrapped__(bound(CHATML + "{# interrupted #}").description)
     monkeypatch.undo()
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
-    assert client.verify(bound("{{ raise_exception('never') }}{{ messages }}")).verdict == "refused"
+    assert client.verify_template(bound("{{ raise_exception('never') }}{{ messages }}")).verdict == "refused"
 
 
 def test_a_server_that_was_killed_is_asked_again(monkeypatch, tmp_path):
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
     process._worker().process.kill()
-    assert client.verify(bound(CHATML + "{# killed #}")).verdict == "exact"
+    assert client.verify_template(bound(CHATML + "{# killed #}")).verdict == "exact"
 
 
 @pytest.mark.parametrize("kept", ["[]", "null", "5", '"x"', "{}"])
 def test_a_spoilt_verdict_is_made_again(kept, monkeypatch, tmp_path):
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
     client._examined.cache_clear()
-    client.verify(bound())
+    client.verify_template(bound())
     (file,) = (tmp_path / "verdicts").iterdir()
     file.write_text(kept)
     client._examined.cache_clear()
-    assert client.verify(bound()).verdict == "exact"
+    assert client.verify_template(bound()).verdict == "exact"
 
 
 def test_forked_processes_end(tokenizer_dir):

@@ -74,20 +74,20 @@ def test_the_limit_of_a_row_follows_from_the_row_alone():
     from ftdata.templates.template import Template
 
     template = Template("t", CUSTOM)
-    first = process.submit("render", template, 50, conversation={"messages": talk(10)["messages"]})
+    first = process.submit_request("render", template, 50, conversation={"messages": talk(10)["messages"]})
     process._exceeding.add(template.key)
-    again = process.submit("render", template, 50, conversation={"messages": talk(10)["messages"]})
+    again = process.submit_request("render", template, 50, conversation={"messages": talk(10)["messages"]})
     process._exceeding.discard(template.key)
     assert first.cpu_seconds == again.cpu_seconds
     assert first.frame[-1] * 2 == again.frame[-1]
-    longer = process.submit("render", template, 5000, conversation={"messages": talk(100)["messages"]})
+    longer = process.submit_request("render", template, 5000, conversation={"messages": talk(100)["messages"]})
     assert longer.cpu_seconds > first.cpu_seconds + 2
     process._worker().stop()
 
 
 def test_a_template_that_is_made_anew_gets_its_plans(tokenizer_dir):
     """The worker sends each plan once, and to one object: an equal one must not go without."""
-    from ftdata.templates import render
+    from ftdata.templates import render_in_worker
     from ftdata.templates.template import Template
     from ftdata.types import Conversation
 
@@ -95,5 +95,5 @@ def test_a_template_that_is_made_anew_gets_its_plans(tokenizer_dir):
     for _ in range(2):
         template = Template("anew", CUSTOM, special_tokens={"eos_token": "<|im_end|>"})
         for _ in range(3):
-            render(conversation, template)
+            render_in_worker(conversation, template)
         assert template.plans.filled(conversation.messages, [1]) is not None

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.train
 import torch  # noqa: E402
 import transformers as hf  # noqa: E402
 
-from ftdata.train import compare, conversation, generate, merge, run  # noqa: E402
+from ftdata.train import compare, generate, merge, run, start_chat  # noqa: E402
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 ASKED = ["Write {} as a word.", "Spell {}.", "{}?", "What is {} in words?"]
@@ -121,11 +121,13 @@ def test_base_and_tuned_side_by_side_as_table_json_and_page(learnt, tmp_path):
 def test_hostile_answers_drive_neither_terminal_nor_page():
     from rich.console import Console
 
-    from ftdata.train.inference.comparison_report import Answered, Comparison, Scores
+    from ftdata.train.inference.comparison_report import ComparedAnswer, Comparison, Scores
 
     hostile = "\x1b[31m<script>alert(1)</script>[bold]\u202e"
     scores = Scores(1.0, 0.0, 0.0, 0.0)
-    report = Comparison(hostile, hostile, hostile, scores, scores, (Answered(hostile, hostile, hostile, hostile),))
+    report = Comparison(
+        hostile, hostile, hostile, scores, scores, (ComparedAnswer(hostile, hostile, hostile, hostile),)
+    )
     assert "script" not in Cells(report.as_html()).tags
     console = Console(width=200, force_terminal=True, color_system=None)
     with console.capture() as capture:
@@ -138,7 +140,7 @@ def test_chat_remembers_and_generate_answers(learnt):
     assert generate(learnt, ["Spell 3.", "Spell 5."], max_new_tokens=8) != generate(
         learnt, ["Spell 3.", "Spell 5."], base=True, max_new_tokens=8
     )
-    talk = conversation(learnt, max_new_tokens=4)
+    talk = start_chat(learnt, max_new_tokens=4)
     first = talk.say("Spell 3.")
     talk.say("And 4?")
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
@@ -166,23 +168,23 @@ def test_no_heat_is_the_likeliest_and_wrong_shares_are_refused(learnt):
 
 
 def test_a_conversation_goes_on_after_silence_and_where_only_one_question_is_shown(llama, data, tmp_path):
-    from ftdata.train.inference.chat import Conversation
+    from ftdata.train.inference.chat import ChatSession
 
     folder = run(data, model=llama, output_dir=tmp_path / "run", template="question_answer", settings=QUICK)
-    talk = conversation(folder, max_new_tokens=2)
+    talk = start_chat(folder, max_new_tokens=2)
     talk.say("Spell 3.")
     assert not talk.forgets
     talk.say("Spell 4.")
     assert talk.forgets
     assert len(talk.messages) == 4
-    chats = Conversation(talk.model, make_recipe(llama), {"max_new_tokens": 2})
+    chats = ChatSession(talk.model, make_recipe(llama), {"max_new_tokens": 2})
     chats.messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]
     chats.say("b")
     assert not chats.forgets
 
 
 def test_a_prompt_is_asked_as_it_was_trained_under_any_kind_of_template(llama):
-    from ftdata.train.inference.prompts import documents, last_turn, of_messages, recipe_of
+    from ftdata.train.inference.prompts import encode_messages, read_documents, rebuild_recipe, split_last_turn
 
     said = [{"role": "user", "content": "Spell 3."}]
     rows = {
@@ -196,9 +198,9 @@ def test_a_prompt_is_asked_as_it_was_trained_under_any_kind_of_template(llama):
     }
     for template, row in rows.items():
         built = build_sft_dataset([row], llama, template)
-        ((ids, labels),) = documents(built["train"])
-        recipe = recipe_of(llama, built.report.options)
-        assert of_messages(said, recipe) == last_turn(ids, labels, set())[0], template
+        ((ids, labels),) = read_documents(built["train"])
+        recipe = rebuild_recipe(llama, built.report.options)
+        assert encode_messages(said, recipe) == split_last_turn(ids, labels, set())[0], template
 
 
 def test_a_base_that_is_another_by_now_is_refused(llama, data, tmp_path):
@@ -209,7 +211,7 @@ def test_a_base_that_is_another_by_now_is_refused(llama, data, tmp_path):
         base.lm_head.weight.mul_(1.5)
     base.save_pretrained(tmp_path / "model")
     for call in (compare, lambda run: merge(run, tmp_path / "merged"), lambda run: generate(run, ["a"])):
-        with pytest.raises(InputRefused, match="other_base"):
+        with pytest.raises(InputRefused, match="base_model_differs"):
             call(folder)
 
 
@@ -229,7 +231,7 @@ def test_merged_says_the_same_without_peft(llama, data, tmp_path):
 
 
 def test_what_is_no_finished_run_is_refused(learnt, tmp_path):
-    for call in (compare, conversation):
+    for call in (compare, start_chat):
         with pytest.raises(UsageError, match="no finished run"):
             call(tmp_path)
     with pytest.raises(UsageError, match="no adapter to merge"):
@@ -237,7 +239,7 @@ def test_what_is_no_finished_run_is_refused(learnt, tmp_path):
     shutil.copytree(learnt, tmp_path / "damaged")
     (tmp_path / "damaged" / "model" / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputRefused, match="cannot be loaded"):
-        conversation(tmp_path / "damaged")
+        start_chat(tmp_path / "damaged")
 
 
 def test_answers_end_where_the_model_has_no_more_positions(learnt):

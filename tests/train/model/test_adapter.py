@@ -20,9 +20,9 @@ from safetensors.torch import load_file  # noqa: E402
 from trl import SFTConfig  # noqa: E402
 
 from ftdata.train import compare, dry_run, run  # noqa: E402
-from ftdata.train.model.adapter import FIXED, adapter, check_lora  # noqa: E402
+from ftdata.train.model.adapter import FIXED, check_lora, make_lora_config  # noqa: E402
 from ftdata.train.model.config_fields import fields_of  # noqa: E402
-from ftdata.train.model.load import load_model, parameters  # noqa: E402
+from ftdata.train.model.load import count_parameters, load_model  # noqa: E402
 from ftdata.train.model.quantization import bytes_per_weight, quantization_config, quantization_name  # noqa: E402
 from ftdata.train.runs.sft_arguments import check_settings  # noqa: E402
 
@@ -49,7 +49,7 @@ def test_every_field_of_lora_config_is_passed_on(llama):
     lora = {"r": 4, "alpha": 8, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"], **values}
     config = make_config({**REQUIRED, "lora": lora})
     check_lora(config)
-    made = adapter(config, hf.AutoModelForCausalLM.from_pretrained(llama), grows=False)
+    made = make_lora_config(config, hf.AutoModelForCausalLM.from_pretrained(llama), grows=False)
     assert (made.r, made.lora_alpha, made.lora_dropout, made.target_modules) == (4, 8, 0.1, {"q_proj", "v_proj"})
     for name, value in values.items():
         if name not in ("runtime_config", "exclude_modules"):
@@ -183,7 +183,7 @@ def test_a_tied_embedding_that_is_saved_stays_tied(llama):
     config = make_config({**REQUIRED, "lora": {"modules_to_save": ["embed_tokens"]}})
     for tied in (True, False):
         model = hf.AutoModelForCausalLM.from_pretrained(llama, tie_word_embeddings=tied)
-        assert adapter(config, model, grows=False).ensure_weight_tying is tied
+        assert make_lora_config(config, model, grows=False).ensure_weight_tying is tied
 
 
 # Quantization
@@ -212,7 +212,7 @@ def test_the_base_is_quantized_as_it_was_chosen(llama, chosen, kind):
     if kind != "int8":
         assert {module.weight.quant_type for module in layers.values()} == {kind}
     assert quantization_name(chosen) == kind
-    assert parameters(model)[1] == parameters(load_model(llama))[1]
+    assert count_parameters(model)[1] == count_parameters(load_model(llama))[1]
 
 
 @pytest.mark.parametrize("chosen", ["fp4", "int8", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}], ids=str)

@@ -22,10 +22,10 @@ from ftdata.train.inference import (  # noqa: E402
     run_dir,
 )
 from ftdata.train.inference.evaluation import _batches, perplexity  # noqa: E402
-from ftdata.train.inference.generation import generate as answered  # noqa: E402
-from ftdata.train.inference.progress import Meter, Step  # noqa: E402
-from ftdata.train.model.device import fitting_threads  # noqa: E402
-from ftdata.train.model.load import load_model, unpacked  # noqa: E402
+from ftdata.train.inference.generation import generate_ids as answered  # noqa: E402
+from ftdata.train.inference.progress import GenerationStep, ProgressMeter  # noqa: E402
+from ftdata.train.model.device import fit_threads  # noqa: E402
+from ftdata.train.model.load import dequantize, load_model  # noqa: E402
 from ftdata.train.runs import finish  # noqa: E402
 
 QUICK = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1}
@@ -107,7 +107,7 @@ def test_four_bits_are_unpacked_once_on_a_cpu_and_answer_the_same(llama, nf4, mo
     ids = torch.arange(20)[None]
     with torch.inference_mode():
         right = packed(ids).logits
-        numbers = unpacked(packed)
+        numbers = dequantize(packed)
         assert type(numbers.model.layers[0].mlp.up_proj) is torch.nn.Linear
         assert torch.equal(numbers(ids).logits, right)
     fast = compare(nf4, n=4, max_new_tokens=4)
@@ -115,7 +115,7 @@ def test_four_bits_are_unpacked_once_on_a_cpu_and_answer_the_same(llama, nf4, mo
     assert compare(nf4, n=4, max_new_tokens=4) == fast
     monkeypatch.setattr("ftdata.train.model.device.free_memory", lambda: 1000)
     packed = load_model(llama, "nf4")
-    assert unpacked(packed) is packed
+    assert dequantize(packed) is packed
     assert type(packed.model.layers[0].mlp.up_proj) is not torch.nn.Linear
 
 
@@ -144,20 +144,20 @@ def test_every_token_is_reported(llama):
     assert [step.token for step in steps if not step.ended] == [1, 2, 3, 4, 5, 6] * 2
     assert [(step.batch, step.batches, step.answers) for step in steps if step.ended] == [(0, 2, 2), (1, 2, 3)]
     answered(model, [[5, 6]], max_new_tokens=4, num_beams=2, eos_token_id=None, progress=steps.append)
-    assert steps[-1] == Step(0, 1, 4, 4, 1, ended=True)
+    assert steps[-1] == GenerationStep(0, 1, 4, 4, 1, ended=True)
 
 
 def test_time_left_is_measured_on_the_first_tokens(monkeypatch):
     clock, shown = iter([0.0, 5.0, 6.0, 7.0, 8.0, 100.0]), []
     monkeypatch.setattr("ftdata.train.inference.progress.time.perf_counter", lambda: next(clock))
-    meter = Meter(3, 2, shown.append)
+    meter = ProgressMeter(3, 2, shown.append)
     for token in (1, 2, 3):
-        meter(Step(0, 1, token, 10, 0))
+        meter(GenerationStep(0, 1, token, 10, 0))
     assert [now.seconds_left for now in shown] == [None, 5.0 * 18, 3.0 * 17]
-    meter(Step(0, 1, 3, 10, 3, ended=True))
+    meter(GenerationStep(0, 1, 3, 10, 3, ended=True))
     assert (shown[-1].answers, shown[-1].of_answers, shown[-1].steps, shown[-1].of_steps) == (3, 6, 10, 20)
     meter.next_model()
-    meter(Step(0, 1, 1, 10, 0))
+    meter(GenerationStep(0, 1, 1, 10, 0))
     assert shown[-1].seconds_per_step == 3.0
 
 
@@ -197,11 +197,11 @@ def test_as_many_threads_are_used_as_are_fastest(llama, monkeypatch):
             monkeypatch.setattr(
                 "ftdata.train.model.device._token_seconds", lambda _, seconds=seconds: seconds[torch.get_num_threads()]
             )
-            with fitting_threads(model):
+            with fit_threads(model):
                 assert torch.get_num_threads() == chosen
             assert torch.get_num_threads() == 4
         monkeypatch.setenv("OMP_NUM_THREADS", "4")
-        with fitting_threads(model):
+        with fit_threads(model):
             assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
@@ -214,5 +214,5 @@ def test_a_base_that_changed_is_named_as_such(llama, data, tmp_path):
     folder = run(data, model=str(tmp_path / "model"), output_dir=tmp_path / "run", lora={"r": 4}, settings=QUICK)
     (tmp_path / "model" / "config.json").write_text((tmp_path / "model" / "config.json").read_text() + " ")
     with pytest.raises(InputRefused) as refused:
-        run_dir.load_tuned(run_dir.finished(folder))
-    assert refused.value.code == "other_base"
+        run_dir.load_tuned_model(run_dir.open_run(folder))
+    assert refused.value.code == "base_model_differs"

@@ -154,7 +154,7 @@ def test_a_pickle_that_runs_code_is_refused_though_its_seal_is_right(interrupted
     last = interrupted / "checkpoint-6"
     torch.save(Opens(str(tmp_path / "ran")), last / "optimizer.pt")
     about = json.loads((interrupted / "run.json").read_text())
-    checkpoints.write_seal(last, checkpoints.Seal(about["fingerprint"], about["setup"]))
+    checkpoints.write_seal(last, checkpoints.CheckpointSeal(about["fingerprint"], about["setup"]))
     with pytest.raises(InputRefused, match="unsafe_checkpoint"):
         run(interrupted, resume=True)
     assert not (tmp_path / "ran").exists()
@@ -266,7 +266,7 @@ def test_a_damaged_best_model_is_not_taken_for_it(stopped, tmp_path, capsys):
 
 def test_a_run_without_a_checkpoint_yet_begins_again_by_the_same_command(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
-    begun(tmp_path / "run", *(path.name for path in checkpoints.ordered(tmp_path / "run")), "model")
+    begun(tmp_path / "run", *(path.name for path in checkpoints.list_checkpoints(tmp_path / "run")), "model")
     run(tmp_path / "run", resume=True)
     same(tmp_path / "run", whole)
 
@@ -287,7 +287,9 @@ def test_where_all_steps_are_done_none_is_trained(whole, tmp_path):
     for steps, last in ((8, 8), (6, 6)):
         folder = tmp_path / str(steps)
         shutil.copytree(whole, folder)
-        begun(folder, *(path.name for path in checkpoints.ordered(folder) if int(path.name[11:]) > last), "model")
+        begun(
+            folder, *(path.name for path in checkpoints.list_checkpoints(folder) if int(path.name[11:]) > last), "model"
+        )
         run(folder, resume=True, settings={"max_steps": steps})
         assert json.loads((folder / "run.json").read_text())["steps"] == steps
         assert losses(folder) == losses(whole)[:steps]
@@ -308,7 +310,7 @@ def test_another_tokenizer_is_refused(llama, interrupted, tmp_path, data):
     template = tmp_path / "other" / "chat_template.jinja"
     template.write_text(template.read_text().replace("\n", "\n ") + " ")
     given = {"model": llama, "output_dir": interrupted, "settings": SETTINGS, **DROPOUT}
-    with pytest.raises(InputRefused, match="other_data"):
+    with pytest.raises(InputRefused, match="data_differs"):
         run(data, tokenizer=str(tmp_path / "other"), resume=True, **given)
 
 
@@ -355,7 +357,7 @@ def test_killed_it_loses_no_more_than_the_steps_since_the_last_whole_checkpoint(
     given = {"model": llama, "output_dir": str(tmp_path / "run"), "settings": settings, **DROPOUT}
     call = [sys.executable, "-c", KILLED, point, str(at), repr((data,)), repr(given)]
     assert subprocess.run(call, check=False, capture_output=True).returncode == -signal.SIGKILL
-    sound = [path for path in checkpoints.ordered(tmp_path / "run") if checkpoints.damage(path) is None]
+    sound = [path for path in checkpoints.list_checkpoints(tmp_path / "run") if checkpoints.find_damage(path) is None]
     assert sound[-1].name == f"checkpoint-{lost}"
     run(tmp_path / "run", resume=True)
     same(tmp_path / "run", whole)
@@ -384,7 +386,7 @@ def test_killed_at_any_time_it_goes_on_with_one_command(llama, data, whole, tmp_
             process.communicate()
             killed += 1
         patience += 0.7
-        resume = ["--resume"] if checkpoints.ordered(tmp_path / "run") else []
+        resume = ["--resume"] if checkpoints.list_checkpoints(tmp_path / "run") else []
         if not resume:
             shutil.rmtree(tmp_path / "run", ignore_errors=True)
     assert killed

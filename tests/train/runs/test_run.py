@@ -24,10 +24,10 @@ from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 from ftdata.train import compare, dry_run, generate, init, run  # noqa: E402
 from ftdata.train.model import estimate as before  # noqa: E402
-from ftdata.train.model.isolation_probe import architecture_leaks  # noqa: E402
+from ftdata.train.model.isolation_probe import has_leaking_architecture  # noqa: E402
 from ftdata.train.model.load import load_model  # noqa: E402
 from ftdata.train.runs.sft import make_trainer  # noqa: E402
-from ftdata.train.runs.sft_arguments import arguments  # noqa: E402
+from ftdata.train.runs.sft_arguments import make_sft_config  # noqa: E402
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 ASKED = ["Write {} as a word.", "Spell {}.", "{}?", "What is {} in words?"]
@@ -88,12 +88,12 @@ def test_who_is_watching_sees_the_loss_fall():
 
     from rich.console import Console
 
-    from ftdata.train.runs.callbacks import Watch
+    from ftdata.train.runs.callbacks import TrainingProgressCallback
 
     seen = {}
     for terminal in (True, False):
         screen = StringIO()
-        watch = Watch(Console(file=screen, force_terminal=terminal, width=80, color_system=None))
+        watch = TrainingProgressCallback(Console(file=screen, force_terminal=terminal, width=80, color_system=None))
         state = SimpleNamespace(max_steps=8, global_step=0, log_history=[])
         watch.on_train_begin(None, state, None)
         for step in range(1, 9):
@@ -192,7 +192,7 @@ def test_models_of_every_class_train_and_come_back(tiny, data, tmp_path, kind):
     )
     found = compare(folder, n=2, max_new_tokens=2)
     assert math.isfinite(found.tuned.perplexity)
-    assert architecture_leaks(hf.AutoConfig.from_pretrained(tiny(kind))) is not packed
+    assert has_leaking_architecture(hf.AutoConfig.from_pretrained(tiny(kind))) is not packed
 
 
 @pytest.mark.parametrize("kind", ISOLATED)
@@ -268,7 +268,7 @@ def test_a_run_in_bfloat16_is_read_back(llama, data, tmp_path, options):
 def test_a_model_that_comes_back_otherwise_is_not_called_saved(llama, data, tmp_path, monkeypatch):
     from ftdata.train.inference import run_dir
 
-    right = run_dir.load_tuned
+    right = run_dir.load_tuned_model
 
     def wrong(*given, **how):
         model = right(*given, **how)
@@ -433,8 +433,8 @@ def test_sections_and_flat_fields_are_the_same(tmp_path):
 
 def test_settings_follow_the_device_and_the_data(llama, tmp_path):
     config = make_config({"data": "d", "model": llama, "output_dir": str(tmp_path)})
-    joined = arguments(config, isolated=True, packed=True, evaluates=False)
-    padded = arguments(config, isolated=False, packed=False, evaluates=True)
+    joined = make_sft_config(config, isolated=True, packed=True, evaluates=False)
+    padded = make_sft_config(config, isolated=False, packed=False, evaluates=True)
     assert (joined.padding_free, str(joined.train_sampling_strategy)) == (True, "random")
     assert (padded.padding_free, padded.eval_strategy.value) == (False, "epoch")
     assert "group" in str(padded.train_sampling_strategy)

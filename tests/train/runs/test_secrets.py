@@ -113,11 +113,11 @@ def test_secrets_decide_no_run(tmp_path):
 
     values = {"data": "d", "model": "m", "output_dir": "o"}
     one, other = (
-        checkpoints.describe(make_config({**values, "train": {"tracker_api_key": key}}), "", 1)["setup"]
+        checkpoints.describe_setup(make_config({**values, "train": {"tracker_api_key": key}}), "", 1)["setup"]
         for key in ("a", "b")
     )
     assert one == other
-    checkpoints.write_whole(
+    checkpoints.write_json_atomically(
         tmp_path / "run.json", {"data": f"https://me:{WEB}@host/d.json", "steps": 2, "stops": ["</s>"]}
     )
     assert json.loads((tmp_path / "run.json").read_text()) == {
@@ -129,7 +129,7 @@ def test_secrets_decide_no_run(tmp_path):
 
 def test_credentials_in_the_address_of_data_are_not_on_the_card(tmp_path):
     from ftdata.config import make_config
-    from ftdata.train.runs.model_card import card
+    from ftdata.train.runs.model_card import render_model_card
 
     config = make_config({"data": f"https://me:{WEB}@host/d.json", "model": "me/model", "output_dir": "o"})
     options = {
@@ -148,7 +148,7 @@ def test_credentials_in_the_address_of_data_are_not_on_the_card(tmp_path):
         "loss": [],
         "estimate": {"rows": 1, "tokens": 1, "trained_tokens": 1},
     }
-    text = card(config, about, {"options": options})
+    text = render_model_card(config, about, {"options": options})
     assert WEB not in text
     assert f"https://{REDACTED}@host/d.json" in text
 

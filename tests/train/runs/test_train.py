@@ -16,10 +16,10 @@ pytestmark = pytest.mark.train
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from ftdata.config import assigned, make_config  # noqa: E402
+from ftdata.config import make_config, parse_settings  # noqa: E402
 from ftdata.train import compare, dry_run, run  # noqa: E402
-from ftdata.train.model.isolation_probe import leak  # noqa: E402
-from ftdata.train.model.load import load_model, parameters  # noqa: E402
+from ftdata.train.model.isolation_probe import measure_leak  # noqa: E402
+from ftdata.train.model.load import count_parameters, load_model  # noqa: E402
 from ftdata.train.runs.sft import make_trainer  # noqa: E402
 from ftdata.train.runs.sft_arguments import check_first_batch  # noqa: E402
 
@@ -88,7 +88,7 @@ def test_the_base_is_really_in_four_bits(llama):
     assert len(layers) == 14
     state = layers[0].weight.quant_state
     assert (state.quant_type, state.nested) == ("nf4", True)
-    assert parameters(model)[1] == parameters(load_model(llama, None))[1]
+    assert count_parameters(model)[1] == count_parameters(load_model(llama, None))[1]
 
 
 def test_resume_is_exact(qlora_run, llama, data, tmp_path):
@@ -113,19 +113,19 @@ def test_the_saved_adapter_answers_again(qlora_run, data):
 
 def test_what_is_asked_is_what_was_trained(qlora_run, data):
     from ftdata.build.dataset import load_build
-    from ftdata.train.inference.prompts import documents, last_turn, of_messages, of_rows
-    from ftdata.train.inference.run_dir import finished
+    from ftdata.train.inference.prompts import encode_messages, encode_rows, read_documents, split_last_turn
+    from ftdata.train.inference.run_dir import open_run
 
-    recipe = finished(qlora_run).recipe
-    rows = [last_turn(*tokens, {2}) for tokens in of_rows(data, recipe)]
+    recipe = open_run(qlora_run).recipe
+    rows = [split_last_turn(*tokens, {2}) for tokens in encode_rows(data, recipe)]
     built = load_build(qlora_run / "data")
-    assert all(last_turn(*tokens, {2}) in rows for split in built.values() for tokens in documents(split))
-    asked = [of_messages([{"role": "user", "content": row["question"]}], recipe) for row in ROWS]
+    assert all(split_last_turn(*tokens, {2}) in rows for split in built.values() for tokens in read_documents(split))
+    asked = [encode_messages([{"role": "user", "content": row["question"]}], recipe) for row in ROWS]
     assert asked == [prompt for prompt, _ in rows]
 
 
 def test_typed_control_tokens_are_asked_as_text(llama):
-    from ftdata.train.inference.prompts import of_rows, recipe_of
+    from ftdata.train.inference.prompts import encode_rows, rebuild_recipe
 
     options = {
         "template": {"name": "tokenizer", "date": None, "kwargs": {}},
@@ -134,7 +134,7 @@ def test_typed_control_tokens_are_asked_as_text(llama):
         "turns": "auto",
         "control_tokens": "escape",
     }
-    ((ids, _),) = of_rows([{"question": "a<|im_end|>b", "answer": "c"}], recipe_of(llama, options))
+    ((ids, _),) = encode_rows([{"question": "a<|im_end|>b", "answer": "c"}], rebuild_recipe(llama, options))
     assert ids.count(2) == 2
 
 
@@ -220,9 +220,9 @@ def test_the_probe_knows_who_leaks(tmp_path, llama, tokenizer_dir):
     from conftest import tiny_model
     from makers import tiny_bpe
 
-    assert leak(AutoModelForCausalLM.from_pretrained(llama)) < 1e-5
+    assert measure_leak(AutoModelForCausalLM.from_pretrained(llama)) < 1e-5
     opt = tiny_model(tiny_bpe(tmp_path / "opt", None, bos="</s>", eos="</s>"), "opt")
-    assert leak(AutoModelForCausalLM.from_pretrained(opt)) > 1e-4
+    assert measure_leak(AutoModelForCausalLM.from_pretrained(opt)) > 1e-4
     with pytest.raises(InputRefused, match="see each other"):
         run(
             write(tmp_path),
@@ -292,7 +292,7 @@ def test_what_is_set_to_nothing_is_nothing(llama, data, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(f"data: {data}\nmodel: other\noutput_dir: out\nlora: {{r: 4}}\npack: bfd\nmax_length: 64\n")
     settings = ["lora=null", "pack=null", "length.max_length=null", f"model={llama}", "output_dir=there"]
-    config, _ = _resolve(path, None, None, assigned(settings))
+    config, _ = _resolve(path, None, None, parse_settings(settings))
     assert (config.lora, config.packing, config.max_length, config.model) == (None, None, None, llama)
     assert config.output_dir == "there"
 
@@ -460,18 +460,18 @@ def test_flags_over_the_file(llama, data, tmp_path):
 def test_a_run_names_no_code_to_be_read_by(llama, data, tmp_path):
     """What lies in a folder that came from somewhere is not run."""
     from ftdata.build.store import read_manifest
-    from ftdata.train.inference.prompts import recipe_of
+    from ftdata.train.inference.prompts import rebuild_recipe
 
     build_sft_dataset(data, llama, output_dir=tmp_path / "out")
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\ndef fn(row): pass\n")
     options = read_manifest(tmp_path / "out")["options"] | {"schema": f"{tmp_path / 'evil.py'}:fn"}
-    assert recipe_of(str(llama), options).schema == "auto"
+    assert rebuild_recipe(str(llama), options).schema == "auto"
     assert not (tmp_path / "mark").exists()
 
 
 def test_a_tokenizer_with_code_of_its_own_is_refused(llama, tmp_path):
     """Without asking anybody who may be at the keyboard."""
-    from ftdata.train.model.load import load_processing
+    from ftdata.train.model.load import load_trainer_tokenizer
 
     folder = tmp_path / "model"
     shutil.copytree(llama, folder)
@@ -480,5 +480,5 @@ def test_a_tokenizer_with_code_of_its_own_is_refused(llama, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(known))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass Own: pass\n")
     with pytest.raises(InputRefused):
-        load_processing(str(folder))
+        load_trainer_tokenizer(str(folder))
     assert not (tmp_path / "mark").exists()
