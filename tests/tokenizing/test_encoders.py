@@ -116,8 +116,13 @@ def test_settings_of_the_fast_engine_are_the_users_if_there_are_any(tokenizer_di
     monkeypatch.setenv("FASTOKENS_BPE_THREADS", "2")
     monkeypatch.delenv("FASTOKENS_INPUT_CACHE", raising=False)
     compare = encoders.find_first_difference
+<<<<<<< Updated upstream
     notes = lambda *given: seen.append({**os.environ}) or compare(*given)
     monkeypatch.setattr(encoders, "first_difference", noted)
+=======
+    noted = lambda *given: seen.append({**os.environ}) or compare(*given)
+    monkeypatch.setattr(encoders, "find_first_difference", noted)
+>>>>>>> Stashed changes
     assert encoders.load_fast_encoder(loaded.json, loaded.encoders.reference)
     assert (seen[0]["FASTOKENS_BPE_THREADS"], seen[0]["FASTOKENS_INPUT_CACHE"]) == ("2", "0")
     assert os.environ["FASTOKENS_BPE_THREADS"] == "2"

@@ -96,7 +96,7 @@ def test_verdicts_are_kept_by_content(tmp_path, monkeypatch):
     first = client.verify_template(bound())
     (kept,) = (tmp_path / "verdicts").iterdir()
     asked = []
-    monkeypatch.setattr(client, "ask", lambda *given, **_: asked.append(given))
+    monkeypatch.setattr(client, "call_worker", lambda *given, **_: asked.append(given))
     client._examined.cache_clear()
     assert client.verify_template(bound()) == first
     assert not asked
@@ -119,7 +119,11 @@ def test_a_template_that_is_contradicted_is_refused(tokenizer_dir, monkeypatch):
     report = replace(
         client.verify_template(bound()), contradictions=("plain: messages[1]: the region begins elsewhere",)
     )
+<<<<<<< Updated upstream
     monkeypatch.setattr(client, "verify", lambda template: report)
+=======
+    monkeypatch.setattr(client, "verify_template", lambda template: report)
+>>>>>>> Stashed changes
     with pytest.raises(TemplateRefused, match="template_not_verified.*begins elsewhere"):
         encode(TALK, tokenizer_dir("tiny_bpe"), CHATML + "{# another #}")
 
