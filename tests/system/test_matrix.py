@@ -132,7 +132,7 @@ def test_every_shape_in_every_container(tmp_path, container, shape):
 def test_the_table_in_the_docs_is_this_matrix():
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     head, *body = re.findall(
-        r"^\|(.*)\|$", text.partition("## Containers and shapes")[2].partition("\n## ")[0], re.MULTILINE
+        r"^\|(.*)\|$", text.partition("## Formats and schemas")[2].partition("\n## ")[0], re.MULTILINE
     )
     assert [cell.strip() for cell in head.split("|")][1:] == list(SHAPES)
     found = [[cell.strip() for cell in line.split("|")] for line in body[1:]]
