@@ -161,7 +161,7 @@ def test_the_text_is_what_jinja_alone_renders(source, messages):
     """Attribution changes no character."""
     from ftdata.templates.attribution.spans import track_messages
 
-    ours = Template("t", source, strict=False, special_tokens=SPECIAL).run({"messages": track_messages(messages)})
+    ours = Template("t", source, strict=False, special_tokens=SPECIAL).render({"messages": track_messages(messages)})
     theirs = transformers_environment().from_string(source).render(messages=messages, **SPECIAL)
     assert ours == theirs
     assert sum(length for length, _ in ours.runs) == len(ours)

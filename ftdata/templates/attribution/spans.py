@@ -146,8 +146,10 @@ def find_thinking_tags(content: str, opened: str | None = None) -> list[tuple[in
         content: the content.
         opened: name of the tag if the text before the content ends with an opening tag.
 
-    >>> find_thinking_tags("<think>hm</think>yes"), find_thinking_tags("hm</think>yes", "think"), find_thinking_tags("</think>")
-    ([(0, 7), (9, 17)], [(2, 10)], [])
+    >>> find_thinking_tags("<think>hm</think>yes"), find_thinking_tags("hm</think>yes", "think")
+    ([(0, 7), (9, 17)], [(2, 10)])
+    >>> find_thinking_tags("</think>")
+    []
     """
     opening = _OPENING_TAG.match(content)
     name = opening.group(1) if opening else opened
