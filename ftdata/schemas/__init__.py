@@ -133,7 +133,7 @@ def normalize(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
             raise missing or error from None
     except BadRow as error:
         where = f"{row.source} {error.field}".rstrip()
-        raise error.located(where) from None
+        raise error.with_location(where) from None
     conversation.kwargs, conversation.notes = kwargs, _notes(kind, data, conversation.messages) | row.notes
     conversation.schema, conversation.source = kind.name, row.source
     return conversation
