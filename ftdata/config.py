@@ -269,7 +269,8 @@ def load_config(path: Path, /, **overrides: Any) -> Config:
         overrides: fields that replace the fields of the file; `None` keeps the value of the file.
 
     Raises:
-        UsageError: the file cannot be parsed, a key is unknown, or a value has the wrong type; the message contains the key.
+        UsageError: the file cannot be parsed, a key is unknown, or a value has the wrong type; the message
+            contains the key.
     """
     return make_config(read_config_file(path), str(path), **overrides)
 

@@ -35,7 +35,7 @@ class FtdataError(Exception):
         where: the file and line, row or field; empty if the error has no location.
         hint: how to fix the problem; may be empty.
         exit_code: exit status of the command line.
-        max_message_length: longer messages are shortened, in characters; names that come from data can be of any length.
+        max_message_length: limit in characters, because messages contain names from data, of any length.
 
     >>> try:
     ...     raise BadRow("content_type", "is a number, expected text", where="data.jsonl:7")
