@@ -110,7 +110,7 @@ def check_training_fields(fields: Mapping[str, Any], names: Iterable[str], path:
                 "media",
                 f"contains media ({_describe(value)}), which the model would not receive",
                 field=where,
-                hint="remove these rows, because images, audio and video are not supported; rename the field if it is text",
+                hint="remove these rows (images, audio and video are not supported), or rename the field if it is text",
             )
         if name in _TOKEN_FIELDS:
             _check_tokens(value, where)
