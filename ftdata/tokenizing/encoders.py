@@ -228,12 +228,12 @@ def load_fast_encoder(description: bytes, reference: ReferenceEncoder) -> FastEn
     normalizers = [stage["type"] for stage in _flatten_stages(spec.get("normalizer"))]
     added = _mark_added_tokens(spec, len(doubled_counts)) if "Prepend" in normalizers else None
     # Post-processors add special tokens. ftdata adds none here.
-    description = orjson.dumps({**spec, "post_processor": None}).decode()
+    stripped = orjson.dumps({**spec, "post_processor": None}).decode()
     # Free the memory before fastokens loads the tokenizer: the parsed file takes fifty megabytes.
     del spec
     with _set_environment(_SETTINGS):
         try:
-            native = fastokens.Tokenizer.from_json_str(description)
+            native = fastokens.Tokenizer.from_json_str(stripped)
         except Exception:  # noqa: BLE001  (fastokens raises several types for unsupported tokenizers)
             return None
         encoder = FastEncoder(

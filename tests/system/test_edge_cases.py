@@ -21,7 +21,7 @@ def test_a_mask_that_fails_is_named(tokenizer_dir):
 
 
 def test_a_schema_that_fails_to_match_is_named(tokenizer_dir, monkeypatch):
-    monkeypatch.setattr(schemas, "_own", schemas.registered())
+    monkeypatch.setattr(schemas, "_registered", schemas.registered())
     schemas.register("mine")(Schema(("a",), lambda row: row["nothing"], lambda row: row))
     with pytest.raises(FtdataError, match=r"schema_failed.*the matches function of schema mine raised KeyError"):
         build_sft_dataset([ROW], tokenizer_dir("tiny_bpe"))
