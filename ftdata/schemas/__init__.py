@@ -216,7 +216,7 @@ def _make_kind(name: str, data: Mapping[str, Any]) -> RowKind:
     read = {find_column(data, column) for column in schema.columns} | {"chat_template_kwargs", *logs}
     read -= {"functions"} if data.get("functions") and data.get("tools") else set()
     chats = {*_TEXT_OR_CHAT_COLUMNS, "messages", "conversations", "conversation", *logs}
-    message_column = next((column for known_schema, column in _MESSAGE_COLUMNS if known_schema is schema), None)
+    message_column = next((column for listed_schema, column in _MESSAGE_COLUMNS if listed_schema is schema), None)
     guarded = tuple(column for column in data if column not in read and is_guarded(str(column)))
     return RowKind(
         name,

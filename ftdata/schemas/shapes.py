@@ -200,11 +200,11 @@ def _merge_prompt(prompt: tuple[Message, ...], conversation: tuple[Message, ...]
         BadRow: the conversation does not contain the prompt, or has a different system message.
     """
     (prompt_system, question), (system, dialog) = _split_system(prompt), _split_system(conversation)
-    texts, wanted_texts = [
+    texts, question_texts = [
         [(message["role"], str(message.get("content")).strip()) for message in messages]
         for messages in (dialog, question)
     ]
-    if not any(texts[start : start + len(wanted_texts)] == wanted_texts for start in range(len(texts))):
+    if not any(texts[start : start + len(question_texts)] == question_texts for start in range(len(texts))):
         problem = "is a conversation that does not contain the prompt"
         raise BadRow("prompt_differs", problem, field="chosen", hint="remove the prompt, or the question in chosen")
     if prompt_system and system and prompt_system[0].get("content") != system[0].get("content"):
