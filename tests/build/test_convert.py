@@ -62,7 +62,7 @@ def test_what_has_no_place_is_counted_and_nothing_is_half_written(tmp_path):
     )
     data = write(tmp_path, "d.jsonl", "".join(json.dumps(row) + "\n" for row in (good, odd, {"text": "t"})) + "{\n")
     (tmp_path / "o.parquet").write_text("older")
-    with pytest.raises(BadRows, match="3 rows are refused"):
+    with pytest.raises(BadRows, match="3 rows are invalid"):
         convert(data, tmp_path / "o.parquet")
     with pytest.raises(TooManyRejects):
         convert(data, tmp_path / "o.parquet", on_bad_rows="quarantine", max_rejects=2)

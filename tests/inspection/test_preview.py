@@ -19,7 +19,7 @@ from makers import CHATML
 from ftdata import build_sft_dataset, preview
 from ftdata.errors import InputRefused, UsageError
 from ftdata.inspection.row_views import make_visible
-from ftdata.testing import AWKWARD
+from ftdata.testing import AWKWARD_TEXTS
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.tokenizing.token_text import token_texts
 
@@ -147,7 +147,7 @@ def test_json_says_all_of_it(tokenizer_dir):
 @pytest.mark.parametrize("name", ["tiny_bpe", "tiny_metaspace", "qwen", "deepseek", "mistral"])
 @often(40)
 @given(
-    text=st.lists(st.sampled_from([*AWKWARD, "年號", "👍🏽", "naïve", "a b", "x\n"]), min_size=1, max_size=6).map(
+    text=st.lists(st.sampled_from([*AWKWARD_TEXTS, "年號", "👍🏽", "naïve", "a b", "x\n"]), min_size=1, max_size=6).map(
         "".join
     )
 )

@@ -359,7 +359,7 @@ def test_labels_equal_those_of_an_independent_oracle(name, tokenizer_dir, words)
     messages = messages[: len(messages) // 2 * 2]
     (example,) = encode(messages, tokenizer)
     # Without its post-processor, which would trim blanks from offsets: a lone blank would stand for no character.
-    encoding = tokenizer._plain.encode(example.text, add_special_tokens=False)
+    encoding = tokenizer._backend.encode(example.text, add_special_tokens=False)
     expected = [-100] * len(encoding.ids)
     for message in messages[1::2]:
         start = example.text.index(message["content"])

@@ -21,9 +21,9 @@ def test_a_mask_that_fails_is_named(tokenizer_dir):
 
 
 def test_a_schema_that_fails_to_match_is_named(tokenizer_dir, monkeypatch):
-    monkeypatch.setattr(schemas, "_own", schemas.registered())
+    monkeypatch.setattr(schemas, "_registered", schemas.registered())
     schemas.register("mine")(Schema(("a",), lambda row: row["nothing"], lambda row: row))
-    with pytest.raises(FtdataError, match=r"schema_failed.*schema mine fails to say whether it fits: KeyError"):
+    with pytest.raises(FtdataError, match=r"schema_failed.*the matches function of schema mine raised KeyError"):
         build_sft_dataset([ROW], tokenizer_dir("tiny_bpe"))
 
 
@@ -121,7 +121,7 @@ def test_bad_rows_of_a_reader_of_ones_own_are_counted(tmp_path, tokenizer_dir):
 
 def test_messages_in_other_keys_are_told_which_they_are(tokenizer_dir):
     row = {"messages": [{"who": "customer", "says": "Hi"}]}
-    with pytest.raises(FtdataError, match=r"no role; the message has 'who', 'says'.*rename these to role and content"):
+    with pytest.raises(FtdataError, match=r"has the keys 'who', 'says'.*rename the keys to role and content"):
         build_sft_dataset([row], tokenizer_dir("tiny_bpe"))
 
 

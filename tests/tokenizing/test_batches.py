@@ -43,7 +43,7 @@ def test_encodings_are_their_texts(batch, data):
         at: data.draw(encoded()) for at in data.draw(st.sets(st.integers(0, len(batch) - 1)) if batch else st.just(()))
     }
     batch = [others.get(at, one) for at, one in enumerate(batch)]
-    laid = laid.with_(others)
+    laid = laid.with_replacements(others)
     assert listed(laid) == listed(batch)
 
     bos = np.asarray(data.draw(st.lists(st.integers(100, 109), max_size=2)), np.int32)
