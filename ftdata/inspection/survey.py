@@ -80,7 +80,7 @@ def _reduce(function: np.ufunc, values: Ints, starts: Ints) -> Ints:
 
 
 def rows_of_examples(numbers: RowNumbers) -> Ints:
-    """Return the row number of each example of a build, with rows in the order of their sources (int64 `[examples]`)."""
+    """Return the row number of each example of a build, in the order of the sources (int64 `[examples]`)."""
     pairs = np.stack((numbers.source, numbers.row), axis=1)
     return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1) if len(pairs) else pairs[:, 0]
 
@@ -153,7 +153,7 @@ class SurveyStep(NamedTuple):
     Attributes:
         source: The number of the source, or the number for each row.
         batch: The rows.
-        share: The share of the data that is read after this batch, if known.
+        share: The share of the data that is done, if known.
     """
 
     source: int | Sequence[int]
