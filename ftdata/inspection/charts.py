@@ -82,7 +82,8 @@ def _draw_histogram(
     floor = _TOP + plot_height
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}" class="picture">{_STANDALONE_STYLE if standalone else ""}<title>{escape(title)}</title>'
+        f'aria-label="{escape(title)}" class="picture">{_STANDALONE_STYLE if standalone else ""}'
+        f"<title>{escape(title)}</title>"
     ]
     parts += [
         f'<path d="M{_LEFT} {to_y(count):.1f}H{_WIDTH - 12}" stroke="currentColor" opacity=".15"/>'

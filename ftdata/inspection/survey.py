@@ -161,7 +161,9 @@ class SurveyStep(NamedTuple):
     share: float | None = None
 
 
-def survey_steps(recipe: Recipe, sources: Sequence[tuple[FileSource | MemorySource, RowFilter]]) -> Iterator[SurveyStep]:
+def survey_steps(
+    recipe: Recipe, sources: Sequence[tuple[FileSource | MemorySource, RowFilter]]
+) -> Iterator[SurveyStep]:
     """Process the filtered rows of all sources, and yield them as batches."""
     sizes = [source.size for source, _ in sources]
     offsets = [*accumulate(sizes, initial=0)]

@@ -78,8 +78,8 @@ _TEMPLATE_TEXT = re.compile(
 def find_template_leftover(text: str) -> str | None:
     """Return the first template text of a known model in a text, or `None`.
 
-    >>> find_template_leftover("Sure.<|eot_id|>"), find_template_leftover("<s>struck out</s>"), find_template_leftover("a[INST]")
-    ('<|eot_id|>', None, None)
+    >>> [find_template_leftover(text) for text in ("Sure.<|eot_id|>", "<s>strikethrough</s>", "a[INST]")]
+    ['<|eot_id|>', None, None]
     """
     match = _TEMPLATE_TEXT.search(text)
     is_strikethrough = match is not None and match.group().startswith("</s>") and "<s>" in text
@@ -95,8 +95,8 @@ _MEDIA_PLACEHOLDER = re.compile(
 def find_media_placeholder(text: str) -> str | None:
     """Return the first placeholder for an image, a video or audio in a text, or `None`.
 
-    >>> find_media_placeholder("<image>What?"), find_media_placeholder("<image_1>"), find_media_placeholder("an <imagery>")
-    ('<image>', '<image_1>', None)
+    >>> [find_media_placeholder(text) for text in ("<image>What?", "<image_1>", "an <imagery>")]
+    ['<image>', '<image_1>', None]
     """
     match = _MEDIA_PLACEHOLDER.search(text)
     return match.group() if match else None

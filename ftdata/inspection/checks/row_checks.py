@@ -225,12 +225,7 @@ def _check_trivial_answer(row: CheckedRow) -> Iterator[str]:
         content = message.get("content")
         is_answer = message["role"] == "assistant" and message.get("train", True) and not message.get("tool_calls")
         text = content if isinstance(content, str) else "\n".join(content_texts(content))
-        if (
-            is_answer
-            and content is not None
-            and text_detectors.is_placeholder_text(text)
-            and _is_trained(row, number)
-        ):
+        if is_answer and content is not None and text_detectors.is_placeholder_text(text) and _is_trained(row, number):
             yield f"messages[{number}].content is {text.strip()!r}"
 
 
