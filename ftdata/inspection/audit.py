@@ -60,8 +60,8 @@ class Finding:
     Attributes:
         code: The code of the check, or the error code of rejected rows.
         severity: `"error"`, `"warning"` or `"note"`.
-        message: What is wrong.
-        fix: How to fix it.
+        message: A description of the problem.
+        fix: The fix, in the imperative.
         count: The number of affected rows.
         locations: The first ten affected rows.
     """
@@ -111,7 +111,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """The findings of an audit, most severe first. The report is falsy if there are no findings.
+    """The findings of an audit, most severe first. The report is falsy without findings.
 
     Attributes:
         rows: The number of audited rows.
@@ -298,7 +298,7 @@ def audit(
     auditor = Auditor(target.recipe, frozenset((*ignore, *skipped)), near_duplicate_threshold)
     survey = survey_rows(target.steps(), target.names, auditor, progress)
     if not survey.rows:
-        raise InputRefused("no_rows", "there are no rows to audit", hint="check the data, where= and limit=")
+        raise InputRefused("no_rows", "the data contains no rows to audit", hint="check the data, where= and limit=")
     return replace(auditor.report(target, survey), skipped=skipped)
 
 

@@ -21,7 +21,7 @@ def draw_length_histogram(values: NDArray[np.integer], *, line: int | None = Non
     Args:
         values: The number of tokens of each example.
         line: The `max_length` to mark with a line.
-        standalone: Whether the SVG is a file of its own, which needs its own colors.
+        standalone: Whether the SVG is a separate file, which must define its colors.
     """
     maximum = max(int(values.max()) if len(values) else 1, line or 1, 16)
     minimum = max(int(values.min()) if len(values) else 1, 1)
@@ -68,7 +68,7 @@ def _draw_histogram(
         label: The label of the horizontal axis.
         title: The description of the chart.
         marker: Position and label of a vertical line.
-        standalone: Whether the SVG is a file of its own.
+        standalone: Whether the SVG is a separate file.
     """
     max_count = max((count for _, _, count, _ in bars), default=0) or 1
     plot_width, plot_height = _WIDTH - _LEFT - 12, _HEIGHT - _BOTTOM - _TOP

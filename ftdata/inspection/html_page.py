@@ -65,7 +65,7 @@ class HtmlPage:
     Attributes:
         title: The heading.
         rows: The rows, which are shown token by token.
-        tokenizer: The tokenizer, for the vocabulary entries of tokens; `None` if there are no tokens.
+        tokenizer: The tokenizer, for the vocabulary entries of tokens; `None` without tokens.
         status: A note on the selection of the rows.
         totals: Name -> formatted number.
         warnings: Notes that apply to all rows.

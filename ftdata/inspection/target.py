@@ -77,7 +77,7 @@ def make_target(
         options: Further options of `build_sft_dataset` that are part of the recipe.
 
     Raises:
-        UsageError: An option is unknown, invalid, or does not apply to a build; or there is no tokenizer.
+        UsageError: An option is unknown, invalid, or does not apply to a build; or `tokenizer` is missing.
         InputRefused: A source cannot be read.
     """
     for name in options:

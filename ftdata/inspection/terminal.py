@@ -1,4 +1,4 @@
-"""Terminal: print views as styled text. Marks carry the same information where there are no colors.
+"""Terminal: print views as styled text. Without colors, marks carry the same information.
 
 ⟦trained tokens⟧   ⟨control token⟩   ⟨stop token⟩■   ↵ line break   ⇥ tab   ✂ truncated text
 """

@@ -25,8 +25,8 @@ class Check:
         code: The stable name of the check.
         severity: `"error"` (the training data is wrong), `"warning"` (it is probably wrong) or `"note"` (information).
         scope: The object that is checked: `"flag"`, `"row"`, `"data"` or `"template"`.
-        message: What is wrong.
-        fix: How to fix it.
+        message: A description of the problem.
+        fix: The fix, in the imperative.
         run: The function that runs the check. A row check takes a `CheckedRow` and yields details. A data check takes a
             `CheckedDataset` and yields pairs of row number and detail. A template check takes a `CheckedTemplate` and
             yields details.
@@ -115,8 +115,8 @@ def register_check(
         code: The stable name of the check.
         severity: One of `SEVERITIES`.
         scope: `"flag"`, `"row"`, `"data"` or `"template"`.
-        message: What is wrong.
-        fix: How to fix it, in the imperative.
+        message: A description of the problem.
+        fix: The fix, in the imperative.
         options: Further fields of `Check`: `enabled_by`, `needs_messages`.
     """
 
