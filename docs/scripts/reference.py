@@ -140,9 +140,9 @@ def check_page():
     """Return the page of all checks of `ftdata audit`."""
     lines = []
     for one in checks.values():
-        code = f"`{one.code}`{' †' if one.of_messages else ''}"
-        asked = f"`--{one.asked}`" if one.asked else ""
-        lines.append(f"| {code} | {one.severity} | {OF[one.of]} | {one.says} | {one.fix} | {asked} |")
+        code = f"`{one.code}`{' †' if one.needs_messages else ''}"
+        asked = f"`--{one.enabled_by}`" if one.enabled_by else ""
+        lines.append(f"| {code} | {one.severity} | {OF[one.scope]} | {one.message} | {one.fix} | {asked} |")
     return CHECKS + "\n".join(lines) + "\n"
 
 
