@@ -200,7 +200,7 @@ def configuration():
 def schema_page():
     """Return the page of all schemas."""
     lines = []
-    for name, one in schemas.own().items():
+    for name, one in schemas.registered().items():
         others = ", ".join(f"`{other}` for `{column}`" for column in one.columns for other in ALIASES.get(column, ()))
         lines.append(f"| `{name}` | {', '.join(f'`{column}`' for column in one.columns)} | {others} |")
     return SCHEMAS + "\n".join(lines) + "\n"
@@ -216,7 +216,7 @@ def plugin_page():
     }
     lines = ["| entry point | value | named by | built in |", "|---|---|---|---|"]
     for registry, (value, named) in of.items():
-        own = ", ".join(f"`{name}`" for name in registry.own())
+        own = ", ".join(f"`{name}`" for name in registry.registered())
         lines.append(f"| `{registry.group}` | {value} | {named} | {own} |")
     return PLUGINS + "\n".join(lines) + "\n\nOne of each, step by step: [plug-ins](../howto/plugins.md).\n"
 

@@ -63,10 +63,8 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("FTDATA_DEBUG"):
             raise
-        _fail(
-            f"[internal] {type(error).__name__}: {error}. This is a bug in ftdata. Set FTDATA_DEBUG=1 to see the traceback",
-            7,
-        )
+        hint = "This is a bug in ftdata. Set FTDATA_DEBUG=1 to see the traceback"
+        _fail(f"[internal] {type(error).__name__}: {error}. {hint}", 7)
 
 
 def _prepare_streams() -> None:
