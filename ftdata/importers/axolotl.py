@@ -109,9 +109,10 @@ _DEFAULTS = {
     "sequence_len": 512, "num_epochs": 1, "micro_batch_size": 1, "seed": 42, "optimizer": "adamw_torch_fused",
     "lr_scheduler": "cosine", "save_total_limit": 4, "gradient_checkpointing": False, "output_dir": "model-out",
 }  # fmt: skip
-_CONVERTED_BELOW = ("datasets", "chat_template", "chat_template_jinja", "adapter", "load_in_4bit", "load_in_8bit",
-        "excess_length_strategy", "train_on_inputs", "evals_per_epoch", "saves_per_epoch",
-        "lora_target_linear")  # fmt: skip
+_CONVERTED_BELOW = (
+    "datasets", "chat_template", "chat_template_jinja", "adapter", "load_in_4bit", "load_in_8bit",
+    "excess_length_strategy", "train_on_inputs", "evals_per_epoch", "saves_per_epoch", "lora_target_linear",
+)  # fmt: skip
 _SOURCE_KEYS = {"path": "path", "name": "name", "revision": "revision", "split": "split", "data_files": "data_files"}
 _MESSAGE_FIELDS = {
     "role": ("role", "from", "speaker", "author", "sender"),
@@ -123,8 +124,6 @@ _TYPE_KEYS = ("field_instruction", "field_input", "field_output", "format", "no_
 _UNSUPPORTED_KEYS = (
     "message_field_training_detail", "drop_system_message", "split_thinking", "shards", "shards_idx", "conversation",
 )  # fmt: skip
-
-
 _KNOWN_KEYS = {
     *_SOURCE_KEYS, *_IGNORED_KEYS, *_TYPE_KEYS, *_UNSUPPORTED_KEYS, "type", "ds_type", "field", "field_messages",
     "chat_template", "chat_template_jinja", "message_property_mappings", "message_field_role", "message_field_content",
