@@ -87,7 +87,7 @@ def train(
     quantization: Annotated[str | None, typer.Option(help="Quantize the base model: nf4 (QLoRA), fp4 or int8")] = None,
     lora_r: Annotated[int | None, typer.Option(help="Rank of the LoRA adapter")] = None,
     attn_implementation: Annotated[
-        str | None, typer.Option(help="Attention: sdpa, eager, flash_attention_2, ...")
+        str | None, typer.Option(help="Attention implementation, e.g. sdpa, eager or flash_attention_2")
     ] = None,
     set_: Annotated[
         list[str] | None,
