@@ -172,7 +172,7 @@ def test_builds_elsewhere_are_fetched_whole(bucket, build, tokenizer_dir, tmp_pa
     loaded = build_sft_dataset("s3://data/in", tokenizer_dir("tiny_bpe"), output_dir="s3://data/out")
     assert len(loaded["train"]) == 300
     assert "it is 81" in str(preview("s3://data/out", tokenizer_dir("tiny_bpe"), n=10))
-    assert ftdata("verify", "s3://data/out") == (0, "whole    s3://data/out\n", "")
+    assert ftdata("verify", "s3://data/out") == (0, "intact   s3://data/out\n", "")
     arrow = next(iter(fsspec.filesystem("s3").glob("data/out/train/*.arrow")))
     data = fsspec.filesystem("s3").cat(arrow)
     put(arrow.removeprefix("data/"), data[:999] + bytes([data[999] ^ 1]) + data[1000:])

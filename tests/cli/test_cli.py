@@ -316,8 +316,8 @@ def test_template_variables_on_the_command_line(command, tokenizer_dir, tmp_path
     ("options", "says"),
     [
         (("--where", "(" * 5000), "cannot be compiled"),
-        (("--template-kwarg", "a=" + "[" * 100_000), "cannot be read"),
-        (("--template-kwarg", "enable_thinking=" + "9" * 5000), "cannot be read"),
+        (("--template-kwarg", "a=" + "[" * 100_000), "cannot be parsed"),
+        (("--template-kwarg", "enable_thinking=" + "9" * 5000), "cannot be parsed"),
         (("--template-kwarg", "api_key=secret-word"), "api_key"),
         (("--split", "train[999999999999999999999999:]"), "names no rows"),
     ],

@@ -174,11 +174,11 @@ def test_a_comparison_reports_its_progress_from_the_first_token_to_the_last_answ
 
 
 def test_long_answering_is_announced_where_no_terminal_is(nf4):
-    code = "import importlib; m = importlib.import_module('ftdata.cli.train'); m._LONG = 0.0; import ftdata.cli; ftdata.cli.main()"
+    code = "import importlib; m = importlib.import_module('ftdata.cli.train'); m._ANNOUNCE_SECONDS = 0.0; import ftdata.cli; ftdata.cli.main()"
     command = [sys.executable, "-c", code, "eval", str(nf4), "-n", "2", "--max-new-tokens", "8", "--json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "4 answers take at most" in done.stderr
-    assert "s a token" in done.stderr
+    assert "s per token" in done.stderr
     assert json.loads(done.stdout)["rows"]
     quick = subprocess.run([sys.executable, "-m", "ftdata", *command[3:]], check=True, capture_output=True, text=True)
     assert "answers take" not in quick.stderr
