@@ -269,9 +269,8 @@ def expansion_error(
     hint: str = "decompress it yourself if the size is correct",
 ) -> InputRefused:
     """Return the error for a file that expands beyond the limit."""
-    message = (
-        f"expands from {compressed_size:,} to more than {plain_size:,} bytes, expected at most {ratio:,} times its size"
-    )
+    sizes = f"{compressed_size:,} to {plain_size:,} bytes or more"
+    message = f"expands from {sizes}, expected at most {ratio:,} times its size"
     return InputRefused("expansion", message, where=path, hint=hint)
 
 
