@@ -14,7 +14,7 @@ from ftdata.readers.streams import STDIN
 PART = 64 << 20
 """Bytes of a part. A part is about ten seconds of work, so little work is repeated if a part is lost."""
 
-MOST = 1 << 15
+MAX_PARTS = 1 << 15
 """Maximum number of parts of all files together; parts are longer if there would be more. It limits the bookkeeping per
 part in a build."""
 
@@ -25,7 +25,7 @@ def split_into_parts(sources: Sequence[FileSource | MemorySource]) -> list[FileS
     The rows and their numbers do not depend on the parts: each part counts from its own beginning, and the caller adds
     the counts of the parts before it.
     """
-    part_size = max(PART, sum(source.size for source in sources) // MOST)
+    part_size = max(PART, sum(source.size for source in sources) // MAX_PARTS)
     return [
         part
         for source in sources
