@@ -40,7 +40,7 @@ class XmlParser:
         parser.StartDoctypeDeclHandler = self._reject_doctype
         self.make_error: Callable[[str], InputRefused] = lambda message: InputRefused("damaged_file", message)
         self._depth = self._elements = self._fed = self.size = 0
-        self._texts: list[str] = []
+        self._text_parts: list[str] = []
 
     def feed(self, chunk: bytes, *, last: bool = False) -> int:
         """Parse a chunk of the XML; return the number of elements that began in it."""
@@ -67,17 +67,17 @@ class XmlParser:
 
     def text(self) -> str:
         """Return the collected characters, and reset them."""
-        text = "".join(self._texts)
-        self._texts.clear()
+        text = "".join(self._text_parts)
+        self._text_parts.clear()
         return text
 
     def _add_text(self, text: str) -> None:
         self.size += len(text) if text.isascii() else len(text.encode())
         self._elements += text.count("_x")  # unescaping a character takes as long as parsing an element
         if self.size <= MAX_LINE:
-            self._texts.append(text)
+            self._text_parts.append(text)
         else:
-            self._texts.clear()
+            self._text_parts.clear()
 
     def _start_element(self, name: str, attributes: dict[str, str]) -> None:
         self._elements += 1
