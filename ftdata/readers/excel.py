@@ -121,7 +121,7 @@ def _check_header(names: Mapping[int, str], fault: CellFault | None, source: Sou
     """
     # The text of an error such as #REF! is accepted as a column name.
     if fault and not (names and fault.code in ("excel_error", "excel_formula")):
-        message = f"the header (the first row) {fault.reason}"
+        message = f"the first row must contain the column names, but {fault.field or 'it'} {fault.reason}"
         raise InputRefused(fault.code, message, where=str(source), hint=fault.fix)
     check_names([*names.values()], Input(source.path))
 
@@ -204,7 +204,7 @@ def _check_text(text: str, cell: Cell, name: str) -> CellFault | None:
     if cell.kind == "e":
         return CellFault("excel_error", name, f"contains the error {text[:100]}", "correct the formula")
     if len(text) > MAX_CELL:
-        reason = f"has a cell of {len(text):,} characters, expected at most {MAX_CELL:,} as in Excel"
+        reason = f"has {len(text):,} characters, expected at most {MAX_CELL:,} as in Excel"
         return CellFault("cell_too_long", name, reason, "save the data as CSV or JSON Lines")
     if text.isascii() or not _SURROGATE.search(text):
         return None
