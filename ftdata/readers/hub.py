@@ -1,6 +1,6 @@
 """List and download the files of data sets on the Hugging Face Hub.
 
-    owner/name ──data set card, or file names──> files by split, pinned to a commit ──> local cache
+owner/name ──data set card, or file names──> files by split, pinned to a commit ──> local cache
 """
 
 from __future__ import annotations

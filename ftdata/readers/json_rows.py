@@ -164,7 +164,9 @@ def _read_lines(stream: io.BufferedReader, file: Input) -> Rows:
             row = parse_row(text, source, whole_line=True)
             if isinstance(row, Reject) and not raw.endswith(b"\n"):
                 reason = f"{row.reason}; the file ends inside this line"
-                row = replace(row, code="partial_file", reason=reason, fix="write the file again, it is probably truncated")
+                row = replace(
+                    row, code="partial_file", reason=reason, fix="write the file again, it is probably truncated"
+                )
             yield row
         index += 1
     if index == 0 and file.span is None:
@@ -282,7 +284,9 @@ def _scan_rows(parts: Iterable[bytes], file: Input, under: str | None) -> Iterat
             source = source._replace(row=source.row + 1)
         if piece.size:
             yield (
-                _too_long_reject(source, piece.size) if piece.text is None else parse_row(piece.text, source, whole_line=False)
+                _too_long_reject(source, piece.size)
+                if piece.text is None
+                else parse_row(piece.text, source, whole_line=False)
             )
             source = source._replace(row=source.row + 1)
         index = source.row
@@ -394,7 +398,9 @@ def _parse_with_json(text: bytes, source: Source, error: orjson.JSONDecodeError 
     except UnicodeDecodeError as fault:
         raise _Fault("encoding", *describe_invalid_utf8(text[fault.start : fault.start + 3], fault.start)) from None
     except UnicodeEncodeError:
-        raise _Fault("lone_surrogate", "contains the escape of a lone surrogate, which is not a valid character") from None
+        raise _Fault(
+            "lone_surrogate", "contains the escape of a lone surrogate, which is not a valid character"
+        ) from None
     except ValueError:
         assert error is not None  # text that orjson accepts is valid for the json module
         line = (source.line or 1) + error.lineno - 1
