@@ -113,7 +113,7 @@ def _chunk_size(stream: io.BufferedReader, column: Any, file: Input) -> _ChunkSi
 def _batch_size(
     stream: io.BufferedReader, table: Any, number: int, columns: Sequence[Any], chunk_sizes: Sequence[_ChunkSize]
 ) -> int:
-    """Return the number of rows of a group to read at a time; it is small if values are long, or repeated very often."""
+    """Return the number of rows of a group to read at a time; it is small if values are long or repeated very often."""
     import pyarrow.parquet as pq
 
     rows = max(table.metadata.row_group(number).num_rows, 1)
@@ -379,7 +379,7 @@ def _check_column(column: Any) -> None:
 
 
 def _storage_type(kind: Any) -> Any:
-    """Return a type with the same buffers, of which any value is valid."""
+    """Return a type with the same buffers, without restrictions on the values."""
     import pyarrow as pa
 
     storage_types = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.date64(): pa.int64()}
@@ -412,7 +412,7 @@ def _yield_rows(batches: Iterable[Any], schema: Any, file: Input, size: int | No
 
 
 def _json_converters(schema: Any) -> dict[str, Convert]:
-    """Return a converter for each column that contains JSON text, by its Arrow type or by the features of `datasets`."""
+    """Return converters for the columns that contain JSON text, by their Arrow types or by the features of `datasets`."""
     try:
         features = dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
         by_feature = {name: _feature_converter(feature) for name, feature in features.items()}

@@ -1,9 +1,9 @@
 """Arrow message headers: the sizes of the batches of a file or stream, read before pyarrow decompresses the batches.
 
-A compressed batch of a few kilobytes may expand to gigabytes, and pyarrow decompresses a batch all at the same time. The
+A compressed batch of a few kilobytes may expand to gigabytes, and pyarrow decompresses a batch completely. The
 uncompressed length of a buffer is stored in front of the buffer, and the number of values in the metadata of the batch
 (Arrow columnar format, "Serialization and Interprocess Communication"). pyarrow exposes neither, so this module reads
-them.
+both.
 """
 
 from __future__ import annotations

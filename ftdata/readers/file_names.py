@@ -27,10 +27,11 @@ def is_data(name: str) -> bool:
 
 
 def split_from_name(path: str) -> str | None:
-    """Return the split in the name of a file, or else in the name of its nearest folder; `None` if there is no split.
+    """Return the split in the name of a file, or else in the name of its nearest folder; `None` if no name has a split.
 
-    >>> split_from_name("data/test-00000-of-00001.parquet"), split_from_name("eval/part-0.jsonl"), split_from_name("test-time/a.jsonl")
-    ('test', 'test', None)
+    >>> split_from_name("data/test-00000-of-00001.parquet"), split_from_name("eval/part-0.jsonl")
+    ('test', 'test')
+    >>> split_from_name("test-time/a.jsonl")
     """
     name = PurePosixPath(path)
     words = re.split(r"[^a-z]+", name.name.split(".", 1)[0].lower())

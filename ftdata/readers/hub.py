@@ -203,7 +203,10 @@ def _select_config(card: Any, name: str | None, where: str) -> Mapping[str, Any]
 
 
 def _split_files(files: Sequence[str], all_files: Sequence[str], repo: str) -> Iterator[tuple[str, str]]:
-    """Yield the data files, each with the split in its name. If a name contains a split, files without one are ignored."""
+    """Yield the data files, each with the split in its name.
+
+    If no name contains a split, all files belong to `train`; otherwise files without a split are ignored.
+    """
     where = f"{SCHEME}{repo}"
     if not files:
         script = f"{repo.partition('/')[2]}.py"

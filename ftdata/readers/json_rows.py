@@ -56,7 +56,7 @@ Rows = Generator[Row | Reject, None, int | None]
 
 
 def read_jsonl(file: Input) -> Rows:
-    """Yield a row for each physical line that is not blank. `line` counts all lines from 1, also blank lines.
+    """Yield a row for each physical line, except blank lines. `line` counts all lines from 1, including blank lines.
 
     If the input has a span, rows and lines are counted from the beginning of the span.
     """
@@ -102,7 +102,7 @@ def read_json(file: Input) -> Rows:
 
 
 def _read_head(stream: io.BufferedReader) -> bytes:
-    """Return the beginning of the text: two lines that are not blank, but not many more than `CHUNK` bytes."""
+    """Return the beginning of the text: at least two lines that are not empty, or `CHUNK` bytes."""
     head = b""
     while len(head) < CHUNK and sum(1 for line in head.split(b"\n", 64)[:-1] if line.strip()) < 2:
         chunk = stream.read1(CHUNK - len(head))
@@ -435,7 +435,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _may_repeat_keys(text: bytes, value: Any, keys: int) -> bool:
-    """Return whether the text may contain a repeated key, of which orjson kept only the last value.
+    """Return whether the text may contain a repeated key, for which orjson keeps only the last value.
 
     The text of a key ends with a quote and a colon, so a repeated key causes more such pairs than there are keys.
     """

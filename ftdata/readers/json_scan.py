@@ -1,4 +1,4 @@
-"""Find where each row of a JSON text begins and ends, by the brackets outside strings, in a single pass over its parts."""
+"""Find the rows of a JSON text by the brackets outside strings, in a single pass over the parts of the text."""
 
 from __future__ import annotations
 

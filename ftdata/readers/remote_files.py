@@ -33,7 +33,7 @@ def with_retries(
     Args:
         request: the function to call.
         transient_errors: exceptions after which the request is repeated, unless the server's status is permanent.
-        permanent_errors: exceptions after which the request is not repeated, also as the root cause of another exception.
+        permanent_errors: exceptions after which the request is not repeated. The root cause of an exception counts, too.
 
     Raises:
         Exception: The exception of the last attempt.
@@ -55,7 +55,7 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def http_status(error: BaseException) -> int | None:
-    """Return the HTTP status of an exception or of its causes; `None` if there is no status."""
+    """Return the HTTP status of an exception or of its causes; `None` without a status."""
     cause: BaseException | None = error
     while cause is not None:
         status = getattr(getattr(cause, "response", None), "status_code", None) or getattr(cause, "status", None)
@@ -102,7 +102,7 @@ def list_url(url: str) -> tuple[dict[str, int], str | None]:
 
 
 def list_sizes(url: str) -> dict[str, int]:
-    """Return the current size in bytes of each file in a folder, by its relative path; empty if there is no folder.
+    """Return the current size in bytes of each file in a folder, by its relative path; empty without a folder.
 
     Raises:
         UsageError: The protocol is unknown.
@@ -144,7 +144,7 @@ def upload_file(file: Path, url: str, *, anew: bool = False) -> bool:
     Args:
         file: the local file.
         url: URL to upload to.
-        anew: upload only if there is no file at the URL. On S3, the check and the upload are a single atomic request;
+        anew: upload only if the URL does not exist yet. On S3, the check and the upload are a single atomic request;
             on other file systems, the check comes first.
 
     Returns:

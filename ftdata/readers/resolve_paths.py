@@ -47,7 +47,7 @@ def resolve_files(
         hub_options: `name`, `revision` and `data_files` of a Hub data set.
 
     Raises:
-        UsageError: There is no file.
+        UsageError: No file matches the location.
         InputRefused: No reader is registered for the suffix of a file.
     """
     if not location.strip():

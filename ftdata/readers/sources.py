@@ -133,7 +133,7 @@ def _run_user_reader(reader: Reader, file: FileSource) -> Iterator[Row | Reject]
 
 
 def _find_fault(row: Any, last: int) -> str | None:
-    """Return what is wrong with an object that a reader yielded after row number `last`; `None` if it is valid."""
+    """Return the fault of an object that a reader yielded after row number `last`; `None` if the object is valid."""
     if not isinstance(row, Row | Reject):
         return f"yields a {type(row).__name__}, expected ftdata.types.Row or Reject"
     source: Any = row.source

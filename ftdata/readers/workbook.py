@@ -32,8 +32,8 @@ _SPOOL, _MAX_DIRECTORY = 32 << 20, 16 << 20
 _FREE = FREE // 2
 """Bytes of XML that a file of any size may have. XML takes twice as long to parse as other text."""
 _FREE_ELEMENTS, _MAX_ELEMENTS = 1_000_000, 3
-"""XML elements that a file of any size may have, and XML elements per byte that a larger file may have. An element takes
-one or two microseconds to parse. Sheets of equal cells have 0.9 elements per byte."""
+"""XML elements that a file of any size may have, and elements per byte that a larger file may have. An element takes one
+or two microseconds to parse. Sheets of equal cells have 0.9 elements per byte."""
 _PART_ELEMENTS = 1_000
 """Number of elements that take as long to parse as opening a part takes."""
 _COORDINATE = re.compile(r"([A-Za-z]{1,3})[0-9]*")
@@ -98,7 +98,7 @@ class Workbook:
         dates: indexes of the styles that show a number as a date or time.
         durations: the part of `dates` that shows a number as a duration.
         date1904: whether dates are counted from 1904.
-        strings_part: path of the shared strings in the archive; empty if there are no shared strings.
+        strings_part: path of the shared strings in the archive; empty if the workbook has no shared strings.
         elements: number of elements parsed so far.
         plain: number of bytes decompressed so far.
     """

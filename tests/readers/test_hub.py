@@ -175,7 +175,7 @@ def test_a_hub_that_stays_down_is_an_error_of_six(hub):
         ({"path": "me/chats", "split": "tset"}, "no_split", 2, "train"),
         ({"path": "me/chats", "data_files": "trian.jsonl"}, "file_not_found", 2, "did you mean 'train.jsonl'"),
         ("me/code", "hub_no_data", 3, "never run"),
-        ({"path": "data.jsonl", "revision": "x"}, "hub_only", 2, "not on the hub"),
+        ({"path": "data.jsonl", "revision": "x"}, "hub_only", 2, "not on the Hub"),
     ],
 )
 def test_what_is_not_there_is_named(hub, place, code, status, says):
