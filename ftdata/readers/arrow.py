@@ -412,7 +412,7 @@ def _yield_rows(batches: Iterable[Any], schema: Any, file: Input, size: int | No
 
 
 def _json_converters(schema: Any) -> dict[str, Convert]:
-    """Return converters for the columns that contain JSON text, by their Arrow types or by the features of `datasets`."""
+    """Return converters for the columns that contain JSON text, by their Arrow types or the features of `datasets`."""
     try:
         features = dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
         by_feature = {name: _feature_converter(feature) for name, feature in features.items()}

@@ -108,8 +108,8 @@ class _LineReader:
     def skip_quoted(self, delimiter: str) -> bool:
         """Skip the lines that belong to an invalid row, if it left a quote open; return whether to call this again.
 
-        The next quote that can begin or end a cell decides. If it ends a cell, that cell began in the invalid row. If it
-        begins a cell, the row left no quote open. Without a next quote, no line is skipped.
+        The next quote that can begin or end a cell decides. If it ends a cell, that cell began in the invalid row. If
+        it begins a cell, the row left no quote open. Without a next quote, no line is skipped.
         """
         mark, size = delimiter.encode(), 0
         opening = re.compile(rb"(?:^|" + re.escape(mark) + rb')"')

@@ -102,7 +102,7 @@ def read_json(file: Input) -> Rows:
 
 
 def _read_head(stream: io.BufferedReader) -> bytes:
-    """Return the beginning of the text: at least two lines that are not empty, or `CHUNK` bytes."""
+    """Return the beginning of the text: two lines with content, or at most `CHUNK` bytes."""
     head = b""
     while len(head) < CHUNK and sum(1 for line in head.split(b"\n", 64)[:-1] if line.strip()) < 2:
         chunk = stream.read1(CHUNK - len(head))

@@ -33,7 +33,7 @@ def with_retries(
     Args:
         request: the function to call.
         transient_errors: exceptions after which the request is repeated, unless the server's status is permanent.
-        permanent_errors: exceptions after which the request is not repeated. The root cause of an exception counts, too.
+        permanent_errors: exceptions after which the request is not repeated, also if they are only the root cause.
 
     Raises:
         Exception: The exception of the last attempt.

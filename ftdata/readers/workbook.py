@@ -32,8 +32,8 @@ _SPOOL, _MAX_DIRECTORY = 32 << 20, 16 << 20
 _FREE = FREE // 2
 """Bytes of XML that a file of any size may have. XML takes twice as long to parse as other text."""
 _FREE_ELEMENTS, _MAX_ELEMENTS = 1_000_000, 3
-"""XML elements that a file of any size may have, and elements per byte that a larger file may have. An element takes one
-or two microseconds to parse. Sheets of equal cells have 0.9 elements per byte."""
+"""XML elements that a file of any size may have, and elements per byte that a larger file may have. An element takes a
+microsecond or two to parse. Sheets of equal cells have 0.9 elements per byte."""
 _PART_ELEMENTS = 1_000
 """Number of elements that take as long to parse as opening a part takes."""
 _COORDINATE = re.compile(r"([A-Za-z]{1,3})[0-9]*")
