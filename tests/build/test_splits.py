@@ -196,7 +196,7 @@ def test_what_is_taken_of_each_source_is_in_the_report(tokenizer_dir, tmp_path):
     assert 370 < parts[1]["tokens"] <= 400
     assert sum(part["tokens"] for part in parts) == sum(map(len, built["train"]["input_ids"]))
     assert f"50 examples, {parts[0]['tokens'] / built.report.splits['train']['tokens']:.1%}" in str(built.report)
-    with pytest.raises(UsageError, match="which of them"):
+    with pytest.raises(UsageError, match="expected only one of them"):
         build_sft_dataset([{**data[0], "weight": 2}], tokenizer_dir("tiny_bpe"))
 
 
@@ -358,7 +358,7 @@ def test_what_asks_for_a_column_that_is_not_there_is_false(tokenizer_dir, where)
         build_sft_dataset(ROWS, tokenizer_dir("tiny_bpe"), where=where)
     rows = [{**row, "row": n} for n, row in enumerate(ROWS)]
     assert build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), where="row == 3").report.total("built") == 1
-    with pytest.raises(UsageError, match="no regular expression"):
+    with pytest.raises(UsageError, match="not a valid regular expression"):
         build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), where="question is matching('(')")
 
 
