@@ -31,6 +31,7 @@ from ftdata.readers.table_checks import check_names, check_seekable, damaged_fil
 from ftdata.types import Reject, Row, Source
 
 _BATCH = 1024
+_CONTAINER_BYTES = 64
 
 Convert = Callable[[Any], Any]
 
@@ -45,7 +46,7 @@ def read_parquet(file: Input) -> Iterator[Row | Reject]:
             table, limits = _open_parquet(stream, file)
             groups = range(*file.span) if file.span else range(table.num_row_groups)
             _check_value_counts(table, groups, limits)
-            batches = _read_groups(table, groups, stream, file)
+            batches = _read_groups(table, groups, stream, file, limits.packed)
             yield from _yield_rows(batches, table.schema_arrow, file, limits.packed)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise damaged_file_error(error, file, "Parquet") from None
@@ -58,19 +59,25 @@ def _check_value_counts(table: Any, groups: Iterable[int], limits: TableLimits) 
         limits.rows(group.num_rows, sum(group.column(index).num_values for index in range(group.num_columns)))
 
 
-def _read_groups(table: Any, groups: Iterable[int], stream: io.BufferedReader, file: Input) -> Iterator[Any]:
+def _read_groups(
+    table: Any, groups: Iterable[int], stream: io.BufferedReader, file: Input, packed: int
+) -> Iterator[Any]:
     """Yield the batches of row groups, with few enough rows per batch to fit in memory.
 
     Raises:
-        InputRefused: The groups expand beyond the limit, or the rows of a group are too long on average.
+        InputRefused: The groups expand beyond the limit, the rows of a group are too long on average, or the metadata
+            contradict each other.
     """
     compressed_size = plain_size = 0
     for number in groups:
         group = table.metadata.row_group(number)
         columns = [group.column(index) for index in range(group.num_columns)]
-        chunk_sizes = [_chunk_size(stream, column, file) for column in columns]
-        size = sum(max(chunk.bytes, column.num_values // 8) for chunk, column in zip(chunk_sizes, columns, strict=True))
         compressed_size += sum(column.total_compressed_size for column in columns)
+        if compressed_size > packed or any(column.num_values < group.num_rows for column in columns):
+            error = ValueError(f"the metadata of row group {number} contradict the size of the file or its values")
+            raise damaged_file_error(error, file, "Parquet")
+        chunks = [_measure_chunk(stream, column, file) for column in columns]
+        size = sum(max(chunk.bytes, column.num_values // 8) for chunk, column in zip(chunks, columns, strict=True))
         plain_size += size
         if plain_size > max(MAX_BATCH, MAX_RATIO * compressed_size):
             raise expansion_error(plain_size, compressed_size, file.path)
@@ -78,59 +85,84 @@ def _read_groups(table: Any, groups: Iterable[int], stream: io.BufferedReader, f
             average = size // max(group.num_rows, 1)
             message = f"has rows of {average:,} bytes on average, expected at most {MAX_LINE:,}"
             raise InputRefused("row_too_long", message, where=file.path)
-        yield from table.iter_batches(_batch_size(stream, table, number, columns, chunk_sizes), row_groups=[number])
+        yield from _read_group(stream, table, number, list(zip(columns, chunks, strict=True)), file)
 
 
-class _ChunkSize(NamedTuple):
-    """The size of a column chunk after decompression.
+class _Chunk(NamedTuple):
+    """A column chunk after decompression.
 
     Attributes:
         bytes: bytes of the chunk.
         widest: estimated bytes of the widest value outside dictionaries; 0 if the chunk has none.
+        has_dictionary: whether values of the chunk can refer to a dictionary.
     """
 
     bytes: int
     widest: float
+    has_dictionary: bool
 
 
-def _chunk_size(stream: io.BufferedReader, column: Any, file: Input) -> _ChunkSize:
+def _measure_chunk(stream: io.BufferedReader, column: Any, file: Input) -> _Chunk:
     """Return the size of a column chunk after decompression."""
-    bytes_, widest = column.total_uncompressed_size, 0.0
+    bytes_, widest, has_dictionary = column.total_uncompressed_size, 0.0, bool(column.has_dictionary_page)
     if is_url(file.path):
         # The header of each page would need a separate request.
-        return _ChunkSize(bytes_, bytes_ / max(column.num_values, 1))
+        return _Chunk(bytes_, bytes_ / max(column.num_values, 1), has_dictionary)
     page_bytes = 0
     try:
         for page in read_pages(stream, column):
             page_bytes += page.size
+            has_dictionary |= page.is_dictionary
             if not page.is_dictionary:
                 widest = max(widest, page.size if page.has_prefixes else page.size / max(page.values, 1))
     except ValueError as error:
         raise damaged_file_error(error, file, "Parquet") from None
-    return _ChunkSize(max(bytes_, page_bytes), widest)
+    return _Chunk(max(bytes_, page_bytes), widest, has_dictionary)
 
 
-def _batch_size(
-    stream: io.BufferedReader, table: Any, number: int, columns: Sequence[Any], chunk_sizes: Sequence[_ChunkSize]
-) -> int:
-    """Return the number of rows of a group to read at a time; it is small if values are long or repeated very often."""
+def _read_group(
+    stream: io.BufferedReader, table: Any, number: int, columns: Sequence[tuple[Any, _Chunk]], file: Input
+) -> Iterator[Any]:
+    """Yield the batches of a row group. A batch has few rows if values are long, or refer to long dictionary values."""
     import pyarrow.parquet as pq
 
     rows = max(table.metadata.row_group(number).num_rows, 1)
-    if all(chunk.bytes * column.num_values <= MAX_LINE for column, chunk in zip(columns, chunk_sizes, strict=True)):
-        return _BATCH
-    coded = [index for index, column in enumerate(columns) if column.has_dictionary_page]
-    size_limits = [columns[index].num_values * (table.schema.column(index).length or 0) for index in coded]
-    if names := [columns[index].path_in_schema for index in coded if columns[index].physical_type == "BYTE_ARRAY"]:
-        reader = pq.ParquetFile(
-            stream, metadata=table.metadata, pre_buffer=False, buffer_size=CHUNK, read_dictionary=names
+    if all(chunk.bytes * column.num_values <= MAX_LINE for column, chunk in columns):
+        yield from table.iter_batches(_BATCH, row_groups=[number])
+        return
+    row_bytes = sum(chunk.widest * column.num_values for column, chunk in columns) / rows
+    flat, nested = list[str](), list[str]()
+    for index, (column, chunk) in enumerate(columns):
+        if not chunk.has_dictionary:
+            continue
+        schema = table.schema.column(index)
+        if column.physical_type == "BYTE_ARRAY":
+            (nested if schema.max_repetition_level else flat).append(column.path_in_schema)
+        elif schema.max_repetition_level and (size := column.num_values * (schema.length or 0)) > MAX_BATCH:
+            raise expansion_error(size, column.total_compressed_size, file.path)
+        else:
+            row_bytes += schema.length or 0
+
+    def open_with(names: Sequence[str]) -> Any:
+        return pq.ParquetFile(
+            stream, metadata=table.metadata, pre_buffer=False, buffer_size=CHUNK, read_dictionary=list(names)
         )
-        first = next(reader.iter_batches(1, row_groups=[number], columns=names), None)
-        longest = max(map(_longest_value, first.columns), default=0) if first is not None else 0
-        size_limits.append(longest * max(columns[index].num_values for index in coded))
-    pairs = zip(columns, chunk_sizes, strict=True)
-    size_limits.append(int(sum(chunk.widest * column.num_values for column, chunk in pairs)))
-    return int(max(1, min(_BATCH, MAX_LINE * rows / max([*size_limits, 1]))))
+
+    if flat:
+        probe = open_with(flat).iter_batches(_BATCH, row_groups=[number], columns=flat)
+        longest = next((size for size in map(_longest_values, probe) if size), 0)
+        if longest > MAX_LINE:
+            message = f"has values of {longest:,} bytes, expected at most {MAX_LINE:,}"
+            raise InputRefused("row_too_long", message, where=file.path)
+        row_bytes += longest
+    # A row can repeat a dictionary value in a list any number of times, so lists are read as references.
+    reader = open_with(nested) if nested else table
+    yield from reader.iter_batches(int(max(1, min(_BATCH, MAX_LINE / max(row_bytes, 1)))), row_groups=[number])
+
+
+def _longest_values(batch: Any) -> int:
+    """Return the summed size in bytes of the longest dictionary value of each column."""
+    return sum(map(_longest_value, batch.columns))
 
 
 def _longest_value(column: Any) -> int:
@@ -314,7 +346,9 @@ def _column_size(column: Any) -> int:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    kind, size = column.type, 8 * len(column)
+    # A Python list or dictionary takes at least 64 bytes.
+    kind = column.type
+    size = (_CONTAINER_BYTES if pa.types.is_nested(kind) else 8) * len(column)
     if isinstance(column, pa.ExtensionArray):
         size = _column_size(column.storage)
     elif pa.types.is_dictionary(kind):

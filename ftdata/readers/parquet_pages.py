@@ -11,9 +11,10 @@ import io
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-_HEADER = 1 << 16
-"""Bytes to read for a long page header. A header contains sizes, and the smallest and largest value of the page."""
-_MAX_HEADER = 1 << 24
+_MAX_HEADER = 1 << 20
+"""Bytes that a page header may have. It contains sizes and statistics: the smallest and largest value of the page."""
+_FREE_PAGES = 1000
+"""Pages that a column chunk may have in addition to one per value."""
 _MAX_DEPTH = 16
 
 _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3
@@ -47,11 +48,14 @@ def read_pages(stream: io.BufferedReader, column: Any) -> Iterator[ParquetPage]:
     Raises:
         ValueError: a header is damaged, or lies outside the column chunk.
     """
+    max_pages = column.num_values + _FREE_PAGES
     position = column.data_page_offset
     if column.has_dictionary_page and column.dictionary_page_offset:
         position = min(position, column.dictionary_page_offset)
     end = position + column.total_compressed_size
     while position < end:
+        if (max_pages := max_pages - 1) < 0:
+            raise ValueError(f"a column chunk with {column.num_values:,} values has too many pages")
         stream.seek(position)
         header, length = _read_header(stream)
         kind, size, packed = header.get(1, -1), header.get(2, -1), header.get(3, -1)
@@ -75,7 +79,7 @@ def _read_header(stream: io.BufferedReader) -> tuple[dict[int, Any], int]:
         except IndexError:
             if not chunk or len(data) > _MAX_HEADER:
                 raise ValueError("a page header is truncated") from None
-            size = _HEADER
+            size = len(data)
 
 
 class _CompactReader:
@@ -90,34 +94,39 @@ class _CompactReader:
         self.data, self.position = data, 0
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Return the integers and structs among the fields of a struct, by their ids."""
+        """Return the 32-bit integers and structs among the fields of a struct, by their ids."""
         if depth > _MAX_DEPTH:
             raise ValueError("a page header is nested too deeply")
         fields, number = dict[int, Any](), 0
         while byte := self._read_byte():
-            number = number + (byte >> 4) if byte >> 4 else self._read_integer()
+            previous, number = number, number + (byte >> 4) if byte >> 4 else self._read_integer()
+            if number <= previous:
+                raise ValueError("a page header repeats a field")
             value = self._read_value(byte & 15, depth)
             if value is not None:
                 fields[number] = value
         return fields
 
     def _read_value(self, kind: int, depth: int) -> Any:
-        if kind in (1, 2):  # the type contains the value of a boolean
-            return None
-        if kind == 3:
-            return self._read_byte()
-        if kind in (4, 5, 6):
-            return self._read_integer()
-        if kind in (7, 8):
-            self._skip(8 if kind == 7 else self._read_unsigned())
-            return None
-        if kind in (9, 10):
-            return self._skip_list(depth)
+        if kind == 5:
+            return self._read_int32()
         if kind == 12:
             return self.struct(depth + 1)
-        raise ValueError(f"a page header has a value of the unknown type {kind}")
+        if kind in (3, 7):
+            self._skip(1 if kind == 3 else 8)
+        elif kind in (4, 6):
+            self._read_integer()
+        elif kind == 8:
+            self._skip(self._read_unsigned())
+        elif kind in (9, 10):
+            self._skip_list(depth)
+        elif kind not in (1, 2):  # the type contains the value of a boolean
+            raise ValueError(f"a page header has a value of the unknown type {kind}")
+        return None
 
     def _skip_list(self, depth: int) -> None:
+        if depth > _MAX_DEPTH:
+            raise ValueError("a page header is nested too deeply")
         byte = self._read_byte()
         count = byte >> 4 if byte >> 4 < 15 else self._read_unsigned()
         for _ in range(count):
@@ -138,6 +147,12 @@ class _CompactReader:
                 return value
             if shift > 63:
                 raise ValueError("a page header has an integer of more than 64 bits")
+
+    def _read_int32(self) -> int:
+        value = self._read_integer()
+        if not -(1 << 31) <= value < 1 << 31:
+            raise ValueError("a page header has an integer of more than 32 bits")
+        return value
 
     def _read_integer(self) -> int:
         value = self._read_unsigned()
