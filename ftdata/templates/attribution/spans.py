@@ -1,4 +1,4 @@
-"""Spans of a rendered text: which characters come from which field of which message.
+"""Spans of a rendered text: the message and the field that each character comes from.
 
 The owner of a character is the integer `8 * (message + 1) + code of the part`. A `TrackedString` keeps the owners of
 its characters while the template runs, and the owners of the rendered text become pieces and then spans.
