@@ -162,7 +162,7 @@ def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: 
         "logging_nan_inf_filter": False,
         "save_strategy": "epoch",
         "save_total_limit": 2,
-        "eval_strategy": often,
+        "eval_strategy": strategy,
         "prediction_loss_only": True,
         "per_device_eval_batch_size": 4,
         "train_sampling_strategy": "random" if packed else "group_by_length",
