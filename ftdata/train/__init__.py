@@ -15,7 +15,7 @@ not when the package is imported. An example with a model that is created on the
     >>> config = transformers.LlamaConfig(vocab_size=258, max_position_embeddings=256, **sizes)
     >>> transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
     >>> data, model = str(folder / "data.json"), str(folder / "model")
-    >>> rows = [{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(4)]
+    >>> rows = [{"question": f"Say {n}.", "answer": f"It is {n}."} for n in range(4)]
     >>> _ = pathlib.Path(data).write_text(json.dumps(rows))
     >>> dry_run(data, model=model, output_dir="out", template="chatml")[0].trained_tokens
     36
@@ -23,9 +23,9 @@ not when the package is imported. An example with a model that is created on the
     >>> out = run(data, model=model, output_dir=folder / "out", template="chatml", lora_r=2, settings=settings)
     >>> sorted(path.name for path in (out / "model").iterdir())[:2]
     ['README.md', 'adapter_config.json']
-    >>> len(generate(out, ["What is 2?"], max_new_tokens=4))
+    >>> len(generate(out, ["Say 2."], max_new_tokens=4))
     1
-    >>> isinstance(start_chat(out, max_new_tokens=4).say("What is 2?"), str)
+    >>> isinstance(start_chat(out, max_new_tokens=4).say("Say 2."), str)
     True
     >>> len(compare(out, n=2, max_new_tokens=4).rows)
     2
@@ -145,7 +145,7 @@ def compare(run_dir: str | Path, data: Any = None, n: int | None = 20, **options
     Args:
         run_dir: the folder of a finished run.
         data: prompts with expected answers, in any form that `build_sft_dataset` accepts; `None` selects the test split
-            of the run's build, or its train split if there is no test split.
+            of the run's build, or the train split of a build without a test split.
         n: number of rows; `None` selects all rows.
         options: `batch_size`, `trust_remote_code`, `progress` (called after each token with an
             `ftdata.train.inference.progress.GenerationProgress`), and further arguments of `model.generate`, such as

@@ -136,7 +136,7 @@ def check_run_folder(run: Path, config: Config, processes: int, *, resume: bool)
     """Check that a run may start or resume in a folder, before any file in it changes.
 
     Raises:
-        UsageError: the folder contains a run or a build; or `resume` is set and there is no run to resume.
+        UsageError: the folder contains a run or a build; or `resume` is set, but the folder contains no run.
         InputRefused: the folder belongs to a different run, or none of its checkpoints is intact.
     """
     if run.exists() and not run.is_dir():

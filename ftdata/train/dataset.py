@@ -85,8 +85,8 @@ def open_training_data(build: Path, tokenizer: str) -> TrainingData:
 def training_splits(build: datasets.DatasetDict) -> datasets.DatasetDict:
     """Return the splits of a build that a run needs: `train`, and `test` if there is one.
 
-    Data sets use different split names, such as `train_sft` or `validation`. The evaluation uses a test split, or a
-    validation split if there is no test split.
+    Data sets use different split names, such as `train_sft` or `validation`. The evaluation uses a test split, or
+    else a validation split.
 
     Raises:
         UsageError: no split, or more than one, is for training; or more than one is for evaluation.

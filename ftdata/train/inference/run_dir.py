@@ -59,7 +59,7 @@ class FinishedRun:
         """
         fingerprint, expected = read_manifest(self.build).get("fingerprint"), self.metadata.get("fingerprint")
         if expected is not None and fingerprint != expected:
-            message = f"{self.build} is no longer the build that {self.folder} was trained on"
+            message = f"{self.build} has changed since {self.folder} was trained on it"
             hint = "build the data again with the original options, or pass prompts with --data"
             raise InputRefused("data_differs", message, hint=hint)
 

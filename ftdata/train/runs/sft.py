@@ -46,7 +46,7 @@ def train_sft(config: Config, build: Path | None, *, resume: bool = False, notes
         notes: notes to print before the run starts.
 
     Raises:
-        UsageError: a setting is not allowed, the run exists, or there is no run to resume.
+        UsageError: a setting is not allowed, the run exists, or the folder contains no run to resume.
         InputRefused: the build is damaged or was built with another tokenizer; the settings or the data differ from the
             resumed run; packed documents attend to each other; or the model does not fit into memory.
     """
@@ -272,7 +272,7 @@ def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Con
     trainer = make_trainer(config, model, data.splits, isolated=isolated, seal=seal)
     check_first_batch(trainer, padding_free=isolated)
     if not isolated:
-        note = f"packed documents of {model.config.model_type} attend to each other: rows are padded, not packed"
+        note = f"packed documents of {model.config.model_type} attend to each other: rows are padded, not concatenated"
         console.print(note, highlight=False, markup=False)
     template = data.manifest["options"]["template"]
     if template["name"] != "tokenizer" and Template(template["name"], template["source"]).chat:
