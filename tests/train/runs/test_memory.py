@@ -111,7 +111,7 @@ def test_four_bits_are_unpacked_once_on_a_cpu_and_answer_the_same(llama, nf4, mo
         assert type(numbers.model.layers[0].mlp.up_proj) is torch.nn.Linear
         assert torch.equal(numbers(ids).logits, right)
     fast = compare(nf4, n=4, max_new_tokens=4)
-    monkeypatch.setattr(run_dir, "unpacked", lambda model: model)
+    monkeypatch.setattr(run_dir, "dequantize", lambda model: model)
     assert compare(nf4, n=4, max_new_tokens=4) == fast
     monkeypatch.setattr("ftdata.train.model.device.free_memory", lambda: 1000)
     packed = load_model(llama, "nf4")
