@@ -103,10 +103,10 @@ def test_wrong_fields_of_the_adapter_are_refused(name):
     ("lora", "says"),
     [
         *(({name: "x"}, "cannot be set") for name in FIXED if name != "inference_mode"),
-        ({"inference_mode": True}, "the adapter is trained"),
+        ({"inference_mode": True}, "the adapter is always trained"),
         ({"layers_to_transform": [0]}, "cannot be used when `target_modules` is a str"),
         ({"loftq_config": {"loftq_bits": 4}}, "ignored"),
-        ({"init_lora_weights": "eva"}, "needs a pass over data"),
+        ({"init_lora_weights": "eva"}, "needs a pass over the data"),
         ({"init_lora_weights": "pissa_niter_4"}, "different random values"),
     ],
 )
@@ -276,12 +276,12 @@ def test_switches_take_true_and_false_alone():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"lr_scheduler_kwargs": [1]}, "expected a mapping or text"),
+        ({"lr_scheduler_kwargs": [1]}, "expected a mapping or a string"),
         ({"label_names": "labels"}, "expected a list of strings"),
-        ({"run_name": 3}, "expected text"),
+        ({"run_name": 3}, "expected a string"),
         ({"report_to": [3]}, "expected a string or a list of strings"),
         ({"liger_kernel_config": {"rope": "maybe"}}, "expected a mapping"),
-        ({"hub_token": ["hf_secret"]}, "train.hub_token is \\['?\\[redacted-by-ftdata\\]'?\\], expected text"),
+        ({"hub_token": ["hf_secret"]}, "train.hub_token is \\['?\\[redacted-by-ftdata\\]'?\\], expected a string"),
     ],
 )
 def test_values_of_other_types_are_refused(settings, says):
