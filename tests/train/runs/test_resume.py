@@ -331,12 +331,12 @@ elif point == "before the old one goes":
     remove = trainer.shutil.rmtree
     trainer.shutil.rmtree = lambda path, **how: die() if str(path).endswith(f"checkpoint-{at}") else remove(path, **how)
 elif point == "in a step":
-    step = trainer.Trainer.training_step
+    step = trainer.BuildTrainer.training_step
     def stepped(self, *rest):
         if self.state.global_step == at:
             die()
         return step(self, *rest)
-    trainer.Trainer.training_step = stepped
+    trainer.BuildTrainer.training_step = stepped
 run(*eval(sys.argv[3]), **eval(sys.argv[4]))
 """
 
