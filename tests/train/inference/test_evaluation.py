@@ -59,7 +59,7 @@ def learnt(llama, data, tmp_path_factory):
 
 def test_tuned_is_better_than_base_at_what_it_was_taught(learnt):
     found = compare(learnt, n=None, max_new_tokens=40)
-    assert found.asked.startswith("the test split")
+    assert found.data_name.startswith("the test split")
     assert len(found.rows) == 8
     assert found.tuned.exact > found.base.exact + 0.4
     assert found.tuned.bleu > found.base.bleu + 20
@@ -76,7 +76,7 @@ def test_beams_and_chance_are_ways_to_answer(learnt):
         compare(learnt, n=3, do_sample=True, temperature=5.0, max_new_tokens=8, seed=seed).rows for seed in (1, 1, 2)
     )
     assert one == again != other
-    with pytest.raises(UsageError, match="generate refuses"):
+    with pytest.raises(UsageError, match="model.generate rejects"):
         compare(learnt, n=1, num_beems=3)
 
 
@@ -232,7 +232,7 @@ def test_merged_says_the_same_without_peft(llama, data, tmp_path):
 
 def test_what_is_no_finished_run_is_refused(learnt, tmp_path):
     for call in (compare, start_chat):
-        with pytest.raises(UsageError, match="no finished run"):
+        with pytest.raises(UsageError, match="not a finished run"):
             call(tmp_path)
     with pytest.raises(UsageError, match="no adapter to merge"):
         merge(learnt, tmp_path / "merged")

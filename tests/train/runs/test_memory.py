@@ -90,12 +90,12 @@ def live_models():
 @pytest.mark.parametrize("kind", ["full", "nf4"])
 def test_one_model_is_in_memory_at_a_time_and_a_base_is_loaded_once(kind, request, monkeypatch):
     folder, loaded, living = request.getfixturevalue(kind), [], []
-    load, ask, before = run_dir.load_model, evaluation.generate, live_models()
+    load, ask, before = run_dir.load_model, evaluation.generate_ids, live_models()
     monkeypatch.setattr(
         run_dir, "load_model", lambda name, *given, **how: loaded.append(name) or load(name, *given, **how)
     )
     monkeypatch.setattr(
-        evaluation, "generate", lambda *given, **how: living.append(live_models() - before) or ask(*given, **how)
+        evaluation, "generate_ids", lambda *given, **how: living.append(live_models() - before) or ask(*given, **how)
     )
     compare(folder, n=2, max_new_tokens=2)
     assert living == [1, 1]
