@@ -300,13 +300,13 @@ class RenderedRow(NamedTuple):
         conversation: what it says.
         texts: what is made of it.
         trained_spans: for each text, which spans are trained; `None`: not asked yet.
-        plain: whether it is one text, which ends with an answer if it is made of messages.
+        is_single_text: whether the row has one text, whose last message, if it has messages, is an answer.
     """
 
     conversation: Conversation
     texts: tuple[Rendered, ...]
     trained_spans: tuple[Sequence[bool], ...] | None
-    plain: bool
+    is_single_text: bool
 
 
 @dataclass(frozen=True, slots=True)

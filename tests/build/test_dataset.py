@@ -279,7 +279,7 @@ def test_batch_size_does_not_matter(tiny, monkeypatch):
     built = []
     for batch, letters in ((1, 1 << 20), (7, 1 << 20), (1000, 1 << 20), (1000, 100)):
         monkeypatch.setattr("ftdata.pipeline.render_rows.BATCH", batch)
-        monkeypatch.setattr("ftdata.pipeline.render_rows.LETTERS", letters)
+        monkeypatch.setattr("ftdata.pipeline.render_rows.MAX_BATCH_CHARACTERS", letters)
         built.append(build_sft_dataset(ROWS, tiny, packing="bfd", max_length=128))
     assert all(each["train"][:] == built[0]["train"][:] for each in built)
     assert len({each.report.fingerprint for each in built}) == 1

@@ -86,10 +86,10 @@ def test_rows_become_the_same_in_batches_of_any_size(tokenizer_dir, options, cho
     rows = [Row(data, Source("x", number)) for number, data in enumerate(chosen)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "BATCH", 1)
-        patch.setattr(texts, "FEW", 1)
+        patch.setattr(texts, "GROUP", 1)
         alone = [one for batch in build_batches(recipe, rows) for one in batch]
         patch.setattr(texts, "BATCH", size)
-        patch.setattr(texts, "FEW", size)
+        patch.setattr(texts, "GROUP", size)
         batches = list(build_batches(recipe, rows))
     together = [one for batch in batches for one in batch]
     assert list(map(shown, together)) == list(map(shown, alone))
