@@ -236,7 +236,7 @@ def _build_at_url(request: _BuildRequest, url: str, runner: TaskRunner, progress
         is_current = bool(manifest) and request.matches(manifest or {}, runner) and not remote.verify(url)
         if manifest and is_current and store.is_recorded(manifest):
             disk.remove(workspace.target)
-            return Report.of(json.loads(remote.read_remote_file(url, "report.json")))
+            return Report.from_dict(json.loads(remote.read_remote_file(url, "report.json")))
         if not is_current:
             remote.check_free(url)
         report = _build_unless_current(request, workspace, runner, progress)
@@ -343,7 +343,7 @@ def _read_current_report(request: _BuildRequest, target: Path, runner: TaskRunne
     # A downloaded folder may contain a build with a matching manifest but other tokens, so only recorded builds count.
     if not store.is_recorded(manifest) or not request.matches(manifest, runner) or store.verify_files(target):
         return None
-    return Report.of(json.loads((target / "report.json").read_bytes()))
+    return Report.from_dict(json.loads((target / "report.json").read_bytes()))
 
 
 def _build(
