@@ -125,7 +125,7 @@ class SplitPlan:
 def assign_splits(facts: ExampleFacts, layout: Layout) -> SplitPlan:
     """Assign all examples to splits.
 
-    Examples of the same row are in the same split. So are rows of the same leakage group if ftdata makes the test split.
+    Examples of the same row are in the same split. Rows of the same leakage group are never divided by `test_size`.
 
     Raises:
         UsageError: the test split would leave no rows to train on, or the data already has splits.

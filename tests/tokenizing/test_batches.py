@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftdata.build.shards import _hashes
+from ftdata.build.shards import _hash_rows
 from ftdata.pipeline import render_rows as texts
 from ftdata.pipeline.examples import BuiltRow, build_batches
 from ftdata.pipeline.recipe import make_recipe
@@ -109,7 +109,7 @@ def test_rows_become_the_same_in_batches_of_any_size(tokenizer_dir, options, cho
         assert [columns.cut, columns.flags, columns.sources] == [
             [getattr(one, name) for one in made] for name in ("cut", "flags", "source")
         ]
-        assert len(_hashes(batch)) == len(made)
+        assert len(_hash_rows(batch)) == len(made)
 
 
 def shown(one):
