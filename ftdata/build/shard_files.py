@@ -35,7 +35,7 @@ from ftdata.types import Reject, Source
 
 _MAX_OPEN_FILES = 64
 """Maximum number of example tables to map separately, because many processes can open only 256 files. More tables are
-number of tables is first concatenated into one file."""
+first concatenated into one file."""
 
 _EXAMPLES = pa.schema(
     [

@@ -154,7 +154,7 @@ def test_functions_of_ones_own_may_change(kept, files, build, work):
 def test_other_code_is_another_build(kept, files, build, work, monkeypatch):
     build(files)
     work()
-    monkeypatch.setattr(cache, "code", lambda: "changed")
+    monkeypatch.setattr(cache, "package_hash", lambda: "changed")
     build(files)
     assert work() == (2, 0)
 

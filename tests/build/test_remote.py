@@ -140,14 +140,14 @@ def test_one_build_at_a_time_is_on_its_way(bucket, build, monkeypatch, tmp_path)
     missing = remote.missing_files
 
     def meanwhile(*asked):
-        monkeypatch.setattr(remote, "missing", missing)
+        monkeypatch.setattr(remote, "missing_files", missing)
         monkeypatch.setenv("FTDATA_CACHE", str(tmp_path / "other"))
         with pytest.raises(UsageError, match="another build that is on its way"):
             build("s3://data/in/b.jsonl", "s3://data/out")
         monkeypatch.setenv("FTDATA_CACHE", str(tmp_path / "cache"))
         return missing(*asked)
 
-    monkeypatch.setattr(remote, "missing", meanwhile)
+    monkeypatch.setattr(remote, "missing_files", meanwhile)
     build("s3://data/in/a.jsonl", "s3://data/out")
     assert verify("s3://data/out") == []
     assert "ftdata-upload" not in objects("out")
