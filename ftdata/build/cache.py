@@ -6,9 +6,9 @@
 Each folder contains the hashes of its files (`atomic.seal_folder`), which are checked before the folder is used. A
 damaged folder is removed, and its contents are computed again.
 
-DIR is `FTDATA_CACHE`, or `ftdata` in `XDG_CACHE_HOME` or `~/.cache`; `FTDATA_CACHE=off` disables the cache. If the cache
-cannot be read or written, a build continues without it. The cache uses at most a tenth of the disk, and evicts the
-least recently used entries first.
+DIR is `FTDATA_CACHE`, or `ftdata` in `XDG_CACHE_HOME` or `~/.cache`; `FTDATA_CACHE=off` disables the cache. If the
+cache cannot be read or written, a build continues without it. The cache uses at most a tenth of the disk, and evicts
+the least recently used entries first.
 """
 
 from __future__ import annotations
