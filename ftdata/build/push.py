@@ -83,7 +83,7 @@ def _iter_texts(value: Any) -> Iterator[str]:
 
 
 def _list_old_files(api: Any, repo: str) -> Iterator[str]:
-    """Yield the files of the previous build in a repository; they are deleted, so that they do not mix with new files."""
+    """Yield the files of the previous build in a repository. They are deleted, so that builds do not mix."""
     from huggingface_hub.errors import EntryNotFoundError
 
     def download_manifest() -> str | None:
