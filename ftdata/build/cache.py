@@ -158,7 +158,7 @@ class TextCache:
         hashes = np.frombuffer(b"".join(digests), "S16")
         encoded: list[EncodedText | None] = [None] * len(texts)
         for part in self._parts:
-            encoded = [known or cached for known, cached in zip(encoded, part.find(hashes), strict=True)]
+            encoded = [earlier or cached for earlier, cached in zip(encoded, part.find(hashes), strict=True)]
         self._used += sum(len(text.ids) for text in encoded if text is not None)
         missing = [number for number, text in enumerate(encoded) if text is None]
         if missing:

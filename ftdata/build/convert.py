@@ -180,7 +180,7 @@ def convert(
                         _count(outcome, ledger, rejects)
                     writer.batch([record for item in batch if not isinstance(item, Reject) for record in item[1]])
                 ledger.add_filtered(row_filter.filtered - filtered_before)
-        reject_limit.judge(ledgers, lambda: rejects)
+        reject_limit.check(ledgers, lambda: rejects)
     rejects_path = _rejects_path(output)
     rejects_path.unlink(missing_ok=True)
     if rejects:

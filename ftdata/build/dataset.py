@@ -330,7 +330,7 @@ class _BuildRequest:
         ):
             return False
         local = runner.engine == "local"
-        keys = [shard_key(self.recipe, task) for task in tasks] if local else runner.do(shard_key, self.recipe, tasks)
+        keys = [shard_key(self.recipe, task) for task in tasks] if local else runner.run(shard_key, self.recipe, tasks)
         return bool(self.hash_request(keys) == manifest["request"])
 
 
@@ -360,7 +360,7 @@ def _build(
         cache.clear_cache()
         results = runner.build(recipe, [replace(task, trusted=False) for task in tasks], progress)
     merged = MergedShards(results)
-    request.reject_limit.judge(merged.ledgers, merged.rejects)
+    request.reject_limit.check(merged.ledgers, merged.rejects)
     plan = assign_splits(_example_facts(merged, layout), layout)
     if not len(plan.splits["train"]):
         reasons = ", ".join(_split_notes(plan, layout)) or "the sources have no rows, or their shares are too small"
@@ -447,7 +447,7 @@ def _write_split(
     else:
         plan, fill = plan_unpacked(len(members)), None
     disk.mkdir(folder / name)
-    written = runner.do(store.write_packs, None, list(store.plan_pack_files(folder, name, examples, members, plan)))
+    written = runner.run(store.write_packs, None, list(store.plan_pack_files(folder, name, examples, members, plan)))
     store.write_split(folder, name, examples, members, plan, [file.path for file in written])
     trained = examples.column("trained")[members]
     sources = np.asarray(merged.source_numbers)[examples.shard[members]]

@@ -39,9 +39,9 @@ class RejectLimit:
                 hint="set e.g. max_rejects=100 or max_rejects='1%'",
             )
         else:
-            self.allowed(0)
+            self.max_bad_rows(0)
 
-    def allowed(self, rows: int) -> float:
+    def max_bad_rows(self, rows: int) -> float:
         """Return the maximum number of bad rows among `rows` rows.
 
         Raises:
@@ -59,7 +59,7 @@ class RejectLimit:
             raise UsageError("max_rejects", f"max_rejects is {self.max_rejects!r}, {expected}")
         return value * rows if text.endswith("%") or 0 < value < 1 else value
 
-    def judge(self, ledgers: Sequence[Ledger], rejects: Callable[[], Iterable[Reject]]) -> None:
+    def check(self, ledgers: Sequence[Ledger], rejects: Callable[[], Iterable[Reject]]) -> None:
         """Check the number of bad rows of a build.
 
         Raises:
@@ -72,11 +72,11 @@ class RejectLimit:
         if bad and self.on_bad_rows == "error":
             hint = "fix the rows, or leave them out: on_bad_rows='quarantine', max_rejects=..."
             raise BadRows(bad, map(str, _first(rejects(), 20)), hint=hint)
-        if bad > self.allowed(rows):
+        if bad > self.max_bad_rows(rows):
             listed = "\n  ".join(map(str, _first(rejects(), 5)))
             raise TooManyRejects(
                 "max_rejects",
-                f"{bad} of {rows} rows are rejected, max_rejects allows {int(self.allowed(rows))}:\n  {listed}\n",
+                f"{bad} of {rows} rows are rejected, max_rejects allows {int(self.max_bad_rows(rows))}:\n  {listed}\n",
                 hint="fix the rows, or raise max_rejects",
             )
         if not any(ledger.built for ledger in ledgers):

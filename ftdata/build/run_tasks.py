@@ -28,7 +28,7 @@ class TaskRunner:
     workers: int | None
     engine: str
 
-    def do(self, work: Callable[[Any, Item], Result], common: Any, tasks: Sequence[Item]) -> list[Result]:
+    def run(self, work: Callable[[Any, Item], Result], common: Any, tasks: Sequence[Item]) -> list[Result]:
         """Return `work(common, task)` for each task, in the order of the tasks."""
         if len(tasks) == 1:
             return [work(common, tasks[0])]

@@ -124,7 +124,7 @@ def test_one_file_mixes_no_splits_and_repeats_no_rows(tmp_path):
         convert(tmp_path / "saved", tmp_path / "o.jsonl")
     convert({"path": tmp_path / "saved", "split": "test"}, tmp_path / "o.jsonl")
     assert [row.data["messages"][0]["content"] for row in read(tmp_path / "o.jsonl")] == ["test"]
-    with pytest.raises(UsageError, match="a file has each row once"):
+    with pytest.raises(UsageError, match="it writes each row once"):
         convert({"path": tmp_path / "o.jsonl", "weight": 2}, tmp_path / "p.jsonl")
 
 
@@ -151,7 +151,7 @@ def test_messages_do_not_tell_where_a_completion_begins(tmp_path):
         {"role": "assistant", "content": "a2"},
     ]
     row = {"prompt": [{"role": "user", "content": "q"}], "completion": talk}
-    assert "completions that begin before the last answer" in str(convert([row], tmp_path / "o.jsonl"))
+    assert "completions with several answers" in str(convert([row], tmp_path / "o.jsonl"))
     assert "completions" not in str(convert([row], tmp_path / "o.jsonl", "prompt_completion"))
 
 

@@ -232,7 +232,7 @@ def test_a_build_replaces_a_build_and_nothing_else(tiny, tmp_path):
     foreign = tmp_path / "mine"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("x")
-    with pytest.raises(UsageError, match="no build of ftdata"):
+    with pytest.raises(UsageError, match="not a build of ftdata"):
         build_sft_dataset(ROWS, tiny, output_dir=foreign)
     assert (foreign / "thesis.tex").read_text() == "x"
 
@@ -443,7 +443,7 @@ def test_one_text_part_is_text_where_the_template_takes_no_lists(tiny):
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]
     built = build_sft_dataset([{"messages": messages}], tiny)
     assert answers(built["train"], load_tokenizer(tiny)) == ["a<|im_end|>"]
-    assert any("lists of one text part" in note for note in built.report.notes)
+    assert any("a list with a single text part" in note for note in built.report.notes)
     with pytest.raises(BadRows, match="content_stringified|template_raises"):
         build_sft_dataset([{"messages": [{"role": "user", "content": parts * 2}, messages[1]]}], tiny)
 
