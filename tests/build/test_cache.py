@@ -43,7 +43,7 @@ def kept(tmp_path, monkeypatch):
 def work(monkeypatch):
     """Count the shards that are built, and the texts that are encoded."""
     done = {"shards": 0, "texts": 0}
-    built, encode = shards._built, Encoders._encode
+    built, encode = shards._build, Encoders._encode
 
     def counted(*arguments):
         done["shards"] += 1
@@ -53,7 +53,7 @@ def work(monkeypatch):
         done["texts"] += len(texts)
         return encode(self, texts)
 
-    monkeypatch.setattr(shards, "_built", counted)
+    monkeypatch.setattr(shards, "_build", counted)
     monkeypatch.setattr(Encoders, "_encode", encoded)
 
     def since():

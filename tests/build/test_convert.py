@@ -82,7 +82,7 @@ def test_what_has_no_place_is_counted_and_nothing_is_half_written(tmp_path):
 
 
 def test_what_cannot_be_written_says_so(tmp_path):
-    with pytest.raises(UsageError, match="neither"):
+    with pytest.raises(UsageError, match="expected a .jsonl or .parquet"):
         convert([{"question": "q", "answer": "a"}], tmp_path / "o.csv")
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
@@ -104,7 +104,7 @@ def test_text_that_would_be_read_otherwise_is_not_written(tmp_path, tokenizer_di
 
 def test_what_is_read_is_not_written_over(tmp_path):
     path = write(tmp_path, "d.jsonl", '{"question": "q", "answer": "a"}\n')
-    with pytest.raises(UsageError, match="is read"):
+    with pytest.raises(UsageError, match="is a source"):
         convert(path, path)
     assert len(list(read(path))) == 1
 
@@ -120,11 +120,11 @@ def test_one_file_mixes_no_splits_and_repeats_no_rows(tmp_path):
         {name: datasets.Dataset.from_list([{"question": name, "answer": "a"}]) for name in ("train", "test")}
     )
     made.save_to_disk(tmp_path / "saved")
-    with pytest.raises(UsageError, match="holds train, test"):
+    with pytest.raises(UsageError, match="several splits: train, test"):
         convert(tmp_path / "saved", tmp_path / "o.jsonl")
     convert({"path": tmp_path / "saved", "split": "test"}, tmp_path / "o.jsonl")
     assert [row.data["messages"][0]["content"] for row in read(tmp_path / "o.jsonl")] == ["test"]
-    with pytest.raises(UsageError, match="a file has each row once"):
+    with pytest.raises(UsageError, match="it writes each row once"):
         convert({"path": tmp_path / "o.jsonl", "weight": 2}, tmp_path / "p.jsonl")
 
 
@@ -151,7 +151,7 @@ def test_messages_do_not_tell_where_a_completion_begins(tmp_path):
         {"role": "assistant", "content": "a2"},
     ]
     row = {"prompt": [{"role": "user", "content": "q"}], "completion": talk}
-    assert "completions that begin before the last answer" in str(convert([row], tmp_path / "o.jsonl"))
+    assert "completions with several answers" in str(convert([row], tmp_path / "o.jsonl"))
     assert "completions" not in str(convert([row], tmp_path / "o.jsonl", "prompt_completion"))
 
 
@@ -177,7 +177,7 @@ def test_places_are_counted_each_and_no_file_that_is_read_is_taken_away(tmp_path
     done = convert(paths, tmp_path / "o.jsonl", where="question | int > 1")
     assert [(one.read, one.built, one.filtered) for one in done.sources] == [(5, 3, 2)] * 2
     mended = write(tmp_path, "chats.rejects.jsonl", rows[0] + "\n")
-    with pytest.raises(UsageError, match="is read"):
+    with pytest.raises(UsageError, match="is a source"):
         convert(mended, tmp_path / "chats.jsonl")
 
 

@@ -232,7 +232,7 @@ def test_a_build_replaces_a_build_and_nothing_else(tiny, tmp_path):
     foreign = tmp_path / "mine"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("x")
-    with pytest.raises(UsageError, match="no build of ftdata"):
+    with pytest.raises(UsageError, match="not a build of ftdata"):
         build_sft_dataset(ROWS, tiny, output_dir=foreign)
     assert (foreign / "thesis.tex").read_text() == "x"
 
@@ -279,7 +279,7 @@ def test_batch_size_does_not_matter(tiny, monkeypatch):
     built = []
     for batch, letters in ((1, 1 << 20), (7, 1 << 20), (1000, 1 << 20), (1000, 100)):
         monkeypatch.setattr("ftdata.pipeline.render_rows.BATCH", batch)
-        monkeypatch.setattr("ftdata.pipeline.render_rows.LETTERS", letters)
+        monkeypatch.setattr("ftdata.pipeline.render_rows.MAX_BATCH_CHARACTERS", letters)
         built.append(build_sft_dataset(ROWS, tiny, packing="bfd", max_length=128))
     assert all(each["train"][:] == built[0]["train"][:] for each in built)
     assert len({each.report.fingerprint for each in built}) == 1
@@ -443,7 +443,7 @@ def test_one_text_part_is_text_where_the_template_takes_no_lists(tiny):
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]
     built = build_sft_dataset([{"messages": messages}], tiny)
     assert answers(built["train"], load_tokenizer(tiny)) == ["a<|im_end|>"]
-    assert any("lists of one text part" in note for note in built.report.notes)
+    assert any("a list with a single text part" in note for note in built.report.notes)
     with pytest.raises(BadRows, match="content_stringified|template_raises"):
         build_sft_dataset([{"messages": [{"role": "user", "content": parts * 2}, messages[1]]}], tiny)
 

@@ -103,10 +103,10 @@ def test_what_is_there_is_not_made_again_and_not_written_over(bucket, build):
     with pytest.raises(UsageError, match=r"s3://data/out: holds another build"):
         build("s3://data/in", "s3://data/out")
     assert (objects("out"), sent(bucket)) == (before, ["PUT /data/in/a.jsonl"])
-    with pytest.raises(UsageError, match=r"s3://data/in: holds what is no build: a.jsonl"):
+    with pytest.raises(UsageError, match=r"s3://data/in: contains files that are not a build: a.jsonl"):
         build("s3://data/in", "s3://data/in")
     for place in ("http://example.org/x", "hf://datasets/me/x", "file:///tmp/x"):
-        with pytest.raises(UsageError, match=f"output_url.*{place} is no place for a build"):
+        with pytest.raises(UsageError, match=f"output_url.*{place} is not a URL that builds can be written to"):
             build("s3://data/in", place)
 
 
@@ -117,7 +117,7 @@ def test_a_build_that_did_not_arrive_goes_on(bucket, build):
     there = objects("out")
     assert "manifest.json" not in there
     assert there
-    with pytest.raises(InputRefused, match="no build of ftdata"):
+    with pytest.raises(InputRefused, match="not a build of ftdata"):
         verify("s3://data/out")
     bucket.faults, bucket.asked[:] = [("PUT /data/out/.*arrow", 503), ("GET .*", "cut")], []
     build("s3://data/in", "s3://data/out")
@@ -129,7 +129,9 @@ def test_what_is_not_ours_stays(bucket, build):
     put("mine/README.md", b"my notes")
     put("mine/train/data-00000.arrow", b"mine")
     before = objects("mine")
-    with pytest.raises(UsageError, match=r"s3://data/mine: holds what is no build: README.md, train/data-00000.arrow"):
+    with pytest.raises(
+        UsageError, match=r"s3://data/mine: contains files that are not a build: README.md, train/data-00000.arrow"
+    ):
         build("s3://data/in", "s3://data/mine")
     assert objects("mine") == before
 
@@ -142,7 +144,7 @@ def test_one_build_at_a_time_is_on_its_way(bucket, build, monkeypatch, tmp_path)
     def meanwhile(*asked):
         monkeypatch.setattr(remote, "missing_files", missing)
         monkeypatch.setenv("FTDATA_CACHE", str(tmp_path / "other"))
-        with pytest.raises(UsageError, match="another build that is on its way"):
+        with pytest.raises(UsageError, match="the unfinished upload of another build"):
             build("s3://data/in/b.jsonl", "s3://data/out")
         monkeypatch.setenv("FTDATA_CACHE", str(tmp_path / "cache"))
         return missing(*asked)

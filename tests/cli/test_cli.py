@@ -363,5 +363,5 @@ def test_an_output_folder_is_named_and_holds_no_source(tmp_path, tokenizer_dir):
     assert ftdata(*build, data / "out").returncode == 0
     done = ftdata(*build, data / "out")
     assert done.returncode == 2
-    assert "lies in the output folder" in done.stderr
+    assert "is inside the output folder" in done.stderr
     assert ftdata(*build, "s3://key:word@bucket/name").returncode == 2

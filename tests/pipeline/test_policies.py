@@ -270,7 +270,9 @@ def test_what_cannot_be_meant_is_an_error_of_ours(tokenizer_dir, messages, optio
 
 
 def test_a_policy_must_speak_of_every_span(tokenizer_dir):
-    with pytest.raises(UsageError, match=r"\[mask_length\] the mask policy gave 1 answers for \d+ spans"):
+    with pytest.raises(
+        UsageError, match=r"\[mask_length\] the mask policy returned 1 values, expected \d+: one per span"
+    ):
         encode(TALK, tokenizer_dir("tiny_bpe"), train_on=lambda *_: [True])
 
 

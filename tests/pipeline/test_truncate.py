@@ -65,7 +65,7 @@ def test_drop_turns_keeps_every_turn_that_fits_to_the_token(tokenizer_dir):
         assert len(kept) == max(end for end in ends if end <= limit)
         assert "truncated" in kept.flags
     for limit in range(2, ends[0]):
-        with pytest.raises(BadRow, match=r"no answer fits whole before that. Fix: raise max_length"):
+        with pytest.raises(BadRow, match=r"no answer fits completely within that length. Fix: raise max_length"):
             truncate(whole, limit, "drop_turns")
 
 
@@ -73,9 +73,9 @@ def test_too_long_says_what_to_do(tokenizer_dir):
     (whole,) = encode(
         [{"role": "user", "content": "x" * 99}, {"role": "assistant", "content": "y"}], tokenizer_dir("tiny_bpe")
     )
-    with pytest.raises(BadRow, match=r"Fix: raise max_length, or choose overlong='drop_turns' or 'truncate'"):
+    with pytest.raises(BadRow, match=r"Fix: raise max_length, or set overlong to 'drop_turns' or 'truncate'"):
         truncate(whole, 8)
-    with pytest.raises(BadRow, match=r"max_length is 8, and no answer begins before that. Fix: raise max_length"):
+    with pytest.raises(BadRow, match=r"expected at most 8 .max_length., and no answer begins within that length. Fix: raise max_length"):
         truncate(whole, 8, "truncate")
 
 
@@ -86,7 +86,7 @@ def test_a_cut_answer_is_flagged_and_its_stop_is_not_made_up(tokenizer_dir):
     kept = truncate(whole, len(whole) - 5, "truncate")
     assert "answer_truncated" in kept.flags
     assert not np.isin(tokenizer.id_of("<|im_end|>"), kept.labels)
-    with pytest.raises(BadRow, match="no answer fits whole"):
+    with pytest.raises(BadRow, match="no answer fits completely"):
         truncate(whole, len(whole) - 5, "drop_turns")
-    with pytest.raises(BadRow, match="is .* tokens long, max_length is 10"):
+    with pytest.raises(BadRow, match="has .* tokens, expected at most 10"):
         truncate(whole, 10)

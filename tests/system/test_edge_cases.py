@@ -78,7 +78,7 @@ def test_without_a_home_nothing_is_remembered(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("manifest", ["not json", "[]", "{}", '{"files": 3}', '{"files": [1]}'])
 def test_a_damaged_manifest_on_the_hub_hinders_nobody(manifest, tmp_path):
-    from ftdata.build.push import _files_there
+    from ftdata.build.push import _list_old_files
 
     (tmp_path / "manifest.json").write_text(manifest)
 
@@ -86,7 +86,7 @@ def test_a_damaged_manifest_on_the_hub_hinders_nobody(manifest, tmp_path):
         def hf_hub_download(self, *_, **__):
             return tmp_path / "manifest.json"
 
-    assert list(_files_there(Api(), "me/chats")) == []
+    assert list(_list_old_files(Api(), "me/chats")) == []
 
 
 @pytest.mark.train

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftdata.build.shards import _hashes
+from ftdata.build.shards import _hash_rows
 from ftdata.pipeline import render_rows as texts
 from ftdata.pipeline.examples import BuiltRow, build_batches
 from ftdata.pipeline.recipe import make_recipe
@@ -86,10 +86,10 @@ def test_rows_become_the_same_in_batches_of_any_size(tokenizer_dir, options, cho
     rows = [Row(data, Source("x", number)) for number, data in enumerate(chosen)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "BATCH", 1)
-        patch.setattr(texts, "FEW", 1)
+        patch.setattr(texts, "GROUP", 1)
         alone = [one for batch in build_batches(recipe, rows) for one in batch]
         patch.setattr(texts, "BATCH", size)
-        patch.setattr(texts, "FEW", size)
+        patch.setattr(texts, "GROUP", size)
         batches = list(build_batches(recipe, rows))
     together = [one for batch in batches for one in batch]
     assert list(map(shown, together)) == list(map(shown, alone))
@@ -109,7 +109,7 @@ def test_rows_become_the_same_in_batches_of_any_size(tokenizer_dir, options, cho
         assert [columns.cut, columns.flags, columns.sources] == [
             [getattr(one, name) for one in made] for name in ("cut", "flags", "source")
         ]
-        assert len(_hashes(batch)) == len(made)
+        assert len(_hash_rows(batch)) == len(made)
 
 
 def shown(one):
