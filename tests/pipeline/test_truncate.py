@@ -75,7 +75,9 @@ def test_too_long_says_what_to_do(tokenizer_dir):
     )
     with pytest.raises(BadRow, match=r"Fix: raise max_length, or set overlong to 'drop_turns' or 'truncate'"):
         truncate(whole, 8)
-    with pytest.raises(BadRow, match=r"expected at most 8 .max_length., and no answer begins within that length. Fix: raise max_length"):
+    with pytest.raises(
+        BadRow, match=r"expected at most 8 .max_length., and no answer begins within that length. Fix: raise max_length"
+    ):
         truncate(whole, 8, "truncate")
 
 
