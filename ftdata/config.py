@@ -68,13 +68,13 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Dropout probability of the adapter's input."""
     target_modules: str | list[str] = "all-linear"
     """Names of the layers that receive an adapter."""
-    more: dict[str, Any] = {}
+    extra_fields: dict[str, Any] = {}
     """Further fields of `peft.LoraConfig`, such as `use_dora`, `use_rslora`, `modules_to_save` or `bias`."""
 
     def fields(self) -> dict[str, Any]:
         """Return all fields on one level, as in a file."""
         values = {name: getattr(self, name) for name in self.__struct_fields__ if name != "more"}
-        return {**values, **self.more}
+        return {**values, **self.extra_fields}
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.alpha < 1 or not 0 <= self.dropout < 1:

@@ -200,13 +200,13 @@ class SpanKinds:
         parts: the kind of each span.
         messages: the message index of each span.
         generated: whether the model must produce each span.
-        followed: true if the template text is known not to depend on the contents of the row.
+        has_constant_template_text: true if the template text is known not to depend on the contents of the row.
     """
 
     parts: tuple[Part, ...]
     messages: tuple[int, ...]
     generated: tuple[bool, ...]
-    followed: bool = False
+    has_constant_template_text: bool = False
 
     @cached_property
     def is_data(self) -> NDArray[np.bool_]:
@@ -236,7 +236,7 @@ class Spans(Sequence[Span]):
         self.sizes, self.kinds = sizes, kinds
 
     @classmethod
-    def of(cls, spans: Sequence[Span]) -> Spans:
+    def from_spans(cls, spans: Sequence[Span]) -> Spans:
         """Convert a sequence of spans.
 
         Raises:

@@ -64,7 +64,7 @@ OTHERS = ("normalise", "check", "finish")
 
 def measured(data: Path, tokenizer: str, template: str) -> dict[str, float]:
     recipe = make_recipe(tokenizer, template)
-    recipe.tokenizer.encoders.expect(1 << 30)
+    recipe.tokenizer.encoders.expect_input(1 << 30)
     times: dict[str, float] = {}
     count = sum(1 for _ in data.open("rb"))
 

@@ -60,11 +60,11 @@ $ ftdata audit data.jsonl -t MODEL --ignore script --fail-on error --format gith
 | warning | The labels are probably wrong. |
 | note | Good to know. |
 
-Rejected rows are errors with their [code](errors.md). `--format` is `text`, `json`, `sarif` (2.1.0) or `github`; a finding
-lists its first ten rows (five as text). `ftdata.audit(...)` returns the same report.
+Rejected rows are errors with their [code](errors.md). `--format` is `text`, `json`, `sarif` (2.1.0) or `github`. A
+finding lists its first ten rows (five as text). `ftdata.audit(...)` returns the same report.
 
 Rows of splits other than `train`, and of `--against`, are held out. They are compared with the training rows by their
-tokens; with `--near-duplicate-threshold`, by their words. Checks marked † need the messages, and are skipped for builds.
+tokens; with `--near-duplicate-threshold`, by their words. Checks marked † need messages, and are skipped for builds.
 
 | code | severity | of | problem | fix | option |
 |---|---|---|---|---|---|
@@ -88,8 +88,8 @@ The schema of each row is detected from its columns; `schema=` selects a schema 
 """
 PLUGINS = """# Plug-in points
 
-Each registry maps names to functions. A plug-in is registered in the process, installed with a package that has the entry
-point, or a function in a file, `./file.py:name`. `ftdata plugins` lists all plug-ins and their packages.
+Each registry maps names to functions. A plug-in is registered in the process, installed with a package that has the
+entry point, or a function in a file, `./file.py:name`. `ftdata plugins` lists all plug-ins and their packages.
 
 """
 

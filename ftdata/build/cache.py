@@ -168,20 +168,20 @@ class TextCache:
                 return new
             for number, text in zip(missing, new, strict=True):
                 encoded[number] = text
-        return Encodings.of([text for text in encoded if text is not None], map(len, texts))
+        return Encodings.from_texts([text for text in encoded if text is not None], map(len, texts))
 
     def _add(self, digests: Sequence[bytes], new: Encodings) -> None:
         # The limit prevents one source from evicting all other sources.
         if self._written > self._max_written:
             return
         offsets = np.stack((new.starts, new.ends), axis=1)
-        offsets -= np.repeat(new.places[:-1], np.diff(new.bounds)).astype(offsets.dtype)[:, None]
+        offsets -= np.repeat(new.text_bounds[:-1], np.diff(new.token_bounds)).astype(offsets.dtype)[:, None]
         for name, values in (("ids.i32", new.ids), ("offsets.i32", offsets.astype(np.int32, copy=False))):
             with (self._scratch / name).open("ab") as file:
                 file.write(np.ascontiguousarray(values).data)
                 self._written += values.nbytes
         self._added += b"".join(digests)
-        self._counts.extend(np.diff(new.bounds).tolist())
+        self._counts.extend(np.diff(new.token_bounds).tolist())
 
     def save(self) -> None:
         """Store the new texts. Remove all other texts if they have many more tokens than the texts in use."""

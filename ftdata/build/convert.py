@@ -166,13 +166,14 @@ def convert(
     rejects: list[Reject] = []
     sources = _check_sources(resolve_sources(data), output)
     with _open_writer(Path(output), to) as writer:
-        for place in sorted({source.place for source in sources}):
+        for place in sorted({source.item_index for source in sources}):
             row_filter = RowFilter(where, limit)
-            for source in (source for source in sources if source.place == place):
+            for source in (source for source in sources if source.item_index == place):
                 ledgers.append(ledger := Ledger(source.path))
                 filtered_before, rejected_rows = row_filter.filtered, RejectedRows()
                 outcomes = (
-                    _convert_row(row, to, options, recipe, writer.check) for row in row_filter.of(source.rows())
+                    _convert_row(row, to, options, recipe, writer.check)
+                    for row in row_filter.filter_rows(source.rows())
                 )
                 while batch := list(islice(outcomes, _BATCH)):
                     for outcome in batch:
@@ -277,7 +278,7 @@ def _make_records(conversation: Conversation, to: str, recipe: Recipe | None) ->
 
 def _check_text(rendered: Rendered, recipe: Recipe) -> str:
     """Return the text after checking that the data in it contains no control tokens, which would become real."""
-    if not rendered.keep_control and recipe.control.matches(rendered)[1]:
+    if not rendered.keep_control and recipe.control.find_matches(rendered)[1]:
         problem = "contains the text of a control token, which would be a real control token in the rendered text"
         raise BadRow("control_tokens", problem)
     return rendered.text

@@ -315,7 +315,7 @@ class _BuildRequest:
         """Return the hash of everything that determines the build's bytes; `None` if a shard has no key."""
         if not all(keys) or self.row_filter.limit:
             return None
-        shares = [(source.split, source.share, source.place) for source in self.sources]
+        shares = [(source.split, source.share, source.item_index) for source in self.sources]
         return cache.hash_key([self.options, shares, asdict(self.reject_limit), self.data, cache.package_hash(), keys])
 
     def matches(self, manifest: Mapping[str, Any], runner: TaskRunner) -> bool:
@@ -432,7 +432,7 @@ def _example_facts(merged: MergedShards, layout: Layout) -> ExampleFacts:
         tokens=examples.lengths,
         splits=splits,
         shares=[task.source.share for task in tasks],
-        places=[task.source.place for task in tasks],
+        places=[task.source.item_index for task in tasks],
     )
 
 

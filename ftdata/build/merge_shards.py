@@ -97,4 +97,4 @@ def _is_next_part(part: FileSource | MemorySource, other: FileSource | MemorySou
     """Return whether `other` is the part of the same file that follows `part`."""
     if not isinstance(part, FileSource) or not isinstance(other, FileSource) or part.span is None or other.span is None:
         return False
-    return part.path == other.path and part.span[1] == other.span[0] and part.place == other.place
+    return part.path == other.path and part.span[1] == other.span[0] and part.item_index == other.item_index

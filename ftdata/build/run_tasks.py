@@ -110,8 +110,8 @@ def check_all_rereadable(tasks: Sequence[Task], engine: str) -> None:
 def _apply_limit(tasks: Sequence[Task], results: Mapping[int, ShardResult]) -> Iterator[Task]:
     """Yield tasks with the remaining row limit of their place and split, until no rows remain."""
     for task in tasks:
-        group = task.source.place, task.source.split
-        earlier = [item for item in results.values() if (item.task.source.place, item.task.source.split) == group]
+        group = task.source.item_index, task.source.split
+        earlier = [item for item in results.values() if (item.task.source.item_index, item.task.source.split) == group]
         remaining = (task.limit or 0) - sum(item.ledger.read - item.ledger.filtered for item in earlier)
         if remaining > 0:
             yield replace(task, limit=remaining)

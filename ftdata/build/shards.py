@@ -209,12 +209,12 @@ class _LineCounter:
 def _build(recipe: Recipe, task: Task, folder: Path, progress: Progress | None) -> ShardResult:
     ledger = Ledger(redact_for_storage(task.source.path))
     encoders = recipe.tokenizer.encoders
-    encoders.trusted, encoders.retried = encoders.trusted and task.trusted, True
-    encoders.expect(0 if encoders.cache is not None and encoders.cache.has_entries else task.source.size)
+    encoders.is_fast_trusted, encoders.raises_on_difference = encoders.is_fast_trusted and task.trusted, True
+    encoders.expect_input(0 if encoders.cache is not None and encoders.cache.has_entries else task.source.size)
     row_filter, rows = RowFilter(task.where, task.limit), _LineCounter(task.source.rows())
 
     def batches() -> Iterator[ShardContent]:
-        for batch in build_batches(recipe, row_filter.of(iter(rows))):
+        for batch in build_batches(recipe, row_filter.filter_rows(iter(rows))):
             ledger.add(batch)
             hashes = _hash_rows(batch)
             minhashes = (
@@ -224,7 +224,7 @@ def _build(recipe: Recipe, task: Task, folder: Path, progress: Progress | None) 
             )
             yield ShardContent(batch.columns, hashes, batch.rejects, minhashes)
             if progress:
-                progress(ledger.read, ledger.tokens_kept, task.source.share_before(batch.last))
+                progress(ledger.read, ledger.tokens_kept, task.source.share_before(batch.last_source))
 
     with _rare_garbage_collection():
         write_shard(folder, batches())

@@ -229,7 +229,7 @@ def chat(
             session.messages = list(first_messages)
             continue
         write_stdout(escape_unprintable(session.say(text)))
-        if session.forgets and len(session.messages) > 2 and not has_warned:
+        if session.is_single_turn and len(session.messages) > 2 and not has_warned:
             has_warned = True
             print(
                 "(the template renders only the last question, so the model does not see earlier messages)",

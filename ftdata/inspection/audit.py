@@ -315,7 +315,7 @@ class Auditor:
         self.recipe, self.near_duplicate_threshold = recipe, near_duplicate_threshold
         self.skipped_codes = skipped_codes
         self.checks = [check for code, check in checks.items() if code not in skipped_codes]
-        is_chat_template = recipe.template.source and recipe.template.chat
+        is_chat_template = recipe.template.source and recipe.template.is_chat
         self.added_text = verify_template(recipe.template).adds.strip() if is_chat_template else ""
         self.flag_checks = {check.code: check for check in self.checks if check.scope == "flag"}
         self.row_checks = [check for check in self.checks if check.scope == "row"]
@@ -393,9 +393,9 @@ class Auditor:
         for example in examples:
             ids, trained, offsets = example.input_ids, example.trained, example.offsets
             ends = np.flatnonzero(trained & ~np.append(trained[1:], False))
-            self.stops.update(ids[ends][self.recipe.control.among(ids[ends])].tolist())
+            self.stops.update(ids[ends][self.recipe.control.is_control(ids[ends])].tolist())
             # Template text and control tokens have no natural language.
-            is_answer = trained & ~self.recipe.control.among(ids) & ~_is_template_text(example)
+            is_answer = trained & ~self.recipe.control.is_control(ids) & ~_is_template_text(example)
             starts, ends = np.flatnonzero(np.diff(is_answer, prepend=False, append=False)).reshape(-1, 2).T
             ranges = zip(offsets[starts, 0].tolist(), offsets[ends - 1, 1].tolist(), strict=True)
             for script in (text_detectors.detect_script(example.text[start:end]) for start, end in ranges):

@@ -237,7 +237,7 @@ def _pieces(page: HtmlPage) -> dict[int, str]:
         return {}
     ids = [view.ids for row in page.rows for view in row.examples if view.ids is not None]
     unique_ids = np.unique(np.concatenate([*ids, []])).astype(np.int64).tolist()
-    return {token_id: page.tokenizer.piece(token_id) for token_id in unique_ids}
+    return {token_id: page.tokenizer.id_to_token(token_id) for token_id in unique_ids}
 
 
 def _href(row: RowView) -> str | None:

@@ -303,14 +303,14 @@ def _make_text_page(
     bare = load_bare_template(template if template is not None else "chatml", date, template_kwargs)
     rows = tuple(
         make_text_view(row, bare, options)
-        for row in selection.select(row_filter.of(_stream_rows(resolve_sources(data), selection.numbers)))
+        for row in selection.select(row_filter.filter_rows(_stream_rows(resolve_sources(data), selection.numbers)))
     )
     paths = [str(data)] if isinstance(data, str | Path) else list(dict.fromkeys(row.source.path for row in rows))
     return HtmlPage(f"{', '.join(paths)} · template {bare.name} · no tokenizer", rows)
 
 
 def _view_rows(target: Target, selection: RowSelection, row_filter: RowFilter) -> Iterator[RowView]:
-    rows = selection.select(row_filter.of(_stream_rows(target.sources, selection.numbers)))
+    rows = selection.select(row_filter.filter_rows(_stream_rows(target.sources, selection.numbers)))
     return (make_row_view(outcome, target.recipe) for outcome in build_rows(target.recipe, rows))
 
 

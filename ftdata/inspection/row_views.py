@@ -243,7 +243,7 @@ def make_row_view(outcome: BuiltRow | Reject, recipe: Recipe, why: Sequence[str]
 def added_texts(recipe: Recipe) -> Iterator[str]:
     """Yield notes on the text that the template adds to every row: a default system prompt, a date."""
     template = recipe.template
-    if not template.source or not template.chat:
+    if not template.source or not template.is_chat:
         return
     report = verify_template(template)
     if report.adds.strip():
@@ -328,7 +328,7 @@ def _view_tokens(example: Example, conversation: Conversation, recipe: Recipe) -
         text[:text_end],
         ends,
         example.trained,
-        recipe.control.among(example.input_ids),
+        recipe.control.is_control(example.input_ids),
         owner,
         owners,
         example.input_ids,

@@ -77,7 +77,7 @@ class Stats:
         flags: Flag -> number of examples.
         groups: The statistics of all rows, then by source, split and schema if there are several.
         limits: The effect of common values of `max_length`.
-        seen: The underlying numbers of each row.
+        survey: The underlying numbers of each row.
     """
 
     title: str
@@ -86,7 +86,7 @@ class Stats:
     flags: Mapping[str, int]
     groups: tuple[StatsGroup, ...]
     limits: tuple[LengthLimit, ...]
-    seen: Survey = field(repr=False)
+    survey: Survey = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the statistics as JSON."""
@@ -133,7 +133,7 @@ class Stats:
             for column in limits.columns:
                 column.justify = "right"
             for limit in self.limits:
-                share = f"{limit.longer / max(len(self.seen.lengths), 1):.2%}"
+                share = f"{limit.longer / max(len(self.survey.lengths), 1):.2%}"
                 limits.add_row(f"{limit.max_length:,}", f"{limit.longer:,}", share, f"{limit.tokens:,}")
             console.print()
             console.print(limits)
@@ -142,10 +142,10 @@ class Stats:
 
     def pictures(self) -> dict[str, str]:
         """Return SVG histograms by name: `lengths` of examples, and `trained`, the share of trained tokens."""
-        numbers = self.seen.numbers
+        numbers = self.survey.numbers
         share = numbers.trained / np.maximum(numbers.tokens, 1)
         return {
-            "lengths": charts.draw_length_histogram(self.seen.lengths, standalone=True),
+            "lengths": charts.draw_length_histogram(self.survey.lengths, standalone=True),
             "trained": charts.draw_share_histogram(share, standalone=True),
         }
 

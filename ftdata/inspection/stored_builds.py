@@ -28,7 +28,7 @@ from ftdata.tokenizing.batches import Encodings, ExampleColumns, RenderedBatch
 from ftdata.types import IGNORE_INDEX, Conversation, Reject, RowTokens, Source
 
 _BATCH_SIZE = 256
-_NO_TEXTS = MaskedTexts([], RenderedBatch([]), Encodings.of([], []), np.empty(0, np.bool_), [], {})
+_NO_TEXTS = MaskedTexts([], RenderedBatch([]), Encodings.from_texts([], []), np.empty(0, np.bool_), [], {})
 
 
 class BuildDocument(NamedTuple):

@@ -168,8 +168,8 @@ def survey_steps(
     sizes = [source.size for source, _ in sources]
     offsets = [*accumulate(sizes, initial=0)]
     for number, (source, row_filter) in enumerate(sources):
-        for batch in build_batches(recipe, row_filter.of(source.rows())):
-            share = source.share_before(batch.last)
+        for batch in build_batches(recipe, row_filter.filter_rows(source.rows())):
+            share = source.share_before(batch.last_source)
             if share is not None and offsets[-1]:
                 share = (offsets[number] + share * sizes[number]) / offsets[-1]
             yield SurveyStep(number, batch, share)

@@ -97,11 +97,11 @@ def make_target(
     RowFilter(where, limit)
 
     def steps() -> Iterator[SurveyStep]:
-        filters = {source.place: RowFilter(where, limit) for source in sources}
+        filters = {source.item_index: RowFilter(where, limit) for source in sources}
         return survey_steps(
             recipe,
             [
-                *((source, filters[source.place]) for source in sources),
+                *((source, filters[source.item_index]) for source in sources),
                 *((source, RowFilter()) for source in held_out),
             ],
         )

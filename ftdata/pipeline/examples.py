@@ -76,8 +76,8 @@ class MaskedTexts:
     @cached_property
     def trained_counts(self) -> NDArray[np.int64]:
         """Number of trained tokens of each text (int64 `[texts]`)."""
-        counts, has_tokens = np.zeros(len(self), np.int64), np.diff(self.tokens.bounds) > 0
-        counts[has_tokens] = np.add.reduceat(self.trained, self.tokens.bounds[:-1][has_tokens], dtype=np.int32)
+        counts, has_tokens = np.zeros(len(self), np.int64), np.diff(self.tokens.token_bounds) > 0
+        counts[has_tokens] = np.add.reduceat(self.trained, self.tokens.token_bounds[:-1][has_tokens], dtype=np.int32)
         return counts
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ class MaskedTexts:
         if number in self.errors:
             return self.errors[number]
         ids, offsets, _ = self.tokens[number]
-        trained, text = self.trained[slice(*self.tokens.bounds[number : number + 2].tolist())], self.texts[number]
+        trained, text = self.trained[slice(*self.tokens.token_bounds[number : number + 2].tolist())], self.texts[number]
         flags, source = self.flags[number], self.conversations[number].source
         return Example(ids, trained, offsets, text.text, text.spans, flags, source)
 
@@ -161,7 +161,7 @@ class Batch:
         ]
 
     @property
-    def last(self) -> Source:
+    def last_source(self) -> Source:
         """Source of the last row."""
         result = self.results[-1]
         if isinstance(result, int):
@@ -196,7 +196,10 @@ class Batch:
 
 
 def _columns_of_masked(masked: MaskedTexts) -> ExampleColumns:
-    lengths, sources = np.diff(masked.tokens.bounds), [conversation.source for conversation in masked.conversations]
+    lengths, sources = (
+        np.diff(masked.tokens.token_bounds),
+        [conversation.source for conversation in masked.conversations],
+    )
     return ExampleColumns(
         masked.tokens.ids, masked.trained, lengths, masked.trained_counts, [0] * len(masked), masked.flags, sources
     )
@@ -225,7 +228,7 @@ def _finish_rows(recipe: Recipe, batch: Sequence[RowAndOutcome], masked: MaskedT
     """Return the result of each row. Most rows have one text, which needs no further processing."""
     is_final = masked.trained_counts > 0
     if recipe.max_length is not None:
-        is_final &= np.diff(masked.tokens.bounds) <= recipe.max_length
+        is_final &= np.diff(masked.tokens.token_bounds) <= recipe.max_length
     is_final[list(masked.errors)] = False
     if recipe.reject_flags:
         is_final &= np.fromiter((flags.isdisjoint(recipe.reject_flags) for flags in masked.flags), np.bool_)
@@ -379,7 +382,7 @@ def _add_bos(recipe: Recipe, batch: RenderedBatch, tokens: Encodings) -> Encodin
     numbers = [number for number, text in enumerate(batch) if text.add_bos]
     if not numbers or not len(bos := recipe.tokenizer.bos_ids):
         return tokens
-    return tokens.begun([number for number in numbers if not np.array_equal(tokens[number].ids[:1], bos)], bos)
+    return tokens.with_prefix([number for number in numbers if not np.array_equal(tokens[number].ids[:1], bos)], bos)
 
 
 def _certainly_have_stops(masked: MaskedTexts, recipe: Recipe) -> list[bool]:
@@ -387,12 +390,12 @@ def _certainly_have_stops(masked: MaskedTexts, recipe: Recipe) -> list[bool]:
 
     This is certain if the text has one run of trained tokens per turn, and every run ends with a control token.
     """
-    ids, bounds, trained = masked.tokens.ids, masked.tokens.bounds, masked.trained
+    ids, bounds, trained = masked.tokens.ids, masked.tokens.token_bounds, masked.trained
     next_is_trained = np.append(trained[1:], False)
     next_is_trained[bounds[1:][bounds[1:] > 0] - 1] = False
     run_ends = np.flatnonzero(trained & ~next_is_trained)
     text_of_run = np.searchsorted(bounds, run_ends, side="right") - 1
-    stopped_runs = np.bincount(text_of_run[recipe.control.among(ids[run_ends])], minlength=len(masked)).tolist()
+    stopped_runs = np.bincount(text_of_run[recipe.control.is_control(ids[run_ends])], minlength=len(masked)).tolist()
     runs = np.bincount(text_of_run, minlength=len(masked)).tolist()
     turns = [len(spans.kinds.turns) for spans in masked.texts.spans]
     return [stopped == count == expected for stopped, count, expected in zip(stopped_runs, runs, turns, strict=True)]

@@ -22,19 +22,24 @@ from ftdata.types import Conversation, Message, RenderedRow, Row
 
 def make_fast_path(recipe: Recipe) -> Callable[[Row], RenderedRow | None]:
     """Return a function that renders ordinary rows, and returns `None` for every other row."""
-    if recipe.columns or recipe.turns == "split" or recipe.on_missing_stop == "append_eos" or not recipe.template.chat:
+    if (
+        recipe.columns
+        or recipe.turns == "split"
+        or recipe.on_missing_stop == "append_eos"
+        or not recipe.template.is_chat
+    ):
         return lambda _: None
     # A custom policy may depend on any property of the row.
     if not is_built_in_policy(recipe.train_on):
         return lambda _: None
-    plans, policy, is_auto = recipe.template.plans, recipe.policy, recipe.turns == "auto"
+    plans, policy, is_auto = recipe.template.plan_cache, recipe.policy, recipe.turns == "auto"
     # Keyed by the `id()` of the plan, which is unique as long as the template exists.
     trained_spans: dict[int, Sequence[bool]] = {}
 
     def render(row: Row) -> RenderedRow | None:
         column, roles, messages, contents = _read_messages(row)
         turns = _assistant_indices(roles)
-        for plan in plans.of(roles, turns) if turns else ():
+        for plan in plans.get_plans(roles, turns) if turns else ():
             rendered = plan.fill(messages, contents)
             if rendered is None:
                 continue

@@ -31,7 +31,7 @@ masks: Registry[Policy] = Registry("ftdata.masks", "mask")
 @masks.register("assistant")
 def assistant(rendered: Rendered, conversation: Conversation) -> Sequence[bool]:
     """Train every assistant turn, except messages with `train: false` or `weight: 0`."""
-    kinds = Spans.of(rendered.spans).kinds
+    kinds = Spans.from_spans(rendered.spans).kinds
     untrained = _untrained(conversation)
     if not untrained:
         return kinds.generated
@@ -197,14 +197,14 @@ def trained_tokens(
     ([False, True, False, True], [True])
     """
     range_starts, range_ends = _trained_ranges(batch, np.fromiter(chain.from_iterable(trained_spans), np.bool_))
-    starts, ends, first_tokens = tokens.starts, tokens.ends, tokens.bounds[:-1]
+    starts, ends, first_tokens = tokens.starts, tokens.ends, tokens.token_bounds[:-1]
     trained, is_inside = _covered_tokens(
         starts, ends, range_starts.astype(starts.dtype), range_ends.astype(starts.dtype)
     )
     # `trained` and `is_inside` may be the same array, so it is copied before it is changed.
     trained = trained & (starts < ends)
     trained[first_tokens[first_tokens < len(trained)]] = False
-    texts = np.searchsorted(tokens.bounds, np.flatnonzero(trained > is_inside), side="right") - 1
+    texts = np.searchsorted(tokens.token_bounds, np.flatnonzero(trained > is_inside), side="right") - 1
     crosses_boundary = np.zeros(len(tokens), np.bool_)
     crosses_boundary[texts] = True
     return trained, crosses_boundary

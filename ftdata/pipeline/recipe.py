@@ -164,11 +164,11 @@ class Recipe(Options):
             BadRow: a variable has an unsafe value, or the template cannot be verified with these variables.
         """
         # Variables that the template does not read have no effect, and often differ in every row.
-        kwargs = {name: value for name, value in kwargs.items() if name in self.template.names}
+        kwargs = {name: value for name, value in kwargs.items() if name in self.template.variables}
         if not kwargs:
             return self
         for name, value in kwargs.items():
-            if not _is_safe_value(value) or (isinstance(value, str) and self.control.spelled(value)):
+            if not _is_safe_value(value) or (isinstance(value, str) and self.control.occurs_in(value)):
                 problem = "is neither a number nor short text without control-token characters"
                 hint = "set the variable for all rows with template_kwargs"
                 raise BadRow("row_options", problem, field=f"chat_template_kwargs.{name}", hint=hint)

@@ -309,7 +309,7 @@ def _check_control_tokens(recipe: Recipe, conversation: Conversation, texts: Seq
     pattern = recipe.control.pattern
     if recipe.control_tokens == "allow" or pattern is None or not conversation.messages:
         return
-    if not recipe.control.spelled("\n".join(_strings(conversation))):
+    if not recipe.control.occurs_in("\n".join(_strings(conversation))):
         return
 
     def mask(value: Any, kept_ranges: Sequence[tuple[int, int]] = ()) -> Any:
@@ -326,12 +326,12 @@ def _check_control_tokens(recipe: Recipe, conversation: Conversation, texts: Seq
         return [mask(item) for item in value] if isinstance(value, list | tuple) else value
 
     masked = replace(conversation, messages=tuple(mask(conversation.messages)), tools=tuple(mask(conversation.tools)))
-    count = sum(len(recipe.control.matches(text)[0]) for text in texts if not text.keep_control)
+    count = sum(len(recipe.control.find_matches(text)[0]) for text in texts if not text.keep_control)
     try:
         masked_texts = render_in_worker(masked, recipe.template, recipe.turns, recipe.on_dropped_message)
     except BadRow:
         masked_texts = ()
-    if count != sum(len(recipe.control.matches(text)[0]) for text in masked_texts if not text.keep_control):
+    if count != sum(len(recipe.control.find_matches(text)[0]) for text in masked_texts if not text.keep_control):
         raise BadRow(
             "control_tokens",
             "contains the text of a control token, which the template prints as template text",
@@ -340,7 +340,7 @@ def _check_control_tokens(recipe: Recipe, conversation: Conversation, texts: Seq
 
 
 def _is_followed(rendered: Rendered) -> bool:
-    return isinstance(rendered.spans, Spans) and rendered.spans.kinds.followed
+    return isinstance(rendered.spans, Spans) and rendered.spans.kinds.has_constant_template_text
 
 
 def _strings(conversation: Conversation) -> list[str]:

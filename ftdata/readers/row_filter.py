@@ -42,7 +42,7 @@ class RowFilter:
         if self.limit is not None and (type(self.limit) is not int or not 1 <= self.limit <= sys.maxsize):
             raise UsageError("limit", f"limit is {self.limit!r}, expected a number of rows of at least 1")
 
-    def of(self, rows: Iterator[Row | Reject]) -> Iterator[Row | Reject]:
+    def filter_rows(self, rows: Iterator[Row | Reject]) -> Iterator[Row | Reject]:
         """Yield the rows that match, up to `limit`; a row for which `where` fails becomes a reject."""
         if self.where is None and self.limit is None:
             yield from rows

@@ -39,7 +39,7 @@ class FileSource:
         encoding: encoding of text without a byte order mark; `None` for UTF-8.
         split: split that the rows belong to, if it is known.
         share: how much of the source is trained on.
-        place: index in the user's data of the item that this file comes from. An item may contain several files.
+        item_index: index in the user's data of the item that this file comes from. An item may contain several files.
         streaming: whether a file on the Hub is read from there instead of being downloaded first.
         first: number of the first row to read.
         last: number of the row after the last row to read; `None` for all rows.
@@ -54,7 +54,7 @@ class FileSource:
     encoding: str | None = None
     split: str | None = None
     share: SourceShare = WHOLE
-    place: int = 0
+    item_index: int = 0
     streaming: bool = False
     first: int = 0
     last: int | None = None
@@ -159,7 +159,7 @@ class MemorySource:
         path: name of the source in reports, in angle brackets.
         split: split that the rows belong to, if it is known.
         share: how much of the source is trained on.
-        place: index in the user's data of the item that these rows come from.
+        item_index: index in the user's data of the item that these rows come from.
         size: always 0; the size in bytes is unknown.
     """
 
@@ -167,7 +167,7 @@ class MemorySource:
     path: str = "<memory>"
     split: str | None = None
     share: SourceShare = WHOLE
-    place: int = 0
+    item_index: int = 0
     size: int = 0
 
     def share_before(self, row: Source) -> float | None:
@@ -207,7 +207,7 @@ def resolve_sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
         return _resolve_spec(data)
     if isinstance(data, list | tuple) and data and all(_is_source(item) for item in data):
         return tuple(
-            replace(source, place=number) for number, item in enumerate(data) for source in resolve_sources(item)
+            replace(source, item_index=number) for number, item in enumerate(data) for source in resolve_sources(item)
         )
     if isinstance(data, Iterable) and not isinstance(data, bytes | bytearray):
         return (MemorySource(data),)

@@ -144,7 +144,7 @@ def render_turns(chat: ChatRendering, turns: Sequence[int], on_dropped_message: 
         with suppress(RecursionError):
             plan = _make_plan(chat, rendered, pieces, turns, origins)
             if plan is not None:
-                chat.template.plans.add(chat.messages, turns, plan)
+                chat.template.plan_cache.add(chat.messages, turns, plan)
     return rendered
 
 
@@ -220,7 +220,7 @@ def _locate_regions(
         return (regions, flags) if tagged == nonempty else (tagged, flags | {"generation_tags_unconfirmed"})
     if chat.template.has_generation_tags and (marked := _read_tags(pieces, assistants, turns)) != nonempty:
         # If a template has no generation prompt, only its tags indicate that the model does not generate the header.
-        if marked and "add_generation_prompt" not in chat.template.names and _has_later_starts(marked, nonempty):
+        if marked and "add_generation_prompt" not in chat.template.variables and _has_later_starts(marked, nonempty):
             return marked, flags | {"generation_tags_unconfirmed"}
         flags |= {
             "generation_tags_overruled",
@@ -283,7 +283,7 @@ def _locate_turns(
     key = skeleton_key(chat.messages, chat.tools, turns, text, pieces)
     # Long conversations rarely share a shape, and the size of a cached record grows quadratically with the messages.
     is_cacheable = len(chat.messages) <= _MAX_CACHED_MESSAGES
-    needs_plan = is_cacheable and not chat.tools and chat.template.plans.needs_plan(chat.messages, turns)
+    needs_plan = is_cacheable and not chat.tools and chat.template.plan_cache.needs_plan(chat.messages, turns)
     if not needs_plan and (cached := turn_cache.locate(key, chat.messages, text, pieces)) is not None:
         return cached
     prefixes: dict[tuple[int, bool], TrackedString] = {}

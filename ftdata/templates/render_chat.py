@@ -47,7 +47,7 @@ def render_chat(
         BadRow: the row does not fit the template, or the boundaries of a turn are uncertain.
         TemplateRefused: `no_template`, if the row requires a template and the tokenizer has none.
     """
-    if conversation.text is not None and (not template.source or template.chat):
+    if conversation.text is not None and (not template.source or template.is_chat):
         return (_render_formatted_text(conversation.text, template),)
     if not template.source:
         raise TemplateRefused(
@@ -55,7 +55,7 @@ def render_chat(
             "this tokenizer has no chat template",
             hint=f"pass template= with one of {', '.join(templates.names())}, or with the path of a template file",
         )
-    if not template.chat:
+    if not template.is_chat:
         return (_render_fields(conversation, template),)
     try:
         return _render_chat(conversation, template, turns, on_dropped_message)
@@ -75,10 +75,12 @@ def render_from_cache(
     conversation: Conversation, template: Template, turns: str = "auto", on_dropped_message: str = "reject"
 ) -> tuple[Rendered, ...] | None:
     """Return the result of `render_chat` if the template does not have to run; otherwise `None`."""
-    if not template.source or (conversation.text is not None and template.chat):
+    if not template.source or (conversation.text is not None and template.is_chat):
         return render_chat(conversation, template, turns)
     try:
-        return _render_chat(conversation, template, turns, on_dropped_message, may_run=False) if template.chat else None
+        return (
+            _render_chat(conversation, template, turns, on_dropped_message, may_run=False) if template.is_chat else None
+        )
     except _NoPlan:
         return None
 
@@ -110,7 +112,7 @@ def _render_chat(
 ) -> tuple[Rendered, ...]:
     assistants = trained_answers(conversation)
     has_plans = turns != "split" and not conversation.tools
-    joint = template.plans.render(conversation.messages, assistants) if has_plans else None
+    joint = template.plan_cache.render(conversation.messages, assistants) if has_plans else None
     renderer = _TurnRenderer(conversation, template, on_dropped_message, may_run)
     if joint is None and turns != "split":
         joint = renderer.render_joint(assistants, required=turns == "joint")
@@ -147,7 +149,7 @@ class _TurnRenderer:
         """
         messages = self.conversation.messages[:count]
         has_plans = count is not None and not self.conversation.tools
-        planned = self.template.plans.render(messages, turns) if has_plans else None
+        planned = self.template.plan_cache.render(messages, turns) if has_plans else None
         if planned is None and not self.may_run:
             raise _NoPlan
         return planned or render_turns(self._chat.prefix(len(messages)), turns, self.on_dropped_message)

@@ -114,7 +114,7 @@ class Template:
         return cls(**{**attributes, "control": control, "date": datetime.datetime.fromisoformat(attributes["date"])})
 
     @cached_property
-    def names(self) -> frozenset[str]:
+    def variables(self) -> frozenset[str]:
         """The variables that the template reads.
 
         Raises:
@@ -124,9 +124,9 @@ class Template:
             return template_variables(self._syntax)
 
     @cached_property
-    def chat(self) -> bool:
+    def is_chat(self) -> bool:
         """Whether this is a chat template, which reads `messages`."""
-        return "messages" in self.names
+        return "messages" in self.variables
 
     @cached_property
     def has_generation_tags(self) -> bool:
@@ -220,7 +220,7 @@ class Template:
         return PrefixCache()
 
     @cached_property
-    def plans(self) -> PlanCache:
+    def plan_cache(self) -> PlanCache:
         """Render plans, with which similar conversations are rendered without running the template."""
         return PlanCache()
 
@@ -308,7 +308,7 @@ def check_can_train(template: Template) -> None:
     Raises:
         TemplateRefused: `template_syntax`, or `nothing_marked` for a prompt template without a generation block.
     """
-    if template.source and not template.chat and not template.has_generation_tags:
+    if template.source and not template.is_chat and not template.has_generation_tags:
         raise TemplateRefused(
             "nothing_marked",
             f"template {template.name!r} does not read messages and has no generation block",
@@ -322,7 +322,9 @@ def render_scaffold(template: Template) -> str:
     A probe that the template rejects is left out; the rows themselves are still checked.
     """
     text = ""
-    for roles in (("user", "assistant"), ("system", "user", "assistant")) if template.source and template.chat else ():
+    for roles in (
+        (("user", "assistant"), ("system", "user", "assistant")) if template.source and template.is_chat else ()
+    ):
         try:
             messages = [{"role": role, "content": "x"} for role in roles]
             text += template.render({"messages": messages, "tools": None, "add_generation_prompt": True})

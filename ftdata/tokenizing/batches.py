@@ -35,20 +35,20 @@ class Encodings:
     Attributes:
         ids: int32 `[tokens]`.
         starts, ends: int32 or int64 `[tokens]`, the range of characters of each token in the concatenated texts.
-        bounds: int64 `[texts + 1]`, index of the first token of each text, and the number of tokens.
-        places: int64 `[texts + 1]`, index of the first character of each text, and the number of characters.
+        token_bounds: int64 `[texts + 1]`, index of the first token of each text, and the number of tokens.
+        text_bounds: int64 `[texts + 1]`, index of the first character of each text, and the number of characters.
         escaped: indices of the texts in which control tokens were encoded as plain text.
     """
 
     ids: NDArray[np.int32] = field(repr=False)
     starts: NDArray[np.integer] = field(repr=False)
     ends: NDArray[np.integer] = field(repr=False)
-    bounds: NDArray[np.int64]
-    places: NDArray[np.int64]
+    token_bounds: NDArray[np.int64]
+    text_bounds: NDArray[np.int64]
     escaped: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, encoded: Sequence[EncodedText], sizes: Iterable[int]) -> Encodings:
+    def from_texts(cls, encoded: Sequence[EncodedText], sizes: Iterable[int]) -> Encodings:
         """Concatenate the tokens of texts; `sizes` are the numbers of characters of the texts.
 
         >>> text = EncodedText(np.array([7, 8], np.int32), np.array([[0, 2], [2, 3]], np.int32))
@@ -64,11 +64,11 @@ class Encodings:
         return cls(ids, offsets[:, 0] + shift, offsets[:, 1] + shift, bounds, places, escaped)
 
     def __len__(self) -> int:
-        return len(self.bounds) - 1
+        return len(self.token_bounds) - 1
 
     def __getitem__(self, number: int) -> EncodedText:
-        tokens = slice(*self.bounds[number : number + 2].tolist())
-        offsets = np.stack((self.starts[tokens], self.ends[tokens]), axis=1) - self.places[number]
+        tokens = slice(*self.token_bounds[number : number + 2].tolist())
+        offsets = np.stack((self.starts[tokens], self.ends[tokens]), axis=1) - self.text_bounds[number]
         return EncodedText(self.ids[tokens], offsets.astype(np.int32), number in self.escaped)
 
     def __iter__(self) -> Iterator[EncodedText]:
@@ -79,21 +79,23 @@ class Encodings:
         if not replacements:
             return self
         texts = [replacements.get(number, text) for number, text in enumerate(self)]
-        return Encodings.of(texts, np.diff(self.places).tolist())
+        return Encodings.from_texts(texts, np.diff(self.text_bounds).tolist())
 
-    def begun(self, texts: Sequence[int], ids: NDArray[np.int32]) -> Encodings:
+    def with_prefix(self, texts: Sequence[int], ids: NDArray[np.int32]) -> Encodings:
         """Return a copy with the ids prepended to the texts of these indices; the new tokens cover no characters."""
         if not len(texts) or not len(ids):
             return self
-        positions, offsets = (np.repeat(column[np.asarray(texts)], len(ids)) for column in (self.bounds, self.places))
-        added = np.zeros(len(self.bounds), np.int64)
+        positions, offsets = (
+            np.repeat(column[np.asarray(texts)], len(ids)) for column in (self.token_bounds, self.text_bounds)
+        )
+        added = np.zeros(len(self.token_bounds), np.int64)
         added[np.asarray(texts) + 1] = len(ids)
         return Encodings(
             np.insert(self.ids, positions, np.tile(ids, len(texts))),
             np.insert(self.starts, positions, offsets),
             np.insert(self.ends, positions, offsets),
-            self.bounds + np.cumsum(added),
-            self.places,
+            self.token_bounds + np.cumsum(added),
+            self.text_bounds,
             self.escaped,
         )
 
@@ -120,7 +122,7 @@ class RenderedBatch:
     @cached_property
     def spans(self) -> tuple[Spans, ...]:
         """The spans of each text."""
-        return tuple(Spans.of(text.spans) for text in self.texts)
+        return tuple(Spans.from_spans(text.spans) for text in self.texts)
 
     @property
     def starts(self) -> NDArray[np.int64]:

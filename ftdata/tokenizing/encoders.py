@@ -91,7 +91,7 @@ class ReferenceEncoder:
             EncodedText(np.asarray(encoding.ids, np.int32), np.asarray(encoding.offsets, np.int32).reshape(-1, 2))
             for encoding in encodings
         ]
-        return Encodings.of(encoded, map(len, texts))
+        return Encodings.from_texts(encoded, map(len, texts))
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class FastEncoder:
     def encode(self, texts: Sequence[str]) -> Encodings:
         """Return the tokens of each text."""
         if not texts:
-            return Encodings.of([], [])
+            return Encodings.from_texts([], [])
         id_bytes, bound_bytes = self.native.encode_batch_flat(list(texts))
         ids, bounds = np.frombuffer(id_bytes, "<i4"), np.frombuffer(bound_bytes, "<i8")
         text_bounds = end_offsets(map(len, texts))
@@ -132,7 +132,7 @@ class FastEncoder:
         # A prepended space covers the first character of its text, also if it is a token without other characters.
         ends = edges[1:] if first is None else edges[1:] + (first & (counts == 0))
         encoded = Encodings(ids, edges[:-1] - (doubled_counts & 1), ends, bounds, edges[bounds])
-        uncertain = set(np.flatnonzero(np.diff(encoded.places) != np.diff(text_bounds)).tolist())
+        uncertain = set(np.flatnonzero(np.diff(encoded.text_bounds) != np.diff(text_bounds)).tolist())
         if self.composes:
             unchanged = (text.isascii() or unicodedata.is_normalized("NFC", text) for text in texts)
             uncertain.update(number for number, is_unchanged in enumerate(unchanged) if not is_unchanged)
@@ -141,7 +141,7 @@ class FastEncoder:
         numbers = sorted(uncertain)
         references = dict(zip(numbers, self.reference.encode([texts[number] for number in numbers]), strict=True))
         encoded_texts = [references.get(number, text) for number, text in enumerate(encoded)]
-        return Encodings.of(encoded_texts, np.diff(text_bounds).tolist())
+        return Encodings.from_texts(encoded_texts, np.diff(text_bounds).tolist())
 
 
 @dataclass
@@ -151,16 +151,16 @@ class Encoders:
     Attributes:
         description: the content of `tokenizer.json`.
         reference: the reference encoder.
-        trusted: false after the fast encoder differed from the reference, in this process or another.
-        retried: whether the caller repeats its work if the encoders differ; `EncodersDiffer` is raised only then.
+        is_fast_trusted: false after the fast encoder differed from the reference, in this process or another.
+        raises_on_difference: whether to raise `EncodersDiffer` if the encoders differ; the caller then repeats its work.
         expected: number of characters (or bytes) that were announced or encoded so far.
         cache: a cache of tokenized texts, or `None`.
     """
 
     description: bytes
     reference: ReferenceEncoder
-    trusted: bool = True
-    retried: bool = False
+    is_fast_trusted: bool = True
+    raises_on_difference: bool = False
     expected: int = 0
     cache: EncodingCache | None = None
     _batch_count: int = 0
@@ -170,9 +170,9 @@ class Encoders:
     @property
     def name(self) -> str:
         """Name of the encoder in use."""
-        return self.reference.name if self._fast is None or not self.trusted else self._fast.name
+        return self.reference.name if self._fast is None or not self.is_fast_trusted else self._fast.name
 
-    def expect(self, size: int) -> None:
+    def expect_input(self, size: int) -> None:
         """Announce the size of the next data set, in characters or bytes."""
         self.expected, self._batch_count = max(self.expected, size), 0
 
@@ -187,11 +187,11 @@ class Encoders:
     def _encode(self, texts: Sequence[str]) -> Encodings:
         self.expected += sum(map(len, texts))
         is_worthwhile = self.expected > max(FAST_MIN_CHARACTERS, len(self.description) // BYTES_PER_CHARACTER)
-        if self.trusted and not self._has_loaded and is_worthwhile:
+        if self.is_fast_trusted and not self._has_loaded and is_worthwhile:
             _trim_memory()
             self._fast, self._has_loaded = load_fast_encoder(self.description, self.reference), True
             _trim_memory()
-        if self._fast is None or not self.trusted or not texts:
+        if self._fast is None or not self.is_fast_trusted or not texts:
             return self.reference.encode(texts)
         encoded = self._fast.encode(texts)
         self._batch_count += 1
@@ -199,8 +199,8 @@ class Encoders:
             return encoded
         compared = min(range(len(texts)), key=lambda number: abs(len(texts[number]) - COMPARED_LENGTH))
         if has_difference(encoded[compared], self.reference.encode([texts[compared]])[0]):
-            self.trusted = False
-            if self.retried:
+            self.is_fast_trusted = False
+            if self.raises_on_difference:
                 raise EncodersDiffer(self._fast.name)
             return self.reference.encode(texts)
         return encoded

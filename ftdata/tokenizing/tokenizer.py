@@ -97,7 +97,7 @@ class Tokenizer:
     def bos_ids(self) -> NDArray[np.int32]:
         """The BOS token, if the tokenizer prepends it to texts (int32 `[0]` or `[1]`)."""
         added_ids = self._stripped_backend[1]
-        bos = self.id_of(self.special_tokens.get("bos_token"))
+        bos = self.token_to_id(self.special_tokens.get("bos_token"))
         # Other tokens around a text, such as BERT's [CLS] and T5's </s>, are not BOS tokens of causal models.
         return np.asarray([bos] if bos is not None and added_ids[:1] == [bos] else [], dtype=np.int32)
 
@@ -116,11 +116,11 @@ class Tokenizer:
         """The token for text that is not in the vocabulary, if there is one."""
         return getattr(self._backend.model, "unk_token", None)
 
-    def id_of(self, token: str | None) -> int | None:
+    def token_to_id(self, token: str | None) -> int | None:
         """Return the id of a token, or `None` if it is not in the vocabulary."""
         return None if token is None else self._backend.token_to_id(token)
 
-    def piece(self, id_: int) -> str:
+    def id_to_token(self, id_: int) -> str:
         """Return a token as written in the vocabulary, e.g. `Ġare`; empty if the id is not in the vocabulary."""
         return self._backend.id_to_token(id_) or ""
 
@@ -236,7 +236,7 @@ def encode_rendered(
         rendered = batch[index]
         if rendered.keep_control or index in rejects:
             continue
-        template_matches, typed = control.matches(rendered)
+        template_matches, typed = control.find_matches(rendered)
         # A tokenizer that normalizes text can turn similar text into control tokens, so the ids are counted, too.
         if not typed and control.count(tokens[index].ids) <= control.count_expected(template_matches):
             continue
@@ -269,7 +269,7 @@ class ControlTokens:
     def _first_characters(self) -> tuple[str, ...]:
         return tuple(sorted({token[:1] for token in self.tokens}))
 
-    def spelled(self, text: str) -> bool:
+    def occurs_in(self, text: str) -> bool:
         """Return whether a text contains a control token."""
         # Searching for the first characters is much faster, and most texts contain none of them.
         for character in self._first_characters:
@@ -287,9 +287,9 @@ class ControlTokens:
         starts, ends = batch.starts[batch.data], batch.ends[batch.data]
         next_spans = np.searchsorted(ends, tokens.starts[positions], side="right")
         is_typed = np.append(starts, np.iinfo(np.int64).max)[next_spans] < tokens.ends[positions]
-        return sorted(set((np.searchsorted(tokens.bounds, positions[is_typed], side="right") - 1).tolist()))
+        return sorted(set((np.searchsorted(tokens.token_bounds, positions[is_typed], side="right") - 1).tolist()))
 
-    def matches(self, rendered: Rendered) -> tuple[list[re.Match[str]], list[re.Match[str]]]:
+    def find_matches(self, rendered: Rendered) -> tuple[list[re.Match[str]], list[re.Match[str]]]:
         """Find the control tokens in a text.
 
         Returns:
@@ -314,9 +314,9 @@ class ControlTokens:
 
     def count(self, ids: NDArray[np.int32]) -> int:
         """Return the number of control tokens among the ids; the unknown token is not counted."""
-        return int(np.count_nonzero(self.among(ids)))
+        return int(np.count_nonzero(self.is_control(ids)))
 
-    def among(self, ids: NDArray[np.int32]) -> NDArray[np.bool_]:
+    def is_control(self, ids: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Return which ids are control tokens (bool `[n]`); the unknown token does not count."""
         return self._counted_table.take(ids, mode="clip")
 
@@ -342,7 +342,7 @@ class ControlTokens:
         base = next(unused, None)
         if base is None:
             return BadRow("control_tokens", "contains control tokens and private-use characters of all four ranges")
-        template_matches, _ = self.matches(rendered)
+        template_matches, _ = self.find_matches(rendered)
         numbers = {token: number for number, token in enumerate(self.tokens)}
         pieces: list[str] = []
         end = 0
@@ -378,7 +378,7 @@ class ControlTokens:
     def _counted_table(self) -> NDArray[np.bool_]:
         table = self._control_table.copy()
         if self.tokenizer.unknown_token in self.tokens:
-            table[self.tokenizer.id_of(self.tokenizer.unknown_token)] = False
+            table[self.tokenizer.token_to_id(self.tokenizer.unknown_token)] = False
         return table
 
 

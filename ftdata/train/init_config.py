@@ -146,7 +146,7 @@ def _pack(facts: DataFacts) -> tuple[str, str | None]:
 def _bad_rows(facts: DataFacts) -> dict[str, tuple[str, Any]]:
     rejected = sum(facts.statistics.rejected.values())
     positions = facts.positions or 1 << 20
-    overlong = int((facts.statistics.seen.lengths > positions).sum())
+    overlong = int((facts.statistics.survey.lengths > positions).sum())
     if not rejected and not overlong:
         comment = "error: bad rows stop the build. quarantine: bad rows are put aside, and the build continues."
         return {"on_bad_rows": (comment, "error")}

@@ -56,7 +56,7 @@ def test_adapters_and_quantizations_are_carried_over(tmp_path):
         factory(tmp_path, quantization_bit=8, use_rslora=True, additional_target="embed_tokens, lm_head")
     ).config
     assert config.quantization == "int8"
-    assert config.lora.more == {"use_rslora": True, "modules_to_save": ["embed_tokens", "lm_head"]}
+    assert config.lora.extra_fields == {"use_rslora": True, "modules_to_save": ["embed_tokens", "lm_head"]}
     assert import_config(factory(tmp_path, quantization_type="fp4")).config.quantization == "fp4"
 
 

@@ -426,8 +426,8 @@ def test_examples_that_do_not_fit_are_said_to_be_left_out(tokenizer_dir):
 def test_lengths_are_those_before_anything_is_cut(tokenizer_dir, overlong):
     from ftdata import stats
 
-    whole = stats([LONG, *ROWS], tokenizer_dir("tiny_bpe"), turns="split").seen.lengths
-    seen = stats([LONG, *ROWS], tokenizer_dir("tiny_bpe"), turns="split", max_length=100, overlong=overlong).seen
+    whole = stats([LONG, *ROWS], tokenizer_dir("tiny_bpe"), turns="split").survey.lengths
+    seen = stats([LONG, *ROWS], tokenizer_dir("tiny_bpe"), turns="split", max_length=100, overlong=overlong).survey
     assert sorted(seen.lengths.tolist()) == sorted(whole.tolist())
 
 

@@ -47,7 +47,7 @@ def test_a_token_is_trained_if_a_trained_character_is_in_it(offsets, chosen, tra
 def together(batch):
     """Mask texts, each given by the places of its tokens, its spans, and which of them are trained."""
     encoded = [EncodedText(np.zeros(len(offsets), np.int32), offsets) for offsets, _, _ in batch]
-    tokens = Encodings.of(encoded, [len(one.text) for _, one, _ in batch])
+    tokens = Encodings.from_texts(encoded, [len(one.text) for _, one, _ in batch])
     return trained_tokens(tokens, RenderedBatch([one for _, one, _ in batch]), [chosen for _, _, chosen in batch])
 
 

@@ -32,7 +32,7 @@ def test_laws(tokenizer_dir, messages, policy, data):
     if policy == "reject":
         assert kept is whole
     if policy == "drop_turns" and kept.cut:  # T4
-        assert kept.input_ids[-1] == tokenizer.id_of("<|im_end|>")
+        assert kept.input_ids[-1] == tokenizer.token_to_id("<|im_end|>")
         assert kept.trained[-1]
         assert "answer_truncated" not in kept.flags
 
@@ -52,7 +52,7 @@ def test_turn_ends_are_the_stops(tokenizer_dir, messages):
     (whole,) = encode(messages, tokenizer)
     ends = turn_ends(whole)
     assert len(ends) == sum(m["role"] == "assistant" for m in messages)
-    assert (whole.input_ids[ends - 1] == tokenizer.id_of("<|im_end|>")).all()
+    assert (whole.input_ids[ends - 1] == tokenizer.token_to_id("<|im_end|>")).all()
 
 
 def test_drop_turns_keeps_every_turn_that_fits_to_the_token(tokenizer_dir):
@@ -87,7 +87,7 @@ def test_a_cut_answer_is_flagged_and_its_stop_is_not_made_up(tokenizer_dir):
     (whole,) = encode(messages, tokenizer)
     kept = truncate(whole, len(whole) - 5, "truncate")
     assert "answer_truncated" in kept.flags
-    assert not np.isin(tokenizer.id_of("<|im_end|>"), kept.labels)
+    assert not np.isin(tokenizer.token_to_id("<|im_end|>"), kept.labels)
     with pytest.raises(BadRow, match="no answer fits completely"):
         truncate(whole, len(whole) - 5, "drop_turns")
     with pytest.raises(BadRow, match="has .* tokens, expected at most 10"):

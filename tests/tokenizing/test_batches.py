@@ -35,7 +35,7 @@ def listed(batch):
 @given(st.lists(encoded(), max_size=5), st.data())
 def test_encodings_are_their_texts(batch, data):
     sizes = [9 + data.draw(st.integers(0, 3)) for _ in batch]
-    laid = Encodings.of(batch, sizes)
+    laid = Encodings.from_texts(batch, sizes)
     assert listed(laid) == listed(batch)
     assert all(one.offsets.dtype == one.ids.dtype == np.int32 for one in laid)
 
@@ -53,7 +53,7 @@ def test_encodings_are_their_texts(batch, data):
         ([*bos.tolist(), *ids], [*blank, *offsets], escaped) if at in begun else (ids, offsets, escaped)
         for at, (ids, offsets, escaped) in enumerate(listed(batch))
     ]
-    assert listed(laid.begun(sorted(begun), bos)) == expected
+    assert listed(laid.with_prefix(sorted(begun), bos)) == expected
 
 
 ROWS = [
@@ -99,7 +99,7 @@ def test_rows_become_the_same_in_batches_of_any_size(tokenizer_dir, options, cho
     done = 0
     for batch in batches:
         done += len(batch)
-        assert batch.last == rows[done - 1].source
+        assert batch.last_source == rows[done - 1].source
         made = [example for one in batch if isinstance(one, BuiltRow) for example in one.examples]
         columns = batch.columns
         assert columns.ids.tolist() == [token for one in made for token in one.input_ids.tolist()]

@@ -148,7 +148,7 @@ def _check_scripts(data: CheckedDataset) -> Iterator[tuple[int, str]]:
 def _check_pad_is_stop(data: CheckedTemplate) -> Iterator[str]:
     tokenizer = data.recipe.tokenizer
     special_tokens = tokenizer.special_tokens
-    pad, eos = (tokenizer.id_of(special_tokens.get(name)) for name in ("pad_token", "eos_token"))
+    pad, eos = (tokenizer.token_to_id(special_tokens.get(name)) for name in ("pad_token", "eos_token"))
     if pad is not None and pad in data.stops:
         yield f"{special_tokens['pad_token']} is both the pad token and a stop token"
     elif pad is None and eos in data.stops:
@@ -165,7 +165,7 @@ def _check_pad_is_stop(data: CheckedTemplate) -> Iterator[str]:
 )
 def _check_date_inserted(data: CheckedTemplate) -> Iterator[str]:
     template = data.recipe.template
-    if template.source and template.chat and verify_template(template).uses_date:
+    if template.source and template.is_chat and verify_template(template).uses_date:
         yield f"printed as {template.date:%Y-%m-%d}"
 
 

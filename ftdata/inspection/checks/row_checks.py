@@ -123,7 +123,7 @@ register_flag_check(
 def _check_double_bos(row: CheckedRow) -> Iterator[str]:
     tokenizer = row.recipe.tokenizer
     bos = tokenizer.special_tokens.get("bos_token")
-    bos_pair = [] if bos is None else [tokenizer.id_of(bos)] * 2
+    bos_pair = [] if bos is None else [tokenizer.token_to_id(bos)] * 2
     if bos is not None and any(example.input_ids[:2].tolist() == bos_pair for example in row.examples):
         yield f"begins with {bos} twice"
 
@@ -139,7 +139,7 @@ def _check_double_eos(row: CheckedRow) -> Iterator[str]:
     for example in row.examples:
         ids, trained = example.input_ids, example.trained
         repeats = np.flatnonzero((ids[1:] == ids[:-1]) & trained[1:] & trained[:-1])
-        for index in repeats[row.recipe.control.among(ids[repeats])].tolist():
+        for index in repeats[row.recipe.control.is_control(ids[repeats])].tolist():
             yield f"{example.text[slice(*example.offsets[index].tolist())]} twice"
 
 
@@ -252,7 +252,7 @@ def _check_left_over(row: CheckedRow) -> Iterator[str]:
     for number, message in enumerate(row.conversation.messages):
         for text in content_texts(message.get("content")):
             leftover = text_detectors.find_template_leftover(text)
-            if leftover and not row.recipe.control.spelled(leftover):
+            if leftover and not row.recipe.control.occurs_in(leftover):
                 yield f"messages[{number}].content contains {leftover!r}"
 
 

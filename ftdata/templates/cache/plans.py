@@ -128,7 +128,7 @@ class RenderPlan:
         excluded_prefixes = tuple(
             ((firsts[number], offset), excluded) for (number, offset), excluded in cached_turns.excluded_prefixes
         )
-        kinds = replace(Spans.of(rendered.spans).kinds, followed=True)
+        kinds = replace(Spans.from_spans(rendered.spans).kinds, has_constant_template_text=True)
         return cls(tuple(texts), tuple(leaves), kinds, rendered.flags, operations, excluded_prefixes)
 
     @property
@@ -212,12 +212,12 @@ class PlanCache:
         contents = message_contents(messages)
         if contents is None:
             return None
-        for plan in self.of([message["role"] for message in messages], turns):
+        for plan in self.get_plans([message["role"] for message in messages], turns):
             if (rendered := plan.fill(messages, contents)) is not None:
                 return rendered
         return None
 
-    def of(self, roles: Sequence[str], turns: Sequence[int]) -> Sequence[RenderPlan]:
+    def get_plans(self, roles: Sequence[str], turns: Sequence[int]) -> Sequence[RenderPlan]:
         """Return the plans for messages with these roles, to locate these turns."""
         return self.plans_by_shape.get((*roles, *turns), ())
 

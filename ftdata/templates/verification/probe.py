@@ -151,7 +151,7 @@ def probe_template(template: Template) -> TemplateReport:
         "tagged": template.has_generation_tags,
         "uses_date": template.uses_date,
     }
-    if not template.chat:
+    if not template.is_chat:
         reasons = () if template.has_generation_tags else ("it has no generation block",)
         return TemplateReport(kind="prompt", verdict="refused" if reasons else "exact", reasons=reasons, **facts)
     joint = {name: _run_probe(template, name, "joint") for name in _PROBES}
@@ -218,7 +218,7 @@ def describe_contradiction(
     Returns:
         The description, or `None` if the check passes or the text cannot be cross-checked.
     """
-    if not template.chat or not conversation.messages or "arguments_as_text" in rendered.flags:
+    if not template.is_chat or not conversation.messages or "arguments_as_text" in rendered.flags:
         return None
     if template.has_generation_tags and template.strict:
         return None

@@ -115,7 +115,7 @@ def _receive_rendered(template: Template, request: Request) -> tuple[Rendered, .
     except LimitExceeded:
         raise _make_row_error(template, request) from None
     for shape, plan in answer["plans"]:
-        template.plans.plans_by_shape.setdefault(tuple(shape), []).append(protocol.decode_plan(plan))
+        template.plan_cache.plans_by_shape.setdefault(tuple(shape), []).append(protocol.decode_plan(plan))
     return tuple(map(protocol.decode_rendered_row, answer["texts"]))
 
 

@@ -31,7 +31,7 @@ _MAX_OUTPUT = 1 << 22
 def _render(template: Template, arguments: Mapping[str, Any]) -> dict[str, Any]:
     conversation = protocol.decode_conversation(arguments["conversation"])
     texts = render_chat.render_chat(conversation, template, arguments["turns"], arguments["on_dropped_message"])
-    plans, template.plans.new_plans = template.plans.new_plans, []
+    plans, template.plan_cache.new_plans = template.plan_cache.new_plans, []
     return {
         "texts": [protocol.encode_rendered_row(text) for text in texts],
         "plans": [(shape, protocol.encode_plan(plan)) for shape, plan in plans],

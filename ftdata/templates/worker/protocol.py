@@ -64,7 +64,7 @@ def decode_conversation(values: Mapping[str, Any]) -> Conversation:
 
 def encode_rendered_row(rendered: Rendered) -> dict[str, Any]:
     """Return a rendered text as JSON values."""
-    spans = Spans.of(rendered.spans)
+    spans = Spans.from_spans(rendered.spans)
     return {
         "text": rendered.text,
         "sizes": spans.sizes,
@@ -81,7 +81,12 @@ def decode_rendered_row(values: Mapping[str, Any]) -> Rendered:
 
 
 def _encode_kinds(kinds: SpanKinds) -> list[Any]:
-    return [list(map(_NUMBERS.__getitem__, kinds.parts)), kinds.messages, kinds.generated, kinds.followed]
+    return [
+        list(map(_NUMBERS.__getitem__, kinds.parts)),
+        kinds.messages,
+        kinds.generated,
+        kinds.has_constant_template_text,
+    ]
 
 
 def _decode_kinds(values: Any) -> SpanKinds:

@@ -25,7 +25,7 @@ class ChatSession:
         recipe: the recipe of the build, which renders and tokenizes conversations.
         options: further arguments of `model.generate`.
         messages: the messages so far.
-        forgets: whether the template renders only a single question, so the model does not see earlier messages.
+        is_single_turn: whether the template renders only a single question, so the model does not see earlier messages.
         progress: called with the progress after each token.
     """
 
@@ -33,7 +33,7 @@ class ChatSession:
     recipe: Recipe
     options: dict[str, Any]
     messages: list[Message] = field(default_factory=list)
-    forgets: bool = False
+    is_single_turn: bool = False
     progress: Callable[[GenerationProgress], None] | None = None
 
     def say(self, text: str) -> str:
@@ -53,7 +53,7 @@ class ChatSession:
             if not earlier or error.code != "template_raises" or has_system:
                 raise
             (answer,) = self.generate_answers([[question]])
-            self.forgets = True
+            self.is_single_turn = True
         self.messages = [*self.messages, question, {"role": "assistant", "content": answer}]
         return answer
 

@@ -49,9 +49,9 @@ def check_lora(config: Config) -> None:
     if config.lora is None:
         return
     check_fields("lora", _long_names(config.lora), LoraConfig, FIXED)
-    _check_initialization(config, config.lora.more.get("init_lora_weights"))
+    _check_initialization(config, config.lora.extra_fields.get("init_lora_weights"))
     name = quantization_name(config.quantization)
-    if config.lora.more.get("use_dora") and name == "int8" and not torch.cuda.is_available():
+    if config.lora.extra_fields.get("use_dora") and name == "int8" and not torch.cuda.is_available():
         raise UsageError(
             "train_setting", "lora.use_dora with int8 needs a GPU", hint="set quantization: nf4, or remove use_dora"
         )
@@ -90,9 +90,9 @@ def make_lora_config(config: Config, model: Any, *, grows: bool, shapes: bool = 
         return None
     lora = config.lora or Lora()
     embeddings = embedding_names(model)
-    saved = list(dict.fromkeys([*(lora.more.get("modules_to_save") or ()), *(embeddings if grows else ())]))
+    saved = list(dict.fromkeys([*(lora.extra_fields.get("modules_to_save") or ()), *(embeddings if grows else ())]))
     overrides: dict[str, Any] = {"modules_to_save": saved or None}
-    if lora.more.get("ensure_weight_tying") is None:
+    if lora.extra_fields.get("ensure_weight_tying") is None:
         is_tied = len(embeddings) > 1 and bool(model.config.tie_word_embeddings)
         overrides["ensure_weight_tying"] = is_tied and not set(embeddings).isdisjoint(saved)
     if shapes:

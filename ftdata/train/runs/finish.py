@@ -78,7 +78,7 @@ def finish_run(
         "loss": losses,
         "test_loss": loss,
         "perplexity": None if loss is None else math.exp(min(loss, 700)),
-        "stops": [tokenizer.piece(id_) for id_ in stop_ids],
+        "stops": [tokenizer.id_to_token(id_) for id_ in stop_ids],
         "estimate": estimate.as_dict(),
     }
     (run / "model" / "README.md").write_text(render_model_card(config, metadata, data.manifest), encoding="utf-8")

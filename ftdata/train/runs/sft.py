@@ -275,7 +275,7 @@ def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Con
         note = f"packed documents of {model.config.model_type} attend to each other: rows are padded, not concatenated"
         console.print(note, highlight=False, markup=False)
     template = data.manifest["options"]["template"]
-    if template["name"] != "tokenizer" and Template(template["name"], template["source"]).chat:
+    if template["name"] != "tokenizer" and Template(template["name"], template["source"]).is_chat:
         # The saved model must be prompted with the template that it was trained with.
         trainer.processing_class.chat_template = template["source"]
     stop_ids = set_stop_tokens(trainer, config, data)

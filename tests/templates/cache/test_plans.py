@@ -66,10 +66,10 @@ def test_what_a_plan_gives_is_what_is_rendered(tokenizer_dir, name, shape, conte
         messages = tuple({"role": ROLES[one], "content": text} for one, text in zip(shape, said, strict=False))
         conversation = Conversation(messages)
         found = outcome(conversation, known, turns)
-        kept = known.plans.plans_by_shape.copy()
-        known.plans.plans_by_shape.clear()
+        kept = known.plan_cache.plans_by_shape.copy()
+        known.plan_cache.plans_by_shape.clear()
         assert outcome(conversation, known, turns) == found
-        known.plans.plans_by_shape.update({**known.plans.plans_by_shape, **kept})
+        known.plan_cache.plans_by_shape.update({**known.plan_cache.plans_by_shape, **kept})
 
 
 def counted(monkeypatch, template):
@@ -204,4 +204,4 @@ def test_honest_plans_are_within_the_bounds():
     template = Template("honest", CHATML, special_tokens={"eos_token": "<|im_end|>"})
     for _ in range(2):
         render_chat.render_chat(Conversation(tuple(talk)), template)
-    assert template.plans.render(talk, list(range(1, 60, 2))) is not None
+    assert template.plan_cache.render(talk, list(range(1, 60, 2))) is not None

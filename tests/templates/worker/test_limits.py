@@ -96,4 +96,4 @@ def test_a_template_that_is_made_anew_gets_its_plans(tokenizer_dir):
         template = Template("anew", CUSTOM, special_tokens={"eos_token": "<|im_end|>"})
         for _ in range(3):
             render_in_worker(conversation, template)
-        assert template.plans.render(conversation.messages, [1]) is not None
+        assert template.plan_cache.render(conversation.messages, [1]) is not None

@@ -173,14 +173,14 @@ def test_a_conversation_goes_on_after_silence_and_where_only_one_question_is_sho
     folder = run(data, model=llama, output_dir=tmp_path / "run", template="question_answer", settings=QUICK)
     talk = start_chat(folder, max_new_tokens=2)
     talk.say("Spell 3.")
-    assert not talk.forgets
+    assert not talk.is_single_turn
     talk.say("Spell 4.")
-    assert talk.forgets
+    assert talk.is_single_turn
     assert len(talk.messages) == 4
     chats = ChatSession(talk.model, make_recipe(llama), {"max_new_tokens": 2})
     chats.messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]
     chats.say("b")
-    assert not chats.forgets
+    assert not chats.is_single_turn
 
 
 def test_a_prompt_is_asked_as_it_was_trained_under_any_kind_of_template(llama):

@@ -69,7 +69,7 @@ def test_a_field_is_known_by_its_short_name_and_its_own(tmp_path):
     config = make_config({**REQUIRED, "lora": {"use_dora": True}}, lora={"bias": "all"})
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "c.yaml") == config
-    assert config.lora.more == {"use_dora": True, "bias": "all"}
+    assert config.lora.extra_fields == {"use_dora": True, "bias": "all"}
 
 
 WRONG_LORA = {
