@@ -152,7 +152,7 @@ class Encoders:
         description: the content of `tokenizer.json`.
         reference: the reference encoder.
         is_fast_trusted: false after the fast encoder differed from the reference, in this process or another.
-        raises_on_difference: whether to raise `EncodersDiffer` if the encoders differ; the caller then repeats its work.
+        raises_on_difference: whether to raise `EncodersDiffer` if they differ; the caller then repeats its work.
         expected: number of characters (or bytes) that were announced or encoded so far.
         cache: a cache of tokenized texts, or `None`.
     """
