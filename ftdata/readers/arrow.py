@@ -119,15 +119,17 @@ def _batch_size(
     rows = max(table.metadata.row_group(number).num_rows, 1)
     if all(chunk.bytes * column.num_values <= MAX_LINE for column, chunk in zip(columns, chunk_sizes, strict=True)):
         return _BATCH
-    coded = [index for index, column in enumerate(columns) if column.has_dictionary_page]
-    size_limits = [columns[index].num_values * (table.schema.column(index).length or 0) for index in coded]
-    if names := [columns[index].path_in_schema for index in coded if columns[index].physical_type == "BYTE_ARRAY"]:
+    with_dictionary = [index for index, column in enumerate(columns) if column.has_dictionary_page]
+    size_limits = [columns[index].num_values * (table.schema.column(index).length or 0) for index in with_dictionary]
+    if names := [
+        columns[index].path_in_schema for index in with_dictionary if columns[index].physical_type == "BYTE_ARRAY"
+    ]:
         reader = pq.ParquetFile(
             stream, metadata=table.metadata, pre_buffer=False, buffer_size=CHUNK, read_dictionary=names
         )
         first = next(reader.iter_batches(1, row_groups=[number], columns=names), None)
         longest = max(map(_longest_value, first.columns), default=0) if first is not None else 0
-        size_limits.append(longest * max(columns[index].num_values for index in coded))
+        size_limits.append(longest * max(columns[index].num_values for index in with_dictionary))
     pairs = zip(columns, chunk_sizes, strict=True)
     size_limits.append(int(sum(chunk.widest * column.num_values for column, chunk in pairs)))
     return int(max(1, min(_BATCH, MAX_LINE * rows / max([*size_limits, 1]))))
