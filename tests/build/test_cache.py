@@ -265,7 +265,7 @@ def test_known_texts_come_back_as_they_were(kept, tokenizer_dir):
             for a, b in zip(one[:2], two[:2], strict=True)
         )
     with cache.open_text_cache("key") as texts:
-        assert texts.filled
+        assert texts.has_entries
         assert len(texts.encode(said, lambda missing: pytest.fail(str(missing)))) == 6
 
 

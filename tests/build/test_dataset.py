@@ -331,7 +331,7 @@ def test_a_policy_of_ones_own(tiny):
     built = build_sft_dataset(ROWS[:4], tiny, train_on=digits)
     assert answers(built["train"], load_tokenizer(tiny)) == [row["answer"] for row in ROWS[:4]]
     assert built.report.sources[0].flags["no_trained_stop"] == 4
-    assert any("will not learn to stop" in note for note in built.report.notes)
+    assert any("does not learn to stop" in note for note in built.report.notes)
 
 
 def test_progress_is_told(tiny):
@@ -412,7 +412,7 @@ def test_tokens_pass_through(tiny):
     row = {"input_ids": plain["input_ids"], "labels": plain["labels"]}
     built = build_sft_dataset([row], tiny)
     assert built["train"][0] == plain
-    assert any("came as tokens" in note for note in built.report.notes)
+    assert any("come from pretokenized rows" in note for note in built.report.notes)
     with pytest.raises(BadRows, match=r"input_ids\[1\]: is 99999"):
         build_sft_dataset([{"input_ids": [1, 99999], "labels": [-100, 99999]}], tiny)
 
@@ -455,7 +455,7 @@ def test_splits_of_the_data_are_kept(tiny, tmp_path):
     for data in (both, str(tmp_path / "saved")):
         built = build_sft_dataset(data, tiny)
         assert {name: len(split) for name, split in built.items()} == {"train": 30, "test": 10}
-    with pytest.raises(UsageError, match="has splits already: train, test"):
+    with pytest.raises(UsageError, match="already has splits: train, test"):
         build_sft_dataset(both, tiny, test_size=3)
     alone = build_sft_dataset({"path": str(tmp_path / "saved"), "split": "test"}, tiny, test_size=2)
     assert {name: len(split) for name, split in alone.items()} == {"train": 8, "test": 2}

@@ -100,7 +100,7 @@ def test_what_is_there_is_not_made_again_and_not_written_over(bucket, build):
     again = build("s3://data/in", "s3://data/out")
     assert (again.totals, again.encoder, sent(bucket)) == (first.totals, "", [])
     put("in/a.jsonl", LINES.replace(b"what", b"then"))
-    with pytest.raises(UsageError, match=r"s3://data/out: holds another build"):
+    with pytest.raises(UsageError, match=r"s3://data/out: contains another build"):
         build("s3://data/in", "s3://data/out")
     assert (objects("out"), sent(bucket)) == (before, ["PUT /data/in/a.jsonl"])
     with pytest.raises(UsageError, match=r"s3://data/in: contains files that are not a build: a.jsonl"):
@@ -163,7 +163,7 @@ def test_what_is_fetched_stays_in_its_folder(bucket, tmp_path, name):
     found = json.loads((tmp_path / "made" / "manifest.json").read_text())
     found["files"][name] = {"bytes": 1, "sha256": "0"}
     found.pop("sha256")
-    put("evil/manifest.json", store._sealed(found))
+    put("evil/manifest.json", store._encode_manifest(found))
     put("evil/dataset_dict.json", b"{}")
     with pytest.raises(InputRefused, match="damaged_build"):
         preview("s3://data/evil")
