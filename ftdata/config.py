@@ -73,7 +73,7 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def fields(self) -> dict[str, Any]:
         """Return all fields on one level, as in a file."""
-        values = {name: getattr(self, name) for name in self.__struct_fields__ if name != "more"}
+        values = {name: getattr(self, name) for name in self.__struct_fields__ if name != "extra_fields"}
         return {**values, **self.extra_fields}
 
     def __post_init__(self) -> None:
@@ -329,8 +329,10 @@ def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> 
             names = (*Config.__struct_fields__, *SECTIONS)
             raise UsageError("config", f"unknown key {key!r}", where=file, hint=suggest_names(str(key), names))
     if isinstance(lora := merged.get("lora"), dict):
-        fields = {name: value for name, value in lora.items() if name in Lora.__struct_fields__ and name != "more"}
-        merged["lora"] = {**fields, "more": {name: value for name, value in lora.items() if name not in fields}}
+        fields = {
+            name: value for name, value in lora.items() if name in Lora.__struct_fields__ and name != "extra_fields"
+        }
+        merged["lora"] = {**fields, "extra_fields": {name: value for name, value in lora.items() if name not in fields}}
     try:
         return msgspec.convert(merged, Config)
     except msgspec.ValidationError as error:

@@ -1,9 +1,7 @@
-"""Turn rows into examples: normalize, render, tokenize, mask and truncate under one recipe.
+"""Turn rows into examples, in batches and in order: normalize, render, tokenize, mask and truncate.
 
-    Row ──normalize──> Conversation ──render──> Rendered ──tokenize──> Encodings ──mask, truncate──> Example
-     └───────────────────────── or, at any stage, Reject: where, why, and the fix
-
-Rows are processed in batches; the results have the order of the rows.
+Row ──normalize──> Conversation ──render──> Rendered ──tokenize──> Encodings ──mask, truncate──> Example
+ └───────────────────────── or, at any stage, Reject: where, why, and the fix
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
-from ftdata.readers.arrow import parquet_group_sizes
 from ftdata.readers.json_rows import is_line_format
+from ftdata.readers.parquet import parquet_group_sizes
 from ftdata.readers.sources import FileSource, MemorySource, file_version
 from ftdata.readers.streams import STDIN
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ftdata.readers.arrow import read_arrow, read_parquet
+from ftdata.readers.arrow import read_arrow
 from ftdata.readers.delimited import read_csv, read_tsv
 from ftdata.readers.excel import read_excel
 from ftdata.readers.json_rows import read_json, read_jsonl
+from ftdata.readers.parquet import read_parquet
 from ftdata.readers.streams import Input
 from ftdata.registry import Registry
 from ftdata.types import Reject, Row

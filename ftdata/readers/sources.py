@@ -12,9 +12,10 @@ from typing import Any
 
 from ftdata.errors import FtdataError, InputRefused, UsageError, check_choice, suggest_names
 from ftdata.readers import split_expressions
-from ftdata.readers.arrow import count_parquet_rows, from_batches, from_dataset, make_null_reader
+from ftdata.readers.arrow import from_batches, from_dataset, make_null_reader
 from ftdata.readers.formats import Reader, readers
 from ftdata.readers.in_memory import ValueFault, arrays_to_lists, from_dataframe
+from ftdata.readers.parquet import count_parquet_rows
 from ftdata.readers.quote_detection import QUOTINGS
 from ftdata.readers.remote_files import remote_version
 from ftdata.readers.resolve_paths import resolve_files

@@ -292,7 +292,7 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
         UsageError: a key is not a canonical column of any schema; the hint suggests the closest match.
     """
     if columns is not None and not isinstance(columns, Mapping):
-        raise UsageError("columns", f"columns is {columns!r}, expected a mapping, e.g. {'output': 'answer'}")
+        raise UsageError("columns", f"columns is {columns!r}, expected a mapping, e.g. {{'output': 'answer'}}")
     canonical = {name for schema in _detectable_schemas().values() for name in schema.columns}
     for name, actual in (columns or {}).items():
         if not isinstance(actual, str) or not actual:

@@ -39,7 +39,7 @@ def test_every_flag_is_documented():
         (Path(__file__).parents[2] / "docs" / "masks.md")
         .read_text()
         .partition("| flag |")[2]
-        .partition("| refusal |")[0]
+        .partition("## Rejections")[0]
     )
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(FLAGS)
 
