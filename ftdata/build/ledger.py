@@ -16,7 +16,8 @@ from typing import Any
 from ftdata._version import __version__
 from ftdata.errors import InternalError
 from ftdata.pipeline.examples import Batch
-from ftdata.pipeline.recipe import FLAGS, Recipe
+from ftdata.pipeline.flags import FLAGS
+from ftdata.pipeline.recipe import Recipe
 from ftdata.types import Conversation, Reject
 
 

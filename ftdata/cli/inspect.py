@@ -228,7 +228,10 @@ def stats(
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="Build, configuration file, or data", show_default=False)],
     b: Annotated[
-        str | None, typer.Argument(metavar="B", help="Build, configuration file, or data (default: A with --set)")
+        str | None,
+        typer.Argument(
+            metavar="B", help="Build, configuration file, or data (default: first argument, changed by --set)"
+        ),
     ] = None,
     tokenizer: Tokenizer = None,
     template: Template = None,

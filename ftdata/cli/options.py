@@ -21,13 +21,13 @@ FORMATS = ("json", "jsonl", "csv", "tsv", "parquet", "arrow", "xlsx")
 SOURCE_HELP = f"a file ({', '.join(FORMATS)}; may be compressed), glob, folder, URL, or - for standard input"
 Data = Annotated[str, typer.Argument(help=f"Data to read: a build, or {SOURCE_HELP}", show_default=False)]
 Encoding = Annotated[str | None, typer.Option(help="Text encoding if not UTF-8/16/32, e.g. cp1252")]
-Quoting = Annotated[str | None, typer.Option(help="Quotes in CSV and TSV: csv, or none (quotes are text)")]
+Quoting = Annotated[str | None, typer.Option(help="Quoting of CSV and TSV cells: csv (quotes enclose text) or none")]
 Split = Annotated[str | None, typer.Option(help="Split to read, if the data has several")]
 Tokenizer = Annotated[str | None, typer.Option("--tokenizer", "-t", help="Folder with tokenizer.json, or Hub id")]
 Template = Annotated[
     str | None, typer.Option(help="Built-in name, .jinja file or Jinja source (default: the tokenizer's template)")
 ]
-Schema = Annotated[str, typer.Option(help="Schema of all rows, or ./file.py:function; auto detects it per row")]
+Schema = Annotated[str, typer.Option(help="Schema name, ./file.py:function, or auto (detect per row)")]
 Columns = Annotated[list[str] | None, typer.Option("--column", help="Map a column, e.g. output=answer (repeatable)")]
 TrainOn = Annotated[
     str, typer.Option(help="Trained messages: assistant, last_assistant, completion, all, or ./file.py:function")

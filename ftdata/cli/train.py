@@ -241,7 +241,7 @@ def merge(
     run_dir: Run,
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="New folder for the merged model")],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16 (default: that of the base model)")
+        str | None, typer.Option(help="float32, bfloat16 or float16 (default: dtype of the base model)")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

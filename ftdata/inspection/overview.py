@@ -19,7 +19,8 @@ from ftdata.inspection.row_views import RowView, added_texts, make_row_view
 from ftdata.inspection.survey import Ints, Outliers, Progress, RowNumbers, Survey, row_key, survey_rows
 from ftdata.inspection.target import Target
 from ftdata.pipeline.examples import Batch, BuiltRow
-from ftdata.pipeline.recipe import FLAGS, Recipe
+from ftdata.pipeline.flags import FLAGS
+from ftdata.pipeline.recipe import Recipe
 from ftdata.storage import disk
 from ftdata.types import Reject
 

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftdata.errors import BadRow
+from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.mask import Policy, trained_tokens
-from ftdata.pipeline.recipe import FLAGS, Recipe, make_recipe, policy_name
+from ftdata.pipeline.recipe import Recipe, make_recipe, policy_name
 from ftdata.pipeline.render_rows import RowAndOutcome, apply_policy, make_reject, render_conversation, render_rows
 from ftdata.pipeline.truncate import truncate, turn_ends
 from ftdata.schemas import normalize

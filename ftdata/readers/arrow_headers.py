@@ -78,7 +78,7 @@ class TableLimits:
         self._plain = self._rows = self._values = self._empty = 0
 
     def rows(self, rows: int, values: int) -> None:
-        """Add to the number of rows and values.
+        """Add rows and values to the totals, and check the limits.
 
         Raises:
             InputRefused: There are far more than the size of the file explains.

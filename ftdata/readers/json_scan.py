@@ -36,7 +36,7 @@ MAX_GAP = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class JsonPiece:
-    """A row, with the text between it and the previous row. The last piece has no row, and its size is 0.
+    """The text of a row and the text before it. The last piece of a file has no row; its `size` is 0.
 
     Attributes:
         gap: text between the previous row and this row.

@@ -140,7 +140,7 @@ def _read_group(
 
 
 def _longest_values(batch: Any) -> int:
-    """Return the summed size in bytes of the longest dictionary value of each column."""
+    """Return the sum over columns of the size in bytes of the longest dictionary value."""
     return sum(map(_longest_value, batch.columns))
 
 

@@ -95,7 +95,7 @@ def trained_answers(conversation: Conversation) -> list[int]:
 
 
 def join_text_parts(conversation: Conversation) -> Conversation:
-    """Return the conversation with every content that is a list of one text part replaced by the text."""
+    """Return the conversation with text contents instead of lists that contain a single text part."""
     return replace(conversation, messages=tuple(map(_join_text_part, conversation.messages)))
 
 

@@ -11,8 +11,9 @@ from chats import ANSWER, CALL, CALLS, HEAD, PROMPT, STOPLESS, TALK, TOOLED, TUR
 from ftdata import encode
 from ftdata.errors import BadRow, TemplateRefused, UsageError
 from ftdata.pipeline.examples import build_rows
+from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.mask import assistant, completion, last_assistant
-from ftdata.pipeline.recipe import FLAGS, make_recipe
+from ftdata.pipeline.recipe import make_recipe
 from ftdata.templates import Template, render_in_worker
 from ftdata.testing import try_template
 from ftdata.types import Conversation, Row, Source

@@ -87,47 +87,47 @@ class TrackedString(str):
         return TrackedString(str.__getitem__(self, slice(start, stop)), runs)
 
     def strip(self, chars: str | None = None, /) -> str:
-        """Return the same as `str.strip`, tracked."""
+        """Apply `str.strip` and keep the origins of the characters."""
         return TrackedString.from_str(self.lstrip(chars)).rstrip(chars)
 
     def lstrip(self, chars: str | None = None, /) -> str:
-        """Return the same as `str.lstrip`, tracked."""
+        """Apply `str.lstrip` and keep the origins of the characters."""
         return self._slice(len(self) - len(str.lstrip(self, chars)), len(self))
 
     def rstrip(self, chars: str | None = None, /) -> str:
-        """Return the same as `str.rstrip`, tracked."""
+        """Apply `str.rstrip` and keep the origins of the characters."""
         return self._slice(0, len(str.rstrip(self, chars)))
 
     def removeprefix(self, prefix: str, /) -> str:
-        """Return the same as `str.removeprefix`, tracked."""
+        """Apply `str.removeprefix` and keep the origins of the characters."""
         return self._slice(len(self) - len(str.removeprefix(self, prefix)), len(self))
 
     def removesuffix(self, suffix: str, /) -> str:
-        """Return the same as `str.removesuffix`, tracked."""
+        """Apply `str.removesuffix` and keep the origins of the characters."""
         return self._slice(0, len(str.removesuffix(self, suffix)))
 
     def upper(self) -> str:
-        """Return the same as `str.upper`, tracked."""
+        """Apply `str.upper` and keep the origins of the characters."""
         return self._change_case(str.upper)
 
     def lower(self) -> str:
-        """Return the same as `str.lower`, tracked."""
+        """Apply `str.lower` and keep the origins of the characters."""
         return self._change_case(str.lower)
 
     def capitalize(self) -> str:
-        """Return the same as `str.capitalize`, tracked."""
+        """Apply `str.capitalize` and keep the origins of the characters."""
         return self._change_case(str.capitalize)
 
     def title(self) -> str:
-        """Return the same as `str.title`, tracked."""
+        """Apply `str.title` and keep the origins of the characters."""
         return self._change_case(str.title)
 
     def casefold(self) -> str:
-        """Return the same as `str.casefold`, tracked."""
+        """Apply `str.casefold` and keep the origins of the characters."""
         return self._change_case(str.casefold)
 
     def swapcase(self) -> str:
-        """Return the same as `str.swapcase`, tracked."""
+        """Apply `str.swapcase` and keep the origins of the characters."""
         return self._change_case(str.swapcase)
 
     def _change_case(self, change: Callable[[str], str]) -> str:
@@ -141,24 +141,24 @@ class TrackedString(str):
         )
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        """Return the same as `str.split`, tracked."""
+        """Apply `str.split` and keep the origins of the characters."""
         return self._track_pieces(str.split(self, sep, maxsplit), sep)
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        """Return the same as `str.rsplit`, tracked."""
+        """Apply `str.rsplit` and keep the origins of the characters."""
         return self._track_pieces(str.rsplit(self, sep, maxsplit), sep)
 
     def splitlines(self, keepends: bool = False) -> list[str]:
-        """Return the same as `str.splitlines`, tracked."""
+        """Apply `str.splitlines` and keep the origins of the characters."""
         return self._track_pieces(str.splitlines(self, keepends), None)
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
-        """Return the same as `str.partition`, tracked."""
+        """Apply `str.partition` and keep the origins of the characters."""
         before, middle, after = self._track_pieces(str.partition(self, sep), "")
         return before, middle, after
 
     def rpartition(self, sep: str, /) -> tuple[str, str, str]:
-        """Return the same as `str.rpartition`, tracked."""
+        """Apply `str.rpartition` and keep the origins of the characters."""
         before, middle, after = self._track_pieces(str.rpartition(self, sep), "")
         return before, middle, after
 
@@ -174,13 +174,13 @@ class TrackedString(str):
         return tracked
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
-        """Return the same as `str.replace`, tracked. The replacement keeps its owners."""
+        """Apply `str.replace` and keep the origins of the characters. The replacement keeps its owners."""
         if not old:
             return str.replace(self, old, new, count)
         return TrackedString.from_str(new).join(self.split(old, count))
 
     def join(self, pieces: Iterable[str], /) -> str:
-        """Return the same as `str.join`, tracked."""
+        """Apply `str.join` and keep the origins of the characters."""
         parts: list[str] = []
         for piece in pieces:
             if parts and self:
