@@ -1,4 +1,4 @@
-"""What tests of looking share."""
+"""Fixtures for the tests of inspection."""
 
 import pytest
 import xxhash

@@ -1,4 +1,4 @@
-"""Checks, one by one: rows that make each fire, and rows that nearly do."""
+"""Each check: rows that it reports, and similar rows that it does not report."""
 
 import pytest
 from audited import PLAIN, found, rows, talk
@@ -141,12 +141,12 @@ CASES = {
 }
 
 
-def test_every_check_is_tried():
+def test_every_check_has_a_case():
     assert set(CASES) == set(checks)
 
 
 @pytest.mark.parametrize("code", CASES)
-def test_a_check_fires(tokenizer, code):
+def test_check_reports_a_finding(tokenizer, code):
     report = found(tokenizer, *CASES[code][0])
     (finding,) = [one for one in report.findings if one.code == code]
     assert finding.severity == checks[code].severity
@@ -157,5 +157,5 @@ def test_a_check_fires(tokenizer, code):
 
 
 @pytest.mark.parametrize("code", CASES)
-def test_a_check_stays_silent(tokenizer, code):
+def test_check_reports_no_finding(tokenizer, code):
     assert code not in {one.code for one in found(tokenizer, *CASES[code][1]).findings}
