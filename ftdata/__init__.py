@@ -1,9 +1,9 @@
-"""ftdata: any fine-tuning data into exactly the tokens and labels that a language model should be trained on.
+"""ftdata: turn fine-tuning data into the exact tokens and labels for training a language model.
 
     from ftdata import build_sft_dataset
     ds = build_sft_dataset("data.json", tokenizer="google/gemma-2-9b-it")
 
-The names below are the public interface. They are imported on first use, so that `import ftdata` costs nothing.
+The names below are the public API. They are imported on first use, which keeps `import ftdata` fast.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ftdata.pipeline.recipe import check_template
     from ftdata.readers import read
 
-_HOMES = {
+_MODULES = {
     "FtdataError": "ftdata.errors",
     "audit": "ftdata.inspection.audit",
     "build_sft_dataset": "ftdata.build.dataset",
@@ -57,11 +57,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         message = f"module 'ftdata' has no attribute {name!r}"
         raise AttributeError(message)
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_MODULES])

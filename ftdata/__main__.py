@@ -1,4 +1,4 @@
-"""`python -m ftdata`."""
+"""Run the command line with `python -m ftdata`."""
 
 from ftdata.cli import main
 

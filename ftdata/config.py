@@ -1,4 +1,4 @@
-"""The configuration file: one frozen typed object. Unknown keys are errors, with the nearest known one.
+"""Configuration files of training runs. Unknown keys are errors with a suggestion.
 
 ```yaml
 data: data.json
@@ -13,7 +13,7 @@ train: {num_train_epochs: 3, learning_rate: 2.0e-4}
 output_dir: out
 ```
 
-`mask`, `length` and `pack` group fields that may as well stand by themselves, under the names that they have as flags.
+`mask`, `length` and `pack` are optional groups. Their fields can also be top-level keys.
 """
 
 from __future__ import annotations
@@ -44,64 +44,65 @@ SECTIONS = {
     "length": ("max_length", "overlong"),
     "pack": ("packing",),
 }
-"""Section of a file -> the fields that it groups. A single value is that of the first."""
+"""Section of a file -> its fields. A scalar in place of a section sets the first field."""
 
 NULL: Any = object()
-"""What overrides a value by nothing, where `None` leaves it as it is."""
+"""An override that sets a field to null; an override of `None` leaves the field unchanged."""
 
 
 LORA_NAMES = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
-"""Field of `peft.LoraConfig` -> its short name here."""
+"""Field of `peft.LoraConfig` -> its short name in ftdata."""
 
 
 class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A LoRA adapter (Hu et al. 2021): `alpha / r` scales the product of the two low-rank matrices.
 
-    In a file, the fields of `more` stand beside the others: `lora: {r: 16, use_dora: true}`.
+    In a file, all fields share one level: `lora: {r: 16, use_dora: true}`.
     """
 
     r: int = 16
-    """Rank of the matrices."""
+    """Rank of the two matrices."""
     alpha: int = 32
-    """What they add is scaled by `alpha / r`."""
+    """Scaling: the adapter's output is multiplied by `alpha / r`."""
     dropout: float = 0.0
-    """Share of their input that is left out, by chance, in each step."""
+    """Dropout probability of the adapter's input."""
     target_modules: str | list[str] = "all-linear"
-    """Names of the layers that get an adapter."""
-    more: dict[str, Any] = {}
+    """Names of the layers that receive an adapter."""
+    extra_fields: dict[str, Any] = {}
     """Further fields of `peft.LoraConfig`, such as `use_dora`, `use_rslora`, `modules_to_save` or `bias`."""
 
     def fields(self) -> dict[str, Any]:
-        """Return the adapter as a file has it: further fields beside the four of our own."""
-        own = {name: getattr(self, name) for name in self.__struct_fields__ if name != "more"}
-        return {**own, **self.more}
+        """Return all fields on one level, as in a file."""
+        values = {name: getattr(self, name) for name in self.__struct_fields__ if name != "extra_fields"}
+        return {**values, **self.extra_fields}
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.alpha < 1 or not 0 <= self.dropout < 1:
             message = (
-                f"r {self.r}, alpha {self.alpha}, dropout {self.dropout}: expected r, alpha >= 1, 0 <= dropout < 1"
+                f"r is {self.r}, alpha is {self.alpha} and dropout is {self.dropout}: "
+                "expected r >= 1, alpha >= 1 and 0 <= dropout < 1"
             )
             raise ValueError(message)
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A training run, from data to model.
+    """The configuration of a training run.
 
-    The fields from `template` to `template_kwargs` are those of `build_sft_dataset`.
+    The fields from `template` to `template_kwargs` are options of `build_sft_dataset`.
     """
 
     data: str | dict[str, Any] | list[str | dict[str, Any]]
-    """What to train on, as `ftdata build` takes it: a place, a mapping, a list of these; or the folder of a build."""
+    """Training data: the folder of a build, or sources as for `ftdata build`: a path, a mapping, or a list."""
     model: str
-    """Folder or hub id of the base model."""
+    """Folder or Hub id of the base model."""
     output_dir: str
-    """Folder for the run."""
+    """Run directory."""
     tokenizer: str | None = None
-    """`None`: the model's own."""
+    """Folder or Hub id of the tokenizer. Default: the tokenizer of the model."""
     template: str | None = None
     schema: str = "auto"
     columns: dict[str, str] | None = None
-    """Canonical column -> name, or path, in the data."""
+    """Canonical column name -> name or path in the data."""
     train_on: str = "assistant"
     train_parts: list[str] | None = None
     turns: str = "auto"
@@ -124,45 +125,45 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     seed: int = 0
     date: str | None = None
     template_kwargs: dict[str, Any] | None = None
-    """Variables for the chat template, such as `{enable_thinking: false}`; a row's own go before these."""
+    """Template variables, such as `{enable_thinking: false}`; variables of a row take precedence."""
     lora: Lora | None = None
-    """`None`: all weights are trained, unless `quantization` asks for an adapter."""
+    """LoRA adapter. `None` trains all weights, unless `quantization` requires an adapter."""
     quantization: str | dict[str, Any] | None = None
-    """`nf4` (QLoRA, Dettmers et al. 2023), `fp4`, `int8`, or fields of `BitsAndBytesConfig`; `None`: 16 or 32 bits."""
+    """`nf4` (QLoRA, Dettmers et al. 2023), `fp4`, `int8`, or fields of `BitsAndBytesConfig`; `None` for none."""
     train: dict[str, Any] = {}
     """Fields of TRL's `SFTConfig`."""
     early_stopping: int | None = None
-    """Evaluations without a lower loss after which training ends; the best model is kept."""
+    """Stop after this many evaluations without a lower loss; the best model is kept."""
     samples: int | list[str] = 3
-    """Prompts that the model answers at every evaluation: so many of the test split, or these."""
+    """Prompts that the model answers at every evaluation: a number of test prompts, or a list of prompts."""
     attn_implementation: str | None = None
-    """What computes attention, such as `"sdpa"` or `"flash_attention_2"`; `None`: what the model prefers."""
+    """Attention implementation, such as `"sdpa"` or `"flash_attention_2"`; `None` for the model's default."""
     trust_remote_code: bool = False
-    """Whether Python code that comes with the model may run."""
+    """Whether to run Python code from the model repository."""
 
     def __post_init__(self) -> None:
         if self.early_stopping is not None and self.early_stopping < 1:
-            message = f"early_stopping is {self.early_stopping}: expected evaluations, at least 1"
+            message = f"early_stopping is {self.early_stopping}: expected a number of evaluations, at least 1"
             raise ValueError(message)
         if isinstance(self.samples, int) and self.samples < 0:
-            message = f"samples is {self.samples}: expected a number of prompts, or prompts"
+            message = f"samples is {self.samples}: expected a number of prompts, or a list of prompts"
             raise ValueError(message)
 
     def build_options(self) -> dict[str, Any]:
-        """Return the fields that `build_sft_dataset` takes, besides data, tokenizer and output_dir."""
+        """Return the arguments of `build_sft_dataset` except data, tokenizer and output_dir."""
         fields = self.__struct_fields__
         names = fields[fields.index("template") : fields.index("template_kwargs") + 1]
         return {name: getattr(self, name) for name in names}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as 1.2 has it where 1.1 surprises: `1e-4` is a number, `no`, `off` and `yes` are words, dates are texts."""
+    """A YAML loader with the scalars of YAML 1.2: `1e-4` is a number; `no`, `off`, `yes` and dates are strings."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Take over the keys of other mappings (`<<`), which may have taken over those of others."""
+        """Merge the keys of other mappings (`<<`), which may contain merges themselves."""
         super().flatten_mapping(node)
-        if len(node.value) > _MOST_VALUES:
-            raise ValueError("it merges parts of itself too often")
+        if len(node.value) > _MAX_VALUES:
+            raise ValueError(f"merge keys (<<) expand to more than {_MAX_VALUES:,} values")
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -185,69 +186,70 @@ _Loader.add_implicit_resolver(
 )
 
 
-_MOST_BYTES, _MOST_VALUES, _DEEPEST = 1 << 19, 50_000, 32
-"""Of a configuration: more is an attack, or no configuration."""
+_MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 1 << 19, 50_000, 32
+"""Limits of a configuration file. A larger file is an attack, or not a configuration."""
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML into plain values, without surprises.
+    """Parse YAML into plain values, with the scalars of YAML 1.2.
 
     >>> parse_yaml("{learning_rate: 1e-4, save_strategy: no, steps: 3, quick: true}")
     {'learning_rate': 0.0001, 'save_strategy': 'no', 'steps': 3, 'quick': True}
     """
     try:
-        return _plain(yaml.load(text, _Loader))  # noqa: S506  (a SafeLoader)
+        return _check_plain(yaml.load(text, _Loader))  # noqa: S506  (a SafeLoader)
     except yaml.YAMLError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-        # What the tags of YAML make of texts that are none of theirs.
-        told = "it is nested too deep" if isinstance(error, RecursionError) else f"{type(error).__name__}: {error}"
-        raise yaml.YAMLError(told) from None
+        # The constructors of YAML tags raise these for invalid values.
+        is_too_deep = isinstance(error, RecursionError)
+        message = "it is nested too deeply" if is_too_deep else f"{type(error).__name__}: {error}"
+        raise yaml.YAMLError(message) from None
 
 
-def _plain(value: Any) -> Any:
-    """Return a value of a file if it is what a file may say, small enough to be walked through.
+def _check_plain(value: Any) -> Any:
+    """Return a parsed value unchanged if it contains plain values only and is small enough to traverse.
 
     Raises:
-        ValueError: it is not, or becomes too much where names for other parts of it are followed.
+        ValueError: a value has another type, or the value is too large after its aliases are resolved.
     """
-    left, seen = [(value, 0)], 0
-    while left:
-        one, depth = left.pop()
-        seen += 1
-        if depth > _DEEPEST or seen > _MOST_VALUES:
-            raise ValueError("it is nested too deep, or in itself, or names parts of itself too often")
-        if isinstance(one, dict):
-            if odd := [key for key in one if not isinstance(key, str)]:
-                raise ValueError(f"{odd[0]!r} is no name: put it in quotes")
-            left += ((inner, depth + 1) for inner in one.values())
-        elif isinstance(one, list):
-            left += ((inner, depth + 1) for inner in one)
-        elif isinstance(one, int) and abs(one) >= 1 << 64:
-            raise ValueError(f"a number of {one.bit_length():,} bits is too large")
-        elif not (one is None or isinstance(one, str | int | float | datetime.date)):
-            raise ValueError(f"a value is a {type(one).__name__}")
+    pending, count = [(value, 0)], 0
+    while pending:
+        item, depth = pending.pop()
+        count += 1
+        if depth > _MAX_DEPTH or count > _MAX_VALUES:
+            raise ValueError(f"it has more than {_MAX_DEPTH} levels or {_MAX_VALUES:,} values, including aliases")
+        if isinstance(item, dict):
+            if invalid := [key for key in item if not isinstance(key, str)]:
+                raise ValueError(f"the key {invalid[0]!r} is not a string: put it in quotes")
+            pending += ((inner, depth + 1) for inner in item.values())
+        elif isinstance(item, list):
+            pending += ((inner, depth + 1) for inner in item)
+        elif isinstance(item, int) and abs(item) >= 1 << 64:
+            raise ValueError(f"a number has {item.bit_length():,} bits, expected at most 64")
+        elif not (item is None or isinstance(item, str | int | float | datetime.date)):
+            raise ValueError(f"a value is a {type(item).__name__}, expected text, a number, a boolean or a date")
     return value
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what the loader reads as the same: texts that it would take for numbers stand in quotes."""
+    """A YAML dumper for `_Loader`: strings that the loader would read as numbers are quoted."""
 
 
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
-_BREAKS = re.compile("[\r\x85\u2028\u2029]")
+_YAML_LINE_BREAKS = re.compile("[\r\x85\u2028\u2029]")
 
 
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    # Templates are to be read by people.
-    # What YAML takes for a line break, Jinja prints as it stands.
-    style = '"' if _BREAKS.search(text) else "|" if "\n" in text else None
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    # Templates use the block style because it is readable. The block style would change the characters that YAML
+    # treats as line breaks and Jinja prints unchanged.
+    style = '"' if _YAML_LINE_BREAKS.search(text) else "|" if "\n" in text else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-_Dumper.add_representer(str, _text)
+_Dumper.add_representer(str, _represent_text)
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
@@ -264,10 +266,11 @@ def load_config(path: Path, /, **overrides: Any) -> Config:
 
     Args:
         path: the file.
-        overrides: fields to set over those of the file; `None` leaves the file's.
+        overrides: fields that replace the fields of the file; `None` keeps the value of the file.
 
     Raises:
-        UsageError: the file cannot be parsed, a key is unknown, or a value has the wrong type; names the key.
+        UsageError: the file cannot be parsed, a key is unknown, or a value has the wrong type; the message
+            contains the key.
     """
     return make_config(read_config_file(path), str(path), **overrides)
 
@@ -276,27 +279,27 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """Return the plain values of a YAML, JSON or TOML file.
 
     Raises:
-        UsageError: it cannot be read, or holds no keys and values.
+        UsageError: the file cannot be read, or does not contain keys and values.
     """
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"it has more than {_MOST_BYTES:,} bytes: is it the data?")
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"it has more than {_MAX_BYTES:,} bytes: is it a data file?")
         text = path.read_text(encoding="utf-8")
-        values = _plain(tomllib.loads(text)) if path.suffix == ".toml" else parse_yaml(text)
+        values = _check_plain(tomllib.loads(text)) if path.suffix == ".toml" else parse_yaml(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UsageError("config_file", f"{path} cannot be read: {_problem(error)}") from None
+        raise UsageError("config_file", f"{path} cannot be read: {_describe_problem(error)}") from None
     if not isinstance(values, dict):
-        raise UsageError("config_file", f"{path} holds a {type(values).__name__}, expected keys and values")
+        raise UsageError("config_file", f"{path} contains a {type(values).__name__}, expected keys and values")
     return values
 
 
-def _problem(error: Exception) -> str:
-    """Return what is wrong with a file. The line that YAML quotes is left out: it may hold a secret."""
+def _describe_problem(error: Exception) -> str:
+    """Describe a parser error without the line that YAML quotes, which may contain a secret."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return redact_text(describe_exception(error, 2_000))
     mark = error.problem_mark or error.context_mark
-    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    return shorten(f"{place}{' '.join(filter(None, (error.context, error.problem)))}")
+    location = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return shorten(f"{location}{' '.join(filter(None, (error.context, error.problem)))}")
 
 
 def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> Config:
@@ -309,35 +312,38 @@ def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> 
     Traceback (most recent call last):
     ftdata.errors.UsageError: [config] unknown key 'max_lenght'. Fix: did you mean 'max_length'? known: ...
     """
-    # TOML has dates of its own.
+    # TOML parses dates, and the fields of `Config` are strings.
     values = {name: str(value) if isinstance(value, datetime.date) else value for name, value in values.items()}
-    # A secret that was redacted when the file was kept must never be used as if it were the secret.
+    # The placeholder of a redacted secret must never be used as the secret.
     values, _ = drop_redacted(values)
-    values, overrides = flatten_sections(_with_lora(values, file), file), flatten_sections(_with_lora(overrides, file))
-    given = {**values, **{name: value for name, value in overrides.items() if value is not None}}
-    given = {name: None if value is NULL else value for name, value in given.items()}
+    values = flatten_sections(_shorten_lora_names(values, file), file)
+    overrides = flatten_sections(_shorten_lora_names(overrides, file))
+    merged = {**values, **{name: value for name, value in overrides.items() if value is not None}}
+    merged = {name: None if value is NULL else value for name, value in merged.items()}
     for name in ("lora", "quantization", "train"):
-        # What is overridden in a section leaves the rest of it as it was.
+        # An override of some fields of a section keeps the other fields.
         if isinstance(overrides.get(name), dict) and isinstance(values.get(name), dict):
-            given[name] = {**values[name], **overrides[name]}
-    for key in given:
+            merged[name] = {**values[name], **overrides[name]}
+    for key in merged:
         if key not in Config.__struct_fields__:
-            known = (*Config.__struct_fields__, *SECTIONS)
-            raise UsageError("config", f"unknown key {key!r}", where=file, hint=suggest_names(str(key), known))
-    if isinstance(lora := given.get("lora"), dict):
-        own = {name: value for name, value in lora.items() if name in Lora.__struct_fields__ and name != "more"}
-        given["lora"] = {**own, "more": {name: value for name, value in lora.items() if name not in own}}
+            names = (*Config.__struct_fields__, *SECTIONS)
+            raise UsageError("config", f"unknown key {key!r}", where=file, hint=suggest_names(str(key), names))
+    if isinstance(lora := merged.get("lora"), dict):
+        fields = {
+            name: value for name, value in lora.items() if name in Lora.__struct_fields__ and name != "extra_fields"
+        }
+        merged["lora"] = {**fields, "extra_fields": {name: value for name, value in lora.items() if name not in fields}}
     try:
-        return msgspec.convert(given, Config)
+        return msgspec.convert(merged, Config)
     except msgspec.ValidationError as error:
         raise UsageError("config", str(error), where=file) from None
 
 
-def _with_lora(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return values with the short names of LoRA fields.
+def _shorten_lora_names(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Rename LoRA fields to their short names.
 
     Raises:
-        UsageError: a field stands there under both of its names.
+        UsageError: a field is present under both of its names.
     """
     lora = values.get("lora")
     if isinstance(lora, Lora):
@@ -346,13 +352,17 @@ def _with_lora(values: dict[str, Any], where: str) -> dict[str, Any]:
         return values
     for name, short in LORA_NAMES.items():
         if name in lora and short in lora:
-            raise UsageError("config", f"lora.{short} is given twice, once as {name}", where=where)
+            raise UsageError("config", f"lora.{short} is set twice, also as lora.{name}", where=where)
     return {**values, "lora": {LORA_NAMES.get(name, name): value for name, value in lora.items()}}
 
 
 def flatten_sections(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Return values with the fields of sections beside the others."""
-    found = {name: value for name, value in values.items() if name not in SECTIONS}
+    """Move the fields of sections to the top level.
+
+    Raises:
+        UsageError: a section contains an unknown field, or a field is set twice.
+    """
+    flat = {name: value for name, value in values.items() if name not in SECTIONS}
     for section, fields in SECTIONS.items():
         inner = values.get(section)
         if inner is None:
@@ -363,21 +373,21 @@ def flatten_sections(values: Mapping[str, Any], where: str = "") -> dict[str, An
                     "config", f"unknown key {name!r} in {section}", where=where, hint=suggest_names(name, fields)
                 )
             if values.get(name) is not None:
-                raise UsageError("config", f"{name} is given twice, once in {section}", where=where)
-            found[name] = value
-    return found
+                raise UsageError("config", f"{name} is set twice, also in {section}", where=where)
+            flat[name] = value
+    return flat
 
 
 def parse_settings(items: Iterable[str]) -> dict[str, Any]:
-    """Return what `name=value` stands for: a field of `SFTConfig`, one of `Config`, or one in a section.
+    """Parse `name=value` settings: fields of `SFTConfig`, of `Config`, or of a section.
 
     Raises:
-        UsageError: it is none of these, or the value cannot be parsed.
+        UsageError: a setting has no name or cannot be parsed, or a section is set twice.
 
     >>> parse_settings(["learning_rate=1e-4", "lora.r=8", "where=lang == 'en'"])
     {'train': {'learning_rate': 0.0001}, 'lora': {'r': 8}, 'where': "lang == 'en'"}
     """
-    found: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}
     for item in items:
         name, equals, text = item.partition("=")
         if not equals:
@@ -385,28 +395,28 @@ def parse_settings(items: Iterable[str]) -> dict[str, Any]:
         try:
             value = parse_yaml(text)
         except yaml.YAMLError as error:
-            shown = "the value is not valid YAML" if is_secret_name(name) else _problem(error)
-            raise UsageError("setting", f"--set {name}: {shown}") from None
+            problem = "the value is not valid YAML" if is_secret_name(name) else _describe_problem(error)
+            raise UsageError("setting", f"--set {name}: {problem}") from None
         section, dot, field = name.strip().replace("-", "_").partition(".")
         if not dot and (section in SECTIONS or (section in Config.__struct_fields__ and section != "seed")):
-            if isinstance(found.get(section), dict) or (isinstance(value, dict) and section in found):
-                raise UsageError("setting", f"--set gives {section} twice, whole and in part")
-            found[section] = NULL if value is None else value
+            if isinstance(parsed.get(section), dict) or (isinstance(value, dict) and section in parsed):
+                raise UsageError("setting", f"--set sets both {section} and fields of {section}")
+            parsed[section] = NULL if value is None else value
             continue
-        # The seed that matters once there is a build is that of training.
+        # `--set seed=1` sets the seed of training: the seed of `Config` belongs to the build.
         section, field = (section, field) if dot else ("train", section)
-        if not isinstance(found.setdefault(section, {}), dict):
-            raise UsageError("setting", f"--set gives {section} twice, whole and in part")
-        found[section][field] = NULL if value is None and section in SECTIONS else value
-    return found
+        if not isinstance(parsed.setdefault(section, {}), dict):
+            raise UsageError("setting", f"--set sets both {section} and fields of {section}")
+        parsed[section][field] = NULL if value is None and section in SECTIONS else value
+    return parsed
 
 
 def to_yaml(config: Config, *, redacted: bool = False) -> str:
-    """Return a configuration as a file that `load_config` reads; fields at their defaults are left out.
+    """Return a configuration as YAML that `load_config` reads, without fields that have their defaults.
 
     Args:
         config: the configuration.
-        redacted: replace its secrets, for a file that others may see.
+        redacted: whether to redact secrets, for a file that is shared.
 
     >>> print(to_yaml(make_config({"data": "d.json", "model": "m", "output_dir": "o", "length": 512})), end="")
     data: d.json
@@ -415,15 +425,15 @@ def to_yaml(config: Config, *, redacted: bool = False) -> str:
     max_length: 512
     """
     defaults = config_values(make_config({"data": "", "model": "", "output_dir": ""}))
-    given = {
+    changed = {
         name: value
         for name, value in config_values(config).items()
         if name in ("data", "model", "output_dir") or value != defaults[name]
     }
-    return dump_yaml(redact(given) if redacted else given)
+    return dump_yaml(redact(changed) if redacted else changed)
 
 
 def config_values(config: Config) -> dict[str, Any]:
-    """Return all fields of a configuration as plain values, as a file has them."""
+    """Return all fields of a configuration as plain values, in the form of a file."""
     values: dict[str, Any] = msgspec.to_builtins(config)
     return {**values, "lora": msgspec.to_builtins(config.lora.fields()) if config.lora else None}

@@ -1,4 +1,4 @@
-"""Every error that ftdata raises on purpose.
+"""The exceptions of ftdata.
 
     FtdataError                     .code  .where  .hint  .exit_code
     ├── UsageError (ValueError)         an invalid request                       exit 2
@@ -10,9 +10,9 @@
     ├── TooManyRejects (ValueError)     rejects above `max_rejects`              exit 4
     ├── StorageError (OSError)          disk, permission, a damaged build        exit 5
     ├── HubError (OSError)              network or hub                           exit 6
-    └── InternalError (RuntimeError)    a promise of ours was broken: a bug      exit 7
+    └── InternalError (RuntimeError)    a bug in ftdata                          exit 7
 
-A message always has the same four parts: where, what was found, what was expected, and the way out:
+Every message has the same four parts: the location, the value found, the value expected, and the fix:
 
     >>> print(BadRow("content_type", "is a number, expected text", where="data.jsonl:7 messages[1].content",
     ...              hint="quote the value"))
@@ -27,14 +27,15 @@ from collections.abc import Iterable
 
 
 class FtdataError(Exception):
-    """Base of the tree: what ftdata raises on purpose.
+    """Base class of all exceptions that ftdata raises deliberately.
 
     Attributes:
-        code: a name that stays the same from version to version; listed in docs/reference/errors.md.
-        message: what was found, and what was expected.
-        where: file and line, row, field; empty where it is about no place.
-        hint: the way out; may be empty.
-        exit_code: of the command line.
+        code: the error code, which is stable across versions; listed in docs/reference/errors.md.
+        message: the value found and the value expected.
+        where: the file and line, row or field; empty if the error has no location.
+        hint: how to fix the problem; may be empty.
+        exit_code: exit status of the command line.
+        max_message_length: limit in characters, because messages contain names from data, of any length.
 
     >>> try:
     ...     raise BadRow("content_type", "is a number, expected text", where="data.jsonl:7")
@@ -44,11 +45,11 @@ class FtdataError(Exception):
     """
 
     exit_code = 7
-    longest = 2_000
-    """Characters of a message: what data gives for names has no end."""
+    max_message_length = 2_000
 
     def __init__(self, code: str, message: str, *, where: str = "", hint: str = "") -> None:
-        message, where, hint = shorten(message, self.longest), escape_line_breaks(shorten(where)), shorten(hint)
+        message, hint = shorten(message, self.max_message_length), shorten(hint)
+        where = escape_line_breaks(shorten(where))
         super().__init__(code, message, where, hint)
         self.code = code
         self.message = message
@@ -56,52 +57,52 @@ class FtdataError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        place = f"{self.where}: " if self.where else ""
-        before = "" if self.message.endswith("\n") else ". "
-        way_out = f"{before}Fix: {self.hint}" if self.hint else ""
-        return f"[{self.code}] {place}{self.message}{way_out}"
+        location = f"{self.where}: " if self.where else ""
+        separator = "" if self.message.endswith("\n") else ". "
+        fix = f"{separator}Fix: {self.hint}" if self.hint else ""
+        return f"[{self.code}] {location}{self.message}{fix}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions are rebuilt from positional arguments when they cross a process boundary.
+        # Pickle rebuilds exceptions from positional arguments, and this constructor takes keyword arguments.
         return _rebuild, (type(self), self.code, self.message, self.where, self.hint, self.__dict__)
 
 
 def _rebuild(
-    kind: type[FtdataError], code: str, message: str, where: str, hint: str, state: dict[str, object]
+    error_class: type[FtdataError], code: str, message: str, where: str, hint: str, state: dict[str, object]
 ) -> FtdataError:
-    error = kind.__new__(kind)
+    error = error_class.__new__(error_class)
     FtdataError.__init__(error, code, message, where=where, hint=hint)
     error.__dict__.update(state)
     return error
 
 
 class UsageError(FtdataError, ValueError):
-    """An invalid request: an unknown option value, options that contradict each other, a file that is not there."""
+    """An invalid request: an unknown option value, contradictory options, or a missing file."""
 
     exit_code = 2
 
 
 class MissingDependency(FtdataError, ImportError):
-    """An optional package is needed for this request; the hint is the `pip install` line."""
+    """The request needs an optional package; the hint is the `pip install` command."""
 
     exit_code = 2
 
 
 class InputRefused(FtdataError, ValueError):
-    """The input cannot be read or understood, and guessing would train the wrong tokens."""
+    """The input cannot be read, or its meaning is ambiguous. A guess could train the wrong tokens."""
 
     exit_code = 3
 
 
 class BadRow(InputRefused):
-    """One row is refused; `field` is the path of the value inside the row."""
+    """One row is invalid; `field` is the path of the value inside the row."""
 
     def __init__(self, code: str, message: str, *, where: str = "", hint: str = "", field: str = "") -> None:
         super().__init__(code, message, where=where, hint=hint)
         self.field = shorten(field)
 
-    def located(self, where: str) -> BadRow:
-        """Return this error, without its traceback, at another place; millions of rows may share one cause."""
+    def with_location(self, where: str) -> BadRow:
+        """Return a copy with another location and without the traceback. Millions of rows may share one error."""
         error = BadRow.__new__(BadRow)
         error.__dict__.update(self.__dict__)
         error.where = escape_line_breaks(shorten(where))
@@ -110,21 +111,24 @@ class BadRow(InputRefused):
 
 
 class BadRows(InputRefused):
-    """All bad rows of a run; `count` of them, the first few with their reasons in the message."""
+    """All invalid rows of a run. `count` is their number; the message lists the first of them.
 
-    longest = 200_000
+    The message is the list, hence its larger limit.
+    """
+
+    max_message_length = 200_000
 
     def __init__(self, count: int, lines: Iterable[str], *, hint: str) -> None:
         lines = list(lines)
-        more = f"\n  ... and {count - len(lines)} more" if count > len(lines) else ""
-        listed = "\n  ".join(lines)
+        remainder = f"\n  ... and {count - len(lines)} more" if count > len(lines) else ""
+        listing = "\n  ".join(lines)
         noun = "row is" if count == 1 else "rows are"
-        super().__init__("bad_rows", f"{count} {noun} refused:\n  {listed}{more}\n", hint=hint)
+        super().__init__("bad_rows", f"{count} {noun} invalid:\n  {listing}{remainder}\n", hint=hint)
         self.count = count
 
 
 class TemplateRefused(InputRefused):
-    """A template or a tokenizer cannot be used, whatever the row."""
+    """A template or a tokenizer cannot be used for any row."""
 
 
 class TooManyRejects(FtdataError, ValueError):
@@ -134,77 +138,77 @@ class TooManyRejects(FtdataError, ValueError):
 
 
 class StorageError(FtdataError, OSError):
-    """Reading or writing a build failed; the message names the path."""
+    """Reading or writing a build failed; the message contains the path."""
 
     exit_code = 5
 
 
 class HubError(FtdataError, OSError):
-    """The network or the hub failed; the message names repository, file and status."""
+    """The network or the hub failed; the message contains the repository, file and status."""
 
     exit_code = 6
 
 
 class InternalError(FtdataError, RuntimeError):
-    """A promise of ftdata's own was broken. Please report it with the message."""
+    """A bug in ftdata. Please report it with the message."""
 
 
-# They show nothing, though Python calls them printable: fillers, a blank of Braille, selectors of variants.
-_BLANK = re.compile("[\u115f\u1160\u2800\u3164\uffa0\U000e0100-\U000e01ef]")
+# Python considers these printable, but they are invisible: fillers, the Braille blank, variation selectors.
+_INVISIBLE = re.compile("[\u115f\u1160\u2800\u3164\uffa0\U000e0100-\U000e01ef]")
 
 
 def escape_unprintable(text: str) -> str:
-    """Return a text with codes for what would drive a terminal, or show nothing; line breaks and tabs stay."""
+    r"""Escape control characters and invisible characters as `\uXXXX`; line breaks and tabs stay."""
     if text.isascii() and text.isprintable():
         return text
-    spelled = "".join(char if char.isprintable() or char in "\n\t" else f"\\u{ord(char):04x}" for char in text)
-    return _BLANK.sub(lambda found: f"\\u{ord(found.group()):04x}", spelled)
+    escaped = "".join(char if char.isprintable() or char in "\n\t" else f"\\u{ord(char):04x}" for char in text)
+    return _INVISIBLE.sub(lambda match: f"\\u{ord(match.group()):04x}", escaped)
 
 
-def shorten(text: str, most: int = 2_000) -> str:
-    """Return a text, without its middle where it is longer than that.
+def shorten(text: str, max_length: int = 2_000) -> str:
+    """Remove the middle of a text that is longer than `max_length` characters.
 
     >>> shorten("abcdefghij" * 10, 40)
     'abcdefghij ... 80 more ... abcdefghij'
     """
-    # What is said of what was found begins a message, and what was expected often ends it.
-    kept = max((most - 20) // 2, 1)
-    return text if len(text) <= most else f"{text[:kept]} ... {len(text) - 2 * kept:,} more ... {text[-kept:]}"
+    # A message begins with the value found, and often ends with the value expected.
+    half = max((max_length - 20) // 2, 1)
+    return text if len(text) <= max_length else f"{text[:half]} ... {len(text) - 2 * half:,} more ... {text[-half:]}"
 
 
-def describe_exception(error: BaseException, most: int = 300) -> str:
-    r"""Return what an error of another library says, on one line, and no more of it than that.
+def describe_exception(error: BaseException, max_length: int = 300) -> str:
+    r"""Return the message of an exception of another library on one line, cut to `max_length` characters.
 
     >>> describe_exception(ValueError("line one\n  line two"))
     'line one line two'
     """
-    return " ".join(str(error).split())[:most]
+    return " ".join(str(error).split())[:max_length]
 
 
 def escape_line_breaks(text: str) -> str:
-    """Return a name without line breaks, after which a reader of logs takes it for something else."""
+    r"""Escape line breaks as `\n` and `\r`, so that a name cannot add lines to a log."""
     return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def suggest_names(name: str, candidates: Iterable[str]) -> str:
-    """Say which of `candidates` a mistyped `name` may have meant.
+    """Return a hint with all `candidates`, and the closest match of a mistyped `name`.
 
     >>> suggest_names("chatlm", ["chatml", "alpaca"])
     "did you mean 'chatml'? known: alpaca, chatml"
     >>> suggest_names("x", ["b", "a"])
     'known: a, b'
     """
-    known = sorted(candidates)
-    close = difflib.get_close_matches(name, known, n=1)
-    listing = f"known: {', '.join(known)}"
-    return f"did you mean {close[0]!r}? {listing}" if close else listing
+    names = sorted(candidates)
+    matches = difflib.get_close_matches(name, names, n=1)
+    listing = f"known: {', '.join(names)}"
+    return f"did you mean {matches[0]!r}? {listing}" if matches else listing
 
 
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
-    """Refuse a `value` of option `name` that is not among the `allowed` ones.
+    """Check that the `value` of option `name` is an `allowed` value.
 
     Raises:
-        UsageError: with the nearest allowed value.
+        UsageError: the value is not allowed; the hint suggests the closest match.
     """
     if not isinstance(value, str) or value not in allowed:
         raise UsageError(f"unknown_{name}", f"{name} is {value!r}", hint=suggest_names(str(value), allowed))

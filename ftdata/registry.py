@@ -1,10 +1,12 @@
-"""Plug-in points: four maps from a name to a function (templates: a file), filled by decorator, entry point or file.
+"""Plugin registries for readers, schemas, templates and masks.
 
-    @schemas.register("mine")                                   in process
-    [project.entry-points."ftdata.schemas"] mine = "pkg:fn"     installed
-    ./my_schemas.py:mine                                        by name, wherever a name is asked for
+There are three ways to add a plugin:
 
-A plug-in is imported when its name is asked for, not before.
+    @schemas.register("mine")                                   in this process
+    [project.entry-points."ftdata.schemas"] mine = "pkg:fn"     in an installed package
+    ./my_schemas.py:mine                                        in a file, in place of a name
+
+A plugin is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ T = TypeVar("T")
 
 
 class Plugin(NamedTuple):
-    """A name of a registry, and the package that it comes from; no package: it was registered in this process."""
+    """The name of a plugin and its package; the package is empty if the plugin was registered in this process."""
 
     name: str
     package: str
@@ -32,7 +34,12 @@ class Plugin(NamedTuple):
 
 
 class Registry(Generic[T]):
-    """A name -> value map for one plug-in point; `group` names its entry points, `version` counts what was registered.
+    """The plugins of one kind, by name.
+
+    Attributes:
+        group: name of the entry point group.
+        noun: the kind of plugin, for error messages.
+        version: number of registrations, which caches use as a key.
 
     >>> shapes = Registry[int]("ftdata.doctest", "shape")
     >>> _ = shapes.register("square")(4)
@@ -47,80 +54,85 @@ class Registry(Generic[T]):
         self.group = group
         self.noun = noun
         self.version = 0
-        self._own: dict[str, T] = {}
+        self._registered: dict[str, T] = {}
         self._files: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that registers its argument under `name`."""
 
         def add(value: T) -> T:
-            self._own[name] = value
+            self._registered[name] = value
             self.version += 1
             return value
 
         return add
 
     def get(self, name: str) -> T:
-        """Return what is registered under `name`, or what `path/to/file.py:name` defines.
+        """Return the plugin `name`, or the object that `path/to/file.py:name` defines.
 
         Raises:
-            UsageError: nothing has this name (the hint holds the nearest ones), or what has cannot be loaded.
+            UsageError: no plugin has this name (the hint suggests a name), or the plugin cannot be loaded.
         """
-        if name in self._own:
-            return self._own[name]
+        if name in self._registered:
+            return self._registered[name]
         for point in entry_points(group=self.group, name=name):
-            value: T = self._loaded(point.load, f"plug-in {name!r} of {point.value}")
+            value: T = self._load(point.load, f"plugin {name!r} of {point.value}")
             return value
         path, _, attribute = name.rpartition(":")
         if path.endswith(".py"):
             if name not in self._files:
-                self._files[name] = self._from_file(Path(path), attribute)
+                self._files[name] = self._load_file(Path(path), attribute)
             return self._files[name]
         code = f"unknown_{self.noun}"
         raise UsageError(code, f"no {self.noun} named {name!r}", hint=suggest_names(name, self.names()))
 
     def registered(self) -> dict[str, T]:
-        """Return the values registered in process, in order of registration."""
-        return dict(self._own)
+        """Return the plugins registered in this process, in order of registration."""
+        return dict(self._registered)
 
     def __contains__(self, name: str) -> bool:
-        # To ask what is installed takes longer than to build a small data set.
-        return name in self._own or name in self.names()
+        # Listing entry points takes longer than building a small data set, so they are checked last.
+        return name in self._registered or name in self.names()
 
     def names(self) -> list[str]:
-        """Return all known names: registered first, then installed plug-ins."""
-        return [*self._own, *(point.name for point in entry_points(group=self.group))]
+        """Return the names of all plugins: registered first, then installed."""
+        return [*self._registered, *(point.name for point in entry_points(group=self.group))]
 
     def plugins(self) -> list[Plugin]:
-        """Return all that is known, each with the package that it comes from: registered first, then installed."""
-        own = [Plugin(name, "ftdata" if is_built_in(value) else "", "") for name, value in self._own.items()]
+        """Return all plugins with their packages: registered first, then installed."""
+        registered = [
+            Plugin(name, "ftdata" if is_built_in(value) else "", "") for name, value in self._registered.items()
+        ]
         points = entry_points(group=self.group)
-        return own + [
-            Plugin(one.name, one.dist.name if one.dist else "", one.dist.version if one.dist else "") for one in points
+        return registered + [
+            Plugin(point.name, point.dist.name if point.dist else "", point.dist.version if point.dist else "")
+            for point in points
         ]
 
-    def _loaded(self, load: Callable[[], Any], what: str) -> Any:
+    def _load(self, load: Callable[[], Any], description: str) -> Any:
         try:
             return load()
         except Exception as error:
-            raise UsageError("plugin_failed", f"{what} cannot be loaded: {type(error).__name__}: {error}") from error
+            raise UsageError(
+                "plugin_failed", f"{description} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
 
-    def _from_file(self, path: Path, attribute: str) -> T:
+    def _load_file(self, path: Path, attribute: str) -> T:
         if not path.is_file():
-            raise UsageError("file_not_found", f"no file {path} to load a {self.noun} from")
+            raise UsageError("file_not_found", f"the file {path} of the {self.noun} does not exist")
         spec = importlib.util.spec_from_file_location(f"ftdata_plugin_{path.stem}", path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         loader = spec.loader
-        self._loaded(lambda: loader.exec_module(module), str(path))
+        self._load(lambda: loader.exec_module(module), str(path))
         if not hasattr(module, attribute):
-            public = [n for n in vars(module) if not n.startswith("_")]
+            public = [name for name in vars(module) if not name.startswith("_")]
             raise UsageError("no_such_name", f"{path} defines no {attribute!r}", hint=suggest_names(attribute, public))
         value: T = getattr(module, attribute)
         return value
 
 
 def is_built_in(value: object) -> bool:
-    """Whether a schema, policy or reader is one of this package: of others nobody knows what they do next time."""
+    """Return whether a plugin is part of ftdata. The results of other plugins are not cached: their code can change."""
     return str(getattr(getattr(value, "convert", value), "__module__", "")).startswith("ftdata.")

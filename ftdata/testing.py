@@ -1,22 +1,23 @@
-"""For tests of your own: strategies that make awkward conversations, and the laws that every example keeps.
+"""Test utilities: Hypothesis strategies for difficult conversations, and checks of the rules for examples.
 
     from ftdata.testing import try_template
 
     def test_my_template():
-        refused = try_template("my-model", "my.jinja", max_examples=1000)
-        assert not refused, refused
+        rejects = try_template("my-model", "my.jinja", max_examples=1000)
+        assert not rejects, rejects
 
-or law by law, with `@given(conversations())` and `check_masking_rules(example, messages)` for each of `encode(messages, ...)`.
+To check single rules, use `@given(conversation_strategy())` and call `check_masking_rules(example, messages)` for every
+example of `encode(messages, ...)`.
 
-The laws:
+The rules:
 
-- M0: ids are those that the tokenizer gives the whole text.
-- M1: nothing is trained but what the model must produce: turns of the assistant, with their stops.
-- M2: all of that is trained.
-- M3: a label is the token's own id, or -100.
-- M8: no control token is made of what a row says.
+- M0: the ids are the ids of the whole text as the tokenizer encodes it.
+- M1: only generated text is trained: turns of the assistant with their stop tokens.
+- M2: all generated text is trained.
+- M3: a label is the id of its token, or -100.
+- M8: the text of a row never becomes a control token.
 
-Needs Hypothesis (`pip install 'ftdata[test]'`).
+This module requires Hypothesis (`pip install 'ftdata[test]'`).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ except ImportError as error:
         "missing_hypothesis", "ftdata.testing needs Hypothesis", hint="pip install 'ftdata[test]'"
     ) from error
 
-AWKWARD = (
+AWKWARD_TEXTS = (
     "{{ 7*7 }}",
     "{% for x in y %}",
     "<|im_end|>",
@@ -92,62 +93,62 @@ AWKWARD = (
     "&",
     "None",
 )
-"""Pieces that break tools: control tokens, template syntax, blanks, combining marks, look-alikes of numbers."""
+"""Texts that often cause errors: control tokens, template syntax, whitespace, combining marks, numbers as text."""
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
-    """Return a tokenizer that needs no download: a token for each byte, whose id it is, and ChatML's control tokens.
+    """Return a byte-level tokenizer that needs no download; ids 0 to 255 are bytes, then ChatML's control tokens.
 
     >>> encoded = byte_tokenizer().encode("Hi<|im_end|>")
     >>> encoded.ids, encoded.tokens
     ([72, 105, 257], ['H', 'i', '<|im_end|>'])
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    # How byte-level BPE spells bytes that show nothing (GPT-2's `bytes_to_unicode`).
-    others = {byte: 256 + n for n, byte in enumerate(byte for byte in range(256) if byte not in printable)}
-    vocabulary = {chr(others.get(byte, byte)): byte for byte in range(256)}
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return made
+    # Byte-level BPE represents unprintable bytes by characters from U+0100 on (GPT-2's `bytes_to_unicode`).
+    unprintable = {byte: 256 + n for n, byte in enumerate(byte for byte in range(256) if byte not in printable)}
+    vocabulary = {chr(unprintable.get(byte, byte)): byte for byte in range(256)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return tokenizer
 
 
 def text_strategy(*, min_size: int = 1) -> st.SearchStrategy[str]:
-    """Return a strategy for texts: any Unicode but surrogates, mixed with `AWKWARD` pieces.
+    """Return a strategy for texts of up to four pieces: any Unicode except surrogates, or an item of `AWKWARD_TEXTS`.
 
     Args:
-        min_size: how many pieces at least, of four at most; a piece may be empty.
+        min_size: minimum number of pieces; a piece can be empty.
     """
-    piece = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), st.sampled_from(AWKWARD))
+    piece = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), st.sampled_from(AWKWARD_TEXTS))
     return st.lists(piece, min_size=min_size, max_size=4).map("".join)
 
 
 def conversation_strategy(
     *, system: bool = True, reasoning: bool = False, tools: bool = False, max_turns: int = 4
 ) -> st.SearchStrategy[list[Message]]:
-    """Return a strategy for conversations: maybe a system message, then user and assistant by turns.
+    """Return a strategy for conversations of alternating user and assistant messages.
 
     Args:
-        system: some begin with a system message.
-        reasoning: some answers have `reasoning_content`.
-        tools: some answers come after a tool call and its result.
-        max_turns: how many questions at most.
+        system: whether conversations can begin with a system message.
+        reasoning: whether answers can have `reasoning_content`.
+        tools: whether answers can follow a tool call and its result.
+        max_turns: maximum number of user messages.
     """
     answer = text_strategy().filter(has_answer)
-    thought = st.none() | answer if reasoning else st.none()
+    reasoning_text = st.none() | answer if reasoning else st.none()
     call = st.none() | st.tuples(answer, answer) if tools else st.none()
-    turn = st.tuples(text_strategy(), call, thought, answer)
-    rule = st.none() | text_strategy() if system else st.none()
-    return st.tuples(rule, st.lists(turn, min_size=1, max_size=max_turns)).map(_conversation)
+    turn = st.tuples(text_strategy(), call, reasoning_text, answer)
+    system_text = st.none() | text_strategy() if system else st.none()
+    return st.tuples(system_text, st.lists(turn, min_size=1, max_size=max_turns)).map(_make_conversation)
 
 
-def _conversation(
+def _make_conversation(
     parts: tuple[str | None, list[tuple[str, tuple[str, str] | None, str | None, str]]],
 ) -> list[Message]:
-    rule, turns = parts
-    messages: list[Message] = [{"role": "system", "content": rule}] if rule is not None else []
-    for number, (question, call, thought, answer) in enumerate(turns):
+    system_text, turns = parts
+    messages: list[Message] = [{"role": "system", "content": system_text}] if system_text is not None else []
+    for number, (question, call, reasoning_text, answer) in enumerate(turns):
         messages.append({"role": "user", "content": question})
         if call is not None:
             name, id_ = "look_up", f"call{number:05}"
@@ -160,39 +161,39 @@ def _conversation(
                 }
             )
             messages.append({"role": "tool", "name": name, "tool_call_id": id_, "content": call[1]})
-        spoken: Message = {"role": "assistant", "content": answer}
-        messages.append(spoken if thought is None else {**spoken, "reasoning_content": thought})
+        message: Message = {"role": "assistant", "content": answer}
+        messages.append(message if reasoning_text is None else {**message, "reasoning_content": reasoning_text})
     return messages
 
 
-_RENDERING = ("turns", "on_dropped_message", "date", "template_kwargs")
+_RENDERING_OPTIONS = ("turns", "on_dropped_message", "date", "template_kwargs")
 
 
 def try_template(
     tokenizer: Any, template: str | Path | None = None, *, max_examples: int = 200, **options: Any
 ) -> dict[str, int]:
-    """Encode awkward conversations and check every law on each.
+    """Encode difficult conversations and check all rules on each.
 
     Args:
-        tokenizer: as for `encode`.
-        template: as for `encode`.
-        max_examples: how many conversations: plain ones, with a system message, with reasoning, with tool calls.
-        options: options of `encode` that change the rendering: `turns`, `on_dropped_message`, `date`, `template_kwargs`.
+        tokenizer: see `encode`.
+        template: see `encode`.
+        max_examples: number of conversations: plain, with a system message, with reasoning, and with tool calls.
+        options: options of `encode` that affect rendering: `turns`, `on_dropped_message`, `date`, `template_kwargs`.
 
     Returns:
-        How many conversations were refused, by code: what a template does not take is no broken law.
+        The number of rejected conversations by error code. A template need not support every conversation.
 
     Raises:
-        AssertionError: a law is broken; Hypothesis shows the smallest conversation that breaks it.
-        UsageError: another option, under which the laws say something else.
-        TemplateRefused: the template, or the tokenizer, cannot be used at all.
-        HubError: the tokenizer cannot be had.
+        AssertionError: an example breaks a rule; Hypothesis prints the smallest conversation that does.
+        UsageError: an option is not supported, because it would change the rules.
+        TemplateRefused: the template or the tokenizer cannot be used for any row.
+        HubError: the tokenizer cannot be downloaded.
 
-    >>> refused = try_template(byte_tokenizer(), "chatml", max_examples=5)
+    >>> rejects = try_template(byte_tokenizer(), "chatml", max_examples=5)
     """
     for name in options:
-        check_choice("option", name, _RENDERING)
-    refused: Counter[str] = Counter()
+        check_choice("option", name, _RENDERING_OPTIONS)
+    rejects: Counter[str] = Counter()
     recipe = make_recipe(tokenizer, template)
     kinds: tuple[dict[str, bool], ...] = ({"system": False}, {}, {"reasoning": True}, {"tools": True})
 
@@ -202,36 +203,36 @@ def try_template(
         try:
             plain = encode(messages, tokenizer, template, **options)
             allowed = encode(messages, tokenizer, template, **{**options, "control_tokens": "allow"})
-        except BadRow as refusal:
-            refused[refusal.code] += 1
+        except BadRow as error:
+            rejects[error.code] += 1
             return
         for example in plain:
             check_masking_rules(example, messages)
             check_control_tokens(example, recipe.control.ids)
             assert "generation_tags_unconfirmed" not in example.flags, (
-                "M2: the template marks what the model need not produce"
+                "M2: the generation tags of the template mark text that the model does not generate"
             )
-        assert {span.message for one in plain for span in one.spans if span.generated} == {
+        assert {span.message for example in plain for span in example.spans if span.generated} == {
             index for index, message in enumerate(messages) if message["role"] == "assistant"
         }, "M2: a turn is not trained"
         for example in allowed:
             check_masking_rules(example, messages)
-            alone = recipe.tokenizer.encode([example.text])[0].ids
-            assert example.input_ids[-len(alone) :].tolist() == alone.tolist(), "M0: ids are not the tokenizer's own"
+            ids = recipe.tokenizer.encode([example.text])[0].ids
+            assert example.input_ids[-len(ids) :].tolist() == ids.tolist(), "M0: ids differ from the tokenizer's ids"
 
     check()
-    return dict(refused)
+    return dict(rejects)
 
 
 def check_control_tokens(example: Example, control: ArrayLike) -> None:
-    """Assert that no control token stands where the row's own text does.
+    """Assert that the text of the row contains no control token.
 
     Args:
         example: the result of `encode` with control tokens escaped.
-        control: ids of control tokens (integers).
+        control: ids of the control tokens (integers).
 
     Raises:
-        AssertionError: naming the law.
+        AssertionError: the example breaks a rule; the message contains its number.
     """
     scaffold = np.ones(len(example.text) + 1, dtype=np.bool_)
     for span in example.spans:
@@ -239,21 +240,21 @@ def check_control_tokens(example: Example, control: ArrayLike) -> None:
             scaffold[span.start : span.end] = False
     for position in np.flatnonzero(np.isin(example.input_ids, np.asarray(control))):
         start, end = example.offsets[position]
-        assert scaffold[start:end].all(), f"M8: control token {position} is made of the row's text"
+        assert scaffold[start:end].all(), f"M8: the control token at position {position} covers text of the row"
 
 
 def check_masking_rules(
     example: Example, messages: Sequence[Mapping[str, Any]], trained: Sequence[int] | None = None
 ) -> None:
-    """Assert the masking laws on one encoded conversation.
+    """Assert the masking rules M1, M2 and M3 on one encoded conversation.
 
     Args:
         example: the result of `encode`.
         messages: the conversation.
-        trained: the messages that must carry loss; `None` leaves open which of the assistant's do.
+        trained: indices of the messages that must be trained; `None` allows any assistant messages.
 
     Raises:
-        AssertionError: naming the law.
+        AssertionError: the example breaks a rule; the message contains its number.
     """
     ids, labels, offsets = example.input_ids, example.labels, example.offsets
     assert len(ids) == len(labels) == len(example.trained) == len(offsets), "M3: lengths differ"
@@ -263,15 +264,17 @@ def check_masking_rules(
         assert span.start == position < span.end, "spans do not tile the text"
         position = span.end
     assert position == len(example.text), "spans do not tile the text"
-    owners = {span.message for span in example.spans if span.generated}
-    assert all(messages[owner]["role"] == "assistant" for owner in owners), "M1: a message of another role is generated"
+    generated = {span.message for span in example.spans if span.generated}
+    assert all(messages[index]["role"] == "assistant" for index in generated), (
+        "M1: a non-assistant message is generated"
+    )
     if trained is not None:
-        assert owners == set(trained), f"M1/M2: generated messages are {owners}, expected {set(trained)}"
+        assert generated == set(trained), f"M1/M2: generated messages are {generated}, expected {set(trained)}"
     inside = np.zeros(len(example.text) + 1, dtype=np.bool_)
     for span in example.spans:
         if span.generated:
             inside[span.start : span.end] = True
-    overlaps = np.array([bool(inside[a:b].any()) for a, b in offsets], dtype=np.bool_)
+    overlaps = np.array([bool(inside[start:end].any()) for start, end in offsets], dtype=np.bool_)
     overlaps[:1] = False
     assert (example.trained <= overlaps).all(), "M1: a token outside every generated span is trained"
     if trained is not None:

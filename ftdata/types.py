@@ -1,8 +1,8 @@
-"""The values that flow through the stages. No logic beyond what derives from their own fields.
+"""The values that the stages pass on. They contain no logic beyond what derives from their own fields.
 
-    Row ──normalise──> Conversation ──render──> Shown ──tokenise, mask, truncate──> Example ──pack──> build
+    Row ──normalize──> Conversation ──render──> Rendered ──tokenize, mask, truncate──> Example ──pack──> build
 
-No stage changes what another was given; arrays are numpy.
+No stage modifies its input. Arrays are numpy arrays.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ IGNORE_INDEX = -100
 
 
 class Function(TypedDict):
-    """The function of a tool call; `arguments` is an object in HF data and a JSON string in OpenAI's."""
+    """The function of a tool call; `arguments` is an object in HF data and a JSON string in OpenAI data."""
 
     name: str
     arguments: str | dict[str, Any]
@@ -40,16 +40,16 @@ class ToolCall(TypedDict):
 
 
 class Message(TypedDict, total=False):
-    """One message as chat templates see it, in the keys of OpenAI's chat format as Hugging Face templates read it.
+    """One message in the form that chat templates expect, with the keys of OpenAI's chat format.
 
     Attributes:
-        role: `"system"`, `"user"`, `"assistant"`, `"tool"`, or another that the template names.
-        content: a text, or a list of parts, each with a `type`; `None` beside calls.
-        reasoning_content: what was thought before the answer.
-        tool_calls: calls of an assistant.
-        tool_call_id: which call a tool's message answers.
-        name: of the tool, or of who speaks.
-        train: whether it is trained; never reaches a template.
+        role: `"system"`, `"user"`, `"assistant"`, `"tool"`, or another role that the template supports.
+        content: a text, or a list of parts, each with a `type`; may be `None` if the message has tool calls.
+        reasoning_content: the reasoning before the answer.
+        tool_calls: the tool calls of an assistant message.
+        tool_call_id: the id of the call that a tool message answers.
+        name: the name of the tool or of the speaker.
+        train: whether the message is trained; removed before the template renders the message.
     """
 
     role: Required[str]
@@ -62,13 +62,13 @@ class Message(TypedDict, total=False):
 
 
 class Source(NamedTuple):
-    """Where a row came from.
+    """The origin of a row.
 
     Attributes:
-        path: the file, or URL; `<memory>` and the like for rows in memory.
-        row: counted from 0.
-        line: the physical line where it begins, counted from 1; `None` where there are no lines.
-        offset: the byte where it begins (in JSON Lines: where its line does), in the text once unpacked and in UTF-8.
+        path: the file or URL; `<memory>` or a similar name for rows in memory.
+        row: the index of the row, counted from 0.
+        line: the physical line on which the row begins, counted from 1; `None` if the format has no lines.
+        offset: the byte offset of the row (in JSON Lines, of its line) in the decompressed text, encoded as UTF-8.
 
     >>> str(Source("data.jsonl", 6, 7)), str(Source("data.parquet", 6))
     ('data.jsonl:7', 'data.parquet[6]')
@@ -84,28 +84,28 @@ class Source(NamedTuple):
 
 
 UNKNOWN_SOURCE = Source("<memory>", 0)
-"""Where rows that nobody read come from."""
+"""The source of rows that no reader produced."""
 
 
 class SourceShare(NamedTuple):
-    """How much of a source is trained on: an `amount` of `"times"` (each row so often), `"rows"` or `"tokens"`."""
+    """The part of a source that is trained: an `amount` in the unit `"times"` (per row), `"rows"` or `"tokens"`."""
 
     amount: float = 1.0
     unit: str = "times"
 
 
 WHOLE = SourceShare()
-"""Each row once."""
+"""Every row exactly once."""
 
 
 class Row(NamedTuple):
-    """One row exactly as written.
+    """One row exactly as it was read.
 
     Attributes:
         data: an object (a dict), or a bare list of messages.
-        source: where it stands.
-        flat: whether every cell is a text, as in CSV.
-        notes: notes of the reader for the report, such as `"quotes"` (quotes of this file are text).
+        source: the origin of the row.
+        flat: whether every cell is a string, as in CSV.
+        notes: notes of the reader for the report, such as `"quotes"` (quotation marks are part of the text).
     """
 
     data: Any
@@ -116,7 +116,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RowTokens:
-    """Tokens that were made elsewhere.
+    """The tokens of a pretokenized row.
 
     Attributes:
         input_ids: int32 `[n]`.
@@ -127,20 +127,21 @@ class RowTokens:
     trained: NDArray[np.bool_]
 
 
-@dataclass  # To freeze it takes as long as to read a row.
+@dataclass  # Not frozen: assigning the fields of a frozen dataclass takes as long as reading a row.
 class Conversation:
-    """One normalised row.
+    """One normalized row.
 
     Attributes:
-        messages: what a chat template sees; empty for already formatted `text`.
-        fields: the row's own columns under their canonical names, what a prompt template sees.
-        tools: JSON schemas of the tools, as given.
-        text: already formatted text, trained as it stands; `None` for everything else.
+        messages: the messages for the chat template; empty for already formatted `text`.
+        fields: the columns of the row under their canonical names, for prompt templates.
+        tools: JSON schemas of the tools, unchanged.
+        text: already formatted text, which is trained without changes; otherwise `None`.
         completion_from: index of the first message of the completion.
-        tokens: the row's own tokens, passed through; `None` for everything else.
-        kwargs: the row's own variables for the template (`enable_thinking`, ...).
-        notes: what a careful reader should know of how it was read: columns that were not, roles under other names.
-        schema: name of the schema that recognised the row.
+        tokens: the tokens of a pretokenized row; otherwise `None`.
+        kwargs: the template variables of the row (`enable_thinking`, ...).
+        notes: notes for the report on how the row was read, such as ignored columns and mapped roles.
+        schema: name of the schema that the row matches.
+        source: the origin of the row.
     """
 
     messages: tuple[Message, ...]
@@ -156,32 +157,32 @@ class Conversation:
 
 
 class Part(StrEnum):
-    """Why a stretch of text is there."""
+    """The kind of a span."""
 
     SCAFFOLD = "scaffold"
-    """The template's own text."""
+    """Template text."""
     CONTENT = "content"
-    """What a message says."""
+    """The content of a message."""
     REASONING = "reasoning"
-    """What was thought before an answer."""
+    """The reasoning before an answer."""
     TOOL_CALL = "tool_call"
-    """Name and arguments of a call."""
+    """The name and arguments of a tool call."""
     TOOLS = "tools"
-    """Schemas of tools, printed into the prompt."""
+    """The tool definitions in the prompt."""
     OTHER = "other"
-    """Any other field of a message: a name, an id."""
+    """Any other field of a message, such as a name or an id."""
 
 
 class Span(NamedTuple):
-    """A half-open stretch `[start, end)` of the rendered text.
+    """A half-open range `[start, end)` of characters in the rendered text.
 
     Attributes:
-        start: in characters.
-        end: in characters.
-        part: why it is there.
-        message: index of the message that it belongs to; -1: none.
-        generated: whether the model itself must produce it: from the end of the generation prompt up to and including
-            the stop.
+        start: first character.
+        end: character after the last.
+        part: kind of the span.
+        message: index of the message that the span belongs to; -1 for none.
+        generated: whether the model must produce the span: from the end of the generation prompt to the stop token,
+            inclusive.
     """
 
     start: int
@@ -193,31 +194,36 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class SpanKinds:
-    """What spans are, but for where they stand; texts that a template makes alike have them in common.
+    """The kinds of spans without their positions; texts of the same structure share one object.
 
-    `followed` is true where it is known that the template's own text would be the same had the row said something else.
+    Attributes:
+        parts: the kind of each span.
+        messages: the message index of each span.
+        generated: whether the model must produce each span.
+        has_constant_template_text: true if the template text is known not to depend on the contents of the row.
     """
 
     parts: tuple[Part, ...]
     messages: tuple[int, ...]
     generated: tuple[bool, ...]
-    followed: bool = False
+    has_constant_template_text: bool = False
 
     @cached_property
     def is_data(self) -> NDArray[np.bool_]:
-        """Which of them are not the template's own text (bool `[spans]`)."""
+        """Which spans are not template text (bool `[spans]`)."""
         import numpy as np
 
         return np.fromiter((part is not Part.SCAFFOLD for part in self.parts), np.bool_)
 
     @cached_property
     def turns(self) -> tuple[int, ...]:
-        """The messages that are generated."""
-        return tuple(dict.fromkeys(one for one, yes in zip(self.messages, self.generated, strict=True) if yes))
+        """Indices of the messages with generated spans."""
+        pairs = zip(self.messages, self.generated, strict=True)
+        return tuple(dict.fromkeys(message for message, is_generated in pairs if is_generated))
 
 
 class Spans(Sequence[Span]):
-    """Spans that tile a text, by columns: how many characters each has, and what it is. Equal to a tuple of the same.
+    """Spans that tile a text, stored as columns of sizes (in characters) and kinds. Compares equal to a tuple of spans.
 
     >>> spans = Spans.of((Span(0, 4, Part.CONTENT, 0, False), Span(4, 9, Part.CONTENT, 1, True)))
     >>> spans.sizes, spans.kinds.generated, spans[1].start, spans == tuple(spans)
@@ -230,24 +236,24 @@ class Spans(Sequence[Span]):
         self.sizes, self.kinds = sizes, kinds
 
     @classmethod
-    def of(cls, spans: Sequence[Span]) -> Spans:
-        """Return the spans by columns.
+    def from_spans(cls, spans: Sequence[Span]) -> Spans:
+        """Convert a sequence of spans.
 
         Raises:
-            ValueError: they do not tile a text.
+            ValueError: the spans do not tile a text.
         """
         if isinstance(spans, cls):
             return spans
         starts, ends, *kinds = zip(*spans, strict=True) if spans else ((),) * 5
         sizes = [end - start for start, end in zip(starts, ends, strict=True)]
         if spans and [*accumulate(sizes, initial=0)] != [*starts, ends[-1]]:
-            raise ValueError("spans leave gaps, or overlap")
+            raise ValueError("spans leave gaps or overlap, expected spans that tile the text")
         return cls(sizes, SpanKinds(*kinds))
 
     def __iter__(self) -> Iterator[Span]:
-        kinds, places = self.kinds, [*accumulate(self.sizes, initial=0)]
-        rest = (kinds.parts, kinds.messages, kinds.generated)
-        return map(Span._make, zip(places[:-1], places[1:], *rest, strict=True))
+        kinds, edges = self.kinds, [*accumulate(self.sizes, initial=0)]
+        columns = (kinds.parts, kinds.messages, kinds.generated)
+        return map(Span._make, zip(edges[:-1], edges[1:], *columns, strict=True))
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -272,17 +278,18 @@ class Spans(Sequence[Span]):
 
 
 class Rendered(NamedTuple):
-    """The text that is tokenised, and the spans that tile it: no gap, no overlap.
+    """A rendered text with the spans that tile it, without gaps and overlaps.
 
     Attributes:
-        text: what is tokenised.
-        spans: tile it.
-        flags: what a careful reader should know of it.
-        messages: how many of the conversation's first messages it shows; 0 for plain text and prompt templates.
-        add_bos: whether the tokenizer's own BOS is put in front, unless the tokens begin with it: for prompt templates
-            and plain text.
-        keep_control: whether control-token text is meant as such, whatever the option says: in text that was formatted
-            before it came to us.
+        text: the text to tokenize.
+        spans: the spans that tile the text.
+        flags: properties for the report.
+        messages: number of messages of the conversation, from the first, in the text; 0 for plain text and prompt
+            templates.
+        add_bos: whether to prepend the BOS token of the tokenizer, unless the tokens already begin with it; for prompt
+            templates and plain text.
+        keep_control: whether control tokens in the text are intended, regardless of the `control_tokens` option; for
+            text that was formatted before it was read.
     """
 
     text: str
@@ -294,34 +301,34 @@ class Rendered(NamedTuple):
 
 
 class RenderedRow(NamedTuple):
-    """One row that was rendered.
+    """One row after rendering.
 
     Attributes:
-        conversation: what it says.
-        texts: what is made of it.
-        trained_spans: for each text, which spans are trained; `None`: not asked yet.
-        plain: whether it is one text, which ends with an answer if it is made of messages.
+        conversation: the normalized row.
+        texts: the rendered texts of the row.
+        trained_spans: for each text, which spans are trained; `None` if the mask policy was not applied yet.
+        is_single_text: whether the row is a single text that, if it consists of messages, ends with an answer.
     """
 
     conversation: Conversation
     texts: tuple[Rendered, ...]
     trained_spans: tuple[Sequence[bool], ...] | None
-    plain: bool
+    is_single_text: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One tokenised training example of `n` tokens.
+    """One tokenized training example of `n` tokens.
 
     Attributes:
         input_ids: int32 `[n]`.
         trained: bool `[n]`, true where the token carries loss.
-        offsets: int32 `[n, 2]`, the characters of `text` behind each token (empty for an added BOS).
+        offsets: int32 `[n, 2]`, the range of characters of `text` that each token covers (empty for an added BOS).
         text: the rendered text.
-        spans: tile `text`.
-        flags: what a careful reader should know (`no_trained_stop`, `control_tokens`, ...).
-        cut: tokens that truncation took from the end.
-        source: where the row came from.
+        spans: the spans that tile `text`.
+        flags: properties for the report (`no_trained_stop`, `control_tokens`, ...).
+        source: the origin of the row.
+        cut: number of tokens that truncation removed from the end.
     """
 
     input_ids: NDArray[np.int32]
@@ -335,7 +342,7 @@ class Example:
 
     @property
     def labels(self) -> NDArray[np.int32]:
-        """int32 `[n]`: `input_ids` where trained, else -100."""
+        """int32 `[n]`: `input_ids` where trained, otherwise -100."""
         import numpy as np
 
         return np.where(self.trained, self.input_ids, np.int32(IGNORE_INDEX))
@@ -346,16 +353,16 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """One row that was not built.
+    """One rejected row.
 
     Attributes:
-        source: where it stands.
-        code: why, as a name that stays.
-        field: path of the value inside the row, such as `messages[0].content`; may be empty.
-        reason: why, in words.
-        fix: what to do; may be empty.
-        raw: its first 4 kB.
-        lengths: tokens of each of its examples, where it came so far as to have some.
+        source: the origin of the row.
+        code: the error code, which is stable across versions.
+        field: path of the invalid value in the row, such as `messages[0].content`; may be empty.
+        reason: the error message.
+        fix: how to fix the row; may be empty.
+        raw: the first 4 kB of the row.
+        lengths: number of tokens of each example of the row; empty if the row was rejected before it was tokenized.
     """
 
     source: Source
@@ -368,10 +375,10 @@ class Reject:
 
     @property
     def tokens(self) -> int:
-        """The tokens of all of its examples."""
+        """Total number of tokens of the examples."""
         return sum(self.lengths)
 
     def __str__(self) -> str:
-        place = escape_line_breaks(f"{self.source} {self.field}".rstrip())
-        way_out = f". Fix: {self.fix}" if self.fix else ""
-        return f"[{self.code}] {place}: {self.reason}{way_out}"
+        location = escape_line_breaks(f"{self.source} {self.field}".rstrip())
+        fix = f". Fix: {self.fix}" if self.fix else ""
+        return f"[{self.code}] {location}: {self.reason}{fix}"

@@ -68,8 +68,8 @@ def tiny_model(folder, kind="llama", *, seed=0):
         "vocab_size": tokenizer.size,
         "max_position_embeddings": 512,
         "bos_token_id": None,
-        "eos_token_id": tokenizer.id_of(tokenizer.special_tokens["eos_token"]),
-        "pad_token_id": tokenizer.id_of(tokenizer.special_tokens.get("pad_token")),
+        "eos_token_id": tokenizer.token_to_id(tokenizer.special_tokens["eos_token"]),
+        "pad_token_id": tokenizer.token_to_id(tokenizer.special_tokens.get("pad_token")),
     }
     wide = {**common, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     makers = {

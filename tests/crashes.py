@@ -60,7 +60,7 @@ def kill(child):
 
 
 def build(asked):
-    disk._seen.clear()
+    disk._operation_counts.clear()
     if asked.get("failpoint"):
         os.environ["FTDATA_FAILPOINT"] = asked["failpoint"]
     os.environ["FTDATA_CACHE"] = asked.get("cache", "off")

@@ -87,7 +87,7 @@ def trial(chance, hub, store, address, scratch):
 
 
 def named(error, name):
-    return name in str(error) and any(word in str(error) for word in ("answers", "times", "sent"))
+    return name in str(error) and any(word in str(error) for word in ("answered", "attempts", "times", "sent"))
 
 
 def written(name, scratch, store):

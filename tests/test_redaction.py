@@ -149,6 +149,6 @@ def test_build_with_a_secret_in_its_manifest_is_not_pushed(tmp_path):
     )
     _check_secrets(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps({"options": {"data": ["https://me:pw@host/d.json"]}}))
-    with pytest.raises(InputRefused, match="holds a secret") as refused:
+    with pytest.raises(InputRefused, match="contains a secret") as refused:
         _check_secrets(tmp_path)
     assert "me:pw" not in str(refused.value)

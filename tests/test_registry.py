@@ -13,5 +13,5 @@ def test_registry_loads_functions_from_a_file(tmp_path):
     assert registry.get(f"{path}:shape")() == 4
     with pytest.raises(UsageError, match="did you mean 'shape'"):
         registry.get(f"{path}:shap")
-    with pytest.raises(UsageError, match="no file"):
+    with pytest.raises(UsageError, match="does not exist"):
         registry.get(f"{tmp_path}/none.py:shape")

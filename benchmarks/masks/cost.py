@@ -56,7 +56,7 @@ def _times(tokenizer: Any, rounds: int) -> dict[str, float]:
         render_in_worker(Conversation(tuple(talk)), recipe.template, "joint")  # type: ignore[arg-type]
 
     def first(talk: Messages) -> None:
-        recipe.template.memory.ways.clear()
+        recipe.template.turn_cache.entries.clear()
         spans(talk)
 
     spans(talks[0])

@@ -116,7 +116,7 @@ def ftdata(data: Path, tokenizer: str, *, fast: bool = True, again: bool = False
 
     def load() -> Any:
         recipe = make_recipe(tokenizer, TEMPLATE)
-        recipe.tokenizer.encoders.expect(sys.maxsize)
+        recipe.tokenizer.encoders.expect_input(sys.maxsize)
         recipe.tokenizer.encode(["x"])
         if again:
             write_build(data, recipe.tokenizer, f"{scratch}/before", template=TEMPLATE, train_on="last_assistant")

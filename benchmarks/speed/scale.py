@@ -48,7 +48,7 @@ def measured(what: str) -> Iterator[list[str]]:
 
 def planned(count: int) -> None:
     from ftdata.build.ledger import Ledger
-    from ftdata.build.merge_shards import Joined
+    from ftdata.build.merge_shards import MergedShards
     from ftdata.build.shards import ShardResult, Task
     from ftdata.readers.file_parts import PART, split_into_parts
     from ftdata.readers.sources import FileSource
@@ -69,7 +69,7 @@ def planned(count: int) -> None:
             ShardResult(task, home, Ledger(task.source.path, **counts), 5000, "tokenizers", f"{task.number:032x}")
             for task in tasks
         ]
-        joined = Joined(results)
+        joined = MergedShards(results)
         more.append(f"{sum(one.read for one in joined.ledgers):,} rows")
     with measured("their part of manifest and report") as more:
         sources = [{"split": one.split, **one.share._asdict()} for one in joined.sources]

@@ -64,7 +64,7 @@ OTHERS = ("normalise", "check", "finish")
 
 def measured(data: Path, tokenizer: str, template: str) -> dict[str, float]:
     recipe = make_recipe(tokenizer, template)
-    recipe.tokenizer.encoders.expect(1 << 30)
+    recipe.tokenizer.encoders.expect_input(1 << 30)
     times: dict[str, float] = {}
     count = sum(1 for _ in data.open("rb"))
 
@@ -87,7 +87,7 @@ def measured(data: Path, tokenizer: str, template: str) -> dict[str, float]:
     timed(
         "check",
         lambda: [
-            (render_rows.check_answers(talk), render_rows._check_hidden(recipe, talk, own))
+            (render_rows.check_answers(talk), render_rows._check_control_tokens(recipe, talk, own))
             for talk, own in zip(talks, texts, strict=True)
         ],
     )
@@ -115,13 +115,15 @@ def measured(data: Path, tokenizer: str, template: str) -> dict[str, float]:
     owners = zip(rows, talks, strict=True)
     batches = [
         [
-            (row, types.RenderedRow(talk, (one,), (own,), plain=True))
+            (row, types.RenderedRow(talk, (one,), (own,), is_single_text=True))
             for one, own, (row, talk) in zip(group, trained, owners, strict=False)
         ]
         for group, trained in zip(groups, chosen, strict=True)
     ]
-    made = [examples._masked(recipe, [each for _, each in batch]) for batch in batches]
-    finished = timed("finish", lambda: [examples._finished(recipe, *pair) for pair in zip(batches, made, strict=True)])
+    made = [examples._mask_rows(recipe, [each for _, each in batch]) for batch in batches]
+    finished = timed(
+        "finish", lambda: [examples._finish_rows(recipe, *pair) for pair in zip(batches, made, strict=True)]
+    )
     hashed = [(batch.columns, [b"x" * 24] * len(batch)) for batch in finished]
     with tempfile.TemporaryDirectory() as scratch:
         timed("write", lambda: store.write_shard(Path(scratch) / "shard", hashed))

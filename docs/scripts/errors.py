@@ -29,18 +29,19 @@ EXITS = {
     "a hub": 6,
     "ftdata": 7,
 }
-HEAD = """# What is refused, and why
+HEAD = """# Errors
 
-Every refusal has a code that stays the same, the place, what was found, and the way out. The codes, as the code has
-them (`…` stands for what is found); and any flag of [masks](../masks.md) that `refuse=` names.
+Every error has a stable code, a place, a message and a fix. This page lists the codes and messages in the source;
+`…` stands for a value.
+Flags that `reject_flags=` contains are codes too: see [masks](../masks.md#flags).
 
-| code | of | exit | says | way out |
+| code | of | exit code | message | fix |
 |---|---|---:|---|---|
 """
 
 
 def texts(node, names=()):
-    """Yield what an expression may say, with `…` for what is not written out."""
+    """Yield what an expression may say, with `…` for values."""
     match node:
         case ast.Name(id=name, lineno=line):
             # A text that was put together just before.

@@ -28,55 +28,68 @@ from ftdata.templates import templates
 TARGET = Path(__file__).parents[1] / "reference"
 COMMANDS = """# Commands
 
-Flags take `-` and `_` alike. Every command that prints takes `--json`, and each `-h` or `--help`. Exit codes: 0 done,
-1 findings, 2 usage or configuration, 3 input refused, 4 too many rejects, 5 local I/O, 6 network or hub, 7 internal
-error, 130 interrupted.
+Options accept `-` and `_`. Every command that prints accepts `--json`; every command accepts `-h` and `--help`.
+
+| exit code | meaning |
+|---:|---|
+| 0 | done |
+| 1 | findings |
+| 2 | usage or configuration error |
+| 3 | input rejected |
+| 4 | too many rejected rows |
+| 5 | local I/O error |
+| 6 | network or Hub error |
+| 7 | internal error |
+| 130 | interrupted |
 """
-CHECKS = """# What `ftdata audit` looks for
+CHECKS = """# Checks
+
+`ftdata audit` runs these checks on data or on a build.
 
 ```console
-$ ftdata audit data.jsonl --tokenizer MODEL || [ $? = 1 ]                # exit code 1 if anything is found
-$ ftdata audit data.jsonl -t MODEL --against test.jsonl --fail-on never  # no row of the test set may be trained on
-$ ftdata build data.jsonl -t MODEL -o built && ftdata audit built --fail-on error  # the labels that a build holds
-$ ftdata audit data.jsonl -t MODEL --near-duplicate-threshold 0.8 --pii --fail-on never      # what is looked for when asked only
+$ ftdata audit data.jsonl --tokenizer MODEL || [ $? = 1 ]                # exit code 1 for findings
+$ ftdata audit data.jsonl -t MODEL --against test.jsonl --fail-on never  # find rows of a test set
+$ ftdata build data.jsonl -t MODEL -o built && ftdata audit built --fail-on error  # check the labels of a build
+$ ftdata audit data.jsonl -t MODEL --near-duplicate-threshold 0.8 --pii --fail-on never  # optional checks
 $ ftdata audit data.jsonl -t MODEL --ignore script --fail-on error --format github
 ```
 
-An *error* says that what is trained is wrong, a *warning* that it likely is, a *note* what is good to know. Rows that
-are [refused](errors.md) are errors, by their own codes, even where a check of the same code is a warning. `--format` is
-`text`, `json`, `sarif` (2.1.0) or `github` (annotations); each finding names its first ten rows (as text five) by file
-and line, or row. Codes stay as they are. In Python: `ftdata.audit(...)` returns the same report.
+| severity | meaning |
+|---|---|
+| error | The labels are wrong. |
+| warning | The labels are probably wrong. |
+| note | Good to know. |
 
-Rows of splits that are not for training, and of `--against`, are held out: they are compared with those that are
-trained on, token by token; `--near-duplicate-threshold` compares words. Rows of a build are those of the data that it was made of,
-wherever packs hold their examples. Checks marked † need messages, or what was decided when a build was made, so a
-build is not asked for them.
+Rejected rows are errors with their [code](errors.md). `--format` is `text`, `json`, `sarif` (2.1.0) or `github`. A
+finding lists its first ten rows (five as text). `ftdata.audit(...)` returns the same report.
 
-| code | severity | of | says | way out | asked by |
+Rows of splits other than `train`, and of `--against`, are held out. They are compared with the training rows by their
+tokens; with `--near-duplicate-threshold`, by their words. Checks marked † need messages, and are skipped for builds.
+
+| code | severity | of | problem | fix | option |
 |---|---|---|---|---|---|
 """
 OF = {"flag": "examples", "row": "a row", "data": "all rows", "template": "tokenizer, template"}
 CONFIGURATION = """# Configuration
 
-Fields of the file that [`ftdata train`](../train.md) takes, in YAML or TOML, and of `--set NAME=VALUE`. Up to
-`template_kwargs` they are the options of `build_sft_dataset`. Unknown names are refused, with the nearest known one.
+Fields of the YAML or TOML file of [`ftdata train`](../train.md), and of `--set NAME=VALUE`. The fields up to
+`template_kwargs` are options of `build_sft_dataset`. An unknown name is an error.
 
-| field | type | default | |
+| field | type | default | description |
 |---|---|---|---|
 """
 SCHEMAS = """# Schemas
 
-The shape of a row is found from its columns, row by row; `schema=` names one for all. The columns are those that
-`columns=` may map. What each becomes, and how messages may be spelled: [data](../data.md).
+The schema of each row is detected from its columns; `schema=` selects a schema for all rows. `columns=` maps columns.
+[Data](../data.md) describes the resulting conversations.
 
-| schema | columns | also read as |
+| schema | columns | aliases |
 |---|---|---|
 """
 PLUGINS = """# Plug-in points
 
-Four maps from a name to a function. A plug-in is a name in one of them: registered in process, installed with a
-package that has such an entry point, or a function in a file of yours, `./file.py:name`, wherever a name is asked for.
-`ftdata plugins` lists what there is, and the package that it comes from.
+Each registry maps names to functions. A plug-in is registered in the process, installed with a package that has the
+entry point, or a function in a file, `./file.py:name`. `ftdata plugins` lists all plug-ins and their packages.
 
 """
 
@@ -95,7 +108,7 @@ def every_command(group=app, path="ftdata"):
 
 
 def options(function):
-    """Yield the options of a command: parameter, type, what is said of it."""
+    """Yield the options of a command: parameter, type, and typer's description."""
     for one in inspect.signature(function, eval_str=True).parameters.values():
         kind, info = typing.get_args(one.annotation)
         yield one, kind, info
@@ -140,14 +153,14 @@ def check_page():
     """Return the page of all checks of `ftdata audit`."""
     lines = []
     for one in checks.values():
-        code = f"`{one.code}`{' †' if one.of_messages else ''}"
-        asked = f"`--{one.asked}`" if one.asked else ""
-        lines.append(f"| {code} | {one.severity} | {OF[one.of]} | {one.says} | {one.fix} | {asked} |")
+        code = f"`{one.code}`{' †' if one.needs_messages else ''}"
+        asked = f"`--{one.enabled_by}`" if one.enabled_by else ""
+        lines.append(f"| {code} | {one.severity} | {OF[one.scope]} | {one.message} | {one.fix} | {asked} |")
     return CHECKS + "\n".join(lines) + "\n"
 
 
 def said(kind):
-    """Return field -> the text that stands below it in a class."""
+    """Return the docstrings of the fields of a class."""
     body = ast.parse(inspect.getsource(kind)).body[0].body
     return {
         field.target.id: text.value.value
@@ -173,7 +186,7 @@ def fields(kind, prefix="", *, helps=None):
 
 
 def configuration():
-    """Return the page of all fields of a configuration, which say what the options of the same name do."""
+    """Return the page of the configuration fields. Fields without a docstring have the help of their option."""
     functions = dict(every_command())
     helps = {
         one.name.replace("column", "columns"): info.help
@@ -188,7 +201,7 @@ def configuration():
         *fields(Config, helps=helps),
         *fields(Lora, "lora."),
         "",
-        "Some may stand in a section; a single value there is that of the first:",
+        "Fields can be grouped in sections. A single value of a section is the value of its first field:",
         "",
         "| section | fields |",
         "|---|---|",
@@ -210,7 +223,7 @@ def plugin_page():
     """Return the page of the plug-in points."""
     of = {
         readers: ("a function `(Input) -> Iterator[Row \\| Reject]`", "a suffix, or `format`"),
-        schemas: ("a function `(Mapping) -> Conversation`, or a `Schema`, which is also found by itself", "`schema`"),
+        schemas: ("a function `(Mapping) -> Conversation`, or a `Schema`, which is also detected", "`schema`"),
         templates: ("the path of a `.jinja` file", "`template`"),
         masks: ("a function `(Rendered, Conversation) -> Sequence[bool]`, a bool for every span", "`train_on`"),
     }

@@ -1,14 +1,14 @@
-"""The second time: shards that were built before, and tokens that texts were made into, are taken from a folder.
+"""Cache of finished shards and of tokenized texts, shared by all builds.
 
-    DIR/shards/KEY/         what a shard's folder holds; KEY is the hash of all that decides it
+    DIR/shards/KEY/         files of a shard; KEY is the hash of everything that determines the shard
     DIR/texts/KEY/PART/     hashes, bounds, ids and offsets of texts; KEY is the hash of a source and a tokenizer
 
-Each folder is sealed by hashes of its files (`atomic.seal`), which are compared before anything in it is used; a folder
-that is damaged is removed, and what it held is made again.
+Each folder contains the hashes of its files (`atomic.seal_folder`), which are checked before the folder is used. A
+damaged folder is removed, and its contents are computed again.
 
-DIR is `FTDATA_CACHE`, else `ftdata` in `XDG_CACHE_HOME` or `~/.cache`; with `FTDATA_CACHE=off` there is none. It is a
-convenience: whatever goes wrong with it, a build goes on without. It holds a tenth of the disk at most, and what was
-used last.
+DIR is `FTDATA_CACHE`, or `ftdata` in `XDG_CACHE_HOME` or `~/.cache`; `FTDATA_CACHE=off` disables the cache. If the
+cache cannot be read or written, a build continues without it. The cache uses at most a tenth of the disk, and evicts
+the least recently used entries first.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from numpy.typing import NDArray
 from ftdata.storage import atomic, disk
 from ftdata.tokenizing.batches import EncodedText, Encodings
 
-_MOST_OF_DISK = 10
-"""The cache is kept below the disk's size divided by this."""
+_MAX_DISK_DIVISOR = 10
+"""The maximum size of the cache is the size of the disk divided by this number."""
 
-_MOST_UNUSED = 3
-"""A source's texts are forgotten when they take so many times the room of those that were last used."""
+_MAX_UNUSED_FACTOR = 3
+"""The cached texts of a source are removed if they have this many times as many tokens as the last build used."""
 
 
 @cache
 def package_hash() -> str:
-    """Return a hash of this package as it is installed: with other code, nothing is the same."""
+    """Return a hash of the installed package's files, so that new code never uses old cache entries."""
     package = Path(__file__).parents[1]
     files = sorted(path for kind in ("*.py", "*.jinja") for path in package.rglob(kind))
     return hash_key([(str(path.relative_to(package)), disk.sha256_of_file(path)) for path in files])
@@ -52,7 +52,7 @@ def hash_key(parts: Any) -> str:
 
 
 def restore_entry(kind: str, key: str, target: Path) -> dict[str, Any] | None:
-    """Put the files of an entry into the folder `target`, and return its result; `None` where there is none."""
+    """Copy the files of a cache entry to the folder `target` and return its result; `None` without an entry."""
     folder = disk.cache_root()
     if folder is None or not (entry := folder / kind / key).is_dir():
         return None
@@ -68,7 +68,7 @@ def restore_entry(kind: str, key: str, target: Path) -> dict[str, Any] | None:
 
 
 def store_entry(kind: str, key: str, source: Path) -> None:
-    """Remember a folder that was sealed under a key."""
+    """Store a sealed folder in the cache."""
     folder = disk.cache_root()
     if folder is not None:
         with suppress(OSError):
@@ -76,62 +76,62 @@ def store_entry(kind: str, key: str, source: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Have the files of one folder in another; the same where that can be, since none is ever changed."""
+    """Link or copy the files of a folder to another folder; links are safe, because the files never change."""
     with atomic.publish_folder(target) as scratch:
         for path in source.iterdir():
             disk.link(path, scratch / path.name)
 
 
 def evict_entries() -> None:
-    """Remove what was used longest ago, if the cache has become too large."""
+    """Remove the least recently used entries if the cache is too large."""
     folder = disk.cache_root()
     if folder is None or not folder.is_dir():
         return
     with suppress(OSError):
         entries = [entry for kind in ("shards", "texts") for entry in (folder / kind).glob("*") if entry.is_dir()]
-        used = sorted((entry.stat().st_mtime, _size(entry), entry) for entry in entries)
-        room = shutil.disk_usage(folder).total // _MOST_OF_DISK - sum(size for _, size, _ in used)
-        for _, size, entry in used:
-            if room >= 0:
+        by_age = sorted((entry.stat().st_mtime, _folder_size(entry), entry) for entry in entries)
+        free = shutil.disk_usage(folder).total // _MAX_DISK_DIVISOR - sum(size for _, size, _ in by_age)
+        for _, size, entry in by_age:
+            if free >= 0:
                 break
             shutil.rmtree(entry, ignore_errors=True)
-            room += size
+            free += size
 
 
-def _size(folder: Path) -> int:
+def _folder_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 class _Part:
-    """Texts that one build came upon: their hashes, sorted, and where the tokens of each stand."""
+    """The texts that one build added: their sorted hashes, and the ranges of their tokens."""
 
     def __init__(self, folder: Path) -> None:
         if atomic.read_sealed(folder) is None:
-            raise ValueError("is damaged")
-        self.hashes = _mapped(folder / "hashes", np.dtype("S16"))
-        self._places = _mapped(folder / "places.i64", np.dtype(np.int64)).reshape(-1, 2)
-        self.ids = _mapped(folder / "ids.i32", np.dtype(np.int32))
-        self._offsets = _mapped(folder / "offsets.i32", np.dtype(np.int32)).reshape(-1, 2)
-        if len(self._places) != len(self.hashes) or not len(self.ids) == len(self._offsets) == self._places.max():
-            raise ValueError("is not whole")
+            raise ValueError("the folder is damaged")
+        self.hashes = _map_file(folder / "hashes", np.dtype("S16"))
+        self._ranges = _map_file(folder / "places.i64", np.dtype(np.int64)).reshape(-1, 2)
+        self.ids = _map_file(folder / "ids.i32", np.dtype(np.int32))
+        self._offsets = _map_file(folder / "offsets.i32", np.dtype(np.int32)).reshape(-1, 2)
+        if len(self._ranges) != len(self.hashes) or not len(self.ids) == len(self._offsets) == self._ranges.max():
+            raise ValueError("the folder is incomplete")
 
     def find(self, hashes: NDArray[np.bytes_]) -> list[EncodedText | None]:
-        """Return the tokens of the texts that are known."""
-        at = np.searchsorted(self.hashes, hashes)
-        known = np.flatnonzero(at < len(self.hashes))
-        known = known[self.hashes[at[known]] == hashes[known]]
-        found: list[EncodedText | None] = [None] * len(hashes)
-        for number, (first, last) in zip(known.tolist(), self._places[at[known]].tolist(), strict=True):
-            found[number] = EncodedText(self.ids[first:last], self._offsets[first:last])
-        return found
+        """Return the tokens of each text, or `None` for texts that are not cached."""
+        positions = np.searchsorted(self.hashes, hashes)
+        cached = np.flatnonzero(positions < len(self.hashes))
+        cached = cached[self.hashes[positions[cached]] == hashes[cached]]
+        encoded: list[EncodedText | None] = [None] * len(hashes)
+        for number, (start, end) in zip(cached.tolist(), self._ranges[positions[cached]].tolist(), strict=True):
+            encoded[number] = EncodedText(self.ids[start:end], self._offsets[start:end])
+        return encoded
 
 
-def _mapped(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:
-    return np.asarray(np.memmap(path, kind, "r")) if path.stat().st_size else np.empty(0, kind)
+def _map_file(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
 
 
 class TextCache:
-    """The tokens that the texts of one source were made into before, and those that are new now."""
+    """The cached tokens of the texts of one source, and the new texts of the current build."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._parts = folder, list[_Part]()
@@ -140,52 +140,52 @@ class TextCache:
             try:
                 self._parts.append(_Part(part))
             except (OSError, ValueError):
-                # A part that is not as it was written is made anew.
+                # The texts of a damaged part are tokenized again.
                 shutil.rmtree(part, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         self._scratch = Path(tempfile.mkdtemp(prefix=".", dir=folder))
-        self._written, self._most = 0, shutil.disk_usage(folder).total // _MOST_OF_DISK // 4
+        self._written, self._max_written = 0, shutil.disk_usage(folder).total // _MAX_DISK_DIVISOR // 4
 
     @property
     def has_entries(self) -> bool:
-        """Whether any are."""
+        """Whether the cache contains texts of the source."""
         return bool(self._parts)
 
     def encode(self, texts: Sequence[str], encode: Callable[[Sequence[str]], Encodings]) -> Encodings:
-        """Return the tokens of each text: as they were made before, else by `encode`."""
-        # BLAKE2b, not XXH3: with a collision, data could have one text trained with the tokens of another.
+        """Return the tokens of each text from the cache, and call `encode` for texts that are not cached."""
+        # BLAKE2b is collision-resistant: a collision would train one text with the tokens of another.
         digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
         hashes = np.frombuffer(b"".join(digests), "S16")
-        found: list[EncodedText | None] = [None] * len(texts)
+        encoded: list[EncodedText | None] = [None] * len(texts)
         for part in self._parts:
-            found = [one or other for one, other in zip(found, part.find(hashes), strict=True)]
-        self._used += sum(len(one.ids) for one in found if one is not None)
-        missing = [number for number, one in enumerate(found) if one is None]
+            encoded = [earlier or cached for earlier, cached in zip(encoded, part.find(hashes), strict=True)]
+        self._used += sum(len(text.ids) for text in encoded if text is not None)
+        missing = [number for number, text in enumerate(encoded) if text is None]
         if missing:
-            made = encode([texts[number] for number in missing])
-            self._note([digests[number] for number in missing], made)
+            new = encode([texts[number] for number in missing])
+            self._add([digests[number] for number in missing], new)
             if len(missing) == len(texts):
-                return made
-            for number, one in zip(missing, made, strict=True):
-                found[number] = one
-        return Encodings.of([one for one in found if one is not None], map(len, texts))
+                return new
+            for number, text in zip(missing, new, strict=True):
+                encoded[number] = text
+        return Encodings.from_texts([text for text in encoded if text is not None], map(len, texts))
 
-    def _note(self, digests: Sequence[bytes], made: Encodings) -> None:
-        # One source alone shall not drive out all others.
-        if self._written > self._most:
+    def _add(self, digests: Sequence[bytes], new: Encodings) -> None:
+        # The limit prevents one source from evicting all other sources.
+        if self._written > self._max_written:
             return
-        offsets = np.stack((made.starts, made.ends), axis=1)
-        offsets -= np.repeat(made.places[:-1], np.diff(made.bounds)).astype(offsets.dtype)[:, None]
-        for name, values in (("ids.i32", made.ids), ("offsets.i32", offsets.astype(np.int32, copy=False))):
+        offsets = np.stack((new.starts, new.ends), axis=1)
+        offsets -= np.repeat(new.text_bounds[:-1], np.diff(new.token_bounds)).astype(offsets.dtype)[:, None]
+        for name, values in (("ids.i32", new.ids), ("offsets.i32", offsets.astype(np.int32, copy=False))):
             with (self._scratch / name).open("ab") as file:
                 file.write(np.ascontiguousarray(values).data)
                 self._written += values.nbytes
         self._added += b"".join(digests)
-        self._counts.extend(np.diff(made.bounds).tolist())
+        self._counts.extend(np.diff(new.token_bounds).tolist())
 
-    def keep(self) -> None:
-        """Remember the texts that were new; forget all others, if they take far more room than those in use."""
-        if sum(len(part.ids) for part in self._parts) > _MOST_UNUSED * (self._used + sum(self._counts)):
+    def save(self) -> None:
+        """Store the new texts. Remove all other texts if they have many more tokens than the texts in use."""
+        if sum(len(part.ids) for part in self._parts) > _MAX_UNUSED_FACTOR * (self._used + sum(self._counts)):
             for part in self._folder.glob("[!.]*"):
                 shutil.rmtree(part, ignore_errors=True)
         os.utime(self._folder)
@@ -200,29 +200,29 @@ class TextCache:
         self._scratch.rename(self._folder / self._scratch.name.lstrip("."))
 
     def close(self) -> None:
-        """Forget what was not kept."""
+        """Remove temporary files."""
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 @contextmanager
 def open_text_cache(key: str) -> Iterator[TextCache | None]:
-    """Give what is known of the texts of one source, and remember what is new if the block ends well."""
-    folder, found = disk.cache_root(), None
+    """Open the cached texts of one source, and save the new texts if the block does not raise an exception."""
+    folder, text_cache = disk.cache_root(), None
     if folder is not None:
         with suppress(OSError):
-            found = TextCache(folder / "texts" / key)
+            text_cache = TextCache(folder / "texts" / key)
     try:
-        yield found
-        if found is not None:
+        yield text_cache
+        if text_cache is not None:
             with suppress(OSError):
-                found.keep()
+                text_cache.save()
     finally:
-        if found is not None:
-            found.close()
+        if text_cache is not None:
+            text_cache.close()
 
 
 def clear_cache() -> None:
-    """Forget everything."""
+    """Remove all shards and texts from the cache."""
     folder = disk.cache_root()
     if folder is not None:
         for kind in ("shards", "texts"):

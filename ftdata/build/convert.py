@@ -1,4 +1,4 @@
-"""Write back: rows of any shape as messages, as prompt and completion, or as the text that a template makes of them."""
+"""Convert rows of any known schema to messages, to prompt and completion, or to rendered text."""
 
 from __future__ import annotations
 
@@ -50,22 +50,24 @@ _MESSAGE = pa.struct(
         ("is_error", pa.bool_()),
     ]
 )
-_BESIDE = [("tools", pa.string()), ("chat_template_kwargs", pa.string())]
-_TABLES = {
-    "messages": pa.schema([("messages", pa.list_(_MESSAGE)), *_BESIDE]),
-    "prompt_completion": pa.schema([("prompt", pa.list_(_MESSAGE)), ("completion", pa.list_(_MESSAGE)), *_BESIDE]),
+_EXTRA_COLUMNS = [("tools", pa.string()), ("chat_template_kwargs", pa.string())]
+_ARROW_SCHEMAS = {
+    "messages": pa.schema([("messages", pa.list_(_MESSAGE)), *_EXTRA_COLUMNS]),
+    "prompt_completion": pa.schema(
+        [("prompt", pa.list_(_MESSAGE)), ("completion", pa.list_(_MESSAGE)), *_EXTRA_COLUMNS]
+    ),
     "text": pa.schema([("text", pa.string())]),
 }
 
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What became of the rows of each source, and where they were written.
+    """The result of a conversion.
 
     Attributes:
-        output: the file.
-        sources: what became of the rows of each source: read, built (written), passed over, rejected by code.
-        rejects: the rows that were left out, each with its reason.
+        output: the output file.
+        sources: one ledger per source with the numbers of read, built (written), filtered and rejected rows.
+        rejects: the rejected rows.
     """
 
     output: Path
@@ -74,31 +76,31 @@ class ConvertReport:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a careful reader should know, in sentences."""
+        """Notes on how the rows were read, as sentences."""
         return tuple(reading_notes(self.sources))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the counts as JSON."""
-        each = [
+        """Return the counts as a JSON object."""
+        sources = [
             {
-                "source": one.source,
-                "read": one.read,
-                "written": one.built,
-                "filtered": one.filtered,
-                "rejected": dict(one.rejected),
+                "source": ledger.source,
+                "read": ledger.read,
+                "written": ledger.built,
+                "filtered": ledger.filtered,
+                "rejected": dict(ledger.rejected),
             }
-            for one in self.sources
+            for ledger in self.sources
         ]
         rejects = [str(reject) for reject in self.rejects[:20]]
-        return {"output": str(self.output), "sources": each, "notes": list(self.notes), "rejects": rejects}
+        return {"output": str(self.output), "sources": sources, "notes": list(self.notes), "rejects": rejects}
 
     def __str__(self) -> str:
-        read, written, passed = (
-            sum(getattr(one, name) for one in self.sources) for name in ("read", "built", "filtered")
+        read, written, filtered = (
+            sum(getattr(ledger, name) for ledger in self.sources) for name in ("read", "built", "filtered")
         )
         lines = [
             f"rows     {read:,} read = {written:,} written to {self.output} + {len(self.rejects):,} rejected"
-            + (f" + {passed:,} filtered out (where)" if passed else "")
+            + (f" + {filtered:,} filtered out (where)" if filtered else "")
         ]
         lines += [f"note     {note}" for note in self.notes]
         return "\n".join([*lines, *(f"reject   {reject}" for reject in self.rejects[:20])])
@@ -118,94 +120,101 @@ def convert(
     on_bad_rows: str = "error",
     max_rejects: float | str | None = None,
 ) -> ConvertReport:
-    """Write rows of any known shape in one shape, exactly.
+    """Convert rows of any known schema to a single schema without loss.
 
     Args:
-        data: as for `build_sft_dataset`.
-        output: a `.jsonl` or `.parquet` file; it appears whole or not at all. In Parquet the arguments of calls, and
-            the tools, are JSON text.
-        to: `"messages"`, `"prompt_completion"` (both lists of messages), or `"text"`: what the template prints.
-        tokenizer: for `"text"`: whose special tokens are printed.
-        template: for `"text"`: `None` for the tokenizer's own.
-        schema: as for `build_sft_dataset`, and so the others.
-        columns: the names of columns.
-        where: an expression over columns; other rows are left out.
-        limit: rows to read of each thing that `data` names.
-        on_bad_rows: `"error"` or `"quarantine"`: rejects are written beside the output, to `NAME.rejects.jsonl`.
-        max_rejects: with `"quarantine"`: how many rows, or which share (`"1%"`), may be left out.
+        data: the data, as in `build_sft_dataset`.
+        output: a `.jsonl` or `.parquet` file, written atomically. In Parquet, tools and the arguments of tool calls
+            are JSON text.
+        to: `"messages"`, `"prompt_completion"` (two lists of messages), or `"text"` (the rendered text).
+        tokenizer: the tokenizer that defines the special tokens; required for `"text"`.
+        template: the template for `"text"`; `None` for the tokenizer's chat template.
+        schema: the name of a schema, or `"auto"`.
+        columns: map of canonical columns to columns of the data.
+        where: a Jinja expression over the columns of a row; rows that do not match are filtered out.
+        limit: the maximum number of rows to read from each item of `data`.
+        on_bad_rows: `"error"`, or `"quarantine"` to write rejected rows to `NAME.rejects.jsonl` in the same folder.
+        max_rejects: the maximum number of rejected rows, or a share such as `"1%"`; needs `"quarantine"`.
 
     Returns:
-        The counts, and the rejects.
+        The counts and the rejected rows.
 
     Raises:
         UsageError: an option is invalid.
-        BadRows: rows are refused (`on_bad_rows="error"`).
-        TooManyRejects: more than `max_rejects`.
-        InputRefused: a source cannot be read, or one file cannot say what it holds.
-        TemplateRefused: with `to="text"`, as for `build_sft_dataset`.
-        StorageError: the disk refuses.
-        HubError: the network or the hub fails.
+        BadRows: rows are rejected (`on_bad_rows="error"`).
+        TooManyRejects: more than `max_rejects` rows are rejected.
+        InputRefused: a source cannot be read, or no row is left to write.
+        TemplateRefused: the template cannot be used for any row, with `to="text"`.
+        StorageError: writing failed.
+        HubError: the Hub or another server fails repeatedly.
 
     >>> import tempfile
     >>> target = f"{tempfile.mkdtemp()}/chats.jsonl"
-    >>> done = convert([{"question": "Add 1. 2", "answer": "3"}], target)
-    >>> done.sources[0].built
+    >>> report = convert([{"question": "Add 1. 2", "answer": "3"}], target)
+    >>> report.sources[0].built
     1
     >>> print(Path(target).read_text(encoding="utf-8"), end="")
     {"messages":[{"role":"user","content":"Add 1. 2"},{"role":"assistant","content":"3"}]}
     """
     check_choice("to", to, FORMS)
     if (to == "text") != (tokenizer is not None):
-        raise UsageError("to", "a tokenizer goes with to='text', and only there: its special tokens are printed")
-    tolerance = RejectLimit(on_bad_rows, max_rejects)
+        raise UsageError("to", "to='text' needs a tokenizer, and other values do not accept a tokenizer")
+    reject_limit = RejectLimit(on_bad_rows, max_rejects)
     options = Options(schema=schema, columns=columns)
     recipe = make_recipe(tokenizer, template, schema=schema, columns=columns) if tokenizer is not None else None
     ledgers: list[Ledger] = []
     rejects: list[Reject] = []
-    found = _one_split(resolve_sources(data), output)
-    with _writer(Path(output), to) as write:
-        for place in sorted({source.place for source in found}):
-            selection = RowFilter(where, limit)
-            for source in (one for one in found if one.place == place):
+    sources = _check_sources(resolve_sources(data), output)
+    with _open_writer(Path(output), to) as writer:
+        for place in sorted({source.item_index for source in sources}):
+            row_filter = RowFilter(where, limit)
+            for source in (source for source in sources if source.item_index == place):
                 ledgers.append(ledger := Ledger(source.path))
-                before, rejected_rows = selection.filtered, RejectedRows()
-                outcomes = (_record(row, to, options, recipe, write.check) for row in selection.of(source.rows()))
+                filtered_before, rejected_rows = row_filter.filtered, RejectedRows()
+                outcomes = (
+                    _convert_row(row, to, options, recipe, writer.check)
+                    for row in row_filter.filter_rows(source.rows())
+                )
                 while batch := list(islice(outcomes, _BATCH)):
                     for outcome in batch:
                         rejected_rows.check(outcome)
                         _count(outcome, ledger, rejects)
-                    write.batch([record for one in batch if not isinstance(one, Reject) for record in one[1]])
-                ledger.add_filtered(selection.filtered - before)
-        tolerance.judge(ledgers, lambda: rejects)
-    beside = _rejects_beside(output)
-    beside.unlink(missing_ok=True)
+                    writer.batch([record for item in batch if not isinstance(item, Reject) for record in item[1]])
+                ledger.add_filtered(row_filter.filtered - filtered_before)
+        reject_limit.check(ledgers, lambda: rejects)
+    rejects_path = _rejects_path(output)
+    rejects_path.unlink(missing_ok=True)
     if rejects:
-        store.write_rejects(beside, rejects)
+        store.write_rejects(rejects_path, rejects)
     return ConvertReport(Path(output), tuple(ledgers), tuple(rejects))
 
 
-def _one_split(found: Sequence[FileSource | MemorySource], output: str | Path) -> Sequence[FileSource | MemorySource]:
-    """Refuse what one file cannot say: several splits, rows of some sources oftener than of others."""
-    splits = list(dict.fromkeys(one.split or "train" for one in found))
+def _check_sources(
+    sources: Sequence[FileSource | MemorySource], output: str | Path
+) -> Sequence[FileSource | MemorySource]:
+    """Check that a single output file can represent the sources, and that it does not replace a source."""
+    splits = list(dict.fromkeys(source.split or "train" for source in sources))
     if len(splits) > 1:
-        hint = "one by one, with split: each to a file of its own"
-        raise UsageError("several_splits", f"holds {', '.join(splits)}, which one file would mix", hint=hint)
-    if any(one.share != WHOLE for one in found):
-        raise UsageError("share", "weight, rows and tokens are decided in a build: a file has each row once")
-    for written in (Path(output), _rejects_beside(output)):
-        for one in found:
-            if Path(one.path).exists() and written.exists() and Path(one.path).samefile(written):
-                raise UsageError("output", f"{written} is read, and cannot be written over")
-    return found
+        hint = "convert each split separately with split"
+        raise UsageError("several_splits", f"the data has several splits: {', '.join(splits)}", hint=hint)
+    if any(source.share != WHOLE for source in sources):
+        raise UsageError("share", "convert does not support weight, rows and tokens: it writes each row once")
+    for written in (Path(output), _rejects_path(output)):
+        for source in sources:
+            if Path(source.path).exists() and written.exists() and Path(source.path).samefile(written):
+                raise UsageError(
+                    "output", f"{written} is a source, so it cannot be the output", hint="use another file"
+                )
+    return sources
 
 
-def _rejects_beside(output: str | Path) -> Path:
+def _rejects_path(output: str | Path) -> Path:
     return Path(output).with_suffix(".rejects.jsonl")
 
 
 class _Writer(Protocol):
     def check(self, record: Mapping[str, Any]) -> None:
-        """Refuse a record that has no place there."""
+        """Reject a record that the output format cannot represent."""
 
     def batch(self, records: list[dict[str, Any]]) -> None:
         """Write records."""
@@ -214,7 +223,7 @@ class _Writer(Protocol):
 Outcome = tuple[Conversation, list[dict[str, Any]]] | Reject
 
 
-def _record(
+def _convert_row(
     row: Row | Reject, to: str, options: Options, recipe: Recipe | None, check: Callable[[Mapping[str, Any]], None]
 ) -> Outcome:
     if isinstance(row, Reject):
@@ -222,13 +231,13 @@ def _record(
     try:
         conversation = normalize(row, options.schema, options.columns)
         check_answers(conversation)
-        records = _shaped(conversation, to, recipe)
+        records = _make_records(conversation, to, recipe)
         for record in records:
             check(record)
     except BadRow as error:
         return make_reject(row, error)
     except RecursionError:
-        return make_reject(row, BadRow("too_deep", "is nested too deep to be read"))
+        return make_reject(row, BadRow("too_deep", "is nested too deeply to be read"))
     if to == "messages" and conversation.completion_from != last_answer_index(conversation.messages):
         conversation = replace(conversation, notes=conversation.notes | {"completion"})
     return conversation, records
@@ -236,88 +245,90 @@ def _record(
 
 def _count(outcome: Outcome, ledger: Ledger, rejects: list[Reject]) -> None:
     if isinstance(outcome, Reject):
-        ledger.reject([outcome])
+        ledger.add_rejects([outcome])
         rejects.append(outcome)
     else:
-        ledger.read_as([outcome[0]])
+        ledger.add_built([outcome[0]])
 
 
-def _shaped(conversation: Conversation, to: str, recipe: Recipe | None) -> list[dict[str, Any]]:
+def _make_records(conversation: Conversation, to: str, recipe: Recipe | None) -> list[dict[str, Any]]:
     if conversation.tokens is not None or (to != "text" and not conversation.messages):
-        raise BadRow("no_messages", f"holds {conversation.schema}, of which no {to.replace('_', ' and ')} can be made")
+        problem = f"has the schema {conversation.schema}, which cannot be converted to {to.replace('_', ' and ')}"
+        raise BadRow("no_messages", problem)
     if recipe is not None:
         if any(message.get("train") is False for message in conversation.messages):
-            raise BadRow("untrained_message", "holds a message that is not trained, which a text does not tell")
+            raise BadRow("untrained_message", "has an untrained message, which plain text cannot represent")
         recipe = recipe.with_kwargs(conversation.kwargs)
-        return [{"text": _checked(one, recipe)} for one in render_in_worker(conversation, recipe.template)]
-    beside: dict[str, Any] = {"tools": list(conversation.tools)} if conversation.tools else {}
-    beside |= {"chat_template_kwargs": dict(conversation.kwargs)} if conversation.kwargs else {}
-    messages, at = list(conversation.messages), conversation.completion_from
+        return [{"text": _check_text(text, recipe)} for text in render_in_worker(conversation, recipe.template)]
+    extra: dict[str, Any] = {"tools": list(conversation.tools)} if conversation.tools else {}
+    extra |= {"chat_template_kwargs": dict(conversation.kwargs)} if conversation.kwargs else {}
+    messages, start = list(conversation.messages), conversation.completion_from
     if to == "messages":
-        record = {"messages": messages, **beside}
-    elif at == 0:
+        record = {"messages": messages, **extra}
+    elif start == 0:
         raise BadRow("no_prompt", "begins with its answer, so there is no prompt", field="messages[0]")
     else:
-        record = {"prompt": messages[:at], "completion": messages[at:], **beside}
+        record = {"prompt": messages[:start], "completion": messages[start:], **extra}
     try:
         json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError) as error:
-        raise BadRow("not_json", f"holds what JSON does not: {error}") from None
+        raise BadRow("not_json", f"contains a value that cannot be encoded as JSON: {error}") from None
     return [record]
 
 
-def _checked(rendered: Rendered, recipe: Recipe) -> str:
-    """Return the text, unless its reader would take what the row spells for control tokens of the template."""
-    if not rendered.keep_control and recipe.control.matches(rendered)[1]:
-        raise BadRow("control_tokens", "spells a control token, which in templated text would be a real one")
+def _check_text(rendered: Rendered, recipe: Recipe) -> str:
+    """Return the text after checking that the data in it contains no control tokens, which would become real."""
+    if not rendered.keep_control and recipe.control.find_matches(rendered)[1]:
+        problem = "contains the text of a control token, which would be a real control token in the rendered text"
+        raise BadRow("control_tokens", problem)
     return rendered.text
 
 
 @contextmanager
-def _writer(output: Path, to: str) -> Iterator[_Writer]:
+def _open_writer(output: Path, to: str) -> Iterator[_Writer]:
     kind = output.suffix.lower()
     if kind not in (".jsonl", ".parquet"):
-        raise UsageError("output", f"{output} is neither .jsonl nor .parquet")
+        raise UsageError("output", f"output is {str(output)!r}, expected a .jsonl or .parquet file")
     with atomic.replace_file(output) as temporary:
         if kind == ".parquet":
-            with disk.create(temporary) as file, pq.ParquetWriter(file, _TABLES[to]) as table:
-                yield _Parquet(table, _TABLES[to])
+            with disk.create(temporary) as file, pq.ParquetWriter(file, _ARROW_SCHEMAS[to]) as table:
+                yield _ParquetWriter(table, _ARROW_SCHEMAS[to])
         else:
             text = io.TextIOWrapper(disk.create(temporary), encoding="utf-8", newline="\n")
             with text, jsonlines.Writer(text, compact=True) as lines:
-                yield _Lines(lines)
+                yield _LinesWriter(lines)
 
 
 @dataclass(frozen=True)
-class _Lines:
+class _LinesWriter:
     lines: jsonlines.Writer
 
     def check(self, record: Mapping[str, Any]) -> None:
-        """Lines take every record."""
+        """Accept every record."""
 
     def batch(self, records: list[dict[str, Any]]) -> None:
         self.lines.write_all(records)
 
 
 @dataclass(frozen=True)
-class _Parquet:
+class _ParquetWriter:
     table: pq.ParquetWriter
     schema: pa.Schema
 
     def check(self, record: Mapping[str, Any]) -> None:
         for name in ("messages", "prompt", "completion"):
             for index, message in enumerate(record.get(name, ())):
-                odd = [key for key, value in message.items() if not _fits(key, value)]
-                if odd:
-                    found = f"has {', '.join(odd)}, for which Parquet has no column here"
-                    raise BadRow("no_column", found, field=f"{name}[{index}]", hint="write .jsonl")
+                unsupported = [key for key, value in message.items() if not _fits_schema(key, value)]
+                if unsupported:
+                    problem = f"has the keys {', '.join(unsupported)}, which do not fit the columns of the Parquet file"
+                    raise BadRow("no_column", problem, field=f"{name}[{index}]", hint="write a .jsonl file")
 
     def batch(self, records: list[dict[str, Any]]) -> None:
-        self.table.write_batch(pa.RecordBatch.from_pylist([_as_text(record) for record in records], self.schema))
+        self.table.write_batch(pa.RecordBatch.from_pylist([_encode_objects(record) for record in records], self.schema))
 
 
-def _fits(key: str, value: Any) -> bool:
-    """Whether a value of a message has a place in the columns of Parquet."""
+def _fits_schema(key: str, value: Any) -> bool:
+    """Return whether a value of a message fits the columns of the Parquet file."""
     if key == "tool_calls":
         return all(
             set(call) <= {"id", "type", "function"}
@@ -328,21 +339,22 @@ def _fits(key: str, value: Any) -> bool:
             and isinstance(call["function"]["name"], str)
             for call in value
         )
-    return isinstance(value, bool if key in ("train", "is_error") else str) and key in {each.name for each in _MESSAGE}
+    expected_type = bool if key in ("train", "is_error") else str
+    return isinstance(value, expected_type) and key in {item.name for item in _MESSAGE}
 
 
-def _as_text(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record with JSON text for all that has no one type."""
-    found = dict(record)
+def _encode_objects(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record with JSON text in place of objects without a fixed type."""
+    encoded = dict(record)
     for name in ("tools", "chat_template_kwargs"):
-        if name in found:
-            found[name] = json.dumps(found[name], ensure_ascii=False)
-    for name in {"messages", "prompt", "completion"} & set(found):
-        found[name] = [_with_text_arguments(message) for message in found[name]]
-    return found
+        if name in encoded:
+            encoded[name] = json.dumps(encoded[name], ensure_ascii=False)
+    for name in {"messages", "prompt", "completion"} & set(encoded):
+        encoded[name] = [_encode_arguments(message) for message in encoded[name]]
+    return encoded
 
 
-def _with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+def _encode_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
     calls = [dict(call) for call in message.get("tool_calls") or ()]
     for call in calls:
         arguments = call["function"].get("arguments")

@@ -1,8 +1,8 @@
-"""Build: read everything, keep the ledger, split, pack, write.
+"""Build a data set: read all sources, count rows and tokens, assign splits, pack and write.
 
-Each source, or each part of a long one, is a shard task of its own: it writes its examples beside the target and
-reports its ledger. The pack plan is made from the lengths of all of them; tokens are gathered when the packs are
-written, each file of them a task again.
+Each source, or each part of a large source, is a shard task: it writes its examples to a folder beside the output, and
+returns its ledger. The packs are planned from the lengths of all examples. The tokens are gathered when the packs are
+written; each pack file is also a task.
 """
 
 from __future__ import annotations
@@ -83,67 +83,65 @@ def build_sft_dataset(
     template_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> datasets.DatasetDict:
-    """Turn data of any known shape into the tokens and labels to train on.
+    """Build a data set of tokens and labels from data in any known schema.
 
     Args:
-        data: a path, a glob, a list of these, a `DataFrame`, a `datasets.Dataset`, or an iterable of rows.
-        tokenizer: a folder, a hub id, or a `transformers` or `tokenizers` object.
+        data: a path, a glob, a list of paths, a `DataFrame`, a `datasets.Dataset`, or an iterable of rows.
+        tokenizer: a folder, a Hub ID, or a `transformers` or `tokenizers` object.
         template: `None` for the tokenizer's chat template, a built-in name, a `.jinja` file, or a Jinja string.
-        schema: `"auto"` (found per row) or the name of one.
-        columns: canonical column -> the name in the data, e.g. `{"instruction": "q", "output": "a"}`.
+        schema: the name of a schema, or `"auto"` to detect the schema of each row.
+        columns: map of canonical columns to columns of the data, e.g. `{"instruction": "q", "output": "a"}`.
         train_on: `"assistant"`, `"last_assistant"`, `"completion"`, `"all"`, or a callable
             `(rendered, conversation) -> [bool per span]`.
-        train_parts: of what `train_on` chooses, these parts only: `"reasoning"`, `"answer"`, `"tool_call"`.
-        turns: `"joint"` or `"split"`: one example per conversation, or per group of assistant turns that answer one
-            user message; `"auto"` splits where the template does not show earlier turns as the model wrote them.
+        train_parts: the parts to train: `"reasoning"`, `"answer"`, `"tool_call"`; `None` for all parts.
+        turns: `"joint"` for one example per conversation, `"split"` for one example per turn, or `"auto"` to split
+            only if the template renders earlier turns differently than the model wrote them.
         control_tokens: `"escape"`, `"refuse"` or `"allow"` control-token text inside the data.
-        on_dropped_message: `"reject"` or `"flag"` rows of which the template leaves out a message that is not the assistant's.
-        on_missing_stop: `"flag"` a last turn that the template leaves without a stop, or `"append_eos"` and train it.
-        reject_flags: flags of the report, such as `"no_trained_stop"`, that make a row a bad one; see
-            `ftdata.pipeline.recipe.FLAGS`.
-        max_length: tokens that an example, and a pack, may have.
+        on_dropped_message: `"reject"` or `"flag"` a row if the template omits a system, user or tool message.
+        on_missing_stop: `"flag"` a last turn for which the template prints no stop token, or `"append_eos"` to it.
+        reject_flags: flags, such as `"no_trained_stop"`, that reject a row; see `ftdata.pipeline.recipe.FLAGS`.
+        max_length: the maximum number of tokens of an example and of a pack.
         overlong: `"reject"`, `"drop_turns"` or `"truncate"`.
-        packing: `None` or `"bfd"` (best-fit decreasing, whole examples only; needs `max_length`), as Ding et al. 2024
-            (arXiv:2404.10830) pack, but nothing is cut.
-        where: a Jinja expression over the columns of a row, such as `lang == "en" and messages | length > 2`: the other
-            rows are passed over, and counted.
-        limit: rows to read of each thing that `data` names, and of each split of it.
-        dedup: leave out rows whose tokens and labels are those of an earlier one.
-        near_duplicate_threshold: how similar rows must be, such as 0.8, to count as equal for `dedup` and `test_size` (Jaccard similarity
-            of words, five at a time, estimated; needs `ftdata[dedup]`).
-        sample: share (below 1) or number of rows to take, by chance.
-        shuffle: put the rows of the train split into another order.
-        test_size: share (below 1) or number of rows for a `"test"` split; equal rows go together.
-        seed: decides all that is left to chance, the same way on every machine: the rows with the smallest
-            `ftdata.build.splits.seeded_hash(number, seed)` are taken.
-        on_bad_rows: `"error"` (all bad rows are collected, then one error) or `"quarantine"` (go on without them).
-        max_rejects: with `"quarantine"`: how many rows (or `"1%"`) may be rejected.
-        output_dir: where to write the build, a folder or the URL of one in an object store (`s3://bucket/name`), where
-            no other build is replaced; `None` keeps it in memory.
-        workers: processes at most (`None`: this one); the result does not depend on it. There is no more than one for
-            each 32 MB of data. As with every process pool, a script that asks for more than one needs
-            `if __name__ == "__main__":`.
-        engine: `"local"`; or `"ray"` (the cluster of `RAY_ADDRESS`, else one on this machine) or `"ray:ADDRESS"`, whose
-            nodes must see the same files; `workers` are then tasks at once (`None`: as many as there is room for).
-        date: what templates that print a date are shown.
-        template_kwargs: further variables for the template.
-        progress: called with the rows and tokens done so far, and which share of the data that is (0 to 1, `None`
-            where nobody knows).
+        packing: `None` or `"bfd"`: best-fit decreasing (Ding et al. 2024, arXiv:2404.10830), but examples are never
+            cut; needs `max_length`.
+        where: a Jinja expression over the columns of a row, e.g. `lang == "en" and messages | length > 2`. Rows that
+            do not match are filtered out and counted.
+        limit: the maximum number of rows to read from each item of `data`, per split.
+        dedup: whether to remove rows with the same tokens and labels as an earlier row.
+        near_duplicate_threshold: the similarity, such as 0.8, from which rows count as identical for `dedup` and
+            `test_size`: the estimated Jaccard similarity of five-word sequences; needs `ftdata[dedup]`.
+        sample: the share (below 1) or number of rows to sample at random.
+        shuffle: whether to shuffle the train split.
+        test_size: the share (below 1) or number of rows of a `"test"` split; identical rows are in the same split.
+        seed: the random seed for splitting, sampling, shuffling and mixing. The result is the same on every machine:
+            rows are selected in ascending order of `ftdata.build.splits.seeded_hash(number, seed)`.
+        on_bad_rows: `"error"` raises one error for all rejected rows; `"quarantine"` leaves them out.
+        max_rejects: the maximum number of rejected rows, or a share such as `"1%"`; needs `"quarantine"`.
+        output_dir: a folder for the build, or a URL in an object store (`s3://bucket/name`), where builds are never
+            replaced; `None` keeps the build in memory.
+        workers: the maximum number of worker processes, limited to one per 32 MB of data; does not affect the result.
+            `None` for this process only. A script that uses several processes needs `if __name__ == "__main__":`.
+        engine: `"local"`, `"ray"` (the cluster at `RAY_ADDRESS`, or a new local cluster) or `"ray:ADDRESS"`. Ray nodes
+            must see the same files; `workers` is then the number of parallel tasks (`None`: as many as possible).
+        date: the current date for templates that print it.
+        template_kwargs: additional template variables.
+        progress: a function that is called with the number of processed rows and tokens, and the processed share of
+            the data (0 to 1, or `None` if unknown).
 
     Returns:
-        A `datasets.DatasetDict` with `"train"` (and `"test"`), columns `input_ids`, `labels` and `seq_lengths`
-        (int32 lists; one row per pack, or per example), and the `Report` as `.report`. `labels` has the id of the very
-        token (models shift them), or -100; `seq_lengths` adds up to the length of the row.
+        A `datasets.DatasetDict` with `"train"` (and `"test"`), and the `Report` as `.report`. Each pack (or example)
+        is a row with the int32 lists `input_ids`, `labels` and `seq_lengths`. A label is the token's own id (models
+        shift labels), or -100; `seq_lengths` contains the length of each document in the row.
 
     Raises:
-        UsageError: an option is invalid, or a source is not there.
-        BadRows: rows are refused (`on_bad_rows="error"`); all of them are counted, the first 20 named.
-        TooManyRejects: more than `max_rejects`.
-        InputRefused: a source cannot be read, or nothing was left to build.
-        TemplateRefused: the template, or the tokenizer, cannot be used for any row.
-        MissingDependency: `near_duplicate_threshold`, `engine="ray"`, Excel or an object store need an extra that is not installed.
-        StorageError: the disk refuses, or is full; what was done stays for the next try.
-        HubError: the hub, or another place on the network, fails again and again.
+        UsageError: an option is invalid, or a source does not exist.
+        BadRows: rows are rejected (`on_bad_rows="error"`). The error counts all of them and lists the first 20.
+        TooManyRejects: more than `max_rejects` rows are rejected.
+        InputRefused: a source cannot be read, or no row is left to build.
+        TemplateRefused: the template or the tokenizer cannot be used for any row.
+        MissingDependency: an optional package is not installed.
+        StorageError: writing failed, e.g. because the disk is full; the next build reuses the finished work.
+        HubError: the Hub or another server fails repeatedly.
 
     >>> from ftdata.testing import byte_tokenizer
     >>> rows = [{"question": "2+2?", "answer": "4"}, {"question": "3+3?", "answer": "6"}]
@@ -158,8 +156,8 @@ def build_sft_dataset(
     """
     options = {name: value for name, value in locals().items() if name not in ("data", "tokenizer", "output_dir")}
     if output_dir is not None and redact_for_storage(str(output_dir)) != redact(str(output_dir)):
-        found = f"output_dir is {str(output_dir)!r}, whose name is not UTF-8: datasets cannot load from it"
-        raise UsageError("output_name", found, hint="choose another folder; `ftdata build` can write to this one")
+        problem = f"output_dir is {str(output_dir)!r}, whose name is not UTF-8: datasets cannot load from it"
+        raise UsageError("output_name", problem, hint="use another folder, or `ftdata build`, which supports this one")
     with tempfile.TemporaryDirectory() as scratch:
         target = output_dir if output_dir is not None else Path(scratch) / "build"
         report = write_build(data, tokenizer, target, **options)
@@ -187,148 +185,144 @@ def write_build(
     progress: Progress | None = None,
     **recipe: Any,
 ) -> Report:
-    """Build as `build_sft_dataset` does, without loading the result (or `datasets`); return the report.
+    """Build a data set like `build_sft_dataset`, without loading the result or importing `datasets`.
 
-    Args:
-        data: as there, and so all others.
-        tokenizer: as there.
-        output_dir: where to write the build.
-        recipe: options of `make_recipe`: what decides what a row becomes.
+    The parameters are those of `build_sft_dataset`; `recipe` are the options of `make_recipe`. Returns the report.
 
     Raises:
-        FtdataError: as `build_sft_dataset`.
+        FtdataError: as in `build_sft_dataset`.
     """
-    made = make_recipe(tokenizer, **recipe)
-    layout = Layout(packing, made.max_length, test_size, seed, dedup, near_duplicate_threshold, sample, shuffle)
+    bound = make_recipe(tokenizer, **recipe)
+    layout = Layout(packing, bound.max_length, test_size, seed, dedup, near_duplicate_threshold, sample, shuffle)
     if near_duplicate_threshold is not None:
         near_duplicates.require_rensa()
-    selection = RowFilter(where, limit)
-    tolerance = RejectLimit(on_bad_rows, max_rejects)
+    row_filter = RowFilter(where, limit)
+    reject_limit = RejectLimit(on_bad_rows, max_rejects)
     if workers is not None and workers < 1:
         raise UsageError("workers", f"workers is {workers}, expected at least 1")
     check_engine(engine)
-    if (
-        callable(made.train_on)
-        and workers not in (None, 1)
-        and "<lambda>" in getattr(made.train_on, "__qualname__", "")
-    ):
-        raise UsageError("train_on", "a lambda cannot go to other processes", hint="use a named function, or workers=1")
-    found = resolve_sources(data)
-    _check_splits(found)
-    _check_output(output_dir, found)
-    wanted = _Wanted(made, layout, selection, tolerance, _named(data), found if limit else split_into_parts(found))
+    name = getattr(bound.train_on, "__qualname__", "")
+    if callable(bound.train_on) and workers not in (None, 1) and "<lambda>" in name:
+        raise UsageError("train_on", "worker processes cannot use a lambda", hint="use a named function, or workers=1")
+    sources = resolve_sources(data)
+    _check_split_names(sources)
+    _check_output(output_dir, sources)
+    parts = sources if limit else split_into_parts(sources)
+    request = _BuildRequest(bound, layout, row_filter, reject_limit, _describe_data(data), parts)
     runner = TaskRunner(workers, engine)
     if isinstance(output_dir, str) and is_url(output_dir):
-        return _build_elsewhere(wanted, remote.check_output_url(output_dir), runner, progress)
-    with atomic.open_workspace(Path(output_dir).resolve(), store.check_target) as place:
-        return _built_at(wanted, place, runner, progress)
+        return _build_at_url(request, remote.check_output_url(output_dir), runner, progress)
+    with atomic.open_workspace(Path(output_dir).resolve(), store.check_target) as workspace:
+        return _build_unless_current(request, workspace, runner, progress)
 
 
-def _built_at(wanted: _Wanted, place: atomic.Workspace, runner: TaskRunner, progress: Progress | None) -> Report:
-    report = _built_before(wanted, place.target, runner)
+def _build_unless_current(
+    request: _BuildRequest, workspace: atomic.Workspace, runner: TaskRunner, progress: Progress | None
+) -> Report:
+    report = _read_current_report(request, workspace.target, runner)
     if report is None:
-        report = _build(wanted, place, runner, progress)
-        store.record_build(store.read_manifest(place.new))
-        place.publish()
+        report = _build(request, workspace, runner, progress)
+        store.record_build(store.read_manifest(workspace.new))
+        workspace.publish()
     return report
 
 
-def _build_elsewhere(wanted: _Wanted, url: str, runner: TaskRunner, progress: Progress | None) -> Report:
-    """Make a build here and send it to a URL, if it is not there already."""
-    with atomic.open_workspace(remote.staging_folder(url), store.check_target) as place:
-        there = None
+def _build_at_url(request: _BuildRequest, url: str, runner: TaskRunner, progress: Progress | None) -> Report:
+    """Make a build on this machine and upload it to a URL, unless the URL already contains the same build."""
+    with atomic.open_workspace(remote.staging_folder(url), store.check_target) as workspace:
+        manifest = None
         with suppress(InputRefused):
-            there = remote.read_remote_manifest(url)
-        same = bool(there) and wanted.made(there or {}, runner) and not remote.verify(url)
-        if there and same and store.is_recorded(there):
-            disk.remove(place.target)
-            return Report.of(json.loads(remote.read_remote_file(url, "report.json")))
-        if not same:
+            manifest = remote.read_remote_manifest(url)
+        is_current = bool(manifest) and request.matches(manifest or {}, runner) and not remote.verify(url)
+        if manifest and is_current and store.is_recorded(manifest):
+            disk.remove(workspace.target)
+            return Report.from_dict(json.loads(remote.read_remote_file(url, "report.json")))
+        if not is_current:
             remote.check_free(url)
-        report = _built_at(wanted, place, runner, progress)
-        if same and there == store.read_manifest(place.target):
-            # Somebody else made it; what comes out here is the same to the last bit.
-            disk.remove(place.target)
+        report = _build_unless_current(request, workspace, runner, progress)
+        if is_current and manifest == store.read_manifest(workspace.target):
+            # Another user made the remote build, and it equals this build byte for byte.
+            disk.remove(workspace.target)
             return report
         try:
-            remote.upload_build(place.target, url)
+            remote.upload_build(workspace.target, url)
         except UsageError:
-            disk.remove(place.target)
+            disk.remove(workspace.target)
             raise
-        disk.remove(place.target)
+        disk.remove(workspace.target)
     return report
 
 
-def _check_output(output_dir: str | Path, found: Sequence[FileSource | MemorySource]) -> None:
-    """Refuse an output folder without a name, or one that holds a source: the build would replace its own data."""
+def _check_output(output_dir: str | Path, sources: Sequence[FileSource | MemorySource]) -> None:
+    """Check that the output folder has a name and contains no source, because the build replaces the folder."""
     if not str(output_dir).strip():
-        raise UsageError("output_name", "output_dir is empty, expected a folder", hint="is a variable not set?")
+        raise UsageError("output_name", "output_dir is empty, expected a folder", hint="check for an unset variable")
     if isinstance(output_dir, str) and is_url(output_dir):
         return
     folder = Path(output_dir).resolve()
-    inside = next(
-        (one.path for one in found if isinstance(one, FileSource) and folder in Path(one.path).resolve().parents), None
-    )
+    files = (source.path for source in sources if isinstance(source, FileSource))
+    inside = next((path for path in files if folder in Path(path).resolve().parents), None)
     if inside is not None:
         raise UsageError(
             "output_in_data",
-            f"the source {inside} lies in the output folder {output_dir}",
+            f"the source {inside} is inside the output folder {output_dir}",
             hint="choose an output folder outside the data",
         )
 
 
-def _check_splits(found: Sequence[FileSource | MemorySource]) -> None:
-    """Refuse names of splits that are no names of folders: those of cards and of data sets are of strangers."""
-    for one in found:
-        if one.split is not None and not re.fullmatch(r"\w[\w.-]{0,99}", one.split):
-            told = f"is of the split {one.split[:60]!r}, which is no name for a folder"
-            hint = "letters, digits, _, - and . make a name; data_files or split says another"
-            raise InputRefused("split_name", told, where=one.path, hint=hint)
+def _check_split_names(sources: Sequence[FileSource | MemorySource]) -> None:
+    """Check that split names are safe folder names; downloaded data sets and dataset cards define them."""
+    for source in sources:
+        if source.split is not None and not re.fullmatch(r"\w[\w.-]{0,99}", source.split):
+            problem = f"has the split name {source.split[:60]!r}, expected letters, digits, '_', '-' and '.'"
+            hint = "set another name with data_files or split"
+            raise InputRefused("split_name", problem, where=source.path, hint=hint)
 
 
 def load_build(folder: Path, report: Report | None = None, *, in_memory: bool = False) -> datasets.DatasetDict:
-    """Load a finished build as a `datasets.DatasetDict`, with its report where there is one."""
+    """Load a finished build as a `datasets.DatasetDict`, with `report` as its attribute."""
     import datasets
 
-    loaded = datasets.load_from_disk(str(folder), keep_in_memory=in_memory)
-    loaded.report = report
-    return loaded
+    dataset = datasets.load_from_disk(str(folder), keep_in_memory=in_memory)
+    dataset.report = report
+    return dataset
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """A build that is asked for: all that decides what it becomes. `named` is the data as a configuration names it."""
+class _BuildRequest:
+    """Everything that determines the contents of a build; `data` is the data as a configuration file names it."""
 
     recipe: Recipe
     layout: Layout
-    selection: RowFilter
-    tolerance: RejectLimit
-    named: list[Any] | None
+    row_filter: RowFilter
+    reject_limit: RejectLimit
+    data: list[Any] | None
     sources: Sequence[FileSource | MemorySource]
 
-    def tasks(self, home: Path) -> list[Task]:
-        """Return the tasks by which the data is read, with their folders in `home`."""
-        chosen, near = (self.selection.where, self.selection.limit), self.layout.near_duplicate_threshold is not None
-        return [Task(source, home, number, *chosen, near) for number, source in enumerate(self.sources)]
+    def make_tasks(self, home: Path) -> list[Task]:
+        """Return the shard tasks, with their folders in `home`."""
+        uses_minhashes = self.layout.near_duplicate_threshold is not None
+        selection = (self.row_filter.where, self.row_filter.limit)
+        return [Task(source, home, number, *selection, uses_minhashes) for number, source in enumerate(self.sources)]
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the manifest says of it, but for the sources."""
-        chosen = {"where": self.selection.where, "limit": self.selection.limit}
-        return {**self.recipe.describe(), **asdict(self.layout), **chosen}
+        """The options in the manifest, without the sources."""
+        selection = {"where": self.row_filter.where, "limit": self.row_filter.limit}
+        return {**self.recipe.describe(), **asdict(self.layout), **selection}
 
-    def request(self, keys: Sequence[str | None]) -> str | None:
-        """Return the hash of all that decides every byte of it, where the keys of its shards do."""
-        if not all(keys) or self.selection.limit:
+    def hash_request(self, keys: Sequence[str | None]) -> str | None:
+        """Return the hash of everything that determines the build's bytes; `None` if a shard has no key."""
+        if not all(keys) or self.row_filter.limit:
             return None
-        shares = [(one.split, one.share, one.place) for one in self.sources]
-        return cache.hash_key([self.options, shares, asdict(self.tolerance), self.named, cache.package_hash(), keys])
+        shares = [(source.split, source.share, source.item_index) for source in self.sources]
+        return cache.hash_key([self.options, shares, asdict(self.reject_limit), self.data, cache.package_hash(), keys])
 
-    def made(self, manifest: Mapping[str, Any], runner: TaskRunner) -> bool:
-        """Whether a build with this manifest is this one."""
+    def matches(self, manifest: Mapping[str, Any], runner: TaskRunner) -> bool:
+        """Return whether a build with this manifest is the requested build."""
         options = {name: value for name, value in manifest["options"].items() if name != "sources"}
-        tasks = self.tasks(Path())
-        # To look at all the data takes its time: only where nothing else says that something has changed.
+        tasks = self.make_tasks(Path())
+        # Hashing all the data takes long, so it is the last check.
         if (
             manifest["request"] is None
             or options != json.loads(json.dumps(self.options))
@@ -336,111 +330,116 @@ class _Wanted:
         ):
             return False
         local = runner.engine == "local"
-        keys = [shard_key(self.recipe, task) for task in tasks] if local else runner.do(shard_key, self.recipe, tasks)
-        return bool(self.request(keys) == manifest["request"])
+        keys = [shard_key(self.recipe, task) for task in tasks] if local else runner.run(shard_key, self.recipe, tasks)
+        return bool(self.hash_request(keys) == manifest["request"])
 
 
-def _built_before(wanted: _Wanted, target: Path, runner: TaskRunner) -> Report | None:
-    """Return the report of the build that is there already, if it is this one, to the last bit."""
+def _read_current_report(request: _BuildRequest, target: Path, runner: TaskRunner) -> Report | None:
+    """Return the report of the build in `target` if it equals the requested build byte for byte."""
     try:
         manifest = store.read_manifest(target)
     except InputRefused:
         return None
-    # A folder that came from elsewhere may hold a build that looks like this one, with other tokens.
-    if not store.is_recorded(manifest) or not wanted.made(manifest, runner) or store.verify_files(target):
+    # A downloaded folder may contain a build with a matching manifest but other tokens, so only recorded builds count.
+    if not store.is_recorded(manifest) or not request.matches(manifest, runner) or store.verify_files(target):
         return None
-    return Report.of(json.loads((target / "report.json").read_bytes()))
+    return Report.from_dict(json.loads((target / "report.json").read_bytes()))
 
 
-def _build(wanted: _Wanted, place: atomic.Workspace, runner: TaskRunner, progress: Progress | None) -> Report:
-    began, folder = time.monotonic(), place.new
-    recipe, layout = wanted.recipe, wanted.layout
-    tasks = wanted.tasks(place.shards)
+def _build(
+    request: _BuildRequest, workspace: atomic.Workspace, runner: TaskRunner, progress: Progress | None
+) -> Report:
+    start, folder = time.monotonic(), workspace.new
+    recipe, layout = request.recipe, request.layout
+    tasks = request.make_tasks(workspace.shards)
     try:
         results = runner.build(recipe, tasks, progress)
-    except EncodersDiffer as differs:
-        # What one text shows may be so for others: all is done again.
-        check_all_rereadable(tasks, str(differs))
+    except EncodersDiffer as difference:
+        # If the encoders differ for one text, they may differ for other texts, so all shards are built again.
+        check_all_rereadable(tasks, str(difference))
         cache.clear_cache()
         results = runner.build(recipe, [replace(task, trusted=False) for task in tasks], progress)
-    joined = MergedShards(results)
-    wanted.tolerance.judge(joined.ledgers, joined.rejects)
-    laid = assign_splits(_facts(joined, layout), layout)
-    if not len(laid.splits["train"]):
-        why = ", ".join(_left_out(laid, layout)) or "the sources have none, or none that their shares have room for"
-        raise InputRefused("no_rows_built", f"no row was left to train on: {why}")
+    merged = MergedShards(results)
+    request.reject_limit.check(merged.ledgers, merged.rejects)
+    plan = assign_splits(_example_facts(merged, layout), layout)
+    if not len(plan.splits["train"]):
+        reasons = ", ".join(_split_notes(plan, layout)) or "the sources have no rows, or their shares are too small"
+        raise InputRefused("no_rows_built", f"no row is left to train on: {reasons}")
     disk.mkdir(folder)
     written, splits = list[store.WrittenFile](), dict[str, dict[str, Any]]()
-    for name, members in laid.splits.items():
-        splits[name], files = _write_split(folder, name, joined, members, layout, runner)
+    for name, members in plan.splits.items():
+        splits[name], files = _write_split(folder, name, merged, members, layout, runner)
         written += files
-    options = {**wanted.options, "sources": [{"split": one.split, **one.share._asdict()} for one in joined.sources]}
-    fingerprint = _fingerprint(options, joined)
+    sources = [{"split": source.split, **source.share._asdict()} for source in merged.sources]
+    options = {**request.options, "sources": sources}
+    fingerprint = _fingerprint(options, merged)
     report = Report(
-        joined.ledgers,
+        merged.ledgers,
         splits,
-        (*report_notes(joined.ledgers, recipe), *_left_out(laid, layout), *_named_otherwise(joined.sources)),
-        tuple(redact_for_storage(redact_text(str(one))) for one in islice(joined.rejects(), 20)),
+        (*report_notes(merged.ledgers, recipe), *_split_notes(plan, layout), *_file_name_notes(merged.sources)),
+        tuple(redact_for_storage(redact_text(str(reject))) for reject in islice(merged.rejects(), 20)),
         fingerprint,
-        redact_for_storage({**options, **asdict(wanted.tolerance), "data": wanted.named}),
-        round(time.monotonic() - began, 3),
+        redact_for_storage({**options, **asdict(request.reject_limit), "data": request.data}),
+        round(time.monotonic() - start, 3),
         ", ".join(dict.fromkeys(result.encoder for result in results)),
     )
-    store.write_rejects(folder / "rejects.jsonl", joined.rejects())
+    store.write_rejects(folder / "rejects.jsonl", merged.rejects())
     disk.write_json(folder / "dataset_dict.json", {"splits": list(splits)})
-    # How long it took, and who did it, is no part of what was built: equal builds are equal files.
+    # Time and encoder are not stored, so that equal builds have equal files.
     disk.write_json(folder / "report.json", {**report.as_dict(), "seconds": None, "encoder": None})
-    names = {name: [f"{name}/{one.path.name}" for one in written if one.path.parent.name == name] for name in splits}
+    names = {name: [f"{name}/{file.path.name}" for file in written if file.path.parent.name == name] for name in splits}
     disk.write(folder / "README.md", render_dataset_card(report, recipe, names).encode("utf-8", "backslashreplace"))
     about = {"ftdata": __version__, "fingerprint": fingerprint, "options": options}
-    store.write_manifest(folder, {**about, "request": wanted.request([one.key for one in results])}, written)
+    request_hash = request.hash_request([result.key for result in results])
+    store.write_manifest(folder, {**about, "request": request_hash}, written)
     cache.evict_entries()
     return report
 
 
-def _named(data: Any) -> list[Any] | None:
-    """Return the places that the user named, as a configuration would; `None` where there is one in memory."""
-    places = data if isinstance(data, list | tuple) else [data]
-    named = [
-        {name: str(value) if name == "path" else value for name, value in one.items()}
-        if isinstance(one, Mapping)
-        else str(one)
-        for one in places
-        if isinstance(one, str | Path) or (isinstance(one, Mapping) and isinstance(one.get("path"), str | Path))
+def _describe_data(data: Any) -> list[Any] | None:
+    """Return the data as a configuration file names it; `None` if any of it is in memory."""
+    items = data if isinstance(data, list | tuple) else [data]
+    described = [
+        {name: str(value) if name == "path" else value for name, value in item.items()}
+        if isinstance(item, Mapping)
+        else str(item)
+        for item in items
+        if isinstance(item, str | Path) or (isinstance(item, Mapping) and isinstance(item.get("path"), str | Path))
     ]
-    return named if len(named) == len(places) else None
+    return described if len(described) == len(items) else None
 
 
-def _facts(joined: MergedShards, layout: Layout) -> ExampleFacts:
-    near, examples = layout.near_duplicate_threshold, joined.examples
-    tasks = [result.task for result in joined.results]
+def _example_facts(merged: MergedShards, layout: Layout) -> ExampleFacts:
+    threshold, examples = layout.near_duplicate_threshold, merged.examples
+    tasks = [result.task for result in merged.results]
     splits = [task.source.split for task in tasks]
     content: NDArray[np.generic] = np.broadcast_to(np.int8(0), len(examples.lengths))
-    asked = content
-    # Of millions of rows, hashes that nobody compares take room.
+    leakage_group = content
+    # The hashes of millions of rows take much memory, so they are loaded only if they are compared.
     if layout.dedup or layout.test_size is not None or len(set(splits)) > 1:
-        content = contents = examples.contents
-        asked = np.ascontiguousarray(contents.view("S8").reshape(-1, 3)[:, :2]).view("S16").ravel()
-    if near is not None:
-        said = np.concatenate([read_minhashes(folder, near_duplicates.SIZE) for folder in examples.folders])
-        content = near_duplicates.merge_labels(near_duplicates.first_similar(said, near), contents)
-        asked = near_duplicates.merge_labels(near_duplicates.similarity_groups(said, near), asked)
+        content = hashes = examples.contents
+        leakage_group = np.ascontiguousarray(hashes.view("S8").reshape(-1, 3)[:, :2]).view("S16").ravel()
+    if threshold is not None:
+        minhashes = np.concatenate([read_minhashes(folder, near_duplicates.SIZE) for folder in examples.folders])
+        content = near_duplicates.merge_labels(near_duplicates.first_similar(minhashes, threshold), hashes)
+        similar = near_duplicates.similarity_groups(minhashes, threshold)
+        leakage_group = near_duplicates.merge_labels(similar, leakage_group)
     return ExampleFacts(
         source=examples.shard,
         row=examples.column("row"),
         content=content,
-        asked=asked,
+        leakage_group=leakage_group,
         tokens=examples.lengths,
         splits=splits,
         shares=[task.source.share for task in tasks],
-        places=[task.source.place for task in tasks],
+        places=[task.source.item_index for task in tasks],
     )
 
 
 def _write_split(
-    folder: Path, name: str, joined: MergedShards, members: NDArray[np.int64], layout: Layout, runner: TaskRunner
+    folder: Path, name: str, merged: MergedShards, members: NDArray[np.int64], layout: Layout, runner: TaskRunner
 ) -> tuple[dict[str, Any], list[store.WrittenFile]]:
-    examples = joined.examples
+    examples = merged.examples
     lengths = examples.lengths[members]
     if layout.packing and layout.max_length:
         plan = plan_packs(lengths, layout.max_length)
@@ -448,12 +447,12 @@ def _write_split(
     else:
         plan, fill = plan_unpacked(len(members)), None
     disk.mkdir(folder / name)
-    written = runner.do(store.write_packs, None, list(store.plan_pack_files(folder, name, examples, members, plan)))
-    store.write_split(folder, name, examples, members, plan, [one.path for one in written])
+    written = runner.run(store.write_packs, None, list(store.plan_pack_files(folder, name, examples, members, plan)))
+    store.write_split(folder, name, examples, members, plan, [file.path for file in written])
     trained = examples.column("trained")[members]
-    source = np.asarray(joined.of)[examples.shard[members]]
-    each, count = {"examples": None, "tokens": lengths, "trained": trained}, len(joined.sources)
-    of_source = {name: np.bincount(source, counts, count).astype(int).tolist() for name, counts in each.items()}
+    sources = np.asarray(merged.source_numbers)[examples.shard[members]]
+    weights, count = {"examples": None, "tokens": lengths, "trained": trained}, len(merged.sources)
+    totals = {key: np.bincount(sources, weight, count).astype(int).tolist() for key, weight in weights.items()}
     about = {
         "examples": len(members),
         "rows": len(plan),
@@ -461,37 +460,38 @@ def _write_split(
         "trained": int(trained.sum()),
         "fill": fill,
         "sources": [
-            {"source": redact_for_storage(one.path), **dict(zip(each, counts, strict=True))}
-            for one, *counts in zip(joined.sources, *of_source.values(), strict=True)
-            if counts[0] or (one.split or "train") == name
+            {"source": redact_for_storage(source.path), **dict(zip(weights, counts, strict=True))}
+            for source, *counts in zip(merged.sources, *totals.values(), strict=True)
+            if counts[0] or (source.split or "train") == name
         ],
     }
     return about, written
 
 
-def _left_out(laid: SplitPlan, layout: Layout) -> Iterator[str]:
-    for reason, count in laid.left_out.items():
+def _split_notes(plan: SplitPlan, layout: Layout) -> Iterator[str]:
+    for reason, count in plan.left_out.items():
         if count:
             yield f"{count:,} rows are left out: {reason}"
-    for name, count in laid.shared.items():
-        yield f"{count:,} rows of {name} are in train, too"
-    if layout.test_size and layout.test_size >= 1 and len(laid.splits["test"]) < layout.test_size:
-        yield f"test holds fewer rows than {layout.test_size}: equal ones stay together"
+    for name, count in plan.shared.items():
+        yield f"leakage: {count:,} rows of {name} are also in train"
+    if layout.test_size and layout.test_size >= 1 and len(plan.splits["test"]) < layout.test_size:
+        yield f"test has fewer than {layout.test_size} rows, because identical rows are in the same split"
 
 
-def _named_otherwise(found: Sequence[FileSource | MemorySource]) -> Iterator[str]:
-    plain = [redact_for_storage(one.path) for one in found if isinstance(one, FileSource) and one.split is None]
-    if others := [path for path in plain if split_from_name(Path(path).name) not in (None, "train")]:
-        yield f"trained on, though named as of another split: {', '.join(others[:5])}"
+def _file_name_notes(sources: Sequence[FileSource | MemorySource]) -> Iterator[str]:
+    without_split = [source for source in sources if isinstance(source, FileSource) and source.split is None]
+    paths = [redact_for_storage(source.path) for source in without_split]
+    if held_out := [path for path in paths if split_from_name(Path(path).name) not in (None, "train")]:
+        yield f"used for training, although the names suggest another split: {', '.join(held_out[:5])}"
 
 
-def _fingerprint(options: Mapping[str, Any], joined: MergedShards) -> str:
-    # Names of files and folders decide nothing.
+def _fingerprint(options: Mapping[str, Any], merged: MergedShards) -> str:
+    # File and folder names do not affect the contents of a build.
     nameless = {
         **options,
         "tokenizer": options["tokenizer"]["fingerprint"],
         "template": {**options["template"], "name": None},
     }
-    content = [joined.examples.content, [ledger.examples for ledger in joined.ledgers]]
+    content = [merged.examples.content, [ledger.examples for ledger in merged.ledgers]]
     parts = {"ftdata": __version__, "options": nameless, "content": content}
     return disk.hash_bytes(json.dumps(parts, sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""Card: what a build was made of and how, for people and for the hub."""
+"""Write the dataset card of a build: its sources, options and counts."""
 
 from __future__ import annotations
 
@@ -18,19 +18,24 @@ from ftdata.storage import disk
 
 
 def render_dataset_card(report: Report, recipe: Recipe, files: Mapping[str, Sequence[str]]) -> str:
-    """Return `README.md`: the files of each split for the hub and `datasets.load_dataset`, and the report.
+    """Return the contents of `README.md`.
 
-    It states sources, tokenizer, template, what is trained, counts, and the command that builds the same. `files` are
-    those of each split.
+    The card lists the files of each split for `datasets.load_dataset`, the sources, the tokenizer, the template, the
+    mask policy, the counts, and the command that reproduces the build.
+
+    Args:
+        report: the report of the build.
+        recipe: the recipe of the build.
+        files: the files of each split.
     """
     listed = {split: "".join(f"\n    - {name}" for name in names) for split, names in files.items()}
     paths = "".join(f"  - split: {split}\n    path:{names}\n" for split, names in listed.items())
     facts = "".join(f"| {name} | {_cell(value)} |\n" for name, value in _facts(report, recipe))
-    title = _plain(", ".join(Path(ledger.source).name for ledger in report.sources))
+    title = _escape_markdown(", ".join(Path(ledger.source).name for ledger in report.sources))
     fence = _fence(str(report), 3)
     return (
         f"---\nconfigs:\n- config_name: default\n  data_files:\n{paths}---\n\n# {title}\n\n"
-        f"Built by ftdata: tokens, labels (-100 where nothing is learnt) and document lengths.\n\n"
+        f"Built by ftdata: token ids, labels (-100 for tokens without loss) and document lengths.\n\n"
         f"| | |\n|---|---|\n{facts}\n{fence}\n{report}\n{fence}\n"
     )
 
@@ -54,39 +59,39 @@ def _facts(report: Report, recipe: Recipe) -> Iterator[tuple[str, object]]:
 
 
 def _cell(value: object) -> str:
-    """Return a value as code: names of files and columns are of strangers, and say nothing in Markdown."""
+    """Return a value as inline code, because file and column names may contain Markdown."""
     text = re.sub(r"\s+", " ", str(value)).replace("|", r"\|")
     fence = _fence(text, 1)
     return f"{fence}{text}{fence}" if fence == "`" else f"{fence} {text} {fence}"
 
 
-def _plain(text: str) -> str:
+def _escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()<>#!|~])", r"\\\1", re.sub(r"\s+", " ", text))
 
 
-def _fence(text: str, least: int) -> str:
-    """Return more backticks than there are together in a text."""
-    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
+def _fence(text: str, min_length: int) -> str:
+    """Return a fence of backticks that is longer than any sequence of backticks in a text."""
+    return "`" * max(min_length, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def _command(report: Report, recipe: Recipe) -> str:
-    """Return the command line that builds the same; what it cannot say is said to be in Python or a configuration."""
+    """Return the command line that reproduces the build, or a sentence if no command line can express its options."""
     options, template = report.options, recipe.template
-    shared = {"encoding", "quoting", "split", "path"}
-    places = [{"path": one} if isinstance(one, str) else one for one in options["data"] or ()]
-    more = [{name: value for name, value in one.items() if name != "path"} for one in places]
-    alike = all(one == more[0] and set(one) <= shared for one in more)
-    inline = template.name == "<string>" or callable(recipe.train_on) or "<object>" in recipe.tokenizer.name
-    if not places or not alike or inline or template.kwargs:
-        return "none: what was asked for takes Python, or a configuration"
-    words = ["ftdata", "build", *(str(one["path"]) for one in places), "--tokenizer", recipe.tokenizer.name]
-    words += [word for name, value in more[0].items() for word in (f"--{name}", str(value))]
+    cli_options = {"encoding", "quoting", "split", "path"}
+    items = [{"path": item} if isinstance(item, str) else item for item in options["data"] or ()]
+    item_options = [{name: value for name, value in item.items() if name != "path"} for item in items]
+    have_same_options = all(choices == item_options[0] and set(choices) <= cli_options for choices in item_options)
+    uses_objects = template.name == "<string>" or callable(recipe.train_on) or "<object>" in recipe.tokenizer.name
+    if not items or not have_same_options or uses_objects or template.kwargs:
+        return "none: this build needs Python or a configuration file"
+    words = ["ftdata", "build", *(str(item["path"]) for item in items), "--tokenizer", recipe.tokenizer.name]
+    words += [word for name, value in item_options[0].items() for word in (f"--{name}", str(value))]
     if template.name != "tokenizer":
         words += ["--template", template.name]
     if template.uses_date:
         words += ["--date", f"{template.date:%Y-%m-%d}"]
-    known = (*fields(Options), *fields(Layout), *fields(RowFilter), *fields(RejectLimit))
-    defaults = {each.name: each.default for each in known}
+    option_fields = (*fields(Options), *fields(Layout), *fields(RowFilter), *fields(RejectLimit))
+    defaults = {field.name: field.default for field in option_fields}
     for name, default in defaults.items():
         value = options.get(name)
         if name != "columns" and value and value != default:

@@ -1,7 +1,7 @@
-"""Run tasks: in this process, in a pool of processes, or on a Ray cluster. What comes of it is the same.
+"""Run tasks in this process, in a process pool, or on a Ray cluster, with the same result.
 
-A task is planned from the data alone, never from the number of workers, and doing it twice does no harm: one whose
-worker, or node, is lost is done again, and on a cluster one that takes far longer than others is begun once more.
+Tasks depend only on the data, never on the number of workers, and can safely run twice. A task whose worker or node is
+lost runs again. On a cluster, a second copy of a task starts if the task takes much longer than the others.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ Result = TypeVar("Result")
 ENGINES = ("local", "ray")
 
 TRIES = 3
-"""How often a task is begun before the workers that it is lost with are blamed on it."""
+"""Maximum number of attempts to run a task whose worker is lost."""
 
 SLOW, SLOW_SECONDS = 4.0, 60.0
-"""A task is begun a second time elsewhere when it takes so many times as long as most, and longer than so many seconds,
-and nothing else is left to begin."""
+"""A second copy of a task starts when the task takes this many times the median duration and at least this many
+seconds, and no other task is waiting."""
 
 
 def check_engine(engine: str) -> None:
-    """Refuse an engine that there is not.
+    """Check that an engine exists and is installed.
 
     Raises:
-        UsageError: it is none of `ENGINES`, nor `ray:ADDRESS`.
+        UsageError: the engine is neither one of `ENGINES` nor `ray:ADDRESS`.
         MissingDependency: Ray is not installed.
     """
     name = engine.partition(":")[0] if isinstance(engine, str) else engine
     if name not in ENGINES or (name == "local" and engine != "local"):
-        raise UsageError("unknown_engine", f"engine is {engine!r}", hint=suggest_names(str(engine), ENGINES))
+        raise UsageError("unknown_engine", f"unknown engine {engine!r}", hint=suggest_names(str(engine), ENGINES))
     if name == "ray":
         try:
-            import ray  # noqa: F401  (is it there?)
+            import ray  # noqa: F401  (checks that Ray is installed)
         except ImportError:
             hint = "pip install 'ftdata[ray]'"
-            raise MissingDependency("no_ray", "this engine needs Ray", hint=hint) from None
+            raise MissingDependency("no_ray", "engine='ray' needs the package ray", hint=hint) from None
 
 
 def run_tasks(
@@ -64,52 +64,52 @@ def run_tasks(
     workers: int | None = 1,
     engine: str = "local",
 ) -> Iterator[tuple[int, Result]]:
-    """Yield the number of each task, and `work(common, task)`, as they are done.
+    """Yield the number and the result `work(common, task)` of each task, in the order of completion.
 
     Args:
         work: a picklable function.
-        common: what it is given with each task; it goes to each worker once.
-        tasks: picklable tasks; in this process each is taken when the one before it is done.
-        workers: how many tasks at once; locally 1 means in this process; `None` as many as there are processors.
-        engine: `"local"`, `"ray"` (the cluster of `RAY_ADDRESS`, else one on this machine), or `"ray:ADDRESS"`, where
-            ADDRESS is as `ray.init` takes it: `HOST:PORT`, `ray://HOST:PORT` or `auto`.
+        common: the first argument of every call; it is sent to each worker once.
+        tasks: picklable tasks. In this process, each task is taken from the iterable when the previous task is done.
+        workers: the number of parallel tasks; 1 runs local tasks in this process; `None` uses all processors.
+        engine: `"local"`, `"ray"` (the cluster at `RAY_ADDRESS`, or a new local cluster), or `"ray:ADDRESS"` with an
+            address for `ray.init`: `HOST:PORT`, `ray://HOST:PORT` or `auto`.
 
     Raises:
-        StorageError: `worker_lost`: a task's workers end before it does, again and again.
+        StorageError: `worker_lost`: the workers of a task terminate repeatedly.
     """
     name, _, address = engine.partition(":")
     if name == "ray":
-        # `ray://host:port` is the address of a client as it stands.
-        yield from _on_ray(work, common, tasks, workers, engine if address.startswith("//") else address)
+        # `ray://host:port` is already the complete address of a Ray client.
+        yield from _run_on_ray(work, common, tasks, workers, engine if address.startswith("//") else address)
     elif workers == 1:
         for number, task in enumerate(tasks):
             yield number, work(common, task)
     else:
-        yield from _in_pool(work, common, tasks, workers or os.cpu_count() or 1)
+        yield from _run_in_pool(work, common, tasks, workers or os.cpu_count() or 1)
 
 
-def _lost(task: object, why: str) -> StorageError:
-    found = f"a worker ended {TRIES} times while it was at {task}: {why}"
-    return StorageError("worker_lost", found, hint="is there too little memory? try fewer workers")
+def _worker_lost_error(task: object, reason: str) -> StorageError:
+    problem = f"the worker terminated {TRIES} times while running {task}: {reason}"
+    return StorageError("worker_lost", problem, hint="check the available memory, or use fewer workers")
 
 
-_given: tuple[Callable[[Any, Any], Any], Any]
+_work_and_common: tuple[Callable[[Any, Any], Any], Any]
 
 
-def _in_pool(
+def _run_in_pool(
     work: Callable[[Common, Task], Result], common: Common, tasks: Iterable[Task], workers: int
 ) -> Iterator[tuple[int, Result]]:
-    left, again, begun = enumerate(tasks), deque[tuple[int, Task]](), Counter[int]()
+    new_tasks, retries, attempts = enumerate(tasks), deque[tuple[int, Task]](), Counter[int]()
     while True:
-        # Spawned, not forked: a fork copies locked thread pools of tokenizers and Arrow.
+        # Processes are spawned, because a fork would copy locked thread pools of tokenizers and Arrow.
         spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, spawn, _begin, (work, common))
+        pool = ProcessPoolExecutor(workers, spawn, _initialize_worker, (work, common))
         running: dict[Future[Result], tuple[int, Task]] = {}
         try:
             while True:
-                while len(running) < 2 * workers and (one := again.popleft() if again else next(left, None)):
-                    begun[one[0]] += 1
-                    running[pool.submit(_do, one[1])] = one
+                while len(running) < 2 * workers and (item := retries.popleft() if retries else next(new_tasks, None)):
+                    attempts[item[0]] += 1
+                    running[pool.submit(_run_task, item[1])] = item
                 if not running:
                     pool.shutdown()
                     return
@@ -118,120 +118,128 @@ def _in_pool(
                     number, _ = running.pop(future)
                     yield number, result
         except BrokenProcessPool as error:
-            for number, task in sorted(running.values(), key=lambda one: one[0]):
-                if begun[number] >= TRIES:
-                    raise _lost(task, str(error)) from None
-                again.append((number, task))
+            for number, task in sorted(running.values(), key=lambda item: item[0]):
+                if attempts[number] >= TRIES:
+                    raise _worker_lost_error(task, str(error)) from None
+                retries.append((number, task))
         finally:
-            _end(pool)
+            _terminate(pool)
 
 
-def _end(pool: ProcessPoolExecutor) -> None:
-    """End what is still running: nobody waits for it, and what it has done half is done again."""
+def _terminate(pool: ProcessPoolExecutor) -> None:
+    """Kill the worker processes; their results are no longer needed, and unfinished tasks run again."""
     for process in list((getattr(pool, "_processes", None) or {}).values()):
         process.kill()
     pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin(work: Callable[[Any, Any], Any], common: Any) -> None:
-    global _given  # noqa: PLW0603  (a worker process is for one work)
-    _given = work, common
-    # Ctrl-C is for the process that waits for us; and where that is no more, nobody does.
+def _initialize_worker(work: Callable[[Any, Any], Any], common: Any) -> None:
+    global _work_and_common  # noqa: PLW0603  (a worker process runs one function)
+    _work_and_common = work, common
+    # The parent process handles Ctrl-C. If the parent terminates, the worker terminates as well.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait_for([parent.sentinel])
         os._exit(1)
 
 
-def _do(task: Any) -> Any:
-    work, common = _given
+def _run_task(task: Any) -> Any:
+    work, common = _work_and_common
     return work(common, task)
 
 
-def _on_ray(
+def _run_on_ray(
     work: Callable[[Common, Task], Result], common: Common, tasks: Iterable[Task], workers: int | None, address: str
 ) -> Iterator[tuple[int, Result]]:
     import ray
 
-    ours = not ray.is_initialized()
-    if ours:
+    is_owner = not ray.is_initialized()
+    if is_owner:
         _connect(ray, address)
     try:
-        yield from _Ray(ray, ray.put((work, common, str(Path.cwd()))), workers).run(tasks)
+        yield from _RayRunner(ray, ray.put((work, common, str(Path.cwd()))), workers).run(tasks)
     finally:
-        if ours:
+        if is_owner:
             ray.shutdown()
 
 
 @dataclass
-class _Ray:
-    """Tasks on a cluster: what is running, by the reference of its result, and how long others took."""
+class _RayRunner:
+    """Runs tasks on a Ray cluster.
+
+    Attributes:
+        ray: the module `ray`.
+        common: a reference to the function, its common argument and the working directory.
+        workers: the maximum number of parallel tasks.
+        running: the number, the task and the start time of each running task, by the reference to its result.
+        seconds: the durations of finished tasks.
+    """
 
     ray: Any
-    given: Any
+    common: Any
     workers: int | None
     running: dict[Any, tuple[int, Any, float]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
 
     def run(self, tasks: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """Yield what each task becomes."""
-        left = enumerate(tasks)
+        """Yield the number and the result of each task."""
+        new_tasks = enumerate(tasks)
         while True:
-            room = self.room
-            while len(self.running) < room and (one := next(left, None)):
-                self.begin(*one)
+            capacity = self.capacity
+            while len(self.running) < capacity and (item := next(new_tasks, None)):
+                self.start(*item)
             if not self.running:
                 return
             ready, _ = self.ray.wait(list(self.running), timeout=1.0)
             for reference in ready:
                 if reference in self.running:
-                    yield self.end(reference)
-            if not ready and len(self.running) < room:
-                for number, task in self.stragglers():
-                    self.begin(number, task)
+                    yield self.finish(reference)
+            if not ready and len(self.running) < capacity:
+                for number, task in self.find_stragglers():
+                    self.start(number, task)
 
     @property
-    def room(self) -> int:
-        """How many tasks may run: a few more than there are processors, so that none of them waits for us."""
+    def capacity(self) -> int:
+        """Maximum number of submitted tasks: more than processors, so that no processor waits for the next task."""
         return self.workers or 2 + 2 * int(self.ray.cluster_resources().get("CPU", 1))
 
     @cached_property
-    def do(self) -> Any:
-        """What does a task on the cluster, which learns of it once."""
-        return self.ray.remote(max_retries=TRIES, num_cpus=1)(_do_on_ray)
+    def remote_function(self) -> Any:
+        """The remote function that runs a task; it is registered with the cluster once."""
+        return self.ray.remote(max_retries=TRIES, num_cpus=1)(_run_ray_task)
 
-    def begin(self, number: int, task: Any) -> None:
-        """Have a task done somewhere."""
-        self.running[self.do.remote([self.given], task)] = number, task, time.monotonic()
+    def start(self, number: int, task: Any) -> None:
+        """Submit a task to the cluster."""
+        self.running[self.remote_function.remote([self.common], task)] = number, task, time.monotonic()
 
-    def end(self, reference: Any) -> tuple[int, Any]:
-        """Return what a task became that is done, and give up others that are the same."""
-        number, task, since = self.running.pop(reference)
+    def finish(self, reference: Any) -> tuple[int, Any]:
+        """Return the number and the result of a finished task, and cancel its other copy."""
+        number, task, start_time = self.running.pop(reference)
         try:
             result, error = self.ray.get(reference)
-        except self.ray.exceptions.RayError as lost:
-            raise _lost(task, str(lost).partition("\n")[0]) from None
+        except self.ray.exceptions.RayError as ray_error:
+            raise _worker_lost_error(task, str(ray_error).partition("\n")[0]) from None
         if error is not None:
             raise error
-        self.seconds.append(time.monotonic() - since)
-        for other in [other for other, (same, *_) in self.running.items() if same == number]:
-            self.ray.cancel(other, force=True)
-            del self.running[other]
+        self.seconds.append(time.monotonic() - start_time)
+        for copy in [other for other, (other_number, *_) in self.running.items() if other_number == number]:
+            self.ray.cancel(copy, force=True)
+            del self.running[copy]
         return number, result
 
-    def stragglers(self) -> list[tuple[int, Any]]:
-        """Return the tasks that take far longer than others did, and are not yet done in two places."""
+    def find_stragglers(self) -> list[tuple[int, Any]]:
+        """Return the tasks that take much longer than the finished tasks, and have no second copy yet."""
         if not self.seconds:
             return []
         limit = time.monotonic() - max(SLOW_SECONDS, SLOW * statistics.median(self.seconds))
         copies = Counter(number for number, *_ in self.running.values())
         return [
-            (number, task) for number, task, since in self.running.values() if since < limit and copies[number] == 1
+            (number, task) for number, task, start in self.running.values() if start < limit and copies[number] == 1
         ]
 
 
@@ -239,33 +247,33 @@ def _connect(ray: Any, address: str) -> None:
     host, _, port = address.rpartition("//")[2].rpartition(":")
     try:
         if port.isdecimal():
-            # Ray itself goes on trying for minutes.
+            # Ray itself tries to connect for minutes, so an unreachable address fails here first.
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address or None, log_to_driver=False, logging_level="ERROR", configure_logging=False)
     except (OSError, ValueError, RuntimeError) as error:
-        found = f"no Ray cluster answers at {address or 'RAY_ADDRESS'}: {error}"
+        problem = f"cannot connect to a Ray cluster at {address or 'RAY_ADDRESS'}: {error}"
         raise UsageError(
-            "ray_address", found, hint="start one with `ray start --head`, or leave the address out"
+            "ray_address", problem, hint="start a cluster with `ray start --head`, or remove the address"
         ) from None
 
 
-_known: dict[str, Any] = {}
+_common_cache: dict[str, Any] = {}
 
 
-def _do_on_ray(references: list[Any], task: Any) -> tuple[Any, Exception | None]:
-    """Do a task in a worker of Ray, which keeps what is common to all."""
+def _run_ray_task(references: list[Any], task: Any) -> tuple[Any, Exception | None]:
+    """Run a task in a Ray worker, which caches the function and its common argument."""
     import ray
 
     key = references[0].hex()
-    if key not in _known:
-        _known.clear()
+    if key not in _common_cache:
+        _common_cache.clear()
         work, common, folder = ray.get(references[0])
-        # Relative names mean on each node what they mean to who runs this.
+        # Relative paths on a node refer to the same folder as in the calling process.
         if Path(folder).is_dir():
             os.chdir(folder)
-        _known[key] = work, common
-    work, common = _known[key]
+        _common_cache[key] = work, common
+    work, common = _common_cache[key]
     try:
         return work(common, task), None
-    except Exception as error:  # noqa: BLE001  (raised again where it is waited for)
+    except Exception as error:  # noqa: BLE001  (the calling process raises it again)
         return None, error

@@ -1,8 +1,8 @@
-"""The ledger: what became of every row and every token. Nothing is lost that is not counted here.
+"""Ledger: counts that account for every row and every token of a build.
 
-    rows read = built + rejected + passed over        tokens in = kept + cut + rejected
+    rows read = built + rejected + filtered        tokens in = kept + cut + rejected
 
-Both are asserted in every build, against what was written; if they fail, that is a bug of ftdata.
+Every build asserts both equations against the written files. A violation is a bug in ftdata.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from ftdata.types import Conversation, Reject
 
 @dataclass
 class Ledger:
-    """What became of the rows of one source, and of their tokens.
+    """Counts of the rows and tokens of one source.
 
     Attributes:
-        source: its file, or what it is.
-        read: rows that were read.
-        built: of these, rows that became examples.
-        filtered: rows that were passed over: by `where`, `sample`, `dedup`, `weight`.
-        rejected: code -> rows that were rejected.
-        schemas: schema -> rows.
-        flags: flag -> examples.
-        notes: how rows were read, where that is not plain -> rows.
-        examples: what was built.
-        tokens_in: of the rows that were read.
-        tokens_kept: of the examples.
-        tokens_cut: taken by truncation.
-        tokens_rejected: of rejected rows that came so far as to have some.
-        tokens_trained: that carry loss.
-        tokens_repeated: prompts that stand again in several examples of a conversation.
+        source: the path of the source, or the name of a source in memory.
+        read: rows read.
+        built: rows that became examples.
+        filtered: rows that `where` filtered out.
+        rejected: rejected rows by code.
+        schemas: rows by schema.
+        flags: examples by flag.
+        notes: rows by note of the reader.
+        examples: examples built.
+        tokens_in: tokens of all tokenized rows.
+        tokens_kept: tokens of the examples.
+        tokens_cut: tokens removed by truncation.
+        tokens_rejected: tokens of rows that were rejected after tokenization.
+        tokens_trained: trained tokens.
+        tokens_repeated: tokens that repeat because a conversation is split into several examples.
     """
 
     source: str
@@ -59,30 +59,30 @@ class Ledger:
     tokens_repeated: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the ledger as JSON."""
+        """Return the ledger as a JSON object."""
         return {
-            each.name: dict(value) if isinstance(value := getattr(self, each.name), Counter) else value
-            for each in fields(self)
+            item.name: dict(value) if isinstance(value := getattr(self, item.name), Counter) else value
+            for item in fields(self)
         }
 
     @classmethod
-    def of(cls, counts: Mapping[str, Any]) -> Ledger:
-        """Return the ledger that `as_dict` gave."""
+    def from_dict(cls, counts: Mapping[str, Any]) -> Ledger:
+        """Return the ledger from the result of `as_dict`."""
         values: dict[str, Any] = {
             name: Counter(value) if isinstance(value, dict) else value for name, value in counts.items()
         }
         return cls(**values)
 
     def join(self, other: Ledger) -> None:
-        """Add what became of other rows of the same source."""
-        for each in fields(self)[1:]:
-            mine, theirs = getattr(self, each.name), getattr(other, each.name)
-            setattr(self, each.name, mine + theirs)
+        """Add the counts of other rows of the same source."""
+        for item in fields(self)[1:]:
+            count, other_count = getattr(self, item.name), getattr(other, item.name)
+            setattr(self, item.name, count + other_count)
 
     def add(self, batch: Batch) -> None:
-        """Count what rows became."""
-        self.reject(batch.rejects)
-        self.read_as(batch.conversations)
+        """Count the rows and tokens of a batch."""
+        self.add_rejects(batch.rejects)
+        self.add_built(batch.conversations)
         columns, tokens = batch.columns, int(batch.columns.lengths.sum())
         self.examples += len(columns.lengths)
         self.flags.update(chain.from_iterable(sorted(flags) for flags in columns.flags if flags))
@@ -92,33 +92,33 @@ class Ledger:
         self.tokens_kept += tokens
         self.tokens_trained += int(columns.trained_counts.sum())
 
-    def reject(self, rejects: Sequence[Reject]) -> None:
-        """Count rows that were rejected."""
+    def add_rejects(self, rejects: Sequence[Reject]) -> None:
+        """Count rejected rows."""
         self.read += len(rejects)
         for reject in rejects:
             self.rejected[reject.code] += 1
             self.tokens_rejected += reject.tokens
             self.tokens_in += reject.tokens
 
-    def read_as(self, conversations: Sequence[Conversation]) -> None:
-        """Count rows that were built, and how they were read."""
+    def add_built(self, conversations: Sequence[Conversation]) -> None:
+        """Count built rows, their schemas and their notes."""
         self.read += len(conversations)
         self.built += len(conversations)
-        self.schemas.update(one.schema for one in conversations)
-        for note in chain.from_iterable(sorted(one.notes) for one in conversations if one.notes):
-            if note in self.notes or len(self.notes) < _MOST_NOTES:
+        self.schemas.update(conversation.schema for conversation in conversations)
+        for note in chain.from_iterable(sorted(item.notes) for item in conversations if item.notes):
+            if note in self.notes or len(self.notes) < _MAX_NOTES:
                 self.notes[note] += 1
 
     def add_filtered(self, rows: int) -> None:
-        """Count rows that were read and not wanted."""
+        """Count filtered rows."""
         self.read += rows
         self.filtered += rows
 
     def check(self, written: int, tokens_written: int, rejects_written: int) -> None:
-        """Assert the identities, against what was really written.
+        """Check the equations of the ledger against the written files.
 
         Raises:
-            InternalError: they do not hold.
+            InternalError: an equation does not hold.
         """
         rows = (
             self.read == self.built + self.rejected.total() + self.filtered and rejects_written == self.rejected.total()
@@ -127,13 +127,13 @@ class Ledger:
         if not (rows and tokens and written == self.examples and tokens_written == self.tokens_kept):
             raise InternalError(
                 "ledger",
-                f"the ledger of {self.source} does not add up: {self.as_dict()}, "
+                f"the counts of {self.source} do not add up: {self.as_dict()}, "
                 f"written: {written} examples, {tokens_written} tokens, {rejects_written} rejects",
             )
 
 
-_MOST_NOTES = 200
-"""Columns and keys that are counted by name: where every row has others, there is no end to them."""
+_MAX_NOTES = 200
+"""Maximum number of notes per source; column names and keys that differ in every row would otherwise be unlimited."""
 
 COUNTS = (
     "read",
@@ -148,22 +148,24 @@ COUNTS = (
     "tokens_trained",
     "tokens_repeated",
 )
-"""What every ledger counts, and a report adds up."""
+"""The counts of a ledger that a report adds up."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a build in figures: `report.json`, and `.report` of the returned `DatasetDict`.
+    """The counts, flags and notes of a build: `report.json`, and `.report` of the returned `DatasetDict`.
 
     Attributes:
         sources: one ledger per source.
-        splits: split -> examples, rows (packs, or as many as examples), tokens, trained tokens, fill (share of
-            `rows * max_length` that holds tokens; `None` unpacked), and how much of it each source is.
-        notes: what a careful reader should know, in sentences.
-        rejects: the first rejected rows, in words.
-        fingerprint: hash of everything that decides the result.
-        seconds: how long the build took.
-        encoder: name and version of what made the tokens, which never changes them; empty where the build was there.
+        splits: for each split: examples, rows (packs if packed, otherwise examples), tokens, trained tokens, fill
+            (share of `rows * max_length` filled with tokens; `None` if not packed), and the counts per source.
+        notes: notes for the user, as sentences.
+        rejects: the first rejected rows, as text.
+        fingerprint: hash of everything that determines the result.
+        options: the options of the build.
+        seconds: duration of the build in seconds.
+        encoder: name and version of the encoder, which does not affect the tokens; empty if an existing build was
+            reused.
     """
 
     sources: tuple[Ledger, ...]
@@ -176,38 +178,39 @@ class Report:
     encoder: str = ""
 
     def total(self, name: str) -> int:
-        """Return a count over all sources: `"read"`, `"built"`, `"rejected"`, `"tokens_kept"`, ..."""
+        """Return the sum of a count over all sources, e.g. `"read"`, `"built"`, `"rejected"` or `"tokens_kept"`."""
         values = (getattr(ledger, name) for ledger in self.sources)
         return sum(value.total() if isinstance(value, Counter) else value for value in values)
 
     @property
     def totals(self) -> dict[str, int]:
-        """The counts of all sources together."""
+        """The sums of all counts over all sources."""
         return {name: self.total(name) for name in COUNTS}
 
     @classmethod
-    def of(cls, known: Mapping[str, Any]) -> Report:
-        """Return the report that `report.json` holds; it says neither how long the build took nor who made it."""
-        own = {each.name: known[each.name] for each in fields(cls)}
-        own["sources"] = tuple(Ledger.of(one) for one in known["sources"])
-        tuples = {name: tuple(own[name]) for name in ("notes", "rejects")}
-        return cls(**{**own, **tuples, "seconds": 0.0, "encoder": ""})
+    def from_dict(cls, stored: Mapping[str, Any]) -> Report:
+        """Return the report from the contents of `report.json`, which omits the duration and the encoder."""
+        values = {item.name: stored[item.name] for item in fields(cls)}
+        values["sources"] = tuple(Ledger.from_dict(counts) for counts in stored["sources"])
+        tuples = {name: tuple(values[name]) for name in ("notes", "rejects")}
+        return cls(**{**values, **tuples, "seconds": 0.0, "encoder": ""})
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON."""
-        own = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {"ftdata": __version__, **self.totals, **own, "sources": [ledger.as_dict() for ledger in self.sources]}
+        """Return the report as a JSON object."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        ledgers = [ledger.as_dict() for ledger in self.sources]
+        return {"ftdata": __version__, **self.totals, **values, "sources": ledgers}
 
     def __str__(self) -> str:
-        n = self.totals
+        totals = self.totals
         reasons = sum((ledger.rejected for ledger in self.sources), Counter[str]())
         listed = ", ".join(f"{count:,} {code}" for code, count in reasons.most_common())
         lines = [
-            f"rows     {n['read']:,} read = {n['built']:,} built + {n['rejected']:,} rejected"
+            f"rows     {totals['read']:,} read = {totals['built']:,} built + {totals['rejected']:,} rejected"
             + (f" ({listed})" if listed else "")
-            + (f" + {n['passed']:,} filtered out (where)" if n["filtered"] else ""),
-            f"tokens   {n['tokens_in']:,} in = {n['tokens_kept']:,} kept + {n['tokens_cut']:,} cut"
-            f" + {n['tokens_rejected']:,} in rejected rows",
+            + (f" + {totals['filtered']:,} filtered out (where)" if totals["filtered"] else ""),
+            f"tokens   {totals['tokens_in']:,} in = {totals['tokens_kept']:,} kept + {totals['tokens_cut']:,} cut"
+            f" + {totals['tokens_rejected']:,} in rejected rows",
         ]
         for name, split in self.splits.items():
             share = split["trained"] / split["tokens"] if split["tokens"] else 0
@@ -225,7 +228,7 @@ class Report:
 
 
 def report_notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
-    """Return what the flags of the examples mean, and how the rows were read."""
+    """Return the notes on the flags of the examples, on the template, and on how the rows were read."""
     flags = Counter[str]()
     for ledger in ledgers:
         flags.update(ledger.flags)
@@ -234,26 +237,26 @@ def report_notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
         FLAGS[flag].format(n=f"{count:,}", repeated=repeated) for flag, count in sorted(flags.items()) if flag in FLAGS
     ]
     if recipe.template.uses_date:
-        notes.append(f"the template prints a date, shown as {recipe.template.date:%Y-%m-%d}; set it with date=")
+        notes.append(f"the template prints the date {recipe.template.date:%Y-%m-%d}; set it with date=")
     if kwargs := recipe.template.kwargs:
         notes.append(f"template variables: {', '.join(f'{name}={value!r}' for name, value in sorted(kwargs.items()))}")
     return (*notes, *reading_notes(ledgers))
 
 
 def reading_notes(ledgers: Sequence[Ledger]) -> Iterator[str]:
-    """Yield notes on how rows were interpreted: roles under other names, columns that were not read."""
+    """Yield notes on how rows were read, e.g. roles under other names and ignored columns."""
     notes = sum((ledger.notes for ledger in ledgers), Counter[str]())
-    for kind, says in (
+    for kind, title in (
         ("column", "columns that are not read"),
-        ("role", "roles that are read as others"),
-        ("text", "columns whose texts spell messages, and are read as texts"),
-        ("message key", "keys of messages that only templates read which name them"),
+        ("role", "renamed roles"),
+        ("text", "columns that contain messages as text, and are used as text"),
+        ("message key", "message keys that only some templates read"),
     ):
-        own = [(note.removeprefix(kind).strip(), rows) for note, rows in notes.most_common() if note.startswith(kind)]
-        if own:
-            more = f", and {len(own) - 10} more" if len(own) > 10 else ""
-            yield f"{says}: {', '.join(f'{name} ({rows:,} rows)' for name, rows in own[:10])}{more}"
+        items = [(note.removeprefix(kind).strip(), rows) for note, rows in notes.most_common() if note.startswith(kind)]
+        if items:
+            suffix = f", and {len(items) - 10} more" if len(items) > 10 else ""
+            yield f"{title}: {', '.join(f'{name} ({rows:,} rows)' for name, rows in items[:10])}{suffix}"
     if count := notes["quotes"]:
-        yield f"quotes are text, as the file is not quoted like CSV (--quoting csv changes that): {count:,} rows"
+        yield f"quotes are text, because the file does not use CSV quoting (override: --quoting csv): {count:,} rows"
     if count := notes["completion"]:
-        yield f"completions that begin before the last answer, which messages do not tell: {count:,} rows"
+        yield f"completions with several answers, which the messages schema cannot represent: {count:,} rows"

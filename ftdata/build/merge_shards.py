@@ -1,7 +1,7 @@
-"""Merge: what shards report, each for itself, as one account of the data.
+"""Merge the results of all shards into the ledgers, examples and rejects of the sources.
 
-Shards that are parts of one file are one source again: what they counted is added up, and where a row stands is counted
-from the beginning of the file.
+Shards that are parts of the same file become one source again: their counts are added, and row and line numbers are
+counted from the beginning of the file.
 """
 
 from __future__ import annotations
@@ -29,71 +29,72 @@ class MergedShards:
     results: Sequence[ShardResult]
 
     @cached_property
-    def of(self) -> list[int]:
+    def source_numbers(self) -> list[int]:
         """The number of the source of each shard."""
         numbers = [0] if self.results else []
-        for before, now in pairwise(self.results):
-            numbers.append(numbers[-1] + (not _goes_on(before.task.source, now.task.source)))
+        for previous, current in pairwise(self.results):
+            numbers.append(numbers[-1] + (not _is_next_part(previous.task.source, current.task.source)))
         return numbers
 
     @cached_property
     def sources(self) -> list[FileSource | MemorySource]:
-        """The sources; of one in parts, the first part."""
-        return [self.results[first].task.source for first in self._firsts]
+        """The sources; for a file in parts, its first part."""
+        return [self.results[first].task.source for first in self._first_shards]
 
     @cached_property
-    def _firsts(self) -> list[int]:
-        return [number for number, of in enumerate(self.of) if number == 0 or of != self.of[number - 1]]
+    def _first_shards(self) -> list[int]:
+        sources = self.source_numbers
+        return [number for number, source in enumerate(sources) if number == 0 or source != sources[number - 1]]
 
     @cached_property
     def ledgers(self) -> tuple[Ledger, ...]:
-        """What became of the rows of each source.
+        """The ledger of each source.
 
         Raises:
-            InputRefused: one has none.
+            InputRefused: a source has no rows.
         """
-        found = [Ledger(redact_for_storage(source.path)) for source in self.sources]
-        for number, result in zip(self.of, self.results, strict=True):
-            found[number].join(result.ledger)
-        for source, ledger in zip(self.sources, found, strict=True):
+        ledgers = [Ledger(redact_for_storage(source.path)) for source in self.sources]
+        for number, result in zip(self.source_numbers, self.results, strict=True):
+            ledgers[number].join(result.ledger)
+        for source, ledger in zip(self.sources, ledgers, strict=True):
             if not ledger.read and isinstance(source, FileSource) and source.span is not None:
                 raise no_rows_error(source.path)
-        return tuple(found)
+        return tuple(ledgers)
 
     @cached_property
-    def before(self) -> list[FileOffset]:
-        """What stands in its file before each shard."""
-        found, sums, firsts = list[FileOffset](), FileOffset(), set(self._firsts)
+    def offsets(self) -> list[FileOffset]:
+        """The number of rows and lines in the file before each shard."""
+        offsets, offset, first_shards = list[FileOffset](), FileOffset(), set(self._first_shards)
         for number, result in enumerate(self.results):
-            if number in firsts:
-                sums = FileOffset()
-            found.append(sums)
-            sums = FileOffset(sums.rows + result.ledger.read, sums.lines + (result.lines or 0))
-        return found
+            if number in first_shards:
+                offset = FileOffset()
+            offsets.append(offset)
+            offset = FileOffset(offset.rows + result.ledger.read, offset.lines + (result.lines or 0))
+        return offsets
 
     @cached_property
     def examples(self) -> ExampleTable:
-        """All examples.
+        """The table of all examples.
 
         Raises:
-            InternalError: a ledger does not add up to what was written.
+            InternalError: the counts of a ledger differ from the written files.
         """
-        found = ExampleTable.open([result.folder for result in self.results], self.before)
+        table = ExampleTable.open([result.folder for result in self.results], self.offsets)
         shards = len(self.results)
-        counts, tokens = np.bincount(found.shard, minlength=shards), np.bincount(found.shard, found.lengths, shards)
+        counts, tokens = np.bincount(table.shard, minlength=shards), np.bincount(table.shard, table.lengths, shards)
         for result, *written in zip(self.results, counts.tolist(), tokens.tolist(), strict=True):
             result.ledger.check(written[0], int(written[1]), sum(1 for _ in read_rejects(result.folder)))
-        return found
+        return table
 
     def rejects(self) -> Iterator[Reject]:
-        """Yield the rows that were rejected."""
-        for result, before in zip(self.results, self.before, strict=True):
+        """Yield the rejected rows."""
+        for result, offset in zip(self.results, self.offsets, strict=True):
             if result.ledger.rejected:
-                yield from read_rejects(result.folder, before)
+                yield from read_rejects(result.folder, offset)
 
 
-def _goes_on(one: FileSource | MemorySource, other: FileSource | MemorySource) -> bool:
-    """Whether the other is the next part of the same file."""
-    if not isinstance(one, FileSource) or not isinstance(other, FileSource) or one.span is None or other.span is None:
+def _is_next_part(part: FileSource | MemorySource, other: FileSource | MemorySource) -> bool:
+    """Return whether `other` is the part of the same file that follows `part`."""
+    if not isinstance(part, FileSource) or not isinstance(other, FileSource) or part.span is None or other.span is None:
         return False
-    return one.path == other.path and one.span[1] == other.span[0] and one.place == other.place
+    return part.path == other.path and part.span[1] == other.span[0] and part.item_index == other.item_index

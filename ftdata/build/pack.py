@@ -1,6 +1,7 @@
-"""Pack: lengths -> bins, by best-fit decreasing. Lengths only; tokens are gathered when packs are written.
+"""Plan packs with best-fit decreasing bin packing.
 
-Every example goes, whole, into exactly one pack. The plan depends on the lengths and their order alone.
+Every example is in exactly one pack and is never cut. The plan depends only on the lengths of the examples and their
+order. Tokens are gathered later, when the packs are written.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from ftdata.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class PackPlan:
-    """Which example goes where.
+    """The examples of each pack.
 
     Attributes:
-        order: int64 `[examples]`, the examples in the order in which the packs hold them.
-        bounds: int64 `[packs + 1]`, pack `p` holds `order[bounds[p]:bounds[p + 1]]`.
+        order: int64 `[examples]`, the examples in the order of the packs.
+        bounds: int64 `[packs + 1]`; pack `p` contains the examples `order[bounds[p]:bounds[p + 1]]`.
     """
 
     order: NDArray[np.int64]
@@ -33,20 +34,21 @@ class PackPlan:
     @property
     def packs(self) -> list[list[int]]:
         """The packs as lists of example indices."""
-        return [self.order[a:b].tolist() for a, b in zip(self.bounds[:-1], self.bounds[1:], strict=True)]
+        return [self.order[start:end].tolist() for start, end in zip(self.bounds[:-1], self.bounds[1:], strict=True)]
 
 
 def plan_unpacked(count: int) -> PackPlan:
-    """Return the plan that puts each of `count` examples into a row of its own."""
+    """Return a plan with one example per pack."""
     return PackPlan(np.arange(count, dtype=np.int64), np.arange(count + 1, dtype=np.int64))
 
 
 WINDOW = 1 << 22
-"""Examples that are packed together: with more, packs would be no fuller, and would draw on tokens from everywhere."""
+"""Number of examples that are packed together. A larger window would not fill packs better, and would make writing
+slower, because the tokens of a pack would come from more places."""
 
 
 def plan_packs(lengths: NDArray[np.integer], capacity: int) -> PackPlan:
-    """Pack examples by `best_fit_decreasing`, as many at a time as make a window."""
+    """Pack examples with `best_fit_decreasing`, one window of examples after another."""
     starts = range(0, max(len(lengths), 1), WINDOW)
     plans = [best_fit_decreasing(lengths[start : start + WINDOW], capacity) for start in starts]
     ends = [plan.bounds[1:] + start for start, plan in zip(starts, plans, strict=True)]
@@ -55,65 +57,68 @@ def plan_packs(lengths: NDArray[np.integer], capacity: int) -> PackPlan:
 
 
 def best_fit_decreasing(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> PackPlan:
-    """Put examples, longest first, each into the fullest pack that still has room.
+    """Pack examples from longest to shortest, each into the fullest pack that has enough space.
 
-    Packs come out in the order of their first example, and hold their examples in the order given.
+    The packs are sorted by their first example, and the examples of a pack are in their original order.
 
     Args:
-        lengths: tokens of each example, `1 <= length <= capacity`.
-        capacity: tokens that fit into one pack.
+        lengths: number of tokens of each example, `1 <= length <= capacity`.
+        capacity: maximum number of tokens of a pack.
 
     Raises:
-        UsageError: an example is longer than a pack, or empty.
+        UsageError: an example is empty or longer than a pack.
 
     >>> best_fit_decreasing([5, 3, 4, 1, 2], 8).packs
     [[0, 1], [2, 3, 4]]
     """
-    given = np.asarray(lengths, dtype=np.int64)
-    if len(given) and not (given.min() >= 1 and given.max() <= capacity):
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if len(sizes) and not (sizes.min() >= 1 and sizes.max() <= capacity):
         raise UsageError(
-            "pack_length", f"lengths range from {given.min()} to {given.max()}, a pack holds 1 to {capacity}"
+            "pack_length", f"lengths range from {sizes.min()} to {sizes.max()}, expected lengths from 1 to {capacity}"
         )
-    order = _sorted(capacity - given)
-    pack_of = np.empty(len(given), dtype=np.int64)
-    longest_first = given[order]
-    edges = np.flatnonzero(np.diff(longest_first, prepend=0, append=0)).tolist()
-    # Open packs by free space, and the set of spaces in use as the bits of one integer: the smallest space
-    # that fits is the lowest bit at or above the length.
-    with_space: dict[int, list[int]] = {}
+    order = _stable_argsort(capacity - sizes)
+    pack_of = np.empty(len(sizes), dtype=np.int64)
+    sorted_sizes = sizes[order]
+    edges = np.flatnonzero(np.diff(sorted_sizes, prepend=0, append=0)).tolist()
+    # Open packs are grouped by free space, and the existing free spaces are the bits of one integer. The smallest
+    # sufficient space is the lowest bit at or above the length.
+    packs_by_space: dict[int, list[int]] = {}
     spaces = count = 0
-    for first, last in pairwise(edges):
-        length, at = int(longest_first[first]), first
-        while at < last:
+    for first, end in pairwise(edges):
+        length, position = int(sorted_sizes[first]), first
+        while position < end:
             fitting = spaces >> length
             space = length + (fitting & -fitting).bit_length() - 1 if fitting else capacity
-            # Examples of one length fill a pack as far as they go before the next is taken.
-            each = space // length
-            wanted = -((at - last) // each)
+            # Examples of equal length fill one pack completely before the next pack is used.
+            per_pack = space // length
+            needed = -((position - end) // per_pack)
             if fitting:
-                open_packs = with_space[space]
-                taken = open_packs[: -wanted - 1 : -1]
-                del open_packs[-wanted:]
+                open_packs = packs_by_space[space]
+                packs = open_packs[: -needed - 1 : -1]
+                del open_packs[-needed:]
                 if not open_packs:
                     spaces &= ~(1 << space)
             else:
-                taken = list(range(count, count + wanted))
-                count += wanted
-            here = min(last - at, each * len(taken))
-            pack_of[order[at : at + here]] = np.repeat(taken, each)[:here] if each > 1 else taken
-            at += here
-            full, rest = divmod(here, each)
-            for packs, left in ((taken[:full], space - each * length), (taken[full:], space - rest * length)):
-                if packs and left:
-                    with_space.setdefault(left, []).extend(packs)
-                    spaces |= 1 << left
-    return _in_order(pack_of, count)
+                packs = list(range(count, count + needed))
+                count += needed
+            packed = min(end - position, per_pack * len(packs))
+            pack_of[order[position : position + packed]] = (
+                np.repeat(packs, per_pack)[:packed] if per_pack > 1 else packs
+            )
+            position += packed
+            full, remainder = divmod(packed, per_pack)
+            filled, partial = (packs[:full], space - per_pack * length), (packs[full:], space - remainder * length)
+            for group, free in (filled, partial):
+                if group and free:
+                    packs_by_space.setdefault(free, []).extend(group)
+                    spaces |= 1 << free
+    return _make_plan(pack_of, count)
 
 
-def _sorted(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the order of whole numbers from 0 on; equal ones stay in theirs.
+def _stable_argsort(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the stable sort order of non-negative integers.
 
-    By digits of 16 bits, which numpy sorts without comparing: four times as fast for a million of them.
+    This is a radix sort with 16-bit digits, four times as fast as `np.argsort` for a million numbers.
     """
     order = np.argsort(numbers.astype(np.uint16), kind="stable")
     for shift in range(16, int(numbers.max(initial=0)).bit_length(), 16):
@@ -121,11 +126,11 @@ def _sorted(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     return order
 
 
-def _in_order(pack_of: NDArray[np.int64], count: int) -> PackPlan:
+def _make_plan(pack_of: NDArray[np.int64], count: int) -> PackPlan:
     first = np.full(count, len(pack_of), dtype=np.int64)
     np.minimum.at(first, pack_of, np.arange(len(pack_of)))
     rank = np.empty(count, dtype=np.int64)
-    rank[_sorted(first)] = np.arange(count)
+    rank[_stable_argsort(first)] = np.arange(count)
     ranked = rank[pack_of]
     sizes = np.bincount(ranked, minlength=count)
-    return PackPlan(_sorted(ranked), np.concatenate(([0], np.cumsum(sizes))))
+    return PackPlan(_stable_argsort(ranked), np.concatenate(([0], np.cumsum(sizes))))

@@ -1,4 +1,4 @@
-"""Push: a finished build to the hub, whole, with the card that was written with it."""
+"""Upload a finished build with its dataset card to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -14,26 +14,30 @@ from ftdata.errors import InputRefused, UsageError
 from ftdata.readers.hub import call_hub
 from ftdata.redaction import redact
 
-_ABOUT = ("README.md", "manifest.json", "report.json")
-"""Files of a build that describe it, and so may name the place of its data with credentials."""
+_METADATA_FILES = ("README.md", "manifest.json", "report.json")
+"""Files that describe a build; they contain the addresses of its data, which may include credentials."""
 
 
 def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
-    """Upload a build as a data set, and return its address.
+    """Upload a build to the Hub as a data set.
 
     Args:
-        folder: the build.
-        repo: `owner/name`; made if it is not there.
-        private: whether a new one is seen by its owners only.
+        folder: the folder or URL of the build.
+        repo: the repository, `owner/name`; created if it does not exist.
+        private: whether a new repository is private.
+
+    Returns:
+        The URL of the commit.
 
     Raises:
-        UsageError: the hub has no such names.
-        InputRefused: the folder is no build, is damaged, or describes itself with a secret in it.
-        HubError: the hub refuses, or fails again and again.
+        UsageError: `repo` is not a valid repository name.
+        InputRefused: the folder is not a build, the build is damaged, or its metadata contains a secret.
+        HubError: the Hub rejects the upload, or fails repeatedly.
     """
     folder = remote.local_build(folder)
-    if broken := store.verify_files(folder):
-        raise InputRefused("damaged_build", f"{folder} is damaged: {', '.join(broken[:3])}", hint="build again")
+    if damaged := store.verify_files(folder):
+        problem = f"{folder} is damaged: {', '.join(damaged[:3])}"
+        raise InputRefused("damaged_build", problem, hint="build the data set again")
     _check_secrets(folder)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
@@ -42,54 +46,54 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UsageError("hub_name", f"{repo!r} is no name for the hub: {error}", hint="owner/name") from None
+        raise UsageError("hub_name", f"{repo!r} is not a valid repository: {error}", hint="use owner/name") from None
     api, kind = HfApi(), "dataset"
     call_hub(lambda: api.create_repo(repo, repo_type=kind, private=private, exist_ok=True), repo)
     message = f"Build {store.read_manifest(folder)['fingerprint']}"
-    earlier = list(_files_there(api, repo))
-    done = call_hub(
+    old_files = list(_list_old_files(api, repo))
+    commit = call_hub(
         lambda: api.upload_folder(
-            repo_id=repo, folder_path=folder, repo_type=kind, commit_message=message, delete_patterns=earlier
+            repo_id=repo, folder_path=folder, repo_type=kind, commit_message=message, delete_patterns=old_files
         ),
         repo,
     )
-    return str(done.commit_url)
+    return str(commit.commit_url)
 
 
 def _check_secrets(folder: Path) -> None:
-    """Refuse to upload a build whose description holds a secret, such as one that an earlier version wrote."""
-    for path in (folder / name for name in _ABOUT):
+    """Check that the metadata of a build contains no secrets; earlier versions of ftdata stored some."""
+    for path in (folder / name for name in _METADATA_FILES):
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        values: list[Any] = list(_texts(json.loads(text))) if path.suffix == ".json" and text else [text]
+        values: list[Any] = list(_iter_texts(json.loads(text))) if path.suffix == ".json" and text else [text]
         if redact(values) != values:
             raise InputRefused(
                 "secret",
-                f"{path} holds a secret, such as a token or the password of a URL: it would be uploaded",
-                hint="build again without it, or take it out of the address of the data",
+                f"{path} contains a secret, such as a token or a password in a URL, which must not be uploaded",
+                hint="remove the secret from the address of the data, and build the data set again",
             )
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yield all texts of a JSON value; names of columns say nothing about secrets."""
+def _iter_texts(value: Any) -> Iterator[str]:
+    """Yield all strings of a JSON value except keys."""
     if isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from _texts(inner)
+            yield from _iter_texts(inner)
     elif isinstance(value, str):
         yield value
 
 
-def _files_there(api: Any, repo: str) -> Iterator[str]:
-    """Yield the files of an earlier build there, which this one may not have: readers would take them for its own."""
+def _list_old_files(api: Any, repo: str) -> Iterator[str]:
+    """Yield the files of the previous build in a repository. They are deleted, so that builds do not mix."""
     from huggingface_hub.errors import EntryNotFoundError
 
-    def manifest() -> str | None:
+    def download_manifest() -> str | None:
         try:
             return str(api.hf_hub_download(repo, "manifest.json", repo_type="dataset"))
         except EntryNotFoundError:
             return None
 
-    path = call_hub(manifest, repo)
-    # Of whatever version of ftdata it is, and be it damaged: what it names is replaced.
+    path = call_hub(download_manifest, repo)
+    # The manifest may be damaged, or come from another version of ftdata.
     with suppress(ValueError, LookupError, TypeError):
-        known = json.loads(Path(path).read_bytes())["files"] if path else ()
-        yield from [re.sub(r"([*?[])", r"[\1]", name) for name in known]
+        names = json.loads(Path(path).read_bytes())["files"] if path else ()
+        yield from [re.sub(r"([*?[])", r"[\1]", name) for name in names]

@@ -1,4 +1,4 @@
-"""Tolerance: how many bad rows a run may have before it is refused."""
+"""Limit of rejected rows: the number of rows that may be rejected before a build fails."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ftdata.errors import BadRows, InputRefused, TooManyRejects, UsageError, che
 from ftdata.types import Reject
 
 BY_CHOICE = frozenset({"overlong"})
-"""Reasons of rejection that the user's own limits cause: counted and listed, but no fault of the data."""
+"""Reject codes that the user's options cause. These rejects are counted and listed, but do not count as bad rows."""
 
 
 @dataclass(frozen=True)
 class RejectLimit:
-    """What is done about bad rows; checked when made.
+    """The options for bad rows, validated on construction.
 
     Attributes:
-        on_bad_rows: `"error"`: any is too many, and all are shown; `"quarantine"`: go on without them.
-        max_rejects: with `"quarantine"`, how many there may be: a number, a share below 1, or one such as `"1%"`.
+        on_bad_rows: `"error"` to fail if any row is bad, or `"quarantine"` to leave bad rows out and continue.
+        max_rejects: maximum number of bad rows with `"quarantine"`: a number, a share below 1, or e.g. `"1%"`.
     """
 
     on_bad_rows: str = "error"
@@ -30,21 +30,22 @@ class RejectLimit:
         check_choice("on_bad_rows", self.on_bad_rows, ("error", "quarantine"))
         if self.on_bad_rows == "error":
             if self.max_rejects is not None:
-                raise UsageError("max_rejects", "max_rejects goes with on_bad_rows='quarantine'")
+                problem = "max_rejects has no effect with on_bad_rows='error'"
+                raise UsageError("max_rejects", problem, hint="set on_bad_rows='quarantine', or remove max_rejects")
         elif self.max_rejects is None:
             raise UsageError(
                 "max_rejects",
-                "on_bad_rows='quarantine' needs max_rejects: how much loss is acceptable?",
-                hint="max_rejects=100 or max_rejects='1%'",
+                "on_bad_rows='quarantine' needs max_rejects, the maximum number of rejected rows",
+                hint="set e.g. max_rejects=100 or max_rejects='1%'",
             )
         else:
-            self.allowed(0)
+            self.max_bad_rows(0)
 
-    def allowed(self, rows: int) -> float:
-        """Return how many of so many rows may be bad.
+    def max_bad_rows(self, rows: int) -> float:
+        """Return the maximum number of bad rows among `rows` rows.
 
         Raises:
-            UsageError: `max_rejects` does not say.
+            UsageError: `max_rejects` is invalid.
         """
         if self.max_rejects is None:
             return 0
@@ -54,33 +55,35 @@ class RejectLimit:
         except ValueError:
             value = -1
         if not 0 <= value < float("inf"):
-            expected = "expected a number of rows, or a share like '1%' or 0.01"
+            expected = "expected a number of rows, or a share such as '1%' or 0.01"
             raise UsageError("max_rejects", f"max_rejects is {self.max_rejects!r}, {expected}")
         return value * rows if text.endswith("%") or 0 < value < 1 else value
 
-    def judge(self, ledgers: Sequence[Ledger], rejects: Callable[[], Iterable[Reject]]) -> None:
-        """Refuse a run with more bad rows than are allowed, or nothing else.
+    def check(self, ledgers: Sequence[Ledger], rejects: Callable[[], Iterable[Reject]]) -> None:
+        """Check the number of bad rows of a build.
 
         Raises:
-            BadRows, TooManyRejects, InputRefused: as `build_sft_dataset`.
+            BadRows: `on_bad_rows` is `"error"` and there are bad rows.
+            TooManyRejects: there are more bad rows than `max_rejects`.
+            InputRefused: no row is left to build.
         """
         bad = sum(ledger.rejected.total() - sum(ledger.rejected[code] for code in BY_CHOICE) for ledger in ledgers)
         rows = sum(ledger.read - ledger.filtered for ledger in ledgers)
         if bad and self.on_bad_rows == "error":
-            hint = "mend the rows, or go on without them: on_bad_rows='quarantine', max_rejects=..."
+            hint = "fix the rows, or leave them out: on_bad_rows='quarantine', max_rejects=..."
             raise BadRows(bad, map(str, _first(rejects(), 20)), hint=hint)
-        if bad > self.allowed(rows):
+        if bad > self.max_bad_rows(rows):
             listed = "\n  ".join(map(str, _first(rejects(), 5)))
             raise TooManyRejects(
                 "max_rejects",
-                f"{bad} of {rows} rows are refused, max_rejects allows {int(self.allowed(rows))}:\n  {listed}\n",
-                hint="mend the rows, or raise max_rejects",
+                f"{bad} of {rows} rows are rejected, max_rejects allows {int(self.max_bad_rows(rows))}:\n  {listed}\n",
+                hint="fix the rows, or raise max_rejects",
             )
         if not any(ledger.built for ledger in ledgers):
-            passed = sum(ledger.filtered for ledger in ledgers)
-            none = f"where= passes over all {passed:,} rows" if passed else "the sources hold no rows"
-            reasons = "; ".join(map(str, islice(rejects(), 3))) or none
-            raise InputRefused("no_rows_built", f"no row was left to build: {reasons}")
+            filtered = sum(ledger.filtered for ledger in ledgers)
+            reason = f"where= filters out all {filtered:,} rows" if filtered else "the sources contain no rows"
+            reasons = "; ".join(map(str, islice(rejects(), 3))) or reason
+            raise InputRefused("no_rows_built", f"no row is left to build: {reasons}")
 
 
 def _first(rejects: Iterable[Reject], count: int) -> Iterator[Reject]:

@@ -1,4 +1,4 @@
-"""Runner: who does the tasks of a build, and how far they have come."""
+"""Run the tasks of a build and report their progress."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 BYTES_PER_WORKER = 32 << 20
-"""Data from which on another process pays: each has to load the tokenizer."""
+"""Minimum amount of data per worker process, because each process has to load the tokenizer."""
 
 
 @dataclass(frozen=True)
 class TaskRunner:
-    """So many workers of an engine."""
+    """Runs tasks with a number of workers on an engine."""
 
     workers: int | None
     engine: str
 
-    def do(self, work: Callable[[Any, Item], Result], common: Any, tasks: Sequence[Item]) -> list[Result]:
-        """Return what `work` makes of each task."""
+    def run(self, work: Callable[[Any, Item], Result], common: Any, tasks: Sequence[Item]) -> list[Result]:
+        """Return `work(common, task)` for each task, in the order of the tasks."""
         if len(tasks) == 1:
             return [work(common, tasks[0])]
         workers = self.workers if self.engine != "local" else min(self.workers or 1, len(tasks))
@@ -37,33 +37,33 @@ class TaskRunner:
         return [result for _, result in done]
 
     def build(self, recipe: Recipe, tasks: Sequence[Task], progress: Progress | None) -> list[ShardResult]:
-        """Build the shards; those that a limit leaves nothing of are not in the result.
+        """Build the shards. Shards that lie completely beyond a row limit are omitted from the result.
 
         Raises:
-            EncodersDiffer: as `build_shard`.
+            EncodersDiffer: as in `build_shard`.
         """
         results: dict[int, ShardResult] = {}
         limited = any(task.limit for task in tasks)
         sizes = [task.source.size for task in tasks]
         engine, workers = self.engine, self.workers
-        # What is in memory, or comes through a pipe, is here alone; how many rows are wanted, the tasks before say.
+        # Only this process can read data from memory or a pipe. With a limit, tasks depend on the tasks before them.
         if limited or not all(map(is_rereadable, tasks)):
             engine, workers = "local", 1
         if engine == "local":
             workers = min(workers or 1, len(tasks), 1 + sum(sizes) // BYTES_PER_WORKER)
-        told = _Told(progress, sizes)
-        # Within this process progress is told per batch; others tell of what they have done when a shard is.
-        here = told.batch if progress and engine == "local" and workers == 1 else None
-        left = _limited(tasks, results) if limited else tasks
-        for number, result in run_tasks(partial(build_shard, progress=here), recipe, left, workers, engine):
+        reporter = _ProgressReporter(progress, sizes)
+        # In this process, progress is reported per batch. Worker processes report it when a shard is done.
+        on_batch = reporter.report_batch if progress and engine == "local" and workers == 1 else None
+        remaining = _apply_limit(tasks, results) if limited else tasks
+        for number, result in run_tasks(partial(build_shard, progress=on_batch), recipe, remaining, workers, engine):
             results[number] = result
-            told.shard(number, result)
+            reporter.report_shard(number, result)
         return [results[number] for number in sorted(results)]
 
 
 @dataclass
-class _Told:
-    """What was told of the shards that are done: rows, tokens, bytes."""
+class _ProgressReporter:
+    """Reports progress; counts the finished shards and their rows, tokens and bytes."""
 
     progress: Progress | None
     sizes: Sequence[int]
@@ -73,44 +73,45 @@ class _Told:
     size: int = 0
 
     def __post_init__(self) -> None:
-        self._all = max(sum(self.sizes), 1)
+        self._total_size = max(sum(self.sizes), 1)
 
-    def shard(self, number: int, result: ShardResult) -> None:
-        """Tell of a shard that is done."""
+    def report_shard(self, number: int, result: ShardResult) -> None:
+        """Report a finished shard."""
         self.shards += 1
         self.rows += result.ledger.read
         self.tokens += result.ledger.tokens_kept
         self.size += self.sizes[number]
-        self.batch(0, 0, None)
+        self.report_batch(0, 0, None)
 
-    def batch(self, rows: int, tokens: int, share: float | None) -> None:
-        """Tell of a part of the shard that is at work, the next one."""
+    def report_batch(self, rows: int, tokens: int, share: float | None) -> None:
+        """Report the processed rows, tokens and share of the current shard."""
         if self.progress is not None:
             size = self.sizes[self.shards] * (share or 0.0) if self.shards < len(self.sizes) else 0
-            self.progress(self.rows + rows, self.tokens + tokens, (self.size + size) / self._all or share or None)
+            total_share = (self.size + size) / self._total_size
+            self.progress(self.rows + rows, self.tokens + tokens, total_share or share or None)
 
 
 def is_rereadable(task: Task) -> bool:
-    """Whether a task reads what others can read, and read again."""
+    """Return whether the source of a task can be read repeatedly and by other processes."""
     return isinstance(task.source, FileSource) and task.source.path != "-"
 
 
 def check_all_rereadable(tasks: Sequence[Task], engine: str) -> None:
-    """Refuse to do tasks again that cannot be.
+    """Check that all tasks can run again with the reference encoder.
 
     Raises:
-        InputRefused: they cannot.
+        InputRefused: the source of a task can be read only once.
     """
     if not all(map(is_rereadable, tasks)):
-        found = f"{engine} gives other tokens than tokenizers, and this data can be read but once"
-        raise InputRefused("engine_differs", found, hint="pass it as a file, or uninstall fastokens")
+        problem = f"{engine} and tokenizers produce different tokens, and this data can be read only once"
+        raise InputRefused("engine_differs", problem, hint="pass the data as a file, or uninstall fastokens")
 
 
-def _limited(tasks: Sequence[Task], results: Mapping[int, ShardResult]) -> Iterator[Task]:
-    """Yield the tasks that still have rows to read, of the limit of each place and split, as results come in."""
+def _apply_limit(tasks: Sequence[Task], results: Mapping[int, ShardResult]) -> Iterator[Task]:
+    """Yield tasks with the remaining row limit of their place and split, until no rows remain."""
     for task in tasks:
-        own = task.source.place, task.source.split
-        before = [one.ledger for one in results.values() if (one.task.source.place, one.task.source.split) == own]
-        left = (task.limit or 0) - sum(ledger.read - ledger.filtered for ledger in before)
-        if left > 0:
-            yield replace(task, limit=left)
+        group = task.source.item_index, task.source.split
+        earlier = [item for item in results.values() if (item.task.source.item_index, item.task.source.split) == group]
+        remaining = (task.limit or 0) - sum(item.ledger.read - item.ledger.filtered for item in earlier)
+        if remaining > 0:
+            yield replace(task, limit=remaining)

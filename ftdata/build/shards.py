@@ -1,6 +1,6 @@
-"""Shards: one source, or a part of it, becomes a folder of examples, and an account of all that was in it.
+"""Build shards: a shard is a folder with the examples of one source, or of a part of it, and their ledger.
 
-What a shard becomes depends on its task and the recipe alone, so one that was built before is taken from the cache.
+The contents of a shard depend only on its task and the recipe, so a shard that was built before comes from the cache.
 """
 
 from __future__ import annotations
@@ -37,17 +37,24 @@ from ftdata.tokenizing.batches import end_offsets
 from ftdata.types import Reject, Row
 
 Progress = Callable[[int, int, float | None], None]
-"""Called as the build goes on with the rows and the tokens done so far, and which share that is, where it is known."""
+"""Called with the number of processed rows and tokens, and the processed share of the data (`None` if unknown)."""
 
 _PARSERS = ("jinja2", "orjson", "pyarrow", "tokenizers")
-"""Packages of which another version may make something else of the same data."""
+"""Packages whose version may affect the result."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One shard: a source, and the folder where those of shards are. Planned from the data alone.
+    """The task of building one shard. Tasks depend only on the data.
 
-    `trusted`: whether the fast encoder may encode it.
+    Attributes:
+        source: the source, or a part of a file.
+        home: the folder that contains the folders of the shards.
+        number: the number of the shard.
+        where: the filter expression.
+        limit: the maximum number of rows.
+        needs_minhashes: whether to compute MinHash signatures.
+        trusted: whether the fast encoder may be used.
     """
 
     source: FileSource | MemorySource
@@ -55,7 +62,7 @@ class Task:
     number: int
     where: str | None = None
     limit: int | None = None
-    near: bool = False
+    needs_minhashes: bool = False
     trusted: bool = True
 
     def __str__(self) -> str:
@@ -65,15 +72,15 @@ class Task:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What a shard task reports back; the examples themselves are in its folder.
+    """The result of a shard task, without the examples, which are in the folder of the shard.
 
     Attributes:
         task: the task.
-        folder: where its examples are.
-        ledger: what became of the rows.
-        lines: in how many they stood, where that is known.
-        encoder: what made the tokens.
-        key: the hash of all that decides it, where that can be said.
+        folder: the folder of the shard.
+        ledger: the counts of rows and tokens.
+        lines: the number of physical lines, if known.
+        encoder: name and version of the encoder.
+        key: the cache key; `None` if the shard cannot be cached.
     """
 
     task: Task
@@ -85,17 +92,18 @@ class ShardResult:
 
 
 def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) -> ShardResult:
-    """Build one shard: read its source, write its examples, count everything; or take it as it was built before.
+    """Build one shard, or restore it from the cache.
 
     Raises:
-        EncodersDiffer: the fast encoder gave other tokens than the reference; all is to be done again without.
-        InputRefused: a source cannot be read, or has changed while it was.
+        EncodersDiffer: the fast encoder and the reference encoder produce different tokens. All shards must be built
+            again with the reference encoder.
+        InputRefused: a source cannot be read, or changed while it was read.
     """
     key = shard_key(recipe, task)
     folder = task.home / ((key or f"{task.number:06d}") + ("" if task.trusted else "-reference"))
-    known = key is not None and (atomic.read_sealed(folder) or cache.restore_entry("shards", key, folder))
-    if known:
-        result = _read(known, task, folder, key)
+    stored = key is not None and (atomic.read_sealed(folder) or cache.restore_entry("shards", key, folder))
+    if stored:
+        result = _read_result(stored, task, folder, key)
         if progress:
             progress(result.ledger.read, result.ledger.tokens_kept, 1.0)
         return result
@@ -104,37 +112,38 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
         with cache.open_text_cache(_texts_key(recipe, task)) if key and disk.cache_root() else nullcontext() as texts:
             recipe.tokenizer.encoders.cache = texts
             try:
-                result = replace(_built(recipe, task, scratch, progress), folder=folder, key=key)
+                result = replace(_build(recipe, task, scratch, progress), folder=folder, key=key)
             finally:
                 recipe.tokenizer.encoders.cache = None
         if key != shard_key(recipe, task):
             path = task.source.path
-            raise InputRefused("file_changed", "has changed while it was read", where=path, hint="read it again")
-        atomic.seal_folder(scratch, _written(result))
+            raise InputRefused("file_changed", "changed while it was read", where=path, hint="run the build again")
+        atomic.seal_folder(scratch, _describe_result(result))
     if key:
         cache.store_entry("shards", key, folder)
     return result
 
 
 def shard_key(recipe: Recipe, task: Task) -> str | None:
-    """Return the hash of all that decides what becomes of a file; `None` where that cannot be said.
+    """Return the hash of everything that determines the contents of a shard; `None` if it cannot be determined.
 
-    It cannot of what is no file here, and where functions of the user's own decide, which may change.
+    It cannot be determined for sources other than files, and if custom functions are used, because their code may
+    change.
     """
     source = task.source
     if not isinstance(source, FileSource) or not (is_object_store(source.path) or _is_regular(source.path)):
         return None
     policy = masks.registered().get(recipe.train_on) if isinstance(recipe.train_on, str) else None
-    shapes = schemas.registered()
-    read = shapes.values() if recipe.schema == "auto" else [shapes.get(recipe.schema)]
-    if not all(map(is_built_in, (policy, readers.registered().get(source.reader), *read))):
+    registered = schemas.registered()
+    used_schemas = registered.values() if recipe.schema == "auto" else [registered.get(recipe.schema)]
+    if not all(map(is_built_in, (policy, readers.registered().get(source.reader), *used_schemas))):
         return None
-    if (content := _content(source)) is None:
+    if (content := _hash_content(source)) is None:
         return None
-    # To which split it belongs, and how much of it is taken, is decided afterwards.
-    read_as = {**asdict(source), "place": None, "share": None, "split": None, "version": None}
-    chosen = task.where, task.limit, task.near
-    return cache.hash_key([cache.package_hash(), *_versions(), content, read_as, chosen, recipe.describe()])
+    # The split and the share of a source are applied after its shards are built.
+    read_options = {**asdict(source), "place": None, "share": None, "split": None, "version": None}
+    selection = task.where, task.limit, task.needs_minhashes
+    return cache.hash_key([cache.package_hash(), *_versions(), content, read_options, selection, recipe.describe()])
 
 
 @lru_cache(maxsize=1)
@@ -142,15 +151,15 @@ def _versions() -> list[str]:
     return list(map(version, _PARSERS))
 
 
-def _content(source: FileSource) -> Any:
-    """Return a hash of what is read of a file; of one elsewhere, what the place calls its version."""
+def _hash_content(source: FileSource) -> Any:
+    """Return a hash of the bytes that are read from a file, or the version of a file in an object store."""
     if is_object_store(source.path):
         return remote_version(source.path)
-    # Whether a line begins with a part, the byte before it says.
-    in_lines = source.span is not None and source.reader != "parquet"
-    first, last = (max(source.span[0] - 1, 0), source.span[1]) if source.span and in_lines else (0, None)
+    # The byte before a part determines whether the part starts with a complete line, so it is hashed as well.
+    has_lines = source.span is not None and source.reader != "parquet"
+    start, end = (max(source.span[0] - 1, 0), source.span[1]) if source.span and has_lines else (0, None)
     try:
-        return disk.sha256_of_file(source.path, first, last)
+        return disk.sha256_of_file(source.path, start, end)
     except OSError:
         return None
 
@@ -165,11 +174,11 @@ def _is_regular(path: str) -> bool:
 def _texts_key(recipe: Recipe, task: Task) -> str:
     source = task.source
     span = source.span if isinstance(source, FileSource) else None
-    ours = recipe.tokenizer.fingerprint, task.trusted
-    return cache.hash_key([_versions()[_PARSERS.index("tokenizers")], source.path, span, *ours])
+    encoding = recipe.tokenizer.fingerprint, task.trusted
+    return cache.hash_key([_versions()[_PARSERS.index("tokenizers")], source.path, span, *encoding])
 
 
-def _written(result: ShardResult) -> dict[str, Any]:
+def _describe_result(result: ShardResult) -> dict[str, Any]:
     return {
         "ledger": result.ledger.as_dict(),
         "lines": result.lines,
@@ -177,13 +186,13 @@ def _written(result: ShardResult) -> dict[str, Any]:
     }
 
 
-def _read(known: dict[str, Any], task: Task, folder: Path, key: str | None) -> ShardResult:
-    ledger = Ledger.of(known["ledger"])
-    return ShardResult(task, folder, ledger, known["lines"], known["encoder"], key)
+def _read_result(stored: dict[str, Any], task: Task, folder: Path, key: str | None) -> ShardResult:
+    ledger = Ledger.from_dict(stored["ledger"])
+    return ShardResult(task, folder, ledger, stored["lines"], stored["encoder"], key)
 
 
-class _Counted:
-    """Rows, and then in how many lines they stood."""
+class _LineCounter:
+    """An iterable of rows; after the iteration, `lines` is the number of physical lines that the reader returned."""
 
     lines: int | None = None
 
@@ -197,49 +206,49 @@ class _Counted:
             yield from self._rows
 
 
-def _built(recipe: Recipe, task: Task, folder: Path, progress: Progress | None) -> ShardResult:
+def _build(recipe: Recipe, task: Task, folder: Path, progress: Progress | None) -> ShardResult:
     ledger = Ledger(redact_for_storage(task.source.path))
     encoders = recipe.tokenizer.encoders
-    encoders.trusted, encoders.retried = encoders.trusted and task.trusted, True
-    encoders.expect(0 if encoders.cache is not None and encoders.cache.has_entries else task.source.size)
-    selection, rows = RowFilter(task.where, task.limit), _Counted(task.source.rows())
+    encoders.is_fast_trusted, encoders.raises_on_difference = encoders.is_fast_trusted and task.trusted, True
+    encoders.expect_input(0 if encoders.cache is not None and encoders.cache.has_entries else task.source.size)
+    row_filter, rows = RowFilter(task.where, task.limit), _LineCounter(task.source.rows())
 
     def batches() -> Iterator[ShardContent]:
-        for batch in build_batches(recipe, selection.of(iter(rows))):
+        for batch in build_batches(recipe, row_filter.filter_rows(iter(rows))):
             ledger.add(batch)
-            hashes = _hashes(batch)
-            near = (
+            hashes = _hash_rows(batch)
+            minhashes = (
                 np.repeat(near_duplicates.minhash_signatures(batch.conversations), batch.counts, axis=0)
-                if task.near
+                if task.needs_minhashes
                 else None
             )
-            yield ShardContent(batch.columns, hashes, batch.rejects, near)
+            yield ShardContent(batch.columns, hashes, batch.rejects, minhashes)
             if progress:
-                progress(ledger.read, ledger.tokens_kept, task.source.share_before(batch.last))
+                progress(ledger.read, ledger.tokens_kept, task.source.share_before(batch.last_source))
 
-    with _rarely_collecting():
+    with _rare_garbage_collection():
         write_shard(folder, batches())
-    ledger.add_filtered(selection.filtered)
+    ledger.add_filtered(row_filter.filtered)
     return ShardResult(task, folder, ledger, rows.lines, encoders.name)
 
 
 @contextmanager
-def _rarely_collecting() -> Iterator[None]:
-    """Have cycles looked for less often: a batch makes many small objects, none of which is in one."""
-    before = gc.get_threshold()
-    gc.set_threshold(max(before[0], 100_000) if before[0] else 0, *before[1:])
+def _rare_garbage_collection() -> Iterator[None]:
+    """Run the garbage collector less often, because a batch creates many small objects and no reference cycles."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(max(thresholds[0], 100_000) if thresholds[0] else 0, *thresholds[1:])
     try:
         yield
     finally:
-        gc.set_threshold(*before)
+        gc.set_threshold(*thresholds)
 
 
-def _hashes(batch: Batch) -> list[bytes]:
-    """Return, for each example, the hash of all examples of its row: 16 bytes of the tokens, 8 of the labels."""
-    columns, found = batch.columns, list[bytes]()
+def _hash_rows(batch: Batch) -> list[bytes]:
+    """Return for each example the hash of all examples of its row: 16 bytes for the tokens, 8 for the labels."""
+    columns, hashes = batch.columns, list[bytes]()
     examples = accumulate(batch.counts, initial=0)
     bounds = end_offsets(columns.lengths.tolist())[list(examples)].tolist()
     ids, trained = columns.ids.data, columns.trained.data
-    for count, (first, last) in zip(batch.counts, pairwise(bounds), strict=True):
-        found += [sha256(ids[first:last]).digest()[:16] + sha256(trained[first:last]).digest()[:8]] * count
-    return found
+    for count, (start, end) in zip(batch.counts, pairwise(bounds), strict=True):
+        hashes += [sha256(ids[start:end]).digest()[:16] + sha256(trained[start:end]).digest()[:8]] * count
+    return hashes

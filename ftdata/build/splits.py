@@ -1,9 +1,9 @@
-"""Lay out: which examples go into which split, how often, and in which order. Numbers of rows only, never their tokens.
+"""Assign examples to splits: deduplicate, sample, split, weight and shuffle rows.
 
-    rows built ──> without repeats ──> a sample ──> train and test ──> sources weighted ──> shuffled
+    built rows ──> deduplicated ──> sampled ──> train and test ──> weighted sources ──> shuffled
 
-Everything that looks like chance is a sort by `seeded_hash(number of the row, seed)`, so it is the same on every machine, for
-every version of numpy, for any number of workers.
+Random choices sort the rows by `seeded_hash(row number, seed)`, so the result is the same on every machine, for every
+version of NumPy and for any number of workers.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from ftdata.errors import UsageError, check_choice
 from ftdata.types import WHOLE, SourceShare
 
 _SPLIT, _SAMPLE, _WEIGHT, _SHUFFLE = (np.uint64(number) << np.uint64(56) for number in (0, 1, 2, 3))
-"""What a number is drawn for: the draws of one seed are independent of each other."""
+"""The purposes of random numbers; numbers for different purposes are independent."""
 
 
-def check_similarity_threshold(near: Any) -> None:
-    """Refuse what is no similarity.
+def check_similarity_threshold(threshold: Any) -> None:
+    """Check a similarity threshold.
 
     Raises:
-        UsageError: it is no number from 0.5 to 1.
+        UsageError: the threshold is not a number from 0.5 to 1.
     """
-    if isinstance(near, bool) or not isinstance(near, int | float) or not 0.5 <= near <= 1:
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0.5 <= threshold <= 1:
         raise UsageError(
             "near_duplicate_threshold",
-            f"near_duplicate_threshold is {near!r}, expected a similarity from 0.5 to 1, such as 0.8",
+            f"near_duplicate_threshold is {threshold!r}, expected a similarity from 0.5 to 1, such as 0.8",
         )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How examples become splits and rows of splits; checked when made.
+    """The options for splits and packs, validated on construction.
 
     Attributes:
         packing: `None` or `"bfd"`.
-        max_length: tokens that a pack holds.
-        test_size: share (below 1) or number of rows for a test split.
-        seed: decides all that is left to chance.
-        dedup: leave out rows whose tokens and labels are those of an earlier one.
-        near_duplicate_threshold: how similar (0.5 to 1) rows must be to count as equal, for `dedup` and `test_size`.
-        sample: share (below 1) or number of rows to take; splits of the data other than `train` stay whole.
-        shuffle: whether rows come in another order than that of the data.
+        max_length: maximum number of tokens of a pack.
+        test_size: share (below 1) or number of rows of the test split.
+        seed: random seed for splitting, sampling, shuffling and mixing.
+        dedup: whether to remove rows with the same tokens and labels as an earlier row.
+        near_duplicate_threshold: similarity (0.5 to 1) from which rows count as identical for `dedup` and `test_size`.
+        sample: share (below 1) or number of rows to sample from `train`; other splits of the data are not sampled.
+        shuffle: whether to shuffle the rows of the train split.
     """
 
     packing: str | None = None
@@ -63,42 +63,44 @@ class Layout:
     def __post_init__(self) -> None:
         check_choice("packing", str(self.packing), ("None", "bfd"))
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise UsageError("seed", f"seed is {self.seed!r}, expected a whole number")
+            raise UsageError("seed", f"seed is {self.seed!r}, expected an integer")
         if self.packing and self.max_length is None:
-            raise UsageError("packing_length", "packing needs max_length, the tokens that a pack holds")
+            raise UsageError("packing_length", "packing needs max_length, the maximum length of a pack")
         for name in ("test_size", "sample"):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if value is not None and not (whole or (isinstance(value, float) and 0 < value < 1)):
-                raise UsageError(name, f"{name} is {value!r}, expected a share below 1 or a whole number of rows")
+            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if value is not None and not (is_count or (isinstance(value, float) and 0 < value < 1)):
+                raise UsageError(name, f"{name} is {value!r}, expected a share below 1 or a number of rows")
         if self.near_duplicate_threshold is not None:
             check_similarity_threshold(self.near_duplicate_threshold)
             if not (self.dedup or self.test_size):
                 raise UsageError(
                     "near_duplicate_threshold",
-                    "near_duplicate_threshold says which rows count as equal: it goes with dedup or test_size",
+                    "near_duplicate_threshold has no effect without dedup or test_size",
+                    hint="set dedup or test_size, or remove near_duplicate_threshold",
                 )
 
 
 @dataclass(frozen=True)
 class ExampleFacts:
-    """What the layout must know of the examples built, in the order of the data.
+    """The facts about all examples that determine their splits, in the order of the data.
 
     Attributes:
         source: int64 `[examples]`, the number of the source.
-        row: int64 `[examples]`, the row's number in its source.
-        content: `[examples]` of anything that can be compared: equal where rows are, for `dedup`.
-        asked: the same: equal where rows must not be on both sides of a test split.
-        tokens: int64 `[examples]`.
-        splits: the split of each source, `None` where it has none.
-        shares: how much is trained on of each place that the user named.
-        places: the number of the place of each source; `None`: each is one.
+        row: int64 `[examples]`, the number of the row in its source.
+        content: `[examples]` of a comparable dtype; equal for rows that are duplicates of each other, for `dedup`.
+        leakage_group: `[examples]` of a comparable dtype; equal for rows that must not be in different splits.
+        tokens: int64 `[examples]`, the number of tokens.
+        splits: the split of each source; `None` if the source has no split.
+        shares: the share of each source to train on.
+        places: for each source, the number of the item of `data` that it belongs to; `None` if every source is its
+            own item.
     """
 
     source: NDArray[np.int64]
     row: NDArray[np.int64]
     content: NDArray[np.generic]
-    asked: NDArray[np.generic]
+    leakage_group: NDArray[np.generic]
     tokens: NDArray[np.int64]
     splits: Sequence[str | None]
     shares: Sequence[SourceShare]
@@ -107,9 +109,12 @@ class ExampleFacts:
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """The layout: int64 numbers of examples for each split, in order; how many rows were left out, and why.
+    """The examples of each split.
 
-    `shared`: how many rows of a split of the data are in `train`, too.
+    Attributes:
+        splits: int64 example numbers of each split, in order.
+        left_out: number of rows that were left out, by reason.
+        shared: for each other split, the number of its rows that are also in `train`.
     """
 
     splits: Mapping[str, NDArray[np.int64]]
@@ -118,69 +123,72 @@ class SplitPlan:
 
 
 def assign_splits(facts: ExampleFacts, layout: Layout) -> SplitPlan:
-    """Decide on all examples at once.
+    """Assign all examples to splits.
 
-    Examples of one row stay together. Rows with equal contents are never on both sides of a test split.
+    Examples of the same row are in the same split. Rows of the same leakage group are never divided by `test_size`.
 
     Raises:
-        UsageError: the test split would leave nothing to train on, or the data has splits already.
+        UsageError: the test split would leave no rows to train on, or the data already has splits.
     """
-    first = _rows(facts)
+    first = _first_examples(facts)
     source = facts.source[first]
-    given = [name or "train" for name in facts.splits]
-    several = len(set(given)) > 1
-    if several and layout.test_size is not None:
-        found = f"the data has splits already: {', '.join(dict.fromkeys(given))}"
-        raise UsageError("test_size", found, hint="leave test_size out, or choose one with split")
-    names = list(dict.fromkeys(["train", *given]))
-    # One split alone, whatever its name, was chosen to be trained.
-    split = np.asarray([names.index(name) if several else _TRAIN for name in given], np.int32)[source]
+    source_splits = [name or "train" for name in facts.splits]
+    has_splits = len(set(source_splits)) > 1
+    if has_splits and layout.test_size is not None:
+        problem = f"the data already has splits: {', '.join(dict.fromkeys(source_splits))}"
+        raise UsageError("test_size", problem, hint="remove test_size, or select one split with split")
+    names = list(dict.fromkeys(["train", *source_splits]))
+    # A single split is the train split, whatever its name.
+    split = np.asarray([names.index(name) if has_splits else _TRAIN for name in source_splits], np.int32)[source]
     left_out = Counter[str]()
-    kept = np.asarray([share.amount > 0 for share in facts.shares])[source]
-    if not kept.all():
-        left_out["of weight 0"] = int((~kept).sum())
+    is_kept = np.asarray([share.amount > 0 for share in facts.shares])[source]
+    if not is_kept.all():
+        left_out["weight 0"] = int((~is_kept).sum())
     if layout.dedup:
-        content = _numbered(facts.content[first])
-        repeated = kept & ~_first_of_each(np.where(kept, content, -1), split == _TRAIN)
+        content = _to_numbers(facts.content[first])
+        repeated = is_kept & ~_first_of_each(np.where(is_kept, content, -1), split == _TRAIN)
         left_out["duplicate"] = int(repeated.sum())
-        kept &= ~repeated
+        is_kept &= ~repeated
     if layout.sample is not None:
-        chosen = np.flatnonzero(kept & (split == _TRAIN))
-        size = _count(layout.sample, len(chosen))
-        dropped = chosen[_drawn(chosen, layout.seed, _SAMPLE)[size:]]
+        candidates = np.flatnonzero(is_kept & (split == _TRAIN))
+        size = _row_count(layout.sample, len(candidates))
+        dropped = candidates[_random_order(candidates, layout.seed, _SAMPLE)[size:]]
         left_out["not sampled"] = len(dropped)
-        kept[dropped] = False
-    asked = _numbered(facts.asked[first]) if several or layout.test_size is not None else np.arange(len(first))
-    rows = _splits(np.flatnonzero(kept), asked, split, names, layout)
+        is_kept[dropped] = False
+    needs_groups = has_splits or layout.test_size is not None
+    groups = _to_numbers(facts.leakage_group[first]) if needs_groups else np.arange(len(first))
+    rows = _split_rows(np.flatnonzero(is_kept), groups, split, names, layout)
     if any(share != WHOLE for share in facts.shares):
         places = np.asarray(facts.places if facts.places is not None else range(len(facts.splits)))
         shares = dict(zip(places.tolist(), facts.shares, strict=True))
-        idle = [place for place, share in shares.items() if share.amount and share != WHOLE]
-        trained = {place for place, name in zip(places.tolist(), given, strict=True) if name == "train"}
-        if several and (beside := set(idle) - trained):
-            found = f"{facts.splits[places.tolist().index(min(beside))]} is not trained on"
-            raise UsageError("share", f"{found}: weight, rows and tokens say how much of a source is")
+        weighted = [place for place, share in shares.items() if share.amount and share != WHOLE]
+        trained = {place for place, name in zip(places.tolist(), source_splits, strict=True) if name == "train"}
+        if has_splits and (untrained := set(weighted) - trained):
+            name = facts.splits[places.tolist().index(min(untrained))]
+            raise UsageError(
+                "share", f"a source of the split {name} has weight, rows or tokens, expected only in train"
+            )
         tokens = np.add.reduceat(facts.tokens, first)
-        rows["train"] = _shared(rows["train"], places[source], tokens, shares, layout.seed)
+        rows["train"] = _apply_shares(rows["train"], places[source], tokens, shares, layout.seed)
     shared = Counter[str]()
     for name in set(rows) - {"train"}:
-        shared[name] = int(np.isin(asked[rows[name]], asked[rows["train"]]).sum())
+        shared[name] = int(np.isin(groups[rows[name]], groups[rows["train"]]).sum())
     if layout.shuffle:
-        rows["train"] = rows["train"][_drawn(np.arange(len(rows["train"])), layout.seed, _SHUFFLE)]
-    examples_of = np.concatenate((first, [len(facts.row)]))
-    return SplitPlan({name: _examples(numbers, examples_of) for name, numbers in rows.items()}, left_out, +shared)
+        rows["train"] = rows["train"][_random_order(np.arange(len(rows["train"])), layout.seed, _SHUFFLE)]
+    bounds = np.concatenate((first, [len(facts.row)]))
+    return SplitPlan({name: _examples(numbers, bounds) for name, numbers in rows.items()}, left_out, +shared)
 
 
 _TRAIN = 0
-"""The number of the split that is trained on."""
+"""The number of the train split."""
 
 
-def _numbered(values: NDArray[np.generic]) -> NDArray[np.int64]:
+def _to_numbers(values: NDArray[np.generic]) -> NDArray[np.int64]:
     return np.asarray(np.unique(values, return_inverse=True)[1], dtype=np.int64)
 
 
 def seeded_hash(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
-    """Return a number for each that looks like chance (SplitMix64; Steele, Lea and Flood 2014).
+    """Return a pseudorandom number for each number (SplitMix64; Steele, Lea and Flood 2014).
 
     >>> seeded_hash(np.arange(2, dtype=np.uint64), 42).tolist()
     [13679457532755275413, 2949826092126892291]
@@ -192,91 +200,95 @@ def seeded_hash(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
         return np.asarray(z ^ (z >> np.uint64(31)), dtype=np.uint64)
 
 
-def _rows(facts: ExampleFacts) -> NDArray[np.int64]:
+def _first_examples(facts: ExampleFacts) -> NDArray[np.int64]:
     """Return the first example of each row of each source."""
-    begins = np.ones(len(facts.row), dtype=np.bool_)
-    begins[1:] = (np.diff(facts.row) != 0) | (np.diff(facts.source) != 0)
-    return np.flatnonzero(begins)
+    is_first = np.ones(len(facts.row), dtype=np.bool_)
+    is_first[1:] = (np.diff(facts.row) != 0) | (np.diff(facts.source) != 0)
+    return np.flatnonzero(is_first)
 
 
-def _drawn(numbers: NDArray[np.int64], seed: int, purpose: np.uint64) -> NDArray[np.int64]:
-    """Return an order of the numbers, by chance."""
+def _random_order(numbers: NDArray[np.int64], seed: int, purpose: np.uint64) -> NDArray[np.int64]:
+    """Return a random permutation of the indices of `numbers`."""
     return np.argsort(seeded_hash(numbers.astype(np.uint64) + purpose, seed), kind="stable")
 
 
-def _count(size: float, rows: int) -> int:
-    # 0.07 * 100 is a little more than 7.
+def _row_count(size: float, rows: int) -> int:
+    # Rounding corrects floating-point errors: 0.07 * 100 is slightly more than 7.
     return int(np.ceil(round(size * rows, 6))) if size < 1 else min(int(size), rows)
 
 
 def _first_of_each(group: NDArray[np.int64], last: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Mark the first row of each group; rows of `last` come after the others: what is tested is not trained."""
+    """Return whether each row is the first of its group (bool `[rows]`).
+
+    Rows marked in `last` come after all other rows: a duplicate in train and test is removed from train.
+    """
     order = np.argsort(last, kind="stable")
-    _, firsts = np.unique(group[order], return_index=True)
-    found = np.zeros(len(group), dtype=np.bool_)
-    found[order[firsts]] = True
-    return found
+    _, first = np.unique(group[order], return_index=True)
+    is_first = np.zeros(len(group), dtype=np.bool_)
+    is_first[order[first]] = True
+    return is_first
 
 
-def _splits(
+def _split_rows(
     rows: NDArray[np.int64], group: NDArray[np.int64], split: NDArray[np.int32], names: Sequence[str], layout: Layout
 ) -> dict[str, NDArray[np.int64]]:
     numbers, first = np.unique(split[rows], return_index=True)
-    used = dict.fromkeys([_TRAIN, *numbers[np.argsort(first)].tolist()])
-    if len(used) > 1:
-        return {names[number]: rows[split[rows] == number] for number in used}
+    used_splits = dict.fromkeys([_TRAIN, *numbers[np.argsort(first)].tolist()])
+    if len(used_splits) > 1:
+        return {names[number]: rows[split[rows] == number] for number in used_splits}
     if layout.test_size is None:
         return {"train": rows}
-    size = _count(layout.test_size, len(rows))
+    size = _row_count(layout.test_size, len(rows))
     if layout.test_size >= len(rows) or size >= len(rows):
-        taken = int(max(size, layout.test_size))
-        raise UsageError("test_size", f"test_size takes {taken} of {len(rows)} rows, which leaves none to train on")
-    # Equal rows go together: a group is drawn by its first row, and taken if all of it still fits.
-    _, first, of, sizes = np.unique(group[rows], return_index=True, return_inverse=True, return_counts=True)
-    order = _drawn(rows[first], layout.seed, _SPLIT)
-    fits = np.zeros(len(first), dtype=np.bool_)
-    room = size
+        count = int(max(size, layout.test_size))
+        raise UsageError("test_size", f"test_size takes {count} of {len(rows)} rows, which leaves none to train on")
+    # Identical rows stay together: groups are visited in random order, and selected if they fit completely.
+    _, first, group_of, sizes = np.unique(group[rows], return_index=True, return_inverse=True, return_counts=True)
+    order = _random_order(rows[first], layout.seed, _SPLIT)
+    is_selected = np.zeros(len(first), dtype=np.bool_)
+    remaining = size
     for number in order.tolist():
-        if not room:
+        if not remaining:
             break
-        if sizes[number] <= room:
-            fits[number] = True
-            room -= int(sizes[number])
-    in_test = fits[of]
+        if sizes[number] <= remaining:
+            is_selected[number] = True
+            remaining -= int(sizes[number])
+    in_test = is_selected[group_of]
     if not in_test.any():
-        raise UsageError("test_size", "every row has too many equals to be put into a test split without them")
+        problem = "no test split is possible: every group of identical rows is larger than test_size"
+        raise UsageError("test_size", problem, hint="raise test_size, or remove duplicates with dedup")
     return {"train": rows[~in_test], "test": rows[in_test]}
 
 
-def _shared(
+def _apply_shares(
     rows: NDArray[np.int64],
     place: NDArray[np.int64],
     tokens: NDArray[np.int64],
     shares: Mapping[int, SourceShare],
     seed: int,
 ) -> NDArray[np.int64]:
-    """Return the rows of each place as often as its share says: all of them, and a part of them once more.
+    """Return the rows of each place, repeated according to its share.
 
-    Of tokens there are never more than asked for, and as many as whole rows allow, taken in the order drawn.
+    All rows are repeated equally often, and a random subset is repeated once more. A share in tokens is never exceeded.
     """
     times = np.zeros(len(rows), dtype=np.int64)
     for number, share in shares.items():
-        own = np.flatnonzero(place[rows] == number)
-        size = tokens[rows[own]] if share.unit == "tokens" else np.ones(len(own), dtype=np.int64)
-        whole = int(size.sum())
-        amount = round(share.amount * whole) if share.unit == "times" else int(share.amount)
-        if whole:
-            times[own] = amount // whole
-            drawn = _drawn(rows[own], seed, _WEIGHT)
-            times[own[drawn[np.cumsum(size[drawn]) <= amount % whole]]] += 1
-    # Round by round, so that what is repeated stands apart.
-    return np.concatenate([rows[times > done] for done in range(int(times.max(initial=0)))] or [rows[:0]])
+        members = np.flatnonzero(place[rows] == number)
+        sizes = tokens[rows[members]] if share.unit == "tokens" else np.ones(len(members), dtype=np.int64)
+        total = int(sizes.sum())
+        amount = round(share.amount * total) if share.unit == "times" else int(share.amount)
+        if total:
+            times[members] = amount // total
+            order = _random_order(rows[members], seed, _WEIGHT)
+            times[members[order[np.cumsum(sizes[order]) <= amount % total]]] += 1
+    # Each repetition of the data follows the previous one completely, so that copies of a row are far from each other.
+    return np.concatenate([rows[times > count] for count in range(int(times.max(initial=0)))] or [rows[:0]])
 
 
-def _examples(rows: NDArray[np.int64], begins: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the examples of rows, in their order."""
-    starts, counts = begins[rows], begins[rows + 1] - begins[rows]
+def _examples(rows: NDArray[np.int64], bounds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the examples of rows, in the order of the rows."""
+    starts, counts = bounds[rows], bounds[rows + 1] - bounds[rows]
     if (counts == 1).all():
         return starts
-    inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.asarray(np.repeat(starts, counts) + inside, dtype=np.int64)
+    index_in_row = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.asarray(np.repeat(starts, counts) + index_in_row, dtype=np.int64)

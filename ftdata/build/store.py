@@ -1,14 +1,14 @@
-"""Write: the finished build, out of shards.
+"""Write builds from shards, and verify them.
 
-    DIR/manifest.json           what this is, how it was made, a hash of every file and of itself; written last
-    DIR/report.json             the ledger: what was read, built, rejected, cut
-    DIR/rejects.jsonl           one line per rejected row: place, code, reason, fix, raw
-    DIR/README.md               the same for people; it names the files, so `datasets.load_dataset(DIR)` finds them
-    DIR/dataset_dict.json       with the folders below: what `datasets.load_from_disk` reads
+    DIR/manifest.json           format, options, and a hash of every file and of the manifest itself; written last
+    DIR/report.json             the report
+    DIR/rejects.jsonl           one line per rejected row: source, code, reason, fix, raw
+    DIR/README.md               dataset card; it lists the files, so that `datasets.load_dataset(DIR)` finds them
+    DIR/dataset_dict.json       names of the splits, for `datasets.load_from_disk`
     DIR/train/data-*.arrow      input_ids, labels, seq_lengths; one row per pack (or per example)
     DIR/train/provenance.parquet    one row per example: pack, source, row, line, tokens, trained, cut, flags
 
-The folders of the splits are those that `datasets.save_to_disk` would write.
+The folder of a split has the layout of `datasets.save_to_disk`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ftdata.types import IGNORE_INDEX, Reject
 FORMAT, _SEAL = 4, "sha256"
 _TOKENS_PER_FILE, _TOKENS_PER_BATCH, _ROWS_PER_GROUP = 1 << 27, 1 << 20, 1 << 16
 _MAX_OPEN_SHARDS = 64
-"""Shards that stay open: each takes two of the files that a process may open, of which there may be 256."""
+"""Maximum number of open shards. Each has two open files, and many processes can open only 256 files."""
 
 _PACKS = pa.schema(
     [
@@ -52,16 +52,16 @@ _PACKS = pa.schema(
 
 @dataclass(frozen=True)
 class PackFile:
-    """One file of packs, to be written out of shards; what is written depends on this alone.
+    """The plan of one pack file, which determines the contents of the file completely.
 
     Attributes:
-        path: the file.
-        shards: the folders in which its examples stand.
-        shard: int32 `[examples]`, the number of the folder, in the order of the packs.
-        start: int64 `[examples]`, from which token of the shard on each stands.
-        lengths: int32 `[examples]`.
-        bounds: int64 `[packs + 1]`, where the examples of each pack begin.
-        batches: the first pack of each batch, and the last one's end.
+        path: the path of the file.
+        shards: the folders of the shards that contain the examples.
+        shard: int32 `[examples]`, the index into `shards` of each example, in the order of the packs.
+        start: int64 `[examples]`, the index of the first token of each example in its shard.
+        lengths: int32 `[examples]`, the number of tokens of each example.
+        bounds: int64 `[packs + 1]`, the index of the first example of each pack, and the number of examples.
+        batches: the index of the first pack of each record batch, and the number of packs.
     """
 
     path: Path
@@ -77,7 +77,7 @@ class PackFile:
 
 
 class WrittenFile(NamedTuple):
-    """A file that was written: its bytes and its hash, as the manifest has them."""
+    """A written file with its size in bytes and its hash, as in the manifest."""
 
     path: Path
     bytes: int
@@ -87,14 +87,14 @@ class WrittenFile(NamedTuple):
 def plan_pack_files(
     folder: Path, split: str, examples: ExampleTable, members: NDArray[np.int64], plan: PackPlan
 ) -> Iterator[PackFile]:
-    """Yield the files of one split, which can be written in any order, anywhere.
+    """Yield the plans of the pack files of one split. The files can be written in any order by any process.
 
     Args:
-        folder: the build's folder.
-        split: the split's name, which is its folder's.
+        folder: the folder of the build.
+        split: the name of the split and of its folder.
         examples: all examples.
-        members: int64, the examples of this split; `plan` counts within them.
-        plan: which of them share a row.
+        members: int64, the examples of this split; `plan` contains indices into it.
+        plan: the packs.
     """
     order, bounds = members[plan.order], plan.bounds
     sizes = np.diff(np.concatenate(([0], np.cumsum(examples.lengths[order])))[bounds])
@@ -102,65 +102,65 @@ def plan_pack_files(
     batches = np.flatnonzero(np.diff(before // _TOKENS_PER_BATCH, prepend=-1, append=-1))
     file_of = before[batches[:-1]] // _TOKENS_PER_FILE
     for number in range(int(file_of[-1]) + 1 if len(file_of) else 1):
-        own = np.flatnonzero(file_of == number)
-        packs = batches[own[0] : own[-1] + 2] if len(own) else np.zeros(1, np.int64)
-        chosen = order[bounds[packs[0]] : bounds[packs[-1]]]
-        used, shard = np.unique(examples.shard[chosen], return_inverse=True)
+        file_batches = np.flatnonzero(file_of == number)
+        packs = batches[file_batches[0] : file_batches[-1] + 2] if len(file_batches) else np.zeros(1, np.int64)
+        file_examples = order[bounds[packs[0]] : bounds[packs[-1]]]
+        shard_numbers, shard = np.unique(examples.shard[file_examples], return_inverse=True)
         yield PackFile(
             folder / split / f"data-{number:05d}.arrow",
-            [examples.folders[one] for one in used.tolist()],
+            [examples.folders[shard_number] for shard_number in shard_numbers.tolist()],
             shard.astype(np.int32),
-            examples.start[chosen],
-            examples.lengths[chosen].astype(np.int32),
+            examples.start[file_examples],
+            examples.lengths[file_examples].astype(np.int32),
             bounds[packs[0] : packs[-1] + 1] - bounds[packs[0]],
             (packs - packs[0]).tolist(),
         )
 
 
 def write_packs(_: None, file: PackFile) -> WrittenFile:
-    """Write one file of packs: labels are the ids where they are trained, else -100."""
+    """Write one pack file. The label of a trained token is its id, and -100 for every other token."""
     with disk.create(file.path) as sink, pa.ipc.new_stream(sink, _PACKS) as writer:
         for first, last in zip(file.batches[:-1], file.batches[1:], strict=True):
             writer.write_batch(_pack_batch(file, first, last))
-    # Another build may have shards of these names.
-    _tokens.cache_clear()
+    # The next build may have other shards with the same paths.
+    _open_tokens.cache_clear()
     return WrittenFile(file.path, file.path.stat().st_size, disk.sha256_of_file(file.path))
 
 
 def _pack_batch(file: PackFile, first: int, last: int) -> pa.RecordBatch:
     bounds = file.bounds[first : last + 1]
-    own = slice(int(bounds[0]), int(bounds[-1]))
-    lengths = file.lengths[own]
-    ids, trained = _gathered(file.shards, file.shard[own], file.start[own], lengths)
-    in_pack = int32_array(bounds - bounds[0])
-    in_tokens = int32_array(np.concatenate(([0], np.cumsum(lengths)))[bounds - bounds[0]])
+    batch = slice(int(bounds[0]), int(bounds[-1]))
+    lengths = file.lengths[batch]
+    ids, trained = _gather_tokens(file.shards, file.shard[batch], file.start[batch], lengths)
+    example_bounds = int32_array(bounds - bounds[0])
+    token_bounds = int32_array(np.concatenate(([0], np.cumsum(lengths)))[bounds - bounds[0]])
     columns = [
-        pa.ListArray.from_arrays(in_tokens, int32_array(ids)),
-        pa.ListArray.from_arrays(in_tokens, int32_array(np.where(trained, ids, np.int32(IGNORE_INDEX)))),
-        pa.ListArray.from_arrays(in_pack, int32_array(lengths)),
+        pa.ListArray.from_arrays(token_bounds, int32_array(ids)),
+        pa.ListArray.from_arrays(token_bounds, int32_array(np.where(trained, ids, np.int32(IGNORE_INDEX)))),
+        pa.ListArray.from_arrays(example_bounds, int32_array(lengths)),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=_PACKS)
 
 
-def _gathered(
+def _gather_tokens(
     folders: Sequence[Path], shard: NDArray[np.int32], start: NDArray[np.int64], lengths: NDArray[np.int32]
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Return the tokens of examples, and which are trained: int32 and bool `[tokens]`. One shard is open at a time."""
-    runs = list(_runs(shard, start, lengths))
-    sizes = [last - first for _, first, last in runs]
-    places = np.cumsum([0, *sizes]).tolist()
-    ids, trained = np.empty(places[-1], np.int32), np.empty(places[-1], np.bool_)
+    """Return the token ids and the mask of examples: int32 and bool `[tokens]`. Shards are read one after another."""
+    runs = list(_contiguous_runs(shard, start, lengths))
+    sizes = [end - first for _, first, end in runs]
+    offsets = np.cumsum([0, *sizes]).tolist()
+    ids, trained = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.bool_)
     by_shard = sorted(range(len(runs)), key=lambda run: runs[run][0])
-    for number, some in groupby(by_shard, key=lambda run: runs[run][0]):
-        tokens = _tokens(folders[number])
-        for run in some:
-            own = slice(places[run], places[run + 1])
-            ids[own], trained[own] = (
+    for number, shard_runs in groupby(by_shard, key=lambda run: runs[run][0]):
+        tokens = _open_tokens(folders[number])
+        for run in shard_runs:
+            target = slice(offsets[run], offsets[run + 1])
+            ids[target], trained[target] = (
                 tokens.ids.values[slice(*runs[run][1:])],
                 tokens.trained.values[slice(*runs[run][1:])],
             )
-        tokens.ids.forget()
-        tokens.trained.forget()
+        tokens.ids.release()
+        tokens.trained.release()
     return ids, trained
 
 
@@ -170,25 +170,25 @@ class _Tokens(NamedTuple):
 
 
 @lru_cache(maxsize=_MAX_OPEN_SHARDS)
-def _tokens(shard: Path) -> _Tokens:
-    return _Tokens(MappedArray.of(shard / "ids.i32", np.int32), MappedArray.of(shard / "trained.b8", np.bool_))
+def _open_tokens(shard: Path) -> _Tokens:
+    return _Tokens(MappedArray.open(shard / "ids.i32", np.int32), MappedArray.open(shard / "trained.b8", np.bool_))
 
 
-def _runs(
-    shard: NDArray[np.int32], first: NDArray[np.int64], lengths: NDArray[np.int32]
+def _contiguous_runs(
+    shard: NDArray[np.int32], start: NDArray[np.int64], lengths: NDArray[np.int32]
 ) -> Iterator[tuple[int, int, int]]:
-    """Yield where examples stand, as shard and tokens `[first, last)`; those that adjoin are one run."""
-    last = first + lengths
-    apart = np.ones(len(shard) + 1, dtype=np.bool_)
-    apart[1:-1] = (shard[1:] != shard[:-1]) | (first[1:] != last[:-1])
-    begins = np.flatnonzero(apart)
-    yield from zip(shard[begins[:-1]].tolist(), first[begins[:-1]].tolist(), last[begins[1:] - 1].tolist(), strict=True)
+    """Yield the shard and the token range `[start, end)` of each run of examples that are contiguous in the shard."""
+    end = start + lengths
+    is_boundary = np.ones(len(shard) + 1, dtype=np.bool_)
+    is_boundary[1:-1] = (shard[1:] != shard[:-1]) | (start[1:] != end[:-1])
+    bounds = np.flatnonzero(is_boundary)
+    yield from zip(shard[bounds[:-1]].tolist(), start[bounds[:-1]].tolist(), end[bounds[1:] - 1].tolist(), strict=True)
 
 
 def write_split(
     folder: Path, split: str, examples: ExampleTable, members: NDArray[np.int64], plan: PackPlan, files: Iterable[Path]
 ) -> None:
-    """Write what goes with the files of a split, in the layout of `datasets.save_to_disk`, and its provenance."""
+    """Write the provenance of a split, and the metadata files that `datasets.save_to_disk` writes."""
     target = folder / split
     state: dict[str, Any] = {
         "_data_files": [{"filename": file.name} for file in files],
@@ -204,15 +204,15 @@ def write_split(
     order = members[plan.order]
     table = examples.table.drop_columns(["content"])
     packs = np.repeat(np.arange(len(plan), dtype=np.int32), np.diff(plan.bounds))
-    # To take rows imports what costs more than a small build.
-    as_given = np.array_equal(order, np.arange(len(table)))
+    # `Table.take` imports modules that take longer to load than a small build.
+    is_identity = np.array_equal(order, np.arange(len(table)))
     schema = table.schema.append(pa.field("pack", pa.int32()))
     with disk.create(target / "provenance.parquet") as sink, pq.ParquetWriter(sink, schema) as writer:
-        for at in range(0, len(order), _ROWS_PER_GROUP):
-            some = order[at : at + _ROWS_PER_GROUP]
-            taken = table.slice(at, len(some)) if as_given else table.take(int64_array(some))
-            taken = examples.placed(taken, examples.shard[some])
-            writer.write_table(taken.append_column("pack", int32_array(packs[at : at + len(some)])))
+        for start in range(0, len(order), _ROWS_PER_GROUP):
+            numbers = order[start : start + _ROWS_PER_GROUP]
+            rows = table.slice(start, len(numbers)) if is_identity else table.take(int64_array(numbers))
+            rows = examples.add_offsets(rows, examples.shard[numbers])
+            writer.write_table(rows.append_column("pack", int32_array(packs[start : start + len(numbers)])))
 
 
 def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
@@ -232,64 +232,63 @@ def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
 
 
 def check_target(target: Path) -> None:
-    """Refuse a target that holds anything but a build: it is about to be replaced.
+    """Check that an output folder, which will be replaced, does not exist, is empty, or contains only a build.
 
     Raises:
-        UsageError: it does; the message names what.
+        UsageError: the folder contains other files; the message lists the first three.
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     hint = "choose another output folder"
     try:
-        own = {*read_manifest(target)["files"], "manifest.json"}
+        build_files = {*read_manifest(target)["files"], "manifest.json"}
     except (InputRefused, KeyError, TypeError):
-        raise UsageError("target_exists", f"{target} exists and is no build of ftdata", hint=hint) from None
-    others = [name for name, is_link in _files(target) if is_link or name not in own]
-    if others:
-        raise UsageError(
-            "target_exists", f"{target} holds files that are not of the build: {', '.join(others[:3])}", hint=hint
-        )
+        raise UsageError("target_exists", f"{target} exists and is not a build of ftdata", hint=hint) from None
+    unknown = [name for name, is_link in _list_files(target) if is_link or name not in build_files]
+    if unknown:
+        problem = f"{target} contains files that are not part of the build: {', '.join(unknown[:3])}"
+        raise UsageError("target_exists", problem, hint=hint)
 
 
-def _files(folder: Path) -> list[tuple[str, bool]]:
-    """Return the path of each file and each link in a folder, relative to it, and whether it is a link."""
-    found = list[tuple[str, bool]]()
-    for at, folders, files in os.walk(folder):
-        paths = [Path(at) / name for name in (*folders, *files)]
-        found += [
+def _list_files(folder: Path) -> list[tuple[str, bool]]:
+    """Return the relative path of each file and each symbolic link in a folder, and whether it is a link."""
+    entries = list[tuple[str, bool]]()
+    for parent, folders, files in os.walk(folder):
+        paths = [Path(parent) / name for name in (*folders, *files)]
+        entries += [
             (str(path.relative_to(folder)), path.is_symlink())
             for path in paths
             if not path.is_dir() or path.is_symlink()
         ]
-    return sorted(found)
+    return sorted(entries)
 
 
 def record_build(manifest: Mapping[str, Any]) -> None:
-    """Record that this user made the build with this manifest, so that it may be reused."""
-    build_records.add_record("build", _sealed(manifest))
+    """Record that this user made the build with this manifest, so that it can be reused."""
+    build_records.add_record("build", _encode_manifest(manifest))
 
 
 def is_recorded(manifest: Mapping[str, Any]) -> bool:
-    """Return whether this user made the build with this manifest: its hashes do not tell who did."""
-    return build_records.has_record("build", _sealed(manifest))
+    """Return whether this user made the build with this manifest; the hashes in the manifest cannot prove that."""
+    return build_records.has_record("build", _encode_manifest(manifest))
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any], written: Iterable[WrittenFile]) -> None:
-    """Write `manifest.json`: `about`, and size and hash (XXH3, 128 bits) of every file in the folder, and of itself.
+    """Write `manifest.json`: `about`, the size and SHA-256 of every file in the folder, and the manifest's own hash.
 
-    Of the files that are `written` both are known.
+    The sizes and hashes of the files in `written` are not computed again.
     """
-    known = {one.path: {"bytes": one.bytes, "sha256": one.sha256} for one in written}
+    file_records = {file.path: {"bytes": file.bytes, "sha256": file.sha256} for file in written}
     files = {
-        str(path.relative_to(folder)): known.get(path)
+        str(path.relative_to(folder)): file_records.get(path)
         or {"bytes": path.stat().st_size, "sha256": disk.sha256_of_file(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    disk.write(folder / "manifest.json", _sealed({"format": FORMAT, **about, "files": files}))
+    disk.write(folder / "manifest.json", _encode_manifest({"format": FORMAT, **about, "files": files}))
 
 
-def _sealed(manifest: Mapping[str, Any]) -> bytes:
+def _encode_manifest(manifest: Mapping[str, Any]) -> bytes:
     return disk.encode_json({**manifest, _SEAL: disk.hash_bytes(disk.encode_json(manifest))})
 
 
@@ -297,23 +296,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a build.
 
     Raises:
-        InputRefused: the folder is no build, or its manifest is damaged.
+        InputRefused: the folder is not a build, or its manifest is damaged.
     """
     path = folder / "manifest.json"
     if not path.is_file():
         raise InputRefused(
             "not_a_build",
-            f"{folder} is no build of ftdata: it has no manifest.json",
-            hint="make one with `ftdata build`",
+            f"{folder} is not a build of ftdata: it has no manifest.json",
+            hint="create a build with `ftdata build`",
         )
     return parse_manifest(path.read_bytes(), str(path))
 
 
 def parse_manifest(text: bytes, path: str) -> dict[str, Any]:
-    """Return the manifest that a text is, `path` being where it was read.
+    """Parse a manifest.
+
+    Args:
+        text: the contents of `manifest.json`.
+        path: the path or URL of the manifest, for error messages.
 
     Raises:
-        InputRefused: it is damaged, or of another format.
+        InputRefused: the manifest is damaged, or has an unsupported format.
     """
     try:
         manifest: dict[str, Any] = json.loads(text)
@@ -322,24 +325,24 @@ def parse_manifest(text: bytes, path: str) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputRefused(
             "build_format",
-            f"{path} is not of format {FORMAT}, which this ftdata reads",
-            hint="build again",
+            f"{path} does not have format {FORMAT}, which this version of ftdata reads",
+            hint="build the data set again",
         )
     manifest.pop(_SEAL, None)
     files = manifest.get("files")
     names = list(files) if isinstance(files, dict) else [".."]
-    # Whoever made it may have made its hash, too: what is fetched by it stays in its folder.
+    # An attacker can compute a valid hash, so the file names must not lead out of the build's folder.
     outside = any(PurePosixPath(name).is_absolute() or {"", ".", ".."} & {*name.split("/")} for name in names)
-    if outside or _sealed(manifest) != text:
-        raise InputRefused("damaged_build", f"{path} is damaged: its hash is another", hint="build again")
+    if outside or _encode_manifest(manifest) != text:
+        raise InputRefused("damaged_build", f"{path} is damaged: its hash does not match", hint="build again")
     return manifest
 
 
 def verify_files(folder: Path) -> list[str]:
-    """Return the files of a build that are not as they were written: changed by a bit, cut off, or missing.
+    """Return the files of a build that are missing or differ from the manifest in size or hash.
 
     Raises:
-        InputRefused: the folder is no build.
+        InputRefused: the folder is not a build.
     """
     try:
         files = read_manifest(folder)["files"]
@@ -347,14 +350,14 @@ def verify_files(folder: Path) -> list[str]:
         if error.code != "damaged_build":
             raise
         return ["manifest.json"]
-    return [name for name, known in files.items() if not _is_as_known(folder / name, known)]
+    return [name for name, expected in files.items() if not _is_unchanged(folder / name, expected)]
 
 
-def _is_as_known(path: Path, known: Mapping[str, Any]) -> bool:
+def _is_unchanged(path: Path, expected: Mapping[str, Any]) -> bool:
     try:
-        # A link, or a device, is not what was written.
+        # Symbolic links and devices are never part of a build.
         if not stat.S_ISREG(path.lstat().st_mode):
             return False
-        return (path.stat().st_size, disk.sha256_of_file(path)) == (known["bytes"], known["sha256"])
+        return (path.stat().st_size, disk.sha256_of_file(path)) == (expected["bytes"], expected["sha256"])
     except OSError:
         return False

@@ -1,7 +1,7 @@
-"""The command line: each command is a few lines over the public function of the same name.
+"""The command line: each command is a thin wrapper around the public function of the same name.
 
-Exit codes: 0 done, 1 findings, 2 usage or config, 3 input refused, 4 rejects above the limit, 5 local I/O,
-6 network or hub, 7 internal error, 130 interrupted.
+Exit codes: 0 success, 1 findings, 2 usage or configuration error, 3 input refused, 4 too many rejects,
+5 local I/O error, 6 network or Hub error, 7 internal error, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ftdata.redaction import redact_text
 
 app = typer.Typer(
     name="ftdata",
-    help="Turn fine-tuning data into exactly the tokens and labels a model should be trained on; look at them; train.",
+    help="Build, inspect and train on fine-tuning data.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -42,7 +42,10 @@ app.add_typer(config_app, name="config")
 
 
 def main() -> None:
-    """Run the command line; every error that ftdata knows is one message, without a traceback."""
+    """Run the command line.
+
+    Expected errors are printed as one message without a traceback.
+    """
     _prepare_streams()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
@@ -52,7 +55,7 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:
-        # The reader of our output (`| head`) has seen enough.
+        # The reader of the output, such as `head`, closed the pipe early.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
@@ -60,15 +63,16 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("FTDATA_DEBUG"):
             raise
-        _fail(f"[internal] {type(error).__name__}: {error}. This is a bug of ftdata; FTDATA_DEBUG=1 shows where", 7)
+        hint = "This is a bug in ftdata. Set FTDATA_DEBUG=1 to see the traceback"
+        _fail(f"[internal] {type(error).__name__}: {error}. {hint}", 7)
 
 
 def _prepare_streams() -> None:
-    # Python has no object for a stream that was closed before it started (`<&-`, `>&-`).
+    # Python sets a stream to None if it is closed when the process starts (`<&-`, `>&-`).
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  (open until the end)
-    # Terminals that cannot show a character must not stop the work.
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  (the stream stays open until the process exits)
+    # A character that the terminal cannot encode must not abort the command.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -79,16 +83,16 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _version(value: bool) -> None:
+def _print_version(value: bool) -> None:
     if value:
         print(f"ftdata {ftdata.__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def _app(
+def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version")
     ] = False,
 ) -> None:
     pass

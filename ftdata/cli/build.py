@@ -1,4 +1,4 @@
-"""Commands that make data, or list what there is: a few lines over the public function of the same name."""
+"""Commands that build, convert and publish data, and commands that list templates, plug-ins and versions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ftdata.cli.options import (
-    PLACES,
+    SOURCE_HELP,
     Columns,
     ControlTokens,
     Date,
@@ -48,16 +48,14 @@ from ftdata.cli.options import (
 from ftdata.cli.output import print_value, progress_bar
 from ftdata.errors import UsageError, escape_unprintable
 
-config_app = typer.Typer(no_args_is_help=True, help="Take over configurations of other tools.")
-templates_app = typer.Typer(no_args_is_help=True, help="List, show and check templates.")
+config_app = typer.Typer(no_args_is_help=True, help="Import configurations from other tools.")
+templates_app = typer.Typer(no_args_is_help=True, help="List, show and check chat templates.")
 
 
 def build(
-    data: Annotated[list[str], typer.Argument(help=f"What to read, each {PLACES}.", show_default=False)],
-    tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="A folder with tokenizer.json, or a hub id.")],
-    output_dir: Annotated[
-        str, typer.Option("--output-dir", "-o", help="Folder for the build; or a URL, such as s3://bucket/name.")
-    ],
+    data: Annotated[list[str], typer.Argument(help=f"Training data: {SOURCE_HELP}", show_default=False)],
+    tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="Folder with tokenizer.json, or Hub id")],
+    output_dir: Annotated[str, typer.Option("--output-dir", "-o", help="Output folder or URL, e.g. s3://bucket/name")],
     template: Template = None,
     schema: Schema = "auto",
     column: Columns = None,
@@ -83,17 +81,15 @@ def build(
     max_rejects: MaxRejects = None,
     date: Date = None,
     template_kwarg: TemplateKwarg = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Tasks at once, at most; the result does not depend on it.")
-    ] = None,
-    engine: Annotated[str, typer.Option(help="local, ray, or ray:ADDRESS of a cluster.")] = "local",
+    workers: Annotated[int | None, typer.Option(help="Number of parallel workers; does not affect the output")] = None,
+    engine: Annotated[str, typer.Option(help="Where to run: local, ray, or ray:ADDRESS")] = "local",
     encoding: Encoding = None,
     quoting: Quoting = None,
     split: Split = None,
     as_json: Json = False,
 ) -> None:
-    """Build a data set: tokens and labels, with a report of every row."""
-    given = locals()
+    """Build a data set of tokens and labels."""
+    arguments = locals()
     from ftdata.build.dataset import write_build
 
     with progress_bar() as progress:
@@ -102,7 +98,7 @@ def build(
             tokenizer,
             output_dir,
             template=template,
-            **collect_recipe_options(given),
+            **collect_recipe_options(arguments),
             packing=packing,
             where=where,
             limit=limit,
@@ -120,19 +116,15 @@ def build(
         )
     print_value(report, as_json=as_json)
     if not as_json:
-        how = (
-            f"in {report.seconds:.1f} s (tokens by {report.encoder})"
-            if report.encoder
-            else "before: nothing has changed"
-        )
-        print(f"built    {output_dir} {how}")
+        timing = f"in {report.seconds:.1f} s (tokens by {report.encoder})" if report.encoder else "earlier (up to date)"
+        print(f"built    {output_dir} {timing}")
 
 
 def convert(
-    data: Annotated[list[str], typer.Argument(help=f"What to read, each {PLACES}.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .jsonl or .parquet file.")],
+    data: Annotated[list[str], typer.Argument(help=f"Training data: {SOURCE_HELP}", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output file, .jsonl or .parquet")],
     to: Annotated[
-        str, typer.Option(help="messages, prompt_completion, or text (as the template prints it).")
+        str, typer.Option(help="Target schema: messages, prompt_completion, or text (rendered)")
     ] = "messages",
     tokenizer: Tokenizer = None,
     template: Template = None,
@@ -147,10 +139,10 @@ def convert(
     split: Split = None,
     as_json: Json = False,
 ) -> None:
-    """Write rows of any shape in one: as messages, as prompt and completion, or as templated text."""
-    from ftdata.build.convert import convert as write
+    """Convert rows to messages, to prompt and completion, or to rendered text."""
+    from ftdata.build.convert import convert as convert_rows
 
-    done = write(
+    report = convert_rows(
         make_sources(data, encoding, split, quoting),
         output,
         to,
@@ -163,64 +155,64 @@ def convert(
         on_bad_rows=on_bad_rows,
         max_rejects=max_rejects,
     )
-    print_value(done, as_json=as_json)
+    print_value(report, as_json=as_json)
 
 
 def verify(
-    folder: Annotated[str, typer.Argument(help="A build: a folder, or a URL.", show_default=False)],
+    folder: Annotated[str, typer.Argument(help="Folder or URL of a build", show_default=False)],
     as_json: Json = False,
 ) -> None:
-    """Find every bit of a build that is not as it was written; exit code 1 if there is any."""
-    from ftdata.build.remote import verify as broken
+    """Check a build against its hashes (exit code 1 if a file is damaged)."""
+    from ftdata.build.remote import verify as verify_build
 
-    damaged = broken(folder)
+    damaged = verify_build(folder)
     print(
         json.dumps({"folder": folder, "damaged": damaged}, ensure_ascii=False)
         if as_json
-        else "\n".join(f"damaged  {folder}/{name}" for name in damaged) or f"whole    {folder}"
+        else "\n".join(f"damaged  {folder}/{name}" for name in damaged) or f"intact   {folder}"
     )
     raise typer.Exit(1 if damaged else 0)
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="A build.", show_default=False)],
-    repo: Annotated[str, typer.Argument(help="owner/name on the hub; made if it is not there.", show_default=False)],
-    private: Annotated[bool, typer.Option("--private", help="Make a new one private.")] = False,
+    folder: Annotated[Path, typer.Argument(help="Folder of a build", show_default=False)],
+    repo: Annotated[
+        str, typer.Argument(help="Hub repository, owner/name; created if it does not exist", show_default=False)
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Create a new repository as private")] = False,
 ) -> None:
-    """Upload a build to the hub, with its card."""
-    from ftdata.build.push import push as upload
+    """Upload a build to the Hub, with its data set card."""
+    from ftdata.build.push import push as push_build
 
-    print(upload(folder, repo, private=private))
+    print(push_build(folder, repo, private=private))
 
 
 @templates_app.command("list")
 def templates_list(as_json: Json = False) -> None:
-    """List the built-in and installed templates."""
+    """List built-in and installed templates."""
     from ftdata.templates import templates
 
     print(json.dumps(templates.names()) if as_json else "\n".join(templates.names()))
 
 
 @templates_app.command("show")
-def templates_show(
-    name: Annotated[str, typer.Argument(help="A template's name or file.")], as_json: Json = False
-) -> None:
-    """Print a template's Jinja text."""
+def templates_show(name: Annotated[str, typer.Argument(help="Template name or file")], as_json: Json = False) -> None:
+    """Print the Jinja source of a template."""
     from ftdata.templates import find_template
 
-    found, source = find_template(name)
+    template_name, source = find_template(name)
     print(
-        json.dumps({"name": found, "source": source}, ensure_ascii=False) if as_json else source,
+        json.dumps({"name": template_name, "source": source}, ensure_ascii=False) if as_json else source,
         end="\n" if as_json else "",
     )
 
 
 @templates_app.command("check")
 def templates_check(
-    template: Annotated[str, typer.Argument(help="A template, or a tokenizer whose template is checked.")],
+    template: Annotated[str, typer.Argument(help="Template, or tokenizer with a chat template")],
     as_json: Json = False,
 ) -> None:
-    """Say what a template does: its stop, whether it rewrites earlier turns, what it drops."""
+    """Report the stop token of a template, history rewriting and dropped fields."""
     from ftdata.pipeline.recipe import check_template
 
     report = check_template(template)
@@ -232,49 +224,49 @@ def templates_check(
 def config_import(
     file: Annotated[
         Path,
-        typer.Argument(
-            help="Axolotl's YAML, LLaMA-Factory's training YAML, or its dataset_info.json.", show_default=False
-        ),
+        typer.Argument(help="Axolotl YAML, LLaMA-Factory training YAML, or dataset_info.json", show_default=False),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; - prints it.")] = Path("-"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output file; - for standard output")] = Path("-"),
     dataset: Annotated[
         list[str] | None,
-        typer.Option(help="Which of its data sets: name, path, or number from 0. Repeatable; default: all."),
+        typer.Option(help="Import only this data set: name, path, or number from 0 (repeatable)"),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="The base model, if the file names none.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Base model, if the file has none")] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn a configuration of Axolotl or LLaMA-Factory into one of ours; what is not the same is named."""
+    """Convert an Axolotl or LLaMA-Factory configuration; differences become notes."""
     from ftdata.importers import import_config
 
     if str(output) != "-" and output.exists():
-        raise UsageError("target_exists", f"{output} is there already", hint="choose another name with --output")
-    found = import_config(file, dataset or (), model=model)
+        raise UsageError("target_exists", f"{output} already exists", hint="choose another file with --output")
+    imported = import_config(file, dataset or (), model=model)
     if str(output) == "-":
-        print_value(found, as_json=as_json)
+        print_value(imported, as_json=as_json)
         return
-    output.write_text(str(found), encoding="utf-8")
-    print_value(found, as_json=True) if as_json else print(
-        escape_unprintable("\n".join((*found.notes, f"wrote {output}")))
+    output.write_text(str(imported), encoding="utf-8")
+    print_value(imported, as_json=True) if as_json else print(
+        escape_unprintable("\n".join((*imported.notes, f"wrote {output}")))
     )
 
 
 def env(as_json: Json = False) -> None:
-    """Print versions of ftdata, Python and packages, and settings, for a bug report."""
+    """Print versions and settings for a bug report."""
     from ftdata.cli.environment import describe_environment
 
     print_value(describe_environment(), as_json=as_json)
 
 
 def plugins(as_json: Json = False) -> None:
-    """List readers, schemas, templates and mask policies, built in and installed."""
+    """List built-in and installed readers, schemas, templates and mask policies."""
     from ftdata.pipeline.mask import masks
     from ftdata.readers import readers
     from ftdata.schemas import schemas
     from ftdata.templates import templates
 
-    found = {registry.group: registry.plugins() for registry in (readers, schemas, templates, masks)}
+    groups = {registry.group: registry.plugins() for registry in (readers, schemas, templates, masks)}
     if as_json:
-        print(json.dumps({group: [one._asdict() for one in plugins] for group, plugins in found.items()}, indent=2))
+        print(
+            json.dumps({group: [plugin._asdict() for plugin in plugins] for group, plugins in groups.items()}, indent=2)
+        )
     else:
-        print("\n".join(f"{group}: {', '.join(map(str, plugins))}" for group, plugins in found.items()))
+        print("\n".join(f"{group}: {', '.join(map(str, plugins))}" for group, plugins in groups.items()))

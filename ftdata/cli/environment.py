@@ -1,4 +1,4 @@
-"""What a bug report needs to know of the machine: versions, and settings of the environment; nothing that is secret."""
+"""Collect the versions and environment settings for a bug report, without secrets."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from typing import Any
 from ftdata._version import __version__
 from ftdata.redaction import redact_text
 
-_SHOWN = ("FTDATA_CACHE", "FTDATA_DEBUG", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "NO_COLOR",
-          "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "XDG_CACHE_HOME")  # fmt: skip
-_NAMED = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
-"""Settings that matter, and may hold passwords in any form: that they are set is told, and no more."""
+_REPORTED_VARIABLES = (
+    "FTDATA_CACHE", "FTDATA_DEBUG", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "NO_COLOR",
+    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "XDG_CACHE_HOME",
+)  # fmt: skip
+_REDACTED_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+"""Variables that may contain passwords: only their presence is reported."""
 
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentReport:
-    """Where ftdata runs.
+    """The environment that ftdata runs in.
 
     Attributes:
-        ftdata: its version.
-        python: version and implementation.
-        system: of the machine.
-        processors: how many this process may use.
-        packages: package -> version, `None` where it is not installed; of ftdata and of its extras.
-        settings: variables of the environment that change what it does.
+        ftdata: version of ftdata.
+        python: implementation and version of Python.
+        system: architecture and operating system.
+        processors: number of processors available to this process.
+        packages: package -> version, or `None` if it is not installed, for the dependencies of ftdata and its extras.
+        settings: environment variables that affect ftdata.
     """
 
     ftdata: str
@@ -40,7 +42,7 @@ class EnvironmentReport:
     settings: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the report as JSON-serializable values."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -52,7 +54,7 @@ class EnvironmentReport:
 
 
 def describe_environment() -> EnvironmentReport:
-    """Return what a bug report needs to know of the machine. Imports none of the packages that it names.
+    """Return the versions and settings for a bug report, without importing the reported packages.
 
     >>> describe_environment().packages["numpy"] is not None
     True
@@ -62,30 +64,30 @@ def describe_environment() -> EnvironmentReport:
         python=f"{platform.python_implementation()} {platform.python_version()}",
         system=f"{platform.machine()}, {platform.platform()}",
         processors=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        packages={name: _version(name) for name in _needed()},
-        settings=dict(_settings()),
+        packages={name: _find_version(name) for name in _list_packages()},
+        settings=dict(_iter_settings()),
     )
 
 
-def _settings() -> Iterator[tuple[str, str]]:
+def _iter_settings() -> Iterator[tuple[str, str]]:
     for name, value in sorted(os.environ.items()):
-        if name.upper() in _NAMED:
+        if name.upper() in _REDACTED_VARIABLES:
             yield name, "(set)"
-        elif name in _SHOWN:
-            # Of a URL no more than the host, and not that where anything in it may be somebody's key.
-            plain = re.fullmatch(r"(\w+://[\w.:-]+)(/[\w./-]*)?", value)
+        elif name in _REPORTED_VARIABLES:
+            # A URL is reported without credentials and query; any other URL form is hidden, since it may contain a key.
+            plain_url = re.fullmatch(r"(\w+://[\w.:-]+)(/[\w./-]*)?", value)
             hidden = f"{value.partition('://')[0]}://..." if "://" in value else "(set)" if "@" in value else value
-            yield name, redact_text(plain[1] if plain else hidden)
+            yield name, redact_text(plain_url[1] if plain_url else hidden)
 
 
-def _needed() -> list[str]:
-    """Return the packages that ftdata names, its own first; those that only its tests need are left out."""
-    lines = requires("ftdata") or []
-    own = [line for line in lines if not re.search(r"extra == ['\"](?:test|dev|docs)['\"]", line)]
-    return list(dict.fromkeys(re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in own))
+def _list_packages() -> list[str]:
+    """Return the dependencies of ftdata and its extras, without those for tests, development and documentation."""
+    requirements = requires("ftdata") or []
+    runtime = [line for line in requirements if not re.search(r"extra == ['\"](?:test|dev|docs)['\"]", line)]
+    return list(dict.fromkeys(re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in runtime))
 
 
-def _version(name: str) -> str | None:
+def _find_version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Commands that look: each is a few lines over the public function of the same name."""
+"""Commands that inspect data and builds: `preview`, `audit`, `stats` and `diff`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ftdata.cli.options import (
-    PLACES,
+    SOURCE_HELP,
     Columns,
     ControlTokens,
     Data,
@@ -60,31 +60,35 @@ def preview(
     overlong: Overlong = "reject",
     date: Date = None,
     template_kwarg: TemplateKwarg = None,
-    n: Annotated[int | None, typer.Option("-n", help="How many rows: 3, of odd ones 1 of each kind.", min=1)] = None,
-    row: Annotated[str | None, typer.Option(help="Show these rows, from 0: 7, or 3,8-11.")] = None,
-    id_: Annotated[str | None, typer.Option("--id", help="Show the rows of this id, uuid or the like.")] = None,
-    grep: Annotated[str | None, typer.Option(help="Show rows in which this regular expression is found.")] = None,
-    odd: Annotated[bool, typer.Option("--odd", help="Show the rows that stand out, and why.")] = False,
+    n: Annotated[
+        int | None, typer.Option("-n", help="Number of rows (default: 3; with --odd, 1 of each kind)", min=1)
+    ] = None,
+    row: Annotated[str | None, typer.Option(help="Show rows by number, from 0, e.g. 7 or 3,8-11")] = None,
+    id_: Annotated[
+        str | None, typer.Option("--id", help="Show rows with this value of id, uuid or a similar column")
+    ] = None,
+    grep: Annotated[str | None, typer.Option(help="Show rows that match this regular expression")] = None,
+    odd: Annotated[bool, typer.Option("--odd", help="Show outliers, each with its reason")] = False,
     where: Where = None,
     limit: Limit = None,
     packing: Packing = None,
-    html: Annotated[Path | None, typer.Option(help="Write all that is to be seen to this file, as one page.")] = None,
-    pager: Annotated[bool, typer.Option(help="Page through what is longer than the screen.")] = True,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report to this file")] = None,
+    pager: Annotated[bool, typer.Option(help="Use a pager for output longer than the screen")] = True,
     encoding: Encoding = None,
     quoting: Quoting = None,
     split: Split = None,
     as_json: Json = False,
 ) -> None:
-    """Show what rows become: the text, the control tokens, and what of it is trained; of data, or of a build."""
-    given = locals()
-    from ftdata.inspection.preview import preview as look
+    """Show the rendered text and the trained tokens of data or a build."""
+    arguments = locals()
+    from ftdata.inspection.preview import preview as preview_rows
 
     with progress_bar() if odd or html else no_progress() as progress:
-        shown = look(
+        result = preview_rows(
             make_sources([data], encoding, split, quoting),
             tokenizer,
             template,
-            **collect_recipe_options(given),
+            **collect_recipe_options(arguments),
             n=n,
             row=parse_row_numbers(row),
             id=id_,
@@ -97,15 +101,15 @@ def preview(
             progress=progress,
         )
     if as_json:
-        print_value(shown, as_json=True)
+        print_value(result, as_json=True)
     elif html:
-        write_stdout(f"{html}: {len(shown.rows):,} rows, {html.stat().st_size:,} bytes")
+        write_stdout(f"{html}: {len(result.rows):,} rows, {html.stat().st_size:,} bytes")
     else:
-        print_paged(shown.print, pager=pager)
+        print_paged(result.print, pager=pager)
 
 
 def audit(
-    data: Annotated[list[str], typer.Argument(help=f"What to look at: a build, or {PLACES}.", show_default=False)],
+    data: Annotated[list[str], typer.Argument(help=f"Data to check: a build, or {SOURCE_HELP}", show_default=False)],
     tokenizer: Tokenizer = None,
     template: Template = None,
     schema: Schema = "auto",
@@ -124,36 +128,38 @@ def audit(
     date: Date = None,
     template_kwarg: TemplateKwarg = None,
     against: Annotated[
-        list[str] | None, typer.Option(help="A test set, of which no row may be trained on. Repeatable.")
+        list[str] | None, typer.Option(help="Test set that must not occur in the training data (repeatable)")
     ] = None,
     near_duplicate_threshold: Annotated[
-        float | None, typer.Option(help="Look for rows that are so similar, e.g. 0.8.")
+        float | None, typer.Option(help="Look for near-duplicates above this similarity, e.g. 0.8")
     ] = None,
-    pii: Annotated[bool, typer.Option("--pii", help="Look for what belongs to a person, too.")] = False,
-    ignore: Annotated[str | None, typer.Option(help="Codes not to look for: duplicate,script.")] = None,
+    pii: Annotated[bool, typer.Option("--pii", help="Also look for personal data (PII)")] = False,
+    ignore: Annotated[str | None, typer.Option(help="Checks to skip, e.g. duplicate,script")] = None,
     fail_on: Annotated[
-        str, typer.Option(help="The least severity that is exit code 1: note, warning, error; or never.")
+        str, typer.Option(help="Exit with code 1 from this severity: note, warning, error, never")
     ] = "note",
-    format_: Annotated[str, typer.Option("--format", help="text, json, sarif or github (annotations).")] = "text",
+    format_: Annotated[
+        str, typer.Option("--format", help="Output format: text, json, sarif, or github (annotations)")
+    ] = "text",
     encoding: Encoding = None,
     quoting: Quoting = None,
     split: Split = None,
     as_json: Json = False,
 ) -> None:
-    """Look for what would go wrong in training on data or on a build; exit code 1 if there is anything."""
-    given = locals()
+    """Check data or a build for problems (exit code 1 if there are findings)."""
+    arguments = locals()
     from ftdata.errors import check_choice
     from ftdata.inspection.audit import FAIL_ON
-    from ftdata.inspection.audit import audit as inspect
+    from ftdata.inspection.audit import audit as audit_data
 
     check_choice("format", format_, ("text", "json", "sarif", "github"))
     check_choice("fail_on", fail_on, FAIL_ON)
     with progress_bar() as progress:
-        report = inspect(
+        report = audit_data(
             make_sources(data, encoding, split, quoting),
             tokenizer,
             template,
-            **collect_recipe_options(given),
+            **collect_recipe_options(arguments),
             where=where,
             limit=limit,
             against=None if against is None else make_sources(against, encoding, None, quoting),
@@ -174,7 +180,7 @@ def audit(
 
 
 def stats(
-    data: Annotated[list[str], typer.Argument(help=f"What to count: a build, or {PLACES}.", show_default=False)],
+    data: Annotated[list[str], typer.Argument(help=f"Data to count: a build, or {SOURCE_HELP}", show_default=False)],
     tokenizer: Tokenizer = None,
     template: Template = None,
     schema: Schema = "auto",
@@ -192,68 +198,70 @@ def stats(
     limit: Limit = None,
     date: Date = None,
     template_kwarg: TemplateKwarg = None,
-    svg: Annotated[Path | None, typer.Option(help="A folder for pictures: lengths.svg, trained.svg.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write charts (lengths.svg, trained.svg) to this folder")] = None,
     encoding: Encoding = None,
     quoting: Quoting = None,
     split: Split = None,
     as_json: Json = False,
 ) -> None:
-    """Count rows, turns, tokens and what is trained, by source and schema; of data, or of a build."""
-    given = locals()
-    from ftdata.inspection.stats import stats as count
+    """Count rows, turns, tokens and trained tokens of data or a build."""
+    arguments = locals()
+    from ftdata.inspection.stats import stats as count_rows
 
     with progress_bar() as progress:
-        found = count(
+        report = count_rows(
             make_sources(data, encoding, split, quoting),
             tokenizer,
             template,
-            **collect_recipe_options(given),
+            **collect_recipe_options(arguments),
             where=where,
             limit=limit,
             svg=svg,
             progress=progress,
         )
     if as_json:
-        print_value(found, as_json=True)
+        print_value(report, as_json=True)
     else:
-        print_paged(found.print)
+        print_paged(report.print)
 
 
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="A build, a config file, or data.", show_default=False)],
-    b: Annotated[str | None, typer.Argument(metavar="B", help="The same; without it, A with --set.")] = None,
+    a: Annotated[str, typer.Argument(metavar="A", help="Build, configuration file, or data", show_default=False)],
+    b: Annotated[
+        str | None, typer.Argument(metavar="B", help="Build, configuration file, or data (default: A with --set)")
+    ] = None,
     tokenizer: Tokenizer = None,
     template: Template = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="How B differs from A: template=chatml, turns=split. Repeatable.")
+        list[str] | None, typer.Option("--set", help="Option of B that differs from A, e.g. turns=split (repeatable)")
     ] = None,
     template_kwarg: TemplateKwarg = None,
-    n: Annotated[int, typer.Option("-n", help="How many rows that differ to show.", min=0)] = 10,
-    html: Annotated[Path | None, typer.Option(help="Write these to this file, side by side.")] = None,
-    pager: Annotated[bool, typer.Option(help="Page through what is longer than the screen.")] = True,
+    n: Annotated[int, typer.Option("-n", help="Number of changed rows to show", min=0)] = 10,
+    html: Annotated[Path | None, typer.Option(help="Write a side-by-side HTML report to this file")] = None,
+    pager: Annotated[bool, typer.Option(help="Use a pager for output longer than the screen")] = True,
     as_json: Json = False,
 ) -> None:
-    """Compare the same rows, built in two ways: which tokens or labels are others; exit code 1 if there are any."""
-    from ftdata.inspection.diff import diff as compare
+    """Compare two builds: which tokens and labels differ (exit code 1 if any)."""
+    from ftdata.inspection.diff import diff as diff_builds
     from ftdata.inspection.diff import side_options
 
-    both: dict[str, Any] = {
+    options: dict[str, Any] = {
         "tokenizer": tokenizer,
         "template": template,
         "template_kwargs": parse_template_kwargs(template_kwarg),
     }
-    first = side_options(a, **both)
-    second = side_options(a if b is None else b, **both, changes=set_ or [])
+    first = side_options(a, **options)
+    second = side_options(a if b is None else b, **options, changes=set_ or [])
     if b is None and not set_:
         raise UsageError(
-            "diff", "there is nothing to compare with", hint="name B, or say how it differs: --set turns=split"
+            "diff", "A has nothing to be compared with", hint="pass B, or an option that differs: --set turns=split"
         )
     with progress_bar() as progress:
-        found = compare(first, second, n=n, html=html, progress=progress)
+        changes = diff_builds(first, second, n=n, html=html, progress=progress)
     if as_json:
-        print_value(found, as_json=True)
+        print_value(changes, as_json=True)
     else:
-        print_paged(found.print, pager=pager)
+        print_paged(changes.print, pager=pager)
         if html:
-            write_stdout(f"{html}: {len(found.changed):,} rows side by side")
-    raise typer.Exit(1 if found else 0)
+            write_stdout(f"{html}: {len(changes.changed):,} rows side by side")
+    raise typer.Exit(1 if changes else 0)

@@ -1,4 +1,4 @@
-"""What commands take, spelled once: the options that several share, and what their values mean."""
+"""Command-line options that several commands share, and the parsers of their values."""
 
 from __future__ import annotations
 
@@ -12,71 +12,62 @@ from ftdata.errors import UsageError, describe_exception
 
 
 def parse_number(text: str) -> float:
-    """Return a number of rows, or a share of them: 1 is one row, and 1.0 neither."""
+    """Return a number of rows as an int, or a share of the rows as a float: `1` is one row, `0.1` a tenth of them."""
     return int(text) if text.isdecimal() else float(text)
 
 
-_MOST_ROWS = 10_000
+_MAX_ROW_RANGE = 10_000
 FORMATS = ("json", "jsonl", "csv", "tsv", "parquet", "arrow", "xlsx")
-PLACES = f"a file ({', '.join(FORMATS)}; packed or not), glob, folder, URL, or - for standard input"
-Data = Annotated[str, typer.Argument(help=f"What to read: {PLACES}.", show_default=False)]
-Encoding = Annotated[str | None, typer.Option(help="What text is written in that is not Unicode, e.g. cp1252.")]
-Quoting = Annotated[str | None, typer.Option(help="Quotes in CSV and TSV files: csv, or none (they are text).")]
-Split = Annotated[str | None, typer.Option(help="The split to read, of data that has several.")]
-Tokenizer = Annotated[str | None, typer.Option("--tokenizer", "-t", help="A folder with tokenizer.json, or a hub id.")]
+SOURCE_HELP = f"a file ({', '.join(FORMATS)}; may be compressed), glob, folder, URL, or - for standard input"
+Data = Annotated[str, typer.Argument(help=f"Data to read: a build, or {SOURCE_HELP}", show_default=False)]
+Encoding = Annotated[str | None, typer.Option(help="Text encoding if not UTF-8/16/32, e.g. cp1252")]
+Quoting = Annotated[str | None, typer.Option(help="Quotes in CSV and TSV: csv, or none (quotes are text)")]
+Split = Annotated[str | None, typer.Option(help="Split to read, if the data has several")]
+Tokenizer = Annotated[str | None, typer.Option("--tokenizer", "-t", help="Folder with tokenizer.json, or Hub id")]
 Template = Annotated[
-    str | None, typer.Option(help="A built-in name, a .jinja file, or Jinja text. Default: the tokenizer's.")
+    str | None, typer.Option(help="Built-in name, .jinja file or Jinja source (default: the tokenizer's template)")
 ]
-Schema = Annotated[str, typer.Option(help="The shape of every row, or ./file.py:function; auto finds it per row.")]
-Columns = Annotated[
-    list[str] | None, typer.Option("--column", help="Map a column, e.g. --column output=answer. Repeatable.")
+Schema = Annotated[str, typer.Option(help="Schema of all rows, or ./file.py:function; auto detects it per row")]
+Columns = Annotated[list[str] | None, typer.Option("--column", help="Map a column, e.g. output=answer (repeatable)")]
+TrainOn = Annotated[
+    str, typer.Option(help="Trained messages: assistant, last_assistant, completion, all, or ./file.py:function")
 ]
-TrainOn = Annotated[str, typer.Option(help="assistant, last_assistant, completion, all, or ./file.py:function.")]
-Turns = Annotated[
-    str, typer.Option(help="auto, joint or split: one example for a conversation, or for each message of the user.")
-]
-TrainParts = Annotated[
-    str | None, typer.Option(help="Of what is trained, these parts only: reasoning,answer,tool_call.")
-]
-OnDroppedMessage = Annotated[
-    str, typer.Option(help="Messages that the template leaves out (system): reject or flag the row.")
-]
-OnMissingStop = Annotated[
-    str, typer.Option(help="Last turns that the template leaves without a stop: flag or append_eos.")
-]
+Turns = Annotated[str, typer.Option(help="Examples per conversation: joint (1), split (1 per turn), or auto")]
+TrainParts = Annotated[str | None, typer.Option(help="Train only these parts, e.g. reasoning,answer,tool_call")]
+OnDroppedMessage = Annotated[str, typer.Option(help="If the template drops a message: reject or flag the row")]
+OnMissingStop = Annotated[str, typer.Option(help="If the last turn has no stop token: flag or append_eos")]
 RejectFlags = Annotated[
-    str | None, typer.Option(help="Flags of the report that make a row a bad one: no_trained_stop,message_truncated.")
+    str | None, typer.Option(help="Reject rows with these flags, e.g. no_trained_stop,message_truncated")
 ]
-ControlTokens = Annotated[str, typer.Option(help="Control-token text inside data: escape, refuse or allow.")]
-MaxLength = Annotated[int | None, typer.Option(help="Tokens that an example, and a pack, may have.")]
-Overlong = Annotated[str, typer.Option(help="What becomes of longer examples: reject, drop_turns or truncate.")]
-Date = Annotated[str | None, typer.Option(help="What templates that print a date are shown, e.g. 2026-01-31.")]
+ControlTokens = Annotated[str, typer.Option(help="Control-token text in the data: escape, refuse or allow")]
+MaxLength = Annotated[int | None, typer.Option(help="Maximum tokens per example and per packed sequence")]
+Overlong = Annotated[str, typer.Option(help="Examples over --max-length: reject, drop_turns or truncate")]
+Date = Annotated[str | None, typer.Option(help="Date for templates that print the current date, e.g. 2026-01-31")]
 TemplateKwarg = Annotated[
-    list[str] | None,
-    typer.Option(help="Set a template variable, e.g. enable_thinking=false. Repeatable."),
+    list[str] | None, typer.Option(help="Set a template variable, e.g. enable_thinking=false (repeatable)")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Packing = Annotated[str | None, typer.Option(help="bfd: put whole examples together, best fit first.")]
-Where = Annotated[str | None, typer.Option(help="Rows to read: lang == 'en' and messages | length > 2 (Jinja).")]
-Limit = Annotated[int | None, typer.Option(help="How many rows to read of each place named.", min=1)]
-Dedup = Annotated[bool, typer.Option("--dedup", help="Leave out rows that are equal to an earlier one.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON")]
+Packing = Annotated[str | None, typer.Option(help="Pack whole examples into sequences: bfd (best fit decreasing)")]
+Where = Annotated[str | None, typer.Option(help="Read only matching rows (Jinja), e.g. lang == 'en'")]
+Limit = Annotated[int | None, typer.Option(help="Maximum number of rows to read from each source", min=1)]
+Dedup = Annotated[bool, typer.Option("--dedup", help="Remove duplicates; the first row is kept")]
 NearDuplicateThreshold = Annotated[
-    float | None, typer.Option(help="How similar rows count as equal for --dedup and --test-size: 0.8.")
+    float | None, typer.Option(help="Similarity threshold for near-duplicates (0.5-1.0)")
 ]
 Sample = Annotated[
-    float | None, typer.Option(parser=parse_number, help="Share (below 1) or number of rows to take, by chance.")
+    float | None, typer.Option(parser=parse_number, help="Random sample: share (below 1) or number of rows")
 ]
-Shuffle = Annotated[bool, typer.Option("--shuffle", help="Put the rows into another order.")]
+Shuffle = Annotated[bool, typer.Option("--shuffle", help="Shuffle the rows")]
 TestSize = Annotated[
-    float | None, typer.Option(parser=parse_number, help="Share (below 1) or number of rows for a test split.")
+    float | None, typer.Option(parser=parse_number, help="Size of the test split: share (below 1) or number of rows")
 ]
-Seed = Annotated[int, typer.Option(help="Decides all that is left to chance: test split, sample, order, weights.")]
-OnBadRows = Annotated[str, typer.Option(help="error: show all and stop; quarantine: go on without them.")]
-MaxRejects = Annotated[str | None, typer.Option(help="With quarantine: how many rows may be rejected, e.g. 100 or 1%.")]
+Seed = Annotated[int, typer.Option(help="Random seed for splitting, sampling, shuffling and mixing")]
+OnBadRows = Annotated[str, typer.Option(help="Bad rows: error (stop) or quarantine (continue without them)")]
+MaxRejects = Annotated[str | None, typer.Option(help="Maximum number of quarantined rows, e.g. 100 or 1%")]
 
 
 def parse_columns(pairs: list[str] | None) -> dict[str, str] | None:
-    """Return the columns that `output=answer`, ... map."""
+    """Return the column mapping of pairs such as `output=answer`."""
     for pair in pairs or []:
         if "=" not in pair:
             raise UsageError("column", f"--column is {pair!r}, expected name=column, e.g. output=answer")
@@ -84,57 +75,57 @@ def parse_columns(pairs: list[str] | None) -> dict[str, str] | None:
 
 
 def parse_template_kwargs(pairs: list[str] | None) -> dict[str, Any] | None:
-    """Return the template variables that `enable_thinking=false`, ... set; values are read as YAML.
+    """Return the template variables of pairs such as `enable_thinking=false`; values are parsed as YAML.
 
     >>> parse_template_kwargs(["enable_thinking=false", "date_string=26 Jul 2026"])
     {'enable_thinking': False, 'date_string': '26 Jul 2026'}
     """
-    found = dict[str, Any]()
+    variables = dict[str, Any]()
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals or not name.strip().isidentifier():
-            told = f"--template-kwarg is {pair!r}, expected name=value, e.g. enable_thinking=false"
-            raise UsageError("template_kwargs", told)
+            problem = f"--template-kwarg is {pair!r}, expected name=value, e.g. enable_thinking=false"
+            raise UsageError("template_kwargs", problem)
         try:
-            found[name.strip()] = yaml.safe_load(value)
+            variables[name.strip()] = yaml.safe_load(value)
         except yaml.YAMLError:
-            found[name.strip()] = value
+            variables[name.strip()] = value
         except (RecursionError, ValueError) as error:
             raise UsageError(
-                "template_kwargs", f"--template-kwarg {name} cannot be read: {describe_exception(error)}"
+                "template_kwargs", f"--template-kwarg {name} cannot be parsed: {describe_exception(error)}"
             ) from None
-    return found or None
+    return variables or None
 
 
 def split_names(names: str | None) -> list[str] | None:
-    """Return the names that stand between commas."""
+    """Return the names in a comma-separated list."""
     return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
 
 
 def parse_row_numbers(text: str | None) -> list[int] | None:
-    """Return the numbers that `3,8-11` stands for."""
+    """Return the row numbers in a list of numbers and ranges such as `3,8-11`."""
     if text is None:
         return None
-    found: list[int] = []
+    numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal()) or not 0 <= int(last) - int(first) <= _MOST_ROWS:
-            raise UsageError("row", f"--row is {text!r}, expected numbers from 0, such as 7 or 3,8-11")
-        found += range(int(first), int(last) + 1)
-    return found
+        if not (first.isdecimal() and last.isdecimal()) or not 0 <= int(last) - int(first) <= _MAX_ROW_RANGE:
+            raise UsageError("row", f"--row is {text!r}, expected row numbers from 0, such as 7 or 3,8-11")
+        numbers += range(int(first), int(last) + 1)
+    return numbers
 
 
 def make_sources(data: list[str], encoding: str | None, split: str | None, quoting: str | None = None) -> Any:
-    """Return places, and what is said of all of them."""
-    given = {"encoding": encoding, "split": split, "quoting": quoting}
-    more = {name: value for name, value in given.items() if value is not None}
-    return [{"path": place, **more} for place in data] if more else data
+    """Return the sources, each with the options that apply to all of them."""
+    options = {"encoding": encoding, "split": split, "quoting": quoting}
+    set_options = {name: value for name, value in options.items() if value is not None}
+    return [{"path": path, **set_options} for path in data] if set_options else data
 
 
-def collect_recipe_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return, of what a command was given, the options that decide what a row becomes, as functions take them."""
-    plain = (
+def collect_recipe_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe options among the arguments of a command, in the form that the public functions take."""
+    names = (
         "schema",
         "train_on",
         "turns",
@@ -145,13 +136,11 @@ def collect_recipe_options(given: Mapping[str, Any]) -> dict[str, Any]:
         "overlong",
         "date",
     )
-    found = {name: given[name] for name in plain if name in given}
-    flags = {"reject_flags": split_names(given["reject_flags"]) or ()} if "reject_flags" in given else {}
-    kwargs = {"template_kwargs": parse_template_kwargs(given["template_kwarg"])} if "template_kwarg" in given else {}
-    return {
-        **found,
-        **flags,
-        **kwargs,
-        "columns": parse_columns(given["column"]),
-        "train_parts": split_names(given["train_parts"]),
-    }
+    options = {name: arguments[name] for name in names if name in arguments}
+    if "reject_flags" in arguments:
+        options["reject_flags"] = split_names(arguments["reject_flags"]) or ()
+    if "template_kwarg" in arguments:
+        options["template_kwargs"] = parse_template_kwargs(arguments["template_kwarg"])
+    options["columns"] = parse_columns(arguments["column"])
+    options["train_parts"] = split_names(arguments["train_parts"])
+    return options

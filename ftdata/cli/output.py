@@ -1,4 +1,4 @@
-"""What commands print: values, as text or JSON, through a pager where they are long; and how far they have come."""
+"""Print results as text or JSON, page long output, and show progress."""
 
 from __future__ import annotations
 
@@ -16,38 +16,43 @@ from ftdata.errors import escape_unprintable
 
 
 def write_stdout(text: str) -> None:
-    """Write to standard output; who reads it may have seen enough (`| head`), which is no fault."""
+    """Write text to standard output; a closed pipe (`| head`) is not an error."""
     try:
         sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is left is not to be tried again when Python ends.
+        # Python would flush the remaining output again at exit and fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_value(value: Any, *, as_json: bool) -> None:
-    """Print a value as JSON, or as it speaks for itself."""
-    # Names of columns, files and templates are of strangers, and must not drive the terminal.
+    """Print a value as JSON or as text."""
+    # Names of columns, files and templates are untrusted and may contain terminal escape sequences.
     write_stdout(
         json.dumps(value.as_dict(), ensure_ascii=False, indent=2) if as_json else escape_unprintable(str(value))
     )
 
 
-def print_paged(show: Callable[[Any], None], *, pager: bool = False) -> None:
-    """Print what is shown on a console; through a pager where that is longer than the screen of who is watching."""
+def print_paged(render: Callable[[Any], None], *, pager: bool = False) -> None:
+    """Print the output of a function that writes to a rich console.
+
+    Args:
+        render: writes to the console that it gets.
+        pager: use a pager on a terminal if the output is longer than the screen.
+    """
     from rich.console import Console
 
     console = Console()
     with console.capture() as capture:
-        show(console)
+        render(console)
     text = capture.get()
-    watched = pager and console.is_terminal and os.environ.get("TERM") != "dumb"
+    is_pageable = pager and console.is_terminal and os.environ.get("TERM") != "dumb"
     lines = text.count("\n") + len(text) // (2 * console.width)
-    named = shlex.split(os.environ.get("PAGER", ""))
-    if not watched or lines < console.height or (named and shutil.which(named[0]) is None):
+    command = shlex.split(os.environ.get("PAGER", ""))
+    if not is_pageable or lines < console.height or (command and shutil.which(command[0]) is None):
         write_stdout(text)
         return
-    # As git does: a pager that lets colours through, and does not clear the screen behind itself.
+    # These are the defaults of git: keep colors, and leave the output on the screen.
     os.environ.setdefault("LESS", "FRX")
     os.environ.setdefault("LESSCHARSET", "utf-8")
     pydoc.pager(text)
@@ -55,13 +60,13 @@ def print_paged(show: Callable[[Any], None], *, pager: bool = False) -> None:
 
 @contextmanager
 def no_progress() -> Iterator[None]:
-    """Show nothing: what comes is there at once."""
+    """Yield no progress callback."""
     yield None
 
 
 @contextmanager
 def progress_bar() -> Iterator[Any]:
-    """Show rows and tokens done on stderr, where a person is watching."""
+    """Show the number of rows and tokens on stderr if it is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -70,12 +75,12 @@ def progress_bar() -> Iterator[Any]:
         TextColumn("{task.fields[rows]:,} rows ({task.fields[rows_each]:,.0f}/s)"),
         TextColumn("{task.fields[tokens]:,} tokens ({task.fields[tokens_each]:,.0f}/s)"),
         TimeElapsedColumn(),
-        TextColumn("left:"),
+        TextColumn("remaining:"),
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
     if not console.is_terminal:
-        # Where nobody is watching, even an empty line is one too many, and some versions of rich write one.
+        # Some versions of rich write an empty line even if the output is not a terminal.
         yield lambda *_: None
         return
     with Progress(*columns, console=console, transient=True) as bar:
@@ -83,7 +88,7 @@ def progress_bar() -> Iterator[Any]:
 
         def update(rows: int, tokens: int, share: float | None) -> None:
             seconds = bar.tasks[task].elapsed or 1
-            said = {"rows": rows, "tokens": tokens, "rows_each": rows / seconds, "tokens_each": tokens / seconds}
-            bar.update(task, total=share and 1, completed=share or 0, **cast(Any, said))
+            fields = {"rows": rows, "tokens": tokens, "rows_each": rows / seconds, "tokens_each": tokens / seconds}
+            bar.update(task, total=share and 1, completed=share or 0, **cast(Any, fields))
 
         yield update

@@ -1,4 +1,4 @@
-"""Commands about models: begin, train, ask, judge, merge; a few lines over the functions of `ftdata.train`."""
+"""Commands that train, evaluate and use models: thin wrappers around the functions of `ftdata.train`."""
 
 from __future__ import annotations
 
@@ -19,81 +19,91 @@ from ftdata.errors import UsageError, escape_unprintable
 if TYPE_CHECKING:
     from ftdata.train.inference.progress import GenerationProgress
 
-Run = Annotated[Path, typer.Argument(help="The folder of a finished run of `ftdata train`.", show_default=False)]
-Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or hub id of the base model.")]
-Most = Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1)]
-Beams = Annotated[int, typer.Option("--num-beams", help="Beams to search with; 1 takes the likeliest token.", min=1)]
-Temperature = Annotated[float | None, typer.Option(help="Sample by chance: 0.7 stays near what is likely.")]
-TopP = Annotated[float | None, typer.Option(help="Sample among the tokens that hold this much of the chance.")]
-ChanceSeed = Annotated[int, typer.Option("--seed", help="Decides what is sampled.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
-Base = Annotated[bool, typer.Option("--base", help="Ask the base model, as it was before.")]
+Run = Annotated[Path, typer.Argument(help="Run directory of a finished `ftdata train`", show_default=False)]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub id of the base model")]
+MaxNewTokens = Annotated[int, typer.Option(help="Maximum number of tokens per answer", min=1)]
+Beams = Annotated[int, typer.Option("--num-beams", help="Number of beams; 1 disables beam search", min=1)]
+Temperature = Annotated[float | None, typer.Option(help="Sampling temperature, e.g. 0.7 (default: no sampling)")]
+TopP = Annotated[float | None, typer.Option(help="Top-p (nucleus) sampling threshold")]
+SamplingSeed = Annotated[int, typer.Option("--seed", help="Random seed for sampling")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model")]
+UseBase = Annotated[bool, typer.Option("--base", help="Use the base model instead of the trained model")]
 
 
 def init(
-    data: Annotated[str, typer.Argument(help="What will be trained on.", show_default=False)],
-    model: Annotated[str, typer.Option("--model", "-m", help="Folder or hub id of the base model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; - prints it.")] = Path("run.yaml"),
-    output_dir: Annotated[str, typer.Option(help="Folder for the run, in the file.")] = "out",
+    data: Annotated[str, typer.Argument(help="Training data, as for `ftdata build`", show_default=False)],
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id of the base model")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output file; - for standard output")] = Path(
+        "run.yaml"
+    ),
+    output_dir: Annotated[str, typer.Option(help="Run directory to write into the file")] = "out",
     template: Template = None,
     limit: Limit = None,
-    trust_remote_code: Trust = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a commented configuration for data and a model, with values worked out from both."""
-    from ftdata.train import init as worked_out
+    """Write a commented configuration with values computed from data and a model."""
+    from ftdata.train import init as make_config_text
 
     if str(output) != "-" and output.exists():
-        raise UsageError("target_exists", f"{output} is there already", hint="choose another name with --output")
-    text = worked_out(
+        raise UsageError("target_exists", f"{output} already exists", hint="choose another file with --output")
+    text = make_config_text(
         data, model, output_dir, template=template, limit=limit, trust_remote_code=trust_remote_code or None
     )
     if str(output) == "-":
         write_stdout(text)
         return
     output.write_text(text, encoding="utf-8")
-    print(f"wrote {output}; look at it, then: ftdata train {output}")
+    print(f"wrote {output}; review it, then run: ftdata train {output}")
 
 
 def train(
     source: Annotated[
         str,
         typer.Argument(
-            help="A config file (.yaml, .toml), data, a build, or the folder of a run to go on with.",
+            help="Configuration file (.yaml, .toml), data, build, or run directory to resume",
             show_default=False,
         ),
     ],
     model: Model = None,
-    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Folder for the run.")] = None,
+    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Run directory")] = None,
     template: Template = None,
-    schema: Annotated[str | None, typer.Option(help="The shape of every row.")] = None,
+    schema: Annotated[str | None, typer.Option(help="Schema of all rows")] = None,
     column: Columns = None,
-    train_on: Annotated[str | None, typer.Option(help="assistant, last_assistant, completion, all.")] = None,
-    turns: Annotated[str | None, typer.Option(help="auto, joint or split.")] = None,
+    train_on: Annotated[
+        str | None, typer.Option(help="Trained messages: assistant, last_assistant, completion or all")
+    ] = None,
+    turns: Annotated[str | None, typer.Option(help="Examples per conversation: auto, joint or split")] = None,
     max_length: MaxLength = None,
-    overlong: Annotated[str | None, typer.Option(help="reject, drop_turns or truncate.")] = None,
+    overlong: Annotated[
+        str | None, typer.Option(help="Examples over --max-length: reject, drop_turns or truncate")
+    ] = None,
     packing: Packing = None,
     test_size: TestSize = None,
     limit: Limit = None,
-    on_bad_rows: Annotated[str | None, typer.Option(help="error or quarantine.")] = None,
+    on_bad_rows: Annotated[
+        str | None, typer.Option(help="Bad rows: error (stop) or quarantine (continue without them)")
+    ] = None,
     max_rejects: MaxRejects = None,
-    quantization: Annotated[str | None, typer.Option(help="Base model in few bits: nf4 (QLoRA), fp4 or int8.")] = None,
-    lora_r: Annotated[int | None, typer.Option(help="Rank of the LoRA adapter.")] = None,
-    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2, ...")] = None,
+    quantization: Annotated[str | None, typer.Option(help="Quantize the base model: nf4 (QLoRA), fp4 or int8")] = None,
+    lora_r: Annotated[int | None, typer.Option(help="Rank of the LoRA adapter")] = None,
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="Attention implementation, e.g. sdpa, eager or flash_attention_2")
+    ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any field: learning_rate=1e-4 (of SFTConfig), lora.alpha=32, mask.turns=split."),
+        typer.Option("--set", help="Set any field, e.g. learning_rate=1e-4, lora.alpha=32, mask.turns=split"),
     ] = None,
-    trust_remote_code: Trust = False,
+    trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it takes: parameters, memory, steps, time; train nothing.")
+        bool, typer.Option("--dry-run", help="Estimate parameters, memory, steps and time without training")
     ] = False,
-    resume: Annotated[bool, typer.Option(help="Go on from the last whole checkpoint in the run's folder.")] = False,
+    resume: Annotated[bool, typer.Option(help="Resume from the last complete checkpoint")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a model on data or on a build, with LoRA, QLoRA or in full; save, read back, and draw the loss."""
+    """Train a model on data or a build, with LoRA, QLoRA or full fine-tuning."""
     import ftdata.train
 
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "model": model,
         "output_dir": output_dir,
         "settings": set_ or [],
@@ -115,12 +125,12 @@ def train(
         "trust_remote_code": trust_remote_code or None,
     }
     if dry_run:
-        estimate, note = ftdata.train.dry_run(source, **given)
+        estimate, note = ftdata.train.dry_run(source, **options)
         print_value(estimate, as_json=as_json)
         if note and not as_json:
             print(note)
         return
-    folder = ftdata.train.run(source, resume=resume, **given)
+    folder = ftdata.train.run(source, resume=resume, **options)
     if as_json:
         write_stdout((folder / "run.json").read_text(encoding="utf-8"))
 
@@ -128,25 +138,25 @@ def train(
 def evaluate(
     run_dir: Run,
     data: Annotated[
-        str | None, typer.Option(help="Questions with expected answers; default: the run's test split.")
+        str | None, typer.Option(help="Questions with expected answers (default: the run's test split)")
     ] = None,
-    n: Annotated[int, typer.Option("-n", help="How many rows; 0: all.", min=0)] = 20,
-    batch_size: Annotated[int, typer.Option(help="Prompts answered together.", min=1)] = 16,
-    max_new_tokens: Most = 256,
+    n: Annotated[int, typer.Option("-n", help="Number of rows; 0 for all", min=0)] = 20,
+    batch_size: Annotated[int, typer.Option(help="Number of prompts per batch", min=1)] = 16,
+    max_new_tokens: MaxNewTokens = 256,
     num_beams: Beams = 1,
     temperature: Temperature = None,
     top_p: TopP = None,
-    seed: ChanceSeed = 0,
-    html: Annotated[Path | None, typer.Option(help="Write a page with both, side by side.")] = None,
-    trust_remote_code: Trust = False,
+    seed: SamplingSeed = 0,
+    html: Annotated[Path | None, typer.Option(help="Write a side-by-side HTML report to this file")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Ask base and tuned model the same questions: side by side, perplexity, exact match, SacreBLEU, chrF."""
+    """Compare the base and the trained model: answers, perplexity, exact match, SacreBLEU, chrF."""
     from ftdata.train import compare
 
-    options = _generation(max_new_tokens, num_beams, temperature, top_p, seed)
+    options = _generation_options(max_new_tokens, num_beams, temperature, top_p, seed)
     options |= {"trust_remote_code": trust_remote_code}
-    with _answering() as progress:
+    with _generation_progress() as progress:
         report = compare(run_dir, data, n or None, batch_size=batch_size, progress=progress, **options)
     if as_json:
         print_value(report, as_json=True)
@@ -161,30 +171,32 @@ def evaluate(
 def generate(
     run_dir: Run,
     prompts: Annotated[
-        list[str] | None, typer.Argument(help="What a user says, each by itself; default: lines of standard input.")
+        list[str] | None, typer.Argument(help="User messages (default: the lines of standard input)")
     ] = None,
-    base: Base = False,
-    batch_size: Annotated[int, typer.Option(help="Prompts answered together.", min=1)] = 16,
-    max_new_tokens: Most = 256,
+    base: UseBase = False,
+    batch_size: Annotated[int, typer.Option(help="Number of prompts per batch", min=1)] = 16,
+    max_new_tokens: MaxNewTokens = 256,
     num_beams: Beams = 1,
     temperature: Temperature = None,
     top_p: TopP = None,
-    seed: ChanceSeed = 0,
-    trust_remote_code: Trust = False,
+    seed: SamplingSeed = 0,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Answer prompts with a tuned model."""
-    from ftdata.train import generate as answered
+    """Generate answers to prompts with a trained model."""
+    from ftdata.train import generate as generate_answers
 
-    asked = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not asked:
-        raise UsageError("missing_option", "nothing was asked", hint="name a prompt, or write lines to standard input")
-    options = _generation(max_new_tokens, num_beams, temperature, top_p, seed)
+    questions = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not questions:
+        raise UsageError(
+            "missing_option", "no prompt was passed", hint="pass prompts as arguments or as lines on standard input"
+        )
+    options = _generation_options(max_new_tokens, num_beams, temperature, top_p, seed)
     options |= {"trust_remote_code": trust_remote_code}
-    with _answering() as progress:
-        answers = answered(run_dir, asked, base=base, batch_size=batch_size, progress=progress, **options)
+    with _generation_progress() as progress:
+        answers = generate_answers(run_dir, questions, base=base, batch_size=batch_size, progress=progress, **options)
     if as_json:
-        rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(asked, answers, strict=True)]
+        rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(questions, answers, strict=True)]
         write_stdout(json.dumps(rows, ensure_ascii=False, indent=2))
     else:
         write_stdout("\n".join(escape_unprintable(answer) for answer in answers))
@@ -192,20 +204,20 @@ def generate(
 
 def chat(
     run_dir: Run,
-    base: Base = False,
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    max_new_tokens: Most = 256,
+    base: UseBase = False,
+    system: Annotated[str | None, typer.Option(help="System message")] = None,
+    max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = None,
     top_p: TopP = None,
-    seed: ChanceSeed = 0,
-    trust_remote_code: Trust = False,
+    seed: SamplingSeed = 0,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Talk with a tuned model; an empty line or Ctrl-D ends it, /new begins anew."""
+    """Chat with a trained model: /new starts over, an empty line or Ctrl-D ends the chat."""
     from ftdata.train import start_chat
 
-    options = _generation(max_new_tokens, 1, temperature, top_p, seed)
-    talk = start_chat(run_dir, base=base, system=system, trust_remote_code=trust_remote_code, **options)
-    first, told = list(talk.messages), False
+    options = _generation_options(max_new_tokens, 1, temperature, top_p, seed)
+    session = start_chat(run_dir, base=base, system=system, trust_remote_code=trust_remote_code, **options)
+    first_messages, has_warned = list(session.messages), False
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")
@@ -214,82 +226,98 @@ def chat(
         if not text.strip():
             break
         if text.strip() == "/new":
-            talk.messages = list(first)
+            session.messages = list(first_messages)
             continue
-        write_stdout(escape_unprintable(talk.say(text)))
-        if talk.forgets and len(talk.messages) > 2 and not told:
-            told = True
-            print("(the template shows one question: what was said before is not seen)", file=sys.stderr)
+        write_stdout(escape_unprintable(session.say(text)))
+        if session.is_single_turn and len(session.messages) > 2 and not has_warned:
+            has_warned = True
+            print(
+                "(the template renders only the last question, so the model does not see earlier messages)",
+                file=sys.stderr,
+            )
 
 
 def merge(
     run_dir: Run,
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="A new folder for the whole model.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="New folder for the merged model")],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: that of the base model.")
+        str | None, typer.Option(help="float32, bfloat16 or float16 (default: that of the base model)")
     ] = None,
-    trust_remote_code: Trust = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write the base model with the run's adapter merged into it: a model that needs neither ftdata nor PEFT."""
+    """Merge the adapter of a run into its base model and save the result."""
     from ftdata.train import merge as merge_run
 
     merged = merge_run(run_dir, output_dir, dtype=dtype, trust_remote_code=trust_remote_code)
     print(f"merged into {output_dir} in {merged.dtype}")
-    print(f"its logits differ from the adapter's by at most {merged.error:.1g} of the largest (limit {merged.limit:g})")
+    print(f"largest relative difference from the adapter's logits: {merged.error:.1g} (limit {merged.limit:g})")
 
 
-def _generation(
+def _generation_options(
     max_new_tokens: int, num_beams: int, temperature: float | None, top_p: float | None, seed: int
 ) -> dict[str, Any]:
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if num_beams > 1:
         options |= {"num_beams": num_beams, "early_stopping": True}
     if top_p is not None and not 0 < top_p <= 1:
-        raise UsageError("top_p", f"--top-p is {top_p}, expected a share above 0, to 1")
-    # No heat at all: the likeliest, as everywhere.
+        raise UsageError("top_p", f"--top-p is {top_p}, expected a number above 0 and up to 1")
+    # A temperature of 0 means greedy decoding, as in other tools.
     if temperature != 0 and (temperature is not None or top_p is not None):
-        heat = 1.0 if temperature is None else temperature
-        options |= {"do_sample": True, "temperature": heat, "top_p": 1.0 if top_p is None else top_p, "seed": seed}
+        temperature = 1.0 if temperature is None else temperature
+        options |= {
+            "do_sample": True,
+            "temperature": temperature,
+            "top_p": 1.0 if top_p is None else top_p,
+            "seed": seed,
+        }
     return options
 
 
-_LONG = 10.0
-"""Seconds of answering that are announced, and between two lines where no terminal shows a bar."""
+_ANNOUNCE_SECONDS = 10.0
+"""Shortest remaining time that is announced. Without a terminal, progress lines follow at three times this interval."""
 
 
 @contextmanager
-def _answering() -> Iterator[Callable[[GenerationProgress], None]]:
-    """Show how long answering takes at most, and how far it is: as a bar on a terminal, as lines elsewhere."""
+def _generation_progress() -> Iterator[Callable[[GenerationProgress], None]]:
+    """Show the progress and the maximum remaining time: as a bar on a terminal, otherwise as lines."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
+    from rich.progress import Progress as ProgressBars
 
     console = Console(stderr=True)
-    columns = (TextColumn("answers {task.fields[answers]}"), BarColumn(), TextColumn("{task.fields[left]}"))
-    with Bars(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task("answers", total=None, answers="", left="")
-        announced: list[float] = []
+    columns = (TextColumn("answers {task.fields[answers]}"), BarColumn(), TextColumn("{task.fields[remaining]}"))
+    with ProgressBars(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bars:
+        task = bars.add_task("answers", total=None, answers="", remaining="")
+        announcement_times: list[float] = []
 
-        def show(now: GenerationProgress) -> None:
-            left = "" if now.seconds_left is None else f"at most {_duration(now.seconds_left)} left"
-            answers = f"{now.answers}/{now.of_answers}"
-            bars.update(task, completed=now.steps, total=now.of_steps, answers=answers, left=left)
-            if now.seconds_left is None or (not announced and now.seconds_left < _LONG):
+        def show(progress: GenerationProgress) -> None:
+            remaining = (
+                "" if progress.seconds_left is None else f"at most {_format_duration(progress.seconds_left)} left"
+            )
+            answers = f"{progress.answers}/{progress.of_answers}"
+            bars.update(task, completed=progress.steps, total=progress.of_steps, answers=answers, remaining=remaining)
+            if progress.seconds_left is None or (not announcement_times and progress.seconds_left < _ANNOUNCE_SECONDS):
                 return
-            # The second token is slower than those after it.
-            if not announced and now.steps >= min(4, now.of_steps):
-                speed = f"{now.seconds_per_step:.2g} s a token; fewer with --max-new-tokens or -n"
-                text = f"{now.of_answers} answers take at most {_duration(now.seconds_left)} ({speed})"
+            # The second token is slower than later tokens, so the speed is reported after four steps.
+            if not announcement_times and progress.steps >= min(4, progress.of_steps):
+                speed = f"{progress.seconds_per_step:.2g} s per token; reduce --max-new-tokens or -n to shorten it"
+                text = f"{progress.of_answers} answers take at most {_format_duration(progress.seconds_left)} ({speed})"
                 console.print(text, highlight=False, soft_wrap=True)
-                announced.append(time.perf_counter())
-            elif announced and not console.is_terminal and time.perf_counter() - announced[-1] > 3 * _LONG:
-                console.print(f"{answers} answers, {left}", highlight=False, soft_wrap=True)
-                announced.append(time.perf_counter())
+                announcement_times.append(time.perf_counter())
+            elif (
+                announcement_times
+                and not console.is_terminal
+                and time.perf_counter() - announcement_times[-1] > 3 * _ANNOUNCE_SECONDS
+            ):
+                console.print(f"{answers} answers, {remaining}", highlight=False, soft_wrap=True)
+                announcement_times.append(time.perf_counter())
 
         yield show
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"

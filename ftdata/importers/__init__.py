@@ -1,11 +1,11 @@
-"""Configurations of other tools, as configurations of ours: what they say is carried over, or named.
+"""Import configurations of other fine-tuning tools as ftdata configurations.
 
-    axolotl.yaml                       Axolotl's file, with its `datasets`
-    train.yaml                         LLaMA-Factory's training file; `dataset_info.json` lies where it says
-    dataset_info.json                  LLaMA-Factory's list of data sets; `datasets` says which
+    axolotl.yaml                       an Axolotl file, with its `datasets`
+    train.yaml                         a LLaMA-Factory training file; `dataset_dir` contains its `dataset_info.json`
+    dataset_info.json                  a LLaMA-Factory list of data sets; `datasets` selects from it
 
-Keys mean what they do in Axolotl 0.19.0 and LLaMA-Factory 0.9.5. What would train other tokens than people expect of
-the file is a note; what cannot be said in ours is refused.
+Keys have their meaning in Axolotl 0.19.0 and LLaMA-Factory 0.9.5. A setting that would train different tokens than the
+original tool becomes a note. A setting that ftdata cannot express is an error.
 """
 
 from ftdata.importers.import_config import ImportedConfig, import_config

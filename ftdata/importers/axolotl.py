@@ -1,4 +1,4 @@
-"""Axolotl's YAML. What each key means is as in axolotl 0.19.0 (`utils/schemas/config.py`, `datasets.py`)."""
+"""Import Axolotl YAML files. Keys follow axolotl 0.19.0 (`utils/schemas/config.py`, `datasets.py`)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ftdata.importers.draft import (
     test_size_of,
 )
 
-_CHANGES = "it changes what is learnt, and ftdata has nothing like it"
-_ANOTHER = "that is another way of training"
+_NO_EQUIVALENT = "it affects training, and ftdata has no equivalent"
+_OTHER_METHOD = "ftdata does not support this training method"
 KEYS = KeyRules(
     rules={
         "base_model": "model",
         "tokenizer_config": "tokenizer",
         "chat_template_kwargs": "template_kwargs",
         "sequence_len": "max_length",
-        "sample_packing": lambda yes: {"packing": "bfd"} if yes else {},
+        "sample_packing": lambda value: {"packing": "bfd"} if value else {},
         "val_set_size": test_size_of,
         "dataset_exact_deduplication": "dedup",
         "shuffle_merged_datasets": "shuffle",
@@ -52,20 +52,20 @@ KEYS = KeyRules(
         "warmup_ratio": "train.warmup_steps",
         "early_stopping_patience": "early_stopping",
         "attn_implementation": "attn_implementation",
-        "flash_attention": lambda yes: {"attn_implementation": "flash_attention_2"} if yes else {},
-        "sdp_attention": lambda yes: {"attn_implementation": "sdpa"} if yes else {},
-        "eager_attention": lambda yes: {"attn_implementation": "eager"} if yes else {},
-        "flex_attention": lambda yes: {"attn_implementation": "flex_attention"} if yes else {},
-        "bf16": lambda yes: {} if yes == "auto" else {"train.bf16": bool(yes)},
-        "fp16": lambda yes: {"train.fp16": bool(yes)},
-        "tf32": lambda yes: {} if yes == "auto" else {"train.tf32": bool(yes)},
-        "gradient_checkpointing": lambda yes: {"train.gradient_checkpointing": bool(yes)},
-        "use_tensorboard": lambda yes: {"train.report_to": "tensorboard"} if yes else {},
-        "use_wandb": lambda yes: {"train.report_to": "wandb"} if yes else {},
+        "flash_attention": lambda value: {"attn_implementation": "flash_attention_2"} if value else {},
+        "sdp_attention": lambda value: {"attn_implementation": "sdpa"} if value else {},
+        "eager_attention": lambda value: {"attn_implementation": "eager"} if value else {},
+        "flex_attention": lambda value: {"attn_implementation": "flex_attention"} if value else {},
+        "bf16": lambda value: {} if value == "auto" else {"train.bf16": bool(value)},
+        "fp16": lambda value: {"train.fp16": bool(value)},
+        "tf32": lambda value: {} if value == "auto" else {"train.tf32": bool(value)},
+        "gradient_checkpointing": lambda value: {"train.gradient_checkpointing": bool(value)},
+        "use_tensorboard": lambda value: {"train.report_to": "tensorboard"} if value else {},
+        "use_wandb": lambda value: {"train.report_to": "wandb"} if value else {},
         "wandb_project": lambda name: {"train.report_to": "wandb"} if name else {},
         "wandb_name": "train.run_name",
     },
-    same={
+    same_name={
         "learning_rate", "max_steps", "gradient_accumulation_steps", "warmup_steps", "weight_decay", "max_grad_norm",
         "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha", "logging_steps", "save_total_limit",
         "save_steps", "save_strategy", "eval_steps", "eval_strategy", "gradient_checkpointing_kwargs",
@@ -73,7 +73,7 @@ KEYS = KeyRules(
         "torch_compile_backend", "torch_compile_mode", "metric_for_best_model", "greater_is_better",
         "load_best_model_at_end", "auto_find_batch_size", "torch_empty_cache_steps",
     },
-    left={
+    ignored={
         "dataset_prepared_path", "dataset_num_proc", "dataset_processes", "dataset_keep_in_memory", "strict",
         "pad_to_sequence_len", "pad_to_multiple_of", "group_by_length", "eval_sample_packing", "lora_mlp_kernel",
         "lora_qkv_kernel", "lora_o_kernel", "flash_attn_cross_entropy", "flash_attn_rms_norm", "tokenizer_use_fast",
@@ -81,249 +81,264 @@ KEYS = KeyRules(
         "wandb_run_id", "hub_model_id", "push_dataset_to_hub", "mlflow_tracking_uri", "comet_project_name", "debug",
         "ddp_timeout", "ddp_bucket_cap_mb", "resume_from_checkpoint", "auto_resume_from_checkpoints", "local_rank",
     },
-    noted={
-        "deepspeed": "is said to accelerate: accelerate launch --use_deepspeed ... -m ftdata train",
-        "fsdp": "is said to accelerate: accelerate launch --use_fsdp ... -m ftdata train",
-        "fsdp_config": "is said to accelerate: accelerate launch --use_fsdp ... -m ftdata train",
-        "default_system_message": "Axolotl 0.19 puts it nowhere, so it is left out; write it into the data",
-        "trust_remote_code": "left out: code of a model runs where you say so, --trust-remote-code",
-        "eot_tokens": "left out: stops are found in the template",
-        "special_tokens": "left out: stops are found; for more tokens, save a tokenizer with them",
-        "tokens": "left out: save a tokenizer with them, and name it as tokenizer",
-        "revision_of_model": "left out: download that revision, and name its folder as model",
-        "shuffle_before_merging_datasets": "left out: rows are put into another order once, with shuffle",
-        "test_datasets": "left out: held-out rows are those of test_size, or a split named test of the same data",
-        "cosine_min_lr_ratio": "left out: see cosine_with_min_lr of lr_scheduler_type",
+    notes={
+        "deepspeed": "left out: pass it to accelerate: accelerate launch --use_deepspeed ... -m ftdata train",
+        "fsdp": "left out: pass it to accelerate: accelerate launch --use_fsdp ... -m ftdata train",
+        "fsdp_config": "left out: pass it to accelerate: accelerate launch --use_fsdp ... -m ftdata train",
+        "default_system_message": "left out: Axolotl 0.19 does not use it; add it to the data",
+        "trust_remote_code": "left out: pass --trust-remote-code to run the code of a model",
+        "eot_tokens": "left out: stop tokens are detected in the template",
+        "special_tokens": "left out: stop tokens are detected; to add tokens, save a tokenizer that contains them",
+        "tokens": "left out: save a tokenizer that contains them, and set tokenizer to its folder",
+        "revision_of_model": "left out: download that revision, and set model to its folder",
+        "shuffle_before_merging_datasets": "left out: use shuffle, which shuffles all rows once",
+        "test_datasets": "left out: hold out rows with test_size, or with a test split in the data",
+        "cosine_min_lr_ratio": "left out: use lr_scheduler_type: cosine_with_min_lr",
     },
-    refused={
-        **dict.fromkeys(("rl", "reward_model", "process_reward_model", "pretraining_dataset"), _ANOTHER),
+    unsupported={
+        **dict.fromkeys(("rl", "reward_model", "process_reward_model", "pretraining_dataset"), _OTHER_METHOD),
         **dict.fromkeys(
             ("lora_model_dir", "relora", "unfrozen_parameters", "lisa_n_layers", "loraplus_lr_ratio", "embedding_lr",
              "lr_groups", "qat", "plugins",
              "kd_trainer", "use_eaft", "curriculum_sampling", "min_sample_len", "trainer_cls", "gptq", "fp8"),
-            _CHANGES,
+            _NO_EQUIVALENT,
         ),
     },
 )  # fmt: skip
-_USUAL = {
+_DEFAULTS = {
     "sequence_len": 512, "num_epochs": 1, "micro_batch_size": 1, "seed": 42, "optimizer": "adamw_torch_fused",
     "lr_scheduler": "cosine", "save_total_limit": 4, "gradient_checkpointing": False, "output_dir": "model-out",
 }  # fmt: skip
-_OWN = ("datasets", "chat_template", "chat_template_jinja", "adapter", "load_in_4bit", "load_in_8bit",
-        "excess_length_strategy", "train_on_inputs", "evals_per_epoch", "saves_per_epoch",
-        "lora_target_linear")  # fmt: skip
-_SOURCE = {"path": "path", "name": "name", "revision": "revision", "split": "split", "data_files": "data_files"}
-_MESSAGES = {
+_CONVERTED_BELOW = (
+    "datasets", "chat_template", "chat_template_jinja", "adapter", "load_in_4bit", "load_in_8bit",
+    "excess_length_strategy", "train_on_inputs", "evals_per_epoch", "saves_per_epoch", "lora_target_linear",
+)  # fmt: skip
+_SOURCE_KEYS = {"path": "path", "name": "name", "revision": "revision", "split": "split", "data_files": "data_files"}
+_MESSAGE_FIELDS = {
     "role": ("role", "from", "speaker", "author", "sender"),
     "content": ("content", "value", "text", "message"),
 }
 _SUFFIXES = ("json", "jsonl", "csv", "parquet", "arrow")
-_IGNORED = ("field_tools", "field_system", "field_thinking", "template_thinking_key", "weight")
-_OF_TYPE = ("field_instruction", "field_input", "field_output", "format", "no_input_format", "system_prompt")
-_NOWHERE = (
+_IGNORED_KEYS = ("field_tools", "field_system", "field_thinking", "template_thinking_key", "weight")
+_TYPE_KEYS = ("field_instruction", "field_input", "field_output", "format", "no_input_format", "system_prompt")
+_UNSUPPORTED_KEYS = (
     "message_field_training_detail", "drop_system_message", "split_thinking", "shards", "shards_idx", "conversation",
 )  # fmt: skip
-
-
-_KNOWN = {
-    *_SOURCE, *_IGNORED, *_OF_TYPE, *_NOWHERE, "type", "ds_type", "field", "field_messages", "chat_template",
-    "message_property_mappings", "message_field_role", "message_field_content", "roles", "roles_to_train",
-    "train_on_eos", "train_on_eot", "message_field_training", "chat_template_jinja", "preprocess_shards",
+_KNOWN_KEYS = {
+    *_SOURCE_KEYS, *_IGNORED_KEYS, *_TYPE_KEYS, *_UNSUPPORTED_KEYS, "type", "ds_type", "field", "field_messages",
+    "chat_template", "chat_template_jinja", "message_property_mappings", "message_field_role", "message_field_content",
+    "message_field_training", "roles", "roles_to_train", "train_on_eos", "train_on_eot", "preprocess_shards",
 }  # fmt: skip
 
 
-def draft_from_axolotl(values: Mapping[str, Any], chosen: Sequence[str], folder: Path) -> Draft:  # noqa: ARG001  (one signature for all)
-    """Return a draft of what an Axolotl file says.
+def draft_from_axolotl(values: Mapping[str, Any], selection: Sequence[str], folder: Path) -> Draft:  # noqa: ARG001  (all importers share this signature)
+    """Return a draft of the settings in an Axolotl file.
 
     Args:
         values: the file.
-        chosen: which of its data sets, by path or number from 0; none: all.
-        folder: where the file lies; paths in it are relative to where the command is run.
+        selection: data sets to import, by path or number from 0. If empty, all are imported.
+        folder: folder of the file. It is not used: paths in the file are relative to the working directory.
 
     Raises:
         UsageError: `cannot_import`.
     """
-    draft, values = Draft(), explicit_settings(values, _USUAL)
+    draft, values = Draft(), explicit_settings(values, _DEFAULTS)
     if "warmup_steps" not in values:
         values.setdefault("warmup_ratio", 0.03)
-    apply_rules(values, KEYS, draft, but=_OWN)
-    _data(values, chosen, draft)
-    _adapter(values, draft)
-    _too_long(values, draft)
+    apply_rules(values, KEYS, draft, skip=_CONVERTED_BELOW)
+    _convert_datasets(values, selection, draft)
+    _convert_adapter(values, draft)
+    _convert_overlong(values, draft)
     for name in ("eval", "save"):
         if times := values.get(f"{name}s_per_epoch"):
             if times * values["num_epochs"] <= 0:
                 raise ValueError(f"{name}s_per_epoch is {times}, num_epochs {values['num_epochs']}")
-            # A share of the whole run, as Trainer takes it.
-            draft.put(f"train.{name}_strategy", "steps")
-            draft.put(f"train.{name}_steps", 1 / (times * values["num_epochs"]))
+            # Trainer accepts the interval as a share of all steps.
+            draft.set_field(f"train.{name}_strategy", "steps")
+            draft.set_field(f"train.{name}_steps", 1 / (times * values["num_epochs"]))
     if values.get("adapter") and values.get("lora_target_linear"):
-        draft.put("lora.target_modules", "all-linear")
+        draft.set_field("lora.target_modules", "all-linear")
     remove_evaluation(draft)
     return draft
 
 
-def _adapter(values: Mapping[str, Any], draft: Draft) -> None:
+def _convert_adapter(values: Mapping[str, Any], draft: Draft) -> None:
     kind = values.get("adapter")
     if kind not in (None, "lora", "qlora"):
-        raise conversion_error(f"adapter: {kind}, of which ftdata knows lora and qlora")
+        raise conversion_error(f"adapter: {kind}, expected lora or qlora")
     if kind is None:
         draft.fields.pop("lora", None)
     if kind == "qlora":
-        draft.put("quantization", "nf4")
+        draft.set_field("quantization", "nf4")
     elif kind == "lora" and values.get("load_in_8bit"):
-        draft.put("quantization", "int8")
+        draft.set_field("quantization", "int8")
     elif values.get("load_in_4bit"):
-        draft.note("load_in_4bit: Axolotl loads 4 bits with adapter: qlora only, so this is 16 bits here as there")
-    if values.get("load_in_8bit") and kind != "lora":
-        draft.note("load_in_8bit: left out: it is taken over with adapter: lora only")
-
-
-def _too_long(values: Mapping[str, Any], draft: Draft) -> None:
-    how = values.get("excess_length_strategy") or "drop"
-    if how == "truncate":
-        draft.put("overlong", "truncate")
-    elif how == "drop":
-        draft.put("on_bad_rows", "quarantine")
-        draft.put("max_rejects", "100%")
-        draft.note("rows that are too long are left out and counted; so are bad ones: max_rejects says how many may be")
-    elif how != "raise":
-        raise conversion_error(f"excess_length_strategy: {how}")
-
-
-def _data(values: Mapping[str, Any], chosen: Sequence[str], draft: Draft) -> None:
-    every = values.get("datasets")
-    if not (isinstance(every, list) and every and all(isinstance(one, Mapping) for one in every)):
-        raise conversion_error("datasets: expected a list of mappings, each with a path")
-    if odd := [one.get("path") for one in every if not isinstance(one.get("path"), str) or not one["path"]]:
-        raise conversion_error(f"datasets: a path is {odd[0]!r:.80}, expected a file, a folder, or a name of the hub")
-    named = {str(number): one for number, one in enumerate(every)}
-    if unknown := [name for name in chosen if name not in named and name not in [one["path"] for one in every]]:
-        raise conversion_error(
-            f"no data set {unknown[0]!r}; there are {', '.join(one['path'] for one in every)}",
-            hint="a path, or a number from 0",
+        draft.add_note(
+            "load_in_4bit: left out: Axolotl uses it only with adapter: qlora, so the model is loaded in 16 bits"
         )
-    taken = {number: one for number, one in named.items() if not chosen or number in chosen or one["path"] in chosen}
-    draft.put("data", [source for one in taken.values() for source in _sources(one, draft)])
-    kinds = {f"{one['path']} ({number})": _kind(one, values, draft) for number, one in taken.items()}
-    merge_dataset_options(kinds, draft)
+    if values.get("load_in_8bit") and kind != "lora":
+        draft.add_note("load_in_8bit: left out: it is supported only with adapter: lora")
 
 
-def _sources(one: Mapping[str, Any], draft: Draft) -> list[dict[str, Any]]:
-    path, files = str(one["path"]), one.get("data_files")
-    if useless := [key for key in _IGNORED if one.get(key)]:
-        told = "had no effect in Axolotl 0.19 and is left out; columns names such columns"
-        draft.note(f"{path}: {', '.join(useless)} {told}")
-    if misplaced := [key for key in _OF_TYPE if one.get(key)]:
-        told = "stands beside type, where Axolotl does not read it; it belongs into a mapping under type"
-        raise conversion_error(f"{path}: {', '.join(misplaced)} {told}")
-    if lost := [key for key in _NOWHERE if one.get(key)]:
-        raise conversion_error(f"{path}: {', '.join(lost)}: {_CHANGES}")
-    note_unknown_keys(path, one, _KNOWN, draft)
-    kind, split = one.get("ds_type"), one.get("split")
+def _convert_overlong(values: Mapping[str, Any], draft: Draft) -> None:
+    strategy = values.get("excess_length_strategy") or "drop"
+    if strategy == "truncate":
+        draft.set_field("overlong", "truncate")
+    elif strategy == "drop":
+        draft.set_field("on_bad_rows", "quarantine")
+        draft.set_field("max_rejects", "100%")
+        draft.add_note(
+            "rows that are too long are rejected and counted, as all bad rows are; max_rejects limits their number"
+        )
+    elif strategy != "raise":
+        raise conversion_error(f"excess_length_strategy: {strategy}, expected drop, truncate or raise")
+
+
+def _convert_datasets(values: Mapping[str, Any], selection: Sequence[str], draft: Draft) -> None:
+    infos = values.get("datasets")
+    if not (isinstance(infos, list) and infos and all(isinstance(info, Mapping) for info in infos)):
+        raise conversion_error("datasets: expected a list of mappings, each with a path")
+    if invalid := [info.get("path") for info in infos if not isinstance(info.get("path"), str) or not info["path"]]:
+        raise conversion_error(f"datasets: a path is {invalid[0]!r:.80}, expected a file, a folder or a Hub id")
+    numbered = {str(number): info for number, info in enumerate(infos)}
+    paths = [info["path"] for info in infos]
+    if unknown := [name for name in selection if name not in numbered and name not in paths]:
+        raise conversion_error(
+            f"no data set {unknown[0]!r} among {', '.join(paths)}", hint="pass a path, or a number from 0"
+        )
+    selected = {
+        number: info
+        for number, info in numbered.items()
+        if not selection or number in selection or info["path"] in selection
+    }
+    draft.set_field("data", [source for info in selected.values() for source in _make_sources(info, draft)])
+    options = {f"{info['path']} ({number})": _row_options(info, values, draft) for number, info in selected.items()}
+    merge_dataset_options(options, draft)
+
+
+def _make_sources(info: Mapping[str, Any], draft: Draft) -> list[dict[str, Any]]:
+    path, files = str(info["path"]), info.get("data_files")
+    if without_effect := [key for key in _IGNORED_KEYS if info.get(key)]:
+        explanation = "has no effect in Axolotl 0.19 and is left out; use columns to map columns"
+        draft.add_note(f"{path}: {', '.join(without_effect)} {explanation}")
+    if misplaced := [key for key in _TYPE_KEYS if info.get(key)]:
+        explanation = "is not read at this level by Axolotl; move it to a mapping under type"
+        raise conversion_error(f"{path}: {', '.join(misplaced)} {explanation}")
+    if unsupported := [key for key in _UNSUPPORTED_KEYS if info.get(key)]:
+        raise conversion_error(f"{path}: {', '.join(unsupported)}: {_NO_EQUIVALENT}")
+    note_unknown_keys(path, info, _KNOWN_KEYS, draft)
+    kind, split = info.get("ds_type"), info.get("split")
     if kind not in (None, *_SUFFIXES, "text"):
-        raise conversion_error(f"{path}: ds_type is {kind!r:.60}", hint=f"one of {', '.join(_SUFFIXES)}")
-    said = {"split": split} if split not in (None, "train") else {}
+        raise conversion_error(f"{path}: ds_type is {kind!r:.60}", hint=f"use one of {', '.join(_SUFFIXES)}")
+    options = {"split": split} if split not in (None, "train") else {}
     if files and Path(path).is_dir():
-        # Axolotl takes these relative to where it runs.
-        return [{"path": place, **said} for place in ([files] if isinstance(files, str) else files)]
+        # Axolotl resolves these paths relative to the working directory.
+        return [{"path": file, **options} for file in ([files] if isinstance(files, str) else files)]
     if Path(path).suffix[1:] in _SUFFIXES or Path(path).is_file():
-        # Of a file there is a train split alone.
-        other = kind in _SUFFIXES and Path(path).suffix[1:] not in (kind, "jsonl")
-        return [{"path": path, **said, **({"format": kind} if other else {})}]
-    return [{"split": "train", **{ours: one[theirs] for theirs, ours in _SOURCE.items() if one.get(theirs)}}]
+        # A file has only a train split.
+        needs_format = kind in _SUFFIXES and Path(path).suffix[1:] not in (kind, "jsonl")
+        return [{"path": path, **options, **({"format": kind} if needs_format else {})}]
+    return [{"split": "train", **{field: info[key] for key, field in _SOURCE_KEYS.items() if info.get(key)}}]
 
 
-def _kind(one: Mapping[str, Any], values: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
-    """Return what a data set says of its rows: schema, columns, template, and what of them is trained."""
-    kind, path = one.get("type"), str(one["path"])
-    everything = {"train_on": "all"} if values.get("train_on_inputs") else {}
+def _row_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
+    """Return the schema, columns, template and mask policy of a data set."""
+    kind, path = info.get("type"), str(info["path"])
+    train_on = {"train_on": "all"} if values.get("train_on_inputs") else {}
     if isinstance(kind, Mapping):
-        return {**_mapped(kind), **everything}
+        return {**_prompt_template_options(kind), **train_on}
     if kind is None:
         return {"schema": "tokens"}
     if kind == "alpaca":
-        draft.note(
-            "type alpaca: the same text; Axolotl tokenises prompt and answer apart, ftdata the whole, as at inference"
+        draft.add_note(
+            "type alpaca: the text is the same, but Axolotl tokenizes prompt and answer separately; "
+            "ftdata tokenizes them together, as at inference"
         )
-        return {"schema": "alpaca", "template": "alpaca", **everything}
+        return {"schema": "alpaca", "template": "alpaca", **train_on}
     if kind == "completion":
-        draft.note("type completion: a text is one example; Axolotl cuts longer ones into several")
-        column = one.get("field") or "text"
+        draft.add_note("type completion: each text is one example; Axolotl splits long texts into several examples")
+        column = info.get("field") or "text"
         columns = {} if column == "text" else {"columns": {"text": column}}
         return {"schema": "text", "template": "{% generation %}{{ text }}{{ eos_token }}{% endgeneration %}", **columns}
     if kind == "chat_template":
-        if everything:
-            draft.note("train_on_inputs: everything is trained here; Axolotl leaves out headers of chat templates")
-        return {**_chat(one, values, draft), **everything}
-    way = (
+        if train_on:
+            draft.add_note("train_on_inputs: the whole text is trained; Axolotl excludes the headers of chat templates")
+        return {**_chat_options(info, values, draft), **train_on}
+    hint = (
         "use type: chat_template"
         if str(kind).startswith("sharegpt")
-        else "write it as a Jinja template: template in ours"
+        else "write it as a Jinja file, and set template to that file"
     )
-    raise conversion_error(f"{path}: type {kind} has no counterpart", hint=way)
+    raise conversion_error(f"{path}: type {kind} has no equivalent", hint=hint)
 
 
-def _chat(one: Mapping[str, Any], values: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
-    path = str(one["path"])
-    mapped = {"role": one.get("message_field_role"), "content": one.get("message_field_content")}
-    mapped |= one.get("message_property_mappings") or {}
-    for name, theirs in mapped.items():
-        if theirs and theirs not in _MESSAGES.get(name, (name,)):
+def _chat_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
+    path = str(info["path"])
+    field_keys = {"role": info.get("message_field_role"), "content": info.get("message_field_content")}
+    field_keys |= info.get("message_property_mappings") or {}
+    for field, key in field_keys.items():
+        if key and key not in _MESSAGE_FIELDS.get(field, (field,)):
             raise conversion_error(
-                f"{path}: messages have their {name} under {theirs!r}",
-                hint="make messages of rows by a function: schema='./mine.py:convert'",
+                f"{path}: messages have their {field} under {key!r}",
+                hint="convert rows to messages with a function: schema='./mine.py:convert'",
             )
-    roles = one.get("roles") or {}
+    roles = info.get("roles") or {}
     check_roles(
-        {found: meant for meant, names in roles.items() for found in ([names] if isinstance(names, str) else names)},
+        {role: meaning for meaning, names in roles.items() for role in ([names] if isinstance(names, str) else names)},
         path,
     )
-    trained = one.get("roles_to_train", ["assistant"])
-    if not trained or not set(trained) <= {"assistant", "gpt"}:
-        raise conversion_error(f"{path}: roles_to_train {trained}", hint="train_on takes a function, from Python")
-    if one.get("train_on_eos", "turn") not in (None, "turn") or one.get("train_on_eot", "turn") not in (None, "turn"):
-        draft.note(f"{path}: the stop of every trained turn is trained, whatever train_on_eos says")
-    flag = one.get("message_field_training")
-    if flag and flag not in ("train", "training", "weight", "loss"):
+    trained_roles = info.get("roles_to_train", ["assistant"])
+    if not trained_roles or not set(trained_roles) <= {"assistant", "gpt"}:
         raise conversion_error(
-            f"{path}: messages say whether they are trained under {flag!r}", hint="rename it to train"
+            f"{path}: roles_to_train is {trained_roles}, expected assistant",
+            hint="select the trained messages with a function: train_on='./mine.py:select'",
         )
-    if not flag:
-        draft.note(
-            f"{path}: messages with train, training, weight or loss of 0 are left untrained; there only when told so"
+    if info.get("train_on_eos", "turn") not in (None, "turn") or info.get("train_on_eot", "turn") not in (None, "turn"):
+        draft.add_note(f"{path}: the stop token of every trained turn is trained, regardless of train_on_eos")
+    training_key = info.get("message_field_training")
+    if training_key and training_key not in ("train", "training", "weight", "loss"):
+        raise conversion_error(
+            f"{path}: messages are excluded from training with {training_key!r}", hint="rename this field to train"
         )
-    column = one.get("field_messages") or "messages"
+    if not training_key:
+        draft.add_note(
+            f"{path}: messages with train, training, weight or loss of 0 are not trained; "
+            "Axolotl trains them unless message_field_training is set"
+        )
+    column = info.get("field_messages") or "messages"
     columns = {} if column in ("messages", "conversations") else {"columns": {"messages": column}}
-    return {**columns, **_template(one, values, draft)}
+    return {**columns, **_template_options(info, values, draft)}
 
 
-def _template(one: Mapping[str, Any], values: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
-    for said in (one, values):
-        name, text = said.get("chat_template"), said.get("chat_template_jinja")
+def _template_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
+    for settings in (info, values):
+        name, text = settings.get("chat_template"), settings.get("chat_template_jinja")
         if text and name in (None, "jinja"):
             return {"template": text}
         if name in (None, "tokenizer_default"):
             continue
         if name == "chatml":
-            draft.note("chat_template chatml: the same text; its stop, <|im_end|>, must be a token of the tokenizer")
+            draft.add_note(
+                "chat_template chatml: the text is the same; the stop token <|im_end|> must be in the tokenizer"
+            )
             return {"template": "chatml"}
         if str(name).startswith("tokenizer_default_fallback"):
             continue
         raise conversion_error(
             f"chat_template: {name}",
-            hint="save that template as a file, and name it; or take the model's own: tokenizer_default",
+            hint="save the template as a .jinja file and set template to it, or use tokenizer_default",
         )
     return {}
 
 
-def _mapped(kind: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the prompt template that a mapping under `type` stands for.
+def _prompt_template_options(kind: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema, columns and prompt template for a mapping under `type`.
 
-    >>> _mapped({"field_instruction": "q", "field_output": "a", "format": "Q: {instruction} A: "})["columns"]
+    >>> kind = {"field_instruction": "q", "field_output": "a", "format": "Q: {instruction} A: "}
+    >>> _prompt_template_options(kind)["columns"]
     {'instruction': 'q', 'output': 'a'}
     """
-    known = {
+    known_keys = {
         "system_prompt",
         "system_format",
         "field_system",
@@ -333,45 +348,47 @@ def _mapped(kind: Mapping[str, Any]) -> dict[str, Any]:
         "format",
         "no_input_format",
     }
-    if unknown := kind.keys() - known:
-        raise conversion_error(f"type: {', '.join(sorted(unknown))} is not known")
+    if unknown := kind.keys() - known_keys:
+        raise conversion_error(f"type: {', '.join(sorted(unknown))} is not a known key")
     columns = {
         name: kind[f"field_{name}"]
         for name in ("instruction", "input", "output", "system")
         if kind.get(f"field_{name}", name) != name
     }
-    system, said = kind.get("system_prompt") or "", kind.get("system_format") or "{system}"
-    both, alone = kind.get("format") or "{instruction} {input} ", kind.get("no_input_format") or "{instruction} "
+    system, system_format = kind.get("system_prompt") or "", kind.get("system_format") or "{system}"
+    with_input = kind.get("format") or "{instruction} {input} "
+    without_input = kind.get("no_input_format") or "{instruction} "
     template = (
         f"{{%- set system = system if system is defined else {json.dumps(system, ensure_ascii=False)} -%}}\n"
-        f"{{%- if system %}}{_jinja(said)}{{% endif -%}}\n"
-        f"{{%- if input is defined and input %}}{_jinja(both)}{{% else %}}{_jinja(alone)}{{% endif -%}}\n"
+        f"{{%- if system %}}{_to_jinja(system_format)}{{% endif -%}}\n"
+        f"{{%- if input is defined and input %}}{_to_jinja(with_input)}"
+        f"{{% else %}}{_to_jinja(without_input)}{{% endif -%}}\n"
         "{% generation %}{{ output }}{{ eos_token }}{% endgeneration -%}\n"
     )
     return {"schema": "alpaca", "template": template, **({"columns": columns} if columns else {})}
 
 
-def _jinja(text: str) -> str:
-    r"""Return a format of Python's as Jinja, its text as it stands.
+def _to_jinja(text: str) -> str:
+    r"""Convert a Python format string to Jinja.
 
     Raises:
-        UsageError: `cannot_import`: a field of it is no plain name.
+        UsageError: `cannot_import`: a field is not a plain name.
 
-    >>> print(_jinja("Q: {instruction}\n{{x}}"))
+    >>> print(_to_jinja("Q: {instruction}\n{{x}}"))
     {{ "Q: " }}{{ instruction }}{{ "\n{x}" }}
     """
-    parts, plain = list[str](), ""
-    for words, name, form, conversion in string.Formatter().parse(text):
-        plain += words
+    parts, literal = list[str](), ""
+    for prefix, name, format_spec, conversion in string.Formatter().parse(text):
+        literal += prefix
         if name is None:
             continue
-        if name not in ("instruction", "input", "system") or form or conversion:
+        if name not in ("instruction", "input", "system") or format_spec or conversion:
             raise conversion_error(
-                f"the format {text!r:.80} has the field {name!r}", hint="instruction, input or system, plain"
+                f"the format {text!r:.80} has the field {name!r}", hint="use {instruction}, {input} or {system}"
             )
-        parts, plain = [*parts, _printed(plain), f"{{{{ {name} }}}}"], ""
-    return "".join([*parts, _printed(plain)])
+        parts, literal = [*parts, _to_jinja_literal(literal), f"{{{{ {name} }}}}"], ""
+    return "".join([*parts, _to_jinja_literal(literal)])
 
 
-def _printed(text: str) -> str:
+def _to_jinja_literal(text: str) -> str:
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""

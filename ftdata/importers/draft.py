@@ -1,4 +1,4 @@
-"""A configuration in the making: the fields that are known so far, and what is to be said of them."""
+"""A configuration under construction, and the rules that convert the keys of another tool."""
 
 from __future__ import annotations
 
@@ -10,26 +10,31 @@ from ftdata.errors import UsageError, escape_line_breaks, escape_unprintable, sh
 from ftdata.schemas import ROLES, SPECIAL_ROLES
 
 Rule = str | Callable[[Any], Mapping[str, Any]]
-"""Where a value goes, as `lora.r`; or a function that says so of what it finds: such names -> values."""
+"""The field that a value is copied to, such as `lora.r`, or a function from the value to fields and their values."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """Fields of a configuration, and notes for the person who takes it over."""
+    """Fields of a configuration, with notes for the user.
+
+    Attributes:
+        fields: field or section -> value.
+        notes: differences from the original tool, a sentence each.
+    """
 
     fields: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def put(self, name: str, value: Any) -> None:
-        """Set a field, or one in a section: `lora.r`."""
-        section, dot, inner = name.partition(".")
+    def set_field(self, name: str, value: Any) -> None:
+        """Set a field, or a field in a section such as `lora.r`."""
+        section, dot, inner_name = name.partition(".")
         if dot:
-            self.fields.setdefault(section, {})[inner] = value
+            self.fields.setdefault(section, {})[inner_name] = value
         else:
             self.fields[name] = value
 
-    def note(self, text: str) -> None:
-        """Say something, once."""
+    def add_note(self, text: str) -> None:
+        """Add a note, unless it is already present."""
         text = shorten(escape_line_breaks(escape_unprintable(text)))
         if text not in self.notes:
             self.notes.append(text)
@@ -37,126 +42,136 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class KeyRules:
-    """What becomes of the keys of a file.
+    """How to convert the keys of a file.
 
     Attributes:
-        rules: key -> where its value goes.
-        same: keys that are fields of `SFTConfig` by the same name.
-        left: keys that say how a run goes, not what it learns.
-        noted: key -> what is to be said of it.
-        refused: key -> why no configuration of ours can say the same.
+        rules: key -> the field that its value is copied to.
+        same_name: keys that are fields of `SFTConfig` under the same name.
+        ignored: keys that do not affect the trained model.
+        notes: key -> note for keys that are left out or that work differently.
+        unsupported: key -> reason why an ftdata configuration cannot express it.
     """
 
     rules: Mapping[str, Rule]
-    same: Collection[str]
-    left: Collection[str]
-    noted: Mapping[str, str]
-    refused: Mapping[str, str]
+    same_name: Collection[str]
+    ignored: Collection[str]
+    notes: Mapping[str, str]
+    unsupported: Mapping[str, str]
 
 
-def apply_rules(values: Mapping[str, Any], keys: KeyRules, draft: Draft, *, but: Collection[str] = ()) -> None:
-    """Put what a file says into a draft, and note what it leaves out.
+def apply_rules(values: Mapping[str, Any], keys: KeyRules, draft: Draft, *, skip: Collection[str] = ()) -> None:
+    """Copy the settings of a file to a draft, and note the omitted settings.
 
     Args:
         values: the file.
-        keys: what becomes of its keys.
-        draft: where to put it.
-        but: keys that are seen to elsewhere.
+        keys: how to convert its keys.
+        draft: the draft that receives fields and notes.
+        skip: keys that are converted elsewhere.
 
     Raises:
-        UsageError: `cannot_import`, for keys that are refused; all of them at once.
+        UsageError: `cannot_import`, with all keys that are not supported.
     """
-    said = {key: value for key, value in values.items() if key not in but and value not in (None, False, "", [], {})}
-    if refused := [f"{key}: {keys.refused[key]}" for key in said if key in keys.refused]:
-        raise conversion_error("; ".join(refused))
+    used = {key: value for key, value in values.items() if key not in skip and value not in (None, False, "", [], {})}
+    if unsupported := [f"{key}: {keys.unsupported[key]}" for key in used if key in keys.unsupported]:
+        raise conversion_error("; ".join(unsupported))
     for key, value in values.items():
-        rule = keys.rules.get(key, f"train.{key}" if key in keys.same else None)
-        if key in but or value is None or rule is None:
+        rule = keys.rules.get(key, f"train.{key}" if key in keys.same_name else None)
+        if key in skip or value is None or rule is None:
             continue
-        for name, one in ({rule: value} if isinstance(rule, str) else rule(value)).items():
-            draft.put(name, one)
-    for key in said.keys() & keys.noted.keys():
-        draft.note(f"{key}: {keys.noted[key]}")
-    if left := [key for key in said if key in keys.left]:
-        draft.note(f"left out, for they do not change what is learnt: {', '.join(left)}")
-    known = {*keys.rules, *keys.same, *keys.left, *keys.noted}
-    if unknown := [key for key in said if key not in known]:
-        draft.note(f"not known, and left out: {', '.join(unknown)}")
+        for name, field_value in ({rule: value} if isinstance(rule, str) else rule(value)).items():
+            draft.set_field(name, field_value)
+    for key in used.keys() & keys.notes.keys():
+        draft.add_note(f"{key}: {keys.notes[key]}")
+    if ignored := [key for key in used if key in keys.ignored]:
+        draft.add_note(f"left out, without effect on the trained model: {', '.join(ignored)}")
+    known_keys = {*keys.rules, *keys.same_name, *keys.ignored, *keys.notes}
+    if unknown := [key for key in used if key not in known_keys]:
+        draft.add_note(f"unknown keys, left out: {', '.join(unknown)}")
 
 
-def explicit_settings(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a file says beside what its tool takes for granted; null says nothing, steps of warmup come first."""
-    said = {**usual, **{key: value for key, value in values.items() if value is not None}}
-    if "warmup_steps" in said:
-        said.pop("warmup_ratio", None)
-    return said
+def explicit_settings(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a file with the defaults of its tool; null counts as unset.
+
+    `warmup_steps` takes precedence over `warmup_ratio`.
+    """
+    settings = {**defaults, **{key: value for key, value in values.items() if value is not None}}
+    if "warmup_steps" in settings:
+        settings.pop("warmup_ratio", None)
+    return settings
 
 
 def test_size_of(size: Any) -> Mapping[str, Any]:
-    """Return the test split that a size asks for: a share below 1, or rows; nothing for 0.
+    """Return the `test_size` field for the size of a validation split: a share up to 1, or a number of rows.
+
+    A size of 0 sets no field.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the size is neither a share nor a number of rows.
     """
     if isinstance(size, bool) or not isinstance(size, int | float) or not 0 <= size < 1 << 53:
-        raise ValueError(f"{size!r} is no size of a split")
+        raise ValueError(f"{size!r} is not the size of a split")
     return {"test_size": int(size) if size > 1 else size} if size else {}
 
 
-def note_unknown_keys(name: str, given: Mapping[str, Any], known: Collection[str], draft: Draft) -> None:
-    """Note keys of a data set that nobody knows, and that were passed over there as well."""
-    if unknown := [str(key) for key, value in given.items() if key not in known and value not in (None, False)]:
-        draft.note(f"{name}: not known, and left out: {', '.join(unknown)}")
+def note_unknown_keys(name: str, info: Mapping[str, Any], known_keys: Collection[str], draft: Draft) -> None:
+    """Note unknown keys of a data set; the original tool ignores them as well."""
+    if unknown := [str(key) for key, value in info.items() if key not in known_keys and value not in (None, False)]:
+        draft.add_note(f"{name}: unknown keys, left out: {', '.join(unknown)}")
 
 
 def remove_evaluation(draft: Draft) -> None:
-    """Take out when to evaluate, where nothing is held out to be evaluated on."""
+    """Remove the evaluation settings if no rows are held out."""
     train = draft.fields.get("train", {})
     if "test_size" not in draft.fields:
         for name in ("eval_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model"):
             if train.pop(name, None) not in (None, "no"):
-                draft.note(f"{name}: left out, since no rows are held out: test_size says how many")
+                draft.add_note(f"{name}: left out, because no rows are held out; set test_size to hold out rows")
         draft.fields.pop("early_stopping", None)
 
 
 def check_roles(roles: Mapping[str, str], where: str) -> None:
-    """Refuse roles that a reader of messages would not take for what the file says that they are.
+    """Check that ftdata normalizes each role in the data to the role that the file assigns to it.
 
     Args:
-        roles: role in the data -> what it stands for.
-        where: which data set says so.
+        roles: role in the data -> role that the file assigns.
+        where: name of the data set.
+
+    Raises:
+        UsageError: `cannot_import`.
     """
-    alike = {"observation": "tool", "function": "tool"}
-    for found, meant in roles.items():
-        taken = ROLES.get(found, "tool" if found in SPECIAL_ROLES else None)
-        if taken != alike.get(meant, meant):
-            told = f"is {taken} here" if taken else "is a role that nobody knows"
+    synonyms = {"observation": "tool", "function": "tool"}
+    for role, meaning in roles.items():
+        normalized = ROLES.get(role, "tool" if role in SPECIAL_ROLES else None)
+        if normalized != synonyms.get(meaning, meaning):
+            difference = f"ftdata reads it as {normalized}" if normalized else "ftdata does not know this role"
             raise conversion_error(
-                f"{where}: {found!r} stands for {meant}, and {told}",
-                hint="rename it in the data, or make messages of rows by a function: schema='./mine.py:convert'",
+                f"{where}: role {role!r} means {meaning} in the file, but {difference}",
+                hint="rename it in the data, or convert rows with a function: schema='./mine.py:convert'",
             )
 
 
-def conversion_error(why: str, *, hint: str = "take it out of the file, and say it in ours by hand") -> UsageError:
-    """Return the error for what cannot be carried over."""
+def conversion_error(
+    why: str, *, hint: str = "remove it from the file, and set it in the ftdata configuration"
+) -> UsageError:
+    """Return the error for a setting that cannot be converted."""
     return UsageError("cannot_import", why, hint=hint)
 
 
-def merge_dataset_options(found: Mapping[str, Mapping[str, Any]], draft: Draft) -> None:
-    """Put what all data sets say of their rows into a draft.
+def merge_dataset_options(options_by_dataset: Mapping[str, Mapping[str, Any]], draft: Draft) -> None:
+    """Set the options that all data sets share.
 
     Args:
-        found: name of the data set -> what it says of template, schema, columns.
-        draft: where to put it.
+        options_by_dataset: name of the data set -> its template, schema, columns and other options.
+        draft: the draft that receives the options.
 
     Raises:
-        UsageError: `cannot_import`: they say different things, and a configuration is of one kind of rows.
+        UsageError: `cannot_import`: the options differ, but a configuration has only one value for each.
     """
-    kinds = [dict(one) for one in found.values()]
-    if any(one != kinds[0] for one in kinds):
+    all_options = [dict(options) for options in options_by_dataset.values()]
+    if any(options != all_options[0] for options in all_options):
         raise conversion_error(
-            f"data sets are of different kinds: {', '.join(found)}",
-            hint="import those of a kind by themselves, with --dataset, and train on their builds one after another",
+            f"data sets need different options: {', '.join(options_by_dataset)}",
+            hint="import each of them separately with --dataset, and train on their builds one after another",
         )
-    for name, value in kinds[0].items():
-        draft.put(name, value)
+    for name, value in all_options[0].items():
+        draft.set_field(name, value)

@@ -1,4 +1,4 @@
-"""Read a file of another tool, whichever it is, and write ours."""
+"""Detect the tool that a configuration file belongs to, and convert the file."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ftdata.errors import UsageError
 from ftdata.importers.axolotl import draft_from_axolotl
 from ftdata.importers.llamafactory import draft_from_dataset_info, draft_from_training_file
 
-_NAMELESS = "MODEL"
+_MODEL_PLACEHOLDER = "MODEL"
 
 
 @dataclass(frozen=True, slots=True)
 class ImportedConfig:
-    """A configuration that came from another tool.
+    """A configuration that was converted from another tool.
 
     Attributes:
         tool: `"Axolotl"` or `"LLaMA-Factory"`.
-        config: what it says.
-        notes: what is not the same, or was left out, a sentence each.
+        config: the converted configuration.
+        notes: differences and omitted settings, a sentence each.
     """
 
     tool: str
@@ -30,37 +30,37 @@ class ImportedConfig:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the configuration as JSON-serializable values."""
         return {"tool": self.tool, "config": config_values(self.config), "notes": list(self.notes)}
 
     def __str__(self) -> str:
         notes = "".join(f"# - {note}\n" for note in self.notes)
-        head = f"# From a configuration of {self.tool}.{' What is not the same:' if notes else ''}\n"
-        return head + notes + to_yaml(self.config)
+        header = f"# Imported from {self.tool}.{' Differences:' if notes else ''}\n"
+        return header + notes + to_yaml(self.config)
 
 
 def import_config(path: str | Path, datasets: Sequence[str] = (), *, model: str | None = None) -> ImportedConfig:
-    """Turn a configuration of Axolotl or LLaMA-Factory into one of ours.
+    """Convert an Axolotl or LLaMA-Factory configuration to an ftdata configuration.
 
     Args:
-        path: Axolotl's YAML, LLaMA-Factory's training YAML, or its `dataset_info.json`.
-        datasets: which of the data sets that it names, by name, path or number from 0; none: all.
-        model: the base model, where the file names none.
+        path: an Axolotl YAML file, a LLaMA-Factory training YAML file, or a `dataset_info.json`.
+        datasets: the data sets to import, by name, path or number from 0. By default, all are imported.
+        model: the base model, if the file has none.
 
     Returns:
-        The configuration, and notes on what is not the same.
+        The configuration, with notes on the differences.
 
     Raises:
-        UsageError: `config_file`, if the file cannot be read; `cannot_import`, if it says what ours cannot, or names
-            data of several kinds; it names the keys.
+        UsageError: `config_file`, if the file cannot be read; `unknown_tool`, if the tool cannot be detected;
+            `cannot_import`, if a setting cannot be expressed, or the data sets need different options.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "dataset_info.json"
     >>> with file.open("x") as info:
     ...     _ = info.write('{"faq": {"hf_hub_url": "me/faq", "columns": {"prompt": "q", "response": "a"}}}')
     >>> print(import_config(file, model="gpt2"))
-    # From a configuration of LLaMA-Factory. What is not the same:
-    # - faq: columns of the name input, system, history are read if rows have them; there only when named
+    # Imported from LLaMA-Factory. Differences:
+    # - faq: columns input, system, history are used wherever they exist; LLaMA-Factory needs them to be configured
     data:
     - path: me/faq
       split: train
@@ -74,33 +74,35 @@ def import_config(path: str | Path, datasets: Sequence[str] = (), *, model: str 
     """
     path = Path(path)
     values = read_config_file(path)
-    tool, read = _tool(values, str(path))
+    tool, make_draft = _detect_tool(values, str(path))
     try:
-        draft = read(values, tuple(datasets), path.parent)
+        draft = make_draft(values, tuple(datasets), path.parent)
     except UsageError as error:
         raise UsageError(error.code, error.message, where=str(path), hint=error.hint) from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # A value is of another type than that tool takes, too.
-        told = f"a value is not what {tool} expects: {error}"
-        raise UsageError("cannot_import", told, where=str(path), hint="does it run there?") from None
-    fields = {"model": model or _NAMELESS, "output_dir": "out", **draft.fields}
+        # A value has a type that the original tool does not accept either.
+        problem = f"a value is not valid in {tool}: {error}"
+        raise UsageError(
+            "cannot_import", problem, where=str(path), hint=f"check that {tool} accepts the file"
+        ) from None
+    fields = {"model": model or _MODEL_PLACEHOLDER, "output_dir": "out", **draft.fields}
     if model is not None:
         fields["model"] = model
     elif "model" not in draft.fields:
-        draft.note("it names no model: --model, or write it below")
+        draft.add_note("the file has no base model: pass --model, or replace MODEL below")
     return ImportedConfig(tool, make_config(fields, str(path)), tuple(draft.notes))
 
 
-def _tool(values: Mapping[str, Any], path: str) -> tuple[str, Any]:
-    """Return whose file this is, and what reads it."""
+def _detect_tool(values: Mapping[str, Any], path: str) -> tuple[str, Any]:
+    """Return the name of the tool, and the function that converts its file."""
     if "base_model" in values or (isinstance(values.get("datasets"), list) and "model" not in values):
         return "Axolotl", draft_from_axolotl
     if "model_name_or_path" in values or "dataset_dir" in values:
         return "LLaMA-Factory", draft_from_training_file
-    if values and all(isinstance(one, Mapping) for one in values.values()) and path.endswith(".json"):
+    if values and all(isinstance(info, Mapping) for info in values.values()) and path.endswith(".json"):
         return "LLaMA-Factory", draft_from_dataset_info
     raise UsageError(
         "unknown_tool",
-        f"{path} is no file of Axolotl's or LLaMA-Factory's that is known",
-        hint="expected base_model and datasets, model_name_or_path, or a dataset_info.json",
+        f"{path} is not a known file of Axolotl or LLaMA-Factory",
+        hint="pass a file with base_model and datasets, with model_name_or_path, or a dataset_info.json",
     )

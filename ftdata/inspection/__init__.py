@@ -1,5 +1,5 @@
-"""Look: what people see of data before it is trained on. Each module below `views` is one way of looking.
+"""Inspect data before training: `preview`, `audit`, `stats` and `diff`.
 
-views ──> terminal, page        one row, token by token
-survey ──> stats, checks        all rows, by numbers
+row_views ──> terminal, html_page        one row, token by token
+survey    ──> stats, checks, overview    numbers of all rows, from one pass
 """

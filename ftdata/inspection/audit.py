@@ -1,4 +1,4 @@
-"""Audit: what is wrong with data, or with a build, found by `checks`, and told to people and to machines."""
+"""Audit: run the checks on data or on a build, and report the findings as text, JSON, SARIF or annotations."""
 
 from __future__ import annotations
 
@@ -31,79 +31,92 @@ from ftdata.readers.streams import STDIN
 from ftdata.templates.worker.client import verify_template
 from ftdata.types import Conversation, Example, Part, Reject, Source
 
-SHOWN = 10
-"""Rows of each finding that are named."""
+MAX_LOCATIONS = 10
+"""The number of rows that a finding lists."""
 
-_TOLD, _INDENT = 5, "    "
+_PRINTED_LOCATIONS, _INDENT = 5, "    "
 _STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 
 FAIL_ON = (*SEVERITIES, "never")
-_COMPARED = 100
+_MAX_SAMPLES = 100
 
 
 class FindingLocation(NamedTuple):
-    """A row with a finding, and what exactly was found there."""
+    """A row with a finding.
+
+    Attributes:
+        source: The row.
+        detail: The value that was found in the row.
+    """
 
     source: Source
-    says: str = ""
+    detail: str = ""
 
 
 @dataclass
 class Finding:
-    """What one check found: in how many rows, and where first.
+    """The result of one check: the number of affected rows, and the first of them.
 
     Attributes:
-        code: of the check, or of the rejected rows.
+        code: The code of the check, or the error code of rejected rows.
         severity: `"error"`, `"warning"` or `"note"`.
-        says: what is wrong.
-        fix: what to do.
-        count: in how many rows.
-        places: the first ten of them, each with what was found there.
+        message: A description of the problem.
+        fix: The fix, in the imperative.
+        count: The number of affected rows.
+        locations: The first ten affected rows.
     """
 
     code: str
     severity: str
-    says: str
+    message: str
     fix: str
     count: int = 0
-    places: list[FindingLocation] = field(default_factory=list)
+    locations: list[FindingLocation] = field(default_factory=list)
 
-    def add(self, source: Source | None, says: str = "") -> None:
-        """Count one more; without a source it is about no row."""
+    def add(self, source: Source | None, detail: str = "") -> None:
+        """Count an affected row; `source` is `None` if the finding is not about a row."""
         self.count += 1
-        if len(self.places) < SHOWN and source is not None:
-            self.places.append(FindingLocation(source, says))
+        if len(self.locations) < MAX_LOCATIONS and source is not None:
+            self.locations.append(FindingLocation(source, detail))
 
     @property
     def where(self) -> list[str]:
-        """The first rows, as file and line."""
-        return [str(place.source) for place in self.places]
+        """The first affected rows, as file and line."""
+        return [str(location.source) for location in self.locations]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the finding as JSON."""
-        own = {name: getattr(self, name) for name in ("code", "severity", "says", "fix", "count", "where")}
-        return {**own, "places": [{**one.source._asdict(), "says": one.says} for one in self.places]}
+        return {
+            "code": self.code,
+            "severity": self.severity,
+            "says": self.message,
+            "fix": self.fix,
+            "count": self.count,
+            "where": self.where,
+            "places": [{**location.source._asdict(), "says": location.detail} for location in self.locations],
+        }
 
     def __str__(self) -> str:
-        rows = f"{self.count:,} × " if self.places else ""
-        lines = [f"{rows}{self.says}"]
+        rows = f"{self.count:,} × " if self.locations else ""
+        lines = [f"{rows}{self.message}"]
         lines += [
-            to_single_line(f"{place.source}{f': {place.says}' if place.says else ''}") for place in self.places[:_TOLD]
+            to_single_line(f"{location.source}{f': {location.detail}' if location.detail else ''}")
+            for location in self.locations[:_PRINTED_LOCATIONS]
         ]
-        if self.places and self.count > _TOLD:
-            lines.append(f"and {self.count - _TOLD:,} more")
+        if self.locations and self.count > _PRINTED_LOCATIONS:
+            lines.append(f"and {self.count - _PRINTED_LOCATIONS:,} more")
         lines.append(f"Fix: {self.fix}")
-        return "\n".join([f"{self.severity} {self.code}", *(f"{_INDENT}{one}" for one in lines)])
+        return "\n".join([f"{self.severity} {self.code}", *(f"{_INDENT}{line}" for line in lines)])
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """All findings, the worst first; falsy when there are none.
+    """The findings of an audit, most severe first. The report is falsy without findings.
 
     Attributes:
-        rows: how many rows were looked at.
-        findings: what was found.
-        skipped: the checks that were not made, and what asks for them.
+        rows: The number of audited rows.
+        findings: The findings.
+        skipped: The codes of the checks that did not run, with the option that enables each, or the reason.
     """
 
     rows: int
@@ -114,10 +127,10 @@ class AuditReport:
         return bool(self.findings)
 
     def fails(self, severity: str) -> bool:
-        """Whether there is a finding of this severity or a worse one; `"never"` is none."""
+        """Return whether any finding has at least this severity; always false for `"never"`."""
         check_choice("fail_on", severity, FAIL_ON)
-        worst = [SEVERITIES.index(finding.severity) for finding in self.findings]
-        return severity != "never" and any(one >= SEVERITIES.index(severity) for one in worst)
+        levels = [SEVERITIES.index(finding.severity) for finding in self.findings]
+        return severity != "never" and any(level >= SEVERITIES.index(severity) for level in levels)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON."""
@@ -125,47 +138,49 @@ class AuditReport:
         return {"ftdata": __version__, "rows": self.rows, "findings": findings, "skipped": self.skipped}
 
     def __str__(self) -> str:
-        head = f"{self.rows:,} rows, {len(self.findings)} findings"
-        reasons = dict.fromkeys(self.skipped.values())
-        whose = {how: ", ".join(code for code, own in self.skipped.items() if own == how) for how in reasons}
-        asked = "; ".join(f"{codes} ({how})" for how, codes in whose.items())
-        return "\n".join([*map(str, self.findings), head, *([f"not looked for: {asked}"] if asked else [])])
+        summary = f"{self.rows:,} rows, {len(self.findings)} findings"
+        codes_by_reason: dict[str, list[str]] = {}
+        for code, reason in self.skipped.items():
+            codes_by_reason.setdefault(reason, []).append(code)
+        skipped = "; ".join(f"{', '.join(codes)} ({reason})" for reason, codes in codes_by_reason.items())
+        lines = [*map(str, self.findings), summary, *([f"skipped checks: {skipped}"] if skipped else [])]
+        return "\n".join(lines)
 
     def print(self, console: Console) -> None:
-        """Print to a rich console; what is longer than a line of a terminal goes on below itself."""
-        for told in str(self).splitlines():
-            head, blank, code = told.partition(" ")
-            style = _STYLES.get(head, "")
+        """Print to a rich console; a terminal indents the continuation of long lines."""
+        for line in str(self).splitlines():
+            severity, separator, code = line.partition(" ")
+            style = _STYLES.get(severity, "")
             if not console.is_terminal:
-                console.print(told, highlight=False, markup=False, soft_wrap=True)
-            elif told.startswith(_INDENT):
-                console.print(Padding(Text(told.strip()), (0, 0, 0, len(_INDENT))))
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+            elif line.startswith(_INDENT):
+                console.print(Padding(Text(line.strip()), (0, 0, 0, len(_INDENT))))
             else:
-                console.print(Text.assemble((head, style), blank, code))
+                console.print(Text.assemble((severity, style), separator, code))
 
     def as_sarif(self) -> dict[str, Any]:
-        """Return the report as SARIF 2.1.0 (OASIS), which code hosts and editors show beside the lines."""
+        """Return the report as SARIF 2.1.0 (OASIS), which code hosts and editors show next to the source lines."""
         rules = [
             {
-                "id": one.code,
-                "shortDescription": {"text": one.says},
-                "help": {"text": one.fix},
-                "defaultConfiguration": {"level": one.severity},
+                "id": finding.code,
+                "shortDescription": {"text": finding.message},
+                "help": {"text": finding.fix},
+                "defaultConfiguration": {"level": finding.severity},
             }
-            for one in self.findings
+            for finding in self.findings
         ]
-        # A code may be that of a check and of rows that are rejected: the worst comes first, and is the rule.
-        only = list({rule["id"]: rule for rule in reversed(rules)}.values())[::-1]
-        driver = {"name": "ftdata", "version": __version__, "rules": only}
+        # A check and rejected rows can share a code. The most severe finding comes first and defines the rule.
+        unique_rules = list({rule["id"]: rule for rule in reversed(rules)}.values())[::-1]
+        driver = {"name": "ftdata", "version": __version__, "rules": unique_rules}
         results = [
             {
                 "ruleId": finding.code,
                 "level": finding.severity,
-                "message": {"text": _told(finding, place)},
-                "locations": [_location(place.source)] if place and place.source.path != STDIN else [],
+                "message": {"text": _describe(finding, location)},
+                "locations": [_sarif_location(location.source)] if location and location.source.path != STDIN else [],
             }
             for finding in self.findings
-            for place in _places(finding)
+            for location in _locations(finding)
         ]
         schema = "https://json.schemastore.org/sarif-2.1.0.json"
         return {"$schema": schema, "version": "2.1.0", "runs": [{"tool": {"driver": driver}, "results": results}]}
@@ -175,38 +190,40 @@ class AuditReport:
         lines = []
         for finding in self.findings:
             kind = "notice" if finding.severity == "note" else finding.severity
-            for place in _places(finding):
-                at = ""
-                if place and place.source.path != STDIN:
-                    where = f"line={place.source.line}," if place.source.line else ""
-                    at = f"file={_escaped(place.source.path, ':,')},{where}"
-                lines.append(f"::{kind} {at}title={_escaped(finding.code, ':,')}::{_escaped(_told(finding, place))}")
+            for location in _locations(finding):
+                position = ""
+                if location and location.source.path != STDIN:
+                    line = f"line={location.source.line}," if location.source.line else ""
+                    position = f"file={_escape(location.source.path, ':,')},{line}"
+                title, text = _escape(finding.code, ":,"), _escape(_describe(finding, location))
+                lines.append(f"::{kind} {position}title={title}::{text}")
         return "\n".join(lines)
 
 
-def _places(finding: Finding) -> Sequence[FindingLocation | None]:
-    return finding.places or [None]
+def _locations(finding: Finding) -> Sequence[FindingLocation | None]:
+    return finding.locations or [None]
 
 
-def _told(finding: Finding, place: FindingLocation | None) -> str:
-    more = f" ({finding.count:,} rows)" if finding.count > 1 else ""
-    row = f"row {place.source.row}" if place and place.source.line is None else ""
-    said = ", ".join(filter(None, (row, place.says if place else "")))
-    return f"{finding.says}{more}{f': {said}' if said else ''}. Fix: {finding.fix}"
+def _describe(finding: Finding, location: FindingLocation | None) -> str:
+    count = f" ({finding.count:,} rows)" if finding.count > 1 else ""
+    row = f"row {location.source.row}" if location and location.source.line is None else ""
+    detail = ", ".join(filter(None, (row, location.detail if location else "")))
+    return f"{finding.message}{count}{f': {detail}' if detail else ''}. Fix: {finding.fix}"
 
 
-def _location(source: Source) -> dict[str, Any]:
+def _sarif_location(source: Source) -> dict[str, Any]:
     uri = quote(source.path.replace("\\", "/"), safe="/:", errors="surrogateescape")
-    place: dict[str, Any] = {"artifactLocation": {"uri": uri}}
+    location: dict[str, Any] = {"artifactLocation": {"uri": uri}}
     if source.line is not None:
-        place["region"] = {"startLine": source.line}
-    return {"physicalLocation": place}
+        location["region"] = {"startLine": source.line}
+    return {"physicalLocation": location}
 
 
-def _escaped(text: str, more: str = "") -> str:
+def _escape(text: str, reserved: str = "") -> str:
+    """Escape a value of a GitHub workflow command."""
     text = escape_unprintable(text)
-    for sign in ("%", "\r", "\n", *more):
-        text = text.replace(sign, f"%{ord(sign):02X}")
+    for char in ("%", "\r", "\n", *reserved):
+        text = text.replace(char, f"%{ord(char):02X}")
     return text
 
 
@@ -224,155 +241,170 @@ def audit(
     progress: Progress | None = None,
     **options: Any,
 ) -> AuditReport:
-    """Look for what would go wrong in training on `data`, without building it; or at a build.
+    """Check data for problems before it is built or trained on, or check a finished build.
 
-    The checks are described in docs/reference/checks.md. Of data with several splits, rows of those that are not for
-    training count as held out.
+    docs/reference/checks.md lists all checks. If the data has several splits, the rows of all splits except the
+    training split are held out.
 
     Args:
-        data: as for `build_sft_dataset`; or the folder of a build, whose tokens and labels are looked at.
-        tokenizer: as for `build_sft_dataset`; a build knows its own.
-        template: as for `build_sft_dataset`.
-        against: more data, which is held out: a test set, of which no row may be trained on.
-        ignore: codes of checks that are not to be made.
-        near_duplicate_threshold: how similar rows must be (0.5 to 1) to count as almost equal; `None`: this is not looked at.
-        pii: look for what belongs to a person, too.
-        where: rows to look at, as for `build_sft_dataset`.
-        limit: how many rows to look at of each place; all of `against` is looked at.
-        progress: called with the rows and tokens done so far, and which share of the data that is.
-        options: further options of `build_sft_dataset` that decide what a row becomes: `columns`, `train_on`,
+        data: As for `build_sft_dataset`, or the folder of a build. The stored tokens and labels of a build are checked.
+        tokenizer: As for `build_sft_dataset`. The default for a build is the tokenizer that it was built with.
+        template: As for `build_sft_dataset`.
+        against: Held-out data, such as a test set. No row of it may be in `data`.
+        ignore: Codes of checks to skip.
+        near_duplicate_threshold: Similarity (0.5 to 1) above which rows are near-duplicates. `None` skips the search.
+        pii: Whether to search for personal data.
+        where: As for `build_sft_dataset`: a filter expression for the rows to check.
+        limit: Maximum number of rows to check per source. All rows of `against` are read.
+        progress: Called with the number of rows and tokens so far, and with the share of the data that is done.
+        options: Further options of `build_sft_dataset` that are part of the recipe: `columns`, `train_on`,
             `max_length`, `overlong`, ...
 
     Returns:
-        The findings, the worst first; as JSON, SARIF or annotations, too.
+        The findings, most severe first. The report converts to JSON, SARIF and GitHub annotations.
 
     Raises:
-        UsageError: an option is invalid.
-        InputRefused: a source cannot be read, or is no build.
-        TemplateRefused: the template, or the tokenizer, cannot be used for any row.
+        UsageError: An option is invalid.
+        InputRefused: A source cannot be read, or a folder is not a build.
+        TemplateRefused: The template or the tokenizer cannot be used for any row.
         MissingDependency: `near_duplicate_threshold` needs `ftdata[dedup]`.
-        HubError: the network or the hub fails.
+        HubError: The network or the hub fails.
 
     >>> from ftdata.testing import byte_tokenizer
     >>> rows = [{"question": "Open?", "answer": "Yes."}, {"question": "Late?", "answer": ""}]
-    >>> [(found.code, found.count) for found in audit(rows, byte_tokenizer(), "chatml").findings]
+    >>> [(finding.code, finding.count) for finding in audit(rows, byte_tokenizer(), "chatml").findings]
     [('empty_answer', 1)]
     """
     if isinstance(ignore, str) or not isinstance(ignore, Iterable):
         raise UsageError("ignore", f"ignore is {ignore!r}, expected a list of codes")
     for code in ignore:
-        # Codes of rejected rows can be ignored, too; nobody has a list of these.
-        if code not in checks and (close := get_close_matches(str(code), checks, n=1, cutoff=0.85)):
-            raise UsageError("unknown_ignore", f"ignore names {code!r}", hint=f"did you mean {close[0]!r}?")
+        # Error codes of rejected rows can be ignored too. There is no list of them, so unknown codes are accepted.
+        if code not in checks and (matches := get_close_matches(str(code), checks, n=1, cutoff=0.85)):
+            raise UsageError(
+                "unknown_ignore", f"ignore contains the unknown code {code!r}", hint=f"did you mean {matches[0]!r}?"
+            )
     if near_duplicate_threshold is not None:
         check_similarity_threshold(near_duplicate_threshold)
         near_duplicates.require_rensa()
-    side = make_target(data, tokenizer, template, against=against, where=where, limit=limit, **options)
-    wanted = {"": True, "pii": pii, "near_duplicate_threshold": near_duplicate_threshold is not None}
-    skipped = {code: f"--{one.asked.replace('_', '-')}" for code, one in checks.items() if not wanted[one.asked]}
-    if side.folder is not None:
-        skipped |= {code: "a build holds no messages" for code, one in checks.items() if one.of_messages}
-    auditor = Auditor(side.recipe, frozenset((*ignore, *skipped)), near_duplicate_threshold)
-    seen = survey_rows(side.steps(), side.names, auditor, progress)
-    if not seen.rows:
-        raise InputRefused("no_rows", "there are no rows to look at", hint="where, or limit, leaves none")
-    return replace(auditor.report(side, seen), skipped=skipped)
+    target = make_target(data, tokenizer, template, against=against, where=where, limit=limit, **options)
+    enabled = {"": True, "pii": pii, "near_duplicate_threshold": near_duplicate_threshold is not None}
+    skipped = {
+        code: f"--{check.enabled_by.replace('_', '-')}"
+        for code, check in checks.items()
+        if not enabled[check.enabled_by]
+    }
+    if target.folder is not None:
+        skipped |= {code: "a build contains no messages" for code, check in checks.items() if check.needs_messages}
+    auditor = Auditor(target.recipe, frozenset((*ignore, *skipped)), near_duplicate_threshold)
+    survey = survey_rows(target.steps(), target.names, auditor, progress)
+    if not survey.rows:
+        raise InputRefused("no_rows", "the data contains no rows to audit", hint="check the data, where= and limit=")
+    return replace(auditor.report(target, survey), skipped=skipped)
 
 
 class Auditor:
-    """Makes checks on batches as they come, and on all rows in the end."""
+    """Run row checks on each batch, and data checks after the last batch.
 
-    def __init__(self, recipe: Recipe, left: frozenset[str], near_duplicate_threshold: float | None) -> None:
-        self.recipe, self.left, self.near_duplicate_threshold = recipe, left, near_duplicate_threshold
-        self.made = made = [one for code, one in checks.items() if code not in left]
-        chat = recipe.template.source and recipe.template.chat
-        self.adds = verify_template(recipe.template).adds.strip() if chat else ""
-        self.by_flag = {one.code: one for one in made if one.of == "flag"}
-        self.on_rows = [one for one in made if one.of == "row"]
+    Attributes:
+        recipe: The options, tokenizer and template.
+        skipped_codes: The codes of checks and rejects that are not reported.
+        near_duplicate_threshold: The similarity above which rows are near-duplicates, or `None`.
+    """
+
+    def __init__(self, recipe: Recipe, skipped_codes: frozenset[str], near_duplicate_threshold: float | None) -> None:
+        self.recipe, self.near_duplicate_threshold = recipe, near_duplicate_threshold
+        self.skipped_codes = skipped_codes
+        self.checks = [check for code, check in checks.items() if code not in skipped_codes]
+        is_chat_template = recipe.template.source and recipe.template.is_chat
+        self.added_text = verify_template(recipe.template).adds.strip() if is_chat_template else ""
+        self.flag_checks = {check.code: check for check in self.checks if check.scope == "flag"}
+        self.row_checks = [check for check in self.checks if check.scope == "row"]
         self.findings: dict[tuple[str, bool], Finding] = {}
         self.scripts: list[int] = []
         self.signatures: list[np.ndarray] = []
         self.stops: set[int] = set()
-        self.said: list[Conversation] = []
+        self.samples: list[Conversation] = []
 
     def __call__(self, batch: Batch, numbers: RowNumbers) -> None:
-        """Look at a batch."""
+        """Check the rows of a batch."""
         for number in range(len(numbers)):
-            one = batch.built(number)
-            row = CheckedRow(one.conversation, one.examples, self.recipe, self.adds)
-            source = one.conversation.source
-            for flag in sorted(frozenset[str]().union(*(example.flags for example in one.examples))):
-                if flag in self.by_flag:
-                    self._found(self.by_flag[flag], source)
-            for check in self.on_rows:
-                for says in islice(check.finds(row), 1):
-                    self._found(check, source, says)
-            self.scripts.append(self._scripts(one.examples))
-            if len(self.said) < _COMPARED and one.conversation.messages:
-                self.said.append(one.conversation)
+            built = batch.built(number)
+            row = CheckedRow(built.conversation, built.examples, self.recipe, self.added_text)
+            source = built.conversation.source
+            for flag in sorted(frozenset[str]().union(*(example.flags for example in built.examples))):
+                if flag in self.flag_checks:
+                    self._add_finding(self.flag_checks[flag], source)
+            for check in self.row_checks:
+                for detail in islice(check.run(row), 1):
+                    self._add_finding(check, source, detail)
+            self.scripts.append(self._detect_scripts(built.examples))
+            if len(self.samples) < _MAX_SAMPLES and built.conversation.messages:
+                self.samples.append(built.conversation)
         for reject in batch.rejects:
-            self._rejected(reject)
+            self._add_reject(reject)
         if self.near_duplicate_threshold is not None and len(numbers):
             self.signatures.append(near_duplicates.minhash_signatures(batch.conversations))
 
-    def report(self, side: Target, seen: Survey) -> AuditReport:
-        """Make the checks on all rows together, and report."""
+    def report(self, target: Target, survey: Survey) -> AuditReport:
+        """Run the data and template checks, and return the report."""
         scripts = np.asarray(self.scripts, np.int64)
         signatures = np.concatenate(self.signatures) if self.signatures else None
-        if side.folder is not None:
-            # Examples of one row, which packs hold apart, are looked at together.
-            groups = rows_of_examples(seen.numbers)
+        if target.folder is not None:
+            # Packing can separate the examples of a row. Data checks compare rows, so the examples are merged here.
+            groups = rows_of_examples(survey.numbers)
             first = np.unique(groups, return_index=True)[1]
-            together = np.zeros(len(first), np.int64)
-            np.bitwise_or.at(together, groups, scripts)
-            scripts, signatures = together, None if signatures is None else signatures[first]
-            seen = side.finished(seen)
-        data = CheckedDataset(seen, scripts, side.held_out, self.near_duplicate_threshold, signatures)
-        for check in self.made:
-            if check.of == "data":
-                for row, says in check.finds(data):
-                    self._found(check, seen.source(row), says)
-            elif check.of == "template":
-                for says in check.finds(CheckedTemplate(self.recipe, frozenset(self.stops), self.said)):
-                    self._found(check, None, says)
+            row_scripts = np.zeros(len(first), np.int64)
+            np.bitwise_or.at(row_scripts, groups, scripts)
+            scripts, signatures = row_scripts, None if signatures is None else signatures[first]
+            survey = target.complete_survey(survey)
+        data = CheckedDataset(survey, scripts, target.held_out, self.near_duplicate_threshold, signatures)
+        for check in self.checks:
+            if check.scope == "data":
+                for row, detail in check.run(data):
+                    self._add_finding(check, survey.source(row), detail)
+            elif check.scope == "template":
+                for detail in check.run(CheckedTemplate(self.recipe, frozenset(self.stops), self.samples)):
+                    self._add_finding(check, None, detail)
         order = {code: number for number, code in enumerate(checks)}
 
-        def rank(one: Finding) -> tuple[int, int]:
-            return -SEVERITIES.index(one.severity), order.get(one.code, -1)
+        def rank(finding: Finding) -> tuple[int, int]:
+            return -SEVERITIES.index(finding.severity), order.get(finding.code, -1)
 
-        return AuditReport(seen.rows, tuple(sorted(self.findings.values(), key=rank)))
+        return AuditReport(survey.rows, tuple(sorted(self.findings.values(), key=rank)))
 
-    def _found(self, check: Check, source: Source | None, says: str = "") -> None:
+    def _add_finding(self, check: Check, source: Source | None, detail: str = "") -> None:
         if (check.code, False) not in self.findings:
-            told = f"{check.says}: {says}" if source is None else check.says
-            self.findings[check.code, False] = Finding(check.code, check.severity, told, check.fix)
-        self.findings[check.code, False].add(source, says)
+            message = f"{check.message}: {detail}" if source is None else check.message
+            self.findings[check.code, False] = Finding(check.code, check.severity, message, check.fix)
+        self.findings[check.code, False].add(source, detail)
 
-    def _rejected(self, reject: Reject) -> None:
-        if reject.code in self.left:
+    def _add_reject(self, reject: Reject) -> None:
+        if reject.code in self.skipped_codes:
             return
-        fix = reject.fix or "mend the row"
-        # Some codes are those of checks, too, where a row is built all the same.
-        found = self.findings.setdefault((reject.code, True), Finding(reject.code, "error", "the row is rejected", fix))
-        found.add(reject.source, f"{reject.field} {reject.reason}".strip())
+        fix = reject.fix or "correct the row"
+        # A reject can share its code with a check of rows that are built, so the key also contains the kind.
+        key = (reject.code, True)
+        finding = self.findings.setdefault(key, Finding(reject.code, "error", "the row is rejected", fix))
+        finding.add(reject.source, f"{reject.field} {reject.reason}".strip())
 
-    def _scripts(self, examples: Sequence[Example]) -> int:
-        """Return in which scripts answers are written, a bit for each, and note the stops with which they end."""
-        found = 0
+    def _detect_scripts(self, examples: Sequence[Example]) -> int:
+        """Return the scripts of the answers, one bit each, and collect the stop tokens at the end of the answers."""
+        script_bits = 0
         for example in examples:
             ids, trained, offsets = example.input_ids, example.trained, example.offsets
             ends = np.flatnonzero(trained & ~np.append(trained[1:], False))
-            self.stops.update(ids[ends][self.recipe.control.among(ids[ends])].tolist())
-            # What a template writes, tokens that have names among it, is in no language.
-            said = trained & ~self.recipe.control.among(ids) & ~_scaffold(example)
-            begins, ends = np.flatnonzero(np.diff(said, prepend=False, append=False)).reshape(-1, 2).T
-            places = zip(offsets[begins, 0].tolist(), offsets[ends - 1, 1].tolist(), strict=True)
-            for script in (text_detectors.detect_script(example.text[start:end]) for start, end in places):
-                found |= 1 << script if script >= 0 else 0
-        return found
+            self.stops.update(ids[ends][self.recipe.control.is_control(ids[ends])].tolist())
+            # Template text and control tokens have no natural language.
+            is_answer = trained & ~self.recipe.control.is_control(ids) & ~_is_template_text(example)
+            starts, ends = np.flatnonzero(np.diff(is_answer, prepend=False, append=False)).reshape(-1, 2).T
+            ranges = zip(offsets[starts, 0].tolist(), offsets[ends - 1, 1].tolist(), strict=True)
+            for script in (text_detectors.detect_script(example.text[start:end]) for start, end in ranges):
+                script_bits |= 1 << script if script >= 0 else 0
+        return script_bits
 
 
-def _scaffold(example: Example) -> NDArray[np.bool_]:
-    """Return which tokens begin in the template's own text (bool `[n]`)."""
-    own = np.asarray([*(span.part is Part.SCAFFOLD for span in example.spans), True])
-    return np.asarray(own[np.searchsorted([span.end for span in example.spans], example.offsets[:, 0], side="right")])
+def _is_template_text(example: Example) -> NDArray[np.bool_]:
+    """Return whether each token begins in template text (bool `[n]`)."""
+    is_scaffold = np.asarray([*(span.part is Part.SCAFFOLD for span in example.spans), True])
+    span_ends = [span.end for span in example.spans]
+    return np.asarray(is_scaffold[np.searchsorted(span_ends, example.offsets[:, 0], side="right")])

@@ -1,6 +1,6 @@
-"""Diff: the same rows, built in two ways: which tokens or labels are others.
+"""Diff: compare the tokens and labels of the same rows under two recipes, or in two builds.
 
-Two passes: the first keeps a few bytes of each row and tells which rows differ, the second looks at the first of these.
+The first pass compares fingerprints of all rows. The second pass reads only the first rows that differ.
 """
 
 from __future__ import annotations
@@ -46,14 +46,26 @@ from ftdata.readers.streams import STDIN
 from ftdata.tokenizing.tokenizer import Tokenizer
 from ftdata.types import Reject
 
-_DECIDES = ("template", "date", "template_kwargs", "where", "limit", *(each.name for each in fields(Options)))
-"""Options that decide what a row becomes, or whether it is read."""
+_RECIPE_OPTIONS = (
+    "template",
+    "date",
+    "template_kwargs",
+    "where",
+    "limit",
+    *(option.name for option in fields(Options)),
+)
+"""Options that determine what a row becomes, or whether it is read."""
 
-_CONTEXT, _MOST_COMPARED = 8, 4000
+_CONTEXT, _MAX_COMPARED_TOKENS = 8, 4000
 
 
 class Edit(NamedTuple):
-    """Tokens of A, from the first number on and before the second, and those of B that stand for them."""
+    """A range of tokens in A, and the range that replaces it in B.
+
+    Attributes:
+        in_a: The range `[start, end)` of tokens in A.
+        in_b: The range `[start, end)` of tokens in B.
+    """
 
     in_a: tuple[int, int]
     in_b: tuple[int, int]
@@ -61,13 +73,13 @@ class Edit(NamedTuple):
 
 @dataclass(frozen=True)
 class ChangedRow:
-    """One row that differs.
+    """A row that differs.
 
     Attributes:
-        kind: of `KINDS`: labels, tokens, split, number of times, on which side.
-        a: as it is in A.
-        b: as it is in B.
-        edits: for each example, the stretches of tokens that differ, `[start, end)` in A and in B.
+        kind: The kind of difference, one of `KINDS`.
+        a: The row in A.
+        b: The row in B.
+        edits: For each example, the ranges of tokens that differ.
     """
 
     kind: str
@@ -78,15 +90,15 @@ class ChangedRow:
 
 @dataclass(frozen=True)
 class Diff:
-    """How two ways of building the same rows differ; falsy where they do not.
+    """The differences between two sides. A diff is falsy if there are none.
 
     Attributes:
-        titles: what A and B are.
-        options: the options that differ, each as it is in A and in B.
-        rows: kind, of `KINDS` -> how many rows.
-        tokens: tokens, and trained ones, of A and of B.
-        changed: the first rows that differ.
-        tokenizer: that of both sides, if there is one.
+        titles: The titles of A and B.
+        options: The options that differ, with their values in A and B.
+        rows: The kind of difference, one of `KINDS` -> the number of rows.
+        tokens: The number of tokens and of trained tokens, for A and B.
+        changed: The first rows that differ.
+        tokenizer: The tokenizer of both sides; `None` if the sides have different tokenizers.
     """
 
     titles: tuple[str, str]
@@ -105,8 +117,8 @@ class Diff:
             "titles": list(self.titles),
             "options": {name: list(pair) for name, pair in self.options.items()},
             "rows": dict(self.rows),
-            "tokens": [dict(zip(("tokens", "trained"), one, strict=True)) for one in self.tokens],
-            "changed": [{"kind": one.kind, "a": one.a.as_dict(), "b": one.b.as_dict()} for one in self.changed],
+            "tokens": [{"tokens": tokens, "trained": trained} for tokens, trained in self.tokens],
+            "changed": [{"kind": row.kind, "a": row.a.as_dict(), "b": row.b.as_dict()} for row in self.changed],
         }
 
     def __str__(self) -> str:
@@ -116,44 +128,48 @@ class Diff:
         return capture.get()
 
     def print(self, console: Console) -> None:
-        """Print to a rich console: counts, and of each row that is shown what differs, with a little around it."""
+        """Print to a rich console: the counts, and the differing tokens of the first rows with some context."""
         for letter, title, (tokens, trained) in zip("AB", self.titles, self.tokens, strict=True):
-            said = f"{letter} {to_single_line(title)}: {tokens:,} tokens, {trained:,} trained"
-            console.print(Text(said, "bold"), soft_wrap=True)
+            heading = f"{letter} {to_single_line(title)}: {tokens:,} tokens, {trained:,} trained"
+            console.print(Text(heading, "bold"), soft_wrap=True)
         for name, (a, b) in self.options.items():
-            console.print(Text(f"  {name}: {_brief(a)} → {_brief(b)}"), soft_wrap=True)
-        for one in self.changed:
-            said = f"── row {one.a.source.row} · {to_single_line(one.a.source)} · {one.kind} ──"
-            console.print(Text(said, "bold blue"), soft_wrap=True)
-            for row, sign, style in ((one.a, "-", "red"), (one.b, "+", "green")):
+            console.print(Text(f"  {name}: {_shorten(a)} → {_shorten(b)}"), soft_wrap=True)
+        for changed in self.changed:
+            source = changed.a.source
+            heading = f"── row {source.row} · {to_single_line(source)} · {changed.kind} ──"
+            console.print(Text(heading, "bold blue"), soft_wrap=True)
+            for row, sign, style in ((changed.a, "-", "red"), (changed.b, "+", "green")):
                 if row.rejected:
                     console.print(Text(f"{sign} {to_single_line(row.rejected)}", style), soft_wrap=True)
-            for a, b, edits in zip_longest(one.a.examples, one.b.examples, one.edits):
-                for shown, sign, style, places in (
-                    (a, "-", "red", [edit.in_a for edit in edits]),
-                    (b, "+", "green", [edit.in_b for edit in edits]),
+            for view_a, view_b, edits in zip_longest(changed.a.examples, changed.b.examples, changed.edits):
+                for view, sign, style, ranges in (
+                    (view_a, "-", "red", [edit.in_a for edit in edits]),
+                    (view_b, "+", "green", [edit.in_b for edit in edits]),
                 ):
-                    if shown is not None and edits:
-                        text = _around(shown, places, plain=has_no_colors(console))
+                    if view is not None and edits:
+                        text = _style_ranges(view, ranges, plain=has_no_colors(console))
                         console.print(Text.assemble((f"{sign} ", style), text), soft_wrap=True)
-        counted = ", ".join(f"{count:,} {kind}" for kind, count in self.rows.items() if count or kind == SAME)
-        console.print(f"{sum(self.rows.values()):,} rows: {counted}", highlight=False, soft_wrap=True)
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in self.rows.items() if count or kind == SAME)
+        console.print(f"{sum(self.rows.values()):,} rows: {counts}", highlight=False, soft_wrap=True)
 
     def page(self) -> HtmlPage:
-        """Return the page that shows the changed rows side by side."""
+        """Return the HTML page with the changed rows side by side."""
         rows, marks, titles = list[RowView](), list[list[NDArray[np.bool_]]](), list[list[str]]()
-        letters = [f"{letter}: {title}" for letter, title in zip("AB", self.titles, strict=True)]
-        for one in self.changed:
-            says = "; ".join(filter(None, (one.a.rejected, one.b.rejected)))
-            bare = replace(one.a, rejected=says, why=(one.kind,), lost=())
-            for a, b, edits in zip_longest(one.a.examples, one.b.examples, one.edits):
-                sides = [(a, [edit.in_a for edit in edits]), (b, [edit.in_b for edit in edits])]
-                there = [(letter, *side) for letter, side in zip(letters, sides, strict=True) if side[0] is not None]
-                rows.append(replace(bare, examples=tuple(shown for _, shown, _ in there)))
-                marks.append([_marked(shown, places) for _, shown, places in there])
-                titles.append([letter for letter, _, _ in there])
+        labels = [f"{letter}: {title}" for letter, title in zip("AB", self.titles, strict=True)]
+        for changed in self.changed:
+            reasons = "; ".join(filter(None, (changed.a.rejected, changed.b.rejected)))
+            row = replace(changed.a, rejected=reasons, why=(changed.kind,), lost=())
+            for view_a, view_b, edits in zip_longest(changed.a.examples, changed.b.examples, changed.edits):
+                sides = (
+                    (labels[0], view_a, [edit.in_a for edit in edits]),
+                    (labels[1], view_b, [edit.in_b for edit in edits]),
+                )
+                present = [(label, view, ranges) for label, view, ranges in sides if view is not None]
+                rows.append(replace(row, examples=tuple(view for _, view, _ in present)))
+                marks.append([_mark_ranges(view, ranges) for _, view, ranges in present])
+                titles.append([label for label, _, _ in present])
         totals = {kind: f"{count:,}" for kind, count in self.rows.items() if count or kind == SAME}
-        options = {name: f"{_brief(a)} → {_brief(b)}" for name, (a, b) in self.options.items()}
+        options = {name: f"{_shorten(a)} → {_shorten(b)}" for name, (a, b) in self.options.items()}
         return HtmlPage(
             " against ".join(self.titles),
             rows,
@@ -162,7 +178,7 @@ class Diff:
             changed=marks,
             options=options,
             tokenizer=self.tokenizer,
-            said=f"the first {len(self.changed):,} rows that differ are in this page; what differs is outlined",
+            status=f"this page contains the first {len(self.changed):,} rows that differ, with outlined differences",
         )
 
 
@@ -174,254 +190,269 @@ def diff(
     html: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Diff:
-    """Compare the same rows, built in two ways: under two templates, tokenizers, options, or versions of ftdata.
+    """Compare the same rows under two templates, tokenizers, options, or versions of ftdata.
 
     Args:
-        a: the folder of a build; or a mapping of options of `build_sft_dataset`: `data`, `tokenizer`, and any that
-            decide what a row becomes.
-        b: the same.
-        n: how many rows that differ are shown.
-        html: write these to this file, side by side.
-        progress: called with the rows and tokens done so far, and which share of the data that is.
+        a: The folder of a build, or a mapping of options of `build_sft_dataset`: `data`, `tokenizer`, and any option
+            that is part of the recipe.
+        b: The other side, like `a`.
+        n: The number of differing rows to show.
+        html: Write these rows side by side to this HTML file.
+        progress: Called with the number of rows and tokens so far, and with the share of the data that is done.
 
     Returns:
-        How many rows are the same, or differ in which way, and the first that do; falsy where none does.
+        The number of rows that are equal or differ, by kind, and the first rows that differ. Falsy if no row differs.
 
     Raises:
-        UsageError: an option is invalid.
-        InputRefused: a source cannot be read, or neither side has a row that can be built.
-        TemplateRefused: a template, or a tokenizer, cannot be used for any row.
-        StorageError: the page cannot be written.
-        HubError: the network or the hub fails.
+        UsageError: An option is invalid.
+        InputRefused: A source cannot be read, or no row can be built on either side.
+        TemplateRefused: A template or a tokenizer cannot be used for any row.
+        StorageError: The page cannot be written.
+        HubError: The network or the hub fails.
 
     >>> from ftdata.testing import byte_tokenizer
     >>> side = {"data": [{"question": "2+2?", "answer": "4"}], "tokenizer": byte_tokenizer(), "template": "chatml"}
-    >>> found = diff(side, {**side, "train_on": "all"})
-    >>> bool(found), {kind: count for kind, count in found.rows.items() if count}
+    >>> result = diff(side, {**side, "train_on": "all"})
+    >>> bool(result), {kind: count for kind, count in result.rows.items() if count}
     (True, {'labels differ': 1})
     """
     if type(n) is not int or not 0 <= n <= sys.maxsize:
         raise UsageError("n", f"n is {n!r}, expected a number of rows from 0")
     if isinstance(a, Mapping) and isinstance(b, Mapping) and isinstance(a.get("data"), Iterator):
-        kept = list(a["data"])
-        b = {**b, "data": kept} if b.get("data") is a["data"] else b
-        a = {**a, "data": kept}
-    sides = _side(a), _side(b)
-    by_text = sides[0].recipe.tokenizer.fingerprint != sides[1].recipe.tokenizer.fingerprint
-    prints = [fingerprint_examples(side, progress, by_text=by_text) for side in sides]
-    if not any(one.tokens[0] for one in prints):
+        rows_in_memory = list(a["data"])
+        b = {**b, "data": rows_in_memory} if b.get("data") is a["data"] else b
+        a = {**a, "data": rows_in_memory}
+    targets = _make_target(a), _make_target(b)
+    by_text = targets[0].recipe.tokenizer.fingerprint != targets[1].recipe.tokenizer.fingerprint
+    fingerprints = [fingerprint_examples(target, progress, by_text=by_text) for target in targets]
+    if not any(side.tokens[0] for side in fingerprints):
         raise InputRefused("no_rows_built", "neither side has a row that can be built, so there is nothing to compare")
-    keys = match_sources([one.paths for one in prints])
-    rows = [one.by_row(own) for one, own in zip(prints, keys, strict=True)]
+    keys = match_sources([side.paths for side in fingerprints])
+    rows = [side.by_row(side_keys) for side, side_keys in zip(fingerprints, keys, strict=True)]
     kinds = classify_differences(*rows)
     both = set(rows[0][0].tolist()) & set(rows[1][0].tolist())
-    count = Counter(kinds.values())
-    count[SAME] = len(both) - sum(count[kind] for kind in (LABELS, TOKENS, MOVED, REPEATED))
-    count[NEITHER] = len(prints[0].rejected_as(keys[0]) & prints[1].rejected_as(keys[1]))
-    # The first in the order of A, and then of B, whichever side they are looked at on.
-    order = (key for one in rows for key in one[0][np.argsort(one[-1])].tolist() if key in kinds)
-    wanted = [*islice(dict.fromkeys(order), n)]
-    shown = [_shown(side, own, {*wanted}) for side, own in zip(sides, keys, strict=True)] if wanted else [{}, {}]
-    found = Diff(
-        (sides[0].title, sides[1].title),
-        _options(*sides),
-        {kind: count[kind] for kind in KINDS},
-        (prints[0].tokens, prints[1].tokens),
-        tuple(_changed(kinds[key], *(one.get(key) for one in shown), by_text=by_text) for key in wanted),
-        None if by_text else sides[0].recipe.tokenizer,
+    counts = Counter(kinds.values())
+    counts[SAME] = len(both) - sum(counts[kind] for kind in (LABELS, TOKENS, MOVED, REPEATED))
+    counts[NEITHER] = len(fingerprints[0].rejected_keys(keys[0]) & fingerprints[1].rejected_keys(keys[1]))
+    # Both sides show the same rows: the first in the order of A, then the first in the order of B.
+    order = (key for columns in rows for key in columns[0][np.argsort(columns[-1])].tolist() if key in kinds)
+    selected = [*islice(dict.fromkeys(order), n)]
+    views: list[dict[int, RowView]] = [{}, {}]
+    if selected:
+        views = [_view_rows(target, side_keys, {*selected}) for target, side_keys in zip(targets, keys, strict=True)]
+    result = Diff(
+        (targets[0].title, targets[1].title),
+        _changed_options(*targets),
+        {kind: counts[kind] for kind in KINDS},
+        (fingerprints[0].tokens, fingerprints[1].tokens),
+        tuple(_make_changed_row(kinds[key], *(side.get(key) for side in views), by_text=by_text) for key in selected),
+        None if by_text else targets[0].recipe.tokenizer,
     )
     if html is not None:
-        write_page(html, found.page())
-    return found
+        write_page(html, result.page())
+    return result
 
 
 def side_options(
-    given: str,
+    path: str,
     *,
     tokenizer: str | None = None,
     template: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     changes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the side that a word of a command line names: a build, a configuration, or data.
+    """Return the options of a side from arguments of the command line.
 
     Args:
-        given: the folder of a build, a `.yaml`, `.yml` or `.toml` file, or data.
-        tokenizer: of all of these.
-        template: of data, or instead of the configuration's.
-        template_kwargs: template variables of data, or instead of the configuration's.
-        changes: further options as `name=value`, the value in YAML.
+        path: The folder of a build, a `.yaml`, `.yml` or `.toml` configuration, or data.
+        tokenizer: The tokenizer.
+        template: The template of data; overrides the template of a configuration.
+        template_kwargs: The template variables of data; override those of a configuration.
+        changes: Further options as `name=value`, with YAML values.
 
     Raises:
-        UsageError: an option is not known.
+        UsageError: An option is unknown.
     """
-    said: dict[str, Any] = {"data": given}
-    if Path(given).suffix in (".yaml", ".yml", ".toml"):
-        config = load_config(Path(given))
-        options = {name: value for name, value in config.build_options().items() if name in _DECIDES}
-        said = {"data": config.data, "tokenizer": config.tokenizer or config.model, **options}
-    given_here = {"tokenizer": tokenizer, "template": template, "template_kwargs": template_kwargs}
-    more: dict[str, Any] = {name: value for name, value in given_here.items() if value is not None}
+    options: dict[str, Any] = {"data": path}
+    if Path(path).suffix in (".yaml", ".yml", ".toml"):
+        config = load_config(Path(path))
+        recipe_options = {name: value for name, value in config.build_options().items() if name in _RECIPE_OPTIONS}
+        options = {"data": config.data, "tokenizer": config.tokenizer or config.model, **recipe_options}
+    arguments = {"tokenizer": tokenizer, "template": template, "template_kwargs": template_kwargs}
+    options |= {name: value for name, value in arguments.items() if value is not None}
     for change in changes:
         name, equals, value = change.partition("=")
         if not equals:
             raise UsageError("set", f"--set is {change!r}, expected name=value, e.g. turns=split")
-        check_choice("set", name.strip().replace("-", "_"), ("tokenizer", *_DECIDES))
-        more[name.strip().replace("-", "_")] = _value(value)
-    return {**said, **more}
+        check_choice("set", name.strip().replace("-", "_"), ("tokenizer", *_RECIPE_OPTIONS))
+        options[name.strip().replace("-", "_")] = _parse_value(value)
+    return options
 
 
-def _value(text: str) -> Any:
-    """Return what a text says in YAML; a text that is no YAML says itself."""
+def _parse_value(text: str) -> Any:
+    """Return text parsed as YAML, or the text itself if it is not valid YAML."""
     try:
         return parse_yaml(text)
     except yaml.YAMLError:
         return text
 
 
-def _side(given: Any) -> Target:
-    if not isinstance(given, Mapping):
-        return make_target(given)
-    for name in given:
-        check_choice("option", str(name), ("data", "tokenizer", *_DECIDES))
-    if "data" not in given:
-        raise UsageError("diff", "a side names no data", hint="give data and tokenizer, or the folder of a build")
-    data = given["data"]
+def _make_target(side: Any) -> Target:
+    if not isinstance(side, Mapping):
+        return make_target(side)
+    for name in side:
+        check_choice("option", str(name), ("data", "tokenizer", *_RECIPE_OPTIONS))
+    if "data" not in side:
+        raise UsageError("diff", "a side has no data", hint="pass data and tokenizer, or the folder of a build")
+    data = side["data"]
     if str(data) == STDIN or (isinstance(data, list) and STDIN in data):
-        raise UsageError("diff", "standard input is read once, and a comparison reads twice", hint="save it to a file")
-    # What can be gone through but once is kept.
-    return make_target(**{**given, "data": list(data) if isinstance(data, Iterator) else data})
+        raise UsageError(
+            "diff", "standard input can be read only once, and diff reads data twice", hint="save it to a file"
+        )
+    # An iterator can be read only once, so its rows are stored.
+    return make_target(**{**side, "data": list(data) if isinstance(data, Iterator) else data})
 
 
-def _shown(side: Target, keys: Mapping[str, int], wanted: set[int]) -> dict[int, RowView]:
-    """Return the rows of a side that are wanted, those that it rejects among them."""
-    found, once = dict[int, RowView](), len({path for path, _ in side.names}) == len(side.names)
-    for step in side.steps():
-        for number, said in enumerate(step.batch.conversations):
-            if (key := keys[said.source.path] * MOST_ROWS + said.source.row) in wanted:
-                row = make_row_view(step.batch.built(number), side.recipe)
-                known = found.get(key)
-                found[key] = replace(known, examples=(*known.examples, *row.examples)) if known else row
-        _add_rejects(found, step.batch.rejects, side, keys, wanted)
-        if len(found) == len(wanted) and side.folder is None and once:
-            return found
-    if side.folder is not None:
-        _add_rejects(found, stored_builds.read_build_rejects(side.folder), side, keys, wanted)
-    return found
+def _view_rows(target: Target, keys: Mapping[str, int], selected: set[int]) -> dict[int, RowView]:
+    """Return the views of the selected rows of a side, including rejected rows."""
+    views, are_paths_unique = dict[int, RowView](), len({path for path, _ in target.names}) == len(target.names)
+    for step in target.steps():
+        for number, conversation in enumerate(step.batch.conversations):
+            source = conversation.source
+            if (key := keys[source.path] * MOST_ROWS + source.row) in selected:
+                row = make_row_view(step.batch.built(number), target.recipe)
+                previous = views.get(key)
+                views[key] = replace(previous, examples=(*previous.examples, *row.examples)) if previous else row
+        _add_rejects(views, step.batch.rejects, target, keys, selected)
+        if len(views) == len(selected) and target.folder is None and are_paths_unique:
+            return views
+    if target.folder is not None:
+        _add_rejects(views, stored_builds.read_build_rejects(target.folder), target, keys, selected)
+    return views
 
 
 def _add_rejects(
-    found: dict[int, RowView], rejects: Iterable[Reject], side: Target, keys: Mapping[str, int], wanted: set[int]
+    views: dict[int, RowView],
+    rejects: Iterable[Reject],
+    target: Target,
+    keys: Mapping[str, int],
+    selected: set[int],
 ) -> None:
     for reject in rejects:
-        if (key := keys[reject.source.path] * MOST_ROWS + reject.source.row) in wanted:
-            found.setdefault(key, make_row_view(reject, side.recipe))
+        if (key := keys[reject.source.path] * MOST_ROWS + reject.source.row) in selected:
+            views.setdefault(key, make_row_view(reject, target.recipe))
 
 
-def _changed(kind: str, a: RowView | None, b: RowView | None, *, by_text: bool) -> ChangedRow:
-    known = a or b
-    assert known
-    a, b = (one or RowView(known.source, rejected="is not there") for one in (a, b))
-    own = _paired(a.examples, b.examples)
-    a, b = (replace(one, examples=tuple(each)) for one, each in zip((a, b), own, strict=True))
-    pairs = zip_longest(a.examples, b.examples)
-    return ChangedRow(kind, a, b, tuple(find_edits(*pair, by_text=by_text) for pair in pairs))
+def _make_changed_row(kind: str, a: RowView | None, b: RowView | None, *, by_text: bool) -> ChangedRow:
+    existing = a or b
+    assert existing
+    row_a, row_b = (row or RowView(existing.source, rejected="this side does not contain the row") for row in (a, b))
+    examples_a, examples_b = _pair_examples(row_a.examples, row_b.examples)
+    row_a, row_b = replace(row_a, examples=tuple(examples_a)), replace(row_b, examples=tuple(examples_b))
+    pairs = zip_longest(examples_a, examples_b)
+    return ChangedRow(kind, row_a, row_b, tuple(find_edits(*pair, by_text=by_text) for pair in pairs))
 
 
-def _paired(a: Sequence[ExampleView], b: Sequence[ExampleView]) -> tuple[list[ExampleView], list[ExampleView]]:
-    """Return the examples of a row so that those that belong together stand at the same place: packs mix them.
+def _pair_examples(a: Sequence[ExampleView], b: Sequence[ExampleView]) -> tuple[list[ExampleView], list[ExampleView]]:
+    """Return the examples of a row so that corresponding examples have equal indices: packing reorders examples.
 
-    Those of one text belong together; of the others, which are turns on their own, the shorter ones come first.
+    Examples with equal texts correspond. The remaining examples, which are split turns, are sorted by length.
     """
     left, right = list[ExampleView](), list[ExampleView]()
-    rest = sorted(b, key=len)
-    alone = list[ExampleView]()
-    for one in sorted(a, key=len):
-        same = next((at for at, other in enumerate(rest) if other.text == one.text), None)
-        if same is None:
-            alone.append(one)
+    unmatched_a, unmatched_b = list[ExampleView](), sorted(b, key=len)
+    for view in sorted(a, key=len):
+        match = next((index for index, candidate in enumerate(unmatched_b) if candidate.text == view.text), None)
+        if match is None:
+            unmatched_a.append(view)
         else:
-            left.append(one)
-            right.append(rest.pop(same))
-    return left + alone, right + rest
+            left.append(view)
+            right.append(unmatched_b.pop(match))
+    return left + unmatched_a, right + unmatched_b
+
+
+def _true_ranges(values: NDArray[np.bool_]) -> list[list[int]]:
+    """Return the ranges `[start, end)` of consecutive true values."""
+    ranges: list[list[int]] = np.flatnonzero(np.diff(values, prepend=False, append=False)).reshape(-1, 2).tolist()
+    return ranges
 
 
 def find_edits(a: ExampleView | None, b: ExampleView | None, *, by_text: bool = False) -> tuple[Edit, ...]:
-    """Return the stretches of tokens that are not as in the other, by id (or text) and label; all where there is none.
+    """Return the ranges of tokens whose id (or text) or label differs; all tokens if one of the examples is missing.
 
-    Where too many are left between what begins and what ends alike, all of these are one stretch.
+    If too many tokens remain between the common prefix and the common suffix, they form a single range.
     """
     if a is None or b is None:
         return (Edit((0, len(a) if a else 0), (0, len(b) if b else 0)),)
     if by_text and a.text == b.text:
-        learnt = [np.repeat(one.trained, np.diff(one.ends, prepend=0)) for one in (a, b)]
-        edges = np.flatnonzero(np.diff(learnt[0] != learnt[1], prepend=False, append=False)).reshape(-1, 2).tolist()
-        return tuple(Edit(_tokens_of(a, *place), _tokens_of(b, *place)) for place in edges)
-    left, right = (one.pieces if by_text or one.ids is None else one.ids.tolist() for one in (a, b))
+        trained_a, trained_b = (np.repeat(view.trained, np.diff(view.ends, prepend=0)) for view in (a, b))
+        ranges = _true_ranges(trained_a != trained_b)
+        return tuple(Edit(_to_tokens(a, start, end), _to_tokens(b, start, end)) for start, end in ranges)
+    left, right = (view.pieces if by_text or view.ids is None else view.ids.tolist() for view in (a, b))
     if left == right:
-        edges = np.flatnonzero(np.diff(a.trained != b.trained, prepend=False, append=False)).reshape(-1, 2).tolist()
-        return tuple(Edit((start, end), (start, end)) for start, end in edges)
-    left, right = ([*zip(own, one.trained.tolist(), strict=True)] for own, one in ((left, a), (right, b)))
-    most = min(len(left), len(right))
-    start = next((at for at in range(most) if left[at] != right[at]), most)
-    end = next((at for at in range(most - start) if left[-1 - at] != right[-1 - at]), most - start)
-    middles = left[start : len(left) - end], right[start : len(right) - end]
-    if max(map(len, middles)) > _MOST_COMPARED:
-        return (Edit((start, len(left) - end), (start, len(right) - end)),)
+        return tuple(Edit((start, end), (start, end)) for start, end in _true_ranges(a.trained != b.trained))
+    left, right = ([*zip(tokens, view.trained.tolist(), strict=True)] for tokens, view in ((left, a), (right, b)))
+    shorter = min(len(left), len(right))
+    start = next((index for index in range(shorter) if left[index] != right[index]), shorter)
+    suffix = next((n for n in range(shorter - start) if left[-1 - n] != right[-1 - n]), shorter - start)
+    middles = left[start : len(left) - suffix], right[start : len(right) - suffix]
+    if max(map(len, middles)) > _MAX_COMPARED_TOKENS:
+        return (Edit((start, len(left) - suffix), (start, len(right) - suffix)),)
     edits = SequenceMatcher(None, *middles, autojunk=False).get_opcodes()
     return tuple(
         Edit((start + a1, start + a2), (start + b1, start + b2)) for kind, a1, a2, b1, b2 in edits if kind != "equal"
     )
 
 
-def _tokens_of(view: ExampleView, start: int, end: int) -> tuple[int, int]:
-    """Return the tokens of the characters from `start` on and before `end`."""
+def _to_tokens(view: ExampleView, start: int, end: int) -> tuple[int, int]:
+    """Return the range of tokens that contains the characters `[start, end)`."""
     first, last = np.searchsorted(view.ends, [start, end - 1], side="right").tolist()
     return first, last + 1
 
 
-def _marked(view: ExampleView, stretches: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+def _mark_ranges(view: ExampleView, ranges: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+    """Return whether each token is in one of the ranges (bool `[n]`)."""
     marks = np.zeros(len(view), np.bool_)
-    for start, end in stretches:
+    for start, end in ranges:
         marks[start:end] = True
     return marks
 
 
-def _around(view: ExampleView, stretches: Sequence[tuple[int, int]], *, plain: bool) -> Text:
-    """Return stretches of tokens with a few around each; in colours, they stand out."""
-    near, marked = np.zeros(len(view), np.bool_), _marked(view, stretches)
-    for start, end in stretches:
-        near[max(start - _CONTEXT, 0) : end + _CONTEXT] = True
-    shown, at = Text(), 0
-    for first, last in np.flatnonzero(np.diff(near, prepend=False, append=False)).reshape(-1, 2).tolist():
-        shown.append(" … " if first > at else "")
-        for start, end in [(first, last)] if plain else _apart(marked, first, last):
+def _style_ranges(view: ExampleView, ranges: Sequence[tuple[int, int]], *, plain: bool) -> Text:
+    """Return ranges of tokens with some context as styled text; the ranges are highlighted unless `plain`."""
+    is_near, is_marked = np.zeros(len(view), np.bool_), _mark_ranges(view, ranges)
+    for start, end in ranges:
+        is_near[max(start - _CONTEXT, 0) : end + _CONTEXT] = True
+    styled, position = Text(), 0
+    for first, last in _true_ranges(is_near):
+        styled.append(" … " if first > position else "")
+        for start, end in [(first, last)] if plain else _split_at_marks(is_marked, first, last):
             text = style_segments(view.part(start, end).segments(), plain=plain)
-            if marked[start] and not plain:
+            if is_marked[start] and not plain:
                 text.stylize("reverse")
-            shown.append_text(text)
-        at = last
-    return shown.append(" …") if at < len(view) else shown
+            styled.append_text(text)
+        position = last
+    return styled.append(" …") if position < len(view) else styled
 
 
-def _apart(marked: NDArray[np.bool_], first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Yield the stretches of tokens that are marked, and those that are not."""
-    yield from pairwise([first, *(np.flatnonzero(np.diff(marked[first:last])) + first + 1).tolist(), last])
+def _split_at_marks(is_marked: NDArray[np.bool_], first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of tokens in `[first, last)` that are all marked or all unmarked."""
+    changes = (np.flatnonzero(np.diff(is_marked[first:last])) + first + 1).tolist()
+    yield from pairwise([first, *changes, last])
 
 
-def _options(a: Target, b: Target) -> dict[str, tuple[Any, Any]]:
-    """Return the options that differ, each as it is on both sides; what one side knows nothing of is left out."""
-    left, right = ({**side.options, **flatten_options({"template": side.options["template"]})} for side in (a, b))
-    both = [name for name in left if name in right and name not in ("template", "sources", "data")]
-    tokenizer = {"tokenizer": tuple(side.options["tokenizer"]["name"] for side in (a, b))}
+def _changed_options(a: Target, b: Target) -> dict[str, tuple[Any, Any]]:
+    """Return the options that differ, with the values of both sides; options of only one side are left out."""
+    left, right = ({**target.options, **flatten_options({"template": target.options["template"]})} for target in (a, b))
+    common = [name for name in left if name in right and name not in ("template", "sources", "data")]
+    tokenizer = {"tokenizer": tuple(target.options["tokenizer"]["name"] for target in (a, b))}
     if left["tokenizer"]["fingerprint"] == right["tokenizer"]["fingerprint"]:
         tokenizer = {}
     return {
         **tokenizer,
-        **{name: (left[name], right[name]) for name in both if left[name] != right[name] and name != "tokenizer"},
+        **{name: (left[name], right[name]) for name in common if left[name] != right[name] and name != "tokenizer"},
     }
 
 
-def _brief(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = to_single_line(" ".join(str(value).split()))
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,7 +1,7 @@
-"""Page: views as one HTML file that needs nothing else: no network, no server, no library.
+"""HTML page: views in a self-contained HTML file, without a network, a server or a library.
 
-The rows stand in it as JSON and are drawn by a script, all other text is escaped where it is written; a policy in the
-file allows its own script and style, by their hashes, and nothing else.
+The page contains the rows as JSON, which its script renders. All other text is escaped when it is written. The content
+security policy of the page allows only its own script and style, by their hashes.
 """
 
 from __future__ import annotations
@@ -38,14 +38,18 @@ from ftdata.types import Reject
 
 _ASSETS = Path(__file__).parent / "assets"
 MOST_PACKS = 200
-"""Packs that are drawn."""
+"""The maximum number of packed sequences that are drawn."""
 
 
 @dataclass(frozen=True)
 class PackLayout:
-    """How documents share packs: of each pack the lengths of its documents, and where they came from.
+    """The packed sequences of a data set.
 
-    `fill` is the share of `count * size` tokens that are there; `documents` are those of the first packs.
+    Attributes:
+        size: The length of a packed sequence in tokens.
+        count: The number of packed sequences.
+        fill: The number of tokens, as a share of `count * size`.
+        documents: The documents of the first packed sequences: length in tokens, source, and key of the row.
     """
 
     size: int
@@ -56,27 +60,27 @@ class PackLayout:
 
 @dataclass(frozen=True)
 class HtmlPage:
-    """What a page shows.
+    """The content of an HTML page.
 
     Attributes:
-        title: of what.
-        rows: the rows that are shown token by token.
-        tokenizer: says how the tokens are spelled in its vocabulary; `None`: there are no tokens.
-        said: which rows these are.
-        totals: what was counted, as name and number.
-        warnings: what a careful reader should know.
-        picture: an SVG of the lengths, and what it says.
-        packs: how documents share packs.
-        rejects: rows that were rejected, and how many there are by code.
-        options: how it was made.
-        titles: where rows are shown side by side, what each example of each row is.
-        changed: of each example of each row, the tokens that differ from the other side (bool `[n]`).
+        title: The heading.
+        rows: The rows, which are shown token by token.
+        tokenizer: The tokenizer, for the vocabulary entries of tokens; `None` without tokens.
+        status: A note on the selection of the rows.
+        totals: Name -> formatted number.
+        warnings: Notes that apply to all rows.
+        picture: An SVG histogram of lengths, and its description.
+        packs: The packed sequences.
+        rejects: The number of rejected rows by code, and the first rejects.
+        options: The options that the data was made with.
+        titles: For rows side by side: the title of each example of each row.
+        changed: For rows side by side: for each example of each row, whether each token differs (bool `[n]`).
     """
 
     title: str
     rows: Sequence[RowView]
     tokenizer: Tokenizer | None = None
-    said: str = ""
+    status: str = ""
     totals: Mapping[str, str] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     picture: tuple[str, str] | None = None
@@ -87,54 +91,54 @@ class HtmlPage:
     changed: Sequence[Sequence[NDArray[np.bool_]]] = ()
 
 
-_BEGIN = b"<!doctype html>"
+_DOCTYPE = b"<!doctype html>"
 
 
 def write_page(path: str | Path, page: HtmlPage) -> None:
-    """Write the page, as `write_html` does."""
+    """Render a page and write it to a file; see `write_html`."""
     write_html(path, render_html(page))
 
 
 def write_html(path: str | Path, text: str) -> None:
-    """Write a page, whole or not at all.
+    """Write an HTML page to a file atomically.
 
     Raises:
-        UsageError: there is something else.
-        StorageError: the disk refuses.
+        UsageError: The file exists and is not an HTML page.
+        StorageError: The file cannot be written.
     """
-    if not _is_page(Path(path)):
-        found = f"{path} exists and is no page of ftdata"
-        raise UsageError("target_exists", found, hint="choose another name: data is not written over")
+    if not _can_overwrite(Path(path)):
+        problem = f"{path} exists and is not an HTML page of ftdata"
+        raise UsageError("target_exists", problem, hint="choose a different file name")
     with replace_file(Path(path).resolve()) as file:
         disk.write(file, text.encode())
 
 
-def _is_page(path: Path) -> bool:
-    """Whether there is nothing that must not be written over."""
+def _can_overwrite(path: Path) -> bool:
+    """Return whether a path is free, or contains an HTML page."""
     if not path.is_file():
         return True
     with path.open("rb") as file:
-        return file.read(len(_BEGIN)).lower() == _BEGIN
+        return file.read(len(_DOCTYPE)).lower() == _DOCTYPE
 
 
 def render_html(page: HtmlPage) -> str:
-    """Return the page as HTML."""
+    """Return a page as HTML."""
     style, script = _asset("page.css"), _asset("page.js")
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
     )
     sections = dict[str, str]()
     if page.picture:
-        sections["lengths"] = f'<section id="lengths"><h2>Lengths</h2>{_lengths(*page.picture)}</section>'
+        sections["lengths"] = f'<section id="lengths"><h2>Lengths</h2>{_lengths_section(*page.picture)}</section>'
     if page.packs:
-        sections["packs"] = _folded("packs", *_packs(page.packs))
+        sections["packs"] = _collapsible("packs", *_describe_packs(page.packs))
     if page.rejects[0]:
-        sections["rejected"] = _folded("rejected", *_rejected(*page.rejects))
+        sections["rejected"] = _collapsible("rejected", *_describe_rejects(*page.rejects))
     if page.options:
-        sections["options"] = _folded("options", "how this was made", _options(page.options))
+        sections["options"] = _collapsible("options", "of this data", _options_table(page.options))
     parts = {
         "policy": escape(policy, quote=True).replace("&#x27;", "'"),
-        "title": _text(page.title),
+        "title": _escape(page.title),
         "sections": "".join(f'<a href="#{key}">{key.capitalize()}</a>' for key in [*sections, "rows"]),
         "body": _summary(page) + "".join(sections.values()),
         "made": f"ftdata {escape(__version__)}",
@@ -142,9 +146,9 @@ def render_html(page: HtmlPage) -> str:
         "script": script,
         "data": _json(_data(page)),
     }
-    whole = _asset("page.html").split("@")
-    # Between every two signs stands a name; what is put in is not looked at again.
-    return "".join(parts[part] if number % 2 else part for number, part in enumerate(whole))
+    pieces = _asset("page.html").split("@")
+    # Every second piece is the name of a part. Inserted parts are not searched for names again.
+    return "".join(parts[piece] if number % 2 else piece for number, piece in enumerate(pieces))
 
 
 def _asset(name: str) -> str:
@@ -156,14 +160,14 @@ def _hash(text: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """Return JSON that can stand in a script element: nothing in it closes or opens one."""
+    """Return JSON that is safe inside a script element: it contains no tags."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    # Half a character, which UTF-8 does not have, is spelled out.
+    # UTF-8 cannot encode lone surrogates, so they are escaped.
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-# --- the rows, as the script reads them
+# --- the rows, as JSON for the script
 
 
 def _data(page: HtmlPage) -> dict[str, Any]:
@@ -171,7 +175,7 @@ def _data(page: HtmlPage) -> dict[str, Any]:
     rows = []
     for number, row in enumerate(page.rows):
         changed = page.changed[number] if page.changed else [None] * len(row.examples)
-        examples = [_example(one, owners, marks) for one, marks in zip(row.examples, changed, strict=True)]
+        examples = [_example(view, owners, marks) for view, marks in zip(row.examples, changed, strict=True)]
         rows.append(
             {
                 "row": row.source.row,
@@ -194,11 +198,11 @@ def _data(page: HtmlPage) -> dict[str, Any]:
             }
         )
     packs = page.packs and {"size": page.packs.size, "shown": page.packs.documents}
-    return {"said": page.said, "owners": list(owners), "pieces": _pieces(page), "rows": rows, "packs": packs}
+    return {"said": page.status, "owners": list(owners), "pieces": _pieces(page), "rows": rows, "packs": packs}
 
 
 def _example(view: ExampleView, owners: dict[SegmentOwner, int], changed: NDArray[np.bool_] | None) -> dict[str, Any]:
-    numbers = np.asarray([owners.setdefault(one, len(owners)) for one in view.owners], np.int64)
+    numbers = np.asarray([owners.setdefault(owner, len(owners)) for owner in view.owners], np.int64)
     return {
         "text": view.text,
         "sizes": _sizes(view),
@@ -208,31 +212,32 @@ def _example(view: ExampleView, owners: dict[SegmentOwner, int], changed: NDArra
         "stop": _runs(view.stop),
         "owner": _runs(numbers[view.owner]) if len(view) else [],
         "cut": view.cut,
-        "rest": view.rest[:2000],
+        "rest": view.remainder[:2000],
         **({} if changed is None else {"changed": _runs(changed)}),
     }
 
 
 def _sizes(view: ExampleView) -> list[int]:
-    """Return how long the text of each token is, in the units of UTF-16, in which scripts count."""
-    wide = np.frombuffer(view.text.encode("utf-32-le", "surrogatepass"), np.uint32) > 0xFFFF
-    before = np.append(0, np.cumsum(1 + wide.astype(np.int64)))
-    return list(np.diff(before[view.ends], prepend=0).tolist())
+    """Return the length of the text of each token in UTF-16 code units, the unit of JavaScript strings."""
+    is_wide = np.frombuffer(view.text.encode("utf-32-le", "surrogatepass"), np.uint32) > 0xFFFF
+    offsets = np.append(0, np.cumsum(1 + is_wide.astype(np.int64)))
+    return list(np.diff(offsets[view.ends], prepend=0).tolist())
 
 
 def _runs(values: NDArray[Any]) -> list[int]:
-    """Return values as value and length, value and length, ..."""
+    """Return the run-length encoding of values: value, length, value, length, ..."""
     starts = np.flatnonzero(np.diff(values.astype(np.int64), prepend=-1))
     lengths = np.diff(starts, append=len(values))
     return list(np.stack((values[starts].astype(np.int64), lengths), axis=1).ravel().tolist())
 
 
 def _pieces(page: HtmlPage) -> dict[int, str]:
-    """Return how the vocabulary spells each token that is shown."""
+    """Return the vocabulary entry of each token on the page."""
     if page.tokenizer is None:
         return {}
-    ids = [one.ids for row in page.rows for one in row.examples if one.ids is not None]
-    return {one: page.tokenizer.piece(one) for one in np.unique(np.concatenate([*ids, []])).astype(np.int64).tolist()}
+    ids = [view.ids for row in page.rows for view in row.examples if view.ids is not None]
+    unique_ids = np.unique(np.concatenate([*ids, []])).astype(np.int64).tolist()
+    return {token_id: page.tokenizer.id_to_token(token_id) for token_id in unique_ids}
 
 
 def _href(row: RowView) -> str | None:
@@ -245,68 +250,71 @@ def _href(row: RowView) -> str | None:
         return None
 
 
-# --- the rest, which needs no script
+# --- the static sections
 
 
-def _text(text: str) -> str:
+def _escape(text: str) -> str:
     return escape(escape_unprintable(text))
 
 
-def _folded(key: str, says: str, body: str) -> str:
-    summary = f"<summary><h2>{key.capitalize()}</h2> {says}</summary>"
+def _collapsible(key: str, summary: str, body: str) -> str:
+    heading = f"<summary><h2>{key.capitalize()}</h2> {summary}</summary>"
     box = f'<div class="box" tabindex="0" role="region" aria-label="{key}">{body}</div>'
-    return f'<details id="{key}">{summary}{box}</details>'
+    return f'<details id="{key}">{heading}{box}</details>'
 
 
 def _summary(page: HtmlPage) -> str:
-    cards = "".join(f"<li><b>{_text(value)}</b><span>{_text(name)}</span></li>" for name, value in page.totals.items())
-    notes = "".join(f"<li>{_text(note)}</li>" for note in page.warnings)
+    cards = "".join(
+        f"<li><b>{_escape(value)}</b><span>{_escape(name)}</span></li>" for name, value in page.totals.items()
+    )
+    notes = "".join(f"<li>{_escape(note)}</li>" for note in page.warnings)
     return (f'<ul class="cards">{cards}</ul>' if cards else "") + (f"<ul>{notes}</ul>" if notes else "")
 
 
-def _lengths(svg: str, says: str) -> str:
-    return f"{svg}<p>{escape(says)}</p>"
+def _lengths_section(svg: str, description: str) -> str:
+    return f"{svg}<p>{escape(description)}</p>"
 
 
-def _packs(packs: PackLayout) -> tuple[str, str]:
-    shown = len(packs.documents)
-    more = f"; the first {shown:,} are drawn" if shown < packs.count else ""
-    says = f"{packs.count:,} packs of {packs.size:,} tokens, {packs.fill:.2%} full{more}"
-    return says, '<p>Documents that are shown below are green.</p><div id="packs-shown"></div>'
+def _describe_packs(packs: PackLayout) -> tuple[str, str]:
+    drawn = len(packs.documents)
+    limit = f"; the first {drawn:,} are drawn" if drawn < packs.count else ""
+    summary = f"{packs.count:,} packs of {packs.size:,} tokens, {packs.fill:.2%} full{limit}"
+    hint = "Green documents are on this page. Click a document to go to its row."
+    return summary, f'<p>{hint}</p><div id="packs-shown"></div>'
 
 
-def _rejected(codes: Mapping[str, int], rejects: Sequence[Reject]) -> tuple[str, str]:
+def _describe_rejects(codes: Mapping[str, int], rejects: Sequence[Reject]) -> tuple[str, str]:
     total = sum(codes.values())
-    listed = ", ".join(f"{count:,} {_text(code)}" for code, count in codes.items())
+    counts = ", ".join(f"{count:,} {_escape(code)}" for code, count in codes.items())
     rows = "".join(
-        f"<tr><td>{_place(one)}</td><td><code>{_text(one.code)}</code></td><td>{_text(one.field)}</td>"
-        f"<td>{_text(one.reason)}</td><td>{_text(one.fix)}</td></tr>"
-        for one in rejects
+        f"<tr><td>{_source_link(reject)}</td><td><code>{_escape(reject.code)}</code></td>"
+        f"<td>{_escape(reject.field)}</td><td>{_escape(reject.reason)}</td><td>{_escape(reject.fix)}</td></tr>"
+        for reject in rejects
     )
-    more = f"<p>The first {len(rejects):,} of them:</p>" if len(rejects) < total else ""
-    head = "".join(f"<th>{name}</th>" for name in ("where", "code", "field", "why", "way out"))
-    return f"{total:,} rows: {listed}", f"{more}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    limit = f"<p>The first {len(rejects):,} rejected rows:</p>" if len(rejects) < total else ""
+    head = "".join(f"<th>{name}</th>" for name in ("source", "code", "field", "reason", "fix"))
+    return f"{total:,} rows: {counts}", f"{limit}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def _place(reject: Reject) -> str:
+def _source_link(reject: Reject) -> str:
     href = _href(RowView(reject.source))
-    said = _text(str(reject.source))
-    return f'<a href="{escape(href, quote=True)}">{said}</a>' if href else said
+    text = _escape(str(reject.source))
+    return f'<a href="{escape(href, quote=True)}">{text}</a>' if href else text
 
 
 def flatten_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options as names and values; those that are objects by the names of what is in them."""
-    found: dict[str, Any] = {}
+    """Return options with nested mappings flattened to dotted names."""
+    flat: dict[str, Any] = {}
     for name, value in options.items():
-        inner = value if isinstance(value, Mapping) else None
-        found.update({f"{name}.{key}": part for key, part in inner.items()} if inner else {name: value})
-    return found
+        nested = value if isinstance(value, Mapping) else None
+        flat.update({f"{name}.{key}": item for key, item in nested.items()} if nested else {name: value})
+    return flat
 
 
-def _options(options: Mapping[str, Any]) -> str:
+def _options_table(options: Mapping[str, Any]) -> str:
     rows = "".join(
-        f"<tr><th>{_text(name)}</th><td><code>{_text(value if isinstance(value, str) else json.dumps(value))}</code>"
-        "</td></tr>"
+        f"<tr><th>{_escape(name)}</th>"
+        f"<td><code>{_escape(value if isinstance(value, str) else json.dumps(value))}</code></td></tr>"
         for name, value in options.items()
     )
     return f"<table>{rows}</table>"
@@ -318,44 +326,44 @@ _FRAGMENT = (
     "font-family:ui-monospace,monospace;font-size:13px;line-height:1.6;white-space:pre-wrap;"
     "overflow-wrap:anywhere;border-left:3px solid #8885;padding-left:.7em;margin:.3em 0"
 )
-_MARKED = "background:#2da44e33;text-decoration:underline #2da44e"
+_TRAINED = "background:#2da44e33;text-decoration:underline #2da44e"
 _CONTROL = "border:1px solid #bf398988;border-radius:4px;padding:0 2px"
 
 
 def render_fragment(title: str, rows: Sequence[RowView], notes: Sequence[str] = ()) -> str:
-    """Return rows as HTML without a script, for a notebook: what is trained is green and underlined."""
+    """Return rows as HTML without a script, for notebooks; trained tokens are green and underlined."""
     parts = [
-        f"<p><b>{_text(to_single_line(title))}</b></p>",
-        *(f"<p>note: {_text(to_single_line(note))}</p>" for note in notes),
+        f"<p><b>{_escape(to_single_line(title))}</b></p>",
+        *(f"<p>note: {_escape(to_single_line(note))}</p>" for note in notes),
     ]
     for row in rows:
-        odd = f" · odd: {', '.join(row.why)}" if row.why else ""
-        parts.append(f"<p>{_text(row_heading(row) + odd)}</p>")
+        kinds = f" · outlier: {', '.join(row.why)}" if row.why else ""
+        parts.append(f"<p>{_escape(row_heading(row) + kinds)}</p>")
         if row.rejected:
-            parts.append(f'<p style="color:#cf222e">{_text(to_single_line(row.rejected))}</p>')
-        for one in row.examples:
-            cut = f" · ✂ {one.cut:,} tokens cut" if one.cut else ""
-            parts.append(
-                f'<pre style="{_FRAGMENT}">{"".join(_stretches(one))}</pre><p>{describe_trained_share(one)}{cut}</p>'
-            )
+            parts.append(f'<p style="color:#cf222e">{_escape(to_single_line(row.rejected))}</p>')
+        for view in row.examples:
+            cut = f" · ✂ {view.cut:,} tokens cut" if view.cut else ""
+            text = "".join(_render_segments(view))
+            parts.append(f'<pre style="{_FRAGMENT}">{text}</pre><p>{describe_trained_share(view)}{cut}</p>')
         if row.dropped:
-            parts.append(f"<p>✂ {len(row.dropped):,} examples of {sum(row.dropped):,} tokens are left out</p>")
-        lost = (f"not printed by the template: {one.field}: {make_visible(one.text)}" for one in row.lost)
+            summary = f"✂ {len(row.dropped):,} examples dropped: {sum(row.dropped):,} tokens beyond max_length"
+            parts.append(f"<p>{summary}</p>")
+        lost = (f"not printed by the template: {text.field}: {make_visible(text.text)}" for text in row.lost)
         flags = [f"flags: {', '.join(row.flags)}"] if row.flags else []
-        parts += [f'<p style="color:#9a6700">{_text(said)}</p>' for said in (*lost, *flags)]
+        parts += [f'<p style="color:#9a6700">{_escape(note)}</p>' for note in (*lost, *flags)]
     return f"<div>{''.join(parts)}</div>"
 
 
-def _stretches(view: ExampleView) -> Iterable[str]:
+def _render_segments(view: ExampleView) -> Iterable[str]:
     for trained, segments in groupby(view.segments(), key=lambda segment: segment.trained):
-        text = "".join(_segment(one) for one in segments)
-        yield f'<mark style="color:inherit;{_MARKED}">{text}</mark>' if trained else text
-    if view.rest:
-        yield f'<s style="color:#cf222e">✂{_text(make_visible(view.rest))}</s>'
+        text = "".join(_render_segment(segment) for segment in segments)
+        yield f'<mark style="color:inherit;{_TRAINED}">{text}</mark>' if trained else text
+    if view.remainder:
+        yield f'<s style="color:#cf222e">✂{_escape(make_visible(view.remainder))}</s>'
 
 
-def _segment(segment: Segment) -> str:
+def _render_segment(segment: Segment) -> str:
     owner = segment.owner
-    says = f"{owner.role}, messages[{owner.message}]" if owner.role else owner.part
+    title = f"{owner.role}, messages[{owner.message}]" if owner.role else owner.part
     style = f' style="{_CONTROL}"' if segment.control else ""
-    return f'<bdi title="{escape(says, quote=True)}"{style}>{escape(make_visible(segment.text))}</bdi>'
+    return f'<bdi title="{escape(title, quote=True)}"{style}>{escape(make_visible(segment.text))}</bdi>'

@@ -1,4 +1,4 @@
-"""Overview: the page of a whole data set or build: its first rows, those that stand out, lengths, packs, rejects."""
+"""Overview: the HTML page of a data set or build, with first rows, outliers, lengths, packed sequences and rejects."""
 
 from __future__ import annotations
 
@@ -23,89 +23,101 @@ from ftdata.pipeline.recipe import FLAGS, Recipe
 from ftdata.storage import disk
 from ftdata.types import Reject
 
-FIRST, LETTERS = 100, 2_000_000
-"""How many rows a page begins with where nobody said so, and how many characters these may have."""
+DEFAULT_ROWS, MAX_CHARACTERS = 100, 2_000_000
+"""The default number of first rows on a page, and the maximum number of characters of these rows."""
 
 
 @dataclass
 class FirstRows:
-    """The first rows, `most` of them or, where that is `None`, as many as a page holds well; shown batches."""
+    """Collect the first rows from batches.
 
-    most: int | None
-    found: list[BuiltRow | Reject] = field(default_factory=list)
-    letters: int = 0
+    Attributes:
+        limit: The number of rows; `None` to use `DEFAULT_ROWS` and `MAX_CHARACTERS`.
+        outcomes: The rows so far.
+        characters: The number of characters so far.
+    """
+
+    limit: int | None
+    outcomes: list[BuiltRow | Reject] = field(default_factory=list)
+    characters: int = 0
 
     def __call__(self, batch: Batch) -> None:
-        """Look at a batch."""
+        """Collect the rows of a batch."""
         if self._is_full():
             return
         for outcome in batch:
-            self.found.append(outcome)
+            self.outcomes.append(outcome)
             if isinstance(outcome, BuiltRow):
-                self.letters += sum(len(one.text) for one in outcome.examples)
+                self.characters += sum(len(example.text) for example in outcome.examples)
             if self._is_full():
                 return
 
     def _is_full(self) -> bool:
-        if self.most is not None:
-            return len(self.found) >= self.most
-        return len(self.found) >= FIRST or self.letters >= LETTERS
+        if self.limit is not None:
+            return len(self.outcomes) >= self.limit
+        return len(self.outcomes) >= DEFAULT_ROWS or self.characters >= MAX_CHARACTERS
 
 
-def make_overview(side: Target, most: int | None, packing: str | None, progress: Progress | None) -> HtmlPage:
-    """Return the page of data, or of a build with the very tokens and labels that it holds, after reading all of it.
+def make_overview(target: Target, limit: int | None, packing: str | None, progress: Progress | None) -> HtmlPage:
+    """Return the overview page of data or of a build, after reading all of it.
 
     Args:
-        side: the data, or the build.
-        most: how many of the first rows to show.
-        packing: show the packs that a build would have; those that a build has are shown.
-        progress: is told the rows and tokens done so far, and which share of the data that is.
+        target: The data or the build.
+        limit: The number of first rows to show; `None` for the default.
+        packing: Plan packed sequences as a build would; the stored packed sequences of a build are always shown.
+        progress: Called with the number of rows and tokens so far, and with the share of the data that is done.
 
     Raises:
-        UsageError: packs are asked for, and not how long they are; or of a build.
+        UsageError: `packing` is set without `max_length`, or for a build.
     """
-    recipe = side.recipe
-    if side.folder is not None:
+    recipe = target.recipe
+    if target.folder is not None:
         stored_builds.refuse_build_options({"packing": packing})
     Layout(packing=packing, max_length=recipe.max_length)
-    first, odd = FirstRows(most), Outliers()
+    first_rows, outliers = FirstRows(limit), Outliers()
 
-    def watch(batch: Batch, numbers: RowNumbers) -> None:
-        first(batch)
-        odd(batch, numbers)
+    def on_batch(batch: Batch, numbers: RowNumbers) -> None:
+        first_rows(batch)
+        outliers(batch, numbers)
 
-    seen = side.finished(survey_rows(side.steps(), side.names, watch, progress))
-    if side.folder is None:
-        options = {**side.options, "packing": packing}
+    survey = target.complete_survey(survey_rows(target.steps(), target.names, on_batch, progress))
+    if target.folder is None:
+        options = {**target.options, "packing": packing}
         digest = disk.hash_bytes(json.dumps(options, sort_keys=True).encode())
-        packs = _planned(seen, recipe.max_length) if packing and recipe.max_length and len(seen.numbers) else None
-        said = {"fingerprint of the options": digest, **flatten_options(options)}
+        has_packs = packing and recipe.max_length and len(survey.numbers)
+        packs = _plan_layout(survey, recipe.max_length or 0) if has_packs else None
+        table = {"fingerprint of the options": digest, **flatten_options(options)}
     else:
-        names = stored_builds.split_names(side.folder)
-        packed = side.options["packing"] and recipe.max_length
-        packs = _stored(side.folder, names, recipe.max_length or 0) if packed else None
-        said = {"fingerprint": read_manifest(side.folder)["fingerprint"], **flatten_options(side.options)}
-    return _page(side.title, _rows(first, odd, side.recipe), recipe, seen, packs, said)
+        names = stored_builds.split_names(target.folder)
+        is_packed = target.options["packing"] and recipe.max_length
+        packs = _read_layout(target.folder, names, recipe.max_length or 0) if is_packed else None
+        table = {"fingerprint": read_manifest(target.folder)["fingerprint"], **flatten_options(target.options)}
+    return _make_page(target.title, _make_rows(first_rows, outliers, target.recipe), recipe, survey, packs, table)
 
 
-def _rows(first: FirstRows, odd: Outliers, recipe: Recipe) -> list[RowView]:
-    """Return the first rows, and after them those that stand out and are not among them."""
-    stand_out = {row_key(outcome): (outcome, reasons) for outcome, reasons in odd.rows()}
+def _make_rows(first_rows: FirstRows, outliers: Outliers, recipe: Recipe) -> list[RowView]:
+    """Return the views of the first rows, followed by the other outliers."""
+    outliers_by_key = {row_key(outcome): (outcome, kinds) for outcome, kinds in outliers.rows()}
     rows = []
-    for outcome in first.found:
-        _, reasons = stand_out.pop(row_key(outcome), (outcome, []))
-        rows.append(make_row_view(outcome, recipe, reasons))
-    return rows + [make_row_view(outcome, recipe, reasons) for outcome, reasons in stand_out.values()]
+    for outcome in first_rows.outcomes:
+        _, kinds = outliers_by_key.pop(row_key(outcome), (outcome, []))
+        rows.append(make_row_view(outcome, recipe, kinds))
+    return rows + [make_row_view(outcome, recipe, kinds) for outcome, kinds in outliers_by_key.values()]
 
 
-def _page(
-    title: str, rows: list[RowView], recipe: Recipe, seen: Survey, packs: PackLayout | None, options: Mapping[str, Any]
+def _make_page(
+    title: str,
+    rows: list[RowView],
+    recipe: Recipe,
+    survey: Survey,
+    packs: PackLayout | None,
+    options: Mapping[str, Any],
 ) -> HtmlPage:
-    numbers = seen.numbers
+    numbers = survey.numbers
     tokens, trained = int(numbers.tokens.sum()), int(numbers.trained.sum())
     totals = {
-        "rows read": f"{seen.rows:,}",
-        "rejected": f"{sum(seen.rejected.values()):,}",
+        "rows read": f"{survey.rows:,}",
+        "rejected": f"{sum(survey.rejected.values()):,}",
         "examples": f"{len(numbers.tokens):,}",
         "tokens": f"{tokens:,}",
         "trained": f"{trained / max(tokens, 1):.1%}",
@@ -113,9 +125,9 @@ def _page(
     if packs:
         totals["packs"] = f"{packs.count:,}"
         totals["full"] = f"{packs.fill:.2%}"
-    lengths = seen.lengths
+    lengths = survey.lengths
     picture = (
-        (charts.draw_length_histogram(lengths, line=recipe.max_length), describe_lengths(seen, recipe))
+        (charts.draw_length_histogram(lengths, line=recipe.max_length), describe_lengths(survey, recipe))
         if len(lengths)
         else None
     )
@@ -123,74 +135,81 @@ def _page(
         title,
         rows,
         recipe.tokenizer,
-        said=_said(rows, seen),
+        status=_describe_rows(rows, survey),
         totals=totals,
-        warnings=tuple(collect_warnings(seen, recipe)),
+        warnings=tuple(collect_warnings(survey, recipe)),
         picture=picture,
         packs=packs,
-        rejects=(seen.rejected, seen.rejects[:500]),
+        rejects=(survey.rejected, survey.rejects[:500]),
         options=options,
     )
 
 
-def _said(rows: Sequence[RowView], seen: Survey) -> str:
-    what, there = ("rows", seen.rows) if seen.read is None else ("examples", len(seen.numbers.tokens))
-    shown = len(rows) if seen.read is None else sum(row.number is not None for row in rows)
-    return f"{shown:,} of {there:,} {what} are in this page" if shown < there else ""
+def _describe_rows(rows: Sequence[RowView], survey: Survey) -> str:
+    """Return how many of the rows are on the page; empty if it contains all of them."""
+    unit, total = ("rows", survey.rows) if survey.read is None else ("examples", len(survey.numbers.tokens))
+    count = len(rows) if survey.read is None else sum(row.number is not None for row in rows)
+    return f"this page contains {count:,} of {total:,} {unit}" if count < total else ""
 
 
-def collect_warnings(seen: Survey, recipe: Recipe) -> Iterator[str]:
-    """Yield what a careful reader should know of a template, and of what it made of the rows."""
+def collect_warnings(survey: Survey, recipe: Recipe) -> Iterator[str]:
+    """Yield the warnings about the template and about the flags of the examples."""
     yield from added_texts(recipe)
-    for flag, count in seen.flags.items():
+    for flag, count in survey.flags.items():
         if flag in FLAGS and flag != "pretokenized":
             yield FLAGS[flag].format(n=f"{count:,}", repeated="some")
 
 
-def describe_lengths(seen: Survey, recipe: Recipe) -> str:
-    """Say how long examples are, and what `max_length` does to them."""
-    lengths = seen.lengths
-    said = f"{len(lengths):,} examples of {int(lengths.min()):,} to {int(lengths.max()):,} tokens"
-    said += f", half of them up to {int(np.median(lengths)):,}. "
+def describe_lengths(survey: Survey, recipe: Recipe) -> str:
+    """Return a summary of the lengths of the examples and the effect of `max_length`."""
+    lengths = survey.lengths
+    summary = (
+        f"{len(lengths):,} examples of {int(lengths.min()):,} to {int(lengths.max()):,} tokens, "
+        f"median {int(np.median(lengths)):,}. "
+    )
     if recipe.max_length is None:
-        return f"{said}There is no max_length."
+        return f"{summary}max_length is not set."
     longer = int((lengths > recipe.max_length).sum())
     if not longer:
-        return f"{said}All fit into max_length {recipe.max_length:,}."
-    cut, out = int((seen.numbers.cut > 0).sum()), len(seen.overlong)
-    # A build has neither what was cut nor what `drop_turns` left out.
-    lost = f", {seen.lost:,} are lost whole." if seen.read is None else ", as far as a build tells."
+        return f"{summary}No example exceeds max_length {recipe.max_length:,}."
+    truncated, dropped = int((survey.numbers.cut > 0).sum()), len(survey.overlong)
+    # A build does not contain the truncated text, nor the turns that `drop_turns` removed.
+    lost = f", {survey.lost:,} are removed completely." if survey.read is None else ", as far as the build records."
     return (
-        f"{said}{longer:,} are longer than max_length {recipe.max_length:,} (overlong={recipe.overlong}): "
-        f"{cut:,} are cut, {out:,} are left out ({seen.rejected.get('overlong', 0):,} rows are rejected for it); "
-        f"{seen.flags.get('answer_truncated', 0):,} answers lose their end{lost}"
+        f"{summary}{longer:,} exceed max_length {recipe.max_length:,} (overlong={recipe.overlong}): "
+        f"{truncated:,} are truncated, {dropped:,} are left out ({survey.rejected.get('overlong', 0):,} rows are "
+        f"rejected for it); {survey.flags.get('answer_truncated', 0):,} answers are truncated{lost}"
     )
 
 
-def _planned(seen: Survey, size: int) -> PackLayout:
-    """Return the packs that a build of these rows would have."""
-    numbers = seen.numbers
+def _plan_layout(survey: Survey, size: int) -> PackLayout:
+    """Return the packed sequences that a build of these rows would have."""
+    numbers = survey.numbers
     plan = plan_packs(numbers.tokens, size)
     row = np.repeat(np.arange(len(numbers)), numbers.examples)
 
     def document(example: int) -> tuple[int, str, str]:
-        source = seen.source(int(row[example]))
+        source = survey.source(int(row[example]))
         return int(numbers.tokens[example]), str(source), f"{source.path}\0{source.row}\0"
 
-    some = [plan.order[plan.bounds[at] : plan.bounds[at + 1]].tolist() for at in range(min(len(plan), MOST_PACKS))]
+    packs = [
+        plan.order[plan.bounds[number] : plan.bounds[number + 1]].tolist()
+        for number in range(min(len(plan), MOST_PACKS))
+    ]
     fill = int(numbers.tokens.sum()) / (len(plan) * size)
-    return PackLayout(size, len(plan), fill, [[document(one) for one in pack] for pack in some])
+    return PackLayout(size, len(plan), fill, [[document(example) for example in pack] for pack in packs])
 
 
-def _stored(folder: Path, splits: Sequence[str], size: int) -> PackLayout:
-    shown: list[list[tuple[int, str, str]]] = []
-    for one in stored_builds.read_build_documents(folder, splits[:1]):
-        if one.pack >= MOST_PACKS:
+def _read_layout(folder: Path, splits: Sequence[str], size: int) -> PackLayout:
+    """Return the packed sequences of a build; the listed ones are those of its first split."""
+    packs: list[list[tuple[int, str, str]]] = []
+    for document in stored_builds.read_build_documents(folder, splits[:1]):
+        if document.pack >= MOST_PACKS:
             break
-        shown += [[] for _ in range(one.pack + 1 - len(shown))]
-        key = f"{one.source.path}\0{one.source.row}\0{one.number}"
-        shown[one.pack].append((len(one.ids), str(one.source), key))
+        packs += [[] for _ in range(document.pack + 1 - len(packs))]
+        key = f"{document.source.path}\0{document.source.row}\0{document.number}"
+        packs[document.pack].append((len(document.ids), str(document.source), key))
     columns = [stored_builds.read_provenance(folder, split) for split in splits]
-    count = sum(int(each["pack"].max(initial=-1)) + 1 for each in columns)
-    tokens: Ints = np.concatenate([each["tokens"] for each in columns])
-    return PackLayout(size, count, int(tokens.sum()) / max(count * size, 1), shown)
+    count = sum(int(column["pack"].max(initial=-1)) + 1 for column in columns)
+    tokens: Ints = np.concatenate([column["tokens"] for column in columns])
+    return PackLayout(size, count, int(tokens.sum()) / max(count * size, 1), packs)

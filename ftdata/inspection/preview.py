@@ -1,4 +1,4 @@
-"""Preview: some rows as they will be trained, chosen by number, id, pattern, or because they are odd."""
+"""Preview: show selected rows with the tokens and labels that training would use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.text import Text
 from ftdata.errors import InputRefused, UsageError
 from ftdata.inspection import stored_builds, terminal
 from ftdata.inspection.html_page import HtmlPage, render_fragment, write_page
-from ftdata.inspection.overview import FIRST, make_overview
+from ftdata.inspection.overview import DEFAULT_ROWS, make_overview
 from ftdata.inspection.row_views import RowView, added_texts, make_row_view, make_text_view, to_single_line
 from ftdata.inspection.survey import Outliers, Progress, survey_rows
 from ftdata.inspection.target import Target, make_target
@@ -28,18 +28,21 @@ from ftdata.readers import FileSource, MemorySource, resolve_sources
 from ftdata.readers.row_filter import RowFilter
 from ftdata.types import Reject, Row
 
-_IDS = ("id", "_id", "ID", "uuid", "uid", "guid", "key", "conversation_id", "prompt_id", "question_id", "task_id")
-"""Columns by which people name rows."""
+_ID_COLUMNS = (
+    *("id", "_id", "ID", "uuid", "uid", "guid", "key"),
+    *("conversation_id", "prompt_id", "question_id", "task_id"),
+)
+"""Columns that commonly identify rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """Some rows of a source, as they would be trained; in a notebook it shows itself.
+    """Rows as they would be trained. Notebooks display a preview as HTML.
 
     Attributes:
-        title: what was looked at: data, template, tokenizer.
-        rows: each row that is shown, with its examples as they are seen.
-        notes: what is to be known of all of them, in sentences.
+        title: The data, the template and the tokenizer.
+        rows: The views of the rows.
+        notes: Notes that apply to all rows.
     """
 
     title: str
@@ -53,7 +56,7 @@ class Preview:
         return capture.get()
 
     def print(self, console: Console) -> None:
-        """Print to a rich console, in colour where it has colour."""
+        """Print to a rich console, in color if the console has colors."""
         console.print(Text(to_single_line(self.title), "bold"), soft_wrap=True)
         for note in self.notes:
             console.print(Text(f"note: {to_single_line(note)}", "yellow"), soft_wrap=True)
@@ -61,7 +64,7 @@ class Preview:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the preview as JSON."""
-        return {"title": self.title, "notes": list(self.notes), "rows": [shown.as_dict() for shown in self.rows]}
+        return {"title": self.title, "notes": list(self.notes), "rows": [row.as_dict() for row in self.rows]}
 
     def _repr_html_(self) -> str:
         return render_fragment(self.title, self.rows, self.notes)
@@ -95,36 +98,37 @@ def preview(
     template_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Preview:
-    """Show what rows of `data` become, without building.
+    """Show rows of `data` as they would be trained, without a build.
 
-    Only as much of the source is read as is shown, but for `odd`, which reads all of it.
+    Only the rows that are shown are read; `odd` and an HTML overview read all rows.
 
     Args:
-        data: as for `build_sft_dataset`, and so are all options that are not listed here; or the folder of a build,
-            of which the very tokens and labels are shown, and which takes none of them.
-        tokenizer: `None` shows the text and what of it is trained, without tokens.
-        template: without a tokenizer, `None` means `chatml`.
-        n: how many rows to show, from the first (3); with `odd`: of each kind (1).
-        row: show the rows of these numbers (from 0) instead.
-        id: show the rows whose `id` is this (or whose `uuid`, `conversation_id`, ...).
-        grep: show the rows with a text in which this regular expression is found.
-        odd: show the rows that stand out: the longest, the shortest, those least trained, without a stop token, with
-            control tokens in their texts, rewritten or not all printed by the template, duplicates, rejected ones.
-        packing: for `html`: show the packs that a build would have.
-        html: write all that is to be seen to this file, one page that needs nothing else. Where no rows are chosen
-            all of the data is read: with the first `n` rows (100) there are those that stand out, how long examples
-            are and what `max_length` cuts, packs, and rejected rows.
-        progress: for `odd` and `html`, is told the rows and tokens done so far, and which share of the data that is.
+        data: As for `build_sft_dataset`, as are all options that are not listed here. Or the folder of a build: then
+            the stored tokens and labels are shown, and recipe options are invalid.
+        tokenizer: `None` shows the text and its trained spans, without tokens.
+        template: The default without a tokenizer is `chatml`.
+        n: Number of rows to show (3). With `odd`: the number of each kind (1).
+        row: Show the rows with these numbers, from 0.
+        id: Show the rows with this `id` (or `uuid`, `conversation_id`, ...).
+        grep: Show the rows with text that matches this regular expression.
+        odd: Show the outliers: the longest, shortest and least trained rows, rows without a stop token, with control
+            tokens in the text, truncated, rewritten or not fully printed by the template, duplicates, rejected rows.
+        packing: With `html`: show the packed sequences that a build would have.
+        html: Write a self-contained HTML page to this file. Unless you select rows, the page is an overview of all
+            data: the first `n` rows (100), the outliers, a histogram of lengths, the effect of `max_length`, packed
+            sequences, and rejected rows.
+        progress: With `odd` or `html`: called with the number of rows and tokens so far, and with the share of the data
+            that is done.
 
     Returns:
-        The rows: printed with colours by `.print(console)`, as text by `str`, as JSON by `.as_dict()`.
+        The rows. Use `.print(console)` for styled output, `str` for plain text, and `.as_dict()` for JSON.
 
     Raises:
-        UsageError: an unknown option value, or no such row.
-        InputRefused: the source cannot be read.
-        TemplateRefused: the template, or the tokenizer, cannot be used for any row.
-        StorageError: a build is damaged, or the page cannot be written.
-        HubError: the network or the hub fails.
+        UsageError: An option is invalid.
+        InputRefused: The source cannot be read, or a selected row does not exist.
+        TemplateRefused: The template or the tokenizer cannot be used for any row.
+        StorageError: A build is damaged, or the page cannot be written.
+        HubError: The network or the hub fails.
 
     >>> print(preview([{"question": "2+2?", "answer": "4"}], template="question_answer", n=1))
     <memory> · template question_answer · no tokenizer
@@ -137,8 +141,8 @@ def preview(
     6 of 38 characters trained
     <BLANKLINE>
     """
-    wanted = RowSelection(n, _numbers(row), None if id is None else str(id), grep, odd, many=html is not None)
-    choices: dict[str, Any] = {
+    selection = RowSelection(n, _row_numbers(row), None if id is None else str(id), grep, odd, is_page=html is not None)
+    options: dict[str, Any] = {
         "schema": schema,
         "columns": columns,
         "train_on": train_on,
@@ -152,35 +156,43 @@ def preview(
         "overlong": overlong,
     }
     if tokenizer is None and stored_builds.find_build_folder(data) is None:
-        page = _as_text(
-            data, template, Options(**choices), wanted, RowFilter(where, limit), date, template_kwargs, packing
+        page = _make_text_page(
+            data, template, Options(**options), selection, RowFilter(where, limit), date, template_kwargs, packing
         )
-        return _finished(page, wanted, html)
-    # Which of these says nothing is no business of a build's.
-    more = {"date": date, "template_kwargs": template_kwargs}
-    given = {**choices, **{name: value for name, value in more.items() if value is not None}}
-    side = make_target(data, tokenizer, template, where=where, limit=limit, **given)
-    if packing is not None and (html is None or wanted.chosen):
-        raise UsageError("packing", "packs are shown on a page of the whole: html, without a choice of rows")
-    if html is not None and not wanted.chosen:
-        page = make_overview(side, n, packing, progress)
+        return _finish(page, selection, html)
+    # Builds do not accept these options, so unset values are not passed on.
+    template_options = {"date": date, "template_kwargs": template_kwargs}
+    options |= {name: value for name, value in template_options.items() if value is not None}
+    target = make_target(data, tokenizer, template, where=where, limit=limit, **options)
+    if packing is not None and (html is None or selection.is_explicit):
+        raise UsageError("packing", "packing applies only to html without a selection of rows")
+    if html is not None and not selection.is_explicit:
+        page = make_overview(target, n, packing, progress)
     else:
         if odd:
-            rows = _odd(side, wanted.most, progress)
-        elif side.folder is not None:
-            rows = _of_build(side, wanted)
+            rows = _view_outliers(target, selection.limit, progress)
+        elif target.folder is not None:
+            rows = _view_documents(target, selection)
         else:
-            rows = _of_data(side, wanted, RowFilter(where, limit))
-        page = HtmlPage(side.title, tuple(rows), side.recipe.tokenizer, warnings=tuple(added_texts(side.recipe)))
-    return _finished(page, wanted, html)
+            rows = _view_rows(target, selection, RowFilter(where, limit))
+        page = HtmlPage(target.title, tuple(rows), target.recipe.tokenizer, warnings=tuple(added_texts(target.recipe)))
+    return _finish(page, selection, html)
 
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Which rows are to be shown.
+    """The selection of the rows to show.
+
+    Attributes:
+        n: The number of rows.
+        numbers: Row numbers.
+        id: The id of a row.
+        grep: A regular expression.
+        odd: Whether outliers are selected.
+        is_page: Whether the rows are shown on an HTML page, which has room for more rows.
 
     Raises:
-        UsageError: nobody can want that.
+        UsageError: The options contradict each other, or are invalid.
     """
 
     n: int | None = None
@@ -188,153 +200,163 @@ class RowSelection:
     id: str | None = None
     grep: str | None = None
     odd: bool = False
-    many: bool = False
+    is_page: bool = False
 
     def __post_init__(self) -> None:
-        given = [name for name in ("numbers", "id", "grep", "odd") if getattr(self, name) not in (None, False)]
-        given += ["n"] if self.numbers is not None and self.n is not None else []
-        if len(given) > 1:
-            names = " and ".join("row" if name == "numbers" else name for name in given)
-            raise UsageError("rows_wanted", f"{names} both say which rows to show: which of them?")
+        options = [name for name in ("numbers", "id", "grep", "odd") if getattr(self, name) not in (None, False)]
+        options += ["n"] if self.numbers is not None and self.n is not None else []
+        if len(options) > 1:
+            names = " and ".join("row" if name == "numbers" else name for name in options)
+            raise UsageError("rows_wanted", f"{names} cannot be combined: each selects rows", hint="keep one of them")
         if self.n is not None and (type(self.n) is not int or not 1 <= self.n <= sys.maxsize):
             raise UsageError("n", f"n is {self.n!r}, expected a number of rows from 1")
         if self.grep is not None:
             try:
                 re.compile(self.grep)
             except (re.error, TypeError) as error:
-                raise UsageError("grep", f"grep={self.grep!r} is no regular expression: {error}") from None
+                raise UsageError("grep", f"grep={self.grep!r} is not a valid regular expression: {error}") from None
 
     @property
-    def chosen(self) -> bool:
-        """Whether certain rows are wanted, not the first ones."""
+    def is_explicit(self) -> bool:
+        """Whether specific rows are selected, not the first rows."""
         return self.numbers is not None or self.id is not None or self.grep is not None or self.odd
 
     @property
-    def most(self) -> int:
-        """How many rows to show, of each kind where they are odd ones."""
-        return self.n if self.n is not None else 1 if self.odd else FIRST if self.many else 3
+    def limit(self) -> int:
+        """The number of rows to show; for outliers, of each kind."""
+        return self.n if self.n is not None else 1 if self.odd else DEFAULT_ROWS if self.is_page else 3
 
-    def of(self, rows: Iterable[Row | Reject]) -> Iterator[Row | Reject]:
-        """Yield the rows that are wanted, and read no further than they are."""
+    def select(self, rows: Iterable[Row | Reject]) -> Iterator[Row | Reject]:
+        """Yield the selected rows, and stop reading after the last."""
         if self.numbers is not None:
             yield from (row for row in rows if row.source.row in self.numbers)
         elif self.id is not None:
-            yield from islice((row for row in rows if self.id in _ids_of(row)), self.n)
+            yield from islice((row for row in rows if self.id in _row_ids(row)), self.n)
         elif self.grep is not None:
-            found = re.compile(self.grep)
-            yield from islice((row for row in rows if any(map(found.search, iterate_strings(row)))), self.most)
+            pattern = re.compile(self.grep)
+            yield from islice((row for row in rows if any(map(pattern.search, iterate_strings(row)))), self.limit)
         else:
-            yield from islice(rows, self.most)
+            yield from islice(rows, self.limit)
 
 
 def iterate_strings(row: Row | Reject) -> Iterator[str]:
-    """Yield the texts of a row as they were written, but for the names of its columns."""
-    left: list[Any] = [row.raw if isinstance(row, Reject) else row.data]
-    while left:
-        value = left.pop()
+    """Yield all strings in the values of a row, in order."""
+    stack: list[Any] = [row.raw if isinstance(row, Reject) else row.data]
+    while stack:
+        value = stack.pop()
         if isinstance(value, str):
             yield value
         elif isinstance(value, Mapping):
-            left += reversed([*value.values()])
+            stack += reversed([*value.values()])
         elif isinstance(value, list | tuple):
-            left += reversed(value)
+            stack += reversed(value)
 
 
-def _ids_of(row: Row | Reject) -> set[str]:
-    """Return all by which a row may be named; numbers that tables made fractions as whole ones, too."""
+def _row_ids(row: Row | Reject) -> set[str]:
+    """Return all ids of a row. Integers that a table stores as floats are also returned as integers."""
     if isinstance(row, Reject) or not isinstance(row.data, Mapping):
         return set()
-    found = [row.data[name] for name in _IDS if row.data.get(name) is not None]
-    whole = [str(int(one)) for one in found if isinstance(one, float) and one.is_integer()]
-    return {*whole, *(one if isinstance(one, str) else json.dumps(one) for one in found)}
+    ids = [row.data[name] for name in _ID_COLUMNS if row.data.get(name) is not None]
+    integers = [str(int(value)) for value in ids if isinstance(value, float) and value.is_integer()]
+    return {*integers, *(value if isinstance(value, str) else json.dumps(value) for value in ids)}
 
 
-def _numbers(row: int | Iterable[int] | None) -> frozenset[int] | None:
+def _row_numbers(row: int | Iterable[int] | None) -> frozenset[int] | None:
     if row is None:
         return None
     numbers = [row] if isinstance(row, int) else list(row) if isinstance(row, Iterable) else [row]
     if not numbers or not all(type(number) is int and 0 <= number < sys.maxsize for number in numbers):
-        raise UsageError("row", f"row is {row!r}, expected numbers from 0")
+        raise UsageError("row", f"row is {row!r}, expected row numbers from 0")
     return frozenset(numbers)
 
 
-def _near(given: Iterable[FileSource | MemorySource], numbers: frozenset[int] | None) -> Iterator[Row | Reject]:
-    """Yield rows without a download, which a first look does not need; of each source up to the last by number."""
-    last = None if numbers is None else max(numbers) + 1
-    for one in given:
-        near = replace(one, streaming=True) if isinstance(one, FileSource) else one
-        yield from islice(near.rows(), last)
+def _stream_rows(
+    sources: Iterable[FileSource | MemorySource], numbers: frozenset[int] | None
+) -> Iterator[Row | Reject]:
+    """Yield the rows of all sources without a full download; of each source up to the last selected number."""
+    limit = None if numbers is None else max(numbers) + 1
+    for source in sources:
+        stream = replace(source, streaming=True) if isinstance(source, FileSource) else source
+        yield from islice(stream.rows(), limit)
 
 
-def _as_text(
+def _make_text_page(
     data: Any,
     template: str | Path | None,
     options: Options,
-    wanted: RowSelection,
-    selection: RowFilter,
+    selection: RowSelection,
+    row_filter: RowFilter,
     date: str | None,
-    kwargs: Mapping[str, Any] | None,
+    template_kwargs: Mapping[str, Any] | None,
     packing: str | None,
 ) -> HtmlPage:
-    counting = {
-        "odd": wanted.odd,
+    """Return the page of rows without a tokenizer."""
+    token_options = {
+        "odd": selection.odd,
         "max_length": options.max_length,
         "reject_flags": options.reject_flags,
         "packing": packing,
     }
-    if given := [name for name, value in counting.items() if value]:
-        found = f"{given[0]} is about tokens, and there is no tokenizer"
-        raise UsageError("no_tokenizer", found, hint="pass the model's: --tokenizer")
-    bare = load_bare_template(template if template is not None else "chatml", date, kwargs)
+    if names := [name for name, value in token_options.items() if value]:
+        problem = f"{names[0]} needs a tokenizer, and tokenizer is missing"
+        raise UsageError("no_tokenizer", problem, hint="pass the tokenizer of the model: --tokenizer")
+    bare = load_bare_template(template if template is not None else "chatml", date, template_kwargs)
     rows = tuple(
-        make_text_view(entry, bare, options)
-        for entry in wanted.of(selection.of(_near(resolve_sources(data), wanted.numbers)))
+        make_text_view(row, bare, options)
+        for row in selection.select(row_filter.filter_rows(_stream_rows(resolve_sources(data), selection.numbers)))
     )
-    places = [str(data)] if isinstance(data, str | Path) else list(dict.fromkeys(one.source.path for one in rows))
-    return HtmlPage(f"{', '.join(places)} · template {bare.name} · no tokenizer", rows)
+    paths = [str(data)] if isinstance(data, str | Path) else list(dict.fromkeys(row.source.path for row in rows))
+    return HtmlPage(f"{', '.join(paths)} · template {bare.name} · no tokenizer", rows)
 
 
-def _of_data(side: Target, wanted: RowSelection, selection: RowFilter) -> Iterator[RowView]:
-    rows = wanted.of(selection.of(_near(side.sources, wanted.numbers)))
-    return (make_row_view(outcome, side.recipe) for outcome in build_rows(side.recipe, rows))
+def _view_rows(target: Target, selection: RowSelection, row_filter: RowFilter) -> Iterator[RowView]:
+    rows = selection.select(row_filter.filter_rows(_stream_rows(target.sources, selection.numbers)))
+    return (make_row_view(outcome, target.recipe) for outcome in build_rows(target.recipe, rows))
 
 
-def _of_build(side: Target, wanted: RowSelection) -> Iterator[RowView]:
-    """Yield the examples that are wanted of a build, which are numbered in the order of its splits and packs."""
-    if wanted.id is not None:
-        raise UsageError("rows_wanted", "a build holds tokens, not the ids of rows", hint="choose by row, or by grep")
-    folder = side.folder or Path()
-    held = stored_builds.read_build_documents(folder, stored_builds.split_names(folder))
-    if wanted.numbers is not None:
-        held = (one for one in islice(held, max(wanted.numbers) + 1) if one.number in wanted.numbers)
-    views = (make_row_view(stored_builds.document_to_row(side.recipe, one), side.recipe) for one in held)
-    if wanted.grep is not None:
-        found = re.compile(wanted.grep)
-        views = (one for one in views if any(found.search(example.text) for example in one.examples))
-    yield from views if wanted.numbers is not None else islice(views, wanted.most)
+def _view_documents(target: Target, selection: RowSelection) -> Iterator[RowView]:
+    """Yield the selected examples of a build, numbered in the order of its splits and packed sequences."""
+    if selection.id is not None:
+        raise UsageError("rows_wanted", "a build does not contain the ids of rows", hint="select with row or grep")
+    folder = target.folder or Path()
+    documents = stored_builds.read_build_documents(folder, stored_builds.split_names(folder))
+    if selection.numbers is not None:
+        documents = (
+            document
+            for document in islice(documents, max(selection.numbers) + 1)
+            if document.number in selection.numbers
+        )
+    views = (
+        make_row_view(stored_builds.document_to_row(target.recipe, document), target.recipe) for document in documents
+    )
+    if selection.grep is not None:
+        pattern = re.compile(selection.grep)
+        views = (view for view in views if any(pattern.search(example.text) for example in view.examples))
+    yield from views if selection.numbers is not None else islice(views, selection.limit)
 
 
-def _odd(side: Target, most: int, progress: Progress | None) -> Iterator[RowView]:
-    odd = Outliers(most)
-    survey_rows(side.steps(), side.names, odd, progress)
-    return (make_row_view(outcome, side.recipe, why) for outcome, why in odd.rows())
+def _view_outliers(target: Target, limit: int, progress: Progress | None) -> Iterator[RowView]:
+    outliers = Outliers(limit)
+    survey_rows(target.steps(), target.names, outliers, progress)
+    return (make_row_view(outcome, target.recipe, kinds) for outcome, kinds in outliers.rows())
 
 
-def _finished(page: HtmlPage, wanted: RowSelection, html: str | Path | None) -> Preview:
-    """Return what is shown, after writing the page if there is to be one.
+def _finish(page: HtmlPage, selection: RowSelection, html: str | Path | None) -> Preview:
+    """Write the page to a file if requested, and return the preview.
 
     Raises:
-        InputRefused: a row that was asked for is not there, or there are none.
+        InputRefused: A selected row does not exist, or no row matches.
     """
-    there = {row.source.row if row.number is None else row.number for row in page.rows}
-    if missing := sorted((wanted.numbers or frozenset()) - there):
-        raise InputRefused("no_such_row", f"there is no row {', '.join(map(str, missing))}")
+    numbers = {row.source.row if row.number is None else row.number for row in page.rows}
+    if missing := sorted((selection.numbers or frozenset()) - numbers):
+        raise InputRefused("no_such_row", f"row {', '.join(map(str, missing))} does not exist")
     if not page.rows:
-        what = "are no rows"
-        if wanted.id is not None or wanted.grep is not None:
-            whose = f"whose id is {wanted.id!r}" if wanted.id is not None else f"that matches {wanted.grep!r}"
-            what = f"is no row {whose}"
-        raise InputRefused("no_such_row", f"there {what}")
+        problem = "the data contains no rows"
+        if selection.id is not None:
+            problem = f"no row has the id {selection.id!r}"
+        elif selection.grep is not None:
+            problem = f"no row matches {selection.grep!r}"
+        raise InputRefused("no_such_row", problem)
     if html is not None:
         write_page(html, page)
     return Preview(page.title, tuple(page.rows), tuple(page.warnings))

@@ -1,6 +1,6 @@
-"""Views: one row as it will be trained, every token with its text, its owner and its label, for people to read.
+"""Views: a row token by token, with the text, origin and label of each token.
 
-What prints a view (the terminal, the page, a notebook) decides on nothing: all that is shown is in the view.
+The terminal, the HTML page and notebooks render the same views and make no decisions themselves.
 """
 
 from __future__ import annotations
@@ -24,19 +24,25 @@ from ftdata.templates import Template, append_missing_stop, render_in_worker
 from ftdata.templates.worker.client import verify_template
 from ftdata.types import Conversation, Example, Part, Reject, Rendered, Row, Source, Span
 
-_LOSSES = {
+_LOSS_FLAGS = {
     "content": frozenset({"message_truncated", "message_dropped", "history_rewritten"}),
     "reasoning_content": frozenset({"message_truncated", "message_dropped", "reasoning_dropped", "history_rewritten"}),
 }
-"""What of a message may be lost, and the flags that say that something like it is."""
+"""The fields of a message that the template can leave out, and the flags that report it."""
 
 
 _MARKS = re.compile("[⟦⟧⟨⟩■✂↵⇥]")
-"""With which what is trained is told apart where there are no colours."""
+"""The characters that mark trained tokens, control tokens and whitespace in plain text."""
 
 
 class SegmentOwner(NamedTuple):
-    """Who wrote a stretch: the message's number and role (-1 and none: nobody's), and which part of it that is."""
+    """The origin of a segment.
+
+    Attributes:
+        message: The number of the message; -1 if the segment belongs to no message.
+        role: The role of the message; empty if there is none.
+        part: The part of the message, as in `Part`.
+    """
 
     message: int
     role: str
@@ -44,9 +50,14 @@ class SegmentOwner(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Neighbouring tokens of one kind: `control` marks control tokens, `stop` those that end a trained turn.
+    """Consecutive tokens of the same kind.
 
-    `data` is text of the row itself, all else the template's.
+    Attributes:
+        text: The text of the tokens.
+        trained: Whether the tokens are trained.
+        control: Whether the segment is a control token.
+        stop: Whether the segment is a stop token at the end of a generated span.
+        owner: The origin of the text.
     """
 
     text: str
@@ -57,28 +68,27 @@ class Segment(NamedTuple):
 
     @property
     def data(self) -> bool:
-        """Whether the row wrote it, not the template."""
+        """Whether the text comes from the row, not from the template."""
         return self.owner.part not in ("", Part.SCAFFOLD)
 
 
 @dataclass(frozen=True, eq=False)
 class ExampleView:
-    """One example, by tokens; where there is no tokenizer, by spans, and without ids.
+    """An example by tokens; without a tokenizer, by spans and without ids.
 
     Attributes:
-        text: what is shown, an added BOS included.
-        ends: int64 `[n]`, the character before which the text of each ends. A character of several tokens is the
-            first one's; what no token stands for goes with the token after it.
-        trained: bool `[n]`.
-        control: bool `[n]`.
-        stop: bool `[n]`, the trained control tokens with which what the model must produce ends.
-        owner: int64 `[n]`, numbers of `owners`.
-        owners: who wrote it.
-        generated: bool `[n]`, what the model must produce; `None`: what is trained.
-        ids: int32 `[n]`, or `None`.
-        flags: what a careful reader should know.
-        cut: tokens that truncation took from the end.
-        rest: the text behind the last token.
+        text: The visible text, including an added BOS token.
+        ends: int64 `[n]`, the end of each token in the text. A character that consists of several tokens belongs to the
+            first of them; characters without a token belong to the next token.
+        trained: bool `[n]`, whether each token is trained.
+        control: bool `[n]`, whether each token is a control token.
+        owner: int64 `[n]`, an index into `owners`.
+        owners: The origins of the tokens.
+        ids: int32 `[n]`, the token ids; `None` without a tokenizer.
+        flags: The flags of the example.
+        cut: The number of truncated tokens.
+        remainder: The text after the last token.
+        generated: bool `[n]`, whether the model must generate each token; `None` to use `trained`.
     """
 
     text: str
@@ -90,22 +100,23 @@ class ExampleView:
     ids: NDArray[np.int32] | None = None
     flags: frozenset[str] = frozenset()
     cut: int = 0
-    rest: str = ""
+    remainder: str = ""
     generated: NDArray[np.bool_] | None = None
 
     @property
     def stop(self) -> NDArray[np.bool_]:
-        """Which tokens are stops: control tokens that end a trained stretch (bool `[n]`)."""
-        own = self.trained if self.generated is None else self.generated
-        ends: NDArray[np.bool_] = self.trained & self.control & own & ~np.append(own[1:], False)
-        return ends
+        """Whether each token is a stop: a trained control token at the end of a generated span (bool `[n]`)."""
+        generated = self.trained if self.generated is None else self.generated
+        stops: NDArray[np.bool_] = self.trained & self.control & generated & ~np.append(generated[1:], False)
+        return stops
 
     def part(self, first: int, last: int) -> ExampleView:
-        """Return the tokens from `first` on and before `last`, as a view of their own."""
-        start, end = (int(self.ends[at - 1]) if at else 0 for at in (first, last))
+        """Return a view of the tokens `[first, last)`."""
+        start, end = (int(self.ends[index - 1]) if index else 0 for index in (first, last))
         names = ("trained", "control", "owner", "ids", "generated")
-        columns = {name: own[first:last] for name in names if (own := getattr(self, name)) is not None}
-        return replace(self, text=self.text[start:end], ends=self.ends[first:last] - start, **columns, cut=0, rest="")
+        columns = {name: column[first:last] for name in names if (column := getattr(self, name)) is not None}
+        ends = self.ends[first:last] - start
+        return replace(self, text=self.text[start:end], ends=ends, **columns, cut=0, remainder="")
 
     @property
     def pieces(self) -> list[str]:
@@ -113,14 +124,14 @@ class ExampleView:
         return [self.text[start:end] for start, end in pairwise([0, *self.ends.tolist()])]
 
     def segments(self) -> Iterator[Segment]:
-        """Yield neighbouring tokens of one kind together; each control token is alone."""
+        """Yield consecutive tokens of the same kind as one segment; each control token is its own segment."""
         stop = self.stop
-        kind = np.stack((self.trained, self.control, stop, self.owner), axis=1)
-        apart = np.any(kind[1:] != kind[:-1], axis=1) | self.control[1:]
-        bounds = [0, *(np.flatnonzero(apart) + 1).tolist(), len(kind)] if len(kind) else [0]
+        kinds = np.stack((self.trained, self.control, stop, self.owner), axis=1)
+        is_new = np.any(kinds[1:] != kinds[:-1], axis=1) | self.control[1:]
+        bounds = [0, *(np.flatnonzero(is_new) + 1).tolist(), len(kinds)] if len(kinds) else [0]
         ends = [0, *self.ends.tolist()]
         for first, last in pairwise(bounds):
-            is_trained, is_control, is_stop, owner = kind[first].tolist()
+            is_trained, is_control, is_stop, owner = kinds[first].tolist()
             if text := self.text[ends[first] : ends[last]]:
                 yield Segment(text, bool(is_trained), bool(is_control), bool(is_stop), self.owners[owner])
 
@@ -129,14 +140,19 @@ class ExampleView:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """How many tokens are trained, of how many; without tokens: characters."""
+        """The number of trained tokens and of all tokens; without a tokenizer, of characters."""
         if self.ids is not None:
             return int(self.trained.sum()), len(self)
         return int(np.diff(self.ends, prepend=0)[self.trained].sum()), len(self.text)
 
 
 class DroppedText(NamedTuple):
-    """Text of a row that the template does not print."""
+    """Text of a row that the template does not print.
+
+    Attributes:
+        field: The name of the field.
+        text: The missing text.
+    """
 
     field: str
     text: str
@@ -144,18 +160,18 @@ class DroppedText(NamedTuple):
 
 @dataclass(frozen=True)
 class RowView:
-    """One row: its examples, or why it is rejected.
+    """A row: its examples, or the reason why it is rejected.
 
     Attributes:
-        source: where it came from.
-        schema: as what it was read.
-        examples: what is trained of it.
-        lost: what the template does not print of it.
-        rejected: why there are no examples.
-        why: for what it was chosen, of rows that are odd.
-        dropped: the lengths of examples that `overlong="drop_turns"` leaves out.
-        number: the number of the example, in a build.
-        pack: the number of its pack, in a build.
+        source: The source of the row.
+        schema: The schema of the row.
+        examples: The examples of the row.
+        lost: Text of the row that the template does not print.
+        rejected: The reason why the row is rejected; empty if it is not.
+        why: The kinds of outlier that the row belongs to.
+        dropped: The lengths in tokens of the examples that `overlong="drop_turns"` leaves out.
+        number: The number of the example in a build, or `None`.
+        pack: The number of the packed sequence in a build, or `None`.
     """
 
     source: Source
@@ -170,105 +186,116 @@ class RowView:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """What a careful reader should know of any of its examples."""
-        return tuple(sorted(frozenset[str]().union(*(one.flags for one in self.examples))))
+        """The flags of all examples of the row, sorted."""
+        return tuple(sorted(frozenset[str]().union(*(view.flags for view in self.examples))))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row as JSON; `tokens` and `trained` are counts per example, `null` without a tokenizer."""
-        with_ids = bool(self.examples) and all(one.ids is not None for one in self.examples)
+        has_ids = bool(self.examples) and all(view.ids is not None for view in self.examples)
         return {
             "row": self.source.row,
             "place": str(self.source),
             "schema": self.schema,
             "why": list(self.why),
-            "examples": [[_segment(one) for one in view.segments()] for view in self.examples],
-            "tokens": [len(one) for one in self.examples] if with_ids else None,
-            "trained": [one.counts[0] for one in self.examples] if with_ids else None,
+            "examples": [[_segment_as_dict(segment) for segment in view.segments()] for view in self.examples],
+            "tokens": [len(view) for view in self.examples] if has_ids else None,
+            "trained": [view.counts[0] for view in self.examples] if has_ids else None,
             "dropped": list(self.dropped),
             "example": self.number,
             "pack": self.pack,
-            "cut": [{"tokens": one.cut, "text": one.rest} for one in self.examples],
+            "cut": [{"tokens": view.cut, "text": view.remainder} for view in self.examples],
             "lost": [lost._asdict() for lost in self.lost],
             "flags": list(self.flags),
             "rejected": self.rejected,
         }
 
 
-def _segment(segment: Segment) -> dict[str, Any]:
+def _segment_as_dict(segment: Segment) -> dict[str, Any]:
     text, trained, control, stop, owner = segment
-    said = {"text": text, "trained": trained, "control": control, "stop": stop, "data": segment.data}
-    return {**said, **owner._asdict()}
+    values = {"text": text, "trained": trained, "control": control, "stop": stop, "data": segment.data}
+    return {**values, **owner._asdict()}
 
 
 def make_row_view(outcome: BuiltRow | Reject, recipe: Recipe, why: Sequence[str] = ()) -> RowView:
-    """Return what is to be seen of a row that was built or rejected."""
+    """Return the view of a built or rejected row.
+
+    Args:
+        outcome: The row.
+        recipe: The options, tokenizer and template.
+        why: The kinds of outlier that the row belongs to.
+    """
     if isinstance(outcome, Reject):
         return RowView(outcome.source, rejected=str(outcome), why=tuple(why))
-    said = outcome.conversation
-    of_build = said.tokens is not None and "pack" in said.fields
+    conversation = outcome.conversation
+    is_document = conversation.tokens is not None and "pack" in conversation.fields
     return RowView(
-        said.source,
-        said.schema,
-        tuple(_by_token(example, said, recipe) for example in outcome.examples),
-        tuple(_lost(said, outcome.examples)),
+        conversation.source,
+        conversation.schema,
+        tuple(_view_tokens(example, conversation, recipe) for example in outcome.examples),
+        tuple(_find_dropped_texts(conversation, outcome.examples)),
         why=tuple(why),
         dropped=outcome.dropped,
-        number=int(said.fields["example"]) if of_build else None,
-        pack=int(said.fields["pack"]) if of_build else None,
+        number=int(conversation.fields["example"]) if is_document else None,
+        pack=int(conversation.fields["pack"]) if is_document else None,
     )
 
 
 def added_texts(recipe: Recipe) -> Iterator[str]:
-    """Yield what the template prints that no row says."""
+    """Yield notes on the text that the template adds to every row: a default system prompt, a date."""
     template = recipe.template
-    if not template.source or not template.chat:
+    if not template.source or not template.is_chat:
         return
-    found = verify_template(template)
-    if found.adds.strip():
-        yield f"the template puts this before conversations that have no system message: {found.adds.strip()}"
-    if found.uses_date:
-        yield f"the template prints a date, shown as {template.date:%Y-%m-%d}; set it with date="
+    report = verify_template(template)
+    if report.adds.strip():
+        yield f"the template adds this text to conversations without a system message: {report.adds.strip()}"
+    if report.uses_date:
+        yield f"the template prints the date, here {template.date:%Y-%m-%d}; set it with date="
 
 
 def make_text_view(row: Row | Reject, template: Template, options: Options) -> RowView:
-    """Return what is to be seen of a row where there is no tokenizer: the text, and what of it is trained."""
+    """Return the view of a row without a tokenizer: the rendered text and its trained spans."""
     if isinstance(row, Reject):
         return RowView(row.source, rejected=str(row))
     try:
-        said = normalize(row, options.schema, options.columns)
-        check_answers(said)
-        if said.tokens is not None:
-            hint = "pass the tokenizer that made them"
-            raise BadRow("no_tokenizer", "holds tokens, which cannot be shown without their tokenizer", hint=hint)
-        if said.kwargs:
-            template = replace(template, kwargs={**template.kwargs, **said.kwargs})
-        texts = render_in_worker(said, template, options.turns, options.on_dropped_message)
-        texts = add_row_flags(said, texts)
+        conversation = normalize(row, options.schema, options.columns)
+        check_answers(conversation)
+        if conversation.tokens is not None:
+            hint = "pass the tokenizer that produced the tokens"
+            raise BadRow("no_tokenizer", "is pretokenized; its text cannot be shown without a tokenizer", hint=hint)
+        if conversation.kwargs:
+            template = replace(template, kwargs={**template.kwargs, **conversation.kwargs})
+        texts = render_in_worker(conversation, template, options.turns, options.on_dropped_message)
+        texts = add_row_flags(conversation, texts)
         if options.on_missing_stop == "append_eos":
-            texts = tuple(append_missing_stop(one, template) for one in texts)
+            texts = tuple(append_missing_stop(rendered, template) for rendered in texts)
     except (BadRow, RecursionError) as error:
-        reason = str(error) if isinstance(error, BadRow) else f"[too_deep] {row.source}: is nested too deep to be read"
+        reason = str(error) if isinstance(error, BadRow) else f"[too_deep] {row.source}: is nested too deeply"
         return RowView(row.source, rejected=reason)
-    examples = tuple(_by_span(one, options.policy(one, said), said, template) for one in texts)
-    return RowView(row.source, said.schema, examples, tuple(_lost(said, texts)))
+    examples = tuple(
+        _view_spans(rendered, options.policy(rendered, conversation), conversation, template) for rendered in texts
+    )
+    return RowView(row.source, conversation.schema, examples, tuple(_find_dropped_texts(conversation, texts)))
 
 
-def _by_span(rendered: Rendered, chosen: Sequence[bool], said: Conversation, template: Template) -> ExampleView:
-    specials = "|".join(map(re.escape, template.special_tokens.values()))
-    pattern = re.compile(f"({specials}|<\\|[^|<>]*\\|>)")
+def _view_spans(
+    rendered: Rendered, trained_spans: Sequence[bool], conversation: Conversation, template: Template
+) -> ExampleView:
+    special_tokens = "|".join(map(re.escape, template.special_tokens.values()))
+    pattern = re.compile(f"({special_tokens}|<\\|[^|<>]*\\|>)")
     spans, control, trained = list[Span](), list[bool](), list[bool]()
-    for span, yes in zip(rendered.spans, chosen, strict=True):
-        # What a row writes is no control token, whatever it looks like.
-        own = span.part is Part.SCAFFOLD or rendered.keep_control
-        at = span.start
-        for number, text in enumerate(pattern.split(rendered.text[span.start : span.end]) if own else [None]):
-            end = span.end if text is None else at + len(text)
-            if end > at:
-                spans.append(span._replace(start=at, end=end))
+    for span, is_trained in zip(rendered.spans, trained_spans, strict=True):
+        # Text of a row never becomes a control token, even if it looks like one.
+        has_control = span.part is Part.SCAFFOLD or rendered.keep_control
+        start = span.start
+        texts = pattern.split(rendered.text[span.start : span.end]) if has_control else [None]
+        for number, text in enumerate(texts):
+            end = span.end if text is None else start + len(text)
+            if end > start:
+                spans.append(span._replace(start=start, end=end))
                 control.append(bool(number % 2))
-                trained.append(yes)
-            at = end
-    owners, owner = _owners(spans, said)
+                trained.append(is_trained)
+            start = end
+    owners, owner = _owners_of_spans(spans, conversation)
     ends = np.fromiter((span.end for span in spans), np.int64)
     generated = np.fromiter((span.generated for span in spans), np.bool_)
     return ExampleView(
@@ -283,67 +310,73 @@ def _by_span(rendered: Rendered, chosen: Sequence[bool], said: Conversation, tem
     )
 
 
-def _by_token(example: Example, said: Conversation, recipe: Recipe) -> ExampleView:
-    added = len(recipe.tokenizer.bos_ids) if len(example) and example.offsets[0, 1] == 0 else 0
-    begun = recipe.tokenizer.decode(example.input_ids[:added]) if added else ""
-    ends = np.maximum.accumulate(example.offsets[:, 1].astype(np.int64)) + len(begun)
-    ends[:added] = len(begun)
-    owners, by_span = _owners(example.spans, said)
-    at = np.searchsorted([span.end for span in example.spans], example.offsets[:, 0], side="right")
-    owner = np.append(by_span, 0)[np.minimum(at, len(by_span))]
-    owner[:added] = 0
-    produced = np.asarray([*(span.generated for span in example.spans), False])[np.minimum(at, len(by_span))]
-    whole = begun + example.text
-    shown = int(ends[-1]) if len(ends) else len(begun)
+def _view_tokens(example: Example, conversation: Conversation, recipe: Recipe) -> ExampleView:
+    bos_count = len(recipe.tokenizer.bos_ids) if len(example) and example.offsets[0, 1] == 0 else 0
+    bos_text = recipe.tokenizer.decode(example.input_ids[:bos_count]) if bos_count else ""
+    ends = np.maximum.accumulate(example.offsets[:, 1].astype(np.int64)) + len(bos_text)
+    ends[:bos_count] = len(bos_text)
+    owners, span_owners = _owners_of_spans(example.spans, conversation)
+    span_ends = [span.end for span in example.spans]
+    # Tokens after the last span get the index len(spans), which has owner 0 and is not generated.
+    spans = np.minimum(np.searchsorted(span_ends, example.offsets[:, 0], side="right"), len(span_owners))
+    owner = np.append(span_owners, 0)[spans]
+    owner[:bos_count] = 0
+    generated = np.asarray([*(span.generated for span in example.spans), False])[spans]
+    text = bos_text + example.text
+    text_end = int(ends[-1]) if len(ends) else len(bos_text)
     return ExampleView(
-        whole[:shown],
+        text[:text_end],
         ends,
         example.trained,
-        recipe.control.among(example.input_ids),
+        recipe.control.is_control(example.input_ids),
         owner,
         owners,
         example.input_ids,
         example.flags,
         example.cut,
-        whole[shown:],
-        produced,
+        text[text_end:],
+        generated,
     )
 
 
-def _owners(spans: Sequence[Span], said: Conversation) -> tuple[tuple[SegmentOwner, ...], NDArray[np.int64]]:
-    """Return who wrote stretches, and which of these wrote each span; the first is nobody."""
-    found = {SegmentOwner(-1, "", ""): 0}
+def _owners_of_spans(
+    spans: Sequence[Span], conversation: Conversation
+) -> tuple[tuple[SegmentOwner, ...], NDArray[np.int64]]:
+    """Return the distinct owners, and the index of each span's owner (int64 `[spans]`); owner 0 means no owner."""
+    indices = {SegmentOwner(-1, "", ""): 0}
     numbers = []
     for span in spans:
-        if said.tokens is not None:
+        if conversation.tokens is not None:
             owner = SegmentOwner(-1, "", "")
-        elif 0 <= span.message < len(said.messages):
-            owner = SegmentOwner(span.message, said.messages[span.message]["role"], str(span.part))
+        elif 0 <= span.message < len(conversation.messages):
+            owner = SegmentOwner(span.message, conversation.messages[span.message]["role"], str(span.part))
         else:
             owner = SegmentOwner(-1, "", str(span.part))
-        numbers.append(found.setdefault(owner, len(found)))
-    return tuple(found), np.asarray(numbers, np.int64)
+        numbers.append(indices.setdefault(owner, len(indices)))
+    return tuple(indices), np.asarray(numbers, np.int64)
 
 
-def _lost(said: Conversation, texts: Sequence[Rendered] | Sequence[Example]) -> Iterator[DroppedText]:
-    """Yield the texts of messages that stand in none of the examples, or what of them does not."""
-    flags = frozenset[str]().union(*(one.flags for one in texts))
-    printed = [""] * len(said.messages)
-    for one in texts:
-        for span in one.spans:
+def _find_dropped_texts(
+    conversation: Conversation, texts: Sequence[Rendered] | Sequence[Example]
+) -> Iterator[DroppedText]:
+    """Yield the texts of messages, or their lines, that no example contains."""
+    flags = frozenset[str]().union(*(rendered.flags for rendered in texts))
+    printed = [""] * len(conversation.messages)
+    for rendered in texts:
+        for span in rendered.spans:
             if span.part is not Part.SCAFFOLD and 0 <= span.message < len(printed):
-                printed[span.message] += one.text[span.start : span.end]
-    for number, message in enumerate(said.messages):
-        for name, losses in _LOSSES.items():
-            for given in map(str.strip, content_texts(message.get(name)) if flags & losses else ()):
-                if given not in printed[number]:
-                    yield DroppedText(f"messages[{number}].{name}", _missing(given, printed[number]))
-    if said.tools and "tools_dropped" in flags:
-        yield DroppedText("tools", json.dumps(said.tools, ensure_ascii=False))
+                printed[span.message] += rendered.text[span.start : span.end]
+    for number, message in enumerate(conversation.messages):
+        for name, loss_flags in _LOSS_FLAGS.items():
+            for content in map(str.strip, content_texts(message.get(name)) if flags & loss_flags else ()):
+                if content not in printed[number]:
+                    yield DroppedText(f"messages[{number}].{name}", _missing_lines(content, printed[number]))
+    if conversation.tools and "tools_dropped" in flags:
+        yield DroppedText("tools", json.dumps(conversation.tools, ensure_ascii=False))
 
 
 def content_texts(content: object) -> Iterator[str]:
-    """Yield the texts of what a message holds: one, or those of its parts."""
+    """Yield the texts of a message's content: a string, or the text parts of a list."""
     if isinstance(content, str):
         yield content
     for part in content if isinstance(content, list) else ():
@@ -351,32 +384,32 @@ def content_texts(content: object) -> Iterator[str]:
             yield part["text"]
 
 
-def _missing(given: str, printed: str) -> str:
-    """Return the lines of a text that are not printed; all of it where that tells nothing."""
-    lines = [line for line in given.splitlines() if line.strip() and line.strip() not in printed]
-    return "\n".join(lines) or given
+def _missing_lines(text: str, printed: str) -> str:
+    """Return the lines of a text that are not printed; the whole text if every line is printed somewhere."""
+    lines = [line for line in text.splitlines() if line.strip() and line.strip() not in printed]
+    return "\n".join(lines) or text
 
 
 def make_visible(text: str) -> str:
-    """Return a text with its line breaks marked, and with codes for what would deceive a reader: our own marks, too."""
-    spelled = _MARKS.sub(lambda found: f"\\u{ord(found.group()):04x}", escape_unprintable(text))
-    return spelled.replace("\t", "⇥\t").replace("\n", "↵\n")
+    """Return text with marked line breaks and tabs, and with escapes for unprintable characters and for marks."""
+    escaped = _MARKS.sub(lambda match: f"\\u{ord(match.group()):04x}", escape_unprintable(text))
+    return escaped.replace("\t", "⇥\t").replace("\n", "↵\n")
 
 
 def to_single_line(text: object) -> str:
-    """Return a text as part of one line."""
+    """Return text as a single line, with marks in place of line breaks and tabs."""
     return make_visible(str(text)).replace("↵\n", "↵").replace("⇥\t", "⇥")
 
 
 def row_heading(row: RowView) -> str:
-    """Say which row it is, where it stands, and as what it was read."""
+    """Return the heading of a row: its number, source, schema and packed sequence."""
     number = f"row {row.source.row}" if row.number is None else f"example {row.number}"
     pack = "" if row.pack is None else f" · pack {row.pack}"
-    return to_single_line(f"{number} · {row.source} · {row.schema or 'refused'}{pack}")
+    return to_single_line(f"{number} · {row.source} · {row.schema or 'rejected'}{pack}")
 
 
 def describe_trained_share(view: ExampleView) -> str:
-    """Say how much of an example is trained."""
+    """Return a sentence with the number of trained tokens of an example."""
     trained, total = view.counts
     if view.ids is None:
         return f"{trained:,} of {total:,} characters trained"

@@ -1,4 +1,4 @@
-"""Stats: how much there is of data or of a build, how long it is, how much of it is trained: figures and pictures."""
+"""Stats: count rows, turns and tokens of data or of a build, as tables and histograms."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _LIMITS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 @dataclass(frozen=True)
 class StatsGroup:
-    """Figures of some rows.
+    """The statistics of a group of rows.
 
     Attributes:
-        of: `"all"`, `"source"`, `"split"` or `"schema"`.
-        name: which of these.
-        rows: how many there are.
-        examples: what became of them.
-        turns: messages of the assistant; `None` where nobody knows: of tokens that were made elsewhere, of builds.
-        tokens: of all examples together.
-        trained: those that carry loss.
-        lengths: percentile -> tokens of an example.
-        answers: percentile -> trained tokens of an example.
+        of: The grouping: `"all"`, `"source"`, `"split"` or `"schema"`.
+        name: The name of the group, such as a path; empty for all rows.
+        rows: The number of built rows.
+        examples: The number of examples.
+        turns: The number of assistant messages; `None` if unknown, for pretokenized rows and builds.
+        tokens: The number of tokens.
+        trained: The number of trained tokens.
+        lengths: Percentile -> tokens per example.
+        answers: Percentile -> trained tokens per example.
     """
 
     of: str
@@ -53,12 +53,12 @@ class StatsGroup:
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """What a `max_length` would do.
+    """The effect of a `max_length`.
 
     Attributes:
-        max_length: in tokens.
-        longer: how many examples have more.
-        tokens: how many tokens stand beyond it, of all examples together.
+        max_length: The limit in tokens.
+        longer: The number of examples that exceed the limit.
+        tokens: The number of tokens beyond the limit, over all examples.
     """
 
     max_length: int
@@ -68,16 +68,16 @@ class LengthLimit:
 
 @dataclass(frozen=True)
 class Stats:
-    """Figures of data or of a build.
+    """The statistics of data or of a build.
 
     Attributes:
-        title: what was looked at.
-        rows: rows that were read, and wanted by `where`.
-        rejected: code -> rejected rows.
-        flags: flag -> examples.
-        groups: figures of all rows first, then by source, split and schema where there are several.
-        limits: what `max_length` of usual sizes would do.
-        seen: the numbers behind it, row by row.
+        title: The sources, the template and the tokenizer.
+        rows: The number of rows that were read and match `where`.
+        rejected: Code -> number of rejected rows.
+        flags: Flag -> number of examples.
+        groups: The statistics of all rows, then by source, split and schema if there are several.
+        limits: The effect of common values of `max_length`.
+        survey: The underlying numbers of each row.
     """
 
     title: str
@@ -86,13 +86,18 @@ class Stats:
     flags: Mapping[str, int]
     groups: tuple[StatsGroup, ...]
     limits: tuple[LengthLimit, ...]
-    seen: Survey = field(repr=False)
+    survey: Survey = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON."""
-        own = {name: getattr(self, name) for name in ("title", "rows", "rejected", "flags")}
-        own["groups"] = [asdict(group) for group in self.groups]
-        return {**own, "limits": [asdict(limit) for limit in self.limits]}
+        """Return the statistics as JSON."""
+        return {
+            "title": self.title,
+            "rows": self.rows,
+            "rejected": self.rejected,
+            "flags": self.flags,
+            "groups": [asdict(group) for group in self.groups],
+            "limits": [asdict(limit) for limit in self.limits],
+        }
 
     def __str__(self) -> str:
         console = Console(color_system=None, width=160)
@@ -103,45 +108,45 @@ class Stats:
     def print(self, console: Console) -> None:
         """Print tables to a rich console."""
         console.print(Text(to_single_line(self.title), "bold"), soft_wrap=True)
-        whole = self.groups[0]
+        all_rows = self.groups[0]
         reasons = ", ".join(f"{count:,} {code}" for code, count in self.rejected.items())
         rejected = f" ({reasons})" if reasons else ""
         total = sum(self.rejected.values())
         console.print(Text(f"{self.rows:,} rows read, {total:,} rejected{rejected}"), soft_wrap=True)
         counts = Table("", "rows", "examples", "turns", "tokens", "trained", "share", box=None, pad_edge=False)
-        lengths = Table("tokens of", *map(_percentile, PERCENTILES), box=None, pad_edge=False)
+        lengths = Table("tokens per example", *map(_percentile_name, PERCENTILES), box=None, pad_edge=False)
         for table in (counts, lengths):
             for column in table.columns[1:]:
                 column.justify = "right"
         for group in self.groups:
             turns = "-" if group.turns is None else f"{group.turns:,}"
             share = f"{group.trained / max(group.tokens, 1):.1%}"
-            figures = (f"{number:,}" for number in (group.rows, group.examples))
-            counts.add_row(Text(_named(group)), *figures, turns, f"{group.tokens:,}", f"{group.trained:,}", share)
-        lengths.add_row("an example", *(f"{whole.lengths[at]:,}" for at in PERCENTILES))
-        lengths.add_row("what is trained of it", *(f"{whole.answers[at]:,}" for at in PERCENTILES))
+            numbers = (f"{number:,}" for number in (group.rows, group.examples))
+            counts.add_row(Text(_group_name(group)), *numbers, turns, f"{group.tokens:,}", f"{group.trained:,}", share)
+        lengths.add_row("all tokens", *(f"{all_rows.lengths[percentile]:,}" for percentile in PERCENTILES))
+        lengths.add_row("trained tokens", *(f"{all_rows.answers[percentile]:,}" for percentile in PERCENTILES))
         console.print(counts)
         console.print()
         console.print(lengths)
         if self.limits:
-            limits = Table("max_length", "longer examples", "share", "tokens behind it", box=None, pad_edge=False)
+            limits = Table("max_length", "longer examples", "share", "tokens beyond", box=None, pad_edge=False)
             for column in limits.columns:
                 column.justify = "right"
-            for one in self.limits:
-                share = f"{one.longer / max(len(self.seen.lengths), 1):.2%}"
-                limits.add_row(f"{one.max_length:,}", f"{one.longer:,}", share, f"{one.tokens:,}")
+            for limit in self.limits:
+                share = f"{limit.longer / max(len(self.survey.lengths), 1):.2%}"
+                limits.add_row(f"{limit.max_length:,}", f"{limit.longer:,}", share, f"{limit.tokens:,}")
             console.print()
             console.print(limits)
         for flag, count in self.flags.items():
             console.print(f"flag {flag}: {count:,} examples", highlight=False)
 
     def pictures(self) -> dict[str, str]:
-        """Return SVG pictures by name: `lengths` of examples, and `trained`, the share of each that is."""
-        numbers = self.seen.numbers
+        """Return SVG histograms by name: `lengths` of examples, and `trained`, the share of trained tokens."""
+        numbers = self.survey.numbers
         share = numbers.trained / np.maximum(numbers.tokens, 1)
         return {
-            "lengths": charts.draw_length_histogram(self.seen.lengths, alone=True),
-            "trained": charts.draw_share_histogram(share, alone=True),
+            "lengths": charts.draw_length_histogram(self.survey.lengths, standalone=True),
+            "trained": charts.draw_share_histogram(share, standalone=True),
         }
 
     def _repr_html_(self) -> str:
@@ -159,63 +164,64 @@ def stats(
     progress: Progress | None = None,
     **options: Any,
 ) -> Stats:
-    """Count rows, turns, tokens and trained tokens of `data`, as a whole and by source, split and schema.
+    """Count rows, turns, tokens and trained tokens of `data`, in total and by source, split and schema.
 
     Args:
-        data: as for `build_sft_dataset`; or the folder of a build.
-        tokenizer: as for `build_sft_dataset`; a build knows its own.
-        template: as for `build_sft_dataset`.
-        where: rows to count, as for `build_sft_dataset`.
-        limit: how many rows to count of each place.
-        svg: a folder for pictures: `lengths.svg` and `trained.svg`.
-        progress: called with the rows and tokens done so far, and which share of the data that is.
-        options: further options of `build_sft_dataset` that decide what a row becomes.
+        data: As for `build_sft_dataset`, or the folder of a build.
+        tokenizer: As for `build_sft_dataset`. The default for a build is the tokenizer that it was built with.
+        template: As for `build_sft_dataset`.
+        where: As for `build_sft_dataset`: a filter expression for the rows to count.
+        limit: Maximum number of rows per source.
+        svg: Folder for the histograms `lengths.svg` and `trained.svg`.
+        progress: Called with the number of rows and tokens so far, and with the share of the data that is done.
+        options: Further options of `build_sft_dataset` that are part of the recipe.
 
     Raises:
-        UsageError: an option is invalid.
-        InputRefused: a source cannot be read, or nothing in it can be built.
-        StorageError: the pictures cannot be written.
+        UsageError: An option is invalid.
+        InputRefused: A source cannot be read, or no row can be built.
+        StorageError: The histograms cannot be written.
     """
-    side = make_target(data, tokenizer, template, where=where, limit=limit, **options)
-    seen = side.finished(survey_rows(side.steps(), side.names, progress=progress))
-    if not len(seen.numbers):
-        raise InputRefused("no_rows_built", f"none of {seen.rows:,} rows can be built, so there is nothing to count")
-    groups = tuple(_groups(seen, side))
-    found = Stats(side.title, seen.rows, seen.rejected, seen.flags, groups, tuple(_limits(seen.lengths)), seen)
+    target = make_target(data, tokenizer, template, where=where, limit=limit, **options)
+    survey = target.complete_survey(survey_rows(target.steps(), target.names, progress=progress))
+    if not len(survey.numbers):
+        raise InputRefused("no_rows_built", f"0 of {survey.rows:,} rows can be built, so there is nothing to count")
+    groups = tuple(_make_groups(survey, target))
+    limits = tuple(_length_limits(survey.lengths))
+    result = Stats(target.title, survey.rows, survey.rejected, survey.flags, groups, limits, survey)
     if svg is not None:
-        for name, picture in found.pictures().items():
+        for name, picture in result.pictures().items():
             with replace_file(Path(svg).resolve() / f"{name}.svg") as file:
                 disk.write(file, picture.encode("utf-8", "backslashreplace"))
-    return found
+    return result
 
 
-def _groups(seen: Survey, side: Target) -> Iterator[StatsGroup]:
-    numbers = seen.numbers
-    splits, paths = [*dict.fromkeys(seen.splits)], [*dict.fromkeys(seen.sources)]
-    split = np.asarray([splits.index(name) for name in seen.splits])
-    path = np.asarray([paths.index(name) for name in seen.sources])
-    every = np.ones(len(numbers), np.bool_)
-    yield _group("all", "", numbers, every)
-    ways: list[tuple[str, Ints, list[str]]] = [
+def _make_groups(survey: Survey, target: Target) -> Iterator[StatsGroup]:
+    numbers = survey.numbers
+    splits, paths = [*dict.fromkeys(survey.splits)], [*dict.fromkeys(survey.sources)]
+    split = np.asarray([splits.index(name) for name in survey.splits])
+    path = np.asarray([paths.index(name) for name in survey.sources])
+    yield _make_group("all", "", numbers, np.ones(len(numbers), np.bool_))
+    groupings: list[tuple[str, Ints, list[str]]] = [
         ("source", path[numbers.source], paths),
         ("split", split[numbers.source], splits),
-        ("schema", numbers.schema, list(seen.schemas)),
+        ("schema", numbers.schema, list(survey.schemas)),
     ]
-    if side.folder is not None:
-        del ways[2]
-    for of, values, names in ways:
+    if target.folder is not None:
+        del groupings[2]
+    for of, values, names in groupings:
         for number, name in enumerate(names):
-            if (chosen := values == number).any() and len(names) > 1:
-                yield _group(of, name, numbers, chosen)
+            if (is_member := values == number).any() and len(names) > 1:
+                yield _make_group(of, name, numbers, is_member)
 
 
-def _group(of: str, name: str, numbers: RowNumbers, chosen: np.ndarray) -> StatsGroup:
-    mine = np.repeat(chosen, numbers.examples)
-    tokens, trained, turns = numbers.tokens[mine], numbers.trained[mine], numbers.turns[chosen]
+def _make_group(of: str, name: str, numbers: RowNumbers, is_member: np.ndarray) -> StatsGroup:
+    is_member_example = np.repeat(is_member, numbers.examples)
+    tokens, trained = numbers.tokens[is_member_example], numbers.trained[is_member_example]
+    turns = numbers.turns[is_member]
     return StatsGroup(
         of,
         name,
-        int(chosen.sum()),
+        int(is_member.sum()),
         len(tokens),
         None if (turns < 0).any() else int(turns.sum()),
         int(tokens.sum()),
@@ -226,21 +232,21 @@ def _group(of: str, name: str, numbers: RowNumbers, chosen: np.ndarray) -> Stats
 
 
 def _percentiles(values: Ints) -> dict[int, int]:
-    """Return values that are there, no means of them."""
+    """Return percentiles without interpolation: each is a value of the data."""
     return dict(zip(PERCENTILES, np.percentile(values, PERCENTILES, method="lower").astype(int).tolist(), strict=True))
 
 
-def _limits(lengths: Ints) -> Iterator[LengthLimit]:
-    for limit in _LIMITS:
-        longer = lengths > limit
-        yield LengthLimit(limit, int(longer.sum()), int((lengths[longer] - limit).sum()))
-        if not longer.any():
+def _length_limits(lengths: Ints) -> Iterator[LengthLimit]:
+    for max_length in _LIMITS:
+        is_longer = lengths > max_length
+        yield LengthLimit(max_length, int(is_longer.sum()), int((lengths[is_longer] - max_length).sum()))
+        if not is_longer.any():
             return
 
 
-def _named(group: StatsGroup) -> str:
+def _group_name(group: StatsGroup) -> str:
     return to_single_line(f"{group.of} {group.name}".strip())
 
 
-def _percentile(at: int) -> str:
-    return {0: "least", 50: "half", 100: "most"}.get(at, f"{at} %")
+def _percentile_name(percentile: int) -> str:
+    return {0: "min", 50: "median", 100: "max"}.get(percentile, f"p{percentile}")

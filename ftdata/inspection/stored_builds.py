@@ -1,4 +1,4 @@
-"""Builds as data: the documents that a build holds, with their tokens, their labels and where they came from."""
+"""Stored builds: read the documents of a build with their tokens, labels and provenance."""
 
 from __future__ import annotations
 
@@ -27,12 +27,23 @@ from ftdata.pipeline.recipe import Options, Recipe, make_recipe, recipe_argument
 from ftdata.tokenizing.batches import Encodings, ExampleColumns, RenderedBatch
 from ftdata.types import IGNORE_INDEX, Conversation, Reject, RowTokens, Source
 
-_AT_ONCE = 256
-_NONE = MaskedTexts([], RenderedBatch([]), Encodings.of([], []), np.empty(0, np.bool_), [], {})
+_BATCH_SIZE = 256
+_NO_TEXTS = MaskedTexts([], RenderedBatch([]), Encodings.from_texts([], []), np.empty(0, np.bool_), [], {})
 
 
 class BuildDocument(NamedTuple):
-    """One example of a build: its number in it, that of its pack, and its tokens and labels as they are stored."""
+    """An example of a build, as it is stored.
+
+    Attributes:
+        number: The number of the example in the build.
+        split: The name of the split.
+        pack: The number of the packed sequence.
+        source: The source of the row.
+        flags: The flags of the example.
+        cut: The number of truncated tokens.
+        ids: int32 `[n]`, the token ids.
+        labels: int32 `[n]`, the labels.
+    """
 
     number: int
     split: str
@@ -45,116 +56,122 @@ class BuildDocument(NamedTuple):
 
 
 def find_build_folder(data: Any) -> Path | None:
-    """Return the folder if that is what the data is: a build."""
+    """Return the folder of the build if the data is a build, otherwise `None`."""
     if isinstance(data, list | tuple):
-        places = [one for one in data if isinstance(one, str | Path | Mapping)]
-        if len(places) > 1 and any(find_build_folder(one) for one in places):
-            raise UsageError("build_alone", "a build is looked at alone", hint="name one build, or its data")
+        paths = [item for item in data if isinstance(item, str | Path | Mapping)]
+        if len(paths) > 1 and any(find_build_folder(path) for path in paths):
+            raise UsageError(
+                "build_alone",
+                "a build cannot be combined with other data",
+                hint="pass one build, or the data that it was made from",
+            )
         data = data[0] if len(data) == 1 else None
     if isinstance(data, Mapping) and (folder := find_build_folder(data.get("path"))):
-        said = ", ".join(str(name) for name in data if name != "path")
+        names = ", ".join(str(name) for name in data if name != "path")
         raise UsageError(
-            "option_of_finished_build", f"{said} is said of a build, {folder}, which is done", hint="leave it out"
+            "option_of_finished_build",
+            f"{names} does not apply to {folder}, which is a finished build",
+            hint="remove the option",
         )
     return remote.find_build(data)
 
 
-def refuse_build_options(said: Mapping[str, Any]) -> None:
-    """Refuse options that decide what a build becomes: it is done.
+def refuse_build_options(options: Mapping[str, Any]) -> None:
+    """Raise an error for options that determine the content of a build: the build is finished.
 
     Raises:
-        UsageError: one is not as it is where nobody says anything.
+        UsageError: An option differs from its default.
     """
-    usual = {each.name: each.default for each in fields(Options)}
-    for name, value in said.items():
-        if value is not None and value != usual.get(name) and not (name == "reject_flags" and not value):
-            hint = "leave it out, or look at the data that it was made of"
-            raise UsageError("option_of_finished_build", f"{name} is said of a build, which is done", hint=hint)
+    defaults = {option.name: option.default for option in fields(Options)}
+    for name, value in options.items():
+        if value is not None and value != defaults.get(name) and not (name == "reject_flags" and not value):
+            hint = "remove the option, or pass the data that the build was made from"
+            raise UsageError("option_of_finished_build", f"{name} does not apply to a finished build", hint=hint)
 
 
 def load_build_recipe(folder: Path, tokenizer: Any = None) -> Recipe:
-    """Return the tokenizer and template that a build was made with.
+    """Return the recipe of a build, with its tokenizer and template.
 
     Args:
-        folder: the build.
-        tokenizer: where its tokenizer is now; `None`: where it was.
+        folder: The folder of the build.
+        tokenizer: The current location of the tokenizer; `None` for the recorded location.
 
     Raises:
-        UsageError: it is another tokenizer, or is not there any more.
-        InputRefused: the folder is no build, or damaged.
+        UsageError: The tokenizer is missing, or is a different tokenizer.
+        InputRefused: The folder is not a build, or the build is damaged.
     """
     manifest = read_manifest(folder)
     names = ("turns", "control_tokens", "on_dropped_message", "on_missing_stop", "max_length", "overlong", "train_on")
-    hint = "name the one that it was built with: --tokenizer"
-    with _whole(folder / "manifest.json"):
+    hint = "pass the tokenizer that the build was made with: --tokenizer"
+    with _convert_errors(folder / "manifest.json"):
         name, fingerprint = (manifest["options"]["tokenizer"][key] for key in ("name", "fingerprint"))
-        given = recipe_arguments(manifest["options"], tokenizer, names=names)
+        arguments = recipe_arguments(manifest["options"], tokenizer, names=names)
     try:
-        recipe = make_recipe(**given)
+        recipe = make_recipe(**arguments)
     except FtdataError as error:
         if tokenizer is not None:
             raise
         raise UsageError("tokenizer_missing", f"{folder} was built with {name}: {error}", hint=hint) from None
     if recipe.tokenizer.fingerprint != fingerprint:
-        found = f"{recipe.tokenizer.name} is not the tokenizer that {folder} was built with ({name})"
-        raise UsageError("tokenizer_differs", found, hint=hint)
+        problem = f"{recipe.tokenizer.name} is not the tokenizer that {folder} was built with ({name})"
+        raise UsageError("tokenizer_differs", problem, hint=hint)
     return recipe
 
 
 def split_names(folder: Path) -> list[str]:
-    """Return the names of a build's splits, in its order.
+    """Return the names of the splits of a build, in stored order.
 
     Raises:
-        InputRefused: the build is damaged.
+        InputRefused: The build is damaged.
     """
-    with _whole(folder / "dataset_dict.json"):
+    with _convert_errors(folder / "dataset_dict.json"):
         splits = orjson.loads((folder / "dataset_dict.json").read_bytes())["splits"]
         if not splits or not all(PurePosixPath(name).name == name and (folder / name).is_dir() for name in splits):
-            raise ValueError("it names no splits that are there")
+            raise ValueError("its splits do not match the folders of the build")
         return list(splits)
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    """Say that a build is damaged where a file of it cannot be read."""
+def _convert_errors(path: Path) -> Iterator[None]:
+    """Convert errors of reading a file of a build to `InputRefused`."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-        found = f"{path} cannot be read: {describe_exception(error, 2_000)}"
-        raise InputRefused("damaged_build", found, hint="build it again") from None
+        problem = f"{path} cannot be read: {describe_exception(error, 2_000)}"
+        raise InputRefused("damaged_build", problem, hint="build again") from None
 
 
 def read_build_documents(folder: Path, splits: Sequence[str]) -> Iterator[BuildDocument]:
-    """Yield the examples of splits, in the order of their packs.
+    """Yield the examples of splits, in the order of their packed sequences.
 
     Raises:
-        InputRefused: the build is damaged.
+        InputRefused: The build is damaged.
     """
-    every = ((split, *one) for split in splits for one in _documents(folder, split))
-    return (BuildDocument(number, *one) for number, one in enumerate(every))
+    documents = ((split, *values) for split in splits for values in _read_documents(folder, split))
+    return (BuildDocument(number, *values) for number, values in enumerate(documents))
 
 
-def _documents(folder: Path, split: str) -> Iterator[tuple[int, Source, frozenset[str], int, Any, Any]]:
-    with _whole(folder / split):
-        told = _told(folder / split / "provenance.parquet")
+def _read_documents(folder: Path, split: str) -> Iterator[tuple[int, Source, frozenset[str], int, Any, Any]]:
+    with _convert_errors(folder / split):
+        provenance = _iterate_provenance(folder / split / "provenance.parquet")
         for path in sorted((folder / split).glob("data-*.arrow")):
             with pa.ipc.open_stream(pa.memory_map(os.fsencode(path))) as stream:
                 for batch in stream:
-                    # Buffers that contradict each other would end the process.
+                    # Reading inconsistent buffers could crash the process.
                     batch.validate(full=True)
                     ids, labels, lengths = (_values(batch[name]) for name in ("input_ids", "labels", "seq_lengths"))
                     ends = np.cumsum(lengths, dtype=np.int64).tolist()
                     if (lengths < 0).any() or not len(ids) == len(labels) == (ends[-1] if ends else 0):
-                        raise ValueError("its lengths are not those of its tokens")
+                        raise ValueError("seq_lengths do not match the number of tokens")
                     for start, end in pairwise([0, *ends]):
-                        if (one := next(told, None)) is None:
-                            raise ValueError("it holds more examples than rows of provenance")
-                        yield *one, ids[start:end], labels[start:end]
-        if next(told, None) is not None:
-            raise ValueError("it holds fewer examples than were built")
+                        if (values := next(provenance, None)) is None:
+                            raise ValueError("provenance.parquet has fewer rows than there are examples")
+                        yield *values, ids[start:end], labels[start:end]
+        if next(provenance, None) is not None:
+            raise ValueError("provenance.parquet has more rows than there are examples")
 
 
-def _told(path: Path) -> Iterator[tuple[int, Source, frozenset[str], int]]:
+def _iterate_provenance(path: Path) -> Iterator[tuple[int, Source, frozenset[str], int]]:
     names = ["pack", "source", "row", "line", "flags", "cut"]
     for batch in pq.ParquetFile(pa.memory_map(os.fsencode(path))).iter_batches(columns=names, batch_size=1 << 14):
         for pack, source, row, line, flags, cut in zip(*(batch[name].to_pylist() for name in names), strict=True):
@@ -167,26 +184,31 @@ def _values(column: pa.ListArray) -> NDArray[np.int32]:
 
 
 def document_to_row(recipe: Recipe, document: BuildDocument) -> BuiltRow:
-    """Return a document as it comes out of the stages: its text is that of its tokens.
+    """Return a document as a built row; its text is decoded from its tokens.
 
     Raises:
-        BadRow: it holds tokens that the tokenizer has not.
+        BadRow: The document contains tokens that the tokenizer does not have.
     """
-    said = _said(document)
-    assert said.tokens is not None
-    example = replace(pass_tokens_through(recipe, said, said.tokens), flags=document.flags, cut=document.cut)
-    return BuiltRow(said, (example,))
+    conversation = _to_conversation(document)
+    assert conversation.tokens is not None
+    example = pass_tokens_through(recipe, conversation, conversation.tokens)
+    return BuiltRow(conversation, (replace(example, flags=document.flags, cut=document.cut),))
 
 
-def _said(document: BuildDocument) -> Conversation:
+def _to_conversation(document: BuildDocument) -> Conversation:
     tokens = RowTokens(document.ids, document.labels != IGNORE_INDEX)
-    told = {"example": str(document.number), "pack": str(document.pack)}
-    return Conversation((), told, tokens=tokens, schema=document.split, source=document.source)
+    numbers = {"example": str(document.number), "pack": str(document.pack)}
+    return Conversation((), numbers, tokens=tokens, schema=document.split, source=document.source)
 
 
 @dataclass(frozen=True, eq=False)
 class StoredBatch(Batch):
-    """Documents as what rows became; their texts are made of their tokens where somebody looks at them."""
+    """A batch of documents of a build. Their texts are decoded on access.
+
+    Attributes:
+        recipe: The recipe of the build.
+        documents: The documents.
+    """
 
     recipe: Recipe
     documents: Sequence[BuildDocument]
@@ -200,62 +222,62 @@ class StoredBatch(Batch):
         return map(self.built, range(len(self)))
 
     def built(self, number: int) -> BuiltRow:
-        """Return one of the documents."""
+        """Return a document as a built row."""
         return document_to_row(self.recipe, self.documents[number])
 
     @cached_property
     def conversations(self) -> Sequence[Conversation]:
-        """What is known of the rows behind them."""
-        return [_said(one) for one in self.documents]
+        """The documents as pretokenized conversations."""
+        return [_to_conversation(document) for document in self.documents]
 
     @cached_property
     def counts(self) -> list[int]:
-        """Each is an example."""
+        """The number of examples of each document, always 1."""
         return [1] * len(self.documents)
 
     @cached_property
     def columns(self) -> ExampleColumns:
-        """All documents by columns."""
-        some = self.documents
-        trained = [one.labels != IGNORE_INDEX for one in some]
+        """All documents as columns."""
+        documents = self.documents
+        trained = [document.labels != IGNORE_INDEX for document in documents]
         return ExampleColumns(
-            np.concatenate([one.ids for one in some]),
+            np.concatenate([document.ids for document in documents]),
             np.concatenate(trained),
-            np.asarray([len(one.ids) for one in some], np.int64),
-            np.asarray([np.count_nonzero(one) for one in trained], np.int64),
-            [one.cut for one in some],
-            [one.flags for one in some],
-            [one.source for one in some],
+            np.asarray([len(document.ids) for document in documents], np.int64),
+            np.asarray([np.count_nonzero(mask) for mask in trained], np.int64),
+            [document.cut for document in documents],
+            [document.flags for document in documents],
+            [document.source for document in documents],
         )
 
 
-def batch_documents(recipe: Recipe, some: Iterable[BuildDocument]) -> Iterator[StoredBatch]:
-    """Yield documents as batches of what rows became."""
-    left = iter(some)
-    while chosen := list(islice(left, _AT_ONCE)):
-        yield StoredBatch(_NONE, (), recipe, chosen)
+def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Iterator[StoredBatch]:
+    """Yield documents in batches."""
+    iterator = iter(documents)
+    while batch := list(islice(iterator, _BATCH_SIZE)):
+        yield StoredBatch(_NO_TEXTS, (), recipe, batch)
 
 
 def read_provenance(folder: Path, split: str) -> dict[str, NDArray[np.int64]]:
-    """Return what `provenance.parquet` says of the examples of a split, in numbers (int64 `[examples]` each)."""
-    table = _provenance(folder, split, ["pack", "tokens"])
+    """Return the columns `pack` and `tokens` of the provenance of a split (int64 `[examples]` each)."""
+    table = _read_provenance_table(folder, split, ["pack", "tokens"])
     return {name: np.asarray(table[name].to_pylist(), np.int64) for name in table.column_names}
 
 
-def _provenance(folder: Path, split: str, columns: list[str]) -> pa.Table:
-    # Bytes, since a path need not be UTF-8.
+def _read_provenance_table(folder: Path, split: str, columns: list[str]) -> pa.Table:
+    # The path is passed as bytes because it might not be valid UTF-8.
     with pa.memory_map(os.fsencode(folder / split / "provenance.parquet")) as file:
         return pq.read_table(file, columns=columns)
 
 
 def build_sources(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the files that a build is made of, and the split of each.
+    """Return the name and the split of each source of a build.
 
     Raises:
-        InputRefused: the build is damaged.
+        InputRefused: The build is damaged.
     """
-    with _whole(folder):
-        tables = [_provenance(folder, split, ["source"]) for split in splits]
+    with _convert_errors(folder):
+        tables = [_read_provenance_table(folder, split, ["source"]) for split in splits]
     return [
         (path, split)
         for split, table in zip(splits, tables, strict=True)
@@ -263,20 +285,20 @@ def build_sources(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:
     ]
 
 
-def add_reported_rejects(folder: Path, seen: Survey) -> Survey:
-    """Return a survey of a build with what its report says: the rows that were read, and those that were rejected."""
+def add_reported_rejects(folder: Path, survey: Survey) -> Survey:
+    """Return the survey of a build by row, with the number of read rows and the rejects from its report."""
     codes = Counter[str]()
-    with _whole(folder / "report.json"):
+    with _convert_errors(folder / "report.json"):
         report = orjson.loads((folder / "report.json").read_bytes())
         read = int(report["read"])
         for ledger in report["sources"]:
             codes.update(ledger["rejected"])
     rejects, overlong = list[Reject](), list[int]()
-    for one in read_build_rejects(folder):
-        rejects += [one] if len(rejects) < MOST_REJECTS else []
-        overlong += one.lengths if one.code == "overlong" else ()
+    for reject in read_build_rejects(folder):
+        rejects += [reject] if len(rejects) < MOST_REJECTS else []
+        overlong += reject.lengths if reject.code == "overlong" else ()
     return replace(
-        seen.by_row(),
+        survey.by_row(),
         read=read,
         rejected=codes,
         rejects=tuple(rejects),
@@ -285,15 +307,21 @@ def add_reported_rejects(folder: Path, seen: Survey) -> Survey:
 
 
 def read_build_rejects(folder: Path) -> Iterator[Reject]:
-    """Yield the rows that were rejected when a build was made.
+    """Yield the rejects of a build.
 
     Raises:
-        InputRefused: the build is damaged.
+        InputRefused: The build is damaged.
     """
     path = folder / "rejects.jsonl"
-    with _whole(path), path.open("rb") as file:
-        for one in map(orjson.loads, file):
-            source = Source(one["file"], one["row"], one["line"], one["byte_offset"])
+    with _convert_errors(path), path.open("rb") as file:
+        for record in map(orjson.loads, file):
+            source = Source(record["file"], record["row"], record["line"], record["byte_offset"])
             yield Reject(
-                source, one["code"], one["field"], one["reason"], one["fix"], one["raw"], tuple(one["lengths"])
+                source,
+                record["code"],
+                record["field"],
+                record["reason"],
+                record["fix"],
+                record["raw"],
+                tuple(record["lengths"]),
             )

@@ -1,4 +1,4 @@
-"""Survey: one pass over all rows, of which numbers are kept, and the rows that stand out; no more is held in memory."""
+"""Survey: collect the numbers of all rows in one pass, and keep only the outliers in memory."""
 
 from __future__ import annotations
 
@@ -22,25 +22,27 @@ from ftdata.types import Conversation, Reject, Source
 Ints = NDArray[np.int64]
 Progress = Callable[[int, int, float | None], None]
 
-_ASKED = 4
+_MIN_PROMPT_TOKENS = 4
 MOST_REJECTS = 1000
-"""Rejected rows that are kept in words; the others are counted."""
+"""The number of rejects that are kept; further rejects are only counted."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowNumbers:
-    """Rows by columns; all arrays are int64 `[rows]`, but for those of the examples.
+    """The numbers of the built rows, as columns. All arrays are int64 `[rows]` unless noted otherwise.
 
     Attributes:
-        source: the number of the source.
-        row: the row's number in its source.
-        line: its line there; 0: there are none.
-        schema: the number of the schema.
-        turns: messages of the assistant; -1 where nobody knows.
-        examples: how many there are of it.
-        content: equal where tokens and labels are (uint64).
-        asked: equal where the tokens that are not trained are (uint64); 0 where there are too few to tell.
-        tokens, trained, cut: int64 `[examples]`.
+        source: The number of the source.
+        row: The number of the row in its source.
+        line: The line number in the source; 0 if the format has no lines.
+        schema: The number of the schema.
+        turns: The number of assistant messages; -1 if unknown.
+        examples: The number of examples.
+        content_hash: uint64, a hash of the tokens and labels.
+        prompt_hash: uint64, a hash of the untrained tokens; 0 if there are fewer than 4.
+        tokens: int64 `[examples]`, the number of tokens.
+        trained: int64 `[examples]`, the number of trained tokens.
+        cut: int64 `[examples]`, the number of truncated tokens.
     """
 
     source: Ints
@@ -49,8 +51,8 @@ class RowNumbers:
     schema: Ints
     turns: Ints
     examples: Ints
-    content: NDArray[np.uint64]
-    asked: NDArray[np.uint64]
+    content_hash: NDArray[np.uint64]
+    prompt_hash: NDArray[np.uint64]
     tokens: Ints
     trained: Ints
     cut: Ints
@@ -64,41 +66,40 @@ class RowNumbers:
         return np.cumsum(self.examples) - self.examples
 
     def per_row(self, name: str) -> Ints:
-        """Return the sum of a column of the examples over each row (int64 `[rows]`)."""
-        return _over(np.add, getattr(self, name), self.first)
+        """Return the sum of an example column over each row (int64 `[rows]`)."""
+        return _reduce(np.add, getattr(self, name), self.first)
 
     @property
     def longest(self) -> Ints:
-        """The tokens of the longest example of each row (int64 `[rows]`)."""
-        return _over(np.maximum, self.tokens, self.first)
+        """The number of tokens of the longest example of each row (int64 `[rows]`)."""
+        return _reduce(np.maximum, self.tokens, self.first)
 
 
-def _over(how: np.ufunc, values: Ints, first: Ints) -> Ints:
-    return how.reduceat(values, first) if len(first) else values[:0]
+def _reduce(function: np.ufunc, values: Ints, starts: Ints) -> Ints:
+    return function.reduceat(values, starts) if len(starts) else values[:0]
 
 
 def rows_of_examples(numbers: RowNumbers) -> Ints:
-    """Return the number of the row of each example of a build, in the order of their sources (int64 `[examples]`)."""
+    """Return the row number of each example of a build, in the order of the sources (int64 `[examples]`)."""
     pairs = np.stack((numbers.source, numbers.row), axis=1)
     return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1) if len(pairs) else pairs[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """What all rows became.
+    """The result of one pass over all rows.
 
     Attributes:
-        sources: the names of the sources.
-        splits: the split of each source.
-        schemas: the names of the schemas.
-        numbers: the rows that were built.
-        flags: how many examples have each flag.
-        rejected: how many rows were rejected, by code.
-        rejects: the first of them.
-        overlong: int64, the tokens of each example that did not fit at all: of rows that were rejected for it, and of
-            others.
-        lost: answers that stand wholly behind a cut.
-        read: rows that were read; `None`: those that were built or rejected.
+        sources: The names of the sources.
+        splits: The split of each source.
+        schemas: The names of the schemas.
+        numbers: The numbers of the built rows.
+        flags: The number of examples with each flag.
+        rejected: The number of rejected rows by code.
+        rejects: The first rejects.
+        overlong: int64, the number of tokens of each example that is left out because it exceeds `max_length`.
+        lost: The number of answers that truncation removes completely.
+        read: The number of rows that were read; `None` if it is the number of built and rejected rows.
     """
 
     sources: tuple[str, ...]
@@ -114,94 +115,105 @@ class Survey:
 
     @property
     def rows(self) -> int:
-        """Rows that were read."""
+        """The number of rows that were read."""
         return len(self.numbers) + sum(self.rejected.values()) if self.read is None else self.read
 
     def source(self, row: int) -> Source:
-        """Return where a row that was built came from."""
+        """Return the source of a built row."""
         numbers = self.numbers
         return Source(self.sources[numbers.source[row]], int(numbers.row[row]), int(numbers.line[row]) or None)
 
     def by_row(self) -> Survey:
-        """Return the survey of a build by rows: examples of one row, which packs hold apart, together."""
+        """Return the survey of a build grouped by row: packing can separate the examples of a row."""
         numbers = self.numbers
         groups = rows_of_examples(numbers)
         order = np.argsort(groups, kind="stable")
-        first = np.flatnonzero(np.diff(groups[order], prepend=-1))
-        own = order[first]
+        starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+        first = order[starts]
         assert (numbers.examples == 1).all()
         columns: dict[str, Any] = {
-            name: getattr(numbers, name)[own] for name in ("source", "row", "line", "schema", "turns")
+            name: getattr(numbers, name)[first] for name in ("source", "row", "line", "schema", "turns")
         }
         columns |= {name: getattr(numbers, name)[order] for name in ("tokens", "trained", "cut")}
         columns |= {
-            name: _over(np.add, getattr(numbers, name)[order], first) for name in ("examples", "content", "asked")
+            name: _reduce(np.add, getattr(numbers, name)[order], starts)
+            for name in ("examples", "content_hash", "prompt_hash")
         }
         return replace(self, numbers=RowNumbers(**columns))
 
     @property
     def lengths(self) -> Ints:
-        """Tokens of each example as they were before truncation, those that were rejected included (int64)."""
+        """The tokens of each example before truncation, including rejected overlong examples (int64)."""
         return np.concatenate((self.numbers.tokens + self.numbers.cut, self.overlong))
 
 
 class SurveyStep(NamedTuple):
-    """A batch of what rows became, the number of their source (or of each its own), and which share of all that is."""
+    """A batch of processed rows.
+
+    Attributes:
+        source: The number of the source, or the number for each row.
+        batch: The rows.
+        share: The share of the data that is done, if known.
+    """
 
     source: int | Sequence[int]
     batch: Batch
     share: float | None = None
 
 
-def survey_steps(recipe: Recipe, given: Sequence[tuple[FileSource | MemorySource, RowFilter]]) -> Iterator[SurveyStep]:
-    """Take the rows of sources that are wanted of each through the stages."""
-    sizes = [source.size for source, _ in given]
-    before = [*accumulate(sizes, initial=0)]
-    for number, (source, selection) in enumerate(given):
-        for batch in build_batches(recipe, selection.of(source.rows())):
-            share = source.share_before(batch.last)
-            if share is not None and before[-1]:
-                share = (before[number] + share * sizes[number]) / before[-1]
+def survey_steps(
+    recipe: Recipe, sources: Sequence[tuple[FileSource | MemorySource, RowFilter]]
+) -> Iterator[SurveyStep]:
+    """Process the filtered rows of all sources, and yield them as batches."""
+    sizes = [source.size for source, _ in sources]
+    offsets = [*accumulate(sizes, initial=0)]
+    for number, (source, row_filter) in enumerate(sources):
+        for batch in build_batches(recipe, row_filter.filter_rows(source.rows())):
+            share = source.share_before(batch.last_source)
+            if share is not None and offsets[-1]:
+                share = (offsets[number] + share * sizes[number]) / offsets[-1]
             yield SurveyStep(number, batch, share)
 
 
 def survey_rows(
-    through: Iterable[SurveyStep],
+    steps: Iterable[SurveyStep],
     sources: Sequence[tuple[str, str]],
-    watch: Callable[[Batch, RowNumbers], None] | None = None,
+    on_batch: Callable[[Batch, RowNumbers], None] | None = None,
     progress: Progress | None = None,
 ) -> Survey:
-    """Go through what rows became, once.
+    """Return the survey of processed rows, in one pass.
 
     Args:
-        through: the batches.
-        sources: name and split of each source.
-        watch: is shown every batch, and the numbers of the rows that were built.
-        progress: is told the rows and tokens done so far, and which share of the data that is.
+        steps: The batches.
+        sources: The name and the split of each source.
+        on_batch: Called with each batch and the numbers of its built rows.
+        progress: Called with the number of rows and tokens so far, and with the share of the data that is done.
     """
     schemas: dict[str, int] = {}
-    parts, flags, rejected = [_numbers(None, 0, schemas)], Counter[str](), Counter[str]()
+    parts, flags, rejected = [_row_numbers(None, 0, schemas)], Counter[str](), Counter[str]()
     rejects, overlong = list[Reject](), list[int]()
     rows = tokens = lost = 0
-    for source, batch, share in through:
-        parts.append(numbers := _numbers(batch, source, schemas))
-        flags.update(flag for each in batch.columns.flags if each for flag in each)
-        rejected.update(one.code for one in batch.rejects)
+    for source, batch, share in steps:
+        parts.append(numbers := _row_numbers(batch, source, schemas))
+        flags.update(flag for example_flags in batch.columns.flags if example_flags for flag in example_flags)
+        rejected.update(reject.code for reject in batch.rejects)
         rejects += batch.rejects[: MOST_REJECTS - len(rejects)]
-        overlong += (length for one in batch.rejects if one.code == "overlong" for length in one.lengths)
+        overlong += (length for reject in batch.rejects if reject.code == "overlong" for length in reject.lengths)
         overlong += batch.dropped
-        lost += _lost(batch)
-        if watch:
-            watch(batch, numbers)
+        lost += _count_lost_answers(batch)
+        if on_batch:
+            on_batch(batch, numbers)
         rows, tokens = rows + len(batch), tokens + int(numbers.tokens.sum())
         if progress:
             progress(rows, tokens, share)
-    joined = {each.name: np.concatenate([getattr(one, each.name) for one in parts]) for each in fields(RowNumbers)}
+    columns = {
+        column.name: np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(RowNumbers)
+    }
     return Survey(
         tuple(name for name, _ in sources),
         tuple(split for _, split in sources),
         tuple(schemas),
-        RowNumbers(**joined),
+        RowNumbers(**columns),
         dict(sorted(flags.items())),
         dict(rejected.most_common()),
         tuple(rejects),
@@ -210,136 +222,151 @@ def survey_rows(
     )
 
 
-def _numbers(batch: Batch | None, source: int | Sequence[int], schemas: dict[str, int]) -> RowNumbers:
-    said: Sequence[Conversation] = batch.conversations if batch else ()
+def _row_numbers(batch: Batch | None, source: int | Sequence[int], schemas: dict[str, int]) -> RowNumbers:
+    conversations: Sequence[Conversation] = batch.conversations if batch else ()
     counts = np.asarray(batch.counts if batch else (), np.int64)
     first = np.cumsum(counts) - counts
     empty: Any = np.empty(0, np.int64)
     columns = batch.columns if batch else None
-    content, asked = _digests(batch, first) if batch else (empty.astype(np.uint64),) * 2
+    content, prompts = _hash_rows(batch, first) if batch else (empty.astype(np.uint64),) * 2
     return RowNumbers(
-        np.broadcast_to(np.asarray(source, np.int64), len(said)).copy(),
-        np.asarray([one.source.row for one in said], np.int64),
-        np.asarray([one.source.line or 0 for one in said], np.int64),
-        np.asarray([schemas.setdefault(one.schema, len(schemas)) for one in said], np.int64),
-        np.asarray([_turns(one) for one in said], np.int64),
+        np.broadcast_to(np.asarray(source, np.int64), len(conversations)).copy(),
+        np.asarray([conversation.source.row for conversation in conversations], np.int64),
+        np.asarray([conversation.source.line or 0 for conversation in conversations], np.int64),
+        np.asarray([schemas.setdefault(conversation.schema, len(schemas)) for conversation in conversations], np.int64),
+        np.asarray([_count_turns(conversation) for conversation in conversations], np.int64),
         counts,
         content,
-        asked,
+        prompts,
         columns.lengths if columns else empty,
         columns.trained_counts if columns else empty,
         np.asarray(columns.cut, np.int64) if columns else empty,
     )
 
 
-def _lost(batch: Batch) -> int:
-    """Return how many answers stand wholly behind the end of examples that were cut."""
-    found, bounds = 0, np.cumsum(batch.counts)
-    cut = [at for at, tokens in enumerate(batch.columns.cut) if tokens]
-    for number in dict.fromkeys(np.searchsorted(bounds, cut, side="right").tolist()):
-        for one in batch.built(number).examples:
-            answers = [span for span in one.spans if span.generated] if one.cut else []
-            begun = {span.message for span in answers if span.start < int(one.offsets[-1, 1])}
-            found += len({span.message for span in answers} - begun)
-    return found
+def _count_lost_answers(batch: Batch) -> int:
+    """Return the number of answers that truncation removes completely."""
+    lost, bounds = 0, np.cumsum(batch.counts)
+    truncated = [index for index, tokens in enumerate(batch.columns.cut) if tokens]
+    for number in dict.fromkeys(np.searchsorted(bounds, truncated, side="right").tolist()):
+        for example in batch.built(number).examples:
+            answers = [span for span in example.spans if span.generated] if example.cut else []
+            partial = {span.message for span in answers if span.start < int(example.offsets[-1, 1])}
+            lost += len({span.message for span in answers} - partial)
+    return lost
 
 
-def _turns(said: Conversation) -> int:
-    return sum([message["role"] == "assistant" for message in said.messages]) if said.tokens is None else -1
+def _count_turns(conversation: Conversation) -> int:
+    if conversation.tokens is not None:
+        return -1
+    return sum([message["role"] == "assistant" for message in conversation.messages])
 
 
-def _digests(batch: Batch, first: Ints) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Return hashes of all tokens and labels of each row, and of its tokens that are not trained; 0: there are few."""
+def _hash_rows(batch: Batch, first: Ints) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Return hashes of the tokens and labels of each row, and hashes of its untrained tokens (0 if too few)."""
     columns = batch.columns
     ids, trained = columns.ids, columns.trained
     ends = np.append(0, np.cumsum(columns.lengths))
-    begins = ends[:-1][first] if len(first) else first
-    bounds = [*begins.tolist(), int(ends[-1])]
-    given = np.append(0, np.cumsum(~trained))[bounds].tolist()
+    starts = ends[:-1][first] if len(first) else first
+    bounds = [*starts.tolist(), int(ends[-1])]
+    prompt_bounds = np.append(0, np.cumsum(~trained))[bounds].tolist()
     untrained = ids[~trained]
     digest = xxhash.xxh3_64_intdigest
-    content = [digest(ids[a:b].tobytes(), digest(trained[a:b].tobytes())) for a, b in pairwise(bounds)]
-    asked = [digest(untrained[a:b].tobytes()) if b - a >= _ASKED else 0 for a, b in pairwise(given)]
-    return np.asarray(content, np.uint64), np.asarray(asked, np.uint64)
+    content = [
+        digest(ids[start:end].tobytes(), digest(trained[start:end].tobytes())) for start, end in pairwise(bounds)
+    ]
+    prompts = [
+        digest(untrained[start:end].tobytes()) if end - start >= _MIN_PROMPT_TOKENS else 0
+        for start, end in pairwise(prompt_bounds)
+    ]
+    return np.asarray(content, np.uint64), np.asarray(prompts, np.uint64)
 
 
 def row_key(outcome: BuiltRow | Reject) -> tuple[str, int, str]:
-    """Return what tells rows apart, and the examples of a build, of which several may be of one row."""
+    """Return a key that identifies a row, or an example of a build, which can contain several examples of a row."""
     if isinstance(outcome, Reject):
         return outcome.source.path, outcome.source.row, ""
-    said = outcome.conversation
-    return said.source.path, said.source.row, said.fields.get("example", "") if said.tokens is not None else ""
+    conversation = outcome.conversation
+    example = conversation.fields.get("example", "") if conversation.tokens is not None else ""
+    return conversation.source.path, conversation.source.row, example
 
 
-Entry = tuple[float, int, BuiltRow | Reject]
-"""How much a row stands out, its number counted down, and the row."""
+ScoredRow = tuple[float, int, BuiltRow | Reject]
+"""The score of an outlier, a counter that decreases with each row, and the row."""
 
 
 @dataclass
 class Outliers:
-    """The rows that stand out, of each kind the `most` foremost; shown batches one by one."""
+    """Collect the outliers of each kind from batches.
 
-    most: int = 1
-    found: dict[str, list[Entry]] = field(default_factory=dict)
-    seen: set[int] = field(default_factory=set)
-    order: int = 0
+    Attributes:
+        limit: The maximum number of rows of each kind.
+        heaps: The rows of each kind, as heaps with the lowest score first.
+        content_hashes: The content hashes of all rows so far.
+        counter: The number of rows that were added.
+    """
+
+    limit: int = 1
+    heaps: dict[str, list[ScoredRow]] = field(default_factory=dict)
+    content_hashes: set[int] = field(default_factory=set)
+    counter: int = 0
 
     def __call__(self, batch: Batch, numbers: RowNumbers) -> None:
-        """Look at a batch."""
+        """Collect the outliers of a batch."""
         longest, tokens, trained = numbers.longest, numbers.per_row("tokens"), numbers.per_row("trained")
         share = trained / np.maximum(tokens, 1)
-        for kind, score in (("longest", longest), ("shortest", -longest), ("least trained", -share)):
-            for number in np.argsort(-score, kind="stable")[: self.most].tolist():
-                self._add(kind, float(score[number]), batch, number)
+        for kind, scores in (("longest", longest), ("shortest", -longest), ("least trained", -share)):
+            for number in np.argsort(-scores, kind="stable")[: self.limit].tolist():
+                self._add_built_row(kind, float(scores[number]), batch, number)
         bounds = list(accumulate(batch.counts, initial=0))
-        flagged = [at for at, flags in enumerate(batch.columns.flags) if not flags.isdisjoint(_KINDS)]
+        flagged = [index for index, flags in enumerate(batch.columns.flags) if not flags.isdisjoint(_FLAG_KINDS)]
         for number in dict.fromkeys((np.searchsorted(bounds, flagged, side="right") - 1).tolist()):
             flags = frozenset[str]().union(*batch.columns.flags[bounds[number] : bounds[number + 1]])
-            for kind in dict.fromkeys(_KINDS[flag] for flag in sorted(flags) if flag in _KINDS):
-                self._add(kind, 0.0, batch, number)
-        for number, content in enumerate(numbers.content.tolist()):
-            if content in self.seen:
-                self._add("duplicate", 0.0, batch, number)
-            self.seen.add(content)
+            for kind in dict.fromkeys(_FLAG_KINDS[flag] for flag in sorted(flags) if flag in _FLAG_KINDS):
+                self._add_built_row(kind, 0.0, batch, number)
+        for number, content_hash in enumerate(numbers.content_hash.tolist()):
+            if content_hash in self.content_hashes:
+                self._add_built_row("duplicate", 0.0, batch, number)
+            self.content_hashes.add(content_hash)
         for reject in batch.rejects:
-            self._keep(f"rejected: {reject.code}", 0.0, reject)
+            self._add(f"rejected: {reject.code}", 0.0, reject)
 
-    def _add(self, kind: str, score: float, batch: Batch, number: int) -> None:
-        held = self.found.get(kind, [])
-        if len(held) < self.most or score > held[0][0]:
-            self._keep(kind, score, batch.built(number))
+    def _add_built_row(self, kind: str, score: float, batch: Batch, number: int) -> None:
+        heap = self.heaps.get(kind, [])
+        if len(heap) < self.limit or score > heap[0][0]:
+            self._add(kind, score, batch.built(number))
 
-    def _keep(self, kind: str, score: float, outcome: BuiltRow | Reject) -> None:
-        self.order += 1
-        held = self.found.setdefault(kind, [])
-        # The earlier of equals comes first.
-        entry = (score, -self.order, outcome)
-        if len(held) < self.most:
-            heapq.heappush(held, entry)
-        elif entry > held[0]:
-            heapq.heapreplace(held, entry)
+    def _add(self, kind: str, score: float, outcome: BuiltRow | Reject) -> None:
+        self.counter += 1
+        heap = self.heaps.setdefault(kind, [])
+        # The counter is negated so that of several rows with equal scores, the earliest is kept.
+        scored_row = (score, -self.counter, outcome)
+        if len(heap) < self.limit:
+            heapq.heappush(heap, scored_row)
+        elif scored_row > heap[0]:
+            heapq.heapreplace(heap, scored_row)
 
     def rows(self) -> Iterator[tuple[BuiltRow | Reject, list[str]]]:
-        """Yield each row that stands out, once, and why."""
-        chosen: dict[tuple[str, int, str], tuple[BuiltRow | Reject, list[str]]] = {}
-        order = [*dict.fromkeys(("longest", "shortest", "least trained", *_KINDS.values(), "duplicate")), *self.found]
-        for kind in dict.fromkeys(order):
-            for _, _, outcome in sorted(self.found.get(kind, ()), key=lambda entry: entry[:2], reverse=True):
-                chosen.setdefault(row_key(outcome), (outcome, []))[1].append(kind)
-        yield from chosen.values()
+        """Yield each outlier once, with the list of its kinds."""
+        outliers: dict[tuple[str, int, str], tuple[BuiltRow | Reject, list[str]]] = {}
+        kinds = ("longest", "shortest", "least trained", *_FLAG_KINDS.values(), "duplicate", *self.heaps)
+        for kind in dict.fromkeys(kinds):
+            for _, _, outcome in sorted(self.heaps.get(kind, ()), key=lambda scored: scored[:2], reverse=True):
+                outliers.setdefault(row_key(outcome), (outcome, []))[1].append(kind)
+        yield from outliers.values()
 
 
-_KINDS = {
+_FLAG_KINDS = {
     "no_trained_stop": "no stop token",
     "missing_final_stop": "no stop token",
-    "control_tokens": "control tokens in its text",
-    "answer_truncated": "answer cut",
-    "truncated": "cut",
+    "control_tokens": "control tokens in the text",
+    "answer_truncated": "answer truncated",
+    "truncated": "truncated",
     "history_rewritten": "rewritten by the template",
     "conversation_split": "rewritten by the template",
-    "message_truncated": "not all printed by the template",
-    "message_dropped": "not all printed by the template",
-    "reasoning_dropped": "not all printed by the template",
-    "tools_dropped": "not all printed by the template",
+    "message_truncated": "not fully printed by the template",
+    "message_dropped": "not fully printed by the template",
+    "reasoning_dropped": "not fully printed by the template",
+    "tools_dropped": "not fully printed by the template",
 }
-"""Flag -> as which kind of oddity it counts."""
+"""The kind of outlier for each flag."""

@@ -1,4 +1,4 @@
-"""Subject: what is looked at, data under a recipe or a build, from the first row to the last, as often as it takes."""
+"""Target: the data or build that an inspection command reads, with the recipe that applies to it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from ftdata.readers import FileSource, MemorySource, resolve_sources
 from ftdata.readers.row_filter import RowFilter
 
 HELD_OUT = "held out"
-_HELD = ("test", "valid", "val", "eval", "dev")
+_HELD_OUT_NAMES = ("test", "valid", "val", "eval", "dev")
 
 
 @dataclass(frozen=True)
 class Target:
-    """Data under a recipe, or a build.
+    """Data with a recipe, or a build.
 
     Attributes:
-        title: how to speak of it.
-        recipe: what decides what a row becomes.
-        names: name and split of each source.
-        steps: goes through it.
-        options: what it was made with.
-        sources: what it is read from; a build: nothing.
-        finished: adds to a survey of it what is known besides.
-        folder: that of the build, if it is one.
+        title: A description for headings.
+        recipe: The options, tokenizer and template.
+        names: The name and the split of each source.
+        steps: Starts a pass over all rows.
+        options: The options as they are recorded in reports.
+        sources: The sources of the data; empty for a build.
+        complete_survey: Adds the rows that only the report of a build counts to a survey; the identity for data.
+        folder: The folder of the build, or `None`.
     """
 
     title: str
@@ -41,18 +41,18 @@ class Target:
     steps: Callable[[], Iterator[SurveyStep]]
     options: Mapping[str, Any]
     sources: Sequence[FileSource | MemorySource] = ()
-    finished: Callable[[Survey], Survey] = lambda seen: seen
+    complete_survey: Callable[[Survey], Survey] = lambda survey: survey
     folder: Path | None = None
 
     @property
     def held_out(self) -> list[bool]:
-        """Of each source, whether its rows must not be trained on: those of splits that are not for training."""
-        own = {split for _, split in self.names if split != HELD_OUT}
-        if len(own) < 2:
+        """Whether the rows of each source are held out, because their split is not a training split."""
+        data_splits = {split for _, split in self.names if split != HELD_OUT}
+        if len(data_splits) < 2:
             return [split == HELD_OUT for _, split in self.names]
-        if "train" in own:
+        if "train" in data_splits:
             return [split != "train" for _, split in self.names]
-        return [split == HELD_OUT or any(word in split.lower() for word in _HELD) for _, split in self.names]
+        return [split == HELD_OUT or any(word in split.lower() for word in _HELD_OUT_NAMES) for _, split in self.names]
 
 
 def make_target(
@@ -65,82 +65,89 @@ def make_target(
     limit: int | None = None,
     **options: Any,
 ) -> Target:
-    """Return data under a recipe, or a build, which says itself how it was made.
+    """Return the target for data with a recipe, or for a build with its stored recipe.
 
     Args:
-        data: as for `build_sft_dataset`; or the folder of a build.
-        tokenizer: as for `build_sft_dataset`; of a build: where its tokenizer is now.
-        template: as for `build_sft_dataset`.
-        against: more data, all of it, of the split "held out".
-        where: rows to read, as for `build_sft_dataset`.
-        limit: how many rows to read of each place.
-        options: further options of `build_sft_dataset` that decide what a row becomes.
+        data: As for `build_sft_dataset`, or the folder of a build.
+        tokenizer: As for `build_sft_dataset`. For a build: the current location of its tokenizer, if it was moved.
+        template: As for `build_sft_dataset`.
+        against: Held-out data, which gets the split "held out".
+        where: A filter expression, as for `build_sft_dataset`.
+        limit: Maximum number of rows per source.
+        options: Further options of `build_sft_dataset` that are part of the recipe.
 
     Raises:
-        UsageError: an option is not known, cannot be meant, or is said of a build; there is no tokenizer.
-        InputRefused: a source cannot be read.
+        UsageError: An option is unknown, invalid, or does not apply to a build; or `tokenizer` is missing.
+        InputRefused: A source cannot be read.
     """
     for name in options:
-        check_choice("option", name, ("date", "template_kwargs", *(each.name for each in fields(Options))))
+        check_choice("option", name, ("date", "template_kwargs", *(option.name for option in fields(Options))))
     folder = stored_builds.find_build_folder(data)
     if folder is not None:
         stored_builds.refuse_build_options(
             {"template": template, "against": against, "where": where, "limit": limit, **options}
         )
-        return _of_build(folder, tokenizer)
-    given = resolve_sources(data)
+        return _make_build_target(folder, tokenizer)
+    sources = resolve_sources(data)
     if tokenizer is None:
-        hint = "pass the model's: --tokenizer"
-        raise UsageError("no_tokenizer", "what is trained depends on the tokenizer, and none is given", hint=hint)
+        hint = "pass the tokenizer of the model: --tokenizer"
+        raise UsageError("no_tokenizer", "tokenizer is missing; the trained tokens depend on it", hint=hint)
     recipe = make_recipe(tokenizer, template, **options)
-    tests = [_apart(one) for one in resolve_sources(against)] if against is not None else []
+    held_out = [_mark_held_out(source) for source in resolve_sources(against)] if against is not None else []
     RowFilter(where, limit)
 
-    def through() -> Iterator[SurveyStep]:
-        chosen = {one.place: RowFilter(where, limit) for one in given}
+    def steps() -> Iterator[SurveyStep]:
+        filters = {source.item_index: RowFilter(where, limit) for source in sources}
         return survey_steps(
-            recipe, [*((one, chosen[one.place]) for one in given), *((one, RowFilter()) for one in tests)]
+            recipe,
+            [
+                *((source, filters[source.item_index]) for source in sources),
+                *((source, RowFilter()) for source in held_out),
+            ],
         )
 
     return Target(
-        target_title([one.path for one in given], recipe),
+        target_title([source.path for source in sources], recipe),
         recipe,
-        [*((one.path, one.split or "train") for one in given), *((one.path, HELD_OUT) for one in tests)],
-        through,
+        [
+            *((source.path, source.split or "train") for source in sources),
+            *((source.path, HELD_OUT) for source in held_out),
+        ],
+        steps,
         {"ftdata": __version__, **recipe.describe(), "where": where, "limit": limit},
-        given,
+        sources,
     )
 
 
-def _apart(source: FileSource | MemorySource) -> FileSource | MemorySource:
-    """Return a source that can be told from the data: what is in memory has no name of its own."""
+def _mark_held_out(source: FileSource | MemorySource) -> FileSource | MemorySource:
+    """Return a held-out source with a distinct path: all sources in memory have the same path otherwise."""
     return replace(source, path=f"<against {source.path.strip('<>')}>") if source.path.startswith("<") else source
 
 
-def _of_build(folder: Path, tokenizer: Any) -> Target:
+def _make_build_target(folder: Path, tokenizer: Any) -> Target:
     manifest = read_manifest(folder)
     recipe, splits = stored_builds.load_build_recipe(folder, tokenizer), stored_builds.split_names(folder)
     names = stored_builds.build_sources(folder, splits)
     numbers = {name: number for number, name in enumerate(names)}
 
-    def through() -> Iterator[SurveyStep]:
+    def steps() -> Iterator[SurveyStep]:
         for batch in stored_builds.batch_documents(recipe, stored_builds.read_build_documents(folder, splits)):
-            yield SurveyStep([numbers[one.source.path, one.split] for one in batch.documents], batch)
+            yield SurveyStep([numbers[document.source.path, document.split] for document in batch.documents], batch)
 
-    said = {"ftdata": manifest["ftdata"], **manifest["options"]}
     return Target(
         target_title([str(folder)], recipe),
         recipe,
         names,
-        through,
-        said,
-        finished=lambda seen: stored_builds.add_reported_rejects(folder, seen),
+        steps,
+        {"ftdata": manifest["ftdata"], **manifest["options"]},
+        complete_survey=lambda survey: stored_builds.add_reported_rejects(folder, survey),
         folder=folder,
     )
 
 
-def target_title(places: Sequence[str], recipe: Recipe) -> str:
-    """Say what is looked at, and as what."""
-    named = list(dict.fromkeys(places))
-    more = f" and {len(named) - 3:,} more" if len(named) > 3 else ""
-    return f"{', '.join(named[:3])}{more} · template {recipe.template.name} · tokenizer {recipe.tokenizer.name}"
+def target_title(paths: Sequence[str], recipe: Recipe) -> str:
+    """Return a heading with the sources, the template and the tokenizer."""
+    unique_paths = list(dict.fromkeys(paths))
+    omitted = f" and {len(unique_paths) - 3:,} more" if len(unique_paths) > 3 else ""
+    sources = f"{', '.join(unique_paths[:3])}{omitted}"
+    return f"{sources} · template {recipe.template.name} · tokenizer {recipe.tokenizer.name}"

@@ -1,4 +1,4 @@
-"""Detect: wrong encodings, placeholders, scripts, and what looks as if it belonged to a person, in a text."""
+"""Text detectors: wrong encodings, placeholders, template text, scripts and personal data."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _SIGNS = "¡-ª¬-º¼-¾€‚ƒ„†‡ˆ‰Š‹ŒŽ•˜™š›œžŸ"
 _MOJIBAKE = re.compile(
     "|".join(
         (
-            "[\u0080-\u0084\u0086-\u009f]",  # what Windows-1252 has there, read as Latin-1
-            f"â[€‚„†‡ˆ‰•˜šœ\u0080-\u009f][{_CONTINUED}]",  # quotation marks, arrows, € in UTF-8, read as Windows-1252
+            "[\u0080-\u0084\u0086-\u009f]",  # Windows-1252 characters, decoded as Latin-1
+            f"â[€‚„†‡ˆ‰•˜šœ\u0080-\u009f][{_CONTINUED}]",  # UTF-8 quotation marks, arrows, €, as Windows-1252
             "Ã[\u00a1-\u00aa\u00ac-\u00ba\u00bc-\u00beŸŒŽšž]|(?<![A-ZÀ-Þ])Ã\u00a0",  # é ü ñ ß, à
-            "Ã[‡„…–˜‰Šœ›](?=[a-z])|(?<=[a-z])Ã[«»](?=[a-z])",  # Ç Ä Å Ö Ø before a small letter
+            "Ã[‡„…–˜‰Šœ›](?=[a-z])|(?<=[a-z])Ã[«»](?=[a-z])",  # Ç Ä Å Ö Ø before a lowercase letter
             "Â[¡-ª¬-º¼-¿€]|(?<![A-ZÀ-ÞĐ\u00a0‚‘“«])Â\u00a0|Â«(?=\\w)|(?<=[a-z])Â»",
             f"(?<=[A-Za-z])[ÄÅ][{_SIGNS}]|[ÄÅ][{_SIGNS}](?=[a-z])|È[˜™š›](?=[a-z])|Æ[°¡]",  # Polish, Czech, Turkish
             f"á[º»][{_CONTINUED}](?=[a-z])",  # Vietnamese
             f"(?:[\u00ce-\u00d1\u00d6-\u00db][{_CONTINUED}]){{2}}",  # Greek, Cyrillic, Hebrew, Arabic
             f"(?:[à-ï][{_CONTINUED}]{{2}}){{2}}",  # Indic scripts, Thai, Chinese, Japanese, Korean
             f"ðŸ[{_CONTINUED}]{{2}}",
-            "(?:Р[°±ІіґµЅѕїј»є№ёќџ’Ўњћў]|С[‚ѓ„…†‡€‰Љ‹ЊЏЃ\u0080-\u0098]){3}",  # Cyrillic in UTF-8, read as Windows-1251
+            "(?:Р[°±ІіґµЅѕїј»є№ёќџ’Ўњћў]|С[‚ѓ„…†‡€‰Љ‹ЊЏЃ\u0080-\u0098]){3}",  # UTF-8 Cyrillic, as Windows-1251
             "ï»¿|\ufffd",
         )
     )
@@ -30,17 +30,17 @@ _MOJIBAKE = re.compile(
 
 
 def find_mojibake(text: str) -> str | None:
-    """Return a text decoded with a wrong encoding, with what is around it; `None` where there is none.
+    """Return the first text that was decoded with the wrong encoding, with some context, or `None`.
 
     >>> find_mojibake("it was Ã©tÃ©"), find_mojibake("un été à São Paulo, «MANHÃ»")
     ('it was Ã©tÃ©', None)
     """
-    if text.isascii() or not (found := _MOJIBAKE.search(text)):
+    if text.isascii() or not (match := _MOJIBAKE.search(text)):
         return None
-    return text[max(found.start() - 12, 0) : found.end() + 12]
+    return text[max(match.start() - 12, 0) : match.end() + 12]
 
 
-_NOTHING = frozenset(
+_PLACEHOLDER_ANSWERS = frozenset(
     (
         *("n/a", "n/a.", "n.a.", "#n/a", "todo", "tbd", "fixme", "lorem ipsum", "[removed]", "[deleted]", "<noinput>"),
         *("<nooutput>", "no answer", "no answer.", "[insert answer here]", "[answer]", "answer here"),
@@ -49,7 +49,7 @@ _NOTHING = frozenset(
 
 
 def is_placeholder_text(text: str) -> bool:
-    """Whether a text is a placeholder, or made of dots and dashes alone.
+    """Return whether a text is a placeholder, or consists of dots and dashes only.
 
     >>> [is_placeholder_text(text) for text in ("N/A", "nan", "...", "–", "-", "4", "%", "NaN", "👍", "")]
     [True, True, True, True, False, False, False, False, False, True]
@@ -57,8 +57,8 @@ def is_placeholder_text(text: str) -> bool:
     text = text.strip()
     if len(text) > 32 or text == "-":
         return False
-    # As pandas writes what is not there; programs write it otherwise.
-    return text == "nan" or text.casefold() in _NOTHING or not text.strip(".…-–—_。・ ")
+    # pandas writes missing values as "nan"; other spellings, such as "NaN", can be real answers.
+    return text == "nan" or text.casefold() in _PLACEHOLDER_ANSWERS or not text.strip(".…-–—_。・ ")
 
 
 _CONTROL = "|".join(
@@ -68,7 +68,7 @@ _CONTROL = "|".join(
         *("start", "channel", "message", "return", "call", "python_tag", "(?:START|END)_OF_TURN_TOKEN"),
     )
 )
-_LEFT_OVER = re.compile(
+_TEMPLATE_TEXT = re.compile(
     rf"<\|(?:{_CONTROL})\|>|(?<!\w)\[/?INST\]|\[TOOL_CALLS\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:/s|eos)>\s*\Z"
     r"|<｜[^｜<>]{1,40}｜>|^### (?:Human|Assistant|Instruction|Response):|\n\nHuman: [^\n]*\n\nAssistant:",
     re.MULTILINE,
@@ -76,37 +76,37 @@ _LEFT_OVER = re.compile(
 
 
 def find_template_leftover(text: str) -> str | None:
-    """Return what the template of some model writes, where it stands in a text.
+    """Return the first template text of a known model in a text, or `None`.
 
-    >>> find_template_leftover("Sure.<|eot_id|>"), find_template_leftover("<s>struck out</s>"), find_template_leftover("a[INST]")
-    ('<|eot_id|>', None, None)
+    >>> [find_template_leftover(text) for text in ("Sure.<|eot_id|>", "<s>strikethrough</s>", "a[INST]")]
+    ['<|eot_id|>', None, None]
     """
-    found = _LEFT_OVER.search(text)
-    struck_out = found is not None and found.group().startswith("</s>") and "<s>" in text
-    return found.group().strip() if found and not struck_out else None
+    match = _TEMPLATE_TEXT.search(text)
+    is_strikethrough = match is not None and match.group().startswith("</s>") and "<s>" in text
+    return match.group().strip() if match and not is_strikethrough else None
 
 
-_PLACEHOLDER = re.compile(
+_MEDIA_PLACEHOLDER = re.compile(
     r"<(?:image|video|audio|img|ImageHere|start_of_image|image_soft_token)(?:_?\d+)?>(?!.*</)|\[IMG\]|<image_placeholder>"
     r"|<\|(?:image|video|audio)(?:_pad|_\d+)?\|>|!\[[^\]\n]{0,100}\]\(data:image/"
 )
 
 
 def find_media_placeholder(text: str) -> str | None:
-    """Return what stands for an image, a video or a sound in a text; `None` where nothing does.
+    """Return the first placeholder for an image, a video or audio in a text, or `None`.
 
-    >>> find_media_placeholder("<image>What?"), find_media_placeholder("<image_1>"), find_media_placeholder("an <imagery>")
-    ('<image>', '<image_1>', None)
+    >>> [find_media_placeholder(text) for text in ("<image>What?", "<image_1>", "an <imagery>")]
+    ['<image>', '<image_1>', None]
     """
-    found = _PLACEHOLDER.search(text)
-    return found.group() if found else None
+    match = _MEDIA_PLACEHOLDER.search(text)
+    return match.group() if match else None
 
 
 SCRIPTS = (
     *("Latin", "Greek", "Cyrillic", "Armenian", "Hebrew", "Arabic", "Indic", "Thai", "Georgian", "Hangul"),
     *("Kana", "Han"),
 )
-_KANA, _HAN, _LETTERS = 10, 11, 1000
+_KANA, _HAN, _MAX_CHARACTERS = 10, 11, 1000
 _BLOCKS = {
     0x41: 0,
     0x370: 1,
@@ -134,46 +134,46 @@ _BLOCKS = {
     0xFB00: -1,
     0x20000: 11,
 }
-"""Where blocks of Unicode begin, and the number of their script."""
-_LATIN, _OTHERS = re.compile("[A-Za-z\u00c0-\u02af]"), re.compile("[\u0370-\U0010ffff]")
-_BEGINS, _NUMBERS = list(_BLOCKS), list(_BLOCKS.values())
+"""The first code point of Unicode blocks -> the number of the script; -1 for other scripts."""
+_LATIN, _NOT_LATIN = re.compile("[A-Za-z\u00c0-\u02af]"), re.compile("[\u0370-\U0010ffff]")
+_BLOCK_STARTS, _BLOCK_SCRIPTS = list(_BLOCKS), list(_BLOCKS.values())
 
 
 def detect_script(text: str) -> int:
-    """Return the number, of `SCRIPTS`, of that in which most letters of a text are written; -1: there are hardly any.
+    """Return the index in `SCRIPTS` of the most frequent script of a text, or -1 if there are too few characters.
 
-    Kana anywhere make a text Japanese, whatever Han is in it; it counts as Kana.
+    A text with any Kana is Japanese: its Han characters count as Kana.
 
     >>> [SCRIPTS[detect_script(text)] for text in ("hello", "привет", "年號", "これは本です")]
     ['Latin', 'Cyrillic', 'Han', 'Kana']
     """
-    text = text[:_LETTERS]
+    text = text[:_MAX_CHARACTERS]
     counts = [0] * (len(SCRIPTS) + 1)
     counts[0] = len(_LATIN.findall(text))
-    for char in () if text.isascii() else filter(str.isalpha, _OTHERS.findall(text)):
-        counts[_NUMBERS[bisect(_BEGINS, ord(char)) - 1]] += 1
+    for char in () if text.isascii() else filter(str.isalpha, _NOT_LATIN.findall(text)):
+        counts[_BLOCK_SCRIPTS[bisect(_BLOCK_STARTS, ord(char)) - 1]] += 1
     if counts[_KANA]:
         counts[_KANA] += counts[_HAN]
-    most = max(range(len(SCRIPTS)), key=counts.__getitem__)
-    # A sign or two of another script (π, µ) are no language.
-    return most if counts[most] >= (1 if most in (_KANA, _HAN) else 3) else -1
+    script = max(range(len(SCRIPTS)), key=counts.__getitem__)
+    # One or two characters of another script are usually symbols, such as π or µ.
+    return script if counts[script] >= (1 if script in (_KANA, _HAN) else 3) else -1
 
 
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
-_OWN_NET = r"10\.|127\.|0\.|192\.168\.|172\.(?:1[6-9]|2\d|3[01])\.|255\.|1\.2\.3\.4\b"
+_RESERVED_NETWORKS = r"10\.|127\.|0\.|192\.168\.|172\.(?:1[6-9]|2\d|3[01])\.|255\.|1\.2\.3\.4\b"
 _KEYS = (
     *("sk-[A-Za-z0-9_-]{20,}", "gh[pousr]_[A-Za-z0-9]{36,}", r"github_pat_\w{22,}", "AKIA[0-9A-Z]{16}"),
     *("hf_[A-Za-z0-9]{30,}", r"AIza[\w-]{35}", "xox[abpr]-[A-Za-z0-9-]{10,}"),
 )
-_CALLED = (
+_PHONE_NUMBERS = (
     *(r"\+\d{1,3}[ .-]?(?:\(\d+\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}", r"0[1-9](?:[ .-]\d\d){4}"),
     *(r"\(\d{3}\) ?\d{3}[ .-]\d{4}", r"\d{3}-\d{3}-\d{4}"),
 )
 _PERSONAL = {
     "e-mail address": r"(?<![\w.+-])\w[\w.+-]*@(?!example\.|git(?:hub|lab)\.com:)[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b",
-    "telephone number": rf"(?<![\w.])(?:{'|'.join(_CALLED)})(?![\w-])",
+    "telephone number": rf"(?<![\w.])(?:{'|'.join(_PHONE_NUMBERS)})(?![\w-])",
     "social security number": r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])",
-    "network address": rf"(?<![\w.])(?!{_OWN_NET})(?:{_OCTET}\.){{3}}{_OCTET}(?![\w.])",
+    "network address": rf"(?<![\w.])(?!{_RESERVED_NETWORKS})(?:{_OCTET}\.){{3}}{_OCTET}(?![\w.])",
     "secret key": rf"\b(?:{'|'.join(_KEYS)})|-----BEGIN [A-Z ]*PRIVATE KEY-----",
     "card number": r"(?<![\w.-])[3-6](?:\d{12,18}|\d{3}(?:[ -]\d{4}){2}[ -]\d{1,7}|\d{3}[ -]\d{6}[ -]\d{5})(?![\w-])",
     "bank account": r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b",
@@ -181,9 +181,9 @@ _PERSONAL = {
 
 
 def find_personal_data(text: str) -> Iterator[tuple[str, str]]:
-    """Yield what looks as if it belonged to a person: what kind of thing it is, and enough of it to find it again.
+    """Yield the kind and an abbreviated excerpt of personal data in a text, one excerpt per kind.
 
-    Numbers of cards and of bank accounts count where their check digits are right.
+    Card numbers and bank accounts are reported only if their check digits are correct.
 
     >>> list(find_personal_data("write to ada@lovelace.org, or pay with 4111 1111 1111 1111"))
     [('e-mail address', 'ada…rg'), ('card number', '411…11')]
@@ -191,10 +191,10 @@ def find_personal_data(text: str) -> Iterator[tuple[str, str]]:
     for kind, pattern in _patterns().items():
         if kind == "e-mail address" and "@" not in text:
             continue
-        for found in pattern.finditer(text):
-            is_right = _CHECKED.get(kind)
-            if is_right is None or is_right(re.sub(r"[ -]", "", found.group())):
-                yield kind, f"{found.group()[:3]}…{found.group()[-2:]}"
+        for match in pattern.finditer(text):
+            is_valid = _VALIDATORS.get(kind)
+            if is_valid is None or is_valid(re.sub(r"[ -]", "", match.group())):
+                yield kind, f"{match.group()[:3]}…{match.group()[-2:]}"
                 break
 
 
@@ -203,14 +203,15 @@ def _patterns() -> dict[str, re.Pattern[str]]:
     return {kind: re.compile(pattern) for kind, pattern in _PERSONAL.items()}
 
 
-def _luhn(digits: str) -> bool:
-    """ISO/IEC 7812-1, annex B."""
-    return sum(sum(divmod(2 * int(one), 10)) if at % 2 else int(one) for at, one in enumerate(digits[::-1])) % 10 == 0
+def _is_card_number(digits: str) -> bool:
+    """Return whether the check digit is correct (Luhn, ISO/IEC 7812-1, annex B)."""
+    reverse = enumerate(digits[::-1])
+    return sum(sum(divmod(2 * int(digit), 10)) if index % 2 else int(digit) for index, digit in reverse) % 10 == 0
 
 
-def _iban(text: str) -> bool:
-    """ISO 13616: modulo 97."""
-    return 15 <= len(text) <= 34 and int("".join(str(int(one, 36)) for one in text[4:] + text[:4])) % 97 == 1
+def _is_iban(text: str) -> bool:
+    """Return whether the check digits are correct (modulo 97, ISO 13616)."""
+    return 15 <= len(text) <= 34 and int("".join(str(int(char, 36)) for char in text[4:] + text[:4])) % 97 == 1
 
 
-_CHECKED = {"card number": _luhn, "bank account": _iban}
+_VALIDATORS = {"card number": _is_card_number, "bank account": _is_iban}

@@ -1,9 +1,7 @@
-"""Rows to examples: the stages from normalise to truncate, composed, under one recipe.
+"""Turn rows into examples, in batches and in order: normalize, render, tokenize, mask and truncate.
 
-    Row ──normalise──> Conversation ──render──> Rendered ──tokenise──> Encoded ──mask, truncate──> Example
-     └───────────────────────── or, at any stage, Reject: where, why, and the way out
-
-Rows go through in batches; what comes out is in the order of what went in.
+Row ──normalize──> Conversation ──render──> Rendered ──tokenize──> Encodings ──mask, truncate──> Example
+ └───────────────────────── or, at any stage, Reject: where, why, and the fix
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from numpy.typing import NDArray
 from ftdata.errors import BadRow
 from ftdata.pipeline.mask import Policy, trained_tokens
 from ftdata.pipeline.recipe import FLAGS, Recipe, make_recipe, policy_name
-from ftdata.pipeline.render_rows import apply_policy, make_reject, render_conversation, render_rows
+from ftdata.pipeline.render_rows import RowAndOutcome, apply_policy, make_reject, render_conversation, render_rows
 from ftdata.pipeline.truncate import truncate, turn_ends
 from ftdata.schemas import normalize
 from ftdata.tokenizing.batches import Encodings, ExampleColumns, RenderedBatch
@@ -34,11 +32,7 @@ from ftdata.types import Conversation, Example, Message, Part, Reject, RenderedR
 
 
 class BuiltRow(NamedTuple):
-    """One row that was built: its examples, and how many tokens of it did not fit.
-
-    `dropped` are the lengths of examples that did not fit at all. `repeated` is what it costs to show a conversation in
-    several examples: their tokens beyond the longest one's.
-    """
+    """A row with its examples, the number of tokens that truncation removed, and the lengths of dropped examples."""
 
     conversation: Conversation
     examples: tuple[Example, ...]
@@ -47,371 +41,378 @@ class BuiltRow(NamedTuple):
 
     @property
     def repeated(self) -> int:
-        """Tokens beyond those of the longest example."""
+        """Number of tokens in all examples except the longest."""
         lengths = [len(example.input_ids) for example in self.examples]
         return sum(lengths) - max(lengths, default=0)
 
 
 def build_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[BuiltRow | Reject]:
-    """Take rows through normalise, render, tokenise, mask and truncate.
-
-    Yields, for each row and in order, what was built of it or why it was rejected.
-    """
+    """Normalize, render, tokenize, mask and truncate rows; yield a `BuiltRow` or a `Reject` for each, in order."""
     return chain.from_iterable(build_batches(recipe, rows))
 
 
 @dataclass(frozen=True, eq=False)
 class MaskedTexts:
-    """Texts with their tokens and labels: an example each, by columns, or why it is refused.
+    """A batch of texts with their tokens and masks. Each item is an `Example`, or the error that rejects the text.
 
     Attributes:
-        said: the conversation behind each text.
-        texts: the texts.
-        tokens: their tokens.
-        trained: bool `[tokens]`, those that carry loss.
-        flags: what a careful reader should know of each text.
-        refused: the texts that are refused, and why.
+        conversations: the conversation of each text.
+        texts: the rendered texts.
+        tokens: the tokens of the texts.
+        trained: bool `[tokens]`, true for trained tokens.
+        flags: the flags of each text.
+        errors: the errors of rejected texts, by the number of the text.
     """
 
-    said: Sequence[Conversation]
+    conversations: Sequence[Conversation]
     texts: RenderedBatch
     tokens: Encodings
     trained: NDArray[np.bool_]
     flags: Sequence[frozenset[str]]
-    refused: Mapping[int, BadRow]
+    errors: Mapping[int, BadRow]
 
     @cached_property
     def trained_counts(self) -> NDArray[np.int64]:
-        """Trained tokens of each text (int64 `[texts]`)."""
-        found, filled = np.zeros(len(self), np.int64), np.diff(self.tokens.bounds) > 0
-        found[filled] = np.add.reduceat(self.trained, self.tokens.bounds[:-1][filled], dtype=np.int32)
-        return found
+        """Number of trained tokens of each text (int64 `[texts]`)."""
+        counts, has_tokens = np.zeros(len(self), np.int64), np.diff(self.tokens.token_bounds) > 0
+        counts[has_tokens] = np.add.reduceat(self.trained, self.tokens.token_bounds[:-1][has_tokens], dtype=np.int32)
+        return counts
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def __getitem__(self, number: int) -> Example | BadRow:
-        if number in self.refused:
-            return self.refused[number]
+        if number in self.errors:
+            return self.errors[number]
         ids, offsets, _ = self.tokens[number]
-        trained, text = self.trained[slice(*self.tokens.bounds[number : number + 2].tolist())], self.texts[number]
-        return Example(ids, trained, offsets, text.text, text.spans, self.flags[number], self.said[number].source)
+        trained, text = self.trained[slice(*self.tokens.token_bounds[number : number + 2].tolist())], self.texts[number]
+        flags, source = self.flags[number], self.conversations[number].source
+        return Example(ids, trained, offsets, text.text, text.spans, flags, source)
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What rows became, in order: a `Reject`, or `BuiltRow`; where that is one text's example, the text's number."""
+    """The results of a batch of rows, in order.
+
+    Each result is a `Reject`, a `BuiltRow`, or the number of a text in `masked` that is the row's only example.
+    """
 
     masked: MaskedTexts
-    entries: Sequence[int | BuiltRow | Reject]
+    results: Sequence[int | BuiltRow | Reject]
 
     @property
     def plain(self) -> bool:
-        """Whether each row became one text's example, which is so in most batches."""
-        return isinstance(self.entries, range)
+        """Whether every row has exactly one text and one unchanged example, as in most batches."""
+        return isinstance(self.results, range)
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.results)
 
     def __iter__(self) -> Iterator[BuiltRow | Reject]:
-        built = 0
-        for entry in self.entries:
-            if isinstance(entry, Reject):
-                yield entry
+        number = 0
+        for result in self.results:
+            if isinstance(result, Reject):
+                yield result
             else:
-                yield self.built(built)
-                built += 1
+                yield self.built(number)
+                number += 1
 
     def built(self, number: int) -> BuiltRow:
-        """Return one of the rows that were built."""
-        entry = self.entries[number] if self.plain else self._built[number]
-        assert not isinstance(entry, Reject)
-        if isinstance(entry, BuiltRow):
-            return entry
-        example = self.masked[entry]
+        """Return a built row by its position among the built rows."""
+        result = self.results[number] if self.plain else self._built_results[number]
+        assert not isinstance(result, Reject)
+        if isinstance(result, BuiltRow):
+            return result
+        example = self.masked[result]
         assert isinstance(example, Example)
-        return BuiltRow(self.masked.said[entry], (example,))
+        return BuiltRow(self.masked.conversations[result], (example,))
 
     @cached_property
-    def _built(self) -> list[int | BuiltRow]:
-        return [entry for entry in self.entries if not isinstance(entry, Reject)]
+    def _built_results(self) -> list[int | BuiltRow]:
+        return [result for result in self.results if not isinstance(result, Reject)]
 
     @cached_property
     def rejects(self) -> list[Reject]:
-        """The rows that were rejected."""
-        return [] if self.plain else [entry for entry in self.entries if isinstance(entry, Reject)]
+        """The rejected rows."""
+        return [] if self.plain else [result for result in self.results if isinstance(result, Reject)]
 
     @cached_property
     def conversations(self) -> Sequence[Conversation]:
-        """The rows that were built."""
+        """The conversations of the built rows."""
         if self.plain:
-            return self.masked.said
+            return self.masked.conversations
         return [
-            self.masked.said[entry] if isinstance(entry, int) else entry.conversation
-            for entry in self.entries
-            if not isinstance(entry, Reject)
+            self.masked.conversations[result] if isinstance(result, int) else result.conversation
+            for result in self.results
+            if not isinstance(result, Reject)
         ]
 
     @cached_property
     def counts(self) -> list[int]:
-        """How many examples there are of each row that was built."""
+        """Number of examples of each built row."""
         if self.plain:
-            return [1] * len(self.entries)
+            return [1] * len(self.results)
         return [
-            1 if isinstance(entry, int) else len(entry.examples)
-            for entry in self.entries
-            if not isinstance(entry, Reject)
+            1 if isinstance(result, int) else len(result.examples)
+            for result in self.results
+            if not isinstance(result, Reject)
         ]
 
     @property
-    def last(self) -> Source:
-        """Where the last row came from."""
-        entry = self.entries[-1]
-        if isinstance(entry, int):
-            return self.masked.said[entry].source
-        return entry.source if isinstance(entry, Reject) else entry.conversation.source
+    def last_source(self) -> Source:
+        """Source of the last row."""
+        result = self.results[-1]
+        if isinstance(result, int):
+            return self.masked.conversations[result].source
+        return result.source if isinstance(result, Reject) else result.conversation.source
 
     @property
     def cut(self) -> int:
-        """Tokens that did not fit."""
-        return 0 if self.plain else sum(entry.cut for entry in self.entries if isinstance(entry, BuiltRow))
+        """Number of tokens that truncation removed."""
+        return 0 if self.plain else sum(result.cut for result in self.results if isinstance(result, BuiltRow))
 
     @property
     def dropped(self) -> list[int]:
-        """Tokens of each example that did not fit at all, of rows of which others did."""
+        """Lengths in tokens of dropped examples, for rows with at least one other example."""
         if self.plain:
             return []
-        return [length for entry in self.entries if isinstance(entry, BuiltRow) for length in entry.dropped]
+        return [length for result in self.results if isinstance(result, BuiltRow) for length in result.dropped]
 
     @property
     def repeated(self) -> int:
-        """Tokens that are there because conversations are shown in several examples."""
-        return 0 if self.plain else sum(entry.repeated for entry in self.entries if isinstance(entry, BuiltRow))
+        """Number of tokens that repeat because conversations are split into several examples."""
+        return 0 if self.plain else sum(result.repeated for result in self.results if isinstance(result, BuiltRow))
 
     @cached_property
     def columns(self) -> ExampleColumns:
-        """All examples by columns."""
+        """All examples as columns."""
         if self.plain:
-            return _columns_of(self.masked)
-        return _columns([one for entry in self if isinstance(entry, BuiltRow) for one in entry.examples])
+            return _columns_of_masked(self.masked)
+        return _columns_of_examples(
+            [example for result in self if isinstance(result, BuiltRow) for example in result.examples]
+        )
 
 
-def _columns_of(masked: MaskedTexts) -> ExampleColumns:
-    lengths, sources = np.diff(masked.tokens.bounds), [one.source for one in masked.said]
+def _columns_of_masked(masked: MaskedTexts) -> ExampleColumns:
+    lengths, sources = (
+        np.diff(masked.tokens.token_bounds),
+        [conversation.source for conversation in masked.conversations],
+    )
     return ExampleColumns(
         masked.tokens.ids, masked.trained, lengths, masked.trained_counts, [0] * len(masked), masked.flags, sources
     )
 
 
-def _columns(examples: Sequence[Example]) -> ExampleColumns:
+def _columns_of_examples(examples: Sequence[Example]) -> ExampleColumns:
     return ExampleColumns(
-        np.concatenate([one.input_ids for one in examples] or [np.empty(0, np.int32)]),
-        np.concatenate([one.trained for one in examples] or [np.empty(0, np.bool_)]),
+        np.concatenate([example.input_ids for example in examples] or [np.empty(0, np.int32)]),
+        np.concatenate([example.trained for example in examples] or [np.empty(0, np.bool_)]),
         np.fromiter(map(len, examples), np.int64),
-        np.fromiter((np.count_nonzero(one.trained) for one in examples), np.int64),
-        [one.cut for one in examples],
-        [one.flags for one in examples],
-        [one.source for one in examples],
+        np.fromiter((np.count_nonzero(example.trained) for example in examples), np.int64),
+        [example.cut for example in examples],
+        [example.flags for example in examples],
+        [example.source for example in examples],
     )
 
 
 def build_batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[Batch]:
-    """As `build_rows`, as many rows at a time as go through the stages together."""
+    """Build rows as `build_rows` does, and yield the results in batches."""
     for batch in render_rows(recipe, rows):
-        masked = _masked(recipe, [entry for _, entry in batch if not isinstance(entry, Reject)])
-        yield _finished(recipe, batch, masked)
+        masked = _mask_rows(recipe, [outcome for _, outcome in batch if not isinstance(outcome, Reject)])
+        yield _finish_rows(recipe, batch, masked)
 
 
-def _finished(recipe: Recipe, batch: Sequence[tuple[Row | Reject, RenderedRow | Reject]], masked: MaskedTexts) -> Batch:
-    """Say what became of each row, most of which are one text to which nothing more is to be done."""
-    plain = masked.trained_counts > 0
+def _finish_rows(recipe: Recipe, batch: Sequence[RowAndOutcome], masked: MaskedTexts) -> Batch:
+    """Return the result of each row. Most rows have one text, which needs no further processing."""
+    is_final = masked.trained_counts > 0
     if recipe.max_length is not None:
-        plain &= np.diff(masked.tokens.bounds) <= recipe.max_length
-    plain[list(masked.refused)] = False
+        is_final &= np.diff(masked.tokens.token_bounds) <= recipe.max_length
+    is_final[list(masked.errors)] = False
     if recipe.reject_flags:
-        plain &= np.fromiter((flags.isdisjoint(recipe.reject_flags) for flags in masked.flags), np.bool_)
-    if plain.all() and all(type(entry) is RenderedRow and entry.plain for _, entry in batch):
+        is_final &= np.fromiter((flags.isdisjoint(recipe.reject_flags) for flags in masked.flags), np.bool_)
+    if is_final.all() and all(type(outcome) is RenderedRow and outcome.is_single_text for _, outcome in batch):
         return Batch(masked, range(len(masked)))
-    as_is, at, entries = plain.tolist(), 0, list[int | BuiltRow | Reject]()
-    for row, entry in batch:
-        if isinstance(entry, Reject):
-            entries.append(entry)
+    final_texts, next_text, results = is_final.tolist(), 0, list[int | BuiltRow | Reject]()
+    for row, outcome in batch:
+        if isinstance(outcome, Reject):
+            results.append(outcome)
             continue
-        first, at = at, at + len(entry.texts)
-        if entry.plain and as_is[first]:
-            entries.append(first)
+        first, next_text = next_text, next_text + len(outcome.texts)
+        if outcome.is_single_text and final_texts[first]:
+            results.append(first)
         else:
-            entries.append(_finish(recipe, row, entry.conversation, [masked[n] for n in range(first, at)]))
-    return Batch(masked, entries)
+            results.append(_build_row(recipe, row, outcome.conversation, [masked[n] for n in range(first, next_text)]))
+    return Batch(masked, results)
 
 
-def _finish(
-    recipe: Recipe,
-    row: Row | Reject,
-    conversation: Conversation,
-    encoded: Sequence[Example | BadRow],
+def _build_row(
+    recipe: Recipe, row: Row | Reject, conversation: Conversation, encoded: Sequence[Example | BadRow]
 ) -> BuiltRow | Reject:
     try:
-        whole = _examples(recipe, conversation, encoded)
+        examples = _trained_examples(recipe, conversation, encoded)
     except BadRow as error:
         return make_reject(row, error)
-    lengths = tuple(map(len, whole))
+    lengths = tuple(map(len, examples))
     dropped = list[int]()
-    kept: list[Example] = []
-    refusal: BadRow | None = None
-    for example in whole:
+    fitting: list[Example] = []
+    length_error: BadRow | None = None
+    for example in examples:
         try:
-            kept.append(truncate(example, recipe.max_length, recipe.overlong))
+            fitting.append(truncate(example, recipe.max_length, recipe.overlong))
         except BadRow as error:
-            refusal = error
+            length_error = error
             dropped.append(len(example))
-    # Turns rendered one by one are whole turns: `drop_turns` may leave some of them out, the others may not.
-    if refusal is not None and (recipe.overlong != "drop_turns" or not kept):
-        return replace(make_reject(row, refusal), lengths=lengths)
+    # In a split conversation each example is a group of whole turns, so `drop_turns` may drop some of the examples.
+    if length_error is not None and (recipe.overlong != "drop_turns" or not fitting):
+        return replace(make_reject(row, length_error), lengths=lengths)
     try:
-        _check_flags(recipe, kept)
+        _check_flags(recipe, fitting)
     except BadRow as error:
         return replace(make_reject(row, error), lengths=lengths)
-    return BuiltRow(conversation, tuple(kept), sum(lengths) - sum(map(len, kept)), tuple(dropped))
+    return BuiltRow(conversation, tuple(fitting), sum(lengths) - sum(map(len, fitting)), tuple(dropped))
 
 
 def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:
-    """Refuse a row with a flag that the user wants to be a fault."""
+    """Reject a row if an example has a flag that `reject_flags` contains."""
     if not recipe.reject_flags:
         return
-    found = frozenset[str]().union(*(example.flags for example in examples)).intersection(recipe.reject_flags)
-    for flag in sorted(found):
-        means = FLAGS[flag].format(n="such", repeated="some")
+    flags = frozenset[str]().union(*(example.flags for example in examples)).intersection(recipe.reject_flags)
+    for flag in sorted(flags):
+        meaning = FLAGS[flag].format(n="affected", repeated="some")
         raise BadRow(
             flag,
-            f"is refused by choice: {means}",
-            hint=f"reject_flags= names {flag}; without it, it is a flag in the report",
+            f"has the flag {flag}, which reject_flags contains ({meaning})",
+            hint=f"fix the row, or remove {flag} from reject_flags to build it",
         )
 
 
-def _examples(recipe: Recipe, conversation: Conversation, encoded: Sequence[Example | BadRow]) -> tuple[Example, ...]:
-    """Return the examples of one conversation; turns on their own of which nothing is trained are none."""
+def _trained_examples(
+    recipe: Recipe, conversation: Conversation, encoded: Sequence[Example | BadRow]
+) -> tuple[Example, ...]:
+    """Return the examples of one conversation, without split turns that have no trained tokens."""
     if conversation.tokens is not None:
         return (pass_tokens_through(recipe, conversation, conversation.tokens),)
     trained: list[Example] = []
-    lost = frozenset[str]()
-    for one in encoded:
-        if isinstance(one, BadRow):
-            raise one
-        if one.trained.any():
-            trained.append(one)
-        elif not any(span.generated for span in one.spans):
-            # An empty turn by itself, without a stop: there is no example that could carry its flags.
-            lost |= one.flags & {"no_trained_stop", "missing_final_stop"}
+    extra_flags = frozenset[str]()
+    for example in encoded:
+        if isinstance(example, BadRow):
+            raise example
+        if example.trained.any():
+            trained.append(example)
+        elif not any(span.generated for span in example.spans):
+            # A split turn that is empty and has no stop token becomes no example, so another example has its flags.
+            extra_flags |= example.flags & {"no_trained_stop", "missing_final_stop"}
     if not trained:
-        raise BadRow("nothing_trained", f"no token would be trained under train_on={policy_name(recipe.train_on)!r}")
+        raise BadRow("nothing_trained", f"has no trained token with train_on={policy_name(recipe.train_on)!r}")
     if conversation.messages and conversation.messages[-1]["role"] != "assistant":
-        lost |= {"trailing_messages"}
-    if lost:
-        trained[-1] = replace(trained[-1], flags=trained[-1].flags | lost)
+        extra_flags |= {"trailing_messages"}
+    if extra_flags:
+        trained[-1] = replace(trained[-1], flags=trained[-1].flags | extra_flags)
     return tuple(trained)
 
 
 def pass_tokens_through(recipe: Recipe, conversation: Conversation, tokens: RowTokens) -> Example:
-    """Pass the row's own tokens through; its text is theirs, one by one, for people to read.
+    """Return the example of a pretokenized row. Its text is decoded token by token, for display only.
 
     Raises:
-        BadRow: the tokenizer has no such tokens, or none is to be learnt.
+        BadRow: the tokenizer does not contain a token, or no token is trained.
     """
     ids, trained = tokens.input_ids, tokens.trained
-    if (foreign := np.flatnonzero((ids < 0) | (ids >= recipe.tokenizer.size))).size:
-        at = int(foreign[0])
-        found = f"is {ids[at]}, which tokenizer {recipe.tokenizer.name} does not have"
-        raise BadRow("token_id", found, field=f"input_ids[{at}]", hint="give the tokenizer that made these tokens")
+    if (unknown := np.flatnonzero((ids < 0) | (ids >= recipe.tokenizer.size))).size:
+        first = int(unknown[0])
+        problem = f"is {ids[first]}, which is not in the vocabulary of tokenizer {recipe.tokenizer.name}"
+        raise BadRow("token_id", problem, field=f"input_ids[{first}]", hint="pass the tokenizer that made these tokens")
     if not trained.any():
-        raise BadRow("nothing_trained", "has no token to learn", field="labels")
+        raise BadRow("nothing_trained", "has no trained token", field="labels")
     texts = token_texts(recipe.tokenizer, ids.tolist())
     ends = np.cumsum([len(text) for text in texts])
     offsets = np.stack((ends - [len(text) for text in texts], ends), axis=1).astype(np.int32)
     runs = np.flatnonzero(np.diff(trained, prepend=~trained[:1], append=~trained[-1:]))
     spans = [
-        Span(int(offsets[a, 0]), int(offsets[b - 1, 1]), Part.CONTENT, at, bool(trained[a]))
-        for at, (a, b) in enumerate(pairwise(runs.tolist()))
+        Span(int(offsets[start, 0]), int(offsets[end - 1, 1]), Part.CONTENT, number, bool(trained[start]))
+        for number, (start, end) in enumerate(pairwise(runs.tolist()))
     ]
     flags = frozenset({"pretokenized"})
     example = Example(ids, trained, offsets, "".join(texts), tuple(spans), flags, conversation.source)
-    return example if _stops(example, recipe) else replace(example, flags=flags | {"no_trained_stop"})
+    return example if _has_stops(example, recipe) else replace(example, flags=flags | {"no_trained_stop"})
 
 
-def _masked(recipe: Recipe, rows: Sequence[RenderedRow]) -> MaskedTexts:
-    """Tokenise and mask the texts of rows, all at once."""
-    said = [row.conversation for row in rows for _ in row.texts]
-    batch = RenderedBatch([one for row in rows for one in row.texts])
-    tokens, refused = encode_rendered(recipe.tokenizer, batch, recipe.control, recipe.control_tokens)
-    tokens = _begun(recipe, batch, tokens)
-    trained, straddles = trained_tokens(tokens, batch, _chosen(recipe, rows, refused))
-    flags = [one.flags for one in batch]
+def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow]) -> MaskedTexts:
+    """Tokenize and mask the texts of rows in one batch."""
+    conversations = [row.conversation for row in rows for _ in row.texts]
+    batch = RenderedBatch([text for row in rows for text in row.texts])
+    tokens, errors = encode_rendered(recipe.tokenizer, batch, recipe.control, recipe.control_tokens)
+    tokens = _add_bos(recipe, batch, tokens)
+    trained, crosses_boundary = trained_tokens(tokens, batch, _trained_spans(recipe, rows, errors))
+    flags = [text.flags for text in batch]
     for flag, numbers in (
         ("control_tokens", tokens.escaped),
-        ("token_crosses_boundary", np.flatnonzero(straddles).tolist()),
+        ("token_crosses_boundary", np.flatnonzero(crosses_boundary).tolist()),
     ):
         for number in numbers:
             flags[number] |= {flag}
-    made = MaskedTexts(said, batch, tokens, trained, flags, refused)
-    for number, plain in enumerate(_closed(made, recipe)):
-        if not plain and isinstance(example := made[number], Example) and not _stops(example, recipe):
+    masked = MaskedTexts(conversations, batch, tokens, trained, flags, errors)
+    for number, certain in enumerate(_certainly_have_stops(masked, recipe)):
+        if not certain and isinstance(example := masked[number], Example) and not _has_stops(example, recipe):
             flags[number] |= {"no_trained_stop"}
-    return made
+    return masked
 
 
-def _chosen(recipe: Recipe, rows: Sequence[RenderedRow], refused: Collection[int]) -> list[Sequence[bool]]:
-    """Return which spans of each text are to be trained; none of those that are refused."""
-    policy, found = recipe.policy, list[Sequence[bool]]()
+def _trained_spans(recipe: Recipe, rows: Sequence[RenderedRow], rejected: Collection[int]) -> list[Sequence[bool]]:
+    """Return for each span of each text whether it is trained; false for all spans of rejected texts."""
+    policy, trained_spans = recipe.policy, list[Sequence[bool]]()
     for row in rows:
-        if row.trained_spans is not None and not refused:
-            found += row.trained_spans
+        if row.trained_spans is not None and not rejected:
+            trained_spans += row.trained_spans
             continue
-        for number, one in enumerate(row.texts):
-            if len(found) in refused:
-                found.append([False] * len(one.spans))
+        for number, text in enumerate(row.texts):
+            if len(trained_spans) in rejected:
+                trained_spans.append([False] * len(text.spans))
             else:
-                found.append(policy(one, row.conversation) if row.trained_spans is None else row.trained_spans[number])
-    return found
+                trained_spans.append(
+                    policy(text, row.conversation) if row.trained_spans is None else row.trained_spans[number]
+                )
+    return trained_spans
 
 
-def _begun(recipe: Recipe, batch: RenderedBatch, tokens: Encodings) -> Encodings:
-    """Return the tokens with the tokenizer's own BOS before them, where a text has none of its own."""
-    wanted = [number for number, one in enumerate(batch) if one.add_bos]
-    if not wanted or not len(bos := recipe.tokenizer.bos_ids):
+def _add_bos(recipe: Recipe, batch: RenderedBatch, tokens: Encodings) -> Encodings:
+    """Return the tokens with the tokenizer's BOS added before each text that needs it and does not begin with it."""
+    numbers = [number for number, text in enumerate(batch) if text.add_bos]
+    if not numbers or not len(bos := recipe.tokenizer.bos_ids):
         return tokens
-    return tokens.begun([number for number in wanted if not np.array_equal(tokens[number].ids[:1], bos)], bos)
+    return tokens.with_prefix([number for number in numbers if not np.array_equal(tokens[number].ids[:1], bos)], bos)
 
 
-def _closed(masked: MaskedTexts, recipe: Recipe) -> list[bool]:
-    """Return for which texts it is plain that every trained turn ends in a control token.
+def _certainly_have_stops(masked: MaskedTexts, recipe: Recipe) -> list[bool]:
+    """Return for each text whether all trained turns certainly end with a control token.
 
-    That is so where every stretch of trained tokens, of which each turn has one, ends in one.
+    This is certain if the text has one run of trained tokens per turn, and every run ends with a control token.
     """
-    ids, bounds, trained = masked.tokens.ids, masked.tokens.bounds, masked.trained
-    following = np.append(trained[1:], False)
-    following[bounds[1:][bounds[1:] > 0] - 1] = False
-    closing = np.flatnonzero(trained & ~following)
-    of = np.searchsorted(bounds, closing, side="right") - 1
-    good = np.bincount(of[recipe.control.among(ids[closing])], minlength=len(masked)).tolist()
-    every = np.bincount(of, minlength=len(masked)).tolist()
+    ids, bounds, trained = masked.tokens.ids, masked.tokens.token_bounds, masked.trained
+    next_is_trained = np.append(trained[1:], False)
+    next_is_trained[bounds[1:][bounds[1:] > 0] - 1] = False
+    run_ends = np.flatnonzero(trained & ~next_is_trained)
+    text_of_run = np.searchsorted(bounds, run_ends, side="right") - 1
+    stopped_runs = np.bincount(text_of_run[recipe.control.is_control(ids[run_ends])], minlength=len(masked)).tolist()
+    runs = np.bincount(text_of_run, minlength=len(masked)).tolist()
     turns = [len(spans.kinds.turns) for spans in masked.texts.spans]
-    return [a == b == c for a, b, c in zip(good, every, turns, strict=True)]
+    return [stopped == count == expected for stopped, count, expected in zip(stopped_runs, runs, turns, strict=True)]
 
 
-def _stops(example: Example, recipe: Recipe) -> bool:
-    """Whether every trained turn ends in a control token, but for blanks, and a last one that has none to end in."""
+def _has_stops(example: Example, recipe: Recipe) -> bool:
+    """Return whether every trained turn ends with a control token, ignoring whitespace and `missing_final_stop`."""
     ends = turn_ends(example)
     if "missing_final_stop" in example.flags:
         ends = ends[:-1]
         if not len(ends):
             return True
-    last = []
+    last_ids = []
     for end in ends:
-        at = end - 1
-        while at > 0 and example.trained[at - 1] and not example.text[slice(*example.offsets[at])].strip():
-            at -= 1
-        last.append(example.input_ids[at])
-    return bool(last) and bool(np.isin(last, recipe.control.ids).all())
+        last = end - 1
+        while last > 0 and example.trained[last - 1] and not example.text[slice(*example.offsets[last])].strip():
+            last -= 1
+        last_ids.append(example.input_ids[last])
+    return bool(last_ids) and bool(np.isin(last_ids, recipe.control.ids).all())
 
 
 def encode(
@@ -429,40 +430,39 @@ def encode(
     date: str | datetime.date | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Example, ...]:
-    """Encode one conversation: ids, labels, and the reason of each.
+    """Encode one conversation into token ids and labels, with the text and span behind each token.
 
-    It is what a build makes of it, but for an empty answer, which a build refuses.
+    The examples equal those of a build, except that a build also rejects empty answers.
 
     Args:
-        messages: the conversation, as chat templates take it.
-        tokenizer: a folder, a hub id, or a tokenizer object.
-        template: as for `build_sft_dataset`.
-        tools: JSON schemas of tools, for templates that print them.
+        messages: the conversation, in the format of chat templates.
+        tokenizer: a folder, a Hub ID, or a tokenizer object.
+        template: the template, as in `build_sft_dataset`.
+        tools: JSON schemas of the tools.
         train_on: `"assistant"`, `"last_assistant"`, `"completion"`, `"all"`, or a callable
             `(rendered, conversation) -> [bool per span]`.
-        train_parts: of what `train_on` chooses, these parts only: `"reasoning"`, `"answer"`, `"tool_call"`.
+        train_parts: the parts to train: `"reasoning"`, `"answer"`, `"tool_call"`; `None` for all parts.
         turns: `"auto"`, `"joint"` or `"split"`.
-        control_tokens: `"escape"`, `"refuse"` or `"allow"` control-token text inside the messages.
-        on_dropped_message: `"reject"` or `"flag"` a conversation of which the template leaves out a message that is not the
-            assistant's.
-        on_missing_stop: `"flag"` a last turn that the template leaves without a stop, or `"append_eos"` and train it.
-        reject_flags: flags, such as `"no_trained_stop"`, that make a conversation a bad one.
-        date: what templates that print a date are shown.
-        template_kwargs: further variables for the template.
+        control_tokens: `"escape"`, `"refuse"` or `"allow"`: the policy for control-token text inside the messages.
+        on_dropped_message: `"reject"` or `"flag"` a conversation if the template omits a system, user or tool message.
+        on_missing_stop: `"flag"` a last turn for which the template prints no stop token, or `"append_eos"` to it.
+        reject_flags: flags, such as `"no_trained_stop"`, that reject the conversation.
+        date: the current date for templates that print it.
+        template_kwargs: additional template variables.
 
     Returns:
-        One example, or one per group of turns that answer one user message where the template rewrites earlier turns;
-        arrays are numpy's, int32 and bool `[tokens]`.
+        One example, or one example per group of turns if the template rewrites earlier turns. Arrays are NumPy
+        arrays of int32 and bool, `[tokens]`.
 
     Raises:
         UsageError: an option is invalid.
-        BadRow: the conversation is refused; `.code` says why.
-        TemplateRefused: the template or tokenizer cannot be used at all.
-        HubError: the tokenizer cannot be had.
+        BadRow: the conversation is rejected; `.code` contains the reason.
+        TemplateRefused: the template or the tokenizer cannot be used for any conversation.
+        HubError: the tokenizer cannot be downloaded.
 
     >>> from ftdata.testing import byte_tokenizer
-    >>> talk = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
-    >>> (example,) = encode(talk, byte_tokenizer(), "chatml")
+    >>> messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    >>> (example,) = encode(messages, byte_tokenizer(), "chatml")
     >>> example.text.splitlines()
     ['<|im_start|>user', '2+2?<|im_end|>', '<|im_start|>assistant', '4<|im_end|>']
     >>> example.labels.tolist()[-4:], example.labels.dtype
@@ -483,14 +483,15 @@ def encode(
     )
     row = {"messages": messages, **({"tools": tools} if tools else {})}
     try:
-        # Through JSON and back: what cannot be written there, no template and no file could hold.
+        # A round trip through JSON rejects values that no template and no file could contain.
         row = json.loads(json.dumps(row))
     except (TypeError, ValueError, RecursionError) as error:
-        raise BadRow("not_json", f"the messages hold what JSON does not: {error}", where="<messages>") from None
+        raise BadRow("not_json", f"a value cannot be encoded as JSON: {error}", where="<messages>") from None
     conversation = normalize(Row(row, Source("<messages>", 0)), "messages")
     try:
-        masked = _masked(recipe, [apply_policy(conversation, render_conversation(recipe, conversation), recipe.policy)])
-        examples = _examples(recipe, conversation, [masked[number] for number in range(len(masked))])
+        rendered = apply_policy(conversation, render_conversation(recipe, conversation), recipe.policy)
+        masked = _mask_rows(recipe, [rendered])
+        examples = _trained_examples(recipe, conversation, [masked[number] for number in range(len(masked))])
         _check_flags(recipe, examples)
     except BadRow as error:
         error.where = error.where or error.field

@@ -1,7 +1,8 @@
-"""Fast path: a usual row, messages of a role and a text each for which there is a plan, is read and shown in one step.
+"""Fast path: read and render an ordinary row in one step.
 
-Schema, turns, text and mask of such a row depend on its columns and roles, so that little is to be found out for each.
-What is unusual in any way goes through the stages one by one, which make the same of a usual row, too.
+An ordinary row contains messages with only a role and a text, and its template has a plan for these roles. The schema,
+turns, spans and mask of the row depend only on its columns and roles, so most of the work is cached. Every other row
+goes through the separate stages, which produce the same result for ordinary rows.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from ftdata.errors import BadRow
-from ftdata.pipeline.mask import is_custom
+from ftdata.pipeline.mask import is_built_in_policy
 from ftdata.pipeline.recipe import Recipe
 from ftdata.schemas import RowKind, classify_row
 from ftdata.schemas.messages import has_answer, plain_message
@@ -20,56 +21,61 @@ from ftdata.types import Conversation, Message, RenderedRow, Row
 
 
 def make_fast_path(recipe: Recipe) -> Callable[[Row], RenderedRow | None]:
-    """Return what shows a usual row, and gives `None` for every other."""
-    if recipe.columns or recipe.turns == "split" or recipe.on_missing_stop == "append_eos" or not recipe.template.chat:
+    """Return a function that renders ordinary rows, and returns `None` for every other row."""
+    if (
+        recipe.columns
+        or recipe.turns == "split"
+        or recipe.on_missing_stop == "append_eos"
+        or not recipe.template.is_chat
+    ):
         return lambda _: None
-    # What a policy of the user's own looks at, nobody knows.
-    if not is_custom(recipe.train_on):
+    # A custom policy may depend on any property of the row.
+    if not is_built_in_policy(recipe.train_on):
         return lambda _: None
-    plans, policy, auto = recipe.template.plans, recipe.policy, recipe.turns == "auto"
-    # By the id of the plan, which is its own as long as the template is there.
-    chosen: dict[int, Sequence[bool]] = {}
+    plans, policy, is_auto = recipe.template.plan_cache, recipe.policy, recipe.turns == "auto"
+    # Keyed by the `id()` of the plan, which is unique as long as the template exists.
+    trained_spans: dict[int, Sequence[bool]] = {}
 
-    def show(row: Row) -> RenderedRow | None:
-        column, roles, messages, contents = _talk(row)
-        turns = _turns(roles)
-        for plan in plans.of(roles, turns) if turns else ():
+    def render(row: Row) -> RenderedRow | None:
+        column, roles, messages, contents = _read_messages(row)
+        turns = _assistant_indices(roles)
+        for plan in plans.get_plans(roles, turns) if turns else ():
             rendered = plan.fill(messages, contents)
             if rendered is None:
                 continue
-            kind = _kind(recipe.schema, row.data)
-            if kind is None or kind.chat != column or (auto and "history_rewritten" in plan.flags):
+            kind = _classify(recipe.schema, row.data)
+            if kind is None or kind.chat != column or (is_auto and "history_rewritten" in plan.flags):
                 return None
             conversation = Conversation(
                 tuple(messages), completion_from=turns[-1], notes=kind.unread, schema=kind.name, source=row.source
             )
-            if (trained := chosen.get(id(plan))) is None:
-                trained = chosen[id(plan)] = policy(rendered, conversation)
+            if (trained := trained_spans.get(id(plan))) is None:
+                trained = trained_spans[id(plan)] = policy(rendered, conversation)
             return RenderedRow(conversation, (rendered,), (trained,), roles[-1] == "assistant")
         return None
 
-    return show
+    return render
 
 
-def _talk(row: Row) -> tuple[str, tuple[str, ...], Sequence[Message], Sequence[str]]:
-    """Return where the messages of a row stand, the roles as they are spelled, the messages, and their contents.
+def _read_messages(row: Row) -> tuple[str, tuple[str, ...], Sequence[Message], Sequence[str]]:
+    """Return the column of the messages, their roles as spelled in the row, the messages, and their contents.
 
-    There are none, if it is not usual.
+    The last three are empty if the row is not ordinary.
     """
     data = row.data
     if type(data) is not dict or row.flat:
         return "", (), (), ()
     column = "messages" if "messages" in data else "conversations"
-    if type(said := data.get(column)) is not list:
+    if type(items := data.get(column)) is not list:
         return column, (), (), ()
-    messages = [message for message in map(plain_message, said) if message is not None]
-    contents = message_contents(messages) if len(messages) == len(said) else None
+    messages = [message for message in map(plain_message, items) if message is not None]
+    contents = message_contents(messages) if len(messages) == len(items) else None
     if not contents or not all(map(has_answer, contents)):
         return column, (), (), ()
-    return column, tuple([item["role"] for item in said]), messages, contents
+    return column, tuple([item["role"] for item in items]), messages, contents
 
 
-def _kind(schema: str, data: Mapping[str, Any]) -> RowKind | None:
+def _classify(schema: str, data: Mapping[str, Any]) -> RowKind | None:
     try:
         return classify_row(schema, data)
     except (BadRow, RecursionError):
@@ -77,5 +83,5 @@ def _kind(schema: str, data: Mapping[str, Any]) -> RowKind | None:
 
 
 @lru_cache(maxsize=1024)
-def _turns(roles: tuple[str, ...]) -> tuple[int, ...]:
-    return tuple(at for at, role in enumerate(roles) if role == "assistant")
+def _assistant_indices(roles: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(index for index, role in enumerate(roles) if role == "assistant")

@@ -1,8 +1,8 @@
-"""Mask: a policy over spans -> which tokens carry loss.
+"""Mask policies: select the trained spans of a text, and from them the trained tokens.
 
-A policy says, for each span, whether it is trained. Tokens follow their characters: a token is trained if it
-overlaps a trained stretch by at least one character; a token of no characters never is. The first token of a
-text is never trained, since nothing stands before it to predict it from.
+A policy returns for each span whether it is trained. A token is trained if it overlaps a trained span by at least one
+character. A token without characters is never trained. The first token of a text is never trained, because there is no
+earlier token to predict it from.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from ftdata.tokenizing.batches import Encodings, RenderedBatch
 from ftdata.types import Conversation, Part, Rendered, Spans
 
 Policy = Callable[[Rendered, Conversation], Sequence[bool]]
-"""A mask policy: for each span of a text, whether it is trained. What it raises is `mask_failed`.
+"""A mask policy: returns for each span of a text whether it is trained. Its exceptions become `mask_failed` errors.
 
-It must answer alike for the same text and messages, and, with several `workers`, be found by its name in a module.
+It must be deterministic, and importable by name from a module if there are several `workers`.
 """
 
 masks: Registry[Policy] = Registry("ftdata.masks", "mask")
-"""Name, for `train_on` -> policy."""
+"""Map each name that `train_on` accepts to its policy."""
 
 
 @masks.register("assistant")
 def assistant(rendered: Rendered, conversation: Conversation) -> Sequence[bool]:
-    """Train every assistant turn, except messages that say `train: false` or `weight: 0`."""
-    kinds = Spans.of(rendered.spans).kinds
+    """Train every assistant turn, except messages with `train: false` or `weight: 0`."""
+    kinds = Spans.from_spans(rendered.spans).kinds
     untrained = _untrained(conversation)
     if not untrained:
         return kinds.generated
@@ -41,25 +41,25 @@ def assistant(rendered: Rendered, conversation: Conversation) -> Sequence[bool]:
 
 @masks.register("last_assistant")
 def last_assistant(rendered: Rendered, conversation: Conversation) -> list[bool]:
-    """Train the last assistant turn of the conversation only."""
+    """Train only the last assistant message of the conversation."""
     last = max((i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"), default=0)
-    chosen = assistant(rendered, conversation)
-    return [yes and span.message == last for yes, span in zip(chosen, rendered.spans, strict=True)]
+    trained_spans = assistant(rendered, conversation)
+    return [trained and span.message == last for trained, span in zip(trained_spans, rendered.spans, strict=True)]
 
 
 @masks.register("completion")
 def completion(rendered: Rendered, conversation: Conversation) -> list[bool]:
-    """Train the assistant turns of the completion: what follows the prompt, or the last turn of a chat."""
-    chosen = assistant(rendered, conversation)
+    """Train the assistant turns of the completion: the messages after the prompt, or the last turn of a chat."""
+    trained_spans = assistant(rendered, conversation)
     first = conversation.completion_from
-    return [yes and span.message >= first for yes, span in zip(chosen, rendered.spans, strict=True)]
+    return [trained and span.message >= first for trained, span in zip(trained_spans, rendered.spans, strict=True)]
 
 
 @masks.register("all")
 def all_text(rendered: Rendered, conversation: Conversation) -> list[bool]:
-    """Train the whole text, prompts and template included, except messages with `train: false` or `weight: 0`.
+    """Train the whole text including prompts and template text, except messages with `train: false` or `weight: 0`.
 
-    The template text around such a message is trained, its stop token is not.
+    The template text around an excluded message is trained, but its stop token is not.
     """
     untrained = _untrained(conversation)
     if not untrained:
@@ -76,109 +76,115 @@ def _untrained(conversation: Conversation) -> frozenset[int]:
 
 
 PARTS = {"reasoning": Part.REASONING, "answer": Part.CONTENT, "tool_call": Part.TOOL_CALL}
-"""What `train_parts` may name."""
+"""Map each name that `train_parts` accepts to its part."""
 
 
 def resolve_policy(train_on: str | Policy, train_parts: Sequence[str] | None = None) -> Policy:
-    """Return the policy of a name, or the callable itself, narrowed to some parts of the turns.
+    """Return a policy by its name, or the callable itself, restricted to `train_parts` of the turns.
 
     Raises:
-        UsageError: no policy, or no part, has this name.
+        UsageError: `train_on` or `train_parts` contains an unknown name.
     """
     if not isinstance(train_on, str) and not callable(train_on):
         raise UsageError(
-            "train_on", f"train_on is {train_on!r}, expected one of {', '.join(masks.names())}, or a function"
+            "train_on", f"train_on is {train_on!r}, expected a function or a name: {', '.join(masks.names())}"
         )
-    policy = _asked(train_on)
-    policy = policy if is_built_in(policy) else _checked(policy)
+    policy = _find_policy(train_on)
+    policy = policy if is_built_in(policy) else _add_checks(policy)
     if train_parts is None:
         return policy
     if isinstance(train_parts, str) or not isinstance(train_parts, Iterable) or not train_parts:
         raise UsageError("train_parts", f"train_parts is {train_parts!r}, expected a list of {', '.join(PARTS)}")
     for name in train_parts:
         check_choice("train_parts", name, PARTS)
-    wanted = frozenset(PARTS[name] for name in train_parts)
+    selected_parts = frozenset(PARTS[name] for name in train_parts)
     return lambda rendered, conversation: [
-        yes and bool(kinds & wanted)
-        for yes, kinds in zip(policy(rendered, conversation), parts_of_spans(rendered), strict=True)
+        trained and bool(parts & selected_parts)
+        for trained, parts in zip(policy(rendered, conversation), parts_of_spans(rendered), strict=True)
     ]
 
 
-def is_custom(train_on: str | Policy) -> bool:
-    """Whether a policy is built in: their answer depends on kinds of spans, roles and `train` alone."""
-    return is_built_in(_asked(train_on))
+def is_built_in_policy(train_on: str | Policy) -> bool:
+    """Return whether a policy is built in. Its result then depends only on span kinds, roles and `train`."""
+    return is_built_in(_find_policy(train_on))
 
 
-def _asked(train_on: str | Policy) -> Policy:
+def _find_policy(train_on: str | Policy) -> Policy:
     return masks.get(train_on) if isinstance(train_on, str) else train_on
 
 
-def _checked(policy: Policy) -> Policy:
-    """Return a policy of the user's own, whose answers are looked at before they are believed."""
+def _add_checks(policy: Policy) -> Policy:
+    """Return a custom policy with checks of its return values."""
 
-    def answers(rendered: Rendered, conversation: Conversation) -> list[bool]:
+    def checked_policy(rendered: Rendered, conversation: Conversation) -> list[bool]:
         try:
-            given = policy(rendered, conversation)
+            result = policy(rendered, conversation)
         except FtdataError:
             raise
         except Exception as error:
-            found = f"the mask policy fails: {type(error).__name__}: {error}"
-            raise UsageError("mask_failed", found, where=str(conversation.source)) from error
-        chosen = list(given) if isinstance(given, Iterable) else None
-        if chosen is None or not all(isinstance(one, bool | np.bool_) for one in chosen):
-            raise UsageError("mask_type", f"the mask policy gave {given!r:.60}, expected one bool per span")
-        if len(chosen) != len(rendered.spans):
-            found = f"the mask policy gave {len(chosen)} answers for {len(rendered.spans)} spans"
-            raise UsageError("mask_length", found)
-        return [bool(one) for one in chosen]
+            problem = f"the mask policy raised {type(error).__name__}: {error}"
+            raise UsageError("mask_failed", problem, where=str(conversation.source)) from error
+        trained_spans = list(result) if isinstance(result, Iterable) else None
+        if trained_spans is None or not all(isinstance(trained, bool | np.bool_) for trained in trained_spans):
+            raise UsageError("mask_type", f"the mask policy returned {result!r:.60}, expected one bool per span")
+        if len(trained_spans) != len(rendered.spans):
+            problem = (
+                f"the mask policy returned {len(trained_spans)} values, expected {len(rendered.spans)}: one per span"
+            )
+            raise UsageError("mask_length", problem)
+        return [bool(trained) for trained in trained_spans]
 
-    return answers
+    return checked_policy
 
 
 def parts_of_spans(rendered: Rendered) -> list[frozenset[Part]]:
-    """Return, for each span, the parts of the turn that it belongs to.
+    """Return for each span the parts of its turn that it belongs to.
 
-    The template's text goes with the part that it closes (`</think>`, the stop), or, before a turn's first part, with
-    the one that it opens. Between an answer and a tool call it opens the call (`<tool_call>`); between reasoning and a
-    call it does both.
+    Template text belongs to the part that it closes (`</think>`, the stop token). Before the first part of a turn, it
+    belongs to the part that it opens. Between an answer and a tool call it opens the call (`<tool_call>`). Between
+    reasoning and a tool call it belongs to both.
     """
     spans = rendered.spans
-    kinds = frozenset(PARTS.values())
-    found = [frozenset({span.part}) for span in spans]
+    turn_parts = frozenset(PARTS.values())
+    span_parts = [frozenset({span.part}) for span in spans]
     for _, turn in groupby((n for n, span in enumerate(spans) if span.generated), lambda n: spans[n].message):
         indices = list(turn)
-        parts = [spans[n].part if spans[n].part in kinds else None for n in indices]
-        before, after = _latest(parts), _latest(parts[::-1])[::-1]
-        for n, own, last, following in zip(indices, parts, before, after, strict=True):
-            if own is None:
-                found[n] = _closed_and_opened(last, following)
-    return found
+        parts = [spans[n].part if spans[n].part in turn_parts else None for n in indices]
+        previous_parts, next_parts = _fill_forward(parts), _fill_forward(parts[::-1])[::-1]
+        for n, part, before, after in zip(indices, parts, previous_parts, next_parts, strict=True):
+            if part is None:
+                span_parts[n] = _adjacent_parts(before, after)
+    return span_parts
 
 
-def _latest(parts: Sequence[Part | None]) -> list[Part | None]:
-    """Return, for each place, the last part there or before it."""
-    found: list[Part | None] = []
+def _fill_forward(parts: Sequence[Part | None]) -> list[Part | None]:
+    """Return the parts with each `None` replaced by the last part before it."""
+    filled: list[Part | None] = []
     for part in parts:
-        found.append(part or (found[-1] if found else None))
-    return found
+        filled.append(part or (filled[-1] if filled else None))
+    return filled
 
 
-def _closed_and_opened(before: Part | None, after: Part | None) -> frozenset[Part]:
-    """Return what template text between two parts of a turn belongs to."""
+def _adjacent_parts(before: Part | None, after: Part | None) -> frozenset[Part]:
+    """Return the parts that template text between two parts of a turn closes or opens."""
     opens = after is Part.TOOL_CALL or before is None
     closes = not opens or before is Part.REASONING
-    return frozenset(part for part, yes in ((before, closes), (after, opens)) if part is not None and yes)
+    pairs = ((before, closes), (after, opens))
+    return frozenset(part for part, belongs in pairs if part is not None and belongs)
 
 
 def trained_tokens(
-    tokens: Encodings, batch: RenderedBatch, chosen: Sequence[Sequence[bool]]
+    tokens: Encodings, batch: RenderedBatch, trained_spans: Sequence[Sequence[bool]]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return which tokens carry loss (bool `[tokens]`), and in which texts one straddles a boundary (bool `[texts]`).
+    """Return the trained tokens, and the texts in which a trained token crosses the boundary of the trained spans.
 
     Args:
         tokens: the tokens of all texts.
         batch: the texts.
-        chosen: for each of them, which of its spans are to be trained.
+        trained_spans: for each span of each text, whether it is trained.
+
+    Returns:
+        bool `[tokens]` and bool `[texts]`.
 
     >>> import numpy as np
     >>> from ftdata.tokenizing.batches import EncodedText
@@ -186,53 +192,58 @@ def trained_tokens(
     >>> spans = (Span(0, 4, Part.CONTENT, 0, False), Span(4, 9, Part.CONTENT, 1, True))
     >>> offsets = np.array([[0, 3], [3, 6], [6, 6], [6, 9]], dtype=np.int32)
     >>> tokens = Encodings.of([EncodedText(np.arange(4, dtype=np.int32), offsets)], [9])
-    >>> trained, straddles = trained_tokens(tokens, RenderedBatch([Rendered("x" * 9, spans)]), [[False, True]])
-    >>> trained.tolist(), straddles.tolist()
+    >>> trained, crosses = trained_tokens(tokens, RenderedBatch([Rendered("x" * 9, spans)]), [[False, True]])
+    >>> trained.tolist(), crosses.tolist()
     ([False, True, False, True], [True])
     """
-    begins, ends = _stretches(batch, np.fromiter(chain.from_iterable(chosen), np.bool_))
-    first, last, firsts = tokens.starts, tokens.ends, tokens.bounds[:-1]
-    trained, inside = _covered(first, last, begins.astype(first.dtype), ends.astype(first.dtype))
-    # Where no token straddles, the two are one.
-    trained = trained & (first < last)
-    trained[firsts[firsts < len(trained)]] = False
-    apart = np.searchsorted(tokens.bounds, np.flatnonzero(trained > inside), side="right") - 1
-    straddles = np.zeros(len(tokens), np.bool_)
-    straddles[apart] = True
-    return trained, straddles
+    range_starts, range_ends = _trained_ranges(batch, np.fromiter(chain.from_iterable(trained_spans), np.bool_))
+    starts, ends, first_tokens = tokens.starts, tokens.ends, tokens.token_bounds[:-1]
+    trained, is_inside = _covered_tokens(
+        starts, ends, range_starts.astype(starts.dtype), range_ends.astype(starts.dtype)
+    )
+    # `trained` and `is_inside` may be the same array, so it is copied before it is changed.
+    trained = trained & (starts < ends)
+    trained[first_tokens[first_tokens < len(trained)]] = False
+    texts = np.searchsorted(tokens.token_bounds, np.flatnonzero(trained > is_inside), side="right") - 1
+    crosses_boundary = np.zeros(len(tokens), np.bool_)
+    crosses_boundary[texts] = True
+    return trained, crosses_boundary
 
 
-def _stretches(batch: RenderedBatch, chosen: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return where stretches of chosen spans begin and end; neighbours are one."""
-    chosen = chosen & (batch.starts < batch.ends)
-    begins, ends = batch.starts[chosen], batch.ends[chosen]
-    apart = np.ones(len(begins) + 1, np.bool_)
-    apart[1:-1] = begins[1:] != ends[:-1]
-    return begins[apart[:-1]], ends[apart[1:]]
+def _trained_ranges(batch: RenderedBatch, trained: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the starts and ends of the trained character ranges; adjacent spans are merged into one range."""
+    trained = trained & (batch.starts < batch.ends)
+    starts, ends = batch.starts[trained], batch.ends[trained]
+    is_boundary = np.ones(len(starts) + 1, np.bool_)
+    is_boundary[1:-1] = starts[1:] != ends[:-1]
+    return starts[is_boundary[:-1]], ends[is_boundary[1:]]
 
 
-def _covered(
-    first: NDArray[np.integer], last: NDArray[np.integer], begins: NDArray[np.integer], ends: NDArray[np.integer]
+def _covered_tokens(
+    starts: NDArray[np.integer],
+    ends: NDArray[np.integer],
+    range_starts: NDArray[np.integer],
+    range_ends: NDArray[np.integer],
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return which of the tokens `[first, last)` are in a stretch, in part and as a whole (bool `[n]` each)."""
-    search, size = np.searchsorted, len(first)
-    if (first[1:] < first[:-1]).any() or (last[1:] < last[:-1]).any():
-        # A stretch that has begun before the token ends, and has not ended where it begins, is in it.
-        part = search(begins, last, "left") > search(ends, first, "right")
-        return part, search(begins, first, "right") > search(ends, last, "left")
-    # The same, asked for the stretches, of which there are far fewer.
-    starts, stops = search(last, begins, "right"), search(first, ends, "left")
-    part = _ranges(starts, stops, size)
-    inner_starts, inner_stops = search(first, begins, "left"), search(last, ends, "right")
-    if (inner_starts <= starts).all() and (stops <= inner_stops).all():
-        return part, part
-    return part, _ranges(inner_starts, inner_stops, size)
+    """Return the tokens `[start, end)` that overlap a range, and the tokens inside a range (bool `[tokens]` each)."""
+    search, size = np.searchsorted, len(starts)
+    if (starts[1:] < starts[:-1]).any() or (ends[1:] < ends[:-1]).any():
+        # A range overlaps a token if it starts before the end of the token and ends after its start.
+        overlapping = search(range_starts, ends, "left") > search(range_ends, starts, "right")
+        return overlapping, search(range_starts, starts, "right") > search(range_ends, ends, "left")
+    # The tokens are sorted, so it is faster to search for the ranges, which are far fewer.
+    first_tokens, end_tokens = search(ends, range_starts, "right"), search(starts, range_ends, "left")
+    overlapping = _members_of_ranges(first_tokens, end_tokens, size)
+    inner_first, inner_end = search(starts, range_starts, "left"), search(ends, range_ends, "right")
+    if (inner_first <= first_tokens).all() and (end_tokens <= inner_end).all():
+        return overlapping, overlapping
+    return overlapping, _members_of_ranges(inner_first, inner_end, size)
 
 
-def _ranges(starts: NDArray[np.integer], stops: NDArray[np.integer], size: int) -> NDArray[np.bool_]:
-    """Return which of `size` numbers are in one of the ranges `[start, stop)`, which are in order (bool `[size]`)."""
+def _members_of_ranges(starts: NDArray[np.integer], ends: NDArray[np.integer], size: int) -> NDArray[np.bool_]:
+    """Return which integers below `size` are in one of the sorted ranges `[start, end)` (bool `[size]`)."""
     edges = np.empty(2 * len(starts) + 2, np.int64)
-    edges[0], edges[1:-1:2], edges[2:-1:2], edges[-1] = 0, starts, stops, size
-    # The last number of one may be the first of the next.
+    edges[0], edges[1:-1:2], edges[2:-1:2], edges[-1] = 0, starts, ends, size
+    # The last integer of a range may be the first of the next range.
     np.maximum.accumulate(edges, out=edges)
     return np.repeat(np.arange(len(edges) - 1) % 2 == 1, np.diff(edges))

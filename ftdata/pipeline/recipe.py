@@ -1,4 +1,4 @@
-"""What decides what a row becomes: the user's options, the tokenizer and the template, checked and bound."""
+"""Recipe: the user's options, the tokenizer and the template, which together determine what a row becomes."""
 
 from __future__ import annotations
 
@@ -36,59 +36,64 @@ from ftdata.templates.worker.client import require_verified, verify_template
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.tokenizing.tokenizer import CONTROL_POLICIES, ControlTokens, Tokenizer, find_control_tokens
 
-_MOST_VARIANTS = 64
+_MAX_VARIANTS = 64
 
-NO_TOKENIZER = {"bos_token": "<bos>", "eos_token": "<eos>"}
-"""What stands for special tokens where no tokenizer says what they are."""
+PLACEHOLDER_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>"}
+"""Special tokens of a template that is inspected without a tokenizer."""
 
-_LONGEST_WORDS, _MARKS = 4096, re.compile(r"[<>\[\]{}|\uff5c\x00-\x08\x0e-\x1f]")
-"""How long a text may be that a row gives to the template, and what is not in it: control tokens are made of it."""
+_MAX_STRING_LENGTH, _CONTROL_CHARACTERS = 4096, re.compile(r"[<>\[\]{}|\uff5c\x00-\x08\x0e-\x1f]")
+"""Limits for a string that a row passes to the template: its length, and characters that control tokens consist of."""
 
 FLAGS = {
-    "arguments_as_text": "{n} examples give the arguments of tool calls as JSON text: the template fails on objects",
-    "arguments_parsed": "{n} examples give the arguments of tool calls as objects: the template does not print JSON "
-    "text as it stands",
-    "message_truncated": "{n} examples lost part of a message to the template",
-    "control_tokens": "{n} examples had control tokens spelled in their data, tokenised as plain text",
-    "empty_thinking": "{n} examples train an empty thinking block, which the template prints where no reasoning is "
-    "given; set enable_thinking=false to leave it to the prompt, or give reasoning",
-    "eos_appended": "{n} examples got the stop that the template does not print at the end",
-    "fields_dropped": "{n} examples have message keys that the template does not print",
-    "text_after_last_stop": "{n} examples end in template text that no model generates; it is not trained",
-    "no_trained_stop": "{n} examples have a turn without a trained control token at its end: the model will not learn to stop",
-    "content_parts_joined": "{n} examples give contents as text that are lists of one text part: the template takes only text",
-    "message_dropped": "{n} examples lost a whole message to the template",
-    "pretokenized": "{n} examples came as tokens, which were checked and passed through",
-    "prompt_mismatch": "{n} examples lack a scaffold that the generation prompt forces (an open thinking block)",
-    "reasoning_dropped": "{n} examples lost reasoning, which the template does not print",
-    "rejected_side_dropped": "{n} examples are the chosen side of a preference pair; the rejected side is not built",
-    "history_rewritten": "{n} examples show an earlier turn otherwise than the model wrote it",
-    "conversation_split": "{n} examples are turns by themselves, {repeated} tokens of them repeated: the template rewrites earlier "
-    "turns, so each is shown as it will be asked",
-    "stop_outside_generation_tags": "{n} examples train the stop, which the template's own tags leave out: who follows them never "
-    "teaches it",
-    "token_crosses_boundary": "{n} examples have a trained token that begins or ends outside the answer (tokens follow characters)",
-    "generation_tags_overruled": "{n} examples are trained on what the model must generate, its stop included, not on what the "
-    "template's tags mark",
-    "generation_tags_unconfirmed": "{n} examples are trained on what the template's tags mark, which is not, or not certainly, "
-    "what the model must generate",
-    "tools_dropped": "{n} examples were given tools that the template does not print, or not whole",
-    "trailing_messages": "{n} examples end with messages that nothing answers",
-    "answer_truncated": "{n} examples end inside an answer",
-    "history_not_compared": "{n} examples have an earlier turn of which it is not known whether the model wrote it so: the "
-    "template refuses the conversation up to there",
-    "missing_final_stop": "{n} examples end without a stop: the template prints it only before the next message",
-    "template_not_probed": "{n} examples were judged by themselves: the template refuses plain conversations",
+    "arguments_as_text": "{n} examples: tool call arguments are passed as JSON text, because the template fails on "
+    "objects",
+    "arguments_parsed": "{n} examples: tool call arguments are passed as objects, because the template encodes JSON "
+    "text a second time",
+    "message_truncated": "{n} examples: the template omits part of a message",
+    "control_tokens": "{n} examples: the data contains the text of control tokens; it is tokenized as plain text",
+    "empty_thinking": "{n} examples: an empty thinking block is trained, because the template prints one for messages "
+    "without reasoning; set enable_thinking=false to move it to the prompt, or add reasoning to the data",
+    "eos_appended": "{n} examples: a stop token is appended, because the template does not print one at the end",
+    "fields_dropped": "{n} examples: the template does not print some keys of the messages",
+    "text_after_last_stop": "{n} examples end with template text after the last stop token; it is not trained",
+    "no_trained_stop": "{n} examples: a turn does not end with a trained control token, so the model does not learn "
+    "to stop",
+    "content_parts_joined": "{n} examples: a list with a single text part is passed as text, because the template "
+    "accepts only text",
+    "message_dropped": "{n} examples: the template omits a whole message",
+    "pretokenized": "{n} examples come from pretokenized rows; their tokens are checked and used unchanged",
+    "prompt_mismatch": "{n} examples lack template text that the generation prompt contains, such as an opening "
+    "thinking tag",
+    "reasoning_dropped": "{n} examples: the template does not print the reasoning",
+    "rejected_side_dropped": "{n} examples are the chosen side of a preference pair; the rejected side is not used",
+    "history_rewritten": "{n} examples: the template renders an earlier turn differently than the model wrote it",
+    "conversation_split": "{n} examples come from split conversations: the template rewrites earlier turns, so each "
+    "group of turns is its own example ({repeated} tokens repeat)",
+    "stop_outside_generation_tags": "{n} examples: the stop token is trained although it is outside the template's "
+    "generation tags",
+    "token_crosses_boundary": "{n} examples: a trained token crosses the answer's boundary",
+    "generation_tags_overruled": "{n} examples are trained on the text that the model must generate, including the "
+    "stop token, because the template's generation tags mark a different text",
+    "generation_tags_unconfirmed": "{n} examples are trained on the text inside the template's generation tags, which "
+    "differs, or may differ, from the text that the model must generate",
+    "tools_dropped": "{n} examples: the template omits tool definitions, in full or in part",
+    "trailing_messages": "{n} examples end with messages that have no answer",
+    "answer_truncated": "{n} examples end in the middle of an answer",
+    "history_not_compared": "{n} examples: an earlier turn cannot be compared with the text that the model wrote, "
+    "because the template fails on the conversation up to that turn",
+    "missing_final_stop": "{n} examples end without a stop token: the template prints it only before the next message",
+    "template_not_probed": "{n} examples were checked individually: the template fails on simple conversations, so it "
+    "cannot be probed",
 }
-"""Flag -> what the report says about it."""
+"""Map each flag to its sentence in the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a user may choose about rows; checked when made.
+    """The user's options for processing a row, validated on construction.
 
     Raises:
-        UsageError: naming the option and the nearest allowed value.
+        UsageError: an option has an invalid value.
     """
 
     schema: str = "auto"
@@ -114,23 +119,26 @@ class Options:
             check_choice("reject_flags", flag, FLAGS)
         check_choice("overlong", self.overlong, OVERLONG)
         if not isinstance(self.schema, str):
-            raise UsageError("schema", f"schema is {self.schema!r}, expected a name, or auto")
+            raise UsageError("schema", f"schema is {self.schema!r}, expected the name of a schema, or 'auto'")
         if self.schema != "auto":
             schemas.get(self.schema)
         if self.max_length is not None and (not isinstance(self.max_length, int) or not 2 <= self.max_length < 1 << 31):
-            raise UsageError("max_length", f"max_length is {self.max_length!r}, expected a whole number from 2")
+            raise UsageError("max_length", f"max_length is {self.max_length!r}, expected an integer of at least 2")
         check_columns(self.columns)
         resolve_policy(self.train_on, self.train_parts)
 
     @property
     def policy(self) -> Policy:
-        """Which spans are trained."""
+        """The mask policy of `train_on` and `train_parts`."""
         return resolve_policy(self.train_on, self.train_parts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Options):
-    """Everything that decides what a row becomes. Picklable: each worker gets one."""
+    """The options, tokenizer and template that determine what a row becomes.
+
+    A recipe is picklable: each worker process receives a copy.
+    """
 
     tokenizer: Tokenizer
     template: Template
@@ -141,32 +149,32 @@ class Recipe(Options):
         check_can_train(self.template)
         if self.on_missing_stop == "append_eos" and not self.template.special_tokens.get("eos_token"):
             raise UsageError(
-                "on_missing_stop", "on_missing_stop='append_eos' needs an eos_token, and this tokenizer names none"
+                "on_missing_stop", "on_missing_stop='append_eos' needs an eos_token, but the tokenizer has none"
             )
 
     @cached_property
     def _variants(self) -> dict[str, Recipe]:
-        """The same recipe with other variables of the template, by these as JSON."""
+        """Cache of recipes that differ only in their template variables, keyed by those variables as JSON."""
         return {}
 
     def with_kwargs(self, kwargs: Mapping[str, Any]) -> Recipe:
-        """Return the recipe for a row with variables of its own for the template, examined as every template is.
+        """Return the recipe for a row that sets template variables; the resulting template is verified.
 
         Raises:
-            BadRow: with these it cannot be trusted.
+            BadRow: a variable has an unsafe value, or the template cannot be verified with these variables.
         """
-        # What it does not read changes nothing, and is often another in each row.
-        kwargs = {name: value for name, value in kwargs.items() if name in self.template.names}
+        # Variables that the template does not read have no effect, and often differ in every row.
+        kwargs = {name: value for name, value in kwargs.items() if name in self.template.variables}
         if not kwargs:
             return self
         for name, value in kwargs.items():
-            if not _is_plain(value) or (isinstance(value, str) and self.control.spelled(value)):
-                found = "is no number, nor words without signs of which control tokens are made"
-                hint = "set it for all rows: template_kwargs"
-                raise BadRow("row_options", found, field=f"chat_template_kwargs.{name}", hint=hint)
+            if not _is_safe_value(value) or (isinstance(value, str) and self.control.occurs_in(value)):
+                problem = "is neither a number nor short text without control-token characters"
+                hint = "set the variable for all rows with template_kwargs"
+                raise BadRow("row_options", problem, field=f"chat_template_kwargs.{name}", hint=hint)
         key, variants = json.dumps(kwargs, sort_keys=True), self._variants
         if key not in variants:
-            if len(variants) >= _MOST_VARIANTS:
+            if len(variants) >= _MAX_VARIANTS:
                 del variants[next(iter(variants))]
             try:
                 template = require_verified(replace(self.template, kwargs={**self.template.kwargs, **kwargs}))
@@ -176,7 +184,7 @@ class Recipe(Options):
         return variants[key]
 
     def describe(self) -> dict[str, Any]:
-        """Return the options as JSON, for manifest and fingerprint."""
+        """Return the options as JSON values, for the manifest and the fingerprint."""
         return {
             "tokenizer": {"name": self.tokenizer.name, "fingerprint": self.tokenizer.fingerprint},
             "template": {
@@ -200,28 +208,28 @@ class Recipe(Options):
 
 
 def recipe_arguments(options: Mapping[str, Any], tokenizer: Any = None, *, names: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments of `make_recipe` for a recipe that `Recipe.describe` told of.
+    """Return the arguments of `make_recipe` that recreate a recipe from the result of `Recipe.describe`.
 
     Args:
-        options: what it told, maybe of an earlier version, which lacks what that did not know.
-        tokenizer: where its tokenizer is now; `None`: where it was.
-        names: the fields of `Options` to take over. What runs code (a schema or mask in a file of the user's own) is
-            never among them: whoever calls names such files, not a folder that came from somewhere.
+        options: result of `Recipe.describe`. An earlier version of ftdata may have written it without newer options.
+        tokenizer: current location of the tokenizer; `None` for the recorded location.
+        names: fields of `Options` to copy. Schemas and masks that are not registered are omitted, because a
+            downloaded folder must not select code to run.
 
     Raises:
-        LookupError, TypeError: the options are not what `describe` tells.
+        LookupError, TypeError: `options` is not a result of `describe`.
     """
     template = options["template"]
-    given = {name: options[name] for name in names if name in options}
-    for name, known in (("schema", ["auto", *schemas.names()]), ("train_on", masks.names())):
-        if name in given and given[name] not in known:
-            del given[name]
+    copied_options = {name: options[name] for name in names if name in options}
+    for name, registered_names in (("schema", ["auto", *schemas.names()]), ("train_on", masks.names())):
+        if name in copied_options and copied_options[name] not in registered_names:
+            del copied_options[name]
     return {
         "tokenizer": options["tokenizer"]["name"] if tokenizer is None else tokenizer,
         "template": None if template["name"] == "tokenizer" else template["source"],
         "date": template["date"],
         "template_kwargs": template["kwargs"],
-        **given,
+        **copied_options,
     }
 
 
@@ -233,132 +241,141 @@ def make_recipe(
     template_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Recipe:
-    """Load the tokenizer, find the template and bind the two.
+    """Load the tokenizer and the template, and bind the template to the tokenizer.
 
     Args:
-        tokenizer: a folder, a hub id, or a `transformers` or `tokenizers` object.
-        template: `None` for the tokenizer's own chat template, a built-in name, a file, or a Jinja string.
-        date: what templates that print a date are shown (default: 2026-01-01, so that builds stay the same).
-        template_kwargs: further variables for the template.
-        options: the fields of `Options`.
+        tokenizer: a folder, a Hub ID, or a `transformers` or `tokenizers` object.
+        template: `None` for the tokenizer's chat template, a built-in name, a file, or a Jinja string.
+        date: current date for templates that print it. The default is 2026-01-01, so that builds are reproducible.
+        template_kwargs: additional template variables.
+        options: fields of `Options`.
 
     Raises:
-        UsageError: an unknown name or value.
-        TemplateRefused: the template cannot be compiled, or marks nothing as trained.
+        UsageError: an option has an unknown name or value.
+        TemplateRefused: the template does not compile, or marks no text as trained.
     """
     start_template_worker()
     loaded = load_tokenizer(tokenizer)
     check_kwargs(template_kwargs)
     name, source = ("tokenizer", loaded.chat_template or "") if template is None else find_template(template)
     kwargs = json.dumps(template_kwargs or {}, sort_keys=True)
-    bound, control = _bind(loaded, name, source, template is not None, parse_date(date), kwargs)
+    bound, control = _bind_template(loaded, name, source, template is not None, parse_date(date), kwargs)
     return Recipe(tokenizer=loaded, template=bound, control=control, **options)
 
 
 def load_bare_template(
     template: str | Path, date: str | datetime.date | None = None, kwargs: Mapping[str, Any] | None = None
 ) -> Template:
-    """Return a template to be looked at without a tokenizer: `<bos>` and `<eos>` stand for its special tokens.
+    """Return a template that can be inspected without a tokenizer.
+
+    The template's special tokens are the placeholders `<bos>` and `<eos>`.
 
     Raises:
-        UsageError: an unknown name or value.
-        TemplateRefused: the template cannot be compiled, or marks nothing as trained.
+        UsageError: the template or an option has an unknown name or value.
+        TemplateRefused: the template does not compile, or marks no text as trained.
     """
     check_kwargs(kwargs)
     name, source = find_template(template)
     control = re.compile(r"<\|[^|<>]*\|>|</?[a-z_]+>")
     bare = Template(
-        name, source, special_tokens=NO_TOKENIZER, control=control, date=parse_date(date), kwargs=kwargs or {}
+        name, source, special_tokens=PLACEHOLDER_TOKENS, control=control, date=parse_date(date), kwargs=kwargs or {}
     )
-    # Before anything of it is looked at here: to read a template may take for ever, too.
+    # Verify the template in the worker process first: merely parsing a hostile template can run forever.
     verify_template(bare)
     check_can_train(bare)
     return bare
 
 
 def check_template(template_or_tokenizer: Any) -> TemplateReport:
-    """Say what a template does: its stop, whether it rewrites earlier turns, what it drops.
+    """Check a template: its stop token, whether it rewrites earlier turns, and the fields that it omits.
 
     Args:
-        template_or_tokenizer: a built-in name, a `.jinja` file, a Jinja string, or a tokenizer (folder, hub id or
-            object), whose chat template is checked.
+        template_or_tokenizer: a built-in name, a `.jinja` file, a Jinja string, or a tokenizer (folder, Hub ID or
+            object) whose chat template is checked.
 
     Returns:
-        The verdict, and what it stands on.
+        The verdict and its evidence.
 
     Raises:
-        UsageError: it is none of these.
-        TemplateRefused: the template cannot be compiled, or the tokenizer has none.
-        HubError: the tokenizer cannot be had.
+        UsageError: the argument is neither a template nor a tokenizer.
+        TemplateRefused: the template does not compile, or the tokenizer has no chat template.
+        HubError: the tokenizer cannot be downloaded.
 
     >>> check_template("chatml").verdict
     'exact'
     """
-    return verify_template(_bound(template_or_tokenizer))
+    return verify_template(_resolve_template(template_or_tokenizer))
 
 
-def _bound(given: Any) -> Template:
-    is_text = isinstance(given, str | Path)
-    if given is None or isinstance(given, bytes | int | float):
-        raise UsageError("template_type", f"it is {given!r:.60}, expected a template, a tokenizer, or the name of one")
-    if is_text and (str(given) in templates or "{" in str(given) or Path(given).is_file()):
-        return load_bare_template(given)
-    is_name = is_text and "/" not in str(given) and not Path(given).is_dir()
-    if is_name and get_close_matches(str(given), templates.names()):
-        find_template(given)  # a misspelt name: say so instead of asking the hub
-    known = isinstance(given, Tokenizer | tokenizers.Tokenizer) or hasattr(given, "backend_tokenizer")
-    return make_recipe(given if is_text or known else str(given)).template
+def _resolve_template(target: Any) -> Template:
+    is_text = isinstance(target, str | Path)
+    if target is None or isinstance(target, bytes | int | float):
+        problem = f"the argument is {target!r:.60}, expected a template or a tokenizer, or its name"
+        raise UsageError("template_type", problem)
+    if is_text and (str(target) in templates or "{" in str(target) or Path(target).is_file()):
+        return load_bare_template(target)
+    is_name = is_text and "/" not in str(target) and not Path(target).is_dir()
+    if is_name and get_close_matches(str(target), templates.names()):
+        find_template(target)  # A misspelled template name raises an error here, before any request to the Hub.
+    is_tokenizer = isinstance(target, Tokenizer | tokenizers.Tokenizer) or hasattr(target, "backend_tokenizer")
+    return make_recipe(target if is_text or is_tokenizer else str(target)).template
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a row may give this to the template, which prints it as its own words."""
+def _is_safe_value(value: Any) -> bool:
+    """Return whether a row may set a template variable to this value; the template prints it as template text."""
     if isinstance(value, str):
-        return len(value) <= _LONGEST_WORDS and not _MARKS.search(value)
+        return len(value) <= _MAX_STRING_LENGTH and not _CONTROL_CHARACTERS.search(value)
     return value in (None, [], {}) or (isinstance(value, int | float) and abs(value) < 1e15)
 
 
 def check_kwargs(kwargs: Any) -> None:
-    """Refuse variables for the template that are none.
+    """Check the additional template variables.
 
     Raises:
-        UsageError: naming them.
+        UsageError: they are not a mapping of names to JSON values, contain a secret, or replace a value of the rows.
     """
     if kwargs is None:
         return
-    if not isinstance(kwargs, Mapping) or (own := {"messages", "tools", "add_generation_prompt"} & set(kwargs)):
-        found = f"names {sorted(own)}, which the rows give" if isinstance(kwargs, Mapping) else f"is {kwargs!r}"
-        raise UsageError("template_kwargs", f"template_kwargs {found}; expected further variables of the template")
-    if secret := [name for name in kwargs if is_secret_name(str(name))]:
-        told = f"names {', '.join(secret)}, which is written to the report and the manifest, as all variables are"
-        raise UsageError("template_kwargs", f"template_kwargs {told}", hint="leave it out: a template needs no secrets")
+    if not isinstance(kwargs, Mapping) or (reserved := {"messages", "tools", "add_generation_prompt"} & set(kwargs)):
+        problem = f"contains {sorted(reserved)}, set by ftdata" if isinstance(kwargs, Mapping) else f"is {kwargs!r}"
+        raise UsageError(
+            "template_kwargs", f"template_kwargs {problem}; expected a mapping of additional template variables"
+        )
+    if secret_names := [name for name in kwargs if is_secret_name(str(name))]:
+        problem = f"contains {', '.join(secret_names)}; all template variables are stored in the report and manifest"
+        raise UsageError(
+            "template_kwargs", f"template_kwargs {problem}", hint="remove it: a template does not need secrets"
+        )
     try:
         json.dumps(kwargs)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError("template_kwargs", f"template_kwargs must be plain values: {error}") from None
+        raise UsageError("template_kwargs", f"template_kwargs must contain only JSON values: {error}") from None
 
 
 @lru_cache(maxsize=64)
-def _bind(
+def _bind_template(
     tokenizer: Tokenizer, name: str, source: str, strict: bool, date: datetime.datetime, kwargs: str
 ) -> tuple[Template, ControlTokens]:
-    """Bind a template to a tokenizer. What is learnt of the two is kept with the result."""
+    """Return the template bound to the tokenizer, and the control tokens of both."""
     unbound = Template(
         name, source, strict=strict, special_tokens=tokenizer.special_tokens, date=date, kwargs=json.loads(kwargs)
     )
-    # Nothing of a template runs here before it was examined: what it prints around messages is asked afterwards.
-    written = source + (tokenizer.chat_template or "")
-    first = require_verified(replace(unbound, control=find_control_tokens(tokenizer, written).pattern))
-    control = find_control_tokens(tokenizer, written + scaffold_in_worker(first))
+    # The template must be verified before it runs, so its text around messages is read only in the second step.
+    sources = source + (tokenizer.chat_template or "")
+    verified = require_verified(replace(unbound, control=find_control_tokens(tokenizer, sources).pattern))
+    control = find_control_tokens(tokenizer, sources + scaffold_in_worker(verified))
     return (
-        first if control.pattern == first.control else require_verified(replace(first, control=control.pattern))
+        verified
+        if control.pattern == verified.control
+        else require_verified(replace(verified, control=control.pattern))
     ), control
 
 
 def parse_date(date: str | datetime.date | None) -> datetime.datetime:
-    """Return what the clock shows to templates.
+    """Return the current date that templates see.
 
     Raises:
-        UsageError: not a date.
+        UsageError: the value is not an ISO 8601 date.
     """
     if date is None:
         return DEFAULT_DATE
@@ -369,7 +386,7 @@ def parse_date(date: str | datetime.date | None) -> datetime.datetime:
 
 
 def policy_name(policy: str | Policy) -> str:
-    """Return how a policy is named in reports and fingerprints."""
+    """Return the name of a policy in reports and fingerprints."""
     if isinstance(policy, str):
         return policy
     return f"{policy.__module__}.{getattr(policy, '__qualname__', type(policy).__qualname__)}"

@@ -1,9 +1,9 @@
-"""Rows to texts: read, normalised, rendered, checked, and marked with what is to be trained.
+"""Turn rows into rendered texts: read, normalize, render and check rows, and select the trained spans.
 
-    Row ──normalise──> Conversation ──render──> Rendered ──choose──> Shown
-     └─────────── or, at any stage, Reject: where, why, and the way out
+    Row ──normalize──> Conversation ──render──> Rendered ──apply policy──> RenderedRow
+     └─────────── or, at any stage, Reject: where, why, and the fix
 
-Rows come together in batches, in the order of what went in.
+The results are yielded in batches, in the order of the rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from ftdata.errors import BadRow, InputRefused, TemplateRefused
 from ftdata.pipeline.fast_path import make_fast_path
-from ftdata.pipeline.mask import Policy, is_custom
+from ftdata.pipeline.mask import Policy, is_built_in_policy
 from ftdata.pipeline.recipe import Recipe
 from ftdata.schemas import normalize
 from ftdata.schemas.messages import has_answer, has_visible_text
@@ -24,81 +24,87 @@ from ftdata.templates import append_missing_stop, cross_check_in_worker, render_
 from ftdata.templates.attribution.spans import find_thinking_tags
 from ftdata.types import Conversation, Reject, Rendered, RenderedRow, Row, Spans
 
-BATCH, LETTERS = 1024, 1 << 20
-"""Rows that are tokenised together, or fewer, where their texts are as long."""
+BATCH, MAX_BATCH_CHARACTERS = 1024, 1 << 20
+"""Limits of a batch that is tokenized together: rows, and characters."""
 
-LONGEST = 8 << 20
-"""Characters of a row that are tokenised: each takes some hundred bytes meanwhile, and no model reads as many."""
+MAX_CHARACTERS = 8 << 20
+"""Maximum number of characters of a row: tokenizing takes some hundred bytes per character, and no model reads more."""
 
-FEW, TOGETHER = 64, 1 << 20
-"""Rows, or characters, that go through a stage together: one stage over many rows is a third faster than to change
-stages with every row (caches of the processor)."""
+GROUP, MAX_GROUP_CHARACTERS = 64, 1 << 20
+"""Limits of a group of rows that goes through a stage together: rows, and characters. Running one stage over many rows
+is a third faster than switching stages with every row, because of the processor's caches."""
 
-PROVED, PROVED_EVERY, PROVED_MESSAGES = 32, 100, 4
-"""Rows of each source that are confirmed by a second way: the first, every so many-th; by how many messages of each."""
+CHECKED_FIRST, CHECK_INTERVAL, CHECKED_MESSAGES = 32, 100, 4
+"""Cross-checked rows of each source: the first 32 rows, then every 100th row; and the number of messages per row."""
 
 
 LIMITS_APART = 100
-"""A template is refused when two short rows exceed its limits and fewer rows than this lie between them."""
+"""A template is refused if two short rows exceed its limits with fewer rows than this between them."""
 
 MAX_REJECTED = 100_000
-"""A source is refused when this many consecutive rows have no known schema, or are short and rejected: it is not data
-for training, and to reject each of a billion such rows would take hours."""
+"""A source is refused if this many consecutive rows have no known schema, or are short and rejected: it is not training
+data, and rejecting each of a billion such rows would take hours."""
 _SHORT = 100
-"""Characters of a short row."""
+"""Maximum number of characters of a short row."""
 
 MAX_RAW = 4096
-"""Characters of a rejected row that are kept."""
+"""Number of characters of a rejected row that are stored."""
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, default=str, skipkeys=True)
 
 _T = TypeVar("_T")
 
+RowAndOutcome = tuple[Row | Reject, RenderedRow | Reject]
+"""A row and its rendered row, or its reject."""
 
-def render_rows(
-    recipe: Recipe, rows: Iterable[Row | Reject]
-) -> Iterator[list[tuple[Row | Reject, RenderedRow | Reject]]]:
-    """Yield rows, and what they were rendered to, as many together as shall be in memory."""
-    batch, letters = list[tuple[Row | Reject, RenderedRow | Reject]](), 0
-    for row, entry in chain.from_iterable(_in_turns(recipe, iter(rows))):
-        own = 0 if isinstance(entry, Reject) else sum([len(one.text) for one in entry.texts])
-        batch.append((row, entry if own <= LONGEST else _too_long(row, own)))
-        letters += own
-        if len(batch) == BATCH or letters >= LETTERS:
+
+def render_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[RowAndOutcome]]:
+    """Yield rows with their rendered rows, in batches that fit in memory."""
+    batch, characters = list[RowAndOutcome](), 0
+    for row, outcome in chain.from_iterable(_render_groups(recipe, iter(rows))):
+        size = 0 if isinstance(outcome, Reject) else sum([len(text.text) for text in outcome.texts])
+        batch.append((row, outcome if size <= MAX_CHARACTERS else _reject_too_long(row, size)))
+        characters += size
+        if len(batch) == BATCH or characters >= MAX_BATCH_CHARACTERS:
             yield batch
-            batch, letters = [], 0
+            batch, characters = [], 0
     if batch:
         yield batch
 
 
-def _too_long(row: Row | Reject, letters: int) -> Reject:
-    told = f"has {letters:,} characters of text, at most {LONGEST:,} are tokenised"
-    return make_reject(row, BadRow("row_too_long", told, hint="make several rows of it"))
+def _reject_too_long(row: Row | Reject, characters: int) -> Reject:
+    problem = f"has {characters:,} characters of text, expected at most {MAX_CHARACTERS:,}"
+    return make_reject(row, BadRow("row_too_long", problem, hint="split it into several rows"))
 
 
-def _in_turns(
-    recipe: Recipe, rows: Iterator[Row | Reject]
-) -> Iterator[list[tuple[Row | Reject, RenderedRow | Reject]]]:
-    """Yield a few rows at a time, and what they were rendered to; while they are, the next few are read."""
-    # A user's own policy is asked later: what it raises must not reject the row, and it sees no refused texts.
-    policy, at_once = recipe.policy if is_custom(recipe.train_on) else None, make_fast_path(recipe)
-    few, ahead, watch = 1, list[_Few](), _Watch(recipe)
-    while some := _next(rows, few):
-        known = [None if isinstance(row, Reject) or _is_proved(row) else at_once(row) for row in some]
-        said = [_tried(_said, recipe, row) if one is None else one for row, one in zip(some, known, strict=True)]
-        ahead.append([(row, one, _begun(recipe, one)) for row, one in zip(some, said, strict=True)])
-        # Of long rows no more are in memory than must be.
-        alone = few < FEW or len(some) < few
-        while len(ahead) > (not alone):
-            done = _finished(recipe, ahead.pop(0), policy, watch)
-            long = sum([len(one.text) for _, entry in done if isinstance(entry, RenderedRow) for one in entry.texts])
-            few = min(FEW, 1 + TOGETHER * len(done) // (long + 1))
-            yield done
-    yield from (_finished(recipe, one, policy, watch) for one in ahead)
+def _render_groups(recipe: Recipe, rows: Iterator[Row | Reject]) -> Iterator[list[RowAndOutcome]]:
+    """Yield groups of rows with their rendered rows; while the worker renders a group, the next group is read."""
+    # A custom policy runs later: its exception must not reject the row, and it must not see rejected texts.
+    policy, render_fast = recipe.policy if is_built_in_policy(recipe.train_on) else None, make_fast_path(recipe)
+    size, pending, failure_limits = 1, list[_Group](), _FailureLimits(recipe)
+    while group := _read_group(rows, size):
+        rendered = [None if isinstance(row, Reject) or _needs_cross_check(row) else render_fast(row) for row in group]
+        outcomes = [
+            _try_step(_normalize, recipe, row) if fast is None else fast
+            for row, fast in zip(group, rendered, strict=True)
+        ]
+        pending.append(
+            [(row, outcome, _start_render(recipe, outcome)) for row, outcome in zip(group, outcomes, strict=True)]
+        )
+        # With long rows, only one group is in memory at a time.
+        is_single = size < GROUP or len(group) < size
+        while len(pending) > (not is_single):
+            finished = _finish_group(recipe, pending.pop(0), policy, failure_limits)
+            characters = sum(
+                [len(text.text) for _, row in finished if isinstance(row, RenderedRow) for text in row.texts]
+            )
+            size = min(GROUP, 1 + MAX_GROUP_CHARACTERS * len(finished) // (characters + 1))
+            yield finished
+    yield from (_finish_group(recipe, group, policy, failure_limits) for group in pending)
 
 
-_Few = list[tuple[Row | Reject, Conversation | RenderedRow | Reject, Callable[[], tuple[Rendered, ...]] | None]]
-"""A few rows, how each was read, and what waits for its texts."""
+_Group = list[tuple[Row | Reject, Conversation | RenderedRow | Reject, Callable[[], tuple[Rendered, ...]] | None]]
+"""A group of rows: each row, its conversation or outcome, and a function that waits for the rendered texts."""
 
 
 @dataclass
@@ -107,30 +113,30 @@ class RejectedRows:
 
     rows: int = 0
 
-    def check(self, entry: object) -> None:
-        """Count a row, given as the reject or as anything else.
+    def check(self, outcome: object) -> None:
+        """Count a row, passed as its reject or as any other object.
 
         Raises:
-            InputRefused: the last `MAX_REJECTED` rows are such rows; its code is that of the last of them.
+            InputRefused: the last `MAX_REJECTED` rows are all such rejects. The error has the code of the last reject.
         """
-        if not isinstance(entry, Reject) or (entry.code != "unknown_schema" and len(entry.raw) > _SHORT):
+        if not isinstance(outcome, Reject) or (outcome.code != "unknown_schema" and len(outcome.raw) > _SHORT):
             self.rows = 0
             return
         self.rows += 1
         if self.rows == MAX_REJECTED:
             raise InputRefused(
-                entry.code,
-                f"this row and the {MAX_REJECTED - 1:,} rows before it are rejected; this row: {entry.reason}",
-                where=str(entry.source),
-                hint=entry.fix,
+                outcome.code,
+                f"this row and the {MAX_REJECTED - 1:,} rows before it are rejected; this row: {outcome.reason}",
+                where=str(outcome.source),
+                hint=outcome.fix,
             )
 
 
 @dataclass
-class _Watch:
-    """Stops a source whose rows fail for a reason that they share, instead of rejecting millions of them.
+class _FailureLimits:
+    """Stops a source whose rows fail for a common reason, instead of rejecting millions of rows one by one.
 
-    Which rows were read before, by which process, does not matter.
+    The result does not depend on which process read the earlier rows.
     """
 
     recipe: Recipe
@@ -138,217 +144,231 @@ class _Watch:
     rows: int = 0
     rejected: RejectedRows = field(default_factory=RejectedRows)
 
-    def check(self, entry: RenderedRow | Reject | Conversation) -> None:
+    def check(self, outcome: RenderedRow | Reject | Conversation) -> None:
         """Count a row.
 
         Raises:
-            TemplateRefused: `template_limits`: two short rows, close to each other, exceed the limits of the template.
-                Long rows may honestly exceed them.
+            TemplateRefused: `template_limits`: two short rows close to each other exceed the limits of the template.
+                Long rows are not counted, because they can exceed the limits with any template.
             InputRefused: as `RejectedRows.check`.
         """
         self.rows += 1
-        self.rejected.check(entry)
-        if not isinstance(entry, Reject) or entry.code != "template_limits" or len(entry.raw) >= MAX_RAW:
+        self.rejected.check(outcome)
+        if not isinstance(outcome, Reject) or outcome.code != "template_limits" or len(outcome.raw) >= MAX_RAW:
             return
         if self.previous is not None and self.rows - self.previous < LIMITS_APART:
             raise TemplateRefused(
                 "template_limits",
-                f"template {self.recipe.template.name!r} exceeds its limits on several short rows: {entry.reason}",
-                where=str(entry.source),
-                hint="use another template: this one loops, or is an attack",
+                f"template {self.recipe.template.name!r} exceeds its limits on several short rows: {outcome.reason}",
+                where=str(outcome.source),
+                hint="use another template: this template contains an endless loop, or is malicious",
             )
         self.previous = self.rows
 
 
-def _finished(
-    recipe: Recipe, some: _Few, policy: Policy | None, watch: _Watch
-) -> list[tuple[Row | Reject, RenderedRow | Reject]]:
-    done = list[tuple[Row | Reject, RenderedRow | Reject]]()
-    for row, one, texts in some:
-        entry = _tried(_shown, recipe, row, one, policy, texts) if isinstance(one, Conversation) else one
-        watch.check(entry)
-        done.append((row, entry))
-    return done
+def _finish_group(
+    recipe: Recipe, group: _Group, policy: Policy | None, failure_limits: _FailureLimits
+) -> list[RowAndOutcome]:
+    finished = list[RowAndOutcome]()
+    for row, outcome, texts in group:
+        result = (
+            _try_step(_render, recipe, row, outcome, policy, texts) if isinstance(outcome, Conversation) else outcome
+        )
+        failure_limits.check(result)
+        finished.append((row, result))
+    return finished
 
 
-def _next(rows: Iterator[Row | Reject], few: int) -> list[Row | Reject]:
-    """Return the next few rows, fewer where they turn out to be long, as far as their places in a file tell."""
-    some = list[Row | Reject]()
-    for row in islice(rows, few):
-        some.append(row)
-        if (row.source.offset or 0) - (some[0].source.offset or 0) >= TOGETHER:
+def _read_group(rows: Iterator[Row | Reject], size: int) -> list[Row | Reject]:
+    """Return the next `size` rows, or fewer if their offsets in the file show that they are long."""
+    group = list[Row | Reject]()
+    for row in islice(rows, size):
+        group.append(row)
+        if (row.source.offset or 0) - (group[0].source.offset or 0) >= MAX_GROUP_CHARACTERS:
             break
-    return some
+    return group
 
 
-def _tried(step: Callable[..., _T], recipe: Recipe, row: Row | Reject, *given: Any) -> _T | Reject:
-    """Return what a step makes of a row, or why the row is rejected."""
+def _try_step(step: Callable[..., _T], recipe: Recipe, row: Row | Reject, *arguments: Any) -> _T | Reject:
+    """Return the result of a step for a row, or the reject of the row if the step fails."""
     if isinstance(row, Reject):
         return row
     try:
-        return step(recipe, row, *given)
+        return step(recipe, row, *arguments)
     except BadRow as error:
         return make_reject(row, error)
     except RecursionError:
-        return make_reject(row, BadRow("too_deep", "is nested too deep to be read"))
+        return make_reject(row, BadRow("too_deep", "is nested too deeply to be read"))
 
 
-def _said(recipe: Recipe, row: Row) -> Conversation:
+def _normalize(recipe: Recipe, row: Row) -> Conversation:
     conversation = normalize(row, recipe.schema, recipe.columns)
     check_answers(conversation)
     return conversation
 
 
-def _is_proved(row: Row) -> bool:
-    return row.source.row < PROVED or row.source.row % PROVED_EVERY == 0
+def _needs_cross_check(row: Row) -> bool:
+    return row.source.row < CHECKED_FIRST or row.source.row % CHECK_INTERVAL == 0
 
 
-def _begun(recipe: Recipe, said: Conversation | RenderedRow | Reject) -> Callable[[], tuple[Rendered, ...]] | None:
-    """Begin to render a conversation, if that is all that its rendering depends on."""
-    if not isinstance(said, Conversation) or said.tokens is not None or said.kwargs:
+def _start_render(
+    recipe: Recipe, outcome: Conversation | RenderedRow | Reject
+) -> Callable[[], tuple[Rendered, ...]] | None:
+    """Start to render a conversation in the worker, unless the row has its own tokens or template variables."""
+    if not isinstance(outcome, Conversation) or outcome.tokens is not None or outcome.kwargs:
         return None
-    return submit_render(said, recipe.template, recipe.turns, recipe.on_dropped_message)
+    return submit_render(outcome, recipe.template, recipe.turns, recipe.on_dropped_message)
 
 
-def _shown(
+def _render(
     recipe: Recipe,
     row: Row,
     conversation: Conversation,
     policy: Policy | None,
-    texts: Callable[[], tuple[Rendered, ...]] | None,
+    pending: Callable[[], tuple[Rendered, ...]] | None,
 ) -> RenderedRow:
-    return apply_policy(conversation, render_conversation(recipe, conversation, texts, proved=_is_proved(row)), policy)
+    texts = render_conversation(recipe, conversation, pending, cross_check=_needs_cross_check(row))
+    return apply_policy(conversation, texts, policy)
 
 
 def apply_policy(conversation: Conversation, texts: tuple[Rendered, ...], policy: Policy | None) -> RenderedRow:
-    """Choose what is to be trained, if there is a policy to ask now."""
+    """Return the rendered row with its trained spans; they stay undecided if `policy` is `None`."""
     messages = conversation.messages
-    plain = len(texts) == 1 and (not messages or messages[-1]["role"] == "assistant")
-    asked = None if policy is None else tuple([policy(one, conversation) for one in texts])
-    return RenderedRow(conversation, texts, asked, plain)
+    is_single_text = len(texts) == 1 and (not messages or messages[-1]["role"] == "assistant")
+    trained_spans = None if policy is None else tuple([policy(text, conversation) for text in texts])
+    return RenderedRow(conversation, texts, trained_spans, is_single_text)
 
 
 def render_conversation(
     recipe: Recipe,
     conversation: Conversation,
-    begun: Callable[[], tuple[Rendered, ...]] | None = None,
+    pending: Callable[[], tuple[Rendered, ...]] | None = None,
     *,
-    proved: bool = False,
+    cross_check: bool = False,
 ) -> tuple[Rendered, ...]:
-    """Render a conversation, and see that no control token is hidden in it; `proved`: by a second way, too.
+    """Render a conversation, and check that the template does not print control tokens of the row as its own.
 
-    Where that was `begun`, it is waited for.
+    Args:
+        recipe: the recipe.
+        conversation: the normalized row.
+        pending: function that waits for the texts if rendering has already started.
+        cross_check: whether to compare the texts with a second, independent rendering.
 
     Raises:
-        BadRow: as `render` does, or `control_tokens`.
-        TemplateRefused: as `render` does, or `template_not_verified`.
+        BadRow: as for `render`, or `control_tokens`.
+        TemplateRefused: as for `render`, or `template_not_verified`.
     """
     if conversation.tokens is not None:
         return ()
     recipe = recipe.with_kwargs(conversation.kwargs) if conversation.kwargs else recipe
     texts = (
-        begun() if begun else render_in_worker(conversation, recipe.template, recipe.turns, recipe.on_dropped_message)
+        pending()
+        if pending
+        else render_in_worker(conversation, recipe.template, recipe.turns, recipe.on_dropped_message)
     )
-    _check_hidden(recipe, conversation, texts)
-    if proved:
-        _prove(recipe, conversation, texts)
+    _check_control_tokens(recipe, conversation, texts)
+    if cross_check:
+        _cross_check(recipe, conversation, texts)
     texts = add_row_flags(conversation, texts)
     return (
-        tuple(append_missing_stop(one, recipe.template) for one in texts)
+        tuple(append_missing_stop(text, recipe.template) for text in texts)
         if recipe.on_missing_stop == "append_eos"
         else texts
     )
 
 
 def add_row_flags(conversation: Conversation, texts: tuple[Rendered, ...]) -> tuple[Rendered, ...]:
-    """Return the texts with flags for what was left out of the row when it was read."""
-    beside = any(note.startswith("column rejected") for note in conversation.notes)
-    if conversation.schema != "preference" and not beside:
+    """Return the texts with flags for the parts of the row that were not read."""
+    has_rejected_column = any(note.startswith("column rejected") for note in conversation.notes)
+    if conversation.schema != "preference" and not has_rejected_column:
         return texts
-    return tuple(one._replace(flags=one.flags | {"rejected_side_dropped"}) for one in texts)
+    return tuple(text._replace(flags=text.flags | {"rejected_side_dropped"}) for text in texts)
 
 
-def _prove(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
-    """Confirm a row by the second way. That it fails says nothing good about the others, so all are refused."""
-    for one in texts:
-        if against := cross_check_in_worker(conversation, recipe.template, one, PROVED_MESSAGES):
+def _cross_check(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
+    """Cross-check one row with the plain-string renderer. If it fails, no row can be trusted, so the build stops."""
+    for text in texts:
+        if difference := cross_check_in_worker(conversation, recipe.template, text, CHECKED_MESSAGES):
             raise TemplateRefused(
                 "template_not_verified",
-                f"two ways of finding what template {recipe.template.name!r} has the model produce disagree: {against}",
+                f"two renderings with template {recipe.template.name!r} disagree about the text that the model must "
+                f"generate: {difference}",
                 where=str(conversation.source),
-                hint="mark what is trained with {% generation %} in a template file of your own",
+                hint="copy the template to a file and mark the trained text with {% generation %}",
             )
 
 
-def _check_hidden(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
-    """Refuse a row whose own text spells control tokens that would pass for the template's.
+def _check_control_tokens(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
+    """Reject a row if control tokens in its text would be taken for control tokens of the template.
 
-    Where a template prints a text in a way that we cannot follow, it counts as the template's. So the row is rendered
-    once more with the control tokens in it blotted out: the template must still write as many of them.
+    If ftdata cannot follow how the template prints a text, it attributes the text to the template. Therefore the row
+    is rendered again with its control tokens replaced: the template must still print the same number of them.
     """
     if all(map(_is_followed, texts)):
         return
     pattern = recipe.control.pattern
     if recipe.control_tokens == "allow" or pattern is None or not conversation.messages:
         return
-    if not recipe.control.spelled("\n".join(_strings(conversation))):
+    if not recipe.control.occurs_in("\n".join(_strings(conversation))):
         return
 
-    def blot(value: Any, keep: Sequence[tuple[int, int]] = ()) -> Any:
+    def mask(value: Any, kept_ranges: Sequence[tuple[int, int]] = ()) -> Any:
         if isinstance(value, str):
-            return pattern.sub(lambda found: found.group() if found.span() in keep else "x" * len(found.group()), value)
+            return pattern.sub(
+                lambda match: match.group() if match.span() in kept_ranges else "x" * len(match.group()), value
+            )
         if isinstance(value, Mapping):
-            # The tags of thinking that is written into an answer are no typed ones, and templates look for them.
-            own = value.get("content") if value.get("role") == "assistant" else None
-            tags = find_thinking_tags(own, "think") if isinstance(own, str) else ()
-            kept = {"role": value.get("role"), "content": blot(own, tags)} if tags else {"role": value.get("role")}
-            return {blot(key): kept[key] if key in kept else blot(item) for key, item in value.items()}
-        return [blot(item) for item in value] if isinstance(value, list | tuple) else value
+            # Thinking tags that an answer contains are not control tokens of the row, and templates search for them.
+            content = value.get("content") if value.get("role") == "assistant" else None
+            tags = find_thinking_tags(content, "think") if isinstance(content, str) else ()
+            fixed = {"role": value.get("role"), "content": mask(content, tags)} if tags else {"role": value.get("role")}
+            return {mask(key): fixed[key] if key in fixed else mask(item) for key, item in value.items()}
+        return [mask(item) for item in value] if isinstance(value, list | tuple) else value
 
-    tame = replace(conversation, messages=tuple(blot(conversation.messages)), tools=tuple(blot(conversation.tools)))
-    own = sum(len(recipe.control.matches(one)[0]) for one in texts if not one.keep_control)
+    masked = replace(conversation, messages=tuple(mask(conversation.messages)), tools=tuple(mask(conversation.tools)))
+    count = sum(len(recipe.control.find_matches(text)[0]) for text in texts if not text.keep_control)
     try:
-        expected = render_in_worker(tame, recipe.template, recipe.turns, recipe.on_dropped_message)
+        masked_texts = render_in_worker(masked, recipe.template, recipe.turns, recipe.on_dropped_message)
     except BadRow:
-        expected = ()
-    if own != sum(len(recipe.control.matches(one)[0]) for one in expected if not one.keep_control):
+        masked_texts = ()
+    if count != sum(len(recipe.control.find_matches(text)[0]) for text in masked_texts if not text.keep_control):
         raise BadRow(
             "control_tokens",
-            "spells a control token, which the template prints as if it were its own",
-            hint="take it out of the data, or set control_tokens='allow'",
+            "contains the text of a control token, which the template prints as template text",
+            hint="remove it from the data, or set control_tokens='allow'",
         )
 
 
 def _is_followed(rendered: Rendered) -> bool:
-    return isinstance(rendered.spans, Spans) and rendered.spans.kinds.followed
+    return isinstance(rendered.spans, Spans) and rendered.spans.kinds.has_constant_template_text
 
 
 def _strings(conversation: Conversation) -> list[str]:
-    """Return all strings in a conversation, and all keys that are not of every message."""
-    found = list(_strings_in(conversation.tools))
+    """Return all strings in a conversation, and all keys except those that every message has."""
+    strings = list(_iter_strings(conversation.tools))
     for message in conversation.messages:
         content = message.get("content")
         if len(message) == 2 and type(content) is str:
-            found += message["role"], content
+            strings += message["role"], content
         else:
-            found += (one for one in _strings_in(message) if one not in ("role", "content"))
-    return found
+            strings += (text for text in _iter_strings(message) if text not in ("role", "content"))
+    return strings
 
 
-def _strings_in(value: Any) -> Iterator[str]:
-    """Yield all strings in a JSON value, and all keys."""
+def _iter_strings(value: Any) -> Iterator[str]:
+    """Yield all strings and keys in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         yield from value
-        yield from _strings_in(list(value.values()))
+        yield from _iter_strings(list(value.values()))
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _strings_in(inner)
+            yield from _iter_strings(inner)
 
 
 def check_answers(conversation: Conversation) -> None:
-    """Refuse a row that has no answer to learn, or an empty one.
+    """Reject a row that has no answer to train, or an empty answer.
 
     Raises:
         BadRow: `no_answer` or `empty_answer`.
@@ -357,7 +377,7 @@ def check_answers(conversation: Conversation) -> None:
         return
     if conversation.text is not None:
         if not has_visible_text(conversation.text):
-            raise BadRow("empty_answer", "is empty, or has no visible character", field="text")
+            raise BadRow("empty_answer", "is empty, or contains no visible character", field="text")
         return
     answers = 0
     for index, message in enumerate(conversation.messages):
@@ -366,20 +386,20 @@ def check_answers(conversation: Conversation) -> None:
         answers += 1
         content = message.get("content")
         texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content or ()]
-        asked = message.get("train", True) and not message.get("tool_calls")
-        if asked and content is not None and not any(map(has_answer, texts)):
+        needs_answer = message.get("train", True) and not message.get("tool_calls")
+        if needs_answer and content is not None and not any(map(has_answer, texts)):
             raise BadRow(
                 "empty_answer",
-                "is empty, or has no visible character outside thinking: the model would learn to answer nothing",
+                "is empty, or contains no visible character outside thinking: the model would learn empty answers",
                 field=f"messages[{index}].content",
-                hint="take the row out, or give the message train: false",
+                hint="remove the row, or set train: false in the message",
             )
     if not answers:
-        raise BadRow("no_answer", "holds no assistant message, so there is nothing to learn")
+        raise BadRow("no_answer", "has no assistant message, so there is no answer to train")
 
 
 def make_reject(row: Row | Reject, error: BadRow) -> Reject:
-    """Return the reject of a row, with the first 4 kB of it as far as they can be written."""
+    """Return the reject of a row, with the first 4096 characters of the row as JSON if it can be encoded."""
     if isinstance(row, Reject):
         return row
     try:

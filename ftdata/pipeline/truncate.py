@@ -1,12 +1,12 @@
-"""Truncate: what becomes of an example that is longer than `max_length`. Nothing is ever cut in silence.
+"""Truncate examples that are longer than `max_length`. Every truncation is reported.
 
-| policy       | an over-long example                                                                    |
-|--------------|-----------------------------------------------------------------------------------------|
-| `reject`     | is rejected, with its length                                                            |
-| `drop_turns` | keeps the turns that fit, whole: it ends with the last trained turn that does           |
-| `truncate`   | keeps its first `max_length` tokens, flagged `answer_truncated` where an answer is cut  |
+| policy       | result for an overlong example                                                     |
+|--------------|------------------------------------------------------------------------------------|
+| `reject`     | The example is rejected.                                                           |
+| `drop_turns` | The example ends after the last trained turn that fits completely.                 |
+| `truncate`   | The first `max_length` tokens remain; flag `answer_truncated` if an answer is cut. |
 
-An example with nothing left to train is rejected under every policy.
+Every policy rejects an example that would have no trained tokens left.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ POLICIES = ("reject", "drop_turns", "truncate")
 
 
 def truncate(example: Example, max_length: int | None, policy: str = "reject") -> Example:
-    """Return the example, or the part of it that fits into `max_length` tokens: always a prefix.
+    """Return the example, or the prefix of it that fits in `max_length` tokens.
 
     Raises:
-        BadRow: `overlong` under `reject`, or where nothing trained would be left.
+        BadRow: `overlong`: the policy is `reject`, or no trained token would remain.
     """
     length = len(example)
     if max_length is None or length <= max_length:
         return example
-    too_long = f"is {length} tokens long, max_length is {max_length}"
+    problem = f"has {length} tokens, expected at most {max_length} (max_length)"
     if policy == "reject":
-        raise BadRow("overlong", too_long, hint="raise max_length, or choose overlong='drop_turns' or 'truncate'")
-    keep = max_length if policy == "truncate" else _last_whole_turn(example, max_length)
+        raise BadRow("overlong", problem, hint="raise max_length, or set overlong to 'drop_turns' or 'truncate'")
+    keep = max_length if policy == "truncate" else _end_of_last_fitting_turn(example, max_length)
     if not example.trained[:keep].any():
         raise BadRow(
             "overlong",
-            f"{too_long}, and no answer{' begins' if policy == 'truncate' else ' fits whole'} before that",
+            f"{problem}, and no answer{' begins' if policy == 'truncate' else ' fits completely'} within that length",
             hint="raise max_length",
         )
-    cuts_answer = bool(example.trained[keep - 1] and example.trained[keep])
-    flags = example.flags | ({"answer_truncated"} if cuts_answer else set()) | {"truncated"}
+    is_answer_cut = bool(example.trained[keep - 1] and example.trained[keep])
+    flags = example.flags | ({"answer_truncated"} if is_answer_cut else set()) | {"truncated"}
     return replace(
         example,
         input_ids=example.input_ids[:keep],
@@ -53,22 +53,22 @@ def truncate(example: Example, max_length: int | None, policy: str = "reject") -
     )
 
 
-def _last_whole_turn(example: Example, max_length: int) -> int:
+def _end_of_last_fitting_turn(example: Example, max_length: int) -> int:
     ends = turn_ends(example)
     fitting = ends[ends <= max_length]
     return int(fitting[-1]) if len(fitting) else 0
 
 
 def turn_ends(example: Example) -> NDArray[np.int64]:
-    """Return the token positions just after each trained turn, ascending (int64 `[turns]`)."""
+    """Return the token index after the last token of each trained turn, ascending (int64 `[turns]`)."""
     owners = np.full(len(example), -1, dtype=np.int64)
     generated = [span for span in example.spans if span.generated]
     span_ends = np.asarray([span.end for span in generated], dtype=np.int64)
     messages = np.asarray([span.message for span in generated], dtype=np.int64)
     trained = np.flatnonzero(example.trained)
-    # A trained token outside every generated span (train_on="all") has no turn of its own.
-    at = np.searchsorted(span_ends, example.offsets[trained, 0], side="right")
-    inside = at < len(generated)
-    owners[trained[inside]] = messages[at[inside]]
+    # With train_on="all", trained tokens outside the generated spans belong to no turn.
+    span_indices = np.searchsorted(span_ends, example.offsets[trained, 0], side="right")
+    is_inside = span_indices < len(generated)
+    owners[trained[is_inside]] = messages[span_indices[is_inside]]
     changes = np.flatnonzero(np.diff(owners, append=-2))
     return changes[owners[changes] >= 0] + 1

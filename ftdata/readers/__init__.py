@@ -1,9 +1,9 @@
-"""Read: any source -> rows exactly as written, each with its place. Nothing is coerced, trimmed or guessed.
+"""Read sources as rows, exactly as written and each with its origin. No value is coerced, trimmed or guessed.
 
-    data ──sources──> a file, wherever it lies ──streams──> bytes ──lines, tables──> Row | Reject
+    data ──sources──> files, local or remote ──streams──> bytes ──readers──> Row | Reject
 
-A reader is `(Input) -> Iterator[Row | Reject]`, registered under the file suffixes it reads. A row that cannot
-be parsed comes out as a `Reject` in its place, so that one run shows all of them.
+A reader is a function `(Input) -> Iterator[Row | Reject]`, registered under the file suffixes that it reads. For a row
+that cannot be parsed, a reader yields a `Reject` in the row's position, so that a single run reports all of them.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ def read(data: Any) -> Iterator[Row]:
         data: anything that `build_sft_dataset` accepts as data.
 
     Yields:
-        Rows: `.data` is an object (a dict) or a bare list of messages, `.source` its file, row and physical line.
+        Rows: `.data` is an object (a dict) or a bare list of messages; `.source` contains the file, the row number
+        and the physical line.
 
     Raises:
-        UsageError: the source cannot be found.
-        InputRefused: it has no reader, or cannot be read.
-        BadRow: a row cannot be parsed; names file, physical line and column.
-        MissingDependency: Excel or an object store need an extra that is not installed.
-        StorageError: the disk refuses.
-        HubError: the network or the hub fails again and again.
+        UsageError: A source cannot be found.
+        InputRefused: A source has no reader, or cannot be read.
+        BadRow: A row cannot be parsed. The error names the file, the physical line and the column.
+        MissingDependency: An optional package for Excel files or for an object store is not installed.
+        StorageError: A file cannot be opened.
+        HubError: The network or the Hub fails repeatedly.
 
     >>> [row.data for row in read([{"question": "007", "answer": "2024-01-01"}])]
     [{'question': '007', 'answer': '2024-01-01'}]

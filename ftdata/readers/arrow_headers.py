@@ -1,8 +1,9 @@
-"""Arrow messages: what a file or stream says of its batches, read before anything of them is decompressed.
+"""Arrow message headers: the sizes of the batches of a file or stream, read before pyarrow decompresses the batches.
 
-A compressed batch of a few kilobytes may become gigabytes, and pyarrow decompresses it as a whole. The length that each
-of its buffers becomes stands in front of the buffer, and the number of its values in the metadata of the batch (Arrow
-columnar format, "Serialization and Interprocess Communication"). pyarrow shows neither, so this module reads them.
+A compressed batch of a few kilobytes may expand to gigabytes, and pyarrow decompresses a batch completely. The
+uncompressed length of a buffer is stored in front of the buffer, and the number of values in the metadata of the batch
+(Arrow columnar format, "Serialization and Interprocess Communication"). pyarrow exposes neither, so this module reads
+both.
 """
 
 from __future__ import annotations
@@ -19,20 +20,26 @@ from ftdata.readers.table_checks import damaged_file_error
 _CONTINUATION = b"\xff\xff\xff\xff"
 _DICTIONARY, _RECORDS = 2, 3
 MAX_BATCH = FREE // 4
-"""Bytes that any batch may become: it is in memory as a whole."""
+"""Bytes to which a batch of any size may expand. The complete batch is in memory."""
 _FREE_ROWS, _MAX_ROWS = 1_000_000, 8
-"""Rows that any file may have, and that a larger one may have for each of its bytes."""
+"""Rows that a file of any size may have, and rows per byte that a larger file may have."""
 _FREE_VALUES, _MAX_VALUES = 8_000_000, 32
-"""Values that any file may have, and that a larger one may have for each of its bytes: each takes half a microsecond to
-read. Rows of tokens that repeat a long prompt have some ten."""
-_MOST_EMPTY = 10_000
-_FREE_METADATA, _MOST_METADATA = 8 << 20, 10
-"""Bytes of metadata that any file may have, and the part of a larger file that it may be (a tenth): to parse it takes
-forty times its size."""
+"""Values that a file of any size may have, and values per byte that a larger file may have. A value takes half a
+microsecond to read. Pretokenized rows that repeat a long prompt have about ten values per byte."""
+_MAX_EMPTY = 10_000
+_FREE_METADATA, _METADATA_DIVISOR = 8 << 20, 10
+"""Bytes of metadata that a file of any size may have, and the divisor for a larger file (a tenth of its size). Parsing
+metadata takes forty times its size in memory."""
 
 
 class Block(NamedTuple):
-    """Where a message stands in a file."""
+    """The position of a message in a file.
+
+    Attributes:
+        offset: offset of the message in the file.
+        metadata: bytes of the metadata, with their length prefix.
+        body: bytes of the body.
+    """
 
     offset: int
     metadata: int
@@ -40,15 +47,15 @@ class Block(NamedTuple):
 
 
 class ArrowMessage(NamedTuple):
-    """What the metadata of a message says.
+    """The metadata of a message.
 
     Attributes:
-        kind: 2 is a dictionary, 3 are rows.
-        body: bytes of what follows.
-        rows: how many rows (or entries of a dictionary) there are.
-        values: how many values they have.
+        kind: 2 for a dictionary, 3 for rows.
+        body: bytes of the body.
+        rows: number of rows, or of entries of a dictionary.
+        values: number of values.
         buffers: offset and length of each buffer in the body.
-        compressed: whether the buffers are.
+        compressed: whether the buffers are compressed.
     """
 
     kind: int
@@ -60,9 +67,10 @@ class ArrowMessage(NamedTuple):
 
 
 class TableLimits:
-    """Counts what the batches of a table become.
+    """Limits on the rows, values and uncompressed bytes of a table, in proportion to the size of its file.
 
-    `packed` is the size of the file, or what was read of it so far.
+    Attributes:
+        packed: size of the file in bytes, or bytes read so far.
     """
 
     def __init__(self, file: Input, packed: int) -> None:
@@ -70,46 +78,46 @@ class TableLimits:
         self._plain = self._rows = self._values = self._empty = 0
 
     def rows(self, rows: int, values: int) -> None:
-        """Count rows, and the values in them.
+        """Add to the number of rows and values.
 
         Raises:
-            InputRefused: there are far more than the file's size explains.
+            InputRefused: There are far more than the size of the file explains.
         """
         self._rows += rows
         self._values += values
-        for count, name, most in (
-            (self._empty, "empty batches", _MOST_EMPTY),
+        for count, name, limit in (
+            (self._empty, "empty batches", _MAX_EMPTY),
             (self._rows, "rows", max(_FREE_ROWS, _MAX_ROWS * self.packed)),
             (self._values, "values", max(_FREE_VALUES, _MAX_VALUES * self.packed)),
         ):
-            if count > most:
-                found = f"has {count:,} {name} in {self.packed:,} bytes, expected at most {most:,}"
+            if count > limit:
+                message = f"has {count:,} {name} in {self.packed:,} bytes, expected at most {limit:,}"
                 hint = "write it again, without empty rows and columns"
-                raise InputRefused("expansion", found, where=self._file.path, hint=hint)
+                raise InputRefused("expansion", message, where=self._file.path, hint=hint)
 
     def metadata(self, size: int) -> None:
         """Check the size of metadata.
 
         Raises:
-            InputRefused: it is more than a file may have, or the file is cut off.
+            InputRefused: The metadata are larger than the limit, or than the file.
         """
         if 0 < self.packed < size:
             raise damaged_file_error(
-                ValueError(f"it is cut off: it has no {size:,} bytes of metadata"), self._file, "Arrow"
+                ValueError(f"it is truncated, expected {size:,} bytes of metadata"), self._file, "Arrow"
             )
-        most = max(_FREE_METADATA, self.packed // _MOST_METADATA)
-        if size > most:
-            found = f"has {size:,} bytes of metadata, expected at most {most:,}"
-            hint = "write it again, with fewer columns, or longer row groups"
-            raise InputRefused("expansion", found, where=self._file.path, hint=hint)
+        limit = max(_FREE_METADATA, self.packed // _METADATA_DIVISOR)
+        if size > limit:
+            message = f"has {size:,} bytes of metadata, expected at most {limit:,}"
+            hint = "write it again, with fewer columns or longer row groups"
+            raise InputRefused("expansion", message, where=self._file.path, hint=hint)
 
     def batch(self, message: ArrowMessage, plain: int) -> None:
-        """Count a batch which becomes so many bytes.
+        """Count a batch that expands to `plain` bytes.
 
         Raises:
-            InputRefused: that is more than a batch, or a file, may become.
+            InputRefused: The batch, or the complete file, expands beyond the limit.
         """
-        # What is in a dictionary is no row yet.
+        # The entries of a dictionary are not rows.
         self._empty += not message.rows
         self.rows(message.rows if message.kind == _RECORDS else 0, message.values)
         self._plain += plain
@@ -119,22 +127,22 @@ class TableLimits:
             raise expansion_error(self._plain, self.packed, self._file.path)
         if plain > MAX_LINE * max(message.rows, 1):
             size = plain // max(message.rows, 1)
-            found = f"has rows of {size:,} bytes and more, at most {MAX_LINE:,} are read"
-            raise InputRefused("row_too_long", found, where=self._file.path, hint="make several rows of each")
+            reason = f"has rows of {size:,} bytes on average, expected at most {MAX_LINE:,}"
+            raise InputRefused("row_too_long", reason, where=self._file.path, hint="split each row into several rows")
 
 
 def check_stream(stream: io.BufferedReader, file: Input, packed: int | None) -> Generator[bytes]:
-    """Yield the bytes of a stream of messages, each batch only after it was counted.
+    """Yield the bytes of a stream of messages, each batch after a check of its size.
 
     Args:
-        stream: from the beginning of a message on.
-        file: what is read.
-        packed: the bytes of the file; `None` if they are not known.
+        stream: the stream, at the beginning of a message.
+        file: the input, for errors.
+        packed: size of the file in bytes; `None` if it is unknown.
 
     Raises:
-        InputRefused: a batch, or all of them, become more than they may.
+        InputRefused: A batch, or the complete stream, expands beyond the limit.
     """
-    limits, seen = TableLimits(file, packed or 0), 0
+    limits, bytes_read = TableLimits(file, packed or 0), 0
     while head := stream.read(4):
         if head == _CONTINUATION:
             head += stream.read(4)
@@ -144,110 +152,110 @@ def check_stream(stream: io.BufferedReader, file: Input, packed: int | None) -> 
         yield head + metadata
         if not size:
             return
-        message = _message(metadata, file)
+        message = _parse_message(metadata, file)
         body = stream.read(message.body) if message.kind in (_DICTIONARY, _RECORDS) else b""
-        seen += len(head) + len(metadata) + len(body)
+        bytes_read += len(head) + len(metadata) + len(body)
         if packed is None:
-            limits.packed = seen
-        limits.batch(message, _plain(message, _in(body)))
+            limits.packed = bytes_read
+        limits.batch(message, _plain_size(message, _read_from_bytes(body)))
         yield body
 
 
 def check_ahead(stream: io.BufferedReader, file: Input, packed: int) -> None:
-    """Count all batches of a stream that can be read again.
+    """Check all batches of a seekable stream.
 
     Raises:
-        InputRefused: they become more than they may, or the stream is damaged.
+        InputRefused: A batch, or the complete stream, expands beyond the limit, or the stream is damaged.
     """
-    limits, at = TableLimits(file, packed), 0
+    limits, position = TableLimits(file, packed), 0
     while True:
-        stream.seek(at)
+        stream.seek(position)
         head = stream.read(4)
         head += stream.read(4) if head == _CONTINUATION else b""
         size = int.from_bytes(head[-4:], "little")
         if not size:
             break
         limits.metadata(size)
-        message = _message(stream.read(size), file)
-        begins = at + len(head) + size
+        message = _parse_message(stream.read(size), file)
+        body_start = position + len(head) + size
         if message.kind in (_DICTIONARY, _RECORDS):
-            limits.batch(message, _plain(message, _at(stream, begins)))
-        at = begins + message.body
-        if at > packed:
+            limits.batch(message, _plain_size(message, _read_from_stream(stream, body_start)))
+        position = body_start + message.body
+        if position > packed:
             break
     stream.seek(0)
 
 
 def check_blocks(stream: io.BufferedReader, file: Input, packed: int) -> None:
-    """Count all batches of a file, those that its footer names.
+    """Check all batches in the footer of a file.
 
     Raises:
-        InputRefused: they become more than they may, or the file is damaged.
+        InputRefused: A batch, or the complete file, expands beyond the limit, or the file is damaged.
     """
     limits = TableLimits(file, packed)
-    blocks = _footer(stream, file, packed)
+    blocks = _read_footer(stream, file, packed)
     if len({block.offset for block in blocks}) < len(blocks):
-        raise damaged_file_error(ValueError("its footer names a batch twice"), file, "Arrow")
+        raise damaged_file_error(ValueError("its footer contains a batch twice"), file, "Arrow")
     for block in blocks:
         stream.seek(block.offset)
         head = stream.read(4)
         head += stream.read(4) if head == _CONTINUATION else b""
         size = int.from_bytes(head[-4:], "little")
         limits.metadata(size)
-        message = _message(stream.read(size), file)
-        limits.batch(message, _plain(message, _at(stream, block.offset + block.metadata)))
+        message = _parse_message(stream.read(size), file)
+        limits.batch(message, _plain_size(message, _read_from_stream(stream, block.offset + block.metadata)))
     stream.seek(0)
 
 
-def _at(stream: io.BufferedReader, begins: int) -> Callable[[int], bytes]:
+def _read_from_stream(stream: io.BufferedReader, start: int) -> Callable[[int], bytes]:
     def read(offset: int) -> bytes:
-        stream.seek(begins + offset)
+        stream.seek(start + offset)
         return stream.read(8)
 
     return read
 
 
-def _in(body: bytes) -> Callable[[int], bytes]:
+def _read_from_bytes(body: bytes) -> Callable[[int], bytes]:
     return lambda offset: body[offset : offset + 8]
 
 
-def _plain(message: ArrowMessage, read: Callable[[int], bytes]) -> int:
-    """Return how many bytes the buffers of a batch become; `read` returns eight bytes of its body."""
+def _plain_size(message: ArrowMessage, read: Callable[[int], bytes]) -> int:
+    """Return the uncompressed size in bytes of the buffers of a batch; `read` returns eight bytes of its body."""
     if not message.compressed:
         return sum(length for _, length in message.buffers)
     plain = 0
     for offset, length in message.buffers:
         if length:
-            # -1 says that the buffer is not compressed.
+            # A size of -1 means that the buffer is not compressed.
             size = int.from_bytes(read(offset), "little", signed=True)
             plain += size if size >= 0 else length
     return plain
 
 
-def _footer(stream: io.BufferedReader, file: Input, packed: int) -> list[Block]:
+def _read_footer(stream: io.BufferedReader, file: Input, packed: int) -> list[Block]:
     stream.seek(max(packed - 10, 0))
     size = int.from_bytes(stream.read(4), "little")
     if not 0 < size <= packed - 10:
-        raise damaged_file_error(ValueError("it has no footer: it is cut off"), file, "Arrow")
+        raise damaged_file_error(ValueError("it is truncated: it has no footer"), file, "Arrow")
     stream.seek(packed - 10 - size)
     try:
         footer = _Table.root(stream.read(size))
-        return [Block(*found) for number in (2, 3) for found in footer.structs(number, "<qi4xq")]
+        return [Block(*fields) for number in (2, 3) for fields in footer.structs(number, "<qi4xq")]
     except (struct.error, ValueError, IndexError) as error:
         raise damaged_file_error(error, file, "Arrow") from None
 
 
-def _message(metadata: bytes, file: Input) -> ArrowMessage:
-    """Return what the metadata of a message says.
+def _parse_message(metadata: bytes, file: Input) -> ArrowMessage:
+    """Parse the metadata of a message.
 
     Raises:
-        InputRefused: it is damaged.
+        InputRefused: The metadata are damaged.
     """
     try:
         table = _Table.root(metadata)
         kind, body = table.number(1, "<B"), table.number(3, "<q")
         if body < 0:
-            raise ValueError(f"a message has {body} bytes")
+            raise ValueError(f"a message has a body of {body} bytes")
         batch = table.table(2)
         if batch is not None and kind == _DICTIONARY:
             batch = batch.table(1)
@@ -256,57 +264,62 @@ def _message(metadata: bytes, file: Input) -> ArrowMessage:
         rows, lengths = batch.number(0, "<q"), [length for length, _ in batch.structs(1, "<qq")]
         buffers = tuple((offset, length) for offset, length in batch.structs(2, "<qq"))
         if min(rows, *lengths, *(length for _, length in buffers), 0) < 0:
-            raise ValueError("a length in it is negative")
+            raise ValueError("it contains a negative length")
         return ArrowMessage(kind, body, rows, sum(lengths), buffers, batch.table(3) is not None)
     except (struct.error, ValueError, IndexError) as error:
         raise damaged_file_error(error, file, "Arrow") from None
 
 
 class _Table(NamedTuple):
-    """A table of a flatbuffer: https://flatbuffers.dev/internals/."""
+    """A table of a FlatBuffer (https://flatbuffers.dev/internals/).
+
+    Attributes:
+        data: the FlatBuffer.
+        position: offset of the table.
+    """
 
     data: bytes
-    at: int
+    position: int
 
     @classmethod
     def root(cls, data: bytes) -> _Table:
         return cls(data, *struct.unpack_from("<I", data))
 
-    def _field(self, number: int) -> int | None:
-        """Return where a field stands, if it is there."""
-        (back,) = struct.unpack_from("<i", self.data, self.at)
-        table = self.at - back
-        if not 0 <= table < len(self.data):
-            raise ValueError("a table of it is outside")
-        (size,) = struct.unpack_from("<H", self.data, table)
-        place = 4 + 2 * number
-        if place + 2 > size:
+    def _field_position(self, number: int) -> int | None:
+        """Return the offset of a field; `None` if the table does not have the field."""
+        (distance,) = struct.unpack_from("<i", self.data, self.position)
+        vtable = self.position - distance
+        if not 0 <= vtable < len(self.data):
+            raise ValueError("it contains an offset outside its data")
+        (size,) = struct.unpack_from("<H", self.data, vtable)
+        entry = 4 + 2 * number
+        if entry + 2 > size:
             return None
-        (offset,) = struct.unpack_from("<H", self.data, table + place)
-        return self.at + offset if offset else None
+        (offset,) = struct.unpack_from("<H", self.data, vtable + entry)
+        return self.position + offset if offset else None
 
     def number(self, number: int, form: str) -> int:
-        """Return a number; 0 if it is not there."""
-        at = self._field(number)
-        return 0 if at is None else int(struct.unpack_from(form, self.data, at)[0])
+        """Return a number; 0 if the table does not have the field."""
+        position = self._field_position(number)
+        return 0 if position is None else int(struct.unpack_from(form, self.data, position)[0])
 
-    def _follow(self, number: int) -> int | None:
-        at = self._field(number)
-        return None if at is None else at + int(struct.unpack_from("<I", self.data, at)[0])
+    def _follow_offset(self, number: int) -> int | None:
+        position = self._field_position(number)
+        return None if position is None else position + int(struct.unpack_from("<I", self.data, position)[0])
 
     def table(self, number: int) -> _Table | None:
-        """Return a table in this one."""
-        at = self._follow(number)
-        return None if at is None else _Table(self.data, at)
+        """Return a nested table; `None` if the table does not have the field."""
+        position = self._follow_offset(number)
+        return None if position is None else _Table(self.data, position)
 
     def structs(self, number: int, form: str) -> Iterator[tuple[int, ...]]:
-        """Yield the structs of a vector."""
-        at = self._follow(number)
-        if at is None:
+        """Yield the structs of a vector, unpacked with the format `form`."""
+        position = self._follow_offset(number)
+        if position is None:
             return iter(())
-        (count,) = struct.unpack_from("<I", self.data, at)
+        (count,) = struct.unpack_from("<I", self.data, position)
         size = struct.calcsize(form)
-        part = memoryview(self.data)[at + 4 : at + 4 + count * size]
-        if len(part) < count * size:
-            raise ValueError("a list of it is cut off")
-        return struct.iter_unpack(form, part)
+        vector = memoryview(self.data)[position + 4 : position + 4 + count * size]
+        if len(vector) < count * size:
+            raise ValueError("it contains a truncated list")
+        return struct.iter_unpack(form, vector)

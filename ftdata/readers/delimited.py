@@ -1,4 +1,4 @@
-"""Delimited text: CSV and TSV, every cell as its text."""
+"""Read CSV and TSV files. Every cell is text."""
 
 from __future__ import annotations
 
@@ -18,171 +18,180 @@ from ftdata.types import Reject, Row, Source
 
 _DELIMITERS = ",;\t|"
 _BOM = "\ufeff"
-_RAW = 4096
-_FAR = 10_000
-"""Lines that a quote left open by a fault is looked for in."""
+_RAW_LIMIT = 4096
+_MAX_LINES_AHEAD = 10_000
+"""Maximum number of lines in which to search for the end of a quote that an invalid row left open."""
 
 
 _QUOTES_ARE_TEXT = frozenset({"quotes"})
 
 
 def read_csv(file: Input) -> Iterator[Row | Reject]:
-    """Yield the rows of a CSV file (comma, semicolon, tab or bar, as the header has it), every cell as its text.
+    """Yield the rows of a CSV file; every cell is text.
 
-    `line` is where a row begins; with quotes it may go on over several. Blank lines are skipped, and `sep=;` before the
-    header says the delimiter.
+    The delimiter is detected from the header: a comma, a semicolon, a tab or a vertical bar. A line `sep=;` before the
+    header sets it explicitly. `line` is the first line of a row, because a quoted cell may contain line breaks. Blank
+    lines are skipped.
     """
-    yield from _separated(file, None)
+    yield from _read_delimited(file, None)
 
 
 def read_tsv(file: Input) -> Iterator[Row | Reject]:
-    """Yield the rows of a file of tab-separated values, as `read_csv`; quotes may be text (`quoting_of`)."""
-    yield from _separated(file, "\t")
+    """Yield the rows of a file of tab-separated values, like `read_csv`; quotes may be text (see `detect_quoting`)."""
+    yield from _read_delimited(file, "\t")
 
 
-def _separated(file: Input, delimiter: str | None) -> Iterator[Row | Reject]:
+def _read_delimited(file: Input, delimiter: str | None) -> Iterator[Row | Reject]:
     with file.text() as stream:
-        lines = _Lines(stream, file)
-        head = next(filter(str.strip, lines), "").removeprefix(_BOM)
-        if said := re.fullmatch(r"sep=(.)\s*", head):
-            head, delimiter = next(lines, ""), said[1]
+        lines = _LineReader(stream, file)
+        header = next(filter(str.strip, lines), "").removeprefix(_BOM)
+        if separator := re.fullmatch(r"sep=(.)\s*", header):
+            header, delimiter = next(lines, ""), separator[1]
         quoting = file.quoting or "csv"
         if delimiter == "\t":
             quoting = detect_quoting(file, lines.ahead(), b"\t")
         notes = _QUOTES_ARE_TEXT if delimiter == "\t" and quoting != "csv" else frozenset[str]()
-        delimiter = delimiter or max(_DELIMITERS, key=_outside_quotes(head).count)
-        yield from _cells(head, lines, file, delimiter, quoted=quoting == "csv", notes=notes)
+        delimiter = delimiter or max(_DELIMITERS, key=_remove_quoted(header).count)
+        yield from _parse_rows(header, lines, file, delimiter, quoted=quoting == "csv", notes=notes)
 
 
-class _Lines:
-    """The lines of a text, with how many there were and how many bytes."""
+class _LineReader:
+    """The lines of a text.
+
+    Attributes:
+        line: number of lines read so far.
+        offset: number of bytes read so far.
+        row_lines: number of lines of the current row.
+    """
 
     def __init__(self, stream: io.BufferedReader, file: Input) -> None:
         self._stream, self._file = stream, file
         self._ahead: deque[bytes] = deque()
         self.line = self.offset = 0
-        self.forget()
+        self.start_row()
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        raw = self._ahead.popleft() if self._ahead else self._read()
+        raw = self._ahead.popleft() if self._ahead else self._read_line()
         if not raw:
             raise StopIteration
         self.line += 1
         self.offset += len(raw)
-        self.taken += 1
+        self.row_lines += 1
         text = raw.decode("utf-8", "surrogateescape")
-        if len(self._begin) < _RAW:
-            self._begin += text[:_RAW]
+        if len(self._row_text) < _RAW_LIMIT:
+            self._row_text += text[:_RAW_LIMIT]
         return text
 
     def ahead(self) -> Iterator[bytes]:
-        """Yield the lines that come next, which are kept."""
+        """Yield the next lines without consuming them."""
         for number in count():
             if number == len(self._ahead):
-                self._ahead.append(self._read())
+                self._ahead.append(self._read_line())
             if not self._ahead[number]:
                 return
             yield self._ahead[number]
 
-    def forget(self) -> None:
-        """Begin to count the lines of another row."""
-        self.taken, self._begin = 0, ""
+    def start_row(self) -> None:
+        """Reset the line count and the text of the current row."""
+        self.row_lines, self._row_text = 0, ""
 
-    def _read(self) -> bytes:
+    def _read_line(self) -> bytes:
         raw = self._stream.readline(MAX_LINE + 1)
         if len(raw) > MAX_LINE:
-            place = f"{self._file.path}:{self.line + len(self._ahead) + 1}"
-            raise InputRefused("line_too_long", f"is longer than {MAX_LINE:,} bytes", where=place)
+            where = f"{self._file.path}:{self.line + len(self._ahead) + 1}"
+            raise InputRefused("line_too_long", f"is longer than {MAX_LINE:,} bytes", where=where)
         return raw
 
-    def within_quotes(self, delimiter: str) -> bool:
-        """Take the lines that are the rest of a faulty row; return whether there are more of them.
+    def skip_quoted(self, delimiter: str) -> bool:
+        """Skip the lines that belong to an invalid row, if it left a quote open; return whether to call this again.
 
-        The next quote that can begin or end a cell tells: one that ends it was opened in the row, one that begins it
-        was not. Where there is none, nothing was left open.
+        The next quote that can begin or end a cell decides. If it ends a cell, that cell began in the invalid row. If
+        it begins a cell, the row left no quote open. Without a next quote, no line is skipped.
         """
         mark, size = delimiter.encode(), 0
-        begins = re.compile(rb"(?:^|" + re.escape(mark) + rb')"')
-        ends = re.compile(rb'"(?:' + re.escape(mark) + rb"|[\r\n]|$)")
-        for number in range(_FAR):
+        opening = re.compile(rb"(?:^|" + re.escape(mark) + rb')"')
+        closing = re.compile(rb'"(?:' + re.escape(mark) + rb"|[\r\n]|$)")
+        for number in range(_MAX_LINES_AHEAD):
             if number == len(self._ahead):
-                self._ahead.append(self._read())
+                self._ahead.append(self._read_line())
             raw = self._ahead[number]
             size += len(raw)
             if not raw:
                 self._ahead.pop()
                 return False
-            begun, ended = begins.search(raw), ends.search(raw)
-            if size > MAX_LINE or (begun and (not ended or begun.start() <= ended.start())):
+            opened, closed = opening.search(raw), closing.search(raw)
+            if size > MAX_LINE or (opened and (not closed or opened.start() <= closed.start())):
                 return False
-            if ended:
+            if closed:
                 for _ in range(number + 1):
                     next(self)
-                return raw.count(b'"', ended.start() + 1) % 2 == 1
+                return raw.count(b'"', closed.start() + 1) % 2 == 1
         return False
 
     @property
     def raw(self) -> str:
-        """How the lines taken last begin."""
-        return self._begin[:_RAW].encode("utf-8", "backslashreplace").decode()
+        """The beginning of the text of the current row."""
+        return self._row_text[:_RAW_LIMIT].encode("utf-8", "backslashreplace").decode()
 
 
-def _cells(
-    head: str, lines: _Lines, file: Input, delimiter: str, *, quoted: bool, notes: frozenset[str]
+def _parse_rows(
+    header: str, lines: _LineReader, file: Input, delimiter: str, *, quoted: bool, notes: frozenset[str]
 ) -> Iterator[Row | Reject]:
     csv.field_size_limit(MAX_LINE)
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     try:
-        # Names may have line breaks inside quotes.
-        names = next(csv.reader(chain([head], lines), delimiter=delimiter, strict=True, quoting=quoting), [])
+        # A quoted name may contain line breaks.
+        names = next(csv.reader(chain([header], lines), delimiter=delimiter, strict=True, quoting=quoting), [])
     except csv.Error as error:
-        hint = "lines must end in LF or CRLF, and a quote inside quotes is written twice"
+        hint = "end lines with LF or CRLF, and double each quote inside a quoted cell"
         raise InputRefused("csv", f"the header is not valid CSV: {error}", where=file.path, hint=hint) from None
     while names and not names[-1]:
         names.pop()
     if not any(names):
-        raise InputRefused("no_rows", "the file is empty, or its header is", where=file.path)
+        raise InputRefused("no_rows", "the file or its header is empty", where=file.path)
     check_names(names, file)
     reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)
     index = 0
     while True:
         source = Source(file.path, index, lines.line + 1, lines.offset)
-        lines.forget()
+        lines.start_row()
         try:
             cells = next(reader)
         except StopIteration:
             break
         except csv.Error as error:
-            while quoted and lines.within_quotes(delimiter):
+            while quoted and lines.skip_quoted(delimiter):
                 pass
-            more = f", with {lines.taken - 1:,} lines after it" if lines.taken > 1 else ""
-            fix = "a quote inside quotes is written twice"
-            yield Reject(source, "csv", "", f"is not valid CSV{more}: {error}", fix, lines.raw)
+            extent = f" (the row has {lines.row_lines:,} lines)" if lines.row_lines > 1 else ""
+            fix = "double each quote inside a quoted cell"
+            yield Reject(source, "csv", "", f"is not valid CSV{extent}: {error}", fix, lines.raw)
             index += 1
             continue
         if not cells:
             continue
-        yield _row(names, cells, source, lines.raw, notes)
+        yield _make_row(names, cells, source, lines.raw, notes)
         index += 1
     if index == 0:
-        raise InputRefused("no_rows", "the file holds no rows below its header", where=file.path)
+        raise InputRefused("no_rows", "the file contains no rows below its header", where=file.path)
 
 
-def _row(names: Sequence[str], cells: Sequence[str], source: Source, raw: str, notes: frozenset[str]) -> Row | Reject:
+def _make_row(
+    names: Sequence[str], cells: Sequence[str], source: Source, raw: str, notes: frozenset[str]
+) -> Row | Reject:
     while len(cells) > len(names) and not cells[-1]:
         cells = cells[:-1]
     if len(cells) != len(names):
-        found = f"has {len(cells)} cells, and the header {len(names)}"
-        return Reject(source, "ragged_row", "", found, "text with a comma or a line break in it needs quotes", raw)
+        reason = f"has {len(cells)} cells, expected {len(names)} as in the header"
+        return Reject(source, "ragged_row", "", reason, "quote cells that contain a delimiter or a line break", raw)
     for name, cell in zip(names, cells, strict=True):
         if not cell.isascii() and any("\ud800" <= char <= "\udfff" for char in cell):
-            fix = "say what it is written in, e.g. encoding='cp1252'"
-            return Reject(source, "encoding", name, "is no text in its encoding", fix, raw)
+            fix = "pass the encoding of the file, e.g. encoding='cp1252'"
+            return Reject(source, "encoding", name, "is not valid text in the encoding of the file", fix, raw)
     return Row(dict(zip(names, cells, strict=True)), source, flat=True, notes=notes)
 
 
-def _outside_quotes(line: str) -> str:
+def _remove_quoted(line: str) -> str:
     return "".join(line.split('"')[::2])

@@ -1,4 +1,4 @@
-"""Names of files: which say that there is no data in them, and which of what split it is."""
+"""Recognize from file names which files contain data and which split they belong to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import PurePosixPath
 
-_NO_DATA = {
+_NON_DATA_FILES = {
     *("readme.md", "license", "license.txt", "license.md"),
     *("config.json", "eval_results.json", "tokenizer.json", "tokenizer_config.json"),
     *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"),
@@ -18,19 +18,20 @@ _SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-"""Words in names -> the split that they say, as `datasets` has them."""
+"""Split for each word in a file name, with the words that `datasets` recognizes."""
 
 
 def is_data(name: str) -> bool:
-    """Whether a file or folder of this name may be data: it is not hidden, nor of those that stand beside data."""
-    return name.lower() not in _NO_DATA and not name.startswith((".", "_"))
+    """Return whether a file or folder may contain data: it is neither hidden nor a well-known metadata file."""
+    return name.lower() not in _NON_DATA_FILES and not name.startswith((".", "_"))
 
 
 def split_from_name(path: str) -> str | None:
-    """Return the split that a file's name says, or else that of the nearest folder that is called as one.
+    """Return the split in the name of a file, or else in the name of its nearest folder; `None` if no name has a split.
 
-    >>> split_from_name("data/test-00000-of-00001.parquet"), split_from_name("eval/part-0.jsonl"), split_from_name("test-time/a.jsonl")
-    ('test', 'test', None)
+    >>> split_from_name("data/test-00000-of-00001.parquet"), split_from_name("eval/part-0.jsonl")
+    ('test', 'test')
+    >>> split_from_name("test-time/a.jsonl")
     """
     name = PurePosixPath(path)
     words = re.split(r"[^a-z]+", name.name.split(".", 1)[0].lower())
@@ -39,9 +40,9 @@ def split_from_name(path: str) -> str | None:
 
 
 def matches_pattern(path: str, pattern: str) -> bool:
-    """Whether a path fits a pattern: `*` and `?` stand for what is within a name, `**` for any folders.
+    """Return whether a path matches a glob: `*` and `?` match within a name, `**` matches any number of folders.
 
-    In time that depends on their lengths: patterns come from cards of data sets, too.
+    The time is bounded by the lengths of path and pattern, because a pattern may come from an untrusted data set card.
 
     >>> [matches_pattern("a/b/c.jsonl", pattern) for pattern in ("a/**/*.jsonl", "**", "a/*.jsonl", "a/b/c.*")]
     [True, True, False, True]
@@ -52,11 +53,11 @@ def matches_pattern(path: str, pattern: str) -> bool:
         if part == "**":
             reached = set(range(min(reached), len(names) + 1)) if reached else reached
         else:
-            match = _name_pattern(part)
-            reached = {at + 1 for at in reached if at < len(names) and match(names[at])}
+            match = _compile_name_pattern(part)
+            reached = {index + 1 for index in reached if index < len(names) and match(names[index])}
     return len(names) in reached
 
 
 @lru_cache(maxsize=256)
-def _name_pattern(pattern: str) -> Callable[[str], object]:
+def _compile_name_pattern(pattern: str) -> Callable[[str], object]:
     return re.compile(fnmatch.translate(pattern)).match

@@ -1,4 +1,4 @@
-"""Rows in memory: of pandas, of numpy, of plain Python; as JSON has them."""
+"""Convert rows of pandas, numpy and plain Python to JSON values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ _BATCH = 1024
 
 
 class ValueFault(NamedTuple):
-    """A row that Python cannot have, and why."""
+    """A row with a value that cannot be represented in Python.
+
+    Attributes:
+        code: error code.
+        field: column of the value; may be empty.
+        reason: explanation.
+    """
 
     code: str
     field: str
@@ -21,21 +27,21 @@ class ValueFault(NamedTuple):
 def from_dataframe(frame: Any) -> Iterator[dict[str, Any]]:
     """Yield the rows of a pandas `DataFrame`."""
     if len({str(name) for name in frame.columns}) < len(frame.columns):
-        raise InputRefused("repeated_column", "names a column twice", where="<DataFrame>")
+        raise InputRefused("repeated_column", "several columns have the same name", where="<DataFrame>")
     step = range(0, len(frame), _BATCH)
-    for part in (frame.iloc[start : start + _BATCH] for start in step):
-        known = part.notna().to_numpy()
-        columns = [part[name].tolist() for name in part]
-        for at, cells in enumerate(zip(*columns, strict=True)):
+    for batch in (frame.iloc[start : start + _BATCH] for start in step):
+        not_null = batch.notna().to_numpy()
+        columns = [batch[name].tolist() for name in batch]
+        for row, cells in enumerate(zip(*columns, strict=True)):
             yield {
                 str(name): drop_nulls(arrays_to_lists(cell))
-                for name, cell, there in zip(part, cells, known[at], strict=True)
-                if there
+                for name, cell, has_value in zip(batch, cells, not_null[row], strict=True)
+                if has_value
             }
 
 
 def drop_nulls(value: Any) -> Any:
-    """Return a JSON value without the nulls in its objects."""
+    """Return a JSON value without the null values in its objects."""
     if isinstance(value, dict):
         return {key: drop_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -44,7 +50,7 @@ def drop_nulls(value: Any) -> Any:
 
 
 def arrays_to_lists(value: Any) -> Any:
-    """Return a cell with lists for the arrays in it, as which pandas reads the lists of Parquet."""
+    """Return a value with each array replaced by a list. pandas reads the lists of Parquet files as arrays."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list | tuple):

@@ -1,8 +1,8 @@
-"""JSON and JSON Lines, with the physical line and the byte of every row.
+"""Read JSON and JSON Lines, with the physical line and the byte offset of every row.
 
-One JSON reader serves arrays, pretty-printed or not, concatenated objects, column-oriented objects and rows that lie
-under a key: a scan for brackets outside strings finds where each row begins and ends, and only then is a row parsed.
-Nothing is held but the row at hand.
+The JSON reader accepts arrays, concatenated objects, column-oriented objects, and rows in a list under a key, with any
+indentation. A scan for brackets outside strings determines where each row begins and ends; then each row is parsed
+separately. Only the current row is in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ftdata.readers.streams import CHUNK, MAX_LINE, Input, prepend, prepend_to_f
 from ftdata.types import Reject, Row, Source
 
 _BOM = b"\xef\xbb\xbf"
-_FOREIGN = {
+_OTHER_FORMATS = {
     b"PK\x03\x04": "a zip file",
     b"PAR1": "a Parquet file",
     b"ARROW1": "an Arrow file",
@@ -33,132 +33,140 @@ _FOREIGN = {
     b"%PDF": "a PDF",
     b"SQLite format 3": "an SQLite database",
 }
-_WEB = (b"<!doctype", b"<html", b"<?xml")
-_LFS = b"version https://git-lfs"
+_WEB_PAGES = (b"<!doctype", b"<html", b"<?xml")
+_LFS_POINTER = b"version https://git-lfs"
 _RAW_LIMIT = 4096
 
 MAX_DEPTH = 128
-"""Levels of brackets that a row may have."""
+"""Maximum number of nested brackets in a row."""
 
-_VALUE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[^\s,\[\]"]+', re.DOTALL)
+_STRAY_VALUE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[^\s,\[\]"]+', re.DOTALL)
 _KEY = re.compile(rb'"[ \t\r\n]*:')
-# Nineteen digits in a row are found fastest as nineteen zeros.
+# To search for a number of 19 digits quickly, all digits are replaced by zeros.
 _DIGITS, _LONG_NUMBER = bytes.maketrans(b"123456789", b"000000000"), b"0" * 19
-_BLANKS = b" \t\r\n"
+_WHITESPACE = b" \t\r\n"
 _SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
 _PUNCTUATION = re.compile(rb"[\[\]]*|,")
-# What hides a colon after a quote, or looks like one.
+# Escapes that hide a quote, a space or a colon, so that a text looks like a key or a key like a text.
 _ESCAPES = (rb"\u0022", rb"\u0020", rb"\u003a", rb"\u003A")
 
 
 Rows = Generator[Row | Reject, None, int | None]
-"""Rows, and then how many lines they stood in, where that is known."""
+"""A generator of rows that returns the number of lines, if it is known."""
 
 
 def read_jsonl(file: Input) -> Rows:
-    """Yield one row per non-blank physical line; `line` counts from 1 and blank lines count too.
+    """Yield a row for each physical line, except blank lines. `line` counts all lines from 1, including blank lines.
 
-    Of a span, rows and lines are counted from its own beginning.
+    If the input has a span, rows and lines are counted from the beginning of the span.
     """
     with file.text() as stream:
-        _refuse_foreign(stream.peek(512), file)
-        return (yield from _lines(stream, file))
+        _check_format(stream.peek(512), file)
+        return (yield from _read_lines(stream, file))
 
 
 def is_line_format(file: Input, reader: str) -> bool:
-    """Whether a file is read line by line, and so can be in parts."""
+    """Return whether a file is read line by line, so that it can be split into parts."""
     with file.open() as stream:
         if not stream.seekable() or not file.is_plain(stream.peek(8)[:8]):
             return False
-        return reader in ("jsonl", "ndjson") or (reader == "json" and _looks_like_lines(_head(stream)))
+        return reader in ("jsonl", "ndjson") or (reader == "json" and _looks_like_lines(_read_head(stream)))
 
 
 def read_json(file: Input) -> Rows:
-    """Yield the rows of a JSON file; `line` is where each row begins.
+    """Yield the rows of a JSON file; `line` is the first line of each row.
 
-    Rows are the elements of a top-level array, or top-level objects one after another, or the entries of one
-    column-oriented object (`{"question": {"0": ...}, "answer": {"0": ...}}` or `{"question": [...], ...}`), or those
-    of the only list of objects in one object (`{"version": 1, "data": [...]}`).
-    A file whose first line is a whole object and that goes on is read as JSON Lines.
+    Rows are one of:
+
+    - the elements of a top-level array;
+    - concatenated top-level objects;
+    - the entries of a column-oriented object (`{"question": {"0": ...}, "answer": {"0": ...}}` or
+      `{"question": [...], ...}`);
+    - the elements of the only list of objects in an object (`{"version": 1, "data": [...]}`).
+
+    A file is read as JSON Lines if its first line is a complete object and more lines follow.
     """
     if file.span is not None:
         return (yield from read_jsonl(file))
     with file.text() as stream:
-        head = _head(stream)
-        _refuse_foreign(head, file)
+        head = _read_head(stream)
+        _check_format(head, file)
         if _looks_like_lines(head):
-            with prepend_to_file(head, stream) as whole:
-                return (yield from _lines(whole, file))
+            with prepend_to_file(head, stream) as full_stream:
+                return (yield from _read_lines(full_stream, file))
         with closing(prepend(head, read_chunks(stream))) as parts:
-            seen, key = _seen(parts, file.path) if head.removeprefix(_BOM).lstrip().startswith(b"{") else ([], None)
-            yield from _by_columns(_scan(chain(seen, parts), file, key), head, file)
+            is_object = head.removeprefix(_BOM).lstrip().startswith(b"{")
+            examined, key = _find_key_of_rows(parts, file.path) if is_object else ([], None)
+            yield from _expand_columns(_scan_rows(chain(examined, parts), file, key), head, file)
     return None
 
 
-def _head(stream: io.BufferedReader) -> bytes:
-    """Return how the text begins: two lines that are not blank, if they are not long; what a pipe has already."""
+def _read_head(stream: io.BufferedReader) -> bytes:
+    """Return the beginning of the text: two lines with content, or at most `CHUNK` bytes."""
     head = b""
     while len(head) < CHUNK and sum(1 for line in head.split(b"\n", 64)[:-1] if line.strip()) < 2:
-        more = stream.read1(CHUNK - len(head))
-        if not more:
+        chunk = stream.read1(CHUNK - len(head))
+        if not chunk:
             break
-        head += more
+        head += chunk
     return head
 
 
-def _seen(parts: Iterator[bytes], path: str) -> tuple[list[bytes], str | None]:
-    """Return the parts of a text that were looked at, and the key under which its rows lie, if they do.
+def _find_key_of_rows(parts: Iterator[bytes], path: str) -> tuple[list[bytes], str | None]:
+    """Return the parts of a text that were examined, and the key of the list of rows, if there is such a key.
 
-    An object that goes on for longer than a row may is no row.
+    An object that is longer than `MAX_LINE` is not a row.
     """
-    seen: list[bytes] = []
+    examined: list[bytes] = []
 
-    def taken() -> Iterator[bytes]:
+    def take_parts() -> Iterator[bytes]:
         size = 0
         for part in parts:
-            seen.append(part)
+            examined.append(part)
             size += len(part)
             yield part
             if size > MAX_LINE:
                 return
 
-    found = scan_outline(taken())
-    if found.end is not None:
-        # Whether it is all of the text, the next part says, where this one ends with it.
-        while not (rest := b"".join(seen)[found.end :].strip()) and (part := next(parts, b"")):
-            seen.append(part)
-        if rest:
-            return seen, None
-    return seen, found.key_of_rows(path)
+    outline = scan_outline(take_parts())
+    if outline.end is not None:
+        # If the examined parts end with the object, the next parts decide whether the text continues after it.
+        while not (text_after := b"".join(examined)[outline.end :].strip()) and (part := next(parts, b"")):
+            examined.append(part)
+        if text_after:
+            return examined, None
+    return examined, outline.key_of_rows(path)
 
 
-def _lines(stream: io.BufferedReader, file: Input) -> Rows:
+def _read_lines(stream: io.BufferedReader, file: Input) -> Rows:
     index = number = 0
     offset, end = file.span or (0, None)
     if offset:
-        # What stands before the first line break is of the line that begins before.
+        # The bytes before the first line break belong to a line of the previous part.
         stream.seek(offset - 1)
-        offset += _to_end_of_line(stream) - 1
+        offset += _skip_line(stream) - 1
     while (end is None or offset < end) and (raw := stream.readline(MAX_LINE + 1)):
         number += 1
         if raw == b"\n":
-            # Many of them stand together, or none.
-            more = _breaks(stream) if end is None else 0
-            offset, number = offset + 1 + more, number + more
+            # Runs of many line breaks are skipped quickly.
+            skipped = _skip_line_breaks(stream) if end is None else 0
+            offset, number = offset + 1 + skipped, number + skipped
             continue
         source = Source(file.path, index, number, offset)
-        size = len(raw) if raw.endswith(b"\n") else len(raw) + _to_end_of_line(stream)
+        size = len(raw) if raw.endswith(b"\n") else len(raw) + _skip_line(stream)
         offset += size
-        text = raw.removeprefix(_BOM)  # also where files with marks were joined
+        text = raw.removeprefix(_BOM)  # concatenated files have a mark in the middle
         if size > MAX_LINE:
-            yield _too_long(source, size)
+            yield _too_long_reject(source, size)
         elif not text or text.isspace():
             continue
         else:
             row = parse_row(text, source, whole_line=True)
             if isinstance(row, Reject) and not raw.endswith(b"\n"):
                 reason = f"{row.reason}; the file ends inside this line"
-                row = replace(row, code="partial_file", reason=reason, fix="write the file again, it looks cut off")
+                row = replace(
+                    row, code="partial_file", reason=reason, fix="write the file again, it is probably truncated"
+                )
             yield row
         index += 1
     if index == 0 and file.span is None:
@@ -166,46 +174,47 @@ def _lines(stream: io.BufferedReader, file: Input) -> Rows:
     return number
 
 
-def _breaks(stream: io.BufferedReader) -> int:
-    """Read the line breaks that come next, and return how many there were."""
+def _skip_line_breaks(stream: io.BufferedReader) -> int:
+    """Skip consecutive line breaks; return their number."""
     count = 0
-    while (seen := stream.peek(1)) and (here := len(seen) - len(seen.lstrip(b"\n"))):
-        count += len(stream.read(here))
-        if here < len(seen):
+    while (buffer := stream.peek(1)) and (size := len(buffer) - len(buffer.lstrip(b"\n"))):
+        count += len(stream.read(size))
+        if size < len(buffer):
             break
     return count
 
 
 def no_rows_error(path: str) -> InputRefused:
-    """Return what is said of a file without rows."""
-    return InputRefused("no_rows", "the file holds no rows", where=path)
+    """Return the error for a file without rows."""
+    return InputRefused("no_rows", "the file contains no rows", where=path)
 
 
-def _to_end_of_line(stream: io.BufferedReader) -> int:
+def _skip_line(stream: io.BufferedReader) -> int:
+    """Skip the rest of a line; return its size in bytes."""
     size = 0
-    while more := stream.readline(CHUNK):
-        size += len(more)
-        if more.endswith(b"\n"):
+    while chunk := stream.readline(CHUNK):
+        size += len(chunk)
+        if chunk.endswith(b"\n"):
             break
     return size
 
 
-def _refuse_foreign(head: bytes, file: Input) -> None:
-    for magic, name in _FOREIGN.items():
+def _check_format(head: bytes, file: Input) -> None:
+    for magic, name in _OTHER_FORMATS.items():
         if head.startswith(magic):
             raise InputRefused(
                 "not_json",
-                f"this is {name}, not JSON",
+                f"is {name}, expected JSON",
                 where=file.path,
-                hint="convert it, or give it the suffix of what it is",
+                hint="convert it to JSON, or correct its suffix",
             )
-    if head.removeprefix(_BOM).lstrip().lower().startswith(_WEB):
+    if head.removeprefix(_BOM).lstrip().lower().startswith(_WEB_PAGES):
         raise InputRefused(
-            "not_json", "this is a web page (HTML or XML), not JSON", where=file.path, hint="download the raw file"
+            "not_json", "is a web page (HTML or XML), expected JSON", where=file.path, hint="download the raw file"
         )
-    if head.startswith(_LFS):
+    if head.startswith(_LFS_POINTER):
         raise InputRefused(
-            "not_json", "this is a Git LFS pointer, not the file itself", where=file.path, hint="run git lfs pull"
+            "not_json", "is a Git LFS pointer, expected the file itself", where=file.path, hint="run git lfs pull"
         )
 
 
@@ -213,10 +222,10 @@ def _looks_like_lines(head: bytes) -> bool:
     lines = [line.strip() for line in head.removeprefix(_BOM).split(b"\n", 64) if line.strip()]
     if len(lines) < 2 or lines[0][:1] != lines[1][:1] or lines[0][:1] not in (b"{", b"[") or lines[0] == b"[":
         return False
-    return any(_is_whole(line) for line in lines if line[:1] == lines[0][:1])
+    return any(_is_complete(line) for line in lines if line[:1] == lines[0][:1])
 
 
-def _is_whole(line: bytes) -> bool:
+def _is_complete(line: bytes) -> bool:
     try:
         orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -224,16 +233,16 @@ def _is_whole(line: bytes) -> bool:
     return True
 
 
-def _by_columns(rows: Iterator[Row | Reject], head: bytes, file: Input) -> Iterator[Row | Reject]:
-    """Yield the rows; where one alone holds columns, the rows that these make."""
+def _expand_columns(rows: Iterator[Row | Reject], head: bytes, file: Input) -> Iterator[Row | Reject]:
+    """Yield the rows; a single column-oriented object is expanded into its rows."""
     first, second = next(rows, None), next(rows, None)
     if first is None:
         raise no_rows_error(file.path)
-    # In an array it is a row, whatever it holds.
-    alone = isinstance(first, Row) and second is None and not head.removeprefix(_BOM).lstrip().startswith(b"[")
-    columns = _columns(first.data) if isinstance(first, Row) and alone else None
-    if columns is not None:
-        for index, cells in enumerate(columns):
+    # An element of an array is always a row.
+    is_single = isinstance(first, Row) and second is None and not head.removeprefix(_BOM).lstrip().startswith(b"[")
+    expanded = _rows_from_columns(first.data) if isinstance(first, Row) and is_single else None
+    if expanded is not None:
+        for index, cells in enumerate(expanded):
             yield Row(cells, first.source._replace(row=index))
         return
     yield first
@@ -242,8 +251,8 @@ def _by_columns(rows: Iterator[Row | Reject], head: bytes, file: Input) -> Itera
     yield from rows
 
 
-def _columns(data: Any) -> list[dict[str, Any]] | None:
-    """Return the rows of a column-oriented object, or None where `data` is a row itself."""
+def _rows_from_columns(data: Any) -> list[dict[str, Any]] | None:
+    """Return the rows of a column-oriented object; `None` if `data` is a row."""
     if not isinstance(data, dict) or not data:
         return None
     cells = list(data.values())
@@ -251,66 +260,76 @@ def _columns(data: Any) -> list[dict[str, Any]] | None:
     if keyed and cells[0] and all(key.isdecimal() for key in cells[0]):
         return [{name: column[key] for name, column in data.items()} for key in cells[0]]
     listed = all(isinstance(cell, list) and len(cell) == len(cells[0]) for cell in cells)
-    # Ids and labels are lists themselves.
-    listed = listed and not any(isinstance(one, int) for one in data.get("input_ids", ())[:1])
-    texts = any(name in COLUMNS and all(isinstance(one, str | list) for one in data[name]) for name in data)
-    if listed and cells[0] and (texts or not any(isinstance(item, dict) for column in cells for item in column)):
+    # A pretokenized row also contains lists: input_ids and labels.
+    listed = listed and not any(isinstance(token_id, int) for token_id in data.get("input_ids", ())[:1])
+    has_texts = any(name in COLUMNS and all(isinstance(cell, str | list) for cell in data[name]) for name in data)
+    if listed and cells[0] and (has_texts or not any(isinstance(item, dict) for column in cells for item in column)):
         return [dict(zip(data, values, strict=True)) for values in zip(*cells, strict=True)]
     return None
 
 
-def _scan(parts: Iterable[bytes], file: Input, under: str | None) -> Iterator[Row | Reject]:
-    """Yield the rows of a JSON text, and a reject for each thing that stands where a row should."""
+def _scan_rows(parts: Iterable[bytes], file: Input, under: str | None) -> Iterator[Row | Reject]:
+    """Yield the rows of a JSON text, and a reject for each value between them that is not a row."""
     index = 0
     for piece in scan_json(parts, file.path, MAX_LINE, under):
         source = Source(file.path, index, piece.line, piece.offset)
         line, counted = piece.line - piece.gap.count(b"\n"), 0
         commas = None if not piece.listed else int(source.row > 0 and piece.size > 0)
-        for at, stray in _strays(piece.gap, commas):
-            line += piece.gap.count(b"\n", counted, at)
-            counted = at
-            place = source._replace(line=line, offset=piece.offset - len(piece.gap) + at)
-            yield Reject(place, "not_a_row", "", stray, "", _raw(piece.gap[at : at + _RAW_LIMIT]))
+        for position, reason in _find_strays(piece.gap, commas):
+            line += piece.gap.count(b"\n", counted, position)
+            counted = position
+            stray_source = source._replace(line=line, offset=piece.offset - len(piece.gap) + position)
+            raw = _raw_text(piece.gap[position : position + _RAW_LIMIT])
+            yield Reject(stray_source, "not_a_row", "", reason, "", raw)
             source = source._replace(row=source.row + 1)
         if piece.size:
             yield (
-                _too_long(source, piece.size) if piece.text is None else parse_row(piece.text, source, whole_line=False)
+                _too_long_reject(source, piece.size)
+                if piece.text is None
+                else parse_row(piece.text, source, whole_line=False)
             )
             source = source._replace(row=source.row + 1)
         index = source.row
 
 
-def _strays(gap: bytes, commas: int | None) -> Iterator[tuple[int, str]]:
-    """Yield place and reason for each thing between rows that is none: numbers, texts, left-overs, commas too many.
+def _find_strays(gap: bytes, commas: int | None) -> Iterator[tuple[int, str]]:
+    """Yield the position of, and the reason to reject, invalid text between rows: values, or wrong punctuation.
 
-    `commas`: how many there must be, if that is known.
+    Args:
+        gap: the text between two rows.
+        commas: expected number of commas, if it is known.
     """
-    values = [found for found in _VALUE.finditer(gap) if found[0] != _BOM]
-    for found in values:
-        shown = found[0].removeprefix(_BOM)[:40].decode("utf-8", "replace")
-        yield found.start(), f"is {shown!r}, expected an object or a list of messages"
-    between = b"".join(gap.removeprefix(_BOM).split())
-    odd = commas is not None and between.count(b",") != commas
-    if not values and (odd or not _PUNCTUATION.fullmatch(between)):
-        reason = f"{between.decode()!r} stands between rows, expected one comma: this is not valid JSON"
+    values = [match for match in _STRAY_VALUE.finditer(gap) if match[0] != _BOM]
+    for match in values:
+        excerpt = match[0].removeprefix(_BOM)[:40].decode("utf-8", "replace")
+        yield match.start(), f"is {excerpt!r}, expected an object or a list of messages"
+    punctuation = b"".join(gap.removeprefix(_BOM).split())
+    is_invalid = commas is not None and punctuation.count(b",") != commas
+    if not values and (is_invalid or not _PUNCTUATION.fullmatch(punctuation)):
+        reason = f"is not valid JSON: {punctuation.decode()!r} between two rows, expected a comma"
         yield max(gap.find(b","), 0), reason
 
 
-def _too_long(source: Source, size: int) -> Reject:
-    return Reject(source, "line_too_long", "", f"is {size:,} bytes long, at most {MAX_LINE:,} are read")
+def _too_long_reject(source: Source, size: int) -> Reject:
+    return Reject(source, "line_too_long", "", f"has {size:,} bytes, expected at most {MAX_LINE:,}")
 
 
 def parse_row(text: bytes, source: Source, *, whole_line: bool) -> Row | Reject:
-    """Parse the JSON text of one row; of a whole line errors say the column, else the byte in the file.
+    """Parse the JSON text of a row.
 
-    Exactly: what two parsers would read differently (a key that stands twice, half a character) is rejected.
+    A row that two parsers could read differently is rejected, e.g. a repeated key or a lone surrogate.
+
+    Args:
+        text: the JSON text.
+        source: source of the row.
+        whole_line: whether the text is a complete line, so that errors name a column instead of a byte in the file.
     """
     try:
-        value = _value(text, source, whole_line=whole_line)
+        value = _parse_value(text, source, whole_line=whole_line)
         if type(value) is not dict and type(value) is not list:
             raise _Fault("not_a_row", f"is a {type(value).__name__}, expected an object or a list of messages")
     except _Fault as fault:
-        return Reject(source, fault.code, "", fault.reason, fault.fix, _raw(text))
+        return Reject(source, fault.code, "", fault.reason, fault.fix, _raw_text(text))
     return Row(value, source)
 
 
@@ -320,101 +339,113 @@ class _Fault(Exception):
         self.code, self.reason, self.fix = code, reason, fix
 
 
-def _too_deep() -> _Fault:
+def _too_deep_fault() -> _Fault:
     return _Fault("too_deep", f"is nested deeper than {MAX_DEPTH} levels")
 
 
-def _value(text: bytes, source: Source, *, whole_line: bool) -> Any:
+def _parse_value(text: bytes, source: Source, *, whole_line: bool) -> Any:
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         if json_depth(text) > MAX_DEPTH:
-            raise _too_deep() from None
-        return _second_opinion(text.rstrip(), source, error, whole_line=whole_line)
-    if _says_all(value, text):
+            raise _too_deep_fault() from None
+        return _parse_with_json(text.rstrip(), source, error, whole_line=whole_line)
+    if _is_lossless(value, text):
         return value
-    keys, floats = _walked(value)
-    # orjson makes floats of integers beyond 64 bits.
-    if floats and _LONG_NUMBER in text.translate(_DIGITS):
-        return _second_opinion(text, source, None, whole_line=whole_line)
-    if _may_repeat(text, value, keys):
-        json.loads(text, object_pairs_hook=_unique)
+    keys, has_floats = _count_keys(value)
+    # orjson converts integers beyond 64 bits to floats.
+    if has_floats and _LONG_NUMBER in text.translate(_DIGITS):
+        return _parse_with_json(text, source, None, whole_line=whole_line)
+    if _may_repeat_keys(text, value, keys):
+        json.loads(text, object_pairs_hook=_unique_keys)
     return value
 
 
-def _says_all(value: Any, text: bytes) -> bool:
-    """Whether a value is seen to be all that the text says, nested no deeper than a row may be.
+def _is_lossless(value: Any, text: bytes) -> bool:
+    """Return whether a value certainly contains everything in its text, and is not nested too deeply.
 
-    That is so where its own text is the same but for blanks: then neither has a key, or a digit, more than the other.
+    This is certain if the serialized value differs from the text only in whitespace: then no key and no digit was lost.
     """
     if text.count(b"[") + text.count(b"{") > MAX_DEPTH:
         return False
-    own = orjson.dumps(value)
-    return own == text.rstrip() or own.translate(None, _BLANKS) == text.translate(None, _BLANKS)
+    dumped = orjson.dumps(value)
+    return dumped == text.rstrip() or dumped.translate(None, _WHITESPACE) == text.translate(None, _WHITESPACE)
 
 
-def _walked(value: Any, depth: int = 1) -> tuple[int, bool]:
-    """Return how many keys there are in a JSON value, and whether there are floats."""
+def _count_keys(value: Any, depth: int = 1) -> tuple[int, bool]:
+    """Return the number of keys in a JSON value, and whether it contains floats."""
     if depth > MAX_DEPTH:
-        raise _too_deep()
-    keys, floats = len(value) if type(value) is dict else 0, type(value) is float
-    inside = value.values() if type(value) is dict else value if type(value) is list else ()
-    for one in inside:
-        kind = type(one)
+        raise _too_deep_fault()
+    keys, has_floats = len(value) if type(value) is dict else 0, type(value) is float
+    items = value.values() if type(value) is dict else value if type(value) is list else ()
+    for item in items:
+        kind = type(item)
         if kind is str:
             continue
         if kind is dict or kind is list:
-            inner, some = _walked(one, depth + 1)
-            keys, floats = keys + inner, floats or some
+            inner_keys, has_inner_floats = _count_keys(item, depth + 1)
+            keys, has_floats = keys + inner_keys, has_floats or has_inner_floats
         elif kind is float:
-            floats = True
-    return keys, floats
+            has_floats = True
+    return keys, has_floats
 
 
-def _second_opinion(text: bytes, source: Source, error: orjson.JSONDecodeError | None, *, whole_line: bool) -> Any:
-    # orjson refuses NaN, which is harmless in columns that nobody trains on.
+def _parse_with_json(text: bytes, source: Source, error: orjson.JSONDecodeError | None, *, whole_line: bool) -> Any:
+    # Unlike orjson, the json module accepts NaN, which is harmless in columns that are not trained on.
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
         json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as broken:
-        raise _Fault("encoding", *describe_invalid_utf8(text[broken.start : broken.start + 3], broken.start)) from None
+    except UnicodeDecodeError as fault:
+        raise _Fault("encoding", *describe_invalid_utf8(text[fault.start : fault.start + 3], fault.start)) from None
     except UnicodeEncodeError:
-        raise _Fault("lone_surrogate", "holds half a character (a lone surrogate escape)") from None
+        raise _Fault(
+            "lone_surrogate", "contains the escape of a lone surrogate, which is not a valid character"
+        ) from None
     except ValueError:
-        assert error is not None  # what orjson reads, Python reads
+        assert error is not None  # text that orjson accepts is valid for the json module
         line = (source.line or 1) + error.lineno - 1
-        at = f"line {line}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        position = f"line {line}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         if error.lineno == 1 and not whole_line:
-            at = f"byte {(source.offset or 0) + len(error.doc[: error.pos].encode())}"
-        raise _Fault("json", f"is not valid JSON at {at}: {error.msg}") from None
+            position = f"byte {(source.offset or 0) + len(error.doc[: error.pos].encode())}"
+        raise _Fault("json", f"is not valid JSON at {position}: {error.msg}") from None
     return value
 
 
-def describe_invalid_utf8(found: bytes, at: int) -> tuple[str, str]:
-    """Say that bytes are no text, and what to do: those of UTF-8 that is none, or of what another encoding lacks."""
-    half = found.decode("utf-8", "surrogatepass") if _SURROGATE.fullmatch(found) else ""
-    if "\udc80" <= half <= "\udcff":
-        return f"is no text in its encoding: byte 0x{ord(half) - 0xDC00:02x}", "say another encoding"
-    return f"is not UTF-8 text: byte 0x{found[0]:02x} at {at} bytes into it", "say its encoding, e.g. encoding='cp1252'"
+def describe_invalid_utf8(invalid: bytes, offset: int) -> tuple[str, str]:
+    """Return the reason and the fix for invalid UTF-8, or for a byte that is invalid in the encoding of the file.
+
+    Args:
+        invalid: up to three bytes from the first invalid byte on.
+        offset: offset of the first invalid byte in the row.
+    """
+    surrogate = invalid.decode("utf-8", "surrogatepass") if _SURROGATE.fullmatch(invalid) else ""
+    if "\udc80" <= surrogate <= "\udcff":
+        reason = f"is not valid text in the encoding of the file: byte 0x{ord(surrogate) - 0xDC00:02x}"
+        return reason, "pass a different encoding"
+    reason = f"is not UTF-8 text: byte 0x{invalid[0]:02x} at offset {offset} of the row"
+    return reason, "pass the encoding of the file, e.g. encoding='cp1252'"
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise _Fault("duplicate_key", f"has the key {twice!r} twice in one object")
-    return found
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise _Fault("duplicate_key", f"has the key {repeated!r} more than once in the same object")
+    return value
 
 
-def _may_repeat(text: bytes, value: Any, keys: int) -> bool:
-    """Whether the text may have a key twice, of which the parser kept the last: it has more colons after quotes."""
-    written = len(_KEY.findall(text))
-    if written == keys:
+def _may_repeat_keys(text: bytes, value: Any, keys: int) -> bool:
+    """Return whether the text may contain a repeated key, for which orjson keeps only the last value.
+
+    The text of a key ends with a quote and a colon, so a repeated key causes more such pairs than there are keys.
+    """
+    pairs = len(_KEY.findall(text))
+    if pairs == keys:
         return False
-    # Texts may have some, too, which the parser's own writer shows.
-    hidden = b"\\u00" in text and any(escape in text for escape in _ESCAPES)
-    return hidden or written != len(_KEY.findall(orjson.dumps(value)))
+    # Strings may contain such pairs, too; they remain when the value is serialized again.
+    is_hidden = b"\\u00" in text and any(escape in text for escape in _ESCAPES)
+    return is_hidden or pairs != len(_KEY.findall(orjson.dumps(value)))
 
 
-def _raw(text: bytes) -> str:
+def _raw_text(text: bytes) -> str:
     return text[:_RAW_LIMIT].decode("utf-8", "backslashreplace").rstrip("\r\n")

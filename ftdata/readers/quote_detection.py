@@ -1,4 +1,4 @@
-"""Decide whether a file of tab-separated values uses the quotes of CSV, or whether quotes are part of its text."""
+"""Detect whether quotes in a file of tab-separated values are CSV quoting or part of the text."""
 
 from __future__ import annotations
 
@@ -10,48 +10,48 @@ from itertools import islice
 from ftdata.readers.streams import MAX_LINE, STDIN, Input, is_url
 
 QUOTINGS = ("csv", "none")
-"""`csv`: a cell in quotes ends with a quote, and a quote in it is written twice; `none`: quotes are text."""
+"""`csv`: a quoted cell ends with a quote, and a quote inside it is doubled; `none`: quotes are part of the text."""
 
 _log = logging.getLogger(__name__)
-_SAMPLE, _FAR, _MOST_TRIES = 1000, 10_000, 20
-"""Lines that are looked at of what can be read only once; lines that a cell in quotes may go on over; and how often the
-end of a row is looked for."""
+_SAMPLE, _MAX_LINES, _MAX_TRIES = 1000, 10_000, 20
+"""Lines to examine if the input can be read only once; maximum lines of a quoted cell; and the maximum number of
+attempts to find the end of a row."""
 
 
 def detect_quoting(file: Input, ahead: Iterable[bytes], delimiter: bytes) -> str:
-    """Return how a file is quoted: as the user says, or as all of its quotes show.
+    """Return the quoting of a file: the option of the user, or else the quoting that fits all quotes in the file.
 
     Args:
-        file: the file; what is on this machine is looked through once.
-        ahead: the first lines, for what can be read only once.
-        delimiter: what separates cells.
+        file: the file. A local file is read to its end once.
+        ahead: the first lines, for input that can be read only once.
+        delimiter: the delimiter between cells.
     """
     if file.quoting is not None:
         return file.quoting
     if file.path == STDIN or is_url(file.path):
-        found = _Quotes.count(islice(ahead, _SAMPLE), delimiter)
+        counts = _Quotes.count(islice(ahead, _SAMPLE), delimiter)
     else:
         with file.text() as stream:
-            found = _Quotes.count(stream, delimiter)
-    if found.is_csv:
+            counts = _Quotes.count(stream, delimiter)
+    if counts.is_csv:
         return "csv"
     _log.warning(
-        "%s: %d cells contain quotes as CSV does not write them: quotes are text; --quoting csv changes that",
+        "%s: %d cells contain quotes that are not CSV quoting, so quotes are text; pass --quoting csv to change this",
         file.path,
-        found.literal,
+        counts.literal,
     )
     return "none"
 
 
 @dataclass
 class _Quotes:
-    """Counts of the cells of a file.
+    """Counts of the cells of a file by their quotes.
 
     Attributes:
-        needed: cells in quotes that need them: with a line break, the delimiter or a doubled quote inside.
-        quoted: other cells in quotes.
+        needed: quoted cells that need the quotes: they contain a line break, the delimiter or a doubled quote.
+        quoted: other quoted cells.
         plain: cells without quotes.
-        literal: cells with quotes that CSV would write otherwise, such as `say "hi"` or `"hi" she said`.
+        literal: cells with quotes that are not CSV quoting, such as `say "hi"` or `"hi" she said`.
     """
 
     needed: int = 0
@@ -61,58 +61,58 @@ class _Quotes:
 
     @property
     def is_csv(self) -> bool:
-        """Whether the quotes are those of CSV."""
+        """Whether the quotes are CSV quoting."""
         return not self.literal or self.needed >= self.literal or self.quoted > self.plain
 
     @classmethod
     def count(cls, lines: Iterable[bytes], delimiter: bytes) -> _Quotes:
         """Count the cells of lines."""
-        found, begun = cls(), list[bytes]()
+        counts, pending = cls(), list[bytes]()
         size = tries = 0
         for line in lines:
             text = line.rstrip(b"\r\n")
-            # An open cell can end only in a line with a quote that is not doubled: others are not looked at again.
-            may_end = not begun or b'"' in text.replace(b'""', b"")
-            begun.append(text)
+            # An open cell can end only in a line with a quote that is not doubled, so other lines are skipped.
+            may_end = not pending or b'"' in text.replace(b'""', b"")
+            pending.append(text)
             size, tries = size + len(line), tries + may_end
-            if may_end and found._take(b"\n".join(begun) if len(begun) > 1 else text, delimiter):
-                begun, size, tries = [], 0, 0
-            elif len(begun) > _FAR or size > MAX_LINE or tries > _MOST_TRIES:
+            if may_end and counts._count_row(b"\n".join(pending) if len(pending) > 1 else text, delimiter):
+                pending, size, tries = [], 0, 0
+            elif len(pending) > _MAX_LINES or size > MAX_LINE or tries > _MAX_TRIES:
                 # A quote that is never closed is text.
-                found.literal += 1
-                begun, size, tries = [], 0, 0
-        found.literal += bool(begun)
-        return found
+                counts.literal += 1
+                pending, size, tries = [], 0, 0
+        counts.literal += bool(pending)
+        return counts
 
-    def _take(self, row: bytes, delimiter: bytes) -> bool:
-        """Count the cells of a row; return `False`, and count none, if a cell in quotes goes on after it."""
+    def _count_row(self, row: bytes, delimiter: bytes) -> bool:
+        """Count the cells of a row; return `False` without counting if a quoted cell continues after the row."""
         if b'"' not in row:
             self.plain += 1 + row.count(delimiter)
             return True
-        counts, at = {"needed": 0, "quoted": 0, "plain": 0, "literal": 0}, 0
-        while at <= len(row):
-            end = row.find(delimiter, at)
+        counts, start = {"needed": 0, "quoted": 0, "plain": 0, "literal": 0}, 0
+        while start <= len(row):
+            end = row.find(delimiter, start)
             end = len(row) if end < 0 else end
-            kind = "literal" if b'"' in row[at:end] else "plain"
-            if row[at : at + 1] == b'"':
-                closed = _closing(row, at + 1)
-                if closed < 0:
+            kind = "literal" if b'"' in row[start:end] else "plain"
+            if row[start : start + 1] == b'"':
+                quote_end = _find_closing_quote(row, start + 1)
+                if quote_end < 0:
                     return False
-                if row[closed : closed + len(delimiter)] in (delimiter, b""):
-                    inside = row[at + 1 : closed - 1]
-                    is_needed = any(mark in inside for mark in (delimiter, b"\n", b'""'))
-                    kind, end = ("needed" if is_needed else "quoted"), closed
+                if row[quote_end : quote_end + len(delimiter)] in (delimiter, b""):
+                    content = row[start + 1 : quote_end - 1]
+                    is_needed = any(mark in content for mark in (delimiter, b"\n", b'""'))
+                    kind, end = ("needed" if is_needed else "quoted"), quote_end
             counts[kind] += 1
-            at = end + len(delimiter)
+            start = end + len(delimiter)
         for kind, count in counts.items():
             setattr(self, kind, getattr(self, kind) + count)
         return True
 
 
-def _closing(row: bytes, at: int) -> int:
-    """Return the position after the quote that closes a cell, -1 if there is none."""
-    while (at := row.find(b'"', at)) >= 0:
-        if row[at + 1 : at + 2] != b'"':
-            return at + 1
-        at += 2
+def _find_closing_quote(row: bytes, start: int) -> int:
+    """Return the position after the quote that closes a cell; -1 if the cell is not closed."""
+    while (start := row.find(b'"', start)) >= 0:
+        if row[start + 1 : start + 2] != b'"':
+            return start + 1
+        start += 2
     return -1

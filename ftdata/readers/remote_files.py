@@ -1,4 +1,4 @@
-"""Remote files: opened through fsspec, and read on from the same byte where the connection breaks."""
+"""Open remote files through fsspec; resume at the same byte if the connection fails."""
 
 from __future__ import annotations
 
@@ -15,51 +15,53 @@ from ftdata.errors import FtdataError, HubError, InputRefused, MissingDependency
 Result = TypeVar("Result")
 
 TRIES, PAUSE = 5, 1.0
-"""How often we ask before we give up, and the seconds after the first failure; they double each time."""
+"""Number of attempts, and the seconds to wait after the first failure. The wait doubles after each failure."""
 
-_LASTING = (InputRefused, ImportError, ValueError, FileNotFoundError, PermissionError, NotImplementedError)
-_STAMP = ("etag", "size", "last-modified", "lastmodified", "mtime", "md5hash")
-_NOBODY = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError", "DefaultCredentialsError")
-_CONTENT = ("etag", "md5hash", "crc32c", "generation", "content_md5", "version_id")
+_PERMANENT_ERRORS = (InputRefused, ImportError, ValueError, FileNotFoundError, PermissionError, NotImplementedError)
+_VERSION_KEYS = ("etag", "size", "last-modified", "lastmodified", "mtime", "md5hash")
+_CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError", "DefaultCredentialsError")
+_CONTENT_KEYS = ("etag", "md5hash", "crc32c", "generation", "content_md5", "version_id")
 
 
 def with_retries(
-    ask: Callable[[], Result], passing: tuple[type[Exception], ...], lasting: tuple[type[Exception], ...]
+    request: Callable[[], Result],
+    transient_errors: tuple[type[Exception], ...],
+    permanent_errors: tuple[type[Exception], ...],
 ) -> Result:
-    """Return what `ask` does; it is asked again after failures that pass, `TRIES` times in all.
+    """Return the result of `request`, which is repeated after transient failures, with `TRIES` attempts in total.
 
     Args:
-        ask: what is done.
-        passing: errors that may pass, unless a server has answered that its refusal is final.
-        lasting: those that do not, where they are what the others come from.
+        request: the function to call.
+        transient_errors: exceptions after which the request is repeated, unless the server's status is permanent.
+        permanent_errors: exceptions after which the request is not repeated, also if they are only the root cause.
 
     Raises:
-        Exception: what the last try raised.
+        Exception: The exception of the last attempt.
     """
     for number in range(TRIES - 1):
         try:
-            return ask()
-        except passing as error:
+            return request()
+        except transient_errors as error:
             status = http_status(error)
-            final = status is not None and status < 500 and status not in (408, 425, 429)
-            if final or isinstance(_root(error), lasting):
+            is_permanent = status is not None and status < 500 and status not in (408, 425, 429)
+            if is_permanent or isinstance(_root_cause(error), permanent_errors):
                 raise
             time.sleep(max(PAUSE * 2**number, _retry_after(error)))
-    return ask()
+    return request()
 
 
-def _root(error: BaseException) -> BaseException:
-    return _root(error.__cause__) if error.__cause__ else error
+def _root_cause(error: BaseException) -> BaseException:
+    return _root_cause(error.__cause__) if error.__cause__ else error
 
 
 def http_status(error: BaseException) -> int | None:
-    """Return the status that a server answered; a client's own errors have it in their cause."""
-    seen: BaseException | None = error
-    while seen is not None:
-        status = getattr(getattr(seen, "response", None), "status_code", None) or getattr(seen, "status", None)
+    """Return the HTTP status of an exception or of its causes; `None` without a status."""
+    cause: BaseException | None = error
+    while cause is not None:
+        status = getattr(getattr(cause, "response", None), "status_code", None) or getattr(cause, "status", None)
         if isinstance(status, int):
             return status
-        seen = seen.__cause__ or seen.__context__
+        cause = cause.__cause__ or cause.__context__
     return None
 
 
@@ -72,139 +74,148 @@ def _retry_after(error: BaseException) -> float:
 
 
 def open_remote(url: str) -> io.BufferedReader:
-    """Open the file at a URL that fsspec knows; it can be sought in where its server sends parts.
+    """Open the file at a URL that fsspec supports; it is seekable if the server supports range requests.
 
     Raises:
-        UsageError: it is not there, or the protocol is unknown.
-        MissingDependency: the protocol needs a package that is not installed.
-        HubError: also while reading: it cannot be had, asked again and again.
-        InputRefused: while reading: it has changed meanwhile.
+        UsageError: The file does not exist, or the protocol is unknown.
+        MissingDependency: The protocol needs a package that is not installed.
+        HubError: The server fails repeatedly. Also raised while reading.
+        InputRefused: While reading: the file changed.
     """
     return io.BufferedReader(_RemoteFile(url), 1 << 20)
 
 
 def list_url(url: str) -> tuple[dict[str, int], str | None]:
-    """Return the files that a URL stands for: itself, or those of a pattern or in a folder, and then the folder.
+    """Return the files that a URL, a glob or the URL of a folder matches.
 
-    With each goes its size in bytes, 0 where the place does not say.
+    Returns:
+        The size in bytes of each file by its URL, 0 if it is unknown; and the URL of the folder, `None` for a file or a
+        glob.
 
     Raises:
-        UsageError: there is none.
-        HubError: the place cannot be looked at, asked again and again.
+        UsageError: No file matches.
+        HubError: The server fails repeatedly.
     """
     if url.startswith(("http://", "https://")):
         return {url: 0}, None
-    return _asked(url, lambda: _listed(url))
+    return _request(url, lambda: _list_files(url))
 
 
 def list_sizes(url: str) -> dict[str, int]:
-    """Return the bytes of each file in a folder, by its path in it, as the place says now; none where there is none.
+    """Return the current size in bytes of each file in a folder, by its relative path; empty without a folder.
 
     Raises:
-        UsageError: the protocol is unknown.
-        HubError: the place cannot be looked at, asked again and again.
+        UsageError: The protocol is unknown.
+        HubError: The server fails repeatedly.
     """
 
-    def ask() -> dict[str, int]:
-        filesystem, path = _place(url)
+    def find_sizes() -> dict[str, int]:
+        filesystem, path = _open_filesystem(url)
         try:
-            found = filesystem.find(path, detail=True)
+            files = filesystem.find(path, detail=True)
         except FileNotFoundError:
             return {}
-        home = str(filesystem._strip_protocol(path)).rstrip("/") + "/"
-        return {name.removeprefix(home): int(about["size"]) for name, about in found.items()}
+        root = str(filesystem._strip_protocol(path)).rstrip("/") + "/"
+        return {name.removeprefix(root): int(info["size"]) for name, info in files.items()}
 
-    return _asked(url, ask)
+    return _request(url, find_sizes)
 
 
 def remote_version(url: str) -> dict[str, str] | None:
-    """Return what tells the content of a file from every other; `None` where the place does not say.
+    """Return metadata that identify the content of a remote file; `None` if the server does not provide such metadata.
 
     Raises:
-        UsageError: it is not there.
-        HubError: the place cannot be looked at, asked again and again.
+        UsageError: The file does not exist.
+        HubError: The server fails repeatedly.
     """
 
-    def ask() -> dict[str, Any]:
-        filesystem, path = _place(url)
+    def get_info() -> dict[str, Any]:
+        filesystem, path = _open_filesystem(url)
         return dict(filesystem.info(path))
 
-    about = {name.lower(): str(value) for name, value in _asked(url, ask).items() if value is not None}
-    known = {name: about[name] for name in _CONTENT if name in about}
-    return {**known, "size": about["size"]} if known and "size" in about else None
+    info = {name.lower(): str(value) for name, value in _request(url, get_info).items() if value is not None}
+    identifiers = {name: info[name] for name in _CONTENT_KEYS if name in info}
+    return {**identifiers, "size": info["size"]} if identifiers and "size" in info else None
 
 
 def upload_file(file: Path, url: str, *, anew: bool = False) -> bool:
-    """Put a file of this machine at a URL; `anew`: only where there is none, and return whether that was so.
+    """Upload a local file.
 
-    Where a place cannot be asked for the two together (S3 can), it is asked before.
+    Args:
+        file: the local file.
+        url: URL to upload to.
+        anew: upload only if the URL does not exist yet. On S3, the check and the upload are a single atomic request;
+            on other file systems, the check comes first.
+
+    Returns:
+        Whether the file was uploaded.
 
     Raises:
-        UsageError: there is no such place, or the protocol is unknown.
-        HubError: the place refuses, or fails again and again.
+        UsageError: The bucket or folder does not exist, or the protocol is unknown.
+        HubError: The server rejects the request, or fails repeatedly.
     """
 
-    def ask() -> bool:
-        filesystem, path = _place(url)
+    def put() -> bool:
+        filesystem, path = _open_filesystem(url)
         if anew and filesystem.exists(path):
             return False
-        known = "mode" in inspect.signature(filesystem.put_file).parameters
+        has_mode = "mode" in inspect.signature(filesystem.put_file).parameters
         try:
-            filesystem.put_file(str(file), path, **({"mode": "create"} if anew and known else {}))
+            filesystem.put_file(str(file), path, **({"mode": "create"} if anew and has_mode else {}))
         except FileExistsError:
             return False
         return True
 
-    return _asked(url, ask)
+    return _request(url, put)
 
 
 def remove_remote_file(url: str) -> None:
-    """Remove a file at a URL.
+    """Remove a remote file.
 
     Raises:
-        HubError: the place refuses, or fails again and again.
+        HubError: The server rejects the request, or fails repeatedly.
     """
 
-    def ask() -> None:
-        filesystem, path = _place(url)
+    def remove() -> None:
+        filesystem, path = _open_filesystem(url)
         filesystem.rm_file(path)
 
-    _asked(url, ask)
+    _request(url, remove)
 
 
-def _place(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL, which remembers nothing of before, and the path in it."""
+def _open_filesystem(url: str) -> tuple[Any, str]:
+    """Return the file system of a URL, with an empty cache, and the path in the file system."""
     import fsspec
 
-    filesystem, path = fsspec.core.url_to_fs(url, **_options(url))
+    filesystem, path = fsspec.core.url_to_fs(url, **_filesystem_options(url))
     filesystem.invalidate_cache()
     return filesystem, path
 
 
-def _listed(url: str) -> tuple[dict[str, int], str | None]:
+def _list_files(url: str) -> tuple[dict[str, int], str | None]:
     import fsspec
 
-    filesystem, path = _place(url)
+    filesystem, path = _open_filesystem(url)
     folder = None
     if fsspec.core.has_magic(path):
-        found = filesystem.glob(path, detail=True)
+        files = filesystem.glob(path, detail=True)
     elif filesystem.isdir(path):
-        found, folder = filesystem.find(path, detail=True), str(filesystem.unstrip_protocol(path)).rstrip("/")
+        files, folder = filesystem.find(path, detail=True), str(filesystem.unstrip_protocol(path)).rstrip("/")
     else:
-        found = {path: filesystem.info(path)}
-    if not found:
+        files = {path: filesystem.info(path)}
+    if not files:
         raise FileNotFoundError(url)
-    return {str(filesystem.unstrip_protocol(one)): int(found[one].get("size") or 0) for one in sorted(found)}, folder
+    return {str(filesystem.unstrip_protocol(name)): int(files[name].get("size") or 0) for name in sorted(files)}, folder
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file that fsspec opens. It is the same to its end: what changes while it is read is refused."""
+    """A file that fsspec opens. If the file changes while it is read, reading fails."""
 
     def __init__(self, url: str) -> None:
-        self._url, self._at = url, 0
+        self._url, self._position = url, 0
         self._file: Any = None
-        self._whole = False
-        self._stamp = _asked(url, self._open)
+        self._without_ranges = False
+        self._version = _request(url, self._open)
 
     def readable(self) -> bool:
         return True
@@ -213,107 +224,107 @@ class _RemoteFile(io.RawIOBase):
         return getattr(self._file, "size", None) is not None
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if not self.seekable():
             raise io.UnsupportedOperation("seek")
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
-        self._at = base + offset
-        return self._at
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
+        self._position = base + offset
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        part = _asked(self._url, lambda: self._read(len(buffer)))
-        buffer[: len(part)] = part
-        self._at += len(part)
-        return len(part)
+        data = _request(self._url, lambda: self._read(len(buffer)))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
     def close(self) -> None:
         if self._file is not None:
-            with suppress(Exception):  # (what was read is whole, whatever a file system says at the end)
+            with suppress(Exception):  # (the data was read completely, so an error of the file system is irrelevant)
                 self._file.close()
         super().close()
 
     def _open(self) -> dict[str, Any]:
-        """Open the file anew, and return what tells its versions apart."""
-        filesystem, path = _place(self._url)
+        """Open the file again, and return the metadata that identify its version."""
+        filesystem, path = _open_filesystem(self._url)
         info = filesystem.info(path)
-        self._file = filesystem.open(path, "rb", **({"block_size": 0} if self._whole else {}))
-        return {name.lower(): value for name, value in info.items() if name.lower() in _STAMP}
+        self._file = filesystem.open(path, "rb", **({"block_size": 0} if self._without_ranges else {}))
+        return {name.lower(): value for name, value in info.items() if name.lower() in _VERSION_KEYS}
 
     def _read(self, size: int) -> bytes:
         try:
             if self._file.closed:
-                self._check()
+                self._check_version()
             if self.seekable():
-                self._file.seek(self._at)
+                self._file.seek(self._position)
             else:
-                while (ahead := self._at - self._file.tell()) > 0 and self._file.read(min(ahead, 1 << 20)):
+                while (ahead := self._position - self._file.tell()) > 0 and self._file.read(min(ahead, 1 << 20)):
                     pass
-            part = self._file.read(size)
+            data = self._file.read(size)
         except ValueError as error:
-            if self._whole or "range" not in str(error):
+            if self._without_ranges or "range" not in str(error):
                 raise
-            # A server that does not send parts of a file sends all of it.
-            self._whole = True
+            # The server does not support range requests, so the complete file is requested.
+            self._without_ranges = True
             self._file.close()
             return self._read(size)
         except Exception:
             with suppress(Exception):  # (the first error is raised)
                 self._file.close()
             raise
-        if size and not part:
-            self._check()
+        if size and not data:
+            self._check_version()
             self._file.close()
-        return bytes(part)
+        return bytes(data)
 
-    def _check(self) -> None:
-        before, now = self._stamp, self._open()
-        # Where servers have stamps that differ from answer to answer, they say nothing.
+    def _check_version(self) -> None:
+        before, now = self._version, self._open()
+        # Metadata that differ between two consecutive requests do not identify a version.
         if before != now and (now.get("size") != before.get("size") or now == self._open()):
             hint = "read it again, or copy it first"
-            raise InputRefused("file_changed", "has changed while it was read", where=self._url, hint=hint)
+            raise InputRefused("file_changed", "the file changed while it was being read", where=self._url, hint=hint)
 
 
-def _asked(url: str, ask: Callable[[], Result]) -> Result:
-    def known() -> Result:
+def _request(url: str, request: Callable[[], Result]) -> Result:
+    def translate_errors() -> Result:
         try:
-            return ask()
+            return request()
         except Exception as error:
-            # The errors of each store are its own, and it need not be installed.
-            if type(_root(error)).__name__ in _NOBODY:
-                raise PermissionError(str(_root(error)) or "it takes credentials") from None
+            # Each store has its own exception classes, and its package may not be installed.
+            if type(_root_cause(error)).__name__ in _CREDENTIAL_ERRORS:
+                raise PermissionError(str(_root_cause(error)) or "credentials are required") from None
             raise
 
     try:
-        return with_retries(known, (Exception,), _LASTING)
+        return with_retries(translate_errors, (Exception,), _PERMANENT_ERRORS)
     except InputRefused:
         raise
-    except Exception as error:  # noqa: BLE001  (every file system has errors of its own)
-        raise _told(url, _root(error), http_status(error)) from None
+    except Exception as error:  # noqa: BLE001  (every file system has its own exception classes)
+        raise _translate_error(url, _root_cause(error), http_status(error)) from None
 
 
-def _told(url: str, error: BaseException, status: int | None) -> FtdataError:
+def _translate_error(url: str, error: BaseException, status: int | None) -> FtdataError:
     reason = str(error) or type(error).__name__
     if isinstance(error, ImportError):
         scheme = url.partition("://")[0]
-        hint = f"pip install 'ftdata[{scheme}]'" if scheme in {"s3", "gs"} else "install what it names"
+        hint = f"pip install 'ftdata[{scheme}]'" if scheme in {"s3", "gs"} else "install the package"
         return MissingDependency("no_filesystem", reason, where=url, hint=hint)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return UsageError("file_not_found", "is not there", where=url)
+        return UsageError("file_not_found", "the file does not exist", where=url)
     if isinstance(error, ValueError):
         return UsageError("unknown_protocol", reason, where=url)
     if isinstance(error, PermissionError):
-        hint = "log in, as the tools of that store do: its environment variables, or its file of credentials"
+        hint = "set the environment variables or the credentials file that the tools of this store use"
         return HubError("credentials", reason, where=url, hint=hint)
-    found = f"the server answers {status}" if status else f"cannot be read, {TRIES} times"
-    return HubError("network", f"{found}: {reason}", where=url, hint="check the address, or try again later")
+    message = f"the server answered with status {status}" if status else f"reading failed {TRIES} times"
+    return HubError("network", f"{message}: {reason}", where=url, hint="check the address, or try again later")
 
 
-def _options(url: str) -> dict[str, Any]:
+def _filesystem_options(url: str) -> dict[str, Any]:
     if not url.startswith(("http://", "https://")):
         return {}
     import aiohttp
 
-    # Its own limit is five minutes for a whole file.
+    # By default, aiohttp limits the time for a complete file to five minutes.
     return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}}

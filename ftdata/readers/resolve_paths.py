@@ -1,4 +1,4 @@
-"""Places: the files that a path, a pattern, a folder, a URL or a name of the hub stands for."""
+"""Resolve a path, a glob, a folder, a URL or a Hub name into files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from ftdata.readers.streams import STDIN, Input, is_url
 
 @dataclass(frozen=True, slots=True)
 class ResolvedFile:
-    """A file, and the name of the reader for it; if they are known, the split that it is of, and its size elsewhere."""
+    """A file to read.
+
+    Attributes:
+        path: local path, URL, or `-` for standard input.
+        reader: name of the reader.
+        split: split that the rows belong to, if it is known.
+        size: size in bytes of a remote file, if it is known.
+    """
 
     path: str
     reader: str
@@ -30,156 +37,167 @@ class ResolvedFile:
 
 
 def resolve_files(
-    place: str, reader: str | None = None, on_hub: Mapping[str, Any] | None = None
+    location: str, reader: str | None = None, hub_options: Mapping[str, Any] | None = None
 ) -> Iterator[ResolvedFile]:
-    """Yield the files at a place, in alphabetical order.
+    """Yield the files at a location, in alphabetical order.
 
     Args:
-        place: a path, a glob, a folder, a URL, `-`, or a name of the hub.
-        reader: what reads them; `None`: what their suffixes say.
-        on_hub: `name`, `revision`, `data_files` of a data set there.
+        location: a path, a glob, a folder, a URL, `-` for standard input, or the name of a Hub data set.
+        reader: name of the reader; `None` to choose it by the suffix of each file.
+        hub_options: `name`, `revision` and `data_files` of a Hub data set.
 
     Raises:
-        UsageError: there is none.
-        InputRefused: no reader knows one of them.
+        UsageError: No file matches the location.
+        InputRefused: No reader is registered for the suffix of a file.
     """
-    if not place.strip():
-        raise UsageError("file_not_found", "the path is empty", hint="is a variable not set?")
-    if is_hub(place):
-        for file, split in hub_files(place, _is_readable, **on_hub or {}):
-            yield replace(_file(str(file), reader), split=split)
-    elif on_hub:
-        raise UsageError("hub_only", f"{place} is not on the hub: {', '.join(on_hub)} say nothing of it")
-    elif place == STDIN:
+    if not location.strip():
+        raise UsageError("file_not_found", "the path is empty", hint="check that the variable with the path is set")
+    if is_hub(location):
+        for file, split in hub_files(location, _is_readable, **hub_options or {}):
+            yield replace(_make_file(str(file), reader), split=split)
+    elif hub_options:
+        options = ", ".join(hub_options)
+        raise UsageError("hub_only", f"{options} can be used only with Hub data sets, but {location} is not on the Hub")
+    elif location == STDIN:
         yield ResolvedFile(STDIN, reader or "json")
-    elif is_url(place):
-        files, folder = list_url(place)
-        found = (_file(one, reader) for one in files) if folder is None else _remote_folder([*files], folder, reader)
-        yield from (replace(one, size=files[one.path] or None) for one in found)
+    elif is_url(location):
+        sizes, folder = list_url(location)
+        files = (
+            (_make_file(url, reader) for url in sizes)
+            if folder is None
+            else _list_remote_folder([*sizes], folder, reader)
+        )
+        yield from (replace(file, size=sizes[file.path] or None) for file in files)
     else:
-        yield from _local(place, reader)
+        yield from _resolve_local(location, reader)
 
 
-def _local(place: str, reader: str | None) -> Iterator[ResolvedFile]:
+def _resolve_local(location: str, reader: str | None) -> Iterator[ResolvedFile]:
     try:
-        path = Path(place)
+        path = Path(location)
         if path.is_file():
-            yield _file(place, reader)
+            yield _make_file(location, reader)
         elif path.is_fifo():
-            yield ResolvedFile(place, reader or (path.suffix[1:] if path.suffix[1:] in readers else "json"))
+            yield ResolvedFile(location, reader or (path.suffix[1:] if path.suffix[1:] in readers else "json"))
         elif path.is_dir():
-            yield from _folder(path, reader, ())
+            yield from _list_folder(path, reader, ())
         else:
-            yield from _matching(place, reader)
+            yield from _resolve_pattern(location, reader)
     except OSError as error:
-        raise UsageError("file_not_found", f"cannot be looked at: {error.strerror}", where=place[:200]) from None
+        message = f"the path cannot be accessed: {error.strerror}"
+        raise UsageError("file_not_found", message, where=location[:200]) from None
 
 
-def _matching(pattern: str, reader: str | None) -> Iterator[ResolvedFile]:
-    found = list[str]()
+def _resolve_pattern(pattern: str, reader: str | None) -> Iterator[ResolvedFile]:
+    paths = list[str]()
     if glob.has_magic(pattern):
-        found = sorted(_deep(pattern) if "**" in pattern else glob.glob(pattern))  # noqa: PTH207  (absolute too)
-    if not found:
-        beside = [p.name for p in Path(pattern).parent.glob("*") if p.suffix.lstrip(".") in readers]
-        hint = suggest_names(Path(pattern).name, beside) if beside else f"looked in {Path(pattern).parent.resolve()}"
+        paths = sorted(
+            _glob_recursively(pattern) if "**" in pattern else glob.glob(pattern)  # noqa: PTH207  (absolute too)
+        )
+    if not paths:
+        siblings = [p.name for p in Path(pattern).parent.glob("*") if p.suffix.lstrip(".") in readers]
+        if siblings:
+            hint = suggest_names(Path(pattern).name, siblings)
+        else:
+            hint = f"check the path; searched in {Path(pattern).parent.resolve()}"
         raise UsageError("file_not_found", f"no file matches {pattern!r}", hint=hint)
-    for path in found:
-        # A pattern that goes deep names the files in folders itself.
+    for path in paths:
+        # A recursive pattern matches the files inside folders itself.
         if Path(path).is_file() or "**" not in pattern:
-            yield from _local(path, reader)
+            yield from _resolve_local(path, reader)
 
 
-def _deep(pattern: str) -> Iterator[str]:
-    """Yield the files that fit a pattern with `**`; what is hidden is not looked at, and nothing twice."""
+def _glob_recursively(pattern: str) -> Iterator[str]:
+    """Yield the files that match a pattern with `**`, each file once and without hidden files and folders."""
     base = "/".join(takewhile(lambda part: not glob.has_magic(part), pattern.split("/")))
     start = base or ("/" if pattern.startswith("/") else ".")
-    seen = {os.path.realpath(start)}
+    visited = {os.path.realpath(start)}
     for folder, folders, files in os.walk(start, followlinks=True):
-        # Links may lead to a folder above, or to one that was there already.
-        new = [name for name in sorted(folders) if not name.startswith(".")]
-        places = {name: os.path.realpath(os.path.join(folder, name)) for name in new}  # noqa: PTH118  (a million names)
-        folders[:] = [name for name in new if places[name] not in seen]
-        seen.update(places.values())
+        # A symbolic link may lead to a parent folder, or to a folder that was already visited.
+        names = [name for name in sorted(folders) if not name.startswith(".")]
+        targets = {name: os.path.realpath(os.path.join(folder, name)) for name in names}  # noqa: PTH118  (a million names)
+        folders[:] = [name for name in names if targets[name] not in visited]
+        visited.update(targets.values())
         paths = (os.path.join(folder, name) for name in files if not name.startswith("."))  # noqa: PTH118  (a million names)
         plain = (path if base else path.removeprefix("./") for path in paths)
         yield from (path for path in plain if matches_pattern(path, pattern.replace("//", "/")))
 
 
-def _file(path: str, reader: str | None = None) -> ResolvedFile:
+def _make_file(path: str, reader: str | None = None) -> ResolvedFile:
     suffix = reader or Input(path).suffix
     if reader is None and suffix not in readers:
-        known = ", ".join(f".{name}" for name in readers.names())
-        hint = f"readable: {known}; format= says what other files are, e.g. format='jsonl'"
+        suffixes = ", ".join(f".{name}" for name in readers.names())
+        hint = f"pass a file with one of the suffixes {suffixes}, or set format=, e.g. format='jsonl'"
         raise InputRefused("no_reader", f"no reader for '.{suffix}' files", where=path, hint=hint)
     return ResolvedFile(path, suffix)
 
 
-def _folder(folder: Path, reader: str | None, above: tuple[Path, ...]) -> Iterator[ResolvedFile]:
-    """Yield the files of a folder: the splits of `save_to_disk`, or else every file in it, however deep."""
+def _list_folder(folder: Path, reader: str | None, parents: tuple[Path, ...]) -> Iterator[ResolvedFile]:
+    """Yield the files of a folder: the splits that `save_to_disk` wrote, or else all files, recursively."""
     if (folder / "dataset_dict.json").is_file():
-        for split in _saved(folder / "dataset_dict.json", "splits"):
-            yield from (replace(one, split=split) for one in _folder(folder / split, reader, above))
+        for split in _read_saved_names(folder / "dataset_dict.json", "splits"):
+            yield from (replace(file, split=split) for file in _list_folder(folder / split, reader, parents))
     elif (folder / "state.json").is_file():
-        for name in _saved(folder / "state.json", "_data_files"):
+        for name in _read_saved_names(folder / "state.json", "_data_files"):
             yield ResolvedFile(str(folder / name), "arrow")
     else:
-        found = list(_files(folder, reader, (*above, folder.resolve())))
-        if not found and not above:
-            raise UsageError("empty_folder", f"{folder} holds no files")
-        for one in found:
-            inner = str(Path(one.path).relative_to(folder))
-            yield one if above or one.split else replace(one, split=split_from_name(inner))
+        files = list(_list_entries(folder, reader, (*parents, folder.resolve())))
+        if not files and not parents:
+            raise UsageError("empty_folder", f"{folder} contains no files")
+        for file in files:
+            relative_path = str(Path(file.path).relative_to(folder))
+            yield file if parents or file.split else replace(file, split=split_from_name(relative_path))
 
 
-def _remote_folder(files: Sequence[str], folder: str, reader: str | None) -> Iterator[ResolvedFile]:
-    """Yield the files of a folder elsewhere, as `_folder` does those of one here."""
-    inner = {name: name.removeprefix(f"{folder}/") for name in files}
-    saved = [name for name, path in inner.items() if PurePosixPath(path).name == "state.json"]
-    if saved:
-        for state in saved:
-            home = state.rpartition("/")[0]
-            split = home.rpartition("/")[2] if f"{folder}/dataset_dict.json" in inner else None
+def _list_remote_folder(files: Sequence[str], folder: str, reader: str | None) -> Iterator[ResolvedFile]:
+    """Yield the files of a remote folder, with the rules of `_list_folder`."""
+    relative_paths = {name: name.removeprefix(f"{folder}/") for name in files}
+    states = [name for name, path in relative_paths.items() if PurePosixPath(path).name == "state.json"]
+    if states:
+        for state in states:
+            parent = state.rpartition("/")[0]
+            split = parent.rpartition("/")[2] if f"{folder}/dataset_dict.json" in relative_paths else None
             for name in files:
-                if name.rpartition("/")[0] == home and name.endswith(".arrow"):
+                if name.rpartition("/")[0] == parent and name.endswith(".arrow"):
                     yield ResolvedFile(name, "arrow", split)
         return
-    chosen = [name for name, path in inner.items() if all(map(is_data, PurePosixPath(path).parts))]
-    if not chosen:
-        raise UsageError("empty_folder", f"{folder} holds no files")
-    yield from (replace(_file(name, reader), split=split_from_name(inner[name])) for name in chosen)
+    data_files = [name for name, path in relative_paths.items() if all(map(is_data, PurePosixPath(path).parts))]
+    if not data_files:
+        raise UsageError("empty_folder", f"{folder} contains no files")
+    yield from (replace(_make_file(name, reader), split=split_from_name(relative_paths[name])) for name in data_files)
 
 
-def _files(folder: Path, reader: str | None, above: tuple[Path, ...]) -> Iterator[ResolvedFile]:
+def _list_entries(folder: Path, reader: str | None, parents: tuple[Path, ...]) -> Iterator[ResolvedFile]:
     for path in sorted(folder.iterdir()):
         if not is_data(path.name):
             continue
         if path.is_dir():
-            if path.resolve() not in above:
-                yield from _folder(path, reader, above)
+            if path.resolve() not in parents:
+                yield from _list_folder(path, reader, parents)
         elif not path.is_file():
-            raise UsageError("file_not_found", "is a link to nothing", where=str(path))
+            raise UsageError("file_not_found", "is a broken symbolic link", where=str(path))
         else:
             try:
-                yield _file(str(path), reader)
+                yield _make_file(str(path), reader)
             except InputRefused as error:
-                hint = f"name those that are data: '{folder}/*.jsonl'"
+                hint = f"pass only the data files, e.g. '{folder}/*.jsonl'"
                 raise InputRefused(error.code, error.message, where=error.where, hint=hint) from None
 
 
-def _saved(path: Path, key: str) -> list[str]:
-    """Return the names that `save_to_disk` wrote; they stay in their folder.
+def _read_saved_names(path: Path, key: str) -> list[str]:
+    """Return the file or folder names in metadata that `save_to_disk` wrote; a name must not contain a path.
 
     Raises:
-        InputRefused: there are none.
+        InputRefused: The metadata are damaged, or a name is invalid.
     """
     try:
-        found = json.loads(path.read_bytes())[key]
-        names = [one["filename"] if isinstance(one, dict) else one for one in found]
+        entries = json.loads(path.read_bytes())[key]
+        names = [entry["filename"] if isinstance(entry, dict) else entry for entry in entries]
         if not all(name not in ("", "..") and PurePosixPath(name).name == name for name in names):
             raise ValueError
     except (ValueError, LookupError, TypeError):
-        hint = "save the data set again"
-        raise InputRefused("damaged_file", f"lists no {key} as save_to_disk does", where=str(path), hint=hint) from None
+        message = f"has no valid list {key!r}, expected the metadata of save_to_disk"
+        raise InputRefused("damaged_file", message, where=str(path), hint="save the data set again") from None
     return names
 
 

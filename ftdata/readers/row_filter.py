@@ -1,4 +1,4 @@
-"""Select: the rows that are wanted, by an expression over their columns."""
+"""Filter rows by an expression over their columns, and limit the number of rows."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ftdata.types import Reject, Row
 
 @dataclass
 class RowFilter:
-    """The rows of one or several sources that are wanted. Rejects pass: whether they were wanted is not known.
+    """A filter for the rows of one or several sources. Rejects always pass, because a filter needs a valid row.
 
     Attributes:
-        where: an expression of the user's own; it runs in this process, without limits.
-        limit: how many rows.
-        filtered: how many were read and not wanted.
-        taken: how many were yielded.
+        where: a Jinja expression of the user; it is evaluated in this process, without limits.
+        limit: maximum number of rows.
+        filtered: number of rows that did not match so far.
+        taken: number of rows that were yielded so far.
     """
 
     where: str | None = None
@@ -38,72 +38,76 @@ class RowFilter:
         if self.where is not None:
             if not isinstance(self.where, str):
                 raise UsageError("where", f"where is {self.where!r}, expected an expression")
-            _expression(self.where)
+            _compile_expression(self.where)
         if self.limit is not None and (type(self.limit) is not int or not 1 <= self.limit <= sys.maxsize):
-            raise UsageError("limit", f"limit is {self.limit!r}, expected a number of rows from 1")
+            raise UsageError("limit", f"limit is {self.limit!r}, expected a number of rows of at least 1")
 
-    def of(self, rows: Iterator[Row | Reject]) -> Iterator[Row | Reject]:
-        """Yield the rows that are wanted, the first `limit` of them; a reject for each on which `where` fails."""
+    def filter_rows(self, rows: Iterator[Row | Reject]) -> Iterator[Row | Reject]:
+        """Yield the rows that match, up to `limit`; a row for which `where` fails becomes a reject."""
         if self.where is None and self.limit is None:
             yield from rows
             return
-        for row in islice(self._wanted(rows), None if self.limit is None else self.limit - self.taken):
+        for row in islice(self._matching_rows(rows), None if self.limit is None else self.limit - self.taken):
             self.taken += 1
             yield row
 
-    def _wanted(self, rows: Iterator[Row | Reject]) -> Iterator[Row | Reject]:
+    def _matching_rows(self, rows: Iterator[Row | Reject]) -> Iterator[Row | Reject]:
         for row in rows:
-            wanted = self._judged(row)
-            if wanted is None:
+            result = self._match_row(row)
+            if result is None:
                 self.filtered += 1
             else:
-                yield wanted
+                yield result
 
-    def _judged(self, row: Row | Reject) -> Row | Reject | None:
+    def _match_row(self, row: Row | Reject) -> Row | Reject | None:
         if self.where is None or isinstance(row, Reject):
             return row
         columns = row.data if isinstance(row.data, Mapping) else {"messages": row.data}
         try:
-            wanted = _expression(self.where)({"row": columns} | {str(name): value for name, value in columns.items()})
+            is_match = _compile_expression(self.where)(
+                {"row": columns} | {str(name): value for name, value in columns.items()}
+            )
         except jinja2.UndefinedError:
             return None
         except UsageError:
             raise
-        except Exception as error:  # noqa: BLE001  (an expression of the user's own)
-            fix = "mend the row, or ask for what every row has"
-            return Reject(row.source, "where", "", f"where={self.where!r} fails on it: {error}", fix)
-        return row if wanted else None
+        except Exception as error:  # noqa: BLE001  (the expression of a user can raise any exception)
+            fix = "correct the row, or change the expression so that it works for every row"
+            return Reject(row.source, "where", "", f"where={self.where!r} failed for this row: {error}", fix)
+        return row if is_match else None
 
 
 @lru_cache(maxsize=8)
-def _expression(where: str) -> Callable[..., Any]:
-    """Compile a Jinja expression: `lang == "en" and messages | length > 2`; what asks for an absent column is false.
+def _compile_expression(where: str) -> Callable[..., Any]:
+    """Compile a Jinja expression such as `lang == "en" and messages | length > 2`.
+
+    An expression that uses a column that the row does not have is false.
 
     Raises:
-        UsageError: it is none.
+        UsageError: The expression is invalid.
     """
     environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
-    # A name that is no column must not be something of Jinja's.
+    # Without the globals of Jinja, a name always refers to a column.
     environment.globals.clear()
-    environment.tests["matching"] = _matching
+    environment.tests["matching"] = _matches
     environment.filters["from_json"] = _from_json
     try:
         return environment.compile_expression(where)
     except jinja2.TemplateSyntaxError as error:
         hint = "e.g. lang == 'en' and messages | length > 2"
-        raise UsageError("where", f"where={where!r} is no expression: {error.message}", hint=hint) from None
+        raise UsageError("where", f"where={where!r} is not a valid expression: {error.message}", hint=hint) from None
     except (RecursionError, MemoryError, ValueError) as error:
         raise UsageError("where", f"where={where!r:.100} cannot be compiled: {describe_exception(error)}") from None
 
 
 def _from_json(text: Any) -> Any:
-    """Return what a cell of a table holds, for `messages | from_json | length`."""
+    """Parse a cell that contains JSON text, for `messages | from_json | length`."""
     return json.loads(text) if isinstance(text, str) else text
 
 
-def _matching(text: Any, pattern: str) -> bool:
-    """As `re.search`, for `question is matching('^How')`."""
+def _matches(text: Any, pattern: str) -> bool:
+    """Return whether `re.search` finds a pattern, for `question is matching('^How')`."""
     try:
         return isinstance(text, str) and re.search(pattern, text) is not None
     except re.error as error:
-        raise UsageError("where", f"{pattern!r} is no regular expression: {error}") from None
+        raise UsageError("where", f"{pattern!r} is not a valid regular expression: {error}") from None

@@ -1,4 +1,4 @@
-"""Sources: what a user may pass as data, resolved into files and rows in memory."""
+"""Resolve the data that a user passes into sources: files, and rows in memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 
 from ftdata.errors import FtdataError, InputRefused, UsageError, check_choice, suggest_names
 from ftdata.readers import split_expressions
-from ftdata.readers.arrow import count_parquet_rows, from_batches, from_dataset, make_null_reader
+from ftdata.readers.arrow import from_batches, from_dataset, make_null_reader
 from ftdata.readers.formats import Reader, readers
 from ftdata.readers.in_memory import ValueFault, arrays_to_lists, from_dataframe
+from ftdata.readers.parquet import count_parquet_rows
 from ftdata.readers.quote_detection import QUOTINGS
 from ftdata.readers.remote_files import remote_version
 from ftdata.readers.resolve_paths import resolve_files
@@ -22,21 +23,31 @@ from ftdata.readers.streams import STDIN, Input, detect_compression, is_object_s
 from ftdata.registry import is_built_in
 from ftdata.types import WHOLE, Reject, Row, Source, SourceShare
 
-_MOST = 1000
-_SHARES = {"weight": "times", "rows": "rows", "tokens": "tokens"}
-_ON_HUB = ("name", "revision", "data_files")
-_OF_FILES = (*_ON_HUB, "format", "encoding", "quoting", "streaming")
-_SPEC = ("path", "split", *_SHARES, *_OF_FILES)
+_MAX_WEIGHT = 1000
+_SHARE_UNITS = {"weight": "times", "rows": "rows", "tokens": "tokens"}
+_HUB_KEYS = ("name", "revision", "data_files")
+_FILE_KEYS = (*_HUB_KEYS, "format", "encoding", "quoting", "streaming")
+_SPEC_KEYS = ("path", "split", *_SHARE_UNITS, *_FILE_KEYS)
 
 
 @dataclass(frozen=True, slots=True)
 class FileSource:
-    """A file and the name of the reader for it: all that a worker process needs to read its rows.
+    """A file and the name of its reader: everything that a worker process needs to read the rows.
 
-    `place` is the number of what the user named, which may be several files. With `first` or `last`: only the rows from
-    the one on and before the other, as the reader counts them. With a `span`: only a part of the file, in which rows
-    are counted from its own beginning. `length`: of how many bytes, of a part or of what lies elsewhere. `file_version`:
-    what the file was when its parts were planned, which all of them must be of.
+    Attributes:
+        path: local path, URL, or `-` for standard input.
+        reader: name of the reader.
+        encoding: encoding of text without a byte order mark; `None` for UTF-8.
+        split: split that the rows belong to, if it is known.
+        share: how much of the source is trained on.
+        item_index: index in the user's data of the item that this file comes from. An item may contain several files.
+        streaming: whether a file on the Hub is read from there instead of being downloaded first.
+        first: number of the first row to read.
+        last: number of the row after the last row to read; `None` for all rows.
+        span: the part of the file to read, see `Input`. Rows are counted from the beginning of the part.
+        length: bytes of the part, or of a remote file.
+        version: version of the file when its parts were planned, which all parts must have.
+        quoting: how quotes are read in CSV and TSV files, `csv` or `none`.
     """
 
     path: str
@@ -44,7 +55,7 @@ class FileSource:
     encoding: str | None = None
     split: str | None = None
     share: SourceShare = WHOLE
-    place: int = 0
+    item_index: int = 0
     streaming: bool = False
     first: int = 0
     last: int | None = None
@@ -55,260 +66,279 @@ class FileSource:
 
     @property
     def input(self) -> Input:
-        """The file, to be opened."""
+        """The file as a reader receives it."""
         return Input(self.path, self.encoding, streaming=self.streaming, span=self.span, quoting=self.quoting)
 
     def rows(self) -> Generator[Row | Reject, None, int | None]:
-        """Yield the file's rows and rejects, in file order; return in how many lines they stood, if that is known.
+        """Yield the rows and rejects of the file, in file order; return the number of lines, if the reader counts them.
 
         Raises:
-            InputRefused: it cannot be read, or has changed while it was.
+            InputRefused: The file cannot be read, or changed while it was being read.
         """
-        before, lines = self.version if self.version is not None else _stamp(self.path), None
-        self._check(before)
+        before, lines = self.version if self.version is not None else _local_version(self.path), None
+        self._check_version(before)
         reader = readers.get(self.reader)
-        rows = reader(self.input) if is_built_in(reader) else _checked(reader, self)
+        rows = reader(self.input) if is_built_in(reader) else _run_user_reader(reader, self)
         if self.span is not None and isinstance(rows, Generator):
             lines = yield from rows
         else:
             yield from islice(rows, self.first, self.last)
-        self._check(before)
+        self._check_version(before)
         return lines
 
-    def _check(self, before: Any) -> None:
-        if before != (file_version(self.path) if self.version is not None else _stamp(self.path)):
-            raise InputRefused("file_changed", "has changed while it was read", where=self.path, hint="read it again")
+    def _check_version(self, before: Any) -> None:
+        if before != (file_version(self.path) if self.version is not None else _local_version(self.path)):
+            raise InputRefused(
+                "file_changed", "the file changed while it was being read", where=self.path, hint="read it again"
+            )
 
     @property
     def size(self) -> int:
-        """The bytes of the file, or of the part of it, where that is known."""
+        """The size in bytes of the file, or of the part to read; 0 if it is unknown."""
         if self.length is not None:
             return self.length
-        stamp = _stamp(self.path)
-        return stamp[0] if stamp else 0
+        version = _local_version(self.path)
+        return version[0] if version else 0
 
     def share_before(self, row: Source) -> float | None:
-        """Return how much of the file comes before a row, from 0 to 1; `None` where that is not told by its place."""
-        stamp = _stamp(self.path)
-        if row.offset is None or not stamp or not stamp[0] or _is_packed(self.path, stamp):
+        """Return the share of the file before a row, from 0 to 1; `None` if the row has no usable offset."""
+        version = _local_version(self.path)
+        if row.offset is None or not version or not version[0] or _is_compressed(self.path, version):
             return None
-        first, last = self.span or (0, stamp[0])
+        first, last = self.span or (0, version[0])
         return min((row.offset - first) / (last - first), 1.0)
 
     def count(self, enough: int | None = None) -> int:
-        """Return how many rows there are; `enough` where there are as many."""
+        """Return the number of rows; stop counting at `enough`."""
         if self.reader == "parquet" and (rows := count_parquet_rows(self.input)) is not None:
             return rows if enough is None else min(rows, enough)
         return sum(1 for _ in islice(self.rows(), enough))
 
 
-def _checked(reader: Reader, file: FileSource) -> Iterator[Row | Reject]:
-    """Yield what a reader of the user's own does."""
+def _run_user_reader(reader: Reader, file: FileSource) -> Iterator[Row | Reject]:
+    """Yield the rows of a user-defined reader, and check each of them."""
     last = -1
     try:
         rows: Iterator[Any] = iter(reader(file.input))
-        for one in rows:
-            if told := _odd(one, last):
-                raise InputRefused("reader_failed", f"reader {file.reader}: {told}", where=file.path)
-            last = one.source.row
-            # A copy: it may be the same object for each row, with other texts put into it.
-            yield one._replace(data=arrays_to_lists(one.data)) if isinstance(one, Row) else one
+        for row in rows:
+            if fault := _find_fault(row, last):
+                raise InputRefused("reader_failed", f"reader {file.reader}: {fault}", where=file.path)
+            last = row.source.row
+            # The data is copied, because a reader may yield the same object again with different content.
+            yield row._replace(data=arrays_to_lists(row.data)) if isinstance(row, Row) else row
     except FtdataError:
         raise
     except Exception as error:
-        told = f"reader {file.reader} fails on it: {type(error).__name__}: {error}"
-        raise InputRefused("reader_failed", told, where=file.path, hint="mend the reader, or the file") from error
+        message = f"reader {file.reader} failed: {type(error).__name__}: {error}"
+        raise InputRefused("reader_failed", message, where=file.path, hint="correct the reader or the file") from error
 
 
-def _odd(one: Any, last: int) -> str | None:
-    """Return what is wrong with what a reader yields, after the row of that number; `None` if nothing is."""
-    if not isinstance(one, Row | Reject):
-        return f"yields a {type(one).__name__}, expected a ftdata.types.Row or Reject"
-    source: Any = one.source
+def _find_fault(row: Any, last: int) -> str | None:
+    """Return the fault of an object that a reader yielded after row number `last`; `None` if the object is valid."""
+    if not isinstance(row, Row | Reject):
+        return f"yields a {type(row).__name__}, expected ftdata.types.Row or Reject"
+    source: Any = row.source
     if not isinstance(source, Source):
-        return f"its source is a {type(source).__name__}, expected a ftdata.types.Source"
+        return f"yields a row whose source is a {type(source).__name__}, expected ftdata.types.Source"
     numbers = [source.row, *(number for number in (source.line, source.offset) if number is not None)]
     if not isinstance(source.path, str) or any(type(number) is not int for number in numbers):
-        return f"{tuple(source)!r:.100} is no source: expected a path and numbers"
+        return f"yields a row with the invalid source {tuple(source)!r:.100}, expected a path and integers"
     if source.row <= last:
-        return f"row {source.row} comes after row {last}: rows are counted from 0"
-    texts = [one.code, one.field, one.reason, one.fix, one.raw] if isinstance(one, Reject) else []
+        return f"yields row {source.row} after row {last}, expected ascending row numbers from 0"
+    texts = [row.code, row.field, row.reason, row.fix, row.raw] if isinstance(row, Reject) else []
     if not all(isinstance(text, str) for text in texts):
-        return "a Reject has other than texts"
+        return "yields a Reject with a field that is not a string"
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class MemorySource:
-    """Rows that are already Python objects."""
+    """Rows that are already Python objects.
+
+    Attributes:
+        items: the rows.
+        path: name of the source in reports, in angle brackets.
+        split: split that the rows belong to, if it is known.
+        share: how much of the source is trained on.
+        item_index: index in the user's data of the item that these rows come from.
+        size: always 0; the size in bytes is unknown.
+    """
 
     items: Iterable[Any]
     path: str = "<memory>"
     split: str | None = None
     share: SourceShare = WHOLE
-    place: int = 0
+    item_index: int = 0
     size: int = 0
 
     def share_before(self, row: Source) -> float | None:
-        """Return how much comes before a row, from 0 to 1; `None` where nobody knows how much there is."""
+        """Return the share of the rows before a row, from 0 to 1; `None` if the number of rows is unknown."""
         count = len(self.items) if isinstance(self.items, Sized) else 0
         return row.row / count if count else None
 
     def rows(self) -> Iterator[Row | Reject]:
-        """Yield the items, numbered."""
+        """Yield the items as numbered rows."""
         for index, item in enumerate(self.items):
             source = Source(self.path, index)
             try:
-                # A copy: whoever gives the rows may use the same object for the next one.
+                # The data is copied, because an iterable may yield the same object again with different content.
                 yield Reject(source, *item) if isinstance(item, ValueFault) else Row(arrays_to_lists(item), source)
             except RecursionError:
-                yield Reject(source, "too_deep", "", "is nested too deep to be read")
+                yield Reject(source, "too_deep", "", "is nested too deeply to be read")
 
 
 def resolve_sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
-    """Resolve what a user may pass as data into sources, in the order given.
+    """Resolve data into sources, in the order in which the user passed them.
 
     Args:
-        data: a path (also of a folder, a URL, or `-` for standard input), a glob, a pandas `DataFrame`, a
-            `pyarrow.Table`, a `datasets.Dataset`, `IterableDataset` or `DatasetDict`; a mapping with one of these as
-            `path` and, maybe, `split`, `format`, `encoding`, `quoting` (`csv` or `none`), and one of `weight`,
-            `rows` and `tokens`; a list of these;
-            or any iterable of rows (dicts, or lists of messages).
+        data: a path (of a file or a folder, a URL, or `-` for standard input), a glob, a pandas `DataFrame`, a
+            `pyarrow.Table`, a `datasets.Dataset`, `IterableDataset` or `DatasetDict`; a mapping with one of these
+            under `path` and, optionally, `split`, `format`, `encoding`, `quoting` (`csv` or `none`), and one of
+            `weight`, `rows` and `tokens`; a list of these; or any iterable of rows (dicts, or lists of messages).
 
     Raises:
-        UsageError: a file is not there, or a glob matches nothing.
-        InputRefused: no reader knows the suffix.
+        UsageError: A file does not exist, or a glob matches no file.
+        InputRefused: No reader is registered for the suffix of a file.
     """
-    if (found := _in_memory(data)) is not None:
-        return found
+    if (sources := _in_memory_sources(data)) is not None:
+        return sources
     if isinstance(data, str | Path):
-        return tuple(_files(str(data), None, {}))
+        return tuple(_file_sources(str(data), None, {}))
     if isinstance(data, Mapping):
-        return _specified(data)
-    if isinstance(data, list | tuple) and data and all(_is_place(item) for item in data):
-        return tuple(replace(one, place=number) for number, item in enumerate(data) for one in resolve_sources(item))
+        return _resolve_spec(data)
+    if isinstance(data, list | tuple) and data and all(_is_source(item) for item in data):
+        return tuple(
+            replace(source, item_index=number) for number, item in enumerate(data) for source in resolve_sources(item)
+        )
     if isinstance(data, Iterable) and not isinstance(data, bytes | bytearray):
         return (MemorySource(data),)
     raise UsageError("data_type", f"data is a {type(data).__name__}, expected a path, paths, or an iterable of rows")
 
 
-def _in_memory(data: Any) -> tuple[FileSource | MemorySource, ...] | None:
-    """Return the sources that an object of pandas, pyarrow or `datasets` is: none of these is imported here."""
+def _in_memory_sources(data: Any) -> tuple[FileSource | MemorySource, ...] | None:
+    """Return the sources of a pandas, pyarrow or `datasets` object, without importing these packages."""
     if hasattr(data, "to_arrow"):
-        return _in_memory(data.to_arrow())
+        return _in_memory_sources(data.to_arrow())
     if hasattr(data, "to_dict") and hasattr(data, "columns"):
         return (MemorySource(from_dataframe(data), "<DataFrame>"),)
     if hasattr(data, "column_names") and isinstance(data, Mapping):
-        return tuple(replace(one, split=name) for name, part in data.items() for one in resolve_sources(part))
+        return tuple(replace(source, split=name) for name, part in data.items() for source in resolve_sources(part))
     if hasattr(data, "schema") and any(
         hasattr(data, name) for name in ("to_batches", "read_next_batch", "to_struct_array")
     ):
         batches = data.to_batches() if hasattr(data, "to_batches") else data if hasattr(data, "read_all") else [data]
         return (MemorySource(from_batches(batches, data.schema), "<Table>"),)
     if hasattr(data, "with_format"):
-        decoded = make_null_reader(getattr(data, "features", None))
-        rows = from_dataset(data) if hasattr(data, "data") else map(decoded, data.with_format(None))
+        read_nulls = make_null_reader(getattr(data, "features", None))
+        rows = from_dataset(data) if hasattr(data, "data") else map(read_nulls, data.with_format(None))
         return (MemorySource(rows, f"<{type(data).__name__}>"),)
     return None
 
 
-def _is_place(item: Any) -> bool:
-    if isinstance(item, str | Path) or _in_memory(item) is not None:
+def _is_source(item: Any) -> bool:
+    if isinstance(item, str | Path) or _in_memory_sources(item) is not None:
         return True
-    return isinstance(item, Mapping) and set(item) <= set(_SPEC) and "path" in item and _is_place(item["path"])
+    return isinstance(item, Mapping) and set(item) <= set(_SPEC_KEYS) and "path" in item and _is_source(item["path"])
 
 
-def _specified(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
-    if "path" not in spec or not _is_place(spec["path"]) or isinstance(spec["path"], Mapping):
+def _resolve_spec(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
+    if "path" not in spec or not _is_source(spec["path"]) or isinstance(spec["path"], Mapping):
         raise UsageError(
-            "data_type", "data is one mapping, expected rows", hint="pass a list of rows, or a mapping with a path"
+            "data_type",
+            "data is a single mapping without a valid path, expected rows",
+            hint="pass a list of rows, or a mapping with a path",
         )
     for key in spec:
-        if key not in _SPEC:
-            raise UsageError("unknown_data_key", f"data has the key {key!r}", hint=suggest_names(str(key), _SPEC))
-    found: Sequence[FileSource | MemorySource] = _placed(spec)
+        if key not in _SPEC_KEYS:
+            hint = suggest_names(str(key), _SPEC_KEYS)
+            raise UsageError("unknown_data_key", f"data has the unknown key {key!r}", hint=hint)
+    sources: Sequence[FileSource | MemorySource] = _sources_at_path(spec)
     if spec.get("split") is not None:
-        found = tuple(_chosen(found, spec))
-    return tuple(replace(one, share=_share(spec)) for one in found)
+        sources = tuple(_select_splits(sources, spec))
+    return tuple(replace(source, share=_parse_share(spec)) for source in sources)
 
 
-def _placed(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
-    """Return the sources at the place that a mapping names, read as it says."""
-    place = spec["path"]
-    if not isinstance(place, str | Path):
-        if said := [key for key in _OF_FILES if spec.get(key) is not None]:
-            raise UsageError("data_type", f"{said[0]} is said of data in memory, which has none")
-        return resolve_sources(place)
+def _sources_at_path(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
+    """Return the sources at the `path` of a mapping, with the mapping's options for files."""
+    path = spec["path"]
+    if not isinstance(path, str | Path):
+        if file_keys := [key for key in _FILE_KEYS if spec.get(key) is not None]:
+            raise UsageError("data_type", f"{file_keys[0]} applies only to files, but path is data in memory")
+        return resolve_sources(path)
     encoding, reader = spec.get("encoding"), spec.get("format")
     quoting = spec.get("quoting")
     if quoting is not None:
         check_choice("quoting", quoting, QUOTINGS)
-    Input(str(place), encoding)
+    Input(str(path), encoding)
     if reader is not None:
         readers.get(reader)
-    files = _files(str(place), reader, {key: spec[key] for key in _ON_HUB if spec.get(key) is not None})
+    files = _file_sources(str(path), reader, {key: spec[key] for key in _HUB_KEYS if spec.get(key) is not None})
     return tuple(
-        replace(one, encoding=encoding, quoting=quoting, streaming=bool(spec.get("streaming"))) for one in files
+        replace(file, encoding=encoding, quoting=quoting, streaming=bool(spec.get("streaming"))) for file in files
     )
 
 
-def _files(place: str, reader: str | None, on_hub: Mapping[str, Any]) -> Iterator[FileSource]:
-    for one in resolve_files(place, reader, on_hub):
-        yield FileSource(one.path, one.reader, split=one.split, length=one.size)
+def _file_sources(location: str, reader: str | None, hub_options: Mapping[str, Any]) -> Iterator[FileSource]:
+    for file in resolve_files(location, reader, hub_options):
+        yield FileSource(file.path, file.reader, split=file.split, length=file.size)
 
 
-def _share(spec: Mapping[str, Any]) -> SourceShare:
-    given = [key for key in _SHARES if spec.get(key) is not None]
-    if not given:
+def _parse_share(spec: Mapping[str, Any]) -> SourceShare:
+    keys = [key for key in _SHARE_UNITS if spec.get(key) is not None]
+    if not keys:
         return WHOLE
-    if len(given) > 1:
-        raise UsageError("share", f"{given[0]} and {given[1]} say how much of the source is taken: which of them?")
-    amount, unit = spec[given[0]], _SHARES[given[0]]
-    whole = isinstance(amount, int) and not isinstance(amount, bool)
-    if unit == "times" and not ((whole or isinstance(amount, float)) and 0 <= amount <= _MOST):
-        raise UsageError("weight", f"weight is {amount!r}, expected how often each row is taken, e.g. 0.5 or 2")
-    if unit != "times" and not (whole and amount >= 0):
-        raise UsageError(given[0], f"{given[0]} is {amount!r}, expected how many {unit} are taken")
+    if len(keys) > 1:
+        raise UsageError("share", f"a source has both {keys[0]} and {keys[1]}, expected only one of them")
+    amount, unit = spec[keys[0]], _SHARE_UNITS[keys[0]]
+    is_integer = isinstance(amount, int) and not isinstance(amount, bool)
+    if unit == "times" and not ((is_integer or isinstance(amount, float)) and 0 <= amount <= _MAX_WEIGHT):
+        message = f"weight is {amount!r}, expected a number from 0 to {_MAX_WEIGHT}, e.g. 0.5 or 2"
+        raise UsageError("weight", message)
+    if unit != "times" and not (is_integer and amount >= 0):
+        raise UsageError(keys[0], f"{keys[0]} is {amount!r}, expected a number of {unit}, e.g. 1000")
     return SourceShare(float(amount), unit)
 
 
-def _chosen(found: Sequence[FileSource | MemorySource], spec: Mapping[str, Any]) -> Iterator[FileSource | MemorySource]:
-    """Yield the sources of the rows that `split` says. Several parts together are no split any more."""
+def _select_splits(
+    sources: Sequence[FileSource | MemorySource], spec: Mapping[str, Any]
+) -> Iterator[FileSource | MemorySource]:
+    """Yield the sources of the rows that `split` selects; several parts joined by `+` have no split name."""
     parts = split_expressions.parse_split(str(spec["split"]))
-    names = list(dict.fromkeys(one.split or "train" for one in found))
+    names = list(dict.fromkeys(source.split or "train" for source in sources))
     for part in parts:
-        own = [one for one in found if (one.split or "train") == part.name]
-        if not own:
+        matching = [source for source in sources if (source.split or "train") == part.name]
+        if not matching:
             raise UsageError(
                 "no_split", f"{spec['path']} has no split {part.name!r}", hint=suggest_names(part.name, names)
             )
-        if part.whole:
-            taken = own
-        elif files := [one for one in own if isinstance(one, FileSource) and one.path != STDIN]:
-            ranges = split_expressions.split_ranges(part, [one.count for one in files])
-            taken = [replace(files[number], first=first, last=last) for number, first, last in ranges]
+        if part.is_full_split:
+            selected = matching
+        elif files := [source for source in matching if isinstance(source, FileSource) and source.path != STDIN]:
+            ranges = split_expressions.split_ranges(part, [file.count for file in files])
+            selected = [replace(files[number], first=first, last=last) for number, first, last in ranges]
         else:
-            raise UsageError("split", "slices are of files", hint="slice what is in memory before you pass it")
-        if not taken:
+            hint = "slice the data before you pass it"
+            raise UsageError("split", "only files can be sliced, not standard input or data in memory", hint=hint)
+        if not selected:
             raise UsageError("no_rows", f"{spec['path']} has no rows in {spec['split']!r}")
-        yield from taken if len(parts) == 1 else (replace(one, split=None) for one in taken)
+        yield from selected if len(parts) == 1 else (replace(source, split=None) for source in selected)
 
 
 @lru_cache(maxsize=64)
-def _is_packed(path: str, stamp: tuple[int, int]) -> bool:  # noqa: ARG001  (of another version it is asked again)
+def _is_compressed(path: str, version: tuple[int, int]) -> bool:  # noqa: ARG001  (the version is part of the cache key)
     with Input(path).open() as file:
         return detect_compression(file.peek(8)[:8]) is not None
 
 
 def file_version(path: str) -> Any:
-    """Return what tells versions of a file apart, wherever it lies; `None` where nothing does."""
-    return remote_version(path) if is_object_store(path) else _stamp(path)
+    """Return an identifier of the version of a local or remote file; `None` if its version cannot be determined."""
+    return remote_version(path) if is_object_store(path) else _local_version(path)
 
 
-def _stamp(path: str) -> tuple[int, int] | None:
-    """Return what tells versions of a local file apart."""
+def _local_version(path: str) -> tuple[int, int] | None:
+    """Return the size and the modification time of a local file, which identify its version."""
     try:
-        found = Path(path).stat()
+        status = Path(path).stat()
     except (OSError, ValueError):
         return None
-    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None

@@ -1,8 +1,8 @@
-"""Bytes from anywhere: opened, decompressed and brought to UTF-8, in bounded memory.
+"""Open input files as streams of UTF-8 bytes, decompressed in bounded memory.
 
     path or URL ──> bytes ──> decompressed ──> UTF-8
 
-What a file is packed in is seen from its first bytes, never from its name.
+The compression format is detected from the first bytes of a file, never from its name.
 """
 
 from __future__ import annotations
@@ -25,33 +25,34 @@ from ftdata.readers.hub import HubFile, is_hub
 from ftdata.readers.remote_files import open_remote
 
 CHUNK = 1 << 20
-"""Bytes that are read at once."""
+"""Bytes per read."""
 
 MAX_RATIO, FREE = 200, 1 << 30
-"""How many times its size a packed file may become, once it is more than `FREE` bytes."""
+"""Maximum ratio of decompressed to compressed size. Output of at most `FREE` bytes is exempt."""
 
 MAX_XZ_MEMORY = 128 << 20
-"""Bytes that unpacking an xz file may take: `xz -9` needs 65 MiB, and a file may ask for gigabytes."""
+"""Bytes of memory that decompressing an xz file may need. `xz -9` needs 65 MiB; a hostile file may need gigabytes."""
 
 MAX_REPEATED, FREE_REPEATED = 1000, 16 << 20
-"""How many times the size of a file its values may become, once they are more than `FREE_REPEATED` bytes, where a value
-stands in the file once and is repeated: a long system prompt in every row is no bomb."""
+"""Maximum ratio of the size of the values to the size of the file, in formats that store a repeated value only once.
+Values of at most `FREE_REPEATED` bytes are exempt. A long system prompt in every row is legitimate data."""
 
 MAX_LINE = 64 << 20
-"""Bytes that a row may have; longer ones are rejected, since one would fill the memory of every later stage."""
+"""Maximum size of a row in bytes. Longer rows are rejected, because a huge row would exhaust the memory of every later
+stage."""
 
 STDIN = "-"
 
-_PACKED = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
+_COMPRESSIONS = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
 _UTF8_BOM = codecs.BOM_UTF8
-# The longer first: a UTF-32 mark begins with a UTF-16 one.
+# UTF-32 comes first, because the UTF-32-LE mark begins with the UTF-16-LE mark.
 _BOMS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-# Which of a text's first four bytes are zero, where it has no mark (RFC 4627, 3).
+# In text without a byte order mark, the zeros among the first four bytes identify the encoding (RFC 4627, section 3).
 _ZEROS = {
     (False, True, True, True): "utf-32-le",
     (True, True, True, False): "utf-32-be",
@@ -62,11 +63,15 @@ _ZEROS = {
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A file, wherever it lies. Picklable: it is opened where it is read.
+    """A local or remote file for a reader. It is picklable, and the file is opened only when it is read.
 
-    `path` is a local path, `-` for standard input, or a URL; `encoding` that of a text without a byte order mark. With
-    `streaming`, files of the hub are read from there, and not downloaded first. With a `span`, no more is read than a
-    part of it: of lines those that begin from the one byte on and before the other, of Parquet such row groups.
+    Attributes:
+        path: local path, URL, or `-` for standard input.
+        encoding: encoding of text without a byte order mark; `None` for UTF-8.
+        quoting: how quotes are read in CSV and TSV files, `csv` or `none`; `None` for automatic detection.
+        streaming: whether a file on the Hub is read from there instead of being downloaded first.
+        span: the part of the file to read: the lines that begin in a range of bytes, or a range of Parquet row groups.
+            The end is exclusive.
     """
 
     path: str
@@ -81,96 +86,98 @@ class Input:
                 if not "a".encode(self.encoding):
                     raise LookupError
             except (LookupError, TypeError, ValueError, AssertionError):
-                raise UsageError("encoding", f"no encoding is called {self.encoding!r}", hint="e.g. cp1252") from None
+                message = f"encoding is {self.encoding!r}, expected a text encoding that Python supports"
+                raise UsageError("encoding", message, hint="e.g. cp1252") from None
 
     @property
     def suffix(self) -> str:
-        """What the name says that the file is: its last suffix in lower case, but for that of a packed file."""
+        """The last suffix of the file name, in lower case and without the suffix of a compression format."""
         name = self.path.split("?", 1)[0] if is_url(self.path) else self.path
         suffixes = [suffix[1:].lower() for suffix in PurePosixPath(name).suffixes]
-        while suffixes and suffixes[-1] in {*_PACKED.values(), "gzip", "zstd"}:
+        while suffixes and suffixes[-1] in {*_COMPRESSIONS.values(), "gzip", "zstd"}:
             suffixes.pop()
         return suffixes[-1] if suffixes else ""
 
     def open(self) -> io.BufferedReader:
-        """Open the file as it is.
+        """Open the file as raw bytes, without decompression.
 
         Raises:
-            UsageError: it is not there.
-            MissingDependency: its kind of place needs a package that is not installed.
-            StorageError: it cannot be opened.
-            HubError: it lies on a network that fails again and again.
+            UsageError: The file does not exist.
+            MissingDependency: The protocol of the URL needs a package that is not installed.
+            StorageError: The file cannot be opened.
+            HubError: The network or the Hub fails repeatedly.
         """
         try:
             if self.path == STDIN:
-                return file_from_chunks(_at_least(8, _read(sys.stdin.buffer)))
+                return file_from_chunks(_join_first(8, _read(sys.stdin.buffer)))
             if not is_url(self.path):
                 return cast(io.BufferedReader, Path(self.path).open("rb", buffering=CHUNK))
             if is_hub(self.path) and not self.streaming:
-                return cast(io.BufferedReader, HubFile.at(self.path).local().open("rb", buffering=CHUNK))
+                return cast(io.BufferedReader, HubFile.from_url(self.path).download().open("rb", buffering=CHUNK))
             return open_remote(self.path)
         except FileNotFoundError:
-            raise UsageError("file_not_found", "is not there", where=self.path) from None
+            raise UsageError("file_not_found", "the file does not exist", where=self.path) from None
         except OSError as error:
             if isinstance(error, FtdataError):
                 raise
             raise StorageError("unreadable", error.strerror or str(error), where=self.path) from None
 
     def text(self) -> io.BufferedReader:
-        """Open the file decompressed and in UTF-8; a UTF-8 byte order mark stays.
+        """Open the file as UTF-8, decompressed and transcoded; a UTF-8 byte order mark is kept.
 
-        Where the text is not in its encoding, lone surrogates come through: whoever reads the line refuses it.
+        Bytes that are invalid in the encoding of the file appear as lone surrogates, so that the reader can reject the
+        row that contains them.
 
         Raises:
-            InputRefused: while reading: the file is cut off or damaged, or grows without bounds.
+            InputRefused: While reading: the file is truncated or damaged, or expands beyond the limit.
         """
         file = self.open()
-        if packing := detect_compression(_head(file)):
-            file = file_from_chunks(_unpacked(file, packing, self.path))
-        encoding = _encoding(_head(file), self.encoding)
-        return file_from_chunks(_decoded(file, encoding, self.path)) if encoding else file
+        if compression := detect_compression(_head(file)):
+            file = file_from_chunks(_decompress(file, compression, self.path))
+        encoding = _detect_encoding(_head(file), self.encoding)
+        return file_from_chunks(_transcode(file, encoding, self.path)) if encoding else file
 
     def is_plain(self, head: bytes) -> bool:
-        """Whether a file that begins so is UTF-8 as it stands."""
-        return detect_compression(head) is None and _encoding(head, self.encoding) is None
+        """Return whether a file that begins with `head` is uncompressed UTF-8."""
+        return detect_compression(head) is None and _detect_encoding(head, self.encoding) is None
 
 
 def detect_compression(head: bytes) -> str | None:
-    """Return what a file that begins so is packed in."""
-    # Frames to be skipped may come first (zstd, 3.1.2).
+    """Return the compression format of a file that begins with `head`; `None` if it is uncompressed."""
+    # Skippable frames may come before the data (RFC 8878, section 3.1.2).
     if len(head) >= 4 and head[0] & 0xF0 == 0x50 and head[1:4] == b"\x2a\x4d\x18":
         return "zst"
-    return next((name for magic, name in _PACKED.items() if head.startswith(magic)), None)
+    return next((name for magic, name in _COMPRESSIONS.items() if head.startswith(magic)), None)
 
 
 def is_url(path: str) -> bool:
-    """Whether this names a place by its protocol."""
+    """Return whether a path is a URL."""
     return "://" in path
 
 
 def is_object_store(path: str) -> bool:
-    """Whether this names a place in an object store, or another file system elsewhere: no page, and not the hub."""
+    """Return whether a path is a URL of an object store or of another remote file system, except HTTP and the Hub."""
     return is_url(path) and not is_hub(path) and not path.startswith(("http://", "https://"))
 
 
-def prepend(head: bytes, rest: Generator[bytes]) -> Generator[bytes]:
-    """Yield `head`, and then the rest."""
+def prepend(head: bytes, chunks: Generator[bytes]) -> Generator[bytes]:
+    """Yield `head`, then the chunks."""
     yield head
-    yield from rest
+    yield from chunks
 
 
-def prepend_to_file(head: bytes, rest: BinaryIO) -> io.BufferedReader:
-    """Return a file of what was read of it already and of the rest."""
-    return file_from_chunks(prepend(head, read_chunks(rest)))
+def prepend_to_file(head: bytes, file: BinaryIO) -> io.BufferedReader:
+    """Return a file that contains `head`, which was already read, and the remaining content of `file`."""
+    return file_from_chunks(prepend(head, read_chunks(file)))
 
 
-def file_from_chunks(parts: Generator[bytes]) -> io.BufferedReader:
-    """Return chunks of bytes as a file."""
-    return io.BufferedReader(_Chunks(parts), CHUNK)
+def file_from_chunks(chunks: Generator[bytes]) -> io.BufferedReader:
+    """Return a file that contains the chunks."""
+    return io.BufferedReader(_ChunkFile(chunks), CHUNK)
 
 
 def read_chunks(file: BinaryIO) -> Generator[bytes]:
-    """Yield what is left of a file, `CHUNK` bytes or fewer at a time, and close it."""
+    """Yield the remaining content of a file in chunks of at most `CHUNK` bytes, then close the file."""
     with file:
         yield from _read(file)
 
@@ -181,116 +188,124 @@ def _read(file: BinaryIO, size: int = CHUNK) -> Generator[bytes]:
         yield chunk
 
 
-class _Chunks(io.RawIOBase):
-    """Chunks of bytes as a file."""
+class _ChunkFile(io.RawIOBase):
+    """A file that contains chunks of bytes."""
 
-    def __init__(self, parts: Generator[bytes]) -> None:
-        self._parts, self._rest = parts, memoryview(b"")
+    def __init__(self, chunks: Generator[bytes]) -> None:
+        self._chunks, self._unread = chunks, memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._rest:
-            part = next(self._parts, None)
-            if part is None:
+        while not self._unread:
+            chunk = next(self._chunks, None)
+            if chunk is None:
                 return 0
-            self._rest = memoryview(part)
-        size = min(len(buffer), len(self._rest))
-        buffer[:size] = self._rest[:size]
-        self._rest = self._rest[size:]
+            self._unread = memoryview(chunk)
+        size = min(len(buffer), len(self._unread))
+        buffer[:size] = self._unread[:size]
+        self._unread = self._unread[size:]
         return size
 
     def close(self) -> None:
-        self._parts.close()
+        self._chunks.close()
         super().close()
 
 
-def _at_least(size: int, parts: Generator[bytes]) -> Generator[bytes]:
-    """Yield parts, the first of which is not shorter, if there is so much: what a pipe holds is told by it."""
+def _join_first(size: int, chunks: Generator[bytes]) -> Generator[bytes]:
+    """Yield the chunks, with the first chunks joined to at least `size` bytes.
+
+    A pipe may deliver fewer bytes at first than format detection needs.
+    """
     first = b""
-    while len(first) < size and (part := next(parts, b"")):
-        first += part
+    while len(first) < size and (chunk := next(chunks, b"")):
+        first += chunk
     yield first
-    yield from parts
+    yield from chunks
 
 
 def _head(file: io.BufferedReader) -> bytes:
     return file.peek(8)[:8]
 
 
-def _unpacked(file: BinaryIO, packing: str, path: str) -> Generator[bytes]:
-    packed = plain = 0
+def _decompress(file: BinaryIO, compression: str, path: str) -> Generator[bytes]:
+    compressed_size = plain_size = 0
 
-    def counted() -> Generator[bytes]:
-        nonlocal packed
+    def count_compressed() -> Generator[bytes]:
+        nonlocal compressed_size
         with file:
-            # Little at once: what was read counts as unpacked.
+            # Chunks are small, because all bytes that were read count as decompressed.
             for chunk in _read(file, 1 << 16):
-                packed += len(chunk)
+                compressed_size += len(chunk)
                 yield chunk
 
     try:
-        for chunk in read_chunks(_opened(file_from_chunks(counted()), packing)):
-            plain += len(chunk)
-            if plain > FREE and plain > MAX_RATIO * packed:
-                raise expansion_error(plain, packed, path)
+        for chunk in read_chunks(_open_decompressor(file_from_chunks(count_compressed()), compression)):
+            plain_size += len(chunk)
+            if plain_size > FREE and plain_size > MAX_RATIO * compressed_size:
+                raise expansion_error(plain_size, compressed_size, path)
             yield chunk
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         if "Memory usage limit" in str(error):
-            found = f"the xz file needs more than {MAX_XZ_MEMORY:,} bytes of memory to unpack"
-            raise InputRefused(
-                "expansion", found, where=path, hint="unpack it yourself, or pack it with xz -9"
-            ) from None
-        cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
-        fault = "truncated: it ends" if cut else "corrupt"
+            message = f"decompressing the xz file needs more than {MAX_XZ_MEMORY:,} bytes of memory"
+            hint = "decompress it yourself, or compress it with xz -9"
+            raise InputRefused("expansion", message, where=path, hint=hint) from None
+        truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
+        fault = "is truncated: it ends" if truncated else "is corrupt"
         raise InputRefused(
-            "partial_file" if cut else "damaged_file",
-            f"the {packing} file is {fault} after {plain:,} bytes of text ({error})",
+            "partial_file" if truncated else "damaged_file",
+            f"the {compression} file {fault} after {plain_size:,} bytes of text ({error})",
             where=path,
             hint="copy or download it again",
         ) from None
 
 
 def expansion_error(
-    plain: int, packed: int, path: str, ratio: int = MAX_RATIO, hint: str = "unpack it yourself if that is right"
+    plain_size: int,
+    compressed_size: int,
+    path: str,
+    ratio: int = MAX_RATIO,
+    hint: str = "decompress it yourself if the size is correct",
 ) -> InputRefused:
-    """Return the refusal of a file that becomes far more than it is."""
-    found = f"becomes more than {ratio:,} times its size: {plain:,} bytes out of {packed:,}"
-    return InputRefused("expansion", found, where=path, hint=hint)
+    """Return the error for a file that expands beyond the limit."""
+    sizes = f"{compressed_size:,} to {plain_size:,} bytes or more"
+    message = f"expands from {sizes}, expected at most {ratio:,} times its size"
+    return InputRefused("expansion", message, where=path, hint=hint)
 
 
-def _opened(file: io.BufferedReader, packing: str) -> BinaryIO:
-    if packing == "gz":
+def _open_decompressor(file: io.BufferedReader, compression: str) -> BinaryIO:
+    if compression == "gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=file))
-    if packing in ("bz2", "xz"):
-        new = bz2.BZ2Decompressor if packing == "bz2" else partial(lzma.LZMADecompressor, memlimit=MAX_XZ_MEMORY)
-        return file_from_chunks(_concatenated(file, new))
+    if compression in ("bz2", "xz"):
+        is_bz2 = compression == "bz2"
+        new = bz2.BZ2Decompressor if is_bz2 else partial(lzma.LZMADecompressor, memlimit=MAX_XZ_MEMORY)
+        return file_from_chunks(_decompress_streams(file, new))
     import pyarrow as pa
 
     return cast(BinaryIO, pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd"))
 
 
-def _concatenated(file: BinaryIO, new: Callable[[], Any]) -> Generator[bytes]:
-    """Yield what one packed stream after another holds; what is no stream after one is damage."""
-    unpacker = new()
+def _decompress_streams(file: BinaryIO, new: Callable[[], Any]) -> Generator[bytes]:
+    """Yield the content of concatenated compressed streams; trailing bytes that are not a stream are an error."""
+    decompressor = new()
     for chunk in read_chunks(file):
-        rest = chunk
-        while rest or not (unpacker.eof or unpacker.needs_input):
-            if unpacker.eof:
-                # Streams may be padded with zeros (xz, 2.2).
-                rest = rest.lstrip(b"\0")
-                unpacker = new() if rest else unpacker
-                if not rest:
+        unread = chunk
+        while unread or not (decompressor.eof or decompressor.needs_input):
+            if decompressor.eof:
+                # Streams may be padded with zeros (.xz file format, section 2.2).
+                unread = unread.lstrip(b"\0")
+                decompressor = new() if unread else decompressor
+                if not unread:
                     break
-            yield unpacker.decompress(rest, CHUNK)
-            rest = unpacker.unused_data
-    if not unpacker.eof:
-        raise EOFError("it ends before the end of the stream")
+            yield decompressor.decompress(unread, CHUNK)
+            unread = decompressor.unused_data
+    if not decompressor.eof:
+        raise EOFError("the file ends before the end of the stream")
 
 
-def _encoding(head: bytes, given: str | None) -> str | None:
-    """Return the encoding of a text that begins so, or `None` for UTF-8."""
+def _detect_encoding(head: bytes, encoding: str | None) -> str | None:
+    """Return the encoding of text that begins with `head`, `encoding` by default; `None` for UTF-8."""
     for mark, name in _BOMS.items():
         if head.startswith(mark):
             return name
@@ -298,13 +313,13 @@ def _encoding(head: bytes, given: str | None) -> str | None:
         return name
     return (
         None
-        if given is None or codecs.lookup(given).name in ("utf-8", "utf-8-sig") or head.startswith(_UTF8_BOM)
-        else given
+        if encoding is None or codecs.lookup(encoding).name in ("utf-8", "utf-8-sig") or head.startswith(_UTF8_BOM)
+        else encoding
     )
 
 
-def _decoded(file: BinaryIO, encoding: str, path: str) -> Generator[bytes]:
-    # What is not text in this encoding comes out as halves of characters, and is refused with its line.
+def _transcode(file: BinaryIO, encoding: str, path: str) -> Generator[bytes]:
+    # Invalid bytes become lone surrogates, so that only the row that contains them is rejected.
     errors = "surrogatepass" if encoding.startswith("utf-") else "surrogateescape"
     decoder = codecs.getincrementaldecoder(encoding)(errors)
     try:

@@ -1,4 +1,4 @@
-"""What every reader of tables checks."""
+"""Checks that all readers of tables share."""
 
 from __future__ import annotations
 
@@ -11,28 +11,37 @@ from ftdata.readers.streams import Input, detect_compression
 
 
 def check_names(names: Sequence[str], file: Input) -> None:
-    """Refuse a table that names a column twice."""
+    """Check that no two columns have the same name.
+
+    Raises:
+        InputRefused: A column name is repeated.
+    """
     if len(set(names)) < len(names):
-        twice = sorted(name for name, count in Counter(names).items() if count > 1)
-        raise InputRefused("repeated_column", f"names columns twice: {', '.join(map(repr, twice))}", where=file.path)
+        repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+        message = f"several columns have the same name: {', '.join(map(repr, repeated))}"
+        raise InputRefused("repeated_column", message, where=file.path)
 
 
 def check_seekable(stream: io.BufferedReader, file: Input) -> None:
-    """Refuse what cannot be read from its end."""
-    if packing := detect_compression(stream.peek(8)[:8]):
-        found = f"is packed ({packing}), and this format cannot be read so"
-        raise InputRefused("packed_table", found, where=file.path, hint="unpack it first")
+    """Check that a file is uncompressed and seekable.
+
+    Raises:
+        InputRefused: The file is compressed or a pipe.
+    """
+    if compression := detect_compression(stream.peek(8)[:8]):
+        message = f"is compressed ({compression}), which is not supported for this format"
+        raise InputRefused("packed_table", message, where=file.path, hint="decompress it first")
     if not stream.seekable():
         raise InputRefused(
             "not_seekable",
-            "cannot be read from a pipe: this format is read from its end",
+            "cannot be read from a pipe, because this format must be read from its end",
             where=file.path,
             hint="write it to a file first",
         )
 
 
 def damaged_file_error(error: Exception, file: Input, kind: str) -> InputRefused:
-    """Return the refusal of a file that its library cannot read."""
+    """Return the error for a file that its library cannot read."""
     return InputRefused(
-        "damaged_file", f"is no whole {kind} file: {error}", where=file.path, hint="copy or download it again"
+        "damaged_file", f"is not a valid {kind} file: {error}", where=file.path, hint="copy or download it again"
     )

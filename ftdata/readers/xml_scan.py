@@ -1,4 +1,4 @@
-"""Scan the XML of spreadsheets for its elements: in pieces, without a tree, with limits on depth and length."""
+"""Parse the XML of spreadsheets in chunks, without a tree and with limits on depth and length."""
 
 from __future__ import annotations
 
@@ -11,105 +11,107 @@ from ftdata.errors import InputRefused
 from ftdata.readers.streams import MAX_LINE
 
 CHUNK = 1 << 16
-"""Bytes that are parsed at once."""
+"""Bytes per call of the parser."""
 
 _MAX_TAG, _MAX_DEPTH = 1 << 20, 64
 _ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
 _NAMES = ("si", "t", "rPh", "row", "c", "v", "f", "workbookPr", "sheet", "numFmt", "cellXfs", "xf")
-_MAIN = (
+_NAMESPACES = (
     "http://schemas.openxmlformats.org/spreadsheetml/2006/main",
     "http://purl.oclc.org/ooxml/spreadsheetml/main",
 )
-_LOCAL = {f"{space} {name}": name for name in _NAMES for space in _MAIN}
-_LOCAL["http://schemas.openxmlformats.org/package/2006/relationships Relationship"] = "Relationship"
-"""Names of elements with their namespaces (also those of strict files) -> without."""
+_LOCAL_NAMES = {f"{namespace} {name}": name for name in _NAMES for namespace in _NAMESPACES}
+_LOCAL_NAMES["http://schemas.openxmlformats.org/package/2006/relationships Relationship"] = "Relationship"
+"""Local names of the elements by their qualified names, in the transitional and in the strict namespace."""
 
 
 class XmlParser:
-    """A parser of XML that calls `start` and `end` for the elements that a workbook is read from.
+    """An XML parser that calls `start` and `end` for the elements that are needed to read a workbook.
 
-    `refuse` makes the error for a text that is not acceptable.
+    Attributes:
+        make_error: function that makes the error for XML that is not acceptable, from a message.
+        size: bytes of the characters collected so far.
     """
 
     def __init__(self) -> None:
         self.parser = parser = expat.ParserCreate(namespace_separator=" ")
         parser.buffer_text, parser.buffer_size = True, CHUNK
-        parser.StartElementHandler, parser.EndElementHandler = self._start, self._end
-        parser.StartDoctypeDeclHandler = self._doctype
-        self.refuse: Callable[[str], InputRefused] = lambda found: InputRefused("damaged_file", found)
+        parser.StartElementHandler, parser.EndElementHandler = self._start_element, self._end_element
+        parser.StartDoctypeDeclHandler = self._reject_doctype
+        self.make_error: Callable[[str], InputRefused] = lambda message: InputRefused("damaged_file", message)
         self._depth = self._elements = self._fed = self.size = 0
-        self._parts: list[str] = []
+        self._text_parts: list[str] = []
 
-    def feed(self, piece: bytes, *, last: bool = False) -> int:
-        """Parse a piece of the text; return how many elements began in it."""
-        self._fed += len(piece)
+    def feed(self, chunk: bytes, *, last: bool = False) -> int:
+        """Parse a chunk of the XML; return the number of elements that began in it."""
+        self._fed += len(chunk)
         self._elements = 0
         try:
-            self.parser.Parse(piece, last)
+            self.parser.Parse(chunk, last)
         except expat.ExpatError as error:
-            raise self.refuse(f"is not valid XML: {error}") from None
-        # The rest, which the parser has not reported yet, is one tag; it is parsed again with every piece.
-        if self._fed - max(self.parser.CurrentByteIndex, 0) > _MAX_TAG + len(piece):
-            raise self.refuse(f"has a tag or comment of more than {_MAX_TAG:,} bytes")
+            raise self.make_error(f"is not valid XML: {error}") from None
+        # Bytes that the parser has not reported yet belong to a single tag, which is parsed again with every chunk.
+        if self._fed - max(self.parser.CurrentByteIndex, 0) > _MAX_TAG + len(chunk):
+            raise self.make_error(f"has a tag or comment of more than {_MAX_TAG:,} bytes")
         return self._elements
 
     def start(self, _name: str, _attributes: dict[str, str]) -> None:
-        """Take the start of an element."""
+        """Process the start of an element."""
 
     def end(self, _name: str) -> None:
-        """Take the end of an element."""
+        """Process the end of an element."""
 
-    def take(self, *, on: bool) -> None:
-        """Start or stop to collect characters; `size` counts their bytes, and none are kept beyond `MAX_LINE`."""
-        self.parser.CharacterDataHandler = self._characters if on else None
+    def collect_text(self, *, on: bool) -> None:
+        """Start or stop collecting characters. Beyond `MAX_LINE` bytes, characters are only counted in `size`."""
+        self.parser.CharacterDataHandler = self._add_text if on else None
 
     def text(self) -> str:
-        """Return the collected characters."""
-        found = "".join(self._parts)
-        self._parts.clear()
-        return found
+        """Return the collected characters, and reset them."""
+        text = "".join(self._text_parts)
+        self._text_parts.clear()
+        return text
 
-    def _characters(self, text: str) -> None:
+    def _add_text(self, text: str) -> None:
         self.size += len(text) if text.isascii() else len(text.encode())
-        self._elements += text.count("_x")  # to unescape one takes as long as an element
+        self._elements += text.count("_x")  # unescaping a character takes as long as parsing an element
         if self.size <= MAX_LINE:
-            self._parts.append(text)
+            self._text_parts.append(text)
         else:
-            self._parts.clear()
+            self._text_parts.clear()
 
-    def _start(self, name: str, attributes: dict[str, str]) -> None:
+    def _start_element(self, name: str, attributes: dict[str, str]) -> None:
         self._elements += 1
         self._depth += 1
         if self._depth > _MAX_DEPTH:
-            raise self.refuse(f"is nested deeper than {_MAX_DEPTH} levels")
-        if (local := _LOCAL.get(name)) is not None:
-            self.start(local, attributes)
+            raise self.make_error(f"is nested deeper than {_MAX_DEPTH} levels")
+        if (local_name := _LOCAL_NAMES.get(name)) is not None:
+            self.start(local_name, attributes)
 
-    def _end(self, name: str) -> None:
+    def _end_element(self, name: str) -> None:
         self._depth -= 1
-        if (local := _LOCAL.get(name)) is not None:
-            self.end(local)
+        if (local_name := _LOCAL_NAMES.get(name)) is not None:
+            self.end(local_name)
 
-    def _doctype(self, *_: Any) -> None:
-        # Entities that it declares may be any number of times as long as the text.
-        raise self.refuse("declares a document type, which no Excel file does")
+    def _reject_doctype(self, *_: Any) -> None:
+        # Entities of a document type can expand to text of any length.
+        raise self.make_error("declares a document type, which is not allowed in Excel files")
 
 
 class ElementParser(XmlParser):
-    """Calls a function with the attributes of each element of some names."""
+    """An XML parser that calls a function with the attributes of each element, by the name of the element."""
 
-    def __init__(self, calls: dict[str, Callable[[dict[str, str]], None]]) -> None:
+    def __init__(self, callbacks: dict[str, Callable[[dict[str, str]], None]]) -> None:
         super().__init__()
-        self._calls = calls
+        self._callbacks = callbacks
 
     def start(self, name: str, attributes: dict[str, str]) -> None:
-        """Take the start of an element."""
-        if (call := self._calls.get(name)) is not None:
-            call(attributes)
+        """Process the start of an element."""
+        if (callback := self._callbacks.get(name)) is not None:
+            callback(attributes)
 
 
 def unescape_xml_string(text: str) -> str:
-    r"""Return a string with the characters that `_xHHHH_` stands for (ECMA-376 Part 1, 22.9.2.19).
+    r"""Return a string with each escape `_xHHHH_` replaced by its character (ECMA-376 Part 1, 22.9.2.19).
 
     Excel writes `_x000D_` for a carriage return, and `_x005F_x000D_` for the text `_x000D_`.
 
@@ -118,6 +120,6 @@ def unescape_xml_string(text: str) -> str:
     """
     if "_x" not in text:
         return text
-    found = _ESCAPED.sub(lambda one: chr(int(one[1], 16)), text)
-    # Characters beyond 16 bits are escaped in halves.
-    return found.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+    unescaped = _ESCAPED.sub(lambda match: chr(int(match[1], 16)), text)
+    # A character beyond 16 bits is escaped as a surrogate pair.
+    return unescaped.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")

@@ -1,19 +1,19 @@
-"""Normalise: a row of any known shape -> `Conversation`. The shape is found per row, never assumed from the first.
+"""Normalize rows of any known schema to a `Conversation`. The schema is detected for every row.
 
-| schema              | a row has                                             | becomes                               |
+| schema              | columns                                               | result                                |
 |---------------------|-------------------------------------------------------|---------------------------------------|
-| `messages`          | `messages` (or the row is a list): role/content       | itself                                |
-| `sharegpt`          | `conversations`: from/value                           | roles mapped                          |
-| `prompt_completion` | `prompt`, `completion`: strings or message lists      | user, assistant                       |
-| `preference`        | `chosen`, `rejected`, maybe `prompt`                  | the chosen side                       |
-| `alpaca`            | `instruction`, `output`, maybe `input`, `history`     | user (instruction + input), assistant |
+| `messages`          | `messages` (or the row is a list): role/content       | unchanged                             |
+| `sharegpt`          | `conversations`: from/value                           | roles are mapped                      |
+| `prompt_completion` | `prompt`, `completion`: text or lists of messages     | user, assistant                       |
+| `preference`        | `chosen`, `rejected`, optional `prompt`               | the chosen answer                     |
+| `alpaca`            | `instruction`, `output`, optional `input`, `history`  | user (instruction + input), assistant |
 | `question_answer`   | `question`, `answer`                                  | user, assistant                       |
-| `text`              | `text`                                                | already formatted, all trained        |
-| `tokens`            | `input_ids` with `labels` or a mask                   | itself, checked                       |
-| `chat_log`          | one list of messages under any other name             | as `messages`                         |
+| `text`              | `text`                                                | formatted text, entirely trained      |
+| `tokens`            | `input_ids` with `labels` or a mask                   | unchanged, after checks               |
+| `chat_log`          | a list of messages in a column of any other name      | same as `messages`                    |
 
-A cell may itself be an object with one value (`{"question": {"0": "How ..."}}`): the value is taken. How messages
-may be spelled: `ftdata.schemas.messages`.
+A cell can be an object with a single value (`{"question": {"0": "How ..."}}`), which is then used. For the supported
+message formats, see `ftdata.schemas.messages`.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ __all__ = [
     "schemas",
 ]
 
-_CHATS = {"prompt", "completion", "response", "chosen", "rejected"}
-"""Columns that may hold a text or messages."""
+_TEXT_OR_CHAT_COLUMNS = {"prompt", "completion", "response", "chosen", "rejected"}
+"""Columns that can contain a text or messages."""
 
-_OF_MESSAGES = ((schemas.get("messages"), "messages"), (schemas.get("sharegpt"), "conversations"))
-"""Schemas whose rows are messages in one column; the very objects, since users may make others of their parts."""
+_MESSAGE_COLUMNS = ((schemas.get("messages"), "messages"), (schemas.get("sharegpt"), "conversations"))
+"""Schemas whose rows are messages in one column. Compared by identity: a user can register a changed `Schema`."""
 
-_RESERVED = {
+_RESERVED_VARIABLES = {
     "add_generation_prompt",
     "chat_template",
     "continue_final_message",
@@ -100,21 +100,21 @@ _RESERVED = {
     "tools",
     "truncation",
 }
-"""What a row may not set: whose it is, or what would replace the template."""
+"""Template variables that a row must not set: ftdata sets them, or they would replace the template."""
 
 
 def normalize(row: Row, schema: str = "auto", columns: Mapping[str, str] | None = None) -> Conversation:
-    """Turn one row into a conversation.
+    """Normalize one row to a conversation.
 
     Args:
-        row: the row as read.
-        schema: `"auto"`, or the name of the schema that every row must have: a known one, or `./file.py:function`
-            of one that turns a row into a `Conversation`.
-        columns: canonical column name -> the name in the data, e.g. `{"instruction": "q", "output": "a"}`.
+        row: the row.
+        schema: `"auto"`, the name of a schema, or `./file.py:function` for a function that converts a row to a
+            `Conversation`.
+        columns: canonical column name -> name in the data, e.g. `{"instruction": "q", "output": "a"}`.
 
     Raises:
-        BadRow: the shape is unknown or ambiguous, or a value is not what its column needs; names the field.
-        UsageError: no schema has this name.
+        BadRow: the schema is unknown or ambiguous, or a value is invalid; `field` is the path of the value.
+        UsageError: the schema is not registered.
 
     >>> from ftdata.types import Source
     >>> row = Row({"question": "2+2?", "answer": "4"}, Source("data.jsonl", 0, 1))
@@ -122,8 +122,8 @@ def normalize(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
     ({'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'})
     """
     try:
-        data, missing = _mapped(row, columns)
-        kwargs = _kwargs(data) if "chat_template_kwargs" in data else {}
+        data, missing = _map_columns(row, columns)
+        kwargs = _read_template_kwargs(data) if "chat_template_kwargs" in data else {}
         try:
             kind = classify_row(schema, data)
             if kind.guarded:
@@ -133,23 +133,25 @@ def normalize(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
             raise missing or error from None
     except BadRow as error:
         where = f"{row.source} {error.field}".rstrip()
-        raise error.located(where) from None
-    conversation.kwargs, conversation.notes = kwargs, _notes(kind, data, conversation.messages) | row.notes
+        raise error.with_location(where) from None
+    conversation.kwargs = kwargs
+    conversation.notes = _collect_notes(kind, data, conversation.messages) | row.notes
     conversation.schema, conversation.source = kind.name, row.source
     return conversation
 
 
 @dataclass(frozen=True, slots=True)
 class RowKind:
-    """What rows that look alike have in common.
+    """The properties that all rows with the same columns and types share.
 
     Attributes:
-        name: their schema.
-        convert: what makes conversations of them.
-        unread: what is to be notes of the columns that the schema does not read.
-        chats: the columns that it reads in which there may be messages.
-        chat: the column that is all messages, where nothing else in the row adds to them.
-        guarded: the columns that it does not read, whose values may decide what is trained (`check_training_fields`).
+        name: name of the schema.
+        convert: converts a row to a conversation.
+        unread: notes for the report on the columns that the schema does not read.
+        chats: columns that the schema reads and that can contain messages.
+        chat: the column that contains all messages, if no other column contributes to the conversation.
+        guarded: columns that the schema does not read, but whose values could affect the mask
+            (`check_training_fields`).
     """
 
     name: str
@@ -160,148 +162,158 @@ class RowKind:
     guarded: tuple[str, ...] = ()
 
 
-_LISTED = re.compile(r"\s*\[")
-_MOST_KINDS = 1000
+_LIST_START = re.compile(r"\s*\[")
+_MAX_KINDS = 1000
 
 _kinds: dict[Any, RowKind | BadRow] = {}
 
 
 def classify_row(schema: str, data: Mapping[str, Any]) -> RowKind:
-    """Return of what kind a row is; of rows that look alike it is found once.
+    """Return the kind of a row. The result is cached by column names, types and emptiness of the cells.
 
-    That is all that schemas look at to know their rows: names of columns, and of each cell what kind it is.
+    The predicates of schemas depend on these properties only.
     """
-    look = (
+    signature = (
         schemas.version,
         schema,
         *[
-            (name, type(value), not value, type(value) is str and _LISTED.match(value) is not None)
+            (name, type(value), not value, type(value) is str and _LIST_START.match(value) is not None)
             for name, value in data.items()
         ],
     )
-    if (known := _kinds.get(look)) is not None:
-        if isinstance(known, BadRow):
-            raise known.with_traceback(None)
-        return known
+    if (cached := _kinds.get(signature)) is not None:
+        if isinstance(cached, BadRow):
+            raise cached.with_traceback(None)
+        return cached
     try:
-        kind = _kind_named(_detect(data) if schema == "auto" else schema, data)
+        kind = _make_kind(_detect_schema(data) if schema == "auto" else schema, data)
     except BadRow as error:
-        # Millions of rows without a known shape must not take longer than others.
+        # Without this, a file with millions of rows of an unknown schema would take longer than a valid file.
         if error.code == "unknown_schema" and not any(map(_may_be_messages, data.values())):
-            _remember(look, error)
+            _cache_kind(signature, error)
         raise
-    # Whether a list under any name is one of messages, only what is in it tells.
+    # Whether a list in a column of any name contains messages depends on its content, not on the signature.
     if kind.name != "chat_log":
-        _remember(look, kind)
+        _cache_kind(signature, kind)
     return kind
 
 
 def _may_be_messages(value: Any) -> bool:
-    return isinstance(value, list) or (isinstance(value, str) and _LISTED.match(value) is not None)
+    return isinstance(value, list) or (isinstance(value, str) and _LIST_START.match(value) is not None)
 
 
-def _remember(look: Any, kind: RowKind | BadRow) -> None:
-    if len(_kinds) == _MOST_KINDS:
+def _cache_kind(signature: Any, kind: RowKind | BadRow) -> None:
+    if len(_kinds) == _MAX_KINDS:
         _kinds.clear()
-    _kinds[look] = kind
+    _kinds[signature] = kind
 
 
-def _kind_named(name: str, data: Mapping[str, Any]) -> RowKind:
-    chosen = schemas.get(name)
-    if not isinstance(chosen, Schema):
-        return RowKind(name, partial(_converted, name, chosen), frozenset(), ())
+def _make_kind(name: str, data: Mapping[str, Any]) -> RowKind:
+    schema = schemas.get(name)
+    if not isinstance(schema, Schema):
+        return RowKind(name, partial(_convert_by_user_schema, name, schema), frozenset(), ())
     logs = log_columns(data) if name == "chat_log" else ()
-    read = {find_column(data, column) for column in chosen.columns} | {"chat_template_kwargs", *logs}
+    read = {find_column(data, column) for column in schema.columns} | {"chat_template_kwargs", *logs}
     read -= {"functions"} if data.get("functions") and data.get("tools") else set()
-    chats = {*_CHATS, "messages", "conversations", "conversation", *logs}
-    column = next((column for schema, column in _OF_MESSAGES if schema is chosen), None)
+    chats = {*_TEXT_OR_CHAT_COLUMNS, "messages", "conversations", "conversation", *logs}
+    message_column = next((column for listed_schema, column in _MESSAGE_COLUMNS if listed_schema is schema), None)
     guarded = tuple(column for column in data if column not in read and is_guarded(str(column)))
     return RowKind(
         name,
-        chosen.convert if is_built_in(chosen) else partial(_converted, name, chosen),
+        schema.convert if is_built_in(schema) else partial(_convert_by_user_schema, name, schema),
         frozenset(f"column {column}" for column in data if column not in read),
         tuple(column for column in data if column in read & chats),
-        column if read.intersection(data) == {column} and not guarded else None,
+        message_column if read.intersection(data) == {message_column} and not guarded else None,
         guarded,
     )
 
 
-def _converted(name: str, chosen: Schema | Convert, data: Mapping[str, Any]) -> Conversation:
-    """Return what a schema of the user's own makes of a row."""
+def _convert_by_user_schema(name: str, schema: Schema | Convert, data: Mapping[str, Any]) -> Conversation:
+    """Convert a row with a schema that is not built in, and check the result."""
     try:
-        # A copy: it may be the same for each row, with other texts put into it.
-        conversation: Any = deepcopy(chosen.convert(data) if isinstance(chosen, Schema) else chosen(data))
+        # The function can return the same object for every row, with other texts in it, so it is copied.
+        conversation: Any = deepcopy(schema.convert(data) if isinstance(schema, Schema) else schema(data))
     except BadRow:
         raise
     except Exception as error:
-        found = f"schema {name} fails on it: {type(error).__name__}: {error}"
-        raise BadRow("schema_failed", found, hint="mend the function, or the row") from error
+        problem = f"the function of schema {name} raised {type(error).__name__}: {error}"
+        raise BadRow("schema_failed", problem, hint="fix the function or the row") from error
     if not isinstance(conversation, Conversation):
-        found = f"schema {name} makes a {type(conversation).__name__} of it, expected a ftdata.types.Conversation"
-        raise BadRow("schema_failed", found)
-    return conversation if isinstance(chosen, Schema) else _checked(conversation, name)
+        problem = (
+            f"the function of schema {name} returned a {type(conversation).__name__}, "
+            "expected a ftdata.types.Conversation"
+        )
+        raise BadRow("schema_failed", problem)
+    return conversation if isinstance(schema, Schema) else _normalize_user_conversation(conversation, name)
 
 
-def _checked(made: Conversation, name: str) -> Conversation:
-    """Return what a schema of the user's own made, with its messages read as those of every row are."""
-    whole = (
-        isinstance(made.messages, tuple | list)
-        and isinstance(made.text, str | None)
-        and isinstance(made.tokens, RowTokens | None)
-        and isinstance(made.tools, tuple | list)
-        and isinstance(made.fields, Mapping)
+def _normalize_user_conversation(conversation: Conversation, name: str) -> Conversation:
+    """Check the types of a user's conversation, and normalize its messages like the messages of any row."""
+    has_valid_types = (
+        isinstance(conversation.messages, tuple | list)
+        and isinstance(conversation.text, str | None)
+        and isinstance(conversation.tokens, RowTokens | None)
+        and isinstance(conversation.tools, tuple | list)
+        and isinstance(conversation.fields, Mapping)
     )
-    if not whole:
-        raise BadRow("schema_failed", f"schema {name} makes a Conversation of it whose fields have other types")
-    if made.tokens is not None:
-        listed_ids = {"input_ids": np.asarray(made.tokens.input_ids).tolist()}
-        mask = np.asarray(made.tokens.trained).astype(int).tolist()
-        tokens = {**listed_ids, "completion_mask": mask}
-        return _kind_named("tokens", tokens).convert(tokens)
-    messages = read_messages(list(made.messages), "messages") if made.messages else ()
-    tools = read_tools({"tools": list(made.tools)})
-    # Nothing comes before the first message: this says that nobody said.
-    begins = made.completion_from or last_answer_index(messages)
-    return replace(made, messages=messages, tools=tools, completion_from=begins)
+    if not has_valid_types:
+        raise BadRow(
+            "schema_failed", f"the function of schema {name} returned a Conversation with fields of wrong types"
+        )
+    if conversation.tokens is not None:
+        ids = {"input_ids": np.asarray(conversation.tokens.input_ids).tolist()}
+        mask = np.asarray(conversation.tokens.trained).astype(int).tolist()
+        tokens = {**ids, "completion_mask": mask}
+        return _make_kind("tokens", tokens).convert(tokens)
+    messages = read_messages(list(conversation.messages), "messages") if conversation.messages else ()
+    tools = read_tools({"tools": list(conversation.tools)})
+    # 0, the default of the field, means that the function did not set it: a completion never begins at message 0.
+    completion_from = conversation.completion_from or last_answer_index(messages)
+    return replace(conversation, messages=messages, tools=tools, completion_from=completion_from)
 
 
-def _notes(kind: RowKind, data: Mapping[str, Any], messages: tuple[Message, ...]) -> frozenset[str]:
+def _collect_notes(kind: RowKind, data: Mapping[str, Any], messages: tuple[Message, ...]) -> frozenset[str]:
     notes = kind.unread
     for column in kind.chats:
-        spelled = parse_json_list(data[column])
-        if is_canonical(spelled, messages):
+        value = parse_json_list(data[column])
+        if is_canonical(value, messages):
             continue
-        if column in _CHATS and isinstance(data[column], str) and is_messages(spelled):
+        if column in _TEXT_OR_CHAT_COLUMNS and isinstance(data[column], str) and is_messages(value):
             notes |= {f"text {column}"}
         else:
-            notes = notes.union(message_notes(spelled))
+            notes = notes.union(message_notes(value))
     return notes
 
 
 def check_columns(columns: Mapping[str, str] | None) -> None:
-    """Refuse a `columns=` mapping whose keys are no canonical column of any schema.
+    """Check that the keys of a `columns=` mapping are canonical columns.
 
     Raises:
-        UsageError: with the nearest canonical name.
+        UsageError: a key is not a canonical column of any schema; the hint suggests the closest match.
     """
     if columns is not None and not isinstance(columns, Mapping):
-        raise UsageError("columns", f"columns is {columns!r}, expected a mapping, e.g. output to answer")
-    known = {name for schema in _known().values() for name in schema.columns}
+        raise UsageError("columns", f"columns is {columns!r}, expected a mapping, e.g. {{'output': 'answer'}}")
+    canonical = {name for schema in _detectable_schemas().values() for name in schema.columns}
     for name, actual in (columns or {}).items():
         if not isinstance(actual, str) or not actual:
             raise UsageError("columns", f"columns= maps {name!r} to {actual!r}, expected the name of a column")
-        if name not in known:
+        if name not in canonical:
             raise UsageError(
-                "unknown_column", f"columns= maps {name!r}, which no schema has", hint=suggest_names(name, known)
+                "unknown_column",
+                f"columns= maps {name!r}, which is not a canonical column of any schema",
+                hint=suggest_names(name, canonical),
             )
 
 
-def _known() -> dict[str, Schema]:
+def _detectable_schemas() -> dict[str, Schema]:
     return {name: schema for name, schema in schemas.registered().items() if isinstance(schema, Schema)}
 
 
-def _mapped(row: Row, columns: Mapping[str, str] | None) -> tuple[Mapping[str, Any], BadRow | None]:
-    """Return the row under canonical names; and what is to be said of a column that is missing, if it matters."""
+def _map_columns(row: Row, columns: Mapping[str, str] | None) -> tuple[Mapping[str, Any], BadRow | None]:
+    """Return the row under canonical column names, and the error for the first missing column.
+
+    The error is only raised if the row cannot be converted without the column.
+    """
     data = row.data
     if isinstance(data, list):
         return {"messages": data}, None
@@ -312,23 +324,27 @@ def _mapped(row: Row, columns: Mapping[str, str] | None) -> tuple[Mapping[str, A
     missing: BadRow | None = None
     mapped = dict(data)
     if columns:
-        # What is mapped is not looked for under its other names.
-        taken = {name for canonical in columns for name in (canonical, *ALIASES.get(canonical, ()))}
+        # A mapped column replaces the columns of the same canonical name, and its source column is moved.
+        replaced = {name for canonical in columns for name in (canonical, *ALIASES.get(canonical, ()))}
         roots = {
             re.split(r"[.\[]", actual, maxsplit=1)[0] if actual not in data else actual for actual in columns.values()
         }
-        mapped = {key: value for key, value in data.items() if key not in taken | roots}
+        mapped = {key: value for key, value in data.items() if key not in replaced | roots}
     for canonical, actual in (columns or {}).items():
         try:
-            mapped[canonical] = data[actual] if actual in data else _at(data, actual, canonical)
+            mapped[canonical] = data[actual] if actual in data else _get_path(data, actual, canonical)
         except BadRow as error:
             missing = missing or error
     if row.flat:
-        mapped |= {name: chat for name in _CHATS & set(mapped) if is_messages(chat := parse_json_list(mapped[name]))}
+        mapped |= {
+            name: chat
+            for name in _TEXT_OR_CHAT_COLUMNS & set(mapped)
+            if is_messages(chat := parse_json_list(mapped[name]))
+        }
     return mapped, missing
 
 
-def _at(data: Mapping[str, Any], path: str, canonical: str) -> Any:
+def _get_path(data: Mapping[str, Any], path: str, canonical: str) -> Any:
     """Return the value at a path such as `conversation.turns[0].text`."""
     value: Any = data
     for name, number in re.findall(r"([^.\[\]]+)|\[(-?\d+)\]", path):
@@ -339,80 +355,88 @@ def _at(data: Mapping[str, Any], path: str, canonical: str) -> Any:
         except (LookupError, TypeError):
             raise BadRow(
                 "missing_column",
-                f"has no column {path!r}, which columns= names for {canonical!r}",
+                f"has no column {path!r}, which columns= maps to {canonical!r}",
                 field=path,
                 hint=suggest_names(path, map(str, data)),
             ) from None
     return value
 
 
-def _kwargs(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row's own variables for the template (`chat_template_kwargs`)."""
-    given = data.get("chat_template_kwargs")
-    if isinstance(given, str):
-        given = parse_json_field(given, "chat_template_kwargs") if given.strip() else None
-    if given is None:
+def _read_template_kwargs(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the template variables of a row (`chat_template_kwargs`)."""
+    variables = data.get("chat_template_kwargs")
+    if isinstance(variables, str):
+        variables = parse_json_field(variables, "chat_template_kwargs") if variables.strip() else None
+    if variables is None:
         return {}
-    if not isinstance(given, Mapping):
-        raise BadRow("row_options", "is no object", field="chat_template_kwargs")
-    # Tables have every column in every row: what says nothing sets nothing.
-    own = {name: value for name, value in given.items() if not (name in _RESERVED and value in (None, "", [], {}))}
-    for name in own:
-        if not isinstance(name, str) or name in _RESERVED or name.endswith("_token"):
+    if not isinstance(variables, Mapping):
+        raise BadRow(
+            "row_options", f"is a {type(variables).__name__}, expected an object", field="chat_template_kwargs"
+        )
+    # Tables have every key in every row, so an empty reserved variable means that the row does not set it.
+    variables = {
+        name: value
+        for name, value in variables.items()
+        if not (name in _RESERVED_VARIABLES and value in (None, "", [], {}))
+    }
+    for name in variables:
+        if not isinstance(name, str) or name in _RESERVED_VARIABLES or name.endswith("_token"):
             raise BadRow(
                 "row_options",
-                "is not the row's to set: the template and how it is run are the build's",
+                "is reserved: a row cannot set variables that ftdata or the tokenizer sets",
                 field=f"chat_template_kwargs.{str(name)[:100]}",
-                hint="take it out; a row may set what the template reads, such as enable_thinking",
+                hint="remove it; a row can set variables of the template, such as enable_thinking",
             )
-    return own
+    return variables
 
 
-def _fits(name: str, schema: Schema, data: Mapping[str, Any]) -> bool:
+def _matches_schema(name: str, schema: Schema, data: Mapping[str, Any]) -> bool:
     try:
         return bool(schema.matches(data))
     except Exception as error:
-        found = f"schema {name} fails to say whether it fits: {type(error).__name__}: {error}"
-        raise BadRow("schema_failed", found, hint="mend its matches, which is asked about every row") from error
+        problem = f"the matches function of schema {name} raised {type(error).__name__}: {error}"
+        raise BadRow("schema_failed", problem, hint="fix the function; it is called for every row") from error
 
 
-def _detect(data: Mapping[str, Any]) -> str:
-    found = [name for name, schema in _known().items() if _fits(name, schema, data)]
-    if len(found) > 1:
-        # Tables with the columns of several shapes leave blank those of the others.
+def _detect_schema(data: Mapping[str, Any]) -> str:
+    names = [name for name, schema in _detectable_schemas().items() if _matches_schema(name, schema, data)]
+    if len(names) > 1:
+        # A table with the columns of several schemas has empty cells in the columns that a row does not use.
         filled = {name: value for name, value in data.items() if value != ""}
-        found = [name for name in found if _fits(name, _known()[name], filled)] or found
-    if len(found) == 1:
-        return found[0]
-    logs = log_columns(data) if not found and not is_single_message(data) else []
+        names = [name for name in names if _matches_schema(name, _detectable_schemas()[name], filled)] or names
+    if len(names) == 1:
+        return names[0]
+    logs = log_columns(data) if not names and not is_single_message(data) else []
     if len(logs) == 1:
         return "chat_log"
-    present = ", ".join(map(repr, data)) or "none"
-    if found:
+    columns = ", ".join(map(repr, data)) or "none"
+    if names:
         raise BadRow(
             "ambiguous_schema",
-            f"fits several schemas ({', '.join(found)}); its columns: {present}",
-            hint=f"say which with schema={found[0]!r}",
+            f"matches several schemas ({', '.join(names)}); its columns: {columns}",
+            hint=f"choose a schema, e.g. schema={names[0]!r}",
         )
     if logs:
         raise BadRow(
             "ambiguous_schema",
-            f"holds messages in several columns ({', '.join(logs)})",
-            hint=f"say which with columns={{'messages': {logs[0]!r}}}",
+            f"has several columns with messages ({', '.join(logs)})",
+            hint=f"choose a column, e.g. columns={{'messages': {logs[0]!r}}}",
         )
     if is_single_message(data):
         raise BadRow(
             "one_message",
-            "is a single message; a row is a whole conversation",
-            hint="put each conversation's messages in a list of their own",
+            "is a single message, expected a whole conversation",
+            hint="put the messages of each conversation in one list",
         )
-    candidates = "; ".join(f"{name}: {', '.join(s.columns[:3])}" for name, s in _known().items() if s.columns)
-    known = {column for schema in _known().values() for column in schema.columns}
-    nulls = [name for name, value in data.items() if value is None and name in known]
-    said = f" ({', '.join(nulls)} {'is' if len(nulls) == 1 else 'are'} null)" if nulls else ""
+    candidates = "; ".join(
+        f"{name}: {', '.join(s.columns[:3])}" for name, s in _detectable_schemas().items() if s.columns
+    )
+    canonical = {column for schema in _detectable_schemas().values() for column in schema.columns}
+    nulls = [name for name, value in data.items() if value is None and name in canonical]
+    null_columns = f" ({', '.join(nulls)} {'is' if len(nulls) == 1 else 'are'} null)" if nulls else ""
     raise BadRow(
         "unknown_schema",
-        f"has no known shape; its columns: {present}{said}",
+        f"matches no schema; its columns: {columns}{null_columns}",
         hint=f"map its columns with columns=, e.g. columns={{'prompt': ..., 'completion': ...}}. "
-        f"Known shapes: {candidates}",
+        f"Known schemas: {candidates}",
     )

@@ -1,18 +1,18 @@
-"""Messages in every spelling that is in use -> the messages that chat templates know.
+"""Normalize messages of all common formats to the messages that chat templates expect.
 
-| spelling                                                  | becomes                                             |
+| input                                                     | result                                              |
 |-----------------------------------------------------------|-----------------------------------------------------|
 | `from` / `value`, `speaker` / `text`, ...                 | `role` / `content`                                  |
 | `human`, `gpt`, `bard`, `model`, ...                      | `user`, `assistant`                                 |
-| `function_call: {name, arguments}`                        | `tool_calls` of one call                            |
-| ShareGPT `from: function_call`, a JSON text               | an assistant message with `tool_calls`              |
+| `function_call: {name, arguments}`                        | `tool_calls` with one call                          |
+| ShareGPT `from: function_call` with JSON text             | an assistant message with `tool_calls`              |
 | ShareGPT `from: observation`, `function_response`         | a `tool` message                                    |
-| calls without `function` around name and arguments        | with it                                             |
-| `tool_calls`, `tools` as JSON text                        | the list in it                                      |
+| calls without a `function` object                         | calls with `function: {name, arguments}`            |
+| `tool_calls`, `tools` as JSON text                        | the parsed list                                     |
 | blocks `text`, `thinking`, `tool_use`, `tool_result`      | content, `reasoning_content`, `tool_calls`, `tool`  |
 | `train`, `training`, `weight`, `loss`                     | `train`                                             |
 
-Keys that nobody knows are kept: a template may read them. Nulls are absent, as transformers has it.
+Unknown keys are kept, because a template can read them. Null values are dropped, as in transformers.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ ROLES = {
     "function_response": "tool",
     "tool_response": "tool",
 }
-"""Role spellings in use -> the role that chat templates know."""
+"""Role name in data -> the role that chat templates expect."""
 
 STANDS_FOR = {"ipython": "tool", "observation": "tool", "function": "tool", "environment": "tool"}
-"""Roles that only some templates know -> what they stand for elsewhere."""
+"""Role that only some templates support -> the role for all other templates."""
 
 SPECIAL_ROLES = (*STANDS_FOR, "context", "documents", "latest_reminder")
-"""Roles that go through to templates that name them."""
+"""Roles that are passed on unchanged to templates that support them."""
 
 _MAX_KEYS = 1000
-"""Keys that a message may have."""
+"""Maximum number of keys of a message."""
 
-_SPEAKERS = ("from", "speaker", "author", "sender")
-_TEXTS = ("value", "text", "message", "utterance", "content")
-_ARGUMENTS = ("arguments", "parameters", "args", "input")
-_KEYS = {
+_ROLE_KEYS = ("from", "speaker", "author", "sender")
+_CONTENT_KEYS = ("value", "text", "message", "utterance", "content")
+_ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
+_COMMON_KEYS = {
     "role",
     "content",
     "tool_calls",
@@ -70,7 +70,7 @@ _KEYS = {
     "thinking",
     "id",
 }
-_KEYS |= {*_SPEAKERS, *_TEXTS, *TRAIN_FIELDS}
+_COMMON_KEYS |= {*_ROLE_KEYS, *_CONTENT_KEYS, *TRAIN_FIELDS}
 _TOOL_ROLES = {"tool", *STANDS_FOR}
 _PART_TYPES = {
     "text",
@@ -94,20 +94,20 @@ _PART_TYPES |= {
     "input_audio",
     "document",
 }
-"""Types of the parts that the content of a message may consist of."""
-_OWN_ROLES = {*ROLES.values(), *STANDS_FOR, "context", "documents", "latest_reminder"}
+"""Types of the parts of a message's content."""
+_EXPECTED_ROLES = {*ROLES.values(), *STANDS_FOR, "context", "documents", "latest_reminder"}
 
 
 _VISIBLE = re.compile(
     r"[^\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
     r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufdd0-\ufdef\ufff0-\ufffb\ufffe\uffff\U0001bca0-\U0001bca3\U000e0000-\U000e0fff\U0001d173-\U0001d17a]"
 )
-"""Characters that show something: neither whitespace, nor control, format, filler or variation characters (Unicode's
-Default_Ignorable_Code_Point, with the blank of Braille)."""
+"""Visible characters: all except whitespace, control, format, filler and variation characters (Unicode's
+Default_Ignorable_Code_Point, and the Braille blank)."""
 
 
 def has_visible_text(text: str) -> bool:
-    r"""Return whether a text shows anything: a zero-width space, a byte order mark or NUL does not.
+    r"""Return whether a text has visible characters; a zero-width space, a byte order mark or NUL is invisible.
 
     >>> has_visible_text("\u200b\ufeff\x00 \n"), has_visible_text("\u200bx")
     (False, True)
@@ -120,7 +120,7 @@ _THINKING = re.compile(rf"<({THINKING_NAMES})>.*?</\1>", re.DOTALL)
 
 
 def has_answer(text: str) -> bool:
-    """Return whether a text shows anything beside thinking in tags.
+    """Return whether a text has visible characters outside of thinking tags.
 
     >>> has_answer("<think>hm</think> yes"), has_answer("<think>hm</think>")
     (True, False)
@@ -129,31 +129,32 @@ def has_answer(text: str) -> bool:
 
 
 def is_message(value: Any) -> bool:
-    """Whether this looks like one message: an object with somebody who speaks, and a text."""
+    """Return whether a value looks like a message: an object with a role, or with a speaker and a text."""
     return isinstance(value, Mapping) and (
-        "role" in value or (any(isinstance(value.get(key), str) for key in _SPEAKERS) and _text_key(value) is not None)
+        "role" in value
+        or (any(isinstance(value.get(key), str) for key in _ROLE_KEYS) and _find_content_key(value) is not None)
     )
 
 
 def is_single_message(row: Mapping[str, Any]) -> bool:
-    """Whether a row is a message alone: texts, too, have authors."""
+    """Return whether a row is a single message. `author` is ignored, because rows of plain text can have it."""
     return is_message({key: value for key, value in row.items() if key != "author"})
 
 
 def is_messages(value: Any) -> bool:
-    """Whether this looks like a conversation: a list of messages."""
+    """Return whether a value looks like a conversation: a list of messages."""
     return isinstance(value, list) and bool(value) and all(map(is_message, value))
 
 
 def read_messages(value: Any, field: str) -> tuple[Message, ...]:
-    """Return the messages that a row gives.
+    """Normalize the messages of a row.
 
     Args:
         value: a list of messages, or its JSON text.
-        field: where it stands in the row.
+        field: path of the value in the row.
 
     Raises:
-        BadRow: naming the field in which something is not what a message needs.
+        BadRow: a message is invalid; `field` is the path of the value.
     """
     if isinstance(value, str):
         value = parse_json_field(value, field)
@@ -166,25 +167,25 @@ def read_messages(value: Any, field: str) -> tuple[Message, ...]:
         if plain := plain_message(item):
             messages.append(plain)
         else:
-            messages += _read(item, f"{field}[{index}]")
+            messages += _read_message(item, f"{field}[{index}]")
     return tuple(messages)
 
 
 def plain_message(item: Any) -> Message | None:
-    """Return what is read of a message as most are, a known role and a text: most often the item itself."""
+    """Normalize a simple message, a known role and a text, without a copy where possible; otherwise return `None`."""
     if type(item) is not dict or len(item) != 2:
         return None
     role, content = item.get("role"), item.get("content")
     if type(content) is not str or type(role) is not str or role not in ROLES:
         return None
-    known = ROLES[role]
-    return (
-        cast("Message", item) if known == role and next(iter(item)) == "role" else {"role": known, "content": content}
-    )
+    standard_role = ROLES[role]
+    if standard_role == role and next(iter(item)) == "role":
+        return cast("Message", item)
+    return {"role": standard_role, "content": content}
 
 
 def is_canonical(value: Any, messages: tuple[Message, ...]) -> bool:
-    """Whether a row gives messages that are nothing but what was read of them: a role and a content each."""
+    """Return whether a row's messages are already normalized, with a role and a content each and no other keys."""
     return (
         isinstance(value, list)
         and len(value) == len(messages)
@@ -193,17 +194,17 @@ def is_canonical(value: Any, messages: tuple[Message, ...]) -> bool:
 
 
 def message_notes(value: Any) -> Iterator[str]:
-    """Yield what was read of messages as something else than it says, and keys that only some templates read."""
+    """Yield notes for the report on mapped roles, and on keys that only some templates read."""
     for item in value if isinstance(value, list) else ():
         if isinstance(item, Mapping):
-            yield from (f"message key {key}" for key in item if key not in _KEYS)
-            role = item.get("role", next((item[key] for key in _SPEAKERS if key in item), None))
-            if isinstance(role, str) and role not in _OWN_ROLES:
+            yield from (f"message key {key}" for key in item if key not in _COMMON_KEYS)
+            role = item.get("role", next((item[key] for key in _ROLE_KEYS if key in item), None))
+            if isinstance(role, str) and role not in _EXPECTED_ROLES:
                 yield f"role {role} as {ROLES.get(role.strip().lower(), 'assistant')}"
 
 
 def read_tools(data: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Return the tools that a row gives: `tools`, or the older `functions`; a list, or its JSON text."""
+    """Return the tools of a row: `tools`, or the older `functions`, as a list or its JSON text."""
     name = "tools" if data.get("tools") else "functions"
     tools = data.get(name)
     if isinstance(tools, str):
@@ -216,99 +217,105 @@ def read_tools(data: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 
 
 def read_system(data: Mapping[str, Any], name: str) -> str | list[dict[str, Any]]:
-    """Return a row's own system message: a text, or a list of text parts (as Anthropic has it).
+    """Return the system message of a row: a text, or a list of text parts (Anthropic's format).
 
     Raises:
-        BadRow: it is neither.
+        BadRow: the value has another type.
     """
     content = data[name]
-    return content if isinstance(content, str) else list(_content(content, has_calls=False, field=name)["content"])
+    return (
+        content if isinstance(content, str) else list(_check_content(content, has_calls=False, field=name)["content"])
+    )
 
 
 def parse_json_field(text: str, field: str) -> Any:
-    """Return what a JSON text holds.
+    """Parse a JSON text.
 
     Raises:
-        BadRow: it is none.
+        BadRow: the text is not valid JSON.
     """
     try:
-        # Python's own reader keeps whole numbers of any size.
+        # Python's parser supports integers of any size.
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadRow("json_text", f"is text that is not JSON: {error}", field=field) from None
+        raise BadRow("json_text", f"is not valid JSON: {error}", field=field) from None
 
 
 def describe_value(value: Any) -> str:
-    """Return a value as errors show it."""
+    """Describe a value for error messages: its type and the first 60 characters."""
     if value is None:
         return "null or absent"
     return f"{type(value).__name__} {str(value)[:60]!r}"
 
 
-def _text_key(item: Mapping[str, Any]) -> str | None:
-    return next((key for key in _TEXTS if key in item), None)
+def _find_content_key(item: Mapping[str, Any]) -> str | None:
+    return next((key for key in _CONTENT_KEYS if key in item), None)
 
 
-def _read(item: Any, field: str) -> Iterator[Message]:
+def _read_message(item: Any, field: str) -> Iterator[Message]:
     if not isinstance(item, Mapping):
         raise BadRow(
             "message_type", f"is {describe_value(item)}, expected an object with role and content", field=field
         )
     if len(item) > _MAX_KEYS:
         raise BadRow("message_type", f"has {len(item):,} keys, expected at most {_MAX_KEYS:,}", field=field)
-    role, item = _speaker(item, field)
+    role, item = _split_role(item, field)
     check_training_fields(item, [key for key in item if key not in TRAIN_FIELDS and is_guarded(str(key))], field)
     message = {key: value for key, value in item.items() if key not in TRAIN_FIELDS and value is not None}
     message = {"role": role, **message}
-    trained = [_flag(item[key], f"{field}.{key}") for key in TRAIN_FIELDS if item.get(key) is not None]
+    trained = [_read_required_flag(item[key], f"{field}.{key}") for key in TRAIN_FIELDS if item.get(key) is not None]
     if trained:
         message["train"] = all(trained)
     if isinstance(content := message.get("content"), list) and _has_blocks(content):
-        yield from cast(Iterator[Message], _from_blocks(message, field))
+        yield from cast(Iterator[Message], _split_blocks(message, field))
         return
-    message.update(_calls(message, field))
+    message.update(_read_tool_calls(message, field))
     if not isinstance(content, str) and not (role in _TOOL_ROLES and is_tool_result(content)):
-        message.update(_content(content, has_calls=bool(message.get("tool_calls")), field=f"{field}.content"))
+        message.update(_check_content(content, has_calls=bool(message.get("tool_calls")), field=f"{field}.content"))
     yield cast(Message, message)
 
 
-def _speaker(item: Mapping[str, Any], field: str) -> tuple[str, Mapping[str, Any]]:
-    """Return who speaks, and the message with its text under `content`."""
+def _split_role(item: Mapping[str, Any], field: str) -> tuple[str, Mapping[str, Any]]:
+    """Return the role, and the message without it and with its text under `content`."""
     if "role" in item:
-        return _role(item["role"], f"{field}.role"), {key: value for key, value in item.items() if key != "role"}
-    speaker = next((key for key in _SPEAKERS if key in item), None)
+        return _read_role(item["role"], f"{field}.role"), {key: value for key, value in item.items() if key != "role"}
+    speaker = next((key for key in _ROLE_KEYS if key in item), None)
     if speaker is None:
-        told = f"is null or absent, no role; the message has {', '.join(map(repr, item)) or 'nothing'}"
-        hint = "rename these to role and content, or read rows by a function: schema='./mine.py:convert'"
-        raise BadRow("unknown_role", told, field=f"{field}.role", hint=hint)
-    name, text = item[speaker], _text_key(item)
-    rest = {key: value for key, value in item.items() if key not in (speaker, text)}
+        problem = f"is missing; the message has the keys {', '.join(map(repr, item)) or 'none'}"
+        hint = "rename the keys to role and content, or convert rows with a function: schema='./mine.py:convert'"
+        raise BadRow("unknown_role", problem, field=f"{field}.role", hint=hint)
+    name, text = item[speaker], _find_content_key(item)
+    fields = {key: value for key, value in item.items() if key not in (speaker, text)}
     if name == "function_call":
         calls = parse_json_field(item[text], f"{field}.{text}") if text and isinstance(item[text], str) else None
         if not isinstance(calls, dict | list):
-            raise BadRow("tool_calls_type", "is no JSON text of a call or of calls", field=f"{field}.{text}")
-        return "assistant", {**rest, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
-    # Who speaks is written as people write it, where it is no role of a model's format.
-    role = _role(name.strip().lower() if isinstance(name, str) else name, f"{field}.{speaker}")
-    return role, {**rest, "content": item[text]} if text is not None else rest
+            raise BadRow(
+                "tool_calls_type",
+                "is not the JSON text of one tool call or a list of tool calls",
+                field=f"{field}.{text}",
+            )
+        return "assistant", {**fields, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    # Speaker names are written by people, so case and whitespace are ignored, unlike in `role`.
+    role = _read_role(name.strip().lower() if isinstance(name, str) else name, f"{field}.{speaker}")
+    return role, {**fields, "content": item[text]} if text is not None else fields
 
 
-def _role(value: Any, field: str) -> str:
-    known = value if value in SPECIAL_ROLES else ROLES.get(value) if isinstance(value, str) else None
-    if known is None:
-        found = f"is {describe_value(value)}, no role"
-        raise BadRow("unknown_role", found, field=field, hint=suggest_names(str(value), (*ROLES, *SPECIAL_ROLES)))
-    return str(known)
+def _read_role(value: Any, field: str) -> str:
+    role = value if value in SPECIAL_ROLES else ROLES.get(value) if isinstance(value, str) else None
+    if role is None:
+        problem = f"is {describe_value(value)}, expected a role"
+        raise BadRow("unknown_role", problem, field=field, hint=suggest_names(str(value), (*ROLES, *SPECIAL_ROLES)))
+    return str(role)
 
 
-def _calls(message: dict[str, Any], field: str) -> dict[str, Any]:
-    """Return the calls of a message in the one form; arguments that are text must be JSON, or nothing."""
+def _read_tool_calls(message: dict[str, Any], field: str) -> dict[str, Any]:
+    """Return the tool calls of a message in their standard form. Arguments can be an object, JSON text or empty."""
     calls, field = message.get("tool_calls"), f"{field}.tool_calls"
     if message.get("function_call"):
         if calls:
-            raise BadRow("two_calls", "stands beside function_call: which of them is meant?", field=field)
-        one, field = message.pop("function_call"), field.replace("tool_calls", "function_call")
-        calls = [parse_json_field(one, field) if isinstance(one, str) else one]
+            raise BadRow("two_calls", "is ambiguous, because the message also has function_call", field=field)
+        call, field = message.pop("function_call"), field.replace("tool_calls", "function_call")
+        calls = [parse_json_field(call, field) if isinstance(call, str) else call]
     if isinstance(calls, str):
         calls = parse_json_field(calls, field) if calls.strip() else []
     if calls is None:
@@ -316,60 +323,60 @@ def _calls(message: dict[str, Any], field: str) -> dict[str, Any]:
         return {}
     if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
         raise BadRow("tool_calls_type", f"is {describe_value(calls)}, expected a list of objects", field=field)
-    return {"tool_calls": [_call(call, f"{field}[{index}]") for index, call in enumerate(calls)]}
+    return {"tool_calls": [_read_tool_call(call, f"{field}[{index}]") for index, call in enumerate(calls)]}
 
 
-def _call(call: Mapping[str, Any], field: str) -> dict[str, Any]:
+def _read_tool_call(call: Mapping[str, Any], field: str) -> dict[str, Any]:
     call = {key: value for key, value in call.items() if value is not None}
     if "arguments" in call or "function" in call:
-        _check_part({key: value for key, value in call.items() if key not in _ARGUMENTS}, field)
+        _check_part({key: value for key, value in call.items() if key not in _ARGUMENT_KEYS}, field)
     function = call.get("function")
     if function is None and isinstance(call.get("name"), str):
-        given = next((key for key in _ARGUMENTS if key in call), None)
-        function = {"name": call["name"], "arguments": {} if given is None else call[given]}
-        call = {key: value for key, value in call.items() if key not in ("name", given)}
+        arguments_key = next((key for key in _ARGUMENT_KEYS if key in call), None)
+        function = {"name": call["name"], "arguments": {} if arguments_key is None else call[arguments_key]}
+        call = {key: value for key, value in call.items() if key not in ("name", arguments_key)}
         call = {"type": "function", **call, "function": function}
     elif isinstance(function, Mapping) and "arguments" not in function:
-        given = next((key for key in _ARGUMENTS if key in function), None)
-        rest = {key: value for key, value in function.items() if key != given}
-        call["function"] = function = {**rest, "arguments": {} if given is None else function[given]}
+        arguments_key = next((key for key in _ARGUMENT_KEYS if key in function), None)
+        fields = {key: value for key, value in function.items() if key != arguments_key}
+        call["function"] = function = {**fields, "arguments": {} if arguments_key is None else function[arguments_key]}
     text = function.get("arguments") if isinstance(function, Mapping) else None
     if isinstance(text, str) and text.strip():
         try:
             json.loads(text)
         except (ValueError, RecursionError) as error:
-            place = f"{field}.function.arguments"
-            raise BadRow("tool_arguments", f"is text that is not JSON: {error}", field=place) from None
+            arguments_field = f"{field}.function.arguments"
+            raise BadRow("tool_arguments", f"is not valid JSON: {error}", field=arguments_field) from None
     return dict(call)
 
 
-def _content(content: Any, *, has_calls: bool, field: str) -> dict[str, Any]:
+def _check_content(content: Any, *, has_calls: bool, field: str) -> dict[str, Any]:
     if content is None and has_calls:
         return {}
     if isinstance(content, list) and content and all(_is_part(part, "text") for part in content):
         if not all(isinstance(part.get("text"), str) for part in content):
-            raise BadRow("content_type", "has a text part without text", field=field)
+            raise BadRow("content_type", "has a text part without a text", field=field)
         for number, part in enumerate(content):
             _check_part(part, f"{field}[{number}]")
         return {"content": [dict(part) for part in content]}
     if isinstance(content, list) and any(isinstance(part, Mapping) and part.get("type") != "text" for part in content):
         kinds = sorted({str(part.get("type")) for part in content if isinstance(part, Mapping)} - {"text"})
-        raise BadRow("content_type", f"has parts that are no text: {', '.join(kinds)}", field=field)
+        raise BadRow("content_type", f"has parts of unsupported types: {', '.join(kinds)}", field=field)
     raise BadRow("content_type", f"is {describe_value(content)}, expected text or a list of text parts", field=field)
 
 
 def _check_part(part: Mapping[str, Any], field: str) -> None:
-    """Reject a part of a message with a mask of its own: masks are of whole messages."""
+    """Reject a part of a message that has a mask: ftdata masks whole messages."""
     guarded = [key for key in part if key in TRAIN_FIELDS or is_guarded(str(key))]
     for key in guarded:
         if key in TRAIN_FIELDS and part[key] is not None and read_flag(part[key], f"{field}.{key}") is False:
-            found = "leaves out a part of a message, of which all or nothing is trained"
-            raise BadRow("part_mask", found, field=f"{field}.{key}", hint="make several messages of it")
+            problem = "excludes a part of a message from training; only whole messages can be excluded"
+            raise BadRow("part_mask", problem, field=f"{field}.{key}", hint="split it into several messages")
     check_training_fields(part, [key for key in guarded if key not in TRAIN_FIELDS], field)
 
 
 def is_tool_result(content: Any) -> bool:
-    """Return whether this is what a tool returned as JSON: an object, or a list of objects that are no parts."""
+    """Return whether this is a JSON result of a tool: an object, or a list of objects that are not content parts."""
     if isinstance(content, Mapping):
         return True
     return (
@@ -379,8 +386,8 @@ def is_tool_result(content: Any) -> bool:
     )
 
 
-_ORDER = "results of calls, thinking, text, calls: what comes in another order is several messages"
-_BLOCKS = ("thinking", "tool_use", "tool_result")
+_BLOCK_ORDER_HINT = "order the blocks as tool_result, thinking, text, tool_use, or split them into several messages"
+_BLOCK_TYPES = ("thinking", "tool_use", "tool_result")
 
 
 def _is_part(part: Any, kind: str) -> bool:
@@ -388,21 +395,24 @@ def _is_part(part: Any, kind: str) -> bool:
 
 
 def _has_blocks(content: list[Any]) -> bool:
-    return any(_is_part(part, kind) for part in content for kind in _BLOCKS)
+    return any(_is_part(part, kind) for part in content for kind in _BLOCK_TYPES)
 
 
-def _from_blocks(message: dict[str, Any], field: str) -> Iterator[dict[str, Any]]:
-    """Yield the messages that one of typed blocks (as Anthropic has them) stands for; results come first."""
-    if beside := [key for key in ("tool_calls", "reasoning_content") if message.get(key)]:
-        raise BadRow("block_type", f"stands beside {beside[0]}: which of them is meant?", field=f"{field}.content")
+def _split_blocks(message: dict[str, Any], field: str) -> Iterator[dict[str, Any]]:
+    """Convert a message of typed blocks (Anthropic's format) to messages; tool results come first."""
+    if duplicates := [key for key in ("tool_calls", "reasoning_content") if message.get(key)]:
+        problem = f"is ambiguous, because the message also has {duplicates[0]}"
+        raise BadRow("block_type", problem, field=f"{field}.content")
     texts, thoughts, calls = list[str](), list[str](), list[dict[str, Any]]()
     for index, block in enumerate(message["content"]):
-        place = f"{field}.content[{index}]"
+        block_field = f"{field}.content[{index}]"
         if isinstance(block, Mapping):
-            _check_part(block, place)
+            _check_part(block, block_field)
         if _is_part(block, "text") and isinstance(block.get("text"), str):
             if calls:
-                raise BadRow("block_order", "is text after a tool_use: no template prints it there", field=place)
+                raise BadRow(
+                    "block_order", "is text after a tool_use block; no template renders this order", field=block_field
+                )
             texts.append(block["text"])
         elif _is_part(block, "thinking") and isinstance(block.get("thinking"), str) and not texts and not calls:
             thoughts.append(block["thinking"])
@@ -410,28 +420,37 @@ def _from_blocks(message: dict[str, Any], field: str) -> Iterator[dict[str, Any]
             function = {"name": block["name"], "arguments": block.get("input", {})}
             calls.append({"type": "function", "id": block.get("id", ""), "function": function})
         elif _is_part(block, "tool_result") and not texts and not calls:
-            error = {"is_error": True} if block.get("is_error") else {}
-            result = {"role": "tool", "content": _result(block, place), "tool_call_id": block.get("tool_use_id", "")}
-            yield {**result, **error}
+            error_mark = {"is_error": True} if block.get("is_error") else {}
+            result = {
+                "role": "tool",
+                "content": _read_tool_result(block, block_field),
+                "tool_call_id": block.get("tool_use_id", ""),
+            }
+            yield {**result, **error_mark}
         else:
-            raise BadRow("block_type", f"is {describe_value(block)}, which has no place here", field=place, hint=_ORDER)
+            raise BadRow(
+                "block_type",
+                f"is {describe_value(block)}, which is not a supported block at this position",
+                field=block_field,
+                hint=_BLOCK_ORDER_HINT,
+            )
     if texts or thoughts or calls:
         content: Any = texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts] or ""
-        more = {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
-        yield {**message, "content": content, **more, **({"tool_calls": calls} if calls else {})}
+        reasoning = {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
+        yield {**message, "content": content, **reasoning, **({"tool_calls": calls} if calls else {})}
 
 
-def _result(block: Mapping[str, Any], field: str) -> str | list[dict[str, Any]]:
+def _read_tool_result(block: Mapping[str, Any], field: str) -> str | list[dict[str, Any]]:
     content = block.get("content", "")
     if isinstance(content, list) and len(content) == 1 and _is_part(content[0], "text"):
         _check_part(content[0], f"{field}.content[0]")
         content = content[0].get("text")
     if not isinstance(content, str):
-        return list(_content(content, has_calls=False, field=f"{field}.content")["content"])
+        return list(_check_content(content, has_calls=False, field=f"{field}.content")["content"])
     return content
 
 
-def _flag(value: Any, field: str) -> bool:
+def _read_required_flag(value: Any, field: str) -> bool:
     flag = read_flag(value, field)
     if flag is None:
         raise BadRow("weight_value", f"is {describe_value(value)}, expected 0 or 1", field=field)

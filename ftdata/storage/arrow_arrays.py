@@ -1,4 +1,4 @@
-"""Arrow arrays out of buffers: `pa.array` and `to_numpy` import pandas, which costs more than most builds."""
+"""Create Arrow arrays from buffers. `pa.array` and `to_numpy` import pandas, which takes longer than most builds."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from numpy.typing import NDArray
 
 
 def int32_array(values: NDArray[np.integer]) -> pa.Array:
-    """Return an array of int32."""
+    """Return an int32 array."""
     data = np.ascontiguousarray(values, dtype=np.int32)
     return pa.Array.from_buffers(pa.int32(), len(data), [None, pa.py_buffer(data)])
 
 
 def int64_array(values: NDArray[np.int64] | Sequence[int | None]) -> pa.Array:
-    """Return an array of int64, `None` being null."""
-    known = None
+    """Return an int64 array; `None` becomes null."""
+    validity = None
     if not isinstance(values, np.ndarray) and None in values:
-        known = pa.py_buffer(np.packbits([value is not None for value in values], bitorder="little"))
+        validity = pa.py_buffer(np.packbits([value is not None for value in values], bitorder="little"))
         values = [value or 0 for value in values]
     data = np.ascontiguousarray(values, dtype=np.int64)
-    return pa.Array.from_buffers(pa.int64(), len(data), [known, pa.py_buffer(data)])
+    return pa.Array.from_buffers(pa.int64(), len(data), [validity, pa.py_buffer(data)])
 
 
 def string_array(values: Sequence[str]) -> pa.Array:
-    """Return an array of texts."""
-    # Most are the name of one file, again and again.
-    spelled = {value: value.encode("utf-8", "backslashreplace") for value in set(values)}
-    data = [spelled[value] for value in values]
+    """Return a string array. Lone surrogates are escaped."""
+    # Most values repeat, such as file names, so each distinct value is encoded once.
+    encoded = {value: value.encode("utf-8", "backslashreplace") for value in set(values)}
+    data = [encoded[value] for value in values]
     buffers = [None, list_offsets(map(len, data)).buffers()[1], pa.py_buffer(b"".join(data))]
     return pa.Array.from_buffers(pa.string(), len(data), buffers)
 
 
 def list_offsets(sizes: Iterable[int]) -> pa.Array:
-    """Return where each of several lists ends, after a 0: int32."""
+    """Return the offsets of lists of these sizes: int32 `[lists + 1]`, beginning with 0."""
     return int32_array(np.cumsum([0, *sizes]))
 
 
 def int64_column(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Return a column of int64 without nulls."""
+    """Return an int64 column without nulls as a numpy array, int64 `[rows]`."""
     chunks = [
         np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk)]
         for chunk in column.chunks

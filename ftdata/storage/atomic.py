@@ -1,16 +1,16 @@
-"""What appears whole or not at all: a file, and a build in its folder, which one process at a time may make.
+"""Atomic replacement of files and builds. Only one process at a time can make a build in a folder.
 
-    DIR                     the build: the old one, or the new one, never a mixture
-    .DIR.ftdata/            where the new one is made; gone when it is done
-    .DIR.ftdata/lock        held (flock) by the process that builds, until it ends, however it does
-    .DIR.ftdata/token       recorded by `ftdata.storage.build_records`; without the record, the content is not reused
-    .DIR.ftdata/shards/     what is done already; a build that was killed goes on with it
-    .DIR.ftdata/new/        the build, until it takes the place of the old one
+    DIR                     the build: the old or the new version, never a mixture
+    .DIR.ftdata/            the workspace of the new build; removed after the build
+    .DIR.ftdata/lock        locked (flock) by the process that makes the build
+    .DIR.ftdata/token       recorded by `ftdata.storage.build_records`; without a record, the contents are not reused
+    .DIR.ftdata/shards/     finished shards, which an interrupted build reuses
+    .DIR.ftdata/new/        the new build, before it replaces the old build
 
-Folders of shards are sealed by `result.json`, which says what all others in it are.
+A folder of a shard is sealed by `result.json`, which contains the hashes of all other files.
 
-The folder may have come with a repository of a stranger. No link in it is followed, nothing in it is reused that this
-user did not record, and nothing is removed that no build writes.
+The workspace may come from an untrusted repository. ftdata follows no links in it, reuses only contents that this user
+recorded, and removes only files that a build can write.
 """
 
 from __future__ import annotations
@@ -38,19 +38,24 @@ _SEAL = "result.json"
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where a build is made: the folder of its shards, and that of the build itself, which is to become `target`."""
+    """The folder in which a build is made.
+
+    Attributes:
+        target: the folder that the build replaces.
+        folder: the workspace.
+    """
 
     target: Path
     folder: Path
 
     @property
     def shards(self) -> Path:
-        """What is done already."""
+        """Folder of the finished shards."""
         return self.folder / "shards"
 
     @property
     def new(self) -> Path:
-        """What is to be published."""
+        """Folder of the new build."""
         return self.folder / "new"
 
     @property
@@ -58,51 +63,53 @@ class Workspace:
         return self.folder / "old"
 
     def claim(self) -> None:
-        """Make sure that what the folder holds was made by this user; remove what an unfinished build left there.
+        """Check that this user made the contents of the workspace, and remove the remains of an interrupted build.
 
-        What a process had not published when it ended is made anew. Shards are kept if the folder's token is recorded.
+        Shards are kept if the token of the workspace is recorded. A build that was not published is made again.
 
         Raises:
-            StorageError: `workspace_unknown`: the folder holds files that no build writes.
+            StorageError: `workspace_unknown`: the workspace contains files that no build writes.
         """
         token = self.folder / "token"
-        recorded = token.is_file() and build_records.has_record("workplace", self._record(token.read_bytes()))
-        if not recorded:
-            foreign = next((path for path in _entries(self.folder) if not _WRITTEN_BY_BUILDS.fullmatch(path)), None)
+        is_recorded = token.is_file() and build_records.has_record(
+            "workplace", self._record_content(token.read_bytes())
+        )
+        if not is_recorded:
+            foreign = next((path for path in _list_paths(self.folder) if not _WRITTEN_BY_BUILDS.fullmatch(path)), None)
             if foreign is not None or self._old.exists():
                 raise StorageError(
                     "workspace_unknown",
-                    f"{self.folder} holds {foreign or 'old'}, and there is no record that a build of this user made it",
-                    hint=f"look at it and remove {self.folder}, or choose another output folder",
+                    f"{self.folder} contains {foreign or 'old'}, but has no record of a build of this user",
+                    hint=f"inspect and remove {self.folder}, or choose another output folder",
                 )
             self._remove_content(keep="lock")
-            new = secrets.token_hex(16).encode()
-            disk.write(token, new)
-            build_records.add_record("workplace", self._record(new))
+            new_token = secrets.token_hex(16).encode()
+            disk.write(token, new_token)
+            build_records.add_record("workplace", self._record_content(new_token))
         if self._old.exists() and not self.target.exists():
             disk.rename(self._old, self.target)
         unfinished = (path for path in self.shards.glob(".*") if _TEMPORARY.fullmatch(path.name))
-        for left in (self.new, self._old, *unfinished):
-            disk.remove(left)
+        for path in (self.new, self._old, *unfinished):
+            disk.remove(path)
 
-    def _record(self, token: bytes) -> bytes:
+    def _record_content(self, token: bytes) -> bytes:
         return os.fsencode(self.folder) + b"\0" + token
 
     def publish(self) -> None:
-        """Have `new` take the place of `target`, at once, so that a power cut leaves the one or the other."""
+        """Replace `target` by `new` atomically: a power failure leaves either the old or the new build."""
         disk.sync_all(self.new)
         if not self.target.exists():
             disk.rename(self.new, self.target)
         elif not disk.swap(self.new, self.target):
-            # The next build would find the old one, were this process to end between the two.
+            # If this process ends between the two renames, `claim` restores the old build.
             disk.rename(self.target, self._old)
             disk.rename(self.new, self.target)
         disk.sync(self.target.parent)
 
     def clear(self) -> None:
-        """Remove it all; the lock, for which others may be waiting, last."""
+        """Remove the workspace. The lock is removed last, because other processes can wait for it."""
         with suppress(OSError):
-            build_records.remove_record("workplace", self._record((self.folder / "token").read_bytes()))
+            build_records.remove_record("workplace", self._record_content((self.folder / "token").read_bytes()))
         self._remove_content(keep="lock")
         disk.remove(self.folder / "lock")
         try:
@@ -117,7 +124,7 @@ class Workspace:
 
 
 _TEMPORARY = re.compile(r"\.[^/]+-[0-9a-f]{8}\.tmp")
-"""Names of unfinished files and folders (`_beside`)."""
+"""Names of unfinished files and folders (`_temporary_path`)."""
 
 _SHARD_FILES = r"(?:result\.json|ids\.i32|trained\.b8|examples\.arrow|rejects\.jsonl|minhashes\.u32)"
 _SPLIT_FILES = r"(?:data-\d{5}\.arrow|provenance\.parquet|state\.json|dataset_info\.json)"
@@ -126,14 +133,14 @@ _WRITTEN_BY_BUILDS = re.compile(
     rf"lock|token|shards/(?:(?:{_TEMPORARY.pattern}|[0-9a-f]+(?:-reference)?)/{_SHARD_FILES}?|{_TEMPORARY.pattern})?"
     rf"|(?:new|old)/(?:{_BUILD_FILES}|\w[\w.-]*/{_SPLIT_FILES}?)?"
 )
-"""Paths in a workplace that builds write."""
+"""Paths in a workspace that builds write."""
 
 
-def _entries(folder: Path) -> Iterator[str]:
-    """Yield the paths of all that is in a folder, relative to it, folders with a slash; no link is followed."""
-    for at, folders, files in os.walk(folder, onerror=_raise):
+def _list_paths(folder: Path) -> Iterator[str]:
+    """Yield the relative paths of all files and folders (with a slash) in a folder, without following links."""
+    for parent, folders, files in os.walk(folder, onerror=_raise):
         for name in (*(f"{name}/" for name in folders), *files):
-            yield name if Path(at) == folder else f"{os.path.relpath(at, folder)}/{name}"
+            yield name if Path(parent) == folder else f"{os.path.relpath(parent, folder)}/{name}"
 
 
 def _raise(error: OSError) -> NoReturn:
@@ -141,74 +148,74 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a workplace that belongs to somebody else or contains links: whoever made it could lead writes elsewhere.
+    """Check that a workspace belongs to this user and contains no links, which could redirect writes.
 
     Raises:
         StorageError: `workspace_owner` or `workspace_link`.
     """
-    hint = f"look at it and remove {folder}, or choose another output folder"
+    hint = f"inspect and remove {folder}, or choose another output folder"
     if folder.is_symlink():
         raise StorageError("workspace_link", f"{folder} is a symbolic link", hint=hint)
     if not folder.exists():
         return
     if hasattr(os, "geteuid") and (owner := folder.lstat().st_uid) != os.geteuid():
         raise StorageError("workspace_owner", f"{folder} belongs to another user (uid {owner})", hint=hint)
-    link = next((path for path in _entries(folder) if (folder / path).is_symlink()), None)
+    link = next((path for path in _list_paths(folder) if (folder / path).is_symlink()), None)
     if link is not None:
         raise StorageError("workspace_link", f"{folder} contains a symbolic link: {link}", hint=hint)
 
 
 @contextmanager
 def open_workspace(target: Path, check: Callable[[Path], None]) -> Iterator[Workspace]:
-    """Give the place where `target` is made; while another process has it, wait.
+    """Open and lock the workspace of a build. If another process uses the workspace, wait for it.
 
-    After a signal, or a fault of disk or network, what is done so far is kept for the next try.
+    After a signal, or an error of the disk or network, the workspace is kept so that the next build can resume.
 
     Args:
-        target: what is to be made.
-        check: refuses a target that must not be replaced.
+        target: the output folder.
+        check: raises an exception if the target must not be replaced.
 
     Raises:
-        StorageError: the disk refuses; the message names the path.
+        StorageError: the workspace cannot be used, or the disk cannot be written; the message contains the path.
     """
-    place = Workspace(target, target.parent / f".{target.name}.ftdata")
-    with _told(target):
-        _check_folder(place.folder)
-        with _locked(place.folder):
-            # Again: another process may have been at work meanwhile.
-            _check_folder(place.folder)
-            place.claim()
-            with _cleared(place):
+    workspace = Workspace(target, target.parent / f".{target.name}.ftdata")
+    with _convert_os_errors(target):
+        _check_folder(workspace.folder)
+        with _lock_folder(workspace.folder):
+            # Check again: another process could have changed the folder before this process locked it.
+            _check_folder(workspace.folder)
+            workspace.claim()
+            with _clear_after(workspace):
                 check(target)
-                yield place
+                yield workspace
 
 
 @contextmanager
-def _cleared(place: Workspace) -> Iterator[None]:
-    """Remove the workplace in the end, unless the same command can resume from it."""
+def _clear_after(workspace: Workspace) -> Iterator[None]:
+    """Remove the workspace after the block, unless the same command can resume from it."""
     try:
         yield
     except FtdataError as error:
         if not isinstance(error, StorageError | HubError | InternalError):
-            place.clear()
+            workspace.clear()
         raise
     except Exception as error:
         if not isinstance(error, OSError):
-            place.clear()
+            workspace.clear()
         raise
-    place.clear()
+    workspace.clear()
 
 
 @contextmanager
 def replace_file(target: Path) -> Iterator[Path]:
-    """Give a file to write into, which becomes `target` when the block ends well, and vanishes otherwise.
+    """Yield a temporary file that replaces `target` after the block. If the block raises, the file is removed.
 
-    A device or a pipe, such as `/dev/null`, is not replaced: the content is written to it when the block ends well.
+    A device or pipe, such as `/dev/null`, is not replaced: the content is written to it after the block.
 
     Raises:
-        StorageError: the disk refuses; the message names the path.
+        StorageError: the file cannot be written; the message contains the path.
     """
-    with _told(target):
+    with _convert_os_errors(target):
         if target.exists() and not target.is_file() and not target.is_dir():
             with tempfile.TemporaryDirectory() as folder:
                 temporary = Path(folder) / "content"
@@ -218,7 +225,7 @@ def replace_file(target: Path) -> Iterator[Path]:
                     shutil.copyfileobj(content, out)
             return
         disk.mkdir(target.parent, parents=True, exist_ok=True)
-        temporary = _beside(target)
+        temporary = _temporary_path(target)
         disk.write(temporary, b"")
         try:
             yield temporary
@@ -230,9 +237,12 @@ def replace_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def publish_folder(target: Path) -> Iterator[Path]:
-    """Give a folder that becomes `target` when the block ends well, unless another process was faster, or vanishes."""
+    """Yield a temporary folder that becomes `target` after the block.
+
+    If the block raises, or another process has created `target` before, the folder is removed.
+    """
     disk.mkdir(target.parent, parents=True, exist_ok=True)
-    temporary = _beside(target)
+    temporary = _temporary_path(target)
     disk.mkdir(temporary)
     try:
         yield temporary
@@ -245,59 +255,62 @@ def publish_folder(target: Path) -> Iterator[Path]:
         disk.remove(temporary)
 
 
-def _beside(target: Path) -> Path:
+def _temporary_path(target: Path) -> Path:
     return target.with_name(f".{target.name}-{secrets.token_hex(4)}.tmp")
 
 
 def seal_folder(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write `result.json`, the last file of a folder: a hash of every other one, a result, and a hash of the two."""
-    said = {"files": {path.name: disk.sha256_of_file(path) for path in sorted(folder.iterdir())}, "result": result}
-    disk.write_json(folder / _SEAL, {**said, "seal": _hash(said)})
+    """Write `result.json`, the last file of a folder: the hashes of all other files, a result, and a hash of both."""
+    contents = {"files": {path.name: disk.sha256_of_file(path) for path in sorted(folder.iterdir())}, "result": result}
+    disk.write_json(folder / _SEAL, {**contents, "seal": _hash(contents)})
 
 
 def read_sealed(folder: Path) -> dict[str, Any] | None:
-    """Return the result of a folder that was sealed, and is as it was; else `None`."""
+    """Return the result of a sealed folder, or `None` if the folder is not sealed or has changed."""
     with suppress(OSError, ValueError, LookupError, TypeError):
-        known = json.loads(disk.read_regular_file(folder / _SEAL))
+        contents = json.loads(disk.read_regular_file(folder / _SEAL))
         if (
-            known.pop("seal") == _hash(known)
-            and {name: disk.sha256_of_file(folder / name) for name in known["files"]} == known["files"]
+            contents.pop("seal") == _hash(contents)
+            and {name: disk.sha256_of_file(folder / name) for name in contents["files"]} == contents["files"]
         ):
-            return dict(known["result"])
+            return dict(contents["result"])
     return None
 
 
-def _hash(said: Mapping[str, Any]) -> str:
-    return disk.hash_bytes(disk.encode_json(said))
+def _hash(contents: Mapping[str, Any]) -> str:
+    return disk.hash_bytes(disk.encode_json(contents))
 
 
 @contextmanager
-def _told(target: Path) -> Iterator[None]:
+def _convert_os_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if isinstance(error, FtdataError):
             raise
-        at = f": {error.filename}" if error.filename and str(error.filename) != str(target) else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "make room, or choose another place" if full else "choose a place that can be written to"
-        raise StorageError("write", f"cannot write {target}: {error.strerror or error}{at}", hint=hint) from None
+        path = f": {error.filename}" if error.filename and str(error.filename) != str(target) else ""
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "free disk space, or choose another path" if is_full else "choose a path with write permission"
+        raise StorageError("write", f"cannot write {target}: {error.strerror or error}{path}", hint=hint) from None
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = _lock(folder)
+def _lock_folder(folder: Path) -> Iterator[None]:
+    lock = _acquire_lock(folder)
     try:
         yield
     finally:
         os.close(lock)
 
 
-def _lock(folder: Path) -> int:
-    """Return the open lock of a folder, made if need be; who held it before may have removed both."""
+def _acquire_lock(folder: Path) -> int:
+    """Lock a folder and return the file descriptor of the lock.
+
+    The folder and the lock file are created if necessary, because the previous process may have removed both.
+    """
     import fcntl
 
-    path, told = folder / "lock", False
+    path, has_logged = folder / "lock", False
     while True:
         disk.mkdir(folder, parents=True, exist_ok=True)
         try:
@@ -308,11 +321,11 @@ def _lock(folder: Path) -> int:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not told:
-                    _log.warning("another process is at work in %s: waiting for it", folder)
-                told = True
+                if not has_logged:
+                    _log.warning("another process uses %s: waiting for it", folder)
+                has_logged = True
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if _is(lock, path):
+            if _is_same_file(lock, path):
                 return lock
         except BaseException:
             os.close(lock)
@@ -320,7 +333,7 @@ def _lock(folder: Path) -> int:
         os.close(lock)
 
 
-def _is(lock: int, path: Path) -> bool:
+def _is_same_file(lock: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(lock), path.stat())
     except FileNotFoundError:

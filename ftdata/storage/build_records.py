@@ -1,9 +1,9 @@
-"""Records of what this user built, kept outside of every build, where a folder from elsewhere cannot forge them.
+"""Records of the builds of this user, stored outside of all builds so that a downloaded folder cannot forge them.
 
-    DIR/KEY     an empty file; KEY is the hash of what is recorded
+    DIR/KEY     an empty file; KEY is the hash of the recorded content
 
-DIR is `ftdata/records` in `XDG_STATE_HOME` or `~/.local/state`. The hashes inside a build show that it is undamaged;
-they do not show who wrote it. What is not recorded is built again instead of being reused.
+DIR is `ftdata/records` in `XDG_STATE_HOME` or `~/.local/state`. The hashes in a build prove that it is undamaged, but
+not who wrote it. A folder without a record is built again instead of being reused.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from contextlib import suppress
 from pathlib import Path
 
 _MAX_RECORDS = 20_000
-"""When there are more records than this, the older half is removed."""
+"""If there are more records than this, the older half is removed."""
 
 
 def add_record(kind: str, content: bytes) -> None:
-    """Record something; without a place for records, nothing is recorded."""
-    folder = _folder()
+    """Record content. Does nothing if the record folder cannot be written."""
+    folder = _record_folder()
     if folder is None:
         return
     with suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _tidy(folder)
+        _remove_old_records(folder)
         (folder / _key(kind, content)).touch(mode=0o600)
 
 
 def has_record(kind: str, content: bytes) -> bool:
-    """Return whether this user recorded it. Records in a folder that others can write to do not count."""
-    folder = _folder()
+    """Return whether this user recorded the content. A record folder that other users can write to is ignored."""
+    folder = _record_folder()
     if folder is None:
         return False
     try:
@@ -43,16 +43,16 @@ def has_record(kind: str, content: bytes) -> bool:
 
 
 def remove_record(kind: str, content: bytes) -> None:
-    """Remove a record, if there is one."""
-    folder = _folder()
+    """Remove a record if it exists."""
+    folder = _record_folder()
     if folder is not None:
         with suppress(OSError):
             (folder / _key(kind, content)).unlink()
 
 
-def _folder() -> Path | None:
+def _record_folder() -> Path | None:
     with suppress(RuntimeError):
-        # Path.home() fails where there is no home, as in many containers.
+        # Path.home() fails if the user has no home directory, as in many containers.
         return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "ftdata" / "records"
     return None
 
@@ -61,9 +61,9 @@ def _key(kind: str, content: bytes) -> str:
     return hashlib.blake2b(kind.encode() + b"\0" + content, digest_size=20).hexdigest()
 
 
-def _tidy(folder: Path) -> None:
+def _remove_old_records(folder: Path) -> None:
     with os.scandir(folder) as entries:
-        files = [entry for entry in entries if entry.is_file(follow_symlinks=False)]
+        files = [file for file in entries if file.is_file(follow_symlinks=False)]
     if len(files) > _MAX_RECORDS:
-        for entry in sorted(files, key=lambda entry: entry.stat(follow_symlinks=False).st_mtime)[: len(files) // 2]:
-            Path(entry.path).unlink(missing_ok=True)
+        for file in sorted(files, key=lambda file: file.stat(follow_symlinks=False).st_mtime)[: len(files) // 2]:
+            Path(file.path).unlink(missing_ok=True)

@@ -1,9 +1,13 @@
-"""Disk: every write, sync and rename of builds and shards goes through here, so that a test can make each of them fail.
+"""File operations of builds and shards. All writes, syncs and renames go through here, so tests can make each fail.
 
-`FTDATA_FAILPOINT=OPERATION:NUMBER:FAULT` is for tests alone. OPERATION is one of `OPERATIONS`, or `*` for any; NUMBER
-counts them from 1 in this process; FAULT is `kill` (as SIGKILL or a power cut does, in the middle of a write), `enospc`
-(from then on the disk is full), `eio` (this once), `readonly` (from then on nothing can be changed), or `trace`, which
-lists all on stderr.
+`FTDATA_FAILPOINT=OPERATION:NUMBER:FAULT` is for tests only. OPERATION is one of `OPERATIONS`, or `*` for any operation.
+NUMBER counts these operations from 1 in this process. FAULT is one of:
+
+    kill        end the process in the middle of a write, as SIGKILL or a power failure does
+    enospc      the disk is full from this operation on
+    eio         this operation fails
+    readonly    all operations fail from this operation on
+    trace       list all operations on stderr
 """
 
 from __future__ import annotations
@@ -26,68 +30,68 @@ from typing import Any, NoReturn
 
 OPERATIONS = ("create", "write", "sync", "mkdir", "link", "rename", "swap", "remove")
 _ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO, "readonly": errno.EROFS}
-_LASTING = {"enospc": ("create", "write", "sync", "mkdir", "link"), "readonly": OPERATIONS}
-_BUFFER = 1 << 20
-_seen: Counter[str] = Counter()
+_LASTING_FAULTS = {"enospc": ("create", "write", "sync", "mkdir", "link"), "readonly": OPERATIONS}
+_BUFFER_SIZE = 1 << 20
+_operation_counts: Counter[str] = Counter()
 
 
-def _reached(operation: str, path: str | Path, half: Callable[[], Any] = lambda: None) -> None:
-    """Fail where a test wants it; `half` does a part of the operation before."""
-    wanted = os.environ.get("FTDATA_FAILPOINT")
-    if wanted is None:
+def _check_failpoint(operation: str, path: str | Path, write_half: Callable[[], Any] = lambda: None) -> None:
+    """Fail if a test requests it, after `write_half` has done a part of the operation."""
+    failpoint = os.environ.get("FTDATA_FAILPOINT")
+    if failpoint is None:
         return
-    _seen.update((operation, "*"))
-    name, number, fault = wanted.split(":")
+    _operation_counts.update((operation, "*"))
+    name, number, fault = failpoint.split(":")
     if fault == "trace":
-        sys.stderr.write(f"{_seen['*']} {operation} {path}\n")
+        sys.stderr.write(f"{_operation_counts['*']} {operation} {path}\n")
         return
-    now = name in ("*", operation) and _seen[name] == int(number)
-    lasts = name in ("*", operation) and _seen[name] > int(number) and operation in _LASTING.get(fault, ())
-    if not now and not lasts:
+    fails_now = name in ("*", operation) and _operation_counts[name] == int(number)
+    is_later = name in ("*", operation) and _operation_counts[name] > int(number)
+    if not fails_now and not (is_later and operation in _LASTING_FAULTS.get(fault, ())):
         return
-    half()
+    write_half()
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    _fail(_ERRORS[fault], path)
+    _raise_os_error(_ERRORS[fault], path)
 
 
-def _fail(number: int, path: str | Path) -> NoReturn:
+def _raise_os_error(number: int, path: str | Path) -> NoReturn:
     raise OSError(number, os.strerror(number), str(path))
 
 
-class _File(io.FileIO):
+class _FailpointFile(io.FileIO):
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        _reached("write", str(self.name), lambda: super(_File, self).write(view[: len(view) // 2]))
+        _check_failpoint("write", str(self.name), lambda: super(_FailpointFile, self).write(view[: len(view) // 2]))
         return super().write(view) or 0
 
 
 def create(path: Path, mode: str = "w") -> io.BufferedWriter:
-    """Open a file to write bytes to it; with mode `"a"`, after those that are there."""
-    _reached("create", path)
-    return io.BufferedWriter(_File(path, mode), _BUFFER)
+    """Open a file to write bytes; mode `"a"` appends."""
+    _check_failpoint("create", path)
+    return io.BufferedWriter(_FailpointFile(path, mode), _BUFFER_SIZE)
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a whole file."""
+    """Write a file."""
     with create(path) as file:
         file.write(data)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file, keys in the order given."""
+    """Write a JSON file; the order of keys is preserved."""
     write(path, encode_json(value))
 
 
 def encode_json(value: Mapping[str, Any]) -> bytes:
-    """Return the bytes that `write_json` writes."""
+    """Return the bytes of a JSON file (UTF-8, indented)."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     return text.encode("utf-8", "backslashreplace")
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, outlast a power cut."""
-    _reached("sync", path)
+    """Flush a file, or the names in a folder, to the disk (fsync)."""
+    _check_failpoint("sync", path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -96,21 +100,21 @@ def sync(path: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """`sync` all that is in a folder, and the folder."""
+    """Flush a folder and everything in it to the disk."""
     for path in (*sorted(folder.rglob("*")), folder):
         sync(path)
 
 
 def mkdir(path: Path, *, parents: bool = False, exist_ok: bool = False) -> None:
-    """Make a folder."""
+    """Create a folder."""
     if not (exist_ok and path.is_dir()):
-        _reached("mkdir", path)
+        _check_failpoint("mkdir", path)
         path.mkdir(parents=parents, exist_ok=exist_ok)
 
 
 def link(source: Path, target: Path) -> None:
-    """Have the file under another name, too: the same where that can be, else a copy."""
-    _reached("link", target)
+    """Create a hard link `target` to `source`, or a copy if the file system does not support hard links."""
+    _check_failpoint("link", target)
     try:
         os.link(source, target)
     except OSError:
@@ -118,19 +122,19 @@ def link(source: Path, target: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Give a file or a folder another name, at once; a file that has it already is replaced."""
-    _reached("rename", target)
+    """Rename a file or folder atomically; an existing file is replaced."""
+    _check_failpoint("rename", target)
     source.replace(target)
 
 
-def swap(one: Path, other: Path) -> bool:
-    """Exchange the names of two folders, at once; `False` where the system or the disk has no such thing."""
-    _reached("swap", other)
+def swap(first: Path, second: Path) -> bool:
+    """Exchange the names of two folders atomically. Return `False` if the system does not support it."""
+    _check_failpoint("swap", second)
     exchange = _renameat2()
     if exchange is None:
         return False
-    here, exchanged = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(exchange(here, os.fsencode(one), here, os.fsencode(other), exchanged) == 0)
+    working_folder, flags = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(exchange(working_folder, os.fsencode(first), working_folder, os.fsencode(second), flags) == 0)
 
 
 @cache
@@ -139,9 +143,9 @@ def _renameat2() -> Any:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder and all that is in it; what is not there, or cannot be removed, is no fault."""
+    """Remove a file or a folder with its contents. A missing path or a failed removal is ignored."""
     try:
-        _reached("remove", path)
+        _check_failpoint("remove", path)
     except OSError:
         return
     if path.is_dir() and not path.is_symlink():
@@ -157,7 +161,7 @@ def read_regular_file(path: Path) -> bytes:
     """Return the content of a regular file.
 
     Raises:
-        OSError: it cannot be read, or is something else: to read a pipe, or `/dev/zero`, may never end.
+        OSError: the file cannot be read, or is not a regular file; reading a pipe or `/dev/zero` could never end.
     """
     _check_regular(path)
     return path.read_bytes()
@@ -169,20 +173,20 @@ def _check_regular(path: Path) -> None:
 
 
 def sha256_of_file(path: str | Path, start: int = 0, end: int | None = None) -> str:
-    """Return the SHA-256 of a file, in hexadecimal; or of the bytes from `start` to the end of `end`'s line."""
-    # Faster hashes exist, but two files can be made that have the same, and one would be built for the other.
-    found = hashlib.sha256()
+    """Return the SHA-256 of a file in hexadecimal, from `start` to the end of the line that contains `end`."""
+    # Faster hashes are not collision-resistant: a crafted file could be mistaken for another file.
+    digest = hashlib.sha256()
     _check_regular(Path(path))
     with Path(path).open("rb") as file:
-        left = sys.maxsize if end is None else end - file.seek(start)
-        last = b"\n"
-        while part := file.read(min(1 << 22, left)):
-            found.update(part)
-            left, last = left - len(part), part[-1:]
-        while end is not None and last != b"\n" and (part := file.readline(1 << 22)):
-            found.update(part)
-            last = part[-1:]
-    return found.hexdigest()
+        remaining = sys.maxsize if end is None else end - file.seek(start)
+        last_byte = b"\n"
+        while part := file.read(min(1 << 22, remaining)):
+            digest.update(part)
+            remaining, last_byte = remaining - len(part), part[-1:]
+        while end is not None and last_byte != b"\n" and (part := file.readline(1 << 22)):
+            digest.update(part)
+            last_byte = part[-1:]
+    return digest.hexdigest()
 
 
 def hash_bytes(content: bytes) -> str:
@@ -191,12 +195,12 @@ def hash_bytes(content: bytes) -> str:
 
 
 def cache_root() -> Path | None:
-    """Return the folder of what is remembered from run to run; `None` where there shall be none, or no place for it."""
-    given = os.environ.get("FTDATA_CACHE")
-    if given is not None:
-        return None if given.lower() in ("", "0", "off", "false", "no") else Path(given).expanduser()
+    """Return the cache folder, or `None` if the cache is disabled or the user has no home directory."""
+    setting = os.environ.get("FTDATA_CACHE")
+    if setting is not None:
+        return None if setting.lower() in ("", "0", "off", "false", "no") else Path(setting).expanduser()
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftdata"
     except RuntimeError:
-        # No home, and a user that is not known, as in many containers.
+        # Path.home() fails if the user has no home directory, as in many containers.
         return None

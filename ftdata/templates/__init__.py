@@ -1,8 +1,9 @@
-"""Render: a conversation and a template -> text, with every character attributed.
+"""Render conversations to text in which every character is attributed to a message or to the template.
 
-A *chat template* reads `messages`; a *prompt template* reads the row's own columns (`instruction`, `output`,
-...). Both are Jinja, run in the same sandbox. What is trained is marked in the template with
-`{% generation %} ... {% endgeneration %}`, or, in a tokenizer's own chat template, detected (`markers`).
+A *chat template* reads `messages`. A *prompt template* reads the columns of the row, such as `instruction` and
+`output`. Both are Jinja templates that run in the same sandbox. A prompt template marks the generated text with
+`{% generation %} ... {% endgeneration %}`. With a tokenizer's chat template, the generated text is detected
+(`turns.locate`).
 """
 
 from ftdata.templates.render_chat import DROPPED_MESSAGE_POLICIES, MISSING_STOP_POLICIES, TURNS, append_missing_stop

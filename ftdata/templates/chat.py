@@ -1,4 +1,4 @@
-"""Chat: a conversation under a chat template, whole, cut short or changed, and the regions of its turns."""
+"""Render conversations with a chat template, and locate the turns in the rendered text."""
 
 from __future__ import annotations
 
@@ -51,7 +51,15 @@ _MAX_CACHED_MESSAGES = 200
 
 @dataclass(frozen=True)
 class ChatRendering:
-    """A conversation as one chat template is given it: messages whose strings are tracked."""
+    """A conversation whose strings are tracked, and the chat template that renders it.
+
+    Attributes:
+        template: the chat template.
+        messages: messages with tracked strings.
+        tools: tool definitions.
+        flags: flags for changes to the messages.
+        watch: whether the strings of the messages are watched, too.
+    """
 
     template: Template
     messages: tuple[dict[str, Any], ...]
@@ -60,160 +68,180 @@ class ChatRendering:
     watch: bool = False
 
     @classmethod
-    def of(cls, conversation: Conversation, template: Template) -> ChatRendering:
-        """Track the conversation's messages; arguments of calls are objects where the template does not take text.
+    def from_conversation(cls, conversation: Conversation, template: Template) -> ChatRendering:
+        """Track the strings of a conversation.
+
+        Tool call arguments that are JSON strings become objects unless the template accepts strings.
 
         Raises:
-            BadRow: such arguments are text that is not JSON, or a message has a role that the template does not name.
+            BadRow: `tool_arguments`, if the arguments are not valid JSON; `unknown_role`, if the template does not
+                support the role of a message.
         """
         messages: Sequence[Mapping[str, Any]] = [
-            _in_known_role(message, index, template) for index, message in enumerate(conversation.messages)
+            _replace_unknown_role(message, index, template) for index, message in enumerate(conversation.messages)
         ]
         flags: frozenset[str] = frozenset()
         if not template.takes_text_arguments and any(map(_has_text_arguments, messages)):
-            messages = [_with_arguments(message, _as_object) for message in messages]
+            messages = [_convert_arguments(message, _parse_arguments) for message in messages]
             flags = frozenset({"arguments_parsed"})
         return cls(template, tuple(track_messages(messages)), conversation.tools, flags)
 
-    def first(self, count: int) -> ChatRendering:
-        """Return the first messages of the conversation."""
+    def prefix(self, count: int) -> ChatRendering:
+        """Return the first `count` messages of the conversation."""
         return replace(self, messages=self.messages[:count])
 
-    def text(self, count: int | None = None, *, generation_prompt: bool = False) -> TrackedString:
-        """Render the first `count` messages, by default all; of a watched conversation the text is watched.
+    def render(self, count: int | None = None, *, generation_prompt: bool = False) -> TrackedString:
+        """Render the first `count` messages, by default all. The result may be watched if the messages are.
 
         Raises:
-            BadRow: the template fails.
+            BadRow: `template_raises`, if the template fails.
         """
         messages = list(self.messages[:count])
         variables = make_chat_variables(messages, self.tools, generation_prompt=generation_prompt)
-        return self.template.rendered(variables, watch=self.watch)
+        return self.template.run(variables, watch=self.watch)
 
-    def watched(self) -> ChatRendering:
-        """Return the same conversation with its texts watched (`watched.watching`)."""
+    def with_watched_strings(self) -> ChatRendering:
+        """Return the same conversation with `WatchedString` texts."""
         return replace(self, messages=tuple(watch_messages(self.messages)), watch=True)
 
-    def changed(self, index: int, message: Message | dict[str, Any]) -> str | None:
-        """Render with another message `index`; `None` where the template fails."""
-        (other,) = track_messages([message])
+    def render_with_message(self, index: int, message: Message | dict[str, Any]) -> str | None:
+        """Render the conversation with message `index` replaced. Return `None` if the template fails."""
+        (tracked_message,) = track_messages([message])
         try:
             return str.__str__(
-                replace(self, messages=(*self.messages[:index], other, *self.messages[index + 1 :])).text()
+                replace(self, messages=(*self.messages[:index], tracked_message, *self.messages[index + 1 :])).render()
             )
         except BadRow:
             return None
 
 
 def render_turns(chat: ChatRendering, turns: Sequence[int], on_dropped_message: str = "reject") -> Rendered:
-    """Render a conversation, with the regions of the given assistant turns.
+    """Render a conversation and locate the given assistant turns.
+
+    Args:
+        chat: the conversation and its template.
+        turns: indices of the assistant messages to locate.
+        on_dropped_message: what to do if the template omits a message that is not an assistant message: `"reject"`
+            or `"flag"`.
 
     Raises:
-        BadRow: the template fails on it, drops some of it, or where a turn begins and ends is not certain.
+        BadRow: the template fails or omits text, or the boundaries of a turn are uncertain.
     """
-    chat, tracked = _rendered(chat)
+    chat, tracked = _render_tracked(chat)
     text = str.__str__(tracked)
-    parts = recover_attribution(text, pieces_of(tracked), chat.messages, chat.changed)
-    flags = chat.flags | check_coverage(chat.messages, chat.tools, text, parts, chat.changed, on_dropped_message)
+    pieces = recover_attribution(text, pieces_of(tracked), chat.messages, chat.render_with_message)
+    flags = chat.flags | check_coverage(
+        chat.messages, chat.tools, text, pieces, chat.render_with_message, on_dropped_message
+    )
     origins: list[Origin | None] = []
-    regions, unusual = _regions(chat, tracked, parts, turns, origins)
+    regions, region_flags = _locate_regions(chat, tracked, pieces, turns, origins)
     assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    spans = make_spans(split_thinking(text, parts, regions, assistants), regions)
-    unusual |= _thinking_flags(text, parts, regions)
-    rendered = Rendered(text, spans, flags | unusual, messages=len(chat.messages))
-    if origins and not flags and parts == pieces_of(tracked):
-        # Texts that are joined thousands of times have origins nested too deep to be gone through.
+    spans = make_spans(split_thinking(text, pieces, regions, assistants), regions)
+    region_flags |= _flag_empty_thinking(text, pieces, regions)
+    rendered = Rendered(text, spans, flags | region_flags, messages=len(chat.messages))
+    if origins and not flags and pieces == pieces_of(tracked):
+        # Texts that a template joins thousands of times have origins that are nested too deep to traverse.
         with suppress(RecursionError):
-            plan = _plan(chat, rendered, parts, turns, origins)
+            plan = _make_plan(chat, rendered, pieces, turns, origins)
             if plan is not None:
-                chat.template.plans.keep(chat.messages, turns, plan)
+                chat.template.plan_cache.add(chat.messages, turns, plan)
     return rendered
 
 
 _EMPTY_THINKING = re.compile(rf"\s*(?:<({THINKING_NAMES})>\s*</\1>|</(?:{THINKING_NAMES})>)")
-"""An empty thinking block, whole or without the tag that the prompt ends with."""
+"""An empty thinking block, or only its closing tag if the generation prompt ends with the opening tag."""
 
 
-def _thinking_flags(text: str, parts: Sequence[TextPiece], regions: Sequence[TurnRegion]) -> frozenset[str]:
-    """Return the flag of texts in which the template itself begins a turn with an empty thinking block."""
+def _flag_empty_thinking(text: str, pieces: Sequence[TextPiece], regions: Sequence[TurnRegion]) -> frozenset[str]:
+    """Return the `empty_thinking` flag if the template itself begins a turn with an empty thinking block."""
     for region in regions:
-        found = _EMPTY_THINKING.match(text, region.start, region.end)
-        typed = found and any(
-            piece.part is not Part.SCAFFOLD and piece.start < found.end() and found.start() < piece.end
-            for piece in parts
+        match = _EMPTY_THINKING.match(text, region.start, region.end)
+        is_row_text = match and any(
+            piece.part is not Part.SCAFFOLD and piece.start < match.end() and match.start() < piece.end
+            for piece in pieces
         )
-        if found and not typed:
+        if match and not is_row_text:
             return frozenset({"empty_thinking"})
     return frozenset()
 
 
-def _plan(
+def _make_plan(
     chat: ChatRendering,
     rendered: Rendered,
-    parts: tuple[TextPiece, ...],
+    pieces: tuple[TextPiece, ...],
     turns: Sequence[int],
     origins: Sequence[Origin | None],
 ) -> RenderPlan | None:
-    """Return how conversations like this one are rendered, if all is known about that.
+    """Return a plan to render similar conversations without the template, or `None` if the record is incomplete.
 
-    `origins` tell how the whole came about, and what it was compared with.
+    `origins` are the origins of the whole text and of the prefixes that it was compared with.
     """
     messages = [{"role": message["role"], "content": str.__str__(message["content"])} for message in chat.messages]
-    # What a template does about typed control tokens is looked at in each row that has them.
+    # The treatment of control tokens in contents is checked in every row that contains them.
     if (control := chat.template.control) and any(control.search(message["content"]) for message in messages):
         return None
-    key = skeleton_key(chat.messages, (), turns, rendered.text, parts)
-    way = chat.template.memory.way(key, chat.messages, rendered.text, parts)
-    stretches, contents = recorded_pieces(origins[0], messages, parts, rendered.text), message_contents(messages)
-    if way is None or stretches is None or contents is None:
+    key = skeleton_key(chat.messages, (), turns, rendered.text, pieces)
+    cached_turns = chat.template.turn_cache.find(key, chat.messages, rendered.text, pieces)
+    segments, contents = recorded_pieces(origins[0], messages, pieces, rendered.text), message_contents(messages)
+    if cached_turns is None or segments is None or contents is None:
         return None
-    plan = RenderPlan.of(way, stretches, rendered, parts, alike=has_same_origins(origins[0], origins[1:]))
-    if plan is None or not plan.bounded:
+    same_origins = has_same_origins(origins[0], origins[1:])
+    plan = RenderPlan.from_rendering(cached_turns, segments, rendered, pieces, same_origins=same_origins)
+    if plan is None or not plan.is_bounded:
         return None
     return plan if plan.fill(messages, contents) == rendered else None
 
 
-def _regions(
+def _locate_regions(
     chat: ChatRendering,
     tracked: TrackedString,
-    parts: tuple[TextPiece, ...],
+    pieces: tuple[TextPiece, ...],
     turns: Sequence[int],
     origins: list[Origin | None],
 ) -> tuple[list[TurnRegion], frozenset[str]]:
-    """Return what the model must produce, as detected; where the user's own template marks it otherwise, as marked."""
-    own = chat.template.tagged and chat.template.strict
+    """Return the generated regions and their flags.
+
+    Regions are detected. The generation tags of a user's own template take precedence over the detected regions.
+    """
+    has_trusted_tags = chat.template.has_generation_tags and chat.template.strict
     assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    marked = locate.regions_from_blocks(parts, assistants, turns) if own else None
+    tagged = locate.regions_from_blocks(pieces, assistants, turns) if has_trusted_tags else None
     try:
-        located = _located(chat, tracked, parts, turns, origins)
+        located = _locate_turns(chat, tracked, pieces, turns, origins)
         _check_disjoint([turn.region for turn in located])
     except BadRow:
-        if marked is None:
+        if tagged is None:
             raise
-        return marked, frozenset({"generation_tags_unconfirmed"})
+        return tagged, frozenset({"generation_tags_unconfirmed"})
     regions = [turn.region for turn in located]
     flags = frozenset[str]().union(*(turn.flags for turn in located))
-    solid = [one for one in regions if one.start < one.end]
-    if marked is not None:
-        return (regions, flags) if marked == solid else (marked, flags | {"generation_tags_unconfirmed"})
-    if chat.template.tagged and (tags := _marked(parts, assistants, turns)) != solid:
-        # Where a template has no generation prompt, nothing but its tags says that the model need not write a header.
-        if tags and "add_generation_prompt" not in chat.template.names and _begin_later(tags, solid):
-            return tags, flags | {"generation_tags_unconfirmed"}
+    nonempty = [region for region in regions if region.start < region.end]
+    if tagged is not None:
+        return (regions, flags) if tagged == nonempty else (tagged, flags | {"generation_tags_unconfirmed"})
+    if chat.template.has_generation_tags and (marked := _read_tags(pieces, assistants, turns)) != nonempty:
+        # If a template has no generation prompt, only its tags indicate that the model does not generate the header.
+        if marked and "add_generation_prompt" not in chat.template.variables and _has_later_starts(marked, nonempty):
+            return marked, flags | {"generation_tags_unconfirmed"}
         flags |= {
             "generation_tags_overruled",
-            *(["stop_outside_generation_tags"] if tags and _end_sooner(tags, solid) else []),
+            *(["stop_outside_generation_tags"] if marked and _has_earlier_ends(marked, nonempty) else []),
         }
     return regions, flags
 
 
-def _begin_later(marked: Sequence[TurnRegion], found: Sequence[TurnRegion]) -> bool:
-    pairs = [(one.message, one.end) for one in marked] == [(one.message, one.end) for one in found]
-    return pairs and all(one.start >= other.start for one, other in zip(marked, found, strict=True))
+def _has_later_starts(tagged: Sequence[TurnRegion], detected: Sequence[TurnRegion]) -> bool:
+    same_ends = [(region.message, region.end) for region in tagged] == [
+        (region.message, region.end) for region in detected
+    ]
+    return same_ends and all(
+        tagged_region.start >= detected_region.start
+        for tagged_region, detected_region in zip(tagged, detected, strict=True)
+    )
 
 
-def _end_sooner(marked: Sequence[TurnRegion], found: Sequence[TurnRegion]) -> bool:
-    ends = {one.message: one.end for one in marked}
-    return all(ends.get(one.message, one.end) < one.end for one in found)
+def _has_earlier_ends(tagged: Sequence[TurnRegion], detected: Sequence[TurnRegion]) -> bool:
+    ends = {region.message: region.end for region in tagged}
+    return all(ends.get(region.message, region.end) < region.end for region in detected)
 
 
 def _check_disjoint(regions: Sequence[TurnRegion]) -> None:
@@ -221,129 +249,132 @@ def _check_disjoint(regions: Sequence[TurnRegion]) -> None:
         if after.start < before.end:
             raise BadRow(
                 "overlap",
-                f"the model is asked for this turn before message {before.message} has ended",
+                f"the generation prompt for this turn begins before message {before.message} ends",
                 field=f"messages[{after.message}]",
                 hint="join the two answers into one message",
             )
 
 
-def _rendered(chat: ChatRendering) -> tuple[ChatRendering, TrackedString]:
+def _render_tracked(chat: ChatRendering) -> tuple[ChatRendering, TrackedString]:
     try:
-        return chat, chat.text()
+        return chat, chat.render()
     except BadRow:
         if not any(message.get("tool_calls") for message in chat.messages):
             raise
-        # Some templates print the arguments of a call as they are, and so need them as text.
-        messages = tuple(track_messages([_with_arguments(message, _as_text) for message in chat.messages]))
+        # Some templates print tool call arguments without conversion, so the arguments must be text.
+        messages = tuple(track_messages([_convert_arguments(message, _dump_arguments) for message in chat.messages]))
         chat = replace(chat, messages=messages, flags=chat.flags | {"arguments_as_text"})
-        return chat, chat.text()
+        return chat, chat.render()
 
 
-def _located(
+def _locate_turns(
     chat: ChatRendering,
     tracked: TrackedString,
-    parts: tuple[TextPiece, ...],
+    pieces: tuple[TextPiece, ...],
     turns: Sequence[int],
     origins: list[Origin | None],
 ) -> list[locate.LocatedTurn]:
-    """Find the turns, or remember where they are in renderings like this one.
+    """Locate the turns in the rendered text, or return their cached positions.
 
-    Where a plan may come of it, they are found, and `origins` tell how the texts that were compared came about: the
-    whole first.
+    If a render plan may follow, the turns are always located, and the origins of all compared texts are appended to
+    `origins`, the origin of the whole text first.
     """
-    text, memory = str.__str__(tracked), chat.template.memory
-    key = skeleton_key(chat.messages, chat.tools, turns, text, parts)
-    # Long conversations are rarely of one shape, and what is recorded of one grows with the square of its messages.
-    cached = len(chat.messages) <= _MAX_CACHED_MESSAGES
-    planned = cached and not chat.tools and chat.template.plans.wanted(chat.messages, turns)
-    if not planned and (known := memory.recall(key, chat.messages, text, parts)) is not None:
-        return known
-    seen: dict[tuple[int, bool], TrackedString] = {}
-    asked = chat.watched() if cached and chat.template.foreseeable else chat
-    shape = conversation_shape(chat.messages, ()) if asked.watch and not chat.tools else None
+    text, turn_cache = str.__str__(tracked), chat.template.turn_cache
+    key = skeleton_key(chat.messages, chat.tools, turns, text, pieces)
+    # Long conversations rarely share a shape, and the size of a cached record grows quadratically with the messages.
+    is_cacheable = len(chat.messages) <= _MAX_CACHED_MESSAGES
+    needs_plan = is_cacheable and not chat.tools and chat.template.plan_cache.needs_plan(chat.messages, turns)
+    if not needs_plan and (cached := turn_cache.locate(key, chat.messages, text, pieces)) is not None:
+        return cached
+    prefixes: dict[tuple[int, bool], TrackedString] = {}
+    renderer = chat.with_watched_strings() if is_cacheable and chat.template.is_recordable else chat
+    shape = conversation_shape(chat.messages, ()) if renderer.watch and not chat.tools else None
 
     def run(count: int, generation_prompt: bool) -> TrackedString:
-        render = partial(asked.text, count, generation_prompt=generation_prompt)
+        render = partial(renderer.render, count, generation_prompt=generation_prompt)
         if shape is None:
             return render()
-        return chat.template.runs.text((shape[:count], generation_prompt), chat.messages, log, render)
+        return chat.template.prefix_cache.get_or_render((shape[:count], generation_prompt), chat.messages, log, render)
 
     def prefix(count: int, generation_prompt: bool) -> TrackedString:
-        place = (count, generation_prompt)
-        if place not in seen:
-            seen[place] = run(*place)
-        return unwatch(seen[place])
+        prefix_key = (count, generation_prompt)
+        if prefix_key not in prefixes:
+            prefixes[prefix_key] = run(*prefix_key)
+        return unwatch(prefixes[prefix_key])
 
     with record_operations() as log:
-        whole = run(len(chat.messages), False) if asked.watch else tracked
-        found = [_locate(chat, text, parts, turn, prefix) for turn in turns]
-    if asked.watch and unwatch(whole) == tracked and parts == pieces_of(tracked):
-        # The origins of texts that are joined in long loops are nested too deep to be compared.
+        full_text = run(len(chat.messages), False) if renderer.watch else tracked
+        located = [_locate_turn(chat, text, pieces, turn, prefix) for turn in turns]
+    if renderer.watch and unwatch(full_text) == tracked and pieces == pieces_of(tracked):
+        # Texts that a template joins in long loops have origins that are nested too deep to compare.
         with suppress(RecursionError):
-            memory.keep(key, log, text, map(unwatch, seen.values()), parts, found)
-    if planned:
-        origins += (one.origin if isinstance(one, WatchedString) else ("is", one) for one in (whole, *seen.values()))
-    return found
+            turn_cache.add(key, log, text, map(unwatch, prefixes.values()), pieces, located)
+    if needs_plan:
+        origins += (
+            string.origin if isinstance(string, WatchedString) else ("text", string)
+            for string in (full_text, *prefixes.values())
+        )
+    return located
 
 
-def _locate(
-    chat: ChatRendering, text: str, parts: Sequence[TextPiece], turn: int, prefix: locate.RenderPrefix
+def _locate_turn(
+    chat: ChatRendering, text: str, pieces: Sequence[TextPiece], turn: int, prefix: locate.RenderPrefix
 ) -> locate.LocatedTurn:
     try:
-        return locate.locate_turn(text, parts, turn, prefix, len(chat.messages), chat.template.stops)
+        return locate.locate_turn(text, pieces, turn, prefix, len(chat.messages), chat.template.stops)
     except BadRow as error:
         error.field = error.field or f"messages[{turn}]"
-        # Of the tags that vendors put into templates, many train headers or miss the stop: they are no proof.
-        if chat.template.tagged:
-            error.hint = "its own generation tags could not be confirmed; to trust them, pass the template as a file"
+        # The generation tags of model vendors often include headers or omit the stop token, so they are not trusted.
+        if chat.template.has_generation_tags:
+            error.hint = "pass the template as a file to trust its generation tags, which could not be confirmed"
         raise
 
 
-def _marked(parts: Sequence[TextPiece], assistants: Sequence[int], turns: Sequence[int]) -> list[TurnRegion] | None:
+def _read_tags(pieces: Sequence[TextPiece], assistants: Sequence[int], turns: Sequence[int]) -> list[TurnRegion] | None:
     try:
-        return locate.regions_from_blocks(parts, assistants, turns)
+        return locate.regions_from_blocks(pieces, assistants, turns)
     except BadRow:
         return None
 
 
 def _has_text_arguments(message: Mapping[str, Any]) -> bool:
     functions = (call.get("function") for call in message.get("tool_calls") or ())
-    return any(isinstance(one, Mapping) and isinstance(one.get("arguments"), str) for one in functions)
+    return any(isinstance(function, Mapping) and isinstance(function.get("arguments"), str) for function in functions)
 
 
-def _with_arguments(message: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+def _convert_arguments(message: Mapping[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
     calls: list[dict[str, Any]] = [dict(call) for call in message.get("tool_calls") or ()]
     for call in calls:
         function = call.get("function")
         if isinstance(function, Mapping):
-            call["function"] = {**function, "arguments": change(function.get("arguments"))}
+            call["function"] = {**function, "arguments": convert(function.get("arguments"))}
     return {**message, "tool_calls": calls} if calls else dict(message)
 
 
-def _in_known_role(message: Message, index: int, template: Template) -> Message:
-    """Return the message, in the role that its own stands for where the template does not name that."""
+def _replace_unknown_role(message: Message, index: int, template: Template) -> Message:
+    """Return the message with its role replaced by an equivalent role if the template does not name the role."""
     role = message["role"]
     if role in _ROLES or re.search(rf"""(['"]){re.escape(role)}\1""", template.source):
         return message
     if role not in STANDS_FOR:
         raise BadRow(
             "unknown_role",
-            f"is {role!r}, which template {template.name!r} does not name",
+            f"role {role!r} is not supported by template {template.name!r}",
             field=f"messages[{index}].role",
-            hint=f"give it one of the roles {', '.join(_ROLES)}",
+            hint=f"use one of the roles {', '.join(_ROLES)}",
         )
     return {**message, "role": STANDS_FOR[role]}
 
 
-def _as_object(arguments: Any) -> Any:
+def _parse_arguments(arguments: Any) -> Any:
     if not isinstance(arguments, str):
         return arguments
     try:
-        # Python's own reader keeps whole numbers of any size.
+        # Python's own parser supports integers of any size.
         return json.loads(arguments) if arguments.strip() else {}
     except ValueError as error:
-        raise BadRow("tool_arguments", f"arguments are text that is not JSON: {error}", field="tool_calls") from None
+        raise BadRow("tool_arguments", f"arguments are not valid JSON: {error}", field="tool_calls") from None
 
 
-def _as_text(arguments: Any) -> str:
+def _dump_arguments(arguments: Any) -> str:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Render a conversation: its text, attributed, with what the model must produce in every turn."""
+"""Render conversations to attributed text, with the generated span of every turn."""
 
 from __future__ import annotations
 
@@ -19,39 +19,43 @@ DROPPED_MESSAGE_POLICIES = ("reject", "flag")
 MISSING_STOP_POLICIES = ("flag", "append_eos")
 
 _SPLITTABLE = frozenset({"history_drift", "unknown_stop", "overlap"})
-"""Refusals of a whole conversation that need not hold for its turns taken by themselves."""
+"""Codes of errors that may occur only if all turns of a conversation are rendered in one text."""
 
 
 _LISTS_REFUSED = frozenset({"template_raises", "message_dropped", "content_stringified"})
-"""What becomes of contents that are lists of parts where a template takes only text."""
+"""Codes of errors that occur if a template takes only text and a content is a list of parts."""
 
 
 def render_chat(
     conversation: Conversation, template: Template, turns: str = "auto", on_dropped_message: str = "reject"
 ) -> tuple[Rendered, ...]:
-    """Render a conversation, attributed: one `Rendered`, or several that train some of its turns each.
+    """Render a conversation to attributed text.
 
     Args:
-        conversation: the normalised row.
-        template: the template and the special tokens it may print.
-        turns: `"joint"`: one text for all turns; `"split"`: one text for every group of assistant turns that
-            answer one user message, equal to what is shown to the model when it is asked for them; `"auto"`: joint
-            where the template shows earlier turns as the model wrote them, else split.
-        on_dropped_message: what to do where the template leaves out a message that is not the assistant's: `"reject"` or `"flag"`.
+        conversation: the normalized row.
+        template: the template.
+        turns: `"joint"`: one text for all turns. `"split"`: one text per group of assistant messages that answer one
+            user message, with the same history that the model sees at inference. `"auto"`: `"joint"` if the template
+            renders earlier turns as the model wrote them, otherwise `"split"`.
+        on_dropped_message: what to do if the template omits a message that is not an assistant message: `"reject"`
+            or `"flag"`.
+
+    Returns:
+        One text, or several texts that each train some of the turns.
 
     Raises:
-        BadRow: the row does not fit the template, or where its turns begin and end is not certain.
-        TemplateRefused: the row needs a template and there is none.
+        BadRow: the row does not fit the template, or the boundaries of a turn are uncertain.
+        TemplateRefused: `no_template`, if the row requires a template and the tokenizer has none.
     """
-    if conversation.text is not None and (not template.source or template.chat):
-        return (_already_formatted(conversation.text, template),)
+    if conversation.text is not None and (not template.source or template.is_chat):
+        return (_render_formatted_text(conversation.text, template),)
     if not template.source:
         raise TemplateRefused(
             "no_template",
             "this tokenizer has no chat template",
-            hint=f"pass template=, one of {', '.join(templates.names())}, or a file of your own",
+            hint=f"pass template= with one of {', '.join(templates.names())}, or with the path of a template file",
         )
-    if not template.chat:
+    if not template.is_chat:
         return (_render_fields(conversation, template),)
     try:
         return _render_chat(conversation, template, turns, on_dropped_message)
@@ -60,27 +64,29 @@ def render_chat(
         if error.code not in _LISTS_REFUSED or joined == conversation:
             raise
         texts = _render_chat(joined, template, turns, on_dropped_message)
-        return tuple(one._replace(flags=one.flags | {"content_parts_joined"}) for one in texts)
+        return tuple(text._replace(flags=text.flags | {"content_parts_joined"}) for text in texts)
 
 
-class _Unknown(Exception):
-    """What a template makes of a conversation is not told by a plan."""
+class _NoPlan(Exception):
+    """No render plan matches the conversation, so the template must run."""
 
 
 def render_from_cache(
     conversation: Conversation, template: Template, turns: str = "auto", on_dropped_message: str = "reject"
 ) -> tuple[Rendered, ...] | None:
-    """Return what `render_turns` does of a conversation for which the template need not be run; `None` for others."""
-    if not template.source or (conversation.text is not None and template.chat):
+    """Return the result of `render_chat` if the template does not have to run; otherwise `None`."""
+    if not template.source or (conversation.text is not None and template.is_chat):
         return render_chat(conversation, template, turns)
     try:
-        return _render_chat(conversation, template, turns, on_dropped_message, runs=False) if template.chat else None
-    except _Unknown:
+        return (
+            _render_chat(conversation, template, turns, on_dropped_message, may_run=False) if template.is_chat else None
+        )
+    except _NoPlan:
         return None
 
 
 def trained_answers(conversation: Conversation) -> list[int]:
-    """Return the indices of the assistant messages that may be trained: the turns to be located."""
+    """Return the indices of the assistant messages that may be trained, whose turns must be located."""
     return [
         index
         for index, message in enumerate(conversation.messages)
@@ -89,12 +95,12 @@ def trained_answers(conversation: Conversation) -> list[int]:
 
 
 def join_text_parts(conversation: Conversation) -> Conversation:
-    """Return the conversation with text for each content that is a list of one text part."""
-    return replace(conversation, messages=tuple(map(_with_text, conversation.messages)))
+    """Return the conversation with every content that is a list of one text part replaced by the text."""
+    return replace(conversation, messages=tuple(map(_join_text_part, conversation.messages)))
 
 
-def _with_text(message: Message) -> Message:
-    """Return the message with its only part of text for content: how several would be joined, nobody said."""
+def _join_text_part(message: Message) -> Message:
+    """Return the message with its only text part as the content. Several parts stay: their separator is unknown."""
     content = message.get("content")
     if not isinstance(content, list) or len(content) != 1 or not isinstance(content[0].get("text"), str):
         return message
@@ -102,62 +108,67 @@ def _with_text(message: Message) -> Message:
 
 
 def _render_chat(
-    conversation: Conversation, template: Template, turns: str, on_dropped_message: str, *, runs: bool = True
+    conversation: Conversation, template: Template, turns: str, on_dropped_message: str, *, may_run: bool = True
 ) -> tuple[Rendered, ...]:
     assistants = trained_answers(conversation)
-    planned = turns != "split" and not conversation.tools
-    whole = template.plans.filled(conversation.messages, assistants) if planned else None
-    chat = _Chats(conversation, template, on_dropped_message, runs)
-    if whole is None and turns != "split":
-        whole = chat.joint(assistants, must=turns == "joint")
-    if whole is not None and (turns == "joint" or "history_rewritten" not in whole.flags):
-        return (whole,)
-    parts = [one for group in _groups(conversation.messages, assistants) for one in _split(chat, group)]
+    has_plans = turns != "split" and not conversation.tools
+    joint = template.plan_cache.render(conversation.messages, assistants) if has_plans else None
+    renderer = _TurnRenderer(conversation, template, on_dropped_message, may_run)
+    if joint is None and turns != "split":
+        joint = renderer.render_joint(assistants, required=turns == "joint")
+    if joint is not None and (turns == "joint" or "history_rewritten" not in joint.flags):
+        return (joint,)
+    texts = [
+        text for group in _group_turns(conversation.messages, assistants) for text in _split_group(renderer, group)
+    ]
     return (
-        tuple(one._replace(flags=one.flags | {"conversation_split"}) for one in parts)
-        if len(parts) > 1
-        else tuple(parts)
+        tuple(text._replace(flags=text.flags | {"conversation_split"}) for text in texts)
+        if len(texts) > 1
+        else tuple(texts)
     )
 
 
 @dataclass
-class _Chats:
-    """A conversation under a chat template, and what it is up to each of its turns; `runs`: if need be, it is run."""
+class _TurnRenderer:
+    """Renders a conversation, or its messages up to a turn. If `may_run` is false, only render plans are used."""
 
     conversation: Conversation
     template: Template
     on_dropped_message: str
-    runs: bool
+    may_run: bool
 
     @cached_property
-    def _whole(self) -> ChatRendering:
-        return ChatRendering.of(self.conversation, self.template)
+    def _chat(self) -> ChatRendering:
+        return ChatRendering.from_conversation(self.conversation, self.template)
 
-    def until(self, turns: Sequence[int], count: int | None = None) -> Rendered:
-        """Render the first `count` messages, by a plan where there is one, or all, for which there is none.
+    def render(self, turns: Sequence[int], count: int | None = None) -> Rendered:
+        """Render the first `count` messages with a plan if there is one. By default, render all without a plan.
 
         Raises:
             BadRow: as `render_turns` does.
         """
         messages = self.conversation.messages[:count]
-        planned = count is not None and not self.conversation.tools
-        known = self.template.plans.filled(messages, turns) if planned else None
-        if known is None and not self.runs:
-            raise _Unknown
-        return known or render_turns(self._whole.first(len(messages)), turns, self.on_dropped_message)
+        has_plans = count is not None and not self.conversation.tools
+        planned = self.template.plan_cache.render(messages, turns) if has_plans else None
+        if planned is None and not self.may_run:
+            raise _NoPlan
+        return planned or render_turns(self._chat.prefix(len(messages)), turns, self.on_dropped_message)
 
-    def joint(self, turns: Sequence[int], count: int | None = None, *, must: bool) -> Rendered | None:
-        """Render them in one text; `None` where that is refused, and each alone need not be."""
+    def render_joint(self, turns: Sequence[int], count: int | None = None, *, required: bool) -> Rendered | None:
+        """Render several turns in one text.
+
+        Return `None` if that fails with an error that separate texts may avoid, unless `required`.
+        """
         try:
-            return self.until(turns, count)
+            return self.render(turns, count)
         except BadRow as error:
-            if must or error.code not in _SPLITTABLE:
+            if required or error.code not in _SPLITTABLE:
                 raise
             return None
 
 
 def append_missing_stop(rendered: Rendered, template: Template) -> Rendered:
-    """Return the text with EOS after a last turn that the template leaves without a stop; else as it is."""
+    """Return the text with EOS appended if the template prints no stop token after the last turn."""
     eos = template.special_tokens.get("eos_token")
     last = max((span for span in rendered.spans if span.generated), default=None)
     if last is None or eos is None or rendered.text[last.end :].strip():
@@ -171,14 +182,14 @@ def append_missing_stop(rendered: Rendered, template: Template) -> Rendered:
         *(span for span in rendered.spans if span.end <= last.end),
         Span(last.end, len(text), Part.SCAFFOLD, last.message, True),
     )
-    # Whether an earlier turn has no stop either, its tokens tell.
+    # Stop tokens that earlier turns lack are detected from the tokens later.
     return rendered._replace(
         text=text, spans=spans, flags=rendered.flags - {"missing_final_stop", "no_trained_stop"} | {"eos_appended"}
     )
 
 
-def _groups(messages: Sequence[Message], assistants: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the assistant turns that follow one user message: a call, and the answer to what it returned."""
+def _group_turns(messages: Sequence[Message], assistants: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the assistant messages that follow the same user message, such as a tool call and the final answer."""
     group: list[int] = []
     for turn in assistants:
         if group and any(message["role"] == "user" for message in messages[group[-1] : turn]):
@@ -188,20 +199,20 @@ def _groups(messages: Sequence[Message], assistants: Sequence[int]) -> Iterator[
     yield group
 
 
-def _split(chat: _Chats, group: Sequence[int]) -> Iterator[Rendered]:
+def _split_group(renderer: _TurnRenderer, group: Sequence[int]) -> Iterator[Rendered]:
     if len(group) > 1:
-        together = chat.joint(group, group[-1] + 1, must=False)
-        if together is not None and "history_rewritten" not in together.flags:
-            yield together
+        joint = renderer.render_joint(group, group[-1] + 1, required=False)
+        if joint is not None and "history_rewritten" not in joint.flags:
+            yield joint
             return
     for turn in group:
-        yield chat.until([turn], turn + 1)
+        yield renderer.render([turn], turn + 1)
 
 
-def _already_formatted(text: str, template: Template) -> Rendered:
+def _render_formatted_text(text: str, template: Template) -> Rendered:
     eos = template.special_tokens.get("eos_token")
     bos = template.special_tokens.get("bos_token")
-    # A second EOS is the classic fault of trainers on text that was templated before.
+    # Many trainers append a second EOS to text that a template has already formatted.
     ending = eos if eos and not text.rstrip().endswith(eos) else ""
     spans = [Span(0, len(text), Part.CONTENT, 0, True)]
     if ending:
@@ -210,31 +221,31 @@ def _already_formatted(text: str, template: Template) -> Rendered:
 
 
 def _render_fields(conversation: Conversation, template: Template) -> Rendered:
-    owners = {
+    variables = {
         name: track_value(value, Part.CONTENT, index) for index, (name, value) in enumerate(conversation.fields.items())
     }
     try:
-        text = template.run(owners)
+        text = template.render(variables)
     except BadRow as error:
-        error.hint = f"the row has {', '.join(conversation.fields) or 'messages'}; columns= maps other names"
+        error.hint = f"the row has {', '.join(conversation.fields) or 'messages'}; use columns= to map other names"
         raise
-    parts = pieces_of(text)
-    arrived = {piece.message for piece in parts}
+    pieces = pieces_of(text)
+    printed = {piece.message for piece in pieces}
     for index, (name, value) in enumerate(conversation.fields.items()):
-        if value.strip() and index not in arrived:
+        if value.strip() and index not in printed:
             raise BadRow(
                 "message_dropped",
                 f"template {template.name!r} does not print this column",
                 field=name,
-                hint="use a template that has room for it, or take it out of the data",
+                hint="use a template that prints the column, or remove the column from the data",
             )
     answer = conversation.completion_from
-    blocks = dict.fromkeys(piece.block for piece in parts if piece.block)
+    blocks = dict.fromkeys(piece.block for piece in pieces if piece.block)
     regions = [
-        TurnRegion(answer, min(p.start for p in parts if p.block == b), max(p.end for p in parts if p.block == b))
+        TurnRegion(answer, min(p.start for p in pieces if p.block == b), max(p.end for p in pieces if p.block == b))
         for b in blocks
     ]
     if not regions:
-        raise BadRow("nothing_marked", f"template {template.name!r} marks nothing as trained for this row")
-    prompt_parts = (piece._replace(message=min(piece.message, 0)) for piece in parts)
-    return Rendered(str.__str__(text), make_spans(prompt_parts, regions), add_bos=True)
+        raise BadRow("nothing_marked", f"template {template.name!r} prints no generation block for this row")
+    message_pieces = (piece._replace(message=min(piece.message, 0)) for piece in pieces)
+    return Rendered(str.__str__(text), make_spans(message_pieces, regions), add_bos=True)

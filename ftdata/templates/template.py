@@ -1,4 +1,4 @@
-"""Template: Jinja source bound to a tokenizer's special tokens, and where templates are found."""
+"""Chat and prompt templates: Jinja source bound to a tokenizer's special tokens, and the lookup of templates."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from ftdata.templates.turns.stops import TurnStops
 from ftdata.types import Part
 
 templates: Registry[Path] = Registry("ftdata.templates", "template")
-"""Name -> `.jinja` file."""
+"""The registry of built-in and plug-in templates: name -> path of a `.jinja` file."""
 
-for _file in sorted(Path(__file__).parent.glob("*.jinja")):
-    templates.register(_file.stem)(_file)
+for _path in sorted(Path(__file__).parent.glob("*.jinja")):
+    templates.register(_path.stem)(_path)
 
-_ASKS_LENGTHS = (
+_RECORDED_LENGTH_USES = (
     nodes.Compare,
     nodes.Operand,
     nodes.If,
@@ -48,16 +48,17 @@ _ASKS_LENGTHS = (
     nodes.UnaryExpr,
     nodes.Output,
 )
+"""Syntax nodes that only compare, add or print the length of a text."""
 
 _ROLES = {"u": "user", "a": "assistant"}
 
 DEFAULT_DATE = datetime.datetime(2026, 1, 1)  # noqa: DTZ001  (templates print wall-clock time)
-"""What the clock shows where nobody said otherwise: templates with a date stay the same from day to day."""
+"""The default of `Template.date`. It is fixed, so that a template with a date prints the same text every day."""
 
 _TRACKED_OBJECT = f"{TrackedString.__module__}.{TrackedString.__name__} object"
-"""How Jinja names a tracked string."""
+"""The name of a tracked string in the error messages of Jinja."""
 
-TEMPLATE_FAULTS = (
+TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     TypeError,
     ValueError,
@@ -66,21 +67,22 @@ TEMPLATE_FAULTS = (
     ArithmeticError,
     RuntimeError,
 )
-"""What the template's own code may raise; it is foreign code, so the list is wide."""
+"""Exceptions that the code of a template may raise. Templates are third-party code, so the list is long."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """A template, bound to a tokenizer's special tokens.
+    """A template, bound to the special tokens of a tokenizer.
 
     Attributes:
-        name: how to speak of it: a built-in's name, a file, `"<string>"` or `"tokenizer"`.
-        source: the Jinja text; empty where a tokenizer has none, which serves already formatted text only.
-        strict: printing an undefined name is an error; only a tokenizer's own template may rely on silence.
-        special_tokens: `bos_token`, `eos_token`, ...: what the template may print.
-        control: finds control tokens in text; what a stop is looked for among.
-        date: what the clock shows to templates that print a date.
-        kwargs: further variables for the template (`enable_thinking`, ...).
+        name: name for messages: the name of a built-in template, a path, `"<string>"` or `"tokenizer"`.
+        source: Jinja source. Empty if the tokenizer has no template; then only text that is already formatted can be
+            rendered.
+        strict: whether printing an undefined name is an error. False only for the template of a tokenizer.
+        special_tokens: special tokens that the template may print, such as `bos_token` and `eos_token`.
+        control: pattern that matches the tokenizer's control tokens, among which stop tokens are searched for.
+        date: date and time for templates that print the current date.
+        kwargs: template variables, such as `enable_thinking`.
     """
 
     name: str
@@ -93,78 +95,87 @@ class Template:
 
     @cached_property
     def description(self) -> str:
-        """All that it is, as JSON."""
+        """All attributes of the template, as JSON."""
         pattern = self.control.pattern if self.control is not None else None
-        own = {"name": self.name, "source": self.source, "strict": self.strict, "control": pattern}
-        given = {"special_tokens": dict(self.special_tokens), "kwargs": dict(self.kwargs)}
-        return json.dumps({**own, **given, "date": self.date.isoformat()}, sort_keys=True)
+        attributes = {"name": self.name, "source": self.source, "strict": self.strict, "control": pattern}
+        mappings = {"special_tokens": dict(self.special_tokens), "kwargs": dict(self.kwargs)}
+        return json.dumps({**attributes, **mappings, "date": self.date.isoformat()}, sort_keys=True)
 
     @cached_property
     def key(self) -> str:
-        """A hash of all that it is."""
+        """A hash of `description`."""
         return disk.hash_bytes(self.description.encode())
 
     @classmethod
-    def described(cls, description: str) -> Template:
-        """Return the template of a description."""
-        found = json.loads(description)
-        control = re.compile(found["control"]) if found["control"] else None
-        return cls(**{**found, "control": control, "date": datetime.datetime.fromisoformat(found["date"])})
+    def from_description(cls, description: str) -> Template:
+        """Return the template whose `description` this is."""
+        attributes = json.loads(description)
+        control = re.compile(attributes["control"]) if attributes["control"] else None
+        return cls(**{**attributes, "control": control, "date": datetime.datetime.fromisoformat(attributes["date"])})
 
     @cached_property
-    def names(self) -> frozenset[str]:
+    def variables(self) -> frozenset[str]:
         """The variables that the template reads.
 
         Raises:
-            TemplateRefused: `template_syntax`, with the line.
+            TemplateRefused: `template_syntax`, with the line of the error.
         """
-        with self._told():
+        with self._convert_syntax_errors():
             return template_variables(self._syntax)
 
     @cached_property
-    def chat(self) -> bool:
-        """Whether this is a chat template: it reads `messages`."""
-        return "messages" in self.names
+    def is_chat(self) -> bool:
+        """Whether this is a chat template, which reads `messages`."""
+        return "messages" in self.variables
 
     @cached_property
-    def tagged(self) -> bool:
-        """Whether the template itself marks what the model must produce."""
+    def has_generation_tags(self) -> bool:
+        """Whether the template marks the generated text with `{% generation %}`."""
         tokens = sandbox_environment().lex(self.source)
         return any(kind == "name" and value == "generation" for _, kind, value in tokens)
 
     @cached_property
     def uses_date(self) -> bool:
-        """Whether the text may depend on the clock."""
+        """Whether the rendered text may depend on the current date."""
         syntax = self._syntax
-        asked = [test.node for test in syntax.find_all(nodes.Test) if test.name in ("defined", "undefined")]
-        names = (name for name in syntax.find_all(nodes.Name) if all(name is not node for node in asked))
+        tested = [test.node for test in syntax.find_all(nodes.Test) if test.name in ("defined", "undefined")]
+        names = (name for name in syntax.find_all(nodes.Name) if all(name is not node for node in tested))
         return any(name.name == "strftime_now" for name in names)
 
     @cached_property
     def stops(self) -> TurnStops:
-        """How turns end, learnt from probes."""
-        return locate.learn_stops(self._probe, TurnStops(self.special_tokens.get("eos_token"), self.control))
+        """How the template ends turns, detected with probes."""
+        return locate.detect_stops(self._probe, TurnStops(self.special_tokens.get("eos_token"), self.control))
 
     def _probe(self, roles: str) -> TrackedString | None:
-        """Render a plain conversation, its contents as text or, for templates that want them so, as lists of parts."""
+        """Render a small conversation.
+
+        The contents are strings or, for templates that require it, lists of parts.
+
+        Args:
+            roles: first characters of the roles, such as `"uaua"`.
+
+        Returns:
+            The rendered text, or `None` if the template does not print every content.
+        """
         contents = [f"{_ROLES[role]} text {number}" for number, role in enumerate(roles)]
-        for as_content in (str, _as_parts):
+        for make_content in (str, _make_text_parts):
             messages = [
-                {"role": _ROLES[role], "content": as_content(content)}
+                {"role": _ROLES[role], "content": make_content(content)}
                 for role, content in zip(roles, contents, strict=True)
             ]
             try:
-                text = self.run(make_chat_variables(track_messages(messages)))
+                text = self.render(make_chat_variables(track_messages(messages)))
             except BadRow:
                 continue
-            for found in (text, _found_again(text, contents)):
-                if len(roles) == len({piece.message for piece in pieces_of(found) if piece.part is Part.CONTENT}):
-                    return found
+            for tracked in (text, _track_contents(text, contents)):
+                if len(roles) == len({piece.message for piece in pieces_of(tracked) if piece.part is Part.CONTENT}):
+                    return tracked
         return None
 
     @cached_property
     def takes_text_arguments(self) -> bool:
-        """Whether the template prints the arguments of a tool call as they stand where they are given as JSON text."""
+        """Whether the template prints tool call arguments that are a JSON string without changing them."""
         arguments = '{"key":  "value"}'
         call = {"id": "call00001", "type": "function", "function": {"name": "look_up", "arguments": arguments}}
         messages: list[dict[str, Any]] = [
@@ -175,61 +186,63 @@ class Template:
         ]
         for count in (4, 2):
             try:
-                return arguments in self.run(make_chat_variables(track_messages(messages[:count])))
+                return arguments in self.render(make_chat_variables(track_messages(messages[:count])))
             except BadRow:
                 continue
         return False
 
     @cached_property
-    def foreseeable(self) -> bool:
-        """Whether all that the template may ask of texts can be noted.
+    def is_recordable(self) -> bool:
+        """Whether every operation that the template may perform on a text can be recorded.
 
-        Not so where it looks for one text in another that is not written out, or formats.
+        This is false if the template uses `in` with two operands that are not constants, or formats strings.
         """
         syntax = self._syntax
-        for compared in syntax.find_all(nodes.Compare):
-            written = (compared.expr, *(operand.expr for operand in compared.ops))
-            for left, operand in zip(written, compared.ops, strict=False):
-                known = isinstance(left, nodes.Const) or isinstance(operand.expr, nodes.List | nodes.Tuple | nodes.Dict)
-                if operand.op in ("in", "notin") and not known:
+        for comparison in syntax.find_all(nodes.Compare):
+            expressions = (comparison.expr, *(operand.expr for operand in comparison.ops))
+            for left, operand in zip(expressions, comparison.ops, strict=False):
+                is_constant = isinstance(left, nodes.Const) or isinstance(
+                    operand.expr, nodes.List | nodes.Tuple | nodes.Dict
+                )
+                if operand.op in ("in", "notin") and not is_constant:
                     return False
-        divided = all(isinstance(division.right, nodes.Const) for division in syntax.find_all(nodes.Mod))
-        return divided and not any(_uses_length(node) for node in syntax.find_all(nodes.Node))
+        has_constant_divisors = all(isinstance(division.right, nodes.Const) for division in syntax.find_all(nodes.Mod))
+        return has_constant_divisors and not any(_uses_length(node) for node in syntax.find_all(nodes.Node))
 
     @cached_property
-    def memory(self) -> TurnCache:
-        """Where turns begin and end, for the conversations seen so far."""
+    def turn_cache(self) -> TurnCache:
+        """Turn boundaries of conversations that were rendered before."""
         return TurnCache()
 
     @cached_property
-    def runs(self) -> PrefixCache:
-        """What the template made of the first messages of conversations seen so far."""
+    def prefix_cache(self) -> PrefixCache:
+        """Renderings of the first messages of conversations that were rendered before."""
         return PrefixCache()
 
     @cached_property
-    def plans(self) -> PlanCache:
-        """What the template makes of conversations that it treats as those seen so far."""
+    def plan_cache(self) -> PlanCache:
+        """Render plans, with which similar conversations are rendered without running the template."""
         return PlanCache()
 
-    def run(self, variables: Mapping[str, Any]) -> TrackedString:
-        """Render once. The text is exactly what transformers renders for the same variables.
+    def render(self, variables: Mapping[str, Any]) -> TrackedString:
+        """Render the template once. The text is exactly the text that transformers renders for the same variables.
 
         Args:
-            variables: what the template is given, besides special tokens and `kwargs`.
+            variables: variables of the template besides the special tokens and `kwargs`.
 
         Raises:
             BadRow: `template_raises`, with the template's own message.
-            TemplateRefused: it cannot be compiled.
+            TemplateRefused: `template_syntax`, if the template cannot be compiled.
         """
-        return unwatch(self.rendered(variables))
+        return unwatch(self.run(variables))
 
-    def rendered(self, variables: Mapping[str, Any], *, watch: bool = False) -> TrackedString:
-        """Render once, as `run`; with `watch`, the text may be watched itself, and tells how it came about."""
-        given = {**self.special_tokens, **self.kwargs, **variables}
+    def run(self, variables: Mapping[str, Any], *, watch: bool = False) -> TrackedString:
+        """Render the template once, as `render` does. With `watch=True`, the result may be a `WatchedString`."""
+        context = {**self.special_tokens, **self.kwargs, **variables}
         program = self._compile(watch=watch)
         try:
-            return TrackedString.of(program.render(given))
-        except TEMPLATE_FAULTS as error:
+            return TrackedString.from_str(program.render(context))
+        except TEMPLATE_ERRORS as error:
             reason = (
                 str(error)
                 .replace(f"'{TrackedString.__name__}'", "'str'")
@@ -239,36 +252,39 @@ class Template:
 
     @property
     def _syntax(self) -> nodes.Template:
-        # Not compiled: that is for the process in which it runs.
-        with self._told():
-            return _parsed(self.source)
+        # Only parsed: the template is compiled in the process that runs it.
+        with self._convert_syntax_errors():
+            return _parse(self.source)
 
     def _compile(self, *, watch: bool) -> jinja2.Template:
-        with self._told():
+        with self._convert_syntax_errors():
             return compile_template(self.source, self.date, self.strict, watch)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _convert_syntax_errors(self) -> Iterator[None]:
         try:
             yield
         except jinja2.TemplateSyntaxError as error:
             message = f"template {self.name!r}, line {error.lineno}: {error.message}"
             raise TemplateRefused("template_syntax", message) from None
         except (SyntaxError, ValueError, RecursionError) as error:
-            # Python compiles what Jinja makes of it, and has limits of its own: nesting, digits.
+            # Python compiles the code that Jinja generates, and limits its nesting and the digits of its numbers.
             raise TemplateRefused("template_syntax", f"template {self.name!r} cannot be compiled: {error}") from None
 
 
 @lru_cache(maxsize=64)
-def _parsed(source: str) -> nodes.Template:
+def _parse(source: str) -> nodes.Template:
     return sandbox_environment().parse(source)
 
 
 def find_template(spec: str | Path) -> tuple[str, str]:
-    """Return the name and the Jinja text of a template: a built-in or plug-in name, a file, or Jinja itself.
+    """Return the name and the Jinja source of a template.
+
+    Args:
+        spec: name of a built-in or plug-in template, path of a file, or Jinja source.
 
     Raises:
-        UsageError: there is no such template; the hint holds the nearest names.
+        UsageError: `unknown_template`, with the most similar names as the hint, or `template_encoding`.
     """
     text = str(spec)
     if "{{" in text or "{%" in text:
@@ -277,7 +293,7 @@ def find_template(spec: str | Path) -> tuple[str, str]:
     if not path.is_file():
         raise UsageError(
             "unknown_template",
-            f"no template named {text!r}, and no file of that name",
+            f"no template and no file is named {text!r}",
             hint=suggest_names(text, templates.names()),
         )
     try:
@@ -287,38 +303,40 @@ def find_template(spec: str | Path) -> tuple[str, str]:
 
 
 def check_can_train(template: Template) -> None:
-    """Refuse a template that could never train anything, before any row is read.
+    """Refuse a template that marks no text as generated, before any row is read.
 
     Raises:
         TemplateRefused: `template_syntax`, or `nothing_marked` for a prompt template without a generation block.
     """
-    if template.source and not template.chat and not template.tagged:
+    if template.source and not template.is_chat and not template.has_generation_tags:
         raise TemplateRefused(
             "nothing_marked",
-            f"template {template.name!r} reads no messages and marks nothing as trained",
+            f"template {template.name!r} does not read messages and has no generation block",
             hint="put {% generation %} before the response and {% endgeneration %} after its stop token",
         )
 
 
 def render_scaffold(template: Template) -> str:
-    """Return what a chat template prints around messages, whatever they say: where it glues control tokens together.
+    """Return the text that a chat template prints around messages, in which control tokens may touch each other.
 
-    Templates that refuse a probe are silent here, and judged by the rows.
+    A probe that the template rejects is left out; the rows themselves are still checked.
     """
-    found = ""
-    for roles in (("user", "assistant"), ("system", "user", "assistant")) if template.source and template.chat else ():
+    text = ""
+    for roles in (
+        (("user", "assistant"), ("system", "user", "assistant")) if template.source and template.is_chat else ()
+    ):
         try:
             messages = [{"role": role, "content": "x"} for role in roles]
-            found += template.run({"messages": messages, "tools": None, "add_generation_prompt": True})
+            text += template.render({"messages": messages, "tools": None, "add_generation_prompt": True})
         except BadRow:
             continue
-    return found
+    return text
 
 
 def make_chat_variables(
     messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] = (), *, generation_prompt: bool = False
 ) -> dict[str, Any]:
-    """Return what a chat template is given, as transformers gives it."""
+    """Return the variables of a chat template, the same as in transformers."""
     return {
         "messages": messages,
         "tools": track_value(tools, Part.TOOLS, -1) if tools else None,
@@ -328,21 +346,23 @@ def make_chat_variables(
 
 
 def _uses_length(node: nodes.Node) -> bool:
-    """Whether a node takes the length of what may be a text, and does more with it than to compare, add or print it."""
-    if isinstance(node, _ASKS_LENGTHS) or (isinstance(node, nodes.Test) and node.name != "sameas"):
+    """Return whether a node uses the length of a possible text for more than comparing, adding or printing it."""
+    if isinstance(node, _RECORDED_LENGTH_USES) or (isinstance(node, nodes.Test) and node.name != "sameas"):
         return False
-    lengths = [
-        one.node for one in node.iter_child_nodes() if isinstance(one, nodes.Filter) and one.name in ("length", "count")
+    operands = [
+        child.node
+        for child in node.iter_child_nodes()
+        if isinstance(child, nodes.Filter) and child.name in ("length", "count")
     ]
-    return not all(isinstance(one, nodes.Name) and one.name in ("messages", "tools") for one in lengths)
+    return not all(isinstance(operand, nodes.Name) and operand.name in ("messages", "tools") for operand in operands)
 
 
-def _found_again(text: TrackedString, contents: Sequence[str]) -> TrackedString:
-    """Return a text with these contents tracked where they stand, for templates that format them."""
+def _track_contents(text: TrackedString, contents: Sequence[str]) -> TrackedString:
+    """Return the text with every occurrence of a content tracked, for templates that format the contents."""
     parts: list[str] = re.split(f"({'|'.join(map(re.escape, contents))})", str.__str__(text))
-    owners = {content: track_value(content, Part.CONTENT, index) for index, content in enumerate(contents)}
-    return TrackedString.of(concat_tracked(owners.get(part, part) for part in parts))
+    tracked_contents = {content: track_value(content, Part.CONTENT, index) for index, content in enumerate(contents)}
+    return TrackedString.from_str(concat_tracked(tracked_contents.get(part, part) for part in parts))
 
 
-def _as_parts(text: str) -> list[dict[str, str]]:
+def _make_text_parts(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]

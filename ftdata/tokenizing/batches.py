@@ -1,4 +1,4 @@
-"""Batches: many texts laid end to end, their spans and their tokens by columns, so that one search serves all."""
+"""Batches of concatenated texts with their spans and tokens in columns, so that numpy processes all texts together."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from ftdata.types import Rendered, Source, Spans
 
 
 class EncodedText(NamedTuple):
-    """The tokens of one text: `ids` int32 `[n]`, `offsets` int32 `[n, 2]` in characters of the text.
+    """The tokens of one text.
 
-    `escaped`: control tokens that the row spells were kept from becoming real.
+    Attributes:
+        ids: int32 `[n]`.
+        offsets: int32 `[n, 2]`, in characters of the text.
+        escaped: whether control tokens in the text of the row were encoded as plain text.
     """
 
     ids: NDArray[np.int32]
@@ -31,77 +34,78 @@ class Encodings:
 
     Attributes:
         ids: int32 `[tokens]`.
-        starts, ends: int32 or int64 `[tokens]`, the characters behind each token, counted through all texts.
-        bounds: int64 `[texts + 1]`, where the tokens of each text begin.
-        places: int64 `[texts + 1]`, where its characters do.
-        escaped: the texts in which control tokens that the row spells were kept from becoming real.
+        starts, ends: int32 or int64 `[tokens]`, the range of characters of each token in the concatenated texts.
+        token_bounds: int64 `[texts + 1]`, index of the first token of each text, and the number of tokens.
+        text_bounds: int64 `[texts + 1]`, index of the first character of each text, and the number of characters.
+        escaped: indices of the texts in which control tokens were encoded as plain text.
     """
 
     ids: NDArray[np.int32] = field(repr=False)
     starts: NDArray[np.integer] = field(repr=False)
     ends: NDArray[np.integer] = field(repr=False)
-    bounds: NDArray[np.int64]
-    places: NDArray[np.int64]
+    token_bounds: NDArray[np.int64]
+    text_bounds: NDArray[np.int64]
     escaped: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, encoded: Sequence[EncodedText], sizes: Iterable[int]) -> Encodings:
-        """Lay the tokens of texts end to end; `sizes` are the characters of each.
+    def from_texts(cls, encoded: Sequence[EncodedText], sizes: Iterable[int]) -> Encodings:
+        """Concatenate the tokens of texts; `sizes` are the numbers of characters of the texts.
 
-        >>> one = EncodedText(np.array([7, 8], np.int32), np.array([[0, 2], [2, 3]], np.int32))
-        >>> both = Encodings.of([one, one], [3, 3])
-        >>> both.starts.tolist(), both.bounds.tolist(), both[1].offsets.tolist()
+        >>> text = EncodedText(np.array([7, 8], np.int32), np.array([[0, 2], [2, 3]], np.int32))
+        >>> batch = Encodings.of([text, text], [3, 3])
+        >>> batch.starts.tolist(), batch.bounds.tolist(), batch[1].offsets.tolist()
         ([0, 2, 3, 5], [0, 2, 4], [[0, 2], [2, 3]])
         """
-        bounds, places = end_offsets(len(one.ids) for one in encoded), end_offsets(sizes)
-        ids = np.concatenate([one.ids for one in encoded]) if encoded else np.empty(0, np.int32)
-        offsets = np.concatenate([one.offsets for one in encoded]) if encoded else np.empty((0, 2), np.int32)
+        bounds, places = end_offsets(len(text.ids) for text in encoded), end_offsets(sizes)
+        ids = np.concatenate([text.ids for text in encoded]) if encoded else np.empty(0, np.int32)
+        offsets = np.concatenate([text.offsets for text in encoded]) if encoded else np.empty((0, 2), np.int32)
         shift = np.repeat(places[:-1].astype(offset_dtype(int(places[-1]))), np.diff(bounds))
-        escaped = frozenset(number for number, one in enumerate(encoded) if one.escaped)
+        escaped = frozenset(number for number, text in enumerate(encoded) if text.escaped)
         return cls(ids, offsets[:, 0] + shift, offsets[:, 1] + shift, bounds, places, escaped)
 
     def __len__(self) -> int:
-        return len(self.bounds) - 1
+        return len(self.token_bounds) - 1
 
     def __getitem__(self, number: int) -> EncodedText:
-        own = slice(*self.bounds[number : number + 2].tolist())
-        offsets = np.stack((self.starts[own], self.ends[own]), axis=1) - self.places[number]
-        return EncodedText(self.ids[own], offsets.astype(np.int32), number in self.escaped)
+        tokens = slice(*self.token_bounds[number : number + 2].tolist())
+        offsets = np.stack((self.starts[tokens], self.ends[tokens]), axis=1) - self.text_bounds[number]
+        return EncodedText(self.ids[tokens], offsets.astype(np.int32), number in self.escaped)
 
     def __iter__(self) -> Iterator[EncodedText]:
         return map(self.__getitem__, range(len(self)))
 
-    def with_(self, others: Mapping[int, EncodedText]) -> Encodings:
-        """Return the same with other tokens for some of the texts."""
-        if not others:
+    def with_replacements(self, replacements: Mapping[int, EncodedText]) -> Encodings:
+        """Return a copy with other tokens for the texts whose indices are the keys of `replacements`."""
+        if not replacements:
             return self
-        return Encodings.of([others.get(number, one) for number, one in enumerate(self)], np.diff(self.places).tolist())
+        texts = [replacements.get(number, text) for number, text in enumerate(self)]
+        return Encodings.from_texts(texts, np.diff(self.text_bounds).tolist())
 
-    def begun(self, texts: Sequence[int], ids: NDArray[np.int32]) -> Encodings:
-        """Return the same with these ids, of no characters, before each of some texts."""
+    def with_prefix(self, texts: Sequence[int], ids: NDArray[np.int32]) -> Encodings:
+        """Return a copy with the ids prepended to the texts of these indices; the new tokens cover no characters."""
         if not len(texts) or not len(ids):
             return self
-        at, places = (np.repeat(column[np.asarray(texts)], len(ids)) for column in (self.bounds, self.places))
-        more = np.zeros(len(self.bounds), np.int64)
-        more[np.asarray(texts) + 1] = len(ids)
+        positions, offsets = (
+            np.repeat(column[np.asarray(texts)], len(ids)) for column in (self.token_bounds, self.text_bounds)
+        )
+        added = np.zeros(len(self.token_bounds), np.int64)
+        added[np.asarray(texts) + 1] = len(ids)
         return Encodings(
-            np.insert(self.ids, at, np.tile(ids, len(texts))),
-            np.insert(self.starts, at, places),
-            np.insert(self.ends, at, places),
-            self.bounds + np.cumsum(more),
-            self.places,
+            np.insert(self.ids, positions, np.tile(ids, len(texts))),
+            np.insert(self.starts, positions, offsets),
+            np.insert(self.ends, positions, offsets),
+            self.token_bounds + np.cumsum(added),
+            self.text_bounds,
             self.escaped,
         )
 
 
 @dataclass(frozen=True, eq=False)
 class RenderedBatch:
-    """Many rendered texts, and their spans.
+    """Rendered texts with their spans in columns.
 
     Attributes:
-        texts: the texts.
-        starts, ends: int64 `[spans]`, the characters of each span, counted through all texts, which they tile.
-        data: bool `[spans]`, which spans are not the template's own text.
+        texts: the rendered texts.
     """
 
     texts: Sequence[Rendered] = field(repr=False)
@@ -118,39 +122,39 @@ class RenderedBatch:
     @cached_property
     def spans(self) -> tuple[Spans, ...]:
         """The spans of each text."""
-        return tuple(Spans.of(one.spans) for one in self.texts)
+        return tuple(Spans.from_spans(text.spans) for text in self.texts)
 
     @property
     def starts(self) -> NDArray[np.int64]:
-        """Where each span begins, in characters of all texts (int64 `[spans]`)."""
+        """Start of each span, in characters of the concatenated texts (int64 `[spans]`)."""
         return self._edges[:-1]
 
     @property
     def ends(self) -> NDArray[np.int64]:
-        """Where each span ends, in characters of all texts (int64 `[spans]`)."""
+        """End of each span, in characters of the concatenated texts (int64 `[spans]`)."""
         return self._edges[1:]
 
     @cached_property
     def data(self) -> NDArray[np.bool_]:
-        """Which spans are not the template's own text (bool `[spans]`)."""
-        return np.concatenate([np.empty(0, np.bool_), *[one.kinds.is_data for one in self.spans]])
+        """Which spans are not template text (bool `[spans]`)."""
+        return np.concatenate([np.empty(0, np.bool_), *[spans.kinds.is_data for spans in self.spans]])
 
     @cached_property
     def _edges(self) -> NDArray[np.int64]:
-        return end_offsets(chain.from_iterable([one.sizes for one in self.spans]))
+        return end_offsets(chain.from_iterable([spans.sizes for spans in self.spans]))
 
 
 class ExampleColumns(NamedTuple):
-    """Examples by columns, one after the other, as they are counted and written.
+    """Examples in columns, in the form in which they are counted and written.
 
     Attributes:
-        ids: int32 `[tokens]`.
-        trained: bool `[tokens]`.
-        lengths: int64 `[examples]`, tokens of each.
-        trained_counts: int64 `[examples]`, trained tokens of each.
-        cut: tokens that truncation took from each.
-        flags: what a careful reader should know of each.
-        sources: where the row of each came from.
+        ids: int32 `[tokens]`, the concatenated ids of all examples.
+        trained: bool `[tokens]`, true where the token carries loss.
+        lengths: int64 `[examples]`, number of tokens of each example.
+        trained_counts: int64 `[examples]`, number of trained tokens of each example.
+        cut: number of tokens that truncation removed from each example.
+        flags: flags of each example.
+        sources: source of the row of each example.
     """
 
     ids: NDArray[np.int32]
@@ -163,11 +167,11 @@ class ExampleColumns(NamedTuple):
 
 
 def end_offsets(sizes: Iterable[int]) -> NDArray[np.int64]:
-    """Return where each of several things ends, after a 0: int64 `[things + 1]`."""
-    found = np.array([0, *sizes], np.int64)
-    return np.cumsum(found, out=found)
+    """Return the cumulative sum of sizes, with a 0 in front: int64 `[sizes + 1]`."""
+    ends = np.array([0, *sizes], np.int64)
+    return np.cumsum(ends, out=ends)
 
 
-def offset_dtype(most: int) -> type[np.signedinteger]:
-    """Return the kind of number for places in a text of so many characters."""
-    return np.int32 if most < 1 << 31 else np.int64
+def offset_dtype(size: int) -> type[np.signedinteger]:
+    """Return the smallest dtype for offsets in a text of `size` characters: int32 or int64."""
+    return np.int32 if size < 1 << 31 else np.int64

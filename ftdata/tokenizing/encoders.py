@@ -1,11 +1,11 @@
-"""Encoders: texts into ids and offsets, many at once.
+"""Encode batches of texts to ids and offsets.
 
-The reference is `tokenizers`; where it is shown to do the same, fastokens (extra `fast`) takes its place, which is some
-hundred times faster.
+The reference is `tokenizers`. fastokens (extra `fast`) is about a hundred times faster. ftdata uses it if it encodes a
+set of difficult texts in the same way as the reference.
 
-fastokens gives no offsets. For byte-level BPE, and for SentencePiece's in which blanks are U+2581, none are needed: the
-name of each token spells what it stands for, so the places of tokens are a running sum of their lengths. Where a
-normaliser changes a text, or the sum is not the length of the text, the reference is asked.
+fastokens returns no offsets. ftdata computes them for byte-level BPE, and for SentencePiece-style BPE that replaces
+spaces by U+2581: the name of a token determines how many characters it covers, so the offsets are a cumulative sum. A
+text is encoded by the reference if a normalizer changes it, or if the sum differs from the length of the text.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from numpy.typing import NDArray
 from ftdata.errors import TemplateRefused
 from ftdata.tokenizing.batches import EncodedText, Encodings, end_offsets, offset_dtype
 
-ENOUGH, BYTES = 1_000_000, 4
-"""The fast encoder is loaded from this many characters on, and one more for every so many bytes of the tokenizer's
-file: with less to do, loading takes longer than it saves."""
+FAST_MIN_CHARACTERS, BYTES_PER_CHARACTER = 1_000_000, 4
+"""The fast encoder is loaded if there are more characters to encode than `FAST_MIN_CHARACTERS`, and than the size of
+`tokenizer.json` in bytes divided by `BYTES_PER_CHARACTER`. For less data, loading takes longer than it saves."""
 
-SAMPLE, SAMPLED = 1000, 4
-"""Characters of the texts that both encoders are compared on, and of how many batches one has such a text."""
+COMPARED_LENGTH, COMPARISON_INTERVAL = 1000, 4
+"""In every fourth batch, both encoders encode the text whose length is closest to 1,000 characters."""
 
 
 class EncodersDiffer(Exception):
-    """The fast encoder gave other tokens than the reference for a text of the data."""
+    """The fast encoder and the reference encoded a text of the data differently."""
 
 
 class EncodingCache(Protocol):
-    """Tokens that texts were made into before."""
+    """A cache of tokenized texts."""
 
     @property
     def has_entries(self) -> bool:
-        """Whether there are any."""
+        """Whether the cache contains any text."""
 
     def encode(self, texts: Sequence[str], encode: Callable[[Sequence[str]], Encodings]) -> Encodings:
-        """Return the tokens of each text: those that are known, else what `encode` makes."""
+        """Return the tokens of each text from the cache, and call `encode` for the other texts."""
 
 
 @contextmanager
 def describe_encoder_error() -> Iterator[None]:
-    """Say what `tokenizers` says where it gives up: with an error of no kind, or one that ends programs.
+    """Convert errors of `tokenizers`, which raises plain `Exception` and Rust panics, to ftdata errors.
 
     Raises:
         TemplateRefused: `bad_tokenizer`.
@@ -62,15 +62,15 @@ def describe_encoder_error() -> Iterator[None]:
     except (TypeError, UnicodeError):
         raise
     except BaseException as error:
-        # Rust's panics are no `Exception`: code is not meant to go on after them, and ours does not.
+        # A Rust panic is only a `BaseException`, because programs must not continue after it. ftdata stops.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        told = f"the tokenizer fails: {' '.join(str(error).split())[:300]}"
-        raise TemplateRefused("bad_tokenizer", told, hint="mend its tokenizer.json, or take another") from None
+        problem = f"the tokenizer fails: {' '.join(str(error).split())[:300]}"
+        raise TemplateRefused("bad_tokenizer", problem, hint="fix tokenizer.json, or use another tokenizer") from None
 
 
 class Encoder(Protocol):
-    """What encodes texts as they stand, without adding special tokens."""
+    """An encoder of texts that adds no special tokens."""
 
     def encode(self, texts: Sequence[str]) -> Encodings:
         """Return the tokens of each text."""
@@ -78,7 +78,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class ReferenceEncoder:
-    """`tokenizers` itself."""
+    """The encoder of the `tokenizers` package."""
 
     backend: tokenizers.Tokenizer
     name: str = f"tokenizers {tokenizers.__version__}"
@@ -86,280 +86,303 @@ class ReferenceEncoder:
     def encode(self, texts: Sequence[str]) -> Encodings:
         """Return the tokens of each text."""
         with describe_encoder_error():
-            found = self.backend.encode_batch(list(texts), add_special_tokens=False)
+            encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
         encoded = [
-            EncodedText(np.asarray(one.ids, np.int32), np.asarray(one.offsets, np.int32).reshape(-1, 2))
-            for one in found
+            EncodedText(np.asarray(encoding.ids, np.int32), np.asarray(encoding.offsets, np.int32).reshape(-1, 2))
+            for encoding in encodings
         ]
-        return Encodings.of(encoded, map(len, texts))
+        return Encodings.from_texts(encoded, map(len, texts))
 
 
 @dataclass(frozen=True)
 class FastEncoder:
-    """fastokens, for BPE on bytes, or on characters with bytes for those that it does not know.
+    """The encoder of fastokens, for byte-level BPE and for BPE on characters with byte fallback.
 
     Attributes:
-        native: its tokenizer.
-        reference: what is asked about texts that a normaliser changes.
-        letters: unsigned `[size]`, twice the characters that begin in each token, and 1 where it begins inside of one.
-        composes: whether texts are normalised to NFC.
-        apart: bool `[size]`, the added tokens, where a blank is put before what stands between them; else `None`.
+        native: the tokenizer of fastokens.
+        reference: encodes texts that a normalizer changes.
+        doubled_counts: unsigned `[size]`, twice the number of characters that begin in each token, plus 1 if the token
+            begins inside a character.
+        composes: whether the normalizer is NFC.
+        added: bool `[size]`, the added tokens, if the tokenizer prepends a space to the text between added tokens;
+            otherwise `None`.
+        name: name and version of the encoder.
     """
 
     native: Any
     reference: ReferenceEncoder
-    letters: NDArray[np.unsignedinteger]
+    doubled_counts: NDArray[np.unsignedinteger]
     composes: bool
-    apart: NDArray[np.bool_] | None
+    added: NDArray[np.bool_] | None
     name: str
 
     def encode(self, texts: Sequence[str]) -> Encodings:
         """Return the tokens of each text."""
         if not texts:
-            return Encodings.of([], [])
-        flat, counted = self.native.encode_batch_flat(list(texts))
-        ids, bounds = np.frombuffer(flat, "<i4"), np.frombuffer(counted, "<i8")
-        places = end_offsets(map(len, texts))
-        told = self.letters.take(ids, mode="clip")
-        counts, ends = told >> 1, np.zeros(len(ids) + 1, dtype=offset_dtype(int(places[-1])))
-        first = _first(self.apart.take(ids, mode="clip"), bounds) if self.apart is not None else None
+            return Encodings.from_texts([], [])
+        id_bytes, bound_bytes = self.native.encode_batch_flat(list(texts))
+        ids, bounds = np.frombuffer(id_bytes, "<i4"), np.frombuffer(bound_bytes, "<i8")
+        text_bounds = end_offsets(map(len, texts))
+        doubled_counts = self.doubled_counts.take(ids, mode="clip")
+        counts, edges = doubled_counts >> 1, np.zeros(len(ids) + 1, dtype=offset_dtype(int(text_bounds[-1])))
+        first = _find_section_starts(self.added.take(ids, mode="clip"), bounds) if self.added is not None else None
         if first is not None:
             counts -= first
-        np.cumsum(counts, out=ends[1:])
-        # The blank that is put before a text stands where its first character does, also as a token of its own.
-        lasts = ends[1:] if first is None else ends[1:] + (first & (counts == 0))
-        found = Encodings(ids, ends[:-1] - (told & 1), lasts, bounds, ends[bounds])
-        unsure = set(np.flatnonzero(np.diff(found.places) != np.diff(places)).tolist())
+        np.cumsum(counts, out=edges[1:])
+        # A prepended space covers the first character of its text, also if it is a token without other characters.
+        ends = edges[1:] if first is None else edges[1:] + (first & (counts == 0))
+        encoded = Encodings(ids, edges[:-1] - (doubled_counts & 1), ends, bounds, edges[bounds])
+        uncertain = set(np.flatnonzero(np.diff(encoded.text_bounds) != np.diff(text_bounds)).tolist())
         if self.composes:
-            composed = (text.isascii() or unicodedata.is_normalized("NFC", text) for text in texts)
-            unsure.update(number for number, one in enumerate(composed) if not one)
-        if not unsure:
-            return found
-        asked = sorted(unsure)
-        others = dict(zip(asked, self.reference.encode([texts[number] for number in asked]), strict=True))
-        return Encodings.of([others.get(number, one) for number, one in enumerate(found)], np.diff(places).tolist())
+            unchanged = (text.isascii() or unicodedata.is_normalized("NFC", text) for text in texts)
+            uncertain.update(number for number, is_unchanged in enumerate(unchanged) if not is_unchanged)
+        if not uncertain:
+            return encoded
+        numbers = sorted(uncertain)
+        references = dict(zip(numbers, self.reference.encode([texts[number] for number in numbers]), strict=True))
+        encoded_texts = [references.get(number, text) for number, text in enumerate(encoded)]
+        return Encodings.from_texts(encoded_texts, np.diff(text_bounds).tolist())
 
 
 @dataclass
 class Encoders:
-    """The encoders of one tokenizer: the reference, and from enough work on the fast one.
+    """The encoders of one tokenizer: the reference, and the fast encoder if there is enough text.
 
-    `trusted` is false where the fast one was seen to differ, here or elsewhere; where it is found to, who asks does all
-    again if `retried`. What is `known` is not encoded once more.
+    Attributes:
+        description: the content of `tokenizer.json`.
+        reference: the reference encoder.
+        is_fast_trusted: false after the fast encoder differed from the reference, in this process or another.
+        raises_on_difference: whether to raise `EncodersDiffer` if they differ; the caller then repeats its work.
+        expected: number of characters (or bytes) that were announced or encoded so far.
+        cache: a cache of tokenized texts, or `None`.
     """
 
     description: bytes
     reference: ReferenceEncoder
-    trusted: bool = True
-    retried: bool = False
+    is_fast_trusted: bool = True
+    raises_on_difference: bool = False
     expected: int = 0
     cache: EncodingCache | None = None
-    _batches: int = 0
+    _batch_count: int = 0
     _fast: FastEncoder | None = None
-    _tried: bool = False
+    _has_loaded: bool = False
 
     @property
     def name(self) -> str:
-        """What encodes now."""
-        return self.reference.name if self._fast is None or not self.trusted else self._fast.name
+        """Name of the encoder in use."""
+        return self.reference.name if self._fast is None or not self.is_fast_trusted else self._fast.name
 
-    def expect(self, size: int) -> None:
-        """Say that other data is to come, and how many characters, or bytes, it has."""
-        self.expected, self._batches = max(self.expected, size), 0
+    def expect_input(self, size: int) -> None:
+        """Announce the size of the next data set, in characters or bytes."""
+        self.expected, self._batch_count = max(self.expected, size), 0
 
     def encode(self, texts: Sequence[str]) -> Encodings:
-        """Return the tokens of each text. Of some batches, the first among them, one is encoded by both encoders.
+        """Return the tokens of each text. In some batches, including the first, both encoders encode one text.
 
         Raises:
-            EncodersDiffer: they do not agree, and all is to be done again.
+            EncodersDiffer: the encoders differ, and the caller must repeat its work.
         """
         return self._encode(texts) if self.cache is None else self.cache.encode(texts, self._encode)
 
     def _encode(self, texts: Sequence[str]) -> Encodings:
         self.expected += sum(map(len, texts))
-        if self.trusted and not self._tried and self.expected > max(ENOUGH, len(self.description) // BYTES):
-            _give_back()
-            self._fast, self._tried = load_fast_encoder(self.description, self.reference), True
-            _give_back()
-        if self._fast is None or not self.trusted or not texts:
+        is_worthwhile = self.expected > max(FAST_MIN_CHARACTERS, len(self.description) // BYTES_PER_CHARACTER)
+        if self.is_fast_trusted and not self._has_loaded and is_worthwhile:
+            _trim_memory()
+            self._fast, self._has_loaded = load_fast_encoder(self.description, self.reference), True
+            _trim_memory()
+        if self._fast is None or not self.is_fast_trusted or not texts:
             return self.reference.encode(texts)
-        found = self._fast.encode(texts)
-        self._batches += 1
-        if self._batches % SAMPLED != 1:
-            return found
-        tried = min(range(len(texts)), key=lambda number: abs(len(texts[number]) - SAMPLE))
-        if has_difference(found[tried], self.reference.encode([texts[tried]])[0]):
-            self.trusted = False
-            if self.retried:
+        encoded = self._fast.encode(texts)
+        self._batch_count += 1
+        if self._batch_count % COMPARISON_INTERVAL != 1:
+            return encoded
+        compared = min(range(len(texts)), key=lambda number: abs(len(texts[number]) - COMPARED_LENGTH))
+        if has_difference(encoded[compared], self.reference.encode([texts[compared]])[0]):
+            self.is_fast_trusted = False
+            if self.raises_on_difference:
                 raise EncodersDiffer(self._fast.name)
             return self.reference.encode(texts)
-        return found
+        return encoded
 
 
 def load_fast_encoder(description: bytes, reference: ReferenceEncoder) -> FastEncoder | None:
-    """Return the fast encoder for a tokenizer, where it is installed, can be used, and does the same on hard texts."""
+    """Return the fast encoder for a tokenizer.
+
+    Returns:
+        The encoder, or `None` if fastokens is not installed, does not support the tokenizer, or differs from the
+        reference on difficult texts.
+    """
     try:
         import fastokens
     except ImportError:
         return None
     spec = orjson.loads(description)
-    in_bytes = _is_byte_level(spec)
-    if not in_bytes and not _is_sentencepiece(spec):
+    is_byte_level = _is_byte_level(spec)
+    if not is_byte_level and not _is_sentencepiece(spec):
         return None
     from importlib.metadata import version
 
-    texts = list(_hard_texts([token["content"] for token in spec.get("added_tokens", ())]))
-    letters, normalizers = _letters(spec, in_bytes=in_bytes), [one["type"] for one in _flat(spec.get("normalizer"))]
-    apart = _added(spec, len(letters)) if "Prepend" in normalizers else None
-    # A post-processor adds special tokens, which is done elsewhere.
-    bare = orjson.dumps({**spec, "post_processor": None}).decode()
-    # It takes fifty megabytes, and the encoder as much again while it is made.
+    texts = list(_difficult_texts([token["content"] for token in spec.get("added_tokens", ())]))
+    doubled_counts = _count_characters(spec, is_byte_level=is_byte_level)
+    normalizers = [stage["type"] for stage in _flatten_stages(spec.get("normalizer"))]
+    added = _mark_added_tokens(spec, len(doubled_counts)) if "Prepend" in normalizers else None
+    # Post-processors add special tokens. ftdata adds none here.
+    stripped = orjson.dumps({**spec, "post_processor": None}).decode()
+    # Free the memory before fastokens loads the tokenizer: the parsed file takes fifty megabytes.
     del spec
-    with _set_up(_SETTINGS):
+    with _set_environment(_SETTINGS):
         try:
-            native = fastokens.Tokenizer.from_json_str(bare)
-        except Exception:  # noqa: BLE001  (what it does not support it refuses in its own ways)
+            native = fastokens.Tokenizer.from_json_str(stripped)
+        except Exception:  # noqa: BLE001  (fastokens raises several types for unsupported tokenizers)
             return None
         encoder = FastEncoder(
-            native, reference, letters, "NFC" in normalizers, apart, f"fastokens {version('fastokens')}"
+            native, reference, doubled_counts, "NFC" in normalizers, added, f"fastokens {version('fastokens')}"
         )
         return encoder if find_first_difference(encoder, reference, texts) is None else None
 
 
-def _give_back() -> None:
-    """Give memory that is not used any longer back to the system, which the C library of GNU does not do by itself.
+def _trim_memory() -> None:
+    """Return free memory to the operating system, which glibc does not do automatically.
 
-    To load a tokenizer takes a hundred megabytes for a while.
+    Loading a tokenizer temporarily allocates a hundred megabytes.
     """
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 _SETTINGS = {"FASTOKENS_BPE_THREADS": "1", "FASTOKENS_INPUT_CACHE": "0"}
-"""What fastokens reads once, before its first text. Threads of one process share its words, and wait for each other:
-two take half as much again of the CPU, and worker processes are what uses many. Rows are seldom the same twice."""
+"""Settings that fastokens reads once, before its first text. One thread, because threads contend for a shared cache of
+words (two threads use 1.5 times the CPU time) and ftdata runs several processes. No cache of inputs, because rows
+seldom repeat."""
 
 
 @contextmanager
-def _set_up(settings: Mapping[str, str]) -> Iterator[None]:
-    """Have these in the environment, where the user has not set them."""
-    ours = {name: value for name, value in settings.items() if name not in os.environ}
-    os.environ.update(ours)
+def _set_environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables temporarily, except variables that the user has set."""
+    added = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        for name in ours:
+        for name in added:
             del os.environ[name]
 
 
 def find_first_difference(encoder: Encoder, reference: Encoder, texts: Sequence[str]) -> str | None:
     """Return the first text that two encoders encode differently."""
     pairs = zip(texts, encoder.encode(texts), reference.encode(texts), strict=True)
-    return next((text for text, one, other in pairs if has_difference(one, other)), None)
+    return next((text for text, first, second in pairs if has_difference(first, second)), None)
 
 
-def has_difference(one: EncodedText, other: EncodedText) -> bool:
-    """Whether the tokens of one text, or their places, are not the same."""
-    return not (np.array_equal(one.ids, other.ids) and np.array_equal(one.offsets, other.offsets))
+def has_difference(first: EncodedText, second: EncodedText) -> bool:
+    """Return whether two encodings of a text differ in ids or offsets."""
+    return not (np.array_equal(first.ids, second.ids) and np.array_equal(first.offsets, second.offsets))
 
 
-_MODEL = ("dropout", "end_of_word_suffix", "continuing_subword_prefix")
-_ADDED = ("lstrip", "rstrip", "single_word")
-_BLANK = "\u2581"
-_BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
-_PREPEND = {"type": "Prepend", "prepend": _BLANK}
-_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _BLANK}
+_MODEL_OPTIONS = ("dropout", "end_of_word_suffix", "continuing_subword_prefix")
+_ADDED_TOKEN_OPTIONS = ("lstrip", "rstrip", "single_word")
+_SPACE_SYMBOL = "\u2581"
+_BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+_PREPEND = {"type": "Prepend", "prepend": _SPACE_SYMBOL}
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE_SYMBOL}
 
 
 def _is_byte_level(spec: Any) -> bool:
-    """Whether the names of tokens tell how many bytes each stands for, and texts are changed by NFC at most."""
-    normalizers, cutters = (_flat(spec.get(name)) for name in ("normalizer", "pre_tokenizer"))
-    bytes_of = [one for one in cutters if one["type"] == "ByteLevel"]
-    cut = len(bytes_of) == 1 and not bytes_of[0].get("add_prefix_space")
-    cut = cut and all(one["type"] in ("ByteLevel", "Split", "Digits") for one in cutters)
-    known = not any(spec["model"].get(name) for name in ("byte_fallback", "unk_token"))
-    return _is_plain(spec) and known and cut and [one["type"] for one in normalizers] in ([], ["NFC"])
+    """Return whether token names determine how many bytes a token covers, and NFC is the only normalizer."""
+    normalizers, pre_tokenizers = (_flatten_stages(spec.get(name)) for name in ("normalizer", "pre_tokenizer"))
+    byte_levels = [stage for stage in pre_tokenizers if stage["type"] == "ByteLevel"]
+    can_sum = len(byte_levels) == 1 and not byte_levels[0].get("add_prefix_space")
+    can_sum = can_sum and all(stage["type"] in ("ByteLevel", "Split", "Digits") for stage in pre_tokenizers)
+    has_fallback = any(spec["model"].get(name) for name in ("byte_fallback", "unk_token"))
+    is_supported = _is_plain_bpe(spec) and not has_fallback and can_sum
+    return is_supported and [stage["type"] for stage in normalizers] in ([], ["NFC"])
 
 
 def _is_sentencepiece(spec: Any) -> bool:
-    """Whether tokens are named by their characters, or are bytes of one, and texts are changed in their blanks only."""
-    changed = _flat(spec.get("normalizer")) in ([_REPLACE], [_PREPEND, _REPLACE])
-    # What it would split at is no blank any longer.
-    whole = spec.get("pre_tokenizer") is None or spec["pre_tokenizer"].get("pattern") == {"String": " "}
-    as_written = not any(one.get("normalized") for one in spec.get("added_tokens", ()))
-    spelled = changed and whole and as_written and _is_plain(spec) and bool(spec["model"].get("byte_fallback"))
-    # Then there is no character that no token stands for.
-    return spelled and _BYTES.issubset(spec["model"]["vocab"])
+    """Return whether tokens are named by their characters or a byte, and normalizers change spaces only."""
+    changes_spaces = _flatten_stages(spec.get("normalizer")) in ([_REPLACE], [_PREPEND, _REPLACE])
+    # A pre-tokenizer that splits at spaces has no effect, because the normalizer has replaced all spaces.
+    splits_nothing = spec.get("pre_tokenizer") is None or spec["pre_tokenizer"].get("pattern") == {"String": " "}
+    has_normalized_tokens = any(token.get("normalized") for token in spec.get("added_tokens", ()))
+    can_sum = changes_spaces and splits_nothing and not has_normalized_tokens
+    is_supported = can_sum and _is_plain_bpe(spec) and bool(spec["model"].get("byte_fallback"))
+    # With all byte tokens in the vocabulary, every character is covered by a token.
+    return is_supported and _BYTE_TOKENS.issubset(spec["model"]["vocab"])
 
 
-def _is_plain(spec: Any) -> bool:
-    """Whether it is BPE that adds nothing to words, with added tokens that are found as they are written."""
-    model, added = spec["model"], spec.get("added_tokens", ())
-    plain = model.get("type") == "BPE" and not any(model.get(name) for name in _MODEL)
-    return plain and not any(one.get(name) for one in added for name in _ADDED)
+def _is_plain_bpe(spec: Any) -> bool:
+    """Return whether the model is BPE without word affixes, and added tokens match exactly as written."""
+    model, added_tokens = spec["model"], spec.get("added_tokens", ())
+    is_bpe = model.get("type") == "BPE" and not any(model.get(name) for name in _MODEL_OPTIONS)
+    return is_bpe and not any(token.get(name) for token in added_tokens for name in _ADDED_TOKEN_OPTIONS)
 
 
-def _flat(stage: Any) -> list[dict[str, Any]]:
+def _flatten_stages(stage: Any) -> list[dict[str, Any]]:
     if stage is None:
         return []
-    inner = stage.get("normalizers", stage.get("pretokenizers", ()))
-    return [one for each in inner for one in _flat(each)] if stage["type"] == "Sequence" else [stage]
+    if stage["type"] != "Sequence":
+        return [stage]
+    inner_stages = stage.get("normalizers", stage.get("pretokenizers", ()))
+    return [flat_stage for inner_stage in inner_stages for flat_stage in _flatten_stages(inner_stage)]
 
 
-def _first(apart: NDArray[np.bool_], bounds: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which tokens are the first of a text, or of what follows an added token, and are none themselves."""
-    begins = np.ones(len(apart), np.bool_)
-    begins[1:] = apart[:-1]
-    begins[bounds[:-1][bounds[:-1] < len(apart)]] = True
-    return np.asarray(begins & ~apart)
+def _find_section_starts(is_added: NDArray[np.bool_], bounds: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which tokens are the first of a text, or follow an added token, and are not added tokens themselves."""
+    starts = np.ones(len(is_added), np.bool_)
+    starts[1:] = is_added[:-1]
+    starts[bounds[:-1][bounds[:-1] < len(is_added)]] = True
+    return np.asarray(starts & ~is_added)
 
 
-def _added(spec: Any, size: int) -> NDArray[np.bool_]:
-    found = np.zeros(size, np.bool_)
-    found[[token["id"] for token in spec.get("added_tokens", ())]] = True
-    return found
+def _mark_added_tokens(spec: Any, size: int) -> NDArray[np.bool_]:
+    marks = np.zeros(size, np.bool_)
+    marks[[token["id"] for token in spec.get("added_tokens", ())]] = True
+    return marks
 
 
-def _letters(spec: Any, *, in_bytes: bool) -> NDArray[np.unsignedinteger]:
+def _count_characters(spec: Any, *, is_byte_level: bool) -> NDArray[np.unsignedinteger]:
+    """Return the table `FastEncoder.doubled_counts` of a tokenizer (unsigned `[size]`)."""
     vocabulary = spec["model"]["vocab"]
     added = {token["id"]: token["content"] for token in spec.get("added_tokens", ())}
-    letters = np.zeros(max(*vocabulary.values(), *added, 0) + 1, dtype=np.int32)
+    doubled_counts = np.zeros(max(*vocabulary.values(), *added, 0) + 1, dtype=np.int32)
     sizes = np.fromiter(map(len, vocabulary), np.int64, len(vocabulary))
     numbers = np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
-    if in_bytes:
+    if is_byte_level:
         ends = np.concatenate(([0], np.cumsum(sizes)))
-        continues = _continues()[np.frombuffer("".join(vocabulary).encode("utf-32-le"), "<u4").clip(max=511)]
-        begun = np.concatenate(([0], np.cumsum(~continues)))
-        letters[numbers] = 2 * (begun[ends[1:]] - begun[ends[:-1]])
-        letters[numbers[sizes > 0]] += continues[ends[:-1][sizes > 0]]
+        points = np.frombuffer("".join(vocabulary).encode("utf-32-le"), "<u4").clip(max=511)
+        is_continuation = _continuation_symbols()[points]
+        starts = np.concatenate(([0], np.cumsum(~is_continuation)))
+        doubled_counts[numbers] = 2 * (starts[ends[1:]] - starts[ends[:-1]])
+        doubled_counts[numbers[sizes > 0]] += is_continuation[ends[:-1][sizes > 0]]
     else:
-        letters[numbers] = 2 * sizes
-        for name in _BYTES:
-            letters[vocabulary[name]] = 1 if 0x80 <= int(name[1:-1], 16) < 0xC0 else 2
+        doubled_counts[numbers] = 2 * sizes
+        for name in _BYTE_TOKENS:
+            doubled_counts[vocabulary[name]] = 1 if 0x80 <= int(name[1:-1], 16) < 0xC0 else 2
     for number, text in added.items():
-        letters[number] = 2 * len(text)
-    # The smaller the table, the more of it stays at hand.
-    return letters.astype(np.min_scalar_type(int(letters.max())))
+        doubled_counts[number] = 2 * len(text)
+    # A smaller table fits better into the CPU cache.
+    return doubled_counts.astype(np.min_scalar_type(int(doubled_counts.max())))
 
 
-def _continues() -> NDArray[np.bool_]:
-    """Return, for each letter in which byte-level BPE spells a byte, whether that is inside a character (`[512]`).
+def _continuation_symbols() -> NDArray[np.bool_]:
+    """Return which symbols of byte-level BPE represent a continuation byte of UTF-8 (bool `[512]`, by code point).
 
-    Bytes that are printable in Latin-1 are their own letters, the others are spelled from U+0100 on (Radford et al.
-    2019, GPT-2's `bytes_to_unicode`).
+    Bytes that are printable in Latin-1 represent themselves; all other bytes are represented by characters from U+0100
+    on (Radford et al. 2019, GPT-2's `bytes_to_unicode`).
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    found = np.zeros(512, dtype=np.bool_)
-    for byte, letter in (*zip(printable, printable, strict=True), *zip(others, range(256, 512), strict=False)):
-        found[letter] = 0x80 <= byte < 0xC0
-    return found
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    marks = np.zeros(512, dtype=np.bool_)
+    for byte, point in (*zip(printable, printable, strict=True), *zip(unprintable, range(256, 512), strict=False)):
+        marks[point] = 0x80 <= byte < 0xC0
+    return marks
 
 
-_BLANKS = ["\n\n", "\r\n", " \n ", *" \t\u00a0\u3000\u2028\x00\x1c\x7f"]
+_WHITESPACE = ["\n\n", "\r\n", " \n ", *" \t\u00a0\u3000\u2028\x00\x1c\x7f"]
 _NUMBERS = ["0", "12", "123", "1234567", "٣", "½", "Ⅷ"]
 _WORDS = [
-    _BLANK,
+    _SPACE_SYMBOL,
     "a",
     "B",
     "'s",
@@ -382,21 +405,21 @@ _WORDS = [
     "</s>",
     "<unk>",
 ]
-_MARKED = ["é", "é", "́", "ß", "İ", "ŉ", "ǆ", "Ω", "Ω", "ﬁ", "Ａ", "ё", "שָ", "يَ"]
+_COMBINING = ["é", "é", "́", "ß", "İ", "ŉ", "ǆ", "Ω", "Ω", "ﬁ", "Ａ", "ё", "שָ", "يَ"]
 _SCRIPTS = ["你好", "々", "が", "한국", "한", "ไทย", "नि", "𝒳"]
 _JOINED = ["👍", "👍🏽", "👨\u200d👩", "🇩🇪", "️", "\u200b", "\ufeff", "\ufdd0", "\U0010ffff"]
-_PIECES = (*_BLANKS, *_NUMBERS, *_WORDS, *_MARKED, *_SCRIPTS, *_JOINED)
+_PIECES = (*_WHITESPACE, *_NUMBERS, *_WORDS, *_COMBINING, *_SCRIPTS, *_JOINED)
 
 
-def _hard_texts(added: Sequence[str]) -> Iterator[str]:
-    """Yield texts on which encoders differ: blanks, digits, marks, joiners, rare scripts, what looks like control."""
-    yield from ("", *_PIECES, *added[:2000])
+def _difficult_texts(added_tokens: Sequence[str]) -> Iterator[str]:
+    """Yield texts on which encoders often differ: whitespace, digits, marks, joiners, rare scripts, added tokens."""
+    yield from ("", *_PIECES, *added_tokens[:2000])
     for run in (*"a \n1!\t", "ab ", "\u00e9", "\u4f60", "\U0001f44d"):
         yield from (run * count for count in (2, 3, 5, 17, 300))
-    chance = Random(0)  # noqa: S311  (the same texts each time)
-    pieces = [*_PIECES, *_PIECES, *added[:400]]
+    random = Random(0)  # noqa: S311  (not for security: the texts must be reproducible)
+    pieces = [*_PIECES, *_PIECES, *added_tokens[:400]]
     for _ in range(1500):
-        yield "".join(chance.choices(pieces, k=chance.randint(2, 12)))
+        yield "".join(random.choices(pieces, k=random.randint(2, 12)))
     for _ in range(300):
-        points = (chance.choice((chance.randrange(0xD800), chance.randrange(0xE000, 0x110000))) for _ in range(20))
+        points = (random.choice((random.randrange(0xD800), random.randrange(0xE000, 0x110000))) for _ in range(20))
         yield "".join(map(chr, points))

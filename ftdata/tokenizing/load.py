@@ -1,4 +1,4 @@
-"""Load tokenizers: from a folder, the hub, or an object of `transformers` or `tokenizers`."""
+"""Load tokenizers from a folder, the Hub, or an object of `transformers` or `tokenizers`."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import tokenizers
 from ftdata.errors import HubError, TemplateRefused, UsageError, suggest_names
 from ftdata.storage import disk
 from ftdata.tokenizing.encoders import describe_encoder_error
-from ftdata.tokenizing.tokenizer import Tokenizer, _bare
+from ftdata.tokenizing.tokenizer import Tokenizer, _strip_backend
 
 
 def load_tokenizer(tokenizer: Any, *, thorough: bool = True) -> Tokenizer:
-    """Load a tokenizer without importing transformers. What was loaded before is reused if its content is the same.
+    """Load a tokenizer without importing transformers. Tokenizers with the same content are loaded once.
 
     Args:
-        tokenizer: a folder with `tokenizer.json`, a hub id, or a `transformers` or `tokenizers` object.
-        thorough: write an object out to see whether it has changed since it was loaded (0.1 to 0.4 s for large
-            vocabularies). `False` looks at everything but its merges and vocabulary, of which a sample is compared.
+        tokenizer: a folder with `tokenizer.json`, a Hub id, or a `transformers` or `tokenizers` object.
+        thorough: whether to serialize an object to detect changes since it was last loaded (0.1 to 0.4 s for large
+            vocabularies). `False` compares its settings and the tokens of a sample text instead.
 
     Raises:
-        UsageError: there is no such folder, or the object is no fast tokenizer.
+        UsageError: the folder does not exist, or the object is not a fast tokenizer.
         TemplateRefused: the tokenizer cannot be used for any row.
-        HubError: a hub id that cannot be downloaded.
+        HubError: the tokenizer cannot be downloaded.
     """
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
@@ -39,15 +39,15 @@ def load_tokenizer(tokenizer: Any, *, thorough: bool = True) -> Tokenizer:
     if not isinstance(tokenizer, str | Path):
         raise UsageError(
             "tokenizer_type",
-            f"a {type(tokenizer).__name__} is no fast tokenizer",
-            hint="pass a folder, a hub id, or a tokenizer with a tokenizer.json",
+            f"tokenizer is a {type(tokenizer).__name__}, expected a fast tokenizer",
+            hint="pass a folder, a Hub id, or a fast tokenizer object",
         )
     folder = Path(tokenizer) if Path(tokenizer).is_dir() else _download(str(tokenizer))
     if not (folder / "tokenizer.json").is_file():
         raise UsageError(
             "no_tokenizer",
-            f"{folder} holds no tokenizer.json",
-            hint="save a fast tokenizer into it: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+            f"{folder} contains no tokenizer.json",
+            hint="save a fast tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
     return _from_folder(folder, str(tokenizer))
 
@@ -56,10 +56,10 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
 
 _MAX_LOADED = 8
 _loaded: OrderedDict[tuple[str, ...], Tokenizer] = OrderedDict()
-"""The tokenizers that were used last, by the content that they were made of."""
+"""The most recently used tokenizers, by content."""
 
 _states: WeakKeyDictionary[Any, tuple[Any, Tokenizer]] = WeakKeyDictionary()
-"""Of objects of transformers: the state in which they were last loaded, and what was loaded."""
+"""`transformers` object -> its state when it was last loaded, and the loaded tokenizer."""
 
 _SAMPLE = (
     "The quick brown fox: 0123456789, x = [f(y) for y in {1: 2}]\n\tÄrger, œuvre, привет, 你好世界, こんにちは, 🙂"
@@ -67,13 +67,13 @@ _SAMPLE = (
 
 
 def _from_content(name: str, text: bytes, special_tokens: dict[str, str], chat_template: str | None) -> Tokenizer:
-    """Return the tokenizer of this content: the object that was made of it before, if it is among the last ones."""
+    """Return the tokenizer with this content, from the cache if possible."""
     digest = disk.hash_bytes(text)
     key = (digest, name, json.dumps(special_tokens, sort_keys=True), chat_template or "", str(chat_template is None))
     if key not in _loaded:
-        alike = next((known for (other, *_), known in _loaded.items() if other == digest), None)
-        if alike is not None and alike.name == name:
-            _loaded[key] = alike.with_template(chat_template, special_tokens)
+        cached = _find_loaded(digest)
+        if cached is not None and cached.name == name:
+            _loaded[key] = cached.with_template(chat_template, special_tokens)
         else:
             _loaded[key] = Tokenizer(name, text, special_tokens, chat_template)
         if len(_loaded) > _MAX_LOADED:
@@ -82,15 +82,20 @@ def _from_content(name: str, text: bytes, special_tokens: dict[str, str], chat_t
     return _loaded[key]
 
 
+def _find_loaded(digest: str) -> Tokenizer | None:
+    """Return a cached tokenizer of the same `tokenizer.json`, with any chat template."""
+    return next((tokenizer for (other, *_), tokenizer in _loaded.items() if other == digest), None)
+
+
 def _from_transformers(tokenizer: Any, *, thorough: bool) -> Tokenizer:
     special_tokens = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")
     backend = tokenizer.backend_tokenizer
-    state = _state(backend)
-    known, loaded = _states.get(tokenizer, (None, None))
-    if thorough or loaded is None or known != state:
+    state = _read_state(backend)
+    previous_state, loaded = _states.get(tokenizer, (None, None))
+    if thorough or loaded is None or previous_state != state:
         name = getattr(tokenizer, "name_or_path", "") or "<object>"
         loaded = _from_content(name, backend.to_str().encode(), special_tokens, template)
     elif (loaded.special_tokens, loaded.chat_template) != (special_tokens, template):
@@ -102,8 +107,8 @@ def _from_transformers(tokenizer: Any, *, thorough: bool) -> Tokenizer:
 _TOKEN_SETTINGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
 
 
-def _state(backend: tokenizers.Tokenizer) -> tuple[Any, ...]:
-    """Return all that can be changed in a tokenizer but its vocabulary and merges, and what these make of a sample."""
+def _read_state(backend: tokenizers.Tokenizer) -> tuple[Any, ...]:
+    """Return all mutable settings of a tokenizer except vocabulary and merges, and the tokens of a sample text."""
     added = backend.get_added_tokens_decoder()
     parts = (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder)
     settings = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
@@ -122,35 +127,35 @@ def _state(backend: tokenizers.Tokenizer) -> tuple[Any, ...]:
 def _from_folder(folder: Path, name: str) -> Tokenizer:
     file = folder / "tokenizer.json"
     text = file.read_bytes()
-    config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
-    template = _chat_template(folder, config)
+    config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
+    template = _read_chat_template(folder, config)
     digest = disk.hash_bytes(text)
-    alike = next((known for (other, *_), known in _loaded.items() if other == digest), None)
-    if alike is not None:
-        return _from_content(name, text, _special_tokens(config, alike._plain), template)
+    cached = _find_loaded(digest)
+    if cached is not None:
+        return _from_content(name, text, _special_tokens(config, cached._backend), template)
     try:
         with describe_encoder_error():
             backend = tokenizers.Tokenizer.from_buffer(text)
-        bare = _bare(backend)
+        stripped = _strip_backend(backend)
     except TemplateRefused as error:
         raise TemplateRefused(error.code, f"{file} cannot be used: {error.message}", hint=error.hint) from None
     loaded = _from_content(name, text, _special_tokens(config, backend), template)
-    # Loading a large vocabulary once more would take most of a preview.
-    loaded.__dict__["_backend"] = bare
+    # Set the cached property: loading a large vocabulary again would take most of the time of a preview.
+    loaded.__dict__["_stripped_backend"] = stripped
     return loaded
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise TemplateRefused("bad_tokenizer", f"{path} is not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise TemplateRefused("bad_tokenizer", f"{path} holds a {type(found).__name__}, expected an object")
-    return {key: value for key, value in found.items() if value is not None}
+    if not isinstance(content, dict):
+        raise TemplateRefused("bad_tokenizer", f"{path} contains a {type(content).__name__}, expected an object")
+    return {key: value for key, value in content.items() if value is not None}
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
@@ -160,38 +165,37 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     template = config.get("chat_template")
     if isinstance(template, list):
         with suppress(LookupError, TypeError):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            template = {item["name"]: item["template"] for item in template}.get("default")
     if template is not None and not isinstance(template, str):
-        told = f"chat_template is a {type(template).__name__}, expected text, or a list of names and templates"
-        raise TemplateRefused("bad_tokenizer", f"{folder / 'tokenizer_config.json'}: {told}")
+        problem = f"chat_template is a {type(template).__name__}, expected text, or a list of names and templates"
+        raise TemplateRefused("bad_tokenizer", f"{folder / 'tokenizer_config.json'}: {problem}")
     return template
 
 
 def _special_tokens(config: dict[str, Any], backend: tokenizers.Tokenizer) -> dict[str, str]:
-    found: dict[str, str] = {}
+    tokens: dict[str, str] = {}
     for key, value in config.items():
         if key.endswith("_token") and not key.startswith(("add_", "use_")):
             text = value.get("content") if isinstance(value, dict) else value
             if isinstance(text, str) and backend.token_to_id(text) is not None:
-                found[key] = text
-    return found
+                tokens[key] = text
+    return tokens
 
 
 def _download(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         parent = Path(name).parent
-        beside = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-        raise UsageError(
-            "no_tokenizer", f"no folder {name}", hint=suggest_names(Path(name).name, beside) if beside else ""
-        )
+        siblings = [path.name for path in parent.iterdir()] if parent.is_dir() else []
+        hint = suggest_names(Path(name).name, siblings) if siblings else ""
+        raise UsageError("no_tokenizer", f"the folder {name} does not exist", hint=hint)
     import huggingface_hub
 
     try:
         folder = huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES))
-    except Exception as error:  # noqa: BLE001  (the hub client raises many kinds; all mean that nothing came)
+    except Exception as error:  # noqa: BLE001  (the Hub client raises many types; each means that the download failed)
         raise HubError(
             "hub_tokenizer",
-            f"no folder {name}, and it cannot be had from the hub: {error}".splitlines()[0],
+            f"the folder {name} does not exist, and the download from the Hub failed: {error}".splitlines()[0],
             hint="check the name, HF_TOKEN and HF_ENDPOINT, or pass a local folder",
         ) from None
     return Path(folder)

@@ -1,4 +1,4 @@
-"""Spelling: the text of each token, where tokens come without a text of their own."""
+"""Text of single tokens, for tokens that come without their text."""
 
 from __future__ import annotations
 
@@ -7,51 +7,54 @@ from functools import lru_cache
 
 from ftdata.tokenizing.tokenizer import Tokenizer
 
-_BROKEN, _LONGEST = "\ufffd", 16
-"""What stands for bytes that are no character, and how many tokens at most make one that is shown whole."""
+_REPLACEMENT = "\ufffd"
+"""The character that decoders return for bytes that are not a complete character."""
+_MAX_TOKENS_PER_CHARACTER = 16
+"""A character that is split into more tokens than this is not joined."""
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """Return the text of each token; of those that make a character together, the first one's is all of it."""
-    known = _known(tokenizer)
-    texts = [known[one] if one in known else known.setdefault(one, _decoded(tokenizer, [one])) for one in ids]
-    at = 0
-    while at < len(texts):
-        if _BROKEN in texts[at]:
-            end = _whole(tokenizer, ids, at)
-            texts[at:end] = [_decoded(tokenizer, ids[at:end]), *[""] * (end - at - 1)]
-            at = end
+    """Return the text of each token. If several tokens form a character, the text of all but the first is empty."""
+    cache = _text_cache(tokenizer)
+    texts = [cache[id_] if id_ in cache else cache.setdefault(id_, _decode_inside(tokenizer, [id_])) for id_ in ids]
+    start = 0
+    while start < len(texts):
+        if _REPLACEMENT in texts[start]:
+            end = _find_character_end(tokenizer, ids, start)
+            texts[start:end] = [_decode_inside(tokenizer, ids[start:end]), *[""] * (end - start - 1)]
+            start = end
         else:
-            at += 1
-    # A blank that is put before every text, and taken away again, is none of the text's.
+            start += 1
+    # Some tokenizers prepend a space to every text when they encode it, and remove it when they decode.
     if texts and texts[0].startswith(" ") and not tokenizer.decode(ids[:8]).startswith(" "):
         texts[0] = texts[0][1:]
     return texts
 
 
 @lru_cache(maxsize=8)
-def _known(tokenizer: Tokenizer) -> dict[int, str]:  # noqa: ARG001  (each has its own)
+def _text_cache(tokenizer: Tokenizer) -> dict[int, str]:  # noqa: ARG001  (the argument is the cache key)
     return {}
 
 
-def _whole(tokenizer: Tokenizer, ids: Sequence[int], at: int) -> int:
-    """Return before which token the characters end that begin with this one; the next where they never do."""
-    for end in range(at + 2, min(at + _LONGEST, len(ids)) + 1):
-        if _BROKEN not in _decoded(tokenizer, ids[at:end]):
+def _find_character_end(tokenizer: Tokenizer, ids: Sequence[int], start: int) -> int:
+    """Return the index after the tokens that form complete characters from `start` on, or `start + 1` if none do."""
+    for end in range(start + 2, min(start + _MAX_TOKENS_PER_CHARACTER, len(ids)) + 1):
+        if _REPLACEMENT not in _decode_inside(tokenizer, ids[start:end]):
             return end
-    return at + 1
+    return start + 1
 
 
 @lru_cache(maxsize=8)
-def _before(tokenizer: Tokenizer) -> tuple[tuple[int, ...], str]:
-    """Return a token to put before others, and its text: decoders take away the blank with which a text begins."""
-    for letter in ("a", "A", "0"):
-        ids = tokenizer.encode([letter])[0].ids[-1:].tolist()
+def _find_prefix(tokenizer: Tokenizer) -> tuple[tuple[int, ...], str]:
+    """Return a token to prepend, and its text. Without it, decoders remove a space at the beginning of the text."""
+    for character in ("a", "A", "0"):
+        ids = tokenizer.encode([character])[0].ids[-1:].tolist()
         if ids and (text := tokenizer.decode(ids)) and tokenizer.decode(ids * 2).startswith(text):
             return tuple(ids), text
     return (), ""
 
 
-def _decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    before, text = _before(tokenizer)
-    return tokenizer.decode([*before, *ids]).removeprefix(text)
+def _decode_inside(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Decode ids as in the middle of a text."""
+    prefix, text = _find_prefix(tokenizer)
+    return tokenizer.decode([*prefix, *ids]).removeprefix(text)

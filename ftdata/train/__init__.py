@@ -1,35 +1,35 @@
-"""Train: a thin hand-over of a finished build to TRL's `SFTTrainer`, and what comes before and after it.
+"""Train a model on a finished build with TRL's `SFTTrainer`, and use the trained model.
 
-This package is the only one that knows torch, transformers, trl, peft and bitsandbytes, and it imports them
-when a function is called, not before. All of it, on a model that is made on the spot:
+Only this package uses torch, transformers, trl, peft and bitsandbytes. It imports them when a function is called,
+not when the package is imported. An example with a model that is created on the spot:
 
     >>> import json, logging, pathlib, tempfile
     >>> import transformers
     >>> from ftdata.testing import byte_tokenizer
     >>> transformers.logging.disable_progress_bar()
-    >>> place = pathlib.Path(tempfile.mkdtemp())
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
     >>> tokens = {"eos_token": "<|im_end|>", "pad_token": "<|im_start|>"}
     >>> tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), **tokens)
-    >>> _ = tokenizer.save_pretrained(place / "model")
+    >>> _ = tokenizer.save_pretrained(folder / "model")
     >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     >>> config = transformers.LlamaConfig(vocab_size=258, max_position_embeddings=256, **sizes)
-    >>> transformers.LlamaForCausalLM(config).save_pretrained(place / "model")
-    >>> data, model = str(place / "data.json"), str(place / "model")
-    >>> rows = [{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(4)]
+    >>> transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    >>> data, model = str(folder / "data.json"), str(folder / "model")
+    >>> rows = [{"question": f"Say {n}.", "answer": f"It is {n}."} for n in range(4)]
     >>> _ = pathlib.Path(data).write_text(json.dumps(rows))
     >>> dry_run(data, model=model, output_dir="out", template="chatml")[0].trained_tokens
     36
     >>> settings = {"max_steps": 2, "disable_tqdm": True}
-    >>> out = run(data, model=model, output_dir=place / "out", template="chatml", lora_r=2, settings=settings)
+    >>> out = run(data, model=model, output_dir=folder / "out", template="chatml", lora_r=2, settings=settings)
     >>> sorted(path.name for path in (out / "model").iterdir())[:2]
     ['README.md', 'adapter_config.json']
-    >>> len(generate(out, ["What is 2?"], max_new_tokens=4))
+    >>> len(generate(out, ["Say 2."], max_new_tokens=4))
     1
-    >>> isinstance(start_chat(out, max_new_tokens=4).say("What is 2?"), str)
+    >>> isinstance(start_chat(out, max_new_tokens=4).say("Say 2."), str)
     True
     >>> len(compare(out, n=2, max_new_tokens=4).rows)
     2
-    >>> merge(out, place / "merged").error < 1e-4
+    >>> merge(out, folder / "merged").error < 1e-4
     True
     >>> "max_length: " in init(data, model, template="chatml")
     True
@@ -59,10 +59,10 @@ if TYPE_CHECKING:
 
 __all__ = ["compare", "dry_run", "generate", "init", "merge", "run", "start_chat"]
 
-_VARIABLES = {"hub_token": ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
-"""Setting -> environment variables that its library reads where the setting is missing."""
+_ENVIRONMENT_VARIABLES = {"hub_token": ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
+"""Setting -> environment variables that its library reads if the setting is missing."""
 
-NEEDED = ("torch", "transformers", "trl", "peft", "accelerate", "matplotlib", "sacrebleu")
+REQUIRED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "matplotlib", "sacrebleu")
 
 
 def run(
@@ -74,34 +74,35 @@ def run(
     resume: bool = False,
     **overrides: Any,
 ) -> Path:
-    """Train a model; build the data first where `source` is not a build yet.
+    """Train a model, and build the data first if `source` is not a build.
 
     Args:
-        source: a config file (`.yaml`, `.yml`, `.toml`), the folder of a build, the folder of a run that is to go on,
-            or data as `build_sft_dataset` takes: a place, a mapping, or a list of these.
-        model: folder or hub id of the base model.
-        output_dir: folder for the run: checkpoints, the model, `config.yaml`, `run.json`, the loss as picture and
-            figures, `samples.jsonl`.
+        source: a config file (`.yaml`, `.yml`, `.toml`), the folder of a build, the folder of a run to resume, or data
+            in any form that `build_sft_dataset` accepts: a path or URL, a mapping, or a list of these.
+        model: folder or Hub id of the base model.
+        output_dir: folder for the run: checkpoints, the model, `config.yaml`, `run.json`, the loss as an image and as
+            numbers, `samples.jsonl`.
         settings: fields of TRL's `SFTConfig`, as a mapping or as `["learning_rate=1e-4", "lora.r=8"]`.
-        resume: go on from the last whole checkpoint in `output_dir`.
+        resume: whether to resume from the last intact checkpoint in `output_dir`.
         overrides: further fields of `Config`.
 
     Returns:
         The folder of the run.
 
     Raises:
-        UsageError: a field is unknown, missing or contradicts another.
-        InputRefused: data, model or checkpoints cannot be used as they are.
+        UsageError: a field is unknown or missing, or contradicts another field.
+        InputRefused: the data, the model or the checkpoints cannot be used.
         MissingDependency: the `train` extra is not installed.
-        StorageError: the disk refuses; what was sealed before stays.
-        HubError: data, model or tokenizer cannot be had.
+        StorageError: a write fails; sealed checkpoints are kept.
+        HubError: the data, the model or the tokenizer cannot be downloaded.
     """
-    _require()
-    config, build = _resolve(source, model, output_dir, _given(overrides, settings), resume=resume)
-    _quiet()
+    _check_installed()
+    config, build = _resolve(source, model, output_dir, _merge_settings(overrides, settings), resume=resume)
+    _silence_libraries()
     from ftdata.train.runs import sft
 
-    return sft.train_sft(config, build, resume=resume, notes=tuple(_left_out(source, config, resume=resume)))
+    notes = tuple(_describe_redacted_settings(source, config, resume=resume))
+    return sft.train_sft(config, build, resume=resume, notes=notes)
 
 
 def dry_run(
@@ -112,53 +113,54 @@ def dry_run(
     settings: Mapping[str, Any] | Sequence[str] | None = None,
     **overrides: Any,
 ) -> tuple[Estimate, str]:
-    """Work out what `run` would do, and leave nothing.
+    """Estimate the cost of `run` without writing any files.
 
     Args:
-        source: as for `run`, and so all others.
-        model: folder or hub id of the base model.
-        output_dir: folder for the run, which is not made.
+        source: the same as for `run`.
+        model: folder or Hub id of the base model.
+        output_dir: folder for the run, which is not created.
         settings: fields of TRL's `SFTConfig`.
         overrides: further fields of `Config`.
 
     Returns:
-        Parameters, data, steps, computing (FLOP), memory (bytes) and time (seconds); and a note on how rows are put
-        together, or nothing.
+        The estimate: parameters, data, steps, compute (FLOP), memory (bytes) and time (seconds); and a note about
+        padding, which is empty if rows are not padded.
 
     Raises:
-        UsageError: as `run`.
-        InputRefused: as `run`; the run does not fit, or the model leaks.
+        UsageError: see `run`.
+        InputRefused: see `run`; also if the run does not fit into memory, or if packed documents attend to each other.
         MissingDependency: the `train` extra is not installed.
     """
-    _require()
-    config, build = _resolve(source, model, output_dir, _given(overrides, settings))
-    _quiet()
+    _check_installed()
+    config, build = _resolve(source, model, output_dir, _merge_settings(overrides, settings))
+    _silence_libraries()
     from ftdata.train.runs import sft
 
     return sft.estimate_sft(config, build)
 
 
 def compare(run_dir: str | Path, data: Any = None, n: int | None = 20, **options: Any) -> Comparison:
-    """Ask base and tuned model the same questions.
+    """Compare the answers of the base model and the tuned model to the same prompts.
 
     Args:
         run_dir: the folder of a finished run.
-        data: questions with their expected answers, as `build_sft_dataset` takes data; `None` takes the run's own: its
-            test split, if there is one.
-        n: how many rows; `None` takes all.
+        data: prompts with expected answers, in any form that `build_sft_dataset` accepts; `None` selects the test split
+            of the run's build, or the train split of a build without a test split.
+        n: number of rows; `None` selects all rows.
         options: `batch_size`, `trust_remote_code`, `progress` (called after each token with an
-            `ftdata.train.inference.progress.GenerationProgress`), and further arguments of `model.generate`, such as `num_beams`.
+            `ftdata.train.inference.progress.GenerationProgress`), and further arguments of `model.generate`, such as
+            `num_beams`.
 
     Returns:
-        Perplexity, exact match, SacreBLEU and chrF of both, and every answer.
+        Perplexity, exact match, SacreBLEU and chrF of both models, and every answer.
 
     Raises:
-        UsageError: the folder is no finished run, or an option is none of `model.generate`.
-        InputRefused: the data has no row that can be asked, or the model is damaged.
+        UsageError: the folder is not a finished run, or `model.generate` does not accept an option.
+        InputRefused: no row of the data has a prompt and an answer, or the model is damaged.
         MissingDependency: the `train` extra is not installed.
     """
-    _require()
-    _quiet()
+    _check_installed()
+    _silence_libraries()
     from ftdata.train.inference import evaluation
 
     return evaluation.compare_models(Path(run_dir), data, n, **options)
@@ -169,19 +171,20 @@ def generate(run_dir: str | Path, prompts: Sequence[str], *, base: bool = False,
 
     Args:
         run_dir: the folder of the run.
-        prompts: what a user says, each by itself.
-        base: ask the base model instead.
+        prompts: user messages, each the start of a separate conversation.
+        base: whether to use the base model instead.
         options: `batch_size`, `trust_remote_code`, `seed` for sampling, and further arguments of `model.generate`.
 
     Returns:
         The answers, in the order of the prompts.
 
     Raises:
-        UsageError: the folder is no finished run, or an option is none of `model.generate`.
-        InputRefused: a prompt cannot be put into the template, or the model is damaged.
+        UsageError: the folder is not a finished run, or `model.generate` does not accept an option.
+        InputRefused: the template cannot render a prompt, or the model is damaged.
         MissingDependency: the `train` extra is not installed.
     """
-    return start_chat(run_dir, base=base, **options).answers([[{"role": "user", "content": text}] for text in prompts])
+    session = start_chat(run_dir, base=base, **options)
+    return session.generate_answers([[{"role": "user", "content": text}] for text in prompts])
 
 
 def start_chat(
@@ -192,25 +195,25 @@ def start_chat(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> ChatSession:
-    """Begin a conversation with the model of a finished run: `.say(text)` returns its answer.
+    """Start a conversation with the model of a finished run; `.say(text)` returns the model's answer.
 
     Args:
         run_dir: the folder of the run.
-        base: talk with the base model instead.
+        base: whether to use the base model instead.
         system: a system message.
         trust_remote_code: whether Python code that comes with the model may run.
         options: further arguments of `model.generate`.
 
     Returns:
-        The conversation, which remembers what was said, in `.messages`.
+        The session, which stores the conversation in `.messages`.
 
     Raises:
-        UsageError: the folder is no finished run, or an option is none of `model.generate`.
+        UsageError: the folder is not a finished run, or `model.generate` does not accept an option.
         InputRefused: the model is damaged.
         MissingDependency: the `train` extra is not installed.
     """
-    _require()
-    _quiet()
+    _check_installed()
+    _silence_libraries()
     from ftdata.train.inference import chat
     from ftdata.train.inference.run_dir import open_run
 
@@ -221,17 +224,17 @@ def start_chat(
 def merge(
     run_dir: str | Path, output_dir: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False
 ) -> MergedModel:
-    """Write the base model with a run's adapter merged into it: added in float32, and rounded once.
+    """Merge a run's adapter into its base model and save the result: add in float32, then round to `dtype`.
 
     Args:
         run_dir: the folder of a finished run.
         output_dir: a new folder, for a model that needs neither ftdata nor PEFT.
-        dtype: of the new weights: `float32`, `bfloat16` or `float16`; `None` takes that of the base model.
+        dtype: dtype of the merged weights: `float32`, `bfloat16` or `float16`; `None` keeps the base model's dtype.
         trust_remote_code: whether Python code that comes with the model may run.
 
     Returns:
-        The folder, the dtype, and `error`: how far the merged model's logits are off those of base and adapter, as the
-        largest difference over ordinary tokens, divided by the largest logit, in float32.
+        The folder, the dtype, and `error`: the largest difference between the logits of the merged model and those of
+        the base model with its adapter, over ordinary tokens, divided by the largest logit, computed in float32.
 
     Raises:
         UsageError: the run has no adapter, or the folder is not empty.
@@ -239,8 +242,8 @@ def merge(
             float32 and 5e-2 for 16 bits, and nothing is written.
         MissingDependency: the `train` extra is not installed.
     """
-    _require()
-    _quiet()
+    _check_installed()
+    _silence_libraries()
     from ftdata.train.inference import merge_adapter
     from ftdata.train.inference.run_dir import open_run
 
@@ -249,40 +252,40 @@ def merge(
 
 
 def init(data: str, model: str, output_dir: str | Path = "out", **overrides: Any) -> str:
-    """Return a commented configuration for some data and a model, with values worked out from both.
+    """Return a commented configuration with values that suit the data and the model.
 
     Args:
-        data: a file, or whatever else `build_sft_dataset` takes as text.
-        model: folder or hub id of the base model.
+        data: a file, or any other text that `build_sft_dataset` accepts as data.
+        model: folder or Hub id of the base model.
         output_dir: folder for the run.
-        overrides: fields of `Config` that are decided already.
+        overrides: fields of `Config` with fixed values.
 
     Returns:
-        YAML, with a comment at each value.
+        YAML, with a comment for each value.
 
     Raises:
-        UsageError: an option is invalid; or the data is `-`, which a run could not read once more.
-        HubError: model or data cannot be had.
-        InputRefused: the data cannot be read, or nothing of it be built.
+        UsageError: an option is invalid; or the data is `-`, because standard input can be read only once.
+        HubError: the model or the data cannot be downloaded.
+        InputRefused: the data cannot be read, or no row can be built.
         MissingDependency: the `train` extra is not installed.
     """
-    _require()
-    _quiet()
+    _check_installed()
+    _silence_libraries()
     from ftdata.train import init_config
 
     return init_config.make_init_config(data, model, str(output_dir), overrides)
 
 
-def _require() -> None:
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+def _check_installed() -> None:
+    missing = [name for name in REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependency(
             "missing_train", f"training needs {', '.join(missing)}", hint="pip install 'ftdata[train]'"
         )
 
 
-def _quiet() -> None:
-    # Bars for loading twenty tensors, and advice about settings that ftdata has decided, hide what matters.
+def _silence_libraries() -> None:
+    # Progress bars for loading a few tensors, and warnings about settings that ftdata chooses, hide important output.
     import warnings
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -294,9 +297,9 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "`label_smoothing_factor` is deprecated", FutureWarning)
-    # What peft asks of layers of experts, and does not find in models that have them otherwise.
+    # PEFT looks for the layers of experts under names that some models do not use.
     warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
-    # So they are: they have new tokens, which are trained.
+    # The embedding layers are saved on purpose: they contain new tokens, which are trained.
     warnings.filterwarnings("ignore", "Setting `save_embedding_layers` to `True`", UserWarning)
 
 
@@ -308,54 +311,56 @@ def _resolve(
     *,
     resume: bool = False,
 ) -> tuple[Config, Path | None]:
-    named = isinstance(source, str | Path)
-    path = Path(source if named else "")
+    """Return the configuration of a run, and the folder of its build, or `None` if the data is not built yet."""
+    is_path = isinstance(source, str | Path)
+    path = Path(source if is_path else "")
     if (rank := overrides.pop("lora_r", None)) is not None:
         lora = overrides.get("lora")
         overrides["lora"] = {**(lora if isinstance(lora, dict) else {}), "r": rank}
-    given = {**overrides, "model": model or overrides.get("model")}
-    given["output_dir"] = str(output_dir) if output_dir else overrides.get("output_dir")
+    fields = {**overrides, "model": model or overrides.get("model")}
+    fields["output_dir"] = str(output_dir) if output_dir else overrides.get("output_dir")
     if (path / "run.json").is_file() and not (path / "manifest.json").is_file():
-        return _begun(path, given, resume=resume)
+        return _resolve_run_dir(path, fields, resume=resume)
     build = find_build(source)
     if path.suffix in (".yaml", ".yml", ".toml"):
-        config = load_config(path, **given)
+        config = load_config(path, **fields)
         build = find_build(config.data)
         if build is None:
             _check_not_redacted(config, path)
             return config, None
-        plain = make_config({"data": config.data}, model=config.model, output_dir=config.output_dir).build_options()
-        asked = {name: value for name, value in config.build_options().items() if value != plain[name]}
-        _check_built(build, asked)
-        if config.tokenizer and load_tokenizer(config.tokenizer).fingerprint != _tokenizer_of(build):
-            raise UsageError("already_built", f"tokenizer cannot change: {config.data} is built", hint="build again")
+        defaults = make_config({"data": config.data}, model=config.model, output_dir=config.output_dir).build_options()
+        changed = {name: value for name, value in config.build_options().items() if value != defaults[name]}
+        _check_build_options(build, changed)
+        if config.tokenizer and load_tokenizer(config.tokenizer).fingerprint != _tokenizer_fingerprint(build):
+            message = f"tokenizer cannot change: {config.data} is a finished build"
+            raise UsageError("already_built", message, hint="build the data again")
         return config, build
-    if resume and named and not path.is_file() and not given["model"]:
-        hint = "begin it again, as it was begun"
-        raise UsageError("nothing_to_resume", f"{source} holds no run that has begun", hint=hint)
-    for name, value in (("--model", given["model"]), ("--output-dir", given["output_dir"])):
+    if resume and is_path and not path.is_file() and not fields["model"]:
+        hint = "run the command that started the run again"
+        raise UsageError("nothing_to_resume", f"{source} contains no run to resume", hint=hint)
+    for name, value in (("--model", fields["model"]), ("--output-dir", fields["output_dir"])):
         if not value:
             raise UsageError("missing_option", f"training on {source} needs {name}")
     if build is not None:
-        config = make_config({"data": str(source)}, **given)
-        _check_built(build, _built_by(given))
+        config = make_config({"data": str(source)}, **fields)
+        _check_build_options(build, _explicit_build_options(fields))
         return config, build
-    return make_config({"data": str(source) if named else source}, **given), None
+    return make_config({"data": str(source) if is_path else source}, **fields), None
 
 
 def _check_not_redacted(config: Config, file: Path) -> None:
-    """Refuse a kept configuration whose data cannot be read again without the secret that was removed from it."""
+    """Refuse a saved configuration whose data needs a secret that was redacted."""
     if is_redacted(config.data):
         raise UsageError(
             "redacted",
-            "data has a part that was redacted when the file was kept",
+            "data contains a part that was redacted when the file was saved",
             where=str(file),
             hint="pass the data again, with its credentials: --set data=...",
         )
 
 
-def _left_out(source: Any, config: Config, *, resume: bool) -> Iterator[str]:
-    """Yield a note for each secret that a kept configuration lacks, and that no one has passed again."""
+def _describe_redacted_settings(source: Any, config: Config, *, resume: bool) -> Iterator[str]:
+    """Yield a note for each redacted secret of a saved configuration that was not passed again."""
     path = Path(source) / "config.yaml" if resume and isinstance(source, str | Path) else source
     if not isinstance(path, str | Path) or Path(path).suffix not in (".yaml", ".yml", ".toml"):
         return
@@ -363,48 +368,52 @@ def _left_out(source: Any, config: Config, *, resume: bool) -> Iterator[str]:
         return
     for name in drop_redacted(read_config_file(Path(path)))[1]:
         section, dot, field = name.partition(".")
-        kept = getattr(config, section, None)
-        if not dot or (isinstance(kept, Mapping) and field in kept):
+        value = getattr(config, section, None)
+        if not dot or (isinstance(value, Mapping) and field in value):
             continue
-        variable = next((each for each in _VARIABLES.get(field, ()) if os.environ.get(each)), None)
-        source_of = f"taken from {variable}" if variable else f"left out; pass it again with --set {name}=..."
-        yield f"{name} was redacted in {path}: {source_of}"
+        variables = _ENVIRONMENT_VARIABLES.get(field, ())
+        variable = next((variable for variable in variables if os.environ.get(variable)), None)
+        origin = f"taken from {variable}" if variable else f"not set; pass it again with --set {name}=..."
+        yield f"{name} was redacted in {path}: {origin}"
 
 
-def _begun(run_dir: Path, given: dict[str, Any], *, resume: bool) -> tuple[Config, Path | None]:
-    """Return the configuration that a run was begun with, and the data that it was begun on."""
+def _resolve_run_dir(run_dir: Path, fields: dict[str, Any], *, resume: bool) -> tuple[Config, Path | None]:
+    """Return the configuration and the build of a run that is being resumed."""
     if not (run_dir / "config.yaml").is_file():
-        raise UsageError("not_a_run", f"{run_dir} keeps no config.yaml", hint="name the configuration, or the data")
+        hint = "pass the configuration or the data instead"
+        raise UsageError("not_a_run", f"{run_dir} contains no config.yaml", hint=hint)
     if not resume:
-        raise UsageError("run_exists", f"{run_dir} holds a run already", hint="go on with --resume")
-    if given.get("output_dir") and Path(given["output_dir"]).resolve() != run_dir.resolve():
-        raise UsageError("run_exists", f"{run_dir} goes on where it is", hint="leave --output-dir out")
-    # What a folder says of code to be trusted is whoever made it; what the command says is the user.
-    own = {"output_dir": str(run_dir), "trust_remote_code": bool(given.get("trust_remote_code"))}
-    config = load_config(run_dir / "config.yaml", **{**given, **own})
+        raise UsageError("run_exists", f"{run_dir} already contains a run", hint="resume it with --resume")
+    if fields.get("output_dir") and Path(fields["output_dir"]).resolve() != run_dir.resolve():
+        message = f"{run_dir} cannot be resumed in another folder"
+        raise UsageError("run_exists", message, hint="remove --output-dir")
+    # The user decides whether code is trusted. A saved configuration may come from somebody else.
+    fixed = {"output_dir": str(run_dir), "trust_remote_code": bool(fields.get("trust_remote_code"))}
+    config = load_config(run_dir / "config.yaml", **{**fields, **fixed})
     build = find_build(config.data) or run_dir / "data"
-    _check_built(build, _built_by(given))
+    _check_build_options(build, _explicit_build_options(fields))
     return config, build
 
 
-def _built_by(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is asked of a build, nothing included where that is what was said."""
-    config = make_config({"data": "", "model": "", "output_dir": ""}, **given)
-    plain = make_config({"data": "", "model": "", "output_dir": ""}).build_options()
-    said = {name for name, value in flatten_sections(given).items() if value is NULL}
-    options = {name: value for name, value in config.build_options().items() if value != plain[name] or name in said}
+def _explicit_build_options(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the build options that differ from their defaults, or that are explicitly null."""
+    config = make_config({"data": "", "model": "", "output_dir": ""}, **fields)
+    defaults = make_config({"data": "", "model": "", "output_dir": ""}).build_options()
+    nulls = {name for name, value in flatten_sections(fields).items() if value is NULL}
+    values = config.build_options().items()
+    options = {name: value for name, value in values if value != defaults[name] or name in nulls}
     if options.get("template", "") is None:
         options["template"] = "tokenizer"
     return options
 
 
-def _tokenizer_of(folder: Path) -> str:
-    return str(read_manifest(folder)["options"]["tokenizer"]["fingerprint"])
+def _tokenizer_fingerprint(build: Path) -> str:
+    return str(read_manifest(build)["options"]["tokenizer"]["fingerprint"])
 
 
-def _check_built(folder: Path, asked: Mapping[str, Any]) -> None:
-    """Refuse options that a build has decided otherwise; the seed is that of training, too."""
-    options = read_manifest(folder)["options"]
+def _check_build_options(build: Path, requested: Mapping[str, Any]) -> None:
+    """Refuse options that differ from those of a finished build; the seed is also a training option, so it may."""
+    options = read_manifest(build)["options"]
     template = options["template"]
     built = {
         **options,
@@ -412,21 +421,21 @@ def _check_built(folder: Path, asked: Mapping[str, Any]) -> None:
         "template_kwargs": template["kwargs"],
         "date": template["date"][:10],
     }
-    decided = [name for name, value in asked.items() if name in built and built[name] != value and name != "seed"]
-    if decided:
+    differing = [name for name, value in requested.items() if name in built and built[name] != value and name != "seed"]
+    if differing:
         raise UsageError(
             "already_built",
-            f"{', '.join(decided)} cannot change: {folder} is built",
+            f"{', '.join(differing)} cannot change: {build} is a finished build",
             hint="build again, or train from the data",
         )
 
 
-def _given(overrides: dict[str, Any], settings: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
-    """Return the fields that arguments give, those of `settings` over the others."""
+def _merge_settings(overrides: dict[str, Any], settings: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
+    """Return the fields from the arguments, updated with the fields from `settings`."""
     if settings is None:
         return overrides
     added = {"train": dict(settings)} if isinstance(settings, Mapping) else parse_settings(settings)
-    # The command line passes None for each option that is not given.
+    # The command line passes None for each option without a value.
     if twice := sorted(name for name in overrides.keys() & added.keys() if overrides[name] is not None):
-        raise UsageError("setting", f"{', '.join(twice)} is given twice, in settings and as an argument of its own")
+        raise UsageError("setting", f"{', '.join(twice)} is given twice: in settings and as an argument")
     return {**overrides, **added}

@@ -1,8 +1,9 @@
-"""Checkpoints: what a run was, whether another may go on from it, and from where.
+"""Check and seal checkpoints, and decide whether a run may resume from them.
 
-`run.json` holds what decides the weights of a run. Going on is allowed with the same data, model, adapter and
-settings; only how long to train, and what is logged and kept, may change. A checkpoint is whole when its seal is
-there, which is written last, and every file is what the seal says: any other is passed over, with words.
+`run.json` records everything that determines the weights of a run. A run can be resumed only with the same data,
+model, adapter and settings; the training length, the logging and the saving may change. The seal of a checkpoint is
+written last. A checkpoint is intact if it has a seal and every file matches the digest in the seal; other checkpoints
+are skipped with a warning.
 """
 
 from __future__ import annotations
@@ -24,26 +25,41 @@ from ftdata.errors import InputRefused, UsageError
 from ftdata.redaction import drop_redacted, redact
 from ftdata.storage.disk import hash_bytes, sha256_of_file, sync, write_json
 
-FREE = ("num_train_epochs", "max_steps", "disable_tqdm", "report_to", "run_name", "load_best_model_at_end", "use_cpu")
-FREE_KINDS = ("logging_", "save_", "eval_", "per_device_eval_", "dataloader_", "hub_", "push_")
-"""Settings that may change when a run goes on: how long it trains, what is logged, kept and evaluated."""
+CHANGEABLE_SETTINGS = (
+    "num_train_epochs",
+    "max_steps",
+    "disable_tqdm",
+    "report_to",
+    "run_name",
+    "load_best_model_at_end",
+    "use_cpu",
+)
+CHANGEABLE_PREFIXES = ("logging_", "save_", "eval_", "per_device_eval_", "dataloader_", "hub_", "push_")
+"""Settings that may change when a run is resumed: training length, logging, saving and evaluation."""
 
-_OWN = ("train_sampling_strategy", "learning_rate", "optim", "bf16", "fp16", "activation_checkpointing")
-"""Settings of which what is not said is not what `SFTConfig` would take."""
+_OVERRIDDEN_DEFAULTS = (
+    "train_sampling_strategy",
+    "learning_rate",
+    "optim",
+    "bf16",
+    "fp16",
+    "activation_checkpointing",
+)
+"""Settings whose default in ftdata differs from the default in `SFTConfig`."""
 
 SEAL = "ftdata.json"
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSeal:
-    """What a checkpoint belongs to: the fingerprint of its data, and the setup of its run."""
+    """The identity of a run: the fingerprint of its data, and its setup."""
 
     fingerprint: str
     setup: dict[str, Any]
 
     @property
     def run(self) -> str:
-        """Both in one, short; where a model lies makes no difference while its weights are known."""
+        """A short hash of both; the path of the model is left out if the digests of its weights are known."""
         setup = {name: value for name, value in self.setup.items() if name != "model" or not self.setup.get("weights")}
         text = json.dumps([self.fingerprint, setup], sort_keys=True)
         return hash_bytes(text.encode())
@@ -51,134 +67,140 @@ class CheckpointSeal:
 
 @dataclass(frozen=True, slots=True)
 class PreviousRun:
-    """A run that is being resumed: its `run.json`, its last whole checkpoint, and why later ones are passed over."""
+    """A run that is being resumed.
 
-    about: dict[str, Any]
+    Attributes:
+        metadata: content of `run.json`.
+        checkpoint: folder of the last intact checkpoint.
+        skipped: names of later checkpoints, each with the reason why it is skipped.
+    """
+
+    metadata: dict[str, Any]
     checkpoint: str
-    passed: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     def is_done(self, steps: int, patience: int | None) -> bool:
-        """Return whether nothing is left to train: of so many steps, or because nothing got better for so long."""
+        """Return whether training is complete: after `steps` steps, or after `patience` evaluations without a gain."""
         path = Path(self.checkpoint) / "trainer_state.json"
         state = json.loads(path.read_text(encoding="utf-8"))
-        kept = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
-        kept = kept[0] if isinstance(kept, list) else kept
-        waited = kept.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        callback = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+        callback = callback[0] if isinstance(callback, list) else callback
+        waited = callback.get("attributes", {}).get("early_stopping_patience_counter", 0)
         return state["global_step"] >= steps or (patience is not None and waited >= patience)
 
 
 def write_seal(checkpoint: Path, seal: CheckpointSeal) -> None:
-    """Say that a checkpoint is whole, when everything in it is on the disk."""
+    """Sync every file of a checkpoint to disk, then write the seal that marks it as complete."""
     files = {}
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.name != SEAL:
             files[str(path.relative_to(checkpoint))] = sha256_of_file(path)
             sync(path)
-    about = {"ftdata": __version__, "run": seal.run, "fingerprint": seal.fingerprint, "files": files}
-    write_json_atomically(checkpoint / SEAL, about)
+    content = {"ftdata": __version__, "run": seal.run, "fingerprint": seal.fingerprint, "files": files}
+    write_json_atomically(checkpoint / SEAL, content)
 
 
-def write_json_atomically(path: Path, about: dict[str, Any]) -> None:
-    """Write a JSON file so that it is there whole, or as it was; without secrets."""
+def write_json_atomically(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically, with secrets redacted."""
     new = path.with_name(f"{path.name}.tmp")
-    write_json(new, redact(about))
+    write_json(new, redact(content))
     sync(new)
     new.replace(path)
     sync(path.parent)
 
 
 def find_damage(checkpoint: Path, seal: CheckpointSeal | None = None) -> str | None:
-    """Return what is wrong with a checkpoint, or `None`.
+    """Return the reason why a checkpoint cannot be used, or `None` if it is intact.
 
     Args:
-        checkpoint: its folder.
-        seal: the run that it must belong to.
+        checkpoint: folder of the checkpoint.
+        seal: the run that the checkpoint must belong to.
     """
     try:
-        known = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-        files, run = dict(known["files"]), known["run"]
+        content = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        files, run = dict(content["files"]), content["run"]
     except FileNotFoundError:
-        return "it was not written to its end"
+        return "it is incomplete"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{SEAL} is damaged"
-    for name, right in files.items():
+    for name, digest in files.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if sha256_of_file(path) != right:
+        if sha256_of_file(path) != digest:
             return f"{name} is damaged"
-    return "it is of another run" if seal is not None and run != seal.run else None
+    return "it belongs to another run" if seal is not None and run != seal.run else None
 
 
 def check_run_folder(run: Path, config: Config, processes: int, *, resume: bool) -> PreviousRun | None:
-    """Say whether a run may begin in this folder, or go on, before anything in it is touched.
+    """Check that a run may start or resume in a folder, before any file in it changes.
 
     Raises:
-        UsageError: it holds a run or a build, or, to resume, nothing to go on from.
-        InputRefused: its run was another one, or no checkpoint of it is whole.
+        UsageError: the folder contains a run or a build; or `resume` is set, but the folder contains no run.
+        InputRefused: the folder belongs to a different run, or none of its checkpoints is intact.
     """
     if run.exists() and not run.is_dir():
         raise UsageError("target_exists", f"{run} is a file", hint="choose another folder for the run")
     if (run / "manifest.json").is_file():
         raise UsageError("target_exists", f"{run} is a build", hint="choose another folder for the run")
-    about = read_run_json(run)
-    found = list_checkpoints(run)
+    metadata = read_run_json(run)
+    folders = list_checkpoints(run)
     if not resume:
-        if about.get("finished") or found:
-            done = "finished" if about.get("finished") else f"interrupted after {found[-1].name}"
-            hint = "go on with --resume, or choose another folder"
-            raise UsageError("run_exists", f"{run} holds a run already, {done}", hint=hint)
+        if metadata.get("finished") or folders:
+            state = "finished" if metadata.get("finished") else f"interrupted after {folders[-1].name}"
+            hint = "resume it with --resume, or choose another folder"
+            raise UsageError("run_exists", f"{run} already contains a run, {state}", hint=hint)
         return None
-    if not about:
-        raise UsageError("nothing_to_resume", f"{run} holds no checkpoint of a run", hint="start without --resume")
-    if not found:
-        # It was interrupted before there was any: it begins again.
+    if not metadata:
+        raise UsageError("nothing_to_resume", f"{run} contains no checkpoint of a run", hint="start without --resume")
+    if not folders:
+        # The run was interrupted before its first checkpoint, so it starts again.
         return None
-    _check_same_run(run, about, describe_setup(config, "", processes)["setup"])
+    _check_same_run(run, metadata, describe_setup(config, "", processes)["setup"])
     patience = config.early_stopping
-    if about.get("finished") and patience is not None and (about.get("stopped_early") or 0) >= patience:
-        hint = "raise early_stopping to train on"
-        raise UsageError("run_finished", f"{run} is finished: nothing got better any more", hint=hint)
+    if metadata.get("finished") and patience is not None and (metadata.get("stopped_early") or 0) >= patience:
+        hint = "increase early_stopping to continue training"
+        raise UsageError("run_finished", f"{run} is finished: the metric stopped improving", hint=hint)
     keeps_best = config.early_stopping is not None or bool(config.train.get("load_best_model_at_end"))
-    return _last_whole(run, about, found, keeps_best=keeps_best)
+    return _find_last_intact(run, metadata, folders, keeps_best=keeps_best)
 
 
-def _check_same_run(run: Path, about: dict[str, Any], now: dict[str, Any]) -> None:
-    before = about.get("setup", {})
+def _check_same_run(run: Path, metadata: dict[str, Any], now: dict[str, Any]) -> None:
+    before = metadata.get("setup", {})
     changed = [name for name in now if now[name] != before.get(name)]
     if now["weights"] and "weights" not in changed and "model" in changed:
-        # The same model in another place.
+        # The same model is in another folder.
         changed.remove("model")
     if changed:
         raise InputRefused(
             "run_differs",
-            f"the checkpoints in {run} come from another run: {'; '.join(_changes(changed, before, now))}",
-            hint="resume with what it was begun with, or start anew in another folder",
+            f"the checkpoints in {run} come from another run: {'; '.join(_describe_changes(changed, before, now))}",
+            hint="resume with the original settings, or start a new run in another folder",
         )
 
 
-def _last_whole(run: Path, about: dict[str, Any], found: list[Path], *, keeps_best: bool) -> PreviousRun:
-    seal = CheckpointSeal(about["fingerprint"], about["setup"])
-    passed: list[str] = []
-    for path in reversed(found):
-        wrong = find_damage(path, seal) or (_damage_of_best(path, seal) if keeps_best else None)
-        if wrong is None:
-            return PreviousRun(about, str(path), tuple(passed))
-        passed.append(f"{path.name}: {wrong}")
-    listed = "; ".join(passed)
-    raise InputRefused("no_whole_checkpoint", f"{run} holds no whole checkpoint: {listed}", hint="start anew")
+def _find_last_intact(run: Path, metadata: dict[str, Any], folders: list[Path], *, keeps_best: bool) -> PreviousRun:
+    seal = CheckpointSeal(metadata["fingerprint"], metadata["setup"])
+    skipped: list[str] = []
+    for path in reversed(folders):
+        damage = find_damage(path, seal) or (_find_damage_of_best(path, seal) if keeps_best else None)
+        if damage is None:
+            return PreviousRun(metadata, str(path), tuple(skipped))
+        skipped.append(f"{path.name}: {damage}")
+    listed = "; ".join(skipped)
+    raise InputRefused("no_whole_checkpoint", f"{run} contains no intact checkpoint: {listed}", hint="start a new run")
 
 
-def _damage_of_best(checkpoint: Path, seal: CheckpointSeal) -> str | None:
+def _find_damage_of_best(checkpoint: Path, seal: CheckpointSeal) -> str | None:
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     if (step := state.get("best_global_step")) is None:
         return None
     best = checkpoint.with_name(f"checkpoint-{step}")
-    wrong = find_damage(best, seal) if best != checkpoint else None
-    return f"the best before it is {best.name}, and {wrong}" if wrong else None
+    damage = find_damage(best, seal) if best != checkpoint else None
+    return f"the best checkpoint before it is {best.name}, and {damage}" if damage else None
 
 
-def _changes(names: list[str], before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+def _describe_changes(names: list[str], before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     for name in names:
         old, new = before.get(name), now[name]
         if name == "train" and isinstance(old, dict):
@@ -189,30 +211,30 @@ def _changes(names: list[str], before: dict[str, Any], now: dict[str, Any]) -> I
 
 
 def check_same_data(run: Path, before: PreviousRun, fingerprint: str) -> None:
-    """Refuse to go on with other data.
+    """Refuse to resume a run with different data.
 
     Raises:
-        InputRefused: the build is not the one that the run began with.
+        InputRefused: the build is not the build that the run started with.
     """
-    known = before.about.get("fingerprint")
-    if known != fingerprint:
+    expected = before.metadata.get("fingerprint")
+    if expected != fingerprint:
         raise InputRefused(
             "data_differs",
-            f"the checkpoints in {run} were trained on build {known}, this is {fingerprint}: data, tokenizer, "
-            "template or options are others",
-            hint="resume with the same data and options, or start anew in another folder",
+            f"the checkpoints in {run} were trained on build {expected}, this is build {fingerprint}: the data, the "
+            "tokenizer, the template or the options differ",
+            hint="resume with the same data and options, or start a new run in another folder",
         )
 
 
 def begin_run(run: Path, config: Config, fingerprint: str, processes: int, before: PreviousRun | None) -> None:
-    """Note that a run begins or goes on; what cannot be gone on from is taken away.
+    """Write `run.json` for a new run, or remove the skipped checkpoints of a run that is being resumed.
 
     Raises:
-        InputRefused: the data is not that of the run that goes on.
+        InputRefused: the data differs from the data of the run that is being resumed.
     """
     if before is not None:
         check_same_data(run, before, fingerprint)
-        for name in (passed.partition(":")[0] for passed in before.passed):
+        for name in (skipped.partition(":")[0] for skipped in before.skipped):
             shutil.rmtree(run / name)
         return
     run.mkdir(parents=True, exist_ok=True)
@@ -220,12 +242,14 @@ def begin_run(run: Path, config: Config, fingerprint: str, processes: int, befor
 
 
 def describe_setup(config: Config, fingerprint: str, processes: int) -> dict[str, Any]:
-    """Return what decides the weights of a run, for `run.json`."""
-    plain = {field.name: field.default for field in fields(SFTConfig)}
+    """Return the values that determine the weights of a run, as `run.json` stores them."""
+    defaults = {field.name: field.default for field in fields(SFTConfig)}
     settings = {
         name: value
         for name, value in config.train.items()
-        if name not in FREE and not name.startswith(FREE_KINDS) and (name in _OWN or value != plain.get(name, value))
+        if name not in CHANGEABLE_SETTINGS
+        and not name.startswith(CHANGEABLE_PREFIXES)
+        and (name in _OVERRIDDEN_DEFAULTS or value != defaults.get(name, value))
     }
     setup = {
         "model": config.model,
@@ -233,7 +257,7 @@ def describe_setup(config: Config, fingerprint: str, processes: int) -> dict[str
         "quantization": config.quantization,
         "lora": to_builtins(config.lora.fields()) if config.lora else None,
         "attn_implementation": config.attn_implementation,
-        # Secrets decide no weights, and a resumed run may have others.
+        # Secrets do not affect the weights, and they may change when a run is resumed.
         "train": drop_redacted(redact(to_builtins(settings)))[0],
         "processes": processes,
     }
@@ -241,32 +265,34 @@ def describe_setup(config: Config, fingerprint: str, processes: int) -> dict[str
 
 
 def digest_weights(model: str) -> dict[str, str]:
-    """Return the digest of each file that makes a model in its folder; of a hub id, the commit that was loaded last."""
+    """Return the digest of each file that defines a model; for a Hub id, the commit that was loaded last."""
     folder = Path(model)
     if not folder.is_dir():
-        known = try_to_load_from_cache(model, "config.json")
-        return {"commit": Path(known).parent.name} if isinstance(known, str) else {}
-    made_by = (path for kind in ("*.safetensors", "config.json", "*.py") for path in folder.glob(kind))
-    return {path.name: sha256_of_file(path) for path in sorted(made_by)}
+        cached = try_to_load_from_cache(model, "config.json")
+        return {"commit": Path(cached).parent.name} if isinstance(cached, str) else {}
+    files = (path for kind in ("*.safetensors", "config.json", "*.py") for path in folder.glob(kind))
+    return {path.name: sha256_of_file(path) for path in sorted(files)}
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Return the folders of checkpoints, by their steps."""
-    found = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    """Return the checkpoint folders of a run, sorted by step."""
+    folders = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def read_run_json(run: Path) -> dict[str, Any]:
-    """Return what `run.json` says; empty where there is none.
+    """Return the content of `run.json`, or an empty dict if the file does not exist.
 
     Raises:
-        InputRefused: it is damaged.
+        InputRefused: the file is damaged.
     """
     path = run / "run.json"
     try:
-        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        metadata = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise InputRefused("damaged_run", f"{path} is damaged: {error}", hint="start anew in another folder") from None
-    if not isinstance(about, dict) or (about and not {"fingerprint", "setup"} <= about.keys()):
-        raise InputRefused("damaged_run", f"{path} does not describe a run", hint="start anew in another folder")
-    return about
+        hint = "start a new run in another folder"
+        raise InputRefused("damaged_run", f"{path} is damaged: {error}", hint=hint) from None
+    if not isinstance(metadata, dict) or (metadata and not {"fingerprint", "setup"} <= metadata.keys()):
+        hint = "start a new run in another folder"
+        raise InputRefused("damaged_run", f"{path} does not describe a run", hint=hint)
+    return metadata

@@ -1,4 +1,4 @@
-"""Data: a finished build, as a run takes it."""
+"""Open a finished build for training."""
 
 from __future__ import annotations
 
@@ -24,90 +24,91 @@ from ftdata.types import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class TrainingData:
-    """A finished build: its folder, manifest and splits, `train` and maybe `test`."""
+    """A finished build: its folder, its manifest, and its splits `train` and, optionally, `test`."""
 
     folder: Path
     manifest: Mapping[str, Any]
     splits: datasets.DatasetDict
 
     @property
-    def packed(self) -> bool:
-        """Whether rows hold several documents."""
+    def is_packed(self) -> bool:
+        """Whether a row contains several documents."""
         return any(_largest(split, "seq_lengths", pc.list_value_length) > 1 for split in self.splits.values())
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest document."""
+    def longest_document(self) -> int:
+        """Length of the longest document, in tokens."""
         return max(_largest(split, "seq_lengths", pc.list_flatten) for split in self.splits.values())
 
     @property
-    def vocabulary(self) -> int:
-        """One more than the largest token id."""
+    def vocabulary_size(self) -> int:
+        """The largest token id plus one."""
         return 1 + max(_largest(split, "input_ids", pc.list_flatten) for split in self.splits.values())
 
-    def stops(self, tokenizer: str) -> list[int]:
-        """Return the control tokens that end trained turns: what the saved model must stop at."""
+    def find_stop_tokens(self, tokenizer: str) -> list[int]:
+        """Return the ids of the control tokens that end trained turns, at which the saved model must stop."""
         loaded = load_tokenizer(tokenizer)
         template = self.manifest["options"]["template"]["source"] + (loaded.chat_template or "")
-        found: NDArray[np.int64] = np.empty(0, np.int64)
+        last_tokens: NDArray[np.int64] = np.empty(0, np.int64)
         for batch in self.splits["train"].data.to_batches():
             lengths, ids, labels = (
                 pc.list_flatten(batch.column(name)).to_numpy(zero_copy_only=False)
                 for name in ("seq_lengths", "input_ids", "labels")
             )
             trained = labels != IGNORE_INDEX
-            after = np.append(trained[1:], False)
-            after[np.cumsum(lengths) - 1] = False
-            found = np.union1d(found, ids[trained & ~after])
-        return [int(id_) for id_ in np.intersect1d(found, find_control_tokens(loaded, template).ids)]
+            is_next_trained = np.append(trained[1:], False)
+            is_next_trained[np.cumsum(lengths) - 1] = False
+            last_tokens = np.union1d(last_tokens, ids[trained & ~is_next_trained])
+        return [int(id_) for id_ in np.intersect1d(last_tokens, find_control_tokens(loaded, template).ids)]
 
 
 def open_training_data(build: Path, tokenizer: str) -> TrainingData:
-    """Open a build that is whole, and was made with a tokenizer.
+    """Open a build, and check that it is intact and was built with the given tokenizer.
 
     Raises:
-        InputRefused: it is damaged, or was made with another.
-        UsageError: it has no split for training, or several.
+        InputRefused: the build is damaged, or was built with another tokenizer.
+        UsageError: the build has no split for training, or several.
     """
     manifest = read_manifest(build)
     if damaged := verify_files(build):
-        raise InputRefused("damaged_build", f"{build} is damaged: {', '.join(damaged)}", hint="build again")
-    made_with = manifest["options"]["tokenizer"]
-    if load_tokenizer(tokenizer).fingerprint != made_with["fingerprint"]:
+        raise InputRefused("damaged_build", f"{build} is damaged: {', '.join(damaged)}", hint="build the data again")
+    expected = manifest["options"]["tokenizer"]
+    if load_tokenizer(tokenizer).fingerprint != expected["fingerprint"]:
         raise InputRefused(
             "tokenizer_mismatch",
-            f"{build} was built with tokenizer {made_with['name']}, which is not that of {tokenizer}",
-            hint="build again with the model's own tokenizer, or name it with tokenizer:",
+            f"{build} was built with tokenizer {expected['name']}, which differs from the tokenizer of {tokenizer}",
+            hint="build again with the model's tokenizer, or set the tokenizer field to the tokenizer of the build",
         )
     return TrainingData(build, manifest, training_splits(load_build(build)))
 
 
 def training_splits(build: datasets.DatasetDict) -> datasets.DatasetDict:
-    """Return the splits of a build that a run needs: `train`, and `test` where anything is held out.
+    """Return the splits of a build that a run needs: `train`, and `test` if there is one.
 
-    Data sets name them as they like (`train_sft`, `validation`): what is evaluated is what is called a test, or else a
-    validation.
+    Data sets use different split names, such as `train_sft` or `validation`. The evaluation uses a test split, or
+    else a validation split.
 
     Raises:
-        UsageError: none of them, or several, are for training.
+        UsageError: no split, or more than one, is for training; or more than one is for evaluation.
     """
-    meant = {name: name if name in ("train", "test") else split_from_name(name) or "train" for name in build}
-    found = {}
-    for kind, wanted in (("train", ("train",)), ("test", ("test", "validation"))):
-        for one in wanted:
-            names = [name for name in build if meant[name] == one]
-            exact = [name for name in names if name == one] or names
+    kinds = {name: name if name in ("train", "test") else split_from_name(name) or "train" for name in build}
+    splits = {}
+    for purpose, candidates in (("train", ("train",)), ("test", ("test", "validation"))):
+        for kind in candidates:
+            names = [name for name in build if kinds[name] == kind]
+            exact = [name for name in names if name == kind] or names
             if len(exact) > 1:
                 listed = ", ".join(exact)
-                raise UsageError("splits", f"several splits are for {kind}: {listed}", hint="choose with split")
+                message = f"several splits are for {purpose}: {listed}"
+                raise UsageError("splits", message, hint="choose one with split")
             if exact:
-                found[kind] = build[exact[0]]
+                splits[purpose] = build[exact[0]]
                 break
-    if "train" not in found:
-        raise UsageError("splits", f"no split is for training: {', '.join(build)}", hint="choose with split")
-    return datasets.DatasetDict(found)
+    if "train" not in splits:
+        raise UsageError("splits", f"no split is for training: {', '.join(build)}", hint="choose one with split")
+    return datasets.DatasetDict(splits)
 
 
-def _largest(split: datasets.Dataset, column: str, numbers: Any) -> int:
+def _largest(split: datasets.Dataset, column: str, compute: Any) -> int:
     chunks: list[pa.Array] = split.data.column(column).chunks
-    return max((pc.max(numbers(chunk)).as_py() for chunk in chunks if len(chunk)), default=0)
+    return max((pc.max(compute(chunk)).as_py() for chunk in chunks if len(chunk)), default=0)

@@ -1,4 +1,4 @@
-"""First configuration (`ftdata init`): commented, its values worked out from data and model."""
+"""Create a commented configuration for some data and a model (`ftdata init`)."""
 
 from __future__ import annotations
 
@@ -18,172 +18,183 @@ from ftdata.train.model.isolation_probe import has_leaking_architecture
 from ftdata.train.model.load import load_model_config
 
 _TEMPLATES = ("question_answer", "alpaca", "zephyr")
-"""For tokenizers without a chat template: the one that shows most rows; none needs a token of its own."""
+"""Templates for tokenizers without a chat template; none of them needs additional tokens."""
 
-_TRIED = 50
-_SMALL = 300_000_000
-"""Parameters up to which all are trained: an adapter saves nothing that matters."""
+_TRIAL_ROWS = 50
+_SMALL_MODEL = 300_000_000
+"""Number of parameters up to which all weights are trained, because an adapter would save little memory."""
 
 _ROWS_PER_STEP = 16
 _STEPS_PER_EPOCH = 50
-_TOKENS_AT_ONCE = 8192
+_MAX_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataFacts:
-    """What was looked at: the data's figures, and the model's."""
+    """Properties of the data and the model from which the values are derived.
 
-    figures: Stats
+    Attributes:
+        statistics: the statistics of the data.
+        template: the template, or `None` for the chat template of the tokenizer.
+        parameters: number of parameters of the model.
+        positions: number of positions of the model, if it is limited.
+        leaks: whether packed documents attend to each other; `None` if unknown.
+        model_type: the model type in the configuration of the model.
+    """
+
+    statistics: Stats
     template: str | None
     parameters: int
     positions: int | None
     leaks: bool | None
-    kind: str
+    model_type: str
 
     @property
-    def all(self) -> StatsGroup:
-        """Figures of all rows."""
-        return self.figures.groups[0]
+    def all_rows(self) -> StatsGroup:
+        """The statistics of all rows together."""
+        return self.statistics.groups[0]
 
 
 def make_init_config(data: str, model: str, output_dir: str, overrides: Mapping[str, Any]) -> str:
     """Return the configuration as YAML; see `ftdata.train.init`."""
     if data == "-":
-        raise UsageError("init", "standard input is there once, and a run reads it later", hint="name a file")
-    given = {name: value for name, value in overrides.items() if value is not None}
-    known = make_config({"data": data, "model": model, "output_dir": output_dir, **given})
-    template = known.template or _template(data, known.tokenizer or model, known.limit)
-    figures = stats(data, known.tokenizer or model, template, limit=known.limit, where=known.where)
-    model_config = load_model_config(model, trust_remote_code=known.trust_remote_code)
+        message = "data is -, but standard input can be read only once, and the run reads the data again"
+        raise UsageError("init", message, hint="pass a file")
+    fields = {name: value for name, value in overrides.items() if value is not None}
+    config = make_config({"data": data, "model": model, "output_dir": output_dir, **fields})
+    template = config.template or _choose_template(data, config.tokenizer or model, config.limit)
+    statistics = stats(data, config.tokenizer or model, template, limit=config.limit, where=config.where)
+    model_config = load_model_config(model, trust_remote_code=config.trust_remote_code)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(
-            model_config, trust_remote_code=known.trust_remote_code
+            model_config, trust_remote_code=config.trust_remote_code
         ).num_parameters()
-    found = DataFacts(
-        figures=figures,
+    facts = DataFacts(
+        statistics=statistics,
         template=template,
         parameters=parameters,
         positions=getattr(model_config.get_text_config(), "max_position_embeddings", None),
-        leaks=has_leaking_architecture(model_config, known.attn_implementation),
-        kind=model_config.model_type,
+        leaks=has_leaking_architecture(model_config, config.attn_implementation),
+        model_type=model_config.model_type,
     )
     parts = {
-        "data": ("What is read: a file, glob, folder, URL or hub id, or a list of them.", data),
-        "template": (_about_template(template), template),
-        "mask": ("Which tokens carry the loss.", {"train_on": "assistant", "turns": "auto"}),
-        "length": _length(found),
-        "pack": _pack(found),
-        **_bad_rows(found),
-        "test_size": _test(found),
+        "data": ("Training data: a file, glob, folder, URL or Hub id, or a list of them.", data),
+        "template": (_template_comment(template), template),
+        "mask": ("The tokens that carry loss.", {"train_on": "assistant", "turns": "auto"}),
+        "length": _length(facts),
+        "pack": _pack(facts),
+        **_bad_rows(facts),
+        "test_size": _test_size(facts),
         "model": (f"The base model: {parameters:,} parameters.", model),
-        **_weights(found),
-        "train": ("Fields of TRL's SFTConfig.", _train(found)),
-        "output_dir": ("Checkpoints, the model, the loss as a picture, samples.", output_dir),
+        **_weights(facts),
+        "train": ("Fields of TRL's SFTConfig.", _train(facts)),
+        "output_dir": ("Folder for checkpoints, the model, the loss plot and samples.", output_dir),
     }
-    for name in known.__struct_fields__:
-        if name in given and name not in ("data", "model", "output_dir"):
-            parts[name] = ("As it was asked for.", given[name])
-    return "\n".join(_written(name, *part) for name, part in parts.items() if part is not None)
+    for name in config.__struct_fields__:
+        if name in fields and name not in ("data", "model", "output_dir"):
+            parts[name] = ("Set on the command line.", fields[name])
+    return "\n".join(_format_part(name, *part) for name, part in parts.items() if part is not None)
 
 
-def _written(name: str, comment: str, value: Any) -> str:
+def _format_part(name: str, comment: str, value: Any) -> str:
     text = dump_yaml({name: value})
     return "".join(f"# {line}\n" for line in comment.splitlines()) + text
 
 
-def _template(data: str, tokenizer: str, limit: int | None) -> str | None:
+def _choose_template(data: str, tokenizer: str, limit: int | None) -> str | None:
+    """Return the template that renders the most rows, or `None` for the chat template of the tokenizer."""
     if load_tokenizer(tokenizer).chat_template:
         return None
-    few, refused = min(limit or _TRIED, _TRIED), {}
+    trial_rows, rejected = min(limit or _TRIAL_ROWS, _TRIAL_ROWS), {}
     for name in _TEMPLATES:
         try:
-            refused[name] = sum(stats(data, tokenizer, name, limit=few).rejected.values())
+            rejected[name] = sum(stats(data, tokenizer, name, limit=trial_rows).rejected.values())
         except InputRefused:
             continue
-    return min(refused, key=lambda name: refused[name], default=_TEMPLATES[-1])
+    return min(rejected, key=lambda name: rejected[name], default=_TEMPLATES[-1])
 
 
-def _about_template(name: str | None) -> str:
-    own = "a built-in name (`ftdata templates list`), a .jinja file, or Jinja text."
+def _template_comment(name: str | None) -> str:
+    choices = "a built-in name (`ftdata templates list`), a .jinja file, or Jinja text."
     if name is None:
-        return f"null: the tokenizer's own chat template; or {own}"
-    return f"The tokenizer has no chat template; {own}"
+        return f"null: the tokenizer's chat template; or {choices}"
+    return f"The tokenizer has no chat template; set {choices}"
 
 
-def _length(found: DataFacts) -> tuple[str, dict[str, Any]]:
-    lengths, most = found.all.lengths, found.positions or 1 << 20
-    wanted = -(-lengths[100] // 64) * 64
-    said = (
-        f"Tokens of an example: half have at most {lengths[50]:,}, 99 % at most {lengths[99]:,}, "
-        f"the longest {lengths[100]:,}."
-    )
-    if wanted <= most:
-        return f"{said} None is cut.", {"max_length": wanted, "overlong": "reject"}
-    overlong = "drop_turns" if (found.all.turns or 0) > found.all.examples else "reject"
-    return f"{said}\nThe model has {most:,} positions: longer ones are left out, and listed.", {
-        "max_length": most,
+def _length(facts: DataFacts) -> tuple[str, dict[str, Any]]:
+    lengths, positions = facts.all_rows.lengths, facts.positions or 1 << 20
+    max_length = -(-lengths[100] // 64) * 64
+    comment = f"Tokens per example: median {lengths[50]:,}, p99 {lengths[99]:,}, max {lengths[100]:,}."
+    if max_length <= positions:
+        return f"{comment} No example is truncated.", {"max_length": max_length, "overlong": "reject"}
+    overlong = "drop_turns" if (facts.all_rows.turns or 0) > facts.all_rows.examples else "reject"
+    effect = "turns are dropped from longer examples" if overlong == "drop_turns" else "longer examples are rejected"
+    return f"{comment}\nThe model has {positions:,} positions: {effect}.", {
+        "max_length": positions,
         "overlong": overlong,
     }
 
 
-def _pack(found: DataFacts) -> tuple[str, str | None]:
-    if found.leaks:
-        return f"{found.kind} lets packed documents see each other, so rows are padded instead.", None
-    if found.leaks is None:
-        return "bfd would put whole examples together; whether the model keeps them apart is not known.", None
-    return "bfd: whole examples together, each seeing itself alone. null: one example a row.", "bfd"
+def _pack(facts: DataFacts) -> tuple[str, str | None]:
+    if facts.leaks:
+        return f"null: packed documents of {facts.model_type} attend to each other, so rows are padded.", None
+    if facts.leaks is None:
+        return "bfd would pack complete examples; it is not known whether they would attend to each other.", None
+    return "bfd: packs complete examples, which do not attend to each other. null: one example per row.", "bfd"
 
 
-def _bad_rows(found: DataFacts) -> dict[str, tuple[str, Any]]:
-    bad = sum(found.figures.rejected.values())
-    most = found.positions or 1 << 20
-    longer = int((found.figures.seen.lengths > most).sum())
-    if not bad and not longer:
-        return {
-            "on_bad_rows": ("error: bad rows end the build, all named. quarantine: it goes on without them.", "error")
-        }
-    codes = [f"{count:,} {code}" for code, count in found.figures.rejected.items()]
-    codes += [f"{longer:,} too long, but for those of which turns fit"] * bool(longer)
-    said = f"Of {found.figures.rows:,} rows these are left out, and listed in rejects.jsonl: {', '.join(codes)}."
+def _bad_rows(facts: DataFacts) -> dict[str, tuple[str, Any]]:
+    rejected = sum(facts.statistics.rejected.values())
+    positions = facts.positions or 1 << 20
+    overlong = int((facts.statistics.survey.lengths > positions).sum())
+    if not rejected and not overlong:
+        comment = "error: bad rows stop the build. quarantine: bad rows are put aside, and the build continues."
+        return {"on_bad_rows": (comment, "error")}
+    codes = [f"{count:,} {code}" for code, count in facts.statistics.rejected.items()]
+    codes += [f"up to {overlong:,} too_long"] * bool(overlong)
+    comment = f"Rejected rows of {facts.statistics.rows:,}, which are listed in rejects.jsonl: {', '.join(codes)}."
     return {
-        "on_bad_rows": (said, "quarantine"),
-        "max_rejects": ("More would end the build.", bad + longer),
+        "on_bad_rows": (comment, "quarantine"),
+        "max_rejects": ("The build stops if there are more rejected rows.", rejected + overlong),
     }
 
 
-def _test(found: DataFacts) -> tuple[str, int | None]:
-    if any(group.of == "split" and group.name not in ("train", "all") for group in found.figures.groups):
-        return "The data has a split for testing.", None
-    if found.all.rows < 20:
-        return "Rows held out for testing: there are too few to spare any.", None
-    return "Rows held out, chosen by seed: for the evaluation, and for `ftdata eval`.", min(found.all.rows // 10, 500)
+def _test_size(facts: DataFacts) -> tuple[str, int | None]:
+    if any(group.of == "split" and group.name not in ("train", "all") for group in facts.statistics.groups):
+        return "The data already has a test split.", None
+    if facts.all_rows.rows < 20:
+        return "null: there are too few rows for a test split.", None
+    return "Number of random rows in the test split, for evaluation and for `ftdata eval`.", min(
+        facts.all_rows.rows // 10, 500
+    )
 
 
-def _weights(found: DataFacts) -> dict[str, tuple[str, Any]]:
-    if found.parameters <= _SMALL:
-        return {"lora": ("null: all weights are trained; {r: 16, alpha: 32} would train an adapter.", None)}
+def _weights(facts: DataFacts) -> dict[str, tuple[str, Any]]:
+    if facts.parameters <= _SMALL_MODEL:
+        return {"lora": ("null: trains all weights; {r: 16, alpha: 32} would train an adapter.", None)}
     lora = ("A LoRA adapter on all linear layers.", {"r": 16, "alpha": 32, "dropout": 0.05})
     if not torch.cuda.is_available():
-        return {"lora": lora, "quantization": ("nf4 (QLoRA) would hold the model in a fourth of the memory.", None)}
-    fits = 2 * found.parameters < 0.4 * device.free_memory()
-    said = "null: the model in 16 bits fits; nf4 (QLoRA) takes a fourth." if fits else "The model in 4 bits (QLoRA)."
-    return {"lora": lora, "quantization": (said, None if fits else "nf4")}
+        return {"lora": lora, "quantization": ("null: 16 bits; nf4 (QLoRA) would need a quarter of the memory.", None)}
+    fits = 2 * facts.parameters < 0.4 * device.free_memory()
+    fits_comment = "null: the model fits in 16 bits; nf4 (QLoRA) would need a quarter of the memory."
+    comment = fits_comment if fits else "The model in 4 bits (QLoRA)."
+    return {"lora": lora, "quantization": (comment, None if fits else "nf4")}
 
 
-def _train(found: DataFacts) -> dict[str, Any]:
-    length = _length(found)[1]["max_length"]
-    packed = _pack(found)[1] is not None
-    rows = max(1, found.all.tokens // length if packed else found.all.examples)
-    each = length if packed else max(1, found.all.tokens // max(found.all.examples, 1))
-    wanted = min(max(rows // _STEPS_PER_EPOCH, 1), _ROWS_PER_STEP)
-    at_once = min(max(_TOKENS_AT_ONCE // each, 1), wanted)
-    epochs = 1 if found.all.tokens > 20_000_000 else 3
-    steps = max(1, epochs * rows // wanted)
+def _train(facts: DataFacts) -> dict[str, Any]:
+    length = _length(facts)[1]["max_length"]
+    packed = _pack(facts)[1] is not None
+    rows = max(1, facts.all_rows.tokens // length if packed else facts.all_rows.examples)
+    row_length = length if packed else max(1, facts.all_rows.tokens // max(facts.all_rows.examples, 1))
+    rows_per_step = min(max(rows // _STEPS_PER_EPOCH, 1), _ROWS_PER_STEP)
+    batch_size = min(max(_MAX_BATCH_TOKENS // row_length, 1), rows_per_step)
+    epochs = 1 if facts.all_rows.tokens > 20_000_000 else 3
+    steps = max(1, epochs * rows // rows_per_step)
     return {
         "num_train_epochs": epochs,
-        "per_device_train_batch_size": at_once,
-        "gradient_accumulation_steps": -(-wanted // at_once),
-        "learning_rate": 5e-5 if found.parameters <= _SMALL else 2e-4,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": -(-rows_per_step // batch_size),
+        "learning_rate": 5e-5 if facts.parameters <= _SMALL_MODEL else 2e-4,
         "lr_scheduler_type": "cosine",
         "warmup_steps": max(1, round(0.03 * steps)),
         "logging_steps": max(1, min(10, steps // 20)),

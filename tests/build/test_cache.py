@@ -43,7 +43,7 @@ def kept(tmp_path, monkeypatch):
 def work(monkeypatch):
     """Count the shards that are built, and the texts that are encoded."""
     done = {"shards": 0, "texts": 0}
-    built, encode = shards._built, Encoders._encode
+    built, encode = shards._build, Encoders._encode
 
     def counted(*arguments):
         done["shards"] += 1
@@ -53,7 +53,7 @@ def work(monkeypatch):
         done["texts"] += len(texts)
         return encode(self, texts)
 
-    monkeypatch.setattr(shards, "_built", counted)
+    monkeypatch.setattr(shards, "_build", counted)
     monkeypatch.setattr(Encoders, "_encode", encoded)
 
     def since():
@@ -265,7 +265,7 @@ def test_text_cache_returns_the_stored_tokens(kept, tokenizer_dir):
             for a, b in zip(one[:2], two[:2], strict=True)
         )
     with cache.open_text_cache("key") as texts:
-        assert texts.filled
+        assert texts.has_entries
         assert len(texts.encode(said, lambda missing: pytest.fail(str(missing)))) == 6
 
 

@@ -232,7 +232,7 @@ def test_build_replaces_only_another_build(tiny, tmp_path):
     foreign = tmp_path / "mine"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("x")
-    with pytest.raises(UsageError, match="no build of ftdata"):
+    with pytest.raises(UsageError, match="not a build of ftdata"):
         build_sft_dataset(ROWS, tiny, output_dir=foreign)
     assert (foreign / "thesis.tex").read_text() == "x"
 
@@ -279,7 +279,7 @@ def test_output_does_not_depend_on_the_batch_size(tiny, monkeypatch):
     built = []
     for batch, letters in ((1, 1 << 20), (7, 1 << 20), (1000, 1 << 20), (1000, 100)):
         monkeypatch.setattr("ftdata.pipeline.render_rows.BATCH", batch)
-        monkeypatch.setattr("ftdata.pipeline.render_rows.LETTERS", letters)
+        monkeypatch.setattr("ftdata.pipeline.render_rows.MAX_BATCH_CHARACTERS", letters)
         built.append(build_sft_dataset(ROWS, tiny, packing="bfd", max_length=128))
     assert all(each["train"][:] == built[0]["train"][:] for each in built)
     assert len({each.report.fingerprint for each in built}) == 1
@@ -331,7 +331,7 @@ def test_user_defined_mask_policy(tiny):
     built = build_sft_dataset(ROWS[:4], tiny, train_on=digits)
     assert answers(built["train"], load_tokenizer(tiny)) == [row["answer"] for row in ROWS[:4]]
     assert built.report.sources[0].flags["no_trained_stop"] == 4
-    assert any("will not learn to stop" in note for note in built.report.notes)
+    assert any("does not learn to stop" in note for note in built.report.notes)
 
 
 def test_progress_is_reported(tiny):
@@ -412,7 +412,7 @@ def test_pretokenized_rows_are_unchanged(tiny):
     row = {"input_ids": plain["input_ids"], "labels": plain["labels"]}
     built = build_sft_dataset([row], tiny)
     assert built["train"][0] == plain
-    assert any("came as tokens" in note for note in built.report.notes)
+    assert any("come from pretokenized rows" in note for note in built.report.notes)
     with pytest.raises(BadRows, match=r"input_ids\[1\]: is 99999"):
         build_sft_dataset([{"input_ids": [1, 99999], "labels": [-100, 99999]}], tiny)
 
@@ -443,7 +443,7 @@ def test_single_text_part_becomes_text_if_the_template_takes_no_lists(tiny):
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]
     built = build_sft_dataset([{"messages": messages}], tiny)
     assert answers(built["train"], load_tokenizer(tiny)) == ["a<|im_end|>"]
-    assert any("lists of one text part" in note for note in built.report.notes)
+    assert any("a list with a single text part" in note for note in built.report.notes)
     with pytest.raises(BadRows, match="content_stringified|template_raises"):
         build_sft_dataset([{"messages": [{"role": "user", "content": parts * 2}, messages[1]]}], tiny)
 
@@ -455,7 +455,7 @@ def test_splits_of_the_data_are_kept(tiny, tmp_path):
     for data in (both, str(tmp_path / "saved")):
         built = build_sft_dataset(data, tiny)
         assert {name: len(split) for name, split in built.items()} == {"train": 30, "test": 10}
-    with pytest.raises(UsageError, match="has splits already: train, test"):
+    with pytest.raises(UsageError, match="already has splits: train, test"):
         build_sft_dataset(both, tiny, test_size=3)
     alone = build_sft_dataset({"path": str(tmp_path / "saved"), "split": "test"}, tiny, test_size=2)
     assert {name: len(split) for name, split in alone.items()} == {"train": 8, "test": 2}

@@ -52,7 +52,7 @@ def test_lost_worker_is_replaced(cluster, tmp_path, engine):
 def test_task_that_kills_its_workers_is_named(cluster, tmp_path, engine):
     common = {"seconds": 0.01, "deadly": [3], "mark": str(tmp_path / "mark"), "once": False}
     engine = f"ray:{cluster.address}" if engine == "ray" else engine
-    with pytest.raises(StorageError, match=r"worker_lost.*at 3: "):
+    with pytest.raises(StorageError, match=r"worker_lost.*running 3: "):
         list(run_tasks(slowly, common, range(6), 1 if engine != "local" else 2, engine))
 
 

@@ -100,13 +100,13 @@ def test_finished_remote_build_is_reused_and_not_overwritten(bucket, build):
     again = build("s3://data/in", "s3://data/out")
     assert (again.totals, again.encoder, sent(bucket)) == (first.totals, "", [])
     put("in/a.jsonl", LINES.replace(b"what", b"then"))
-    with pytest.raises(UsageError, match=r"s3://data/out: holds another build"):
+    with pytest.raises(UsageError, match=r"s3://data/out: contains another build"):
         build("s3://data/in", "s3://data/out")
     assert (objects("out"), sent(bucket)) == (before, ["PUT /data/in/a.jsonl"])
-    with pytest.raises(UsageError, match=r"s3://data/in: holds what is no build: a.jsonl"):
+    with pytest.raises(UsageError, match=r"s3://data/in: contains files that are not a build: a.jsonl"):
         build("s3://data/in", "s3://data/in")
     for place in ("http://example.org/x", "hf://datasets/me/x", "file:///tmp/x"):
-        with pytest.raises(UsageError, match=f"output_url.*{place} is no place for a build"):
+        with pytest.raises(UsageError, match=f"output_url.*{place} is not a URL that builds can be written to"):
             build("s3://data/in", place)
 
 
@@ -117,7 +117,7 @@ def test_interrupted_upload_resumes(bucket, build):
     there = objects("out")
     assert "manifest.json" not in there
     assert there
-    with pytest.raises(InputRefused, match="no build of ftdata"):
+    with pytest.raises(InputRefused, match="not a build of ftdata"):
         verify("s3://data/out")
     bucket.faults, bucket.asked[:] = [("PUT /data/out/.*arrow", 503), ("GET .*", "cut")], []
     build("s3://data/in", "s3://data/out")
@@ -129,7 +129,9 @@ def test_foreign_remote_files_are_not_overwritten(bucket, build):
     put("mine/README.md", b"my notes")
     put("mine/train/data-00000.arrow", b"mine")
     before = objects("mine")
-    with pytest.raises(UsageError, match=r"s3://data/mine: holds what is no build: README.md, train/data-00000.arrow"):
+    with pytest.raises(
+        UsageError, match=r"s3://data/mine: contains files that are not a build: README.md, train/data-00000.arrow"
+    ):
         build("s3://data/in", "s3://data/mine")
     assert objects("mine") == before
 
@@ -142,7 +144,7 @@ def test_concurrent_upload_of_another_build_is_refused(bucket, build, monkeypatc
     def meanwhile(*asked):
         monkeypatch.setattr(remote, "missing_files", missing)
         monkeypatch.setenv("FTDATA_CACHE", str(tmp_path / "other"))
-        with pytest.raises(UsageError, match="another build that is on its way"):
+        with pytest.raises(UsageError, match="the unfinished upload of another build"):
             build("s3://data/in/b.jsonl", "s3://data/out")
         monkeypatch.setenv("FTDATA_CACHE", str(tmp_path / "cache"))
         return missing(*asked)
@@ -161,7 +163,7 @@ def test_downloaded_files_stay_in_their_folder(bucket, tmp_path, name):
     found = json.loads((tmp_path / "made" / "manifest.json").read_text())
     found["files"][name] = {"bytes": 1, "sha256": "0"}
     found.pop("sha256")
-    put("evil/manifest.json", store._sealed(found))
+    put("evil/manifest.json", store._encode_manifest(found))
     put("evil/dataset_dict.json", b"{}")
     with pytest.raises(InputRefused, match="damaged_build"):
         preview("s3://data/evil")
@@ -172,7 +174,7 @@ def test_remote_builds_are_downloaded_and_verified(bucket, build, tokenizer_dir,
     loaded = build_sft_dataset("s3://data/in", tokenizer_dir("tiny_bpe"), output_dir="s3://data/out")
     assert len(loaded["train"]) == 300
     assert "it is 81" in str(preview("s3://data/out", tokenizer_dir("tiny_bpe"), n=10))
-    assert ftdata("verify", "s3://data/out") == (0, "whole    s3://data/out\n", "")
+    assert ftdata("verify", "s3://data/out") == (0, "intact   s3://data/out\n", "")
     arrow = next(iter(fsspec.filesystem("s3").glob("data/out/train/*.arrow")))
     data = fsspec.filesystem("s3").cat(arrow)
     put(arrow.removeprefix("data/"), data[:999] + bytes([data[999] ^ 1]) + data[1000:])

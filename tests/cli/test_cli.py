@@ -316,10 +316,10 @@ def test_template_variables_on_the_command_line(command, tokenizer_dir, tmp_path
     ("options", "says"),
     [
         (("--where", "(" * 5000), "cannot be compiled"),
-        (("--template-kwarg", "a=" + "[" * 100_000), "cannot be read"),
-        (("--template-kwarg", "enable_thinking=" + "9" * 5000), "cannot be read"),
+        (("--template-kwarg", "a=" + "[" * 100_000), "cannot be parsed"),
+        (("--template-kwarg", "enable_thinking=" + "9" * 5000), "cannot be parsed"),
         (("--template-kwarg", "api_key=secret-word"), "api_key"),
-        (("--split", "train[999999999999999999999999:]"), "names no rows"),
+        (("--split", "train[999999999999999999999999:]"), "valid split expression"),
     ],
 )
 def test_oversized_option_values_are_refused_in_one_line(tmp_path, tokenizer_dir, options, says):
@@ -363,5 +363,5 @@ def test_output_folder_must_be_named_and_contain_no_source(tmp_path, tokenizer_d
     assert ftdata(*build, data / "out").returncode == 0
     done = ftdata(*build, data / "out")
     assert done.returncode == 2
-    assert "lies in the output folder" in done.stderr
+    assert "is inside the output folder" in done.stderr
     assert ftdata(*build, "s3://key:word@bucket/name").returncode == 2

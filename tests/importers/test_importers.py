@@ -56,7 +56,7 @@ def test_adapters_and_quantization_are_imported(tmp_path):
         factory(tmp_path, quantization_bit=8, use_rslora=True, additional_target="embed_tokens, lm_head")
     ).config
     assert config.quantization == "int8"
-    assert config.lora.more == {"use_rslora": True, "modules_to_save": ["embed_tokens", "lm_head"]}
+    assert config.lora.extra_fields == {"use_rslora": True, "modules_to_save": ["embed_tokens", "lm_head"]}
     assert import_config(factory(tmp_path, quantization_type="fp4")).config.quantization == "fp4"
 
 
@@ -147,34 +147,34 @@ def test_rendered_text_equals_that_of_axolotl(case, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"rl": "dpo"}, "rl: that is another way of training"),
+        ({"rl": "dpo"}, "rl: ftdata does not support this training method"),
         ({"adapter": "oft"}, "adapter: oft"),
         ({"loraplus_lr_ratio": 16, "relora": True}, "loraplus_lr_ratio: .*; relora: "),
         ({"excess_length_strategy": "split"}, "excess_length_strategy: split"),
         ({"datasets": []}, "expected a list of mappings"),
         ({"datasets": "x"}, "expected a list of mappings"),
-        ({"datasets": [{"path": "a", "type": "alpaca"}, {"path": "b", "type": "chat_template"}]}, "different kinds: .*--dataset"),
-        ({"datasets": [{"path": "a", "type": "gpteacher"}]}, "type gpteacher has no counterpart"),
+        ({"datasets": [{"path": "a", "type": "alpaca"}, {"path": "b", "type": "chat_template"}]}, "need different options: .*--dataset"),
+        ({"datasets": [{"path": "a", "type": "gpteacher"}]}, "type gpteacher has no equivalent"),
         ({"datasets": [{"path": "a", "type": "sharegpt"}]}, "use type: chat_template"),
-        ({"datasets": [{"path": "a", "type": "chat_template", "roles": {"user": ["customer"]}}]}, "'customer' stands for user, and is a role that nobody knows"),
-        ({"datasets": [{"path": "a", "type": "chat_template", "roles": {"assistant": ["human"]}}]}, "'human' stands for assistant, and is user here"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "roles": {"user": ["customer"]}}]}, "'customer' means user in the file, but ftdata does not know this role"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "roles": {"assistant": ["human"]}}]}, "'human' means assistant in the file, but ftdata reads it as user"),
         ({"datasets": [{"path": "a", "type": "chat_template", "roles_to_train": ["user"]}]}, "roles_to_train"),
         ({"datasets": [{"path": "a", "type": "chat_template", "roles_to_train": []}]}, "roles_to_train"),
-        ({"datasets": [{"path": "a", "type": "chat_template", "message_field_training": "learn"}]}, "'learn'.*rename it to train"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "message_field_training": "learn"}]}, "'learn'.*rename this field to train"),
         ({"datasets": [{"path": "a", "type": "chat_template", "message_property_mappings": {"content": "body"}}]}, "content under 'body'"),
         ({"datasets": [{"path": "a", "type": "chat_template", "chat_template": "llama3"}]}, "chat_template: llama3"),
-        ({"datasets": [{"path": "a", "type": "alpaca", "format": "{instruction}"}]}, "format stands beside type"),
+        ({"datasets": [{"path": "a", "type": "alpaca", "format": "{instruction}"}]}, "format is not read at this level"),
         ({"datasets": [{"path": "a", "type": "chat_template", "drop_system_message": True}]}, "drop_system_message"),
-        ({"datasets": [{"path": "a", "type": {"field_question": "q"}}]}, "field_question is not known"),
-        ({"learning_rate": {"a": 1}, "val_set_size": "x"}, "a value is not what Axolotl expects"),
-        ({"val_set_size": float("inf")}, "inf is no size"),
-        ({"val_set_size": -1}, "-1 is no size"),
+        ({"datasets": [{"path": "a", "type": {"field_question": "q"}}]}, "field_question is not a known key"),
+        ({"learning_rate": {"a": 1}, "val_set_size": "x"}, "a value is not valid in Axolotl"),
+        ({"val_set_size": float("inf")}, "inf is not the size"),
+        ({"val_set_size": -1}, "-1 is not the size"),
         ({"num_epochs": 0}, "num_epochs 0"),
         ({"datasets": [{"path": 5, "type": "alpaca"}]}, "a path is 5"),
         ({"datasets": [{"path": "a", "type": "alpaca", "ds_type": "./mine.py:read"}]}, "ds_type is './mine.py:read'"),
         ({"datasets": [{"path": "a", "type": {"format": "{instruction!s}"}}]}, "the format"),
         ({"datasets": [{"path": "a", "type": {"format": "{0}"}}]}, "the format"),
-        ({"datasets": [{"path": "a", "type": {"format": "{"}}]}, "a value is not what Axolotl expects"),
+        ({"datasets": [{"path": "a", "type": {"format": "{"}}]}, "a value is not valid in Axolotl"),
     ],
 )  # fmt: skip
 def test_unsupported_axolotl_settings_are_refused_with_their_key(changes, says, tmp_path):
@@ -187,18 +187,18 @@ def test_unsupported_axolotl_settings_are_refused_with_their_key(changes, says, 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"test_datasets": [{"path": "x"}]}, "test_datasets: left out: held-out rows"),
-        ({"train_on_input": True}, "not known, and left out: train_on_input"),
-        ({"datasets": [{"path": "a", "type": "alpaca", "feild": "x"}]}, "a: not known, and left out: feild"),
+        ({"test_datasets": [{"path": "x"}]}, "test_datasets: left out: hold out rows"),
+        ({"train_on_input": True}, "unknown keys, left out: train_on_input"),
+        ({"datasets": [{"path": "a", "type": "alpaca", "feild": "x"}]}, "a: unknown keys, left out: feild"),
         ({"trust_remote_code": True}, "trust_remote_code: left out"),
-        ({"val_set_size": 0, "eval_steps": 5}, "eval_steps: left out, since no rows are held out"),
-        ({"train_on_inputs": True}, "leaves out headers"),
+        ({"val_set_size": 0, "eval_steps": 5}, "eval_steps: left out, because no rows are held out"),
+        ({"train_on_inputs": True}, "excludes the headers"),
         ({"zz\ntrain_on: all\n#": 1}, "left out: zz\\ntrain_on: all"),
         ({"load_in_8bit": True}, "load_in_8bit: left out"),
-        ({"adapter": "lora"}, "16 bits here as there"),
-        ({"datasets": [{"path": "a", "type": "chat_template", "field_tools": "functions"}]}, "field_tools had no effect"),
-        ({"datasets": [{"path": "a", "type": "chat_template", "train_on_eos": "last"}]}, "stop of every trained turn is trained"),
-        ({"datasets": [{"path": "a", "type": "completion"}]}, "Axolotl cuts longer ones"),
+        ({"adapter": "lora"}, "loaded in 16 bits"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "field_tools": "functions"}]}, "field_tools has no effect"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "train_on_eos": "last"}]}, "stop token of every trained turn is trained"),
+        ({"datasets": [{"path": "a", "type": "completion"}]}, "Axolotl splits long texts"),
     ],
 )  # fmt: skip
 def test_differences_from_axolotl_are_noted(changes, says, tmp_path):
@@ -212,7 +212,7 @@ def test_one_of_several_data_sets_can_be_selected(tmp_path):
     path = axolotl(tmp_path, datasets=several)
     assert import_config(path, ["b"]).config.columns == {"messages": "talk"}
     assert import_config(path, ["0"]).config.template == "alpaca"
-    with pytest.raises(UsageError, match="no data set 'c'; there are a, b"):
+    with pytest.raises(UsageError, match="no data set 'c' among a, b"):
         import_config(path, ["c"])
 
 
@@ -254,7 +254,7 @@ def test_llamafactory_configuration_is_imported(tmp_path):
     )
     assert config.train["warmup_steps"] == 0.1
     assert config.train["num_train_epochs"] == 3
-    assert any(note.startswith("template: qwen: LLaMA-Factory has tables of its own") for note in found.notes)
+    assert any(note.startswith("template: qwen: LLaMA-Factory uses built-in templates") for note in found.notes)
     assert any("joined by a blank line" in note for note in found.notes)
     full = import_config(
         factory(tmp_path, finetuning_type="full", quantization_bit=None, mask_history=True, dataset="chats")
@@ -268,19 +268,19 @@ def test_dataset_info_alone_is_imported(tmp_path):
     path = tmp_path / "data" / "dataset_info.json"
     found = import_config(path, ["chats"], model="me/base")
     assert (found.config.model, found.config.columns) == ("me/base", None)
-    with pytest.raises(UsageError, match="it lists 5 data sets.*choose with --dataset: faq, chats"):
+    with pytest.raises(UsageError, match="the file contains 5 data sets.*select with --dataset: faq, chats"):
         import_config(path)
-    assert any("names no model" in note for note in import_config(path, ["faq"]).notes)
+    assert any("has no base model" in note for note in import_config(path, ["faq"]).notes)
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"stage": "dpo"}, "stage: dpo"),
-        ({"dataset": "faq,chats"}, "different kinds"),
+        ({"dataset": "faq,chats"}, "need different options"),
         ({"dataset": "fag"}, "no data set 'fag'.*did you mean 'faq'"),
-        ({"dataset": ""}, "names no data"),
-        ({"dataset": "odd"}, "'customer' stands for user"),
+        ({"dataset": ""}, "contains no name"),
+        ({"dataset": "odd"}, "'customer' means user"),
         ({"dataset": "media"}, "columns images"),
         ({"dataset": "ranked"}, "ranking"),
         ({"dataset_dir": "nowhere"}, "cannot be read"),
@@ -311,15 +311,20 @@ USUAL = {
 
 
 def test_common_training_settings_are_imported():
-    assert set(USUAL["axolotl"].split()) <= set(AXOLOTL.same)
-    assert set(USUAL["factory"].split()) <= set(FACTORY.same)
+    assert set(USUAL["axolotl"].split()) <= set(AXOLOTL.same_name)
+    assert set(USUAL["factory"].split()) <= set(FACTORY.same_name)
 
 
 @pytest.mark.parametrize("keys", [AXOLOTL, FACTORY], ids=["axolotl", "llamafactory"])
 def test_every_key_maps_to_an_existing_field(keys):
     SFTConfig = pytest.importorskip("trl").SFTConfig  # noqa: N806
-    targets = [rule for rule in keys.rules.values() if isinstance(rule, str)] + [f"train.{name}" for name in keys.same]
-    given = {**dict.fromkeys(keys.same, 3), **{key: 3 for key, rule in keys.rules.items() if isinstance(rule, str)}}
+    targets = [rule for rule in keys.rules.values() if isinstance(rule, str)] + [
+        f"train.{name}" for name in keys.same_name
+    ]
+    given = {
+        **dict.fromkeys(keys.same_name, 3),
+        **{key: 3 for key, rule in keys.rules.items() if isinstance(rule, str)},
+    }
     draft = Draft()
     apply_rules(given, keys, draft)
     carried = {f"{name}.{inner}" for name, value in draft.fields.items() if isinstance(value, dict) for inner in value}
@@ -330,5 +335,5 @@ def test_every_key_maps_to_an_existing_field(keys):
             assert field in SFTConfig.__dataclass_fields__, target
         else:
             assert section in Config.__struct_fields__, target
-    groups = [set(keys.rules), set(keys.same), set(keys.left), set(keys.noted), set(keys.refused)]
+    groups = [set(keys.rules), set(keys.same_name), set(keys.ignored), set(keys.notes), set(keys.unsupported)]
     assert sum(map(len, groups)) == len(set().union(*groups))

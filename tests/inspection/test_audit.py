@@ -15,7 +15,7 @@ def test_skipped_checks_are_reported(tokenizer):
     report = found(tokenizer, [PLAIN], {})
     assert not report
     assert report.skipped == {"pii": "--pii", "near_duplicate": "--near-duplicate-threshold"}
-    assert "not looked for: pii (--pii); near_duplicate (--near-duplicate-threshold)" in str(report)
+    assert "skipped checks: pii (--pii); near_duplicate (--near-duplicate-threshold)" in str(report)
 
 
 def test_rejected_rows_are_findings_with_their_code(tokenizer):
@@ -75,7 +75,7 @@ def test_invalid_options_are_refused(tokenizer, tmp_path):
     with pytest.raises(UsageError, match="expected a similarity"):
         audit([PLAIN], tokenizer(), near_duplicate_threshold=0.2)
     build_sft_dataset([PLAIN], tokenizer(), output_dir=tmp_path / "built")
-    with pytest.raises(UsageError, match="template is said of a build"):
+    with pytest.raises(UsageError, match="template does not apply to a finished build"):
         audit(tmp_path / "built", template="chatml")
 
 
@@ -121,7 +121,7 @@ def test_findings_of_a_build_name_its_source_files(tokenizer, tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(PLAIN) + "\n")
     build_sft_dataset([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tokenizer(), output_dir=tmp_path / "built")
     (finding,) = audit(tmp_path / "built").findings
-    assert (finding.code, finding.where, finding.places[0].says) == (
+    assert (finding.code, finding.where, finding.locations[0].detail) == (
         "duplicate",
         [f"{tmp_path}/b.jsonl:1"],
         f"equal to {tmp_path}/a.jsonl:1",

@@ -228,7 +228,7 @@ def test_iterators_are_read_once_and_compared(tokenizer_dir):
 @pytest.mark.parametrize(
     ("b", "says"),
     [
-        ({"tokenizer": "x"}, "names no data"),
+        ({"tokenizer": "x"}, "a side has no data"),
         ({"data": [], "tokenizr": 1}, "did you mean 'tokenizer'"),
         ({"data": []}, "no_tokenizer"),
     ],
@@ -265,7 +265,7 @@ def test_diff_command_compares_configurations_data_and_builds(data, tokenizer_di
     assert run(data, "-t", tokenizer, "--set", "template={{ messages[0].content }}").returncode == 1
     assert run("-", "-t", tokenizer, "--set", "turns=split").returncode == 2
     done = run(data, "-t", tokenizer, "--set", "turns=split", "--html", data)
-    assert (done.returncode, "is no page of ftdata" in done.stderr) == (2, True)
+    assert (done.returncode, "is not an HTML page of ftdata" in done.stderr) == (2, True)
 
 
 @pytest.mark.browser

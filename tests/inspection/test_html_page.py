@@ -239,7 +239,7 @@ def test_search_finds_and_highlights_matches(simple):
     assert page.inner_text("#status").startswith("1 found in 1 of 3 rows")
     page.fill("#q", "/(/")
     page.keyboard.press("Enter")
-    assert page.inner_text("#status").startswith("no regular expression")
+    assert page.inner_text("#status").startswith("invalid regular expression")
     page.fill("#q", "nowhere")
     assert page.inner_text("#status").startswith("0 found in 0 of 3 rows")
     assert page.locator(".row").count() == 0
@@ -258,7 +258,7 @@ def test_rows_can_be_filtered_and_sorted(simple):
     assert names()[:-1] == shortest[1:][::-1]
     page.select_option("#order", "")
     options = page.locator("#kind option").all_text_contents()
-    assert {"every row", "control_tokens (1)", "rejected (1)", "shortest (1)"} <= set(options)
+    assert {"all rows", "control_tokens (1)", "rejected (1)", "shortest (1)"} <= set(options)
     page.select_option("#kind", "rejected")
     assert names() == ["row 4"]
     assert "empty_answer" in page.text_content(".row")
@@ -272,7 +272,7 @@ def test_tooltip_describes_the_token(simple):
     assert re.search(r"id\s+2\n", tip)
     assert re.search(r"piece\s+<\|im_end\|>", tip)
     assert re.search(r"label\s+2\b", tip)
-    assert "a stop token" in tip
+    assert "stop token" in tip
     page.locator(".o[data-role=user] .t").first.hover()
     assert re.search(r"owner\s+user, messages\[0\], content", page.inner_text("#tip"))
     assert re.search(r"label\s+-100", page.inner_text("#tip"))
@@ -376,7 +376,7 @@ def test_other_files_are_not_overwritten(tmp_path):
     (tmp_path / "data.json").write_text("[]")
     for _ in range(2):
         preview([talk("q", "a")], html=tmp_path / "page.html")
-    with pytest.raises(UsageError, match="is no page of ftdata"):
+    with pytest.raises(UsageError, match="is not an HTML page of ftdata"):
         preview([talk("q", "a")], html=tmp_path / "data.json")
     assert (tmp_path / "data.json").read_text() == "[]"
 
@@ -413,8 +413,8 @@ def test_effect_of_max_length_is_shown(simple):
     rows = [talk("q", "short"), talk("q", "word " * 100), talk("q", "word " * 200)]
     page = simple(rows, max_length=60, overlong="truncate")
     said = page.inner_text("#lengths p")
-    assert "2 are longer than max_length 60 (overlong=truncate): 2 are cut, 0 are left out (0 rows" in said
-    assert "2 answers lose their end, 0 are lost whole." in said
+    assert "2 exceed max_length 60 (overlong=truncate): 2 are truncated, 0 are left out (0 rows" in said
+    assert "2 answers are truncated, 0 are removed completely." in said
     assert "max_length 60: 2 longer" in page.text_content("#lengths svg")
     assert page.locator(".cut").count() == 3  # one is in the legend
     assert "tokens cut" in page.locator(".row").nth(1).text_content()

@@ -148,7 +148,7 @@ def test_clean_data_set_has_no_findings(large):
 def test_exactly_the_planted_faults_are_found(large):
     folder, tokenizer, expected = large
     report = audit(folder / "faulty.jsonl", tokenizer, against=folder / "held_out.jsonl", **OPTIONS)
-    assert {one.code: [place.source.line for place in one.places] for one in report.findings} == expected
+    assert {one.code: [place.source.line for place in one.locations] for one in report.findings} == expected
     assert {one.code: one.count for one in report.findings} == {code: len(lines) for code, lines in expected.items()}
 
 
@@ -167,7 +167,7 @@ def test_build_has_the_findings_that_depend_on_tokens(large, tmp_path):
         max_rejects=10,
     )
     report = audit(tmp_path / "built", near_duplicate_threshold=None, pii=True)
-    told = {one.code: sorted(place.source.line for place in one.places) for one in report.findings}
+    told = {one.code: sorted(place.source.line for place in one.locations) for one in report.findings}
     of_tokens = set(expected) - {
         "empty_answer",
         "trivial_answer",

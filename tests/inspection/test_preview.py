@@ -19,7 +19,7 @@ from makers import CHATML
 from ftdata import build_sft_dataset, preview
 from ftdata.errors import InputRefused, UsageError
 from ftdata.inspection.row_views import make_visible
-from ftdata.testing import AWKWARD
+from ftdata.testing import AWKWARD_TEXTS
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.tokenizing.token_text import token_texts
 
@@ -61,13 +61,13 @@ def test_rows_are_selected_by_number_id_and_text(tokenizer_dir, wanted, rows, na
 @pytest.mark.parametrize(
     ("wanted", "error", "says"),
     [
-        ({"row": 3, "grep": "x"}, UsageError, "row and grep both say"),
-        ({"grep": "("}, UsageError, "is no regular expression"),
-        ({"row": -1}, UsageError, "expected numbers from 0"),
-        ({"row": [2, 99]}, InputRefused, "there is no row 99"),
-        ({"id": "nobody"}, InputRefused, "whose id is 'nobody'"),
+        ({"row": 3, "grep": "x"}, UsageError, "row and grep cannot be combined"),
+        ({"grep": "("}, UsageError, "is not a valid regular expression"),
+        ({"row": -1}, UsageError, "expected row numbers from 0"),
+        ({"row": [2, 99]}, InputRefused, "row 99 does not exist"),
+        ({"id": "nobody"}, InputRefused, "no row has the id 'nobody'"),
         ({"grep": "nowhere"}, InputRefused, "matches 'nowhere'"),
-        ({"row": 3, "n": 1}, UsageError, "row and n both say"),
+        ({"row": 3, "n": 1}, UsageError, "row and n cannot be combined"),
     ],
 )
 def test_invalid_row_selections_are_refused(wanted, error, says):
@@ -103,11 +103,11 @@ def test_outliers_have_reasons(tokenizer_dir):
     why = {one.source.row: one.why for one in shown.rows}
     assert why[51] == ("longest",)
     assert "least trained" in why[52]
-    assert why[53] == ("control tokens in its text",)
+    assert why[53] == ("control tokens in the text",)
     assert why[54] == ("duplicate",)
     assert why[55] == ("rejected: empty_answer",)
-    assert "not all printed by the template" in why[56]
-    assert "odd: longest" in str(shown)
+    assert "not fully printed by the template" in why[56]
+    assert "outlier: longest" in str(shown)
     (lost,) = next(one.lost for one in shown.rows if one.source.row == 56)
     assert lost == ("messages[1].reasoning_content", "a thought")
     assert "not printed by the template: messages[1].reasoning_content: a thought" in str(shown)
@@ -121,11 +121,11 @@ def test_truncated_text_is_shown(tokenizer_dir):
     assert view.cut > 0
     assert re.search(rf"✂ {view.cut} tokens cut: .*word", str(shown))
     assert (
-        view.text + view.rest
+        view.text + view.remainder
         == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n" + "word " * 50 + "<|im_end|>\n"
     )
     told = shown.as_dict()["rows"][0]
-    assert told["cut"] == [{"tokens": view.cut, "text": view.rest}]
+    assert told["cut"] == [{"tokens": view.cut, "text": view.remainder}]
 
 
 def test_json_contains_all_segments(tokenizer_dir):
@@ -147,7 +147,7 @@ def test_json_contains_all_segments(tokenizer_dir):
 @pytest.mark.parametrize("name", ["tiny_bpe", "tiny_metaspace", "qwen", "deepseek", "mistral"])
 @often(40)
 @given(
-    text=st.lists(st.sampled_from([*AWKWARD, "年號", "👍🏽", "naïve", "a b", "x\n"]), min_size=1, max_size=6).map(
+    text=st.lists(st.sampled_from([*AWKWARD_TEXTS, "年號", "👍🏽", "naïve", "a b", "x\n"]), min_size=1, max_size=6).map(
         "".join
     )
 )
@@ -215,7 +215,7 @@ def test_build_options_are_refused_for_a_build(tokenizer_dir, tmp_path):
         {"train_on": "all"},
         {"packing": "bfd", "html": tmp_path / "x.html"},
     ):
-        with pytest.raises(UsageError, match="said of a build"):
+        with pytest.raises(UsageError, match="does not apply to a finished build"):
             preview(tmp_path / "built", **options)
     with pytest.raises(UsageError, match="the ids of rows"):
         preview(tmp_path / "built", id="row-1")
@@ -355,7 +355,7 @@ def test_control_tokens_in_row_text_are_plain_text_without_a_tokenizer():
     "options", [{"max_length": 9}, {"reject_flags": ["no_trained_stop"]}, {"packing": "bfd"}, {"odd": True}]
 )
 def test_token_options_need_a_tokenizer(options):
-    with pytest.raises(UsageError, match="is about tokens, and there is no tokenizer"):
+    with pytest.raises(UsageError, match="needs a tokenizer, and tokenizer is missing"):
         preview(ROWS, **options)
 
 
@@ -405,7 +405,7 @@ def test_notebook_shows_the_same_notes_as_the_terminal(tokenizer_dir):
 
 @pytest.mark.parametrize("row", [[], "3", 1.5, [1, "2"]])
 def test_row_selection_must_be_numbers(row):
-    with pytest.raises(UsageError, match="expected numbers from 0"):
+    with pytest.raises(UsageError, match="expected row numbers from 0"):
         preview(ROWS, row=row)
 
 
@@ -419,15 +419,15 @@ def test_dropped_turns_are_reported(tokenizer_dir):
     lengths = [len(one) for one in whole.examples]
     assert (*map(len, row.examples), *row.dropped) == tuple(lengths)
     assert row.dropped
-    assert f"✂ {len(row.dropped)} examples of {sum(row.dropped)} tokens do not fit, and are left out" in str(shown)
+    assert f"✂ {len(row.dropped)} examples dropped: {sum(row.dropped)} tokens beyond max_length" in str(shown)
 
 
 @pytest.mark.parametrize("overlong", ["reject", "drop_turns", "truncate"])
 def test_lengths_are_measured_before_truncation(tokenizer_dir, overlong):
     from ftdata import stats
 
-    whole = stats([LONG, *ROWS], tokenizer_dir("tiny_bpe"), turns="split").seen.lengths
-    seen = stats([LONG, *ROWS], tokenizer_dir("tiny_bpe"), turns="split", max_length=100, overlong=overlong).seen
+    whole = stats([LONG, *ROWS], tokenizer_dir("tiny_bpe"), turns="split").survey.lengths
+    seen = stats([LONG, *ROWS], tokenizer_dir("tiny_bpe"), turns="split", max_length=100, overlong=overlong).survey
     assert sorted(seen.lengths.tolist()) == sorted(whole.tolist())
 
 

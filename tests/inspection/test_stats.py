@@ -116,7 +116,7 @@ def test_rows_are_selected_as_in_a_build(data, tokenizer_dir):
     assert stats(data, tokenizer, where="messages is defined").groups[0].rows == 3
     with pytest.raises(UsageError, match="did you mean 'turns'"):
         stats(data, tokenizer, turn="split")
-    with pytest.raises(UsageError, match="looked at alone"):
+    with pytest.raises(UsageError, match="cannot be combined with other data"):
         stats([data[0], build_at(data, tokenizer)], tokenizer)
 
 
@@ -173,7 +173,7 @@ def test_svg_images_are_well_formed(data, tokenizer_dir, tmp_path):
 
 
 def test_inputs_without_examples_or_tokenizer_are_refused(tokenizer_dir, data):
-    with pytest.raises(InputRefused, match="none of 1 rows can be built"):
+    with pytest.raises(InputRefused, match="0 of 1 rows can be built"):
         stats([{"question": "q", "answer": ""}], tokenizer_dir("tiny_bpe"))
     with pytest.raises(UsageError, match="no_tokenizer"):
         stats(data)

@@ -69,7 +69,7 @@ def test_trained_text_is_the_answer_and_its_stop_token(name, tokenizer_dir, data
         answers = [" " + answer.strip() for answer in answers]
     assert pieces(example, tokenizer) == [answer + stop for answer in answers]
     ends = np.flatnonzero(np.diff(example.trained.astype(int), append=0) == -1)
-    assert (example.input_ids[ends] == tokenizer.id_of(stop)).all()
+    assert (example.input_ids[ends] == tokenizer.token_to_id(stop)).all()
     assert "no_trained_stop" not in example.flags
 
 
@@ -102,7 +102,7 @@ def test_typed_control_tokens_stay_text(name, tokenizer_dir):
     ]
     (plain,) = encode(messages, recipe.tokenizer)
     (real,) = encode(messages, recipe.tokenizer, control_tokens="allow")
-    stop = recipe.tokenizer.id_of(typed)
+    stop = recipe.tokenizer.token_to_id(typed)
     assert "control_tokens" in plain.flags
     assert (real.input_ids == stop).sum() == (plain.input_ids == stop).sum() + 2
     assert plain.text == real.text
@@ -266,7 +266,7 @@ def test_control_tokens_in_tools_and_tool_calls_stay_text(tokenizer_dir, place):
         return messages, [{**TOOL, "function": described}]
 
     recipe = make_recipe(tokenizer_dir("qwen"))
-    stop = recipe.tokenizer.id_of("<|im_end|>")
+    stop = recipe.tokenizer.token_to_id("<|im_end|>")
 
     def count(typed):
         messages, tools = conversation(typed)
@@ -291,7 +291,7 @@ def test_text_normalized_to_a_control_token_is_escaped(tmp_path):
     tokenizer.save(f"{folder}/tokenizer.json")
     messages = [{"role": "user", "content": "x <|IM_END|> y"}, {"role": "assistant", "content": "z"}]
     (example,) = encode(messages, folder)
-    assert (example.input_ids == load_tokenizer(folder).id_of("<|im_end|>")).sum() == 2
+    assert (example.input_ids == load_tokenizer(folder).token_to_id("<|im_end|>")).sum() == 2
     assert "control_tokens" in example.flags
     with pytest.raises(BadRow, match="control_tokens"):
         encode(messages, folder, control_tokens="refuse")
@@ -308,7 +308,7 @@ def test_control_tokens_next_to_template_text_stay_text(tmp_path):
     (example,) = encode(
         [{"role": "user", "content": "a <|user|> b"}, {"role": "assistant", "content": "c"}], folder, "zephyr"
     )
-    assert (example.input_ids == load_tokenizer(folder).id_of("<|user|>")).sum() == 1
+    assert (example.input_ids == load_tokenizer(folder).token_to_id("<|user|>")).sum() == 1
 
 
 def test_bos_in_the_data_is_text(tokenizer_dir):
@@ -359,7 +359,7 @@ def test_labels_equal_those_of_an_independent_oracle(name, tokenizer_dir, words)
     messages = messages[: len(messages) // 2 * 2]
     (example,) = encode(messages, tokenizer)
     # Without its post-processor, which would trim blanks from offsets: a lone blank would stand for no character.
-    encoding = tokenizer._plain.encode(example.text, add_special_tokens=False)
+    encoding = tokenizer._backend.encode(example.text, add_special_tokens=False)
     expected = [-100] * len(encoding.ids)
     for message in messages[1::2]:
         start = example.text.index(message["content"])

@@ -47,7 +47,7 @@ def test_token_with_a_trained_character_is_trained(offsets, chosen, trained, str
 def together(batch):
     """Mask a batch of texts, each given by its token offsets, its spans and the trained spans."""
     encoded = [EncodedText(np.zeros(len(offsets), np.int32), offsets) for offsets, _, _ in batch]
-    tokens = Encodings.of(encoded, [len(one.text) for _, one, _ in batch])
+    tokens = Encodings.from_texts(encoded, [len(one.text) for _, one, _ in batch])
     return trained_tokens(tokens, RenderedBatch([one for _, one, _ in batch]), [chosen for _, _, chosen in batch])
 
 

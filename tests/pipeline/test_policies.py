@@ -39,7 +39,7 @@ def test_every_flag_is_documented():
         (Path(__file__).parents[2] / "docs" / "masks.md")
         .read_text()
         .partition("| flag |")[2]
-        .partition("| refusal |")[0]
+        .partition("## Rejections")[0]
     )
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(FLAGS)
 
@@ -270,7 +270,9 @@ def test_invalid_arguments_raise_ftdata_errors(tokenizer_dir, messages, options,
 
 
 def test_mask_policy_must_cover_every_span(tokenizer_dir):
-    with pytest.raises(UsageError, match=r"\[mask_length\] the mask policy gave 1 answers for \d+ spans"):
+    with pytest.raises(
+        UsageError, match=r"\[mask_length\] the mask policy returned 1 values, expected \d+: one per span"
+    ):
         encode(TALK, tokenizer_dir("tiny_bpe"), train_on=lambda *_: [True])
 
 

@@ -32,7 +32,7 @@ def test_truncation_rules_hold(tokenizer_dir, messages, policy, data):
     if policy == "reject":
         assert kept is whole
     if policy == "drop_turns" and kept.cut:  # T4
-        assert kept.input_ids[-1] == tokenizer.id_of("<|im_end|>")
+        assert kept.input_ids[-1] == tokenizer.token_to_id("<|im_end|>")
         assert kept.trained[-1]
         assert "answer_truncated" not in kept.flags
 
@@ -52,7 +52,7 @@ def test_turn_ends_are_the_stop_tokens(tokenizer_dir, messages):
     (whole,) = encode(messages, tokenizer)
     ends = turn_ends(whole)
     assert len(ends) == sum(m["role"] == "assistant" for m in messages)
-    assert (whole.input_ids[ends - 1] == tokenizer.id_of("<|im_end|>")).all()
+    assert (whole.input_ids[ends - 1] == tokenizer.token_to_id("<|im_end|>")).all()
 
 
 def test_drop_turns_keeps_every_turn_that_fits(tokenizer_dir):
@@ -65,7 +65,7 @@ def test_drop_turns_keeps_every_turn_that_fits(tokenizer_dir):
         assert len(kept) == max(end for end in ends if end <= limit)
         assert "truncated" in kept.flags
     for limit in range(2, ends[0]):
-        with pytest.raises(BadRow, match=r"no answer fits whole before that. Fix: raise max_length"):
+        with pytest.raises(BadRow, match=r"no answer fits completely within that length. Fix: raise max_length"):
             truncate(whole, limit, "drop_turns")
 
 
@@ -73,9 +73,11 @@ def test_overlong_error_suggests_a_fix(tokenizer_dir):
     (whole,) = encode(
         [{"role": "user", "content": "x" * 99}, {"role": "assistant", "content": "y"}], tokenizer_dir("tiny_bpe")
     )
-    with pytest.raises(BadRow, match=r"Fix: raise max_length, or choose overlong='drop_turns' or 'truncate'"):
+    with pytest.raises(BadRow, match=r"Fix: raise max_length, or set overlong to 'drop_turns' or 'truncate'"):
         truncate(whole, 8)
-    with pytest.raises(BadRow, match=r"max_length is 8, and no answer begins before that. Fix: raise max_length"):
+    with pytest.raises(
+        BadRow, match=r"expected at most 8 .max_length., and no answer begins within that length. Fix: raise max_length"
+    ):
         truncate(whole, 8, "truncate")
 
 
@@ -85,8 +87,8 @@ def test_cut_answer_is_flagged_and_has_no_stop_token(tokenizer_dir):
     (whole,) = encode(messages, tokenizer)
     kept = truncate(whole, len(whole) - 5, "truncate")
     assert "answer_truncated" in kept.flags
-    assert not np.isin(tokenizer.id_of("<|im_end|>"), kept.labels)
-    with pytest.raises(BadRow, match="no answer fits whole"):
+    assert not np.isin(tokenizer.token_to_id("<|im_end|>"), kept.labels)
+    with pytest.raises(BadRow, match="no answer fits completely"):
         truncate(whole, len(whole) - 5, "drop_turns")
-    with pytest.raises(BadRow, match="is .* tokens long, max_length is 10"):
+    with pytest.raises(BadRow, match="has .* tokens, expected at most 10"):
         truncate(whole, 10)

@@ -164,7 +164,32 @@ def xz(dict_size):
     return write
 
 
+def references(sizes, text="y" * 50_000_000):
+    """Write lists whose items refer to a single dictionary value."""
+    items = pa.DictionaryArray.from_arrays(pa.array([0] * sum(sizes), pa.int32()), pa.array([text]))
+    offsets = pa.array(np.cumsum([0, *sizes]), pa.int32())
+    columns = {
+        "question": ["q"] * len(sizes),
+        "answer": ["a"] * len(sizes),
+        "notes": pa.ListArray.from_arrays(offsets, items),
+    }
+    options = {"compression": "zstd", "store_schema": False, "dictionary_pagesize_limit": 1 << 30}
+    return lambda path: pq.write_table(pa.table(columns), path, **options)
+
+
+def empty_lists(path):
+    inner = pa.ListArray.from_arrays(pa.array(np.zeros(7_900_001), pa.int32()), pa.array([], pa.int32()))
+    notes = pa.ListArray.from_arrays(pa.array([0, 7_900_000], pa.int32()), inner)
+    padding = pa.array([np.random.default_rng(0).bytes(80_000)])
+    pq.write_table(
+        pa.table({"question": ["q"], "answer": ["a"], "notes": notes, "padding": padding}), path, compression="zstd"
+    )
+
+
 FILES = {
+    "references in a list": ("a.parquet", references([60]), "expansion|row_too_long"),
+    "references after an empty list": ("a.parquet", references([0, 100]), "expansion|row_too_long"),
+    "empty lists in a row": ("a.parquet", empty_lists, "expansion|row_too_long"),
     "plain cells": ("a.parquet", plain(question=["\0" * MEGABYTE] * 1000, answer=["a"] * 1000), "expansion"),
     "plain cells, small in the footer": ("a.parquet", forged(plain(question=["\0" * 4 * MEGABYTE] * 900, answer=["a"] * 900)), "expansion"),
     "one plain cell": ("a.parquet", plain(question=["\0" * 60_000_000], answer=["a"]), "expansion"),

@@ -175,7 +175,7 @@ def test_unavailable_hub_gives_exit_code_six(hub):
         ({"path": "me/chats", "split": "tset"}, "no_split", 2, "train"),
         ({"path": "me/chats", "data_files": "trian.jsonl"}, "file_not_found", 2, "did you mean 'train.jsonl'"),
         ("me/code", "hub_no_data", 3, "never run"),
-        ({"path": "data.jsonl", "revision": "x"}, "hub_only", 2, "not on the hub"),
+        ({"path": "data.jsonl", "revision": "x"}, "hub_only", 2, "not on the Hub"),
     ],
 )
 def test_missing_hub_data_is_named(hub, place, code, status, says):
@@ -315,11 +315,11 @@ def test_remote_file_that_changes_is_refused(web):
 def test_web_errors_are_reported(web):
     server, address = web
     server.files["chats.jsonl"] = b"{}"
-    with pytest.raises(UsageError, match="other.jsonl: is not there"):
+    with pytest.raises(UsageError, match="other.jsonl: the file does not exist"):
         questions(f"{address}/files/other.jsonl")
     for status, tries in ((403, 2), (503, 20)):
         server.faults = [("/files/", status)] * tries
-        with pytest.raises(HubError, match=f"chats.jsonl: the server answers {status}"):
+        with pytest.raises(HubError, match=f"chats.jsonl: the server answered with status {status}"):
             questions(f"{address}/files/chats.jsonl")
-    with pytest.raises(HubError, match="cannot be read, 5 times"):
+    with pytest.raises(HubError, match="reading failed 5 times"):
         questions("http://127.0.0.1:9/chats.jsonl")

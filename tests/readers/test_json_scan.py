@@ -99,7 +99,7 @@ def test_invalid_csv_row_is_not_split_into_rows(tmp_path):
     found = outcomes(write(tmp_path, "d.csv", 'q,a\n"He said "hi"\nto me,ok"\nx,y\n'))
     assert [getattr(one, "code", "row") for one in found] == ["csv", "row"]
     (lone,) = outcomes(write(tmp_path, "e.csv", "q,a\n" + '"x,y\n' + "x,y\n" * 20))
-    assert "with 20 lines after it" in lone.reason
+    assert "the row has 21 lines" in lone.reason
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_each_invalid_line_is_one_reject(tmp_path):
 def test_json_errors_report_their_position(tmp_path):
     (_, bad) = outcomes(write(tmp_path, "b.json", '[{"question": "a"}, {"question": x}]'))
     assert "byte 33" in bad.reason
-    with pytest.raises(InputRefused, match=r"c.json:4: the JSON ends before the list"):
+    with pytest.raises(InputRefused, match=r"c.json:4: the file ends inside the list"):
         outcomes(write(tmp_path, "c.json", f"[\n{row_of(1)},\n{row_of(1)}\n"))
 
 
@@ -220,7 +220,7 @@ def test_many_invalid_rows_and_many_keys_take_linear_time(tmp_path):
     assert [one.source.line for one in found[:3]] == [1, 2, 3]
     wide = "{" + ",".join(f'"k{n}":1' for n in range(200_000)) + ',"k199999":2}'
     (twice,) = outcomes(write(tmp_path, "d.jsonl", wide + "\n"))
-    assert "'k199999' twice" in twice.reason
+    assert "'k199999' more than once" in twice.reason
 
 
 @pytest.mark.parametrize(
@@ -249,5 +249,5 @@ def test_column_oriented_json_with_objects_is_read(tmp_path):
     assert [row["meta"]["x"] for row in data_of(write(tmp_path, "d.json", json.dumps(columns)))] == [1, 2]
     row = {"messages": TALK, "tools": [{"a": 1}, {"b": 2}]}
     assert data_of(write(tmp_path, "e.json", json.dumps(row))) == [row]
-    with pytest.raises(InputRefused, match="which of them are the rows"):
+    with pytest.raises(InputRefused, match="also a list of rows"):
         data_of(write(tmp_path, "f.json", '{"text": "About", "data": [' + row_of(1) + "]}"))

@@ -54,7 +54,7 @@ def test_standard_input_is_read(monkeypatch):
 def test_fsspec_urls_are_read(tmp_path):
     path = write(tmp_path, "d.jsonl", LINES)
     assert data_of(f"file://{path}") == ROWS
-    with pytest.raises(UsageError, match="is not there"):
+    with pytest.raises(UsageError, match="does not exist"):
         data_of(f"file://{path}x.jsonl")
     with pytest.raises(UsageError, match="unknown_protocol"):
         data_of("gopher://x/d.jsonl")

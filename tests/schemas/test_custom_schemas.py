@@ -23,7 +23,7 @@ def test_failing_custom_schema_rejects_only_its_row(tmp_path):
         "def fails(row): return row['x']\ndef gives(row): return {}\n"
         "def good(row): return Conversation(messages=({'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}))\n"
     )
-    for name, says in (("fails", "KeyError"), ("gives", "makes a dict")):
+    for name, says in (("fails", "KeyError"), ("gives", "returned a dict")):
         with pytest.raises(BadRow, match=f"schema_failed.*{says}"):
             convert({"y": 1}, schema=f"{file}:{name}")
     assert convert({"y": 1}, schema=f"{file}:good").messages == (USER, ASSISTANT)

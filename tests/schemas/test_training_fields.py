@@ -171,7 +171,7 @@ def test_rejected_side_of_a_preference_is_reported(tokenizer_dir, tmp_path):
 
     rows = [{"prompt": "q", "chosen": "yes", "rejected": "no"}]
     built = build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), "chatml")
-    assert "rejected side is not built" in str(built.report)
+    assert "rejected side is not used" in str(built.report)
     assert "rejected_side_dropped" in json.dumps(preview(rows, tokenizer_dir("tiny_bpe"), "chatml").as_dict())
     assert "rejected_side_dropped" in json.dumps(preview(rows, template="chatml").as_dict())
     assert [one.code for one in audit(rows, tokenizer_dir("tiny_bpe"), "chatml").findings if "rejected" in one.code]

@@ -21,9 +21,9 @@ def test_failing_mask_policy_is_named(tokenizer_dir):
 
 
 def test_schema_with_a_failing_match_is_named(tokenizer_dir, monkeypatch):
-    monkeypatch.setattr(schemas, "_own", schemas.registered())
+    monkeypatch.setattr(schemas, "_registered", schemas.registered())
     schemas.register("mine")(Schema(("a",), lambda row: row["nothing"], lambda row: row))
-    with pytest.raises(FtdataError, match=r"schema_failed.*schema mine fails to say whether it fits: KeyError"):
+    with pytest.raises(FtdataError, match=r"schema_failed.*the matches function of schema mine raised KeyError"):
         build_sft_dataset([ROW], tokenizer_dir("tiny_bpe"))
 
 
@@ -78,7 +78,7 @@ def test_without_a_home_directory_nothing_is_cached(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("manifest", ["not json", "[]", "{}", '{"files": 3}', '{"files": [1]}'])
 def test_damaged_manifest_on_the_hub_is_ignored(manifest, tmp_path):
-    from ftdata.build.push import _files_there
+    from ftdata.build.push import _list_old_files
 
     (tmp_path / "manifest.json").write_text(manifest)
 
@@ -86,7 +86,7 @@ def test_damaged_manifest_on_the_hub_is_ignored(manifest, tmp_path):
         def hf_hub_download(self, *_, **__):
             return tmp_path / "manifest.json"
 
-    assert list(_files_there(Api(), "me/chats")) == []
+    assert list(_list_old_files(Api(), "me/chats")) == []
 
 
 @pytest.mark.train
@@ -121,7 +121,7 @@ def test_rejects_of_a_custom_reader_are_counted(tmp_path, tokenizer_dir):
 
 def test_unknown_message_keys_are_named(tokenizer_dir):
     row = {"messages": [{"who": "customer", "says": "Hi"}]}
-    with pytest.raises(FtdataError, match=r"no role; the message has 'who', 'says'.*rename these to role and content"):
+    with pytest.raises(FtdataError, match=r"has the keys 'who', 'says'.*rename the keys to role and content"):
         build_sft_dataset([row], tokenizer_dir("tiny_bpe"))
 
 

@@ -77,12 +77,12 @@ def test_reader_from_a_file_is_a_format(tokenizer_dir, tmp_path):
     ("body", "says"),
     [
         ("return 5", "reader_failed.*TypeError"),
-        ("return [{'text': 'a'}]", "reader_failed.*yields a dict, expected a ftdata.types.Row"),
+        ("return [{'text': 'a'}]", "reader_failed.*yields a dict, expected ftdata.types.Row"),
         ("raise KeyError('x')", "reader_failed.*KeyError"),
-        ("return [Row({'text': 'a'}, 3)]", "reader_failed.*its source is a int"),
-        ("return [Row({'text': 'a'}, Source('x', '0'))]", "reader_failed.*is no source"),
-        ("return [Row({'text': 'a'}, Source('x', 0))] * 2", "reader_failed.*row 0 comes after row 0"),
-        ("return [Reject(Source('x', 0), 'c', 'f', None)]", "reader_failed.*other than texts"),
+        ("return [Row({'text': 'a'}, 3)]", "reader_failed.*whose source is a int"),
+        ("return [Row({'text': 'a'}, Source('x', '0'))]", "reader_failed.*invalid source"),
+        ("return [Row({'text': 'a'}, Source('x', 0))] * 2", "reader_failed.*row 0 after row 0"),
+        ("return [Reject(Source('x', 0), 'c', 'f', None)]", "reader_failed.*field that is not a string"),
     ],
 )
 def test_failing_reader_is_named(body, says, tokenizer_dir, tmp_path):

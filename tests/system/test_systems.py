@@ -76,7 +76,11 @@ def test_b_text_field_and_messages_with_llama(tmp_path):
     assert labels_of(built, model) == [text.removeprefix("<s>") for text in texts]
     assert prompts_of(built, model) == texts
     for row in built["train"]:
-        assert row["input_ids"].count(tokenizer.id_of("<s>")) == row["input_ids"].count(tokenizer.id_of("</s>")) == 1
+        assert (
+            row["input_ids"].count(tokenizer.token_to_id("<s>"))
+            == row["input_ids"].count(tokenizer.token_to_id("</s>"))
+            == 1
+        )
 
     chats = [
         {
@@ -121,7 +125,7 @@ def test_c_conversations_with_gemma2(tmp_path):
         settings={**QUICK, "activation_checkpointing": True, "train_sampling_strategy": "group_by_length"},
     )
     saved = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
-    assert saved["eos_token_id"] == [load_tokenizer(model).id_of("<end_of_turn>")]
+    assert saved["eos_token_id"] == [load_tokenizer(model).token_to_id("<end_of_turn>")]
 
 
 def test_d_code_alpaca_with_opt(tmp_path):

@@ -32,7 +32,7 @@ def expected(source, result):
     """Return whether every owned character of the result equals the character of the source it is attributed to."""
     return all(
         owner == 0 or source[owner - 9].casefold() == char.casefold()
-        for char, owner in zip(result, owners(TrackedString.of(result)), strict=True)
+        for char, owner in zip(result, owners(TrackedString.from_str(result)), strict=True)
     )
 
 
@@ -43,10 +43,10 @@ OPERATIONS = {
     "slice": lambda s: s[1:-1],
     "step": lambda s: s[::-2],
     "split": lambda s: "|".join(map(str, s.split())),
-    "split_on": lambda s: TrackedString.of("|").join(s.split("ab")),
-    "rsplit_on": lambda s: TrackedString.of("|").join(s.rsplit("a", 1)),
-    "lines": lambda s: TrackedString.of("|").join(s.splitlines()),
-    "keep_lines": lambda s: TrackedString.of("").join(s.splitlines(True)),
+    "split_on": lambda s: TrackedString.from_str("|").join(s.split("ab")),
+    "rsplit_on": lambda s: TrackedString.from_str("|").join(s.rsplit("a", 1)),
+    "lines": lambda s: TrackedString.from_str("|").join(s.splitlines()),
+    "keep_lines": lambda s: TrackedString.from_str("").join(s.splitlines(True)),
     "partition": lambda s: concat_tracked(s.partition("b")),
     "rpartition": lambda s: concat_tracked(s.rpartition("b")),
     "replace": lambda s: s.replace("a", "xy"),
@@ -72,12 +72,12 @@ def test_tracked_strings_equal_str_and_keep_owners(name, text):
     operation = OPERATIONS[name]
     plain, kept = operation(_joinable(text)), operation(mine(text))
     assert str.__str__(plain) == str.__str__(kept)
-    assert sum(length for length, _ in TrackedString.of(kept).runs) == len(kept)
+    assert sum(length for length, _ in TrackedString.from_str(kept).runs) == len(kept)
     assert expected(text, kept)
 
 
 def _joinable(text):
-    return TrackedString.of(text)
+    return TrackedString.from_str(text)
 
 
 @given(
@@ -161,7 +161,7 @@ def test_attribution_does_not_change_the_text(source, messages):
     """The tracked rendering equals that of plain Jinja."""
     from ftdata.templates.attribution.spans import track_messages
 
-    ours = Template("t", source, strict=False, special_tokens=SPECIAL).run({"messages": track_messages(messages)})
+    ours = Template("t", source, strict=False, special_tokens=SPECIAL).render({"messages": track_messages(messages)})
     theirs = transformers_environment().from_string(source).render(messages=messages, **SPECIAL)
     assert ours == theirs
     assert sum(length for length, _ in ours.runs) == len(ours)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftdata.build.shards import _hashes
+from ftdata.build.shards import _hash_rows
 from ftdata.pipeline import render_rows as texts
 from ftdata.pipeline.examples import BuiltRow, build_batches
 from ftdata.pipeline.recipe import make_recipe
@@ -35,7 +35,7 @@ def listed(batch):
 @given(st.lists(encoded(), max_size=5), st.data())
 def test_concatenated_encodings_equal_their_texts(batch, data):
     sizes = [9 + data.draw(st.integers(0, 3)) for _ in batch]
-    laid = Encodings.of(batch, sizes)
+    laid = Encodings.from_texts(batch, sizes)
     assert listed(laid) == listed(batch)
     assert all(one.offsets.dtype == one.ids.dtype == np.int32 for one in laid)
 
@@ -43,7 +43,7 @@ def test_concatenated_encodings_equal_their_texts(batch, data):
         at: data.draw(encoded()) for at in data.draw(st.sets(st.integers(0, len(batch) - 1)) if batch else st.just(()))
     }
     batch = [others.get(at, one) for at, one in enumerate(batch)]
-    laid = laid.with_(others)
+    laid = laid.with_replacements(others)
     assert listed(laid) == listed(batch)
 
     bos = np.asarray(data.draw(st.lists(st.integers(100, 109), max_size=2)), np.int32)
@@ -53,7 +53,7 @@ def test_concatenated_encodings_equal_their_texts(batch, data):
         ([*bos.tolist(), *ids], [*blank, *offsets], escaped) if at in begun else (ids, offsets, escaped)
         for at, (ids, offsets, escaped) in enumerate(listed(batch))
     ]
-    assert listed(laid.begun(sorted(begun), bos)) == expected
+    assert listed(laid.with_prefix(sorted(begun), bos)) == expected
 
 
 ROWS = [
@@ -86,10 +86,10 @@ def test_rows_do_not_depend_on_the_batch_size(tokenizer_dir, options, chosen, si
     rows = [Row(data, Source("x", number)) for number, data in enumerate(chosen)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "BATCH", 1)
-        patch.setattr(texts, "FEW", 1)
+        patch.setattr(texts, "GROUP", 1)
         alone = [one for batch in build_batches(recipe, rows) for one in batch]
         patch.setattr(texts, "BATCH", size)
-        patch.setattr(texts, "FEW", size)
+        patch.setattr(texts, "GROUP", size)
         batches = list(build_batches(recipe, rows))
     together = [one for batch in batches for one in batch]
     assert list(map(shown, together)) == list(map(shown, alone))
@@ -99,7 +99,7 @@ def test_rows_do_not_depend_on_the_batch_size(tokenizer_dir, options, chosen, si
     done = 0
     for batch in batches:
         done += len(batch)
-        assert batch.last == rows[done - 1].source
+        assert batch.last_source == rows[done - 1].source
         made = [example for one in batch if isinstance(one, BuiltRow) for example in one.examples]
         columns = batch.columns
         assert columns.ids.tolist() == [token for one in made for token in one.input_ids.tolist()]
@@ -109,7 +109,7 @@ def test_rows_do_not_depend_on_the_batch_size(tokenizer_dir, options, chosen, si
         assert [columns.cut, columns.flags, columns.sources] == [
             [getattr(one, name) for one in made] for name in ("cut", "flags", "source")
         ]
-        assert len(_hashes(batch)) == len(made)
+        assert len(_hash_rows(batch)) == len(made)
 
 
 def shown(one):

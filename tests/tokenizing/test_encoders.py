@@ -64,7 +64,7 @@ def files(folder):
 def test_build_does_not_depend_on_the_encoder(tokenizer_dir, tmp_path, source, monkeypatch, name):
     tiny = load_tokenizer(tokenizer_dir(name))
     used = [write_build(source, replace(tiny), tmp_path / "reference").encoder]
-    monkeypatch.setattr(encoders, "ENOUGH", 0)
+    monkeypatch.setattr(encoders, "FAST_MIN_CHARACTERS", 0)
     used.append(write_build(source, replace(tiny), tmp_path / "fast").encoder)
     monkeypatch.setitem(sys.modules, "fastokens", None)
     used.append(write_build(source, replace(tiny), tmp_path / "none").encoder)
@@ -82,9 +82,9 @@ def test_differing_fast_encoder_is_not_used(tokenizer_dir, tmp_path, source, mon
     def wrong(self, given_texts):
         found = encode(self, given_texts)
         wrong = {number: found[number] for number, text in enumerate(given_texts) if "q39 " in text}
-        return found.with_({number: one._replace(ids=np.flip(one.ids)) for number, one in wrong.items()})
+        return found.with_replacements({number: one._replace(ids=np.flip(one.ids)) for number, one in wrong.items()})
 
-    monkeypatch.setattr(encoders, "ENOUGH", 0)
+    monkeypatch.setattr(encoders, "FAST_MIN_CHARACTERS", 0)
     monkeypatch.setattr(encoders.FastEncoder, "encode", wrong)
     monkeypatch.setenv("FTDATA_CACHE", cache)
     report = write_build(source, replace(tiny), tmp_path / "built")
@@ -116,13 +116,8 @@ def test_user_settings_of_the_fast_encoder_take_precedence(tokenizer_dir, monkey
     monkeypatch.setenv("FASTOKENS_BPE_THREADS", "2")
     monkeypatch.delenv("FASTOKENS_INPUT_CACHE", raising=False)
     compare = encoders.find_first_difference
-<<<<<<< Updated upstream
     notes = lambda *given: seen.append({**os.environ}) or compare(*given)
-    monkeypatch.setattr(encoders, "first_difference", noted)
-=======
-    noted = lambda *given: seen.append({**os.environ}) or compare(*given)
-    monkeypatch.setattr(encoders, "find_first_difference", noted)
->>>>>>> Stashed changes
+    monkeypatch.setattr(encoders, "find_first_difference", notes)
     assert encoders.load_fast_encoder(loaded.json, loaded.encoders.reference)
     assert (seen[0]["FASTOKENS_BPE_THREADS"], seen[0]["FASTOKENS_INPUT_CACHE"]) == ("2", "0")
     assert os.environ["FASTOKENS_BPE_THREADS"] == "2"

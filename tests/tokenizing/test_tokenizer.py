@@ -108,7 +108,7 @@ def test_r16_thinking_tags_in_an_answer_are_control_tokens(tokenizer_dir, turn):
     (example,) = encode(
         messages, tokenizer, template(HEAD + turn + "{# <think> </think> #}<|im_end|>\n"), turns="joint"
     )
-    ids = [tokenizer.id_of("<think>"), tokenizer.id_of("</think>")]
+    ids = [tokenizer.token_to_id("<think>"), tokenizer.token_to_id("</think>")]
     assert [int((example.input_ids == one).sum()) for one in ids] == [1, 1]
     assert example.trained[np.isin(example.input_ids, ids)].all()
     (answers,) = encode(
@@ -126,7 +126,7 @@ def test_r16_thinking_tags_in_earlier_answers_are_control_tokens(tokenizer_dir):
     examples = encode(
         messages, tokenizer, template(HEAD + "{{ m.content }}{# <think> </think> #}<|im_end|>\n"), turns="split"
     )
-    ids = [tokenizer.id_of("<think>"), tokenizer.id_of("</think>")]
+    ids = [tokenizer.token_to_id("<think>"), tokenizer.token_to_id("</think>")]
     assert [[int((one.input_ids == i).sum()) for i in ids] for one in examples] == [[1, 1], [2, 2]]
     for example, turn in zip(examples, (2, 4), strict=True):
         check_masking_rules(example, messages, trained=[turn])
@@ -139,7 +139,7 @@ def test_r16_thinking_tags_opened_by_the_prompt_are_control_tokens(tokenizer_dir
     tokenizer = load_tokenizer(tokenizer_dir("qwen"))
     messages = [USER, {"role": "assistant", "content": "<think>hm</think>yes"}]
     (example,) = encode(messages, tokenizer, template(prompt=PROMPT + "<think>"), control_tokens="refuse")
-    ids = [tokenizer.id_of("<think>"), tokenizer.id_of("</think>")]
+    ids = [tokenizer.token_to_id("<think>"), tokenizer.token_to_id("</think>")]
     assert [int((example.input_ids == one).sum()) for one in ids] == [1, 1]
     assert shown(example) == "hm</think>yes<|im_end|>"
 

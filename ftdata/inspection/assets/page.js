@@ -1,175 +1,177 @@
 "use strict";
-// All texts reach the document as text nodes: nothing that a row says is ever read as HTML.
+// All text is inserted as text nodes, so the text of a row is never parsed as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const MOST = 100000, PER_PAGE = 25, PER_FRAME = 1500, PER_BLOCK = 200;
+const MAX_TOKENS = 100000, PER_PAGE = 25, PER_FRAME = 1500, PER_BLOCK = 200;
 const state = { page: 0, rows: [], hit: null, cursor: null, drawing: 0 };
 
 function make(tag, name, text) {
-  const made = document.createElement(tag);
-  if (name) made.className = name;
-  if (text !== undefined) made.textContent = text;
-  return made;
+  const element = document.createElement(tag);
+  if (name) element.className = name;
+  if (text !== undefined) element.textContent = text;
+  return element;
 }
 
-// Characters that show nothing, or turn what is around them, are shown by their numbers.
+// Invisible characters and characters that change the text direction are shown as code points.
 const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0\ufff9-\ufffb]|\ud800(?![\udc00-\udfff])|\udb40[\udc00-\udfff]/g;
 
-function addText(into, text) {
-  let from = 0;
-  for (const found of text.matchAll(/[\n\t]/g)) {
-    addPlain(into, text.slice(from, found.index));
-    const sign = make("span", "w", found[0] === "\n" ? "↵" : "⇥");
-    sign.setAttribute("aria-hidden", "true");
-    into.append(sign, found[0]);
-    from = found.index + 1;
+function addText(parent, text) {
+  let start = 0;
+  for (const match of text.matchAll(/[\n\t]/g)) {
+    addPlain(parent, text.slice(start, match.index));
+    const mark = make("span", "w", match[0] === "\n" ? "↵" : "⇥");
+    mark.setAttribute("aria-hidden", "true");
+    parent.append(mark, match[0]);
+    start = match.index + 1;
   }
-  addPlain(into, text.slice(from));
+  addPlain(parent, text.slice(start));
 }
 
-function addPlain(into, text) {
-  let from = 0;
-  for (const found of text.matchAll(HIDDEN)) {
-    if (found.index > from) into.append(text.slice(from, found.index));
-    into.append(make("span", "inv", "U+" + found[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0")));
-    from = found.index + found[0].length;
+function addPlain(parent, text) {
+  let start = 0;
+  for (const match of text.matchAll(HIDDEN)) {
+    if (match.index > start) parent.append(text.slice(start, match.index));
+    parent.append(make("span", "inv", "U+" + match[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0")));
+    start = match.index + match[0].length;
   }
-  if (from < text.length) into.append(text.slice(from));
+  if (start < text.length) parent.append(text.slice(start));
 }
 
-// Small letters, each where its capital stands: places in the two are the same.
-function lowered(text) {
-  const whole = text.toLowerCase().replaceAll("ς", "σ");
-  if (whole.length === text.length) return whole;
+// Returns lowercase text of the same length, so that offsets are valid in both texts.
+function toLower(text) {
+  const lower = text.toLowerCase().replaceAll("ς", "σ");
+  if (lower.length === text.length) return lower;
   return Array.from(text, (char) => (char.toLowerCase().length === char.length ? char.toLowerCase() : char)).join("").replaceAll("ς", "σ");
 }
 
-// Runs [value, length, value, length, ...] become one value a token.
-function unrolled(runs, size) {
+// Decodes run lengths [value, length, value, length, ...] to one value per token.
+function decodeRuns(runs, size) {
   const values = new Int32Array(size);
-  for (let run = 0, at = 0; run < runs.length; run += 2) {
-    values.fill(runs[run], at, at + runs[run + 1]);
-    at += runs[run + 1];
+  for (let run = 0, index = 0; run < runs.length; run += 2) {
+    values.fill(runs[run], index, index + runs[run + 1]);
+    index += runs[run + 1];
   }
   return values;
 }
 
 for (const [number, row] of data.rows.entries()) {
   row.number = number;
-  for (const one of row.examples) {
-    const size = one.sizes.length;
-    one.ends = new Int32Array(size);
+  for (const example of row.examples) {
+    const size = example.sizes.length;
+    example.ends = new Int32Array(size);
     let end = 0;
-    for (let at = 0; at < size; at++) one.ends[at] = end += one.sizes[at];
-    one.isTrained = unrolled(one.trained, size);
-    one.isControl = unrolled(one.control, size);
-    one.isStop = unrolled(one.stop, size);
-    one.by = unrolled(one.owner, size);
-    one.isNew = one.changed ? unrolled(one.changed, size) : null;
-    one.learnt = one.isTrained.reduce((sum, yes) => sum + yes, 0);
-    one.lower = lowered(one.text);
-    one.row = row;
+    for (let token = 0; token < size; token++) example.ends[token] = end += example.sizes[token];
+    example.isTrained = decodeRuns(example.trained, size);
+    example.isControl = decodeRuns(example.control, size);
+    example.isStop = decodeRuns(example.stop, size);
+    example.ownerOf = decodeRuns(example.owner, size);
+    example.isChanged = example.changed ? decodeRuns(example.changed, size) : null;
+    example.trainedCount = example.isTrained.reduce((sum, trained) => sum + trained, 0);
+    example.lower = toLower(example.text);
+    example.row = row;
   }
-  row.tokens = Math.max(0, ...row.examples.map((one) => one.sizes.length));
-  const all = row.examples.reduce((sum, one) => sum + one.sizes.length, 0);
-  row.share = all ? row.examples.reduce((sum, one) => sum + one.learnt, 0) / all : 2;
-  row.beside = { text: [row.rejected, ...row.lost.map((lost) => lost.text)].join("\n") };
-  row.beside.lower = lowered(row.beside.text);
+  row.tokens = Math.max(0, ...row.examples.map((example) => example.sizes.length));
+  const total = row.examples.reduce((sum, example) => sum + example.sizes.length, 0);
+  row.share = total ? row.examples.reduce((sum, example) => sum + example.trainedCount, 0) / total : 2;
+  row.notes = { text: [row.rejected, ...row.lost.map((lost) => lost.text)].join("\n") };
+  row.notes.lower = toLower(row.notes.text);
 }
 
 // --- one example ---------------------------------------------------------------------------------------------------
 
-function* drawn(one, into) {
-  const { ends, isTrained, isControl, isStop, by, isNew } = one;
-  one.spans = [];
-  const most = one.whole ? ends.length : Math.min(ends.length, MOST);
-  // A browser takes long over one paragraph of many parts: so lines come in blocks, drawn where they are looked at.
-  let block = null, since = 0, broken = false, mark = null, group = null, groupOf = -1;
-  for (let at = 0; at < most; at++) {
-    if (!block || (at - since >= PER_BLOCK && (broken || at - since >= 10 * PER_BLOCK))) {
+function* drawTokens(example, box) {
+  const { ends, isTrained, isControl, isStop, ownerOf, isChanged } = example;
+  example.spans = [];
+  const count = example.showAll ? ends.length : Math.min(ends.length, MAX_TOKENS);
+  // Browsers are slow at laying out a paragraph of many elements, so lines are grouped in blocks that are drawn when visible.
+  let block = null, blockStart = 0, isLineEnd = false, mark = null, group = null, groupOwner = -1;
+  for (let token = 0; token < count; token++) {
+    if (!block || (token - blockStart >= PER_BLOCK && (isLineEnd || token - blockStart >= 10 * PER_BLOCK))) {
       block = make("div", "lines");
-      into.append(block);
-      since = at;
+      box.append(block);
+      blockStart = token;
       mark = null;
-      groupOf = -1;
+      groupOwner = -1;
     }
-    if (isTrained[at] !== (mark !== null ? 1 : 0)) {
-      mark = isTrained[at] ? make("mark", "tr") : null;
+    if (isTrained[token] !== (mark !== null ? 1 : 0)) {
+      mark = isTrained[token] ? make("mark", "tr") : null;
       if (mark) block.append(mark);
-      groupOf = -1;
+      groupOwner = -1;
     }
-    if (by[at] !== groupOf) {
-      const [, role, part] = data.owners[by[at]];
+    if (ownerOf[token] !== groupOwner) {
+      const [, role, part] = data.owners[ownerOf[token]];
       group = make("span", role && part !== "scaffold" ? "o" : part === "scaffold" ? "sc" : "");
       if (role) group.dataset.role = role;
       if (role && part !== "scaffold") group.dir = "auto";
       (mark || block).append(group);
-      groupOf = by[at];
+      groupOwner = ownerOf[token];
     }
     const span = make("span", "t");
-    if (isControl[at]) span.classList.add("c");
-    if (isStop[at]) span.classList.add("s");
-    if (isNew && isNew[at]) span.classList.add("new");
-    span.token = at;
-    const text = one.text.slice(at ? ends[at - 1] : 0, ends[at]);
-    broken = text.endsWith("\n");
+    if (isControl[token]) span.classList.add("c");
+    if (isStop[token]) span.classList.add("s");
+    if (isChanged && isChanged[token]) span.classList.add("new");
+    span.token = token;
+    const text = example.text.slice(token ? ends[token - 1] : 0, ends[token]);
+    isLineEnd = text.endsWith("\n");
     addText(span, text);
     group.append(span);
-    one.spans.push(span);
-    if (at % PER_FRAME === PER_FRAME - 1) yield;
+    example.spans.push(span);
+    if (token % PER_FRAME === PER_FRAME - 1) yield;
   }
-  if (most < ends.length) {
-    const more = make("button", "", `show all ${ends.length.toLocaleString("en")} tokens`);
-    more.type = "button";
-    more.addEventListener("click", () => { one.whole = true; show(state.page); });
-    into.append(more);
-  } else if (one.rest) {
-    const rest = make("span", "cut", "✂");
-    addText(rest, one.rest);
-    (block || into).append(rest);
+  if (count < ends.length) {
+    const button = make("button", "", `show all ${ends.length.toLocaleString("en")} tokens`);
+    button.type = "button";
+    button.addEventListener("click", () => { example.showAll = true; show(state.page); });
+    box.append(button);
+  } else if (example.rest) {
+    const remainder = make("span", "cut", "✂");
+    addText(remainder, example.rest);
+    (block || box).append(remainder);
   }
 }
 
-function shownHits(one) {
-  for (const span of one.spans) span.classList.remove("hit");
+function markHits(example) {
+  for (const span of example.spans) span.classList.remove("hit");
   if (!state.hit) return;
-  for (const [start, end] of state.hit(one)) {
-    let at = after(one.ends, start);
-    for (; at < one.spans.length && (at ? one.ends[at - 1] : 0) < end; at++) one.spans[at].classList.add("hit");
+  for (const [start, end] of state.hit(example)) {
+    let token = tokenAt(example.ends, start);
+    for (; token < example.spans.length && (token ? example.ends[token - 1] : 0) < end; token++) example.spans[token].classList.add("hit");
   }
 }
 
-// The first token that ends after a place in the text.
-function after(ends, place) {
+// Returns the token that contains the character at an offset.
+function tokenAt(ends, offset) {
   let low = 0, high = ends.length;
   while (low < high) {
     const middle = (low + high) >> 1;
-    if (ends[middle] > place) high = middle; else low = middle + 1;
+    if (ends[middle] > offset) high = middle; else low = middle + 1;
   }
   return low;
 }
 
-function percent(part, whole) { return whole ? `${Math.round(100 * part / whole)} %` : "0 %"; }
+function percent(part, total) { return total ? `${Math.round(100 * part / total)} %` : "0 %"; }
 
-function exampleOf(one, number, row, title) {
+function makeExample(example, number, row, title) {
   const box = make("pre", "ex");
-  const letters = (wanted) => one.sizes.reduce((sum, size, at) => sum + (wanted || one.isTrained[at] ? size : 0), 0);
-  const [learnt, all, unit] = one.ids ? [one.learnt, one.sizes.length, "tokens"] : [letters(false), letters(true), "characters"];
-  const says = `${learnt.toLocaleString("en")} of ${all.toLocaleString("en")} ${unit} trained (${percent(learnt, all)})`;
+  const countCharacters = (all) => example.sizes.reduce((sum, size, token) => sum + (all || example.isTrained[token] ? size : 0), 0);
+  const [trained, total, unit] = example.ids
+    ? [example.trainedCount, example.sizes.length, "tokens"]
+    : [countCharacters(false), countCharacters(true), "characters"];
+  const summary = `${trained.toLocaleString("en")} of ${total.toLocaleString("en")} ${unit} trained (${percent(trained, total)})`;
   box.tabIndex = 0;
   box.setAttribute("role", "group");
-  box.setAttribute("aria-label", `${row.name}${title ? `, ${title}` : ""}, example ${number + 1}: ${says}; arrow keys go from token to token`);
-  box.example = one;
-  return [box, make("p", "note", says + (one.cut ? ` · ✂ ${one.cut.toLocaleString("en")} tokens cut` : ""))];
+  box.setAttribute("aria-label", `${row.name}${title ? `, ${title}` : ""}, example ${number + 1}: ${summary}; use the arrow keys to move between tokens`);
+  box.example = example;
+  return [box, make("p", "note", summary + (example.cut ? ` · ✂ ${example.cut.toLocaleString("en")} tokens cut` : ""))];
 }
 
-function noteOf(name, text) {
+function makeNote(name, text) {
   const note = make("p", `note ${name}`);
   addText(note, text);
   return note;
 }
 
-function cardOf(row) {
+function makeCard(row) {
   const card = make("article", "row");
   card.id = `row-${row.number}`;
   card.tabIndex = -1;
@@ -181,29 +183,29 @@ function cardOf(row) {
     link.href = row.href;
     head.append(link);
   } else {
-    const place = make("span");
-    addPlain(place, row.place);
-    head.append(place);
+    const source = make("span");
+    addPlain(source, row.place);
+    head.append(source);
   }
   if (row.schema) head.append(make("span", "", row.schema));
   if (row.pack !== null) head.append(make("span", "", `pack ${row.pack}`));
-  for (const why of row.why) head.append(make("span", "why", why));
+  for (const kind of row.why) head.append(make("span", "why", kind));
   for (const flag of row.flags) head.append(make("span", "flag", flag));
   card.append(head);
-  if (row.rejected) card.append(noteOf("bad", row.rejected));
+  if (row.rejected) card.append(makeNote("bad", row.rejected));
   const pair = row.titles ? make("div", "pair") : null;
-  row.examples.forEach((one, number) => {
+  row.examples.forEach((example, number) => {
     if (pair) {
       const side = make("div");
-      side.append(make("h4", "", row.titles[number]), ...exampleOf(one, number, row, row.titles[number]));
+      side.append(make("h4", "", row.titles[number]), ...makeExample(example, number, row, row.titles[number]));
       pair.append(side);
-    } else card.append(...exampleOf(one, number, row));
+    } else card.append(...makeExample(example, number, row));
   });
   if (pair) card.append(pair);
-  for (const lost of row.lost) card.append(noteOf("flag", `not printed by the template: ${lost.field}: ${lost.text}`));
+  for (const lost of row.lost) card.append(makeNote("flag", `not printed by the template: ${lost.field}: ${lost.text}`));
   if (row.dropped.length) {
     const tokens = row.dropped.reduce((sum, length) => sum + length, 0).toLocaleString("en");
-    card.append(noteOf("bad", `✂ ${row.dropped.length} examples of ${tokens} tokens do not fit, and are left out`));
+    card.append(makeNote("bad", `✂ ${row.dropped.length} examples dropped: ${tokens} tokens beyond max_length`));
   }
   return card;
 }
@@ -212,129 +214,130 @@ function cardOf(row) {
 
 function show(page) {
   state.page = Math.max(0, Math.min(page, Math.ceil(state.rows.length / PER_PAGE) - 1));
-  const some = state.rows.slice(state.page * PER_PAGE, (state.page + 1) * PER_PAGE);
+  const rows = state.rows.slice(state.page * PER_PAGE, (state.page + 1) * PER_PAGE);
   const list = $("list");
-  list.replaceChildren(...some.map(cardOf));
+  list.replaceChildren(...rows.map(makeCard));
   hideTip();
   const pages = Math.max(1, Math.ceil(state.rows.length / PER_PAGE));
   $("page").textContent = `page ${state.page + 1} of ${pages}`;
   $("prev").disabled = state.page === 0;
   $("next").disabled = state.page >= pages - 1;
-  const turn = ++state.drawing;
-  const left = [...list.querySelectorAll(".ex")].map((box) => [box.example, drawn(box.example, box)]);
-  // What is at the top is there at once, the rest when the browser has drawn that.
+  const drawing = ++state.drawing;
+  const queue = [...list.querySelectorAll(".ex")].map((box) => [box.example, drawTokens(box.example, box)]);
+  // The first examples are drawn immediately, the remaining ones after the browser has rendered them.
   const step = () => {
     let budget = 2;
-    while (left.length && budget > 0 && turn === state.drawing) {
-      const [one, work] = left[0];
+    while (queue.length && budget > 0 && drawing === state.drawing) {
+      const [example, work] = queue[0];
       if (work.next().done) {
-        shownHits(one);
-        left.shift();
-        budget -= one.ends.length / PER_FRAME;
+        markHits(example);
+        queue.shift();
+        budget -= example.ends.length / PER_FRAME;
       } else budget -= 1;
     }
-    if (turn !== state.drawing) return;
-    if (left.length) setTimeout(step);
-    else list.dataset.ready = turn;
+    if (drawing !== state.drawing) return;
+    if (queue.length) setTimeout(step);
+    else list.dataset.ready = drawing;
   };
   delete list.dataset.ready;
   step();
 }
 
-// What stands between slashes, with flags behind; `m` is always meant: texts have lines.
-function patternOf(text) {
-  const written = /^\/(.+)\/([imsu]*)$/s.exec(text);
-  if (!written) return null;
-  const flags = new Set(["g", "m", "u", ...written[2]]);
+// Parses a pattern between slashes with optional flags; `m` is always set because texts have several lines.
+function parsePattern(text) {
+  const match = /^\/(.+)\/([imsu]*)$/s.exec(text);
+  if (!match) return null;
+  const flags = new Set(["g", "m", "u", ...match[2]]);
   try {
-    return new RegExp(written[1], [...flags].join(""));
+    return new RegExp(match[1], [...flags].join(""));
   } catch {
     flags.delete("u");
-    return new RegExp(written[1], [...flags].join(""));
+    return new RegExp(match[1], [...flags].join(""));
   }
 }
 
-function seeker(text) {
+// Returns a function that finds the ranges of an example that match a search.
+function makeMatcher(text) {
   if (!text) return null;
-  const pattern = patternOf(text), wanted = lowered(text);
-  return (one) => {
-    const found = [];
+  const pattern = parsePattern(text), query = toLower(text);
+  return (example) => {
+    const ranges = [];
     if (pattern) {
-      for (const match of one.text.matchAll(pattern)) found.push([match.index, match.index + Math.max(match[0].length, 1)]);
+      for (const match of example.text.matchAll(pattern)) ranges.push([match.index, match.index + Math.max(match[0].length, 1)]);
     } else {
-      for (let at = one.lower.indexOf(wanted); at >= 0; at = one.lower.indexOf(wanted, at + wanted.length)) found.push([at, at + wanted.length]);
+      for (let start = example.lower.indexOf(query); start >= 0; start = example.lower.indexOf(query, start + query.length)) ranges.push([start, start + query.length]);
     }
-    const where = $("in").value;
-    return where === "all" || !one.ends ? found : found.filter(([start]) => one.isTrained[after(one.ends, start)] === (where === "trained" ? 1 : 0));
+    const scope = $("in").value;
+    return scope === "all" || !example.ends ? ranges : ranges.filter(([start]) => example.isTrained[tokenAt(example.ends, start)] === (scope === "trained" ? 1 : 0));
   };
 }
 
 function search() {
-  const began = performance.now();
+  const startTime = performance.now();
   const text = $("q").value, kind = $("kind").value, order = $("order").value;
   try {
-    state.hit = seeker(text);
+    state.hit = makeMatcher(text);
   } catch (error) {
-    $("status").textContent = `no regular expression: ${error.message}`;
+    $("status").textContent = `invalid regular expression: ${error.message}`;
     return;
   }
   let hits = 0;
   state.rows = data.rows.filter((row) => {
     if (kind && !row.kinds.includes(kind)) return false;
     if (!state.hit) return true;
-    const own = row.examples.reduce((sum, one) => sum + state.hit(one).length, 0);
-    const beside = $("in").value === "all" ? state.hit(row.beside).length : 0;
-    hits += own + beside;
-    return own + beside > 0;
+    const exampleHits = row.examples.reduce((sum, example) => sum + state.hit(example).length, 0);
+    const noteHits = $("in").value === "all" ? state.hit(row.notes).length : 0;
+    hits += exampleHits + noteHits;
+    return exampleHits + noteHits > 0;
   });
   const orders = { long: (a, b) => b.tokens - a.tokens, short: (a, b) => a.tokens - b.tokens, share: (a, b) => a.share - b.share };
   if (order) state.rows.sort(orders[order]);
   show(0);
-  const took = performance.now() - began;
-  $("status").dataset.ms = took.toFixed(1);
-  const said = state.hit ? `${hits.toLocaleString("en")} found in ` : "";
-  $("status").textContent = `${said}${state.rows.length.toLocaleString("en")} of ${data.rows.length.toLocaleString("en")} rows here${data.said ? ` · ${data.said}` : ""}`;
+  $("status").dataset.ms = (performance.now() - startTime).toFixed(1);
+  const hitCount = state.hit ? `${hits.toLocaleString("en")} found in ` : "";
+  const rowCount = `${state.rows.length.toLocaleString("en")} of ${data.rows.length.toLocaleString("en")} rows on this page`;
+  $("status").textContent = `${hitCount}${rowCount}${data.said ? ` · ${data.said}` : ""}`;
 }
 
 // --- one token -----------------------------------------------------------------------------------------------------
 
-function facts(one, at) {
-  const [message, role, part] = data.owners[one.by[at]];
-  const id = one.ids ? one.ids[at] : null;
-  const owner = role ? `${role}, messages[${message}]${part ? `, ${part}` : ""}` : part === "scaffold" ? "the template" : part || "not known";
-  const found = [[one.ids ? "token" : "stretch", `${at} of ${one.sizes.length}`]];
-  if (id !== null) found.push(["id", String(id)]);
-  if (data.pieces[id] !== undefined) found.push(["piece", data.pieces[id]]);
-  found.push(["owner", owner]);
-  found.push(["label", one.isTrained[at] ? (id === null ? "trained" : String(id)) : "-100"]);
-  if (one.isControl[at]) found.push(["is", one.isStop[at] ? "a stop token" : "a control token"]);
-  return found;
+function facts(example, token) {
+  const [message, role, part] = data.owners[example.ownerOf[token]];
+  const id = example.ids ? example.ids[token] : null;
+  const owner = role ? `${role}, messages[${message}]${part ? `, ${part}` : ""}` : part === "scaffold" ? "the template" : part || "unknown";
+  const pairs = [[example.ids ? "token" : "span", `${token} of ${example.sizes.length}`]];
+  if (id !== null) pairs.push(["id", String(id)]);
+  if (data.pieces[id] !== undefined) pairs.push(["piece", data.pieces[id]]);
+  pairs.push(["owner", owner]);
+  pairs.push(["label", example.isTrained[token] ? (id === null ? "trained" : String(id)) : "-100"]);
+  if (example.isControl[token]) pairs.push(["type", example.isStop[token] ? "stop token" : "control token"]);
+  return pairs;
 }
 
 function showTip(span) {
-  const box = span.closest(".ex"), tip = $("tip"), found = facts(box.example, span.token);
+  const box = span.closest(".ex"), tip = $("tip"), pairs = facts(box.example, span.token);
   hideTip();
   span.classList.add("at");
   state.cursor = span;
   const list = make("dl");
-  for (const [name, value] of found) {
-    const said = make("dd");
-    addText(said, value);
-    list.append(make("dt", "", name), said);
+  for (const [name, value] of pairs) {
+    const description = make("dd");
+    addText(description, value);
+    list.append(make("dt", "", name), description);
   }
   tip.replaceChildren(list);
   tip.hidden = false;
   placeTip();
-  return found;
+  return pairs;
 }
 
 function placeTip() {
   const span = state.cursor, tip = $("tip");
   if (!span) return;
-  const place = span.getClientRects()[0] || span.getBoundingClientRect();
-  tip.style.left = `${Math.max(4, Math.min(place.left, innerWidth - tip.offsetWidth - 8))}px`;
-  const below = place.bottom + 6;
-  tip.style.top = `${below + tip.offsetHeight < innerHeight ? below : Math.max(4, place.top - tip.offsetHeight - 6)}px`;
+  const rect = span.getClientRects()[0] || span.getBoundingClientRect();
+  tip.style.left = `${Math.max(4, Math.min(rect.left, innerWidth - tip.offsetWidth - 8))}px`;
+  const below = rect.bottom + 6;
+  tip.style.top = `${below + tip.offsetHeight < innerHeight ? below : Math.max(4, rect.top - tip.offsetHeight - 6)}px`;
 }
 
 function hideTip() {
@@ -343,10 +346,10 @@ function hideTip() {
   state.cursor = null;
 }
 
-function moveTo(box, at) {
+function moveTo(box, token) {
   const spans = box.example.spans;
   if (!spans || !spans.length) return;
-  const span = spans[Math.max(0, Math.min(at, spans.length - 1))];
+  const span = spans[Math.max(0, Math.min(token, spans.length - 1))];
   span.scrollIntoView({ block: "nearest" });
   $("said").textContent = `${span.textContent}: ${showTip(span).map((pair) => pair.join(" ")).join(", ")}`;
 }
@@ -362,27 +365,27 @@ addEventListener("scroll", placeTip, { passive: true });
 // --- packs ---------------------------------------------------------------------------------------------------------
 
 function drawPacks() {
-  const home = $("packs-shown");
-  if (!home || !data.packs) return;
-  const where = new Map();
-  for (const row of data.rows) where.set(row.key, row.number);
-  const made = data.packs.shown.map((documents, number) => {
+  const section = $("packs-shown");
+  if (!section || !data.packs) return;
+  const rowNumbers = new Map();
+  for (const row of data.rows) rowNumbers.set(row.key, row.number);
+  const lines = data.packs.shown.map((documents, number) => {
     const line = make("div", "pack"), bar = make("span", "bar");
-    const filled = documents.reduce((sum, [length]) => sum + length, 0);
-    line.append(make("b", "", `pack ${number}`), bar, make("span", "", percent(filled, data.packs.size)));
-    for (const [length, place, key] of documents) {
-      const here = where.get(key), part = make("button", here === undefined ? "doc" : "doc here");
-      part.type = "button";
-      part.style.flex = `0 0 ${100 * length / data.packs.size}%`;
-      part.title = `${place}: ${length.toLocaleString("en")} tokens`;
-      part.setAttribute("aria-label", part.title);
-      if (here === undefined) part.tabIndex = -1;
-      else part.addEventListener("click", () => reveal(here));
-      bar.append(part);
+    const tokens = documents.reduce((sum, [length]) => sum + length, 0);
+    line.append(make("b", "", `pack ${number}`), bar, make("span", "", percent(tokens, data.packs.size)));
+    for (const [length, source, key] of documents) {
+      const row = rowNumbers.get(key), button = make("button", row === undefined ? "doc" : "doc here");
+      button.type = "button";
+      button.style.flex = `0 0 ${100 * length / data.packs.size}%`;
+      button.title = `${source}: ${length.toLocaleString("en")} tokens`;
+      button.setAttribute("aria-label", button.title);
+      if (row === undefined) button.tabIndex = -1;
+      else button.addEventListener("click", () => reveal(row));
+      bar.append(button);
     }
     return line;
   });
-  home.replaceChildren(...made);
+  section.replaceChildren(...lines);
 }
 
 function reveal(number) {
@@ -396,10 +399,10 @@ function reveal(number) {
 
 // --- keys ----------------------------------------------------------------------------------------------------------
 
-function besideCard(step) {
+function focusCard(step) {
   const cards = [...document.querySelectorAll(".row")];
-  const at = cards.indexOf(document.activeElement?.closest(".row"));
-  const next = cards[at < 0 ? 0 : at + step];
+  const current = cards.indexOf(document.activeElement?.closest(".row"));
+  const next = cards[current < 0 ? 0 : current + step];
   if (!next) return;
   next.scrollIntoView({ block: "start" });
   (next.querySelector(".ex") || next).focus({ preventScroll: true });
@@ -407,8 +410,8 @@ function besideCard(step) {
 
 const KEYS = {
   "/": () => $("q").focus(),
-  j: () => besideCard(1),
-  k: () => besideCard(-1),
+  j: () => focusCard(1),
+  k: () => focusCard(-1),
   "[": () => show(state.page - 1),
   "]": () => show(state.page + 1),
   b: () => $("borders").click(),
@@ -420,8 +423,8 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") { document.activeElement?.blur(); hideTip(); return; }
   if (event.target.closest?.("input, select, textarea")) return;
   const box = event.target.closest?.(".ex");
-  const at = box && state.cursor?.closest(".ex") === box ? state.cursor.token : -1;
-  const moves = { ArrowRight: at + 1, ArrowLeft: Math.max(at - 1, 0), Home: 0, End: Infinity };
+  const token = box && state.cursor?.closest(".ex") === box ? state.cursor.token : -1;
+  const moves = { ArrowRight: token + 1, ArrowLeft: Math.max(token - 1, 0), Home: 0, End: Infinity };
   if (box && event.key in moves) moveTo(box, moves[event.key]);
   else if (event.key in KEYS) KEYS[event.key]();
   else return;
@@ -429,9 +432,9 @@ document.addEventListener("keydown", (event) => {
 });
 
 for (const name of ["in", "kind", "order"]) $(name).addEventListener("input", search);
-// A pattern is looked for when it is whole: half of one may take for ever.
+// A regular expression runs only on Enter: an incomplete pattern could backtrack for a very long time.
 $("q").addEventListener("input", () => {
-  if ($("q").value.startsWith("/")) $("status").textContent = "press Enter to look for the regular expression";
+  if ($("q").value.startsWith("/")) $("status").textContent = "press Enter to search for the regular expression";
   else search();
 });
 $("q").addEventListener("change", search);
@@ -440,12 +443,12 @@ $("borders").addEventListener("change", () => $("list").classList.toggle("border
 $("prev").addEventListener("click", () => show(state.page - 1));
 $("next").addEventListener("click", () => show(state.page + 1));
 
-function unfold() {
+function openSection() {
   const section = location.hash.length > 1 && $(decodeURIComponent(location.hash.slice(1)));
   if (section && "open" in section) section.open = true;
 }
-addEventListener("hashchange", unfold);
-unfold();
+addEventListener("hashchange", openSection);
+openSection();
 
 const kinds = new Map();
 for (const row of data.rows) for (const kind of row.kinds) kinds.set(kind, (kinds.get(kind) || 0) + 1);

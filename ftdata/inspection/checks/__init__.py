@@ -1,10 +1,11 @@
-"""Checks: what can be wrong with data, each with a code that stays, a severity, and a way out.
+"""The checks of `ftdata audit`. Each check has a stable code, a severity, a message and a fix.
 
-A *flag* check is a flag of the examples; a *row* check looks at each row; a *data* check at all rows together, when
-they were read; a *template* check at tokenizer and template. Rows that are rejected are findings, too, by their codes.
+A *flag* check reports a flag of the examples. A *row* check inspects one row at a time. A *data* check compares all
+rows after they have been read. A *template* check inspects the tokenizer and the template. Rejected rows are also
+reported as findings, under the code of their error.
 """
 
-# Importing the modules registers their checks, in the order in which findings of one severity are printed.
+# Importing the modules registers their checks, in the order in which findings of equal severity are printed.
 # isort: off
 from ftdata.inspection.checks import row_checks
 from ftdata.inspection.checks import dataset_checks

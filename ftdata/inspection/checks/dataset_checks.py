@@ -1,4 +1,4 @@
-"""Checks of all rows together, and of tokenizer and template."""
+"""Checks of all rows together, and checks of the tokenizer and the template."""
 
 from __future__ import annotations
 
@@ -24,109 +24,114 @@ from ftdata.types import Conversation
     "duplicate",
     "warning",
     "data",
-    "the row is an exact duplicate of an earlier one",
-    "keep one of them: build with dedup",
+    "the row is an exact duplicate of an earlier row",
+    "remove duplicates: build with dedup",
 )
-def _duplicate(data: CheckedDataset) -> Iterator[tuple[int, str]]:
-    trained, content = np.flatnonzero(~data.out), data.seen.numbers.content
-    first = _first_of(content, ~data.out)
-    for row in trained.tolist():
-        if (earlier := first[int(content[row])]) != row:
-            yield row, f"equal to {data.seen.source(earlier)}"
+def _check_duplicates(data: CheckedDataset) -> Iterator[tuple[int, str]]:
+    train_rows, content = np.flatnonzero(~data.is_held_out), data.survey.numbers.content_hash
+    first_rows = _first_rows(content, ~data.is_held_out)
+    for row in train_rows.tolist():
+        if (earlier := first_rows[int(content[row])]) != row:
+            yield row, f"equal to {data.survey.source(earlier)}"
 
 
 @register_check(
     "near_duplicate",
     "warning",
     "data",
-    "the row says almost the same as an earlier one",
-    "keep one of them: build with dedup and near_duplicate_threshold",
-    asked="near_duplicate_threshold",
+    "the row is a near-duplicate of an earlier row",
+    "remove near-duplicates: build with dedup and near_duplicate_threshold",
+    enabled_by="near_duplicate_threshold",
 )
-def _near_duplicate(data: CheckedDataset) -> Iterator[tuple[int, str]]:
+def _check_near_duplicates(data: CheckedDataset) -> Iterator[tuple[int, str]]:
     assert data.near_duplicate_threshold is not None
     if data.signatures is None:
         return
-    trained, content = np.flatnonzero(~data.out), data.seen.numbers.content
-    first = trained[near_duplicates.first_similar(data.signatures[trained], data.near_duplicate_threshold)]
-    for row, earlier in zip(trained.tolist(), first.tolist(), strict=True):
+    train_rows, content = np.flatnonzero(~data.is_held_out), data.survey.numbers.content_hash
+    similar = near_duplicates.first_similar(data.signatures[train_rows], data.near_duplicate_threshold)
+    for row, earlier in zip(train_rows.tolist(), train_rows[similar].tolist(), strict=True):
         if content[row] != content[earlier]:
-            yield row, f"almost {data.seen.source(earlier)}"
+            yield row, f"similar to {data.survey.source(earlier)}"
 
 
 @register_check(
     "leakage",
     "error",
     "data",
-    "a row that is held out is trained on: an equal one, or, with --near-duplicate-threshold, one that says almost the same",
-    "take it out of one of them; build with test_size, which keeps equal rows together",
+    "a held-out row is also in the training data (with --near-duplicate-threshold: or a near-duplicate of it)",
+    "remove the row from either side; build with test_size, which keeps equal rows in the same split",
 )
-def _leakage(data: CheckedDataset) -> Iterator[tuple[int, str]]:
-    told = set[int]()
-    ways: list[tuple[str, NDArray[Any]]] = [("equal to", data.seen.numbers.content)]
+def _check_leakage(data: CheckedDataset) -> Iterator[tuple[int, str]]:
+    reported_rows = set[int]()
+    comparisons: list[tuple[str, NDArray[Any]]] = [("equal to", data.survey.numbers.content_hash)]
     if data.near_duplicate_threshold is not None and data.signatures is not None:
-        ways.append(("almost", near_duplicates.similarity_groups(data.signatures, data.near_duplicate_threshold) + 1))
-    for says, values in ways:
-        for row, earlier in _shared(data, values):
-            if row not in told:
-                told.add(row)
-                yield row, f"{says} {data.seen.source(earlier)}"
+        groups = near_duplicates.similarity_groups(data.signatures, data.near_duplicate_threshold) + 1
+        comparisons.append(("similar to", groups))
+    for relation, values in comparisons:
+        for row, train_row in _find_shared_values(data, values):
+            if row not in reported_rows:
+                reported_rows.add(row)
+                yield row, f"{relation} {data.survey.source(train_row)}"
 
 
 @register_check(
     "same_prompt",
     "warning",
     "data",
-    "a row that is held out asks, word for word, what is trained to be answered otherwise",
-    "take it out of one of them, unless the question is one that everybody asks",
+    "a held-out row has the same prompt as a training row, with a different answer",
+    "remove the row from either side, unless many conversations begin with this prompt",
 )
-def _same_prompt(data: CheckedDataset) -> Iterator[tuple[int, str]]:
-    numbers = data.seen.numbers
-    equal = {row for row, _ in _shared(data, numbers.content)}
-    for row, earlier in _shared(data, numbers.asked):
-        if row not in equal:
-            yield row, f"asks the same as {data.seen.source(earlier)}"
+def _check_same_prompt(data: CheckedDataset) -> Iterator[tuple[int, str]]:
+    numbers = data.survey.numbers
+    equal_rows = {row for row, _ in _find_shared_values(data, numbers.content_hash)}
+    for row, train_row in _find_shared_values(data, numbers.prompt_hash):
+        if row not in equal_rows:
+            yield row, f"same prompt as {data.survey.source(train_row)}"
 
 
-def _shared(data: CheckedDataset, values: NDArray[Any]) -> Iterator[tuple[int, int]]:
-    """Yield rows that are held out whose value is that of one that is trained on, and which; 0: nobody knows."""
-    known = _first_of(values, ~data.out)
-    for row in np.flatnonzero(data.out).tolist():
-        if (value := int(values[row])) and value in known:
-            yield row, known[value]
+def _find_shared_values(data: CheckedDataset, values: NDArray[Any]) -> Iterator[tuple[int, int]]:
+    """Yield each held-out row whose value equals that of a training row, with the first such row.
+
+    The value 0 means unknown and never matches.
+    """
+    train_rows = _first_rows(values, ~data.is_held_out)
+    for row in np.flatnonzero(data.is_held_out).tolist():
+        if (value := int(values[row])) and value in train_rows:
+            yield row, train_rows[value]
 
 
-def _first_of(values: NDArray[Any], among: NDArray[np.bool_]) -> dict[int, int]:
-    """Return the first row of each value."""
-    rows = np.flatnonzero(among)
+def _first_rows(values: NDArray[Any], selected: NDArray[np.bool_]) -> dict[int, int]:
+    """Return the first selected row of each value."""
+    rows = np.flatnonzero(selected)
     distinct, first = np.unique(values[rows], return_index=True)
     return dict(zip(distinct.tolist(), rows[first].tolist(), strict=True))
 
 
-_FEW, _MOST, _ENOUGH = 0.01, 0.8, 200
+_RARE_SHARE, _DOMINANT_SHARE, _MIN_ANSWERS = 0.01, 0.8, 200
 
 
 @register_check(
     "script",
     "note",
     "data",
-    "what is trained is written in another script than nearly all else",
-    "see whether these rows are meant to be there",
+    "an answer is written in a different script than almost all other answers",
+    "check that these rows belong in the data",
 )
-def _script(data: CheckedDataset) -> Iterator[tuple[int, str]]:
-    written = np.count_nonzero(data.scripts)
-    if written < _ENOUGH:
+def _check_scripts(data: CheckedDataset) -> Iterator[tuple[int, str]]:
+    answer_count = np.count_nonzero(data.scripts)
+    if answer_count < _MIN_ANSWERS:
         return
-    shares = [np.count_nonzero(data.scripts >> number & 1) / written for number in range(len(text_detectors.SCRIPTS))]
-    usual = max(range(len(shares)), key=shares.__getitem__)
-    # Where Kana are usual, words in Han alone are, too.
-    beside = {"Kana": "Han"}.get(text_detectors.SCRIPTS[usual])
-    rare = [number for number, share in enumerate(shares) if share < _FEW and text_detectors.SCRIPTS[number] != beside]
-    for row in (
-        np.flatnonzero(data.scripts & sum(1 << number for number in rare)).tolist() if shares[usual] >= _MOST else ()
-    ):
-        own = next(number for number in rare if data.scripts[row] >> number & 1)
-        yield row, f"{text_detectors.SCRIPTS[own]}, where others are {text_detectors.SCRIPTS[usual]}"
+    names = text_detectors.SCRIPTS
+    shares = [np.count_nonzero(data.scripts >> number & 1) / answer_count for number in range(len(names))]
+    dominant = max(range(len(shares)), key=shares.__getitem__)
+    # Japanese answers can consist of Han characters only.
+    compatible = {"Kana": "Han"}.get(names[dominant])
+    rare = [number for number, share in enumerate(shares) if share < _RARE_SHARE and names[number] != compatible]
+    rare_bits = sum(1 << number for number in rare)
+    rows = np.flatnonzero(data.scripts & rare_bits).tolist() if shares[dominant] >= _DOMINANT_SHARE else ()
+    for row in rows:
+        script = next(number for number in rare if data.scripts[row] >> number & 1)
+        yield row, f"{names[script]}, most answers are {names[dominant]}"
 
 
 # --- tokenizer and template
@@ -136,62 +141,68 @@ def _script(data: CheckedDataset) -> Iterator[tuple[int, str]]:
     "pad_is_stop",
     "warning",
     "template",
-    "the pad token ends turns, or there is none",
-    "name another one: collators that mask it by its id hide the stop from the model (ftdata's labels are safe)",
+    "the pad token is a stop token, or is not defined",
+    "set a different pad token: collators that mask padding by its id also mask the stop token "
+    "(the labels of ftdata are not affected)",
 )
-def _pad_is_stop(given: CheckedTemplate) -> Iterator[str]:
-    tokenizer = given.recipe.tokenizer
-    specials = tokenizer.special_tokens
-    pad, eos = (tokenizer.id_of(specials.get(name)) for name in ("pad_token", "eos_token"))
-    if pad is not None and pad in given.stops:
-        yield f"{specials['pad_token']} is the pad token, and a stop"
-    elif pad is None and eos in given.stops:
-        yield f"there is no pad token, for which many trainers then take {specials['eos_token']}, which is a stop"
+def _check_pad_is_stop(data: CheckedTemplate) -> Iterator[str]:
+    tokenizer = data.recipe.tokenizer
+    special_tokens = tokenizer.special_tokens
+    pad, eos = (tokenizer.token_to_id(special_tokens.get(name)) for name in ("pad_token", "eos_token"))
+    if pad is not None and pad in data.stops:
+        yield f"{special_tokens['pad_token']} is both the pad token and a stop token"
+    elif pad is None and eos in data.stops:
+        yield f"no pad token is defined; many trainers then use {special_tokens['eos_token']}, which is a stop token"
 
 
 @register_check(
     "date_inserted",
     "note",
     "template",
-    "the template prints a date",
-    "set it with date=, and print the same at inference",
-    of_messages=True,
+    "the template prints the current date",
+    "set date=, and use the same date at inference",
+    needs_messages=True,
 )
-def _date_inserted(given: CheckedTemplate) -> Iterator[str]:
-    template = given.recipe.template
-    if template.source and template.chat and verify_template(template).uses_date:
-        yield f"shown as {template.date:%Y-%m-%d}"
+def _check_date_inserted(data: CheckedTemplate) -> Iterator[str]:
+    template = data.recipe.template
+    if template.source and template.is_chat and verify_template(template).uses_date:
+        yield f"printed as {template.date:%Y-%m-%d}"
 
 
 @register_check(
     "template_drift",
     "warning",
     "template",
-    "the tokenizer's own chat template, which inference may use, prints the rows otherwise",
-    "keep the template that you train with beside the model, as `ftdata train` does, or train with the tokenizer's",
-    of_messages=True,
+    "the tokenizer's chat template, which inference may use, renders the rows differently",
+    "save the training template with the model, as `ftdata train` does, or train with the tokenizer's template",
+    needs_messages=True,
 )
-def _template_drift(given: CheckedTemplate) -> Iterator[str]:
-    recipe = given.recipe
+def _check_template_drift(data: CheckedTemplate) -> Iterator[str]:
+    recipe = data.recipe
     if recipe.tokenizer.chat_template in (None, recipe.template.source):
         return
     try:
-        own = make_recipe(
+        tokenizer_recipe = make_recipe(
             recipe.tokenizer,
             date=recipe.template.date,
             template_kwargs=recipe.template.kwargs,
             **{name: getattr(recipe, name) for name in ("turns", "on_dropped_message", "on_missing_stop")},
         )
     except TemplateRefused as error:
-        yield f"it is refused: {error}"
+        yield f"the tokenizer's chat template cannot be used: {error}"
         return
-    differ = sum(_text(recipe, one) != _text(own, one) for one in given.said)
-    if differ:
-        yield f"{differ:,} of {len(given.said):,} rows that were compared"
+    conversations = data.conversations
+    different = sum(
+        _render_text(recipe, conversation) != _render_text(tokenizer_recipe, conversation)
+        for conversation in conversations
+    )
+    if different:
+        yield f"{different:,} of {len(conversations):,} compared rows differ"
 
 
-def _text(recipe: Recipe, said: Conversation) -> str | None:
+def _render_text(recipe: Recipe, conversation: Conversation) -> str | None:
+    """Return the rendered text of a conversation, or `None` if it cannot be rendered."""
     try:
-        return "\n".join(one.text for one in render_conversation(recipe, said))
+        return "\n".join(rendered.text for rendered in render_conversation(recipe, conversation))
     except (BadRow, TemplateRefused):
         return None

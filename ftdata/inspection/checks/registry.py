@@ -1,4 +1,4 @@
-"""What a check is, what it is shown, and the list of all."""
+"""The registry of checks, and the inputs that each kind of check receives."""
 
 from __future__ import annotations
 
@@ -19,88 +19,114 @@ SEVERITIES = ("note", "warning", "error")
 
 @dataclass(frozen=True)
 class Check:
-    """One check.
+    """A check of `ftdata audit`.
 
     Attributes:
-        code: its name, which stays.
-        severity: `"error"` (what is trained is wrong), `"warning"` (it likely is) or `"note"` (good to know).
-        of: `"flag"`, `"row"`, `"data"` or `"template"`.
-        says: what is wrong.
-        fix: what to do.
-        finds: a row check yields what it found in a `CheckedRow`; a data check, in `CheckedDataset`, the numbers of rows and what it
-            found there; a template check what it found in a `CheckedTemplate`.
-        asked: the option that asks for it, where it is not made otherwise.
-        of_messages: whether it looks at messages, or at what was decided when a build was made: of a build, neither
-            is there.
+        code: The stable name of the check.
+        severity: `"error"` (the training data is wrong), `"warning"` (it is probably wrong) or `"note"` (information).
+        scope: The object that is checked: `"flag"`, `"row"`, `"data"` or `"template"`.
+        message: A description of the problem.
+        fix: The fix, in the imperative.
+        run: The function that runs the check. A row check takes a `CheckedRow` and yields details. A data check takes a
+            `CheckedDataset` and yields pairs of row number and detail. A template check takes a `CheckedTemplate` and
+            yields details.
+        enabled_by: The option that enables the check; empty if the check always runs.
+        needs_messages: Whether the check needs messages, or options that are fixed when a build is made. Such checks do
+            not run on builds.
     """
 
     code: str
     severity: str
-    of: str
-    says: str
+    scope: str
+    message: str
     fix: str
-    finds: Callable[[Any], Iterator[Any]] = field(repr=False)
-    asked: str = ""
-    of_messages: bool = False
+    run: Callable[[Any], Iterator[Any]] = field(repr=False)
+    enabled_by: str = ""
+    needs_messages: bool = False
 
 
 class CheckedRow(NamedTuple):
-    """One row that was built, as row checks see it; `adds` is what the template prints before it by itself."""
+    """The input of a row check.
 
-    said: Conversation
+    Attributes:
+        conversation: The normalized row.
+        examples: The examples of the row.
+        recipe: The options, tokenizer and template.
+        added_text: The text that the template inserts before a conversation without a system message.
+    """
+
+    conversation: Conversation
     examples: tuple[Example, ...]
     recipe: Recipe
-    adds: str
+    added_text: str
 
 
 @dataclass(frozen=True)
 class CheckedDataset:
-    """All rows, as data checks see them.
+    """The input of a data check.
 
     Attributes:
-        seen: numbers of the rows.
-        scripts: int64 `[rows]`, a bit for each script, of `detect.SCRIPTS`, in which an answer is written.
-        held_out: by number of the source, whether its rows must not be trained on.
-        near_duplicate_threshold: how similar rows must be to count as equal; `None`: as the same.
-        signatures: MinHashes of the rows, where there is `near_duplicate_threshold`.
+        survey: The numbers of all rows.
+        scripts: int64 `[rows]`, one bit for each script of `text_detectors.SCRIPTS` that the answers are written in.
+        held_out_sources: For each source number, whether the rows of the source are held out.
+        near_duplicate_threshold: The similarity above which rows are near-duplicates; `None` to find exact duplicates
+            only.
+        signatures: The MinHash signatures of the rows, if there is a `near_duplicate_threshold`.
     """
 
-    seen: Survey
+    survey: Survey
     scripts: Ints
-    held_out: Sequence[bool]
+    held_out_sources: Sequence[bool]
     near_duplicate_threshold: float | None = None
     signatures: NDArray[np.uint32] | None = None
 
     @cached_property
-    def out(self) -> NDArray[np.bool_]:
-        """Which rows must not be trained on (bool `[rows]`)."""
-        return np.asarray(self.held_out, np.bool_)[self.seen.numbers.source]
+    def is_held_out(self) -> NDArray[np.bool_]:
+        """Whether each row is held out (bool `[rows]`)."""
+        return np.asarray(self.held_out_sources, np.bool_)[self.survey.numbers.source]
 
 
 class CheckedTemplate(NamedTuple):
-    """Tokenizer and template, with which stops answers end, and some conversations, as template checks see them."""
+    """The input of a template check.
+
+    Attributes:
+        recipe: The options, tokenizer and template.
+        stops: The ids of the stop tokens at the end of the answers.
+        conversations: Sample conversations.
+    """
 
     recipe: Recipe
     stops: frozenset[int]
-    said: Sequence[Conversation]
+    conversations: Sequence[Conversation]
 
 
 checks: dict[str, Check] = {}
-"""Code -> check, in the order in which findings of one severity are told."""
+"""All checks by code, in the order in which findings of equal severity are printed."""
 
-Finds = Callable[[Any], Iterator[Any]]
-
-
-def register_check(code: str, severity: str, of: str, says: str, fix: str, **more: Any) -> Callable[[Finds], Finds]:
-    """Add a function to the checks."""
-
-    def add(finds: Finds) -> Finds:
-        checks[code] = Check(code, severity, of, says, fix, finds, **more)
-        return finds
-
-    return add
+CheckFunction = Callable[[Any], Iterator[Any]]
 
 
-def register_flag_check(code: str, severity: str, says: str, fix: str) -> None:
-    """Add a flag of examples to the checks."""
-    register_check(code, severity, "flag", says, fix)(lambda _: iter(()))
+def register_check(
+    code: str, severity: str, scope: str, message: str, fix: str, **options: Any
+) -> Callable[[CheckFunction], CheckFunction]:
+    """Return a decorator that registers a function as a check.
+
+    Args:
+        code: The stable name of the check.
+        severity: One of `SEVERITIES`.
+        scope: `"flag"`, `"row"`, `"data"` or `"template"`.
+        message: A description of the problem.
+        fix: The fix, in the imperative.
+        options: Further fields of `Check`: `enabled_by`, `needs_messages`.
+    """
+
+    def register(function: CheckFunction) -> CheckFunction:
+        checks[code] = Check(code, severity, scope, message, fix, function, **options)
+        return function
+
+    return register
+
+
+def register_flag_check(code: str, severity: str, message: str, fix: str) -> None:
+    """Register a flag of examples as a check."""
+    register_check(code, severity, "flag", message, fix)(lambda _: iter(()))

@@ -1,4 +1,4 @@
-"""Compare: how far two renderings agree, by character and by whole words and tags."""
+"""Common prefixes and suffixes of two renderings, by characters or by whole words and tags."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from itertools import takewhile
 
 TAG = re.compile(r"<[^<>\s]{1,64}>|\[[^\[\]\s]{1,64}\]")
-"""What looks like a control token."""
+"""Text that looks like a control token."""
 
 ATOM = re.compile(rf"{TAG.pattern}|\w+|\s+|.", re.DOTALL)
-"""What is compared whole where two renderings part: a tag, a word, a blank, a sign."""
+"""A unit that is compared as a whole: a tag, a word, whitespace or any other character."""
 
 
 def common_prefix_length(a: str, b: str) -> int:
-    """Return how many characters two texts have in common from their beginning.
+    """Return the length of the common prefix of two texts, in characters.
 
     >>> common_prefix_length("abcd", "abx")
     2
@@ -29,12 +29,12 @@ def common_prefix_length(a: str, b: str) -> int:
 
 
 def find_tags(text: str) -> set[str]:
-    """Return what looks like a control token."""
+    """Return all substrings that look like control tokens."""
     return set(TAG.findall(text))
 
 
 def common_prefix(a: str, b: str) -> str:
-    r"""Return the longest common prefix, in whole atoms.
+    r"""Return the longest common prefix that consists of whole atoms.
 
     >>> common_prefix("</s>\n<user>", "</s>\n<users>")
     '</s>\n'
@@ -43,7 +43,7 @@ def common_prefix(a: str, b: str) -> str:
 
 
 def common_suffix(a: str, b: str) -> str:
-    """Return the longest common suffix, in whole atoms.
+    """Return the longest common suffix that consists of whole atoms.
 
     >>> common_suffix("<s>[INST] ", "</s>[INST] ")
     '[INST] '

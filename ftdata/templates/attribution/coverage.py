@@ -1,4 +1,4 @@
-"""Account: which of the row's text is in the rendering, where attribution lost it, and what the template left out."""
+"""Coverage: check that the rendered text contains every message of the conversation, and recover lost attribution."""
 
 from __future__ import annotations
 
@@ -14,46 +14,53 @@ from ftdata.templates.attribution.spans import TextPiece, find_thinking_tags, ov
 from ftdata.types import Part
 
 Rerender = Callable[[int, dict[str, Any]], str | None]
-"""(index of a message, that message changed) -> the whole conversation rendered, `None` where the template refuses."""
+"""(index of a message, changed message) -> the rendered conversation, or `None` if the template rejects it."""
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_KNOWN = {"role", "content", "tool_calls", "tool_call_id", "name", "id", "type", *_REASONING}
+_STANDARD_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "id", "type", *_REASONING}
 _KEYS = {Part.CONTENT: ("content",), Part.TOOL_CALL: ("tool_calls",), Part.REASONING: _REASONING}
-_MOST_LEAVES = 64
+_MAX_LEAVES = 64
 
 
 def recover_attribution(
     text: str, parts: Sequence[TextPiece], messages: Sequence[Mapping[str, Any]], rerender: Rerender
 ) -> tuple[TextPiece, ...]:
-    """Return the pieces with those added whose memory the template wiped out, found by changing the data.
+    """Return the pieces with the attribution recovered that template operations lost.
 
-    A text that was turned into a Python literal, or formatted, is a plain string to us. What moves in the rendering
-    when the first and the last letter of a field change is that field. An empty answer gets a piece of no length,
-    where its text would stand.
+    A text that the template formats, or converts to a Python literal, loses its owners. Its range is found by
+    changing the first and the last character of the field: the range in the rendered text that moves is the field.
+    An empty answer gets a piece of length 0 at the position of its text.
+
+    Args:
+        text: the rendered text.
+        parts: the pieces of the text.
+        messages: the conversation.
+        rerender: renders the conversation with a message changed.
     """
-    found, arrived = list(parts), _texts(text, parts)
+    pieces, printed = list(parts), _join_pieces(text, parts)
     for index, message in enumerate(messages):
-        if _stands(message, arrived[index, Part.CONTENT]):
+        if _is_fully_printed(message, printed[index, Part.CONTENT]):
             continue
-        if _answers_nothing(message):
-            at = _place(text, message, index, rerender)
-            found = found if at is None else _insert(found, TextPiece(at, at, Part.CONTENT, index, 0))
+        if _is_empty_answer(message):
+            position = _find_empty_answer(text, message, index, rerender)
+            if position is not None:
+                pieces = _insert(pieces, TextPiece(position, position, Part.CONTENT, index, 0))
             continue
         for part, keys in _KEYS.items():
-            given = _given(message, part)
-            if isinstance(message.get("content"), list | Mapping) or _all_printed(given, arrived[index, part]):
+            texts = _expected_texts(message, part)
+            if isinstance(message.get("content"), list | Mapping) or _all_printed(texts, printed[index, part]):
                 continue
-            # Reasoning is left out by design of many templates: only what is there is looked for.
-            if part is Part.REASONING and not _all_printed(given, text):
+            # Many templates omit reasoning on purpose, so it is recovered only if the rendered text contains it.
+            if part is Part.REASONING and not _all_printed(texts, text):
                 continue
             for key in filter(message.get, keys):
-                for start, end in _extents(text, message, index, key, rerender):
-                    found = [
+                for start, end in _find_ranges(text, message, index, key, rerender):
+                    pieces = [
                         new
-                        for old in found
+                        for old in pieces
                         for new in override_part(old, start, end, Part.SCAFFOLD, part=part, message=index)
                     ]
-    return tuple(found)
+    return tuple(pieces)
 
 
 def check_coverage(
@@ -64,104 +71,108 @@ def check_coverage(
     rerender: Rerender,
     on_dropped_message: str = "reject",
 ) -> frozenset[str]:
-    """Check that every message's text arrived in the rendering; return flags for what arrived in part.
+    """Check that the rendered text contains every message. Return flags for messages that are printed in part.
 
     Args:
         messages: the conversation.
-        tools: the tools it may use.
-        text: the rendering.
-        parts: whose text it is.
-        rerender: renders it with a message changed.
-        on_dropped_message: `"reject"`, or `"flag"` rows of which a message that is not the assistant's is missing.
+        tools: the tool definitions.
+        text: the rendered text.
+        parts: the pieces of the text.
+        rerender: renders the conversation with a message changed.
+        on_dropped_message: what to do if the template omits a message that is not an assistant message: `"reject"`
+            or `"flag"`.
 
     Raises:
-        BadRow: `message_dropped`: a content or a tool call is nowhere in the text; `content_stringified`: a list of
-            parts is printed as a literal.
+        BadRow: `message_dropped`, if the text does not contain a content or a tool call; `content_stringified`, if
+            the template prints a list of parts or an object as a Python literal.
     """
     flags: set[str] = set()
-    arrived, stretches = _texts(text, parts), _stretches(text, parts)
+    printed, segments = _join_pieces(text, parts), _message_segments(text, parts)
     for index, message in enumerate(messages):
-        content, calls = arrived[index, Part.CONTENT], arrived[index, Part.TOOL_CALL]
-        if _stands(message, content):
+        content, calls = printed[index, Part.CONTENT], printed[index, Part.TOOL_CALL]
+        if _is_fully_printed(message, content):
             continue
-        stretch = stretches.get(index, "")
-        given = _given(message, Part.CONTENT)
+        segment = segments.get(index, "")
+        texts = _expected_texts(message, Part.CONTENT)
         if _is_object(message.get("content")):
-            _check_object(message["content"], text, content, stretch, f"messages[{index}].content")
+            _check_object(message["content"], text, content, segment, f"messages[{index}].content")
             continue
-        printed = _any_printed(filter(None, given), text) if not content else len(content) > sum(map(len, given))
-        if isinstance(message.get("content"), list) and any(map(str.strip, given)) and printed:
+        literal = _any_printed(filter(None, texts), text) if not content else len(content) > sum(map(len, texts))
+        if isinstance(message.get("content"), list) and any(map(str.strip, texts)) and literal:
             raise BadRow(
                 "content_stringified",
-                "the template prints the list of parts itself, not the text in it",
+                "the template prints the list of parts instead of the text in it",
                 field=f"messages[{index}].content",
-                hint="give the content as text",
+                hint="convert the content to a string",
             )
         lost_call = bool(message.get("tool_calls")) and not (
-            _calls_printed(message, calls, stretch) and _each_printed(message, stretch, partial(rerender, index))
+            _calls_printed(message, calls, segment) and _each_call_printed(message, segment, partial(rerender, index))
         )
-        if (any(map(str.strip, given)) and not content) or lost_call:
+        if (any(map(str.strip, texts)) and not content) or lost_call:
             if on_dropped_message == "flag" and message["role"] != "assistant":
                 flags.add("message_dropped")
                 continue
             raise BadRow(
                 "message_dropped",
-                f"the template does not print this {message['role']} message's text as given",
+                f"the template does not print the text of this {message['role']} message unchanged",
                 field=f"messages[{index}].{'tool_calls' if lost_call else 'content'}",
-                hint="use a template that has room for it, or take it out of the data",
+                hint="use a template that prints the message, or remove the message from the data",
             )
-        whole = _all_printed(given, content) or _thinking_moved(given, stretch)
-        if not whole or not _all_printed(_given(message, Part.TOOL_CALL), calls):
+        fully_printed = _all_printed(texts, content) or _has_reformatted_thinking(texts, segment)
+        if not fully_printed or not _all_printed(_expected_texts(message, Part.TOOL_CALL), calls):
             flags.add("message_truncated")
-        flags |= _reasoning_flags(message, arrived[index, Part.REASONING])
-        if not _fields_printed(message, arrived[index, Part.OTHER] + arrived[index, Part.TOOL_CALL], stretch):
+        flags |= _flag_reasoning(message, printed[index, Part.REASONING])
+        if not _fields_printed(message, printed[index, Part.OTHER] + printed[index, Part.TOOL_CALL], segment):
             flags.add("fields_dropped")
-    if not _tools_printed(tools, arrived[-1, Part.TOOLS]):
+    if not _tools_printed(tools, printed[-1, Part.TOOLS]):
         flags.add("tools_dropped")
     return frozenset(flags)
 
 
 def _is_object(content: Any) -> bool:
-    """Return whether a content is JSON values, as tools return them, and no list of text parts."""
+    """Return whether a content is a JSON value, such as the result of a tool, and not a list of text parts."""
     parts = content if isinstance(content, list) else ()
     return isinstance(content, Mapping) or any(not isinstance(part.get("text"), str) for part in parts)
 
 
-def _check_object(content: Any, text: str, printed: str, stretch: str, field: str) -> None:
-    """Reject the result of a tool that the template does not print as JSON, or in words of its own.
+def _check_object(content: Any, text: str, printed: str, segment: str, field: str) -> None:
+    """Reject a tool result that the template prints as a Python literal or only in part.
 
     Args:
-        content: the result.
-        text: the rendering.
-        printed: what of it is known to come from this result.
-        stretch: all that is printed for its message: keys and numbers are looked for here.
-        field: where it stands.
+        content: the tool result.
+        text: the rendered text.
+        printed: the characters of the rendered text that are attributed to the result.
+        segment: the rendered text of the message, which also contains its keys and numbers.
+        field: path of the result in the row.
 
     Raises:
-        BadRow: `content_stringified`: it is printed as Python prints it; `message_dropped`: not all of it is printed.
+        BadRow: `content_stringified` or `message_dropped`.
     """
-    plain = _untracked(content)
-    hint = "give the result as JSON text, which every template prints"
+    plain = _untrack(content)
+    hint = "convert the result to JSON text, which every template prints"
     literal = str(plain)
-    if literal in text and literal not in {json.dumps(plain, ensure_ascii=only) for only in (False, True)}:
+    if literal in text and literal not in {json.dumps(plain, ensure_ascii=ascii_only) for ascii_only in (False, True)}:
         raise BadRow(
-            "content_stringified", "the template prints the object as Python would, not as JSON", field=field, hint=hint
+            "content_stringified",
+            "the template prints the object as a Python literal instead of JSON",
+            field=field,
+            hint=hint,
         )
-    if not _all_printed(_values(plain), printed) or not _any_printed((*_keys(plain), *_numbers(plain)), stretch):
-        raise BadRow("message_dropped", "the template does not print all of this object", field=field, hint=hint)
+    if not _all_printed(_strings(plain), printed) or not _any_printed((*_keys(plain), *_numbers(plain)), segment):
+        raise BadRow("message_dropped", "the template does not print the complete object", field=field, hint=hint)
 
 
-def _untracked(value: Any) -> Any:
-    """Return JSON values with plain strings."""
+def _untrack(value: Any) -> Any:
+    """Return the JSON value with plain strings."""
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, Mapping):
-        return {_untracked(key): _untracked(item) for key, item in value.items()}
-    return [_untracked(item) for item in value] if isinstance(value, list | tuple) else value
+        return {_untrack(key): _untrack(item) for key, item in value.items()}
+    return [_untrack(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _stands(message: Mapping[str, Any], printed: str) -> bool:
-    """Whether all that a message says is one text, and that is printed, but for blanks around it."""
+def _is_fully_printed(message: Mapping[str, Any], printed: str) -> bool:
+    """Return whether a message has only a text content, and the text is printed, except surrounding whitespace."""
     content = message.get("content")
     if not printed or not isinstance(content, str) or len(message) != 2 or "role" not in message:
         return False
@@ -169,162 +180,175 @@ def _stands(message: Mapping[str, Any], printed: str) -> bool:
 
 
 def _tools_printed(tools: Sequence[Mapping[str, Any]], printed: str) -> bool:
-    """Whether every tool's name, and the names of its parameters, are there."""
+    """Return whether the names of all tools and of their parameters are printed."""
     for tool in tools:
-        function = _function(tool)
+        function = _get_function(tool)
         parameters = function.get("parameters")
         properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-        names = (*_values(function.get("name")), *(properties if isinstance(properties, Mapping) else ()))
+        names = (*_strings(function.get("name")), *(properties if isinstance(properties, Mapping) else ()))
         if not printed or not _all_printed(dict.fromkeys(names), printed):
             return False
     return True
 
 
-def _calls_printed(message: Mapping[str, Any], printed: str, stretch: str) -> bool:
-    """Whether every call is there; numbers and keys are looked for in all that is printed for this message."""
-    arguments = [_function(call).get("arguments") for call in message["tool_calls"]]
-    others = (one for value in arguments for one in (*_keys(value), *_numbers(value)))
-    return bool(printed) and _all_printed(_values(arguments), printed) and _any_printed(others, stretch)
+def _calls_printed(message: Mapping[str, Any], printed: str, segment: str) -> bool:
+    """Return whether all tool calls are printed. Keys and numbers may be anywhere in the segment of the message."""
+    arguments = [_get_function(call).get("arguments") for call in message["tool_calls"]]
+    keys_and_numbers = (text for value in arguments for text in (*_keys(value), *_numbers(value)))
+    return bool(printed) and _all_printed(_strings(arguments), printed) and _any_printed(keys_and_numbers, segment)
 
 
-def _each_printed(message: Mapping[str, Any], printed: str, rerender: Callable[[dict[str, Any]], str | None]) -> bool:
-    """Whether each of several calls is there. Where one says nothing that others do not, it is changed to tell."""
+def _each_call_printed(
+    message: Mapping[str, Any], printed: str, rerender: Callable[[dict[str, Any]], str | None]
+) -> bool:
+    """Return whether each of several tool calls is printed. A call without a unique text is changed to be unique."""
     calls = message["tool_calls"]
     for number, call in enumerate(calls if len(calls) > 1 else ()):
-        others = [*calls[:number], *calls[number + 1 :]]
-        said = "\n".join([*_given(message, Part.CONTENT), *(text for other in others for text in _said(other))])
-        if any(text not in said and _times(text, printed) for text in _said(call)):
+        other_calls = [*calls[:number], *calls[number + 1 :]]
+        other_text = "\n".join(
+            [
+                *_expected_texts(message, Part.CONTENT),
+                *(text for other_call in other_calls for text in _call_texts(other_call)),
+            ]
+        )
+        if any(text not in other_text and _count_occurrences(text, printed) for text in _call_texts(call)):
             continue
-        marked = _marked(call)
-        found = rerender({**message, "tool_calls": [*calls[:number], marked, *calls[number + 1 :]]})
-        if found is not None and not _calls_printed({"tool_calls": [marked]}, found, found):
+        marked = _make_unique(call)
+        rendered = rerender({**message, "tool_calls": [*calls[:number], marked, *calls[number + 1 :]]})
+        if rendered is not None and not _calls_printed({"tool_calls": [marked]}, rendered, rendered):
             return False
     return True
 
 
-def _said(call: Mapping[str, Any]) -> list[str]:
-    """Return the name, the texts and the numbers of a call."""
-    given = [_function(call).get(key) for key in ("name", "arguments")]
-    return [text.strip() for text in (*_values(given), *_numbers(given)) if text.strip()]
+def _call_texts(call: Mapping[str, Any]) -> list[str]:
+    """Return the name, the strings and the numbers of a tool call."""
+    values = [_get_function(call).get(key) for key in ("name", "arguments")]
+    return [text.strip() for text in (*_strings(values), *_numbers(values)) if text.strip()]
 
 
-def _marked(value: Any, place: int = 7001) -> Any:
-    """Return a call with all texts and numbers in it changed into such as stand nowhere else."""
+def _make_unique(value: Any, seed: int = 7001) -> Any:
+    """Return a tool call with all strings and numbers replaced by values that occur nowhere else."""
     if isinstance(value, Mapping):
         return {
-            key: inner if key in ("id", "type") and "function" in value else _marked(inner, 31 * place + at)
-            for at, (key, inner) in enumerate(value.items())
+            key: inner if key in ("id", "type") and "function" in value else _make_unique(inner, 31 * seed + index)
+            for index, (key, inner) in enumerate(value.items())
         }
     if isinstance(value, list | tuple):
-        return [_marked(inner, 31 * place + at) for at, inner in enumerate(value)]
+        return [_make_unique(inner, 31 * seed + index) for index, inner in enumerate(value)]
     if isinstance(value, bool) or value is None:
         return value
-    return f"q{place}z{str.__str__(value)}" if isinstance(value, str) else place
+    return f"q{seed}z{str.__str__(value)}" if isinstance(value, str) else seed
 
 
-def _thinking_moved(given: Sequence[str], stretch: str) -> bool:
-    """Whether a content that holds thinking is all there, with other blanks around the thinking."""
-    whole = "".join(given)
-    return bool(find_thinking_tags(whole)) and "".join(whole.split()) in "".join(stretch.split())
+def _has_reformatted_thinking(texts: Sequence[str], segment: str) -> bool:
+    """Return whether a content with thinking is printed completely, with different whitespace around the thinking."""
+    content = "".join(texts)
+    return bool(find_thinking_tags(content)) and "".join(content.split()) in "".join(segment.split())
 
 
-def _reasoning_flags(message: Mapping[str, Any], printed: str) -> set[str]:
-    thoughts = _given(message, Part.REASONING)
-    if not any(thoughts) or _all_printed(thoughts, printed):
+def _flag_reasoning(message: Mapping[str, Any], printed: str) -> set[str]:
+    texts = _expected_texts(message, Part.REASONING)
+    if not any(texts) or _all_printed(texts, printed):
         return set()
     return {"message_truncated" if printed else "reasoning_dropped"}
 
 
-def _fields_printed(message: Mapping[str, Any], printed: str, stretch: str) -> bool:
-    known = _KNOWN if message["role"] == "tool" else _KNOWN - {"name"}
-    unknown = [value for key, value in message.items() if key not in known]
-    texts, numbers = ([one for value in unknown for one in read(value)] for read in (_values, _numbers))
-    return _all_printed(dict.fromkeys(texts), printed) and _any_printed(numbers, stretch)
+def _fields_printed(message: Mapping[str, Any], printed: str, segment: str) -> bool:
+    standard_keys = _STANDARD_KEYS if message["role"] == "tool" else _STANDARD_KEYS - {"name"}
+    extra_values = [value for key, value in message.items() if key not in standard_keys]
+    texts, numbers = ([text for value in extra_values for text in read(value)] for read in (_strings, _numbers))
+    return _all_printed(dict.fromkeys(texts), printed) and _any_printed(numbers, segment)
 
 
-def _texts(text: str, parts: Sequence[TextPiece]) -> defaultdict[tuple[int, Part], str]:
-    """Return the text of each part of each message in a rendering."""
-    found: defaultdict[tuple[int, Part], str] = defaultdict(str)
-    for piece in parts:
+def _join_pieces(text: str, pieces: Sequence[TextPiece]) -> defaultdict[tuple[int, Part], str]:
+    """Return the characters of the rendered text that are attributed to each part of each message."""
+    printed: defaultdict[tuple[int, Part], str] = defaultdict(str)
+    for piece in pieces:
         if piece.part is not Part.SCAFFOLD:
-            found[piece.message, piece.part] += text[piece.start : piece.end]
-    return found
+            printed[piece.message, piece.part] += text[piece.start : piece.end]
+    return printed
 
 
-def _stretches(text: str, parts: Sequence[TextPiece]) -> dict[int, str]:
-    """Return all that is printed for each message: from what is printed for another before it to the next after it."""
-    owned = [piece for piece in parts if piece.part is not Part.SCAFFOLD]
-    found: dict[int, tuple[int, int]] = {}
+def _message_segments(text: str, pieces: Sequence[TextPiece]) -> dict[int, str]:
+    """Return the text between the previous and the next message, for each message."""
+    owned = [piece for piece in pieces if piece.part is not Part.SCAFFOLD]
+    positions: dict[int, tuple[int, int]] = {}
     for position, piece in enumerate(owned):
-        first, _ = found.get(piece.message, (position, 0))
-        found[piece.message] = first, position
+        first, _ = positions.get(piece.message, (position, 0))
+        positions[piece.message] = first, position
     edges = [0, *(piece.end for piece in owned)], [*(piece.start for piece in owned), len(text)]
-    return {message: text[edges[0][first] : edges[1][last + 1]] for message, (first, last) in found.items()}
+    return {message: text[edges[0][first] : edges[1][last + 1]] for message, (first, last) in positions.items()}
 
 
-def _all_printed(given: Iterable[str], text: str) -> bool:
-    """Whether all texts are there, as many times as they are given; blanks around them may have been trimmed."""
-    wanted = Counter(filter(None, (one.strip() for one in given)))
-    return sum(len(one) * times for one, times in wanted.items()) <= len(text) and all(
-        _times(one, text) >= times for one, times in wanted.items()
+def _all_printed(expected: Iterable[str], text: str) -> bool:
+    """Return whether the text contains all expected texts, as often as expected, except surrounding whitespace."""
+    counts = Counter(filter(None, (item.strip() for item in expected)))
+    return sum(len(item) * count for item, count in counts.items()) <= len(text) and all(
+        _count_occurrences(item, text) >= count for item, count in counts.items()
     )
 
 
-def _any_printed(given: Iterable[str], text: str) -> bool:
-    """Whether each of these texts is somewhere."""
-    return all(_times(one, text) for one in given)
+def _any_printed(expected: Iterable[str], text: str) -> bool:
+    """Return whether the text contains each expected text at least once."""
+    return all(_count_occurrences(item, text) for item in expected)
 
 
-def _times(wanted: str, text: str) -> int:
-    """Return how often a text is there, as it is or as JSON has it."""
-    return text.count(wanted) or max(text.count(json.dumps(wanted, ensure_ascii=only)[1:-1]) for only in (False, True))
+def _count_occurrences(expected: str, text: str) -> int:
+    """Return the number of occurrences of a string in the text, either unchanged or escaped as JSON."""
+    return text.count(expected) or max(
+        text.count(json.dumps(expected, ensure_ascii=ascii_only)[1:-1]) for ascii_only in (False, True)
+    )
 
 
-def _given(message: Mapping[str, Any], part: Part) -> list[str]:
-    """Return the texts of a message that a rendering of it has to hold.
+def _expected_texts(message: Mapping[str, Any], part: Part) -> list[str]:
+    """Return the texts of a part of a message that the rendered text must contain.
 
-    They are its content, its reasoning, or the names and values of its calls.
+    These are the content, the reasoning, or the names and argument values of the tool calls.
     """
     if part is Part.TOOL_CALL:
-        functions = map(_function, message.get("tool_calls") or ())
-        return [text for one in functions for text in _values([one.get("name"), one.get("arguments")])]
+        functions = map(_get_function, message.get("tool_calls") or ())
+        return [text for function in functions for text in _strings([function.get("name"), function.get("arguments")])]
     if part is Part.REASONING:
-        return list(dict.fromkeys(text for key in _REASONING for text in _values(message.get(key))))
+        return list(dict.fromkeys(text for key in _REASONING for text in _strings(message.get(key))))
     content = message.get("content")
     if _is_object(content):
-        return list(_values(content))
+        return list(_strings(content))
     if isinstance(content, list):
         return [part.get("text", "") for part in content]
     return [content] if content else []
 
 
-def _answers_nothing(message: Mapping[str, Any]) -> bool:
+def _is_empty_answer(message: Mapping[str, Any]) -> bool:
     content = message.get("content")
-    blank = not content.strip() if isinstance(content, str) else not content
-    return blank and message["role"] == "assistant" and not message.get("tool_calls")
+    is_empty = not content.strip() if isinstance(content, str) else not content
+    return is_empty and message["role"] == "assistant" and not message.get("tool_calls")
 
 
-def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = call.get("function", call)
-    return found if isinstance(found, Mapping) else {}
+def _get_function(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call.get("function", call)
+    return function if isinstance(function, Mapping) else {}
 
 
-def _values(value: Any) -> Iterator[str]:
-    """Yield all strings in a JSON value but keys."""
-    return (str.__str__(one) for one in _scalars(value) if isinstance(one, str))
+def _strings(value: Any) -> Iterator[str]:
+    """Yield all strings in a JSON value, except keys."""
+    return (str.__str__(scalar) for scalar in _scalars(value) if isinstance(scalar, str))
 
 
 def _numbers(value: Any) -> Iterator[str]:
-    """Yield all numbers in a JSON value as they are written; how truth is written is up to the template."""
-    return (json.dumps(one) for one in _scalars(value) if isinstance(one, int | float) and not isinstance(one, bool))
+    """Yield all numbers in a JSON value as text. Booleans are left out, since templates print them differently."""
+    return (
+        json.dumps(scalar)
+        for scalar in _scalars(value)
+        if isinstance(scalar, int | float) and not isinstance(scalar, bool)
+    )
 
 
 def _scalars(value: Any) -> Iterator[Any]:
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else None
     if inner is None:
         yield value
-    for one in inner or ():
-        yield from _scalars(one)
+    for item in inner or ():
+        yield from _scalars(item)
 
 
 def _keys(value: Any) -> Iterator[str]:
@@ -334,13 +358,13 @@ def _keys(value: Any) -> Iterator[str]:
         yield from _keys(inner)
 
 
-def _extents(
+def _find_ranges(
     text: str, message: Mapping[str, Any], index: int, key: str, rerender: Rerender
 ) -> Iterator[tuple[int, int]]:
-    for number, path in enumerate(_leaves(message[key], (key,))):
-        if number == _MOST_LEAVES:
+    for number, path in enumerate(_leaf_paths(message[key], (key,))):
+        if number == _MAX_LEAVES:
             return
-        before, after = (rerender(index, _changed(message, path, change)) for change in (_prefixed, _suffixed))
+        before, after = (rerender(index, _change_leaf(message, path, change)) for change in (_add_prefix, _add_suffix))
         if before is None or after is None or text in (before, after):
             continue
         start = common_prefix_length(text, before)
@@ -349,47 +373,47 @@ def _extents(
             yield start, end
 
 
-def _place(text: str, message: Mapping[str, Any], index: int, rerender: Rerender) -> int | None:
-    """Return where in the rendering an empty answer stands."""
+def _find_empty_answer(text: str, message: Mapping[str, Any], index: int, rerender: Rerender) -> int | None:
+    """Return the position of an empty answer in the rendered text, or `None` if it is uncertain."""
     filled = rerender(index, {**message, "content": "x"})
     if filled is None:
         return None
-    at = common_prefix_length(text, filled)
-    # What follows may be another text: some templates print no stop after an answer that is empty.
-    return at if filled.startswith(f"{text[:at]}x") else None
+    position = common_prefix_length(text, filled)
+    # The text after the position may differ: some templates print no stop token after an empty answer.
+    return position if filled.startswith(f"{text[:position]}x") else None
 
 
-def _insert(parts: Sequence[TextPiece], empty: TextPiece) -> list[TextPiece]:
-    found: list[TextPiece] = []
-    for piece in parts:
+def _insert(pieces: Sequence[TextPiece], empty: TextPiece) -> list[TextPiece]:
+    split: list[TextPiece] = []
+    for piece in pieces:
         inside = piece.start < empty.start < piece.end
-        found += [piece._replace(end=empty.start), piece._replace(start=empty.start)] if inside else [piece]
-    position = next((n for n, piece in enumerate(found) if piece.start >= empty.start), len(found))
-    return [*found[:position], empty, *found[position:]]
+        split += [piece._replace(end=empty.start), piece._replace(start=empty.start)] if inside else [piece]
+    position = next((n for n, piece in enumerate(split) if piece.start >= empty.start), len(split))
+    return [*split[:position], empty, *split[position:]]
 
 
-def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """Yield the paths of the texts that templates print: contents, names and the values of arguments."""
+def _leaf_paths(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Yield the paths of the strings that templates print: contents, names and argument values."""
     if isinstance(value, str):
         if value and path[-1] not in ("id", "type"):
             yield path
         return
     pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
     for key, inner in pairs:
-        yield from _leaves(inner, (*path, key))
+        yield from _leaf_paths(inner, (*path, key))
 
 
-def _changed(value: Any, path: tuple[Any, ...], change: Callable[[str], str]) -> Any:
+def _change_leaf(value: Any, path: tuple[Any, ...], change: Callable[[str], str]) -> Any:
     if not path:
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _changed(inner, path[1:], change) if key == path[0] else inner for key, inner in value.items()}
-    return [_changed(inner, path[1:], change) if key == path[0] else inner for key, inner in enumerate(value)]
+        return {key: _change_leaf(inner, path[1:], change) if key == path[0] else inner for key, inner in value.items()}
+    return [_change_leaf(inner, path[1:], change) if key == path[0] else inner for key, inner in enumerate(value)]
 
 
-def _prefixed(text: str) -> str:
+def _add_prefix(text: str) -> str:
     return ("y" if text.startswith("x") else "x") + text
 
 
-def _suffixed(text: str) -> str:
+def _add_suffix(text: str) -> str:
     return text + ("y" if text.endswith("x") else "x")

@@ -1,7 +1,7 @@
-"""Attribute: which characters of the rendered text came from which field of which message.
+"""Spans of a rendered text: the message and the field that each character comes from.
 
-An owner is a small number: `8 * (message + 1) + code of the part`. `Tracked` strings carry it through the
-template, and the runs of the output are read back as spans.
+The owner of a character is the integer `8 * (message + 1) + code of the part`. A `TrackedString` keeps the owners of
+its characters while the template runs, and the owners of the rendered text become pieces and then spans.
 """
 
 from __future__ import annotations
@@ -24,11 +24,19 @@ _KEYS = {
     **dict.fromkeys(_REASONING, Part.REASONING),
 }
 
-_OPENS, _OPENED = re.compile(rf"\s*<({THINKING_NAMES})>"), re.compile(rf"<({THINKING_NAMES})>\s*$")
+_OPENING_TAG, _TRAILING_OPENING_TAG = re.compile(rf"\s*<({THINKING_NAMES})>"), re.compile(rf"<({THINKING_NAMES})>\s*$")
 
 
 class TextPiece(NamedTuple):
-    """A stretch of the rendered text with one owner; `block` numbers its generation block (0: none)."""
+    """A range of characters of the rendered text with one owner.
+
+    Attributes:
+        start: first character.
+        end: end of the range, exclusive.
+        part: kind of the text.
+        message: index of the message that the text comes from, or -1.
+        block: number of the generation block that contains the text, or 0.
+    """
 
     start: int
     end: int
@@ -38,7 +46,7 @@ class TextPiece(NamedTuple):
 
 
 class TurnRegion(NamedTuple):
-    """What the model must produce for one message: `[start, end)` in characters."""
+    """The generated characters `[start, end)` of one message."""
 
     message: int
     start: int
@@ -46,15 +54,15 @@ class TurnRegion(NamedTuple):
 
 
 def track_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages as a chat template is given them, with every data string tracked.
+    """Return the messages with every string tracked, as the variable `messages` of a chat template.
 
-    As transformers does: null values are dropped, and the spellings of reasoning stand for each other.
+    As in transformers, null values are dropped. Reasoning is available under all of its key names.
     """
-    return [_tracked_message(message, index) for index, message in enumerate(messages)]
+    return [_track_message(message, index) for index, message in enumerate(messages)]
 
 
 def track_value(value: Any, part: Part, message: int) -> Any:
-    """Return a copy of a JSON value in which every string, keys included, is owned by `(message, part)`."""
+    """Return a copy of a JSON value in which every string, including keys, has the owner `(message, part)`."""
     owner = 8 * (message + 1) + _CODES[part]
     if isinstance(value, str):
         return TrackedString(value, ((len(value), owner),) if value else ())
@@ -66,36 +74,36 @@ def track_value(value: Any, part: Part, message: int) -> Any:
 
 
 def pieces_of(text: TrackedString) -> tuple[TextPiece, ...]:
-    """Return the stretches of a rendered text, in order, tiling it."""
-    found: list[TextPiece] = []
-    at = 0
+    """Return the pieces of a rendered text, which are in order and tile it."""
+    pieces: list[TextPiece] = []
+    start = 0
     for length, owner in text.runs:
         message, code = divmod(owner & ((1 << BLOCK) - 1), 8)
-        found.append(TextPiece(at, at + length, _PARTS[code], message - 1, owner >> BLOCK))
-        at += length
-    return tuple(found)
+        pieces.append(TextPiece(start, start + length, _PARTS[code], message - 1, owner >> BLOCK))
+        start += length
+    return tuple(pieces)
 
 
 def split_thinking(
     text: str, parts: Iterable[TextPiece], regions: Sequence[TurnRegion], assistants: Iterable[int]
 ) -> tuple[TextPiece, ...]:
-    """Return the pieces with thinking that is written into the assistant's contents made reasoning.
+    """Return the pieces with the thinking at the beginning of assistant contents as pieces of reasoning.
 
-    Its tags are the scaffold around it, as where the template prints them.
+    The thinking tags become template text, as if the template had printed them.
     """
     parts = list(parts)
-    thinking = _thinking(text, parts, regions, set(assistants))
-    found: list[TextPiece] = []
+    thinking = _locate_thinking(text, parts, regions, set(assistants))
+    pieces: list[TextPiece] = []
     for piece in parts:
-        cut = [piece]
+        split = [piece]
         for start, end, part in thinking.get(piece.message, ()):
-            cut = [new for old in cut for new in override_part(old, start, end, Part.CONTENT, part=part)]
-        found += cut
-    return tuple(found)
+            split = [new for old in split for new in override_part(old, start, end, Part.CONTENT, part=part)]
+        pieces += split
+    return tuple(pieces)
 
 
 def override_part(piece: TextPiece, start: int, end: int, over: Part, **changes: Any) -> Iterator[TextPiece]:
-    """Yield the piece, cut and changed where it lies in `[start, end)`, if it is of the part `over`."""
+    """Yield the piece, split so that `changes` apply only within `[start, end)`, if its part is `over`."""
     if piece.part is not over or piece.end <= start or end <= piece.start:
         yield piece
         return
@@ -107,39 +115,43 @@ def override_part(piece: TextPiece, start: int, end: int, over: Part, **changes:
         yield piece._replace(start=last)
 
 
-def _thinking(
-    text: str, parts: Iterable[TextPiece], regions: Sequence[TurnRegion], assistants: set[int]
+def _locate_thinking(
+    text: str, pieces: Iterable[TextPiece], regions: Sequence[TurnRegion], assistants: set[int]
 ) -> dict[int, list[tuple[int, int, Part]]]:
-    """Return, for each message whose content begins with thinking, where tags and thoughts stand."""
+    """Return the ranges of thinking and thinking tags for each message whose content begins with thinking."""
     ends = {region.message: region.end for region in regions}
     contents: dict[int, tuple[int, int]] = {}
-    for piece in parts:
+    for piece in pieces:
         if piece.part is Part.CONTENT and piece.message in assistants:
             contents.setdefault(piece.message, (piece.start, ends.get(piece.message, piece.end)))
-    found: dict[int, list[tuple[int, int, Part]]] = {}
+    thinking: dict[int, list[tuple[int, int, Part]]] = {}
     for message, (start, end) in contents.items():
-        opened = _OPENED.search(text[max(0, start - 64) : start])
-        tags = find_thinking_tags(text[start:end], opened.group(1) if opened else None)
+        opening = _TRAILING_OPENING_TAG.search(text[max(0, start - 64) : start])
+        tags = find_thinking_tags(text[start:end], opening.group(1) if opening else None)
         if not tags:
             continue
-        found[message] = [(start + a, start + b, Part.SCAFFOLD) for a, b in tags]
-        closed, after = tags[-1]
-        begun = tags[0][1] if len(tags) > 1 else 0
-        if text[start + begun : start + closed].strip():
-            answer = text[start + after : end].lstrip()
-            found[message].append((start, end - len(answer), Part.REASONING))
-    return found
+        thinking[message] = [(start + a, start + b, Part.SCAFFOLD) for a, b in tags]
+        closing_start, closing_end = tags[-1]
+        thinking_start = tags[0][1] if len(tags) > 1 else 0
+        if text[start + thinking_start : start + closing_start].strip():
+            answer = text[start + closing_end : end].lstrip()
+            thinking[message].append((start, end - len(answer), Part.REASONING))
+    return thinking
 
 
 def find_thinking_tags(content: str, opened: str | None = None) -> list[tuple[int, int]]:
-    """Return where the tags of the thinking stand that a content begins with: none, both, or the closing one.
+    """Return the ranges of the thinking tags at the beginning of a content: both tags, the closing tag, or none.
 
-    `opened` is the name of a tag that stands open before it.
+    Args:
+        content: the content.
+        opened: name of the tag if the text before the content ends with an opening tag.
 
-    >>> find_thinking_tags("<think>hm</think>yes"), find_thinking_tags("hm</think>yes", "think"), find_thinking_tags("</think>")
-    ([(0, 7), (9, 17)], [(2, 10)], [])
+    >>> find_thinking_tags("<think>hm</think>yes"), find_thinking_tags("hm</think>yes", "think")
+    ([(0, 7), (9, 17)], [(2, 10)])
+    >>> find_thinking_tags("</think>")
+    []
     """
-    opening = _OPENS.match(content)
+    opening = _OPENING_TAG.match(content)
     name = opening.group(1) if opening else opened
     closing = content.find(f"</{name}>") if name else -1
     if closing < 0:
@@ -149,36 +161,39 @@ def find_thinking_tags(content: str, opened: str | None = None) -> list[tuple[in
 
 
 def make_spans(parts: Iterable[TextPiece], regions: Sequence[TurnRegion]) -> tuple[Span, ...]:
-    """Lay the regions over the pieces: spans that tile the text, each generated or not.
+    """Return spans that tile the text, with the spans inside a region marked as generated.
 
-    Template text inside a region belongs to the region's message, outside to none. Regions are disjoint and
-    in order.
+    Template text inside a region belongs to the message of the region; other template text belongs to no message.
+
+    Args:
+        parts: pieces that tile the text.
+        regions: disjoint regions in order.
     """
-    return tuple(span for piece in parts for span in _spans(piece, regions))
+    return tuple(span for piece in parts for span in _split_piece(piece, regions))
 
 
-def _spans(piece: TextPiece, regions: Sequence[TurnRegion]) -> Iterator[Span]:
-    at = piece.start
-    outside = -1 if piece.part is Part.SCAFFOLD else piece.message
+def _split_piece(piece: TextPiece, regions: Sequence[TurnRegion]) -> Iterator[Span]:
+    position = piece.start
+    outside_message = -1 if piece.part is Part.SCAFFOLD else piece.message
     for region in regions:
-        start, end = max(region.start, at), min(region.end, piece.end)
+        start, end = max(region.start, position), min(region.end, piece.end)
         if start >= end:
             continue
-        if at < start:
-            yield Span(at, start, piece.part, outside, False)
+        if position < start:
+            yield Span(position, start, piece.part, outside_message, False)
         yield Span(start, end, piece.part, region.message, True)
-        at = end
-    if at < piece.end:
-        yield Span(at, piece.end, piece.part, outside, False)
+        position = end
+    if position < piece.end:
+        yield Span(position, piece.end, piece.part, outside_message, False)
 
 
-def _tracked_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    known = {key: value for key, value in message.items() if value is not None and key != "train"}
-    reasoning = next((known[key] for key in _REASONING if key in known), None)
+def _track_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    fields = {key: value for key, value in message.items() if value is not None and key != "train"}
+    reasoning = next((fields[key] for key in _REASONING if key in fields), None)
     if reasoning is not None:
-        known = {"thinking": reasoning, **known, "reasoning_content": reasoning}
-    # The role is one of a few known words, and what templates decide by.
+        fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
+    # The role stays a plain string: it has few values, and templates branch on it.
     return {
         key: value if key == "role" else track_value(value, _KEYS.get(key, Part.OTHER), index)
-        for key, value in known.items()
+        for key, value in fields.items()
     }

@@ -1,10 +1,9 @@
-"""Strings that remember who wrote them.
+"""Strings that record the owner of each of their characters.
 
-A `TrackedString` is a `str` that carries, for each stretch of its characters, the owner who wrote it: 0 for the
-template, anything else for a field of the row. The operations that templates use (`+`, `~`, slices, `strip`,
-`split`, `replace`, `join`, loops, `tojson`) keep the memory; any other operation yields a plain string, which
-belongs to the template. Where the memory is lost, the row's text seems not to arrive: such rows are flagged, or
-refused.
+A `TrackedString` is a `str` that also stores the owner of each range of its characters: 0 for the template, any other
+number for a field of the row. The operations that templates use (`+`, `~`, slices, `strip`, `split`, `replace`,
+`join`, loops, `tojson`) keep the owners. Any other operation returns a plain string, whose owner is the template. If
+owners are lost, a field of the row seems to be missing from the rendered text, so the row is flagged or rejected.
 """
 
 from __future__ import annotations
@@ -20,24 +19,28 @@ Run = tuple[int, int]
 """(number of characters, owner)"""
 
 BLOCK = 40
-"""The bits of an owner from here on number the `{% generation %}` block that the text stands in (0: none)."""
+"""The position of the bits of an owner that contain the number of the `{% generation %}` block, or 0."""
 
 
 class TrackedString(str):
-    """A string with the owners of its characters in `runs`, which tile it."""
+    """A string with the owners of its characters.
+
+    Attributes:
+        runs: lengths and owners of ranges of characters, which tile the string.
+    """
 
     __slots__ = ("runs",)
     runs: tuple[Run, ...]
 
     def __new__(cls, text: str, runs: Iterable[Run] | None = None) -> Self:
-        """Make a string whose characters belong to the owners in `runs`, by default the template."""
+        """Create a string with the owners in `runs`. By default, the owner is the template."""
         self = super().__new__(cls, text)
         self.runs = (((len(text), 0),) if text else ()) if runs is None else tuple(runs)
         return self
 
     @classmethod
-    def of(cls, text: str) -> TrackedString:
-        """Return `text` itself if it is tracked, else as the template's own."""
+    def from_str(cls, text: str) -> TrackedString:
+        """Return `text` itself if it is tracked, otherwise a tracked string whose owner is the template."""
         return text if isinstance(text, TrackedString) else cls(text)
 
     def in_block(self, number: int) -> TrackedString:
@@ -65,119 +68,119 @@ class TrackedString(str):
         if isinstance(key, slice):
             start, stop, step = key.indices(len(self))
             if step == 1:
-                return self._cut(start, max(start, stop))
+                return self._slice(start, max(start, stop))
             return concat_tracked(self[i] for i in range(start, stop, step))
         index = int(key) + (len(self) if int(key) < 0 else 0)
         if not 0 <= index < len(self):
             message = "string index out of range"
             raise IndexError(message)
-        return self._cut(index, index + 1)
+        return self._slice(index, index + 1)
 
-    def _cut(self, start: int, stop: int) -> TrackedString:
+    def _slice(self, start: int, stop: int) -> TrackedString:
         runs: list[Run] = []
-        at = 0
+        position = 0
         for length, owner in self.runs:
-            taken = min(stop, at + length) - max(start, at)
-            if taken > 0:
-                runs.append((taken, owner))
-            at += length
+            overlap = min(stop, position + length) - max(start, position)
+            if overlap > 0:
+                runs.append((overlap, owner))
+            position += length
         return TrackedString(str.__getitem__(self, slice(start, stop)), runs)
 
     def strip(self, chars: str | None = None, /) -> str:
-        """As `str.strip`."""
-        return TrackedString.of(self.lstrip(chars)).rstrip(chars)
+        """Return the same as `str.strip`, tracked."""
+        return TrackedString.from_str(self.lstrip(chars)).rstrip(chars)
 
     def lstrip(self, chars: str | None = None, /) -> str:
-        """As `str.lstrip`."""
-        return self._cut(len(self) - len(str.lstrip(self, chars)), len(self))
+        """Return the same as `str.lstrip`, tracked."""
+        return self._slice(len(self) - len(str.lstrip(self, chars)), len(self))
 
     def rstrip(self, chars: str | None = None, /) -> str:
-        """As `str.rstrip`."""
-        return self._cut(0, len(str.rstrip(self, chars)))
+        """Return the same as `str.rstrip`, tracked."""
+        return self._slice(0, len(str.rstrip(self, chars)))
 
     def removeprefix(self, prefix: str, /) -> str:
-        """As `str.removeprefix`."""
-        return self._cut(len(self) - len(str.removeprefix(self, prefix)), len(self))
+        """Return the same as `str.removeprefix`, tracked."""
+        return self._slice(len(self) - len(str.removeprefix(self, prefix)), len(self))
 
     def removesuffix(self, suffix: str, /) -> str:
-        """As `str.removesuffix`."""
-        return self._cut(0, len(str.removesuffix(self, suffix)))
+        """Return the same as `str.removesuffix`, tracked."""
+        return self._slice(0, len(str.removesuffix(self, suffix)))
 
     def upper(self) -> str:
-        """As `str.upper`."""
-        return self._recased(str.upper)
+        """Return the same as `str.upper`, tracked."""
+        return self._change_case(str.upper)
 
     def lower(self) -> str:
-        """As `str.lower`."""
-        return self._recased(str.lower)
+        """Return the same as `str.lower`, tracked."""
+        return self._change_case(str.lower)
 
     def capitalize(self) -> str:
-        """As `str.capitalize`."""
-        return self._recased(str.capitalize)
+        """Return the same as `str.capitalize`, tracked."""
+        return self._change_case(str.capitalize)
 
     def title(self) -> str:
-        """As `str.title`."""
-        return self._recased(str.title)
+        """Return the same as `str.title`, tracked."""
+        return self._change_case(str.title)
 
     def casefold(self) -> str:
-        """As `str.casefold`."""
-        return self._recased(str.casefold)
+        """Return the same as `str.casefold`, tracked."""
+        return self._change_case(str.casefold)
 
     def swapcase(self) -> str:
-        """As `str.swapcase`."""
-        return self._recased(str.swapcase)
+        """Return the same as `str.swapcase`, tracked."""
+        return self._change_case(str.swapcase)
 
-    def _recased(self, change: Callable[[str], str]) -> str:
+    def _change_case(self, change: Callable[[str], str]) -> str:
         text = change(str.__str__(self))
         if len(text) == len(self):
             return TrackedString(text, self.runs)
-        # A few letters change their number (ß, ŉ), whatever follows them.
-        ends = [len(change(str.__getitem__(self, slice(at)))) for at in accumulate(length for length, _ in self.runs)]
+        # A few characters (ß, ŉ) become several characters.
+        ends = [len(change(str.__getitem__(self, slice(end)))) for end in accumulate(length for length, _ in self.runs)]
         return TrackedString(
             text, [(b - a, owner) for a, b, (_, owner) in zip([0, *ends], ends, self.runs, strict=False)]
         )
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        """As `str.split`."""
-        return self._located(str.split(self, sep, maxsplit), sep)
+        """Return the same as `str.split`, tracked."""
+        return self._track_pieces(str.split(self, sep, maxsplit), sep)
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        """As `str.rsplit`."""
-        return self._located(str.rsplit(self, sep, maxsplit), sep)
+        """Return the same as `str.rsplit`, tracked."""
+        return self._track_pieces(str.rsplit(self, sep, maxsplit), sep)
 
     def splitlines(self, keepends: bool = False) -> list[str]:
-        """As `str.splitlines`."""
-        return self._located(str.splitlines(self, keepends), None)
+        """Return the same as `str.splitlines`, tracked."""
+        return self._track_pieces(str.splitlines(self, keepends), None)
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
-        """As `str.partition`."""
-        before, middle, after = self._located(str.partition(self, sep), "")
+        """Return the same as `str.partition`, tracked."""
+        before, middle, after = self._track_pieces(str.partition(self, sep), "")
         return before, middle, after
 
     def rpartition(self, sep: str, /) -> tuple[str, str, str]:
-        """As `str.rpartition`."""
-        before, middle, after = self._located(str.rpartition(self, sep), "")
+        """Return the same as `str.rpartition`, tracked."""
+        before, middle, after = self._track_pieces(str.rpartition(self, sep), "")
         return before, middle, after
 
-    def _located(self, pieces: Iterable[str], sep: str | None) -> list[str]:
-        # Pieces come in order, `sep` apart. Where there is no `sep` they are apart by white space, which is
-        # in no piece, so the next occurrence is the right one.
-        found: list[str] = []
-        at = 0
+    def _track_pieces(self, pieces: Iterable[str], sep: str | None) -> list[str]:
+        # The pieces are in order, with `sep` between them. Without `sep`, they are separated by whitespace, which
+        # no piece contains, so the next occurrence of a piece is the correct one.
+        tracked: list[str] = []
+        position = 0
         for piece in pieces:
-            start = str.find(self, piece, at) if sep is None else at
-            found.append(self._cut(start, start + len(piece)))
-            at = start + len(piece) + len(sep or "")
-        return found
+            start = str.find(self, piece, position) if sep is None else position
+            tracked.append(self._slice(start, start + len(piece)))
+            position = start + len(piece) + len(sep or "")
+        return tracked
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
-        """As `str.replace`; what is put in keeps its own owners."""
+        """Return the same as `str.replace`, tracked. The replacement keeps its owners."""
         if not old:
             return str.replace(self, old, new, count)
-        return TrackedString.of(new).join(self.split(old, count))
+        return TrackedString.from_str(new).join(self.split(old, count))
 
     def join(self, pieces: Iterable[str], /) -> str:
-        """As `str.join`."""
+        """Return the same as `str.join`, tracked."""
         parts: list[str] = []
         for piece in pieces:
             if parts and self:
@@ -187,7 +190,7 @@ class TrackedString(str):
 
 
 class TrackedMarkup(Markup):
-    """What Jinja's `safe` makes of a tracked string: it remembers where it is printed as it stands."""
+    """The result of Jinja's `safe` filter for a tracked string, which keeps the tracked string."""
 
     __slots__ = ("tracked",)
     tracked: TrackedString
@@ -197,14 +200,14 @@ class TrackedMarkup(Markup):
 
 
 def mark_safe(text: str) -> Markup:
-    """As Jinja's filter of that name."""
+    """Return the same as Jinja's `safe` filter, tracked."""
     marked = TrackedMarkup(text)
-    marked.tracked = TrackedString.of(text)
+    marked.tracked = TrackedString.from_str(text)
     return marked
 
 
 def concat_tracked(pieces: Iterable[str]) -> str:
-    """Join strings, tracked or not, into a tracked one; neighbours of the same owner are one run, and none is empty.
+    """Concatenate strings into a tracked string. Adjacent runs of the same owner are merged, and empty runs dropped.
 
     >>> concat_tracked(["a", "", TrackedString("bc", [(2, 9)]), "d", "e"]).runs
     ((1, 0), (2, 9), (2, 0))
@@ -225,87 +228,97 @@ def concat_tracked(pieces: Iterable[str]) -> str:
 
 
 def dump_tracked_json(value: Any, plain: Callable[[Any], str], *, sort_keys: bool = False) -> str:
-    """Serialise `value` with `plain` (a `json.dumps` that does not sort), keeping the owners of what is in it.
+    """Serialize a JSON value and keep the owners of its strings.
 
-    The strings are first replaced by noncharacters that name them, so that their places in the output are
-    known; each is then put back as JSON escapes it, character by character. An object or a list that holds strings of
-    one owner, and no others, is that owner's as a whole: brackets, numbers and all.
+    Each string is first replaced by a number between two noncharacters, so that its position in the output is known.
+    Then the escaped string is put back. If all strings of an object or a list have the same owner, the whole output of
+    the object or list has this owner, including brackets and numbers.
+
+    Args:
+        value: the JSON value.
+        plain: a `json.dumps` that does not sort keys.
+        sort_keys: whether to sort the keys of objects.
 
     Raises:
-        ValueError: the value holds every noncharacter there is for this.
+        ValueError: the value contains every noncharacter that could be used.
     """
-    found = plain(value)
+    text = plain(value)
     mark = next(
-        (chr(point) for point in range(0xFDD1, 0xFDF0) if not {chr(point), f"\\u{point:04x}"} & _parts(found)), None
+        (
+            chr(point)
+            for point in range(0xFDD1, 0xFDF0)
+            if not {chr(point), f"\\u{point:04x}"} & _find_noncharacters(text)
+        ),
+        None,
     )
     if mark is None:
-        message = "the data holds all noncharacters"
+        message = "the data contains every noncharacter from U+FDD1 to U+FDEF"
         raise ValueError(message)
-    taken: list[TrackedString] = []
+    replaced: list[TrackedString] = []
 
-    def named(item: Any) -> Any:
-        owners = _owners(item)
+    def replace_strings(item: Any) -> Any:
+        owners = _find_owners(item)
         if isinstance(item, TrackedString):
-            taken.append(_escaped(item, plain))
-        elif len(owners) == 1 and _NOBODY not in owners:
-            whole = plain(_sorted(item) if sort_keys else item)
-            taken.append(TrackedString(whole, ((len(whole), owners.pop()),)))
+            replaced.append(_escape(item, plain))
+        elif len(owners) == 1 and _UNTRACKED not in owners:
+            output = plain(_sort_keys(item) if sort_keys else item)
+            replaced.append(TrackedString(output, ((len(output), owners.pop()),)))
         elif isinstance(item, dict):
             pairs = sorted(item.items()) if sort_keys else item.items()
-            return {named(key): named(inner) for key, inner in pairs}
+            return {replace_strings(key): replace_strings(inner) for key, inner in pairs}
         elif isinstance(item, list | tuple):
-            return [named(inner) for inner in item]
+            return [replace_strings(inner) for inner in item]
         else:
             return item
-        return f"{mark}{len(taken) - 1}{mark}"
+        return f"{mark}{len(replaced) - 1}{mark}"
 
-    skeleton = plain(named(value)).replace(f"\\u{ord(mark):04x}", mark)
-    return concat_tracked(_filled(skeleton, re.compile(f'"{mark}([0-9]+){mark}"'), taken))
+    skeleton = plain(replace_strings(value)).replace(f"\\u{ord(mark):04x}", mark)
+    return concat_tracked(_fill_skeleton(skeleton, re.compile(f'"{mark}([0-9]+){mark}"'), replaced))
 
 
-def _filled(skeleton: str, places: re.Pattern[str], taken: list[TrackedString]) -> Iterator[str]:
-    at = 0
-    for place in places.finditer(skeleton):
-        yield skeleton[at : place.start()]
-        line = skeleton[skeleton.rfind("\n", 0, place.start()) + 1 : place.start()]
+def _fill_skeleton(skeleton: str, pattern: re.Pattern[str], strings: list[TrackedString]) -> Iterator[str]:
+    position = 0
+    for match in pattern.finditer(skeleton):
+        yield skeleton[position : match.start()]
+        line = skeleton[skeleton.rfind("\n", 0, match.start()) + 1 : match.start()]
         margin = line[: len(line) - len(line.lstrip())]
-        yield TrackedString.of(taken[int(place.group(1))]).replace("\n", f"\n{margin}")
-        at = place.end()
-    yield skeleton[at:]
+        yield TrackedString.from_str(strings[int(match.group(1))]).replace("\n", f"\n{margin}")
+        position = match.end()
+    yield skeleton[position:]
 
 
-_NOBODY = -1
+_UNTRACKED = -1
 
 
-def _owners(value: Any) -> set[int]:
-    """Return who owns the strings in a JSON value; strings that are not tracked are nobody's."""
+def _find_owners(value: Any) -> set[int]:
+    """Return the owners of all strings in a JSON value. The owner of an untracked string is `_UNTRACKED`."""
     if isinstance(value, TrackedString):
         return {owner for _, owner in value.runs}
     if isinstance(value, str):
-        return {_NOBODY}
+        return {_UNTRACKED}
     inner = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return set().union(*map(_owners, inner)) if inner else set()
+    return set().union(*map(_find_owners, inner)) if inner else set()
 
 
-def _sorted(value: Any) -> Any:
+def _sort_keys(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _sorted(inner) for key, inner in sorted(value.items())}
-    return [_sorted(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: _sort_keys(inner) for key, inner in sorted(value.items())}
+    return [_sort_keys(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _parts(text: str) -> set[str]:
-    """Return the noncharacters in a JSON text, as they are or escaped."""
+def _find_noncharacters(text: str) -> set[str]:
+    """Return the noncharacters in a JSON text, literal or escaped."""
     return set(re.findall(r"[\ufdd0-\ufdef]|\\ufd[de][0-9a-f]", text))
 
 
-def _escaped(text: TrackedString, plain: Callable[[Any], str]) -> TrackedString:
-    whole = plain(str.__str__(text))
+def _escape(text: TrackedString, plain: Callable[[Any], str]) -> TrackedString:
+    escaped = plain(str.__str__(text))
     runs: list[Run] = [(1, 0)]
-    if len(whole) == len(text) + 2:
+    if len(escaped) == len(text) + 2:
         runs += text.runs
     else:
-        at = 0
+        position = 0
         for length, owner in text.runs:
-            runs.append((len(plain(str.__getitem__(text, slice(at, at + length)))) - 2, owner))
-            at += length
-    return TrackedString(whole, [*runs, (1, 0)])
+            runs.append((len(plain(str.__getitem__(text, slice(position, position + length)))) - 2, owner))
+            position += length
+    return TrackedString(escaped, [*runs, (1, 0)])

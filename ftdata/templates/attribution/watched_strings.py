@@ -1,8 +1,9 @@
-"""Strings that note what a template finds out about them.
+"""A `str` subclass that records every operation that a template performs on it.
 
-Which way a template takes depends on the shape of a conversation and on what it asks of the texts: whether
-`</think>` is in one, how another begins. A `WatchedString` string notes each such question with its answer, so that it
-is known for which other texts the template goes the same way. What cannot be noted makes the whole run opaque.
+The output of a template depends on the shape of a conversation and on the results of operations on its texts: whether
+a text contains `</think>`, or how another text begins. A `WatchedString` records each such operation with its result.
+The template takes the same path for all other texts with the same results. An operation that cannot be recorded makes
+the whole run opaque.
 """
 
 from __future__ import annotations
@@ -16,55 +17,71 @@ from typing import Any, Self
 from ftdata.templates.attribution.tracked_strings import TrackedString, concat_tracked
 
 Origin = tuple[Any, ...]
-"""How a value came about: `("is", text)`, `("at", path)` in the messages, `("do", origin, method, arguments)`,
-`("join", origins)`, or `("same", origin)`: whether what was done last, a `"do"`, changed nothing."""
+"""The expression that computes a value.
+
+- `("text", text)`: a constant text.
+- `("field", path)`: the field of the messages at a path.
+- `("call", origin, method, arguments)`: the result of a method.
+- `("join", origins)`: a concatenation.
+- `("unchanged", origin)`: whether the method of a `"call"` returns the text that it was called on.
+"""
 
 
 def evaluate_origin(origin: Origin, messages: Sequence[Mapping[str, Any]]) -> Any:
-    """Make the value again, out of other messages.
+    """Compute a value again for other messages.
 
     Raises:
-        LookupError, ValueError: a method fails on it.
+        LookupError, ValueError: a method fails, or the messages have no such field.
     """
-    kind, *rest = origin
-    if kind == "is":
-        return rest[0]
-    if kind == "at":
+    kind, *operands = origin
+    if kind == "text":
+        return operands[0]
+    if kind == "field":
         value: Any = messages
-        for key in rest[0]:
+        for key in operands[0]:
             value = value[key]
         return str.__str__(value)
     if kind == "join":
-        return "".join(evaluate_origin(part, messages) for part in rest[0])
-    if kind == "same":
-        _, before, name, arguments = rest[0]
-        value = evaluate_origin(before, messages)
+        return "".join(evaluate_origin(part, messages) for part in operands[0])
+    if kind == "unchanged":
+        _, base, name, arguments = operands[0]
+        value = evaluate_origin(base, messages)
         return getattr(value, name)(*arguments) == value
-    before, name, arguments = rest
-    value = evaluate_origin(before, messages)
+    base, name, arguments = operands
+    value = evaluate_origin(base, messages)
     return bool(value) if name == "__bool__" else getattr(value, name)(*arguments)
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedOperation:
-    """What was asked of a text, and the answer."""
+    """An operation on a text.
 
-    asked: Origin
-    answer: Any
+    Attributes:
+        expression: the evaluated expression.
+        result: its result.
+    """
 
-    def same(self, messages: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether these messages give the same answer."""
+    expression: Origin
+    result: Any
+
+    def has_same_result(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether the operation has the same result for these messages."""
         try:
-            return bool(evaluate_origin(self.asked, messages) == self.answer)
+            return bool(evaluate_origin(self.expression, messages) == self.result)
         except (ValueError, LookupError, RecursionError):
             return False
 
 
 @dataclass
 class OperationLog:
-    """What a template asked in the runs that were watched."""
+    """The operations of a template on watched strings.
 
-    questions: list[RecordedOperation] = field(default_factory=list)
+    Attributes:
+        operations: the recorded operations.
+        opaque: whether an operation could not be recorded.
+    """
+
+    operations: list[RecordedOperation] = field(default_factory=list)
     opaque: bool = False
 
 
@@ -73,7 +90,7 @@ _log: ContextVar[OperationLog] = ContextVar("log")
 
 @contextmanager
 def record_operations() -> Iterator[OperationLog]:
-    """Note what is asked of watched strings inside this block."""
+    """Record the operations on watched strings inside this block."""
     token = _log.set(OperationLog())
     try:
         yield _log.get()
@@ -82,35 +99,41 @@ def record_operations() -> Iterator[OperationLog]:
 
 
 def mark_opaque() -> None:
-    """Note that the template did something that cannot be asked again."""
+    """Record that the template performed an operation that cannot be repeated."""
     _log.get().opaque = True
 
 
 class WatchedString(TrackedString):
-    """A tracked string that notes what is asked of it; `origin` is how it came about, `None` for unknown."""
+    """A tracked string that records every operation on it.
+
+    Attributes:
+        origin: the expression that computes the string, or `None` if it is unknown.
+    """
 
     __slots__ = ("origin",)
     origin: Origin | None
 
     @classmethod
-    def at(cls, text: str, origin: Origin | None) -> Self:
-        """Watch a text."""
-        self = cls(str.__str__(text), TrackedString.of(text).runs)
+    def from_origin(cls, text: str, origin: Origin | None) -> Self:
+        """Return a watched copy of a text."""
+        self = cls(str.__str__(text), TrackedString.from_str(text).runs)
         self.origin = origin
         return self
 
     def in_block(self, number: int) -> TrackedString:
         """Return the string with the block number set in every owner."""
-        return WatchedString.at(super().in_block(number), self.origin)
+        return WatchedString.from_origin(super().in_block(number), self.origin)
 
-    def plain(self) -> TrackedString:
-        """Return the tracked string, not watched."""
+    def to_tracked(self) -> TrackedString:
+        """Return the tracked string without its origin."""
         return TrackedString(str.__str__(self), self.runs)
 
-    def after(self, name: str, arguments: tuple[Any, ...]) -> Origin | None:
-        """Return the origin of what a method returns."""
-        known = self.origin is not None and not any(isinstance(argument, WatchedString) for argument in arguments)
-        return ("do", self.origin, name, arguments) if known else None
+    def derive_origin(self, name: str, arguments: tuple[Any, ...]) -> Origin | None:
+        """Return the origin of the result of a method."""
+        is_recordable = self.origin is not None and not any(
+            isinstance(argument, WatchedString) for argument in arguments
+        )
+        return ("call", self.origin, name, arguments) if is_recordable else None
 
     def __str__(self) -> str:
         return self
@@ -123,7 +146,7 @@ class WatchedString(TrackedString):
 
     def __iter__(self) -> Iterator[str]:
         mark_opaque()
-        return iter(self.plain())
+        return iter(self.to_tracked())
 
     def __hash__(self) -> int:
         mark_opaque()
@@ -131,62 +154,63 @@ class WatchedString(TrackedString):
 
 
 def unwatch(text: TrackedString) -> TrackedString:
-    """Return a tracked string that is not watched."""
-    return text.plain() if isinstance(text, WatchedString) else text
+    """Return the tracked string if the text is watched, otherwise the text itself."""
+    return text.to_tracked() if isinstance(text, WatchedString) else text
 
 
 class WatchedLength(int):
-    """The length of a watched string: it is compared with others far more often than it is told."""
+    """The length of a watched string. Templates compare it much more often than they print it."""
 
     origin: Origin | None
 
 
-def _note(asked: Origin | None, answer: Any) -> None:
-    if asked is None or not isinstance(answer, bool | int):
+def _record(expression: Origin | None, result: Any) -> None:
+    if expression is None or not isinstance(result, bool | int):
         mark_opaque()
     else:
-        _log.get().questions.append(RecordedOperation(asked, answer))
+        _log.get().operations.append(RecordedOperation(expression, result))
 
 
 def watched_length(value: Any) -> int:
-    """As Jinja's filter of that name."""
+    """Return the same as Jinja's `length` filter, watched."""
     if not isinstance(value, WatchedString):
         return len(value)
-    found = WatchedLength(len(value.plain()))
-    found.origin = value.after("__len__", ())
-    return found
+    length = WatchedLength(len(value.to_tracked()))
+    length.origin = value.derive_origin("__len__", ())
+    return length
 
 
 def join_watched(pieces: Iterable[str]) -> TrackedString:
-    """Join strings; the result is watched if one of them is."""
+    """Concatenate strings. The result is watched if at least one of the strings is watched."""
     parts = list(pieces)
-    text = TrackedString.of(concat_tracked(parts))
+    text = TrackedString.from_str(concat_tracked(parts))
     if not any(isinstance(part, WatchedString) for part in parts):
         return text
-    origins = [part.origin if isinstance(part, WatchedString) else ("is", str.__str__(part)) for part in parts]
-    known = [origin for origin in origins if origin is not None]
-    if len(known) < len(parts):
-        return WatchedString.at(text, None)
-    # A sum, which may be one of many that grow in a loop, is not gone through.
-    return WatchedString.at(text, ("join", tuple(known if len(known) == 2 else _merged(known))))
+    origins = [part.origin if isinstance(part, WatchedString) else ("text", str.__str__(part)) for part in parts]
+    known_origins = [origin for origin in origins if origin is not None]
+    if len(known_origins) < len(parts):
+        return WatchedString.from_origin(text, None)
+    # The sum of two strings is not merged: it may be one step of a loop, which would take quadratic time.
+    joined = known_origins if len(known_origins) == 2 else _merge_origins(known_origins)
+    return WatchedString.from_origin(text, ("join", tuple(joined)))
 
 
-def _merged(origins: Sequence[Origin]) -> list[Origin]:
-    """Return the same with what was joined before as its parts, and neighbours of the template's own text as one."""
-    found = list[Origin]()
+def _merge_origins(origins: Sequence[Origin]) -> list[Origin]:
+    """Return the origins with nested joins replaced by their parts and adjacent constant texts merged."""
+    merged = list[Origin]()
     for origin in origins:
-        for one in origin[1] if origin[0] == "join" else (origin,):
-            if one[0] == "is" and found and found[-1][0] == "is":
-                found[-1] = ("is", found[-1][1] + one[1])
+        for part in origin[1] if origin[0] == "join" else (origin,):
+            if part[0] == "text" and merged and merged[-1][0] == "text":
+                merged[-1] = ("text", merged[-1][1] + part[1])
             else:
-                found.append(one)
-    return found
+                merged.append(part)
+    return merged
 
 
 def watch_messages(value: Any, path: tuple[Any, ...] = ()) -> Any:
-    """Return a copy of messages in which every text but roles is watched. Keys are part of the shape, and are not."""
+    """Return a copy of messages in which every tracked string is watched, except keys."""
     if isinstance(value, TrackedString):
-        return WatchedString.at(value, ("at", path))
+        return WatchedString.from_origin(value, ("field", path))
     if isinstance(value, Mapping):
         return {key: watch_messages(item, (*path, key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -195,13 +219,13 @@ def watch_messages(value: Any, path: tuple[Any, ...] = ()) -> Any:
 
 
 def watch_method(text: str, name: str) -> Callable[..., Any]:
-    """Return a method of a string that is not watched, but may be given watched ones."""
-    method = getattr(TrackedString.of(text), name)
+    """Return a method of a string that is not watched, for calls with arguments that may be watched."""
+    method = getattr(TrackedString.from_str(text), name)
 
     def call(*arguments: Any, **options: Any) -> Any:
         if name == "join":
-            between = [part for piece in arguments[0] for part in (text, piece)]
-            return join_watched(between[1:])
+            pieces = [part for piece in arguments[0] for part in (text, piece)]
+            return join_watched(pieces[1:])
         if any(isinstance(argument, WatchedString) for argument in (*arguments, *options.values())):
             mark_opaque()
         return method(*arguments, **options)
@@ -210,18 +234,18 @@ def watch_method(text: str, name: str) -> Callable[..., Any]:
 
 
 def watch_result(function: Callable[..., str]) -> Callable[..., str]:
-    """Return the function with its result watched, where any of the row's text is in it."""
+    """Return the function with its result watched if the result contains text of the row."""
 
     def call(*arguments: Any, **options: Any) -> str:
-        result = TrackedString.of(function(*arguments, **options))
-        return WatchedString.at(result, None) if any(owner for _, owner in result.runs) else result
+        result = TrackedString.from_str(function(*arguments, **options))
+        return WatchedString.from_origin(result, None) if any(owner for _, owner in result.runs) else result
 
     call.__dict__.update(getattr(function, "__dict__", {}))
     return call
 
 
 def watch_unknown_call(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function, which nothing is known about, so that to call it makes the run opaque."""
+    """Return the function, changed so that a call makes the run opaque."""
 
     def call(*arguments: Any, **options: Any) -> Any:
         mark_opaque()
@@ -231,88 +255,114 @@ def watch_unknown_call(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _deriving(name: str) -> Callable[..., Any]:
+def _make_deriving_method(name: str) -> Callable[..., Any]:
+    """Return a method that returns a string derived from the text."""
+
     def method(self: WatchedString, *arguments: Any, **options: Any) -> Any:
         try:
-            made = getattr(self.plain(), name)(*arguments, **options)
+            derived = getattr(self.to_tracked(), name)(*arguments, **options)
         except IndexError:
-            _note(self.after("__len__", ()), len(self.plain()))
+            _record(self.derive_origin("__len__", ()), len(self.to_tracked()))
             raise
-        origin = self.after(name, arguments) if not options else None
-        # What has nothing to trim or to replace may be printed otherwise elsewhere, and it does not show.
+        origin = self.derive_origin(name, arguments) if not options else None
+        # If the method changes nothing, the output does not show where the template applies it. Record that, too.
         if origin is not None and not (name == "__getitem__" and not isinstance(arguments[0], slice)):
-            _note(("same", origin), str.__eq__(made, self))
-        return WatchedString.at(made, origin)
+            _record(("unchanged", origin), str.__eq__(derived, self))
+        return WatchedString.from_origin(derived, origin)
 
     return method
 
 
-def _splitting(name: str) -> Callable[..., Any]:
+def _make_splitting_method(name: str) -> Callable[..., Any]:
+    """Return a method that returns pieces of the text."""
+
     def method(self: WatchedString, *arguments: Any, **options: Any) -> Any:
-        pieces = getattr(self.plain(), name)(*arguments, **options)
-        origin = self.after(name, arguments) if not options else None
-        _note(None if origin is None else ("do", origin, "__len__", ()), len(pieces))
-        made = [
-            WatchedString.at(piece, None if origin is None else ("do", origin, "__getitem__", (number,)))
+        pieces = getattr(self.to_tracked(), name)(*arguments, **options)
+        origin = self.derive_origin(name, arguments) if not options else None
+        _record(None if origin is None else ("call", origin, "__len__", ()), len(pieces))
+        watched = [
+            WatchedString.from_origin(piece, None if origin is None else ("call", origin, "__getitem__", (number,)))
             for number, piece in enumerate(pieces)
         ]
-        return tuple(made) if isinstance(pieces, tuple) else made
+        return tuple(watched) if isinstance(pieces, tuple) else watched
 
     return method
 
 
-def _asking(name: str) -> Callable[..., Any]:
+def _make_query_method(name: str) -> Callable[..., Any]:
+    """Return a method that returns a boolean or a number, which is recorded."""
+
     def method(self: WatchedString, *arguments: Any) -> Any:
-        answer = bool(self.plain()) if name == "__bool__" else getattr(self.plain(), name)(*arguments)
-        _note(self.after(name, arguments), answer)
-        return answer
+        result = bool(self.to_tracked()) if name == "__bool__" else getattr(self.to_tracked(), name)(*arguments)
+        _record(self.derive_origin(name, arguments), result)
+        return result
 
     return method
 
 
-def _unknown(name: str) -> Callable[..., Any]:
+def _make_opaque_method(name: str) -> Callable[..., Any]:
+    """Return a method that makes the run opaque."""
+
     def method(self: WatchedString, *arguments: Any, **options: Any) -> Any:
         mark_opaque()
-        return getattr(self.plain(), name)(*arguments, **options)
+        return getattr(self.to_tracked(), name)(*arguments, **options)
 
     return method
 
 
-def _comparing(name: str) -> Callable[..., Any]:
+def _make_length_comparison(name: str) -> Callable[..., Any]:
+    """Return a method that compares a length and records the result of the comparison."""
+
     def method(self: WatchedLength, *arguments: Any) -> Any:
-        answer = getattr(int.__int__(self), name)(*arguments)
-        _note(None if self.origin is None else ("do", self.origin, name, arguments), answer)
-        return answer
+        result = getattr(int.__int__(self), name)(*arguments)
+        _record(None if self.origin is None else ("call", self.origin, name, arguments), result)
+        return result
 
     return method
 
 
-def _telling(name: str) -> Callable[..., Any]:
+def _make_length_method(name: str) -> Callable[..., Any]:
+    """Return a method that uses a length in any other way and records the length itself."""
+
     def method(self: WatchedLength, *arguments: Any) -> Any:
-        _note(self.origin, plain := int.__int__(self))
-        return getattr(plain, name)(*arguments)
+        _record(self.origin, length := int.__int__(self))
+        return getattr(length, name)(*arguments)
 
     return method
 
 
-_ORDER = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__bool__"}
-_DERIVE = {"strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "replace", "__getitem__"}
-_DERIVE |= {"upper", "lower", "capitalize", "title", "swapcase", "casefold"}
-_SPLIT = {"split", "rsplit", "splitlines", "partition", "rpartition"}
-_ASK = _ORDER | {"__contains__", "__len__", "startswith", "endswith", "find", "rfind", "count"}
-_ASK |= {name for name in dir(str) if name.startswith("is")}
+_COMPARISONS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__bool__"}
+_DERIVING = {"strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "replace", "__getitem__"}
+_DERIVING |= {"upper", "lower", "capitalize", "title", "swapcase", "casefold"}
+_SPLITTING = {"split", "rsplit", "splitlines", "partition", "rpartition"}
+_QUERIES = _COMPARISONS | {"__contains__", "__len__", "startswith", "endswith", "find", "rfind", "count"}
+_QUERIES |= {name for name in dir(str) if name.startswith("is")}
 
-_OBJECT = set(dir(object)) - _ORDER - {"__str__", "__repr__", "__hash__", "__format__"} | {"__getnewargs__"}
-"""What makes an object an object, and tells nothing about its value."""
-
-
-def _cover(cls: type, base: type, kinds: Mapping[Callable[[str], Any], set[str]], rest: Callable[[str], Any]) -> None:
-    """Give a class each method of its base anew, made by the kind that names it, else by `rest`."""
-    makers = {name: make for make, names in kinds.items() for name in names}
-    for name in {*dir(base), *makers} - set(vars(cls)) - _OBJECT:
-        if callable(getattr(base, name, None)) or name in makers:
-            setattr(cls, name, makers.get(name, rest)(name))
+_OBJECT = set(dir(object)) - _COMPARISONS - {"__str__", "__repr__", "__hash__", "__format__"} | {"__getnewargs__"}
+"""Methods that every object has, whose results do not depend on the value."""
 
 
-_cover(WatchedString, str, {_deriving: _DERIVE, _splitting: _SPLIT, _asking: _ASK}, _unknown)
-_cover(WatchedLength, int, {_comparing: _ORDER}, _telling)
+def _override_methods(
+    cls: type, base: type, kinds: Mapping[Callable[[str], Any], set[str]], default: Callable[[str], Any]
+) -> None:
+    """Override each method of the base class.
+
+    Args:
+        cls: the class whose methods are defined.
+        base: the class whose methods are overridden.
+        kinds: factory of methods -> names of the methods that it makes.
+        default: factory of all other methods.
+    """
+    factories = {name: make for make, names in kinds.items() for name in names}
+    for name in {*dir(base), *factories} - set(vars(cls)) - _OBJECT:
+        if callable(getattr(base, name, None)) or name in factories:
+            setattr(cls, name, factories.get(name, default)(name))
+
+
+_override_methods(
+    WatchedString,
+    str,
+    {_make_deriving_method: _DERIVING, _make_splitting_method: _SPLITTING, _make_query_method: _QUERIES},
+    _make_opaque_method,
+)
+_override_methods(WatchedLength, int, {_make_length_comparison: _COMPARISONS}, _make_length_method)

@@ -1,9 +1,9 @@
-"""Plans: what a template makes of conversations that it treats alike, without running it again.
+"""Render plans: render conversations that a template treats alike without running the template again.
 
-A run on watched strings tells what each stretch of the output is: the template's own text, or a text of the row, maybe
-stripped. Of a conversation of the same shape, for which all that was asked of the texts has the same answers, the
-template makes the same stretches. So they are joined, and where turns begin and end is known with them. What is not
-like that in any way is rendered.
+A run on watched strings shows what each segment of the output is: template text, or a text of the row, possibly
+stripped. For a conversation of the same shape, for which all recorded operations have the same results, the template
+prints the same segments. A plan joins the segments, and the turns are known with them. All other conversations are
+rendered by the template.
 """
 
 from __future__ import annotations
@@ -23,180 +23,216 @@ from ftdata.types import Part, Rendered, SpanKinds, Spans
 
 _ROLES = {"system", "user", "assistant"}
 _THINKING = re.compile(r"</(?:think|thinking|thought|reasoning)>")
-_MOST_SHAPES, _MOST_PLANS = 512, 8
+_MAX_SHAPES, _MAX_PLANS = 512, 8
 
 _MAX_WORK, _MAX_FIXED_WORK, _MAX_DEPTH = 512, 1 << 16, 50
-"""Characters that may be looked at to try a plan on a row: so many for each of the row's characters, and others;
-and how deep values may be nested that are made of others."""
+"""Limits of a plan: characters processed per character of the row, other characters processed, and nesting depth."""
 
 Shape = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ContentLeaf:
-    """A stretch that is a message's content, as it stands or changed at its ends: by methods of texts, and arguments.
+    """A segment that is the content of a message, possibly without its beginning or end.
 
-    `manner`: whether all of it is printed, and whether it has blanks around it; `None` where neither matters.
+    Attributes:
+        message: index of the message.
+        changes: methods that are applied to the content, with their arguments.
+        whitespace: whether the content is printed unchanged, and whether it has whitespace around it. `None` if
+            neither matters.
     """
 
     message: int
     changes: tuple[tuple[str, tuple[Any, ...]], ...]
-    manner: tuple[bool, bool] | None
+    whitespace: tuple[bool, bool] | None
 
-    def of(self, content: str) -> str | None:
-        """Return the stretch for another content; `None` where it is not of the same kind."""
+    def render(self, content: str) -> str | None:
+        """Return the segment for another content, or `None` if the plan does not apply to it."""
         text = content
         for method, arguments in self.changes:
             text = getattr(text, method)(*arguments)
         if text is not content and text.strip() != content.strip():
             return None
-        return text if self.manner is None or self.manner == (text == content, content.strip() != content) else None
+        is_equivalent = self.whitespace is None or self.whitespace == (text == content, content.strip() != content)
+        return text if is_equivalent else None
 
 
 def _leaf_origin(leaf: ContentLeaf) -> Origin:
-    """Return how a content that is cut at its ends comes about."""
-    origin: Origin = ("at", (leaf.message, "content"))
+    """Return the origin of a leaf."""
+    origin: Origin = ("field", (leaf.message, "content"))
     for name, arguments in leaf.changes:
-        origin = ("do", origin, name, arguments)
+        origin = ("call", origin, name, arguments)
     return origin
 
 
 @dataclass(frozen=True, slots=True)
 class RenderPlan:
-    """The spans of one way that a template takes, and what it depends on (as of a `Way`).
+    """The spans that a template prints on one path, and the conditions for this path.
 
-    `texts` holds the text of each that is the template's own, `leaves` which of them are contents, and whose, and
-    `kinds` the rest of what they are.
+    Attributes:
+        texts: text of each span of template text, and an empty string for each other span.
+        leaves: index and leaf of each span that is a content.
+        kinds: all other properties of the spans.
+        flags: flags of the rendered text.
+        operations: operations on texts, which must have the same results.
+        excluded_prefixes: texts that must not follow at an anchor (as in `CachedTurns`).
     """
 
     texts: tuple[str, ...]
     leaves: tuple[tuple[int, ContentLeaf], ...]
     kinds: SpanKinds
     flags: frozenset[str]
-    questions: tuple[RecordedOperation, ...]
-    unlike: tuple[tuple[Anchor, str], ...]
+    operations: tuple[RecordedOperation, ...]
+    excluded_prefixes: tuple[tuple[Anchor, str], ...]
 
     @classmethod
-    def of(
+    def from_rendering(
         cls,
-        way: CachedTurns,
-        stretches: Sequence[str | ContentLeaf],
+        cached_turns: CachedTurns,
+        segments: Sequence[str | ContentLeaf],
         rendered: Rendered,
         parts: Sequence[TextPiece],
         *,
-        alike: bool,
+        same_origins: bool,
     ) -> RenderPlan | None:
-        """Return the plan for renderings like this one; `None` where a span is not told by the stretches.
+        """Return the plan for a rendered conversation.
 
-        A span is a stretch, or some of one of the template's.
+        Args:
+            cached_turns: the located turns.
+            segments: the segments of the rendered text.
+            rendered: the rendered text.
+            parts: its pieces.
+            same_origins: whether the generation prompts and endings consist of the same segments as the whole text.
+                Then a text is printed in the same way in all of them, whether or not it has whitespace around it.
 
-        `has_same_origins`: whether prompts and endings were made of the very stretches that the whole begins with. Then what is
-        printed of a text is the same in all of them, whatever there is to cut at its ends.
+        Returns:
+            The plan, or `None` if a span is neither a whole segment nor a part of a segment of template text.
         """
         texts, leaves, firsts, number = list[str](), list[tuple[int, ContentLeaf]](), [0], 0
-        for at, span in enumerate(rendered.spans):
+        for index, span in enumerate(rendered.spans):
             if span.start == parts[number].end:
                 number += 1
-                firsts.append(at)
-            stretch = stretches[number]
-            if span.end > parts[number].end or (isinstance(stretch, ContentLeaf) and span.end < parts[number].end):
+                firsts.append(index)
+            segment = segments[number]
+            if span.end > parts[number].end or (isinstance(segment, ContentLeaf) and span.end < parts[number].end):
                 return None
-            if isinstance(stretch, ContentLeaf):
-                leaves.append((at, replace(stretch, manner=None) if alike else stretch))
-            texts.append("" if isinstance(stretch, ContentLeaf) else rendered.text[span.start : span.end])
+            if isinstance(segment, ContentLeaf):
+                leaves.append((index, replace(segment, whitespace=None) if same_origins else segment))
+            texts.append("" if isinstance(segment, ContentLeaf) else rendered.text[span.start : span.end])
         firsts.append(len(texts))
-        questions = tuple(one for one in way.questions if not (alike and one.asked[0] == "same"))
-        unlike = tuple(((firsts[number], offset), other) for (number, offset), other in way.unlike)
-        kinds = replace(Spans.of(rendered.spans).kinds, followed=True)
-        return cls(tuple(texts), tuple(leaves), kinds, rendered.flags, questions, unlike)
+        operations = tuple(
+            operation
+            for operation in cached_turns.operations
+            if not (same_origins and operation.expression[0] == "unchanged")
+        )
+        excluded_prefixes = tuple(
+            ((firsts[number], offset), excluded) for (number, offset), excluded in cached_turns.excluded_prefixes
+        )
+        kinds = replace(Spans.from_spans(rendered.spans).kinds, has_constant_template_text=True)
+        return cls(tuple(texts), tuple(leaves), kinds, rendered.flags, operations, excluded_prefixes)
 
     @property
-    def bounded(self) -> bool:
-        """Whether it can be tried on any row in this process, where nothing limits how long that takes.
+    def is_bounded(self) -> bool:
+        """Whether the plan may be tried in this process, which has no CPU limit.
 
-        Then no more than `_MAX_WORK` times the characters of the row are looked at, and `_MAX_FIXED_WORK` others.
+        A bounded plan processes at most `_MAX_WORK` times the characters of the row, and `_MAX_FIXED_WORK` others.
         """
-        known, work, fixed = dict[int, _Cost](), Counter[int](), 0.0
+        costs, work, fixed = dict[int, _Cost](), Counter[int](), 0.0
         leaves = [_leaf_origin(leaf) for _, leaf in self.leaves]
         try:
-            for origin in (*(question.asked for question in self.questions), *leaves):
-                cost = _cost(origin, known)
+            for origin in (*(operation.expression for operation in self.operations), *leaves):
+                cost = _cost(origin, costs)
                 if cost.depth > _MAX_DEPTH:
                     return False
                 fixed += cost.fixed_work
-                for message in _messages_in(origin, set(), set()):
+                for message in _find_messages(origin, set(), set()):
                     work[message] += math.ceil(cost.work)
         except RecursionError:
             return False
         return fixed <= _MAX_FIXED_WORK and max(work.values(), default=0) <= _MAX_WORK
 
     def fill(self, messages: Sequence[Mapping[str, Any]], contents: Sequence[str]) -> Rendered | None:
-        """Return what the template makes of these messages (`message_contents` them), `None` where that is not certain."""
+        """Render other messages with the plan.
+
+        Args:
+            messages: the messages.
+            contents: their contents, as returned by `message_contents`.
+
+        Returns:
+            The rendered text, or `None` if the plan does not apply to the messages.
+        """
         texts = list(self.texts)
         try:
-            for at, leaf in self.leaves:
+            for index, leaf in self.leaves:
                 content = contents[leaf.message]
                 if not content or content.isspace():
                     return None
-                own = leaf.of(content) if leaf.changes or leaf.manner else content
-                if own is None:
+                segment = leaf.render(content) if leaf.changes or leaf.whitespace else content
+                if segment is None:
                     return None
-                texts[at] = own
-            for question in self.questions:
-                if not question.same(messages):
+                texts[index] = segment
+            for operation in self.operations:
+                if not operation.has_same_result(messages):
                     return None
         except (ValueError, LookupError, RecursionError):
             return None
         text, sizes = "".join(texts), [*map(len, texts)]
-        for (number, offset), other in self.unlike:
-            if text.startswith(other, sum(sizes[:number]) + offset):
+        for (number, offset), excluded in self.excluded_prefixes:
+            if text.startswith(excluded, sum(sizes[:number]) + offset):
                 return None
         return Rendered(text, Spans(sizes, self.kinds), self.flags, len(messages))
 
 
 @dataclass
 class PlanCache:
-    """What is known about one template. `missed` counts the conversations of each shape that no plan was for.
+    """The render plans of a template.
 
-    `fresh` are the plans that were found since somebody took them from there.
+    Attributes:
+        plans_by_shape: the plans, by the shape of the conversation.
+        miss_counts: number of conversations of each shape without a plan.
+        new_plans: plans that were not yet sent to the process that uses them.
     """
 
-    by_shape: dict[Shape, list[RenderPlan]] = field(default_factory=dict)
-    missed: Counter[Shape] = field(default_factory=Counter)
-    fresh: list[tuple[Shape, RenderPlan]] = field(default_factory=list)
+    plans_by_shape: dict[Shape, list[RenderPlan]] = field(default_factory=dict)
+    miss_counts: Counter[Shape] = field(default_factory=Counter)
+    new_plans: list[tuple[Shape, RenderPlan]] = field(default_factory=list)
 
-    def wanted(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> bool:
-        """Whether to look for a plan for these, which is done the more rarely the more often there was none."""
+    def needs_plan(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> bool:
+        """Count a miss and return whether to make a plan. The more misses, the less often a plan is tried."""
         shape = conversation_shape(messages, turns)
-        if shape is None or (shape not in self.missed and len(self.missed) == _MOST_SHAPES):
+        if shape is None or (shape not in self.miss_counts and len(self.miss_counts) == _MAX_SHAPES):
             return False
-        self.missed[shape] += 1
-        times = self.missed[shape]
-        return len(self.by_shape.get(shape, ())) < _MOST_PLANS and (times <= _MOST_PLANS or times & (times - 1) == 0)
+        self.miss_counts[shape] += 1
+        misses = self.miss_counts[shape]
+        has_room = len(self.plans_by_shape.get(shape, ())) < _MAX_PLANS
+        return has_room and (misses <= _MAX_PLANS or misses & (misses - 1) == 0)
 
-    def filled(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> Rendered | None:
-        """Return what the template makes of messages, if one of the plans says so."""
+    def render(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> Rendered | None:
+        """Render messages with a plan, or return `None` if no plan applies."""
         contents = message_contents(messages)
         if contents is None:
             return None
-        for plan in self.of([message["role"] for message in messages], turns):
+        for plan in self.get_plans([message["role"] for message in messages], turns):
             if (rendered := plan.fill(messages, contents)) is not None:
                 return rendered
         return None
 
-    def of(self, roles: Sequence[str], turns: Sequence[int]) -> Sequence[RenderPlan]:
-        """Return the plans for messages of these roles, of which these are the turns."""
-        return self.by_shape.get((*roles, *turns), ())
+    def get_plans(self, roles: Sequence[str], turns: Sequence[int]) -> Sequence[RenderPlan]:
+        """Return the plans for messages with these roles, to locate these turns."""
+        return self.plans_by_shape.get((*roles, *turns), ())
 
-    def keep(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int], plan: RenderPlan) -> None:
-        """Remember a plan for messages of this shape."""
+    def add(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int], plan: RenderPlan) -> None:
+        """Add a plan for messages of this shape."""
         if shape := conversation_shape(messages, turns):
-            self.by_shape.setdefault(shape, []).append(plan)
-            self.fresh.append((shape, plan))
+            self.plans_by_shape.setdefault(shape, []).append(plan)
+            self.new_plans.append((shape, plan))
 
 
 def conversation_shape(messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> Shape | None:
-    """Return what conversations of one plan have in common; `None` for those that have more to them than contents."""
+    """Return the roles and turns, which all conversations of a plan share, or `None` if no plan can apply.
+
+    Plans apply only to messages that consist of a standard role and a text content.
+    """
     if message_contents(messages) is None:
         return None
     roles = [message["role"] for message in messages]
@@ -204,16 +240,16 @@ def conversation_shape(messages: Sequence[Mapping[str, Any]], turns: Sequence[in
 
 
 def message_contents(messages: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """Return the contents of messages that have nothing more to them; `None` where one has.
+    """Return the contents of messages that consist of a role and a text content, or `None` for other messages.
 
-    Thinking in a content is cut out of it, wherever it ends.
+    Contents with closing thinking tags also return `None`, since templates cut the thinking out of a content.
     """
     contents = []
     for message in messages:
         content = message.get("content")
         if not isinstance(content, str) or (len(message) != 2 and (len(message) != 3 or "train" not in message)):
             return None
-        # One letter is found far faster than two.
+        # The search for a single character is much faster than the search for two.
         if "<" in content and "</" in content and _THINKING.search(content):
             return None
         contents.append(content)
@@ -223,50 +259,54 @@ def message_contents(messages: Sequence[Mapping[str, Any]]) -> list[str] | None:
 def recorded_pieces(
     origin: Origin | None, messages: Sequence[Mapping[str, Any]], parts: Sequence[TextPiece], text: str
 ) -> tuple[str | ContentLeaf, ...] | None:
-    """Return the stretches that a run on watched strings was made of, if they are the very pieces of the text."""
-    found: list[str | ContentLeaf] = []
+    """Return the segments that a run on watched strings printed, or `None` if they are not the pieces of the text."""
+    segments: list[str | ContentLeaf] = []
     for part in flatten_origin(origin):
         if part is None:
             return None
         if isinstance(part, str):
-            found = [*found[:-1], found[-1] + part] if found and isinstance(found[-1], str) else [*found, part]
+            segments = (
+                [*segments[:-1], segments[-1] + part]
+                if segments and isinstance(segments[-1], str)
+                else [*segments, part]
+            )
             continue
-        if (leaf := _leaf(part)) is None:
+        if (leaf := _make_leaf(part)) is None:
             return None
         content = str.__str__(messages[leaf.message]["content"])
-        manner = str.__str__(evaluate_origin(part, messages)) == content, content != content.strip()
-        found.append(replace(leaf, manner=manner))
-    return _cut_as(parts, [one for one in found if one != ""], text)
+        whitespace = str.__str__(evaluate_origin(part, messages)) == content, content != content.strip()
+        segments.append(replace(leaf, whitespace=whitespace))
+    return _align_segments(parts, [segment for segment in segments if segment != ""], text)
 
 
-def has_same_origins(whole: Origin | None, others: Iterable[Origin | None]) -> bool:
-    """Whether other runs were made of the same texts of the row as this one begins with, changed in the same ways."""
-    own = [part for part in flatten_origin(whole) if not isinstance(part, str)]
-    for other in others:
-        theirs = [part for part in flatten_origin(other) if not isinstance(part, str)]
-        if None in theirs or theirs != own[: len(theirs)]:
+def has_same_origins(origin: Origin | None, prefixes: Iterable[Origin | None]) -> bool:
+    """Return whether the runs on prefixes print the same texts of the row as the run on all messages."""
+    row_parts = [part for part in flatten_origin(origin) if not isinstance(part, str)]
+    for prefix in prefixes:
+        prefix_parts = [part for part in flatten_origin(prefix) if not isinstance(part, str)]
+        if None in prefix_parts or prefix_parts != row_parts[: len(prefix_parts)]:
             return False
     return True
 
 
-def _cut_as(
-    parts: Sequence[TextPiece], found: Sequence[str | ContentLeaf], text: str
+def _align_segments(
+    parts: Sequence[TextPiece], segments: Sequence[str | ContentLeaf], text: str
 ) -> tuple[str | ContentLeaf, ...] | None:
-    """Return the stretches, the template's text cut where its pieces are; `None` where they are not those pieces."""
-    left, cut = list(found), list[str | ContentLeaf]()
+    """Return the segments with template text split at the pieces, or `None` if segments and pieces do not match."""
+    remaining, aligned = list(segments), list[str | ContentLeaf]()
     for piece in parts:
-        one = left.pop(0) if left else ""
-        if isinstance(one, str):
-            own = text[piece.start : piece.end]
-            if piece.part is not Part.SCAFFOLD or not one.startswith(own):
+        segment = remaining.pop(0) if remaining else ""
+        if isinstance(segment, str):
+            piece_text = text[piece.start : piece.end]
+            if piece.part is not Part.SCAFFOLD or not segment.startswith(piece_text):
                 return None
-            cut.append(own)
-            left = [one[len(own) :], *left] if one != own else left
-        elif piece.part is Part.CONTENT and piece.message == one.message:
-            cut.append(one)
+            aligned.append(piece_text)
+            remaining = [segment[len(piece_text) :], *remaining] if segment != piece_text else remaining
+        elif piece.part is Part.CONTENT and piece.message == segment.message:
+            aligned.append(segment)
         else:
             return None
-    return None if left else tuple(cut)
+    return None if remaining else tuple(aligned)
 
 
 _CHANGES = ("strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "__getitem__", "split")
@@ -275,9 +315,14 @@ _STRIPS = {"strip", "lstrip", "rstrip", "split", "rsplit"}
 
 
 class _Cost(NamedTuple):
-    """What it takes to make a value again out of other messages, for every character of these, and apart from them.
+    """The cost of evaluating an origin for other messages.
 
-    `size` and `fixed` are characters of the value; `work` and `fixed_work` are those that are looked at on the way.
+    Attributes:
+        size: characters of the value, per character of the messages.
+        fixed: other characters of the value.
+        work: characters that are processed, per character of the messages.
+        fixed_work: other characters that are processed.
+        depth: nesting depth of the origin.
     """
 
     size: float
@@ -287,67 +332,69 @@ class _Cost(NamedTuple):
     depth: int
 
 
-def _cost(origin: Any, known: dict[int, _Cost]) -> _Cost:
-    """Return the cost of a value. A text that is joined with itself counts twice, however often it is shared.
+def _cost(origin: Any, costs: dict[int, _Cost]) -> _Cost:
+    """Return the cost of a value. A text that is joined with itself counts twice, even if its origin is shared.
 
-    `known` holds the costs of what was looked at before, by its id.
+    Args:
+        origin: the origin of the value.
+        costs: costs that were computed before, by the id of the origin.
     """
-    if id(origin) in known:
-        return known[id(origin)]
+    if id(origin) in costs:
+        return costs[id(origin)]
     kind = origin[0]
-    if kind == "is":
-        written = len(str(origin[1]))
-        cost = _Cost(0, written, 0, written + 1, 1)
-    elif kind == "at":
+    if kind == "text":
+        length = len(str(origin[1]))
+        cost = _Cost(0, length, 0, length + 1, 1)
+    elif kind == "field":
         cost = _Cost(1, 0, 1, 1, 1)
     elif kind == "join":
-        costs = [_cost(part, known) for part in origin[1]]
-        size, fixed = math.fsum(one.size for one in costs), math.fsum(one.fixed for one in costs)
-        work = size + math.fsum(one.work for one in costs)
-        fixed_work = 1 + fixed + math.fsum(one.fixed_work for one in costs)
-        cost = _Cost(size, fixed, work, fixed_work, 1 + max(one.depth for one in costs))
+        parts = [_cost(part, costs) for part in origin[1]]
+        size, fixed = math.fsum(part.size for part in parts), math.fsum(part.fixed for part in parts)
+        work = size + math.fsum(part.work for part in parts)
+        fixed_work = 1 + fixed + math.fsum(part.fixed_work for part in parts)
+        cost = _Cost(size, fixed, work, fixed_work, 1 + max(part.depth for part in parts))
     else:
-        _, before, name, arguments = origin[1] if kind == "same" else origin
-        cost = _changed_cost(_cost(before, known), name, arguments)
-    known[id(origin)] = cost
+        _, base, name, arguments = origin[1] if kind == "unchanged" else origin
+        cost = _method_cost(_cost(base, costs), name, arguments)
+    costs[id(origin)] = cost
     return cost
 
 
-def _changed_cost(before: _Cost, name: str, arguments: Sequence[Any]) -> _Cost:
-    """Return the cost of a value that a method makes of another."""
-    given = [len(one) for one in arguments if isinstance(one, str)]
-    # Characters to strip are compared with each character of the text; whatever is searched for, about once.
-    factor = 1 + (given[0] if name in _STRIPS and given else 0)
+def _method_cost(base: _Cost, name: str, arguments: Sequence[Any]) -> _Cost:
+    """Return the cost of the result of a method."""
+    lengths = [len(argument) for argument in arguments if isinstance(argument, str)]
+    # Characters to strip are compared with each character of the text. Searches process each character about once.
+    factor = 1 + (lengths[0] if name in _STRIPS and lengths else 0)
     growth = 1.0
-    if name == "replace" and len(given) > 1:
-        growth = max(1.0, given[1] / given[0] if given[0] else given[1] + 1)
+    if name == "replace" and len(lengths) > 1:
+        growth = max(1.0, lengths[1] / lengths[0] if lengths[0] else lengths[1] + 1)
     elif name in ("upper", "lower", "casefold", "title", "capitalize", "swapcase"):
         growth = 3.0
-    size = before.size * growth
-    fixed = before.fixed * growth + (given[1] if name == "replace" and given[1:] else 0)
-    work, fixed_work = before.work + factor * size, before.fixed_work + factor * fixed + sum(given) + 1
-    return _Cost(size, fixed, work, fixed_work, 1 + before.depth)
+    size = base.size * growth
+    fixed = base.fixed * growth + (lengths[1] if name == "replace" and lengths[1:] else 0)
+    work, fixed_work = base.work + factor * size, base.fixed_work + factor * fixed + sum(lengths) + 1
+    return _Cost(size, fixed, work, fixed_work, 1 + base.depth)
 
 
-def _messages_in(origin: Any, found: set[int], seen: set[int]) -> set[int]:
-    """Return the messages that a value is made of."""
-    if id(origin) in seen or not isinstance(origin, tuple):
-        return found
-    seen.add(id(origin))
-    if origin[:1] == ("at",):
-        found.add(origin[1][0])
+def _find_messages(origin: Any, messages: set[int], visited: set[int]) -> set[int]:
+    """Return the indices of the messages that a value is computed from."""
+    if id(origin) in visited or not isinstance(origin, tuple):
+        return messages
+    visited.add(id(origin))
+    if origin[:1] == ("field",):
+        messages.add(origin[1][0])
     else:
         for part in origin[1] if origin[:1] == ("join",) else origin[1:2]:
-            _messages_in(part, found, seen)
-    return found
+            _find_messages(part, messages, visited)
+    return messages
 
 
-def _leaf(origin: Origin) -> ContentLeaf | None:
-    """Return whose content this is, cut at its ends at most."""
+def _make_leaf(origin: Origin) -> ContentLeaf | None:
+    """Return the leaf for an origin that is a content, changed only by methods in `_CHANGES`; otherwise `None`."""
     changes = list[tuple[str, tuple[Any, ...]]]()
-    while origin[0] == "do" and origin[2] in _CHANGES:
+    while origin[0] == "call" and origin[2] in _CHANGES:
         _, origin, method, arguments = origin
         changes.insert(0, (method, arguments))
-    if origin[0] != "at" or len(origin[1]) != 2 or origin[1][1] != "content":
+    if origin[0] != "field" or len(origin[1]) != 2 or origin[1][1] != "content":
         return None
     return ContentLeaf(origin[1][0], tuple(changes), None)

@@ -1,8 +1,8 @@
-"""Runs: what one run of a template on the first messages of a conversation came to, for others that begin alike.
+"""Cache renderings of the first messages of a conversation for other conversations that begin alike.
 
-Every turn is looked for in two runs on what comes before it, and a longer conversation begins with all of those of a
-shorter one. A run on watched strings that has the same roles, and the same answers to all that it asks of the texts,
-makes the same of them.
+Every turn is located with two renderings of the messages before it, and a longer conversation starts with the messages
+of shorter ones. A run on watched strings is reused for messages with the same roles for which all recorded operations
+have the same results: the template then takes the same path.
 """
 
 from __future__ import annotations
@@ -22,122 +22,132 @@ from ftdata.templates.attribution.watched_strings import (
     record_operations,
 )
 
-_MOST_KEYS, _MOST_RUNS = 1024, 4
+_MAX_KEYS, _MAX_RUNS = 1024, 4
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixRun:
-    """The stretches of what a template made: its own text, or how one of the row came about, and its owner."""
+    """A recorded run of a template.
 
-    questions: tuple[RecordedOperation, ...]
+    Attributes:
+        operations: the operations on texts, with their results.
+        origin: the origin of the rendered text.
+        segments: the segments of the rendered text: template text, or the origin and the owner of text of the row.
+    """
+
+    operations: tuple[RecordedOperation, ...]
     origin: Origin
-    stretches: tuple[TrackedString | tuple[Origin, int], ...]
+    segments: tuple[TrackedString | tuple[Origin, int], ...]
 
     @classmethod
-    def of(cls, text: TrackedString, log: OperationLog, messages: Sequence[Mapping[str, Any]]) -> PrefixRun | None:
-        """Return what a run on these messages can tell of others; `None` where not all of it is known."""
+    def from_text(
+        cls, text: TrackedString, log: OperationLog, messages: Sequence[Mapping[str, Any]]
+    ) -> PrefixRun | None:
+        """Return the run that rendered `text`, or `None` if its record is incomplete."""
         if log.opaque or not isinstance(text, WatchedString) or text.origin is None:
             return None
-        stretches = list[TrackedString | tuple[Origin, int]]()
-        owners = _Owners(text.runs)
+        segments = list[TrackedString | tuple[Origin, int]]()
+        reader = _RunReader(text.runs)
         for part in flatten_origin(text.origin):
             if part is None:
                 return None
-            own: str = part if isinstance(part, str) else evaluate_origin(part, messages)
-            runs = owners.next(len(own))
+            segment: str = part if isinstance(part, str) else evaluate_origin(part, messages)
+            runs = reader.read(len(segment))
             if isinstance(part, str):
-                stretches.append(TrackedString(own, runs))
+                segments.append(TrackedString(segment, runs))
             elif len(runs) == 1:
-                stretches.append((part, runs[0][1]))
+                segments.append((part, runs[0][1]))
             else:
                 return None
-        return None if owners.left else cls(tuple(log.questions), text.origin, tuple(stretches))
+        return None if reader.remaining else cls(tuple(log.operations), text.origin, tuple(segments))
 
-    def again(self, messages: Sequence[Mapping[str, Any]], log: OperationLog) -> WatchedString | None:
-        """Return what the template makes of other messages, if it takes the same way, and note what it asks."""
-        made, asked = list[TrackedString](), list[RecordedOperation]()
+    def replay(self, messages: Sequence[Mapping[str, Any]], log: OperationLog) -> WatchedString | None:
+        """Return the rendering of other messages and record its operations, or `None` if the run does not apply."""
+        texts, operations = list[TrackedString](), list[RecordedOperation]()
         try:
-            for question in self.questions:
-                # What a method changes is no answer that the template gets.
-                if question.asked[0] == "same":
-                    asked.append(RecordedOperation(question.asked, evaluate_origin(question.asked, messages)))
-                elif question.same(messages):
-                    asked.append(question)
+            for operation in self.operations:
+                # The template cannot observe whether a method changed a text, so this result may differ.
+                if operation.expression[0] == "unchanged":
+                    operations.append(
+                        RecordedOperation(operation.expression, evaluate_origin(operation.expression, messages))
+                    )
+                elif operation.has_same_result(messages):
+                    operations.append(operation)
                 else:
                     return None
-            for stretch in self.stretches:
-                if isinstance(stretch, TrackedString):
-                    made.append(stretch)
+            for segment in self.segments:
+                if isinstance(segment, TrackedString):
+                    texts.append(segment)
                     continue
-                origin, owner = stretch
-                own = evaluate_origin(origin, messages)
-                if not own:
+                origin, owner = segment
+                text = evaluate_origin(origin, messages)
+                if not text:
                     return None
-                made.append(TrackedString(own, ((len(own), owner),)))
+                texts.append(TrackedString(text, ((len(text), owner),)))
         except (ValueError, LookupError, RecursionError):
             return None
-        log.questions += asked
-        return WatchedString.at(concat_tracked(made), self.origin)
+        log.operations += operations
+        return WatchedString.from_origin(concat_tracked(texts), self.origin)
 
 
-class _Owners:
-    """The owners of a text's characters, taken from its beginning."""
+class _RunReader:
+    """Reads the owners of a text's characters from the beginning."""
 
     def __init__(self, runs: Sequence[tuple[int, int]]) -> None:
-        self.left = list(reversed(runs))
+        self.remaining = list(reversed(runs))
 
-    def next(self, count: int) -> list[tuple[int, int]]:
-        """Return those of the next characters, as runs."""
-        taken = list[tuple[int, int]]()
-        while count and self.left:
-            length, owner = self.left.pop()
+    def read(self, count: int) -> list[tuple[int, int]]:
+        """Return the owners of the next `count` characters, as runs."""
+        runs = list[tuple[int, int]]()
+        while count and self.remaining:
+            length, owner = self.remaining.pop()
             if length > count:
-                self.left.append((length - count, owner))
+                self.remaining.append((length - count, owner))
                 length = count
-            taken.append((length, owner))
+            runs.append((length, owner))
             count -= length
-        return taken
+        return runs
 
 
 @dataclass
 class PrefixCache:
-    """The runs of one template that are known."""
+    """The recorded runs of a template, by key."""
 
-    by_key: dict[tuple[Any, ...], list[PrefixRun]] = field(default_factory=dict)
+    runs_by_key: dict[tuple[Any, ...], list[PrefixRun]] = field(default_factory=dict)
 
-    def text(
+    def get_or_render(
         self,
         key: tuple[Any, ...],
         messages: Sequence[Mapping[str, Any]],
         log: OperationLog,
         render: Callable[[], TrackedString],
     ) -> TrackedString:
-        """Return what `render` gives, which is not called where a run of the same key tells."""
-        for run in self.by_key.get(key, ()):
-            if (known := run.again(messages, log)) is not None:
-                return known
-        with record_operations() as own:
+        """Return the rendering of the messages from a recorded run of the same key, or otherwise from `render`."""
+        for run in self.runs_by_key.get(key, ()):
+            if (cached := run.replay(messages, log)) is not None:
+                return cached
+        with record_operations() as run_log:
             try:
                 text = render()
             finally:
-                log.questions += own.questions
-                log.opaque |= own.opaque
-        if len(self.by_key) < _MOST_KEYS or key in self.by_key:
-            runs, made = self.by_key.setdefault(key, []), None
+                log.operations += run_log.operations
+                log.opaque |= run_log.opaque
+        if len(self.runs_by_key) < _MAX_KEYS or key in self.runs_by_key:
+            runs, new_run = self.runs_by_key.setdefault(key, []), None
             with suppress(RecursionError):
-                made = PrefixRun.of(text, own, messages)
-            if made is not None and len(runs) < _MOST_RUNS:
-                runs.append(made)
+                new_run = PrefixRun.from_text(text, run_log, messages)
+            if new_run is not None and len(runs) < _MAX_RUNS:
+                runs.append(new_run)
         return text
 
 
 def flatten_origin(origin: Origin | None) -> list[str | Origin | None]:
-    """Return what a text was joined of: texts of the template's own, origins of others, `None` for what is unknown."""
-    found, left = list[str | Origin | None](), [origin]
-    while left:
-        part = left.pop()
+    """Return the parts of a joined text: template text, the origins of other text, and `None` for unknown origins."""
+    parts, pending = list[str | Origin | None](), [origin]
+    while pending:
+        part = pending.pop()
         if part is not None and part[0] == "join":
-            left += reversed(part[1])
+            pending += reversed(part[1])
         else:
-            found.append(part[1] if part is not None and part[0] == "is" else part)
-    return found
+            parts.append(part[1] if part is not None and part[0] == "text" else part)
+    return parts

@@ -1,8 +1,9 @@
-"""Remember: where turns begin and end is found out once for each way that a template takes.
+"""Cache turn boundaries, so that they are located once for each path that a template takes.
 
-A conversation has a shape (roles, keys, types, everything but its texts), and its rendering a skeleton (the
-template's own text, and whose text stands between). For both the same, and all questions that the template asked of the
-texts answered the same, the generation prompts and the endings come out the same, so the regions do too.
+A conversation has a shape: its roles, keys and types, without its texts. Its rendered text has a skeleton: the template
+text, and the owners of the text in between. If two conversations have the same shape and the same skeleton, and all
+operations of the template on their texts have the same results, then their generation prompts and endings are the
+same, and so are their turns.
 """
 
 from __future__ import annotations
@@ -19,26 +20,29 @@ from ftdata.types import Part
 
 Key = tuple[Any, ...]
 Anchor = tuple[int, int]
-"""(index of a piece of the skeleton, characters into it)"""
+"""(index of a piece of the skeleton, number of characters from its start)"""
 
-_MOST_KEYS, _MOST_WAYS = 512, 8
-"""Bounds on what is kept: a way is some 20 kB for a long conversation, so 100 MB at most."""
+_MAX_KEYS, _MAX_ENTRIES = 512, 8
+"""Limits of the cache. An entry takes about 20 kB for a long conversation, so the cache takes at most 100 MB."""
 
 
 @dataclass(frozen=True, slots=True)
 class CachedTurns:
-    """The turns of one skeleton, as they were found once.
+    """The turns that were located once for a skeleton.
 
-    They are those of another row if it gives the same answers to `questions`, and none of its texts begins with what
-    stands in `unlike`, where a prompt goes on with the template's own text and the conversation with the row's.
+    Attributes:
+        operations: operations on texts, which must have the same results for another row.
+        excluded_prefixes: texts that must not follow at an anchor. There, a prefix of the conversation continues with
+            template text, and the whole conversation continues with text of the row.
+        turns: message, start, end and flags of each turn.
     """
 
-    questions: tuple[RecordedOperation, ...]
-    unlike: tuple[tuple[Anchor, str], ...]
+    operations: tuple[RecordedOperation, ...]
+    excluded_prefixes: tuple[tuple[Anchor, str], ...]
     turns: tuple[tuple[int, Anchor, Anchor, frozenset[str]], ...]
 
-    def located(self, parts: Sequence[TextPiece]) -> list[LocatedTurn]:
-        """Return the turns in a text that has these pieces."""
+    def locate(self, parts: Sequence[TextPiece]) -> list[LocatedTurn]:
+        """Return the turns of a rendered text that consists of these pieces."""
         return [
             LocatedTurn(TurnRegion(message, _position(parts, start), _position(parts, end)), flags)
             for message, start, end, flags in self.turns
@@ -47,29 +51,31 @@ class CachedTurns:
 
 @dataclass
 class TurnCache:
-    """What is known about one template's ways."""
+    """The cached turns of a template, by skeleton."""
 
-    ways: dict[Key, list[CachedTurns]] = field(default_factory=dict)
+    entries: dict[Key, list[CachedTurns]] = field(default_factory=dict)
 
-    def recall(
+    def locate(
         self, key: Key, messages: Sequence[Mapping[str, Any]], text: str, parts: Sequence[TextPiece]
     ) -> list[LocatedTurn] | None:
-        """Return the turns of a rendering whose like was seen before, else `None`."""
-        way = self.way(key, messages, text, parts)
-        return None if way is None else way.located(parts)
+        """Return the turns of a rendered text, or `None` if they are not cached."""
+        cached = self.find(key, messages, text, parts)
+        return None if cached is None else cached.locate(parts)
 
-    def way(
+    def find(
         self, key: Key, messages: Sequence[Mapping[str, Any]], text: str, parts: Sequence[TextPiece]
     ) -> CachedTurns | None:
-        """Return the way that a rendering took, if it was seen before."""
-        for way in self.ways.get(key, ()):
-            if any(text.startswith(other, _position(parts, anchor)) for anchor, other in way.unlike):
+        """Return the cache entry that applies to a rendered text."""
+        for cached in self.entries.get(key, ()):
+            if any(
+                text.startswith(excluded, _position(parts, anchor)) for anchor, excluded in cached.excluded_prefixes
+            ):
                 continue
-            if all(question.same(messages) for question in way.questions):
-                return way
+            if all(operation.has_same_result(messages) for operation in cached.operations):
+                return cached
         return None
 
-    def keep(
+    def add(
         self,
         key: Key,
         log: OperationLog,
@@ -78,52 +84,54 @@ class TurnCache:
         parts: Sequence[TextPiece],
         turns: Sequence[LocatedTurn],
     ) -> None:
-        """Remember the turns, if all that they were found from would be the same for other texts of this key."""
-        if log.opaque or (key not in self.ways and len(self.ways) >= _MOST_KEYS):
+        """Cache the turns if they would be the same for all other texts with this key and these operations."""
+        if log.opaque or (key not in self.entries and len(self.entries) >= _MAX_KEYS):
             return
-        unlike = []
+        excluded_prefixes = []
         for prefix in prefixes:
-            apart = _apart(text, parts, prefix)
-            if apart is _BY_CHANCE or any(text.startswith(other, _position(parts, at)) for at, other in apart):
+            exclusions = _find_exclusions(text, parts, prefix)
+            if exclusions is _TEXT_DEPENDENT or any(
+                text.startswith(excluded, _position(parts, anchor)) for anchor, excluded in exclusions
+            ):
                 return
-            unlike += apart
-        anchored = []
+            excluded_prefixes += exclusions
+        anchored_turns = []
         for turn in turns:
             start, end = _anchor(parts, turn.region.start), _anchor(parts, turn.region.end)
             if start is None or end is None:
                 return
-            anchored.append((turn.region.message, start, end, turn.flags))
-        ways = self.ways.setdefault(key, [])
-        questions = {repr(question): question for question in log.questions}
-        way = CachedTurns(tuple(questions.values()), tuple(dict.fromkeys(unlike)), tuple(anchored))
-        if len(ways) < _MOST_WAYS and way not in ways:
-            ways.append(way)
+            anchored_turns.append((turn.region.message, start, end, turn.flags))
+        entries = self.entries.setdefault(key, [])
+        operations = {repr(operation): operation for operation in log.operations}
+        cached = CachedTurns(tuple(operations.values()), tuple(dict.fromkeys(excluded_prefixes)), tuple(anchored_turns))
+        if len(entries) < _MAX_ENTRIES and cached not in entries:
+            entries.append(cached)
 
 
 def skeleton_key(
     messages: Sequence[Mapping[str, Any]], tools: object, turns: Sequence[int], text: str, parts: Sequence[TextPiece]
 ) -> Key:
-    """Return shape and skeleton of a rendered conversation."""
+    """Return the shape and the skeleton of a rendered conversation."""
     skeleton = tuple(
         text[piece.start : piece.end]
         if piece.part is Part.SCAFFOLD
-        else (piece.message, piece.part, *_manner(messages, piece, text))
+        else (piece.message, piece.part, *_describe_whitespace(messages, piece, text))
         for piece in parts
     )
     return _shape(messages), repr(tools) if tools else "", tuple(turns), skeleton
 
 
-def _manner(messages: Sequence[Mapping[str, Any]], piece: TextPiece, text: str) -> tuple[bool, bool, bool]:
-    """Say whether a message's content is printed whole, whether there are blanks around it, and whether it is nothing.
+def _describe_whitespace(messages: Sequence[Mapping[str, Any]], piece: TextPiece, text: str) -> tuple[bool, bool, bool]:
+    """Return whether a content is printed unchanged, has whitespace around it, and consists of whitespace.
 
-    A template may print one message otherwise in a prompt than in the whole: in texts that have nothing to cut, that
-    does not show.
+    A template may strip a content only in the generation prompt. This is invisible for contents without whitespace
+    around them, so they need a different key.
     """
     content = messages[piece.message].get("content") if piece.part is Part.CONTENT else None
     if not isinstance(content, str):
         return False, False, False
-    whole = str.__str__(content)
-    return text[piece.start : piece.end] == whole, whole != whole.strip(), not whole.strip()
+    plain = str.__str__(content)
+    return text[piece.start : piece.end] == plain, plain != plain.strip(), not plain.strip()
 
 
 def _shape(value: Any) -> Any:
@@ -136,35 +144,42 @@ def _shape(value: Any) -> Any:
     return type(value), value
 
 
-_BY_CHANCE: list[tuple[Anchor, str]] = [((-1, -1), "")]
-"""Two texts of the row stand where the renderings part: whether they do depends on all of what they say."""
+_TEXT_DEPENDENT: list[tuple[Anchor, str]] = [((-1, -1), "")]
+"""Marks two renderings that diverge at different texts of the row, so that the result depends on all of both texts."""
 
 
-def _apart(text: str, parts: Sequence[TextPiece], prefix: TrackedString) -> list[tuple[Anchor, str]]:
-    """Return where the row's text must go on otherwise than `prefix` does, for the two to compare as they do now.
+def _find_exclusions(text: str, parts: Sequence[TextPiece], prefix: TrackedString) -> list[tuple[Anchor, str]]:
+    """Return the text that must not follow at an anchor, so that other rows compare to `prefix` in the same way.
 
-    Nothing, where `prefix` has the very pieces of the text, or the template itself parts them.
+    The list is empty if `prefix` has the same pieces as the text, or if the two diverge in template text.
     """
-    written, said = pieces_of(prefix), str.__str__(prefix)
-    for index, (own, other) in enumerate(zip(written, parts, strict=False)):
-        mine, theirs = said[own.start : own.end], text[other.start : other.end]
-        if (own.part, own.message, mine) == (other.part, other.message, theirs):
+    prefix_pieces, prefix_text = pieces_of(prefix), str.__str__(prefix)
+    for index, (prefix_piece, piece) in enumerate(zip(prefix_pieces, parts, strict=False)):
+        piece_of_prefix, piece_of_text = (
+            prefix_text[prefix_piece.start : prefix_piece.end],
+            text[piece.start : piece.end],
+        )
+        if (prefix_piece.part, prefix_piece.message, piece_of_prefix) == (piece.part, piece.message, piece_of_text):
             continue
-        if own.part is not Part.SCAFFOLD:
-            return _BY_CHANCE
-        if other.part is not Part.SCAFFOLD:
-            return [((index, 0), mine)]
-        if theirs.startswith(mine):
-            return [] if own is written[-1] else _BY_CHANCE
-        return [((index + 1, 0), mine[len(theirs) :])] if mine.startswith(theirs) else []
+        if prefix_piece.part is not Part.SCAFFOLD:
+            return _TEXT_DEPENDENT
+        if piece.part is not Part.SCAFFOLD:
+            return [((index, 0), piece_of_prefix)]
+        if piece_of_text.startswith(piece_of_prefix):
+            return [] if prefix_piece is prefix_pieces[-1] else _TEXT_DEPENDENT
+        return (
+            [((index + 1, 0), piece_of_prefix[len(piece_of_text) :])]
+            if piece_of_prefix.startswith(piece_of_text)
+            else []
+        )
     return []
 
 
-def _anchor(parts: Sequence[TextPiece], at: int) -> Anchor | None:
-    """Return a position by the piece it stands in; `None` inside a text of the row, where it depends on the text."""
+def _anchor(parts: Sequence[TextPiece], position: int) -> Anchor | None:
+    """Return the anchor of a position, or `None` inside text of the row, where the position depends on the text."""
     for index, piece in enumerate(parts):
-        if piece.start <= at < piece.end:
-            return (index, at - piece.start) if piece.part is Part.SCAFFOLD or at == piece.start else None
+        if piece.start <= position < piece.end:
+            return (index, position - piece.start) if piece.part is Part.SCAFFOLD or position == piece.start else None
     return len(parts), 0
 
 

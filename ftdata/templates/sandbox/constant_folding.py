@@ -1,6 +1,7 @@
-"""Compile without computing: what is written out in a template may take for ever, or fill the memory.
+"""Compile templates without constant folding.
 
-Jinja works constant expressions out while it compiles, which nothing limits.
+Jinja evaluates constant expressions while it compiles a template. A constant expression in a hostile template could
+run forever or exhaust the memory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from jinja2.meta import TrackingCodeGenerator
 
 
 class UnfoldedCodeGenerator(CodeGenerator):
-    """Writes the code of templates as they stand: of constants, it joins nothing but the template's own text."""
+    """A code generator that evaluates no constants. It only joins adjacent template text."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -25,7 +26,7 @@ class UnfoldedCodeGenerator(CodeGenerator):
         return CodeGenerator._output_child_to_const(self, node, frame, finalize)
 
 
-class _Names(TrackingCodeGenerator):
+class _VariableFinder(TrackingCodeGenerator):
     _output_child_to_const = UnfoldedCodeGenerator._output_child_to_const
 
     def __init__(self, environment: Environment) -> None:
@@ -34,8 +35,8 @@ class _Names(TrackingCodeGenerator):
 
 
 def template_variables(syntax: nodes.Template) -> frozenset[str]:
-    """Return the variables that a template reads."""
+    """Return the names of the variables that a template reads."""
     assert syntax.environment is not None
-    found = _Names(syntax.environment)
-    found.visit(syntax)
-    return frozenset(found.undeclared_identifiers)
+    finder = _VariableFinder(syntax.environment)
+    finder.visit(syntax)
+    return frozenset(finder.undeclared_identifiers)

@@ -1,8 +1,8 @@
-"""The one place where templates run: Jinja2's immutable sandbox, set up as transformers sets it up.
+"""The sandbox that runs all templates: Jinja2's immutable sandbox with the settings of transformers.
 
-Templates are code from strangers. They see plain JSON values and strings, never files, modules or Python
-types. Two things differ from transformers on purpose: strings remember who wrote them (`tracked.Tracked`), and
-the clock stands still, at a date that the build records.
+Templates are untrusted code. They can access plain JSON values and strings, but no files, modules or Python types.
+Two properties differ from transformers: strings record the owners of their characters (`TrackedString`), and the clock
+is fixed at a date that the build records.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from ftdata.templates.sandbox.constant_folding import UnfoldedCodeGenerator
 
 
 class RaisingUndefined(jinja2.Undefined):
-    """An undefined name may be tested (`{% if tools %}`) but never printed: a misspelt field is an error.
+    """An undefined name that may be tested (`{% if tools %}`) but not printed, so that a misspelled name is an error.
 
-    But for special tokens, which not every tokenizer has.
+    Undefined special tokens print an empty string, since not every tokenizer defines all of them.
     """
 
     __iter__ = __len__ = jinja2.Undefined._fail_with_undefined_error
@@ -51,35 +51,35 @@ class RaisingUndefined(jinja2.Undefined):
 
 
 class GenerationTag(Extension):
-    """`{% generation %} ... {% endgeneration %}`: what stands inside is what the model must produce.
+    """The tag `{% generation %} ... {% endgeneration %}`, which marks generated text.
 
-    Each block's output carries a number of its own in its owners (`tracked.BLOCK`).
+    The owners in the output of a block contain the unique number of the block (`tracked_strings.BLOCK`).
     """
 
-    tags = {"generation"}  # noqa: RUF012  (Jinja's own contract)
+    tags = {"generation"}  # noqa: RUF012  (Jinja requires this attribute)
     blocks = count(1)
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Turn the block into a call that marks its output."""
+        """Parse the block to a call that marks its output."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
     def _mark(self, caller: Macro) -> str:
-        return TrackedString.of(caller()).in_block(next(self.blocks))
+        return TrackedString.from_str(caller()).in_block(next(self.blocks))
 
 
 class SandboxEnvironment(ImmutableSandboxedEnvironment):
-    """The sandbox, with string operations that keep the memory of who wrote what."""
+    """A sandbox whose string operations keep the owners of characters."""
 
     code_generator_class = UnfoldedCodeGenerator
 
     watch = False
-    # Jinja calls it with an iterable of strings wherever it joins output.
+    # Jinja calls this function with an iterable of strings to join the output.
     concat = staticmethod(concat_tracked)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """Look an attribute up; a string has the public methods of `str` and no others, with tracked results."""
+        """Look up an attribute. Strings have only the public methods of `str`, with tracked results."""
         if not isinstance(obj, str):
             return super().getattr(obj, attribute)
         if attribute.startswith("_"):
@@ -87,54 +87,54 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
         if not hasattr(str, attribute):
             return self.undefined(obj=obj, name=attribute)
         if attribute in ("format", "format_map"):
-            # They reach into what they are given: Jinja's own look at each attribute as it does.
+            # Format strings can access attributes of the arguments. Jinja's versions check each access.
             if self.watch:
                 mark_opaque()
             return self.wrap_str_format(getattr(str.__str__(obj), attribute))
         if self.watch and not isinstance(obj, WatchedString):
             return watch_method(obj, attribute)
-        return getattr(TrackedString.of(obj), attribute)
+        return getattr(TrackedString.from_str(obj), attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """Look an item up, as `getattr` does."""
+        """Look up an item, with the same rules as `getattr`."""
         if not isinstance(obj, str):
             return super().getitem(obj, argument)
         return (
             self.getattr(obj, argument)
             if isinstance(argument, str)
-            else super().getitem(TrackedString.of(obj), argument)
+            else super().getitem(TrackedString.from_str(obj), argument)
         )
 
 
 class TemplateDict:
-    """The `dict` that templates may call; the type itself would open the way to its methods' internals."""
+    """The function `dict` of templates. The type itself would give access to the internals of its methods."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        """Make a dict."""
+        """Return a new dict."""
         return dict(*args, **kwargs)
 
     def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
-        """As `dict.fromkeys`."""
+        """Return the same as `dict.fromkeys`."""
         return dict.fromkeys(keys, value)
 
 
 class TemplateNamespace(Namespace):
-    """A namespace that stores no underscore names."""
+    """A namespace that rejects names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, values = args[0], dict(*args[1:], **kwargs)
         for name in values:
-            _refuse_private(name)
+            _check_public(name)
         Namespace.__init__(self, values)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_private(name)
+        _check_public(name)
         super().__setitem__(name, value)
 
 
-def _refuse_private(name: str) -> None:
+def _check_public(name: str) -> None:
     if name.startswith("_"):
-        message = f"a namespace cannot hold the private name {name!r}"
+        message = f"a namespace cannot contain the private name {name!r}"
         raise jinja2.exceptions.SecurityError(message)
 
 
@@ -149,10 +149,10 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    def plain(x: Any) -> str:
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators)
+    def dump(item: Any) -> str:
+        return json.dumps(item, ensure_ascii=ensure_ascii, indent=indent, separators=separators)
 
-    return dump_tracked_json(value, plain, sort_keys=sort_keys)
+    return dump_tracked_json(value, dump, sort_keys=sort_keys)
 
 
 @jinja2.pass_environment
@@ -161,7 +161,7 @@ def _join(
 ) -> str:
     if attribute is not None:
         value = (environment.getattr(item, attribute) for item in value)
-    return TrackedString.of(str(separator)).join(list(map(str, value)))
+    return TrackedString.from_str(str(separator)).join(list(map(str, value)))
 
 
 @jinja2.pass_environment
@@ -178,15 +178,15 @@ def _watched_str_join(pieces: Iterable[Any]) -> str:
 
 def _watched_in(value: Any, container: Any) -> bool:
     if isinstance(value, WatchedString):
-        # Python looks for one text in another without asking either.
+        # Python searches one text in the other without calling their methods, so nothing would be recorded.
         mark_opaque()
     return value in container
 
 
 def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
     arguments = (str(old), str(new), -1 if count is None else count)
-    text = TrackedString.of(str(value))
-    if isinstance(text, WatchedString) or not any(isinstance(one, WatchedString) for one in arguments):
+    text = TrackedString.from_str(str(value))
+    if isinstance(text, WatchedString) or not any(isinstance(argument, WatchedString) for argument in arguments):
         return text.replace(*arguments)
     return str(watch_method(text, "replace")(*arguments))
 
@@ -195,21 +195,33 @@ def _str_join(pieces: Iterable[Any]) -> str:
     return concat_tracked(map(str, pieces))
 
 
-def _clock(date: datetime.datetime) -> Callable[[str], str]:
+def _make_clock(date: datetime.datetime) -> Callable[[str], str]:
     return date.strftime
 
 
-_TRANSPARENT = {"default", "d", "dictsort", "first", "items", "last", "length", "list", "map", "reject", "rejectattr"}
-_TRANSPARENT |= {"capitalize", "lower", "replace", "select", "selectattr", "string", "trim", "upper"}
-"""Filters that learn about strings only through the methods of `str`."""
+_RECORDED_FILTERS = {
+    "default",
+    "d",
+    "dictsort",
+    "first",
+    "items",
+    "last",
+    "length",
+    "list",
+    "map",
+    "reject",
+    "rejectattr",
+}
+_RECORDED_FILTERS |= {"capitalize", "lower", "replace", "select", "selectattr", "string", "trim", "upper"}
+"""Filters that call only methods of `str` on strings, which are recorded."""
 
 
-def _watch(environment: SandboxEnvironment) -> None:
+def _watch_environment(environment: SandboxEnvironment) -> None:
     filters = environment.filters
     for name, function in list(filters.items()):
         if name == "tojson":
             filters[name] = watch_result(function)
-        elif name not in _TRANSPARENT:
+        elif name not in _RECORDED_FILTERS:
             filters[name] = watch_unknown_call(function)
     filters |= {"join": _watched_join, "length": watched_length, "count": watched_length}
     environment.tests["in"] = _watched_in
@@ -220,7 +232,7 @@ def _watch(environment: SandboxEnvironment) -> None:
     environment.watch = True
 
 
-def _environment(date: datetime.datetime, strict: bool) -> SandboxEnvironment:
+def _make_environment(date: datetime.datetime, strict: bool) -> SandboxEnvironment:
     environment = SandboxEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -228,11 +240,11 @@ def _environment(date: datetime.datetime, strict: bool) -> SandboxEnvironment:
         undefined=RaisingUndefined if strict else jinja2.Undefined,
     )
     environment.filters |= {"tojson": _tojson, "join": _join, "replace": _replace, "safe": mark_safe}
-    # It prints another text each time.
+    # These two are random, and the text must be reproducible.
     del environment.globals["lipsum"], environment.filters["random"]
     environment.globals |= {
         "raise_exception": _raise_exception,
-        "strftime_now": _clock(date),
+        "strftime_now": _make_clock(date),
         "dict": TemplateDict(),
         "namespace": TemplateNamespace,
     }
@@ -241,15 +253,15 @@ def _environment(date: datetime.datetime, strict: bool) -> SandboxEnvironment:
 
 @lru_cache(maxsize=1)
 def sandbox_environment() -> SandboxEnvironment:
-    """Return the environment in which templates are read and compiled.
+    """Return the environment that parses and compiles templates.
 
-    What they compile to does not depend on how they are run: strict, watched.
+    The compiled code does not depend on the options `strict` and `watch` of a template.
     """
-    return _environment(datetime.datetime.fromtimestamp(0, datetime.UTC), strict=False)
+    return _make_environment(datetime.datetime.fromtimestamp(0, datetime.UTC), strict=False)
 
 
 @lru_cache(maxsize=64)
-def _code(source: str) -> CodeType:
+def _compile_source(source: str) -> CodeType:
     return sandbox_environment().compile(source)
 
 
@@ -258,19 +270,19 @@ def compile_template(source: str, date: datetime.datetime, strict: bool, watch: 
     """Compile a template for tracked rendering.
 
     Args:
-        source: the Jinja text.
-        date: what `strftime_now` prints.
-        strict: an undefined name that is printed is an error, instead of nothing.
-        watch: let nothing that is asked of watched strings go by unnoticed.
+        source: Jinja source.
+        date: date for `strftime_now`.
+        strict: whether printing an undefined name is an error.
+        watch: whether to record all operations on watched strings.
 
     Raises:
-        jinja2.TemplateSyntaxError: with the template line.
+        jinja2.TemplateSyntaxError: the source is invalid. The error has the line.
     """
-    environment = _environment(date, strict)
+    environment = _make_environment(date, strict)
     if watch:
-        _watch(environment)
-    # `a ~ b` compiles to a call of the module-level `str_join`, which is looked up in the template's namespace.
+        _watch_environment(environment)
+    # `a ~ b` compiles to a call of `str_join`, which is looked up in the namespace of the template.
     namespace: dict[str, Any] = {"environment": environment, "__file__": "<template>"}
-    exec(_code(source), namespace)  # noqa: S102  (how Jinja itself runs its own generated code)
+    exec(_compile_source(source), namespace)  # noqa: S102  (Jinja runs its generated code in the same way)
     namespace["str_join"] = _watched_str_join if watch else _str_join
     return jinja2.Template._from_namespace(environment, namespace, environment.make_globals(None))

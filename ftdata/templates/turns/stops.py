@@ -1,8 +1,9 @@
-"""Stop: which of the template's text after an answer ends the turn, and so must be learnt.
+"""Stop tokens: the part of the template text after an answer that ends the turn and is trained.
 
-A template's own words tell: what it prints after the answer where the conversation ends there is the turn's own;
-what it prints before every user message is the next message's; what it prints only where the conversation ends is
-neither. Control tokens of the tokenizer only say where, inside the turn's own text, the stop ends.
+Only text that the template prints is considered. The text that it prints after an answer at the end of a conversation
+belongs to the turn. The text that it prints before every user message belongs to the next message. The text that it
+prints only at the end of a conversation belongs to neither. The tokenizer's control tokens are used only to find where
+the stop ends within the text of the turn.
 """
 
 from __future__ import annotations
@@ -16,95 +17,101 @@ from ftdata.templates.attribution.agreement import TAG, common_prefix, find_tags
 
 @dataclass(frozen=True, slots=True)
 class TurnStops:
-    """How turns end under one template and tokenizer.
+    """How a template ends turns with a tokenizer.
 
     Attributes:
         eos: the tokenizer's end-of-sequence token.
-        control: finds the tokenizer's control tokens.
-        stop: the text from an answer's end to its stop, where the template prints one inside a conversation.
-        opener: what the template prints before a user message.
-        before: what it prints before the first message, where it is not certain what of that opens the message.
-        leftover: what it prints after the last stop of a conversation, and the model never generates.
-        late: whether it prints a turn's stop only before the next message.
-        learnt: whether the template could be probed at all.
+        control: pattern that matches the tokenizer's control tokens.
+        stop: text from the end of an answer to the end of its stop token, if the template prints a stop token between
+            messages.
+        opener: text that the template prints before a user message.
+        first_opener: text before the first message, if it is uncertain which part of it opens the message.
+        footer: text after the last stop token of a conversation, which the model never generates.
+        is_late: whether the template prints the stop token of a turn only before the next message.
+        is_probed: whether the template could be probed.
     """
 
     eos: str | None
     control: re.Pattern[str] | None
     stop: str = ""
     opener: str = ""
-    before: str = ""
-    leftover: str = ""
-    late: bool = False
-    learnt: bool = False
+    first_opener: str = ""
+    footer: str = ""
+    is_late: bool = False
+    is_probed: bool = False
 
-    def own(self, tail: str) -> int:
-        """Return where the stop ends in `tail`, which is the template's text at the end of this very turn.
+    def find_end(self, tail: str) -> int:
+        """Return the end of the stop in `tail`, the template text after the last answer of a conversation.
 
-        0 where there is no stop.
+        Returns:
+            The number of characters up to the end of the stop, or 0 without a stop.
 
         Raises:
-            BadRow: `unknown_stop`: text follows the last control token, so what the model ends with is not certain.
+            BadRow: `unknown_stop`, if text follows the last control token, so that the stop token is uncertain.
         """
-        if self.leftover.strip() and tail.rstrip().endswith(self.leftover.rstrip()):
-            tail = tail.rstrip().removesuffix(self.leftover.rstrip())
-        end = self.known(tail)
-        if not end and (end := _last(self.control, tail)) and tail[end:].strip():
+        if self.footer.strip() and tail.rstrip().endswith(self.footer.rstrip()):
+            tail = tail.rstrip().removesuffix(self.footer.rstrip())
+        end = self.find_known_end(tail)
+        if not end and (end := _find_last_end(self.control, tail)) and tail[end:].strip():
             raise BadRow(
                 "unknown_stop",
-                f"no single stop token ends the turn; the template writes {tail[:80]!r} after the answer",
-                hint="mark what is trained with {% generation %} in a template file of your own",
+                f"no single stop token ends the turn; the template prints {tail[:80]!r} after the answer",
+                hint="mark the generated text with {% generation %} in a copy of the template",
             )
         return end or len(tail.rstrip())
 
-    def between(self, ending: str | None, gap: str) -> int:
-        """Return where the stop ends in `gap`, the text between an answer and the next message's text.
+    def find_end_between(self, ending: str | None, gap: str) -> int:
+        """Return the end of the stop in `gap`, the text between an answer and the next message.
 
-        `ending` is what the template prints after this answer where the conversation ends there, if it tells. 0 where
-        there is no stop.
+        Args:
+            ending: text after this answer if the conversation ends there, or `None` if it is unknown.
+            gap: text between the answer and the text of the next message.
+
+        Returns:
+            The number of characters up to the end of the stop, or 0 without a stop.
         """
-        closing = self._closing(gap)
-        opened = closing is not None and not self.before
-        if end := self.known(gap if closing is None else closing):
+        closing = self._before_opener(gap)
+        is_certain = closing is not None and not self.first_opener
+        if end := self.find_known_end(gap if closing is None else closing):
             return end
         shared = common_prefix(ending or "", gap)
-        # Where the template always asks for the next answer, both may go on with the same opening tag.
-        for certain in (closing or "",) if opened else (shared[: len(closing or "")], shared):
-            if end := _last(self.control, certain) or _last(TAG, certain):
+        # If the template always adds a generation prompt, both texts may continue with the same opening tag.
+        for candidate in (closing or "",) if is_certain else (shared[: len(closing or "")], shared):
+            if end := _find_last_end(self.control, candidate) or _find_last_end(TAG, candidate):
                 return end
-        if closing is None or opened:
+        if closing is None or is_certain:
             return 0
-        end = _last(self.control, closing) or _last(TAG, closing)
-        opening = {_unnumbered(tag) for tag in find_tags(self.before)}
-        return 0 if opening & {_unnumbered(tag) for tag in find_tags(closing[:end])} else end
+        end = _find_last_end(self.control, closing) or _find_last_end(TAG, closing)
+        opening_tags = {_replace_digits(tag) for tag in find_tags(self.first_opener)}
+        return 0 if opening_tags & {_replace_digits(tag) for tag in find_tags(closing[:end])} else end
 
-    def later(self, gap: str) -> int:
-        """Return where the stop as learnt ends in `gap`, text that may be the next message's; 0 where there is none."""
-        closing = self._closing(gap)
-        return self._learnt(gap if closing is None else closing)
+    def find_late_end(self, gap: str) -> int:
+        """Return the end of the probed stop in `gap`, text that may belong to the next message, or 0."""
+        closing = self._before_opener(gap)
+        return self._find_probed_end(gap if closing is None else closing)
 
-    def known(self, tail: str) -> int:
-        """Return where the first stop as learnt, or else the first EOS, ends in `tail`; 0 where there is neither."""
-        return self._learnt(tail) or self._eos(tail)
+    def find_known_end(self, tail: str) -> int:
+        """Return the end of the first probed stop in `tail`, otherwise of the first EOS, otherwise 0."""
+        return self._find_probed_end(tail) or self._find_eos_end(tail)
 
-    def _closing(self, gap: str) -> str | None:
-        """Return the part of `gap` before a user message opens in it; `None` where none does."""
+    def _before_opener(self, gap: str) -> str | None:
+        """Return the part of `gap` before the opener of a user message, or `None` without an opener."""
         if not self.opener.strip():
             return gap.removesuffix(self.opener) if self.opener and gap.endswith(self.opener) else None
-        before, found, _ = gap.partition(self.opener)
-        return before if found else None
+        before, opener, _ = gap.partition(self.opener)
+        return before if opener else None
 
-    def _eos(self, tail: str) -> int:
+    def _find_eos_end(self, tail: str) -> int:
         return tail.find(self.eos) + len(self.eos) if self.eos and self.eos in tail else 0
 
-    def _learnt(self, tail: str) -> int:
+    def _find_probed_end(self, tail: str) -> int:
         stop = self.stop.strip()
         return tail.find(stop) + len(stop) if stop and stop in tail else 0
 
 
-def _unnumbered(tag: str) -> str:
+def _replace_digits(tag: str) -> str:
     return re.sub(r"\d+", "0", tag)
 
 
-def _last(pattern: re.Pattern[str] | None, text: str) -> int:
+def _find_last_end(pattern: re.Pattern[str] | None, text: str) -> int:
     return max((match.end() for match in pattern.finditer(text)), default=0) if pattern is not None else 0

@@ -1,8 +1,8 @@
-"""Prove: the same regions by a second way, which knows nothing of tracked strings.
+"""Cross-check rendered rows with a second, independent implementation that does not track strings.
 
-Here templates run as transformers runs them, on plain strings, and what the data wrote is found by changing it: a
-letter put before or after a message's text moves the rendering from there on. Each region must begin where the
-generation prompt ends, hold all of its own message, and nothing of another.
+The second implementation runs templates as transformers does, on plain strings. It finds the text of a message by
+changing it: a character before or after the text moves the rendered text from there on. Each generated region must
+begin at the end of its generation prompt, and contain the whole text of its message and no text of other messages.
 """
 
 from __future__ import annotations
@@ -23,142 +23,167 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ftdata.templates.attribution.agreement import common_prefix_length
 from ftdata.templates.chat import ChatRendering
 from ftdata.templates.sandbox.constant_folding import UnfoldedCodeGenerator
-from ftdata.templates.template import TEMPLATE_FAULTS
+from ftdata.templates.template import TEMPLATE_ERRORS
 from ftdata.types import Rendered
 
 
 @dataclass(frozen=True)
 class Contradiction:
-    """Two ways that disagree: about which message, and how; the two renderings where they part."""
+    """A difference between the two implementations.
+
+    Attributes:
+        message: index of the message, or -1.
+        reason: description of the difference.
+        rendered: excerpt of the rendered text.
+        expected: excerpt of the text of the second implementation.
+    """
 
     message: int
     reason: str
-    ours: str
-    theirs: str
+    rendered: str
+    expected: str
 
     def __str__(self) -> str:
         where = f"messages[{self.message}]: " if self.message >= 0 else ""
-        return f"{where}{self.reason}: ...{self.ours!r}... against ...{self.theirs!r}..."
+        return f"{where}{self.reason}: ...{self.rendered!r}... instead of ...{self.expected!r}..."
 
 
-def cross_check(chat: ChatRendering, rendered: Rendered, most: int | None = None) -> Contradiction | None:
-    """Return what speaks against a rendering of this conversation, or `None`.
+def cross_check(chat: ChatRendering, rendered: Rendered, max_messages: int | None = None) -> Contradiction | None:
+    """Return the first contradiction to a rendered text, or `None`.
 
     Args:
-        chat: the conversation, cut after the last message that `rendered` shows.
-        rendered: what is to be proved.
-        most: how many messages are changed at most, spread over the conversation; `None` for all.
+        chat: the conversation up to the last message of `rendered`.
+        rendered: the rendered text to check.
+        max_messages: maximum number of messages to change, spread over the conversation. `None`: all messages.
     """
-    render, messages = _renderer(chat), _plain(chat.messages)
+    render, messages = _make_renderer(chat), _untrack(chat.messages)
     plain = render(messages, False)
     if plain is None:
-        return Contradiction(-1, "only one of the two can render it", rendered.text[:60], "")
+        return Contradiction(-1, "only one of the two implementations can render it", rendered.text[:60], "")
     if plain != rendered.text:
-        return _apart(-1, "the texts differ", rendered.text, plain)
-    regions = _regions(rendered)
-    places = {index: _place(messages, index, plain, render) for index in _spread(len(messages), most)}
+        return _make_contradiction(-1, "the texts differ", rendered.text, plain)
+    regions = _generated_regions(rendered)
+    ranges = {index: _find_content(messages, index, plain, render) for index in _spread(len(messages), max_messages)}
     for turn, (start, end) in regions.items():
-        if turn not in places and most is not None:
+        if turn not in ranges and max_messages is not None:
             continue
-        if (found := _start(turn, start, plain, rendered, render(messages[:turn], True))) is not None:
-            return found
-        for index, place in places.items():
-            if place is None:
+        if (contradiction := _check_start(turn, start, plain, rendered, render(messages[:turn], True))) is not None:
+            return contradiction
+        for index, content in ranges.items():
+            if content is None:
                 continue
-            inside = start < place[1] and place[0] < end
-            if index == turn and not (place[1] <= end and (inside or place[0] == place[1])):
-                return _apart(turn, "the region misses text of its own message", plain[start:end], plain[slice(*place)])
-            if index != turn and inside and place[0] < place[1]:
-                return _apart(index, f"its text is trained with message {turn}", plain[start:end], plain[slice(*place)])
+            inside = start < content[1] and content[0] < end
+            if index == turn and not (content[1] <= end and (inside or content[0] == content[1])):
+                return _make_contradiction(
+                    turn,
+                    "the generated region does not contain the whole message",
+                    plain[start:end],
+                    plain[slice(*content)],
+                )
+            if index != turn and inside and content[0] < content[1]:
+                return _make_contradiction(
+                    index,
+                    f"the generated region of message {turn} contains text of this message",
+                    plain[start:end],
+                    plain[slice(*content)],
+                )
     return None
 
 
-def _start(turn: int, start: int, text: str, rendered: Rendered, prompt: str | None) -> Contradiction | None:
+def _check_start(turn: int, start: int, text: str, rendered: Rendered, prompt: str | None) -> Contradiction | None:
     if prompt is None:
-        return Contradiction(turn, "the template cannot ask for this turn", text[start : start + 40], "")
+        return Contradiction(
+            turn, "the template cannot render the generation prompt of this turn", text[start : start + 40], ""
+        )
     if text.startswith(prompt):
-        # Where there is no generation prompt, tags may leave out a header that the model would have to write.
-        tagged = "generation_tags_unconfirmed" in rendered.flags and start > len(prompt)
-        if start == len(prompt) or tagged:
+        # Without a generation prompt, generation tags may exclude a header that the model would have to generate.
+        has_tagged_start = "generation_tags_unconfirmed" in rendered.flags and start > len(prompt)
+        if start == len(prompt) or has_tagged_start:
             return None
-        return _apart(turn, "the region begins elsewhere", text[:start], prompt)
+        return _make_contradiction(
+            turn, "the generated region does not begin at the prompt's end", text[:start], prompt
+        )
     if "prompt_mismatch" in rendered.flags and start <= common_prefix_length(text, prompt):
         return None
-    return _apart(turn, "the generation prompt is not what stands before the turn", text[:start], prompt)
+    return _make_contradiction(
+        turn, "the generation prompt differs from the text before the turn", text[:start], prompt
+    )
 
 
-def _regions(rendered: Rendered) -> dict[int, tuple[int, int]]:
-    found: dict[int, tuple[int, int]] = {}
+def _generated_regions(rendered: Rendered) -> dict[int, tuple[int, int]]:
+    regions: dict[int, tuple[int, int]] = {}
     for span in rendered.spans:
         if span.generated:
-            found[span.message] = (found.get(span.message, (span.start, 0))[0], span.end)
-    return found
+            regions[span.message] = (regions.get(span.message, (span.start, 0))[0], span.end)
+    return regions
 
 
-def _spread(count: int, most: int | None) -> Sequence[int]:
-    if most is None or count <= most:
+def _spread(count: int, max_count: int | None) -> Sequence[int]:
+    if max_count is None or count <= max_count:
         return range(count)
-    return sorted({round(n * (count - 1) / (most - 1)) for n in range(most)})
+    return sorted({round(n * (count - 1) / (max_count - 1)) for n in range(max_count)})
 
 
-def _place(messages: Sequence[Mapping[str, Any]], index: int, text: str, render: _Render) -> tuple[int, int] | None:
-    """Return where the content of a message stands, if a letter before and after it shows that plainly."""
+def _find_content(
+    messages: Sequence[Mapping[str, Any]], index: int, text: str, render: _Render
+) -> tuple[int, int] | None:
+    """Return the range of a message's content, or `None` if a change of the content does not show it clearly."""
     content = messages[index].get("content")
     if not isinstance(content, str) or not content.strip():
         return None
     ends: list[int] = []
-    for changed in (_other(content[0]) + content, content + _other(content[-1])):
+    for changed in (_different_character(content[0]) + content, content + _different_character(content[-1])):
         moved = render([*messages[:index], {**messages[index], "content": changed}, *messages[index + 1 :]], False)
         if moved is None:
             return None
-        at = common_prefix_length(text, moved)
-        if len(moved) != len(text) + 1 or moved[at + 1 :] != text[at:]:
+        position = common_prefix_length(text, moved)
+        if len(moved) != len(text) + 1 or moved[position + 1 :] != text[position:]:
             return None
-        ends.append(min(at, len(text) - common_prefix_length(text[::-1], moved[::-1])) if ends else at)
+        ends.append(min(position, len(text) - common_prefix_length(text[::-1], moved[::-1])) if ends else position)
     return ends[0], max(ends)
 
 
-def _other(letter: str) -> str:
-    return "y" if letter == "x" else "x"
+def _different_character(character: str) -> str:
+    return "y" if character == "x" else "x"
 
 
-def _apart(message: int, reason: str, ours: str, theirs: str) -> Contradiction:
-    at = common_prefix_length(ours, theirs)
-    shown = slice(max(0, at - 20), at + 40)
-    return Contradiction(message, reason, ours[shown], theirs[shown])
+def _make_contradiction(message: int, reason: str, rendered: str, expected: str) -> Contradiction:
+    position = common_prefix_length(rendered, expected)
+    window = slice(max(0, position - 20), position + 40)
+    return Contradiction(message, reason, rendered[window], expected[window])
 
 
 _Render = Callable[[Sequence[Mapping[str, Any]], bool], str | None]
 
 
-def _renderer(chat: ChatRendering) -> _Render:
+def _make_renderer(chat: ChatRendering) -> _Render:
     template = chat.template
-    fixed = {**template.special_tokens, **template.kwargs, "documents": None}
-    tools = _plain(chat.tools) or None
-    program = _program(template.source, template.date)
+    constants = {**template.special_tokens, **template.kwargs, "documents": None}
+    tools = _untrack(chat.tools) or None
+    program = _compile(template.source, template.date)
 
     def render(messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str | None:
-        given = {"messages": messages, "tools": tools, "add_generation_prompt": generation_prompt}
+        variables = {"messages": messages, "tools": tools, "add_generation_prompt": generation_prompt}
         try:
-            return program.render({**fixed, **given})
-        except TEMPLATE_FAULTS:
+            return program.render({**constants, **variables})
+        except TEMPLATE_ERRORS:
             return None
 
     return render
 
 
-def _plain(value: Any) -> Any:
+def _untrack(value: Any) -> Any:
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, Mapping):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {_untrack(key): _untrack(item) for key, item in value.items()}
+    return [_untrack(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-class _Transparent(Extension):
-    """`{% generation %}` that prints what stands in it."""
+class _PlainGenerationTag(Extension):
+    """A `{% generation %}` tag that prints its content and marks nothing."""
 
-    tags = {"generation"}  # noqa: RUF012  (Jinja's own contract)
+    tags = {"generation"}  # noqa: RUF012  (Jinja requires this attribute)
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)
@@ -166,13 +191,13 @@ class _Transparent(Extension):
 
 
 @lru_cache(maxsize=64)
-def _program(source: str, date: datetime.datetime) -> jinja2.Template:
+def _compile(source: str, date: datetime.datetime) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Transparent, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_PlainGenerationTag, loopcontrols]
     )
     environment.code_generator_class = UnfoldedCodeGenerator
     environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _raise, "strftime_now": date.strftime}
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": date.strftime}
     return environment.from_string(source)
 
 
@@ -180,5 +205,5 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
-def _raise(message: str) -> NoReturn:
+def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)

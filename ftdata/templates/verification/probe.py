@@ -1,6 +1,6 @@
-"""Verify: what a template does to conversations, found by probing it, before any row is trusted to it.
+"""Probe templates: render small conversations to find out what a template does, before any row is rendered.
 
-Every probe that it renders is proved by the second way (`proof`); one contradiction refuses the template.
+Every rendered probe is cross-checked (`cross_check`). A single contradiction refuses the template.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _TOOLS: tuple[dict[str, Any], ...] = (
 )
 
 
-def _message(role: str, content: str, **more: Any) -> Message:
-    return {"role": role, "content": content, **more}  # type: ignore[typeddict-item]  # any keys
+def _message(role: str, content: str, **fields: Any) -> Message:
+    return {"role": role, "content": content, **fields}  # type: ignore[typeddict-item]  # (any keys)
 
 
 _user, _answer = partial(_message, "user"), partial(_message, "assistant")
@@ -62,33 +62,33 @@ _PROBES: Mapping[str, tuple[Message, ...]] = {
     "equal": (_user("yes"), _answer("yes"), _user("yes"), _answer("yes")),
     "two_answers": (_user("first question"), _answer("first answer"), _answer("another answer")),
 }
-"""Feature -> a small conversation that uses it."""
+"""Feature -> a small conversation that uses the feature."""
 
 _FEATURES = ("system", "tool_calls", "reasoning", "names")
 
 
 @dataclass(frozen=True)
 class TemplateReport:
-    """What `check_template` found.
+    """The result of `check_template`.
 
     Attributes:
-        template: its name.
+        template: name of the template.
         kind: `"chat"` or `"prompt"`.
-        verdict: `"exact"`: one example per conversation; `"split"`: the template rewrites earlier turns, so one
-            example per turn; `"refused"`: it renders no plain conversation for which turns are certain, or the two
-            ways of finding them disagree.
-        stop: the text that ends a turn, `None` where there is none.
-        prefix_stable: whether a conversation's rendering shows its first turns as they were asked for.
-        lacks: which of system, tool_calls, reasoning and names the template drops or refuses.
-        rewrites: what it changes: `"turns"` (earlier ones), `"reasoning"` (kept in some turns only), `"contents"`
-            (of any kind), `"think_tags"` (thinking written into the content is cut), `"blanks"` (around contents).
-        adds: what it prints before the first message without being asked to: a default system prompt.
-        flags: what else was unusual about the probes (`prompt_mismatch`, `no_trained_stop`, `missing_final_stop`, `text_after_last_stop`).
-        tagged: whether the template itself marks what is trained.
-        uses_date: whether it prints the date.
-        reasons: why it is refused, or split.
-        contradictions: where the two ways of finding what is trained disagree.
-        proved: how many renderings were confirmed by the second way.
+        verdict: `"exact"`: one example per conversation. `"split"`: one example per turn, because the template rewrites
+            earlier turns. `"refused"`: no probe could be rendered with certain turns, or a cross-check failed.
+        stop: text that ends a turn, or `None`.
+        prefix_stable: whether the template renders the first turns of a conversation as a prefix of the whole text.
+        lacks: features that the template omits or rejects: system, tool_calls, reasoning or names.
+        rewrites: what the template changes: `"turns"` (earlier turns), `"reasoning"` (omitted in some turns),
+            `"contents"` (any content), `"think_tags"` (removes thinking from contents), `"blanks"` (strips contents).
+        adds: text that the template prints before the first message, such as a default system prompt.
+        flags: flags of the probes: `prompt_mismatch`, `no_trained_stop`, `missing_final_stop`, `text_after_last_stop`
+            or `template_not_probed`.
+        tagged: whether the template has generation tags.
+        uses_date: whether the template prints the current date.
+        reasons: why the verdict is `"refused"` or `"split"`.
+        contradictions: differences that the cross-checks found.
+        proved: number of renderings that were cross-checked.
     """
 
     template: str
@@ -107,18 +107,18 @@ class TemplateReport:
     proved: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON."""
+        """Return the report as a dict of JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
         lines = [
-            f"{self.template}: {self.verdict} ({self.kind} template, {self.proved} renderings proved)",
+            f"{self.template}: {self.verdict} ({self.kind} template, {self.proved} renderings cross-checked)",
             f"  stop           {self.stop!r}",
             f"  prefix-stable  {'yes' if self.prefix_stable else 'no'}",
             f"  lacks          {', '.join(self.lacks) or 'nothing'}",
             f"  rewrites       {', '.join(self.rewrites) or 'nothing'}",
             f"  adds           {self.adds[:200]!r}" if self.adds else "  adds           nothing",
-            f"  marks          {'its own generation tags' if self.tagged else 'none, detected'}",
+            f"  marks          {'generation tags' if self.tagged else 'no generation tags; turns are detected'}",
             f"  date           {'printed' if self.uses_date else 'not printed'}",
             *([f"  flags          {', '.join(self.flags)}"] if self.flags else []),
         ]
@@ -126,49 +126,53 @@ class TemplateReport:
 
 
 @dataclass(frozen=True)
-class _Outcome:
-    """What became of one probe: its rendering, or why there is none."""
+class _ProbeResult:
+    """The rendered texts of a probe, or the error."""
 
     texts: tuple[Rendered, ...] = ()
-    refusal: str = ""
+    error: str = ""
     contradiction: str = ""
 
     @property
     def flags(self) -> frozenset[str]:
-        return frozenset[str]().union(*(one.flags for one in self.texts))
+        return frozenset[str]().union(*(text.flags for text in self.texts))
 
 
 def probe_template(template: Template) -> TemplateReport:
     """Probe a template with small conversations, in this process.
 
     Raises:
-        TemplateRefused: it cannot be compiled.
+        TemplateRefused: `no_template`, or `template_syntax` if the template cannot be compiled.
     """
     if not template.source:
         raise TemplateRefused("no_template", f"{template.name} has no chat template")
-    facts: dict[str, Any] = {"template": template.name, "tagged": template.tagged, "uses_date": template.uses_date}
-    if not template.chat:
-        reasons = () if template.tagged else ("it marks nothing as trained",)
+    facts: dict[str, Any] = {
+        "template": template.name,
+        "tagged": template.has_generation_tags,
+        "uses_date": template.uses_date,
+    }
+    if not template.is_chat:
+        reasons = () if template.has_generation_tags else ("it has no generation block",)
         return TemplateReport(kind="prompt", verdict="refused" if reasons else "exact", reasons=reasons, **facts)
-    joint = {name: _outcome(template, name, "joint") for name in _PROBES}
-    split = {name: _outcome(template, name, "split") for name in _PROBES}
-    outcomes = [*joint.values(), *split.values()]
+    joint = {name: _run_probe(template, name, "joint") for name in _PROBES}
+    split = {name: _run_probe(template, name, "split") for name in _PROBES}
+    results = [*joint.values(), *split.values()]
     plain, single = joint["plain"], split["single"]
-    stable = bool(plain.texts) and "history_rewritten" not in plain.flags
-    contradictions = tuple(one.contradiction for one in outcomes if one.contradiction)
-    possible = any(one.texts for one in outcomes)
-    unusual = plain.flags | single.flags
+    prefix_stable = bool(plain.texts) and "history_rewritten" not in plain.flags
+    contradictions = tuple(result.contradiction for result in results if result.contradiction)
+    has_texts = any(result.texts for result in results)
+    flags = plain.flags | single.flags
     return TemplateReport(
         kind="chat",
-        verdict="refused" if contradictions or not possible else "exact" if stable else "split",
-        stop=template.stops.stop or _ending(single),
-        prefix_stable=stable,
+        verdict="refused" if contradictions or not has_texts else "exact" if prefix_stable else "split",
+        stop=template.stops.stop or _find_ending(single),
+        prefix_stable=prefix_stable,
         lacks=tuple(name for name in _FEATURES if _lacks(split[name], name)),
-        rewrites=tuple(_rewrites(joint)),
-        adds=_added(template, single),
+        rewrites=tuple(_find_rewrites(joint)),
+        adds=_find_added_text(template, single),
         flags=tuple(
             sorted(
-                unusual
+                flags
                 & {
                     "prompt_mismatch",
                     "no_trained_stop",
@@ -178,87 +182,103 @@ def probe_template(template: Template) -> TemplateReport:
                 }
             )
         ),
-        reasons=() if stable else tuple(filter(None, (plain.refusal or _rewriting(plain, split["plain"]),))),
+        reasons=()
+        if prefix_stable
+        else tuple(filter(None, (plain.error or _describe_rewriting(plain, split["plain"]),))),
         contradictions=contradictions,
-        proved=sum(len(one.texts) for one in outcomes),
+        proved=sum(len(result.texts) for result in results),
         **facts,
     )
 
 
-def _outcome(template: Template, name: str, turns: str) -> _Outcome:
+def _run_probe(template: Template, name: str, turns: str) -> _ProbeResult:
     conversation = Conversation(_PROBES[name], tools=_TOOLS if name == "tool_calls" else ())
     try:
         texts = render_chat(conversation, template, turns)
     except BadRow as error:
-        return _Outcome(refusal=str(error))
-    against = (describe_contradiction(conversation, template, one) for one in texts)
-    return _Outcome(texts, contradiction=next((f"{name}: {one}" for one in against if one), ""))
+        return _ProbeResult(error=str(error))
+    contradictions = (describe_contradiction(conversation, template, text) for text in texts)
+    return _ProbeResult(
+        texts,
+        contradiction=next((f"{name}: {contradiction}" for contradiction in contradictions if contradiction), ""),
+    )
 
 
 def describe_contradiction(
-    conversation: Conversation, template: Template, rendered: Rendered, most: int | None = None
+    conversation: Conversation, template: Template, rendered: Rendered, max_messages: int | None = None
 ) -> str | None:
-    """Return what speaks against a rendering of a conversation or of its first turns, in words; `None` for nothing."""
-    if not template.chat or not conversation.messages or "arguments_as_text" in rendered.flags:
+    """Cross-check a rendered conversation and describe the first contradiction.
+
+    Args:
+        conversation: the conversation. `rendered` may contain only its first messages.
+        template: the chat template.
+        rendered: the rendered text to check.
+        max_messages: maximum number of messages to change. `None`: all messages.
+
+    Returns:
+        The description, or `None` if the check passes or the text cannot be cross-checked.
+    """
+    if not template.is_chat or not conversation.messages or "arguments_as_text" in rendered.flags:
         return None
-    if template.tagged and template.strict:
+    if template.has_generation_tags and template.strict:
         return None
     if "content_parts_joined" in rendered.flags:
         conversation = join_text_parts(conversation)
-    found = cross_check(ChatRendering.of(conversation, template).first(rendered.messages), rendered, most)
-    return None if found is None else str(found)
+    chat = ChatRendering.from_conversation(conversation, template).prefix(rendered.messages)
+    contradiction = cross_check(chat, rendered, max_messages)
+    return None if contradiction is None else str(contradiction)
 
 
-def _rewriting(joint: _Outcome, split: _Outcome) -> str:
+def _describe_rewriting(joint: _ProbeResult, split: _ProbeResult) -> str:
     if not joint.texts or not split.texts:
         return ""
-    asked, shown = _generated(split.texts[0], 1), _generated(joint.texts[0], 1)
-    return f"the first answer is {asked!r} where the model is asked for it, and {shown!r} once the conversation goes on"
+    as_answer, as_history = _generated_text(split.texts[0], 1), _generated_text(joint.texts[0], 1)
+    return f"the first answer is {as_answer!r} when it is generated, but {as_history!r} in the history of later turns"
 
 
-def _generated(rendered: Rendered, message: int) -> str:
-    own = (span for span in rendered.spans if span.generated and span.message == message)
-    return "".join(rendered.text[span.start : span.end] for span in own)
+def _generated_text(rendered: Rendered, message: int) -> str:
+    spans = (span for span in rendered.spans if span.generated and span.message == message)
+    return "".join(rendered.text[span.start : span.end] for span in spans)
 
 
-def _lacks(outcome: _Outcome, feature: str) -> bool:
+def _lacks(result: _ProbeResult, feature: str) -> bool:
     part = {"names": Part.OTHER, "reasoning": Part.REASONING}.get(feature)
-    if part is None or not outcome.texts:
-        return outcome.refusal.startswith(("[message_dropped]", "[template_raises]"))
-    return not any(span.part is part for one in outcome.texts for span in one.spans)
+    if part is None or not result.texts:
+        return result.error.startswith(("[message_dropped]", "[template_raises]"))
+    return not any(span.part is part for text in result.texts for span in text.spans)
 
 
-def _rewrites(joint: Mapping[str, _Outcome]) -> Iterator[str]:
+def _find_rewrites(joint: Mapping[str, _ProbeResult]) -> Iterator[str]:
     if "history_rewritten" in joint["plain"].flags or "history_rewritten" in joint["reasoning"].flags:
         yield "turns"
-    printed = [span for one in joint["reasoning"].texts for span in one.spans if span.part is Part.REASONING]
-    if len({span.message for span in printed}) == 1:
+    reasoning = [span for text in joint["reasoning"].texts for span in text.spans if span.part is Part.REASONING]
+    if len({span.message for span in reasoning}) == 1:
         yield "reasoning"
     if "message_truncated" in joint["single"].flags:
         yield "contents"
     elif "message_truncated" in joint["think_tags"].flags:
         yield "think_tags"
-    given = [len(str(message["content"])) for message in _PROBES["blanks"]]
-    if joint["blanks"].texts and _contents(joint["blanks"].texts) < sum(given):
+    lengths = [len(str(message["content"])) for message in _PROBES["blanks"]]
+    if joint["blanks"].texts and _content_length(joint["blanks"].texts) < sum(lengths):
         yield "blanks"
 
 
-def _contents(texts: Sequence[Rendered]) -> int:
-    return sum(span.end - span.start for one in texts for span in one.spans if span.part is Part.CONTENT)
+def _content_length(texts: Sequence[Rendered]) -> int:
+    return sum(span.end - span.start for text in texts for span in text.spans if span.part is Part.CONTENT)
 
 
-def _added(template: Template, single: _Outcome) -> str:
+def _find_added_text(template: Template, single: _ProbeResult) -> str:
     if not single.texts:
         return ""
-    one = single.texts[0]
-    first = next((span.start for span in one.spans if span.part is Part.CONTENT), 0)
-    before = one.text[:first].removesuffix(template.stops.opener)
+    rendered = single.texts[0]
+    first = next((span.start for span in rendered.spans if span.part is Part.CONTENT), 0)
+    before = rendered.text[:first].removesuffix(template.stops.opener)
     words = [word for word in TAG.sub(" ", before).split() if word.strip(":#").lower() not in ROLES]
-    # Where it is not known how a message is opened, a few words may be its header.
-    return before if len(words) > (0 if template.stops.learnt and template.stops.opener else 3) else ""
+    # If the opener of messages is unknown, up to three words may belong to it.
+    return before if len(words) > (0 if template.stops.is_probed and template.stops.opener else 3) else ""
 
 
-def _ending(outcome: _Outcome) -> str | None:
-    if not outcome.texts:
+def _find_ending(result: _ProbeResult) -> str | None:
+    if not result.texts:
         return None
-    return _generated(outcome.texts[-1], 1).partition(str(_PROBES["single"][-1]["content"]))[2] or None
+    return _generated_text(result.texts[-1], 1).partition(str(_PROBES["single"][-1]["content"]))[2] or None

@@ -1,4 +1,4 @@
-"""What templates do, asked of the process in which they run; what they are known to do is not asked."""
+"""Render and examine templates in the worker process, or from cached results without the worker."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from ftdata.storage import disk
 from ftdata.templates import render_chat
 from ftdata.templates import template as templates
 from ftdata.templates.template import Template
-from ftdata.templates.verification.probe import TemplateReport
-from ftdata.templates.verification.probe import describe_contradiction as contradicted_here
+from ftdata.templates.verification.probe import TemplateReport, describe_contradiction
 from ftdata.templates.worker import protocol
 from ftdata.templates.worker.process import (
     EXAMINE_CPU_SECONDS,
@@ -32,21 +31,21 @@ from ftdata.templates.worker.process import (
 from ftdata.types import Conversation, Rendered
 
 HERE = not hasattr(os, "fork")
-"""Where there are no limits for processes, templates run in this one."""
+"""Whether all templates run in this process, because the platform has no limits for processes."""
 
 
 @lru_cache(maxsize=1)
-def _own() -> frozenset[str]:
+def _builtin_sources() -> frozenset[str]:
     return frozenset(path.read_text(encoding="utf-8") for path in Path(__file__).parents[1].glob("*.jinja"))
 
 
-def _here(template: Template) -> bool:
-    """Whether a template runs in this process: ours are no strangers'."""
-    return HERE or template.source in _own()
+def _runs_here(template: Template) -> bool:
+    """Return whether a template runs in this process. Built-in templates do, since they are trusted."""
+    return HERE or template.source in _builtin_sources()
 
 
 def start_template_worker() -> None:
-    """Begin the process in which templates run: it is ready when what is loaded meanwhile is."""
+    """Start the worker process, so that it is ready when the imports of this process are done."""
     if not HERE:
         start_worker()
 
@@ -54,11 +53,11 @@ def start_template_worker() -> None:
 def render_in_worker(
     conversation: Conversation, template: Template, turns: str = "auto", on_dropped_message: str = "reject"
 ) -> tuple[Rendered, ...]:
-    """Render a conversation, as `rendering.render` does.
+    """Render a conversation, as `render_chat` does, in the worker process.
 
     Raises:
-        BadRow: as it does; `template_limits`: the template takes more time or memory than any needs.
-        TemplateRefused: as it does, or `template_limits` on several rows.
+        BadRow: as in `render_chat`; `template_limits`, if the template exceeds the CPU or memory limit.
+        TemplateRefused: as in `render_chat`; `template_limits`, if the template exceeds the limits on several rows.
     """
     return submit_render(conversation, template, turns, on_dropped_message)()
 
@@ -66,167 +65,179 @@ def render_in_worker(
 def submit_render(
     conversation: Conversation, template: Template, turns: str = "auto", on_dropped_message: str = "reject"
 ) -> Callable[[], tuple[Rendered, ...]]:
-    """Begin to render a conversation; what is returned waits for it, and returns and raises what `render_in_worker` does."""
+    """Start to render a conversation in the worker process.
+
+    Returns:
+        A function that waits for the result and returns it. It raises the errors of `render_in_worker`.
+    """
     try:
-        steps = _steps(conversation)
-        if _here(template):
+        steps = _count_steps(conversation)
+        if _runs_here(template):
             return partial(render_chat.render_chat, conversation, template, turns, on_dropped_message)
-        known = render_chat.render_from_cache(conversation, template, turns, on_dropped_message)
-        if known is not None:
-            return lambda: known
-        sent = protocol.encode_conversation(conversation)
+        cached = render_chat.render_from_cache(conversation, template, turns, on_dropped_message)
+        if cached is not None:
+            return lambda: cached
+        encoded = protocol.encode_conversation(conversation)
         request = submit_request(
-            "render", template, steps, conversation=sent, turns=turns, on_dropped_message=on_dropped_message
+            "render", template, steps, conversation=encoded, turns=turns, on_dropped_message=on_dropped_message
         )
     except (BadRow, TemplateRefused, RecursionError) as error:
-        return partial(_raised, error)
-    return partial(_rendered, template, request)
+        return partial(_raise, error)
+    return partial(_receive_rendered, template, request)
 
 
-def _steps(conversation: Conversation) -> int:
-    """Return how often rendering a conversation looks at a message: at each of them, for each trained answer.
+def _count_steps(conversation: Conversation) -> int:
+    """Return the number of steps of rendering a conversation: messages times trained answers.
 
     Raises:
-        BadRow: `too_many_messages`: more than `MAX_STEPS`.
+        BadRow: `too_many_messages`, if there are more than `MAX_STEPS` steps.
     """
     messages, answers = len(conversation.messages), len(render_chat.trained_answers(conversation))
     steps = messages * answers
     if steps > MAX_STEPS:
         raise BadRow(
             "too_many_messages",
-            f"has {messages:,} messages and {answers:,} trained answers; their product may be at most {MAX_STEPS:,}, "
-            "since answers are located one by one",
+            f"the conversation has {messages:,} messages and {answers:,} trained answers; their product may be at most "
+            f"{MAX_STEPS:,}, because each answer is located separately",
             field="messages",
-            hint="split the conversation into several rows, or give most answers train: false",
+            hint="split the conversation into several rows, or set train: false for most answers",
         )
     return steps
 
 
-def _raised(error: Exception) -> NoReturn:
+def _raise(error: Exception) -> NoReturn:
     raise error
 
 
-def _rendered(template: Template, request: Request) -> tuple[Rendered, ...]:
+def _receive_rendered(template: Template, request: Request) -> tuple[Rendered, ...]:
     try:
         answer = request.result()
     except LimitExceeded:
-        raise _row_exceeds(template, request) from None
+        raise _make_row_error(template, request) from None
     for shape, plan in answer["plans"]:
-        template.plans.by_shape.setdefault(tuple(shape), []).append(protocol.decode_plan(plan))
+        template.plan_cache.plans_by_shape.setdefault(tuple(shape), []).append(protocol.decode_plan(plan))
     return tuple(map(protocol.decode_rendered_row, answer["texts"]))
 
 
-def _row_exceeds(template: Template, request: Request) -> BadRow:
+def _make_row_error(template: Template, request: Request) -> BadRow:
     return BadRow(
         "template_limits",
         f"template {template.name!r} needs more than {2 * request.cpu_seconds:.3g} s of CPU time, or more than "
         f"{MEGABYTES} MB, for this row",
-        hint="split the row if it is long; otherwise the template loops: use another one",
+        hint="split the row if it is long; otherwise the template may loop forever: use another template",
     )
 
 
 def cross_check_in_worker(
-    conversation: Conversation, template: Template, rendered: Rendered, most: int | None = None
+    conversation: Conversation, template: Template, rendered: Rendered, max_messages: int | None = None
 ) -> str | None:
-    """Return what speaks against a rendering, as `verify_template.contradicted` does.
+    """Cross-check a rendered conversation, as `describe_contradiction` does, in the worker process.
 
     Raises:
-        BadRow, TemplateRefused: as `render_in_worker`.
+        BadRow, TemplateRefused: as in `render_in_worker`.
     """
-    if _here(template):
-        return contradicted_here(conversation, template, rendered, most)
-    sent, made = protocol.encode_conversation(conversation), protocol.encode_rendered_row(rendered)
-    # Each of the messages that are changed is rendered three times, with all others.
-    steps = len(conversation.messages) * 3 * (most or len(conversation.messages))
-    request = submit_request("contradict", template, steps, conversation=sent, rendered=made, most=most)
+    if _runs_here(template):
+        return describe_contradiction(conversation, template, rendered, max_messages)
+    encoded_conversation = protocol.encode_conversation(conversation)
+    encoded_row = protocol.encode_rendered_row(rendered)
+    # Each changed message is rendered three times, with all other messages.
+    steps = len(conversation.messages) * 3 * (max_messages or len(conversation.messages))
+    request = submit_request(
+        "cross_check",
+        template,
+        steps,
+        conversation=encoded_conversation,
+        rendered=encoded_row,
+        max_messages=max_messages,
+    )
     try:
-        found = request.result()["found"]
+        contradiction = request.result()["contradiction"]
     except LimitExceeded:
-        raise _row_exceeds(template, request) from None
-    return None if found is None else str(found)
+        raise _make_row_error(template, request) from None
+    return None if contradiction is None else str(contradiction)
 
 
 def scaffold_in_worker(template: Template) -> str:
-    """Return what a chat template prints around messages, as `template.scaffold` does.
+    """Return the text that a chat template prints around messages, as `render_scaffold` does, in the worker process.
 
     Raises:
-        TemplateRefused: as `verify_template`.
+        TemplateRefused: as in `verify_template`.
     """
-    if _here(template) or not template.source:
+    if _runs_here(template) or not template.source:
         return templates.render_scaffold(template)
     try:
         return str(call_worker("scaffold", template)["text"])
     except LimitExceeded:
-        raise _refused(template) from None
+        raise _make_template_error(template) from None
 
 
 def verify_template(template: Template) -> TemplateReport:
-    """Examine a template, or remember what was found.
+    """Examine a template, or return the cached report.
 
-    Verdicts are kept in `$XDG_CACHE_HOME/ftdata` (`~/.cache/ftdata`), where that can be written, by content: the same
-    template with the same tokens and options is examined once.
+    Reports are cached in `$XDG_CACHE_HOME/ftdata` (`~/.cache/ftdata`), if it is writable. The key is a hash of the
+    template, its special tokens and options.
 
     Raises:
-        TemplateRefused: it cannot be compiled; `template_limits`: it takes more time or memory than any template
-            needs.
+        TemplateRefused: `template_syntax`, if the template cannot be compiled; `template_limits`, if it exceeds the
+            CPU or memory limit.
     """
-    return _examined(template.description)
+    return _examine(template.description)
 
 
 def require_verified(template: Template) -> Template:
-    """Return the template, examined and not contradicted.
+    """Examine the template and return it.
 
     Raises:
-        TemplateRefused: as `verify_template`, or `template_not_verified`: two ways of finding what is trained disagree about it.
+        TemplateRefused: as in `verify_template`; `template_not_verified`, if a cross-check fails.
     """
-    if template.source and (against := verify_template(template).contradictions):
+    if template.source and (contradictions := verify_template(template).contradictions):
         raise TemplateRefused(
             "template_not_verified",
-            f"two ways of finding what template {template.name!r} has the model produce disagree: {against[0]}",
-            hint="mark what is trained with {% generation %} in a template file of your own",
+            f"the cross-check of template {template.name!r} failed: {contradictions[0]}",
+            hint="mark the generated text with {% generation %} in a copy of the template",
         )
     return template
 
 
 @lru_cache(maxsize=1024)
-def _examined(description: str) -> TemplateReport:
-    key = disk.hash_bytes(f"{__version__} {_own_code()} {description}".encode())
+def _examine(description: str) -> TemplateReport:
+    key = disk.hash_bytes(f"{__version__} {_code_hash()} {description}".encode())
     root = disk.cache_root()
     file = root / "verdicts" / f"{key}.json" if root else Path(os.devnull)
     with suppress(OSError, ValueError, TypeError, AttributeError, LookupError):
-        return _report(_unsealed(json.loads(disk.read_regular_file(file))))
-    template = Template.described(description)
+        return _make_report(_check_cached(json.loads(disk.read_regular_file(file))))
+    template = Template.from_description(description)
     try:
-        report = _asked(template)
+        report = _request_report(template)
     except LimitExceeded:
-        raise _refused(template) from None
+        raise _make_template_error(template) from None
     with suppress(OSError):
         if root is None:
-            return _report(report)
+            return _make_report(report)
         disk.mkdir(file.parent, parents=True, exist_ok=True)
-        beside = file.with_suffix(f".{os.getpid()}")
-        disk.write(beside, json.dumps({"report": report, "sha256": _hash(report)}).encode())
-        disk.rename(beside, file)
-    return _report(report)
+        temporary = file.with_suffix(f".{os.getpid()}")
+        disk.write(temporary, json.dumps({"report": report, "sha256": _hash(report)}).encode())
+        disk.rename(temporary, file)
+    return _make_report(report)
 
 
 def _hash(report: Any) -> str:
     return disk.hash_bytes(json.dumps(report, sort_keys=True).encode())
 
 
-def _unsealed(kept: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a report that was kept.
+def _check_cached(cached: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a cached report.
 
     Raises:
-        ValueError: it is not as it was written.
+        ValueError: the report does not match its hash.
     """
-    report: Mapping[str, Any] = kept["report"]
-    if kept["sha256"] != _hash(report):
-        raise ValueError("the report is damaged")
+    report: Mapping[str, Any] = cached["report"]
+    if cached["sha256"] != _hash(report):
+        raise ValueError("the cached report does not match its hash")
     return report
 
 
-def _asked(template: Template) -> Mapping[str, Any]:
+def _request_report(template: Template) -> Mapping[str, Any]:
     if HERE:
         from ftdata.templates.verification.probe import probe_template
 
@@ -237,26 +248,26 @@ def _asked(template: Template) -> Mapping[str, Any]:
         raise TemplateRefused(
             "template_too_deep",
             f"template {template.name!r} nests texts, loops or macros too deep to be examined",
-            hint="use another template, or a simpler one",
+            hint="use another template or simplify this template",
         ) from None
 
 
-def _refused(template: Template) -> TemplateRefused:
+def _make_template_error(template: Template) -> TemplateRefused:
     return TemplateRefused(
         "template_limits",
         f"template {template.name!r} needs more than {EXAMINE_CPU_SECONDS:.3g} s of CPU time, or more than "
         f"{MEGABYTES} MB, for small conversations",
-        hint="use another template: this one loops, or is an attack",
+        hint="use another template: this template may loop forever, or is malicious",
     )
 
 
-def _report(found: Mapping[str, Any]) -> TemplateReport:
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+def _make_report(values: Mapping[str, Any]) -> TemplateReport:
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return TemplateReport(**fields)
 
 
 @lru_cache(maxsize=1)
-def _own_code() -> str:
-    """Return a hash of the modules that reach a verdict: an editable install changes without a new version."""
+def _code_hash() -> str:
+    """Return a hash of this package's modules: the code of an editable install changes without a new version."""
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     return disk.hash_bytes(b"".join(file.read_bytes() for file in files))

@@ -1,8 +1,8 @@
-"""The worker process in which templates run: answers each frame of requests with a frame of answers.
+"""The worker process that runs templates: it answers each frame of requests with a frame of answers.
 
-Every request has a limit of CPU time and of memory. The kernel ends this process where a template exceeds one
-(SIGPROF); the process that sent the request starts another worker. Templates are examined in a fork of this process,
-which ends without taking the worker with it.
+Every request has a limit of CPU time and of memory. If a template exceeds a limit, the kernel ends this process
+(SIGPROF), and the process that sent the request starts a new worker. Templates are examined in a fork of this process,
+so that the worker survives a failed examination.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _MAX_OUTPUT = 1 << 22
 def _render(template: Template, arguments: Mapping[str, Any]) -> dict[str, Any]:
     conversation = protocol.decode_conversation(arguments["conversation"])
     texts = render_chat.render_chat(conversation, template, arguments["turns"], arguments["on_dropped_message"])
-    plans, template.plans.fresh = template.plans.fresh, []
+    plans, template.plan_cache.new_plans = template.plan_cache.new_plans, []
     return {
-        "texts": [protocol.encode_rendered_row(one) for one in texts],
+        "texts": [protocol.encode_rendered_row(text) for text in texts],
         "plans": [(shape, protocol.encode_plan(plan)) for shape, plan in plans],
     }
 
 
-def _contradict(template: Template, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _cross_check(template: Template, arguments: Mapping[str, Any]) -> dict[str, Any]:
     conversation, rendered = (
         protocol.decode_conversation(arguments["conversation"]),
         protocol.decode_rendered_row(arguments["rendered"]),
     )
-    return {"found": describe_contradiction(conversation, template, rendered, arguments["most"])}
+    return {"contradiction": describe_contradiction(conversation, template, rendered, arguments["max_messages"])}
 
 
 def _scaffold(template: Template, _: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _examine(template: Template, _: Mapping[str, Any]) -> dict[str, Any]:
 
 ACTIONS: dict[str, Callable[[Template, Mapping[str, Any]], dict[str, Any]]] = {
     "render": _render,
-    "contradict": _contradict,
+    "cross_check": _cross_check,
     "scaffold": _scaffold,
     "examine": _examine,
 }
@@ -64,7 +64,7 @@ ACTIONS: dict[str, Callable[[Template, Mapping[str, Any]], dict[str, Any]]] = {
 
 def main(connection: Connection) -> None:
     """Answer requests until the other process closes the connection."""
-    # Both may be inherited otherwise.
+    # A different handler and a blocked signal may be inherited from the parent process.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     templates: dict[str, Template] = {}
@@ -73,7 +73,7 @@ def main(connection: Connection) -> None:
             answers = list[bytes]()
             for action, key, body, cpu_seconds in protocol.decode_values(connection.recv_bytes()):
                 if action == "define_template":
-                    templates[key] = Template.described(body.decode())
+                    templates[key] = Template.from_description(body.decode())
                 elif action == "examine":
                     answers.append(_answer_in_fork(templates[key], action, body))
                 else:
@@ -82,7 +82,7 @@ def main(connection: Connection) -> None:
 
 
 def _answer_in_fork(template: Template, action: str, body: bytes) -> bytes:
-    """Answer in a fork of this process, which ends with all that it learned of the template."""
+    """Answer a request in a fork of this process, whose caches end with it."""
     receiver, sender = Pipe(duplex=False)
     child = os.fork()
     if child == 0:
@@ -101,7 +101,7 @@ def _answer_in_fork(template: Template, action: str, body: bytes) -> bytes:
 
 
 def _answer(template: Template, action: str, body: bytes, cpu_seconds: float) -> bytes:
-    """Return the encoded answer to one request; the limits hold until it is encoded."""
+    """Return the encoded answer to a request. The limits also apply to the encoding."""
     with _memory_limit(len(body)):
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         try:
@@ -109,13 +109,13 @@ def _answer(template: Template, action: str, body: bytes, cpu_seconds: float) ->
             too_long = len(answer) > _MAX_OUTPUT + BYTES_PER_CHARACTER * len(body)
             return protocol.encode_values({"output_too_long": len(answer)}) if too_long else answer
         except BadRow as error:
-            return protocol.encode_values({"bad_row": {**_described(error), "field": error.field}})
+            return protocol.encode_values({"bad_row": {**_describe_error(error), "field": error.field}})
         except TemplateRefused as error:
-            return protocol.encode_values({"template_refused": _described(error)})
+            return protocol.encode_values({"template_refused": _describe_error(error)})
         except RecursionError:
             return protocol.encode_values({"too_deep": True})
         except MemoryError:
-            # As when the CPU limit is exceeded; the memory would not be given back, either.
+            # End the process as if the CPU limit were exceeded. Python would not release the memory.
             os.kill(os.getpid(), signal.SIGPROF)
             raise
         except Exception as error:  # noqa: BLE001  (reported to the process that sent the request)
@@ -124,13 +124,13 @@ def _answer(template: Template, action: str, body: bytes, cpu_seconds: float) ->
             signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _described(error: BadRow | TemplateRefused) -> dict[str, str]:
+def _describe_error(error: BadRow | TemplateRefused) -> dict[str, str]:
     return {"code": error.code, "message": error.message[:_MAX_MESSAGE], "where": error.where, "hint": error.hint}
 
 
 @contextmanager
 def _memory_limit(size: int) -> Iterator[None]:
-    """Limit how much memory this process may take, beyond what it has, for a request of so many bytes."""
+    """Limit the additional memory of this process for a request of `size` bytes."""
     try:
         import resource
 
@@ -138,17 +138,17 @@ def _memory_limit(size: int) -> Iterator[None]:
     except (ImportError, OSError):
         yield
         return
-    kind, (before, most) = resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS)
-    room = pages * resource.getpagesize() + (MEGABYTES << 20) + BYTES_PER_CHARACTER * size
-    resource.setrlimit(kind, (room if most < 0 else min(room, most), most))
+    kind, (soft_limit, hard_limit) = resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + (MEGABYTES << 20) + BYTES_PER_CHARACTER * size
+    resource.setrlimit(kind, (limit if hard_limit < 0 else min(limit, hard_limit), hard_limit))
     try:
         yield
     finally:
-        resource.setrlimit(kind, (before, most))
+        resource.setrlimit(kind, (soft_limit, hard_limit))
 
 
 if __name__ == "__main__":
-    # What a row leaves behind is in no cycle, but for errors.
+    # Rendering a row creates reference cycles only in errors, so garbage collection can be rare.
     gc.freeze()
     gc.set_threshold(100_000, 10, 10)
     main(Connection(int(sys.argv[1])))

@@ -1,12 +1,12 @@
-"""Run templates in a worker process: they are untrusted code, which may loop forever or fill the memory.
+"""Run templates in a worker process, since they are untrusted code that may loop forever or exhaust the memory.
 
 Each process has one worker (`ftdata.templates.worker.main`), which is replaced when it ends. Requests and answers are
 frames of a `multiprocessing` connection; `ftdata.templates.worker.protocol` defines their contents.
 
-Limits are counted in CPU time of the worker, never in wall time: what becomes of a row must not depend on what else the
-machine does. The limit of a request follows from its size alone, and is many times what honest templates need. A worker
-that exceeds it is ended by the kernel (SIGPROF). The request is then repeated once, alone and with twice the limit, in
-a new worker; only if that fails too, the row is rejected.
+Limits apply to the CPU time of the worker, not to wall time: the result for a row must not depend on the load of the
+machine. The limit of a request depends only on its size, and is many times the needs of ordinary templates. The kernel
+ends a worker that exceeds the limit (SIGPROF). The request is then repeated once in a new worker, alone and with twice
+the limit. If that fails, too, the row is rejected.
 """
 
 from __future__ import annotations
@@ -30,76 +30,76 @@ from ftdata.templates.template import Template
 from ftdata.templates.worker import protocol
 
 CPU_SECONDS, CHARACTERS_PER_SECOND, SECONDS_PER_STEP = 0.5, 20_000, 0.0005
-"""CPU limit of a request: seconds, one more for so many characters, and so many for each step (`steps`)."""
+"""CPU limit of a request: constant seconds, characters per additional second, and seconds per step."""
 
 EXAMINE_CPU_SECONDS = 3.0
 """CPU limit of the examination of a template."""
 
 MEGABYTES, BYTES_PER_CHARACTER = 512, 64
-"""Memory limit of a request: megabytes, and bytes for every character of it."""
+"""Memory limit of a request: constant megabytes, and bytes per character of the request."""
 
 MAX_STEPS = 1 << 22
-"""Conversations with more steps (messages times answers) are rejected: each answer needs renderings of its own."""
+"""Conversations with more steps (messages times trained answers) are rejected: each answer is rendered separately."""
 
 MAX_LOST = 5
-"""How often a worker may end for reasons outside of its control (killed, out of memory) before the build stops."""
+"""How many workers may end for external reasons (killed, out of memory) before the build stops."""
 
 _MAX_ATTEMPTS = 2
-"""How often a request may exceed its limits."""
+"""How many times a request may exceed its limits."""
 
 _MAX_UNANSWERED, _MIN_FRAME = 1 << 15, 1 << 13
-"""Bytes sent before answers are read, well below the buffer of a socket; and bytes that requests are collected to."""
+"""Maximum size in bytes of unanswered requests, well below a socket's buffer, and minimum size of a frame."""
 
 _ENDED_BY_TEMPLATE = {signal.SIGPROF, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
-"""Signals by which a template ends its worker: the CPU limit, and crashes such as an overflow of the C stack."""
+"""Signals with which a template may end its worker: the CPU limit, and crashes such as a C stack overflow."""
 
 
 class LimitExceeded(Exception):
-    """The template needs more CPU time or memory than its request is allowed."""
+    """The template exceeds the CPU or memory limit of the request."""
 
 
 def start_worker() -> None:
-    """Start the worker of this process unless it is running, so that it is ready by the first request."""
+    """Start the worker of this process if it is not running, so that it is ready before the first request."""
     with _lock(os.getpid()):
-        _worker()
+        _get_worker()
 
 
 def call_worker(action: str, template: Template, **arguments: Any) -> dict[str, Any]:
-    """Have the worker do something with a template, and return its answer.
+    """Send a request to the worker and return its answer.
 
     Args:
-        action: one of `worker.ACTIONS`.
+        action: a key of `worker.main.ACTIONS`.
         template: the template.
-        arguments: JSON values that the action takes.
+        arguments: arguments of the action, JSON values.
 
     Raises:
-        BadRow, TemplateRefused: the action raises it.
+        BadRow, TemplateRefused: the error of the action.
         RecursionError: the arguments are nested too deep.
         LimitExceeded: the template exceeds its limits.
-        StorageError: `template_worker_lost`: workers end again and again for other reasons.
+        StorageError: `template_worker_lost`, if workers end repeatedly for other reasons.
     """
     return submit_request(action, template, **arguments).result()
 
 
 def submit_request(action: str, template: Template, steps: int = 0, **arguments: Any) -> Request:
-    """Send a request as `call_worker` does, and return without waiting for the answer.
+    """Send a request to the worker without waiting for the answer.
 
     Args:
-        action: one of `worker.ACTIONS`.
+        action: a key of `worker.main.ACTIONS`.
         template: the template.
-        steps: how often a template looks at a message, at least: this scales the CPU limit.
-        arguments: JSON values that the action takes.
+        steps: minimum number of messages that the template processes, which increases the CPU limit.
+        arguments: arguments of the action, JSON values.
     """
     body = protocol.encode_values(arguments)
     limit = CPU_SECONDS + len(body) / CHARACTERS_PER_SECOND + steps * SECONDS_PER_STEP
     request = Request(action, template, body, limit)
     if template.key in _exceeding:
-        # The last attempt decides. It comes at once, alone, where it is to be expected.
+        # The template is likely to exceed its limits again, so only the last attempt is made, alone.
         request.exceeded = _MAX_ATTEMPTS - 1
         return request
     with _lock(os.getpid()), suppress(WorkerEnded):
-        worker = _worker()
-        # Sending more than the socket's buffer holds would wait for a worker that waits for us.
+        worker = _get_worker()
+        # Sending more than the buffer of the socket holds would cause a deadlock with the worker.
         while worker.pending and worker.unanswered + len(body) > _MAX_UNANSWERED:
             worker.receive()
         worker.send(request, flush=False)
@@ -111,13 +111,13 @@ class Request:
     """A request to the worker and, once received, its answer.
 
     Attributes:
-        action: one of `worker.ACTIONS`.
+        action: a key of `worker.main.ACTIONS`.
         template: the template.
         body: the encoded arguments.
         cpu_seconds: the CPU limit of the first attempt.
-        answer: what the worker answered; `None` until then.
-        exceeded: how many attempts exceeded the limits.
-        lost: how many attempts ended with a worker that something else had killed.
+        answer: answer of the worker, or `None` before it is received.
+        exceeded: number of attempts that exceeded the limits.
+        lost: number of attempts whose worker ended for external reasons.
     """
 
     action: str
@@ -130,14 +130,14 @@ class Request:
 
     @property
     def frame(self) -> list[Any]:
-        """The request as it is sent."""
+        """The list of values that is sent."""
         return [self.action, self.template.key, self.body, self.cpu_seconds * (1 + self.exceeded)]
 
     def result(self) -> dict[str, Any]:
         """Wait for the answer and return it.
 
         Raises:
-            BadRow, TemplateRefused, RecursionError, LimitExceeded, StorageError: as `call_worker` does.
+            BadRow, TemplateRefused, RecursionError, LimitExceeded, StorageError: as in `call_worker`.
         """
         with _lock(os.getpid()):
             while self.answer is None:
@@ -145,9 +145,9 @@ class Request:
                     _exceeding.add(self.template.key)
                     raise LimitExceeded
                 with suppress(WorkerEnded):
-                    worker = _worker()
+                    worker = _get_worker()
                     if self not in worker.pending:
-                        # Alone, so that a worker that ends is known to end because of this request.
+                        # Send the request alone, so that it is the cause if the worker ends.
                         worker.receive_all()
                         worker.send(self)
                     worker.receive_until(self)
@@ -170,17 +170,25 @@ _exceeding: set[str] = set()
 
 
 @lru_cache(maxsize=1)
-def _lock(process_id: int) -> threading.Lock:  # noqa: ARG001  (a forked process needs a lock that nobody holds)
+def _lock(process_id: int) -> threading.Lock:  # noqa: ARG001  (a forked process needs a new lock, which is not held)
     return threading.Lock()
 
 
 class WorkerEnded(Exception):
-    """The worker ended before it answered; it was replaced or will be."""
+    """The worker ended before it answered. The next request starts a new worker."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Worker:
-    """The worker process, and the requests that it has not answered yet, oldest first."""
+    """The worker process and its unanswered requests.
+
+    Attributes:
+        process: the process.
+        connection: the connection to the process.
+        known_templates: templates that were sent to the process, by key.
+        pending: unanswered requests, oldest first.
+        unsent: requests to send in the next frame.
+    """
 
     process: subprocess.Popen[bytes]
     connection: Connection
@@ -190,31 +198,31 @@ class _Worker:
 
     @property
     def unanswered(self) -> int:
-        """Bytes of the requests that are not answered yet."""
+        """Size of the unanswered requests in bytes."""
         return sum(len(request.body) for request in self.pending)
 
     def send(self, request: Request, *, flush: bool = True) -> None:
-        """Send a request; with `flush=False`, maybe only together with the next ones.
+        """Send a request. With `flush=False`, it may be sent later, together with other requests.
 
         Raises:
             WorkerEnded: the worker has ended.
         """
         if self.known_templates.get(request.template.key) is not request.template:
-            # An equal template that was made anew has none of the plans that the worker has sent before.
+            # An equal template that is a new object does not have the plans that the worker sent before.
             self.known_templates[request.template.key] = request.template
             self.unsent.append(["define_template", request.template.key, request.template.description.encode(), 0.0])
         self.unsent.append(request.frame)
         self.pending.append(request)
         if flush or sum(len(body) for _, _, body, _ in self.unsent) >= _MIN_FRAME:
-            self._guarded(self._flush)
+            self._exchange(self._flush)
 
     def receive(self) -> None:
-        """Receive the answers to the requests that were sent together and are the oldest unanswered ones.
+        """Receive the answers to the oldest frame of unanswered requests.
 
         Raises:
             WorkerEnded: the worker has ended.
         """
-        self._guarded(self._receive)
+        self._exchange(self._receive)
 
     def receive_all(self) -> None:
         """Receive all answers.
@@ -226,7 +234,7 @@ class _Worker:
             self.receive()
 
     def receive_until(self, request: Request) -> None:
-        """Receive answers until there is one for this request, or an attempt at it exceeded the limits.
+        """Receive answers until this request is answered or exceeds its limits.
 
         Raises:
             WorkerEnded: the worker has ended.
@@ -245,35 +253,35 @@ class _Worker:
         for answer in map(protocol.decode_values, protocol.decode_values(self.connection.recv_bytes())):
             request = self.pending.popleft()
             if "output_too_long" in answer:
-                # It is as long however often the request is repeated.
+                # Every attempt would have the same output.
                 request.exceeded = _MAX_ATTEMPTS
             else:
                 request.answer = answer
 
-    def _guarded(self, exchange: Callable[[], None]) -> None:
-        """Exchange frames with the worker; replace it when it ends, and when anything interrupts the exchange."""
+    def _exchange(self, transfer: Callable[[], None]) -> None:
+        """Exchange frames with the worker. Stop it if it ends or if the exchange is interrupted."""
         try:
-            exchange()
+            transfer()
         except (OSError, EOFError):
             self._count_end()
             raise WorkerEnded from None
         except BaseException:
-            # Also Ctrl-C: an answer that is still to come must not be taken for the answer to another request.
+            # Also on Ctrl-C: a late answer must not be read as the answer to another request.
             self.stop()
             raise
 
     def _count_end(self) -> None:
-        """Count, for each pending request, that the worker ended; which of several ended it is not known.
+        """Count the end of the worker for each pending request, since any of them may be the cause.
 
         Raises:
-            StorageError: something kills the workers.
+            StorageError: `template_worker_lost`, if too many workers ended for external reasons.
         """
         pending = list(self.pending)
         status = self.process.wait()
         self.stop()
         for request in pending:
             if -status in _ENDED_BY_TEMPLATE:
-                # Each of several requests is repeated alone. Only then it is known which of them is to blame.
+                # Several requests are repeated one by one to find the request that exceeds the limits.
                 request.exceeded = request.exceeded + 1 if len(pending) == 1 else 1
                 continue
             request.lost += 1
@@ -281,11 +289,11 @@ class _Worker:
                 raise StorageError(
                     "template_worker_lost",
                     f"the process that runs templates ended {MAX_LOST} times (exit status {status})",
-                    hint="is there too little memory, or does something kill it? Run the command again to resume",
+                    hint="check the free memory and what kills the process, then run the command again to resume",
                 )
 
     def stop(self) -> None:
-        """End the process, which holds nothing worth keeping; the next request starts another."""
+        """End the process, which has no state to save. The next request starts a new process."""
         if _current[-1:] == [self]:
             _current.clear()
         self.pending.clear()
@@ -295,40 +303,40 @@ class _Worker:
 
 
 _ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PATH", "PYTHONPYCACHEPREFIX", "TMPDIR", "TZ")
-"""The environment variables that the worker gets: tokens and keys are not among them."""
+"""The environment variables of the worker. They contain no tokens or keys."""
 
 _current: list[_Worker] = []
 """The worker of this process, if there is one."""
 
 _owner: list[int] = []
-"""The process that `_current` belongs to: a forked process must not use the worker of its parent."""
+"""The id of the process that `_current` belongs to. A forked process must not use the worker of its parent."""
 
 
-def _worker() -> _Worker:
-    """Return the running worker of this process; start one if there is none."""
+def _get_worker() -> _Worker:
+    """Return the worker of this process. Start a worker if none is running."""
     if _owner != [os.getpid()]:
         _current.clear()
         _owner[:] = [os.getpid()]
     if not _current:
-        _current.append(_start())
+        _current.append(_start_process())
     return _current[0]
 
 
-def _start() -> _Worker:
-    path = os.pathsep.join(str(entry) for entry in sys.path if entry)
-    ours, theirs = Pipe()
-    process = subprocess.Popen(  # noqa: S603  (our own interpreter, with a list of arguments)
-        [sys.executable, "-P", "-m", "ftdata.templates.worker.main", str(theirs.fileno())],
+def _start_process() -> _Worker:
+    path = os.pathsep.join(str(folder) for folder in sys.path if folder)
+    connection, worker_connection = Pipe()
+    process = subprocess.Popen(  # noqa: S603  (this interpreter, with a list of arguments)
+        [sys.executable, "-P", "-m", "ftdata.templates.worker.main", str(worker_connection.fileno())],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        pass_fds=[theirs.fileno()],
+        pass_fds=[worker_connection.fileno()],
         env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"},
         start_new_session=True,
     )
-    theirs.close()
-    return _Worker(process, ours)
+    worker_connection.close()
+    return _Worker(process, connection)
 
 
 @atexit.register

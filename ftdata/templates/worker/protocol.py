@@ -1,8 +1,8 @@
-"""Messages between this process and the template worker: JSON values only, which cannot run code when they are decoded.
+"""Messages between this process and the template worker: JSON values, which cannot run code when they are decoded.
 
 The first byte is `M` for MessagePack, or `J` for JSON (integers and strings that MessagePack cannot represent). A frame
-to the worker is a list of `[action, template key, encoded arguments, CPU seconds]`; a frame from it is a list of
-answers, one for each request.
+to the worker is a list of `[action, template key, encoded arguments, CPU seconds]`. A frame from the worker is a list
+of answers, one per request.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ftdata.types import Conversation, Part, Rendered, SpanKinds, Spans
 
 
 def encode_values(value: Any) -> bytes:
-    """Return plain values as they are sent.
+    """Encode JSON values as bytes.
 
     Raises:
-        BadRow: `not_json`: there are values of other types among them.
-        RecursionError: they are nested too deep.
+        BadRow: `not_json`, if there are values of other types.
+        RecursionError: the values are nested too deep.
     """
     try:
         return b"M" + msgspec.msgpack.encode(value)
@@ -33,20 +33,20 @@ def encode_values(value: Any) -> bytes:
         try:
             return b"J" + json.dumps(value).encode()
         except (TypeError, ValueError) as error:
-            raise BadRow("not_json", f"holds what JSON does not: {error}") from None
+            raise BadRow("not_json", f"the row contains a value that JSON does not support: {error}") from None
 
 
 def decode_values(body: bytes) -> Any:
-    """Return the values that `encode_values` encoded.
+    """Decode the bytes that `encode_values` returned.
 
     Raises:
-        ValueError: the bytes are not such values.
+        ValueError: the bytes are invalid.
     """
     return json.loads(body[1:]) if body[:1] == b"J" else msgspec.msgpack.decode(memoryview(body)[1:])
 
 
 def encode_conversation(conversation: Conversation) -> dict[str, Any]:
-    """Return what of a conversation is rendered."""
+    """Return the rendered attributes of a conversation as JSON values."""
     return {
         "messages": conversation.messages,
         "fields": conversation.fields,
@@ -56,36 +56,41 @@ def encode_conversation(conversation: Conversation) -> dict[str, Any]:
     }
 
 
-def decode_conversation(known: Mapping[str, Any]) -> Conversation:
-    """Return a conversation."""
-    messages, tools = tuple(known["messages"]), tuple(known["tools"])
-    return Conversation(messages, known["fields"], tools, known["text"], known["completion_from"])
+def decode_conversation(values: Mapping[str, Any]) -> Conversation:
+    """Return the conversation that `encode_conversation` encoded."""
+    messages, tools = tuple(values["messages"]), tuple(values["tools"])
+    return Conversation(messages, values["fields"], tools, values["text"], values["completion_from"])
 
 
-def encode_rendered_row(one: Rendered) -> dict[str, Any]:
-    """Return a rendered text."""
-    spans = Spans.of(one.spans)
+def encode_rendered_row(rendered: Rendered) -> dict[str, Any]:
+    """Return a rendered text as JSON values."""
+    spans = Spans.from_spans(rendered.spans)
     return {
-        "text": one.text,
+        "text": rendered.text,
         "sizes": spans.sizes,
-        "kinds": _of_kinds(spans.kinds),
-        "flags": sorted(one.flags),
-        "rest": (one.messages, one.add_bos, one.keep_control),
+        "kinds": _encode_kinds(spans.kinds),
+        "flags": sorted(rendered.flags),
+        "options": (rendered.messages, rendered.add_bos, rendered.keep_control),
     }
 
 
-def decode_rendered_row(known: Mapping[str, Any]) -> Rendered:
-    """Return a rendered text."""
-    spans = Spans(known["sizes"], _kinds(known["kinds"]))
-    return Rendered(known["text"], spans, frozenset(known["flags"]), *known["rest"])
+def decode_rendered_row(values: Mapping[str, Any]) -> Rendered:
+    """Return the rendered text that `encode_rendered_row` encoded."""
+    spans = Spans(values["sizes"], _decode_kinds(values["kinds"]))
+    return Rendered(values["text"], spans, frozenset(values["flags"]), *values["options"])
 
 
-def _of_kinds(kinds: SpanKinds) -> list[Any]:
-    return [list(map(_NUMBERS.__getitem__, kinds.parts)), kinds.messages, kinds.generated, kinds.followed]
+def _encode_kinds(kinds: SpanKinds) -> list[Any]:
+    return [
+        list(map(_NUMBERS.__getitem__, kinds.parts)),
+        kinds.messages,
+        kinds.generated,
+        kinds.has_constant_template_text,
+    ]
 
 
-def _kinds(known: Any) -> SpanKinds:
-    parts, messages, generated, followed = known
+def _decode_kinds(values: Any) -> SpanKinds:
+    parts, messages, generated, followed = values
     return SpanKinds(tuple(map(_PARTS.__getitem__, parts)), tuple(messages), tuple(generated), followed)
 
 
@@ -94,39 +99,46 @@ _NUMBERS = {part: number for number, part in enumerate(_PARTS)}
 
 
 def encode_plan(plan: RenderPlan) -> list[Any]:
-    """Return a plan."""
-    leaves = [(at, (leaf.message, leaf.changes, leaf.manner)) for at, leaf in plan.leaves]
-    questions = [(one.asked, one.answer) for one in plan.questions]
-    return [plan.texts, _packed(leaves), _of_kinds(plan.kinds), sorted(plan.flags), _packed(questions), plan.unlike]
+    """Return a render plan as JSON values."""
+    leaves = [(index, (leaf.message, leaf.changes, leaf.whitespace)) for index, leaf in plan.leaves]
+    operations = [(operation.expression, operation.result) for operation in plan.operations]
+    return [
+        plan.texts,
+        _encode_slices(leaves),
+        _encode_kinds(plan.kinds),
+        sorted(plan.flags),
+        _encode_slices(operations),
+        plan.excluded_prefixes,
+    ]
 
 
-def decode_plan(known: Any) -> RenderPlan:
-    """Return a plan."""
-    texts, leaves, kinds, flags, questions, unlike = known
+def decode_plan(values: Any) -> RenderPlan:
+    """Return the render plan that `encode_plan` encoded."""
+    texts, leaves, kinds, flags, operations, excluded_prefixes = values
     return RenderPlan(
         tuple(texts),
-        tuple((at, ContentLeaf(*leaf)) for at, leaf in _unpacked(leaves)),
-        _kinds(kinds),
+        tuple((index, ContentLeaf(*leaf)) for index, leaf in _decode_slices(leaves)),
+        _decode_kinds(kinds),
         frozenset(flags),
-        tuple(RecordedOperation(*one) for one in _unpacked(questions)),
-        tuple((_anchor(place), other) for place, other in unlike),
+        tuple(RecordedOperation(*operation) for operation in _decode_slices(operations)),
+        tuple((_decode_anchor(anchor), excluded) for anchor, excluded in excluded_prefixes),
     )
 
 
-def _anchor(place: Any) -> Anchor:
-    index, offset = place
+def _decode_anchor(anchor: Any) -> Anchor:
+    index, offset = anchor
     return index, offset
 
 
-def _packed(value: Any) -> Any:
-    """Return a value with slices marked; lists and tuples are both lists."""
+def _encode_slices(value: Any) -> Any:
+    """Return the value with slices as objects, and with tuples as lists."""
     if isinstance(value, slice):
         return {"slice": [value.start, value.stop, value.step]}
-    return [_packed(one) for one in value] if isinstance(value, list | tuple) else value
+    return [_encode_slices(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _unpacked(value: Any) -> Any:
-    """Return a value with tuples for lists."""
+def _decode_slices(value: Any) -> Any:
+    """Return the value with objects as slices, and with lists as tuples."""
     if isinstance(value, dict):
         return slice(*value["slice"])
-    return tuple(map(_unpacked, value)) if isinstance(value, list) else value
+    return tuple(map(_decode_slices, value)) if isinstance(value, list) else value

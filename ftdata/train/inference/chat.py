@@ -1,4 +1,4 @@
-"""Talk with the model of a finished run: prompts and conversations, shown to it as it was trained on them."""
+"""Chat with the model of a finished run; conversations are rendered as in training."""
 
 from __future__ import annotations
 
@@ -18,45 +18,52 @@ from ftdata.types import Message
 
 @dataclass
 class ChatSession:
-    """A conversation with a model; `messages` is what was said so far.
+    """A conversation with a model.
 
-    `forgets` says that the template has room for one question alone, so that nothing else is seen by the model.
+    Attributes:
+        model: the model, with its generation config.
+        recipe: the recipe of the build, which renders and tokenizes conversations.
+        options: further arguments of `model.generate`.
+        messages: the messages so far.
+        is_single_turn: whether the template renders only a single question, so the model does not see earlier messages.
+        progress: called with the progress after each token.
     """
 
     model: Any
     recipe: Recipe
     options: dict[str, Any]
     messages: list[Message] = field(default_factory=list)
-    forgets: bool = False
+    is_single_turn: bool = False
     progress: Callable[[GenerationProgress], None] | None = None
 
     def say(self, text: str) -> str:
-        """Say something, and return the answer; both are remembered.
+        """Send a user message, return the answer, and append both to `messages`.
 
         Raises:
-            InputRefused: the template cannot show the conversation.
+            InputRefused: the template cannot render the conversation.
         """
-        said: Message = {"role": "user", "content": text}
-        # What the model has said is not asked of it again, so it may be nothing.
-        earlier = [cast(Message, {**one, "train": False}) for one in self.messages]
+        question: Message = {"role": "user", "content": text}
+        # Earlier answers are not trained, so they may be empty.
+        earlier = [cast(Message, {**message, "train": False}) for message in self.messages]
         try:
-            (answer,) = self.answers([[*earlier, said]])
+            (answer,) = self.generate_answers([[*earlier, question]])
         except InputRefused as error:
-            # One question is all that some templates have room for; too long is another matter.
-            if not earlier or error.code != "template_raises" or any(one["role"] == "system" for one in earlier):
+            # Some templates render only a single question. A prompt that is too long raises another error code.
+            has_system = any(message["role"] == "system" for message in earlier)
+            if not earlier or error.code != "template_raises" or has_system:
                 raise
-            (answer,) = self.answers([[said]])
-            self.forgets = True
-        self.messages = [*self.messages, said, {"role": "assistant", "content": answer}]
+            (answer,) = self.generate_answers([[question]])
+            self.is_single_turn = True
+        self.messages = [*self.messages, question, {"role": "assistant", "content": answer}]
         return answer
 
-    def answers(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
-        """Return what the model answers to each of several conversations."""
+    def generate_answers(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+        """Return the answer of the model to each conversation."""
         prompts = [encode_messages(messages, self.recipe) for messages in conversations]
         tokenizer: Tokenizer = self.recipe.tokenizer
-        # The blank before an answer may be a part of its first token.
         meter = ProgressMeter(len(prompts), 1, self.progress) if self.progress else None
         answers = generate_ids(self.model, prompts, progress=meter, **self.options)
+        # The first token of an answer may contain the space before the answer.
         return [tokenizer.decode(ids).strip(" ") for ids in answers]
 
 
@@ -68,22 +75,22 @@ def start_session(
     progress: Callable[[GenerationProgress], None] | None = None,
     **options: Any,
 ) -> ChatSession:
-    """Load a run's model, or its base model, for a conversation; see `ftdata.train.start_chat`."""
-    if base or run.about["adapter"]:
-        model = load_base_model(run, quantization=run.about["setup"]["quantization"], answers=True)
+    """Load the tuned model or the base model of a run for a conversation; see `ftdata.train.start_chat`."""
+    if base or run.metadata["adapter"]:
+        model = load_base_model(run, quantization=run.metadata["setup"]["quantization"], answers=True)
     if base:
         model.generation_config = base_generation_config(model, run)
     else:
-        model = load_tuned_model(run, model if run.about["adapter"] else None)
-    first: list[Message] = [{"role": "system", "content": system}] if system is not None else []
-    return ChatSession(model, run.recipe, options, first, progress=progress)
+        model = load_tuned_model(run, model if run.metadata["adapter"] else None)
+    messages: list[Message] = [{"role": "system", "content": system}] if system is not None else []
+    return ChatSession(model, run.recipe, options, messages, progress=progress)
 
 
 def base_generation_config(model: Any, run: FinishedRun) -> Any:
-    """Return a base model's generation config: it may stop as it always did, or as it was taught since."""
+    """Return the generation config of a base model, with the stop tokens of both the base and the tuned model."""
     settings = model.generation_config
-    own = settings.eos_token_id
-    known = set(own if isinstance(own, list) else [own]) - {None}
-    settings.eos_token_id = sorted(run.stops | known)
-    settings.pad_token_id = run.settings.pad_token_id
+    base_stops = settings.eos_token_id
+    base_stop_ids = set(base_stops if isinstance(base_stops, list) else [base_stops]) - {None}
+    settings.eos_token_id = sorted(run.stop_ids | base_stop_ids)
+    settings.pad_token_id = run.generation_config.pad_token_id
     return settings

@@ -1,4 +1,4 @@
-"""Report: what base and tuned model answered, side by side, as a table, JSON and a page."""
+"""Report the answers of the base model and the tuned model side by side, as a table, JSON or HTML."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ftdata.inspection.html_page import write_html
 
 @dataclass(frozen=True, slots=True)
 class ComparedAnswer:
-    """One prompt with what was expected and what each model said."""
+    """A prompt with its expected answer and the answer of each model."""
 
     prompt: str
     expected: str
@@ -28,10 +28,13 @@ class ComparedAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """How good the answers of a model are.
+    """The quality of the answers of a model.
 
-    `perplexity` is that of all trained tokens, given what stands before them; `exact` is a share of the answers; `bleu`
-    and `chrf` go from 0 to 100.
+    Attributes:
+        perplexity: perplexity of all trained tokens, given the tokens before them.
+        exact: share of answers that match exactly, from 0 to 1.
+        bleu: SacreBLEU score, from 0 to 100.
+        chrf: chrF score, from 0 to 100.
     """
 
     perplexity: float
@@ -40,7 +43,7 @@ class Scores:
     chrf: float
 
 
-_SHOWN = {
+_SCORE_FORMATS = {
     "perplexity": ("perplexity", "{:.3f}"),
     "exact": ("exact match", "{:.1%}"),
     "bleu": ("SacreBLEU", "{:.1f}"),
@@ -50,18 +53,18 @@ _SHOWN = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base against tuned.
+    """A comparison of the base model and the tuned model.
 
     Attributes:
-        asked: which rows.
+        data_name: description of the data that the prompts come from; the key `asked` in JSON.
         base_model: name of the base model.
-        tuned_model: folder of the tuned one.
+        tuned_model: folder of the tuned model.
         base: scores of the base model: perplexity, exact match (share), SacreBLEU and chrF (0 to 100).
-        tuned: scores of the tuned one.
-        rows: every prompt, with the answer that was expected and both that were given.
+        tuned: scores of the tuned model.
+        rows: every prompt with its expected answer and the answers of both models.
     """
 
-    asked: str
+    data_name: str
     base_model: str
     tuned_model: str
     base: Scores
@@ -69,16 +72,17 @@ class Comparison:
     rows: tuple[ComparedAnswer, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the comparison as JSON."""
-        return asdict(self)
+        """Return the comparison as a dict that can be written as JSON."""
+        values = asdict(self)
+        return {"asked": values.pop("data_name"), **values}
 
     def scores(self) -> Iterator[tuple[str, str, str]]:
-        """Yield name and both values of each score, as they are shown."""
-        for name, (title, form) in _SHOWN.items():
-            yield title, form.format(getattr(self.base, name)), form.format(getattr(self.tuned, name))
+        """Yield the title of each score, and the formatted values of the base model and the tuned model."""
+        for name, (title, template) in _SCORE_FORMATS.items():
+            yield title, template.format(getattr(self.base, name)), template.format(getattr(self.tuned, name))
 
     def print(self, console: Console) -> None:
-        """Print the answers side by side, and the scores."""
+        """Print the answers side by side, then the scores."""
         table = Table("prompt", "expected", "base", "tuned", show_lines=True)
         for row in self.rows:
             style = "green" if row.tuned.strip() == row.expected.strip() else "red"
@@ -92,11 +96,11 @@ class Comparison:
         scores = Table("", "base", "tuned", box=None, pad_edge=False)
         for title, *values in self.scores():
             scores.add_row(title, *values)
-        console.print(f"{len(self.rows)} rows of {escape_unprintable(self.asked)}", highlight=False, markup=False)
+        console.print(f"{len(self.rows)} rows of {escape_unprintable(self.data_name)}", highlight=False, markup=False)
         console.print(scores)
 
     def as_html(self) -> str:
-        """Return the comparison as one page, without anything from elsewhere."""
+        """Return the comparison as a self-contained HTML page."""
         scores = "".join(f"<tr><th>{name}<td>{base}<td>{tuned}\n" for name, base, tuned in self.scores())
         rows = "".join(
             f"<tr><td>{_cell(row.prompt)}<td>{_cell(row.expected)}<td>{_cell(row.base)}"
@@ -104,7 +108,7 @@ class Comparison:
             for row in self.rows
         )
         return _PAGE.format(
-            asked=_cell(self.asked),
+            data_name=_cell(self.data_name),
             base=_cell(self.base_model),
             tuned=_cell(self.tuned_model),
             count=len(self.rows),
@@ -113,10 +117,10 @@ class Comparison:
         )
 
     def write_html(self, path: Path) -> None:
-        """Write the page.
+        """Write the HTML page.
 
         Raises:
-            UsageError: the file is there, and no page.
+            UsageError: the file exists and is not an HTML page.
         """
         write_html(path, self.as_html())
 
@@ -132,7 +136,7 @@ _PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width">
 <meta name="generator" content="ftdata">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>base and tuned: {asked}</title>
+<title>Base model and tuned model: {data_name}</title>
 <style>
 :root {{ color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }}
 body {{ margin: 2em auto; max-width: 90em; padding: 0 1em }}
@@ -145,9 +149,9 @@ td {{ white-space: pre-wrap; overflow-wrap: anywhere }}
 </head>
 <body>
 <main>
-<h1>Base and tuned</h1>
-<p>{count} rows of {asked}</p>
-<p>base: {base}<br>tuned: {tuned}</p>
+<h1>Base model and tuned model</h1>
+<p>{count} rows of {data_name}</p>
+<p>base model: {base}<br>tuned model: {tuned}</p>
 <table>
 <thead><tr><th>score<th>base<th>tuned</thead>
 <tbody>

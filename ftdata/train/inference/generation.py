@@ -1,4 +1,4 @@
-"""Generate: token ids of prompts to token ids of answers."""
+"""Generate the token ids of answers from the token ids of prompts."""
 
 from __future__ import annotations
 
@@ -25,111 +25,118 @@ def generate_ids(
     seed: int = 0,
     **options: Any,
 ) -> list[list[int]]:
-    """Return the ids that the model answers to each prompt, up to and without its stop token.
+    """Return the token ids of the answer to each prompt, without the stop token.
 
-    Prompts of like length are generated together, so that little is padded; answers come in the order of the prompts.
+    Prompts of similar length are batched together to reduce padding. The answers are in the order of the prompts.
 
     Args:
-        model: a causal language model; its generation config says where it stops and what pads on the left.
-        prompts: token ids.
-        batch_size: prompts generated together.
+        model: a causal language model; its generation config contains the stop tokens and the token for left padding.
+        prompts: token ids of the prompts.
+        batch_size: number of prompts per batch.
         progress: called after each token of a batch.
-        seed: decides what is sampled, where anything is.
-        options: further arguments of `model.generate`, such as `num_beams`; greedy without.
+        seed: random seed for sampling.
+        options: further arguments of `model.generate`, such as `num_beams`; the default is greedy decoding.
 
     Raises:
-        UsageError: `model.generate` refuses the options.
-        InputRefused: a prompt is longer than the model has positions, or holds a token that it has no embedding for.
+        UsageError: `model.generate` rejects the options.
+        InputRefused: a prompt has more tokens than the model has positions, or contains a token without an embedding.
     """
     stops, pad_id = model.generation_config.eos_token_id, model.generation_config.pad_token_id
     stop_ids = set(stops if isinstance(stops, list) else [stops])
-    given = {**_GREEDY, "pad_token_id": pad_id, **options}
-    if given["do_sample"]:
+    arguments = {**_GREEDY, "pad_token_id": pad_id, **options}
+    if arguments["do_sample"]:
         torch.manual_seed(seed)
-        given = {name: value for name, value in given.items() if value is not None}
-    most = given["max_new_tokens"]
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+    max_new_tokens = arguments["max_new_tokens"]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    report = TokenReporter(progress, -(-len(order) // batch_size), most)
+    reporter = TokenReporter(progress, -(-len(order) // batch_size), max_new_tokens)
     if progress is not None:
-        given["stopping_criteria"] = [*(given.get("stopping_criteria") or ()), report]
+        arguments["stopping_criteria"] = [*(arguments.get("stopping_criteria") or ()), reporter]
     answers: list[list[int]] = [[] for _ in prompts]
-    room = _room(model, prompts)
+    positions = _check_prompts(model, prompts)
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode(), _without_router(model), fit_threads(model):
-            for at in range(0, len(order), batch_size):
-                chosen = order[at : at + batch_size]
-                width = len(prompts[chosen[-1]])
-                ids = torch.tensor([_left([pad_id], prompts[number], width) for number in chosen])
-                mask = torch.tensor([_left([0], [1] * len(prompts[number]), width) for number in chosen])
-                given["max_new_tokens"] = min(most, room - width)
-                output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **given)
-                for number, found in zip(chosen, output[:, width:].tolist(), strict=True):
-                    answers[number] = cut_at_stop(found, stop_ids)
-                report.end_batch(at + len(chosen))
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                width = len(prompts[batch[-1]])
+                ids = torch.tensor([_pad_left([pad_id], prompts[number], width) for number in batch])
+                mask = torch.tensor([_pad_left([0], [1] * len(prompts[number]), width) for number in batch])
+                arguments["max_new_tokens"] = min(max_new_tokens, positions - width)
+                output = model.generate(
+                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **arguments
+                )
+                for number, answer in zip(batch, output[:, width:].tolist(), strict=True):
+                    answers[number] = cut_at_stop(answer, stop_ids)
+                reporter.end_batch(start + len(batch))
     except (ValueError, TypeError) as error:
-        raise UsageError("generation", f"generate refuses: {' '.join(str(error).split())[:300]}") from None
+        raise UsageError(
+            "generation", f"model.generate rejects the options: {' '.join(str(error).split())[:300]}"
+        ) from None
     finally:
         model.train(was_training)
     return answers
 
 
 class TokenReporter:
-    """Reports each token that a model generates: a criterion of stopping that never stops.
+    """Reports each generated token; implemented as a stopping criterion that never stops.
 
     Args:
         progress: called with each step.
-        batches: how many there are.
-        most: tokens of an answer at most.
+        batches: number of batches.
+        max_tokens: maximum number of tokens of an answer.
     """
 
-    def __init__(self, progress: Callable[[GenerationStep], None] | None, batches: int, most: int) -> None:
-        self._progress, self._batches, self._most = progress, batches, most
+    def __init__(self, progress: Callable[[GenerationStep], None] | None, batches: int, max_tokens: int) -> None:
+        self._progress, self._batches, self._max_tokens = progress, batches, max_tokens
         self._batch = self._token = self._answers = 0
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> torch.Tensor:
-        """Report a token of the running batch, and let it go on."""
+        """Report a token of the current batch, and continue the generation."""
         del scores
         self._token += 1
         self._report(ended=False)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def end_batch(self, answers: int) -> None:
-        """Report that the running batch has its answers, which makes so many in all."""
+        """Report the end of the current batch; `answers` is the number of answered prompts in all batches so far."""
         self._answers = answers
         self._report(ended=True)
         self._batch, self._token = self._batch + 1, 0
 
     def _report(self, *, ended: bool) -> None:
         if self._progress is not None:
-            step = GenerationStep(self._batch, self._batches, self._token, self._most, self._answers, ended)
+            step = GenerationStep(self._batch, self._batches, self._token, self._max_tokens, self._answers, ended)
             self._progress(step)
 
 
 def max_positions(model: Any) -> int:
-    """Return how many tokens a model can tell apart by their place."""
+    """Return the number of positions of a model."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
 
-def _room(model: Any, prompts: Sequence[Sequence[int]]) -> int:
-    room, rows = max_positions(model), int(model.get_input_embeddings().weight.shape[0])
+def _check_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> int:
+    """Check that prompts fit into the model, and return its number of positions."""
+    positions, rows = max_positions(model), int(model.get_input_embeddings().weight.shape[0])
     longest = max(map(len, prompts), default=0)
-    if longest >= room:
-        raise InputRefused("prompt_too_long", f"a prompt has {longest:,} tokens, the model has {room:,} positions")
-    unknown = max((max(ids) for ids in prompts if ids), default=0)
-    if unknown >= rows:
+    if longest >= positions:
+        message = f"a prompt has {longest:,} tokens, the model has {positions:,} positions"
+        raise InputRefused("prompt_too_long", message)
+    largest = max((max(ids) for ids in prompts if ids), default=0)
+    if largest >= rows:
         raise InputRefused(
             "vocabulary",
-            f"a prompt holds token id {unknown}, the model has {rows:,} embeddings",
-            hint="it has a token that training has not seen: leave it out",
+            f"a prompt contains token id {largest}, the model has {rows:,} embeddings",
+            hint="remove this token from the prompt: the model was trained without it",
         )
-    return room
+    return positions
 
 
 @contextmanager
 def _without_router(model: Any) -> Iterator[None]:
-    # Of a step of generation, the loss that balances experts would be told from the mask of the whole prompt.
+    # With router logits, the model would compute the load-balancing loss of a single token with the attention mask
+    # of the whole prompt.
     config = model.config.get_text_config()
     before = getattr(config, "output_router_logits", None)
     if before:
@@ -141,5 +148,5 @@ def _without_router(model: Any) -> Iterator[None]:
             config.output_router_logits = before
 
 
-def _left(filler: list[int], ids: Sequence[int], width: int) -> list[int]:
+def _pad_left(filler: list[int], ids: Sequence[int], width: int) -> list[int]:
     return filler * (width - len(ids)) + list(ids)

@@ -1,4 +1,4 @@
-"""Merge: the adapter of a finished run added to the weights of its base model, in float32, and rounded once."""
+"""Merge the adapter of a finished run into its base model: add in float32, then round once."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 
 from ftdata.errors import InputRefused, UsageError, check_choice, describe_exception
 from ftdata.tokenizing.tokenizer import Tokenizer, find_control_tokens
-from ftdata.train.inference.run_dir import CLOSE, FinishedRun, load_base_model, load_tuned_model
+from ftdata.train.inference.run_dir import LOGIT_TOLERANCES, FinishedRun, load_base_model, load_tuned_model
 from ftdata.train.model.load import load_model_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-LIMITS = {name: CLOSE[dtype] for name, dtype in DTYPES.items()}
-"""How far the logits of a merged model may be off those of its adapter, relative to the largest."""
+LIMITS = {name: LOGIT_TOLERANCES[dtype] for name, dtype in DTYPES.items()}
+"""Maximum difference between the logits of a merged model and of its adapter, relative to the largest logit."""
 
 _TEXT = (
     "The quick brown fox jumps over the lazy dog. In 1969, 3 people flew to the moon; 2 of them walked on it.\n"
     "def add(a, b):\n    return a + b  # 1 + 1 = 2\n"
 )
-"""Ordinary text, whose tokens every model has seen."""
+"""Ordinary text, whose tokens occur in the training data of every model."""
 
-_FILES = ("tokenizer", "special_tokens", "chat_template", "added_tokens", "vocab", "merges")
+_TOKENIZER_FILES = ("tokenizer", "special_tokens", "chat_template", "added_tokens", "vocab", "merges")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,11 @@ class MergedModel:
     """A merged model.
 
     Attributes:
-        folder: where it is.
-        dtype: of its weights: `float32`, `bfloat16` or `float16`.
-        error: how far its logits are off those of base and adapter in float32: the largest difference, over ordinary
-            tokens of a text and of the vocabulary, divided by the largest logit.
-        limit: the error above which it is not written.
+        folder: folder of the model.
+        dtype: dtype of its weights: `float32`, `bfloat16` or `float16`.
+        error: the largest difference between its logits and those of the base model with its adapter in float32, over
+            the ordinary tokens of a text and of the vocabulary, divided by the largest logit.
+        limit: the error above which the model is not written.
     """
 
     folder: Path
@@ -48,44 +48,48 @@ class MergedModel:
 
 
 def merge_into_base(run: FinishedRun, target: Path, dtype: str | None = None) -> MergedModel:
-    """Write the base model with a run's adapter added to its weights, as a model that needs neither ftdata nor PEFT.
+    """Merge a run's adapter into its base model, and write a model that needs neither ftdata nor PEFT.
 
     Args:
         run: a finished run with an adapter.
         target: the new folder.
-        dtype: of the new weights; `None` takes that of the base model.
+        dtype: dtype of the merged weights; `None` keeps the dtype of the base model.
 
     Raises:
-        UsageError: there is no adapter to merge, or something stands in the way.
+        UsageError: the run has no adapter, or the folder is not empty.
         InputRefused: the merged model differs from the adapter by more than the limit; nothing is written.
     """
-    if not run.about["adapter"]:
-        raise UsageError("no_adapter", f"{run.model} is a whole model: it has no adapter to merge")
+    if not run.metadata["adapter"]:
+        raise UsageError("no_adapter", f"{run.model} is a full model: it has no adapter to merge")
     if target.exists() and any(target.iterdir()):
         raise UsageError("target_exists", f"{target} is not empty", hint="choose another folder")
     dtype = dtype or _dtype_of(run)
     check_choice("dtype", dtype, DTYPES)
-    merged, error = _merged(run, DTYPES[dtype])
+    merged, error = _merge(run, DTYPES[dtype])
     if not error <= LIMITS[dtype]:
-        hint = "use the adapter as it is" if dtype == "float32" else "merge with --dtype float32, or use the adapter"
-        found = (
+        hint = (
+            "use the adapter without merging"
+            if dtype == "float32"
+            else "merge with --dtype float32, or use the adapter without merging"
+        )
+        message = (
             f"the merged model in {dtype} differs from the adapter: its logits are off by {error:.2g} of the largest"
         )
-        raise InputRefused("merge_error", f"{found}, expected at most {LIMITS[dtype]:g}", hint=hint)
-    merged.generation_config = run.settings
+        raise InputRefused("merge_error", f"{message}, expected at most {LIMITS[dtype]:g}", hint=hint)
+    merged.generation_config = run.generation_config
     target.mkdir(parents=True, exist_ok=True)
     merged.to(DTYPES[dtype]).save_pretrained(target, safe_serialization=True)
     for path in run.model.iterdir():
-        if path.name.startswith(_FILES):
+        if path.name.startswith(_TOKENIZER_FILES):
             shutil.copy(path, target / path.name)
     return MergedModel(target, dtype, error, LIMITS[dtype])
 
 
-def _merged(run: FinishedRun, dtype: torch.dtype) -> tuple[Any, float]:
-    """Return the merged model, rounded to a dtype and held in float32, and its error."""
-    ids, ordinary = _ordinary(run.tokenizer, str(run.about["options"]["template"]["source"]))
+def _merge(run: FinishedRun, dtype: torch.dtype) -> tuple[Any, float]:
+    """Return the merged model in float32, with weights rounded to a dtype, and its error."""
+    ids, ordinary = _find_ordinary_tokens(run.tokenizer, str(run.metadata["options"]["template"]["source"]))
     try:
-        # Four bits could not hold what the adapter adds, and 16 bits would round every sum and every activation.
+        # 4-bit weights cannot represent the merged values, and 16 bits would round every sum and every activation.
         model = load_tuned_model(run, load_base_model(run, dtype=torch.float32)).float()
         before = _logits(model, ids, ordinary)
         merged = model.merge_and_unload(safe_merge=True)
@@ -96,20 +100,20 @@ def _merged(run: FinishedRun, dtype: torch.dtype) -> tuple[Any, float]:
         hint = "merge on the CPU: CUDA_VISIBLE_DEVICES= ftdata merge ..."
         raise InputRefused("out_of_memory", f"{run.folder} does not fit in float32 on the GPU", hint=hint) from None
     except ValueError as error:
-        # PEFT refuses weights that are no numbers, and kinds of adapters that cannot be merged.
+        # PEFT rejects weights that are NaN or infinite, and adapter types that cannot be merged.
         raise InputRefused("merge_error", f"{run.model} cannot be merged: {describe_exception(error)}") from None
-    off = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
-    return merged, off if math.isfinite(off) else math.inf
+    error_ratio = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
+    return merged, error_ratio if math.isfinite(error_ratio) else math.inf
 
 
 def _dtype_of(run: FinishedRun) -> str:
-    config = load_model_config(run.about["setup"]["model"], trust_remote_code=run.trusted)
+    config = load_model_config(run.metadata["setup"]["model"], trust_remote_code=run.trust_remote_code)
     name = str(getattr(config, "dtype", None)).removeprefix("torch.")
     return name if name in DTYPES else "float32"
 
 
-def _ordinary(tokenizer: Tokenizer, template: str) -> tuple[list[int], torch.Tensor]:
-    """Return the ids of an ordinary text, and which ids of the vocabulary are no control tokens (bool `[size]`)."""
+def _find_ordinary_tokens(tokenizer: Tokenizer, template: str) -> tuple[list[int], torch.Tensor]:
+    """Return the ids of an ordinary text, and a mask of the vocabulary without control tokens (bool `[size]`)."""
     control = set(find_control_tokens(tokenizer, template).ids.tolist())
     control |= {id_ for id_, is_special in tokenizer.added_tokens.values() if is_special}
     ids = [id_ for id_ in tokenizer.encode([_TEXT]).ids.tolist() if id_ not in control]
@@ -124,6 +128,6 @@ def _logits(model: Any, ids: list[int], ordinary: torch.Tensor) -> torch.Tensor:
     positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(ids))
     with torch.inference_mode():
         inputs = torch.tensor([ids[:positions]]).to(model.device)
-        found = model(input_ids=inputs, use_cache=False).logits[0].float().cpu()
-    # Embeddings may be padded with rows of no token.
-    return found[:, : len(ordinary)][:, ordinary[: found.shape[1]]]
+        logits = model(input_ids=inputs, use_cache=False).logits[0].float().cpu()
+    # The embedding matrix may be padded with rows that belong to no token.
+    return logits[:, : len(ordinary)][:, ordinary[: logits.shape[1]]]

@@ -1,4 +1,4 @@
-"""Progress of answering: how many prompts and tokens are done, and how long the rest takes at most."""
+"""Measure the progress of generation and estimate the remaining time."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ class GenerationStep(NamedTuple):
     """The state of a generation after each token.
 
     Attributes:
-        batch: its number, from 0.
-        batches: how many there are.
-        token: tokens that the batch has generated so far.
-        most: tokens that it generates at most.
-        answers: prompts of all batches that have an answer.
-        ended: whether the batch has its answers.
+        batch: index of the batch.
+        batches: number of batches.
+        token: number of tokens that the batch has generated so far.
+        max_tokens: maximum number of tokens that the batch generates.
+        answers: number of prompts with an answer, in all batches.
+        ended: whether the batch is complete.
     """
 
     batch: int
     batches: int
     token: int
-    most: int
+    max_tokens: int
     answers: int
     ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationProgress:
-    """How far answering is.
+    """The progress of generation.
 
     Attributes:
-        answers: prompts that have an answer.
-        of_answers: all prompts, once for each model that is asked.
-        steps: forward passes that generate a token, done or left out because a batch ended early.
-        of_steps: at most.
-        seconds_per_step: measured; `None` before the second token.
-        seconds_left: at most; `None` before the second token.
+        answers: number of prompts with an answer.
+        of_answers: number of prompts, counted once for each model.
+        steps: number of forward passes that generate a token, including those skipped because a batch ended early.
+        of_steps: maximum number of forward passes.
+        seconds_per_step: measured time of a forward pass; `None` before the second token.
+        seconds_left: upper bound of the remaining time; `None` before the second token.
     """
 
     answers: int
@@ -50,11 +50,11 @@ class GenerationProgress:
 
 
 class ProgressMeter:
-    """Turns the steps of one or more models into progress.
+    """Converts the steps of one or more models to progress.
 
     Args:
-        prompts: the number of prompts that each model is asked.
-        models: the number of models.
+        prompts: number of prompts for each model.
+        models: number of models.
         show: called with the progress after each token.
     """
 
@@ -62,25 +62,26 @@ class ProgressMeter:
         self._prompts, self._models, self._show = prompts, models, show
         self._model = 0
         self._previous: float | None = None
-        self._seconds, self._timed = 0.0, 0
+        self._seconds, self._timed_steps = 0.0, 0
 
     def next_model(self) -> None:
-        """Count the steps that follow as those of the next model."""
+        """Count the following steps as steps of the next model."""
         self._model += 1
         self._previous = None
 
     def __call__(self, step: GenerationStep) -> None:
-        """Take the state of the running model, and show the progress of all."""
+        """Record a step of the current model, and show the progress of all models."""
         now = time.perf_counter()
-        # The first token of a batch waits for its whole prompt, so it is not like the others.
+        # The first token of a batch includes the time for the prompt, so it is not measured.
         if self._previous is not None and not step.ended and step.token > 1:
             self._seconds += now - self._previous
-            self._timed += 1
+            self._timed_steps += 1
         self._previous = now
-        each = step.batches * step.most
-        done = (step.batch + 1) * step.most if step.ended else step.batch * step.most + step.token
-        done += self._model * each
-        per_step = self._seconds / self._timed if self._timed else None
-        left = None if per_step is None else per_step * (self._models * each - done)
+        model_steps = step.batches * step.max_tokens
+        done = (step.batch + 1) * step.max_tokens if step.ended else step.batch * step.max_tokens + step.token
+        done += self._model * model_steps
+        steps = self._models * model_steps
+        per_step = self._seconds / self._timed_steps if self._timed_steps else None
+        left = None if per_step is None else per_step * (steps - done)
         answers = self._model * self._prompts + step.answers
-        self._show(GenerationProgress(answers, self._models * self._prompts, done, self._models * each, per_step, left))
+        self._show(GenerationProgress(answers, self._models * self._prompts, done, steps, per_step, left))

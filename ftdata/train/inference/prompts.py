@@ -1,7 +1,7 @@
-"""What a model is asked: token ids of prompts, exactly as they stand before what was trained.
+"""Encode prompts to exactly the token ids that precede the trained tokens in a build.
 
-A prompt is everything before the last trained stretch of a document. So nothing has to be known of a template but what
-the build knows: a prompt without an answer is given one by way of trial, and cut before it.
+A prompt is everything before the last trained span of a document. To encode a conversation without an answer, a
+placeholder answer is appended, and the token ids are cut before it. No template-specific code is needed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from ftdata.pipeline.recipe import Recipe, make_recipe, recipe_arguments
 from ftdata.readers import resolve_sources
 from ftdata.types import IGNORE_INDEX, Message, Reject, Row, Source
 
-_TRIAL = "x"
+_PLACEHOLDER_ANSWER = "x"
 
 
 def split_last_turn(ids: Sequence[int], labels: Sequence[int], stops: set[int]) -> tuple[list[int], list[int]] | None:
-    """Return a document's prompt and expected answer: its last trained stretch without the stop, and all before it.
+    """Return the prompt and the expected answer of a document.
 
-    So what is asked is what was trained, token by token. `None` where nothing stands before the answer.
+    The answer is the last trained span without its stop token. The prompt is every token before this span, so it equals
+    the prompt in training. Returns `None` if no prompt precedes the answer.
 
     >>> split_last_turn([1, 7, 8, 5, 2], [-100, -100, -100, 5, 2], {2})
     ([1, 7, 8], [5])
@@ -31,38 +32,38 @@ def split_last_turn(ids: Sequence[int], labels: Sequence[int], stops: set[int]) 
     start = end
     while start and labels[start - 1] != IGNORE_INDEX:
         start -= 1
-    # A document may begin with what is trained, as all of a text may be.
+    # A plain text may be trained from its start, so it has no prompt.
     return (list(ids[:start]), cut_at_stop(list(ids[start:end]), stops)) if start > 1 else None
 
 
 def cut_at_stop(ids: list[int], stops: set[int]) -> list[int]:
-    """Return the ids before the first stop."""
-    return ids[: next((at for at, id_ in enumerate(ids) if id_ in stops), len(ids))]
+    """Return the ids before the first stop token."""
+    return ids[: next((index for index, id_ in enumerate(ids) if id_ in stops), len(ids))]
 
 
 def read_documents(split: Any) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield ids and labels of the documents of a split of a build."""
+    """Yield the token ids and labels of each document of a split."""
     for row in split:
-        at = 0
+        start = 0
         for length in row["seq_lengths"]:
-            yield row["input_ids"][at : at + length], row["labels"][at : at + length]
-            at += length
+            yield row["input_ids"][start : start + length], row["labels"][start : start + length]
+            start += length
 
 
 def rebuild_recipe(tokenizer: str, options: Mapping[str, Any]) -> Recipe:
-    """Return the recipe of a build again.
+    """Recreate the recipe of a build.
 
     Args:
-        tokenizer: the tokenizer that it was built with.
-        options: those of its manifest.
+        tokenizer: the tokenizer of the build.
+        options: the options in the manifest of the build.
     """
-    # What of a row is trained is asked, whatever was chosen.
+    # The mask policy of the build is left out, so that prompts are the same for every policy.
     names = ("schema", "columns", "turns", "control_tokens", "on_dropped_message", "on_missing_stop")
     return make_recipe(**recipe_arguments(options, tokenizer, names=names))
 
 
 def encode_rows(data: Any, recipe: Recipe) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield ids and labels of rows of data.
+    """Yield the token ids and labels of each row of data.
 
     Raises:
         InputRefused: a row cannot be built.
@@ -74,34 +75,34 @@ def encode_rows(data: Any, recipe: Recipe) -> Iterator[tuple[list[int], list[int
 
 
 def encode_messages(messages: Sequence[Message], recipe: Recipe) -> list[int]:
-    """Return the ids of a conversation that the model is to go on with.
+    """Return the token ids of a conversation, up to the point where the model starts to generate.
 
     Args:
-        messages: it ends with what the user says.
-        recipe: that of the build.
+        messages: the conversation, which ends with a user message.
+        recipe: the recipe of the build.
 
     Raises:
-        InputRefused: the template cannot show it so.
+        InputRefused: the template cannot render the conversation.
     """
-    refused, recipe = None, replace(recipe, schema="auto", columns=None)
-    for row in _shapes(messages):
+    reject, recipe = None, replace(recipe, schema="auto", columns=None)
+    for row in _candidate_rows(messages):
         (outcome,) = build_rows(recipe, [Row(row, Source("<prompt>", 0))])
         if isinstance(outcome, Reject):
-            refused = refused or outcome
+            reject = reject or outcome
         elif turn := split_last_turn(
             outcome.examples[-1].input_ids.tolist(), outcome.examples[-1].labels.tolist(), set()
         ):
             return turn[0]
-    if refused is None:
-        raise InputRefused("no_questions", "nothing stands before the answer", where="<prompt>")
-    raise InputRefused(refused.code, refused.reason, where="<prompt>", hint=refused.fix)
+    if reject is None:
+        raise InputRefused("no_questions", "no prompt precedes the answer", where="<prompt>")
+    raise InputRefused(reject.code, reject.reason, where="<prompt>", hint=reject.fix)
 
 
-def _shapes(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
-    """Yield a conversation in each shape that a template may take it in."""
-    yield {"messages": [*messages, {"role": "assistant", "content": _TRIAL}]}
+def _candidate_rows(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
+    """Yield a conversation as a row of each schema that a template may support."""
+    yield {"messages": [*messages, {"role": "assistant", "content": _PLACEHOLDER_ANSWER}]}
     if len(messages) == 1:
-        said = messages[0]["content"]
-        yield {"question": said, "answer": _TRIAL}
-        yield {"instruction": said, "input": "", "output": _TRIAL}
-        yield {"prompt": said, "completion": _TRIAL}
+        text = messages[0]["content"]
+        yield {"question": text, "answer": _PLACEHOLDER_ANSWER}
+        yield {"instruction": text, "input": "", "output": _PLACEHOLDER_ANSWER}
+        yield {"prompt": text, "completion": _PLACEHOLDER_ANSWER}

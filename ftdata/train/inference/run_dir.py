@@ -1,4 +1,4 @@
-"""A finished run: its model saved, read back and compared, and loaded again."""
+"""Open a finished run, load its models, and check that its saved model reloads."""
 
 from __future__ import annotations
 
@@ -23,172 +23,181 @@ from ftdata.train.model.device import training_precision
 from ftdata.train.model.load import check_weights, dequantize, load_model, resize_embeddings
 from ftdata.train.model.quantization import Quantization
 
-CLOSE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
-"""How far logits may be off after a model was written and read, relative to the largest: what the dtype rounds."""
+LOGIT_TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+"""dtype -> maximum difference of logits after a model is saved and reloaded, relative to the largest logit."""
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that came to its end; `trusted`: whether Python code that comes with its model may run."""
+    """A finished run.
+
+    Attributes:
+        folder: the run directory.
+        metadata: the content of `run.json`.
+        trust_remote_code: whether Python code that comes with the model may run.
+    """
 
     folder: Path
-    about: dict[str, Any]
-    trusted: bool = False
+    metadata: dict[str, Any]
+    trust_remote_code: bool = False
 
     @property
     def model(self) -> Path:
-        """The folder of the trained model, or adapter."""
+        """Folder of the trained model or adapter."""
         return self.folder / "model"
 
     @property
     def build(self) -> Path:
-        """What it was trained on."""
-        return self.folder / str(self.about["build"])
+        """Folder of the build that the model was trained on."""
+        return self.folder / str(self.metadata["build"])
 
     def check_build(self) -> None:
-        """Refuse a build that has taken the place of the one that was trained on.
+        """Check that the build is still the build that the model was trained on.
 
         Raises:
-            InputRefused: it has another fingerprint, or is not there.
+            InputRefused: the build has another fingerprint, or does not exist.
         """
-        there, known = read_manifest(self.build).get("fingerprint"), self.about.get("fingerprint")
-        if known is not None and there != known:
-            told = f"{self.build} is not the build that {self.folder} was trained on any more"
-            raise InputRefused("data_differs", told, hint="build it again as it was, or name questions with --data")
+        fingerprint, expected = read_manifest(self.build).get("fingerprint"), self.metadata.get("fingerprint")
+        if expected is not None and fingerprint != expected:
+            message = f"{self.build} has changed since {self.folder} was trained on it"
+            hint = "build the data again with the original options, or pass prompts with --data"
+            raise InputRefused("data_differs", message, hint=hint)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """What it was built with."""
-        return load_tokenizer(self.about["tokenizer"])
+        """The tokenizer of the build."""
+        return load_tokenizer(self.metadata["tokenizer"])
 
     @property
     def recipe(self) -> Recipe:
-        """How its data was made."""
-        return rebuild_recipe(self.about["tokenizer"], self.about["options"])
+        """The recipe of the build."""
+        return rebuild_recipe(self.metadata["tokenizer"], self.metadata["options"])
 
     @property
-    def settings(self) -> GenerationConfig:
-        """How the trained model stops and pads."""
+    def generation_config(self) -> GenerationConfig:
+        """The generation config of the trained model, with its stop tokens and its pad token."""
         return GenerationConfig.from_pretrained(str(self.model))
 
     @property
-    def stops(self) -> set[int]:
-        """Ids of the tokens that it stops at."""
-        found = self.settings.eos_token_id
-        return set(found if isinstance(found, list) else [found])
+    def stop_ids(self) -> set[int]:
+        """Ids of the stop tokens of the trained model."""
+        ids = self.generation_config.eos_token_id
+        return set(ids if isinstance(ids, list) else [ids])
 
 
 def open_run(folder: Path, *, trust_remote_code: bool = False) -> FinishedRun:
     """Return a finished run.
 
     Args:
-        folder: its folder.
-        trust_remote_code: whether Python code that comes with its model may run: what the run says of that is whoever
-            made it.
+        folder: the run directory.
+        trust_remote_code: whether Python code that comes with the model may run; the value in `run.json` is ignored
+            because somebody else may have written it.
 
     Raises:
-        UsageError: the folder is no finished run.
+        UsageError: the folder is not a finished run.
     """
-    about = checkpoints.read_run_json(folder)
-    if not about.get("finished"):
-        begun = f"go on with `ftdata train {folder} --resume`" if checkpoints.list_checkpoints(folder) else ""
-        what = "is no finished run" if folder.is_dir() else "is not there"
-        raise UsageError("not_a_run", f"{folder} {what}", hint=begun or "make one with `ftdata train`")
-    if "options" not in about:
-        # Runs of an earlier version say less of what they were.
-        found = FinishedRun(folder, about, trust_remote_code)
-        about = {**about, "options": read_manifest(found.build)["options"]}
-    return FinishedRun(folder, about, trust_remote_code)
+    metadata = checkpoints.read_run_json(folder)
+    if not metadata.get("finished"):
+        hint = f"resume it with `ftdata train {folder} --resume`" if checkpoints.list_checkpoints(folder) else ""
+        problem = "is not a finished run" if folder.is_dir() else "does not exist"
+        raise UsageError("not_a_run", f"{folder} {problem}", hint=hint or "create a run with `ftdata train`")
+    if "options" not in metadata:
+        # Earlier versions did not write the options to `run.json`.
+        run = FinishedRun(folder, metadata, trust_remote_code)
+        metadata = {**metadata, "options": read_manifest(run.build)["options"]}
+    return FinishedRun(folder, metadata, trust_remote_code)
 
 
 def load_base_model(
     run: FinishedRun, *, quantization: Quantization = None, dtype: Any = None, answers: bool = False
 ) -> Any:
-    """Load the model that a run began with; its embeddings have room for the tokens that were added.
+    """Load the base model of a run, with embeddings for the tokens that were added in training.
 
     Args:
         run: a finished run.
-        quantization: as it was trained, or `None`.
-        dtype: of the weights; `None` takes that of computing here.
-        answers: whether it is loaded to answer, so that speed matters more than memory.
+        quantization: the quantization of the run, or `None`.
+        dtype: dtype of the weights; `None` selects the compute dtype of this device.
+        answers: whether the model is loaded for generation, for which speed matters more than memory.
 
     Raises:
-        InputRefused: it cannot be loaded, or is another by now.
+        InputRefused: the model cannot be loaded, or its files have changed.
     """
-    setup = run.about["setup"]
+    setup = run.metadata["setup"]
     if setup["weights"] and checkpoints.digest_weights(setup["model"]) != setup["weights"]:
         raise InputRefused(
             "base_model_differs",
-            f"{setup['model']} is not what {run.folder} was trained from: its files have changed",
-            hint="put the model back that it was, or train again",
+            f"{setup['model']} has changed since {run.folder} was trained from it",
+            hint="restore the original files of the model, or train again",
         )
     model = load_model(
         setup["model"],
         quantization,
         dtype=dtype,
         attention=setup.get("attn_implementation"),
-        trust_remote_code=run.trusted,
+        trust_remote_code=run.trust_remote_code,
     )
     if answers:
         model = dequantize(model)
-    rows = run.about.get("embeddings")
+    rows = run.metadata.get("embeddings")
     if rows and rows > model.get_input_embeddings().weight.shape[0]:
         resize_embeddings(model, rows)
     return model
 
 
 def load_tuned_model(run: FinishedRun, base: Any = None, *, dtype: Any = None) -> Any:
-    """Load the trained model: its adapter on the base model, or all of it.
+    """Load the trained model: the adapter on its base model, or the full model.
 
     Args:
         run: a finished run.
-        base: the base model where it is loaded already; it is changed.
-        dtype: of the weights; `None` takes that of computing here.
+        base: the base model if it is already loaded; it is modified.
+        dtype: dtype of the weights; `None` selects the compute dtype of this device.
 
     Raises:
-        InputRefused: what was saved cannot be read.
+        InputRefused: the saved model cannot be loaded.
     """
-    setup = run.about["setup"]
+    setup = run.metadata["setup"]
     try:
-        if run.about["adapter"]:
+        if run.metadata["adapter"]:
             base = base if base is not None else load_base_model(run, quantization=setup["quantization"], dtype=dtype)
             check_weights(run.model)
             model = PeftModel.from_pretrained(base, str(run.model))
         else:
             attention = setup.get("attn_implementation")
-            model = load_model(str(run.model), dtype=dtype, attention=attention, trust_remote_code=run.trusted)
+            model = load_model(
+                str(run.model), dtype=dtype, attention=attention, trust_remote_code=run.trust_remote_code
+            )
     except FtdataError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputRefused(
             "damaged_model", f"{run.model} cannot be loaded: {describe_exception(error)}", hint="train again"
         ) from None
-    model.generation_config = run.settings
+    model.generation_config = run.generation_config
     return model
 
 
 def compute_logits(model: Any, ids: list[int]) -> torch.Tensor:
-    """Return the logits of some tokens, on the CPU."""
+    """Return the logits of a model for a sequence of tokens (float32 `[tokens, vocabulary]`, on the CPU)."""
     was_training = model.training
     model.eval()
     with torch.inference_mode(), training_precision(model.device, model.dtype):
-        found = model(input_ids=torch.tensor([ids]).to(model.device), use_cache=False).logits[0].float().cpu()
+        logits = model(input_ids=torch.tensor([ids]).to(model.device), use_cache=False).logits[0].float().cpu()
     model.train(was_training)
-    return found
+    return logits
 
 
 def check_reloads(run: FinishedRun, ids: list[int], before: torch.Tensor, dtype: torch.dtype) -> Any:
-    """Load a run's model from the disk, and compare what it says with what it said before; return it.
+    """Load the saved model of a run, compare its logits with the logits before saving, and return the model.
 
     Raises:
-        InternalError: it says something else.
+        InternalError: the logits differ.
     """
     gc.collect()
     model = load_tuned_model(run, dtype=dtype)
     after = compute_logits(model, ids)
-    off = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
-    close = CLOSE[dtype if dtype in CLOSE else torch.float32]
-    if off > close:
-        message = f"{run.model} was saved, but says something else when it is loaded again: logits are off by {off:.2g}"
+    error = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
+    tolerance = LOGIT_TOLERANCES[dtype if dtype in LOGIT_TOLERANCES else torch.float32]
+    if error > tolerance:
+        message = f"{run.model} computes different logits after reloading: they are off by {error:.2g} of the largest"
         raise InternalError("reload", message)
     return model

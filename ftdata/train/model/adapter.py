@@ -1,4 +1,4 @@
-"""The adapter: fields of `peft.LoraConfig`, checked against their types and against the modules of the model."""
+"""Check the fields of `peft.LoraConfig` against their types and the modules of the model, and create the adapter."""
 
 from __future__ import annotations
 
@@ -19,112 +19,112 @@ from ftdata.train.model.quantization import quantization_name
 
 FIXED = {
     "task_type": "the model is a causal language model",
-    "peft_type": "it is LORA",
-    "auto_mapping": "the model's class is known",
-    "peft_version": "PEFT writes its own version",
-    "base_model_name_or_path": "it is the model field",
-    "revision": "download that revision, and name its folder as model",
-    "inference_mode": "the adapter is trained",
-    "megatron_config": "models of Megatron are not loaded",
-    "megatron_core": "models of Megatron are not loaded",
+    "peft_type": "it is always LORA",
+    "auto_mapping": "PEFT determines it from the class of the model",
+    "peft_version": "PEFT sets it to its version",
+    "base_model_name_or_path": "set the model field instead",
+    "revision": "download the revision, and pass its folder as model",
+    "inference_mode": "the adapter is always trained",
+    "megatron_config": "Megatron models are not supported",
+    "megatron_core": "Megatron models are not supported",
 }
-"""Fields of `LoraConfig` that a user may not set -> why."""
+"""Field of `LoraConfig` that a user may not set -> reason."""
 
 _FROM_DATA = ("eva", "corda", "lora_ga", "loftq")
-"""Initializations that need a pass over data, or a base model that is quantized by PEFT itself."""
+"""Initializations that need a pass over the data, or a base model that PEFT quantizes itself."""
 
 _FROM_WEIGHTS = ("pissa", "orthogonal", "mica")
-"""Initializations that PEFT computes from weights in 16 or 32 bits alone."""
+"""Initializations that PEFT can compute only from weights in 16 or 32 bits."""
 
-_SEVERAL = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
+_MODULE_FIELDS = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
 """Fields that name modules or parameters of the model."""
 
 
 def check_lora(config: Config) -> None:
-    """Refuse fields of the adapter that `LoraConfig` does not have, or values of another type.
+    """Check that `LoraConfig` has each field of the adapter, and that each value has the right type.
 
     Raises:
-        UsageError: naming the field, and what it takes, or the nearest name.
+        UsageError: a field is unknown, fixed or invalid; the message contains the expected type or similar names.
     """
     if config.lora is None:
         return
     check_fields("lora", _long_names(config.lora), LoraConfig, FIXED)
-    _check_start(config, config.lora.more.get("init_lora_weights"))
+    _check_initialization(config, config.lora.extra_fields.get("init_lora_weights"))
     name = quantization_name(config.quantization)
-    if config.lora.more.get("use_dora") and name == "int8" and not torch.cuda.is_available():
+    if config.lora.extra_fields.get("use_dora") and name == "int8" and not torch.cuda.is_available():
         raise UsageError(
-            "train_setting", "lora.use_dora with int8 needs a GPU", hint="use quantization: nf4, or no DoRA"
+            "train_setting", "lora.use_dora with int8 needs a GPU", hint="set quantization: nf4, or remove use_dora"
         )
     _lora_config(config.lora, {})
 
 
-def _check_start(config: Config, start: Any) -> None:
-    """Refuse an initialization of the adapter that a run cannot compute, or not twice in the same way."""
-    if not isinstance(start, str):
+def _check_initialization(config: Config, method: Any) -> None:
+    """Refuse an initialization of the adapter that a run cannot compute or cannot reproduce."""
+    if not isinstance(method, str):
         return
-    why = None
-    if start.startswith(_FROM_DATA):
-        why = "which needs a pass over data before training"
-    elif start.startswith("pissa_niter"):
-        why = "which is drawn anew when the adapter is loaded"
-    elif config.quantization is not None and start in _FROM_WEIGHTS:
-        why = f"which is computed from weights that are not quantized; quantization is {config.quantization!r}"
-    if why is not None:
+    reason = None
+    if method.startswith(_FROM_DATA):
+        reason = "which needs a pass over the data before training"
+    elif method.startswith("pissa_niter"):
+        reason = "which computes different random values when the adapter is loaded again"
+    elif config.quantization is not None and method in _FROM_WEIGHTS:
+        reason = f"which needs weights that are not quantized; quantization is {config.quantization!r}"
+    if reason is not None:
         hint = "use true, gaussian or olora" + ("" if config.quantization else ", orthogonal, pissa or mica")
-        raise UsageError("train_setting", f"lora.init_lora_weights is {start!r}, {why}", hint=hint)
+        raise UsageError("train_setting", f"lora.init_lora_weights is {method!r}, {reason}", hint=hint)
 
 
 def make_lora_config(config: Config, model: Any, *, grows: bool, shapes: bool = False) -> LoraConfig | None:
-    """Return the LoRA adapter of a configuration, or `None` where all weights are trained.
+    """Return the LoRA configuration of a run, or `None` if all weights are trained.
 
     Args:
-        config: the run.
+        config: the configuration of the run.
         model: the base model.
-        grows: whether its embeddings have new tokens, and so are trained and saved whole.
-        shapes: whether the model has no weights, so that nothing can be computed from them.
+        grows: whether its embeddings contain new tokens; if so, the embeddings are trained and saved in full.
+        shapes: whether the model has no weights (device `meta`), so an initialization cannot use them.
 
     Raises:
-        UsageError: `LoraConfig` refuses.
+        UsageError: `LoraConfig` rejects a field.
     """
     if not wants_adapter(config):
         return None
     lora = config.lora or Lora()
-    held = embedding_names(model)
-    saved = list(dict.fromkeys([*(lora.more.get("modules_to_save") or ()), *(held if grows else ())]))
-    own: dict[str, Any] = {"modules_to_save": saved or None}
-    if lora.more.get("ensure_weight_tying") is None:
-        is_tied = len(held) > 1 and bool(model.config.tie_word_embeddings)
-        own["ensure_weight_tying"] = is_tied and not set(held).isdisjoint(saved)
+    embeddings = embedding_names(model)
+    saved = list(dict.fromkeys([*(lora.extra_fields.get("modules_to_save") or ()), *(embeddings if grows else ())]))
+    overrides: dict[str, Any] = {"modules_to_save": saved or None}
+    if lora.extra_fields.get("ensure_weight_tying") is None:
+        is_tied = len(embeddings) > 1 and bool(model.config.tie_word_embeddings)
+        overrides["ensure_weight_tying"] = is_tied and not set(embeddings).isdisjoint(saved)
     if shapes:
-        own["init_lora_weights"] = True
-    return _lora_config(lora, own)
+        overrides["init_lora_weights"] = True
+    return _lora_config(lora, overrides)
 
 
 def check_modules(config: Config, model: Any) -> None:
-    """Refuse an adapter that names modules or layers that the model lacks, or that PEFT cannot put into it.
+    """Check that the model has each module and layer that the adapter names, and that PEFT can add the adapter.
 
     Args:
-        config: the run.
-        model: the base model, of shapes alone (on the device `meta`); it is changed.
+        config: the configuration of the run.
+        model: the base model without weights (device `meta`); it is modified.
 
     Raises:
-        UsageError: naming the field, what the model lacks, and the nearest name.
+        UsageError: the model has no such module, layer or token; the message contains the field and similar names.
     """
     if not wants_adapter(config):
         return
     fields = (config.lora or Lora()).fields()
     modules = [name for name, _ in model.named_modules() if name]
     parameters = [name for name, _ in model.named_parameters()]
-    for field in _SEVERAL:
+    for field in _MODULE_FIELDS:
         names = parameters if field == "target_parameters" else modules
-        for wanted in _listed(fields.get(field)):
-            if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
-                raise _lacks(config, f"lora.{field}", f"module {wanted!r}", suggest_names(wanted, _last(names)))
+        for target in _list_or_empty(fields.get(field)):
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                suggestion = suggest_names(target, _last_parts(names))
+                raise _missing_error(config, f"lora.{field}", f"module {target!r}", suggestion)
     pattern = fields["target_modules"]
     if isinstance(pattern, str) and pattern != "all-linear" and not _any_match(pattern, modules):
-        raise _lacks(
-            config, "lora.target_modules", f"module that matches {pattern!r}", suggest_names(pattern, _last(modules))
-        )
+        suggestion = suggest_names(pattern, _last_parts(modules))
+        raise _missing_error(config, "lora.target_modules", f"module that matches {pattern!r}", suggestion)
     _check_layers(config, fields.get("layers_to_transform"), model)
     _check_patterns(config, fields, modules)
     _check_tokens(config, fields.get("trainable_token_indices"), model)
@@ -132,47 +132,48 @@ def check_modules(config: Config, model: Any) -> None:
     try:
         get_peft_model(model, lora)
     except (ValueError, TypeError, LookupError, RuntimeError, ImportError, NotImplementedError) as error:
-        raise UsageError("lora", f"{config.model} takes no such adapter: {describe_exception(error)}") from None
+        message = f"the adapter cannot be added to {config.model}: {describe_exception(error)}"
+        raise UsageError("lora", message) from None
 
 
-def _check_layers(config: Config, chosen: Any, model: Any) -> None:
+def _check_layers(config: Config, indices: Any, model: Any) -> None:
     layers = int(model.config.get_text_config().num_hidden_layers)
-    for number in chosen if isinstance(chosen, list) else () if chosen is None else (chosen,):
+    for number in indices if isinstance(indices, list) else () if indices is None else (indices,):
         if not 0 <= number < layers:
-            raise _lacks(config, "lora.layers_to_transform", f"layer {number}", f"expected 0 to {layers - 1}")
+            raise _missing_error(config, "lora.layers_to_transform", f"layer {number}", f"expected 0 to {layers - 1}")
 
 
 def _check_patterns(config: Config, fields: Mapping[str, Any], modules: Sequence[str]) -> None:
-    """Refuse ranks, alphas and exclusions for modules that the model lacks; PEFT ignores those."""
+    """Refuse ranks, alphas and exclusions of modules that the model does not have, which PEFT would ignore."""
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in fields.get(field) or ():
-            # As PEFT matches them.
+            # PEFT matches the pattern in the same way.
             if not _any_match(rf"(?:.*\.)?(?:{pattern})", modules, f"lora.{field}"):
-                raise _lacks(config, f"lora.{field}", f"module {pattern!r}", suggest_names(pattern, _last(modules)))
+                suggestion = suggest_names(pattern, _last_parts(modules))
+                raise _missing_error(config, f"lora.{field}", f"module {pattern!r}", suggestion)
     excluded = fields.get("exclude_modules")
     if isinstance(excluded, str) and not _any_match(excluded, modules, "lora.exclude_modules"):
-        raise _lacks(
-            config, "lora.exclude_modules", f"module that matches {excluded!r}", suggest_names(excluded, _last(modules))
-        )
+        suggestion = suggest_names(excluded, _last_parts(modules))
+        raise _missing_error(config, "lora.exclude_modules", f"module that matches {excluded!r}", suggestion)
 
 
-def _check_tokens(config: Config, chosen: Any, model: Any) -> None:
+def _check_tokens(config: Config, indices: Any, model: Any) -> None:
     tokens = int(model.get_input_embeddings().num_embeddings)
-    ids = chain.from_iterable(chosen.values()) if isinstance(chosen, Mapping) else chosen or ()
+    ids = chain.from_iterable(indices.values()) if isinstance(indices, Mapping) else indices or ()
     for id_ in ids:
         if not 0 <= id_ < tokens:
-            raise _lacks(config, "lora.trainable_token_indices", f"token {id_}", f"expected 0 to {tokens - 1}")
+            raise _missing_error(config, "lora.trainable_token_indices", f"token {id_}", f"expected 0 to {tokens - 1}")
 
 
-def _lacks(config: Config, field: str, what: str, hint: str) -> UsageError:
-    return UsageError("lora", f"{field}: {config.model} has no {what}", hint=hint)
+def _missing_error(config: Config, field: str, name: str, hint: str) -> UsageError:
+    return UsageError("lora", f"{field}: {config.model} has no {name}", hint=hint)
 
 
-def _last(names: Iterable[str]) -> set[str]:
+def _last_parts(names: Iterable[str]) -> set[str]:
     return {name.rpartition(".")[2] for name in names} - {str(number) for number in range(1000)}
 
 
-def _listed(value: Any) -> list[str]:
+def _list_or_empty(value: Any) -> list[str]:
     return value if isinstance(value, list) else []
 
 
@@ -180,8 +181,10 @@ def _any_match(pattern: str, names: Iterable[str], field: str = "lora.target_mod
     try:
         return any(re.fullmatch(pattern, name) for name in names)
     except re.error as error:
-        message = f"{field} is {pattern!r}, which is no regular expression: {error}"
-        raise UsageError("train_setting", message, hint="list names: target_modules: [q_proj, v_proj]") from None
+        message = f"{field} is {pattern!r}, which is not a valid regular expression: {error}"
+        raise UsageError(
+            "train_setting", message, hint="pass a list of names: target_modules: [q_proj, v_proj]"
+        ) from None
 
 
 def _long_names(lora: Lora) -> dict[str, Any]:
@@ -189,14 +192,14 @@ def _long_names(lora: Lora) -> dict[str, Any]:
     return {names.get(name, name): value for name, value in lora.fields().items()}
 
 
-def _lora_config(lora: Lora, own: Mapping[str, Any]) -> LoraConfig:
-    given = {name: value for name, value in {**_long_names(lora), **own}.items() if value is not None}
+def _lora_config(lora: Lora, overrides: Mapping[str, Any]) -> LoraConfig:
+    fields = {name: value for name, value in {**_long_names(lora), **overrides}.items() if value is not None}
     try:
         with warnings.catch_warnings():
-            # PEFT warns of fields that it is going to ignore.
+            # PEFT warns about fields that it ignores.
             warnings.simplefilter("error", UserWarning)
-            return LoraConfig(**convert_fields(given, LoraConfig), task_type="CAUSAL_LM")
+            return LoraConfig(**convert_fields(fields, LoraConfig), task_type="CAUSAL_LM")
     except (ValueError, TypeError, ImportError, UserWarning) as error:
         raise UsageError(
-            "train_setting", f"LoraConfig refuses the lora settings: {describe_exception(error)}"
+            "train_setting", f"LoraConfig rejects the lora settings: {describe_exception(error)}"
         ) from None

@@ -1,7 +1,7 @@
 """Check the fields of `SFTConfig`, `LoraConfig` and `BitsAndBytesConfig` against the types that they declare.
 
-These libraries check few of their fields: a word for a switch, or a text for a list, is taken for true, or for its
-letters, without an error.
+These libraries check few of their fields. Without this check, they would accept any string as true, and a string in
+place of a list as a list of characters.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _UNDECLARED = {
 }
 """Parameters of `BitsAndBytesConfig` whose type is not that of their default."""
 
-_WORDS = {
+_TYPE_NAMES = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
-    str: "text",
+    str: "a string",
     dict: "a mapping",
     list: "a list",
 }
@@ -41,7 +41,7 @@ _WORDS = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ConfigField:
-    """A field of a configuration class: its type, and whether null stands for its default."""
+    """A field of a configuration class: its type, and whether null selects its default."""
 
     hint: Any
     optional: bool
@@ -52,19 +52,19 @@ class ConfigField:
 
     @property
     def is_number(self) -> bool:
-        """Whether the field holds numbers, and no text."""
+        """Whether the field accepts only numbers."""
         members = set(_members(self.hint)) - {type(None)}
         return bool(members) and members <= {int, float}
 
     @property
     def takes_fractions(self) -> bool:
-        """Whether numbers that are not whole are among its values."""
+        """Whether the field accepts numbers that are not whole."""
         return float in _members(self.hint)
 
     @property
     def expected(self) -> str:
-        """What the field takes, in words."""
-        return _words(self.hint)
+        """The expected type in words, for error messages."""
+        return _describe_type(self.hint)
 
 
 def fields_of(kind: Callable[..., Any]) -> dict[str, ConfigField]:
@@ -74,13 +74,13 @@ def fields_of(kind: Callable[..., Any]) -> dict[str, ConfigField]:
     (False, 'true or false')
     """
     # `BitsAndBytesConfig` is a dataclass whose parameters are not its fields.
-    declared = [one for one in dataclasses.fields(kind) if one.init] if dataclasses.is_dataclass(kind) else []
-    if not declared or not {one.name for one in declared} <= inspect.signature(kind).parameters.keys():
+    declared = [field for field in dataclasses.fields(kind) if field.init] if dataclasses.is_dataclass(kind) else []
+    if not declared or not {field.name for field in declared} <= inspect.signature(kind).parameters.keys():
         return dict(_parameters(kind))
     hints = typing.get_type_hints(kind)
     return {
-        one.name: ConfigField(hints[one.name], one.default is None or type(None) in _members(hints[one.name]))
-        for one in declared
+        field.name: ConfigField(hints[field.name], field.default is None or type(None) in _members(hints[field.name]))
+        for field in declared
     }
 
 
@@ -90,69 +90,72 @@ class _Example:
 
 
 def check_fields(section: str, values: Mapping[str, Any], kind: Callable[..., Any], fixed: Mapping[str, str]) -> None:
-    """Refuse values that a configuration class does not take.
+    """Check that a configuration class has each field and accepts each value.
 
     Args:
-        section: where they stand in our configuration, such as `lora`.
+        section: section of the ftdata configuration that contains the fields, such as `lora`.
         values: name -> value.
-        kind: the class.
-        fixed: fields that a user may not set -> why.
+        kind: the configuration class.
+        fixed: field that a user may not set -> reason.
 
     Raises:
-        UsageError: naming the field, and what it takes, or the nearest name.
+        UsageError: a field is unknown, fixed or invalid; the message contains the expected type or similar names.
     """
-    known, kind_name = fields_of(kind), getattr(kind, "__name__", str(kind))
+    fields, kind_name = fields_of(kind), getattr(kind, "__name__", str(kind))
     for name, value in values.items():
         if name in fixed:
             raise UsageError("fixed_setting", f"{section}.{name} cannot be set: {fixed[name]}")
-        if name not in known:
-            usable = {*known, *(LORA_NAMES.values() if section == "lora" else ())} - fixed.keys()
+        if name not in fields:
+            usable = {*fields, *(LORA_NAMES.values() if section == "lora" else ())} - fixed.keys()
             raise UsageError(
                 "train_setting", f"{kind_name} has no field {name!r}", hint=suggest_names(str(name), usable)
             )
-        check_type(section, name, value, known[name])
+        check_type(section, name, value, fields[name])
 
 
 def check_type(section: str, name: str, value: Any, field: ConfigField) -> None:
-    """Refuse a value of another type than that of its field.
+    """Check that a value has the type of its field.
 
     Raises:
-        UsageError: naming the field, the value, and what it takes.
+        UsageError: the type is wrong; the message contains the field, the value and the expected type.
     """
     if not field.accepts(value):
-        shown = redact({name: value})[name]
-        hint = f"write {section}.{name}: true, or false" if field.expected == _WORDS[bool] else ""
-        message = f"{section}.{name} is {shown!r}, expected {field.expected}"
+        redacted = redact({name: value})[name]
+        hint = f"set {section}.{name} to true or false" if field.expected == _TYPE_NAMES[bool] else ""
+        message = f"{section}.{name} is {redacted!r}, expected {field.expected}"
         raise UsageError("train_setting", message, hint=hint)
 
 
 def convert_fields(values: Mapping[str, Any], kind: Callable[..., Any]) -> dict[str, Any]:
-    """Return values as a class takes them: mappings as the classes that its fields declare, whole numbers as floats."""
-    known = fields_of(kind)
-    found: dict[str, Any] = {}
+    """Convert values to the declared types: mappings to dataclasses, whole numbers to floats."""
+    fields = fields_of(kind)
+    converted: dict[str, Any] = {}
     for name, value in values.items():
-        members = _members(known[name].hint)
-        inner: Any = next((one for one in members if dataclasses.is_dataclass(one)), None)
+        members = _members(fields[name].hint)
+        inner: Any = next((member for member in members if dataclasses.is_dataclass(member)), None)
         if isinstance(value, Mapping) and inner is not None and dict not in members:
-            found[name] = inner(**convert_fields(value, inner))
+            converted[name] = inner(**convert_fields(value, inner))
         else:
             is_whole = type(value) is int and float in members and int not in members
-            found[name] = float(value) if is_whole else value
-    return found
+            converted[name] = float(value) if is_whole else value
+    return converted
 
 
 def _parameters(kind: Callable[..., Any]) -> Iterator[tuple[str, ConfigField]]:
-    for one in inspect.signature(kind).parameters.values():
-        if one.kind in (one.VAR_KEYWORD, one.VAR_POSITIONAL):
+    for parameter in inspect.signature(kind).parameters.values():
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
-        hint = _UNDECLARED.get(one.name, Any if one.default in (None, one.empty) else type(one.default))
-        yield one.name, ConfigField(hint, one.default is None)
+        inferred = Any if parameter.default in (None, parameter.empty) else type(parameter.default)
+        hint = _UNDECLARED.get(parameter.name, inferred)
+        yield parameter.name, ConfigField(hint, parameter.default is None)
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    """Return the types of a union, without their parameters; of another type, itself."""
+    """Return the members of a union without their parameters, or the type itself if it is not a union."""
     inner = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return tuple(one if typing.get_origin(one) in (None, Literal) else typing.get_origin(one) for one in inner)
+    return tuple(
+        member if typing.get_origin(member) in (None, Literal) else typing.get_origin(member) for member in inner
+    )
 
 
 def _accepts(value: Any, hint: Any) -> bool:
@@ -160,9 +163,9 @@ def _accepts(value: Any, hint: Any) -> bool:
     if hint is Any:
         return True
     if origin in (typing.Union, types.UnionType):
-        return any(_accepts(value, one) for one in inner)
+        return any(_accepts(value, member) for member in inner)
     if origin is Literal:
-        return any(_is_literal(value, one) for one in inner)
+        return any(_is_literal(value, literal) for literal in inner)
     if origin is None:
         return _is_instance(value, hint)
     return _is_collection(value, origin, inner)
@@ -170,12 +173,12 @@ def _accepts(value: Any, hint: Any) -> bool:
 
 def _is_collection(value: Any, kind: Any, inner: tuple[Any, ...]) -> bool:
     if kind is list:
-        return isinstance(value, list) and all(_accepts(one, inner[0]) for one in value)
+        return isinstance(value, list) and all(_accepts(item, inner[0]) for item in value)
     if kind is tuple:
         fits = isinstance(value, list | tuple) and (len(value) == len(inner) or Ellipsis in inner)
         return fits and all(_accepts(*pair) for pair in zip(value, inner, strict=False))
     if kind is dict:
-        return isinstance(value, dict) and all(_accepts(one, inner[1]) for one in value.values())
+        return isinstance(value, dict) and all(_accepts(item, inner[1]) for item in value.values())
     return True
 
 
@@ -184,33 +187,35 @@ def _is_instance(value: Any, hint: Any) -> bool:
         is_number = isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
         return is_number and math.isfinite(value)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        known = fields_of(typing.cast(Any, hint))
-        return all(name in known and known[name].accepts(one) for name, one in value.items())
+        fields = fields_of(typing.cast(Any, hint))
+        return all(name in fields and fields[name].accepts(item) for name, item in value.items())
     return isinstance(value, hint) if isinstance(hint, type) else True
 
 
 def _is_literal(value: Any, allowed: Any) -> bool:
-    # PEFT declares `pissa_niter_[number of iters]`.
+    # PEFT declares the pattern `pissa_niter_[number of iters]` as a literal.
     if isinstance(allowed, str) and "[number of" in allowed:
         pattern = re.escape(allowed.partition("[")[0]) + r"\d+"
         return isinstance(value, str) and re.fullmatch(pattern, value) is not None
     return type(value) is type(allowed) and value == allowed
 
 
-def _words(hint: Any) -> str:
-    """Return a type in words."""
+def _describe_type(hint: Any) -> str:
+    """Return the name of a type for error messages."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        named = [
-            one for one in inner if one is not type(None) and not (isinstance(one, type) and issubclass(one, Enum))
+        members = [
+            member
+            for member in inner
+            if member is not type(None) and not (isinstance(member, type) and issubclass(member, Enum))
         ]
-        return " or ".join(dict.fromkeys(map(_words, named)))
+        return " or ".join(dict.fromkeys(map(_describe_type, members)))
     if origin is Literal:
-        return f"one of {', '.join(str(one) for one in inner)}" if len(inner) > 1 else str(inner[0])
+        return f"one of {', '.join(str(literal) for literal in inner)}" if len(inner) > 1 else str(inner[0])
     if origin is list:
-        return {str: "a list of texts", int: "a list of whole numbers"}.get(inner[0], "a list")
+        return {str: "a list of strings", int: "a list of whole numbers"}.get(inner[0], "a list")
     if origin is tuple:
         return f"{len(inner)} values"
     if dataclasses.is_dataclass(hint):
         return f"a mapping with fields of {getattr(hint, '__name__', hint)}"
-    return _WORDS.get(origin or hint, getattr(hint, "__name__", str(hint)))
+    return _TYPE_NAMES.get(origin or hint, getattr(hint, "__name__", str(hint)))

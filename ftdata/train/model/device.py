@@ -1,4 +1,4 @@
-"""Where a run happens: the device, its precision, memory and speed; and which of several processes this is."""
+"""Query the device (precision, memory, speed), and coordinate the processes of a run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from accelerate import PartialState
 
 
 def compute_dtype(settings: Mapping[str, Any] | None = None) -> torch.dtype:
-    """Return the dtype to compute in: what `bf16` or `fp16` say, else what the device is good at.
+    """Return the compute dtype: the dtype that `bf16` or `fp16` selects, or else the best dtype of the device.
 
-    That is bfloat16 or float16 on a GPU, and float32 without one.
+    The best dtype is bfloat16 or float16 on a GPU, and float32 on a CPU.
     """
     settings = settings or {}
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
@@ -28,20 +28,20 @@ def compute_dtype(settings: Mapping[str, Any] | None = None) -> torch.dtype:
 
 
 def device_name() -> str:
-    """Return what to call the device."""
+    """Return the name of the device."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
 
 
 def free_memory() -> int:
-    """Return the bytes that this process may still take on the device."""
+    """Return the memory that is available to this process on the device, in bytes."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
-    # Processes of one machine share what is free there.
+    # The processes of a machine share its memory.
     return int(psutil.virtual_memory().available) // process_count()
 
 
 def measure_flops(dtype: torch.dtype, seconds: float = 0.1) -> float:
-    """Measure and return the floating-point operations per second of a product of matrices."""
+    """Measure the speed of matrix multiplication, in floating-point operations per second."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = 4096 if device == "cuda" else 512
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
@@ -50,7 +50,7 @@ def measure_flops(dtype: torch.dtype, seconds: float = 0.1) -> float:
         left @ right
         if device == "cuda":
             torch.cuda.synchronize()
-        # The first one pays for what is set up once.
+        # The first multiplication includes one-time initialization, so it is not measured.
         started = time.perf_counter() if started is None else started
         times += 1
     return 2.0 * size**3 * (times - 1) / (time.perf_counter() - started)
@@ -58,10 +58,10 @@ def measure_flops(dtype: torch.dtype, seconds: float = 0.1) -> float:
 
 @contextmanager
 def fit_threads(model: Any) -> Iterator[None]:
-    """Run a model on a CPU with as many threads as make a token fastest; `OMP_NUM_THREADS` is left as it is.
+    """Run a model on a CPU with the fastest number of threads; `OMP_NUM_THREADS` takes precedence.
 
-    The threads of a parallel region wait for the slowest. Where another process keeps a core busy, one thread may be
-    ten times faster than two.
+    The threads of a parallel region wait for the slowest thread. If another process keeps a core busy, one thread may
+    be ten times faster than two threads.
     """
     before = torch.get_num_threads()
     if model.device.type != "cpu" or before == 1 or "OMP_NUM_THREADS" in os.environ:
@@ -82,48 +82,48 @@ def fit_threads(model: Any) -> Iterator[None]:
 
 
 def _token_seconds(model: Any, times: int = 3) -> float:
-    """Return the seconds of a forward pass over one token, the fastest of a few."""
-    ids, found = torch.zeros(1, 1, dtype=torch.long), []
+    """Return the time of the fastest of several forward passes over one token, in seconds."""
+    ids, durations = torch.zeros(1, 1, dtype=torch.long), []
     for _ in range(times):
         started = time.perf_counter()
         model(input_ids=ids, use_cache=False)
-        found.append(time.perf_counter() - started)
-    return min(found)
+        durations.append(time.perf_counter() - started)
+    return min(durations)
 
 
 def process_count() -> int:
-    """Return how many processes train together."""
+    """Return the number of training processes."""
     return int(_state().num_processes)
 
 
 def is_sharded() -> bool:
-    """Return whether a model is to be spread over the processes, and so must not be loaded whole onto a device."""
+    """Return whether the model is sharded over the processes, and so must not be loaded onto a single device."""
     return any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
 
 
 def training_precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Return a context in which float32 weights on a GPU compute as they do in training."""
-    wanted = device.type == "cuda" and dtype is torch.float32 and compute_dtype() is not torch.float32
-    return torch.autocast(device.type, dtype=compute_dtype() if wanted else torch.bfloat16, enabled=wanted)
+    """Return a context in which float32 weights on a GPU use the same compute dtype as in training."""
+    enabled = device.type == "cuda" and dtype is torch.float32 and compute_dtype() is not torch.float32
+    return torch.autocast(device.type, dtype=compute_dtype() if enabled else torch.bfloat16, enabled=enabled)
 
 
 def is_main_process() -> bool:
-    """Return whether this process is the one that writes, and speaks."""
+    """Return whether this is the main process, which writes files and prints."""
     return bool(_state().is_main_process)
 
 
 def wait_for_processes() -> None:
-    """Go on when all processes have come here."""
+    """Wait until all processes reach this call."""
     _state().wait_for_everyone()
 
 
 @contextmanager
 def main_process_first() -> Iterator[bool]:
-    """Let the main process go first; the others find what it made. Yields whether this is the main one."""
+    """Run a block in the main process before the other processes; yields whether this is the main process."""
     with _state().main_process_first():
         yield is_main_process()
 
 
 def _state() -> PartialState:
-    # Several processes without a GPU take each other for strangers unless they are told that there is none.
+    # Without a GPU, accelerate connects the processes only if `cpu` is set.
     return PartialState(cpu=not torch.cuda.is_available())

@@ -1,6 +1,6 @@
-"""Before a run: how large the model is, how much is trained, what memory and computing it takes, and how long.
+"""Estimate the size, memory, compute and time of a run before it starts.
 
-Nothing is loaded for it: the model is made of shapes alone, on the device `meta`.
+The model is created without weights, on the device `meta`, so nothing is loaded.
 """
 
 from __future__ import annotations
@@ -37,18 +37,25 @@ OPTIMIZER_BYTES = {
     "paged_lion_32bit": 4,
     "sgd": 0,
 }
-"""Bytes of optimizer state per trained weight; Adam and what is not listed keep two float32."""
+"""Bytes of optimizer state per trained weight; Adam and unlisted optimizers use 8, two float32 values."""
 
 FEW_STEPS = 20
-"""A run of fewer steps is told that it is short."""
+"""Number of steps below which the estimate contains a note that the run is short."""
 
-BUSY = 0.4
-"""Share of a device's speed at products of matrices that training reaches, as a rule of thumb."""
+UTILIZATION = 0.4
+"""Share of the matrix multiplication speed of a device that training typically reaches."""
 
 
 @dataclass(frozen=True, slots=True)
 class SplitCounts:
-    """What the rows of a split hold: tokens of each, and of all, trained ones and documents."""
+    """The counts of a split.
+
+    Attributes:
+        lengths: number of tokens of each row.
+        tokens: number of all tokens.
+        trained: number of trained tokens.
+        documents: number of documents.
+    """
 
     lengths: NDArray[np.int64]
     tokens: int
@@ -58,33 +65,33 @@ class SplitCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A run before it is begun.
+    """The estimate of a run.
 
     Attributes:
-        model: its name.
-        parameters: weights of the model.
-        trainable: those that are trained.
-        dtype: what is computed in.
+        model: name of the model.
+        parameters: number of parameters of the model.
+        trainable: number of trainable parameters.
+        dtype: compute dtype.
         quantization: `"nf4"`, `"fp4"`, `"int8"` or `None`.
-        device: where it would run.
-        processes: how many train together.
-        rows: of the train split: packs, or examples.
-        tokens: of all of them.
-        trained_tokens: those that carry loss.
-        longest: tokens of the longest row.
-        epochs: how often all rows are seen.
-        steps: of the optimizer.
-        rows_per_step: in all processes.
-        tokens_per_step: the mean.
-        flops_per_step: floating-point operations: six per token and weight that is no embedding (Kaplan et al. 2020),
-            as `Trainer.floating_point_ops` counts them, whatever is trained.
-        flops: of all steps.
-        seconds: of all steps, roughly.
-        weights: bytes in each process.
-        gradients: bytes.
-        optimizer: bytes of its state.
-        activations: bytes that a step keeps for its way back, for the largest batch.
-        free: bytes that the device has.
+        device: name of the device.
+        processes: number of training processes.
+        rows: number of rows of the train split: packed sequences, or examples.
+        tokens: number of tokens of all rows.
+        trained_tokens: number of tokens that carry loss.
+        longest: number of tokens of the longest row.
+        epochs: number of passes over all rows.
+        steps: number of optimizer steps.
+        rows_per_step: number of rows per step, in all processes.
+        tokens_per_step: mean number of tokens per step.
+        flops_per_step: floating-point operations per step: six per token and non-embedding weight (Kaplan et al. 2020),
+            as in `Trainer.floating_point_ops`, independent of the number of trainable parameters.
+        flops: floating-point operations of all steps.
+        seconds: approximate time of all steps.
+        weights: bytes of the weights in each process.
+        gradients: bytes of the gradients.
+        optimizer: bytes of the optimizer state.
+        activations: bytes of the activations that the backward pass needs, for the largest batch.
+        free: bytes of available memory on the device.
     """
 
     model: str
@@ -113,11 +120,11 @@ class Estimate:
 
     @property
     def memory(self) -> int:
-        """All bytes together, in one process."""
+        """Total bytes in one process."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the estimate as JSON."""
+        """Return the estimate as a dict that can be written as JSON."""
         return {**asdict(self), "memory": self.memory}
 
     def __str__(self) -> str:
@@ -132,34 +139,34 @@ class Estimate:
                 ("activations", self.activations),
             )
         )
-        many = f" in each of {self.processes} processes" if self.processes > 1 else ""
-        told = (
-            "\nnote     in so few steps a model hardly changes: more num_train_epochs, or fewer rows a step, make more"
+        scope = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        note = (
+            "\nnote     a model hardly changes in so few steps: increase num_train_epochs, or use fewer rows per step"
         )
-        few = told if self.steps < FEW_STEPS else ""
+        short_note = note if self.steps < FEW_STEPS else ""
         return (
             f"model    {self.model}: {self.parameters:,} parameters, {self.trainable:,} trained ({share:.2%}), {kind}\n"
             f"data     {self.rows:,} rows, {self.tokens:,} tokens, {self.trained_tokens:,} trained "
-            f"({self.trained_tokens / max(self.tokens, 1):.1%}); the longest row has {self.longest:,}\n"
+            f"({self.trained_tokens / max(self.tokens, 1):.1%}); longest row: {self.longest:,} tokens\n"
             f"run      {self.steps:,} steps of {self.rows_per_step:,} rows, {self.epochs:g} epochs; "
-            f"{_many(self.flops_per_step)}FLOP a step, {_many(self.flops)}FLOP in all\n"
-            f"memory   about {_bytes(self.memory)} of {_bytes(self.free)} free{many}: {parts}\n"
-            f"time     about {_time(self.seconds)} on {self.device}{few}"
+            f"{_with_prefix(self.flops_per_step)}FLOP per step, {_with_prefix(self.flops)}FLOP in total\n"
+            f"memory   about {_bytes(self.memory)} of {_bytes(self.free)} free{scope}: {parts}\n"
+            f"time     about {_time(self.seconds)} on {self.device}{short_note}"
         )
 
 
 def check_adapter(config: Config, model_config: Any) -> None:
-    """Refuse an adapter that the model cannot take, by a model of shapes alone: no weight and no row is read.
+    """Check that the adapter fits the model, with a model without weights.
 
     Raises:
-        UsageError: naming the field, and what the model lacks.
+        UsageError: the model has no such module, layer or token.
     """
     with torch.device("meta"):
-        check_modules(config, _shapes(config, model_config, weights_dtype(config)))
+        check_modules(config, _make_shapes(config, model_config, weights_dtype(config)))
 
 
 def count_split(split: Any) -> SplitCounts:
-    """Count what a split of a build holds, a chunk at a time."""
+    """Count the rows, tokens and documents of a split, one chunk at a time to save memory."""
     lengths, trained, documents = [np.empty(0, np.int64)], 0, 0
     for batch in split.data.to_batches():
         lengths.append(pc.list_value_length(batch.column("input_ids")).to_numpy(zero_copy_only=False).astype(np.int64))
@@ -171,47 +178,52 @@ def count_split(split: Any) -> SplitCounts:
 
 
 def estimate_run(config: Config, model_config: Any, rows: SplitCounts, arguments: Any, vocabulary: int = 0) -> Estimate:
-    """Work out a run.
+    """Return the estimate of a run.
 
     Args:
-        config: the run.
-        model_config: the model's configuration.
-        rows: what is trained on.
-        arguments: the trainer's settings.
-        vocabulary: one more than the largest token id; embeddings that have to grow for it are trained whole.
+        config: the configuration of the run.
+        model_config: the configuration of the model.
+        rows: the counts of the train split.
+        arguments: the settings of the trainer.
+        vocabulary: the largest token id plus one; if the embeddings must grow for it, they are trained in full.
+
+    Raises:
+        UsageError: the adapter does not fit the model, or the run would have 0 steps.
     """
     dtype, longest = weights_dtype(config), int(rows.lengths.max())
     with torch.device("meta"):
-        model = _shapes(config, model_config, dtype)
+        model = _make_shapes(config, model_config, dtype)
         weights = _weight_bytes(model, config, dtype)
         flops_per_token = 6 * model.num_parameters(exclude_embeddings=True)
-        kept = _kept_per_token(model, dtype, longest, recomputes=bool(arguments.gradient_checkpointing))
+        token_bytes = _kept_per_token(model, dtype, longest, recomputes=bool(arguments.gradient_checkpointing))
         grows = vocabulary > model.get_input_embeddings().weight.shape[0]
         lora = make_lora_config(config, model, grows=grows, shapes=True)
         if lora is not None:
-            # Adapters are kept in float32 whatever the model is in.
+            # Adapter weights are float32, independent of the dtype of the model.
             try:
                 model = get_peft_model(model, lora)
             except (ValueError, RuntimeError) as error:
-                raise UsageError("lora", f"{config.model} takes no such adapter: {describe_exception(error)}") from None
+                message = f"the adapter cannot be added to {config.model}: {describe_exception(error)}"
+                raise UsageError("lora", message) from None
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     total = sum(weight.numel() for weight in model.parameters())
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * device.process_count()
     steps = count_steps(len(rows.lengths), arguments)
     if steps < 1:
-        raise UsageError("no_steps", "there is nothing to train: 0 steps", hint="set num_train_epochs or max_steps")
+        raise UsageError("no_steps", "the run would have 0 steps", hint="set num_train_epochs or max_steps")
     batch = int(np.sort(rows.lengths)[::-1][: arguments.per_device_train_batch_size].sum())
     tokens_per_step = round(rows.tokens / len(rows.lengths) * min(per_step, len(rows.lengths)))
     flops = flops_per_token * tokens_per_step
-    # Forward, back to the activations, and, where these are trained, back to the weights: two of six each.
+    # Of six operations, two are for the forward pass, two for the gradients of the activations, and two for the
+    # gradients of the weights, which frozen weights do not need.
     shares = 2 + 2 + 2 * (trainable == total) + 2 * bool(arguments.gradient_checkpointing)
-    worked = (
+    seconds = (
         flops
         * steps
         * shares
         / 6
         / device.process_count()
-        / (device.measure_flops(device.compute_dtype(config.train)) * BUSY)
+        / (device.measure_flops(device.compute_dtype(config.train)) * UTILIZATION)
     )
     state = OPTIMIZER_BYTES.get(str(getattr(arguments.optim, "value", arguments.optim)), 8)
     return Estimate(
@@ -232,33 +244,33 @@ def estimate_run(config: Config, model_config: Any, rows: SplitCounts, arguments
         tokens_per_step=tokens_per_step,
         flops_per_step=flops,
         flops=flops * steps,
-        seconds=worked,
+        seconds=seconds,
         weights=weights + (4 * trainable if lora is not None else 0),
         gradients=4 * trainable,
         optimizer=round(state * trainable),
-        activations=round(kept * batch),
+        activations=round(token_bytes * batch),
         free=device.free_memory(),
     )
 
 
-def check_memory(found: Estimate) -> None:
-    """Refuse a run whose weights, gradients and optimizer alone are more than is free.
+def check_memory(estimate: Estimate) -> None:
+    """Refuse a run whose weights, gradients and optimizer state exceed the available memory.
 
     Raises:
-        InputRefused: with what would make it smaller.
+        InputRefused: the run does not fit; the hint contains settings that reduce the memory.
     """
-    sure = found.weights + found.gradients + found.optimizer
-    if sure > found.free:
-        ways = ["a smaller model"]
-        if found.trainable == found.parameters:
-            ways.insert(0, "lora: {r: 16}")
-        if found.quantization is None:
-            ways.insert(0, "quantization: nf4")
+    minimum = estimate.weights + estimate.gradients + estimate.optimizer
+    if minimum > estimate.free:
+        fixes = ["use a smaller model"]
+        if estimate.trainable == estimate.parameters:
+            fixes.insert(0, "lora: {r: 16}")
+        if estimate.quantization is None:
+            fixes.insert(0, "quantization: nf4")
         raise InputRefused(
             "too_large",
-            f"{found.model} cannot be trained here: weights, gradients and optimizer take {_bytes(sure)}, "
-            f"{_bytes(found.free)} are free on {found.device}",
-            hint=", or ".join(ways),
+            f"{estimate.model} cannot be trained here: weights, gradients and optimizer need {_bytes(minimum)}, "
+            f"{_bytes(estimate.free)} are free on {estimate.device}",
+            hint=", or ".join(fixes),
         )
 
 
@@ -266,26 +278,26 @@ def count_steps(rows: int, arguments: Any, epochs: float | None = None) -> int:
     """Return the number of optimizer steps, as the trainer counts them.
 
     Args:
-        rows: of the data.
-        arguments: the trainer's settings.
-        epochs: so many of them; `None` takes what the settings say.
+        rows: number of rows.
+        arguments: the settings of the trainer.
+        epochs: number of epochs; `None` selects the number in the settings.
     """
     if epochs is None and arguments.max_steps > 0:
         return int(arguments.max_steps)
     batches = math.ceil(rows / (arguments.per_device_train_batch_size * device.process_count()))
-    each: int = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
+    steps_per_epoch: int = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
     epochs = float(arguments.num_train_epochs) if epochs is None else epochs
-    return math.ceil(epochs * each)
+    return math.ceil(epochs * steps_per_epoch)
 
 
-def _shapes(config: Config, model_config: Any, dtype: torch.dtype) -> Any:
-    more = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+def _make_shapes(config: Config, model_config: Any, dtype: torch.dtype) -> Any:
+    options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     try:
         return AutoModelForCausalLM.from_config(
-            model_config, dtype=dtype, trust_remote_code=config.trust_remote_code, **more
+            model_config, dtype=dtype, trust_remote_code=config.trust_remote_code, **options
         )
     except (ValueError, ImportError) as error:
-        raise UsageError("model_setting", f"{config.model} cannot be made so: {describe_exception(error)}") from None
+        raise UsageError("model_setting", f"{config.model} cannot be created: {describe_exception(error)}") from None
 
 
 def _weight_bytes(model: Any, config: Config, dtype: torch.dtype) -> int:
@@ -294,24 +306,27 @@ def _weight_bytes(model: Any, config: Config, dtype: torch.dtype) -> int:
         return sum(int(weight.nbytes) for weight in weights)
     head = model.get_output_embeddings()
     skipped = skipped_modules(config.quantization)
-    small = {
+    quantized_ids = {
         id(module.weight)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head and not name.endswith(skipped)
     }
-    size, quantized = dtype.itemsize, bytes_per_weight(config.quantization)
+    full_size, quantized_size = dtype.itemsize, bytes_per_weight(config.quantization)
     return round(
-        sum(int(weight.numel()) * (quantized if id(weight) in small else size) for weight in model.parameters())
+        sum(
+            int(weight.numel()) * (quantized_size if id(weight) in quantized_ids else full_size)
+            for weight in model.parameters()
+        )
     )
 
 
 def _kept_per_token(model: Any, dtype: torch.dtype, longest: int, *, recomputes: bool) -> float:
-    """Return the bytes that a token leaves in memory for the way back.
+    """Return the bytes of activations that each token keeps in memory for the backward pass.
 
-    Every product of matrices keeps its input, and what follows it keeps its output; with what norms and activation
-    functions keep that is, of models tried, 1.3 times what goes into and out of the linear layers, give or take a half.
-    Eager attention keeps the weights of all pairs of tokens as well. With checkpointing it is the input of each block,
-    and one block.
+    Each matrix multiplication keeps its input, and the next operation keeps its output. With the activations that norms
+    and activation functions keep, the total is about 1.3 times the inputs and outputs of the linear layers, measured on
+    several models with an error of up to a factor of two. Eager attention also keeps the attention weights of all pairs
+    of tokens. With gradient checkpointing, only the inputs of all blocks and the activations of one block are kept.
     """
     head = model.get_output_embeddings()
     sizes = [
@@ -324,11 +339,11 @@ def _kept_per_token(model: Any, dtype: torch.dtype, longest: int, *, recomputes:
     ]
     text = model.config.get_text_config()
     layers = max(int(text.num_hidden_layers), 1)
-    each = 1.3 * sum(sizes) / layers
+    per_layer = 1.3 * sum(sizes) / layers
     if model.config._attn_implementation == "eager":
-        each += 2 * int(getattr(text, "num_attention_heads", 0)) * longest
-    kept = layers * int(text.hidden_size) + each if recomputes else layers * each
-    return float(kept * dtype.itemsize)
+        per_layer += 2 * int(getattr(text, "num_attention_heads", 0)) * longest
+    values = layers * int(text.hidden_size) + per_layer if recomputes else layers * per_layer
+    return float(values * dtype.itemsize)
 
 
 def _bytes(number: float) -> str:
@@ -338,7 +353,7 @@ def _bytes(number: float) -> str:
     return f"{number / 1e3:,.0f} kB"
 
 
-def _many(number: float) -> str:
+def _with_prefix(number: float) -> str:
     for prefix, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if number >= size:
             return f"{number / size:,.4g} {prefix}"

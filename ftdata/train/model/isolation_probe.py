@@ -1,7 +1,7 @@
-"""Does this model keep packed documents apart? Two short forwards tell.
+"""Test whether the documents of a packed sequence attend to each other, with two short forward passes.
 
-Document B is scored behind document A, and again behind another A of the same length. If the model keeps
-documents apart, nothing of B changes.
+The logits of document B are computed after document A, and again after another document of the same length. If the
+documents are isolated from each other, the logits of B are the same.
 """
 
 from __future__ import annotations
@@ -16,61 +16,61 @@ from transformers import AutoModelForCausalLM
 from ftdata.train.model.device import training_precision
 
 LEAK = 1e-4
-"""Relative change of B's logits above which a model counts as leaking."""
+"""Relative change of the logits of B above which a model leaks."""
 
 _LAYERS = 4
-_MOST_LAYERS = 12
-_MOST_WEIGHTS = 1_500_000_000
+_MAX_LAYERS = 12
+_MAX_WEIGHTS = 1_500_000_000
 
 
 def measure_leak(model: Any, length: int = 20) -> float:
-    """Return how much a document changes the one packed behind it: 0 where the model keeps them apart.
+    """Return how much a document changes the logits of the document packed after it: 0 if they are isolated.
 
     Args:
         model: a causal language model.
-        length: tokens of each document.
+        length: number of tokens of each document.
 
     Returns:
-        The largest change of a logit of B, relative to the largest logit of B; infinity where the model cannot be asked
-        so at all.
+        The largest change of a logit of B, relative to the largest logit of B; infinity if the model does not support
+        packed sequences.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    first, other, second = (torch.randint(0, rows, (length,), generator=generator) for _ in range(3))
+    first, alternative, second = (torch.randint(0, rows, (length,), generator=generator) for _ in range(3))
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode(), training_precision(model.device, model.dtype):
-            behind, behind_other = (_logits(model, before, second) for before in (first, other))
+            logits, other_logits = (_logits(model, before, second) for before in (first, alternative))
     except (RuntimeError, ValueError, TypeError, NotImplementedError):
-        # Models of state or convolution refuse packed sequences without the kernels that keep them apart.
+        # State-space and convolution models reject packed sequences if their kernels are not installed.
         return float("inf")
     finally:
         model.train(was_training)
-    return float((behind - behind_other).abs().max() / behind.abs().max().clamp_min(1e-12))
+    return float((logits - other_logits).abs().max() / logits.abs().max().clamp_min(1e-12))
 
 
 def has_leaking_architecture(config: Any, attention: str | None = None) -> bool | None:
-    """Say whether models of a configuration leak, by a model of a few of its layers with weights by chance.
+    """Return whether models of an architecture leak, measured on a model with few layers and random weights.
 
     Returns:
-        `None` where such a model cannot be made, or is too large to be made for this.
+        Whether the model leaks, or `None` if such a model cannot be created or would be too large.
     """
-    more = {"attn_implementation": attention} if attention else {}
+    options = {"attn_implementation": attention} if attention else {}
     state = torch.get_rng_state()
     try:
         small = _small(config)
         with torch.device("meta"):
-            size = AutoModelForCausalLM.from_config(small, **more).num_parameters()
-        if size > _MOST_WEIGHTS:
+            size = AutoModelForCausalLM.from_config(small, **options).num_parameters()
+        if size > _MAX_WEIGHTS:
             return None
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, **more)
+        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, **options)
         for weight in model.parameters():
-            # Weights as small as models begin with make attention so even that little is seen through it.
+            # With the usual small initial weights, attention is almost uniform and a leak would be hard to measure.
             if weight.dim() > 1:
                 weight.data.normal_(std=weight.shape[-1] ** -0.5)
-        # What is no number tells nothing good.
+        # The comparison is negated so that NaN counts as a leak.
         return not measure_leak(model) <= LEAK
     except (RuntimeError, ValueError, TypeError, ImportError, AttributeError, LookupError, StrictDataclassError):
         return None
@@ -82,9 +82,9 @@ def _small(config: Any) -> Any:
     small = copy.deepcopy(config)
     text = small.get_text_config()
     kinds = getattr(text, "layer_types", None)
-    # Layers may be of several kinds: one of each has to be there.
-    first = {kind: at for at, kind in reversed(list(enumerate(kinds or ())))}
-    layers = min(max([_LAYERS, *(at + 1 for at in first.values())]), _MOST_LAYERS)
+    # The small model needs a layer of each kind.
+    first = {kind: index for index, kind in reversed(list(enumerate(kinds or ())))}
+    layers = min(max([_LAYERS, *(index + 1 for index in first.values())]), _MAX_LAYERS)
     for name, value in (("num_hidden_layers", layers), ("vocab_size", 64)):
         setattr(text, name, min(getattr(text, name, value) or value, value))
     if isinstance(kinds, list) and getattr(text, "layer_types", None) == kinds:
@@ -107,7 +107,7 @@ def _logits(model: Any, before: torch.Tensor, document: torch.Tensor) -> torch.T
 
 
 def _bounds(model: Any, document: torch.Tensor) -> dict[str, Any]:
-    """Return what TRL's collator gives beside positions, which FlashAttention and kernels of state go by."""
+    """Return the document boundaries that TRL's collator passes to FlashAttention and to state-space kernels."""
     if "flash" not in str(model.config._attn_implementation):
         return {}
     bounds = torch.tensor([0, len(document), 2 * len(document)], dtype=torch.int32, device=model.device)

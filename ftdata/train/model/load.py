@@ -1,4 +1,4 @@
-"""The model: loaded whole or in 4 bits, in the precision that the device is good at, with its adapter."""
+"""Load models, their configurations and tokenizers; check weights; resize embeddings."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from ftdata.train.model.quantization import Quantization, quantization_config
 
 
 def weights_dtype(config: Config) -> torch.dtype:
-    """Return the dtype of the weights: that of computing under an adapter, float32 where they are trained themselves.
+    """Return the dtype of the base weights: the compute dtype if they are frozen, float32 if they are trained.
 
-    Steps of a usual learning rate are smaller than bfloat16 can tell, and would be lost.
+    With a usual learning rate, most updates are too small for the precision of bfloat16 and would be lost.
     """
     return compute_dtype(config.train) if wants_adapter(config) else torch.float32
 
 
 def load_model_config(name: str, *, trust_remote_code: bool = False) -> Any:
-    """Load a model's configuration alone.
+    """Load the configuration of a model.
 
     Raises:
-        InputRefused: there is no such model, or it needs code of its own.
+        InputRefused: the model does not exist, is an adapter, or needs remote code.
     """
     if (Path(name) / "adapter_config.json").is_file():
         raise InputRefused(
             "is_adapter",
-            f"{name} is an adapter, not a model: training would start without it",
-            hint="name the base model, or merge the adapter into it first (ftdata merge)",
+            f"{name} is an adapter, not a model",
+            hint="pass the base model, or merge the adapter into it first (ftdata merge)",
         )
     check_weights(Path(name))
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
-        raise _refused(name, error) from None
+        raise _load_error(name, error) from None
 
 
 def load_model(
@@ -54,61 +54,61 @@ def load_model(
     attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """Load a causal language model from a folder or the hub; weights are read from safetensors alone.
+    """Load a causal language model from a folder or the Hub; only safetensors weights are accepted.
 
     Args:
-        name: a folder, or a hub id.
+        name: a folder or a Hub id.
         quantization: `"nf4"`, `"fp4"`, `"int8"`, fields of `BitsAndBytesConfig`, or `None`.
-        dtype: of the weights; `None` takes that of computing here.
-        attention: what computes attention, such as `"sdpa"`; `None` leaves it to the model.
+        dtype: dtype of the weights; `None` selects the compute dtype of this device.
+        attention: the attention implementation, such as `"sdpa"`; `None` selects the default of the model.
         trust_remote_code: whether Python code that comes with the model may run.
 
     Raises:
-        InputRefused: there is no such model, or it needs what is not allowed.
+        InputRefused: the model does not exist or is incomplete, has no safetensors, or needs remote code.
     """
     dtype = dtype or compute_dtype()
     model_config = load_model_config(name, trust_remote_code=trust_remote_code)
-    in_bits = quantization_config(quantization, dtype)
-    if in_bits is not None and in_bits.llm_int8_skip_modules:
-        # Named modules replace those that are never quantized, where they should be added to them.
+    quantized = quantization_config(quantization, dtype)
+    if quantized is not None and quantized.llm_int8_skip_modules:
+        # transformers replaces its default modules with this list. The embeddings must stay unquantized.
         with torch.device("meta"):
             shapes = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
-        in_bits.llm_int8_skip_modules = sorted({*in_bits.llm_int8_skip_modules, *embedding_names(shapes)})
-    more: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+        quantized.llm_int8_skip_modules = sorted({*quantized.llm_int8_skip_modules, *embedding_names(shapes)})
+    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     if torch.cuda.is_available() and not device.is_sharded():
-        # Where it is asked before it is trained, FlashAttention has to find it.
-        more["device_map"] = {"": torch.cuda.current_device()}
+        # The isolation probe runs before training, and FlashAttention needs the model on the GPU.
+        options["device_map"] = {"": torch.cuda.current_device()}
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
-            quantization_config=in_bits,
+            quantization_config=quantized,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
-            **more,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, HfHubHTTPError) as error:
-        raise _refused(name, error) from None
-    if lacking := sorted(told["missing_keys"]):
-        found = f"{name} has no weights for {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}"
-        hint = "they would be random numbers: is this a causal language model, and all of it there?"
-        raise InputRefused("missing_weights", found, hint=hint)
-    model.generation_config = _savable(model.generation_config)
+        raise _load_error(name, error) from None
+    if missing := sorted(loading_info["missing_keys"]):
+        message = f"{name} has no weights for {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        hint = "check that this is a causal language model, and that all files are complete"
+        raise InputRefused("missing_weights", message, hint=hint)
+    model.generation_config = _make_savable(model.generation_config)
     if not torch.cuda.is_available():
         for module in model.modules():
-            # bitsandbytes repacks 4-bit weights for AVX512-BF16 on the first forward in eval mode, and then
-            # they can no longer be trained.
+            # bitsandbytes repacks 4-bit weights for AVX512-BF16 in the first forward pass in eval mode, and repacked
+            # weights do not support training.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     return model
 
 
 def dequantize(model: Any) -> Any:
-    """Return a model in 4 bits on a CPU with its weights as numbers again, where they fit into the memory.
+    """Dequantize the weights of a 4-bit model on a CPU if they fit into memory, and return the model.
 
-    A CPU unpacks the weights of every layer for every token otherwise. The numbers are the same, and so are the
-    answers.
+    Otherwise, a CPU dequantizes the weights of every layer for every token. The values, and so the answers, are the
+    same.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     is_packed = quantizer is not None and getattr(quantizer.quantization_config, "load_in_4bit", False)
@@ -119,41 +119,41 @@ def dequantize(model: Any) -> Any:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse weights in a folder that are no safetensors, or that an index looks for elsewhere.
+    """Check that the weights in a folder are safetensors, and that the index refers only to files in this folder.
 
     Raises:
-        InputRefused: there are such.
+        InputRefused: the weights are pickles, or the index refers to other files.
     """
     if (folder / "adapter_config.json").is_file() and not (folder / "adapter_model.safetensors").is_file():
-        raise _pickled(str(folder))
+        raise _pickle_error(str(folder))
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return
     try:
         files = set(json.loads(index.read_bytes())["weight_map"].values())
-        plain = all(Path(name).name == name and name.endswith(".safetensors") for name in files)
+        is_safe = all(Path(name).name == name and name.endswith(".safetensors") for name in files)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        plain = False
-    if not plain:
-        found = f"{index} names files that are no safetensors beside it"
-        raise InputRefused("weights_index", found, hint="save the model again, or get it from where it was made")
+        is_safe = False
+    if not is_safe:
+        message = f"{index} refers to files that are not safetensors in the same folder"
+        raise InputRefused("weights_index", message, hint="save the model again, or download it from its source")
 
 
 def load_trainer_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """Return the tokenizer as the trainer takes it.
+    """Load the `transformers` tokenizer for the trainer.
 
     Raises:
-        InputRefused: it brings Python code of its own, or cannot be loaded.
+        InputRefused: the tokenizer needs remote code, or cannot be loaded.
     """
     try:
-        # Left open, transformers would ask on standard input whether to run such code.
+        # Without an explicit value, transformers prompts on standard input whether to run remote code.
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise _refused(name, error) from None
+        raise _load_error(name, error) from None
 
 
-def _savable(settings: GenerationConfig) -> GenerationConfig:
-    """Return settings that can be saved: sampling without `do_sample` is an error, at the end of all the work."""
+def _make_savable(settings: GenerationConfig) -> GenerationConfig:
+    """Return a generation config that can be saved; sampling options without `do_sample` would be an error."""
     tokens = {name: getattr(settings, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     sampled = copy.deepcopy(settings)
     sampled.do_sample = True
@@ -166,89 +166,90 @@ def _savable(settings: GenerationConfig) -> GenerationConfig:
     return GenerationConfig(**tokens)
 
 
-def _pickled(name: str) -> InputRefused:
+def _pickle_error(name: str) -> InputRefused:
     return InputRefused(
         "no_safetensors",
-        f"{name} has its weights as pickles, which can run code when they are read",
-        hint="convert them to safetensors: load them where you trust them, and save_pretrained",
+        f"the weights of {name} are pickles, which can run code when they are loaded",
+        hint="convert them to safetensors: load them on a machine that you can trust, and call save_pretrained",
     )
 
 
-def _refused(name: str, error: Exception) -> InputRefused:
-    what = describe_exception(error, 2_000)
-    if "trust_remote_code" in what:
+def _load_error(name: str, error: Exception) -> InputRefused:
+    description = describe_exception(error, 2_000)
+    if "trust_remote_code" in description:
         return InputRefused(
             "remote_code",
-            f"{name} brings Python code of its own, which is not run",
-            hint="read it, then say trust_remote_code: true (--trust-remote-code)",
+            f"{name} contains Python code, which is not run by default",
+            hint="read the code, then set trust_remote_code: true (--trust-remote-code)",
         )
-    if "safetensors" in what and "bin" in what:
-        return _pickled(name)
-    hint = "pass a folder with config.json and safetensors, or a hub id"
-    return InputRefused("no_model", f"{name} cannot be loaded: {what[:300]}", hint=hint)
+    if "safetensors" in description and "bin" in description:
+        return _pickle_error(name)
+    hint = "pass a folder with config.json and safetensors, or a Hub id"
+    return InputRefused("no_model", f"{name} cannot be loaded: {description[:300]}", hint=hint)
 
 
 def wants_adapter(config: Config) -> bool:
-    """Return whether an adapter is trained; quantised weights are never trained without one."""
+    """Return whether a run trains an adapter; quantized weights always need an adapter."""
     return config.lora is not None or config.quantization is not None
 
 
 def embedding_names(model: Any) -> list[str]:
-    """Return the names of the modules that hold input and output embeddings."""
-    held = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [name.rpartition(".")[2] for name, module in model.named_modules() if any(module is one for one in held)]
+    """Return the names of the modules of the input and output embeddings."""
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    modules = model.named_modules()
+    return [name.rpartition(".")[2] for name, module in modules if any(module is layer for layer in embeddings)]
 
 
 def fit_vocabulary(model: Any, size: int, tokenizer: Any) -> bool:
-    """Make room in the embeddings for tokens that were added to the tokenizer; return whether there are any.
+    """Enlarge the embeddings for tokens that were added to the tokenizer, and return whether they were enlarged.
 
-    New rows are drawn around the mean of the others, as `resize_token_embeddings` does (Hewitt 2021), and must be
-    trained.
+    `resize_token_embeddings` samples the new rows around the mean of the old rows (Hewitt 2021). They must be trained.
 
     Args:
         model: a causal language model.
-        size: one more than the largest token id in the data.
-        tokenizer: a `transformers` tokenizer; its pad token becomes one that the model has.
+        size: the largest token id in the data plus one.
+        tokenizer: a `transformers` tokenizer; if the model does not have its pad token, it is set to the EOS token.
 
     Raises:
-        UsageError: ids beyond the embeddings are no added tokens: the tokenizer is another model's.
+        UsageError: ids beyond the embeddings are not added tokens, so the tokenizer does not belong to the model; or
+            the model has neither the pad token nor the EOS token.
     """
     rows = int(model.get_input_embeddings().weight.shape[0])
-    new = size > rows
-    if new:
+    is_enlarged = size > rows
+    if is_enlarged:
         added = set(tokenizer.get_added_vocab().values())
         if not added.issuperset(range(rows, size)):
             raise UsageError(
                 "vocabulary",
-                f"the data holds token id {size - 1}, the model has {rows} embeddings",
-                hint="build with the model's own tokenizer",
+                f"the data contains token id {size - 1}, the model has {rows} embeddings",
+                hint="build with the model's tokenizer",
             )
         size = max(size, len(tokenizer))
         resize_embeddings(model, size)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= max(rows, size):
-        # Padding is masked by position, never by id, so sharing a token with EOS costs nothing.
+        # Padding is masked by position, not by id, so the EOS token can also be the pad token.
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= max(rows, size):
         raise UsageError(
             "pad_token",
             f"the tokenizer has no pad or EOS token among the model's {rows} embeddings",
-            hint="name a pad token in tokenizer_config.json that the model has",
+            hint="set a pad token in tokenizer_config.json that the model has",
         )
-    return new
+    return is_enlarged
 
 
 def resize_embeddings(model: Any, size: int) -> None:
-    """Give a model so many embeddings; new ones are drawn the same way each time."""
+    """Resize the embeddings of a model; new rows are initialized reproducibly."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model.resize_token_embeddings(size)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Return the number of trainable and of all parameters; a 4-bit weight holds two per byte."""
+    """Return the number of trainable parameters and of all parameters; packed 4-bit weights count two per byte."""
     trainable = total = 0
     for weight in model.parameters():
-        # Packed weights may be stored as wider numbers (`bnb_4bit_quant_storage`).
+        # Packed weights may be stored in a wider dtype (`bnb_4bit_quant_storage`).
         count = weight.numel() * (2 * weight.element_size() if weight.__class__.__name__ == "Params4bit" else 1)
         total += count
         trainable += count if weight.requires_grad else 0

@@ -1,4 +1,4 @@
-"""Quantization: `nf4`, `fp4`, `int8`, or fields of `BitsAndBytesConfig`; its configuration, its name, its bytes."""
+"""Configure quantization: `nf4`, `fp4`, `int8`, or fields of `BitsAndBytesConfig`."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ QUANTIZATIONS: Mapping[str, Mapping[str, Any]] = {
 Quantization = str | dict[str, Any] | None
 
 _BLOCK, _NESTED_BLOCK = 64, 256
-"""Weights per scale, and scales per scale of scales, as bitsandbytes chooses them."""
+"""Default block sizes of bitsandbytes: weights per scale, and scales per scale in double quantization."""
 
 
-def quantization_config(chosen: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Return the configuration of a quantization, or `None`.
+def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """Return the bitsandbytes configuration of a quantization, or `None` without quantization.
 
     Args:
-        chosen: a name, or fields of `BitsAndBytesConfig`.
-        dtype: of the computation, unless a field says otherwise.
+        quantization: a name, or fields of `BitsAndBytesConfig`.
+        dtype: compute dtype, unless a field sets it.
 
     Raises:
-        UsageError: an unknown name or field, or a value of another type.
+        UsageError: a name or field is unknown, or a value has the wrong type.
         MissingDependency: bitsandbytes is not installed.
     """
-    if chosen is None:
+    if quantization is None:
         return None
-    fields = _fields(chosen)
+    fields = _fields(quantization)
     try:
-        import bitsandbytes  # noqa: F401  (is it there?)
+        import bitsandbytes  # noqa: F401  (checks that it is installed)
     except ImportError:
         raise MissingDependency(
             "missing_bitsandbytes", "quantization needs bitsandbytes", hint="pip install bitsandbytes"
@@ -49,44 +49,46 @@ def quantization_config(chosen: Quantization, dtype: torch.dtype) -> BitsAndByte
     try:
         return BitsAndBytesConfig(**fields)
     except (ValueError, TypeError, AttributeError) as error:
-        raise UsageError("train_setting", f"BitsAndBytesConfig refuses the quantization: {error}") from None
+        raise UsageError("train_setting", f"BitsAndBytesConfig rejects the quantization: {error}") from None
 
 
-def quantization_name(chosen: Quantization) -> str | None:
+def quantization_name(quantization: Quantization) -> str | None:
     """Return the short name of a quantization: `nf4`, `fp4`, `int8`, or `None`."""
-    if chosen is None or isinstance(chosen, str):
-        return chosen
-    return "int8" if chosen.get("load_in_8bit") else str(chosen.get("bnb_4bit_quant_type", "fp4"))
+    if quantization is None or isinstance(quantization, str):
+        return quantization
+    return "int8" if quantization.get("load_in_8bit") else str(quantization.get("bnb_4bit_quant_type", "fp4"))
 
 
-def bytes_per_weight(chosen: Quantization) -> float:
-    """Return the bytes of a quantized weight with its share of the scales.
+def bytes_per_weight(quantization: Quantization) -> float:
+    """Return the number of bytes per quantized weight, including its share of the scales.
 
     >>> bytes_per_weight("int8"), bytes_per_weight({"load_in_4bit": True})
     (1.0, 0.5625)
     """
-    fields = _fields(chosen or "nf4")
+    fields = _fields(quantization or "nf4")
     if fields.get("load_in_8bit"):
         return 1.0
     nested = 1 / _BLOCK + 4 / (_BLOCK * _NESTED_BLOCK)
     return 0.5 + (nested if fields.get("bnb_4bit_use_double_quant") else 4 / _BLOCK)
 
 
-def skipped_modules(chosen: Quantization) -> tuple[str, ...]:
-    """Return the names of the modules that are not quantized, besides the output embeddings."""
-    return tuple(chosen.get("llm_int8_skip_modules") or ()) if isinstance(chosen, dict) else ()
+def skipped_modules(quantization: Quantization) -> tuple[str, ...]:
+    """Return the names of the modules that are not quantized, in addition to the output embeddings."""
+    return tuple(quantization.get("llm_int8_skip_modules") or ()) if isinstance(quantization, dict) else ()
 
 
-def _fields(chosen: str | dict[str, Any]) -> dict[str, Any]:
-    if isinstance(chosen, str):
-        check_choice("quantization", chosen, QUANTIZATIONS)
-        return dict(QUANTIZATIONS[chosen])
-    check_fields("quantization", chosen, BitsAndBytesConfig, {})
-    if bool(chosen.get("load_in_4bit")) == bool(chosen.get("load_in_8bit")):
-        found = "both" if chosen.get("load_in_4bit") else "neither"
+def _fields(quantization: str | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(quantization, str):
+        check_choice("quantization", quantization, QUANTIZATIONS)
+        return dict(QUANTIZATIONS[quantization])
+    check_fields("quantization", quantization, BitsAndBytesConfig, {})
+    if bool(quantization.get("load_in_4bit")) == bool(quantization.get("load_in_8bit")):
+        state = "both" if quantization.get("load_in_4bit") else "neither"
         raise UsageError(
             "train_setting",
-            f"quantization sets {found} of load_in_4bit and load_in_8bit, expected one of them",
-            hint="add load_in_4bit: true, or use a name: nf4, fp4, int8",
+            f"quantization sets {state} of load_in_4bit and load_in_8bit, expected exactly one",
+            hint="set load_in_4bit: true, or use a name: nf4, fp4, int8",
         )
-    return convert_fields({name: value for name, value in chosen.items() if value is not None}, BitsAndBytesConfig)
+    return convert_fields(
+        {name: value for name, value in quantization.items() if value is not None}, BitsAndBytesConfig
+    )

@@ -1,4 +1,4 @@
-"""The end of a run: the model saved, read back and compared; what came of it, as card, figures and picture."""
+"""Finish a run: save the model, evaluate it, compare the saved model with the model in memory, write the results."""
 
 from __future__ import annotations
 
@@ -21,28 +21,31 @@ from ftdata.train.runs.model_card import render_model_card
 from ftdata.train.runs.plots import draw_sparkline, write_loss_plot
 from ftdata.train.runs.trainer import BuildTrainer
 
-_SEEN = 64
-"""Tokens by which a saved model is compared with the one in memory."""
+_COMPARED_TOKENS = 64
+"""Number of tokens whose logits are compared between the saved model and the model in memory."""
 
 
 def set_stop_tokens(trainer: BuildTrainer, config: Config, data: TrainingData) -> list[int]:
-    """Let the model stop where its data teaches it to; the trainer aligns that with the tokenizer's EOS alone."""
-    stops = data.stops(str(config.tokenizer))
-    trainer.model.generation_config.eos_token_id = stops or trainer.processing_class.eos_token_id
+    """Set the stop tokens of the model to those that end its trained turns, and return their ids.
+
+    The trainer itself sets only the tokenizer's EOS token.
+    """
+    stop_ids = data.find_stop_tokens(str(config.tokenizer))
+    trainer.model.generation_config.eos_token_id = stop_ids or trainer.processing_class.eos_token_id
     trainer.model.generation_config.pad_token_id = trainer.processing_class.pad_token_id
-    return stops
+    return stop_ids
 
 
 def finish_run(
-    trainer: BuildTrainer, config: Config, data: TrainingData, run: Path, console: Console, found: Estimate
+    trainer: BuildTrainer, config: Config, data: TrainingData, run: Path, console: Console, estimate: Estimate
 ) -> Path:
-    """Save, judge and read back what was trained; the folder of the run then says that it is finished.
+    """Save, evaluate and reload the trained model, and mark the run as finished in `run.json`.
 
     Raises:
-        InternalError: what is read back says something else than the model in memory.
+        InternalError: the logits of the reloaded model differ from those of the model in memory.
     """
-    taught = set_stop_tokens(trainer, config, data)
-    # The trainer has asked routers for their logits, which whoever generates has no use for.
+    stop_ids = set_stop_tokens(trainer, config, data)
+    # The trainer enables the output of router logits, which inference does not need.
     router = getattr(
         load_model_config(config.model, trust_remote_code=config.trust_remote_code), "output_router_logits", None
     )
@@ -56,10 +59,10 @@ def finish_run(
     history, tokenizer = trainer.state.log_history, load_tokenizer(config.tokenizer)
     losses = [entry["loss"] for entry in history if "loss" in entry]
     trainer.model.generation_config.save_pretrained(str(run / "model"))
-    # A pickle of settings: nothing reads it, and strangers should not have to.
+    # This pickle of settings is not needed, and loading a pickle can run code.
     (run / "model" / "training_args.bin").unlink(missing_ok=True)
     write_loss_plot(history, run)
-    about = {
+    metadata = {
         **checkpoints.describe_setup(config, data.manifest["fingerprint"], device.process_count()),
         "finished": True,
         "build": data.folder.name if data.folder.parent == run else str(data.folder.resolve()),
@@ -75,36 +78,36 @@ def finish_run(
         "loss": losses,
         "test_loss": loss,
         "perplexity": None if loss is None else math.exp(min(loss, 700)),
-        "stops": [tokenizer.piece(id_) for id_ in taught],
-        "estimate": found.as_dict(),
+        "stops": [tokenizer.id_to_token(id_) for id_ in stop_ids],
+        "estimate": estimate.as_dict(),
     }
-    (run / "model" / "README.md").write_text(render_model_card(config, about, data.manifest), encoding="utf-8")
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if not sharded:
-        # Spread over processes, one alone does not have it whole.
-        _read_back(trainer, FinishedRun(run, about, config.trust_remote_code), data, config)
-    checkpoints.write_json_atomically(run / "run.json", about)
-    _say_result(console, run, about, "saved" if sharded else "saved, and read back")
+    (run / "model" / "README.md").write_text(render_model_card(config, metadata, data.manifest), encoding="utf-8")
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if not is_sharded:
+        # A single process does not hold all weights of a sharded model, so it cannot compare them.
+        _read_back(trainer, FinishedRun(run, metadata, config.trust_remote_code), data, config)
+    checkpoints.write_json_atomically(run / "run.json", metadata)
+    _print_results(console, run, metadata, "saved" if is_sharded else "saved, and checked by reloading")
     device.wait_for_processes()
     return run
 
 
 def _read_back(trainer: BuildTrainer, run: FinishedRun, data: TrainingData, config: Config) -> None:
-    """Load what was saved, and hold it against the model in memory."""
-    ids = data.splits["train"][0]["input_ids"][:_SEEN]
+    """Load the saved model and compare it with the model in memory."""
+    ids = data.splits["train"][0]["input_ids"][:_COMPARED_TOKENS]
     before = compute_logits(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), ids)
-    # Two models do not have to fit.
+    # Two models may not fit into memory together.
     trainer.release()
     check_reloads(run, ids, before, weights_dtype(config))
 
 
-def _say_result(console: Console, run: Path, about: Mapping[str, Any], done: str) -> None:
-    losses = about["loss"]
+def _print_results(console: Console, run: Path, metadata: Mapping[str, Any], status: str) -> None:
+    losses = metadata["loss"]
     if losses:
         console.print(f"loss {losses[0]:.3f} {draw_sparkline(losses)} {losses[-1]:.3f}", highlight=False)
-    if about["perplexity"] is not None:
-        console.print(f"perplexity {about['perplexity']:.3f} per trained token of the test split", highlight=False)
-    if about["best_step"] is not None and about["best_step"] != about["steps"]:
-        console.print(f"the model of step {about['best_step']}, the best of {about['steps']}", highlight=False)
-    said = f"{done}: {run / 'model'}; loss as a picture in {run / 'loss.png'}"
-    console.print(said, highlight=False, markup=False, soft_wrap=True)
+    if metadata["perplexity"] is not None:
+        console.print(f"perplexity {metadata['perplexity']:.3f} per trained token of the test split", highlight=False)
+    if metadata["best_step"] is not None and metadata["best_step"] != metadata["steps"]:
+        console.print(f"best model: step {metadata['best_step']} of {metadata['steps']}", highlight=False)
+    message = f"{status}: {run / 'model'}; loss plot: {run / 'loss.png'}"
+    console.print(message, highlight=False, markup=False, soft_wrap=True)

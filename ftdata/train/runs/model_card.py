@@ -1,4 +1,4 @@
-"""Card: what a model was trained on and how, what came of it, and the command that does it again."""
+"""Write the model card of a run: data, mask, results, and the command that reproduces the run."""
 
 from __future__ import annotations
 
@@ -12,53 +12,53 @@ from ftdata.config import Config, to_yaml
 from ftdata.redaction import redact_text
 
 
-def render_model_card(config: Config, about: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    """Return a model's `README.md`, without secrets: it is uploaded with the model.
+def render_model_card(config: Config, metadata: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    """Return the `README.md` of a trained model, with secrets redacted because users upload it with the model.
 
     Args:
-        config: the run.
-        about: what `run.json` says of it when it is finished.
-        manifest: that of the build it was trained on.
+        config: the configuration of the run.
+        metadata: the content of `run.json` of the finished run.
+        manifest: the manifest of the build that the model was trained on.
     """
     base = "" if Path(config.model).is_dir() else f"base_model: {redact_text(config.model)}\n"
-    library = "library_name: peft\n" if about["adapter"] else "library_name: transformers\n"
-    facts = "".join(f"| {name} | `{_cell(value)}` |\n" for name, value in _facts(config, about, manifest))
-    again = to_yaml(config, redacted=True)
-    results = "".join(f"| {name} | {value} |\n" for name, value in _results(about))
+    library = "library_name: peft\n" if metadata["adapter"] else "library_name: transformers\n"
+    facts = "".join(f"| {name} | `{_cell(value)}` |\n" for name, value in _facts(config, metadata, manifest))
+    config_yaml = to_yaml(config, redacted=True)
+    results = "".join(f"| {name} | {value} |\n" for name, value in _results(metadata))
     return (
         f"---\n{base}{library}pipeline_tag: text-generation\ntags:\n- sft\n- ftdata\n---\n\n"
         f"# {Path(config.output_dir).name}\n\n"
         f"{Path(config.model).name}, fine-tuned by ftdata.\n\n## Data and mask\n\n| | |\n|---|---|\n{facts}\n"
         f"## Results\n\n| | |\n|---|---|\n{results}\n"
-        f"## Again\n\n```\nftdata train config.yaml\n```\n\nwith this as `config.yaml`:\n\n"
-        f"```yaml\n{again}```\n\n## Use\n\n```python\n{_use(config, adapter=about['adapter'])}```\n"
+        f"## Reproduce\n\n```\nftdata train config.yaml\n```\n\nwith this `config.yaml`:\n\n"
+        f"```yaml\n{config_yaml}```\n\n## Usage\n\n```python\n{_usage(config, adapter=metadata['adapter'])}```\n"
     )
 
 
-def _facts(config: Config, about: Mapping[str, Any], manifest: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+def _facts(config: Config, metadata: Mapping[str, Any], manifest: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     options = manifest["options"]
     yield "data", config.data
-    yield "fingerprint of the data", about["fingerprint"]
-    yield "rows, tokens, trained tokens", "{rows:,}, {tokens:,}, {trained_tokens:,}".format(**about["estimate"])
+    yield "data fingerprint", metadata["fingerprint"]
+    yield "rows, tokens, trained tokens", "{rows:,}, {tokens:,}, {trained_tokens:,}".format(**metadata["estimate"])
     yield "tokenizer", options["tokenizer"]["name"]
     yield "template", options["template"]["name"]
-    yield "trained on", ", ".join([options["train_on"], *(options["train_parts"] or ())])
+    yield "mask policy", ", ".join([options["train_on"], *(options["train_parts"] or ())])
     yield "max_length", options["max_length"]
     yield "packing", options["packing"]
-    yield "stops at", ", ".join(about["stops"]) or "nothing that was trained"
+    yield "stop tokens", ", ".join(metadata["stops"]) or "none"
     yield "ftdata", __version__
 
 
-def _results(about: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    yield "steps", about["steps"]
-    if about["loss"]:
-        yield "loss, first and last", f"{about['loss'][0]:.4f}, {about['loss'][-1]:.4f}"
-    if about.get("test_loss") is not None:
-        yield "test loss per trained token", f"{about['test_loss']:.4f}"
-        yield "test perplexity", f"{about['perplexity']:.3f}"
+def _results(metadata: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    yield "steps", metadata["steps"]
+    if metadata["loss"]:
+        yield "first and last training loss", f"{metadata['loss'][0]:.4f}, {metadata['loss'][-1]:.4f}"
+    if metadata.get("test_loss") is not None:
+        yield "test loss per trained token", f"{metadata['test_loss']:.4f}"
+        yield "test perplexity", f"{metadata['perplexity']:.3f}"
 
 
-def _use(config: Config, *, adapter: bool) -> str:
+def _usage(config: Config, *, adapter: bool) -> str:
     kind = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
     package = "peft" if adapter else "transformers"
     folder = repr(f"{config.output_dir}/model")

@@ -1,4 +1,4 @@
-"""The loss as a picture: PNG and SVG for the run's folder, and blocks for the terminal."""
+"""Plot the loss: PNG and SVG files for the run directory, block characters for the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def write_loss_plot(history: Sequence[dict[str, float]], folder: Path) -> None:
-    """Write `loss.png` and `loss.svg` from the trainer's log history; the same history gives the same bytes."""
+    """Write `loss.png` and `loss.svg` from the log history of the trainer; the files are deterministic."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "test split", "o--")):
@@ -29,25 +29,27 @@ def write_loss_plot(history: Sequence[dict[str, float]], folder: Path) -> None:
 
 
 def draw_sparkline(values: Sequence[float], width: int = 60) -> str:
-    """Return values as a line of blocks, at most `width` of them.
+    """Return a one-line chart of block characters, at most `width` characters wide.
 
     >>> draw_sparkline([3.0, 2.0, 1.0, 0.0])
     '█▆▃▁'
     """
-    chosen, low, high = _bucketed(values, width)
+    maxima, low, high = _take_maxima(values, width)
     scale = (len(_BLOCKS) - 2) / ((high - low) or 1)
-    return "".join(_BLOCKS[1 + round((value - low) * scale)] for value in chosen)
+    return "".join(_BLOCKS[1 + round((value - low) * scale)] for value in maxima)
 
 
 def draw_chart(values: Sequence[float], width: int = 60, height: int = 6) -> str:
-    """Return values as a picture of blocks, `height` lines of at most `width`, the largest and smallest beside it.
+    """Return a chart of block characters, labeled with the largest and smallest value.
+
+    The chart has `height` lines of at most `width` blocks each.
 
     >>> print(draw_chart([4.0, 2.0, 1.0, 0.0], height=2))
       4.0000 █▁
       0.0000 ██▅▁
     """
-    chosen, low, high = _bucketed(values, width)
-    eighths = [1 + round((value - low) / ((high - low) or 1) * (8 * height - 1)) for value in chosen]
+    maxima, low, high = _take_maxima(values, width)
+    eighths = [1 + round((value - low) / ((high - low) or 1) * (8 * height - 1)) for value in maxima]
     lines = []
     for level in reversed(range(height)):
         blocks = "".join(_BLOCKS[min(max(value - 8 * level, 0), 8)] for value in eighths)
@@ -56,7 +58,8 @@ def draw_chart(values: Sequence[float], width: int = 60, height: int = 6) -> str
     return "\n".join(lines)
 
 
-def _bucketed(values: Sequence[float], width: int) -> tuple[list[float], float, float]:
-    step = max(1, -(-len(values) // width))
-    chosen = [max(values[at : at + step]) for at in range(0, len(values), step)]
-    return chosen, min(chosen), max(chosen)
+def _take_maxima(values: Sequence[float], width: int) -> tuple[list[float], float, float]:
+    """Return the maximum of each of at most `width` buckets, and the smallest and largest of these maxima."""
+    size = max(1, -(-len(values) // width))
+    maxima = [max(values[start : start + size]) for start in range(0, len(values), size)]
+    return maxima, min(maxima), max(maxima)

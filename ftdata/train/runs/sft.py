@@ -1,4 +1,4 @@
-"""A run: the data built, the model loaded, both checked against each other, trained, saved, read back."""
+"""Run supervised fine-tuning: build the data, load the model, check both, train, save and reload the model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError  # what torch raises for pickles that it does not trust
+from pickle import UnpicklingError  # torch raises it for a pickle that could run code
 from typing import Any
 
 import datasets
@@ -37,79 +37,82 @@ from ftdata.train.runs.trainer import BuildTrainer
 
 
 def train_sft(config: Config, build: Path | None, *, resume: bool = False, notes: Sequence[str] = ()) -> Path:
-    """Train, save, and draw the loss.
+    """Train a model, save it, and plot the loss.
 
     Args:
-        config: the run.
-        build: the finished build, or `None` to build `config.data` into the run's folder first.
-        resume: go on from the last whole checkpoint.
-        notes: what to print before anything is done.
+        config: the configuration of the run.
+        build: the finished build, or `None` to build `config.data` into the run directory first.
+        resume: whether to resume from the last intact checkpoint.
+        notes: notes to print before the run starts.
 
     Raises:
-        UsageError: a setting contradicts the hand-over, the run exists, or there is nothing to resume.
-        InputRefused: the build is damaged or was made with another tokenizer, the run was another one, the model
-            leaks, or does not fit.
+        UsageError: a setting is not allowed, the run exists, or the folder contains no run to resume.
+        InputRefused: the build is damaged or was built with another tokenizer; the settings or the data differ from the
+            resumed run; packed documents attend to each other; or the model does not fit into memory.
     """
     check_devices(config.train)
-    # One process speaks for all.
+    # Only the main process prints.
     console = Console(stderr=True, quiet=not device.is_main_process())
     run = Path(config.output_dir)
     for note in notes:
         console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
-    config = _named(config)
-    model_config = _checked(config)
+    config = _resolve_paths(config)
+    model_config = _check_config(config)
     before = checkpoints.check_run_folder(run, config, device.process_count(), resume=resume)
-    for passed in before.passed if before else ():
-        console.print(f"{run.name}/{passed}: passed over", style="yellow", highlight=False, markup=False)
-    data = open_training_data(build or _built(config, run, before, console), str(config.tokenizer))
-    found = _estimated(config, model_config, data, isolated=True)
-    console.print(str(found), highlight=False, markup=False, soft_wrap=True)
-    check_memory(found)
+    for skipped in before.skipped if before else ():
+        console.print(f"skipped {run.name}/{skipped}", style="yellow", highlight=False, markup=False)
+    data = open_training_data(build or _build_data(config, run, before, console), str(config.tokenizer))
+    estimate = _estimate(config, model_config, data, isolated=True)
+    console.print(str(estimate), highlight=False, markup=False, soft_wrap=True)
+    check_memory(estimate)
     device.wait_for_processes()
     if device.is_main_process():
         checkpoints.begin_run(run, config, data.manifest["fingerprint"], device.process_count(), before)
-        about = config if data.folder == run / "data" else structs.replace(config, data=str(data.folder))
-        (run / "config.yaml").write_text(to_yaml(about, redacted=True), encoding="utf-8")
+        saved = config if data.folder == run / "data" else structs.replace(config, data=str(data.folder))
+        (run / "config.yaml").write_text(to_yaml(saved, redacted=True), encoding="utf-8")
     device.wait_for_processes()
-    trainer = _prepared(config, data, run, console)
-    watch = TrainingProgressCallback(console)
-    trainer.add_callback(watch)
+    trainer = _prepare_trainer(config, data, run, console)
+    progress = TrainingProgressCallback(console)
+    trainer.add_callback(progress)
     try:
-        if before and before.is_done(found.steps, config.early_stopping):
-            trainer.take(before.checkpoint)
+        if before and before.is_done(estimate.steps, config.early_stopping):
+            trainer.load_checkpoint(before.checkpoint)
         else:
             trainer.train(resume_from_checkpoint=before.checkpoint if before else None)
     except torch.OutOfMemoryError:
         raise InputRefused(
             "out_of_memory",
             f"{config.model} does not fit into the memory of {device.device_name()} with this batch",
-            hint="a smaller per_device_train_batch_size with more gradient_accumulation_steps, a smaller max_length, "
-            "gradient_checkpointing, or quantization: nf4",
+            hint="reduce per_device_train_batch_size and increase gradient_accumulation_steps, reduce max_length, "
+            "enable gradient_checkpointing, or set quantization: nf4",
         ) from None
     except UnpicklingError as error:
         raise InputRefused(
             "unsafe_checkpoint",
-            f"{before.checkpoint if before else run} holds what is no state of a trainer: {describe_exception(error, 200)}",
-            hint="it may run code when it is read: do not go on from it",
+            f"{before.checkpoint if before else run} contains a pickle that is not a trainer state: "
+            f"{describe_exception(error, 200)}",
+            hint="do not resume from this checkpoint: loading it may run code",
         ) from None
     except KeyboardInterrupt:
-        watch.stop()
-        console.print(f"go on with: ftdata train {run} --resume", highlight=False, markup=False, soft_wrap=True)
+        progress.stop()
+        console.print(f"resume with: ftdata train {run} --resume", highlight=False, markup=False, soft_wrap=True)
         raise
     finally:
-        watch.stop()
-    return finish_run(trainer, config, data, run, console, found)
+        progress.stop()
+    return finish_run(trainer, config, data, run, console, estimate)
 
 
 def estimate_sft(config: Config, build: Path | None) -> tuple[Estimate, str]:
-    """Work out a run without loading its model or leaving anything: the estimate, and what else would be said.
+    """Return the estimate of a run and a note about padding, without loading the model or writing to the run directory.
+
+    A small random model with the same architecture is used to find out whether packed documents attend to each other.
 
     Raises:
-        UsageError: as `train`.
-        InputRefused: as `train`; a model that leaks is found by one of its kind with few layers.
+        UsageError: see `train_sft`.
+        InputRefused: see `train_sft`.
     """
-    config = _named(config)
-    model_config = _checked(config)
+    config = _resolve_paths(config)
+    model_config = _check_config(config)
     checkpoints.check_run_folder(Path(config.output_dir), config, device.process_count(), resume=False)
     with tempfile.TemporaryDirectory() as scratch:
         if build is None:
@@ -117,11 +120,11 @@ def estimate_sft(config: Config, build: Path | None) -> tuple[Estimate, str]:
             write_build(config.data, config.tokenizer, build, **config.build_options())
         data = open_training_data(build, str(config.tokenizer))
         leaks = has_leaking_architecture(model_config, config.attn_implementation)
-        if leaks and data.packed:
-            raise _leaks(config.model, model_config.model_type)
-        found = _estimated(config, model_config, data, isolated=not leaks)
-    check_memory(found)
-    return found, "rows are padded: the model lets documents see each other" if leaks else ""
+        if leaks and data.is_packed:
+            raise _leak_error(config.model, model_config.model_type)
+        estimate = _estimate(config, model_config, data, isolated=not leaks)
+    check_memory(estimate)
+    return estimate, "rows are padded: packed documents would attend to each other" if leaks else ""
 
 
 def make_trainer(
@@ -132,33 +135,34 @@ def make_trainer(
     isolated: bool,
     seal: checkpoints.CheckpointSeal | None = None,
 ) -> BuildTrainer:
-    """Return a trainer that takes the build's labels as they are.
+    """Return a trainer that uses the labels of the build unchanged.
 
     Args:
-        config: the run.
-        model: the base model; its embeddings grow where the tokenizer has new tokens.
-        splits: the build.
-        isolated: whether the model keeps packed documents apart; if not, rows are padded instead of joined.
-        seal: what checkpoints are to be known by.
+        config: the configuration of the run.
+        model: the base model; its embeddings are enlarged if the tokenizer has new tokens.
+        splits: the splits of the build.
+        isolated: whether documents of a packed sequence do not attend to each other; otherwise, rows are padded
+            instead of concatenated.
+        seal: the identity of the run, which is written to each checkpoint.
 
     Raises:
-        UsageError: the trainer refuses its settings, or the tokenizer is another model's.
+        UsageError: the trainer rejects its settings, or the tokenizer does not match the model.
     """
     tokenizer = load_trainer_tokenizer(config.tokenizer or config.model, trust_remote_code=config.trust_remote_code)
     data = TrainingData(Path(), {}, splits)
-    new = fit_vocabulary(model, data.vocabulary, tokenizer)
-    packed = data.packed
+    has_new_tokens = fit_vocabulary(model, data.vocabulary_size, tokenizer)
+    packed = data.is_packed
     settings = make_sft_config(config, isolated=isolated, packed=packed, evaluates="test" in splits)
     lengths = count_split(splits["train"]).lengths
-    keep, settings.save_total_limit = settings.save_total_limit, None
+    max_checkpoints, settings.save_total_limit = settings.save_total_limit, None
     if not isolated:
         splits = splits.remove_columns("seq_lengths")
     callbacks = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping is not None else []
-    lora = make_lora_config(config, model, grows=new)
+    lora = make_lora_config(config, model, grows=has_new_tokens)
     try:
         trainer = BuildTrainer(
             seal=seal or checkpoints.CheckpointSeal("", {}),
-            keep=keep,
+            max_checkpoints=max_checkpoints,
             lengths=lengths,
             model=model,
             args=settings,
@@ -169,11 +173,11 @@ def make_trainer(
             callbacks=callbacks,
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise UsageError("train_setting", f"SFTTrainer refuses: {' '.join(str(error).split())}") from None
+        raise UsageError("train_setting", f"SFTTrainer rejects the settings: {' '.join(str(error).split())}") from None
     if not torch.cuda.is_available():
         for weight in trainer.model.parameters():
-            # TRL casts the adapters of quantised models to bfloat16, which CPUs compute slowly and which
-            # makes a resumed run differ from an uninterrupted one.
+            # TRL casts the adapters of quantized models to bfloat16. It is slow on CPUs, and it makes a resumed run
+            # differ from an uninterrupted run.
             if weight.requires_grad:
                 weight.data = weight.data.float()
     for callback in (PrinterCallback, ProgressCallback):
@@ -181,27 +185,27 @@ def make_trainer(
     return trainer
 
 
-def _checked(config: Config) -> Any:
-    """Check all settings of a run before any of its data is read, and return the configuration of its model.
+def _check_config(config: Config) -> Any:
+    """Check all settings of a run before its data is read, and return the configuration of its model.
 
     Raises:
-        UsageError: a field is unknown, has another type, or names a module that the model lacks.
-        InputRefused: there is no such model.
+        UsageError: a field is unknown, has the wrong type, or names a module that the model does not have.
+        InputRefused: the model cannot be loaded.
     """
     quantization_config(config.quantization, torch.float32)
     check_settings(config.train)
-    # Whether anything is held out is not known yet; all else that the trainer refuses, it refuses now.
+    # It is not known yet whether there is a test split. All other invalid settings are found here.
     make_sft_config(config, isolated=False, packed=False, evaluates=True)
     check_lora(config)
-    # The tokenizer is loaded first: its error says best what is wrong with the name of a model.
+    # The tokenizer is loaded first because its error best explains a wrong model name.
     load_tokenizer(config.tokenizer)
     model_config = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
     check_adapter(config, model_config)
     return model_config
 
 
-def _named(config: Config) -> Config:
-    # Adapters remember their base model by this name, and must find it from any folder.
+def _resolve_paths(config: Config) -> Config:
+    # An adapter stores the path of its base model, which must be valid from any working directory.
     return structs.replace(
         config,
         model=_absolute(config.model),
@@ -213,22 +217,22 @@ def _named(config: Config) -> Config:
 
 
 def _absolute(name: str) -> str:
-    # A template may be given as its text, which no file system takes for a name.
-    known = "\n" not in name and len(name) < 1024 and "{" not in name
-    return str(Path(name).resolve()) if known and Path(name).exists() else name
+    # A template may also be Jinja text, which some file systems reject as a path.
+    is_path = "\n" not in name and len(name) < 1024 and "{" not in name
+    return str(Path(name).resolve()) if is_path and Path(name).exists() else name
 
 
 def _absolute_data(data: Any) -> Any:
     if isinstance(data, list):
-        return [_absolute_data(one) for one in data]
+        return [_absolute_data(source) for source in data]
     if isinstance(data, dict):
         return {**data, "path": _absolute(data["path"])} if isinstance(data.get("path"), str) else data
     is_pattern = any(sign in data for sign in "*?[") and "://" not in data
     return str(Path.cwd() / data) if is_pattern and not Path(data).exists() else _absolute(data)
 
 
-def _built(config: Config, run: Path, before: checkpoints.PreviousRun | None, console: Console) -> Path:
-    # While a run is being resumed its data stays as it is until the new build has proved to be the same.
+def _build_data(config: Config, run: Path, before: checkpoints.PreviousRun | None, console: Console) -> Path:
+    # A resumed run keeps its data. The data is built again in another folder to check that it is the same.
     build = run / ("data.resumed" if before else "data")
     with device.main_process_first() as is_main:
         if is_main:
@@ -240,19 +244,19 @@ def _built(config: Config, run: Path, before: checkpoints.PreviousRun | None, co
     return run / "data"
 
 
-def _estimated(config: Config, model_config: Any, data: TrainingData, *, isolated: bool) -> Estimate:
-    settings = make_sft_config(config, isolated=isolated, packed=data.packed, evaluates="test" in data.splits)
-    most = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if most and data.longest > most:
+def _estimate(config: Config, model_config: Any, data: TrainingData, *, isolated: bool) -> Estimate:
+    settings = make_sft_config(config, isolated=isolated, packed=data.is_packed, evaluates="test" in data.splits)
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if positions and data.longest_document > positions:
         raise InputRefused(
             "too_long",
-            f"an example has {data.longest:,} tokens, {config.model} has {most:,} positions",
-            hint=f"build with max_length: {most}",
+            f"an example has {data.longest_document:,} tokens, {config.model} has {positions:,} positions",
+            hint=f"build with max_length: {positions}",
         )
-    return estimate_run(config, model_config, count_split(data.splits["train"]), settings, data.vocabulary)
+    return estimate_run(config, model_config, count_split(data.splits["train"]), settings, data.vocabulary_size)
 
 
-def _prepared(config: Config, data: TrainingData, run: Path, console: Console) -> BuildTrainer:
+def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Console) -> BuildTrainer:
     set_seed(int(config.train.get("seed", 42)))
     model = load_model(
         config.model,
@@ -262,44 +266,46 @@ def _prepared(config: Config, data: TrainingData, run: Path, console: Console) -
         trust_remote_code=config.trust_remote_code,
     )
     isolated = measure_leak(model) <= LEAK
-    if data.packed and not isolated:
-        raise _leaks(config.model, f"{model.config.model_type}, {model.config._attn_implementation}")
+    if data.is_packed and not isolated:
+        raise _leak_error(config.model, f"{model.config.model_type}, {model.config._attn_implementation}")
     seal = checkpoints.CheckpointSeal(data.manifest["fingerprint"], checkpoints.read_run_json(run)["setup"])
     trainer = make_trainer(config, model, data.splits, isolated=isolated, seal=seal)
     check_first_batch(trainer, padding_free=isolated)
     if not isolated:
-        said = f"{model.config.model_type} lets documents see each other: rows are padded, not joined"
-        console.print(said, highlight=False, markup=False)
+        note = f"packed documents of {model.config.model_type} attend to each other: rows are padded, not concatenated"
+        console.print(note, highlight=False, markup=False)
     template = data.manifest["options"]["template"]
-    if template["name"] != "tokenizer" and Template(template["name"], template["source"]).chat:
-        # Whoever loads the model must prompt it as it was trained.
+    if template["name"] != "tokenizer" and Template(template["name"], template["source"]).is_chat:
+        # The saved model must be prompted with the template that it was trained with.
         trainer.processing_class.chat_template = template["source"]
-    stops = set_stop_tokens(trainer, config, data)
-    if not stops:
-        said = "no answer ends in a control token: the model is not taught to stop"
-        console.print(said, style="yellow", highlight=False, markup=False)
+    stop_ids = set_stop_tokens(trainer, config, data)
+    if not stop_ids:
+        note = "no answer ends with a control token: the model does not learn to stop"
+        console.print(note, style="yellow", highlight=False, markup=False)
     if device.is_main_process() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        # Where the model is spread over processes, one alone cannot ask it.
-        trainer.add_callback(_samples(config, data, run, set(stops), console))
+        # A single process cannot generate with a model that is sharded over several processes.
+        trainer.add_callback(_make_sample_callback(config, data, run, set(stop_ids), console))
     return trainer
 
 
-def _leaks(model: str, kind: str) -> InputRefused:
+def _leak_error(model: str, kind: str) -> InputRefused:
     return InputRefused(
         "model_leaks",
-        f"{model} ({kind}) lets packed documents see each other",
-        hint="build without packing (pack: null): rows are then padded; or another attn_implementation",
+        f"packed documents of {model} ({kind}) attend to each other",
+        hint="build without packing (pack: null), so that rows are padded; or set another attn_implementation",
     )
 
 
-def _samples(config: Config, data: TrainingData, run: Path, stops: set[int], console: Console) -> SampleCallback:
+def _make_sample_callback(
+    config: Config, data: TrainingData, run: Path, stop_ids: set[int], console: Console
+) -> SampleCallback:
     tokenizer = load_tokenizer(config.tokenizer)
     expected: list[list[int] | None]
     if isinstance(config.samples, int):
         held_out = read_documents(data.splits["test"]) if "test" in data.splits else iter(())
-        turns = (turn for ids, labels in held_out if (turn := split_last_turn(ids, labels, stops)) is not None)
-        chosen = [turn for _, turn in zip(range(config.samples), turns, strict=False)]
-        prompts, expected = [prompt for prompt, _ in chosen], [answer for _, answer in chosen]
+        turns = (turn for ids, labels in held_out if (turn := split_last_turn(ids, labels, stop_ids)) is not None)
+        samples = [turn for _, turn in zip(range(config.samples), turns, strict=False)]
+        prompts, expected = [prompt for prompt, _ in samples], [answer for _, answer in samples]
     else:
         recipe = rebuild_recipe(str(config.tokenizer), data.manifest["options"])
         prompts = [encode_messages([{"role": "user", "content": text}], recipe) for text in config.samples]

@@ -1,8 +1,8 @@
-"""The hand-over: rows of a build -> `SFTTrainer`, with the only settings that keep their labels as they are.
+"""Configure `SFTTrainer` so that it uses the tokens and labels of a build unchanged.
 
-SFTTrainer takes `input_ids, labels, seq_lengths` untouched when it is told to skip its own preparation and to
-batch without padding; with other settings it packs again, cuts at 1024 tokens, or lets packed documents see
-each other, without a word. So these settings are fixed, and the first batch is compared before the first step.
+SFTTrainer uses `input_ids`, `labels` and `seq_lengths` unchanged only if it skips its own data preparation and batches
+without padding. With other settings, it silently packs again, truncates at 1024 tokens, or lets packed documents attend
+to each other. Therefore these settings are fixed, and the first batch is compared with the build before training.
 """
 
 from __future__ import annotations
@@ -28,59 +28,59 @@ from ftdata.train.model.load import wants_adapter
 from ftdata.types import IGNORE_INDEX
 
 FIXED = {
-    "dataset_kwargs": "the data is prepared already, and must not be prepared again",
-    "padding_free": "follows from the data and from what the model can keep apart",
+    "dataset_kwargs": "the build is already prepared, and must not be prepared again",
+    "padding_free": "it depends on the data and on whether packed documents attend to each other",
     "packing": "packing is done in the build (the packing field), where no answer is cut",
     "eval_packing": "packing is done in the build (the packing field), where no answer is cut",
-    "max_length": "length is decided in the build (the max_length field), where every cut is reported",
-    "truncation_mode": "length is decided in the build (the overlong field), where every cut is reported",
-    "shuffle_dataset": "the sampler shuffles; shuffling the data set as well would detach it from its report",
-    "push_to_hub": "a model is uploaded with its card when it is finished: hf upload OWNER/NAME out/model",
-    "use_liger_kernel": "TRL's own head computes the loss without all logits",
-    "remove_unused_columns": "the collator takes the columns of the build, and no others are in it",
-    "output_dir": "it has a field of its own",
+    "max_length": "the length is set in the build (the max_length field), which reports each truncation",
+    "truncation_mode": "the length is set in the build (the overlong field), which reports each truncation",
+    "shuffle_dataset": "the sampler shuffles the rows; shuffling the data set would break the link to its report",
+    "push_to_hub": "upload the finished model with its card instead: hf upload OWNER/NAME out/model",
+    "use_liger_kernel": "TRL's fused head already computes the loss without storing all logits",
+    "remove_unused_columns": "a build contains only the columns that the collator needs",
+    "output_dir": "set the output_dir field outside train",
     "dataloader_drop_last": "no row is dropped",
-    "resume_from_checkpoint": "resuming has a switch of its own (--resume)",
-    "model_init_kwargs": "the model is loaded before the trainer sees it; attn_implementation and quantization are "
-    "fields of their own",
-    "trust_remote_code": "it has a field of its own, outside train",
-    "eos_token": "the stop is decided by the template that the data was built with",
-    "pad_token": "padding is masked by position; the tokenizer says what it is",
-    "chat_template_path": "the template is decided in the build (the template field)",
-    "completion_only_loss": "the mask is decided in the build (the train_on field)",
-    "assistant_only_loss": "the mask is decided in the build (the train_on field)",
-    "accelerator_config": "rows are given to processes so that none is lost or stands twice",
-    "average_tokens_across_devices": "every trained token weighs the same, whichever process has it",
-    "restore_callback_states_from_checkpoint": "a run that goes on is the one that was begun",
+    "resume_from_checkpoint": "use --resume instead",
+    "model_init_kwargs": "the model is loaded before the trainer is created; set attn_implementation and quantization "
+    "outside train",
+    "trust_remote_code": "set the trust_remote_code field outside train",
+    "eos_token": "the template of the build determines the stop tokens",
+    "pad_token": "the tokenizer determines the pad token; padding is masked by position",
+    "chat_template_path": "the template is set in the build (the template field)",
+    "completion_only_loss": "the mask is set in the build (the train_on field)",
+    "assistant_only_loss": "the mask is set in the build (the train_on field)",
+    "accelerator_config": "rows are distributed over the processes so that none is lost or repeated",
+    "average_tokens_across_devices": "every trained token has the same weight in all processes",
+    "restore_callback_states_from_checkpoint": "a resumed run restores the state of its callbacks",
     "save_only_model": "a checkpoint without the optimizer's state cannot be resumed",
 }
-"""SFTConfig fields that a user may not set -> why."""
+"""SFTConfig field that a user may not set -> reason."""
 
 
 STRATEGIES = ("random", "group_by_length", "sequential")
-"""Orders of rows: by chance, by chance with those of like length together, as they stand."""
+"""Orders of the training rows: random, random with rows of similar length together, or sequential."""
 
 
 METRICS = ("loss", "perplexity")
-"""What an evaluation tells."""
+"""Metrics that an evaluation computes."""
 
 
-_NOT_BELOW_0 = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
+_NON_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse settings that would undo the build, that `SFTConfig` does not have, or that have another type.
+    """Refuse settings that would change the data of the build, that `SFTConfig` does not have, or of the wrong type.
 
     Raises:
-        UsageError: naming the setting, and why, or what is near.
+        UsageError: a setting is fixed, unknown or invalid; the message contains the reason or similar names.
     """
     fields = fields_of(SFTConfig)
     for name, value in settings.items():
         if name in FIXED:
             raise UsageError("fixed_setting", f"train.{name} cannot be set: {FIXED[name]}")
         if name not in fields:
-            near = suggest_names(str(name), fields).partition("known: ")[0].strip()
-            hint = near or "see TRL's SFTConfig for its fields"
+            suggestion = suggest_names(str(name), fields).partition("known: ")[0].strip()
+            hint = suggestion or "see the documentation of TRL's SFTConfig for its fields"
             raise UsageError("train_setting", f"SFTConfig has no field {name!r}", hint=hint)
         if name == "train_sampling_strategy":
             check_choice(name, value, STRATEGIES)
@@ -102,64 +102,67 @@ def _check_number(name: str, value: Any, field: ConfigField) -> None:
         expected = "a whole number"
     elif name in ("seed", "data_seed") and not 0 <= value < 1 << 32:
         expected = f"0 to {(1 << 32) - 1}"
-    elif name in _NOT_BELOW_0 and value < 0:
+    elif name in _NON_NEGATIVE and value < 0:
         expected = "at least 0"
     elif name.endswith(("_batch_size", "accumulation_steps")) and value < 1:
         expected = "at least 1"
     if expected is not None:
         raise UsageError("train_setting", f"train.{name} is {redact(value)!r}, expected {expected}")
     if name == "max_steps" and value == 0:
-        raise UsageError("no_steps", "there is nothing to train: 0 steps", hint="set num_train_epochs or max_steps")
+        raise UsageError("no_steps", "the run would have 0 steps", hint="set num_train_epochs or max_steps")
 
 
 def check_devices(settings: Mapping[str, Any]) -> None:
-    """Refuse one process that sees several GPUs: the trainer would split batches over them in a way of its own.
+    """Refuse a single process with several visible GPUs, because the trainer would split its batches over them.
 
     Raises:
-        UsageError: with the command for one process each.
+        UsageError: several GPUs are visible; the hint contains the command that starts one process per GPU.
     """
     gpus = torch.cuda.device_count()
     if gpus > 1 and process_count() == 1 and not settings.get("use_cpu"):
         raise UsageError(
             "several_gpus",
-            f"one process sees {gpus} GPUs",
-            hint=f"accelerate launch --num_processes {gpus} -m ftdata train ..., or CUDA_VISIBLE_DEVICES=0",
+            f"{gpus} GPUs are visible to a single process",
+            hint=f"run accelerate launch --num_processes {gpus} -m ftdata train ..., or set CUDA_VISIBLE_DEVICES=0",
         )
 
 
 def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: bool) -> SFTConfig:
-    """Return the trainer's settings: sensible ones, over them the user's, over them those that keep the labels.
+    """Return the settings of the trainer: defaults, updated with the user's settings and then with the fixed settings.
 
     Args:
-        config: the run.
-        isolated: whether the model keeps packed documents apart, so that rows are joined instead of padded.
-        packed: whether rows hold several documents; if not, rows of like length go together, the longest first, so
-            that a batch that does not fit shows at once.
+        config: the configuration of the run.
+        isolated: whether documents of a packed sequence do not attend to each other, so that rows are concatenated
+            instead of padded.
+        packed: whether a row contains several documents; if not, rows of similar length are batched together, the
+            longest first, so that a batch that does not fit into memory fails early.
         evaluates: whether there is a test split.
 
     Raises:
-        UsageError: `SFTConfig` refuses.
+        UsageError: `SFTConfig` rejects a setting.
     """
     gpu = torch.cuda.is_available() and not config.train.get("use_cpu")
     dtype = compute_dtype(config.train)
-    often = config.train.get("eval_strategy", "epoch" if evaluates else "no")
-    if not evaluates and str(often) != "no":
-        raise UsageError("no_test_split", f"eval_strategy is {often!r}, and nothing is held out", hint="set test_size")
+    strategy = config.train.get("eval_strategy", "epoch" if evaluates else "no")
+    if not evaluates and str(strategy) != "no":
+        raise UsageError("no_test_split", f"eval_strategy is {strategy!r}, without a test split", hint="set test_size")
     stops_early = config.early_stopping is not None
-    if stops_early and (not evaluates or often == "no"):
-        raise UsageError("early_stopping", "early_stopping needs evaluations", hint="set test_size, or name a split")
-    best = {"load_best_model_at_end": True, "save_strategy": often} if stops_early else {}
+    if stops_early and (not evaluates or strategy == "no"):
+        raise UsageError(
+            "early_stopping", "early_stopping needs evaluations", hint="set test_size, or use data with a test split"
+        )
+    best = {"load_best_model_at_end": True, "save_strategy": strategy} if stops_early else {}
     if stops_early and "eval_steps" in config.train:
         best["save_steps"] = config.train["eval_steps"]
     defaults: dict[str, Any] = {
         "report_to": "none",
         "logging_steps": 10,
         "logging_first_step": True,
-        # A loss that is no number is to be seen, not replaced by the mean of the others.
+        # A NaN or infinite loss must be logged, not replaced by the mean of the other losses.
         "logging_nan_inf_filter": False,
         "save_strategy": "epoch",
         "save_total_limit": 2,
-        "eval_strategy": often,
+        "eval_strategy": strategy,
         "prediction_loss_only": True,
         "per_device_eval_batch_size": 4,
         "train_sampling_strategy": "random" if packed else "group_by_length",
@@ -170,12 +173,12 @@ def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: 
         "activation_checkpointing": gpu,
         "disable_tqdm": True,
         **({"optim": "paged_adamw_32bit"} if gpu and config.quantization else {}),
-        # A step of full fine-tuning moves all weights; an adapter begins at nothing.
+        # Full fine-tuning changes pretrained weights, so it needs smaller steps than an adapter that starts at zero.
         "learning_rate": 2e-4 if wants_adapter(config) else 2e-5,
         **best,
     }
     if str(config.train.get("metric_for_best_model", "")).endswith("perplexity"):
-        # Of what is not called a loss, the trainer takes the largest for the best.
+        # The trainer maximizes every metric that is not named a loss.
         defaults["greater_is_better"] = False
     fixed = {
         "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -186,69 +189,72 @@ def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: 
         "remove_unused_columns": True,
         "output_dir": config.output_dir,
         "average_tokens_across_devices": True,
-        # How long it is since anything got better is a part of where a run is.
+        # A resumed run must know for how many evaluations the metric has not improved.
         "restore_callback_states_from_checkpoint": stops_early,
     }
     try:
-        found = SFTConfig(**{**defaults, **config.train, **fixed})
-        # It would be asked for when the trainer is made, after the model was loaded.
-        get_reporting_integration_callbacks(found.report_to)
+        settings = SFTConfig(**{**defaults, **config.train, **fixed})
+        # Otherwise, a missing integration fails only when the trainer is created, after the model is loaded.
+        get_reporting_integration_callbacks(settings.report_to)
     except (ValueError, TypeError, ImportError) as error:
         raise UsageError(
-            "train_setting", f"SFTConfig refuses the train settings: {describe_exception(error, 2_000)}"
+            "train_setting", f"SFTConfig rejects the train settings: {describe_exception(error, 2_000)}"
         ) from None
-    return found
+    return settings
 
 
 def check_first_batch(trainer: Any, *, padding_free: bool) -> None:
-    """Compare the first batch, as the model would get it, with the build; random states are left as they were.
+    """Compare the first batch of the trainer with the build, and restore the random states afterwards.
 
     Raises:
-        InternalError: tokens, labels, document boundaries or masks are not what the build holds.
+        InternalError: tokens, labels, document boundaries or masks differ from the build.
     """
-    with _same_randomness():
+    with _restore_random_states():
         indices = list(iter(trainer._get_train_sampler()))[: trainer.args.train_batch_size]
         rows = [trainer.train_dataset[index] for index in indices]
         batch = trainer.data_collator([dict(row) for row in rows])
-    problems = list((_joined if padding_free else _padded)(batch, rows))
+    problems = list((_compare_concatenated if padding_free else _compare_padded)(batch, rows))
     if problems:
         raise InternalError("hand_over", f"the trainer's first batch has {'; '.join(problems)}")
 
 
-def _joined(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _compare_concatenated(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     lengths = np.concatenate([row["seq_lengths"] for row in rows])
     starts = np.cumsum(lengths) - lengths
     labels = np.concatenate([row["labels"] for row in rows])
-    # The first token of a document has nothing before it to be predicted from.
+    # The first token of a document has no context, so it cannot be predicted.
     labels[starts] = IGNORE_INDEX
-    yield from _other("tokens", batch["input_ids"][0], np.concatenate([row["input_ids"] for row in rows]))
-    yield from _other("labels", batch["labels"][0], labels)
+    yield from _compare("tokens", batch["input_ids"][0], np.concatenate([row["input_ids"] for row in rows]))
+    yield from _compare("labels", batch["labels"][0], labels)
     if not np.array_equal(np.flatnonzero(batch["position_ids"][0].numpy() == 0), starts):
-        yield f"other document boundaries than the build's {len(starts)}"
+        yield f"document boundaries that differ from the {len(starts)} boundaries of the build"
     if "attention_mask" in batch:
-        yield "an attention mask, which would hide the document boundaries"
+        yield "an attention mask, which would override the document boundaries"
 
 
-def _padded(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for at, row in enumerate(rows):
+def _compare_padded(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for index, row in enumerate(rows):
         size = len(row["input_ids"])
-        yield from _other("tokens", batch["input_ids"][at][:size], np.asarray(row["input_ids"]))
-        yield from _other("labels", batch["labels"][at][:size], np.asarray(row["labels"]))
-        if int(batch["attention_mask"][at].sum()) != size or int(batch["attention_mask"][at][:size].sum()) != size:
-            yield "padding that is not masked"
-        if bool((batch["labels"][at][size:] != IGNORE_INDEX).any()):
-            yield "padding that is trained"
+        yield from _compare("tokens", batch["input_ids"][index][:size], np.asarray(row["input_ids"]))
+        yield from _compare("labels", batch["labels"][index][:size], np.asarray(row["labels"]))
+        if (
+            int(batch["attention_mask"][index].sum()) != size
+            or int(batch["attention_mask"][index][:size].sum()) != size
+        ):
+            yield "unmasked padding"
+        if bool((batch["labels"][index][size:] != IGNORE_INDEX).any()):
+            yield "trained padding"
 
 
-def _other(what: str, found: torch.Tensor, expected: NDArray[Any]) -> Iterator[str]:
-    if not np.array_equal(found.numpy()[: len(expected)], expected):
-        trained = (found.numpy() != IGNORE_INDEX).sum(), (expected != IGNORE_INDEX).sum()
-        counted = f" ({trained[0]} trained, the build has {trained[1]})" if what == "labels" else ""
-        yield f"other {what} than the build{counted}"
+def _compare(kind: str, actual: torch.Tensor, expected: NDArray[Any]) -> Iterator[str]:
+    if not np.array_equal(actual.numpy()[: len(expected)], expected):
+        trained = (actual.numpy() != IGNORE_INDEX).sum(), (expected != IGNORE_INDEX).sum()
+        counts = f" ({trained[0]} are trained, {trained[1]} in the build)" if kind == "labels" else ""
+        yield f"{kind} that differ from the build{counts}"
 
 
 @contextmanager
-def _same_randomness() -> Iterator[None]:
+def _restore_random_states() -> Iterator[None]:
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002  (the trainer uses the global state)
     try:
         yield

@@ -1,6 +1,6 @@
-"""The trainer: TRL's, with evaluation by token, an order of rows of its own, and sealed checkpoints.
+"""Extend TRL's trainer with an evaluation per token, a reproducible row order, and sealed checkpoints.
 
-No card is written and nothing reported that was not asked for.
+The trainer writes no model card and sends no telemetry.
 """
 
 from __future__ import annotations
@@ -26,155 +26,162 @@ from ftdata.train.model.device import wait_for_processes
 from ftdata.types import IGNORE_INDEX
 
 _POOL = 50
-"""Batches among whose rows those of like length are looked for: enough to fill them evenly, few enough to mix."""
+"""Number of batches whose rows are sorted by length together; a larger pool means less padding and less mixing."""
 
 
 class BuildTrainer(SFTTrainer):
     """Trains on the labels of a build.
 
     Args:
-        seal: what each checkpoint is to be known by.
-        keep: how many checkpoints are kept, besides the best; `None` keeps all.
-        lengths: tokens of each row.
-        more: the arguments of `SFTTrainer`.
+        seal: the identity of the run, which is written to each checkpoint.
+        max_checkpoints: number of checkpoints to keep in addition to the best checkpoint; `None` keeps all.
+        lengths: number of tokens of each row.
+        arguments: the arguments of `SFTTrainer`.
     """
 
     def __init__(
-        self, *, seal: checkpoints.CheckpointSeal, keep: int | None, lengths: NDArray[np.int64], **more: Any
+        self,
+        *,
+        seal: checkpoints.CheckpointSeal,
+        max_checkpoints: int | None,
+        lengths: NDArray[np.int64],
+        **arguments: Any,
     ) -> None:
-        self._seal, self._keep, self._lengths, self._rows = seal, keep, lengths, len(lengths)
-        if more["args"].world_size > 1:
-            more["train_dataset"] = add_filler_row(more["train_dataset"])
-        super().__init__(**more)
+        self._seal, self._max_checkpoints, self._lengths, self._rows = seal, max_checkpoints, lengths, len(lengths)
+        if arguments["args"].world_size > 1:
+            arguments["train_dataset"] = add_filler_row(arguments["train_dataset"])
+        super().__init__(**arguments)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Return the mean loss over all trained tokens, and the perplexity: its exponential.
+        """Return the mean loss over all trained tokens, and its exponential, the perplexity.
 
-        A mean over batches, which is the parent's, gives the tokens of short batches more weight.
+        The parent class averages over batches instead, which gives more weight to the tokens of short batches.
         """
         del ignore_keys
         started = time.perf_counter()
         loss, tokens = self.token_loss(eval_dataset if eval_dataset is not None else self.eval_dataset)
-        found = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        values = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def token_loss(self, dataset: Any) -> tuple[float, int]:
-        """Return the mean loss over the trained tokens of a data set, and how many they are, over all processes.
+        """Return the mean loss over the trained tokens of a data set, and their number, over all processes.
 
-        It is the cross-entropy alone, whatever is added to it or taken for it in training.
+        The loss is the plain cross-entropy, even if training uses another loss or adds terms to it.
         """
         size, rank, ranks = self.args.eval_batch_size, self.args.process_index, self.args.world_size
         sums = torch.zeros(2, dtype=torch.float64)
         model = self.model_wrapped
         was_training = model.training
         model.eval()
-        for at in range(0, len(dataset), size * ranks):
-            mine = range(at + rank * size, min(at + (rank + 1) * size, len(dataset)))
-            # A process without rows of its own goes along with others' for nothing: all must call the model as often.
-            batch = self.data_collator([dataset[number] for number in mine or range(1)])
+        for start in range(0, len(dataset), size * ranks):
+            indices = range(start + rank * size, min(start + (rank + 1) * size, len(dataset)))
+            # Every process must call the model equally often, so a process without rows repeats the first row.
+            batch = self.data_collator([dataset[index] for index in indices or range(1)])
             with torch.no_grad(), self.compute_loss_context_manager():
-                found = model(**self._prepare_inputs(batch), use_cache=False, fused_lm_head=True)
-            if mine:
-                sums += torch.stack([-found.log_probs.double().sum(), found.label_mask.double().sum()]).cpu()
+                output = model(**self._prepare_inputs(batch), use_cache=False, fused_lm_head=True)
+            if indices:
+                sums += torch.stack([-output.log_probs.double().sum(), output.label_mask.double().sum()]).cpu()
         model.train(was_training)
         total, count = self.accelerator.reduce(sums.to(self._sum_device()), "sum").tolist()
         return total / max(count, 1), int(count)
 
     def _sum_device(self) -> Any:
-        # Metal knows no float64.
+        # Metal does not support float64.
         return "cpu" if self.args.device.type == "mps" else self.args.device
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         del train_dataset
         arguments = self.args
-        at_once = arguments.train_batch_size * arguments.world_size
+        batch_rows = arguments.train_batch_size * arguments.world_size
         strategy = str(getattr(arguments.train_sampling_strategy, "value", arguments.train_sampling_strategy))
         return EpochSampler(
             self._rows,
-            at_once * arguments.gradient_accumulation_steps,
+            batch_rows * arguments.gradient_accumulation_steps,
             arguments.data_seed if arguments.data_seed is not None else arguments.seed,
-            # Of an epoch's end the trainer says that it is the next one's beginning.
+            # At the end of an epoch, the trainer already reports the number of the next epoch.
             lambda: int((self.state.epoch or 0) + 1e-9),
             self._lengths if strategy == "group_by_length" else None,
             shuffled=strategy != "sequential",
-            filled=at_once if arguments.world_size > 1 else 1,
+            multiple_of=batch_rows if arguments.world_size > 1 else 1,
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        # Only what is sealed counts, so an older one goes when the newer is.
+        # Older checkpoints are deleted only after the new checkpoint is sealed.
         wait_for_processes()
         if self.args.should_save:
             run = Path(self.args.output_dir)
-            # A pickle of all settings, secrets among them, which nothing reads.
+            # This pickle of all settings, including secrets, is not needed.
             (run / f"checkpoint-{self.state.global_step}" / "training_args.bin").unlink(missing_ok=True)
             checkpoints.write_seal(run / f"checkpoint-{self.state.global_step}", self._seal)
             best = self.state.best_model_checkpoint
-            kept = checkpoints.list_checkpoints(run)[-self._keep :] if self._keep else checkpoints.list_checkpoints(run)
-            for path in checkpoints.list_checkpoints(run):
-                if path not in kept and (best is None or path.name != Path(best).name):
+            folders = checkpoints.list_checkpoints(run)
+            recent = folders[-self._max_checkpoints :] if self._max_checkpoints else folders
+            for path in folders:
+                if path not in recent and (best is None or path.name != Path(best).name):
                     shutil.rmtree(path)
         wait_for_processes()
 
-    def take(self, checkpoint: str) -> None:
-        """Be what a checkpoint is, or the best before it, without training."""
+    def load_checkpoint(self, checkpoint: str) -> None:
+        """Load a checkpoint, or the best checkpoint up to it, without training."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         if self.args.load_best_model_at_end and self.state.best_global_step is not None:
             self._load_best_model()
 
     def release(self) -> None:
-        """Let go of the model, the optimizer and all that holds them, so that another model fits into the memory.
+        """Free the memory of the model and the optimizer, so that another model can be loaded.
 
-        The trainer cannot train, evaluate or save any more.
+        The trainer can no longer train, evaluate or save.
         """
-        # Callbacks get these with each event, so their handler keeps them, too.
+        # The callback handler also references these objects, because it passes them to each callback.
         for name in ("model", "model_wrapped", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"):
             for holder in (self, self.callback_handler):
                 if hasattr(holder, name):
                     setattr(holder, name, None)
         self.accelerator.free_memory()
-        # Models and their wrapped methods hold each other.
+        # Models and their wrapped methods form reference cycles.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _load_best_model(self) -> None:
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        if wrong := checkpoints.find_damage(best, self._seal):
-            hint = "take it away, and go on with --resume from an earlier one"
-            raise InputRefused("damaged_checkpoint", f"the best model is that of {best}: {wrong}", hint=hint)
-        # The run may have been moved since it was saved.
+        if damage := checkpoints.find_damage(best, self._seal):
+            hint = "delete this checkpoint, and resume from an earlier checkpoint with --resume"
+            raise InputRefused("damaged_checkpoint", f"the best checkpoint {best} cannot be used: {damage}", hint=hint)
+        # The run directory may have been moved since the checkpoint was saved.
         self.state.best_model_checkpoint = str(best)
         super()._load_best_model()
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write none: the run has one of its own."""
+        """Do nothing, because the run writes its own model card."""
 
     def _send_telemetry(self) -> None:
         pass
 
 
 class EpochSampler(torch.utils.data.Sampler):
-    """The order that rows are trained in, decided by seed and epoch alone, so that a resumed run has the same.
+    """Samples row indices in an order that depends only on seed and epoch, so a resumed run uses the same order.
 
-    It is by chance, or as the rows stand; with lengths, rows of like length go together and the batch with the longest
-    comes first. Several processes need as many rows each: what they lack is a row of which nothing is trained.
+    The order is random or sequential. With lengths, rows of similar length are in the same batch, and the batch with
+    the longest row comes first. With several processes, all of them need the same number of rows; an untrained filler
+    row is repeated to make the numbers equal.
 
     Args:
-        size: how many rows there are.
-        per_step: how many are trained between two steps of the optimizer.
-        seed: decides what is left to chance.
-        epoch: says which epoch it is.
-        lengths: tokens of each row, or `None`.
-        shuffled: whether anything is left to chance.
-        filled: the number of rows must be a multiple of this; number `size` stands for those that lack.
+        size: number of rows.
+        per_step: number of rows per optimizer step.
+        seed: random seed.
+        get_epoch: function that returns the number of the current epoch.
+        lengths: number of tokens of each row, or `None`.
+        shuffled: whether the order is random.
+        multiple_of: number that divides the number of samples; index `size`, the filler row, is repeated as needed.
     """
 
     def __init__(
@@ -182,45 +189,45 @@ class EpochSampler(torch.utils.data.Sampler):
         size: int,
         per_step: int,
         seed: int,
-        epoch: Callable[[], int],
+        get_epoch: Callable[[], int],
         lengths: NDArray[np.int64] | None,
         *,
         shuffled: bool,
-        filled: int,
+        multiple_of: int,
     ) -> None:
-        self._size, self._per_step, self._seed, self._epoch = size, per_step, seed, epoch
+        self._size, self._per_step, self._seed, self._get_epoch = size, per_step, seed, get_epoch
         self._lengths, self._shuffled = lengths, shuffled
-        self._lacking = -size % filled
+        self._fillers = -size % multiple_of
 
     def __len__(self) -> int:
-        return self._size + self._lacking
+        return self._size + self._fillers
 
     def __iter__(self) -> Iterator[int]:
         order = np.arange(self._size)
         if self._shuffled:
-            chance = np.random.default_rng((self._seed, self._epoch()))
-            order = chance.permutation(self._size)
+            generator = np.random.default_rng((self._seed, self._get_epoch()))
+            order = generator.permutation(self._size)
             if self._lengths is not None:
-                order = self._grouped(order, self._lengths, chance)
-        return iter([*order.tolist(), *[self._size] * self._lacking])
+                order = self._group_by_length(order, self._lengths, generator)
+        return iter([*order.tolist(), *[self._size] * self._fillers])
 
-    def _grouped(
-        self, order: NDArray[np.int64], lengths: NDArray[np.int64], chance: np.random.Generator
+    def _group_by_length(
+        self, order: NDArray[np.int64], lengths: NDArray[np.int64], generator: np.random.Generator
     ) -> NDArray[np.int64]:
         pools = np.split(order, range(self._per_step * _POOL, len(order), self._per_step * _POOL))
         order = np.concatenate([pool[np.argsort(-lengths[pool], kind="stable")] for pool in pools])
         batches = np.split(order, range(self._per_step, len(order), self._per_step))
-        whole = len(batches) - 1
-        # The last batch may have fewer rows, and stays where it is.
-        mixed = [batches[number] for number in chance.permutation(whole)] + batches[whole:]
+        full = len(batches) - 1
+        # The last batch may have fewer rows, so it stays last.
+        mixed = [batches[number] for number in generator.permutation(full)] + batches[full:]
         longest = max(range(len(mixed)), key=lambda number: (len(mixed[number]), lengths[mixed[number]].max()))
         mixed.insert(0, mixed.pop(longest))
         return np.concatenate(mixed)
 
 
 def add_filler_row(rows: Any) -> Any:
-    """Return rows with one more, of which nothing is trained."""
+    """Return the rows with an additional row that has no trained tokens."""
     first = rows[0]["input_ids"][:1]
     filler = {"input_ids": [first * 2], "labels": [[IGNORE_INDEX] * 2], "seq_lengths": [[2]]}
-    kept = {name: filler[name] for name in rows.column_names}
-    return datasets.concatenate_datasets([rows, datasets.Dataset.from_dict(kept, features=rows.features)])
+    columns = {name: filler[name] for name in rows.column_names}
+    return datasets.concatenate_datasets([rows, datasets.Dataset.from_dict(columns, features=rows.features)])

@@ -66,21 +66,21 @@ def test_plan_equals_a_new_rendering(tokenizer_dir, name, shape, contents, turns
         messages = tuple({"role": ROLES[one], "content": text} for one, text in zip(shape, said, strict=False))
         conversation = Conversation(messages)
         found = outcome(conversation, known, turns)
-        kept = known.plans.by_shape.copy()
-        known.plans.by_shape.clear()
+        kept = known.plan_cache.plans_by_shape.copy()
+        known.plan_cache.plans_by_shape.clear()
         assert outcome(conversation, known, turns) == found
-        known.plans.by_shape.update({**known.plans.by_shape, **kept})
+        known.plan_cache.plans_by_shape.update({**known.plan_cache.plans_by_shape, **kept})
 
 
 def counted(monkeypatch, template):
     """Count the runs of a template."""
-    runs, rendered = [], type(template).rendered
+    runs, rendered = [], type(template).run
 
     def run(self, *arguments, **options):
         runs.append(1)
         return rendered(self, *arguments, **options)
 
-    monkeypatch.setattr(type(template), "rendered", run)
+    monkeypatch.setattr(type(template), "run", run)
     return runs
 
 
@@ -124,14 +124,14 @@ def test_fast_path_conversations_are_rendered_once(tokenizer_dir, name):
     tokenizer, source = SOURCES[name]
     template = fresh(tokenizer_dir(tokenizer), source)
     runs = []
-    rendered = type(template).rendered
+    rendered = type(template).run
 
     def counted(self, *arguments, **options):
         runs.append(1)
         return rendered(self, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(template), "rendered", counted)
+        patch.setattr(type(template), "run", counted)
         for number in range(20):
             talk = [{"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": f"a {number}"}]
             render_in_worker(Conversation(tuple(talk)), template)
@@ -204,4 +204,4 @@ def test_ordinary_plans_are_within_the_bounds():
     template = Template("honest", CHATML, special_tokens={"eos_token": "<|im_end|>"})
     for _ in range(2):
         render_chat.render_chat(Conversation(tuple(talk)), template)
-    assert template.plans.filled(talk, list(range(1, 60, 2))) is not None
+    assert template.plan_cache.render(talk, list(range(1, 60, 2))) is not None

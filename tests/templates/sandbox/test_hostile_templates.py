@@ -186,7 +186,7 @@ def test_killed_template_worker_is_replaced(tokenizer_dir):
         for n, row in enumerate(rows("") * 40)
     ]
     whole = build_sft_dataset(data, tokenizer_dir("tiny_bpe"), CHAT)["train"][:]
-    worker = process._worker()
+    worker = process._get_worker()
     send, sent = process._Worker.send, []
 
     def killing(self, request, **how):
@@ -240,12 +240,12 @@ def test_limits_count_cpu_time():
     from ftdata.templates.template import Template
 
     request = process.submit_request("scaffold", Template("honest", CHAT + "{# stopped #}"))
-    worker = process._worker()
+    worker = process._get_worker()
     os.kill(worker.process.pid, signal.SIGSTOP)
     threading.Timer(3 * process.CPU_SECONDS, os.kill, (worker.process.pid, signal.SIGCONT)).start()
     assert "text" in request.result()
     assert request.exceeded == 0
-    assert process._worker() is worker
+    assert process._get_worker() is worker
 
 
 def test_plan_does_not_exceed_the_memory_limit_in_this_process(tokenizer_dir):
@@ -264,8 +264,8 @@ def test_plan_does_not_exceed_the_memory_limit_in_this_process(tokenizer_dir):
 
 def test_secrets_are_not_in_the_environment_of_the_template_worker(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
-    process._worker().stop()
-    place = Path(f"/proc/{process._worker().process.pid}/environ")
+    process._get_worker().stop()
+    place = Path(f"/proc/{process._get_worker().process.pid}/environ")
     # Until it has begun it has none.
     while not (environment := place.read_bytes()):
         time.sleep(0.01)

@@ -36,7 +36,7 @@ def against(change):
     template = bound()
     (rendered,) = render_in_worker(Conversation(TALK), template, "joint")
     spans = tuple(new for span in rendered.spans for new in change(span))
-    return cross_check(ChatRendering.of(Conversation(TALK), template), rendered._replace(spans=spans))
+    return cross_check(ChatRendering.from_conversation(Conversation(TALK), template), rendered._replace(spans=spans))
 
 
 def test_correct_rendering_is_confirmed():
@@ -69,9 +69,9 @@ def test_faults_are_contradicted(fault):
 def test_different_text_is_contradicted():
     template = bound()
     (rendered,) = render_in_worker(Conversation(TALK), template, "joint")
-    chat = ChatRendering.of(Conversation(TALK), template)
+    chat = ChatRendering.from_conversation(Conversation(TALK), template)
     assert "texts differ" in cross_check(chat, rendered._replace(text=rendered.text + "!")).reason
-    assert cross_check(ChatRendering.of(Conversation(TALK[:2]), template), rendered) is not None
+    assert cross_check(ChatRendering.from_conversation(Conversation(TALK[:2]), template), rendered) is not None
 
 
 HOSTILE = {
@@ -92,18 +92,18 @@ def test_hostile_templates_are_refused(attack, tokenizer_dir):
 
 def test_verdicts_are_cached_by_content(tmp_path, monkeypatch):
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
-    client._examined.cache_clear()
+    client._examine.cache_clear()
     first = client.verify_template(bound())
     (kept,) = (tmp_path / "verdicts").iterdir()
     asked = []
     monkeypatch.setattr(client, "call_worker", lambda *given, **_: asked.append(given))
-    client._examined.cache_clear()
+    client._examine.cache_clear()
     assert client.verify_template(bound()) == first
     assert not asked
     kept.write_text("not JSON")
     monkeypatch.undo()
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
-    client._examined.cache_clear()
+    client._examine.cache_clear()
     assert client.verify_template(bound()) == first
 
 
@@ -111,7 +111,7 @@ def test_unwritable_cache_is_ignored(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("FTDATA_CACHE", str(blocked))
-    client._examined.cache_clear()
+    client._examine.cache_clear()
     assert client.verify_template(bound()).verdict == "exact"
 
 
@@ -119,11 +119,7 @@ def test_contradicted_template_is_refused(tokenizer_dir, monkeypatch):
     report = replace(
         client.verify_template(bound()), contradictions=("plain: messages[1]: the region begins elsewhere",)
     )
-<<<<<<< Updated upstream
-    monkeypatch.setattr(client, "verify", lambda template: report)
-=======
     monkeypatch.setattr(client, "verify_template", lambda template: report)
->>>>>>> Stashed changes
     with pytest.raises(TemplateRefused, match="template_not_verified.*begins elsewhere"):
         encode(TALK, tokenizer_dir("tiny_bpe"), CHATML + "{# another #}")
 
@@ -134,7 +130,7 @@ def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, 
     from ftdata.templates import chat
     from ftdata.templates.cache import plans
 
-    located, fill = chat._located, plans.RenderPlan.fill
+    located, fill = chat._locate_turns, plans.RenderPlan.fill
 
     def wrong(it, *given):
         turns = located(it, *given)
@@ -159,8 +155,8 @@ def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, 
         monkeypatch.setattr(plans.RenderPlan, "fill", wrongly_filled)
     else:
         monkeypatch.setattr(client, "HERE", True)  # where it can be made to fail
-        monkeypatch.setattr(plans.PlanCache, "filled", lambda *_: None)
-        monkeypatch.setattr(chat, "_located", wrong)
+        monkeypatch.setattr(plans.PlanCache, "render", lambda *_: None)
+        monkeypatch.setattr(chat, "_locate_turns", wrong)
     with pytest.raises(TemplateRefused, match="template_not_verified") as caught:
         build_sft_dataset(rows, tokenizer_dir("tiny_bpe"))
     assert "[7]" in caught.value.where
@@ -189,7 +185,7 @@ def test_interrupted_request_leaves_no_answer_for_the_next_one(monkeypatch, tmp_
 
     monkeypatch.setattr(process._Worker, "_receive", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        client._examined.__wrapped__(bound(CHATML + "{# interrupted #}").description)
+        client._examine.__wrapped__(bound(CHATML + "{# interrupted #}").description)
     monkeypatch.undo()
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
     assert client.verify_template(bound("{{ raise_exception('never') }}{{ messages }}")).verdict == "refused"
@@ -197,18 +193,18 @@ def test_interrupted_request_leaves_no_answer_for_the_next_one(monkeypatch, tmp_
 
 def test_killed_template_worker_is_restarted(monkeypatch, tmp_path):
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
-    process._worker().process.kill()
+    process._get_worker().process.kill()
     assert client.verify_template(bound(CHATML + "{# killed #}")).verdict == "exact"
 
 
 @pytest.mark.parametrize("kept", ["[]", "null", "5", '"x"', "{}"])
 def test_damaged_verdict_is_recomputed(kept, monkeypatch, tmp_path):
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
-    client._examined.cache_clear()
+    client._examine.cache_clear()
     client.verify_template(bound())
     (file,) = (tmp_path / "verdicts").iterdir()
     file.write_text(kept)
-    client._examined.cache_clear()
+    client._examine.cache_clear()
     assert client.verify_template(bound()).verdict == "exact"
 
 

@@ -82,7 +82,7 @@ def test_limit_depends_on_the_row_alone():
     assert first.frame[-1] * 2 == again.frame[-1]
     longer = process.submit_request("render", template, 5000, conversation={"messages": talk(100)["messages"]})
     assert longer.cpu_seconds > first.cpu_seconds + 2
-    process._worker().stop()
+    process._get_worker().stop()
 
 
 def test_equal_new_template_object_receives_its_plans(tokenizer_dir):
@@ -96,4 +96,4 @@ def test_equal_new_template_object_receives_its_plans(tokenizer_dir):
         template = Template("anew", CUSTOM, special_tokens={"eos_token": "<|im_end|>"})
         for _ in range(3):
             render_in_worker(conversation, template)
-        assert template.plans.filled(conversation.messages, [1]) is not None
+        assert template.plan_cache.render(conversation.messages, [1]) is not None

@@ -59,7 +59,7 @@ def learnt(llama, data, tmp_path_factory):
 
 def test_tuned_is_better_than_base_at_what_it_was_taught(learnt):
     found = compare(learnt, n=None, max_new_tokens=40)
-    assert found.asked.startswith("the test split")
+    assert found.data_name.startswith("the test split")
     assert len(found.rows) == 8
     assert found.tuned.exact > found.base.exact + 0.4
     assert found.tuned.bleu > found.base.bleu + 20
@@ -76,7 +76,7 @@ def test_beams_and_chance_are_ways_to_answer(learnt):
         compare(learnt, n=3, do_sample=True, temperature=5.0, max_new_tokens=8, seed=seed).rows for seed in (1, 1, 2)
     )
     assert one == again != other
-    with pytest.raises(UsageError, match="generate refuses"):
+    with pytest.raises(UsageError, match="model.generate rejects"):
         compare(learnt, n=1, num_beems=3)
 
 
@@ -173,14 +173,14 @@ def test_a_conversation_goes_on_after_silence_and_where_only_one_question_is_sho
     folder = run(data, model=llama, output_dir=tmp_path / "run", template="question_answer", settings=QUICK)
     talk = start_chat(folder, max_new_tokens=2)
     talk.say("Spell 3.")
-    assert not talk.forgets
+    assert not talk.is_single_turn
     talk.say("Spell 4.")
-    assert talk.forgets
+    assert talk.is_single_turn
     assert len(talk.messages) == 4
     chats = ChatSession(talk.model, make_recipe(llama), {"max_new_tokens": 2})
     chats.messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]
     chats.say("b")
-    assert not chats.forgets
+    assert not chats.is_single_turn
 
 
 def test_a_prompt_is_asked_as_it_was_trained_under_any_kind_of_template(llama):
@@ -232,7 +232,7 @@ def test_merged_says_the_same_without_peft(llama, data, tmp_path):
 
 def test_what_is_no_finished_run_is_refused(learnt, tmp_path):
     for call in (compare, start_chat):
-        with pytest.raises(UsageError, match="no finished run"):
+        with pytest.raises(UsageError, match="not a finished run"):
             call(tmp_path)
     with pytest.raises(UsageError, match="no adapter to merge"):
         merge(learnt, tmp_path / "merged")

@@ -69,7 +69,7 @@ def test_a_field_is_known_by_its_short_name_and_its_own(tmp_path):
     config = make_config({**REQUIRED, "lora": {"use_dora": True}}, lora={"bias": "all"})
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "c.yaml") == config
-    assert config.lora.more == {"use_dora": True, "bias": "all"}
+    assert config.lora.extra_fields == {"use_dora": True, "bias": "all"}
 
 
 WRONG_LORA = {
@@ -80,7 +80,7 @@ WRONG_LORA = {
     "use_rslora": (1, "expected true or false"),
     "fan_in_fan_out": ("yes", "expected true or false"),
     "bias": ("some", "expected one of none, all, lora_only"),
-    "modules_to_save": ("lm_head", "expected a list of texts"),
+    "modules_to_save": ("lm_head", "expected a list of strings"),
     "layers_to_transform": ("1", "expected a list of whole numbers or a whole number"),
     "rank_pattern": ([1], "expected a mapping"),
     "init_lora_weights": ("guassian", "init_lora_weights is 'guassian'"),
@@ -103,11 +103,11 @@ def test_wrong_fields_of_the_adapter_are_refused(name):
     ("lora", "says"),
     [
         *(({name: "x"}, "cannot be set") for name in FIXED if name != "inference_mode"),
-        ({"inference_mode": True}, "the adapter is trained"),
+        ({"inference_mode": True}, "the adapter is always trained"),
         ({"layers_to_transform": [0]}, "cannot be used when `target_modules` is a str"),
         ({"loftq_config": {"loftq_bits": 4}}, "ignored"),
-        ({"init_lora_weights": "eva"}, "needs a pass over data"),
-        ({"init_lora_weights": "pissa_niter_4"}, "drawn anew"),
+        ({"init_lora_weights": "eva"}, "needs a pass over the data"),
+        ({"init_lora_weights": "pissa_niter_4"}, "different random values"),
     ],
 )
 def test_fields_that_a_run_decides_or_cannot_follow_are_refused(lora, says):
@@ -121,11 +121,11 @@ MISSING = {
     "lora.target_modules=nope": "module that matches 'nope'",
     "lora.target_modules=[q_proj, q_prj]": "no module 'q_prj'. Fix: did you mean 'q_proj'",
     "lora.target_modules=[": "not valid|while parsing",
-    "lora.target_modules='['": "no regular expression",
+    "lora.target_modules='['": "not a valid regular expression",
     "lora.modules_to_save=[lm_hed]": "lora.modules_to_save: .*no module 'lm_hed'. Fix: did you mean 'lm_head'",
     "lora.exclude_modules=[nope]": "lora.exclude_modules",
     "lora.target_parameters=[nope]": "lora.target_parameters",
-    "lora.target_modules=[act_fn]": "takes no such adapter",
+    "lora.target_modules=[act_fn]": "cannot be added",
 }
 
 
@@ -151,7 +151,7 @@ def test_layers_that_the_model_lacks_are_refused(llama, tmp_path):
         ({"exclude_modules": "foo"}, "exclude_modules: .*no module that matches 'foo'"),
         ({"trainable_token_indices": [10_000_000]}, "trainable_token_indices: .*no token 10000000. Fix: expected 0 to"),
         ({"trainable_token_indices": [-5]}, "no token -5"),
-        ({"layer_replication": [[0, 99]]}, "takes no such adapter"),
+        ({"layer_replication": [[0, 99]]}, "cannot be added"),
     ],
 )
 def test_what_peft_would_ignore_is_refused(llama, tmp_path, lora, says):
@@ -236,7 +236,7 @@ WRONG_QUANTIZATION = [
     ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "expected one of nf4, fp4"),
     ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "float17"}, "expected one of float32, float16, bfloat16"),
     ({"load_in_8bit": True, "llm_int8_threshold": "6"}, "expected a number"),
-    ({"load_in_8bit": True, "llm_int8_skip_modules": "lm_head"}, "expected a list of texts"),
+    ({"load_in_8bit": True, "llm_int8_skip_modules": "lm_head"}, "expected a list of strings"),
 ]
 
 
@@ -276,12 +276,12 @@ def test_switches_take_true_and_false_alone():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"lr_scheduler_kwargs": [1]}, "expected a mapping or text"),
-        ({"label_names": "labels"}, "expected a list of texts"),
-        ({"run_name": 3}, "expected text"),
-        ({"report_to": [3]}, "expected text or a list of texts"),
+        ({"lr_scheduler_kwargs": [1]}, "expected a mapping or a string"),
+        ({"label_names": "labels"}, "expected a list of strings"),
+        ({"run_name": 3}, "expected a string"),
+        ({"report_to": [3]}, "expected a string or a list of strings"),
         ({"liger_kernel_config": {"rope": "maybe"}}, "expected a mapping"),
-        ({"hub_token": ["hf_secret"]}, "train.hub_token is \\['?\\[redacted-by-ftdata\\]'?\\], expected text"),
+        ({"hub_token": ["hf_secret"]}, "train.hub_token is \\['?\\[redacted-by-ftdata\\]'?\\], expected a string"),
     ],
 )
 def test_values_of_other_types_are_refused(settings, says):

@@ -90,12 +90,12 @@ def live_models():
 @pytest.mark.parametrize("kind", ["full", "nf4"])
 def test_one_model_is_in_memory_at_a_time_and_a_base_is_loaded_once(kind, request, monkeypatch):
     folder, loaded, living = request.getfixturevalue(kind), [], []
-    load, ask, before = run_dir.load_model, evaluation.generate, live_models()
+    load, ask, before = run_dir.load_model, evaluation.generate_ids, live_models()
     monkeypatch.setattr(
         run_dir, "load_model", lambda name, *given, **how: loaded.append(name) or load(name, *given, **how)
     )
     monkeypatch.setattr(
-        evaluation, "generate", lambda *given, **how: living.append(live_models() - before) or ask(*given, **how)
+        evaluation, "generate_ids", lambda *given, **how: living.append(live_models() - before) or ask(*given, **how)
     )
     compare(folder, n=2, max_new_tokens=2)
     assert living == [1, 1]
@@ -174,11 +174,11 @@ def test_a_comparison_reports_its_progress_from_the_first_token_to_the_last_answ
 
 
 def test_long_answering_is_announced_where_no_terminal_is(nf4):
-    code = "import importlib; m = importlib.import_module('ftdata.cli.train'); m._LONG = 0.0; import ftdata.cli; ftdata.cli.main()"
+    code = "import importlib; m = importlib.import_module('ftdata.cli.train'); m._ANNOUNCE_SECONDS = 0.0; import ftdata.cli; ftdata.cli.main()"
     command = [sys.executable, "-c", code, "eval", str(nf4), "-n", "2", "--max-new-tokens", "8", "--json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "4 answers take at most" in done.stderr
-    assert "s a token" in done.stderr
+    assert "s per token" in done.stderr
     assert json.loads(done.stdout)["rows"]
     quick = subprocess.run([sys.executable, "-m", "ftdata", *command[3:]], check=True, capture_output=True, text=True)
     assert "answers take" not in quick.stderr

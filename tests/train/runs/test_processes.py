@@ -95,7 +95,7 @@ def test_two_processes_train_what_one_does(two, data, llama, tmp_path):
 def test_one_process_speaks_for_both(two):
     _, done = two
     assert done.stderr.count("rows     16 read") == 1
-    assert done.stderr.count("saved, and read back: ") == 1
+    assert done.stderr.count("saved, and checked by reloading: ") == 1
 
 
 def test_the_commands_of_the_documentation_are_those_of_accelerate():

@@ -116,7 +116,7 @@ def test_a_damaged_checkpoint_is_passed_over(whole, interrupted, damage, capsys)
     run(interrupted, resume=True)
     same(interrupted, whole)
     said = capsys.readouterr().err
-    assert "passed over" in said
+    assert "skipped" in said
     assert not (interrupted / "checkpoint-7").exists()
 
 
@@ -126,13 +126,13 @@ def test_a_checkpoint_of_another_run_is_passed_over(whole, interrupted, llama, d
     shutil.copytree(tmp_path / "other" / "checkpoint-6", interrupted / "checkpoint-6")
     run(interrupted, resume=True)
     same(interrupted, whole)
-    assert "it is of another run: passed over" in capsys.readouterr().err
+    assert "it belongs to another run" in capsys.readouterr().err
 
 
 def test_without_damage_a_run_goes_on_to_the_bit(whole, interrupted, capsys):
     run(interrupted, resume=True)
     same(interrupted, whole)
-    assert "passed over" not in capsys.readouterr().err
+    assert "skipped" not in capsys.readouterr().err
 
 
 def test_where_no_checkpoint_is_whole_it_is_said(interrupted):
@@ -217,7 +217,7 @@ def test_what_decides_nothing_may_change(llama, data, interrupted, whole, tmp_pa
 
 @pytest.fixture(scope="module")
 def stopped(llama, data, tmp_path_factory):
-    """A run that ended when nothing got better."""
+    """A run that ended when the metric stopped improving."""
     folder = tmp_path_factory.mktemp("runs") / "stopped"
     settings = {"num_train_epochs": 40, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.05}
     settings |= {"per_device_train_batch_size": 2, "logging_steps": 1, "save_total_limit": 50}
@@ -236,7 +236,7 @@ def test_patience_is_remembered(stopped, tmp_path):
     about = json.loads((stopped / "run.json").read_text())
     assert about["steps"] < 100
     for patience in (None, 2):
-        with pytest.raises(UsageError, match="nothing got better"):
+        with pytest.raises(UsageError, match="stopped improving"):
             run(stopped, resume=True, early_stopping=patience)
     # Killed when patience was used up already, it has nothing left to train.
     shutil.copytree(stopped, tmp_path / "late")
@@ -260,7 +260,7 @@ def test_a_damaged_best_model_is_not_taken_for_it(stopped, tmp_path, capsys):
     weights = tmp_path / "run" / f"checkpoint-{about['best_step']}" / "model.safetensors"
     save_file({name: value * 1.01 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
     run(tmp_path / "run", resume=True)
-    assert "the best before it is" in capsys.readouterr().err
+    assert "the best checkpoint before it is" in capsys.readouterr().err
     same(tmp_path / "run", stopped)
 
 
@@ -275,7 +275,7 @@ def test_a_run_that_goes_on_takes_no_options_of_its_data(interrupted, llama, tmp
     build_sft_dataset(ROWS, llama, packing="bfd", max_length=64, output_dir=tmp_path / "packed")
     with pytest.raises(UsageError, match="packing cannot change"):
         run(tmp_path / "packed", model=llama, output_dir=tmp_path / "run", settings=["pack=null"])
-    with pytest.raises(UsageError, match="holds no run that has begun"):
+    with pytest.raises(UsageError, match="contains no run to resume"):
         run(tmp_path / "nowhere", resume=True)
     for options in ({"template": "zephyr"}, {"max_length": 16}, {"limit": 3}, {"train_on": "all"}):
         with pytest.raises(UsageError, match="already_built"):
@@ -295,7 +295,7 @@ def test_where_all_steps_are_done_none_is_trained(whole, tmp_path):
         assert losses(folder) == losses(whole)[:steps]
         left, right = load_file(folder / f"checkpoint-{steps}" / "adapter_model.safetensors"), weights(folder)
         assert all(torch.equal(left[name], right[name]) for name in left)
-    with pytest.raises(UsageError, match="goes on where it is"):
+    with pytest.raises(UsageError, match="cannot be resumed in another folder"):
         run(whole, output_dir=tmp_path / "other", resume=True)
 
 
@@ -331,12 +331,12 @@ elif point == "before the old one goes":
     remove = trainer.shutil.rmtree
     trainer.shutil.rmtree = lambda path, **how: die() if str(path).endswith(f"checkpoint-{at}") else remove(path, **how)
 elif point == "in a step":
-    step = trainer.Trainer.training_step
+    step = trainer.BuildTrainer.training_step
     def stepped(self, *rest):
         if self.state.global_step == at:
             die()
         return step(self, *rest)
-    trainer.Trainer.training_step = stepped
+    trainer.BuildTrainer.training_step = stepped
 run(*eval(sys.argv[3]), **eval(sys.argv[4]))
 """
 
@@ -409,5 +409,5 @@ def test_an_interrupt_says_how_to_go_on(llama, data, tmp_path):
         except subprocess.TimeoutExpired:
             assert time.monotonic() < deadline + 120
     assert process.returncode == 130
-    assert f"go on with: ftdata train {tmp_path / 'run'} --resume" in said
+    assert f"resume with: ftdata train {tmp_path / 'run'} --resume" in said
     assert "Traceback" not in said

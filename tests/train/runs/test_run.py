@@ -277,7 +277,7 @@ def test_a_model_that_comes_back_otherwise_is_not_called_saved(llama, data, tmp_
         return model
 
     monkeypatch.setattr(run_dir, "load_tuned_model", wrong)
-    with pytest.raises(InternalError, match="says something else"):
+    with pytest.raises(InternalError, match="different logits"):
         run(data, model=llama, output_dir=tmp_path / "run", settings=QUICK)
     assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
 

@@ -81,7 +81,7 @@ def test_a_run_goes_on_without_its_token_or_with_a_new_one(finished, monkeypatch
     assert config.train["max_steps"] == 2
     seen = []
     monkeypatch.setattr(
-        sft, "train", lambda config, build, **how: seen.append((config.train.get("hub_token"), how["notes"]))
+        sft, "train_sft", lambda config, build, **how: seen.append((config.train.get("hub_token"), how["notes"]))
     )
     monkeypatch.delenv("HF_TOKEN", raising=False)
     run(folder, resume=True)

@@ -103,7 +103,7 @@ def test_resume_is_exact(qlora_run, llama, data, tmp_path):
 
 def test_the_saved_adapter_answers_again(qlora_run, data):
     held_out = compare(qlora_run, max_new_tokens=4)
-    assert held_out.asked.startswith("the test split")
+    assert held_out.data_name.startswith("the test split")
     assert len(held_out.rows) == 2
     report = compare(qlora_run, data, n=4, max_new_tokens=4)
     assert [row.expected for row in report.rows] == ["one", "two", "three", "four"]
@@ -223,7 +223,7 @@ def test_the_probe_knows_who_leaks(tmp_path, llama, tokenizer_dir):
     assert measure_leak(AutoModelForCausalLM.from_pretrained(llama)) < 1e-5
     opt = tiny_model(tiny_bpe(tmp_path / "opt", None, bos="</s>", eos="</s>"), "opt")
     assert measure_leak(AutoModelForCausalLM.from_pretrained(opt)) > 1e-4
-    with pytest.raises(InputRefused, match="see each other"):
+    with pytest.raises(InputRefused, match="attend to each other"):
         run(
             write(tmp_path),
             model=opt,
@@ -244,16 +244,16 @@ def write(folder):
     ("settings", "says"),
     [
         ({"packing": True}, "packing is done in the build"),
-        ({"max_length": 3}, "length is decided in the build"),
-        ({"assistant_only_loss": True}, "the mask is decided"),
+        ({"max_length": 3}, "length is set in the build"),
+        ({"assistant_only_loss": True}, "the mask is set"),
         ({"learning_rat": 1}, "did you mean 'learning_rate'"),
         (["learning_rate"], "expected name=value"),
-        ({"lr_scheduler_type": "nonsense"}, "SFTConfig refuses"),
+        ({"lr_scheduler_type": "nonsense"}, "SFTConfig rejects"),
         ({"learning_rate": "abc"}, "expected a number"),
         ({"bf16": "maybe"}, "expected true or false"),
         (["lora.rank=3"], "no field 'rank'"),
         ({"per_device_train_batch_size": 0}, "at least 1"),
-        ({"eval_strategy": "steps"}, "nothing is held out"),
+        ({"eval_strategy": "steps"}, "without a test split"),
         ({"group_by_length": True}, "no field 'group_by_length'"),
         ({"resume_from_checkpoint": "/nowhere"}, "--resume"),
         (["x=[1"], "--set x"),
@@ -270,13 +270,13 @@ def write(folder):
         ({"num_train_epochs": 0}, "0 steps"),
         ({"metric_for_best_model": "foo"}, "metric_for_best_model"),
         ({"push_to_hub": True}, "hf upload"),
-        ({"use_liger_kernel": True}, "TRL's own head"),
-        ({"accelerator_config": {"split_batches": True}}, "stands twice"),
-        ({"report_to": "nonsense"}, "SFTConfig refuses"),
+        ({"use_liger_kernel": True}, "TRL's fused head"),
+        ({"accelerator_config": {"split_batches": True}}, "none is lost or repeated"),
+        ({"report_to": "nonsense"}, "SFTConfig rejects"),
         (["lora=null", "lora.r=8"], "twice, whole and in part"),
         (["train=5", "learning_rate=1"], "twice, whole and in part"),
         (["lora.target_modules=nope"], "no module that matches 'nope'"),
-        (["attn_implementation=foo"], "cannot be made so"),
+        (["attn_implementation=foo"], "cannot be created"),
     ],
 )
 def test_settings_that_would_undo_the_build_are_refused(llama, data, tmp_path, settings, says):
@@ -298,7 +298,7 @@ def test_what_is_set_to_nothing_is_nothing(llama, data, tmp_path):
 
 
 def test_refusals_before_training(llama, data, qlora_run, tmp_path, tokenizer_dir):
-    with pytest.raises(UsageError, match="holds a run already"):
+    with pytest.raises(UsageError, match="already contains a run"):
         run(qlora_run / "data", model=llama, output_dir=qlora_run)
     with pytest.raises(UsageError, match="no checkpoint of a run"):
         run(qlora_run / "data", model=llama, output_dir=tmp_path / "empty", resume=True)
@@ -368,7 +368,7 @@ def test_a_refused_run_leaves_the_old_one(qlora_run, llama, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text('{"question": "x", "answer": "y"}\n')
     common = {"model": llama, "output_dir": tmp_path / "again", "settings": QUICK, "quantization": "nf4"}
-    with pytest.raises(UsageError, match="holds a run already"):
+    with pytest.raises(UsageError, match="already contains a run"):
         run(str(other), **common)
     with pytest.raises(InputRefused, match="trained on build"):
         run(str(other), resume=True, **common)
@@ -429,7 +429,7 @@ def test_a_tokenizer_of_another_model_is_refused(llama, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(llama, model)
     smaller.save_pretrained(model)
-    with pytest.raises(UsageError, match="holds token id"):
+    with pytest.raises(UsageError, match="contains token id"):
         run(write(tmp_path), model=str(model), output_dir=tmp_path / "run")
 
 

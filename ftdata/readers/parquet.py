@@ -1,0 +1,198 @@
+"""Read Parquet files, with batches that fit in memory whatever the file states about itself."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from ftdata.errors import InputRefused
+from ftdata.readers.arrow import BATCH_ROWS, yield_rows
+from ftdata.readers.arrow_headers import MAX_BATCH, TableLimits
+from ftdata.readers.parquet_pages import read_pages
+from ftdata.readers.streams import CHUNK, MAX_LINE, MAX_RATIO, Input, expansion_error, is_url
+from ftdata.readers.table_checks import check_seekable, damaged_file_error
+from ftdata.types import Reject, Row
+
+
+def read_parquet(file: Input) -> Iterator[Row | Reject]:
+    """Yield the rows of a Parquet file; only a single batch is in memory."""
+    import pyarrow as pa
+
+    with file.open() as stream:
+        check_seekable(stream, file)
+        try:
+            table, limits = _open_parquet(stream, file)
+            groups = range(*file.span) if file.span else range(table.num_row_groups)
+            _check_value_counts(table, groups, limits)
+            batches = _read_groups(table, groups, stream, file, limits.packed)
+            yield from yield_rows(batches, table.schema_arrow, file, limits.packed)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise damaged_file_error(error, file, "Parquet") from None
+
+
+def _check_value_counts(table: Any, groups: Iterable[int], limits: TableLimits) -> None:
+    """Check that a Parquet file does not have far more values than its size explains."""
+    for number in groups:
+        group = table.metadata.row_group(number)
+        limits.rows(group.num_rows, sum(group.column(index).num_values for index in range(group.num_columns)))
+
+
+def _read_groups(
+    table: Any, groups: Iterable[int], stream: io.BufferedReader, file: Input, packed: int
+) -> Iterator[Any]:
+    """Yield the batches of row groups, with few enough rows per batch to fit in memory.
+
+    Raises:
+        InputRefused: The groups expand beyond the limit, the rows of a group are too long on average, or the metadata
+            contradict each other.
+    """
+    compressed_size = plain_size = 0
+    for number in groups:
+        group = table.metadata.row_group(number)
+        columns = [group.column(index) for index in range(group.num_columns)]
+        compressed_size += sum(column.total_compressed_size for column in columns)
+        if compressed_size > packed or any(column.num_values < group.num_rows for column in columns):
+            error = ValueError(f"the metadata of row group {number} contradict the size of the file or its values")
+            raise damaged_file_error(error, file, "Parquet")
+        chunks = [_measure_chunk(stream, column, file) for column in columns]
+        size = sum(max(chunk.bytes, column.num_values // 8) for chunk, column in zip(chunks, columns, strict=True))
+        plain_size += size
+        if plain_size > max(MAX_BATCH, MAX_RATIO * compressed_size):
+            raise expansion_error(plain_size, compressed_size, file.path)
+        if size > MAX_LINE * max(group.num_rows, 1):
+            average = size // max(group.num_rows, 1)
+            message = f"has rows of {average:,} bytes on average, expected at most {MAX_LINE:,}"
+            raise InputRefused("row_too_long", message, where=file.path)
+        yield from _read_group(stream, table, number, list(zip(columns, chunks, strict=True)), file)
+
+
+class _Chunk(NamedTuple):
+    """A column chunk after decompression.
+
+    Attributes:
+        bytes: bytes of the chunk.
+        widest: estimated bytes of the widest value outside dictionaries; 0 if the chunk has none.
+        has_dictionary: whether values of the chunk can refer to a dictionary.
+    """
+
+    bytes: int
+    widest: float
+    has_dictionary: bool
+
+
+def _measure_chunk(stream: io.BufferedReader, column: Any, file: Input) -> _Chunk:
+    """Return the size of a column chunk after decompression."""
+    bytes_, widest, has_dictionary = column.total_uncompressed_size, 0.0, bool(column.has_dictionary_page)
+    if is_url(file.path):
+        # The header of each page would need a separate request.
+        return _Chunk(bytes_, bytes_ / max(column.num_values, 1), has_dictionary)
+    page_bytes = 0
+    try:
+        for page in read_pages(stream, column):
+            page_bytes += page.size
+            has_dictionary |= page.is_dictionary
+            if not page.is_dictionary:
+                widest = max(widest, page.size if page.has_prefixes else page.size / max(page.values, 1))
+    except ValueError as error:
+        raise damaged_file_error(error, file, "Parquet") from None
+    return _Chunk(max(bytes_, page_bytes), widest, has_dictionary)
+
+
+def _read_group(
+    stream: io.BufferedReader, table: Any, number: int, columns: Sequence[tuple[Any, _Chunk]], file: Input
+) -> Iterator[Any]:
+    """Yield the batches of a row group. A batch has few rows if values are long, or refer to long dictionary values."""
+    import pyarrow.parquet as pq
+
+    rows = max(table.metadata.row_group(number).num_rows, 1)
+    if all(chunk.bytes * column.num_values <= MAX_LINE for column, chunk in columns):
+        yield from table.iter_batches(BATCH_ROWS, row_groups=[number])
+        return
+    row_bytes = sum(chunk.widest * column.num_values for column, chunk in columns) / rows
+    flat, nested = list[str](), list[str]()
+    for index, (column, chunk) in enumerate(columns):
+        if not chunk.has_dictionary:
+            continue
+        schema = table.schema.column(index)
+        if column.physical_type == "BYTE_ARRAY":
+            (nested if schema.max_repetition_level else flat).append(column.path_in_schema)
+        elif schema.max_repetition_level and (size := column.num_values * (schema.length or 0)) > MAX_BATCH:
+            raise expansion_error(size, column.total_compressed_size, file.path)
+        else:
+            row_bytes += schema.length or 0
+
+    def open_with(names: Sequence[str]) -> Any:
+        return pq.ParquetFile(
+            stream, metadata=table.metadata, pre_buffer=False, buffer_size=CHUNK, read_dictionary=list(names)
+        )
+
+    if flat:
+        probe = open_with(flat).iter_batches(BATCH_ROWS, row_groups=[number], columns=flat)
+        longest = next((size for size in map(_longest_values, probe) if size), 0)
+        if longest > MAX_LINE:
+            message = f"has values of {longest:,} bytes, expected at most {MAX_LINE:,}"
+            raise InputRefused("row_too_long", message, where=file.path)
+        row_bytes += longest
+    # A row can repeat a dictionary value in a list any number of times, so lists are read as references.
+    reader = open_with(nested) if nested else table
+    yield from reader.iter_batches(int(max(1, min(BATCH_ROWS, MAX_LINE / max(row_bytes, 1)))), row_groups=[number])
+
+
+def _longest_values(batch: Any) -> int:
+    """Return the summed size in bytes of the longest dictionary value of each column."""
+    return sum(map(_longest_value, batch.columns))
+
+
+def _longest_value(column: Any) -> int:
+    """Return the size in bytes of the longest value in the dictionaries of a column."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return pc.max(pc.binary_length(column.dictionary)).as_py() or 0
+    if pa.types.is_struct(kind):
+        return max(map(_longest_value, column.flatten()), default=0)
+    if pa.types.is_map(kind):
+        return max(_longest_value(column.keys), _longest_value(column.items))
+    return _longest_value(column.values) if pa.types.is_nested(kind) else 0
+
+
+def _open_parquet(stream: io.BufferedReader, file: Input) -> tuple[Any, TableLimits]:
+    """Open a Parquet file, after a check of the size of its metadata."""
+    import pyarrow.parquet as pq
+
+    limits = TableLimits(file, stream.seek(0, io.SEEK_END))
+    stream.seek(max(limits.packed - 8, 0))
+    if (size := int.from_bytes(stream.read(4), "little")) < limits.packed:
+        # If the size is larger than the file, pyarrow reports the damage.
+        limits.metadata(size)
+    stream.seek(0)
+    # With pre_buffer, all data would stay in memory until the file is closed.
+    return pq.ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK), limits
+
+
+def count_parquet_rows(file: Input) -> int | None:
+    """Return the number of rows in the metadata of a Parquet file; `None` if the metadata cannot be read."""
+    import pyarrow as pa
+
+    with file.open() as stream:
+        try:
+            return int(_open_parquet(stream, file)[0].metadata.num_rows) if stream.seekable() else None
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
+            return None
+
+
+def parquet_group_sizes(file: Input) -> list[int] | None:
+    """Return the uncompressed bytes of each row group of a Parquet file; `None` if the metadata cannot be read."""
+    import pyarrow as pa
+
+    with file.open() as stream:
+        try:
+            metadata = _open_parquet(stream, file)[0].metadata if stream.seekable() else None
+            return metadata and [
+                metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)
+            ]
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
+            return None
