@@ -4,8 +4,8 @@ import json
 
 import datasets
 import pytest
-from rows import write
-from shapes import SHAPES
+from reader_helpers import write
+from row_shapes import SHAPES
 
 from ftdata import convert, read
 from ftdata.errors import BadRows, StorageError, TooManyRejects, UsageError

@@ -2,7 +2,7 @@
 
 import pytest
 import xxhash
-from makers import CHATML, tiny_bpe
+from tokenizer_makers import CHATML, tiny_bpe
 
 
 @pytest.fixture(scope="session")

@@ -3,28 +3,28 @@
 import json
 
 import pytest
-from audited import PLAIN, found, talk
-from chats import ANSWER, TALK, TOOLED, USER
-from makers import CHATML
+from audit_helpers import PLAIN, audit_rows, talk
+from chat_templates import ANSWER, TALK, TOOLED, USER
+from tokenizer_makers import CHATML
 
 from ftdata import audit, build_sft_dataset
 from ftdata.errors import UsageError
 
 
 def test_skipped_checks_are_reported(tokenizer):
-    report = found(tokenizer, [PLAIN], {})
+    report = audit_rows(tokenizer, [PLAIN], {})
     assert not report
     assert report.skipped == {"pii": "--pii", "near_duplicate": "--near-duplicate-threshold"}
     assert "skipped checks: pii (--pii); near_duplicate (--near-duplicate-threshold)" in str(report)
 
 
 def test_rejected_rows_are_findings_with_their_code(tokenizer):
-    report = found(tokenizer, [talk("q", ""), PLAIN, "no row"], {})
+    report = audit_rows(tokenizer, [talk("q", ""), PLAIN, "no row"], {})
     assert {one.code: one.where for one in report.findings} == {
         "empty_answer": ["<memory>[0]"],
         "not_a_row": ["<memory>[2]"],
     }
-    assert not found(tokenizer, [talk("q", "")], {"ignore": ["empty_answer"]})
+    assert not audit_rows(tokenizer, [talk("q", "")], {"ignore": ["empty_answer"]})
 
 
 def test_sarif_names_rules_files_and_lines(tokenizer, tmp_path):
@@ -60,10 +60,10 @@ def test_file_names_are_escaped_in_github_annotations(tokenizer, tmp_path):
 
 
 def test_findings_are_sorted_by_severity_and_the_worst_sets_the_exit_code(tokenizer):
-    report = found(tokenizer, [PLAIN, PLAIN, talk("q", ""), {"messages": [USER, {**ANSWER, "mood": "sunny"}]}], {})
+    report = audit_rows(tokenizer, [PLAIN, PLAIN, talk("q", ""), {"messages": [USER, {**ANSWER, "mood": "sunny"}]}], {})
     assert [one.severity for one in report.findings] == ["error", "warning", "note"]
     assert [report.fails(one) for one in ("note", "warning", "error", "never")] == [True, True, True, False]
-    quiet = found(tokenizer, [{"messages": [USER, {**ANSWER, "mood": "sunny"}]}], {})
+    quiet = audit_rows(tokenizer, [{"messages": [USER, {**ANSWER, "mood": "sunny"}]}], {})
     assert [quiet.fails(one) for one in ("note", "warning", "error", "never")] == [True, False, False, False]
     with pytest.raises(UsageError, match="did you mean 'error'"):
         quiet.fails("eror")
@@ -83,7 +83,7 @@ def test_rejected_rows_are_errors_even_if_a_flag_has_the_same_code(tokenizer):
     loses = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + CHATML
     system = {"messages": [{"role": "system", "content": "lost"}, *TALK]}
     calls = {"messages": TOOLED}
-    report = found(tokenizer, [system, system, calls], {"template": loses, "on_dropped_message": "flag"})
+    report = audit_rows(tokenizer, [system, system, calls], {"template": loses, "on_dropped_message": "flag"})
     told = [(one.code, one.severity, one.count) for one in report.findings if one.code == "message_dropped"]
     assert told == [("message_dropped", "error", 1), ("message_dropped", "warning", 2)]
 
@@ -109,8 +109,8 @@ def test_leakage_is_reported_for_held_out_data_and_splits(tokenizer, tmp_path):
 
 def test_script_of_an_answer_is_compared_with_the_other_answers(tokenizer):
     answers = [f"東京都です、{number}" for number in range(300)]
-    assert not found(tokenizer, [talk(f"質問 {n}", one) for n, one in enumerate([*answers, "東京", "富士山"])], {})
-    (finding,) = found(
+    assert not audit_rows(tokenizer, [talk(f"質問 {n}", one) for n, one in enumerate([*answers, "東京", "富士山"])], {})
+    (finding,) = audit_rows(
         tokenizer, [talk(f"質問 {n}", one) for n, one in enumerate([*answers, "in English, all of it"])], {}
     ).findings
     assert (finding.code, finding.count) == ("script", 1)
@@ -157,6 +157,6 @@ def test_tool_results_with_other_role_names_are_recognized(tokenizer):
     rows = [{"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
                                {"from": "observation", "value": "ok"}, {"from": "gpt", "value": "done"}]}]  # fmt: skip
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    assert "role_order" not in {one.code for one in found(tokenizer, rows, {"template": template}).findings}
+    assert "role_order" not in {one.code for one in audit_rows(tokenizer, rows, {"template": template}).findings}
     rows[0]["conversations"].pop(2)
-    assert "role_order" in {one.code for one in found(tokenizer, rows, {"template": template}).findings}
+    assert "role_order" in {one.code for one in audit_rows(tokenizer, rows, {"template": template}).findings}

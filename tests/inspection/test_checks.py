@@ -1,9 +1,9 @@
 """Each check: rows that it reports, and similar rows that it does not report."""
 
 import pytest
-from audited import PLAIN, found, rows, talk
-from chats import ANSWER, HEAD, LATE_STOP, PROMPT, TALK, TURN, USER, template
-from makers import CHATML
+from audit_helpers import PLAIN, audit_rows, rows, talk
+from chat_templates import ANSWER, HEAD, LATE_STOP, PROMPT, TALK, TURN, USER, template
+from tokenizer_makers import CHATML
 
 from ftdata.inspection.checks import checks
 
@@ -147,15 +147,15 @@ def test_every_check_has_a_case():
 
 @pytest.mark.parametrize("code", CASES)
 def test_check_reports_a_finding(tokenizer, code):
-    report = found(tokenizer, *CASES[code][0])
+    report = audit_rows(tokenizer, *CASES[code][0])
     (finding,) = [one for one in report.findings if one.code == code]
     assert finding.severity == checks[code].severity
     assert finding.fix in str(report)
     assert code not in {
-        one.code for one in found(tokenizer, CASES[code][0][0], {**CASES[code][0][1], "ignore": [code]}).findings
+        one.code for one in audit_rows(tokenizer, CASES[code][0][0], {**CASES[code][0][1], "ignore": [code]}).findings
     }
 
 
 @pytest.mark.parametrize("code", CASES)
 def test_check_reports_no_finding(tokenizer, code):
-    assert code not in {one.code for one in found(tokenizer, *CASES[code][1]).findings}
+    assert code not in {one.code for one in audit_rows(tokenizer, *CASES[code][1]).findings}

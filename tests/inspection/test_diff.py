@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from makers import CHATML
+from tokenizer_makers import CHATML
 
 from ftdata import build_sft_dataset, diff
 from ftdata.errors import InputRefused, UsageError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from makers import CHATML, qwen, tiny_bpe
+from tokenizer_makers import CHATML, qwen, tiny_bpe
 
 from ftdata import build_sft_dataset, preview
 from ftdata.errors import UsageError

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from makers import deepseek
+from tokenizer_makers import deepseek
 
 from ftdata import audit, build_sft_dataset
 from ftdata.tokenizing.load import load_tokenizer

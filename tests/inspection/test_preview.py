@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chats import ANSWER, USER
+from chat_templates import ANSWER, USER
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import often
-from makers import CHATML
+from tokenizer_makers import CHATML
 
 from ftdata import build_sft_dataset, preview
 from ftdata.errors import InputRefused, UsageError

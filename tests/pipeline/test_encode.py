@@ -279,7 +279,7 @@ def test_control_tokens_in_tools_and_tool_calls_stay_text(tokenizer_dir, place):
 
 def test_text_normalized_to_a_control_token_is_escaped(tmp_path):
 
-    from makers import tiny_bpe
+    from tokenizer_makers import tiny_bpe
     from tokenizers import Tokenizer, normalizers
 
     folder = tiny_bpe(tmp_path / "lower")
@@ -298,7 +298,7 @@ def test_text_normalized_to_a_control_token_is_escaped(tmp_path):
 
 
 def test_control_tokens_next_to_template_text_stay_text(tmp_path):
-    from makers import tiny_bpe
+    from tokenizer_makers import tiny_bpe
     from tokenizers import AddedToken, Tokenizer
 
     folder = tiny_bpe(tmp_path / "glued", None, eos="</s>")

@@ -6,7 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from chats import ANSWER, CALL, CALLS, HEAD, PROMPT, STOPLESS, TALK, TOOLED, TURN, USER, outcome, shown, template
+from chat_templates import (
+    ANSWER,
+    CALL,
+    CALLS,
+    HEAD,
+    PROMPT,
+    STOPLESS,
+    TALK,
+    TOOLED,
+    TURN,
+    USER,
+    outcome,
+    shown,
+    template,
+)
 
 from ftdata import encode
 from ftdata.errors import BadRow, TemplateRefused, UsageError

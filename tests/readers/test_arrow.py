@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rows import ROWS, data_of, outcomes, questions, write
+from reader_helpers import ROWS, data_of, outcomes, questions, write
 
 from ftdata.errors import InputRefused
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import often
-from rows import CELLS, data_of, outcomes, write
+from reader_helpers import CELLS, data_of, outcomes, write
 
 from ftdata import convert, read
 from ftdata.errors import InputRefused, UsageError

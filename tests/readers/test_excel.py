@@ -4,7 +4,7 @@ import datetime
 
 import pandas as pd
 import pytest
-from rows import data_of, outcomes
+from reader_helpers import data_of, outcomes
 
 from ftdata import read
 from ftdata.errors import InputRefused

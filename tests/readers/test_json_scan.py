@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import often
-from rows import ROWS, TALK, anything, data_of, outcomes, questions, write
+from reader_helpers import ROWS, TALK, anything, data_of, outcomes, questions, write
 
 from ftdata import read
 from ftdata.errors import InputRefused

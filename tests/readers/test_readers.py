@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import often
-from rows import anything, outcomes, write
+from reader_helpers import anything, outcomes, write
 
 from ftdata import read
 from ftdata.errors import BadRow, InputRefused, UsageError

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rows import CELLS, LINES, ROWS, data_of, write
+from reader_helpers import CELLS, LINES, ROWS, data_of, write
 
 from ftdata import read
 from ftdata.errors import InputRefused, MissingDependency, UsageError

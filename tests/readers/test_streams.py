@@ -7,7 +7,7 @@ import lzma
 import tracemalloc
 
 import pytest
-from rows import LINES, ROWS, data_of, outcomes, write, zstd
+from reader_helpers import LINES, ROWS, data_of, outcomes, write, zstd
 
 from ftdata.errors import InputRefused, UsageError
 from ftdata.readers import resolve_sources

@@ -1,7 +1,7 @@
 """Custom schemas: from files, with their errors."""
 
 import pytest
-from converted import ASSISTANT, USER, convert
+from schema_helpers import ASSISTANT, USER, convert
 
 from ftdata.errors import BadRow, UsageError
 

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from converted import ASSISTANT, CALL, FUNCTION, USER, convert
 from hypothesis import given
 from hypothesis import strategies as st
+from schema_helpers import ASSISTANT, CALL, FUNCTION, USER, convert
 
 from ftdata.errors import BadRow
 from ftdata.schemas import normalize

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from converted import ASSISTANT, CALL, FUNCTION, USER, convert
 from hypothesis import given
+from schema_helpers import ASSISTANT, CALL, FUNCTION, USER, convert
 
 from ftdata.errors import BadRow, UsageError
 from ftdata.schemas import check_columns, normalize

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from converted import ASSISTANT, USER, convert
 from hypothesis import given
 from hypothesis import strategies as st
+from schema_helpers import ASSISTANT, USER, convert
 
 from ftdata import build_sft_dataset, encode
 from ftdata.errors import BadRow, BadRows

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from pages import DOCS, FENCE, PAGES, ROOT, blocks
+from docs_pages import DOCS, FENCE, PAGES, ROOT, blocks
 
 
 def indented(page):
@@ -27,7 +27,7 @@ def test_make_targets_in_the_docs_exist():
     assert named <= targets
 
 
-def named():
+def documented_commands():
     """Yield page and command of every ftdata call in the text and in blocks that are not run."""
     for page, path in PAGES.items():
         for language, _, text in (*blocks(page), *indented(page)):
@@ -39,7 +39,7 @@ def named():
             yield page, found.partition(" ...")[0]
 
 
-@pytest.mark.parametrize(("page", "command"), list(named()))
+@pytest.mark.parametrize(("page", "command"), list(documented_commands()))
 def test_commands_and_options_in_the_docs_exist(page, command, reference):
     """Every command and option that the docs mention but do not run; `A|B` are alternatives."""
     words = shlex.split(command)

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from docs_pages import PAGES, ROOT, blocks, commands
 from hub.small import small_hub
-from pages import PAGES, ROOT, blocks, commands
 
 LONG = {"docs/train.md", "docs/start/training.md", "docs/recipes.md", "docs/howto/trainer.md"}
 """Pages that train several models; shorter pages or `examples/` cover the same commands."""

@@ -30,7 +30,7 @@ ALLOWED = {
 }
 
 
-def found(path):
+def find_forbidden_calls(path):
     tree = ast.parse(path.read_text())
     names = {}
     for node in ast.walk(tree):
@@ -91,7 +91,7 @@ def test_no_module_runs_untrusted_code():
     """G17: no pickle, eval, shell or unsafe YAML; `trust_remote_code` is never a true constant."""
     seen = Counter()
     for path in sorted(PACKAGE.rglob("*.py")):
-        seen.update((str(path.relative_to(PACKAGE)), what) for _, what in found(path))
+        seen.update((str(path.relative_to(PACKAGE)), what) for _, what in find_forbidden_calls(path))
     assert seen == Counter(list(ALLOWED))
 
 
@@ -105,7 +105,7 @@ def test_no_module_runs_untrusted_code():
 )  # fmt: skip
 def test_rule_detects_forbidden_calls(line, tmp_path):
     (tmp_path / "a.py").write_text(line)
-    assert list(found(tmp_path / "a.py"))
+    assert list(find_forbidden_calls(tmp_path / "a.py"))
 
 
 def functions():
@@ -176,21 +176,21 @@ HEAVY = {
 }
 
 
-def at_once(node):
+def import_time_nodes(node):
     """Yield the nodes that run when a module is imported, without those for type checkers."""
     for one in ast.iter_child_nodes(node):
         if isinstance(one, ast.If) and ast.unparse(one.test) == "TYPE_CHECKING":
             continue
         if not isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             yield one
-            yield from at_once(one)
+            yield from import_time_nodes(one)
 
 
 def test_heavy_libraries_are_imported_on_use():
     """Only modules in `train/`, which are imported on use, may import them at the top."""
     for path in sorted(PACKAGE.rglob("*.py")):
         if PACKAGE / "train" not in path.parents or (path.parent == PACKAGE / "train" and path.name == "__init__.py"):
-            top = list(at_once(ast.parse(path.read_text())))
+            top = list(import_time_nodes(ast.parse(path.read_text())))
             named = [one.module or "" for one in top if isinstance(one, ast.ImportFrom)]
             named += [each.name for one in top if isinstance(one, ast.Import) for each in one.names]
             assert not HEAVY & {name.partition(".")[0] for name in named}, path

@@ -13,8 +13,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rows import zstd
-from shapes import SHAPES
+from reader_helpers import zstd
+from row_shapes import SHAPES
 
 from ftdata import read
 from ftdata.schemas import normalize

@@ -4,7 +4,7 @@ import os
 
 import pytest
 from conftest import SHARED
-from makers import MAKERS
+from tokenizer_makers import MAKERS
 
 from ftdata import build_sft_dataset, encode
 from ftdata.errors import BadRow

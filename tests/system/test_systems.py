@@ -1,5 +1,6 @@
-"""Five systems as people build them today in a notebook or a script, on data of their shapes: what is built decodes to
-exactly the answers. They are trained, end to end, as examples.
+"""Five typical fine-tuning systems: the trained tokens of their builds decode to exactly the answers.
+
+`test_examples.py` trains them end to end.
 """
 
 import json
@@ -7,7 +8,7 @@ import json
 import numpy as np
 import pytest
 from conftest import tiny_model
-from makers import tiny_bpe
+from tokenizer_makers import tiny_bpe
 
 from ftdata import build_sft_dataset, read
 from ftdata.tokenizing.load import load_tokenizer

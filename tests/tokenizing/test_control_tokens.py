@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from makers import CHATML
+from tokenizer_makers import CHATML
 
 from ftdata import build_sft_dataset
 from ftdata.schemas.messages import has_visible_text

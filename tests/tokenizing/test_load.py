@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from makers import tiny_bpe
+from tokenizer_makers import tiny_bpe
 
 from ftdata import build_sft_dataset, encode
 from ftdata.errors import TemplateRefused

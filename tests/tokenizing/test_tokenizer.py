@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from chats import (
+from chat_templates import (
     ANSWER,
     HEAD,
     PROMPT,

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from chats import (
+from chat_templates import (
     ANSWER,
     CALL,
     CALLS,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import often
-from makers import CHATML
+from tokenizer_makers import CHATML
 
 from ftdata.errors import BadRow, FtdataError
 from ftdata.pipeline.examples import build_rows

@@ -107,7 +107,7 @@ def rows(form):
     return [{"messages": talk}, {"messages": odd}, {"messages": talk * 2}]
 
 
-def held(template, data, tokenizer):
+def assert_stops_soon(template, data, tokenizer):
     """Build, preview and check; assert that each ends soon, with a result or a clear error."""
     for do in (
         lambda: build_sft_dataset(data, tokenizer, template, on_bad_rows="quarantine", max_rejects=2),
@@ -127,7 +127,7 @@ def held(template, data, tokenizer):
 
 @pytest.mark.parametrize(("form", "bomb"), CASES)
 def test_template_bombs_are_stopped(form, bomb, tokenizer_dir):
-    held(FORMS[form].replace("BOMB", BOMBS[bomb]), rows(form), tokenizer_dir("tiny_bpe"))
+    assert_stops_soon(FORMS[form].replace("BOMB", BOMBS[bomb]), rows(form), tokenizer_dir("tiny_bpe"))
 
 
 @pytest.mark.parametrize("escape", ESCAPES)
@@ -158,7 +158,7 @@ def test_shared_hostile_templates_are_stopped(shared, tokenizer_dir):
             source + CHAT,
             source + "{{ instruction }}{% generation %}{{ output }}{% endgeneration %}",
         ):
-            held(form, rows("of columns" if "instruction" in form else "plain"), tokenizer_dir("tiny_bpe"))
+            assert_stops_soon(form, rows("of columns" if "instruction" in form else "plain"), tokenizer_dir("tiny_bpe"))
 
 
 def test_one_slow_row_is_one_reject(tokenizer_dir):

@@ -1,7 +1,7 @@
 """Turn starts, rules R2 to R4: generation prompts and history rewriting."""
 
 import pytest
-from chats import (
+from chat_templates import (
     CALLS,
     HEAD,
     PROMPT,

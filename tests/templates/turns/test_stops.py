@@ -1,7 +1,7 @@
 """Turn ends, rules R5 to R10: text up to the stop token is trained, text after it is not."""
 
 import pytest
-from chats import (
+from chat_templates import (
     ANSWER,
     CALLS,
     HEAD,

@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from makers import CHATML
+from tokenizer_makers import CHATML
 
 from ftdata import build_sft_dataset
 from ftdata.errors import TemplateRefused

@@ -224,7 +224,7 @@ def stopped(llama, data, tmp_path_factory):
     return run(data, model=llama, output_dir=folder, test_size=2, early_stopping=3, settings=settings)
 
 
-def begun(folder, *without):
+def mark_unfinished(folder, *without):
     for name in without:
         shutil.rmtree(folder / name)
     about = json.loads((folder / "run.json").read_text())
@@ -240,12 +240,12 @@ def test_early_stopping_patience_is_resumed(stopped, tmp_path):
             run(stopped, resume=True, early_stopping=patience)
     # Killed when patience was used up already, it has nothing left to train.
     shutil.copytree(stopped, tmp_path / "late")
-    begun(tmp_path / "late", "model")
+    mark_unfinished(tmp_path / "late", "model")
     run(tmp_path / "late", resume=True)
     same(tmp_path / "late", stopped)
     # From where the run was moved to.
     shutil.copytree(stopped, tmp_path / "moved")
-    begun(tmp_path / "moved", f"checkpoint-{about['steps']}")
+    mark_unfinished(tmp_path / "moved", f"checkpoint-{about['steps']}")
     run(tmp_path / "moved", resume=True)
     again = json.loads((tmp_path / "moved" / "run.json").read_text())
     assert (again["steps"], again["best_step"]) == (about["steps"], about["best_step"])
@@ -256,7 +256,7 @@ def test_early_stopping_patience_is_resumed(stopped, tmp_path):
 def test_damaged_best_checkpoint_is_not_used(stopped, tmp_path, capsys):
     about = json.loads((stopped / "run.json").read_text())
     shutil.copytree(stopped, tmp_path / "run")
-    begun(tmp_path / "run")
+    mark_unfinished(tmp_path / "run")
     weights = tmp_path / "run" / f"checkpoint-{about['best_step']}" / "model.safetensors"
     save_file({name: value * 1.01 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
     run(tmp_path / "run", resume=True)
@@ -266,7 +266,7 @@ def test_damaged_best_checkpoint_is_not_used(stopped, tmp_path, capsys):
 
 def test_run_without_a_checkpoint_restarts_with_the_same_command(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
-    begun(tmp_path / "run", *(path.name for path in checkpoints.list_checkpoints(tmp_path / "run")), "model")
+    mark_unfinished(tmp_path / "run", *(path.name for path in checkpoints.list_checkpoints(tmp_path / "run")), "model")
     run(tmp_path / "run", resume=True)
     same(tmp_path / "run", whole)
 
@@ -287,7 +287,7 @@ def test_resume_after_the_last_step_trains_no_step(whole, tmp_path):
     for steps, last in ((8, 8), (6, 6)):
         folder = tmp_path / str(steps)
         shutil.copytree(whole, folder)
-        begun(
+        mark_unfinished(
             folder, *(path.name for path in checkpoints.list_checkpoints(folder) if int(path.name[11:]) > last), "model"
         )
         run(folder, resume=True, settings={"max_steps": steps})

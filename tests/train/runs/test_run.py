@@ -19,7 +19,7 @@ import torch  # noqa: E402
 import transformers as hf  # noqa: E402
 from conftest import tiny_model  # noqa: E402
 from datasets import load_from_disk  # noqa: E402
-from makers import tiny_bpe  # noqa: E402
+from tokenizer_makers import tiny_bpe  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 from ftdata.train import compare, dry_run, generate, init, run  # noqa: E402

@@ -218,7 +218,7 @@ def test_packed_and_unpacked_losses_are_equal(llama, tmp_path):
 
 def test_isolation_probe_detects_leaking_models(tmp_path, llama, tokenizer_dir):
     from conftest import tiny_model
-    from makers import tiny_bpe
+    from tokenizer_makers import tiny_bpe
 
     assert measure_leak(AutoModelForCausalLM.from_pretrained(llama)) < 1e-5
     opt = tiny_model(tiny_bpe(tmp_path / "opt", None, bos="</s>", eos="</s>"), "opt")
@@ -303,7 +303,7 @@ def test_invalid_runs_are_refused_before_training(llama, data, qlora_run, tmp_pa
     with pytest.raises(UsageError, match="no checkpoint of a run"):
         run(qlora_run / "data", model=llama, output_dir=tmp_path / "empty", resume=True)
     from conftest import tiny_model
-    from makers import tiny_bpe
+    from tokenizer_makers import tiny_bpe
 
     foreign = tiny_model(tiny_bpe(tmp_path / "foreign", eos="<|endoftext|>"))
     with pytest.raises(InputRefused, match="built with tokenizer"):
