@@ -1,4 +1,4 @@
-"""ftdata for the harness of the shared bad inputs: what `prepare` is for each system there."""
+"""The adapter that runs ftdata in the harness of the shared bad-input corpus."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What tests share: tokenizers, tiny models, and where test data that is not in the repository lies."""
+"""Shared fixtures: tokenizers, tiny models, a browser and the shared test data."""
 
 import atexit
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import laws  # noqa: F401  (profiles of Hypothesis)
 import pytest
-from makers import MAKERS, tiny_bpe
+from tokenizer_makers import MAKERS, tiny_bpe
 
 # Nothing may be taken from an earlier run.
 os.environ["FTDATA_CACHE"] = "off"
@@ -25,7 +25,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 HEAVY = ("test_crashes", "test_pages", "test_resume", "test_examples", "test_judged", "test_ray", "test_package")
-"""Files that take longest: first, so that no worker is left with one of them at the end."""
+"""The slowest files run first, so that no worker runs one of them at the end."""
 
 
 def pytest_collection_modifyitems(items):
@@ -57,7 +57,7 @@ def tokenizer_dir(tmp_path_factory):
 
 
 def tiny_model(folder, kind="llama", *, seed=0):
-    """Put a small random model of a class into a tokenizer's folder; its vocabulary is the tokenizer's."""
+    """Write a small random model of a class with the vocabulary of the tokenizer into its folder."""
     import torch
     import transformers as hf
 
@@ -115,7 +115,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chromium():
-    """A real browser, without a window."""
+    """A headless browser."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:

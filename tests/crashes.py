@@ -1,7 +1,7 @@
-"""Builds that die: a process that forks one for each trial, since to start Python takes longer than a build does.
+"""Run builds that crash: a process that forks for each trial, because starting Python takes longer than a build.
 
-Reads lines of JSON from stdin: `failpoint`, `seconds` after which it is killed, and what `write_build` is given. Answers
-each with one line: `code` (that of `ftdata`; -9 if it was killed) and `error`. With `together`, as many build at once.
+Reads lines of JSON from stdin: `failpoint`, `seconds` until SIGKILL, and the arguments of `write_build`. Answers each
+with a line: `code` (the exit code of `ftdata`, -9 if killed) and `error`. `together` is the number of concurrent builds.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Bytes by chance for all that reads what strangers made; whatever they are, nothing but a refusal comes of them.
+"""Fuzz targets for the parsers of untrusted data: random bytes may only cause an FtdataError.
 
     python tests/fuzz.py --list
     python tests/fuzz.py TARGET [-max_total_time=600] [FOLDER]     needs atheris (pip install atheris==3.0.0)
 
-FOLDER keeps what was found to reach new code; it begins with SEEDS, and with the cases of `FTDATA_SHARED/badinput`.
+FOLDER stores the inputs that reach new code. It starts with the seeds and the cases of `FTDATA_SHARED/badinput`.
 """
 
 import importlib
@@ -25,7 +25,7 @@ def formats():
 
 
 def read(data):
-    """A file of any format: its first byte says which."""
+    """Read a file of any format, which the first byte selects."""
     from ftdata.readers.sources import FileSource
 
     known = formats()
@@ -39,7 +39,7 @@ def read(data):
 
 
 def normalise(data):
-    """A row, as JSON, under any schema."""
+    """Normalize a JSON row with every schema."""
     from ftdata.schemas import normalize, schemas
     from ftdata.types import Row, Source
 
@@ -50,7 +50,7 @@ def normalise(data):
 
 
 def render(data):
-    """A template, between the first line break and which it is a conversation as JSON."""
+    """Render a template; the first line is the conversation as JSON."""
     from ftdata.templates.template import Template
     from ftdata.templates.worker.client import render_in_worker
     from ftdata.types import Conversation
@@ -64,7 +64,7 @@ def render(data):
 
 
 def encode(data):
-    """Two texts of a conversation, and a template that is known."""
+    """Encode a conversation of two texts with a fixed template."""
     from ftdata import encode
     from ftdata.testing import check_masking_rules
 
@@ -75,14 +75,14 @@ def encode(data):
 
 
 def manifest(data):
-    """The manifest of a build."""
+    """Read the manifest of a build."""
     from ftdata.build.store import parse_manifest
 
     parse_manifest(data, "manifest.json")
 
 
 def config(data):
-    """A configuration: TOML where the first byte is even, else YAML."""
+    """Load a configuration: TOML if the first byte is even, otherwise YAML."""
     from ftdata.config import load_config
 
     path = Path(scratch()) / ("c.toml" if data[:1] and data[0] % 2 == 0 else "c.yaml")
@@ -117,14 +117,14 @@ def scratch():
 
 
 def tokenizer():
-    from makers import tiny_bpe
+    from tokenizer_makers import tiny_bpe
 
     folder = Path(scratch()) / "tokenizer"
     return str(folder) if folder.is_dir() else tiny_bpe(folder)
 
 
 def refused(work):
-    """Do what may be refused, and nothing else."""
+    """Run the target; only an FtdataError is allowed."""
     from ftdata.errors import FtdataError, InternalError
 
     try:
@@ -135,13 +135,13 @@ def refused(work):
         return
 
 
-def one(target, data):
-    """Try a target with some bytes."""
+def run_target(target, data):
+    """Run a target with these bytes."""
     refused(lambda: TARGETS[target](data))
 
 
 def tables():
-    """A small Parquet and a small Arrow file."""
+    """Return a small Parquet file and a small Arrow file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -195,7 +195,7 @@ def main():
         (folder / f"seed-{number}").write_bytes(data)
     options = [one for one in rest if one.startswith("-")]
     atheris.Setup(
-        [sys.argv[0], "-rss_limit_mb=4096", "-timeout=30", *options, str(folder)], lambda data: one(target, data)
+        [sys.argv[0], "-rss_limit_mb=4096", "-timeout=30", *options, str(folder)], lambda data: run_target(target, data)
     )
     atheris.Fuzz()
 

@@ -1,10 +1,10 @@
-"""Networks that fail: places on localhost are read while faults come by chance, and what is read is judged.
+"""Read and write sources on localhost with random network faults, and check every result.
 
     python tests/schedules.py [COUNT] [SEED]
 
-Each schedule chooses a place (files of the hub, downloaded or read from there; a file on the web, whole or in parts; an
-object store, read in parts, or written to), and up to twelve faults. What comes of it must be all rows, or an error of
-the network that names the place; or of a file that has changed, where one did. Prints what came of them as JSON.
+Each schedule chooses a source (hub files, downloaded or streamed; a file on a web server, as a whole or in ranges; an
+object store, read in ranges or written to) and up to twelve faults. The result must be all rows, a network error that
+names the source, or an error for a file that has changed. Prints the number of each result as JSON.
 """
 
 import json
@@ -91,7 +91,7 @@ def named(error, name):
 
 
 def written(name, scratch, store):
-    """Send a build to the store: there is a manifest afterwards only if there is all that it names."""
+    """Upload a build: the store contains a manifest only if it contains every file of the manifest."""
     from ftdata.build import remote
     from ftdata.build import store as builds
     from ftdata.errors import HubError

@@ -1,4 +1,4 @@
-"""Configuration files: typed, and refused in words when they are broken."""
+"""Configuration files: typed values, and clear errors for invalid files."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from ftdata.errors import UsageError
 REQUIRED = {"data": "d.json", "model": "m", "output_dir": "o"}
 
 
-def test_a_config_file_is_typed(tmp_path):
+def test_config_file_is_typed(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("data: d.json\nmodel: m\noutput_dir: o\nlora: {r: 8}\ntrain: {learning_rate: 1.0e-4}\n")
     config = load_config(path, max_length=64, packing=None)
@@ -30,7 +30,7 @@ def test_a_config_file_is_typed(tmp_path):
         ({"data": "d"}, "model"),
     ],
 )
-def test_a_bad_config_is_refused(values, says):
+def test_invalid_config_is_refused(values, says):
     with pytest.raises(UsageError, match=says):
         make_config(values)
 
@@ -48,7 +48,7 @@ BROKEN = [
 
 @pytest.mark.parametrize("text", BROKEN)
 @pytest.mark.parametrize("suffix", ["yaml", "toml"])
-def test_a_broken_config_file_is_refused(tmp_path, text, suffix):
+def test_malformed_config_file_is_refused(tmp_path, text, suffix):
     path = tmp_path / f"run.{suffix}"
     path.write_text(text)
     with pytest.raises(UsageError, match=r"run\.(yaml|toml)"):
@@ -56,5 +56,5 @@ def test_a_broken_config_file_is_refused(tmp_path, text, suffix):
 
 
 def test_every_field_can_be_overridden():
-    """Also one that is called as a parameter might be."""
+    """Also a field with a name that could be a parameter of the function."""
     assert make_config(REQUIRED, "run.yaml", where="not input").where == "not input"

@@ -1,4 +1,4 @@
-"""Names of files that are not UTF-8: Linux has them, and Python represents their bytes by lone surrogates."""
+"""File names that are not UTF-8: Linux allows them, and Python represents their bytes as lone surrogates."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def run(*words):
     return done.returncode
 
 
-def test_every_command_takes_them(data, tokenizer_dir, tmp_path):
+def test_every_command_accepts_file_names_that_are_not_utf8(data, tokenizer_dir, tmp_path):
     tokenizer, built = tokenizer_dir("tiny_bpe"), data.parent / os.fsdecode(b"out\xfd")
     assert run("preview", data, "-t", tokenizer) == 0
     assert run("preview", data, "-t", tokenizer, "--html", data.with_suffix(".html")) == 0
@@ -52,7 +52,7 @@ def test_every_command_takes_them(data, tokenizer_dir, tmp_path):
     assert verify(built) == []
 
 
-def test_reports_are_json_for_every_reader(data, tokenizer_dir):
+def test_reports_are_valid_json_for_every_parser(data, tokenizer_dir):
     import orjson
 
     built = data.parents[1] / "built"

@@ -1,4 +1,4 @@
-"""Secrets are recognized by name and by value, and the names of vocabulary tokens are not taken for secrets."""
+"""Redaction: secrets are recognized by name and by value; the names of special tokens are not secrets."""
 
 import json
 import os
@@ -31,26 +31,26 @@ PLAIN = ["task-oriented-dialogue-v2-filtered", "hf_hub_url", "hf_transfer", "hf-
 
 
 @pytest.mark.parametrize("name", SECRET_NAMES)
-def test_a_secret_is_recognized_by_its_name(name):
+def test_secret_is_recognized_by_its_name(name):
     assert is_secret_name(name)
     assert redact({"train": {name: "plain words"}}) == {"train": {name: REDACTED}}
     assert redact({name: ["one", {"x": "two"}], "other": None}) == {name: [REDACTED, {"x": REDACTED}], "other": None}
 
 
 @pytest.mark.parametrize("name", PLAIN_NAMES)
-def test_names_of_the_vocabulary_survive(name):
+def test_special_token_names_are_not_redacted(name):
     values = {name: "</s>", "inner": [{name: 3}]}
     assert redact(values) == values
 
 
-def test_special_tokens_of_unknown_names_survive_and_switches_stay():
+def test_special_token_values_and_booleans_are_not_redacted():
     values = {"weird_token": "<|weird|>", "use_auth_token": True, "hub_token": None, "password": False}
     assert redact(values) == values
     assert redact({"password": 123456}) == {"password": REDACTED}
 
 
 @pytest.mark.parametrize("secret", SECRETS)
-def test_a_secret_is_recognized_by_its_value(secret):
+def test_secret_is_recognized_by_its_value(secret):
     for text in (secret, f"before {secret} after", f"https://host/{secret}/x", f"name={secret}"):
         for found in (redact({"data": [text]})["data"][0], redact_text(text)):
             assert secret not in found
@@ -58,12 +58,12 @@ def test_a_secret_is_recognized_by_its_value(secret):
 
 
 @pytest.mark.parametrize("text", PLAIN)
-def test_what_is_no_secret_survives(text):
+def test_ordinary_text_is_not_redacted(text):
     assert redact(text) == text
     assert redact_text(text) == text
 
 
-def test_credentials_of_urls_are_removed():
+def test_credentials_in_urls_are_redacted():
     assert redact("https://me:p4ss@host/d.json") == f"https://{REDACTED}@host/d.json"
     assert redact("get https://abcdef@host/d now") == f"get https://{REDACTED}@host/d now"
     assert redact("postgres://:pw@host/db") == f"postgres://{REDACTED}@host/db"
@@ -74,7 +74,7 @@ def test_credentials_of_urls_are_removed():
     )
 
 
-def test_values_of_the_environment_are_removed(monkeypatch):
+def test_secrets_from_the_environment_are_redacted(monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "correct horse battery")
     monkeypatch.setenv("HF_TOKEN", "abcd")
     monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "true")
@@ -84,7 +84,7 @@ def test_values_of_the_environment_are_removed(monkeypatch):
     ]  # fmt: skip
 
 
-def test_messages_lose_assigned_secrets_and_keep_the_rest():
+def test_assigned_secrets_in_messages_are_redacted():
     assert redact_text("--set hub_token=abc --set seed=1") == f"--set hub_token={REDACTED} --set seed=1"
     assert redact_text('{"hub_token": "abc", "eos_token": "x"}') == f'{{"hub_token": "{REDACTED}", "eos_token": "x"}}'
     for kept in ("expected token='x'", "messages[1].password: is a number", "eos_token=x", "unexpected token: 'end'"):
@@ -92,7 +92,7 @@ def test_messages_lose_assigned_secrets_and_keep_the_rest():
 
 
 @pytest.mark.parametrize("value", [{"hub_token": "x"}, "https://a:b@c", ["hf_" + "aB3" * 11], {"password": 5}])
-def test_redaction_is_stable_and_found_again(value):
+def test_redaction_is_idempotent_and_detectable(value):
     once = redact(value)
     assert redact(once) == once
     assert is_redacted(once)
@@ -105,7 +105,7 @@ def test_redacted_fields_are_dropped_by_name():
     assert drop_redacted(values) == ({"data": values["data"], "train": {"seed": 1}}, ["train.hub_token"])
 
 
-def test_a_kept_configuration_is_read_without_its_redacted_secrets(tmp_path):
+def test_stored_configuration_is_loaded_without_redacted_secrets(tmp_path):
     config = make_config({"data": "d", "model": "m", "output_dir": "o", "train": {"hub_token": "hf_x", "seed": 1}})
     assert "hf_x" in to_yaml(config)
     (tmp_path / "config.yaml").write_text(to_yaml(config, redacted=True))
@@ -114,7 +114,7 @@ def test_a_kept_configuration_is_read_without_its_redacted_secrets(tmp_path):
     assert load_config(tmp_path / "config.yaml", train={"hub_token": "hf_y"}).train == {"seed": 1, "hub_token": "hf_y"}
 
 
-def test_errors_about_a_configuration_show_no_secret(tmp_path):
+def test_configuration_errors_show_no_secret(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("data: d\ntrain: {hub_token: s3cretvalue [}\n")
     with pytest.raises(UsageError, match="line 2") as broken:
@@ -143,7 +143,7 @@ def test_env_shows_no_secret():
     assert "longsecretvalue" not in done.stdout
 
 
-def test_a_build_that_describes_itself_with_a_secret_is_not_pushed(tmp_path):
+def test_build_with_a_secret_in_its_manifest_is_not_pushed(tmp_path):
     (tmp_path / "manifest.json").write_text(
         json.dumps({"options": {"data": ["d.json"], "columns": {"password": "pw"}}})
     )

@@ -1,4 +1,4 @@
-"""Registries: names, and functions in files."""
+"""Registries: registered names and functions from files."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from ftdata.errors import UsageError
 from ftdata.registry import Registry
 
 
-def test_a_registry_loads_from_a_file(tmp_path):
+def test_registry_loads_functions_from_a_file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def shape():\n    return 4\n")
     registry = Registry("ftdata.tests", "shape")

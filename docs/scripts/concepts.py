@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from makers import CHATML, qwen  # noqa: E402
+from tokenizer_makers import CHATML, qwen  # noqa: E402
 
 from ftdata import encode  # noqa: E402
 from ftdata.build.pack import best_fit_decreasing  # noqa: E402

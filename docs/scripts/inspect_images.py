@@ -19,7 +19,7 @@ from rich.text import Text
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from makers import CHATML, qwen  # noqa: E402
+from tokenizer_makers import CHATML, qwen  # noqa: E402
 
 from ftdata import audit, diff, preview, stats  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""Builds on a machine that is busy with other things: nothing depends on how fast it is."""
+"""Builds on a busy machine: the output does not depend on the speed of the machine."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ TEMPLATE = (
 
 
 def conversations():
-    """Conversations of many shapes, some of them with calls of tools, and a long one."""
+    """Yield conversations of different lengths: some with tool calls, and a long one."""
     for n in range(40):
         yield [message(i, n) for i in range(2 * (1 + n % 7))]
     yield [message(i, 0) for i in range(80)]
@@ -41,7 +41,7 @@ def spin():
 
 @contextmanager
 def starved(processes):
-    """Keep one core busy with other processes, and confine this one, and what it starts, to that core."""
+    """Pin this process and its children to one core, and keep that core busy with other processes."""
     before = os.sched_getaffinity(0)
     core = {min(before)}
     os.sched_setaffinity(0, core)

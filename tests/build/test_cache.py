@@ -1,4 +1,4 @@
-"""The second time: what was done before is not done again, and what comes out is the same."""
+"""The cache: unchanged work is not repeated, and a cached build equals an uncached build."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def files_of(folder):
 
 @pytest.fixture
 def build(tmp_path, tokenizer_dir, monkeypatch):
-    """Build twice, with the cache and without, and see that the same comes of it."""
+    """Return a function that builds; its `compare` also builds without the cache and compares the files."""
 
     def make(data, **options):
         folders = tmp_path / "built", tmp_path / "afresh"
@@ -90,7 +90,7 @@ def build(tmp_path, tokenizer_dir, monkeypatch):
     return make
 
 
-def test_nothing_is_done_twice(kept, files, build, work):
+def test_unchanged_sources_are_not_rebuilt(kept, files, build, work):
     build(files, packing="bfd", max_length=80)
     assert work() == (2, 80)
     for options in ({"packing": "bfd"}, {}, {"packing": "bfd", "shuffle": True, "seed": 3}, {"test_size": 8}):
@@ -100,7 +100,7 @@ def test_nothing_is_done_twice(kept, files, build, work):
     assert work() == (0, 0)
 
 
-def test_what_comes_out_is_the_same(kept, files, build):
+def test_cached_build_equals_an_uncached_build(kept, files, build):
     for options in (
         {},
         {"train_on": "last_assistant"},
@@ -111,7 +111,7 @@ def test_what_comes_out_is_the_same(kept, files, build):
             build.compare(files, **options)
 
 
-def test_one_source_that_changed_is_done_again_alone(kept, files, build, work):
+def test_only_the_changed_source_is_rebuilt(kept, files, build, work):
     build(files)
     work()
     write(files[1], [*rows("b"), *rows("new", 1)])
@@ -120,7 +120,7 @@ def test_one_source_that_changed_is_done_again_alone(kept, files, build, work):
     build.compare(files)
 
 
-def test_another_mask_makes_no_tokens(kept, files, build, work):
+def test_new_mask_policy_reuses_the_cached_tokens(kept, files, build, work):
     build(files)
     work()
     for options in (
@@ -134,7 +134,7 @@ def test_another_mask_makes_no_tokens(kept, files, build, work):
         work()
 
 
-def test_rejected_rows_are_remembered(kept, tmp_path, build):
+def test_rejected_rows_are_cached(kept, tmp_path, build):
     path = write(tmp_path / "some.jsonl", [*rows("a", 3), {"messages": []}, {"x": 1}])
     for _ in range(2):
         build.compare([path], on_bad_rows="quarantine", max_rejects=5)
@@ -145,13 +145,13 @@ def other(rendered, conversation):
     return [span.generated for span in rendered.spans]
 
 
-def test_functions_of_ones_own_may_change(kept, files, build, work):
+def test_user_functions_are_not_cached(kept, files, build, work):
     for _ in range(2):
         build(files, train_on=other)
         assert work()[0] == 2
 
 
-def test_other_code_is_another_build(kept, files, build, work, monkeypatch):
+def test_changed_package_code_invalidates_the_shards(kept, files, build, work, monkeypatch):
     build(files)
     work()
     monkeypatch.setattr(cache, "package_hash", lambda: "changed")
@@ -163,7 +163,7 @@ def test_other_code_is_another_build(kept, files, build, work, monkeypatch):
     "name", ["ids.i32", "trained.b8", "examples.arrow", "result.json", "hashes", "places.i64", "offsets.i32"]
 )
 @pytest.mark.parametrize("damage", [b"", b"x", None])
-def test_a_damaged_cache_is_no_harm(kept, files, build, name, damage):
+def test_damaged_cache_does_not_change_the_build(kept, files, build, name, damage):
     build(files)
     damaged = list(kept.rglob(name))
     assert damaged
@@ -176,7 +176,7 @@ def test_a_damaged_cache_is_no_harm(kept, files, build, name, damage):
     build.compare(files)
 
 
-def test_a_flipped_bit_is_found(kept, files, build, work):
+def test_flipped_bit_in_the_cache_is_detected(kept, files, build, work):
     build(files)
     work()
     path = next(kept.glob("shards/*/trained.b8"))
@@ -187,8 +187,8 @@ def test_a_flipped_bit_is_found(kept, files, build, work):
     build.compare(files)
 
 
-def test_files_made_to_collide_are_two_files(kept, tmp_path, build, work):
-    """Two conversations whose files have the same XXH3 (128 bits): anyone can make such pairs."""
+def test_files_with_colliding_hashes_are_different_sources(kept, tmp_path, build, work):
+    """Two files with the same 128-bit XXH3 hash; such collisions are easy to construct."""
     path, hashes = tmp_path / "a.jsonl", set()
     for first, middle in (("aaaa", "ecc"), ("cecc", "aaa")):
         asked = "a" * 153 + first + "04AD" + "b" * 120 + ("c" + middle if first == "aaaa" else "a" + middle)
@@ -199,7 +199,7 @@ def test_files_made_to_collide_are_two_files(kept, tmp_path, build, work):
     assert len(hashes) == 1
 
 
-def test_there_may_be_none(monkeypatch, tmp_path, files, build, work):
+def test_cache_can_be_disabled_or_moved(monkeypatch, tmp_path, files, build, work):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for value in ("off", "0", ""):
         monkeypatch.setenv("FTDATA_CACHE", value)
@@ -213,18 +213,18 @@ def test_there_may_be_none(monkeypatch, tmp_path, files, build, work):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_cache_that_cannot_be_written_is_no_harm(kept, files, build):
+def test_read_only_cache_is_ignored(kept, files, build):
     kept.mkdir()
     kept.chmod(0o500)
     build(files)
 
 
-def test_a_cache_that_is_a_file_is_no_harm(kept, files, build):
+def test_cache_path_that_is_a_file_is_ignored(kept, files, build):
     kept.write_text("")
     build(files)
 
 
-def test_it_does_not_grow_for_ever(kept, files, build, work, monkeypatch):
+def test_old_shards_are_evicted_from_the_cache(kept, files, build, work, monkeypatch):
     build([files[0]])
     build([files[1]])
     size = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
@@ -240,7 +240,7 @@ def test_it_does_not_grow_for_ever(kept, files, build, work, monkeypatch):
     assert work() == (0, 0)
 
 
-def test_texts_that_are_gone_are_forgotten(kept, tmp_path, build):
+def test_tokens_of_deleted_texts_are_evicted(kept, tmp_path, build):
     path = tmp_path / "moving.jsonl"
     for number in range(12):
         write(path, rows(f"version {number}", 10))
@@ -250,7 +250,7 @@ def test_texts_that_are_gone_are_forgotten(kept, tmp_path, build):
     assert known < 6 * one
 
 
-def test_known_texts_come_back_as_they_were(kept, tokenizer_dir):
+def test_text_cache_returns_the_stored_tokens(kept, tokenizer_dir):
     import tokenizers
 
     engine = ReferenceEncoder(tokenizers.Tokenizer.from_file(f"{tokenizer_dir('tiny_bpe')}/tokenizer.json"))
@@ -270,8 +270,8 @@ def test_known_texts_come_back_as_they_were(kept, tokenizer_dir):
 
 
 @pytest.mark.parametrize("name", ["ids.i32", "offsets.i32", "places.i64", "hashes", "result.json"])
-def test_a_damaged_part_of_the_texts_is_made_again(name, kept, files, build, work):
-    """Another mask takes the tokens out of the cache of texts: a flipped bit there must not be trained."""
+def test_damaged_text_cache_is_rebuilt(name, kept, files, build, work):
+    """A new mask policy reads tokens from the text cache: a flipped bit there must not reach the build."""
     build(files)
     work()
     (part,) = [path for path in (kept / "texts").glob("*/*") if path.is_dir()][:1]
@@ -285,8 +285,8 @@ def test_a_damaged_part_of_the_texts_is_made_again(name, kept, files, build, wor
 
 
 @pytest.mark.timeout(60)
-def test_what_is_no_regular_file_is_not_read(kept, files, build, work):
-    """A pipe in place of an entry would be waited for, and `/dev/zero` never ends."""
+def test_cache_entries_that_are_not_regular_files_are_ignored(kept, files, build, work):
+    """Reading a pipe would block, and reading `/dev/zero` would never end."""
     build(files)
     entries = [path for path in kept.rglob("*") if path.is_file()]
     assert {path.name for path in entries} >= {"ids.i32", "result.json"}

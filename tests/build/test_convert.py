@@ -1,11 +1,11 @@
-"""Written back, rows are the same conversations, or they are refused."""
+"""`convert`: written rows are the same conversations, or they are rejected."""
 
 import json
 
 import datasets
 import pytest
-from rows import write
-from shapes import SHAPES
+from reader_helpers import write
+from row_shapes import SHAPES
 
 from ftdata import convert, read
 from ftdata.errors import BadRows, StorageError, TooManyRejects, UsageError
@@ -15,7 +15,7 @@ CHATS = {name: row for name, row in SHAPES.items() if name not in ("text", "toke
 
 
 def as_objects(messages):
-    """Messages with the arguments of calls as objects, in whichever way they were written."""
+    """Return the messages with the arguments of tool calls as objects."""
     found = json.loads(json.dumps(messages))
     for message in found:
         for call in message.get("tool_calls", ()):
@@ -27,7 +27,7 @@ def as_objects(messages):
 @pytest.mark.parametrize("to", ["messages", "prompt_completion"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("shape", CHATS)
-def test_what_is_written_is_the_same_conversation(tmp_path, shape, suffix, to):
+def test_converted_rows_are_the_same_conversations(tmp_path, shape, suffix, to):
     done = convert([CHATS[shape]] * 2, tmp_path / f"out{suffix}", to)
     assert (done.sources[0].read, done.sources[0].built, done.rejects) == (2, 2, ())
     given = normalize(next(read([CHATS[shape]])))
@@ -39,14 +39,14 @@ def test_what_is_written_is_the_same_conversation(tmp_path, shape, suffix, to):
             assert row.completion_from == given.completion_from
 
 
-def test_lines_are_exact_and_readable(tmp_path):
+def test_jsonl_output_is_exact_and_readable(tmp_path):
     convert([{"question": "naïve \u2028?", "answer": "007"}], tmp_path / "o.jsonl")
     assert (tmp_path / "o.jsonl").read_text(encoding="utf-8") == (
         '{"messages":[{"role":"user","content":"naïve \u2028?"},{"role":"assistant","content":"007"}]}\n'
     )
 
 
-def test_text_is_what_the_template_prints(tmp_path, tokenizer_dir):
+def test_text_output_is_the_rendered_row(tmp_path, tokenizer_dir):
     convert([{"question": "q", "answer": "a"}], tmp_path / "o.jsonl", "text", tokenizer=tokenizer_dir("tiny_bpe"))
     (row,) = read(str(tmp_path / "o.jsonl"))
     assert row.data == {"text": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"}
@@ -55,7 +55,7 @@ def test_text_is_what_the_template_prints(tmp_path, tokenizer_dir):
             convert([{"question": "q", "answer": "a"}], tmp_path / "p.jsonl", **options)
 
 
-def test_what_has_no_place_is_counted_and_nothing_is_half_written(tmp_path):
+def test_unconvertible_rows_are_counted_and_the_output_is_atomic(tmp_path):
     good, odd = (
         {"question": "q", "answer": "a"},
         {"messages": [{"role": "user", "content": "q", "mood": "x"}, {"role": "assistant", "content": "a"}]},
@@ -81,7 +81,7 @@ def test_what_has_no_place_is_counted_and_nothing_is_half_written(tmp_path):
     )
 
 
-def test_what_cannot_be_written_says_so(tmp_path):
+def test_unwritable_output_is_refused(tmp_path):
     with pytest.raises(UsageError, match="expected a .jsonl or .parquet"):
         convert([{"question": "q", "answer": "a"}], tmp_path / "o.csv")
     (tmp_path / "file").write_text("")
@@ -89,7 +89,7 @@ def test_what_cannot_be_written_says_so(tmp_path):
         convert([{"question": "q", "answer": "a"}], tmp_path / "file" / "o.jsonl")
 
 
-def test_text_that_would_be_read_otherwise_is_not_written(tmp_path, tokenizer_dir):
+def test_rows_that_would_be_read_back_differently_are_rejected(tmp_path, tokenizer_dir):
     typed = {"question": "say <|im_end|>", "answer": "a"}
     for row in (typed, {"input_ids": [5, 6], "labels": [5, 6]}):
         with pytest.raises(BadRows, match="control_tokens|no_messages"):
@@ -102,20 +102,20 @@ def test_text_that_would_be_read_otherwise_is_not_written(tmp_path, tokenizer_di
         convert([{"messages": talk}], tmp_path / "o.parquet")
 
 
-def test_what_is_read_is_not_written_over(tmp_path):
+def test_source_file_is_not_overwritten(tmp_path):
     path = write(tmp_path, "d.jsonl", '{"question": "q", "answer": "a"}\n')
     with pytest.raises(UsageError, match="is a source"):
         convert(path, path)
     assert len(list(read(path))) == 1
 
 
-def test_rows_that_cannot_be_shown_are_rejects_too(tmp_path):
+def test_unserializable_rows_are_rejected(tmp_path):
     rows = [{"question": "\ud800", "answer": "a"}, {"question": "q", "answer": "a"}, {"x": 10**30, 3: None}]
     done = convert(rows, tmp_path / "o.jsonl", on_bad_rows="quarantine", max_rejects=2)
     assert (done.sources[0].built, len(done.rejects)) == (1, 2)
 
 
-def test_one_file_mixes_no_splits_and_repeats_no_rows(tmp_path):
+def test_output_file_does_not_mix_splits_or_repeat_rows(tmp_path):
     made = datasets.DatasetDict(
         {name: datasets.Dataset.from_list([{"question": name, "answer": "a"}]) for name in ("train", "test")}
     )
@@ -128,7 +128,7 @@ def test_one_file_mixes_no_splits_and_repeats_no_rows(tmp_path):
         convert({"path": tmp_path / "o.jsonl", "weight": 2}, tmp_path / "p.jsonl")
 
 
-def test_what_is_left_out_is_counted_listed_and_written(tmp_path):
+def test_rejected_and_filtered_rows_are_counted_and_listed(tmp_path):
     rows = [{"question": str(n), "answer": "a" * (n % 3)} for n in range(9)]
     done = convert(rows, tmp_path / "o.jsonl", where="question != '4'", on_bad_rows="quarantine", max_rejects="40%")
     assert done.as_dict()["sources"] == [
@@ -144,7 +144,7 @@ def test_what_is_left_out_is_counted_listed_and_written(tmp_path):
     assert not (tmp_path / "o.rejects.jsonl").exists()
 
 
-def test_messages_do_not_tell_where_a_completion_begins(tmp_path):
+def test_lost_completion_start_is_noted(tmp_path):
     talk = [
         {"role": "assistant", "content": "a1"},
         {"role": "user", "content": "m"},
@@ -155,7 +155,7 @@ def test_messages_do_not_tell_where_a_completion_begins(tmp_path):
     assert "completions" not in str(convert([row], tmp_path / "o.jsonl", "prompt_completion"))
 
 
-def test_calls_have_a_place_in_tables(tmp_path):
+def test_tool_calls_are_written_to_parquet(tmp_path):
     call = {"id": None, "function": {"name": "f"}}
     blocks = [{"type": "tool_result", "tool_use_id": "1", "content": "no", "is_error": True}]
     talk = [
@@ -171,7 +171,7 @@ def test_calls_have_a_place_in_tables(tmp_path):
         convert([{"messages": odd}], tmp_path / "o.parquet")
 
 
-def test_places_are_counted_each_and_no_file_that_is_read_is_taken_away(tmp_path):
+def test_sources_are_counted_separately_and_never_deleted(tmp_path):
     rows = [json.dumps({"question": str(n), "answer": "a"}) for n in range(5)]
     paths = [write(tmp_path, name, "\n".join(rows) + "\n") for name in ("p1.jsonl", "p2.jsonl")]
     done = convert(paths, tmp_path / "o.jsonl", where="question | int > 1")
@@ -181,7 +181,7 @@ def test_places_are_counted_each_and_no_file_that_is_read_is_taken_away(tmp_path
         convert(mended, tmp_path / "chats.jsonl")
 
 
-def test_a_text_does_not_tell_what_is_not_trained(tmp_path, tokenizer_dir):
+def test_untrained_messages_are_rejected_for_text_output(tmp_path, tokenizer_dir):
     secret = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "SECRET", "train": False}]
     with pytest.raises(BadRows, match="untrained_message"):
         convert([{"messages": secret}], tmp_path / "o.jsonl", "text", tokenizer=tokenizer_dir("tiny_bpe"))

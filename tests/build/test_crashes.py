@@ -1,4 +1,4 @@
-"""Whatever ends a build, the old one or the new one is there, whole, and the same command goes on."""
+"""Crash safety: an interrupted build leaves the old or the new version, and the same command resumes it."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def rows(word, count):
 
 
 class Builder:
-    """Builds in processes of their own, and what must hold however they end."""
+    """Run builds in subprocesses and check the output folder after each of them."""
 
     def __init__(self, folder, tokenizer):
         self.folder, self.tokenizer, self.target = folder, tokenizer, folder / "to" / "out"
@@ -57,7 +57,7 @@ class Builder:
             Path(path).write_text("".join(f"{row}\n" for row in rows(version, 6)))
 
     def begin(self, old):
-        """Put an old build at the target, or nothing; the data is that of the new one."""
+        """Put the old build at the target, or remove it; write the data of the new build."""
         shutil.rmtree(self.target.parent, ignore_errors=True)
         self.target.parent.mkdir()
         if old:
@@ -76,7 +76,7 @@ class Builder:
         self.process.wait()
 
     def state(self):
-        """Which version is there: `None` if none is. Another state than these is a fault."""
+        """Return the version at the target, or `None`; fail for any other state."""
         assert [path.name for path in self.target.parent.iterdir() if not path.name.startswith(".")] in ([], ["out"])
         if not self.target.exists():
             return None
@@ -85,7 +85,7 @@ class Builder:
         return found
 
     def goes_on(self):
-        """The same command, again: the new build is there, and nothing else."""
+        """Run the same command again; assert that it leaves only the new build."""
         done = self.build()
         assert done["code"] == 0, done
         assert self.state() == "new"
@@ -112,15 +112,15 @@ def builder(tmp_path_factory, tokenizer_dir):
 
 
 def operations(builder, old):
-    """All that a build asks of the disk, in order."""
+    """Return the disk operations of a build, in order."""
     builder.begin(old)
     done = builder.build(failpoint="*:0:trace")
     assert done["code"] == 0, done
     return [line.split()[1] for line in done["error"].splitlines()]
 
 
-def test_all_that_is_asked_of_the_disk_can_fail(builder):
-    """So that what follows leaves nothing out."""
+def test_disk_operations_all_have_failpoints(builder):
+    """The tests below cover every disk operation: no module writes files in another way."""
     assert set(operations(builder, old=True)) == {*OPERATIONS} - {"link"}  # which is for the cache
     source = (Path(__file__).parents[2] / "ftdata").rglob("*.py")
     for path in source:
@@ -134,8 +134,8 @@ def test_all_that_is_asked_of_the_disk_can_fail(builder):
 @pytest.mark.parametrize("old", [True, False])
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.long)])
-def test_every_operation_may_fail(builder, fault, old, every):
-    """G8, G9: at each write, sync and rename; or at each sixth where there is less time."""
+def test_every_disk_operation_may_fail(builder, fault, old, every):
+    """G8, G9: at each write, sync and rename; without `-m long` at every sixth."""
     before = "old" if old else None
     asked = operations(builder, old)
     published = next(number for number, name in enumerate(asked, 1) if name in ("rename", "swap") and number > 70)
@@ -158,8 +158,8 @@ def test_every_operation_may_fail(builder, fault, old, every):
 
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("builds", [25, pytest.param(100, marks=pytest.mark.long)])
-def test_it_may_be_killed_at_any_time(builder, old, builds):
-    """G8: SIGKILL at moments by chance, often several times before a build comes to its end."""
+def test_build_may_be_killed_at_any_time(builder, old, builds):
+    """G8: SIGKILL at random times, often several times before a build is complete."""
     dice, before = random.Random(old), "old" if old else None
     seen = set()
     for _ in range(builds):
@@ -176,8 +176,8 @@ def test_it_may_be_killed_at_any_time(builder, old, builds):
 
 @pytest.mark.parametrize("many", [2, 4, 8])
 @pytest.mark.parametrize("rounds", [6, pytest.param(20, marks=pytest.mark.long)])
-def test_builds_at_once_are_one_build(builder, many, rounds):
-    """G12: of many processes one builds, and the others wait, and find it done."""
+def test_builds_at_once_make_one_build(builder, many, rounds):
+    """G12: one process builds; the other processes wait and reuse its result."""
     for number in range(rounds):
         builder.begin(old=number % 2)
         done = builder.build(together=many)
@@ -188,7 +188,7 @@ def test_builds_at_once_are_one_build(builder, many, rounds):
         assert [path.name for path in builder.target.parent.iterdir()] == ["out"]
 
 
-def test_those_who_wait_go_on_where_the_first_was_killed(builder):
+def test_waiting_builds_resume_after_the_first_is_killed(builder):
     for number in range(1, 79, 6):
         builder.begin(old=True)
         done = builder.build(together=3, failpoint=f"*:{number}:kill", first_only=True)
@@ -197,8 +197,8 @@ def test_those_who_wait_go_on_where_the_first_was_killed(builder):
         assert [path.name for path in builder.target.parent.iterdir()] == ["out"]
 
 
-def test_every_damage_is_found_before_use(builder, tokenizer_dir):
-    """G10: 500 flipped bits and cuts, in every file, the manifest among them."""
+def test_damage_is_detected_before_use(builder, tokenizer_dir):
+    """G10: 500 flipped bits and cuts, in every file including the manifest."""
     builder.begin(old=True)
     dice, whole = random.Random(0), builder.whole["old"]
     for number in range(500):
@@ -216,7 +216,7 @@ def test_every_damage_is_found_before_use(builder, tokenizer_dir):
 
 
 class Changes(RuleBasedStateMachine):
-    """Data, options and kept files change, builds are killed; whatever is there is whole, and never out of date."""
+    """Data, options and cached files change, and builds are killed; a build is always complete and up to date."""
 
     builder = cache = None
 
@@ -234,7 +234,7 @@ class Changes(RuleBasedStateMachine):
 
     @rule(file=st.integers(0, 1), letter=st.sampled_from("abc"), at=st.integers(0, 5))
     def edit(self, file, letter, at):
-        """The size and the time stay what they were."""
+        """Edit a row, but keep the size and the modification time of the file."""
         path = Path(self.builder.data[file])
         before, text = path.stat(), path.read_text().split("\n")
         text[at] = re.sub(r"\w\w? (?=\d)", f"{letter}{letter} ", text[at], count=1)
@@ -248,7 +248,7 @@ class Changes(RuleBasedStateMachine):
 
     @rule(file=st.integers(0, 1))
     def exchange(self, file):
-        """Another file has the name now."""
+        """Replace a file by another one with the same name."""
         path = Path(self.builder.data[file])
         path.with_suffix(".new").write_text("".join(f"{row}\n" for row in rows("other", 5)))
         path.with_suffix(".new").replace(path)
@@ -267,7 +267,7 @@ class Changes(RuleBasedStateMachine):
 
     @rule(part=st.floats(0, 1), bit=st.integers(0, 7), where=st.sampled_from(["cache", "place"]))
     def damage(self, part, bit, where):
-        """A bit flips in what is remembered, or in what a killed build left behind."""
+        """Flip a bit in the cache or in the workspace of a killed build."""
         folder = self.cache if where == "cache" else self.builder.target.parent / ".out.ftdata"
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
         if files:
@@ -302,7 +302,7 @@ class Changes(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("examples", [25, pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
-def test_changes(builder, examples):
-    """G11: never out of date."""
+def test_changes_never_give_an_outdated_build(builder, examples):
+    """G11."""
     Changes.builder, Changes.cache = builder, builder.folder / "cache"
     run_state_machine_as_test(Changes, settings=settings(max_examples=examples, stateful_step_count=12, deadline=None))

@@ -1,4 +1,4 @@
-"""The whole build: the ledger, the splits, the files."""
+"""Complete builds: the ledger, the splits and the files."""
 
 import gzip
 import itertools
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import often
-from makers import tiny_bpe
+from tokenizer_makers import tiny_bpe
 
 from ftdata import build_sft_dataset
 from ftdata.build.store import read_manifest, verify_files
@@ -39,7 +39,7 @@ def write_rows(path, rows):
 
 
 def answers(split, tokenizer):
-    """Decode what carries loss, document by document."""
+    """Decode the trained tokens of each document."""
     found = []
     for row in split:
         at = 0
@@ -83,7 +83,7 @@ def test_packing_and_splitting_move_whole_examples(tiny, rows, packing, seed, te
     assert built.report.total("read") == built.report.total("built") == len(rows)
 
 
-def test_the_ledger_adds_up_over_everything_that_can_go_wrong(tiny, tmp_path):
+def test_ledger_accounts_for_every_kind_of_reject(tiny, tmp_path):
     long = {"question": "x", "answer": "word " * 200}
     path = write_rows(tmp_path / "d.jsonl", [*ROWS, BAD, {"foo": 1}, long])
     with Path(path).open("a") as file:
@@ -103,7 +103,7 @@ def test_the_ledger_adds_up_over_everything_that_can_go_wrong(tiny, tmp_path):
     assert saved["sources"][0]["rejected"]["overlong"] == 1
 
 
-def test_all_bad_rows_are_shown_at_once(tiny, tmp_path):
+def test_all_invalid_rows_are_reported_together(tiny, tmp_path):
     path = write_rows(tmp_path / "d.jsonl", [ROWS[0], BAD, ROWS[1], {"foo": 1}, {"question": 1, "answer": "x"}])
     with pytest.raises(BadRows) as caught:
         build_sft_dataset(path, tiny, output_dir=tmp_path / "out")
@@ -152,19 +152,19 @@ def test_max_rejects(tiny, limit, passes):
         {"date": "tomorrow"},
     ],
 )
-def test_a_bad_request_is_refused(tiny, options):
+def test_invalid_options_are_refused(tiny, options):
     with pytest.raises(UsageError):
         build_sft_dataset(ROWS, tiny, **options)
 
 
-def test_nothing_to_build_is_refused(tiny):
+def test_build_without_examples_is_refused(tiny):
     with pytest.raises(InputRefused, match="no_rows_built"):
         build_sft_dataset([], tiny)
     with pytest.raises(InputRefused, match="overlong"):
         build_sft_dataset(ROWS, tiny, max_length=5)
 
 
-def test_the_folder_is_read_by_datasets(tiny, tmp_path):
+def test_datasets_loads_the_build_folder(tiny, tmp_path):
     out = tmp_path / "out"
     built = build_sft_dataset(ROWS, tiny, test_size=0.25, packing="bfd", max_length=128, output_dir=out)
     again = datasets.load_from_disk(str(out))
@@ -176,15 +176,15 @@ def test_the_folder_is_read_by_datasets(tiny, tmp_path):
     assert {name: split[:] for name, split in loaded.items()} == {name: split[:] for name, split in again.items()}
 
 
-def test_the_test_split_is_of_the_size_asked_for_and_depends_on_the_seed(tiny):
+def test_split_has_the_requested_size_and_depends_on_the_seed(tiny):
     sizes = {size: build_sft_dataset(ROWS, tiny, test_size=size)["test"].num_rows for size in (0.1, 0.11, 7)}
     assert sizes == {0.1: 4, 0.11: 5, 7: 7}
     of = lambda seed: build_sft_dataset(ROWS, tiny, test_size=10, seed=seed)["test"][:]
     assert of(1) == of(1) != of(2)
 
 
-def test_the_split_is_the_same_on_every_machine():
-    """The rows that seed 42 takes are part of the interface."""
+def test_split_is_the_same_on_every_machine():
+    """The rows that seed 42 selects are part of the interface."""
     from ftdata.build.splits import seeded_hash
 
     order = np.argsort(seeded_hash(np.arange(10, dtype=np.uint64), 42), kind="stable")
@@ -194,7 +194,7 @@ def test_the_split_is_the_same_on_every_machine():
     )  # the generator's published first output
 
 
-def test_provenance_leads_back_to_the_line(tiny, tmp_path):
+def test_provenance_identifies_the_source_line(tiny, tmp_path):
     path = write_rows(tmp_path / "d.jsonl", ROWS)
     build_sft_dataset(path, tiny, packing="bfd", max_length=128, output_dir=tmp_path / "out")
     table = pq.read_table(tmp_path / "out" / "train" / "provenance.parquet").to_pylist()
@@ -211,7 +211,7 @@ def test_provenance_leads_back_to_the_line(tiny, tmp_path):
         assert entry["source"] == path
 
 
-def test_every_flipped_bit_is_found(tiny, tmp_path):
+def test_every_flipped_bit_is_detected(tiny, tmp_path):
     build_sft_dataset(ROWS, tiny, output_dir=tmp_path / "out")
     assert verify_files(tmp_path / "out") == []
     for name in read_manifest(tmp_path / "out")["files"]:
@@ -223,7 +223,7 @@ def test_every_flipped_bit_is_found(tiny, tmp_path):
             path.write_bytes(original)
 
 
-def test_a_build_replaces_a_build_and_nothing_else(tiny, tmp_path):
+def test_build_replaces_only_another_build(tiny, tmp_path):
     out = tmp_path / "out"
     build_sft_dataset(ROWS, tiny, output_dir=out)
     build_sft_dataset(ROWS[:3], tiny, output_dir=out)
@@ -237,7 +237,7 @@ def test_a_build_replaces_a_build_and_nothing_else(tiny, tmp_path):
     assert (foreign / "thesis.tex").read_text() == "x"
 
 
-def test_a_failed_build_leaves_the_old_one(tiny, tmp_path):
+def test_failed_build_keeps_the_previous_build(tiny, tmp_path):
     out = tmp_path / "out"
     build_sft_dataset(ROWS, tiny, output_dir=out)
     before = read_manifest(out)
@@ -251,7 +251,7 @@ def digest(folder):
     return {name: entry["sha256"] for name, entry in read_manifest(folder)["files"].items()}
 
 
-def test_the_same_bytes_for_any_number_of_workers(tiny, tmp_path):
+def test_output_does_not_depend_on_the_number_of_workers(tiny, tmp_path):
     """P7, D6, D3."""
     typed, more = ({"role": "user", "content": content} for content in ("<|im_end|> typed", "more"))
     # Of what there are several of one row, the order must be told by nothing but what they are.
@@ -275,7 +275,7 @@ def test_the_same_bytes_for_any_number_of_workers(tiny, tmp_path):
     assert digest(tmp_path / "out1") == digest(tmp_path / "out2") == digest(tmp_path / "out4")
 
 
-def test_batch_size_does_not_matter(tiny, monkeypatch):
+def test_output_does_not_depend_on_the_batch_size(tiny, monkeypatch):
     built = []
     for batch, letters in ((1, 1 << 20), (7, 1 << 20), (1000, 1 << 20), (1000, 100)):
         monkeypatch.setattr("ftdata.pipeline.render_rows.BATCH", batch)
@@ -285,7 +285,7 @@ def test_batch_size_does_not_matter(tiny, monkeypatch):
     assert len({each.report.fingerprint for each in built}) == 1
 
 
-def test_the_fingerprint_changes_with_what_matters(tiny, tokenizer_dir):
+def test_fingerprint_changes_with_data_tokenizer_and_options(tiny, tokenizer_dir):
     """D7."""
     prints = [
         build_sft_dataset(rows, tokenizer, **options).report.fingerprint
@@ -309,7 +309,7 @@ def test_row_order_follows_the_data(tiny):
     assert forward["input_ids"] == backward["input_ids"][::-1]
 
 
-def test_neighbours_and_extra_columns_do_not_matter(tiny):
+def test_example_does_not_depend_on_other_rows_or_extra_columns(tiny):
     """M16."""
     alone = build_sft_dataset([ROWS[3]], tiny)["train"][0]
     among = build_sft_dataset([{"id": n, "score": 0.5, **row} for n, row in enumerate(ROWS)], tiny)["train"][3]
@@ -317,14 +317,14 @@ def test_neighbours_and_extra_columns_do_not_matter(tiny):
 
 
 @pytest.mark.parametrize("ids", ["M14", "M15"])
-def test_every_example_has_labels_within_the_vocabulary(tiny, ids):
+def test_every_example_has_labels_and_ids_within_the_vocabulary(tiny, ids):
     tokenizer = load_tokenizer(tiny)
     for row in build_sft_dataset(ROWS, tiny)["train"]:
         assert any(label != -100 for label in row["labels"])
         assert max(row["input_ids"]) < tokenizer.size
 
 
-def test_a_policy_of_ones_own(tiny):
+def test_user_defined_mask_policy(tiny):
     def digits(rendered, conversation):
         return [span.generated and rendered.text[span.start : span.end].startswith("It") for span in rendered.spans]
 
@@ -334,7 +334,7 @@ def test_a_policy_of_ones_own(tiny):
     assert any("does not learn to stop" in note for note in built.report.notes)
 
 
-def test_progress_is_told(tiny):
+def test_progress_is_reported(tiny):
     seen = []
     build_sft_dataset(ROWS, tiny, progress=lambda *done: seen.append(done))
     assert seen[-1][0] == len(ROWS)
@@ -360,14 +360,14 @@ def test_progress_counts_all_files(tiny, tmp_path, monkeypatch, workers):
     assert {share for *_, share in seen} == {None, 1.0}
 
 
-def test_sharegpt_parity_with_messages(tiny):
+def test_sharegpt_rows_equal_messages_rows(tiny):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     share = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     one, other = build_sft_dataset([{"messages": chat}], tiny)["train"], build_sft_dataset([share], tiny)["train"]
     assert one[:] == other[:]
 
 
-def test_what_belongs_to_others_is_never_replaced(tiny, tmp_path):
+def test_folders_with_foreign_files_are_not_replaced(tiny, tmp_path):
     app = tmp_path / "app"
     app.mkdir()
     (app / "manifest.json").write_text('{"name": "PWA"}')
@@ -379,7 +379,7 @@ def test_what_belongs_to_others_is_never_replaced(tiny, tmp_path):
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
-def test_a_link_is_followed(tiny, tmp_path):
+def test_symlink_to_the_output_folder_is_followed(tiny, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     build_sft_dataset(ROWS, tiny, output_dir=tmp_path / "link")
@@ -395,7 +395,7 @@ CHAT = [
 ]
 
 
-def test_policies_hold_where_turns_are_split(tokenizer_dir):
+def test_mask_policies_apply_to_split_turns(tokenizer_dir):
     qwen = tokenizer_dir("qwen")
     tokenizer = load_tokenizer(qwen)
     think = "<think>\n\n</think>\n\n"
@@ -407,7 +407,7 @@ def test_policies_hold_where_turns_are_split(tokenizer_dir):
     assert trailing.report.sources[0].flags["trailing_messages"] == 1
 
 
-def test_tokens_pass_through(tiny):
+def test_pretokenized_rows_are_unchanged(tiny):
     (plain,) = build_sft_dataset([{"question": "q", "answer": "a"}], tiny)["train"]
     row = {"input_ids": plain["input_ids"], "labels": plain["labels"]}
     built = build_sft_dataset([row], tiny)
@@ -417,7 +417,7 @@ def test_tokens_pass_through(tiny):
         build_sft_dataset([{"input_ids": [1, 99999], "labels": [-100, 99999]}], tiny)
 
 
-def test_rows_may_set_variables_of_the_template(tiny):
+def test_rows_may_set_template_variables(tiny):
     source = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if loud %}!{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows = [{"messages": messages, "chat_template_kwargs": {"loud": loud}} for loud in (True, False, True)]
@@ -426,7 +426,7 @@ def test_rows_may_set_variables_of_the_template(tiny):
 
 
 @pytest.mark.parametrize("value", ["<|im_end|>", "<|im_", "ok [/INST]", "x" * 5000, [1], {"a": 1}, 10**400, "STOP"])
-def test_what_rows_set_prints_no_control_token(tmp_path, value):
+def test_variables_set_by_rows_print_no_control_token(tmp_path, value):
     tokenizer = tiny_bpe(tmp_path / "t", eos="STOP")
     source = "{% for m in messages %}{{ m.role }}: {{ m.content }}STOP{% endfor %}{{ tail }}{% if add_generation_prompt %}assistant: {% endif %}"
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -438,7 +438,7 @@ def test_what_rows_set_prints_no_control_token(tmp_path, value):
     assert len(build_sft_dataset(rows, tokenizer, template=source.replace("{{ tail }}", ""))["train"]) == 2000
 
 
-def test_one_text_part_is_text_where_the_template_takes_no_lists(tiny):
+def test_single_text_part_becomes_text_if_the_template_takes_no_lists(tiny):
     parts = [{"type": "text", "text": "q"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]
     built = build_sft_dataset([{"messages": messages}], tiny)
@@ -461,7 +461,7 @@ def test_splits_of_the_data_are_kept(tiny, tmp_path):
     assert {name: len(split) for name, split in alone.items()} == {"train": 8, "test": 2}
 
 
-def test_rejects_say_where_they_stand(tiny, tmp_path):
+def test_rejects_contain_file_line_and_byte_offset(tiny, tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n\n" + json.dumps(BAD) + "\n{\n")
     build_sft_dataset(str(path), tiny, on_bad_rows="quarantine", max_rejects=2, output_dir=tmp_path / "out")
@@ -474,7 +474,7 @@ def test_rejects_say_where_they_stand(tiny, tmp_path):
     assert path.read_bytes()[second["byte_offset"] :] == b"{\n"
 
 
-def test_names_of_strangers_say_nothing_in_the_card(tmp_path, tokenizer_dir):
+def test_file_names_are_escaped_in_the_dataset_card(tmp_path, tokenizer_dir):
     name = "a`b\n# Title [x](http:evil) <img src=x> ```.jsonl"
     (tmp_path / name).write_text('{"q": "what", "a": "that"}\n')
     build_sft_dataset(

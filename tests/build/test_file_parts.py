@@ -1,4 +1,4 @@
-"""A long file is read in parts: the same rows, at the same places, however long these are."""
+"""Large files are read in parts: rows and positions do not depend on the part size."""
 
 import json
 import random
@@ -33,7 +33,7 @@ LINES = [
 
 
 def places(found):
-    """What is read, each with where it stands, rows and lines counted through all parts of a file."""
+    """Yield each row or reject with its position; rows and lines are counted across all parts of a file."""
     rows = lines = 0
     for source in found:
         before, reading = (rows, lines), source.rows()
@@ -52,7 +52,7 @@ def places(found):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Parts of so many bytes."""
+    """Return a function that sets the part size in bytes."""
     return lambda size: monkeypatch.setattr(file_parts, "PART", size)
 
 
@@ -64,7 +64,7 @@ def small(monkeypatch):
     suffix=st.sampled_from(["jsonl", "json"]),
     size=st.integers(1, 700),
 )
-def test_parts_are_the_whole(tmp_path_factory, lines, newline, last, suffix, size):
+def test_parts_contain_the_rows_of_the_whole_file(tmp_path_factory, lines, newline, last, suffix, size):
     # So that it is seen to be lines, whatever comes.
     lines = [LINES[0], LINES[0], *lines, LINES[0]]
     path = tmp_path_factory.mktemp("parts") / f"data.{suffix}"
@@ -77,7 +77,7 @@ def test_parts_are_the_whole(tmp_path_factory, lines, newline, last, suffix, siz
         assert list(places(found)) == list(places(resolve_sources(path)))
 
 
-def test_what_is_not_lines_is_whole(tmp_path, small):
+def test_only_files_of_lines_are_split(tmp_path, small):
     small(10)
     rows = [{"question": "q" * 40, "answer": "a"}] * 3
     for name, text in {
@@ -93,7 +93,7 @@ def test_what_is_not_lines_is_whole(tmp_path, small):
     assert split_into_parts(sliced) == list(sliced)
 
 
-def test_row_groups_are_parts(tmp_path, small):
+def test_parquet_files_are_split_by_row_groups(tmp_path, small):
     table = pa.table({"question": [f"q{n}" for n in range(100)], "answer": [str(n) for n in range(100)]})
     pq.write_table(table, tmp_path / "d.parquet", row_group_size=9)
     small(200)
@@ -106,7 +106,7 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_build_does_not_depend_on_parts(tmp_path, tokenizer_dir, small):
+def test_build_does_not_depend_on_the_part_size(tmp_path, tokenizer_dir, small):
     dice = random.Random(0)
     (tmp_path / "a.jsonl").write_text("".join(dice.choice(LINES) + "\n" for _ in range(300)))
     pq.write_table(pa.table({"question": ["q"] * 50, "answer": ["a"] * 50}), tmp_path / "b.parquet", row_group_size=7)
@@ -124,14 +124,14 @@ def test_a_build_does_not_depend_on_parts(tmp_path, tokenizer_dir, small):
         assert one == built[0]
 
 
-def test_a_long_file_without_rows_is_refused(tmp_path, tokenizer_dir, small):
+def test_large_file_without_rows_is_refused(tmp_path, tokenizer_dir, small):
     (tmp_path / "a.jsonl").write_text("\n" * 1000)
     small(100)
     with pytest.raises(InputRefused, match="no_rows"):
         write_build(str(tmp_path / "a.jsonl"), tokenizer_dir("tiny_bpe"), tmp_path / "out")
 
 
-def test_windows_hold_every_example_once(monkeypatch):
+def test_packing_windows_contain_every_example_once(monkeypatch):
     lengths = [random.Random(0).randint(1, 50) for _ in range(1000)]
     for window in (7, 100, 1000, 5000):
         monkeypatch.setattr("ftdata.build.pack.WINDOW", window)
@@ -147,8 +147,8 @@ def test_windows_hold_every_example_once(monkeypatch):
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_the_line_of_a_fault_is_exact(tmp_path):
-    """G4: 200 faults at lines by chance, in files of 1 kB to 1 GB."""
+def test_line_number_of_an_error_is_exact(tmp_path):
+    """G4: 200 faults at random lines, in files of 1 kB to 1 GB."""
     dice = random.Random(4)
     path, sizes = tmp_path / "data.jsonl", [10 ** dice.uniform(3, 9) for _ in range(198)] + [1e9, 1e9]
     for number, size in enumerate(sizes):
@@ -186,8 +186,8 @@ def _lines_of(source):
             return end.value or 0
 
 
-def test_a_part_hangs_on_the_byte_before_it(tmp_path, tokenizer_dir, small, monkeypatch):
-    """Where that is no line break any more, the part begins inside of a line, though none of its bytes is another."""
+def test_part_depends_on_the_byte_before_it(tmp_path, tokenizer_dir, small, monkeypatch):
+    """If that byte is no longer a line break, the part starts inside a line, although its own bytes are unchanged."""
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path / "cache"))
     row = '{"question": "q", "answer": "a"}'
     (tmp_path / "a.jsonl").write_text(f"{row}\n" * 4)

@@ -14,7 +14,7 @@ cases = st.integers(1, 64).flatmap(
 
 
 @given(cases)
-def test_every_example_once_and_whole(case):
+def test_every_example_is_in_one_pack_and_complete(case):
     """P1, P3, P10."""
     lengths, capacity = case
     packs = best_fit_decreasing(lengths, capacity).packs
@@ -25,7 +25,7 @@ def test_every_example_once_and_whole(case):
 
 
 def naive(lengths, capacity):
-    """Best-fit decreasing as a textbook has it."""
+    """Return the free space of each pack after textbook best-fit decreasing."""
     free = []
     for length in sorted(lengths, reverse=True):
         fitting = [index for index, space in enumerate(free) if space >= length]
@@ -37,8 +37,8 @@ def naive(lengths, capacity):
 
 
 @given(cases)
-def test_it_is_best_fit_decreasing(case):
-    """P6: as many packs, and as full, as the plain algorithm; never fewer than the tokens need."""
+def test_packing_equals_textbook_best_fit_decreasing(case):
+    """P6: the number and the fill of the packs equal those of the textbook algorithm."""
     lengths, capacity = case
     packs = best_fit_decreasing(lengths, capacity).packs
     assert sorted(capacity - sum(lengths[i] for i in pack) for pack in packs) == sorted(naive(lengths, capacity))
@@ -52,11 +52,11 @@ def test_realistic_lengths_fill_the_packs():
 
 
 @pytest.mark.parametrize("lengths", [[0], [9], [3, -1]])
-def test_lengths_that_cannot_be_packed_are_refused(lengths):
+def test_unpackable_lengths_are_refused(lengths):
     with pytest.raises(UsageError):
         best_fit_decreasing(lengths, 8)
 
 
-def test_unpacked_is_one_each():
+def test_unpacked_plan_has_one_example_per_sequence():
     assert plan_unpacked(3).packs == [[0], [1], [2]]
     assert best_fit_decreasing([], 8).packs == []

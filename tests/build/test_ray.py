@@ -1,4 +1,4 @@
-"""A cluster makes the same bytes as one machine, whatever of it is lost on the way."""
+"""A cluster writes the same bytes as one machine, even if workers, nodes or the coordinator are lost."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def files(folder):
 
 
 def slowly(common, task):
-    """A task that takes a while; one says who does it, and another ends its worker."""
+    """Sleep, then return twice the task; the tasks in `deadly` kill their worker."""
     time.sleep(common["seconds"])
     if task in common["deadly"] and not Path(common["mark"] + str(task)).exists():
         if common["once"]:
@@ -42,14 +42,14 @@ def slowly(common, task):
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
-def test_a_worker_that_is_lost_is_replaced(cluster, tmp_path, engine):
+def test_lost_worker_is_replaced(cluster, tmp_path, engine):
     common = {"seconds": 0.01, "deadly": [3, 11], "mark": str(tmp_path / "mark"), "once": True}
     engine = f"ray:{cluster.address}" if engine == "ray" else engine
     assert sorted(run_tasks(slowly, common, range(20), 2, engine)) == [(number, 2 * number) for number in range(20)]
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
-def test_a_task_that_ends_its_workers_is_named(cluster, tmp_path, engine):
+def test_task_that_kills_its_workers_is_named(cluster, tmp_path, engine):
     common = {"seconds": 0.01, "deadly": [3], "mark": str(tmp_path / "mark"), "once": False}
     engine = f"ray:{cluster.address}" if engine == "ray" else engine
     with pytest.raises(StorageError, match=r"worker_lost.*running 3: "):
@@ -61,13 +61,13 @@ def failing(_, task):
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
-def test_errors_come_through_as_they_are(cluster, engine):
+def test_errors_of_workers_are_unchanged(cluster, engine):
     engine = f"ray:{cluster.address}" if engine == "ray" else engine
     with pytest.raises(UsageError, match=r"\[code\] task \d. Fix: none"):
         list(run_tasks(failing, None, range(3), 2, engine))
 
 
-def test_a_straggler_is_begun_again_elsewhere(cluster, tmp_path, monkeypatch):
+def test_slow_task_is_restarted_on_another_worker(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr("ftdata.build.executors.SLOW_SECONDS", 1.0)
     common = {"mark": str(tmp_path / "mark")}
     began = time.monotonic()
@@ -87,7 +87,7 @@ def stuck_once(common, task):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two nodes on this machine, each of two processors."""
+    """A Ray cluster on this machine: two nodes with two CPUs each."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     from ray.cluster_utils import Cluster
 
@@ -110,7 +110,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def here(data, tmp_path, tokenizer_dir, monkeypatch):
-    """What one process makes of the data."""
+    """The files of a build on one machine."""
     monkeypatch.setattr(file_parts, "PART", 20_000)
     write_build(data, tokenizer_dir("tiny_bpe"), tmp_path / "here", **OPTIONS)
     return files(tmp_path / "here")
@@ -123,14 +123,14 @@ def begin(cluster, data, tokenizer, target):
 
 
 def wait_for_shards(target, count):
-    """Wait until a build has so many shards."""
+    """Wait until a build has at least `count` shards."""
     until = time.monotonic() + 120
     while sum(1 for _ in target.parent.glob(f".{target.name}.ftdata/shards/[!.]*")) < count:
         assert time.monotonic() < until
         time.sleep(0.02)
 
 
-def test_a_node_may_be_killed(cluster, data, here, tmp_path, tokenizer_dir):
+def test_build_completes_after_a_node_is_killed(cluster, data, here, tmp_path, tokenizer_dir):
     target = tmp_path / "out"
     node = cluster.add_node(num_cpus=2, object_store_memory=80 << 20)
     build = begin(cluster, data, str(tokenizer_dir("tiny_bpe")), target)
@@ -143,7 +143,7 @@ def test_a_node_may_be_killed(cluster, data, here, tmp_path, tokenizer_dir):
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_who_waits_may_be_killed_and_goes_on(cluster, data, here, tmp_path, tokenizer_dir):
+def test_build_resumes_after_the_coordinator_is_killed(cluster, data, here, tmp_path, tokenizer_dir):
     target = tmp_path / "out"
     build = begin(cluster, data, str(tokenizer_dir("tiny_bpe")), target)
     wait_for_shards(target, 5)
@@ -161,7 +161,7 @@ def test_who_waits_may_be_killed_and_goes_on(cluster, data, here, tmp_path, toke
     assert files(target) == here
 
 
-def test_encoders_that_there_are_not(monkeypatch):
+def test_unknown_engines_are_refused(monkeypatch):
     for engine in ("loca", "local:1", "", None, "spark"):
         with pytest.raises(UsageError, match="unknown_engine"):
             check_engine(engine)
@@ -170,6 +170,6 @@ def test_encoders_that_there_are_not(monkeypatch):
         check_engine("ray")
 
 
-def test_no_cluster_at_an_address(data, tmp_path, tokenizer_dir):
+def test_unreachable_cluster_is_refused(data, tmp_path, tokenizer_dir):
     with pytest.raises(UsageError, match="ray_address"):
         write_build(data, tokenizer_dir("tiny_bpe"), tmp_path / "out", engine="ray:127.0.0.1:1")

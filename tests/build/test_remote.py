@@ -1,4 +1,4 @@
-"""Builds in an object store: the bytes of a local one, whole or not there, and never written over."""
+"""Builds in an object store: the same bytes as local builds, complete or absent, and never overwritten."""
 
 import json
 import logging
@@ -55,8 +55,8 @@ def ftdata(*arguments):
 
 
 @pytest.mark.parametrize("count", [12, pytest.param(100, marks=pytest.mark.long)])
-def test_networks_that_fail_give_all_rows_or_an_error(count):
-    """0 partial sets accepted, whatever the network does; nobody is asked without end; the place is named."""
+def test_network_failures_give_all_rows_or_an_error(count):
+    """No partial data is accepted, the number of requests is bounded, and the error names the source."""
     driver = Path(__file__).parents[1] / "schedules.py"
     done = subprocess.run([sys.executable, driver, str(count)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -71,7 +71,7 @@ def build(tokenizer_dir):
     return write
 
 
-def test_a_build_in_a_store_is_that_of_a_folder(bucket, build, tmp_path):
+def test_remote_build_equals_a_local_build(bucket, build, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINES)
     build(str(tmp_path / "a.jsonl"), str(tmp_path / "out"))
     build(str(tmp_path / "a.jsonl"), "s3://data/out/")
@@ -82,7 +82,7 @@ def test_a_build_in_a_store_is_that_of_a_folder(bucket, build, tmp_path):
     )
 
 
-def test_parts_of_what_lies_elsewhere_are_read_there(bucket, build, tmp_path, monkeypatch):
+def test_remote_files_are_read_in_parts(bucket, build, tmp_path, monkeypatch):
     whole = build("s3://data/in/a.jsonl", str(tmp_path / "whole"))
     monkeypatch.setattr(file_parts, "PART", 5000)
     assert len(file_parts.split_into_parts(resolve_sources("s3://data/in"))) == len(LINES) // 5000
@@ -94,7 +94,7 @@ def test_parts_of_what_lies_elsewhere_are_read_there(bucket, build, tmp_path, mo
     }
 
 
-def test_what_is_there_is_not_made_again_and_not_written_over(bucket, build):
+def test_finished_remote_build_is_reused_and_not_overwritten(bucket, build):
     first = build("s3://data/in", "s3://data/out")
     before, bucket.asked[:] = objects("out"), []
     again = build("s3://data/in", "s3://data/out")
@@ -110,7 +110,7 @@ def test_what_is_there_is_not_made_again_and_not_written_over(bucket, build):
             build("s3://data/in", place)
 
 
-def test_a_build_that_did_not_arrive_goes_on(bucket, build):
+def test_interrupted_upload_resumes(bucket, build):
     bucket.faults += [("PUT /data/out/.*arrow", 503)] * 99
     with pytest.raises(HubError, match=r"s3://data/out/train/data-00000.arrow: .*503"):
         build("s3://data/in", "s3://data/out")
@@ -125,7 +125,7 @@ def test_a_build_that_did_not_arrive_goes_on(bucket, build):
     assert not [said for said in sent(bucket) if said.partition("/out/")[2] in there]
 
 
-def test_what_is_not_ours_stays(bucket, build):
+def test_foreign_remote_files_are_not_overwritten(bucket, build):
     put("mine/README.md", b"my notes")
     put("mine/train/data-00000.arrow", b"mine")
     before = objects("mine")
@@ -136,8 +136,8 @@ def test_what_is_not_ours_stays(bucket, build):
     assert objects("mine") == before
 
 
-def test_one_build_at_a_time_is_on_its_way(bucket, build, monkeypatch, tmp_path):
-    """Another machine, which shares nothing with this one but the place."""
+def test_concurrent_upload_of_another_build_is_refused(bucket, build, monkeypatch, tmp_path):
+    """The second build runs on another machine that shares only the output location."""
     put("in/b.jsonl", LINES[: LINES.index(b"\n") + 1] * 9)
     missing = remote.missing_files
 
@@ -156,7 +156,7 @@ def test_one_build_at_a_time_is_on_its_way(bucket, build, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "", ".", "train/./x"])
-def test_what_is_fetched_stays_in_its_folder(bucket, tmp_path, name):
+def test_downloaded_files_stay_in_their_folder(bucket, tmp_path, name):
     (tmp_path / "made").mkdir()
     (tmp_path / "x").write_text("mine")
     store.write_manifest(tmp_path / "made", {"fingerprint": ""}, [])
@@ -170,7 +170,7 @@ def test_what_is_fetched_stays_in_its_folder(bucket, tmp_path, name):
     assert not list((tmp_path / "cache").rglob("*x"))
 
 
-def test_builds_elsewhere_are_fetched_whole(bucket, build, tokenizer_dir, tmp_path):
+def test_remote_builds_are_downloaded_and_verified(bucket, build, tokenizer_dir, tmp_path):
     loaded = build_sft_dataset("s3://data/in", tokenizer_dir("tiny_bpe"), output_dir="s3://data/out")
     assert len(loaded["train"]) == 300
     assert "it is 81" in str(preview("s3://data/out", tokenizer_dir("tiny_bpe"), n=10))
@@ -186,7 +186,7 @@ def test_builds_elsewhere_are_fetched_whole(bucket, build, tokenizer_dir, tmp_pa
     assert not list((tmp_path / "cache" / "builds").iterdir())
 
 
-def test_nobody_is_told_so_at_once(monkeypatch, tmp_path):
+def test_missing_credentials_fail_without_retries(monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

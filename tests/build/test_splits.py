@@ -1,4 +1,4 @@
-"""Which rows go where: by chance that is the same everywhere, whole rows, no row on both sides."""
+"""Splits: seeded and reproducible, of complete rows, and without leakage."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ ROWS = [{"question": f"What is {n}?", "answer": f"It is {n}.", "lang": "en" if n
 
 
 def facts(rows, splits=(None,), shares=(WHOLE,), tokens=1):
-    """`rows`: for each row its source, its content and how many examples it has."""
+    """Return `ExampleFacts` for rows given as (source, content, number of examples)."""
     of = [(source, at, content) for at, (source, content, count) in enumerate(rows) for _ in range(count)]
     source, row, content = zip(*of, strict=True) if of else ((), (), ())
     return ExampleFacts(
@@ -38,7 +38,7 @@ rows = st.lists(st.tuples(st.just(0), st.integers(0, 9), st.integers(1, 3)), min
 
 
 def whole_rows(given_rows, numbers):
-    """The rows that these examples are, each checked to be whole and in order."""
+    """Return the rows of these examples; assert that each row is complete and in order."""
     begins = np.cumsum([0, *(count for *_, count in given_rows)])
     found, at = [], 0
     while at < len(numbers):
@@ -51,7 +51,7 @@ def whole_rows(given_rows, numbers):
 
 
 @given(rows=rows, seed=st.integers(0, 2**64), size=st.integers(1, 39), dedup=st.booleans(), shuffle=st.booleans())
-def test_a_test_split_shares_no_row_with_training(rows, seed, size, dedup, shuffle):
+def test_split_shares_no_row_with_train(rows, seed, size, dedup, shuffle):
     unique = len({content for _, content, _ in rows})
     layout = Layout(test_size=size, seed=seed, dedup=dedup, shuffle=shuffle)
     if size >= (unique if dedup else len(rows)):
@@ -80,7 +80,7 @@ def test_a_test_split_shares_no_row_with_training(rows, seed, size, dedup, shuff
 
 
 @given(rows=rows, sample=st.integers(1, 50) | st.floats(0.01, 0.99), seed=st.integers(0, 99))
-def test_a_sample_is_as_large_as_asked_for(rows, sample, seed):
+def test_sample_has_the_requested_size(rows, sample, seed):
     laid = assign_splits(facts(rows), Layout(sample=sample, seed=seed))
     taken = whole_rows(rows, laid.splits["train"])
     expected = min(sample, len(rows)) if sample >= 1 else int(np.ceil(sample * len(rows)))
@@ -94,7 +94,7 @@ def test_a_sample_is_as_large_as_asked_for(rows, sample, seed):
     weights=st.lists(st.sampled_from([0.0, 0.3, 0.5, 1.0, 1.75, 2.0, 3.0]), min_size=3, max_size=3),
     seed=st.integers(0, 99),
 )
-def test_sources_are_taken_as_often_as_their_weight_says(sizes, weights, seed):
+def test_rows_are_repeated_according_to_the_weight_of_their_source(sizes, weights, seed):
     rows = [(source, number, 1) for source, size in enumerate(sizes) for number in range(size)]
     shares = [SourceShare(weight) for weight in weights[: len(sizes)]]
     laid = assign_splits(facts(rows, [None] * len(sizes), shares), Layout(seed=seed))
@@ -113,7 +113,7 @@ def test_sources_are_taken_as_often_as_their_weight_says(sizes, weights, seed):
     unit=st.sampled_from(["rows", "tokens"]),
     seed=st.integers(0, 99),
 )
-def test_of_a_source_is_taken_what_is_asked_for(tokens, amount, unit, seed):
+def test_source_contributes_the_requested_rows_or_tokens(tokens, amount, unit, seed):
     sizes = np.array([one for each in tokens for one in each])
     rows = [(source, number, 1) for source, each in enumerate(tokens) for number in range(len(each))]
     shares = [SourceShare(amount, unit)] + [WHOLE] * (len(tokens) - 1)
@@ -129,7 +129,7 @@ def test_of_a_source_is_taken_what_is_asked_for(tokens, amount, unit, seed):
         assert amount - max(tokens[0]) < taken <= amount
 
 
-def test_splits_of_the_data_stay_and_what_is_tested_is_not_trained():
+def test_existing_splits_are_kept_and_dedup_removes_leakage():
     given_rows = [(0, 1, 1), (0, 2, 1), (1, 2, 1), (1, 3, 1)]
     kept = assign_splits(facts(given_rows, ["train", "test"], [SourceShare(), SourceShare()]), Layout())
     assert {name: found.tolist() for name, found in kept.splits.items()} == {"train": [0, 1], "test": [2, 3]}
@@ -137,8 +137,8 @@ def test_splits_of_the_data_stay_and_what_is_tested_is_not_trained():
     assert {name: found.tolist() for name, found in apart.splits.items()} == {"train": [0], "test": [2, 3]}
 
 
-def test_chance_is_the_same_everywhere():
-    """SplitMix64's own first numbers, and the shuffle of ten rows by seed 42: neither may ever change."""
+def test_seeded_order_is_the_same_everywhere():
+    """The first outputs of SplitMix64 and the shuffle of ten rows by seed 42 must never change."""
     assert seeded_hash(np.arange(3, dtype=np.uint64), 0).tolist() == [
         16294208416658607535, 7960286522194355700, 487617019471545679
     ]  # fmt: skip
@@ -146,7 +146,7 @@ def test_chance_is_the_same_everywhere():
     assert laid.splits["train"].tolist() == [3, 5, 6, 0, 9, 2, 4, 1, 8, 7]
 
 
-def test_rows_are_chosen_in_a_build(tokenizer_dir, tmp_path):
+def test_build_applies_filters_limits_and_samples(tokenizer_dir, tmp_path):
     tiny = tokenizer_dir("tiny_bpe")
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, *ROWS[:5]]) + "{\n")
@@ -172,19 +172,19 @@ def test_rows_are_chosen_in_a_build(tokenizer_dir, tmp_path):
     "options",
     [{"where": "lang =="}, {"limit": 0}, {"sample": -1}, {"sample": 1.5}, {"test_size": 0}],
 )
-def test_what_cannot_be_chosen_is_refused(tokenizer_dir, options):
+def test_invalid_selection_options_are_refused(tokenizer_dir, options):
     with pytest.raises(UsageError, match=next(iter(options))):
         build_sft_dataset(ROWS, tokenizer_dir("tiny_bpe"), **options)
 
 
 @pytest.mark.parametrize("weight", [-1, "2", float("inf"), True])
-def test_weights_are_numbers(tokenizer_dir, tmp_path, weight):
+def test_weights_must_be_nonnegative_numbers(tokenizer_dir, tmp_path, weight):
     (tmp_path / "d.jsonl").write_text('{"text": "t"}\n')
     with pytest.raises(UsageError, match="weight"):
         build_sft_dataset([{"path": str(tmp_path / "d.jsonl"), "weight": weight}], tokenizer_dir("tiny_bpe"))
 
 
-def test_what_is_taken_of_each_source_is_in_the_report(tokenizer_dir, tmp_path):
+def test_report_contains_the_share_of_each_source(tokenizer_dir, tmp_path):
     data = []
     for name, unit, amount in (("a", "rows", 50), ("b", "tokens", 400), ("c", "weight", 0.5)):
         path = tmp_path / f"{name}.jsonl"
@@ -200,14 +200,14 @@ def test_what_is_taken_of_each_source_is_in_the_report(tokenizer_dir, tmp_path):
         build_sft_dataset([{**data[0], "weight": 2}], tokenizer_dir("tiny_bpe"))
 
 
-def test_what_has_no_weight_is_in_no_split():
+def test_sources_of_weight_zero_are_in_no_split():
     given_rows = [(0, n, 1) for n in range(5)] + [(1, n, 1) for n in range(5, 10)]
     laid = assign_splits(facts(given_rows, [None, None], [SourceShare(0), SourceShare()]), Layout(test_size=2))
     assert sorted(np.concatenate(list(laid.splits.values())).tolist()) == [5, 6, 7, 8, 9]
     assert laid.left_out["weight 0"] == 5
 
 
-def test_a_build_without_rows_is_no_build(tokenizer_dir):
+def test_build_without_rows_is_refused(tokenizer_dir):
     for options, says in (
         ({"where": "lang == 'fr'"}, "filters out all 30 rows"),
         ({"test_size": 3}, "every group of identical rows is larger"),
@@ -225,13 +225,13 @@ def lines(path, rows):
 
 @pytest.fixture
 def many(tmp_path):
-    """A folder of ten files with one row each."""
+    """Return a folder of ten files with one row each."""
     for number in range(10):
         lines(tmp_path / "many" / f"{number}.jsonl", [{"question": f"q{number}", "answer": "a", "n": number}])
     return str(tmp_path / "many")
 
 
-def test_shares_and_limits_are_those_of_a_place_however_many_files_it_has(tokenizer_dir, tmp_path, many):
+def test_shares_and_limits_apply_to_a_source_with_many_files(tokenizer_dir, tmp_path, many):
     tiny, other = tokenizer_dir("tiny_bpe"), lines(tmp_path / "o.jsonl", ROWS)
     for amount, expected in (({"weight": 0.5}, 5), ({"weight": 1.5}, 15), ({"rows": 3}, 3)):
         built = build_sft_dataset([{"path": many, **amount}, other], tiny)
@@ -243,7 +243,7 @@ def test_shares_and_limits_are_those_of_a_place_however_many_files_it_has(tokeni
         assert limited.report.total("filtered") == 3
 
 
-def test_where_passes_over_rows_without_the_column(tokenizer_dir):
+def test_where_filters_out_rows_without_the_column(tokenizer_dir):
     rows = [{**row, "score": n} if n % 2 else row for n, row in enumerate(ROWS)]
     tiny = tokenizer_dir("tiny_bpe")
     assert build_sft_dataset(rows, tiny, where="score > 3").report.total("built") == 13
@@ -259,7 +259,7 @@ def test_where_passes_over_rows_without_the_column(tokenizer_dir):
     )
 
 
-def test_rows_that_are_asked_the_same_are_on_one_side(tokenizer_dir):
+def test_rows_with_equal_tokens_are_in_one_split(tokenizer_dir):
     def talk(n, train):
         said = [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "x", "train": train}]
         return {"messages": [*said, {"role": "user", "content": "z"}, {"role": "assistant", "content": "y"}]}
@@ -270,7 +270,7 @@ def test_rows_that_are_asked_the_same_are_on_one_side(tokenizer_dir):
     assert len(build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), dedup=True, turns="joint")["train"]) == 40
 
 
-def test_rows_of_both_splits_are_named(tokenizer_dir):
+def test_leakage_between_existing_splits_is_noted(tokenizer_dir):
     made = datasets.DatasetDict(
         {"train": datasets.Dataset.from_list(ROWS[:6]), "test": datasets.Dataset.from_list(ROWS[3:8])}
     )
@@ -283,7 +283,7 @@ def test_rows_of_both_splits_are_named(tokenizer_dir):
 
 
 @pytest.mark.parametrize(("size", "expected"), [(0.07, 7), (0.1, 10), (0.001, 1), (13, 13)])
-def test_shares_are_counted_exactly(size, expected):
+def test_fractions_of_rows_are_exact(size, expected):
     laid = assign_splits(facts([(0, n, 1) for n in range(100)]), Layout(test_size=size))
     assert len(laid.splits["test"]) == expected
     assert len(assign_splits(facts([(0, n, 1) for n in range(100)]), Layout(sample=size)).splits["train"]) == expected
@@ -294,8 +294,8 @@ def poem(number, words=60):
     return [f"w{one}" for one in rng.integers(0, 4000, words)]
 
 
-def test_rows_that_say_almost_the_same_are_left_out_or_stay_together(tokenizer_dir):
-    """60 words, of which one is another: 5 of 56 and of 61 runs of five words differ, a similarity of 0.84."""
+def test_near_duplicates_are_removed_or_stay_in_one_split(tokenizer_dir):
+    """One of 60 words differs: 5 of 56 five-word shingles differ, of 61 in total, which is a similarity of 0.84."""
     system = {"role": "system", "content": "s " * 300}
 
     def row(words):
@@ -321,14 +321,14 @@ def test_rows_that_say_almost_the_same_are_left_out_or_stay_together(tokenizer_d
 
 
 @given(st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=8), min_size=1, max_size=12))
-def test_groups_are_those_of_all_pairs(rows):
-    """The bands find, for rows that are much alike or not at all, what comparing each with each would."""
+def test_similarity_groups_equal_those_of_all_pairs(rows):
+    """For rows that are either identical or unrelated, the bands find the same groups as comparing all pairs."""
     minhashes = np.repeat(np.array([one[0] for one in rows], np.uint32)[:, None], near_duplicates.PERMUTATIONS, axis=1)
     labels = near_duplicates.similarity_groups(minhashes, 0.8)
     assert [[a == b for b in labels] for a in labels] == [[one[0] == two[0] for two in rows] for one in rows]
 
 
-def test_near_goes_with_something_and_needs_its_library(tokenizer_dir, monkeypatch):
+def test_near_duplicate_threshold_needs_dedup_or_test_size_and_rensa(tokenizer_dir, monkeypatch):
     tiny = tokenizer_dir("tiny_bpe")
     with pytest.raises(UsageError, match="no effect without dedup or test_size"):
         build_sft_dataset(ROWS, tiny, near_duplicate_threshold=0.8)
@@ -337,7 +337,7 @@ def test_near_goes_with_something_and_needs_its_library(tokenizer_dir, monkeypat
         build_sft_dataset(ROWS, tiny, near_duplicate_threshold=0.8, dedup=True)
 
 
-def test_a_limit_takes_of_each_split_and_makes_none_of_another(tokenizer_dir, tmp_path):
+def test_limit_applies_to_each_split(tokenizer_dir, tmp_path):
     for name in ("train", "test"):
         lines(tmp_path / "fold" / f"{name}.jsonl", ROWS[:10])
     built = build_sft_dataset(str(tmp_path / "fold"), tokenizer_dir("tiny_bpe"), limit=3)
@@ -353,7 +353,7 @@ def test_a_limit_takes_of_each_split_and_makes_none_of_another(tokenizer_dir, tm
 
 
 @pytest.mark.parametrize("where", ["lng != 'en'", "not lng", "lng | length < 5", "lang not in lng", "dict", "range"])
-def test_what_asks_for_a_column_that_is_not_there_is_false(tokenizer_dir, where):
+def test_where_is_false_for_missing_columns(tokenizer_dir, where):
     with pytest.raises(InputRefused, match="filters out all 30 rows"):
         build_sft_dataset(ROWS, tokenizer_dir("tiny_bpe"), where=where)
     rows = [{**row, "row": n} for n, row in enumerate(ROWS)]
@@ -378,12 +378,12 @@ def talk(question, answer="a", system=None, **more):
         (talk("q " * 50, tools=({"name": "a"},)), talk("q " * 50, tools=({"name": "b"},))),
     ],
 )  # fmt: skip
-def test_rows_that_differ_in_what_matters_are_not_near(one, other):
+def test_rows_with_different_meaning_are_not_near_duplicates(one, other):
     minhashes = near_duplicates.minhash_signatures([one, other, one])
     assert near_duplicates.first_similar(minhashes, 0.9).tolist() == [0, 1, 0]
 
 
-def test_what_is_left_out_stands_for_nobody():
+def test_removed_row_does_not_remove_rows_similar_to_it():
     words = [f"w{n}" for n in range(2400)]
     windows = [talk(" ".join(words[20 * n : 20 * n + 400])) for n in range(100)]
     minhashes = near_duplicates.minhash_signatures(windows)
@@ -393,7 +393,7 @@ def test_what_is_left_out_stands_for_nobody():
     assert all((minhashes[a, :128] == minhashes[b, :128]).mean() < 0.8 for a, b in itertools.pairwise(stay))
 
 
-def test_labels_are_united_where_rows_are_equal():
+def test_groups_of_equal_rows_are_merged():
     labels, equal = np.array([0, 1, 1, 3, 4]), np.array(["a", "b", "c", "c", "d"])
     united = near_duplicates.merge_labels(labels, equal)
     assert [[x == y for y in united] for x in united] == [[x == y for y in (0, 1, 1, 1, 4)] for x in (0, 1, 1, 1, 4)]

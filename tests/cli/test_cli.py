@@ -35,20 +35,20 @@ def ftdata(*arguments, **environment):
         "import ftdata.train",
     ],
 )
-def test_imports_are_light(statement):
+def test_imports_load_no_heavy_libraries(statement):
     code = f"{statement}\nimport sys\nprint([name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_bare_import_needs_nothing_at_all():
+def test_bare_import_loads_no_dependencies():
     code = "import ftdata, sys; print([n for n in ('numpy', 'pyarrow', 'tokenizers', 'jinja2', 'typer', 'rich') if n in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
 
 
-def test_preview_with_a_tokenizer_stays_light(tokenizer_dir):
+def test_preview_with_a_tokenizer_loads_no_heavy_libraries(tokenizer_dir):
     code = (
         f"import sys; from ftdata import preview; preview({str(EXAMPLES / 'faq.json')!r}, {tokenizer_dir('tiny_bpe')!r});"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
@@ -58,7 +58,7 @@ def test_preview_with_a_tokenizer_stays_light(tokenizer_dir):
     )
 
 
-def test_a_build_stays_light(tokenizer_dir, tmp_path):
+def test_build_loads_no_heavy_libraries(tokenizer_dir, tmp_path):
     code = (
         f"import sys; from ftdata.build.dataset import write_build; write_build({str(EXAMPLES / 'faq.json')!r}, {tokenizer_dir('tiny_bpe')!r}, {str(tmp_path / 'o')!r}, test_size=3);"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
@@ -67,7 +67,7 @@ def test_a_build_stays_light(tokenizer_dir, tmp_path):
     assert done.stdout.strip() == "[]"
 
 
-def test_the_public_names_are_what_is_exported():
+def test_public_names_equal_the_exported_names():
     import ftdata as package
 
     assert package.__all__ == sorted(package.__all__)
@@ -116,7 +116,7 @@ def test_preview_with_a_tokenizer(tokenizer_dir):
     assert "".join(segment["text"] for segment in example if segment["trained"]).startswith("Yes, on Saturday")
 
 
-def test_preview_colours_where_there_are_colours(tokenizer_dir):
+def test_preview_uses_colors_on_color_terminals(tokenizer_dir):
     from io import StringIO
 
     from rich.console import Console
@@ -131,7 +131,7 @@ def test_preview_colours_where_there_are_colours(tokenizer_dir):
     assert "⟦" not in out.getvalue()
 
 
-def test_preview_shows_bad_rows_with_their_reason(tmp_path):
+def test_preview_shows_invalid_rows_with_their_reason(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text('{"question": "q", "answer": ""}\n{broken\n{"question": "q", "answer": "\\u001b[31mred"}\n')
     done = ftdata("preview", path)
@@ -166,7 +166,7 @@ def test_build_then_audit(tokenizer_dir, tmp_path):
     assert "0 findings" in clean.stdout
 
 
-def test_audit_finds_what_is_wrong(tokenizer_dir, tmp_path):
+def test_audit_reports_findings_with_their_lines(tokenizer_dir, tmp_path):
     path = tmp_path / "d.jsonl"
     rows = [
         {"question": "q", "answer": "a"},
@@ -237,7 +237,7 @@ def test_exit_codes(arguments, code, says, tmp_path, tokenizer_dir):
     assert says in done.stderr
 
 
-def test_a_closed_pipe_is_no_error(tokenizer_dir):
+def test_closed_pipe_is_not_an_error(tokenizer_dir):
     command = (
         f"{sys.executable} -m ftdata preview {EXAMPLES / 'faq.json'} -t {tokenizer_dir('tiny_bpe')} -n 72 | head -1"
     )
@@ -245,7 +245,7 @@ def test_a_closed_pipe_is_no_error(tokenizer_dir):
     assert done.stderr == ""
 
 
-def test_data_comes_from_anywhere(tokenizer_dir, tmp_path):
+def test_data_from_encodings_archives_and_standard_input(tokenizer_dir, tmp_path):
     text = '{"question": "caf\xe9?", "answer": "oui"}\n' * 3
     (tmp_path / "latin.jsonl").write_bytes(text.encode("cp1252"))
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(text.encode()))
@@ -274,7 +274,7 @@ def test_data_comes_from_anywhere(tokenizer_dir, tmp_path):
     assert ftdata("preview", tmp_path / "latin.jsonl", "--encoding", "cp12525").returncode == 2
 
 
-def test_names_in_data_do_not_drive_the_terminal(tmp_path, tokenizer_dir):
+def test_column_names_cannot_control_the_terminal(tmp_path, tokenizer_dir):
     row = {"question": "q", "answer": "a", "k\x1b[31m\u202e": 1}
     (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
     done = ftdata("build", tmp_path / "d.jsonl", "-t", tokenizer_dir("tiny_bpe"), "-o", tmp_path / "out")
@@ -286,7 +286,7 @@ def test_names_in_data_do_not_drive_the_terminal(tmp_path, tokenizer_dir):
 
 @pytest.mark.parametrize("command", ["preview", "audit", "stats", "build", "diff"])
 def test_template_variables_on_the_command_line(command, tokenizer_dir, tmp_path):
-    """Every command that renders takes them, and shows what they change."""
+    """Every command that renders rows accepts template variables and shows their effect."""
     data, template = tmp_path / "d.jsonl", tmp_path / "t.jinja"
     data.write_text('{"question": "q", "answer": "a"}\n')
     template.write_text(
@@ -322,7 +322,7 @@ def test_template_variables_on_the_command_line(command, tokenizer_dir, tmp_path
         (("--split", "train[999999999999999999999999:]"), "valid split expression"),
     ],
 )
-def test_values_without_bounds_are_refused_in_one_line(tmp_path, tokenizer_dir, options, says):
+def test_oversized_option_values_are_refused_in_one_line(tmp_path, tokenizer_dir, options, says):
     data = tmp_path / "data.jsonl"
     data.write_text('{"question": "q", "answer": "a"}\n')
     done = ftdata("build", data, "-t", tokenizer_dir("tiny_bpe"), "-o", tmp_path / "out", *options)
@@ -331,7 +331,7 @@ def test_values_without_bounds_are_refused_in_one_line(tmp_path, tokenizer_dir, 
     assert "secret-word" not in done.stderr
 
 
-def test_closed_standard_streams_are_no_fault(tmp_path, tokenizer_dir):
+def test_closed_standard_streams_are_not_internal_errors(tmp_path, tokenizer_dir):
     (tmp_path / "data.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     command = f"{sys.executable} -m ftdata {{}} -t {tokenizer_dir('tiny_bpe')} {{}}"
     for asked, redirected, code in (("preview data.jsonl", ">&-", 0), ("build -", "-o out <&-", 3)):
@@ -342,7 +342,7 @@ def test_closed_standard_streams_are_no_fault(tmp_path, tokenizer_dir):
         assert "internal" not in done.stderr
 
 
-def test_a_pipe_or_device_that_is_named_as_output_is_written_to_and_not_replaced(tmp_path, tokenizer_dir):
+def test_output_to_a_named_pipe_is_written_and_not_replaced(tmp_path, tokenizer_dir):
     pipe = tmp_path / "page.html"
     os.mkfifo(pipe)
     (tmp_path / "data.jsonl").write_text('{"question": "q", "answer": "a"}\n')
@@ -354,7 +354,7 @@ def test_a_pipe_or_device_that_is_named_as_output_is_written_to_and_not_replaced
     assert pipe.is_fifo()
 
 
-def test_an_output_folder_is_named_and_holds_no_source(tmp_path, tokenizer_dir):
+def test_output_folder_must_be_named_and_contain_no_source(tmp_path, tokenizer_dir):
     data = tmp_path / "data"
     data.mkdir()
     (data / "a.jsonl").write_text('{"question": "q", "answer": "a"}\n')

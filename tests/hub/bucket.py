@@ -1,4 +1,4 @@
-"""An object store on localhost: moto's S3, with faults on the way to it."""
+"""An object store on localhost: the S3 of moto, with injected faults."""
 
 import os
 import re
@@ -17,7 +17,7 @@ NAMES = {
 
 
 class Bucket:
-    """What was asked of the store, and the faults that are still to come: (pattern of method and path, what happens).
+    """An S3 application that records its requests and injects faults: (pattern of method and path, fault).
 
     A fault is a status such as 503, or `"cut"`: half of the body.
     """
@@ -45,7 +45,7 @@ class Bucket:
 
 @contextmanager
 def serving():
-    """Yield a store with one bucket, `data`, of which the environment tells s3fs."""
+    """Yield a store with one bucket, `data`; environment variables point s3fs to it."""
     import boto3
     import fsspec
     import moto.backends

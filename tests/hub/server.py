@@ -1,4 +1,4 @@
-"""A hub on localhost: enough of its protocol to read, stream, create and push, with switches for what can go wrong."""
+"""A hub on localhost: the protocol for reading, streaming, creating and pushing, with injected faults."""
 
 import base64
 import hashlib
@@ -12,12 +12,12 @@ from urllib.parse import unquote, urlparse
 
 
 class Hub:
-    """Repositories as (kind, name) -> path -> bytes, and faults that are still to come.
+    """Repositories as (kind, name) -> path -> bytes, recorded requests, and faults to inject.
 
-    `files` are those of a plain web server: `/files/NAME` in any part, `/whole/NAME` from the beginning only, and says
-    so, `/plain/NAME` does not say so, and has another tag each time.
-    `faults` is a list of (pattern of the path, what happens): a status such as 503, `"cut"`: half of the body,
-    `"etag"`: another tag than before, `"other"`: another content from now on, or `None`: nothing yet.
+    `files` are served by a plain web server: `/files/NAME` supports ranges, `/whole/NAME` declares that it does not, and
+    `/plain/NAME` declares nothing and has a new ETag each time.
+    `faults` is a list of (pattern of the path, fault). A fault is a status such as 503, `"cut"` (half of the body),
+    `"etag"` (a changed ETag), `"other"` (changed content from now on), or `None` (no fault for this request).
     """
 
     def __init__(self):
@@ -194,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """A server to which it is nothing that who asks goes away."""
+    """A server that ignores clients that disconnect."""
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], ConnectionError):

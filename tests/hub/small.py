@@ -1,4 +1,4 @@
-"""What the examples and the docs name on the hub, small: models of the right class, data of the right shape."""
+"""Tiny versions of the hub models and data sets that the examples and the docs use."""
 
 import gzip
 import json
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from conftest import tiny_model
 from hub.server import serving
-from makers import tiny_bpe
+from tokenizer_makers import tiny_bpe
 
 LLAMA_2 = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
@@ -45,7 +45,7 @@ def chat(n):
 
 @contextmanager
 def small_hub(folder):
-    """Serve every model and data set that they name; yield the environment in which it is found."""
+    """Serve these models and data sets; yield the environment variables that point to the server."""
     with serving() as (server, address):
         for name, (kind, template, tokens) in MODELS.items():
             model = tiny_model(tiny_bpe(folder / "models" / kind, template, **tokens), kind)

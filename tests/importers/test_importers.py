@@ -1,4 +1,4 @@
-"""Configurations of other tools: what they say is carried over, noted or refused, and texts come out as they would there."""
+"""Importers: settings of other tools are imported, noted or refused, and the rendered text is the same."""
 
 import json
 
@@ -47,7 +47,7 @@ def factory(folder, **changes):
     return path
 
 
-def test_adapters_and_quantizations_are_carried_over(tmp_path):
+def test_adapters_and_quantization_are_imported(tmp_path):
     config = import_config(
         axolotl(tmp_path, adapter="lora", load_in_4bit=False, load_in_8bit=True, peft_use_dora=True)
     ).config
@@ -60,7 +60,7 @@ def test_adapters_and_quantizations_are_carried_over(tmp_path):
     assert import_config(factory(tmp_path, quantization_type="fp4")).config.quantization == "fp4"
 
 
-def test_axolotl_is_carried_over(tmp_path):
+def test_axolotl_configuration_is_imported(tmp_path):
     found = import_config(axolotl(tmp_path))
     config = found.config
     assert found.tool == "Axolotl"
@@ -85,7 +85,7 @@ def test_axolotl_is_carried_over(tmp_path):
     assert load_config(path) == config
 
 
-def test_what_axolotl_takes_for_granted_is_written_out(tmp_path):
+def test_axolotl_defaults_are_written_explicitly(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("base_model: m\ndatasets: [{path: me/data, type: alpaca}]\nlearning_rate: 1e-4\n")
     config = import_config(path).config
@@ -99,7 +99,7 @@ def test_what_axolotl_takes_for_granted_is_written_out(tmp_path):
 
 
 def texts(config, rows):
-    """Return what rows become under an imported configuration: text with what is trained of it in brackets."""
+    """Return the rendered rows of an imported configuration, with the trained text in brackets."""
     options = {name: getattr(config, name) for name in ("template", "schema", "columns", "train_on")}
     lines = str(preview(rows, **options, n=len(rows))).split("── row ")[1:]
     return ["\n".join(one.strip().split("\n")[1:-1]).replace("↵", "") for one in lines]
@@ -137,8 +137,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_texts_are_those_of_axolotl(case, tmp_path):
-    """As axolotl 0.19.0 prints them."""
+def test_rendered_text_equals_that_of_axolotl(case, tmp_path):
+    """The expected text is that of axolotl 0.19.0."""
     kind, rows, expected = CASES[case]
     config = import_config(axolotl(tmp_path, datasets=[{"path": "d.jsonl", "type": kind}])).config
     assert texts(config, rows) == expected
@@ -177,7 +177,7 @@ def test_texts_are_those_of_axolotl(case, tmp_path):
         ({"datasets": [{"path": "a", "type": {"format": "{"}}]}, "a value is not valid in Axolotl"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_said_is_refused_with_its_key(changes, says, tmp_path):
+def test_unsupported_axolotl_settings_are_refused_with_their_key(changes, says, tmp_path):
     with pytest.raises(UsageError, match=says) as error:
         import_config(axolotl(tmp_path, **changes))
     assert error.value.code == "cannot_import"
@@ -201,13 +201,13 @@ def test_what_cannot_be_said_is_refused_with_its_key(changes, says, tmp_path):
         ({"datasets": [{"path": "a", "type": "completion"}]}, "Axolotl splits long texts"),
     ],
 )  # fmt: skip
-def test_what_is_not_the_same_is_noted(changes, says, tmp_path):
+def test_differences_from_axolotl_are_noted(changes, says, tmp_path):
     found = import_config(axolotl(tmp_path, **changes))
     assert any(says in note for note in found.notes), found.notes
     assert f"# - {found.notes[0]}\n" in str(found)
 
 
-def test_one_of_several_data_sets_is_taken(tmp_path):
+def test_one_of_several_data_sets_can_be_selected(tmp_path):
     several = [{"path": "a", "type": "alpaca"}, {"path": "b", "type": "chat_template", "field_messages": "talk"}]
     path = axolotl(tmp_path, datasets=several)
     assert import_config(path, ["b"]).config.columns == {"messages": "talk"}
@@ -216,7 +216,7 @@ def test_one_of_several_data_sets_is_taken(tmp_path):
         import_config(path, ["c"])
 
 
-def test_slices_and_all_layers_are_taken_whatever_the_order(tmp_path):
+def test_split_slices_and_all_linear_layers_are_imported(tmp_path):
     given = {
         "datasets": [{"path": "d.jsonl", "type": "alpaca", "split": "train[:5]"}],
         "lora_target_modules": ["q_proj"],
@@ -227,13 +227,13 @@ def test_slices_and_all_layers_are_taken_whatever_the_order(tmp_path):
     assert (config.lora.target_modules, config.train["warmup_steps"]) == ("all-linear", 7)
 
 
-def test_files_of_a_folder_are_places_of_their_own(tmp_path):
+def test_files_of_a_folder_become_separate_sources(tmp_path):
     files = [str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")]
     given = [{"path": str(tmp_path), "data_files": files, "type": "chat_template"}]
     assert import_config(axolotl(tmp_path, datasets=given)).config.data == [{"path": file} for file in files]
 
 
-def test_llamafactory_is_carried_over(tmp_path):
+def test_llamafactory_configuration_is_imported(tmp_path):
     found = import_config(factory(tmp_path))
     config = found.config
     assert found.tool == "LLaMA-Factory"
@@ -263,7 +263,7 @@ def test_llamafactory_is_carried_over(tmp_path):
     assert full.data == [{"path": "me/chats", "split": "train", "name": "en", "rows": 10}]
 
 
-def test_a_list_of_data_sets_alone_is_carried_over(tmp_path):
+def test_dataset_info_alone_is_imported(tmp_path):
     factory(tmp_path)
     path = tmp_path / "data" / "dataset_info.json"
     found = import_config(path, ["chats"], model="me/base")
@@ -291,7 +291,7 @@ def test_a_list_of_data_sets_alone_is_carried_over(tmp_path):
         ({"mix_strategy": "interleave_under"}, "mix_strategy"),
     ],
 )
-def test_what_cannot_be_said_of_llamafactory_is_refused(changes, says, tmp_path):
+def test_unsupported_llamafactory_settings_are_refused(changes, says, tmp_path):
     with pytest.raises(UsageError, match=says):
         import_config(factory(tmp_path, **changes))
 
@@ -310,13 +310,13 @@ USUAL = {
 }
 
 
-def test_the_usual_settings_of_a_run_are_carried():
+def test_common_training_settings_are_imported():
     assert set(USUAL["axolotl"].split()) <= set(AXOLOTL.same_name)
     assert set(USUAL["factory"].split()) <= set(FACTORY.same_name)
 
 
 @pytest.mark.parametrize("keys", [AXOLOTL, FACTORY], ids=["axolotl", "llamafactory"])
-def test_every_key_leads_to_a_field_that_is_there(keys):
+def test_every_key_maps_to_an_existing_field(keys):
     SFTConfig = pytest.importorskip("trl").SFTConfig  # noqa: N806
     targets = [rule for rule in keys.rules.values() if isinstance(rule, str)] + [
         f"train.{name}" for name in keys.same_name

@@ -1,8 +1,8 @@
-"""What tests of looking share."""
+"""Fixtures for the tests of inspection."""
 
 import pytest
 import xxhash
-from makers import CHATML, tiny_bpe
+from tokenizer_makers import CHATML, tiny_bpe
 
 
 @pytest.fixture(scope="session")

@@ -1,30 +1,30 @@
-"""Audit: what is reported, how, of what; the command."""
+"""Audit: findings, report formats, inputs and the command."""
 
 import json
 
 import pytest
-from audited import PLAIN, found, talk
-from chats import ANSWER, TALK, TOOLED, USER
-from makers import CHATML
+from audit_helpers import PLAIN, audit_rows, talk
+from chat_templates import ANSWER, TALK, TOOLED, USER
+from tokenizer_makers import CHATML
 
 from ftdata import audit, build_sft_dataset
 from ftdata.errors import UsageError
 
 
-def test_what_was_asked_for_alone_is_said_to_be_left_out(tokenizer):
-    report = found(tokenizer, [PLAIN], {})
+def test_skipped_checks_are_reported(tokenizer):
+    report = audit_rows(tokenizer, [PLAIN], {})
     assert not report
     assert report.skipped == {"pii": "--pii", "near_duplicate": "--near-duplicate-threshold"}
     assert "skipped checks: pii (--pii); near_duplicate (--near-duplicate-threshold)" in str(report)
 
 
-def test_rejected_rows_are_findings_by_their_codes(tokenizer):
-    report = found(tokenizer, [talk("q", ""), PLAIN, "no row"], {})
+def test_rejected_rows_are_findings_with_their_code(tokenizer):
+    report = audit_rows(tokenizer, [talk("q", ""), PLAIN, "no row"], {})
     assert {one.code: one.where for one in report.findings} == {
         "empty_answer": ["<memory>[0]"],
         "not_a_row": ["<memory>[2]"],
     }
-    assert not found(tokenizer, [talk("q", "")], {"ignore": ["empty_answer"]})
+    assert not audit_rows(tokenizer, [talk("q", "")], {"ignore": ["empty_answer"]})
 
 
 def test_sarif_names_rules_files_and_lines(tokenizer, tmp_path):
@@ -42,7 +42,7 @@ def test_sarif_names_rules_files_and_lines(tokenizer, tmp_path):
     assert f"equal to {path}:1" in result["message"]["text"]
 
 
-def test_names_of_files_drive_no_terminal(tokenizer, tmp_path):
+def test_file_names_are_escaped_in_reports(tokenizer, tmp_path):
     path = tmp_path / "we\x1b[31mird\n::error::f.jsonl"
     path.write_text(json.dumps(talk("q", "N/A")) + "\n")
     report = audit(path, tokenizer())
@@ -51,7 +51,7 @@ def test_names_of_files_drive_no_terminal(tokenizer, tmp_path):
         assert "\n::error" not in text
 
 
-def test_annotations_cannot_be_broken_out_of(tokenizer, tmp_path):
+def test_file_names_are_escaped_in_github_annotations(tokenizer, tmp_path):
     path = tmp_path / "a,b:c%.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in (PLAIN, talk("q", "N/A"))))
     lines = audit(path, tokenizer()).as_github().splitlines()
@@ -59,17 +59,17 @@ def test_annotations_cannot_be_broken_out_of(tokenizer, tmp_path):
     assert len(lines) == 1
 
 
-def test_the_worst_comes_first_and_decides(tokenizer):
-    report = found(tokenizer, [PLAIN, PLAIN, talk("q", ""), {"messages": [USER, {**ANSWER, "mood": "sunny"}]}], {})
+def test_findings_are_sorted_by_severity_and_the_worst_sets_the_exit_code(tokenizer):
+    report = audit_rows(tokenizer, [PLAIN, PLAIN, talk("q", ""), {"messages": [USER, {**ANSWER, "mood": "sunny"}]}], {})
     assert [one.severity for one in report.findings] == ["error", "warning", "note"]
     assert [report.fails(one) for one in ("note", "warning", "error", "never")] == [True, True, True, False]
-    quiet = found(tokenizer, [{"messages": [USER, {**ANSWER, "mood": "sunny"}]}], {})
+    quiet = audit_rows(tokenizer, [{"messages": [USER, {**ANSWER, "mood": "sunny"}]}], {})
     assert [quiet.fails(one) for one in ("note", "warning", "error", "never")] == [True, False, False, False]
     with pytest.raises(UsageError, match="did you mean 'error'"):
         quiet.fails("eror")
 
 
-def test_requests_that_nobody_can_mean(tokenizer, tmp_path):
+def test_invalid_options_are_refused(tokenizer, tmp_path):
     with pytest.raises(UsageError, match="no_tokenizer"):
         audit([PLAIN])
     with pytest.raises(UsageError, match="expected a similarity"):
@@ -79,16 +79,16 @@ def test_requests_that_nobody_can_mean(tokenizer, tmp_path):
         audit(tmp_path / "built", template="chatml")
 
 
-def test_a_rejected_row_is_an_error_whatever_else_has_its_code(tokenizer):
+def test_rejected_rows_are_errors_even_if_a_flag_has_the_same_code(tokenizer):
     loses = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + CHATML
     system = {"messages": [{"role": "system", "content": "lost"}, *TALK]}
     calls = {"messages": TOOLED}
-    report = found(tokenizer, [system, system, calls], {"template": loses, "on_dropped_message": "flag"})
+    report = audit_rows(tokenizer, [system, system, calls], {"template": loses, "on_dropped_message": "flag"})
     told = [(one.code, one.severity, one.count) for one in report.findings if one.code == "message_dropped"]
     assert told == [("message_dropped", "error", 1), ("message_dropped", "warning", 2)]
 
 
-def test_what_is_held_out(tokenizer, tmp_path):
+def test_leakage_is_reported_for_held_out_data_and_splits(tokenizer, tmp_path):
     data = [PLAIN, talk("another", "answer")]
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
@@ -107,16 +107,16 @@ def test_what_is_held_out(tokenizer, tmp_path):
     assert [one.code for one in audit(splits, given).findings] == ["leakage"]
 
 
-def test_scripts_are_those_of_what_is_said(tokenizer):
+def test_script_of_an_answer_is_compared_with_the_other_answers(tokenizer):
     answers = [f"東京都です、{number}" for number in range(300)]
-    assert not found(tokenizer, [talk(f"質問 {n}", one) for n, one in enumerate([*answers, "東京", "富士山"])], {})
-    (finding,) = found(
+    assert not audit_rows(tokenizer, [talk(f"質問 {n}", one) for n, one in enumerate([*answers, "東京", "富士山"])], {})
+    (finding,) = audit_rows(
         tokenizer, [talk(f"質問 {n}", one) for n, one in enumerate([*answers, "in English, all of it"])], {}
     ).findings
     assert (finding.code, finding.count) == ("script", 1)
 
 
-def test_findings_of_a_build_name_the_files_it_is_made_of(tokenizer, tmp_path):
+def test_findings_of_a_build_name_its_source_files(tokenizer, tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(PLAIN) + "\n")
     build_sft_dataset([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tokenizer(), output_dir=tmp_path / "built")
@@ -128,7 +128,7 @@ def test_findings_of_a_build_name_the_files_it_is_made_of(tokenizer, tmp_path):
     )
 
 
-def test_the_command(tokenizer, tmp_path):
+def test_audit_command(tokenizer, tmp_path):
     import subprocess
     import sys
 
@@ -153,10 +153,10 @@ def test_the_command(tokenizer, tmp_path):
     assert plain.startswith("note fields_dropped\n    1 × ")
 
 
-def test_results_of_tools_under_other_names_are_results(tokenizer):
+def test_tool_results_with_other_role_names_are_recognized(tokenizer):
     rows = [{"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
                                {"from": "observation", "value": "ok"}, {"from": "gpt", "value": "done"}]}]  # fmt: skip
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    assert "role_order" not in {one.code for one in found(tokenizer, rows, {"template": template}).findings}
+    assert "role_order" not in {one.code for one in audit_rows(tokenizer, rows, {"template": template}).findings}
     rows[0]["conversations"].pop(2)
-    assert "role_order" in {one.code for one in found(tokenizer, rows, {"template": template}).findings}
+    assert "role_order" in {one.code for one in audit_rows(tokenizer, rows, {"template": template}).findings}

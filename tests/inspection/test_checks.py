@@ -1,9 +1,9 @@
-"""Checks, one by one: rows that make each fire, and rows that nearly do."""
+"""Each check: rows that it reports, and similar rows that it does not report."""
 
 import pytest
-from audited import PLAIN, found, rows, talk
-from chats import ANSWER, HEAD, LATE_STOP, PROMPT, TALK, TURN, USER, template
-from makers import CHATML
+from audit_helpers import PLAIN, audit_rows, rows, talk
+from chat_templates import ANSWER, HEAD, LATE_STOP, PROMPT, TALK, TURN, USER, template
+from tokenizer_makers import CHATML
 
 from ftdata.inspection.checks import checks
 
@@ -141,21 +141,21 @@ CASES = {
 }
 
 
-def test_every_check_is_tried():
+def test_every_check_has_a_case():
     assert set(CASES) == set(checks)
 
 
 @pytest.mark.parametrize("code", CASES)
-def test_a_check_fires(tokenizer, code):
-    report = found(tokenizer, *CASES[code][0])
+def test_check_reports_a_finding(tokenizer, code):
+    report = audit_rows(tokenizer, *CASES[code][0])
     (finding,) = [one for one in report.findings if one.code == code]
     assert finding.severity == checks[code].severity
     assert finding.fix in str(report)
     assert code not in {
-        one.code for one in found(tokenizer, CASES[code][0][0], {**CASES[code][0][1], "ignore": [code]}).findings
+        one.code for one in audit_rows(tokenizer, CASES[code][0][0], {**CASES[code][0][1], "ignore": [code]}).findings
     }
 
 
 @pytest.mark.parametrize("code", CASES)
-def test_a_check_stays_silent(tokenizer, code):
-    assert code not in {one.code for one in found(tokenizer, *CASES[code][1]).findings}
+def test_check_reports_no_finding(tokenizer, code):
+    assert code not in {one.code for one in audit_rows(tokenizer, *CASES[code][1]).findings}

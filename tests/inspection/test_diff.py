@@ -1,4 +1,4 @@
-"""What differs between two ways of building the same rows is told, and nothing else."""
+"""Diff: reports exactly the differences between two builds of the same rows."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from makers import CHATML
+from tokenizer_makers import CHATML
 
 from ftdata import build_sft_dataset, diff
 from ftdata.errors import InputRefused, UsageError
@@ -36,7 +36,7 @@ def data(tmp_path):
     return str(path)
 
 
-def test_the_same_is_the_same(data, tokenizer_dir, tmp_path):
+def test_identical_sides_have_no_differences(data, tokenizer_dir, tmp_path):
     side = {"data": data, "tokenizer": tokenizer_dir("tiny_bpe")}
     found = diff(side, side)
     assert not found
@@ -48,7 +48,7 @@ def test_the_same_is_the_same(data, tokenizer_dir, tmp_path):
     assert not diff(side, tmp_path / "b")
 
 
-def test_other_labels_are_told_from_other_tokens(data, tokenizer_dir):
+def test_different_labels_and_different_tokens_are_distinguished(data, tokenizer_dir):
     side = {"data": data, "tokenizer": tokenizer_dir("tiny_bpe")}
     found = diff(side, {**side, "train_on": "last_assistant"})
     assert +Counter(found.rows) == {"same": 6, "labels differ": 1}
@@ -63,7 +63,7 @@ def test_other_labels_are_told_from_other_tokens(data, tokenizer_dir):
     assert text.index("⟦a1") < text.index("\n+ ")
 
 
-def test_templates_and_splits_of_turns(data, tokenizer_dir):
+def test_different_templates_and_split_turns_change_the_tokens(data, tokenizer_dir):
     side = {"data": data, "tokenizer": tokenizer_dir("tiny_bpe")}
     assert diff(side, {**side, "template": "zephyr"}).rows["tokens differ"] == 7
     found = diff(side, {**side, "turns": "split"})
@@ -71,7 +71,7 @@ def test_templates_and_splits_of_turns(data, tokenizer_dir):
     assert len(found.changed[0].b.examples) == 2
 
 
-def test_rows_that_one_side_rejects(data, tokenizer_dir):
+def test_rows_rejected_by_one_side_are_reported(data, tokenizer_dir):
     side = {"data": data, "tokenizer": tokenizer_dir("tiny_bpe")}
     found = diff(side, {**side, "max_length": 40})
     assert found.rows["only in A"] == 1
@@ -80,21 +80,21 @@ def test_rows_that_one_side_rejects(data, tokenizer_dir):
     assert "[overlong]" in str(found)
 
 
-def test_across_tokenizers_texts_are_compared(data, tokenizer_dir):
+def test_different_tokenizers_are_compared_by_text(data, tokenizer_dir):
     a = {"data": data, "tokenizer": tokenizer_dir("tiny_bpe"), "template": CHATML}
     assert not diff(a, {**a, "tokenizer": tokenizer_dir("qwen")})
     assert diff(a, {**a, "tokenizer": tokenizer_dir("qwen"), "train_on": "all"}).rows["labels differ"] == 7
 
 
-def test_data_that_was_moved_is_known_by_its_name(data, tokenizer_dir, tmp_path):
+def test_moved_data_is_matched_by_file_name(data, tokenizer_dir, tmp_path):
     build_sft_dataset(data, tokenizer_dir("tiny_bpe"), output_dir=tmp_path / "a")
     (tmp_path / "elsewhere").mkdir()
     moved = shutil.copy(data, tmp_path / "elsewhere" / "d.jsonl")
     assert not diff(tmp_path / "a", {"data": str(moved), "tokenizer": tokenizer_dir("tiny_bpe")})
 
 
-def test_the_same_rows_are_looked_at_on_both_sides(tokenizer_dir, tmp_path):
-    """However packs and sources are ordered, and wherever a row is rejected."""
+def test_rows_are_matched_across_packing_order_and_rejects(tokenizer_dir, tmp_path):
+    """The order of packs and sources and the position of rejected rows do not matter."""
     rows = [{"messages": talk(f"question {n}", "an answer " * (1 + n * 7 % 5))} for n in range(40)]
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -116,7 +116,7 @@ def test_the_same_rows_are_looked_at_on_both_sides(tokenizer_dir, tmp_path):
     assert all("[overlong]" in one.b.rejected for one in found.changed if one.kind == "only in A")
 
 
-def test_rows_that_neither_side_builds_are_counted(tokenizer_dir):
+def test_rows_rejected_by_both_sides_are_counted(tokenizer_dir):
     rows = [{"messages": talk("q", "")}, {"messages": talk("q", "a")}]
     side = {"data": rows, "tokenizer": tokenizer_dir("tiny_bpe")}
     found = diff(side, side)
@@ -126,7 +126,7 @@ def test_rows_that_neither_side_builds_are_counted(tokenizer_dir):
         diff({**side, "data": rows[:1]}, {**side, "data": rows[:1]})
 
 
-def test_repeated_and_moved_rows_have_kinds_of_their_own(data, tokenizer_dir, tmp_path):
+def test_repeated_rows_and_rows_in_another_split_are_reported(data, tokenizer_dir, tmp_path):
     tokenizer = tokenizer_dir("tiny_bpe")
     build_sft_dataset(data, tokenizer, output_dir=tmp_path / "a")
     build_sft_dataset([{"path": data, "weight": 2}], tokenizer, output_dir=tmp_path / "twice")
@@ -135,7 +135,7 @@ def test_repeated_and_moved_rows_have_kinds_of_their_own(data, tokenizer_dir, tm
     assert +Counter(diff(tmp_path / "a", tmp_path / "split").rows) == {"same": 5, "in another split": 2}
 
 
-def test_files_of_one_name_are_kept_apart(data, tokenizer_dir, tmp_path):
+def test_files_with_the_same_name_are_distinguished(data, tokenizer_dir, tmp_path):
     for name in ("x", "y"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "d.jsonl").write_text(json.dumps({"messages": talk(name, name)}) + "\n")
@@ -149,7 +149,7 @@ def test_files_of_one_name_are_kept_apart(data, tokenizer_dir, tmp_path):
     assert not diff({"data": data, "tokenizer": tokenizer}, {"data": str(other), "tokenizer": tokenizer})
 
 
-def test_examples_of_a_row_are_paired_whatever_pack_holds_them(tokenizer_dir, tmp_path):
+def test_examples_of_a_row_are_paired_across_packs(tokenizer_dir, tmp_path):
     rows = [
         {"messages": talk(*(f"{word}{n} " * (1 + 7 * turn) for turn in range(4) for word in "qa"))} for n in range(9)
     ]
@@ -172,7 +172,7 @@ def test_examples_of_a_row_are_paired_whatever_pack_holds_them(tokenizer_dir, tm
         assert all(len(edits) <= 2 for edits in one.edits)
 
 
-def test_files_of_equal_names_that_moved_together_are_paired_in_order(tokenizer_dir, tmp_path, monkeypatch):
+def test_moved_files_with_equal_names_are_paired_in_order(tokenizer_dir, tmp_path, monkeypatch):
     for place in "abcd":
         (tmp_path / place).mkdir()
         (tmp_path / place / "x.jsonl").write_text(
@@ -184,14 +184,14 @@ def test_files_of_equal_names_that_moved_together_are_paired_in_order(tokenizer_
     assert not diff(side("a", "b"), {**side(), "data": [str(tmp_path / name / "x.jsonl") for name in "ba"]})
 
 
-def test_a_file_that_is_there_twice_is_shown_twice(data, tokenizer_dir):
+def test_repeated_file_is_compared_as_often_as_it_is_listed(data, tokenizer_dir):
     side = {"data": data, "tokenizer": tokenizer_dir("tiny_bpe"), "limit": 2}
     found = diff({**side, "data": [data, data]}, side)
     assert +Counter(found.rows) == {"another number of times": 2}
     assert [(len(one.a.examples), len(one.b.examples)) for one in found.changed] == [(2, 1)] * 2
 
 
-def test_across_tokenizers_only_what_is_trained_is_outlined(data, tokenizer_dir):
+def test_edits_across_tokenizers_cover_only_the_trained_text(data, tokenizer_dir):
     a = {"data": data, "tokenizer": tokenizer_dir("tiny_bpe"), "template": CHATML}
     (changed, *_) = diff(a, {**a, "tokenizer": tokenizer_dir("qwen"), "train_on": "last_assistant"}).changed
     for view, places in (
@@ -214,12 +214,12 @@ def test_across_tokenizers_only_what_is_trained_is_outlined(data, tokenizer_dir)
         "reject_flags=x",
     ],
 )
-def test_values_that_no_option_has_are_one_line(data, tokenizer_dir, change):
+def test_invalid_option_values_give_a_one_line_error(data, tokenizer_dir, change):
     done = run(data, "-t", tokenizer_dir("tiny_bpe"), "--set", change)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
 
 
-def test_data_that_can_be_read_once_is_kept(tokenizer_dir):
+def test_iterators_are_read_once_and_compared(tokenizer_dir):
     rows = iter(ROWS)
     side = {"data": rows, "tokenizer": tokenizer_dir("tiny_bpe")}
     assert +Counter(diff(side, {**side, "train_on": "last_assistant"}).rows) == {"same": 6, "labels differ": 1}
@@ -233,7 +233,7 @@ def test_data_that_can_be_read_once_is_kept(tokenizer_dir):
         ({"data": []}, "no_tokenizer"),
     ],
 )
-def test_sides_that_are_none(data, tokenizer_dir, b, says):
+def test_invalid_sides_are_refused(data, tokenizer_dir, b, says):
     with pytest.raises(UsageError, match=says):
         diff({"data": data, "tokenizer": tokenizer_dir("tiny_bpe")}, b)
 
@@ -246,7 +246,7 @@ def run(*arguments):
     return done
 
 
-def test_the_command_compares_configurations_data_and_builds(data, tokenizer_dir, tmp_path):
+def test_diff_command_compares_configurations_data_and_builds(data, tokenizer_dir, tmp_path):
     tokenizer = tokenizer_dir("tiny_bpe")
     build_sft_dataset(data, tokenizer, output_dir=tmp_path / "a")
     config = tmp_path / "run.yaml"
@@ -269,7 +269,7 @@ def test_the_command_compares_configurations_data_and_builds(data, tokenizer_dir
 
 
 @pytest.mark.browser
-def test_the_page_shows_both_sides(data, tokenizer_dir, tmp_path, chromium):
+def test_html_page_shows_both_sides(data, tokenizer_dir, tmp_path, chromium):
     side = {"data": data, "tokenizer": tokenizer_dir("tiny_bpe")}
     found = diff(side, {**side, "train_on": "last_assistant"}, html=tmp_path / "page.html")
     page = chromium.new_page()
@@ -306,7 +306,7 @@ sides = st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=12)
 
 @settings(deadline=None)
 @given(left=sides, right=sides)
-def test_what_is_left_of_both_is_the_same(left, right):
+def test_unchanged_tokens_are_equal_on_both_sides(left, right):
     edits = find_edits(*(view([text for text, _ in one], [yes for _, yes in one]) for one in (left, right)))
     kept = []
     for side, places in ((left, [edit.in_a for edit in edits]), (right, [edit.in_b for edit in edits])):

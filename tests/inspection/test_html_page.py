@@ -1,4 +1,4 @@
-"""The page, in a real browser: what it shows is what is built, and nothing of a row's text becomes part of it."""
+"""The HTML page in a real browser: it shows exactly the built tokens, and the text of rows is always escaped."""
 
 import json
 import random
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from makers import CHATML, qwen, tiny_bpe
+from tokenizer_makers import CHATML, qwen, tiny_bpe
 
 from ftdata import build_sft_dataset, preview
 from ftdata.errors import UsageError
@@ -28,7 +28,7 @@ def talk(question, answer):
 
 @pytest.fixture(scope="module")
 def opened(chromium):
-    """Open a page as somebody would who got it in a mail: from a file, without a network."""
+    """Return a function that opens a page from a file, without a network."""
     contexts = []
 
     def open_page(path, **options):
@@ -58,7 +58,7 @@ SHOWN = """() => [...document.querySelectorAll('.ex')].map((box) => ({
 
 
 def press(button):
-    """Press a button: rows that are drawn as they come into view move it away from under a mouse."""
+    """Click a button by an event: rows that are drawn while scrolling would move it away from the mouse."""
     button.dispatch_event("click")
 
 
@@ -72,7 +72,7 @@ def everything(page):
 
 
 def documents(built):
-    """The documents of a build as `datasets` reads them: file and line, ids, labels."""
+    """Return the documents of a build as `datasets` reads them: file and line, ids, labels."""
     import pyarrow.parquet as pq
 
     found = []
@@ -112,7 +112,7 @@ def tokenizer(tmp_path_factory):
     return qwen(tmp_path_factory.mktemp("tokenizer") / "qwen")
 
 
-def test_a_build_is_shown_with_the_labels_that_it_holds(data, tokenizer, opened, tmp_path):
+def test_page_of_a_build_shows_its_tokens_and_labels(data, tokenizer, opened, tmp_path):
     build_sft_dataset(
         str(data),
         tokenizer,
@@ -136,7 +136,7 @@ def test_a_build_is_shown_with_the_labels_that_it_holds(data, tokenizer, opened,
     assert page.faults == []
 
 
-def test_data_is_shown_as_it_would_be_built(data, tokenizer, opened, tmp_path):
+def test_page_of_data_equals_its_build(data, tokenizer, opened, tmp_path):
     options = {"max_length": 200, "overlong": "truncate", "packing": "bfd"}
     build_sft_dataset(
         str(data), tokenizer, output_dir=tmp_path / "built", **options, on_bad_rows="quarantine", max_rejects=9
@@ -156,8 +156,8 @@ def test_data_is_shown_as_it_would_be_built(data, tokenizer, opened, tmp_path):
     assert page.locator(".pack").count() == len(datasets.load_from_disk(str(tmp_path / "built"))["train"])
 
 
-def test_texts_on_the_page_are_those_of_the_tokens(data, tokenizer, opened, tmp_path):
-    """Characters of several code units, and those of several tokens, stand where they belong."""
+def test_page_shows_the_text_of_each_token(data, tokenizer, opened, tmp_path):
+    """Also for characters of several code units and characters of several tokens."""
     shown = preview(str(data), tokenizer, n=40, html=tmp_path / "page.html")
     page = opened(tmp_path / "page.html")
     texts = page.evaluate(
@@ -169,7 +169,7 @@ def test_texts_on_the_page_are_those_of_the_tokens(data, tokenizer, opened, tmp_
 
 @pytest.fixture
 def simple(opened, tmp_path):
-    """A page of a few rows, and the tokenizer's folder."""
+    """Return a function that opens the page of some rows."""
     folder = tiny_bpe(tmp_path / "t", bos="<s>")
 
     def get(rows, **options):
@@ -179,7 +179,7 @@ def simple(opened, tmp_path):
     return get
 
 
-def test_hostile_rows_are_text(simple):
+def test_hostile_rows_are_escaped(simple):
     page = simple([talk(HOSTILE, HOSTILE), {"messages": HOSTILE}, talk("q", "")])
     assert not page.title().startswith("taken")
     assert page.locator("#list script, #list img, #list b").count() == 0
@@ -193,7 +193,7 @@ def test_hostile_rows_are_text(simple):
     assert [url for url in page.asked if not url.startswith("file:")] == []
 
 
-def test_nothing_but_its_own_script_may_run(simple):
+def test_content_security_policy_blocks_other_scripts(simple):
     page = simple([talk("q", "a")])
     page.evaluate(
         "document.body.append(Object.assign(document.createElement('script'), {textContent: 'document.title = 1'}))"
@@ -202,7 +202,7 @@ def test_nothing_but_its_own_script_may_run(simple):
     assert any("Content Security Policy" in fault for fault in page.faults)
 
 
-def test_hostile_names_of_files_are_text(tmp_path, opened):
+def test_hostile_file_names_are_escaped(tmp_path, opened):
     path = tmp_path / "a\"><script>document.title='taken'</script>.jsonl".replace("/", "∕")
     path.write_text(json.dumps(talk("q", "a")) + "\n{broken\n")
     preview(path, tiny_bpe(tmp_path / "t"), html=tmp_path / "page.html")
@@ -213,7 +213,7 @@ def test_hostile_names_of_files_are_text(tmp_path, opened):
     assert page.locator("#rejected td a").first.text_content() == f"{path}:2"
 
 
-def test_search_finds_and_marks(simple):
+def test_search_finds_and_highlights_matches(simple):
     page = simple(
         [talk("Where is the quick fox?", "the QUICK brown fox"), talk("quick", "slow"), talk("another", "thing")]
     )
@@ -248,7 +248,7 @@ def test_search_finds_and_marks(simple):
     assert page.faults == []
 
 
-def test_rows_are_filtered_and_ordered(simple):
+def test_rows_can_be_filtered_and_sorted(simple):
     rows = [talk("q", "a" * (40 - 10 * n)) for n in range(3)] + [talk("<|im_end|>", "a"), talk("q", "")]
     page = simple(rows)
     names = lambda: [re.match(r"row \d+", text).group() for text in page.locator(".row h3").all_text_contents()]
@@ -264,7 +264,7 @@ def test_rows_are_filtered_and_ordered(simple):
     assert "empty_answer" in page.text_content(".row")
 
 
-def test_a_token_tells_what_it_is(simple):
+def test_tooltip_describes_the_token(simple):
     page = simple([talk("where", "here")])
     stop = page.locator("#list .t.s")
     stop.hover()
@@ -280,7 +280,7 @@ def test_a_token_tells_what_it_is(simple):
     assert page.is_hidden("#tip")
 
 
-def test_all_of_it_works_by_keys(simple):
+def test_page_is_usable_with_the_keyboard(simple):
     page = simple([talk(f"question {n}", "an answer") for n in range(60)])
     for _ in range(2):
         page.keyboard.press("j")
@@ -308,7 +308,7 @@ def test_all_of_it_works_by_keys(simple):
     assert page.faults == []
 
 
-def test_search_folds_letters_where_they_stand(simple):
+def test_search_ignores_case(simple):
     page = simple([talk("Straße İstanbul HELLO", "Hello ΣΑΣ Привет"), talk("hello", "x")])
     for text, rows in (
         ("hello", 2),
@@ -327,14 +327,14 @@ def test_search_folds_letters_where_they_stand(simple):
     ("pattern", "rows"),
     [("/^and/", 1), ("/HELLO/", 0), ("/hello/i", 1), (r"/\-/", 1), ("/data/", 0), ("/(?=hello)/", 1)],
 )
-def test_patterns_have_flags_and_lines(simple, pattern, rows):
+def test_search_supports_regular_expressions(simple, pattern, rows):
     page = simple([talk("one line\nand another", "a - b"), talk("hello", "x")])
     page.fill("#q", pattern)
     page.keyboard.press("Enter")
     assert f"in {rows} of 2 rows" in page.inner_text("#status")
 
 
-def test_what_is_beside_a_row_is_searched_and_spelled_out(simple):
+def test_search_covers_rejects_and_notes(simple):
     page = simple(
         [
             talk("q", ""),
@@ -353,7 +353,7 @@ def test_what_is_beside_a_row_is_searched_and_spelled_out(simple):
     assert "U+202E" in page.text_content(".note.flag")
 
 
-def test_packs_of_a_build_lead_to_the_very_example(opened, tmp_path):
+def test_packs_of_a_build_link_to_their_examples(opened, tmp_path):
     long = {"messages": [part for n in range(4) for part in talk(f"q{n}", f"a{n} " * (1 + 9 * n))["messages"]]}
     rows = [long, talk("q", "a"), talk("r", "b " * 9)]
     build_sft_dataset(
@@ -372,7 +372,7 @@ def test_packs_of_a_build_lead_to_the_very_example(opened, tmp_path):
     assert "turns" in page.inner_text("#options")
 
 
-def test_nothing_else_is_written_over(tmp_path):
+def test_other_files_are_not_overwritten(tmp_path):
     (tmp_path / "data.json").write_text("[]")
     for _ in range(2):
         preview([talk("q", "a")], html=tmp_path / "page.html")
@@ -381,7 +381,7 @@ def test_nothing_else_is_written_over(tmp_path):
     assert (tmp_path / "data.json").read_text() == "[]"
 
 
-def test_a_document_in_a_pack_leads_to_its_row(simple):
+def test_documents_of_a_pack_link_to_their_rows(simple):
     page = simple([talk(f"question {n}", "an answer") for n in range(60)], packing="bfd", max_length=200)
     page.click("a[href='#packs']")
     part = page.locator(".doc.here").nth(40)
@@ -391,7 +391,7 @@ def test_a_document_in_a_pack_leads_to_its_row(simple):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everybody_can_use_it(simple, scheme, chromium, tmp_path):
+def test_page_has_no_accessibility_violations(simple, scheme, chromium, tmp_path):
     from axe_playwright_python.sync_playwright import Axe
 
     simple(
@@ -409,7 +409,7 @@ def test_everybody_can_use_it(simple, scheme, chromium, tmp_path):
     assert [(one["id"], one["nodes"][0]["html"]) for one in violations] == []
 
 
-def test_what_max_length_does_is_said(simple):
+def test_effect_of_max_length_is_shown(simple):
     rows = [talk("q", "short"), talk("q", "word " * 100), talk("q", "word " * 200)]
     page = simple(rows, max_length=60, overlong="truncate")
     said = page.inner_text("#lengths p")
@@ -420,8 +420,8 @@ def test_what_max_length_does_is_said(simple):
     assert "tokens cut" in page.locator(".row").nth(1).text_content()
 
 
-def test_a_long_page_is_whole(simple):
-    """100,000 tokens in one row, and in many."""
+def test_long_rows_and_many_rows_are_shown_completely(simple):
+    """More than 100,000 tokens in one row, and 300 short rows."""
     page = simple(
         [talk("q", "abcdefgh ijkl\n" * 9000)] + [talk(f"q{n}", "an answer of some words") for n in range(300)]
     )
@@ -435,7 +435,7 @@ def test_a_long_page_is_whole(simple):
     assert page.inner_text("#status").startswith("1 found in 1 of")
 
 
-def test_a_notebook_shows_rows_without_a_script(opened, tmp_path):
+def test_notebook_shows_rows_without_scripts(opened, tmp_path):
     shown = preview(
         [talk(HOSTILE, "an answer <b>bold</b>")], tiny_bpe(tmp_path / "t", template=CHATML), n=1
     )._repr_html_()
@@ -447,8 +447,8 @@ def test_a_notebook_shows_rows_without_a_script(opened, tmp_path):
     assert page.title() != "taken"
 
 
-def test_the_pictures_of_the_docs_can_be_made(tmp_path):
-    """`python docs/scripts/inspect_images.py` makes them anew."""
+def test_docs_images_can_be_regenerated(tmp_path):
+    """`python docs/scripts/inspect_images.py` writes exactly the images that the docs use."""
     root = Path(__file__).parents[2]
     subprocess.run(
         [sys.executable, root / "docs" / "scripts" / "inspect_images.py", tmp_path / "images"],

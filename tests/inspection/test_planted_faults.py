@@ -1,10 +1,10 @@
-"""Faults planted in a large data set by chance: all are found, and nothing else."""
+"""Faults planted at random positions of a large data set: the audit finds exactly these faults."""
 
 import json
 import random
 
 import pytest
-from makers import deepseek
+from tokenizer_makers import deepseek
 
 from ftdata import audit, build_sft_dataset
 from ftdata.tokenizing.load import load_tokenizer
@@ -67,7 +67,7 @@ def tokenised(tokenizer, text):
 
 
 def planted(chance, clean, tokenizer):
-    """Code -> rows that have this fault, each another than any clean one."""
+    """Return code -> rows with this fault; each row differs from every clean row."""
     fresh = lambda: conversation(chance, chance.randrange(10**9))["messages"]
     last = lambda text: {"messages": [*fresh()[:-1], {"role": "assistant", "content": text}]}
     bos, eos, end = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", prose(chance, 30)
@@ -137,7 +137,7 @@ OPTIONS = {"max_length": 1024, "overlong": "truncate", "near_duplicate_threshold
 
 
 @pytest.mark.timeout(600)
-def test_a_clean_data_set_has_no_findings(large):
+def test_clean_data_set_has_no_findings(large):
     folder, tokenizer, _ = large
     report = audit(folder / "clean.jsonl", tokenizer, against=folder / "held_out.jsonl", **OPTIONS)
     assert str(report).splitlines() == ["20,200 rows, 0 findings"]
@@ -145,7 +145,7 @@ def test_a_clean_data_set_has_no_findings(large):
 
 
 @pytest.mark.timeout(600)
-def test_all_faults_are_found_and_nothing_else(large):
+def test_exactly_the_planted_faults_are_found(large):
     folder, tokenizer, expected = large
     report = audit(folder / "faulty.jsonl", tokenizer, against=folder / "held_out.jsonl", **OPTIONS)
     assert {one.code: [place.source.line for place in one.locations] for one in report.findings} == expected
@@ -153,7 +153,7 @@ def test_all_faults_are_found_and_nothing_else(large):
 
 
 @pytest.mark.timeout(600)
-def test_a_build_of_them_has_the_findings_that_tokens_tell(large, tmp_path):
+def test_build_has_the_findings_that_depend_on_tokens(large, tmp_path):
     folder, tokenizer, expected = large
     data = [{"path": folder / "faulty.jsonl"}]
     build_sft_dataset(

@@ -1,4 +1,4 @@
-"""What is to be seen in a terminal: which rows, what of them, and how it is told apart."""
+"""Preview: row selection, content and formatting in terminals, notebooks and JSON."""
 
 import json
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chats import ANSWER, USER
+from chat_templates import ANSWER, USER
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import often
-from makers import CHATML
+from tokenizer_makers import CHATML
 
 from ftdata import build_sft_dataset, preview
 from ftdata.errors import InputRefused, UsageError
@@ -53,7 +53,7 @@ def numbers(shown):
     ],
 )
 @pytest.mark.parametrize("named", [False, True])
-def test_rows_are_picked(tokenizer_dir, wanted, rows, named):
+def test_rows_are_selected_by_number_id_and_text(tokenizer_dir, wanted, rows, named):
     shown = preview(ROWS, tokenizer_dir("tiny_bpe") if named else None, **wanted)
     assert numbers(shown) == rows
 
@@ -70,12 +70,12 @@ def test_rows_are_picked(tokenizer_dir, wanted, rows, named):
         ({"row": 3, "n": 1}, UsageError, "row and n cannot be combined"),
     ],
 )
-def test_rows_that_nobody_can_mean(wanted, error, says):
+def test_invalid_row_selections_are_refused(wanted, error, says):
     with pytest.raises(error, match=says):
         preview(ROWS, **wanted)
 
 
-def test_no_more_is_read_than_is_shown(tokenizer_dir):
+def test_reading_stops_after_the_last_shown_row(tokenizer_dir):
     read = []
 
     def rows():
@@ -88,7 +88,7 @@ def test_no_more_is_read_than_is_shown(tokenizer_dir):
     assert len(read) <= 8
 
 
-def test_odd_rows_say_why(tokenizer_dir):
+def test_outliers_have_reasons(tokenizer_dir):
     given_rows = [
         *[talk(f"question {n}", f"an answer of some words {n}") for n in range(50)],
         talk("short", "a"),
@@ -115,7 +115,7 @@ def test_odd_rows_say_why(tokenizer_dir):
     assert sum("longest" in one.why for one in more.rows) == 3
 
 
-def test_what_truncation_cuts_is_shown(tokenizer_dir):
+def test_truncated_text_is_shown(tokenizer_dir):
     shown = preview([talk("q", "word " * 50)], tokenizer_dir("tiny_bpe"), max_length=40, overlong="truncate")
     (view,) = shown.rows[0].examples
     assert view.cut > 0
@@ -128,7 +128,7 @@ def test_what_truncation_cuts_is_shown(tokenizer_dir):
     assert told["cut"] == [{"tokens": view.cut, "text": view.remainder}]
 
 
-def test_json_says_all_of_it(tokenizer_dir):
+def test_json_contains_all_segments(tokenizer_dir):
     told = preview(
         [{"messages": [{"role": "system", "content": "s"}, USER, ANSWER]}], tokenizer_dir("tiny_bpe")
     ).as_dict()
@@ -175,7 +175,7 @@ def test_views_show_every_token_and_every_character(tokenizer_dir, name, text):
         st.sampled_from(["年號", "👍🏽", "naïve", "a b", " ", "  x", "\n", "é", "the ", "ß"]), max_size=8
     ).map("".join)
 )
-def test_tokens_alone_are_spelled_as_their_text(tokenizer_dir, name, text):
+def test_token_texts_concatenate_to_the_decoded_text(tokenizer_dir, name, text):
     tokenizer = load_tokenizer(tokenizer_dir(name))
     ids = tokenizer.encode([text])[0].ids.tolist()
     texts = token_texts(tokenizer, ids)
@@ -184,7 +184,7 @@ def test_tokens_alone_are_spelled_as_their_text(tokenizer_dir, name, text):
     assert "".join(texts) in (tokenizer.decode(ids), text)
 
 
-def test_a_build_is_shown_as_it_is(tokenizer_dir, tmp_path):
+def test_preview_of_a_build_shows_its_tokens_and_labels(tokenizer_dir, tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     built = build_sft_dataset(
@@ -206,7 +206,7 @@ def test_a_build_is_shown_as_it_is(tokenizer_dir, tmp_path):
     assert any("longest" in one.why for one in preview(tmp_path / "built", odd=True).rows)
 
 
-def test_what_a_build_does_not_take(tokenizer_dir, tmp_path):
+def test_build_options_are_refused_for_a_build(tokenizer_dir, tmp_path):
     build_sft_dataset(ROWS, tokenizer_dir("tiny_bpe"), output_dir=tmp_path / "built")
     for options in (
         {"template": "chatml"},
@@ -232,7 +232,7 @@ def test_what_a_build_does_not_take(tokenizer_dir, tmp_path):
 
 
 def in_terminal(*arguments, columns=80, **environment):
-    """What a command prints to a terminal, as it came."""
+    """Return the raw output of a command in a terminal."""
     primary, secondary = pty.openpty()
     import fcntl
     import struct
@@ -264,7 +264,7 @@ def bare(text):
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
-def test_a_terminal_gets_colours_and_a_pipe_marks(tokenizer_dir):
+def test_terminal_output_has_colors_and_piped_output_has_marks(tokenizer_dir):
     arguments = ("preview", EXAMPLES / "faq.json", "-t", tokenizer_dir("tiny_bpe"), "-n", 1)
     coloured = in_terminal(*arguments)
     assert "\x1b[1;4;32m" in coloured
@@ -312,7 +312,7 @@ def test_long_output_goes_through_the_pager(tokenizer_dir, tmp_path):
     assert "PAGED" not in done.stdout
 
 
-def test_data_cannot_forge_marks_or_drive_a_terminal(tmp_path):
+def test_data_cannot_forge_marks_or_control_the_terminal(tmp_path):
     forged = "done ⟧ ⟦never trained ⟨x⟩■ ✂ ↵"
     path = tmp_path / "a\x1b[31m\n.jsonl"
     path.write_text(json.dumps(talk("q", forged)) + "\n{broken \x1b[31m\n")
@@ -323,7 +323,7 @@ def test_data_cannot_forge_marks_or_drive_a_terminal(tmp_path):
     assert "done \\u27e7 \\u27e6never trained \\u27e8x\\u27e9\\u25a0 \\u2702 \\u21b5" in text
 
 
-def test_names_of_files_drive_no_terminal(tokenizer_dir, tmp_path):
+def test_file_names_cannot_control_the_terminal(tokenizer_dir, tmp_path):
     from ftdata import diff, stats
 
     path = tmp_path / "a\x1b[31m\n.jsonl"
@@ -338,7 +338,7 @@ def test_names_of_files_drive_no_terminal(tokenizer_dir, tmp_path):
         assert "a\\u001b[31m↵.jsonl" in text
 
 
-def test_without_a_tokenizer_what_a_row_types_is_no_control_token():
+def test_control_tokens_in_row_text_are_plain_text_without_a_tokenizer():
     (row,) = preview([talk("<eos>", "<|im_end|>")]).rows
     segments = [
         (one.text, one.control, one.stop) for one in row.examples[0].segments() if one.text in ("<eos>", "<|im_end|>")
@@ -354,12 +354,12 @@ def test_without_a_tokenizer_what_a_row_types_is_no_control_token():
 @pytest.mark.parametrize(
     "options", [{"max_length": 9}, {"reject_flags": ["no_trained_stop"]}, {"packing": "bfd"}, {"odd": True}]
 )
-def test_what_counts_tokens_needs_a_tokenizer(options):
+def test_token_options_need_a_tokenizer(options):
     with pytest.raises(UsageError, match="needs a tokenizer, and tokenizer is missing"):
         preview(ROWS, **options)
 
 
-def test_numbers_of_rows_are_those_that_are_shown(tokenizer_dir, tmp_path):
+def test_row_numbers_select_the_numbers_that_are_shown(tokenizer_dir, tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(talk(f"{name}{n}", "x")) + "\n" for n in range(3)))
     shown = preview([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], row=2)
@@ -371,17 +371,17 @@ def test_numbers_of_rows_are_those_that_are_shown(tokenizer_dir, tmp_path):
     assert "── example 5 · " in str(preview(tmp_path / "built", row=5))
 
 
-def test_any_column_that_names_rows_does():
+def test_any_id_column_selects_rows():
     rows = [{**talk("q", "a"), "id": 7.0, "uuid": "u-1"}, {**talk("q", "a"), "id": 8, "uuid": "u-2"}]
     assert [numbers(preview(rows, id=one)) for one in ("7", "8", "u-1", "u-2")] == [[0], [1], [0], [1]]
 
 
-def test_stops_are_told_whatever_is_trained(tokenizer_dir):
+def test_stop_tokens_are_marked_for_every_mask_policy(tokenizer_dir):
     (row,) = preview([talk("q", "a")], tokenizer_dir("tiny_bpe"), train_on="all").rows
     assert [one.text for one in row.examples[0].segments() if one.stop] == ["<|im_end|>"]
 
 
-def test_a_build_says_what_was_cut(tokenizer_dir, tmp_path):
+def test_preview_of_a_build_shows_the_number_of_cut_tokens(tokenizer_dir, tmp_path):
     build_sft_dataset(
         [talk("q", "word " * 50)],
         tokenizer_dir("tiny_bpe"),
@@ -392,7 +392,7 @@ def test_a_build_says_what_was_cut(tokenizer_dir, tmp_path):
     assert re.search(r"✂ \d+ tokens cut", str(preview(tmp_path / "b")))
 
 
-def test_a_notebook_is_told_what_a_terminal_is(tokenizer_dir):
+def test_notebook_shows_the_same_notes_as_the_terminal(tokenizer_dir):
     messages = [
         {"role": "user", "content": "ok"},
         {"role": "assistant", "content": "first", "reasoning_content": "a secret"},
@@ -404,7 +404,7 @@ def test_a_notebook_is_told_what_a_terminal_is(tokenizer_dir):
 
 
 @pytest.mark.parametrize("row", [[], "3", 1.5, [1, "2"]])
-def test_rows_that_are_no_numbers(row):
+def test_row_selection_must_be_numbers(row):
     with pytest.raises(UsageError, match="expected row numbers from 0"):
         preview(ROWS, row=row)
 
@@ -412,7 +412,7 @@ def test_rows_that_are_no_numbers(row):
 LONG = {"messages": [part for n in range(4) for part in talk(f"q{n}", f"a{n} " * (1 + 20 * n))["messages"]]}
 
 
-def test_examples_that_do_not_fit_are_said_to_be_left_out(tokenizer_dir):
+def test_dropped_turns_are_reported(tokenizer_dir):
     whole = preview([LONG], tokenizer_dir("tiny_bpe"), turns="split").rows[0]
     shown = preview([LONG], tokenizer_dir("tiny_bpe"), turns="split", max_length=100, overlong="drop_turns")
     (row,) = shown.rows
@@ -423,7 +423,7 @@ def test_examples_that_do_not_fit_are_said_to_be_left_out(tokenizer_dir):
 
 
 @pytest.mark.parametrize("overlong", ["reject", "drop_turns", "truncate"])
-def test_lengths_are_those_before_anything_is_cut(tokenizer_dir, overlong):
+def test_lengths_are_measured_before_truncation(tokenizer_dir, overlong):
     from ftdata import stats
 
     whole = stats([LONG, *ROWS], tokenizer_dir("tiny_bpe"), turns="split").survey.lengths
@@ -431,13 +431,13 @@ def test_lengths_are_those_before_anything_is_cut(tokenizer_dir, overlong):
     assert sorted(seen.lengths.tolist()) == sorted(whole.tolist())
 
 
-def test_what_is_lost_is_looked_for_in_its_own_message(tokenizer_dir):
+def test_missing_text_is_searched_in_its_own_message(tokenizer_dir):
     messages = [{"role": "user", "content": "ok"}, {"role": "assistant", "content": "first", "reasoning_content": "ok"}]
     (row,) = preview([{"messages": messages}], tokenizer_dir("tiny_bpe"), CHATML).rows
     assert row.lost == (("messages[1].reasoning_content", "ok"),)
 
 
-def test_examples_of_one_row_are_told_apart_in_a_build(tokenizer_dir, tmp_path):
+def test_examples_of_one_row_are_distinguished_in_a_build(tokenizer_dir, tmp_path):
     options = {"turns": "split", "packing": "bfd", "max_length": 300}
     build_sft_dataset([LONG, *ROWS[:2]], tokenizer_dir("tiny_bpe"), output_dir=tmp_path / "built", **options)
     why = {one.number: (len(one.examples[0]), one.why) for one in preview(tmp_path / "built", odd=True).rows}
@@ -446,7 +446,7 @@ def test_examples_of_one_row_are_told_apart_in_a_build(tokenizer_dir, tmp_path):
     assert [length for length, kinds in why.values() if "shortest" in kinds] == [min(every)]
 
 
-def test_a_reader_that_has_seen_enough_is_no_fault(tokenizer_dir):
+def test_closed_pipe_is_not_an_error(tokenizer_dir):
     command = f"{sys.executable} -m ftdata preview {EXAMPLES / 'faq.json'} -n 60"
     for more in ("", "--json"):
         done = subprocess.run(
@@ -461,19 +461,19 @@ def test_a_reader_that_has_seen_enough_is_no_fault(tokenizer_dir):
 @pytest.mark.parametrize(
     "char", ["\x1b", "\u202e", "\u200b", "\u2066", "\x00", "\x9b", "\u2028", "\ufeff", "\u3164", "\u115f"]
 )
-def test_what_drives_or_deceives_a_terminal_is_spelled_out(char):
+def test_control_and_invisible_characters_are_escaped(char):
     assert make_visible(f"a{char}b") == f"a\\u{ord(char):04x}b"
 
 
 @pytest.mark.parametrize(("text", "rows"), [("1", [1]), ("0,2-4", [0, 2, 3, 4]), (" 1 , 3", [1, 3])])
-def test_numbers_of_rows_on_the_command_line(text, rows):
+def test_row_numbers_on_the_command_line(text, rows):
     from ftdata.cli.options import parse_row_numbers
 
     assert parse_row_numbers(text) == rows
 
 
 @pytest.mark.parametrize("text", ["x", "1-", "-1", "3-x", "5-3", "1,,2", "0-99999999999", "²"])
-def test_numbers_of_rows_that_are_none(text):
+def test_invalid_row_numbers_are_refused(text):
     from ftdata.cli.options import parse_row_numbers
 
     with pytest.raises(UsageError, match="such as 7 or 3,8-11"):

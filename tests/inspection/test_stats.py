@@ -1,4 +1,4 @@
-"""Figures of data and of builds are those that can be counted by hand."""
+"""Statistics of data and of builds equal independent counts."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ def data(tmp_path):
     return [str(first), str(second)]
 
 
-def test_counts_are_those_of_the_examples(data, tokenizer_dir):
+def test_counts_equal_those_of_the_encoded_examples(data, tokenizer_dir):
     found = stats(data, tokenizer_dir("tiny_bpe"))
     examples = [one for talk in TALKS for one in encode(talk, tokenizer_dir("tiny_bpe"))]
     whole, first, second, messages, asked = found.groups
@@ -53,7 +53,7 @@ def test_counts_are_those_of_the_examples(data, tokenizer_dir):
     assert f"{whole.tokens:,}" in text
 
 
-def test_a_build_has_the_figures_of_its_data(data, tokenizer_dir, tmp_path):
+def test_statistics_of_a_build_equal_those_of_its_data(data, tokenizer_dir, tmp_path):
     build_sft_dataset(
         data,
         tokenizer_dir("tiny_bpe"),
@@ -69,7 +69,7 @@ def test_a_build_has_the_figures_of_its_data(data, tokenizer_dir, tmp_path):
     assert of_build.groups[0].turns is None
 
 
-def test_figures_of_a_build_are_those_of_its_report(data, tokenizer_dir, tmp_path):
+def test_statistics_of_a_build_equal_those_of_its_report(data, tokenizer_dir, tmp_path):
     options = {"max_length": 400, "overlong": "drop_turns", "turns": "split", "test_size": 1, "dedup": True}
     built = build_sft_dataset(
         data,
@@ -95,7 +95,7 @@ def test_figures_of_a_build_are_those_of_its_report(data, tokenizer_dir, tmp_pat
     assert found.groups[0].rows < found.groups[0].examples == len(built["train"]) + len(built["test"])
 
 
-def test_percentiles_are_values_that_are_there(tokenizer_dir):
+def test_percentiles_are_observed_values(tokenizer_dir):
     rows = [
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x" * n}]}
         for n in range(1, 41)
@@ -110,7 +110,7 @@ def test_percentiles_are_values_that_are_there(tokenizer_dir):
     assert dict(whole.answers) == {at: answers[place] for at, place in places.items()}
 
 
-def test_rows_are_chosen_as_in_a_build(data, tokenizer_dir):
+def test_rows_are_selected_as_in_a_build(data, tokenizer_dir):
     tokenizer = tokenizer_dir("tiny_bpe")
     assert [one.rows for one in stats(data, tokenizer, limit=1).groups if one.of == "source"] == [1, 1]
     assert stats(data, tokenizer, where="messages is defined").groups[0].rows == 3
@@ -138,7 +138,7 @@ def test_flags_are_counted(tokenizer_dir):
     "name", ["train/data-00000.arrow", "train/provenance.parquet", "dataset_dict.json", "report.json", "rejects.jsonl"]
 )
 @pytest.mark.parametrize("damage", ["gone", "cut", "empty"])
-def test_a_damaged_build_is_refused(data, tokenizer_dir, name, damage):
+def test_damaged_build_is_refused(data, tokenizer_dir, name, damage):
     from pathlib import Path
 
     folder = Path(build_at(data, tokenizer_dir("tiny_bpe")))
@@ -153,7 +153,7 @@ def test_a_damaged_build_is_refused(data, tokenizer_dir, name, damage):
         stats(folder)
 
 
-def test_limits_say_what_is_longer(tokenizer_dir):
+def test_limits_count_longer_examples_and_their_tokens(tokenizer_dir):
     found = stats(
         [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x " * 700}]}],
         tokenizer_dir("tiny_bpe"),
@@ -166,20 +166,20 @@ def test_limits_say_what_is_longer(tokenizer_dir):
     assert found.limits[-1].longer == 0
 
 
-def test_pictures_are_written_and_well_formed(data, tokenizer_dir, tmp_path):
+def test_svg_images_are_well_formed(data, tokenizer_dir, tmp_path):
     stats(data, tokenizer_dir("tiny_bpe"), svg=tmp_path / "pictures")
     for name in ("lengths", "trained"):
         assert ET.parse(tmp_path / "pictures" / f"{name}.svg").getroot().tag.endswith("svg")
 
 
-def test_what_cannot_be_counted(tokenizer_dir, data):
+def test_inputs_without_examples_or_tokenizer_are_refused(tokenizer_dir, data):
     with pytest.raises(InputRefused, match="0 of 1 rows can be built"):
         stats([{"question": "q", "answer": ""}], tokenizer_dir("tiny_bpe"))
     with pytest.raises(UsageError, match="no_tokenizer"):
         stats(data)
 
 
-def test_the_command_prints_tables_and_json(data, tokenizer_dir):
+def test_stats_command_prints_tables_and_json(data, tokenizer_dir):
     command = [sys.executable, "-m", "ftdata", "stats", *data, "-t", tokenizer_dir("tiny_bpe")]
     plain = subprocess.run(
         command, capture_output=True, text=True, check=True, env={"COLUMNS": "80", "PATH": "/usr/bin"}
@@ -191,7 +191,7 @@ def test_the_command_prints_tables_and_json(data, tokenizer_dir):
 
 @settings(deadline=None)
 @given(values=st.lists(st.integers(1, 200_000), min_size=1, max_size=50), line=st.none() | st.integers(2, 100_000))
-def test_a_histogram_counts_every_value(values, line):
+def test_length_histogram_counts_every_value(values, line):
     svg = charts.draw_length_histogram(np.asarray(values), line=line)
     root = ET.fromstring(svg)
     tips = [one.text for one in root.iter("{http://www.w3.org/2000/svg}title")][1:]
@@ -202,7 +202,7 @@ def test_a_histogram_counts_every_value(values, line):
 
 @settings(deadline=None)
 @given(values=st.lists(st.floats(0, 1), min_size=1, max_size=50))
-def test_shares_are_all_drawn(values):
+def test_share_histogram_counts_every_value(values):
     root = ET.fromstring(charts.draw_share_histogram(np.asarray(values)))
     tips = [one.text for one in root.iter("{http://www.w3.org/2000/svg}title")][1:]
     assert sum(int(tip.rpartition(": ")[2].replace(",", "")) for tip in tips) == len(values)

@@ -1,4 +1,4 @@
-"""What is made of a usual row in one step is what the stages make of it one by one."""
+"""The fast path gives the same result as the separate stages."""
 
 from dataclasses import replace
 
@@ -66,7 +66,7 @@ def rows(draw):
 )
 @often(150)
 @given(data=rows())
-def test_it_is_what_the_stages_make_of_it(tokenizer_dir, name, options, data):
+def test_fast_path_equals_the_separate_stages(tokenizer_dir, name, options, data):
     tokenizer, template = (tokenizer_dir("tiny_bpe"), name) if name != "qwen" else (tokenizer_dir("qwen"), None)
     recipe = make_recipe(tokenizer, template, **options)
     row = Row(data, Source("x.jsonl", 7, 8, 90))
@@ -92,7 +92,7 @@ def test_it_is_what_the_stages_make_of_it(tokenizer_dir, name, options, data):
         ({"instruction": "q", "output": "a"}, False),
     ],
 )
-def test_which_rows_are_usual(tokenizer_dir, data, is_usual):
+def test_fast_path_accepts_only_plain_rows(tokenizer_dir, data, is_usual):
     recipe = make_recipe(tokenizer_dir("tiny_bpe"), "chatml")
     row = Row(data, Source("x.jsonl", 0))
     assert make_fast_path(recipe)(row) is None or is_usual
@@ -112,13 +112,13 @@ def built(tokenizer, rows, **options):
 
 
 @pytest.mark.parametrize("odd", [None, 5, b"x", float("nan"), "text"])
-def test_odd_rows_among_usual_ones_are_rejected(tokenizer_dir, odd):
+def test_invalid_rows_between_plain_rows_are_rejected(tokenizer_dir, odd):
     found = built(tokenizer_dir("tiny_bpe"), [*[{"messages": TALK}] * 40, odd, {"messages": TALK}])
     assert [at for at, one in enumerate(found) if isinstance(one, Reject)] == [40]
     assert found[40].code == "not_a_row"
 
 
-def test_a_schema_of_our_parts_is_asked_about_each_row(tokenizer_dir):
+def test_replaced_messages_schema_disables_the_fast_path(tokenizer_dir):
     ours = schemas.get("messages")
     schemas.register("messages")(Schema(("messages",), ours.matches, ours.convert))
     try:
@@ -129,7 +129,7 @@ def test_a_schema_of_our_parts_is_asked_about_each_row(tokenizer_dir):
 
 
 @pytest.mark.parametrize(("fault", "told"), [(RecursionError, UsageError), (BadRow, BadRow)])
-def test_faults_of_a_policy_are_none_of_the_rows(tokenizer_dir, fault, told):
+def test_errors_of_a_mask_policy_do_not_reject_rows(tokenizer_dir, fault, told):
     def policy(*_):
         raise fault("mine", "mine")
 
@@ -137,7 +137,7 @@ def test_faults_of_a_policy_are_none_of_the_rows(tokenizer_dir, fault, told):
         built(tokenizer_dir("tiny_bpe"), [{"messages": TALK}] * 3, train_on=policy)
 
 
-def test_policies_are_asked_when_all_rows_are_rendered_and_about_no_refused_text(tokenizer_dir):
+def test_mask_policies_run_after_rendering_and_skip_rejected_rows(tokenizer_dir):
     def policy(rendered, conversation):
         assert "<|im_end|> typed" not in rendered.text
         conversation.messages[0]["content"] = "changed"

@@ -53,13 +53,13 @@ def page():
     return module
 
 
-def test_the_page_has_at_most_80_lines():
+def test_page_has_at_most_80_lines():
     assert len(PAGE.read_text().splitlines()) <= 80
 
 
 @pytest.mark.parametrize("name", ["tiny_bpe", "tiny_metaspace", "tiny_wordpiece"])
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_the_page_gives_the_same_labels_as_encode(page, tokenizer_dir, name, template):
+def test_page_gives_the_same_labels_as_encode(page, tokenizer_dir, name, template):
     folder = tokenizer_dir(name)
     tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     special_tokens = load_tokenizer(folder).special_tokens

@@ -1,4 +1,4 @@
-"""From spans to tokens: which are trained, and where turns end, on texts laid out by hand."""
+"""From spans to tokens: trained tokens and turn ends, for hand-written texts."""
 
 from itertools import pairwise
 
@@ -39,20 +39,20 @@ def example(trained, spans=TWO_TURNS, offsets=None):
         (np.zeros((2, 2), dtype=np.int32), [True, True, True], [0, 0], False),
     ],
 )
-def test_a_token_is_trained_if_a_trained_character_is_in_it(offsets, chosen, trained, straddles):
+def test_token_with_a_trained_character_is_trained(offsets, chosen, trained, straddles):
     found, straddle = together([(offsets, Rendered("abcdef", TWO_TURNS), chosen)])
     assert (found.tolist(), straddle.tolist()) == (list(map(bool, trained)), [straddles])
 
 
 def together(batch):
-    """Mask texts, each given by the places of its tokens, its spans, and which of them are trained."""
+    """Mask a batch of texts, each given by its token offsets, its spans and the trained spans."""
     encoded = [EncodedText(np.zeros(len(offsets), np.int32), offsets) for offsets, _, _ in batch]
     tokens = Encodings.from_texts(encoded, [len(one.text) for _, one, _ in batch])
     return trained_tokens(tokens, RenderedBatch([one for _, one, _ in batch]), [chosen for _, _, chosen in batch])
 
 
 def one_by_one(offsets, rendered, chosen):
-    """Say the same of one text, token by token and letter by letter."""
+    """Mask one text token by token and character by character."""
     letters = {
         at for span, yes in zip(rendered.spans, chosen, strict=True) if yes for at in range(span.start, span.end)
     }
@@ -75,14 +75,14 @@ def masked(draw):
 
 
 @given(st.lists(masked(), max_size=4))
-def test_texts_are_masked_together_as_they_are_alone(batch):
+def test_batched_masks_equal_single_masks(batch):
     trained, straddles = together(batch)
     expected = [one_by_one(*one) for one in batch]
     assert trained.tolist() == [yes for own, _ in expected for yes in own]
     assert straddles.tolist() == [straddle for _, straddle in expected]
 
 
-def test_a_policy_says_yes_or_no_for_each_span():
+def test_mask_policy_must_return_one_boolean_per_span():
     rendered = Rendered("abcdef", TWO_TURNS)
     for answers, code in (([True, False], "mask_length"), ([1, 0, 1], "mask_type"), (None, "mask_type")):
         with pytest.raises(UsageError, match=code):
@@ -100,17 +100,17 @@ def test_a_policy_says_yes_or_no_for_each_span():
         ([1, 1, 1, 1, 1, 1], [2, 4]),
     ],
 )
-def test_turns_end_with_their_last_trained_token(trained, ends):
+def test_turn_ends_with_its_last_trained_token(trained, ends):
     assert turn_ends(example(trained)).tolist() == ends
 
 
-def test_the_last_turn_may_be_any_message():
+def test_last_turn_may_be_any_message():
     for message in (2, 3):
         spans = (Span(0, 3, C, 0, False), Span(3, 6, C, message, True))
         assert turn_ends(example([0, 0, 0, 1, 1, 1], spans)).tolist() == [6]
 
 
-def test_whole_turns_are_kept_or_none():
+def test_drop_turns_keeps_only_complete_turns():
     whole = example([0, 1, 1, 1, 0, 0])
     assert truncate(whole, 6, "reject") is whole
     assert [len(truncate(whole, most, "drop_turns")) for most in (2, 3, 4, 5)] == [2, 2, 4, 4]

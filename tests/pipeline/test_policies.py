@@ -1,4 +1,4 @@
-"""What is left to the user's choice: parts, turns, flags as faults, tags; and what cannot be meant."""
+"""User options: parts, turns, rejected flags and generation tags; invalid options."""
 
 import re
 from contextlib import nullcontext
@@ -6,7 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from chats import ANSWER, CALL, CALLS, HEAD, PROMPT, STOPLESS, TALK, TOOLED, TURN, USER, outcome, shown, template
+from chat_templates import (
+    ANSWER,
+    CALL,
+    CALLS,
+    HEAD,
+    PROMPT,
+    STOPLESS,
+    TALK,
+    TOOLED,
+    TURN,
+    USER,
+    outcome,
+    shown,
+    template,
+)
 
 from ftdata import encode
 from ftdata.errors import BadRow, TemplateRefused, UsageError
@@ -19,7 +33,7 @@ from ftdata.testing import try_template
 from ftdata.types import Conversation, Row, Source
 
 
-def test_flags_can_be_made_faults(tokenizer_dir):
+def test_reject_flags_rejects_rows_with_these_flags(tokenizer_dir):
     with pytest.raises(BadRow, match="no_trained_stop"):
         encode(TALK, tokenizer_dir("tiny_bpe"), STOPLESS, reject_flags=["no_trained_stop"])
     encode(TALK, tokenizer_dir("tiny_bpe"), reject_flags=["no_trained_stop"])
@@ -45,8 +59,8 @@ def test_every_flag_is_documented():
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(FLAGS)
 
 
-def test_turns_are_grouped_by_the_question_they_answer():
-    """A call, its result and the answer are shown together, as they are when the model is asked for them."""
+def test_assistant_messages_are_grouped_by_user_message():
+    """A tool call, its result and the answer are one example, as at inference."""
     thinking = "{% if m.role == 'assistant' and loop.index0 > ns.last %}<think></think>{% endif %}"
     source = (
         "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
@@ -83,7 +97,7 @@ THINKING = [USER, {"role": "assistant", "content": "a1", "reasoning_content": "h
         (TOOLED, ["answer"], "a2<|im_end|>"),
     ],
 )
-def test_parts_of_a_turn_can_be_chosen(tokenizer_dir, messages, parts, expected):
+def test_train_parts_selects_parts_of_a_turn(tokenizer_dir, messages, parts, expected):
     source = template(
         HEAD
         + "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
@@ -96,14 +110,14 @@ def test_parts_of_a_turn_can_be_chosen(tokenizer_dir, messages, parts, expected)
 
 
 @pytest.mark.parametrize("key", ["train", "training", "weight", "loss"])
-def test_messages_say_themselves_whether_they_are_trained(tokenizer_dir, key):
+def test_training_fields_of_a_message_are_followed(tokenizer_dir, key):
     messages = [USER, {**ANSWER, key: 0}, *TALK[2:]]
     (example,) = encode(messages, tokenizer_dir("tiny_bpe"))
     assert "".join(example.text[a:b] for a, b in example.offsets[example.trained]) == "a2<|im_end|>"
     assert "fields_dropped" not in example.flags
 
 
-def test_thinking_that_the_prompt_opens_is_reasoning(tokenizer_dir):
+def test_thinking_block_opened_by_the_prompt_is_reasoning(tokenizer_dir):
     source = template(prompt=PROMPT + "<think>\n").replace(
         "{{ m.content }}", "{% if m.role == 'assistant' %}<think>\n{% endif %}{{ m.content }}"
     )
@@ -112,12 +126,12 @@ def test_thinking_that_the_prompt_opens_is_reasoning(tokenizer_dir):
     assert "".join(example.text[a:b] for a, b in example.offsets[example.trained]) == "a1<|im_end|>"
 
 
-def test_lone_surrogates_are_refused_row_by_row(tokenizer_dir):
+def test_lone_surrogates_are_rejected(tokenizer_dir):
     with pytest.raises(BadRow, match="lone_surrogate"):
         encode([{"role": "user", "content": "\ud800"}, ANSWER], tokenizer_dir("tiny_bpe"))
 
 
-def test_whole_numbers_of_any_size_stay(tokenizer_dir):
+def test_large_integers_are_rendered_exactly(tokenizer_dir):
     call = {"type": "function", "function": {"name": "f", "arguments": '{"id": 123456789012345678901234567890}'}}
     messages = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
     (example,) = encode(
@@ -126,8 +140,8 @@ def test_whole_numbers_of_any_size_stay(tokenizer_dir):
     assert "123456789012345678901234567890" in example.text
 
 
-def test_what_is_remembered_does_not_hide_what_is_cut():
-    """The prompt prints earlier answers whole, the conversation cuts thinking out of them: seen only where there is any."""
+def test_cached_plan_does_not_hide_removed_text():
+    """The prompt keeps earlier reasoning but the conversation removes it, which only rows with reasoning reveal."""
     strip = "{% set c = m.content %}{% if m.role == 'assistant' and loop.index0 != ns.last and '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}"
     source = (
         "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'assistant' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
@@ -141,7 +155,7 @@ def test_what_is_remembered_does_not_hide_what_is_cut():
         render_in_worker(Conversation(tuple(thinking)), known, "joint")
 
 
-def test_tags_of_a_users_own_template_are_followed_and_compared(tokenizer_dir):
+def test_generation_tags_of_a_user_template_are_followed_and_checked(tokenizer_dir):
     right = template("<|im_start|>{{ m.role }}\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n")
     header = template("<|im_start|>{% generation %}{{ m.role }}\n{{ m.content }}<|im_end|>{% endgeneration %}\n")
     only = "{% if m.role == 'assistant' %}", "{% else %}" + TURN + "{% endif %}"
@@ -163,7 +177,7 @@ def test_tags_of_a_users_own_template_are_followed_and_compared(tokenizer_dir):
 
 
 @pytest.mark.parametrize("asked", ["messages[-1].content | title == 'Short'", "messages[-1].content is in '/short'"])
-def test_what_is_remembered_hangs_on_all_that_a_template_may_ask(tokenizer_dir, asked):
+def test_cached_plan_depends_on_every_string_operation(tokenizer_dir, asked):
     source = template(prompt=PROMPT + "{% if " + asked + " %}Sure: {% endif %}")
     encode([{"role": "user", "content": "hello"}, ANSWER], tokenizer_dir("tiny_bpe"), source)
     with pytest.raises(BadRow, match="history_drift"):
@@ -183,7 +197,7 @@ LONG = [{"role": "user", "content": "a long question /think"}, ANSWER]
         "messages[-1].content | length is sameas 22",
     ],
 )
-def test_lengths_and_places_are_remembered(asked):
+def test_cached_plan_depends_on_lengths_and_positions(asked):
     source = template(prompt=PROMPT + "{% if " + asked + " %}<think>\n{% endif %}")
     known = Template("t", source, strict=False, special_tokens={"eos_token": "<|im_end|>"})
     flags = [
@@ -202,7 +216,7 @@ def test_lengths_and_places_are_remembered(asked):
         "m.content.split(' /')[0]",
     ],
 )
-def test_what_was_not_cut_in_one_row_may_be_in_another(printed):
+def test_text_kept_in_one_row_may_be_cut_in_another(printed):
     source = template(HEAD + "{% if loop.last %}{{ " + printed + " }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n")
     known = Template("t", source, strict=False, special_tokens={"eos_token": "<|im_end|>"})
     for talk, refused in ((TALK[:2], False), (LONG, True), (TALK[:2], False)):
@@ -210,7 +224,7 @@ def test_what_was_not_cut_in_one_row_may_be_in_another(printed):
             render_in_worker(Conversation(tuple(talk)), known, "joint")
 
 
-def test_reasoning_that_is_trimmed_in_history_only():
+def test_reasoning_trimmed_only_in_history_splits_the_turns():
     source = template(
         HEAD
         + "{% if m.reasoning_content %}<think>{{ m.reasoning_content if loop.last else m.reasoning_content | trim }}</think>{% endif %}"
@@ -225,20 +239,20 @@ def test_reasoning_that_is_trimmed_in_history_only():
 
 
 @pytest.mark.parametrize("parts", [["answer"], ["reasoning"]])
-def test_blanks_before_thinking_are_thinking(tokenizer_dir, parts):
+def test_whitespace_before_thinking_is_reasoning(tokenizer_dir, parts):
     messages = [USER, {"role": "assistant", "content": "\n<think>hm</think>a"}]
     (example,) = encode(messages, tokenizer_dir("tiny_bpe"), template(), train_parts=parts)
     assert shown(example) == ("a<|im_end|>" if parts == ["answer"] else "\n<think>hm</think>")
 
 
-def test_a_special_token_that_a_tokenizer_lacks_prints_nothing(tokenizer_dir):
+def test_undefined_special_token_renders_as_empty_text(tokenizer_dir):
     (example,) = encode(TALK, tokenizer_dir("tiny_bpe"), template(before="{{ bos_token }}"))
     assert example.text.startswith("<|im_start|>")
     with pytest.raises(BadRow, match="bos_tokem"):
         encode(TALK, tokenizer_dir("tiny_bpe"), template(before="{{ bos_tokem }}"))
 
 
-def test_trailing_turns_are_said_once(tokenizer_dir):
+def test_trailing_messages_are_flagged_once(tokenizer_dir):
     found = encode([*TALK, USER], tokenizer_dir("tiny_bpe"), turns="split")
     assert ["trailing_messages" in one.flags for one in found] == [False, True]
     (whole,) = encode([*TALK, USER], tokenizer_dir("tiny_bpe"), turns="joint")
@@ -265,12 +279,12 @@ def test_trailing_turns_are_said_once(tokenizer_dir):
         (TALK, {"template": "{% for m in messages %}{% set c = cycler() %}{% endfor %}"}, BadRow),
     ],
 )
-def test_what_cannot_be_meant_is_an_error_of_ours(tokenizer_dir, messages, options, error):
+def test_invalid_arguments_raise_ftdata_errors(tokenizer_dir, messages, options, error):
     with pytest.raises(error):
         encode(messages, tokenizer_dir("tiny_bpe"), **options)
 
 
-def test_a_policy_must_speak_of_every_span(tokenizer_dir):
+def test_mask_policy_must_cover_every_span(tokenizer_dir):
     with pytest.raises(
         UsageError, match=r"\[mask_length\] the mask policy returned 1 values, expected \d+: one per span"
     ):
@@ -278,7 +292,7 @@ def test_a_policy_must_speak_of_every_span(tokenizer_dir):
 
 
 @pytest.mark.parametrize("policy", [assistant, completion, last_assistant])
-def test_a_policy_may_ask_another_about_messages_of_its_own(tokenizer_dir, policy):
+def test_mask_policy_may_call_another_with_changed_messages(tokenizer_dir, policy):
     def second_only(rendered, conversation):
         changed = ({**message, "train": n != 1} for n, message in enumerate(conversation.messages))
         return policy(rendered, replace(conversation, messages=tuple(changed)))
@@ -290,7 +304,7 @@ def test_a_policy_may_ask_another_about_messages_of_its_own(tokenizer_dir, polic
         assert shown(example) == "b<|im_end|>"
 
 
-def test_rows_nested_too_deep_are_rejected(tokenizer_dir):
+def test_deeply_nested_rows_are_rejected(tokenizer_dir):
     deep = {}
     for _ in range(3000):
         deep = {"x": deep}

@@ -13,7 +13,7 @@ from ftdata.tokenizing.load import load_tokenizer
 
 @law(100)
 @given(messages=conversation_strategy(), policy=st.sampled_from(POLICIES), data=st.data())
-def test_laws(tokenizer_dir, messages, policy, data):
+def test_truncation_rules_hold(tokenizer_dir, messages, policy, data):
     tokenizer = load_tokenizer(tokenizer_dir("tiny_bpe"))
     (whole,) = encode(messages, tokenizer)
     limit = data.draw(st.integers(2, len(whole) + 3))
@@ -39,7 +39,7 @@ def test_laws(tokenizer_dir, messages, policy, data):
 
 @law(100)
 @given(messages=conversation_strategy(), policy=st.sampled_from(POLICIES))
-def test_no_limit_is_the_identity(tokenizer_dir, messages, policy):
+def test_without_a_limit_examples_are_unchanged(tokenizer_dir, messages, policy):
     (whole,) = encode(messages, tokenizer_dir("tiny_bpe"))
     assert truncate(whole, None, policy) is whole  # T5
     assert truncate(whole, len(whole), policy) is whole
@@ -47,7 +47,7 @@ def test_no_limit_is_the_identity(tokenizer_dir, messages, policy):
 
 @law(100)
 @given(messages=conversation_strategy())
-def test_turn_ends_are_the_stops(tokenizer_dir, messages):
+def test_turn_ends_are_the_stop_tokens(tokenizer_dir, messages):
     tokenizer = load_tokenizer(tokenizer_dir("tiny_bpe"))
     (whole,) = encode(messages, tokenizer)
     ends = turn_ends(whole)
@@ -55,7 +55,7 @@ def test_turn_ends_are_the_stops(tokenizer_dir, messages):
     assert (whole.input_ids[ends - 1] == tokenizer.token_to_id("<|im_end|>")).all()
 
 
-def test_drop_turns_keeps_every_turn_that_fits_to_the_token(tokenizer_dir):
+def test_drop_turns_keeps_every_turn_that_fits(tokenizer_dir):
     messages = [{"role": role, "content": f"{role} says {n}"} for n in range(3) for role in ("user", "assistant")]
     (whole,) = encode(messages, tokenizer_dir("tiny_bpe"))
     ends = turn_ends(whole).tolist()
@@ -69,7 +69,7 @@ def test_drop_turns_keeps_every_turn_that_fits_to_the_token(tokenizer_dir):
             truncate(whole, limit, "drop_turns")
 
 
-def test_too_long_says_what_to_do(tokenizer_dir):
+def test_overlong_error_suggests_a_fix(tokenizer_dir):
     (whole,) = encode(
         [{"role": "user", "content": "x" * 99}, {"role": "assistant", "content": "y"}], tokenizer_dir("tiny_bpe")
     )
@@ -81,7 +81,7 @@ def test_too_long_says_what_to_do(tokenizer_dir):
         truncate(whole, 8, "truncate")
 
 
-def test_a_cut_answer_is_flagged_and_its_stop_is_not_made_up(tokenizer_dir):
+def test_cut_answer_is_flagged_and_has_no_stop_token(tokenizer_dir):
     tokenizer = load_tokenizer(tokenizer_dir("tiny_bpe"))
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a long answer " * 10}]
     (whole,) = encode(messages, tokenizer)

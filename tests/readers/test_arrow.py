@@ -1,4 +1,4 @@
-"""Parquet and Arrow: what they hold, as it was written; damage."""
+"""Parquet and Arrow: values are read exactly, and damaged files are refused."""
 
 import json
 
@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rows import ROWS, data_of, outcomes, questions, write
+from reader_helpers import ROWS, data_of, outcomes, questions, write
 
 from ftdata.errors import InputRefused
 
 
-def test_parquet_and_arrow(tmp_path):
+def test_parquet_and_arrow_files_are_read(tmp_path):
     table = pa.Table.from_pylist(ROWS)
     pq.write_table(table, tmp_path / "d.parquet")
     with pa.OSFile(str(tmp_path / "file.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -27,7 +27,7 @@ def test_parquet_and_arrow(tmp_path):
             data_of(path)
 
 
-def test_text_in_parquet_that_is_not_utf8_is_rejected_row_by_row(tmp_path):
+def test_invalid_utf8_in_parquet_rejects_only_its_row(tmp_path):
     raw = pa.array([b"good", b"\xff\xfe"]).cast(pa.binary())
     broken = pa.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])
     pq.write_table(pa.table({"text": broken}), tmp_path / "d.parquet")
@@ -44,7 +44,7 @@ def stream_of(table):
     return sink.getvalue().to_pybytes()
 
 
-def test_arrow_streams_are_whole_or_refused(tmp_path):
+def test_damaged_arrow_streams_are_refused(tmp_path):
     table = pa.Table.from_pylist([{"question": f"q{n}", "answer": "a"} for n in range(3000)])
     whole = stream_of(table)
     assert len(questions(write(tmp_path, "d.arrow", whole))) == 3000
@@ -58,8 +58,8 @@ def test_arrow_streams_are_whole_or_refused(tmp_path):
         questions(write(tmp_path, "damaged.arrow", damaged))
 
 
-def test_json_in_arrow_is_what_it_says(tmp_path):
-    """`datasets` keeps objects that differ between rows as JSON text, and notes it in the schema."""
+def test_json_columns_in_arrow_are_parsed(tmp_path):
+    """`datasets` stores objects that differ between rows as JSON text and marks the column in the schema."""
     talks = [
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": [{"type": "text", "text": "x"}]}], "tools": [{"a": None}]},
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x", "train": True}], "tools": [{"b": {"c": 1}}]},
@@ -78,7 +78,7 @@ def test_json_in_arrow_is_what_it_says(tmp_path):
         assert data_of(data) == talks
 
 
-def test_metadata_of_others_is_no_matter(tmp_path):
+def test_foreign_metadata_is_ignored(tmp_path):
     table = pa.table({"question": ["q"], "answer": ["a"], "when": pa.array([1], pa.date64())})
     for note in (b'{"info":null}', b"null", b"[]", b"not json", b"\xff"):
         pq.write_table(table.replace_schema_metadata({b"huggingface": note}), tmp_path / "d.parquet")
@@ -87,7 +87,7 @@ def test_metadata_of_others_is_no_matter(tmp_path):
     assert data_of(table.to_batches()[0])[0]["question"] == data_of(table.to_reader())[0]["question"] == "q"
 
 
-def test_nulls_of_json_stay_however_a_data_set_is_read():
+def test_nulls_in_json_columns_are_kept():
     features = datasets.Features(
         {"messages": datasets.List({"role": datasets.Value("string"), "calls": datasets.Json()})}
     )
@@ -102,8 +102,8 @@ def test_nulls_of_json_stay_however_a_data_set_is_read():
 
 
 @pytest.mark.parametrize("name", ["d.parquet", "file.arrow", "stream.arrow"])
-def test_a_table_that_is_cut_off_anywhere_is_damaged(tmp_path, name):
-    """What stands where the length of metadata is expected may be any number."""
+def test_table_truncated_at_any_byte_is_refused(tmp_path, name):
+    """The bytes at the expected position of the metadata length may be any number."""
     table = pa.Table.from_pylist(ROWS)
     path = tmp_path / name
     if name.endswith("parquet"):

@@ -1,4 +1,4 @@
-"""Files that are more than they seem are refused in words, in seconds, and in bounded memory."""
+"""G19: decompression bombs are refused with a clear error, within seconds and bounded memory."""
 
 import gzip
 import json
@@ -37,7 +37,7 @@ MAIN = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
 
 
 def workbook(sheet, strings=(), others=None):
-    """Write a workbook of parts that are written piece by piece: a sheet's rows, and shared strings."""
+    """Return a function that writes a workbook piece by piece: the rows of a sheet, and shared strings."""
 
     def write(path):
         openpyxl.Workbook().save(path)
@@ -87,7 +87,7 @@ HEAD = '<row r="1"><c r="A1" t="s"><v>0</v></c><c r="B1" t="s"><v>1</v></c></row
 
 
 def arrow_stream(batches, rows, kind=None):
-    """Write a stream of batches that compress to next to nothing."""
+    """Return a function that writes an Arrow stream of highly compressible batches."""
 
     def write(path):
         column = pa.array(np.zeros(rows, np.int64)) if kind is None else kind(rows)
@@ -101,7 +101,7 @@ def arrow_stream(batches, rows, kind=None):
 
 
 def nested(depth):
-    """A schema whose metadata describe columns that are nested very deep."""
+    """Return a function that writes an Arrow schema with deeply nested metadata."""
 
     def write(path):
         feature = '{"feature": ' * depth + '{"dtype": "string", "_type": "Value"}' + ', "_type": "List"}' * depth
@@ -128,7 +128,7 @@ def integer(number):
 
 
 def forged(write, stated=1000):
-    """Write a Parquet file whose footer states that large column chunks are small."""
+    """Return a function that writes a Parquet file with a footer that understates the size of column chunks."""
 
     def wrong(path):
         write(path)
@@ -257,8 +257,8 @@ QUICK = (
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in FILES]
 )
-def test_a_bomb_is_refused(name, tmp_path, tokenizer_dir):
-    """At most 700 MB and 20 s (of processor time: others may be at work here); 100 MB and 1 s are spent on imports."""
+def test_decompression_bomb_is_refused(name, tmp_path, tokenizer_dir):
+    """At most 700 MB and 20 s of CPU time, of which imports take 100 MB and 1 s."""
     file, write, expected = FILES[name]
     write(tmp_path / file)
     asked = ["build", str(tmp_path / file), "-t", tokenizer_dir("tiny_bpe"), "-o", "out", "--workers", "1"]

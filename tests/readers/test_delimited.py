@@ -1,4 +1,4 @@
-"""CSV and TSV: every cell as its text, faults where they are."""
+"""CSV and TSV: every cell is text, and every invalid row is rejected at its line."""
 
 import csv
 import gzip
@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import often
-from rows import CELLS, data_of, outcomes, write
+from reader_helpers import CELLS, data_of, outcomes, write
 
 from ftdata import convert, read
 from ftdata.errors import InputRefused, UsageError
 from ftdata.types import Reject
 
 
-def test_csv_and_tsv_are_text(tmp_path):
+def test_csv_and_tsv_cells_are_text(tmp_path):
     for name, delimiter in {"d.csv": ",", "e.csv": ";", "d.tsv": "\t"}.items():
         out = io.StringIO()
         writer = csv.DictWriter(out, ["question", "answer"], delimiter=delimiter)
@@ -27,7 +27,7 @@ def test_csv_and_tsv_are_text(tmp_path):
         assert data_of(write(tmp_path, name + ".gz", gzip.compress(out.getvalue().encode()))) == CELLS
 
 
-def test_faults_of_csv_are_rejected_where_they_are(tmp_path):
+def test_invalid_csv_rows_are_rejected_at_their_line(tmp_path):
     text = b'q,a\n1,2\n1,2,3\n\nx"y,"a "b" c"\n\xff,1\n"multi\nline",ok\nlast,"cut'
     found = outcomes(write(tmp_path, "d.csv", text))
     assert [(getattr(one, "code", "row"), one.source.line) for one in found] == [
@@ -38,7 +38,7 @@ def test_faults_of_csv_are_rejected_where_they_are(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "code"), [("", "no_rows"), ("a,b\n", "no_rows"), ("a,a\n1,2\n", "repeated_column")])
-def test_csv_without_rows_or_names_is_refused(tmp_path, text, code):
+def test_csv_without_rows_or_column_names_is_refused(tmp_path, text, code):
     with pytest.raises(InputRefused) as caught:
         data_of(write(tmp_path, "d.csv", text))
     assert caught.value.code == code
@@ -52,21 +52,21 @@ def test_csv_without_rows_or_names_is_refused(tmp_path, text, code):
         max_size=5,
     )
 )
-def test_any_csv_that_python_writes_comes_back(tmp_path_factory, cells):
+def test_csv_written_by_python_is_read_back(tmp_path_factory, cells):
     out = io.StringIO()
     csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows([["p", "c"], *cells])
     path = write(tmp_path_factory.mktemp("csv"), "d.csv", out.getvalue())
     assert [list(row.values()) for row in data_of(path)] == cells
 
 
-def test_csv_as_spreadsheets_write_it(tmp_path):
+def test_csv_exported_by_spreadsheets_is_read(tmp_path):
     assert data_of(write(tmp_path, "a.csv", "\nquestion,answer\nq,a\n")) == [{"question": "q", "answer": "a"}]
     assert data_of(write(tmp_path, "b.csv", "sep=;\r\nquestion;answer\r\nq, r;a\r\n")) == [
         {"question": "q, r", "answer": "a"}
     ]
 
 
-def test_the_rest_of_a_broken_csv_row_is_no_row(tmp_path):
+def test_continuation_of_an_invalid_csv_row_is_not_a_row(tmp_path):
     text = 'question,answer\n"he said "hi"\nyes, sure\nok","x"\ngood,row\n"a "b" c",d\n"x\ny",z\n'
     found = outcomes(write(tmp_path, "d.csv", text))
     assert [getattr(one, "data", None) or (one.code, one.source.line) for one in found] == [
@@ -85,7 +85,7 @@ def test_the_rest_of_a_broken_csv_row_is_no_row(tmp_path):
         ("x.csv", 'question,answer\n"a "b"\nmore","and "" so\non"\ngood,row\n', ["csv", "good"]),
     ],
 )
-def test_rows_after_a_fault_of_csv_are_read_where_they_begin(tmp_path, name, text, expected):
+def test_rows_after_an_invalid_csv_row_are_read(tmp_path, name, text, expected):
     found = outcomes(write(tmp_path, name, text))
     assert ["csv" if isinstance(one, Reject) else one.data["question"].split()[0] for one in found] == expected
 
@@ -94,7 +94,7 @@ LITERAL = 'question\tanswer\nsay "hi"\t"hi" she said\n"all of it"\tx\n5" pipe\t"
 QUOTED = 'question\tanswer\n"a\tb"\t"say ""hi"""\nplain\t"two\nlines"\n'
 
 
-def test_tsv_quotes_that_are_text(tmp_path, caplog):
+def test_literal_quotes_in_tsv_are_text(tmp_path, caplog):
     (tmp_path / "d.tsv").write_text(LITERAL)
     assert data_of(tmp_path / "d.tsv") == [
         {"question": 'say "hi"', "answer": '"hi" she said'},
@@ -108,7 +108,7 @@ def test_tsv_quotes_that_are_text(tmp_path, caplog):
     assert not convert(str(tmp_path / "c.tsv"), to="messages", output=tmp_path / "c.jsonl").notes
 
 
-def test_tsv_quotes_of_csv(tmp_path, caplog):
+def test_tsv_with_csv_quoting_is_detected(tmp_path, caplog):
     expected = [{"question": "a\tb", "answer": 'say "hi"'}, {"question": "plain", "answer": "two\nlines"}]
     for text in (QUOTED, QUOTED + '"broken" row\tx\n'):
         (tmp_path / "d.tsv").write_text(text)
@@ -118,7 +118,7 @@ def test_tsv_quotes_of_csv(tmp_path, caplog):
     assert "quotes" not in caplog.text
 
 
-def test_tsv_quotes_as_the_user_says(tmp_path):
+def test_quoting_option_overrides_the_detection(tmp_path):
     (tmp_path / "d.tsv").write_text('question\tanswer\n"q"\t"a"\n')
     assert data_of(tmp_path / "d.tsv") == [{"question": "q", "answer": "a"}]
     source = {"path": str(tmp_path / "d.tsv"), "quoting": "none"}
@@ -135,8 +135,8 @@ def test_tsv_quotes_as_the_user_says(tmp_path):
 
 
 @given(st.lists(st.lists(st.text(st.sampled_from('a"\t\n ,')), min_size=2, max_size=2), min_size=1))
-def test_tsv_written_as_csv_comes_back(rows):
-    """Whatever cells say: a writer of CSV quotes those with quotes, delimiters or line breaks in them."""
+def test_tsv_with_csv_quoting_is_read_back(rows):
+    """A CSV writer quotes every cell that contains quotes, delimiters or line breaks."""
     import csv
     import io
 
@@ -150,7 +150,7 @@ def test_tsv_written_as_csv_comes_back(rows):
 
 
 @given(st.lists(st.lists(st.text(st.sampled_from('ab" ,'), min_size=1), min_size=2, max_size=2), min_size=1))
-def test_tsv_written_without_quoting_comes_back(rows):
+def test_tsv_without_quoting_is_read_back(rows):
     import io
 
     from ftdata.readers.quote_detection import _Quotes
@@ -162,7 +162,7 @@ def test_tsv_written_without_quoting_comes_back(rows):
         assert not found.is_csv
 
 
-def test_tsv_on_standard_input_is_judged_by_its_first_lines(tmp_path):
+def test_quoting_on_standard_input_is_detected(tmp_path):
     import subprocess
     import sys
 

@@ -1,16 +1,16 @@
-"""Excel: sheets as people and libraries write them."""
+"""Excel: workbooks written by people and by libraries."""
 
 import datetime
 
 import pandas as pd
 import pytest
-from rows import data_of, outcomes
+from reader_helpers import data_of, outcomes
 
 from ftdata import read
 from ftdata.errors import InputRefused
 
 
-def test_excel_is_text_sheet_by_sheet(tmp_path):
+def test_excel_cells_are_text_in_every_sheet(tmp_path):
     with pd.ExcelWriter(tmp_path / "d.xlsx") as out:
         pd.DataFrame([{"question": "007", "answer": "NA"}, {"question": 7, "answer": None}]).to_excel(
             out, sheet_name="one", index=False
@@ -21,7 +21,7 @@ def test_excel_is_text_sheet_by_sheet(tmp_path):
     assert [str(row.source).rpartition("/")[2] for row in found] == ["d.xlsx#one:2", "d.xlsx#one:3", "d.xlsx#two:2"]
 
 
-def test_excel_as_people_have_it(tmp_path):
+def test_excel_with_dates_errors_formulas_and_hidden_sheets(tmp_path):
     import openpyxl
 
     book = openpyxl.Workbook()
@@ -40,7 +40,7 @@ def test_excel_as_people_have_it(tmp_path):
     ]  # fmt: skip
 
 
-def test_excel_as_pandas_writes_it(tmp_path):
+def test_excel_written_by_pandas_is_read(tmp_path):
     pd.DataFrame({"question": ["q\r\n1"], "answer": ["a"]}).to_excel(tmp_path / "d.xlsx")
     assert data_of(tmp_path / "d.xlsx") == [{"": "0", "question": "q\r\n1", "answer": "a"}]
 
@@ -49,7 +49,7 @@ ESCAPES = ["_x000D_", "a_x000D_b", "_x005F_", "_x005F_x000D_", "_x0041_", "\r", 
 
 
 def written_by_hand(path, texts, *, inline):
-    """Write texts as Excel does: what looks like an escape is itself escaped (ECMA-376 Part 1, 22.9.2.19)."""
+    """Write texts as Excel does: text that looks like an escape is escaped (ECMA-376 Part 1, 22.9.2.19)."""
     import re
     import zipfile
     from xml.sax.saxutils import escape
@@ -78,14 +78,14 @@ def written_by_hand(path, texts, *, inline):
 
 
 @pytest.mark.parametrize("inline", [True, False])
-def test_excel_escapes_are_read_as_they_were_typed(inline, tmp_path):
+def test_excel_escapes_are_decoded(inline, tmp_path):
     path = tmp_path / "d.xlsx"
     written_by_hand(path, ["text", *ESCAPES], inline=inline)
     assert [row["text"] for row in data_of(path)] == ESCAPES
 
 
-def test_excel_strings_in_pieces(tmp_path):
-    """Text with formats stands in several runs."""
+def test_excel_rich_text_runs_are_joined(tmp_path):
+    """Formatted text is stored in several runs."""
     path = tmp_path / "d.xlsx"
     written_by_hand(path, ["text", "PIECES"], inline=False)
     import zipfile
@@ -100,7 +100,7 @@ def test_excel_strings_in_pieces(tmp_path):
     assert data_of(path) == [{"text": "bold plain"}]
 
 
-def test_a_large_honest_workbook_is_read(tmp_path):
+def test_large_workbook_is_read(tmp_path):
     path = tmp_path / "d.xlsx"
     frame = pd.DataFrame({"question": [f"question {n}" for n in range(20_000)], "answer": ["yes", "no"] * 10_000})
     frame.to_excel(path, index=False)
@@ -133,32 +133,32 @@ def codes(path):
     return [getattr(one, "data", None) or (one.code, one.field, one.source.line) for one in outcomes(path)]
 
 
-def test_text_beyond_the_header_is_not_lost(tmp_path):
+def test_cells_beyond_the_header_reject_their_row(tmp_path):
     path = book_of(tmp_path / "d.xlsx", ["question", "answer"], ["q", "a", "more"], ["q", "a"])
     assert codes(path) == [("ragged_row", "", 2), {"question": "q", "answer": "a"}]
 
 
-def test_halves_of_characters_in_excel(tmp_path):
-    """Excel escapes characters beyond 16 bits in halves; a half that stands alone is no text."""
+def test_surrogates_in_excel_are_joined_or_rejected(tmp_path):
+    """Excel escapes characters beyond 16 bits as two surrogates; a lone surrogate is not valid text."""
     path = book_of(tmp_path / "d.xlsx", ["question", "answer"], ["q", "_xD83D__xDE00_"], ["q", "_xD83D_"])
     assert codes(path) == [{"question": "q", "answer": "😀"}, ("lone_surrogate", "B3", 3)]
 
 
-def test_a_cell_that_excel_would_not_write_rejects_its_row(tmp_path):
+def test_malformed_excel_cell_rejects_its_row(tmp_path):
     path = book_of(tmp_path / "d.xlsx", ["question", "answer"], ["q", 1], ["q", 2], ["q", 3])
     changed(path, "xl/worksheets/sheet1.xml", b"<v>2</v>", b"<v>two</v>")
     assert codes(path) == [{"question": "q", "answer": "1"}, ("excel_error", "B3", 3), {"question": "q", "answer": "3"}]
 
 
-def test_a_header_that_cannot_be_read_is_refused(tmp_path):
+def test_oversized_header_cell_is_refused(tmp_path):
     path = book_of(tmp_path / "d.xlsx", ["question", "LONG"], ["q", "a"])
     changed(path, "xl/worksheets/sheet1.xml", b"LONG", b"x" * 40_000)
     with pytest.raises(InputRefused, match="cell_too_long"):
         outcomes(path)
 
 
-def test_an_honest_workbook_may_repeat_a_long_text(tmp_path):
-    """XML of 130 MB out of 700 kB: the same system prompt of 8 kB in each row."""
+def test_workbook_with_a_repeated_long_text_is_read(tmp_path):
+    """700 kB that expand to 130 MB of XML: the same system prompt of 8 kB in each row."""
     prompt = "You are a helpful assistant. " * 280
     import openpyxl
 

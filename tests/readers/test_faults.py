@@ -1,4 +1,4 @@
-"""One fault in a file of good rows: that row is rejected, at its line, and no other; nothing is lost."""
+"""G7: one fault in a file of valid rows rejects exactly that row at its line."""
 
 import csv
 import gzip
@@ -90,7 +90,7 @@ CELLS = {
 
 
 def json_file(dice, fault, rows, at, folder):
-    """Write the rows with a fault in one; return the path and the line of each row."""
+    """Write the rows with one fault; return the path and the line of each row."""
     array = fault not in LINE_TEXTS and dice.random() < 0.4
     ascii_only, indent = dice.random() < 0.3, 2 if array and dice.random() < 0.5 else None
     texts = [json.dumps(row, ensure_ascii=ascii_only, indent=indent) for row in rows]
@@ -129,7 +129,7 @@ def csv_file(dice, fault, rows, at, folder):
 
 
 @pytest.mark.parametrize("files", [400, pytest.param(10_000, marks=pytest.mark.long)])
-def test_one_fault_rejects_one_row_at_its_line(tmp_path, tokenizer_dir, files):
+def test_one_invalid_row_rejects_one_row_at_its_line(tmp_path, tokenizer_dir, files):
     recipe = make_recipe(tokenizer_dir("tiny_bpe"))
     faults = [(fault, json_file) for fault in (*VALUES, *TEXTS, *LINE_TEXTS, *BYTES)] + [(f, csv_file) for f in CELLS]
     for number in range(files):

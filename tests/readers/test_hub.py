@@ -1,4 +1,4 @@
-"""The hub, for real but on localhost: reading, streaming, tokenizers, and everything that can go wrong on the way."""
+"""The hub, simulated on localhost: reading, streaming, tokenizers, pushes and network failures."""
 
 import gzip
 import json
@@ -36,7 +36,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def python(code):
-    """Run code in a process of its own: the hub's client reads its address when it is imported."""
+    """Run code in a subprocess: the client of the hub reads the endpoint when it is imported."""
     done = subprocess.run(
         [sys.executable, "-c", QUICK + code], capture_output=True, text=True, check=False, env=os.environ
     )
@@ -45,7 +45,7 @@ def python(code):
 
 
 def rows_of(data):
-    """The questions that are read from a place, by split."""
+    """Return the questions of a source by split."""
     return python(
         "import json\nfrom ftdata.readers import resolve_sources\nfound = {}\n"
         f"for source in resolve_sources({data!r}):\n"
@@ -66,7 +66,7 @@ QUESTIONS = [row["question"] for row in ROWS]
 
 
 @pytest.mark.parametrize("place", ["me/chats", "hf://me/chats", "hf://datasets/me/chats"])
-def test_splits_are_told_by_names(hub, place):
+def test_splits_are_detected_from_file_names(hub, place):
     hub.add("me/chats", {
         "README.md": "about", "data/train-00000-of-00002.jsonl": lines(ROWS[:10]), "data/train-00001-of-00002.jsonl.gz": gzip.compress(lines(ROWS[10:20]).encode()),
         "data/test.csv": "question,answer\nq20,a20\n", "val.json": json.dumps(ROWS[30:]),
@@ -81,7 +81,7 @@ def test_splits_are_told_by_names(hub, place):
     assert rows_of("hf://me/chats/data/test.csv") == {"train": ["q20"]}
 
 
-def test_the_card_names_configurations_and_their_files(hub):
+def test_configurations_are_read_from_the_dataset_card(hub):
     card = "---\nconfigs:\n- config_name: small\n  data_files:\n  - split: train\n    path: s/*.jsonl\n- config_name: large\n  default: true\n  data_files: l.jsonl\n---\n"
     hub.add("me/two", {"README.md": card, "s/a.jsonl": lines(ROWS[:2]), "l.jsonl": lines(ROWS)})
     assert rows_of("me/two") == {"train": QUESTIONS}
@@ -91,7 +91,7 @@ def test_the_card_names_configurations_and_their_files(hub):
     assert "did you mean 'small'" in text
 
 
-def test_files_of_the_hub_are_data_once_and_of_the_split_they_are_named_for(hub):
+def test_each_hub_file_is_used_once_and_in_its_split(hub):
     cards = {2: "---\nconfigs:\n- {config_name: en, data_dir: en}\n- {config_name: fr, data_dir: fr}\n---\n"}
     cases = [
         (["a/training-set/test.jsonl", "eval_data/train.jsonl"], {}, {"test": ["a/training-set/test.jsonl"], "train": ["eval_data/train.jsonl"]}),
@@ -126,7 +126,7 @@ print(json.dumps(found))""")
     assert found == [expected for _, _, expected in cases]
 
 
-def test_what_is_read_is_one_commit_and_comes_once(hub):
+def test_one_commit_is_read_and_downloaded_once(hub):
     hub.add("me/chats", {"train.jsonl": lines(ROWS)})
     commit = hub.commit(("datasets", "me/chats"))
     found = python(
@@ -140,7 +140,7 @@ def test_what_is_read_is_one_commit_and_comes_once(hub):
     assert rows_of({"path": "me/chats", "revision": commit}) == {"train": QUESTIONS}
 
 
-def test_streams_are_read_without_a_download(hub, tmp_path):
+def test_streaming_reads_without_a_download(hub, tmp_path):
     table = pa.Table.from_pylist(ROWS)
     pq.write_table(table, tmp_path / "t.parquet")
     hub.add("me/chats", {"train.jsonl": lines(ROWS), "test.parquet": (tmp_path / "t.parquet").read_bytes()})
@@ -150,7 +150,7 @@ def test_streams_are_read_without_a_download(hub, tmp_path):
 
 @pytest.mark.parametrize("fault", [503, 429, 500, "cut"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_passes_is_waited_for(hub, fault, streaming):
+def test_transient_errors_are_retried(hub, fault, streaming):
     hub.add("me/chats", {"train.jsonl": lines(ROWS * 50)})
     hub.faults += [(r"resolve/.*\.jsonl", fault)] * 2
     if fault != "cut":
@@ -159,7 +159,7 @@ def test_what_passes_is_waited_for(hub, fault, streaming):
     assert hub.faults == []
 
 
-def test_a_hub_that_stays_down_is_an_error_of_six(hub):
+def test_unavailable_hub_gives_exit_code_six(hub):
     hub.add("me/chats", {"train.jsonl": lines(ROWS)})
     hub.faults += [(r"resolve/.*\.jsonl", 503)] * 99
     code, status, text = refusal("me/chats")
@@ -178,7 +178,7 @@ def test_a_hub_that_stays_down_is_an_error_of_six(hub):
         ({"path": "data.jsonl", "revision": "x"}, "hub_only", 2, "not on the Hub"),
     ],
 )
-def test_what_is_not_there_is_named(hub, place, code, status, says):
+def test_missing_hub_data_is_named(hub, place, code, status, says):
     hub.add("me/chats", {"train.jsonl": lines(ROWS)})
     hub.add("me/code", {"code.py": "import os"})
     found = refusal(place)
@@ -186,7 +186,7 @@ def test_what_is_not_there_is_named(hub, place, code, status, says):
     assert says in found[2]
 
 
-def test_another_file_in_the_middle_is_never_mixed_in(hub):
+def test_file_changed_during_a_download_is_not_mixed(hub):
     hub.add("me/chats", {"train.jsonl": lines(ROWS * 50)})
     hub.faults += [(r"resolve/.*\.jsonl", "etag")]
     assert rows_of("me/chats") == {"train": QUESTIONS * 50}
@@ -205,7 +205,7 @@ print(json.dumps([encode(talk, name)[0].input_ids.tolist() for name in ("me/mode
     assert ours == theirs
 
 
-def test_a_build_is_pushed_whole_and_read_back(hub, tokenizer_dir, tmp_path):
+def test_pushed_build_is_complete_and_can_be_read_back(hub, tokenizer_dir, tmp_path):
     (tmp_path / "d.jsonl").write_text(lines(ROWS))
     python(f"""
 import json
@@ -259,7 +259,7 @@ print(json.dumps(0))""")
     assert subprocess.run(command, capture_output=True, check=False, env=os.environ).returncode == 3
 
 
-def test_patterns_stay_in_their_folder_and_no_network_is_an_error_of_six(hub, monkeypatch):
+def test_patterns_stay_in_their_folder_and_a_lost_network_gives_exit_code_six(hub, monkeypatch):
     hub.add("me/chats", {"data/a.jsonl": lines(ROWS[:1]), "data/deep/b.jsonl": lines(ROWS[1:2])})
     assert rows_of({"path": "me/chats", "data_files": "data/*.jsonl"}) == {"train": QUESTIONS[:1]}
     assert rows_of({"path": "me/chats", "data_files": "data/**/*.jsonl"}) == {"train": QUESTIONS[:2]}
@@ -268,7 +268,7 @@ def test_patterns_stay_in_their_folder_and_no_network_is_an_error_of_six(hub, mo
 
 
 MANY = lines(ROWS * 4500)
-"""A file of several parts."""
+"""A file that is read in several parts."""
 
 
 @pytest.fixture
@@ -285,7 +285,7 @@ def questions(url):
 @pytest.mark.parametrize("where", ["files", "whole", "plain"])
 @pytest.mark.parametrize("fault", [None, 503, 429, "cut"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_web_is_read_on_from_where_it_broke(web, where, fault, packed):
+def test_interrupted_download_resumes(web, where, fault, packed):
     server, address = web
     name = "chats.jsonl.gz" if packed else "chats.jsonl"
     server.files[name] = gzip.compress(MANY.encode()) if packed else MANY.encode()
@@ -294,7 +294,7 @@ def test_the_web_is_read_on_from_where_it_broke(web, where, fault, packed):
     assert server.faults == []
 
 
-def test_tables_on_the_web_are_read_in_parts(web, tmp_path):
+def test_remote_parquet_is_read_with_range_requests(web, tmp_path):
     server, address = web
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "t.parquet")
     server.files["t.parquet"] = (tmp_path / "t.parquet").read_bytes()
@@ -304,7 +304,7 @@ def test_tables_on_the_web_are_read_in_parts(web, tmp_path):
         questions(f"{address}/whole/t.parquet")
 
 
-def test_a_file_on_the_web_that_changes_is_refused(web):
+def test_remote_file_that_changes_is_refused(web):
     server, address = web
     server.files["chats.jsonl"] = MANY.encode()
     server.faults += [("/files/", None)] * 3 + [("/files/", "other")]
@@ -312,7 +312,7 @@ def test_a_file_on_the_web_that_changes_is_refused(web):
         list(read(f"{address}/files/chats.jsonl"))
 
 
-def test_the_web_fails_with_words(web):
+def test_web_errors_are_reported(web):
     server, address = web
     server.files["chats.jsonl"] = b"{}"
     with pytest.raises(UsageError, match="other.jsonl: the file does not exist"):

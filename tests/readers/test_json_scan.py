@@ -1,4 +1,4 @@
-"""JSON: where rows are, wherever the text is parted, and which faults are whose."""
+"""The JSON scanner: finds rows at any chunk boundary and assigns each fault to its row."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import often
-from rows import ROWS, TALK, anything, data_of, outcomes, questions, write
+from reader_helpers import ROWS, TALK, anything, data_of, outcomes, questions, write
 
 from ftdata import read
 from ftdata.errors import InputRefused
@@ -16,7 +16,7 @@ from ftdata.readers.json_scan import scan_json
 from ftdata.types import Reject
 
 
-def test_rows_under_a_key(tmp_path):
+def test_rows_under_a_key_are_read(tmp_path):
     about = {"version": "1", "tags": {"a": 1}}
     for indent in (None, 2):
         path = write(tmp_path, "d.json", json.dumps({**about, "data": ROWS, "more": 3}, indent=indent))
@@ -29,12 +29,12 @@ def test_rows_under_a_key(tmp_path):
         assert data_of(write(tmp_path, "g.json", json.dumps(one, indent=1) * 2)) == [one] * 2
 
 
-def test_lines_of_bare_lists_under_a_json_name(tmp_path):
+def test_lines_of_message_lists_in_a_json_file_are_read(tmp_path):
     assert data_of(write(tmp_path, "d.json", f"{json.dumps(TALK)}\n{json.dumps(TALK)}\n")) == [TALK, TALK]
 
 
 @pytest.mark.parametrize("text", ['[{"text": "a"},, {"text": "b"}]', '[{"text": "a"}, {"text": "b"},]'])
-def test_commas_too_many_are_rejected(tmp_path, text):
+def test_extra_commas_are_rejected(tmp_path, text):
     found = outcomes(write(tmp_path, "d.json", text))
     assert [one.data["text"] for one in found if not isinstance(one, Reject)] == ["a", "b"]
     assert [one.code for one in found if isinstance(one, Reject)] == ["not_a_row"]
@@ -48,7 +48,7 @@ def test_commas_too_many_are_rejected(tmp_path, text):
     nested=st.booleans(),
     concatenated=st.booleans(),
 )
-def test_the_scan_finds_rows_wherever_the_text_is_parted(rows, sizes, indent, nested, concatenated):
+def test_scan_does_not_depend_on_chunk_boundaries(rows, sizes, indent, nested, concatenated):
     each = [json.dumps(row, indent=indent, ensure_ascii=False) for row in rows]
     text = (",\n".join(each) if nested or not concatenated else "\n".join(each)).encode()
     head, tail = (
@@ -88,14 +88,14 @@ def test_the_scan_finds_rows_wherever_the_text_is_parted(rows, sizes, indent, ne
         ('"{\\"a\\": 1}"', "not_a_row"),
     ],
 )  # fmt: skip
-def test_rows_are_read_exactly_or_not_at_all(tmp_path, line, code):
+def test_json_rows_are_read_exactly_or_rejected(tmp_path, line, code):
     (found,) = outcomes(write(tmp_path, "d.jsonl", line + "\n"))
     assert getattr(found, "code", None) == code
     if code is None:
         assert found.data == json.loads(line)
 
 
-def test_rows_after_a_broken_one_are_not_made_up(tmp_path):
+def test_invalid_csv_row_is_not_split_into_rows(tmp_path):
     found = outcomes(write(tmp_path, "d.csv", 'q,a\n"He said "hi"\nto me,ok"\nx,y\n'))
     assert [getattr(one, "code", "row") for one in found] == ["csv", "row"]
     (lone,) = outcomes(write(tmp_path, "e.csv", "q,a\n" + '"x,y\n' + "x,y\n" * 20))
@@ -114,12 +114,12 @@ def test_rows_after_a_broken_one_are_not_made_up(tmp_path):
         ({"input_ids": [1, 2], "labels": [1, 2]}, None),
     ],
 )
-def test_a_row_is_told_from_what_holds_rows(tmp_path, data, expected):
+def test_single_row_and_container_of_rows_are_distinguished(tmp_path, data, expected):
     for indent in (None, 1):
         assert data_of(write(tmp_path, "d.json", json.dumps(data, indent=indent))) == (expected or [data])
 
 
-def test_no_list_beyond_the_first_megabyte_is_lost(tmp_path):
+def test_lists_beyond_the_first_megabyte_are_found(tmp_path):
     big = {"train": [{"question": "q" + "x" * 1000, "answer": "a"}] * 1500, "test": [{"question": "q", "answer": "a"}]}
     with pytest.raises(InputRefused, match="train, test"):
         data_of(write(tmp_path, "d.json", json.dumps(big)))
@@ -134,25 +134,25 @@ def test_long_texts_are_scanned_once(tmp_path):
     assert data_of(write(tmp_path, "e.json", json.dumps(nested))) == nested
 
 
-def test_a_quote_inside_a_plain_cell_is_a_quote(tmp_path):
+def test_quote_inside_an_unquoted_cell_is_text(tmp_path):
     assert data_of(write(tmp_path, "d.csv", 'q,a\n12" ruler,x\n')) == [{"q": '12" ruler', "a": "x"}]
 
 
-def test_values_that_python_does_not_have_are_rejected(tmp_path):
+def test_values_outside_the_range_of_python_are_rejected(tmp_path):
     far = pa.array([0, 10**15], pa.timestamp("ms"))
     pq.write_table(pa.table({"text": ["a", "b"], "when": far}), tmp_path / "d.parquet")
     good, bad = outcomes(str(tmp_path / "d.parquet"))
     assert (good.data["text"], bad.code) == ("a", "value_range")
 
 
-def test_numbers_and_keys_of_any_kind_stay(tmp_path):
+def test_large_integers_are_kept_and_duplicate_keys_rejected(tmp_path):
     (row,) = outcomes(write(tmp_path, "d.jsonl", '{"id": 123456789012345678901}\n'))
     assert row.data == {"id": 123456789012345678901}
     (bad,) = outcomes(write(tmp_path, "e.jsonl", '{"answer": "first", "answer"\t:"second"}\n'))
     assert bad.code == "duplicate_key"
 
 
-def test_small_faults_of_files_do_not_cost_them(tmp_path):
+def test_minor_faults_do_not_reject_the_file(tmp_path):
     broken, good = outcomes(write(tmp_path, "d.json", '{"text": "a"\n{"text": "b"}\n'))
     assert (broken.code, good.data) == ("json", {"text": "b"})
     assert data_of(write(tmp_path, "what?.csv", "q,a,,\nx,y,,\n")) == [{"q": "x", "a": "y"}]
@@ -174,7 +174,7 @@ def row_of(size, number=0):
     ],
     ids=["long-rows", "long-rows-under-a-key", "a-key-that-rows-have"],
 )  # fmt: skip
-def test_what_is_a_row_is_told_by_all_of_it(tmp_path, text, expected):
+def test_row_detection_considers_the_whole_text(tmp_path, text, expected):
     assert questions(write(tmp_path, "d.json", text)) == expected
 
 
@@ -187,7 +187,7 @@ def test_what_is_a_row_is_told_by_all_of_it(tmp_path, text, expected):
         ('{"train": [{"a": 1}], "v": 1} LOST', "not_rows"),
     ],
 )
-def test_what_stands_beside_the_rows_is_found_however_the_text_is_parted(text, code):
+def test_data_next_to_the_rows_is_found_at_any_chunk_boundary(text, code):
     data = text.encode()
     for at in range(len(data)):
         with pytest.raises(InputRefused) as refused:
@@ -195,26 +195,26 @@ def test_what_stands_beside_the_rows_is_found_however_the_text_is_parted(text, c
         assert refused.value.code == code
 
 
-def test_arrays_whose_lines_are_whole_are_no_json_lines(tmp_path):
+def test_array_with_one_element_per_line_is_not_json_lines(tmp_path):
     chat = json.dumps(TALK)
     for text in (f"[\n{chat}\n]", f"[\n{chat}\n,\n{chat}\n]"):
         assert data_of(write(tmp_path, "d.json", text)) == [TALK] * text.count("007")
 
 
-def test_each_broken_line_is_rejected_alone(tmp_path):
+def test_each_invalid_line_is_one_reject(tmp_path):
     lines = ['{"question": "q, "answer": "a"}'] * 2 + [row_of(0)] * 2
     found = outcomes(write(tmp_path, "d.json", "\n".join(lines) + "\n"))
     assert [getattr(one, "code", "row") for one in found] == ["json", "json", "row", "row"]
 
 
-def test_places_of_faults_in_json(tmp_path):
+def test_json_errors_report_their_position(tmp_path):
     (_, bad) = outcomes(write(tmp_path, "b.json", '[{"question": "a"}, {"question": x}]'))
     assert "byte 33" in bad.reason
     with pytest.raises(InputRefused, match=r"c.json:4: the file ends inside the list"):
         outcomes(write(tmp_path, "c.json", f"[\n{row_of(1)},\n{row_of(1)}\n"))
 
 
-def test_many_strays_and_many_keys_take_no_longer_than_few(tmp_path):
+def test_many_invalid_rows_and_many_keys_take_linear_time(tmp_path):
     found = outcomes(write(tmp_path, "d.json", "[" + "1,\n" * 200_000 + row_of(1) + "]"))
     assert len(found) == 200_001
     assert [one.source.line for one in found[:3]] == [1, 2, 3]
@@ -235,7 +235,7 @@ def test_many_strays_and_many_keys_take_no_longer_than_few(tmp_path):
         '{"data":[{q},{q}}]',
     ],
 )
-def test_json_that_is_not_valid_is_not_taken_for_it(tmp_path, text):
+def test_invalid_json_is_not_accepted(tmp_path, text):
     path = write(tmp_path, "d.json", text.replace("{q}", row_of(1)))
     try:
         found = outcomes(path)
@@ -244,7 +244,7 @@ def test_json_that_is_not_valid_is_not_taken_for_it(tmp_path, text):
     assert any(isinstance(one, Reject) for one in found)
 
 
-def test_columns_of_objects_are_columns(tmp_path):
+def test_column_oriented_json_with_objects_is_read(tmp_path):
     columns = {"question": ["a", "b"], "answer": ["c", "d"], "meta": [{"x": 1}, {"x": 2}]}
     assert [row["meta"]["x"] for row in data_of(write(tmp_path, "d.json", json.dumps(columns)))] == [1, 2]
     row = {"messages": TALK, "tools": [{"a": 1}, {"b": 2}]}

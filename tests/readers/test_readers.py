@@ -1,4 +1,4 @@
-"""Reading: every value as it was written, every fault at its line, and no other row touched by it."""
+"""Readers: values are exact, and each fault rejects only its own row at its line."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import often
-from rows import anything, outcomes, write
+from reader_helpers import anything, outcomes, write
 
 from ftdata import read
 from ftdata.errors import BadRow, InputRefused, UsageError
@@ -17,8 +17,8 @@ from ftdata.types import Reject, Source
 
 @often(100)
 @given(rows=anything, pretty=st.booleans(), ascii_only=st.booleans())
-def test_an_array_comes_back_as_written_with_its_lines(tmp_path_factory, rows, pretty, ascii_only):
-    """R1, R2, R4: every value exact, every line physical."""
+def test_json_array_is_read_exactly_with_line_numbers(tmp_path_factory, rows, pretty, ascii_only):
+    """R1, R2, R4: values are exact, and line numbers are physical lines."""
     folder = tmp_path_factory.mktemp("array")
     each = [json.dumps(row, indent=2 if pretty else None, ensure_ascii=ascii_only) for row in rows]
     found = outcomes(write(folder, "data.json", "[\n" + ",\n".join(each) + "\n]"))
@@ -37,7 +37,7 @@ def test_an_array_comes_back_as_written_with_its_lines(tmp_path_factory, rows, p
     ending=st.sampled_from(["\n", "\r\n"]),
     bom=st.booleans(),
 )
-def test_lines_come_back_as_written(tmp_path_factory, rows, blanks, ending, bom):
+def test_json_lines_are_read_exactly_with_line_numbers(tmp_path_factory, rows, blanks, ending, bom):
     folder = tmp_path_factory.mktemp("lines")
     text, lines, number = "", [], 1
     for row, blank in zip(rows, blanks, strict=False):
@@ -51,8 +51,8 @@ def test_lines_come_back_as_written(tmp_path_factory, rows, blanks, ending, bom)
 
 @often(50)
 @given(rows=anything, data=st.data())
-def test_a_broken_line_is_rejected_where_it_is(tmp_path_factory, rows, data):
-    """D1, D2: read = built + rejected, and the rejected lines are the broken ones."""
+def test_invalid_line_is_rejected_at_its_line(tmp_path_factory, rows, data):
+    """D1, D2: read = built + rejected, and exactly the invalid lines are rejected."""
     broken = data.draw(st.sets(st.integers(0, len(rows) - 1), min_size=1))
     each = [json.dumps(row) for row in rows]
     for index in broken:
@@ -64,7 +64,7 @@ def test_a_broken_line_is_rejected_where_it_is(tmp_path_factory, rows, data):
     ]
 
 
-def test_nothing_is_coerced():
+def test_values_are_not_coerced():
     row = {"a": "007", "b": "2024-01-01", "c": "NA", "d": "true", "e": "1e5", "f": "null"}
     assert next(iter(read([row]))).data == row
 
@@ -74,7 +74,7 @@ def test_numbers_beyond_64_bits_and_nan_are_read(tmp_path):
     assert row.data["n"] == 10**40
 
 
-def test_a_conversation_per_inner_list(tmp_path):
+def test_each_inner_list_is_a_conversation(tmp_path):
     chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]] * 2
     assert [row.data for row in outcomes(write(tmp_path, "d.json", json.dumps(chats)))] == chats
 
@@ -87,12 +87,12 @@ def test_column_oriented_objects_are_rows(tmp_path):
     assert [row.data for row in outcomes(write(tmp_path, "b.json", json.dumps(lists, indent=1)))] == expected
 
 
-def test_one_conversation_object_is_one_row(tmp_path):
+def test_single_conversation_object_is_one_row(tmp_path):
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     assert [r.data for r in outcomes(write(tmp_path, "d.json", json.dumps(row, indent=2)))] == [row]
 
 
-def test_json_lines_under_a_json_name(tmp_path):
+def test_json_lines_in_a_json_file_are_read(tmp_path):
     assert len(outcomes(write(tmp_path, "d.json", '{"text": "a"}\n{"text": "b"}\n'))) == 2
 
 
@@ -111,7 +111,7 @@ def test_json_lines_under_a_json_name(tmp_path):
         ("d.txt", "hello", "no_reader"),
     ],
 )
-def test_what_is_not_json_is_refused(tmp_path, name, content, code):
+def test_files_that_are_not_json_are_refused(tmp_path, name, content, code):
     with pytest.raises(InputRefused) as caught:
         outcomes(write(tmp_path, name, content))
     assert caught.value.code == code
@@ -121,47 +121,47 @@ def test_what_is_not_json_is_refused(tmp_path, name, content, code):
 @pytest.mark.parametrize(
     "line", ['{"a": "\\ud800"}', '{"a": 1,}', "{'a': 1}", '{"a": 1} {"b": 2}', '"text"', "3", "[" * 100_000]
 )
-def test_what_is_not_a_row_is_rejected_with_its_line(tmp_path, line):
+def test_values_that_are_not_rows_are_rejected_at_their_line(tmp_path, line):
     _first, second = outcomes(write(tmp_path, "d.jsonl", f'{{"text": "ok"}}\n{line}\n'))
     assert isinstance(second, Reject)
     assert second.source.line == 2
 
 
-def test_a_cut_last_line_says_so(tmp_path):
+def test_truncated_last_line_is_reported(tmp_path):
     (_, cut) = outcomes(write(tmp_path, "d.jsonl", '{"text": "ok"}\n{"text": "no'))
     assert cut.code == "partial_file"
 
 
-def test_invalid_utf8_is_rejected_with_its_line(tmp_path):
+def test_invalid_utf8_is_rejected_at_its_line(tmp_path):
     (_, bad) = outcomes(write(tmp_path, "d.jsonl", b'{"text": "ok"}\n{"text": "caf\xe9"}\n'))
     assert bad.code == "encoding"
     assert bad.source.line == 2
 
 
-def test_read_raises_at_a_bad_row(tmp_path):
+def test_read_raises_at_an_invalid_row(tmp_path):
     with pytest.raises(BadRow, match=r"d\.jsonl:2"):
         list(read(write(tmp_path, "d.jsonl", '{"a": 1}\n{"a": \n{"a": 2}\n')))
 
 
-def test_files_globs_and_lists_in_order(tmp_path):
+def test_files_globs_and_lists_are_read_in_order(tmp_path):
     a, b = write(tmp_path, "a.jsonl", '{"text": "a"}\n'), write(tmp_path, "b.jsonl", '{"text": "b"}\n')
     assert [row.data["text"] for row in read([b, a])] == ["b", "a"]
     assert [row.data["text"] for row in read(str(tmp_path / "*.jsonl"))] == ["a", "b"]
 
 
-def test_a_missing_file_names_what_is_beside_it(tmp_path):
+def test_missing_file_error_suggests_similar_names(tmp_path):
     write(tmp_path, "train.json", "[]")
     with pytest.raises(UsageError, match=r"did you mean 'train\.json'"):
         resolve_sources(str(tmp_path / "trian.json"))
 
 
 @pytest.mark.parametrize("data", [{"train": []}, 3])
-def test_what_is_no_source_is_refused(data):
+def test_invalid_sources_are_refused(data):
     with pytest.raises(UsageError):
         resolve_sources(data)
 
 
-def test_frames_and_datasets(tmp_path):
+def test_data_frames_and_datasets_are_read(tmp_path):
     import datasets
     import pandas as pd
 
@@ -175,7 +175,7 @@ def test_stopping_early_leaves_nothing_open(tmp_path):
     next(iter(read(path)))
 
 
-def test_what_stands_between_rows_is_rejected_one_by_one(tmp_path):
+def test_values_between_rows_are_rejected_one_by_one(tmp_path):
     found = outcomes(write(tmp_path, "d.json", '[1, "a, b",\n {"text": "t"}, null, {"text": "u"}, 2]'))
     assert [isinstance(entry, Reject) for entry in found] == [True, True, False, True, False, True]
     assert [entry.source.row for entry in found] == list(range(6))
@@ -184,14 +184,14 @@ def test_what_stands_between_rows_is_rejected_one_by_one(tmp_path):
     assert [entry.source.offset for entry in found] == [1, 4, 13, 28, 34, 49]
 
 
-def test_a_single_object_with_blank_lines_after_it_is_columns(tmp_path):
+def test_single_object_with_empty_lines_after_it_is_columns(tmp_path):
     path = write(tmp_path, "d.json", '{"question": ["q"], "answer": ["a"]}\n\n')
     assert [row.data for row in outcomes(path)] == [{"question": "q", "answer": "a"}]
     (row,) = outcomes(write(tmp_path, "e.json", '[{"messages": []}]'))
     assert row.data == {"messages": []}
 
 
-def test_frames_from_parquet_hold_arrays(tmp_path):
+def test_arrays_in_data_frames_are_read_as_lists(tmp_path):
     import pandas as pd
 
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -200,7 +200,7 @@ def test_frames_from_parquet_hold_arrays(tmp_path):
     assert row.data == {"messages": chat}
 
 
-def test_an_enormous_line_is_rejected(tmp_path, monkeypatch):
+def test_oversized_line_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr("ftdata.readers.json_rows.MAX_LINE", 50)
     long = '{"text": "' + "x" * 60 + '"}'
     codes = [getattr(e, "code", "") for e in outcomes(write(tmp_path, "d.jsonl", f'{{"text": "a"}}\n{long}\n'))]
@@ -232,7 +232,7 @@ TREES = st.recursive(
 
 @often(1500)
 @given(text=json_text(TREES, BLANK))
-def test_a_line_is_read_as_python_reads_it_unless_a_key_stands_twice(text):
+def test_line_is_parsed_like_python_unless_a_key_is_repeated(text):
     twice = []
 
     def unique(pairs):
@@ -247,7 +247,7 @@ def test_a_line_is_read_as_python_reads_it_unless_a_key_stands_twice(text):
         assert repr(row.data) == repr(value)
 
 
-def test_bytes_that_begin_as_half_a_character_are_no_text(tmp_path):
+def test_invalid_bytes_are_not_detected_as_utf16(tmp_path):
     path = write(tmp_path, "d.jsonl", b"@" + b"\xed" * 9 + b'\n{"a": 1}\n')
     first, second = outcomes(path)
     assert (first.code, second.data) == ("encoding", {"a": 1})

@@ -1,4 +1,4 @@
-"""Places: a folder, a name, a URL stand for the files in them, each once, none left out without a word."""
+"""Path resolution: folders, patterns and URLs resolve to each of their files once, or to an error."""
 
 import json
 import os
@@ -31,14 +31,14 @@ def by_split(data):
     return found
 
 
-def test_splits_of_a_folder_are_told_by_names(tmp_path):
+def test_splits_of_a_folder_are_detected_from_names(tmp_path):
     folder = write(tmp_path, {
         "a.jsonl": "0", "train-1.jsonl": "1", "my_test.jsonl": "2", "dev/b.jsonl": "3", "test/train.jsonl": "4", "testament/c.jsonl": "5"
     })  # fmt: skip
     assert by_split(folder) == {None: ["0", "5"], "validation": ["3"], "test": ["2"], "train": ["4", "1"]}
 
 
-def test_links_are_followed_once_and_none_leads_nowhere(tmp_path):
+def test_links_are_followed_once_and_dangling_links_are_refused(tmp_path):
     write(tmp_path / "real", {"b.jsonl": "1"})
     folder = write(tmp_path / "data", {"a.jsonl": "0", "_SUCCESS": "", "logs/.keep": ""})
     (tmp_path / "data" / "link").symlink_to(tmp_path / "real")
@@ -50,12 +50,12 @@ def test_links_are_followed_once_and_none_leads_nowhere(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["", " ", "x" * 300, "a\0b"])
-def test_what_is_no_path_is_a_request_that_cannot_be_meant(place):
+def test_invalid_paths_are_refused(place):
     with pytest.raises(UsageError, match="file_not_found"):
         resolve_sources(place)
 
 
-def test_saved_data_sets_lie_in_folders_too(tmp_path):
+def test_saved_datasets_inside_a_folder_are_read(tmp_path):
     import datasets
 
     for name in ("one", "two"):
@@ -66,13 +66,13 @@ def test_saved_data_sets_lie_in_folders_too(tmp_path):
         resolve_sources(str(tmp_path))
 
 
-def test_a_named_pipe_is_a_place(tmp_path):
+def test_named_pipe_is_a_source(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     threading.Thread(target=lambda: (tmp_path / "pipe.jsonl").write_text(line("0")), daemon=True).start()
     assert by_split(str(tmp_path / "pipe.jsonl")) == {None: ["0"]}
 
 
-def test_a_format_may_be_said(tmp_path):
+def test_format_option_selects_the_reader(tmp_path):
     (tmp_path / "log.txt").write_text("question,answer\n0,a\n")
     with pytest.raises(InputRefused, match=r"no reader for '.txt' files.*format="):
         resolve_sources(str(tmp_path / "log.txt"))
@@ -81,7 +81,7 @@ def test_a_format_may_be_said(tmp_path):
         resolve_sources({"path": tmp_path / "log.txt", "format": "cvs"})
 
 
-def test_folders_and_patterns_of_a_file_system_elsewhere():
+def test_folders_and_patterns_of_remote_file_systems_are_resolved():
     memory = fsspec.filesystem("memory")
     for name in ("a", "b"):
         memory.pipe(f"/here/{name}.jsonl", line(name).encode())
@@ -91,7 +91,7 @@ def test_folders_and_patterns_of_a_file_system_elsewhere():
         resolve_sources("memory://here/*.csv")
 
 
-def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path):
+def test_file_that_grows_while_it_is_read_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(line("0") * 3)
     rows = read(str(path))
@@ -102,7 +102,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path):
         list(rows)
 
 
-def test_a_folder_elsewhere_is_read_as_one_here(tmp_path):
+def test_remote_folder_is_read_like_a_local_folder(tmp_path):
     import datasets
 
     folder = write(
@@ -119,7 +119,7 @@ def test_a_folder_elsewhere_is_read_as_one_here(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["../out", "/tmp/out", "..", "a/b", "a\nb", "a\0b", "", "x" * 200])
-def test_splits_stay_in_the_build(tmp_path, tokenizer_dir, split):
+def test_split_names_cannot_leave_the_build(tmp_path, tokenizer_dir, split):
     import datasets
 
     data = datasets.DatasetDict({split: datasets.Dataset.from_list([{"question": "q", "answer": "a"}])})
@@ -129,7 +129,7 @@ def test_splits_stay_in_the_build(tmp_path, tokenizer_dir, split):
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "/etc", "a/b", ""])
-def test_saved_data_sets_stay_in_their_folder(tmp_path, name):
+def test_split_names_of_saved_datasets_cannot_leave_the_folder(tmp_path, name):
     (tmp_path / "x.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
@@ -137,8 +137,8 @@ def test_saved_data_sets_stay_in_their_folder(tmp_path, name):
         resolve_sources(tmp_path / "saved")
 
 
-def test_offsets_that_lead_elsewhere_are_found_behind_a_text_that_is_none(tmp_path):
-    """What is wrong first in a column must not hide what would end the process."""
+def test_invalid_offsets_are_detected_behind_invalid_text(tmp_path):
+    """The first fault of a column must not hide a second one that would crash the process."""
     import numpy as np
     import pyarrow as pa
 
@@ -157,7 +157,7 @@ def test_offsets_that_lead_elsewhere_are_found_behind_a_text_that_is_none(tmp_pa
         list(read(tmp_path / "data.arrow"))
 
 
-def test_deep_patterns_find_each_file_once(tmp_path, monkeypatch):
+def test_recursive_patterns_find_each_file_once(tmp_path, monkeypatch):
     names = {
         "a.jsonl": "0",
         "x/b.jsonl": "1",
@@ -176,7 +176,7 @@ def test_deep_patterns_find_each_file_once(tmp_path, monkeypatch):
     assert by_split("**/y/*.jsonl") == {None: ["2"]}
 
 
-def test_patterns_of_strangers_take_no_time():
+def test_hostile_patterns_take_bounded_time():
     from ftdata.readers.file_names import matches_pattern
 
     assert not matches_pattern("a" * 5000, "*a" * 200 + "b")

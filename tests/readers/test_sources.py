@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rows import CELLS, LINES, ROWS, data_of, write
+from reader_helpers import CELLS, LINES, ROWS, data_of, write
 
 from ftdata import read
 from ftdata.errors import InputRefused, MissingDependency, UsageError
@@ -19,7 +19,7 @@ from ftdata.readers.json_scan import COLUMNS
 from ftdata.schemas import schemas
 
 
-def test_data_frames_and_data_sets(tmp_path):
+def test_data_frames_and_datasets_are_read(tmp_path):
     ds = datasets.Dataset.from_list(ROWS)
     both = datasets.DatasetDict(train=ds, test=ds.select([0]))
     frame = pd.DataFrame(CELLS)
@@ -33,7 +33,7 @@ def test_data_frames_and_data_sets(tmp_path):
     assert data_of({"path": str(tmp_path / "both"), "split": "test"}) == ROWS[:1]
 
 
-def test_folders_are_all_their_files(tmp_path):
+def test_folder_is_read_with_all_of_its_files(tmp_path):
     (tmp_path / "deep").mkdir()
     write(tmp_path, "b.jsonl", '{"text": "b"}\n')
     write(tmp_path / "deep", "a.csv", "text\na\n")
@@ -45,13 +45,13 @@ def test_folders_are_all_their_files(tmp_path):
         data_of(tmp_path)
 
 
-def test_standard_input(monkeypatch):
+def test_standard_input_is_read(monkeypatch):
     for text in (LINES, json.dumps(ROWS).encode(), gzip.compress(LINES)):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
         assert data_of("-") == ROWS
 
 
-def test_places_that_fsspec_knows(tmp_path):
+def test_fsspec_urls_are_read(tmp_path):
     path = write(tmp_path, "d.jsonl", LINES)
     assert data_of(f"file://{path}") == ROWS
     with pytest.raises(UsageError, match="does not exist"):
@@ -60,21 +60,21 @@ def test_places_that_fsspec_knows(tmp_path):
         data_of("gopher://x/d.jsonl")
 
 
-def test_a_place_without_its_package_names_it(monkeypatch):
+def test_missing_fsspec_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(MissingDependency, match=r"ftdata\[s3\]"):
         data_of("s3://bucket/d.jsonl")
 
 
-def test_patterns_that_go_deep_name_each_file_once(tmp_path):
+def test_recursive_patterns_match_each_file_once(tmp_path):
     (tmp_path / "sub").mkdir()
     write(tmp_path, "a.jsonl", '{"text": "a"}\n')
     write(tmp_path / "sub", "b.jsonl", '{"text": "b"}\n')
     assert sorted(row["text"] for row in data_of(f"{tmp_path}/**")) == ["a", "b"]
 
 
-def test_names_that_stand_twice_are_refused(tmp_path):
+def test_repeated_column_names_are_refused(tmp_path):
     pq.write_table(pa.table([["q"], ["x"], ["y"]], names=["q", "a", "a"]), tmp_path / "d.parquet")
     pd.DataFrame([["q", "a", "a"], ["1", "2", "3"]]).to_excel(tmp_path / "d.xlsx", index=False, header=False)
     for name in ("d.parquet", "d.xlsx"):
@@ -82,13 +82,13 @@ def test_names_that_stand_twice_are_refused(tmp_path):
             data_of(str(tmp_path / name))
 
 
-def test_every_shape_is_known_as_a_row():
-    """What tells a row from what holds rows must know the columns of every schema."""
+def test_columns_of_every_schema_are_recognized_as_a_row():
+    """The detection of single rows must know a column of every schema."""
     for name, schema in schemas.registered().items():
         assert name == "chat_log" or set(schema.columns) & COLUMNS
 
 
-def test_objects_in_memory_are_read_as_they_are(tmp_path):
+def test_in_memory_objects_are_read_unchanged(tmp_path):
     def used_again():
         row = {}
         for number in range(3):

@@ -1,4 +1,4 @@
-"""Slices of splits: the rows that `datasets` would give, from as many files as there are."""
+"""Split expressions: the same rows as in `datasets`, for any number of files."""
 
 import json
 
@@ -15,7 +15,7 @@ BOUND = st.none() | st.integers(-12, 30).map(str) | st.integers(-100, 120).map("
 
 
 @given(sizes=st.lists(st.integers(1, 8), min_size=1, max_size=4), start=BOUND, stop=BOUND)
-def test_a_slice_is_that_of_all_rows_in_one_list(sizes, start, stop):
+def test_slice_equals_that_of_the_list_of_all_rows(sizes, start, stop):
     rows = [(file, row) for file, size in enumerate(sizes) for row in range(size)]
     bounds = [
         None if one is None else round(int(one[:-1]) * len(rows) / 100) if one.endswith("%") else int(one)
@@ -32,7 +32,7 @@ def test_a_slice_is_that_of_all_rows_in_one_list(sizes, start, stop):
     assert found == rows[slice(*bounds)]
 
 
-def test_files_are_counted_no_further_than_they_must():
+def test_files_are_counted_only_as_far_as_needed():
     def never(enough):
         raise AssertionError
 
@@ -55,7 +55,7 @@ def test_files_are_counted_no_further_than_they_must():
     "split", ["train[:10%]", "train[-7:]", "train[33%:66%]", "train[3:5]+test", "test+train", "test[1:]"]
 )
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_slices_are_those_of_datasets(tmp_path, split, kind):
+def test_slices_equal_those_of_datasets(tmp_path, split, kind):
     given_rows = {name: [{"text": f"{name} {n}"} for n in range(size)] for name, size in (("train", 37), ("test", 5))}
     made = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in given_rows.items()})
     made.save_to_disk(tmp_path / "saved")
@@ -82,7 +82,7 @@ def found_of(texts, name):
     return [text for text in texts if text.startswith(name)]
 
 
-def test_what_names_no_rows_is_refused(tmp_path):
+def test_invalid_split_expressions_are_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "t"}) + "\n")
     for split, code in (("train[", "split"), ("train[1]", "split"), ("tset", "no_split"), ("train[5:]", "no_rows")):

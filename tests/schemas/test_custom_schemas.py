@@ -1,12 +1,12 @@
-"""Schemas of a user's own: by name, by file, and what goes wrong in them."""
+"""Custom schemas: from files, with their errors."""
 
 import pytest
-from converted import ASSISTANT, USER, convert
+from schema_helpers import ASSISTANT, USER, convert
 
 from ftdata.errors import BadRow, UsageError
 
 
-def test_a_schema_of_ones_own(tmp_path):
+def test_custom_schema_from_a_file_is_used(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
         "from ftdata.types import Conversation\n"
@@ -16,7 +16,7 @@ def test_a_schema_of_ones_own(tmp_path):
     assert convert({"q": "q", "a": "a"}, schema=f"{path}:convert").messages == (USER, ASSISTANT)
 
 
-def test_a_schema_of_ones_own_fails_row_by_row(tmp_path):
+def test_failing_custom_schema_rejects_only_its_row(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "from ftdata.types import Conversation\nprint('loaded')\n"
@@ -32,7 +32,7 @@ def test_a_schema_of_ones_own_fails_row_by_row(tmp_path):
         convert({"y": 1}, schema=f"{tmp_path / 'broken.py'}:f")
 
 
-def test_a_schema_is_loaded_once(tmp_path, capsys):
+def test_custom_schema_is_loaded_once(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "print('loaded')\nfrom ftdata.types import Conversation\ndef f(row): return Conversation(())\n"
     )
@@ -48,20 +48,20 @@ def test_a_schema_is_loaded_once(tmp_path, capsys):
         "({'role': 'user', 'content': 5},)", "(), tokens=Tokens([1, 2, 3], [True])", "(), tools=('t',)",
     ],
 )  # fmt: skip
-def test_what_a_schema_of_ones_own_makes_is_checked(tmp_path, made):
+def test_result_of_a_custom_schema_is_checked(tmp_path, made):
     (tmp_path / "mine.py").write_text(f"from ftdata.types import *\ndef f(row): return Conversation({made})\n")
     with pytest.raises(BadRow):
         convert({"y": 1}, schema=f"{tmp_path / 'mine.py'}:f")
 
 
-def test_a_schema_of_ones_own_need_not_say_where_the_completion_begins(tmp_path):
+def test_completion_start_of_a_custom_schema_is_optional(tmp_path):
     talk = (USER, ASSISTANT, USER, ASSISTANT)
     (tmp_path / "mine.py").write_text(f"from ftdata.types import *\ndef f(row): return Conversation({talk})\n")
     assert convert({"y": 1}, schema=f"{tmp_path / 'mine.py'}:f").completion_from == 3
 
 
 @pytest.mark.parametrize("put", ["message", "argument", "tool", "field"])
-def test_what_a_schema_of_ones_own_gives_may_be_the_same_object_each_time(tmp_path, put):
+def test_custom_schema_may_return_the_same_object_for_every_row(tmp_path, put):
     (tmp_path / "mine.py").write_text(
         "from ftdata.types import *\n"
         "answer = {'role': 'assistant', 'content': 'a'}\n"

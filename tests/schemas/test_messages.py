@@ -1,11 +1,11 @@
-"""Messages in every spelling: roles, speakers, calls, results, blocks."""
+"""Messages of every format: roles, speakers, tool calls, tool results and content blocks."""
 
 import json
 
 import pytest
-from converted import ASSISTANT, CALL, FUNCTION, USER, convert
 from hypothesis import given
 from hypothesis import strategies as st
+from schema_helpers import ASSISTANT, CALL, FUNCTION, USER, convert
 
 from ftdata.errors import BadRow
 from ftdata.schemas import normalize
@@ -18,14 +18,14 @@ def test_role_spellings_are_mapped(role):
 
 
 @pytest.mark.parametrize("role", ["Human", " user ", "USER"])
-def test_roles_of_a_format_are_spelled_exactly_and_speakers_as_people_write(role):
+def test_role_names_are_exact_and_speaker_names_are_case_insensitive(role):
     with pytest.raises(BadRow, match="unknown_role"):
         convert({"messages": [{"role": role, "content": "x"}]})
     assert convert({"conversations": [{"from": role, "value": "x"}]}).messages[0]["role"] == "user"
 
 
 @given(st.sampled_from([("train", False), ("weight", 0), ("weight", 0.0)]))
-def test_untrained_messages(mark):
+def test_messages_can_be_marked_as_untrained(mark):
     key, value = mark
     assert convert({"messages": [USER, {**ASSISTANT, key: value}]}).messages[1]["train"] is False
 
@@ -46,7 +46,7 @@ def test_extra_keys_do_not_replace_the_message():
     )
 
 
-def test_tool_arguments_stay_as_they_are_written():
+def test_tool_arguments_are_kept_as_written():
     def call(arguments):
         calls = [{"type": "function", "function": {"name": "f", "arguments": arguments}}]
         return convert({"messages": [USER, {"role": "assistant", "tool_calls": calls}]}).messages[1]["tool_calls"]
@@ -92,7 +92,7 @@ RESULT = {"role": "tool", "content": "r"}
         ),
     ],
 )  # fmt: skip
-def test_messages_in_every_spelling(item, messages):
+def test_messages_of_every_format_are_normalized(item, messages):
     opened = [USER, item] if messages[0]["role"] == "assistant" else [item, ASSISTANT]
     found = convert({"messages": opened} if "role" in item else {"conversations": opened}).messages
     assert [one for one in found if one not in (USER, ASSISTANT)] == [
@@ -101,13 +101,13 @@ def test_messages_in_every_spelling(item, messages):
     assert len(found) == 1 + len(messages)
 
 
-def test_older_tools_are_wrapped():
+def test_legacy_functions_become_tools():
     functions = [{"name": "f", "parameters": {}}]
     found = convert({"messages": [USER, ASSISTANT], "functions": functions}).tools
     assert found == ({"type": "function", "function": functions[0]},)
 
 
-def test_a_question_that_is_repeated_in_the_answers_is_asked_once():
+def test_prompt_repeated_in_the_completion_is_removed():
     system = {"role": "system", "content": "s"}
     data = {"prompt": [system, USER], "chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]}
     assert convert(data).messages == (system, USER, ASSISTANT)
@@ -115,7 +115,7 @@ def test_a_question_that_is_repeated_in_the_answers_is_asked_once():
     assert convert(again).messages == (USER, ASSISTANT, USER, ASSISTANT)
 
 
-def test_calls_are_read_wherever_their_arguments_stand():
+def test_tool_call_arguments_are_found_under_every_key():
     for call in ({"function": {"name": "f", "parameters": {"x": 1}}}, {"name": "f", "args": {"x": 1}, "id": None}):
         talk = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
         (found,) = convert({"messages": talk}).messages[1]["tool_calls"]
@@ -124,7 +124,7 @@ def test_calls_are_read_wherever_their_arguments_stand():
     assert convert({"messages": [USER, {**ASSISTANT, "tool_calls": "null"}]}).messages == (USER, ASSISTANT)
 
 
-def test_blocks_in_an_order_that_no_template_prints_are_refused():
+def test_content_blocks_in_an_unsupported_order_are_rejected():
     call = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
     result = {
         "type": "tool_result",
@@ -137,7 +137,7 @@ def test_blocks_in_an_order_that_no_template_prints_are_refused():
     assert convert({"messages": apart}).messages[2]["content"] == result["content"]
 
 
-def test_texts_have_authors_and_tables_blank_cells():
+def test_text_with_an_author_and_empty_cells_are_accepted():
     assert convert({"text": "Once ...", "author": "Jane"}).schema == "text"
     with pytest.raises(BadRow, match="one_message"):
         convert({"text": "hi", "speaker": "Jane"})
@@ -147,7 +147,7 @@ def test_texts_have_authors_and_tables_blank_cells():
         convert({"one": [USER, ASSISTANT], "two": [USER, ASSISTANT]})
 
 
-def test_history_may_be_messages_and_cells_are_messages_only_where_these_belong():
+def test_history_may_be_messages_and_cells_are_parsed_only_in_message_columns():
     assert len(convert({"question": "q", "answer": "a", "history": [USER, ASSISTANT]}).messages) == 4
     chat = json.dumps([{"speaker": "Ann", "text": "hi"}])
     row = Row({"instruction": "i", "input": chat, "output": "o"}, Source("d.csv", 0, 1), flat=True)

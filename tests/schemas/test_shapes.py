@@ -1,10 +1,10 @@
-"""Shapes of rows: told by their columns, mapped, refused with place and reason."""
+"""Schemas: recognized by their columns, mapped, and rejected with line and reason."""
 
 import json
 
 import pytest
-from converted import ASSISTANT, CALL, FUNCTION, USER, convert
 from hypothesis import given
+from schema_helpers import ASSISTANT, CALL, FUNCTION, USER, convert
 
 from ftdata.errors import BadRow, UsageError
 from ftdata.schemas import check_columns, normalize
@@ -38,7 +38,7 @@ from ftdata.types import Row, Source
         ({"text": "t"}, "text", ()),
     ],
 )
-def test_every_shape_is_recognised(data, schema, messages):
+def test_every_schema_is_recognized(data, schema, messages):
     conversation = convert(data)
     assert conversation.schema == schema
     assert conversation.messages == messages
@@ -46,11 +46,11 @@ def test_every_shape_is_recognised(data, schema, messages):
 
 
 @given(question=text_strategy(min_size=0), answer=text_strategy(min_size=0))
-def test_texts_pass_through_unchanged(question, answer):
+def test_text_is_unchanged(question, answer):
     assert [m["content"] for m in convert({"question": question, "answer": answer}).messages] == [question, answer]
 
 
-def test_rows_that_look_alike_may_hold_other_lists():
+def test_rows_with_the_same_columns_may_contain_different_lists():
     chat, numbers = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], [1, 2]
     assert convert({"log": chat, "ids": numbers}).schema == "chat_log"
     for log, ids, code in ((numbers, numbers, "unknown_schema"), (chat, chat, "ambiguous_schema")):
@@ -59,7 +59,7 @@ def test_rows_that_look_alike_may_hold_other_lists():
         assert caught.value.code == code
 
 
-def test_columns_map_names():
+def test_columns_option_maps_names():
     conversation = convert({"q": "x", "a": "y"}, columns={"instruction": "q", "output": "a"})
     assert conversation.fields == {"instruction": "x", "output": "y", "input": ""}
 
@@ -86,7 +86,7 @@ def test_columns_map_names():
         ("text", "not_a_row", "str"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_place_and_reason(data, code, says):
+def test_unmatched_rows_are_rejected_with_line_and_reason(data, code, says):
     with pytest.raises(BadRow) as caught:
         convert(data)
     assert caught.value.code == code
@@ -94,28 +94,28 @@ def test_what_does_not_fit_is_refused_with_place_and_reason(data, code, says):
     assert says in str(caught.value)
 
 
-def test_a_missing_mapped_column_names_the_nearest():
+def test_missing_mapped_column_suggests_the_nearest_name():
     with pytest.raises(BadRow, match="did you mean 'answer'"):
         convert({"answer": "x", "q": "y"}, columns={"output": "anwser", "instruction": "q"})
 
 
-def test_an_unknown_canonical_column_is_refused():
+def test_unknown_canonical_column_is_refused():
     with pytest.raises(UsageError, match="did you mean 'instruction'"):
         check_columns({"instructoin": "q"})
 
 
-def test_a_forced_schema_settles_ambiguity():
+def test_schema_option_resolves_ambiguity():
     row = {"messages": [USER, ASSISTANT], "text": "t"}
     assert convert(row, schema="text").text == "t"
     assert convert(row, schema="messages").messages == (USER, ASSISTANT)
 
 
-def test_a_mixed_file_is_read_row_by_row():
+def test_mixed_file_is_matched_row_by_row():
     shapes = [convert(row).schema for row in ({"text": "t"}, {"question": "q", "answer": "a"}, [USER, ASSISTANT])]
     assert shapes == ["text", "question_answer", "messages"]
 
 
-def test_what_stands_before_the_question_is_kept():
+def test_system_prompt_and_history_are_kept():
     row = {"instruction": "q", "output": "a", "system": "s", "history": [["q0", "a0"]]}
     assert [m["content"] for m in convert(row).messages] == ["s", "q0", "a0", "q", "a"]
     assert convert(row).completion_from == 4
@@ -136,7 +136,7 @@ def test_what_stands_before_the_question_is_kept():
         ({"conversations": [USER, ASSISTANT]}, "sharegpt", (USER, ASSISTANT), 1),
     ],
 )  # fmt: skip
-def test_further_shapes(data, schema, messages, completion_from):
+def test_preference_and_other_schemas_are_normalized(data, schema, messages, completion_from):
     found = convert(data)
     assert (found.schema, found.messages, found.completion_from) == (schema, messages, completion_from)
 
@@ -149,7 +149,7 @@ def test_further_shapes(data, schema, messages, completion_from):
         ({"input_ids": [5, 6], "assistant_masks": [0, 1], "seq_lengths": [2]}, [False, True]),
     ],
 )
-def test_tokens_that_were_made_elsewhere(data, trained):
+def test_pretokenized_rows_are_normalized(data, trained):
     found = convert(data)
     assert (found.schema, found.messages) == ("tokens", ())
     assert found.tokens.input_ids.tolist() == data["input_ids"]
@@ -179,13 +179,13 @@ def test_tokens_that_were_made_elsewhere(data, trained):
         ({"messages": [USER, ASSISTANT], "chat_template_kwargs": [1]}, "row_options", "chat_template_kwargs"),
     ],
 )  # fmt: skip
-def test_faults_of_further_shapes_are_placed(data, code, field):
+def test_errors_of_all_schemas_name_their_field(data, code, field):
     with pytest.raises(BadRow) as caught:
         convert(data)
     assert (caught.value.code, caught.value.field) == (code, field)
 
 
-def test_columns_may_be_paths_into_rows():
+def test_columns_may_be_paths_into_nested_rows():
     row = {"data": {"turns": [{"q": "q"}, {"q": "x"}], "a": "a"}, "id": 3}
     assert convert(row, columns={"question": "data.turns[0].q", "answer": "data.a"}).messages == (USER, ASSISTANT)
     assert convert(row, columns={"question": "data.turns[-1].q", "answer": "data.a"}).fields["question"] == "x"
@@ -195,13 +195,13 @@ def test_columns_may_be_paths_into_rows():
     assert convert({"a.b": "q", "c": "a"}, columns={"question": "a.b", "answer": "c"}).messages == (USER, ASSISTANT)
 
 
-def test_rows_may_bring_variables_for_the_template():
+def test_rows_may_set_template_variables():
     assert convert({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"x": True}}).kwargs == {"x": True}
     assert convert({"messages": [USER, ASSISTANT], "chat_template_kwargs": '{"x": 1}'}).kwargs == {"x": 1}
     assert convert({"messages": [USER, ASSISTANT], "chat_template_kwargs": None}).kwargs == {}
 
 
-def test_nothing_beside_the_messages_is_lost():
+def test_system_prompt_tools_and_calls_are_kept_in_every_schema():
     system, tools = {"system": "s"}, {"tools": [{"type": "function"}]}
     for row in (
         {"question": "q", "answer": "a"},
@@ -233,7 +233,7 @@ def contents(data, **options):
     return [(message["role"], message["content"]) for message in convert(data, **options).messages]
 
 
-def test_what_other_columns_hold_is_used_or_named():
+def test_other_columns_are_used_or_noted():
     dolly = {"instruction": "Sum up.", "context": "LONG", "response": "S", "category": "x"}
     assert contents(dolly) == [("user", "Sum up.\n\nLONG"), ("assistant", "S")]
     assert convert(dolly).notes == {"column category"}
@@ -253,7 +253,7 @@ def test_history_comes_before_the_question(prompt):
         assert texts == ["s", "q1", "a1", "q2", "a2"]
 
 
-def test_a_text_that_spells_messages_is_a_text_where_texts_are_no_cells():
+def test_json_messages_in_text_are_parsed_only_in_flat_files():
     spelled = json.dumps([USER, ASSISTANT])
     data = {"prompt": "Write a chat as JSON", "completion": spelled}
     assert contents(data) == [("user", "Write a chat as JSON"), ("assistant", spelled)]
@@ -262,12 +262,12 @@ def test_a_text_that_spells_messages_is_a_text_where_texts_are_no_cells():
 
 
 @pytest.mark.parametrize("name", ["eos_token", "bos_token", "raise_exception", "strftime_now"])
-def test_a_row_cannot_set_what_is_the_tokenizers(name):
+def test_row_cannot_set_special_tokens_or_functions(name):
     with pytest.raises(BadRow, match="row_options"):
         convert({"messages": [USER, ASSISTANT], "chat_template_kwargs": {name: "x"}})
 
 
-def test_a_mapped_column_may_be_missing_where_it_is_not_needed():
+def test_optional_mapped_column_may_be_missing():
     columns = {"instruction": "q", "output": "a", "input": "ctx"}
     assert contents({"q": "x", "a": "y"}, columns=columns)[0] == ("user", "x")
     with pytest.raises(BadRow, match="missing_column"):
@@ -278,7 +278,7 @@ def test_a_mapped_column_may_be_missing_where_it_is_not_needed():
         check_columns({"question": ""})
 
 
-def test_a_mapping_is_not_replaced_by_what_it_stands_beside():
+def test_mapped_column_is_not_replaced_by_an_alias():
     data = {"instruction": "i", "output": "WORSE", "response": "WORST", "best": "BEST"}
     assert contents(data, columns={"output": "best"})[-1] == ("assistant", "BEST")
     with pytest.raises(BadRow, match="missing_column"):
@@ -287,7 +287,7 @@ def test_a_mapping_is_not_replaced_by_what_it_stands_beside():
     assert nested.notes == frozenset()
 
 
-def test_preferences_ask_what_they_were_asked():
+def test_preference_rows_keep_their_prompt():
     told = [
         {"role": "user", "content": "q1"},
         {"role": "assistant", "content": "a1"},
@@ -303,7 +303,7 @@ def test_preferences_ask_what_they_were_asked():
         convert({"prompt": systems[0], "chosen": [*systems[1], ASSISTANT], "rejected": "r"})
 
 
-def test_what_is_blank_gives_way_to_another_name():
+def test_empty_column_falls_back_to_an_alias():
     assert contents({"instruction": "i", "input": None, "context": "CTX", "response": "o"})[0][1] == "i\n\nCTX"
     assert contents({"question": "q", "answer": "a", "system": "", "system_prompt": "S"})[0] == ("system", "S")
     assert contents({"instruction": "i", "output": None, "response": "o"})[-1] == ("assistant", "o")

@@ -1,11 +1,11 @@
-"""Fields that decide what is trained: understood, or rejected, never ignored."""
+"""Training fields: followed or rejected, never ignored."""
 
 import json
 
 import pytest
-from converted import ASSISTANT, USER, convert
 from hypothesis import given
 from hypothesis import strategies as st
+from schema_helpers import ASSISTANT, USER, convert
 
 from ftdata import build_sft_dataset, encode
 from ftdata.errors import BadRow, BadRows
@@ -27,7 +27,7 @@ ROWS = {
 
 @pytest.mark.parametrize("name", TRAIN_FIELDS)
 @pytest.mark.parametrize("value", OFF, ids=str)
-def test_messages_that_are_not_trained(name, value, tokenizer_dir):
+def test_false_training_fields_exclude_the_message(name, value, tokenizer_dir):
     assert convert({"messages": [USER, {**ASSISTANT, name: value}]}).messages[1]["train"] is False
     row = {"messages": [USER, {**ASSISTANT, "content": "untrained", name: value}, USER, ASSISTANT]}
     built = build_sft_dataset([row], tokenizer_dir("tiny_bpe"))["train"][0]
@@ -39,7 +39,7 @@ def test_messages_that_are_not_trained(name, value, tokenizer_dir):
 
 @pytest.mark.parametrize("name", TRAIN_FIELDS)
 @pytest.mark.parametrize("value", ON, ids=str)
-def test_messages_that_are_trained(name, value):
+def test_true_training_fields_include_the_message(name, value):
     assert convert({"messages": [USER, {**ASSISTANT, name: value}]}).messages[1]["train"] is True
 
 
@@ -71,19 +71,19 @@ def test_unknown_mask_fields_are_rejected(name, value, place):
 
 
 @pytest.mark.parametrize("name", ["constraints", "glossary", "terrain", "lang", "weigh"])
-def test_names_that_contain_a_word_by_chance(name):
+def test_names_that_only_contain_mask_words_are_ignored(name):
     assert not is_mask_name(name)
     assert convert({"messages": [USER, ASSISTANT], name: 1}).messages == (USER, ASSISTANT)
 
 
 @pytest.mark.parametrize("value", [None, "", [], {}, "70 kg"], ids=str)
-def test_fields_that_say_nothing_about_training(value):
+def test_fields_unrelated_to_training_are_ignored(value):
     assert len(convert({"messages": [USER, ASSISTANT], "weight_of_parcel": value}).messages) == 2
 
 
 @pytest.mark.parametrize("shape", ROWS)
 @pytest.mark.parametrize("name", TRAIN_FIELDS)
-def test_rows_that_are_not_trained(shape, name):
+def test_untrained_rows_are_rejected(shape, name):
     for value in (*OFF, "0", "false"):
         with pytest.raises(BadRow, match="row_not_trained") as caught:
             convert({**ROWS[shape], name: value})
@@ -94,21 +94,21 @@ def test_rows_that_are_not_trained(shape, name):
         convert({**ROWS[shape], name: 0.7})
 
 
-def test_a_row_that_is_not_trained_can_be_left_out(tokenizer_dir):
+def test_untrained_rows_can_be_filtered(tokenizer_dir):
     rows = [{**ROWS["messages"], "trainable": flag} for flag in (True, False, True)]
     report = build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), where="trainable").report
     assert (report.totals["built"], report.totals["filtered"]) == (2, 1)
 
 
 @pytest.mark.parametrize("shape", ROWS)
-def test_labels_beside_text_are_rejected(shape):
+def test_labels_next_to_text_are_rejected(shape):
     with pytest.raises(BadRow, match="labels_beside_text"):
         convert({**ROWS[shape], "labels": [-100, 5]})
     assert convert({**ROWS[shape], "labels": "positive"}).messages == convert(ROWS[shape]).messages
 
 
 @pytest.mark.parametrize("name", ["completion_mask", "assistant_masks", "loss_mask"])
-def test_masks_of_tokens_beside_messages_are_rejected(name):
+def test_token_masks_next_to_messages_are_rejected(name):
     with pytest.raises(BadRow, match="unknown_mask_field|weight_value"):
         convert({"messages": [USER, ASSISTANT], name: [0, 0, 1]})
 
@@ -166,7 +166,7 @@ def test_one_visible_character_is_an_answer(answer):
     assert has_visible_text(answer) == bool(set(answer) & set("aé中🙂"))
 
 
-def test_the_rejected_side_is_reported(tokenizer_dir, tmp_path):
+def test_rejected_side_of_a_preference_is_reported(tokenizer_dir, tmp_path):
     from ftdata import audit, preview
 
     rows = [{"prompt": "q", "chosen": "yes", "rejected": "no"}]
@@ -179,7 +179,7 @@ def test_the_rejected_side_is_reported(tokenizer_dir, tmp_path):
         build_sft_dataset(rows, tokenizer_dir("tiny_bpe"), "chatml", reject_flags=["rejected_side_dropped"])
 
 
-def test_encode_takes_the_same_fields(tokenizer_dir):
+def test_encode_accepts_the_same_training_fields(tokenizer_dir):
     talk = [USER, {**ASSISTANT, "trainable": False, "content": "b"}, USER, ASSISTANT]
     (example,) = encode(talk, tokenizer_dir("tiny_bpe"), "chatml")
     (trained,) = encode([USER, ASSISTANT], tokenizer_dir("tiny_bpe"), "chatml")
@@ -210,7 +210,7 @@ CALL = {"function": {"name": "f", "arguments": {}}, "train": False}
         ({"messages": [USER, {**ASSISTANT, "tool_calls": [CALL]}]}, "part_mask"),
     ],
 )
-def test_fields_that_contradict_the_labels(row, code):
+def test_contradicting_masks_and_labels_are_rejected(row, code):
     with pytest.raises(BadRow) as caught:
         normalize(Row(row, UNKNOWN_SOURCE))
     assert caught.value.code == code
@@ -218,7 +218,7 @@ def test_fields_that_contradict_the_labels(row, code):
 
 @pytest.mark.parametrize("key", ["train", "loss_mask"])
 @pytest.mark.parametrize("block", [{"type": "thinking", "thinking": "hm"}, {"type": "tool_use", "name": "f"}])
-def test_blocks_with_masks_are_rejected(block, key):
+def test_content_blocks_with_masks_are_rejected(block, key):
     blocks = [{**block, key: False}, {"type": "text", "text": "yo"}]
     with pytest.raises(BadRow, match="part_mask"):
         normalize(Row({"messages": [USER, {"role": "assistant", "content": blocks}]}, UNKNOWN_SOURCE))
@@ -237,11 +237,11 @@ def test_blocks_with_masks_are_rejected(block, key):
         {"input_ids": [1, 2], "labels": [-100, 2], "loss_mask": [0, 1]},
     ],
 )
-def test_fields_that_contradict_nothing(row):
+def test_consistent_training_fields_are_accepted(row):
     assert normalize(Row(row, UNKNOWN_SOURCE)).schema in ("prompt_completion", "tokens")
 
 
-def test_all_trains_no_message_that_is_left_out(tokenizer_dir):
+def test_train_on_all_skips_untrained_messages(tokenizer_dir):
     messages = [USER, {**ASSISTANT, "content": "BAD", "train": False}, USER, ASSISTANT]
     (example,) = encode(messages, tokenizer_dir("tiny_bpe"), "chatml", train_on="all")
     (span,) = [span for span in example.spans if span.message == 1 and span.part is Part.CONTENT]

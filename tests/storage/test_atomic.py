@@ -1,4 +1,4 @@
-"""The folder in which a build is made, and the build itself, may have come with a repository of a stranger."""
+"""The workspace and the output folder may come from an untrusted repository."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def private(tmp_path):
-    """A folder with files that nobody but its owner may remove, most of them hidden."""
+    """A folder with private files, most of them hidden."""
     folder = tmp_path / "home"
     (folder / ".ssh").mkdir(parents=True)
     for name in (".ssh/id_ed25519", ".netrc", ".data-0123abcd.tmp", "letter.txt"):
@@ -40,7 +40,7 @@ def content(folder):
 
 
 @pytest.mark.parametrize("link", ["shards", "new", "old", "shards/0123", "new/train", "token", "lock", "."])
-def test_links_in_the_workplace_are_refused(link, data, private, tokenizer_dir, tmp_path):
+def test_links_in_the_workspace_are_refused(link, data, private, tokenizer_dir, tmp_path):
     before = content(private)
     place = tmp_path / ".built.ftdata" / link
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def test_links_in_the_workplace_are_refused(link, data, private, tokenizer_dir, 
     assert place.is_symlink()
 
 
-def test_a_link_in_the_target_is_not_replaced(data, private, tokenizer_dir, tmp_path):
+def test_link_in_the_target_is_not_replaced(data, private, tokenizer_dir, tmp_path):
     write_build(data, tokenizer_dir("tiny_bpe"), tmp_path / "built", template="chatml")
     (tmp_path / "built" / "more").symlink_to(private)
     before = content(private)
@@ -61,7 +61,7 @@ def test_a_link_in_the_target_is_not_replaced(data, private, tokenizer_dir, tmp_
     assert content(private) == before
 
 
-def test_a_link_in_place_of_a_file_is_damage(data, tokenizer_dir, tmp_path):
+def test_link_in_place_of_a_file_is_damage(data, tokenizer_dir, tmp_path):
     write_build(data, tokenizer_dir("tiny_bpe"), tmp_path / "built", template="chatml")
     file = tmp_path / "built" / "report.json"
     file.rename(tmp_path / "moved.json")
@@ -69,7 +69,7 @@ def test_a_link_in_place_of_a_file_is_damage(data, tokenizer_dir, tmp_path):
     assert verify(tmp_path / "built") == ["report.json"]
 
 
-def test_the_workplace_of_another_user_is_refused(data, tokenizer_dir, tmp_path, monkeypatch):
+def test_workspace_of_another_user_is_refused(data, tokenizer_dir, tmp_path, monkeypatch):
     (tmp_path / ".built.ftdata").mkdir()
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(StorageError, match="workspace_owner.*uid"):
@@ -79,7 +79,7 @@ def test_the_workplace_of_another_user_is_refused(data, tokenizer_dir, tmp_path,
 @pytest.mark.parametrize(
     "name", ["notes.txt", "shards/.hidden", "new/thesis.tex", "shards/abc/thesis.tex", "old/manifest.json"]
 )
-def test_files_that_no_build_writes_are_kept(name, data, tokenizer_dir, tmp_path):
+def test_foreign_files_in_the_workspace_are_kept(name, data, tokenizer_dir, tmp_path):
     file = tmp_path / ".built.ftdata" / name
     file.parent.mkdir(parents=True)
     file.write_text("precious")
@@ -89,7 +89,7 @@ def test_files_that_no_build_writes_are_kept(name, data, tokenizer_dir, tmp_path
 
 
 def forge_arrow(path):
-    """Have the labels of a build teach something else."""
+    """Replace the labels of a build."""
     with pa.OSFile(str(path), "rb") as file:
         table = pa.ipc.open_stream(file).read_all()
     labels = [[0] * len(ids) for ids in table["input_ids"].to_pylist()]
@@ -103,8 +103,8 @@ def labels_of(folder):
         return pa.ipc.open_stream(file).read_all()["labels"].to_pylist()
 
 
-def test_a_forged_build_is_not_reused(data, tokenizer_dir, tmp_path, monkeypatch):
-    """A stranger's `built/` beside the data has every hash right, and other labels."""
+def test_forged_build_is_not_reused(data, tokenizer_dir, tmp_path, monkeypatch):
+    """An untrusted `built/` next to the data has valid hashes, but other labels."""
     from ftdata.build import store
     from ftdata.storage import disk
 
@@ -128,7 +128,7 @@ def test_a_forged_build_is_not_reused(data, tokenizer_dir, tmp_path, monkeypatch
     assert labels_of(target) == honest
 
 
-def test_a_build_of_ones_own_is_reused(data, tokenizer_dir, tmp_path):
+def test_recorded_build_is_reused(data, tokenizer_dir, tmp_path):
     target = tmp_path / "built"
     write_build(data, tokenizer_dir("tiny_bpe"), target, template="chatml")
     before = (target / "manifest.json").stat().st_ino
@@ -137,7 +137,7 @@ def test_a_build_of_ones_own_is_reused(data, tokenizer_dir, tmp_path):
 
 
 def test_forged_shards_are_not_reused(data, tokenizer_dir, tmp_path, monkeypatch):
-    """A stranger's workplace holds a sealed shard of this very data, with other tokens."""
+    """An untrusted workspace contains a sealed shard of the same data, with another mask."""
     from ftdata.build import store
     from ftdata.storage import atomic, disk
 
@@ -164,7 +164,7 @@ def test_forged_shards_are_not_reused(data, tokenizer_dir, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("unusable", ["no home", "read-only", "open to all"])
-def test_without_records_everything_is_built(unusable, data, tokenizer_dir, tmp_path, monkeypatch):
+def test_without_records_every_build_is_repeated(unusable, data, tokenizer_dir, tmp_path, monkeypatch):
     state = tmp_path / "state"
     monkeypatch.setenv("XDG_STATE_HOME", str(state))
     if unusable == "no home":
@@ -185,8 +185,8 @@ def test_without_records_everything_is_built(unusable, data, tokenizer_dir, tmp_
 
 
 @pytest.mark.timeout(600)
-def test_more_files_than_a_process_may_open(tokenizer_dir, tmp_path):
-    """1,200 files, under a limit of 256 open ones, packed so that a pack holds examples of many of them."""
+def test_more_sources_than_open_files_are_built(tokenizer_dir, tmp_path):
+    """1,200 source files with a limit of 256 open files; each pack contains examples of many files."""
     folder = tmp_path / "many"
     folder.mkdir()
     for n in range(1200):

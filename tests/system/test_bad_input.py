@@ -1,4 +1,4 @@
-"""The shared bad inputs, judged by their own harness: each is built exactly, rejected at its line, or refused clearly."""
+"""G1, G2: each input of the shared bad-input corpus is built exactly, rejected at its line, or refused clearly."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Conversations of all kinds under real templates: each is built, or rejected in words; none ends in an internal error."""
+"""Random conversations with real templates: each is built or rejected, and none causes an internal error."""
 
 import random
 
@@ -57,7 +57,7 @@ def message(rng, role):
 
 
 def conversation(number):
-    """Return messages and options of a kind: the same for each number."""
+    """Return messages and options, determined by the number."""
     rng = random.Random(number)
     if rng.random() < 0.7:
         roles = ["user", "assistant"] * rng.randrange(1, 4)
@@ -80,7 +80,7 @@ def conversation(number):
 
 
 def outcomes(sources, numbers):
-    """Return how many conversations came to what; fail on an error that is not one of the data or the template."""
+    """Return the number of conversations by outcome; fail on errors that the data or the template did not cause."""
     found = {}
     tokenizer = byte_tokenizer()
     for name, source in sources.items():
@@ -103,7 +103,7 @@ def outcomes(sources, numbers):
     return found
 
 
-def test_every_kind_is_built_or_rejected():
+def test_every_kind_of_conversation_is_built_or_rejected():
     found = outcomes({name: name for name in ("chatml", "zephyr", "gemma")}, range(150))
     assert found["built"] > 50
     assert len(found) > 8
@@ -112,7 +112,7 @@ def test_every_kind_is_built_or_rejected():
 @pytest.mark.shared
 @pytest.mark.long
 @pytest.mark.timeout(7200)
-def test_every_kind_under_real_templates(shared):
+def test_every_kind_of_conversation_with_real_templates(shared):
     files = sorted((shared / "templates" / "jinja").rglob("*.jinja"))
     sources = {file.stem: file.read_bytes().decode() for file in random.Random(25).sample(files, 100)}
     found = outcomes(sources, range(500))

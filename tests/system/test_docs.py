@@ -1,4 +1,4 @@
-"""Docs: what they name is there, what is made of the code is as the code is; what they say is run in `test_pages.py`."""
+"""Docs: commands, links and generated pages are up to date; `test_docs_pages.py` runs the examples."""
 
 import re
 import shlex
@@ -6,17 +6,17 @@ import subprocess
 import sys
 
 import pytest
-from pages import DOCS, FENCE, PAGES, ROOT, blocks
+from docs_pages import DOCS, FENCE, PAGES, ROOT, blocks
 
 
 def indented(page):
-    """Yield blocks that are marked by four blanks, as those of a language without a name."""
+    """Yield the blocks that are indented by four spaces, without a language."""
     text = FENCE.sub("", PAGES[page].read_text())
     for found in re.findall(r"(?:^    .*\n)+", text, re.MULTILINE):
         yield "", "", "".join(line[4:] + "\n" for line in found.splitlines())
 
 
-def test_targets_of_make_that_are_named_are_there():
+def test_make_targets_in_the_docs_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {
         name
@@ -27,8 +27,8 @@ def test_targets_of_make_that_are_named_are_there():
     assert named <= targets
 
 
-def named():
-    """Yield page and command of every call of ftdata in a block that is not run, and in running text."""
+def documented_commands():
+    """Yield page and command of every ftdata call in the text and in blocks that are not run."""
     for page, path in PAGES.items():
         for language, _, text in (*blocks(page), *indented(page)):
             if language in ("sh", "yaml", ""):
@@ -39,9 +39,9 @@ def named():
             yield page, found.partition(" ...")[0]
 
 
-@pytest.mark.parametrize(("page", "command"), list(named()))
-def test_commands_that_are_named_are_there(page, command, reference):
-    """Every command, and every option, of what is not run; `A|B` are alternatives."""
+@pytest.mark.parametrize(("page", "command"), list(documented_commands()))
+def test_commands_and_options_in_the_docs_exist(page, command, reference):
+    """Every command and option that the docs mention but do not run; `A|B` are alternatives."""
     words = shlex.split(command)
     of = next((name for name in reference.NAMES if f"ftdata {command} ".startswith(f"{name} ")), None)
     assert of or words in (["templates"], ["config"], ["--help"], ["--version"]) or "|" in command, command
@@ -70,15 +70,15 @@ def reference():
 @pytest.mark.parametrize(
     "name", ["api.md", "commands.md", "configuration.md", "errors.md", "checks.md", "schemas.md", "plugins.md"]
 )
-def test_the_reference_is_what_the_code_says(name, reference):
-    """`python docs/scripts/reference.py` writes it anew."""
+def test_reference_pages_are_up_to_date(name, reference):
+    """`python docs/scripts/reference.py` updates the pages."""
     if name == "api.md":
         assert {path.name for path in (DOCS / "reference").iterdir()} == {name, *reference.PAGES}
     else:
         assert (DOCS / "reference" / name).read_text() == reference.PAGES[name]()
 
 
-def test_every_option_says_what_it_is_for(reference):
+def test_every_option_has_a_help_text(reference):
     for name, function in reference.every_command():
         assert function.__doc__, name
         for one, _, info in reference.options(function):
@@ -87,7 +87,7 @@ def test_every_option_says_what_it_is_for(reference):
 
 
 def test_help_names_every_format():
-    """Each reader by its first suffix."""
+    """Each reader is listed by its first suffix."""
     from ftdata.cli.options import FORMATS
     from ftdata.readers import readers
 
@@ -121,14 +121,14 @@ def test_every_public_name_is_in_the_reference(site):
 
 
 def anchors(text):
-    """Return the names of the headings of a page, as GitHub makes them."""
+    """Yield the anchors of the headings of a page, as GitHub generates them."""
     plain = FENCE.sub("", text)
     for heading in re.findall(r"^#+ (.*)$", plain, re.MULTILINE):
         yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
+def test_links_and_anchors_exist(page):
     text = FENCE.sub("", PAGES[page].read_text())
     inline, beside = re.findall(r"\]\(([^)\s]+)", text), re.findall(r"^\[[^\]]+\]: (\S+)", text, re.MULTILINE)
     for target in (*inline, *beside, *re.findall(r"(?:src|href)=\"([^\"]+)\"", text)):
@@ -140,7 +140,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in list(anchors(found.read_text())), target
 
 
-def test_every_page_is_in_the_contents():
+def test_every_page_is_in_the_table_of_contents():
     listed = re.findall(
         r"^([\w/-]+)$",
         "".join(
@@ -156,7 +156,7 @@ def test_every_page_is_in_the_contents():
     }
 
 
-def test_configurations_that_are_shown_are_configurations():
+def test_configurations_in_the_docs_are_valid():
     from ftdata.config import make_config, parse_yaml
 
     shown = [
@@ -170,12 +170,12 @@ def test_configurations_that_are_shown_are_configurations():
         make_config(values)
 
 
-def test_the_site_is_built_without_a_warning(site):
+def test_site_is_built_without_warnings(site):
     assert "build_sft_dataset" in site.read_text()
 
 
-def test_the_pictures_of_the_concepts_are_what_the_code_draws(tmp_path):
-    """`python docs/scripts/concepts.py` draws them anew."""
+def test_concept_diagrams_are_up_to_date(tmp_path):
+    """`python docs/scripts/concepts.py` updates the diagrams."""
     subprocess.run([sys.executable, DOCS / "scripts" / "concepts.py", tmp_path], check=True)
     made = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert made == {path.name: path.read_text() for path in (DOCS / "concepts").glob("*.svg")}

@@ -1,4 +1,4 @@
-"""Docs: what a page says is run, in its order, in one folder; what cannot be run there is looked at in `test_docs.py`."""
+"""Docs: the examples of a page are run in order in one folder; `test_docs.py` checks the others."""
 
 import gzip
 import json
@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from docs_pages import PAGES, ROOT, blocks, commands
 from hub.small import small_hub
-from pages import PAGES, ROOT, blocks, commands
 
 LONG = {"docs/train.md", "docs/start/training.md", "docs/recipes.md", "docs/howto/trainer.md"}
-"""They train several times over; what they say stands in shorter pages, or in `examples/`, as well."""
+"""Pages that train several models; shorter pages or `examples/` cover the same commands."""
 
 
 def run_pages():
@@ -32,7 +32,7 @@ def hub(tmp_path_factory):
 
 @pytest.fixture
 def place(tmp_path, llama):
-    """A folder with what the pages name."""
+    """A folder with the files that the pages mention."""
     shutil.copytree(llama, tmp_path / "MODEL")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     rows = json.loads((ROOT / "examples" / "faq.json").read_text())
@@ -72,8 +72,8 @@ def environment(hub):
 
 @pytest.mark.train
 @pytest.mark.parametrize("page", list(run_pages()))
-def test_what_a_page_says_is_run(page, place, hub):
-    """In its order, in one folder: commands, with what they print where that is shown; Python; files that have a name."""
+def test_examples_of_a_page_run_and_print_their_output(page, place, hub):
+    """Run commands and Python blocks, compare the printed output, and write the named files."""
     for language, name, text in blocks(page):
         if name:
             (place / name).write_text(text)
@@ -105,7 +105,7 @@ def test_what_a_page_says_is_run(page, place, hub):
 
 
 def assert_is_printed(shown, printed):
-    """Lines that are shown are printed, in their order; `...` stands for any."""
+    """Assert that the shown lines are printed in order; `...` stands for any lines."""
     if shown.strip():
         pattern = r"[\s\S]*".join(re.escape(part.strip()) for part in re.split(r"^\.\.\.$", shown, flags=re.MULTILINE))
         assert re.fullmatch(pattern, printed.strip()), printed

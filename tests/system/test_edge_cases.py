@@ -1,4 +1,4 @@
-"""What users' own code does wrong, and arguments of types that nobody expects: told in words, and in theirs."""
+"""Errors in user code and arguments of unexpected types give clear errors."""
 
 import json
 
@@ -13,21 +13,21 @@ from ftdata.schemas import Schema, schemas
 ROW = {"question": "Why?", "answer": "So."}
 
 
-def test_a_mask_that_fails_is_named(tokenizer_dir):
+def test_failing_mask_policy_is_named(tokenizer_dir):
     with pytest.raises(UsageError, match=r"mask_failed.*<memory>\[0\].*ZeroDivisionError"):
         build_sft_dataset(
             [ROW], tokenizer_dir("tiny_bpe"), train_on=lambda rendered, _: [1 / 0 for _ in rendered.spans]
         )
 
 
-def test_a_schema_that_fails_to_match_is_named(tokenizer_dir, monkeypatch):
+def test_schema_with_a_failing_match_is_named(tokenizer_dir, monkeypatch):
     monkeypatch.setattr(schemas, "_registered", schemas.registered())
     schemas.register("mine")(Schema(("a",), lambda row: row["nothing"], lambda row: row))
     with pytest.raises(FtdataError, match=r"schema_failed.*the matches function of schema mine raised KeyError"):
         build_sft_dataset([ROW], tokenizer_dir("tiny_bpe"))
 
 
-def test_a_plugin_that_cannot_be_imported_is_named(monkeypatch):
+def test_plugin_that_cannot_be_imported_is_named(monkeypatch):
     from importlib.metadata import EntryPoint
 
     point = EntryPoint("mine", "no_such_package:policy", masks.group)
@@ -50,18 +50,18 @@ def test_a_plugin_that_cannot_be_imported_is_named(monkeypatch):
         lambda folder: build_sft_dataset([ROW], folder, limit=True),
     ],
 )
-def test_arguments_of_other_types_are_refused(call, tokenizer_dir):
+def test_arguments_of_wrong_types_are_refused(call, tokenizer_dir):
     with pytest.raises(UsageError):
         call(tokenizer_dir("tiny_bpe"))
 
 
-def test_an_id_may_be_a_number():
+def test_id_may_be_a_number():
     shown = str(ftdata.preview([{**ROW, "id": 3}, {"question": "Else?", "answer": "No.", "id": 4}], id=4))
     assert "Else?" in shown
     assert "Why?" not in shown
 
 
-def test_without_a_home_nothing_is_remembered(monkeypatch, tmp_path):
+def test_without_a_home_directory_nothing_is_cached(monkeypatch, tmp_path):
     from ftdata.storage import disk
 
     monkeypatch.delenv("FTDATA_CACHE", raising=False)
@@ -77,7 +77,7 @@ def test_without_a_home_nothing_is_remembered(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("manifest", ["not json", "[]", "{}", '{"files": 3}', '{"files": [1]}'])
-def test_a_damaged_manifest_on_the_hub_hinders_nobody(manifest, tmp_path):
+def test_damaged_manifest_on_the_hub_is_ignored(manifest, tmp_path):
     from ftdata.build.push import _list_old_files
 
     (tmp_path / "manifest.json").write_text(manifest)
@@ -90,7 +90,7 @@ def test_a_damaged_manifest_on_the_hub_hinders_nobody(manifest, tmp_path):
 
 
 @pytest.mark.train
-def test_samples_that_were_cut_in_the_middle_of_a_line_are_gone_on_with(tmp_path):
+def test_truncated_sample_line_is_removed_when_training_resumes(tmp_path):
     pytest.importorskip("trl")
     from types import SimpleNamespace
 
@@ -104,7 +104,7 @@ def test_samples_that_were_cut_in_the_middle_of_a_line_are_gone_on_with(tmp_path
         assert path.read_text() == whole
 
 
-def test_bad_rows_of_a_reader_of_ones_own_are_counted(tmp_path, tokenizer_dir):
+def test_rejects_of_a_custom_reader_are_counted(tmp_path, tokenizer_dir):
     (tmp_path / "mine.py").write_text(
         "from ftdata.types import Reject, Row, Source\n"
         "def read(file):\n"
@@ -119,19 +119,19 @@ def test_bad_rows_of_a_reader_of_ones_own_are_counted(tmp_path, tokenizer_dir):
         list(ftdata.read(spec))
 
 
-def test_messages_in_other_keys_are_told_which_they_are(tokenizer_dir):
+def test_unknown_message_keys_are_named(tokenizer_dir):
     row = {"messages": [{"who": "customer", "says": "Hi"}]}
     with pytest.raises(FtdataError, match=r"has the keys 'who', 'says'.*rename the keys to role and content"):
         build_sft_dataset([row], tokenizer_dir("tiny_bpe"))
 
 
-def test_a_null_is_named(tokenizer_dir):
+def test_null_column_is_named(tokenizer_dir):
     with pytest.raises(FtdataError, match=r"its columns: 'question', 'answer' \(answer is null\)"):
         build_sft_dataset([{"question": "Why?", "answer": None}], tokenizer_dir("tiny_bpe"))
 
 
 @pytest.mark.train
-def test_a_build_that_was_replaced_is_not_judged_by(llama, tmp_path):
+def test_replaced_build_is_not_used_for_evaluation(llama, tmp_path):
     pytest.importorskip("trl")
     from ftdata.build.dataset import write_build
     from ftdata.train import compare, run

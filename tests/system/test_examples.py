@@ -1,4 +1,4 @@
-"""The examples as they stand, with the names of their models and data, from a hub on localhost that serves tiny ones."""
+"""The examples run unchanged; a hub on localhost serves tiny models and data under their names."""
 
 import json
 import os
@@ -94,7 +94,7 @@ def test_e_company_faq(hub, tmp_path):
     assert len((tmp_path / "out" / "company_faq.jsonl").read_text().splitlines()) == 18
 
 
-def test_the_notebook_runs(hub, tmp_path):
+def test_notebook_runs(hub, tmp_path):
     import nbclient
     import nbformat
 

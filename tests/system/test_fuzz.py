@@ -1,4 +1,4 @@
-"""What strangers made is refused in words or read: the seeds of the fuzzer, and what is near to them."""
+"""G21: untrusted bytes are read or refused with a clear error: the seeds of the fuzzer and mutations of them."""
 
 import random
 import time
@@ -10,18 +10,18 @@ from laws import ONCE, profile
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("target", fuzz.TARGETS)
-def test_bytes_by_chance_are_read_or_refused(target):
+def test_random_bytes_are_read_or_refused(target):
     chance = random.Random(target)
     known = list(fuzz.seeds(target))
     tries = (60 if target == "render" else 300) * profile() // ONCE
     for data in [*known, *(near(chance, known) for _ in range(tries))]:
         began = time.process_time()
-        fuzz.one(target, data)
+        fuzz.run_target(target, data)
         assert time.process_time() - began < 10, data
 
 
 def near(chance, known):
-    """One of the seeds, with parts exchanged, doubled or left out, or with a piece of another one."""
+    """Return a seed with parts replaced, repeated or removed, or with a piece of another seed."""
     data, other = bytearray(chance.choice(known)), chance.choice(known)
     for _ in range(chance.randint(1, 8)):
         at, size = chance.randint(0, len(data)), chance.choice([0, 1, 1, 4, 16])

@@ -1,4 +1,4 @@
-"""House rules that a linter has not: what could run the code of strangers stands in few places, each with its reason."""
+"""House rules that the linter does not cover: code that could run untrusted code is in few places, each with a reason."""
 
 import ast
 import re
@@ -30,7 +30,7 @@ ALLOWED = {
 }
 
 
-def found(path):
+def find_forbidden_calls(path):
     tree = ast.parse(path.read_text())
     names = {}
     for node in ast.walk(tree):
@@ -75,7 +75,7 @@ def calls(node, names):
 
 
 def is_true(node):
-    """Whether this may be true whatever the user says."""
+    """Return whether this expression can be true independent of user input."""
     return any(
         isinstance(one, ast.Constant) and one.value in (True, 1)
         for one in ast.walk(node)
@@ -87,11 +87,11 @@ def is_false(node):
     return isinstance(node, ast.Constant) and node.value is False
 
 
-def test_nothing_runs_the_code_of_strangers():
-    """No pickle, no eval, no shell, no unsafe YAML; trust in remote code is what the user says, never a constant."""
+def test_no_module_runs_untrusted_code():
+    """G17: no pickle, eval, shell or unsafe YAML; `trust_remote_code` is never a true constant."""
     seen = Counter()
     for path in sorted(PACKAGE.rglob("*.py")):
-        seen.update((str(path.relative_to(PACKAGE)), what) for _, what in found(path))
+        seen.update((str(path.relative_to(PACKAGE)), what) for _, what in find_forbidden_calls(path))
     assert seen == Counter(list(ALLOWED))
 
 
@@ -103,9 +103,9 @@ def test_nothing_runs_the_code_of_strangers():
      "pd.read_pickle(x)", "torch.jit.load(x)", "torch.hub.load(x)", "asyncio.create_subprocess_shell(x)", "os.execvp(x)",
      "os.posix_spawn(x)", "f(**{'trust_remote_code': True})", "f(trust_remote_code=config.trust or 1)", "import builtins"],
 )  # fmt: skip
-def test_the_rule_finds_what_it_forbids(line, tmp_path):
+def test_rule_detects_forbidden_calls(line, tmp_path):
     (tmp_path / "a.py").write_text(line)
-    assert list(found(tmp_path / "a.py"))
+    assert list(find_forbidden_calls(tmp_path / "a.py"))
 
 
 def functions():
@@ -130,8 +130,8 @@ def test_functions_and_modules_are_short():
 REASON = re.compile(r"# (?:noqa: [A-Z0-9, ]+|type: ignore\[[\w, -]+\])(?:  ?\(.+\)|  # .+)")
 
 
-def test_every_exception_from_a_rule_has_its_reason():
-    """`# noqa: RULE  (why)`; what a whole file is free of stands in `pyproject.toml`, with its reason."""
+def test_every_lint_exception_has_a_reason():
+    """`# noqa: RULE  (why)`; `pyproject.toml` lists the exceptions for whole files with their reasons."""
     bare = [
         f"{path.relative_to(PACKAGE)}:{number}"
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -144,7 +144,7 @@ def test_every_exception_from_a_rule_has_its_reason():
 
 
 def broad(path):
-    """Yield the lines that catch everything and do not raise it again, or end the process with it."""
+    """Yield the lines that catch every exception without raising it again."""
     lines = path.read_text().splitlines()
     for node in ast.walk(ast.parse("\n".join(lines))):
         is_suppressed = isinstance(node, ast.Call) and ast.unparse(node.func).endswith("suppress")
@@ -158,7 +158,7 @@ def broad(path):
                 yield node.lineno
 
 
-def test_nothing_is_caught_without_a_reason():
+def test_broad_except_clauses_have_a_reason():
     assert {str(path): found for path in sorted(PACKAGE.rglob("*.py")) if (found := list(broad(path)))} == {}
 
 
@@ -176,28 +176,28 @@ HEAVY = {
 }
 
 
-def at_once(node):
-    """Yield what is run when a module is imported, but for what only type checkers read."""
+def import_time_nodes(node):
+    """Yield the nodes that run when a module is imported, without those for type checkers."""
     for one in ast.iter_child_nodes(node):
         if isinstance(one, ast.If) and ast.unparse(one.test) == "TYPE_CHECKING":
             continue
         if not isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             yield one
-            yield from at_once(one)
+            yield from import_time_nodes(one)
 
 
 def test_heavy_libraries_are_imported_on_use():
-    """At the top of a module only within `train/`, whose modules are imported on use themselves."""
+    """Only modules in `train/`, which are imported on use, may import them at the top."""
     for path in sorted(PACKAGE.rglob("*.py")):
         if PACKAGE / "train" not in path.parents or (path.parent == PACKAGE / "train" and path.name == "__init__.py"):
-            top = list(at_once(ast.parse(path.read_text())))
+            top = list(import_time_nodes(ast.parse(path.read_text())))
             named = [one.module or "" for one in top if isinstance(one, ast.ImportFrom)]
             named += [each.name for one in top if isinstance(one, ast.Import) for each in one.names]
             assert not HEAVY & {name.partition(".")[0] for name in named}, path
 
 
-def test_the_map_of_the_architecture_is_whole():
-    """Every module of the package, and every folder in it, is named on the page, and nothing that is not there."""
+def test_architecture_page_lists_every_module():
+    """The page lists exactly the modules and folders of the package."""
     page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
     table = page.partition("| layer | modules |")[2].partition("\n\n")[0]
     named = set(re.findall(r"`(\w+)/?`", table))

@@ -1,4 +1,4 @@
-"""Every shape in every container: the same conversations come out. The table of `docs/data.md` is this matrix."""
+"""Every schema in every file format gives the same conversations; `docs/data.md` contains this matrix."""
 
 import bz2
 import csv
@@ -13,8 +13,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rows import zstd
-from shapes import SHAPES
+from reader_helpers import zstd
+from row_shapes import SHAPES
 
 from ftdata import read
 from ftdata.schemas import normalize
@@ -106,7 +106,7 @@ CONTAINERS = {
 
 
 CANNOT = {}
-"""(shape, container) -> what the format has no place for, such as a line break; the table has a – there."""
+"""(shape, container) -> what the format cannot store, such as a line break; the table has a – there."""
 
 CELLS = [
     pytest.param(shape, container, marks=[pytest.mark.xfail(strict=True)] if (shape, container) in CANNOT else ())
@@ -129,7 +129,7 @@ def test_every_shape_in_every_container(tmp_path, container, shape):
             assert found.tokens.trained.tolist() == expected.tokens.trained.tolist()
 
 
-def test_the_table_in_the_docs_is_this_matrix():
+def test_table_in_the_docs_equals_this_matrix():
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     head, *body = re.findall(
         r"^\|(.*)\|$", text.partition("## Formats and schemas")[2].partition("\n## ")[0], re.MULTILINE

@@ -1,4 +1,4 @@
-"""The package as users get it: what is in it, what it needs, what its types say, what the shell completes."""
+"""The package as users install it: files, dependencies, type hints and shell completion."""
 
 import os
 import re
@@ -20,7 +20,7 @@ EXTRAS = ("train", "dedup", "excel", "fast", "gs", "ray", "s3")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Sdist and wheel; the wheel is built from the sdist, so that nothing is missing there."""
+    """The sdist and the wheel, which is built from the sdist so that missing files are detected."""
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT]
     subprocess.run(command, check=True, capture_output=True)
@@ -28,7 +28,7 @@ def built(tmp_path_factory):
     return sdist, wheel
 
 
-def test_sdist_and_wheel_hold_what_they_should(built):
+def test_sdist_and_wheel_contain_the_expected_files(built):
     sdist, wheel = built
     with tarfile.open(sdist) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}
@@ -51,8 +51,8 @@ def test_sdist_and_wheel_hold_what_they_should(built):
 
 
 @pytest.mark.long
-def test_the_wheel_works_in_a_bare_environment(built, tmp_path):
-    """With nothing but what it asks for: a package that only the tests have would be missing here."""
+def test_wheel_works_in_a_bare_environment(built, tmp_path):
+    """Only the declared dependencies are installed, so an undeclared one would be missing."""
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     subprocess.run([python, "-m", "pip", "install", "-q", built[1]], check=True)
@@ -103,8 +103,8 @@ def test_every_extra_resolves(built, extra):
     assert done.returncode == 0, done.stderr
 
 
-def test_every_extra_is_known():
-    """What is not for contributors is tried above."""
+def test_every_extra_is_tested():
+    """The extras for users are tested above."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {*project["optional-dependencies"]} == {*EXTRAS, "test", "docs", "dev"}
 
@@ -151,8 +151,8 @@ encode([], tokenizer="m").labels
 """
 
 
-def test_types_are_there_for_users(tmp_path):
-    """`py.typed`: mypy sees our types from the outside, and finds what is wrong by them."""
+def test_type_hints_are_available_to_users(tmp_path):
+    """`py.typed`: mypy uses the types of the package and reports wrong calls."""
     (tmp_path / "use.py").write_text(USER_CODE)
     (tmp_path / "misuse.py").write_text(MISUSE)
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", tmp_path / "cache", "use.py", "misuse.py"]
@@ -163,7 +163,7 @@ def test_types_are_there_for_users(tmp_path):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_shell_completes(shell):
+def test_shell_completion_works(shell):
     # Without detection, the option takes the name of a shell; on a build machine there may be none to detect.
     named = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     script = subprocess.run(
@@ -181,14 +181,14 @@ def test_the_shell_completes(shell):
     assert "build" not in done.stdout.split()
 
 
-def test_the_changelog_knows_this_version():
+def test_changelog_contains_this_version():
     text = (ROOT / "CHANGELOG.md").read_text()
     assert re.search(r"^## ([\d.]+)", text, re.MULTILINE)[1] == ftdata.__version__.removesuffix(".dev0")
     kinds = {"removed", "changed", "added", "fixed"}
     assert {path.name.split(".")[-2] for path in (ROOT / "changelog.d").iterdir() if path.name != "README.md"} <= kinds
 
 
-def test_a_bug_report_names_what_matters(monkeypatch):
+def test_environment_report_contains_versions_and_no_secrets(monkeypatch):
     from ftdata.cli.environment import describe_environment
 
     secrets = {

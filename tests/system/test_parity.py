@@ -1,10 +1,10 @@
-"""Same ids as transformers: for chat templates, prompt templates and text, on every tokenizer there is."""
+"""The same ids as transformers: for chat templates, prompt templates and text, with every tokenizer."""
 
 import os
 
 import pytest
 from conftest import SHARED
-from makers import MAKERS
+from tokenizer_makers import MAKERS
 
 from ftdata import build_sft_dataset, encode
 from ftdata.errors import BadRow
@@ -72,7 +72,7 @@ def test_prompt_templates_and_text_give_the_same_ids(folder):
 
 
 def expected(theirs, ours, text):
-    """What transformers makes of the text, less a second BOS before one that is written out, or an EOS after."""
+    """Return the ids of transformers, without a second BOS if the text starts with one."""
     ids = theirs(text).input_ids
     bos = ours.special_tokens.get("bos_token")
     if bos and text.startswith(bos):
@@ -80,5 +80,5 @@ def expected(theirs, ours, text):
     return ids
 
 
-def test_the_environment_is_not_touched():
+def test_environment_is_unchanged():
     assert "TOKENIZERS_PARALLELISM" not in os.environ

@@ -1,4 +1,4 @@
-"""Plug-ins: one of each kind, from a package that is really installed; and from files, with what goes wrong in them."""
+"""Plug-ins: one of each kind from an installed package, and readers from files, with their errors."""
 
 import json
 import os
@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "plugin_package"
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The environment of a process for which the package is installed."""
+    """The environment of a process in which the package is installed."""
     target = tmp_path_factory.mktemp("site")
     command = [
         sys.executable,
@@ -41,7 +41,7 @@ def ftdata(environment, *arguments, code=0):
     return done.stdout if code == 0 else done.stderr
 
 
-def test_an_installed_plugin_of_each_kind_works(installed, tokenizer_dir, tmp_path):
+def test_installed_plugin_of_each_kind_works(installed, tokenizer_dir, tmp_path):
     listed = json.loads(ftdata(installed, "plugins", "--json"))
     names = {
         "ftdata.readers": "dialogue",
@@ -64,7 +64,7 @@ def test_an_installed_plugin_of_each_kind_works(installed, tokenizer_dir, tmp_pa
     assert f"[no_arrow] {data}:2: has no ' => '. Fix: put one between question and answer" in told
 
 
-def test_a_reader_of_a_file_is_a_format(tokenizer_dir, tmp_path):
+def test_reader_from_a_file_is_a_format(tokenizer_dir, tmp_path):
     data = tmp_path / "talk.log"
     data.write_text("Who? => Me.\n")
     name = f"{PACKAGE / 'ftdata_dialogue' / '__init__.py'}"
@@ -85,7 +85,7 @@ def test_a_reader_of_a_file_is_a_format(tokenizer_dir, tmp_path):
         ("return [Reject(Source('x', 0), 'c', 'f', None)]", "reader_failed.*field that is not a string"),
     ],
 )
-def test_a_reader_that_fails_is_named(body, says, tokenizer_dir, tmp_path):
+def test_failing_reader_is_named(body, says, tokenizer_dir, tmp_path):
     (tmp_path / "mine.py").write_text(f"from ftdata.types import Reject, Row, Source\ndef read(file):\n    {body}\n")
     (tmp_path / "a.log").write_text("x")
     with pytest.raises(FtdataError, match=says):
@@ -94,13 +94,13 @@ def test_a_reader_that_fails_is_named(body, says, tokenizer_dir, tmp_path):
         )
 
 
-def test_an_unknown_format_is_named(tokenizer_dir, tmp_path):
+def test_unknown_format_is_named(tokenizer_dir, tmp_path):
     (tmp_path / "a.log").write_text("x")
     with pytest.raises(FtdataError, match=r"unknown_reader.*did you mean 'jsonl'"):
         build_sft_dataset({"path": str(tmp_path / "a.log"), "format": "jsonll"}, tokenizer_dir("tiny_bpe"))
 
 
-def test_a_reader_may_use_one_object_for_all_rows(tmp_path):
+def test_reader_may_reuse_one_object_for_all_rows(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from ftdata.types import Row, Source\n"
         "def read(file):\n"

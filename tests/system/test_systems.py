@@ -1,5 +1,6 @@
-"""Five systems as people build them today in a notebook or a script, on data of their shapes: what is built decodes to
-exactly the answers. They are trained, end to end, as examples.
+"""Five typical fine-tuning systems: the trained tokens of their builds decode to exactly the answers.
+
+`test_examples.py` trains them end to end.
 """
 
 import json
@@ -7,7 +8,7 @@ import json
 import numpy as np
 import pytest
 from conftest import tiny_model
-from makers import tiny_bpe
+from tokenizer_makers import tiny_bpe
 
 from ftdata import build_sft_dataset, read
 from ftdata.tokenizing.load import load_tokenizer
@@ -25,7 +26,7 @@ QUICK = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "learning_rate
 
 
 def labels_of(built, tokenizer, split="train"):
-    """The text that carries loss, one entry per document."""
+    """Return the trained text of each document."""
     tokenizer = load_tokenizer(tokenizer)
     found = []
     for row in built[split]:
@@ -50,7 +51,7 @@ def write_json(path, value):
 
 
 def test_a_translation_with_gemma(tmp_path):
-    """Single turn, Chinese, the instruction after the text; 4 bits; perplexity; checkpoints; resume."""
+    """Single turns in Chinese, with the instruction after the text."""
     model = tiny_model(tiny_bpe(tmp_path / "gemma", None, bos="<bos>", eos="<eos>"), "gemma")
     rows = [
         {"instruction": f"第{n}年召迴朝廷，他很高興。\n翻譯成文言文：", "output": f"明年召還，{n}。"} for n in range(12)
@@ -64,7 +65,7 @@ def test_a_translation_with_gemma(tmp_path):
 
 
 def test_b_text_field_and_messages_with_llama(tmp_path):
-    """Text that was templated before gets no second BOS or EOS; `messages` beside a `prompt` column is found."""
+    """Formatted text gets no second BOS or EOS; `messages` is found next to a `prompt` column."""
     template = (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
         "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
@@ -96,7 +97,7 @@ def test_b_text_field_and_messages_with_llama(tmp_path):
 
 
 def test_c_conversations_with_gemma2(tmp_path):
-    """A list of conversations; the markers of the model's own template are found; user turns carry no loss."""
+    """A list of conversations; the turns of the model's own template are located; user turns are not trained."""
     model = tiny_model(tiny_bpe(tmp_path / "gemma2", GEMMA, bos="<bos>", eos="<eos>", pad=None), "gemma2")
     from tokenizers import Tokenizer
 
@@ -129,7 +130,7 @@ def test_c_conversations_with_gemma2(tmp_path):
 
 
 def test_d_code_alpaca_with_opt(tmp_path):
-    """Rows with empty input kept, 80/20 by seed 42, loss on the response only, evaluation each epoch, SacreBLEU."""
+    """Rows with empty input, split 80/20 with seed 42, and only the response is trained."""
     model = tiny_model(tiny_bpe(tmp_path / "opt", None, bos="</s>", eos="</s>"), "opt")
     rows = [{"instruction": f"Add {n} and 1.", "input": "" if n % 2 else "x", "output": str(n + 1)} for n in range(40)]
     data = write_json(tmp_path / "code_alpaca.json", rows)
@@ -151,7 +152,7 @@ def test_d_code_alpaca_with_opt(tmp_path):
 
 
 def test_e_question_answer_documents_with_pythia(tmp_path):
-    """Cells that are objects themselves, both Alpaca prompts, several documents' formats, 90/10, best model kept."""
+    """Cells that are objects, column-oriented files, and both Alpaca prompts."""
     model = tiny_model(tiny_bpe(tmp_path / "pythia", None, eos="<|endoftext|>", pad=None), "gpt_neox")
     faq = [{"question": {"0": f"How can I do {n}?"}, "answer": {"0": f"There are {n} ways."}} for n in range(20)]
     lines = tmp_path / "faq.jsonl"

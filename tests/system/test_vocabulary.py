@@ -107,15 +107,15 @@ def phrase_rate(paths):
     return 1000 * sum(len(PHRASES.findall(text)) for text in texts) / max(sum(len(text.split()) for text in texts), 1)
 
 
-def test_names_are_nouns_and_verbs_of_the_field():
+def test_identifiers_contain_few_filler_words():
     assert filler_rate(ROOT / "ftdata") <= MAX_FILLERS
 
 
-def test_a_public_name_is_defined_in_one_module():
+def test_public_names_are_defined_in_one_module():
     assert repeated_names(ROOT / "ftdata") == {}
 
 
-def test_prose_is_plain():
+def test_prose_contains_few_stilted_phrases():
     pages = [
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
@@ -140,7 +140,7 @@ def test_prose_is_plain():
         ),
     ],
 )
-def test_the_checks_find_what_they_forbid(tmp_path, code, fails):
+def test_checks_detect_violations(tmp_path, code, fails):
     for name in ("first.py", "second.py"):
         (tmp_path / name).write_text(code)
     assert fails(tmp_path)

@@ -24,12 +24,12 @@ def owners(text):
 
 
 def mine(text, owner=9):
-    """A tracked string whose characters each have an owner of their own."""
+    """Return a tracked string in which each character has a different owner."""
     return TrackedString(text, [(1, owner + index) for index in range(len(text))])
 
 
 def expected(source, result):
-    """Whether every owned character of the result is that very character of the source."""
+    """Return whether every owned character of the result equals the character of the source it is attributed to."""
     return all(
         owner == 0 or source[owner - 9].casefold() == char.casefold()
         for char, owner in zip(result, owners(TrackedString.from_str(result)), strict=True)
@@ -68,7 +68,7 @@ OPERATIONS = {
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @given(text=st.text(st.sampled_from("ab \n\rx"), max_size=12))
-def test_tracked_strings_are_strings_that_remember(name, text):
+def test_tracked_strings_equal_str_and_keep_owners(name, text):
     operation = OPERATIONS[name]
     plain, kept = operation(_joinable(text)), operation(mine(text))
     assert str.__str__(plain) == str.__str__(kept)
@@ -85,7 +85,7 @@ def _joinable(text):
     sep=st.sampled_from(["a", "ab", "ba", "aa", " "]),
     times=st.integers(-1, 2),
 )
-def test_split_keeps_places_even_where_pieces_look_like_separators(text, sep, times):
+def test_split_keeps_owners_of_ambiguous_pieces(text, sep, times):
     source = mine(text)
     at = 0
     for piece in source.split(sep, times):
@@ -103,7 +103,7 @@ def test_split_keeps_places_even_where_pieces_look_like_separators(text, sep, ti
     sort_keys=st.booleans(),
     keys=st.booleans(),
 )
-def test_dumps_is_json_with_owners(value, ascii_only, indent, sort_keys, keys):
+def test_tracked_json_equals_json_dumps(value, ascii_only, indent, sort_keys, keys):
     def plain(x, **more):
         return json.dumps(x, ensure_ascii=ascii_only, indent=indent, **more)
 
@@ -117,13 +117,13 @@ def test_dumps_is_json_with_owners(value, ascii_only, indent, sort_keys, keys):
     assert dump_tracked_json(track(value), plain, sort_keys=sort_keys) == plain(value, sort_keys=sort_keys)
 
 
-def test_dumps_gives_escapes_to_their_owner():
+def test_tracked_json_assigns_escapes_to_their_owner():
     text = dump_tracked_json({"k": TrackedString('a"\n', [(3, 7)])}, json.dumps)
     assert text == '{"k": "a\\"\\n"}'
     assert text.runs == ((7, 0), (5, 7), (2, 0))
 
 
-def test_dumps_gives_what_is_all_of_one_owner_to_it_whole():
+def test_tracked_json_assigns_a_whole_value_to_its_single_owner():
     own = {TrackedString("n", [(1, 7)]): 12, TrackedString("on", [(2, 7)]): True}
     text = dump_tracked_json({"name": TrackedString("f", [(1, 7)]), "arguments": own}, json.dumps)
     assert text == '{"name": "f", "arguments": {"n": 12, "on": true}}'
@@ -157,8 +157,8 @@ TRICKY = [
 
 @pytest.mark.parametrize("source", TRICKY)
 @given(messages=conversation_strategy(max_turns=2))
-def test_the_text_is_what_jinja_alone_renders(source, messages):
-    """Attribution changes no character."""
+def test_attribution_does_not_change_the_text(source, messages):
+    """The tracked rendering equals that of plain Jinja."""
     from ftdata.templates.attribution.spans import track_messages
 
     ours = Template("t", source, strict=False, special_tokens=SPECIAL).render({"messages": track_messages(messages)})
@@ -169,7 +169,7 @@ def test_the_text_is_what_jinja_alone_renders(source, messages):
 
 @pytest.mark.parametrize("name", ["chatml", "zephyr", "gemma"])
 @given(messages=conversation_strategy(system=False))
-def test_built_in_chat_templates_train_answers_and_stops(name, messages):
+def test_built_in_chat_templates_train_answers_and_stop_tokens(name, messages):
     (rendered,) = render_in_worker(Conversation(tuple(messages)), bound(name))
     stop = {"chatml": "<|im_end|>", "zephyr": "</s>", "gemma": "<end_of_turn>"}[name]
     trained = "".join(rendered.text[s.start : s.end] for s in rendered.spans if s.generated)
@@ -189,40 +189,40 @@ def test_prompt_templates_train_the_response(instruction, extra, answer):
     assert rendered.add_bos
 
 
-def test_lessons_prompt_format():
+def test_instruction_response_template_format():
     row = Conversation((), {"instruction": "Add 1 and 2", "output": "3", "input": ""}, completion_from=1)
     (rendered,) = render_in_worker(row, bound("instruction_response"))
     assert rendered.text == "### Instruction:\nAdd 1 and 2\n\n### Response:\n3</s>"
     assert [rendered.text[s.start : s.end] for s in rendered.spans if s.generated] == ["3", "</s>"]
 
 
-def test_a_column_without_room_is_refused():
+def test_column_without_a_place_in_the_template_is_rejected():
     row = Conversation((), {"instruction": "x", "output": "y", "input": "z"}, completion_from=1)
     with pytest.raises(BadRow, match="message_dropped"):
         render_in_worker(row, bound("instruction_response"))
 
 
-def test_an_undefined_name_is_an_error():
+def test_undefined_name_is_an_error():
     with pytest.raises(BadRow, match="'outptu' is undefined"):
         render_in_worker(Conversation((), {"output": "y"}), bound("{% generation %}{{ outptu }}{% endgeneration %}"))
 
 
-def test_a_prompt_template_that_marks_nothing_is_refused():
+def test_prompt_template_without_generation_tags_is_refused():
     with pytest.raises(TemplateRefused, match="nothing_marked"):
         check_can_train(bound("{{ instruction }} {{ output }}"))
 
 
-def test_a_syntax_error_names_its_line():
+def test_syntax_error_names_its_line():
     with pytest.raises(TemplateRefused, match="line 2"):
         check_can_train(bound("{{ a }}\n{% if %}"))
 
 
-def test_an_unknown_template_names_the_nearest():
+def test_unknown_template_suggests_the_nearest_name():
     with pytest.raises(UsageError, match="did you mean 'chatml'"):
         find_template("chatlm")
 
 
-def test_files_and_strings(tmp_path):
+def test_templates_are_found_in_files_and_strings(tmp_path):
     path = tmp_path / "mine.jinja"
     path.write_text("{% generation %}{{ text }}{% endgeneration %}")
     assert find_template(path) == (str(path), path.read_text())
@@ -245,7 +245,7 @@ def test_files_and_strings(tmp_path):
         "{{ range(10**9) | list }}",
     ],
 )
-def test_the_sandbox_holds(attack):
+def test_sandbox_blocks_attacks(attack):
     program = Template("attack", attack + "{% generation %}{{ messages[0].content }}{% endgeneration %}")
     conversation = Conversation(({"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}))
     try:
@@ -256,7 +256,7 @@ def test_the_sandbox_holds(attack):
     assert "root" not in rendered.text
 
 
-def test_text_is_already_formatted_and_gets_no_second_ending():
+def test_formatted_text_gets_no_second_eos():
     row = Conversation((), text="<s>[INST] a [/INST] b </s>")
     (rendered,) = render_in_worker(row, Template("none", "", special_tokens=SPECIAL))
     assert rendered.text == row.text
@@ -266,13 +266,13 @@ def test_text_is_already_formatted_and_gets_no_second_ending():
     assert plain.add_bos
 
 
-def test_no_template_says_what_to_pass():
+def test_missing_template_error_suggests_a_template():
     conversation = Conversation(({"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}))
     with pytest.raises(TemplateRefused, match="chatml"):
         render_in_worker(conversation, Template("none", ""))
 
 
-def test_dropped_content_is_refused_and_names_the_message():
+def test_dropped_message_is_rejected_and_named():
     source = (
         "{% for m in messages if m.role != 'system' %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -287,7 +287,7 @@ def test_dropped_content_is_refused_and_names_the_message():
     assert caught.value.field == "messages[0].content"
 
 
-def test_unmarked_templates_are_detected():
+def test_turns_of_templates_without_generation_tags_are_detected():
     detected = (
         "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -314,7 +314,7 @@ def test_jinja_is_new_enough():
 
 
 @pytest.mark.parametrize("wrong", ["m.content | rerlace('a', 'b')", "m is oddly"])
-def test_what_no_template_has_is_named_with_its_line(tokenizer_dir, wrong):
+def test_unknown_filters_and_tests_are_named_with_their_line(tokenizer_dir, wrong):
     source = "{% for m in messages %}\n{{ " + wrong + " }}{% endfor %}"
     with pytest.raises(TemplateRefused, match=r"template_syntax.*line 2: No (filter|test) named"):
         make_recipe(tokenizer_dir("tiny_bpe"), source)

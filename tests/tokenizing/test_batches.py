@@ -1,4 +1,4 @@
-"""Texts laid end to end: what is found of all at once is what is found of each alone."""
+"""Batches: the result for concatenated texts equals the result for each text alone."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def listed(batch):
 
 @settings(deadline=None)
 @given(st.lists(encoded(), max_size=5), st.data())
-def test_encodings_are_their_texts(batch, data):
+def test_concatenated_encodings_equal_their_texts(batch, data):
     sizes = [9 + data.draw(st.integers(0, 3)) for _ in batch]
     laid = Encodings.from_texts(batch, sizes)
     assert listed(laid) == listed(batch)
@@ -81,7 +81,7 @@ ROWS = [
 )
 @settings(deadline=None)
 @given(chosen=st.lists(st.sampled_from(ROWS), max_size=12), size=st.integers(1, 5))
-def test_rows_become_the_same_in_batches_of_any_size(tokenizer_dir, options, chosen, size):
+def test_rows_do_not_depend_on_the_batch_size(tokenizer_dir, options, chosen, size):
     recipe = make_recipe(tokenizer_dir("tiny_bpe"), "chatml", **options)
     rows = [Row(data, Source("x", number)) for number, data in enumerate(chosen)]
     with pytest.MonkeyPatch.context() as patch:
@@ -123,8 +123,8 @@ def shown(one):
 
 
 @pytest.mark.parametrize("placed", [True, False])
-def test_few_long_rows_are_in_memory_at_once(tokenizer_dir, placed):
-    """Of a file their places tell which are long, of other rows those before them do."""
+def test_long_rows_are_rendered_in_small_batches(tokenizer_dir, placed):
+    """Byte offsets give the size of rows in files; for other rows the size of the previous rows is used."""
     sizes = [*([1] * 70 if placed else []), *[2_000_000] * 5, *[1] * 70]
     begins = np.cumsum([0, *sizes]).tolist()
     read = []

@@ -1,4 +1,4 @@
-"""Control tokens that data spells are text: how many of each a row has, its roles alone decide."""
+"""G15: control tokens in the text of a row are plain text; only its roles determine the number of control tokens."""
 
 import json
 import random
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from makers import CHATML
+from tokenizer_makers import CHATML
 
 from ftdata import build_sft_dataset
 from ftdata.schemas.messages import has_visible_text
@@ -44,13 +44,13 @@ SPELLED = [
 
 
 def controls(folder, template):
-    """What only a template may write: special tokens, and added ones, special or not, that it prints itself."""
+    """Return the tokens that only a template may write: special tokens, and added tokens in the template."""
     added = json.loads((Path(folder) / "tokenizer.json").read_text())["added_tokens"]
     return {one["content"]: one["id"] for one in added if one["special"] or one["content"] in template}
 
 
 def texts(chance, spelled):
-    """Control tokens whole, halved, doubled and one in another, in text of all kinds."""
+    """Return random text with complete, cut, repeated and nested control tokens."""
     parts = []
     for _ in range(chance.randint(1, 6)):
         token = chance.choice(spelled)
@@ -63,7 +63,7 @@ def texts(chance, spelled):
 
 @pytest.mark.parametrize("count", [400, pytest.param(100_000, marks=[pytest.mark.long, pytest.mark.timeout(1800)])])
 @pytest.mark.parametrize("name", ["deepseek", "qwen", "mistral", "tiny_bpe", "tiny_metaspace"])
-def test_no_text_makes_a_control_token(name, count, tokenizer_dir, tmp_path):
+def test_row_text_never_becomes_a_control_token(name, count, tokenizer_dir, tmp_path):
     folder, chance = tokenizer_dir(name), random.Random(count)
     # Qwen's own prints more or fewer of them for thoughts than for answers.
     template = CHATML if name == "qwen" else (Path(folder) / "chat_template.jinja").read_text()

@@ -1,4 +1,4 @@
-"""Encoders: the fast one gives the very tokens and places of the reference, or it is not used."""
+"""Encoders: the fast encoder gives the same tokens and offsets as the reference, or it is not used."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ PAIRS = {}
 
 
 def pair(folder):
-    """The two encoders of a tokenizer."""
+    """Return the fast and the reference encoder of a tokenizer."""
     if folder not in PAIRS:
         loaded = load_tokenizer(folder)
         PAIRS[folder] = encoders.load_fast_encoder(loaded.json, loaded.encoders.reference), loaded.encoders.reference
@@ -34,7 +34,7 @@ def pair(folder):
 @pytest.mark.parametrize("name", ["tiny_bpe", "qwen", "deepseek", "tiny_prepend", "tiny_replace"])
 @often(200)
 @given(data=st.data())
-def test_both_engines_give_the_same(tokenizer_dir, name, data):
+def test_fast_encoder_equals_the_reference(tokenizer_dir, name, data):
     fast, reference = pair(tokenizer_dir(name))
     added = st.sampled_from([token for token in load_tokenizer(tokenizer_dir(name)).added_tokens if token])
     given_texts = data.draw(st.lists(st.lists(text_strategy(min_size=0) | added, max_size=4).map("".join), max_size=5))
@@ -43,7 +43,7 @@ def test_both_engines_give_the_same(tokenizer_dir, name, data):
 
 
 @pytest.mark.parametrize("name", ["tiny_metaspace", "tiny_wordpiece"])
-def test_tokenizers_whose_tokens_do_not_tell_what_they_stand_for_have_no_fast_engine(tokenizer_dir, name):
+def test_unsupported_tokenizers_have_no_fast_encoder(tokenizer_dir, name):
     assert pair(tokenizer_dir(name))[0] is None
 
 
@@ -61,7 +61,7 @@ def files(folder):
 
 
 @pytest.mark.parametrize("name", ["tiny_bpe", "tiny_prepend", "tiny_replace"])
-def test_a_build_does_not_depend_on_the_engine(tokenizer_dir, tmp_path, source, monkeypatch, name):
+def test_build_does_not_depend_on_the_encoder(tokenizer_dir, tmp_path, source, monkeypatch, name):
     tiny = load_tokenizer(tokenizer_dir(name))
     used = [write_build(source, replace(tiny), tmp_path / "reference").encoder]
     monkeypatch.setattr(encoders, "FAST_MIN_CHARACTERS", 0)
@@ -73,7 +73,7 @@ def test_a_build_does_not_depend_on_the_engine(tokenizer_dir, tmp_path, source, 
 
 
 @pytest.mark.parametrize("cache", ["off", "cache"])
-def test_an_engine_that_differs_is_not_used(tokenizer_dir, tmp_path, source, monkeypatch, cache):
+def test_differing_fast_encoder_is_not_used(tokenizer_dir, tmp_path, source, monkeypatch, cache):
     monkeypatch.chdir(tmp_path)
     tiny = load_tokenizer(tokenizer_dir("tiny_bpe"))
     right = write_build(source, replace(tiny), tmp_path / "right")
@@ -101,7 +101,7 @@ def test_an_engine_that_differs_is_not_used(tokenizer_dir, tmp_path, source, mon
     assert not seen.rejected
 
 
-def test_an_engine_that_differs_on_hard_texts_is_never_begun_with(tokenizer_dir, monkeypatch):
+def test_fast_encoder_that_differs_on_probe_texts_is_not_loaded(tokenizer_dir, monkeypatch):
     loaded = load_tokenizer(tokenizer_dir("tiny_bpe"))
     monkeypatch.setattr(
         encoders.FastEncoder,
@@ -111,7 +111,7 @@ def test_an_engine_that_differs_on_hard_texts_is_never_begun_with(tokenizer_dir,
     assert encoders.load_fast_encoder(loaded.json, loaded.encoders.reference) is None
 
 
-def test_settings_of_the_fast_engine_are_the_users_if_there_are_any(tokenizer_dir, monkeypatch):
+def test_user_settings_of_the_fast_encoder_take_precedence(tokenizer_dir, monkeypatch):
     loaded, seen = load_tokenizer(tokenizer_dir("tiny_bpe")), []
     monkeypatch.setenv("FASTOKENS_BPE_THREADS", "2")
     monkeypatch.delenv("FASTOKENS_INPUT_CACHE", raising=False)

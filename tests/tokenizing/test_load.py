@@ -1,4 +1,4 @@
-"""Loading tokenizers: what changed is loaded anew, what is damaged refused."""
+"""Loading tokenizers: changed tokenizers are reloaded, and damaged ones are refused."""
 
 import json
 import os
@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from makers import tiny_bpe
+from tokenizer_makers import tiny_bpe
 
 from ftdata import build_sft_dataset, encode
 from ftdata.errors import TemplateRefused
 from ftdata.tokenizing.load import load_tokenizer
 
 
-def test_a_cached_tokenizer_follows_its_files(tokenizer_dir, tmp_path):
+def test_cached_tokenizer_is_reloaded_if_its_files_change(tokenizer_dir, tmp_path):
     import shutil
 
     folder = tmp_path / "t"
@@ -47,7 +47,7 @@ def pattern(text):
 
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_damaged_tokenizers_are_refused(damage, tmp_path):
-    """In words: some of these end `tokenizers` with a panic, which Python takes for no error."""
+    """Some of these cause a panic in `tokenizers`, which is not an ordinary Python exception."""
     name, change = DAMAGED[damage]
     folder = Path(tiny_bpe(tmp_path / "t"))
     if "template" in damage:
@@ -93,7 +93,7 @@ def split_differently(backend):
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["transformers", "tokenizers"])
 @pytest.mark.parametrize("change", [remove_a_merge, lowercase, add_a_token, split_differently])
-def test_an_object_that_is_changed_in_place_is_loaded_again(change, wrapped, tokenizer_dir):
+def test_tokenizer_object_changed_in_place_is_reloaded(change, wrapped, tokenizer_dir):
     import tokenizers
 
     folder = tokenizer_dir("tiny_bpe")
@@ -111,7 +111,7 @@ def test_an_object_that_is_changed_in_place_is_loaded_again(change, wrapped, tok
 
 
 @pytest.mark.parametrize("change", [lowercase, add_a_token])
-def test_encode_notices_a_changed_object(change, tokenizer_dir):
+def test_encode_detects_a_changed_tokenizer_object(change, tokenizer_dir):
     held = transformers_tokenizer(tokenizer_dir("tiny_bpe"))
     messages = [{"role": "user", "content": "The Lazy dog"}, {"role": "assistant", "content": "lazy dog, The"}]
     (before,) = encode(messages, held)
@@ -120,7 +120,7 @@ def test_encode_notices_a_changed_object(change, tokenizer_dir):
     assert after.input_ids.tolist() != before.input_ids.tolist()
 
 
-def test_encode_notices_that_an_added_token_became_special(tokenizer_dir):
+def test_encode_detects_that_an_added_token_became_special(tokenizer_dir):
     from tokenizers import AddedToken
 
     held = transformers_tokenizer(tokenizer_dir("tiny_bpe"))
@@ -135,7 +135,7 @@ def test_encode_notices_that_an_added_token_became_special(tokenizer_dir):
     assert encode(messages, held)[0].input_ids.tolist() == built
 
 
-def test_files_of_the_same_size_and_time_are_loaded_again(tokenizer_dir, tmp_path):
+def test_changed_files_of_equal_size_and_time_are_reloaded(tokenizer_dir, tmp_path):
     folder = tmp_path / "t"
     shutil.copytree(tokenizer_dir("tiny_bpe"), folder)
     one, file = load_tokenizer(folder), folder / "tokenizer.json"
@@ -167,7 +167,7 @@ def with_added(folder, target, **token):
 @pytest.mark.parametrize("content", [" ", "   ", "\n", "e", "a", "A", "|", "7", " e"])
 @pytest.mark.parametrize("flags", [{"special": True}, {"lstrip": True}, {"rstrip": True, "special": True}])
 def test_special_tokens_that_are_ordinary_text_are_refused(content, flags, tokenizer_dir, tmp_path):
-    """Text is decoded for people without special tokens: "a one" would become "aone"."""
+    """Text is decoded without special tokens, so "a one" would become "aone"."""
     folder = with_added(tokenizer_dir("tiny_bpe"), tmp_path / "t", content=content, **flags)
     with pytest.raises(TemplateRefused, match="ordinary_special_token") as caught:
         build_sft_dataset([{"question": "a one", "answer": "e one  A"}], str(folder))
@@ -175,8 +175,8 @@ def test_special_tokens_that_are_ordinary_text_are_refused(content, flags, token
 
 
 @pytest.mark.parametrize("content", [" ", "   ", "\n", "e", "role", "messages", "the", "lazy dog", "|"])
-def test_words_that_were_added_to_the_vocabulary_are_ordinary_text(content, tokenizer_dir, tmp_path):
-    """The template contains some of these words, too: that makes no control tokens of them."""
+def test_added_words_are_ordinary_text(content, tokenizer_dir, tmp_path):
+    """The template contains some of these words, but that does not make them control tokens."""
     import tokenizers
 
     folder = with_added(tokenizer_dir("tiny_bpe"), tmp_path / "t", content=content)
@@ -192,7 +192,7 @@ def test_words_that_were_added_to_the_vocabulary_are_ordinary_text(content, toke
 
 
 @pytest.mark.parametrize("content", ["<x>", "best,", "a-b"])
-def test_text_that_spells_a_token_that_strips_keeps_its_whitespace(content, tokenizer_dir, tmp_path):
+def test_text_equal_to_a_stripping_token_keeps_its_whitespace(content, tokenizer_dir, tmp_path):
     folder = with_added(tokenizer_dir("tiny_bpe"), tmp_path / "t", content=content, lstrip=True, rstrip=True)
     text = f"The lazy {content}  dog"
     messages = [{"role": "user", "content": "The"}, {"role": "assistant", "content": text}]

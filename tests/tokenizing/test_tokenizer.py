@@ -1,8 +1,8 @@
-"""Tokens of attributed text, rules R1 and R14 to R18: one tokenisation, overlaps, control tokens that are typed."""
+"""Tokens of rendered rows, rules R1 and R14 to R18: tokenization, boundaries and typed control tokens."""
 
 import numpy as np
 import pytest
-from chats import (
+from chat_templates import (
     ANSWER,
     HEAD,
     PROMPT,
@@ -23,13 +23,13 @@ from ftdata.tokenizing.load import load_tokenizer
 from ftdata.types import Part, Row, Source
 
 
-def test_r1_one_text_one_tokenisation(tokenizer_dir):
+def test_r1_text_is_tokenized_as_a_whole(tokenizer_dir):
     folder = tokenizer_dir("tiny_bpe")
     (example,) = encode(TALK, folder)
     assert example.input_ids.tolist() == Tokenizer.from_file(f"{folder}/tokenizer.json").encode(example.text).ids
 
 
-def test_r14_a_token_is_trained_if_it_overlaps_by_a_character(tokenizer_dir):
+def test_r14_token_with_one_generated_character_is_trained(tokenizer_dir):
     source = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }} {% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     (example,) = encode(
         [{"role": "user", "content": "the quick"}, {"role": "assistant", "content": "brown fox"}],
@@ -41,7 +41,7 @@ def test_r14_a_token_is_trained_if_it_overlaps_by_a_character(tokenizer_dir):
     assert example.offsets[first, 0] < start < example.offsets[first, 1]
 
 
-def test_r15_without_offsets_there_is_no_mask():
+def test_r15_tokenizer_without_offsets_is_refused():
     class Slow:
         is_fast = False
 
@@ -49,7 +49,7 @@ def test_r15_without_offsets_there_is_no_mask():
         encode(TALK, Slow())
 
 
-def test_r16_typed_control_tokens_leave_the_mask_exact(tokenizer_dir):
+def test_r16_typed_control_tokens_do_not_change_the_mask(tokenizer_dir):
     typed = [USER, {"role": "assistant", "content": "say <|im_end|>\n<|im_start|>user\nx"}]
     (plain,) = encode(typed, tokenizer_dir("tiny_bpe"))
     (real,) = encode(typed, tokenizer_dir("tiny_bpe"), control_tokens="allow")
@@ -59,7 +59,7 @@ def test_r16_typed_control_tokens_leave_the_mask_exact(tokenizer_dir):
     assert "control_tokens" in plain.flags
 
 
-def test_r17_the_date_is_pinned(tokenizer_dir):
+def test_r17_date_is_fixed(tokenizer_dir):
     source = template(before="Today is {{ strftime_now('%d %b %Y') }}.\n")
     (example,) = encode(TALK, tokenizer_dir("tiny_bpe"), source, date="2030-05-06")
     assert example.text.startswith("Today is 06 May 2030.")
@@ -67,7 +67,7 @@ def test_r17_the_date_is_pinned(tokenizer_dir):
     assert example.text.startswith("Today is 01 Jan 2026.")
 
 
-def test_r18_flags_follow_truncation(tokenizer_dir):
+def test_r18_flags_are_recomputed_after_truncation(tokenizer_dir):
     recipe = make_recipe(tokenizer_dir("tiny_bpe"), max_length=20, overlong="truncate")
     row = Row({"messages": [USER, {"role": "assistant", "content": "word " * 40}]}, Source("x", 0))
     (built,) = build_rows(recipe, [row])
@@ -82,7 +82,7 @@ def test_r18_flags_follow_truncation(tokenizer_dir):
         "{{ '<note>%s</note>' | format(messages[0].mood) }}",
     ],
 )
-def test_r16_control_tokens_in_text_that_cannot_be_followed_are_refused(tokenizer_dir, before):
+def test_r16_control_tokens_in_untracked_text_are_rejected(tokenizer_dir, before):
     typed = "say <|im_end|> here"
     messages = [{**USER, "name": typed, "mood": typed}, ANSWER]
     tools = [{"type": "function", "function": {"name": "f", "description": typed}}]
@@ -97,7 +97,7 @@ def test_r16_control_tokens_in_text_that_cannot_be_followed_are_refused(tokenize
         "{% if '</think>' in m.content %}<think>{{ m.content.split('<think>')[1] }}{% else %}{{ m.content }}{% endif %}",
     ],
 )
-def test_r16_tags_of_thinking_that_is_written_into_an_answer_are_real(tokenizer_dir, turn):
+def test_r16_thinking_tags_in_an_answer_are_control_tokens(tokenizer_dir, turn):
     messages = [
         {"role": "user", "content": "what is <think> for?"},
         {"role": "assistant", "content": "<think>hm</think>\n\nyes </think>"},
@@ -117,7 +117,7 @@ def test_r16_tags_of_thinking_that_is_written_into_an_answer_are_real(tokenizer_
     assert shown(answers) == "yes </think><|im_end|>a2<|im_end|>"
 
 
-def test_r16_tags_of_thinking_in_earlier_answers_are_real_too(tokenizer_dir):
+def test_r16_thinking_tags_in_earlier_answers_are_control_tokens(tokenizer_dir):
     thinking = [
         {**m, "content": f"\n <think>hm</think> \n{m['content']}"} if m["role"] == "assistant" else m for m in TALK
     ]
@@ -135,7 +135,7 @@ def test_r16_tags_of_thinking_in_earlier_answers_are_real_too(tokenizer_dir):
         assert "".join(text for part, text in parts if part is Part.CONTENT) == f"a{turn // 2}"
 
 
-def test_r16_tags_that_the_prompt_opens_are_real_in_the_answer_too(tokenizer_dir):
+def test_r16_thinking_tags_opened_by_the_prompt_are_control_tokens(tokenizer_dir):
     tokenizer = load_tokenizer(tokenizer_dir("qwen"))
     messages = [USER, {"role": "assistant", "content": "<think>hm</think>yes"}]
     (example,) = encode(messages, tokenizer, template(prompt=PROMPT + "<think>"), control_tokens="refuse")
@@ -145,7 +145,7 @@ def test_r16_tags_that_the_prompt_opens_are_real_in_the_answer_too(tokenizer_dir
 
 
 @pytest.mark.parametrize("name", ["<|IM_END|>ß", "ß<|IM_END|>", "ŉ<|IM_END|>ß"])
-def test_r16_letters_that_change_their_number_hide_no_control_token(tokenizer_dir, name):
+def test_r16_case_changes_of_text_length_hide_no_control_token(tokenizer_dir, name):
     source = template(HEAD + "{{ (m.name or '') | lower | upper | lower }}" + TURN)
     (example,) = encode([{**USER, "name": name.replace("ß", "İ")}, ANSWER], tokenizer_dir("tiny_bpe"), source)
     tokenizer = Tokenizer.from_file(f"{tokenizer_dir('tiny_bpe')}/tokenizer.json")

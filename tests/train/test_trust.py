@@ -1,4 +1,4 @@
-"""What must not run: code and pickles that come with models and runs."""
+"""G17: code and pickles in models and runs are not executed."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def data(tmp_path):
     return str(path)
 
 
-def test_code_of_strangers_does_not_run(llama, data, tmp_path):
+def test_remote_code_is_refused(llama, data, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(llama, model)
     (model / "modeling_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('ran')\nclass Own: pass\n")
@@ -39,8 +39,8 @@ def test_code_of_strangers_does_not_run(llama, data, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_folder_does_not_say_that_it_is_trusted(llama, data, tmp_path):
-    """A run, and its checkpoints, may come from anyone; what they say of remote code is not asked."""
+def test_run_directory_cannot_declare_itself_trusted(llama, data, tmp_path):
+    """A run and its checkpoints may be untrusted; their own `trust_remote_code` is ignored."""
     folder, base = tmp_path / "run", tmp_path / "base"
     shutil.copytree(llama, base)
     run(data, model=str(base), output_dir=folder, settings=QUICK)
@@ -62,7 +62,7 @@ def test_a_folder_does_not_say_that_it_is_trusted(llama, data, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_are_safetensors_that_are_all_there(llama, tmp_path):
+def test_weights_must_be_complete_safetensors(llama, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(llama, model)
     index = model / "model.safetensors.index.json"

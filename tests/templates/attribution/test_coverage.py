@@ -1,9 +1,9 @@
-"""What of a row arrives in the text, rules R11 to R13: calls, fields, refusals of the template's own."""
+"""Coverage, rules R11 to R13: tool calls, fields and errors of the template."""
 
 import json
 
 import pytest
-from chats import (
+from chat_templates import (
     ANSWER,
     CALL,
     CALLS,
@@ -33,7 +33,7 @@ def test_r11_tool_calls_are_trained_and_results_are_not():
     assert flags == set()
 
 
-def test_r11_a_message_printed_around_another_is_refused():
+def test_r11_message_rendered_around_another_is_rejected():
     around = (
         "{% for m in messages %}{% if m.role != 'tool' %}" + HEAD + CALLS + "{% if m.tool_calls %}"
         "<result>{{ messages[loop.index0 + 1].content if not loop.last else '' }}</result>{% endif %}"
@@ -45,7 +45,7 @@ def test_r11_a_message_printed_around_another_is_refused():
     assert refusal(around, messages).code == "interleaved"
 
 
-def test_r12_text_that_never_arrives():
+def test_r12_missing_text_is_rejected_or_flagged():
     assert refusal(template(), TOOLED).code == "message_dropped"
     no_system = template("{% if m.role != 'system' %}" + HEAD + TURN + "{% endif %}")
     with_rule = [{"role": "system", "content": "be brief"}, *TALK]
@@ -68,7 +68,7 @@ def test_r12_text_that_never_arrives():
     assert trained(template(), [USER, {**ANSWER, "mood": "sunny"}])[1] == {"fields_dropped"}
 
 
-def test_r12_text_whose_memory_is_lost_is_found_by_changing_it():
+def test_r12_untracked_text_is_located_by_changing_it():
     literal = template(HEAD + "{% for c in m.tool_calls or [] %}<call>{{ c.function }}</call>{% endfor %}" + TURN)
     texts, _ = trained(literal, TOOLED)
     assert texts[0] == "<call>{'name': 'find', 'arguments': {'key': 'value'}}</call><|im_end|>"
@@ -76,7 +76,7 @@ def test_r12_text_whose_memory_is_lost_is_found_by_changing_it():
     assert trained(formatted) == (["a1<|im_end|>", "a2<|im_end|>"], set())
 
 
-def test_r13_what_the_template_refuses_is_refused_in_its_own_words():
+def test_r13_errors_of_the_template_are_reported():
     strict = template("{% if m.role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}" + HEAD + TURN)
     error = refusal(strict, [{"role": "system", "content": "x"}, *TALK])
     assert error.code == "template_raises"
@@ -87,7 +87,7 @@ def test_r13_what_the_template_refuses_is_refused_in_its_own_words():
     assert refusal(after_user, [ANSWER]).code == "template_raises"
 
 
-def test_r13_two_answers_in_a_row():
+def test_r13_consecutive_answers_are_trained_or_rejected():
     assert trained(template(), [USER, ANSWER, {"role": "assistant", "content": "more"}])[0] == [
         "a1<|im_end|>",
         "more<|im_end|>",
@@ -96,7 +96,7 @@ def test_r13_two_answers_in_a_row():
     assert refusal(late, [USER, ANSWER, {"role": "assistant", "content": "more"}]).code in {"overlap", "history_drift"}
 
 
-def test_r12_one_of_two_calls_that_is_missing():
+def test_r12_missing_second_tool_call_is_rejected():
     first_only = template(
         HEAD + "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}<|im_end|>\n"
     )
@@ -117,7 +117,7 @@ PRINTS = template(
 )
 
 
-def test_arguments_that_are_text_are_printed_as_they_are_where_the_template_takes_text():
+def test_text_arguments_are_rendered_unchanged_if_the_template_takes_text():
     written = '{"city":"Ulm", "n":1.50}'
     assert trained(PRINTS, called(written)) == ([f"<call>f {written}</call><|im_end|>", "a2<|im_end|>"], set())
     assert trained(PRINTS, called(""))[0][0] == "<call>f </call><|im_end|>"
@@ -129,7 +129,7 @@ def test_arguments_that_are_text_are_printed_as_they_are_where_the_template_take
 
 
 @pytest.mark.parametrize("arguments", [{"n": 12}, {"n": "x"}, {"s": "abc", "n": [1, 2], "flag": True}])
-def test_r11_numbers_and_brackets_of_a_call_are_its_own(arguments):
+def test_r11_numbers_and_brackets_of_a_tool_call_are_trained(arguments):
     stopless = template(
         "<|{{ m.role }}|>\n{{ m.content }}" + CALLS.replace("</tool_call>", "") + "\n", "<|assistant|>\n"
     )
@@ -148,7 +148,7 @@ def test_r11_numbers_and_brackets_of_a_call_are_its_own(arguments):
         ("{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}", called({"ok": 7})),
     ],
 )
-def test_r12_numbers_and_keys_that_never_arrive(turn, messages):
+def test_r12_missing_numbers_and_keys_are_rejected(turn, messages):
     assert refusal(template(HEAD + turn + "<|im_end|>\n"), messages).code == "message_dropped"
 
 
@@ -165,13 +165,13 @@ def test_r12_numbers_and_keys_that_never_arrive(turn, messages):
          {"content": "<think>\nhm\n</think>\n\nyes"}, None),
     ],
 )  # fmt: skip
-def test_r12_what_is_lost_is_flagged_and_nothing_else(turn, more, flag):
+def test_r12_exactly_the_missing_parts_are_flagged(turn, more, flag):
     messages = [{"role": "user", "content": "q"}, {**ANSWER, **more}]
     source = template(HEAD + "{% if m.role == 'user' %}{{ m.content }}{% else %}" + turn + "{% endif %}<|im_end|>\n")
     assert trained(source, messages)[1] == ({flag} if flag else set())
 
 
-def test_tools_that_are_not_printed_whole_are_flagged():
+def test_incompletely_rendered_tools_are_flagged():
     tools = [
         {"type": "function", "function": {"name": n, "parameters": {"properties": {"k": {}}}}} for n in ("go", "run")
     ]
@@ -188,12 +188,12 @@ def test_tools_that_are_not_printed_whole_are_flagged():
     )
 
 
-def test_r13_nothing_asks_for_an_answer_that_opens_the_conversation():
+def test_r13_conversation_that_starts_with_an_answer_is_rejected():
     assert refusal(template(), [ANSWER, *TALK]).code == "no_prompt"
 
 
 @pytest.mark.parametrize("key", ["function_call", "function_calls"])
-def test_r11_older_spellings_of_calls_are_trained(key):
+def test_r11_legacy_function_calls_are_trained(key):
     printed = "{% if m." + key + " %}<tool_call>{{ m." + key + " | tojson }}</tool_call>{% endif %}"
     messages = [USER, {**ANSWER, key: {"name": "f", "arguments": "{}"}}, *TOOLED[2:]]
     texts, flags = trained(template(HEAD + "{{ m.content }}" + printed + "<|im_end|>\n"), messages)
@@ -201,12 +201,12 @@ def test_r11_older_spellings_of_calls_are_trained(key):
     assert flags == set()
 
 
-def test_r11_any_other_field_before_the_stop_is_refused():
+def test_r11_other_field_before_the_stop_token_is_rejected():
     source = template(HEAD + "{{ m.content }}{% if m.mood %} ({{ m.mood }}){% endif %}<|im_end|>\n")
     assert refusal(source, [USER, {**ANSWER, "mood": "sunny"}]).code == "interleaved"
 
 
-def test_r12_a_call_that_says_what_another_says():
+def test_r12_missing_call_with_repeated_text_is_rejected():
     first_only = template(
         HEAD + "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}<|im_end|>\n"
     )
@@ -219,7 +219,7 @@ def test_r12_a_call_that_says_what_another_says():
         assert trained(every, messages)[1] == set()
 
 
-def test_roles_that_a_template_names_go_through():
+def test_roles_named_in_the_template_are_passed_through():
     named = template("{% if m.role == 'ipython' %}<|im_start|>ipython\n{% else %}" + HEAD + "{% endif %}" + TURN)
     messages = [USER, CALL | {"content": "c", "tool_calls": None}, {"role": "ipython", "content": "r"}, TALK[3]]
     assert "<|im_start|>ipython\nr" in outcome(named, messages)[0].text
@@ -228,7 +228,7 @@ def test_roles_that_a_template_names_go_through():
     assert (error.code, error.field) == ("unknown_role", "messages[0].role")
 
 
-def test_an_answer_that_is_not_trained_needs_no_prompt():
+def test_untrained_answer_needs_no_prompt():
     assert trained(template(), [{**ANSWER, "train": False}, *TALK])[0] == ["a1<|im_end|>", "a2<|im_end|>"]
 
 
@@ -245,7 +245,7 @@ RESULT = HEAD + "{% if m.role == 'tool' %}PRINTED{% else %}{{ m.content }}" + CA
 @pytest.mark.parametrize("result", RESULTS, ids=str)
 @pytest.mark.parametrize("printed", ["{{ m.content | tojson }}", "{{ m.content | tojson(indent=2) }}",
     "{% if m.content is string %}{{ m.content }}{% else %}{{ m.content | tojson }}{% endif %}"])  # fmt: skip
-def test_r12_results_of_tools_that_are_objects(result, printed):
+def test_r12_tool_results_that_are_objects_are_rendered_as_json(result, printed):
     messages = [*TOOLED[:2], {**TOOLED[2], "content": result}, *TOOLED[3:]]
     texts, flags = trained(template(RESULT.replace("PRINTED", printed)), messages)
     assert texts[1] == "a2<|im_end|>"
@@ -266,7 +266,7 @@ def test_r12_results_of_tools_that_are_objects(result, printed):
         ("done", "message_dropped"),
     ],
 )
-def test_r12_objects_that_are_not_printed_as_json(result, printed, code):
+def test_r12_objects_not_rendered_as_json_are_rejected(result, printed, code):
     messages = [*TOOLED[:2], {**TOOLED[2], "content": result}, *TOOLED[3:]]
     found = refusal(template(RESULT.replace("PRINTED", printed)), messages)
     assert found.code == code
@@ -278,8 +278,8 @@ STOP_AFTER_TEXT = HEAD + "{{ m.content }}{% if not loop.last or m.content %}<|im
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, ""], ids=["a generation prompt", "no generation prompt"])
-def test_an_empty_answer_without_a_stop_is_flagged(prompt):
-    """Neither the header nor anything else may pass for the stop that the template leaves out."""
+def test_empty_answer_without_a_stop_token_is_flagged(prompt):
+    """Neither the header nor other template text may be taken for the missing stop token."""
     source = (
         "{% for m in messages %}"
         + STOP_AFTER_TEXT
@@ -292,8 +292,8 @@ def test_an_empty_answer_without_a_stop_is_flagged(prompt):
     assert not any("<|im_end|>" in text for text in texts)
 
 
-def test_an_empty_turn_by_itself_is_flagged(tokenizer_dir):
-    """Where turns are split, nothing is left of a turn of which nothing is trained but its flag."""
+def test_empty_split_turn_is_flagged(tokenizer_dir):
+    """The flag is kept even if the split turn has no trained token and so no example."""
     from ftdata import encode
 
     source = (
@@ -316,7 +316,7 @@ THINKING = (
 )
 
 
-def test_an_empty_thinking_block_is_flagged():
+def test_empty_thinking_block_is_flagged():
     texts, flags = trained(THINKING, TALK)
     assert texts[0].startswith("<think>\n\n</think>")
     assert flags == {"empty_thinking"}
@@ -326,7 +326,7 @@ def test_an_empty_thinking_block_is_flagged():
     assert "empty_thinking" not in trained(template(), typed)[1]
 
 
-def test_a_thinking_block_that_the_prompt_opens_and_the_answer_closes_is_flagged():
+def test_thinking_block_opened_by_the_prompt_and_left_empty_is_flagged():
     opened = (
         "{% for m in messages %}"
         + HEAD
@@ -339,7 +339,7 @@ def test_a_thinking_block_that_the_prompt_opens_and_the_answer_closes_is_flagged
     assert trained(opened, [USER, {**ANSWER, "reasoning_content": "hm"}])[1] == set()
 
 
-def test_a_template_variable_leaves_the_thinking_block_to_the_prompt(tokenizer_dir):
+def test_template_variable_moves_the_thinking_block_to_the_prompt(tokenizer_dir):
     from ftdata import encode
 
     (example,) = encode(TALK[:2], tokenizer_dir("tiny_bpe"), THINKING, template_kwargs={"enable_thinking": False})

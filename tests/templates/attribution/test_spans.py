@@ -1,4 +1,4 @@
-"""Spans by themselves: pieces, regions laid over them, thinking found in contents."""
+"""Spans: text pieces, turn regions and thinking blocks in contents."""
 
 import pytest
 
@@ -19,7 +19,7 @@ S, C, R = Part.SCAFFOLD, Part.CONTENT, Part.REASONING
 
 
 def laid(*texts):
-    """A text of (part, message, text), and its pieces."""
+    """Return a text, given as (part, message, text) triples, and its pieces."""
     found, at = [], 0
     for part, message, text in texts:
         found.append(TextPiece(at, at + len(text), part, message, 0))
@@ -27,7 +27,7 @@ def laid(*texts):
     return "".join(text for _, _, text in texts), found
 
 
-def test_regions_cut_pieces_and_what_is_outside_is_its_writers():
+def test_regions_split_pieces_and_text_outside_keeps_its_origin():
     _, parts = laid((S, -1, "<u>"), (C, 0, "ask"), (S, -1, "<a>"), (C, 1, "say"), (S, -1, "</s>\n"))
     assert make_spans(parts, [TurnRegion(1, 7, 16)]) == (
         Span(0, 3, S, -1, False),
@@ -57,7 +57,7 @@ def test_regions_cut_pieces_and_what_is_outside_is_its_writers():
         (6, 9, [(2, 6, C)]),
     ],
 )
-def test_a_piece_is_painted_where_it_is_of_the_part(start, end, expected):
+def test_override_part_changes_only_pieces_of_that_part(start, end, expected):
     piece = TextPiece(2, 6, C, 1, 0)
     assert [(one.start, one.end, one.part) for one in override_part(piece, start, end, C, part=R)] == expected
     assert list(override_part(piece, start, end, S, part=R)) == [piece]
@@ -69,7 +69,7 @@ def thinking(*texts, regions=(), assistants=(1, 3)):
     return [(one.part, text[one.start : one.end]) for one in found]
 
 
-def test_thinking_in_answers_inside_and_outside_regions():
+def test_thinking_is_split_inside_and_outside_regions():
     talk = [(C, 0, "<think>u</think>"), (C, 1, "plain"), (S, -1, "|"), (C, 3, "<think>hm</think>\n\na")]
     expected = [
         (C, "<think>u</think>"),
@@ -84,7 +84,7 @@ def test_thinking_in_answers_inside_and_outside_regions():
     assert thinking(*talk) == thinking(*talk, regions=[TurnRegion(1, 16, 21), TurnRegion(3, 22, 42)]) == expected
 
 
-def test_thinking_that_stands_open_before_the_answer():
+def test_thinking_opened_before_the_answer_is_reasoning():
     opened = [(S, -1, "<think>"), (C, 1, "hm</think>a")]
     assert thinking(*opened, regions=[TurnRegion(1, 7, 18)])[1:] == [(R, "hm"), (S, "</think>"), (C, "a")]
     # What the prompt forces may be what the answer spells.
@@ -99,7 +99,7 @@ def test_thinking_that_stands_open_before_the_answer():
     assert thinking(*far, regions=[TurnRegion(1, 77, 88)])[1:] == [(C, "hm</think>a")]
 
 
-def test_thinking_of_one_letter_and_in_two_pieces():
+def test_thinking_of_one_character_and_across_pieces():
     assert thinking((S, -1, "<think>"), (C, 1, "h</think>a"), regions=[TurnRegion(1, 7, 17)])[1:] == [
         (R, "h"),
         (S, "</think>"),
@@ -115,13 +115,13 @@ def test_thinking_of_one_letter_and_in_two_pieces():
     ]
 
 
-def test_tags_of_thinking_outside_regions_are_nobodys():
+def test_thinking_tags_outside_regions_belong_to_no_message():
     text, parts = laid((C, 1, "<think>hm</think>a"), (C, 3, "b"))
     spans = make_spans(split_thinking(text, parts, [TurnRegion(3, 18, 19)], [1, 3]), [TurnRegion(3, 18, 19)])
     assert [(span.part, span.message) for span in spans] == [(S, -1), (R, 1), (S, -1), (C, 1), (C, 3)]
 
 
-def test_empty_thinking_is_no_reasoning():
+def test_empty_thinking_is_not_reasoning():
     empty = [(C, 1, "<think>\n\n</think>\n\na")]
     assert thinking(*empty) == [(S, "<think>"), (C, "\n\n"), (S, "</think>"), (C, "\n\na")]
 
@@ -130,11 +130,11 @@ def test_empty_thinking_is_no_reasoning():
     ("content", "opened", "expected"),
     [("x</None>", None, []), ("</think>", "think", [(0, 8)]), ("a</think>", "thought", []), ("a <think>b</think>", None, [])],
 )  # fmt: skip
-def test_tags_of_thinking(content, opened, expected):
+def test_thinking_tags_are_found(content, opened, expected):
     assert find_thinking_tags(content, opened) == expected
 
 
-def test_messages_as_templates_are_given_them():
+def test_messages_are_tracked_for_templates():
     (message,) = track_messages([{"role": "assistant", "content": "", "thinking": "hm", "name": None, "train": False}])
     assert message == {"role": "assistant", "content": "", "thinking": "hm", "reasoning_content": "hm"}
     assert message["content"].runs == ()

@@ -1,4 +1,4 @@
-"""Plans: what is joined is what would have been rendered, or it is rendered."""
+"""Plans: a row filled from a plan equals its rendering; other rows are rendered."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import often
-from makers import CHATML
+from tokenizer_makers import CHATML
 
 from ftdata.errors import BadRow, FtdataError
 from ftdata.pipeline.examples import build_rows
@@ -39,7 +39,7 @@ SOURCES = {
 
 
 def fresh(tokenizer, template):
-    """Return a template that has seen nothing."""
+    """Return a template without cached plans."""
     return replace(make_recipe(tokenizer, template).template)
 
 
@@ -59,7 +59,7 @@ def outcome(conversation, template, turns):
     ),
     turns=st.sampled_from(["auto", "joint"]),
 )
-def test_what_a_plan_gives_is_what_is_rendered(tokenizer_dir, name, shape, contents, turns):
+def test_plan_equals_a_new_rendering(tokenizer_dir, name, shape, contents, turns):
     tokenizer, template = SOURCES[name]
     known = make_recipe(tokenizer_dir(tokenizer), template).template
     for said in contents:
@@ -89,7 +89,7 @@ def talk(turns, blanks=False):
     return Conversation(tuple({"role": ("user", "assistant")[n % 2], "content": said(n)} for n in range(2 * turns)))
 
 
-def test_blanks_around_texts_need_no_other_plan(tokenizer_dir, monkeypatch):
+def test_whitespace_around_texts_needs_no_other_plan(tokenizer_dir, monkeypatch):
     template = make_recipe(tokenizer_dir("tiny_bpe"), SOURCES["chatml"][1]).template
     render_in_worker(talk(3), template)
     runs = counted(monkeypatch, template)
@@ -99,7 +99,7 @@ def test_blanks_around_texts_need_no_other_plan(tokenizer_dir, monkeypatch):
     assert runs == []
 
 
-def test_longer_conversations_begin_as_shorter_ones(tokenizer_dir, monkeypatch):
+def test_longer_conversations_reuse_the_plans_of_shorter_ones(tokenizer_dir, monkeypatch):
     template = make_recipe(tokenizer_dir("tiny_bpe"), SOURCES["chatml"][1]).template
     for turns in range(1, 12):
         render_in_worker(talk(turns), template)
@@ -109,7 +109,7 @@ def test_longer_conversations_begin_as_shorter_ones(tokenizer_dir, monkeypatch):
     assert len(runs) <= 5
 
 
-def test_turns_of_their_own_are_joined_too(tokenizer_dir, monkeypatch):
+def test_split_turns_use_plans(tokenizer_dir, monkeypatch):
     template = fresh(tokenizer_dir("qwen"), None)
     assert len(render_in_worker(talk(3), template)) == 3
     runs = counted(monkeypatch, template)
@@ -140,7 +140,7 @@ def test_fast_path_conversations_are_rendered_once(tokenizer_dir, name):
     assert runs == []
 
 
-def test_what_a_template_does_about_typed_control_tokens_is_no_plan(tokenizer_dir):
+def test_reactions_to_typed_control_tokens_are_not_cached(tokenizer_dir):
     source = SOURCES["chatml"][1]
     reacting = find_template(source)[1].replace(
         "{{ text(message.content) }}<|im_end|>{% endif %}",
@@ -170,8 +170,8 @@ GROWTH = {
 
 
 @pytest.mark.parametrize("growth", GROWTH)
-def test_what_is_tried_in_this_process_is_bounded(growth, tokenizer_dir):
-    """The template does no more than it may on short rows; on a long row, this process must not do it instead."""
+def test_work_of_plans_in_this_process_is_bounded(growth, tokenizer_dir):
+    """The template stays within its limits on short rows; on a long row this process must not exceed them instead."""
     import resource
     import time
 
@@ -194,7 +194,7 @@ def test_what_is_tried_in_this_process_is_bounded(growth, tokenizer_dir):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 800 << 10
 
 
-def test_honest_plans_are_within_the_bounds():
+def test_ordinary_plans_are_within_the_bounds():
     from ftdata.templates.template import Template
 
     talk = [

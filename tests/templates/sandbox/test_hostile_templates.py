@@ -1,6 +1,6 @@
-"""Templates are code from strangers: whatever they do, and on whichever row, is over soon, and changes nothing here.
+"""Templates are untrusted code: on any row they stop soon, and they change nothing in this process.
 
-G14 of a build's promises: at most 5 s and 512 MB for each, and the process goes on as before.
+G14: at most 5 s and 512 MB for each template, and the process stays usable.
 """
 
 import json
@@ -107,8 +107,8 @@ def rows(form):
     return [{"messages": talk}, {"messages": odd}, {"messages": talk * 2}]
 
 
-def held(template, data, tokenizer):
-    """Build, look and check, and hold that each ends in words, and soon."""
+def assert_stops_soon(template, data, tokenizer):
+    """Build, preview and check; assert that each ends soon, with a result or a clear error."""
     for do in (
         lambda: build_sft_dataset(data, tokenizer, template, on_bad_rows="quarantine", max_rejects=2),
         lambda: check_template(template),
@@ -126,12 +126,12 @@ def held(template, data, tokenizer):
 
 
 @pytest.mark.parametrize(("form", "bomb"), CASES)
-def test_bombs_are_held(form, bomb, tokenizer_dir):
-    held(FORMS[form].replace("BOMB", BOMBS[bomb]), rows(form), tokenizer_dir("tiny_bpe"))
+def test_template_bombs_are_stopped(form, bomb, tokenizer_dir):
+    assert_stops_soon(FORMS[form].replace("BOMB", BOMBS[bomb]), rows(form), tokenizer_dir("tiny_bpe"))
 
 
 @pytest.mark.parametrize("escape", ESCAPES)
-def test_there_is_no_way_out(escape, tokenizer_dir, monkeypatch):
+def test_sandbox_cannot_be_escaped(escape, tokenizer_dir, monkeypatch):
     monkeypatch.setenv("SECRET", "swordfish")
     for printed in ("{{ X }}", "{{ raise_exception(X | string) }}", "{% if add_generation_prompt %}{{ X }}{% endif %}"):
         source = printed.replace("X", f"({ESCAPES[escape]})") + CHAT
@@ -148,7 +148,7 @@ def test_there_is_no_way_out(escape, tokenizer_dir, monkeypatch):
 @pytest.mark.shared
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_the_shared_templates_are_held(shared, tokenizer_dir):
+def test_shared_hostile_templates_are_stopped(shared, tokenizer_dir):
     known = json.loads((shared / "badinput" / "dev" / "templates" / "templates.json").read_text())
     assert len(known) == 19
     for template in known.values():
@@ -158,11 +158,11 @@ def test_the_shared_templates_are_held(shared, tokenizer_dir):
             source + CHAT,
             source + "{{ instruction }}{% generation %}{{ output }}{% endgeneration %}",
         ):
-            held(form, rows("of columns" if "instruction" in form else "plain"), tokenizer_dir("tiny_bpe"))
+            assert_stops_soon(form, rows("of columns" if "instruction" in form else "plain"), tokenizer_dir("tiny_bpe"))
 
 
-def test_one_bad_row_is_one_reject(tokenizer_dir):
-    """A row that makes an honest template take too long is left out, and the others are not."""
+def test_one_slow_row_is_one_reject(tokenizer_dir):
+    """A row that makes an ordinary template too slow is rejected; the other rows are built."""
     source = ON_A_ROW.replace("BOMB", LOOPS) + "{# honest #}"
     found = build_sft_dataset(
         rows("on a row"), tokenizer_dir("tiny_bpe"), source, on_bad_rows="quarantine", max_rejects=1
@@ -172,13 +172,13 @@ def test_one_bad_row_is_one_reject(tokenizer_dir):
     assert "<memory>[1]" in found.report.rejects[0]
 
 
-def test_what_is_not_the_same_each_time_is_not_there(tokenizer_dir):
+def test_random_functions_are_removed(tokenizer_dir):
     for source in ("{{ lipsum() }}", "{{ [1, 2] | random }}", "{{ lipsum }}"):
         with pytest.raises(FtdataError):
             build_sft_dataset(rows("on a row"), tokenizer_dir("tiny_bpe"), source + CHAT)
 
 
-def test_a_child_that_is_gone_is_replaced(tokenizer_dir):
+def test_killed_template_worker_is_replaced(tokenizer_dir):
     from ftdata.templates.worker import process
 
     data = [
@@ -203,8 +203,8 @@ def test_a_child_that_is_gone_is_replaced(tokenizer_dir):
     assert build_sft_dataset(data, tokenizer_dir("tiny_bpe"), CHAT)["train"][:] == whole
 
 
-def test_a_worker_that_is_killed_each_time_stops_the_build(tokenizer_dir):
-    """Something else than the template ends the worker: no row may be rejected for that."""
+def test_repeatedly_killed_template_worker_stops_the_build(tokenizer_dir):
+    """If something other than the template kills the worker, no row may be rejected."""
     send = process._Worker.send
 
     def killing(self, request, **how):
@@ -219,7 +219,7 @@ def test_a_worker_that_is_killed_each_time_stops_the_build(tokenizer_dir):
             )
 
 
-def test_a_worker_that_ended_before_a_request_is_sent_is_replaced(tokenizer_dir):
+def test_template_worker_that_ended_before_a_request_is_replaced(tokenizer_dir):
     """The worker may end while answers to earlier requests are received, right before the next one is sent."""
     from ftdata.templates.template import Template
 
@@ -235,8 +235,8 @@ def test_a_worker_that_ended_before_a_request_is_sent_is_replaced(tokenizer_dir)
             request.result()
 
 
-def test_limits_are_counted_in_cpu_time():
-    """A worker that does not get to run must not lose its row."""
+def test_limits_count_cpu_time():
+    """A worker that gets no CPU time must not reject its row."""
     from ftdata.templates.template import Template
 
     request = process.submit_request("scaffold", Template("honest", CHAT + "{# stopped #}"))
@@ -248,8 +248,8 @@ def test_limits_are_counted_in_cpu_time():
     assert process._get_worker() is worker
 
 
-def test_a_plan_does_not_grow_what_it_is_asked_of(tokenizer_dir):
-    """What a template asks of short texts is asked of long ones in this process, where nothing limits it."""
+def test_plan_does_not_exceed_the_memory_limit_in_this_process(tokenizer_dir):
+    """A plan repeats the string operations of the template on longer texts in this process, which has no limit."""
     asked = "messages[0].content" + " | replace('ξ', 'ξξξξξξξξξ')" * 8
     source = f"{{% if ({asked}).startswith('x') %}}x{{% endif %}}" + CHAT
     talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
@@ -262,7 +262,7 @@ def test_a_plan_does_not_grow_what_it_is_asked_of(tokenizer_dir):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEGABYTES << 10
 
 
-def test_keys_are_not_where_templates_run(monkeypatch):
+def test_secrets_are_not_in_the_environment_of_the_template_worker(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     process._get_worker().stop()
     place = Path(f"/proc/{process._get_worker().process.pid}/environ")

@@ -1,7 +1,7 @@
-"""Where turns begin, rules R2 to R4: at their generation prompt, in a history that stays."""
+"""Turn starts, rules R2 to R4: generation prompts and history rewriting."""
 
 import pytest
-from chats import (
+from chat_templates import (
     CALLS,
     HEAD,
     PROMPT,
@@ -15,7 +15,7 @@ from chats import (
 )
 
 
-def test_r2_a_turn_begins_where_its_generation_prompt_ends():
+def test_r2_turn_starts_where_its_generation_prompt_ends():
     assert trained(template()) == (["a1<|im_end|>", "a2<|im_end|>"], set())
     spaced = template(
         "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}<|im_end|>{% endif %}", ""
@@ -31,7 +31,7 @@ def test_r2_a_turn_begins_where_its_generation_prompt_ends():
     assert trained(forced) == (["\n</think>\n\na1<|im_end|>", "\n</think>\n\na2<|im_end|>"], {"empty_thinking"})
 
 
-def test_r2_where_there_is_no_prompt_tags_say_where_the_model_begins():
+def test_r2_without_a_prompt_generation_tags_locate_the_turn():
     body = "{% if m.role == 'assistant' %}{% generation %}" + TURN.strip() + "{% endgeneration %}\n{% else %}" + TURN
     tagged = template(HEAD + body + "{% endif %}", "")
     assert trained(tagged) == (["a1<|im_end|>", "a2<|im_end|>"], {"generation_tags_unconfirmed"})
@@ -50,19 +50,19 @@ def test_r2_where_there_is_no_prompt_tags_say_where_the_model_begins():
         ("{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}", {"generation_tags_overruled"}),
     ],
 )
-def test_r2_the_stop_is_trained_whatever_the_tags_of_the_tokenizer_say(marked, flags):
+def test_r2_stop_token_is_trained_whatever_the_generation_tags_mark(marked, flags):
     tagged = template(
         HEAD + "{% if m.role == 'assistant' %}" + marked + "{% else %}{{ m.content }}<|im_end|>{% endif %}\n"
     )
     assert trained(tagged) == (["a1<|im_end|>", "a2<|im_end|>"], flags)
 
 
-def test_r2_thinking_in_the_data_that_the_prompt_opens():
+def test_r2_thinking_block_opened_by_the_prompt_is_not_trained():
     messages = [USER, {"role": "assistant", "content": "<think>\nhm\n</think>\na1"}]
     assert trained(template(prompt=PROMPT + "<think>\n"), messages) == (["hm\n</think>\na1<|im_end|>"], set())
 
 
-def test_r3_prompt_drift_begins_before_the_scaffold_that_is_not_there():
+def test_r3_turn_starts_after_the_common_prefix_with_the_prompt():
     assert trained(template(prompt=PROMPT + "<think>\n")) == (["a1<|im_end|>", "a2<|im_end|>"], {"prompt_mismatch"})
     half_shared = template(
         "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}</think>{% endif %}" + TURN, PROMPT + "<think>"
@@ -79,12 +79,12 @@ def test_r3_prompt_drift_begins_before_the_scaffold_that_is_not_there():
     ["<|im_start|>user\n", "<|im_start|>critic\nJudge this.<|im_end|>\n", "Answer now:"],
     ids=["other role", "another turn", "no header"],
 )
-def test_r4_any_other_drift_is_refused(prompt):
+def test_r4_any_other_drift_is_rejected(prompt):
     error = refusal(template(prompt=prompt))
     assert (error.code, error.field) == ("history_drift", "messages[1]")
 
 
-def test_r4_history_that_is_rewritten_is_split():
+def test_r4_rewritten_history_is_split():
     moved = template(
         "{% if m.role == 'user' and loop.index0 == messages|length - 2 %}<|im_start|>note\nlast question<|im_end|>\n{% endif %}"
         + HEAD
@@ -100,11 +100,11 @@ def test_r4_history_that_is_rewritten_is_split():
 
 
 @pytest.mark.parametrize("prompt", ["Answer now: ", "[Be brief] Ok. "])
-def test_r4_a_prompt_that_says_more_than_thinking_is_refused(prompt):
+def test_r4_prompt_with_more_than_thinking_is_rejected(prompt):
     assert refusal(template(prompt=PROMPT + prompt)).code == "history_drift"
 
 
-def test_r4_history_that_cannot_be_compared_is_flagged():
+def test_r4_history_not_compared_is_flagged():
     source = template(
         "{% if m.tool_calls and loop.last %}{{ raise_exception('a call needs its result') }}{% endif %}"
         + HEAD

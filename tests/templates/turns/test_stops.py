@@ -1,7 +1,7 @@
-"""Where turns end, rules R5 to R10: their stop, with nothing before it lost and nothing after it trained."""
+"""Turn ends, rules R5 to R10: text up to the stop token is trained, text after it is not."""
 
 import pytest
-from chats import (
+from chat_templates import (
     ANSWER,
     CALLS,
     HEAD,
@@ -23,17 +23,17 @@ from ftdata.templates import Template, render_in_worker
 from ftdata.types import Conversation
 
 
-def test_r5_the_stop_is_eos_or_else_the_last_control_token():
+def test_r5_stop_token_is_eos_or_the_last_control_token():
     assert trained(template(HEAD + "{{ m.content }}\n<|end|><|im_end|></s>\n"))[0][0] == "a1\n<|end|><|im_end|>"
     assert trained(template(HEAD + "{{ m.content }}<|end|><|stop|>\n"))[0][0] == "a1<|end|><|stop|>"
     assert trained(template("{{ m.role }}: {{ m.content }} ###\n", "assistant:"))[0][0] == " a1 ###"
 
 
-def test_r6_blanks_after_the_stop_are_not_trained():
+def test_r6_whitespace_after_the_stop_token_is_not_trained():
     assert trained(template(HEAD + "{{ m.content }}<|im_end|>\n\n \n"))[0][0] == "a1<|im_end|>"
 
 
-def test_r7_a_stop_that_only_the_next_message_prints():
+def test_r7_stop_token_written_by_the_next_message_is_missing_at_the_end():
     assert trained(LATE_STOP) == (["a1<|im_end|>", "a2"], {"missing_final_stop"})
     unless_last = template(
         HEAD + "{{ m.content }}{% if not loop.last or add_generation_prompt %}<|im_end|>\n{% endif %}"
@@ -41,7 +41,7 @@ def test_r7_a_stop_that_only_the_next_message_prints():
     assert trained(unless_last) == (["a1<|im_end|>", "a2"], {"missing_final_stop"})
 
 
-def test_r8_no_stop_at_all_ends_with_the_answer():
+def test_r8_turn_without_a_stop_token_ends_with_the_answer():
     openers_only = template("<|{{ m.role }}|>\n{{ m.content }}", "<|assistant|>\n")
     assert trained(openers_only) == (["a1", "a2"], {"no_trained_stop"})
     assert trained(STOPLESS) == (["a1", "a2"], {"no_trained_stop"})
@@ -57,14 +57,14 @@ def test_r8_no_stop_at_all_ends_with_the_answer():
         (template(), TALK, "a1<|im_end|>a2<|im_end|>", set()),
     ],
 )
-def test_r7_eos_can_be_put_where_the_template_prints_no_last_stop(tokenizer_dir, source, messages, trained, flags):
+def test_r7_eos_can_be_appended_for_a_missing_final_stop(tokenizer_dir, source, messages, trained, flags):
     (example,) = encode(messages, tokenizer_dir("tiny_bpe"), source, on_missing_stop="append_eos")
     assert (shown(example), example.flags) == (trained, flags)
     if "eos_appended" in flags:
         assert example.text.endswith("a2<|im_end|>" if len(messages) > 2 else "a1<|im_end|>")
 
 
-def test_r9_middle_and_final_stops_may_differ():
+def test_r9_middle_and_final_stop_tokens_may_differ():
     source = template(
         "<|start|>{{ m.role }}<|message|>{{ m.content }}{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}",
         "<|start|>assistant<|message|>",
@@ -77,7 +77,7 @@ def test_r9_middle_and_final_stops_may_differ():
     assert parts == ["a1", "<|end|>", "a2", "<|return|>"]
 
 
-def test_r10_what_follows_the_final_stop_is_never_trained():
+def test_r10_text_after_the_last_stop_token_is_not_trained():
     always = template().replace("{% if add_generation_prompt %}", "").replace("{% endif %}", "{{ '' }}")
     assert trained(always) == (["a1<|im_end|>", "a2<|im_end|>"], {"text_after_last_stop"})
     twice = template() + "{% if not add_generation_prompt %}</s>{% endif %}"
@@ -87,13 +87,13 @@ def test_r10_what_follows_the_final_stop_is_never_trained():
 RATED = template(HEAD + TURN + "{% if m.rating %}<|im_start|>rating\n{{ m.rating }}<|im_end|>\n{% endif %}")
 
 
-def test_r5_other_fields_of_a_message_do_not_move_its_stop():
+def test_r5_other_fields_of_a_message_do_not_move_its_stop_token():
     assert trained(RATED, [USER, {**ANSWER, "rating": "5 stars"}, *TALK[2:]])[0] == ["a1<|im_end|>", "a2<|im_end|>"]
     inside = template(HEAD + "{{ m.content[:1] }}{{ m.rating }}{{ m.content[1:] }}<|im_end|>\n")
     assert refusal(inside, [USER, {**ANSWER, "rating": "5 stars"}]).code == "interleaved"
 
 
-def test_r8_the_opener_of_the_next_message_is_no_stop():
+def test_r8_header_of_the_next_message_is_not_a_stop_token():
     numbered = "{% for m in messages %}<|im_start|>{{ m.role }} #{{ loop.index }}\n{{ m.content }}\n{% endfor %}"
     asked = numbered + "{% if add_generation_prompt %}<|im_start|>assistant #{{ messages|length + 1 }}\n{% endif %}"
     assert trained(asked) == (["a1", "a2"], {"no_trained_stop"})
@@ -101,12 +101,12 @@ def test_r8_the_opener_of_the_next_message_is_no_stop():
     assert trained(first_bare) == ([" a1", " a2"], {"no_trained_stop"})
 
 
-def test_r10_a_footer_is_not_trained():
+def test_r10_footer_is_not_trained():
     footer = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}assistant: {% else %}### End{% endif %}"
     assert trained(footer) == (["a1", "a2"], {"no_trained_stop", "text_after_last_stop"})
 
 
-def test_r9_a_stop_that_is_printed_only_where_the_conversation_ends(tokenizer_dir):
+def test_r9_stop_token_only_at_the_end_of_the_conversation(tokenizer_dir):
     ends = template(
         "{{ m.role }}:\n{{ m.content }}\n{% if loop.last and not add_generation_prompt %}<|endoftext|>{% endif %}",
         "assistant:\n",
@@ -129,13 +129,13 @@ ENDS = "{% if loop.last and m.role == 'assistant' %}<|end|>{% else %}<|im_end|>\
         ("{{ m.content }}" + CALLS + "{% if not loop.last or add_generation_prompt %}<|im_end|>\n{% endif %}", TOOLED, ["</tool_call><|im_end|>", "a2"], {"missing_final_stop"}),
     ],
 )  # fmt: skip
-def test_r5_a_closing_tag_is_no_stop(turn, messages, expected, flags):
+def test_r5_closing_tag_is_not_a_stop_token(turn, messages, expected, flags):
     texts, found = trained(template(HEAD + turn), messages, special={"eos_token": "<|end|>"})
     assert [text[-len(end) :] for text, end in zip(texts, expected, strict=True)] == expected
     assert found == flags
 
 
-def test_r7_a_call_without_its_stop_is_unclosed(tokenizer_dir):
+def test_r7_tool_call_without_a_stop_token_is_flagged(tokenizer_dir):
     late = template(
         "{% if not loop.first %}<|im_end|>\n{% endif %}" + HEAD + "{{ m.content }}" + CALLS, "<|im_end|>\n" + PROMPT
     )
@@ -146,7 +146,7 @@ def test_r7_a_call_without_its_stop_is_unclosed(tokenizer_dir):
     assert shown(example).endswith("</tool_call><|im_end|>")
 
 
-def test_r8_the_stop_of_a_blank_message_is_not_the_answers():
+def test_r8_stop_token_of_an_empty_message_is_not_that_of_the_answer():
     source = "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content | trim }}<|im_end|>{% else %}<|assistant|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     assert trained(source, [*TALK[:2], {"role": "user", "content": " "}, TALK[3]]) == (
         ["a1", "a2"],

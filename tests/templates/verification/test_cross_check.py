@@ -1,4 +1,4 @@
-"""Templates on trial: the second way finds what the first got wrong, and hostile ones are held."""
+"""Template verification: the cross-check finds wrong renderings, and hostile templates are refused."""
 
 import subprocess
 import sys
@@ -32,14 +32,14 @@ def bound(source=CHATML):
 
 
 def against(change):
-    """What the second way says of a rendering after `change` has been done to its spans."""
+    """Return the result of the cross-check after `change` is applied to the spans of a rendering."""
     template = bound()
     (rendered,) = render_in_worker(Conversation(TALK), template, "joint")
     spans = tuple(new for span in rendered.spans for new in change(span))
     return cross_check(ChatRendering.from_conversation(Conversation(TALK), template), rendered._replace(spans=spans))
 
 
-def test_a_right_rendering_is_not_contradicted():
+def test_correct_rendering_is_confirmed():
     assert against(lambda span: [span]) is None
 
 
@@ -66,7 +66,7 @@ def test_faults_are_contradicted(fault):
         assert "..." in str(found)
 
 
-def test_another_text_is_contradicted():
+def test_different_text_is_contradicted():
     template = bound()
     (rendered,) = render_in_worker(Conversation(TALK), template, "joint")
     chat = ChatRendering.from_conversation(Conversation(TALK), template)
@@ -82,7 +82,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("attack", HOSTILE)
-def test_hostile_templates_are_held(attack, tokenizer_dir):
+def test_hostile_templates_are_refused(attack, tokenizer_dir):
     began = time.monotonic()
     with pytest.raises(TemplateRefused, match="template_limits"):
         encode(TALK, tokenizer_dir("tiny_bpe"), HOSTILE[attack] + CHATML)
@@ -90,7 +90,7 @@ def test_hostile_templates_are_held(attack, tokenizer_dir):
     assert check_template("chatml").verdict == "exact"
 
 
-def test_verdicts_are_kept_by_content(tmp_path, monkeypatch):
+def test_verdicts_are_cached_by_content(tmp_path, monkeypatch):
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
     client._examine.cache_clear()
     first = client.verify_template(bound())
@@ -107,7 +107,7 @@ def test_verdicts_are_kept_by_content(tmp_path, monkeypatch):
     assert client.verify_template(bound()) == first
 
 
-def test_a_cache_that_cannot_be_written_is_no_fault(tmp_path, monkeypatch):
+def test_unwritable_cache_is_ignored(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("FTDATA_CACHE", str(blocked))
@@ -115,7 +115,7 @@ def test_a_cache_that_cannot_be_written_is_no_fault(tmp_path, monkeypatch):
     assert client.verify_template(bound()).verdict == "exact"
 
 
-def test_a_template_that_is_contradicted_is_refused(tokenizer_dir, monkeypatch):
+def test_contradicted_template_is_refused(tokenizer_dir, monkeypatch):
     report = replace(
         client.verify_template(bound()), contradictions=("plain: messages[1]: the region begins elsewhere",)
     )
@@ -126,7 +126,7 @@ def test_a_template_that_is_contradicted_is_refused(tokenizer_dir, monkeypatch):
 
 @pytest.mark.parametrize("planned", [True, False])
 def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, planned):
-    """A fault that shows in one row only stops the build, naming the row and the two renderings."""
+    """A fault in a single row stops the build; the error names the row and the message."""
     from ftdata.templates import chat
     from ftdata.templates.cache import plans
 
@@ -163,7 +163,7 @@ def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, 
     assert "messages[1]" in caught.value.message
 
 
-def test_what_the_report_says(tokenizer_dir):
+def test_template_report_contains_its_properties(tokenizer_dir):
     source = (
         "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant made of letters.<|im_end|>\n"
         "{% endif %}Today is {{ strftime_now('%d %B') }}.\n"
@@ -176,8 +176,8 @@ def test_what_the_report_says(tokenizer_dir):
     assert "made of letters" in str(report)
 
 
-def test_an_interrupted_question_leaves_no_answer_behind(monkeypatch, tmp_path):
-    """After Ctrl-C the next template must not be given the verdict of the one before."""
+def test_interrupted_request_leaves_no_answer_for_the_next_one(monkeypatch, tmp_path):
+    """After Ctrl-C the next template must not receive the verdict of the previous one."""
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
 
     def interrupted(*_):
@@ -191,14 +191,14 @@ def test_an_interrupted_question_leaves_no_answer_behind(monkeypatch, tmp_path):
     assert client.verify_template(bound("{{ raise_exception('never') }}{{ messages }}")).verdict == "refused"
 
 
-def test_a_server_that_was_killed_is_asked_again(monkeypatch, tmp_path):
+def test_killed_template_worker_is_restarted(monkeypatch, tmp_path):
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
     process._get_worker().process.kill()
     assert client.verify_template(bound(CHATML + "{# killed #}")).verdict == "exact"
 
 
 @pytest.mark.parametrize("kept", ["[]", "null", "5", '"x"', "{}"])
-def test_a_spoilt_verdict_is_made_again(kept, monkeypatch, tmp_path):
+def test_damaged_verdict_is_recomputed(kept, monkeypatch, tmp_path):
     monkeypatch.setenv("FTDATA_CACHE", str(tmp_path))
     client._examine.cache_clear()
     client.verify_template(bound())
@@ -208,7 +208,7 @@ def test_a_spoilt_verdict_is_made_again(kept, monkeypatch, tmp_path):
     assert client.verify_template(bound()).verdict == "exact"
 
 
-def test_forked_processes_end(tokenizer_dir):
+def test_forked_processes_exit(tokenizer_dir):
     script = (
         "import os, sys; from ftdata import check_template; check_template('chatml')\n"
         "if os.fork() == 0:\n    check_template('zephyr'); sys.exit(0)\n"

@@ -1,9 +1,9 @@
-"""What is reported of a template."""
+"""Reports of `check_template`."""
 
 from ftdata import check_template
 
 
-def test_template_reports(tokenizer_dir):
+def test_template_reports_contain_verdict_and_properties(tokenizer_dir):
     exact = check_template(tokenizer_dir("deepseek"))
     assert (exact.verdict, exact.prefix_stable) == ("exact", True)
     split = check_template(tokenizer_dir("qwen"))

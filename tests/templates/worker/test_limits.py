@@ -1,10 +1,10 @@
-"""Limits of templates scale with the row: long rows of honest data are built, or rejected at their line, never hang."""
+"""Template limits scale with the row: long rows are built or rejected at their line, and never hang."""
 
 import json
 import time
 
 import pytest
-from makers import CHATML
+from tokenizer_makers import CHATML
 
 from ftdata import build_sft_dataset
 from ftdata.errors import TemplateRefused
@@ -34,7 +34,7 @@ def write(path, rows):
 
 
 @pytest.mark.parametrize("template", ["chatml", CUSTOM], ids=["built-in", "custom"])
-def test_a_row_of_too_many_messages_is_rejected_at_its_line(template, tokenizer_dir, tmp_path):
+def test_row_with_too_many_messages_is_rejected_at_its_line(template, tokenizer_dir, tmp_path):
     data = write(tmp_path / "data.jsonl", [talk(2), talk(100_000), talk(4)])
     began = time.process_time()
     built = build_sft_dataset(data, tokenizer_dir("tiny_bpe"), template, on_bad_rows="quarantine", max_rejects=1)
@@ -58,7 +58,7 @@ def test_long_rows_are_built(template, count, tokenizer_dir, tmp_path):
     assert [built["train"][0], built["train"][2]] == expected
 
 
-def test_one_short_row_over_the_limits_is_rejected_and_two_refuse_the_template(tokenizer_dir, tmp_path):
+def test_one_short_row_over_the_limit_is_rejected_and_two_refuse_the_template(tokenizer_dir, tmp_path):
     data = write(tmp_path / "data.jsonl", [talk(2), talk(4), *[talk(2)] * 120, talk(4), talk(2)])
     built = build_sft_dataset(data, tokenizer_dir("tiny_bpe"), LOOPS, on_bad_rows="quarantine", max_rejects=9)
     assert [one.partition("data.jsonl:")[2].partition(":")[0] for one in built.report.rejects] == ["2", "123"]
@@ -69,8 +69,8 @@ def test_one_short_row_over_the_limits_is_rejected_and_two_refuse_the_template(t
     assert "close.jsonl:4" in caught.value.where
 
 
-def test_the_limit_of_a_row_follows_from_the_row_alone():
-    """It must not depend on what else was rendered before, nor by which process."""
+def test_limit_depends_on_the_row_alone():
+    """The limit must not depend on earlier rows or on the process."""
     from ftdata.templates.template import Template
 
     template = Template("t", CUSTOM)
@@ -85,8 +85,8 @@ def test_the_limit_of_a_row_follows_from_the_row_alone():
     process._get_worker().stop()
 
 
-def test_a_template_that_is_made_anew_gets_its_plans(tokenizer_dir):
-    """The worker sends each plan once, and to one object: an equal one must not go without."""
+def test_equal_new_template_object_receives_its_plans(tokenizer_dir):
+    """The worker sends each plan once to each template object, even if the templates are equal."""
     from ftdata.templates import render_in_worker
     from ftdata.templates.template import Template
     from ftdata.types import Conversation

@@ -1,4 +1,4 @@
-"""A finished run is judged, asked, talked with and merged; what it leaves is what is needed for that."""
+"""Inference with a finished run: evaluation, generation, chat and merging."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def learnt(llama, data, tmp_path_factory):
-    """A run that learns to write numbers as words, for ways of asking that it was held out from."""
+    """A run that learns to write numbers as words, with some ways of asking held out."""
     folder = tmp_path_factory.mktemp("runs") / "learnt"
     settings = {
         "num_train_epochs": 30,
@@ -57,7 +57,7 @@ def learnt(llama, data, tmp_path_factory):
     return run(data, model=llama, output_dir=folder, test_size=8, early_stopping=20, settings=settings, samples=2)
 
 
-def test_tuned_is_better_than_base_at_what_it_was_taught(learnt):
+def test_tuned_model_is_better_than_the_base_model(learnt):
     found = compare(learnt, n=None, max_new_tokens=40)
     assert found.data_name.startswith("the test split")
     assert len(found.rows) == 8
@@ -69,7 +69,7 @@ def test_tuned_is_better_than_base_at_what_it_was_taught(learnt):
     assert math.isclose(found.tuned.perplexity, about["perplexity"], rel_tol=1e-4)
 
 
-def test_beams_and_chance_are_ways_to_answer(learnt):
+def test_beam_search_and_sampling_are_supported(learnt):
     beams = compare(learnt, n=3, num_beams=3, early_stopping=True, max_new_tokens=40)
     assert beams.tuned.exact > beams.base.exact
     one, again, other = (
@@ -80,8 +80,8 @@ def test_beams_and_chance_are_ways_to_answer(learnt):
         compare(learnt, n=1, num_beems=3)
 
 
-def test_what_is_asked_together_is_answered_as_alone(learnt):
-    """Padding on the left, and prompts of several lengths, change nothing."""
+def test_batched_answers_equal_single_answers(learnt):
+    """Left padding and prompts of different lengths do not change the answers."""
     together = compare(learnt, n=6, batch_size=6, max_new_tokens=8)
     alone = compare(learnt, n=6, batch_size=1, max_new_tokens=8)
     assert together.rows == alone.rows
@@ -103,7 +103,7 @@ class Cells(HTMLParser):
             self.cells[-1] += data
 
 
-def test_base_and_tuned_side_by_side_as_table_json_and_page(learnt, tmp_path):
+def test_comparison_is_written_as_json_and_html(learnt, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "ftdata", "eval", str(learnt), "-n", "2", "--html", str(tmp_path / "e.html"), "--json"],
         check=False,
@@ -118,7 +118,7 @@ def test_base_and_tuned_side_by_side_as_table_json_and_page(learnt, tmp_path):
         assert all(any(text.strip() == cell.strip() for cell in cells) for text in (row["prompt"], row["tuned"]))
 
 
-def test_hostile_answers_drive_neither_terminal_nor_page():
+def test_hostile_answers_are_escaped_in_terminal_and_html():
     from rich.console import Console
 
     from ftdata.train.inference.comparison_report import ComparedAnswer, Comparison, Scores
@@ -136,7 +136,7 @@ def test_hostile_answers_drive_neither_terminal_nor_page():
     assert "\u202e" not in capture.get()
 
 
-def test_chat_remembers_and_generate_answers(learnt):
+def test_chat_keeps_its_history_and_generate_answers(learnt):
     assert generate(learnt, ["Spell 3.", "Spell 5."], max_new_tokens=8) != generate(
         learnt, ["Spell 3.", "Spell 5."], base=True, max_new_tokens=8
     )
@@ -156,7 +156,7 @@ def test_chat_remembers_and_generate_answers(learnt):
     assert done.stdout.splitlines() == [first, first]
 
 
-def test_no_heat_is_the_likeliest_and_wrong_shares_are_refused(learnt):
+def test_temperature_zero_is_greedy_and_invalid_top_p_is_refused(learnt):
     command = [sys.executable, "-m", "ftdata", "generate", str(learnt), "Spell 3.", "--max-new-tokens", "12"]
     said = {
         tuple(options): subprocess.run([*command, *options], check=False, capture_output=True, text=True)
@@ -167,7 +167,7 @@ def test_no_heat_is_the_likeliest_and_wrong_shares_are_refused(learnt):
     assert wrong.returncode == 2
 
 
-def test_a_conversation_goes_on_after_silence_and_where_only_one_question_is_shown(llama, data, tmp_path):
+def test_chat_continues_after_an_empty_answer_and_with_single_question_templates(llama, data, tmp_path):
     from ftdata.train.inference.chat import ChatSession
 
     folder = run(data, model=llama, output_dir=tmp_path / "run", template="question_answer", settings=QUICK)
@@ -183,7 +183,7 @@ def test_a_conversation_goes_on_after_silence_and_where_only_one_question_is_sho
     assert not chats.is_single_turn
 
 
-def test_a_prompt_is_asked_as_it_was_trained_under_any_kind_of_template(llama):
+def test_prompts_are_encoded_as_in_training_for_every_template(llama):
     from ftdata.train.inference.prompts import encode_messages, read_documents, rebuild_recipe, split_last_turn
 
     said = [{"role": "user", "content": "Spell 3."}]
@@ -203,7 +203,7 @@ def test_a_prompt_is_asked_as_it_was_trained_under_any_kind_of_template(llama):
         assert encode_messages(said, recipe) == split_last_turn(ids, labels, set())[0], template
 
 
-def test_a_base_that_is_another_by_now_is_refused(llama, data, tmp_path):
+def test_changed_base_model_is_refused(llama, data, tmp_path):
     shutil.copytree(llama, tmp_path / "model")
     folder = run(data, model=str(tmp_path / "model"), output_dir=tmp_path / "run", lora={"r": 4}, settings=QUICK)
     base = hf.AutoModelForCausalLM.from_pretrained(llama)
@@ -215,7 +215,7 @@ def test_a_base_that_is_another_by_now_is_refused(llama, data, tmp_path):
             call(folder)
 
 
-def test_merged_says_the_same_without_peft(llama, data, tmp_path):
+def test_merged_model_works_without_peft(llama, data, tmp_path):
     for name, options in {"lora": {"lora": {"r": 4}}, "nf4": {"quantization": "nf4"}}.items():
         folder = run(
             data, model=llama, output_dir=tmp_path / name, settings={**QUICK, "learning_rate": 0.05}, **options
@@ -230,7 +230,7 @@ def test_merged_says_the_same_without_peft(llama, data, tmp_path):
             merge(folder, tmp_path / f"{name}-merged")
 
 
-def test_what_is_no_finished_run_is_refused(learnt, tmp_path):
+def test_unfinished_or_damaged_runs_are_refused(learnt, tmp_path):
     for call in (compare, start_chat):
         with pytest.raises(UsageError, match="not a finished run"):
             call(tmp_path)
@@ -242,13 +242,13 @@ def test_what_is_no_finished_run_is_refused(learnt, tmp_path):
         start_chat(tmp_path / "damaged")
 
 
-def test_answers_end_where_the_model_has_no_more_positions(learnt):
+def test_answers_end_at_the_last_position_of_the_model(learnt):
     with pytest.raises(InputRefused, match="prompt_too_long"):
         generate(learnt, ["a" * 700])
     assert generate(learnt, ["a" * 480], max_new_tokens=200)
 
 
-def test_a_run_leaves_what_is_needed_to_use_judge_and_repeat_it(learnt, llama, tmp_path):
+def test_run_directory_contains_everything_to_use_and_repeat_the_run(learnt, llama, tmp_path):
     assert {path.name for path in learnt.iterdir()} >= {
         "config.yaml",
         "run.json",

@@ -1,4 +1,4 @@
-"""An adapter is merged in float32 and rounded once; a merged model that is not the adapter's is not written."""
+"""Merging: the adapter is added in float32 and rounded once; a model with a large error is not written."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(llama, tmp_path_factory):
-    """A base model in bfloat16, as most are."""
+    """A base model in bfloat16."""
     folder = tmp_path_factory.mktemp("models") / "bfloat16"
     hf.AutoTokenizer.from_pretrained(llama).save_pretrained(folder)
     hf.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(folder)
@@ -43,7 +43,7 @@ def adapted(base, data, tmp_path_factory):
     return run(data, model=base, output_dir=tmp_path_factory.mktemp("runs") / "run", lora={"r": 4}, settings=SETTINGS)
 
 
-def test_weights_are_added_in_float32_and_rounded_once(adapted, base, tmp_path):
+def test_adapter_is_merged_in_float32_and_rounded_once(adapted, base, tmp_path):
     found = merge(adapted, tmp_path / "merged")
     assert (found.dtype, found.limit) == ("bfloat16", 5e-2)
     assert 0 < found.error < found.limit
@@ -57,7 +57,7 @@ def test_weights_are_added_in_float32_and_rounded_once(adapted, base, tmp_path):
     assert hf.AutoConfig.from_pretrained(tmp_path / "whole").dtype is torch.float32
 
 
-def test_the_error_is_that_of_the_saved_model_on_ordinary_tokens(adapted, base, tmp_path):
+def test_merge_error_is_measured_on_the_saved_model_and_ordinary_tokens(adapted, base, tmp_path):
     found = merge(adapted, tmp_path / "merged")
     tokenizer = hf.AutoTokenizer.from_pretrained(base)
     ids = torch.tensor([tokenizer(merge_adapter._TEXT, add_special_tokens=False).input_ids])
@@ -71,7 +71,7 @@ def test_the_error_is_that_of_the_saved_model_on_ordinary_tokens(adapted, base, 
     assert found.error == pytest.approx(float((after - before).abs().max() / before.abs().max()), rel=1e-3)
 
 
-def test_an_error_above_the_limit_ends_it_and_leaves_nothing(adapted, tmp_path, monkeypatch):
+def test_merge_error_above_the_limit_stops_and_leaves_no_output(adapted, tmp_path, monkeypatch):
     monkeypatch.setitem(merge_adapter.LIMITS, "bfloat16", 1e-9)
     with pytest.raises(InputRefused, match=r"merge_error.*of the largest.*Fix: merge with --dtype float32") as refused:
         merge(adapted, tmp_path / "merged")
@@ -84,7 +84,7 @@ def test_an_error_above_the_limit_ends_it_and_leaves_nothing(adapted, tmp_path, 
         merge(adapted, tmp_path / "merged", dtype="int8")
 
 
-def test_the_command_states_dtype_error_and_limit(adapted, tmp_path):
+def test_merge_command_prints_dtype_error_and_limit(adapted, tmp_path):
     command = [sys.executable, "-m", "ftdata", "merge", str(adapted), "-o"]
     done = subprocess.run([*command, str(tmp_path / "m")], check=True, capture_output=True, text=True)
     assert "in bfloat16" in done.stdout

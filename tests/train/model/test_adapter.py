@@ -1,4 +1,4 @@
-"""Fields of LoraConfig, BitsAndBytesConfig and SFTConfig: all are passed on, and wrong ones are refused before any data is read."""
+"""Fields of LoraConfig, BitsAndBytesConfig and SFTConfig: passed through, or refused before data is read."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ def data(tmp_path_factory):
 # LoRA
 
 
-def test_every_field_of_lora_config_is_passed_on(llama):
+def test_every_field_of_lora_config_is_passed_through(llama):
     values = {
         "use_dora": True, "use_rslora": True, "modules_to_save": ["lm_head"], "init_lora_weights": "gaussian", "bias": "lora_only",
         "layers_to_transform": [1], "layers_pattern": "layers", "exclude_modules": ["k_proj"], "rank_pattern": {"q_proj": 2},
@@ -58,7 +58,7 @@ def test_every_field_of_lora_config_is_passed_on(llama):
     assert made.runtime_config == peft.LoraRuntimeConfig(ephemeral_gpu_offload=True)
 
 
-def test_a_field_is_known_by_its_short_name_and_its_own(tmp_path):
+def test_lora_fields_have_short_and_original_names(tmp_path):
     short, long = (
         {**REQUIRED, "lora": {"r": 4, a: 8, d: 0.5}} for a, d in (("alpha", "dropout"), ("lora_alpha", "lora_dropout"))
     )
@@ -92,7 +92,7 @@ WRONG_LORA = {
 
 
 @pytest.mark.parametrize("name", WRONG_LORA)
-def test_wrong_fields_of_the_adapter_are_refused(name):
+def test_unknown_lora_fields_are_refused(name):
     value, says = WRONG_LORA[name]
     with pytest.raises(UsageError, match=says) as refused:
         check_lora(make_config({**REQUIRED, "lora": {name: value}}))
@@ -110,7 +110,7 @@ def test_wrong_fields_of_the_adapter_are_refused(name):
         ({"init_lora_weights": "pissa_niter_4"}, "different random values"),
     ],
 )
-def test_fields_that_a_run_decides_or_cannot_follow_are_refused(lora, says):
+def test_unsupported_lora_fields_are_refused(lora, says):
     with pytest.raises(UsageError, match=says):
         check_lora(make_config({**REQUIRED, "lora": lora}))
     with pytest.raises(UsageError, match="not quantized"):
@@ -130,14 +130,14 @@ MISSING = {
 
 
 @pytest.mark.parametrize("setting", MISSING)
-def test_what_the_model_lacks_is_refused_before_any_data_is_read(llama, tmp_path, setting):
+def test_missing_modules_are_refused_before_reading_data(llama, tmp_path, setting):
     for call in (run, dry_run):
         with pytest.raises(UsageError, match=MISSING[setting]):
             call("/nowhere/data.jsonl", model=llama, output_dir=tmp_path / "run", settings=[setting])
     assert not (tmp_path / "run").exists()
 
 
-def test_layers_that_the_model_lacks_are_refused(llama, tmp_path):
+def test_missing_layers_are_refused(llama, tmp_path):
     lora = {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]}
     with pytest.raises(UsageError, match="layers_to_transform: .*no layer 2. Fix: expected 0 to 1"):
         run("/nowhere/data.jsonl", model=llama, output_dir=tmp_path / "run", lora=lora)
@@ -154,7 +154,7 @@ def test_layers_that_the_model_lacks_are_refused(llama, tmp_path):
         ({"layer_replication": [[0, 99]]}, "cannot be added"),
     ],
 )
-def test_what_peft_would_ignore_is_refused(llama, tmp_path, lora, says):
+def test_lora_settings_that_peft_would_ignore_are_refused(llama, tmp_path, lora, says):
     lora = {"target_modules": ["q_proj", "v_proj"], **lora}
     with pytest.raises(UsageError, match=says):
         run("/nowhere/data.jsonl", model=llama, output_dir=tmp_path / "run", lora=lora)
@@ -165,7 +165,7 @@ def test_what_peft_would_ignore_is_refused(llama, tmp_path, lora, says):
     [{"use_dora": True}, {"use_rslora": True, "bias": "all"}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"}],
     ids=["dora", "rslora and bias", "a module whole", "pissa"],
 )  # fmt: skip
-def test_other_adapters_train_and_come_back(llama, data, tmp_path, lora):
+def test_other_adapters_train_and_can_be_reloaded(llama, data, tmp_path, lora):
     found, _ = dry_run(data, model=llama, output_dir=tmp_path / "run", lora={"r": 2, **lora})
     folder = run(data, model=llama, output_dir=tmp_path / "run", lora={"r": 2, **lora}, settings=QUICK)
     saved = load_file(folder / "model" / "adapter_model.safetensors")
@@ -179,7 +179,7 @@ def test_other_adapters_train_and_come_back(llama, data, tmp_path, lora):
     assert about["setup"]["lora"] == {"r": 2, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear", **lora}
 
 
-def test_a_tied_embedding_that_is_saved_stays_tied(llama):
+def test_saved_tied_embedding_stays_tied(llama):
     config = make_config({**REQUIRED, "lora": {"modules_to_save": ["embed_tokens"]}})
     for tied in (True, False):
         model = hf.AutoModelForCausalLM.from_pretrained(llama, tie_word_embeddings=tied)
@@ -200,7 +200,7 @@ def test_a_tied_embedding_that_is_saved_stays_tied(llama):
         ({"load_in_4bit": True, "bnb_4bit_quant_storage": "float32"}, "fp4"),
     ],
 )
-def test_the_base_is_quantized_as_it_was_chosen(llama, chosen, kind):
+def test_base_model_is_quantized_as_configured(llama, chosen, kind):
     import bitsandbytes as bnb
 
     model = load_model(llama, chosen)
@@ -216,7 +216,7 @@ def test_the_base_is_quantized_as_it_was_chosen(llama, chosen, kind):
 
 
 @pytest.mark.parametrize("chosen", ["fp4", "int8", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}], ids=str)
-def test_a_quantized_run_is_estimated_trained_and_judged(llama, data, tmp_path, chosen):
+def test_quantized_run_is_estimated_trained_and_evaluated(llama, data, tmp_path, chosen):
     given = {"model": llama, "output_dir": tmp_path / "run", "quantization": chosen}
     found, _ = dry_run(data, **given)
     footprint = load_model(llama, chosen).get_memory_footprint()
@@ -241,7 +241,7 @@ WRONG_QUANTIZATION = [
 
 
 @pytest.mark.parametrize(("chosen", "says"), WRONG_QUANTIZATION)
-def test_wrong_quantizations_are_refused_before_any_data_is_read(llama, tmp_path, chosen, says):
+def test_invalid_quantization_is_refused_before_reading_data(llama, tmp_path, chosen, says):
     for call in (run, dry_run):
         with pytest.raises(UsageError, match=says):
             call("/nowhere/data.jsonl", model=llama, output_dir=tmp_path / "run", quantization=chosen)
@@ -249,7 +249,7 @@ def test_wrong_quantizations_are_refused_before_any_data_is_read(llama, tmp_path
         make_config({**REQUIRED, "quantization": 4})
 
 
-def test_names_of_quantizations_are_those_fields():
+def test_quantization_names_set_the_expected_fields():
     assert quantization_config("nf4", torch.float32).bnb_4bit_use_double_quant
     assert quantization_config(None, torch.float32) is None
     assert bytes_per_weight("nf4") < bytes_per_weight({"load_in_4bit": True}) < bytes_per_weight("int8") == 1
@@ -261,7 +261,7 @@ def test_names_of_quantizations_are_those_fields():
 SWITCHES = [name for name, field in fields_of(SFTConfig).items() if field.expected == "true or false"]
 
 
-def test_switches_take_true_and_false_alone():
+def test_boolean_settings_accept_only_booleans():
     assert len(SWITCHES) > 40
     from ftdata.train.runs.sft_arguments import FIXED as HANDED_OVER
 
@@ -284,12 +284,12 @@ def test_switches_take_true_and_false_alone():
         ({"hub_token": ["hf_secret"]}, "train.hub_token is \\['?\\[redacted-by-ftdata\\]'?\\], expected a string"),
     ],
 )
-def test_values_of_other_types_are_refused(settings, says):
+def test_settings_of_wrong_types_are_refused(settings, says):
     with pytest.raises(UsageError, match=says):
         check_settings(settings)
 
 
-def test_the_command_line_refuses_them_in_one_sentence(llama, data, tmp_path):
+def test_command_line_reports_invalid_settings_in_one_line(llama, data, tmp_path):
     command = [sys.executable, "-m", "ftdata", "train", data, "-m", llama, "-o", str(tmp_path / "run"), "--dry-run"]
     for setting, says in (("bf16=maybe", "expected true or false"), ("lora.use_dorra=true", "did you mean 'use_dora'"),
                           ("quantization.load_in_9bit=true", "has no field 'load_in_9bit'")):  # fmt: skip
@@ -299,7 +299,7 @@ def test_the_command_line_refuses_them_in_one_sentence(llama, data, tmp_path):
         assert "Traceback" not in done.stderr
 
 
-def test_the_package_and_its_help_import_no_training_library():
+def test_package_import_loads_no_training_library():
     code = "import sys, ftdata, ftdata.cli, ftdata.config, ftdata.redaction, ftdata.train\n"
     code += "assert not {'torch', 'transformers', 'trl', 'peft', 'bitsandbytes'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
@@ -315,6 +315,6 @@ def test_the_package_and_its_help_import_no_training_library():
         ({"report_to": "wandbb"}, "wandbb"),
     ],
 )
-def test_words_that_the_trainer_does_not_know_are_refused_before_any_data_is_read(llama, tmp_path, settings, says):
+def test_unknown_trainer_values_are_refused_before_reading_data(llama, tmp_path, settings, says):
     with pytest.raises(UsageError, match=says):
         run("/nowhere/data.jsonl", model=llama, output_dir=tmp_path / "run", settings=settings)

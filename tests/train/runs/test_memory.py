@@ -1,4 +1,4 @@
-"""What is in memory while a run is read back, and while two models are compared; and how long answering is said to take."""
+"""Memory while a run is reloaded and while two models are compared; progress of generation."""
 
 import gc
 import json
@@ -53,9 +53,7 @@ def nf4(llama, data, tmp_path_factory):
 
 @pytest.mark.parametrize("options", [{}, {"lora": {"r": 4}}, {"quantization": "nf4"}, {"test_size": 2, "early_stopping": 1}],
                          ids=["full", "lora", "nf4", "best model"])  # fmt: skip
-def test_nothing_of_the_trained_model_lives_while_the_saved_one_is_read_back(
-    llama, data, tmp_path, monkeypatch, options
-):
+def test_trained_model_is_freed_before_the_saved_model_is_reloaded(llama, data, tmp_path, monkeypatch, options):
     kept = {}
     read_back, check = finish._read_back, finish.check_reloads
 
@@ -88,7 +86,7 @@ def live_models():
 
 
 @pytest.mark.parametrize("kind", ["full", "nf4"])
-def test_one_model_is_in_memory_at_a_time_and_a_base_is_loaded_once(kind, request, monkeypatch):
+def test_one_model_is_in_memory_at_a_time_and_the_base_is_loaded_once(kind, request, monkeypatch):
     folder, loaded, living = request.getfixturevalue(kind), [], []
     load, ask, before = run_dir.load_model, evaluation.generate_ids, live_models()
     monkeypatch.setattr(
@@ -102,7 +100,7 @@ def test_one_model_is_in_memory_at_a_time_and_a_base_is_loaded_once(kind, reques
     assert len(loaded) == (2 if kind == "full" else 1)
 
 
-def test_four_bits_are_unpacked_once_on_a_cpu_and_answer_the_same(llama, nf4, monkeypatch):
+def test_four_bit_weights_are_dequantized_once_on_a_cpu(llama, nf4, monkeypatch):
     packed = load_model(llama, "nf4")
     ids = torch.arange(20)[None]
     with torch.inference_mode():
@@ -134,7 +132,7 @@ def test_perplexity_is_the_same_in_batches(llama):
 # Progress
 
 
-def test_every_token_is_reported(llama):
+def test_progress_is_reported_for_every_token(llama):
     model = hf.AutoModelForCausalLM.from_pretrained(llama)
     model.generation_config.pad_token_id = 0
     steps = []
@@ -161,7 +159,7 @@ def test_time_left_is_measured_on_the_first_tokens(monkeypatch):
     assert shown[-1].seconds_per_step == 3.0
 
 
-def test_a_comparison_reports_its_progress_from_the_first_token_to_the_last_answer(nf4):
+def test_comparison_reports_its_progress_completely(nf4):
     shown = []
     compare(nf4, n=3, max_new_tokens=5, batch_size=2, progress=shown.append)
     assert shown[0].steps == 1
@@ -173,7 +171,7 @@ def test_a_comparison_reports_its_progress_from_the_first_token_to_the_last_answ
     assert shown[-1].answers == 2
 
 
-def test_long_answering_is_announced_where_no_terminal_is(nf4):
+def test_slow_generation_is_announced_without_a_terminal(nf4):
     code = "import importlib; m = importlib.import_module('ftdata.cli.train'); m._ANNOUNCE_SECONDS = 0.0; import ftdata.cli; ftdata.cli.main()"
     command = [sys.executable, "-c", code, "eval", str(nf4), "-n", "2", "--max-new-tokens", "8", "--json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -187,7 +185,7 @@ def test_long_answering_is_announced_where_no_terminal_is(nf4):
 # Threads
 
 
-def test_as_many_threads_are_used_as_are_fastest(llama, monkeypatch):
+def test_fastest_number_of_threads_is_used(llama, monkeypatch):
     model = hf.AutoModelForCausalLM.from_pretrained(llama)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
@@ -207,7 +205,7 @@ def test_as_many_threads_are_used_as_are_fastest(llama, monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_a_base_that_changed_is_named_as_such(llama, data, tmp_path):
+def test_changed_base_model_has_its_own_error_code(llama, data, tmp_path):
     import shutil
 
     shutil.copytree(llama, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Two processes train what one does: one builds and speaks, both read the same rows once."""
+"""Training in two processes equals training in one; one process builds and prints."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def data(tmp_path_factory):
 
 
 def together(data, llama, folder, *more, **settings):
-    """Train in two processes, as the documentation says."""
+    """Train in two processes, as described in the documentation."""
     command = [
         sys.executable,
         "-m",
@@ -72,7 +72,7 @@ def two(data, llama, tmp_path_factory):
     return folder, together(data, llama, folder)
 
 
-def test_two_processes_train_what_one_does(two, data, llama, tmp_path):
+def test_two_processes_train_the_same_model_as_one(two, data, llama, tmp_path):
     folder, _ = two
     alone = run(
         data,
@@ -92,13 +92,13 @@ def test_two_processes_train_what_one_does(two, data, llama, tmp_path):
     assert all((left[name] - right[name]).abs().max() < 1e-4 for name in left)
 
 
-def test_one_process_speaks_for_both(two):
+def test_only_one_process_prints(two):
     _, done = two
     assert done.stderr.count("rows     16 read") == 1
     assert done.stderr.count("saved, and checked by reloading: ") == 1
 
 
-def test_the_commands_of_the_documentation_are_those_of_accelerate():
+def test_documented_accelerate_commands_are_valid():
     text = (Path(__file__).parents[3] / "docs" / "train.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^accelerate launch (.*?) -m ftdata train run.yaml$", text, re.MULTILINE)
     assert len(commands) == 4
@@ -108,7 +108,7 @@ def test_the_commands_of_the_documentation_are_those_of_accelerate():
 
 
 @pytest.mark.long
-def test_two_processes_go_on_to_the_bit(two, data, llama, tmp_path):
+def test_two_processes_resume_exactly(two, data, llama, tmp_path):
     folder, _ = two
     shutil.copytree(folder, tmp_path / "again")
     last = max((tmp_path / "again").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -121,7 +121,7 @@ def test_two_processes_go_on_to_the_bit(two, data, llama, tmp_path):
 
 
 @pytest.mark.long
-def test_two_processes_stop_together_where_one_refuses(llama, tmp_path):
+def test_two_processes_stop_together_if_one_fails(llama, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"question": "a", "answer": ""}\n')
     with pytest.raises(AssertionError, match="bad_rows"):

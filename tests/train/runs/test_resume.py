@@ -1,4 +1,4 @@
-"""A run that was interrupted goes on as if it had not been; one that was damaged or changed does not go on in silence."""
+"""G23: a resumed run equals an uninterrupted run; damaged checkpoints and changed inputs are reported."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(llama, data, tmp_path_factory):
-    """An uninterrupted run, with dropout, so that the state of chance matters."""
+    """An uninterrupted run with dropout, so that the random state matters."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     run(data, model=llama, output_dir=folder, settings=SETTINGS, **DROPOUT)
     return folder
@@ -59,7 +59,7 @@ def whole(llama, data, tmp_path_factory):
 
 @pytest.fixture
 def interrupted(whole, tmp_path):
-    """The same, as it was after step 6."""
+    """A copy of the run in its state after step 6."""
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / "checkpoint-8")
@@ -111,7 +111,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(whole, interrupted, damage, capsys):
+def test_damaged_checkpoint_is_skipped(whole, interrupted, damage, capsys):
     damage(interrupted / "checkpoint-6")
     run(interrupted, resume=True)
     same(interrupted, whole)
@@ -120,7 +120,7 @@ def test_a_damaged_checkpoint_is_passed_over(whole, interrupted, damage, capsys)
     assert not (interrupted / "checkpoint-7").exists()
 
 
-def test_a_checkpoint_of_another_run_is_passed_over(whole, interrupted, llama, data, tmp_path, capsys):
+def test_checkpoint_of_another_run_is_skipped(whole, interrupted, llama, data, tmp_path, capsys):
     run(data, model=llama, output_dir=tmp_path / "other", settings={**SETTINGS, "learning_rate": 1e-3}, **DROPOUT)
     shutil.rmtree(interrupted / "checkpoint-6")
     shutil.copytree(tmp_path / "other" / "checkpoint-6", interrupted / "checkpoint-6")
@@ -129,13 +129,13 @@ def test_a_checkpoint_of_another_run_is_passed_over(whole, interrupted, llama, d
     assert "it belongs to another run" in capsys.readouterr().err
 
 
-def test_without_damage_a_run_goes_on_to_the_bit(whole, interrupted, capsys):
+def test_resumed_run_equals_the_uninterrupted_run(whole, interrupted, capsys):
     run(interrupted, resume=True)
     same(interrupted, whole)
     assert "skipped" not in capsys.readouterr().err
 
 
-def test_where_no_checkpoint_is_whole_it_is_said(interrupted):
+def test_run_without_a_valid_checkpoint_is_refused(interrupted):
     for path in interrupted.glob("checkpoint-*"):
         (path / "optimizer.pt").unlink()
     with pytest.raises(InputRefused, match="checkpoint-6: optimizer.pt is missing; checkpoint-4"):
@@ -150,7 +150,7 @@ class Opens:
         return open, (self.path, "w")
 
 
-def test_a_pickle_that_runs_code_is_refused_though_its_seal_is_right(interrupted, tmp_path):
+def test_pickle_with_code_is_refused_despite_a_valid_seal(interrupted, tmp_path):
     last = interrupted / "checkpoint-6"
     torch.save(Opens(str(tmp_path / "ran")), last / "optimizer.pt")
     about = json.loads((interrupted / "run.json").read_text())
@@ -187,7 +187,7 @@ def other_config(folder, model):
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_changed_run_is_refused_with_both_sides(llama, interrupted, tmp_path, change):
+def test_resume_with_changed_inputs_is_refused(llama, interrupted, tmp_path, change):
     source = write(tmp_path / "data.jsonl")
     given = {"source": source, "model": llama, "output_dir": interrupted, "settings": SETTINGS, **DROPOUT}
     change(tmp_path, given)
@@ -197,8 +197,8 @@ def test_a_changed_run_is_refused_with_both_sides(llama, interrupted, tmp_path, 
     assert sorted(path.name for path in interrupted.rglob("*")) == before
 
 
-def test_what_decides_nothing_may_change(llama, data, interrupted, whole, tmp_path):
-    """Another place of the same model, settings of evaluating and loading, a default that is said."""
+def test_settings_without_effect_on_training_may_change(llama, data, interrupted, whole, tmp_path):
+    """Another path of the same model, evaluation and data loading settings, and an explicit default."""
     shutil.copytree(llama, tmp_path / "elsewhere")
     more = {
         "per_device_eval_batch_size": 2,
@@ -224,7 +224,7 @@ def stopped(llama, data, tmp_path_factory):
     return run(data, model=llama, output_dir=folder, test_size=2, early_stopping=3, settings=settings)
 
 
-def begun(folder, *without):
+def mark_unfinished(folder, *without):
     for name in without:
         shutil.rmtree(folder / name)
     about = json.loads((folder / "run.json").read_text())
@@ -232,7 +232,7 @@ def begun(folder, *without):
     (folder / "run.json").write_text(json.dumps({**kept, "finished": False}))
 
 
-def test_patience_is_remembered(stopped, tmp_path):
+def test_early_stopping_patience_is_resumed(stopped, tmp_path):
     about = json.loads((stopped / "run.json").read_text())
     assert about["steps"] < 100
     for patience in (None, 2):
@@ -240,12 +240,12 @@ def test_patience_is_remembered(stopped, tmp_path):
             run(stopped, resume=True, early_stopping=patience)
     # Killed when patience was used up already, it has nothing left to train.
     shutil.copytree(stopped, tmp_path / "late")
-    begun(tmp_path / "late", "model")
+    mark_unfinished(tmp_path / "late", "model")
     run(tmp_path / "late", resume=True)
     same(tmp_path / "late", stopped)
     # From where the run was moved to.
     shutil.copytree(stopped, tmp_path / "moved")
-    begun(tmp_path / "moved", f"checkpoint-{about['steps']}")
+    mark_unfinished(tmp_path / "moved", f"checkpoint-{about['steps']}")
     run(tmp_path / "moved", resume=True)
     again = json.loads((tmp_path / "moved" / "run.json").read_text())
     assert (again["steps"], again["best_step"]) == (about["steps"], about["best_step"])
@@ -253,10 +253,10 @@ def test_patience_is_remembered(stopped, tmp_path):
     same(tmp_path / "moved", stopped)
 
 
-def test_a_damaged_best_model_is_not_taken_for_it(stopped, tmp_path, capsys):
+def test_damaged_best_checkpoint_is_not_used(stopped, tmp_path, capsys):
     about = json.loads((stopped / "run.json").read_text())
     shutil.copytree(stopped, tmp_path / "run")
-    begun(tmp_path / "run")
+    mark_unfinished(tmp_path / "run")
     weights = tmp_path / "run" / f"checkpoint-{about['best_step']}" / "model.safetensors"
     save_file({name: value * 1.01 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
     run(tmp_path / "run", resume=True)
@@ -264,14 +264,14 @@ def test_a_damaged_best_model_is_not_taken_for_it(stopped, tmp_path, capsys):
     same(tmp_path / "run", stopped)
 
 
-def test_a_run_without_a_checkpoint_yet_begins_again_by_the_same_command(whole, tmp_path):
+def test_run_without_a_checkpoint_restarts_with_the_same_command(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
-    begun(tmp_path / "run", *(path.name for path in checkpoints.list_checkpoints(tmp_path / "run")), "model")
+    mark_unfinished(tmp_path / "run", *(path.name for path in checkpoints.list_checkpoints(tmp_path / "run")), "model")
     run(tmp_path / "run", resume=True)
     same(tmp_path / "run", whole)
 
 
-def test_a_run_that_goes_on_takes_no_options_of_its_data(interrupted, llama, tmp_path):
+def test_resume_refuses_options_of_the_data(interrupted, llama, tmp_path):
     build_sft_dataset(ROWS, llama, packing="bfd", max_length=64, output_dir=tmp_path / "packed")
     with pytest.raises(UsageError, match="packing cannot change"):
         run(tmp_path / "packed", model=llama, output_dir=tmp_path / "run", settings=["pack=null"])
@@ -282,12 +282,12 @@ def test_a_run_that_goes_on_takes_no_options_of_its_data(interrupted, llama, tmp
             run(interrupted, resume=True, **options)
 
 
-def test_where_all_steps_are_done_none_is_trained(whole, tmp_path):
-    """Also in the middle of an epoch."""
+def test_resume_after_the_last_step_trains_no_step(whole, tmp_path):
+    """Also if the last step is in the middle of an epoch."""
     for steps, last in ((8, 8), (6, 6)):
         folder = tmp_path / str(steps)
         shutil.copytree(whole, folder)
-        begun(
+        mark_unfinished(
             folder, *(path.name for path in checkpoints.list_checkpoints(folder) if int(path.name[11:]) > last), "model"
         )
         run(folder, resume=True, settings={"max_steps": steps})
@@ -299,13 +299,13 @@ def test_where_all_steps_are_done_none_is_trained(whole, tmp_path):
         run(whole, output_dir=tmp_path / "other", resume=True)
 
 
-def test_a_run_that_trains_longer_says_so(interrupted):
+def test_resume_with_more_steps_updates_the_configuration(interrupted):
     run(interrupted, resume=True, settings={"max_steps": 10})
     assert load_config(interrupted / "config.yaml").train["max_steps"] == 10
     assert "max_steps: 10" in (interrupted / "model" / "README.md").read_text()
 
 
-def test_another_tokenizer_is_refused(llama, interrupted, tmp_path, data):
+def test_resume_with_another_tokenizer_is_refused(llama, interrupted, tmp_path, data):
     shutil.copytree(llama, tmp_path / "other")
     template = tmp_path / "other" / "chat_template.jinja"
     template.write_text(template.read_text().replace("\n", "\n ") + " ")
@@ -350,7 +350,7 @@ run(*eval(sys.argv[3]), **eval(sys.argv[4]))
         pytest.param("in a step", 3, 2, marks=pytest.mark.long),
     ],
 )
-def test_killed_it_loses_no_more_than_the_steps_since_the_last_whole_checkpoint(
+def test_killed_run_loses_only_the_steps_since_the_last_checkpoint(
     llama, data, whole, tmp_path, point, at, lost, capsys
 ):
     settings = {**SETTINGS, "save_total_limit": 1}
@@ -364,8 +364,8 @@ def test_killed_it_loses_no_more_than_the_steps_since_the_last_whole_checkpoint(
 
 
 @pytest.mark.long
-def test_killed_at_any_time_it_goes_on_with_one_command(llama, data, whole, tmp_path):
-    """Kills from outside, each a little later, until it comes to its end."""
+def test_run_killed_at_any_time_resumes_with_one_command(llama, data, whole, tmp_path):
+    """SIGKILL from outside, a little later each time, until the run is complete."""
     command = [sys.executable, "-m", "ftdata", "train", data, "-m", llama, "-o", str(tmp_path / "run")]
     options = [f"--set={name}={value}" for name, value in {**SETTINGS, "save_steps": 1}.items()]
     options += ["--set=lora.r=4", "--set=lora.dropout=0.3"]
@@ -393,7 +393,7 @@ def test_killed_at_any_time_it_goes_on_with_one_command(llama, data, whole, tmp_
     same(tmp_path / "run", whole)
 
 
-def test_an_interrupt_says_how_to_go_on(llama, data, tmp_path):
+def test_interrupt_prints_the_resume_command(llama, data, tmp_path):
     command = [sys.executable, "-m", "ftdata", "train", data, "-m", llama, "-o", str(tmp_path / "run")]
     command += ["--set=num_train_epochs=100000", "--set=save_strategy=steps", "--set=save_steps=1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "FTDATA_CACHE": "off"})

@@ -1,4 +1,4 @@
-"""A run from its configuration to a judged model: worked out before, watched during, read back and asked after."""
+"""Training runs: estimates before, progress during, and reloading and evaluation after the training."""
 
 import json
 import math
@@ -19,7 +19,7 @@ import torch  # noqa: E402
 import transformers as hf  # noqa: E402
 from conftest import tiny_model  # noqa: E402
 from datasets import load_from_disk  # noqa: E402
-from makers import tiny_bpe  # noqa: E402
+from tokenizer_makers import tiny_bpe  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 from ftdata.train import compare, dry_run, generate, init, run  # noqa: E402
@@ -58,7 +58,7 @@ def load_config_text(text, folder):
     return load_config(folder / "again.yaml")
 
 
-def test_the_best_model_is_kept_and_training_ends_when_nothing_gets_better(llama, data, tmp_path):
+def test_early_stopping_keeps_the_best_model(llama, data, tmp_path):
     settings = {"num_train_epochs": 50, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 2}
     settings |= {"learning_rate": 0.05, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"}
     folder = run(data, model=llama, output_dir=tmp_path / "run", test_size=8, early_stopping=2, settings=settings)
@@ -72,7 +72,7 @@ def test_the_best_model_is_kept_and_training_ends_when_nothing_gets_better(llama
         run(data, model=llama, output_dir=tmp_path / "none", early_stopping=2)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(llama, data, tmp_path):
+def test_nan_or_infinite_loss_stops_the_run(llama, data, tmp_path):
     with pytest.raises(InputRefused, match="diverged"):
         run(
             data,
@@ -82,7 +82,7 @@ def test_a_loss_that_is_no_number_ends_the_run(llama, data, tmp_path):
         )
 
 
-def test_who_is_watching_sees_the_loss_fall():
+def test_progress_display_shows_the_loss():
     from io import StringIO
     from types import SimpleNamespace
 
@@ -129,7 +129,7 @@ def test_report_to_is_passed_through(llama, data, tmp_path, monkeypatch):
     ],
     ids=["experts", "experts with an adapter", "smoothed labels", "dft"],
 )
-def test_perplexity_is_that_of_the_tokens_whatever_is_added_to_the_loss(tiny, data, tmp_path, options):
+def test_perplexity_excludes_auxiliary_losses(tiny, data, tmp_path, options):
     kind, settings = options.pop("kind", "llama"), {**QUICK, **options.pop("settings", {})}
     folder = run(data, model=tiny(kind), output_dir=tmp_path / "run", test_size=4, settings=settings, **options)
     found = compare(folder, n=None, max_new_tokens=2)
@@ -142,7 +142,7 @@ def test_perplexity_is_that_of_the_tokens_whatever_is_added_to_the_loss(tiny, da
 @pytest.mark.parametrize(
     "settings", [{"top_k": 1}, {"min_p": 0.1}, {"length_penalty": 0.8}, {"early_stopping": True}, {"temperature": 0.6}]
 )
-def test_no_generation_config_of_a_base_model_breaks_the_end(llama, data, tmp_path, settings):
+def test_invalid_generation_config_of_the_base_model_is_accepted(llama, data, tmp_path, settings):
     shutil.copytree(llama, tmp_path / "model")
     path = tmp_path / "model" / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
@@ -150,7 +150,7 @@ def test_no_generation_config_of_a_base_model_breaks_the_end(llama, data, tmp_pa
     assert generate(folder, ["3?"], max_new_tokens=2) == generate(folder, ["3?"], max_new_tokens=2)
 
 
-def test_what_is_longer_than_the_model_has_positions_is_refused(tiny, tmp_path):
+def test_examples_longer_than_the_positions_of_the_model_are_refused(tiny, tmp_path):
     data = write(tmp_path / "long.jsonl", [{"question": "a" * 700, "answer": "b"}])
     for kind in ("llama", "opt"):
         for call in (run, dry_run):
@@ -158,7 +158,7 @@ def test_what_is_longer_than_the_model_has_positions_is_refused(tiny, tmp_path):
                 call(data, model=tiny(kind), output_dir=tmp_path / "run")
 
 
-def test_the_best_by_perplexity_is_the_one_with_the_least(llama, data, tmp_path):
+def test_best_model_has_the_lowest_perplexity(llama, data, tmp_path):
     settings = {"num_train_epochs": 3, "learning_rate": 1e-3, "metric_for_best_model": "perplexity"}
     folder = run(data, model=llama, output_dir=tmp_path / "run", test_size=8, early_stopping=1, settings=settings)
     about = json.loads((folder / "run.json").read_text())
@@ -184,7 +184,7 @@ def test_new_embeddings_count_as_trained(llama, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [*ISOLATED, "opt"])
-def test_models_of_every_class_train_and_come_back(tiny, data, tmp_path, kind):
+def test_models_of_every_class_train_and_can_be_reloaded(tiny, data, tmp_path, kind):
     packed = kind != "opt"
     options = {"packing": "bfd", "max_length": 128} if packed else {}
     folder = run(
@@ -196,8 +196,8 @@ def test_models_of_every_class_train_and_come_back(tiny, data, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ISOLATED)
-def test_packed_loses_what_is_lost_alone(tiny, tmp_path, kind):
-    """P9: the sum of the losses of all trained tokens, on each class."""
+def test_packed_loss_equals_unpacked_loss(tiny, tmp_path, kind):
+    """P9: the summed loss of all trained tokens, for each model class."""
     sums = []
     for options in ({"packing": "bfd", "max_length": 128}, {}):
         built = build_sft_dataset(TASK, tiny(kind), **options)
@@ -209,7 +209,7 @@ def test_packed_loses_what_is_lost_alone(tiny, tmp_path, kind):
 
 
 @pytest.mark.parametrize("isolated", [True, False], ids=["joined", "padded"])
-def test_losses_are_those_of_plain_trl_on_the_same_labels(llama, tmp_path, isolated):
+def test_losses_equal_those_of_plain_trl(llama, tmp_path, isolated):
     built = build_sft_dataset(TASK, llama)
     settings = {**QUICK, "max_steps": 8, "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"}
     config = make_config({"data": "d", "model": llama, "output_dir": str(tmp_path), "train": settings})
@@ -236,7 +236,7 @@ def test_losses_are_those_of_plain_trl_on_the_same_labels(llama, tmp_path, isola
     assert all(math.isclose(left, right, abs_tol=1e-5) for left, right in zip(*found, strict=True))
 
 
-def test_rows_of_like_length_go_together_and_the_longest_come_first(llama, tmp_path):
+def test_batches_group_rows_by_length_and_start_with_the_longest(llama, tmp_path):
     rows = [{"question": "a " * (n % 37), "answer": "b"} for n in range(300)]
     built = build_sft_dataset(rows, llama)
     config = make_config(
@@ -260,12 +260,12 @@ def test_rows_of_like_length_go_together_and_the_longest_come_first(llama, tmp_p
 
 
 @pytest.mark.parametrize("options", [{}, {"lora": {"r": 4}}], ids=["full", "lora"])
-def test_a_run_in_bfloat16_is_read_back(llama, data, tmp_path, options):
+def test_bfloat16_run_can_be_reloaded(llama, data, tmp_path, options):
     folder = run(data, model=llama, output_dir=tmp_path / "run", settings={**QUICK, "bf16": True}, **options)
     assert compare(folder, n=1, max_new_tokens=2).rows
 
 
-def test_a_model_that_comes_back_otherwise_is_not_called_saved(llama, data, tmp_path, monkeypatch):
+def test_saved_model_that_differs_after_reloading_is_an_error(llama, data, tmp_path, monkeypatch):
     from ftdata.train.inference import run_dir
 
     right = run_dir.load_tuned_model
@@ -285,7 +285,7 @@ def test_a_model_that_comes_back_otherwise_is_not_called_saved(llama, data, tmp_
 # Before
 
 
-def test_flops_are_those_of_the_tutorial_on_pythia():
+def test_flops_of_pythia_equal_the_published_value():
     """2,195.7 GFLOP for 2,048 tokens and 4 accumulated batches on Pythia-70m, 0.28 GB of weights."""
     with torch.device("meta"):
         model = hf.GPTNeoXForCausalLM(
@@ -302,7 +302,7 @@ def test_flops_are_those_of_the_tutorial_on_pythia():
 
 
 @pytest.mark.parametrize("options", [{}, {"lora": {"r": 4}}, {"quantization": "nf4"}], ids=["full", "lora", "nf4"])
-def test_the_estimate_counts_what_is_there(llama, data, tmp_path, options):
+def test_estimate_equals_the_finished_run(llama, data, tmp_path, options):
     found, _ = dry_run(data, model=llama, output_dir=tmp_path / "run", max_length=64, packing="bfd", **options)
     assert not (tmp_path / "run").exists()
     folder = run(
@@ -332,7 +332,7 @@ def test_the_estimate_counts_what_is_there(llama, data, tmp_path, options):
 
 
 @pytest.mark.parametrize("kind", [*ISOLATED, "opt"])
-def test_activations_are_estimated_within_a_half(tiny, kind):
+def test_activation_memory_is_estimated_within_a_factor_of_two(tiny, kind):
     model = hf.AutoModelForCausalLM.from_pretrained(tiny(kind))
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept = {}
@@ -349,7 +349,7 @@ def test_activations_are_estimated_within_a_half(tiny, kind):
     assert 0.5 < before._kept_per_token(model, torch.float32, length, recomputes=False) / found < 2
 
 
-def test_what_cannot_fit_is_refused_before_anything_is_loaded(llama, data, tmp_path, monkeypatch):
+def test_run_that_does_not_fit_in_memory_is_refused_before_loading(llama, data, tmp_path, monkeypatch):
     monkeypatch.setattr(before.device, "free_memory", lambda: 100_000)
     for call in (run, dry_run):
         with pytest.raises(InputRefused, match=r"too_large.*Fix: quantization: nf4, or lora"):
@@ -357,7 +357,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(llama, data, tmp_p
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_a_leak_is_found_without_the_weights(tiny, data, tmp_path):
+def test_leaking_attention_is_detected_without_weights(tiny, data, tmp_path):
     with pytest.raises(InputRefused, match="model_leaks"):
         dry_run(data, model=tiny("opt"), output_dir=tmp_path / "run", max_length=128, packing="bfd")
     _, note = dry_run(data, model=tiny("opt"), output_dir=tmp_path / "run")
@@ -365,7 +365,7 @@ def test_a_leak_is_found_without_the_weights(tiny, data, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
-def test_init_writes_what_train_takes(tiny, data, tmp_path, kind, monkeypatch):
+def test_init_writes_a_valid_training_configuration(tiny, data, tmp_path, kind, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = init(data, tiny(kind), "out")
     config = load_config_text(text, tmp_path)
@@ -378,7 +378,7 @@ def test_init_writes_what_train_takes(tiny, data, tmp_path, kind, monkeypatch):
     )
 
 
-def test_init_finds_a_template_and_leaves_bad_rows_out(tmp_path):
+def test_init_selects_a_template_and_quarantines_invalid_rows(tmp_path):
     model = tiny_model(tiny_bpe(tmp_path / "base", None, eos="</s>", bos=None))
     data = write(tmp_path / "d.jsonl", [*TASK, {"question": "x", "answer": ""}])
     config = load_config_text(init(data, model), tmp_path)
@@ -395,7 +395,7 @@ def test_init_finds_a_template_and_leaves_bad_rows_out(tmp_path):
     assert load_config_text(init(chats, model), tmp_path).template == "zephyr"
 
 
-def test_init_does_not_write_over(llama, data, tmp_path):
+def test_init_does_not_overwrite_files(llama, data, tmp_path):
     command = [sys.executable, "-m", "ftdata", "init", data, "-m", llama, "-o", str(tmp_path / "run.yaml")]
     (tmp_path / "run.yaml").write_text("mine")
     done = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -403,7 +403,7 @@ def test_init_does_not_write_over(llama, data, tmp_path):
     assert (tmp_path / "run.yaml").read_text() == "mine"
 
 
-def test_sections_and_flat_fields_are_the_same(tmp_path):
+def test_sections_and_flat_fields_are_equivalent(tmp_path):
     flat = {
         "train_on": "last_assistant",
         "turns": "split",
@@ -431,7 +431,7 @@ def test_sections_and_flat_fields_are_the_same(tmp_path):
             make_config({**common, **wrong})
 
 
-def test_settings_follow_the_device_and_the_data(llama, tmp_path):
+def test_trainer_settings_depend_on_device_and_data(llama, tmp_path):
     config = make_config({"data": "d", "model": llama, "output_dir": str(tmp_path)})
     joined = make_sft_config(config, isolated=True, packed=True, evaluates=False)
     padded = make_sft_config(config, isolated=False, packed=False, evaluates=True)

@@ -1,4 +1,4 @@
-"""No secret of a run is in anything that it writes or prints, and a run goes on without it, or with a new one."""
+"""A run writes and prints no secret, and it can be resumed without its secret or with a new one."""
 
 import json
 import subprocess
@@ -63,7 +63,7 @@ def files_with(folder, secret):
     ]
 
 
-def test_a_token_is_nowhere_in_the_run(finished):
+def test_run_directory_and_output_contain_no_token(finished):
     folder, printed = finished
     assert files_with(folder, SECRET) == []
     assert SECRET not in printed
@@ -74,7 +74,7 @@ def test_a_token_is_nowhere_in_the_run(finished):
     assert (folder / "checkpoint-2" / "ftdata.json").is_file()
 
 
-def test_a_run_goes_on_without_its_token_or_with_a_new_one(finished, monkeypatch):
+def test_run_resumes_without_its_token_or_with_a_new_one(finished, monkeypatch):
     folder, _ = finished
     config, _ = _resolve(folder, None, None, {}, resume=True)
     assert "hub_token" not in config.train
@@ -95,7 +95,7 @@ def test_a_run_goes_on_without_its_token_or_with_a_new_one(finished, monkeypatch
     assert "taken from HF_TOKEN" in from_env
 
 
-def test_a_resumed_run_is_the_same_run_whatever_its_token(finished, tmp_path, capsys):
+def test_token_does_not_change_the_identity_of_a_run(finished, tmp_path, capsys):
     import shutil
 
     folder = tmp_path / "run"
@@ -108,7 +108,7 @@ def test_a_resumed_run_is_the_same_run_whatever_its_token(finished, tmp_path, ca
     assert files_with(folder, "zY9zY9") == []
 
 
-def test_secrets_decide_no_run(tmp_path):
+def test_secrets_are_not_part_of_the_run_setup(tmp_path):
     from ftdata.config import make_config
 
     values = {"data": "d", "model": "m", "output_dir": "o"}
@@ -127,7 +127,7 @@ def test_secrets_decide_no_run(tmp_path):
     }
 
 
-def test_credentials_in_the_address_of_data_are_not_on_the_card(tmp_path):
+def test_credentials_in_data_urls_are_not_in_the_model_card(tmp_path):
     from ftdata.config import make_config
     from ftdata.train.runs.model_card import render_model_card
 
@@ -153,7 +153,7 @@ def test_credentials_in_the_address_of_data_are_not_on_the_card(tmp_path):
     assert f"https://{REDACTED}@host/d.json" in text
 
 
-def test_data_without_its_credentials_is_not_read(llama, tmp_path):
+def test_redacted_data_url_is_refused(llama, tmp_path):
     kept = tmp_path / "config.yaml"
     kept.write_text(f"data: https://{REDACTED}@host/d.json\nmodel: {llama}\noutput_dir: {tmp_path / 'out'}\n")
     with pytest.raises(UsageError, match="redacted.*--set data="):

@@ -1,4 +1,4 @@
-"""The hand-over to SFTTrainer, for real: a tiny Llama, NF4 on the CPU, checkpoints, resume, reload."""
+"""Training with SFTTrainer: a tiny Llama, NF4 on the CPU, checkpoints, resuming and reloading."""
 
 import json
 import math
@@ -63,7 +63,7 @@ def losses(folder):
     return json.loads((folder / "run.json").read_text())["loss"]
 
 
-def test_qlora_learns_and_leaves_everything(qlora_run, llama):
+def test_qlora_run_learns_and_writes_all_files(qlora_run, llama):
     assert losses(qlora_run)[-1] < losses(qlora_run)[0]
     about = json.loads((qlora_run / "run.json").read_text())
     assert about["finished"]
@@ -80,7 +80,7 @@ def test_qlora_learns_and_leaves_everything(qlora_run, llama):
     assert json.loads((qlora_run / "model" / "generation_config.json").read_text())["eos_token_id"] == [2]
 
 
-def test_the_base_is_really_in_four_bits(llama):
+def test_base_model_is_loaded_in_four_bits(llama):
     import bitsandbytes
 
     model = load_model(llama, "nf4")
@@ -101,7 +101,7 @@ def test_resume_is_exact(qlora_run, llama, data, tmp_path):
     assert losses(again) == losses(qlora_run)
 
 
-def test_the_saved_adapter_answers_again(qlora_run, data):
+def test_saved_adapter_can_be_evaluated(qlora_run, data):
     held_out = compare(qlora_run, max_new_tokens=4)
     assert held_out.data_name.startswith("the test split")
     assert len(held_out.rows) == 2
@@ -111,7 +111,7 @@ def test_the_saved_adapter_answers_again(qlora_run, data):
     assert report.as_dict()["rows"][0]["prompt"] == "user\nWhat is a?\nassistant"
 
 
-def test_what_is_asked_is_what_was_trained(qlora_run, data):
+def test_evaluation_prompts_equal_training_prompts(qlora_run, data):
     from ftdata.build.dataset import load_build
     from ftdata.train.inference.prompts import encode_messages, encode_rows, read_documents, split_last_turn
     from ftdata.train.inference.run_dir import open_run
@@ -124,7 +124,7 @@ def test_what_is_asked_is_what_was_trained(qlora_run, data):
     assert asked == [prompt for prompt, _ in rows]
 
 
-def test_typed_control_tokens_are_asked_as_text(llama):
+def test_typed_control_tokens_in_prompts_are_text(llama):
     from ftdata.train.inference.prompts import encode_rows, rebuild_recipe
 
     options = {
@@ -138,14 +138,14 @@ def test_typed_control_tokens_are_asked_as_text(llama):
     assert ids.count(2) == 2
 
 
-def test_a_run_can_be_moved(qlora_run, tmp_path, monkeypatch):
+def test_run_directory_can_be_moved(qlora_run, tmp_path, monkeypatch):
     shutil.copytree(qlora_run, tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     assert compare("moved", n=1, max_new_tokens=2).rows
 
 
 @pytest.mark.parametrize("options", [{"lora": {"r": 4}}, {}], ids=["lora", "full"])
-def test_without_quantisation(llama, data, tmp_path, options):
+def test_unquantized_run_learns(llama, data, tmp_path, options):
     run(
         data,
         model=llama,
@@ -165,7 +165,7 @@ def trainer_for(llama, tmp_path, built, *, isolated=True, **train):
     return make_trainer(config, load_model(llama, None), built, isolated=isolated)
 
 
-def test_the_first_batch_is_what_was_built_and_a_wrong_one_is_refused(llama, tmp_path):
+def test_first_batch_equals_the_build_and_a_wrong_batch_is_an_error(llama, tmp_path):
     built = build_sft_dataset(ROWS, llama, packing="bfd", max_length=128)
     trainer = trainer_for(llama, tmp_path, built)
     before = torch.get_rng_state()
@@ -189,7 +189,7 @@ def test_the_first_batch_is_what_was_built_and_a_wrong_one_is_refused(llama, tmp
             check_first_batch(trainer, padding_free=True)
 
 
-def test_padded_rows_carry_the_same_labels(llama, tmp_path):
+def test_padded_rows_have_the_same_labels(llama, tmp_path):
     built = build_sft_dataset(ROWS, llama)
     joined, padded = trainer_for(llama, tmp_path, built), trainer_for(llama, tmp_path, built, isolated=False)
     check_first_batch(padded, padding_free=False)
@@ -200,8 +200,8 @@ def test_padded_rows_carry_the_same_labels(llama, tmp_path):
     assert math.isclose(joined.evaluate()["eval_loss"], padded.evaluate()["eval_loss"], rel_tol=1e-5)
 
 
-def test_packed_and_unpacked_lose_the_same(llama, tmp_path):
-    """P4, P9: a packed document is predicted as if it stood alone."""
+def test_packed_and_unpacked_losses_are_equal(llama, tmp_path):
+    """P4, P9: packing does not change the predictions for a document."""
     packed, alone = build_sft_dataset(ROWS, llama, packing="bfd", max_length=128), build_sft_dataset(ROWS, llama)
     assert len(packed["train"]) < len(alone["train"])
     found = []
@@ -216,9 +216,9 @@ def test_packed_and_unpacked_lose_the_same(llama, tmp_path):
     assert (batch["labels"][0, starts] == -100).all()
 
 
-def test_the_probe_knows_who_leaks(tmp_path, llama, tokenizer_dir):
+def test_isolation_probe_detects_leaking_models(tmp_path, llama, tokenizer_dir):
     from conftest import tiny_model
-    from makers import tiny_bpe
+    from tokenizer_makers import tiny_bpe
 
     assert measure_leak(AutoModelForCausalLM.from_pretrained(llama)) < 1e-5
     opt = tiny_model(tiny_bpe(tmp_path / "opt", None, bos="</s>", eos="</s>"), "opt")
@@ -286,7 +286,7 @@ def test_settings_that_would_undo_the_build_are_refused(llama, data, tmp_path, s
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_what_is_set_to_nothing_is_nothing(llama, data, tmp_path):
+def test_settings_can_be_reset_to_null(llama, data, tmp_path):
     from ftdata.train import _resolve
 
     path = tmp_path / "run.yaml"
@@ -297,13 +297,13 @@ def test_what_is_set_to_nothing_is_nothing(llama, data, tmp_path):
     assert config.output_dir == "there"
 
 
-def test_refusals_before_training(llama, data, qlora_run, tmp_path, tokenizer_dir):
+def test_invalid_runs_are_refused_before_training(llama, data, qlora_run, tmp_path, tokenizer_dir):
     with pytest.raises(UsageError, match="already contains a run"):
         run(qlora_run / "data", model=llama, output_dir=qlora_run)
     with pytest.raises(UsageError, match="no checkpoint of a run"):
         run(qlora_run / "data", model=llama, output_dir=tmp_path / "empty", resume=True)
     from conftest import tiny_model
-    from makers import tiny_bpe
+    from tokenizer_makers import tiny_bpe
 
     foreign = tiny_model(tiny_bpe(tmp_path / "foreign", eos="<|endoftext|>"))
     with pytest.raises(InputRefused, match="built with tokenizer"):
@@ -329,8 +329,8 @@ def test_refusals_before_training(llama, data, qlora_run, tmp_path, tokenizer_di
         )
 
 
-def test_a_stop_is_a_control_token_or_the_tokenizers_own(llama, data, tmp_path):
-    """Answers that end in plain text must not teach the saved model to stop at it."""
+def test_stop_token_is_a_control_token_or_eos(llama, data, tmp_path):
+    """Answers that end in plain text must not make that text a stop token of the saved model."""
     plain = "{{ question }}{% generation %} {{ answer }}.{% endgeneration %}"
     folder = run(
         data, model=llama, output_dir=tmp_path / "run", template=plain, lora={"r": 2}, settings={"max_steps": 1}
@@ -338,7 +338,7 @@ def test_a_stop_is_a_control_token_or_the_tokenizers_own(llama, data, tmp_path):
     assert json.loads((folder / "model" / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
-def test_the_saved_tokenizer_prompts_as_trained(llama, data, tmp_path):
+def test_saved_tokenizer_has_the_training_template(llama, data, tmp_path):
     other = (
         "{% for m in messages %}<|im_start|>{{ m.role | upper }}\n{% if m.role == 'assistant' %}{% generation %}"
         "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
@@ -349,12 +349,12 @@ def test_the_saved_tokenizer_prompts_as_trained(llama, data, tmp_path):
     assert (folder / "model" / "chat_template.jinja").read_text() == other
 
 
-def test_an_adapter_is_no_model(qlora_run, data, tmp_path):
+def test_adapter_as_base_model_is_refused(qlora_run, data, tmp_path):
     with pytest.raises(InputRefused, match="is an adapter"):
         run(data, model=str(qlora_run / "model"), output_dir=tmp_path / "run")
 
 
-def test_resume_refuses_what_was_not_begun(qlora_run, llama, tmp_path):
+def test_resume_with_other_options_is_refused(qlora_run, llama, tmp_path):
     shutil.copytree(qlora_run, tmp_path / "again")
     for changed in ({"quantization": None}, {"lora": {"r": 4}}, {"settings": {**QUICK, "learning_rate": 1}}):
         options = {"quantization": "nf4", "settings": QUICK, **changed}
@@ -362,7 +362,7 @@ def test_resume_refuses_what_was_not_begun(qlora_run, llama, tmp_path):
             run(tmp_path / "again" / "data", model=llama, output_dir=tmp_path / "again", resume=True, **options)
 
 
-def test_a_refused_run_leaves_the_old_one(qlora_run, llama, tmp_path):
+def test_refused_run_leaves_the_existing_run(qlora_run, llama, tmp_path):
     shutil.copytree(qlora_run, tmp_path / "again")
     before = (tmp_path / "again" / "data" / "manifest.json").read_bytes()
     other = tmp_path / "other.jsonl"
@@ -377,7 +377,7 @@ def test_a_refused_run_leaves_the_old_one(qlora_run, llama, tmp_path):
     assert compare(tmp_path / "again", n=1, max_new_tokens=1).rows
 
 
-def test_an_incomplete_checkpoint_is_passed_over(qlora_run, llama, tmp_path):
+def test_incomplete_checkpoint_is_skipped(qlora_run, llama, tmp_path):
     again = tmp_path / "again"
     shutil.copytree(qlora_run, again)
     last = max(again.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -387,7 +387,7 @@ def test_an_incomplete_checkpoint_is_passed_over(qlora_run, llama, tmp_path):
 
 
 def with_token(llama, folder, token, **config):
-    """Add a token to the tokenizer that the model has no embedding for."""
+    """Add a token without an embedding in the model to its tokenizer."""
     from tokenizers import Tokenizer
 
     shutil.copytree(llama, folder)
@@ -399,7 +399,7 @@ def with_token(llama, folder, token, **config):
     return str(folder)
 
 
-def test_a_pad_token_that_the_model_lacks_is_replaced(llama, tmp_path):
+def test_pad_token_without_an_embedding_is_replaced(llama, tmp_path):
     model = with_token(llama, tmp_path / "model", "[PAD]", pad_token="[PAD]")
     folder = run(write(tmp_path), model=model, output_dir=tmp_path / "run", settings={"max_steps": 1})
     saved = json.loads((folder / "model" / "generation_config.json").read_text())
@@ -410,7 +410,7 @@ def test_a_pad_token_that_the_model_lacks_is_replaced(llama, tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("options", [{}, {"lora": {"r": 4}}, {"quantization": "nf4"}], ids=["full", "lora", "nf4"])
-def test_new_tokens_are_given_embeddings_and_trained(llama, tmp_path, options, tied):
+def test_new_tokens_get_embeddings_and_are_trained(llama, tmp_path, options, tied):
     model = with_token(llama, tmp_path / "model", "[NEW]")
     base = AutoModelForCausalLM.from_pretrained(llama, tie_word_embeddings=tied)
     base.save_pretrained(model)
@@ -423,7 +423,7 @@ def test_new_tokens_are_given_embeddings_and_trained(llama, tmp_path, options, t
     assert report.tuned.perplexity < report.base.perplexity
 
 
-def test_a_tokenizer_of_another_model_is_refused(llama, tmp_path):
+def test_tokenizer_of_another_model_is_refused(llama, tmp_path):
     smaller = AutoModelForCausalLM.from_pretrained(llama)
     smaller.resize_token_embeddings(100)
     model = tmp_path / "model"
@@ -433,7 +433,7 @@ def test_a_tokenizer_of_another_model_is_refused(llama, tmp_path):
         run(write(tmp_path), model=str(model), output_dir=tmp_path / "run")
 
 
-def test_sampling_settings_of_the_base_do_not_break_the_end(llama, data, tmp_path):
+def test_sampling_settings_of_the_base_model_are_accepted(llama, data, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(llama, model)
     config = json.loads((model / "generation_config.json").read_text())
@@ -443,7 +443,7 @@ def test_sampling_settings_of_the_base_do_not_break_the_end(llama, data, tmp_pat
     assert compare(folder, n=1, max_new_tokens=1).rows
 
 
-def test_flags_over_the_file(llama, data, tmp_path):
+def test_options_override_the_configuration_file(llama, data, tmp_path):
     from ftdata.train import _resolve
 
     path = tmp_path / "run.yaml"
@@ -457,8 +457,8 @@ def test_flags_over_the_file(llama, data, tmp_path):
     assert config.train == {"learning_rate": 2e-4, "save_strategy": "no", "max_steps": 1}
 
 
-def test_a_run_names_no_code_to_be_read_by(llama, data, tmp_path):
-    """What lies in a folder that came from somewhere is not run."""
+def test_stored_options_cannot_load_code(llama, data, tmp_path):
+    """Code in an untrusted folder is not run."""
     from ftdata.build.store import read_manifest
     from ftdata.train.inference.prompts import rebuild_recipe
 
@@ -469,8 +469,8 @@ def test_a_run_names_no_code_to_be_read_by(llama, data, tmp_path):
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_tokenizer_with_code_of_its_own_is_refused(llama, tmp_path):
-    """Without asking anybody who may be at the keyboard."""
+def test_tokenizer_with_custom_code_is_refused(llama, tmp_path):
+    """The refusal needs no interactive confirmation."""
     from ftdata.train.model.load import load_trainer_tokenizer
 
     folder = tmp_path / "model"

@@ -1,4 +1,4 @@
-"""A row as a conversation, and messages that tests of schemas share."""
+"""Messages for the tests of schemas, and a function that normalizes a row."""
 
 from ftdata.schemas import normalize
 from ftdata.types import Row, Source

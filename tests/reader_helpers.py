@@ -1,4 +1,4 @@
-"""Rows that tests of readers read, and how they are packed."""
+"""Rows for the tests of readers, and functions that write, compress and read them."""
 
 import json
 

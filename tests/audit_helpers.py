@@ -1,4 +1,4 @@
-"""Rows, audited."""
+"""Rows for the tests of audits, and a function that audits them."""
 
 from ftdata import audit
 
@@ -16,6 +16,6 @@ def rows(*given, **options):
     return [*given], options
 
 
-def found(tokenizer, given, options):
+def audit_rows(tokenizer, given, options):
     made = {name: options[name] for name in ("pad", "chat") if name in options}
     return audit(given, tokenizer(**made), **{name: value for name, value in options.items() if name not in made})

@@ -1,4 +1,4 @@
-"""A row of every shape: what every container must give back."""
+"""A row of every schema, which every file format must return unchanged."""
 
 TALK = [{"role": "user", "content": "[1] café, “q”\n"}, {"role": "assistant", "content": "007"}]
 

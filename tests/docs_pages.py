@@ -1,4 +1,4 @@
-"""The pages of the documentation, and the blocks in them."""
+"""The pages of the documentation and their code blocks."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ def blocks(page):
 
 
 def commands(text):
-    """Yield each command of a block, with what it is said to print."""
+    """Yield each command of a block with the output that the page shows."""
     text = text.replace("\\\n", " ")
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
         command, _, printed = part.partition("\n")

