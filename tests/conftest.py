@@ -24,7 +24,15 @@ SHARED = Path(os.environ.get("FTDATA_SHARED", Path(__file__).parents[2] / "share
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-HEAVY = ("test_crashes", "test_docs_pages", "test_resume", "test_examples", "test_evaluation", "test_ray", "test_package")
+HEAVY = (
+    "test_crashes",
+    "test_docs_pages",
+    "test_resume",
+    "test_examples",
+    "test_evaluation",
+    "test_ray",
+    "test_package",
+)
 """The slowest files run first, so that no worker runs one of them at the end."""
 
 

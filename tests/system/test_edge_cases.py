@@ -140,7 +140,7 @@ def test_replaced_build_is_not_used_for_evaluation(llama, tmp_path):
     write_build(rows, llama, tmp_path / "built", test_size=2)
     settings = {"max_steps": 1, "report_to": "none"}
     done = run(tmp_path / "built", model=llama, output_dir=tmp_path / "run", lora_r=2, settings=settings)
-    assert "test split" in compare(done, n=1, max_new_tokens=2).asked
+    assert "test split" in compare(done, n=1, max_new_tokens=2).data_name
     write_build(rows, llama, tmp_path / "built")
     with pytest.raises(FtdataError, match=r"data_differs.*is not the build that .*run was trained on any more"):
         compare(done, n=1, max_new_tokens=2)

@@ -87,7 +87,7 @@ def test_d_code_alpaca(hub, tmp_path):
 def test_e_company_faq(hub, tmp_path):
     said = example(hub, tmp_path, "company_faq", "--max-steps", "5")
     assert "Page 0." in said
-    assert "FLOP a step" in said
+    assert "FLOP per step" in said
     assert "after:" in said
     run = about(tmp_path / "out" / "company_faq_5_steps")
     assert (run["steps"], run["estimate"]["rows"]) == (5, 18)

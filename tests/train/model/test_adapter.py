@@ -64,7 +64,7 @@ def test_lora_fields_have_short_and_original_names(tmp_path):
     )
     assert make_config(short) == make_config(long)
     assert make_config(short, lora={"lora_alpha": 9}).lora.alpha == 9
-    with pytest.raises(UsageError, match="given twice"):
+    with pytest.raises(UsageError, match="set twice"):
         make_config({**REQUIRED, "lora": {"alpha": 1, "lora_alpha": 2}})
     config = make_config({**REQUIRED, "lora": {"use_dora": True}}, lora={"bias": "all"})
     (tmp_path / "c.yaml").write_text(to_yaml(config))

@@ -423,7 +423,7 @@ def test_sections_and_flat_fields_are_equivalent(tmp_path):
     assert make_config({**common, "length": 32}, max_length=64).max_length == 64
     for wrong, says in (
         ({"length": {"max_lenght": 3}}, "did you mean 'max_length'"),
-        ({"length": 3, "max_length": 4}, "given twice"),
+        ({"length": 3, "max_length": 4}, "set twice"),
         ({"early_stopping": 0}, "at least 1"),
         ({"samples": -1}, "expected a number of prompts"),
     ):
