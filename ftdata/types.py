@@ -225,7 +225,7 @@ class SpanKinds:
 class Spans(Sequence[Span]):
     """Spans that tile a text, stored as columns of sizes (in characters) and kinds. Compares equal to a tuple of spans.
 
-    >>> spans = Spans.of((Span(0, 4, Part.CONTENT, 0, False), Span(4, 9, Part.CONTENT, 1, True)))
+    >>> spans = Spans.from_spans((Span(0, 4, Part.CONTENT, 0, False), Span(4, 9, Part.CONTENT, 1, True)))
     >>> spans.sizes, spans.kinds.generated, spans[1].start, spans == tuple(spans)
     ([4, 5], (False, True), 4, True)
     """

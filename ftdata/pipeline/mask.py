@@ -191,7 +191,7 @@ def trained_tokens(
     >>> from ftdata.types import Part, Span
     >>> spans = (Span(0, 4, Part.CONTENT, 0, False), Span(4, 9, Part.CONTENT, 1, True))
     >>> offsets = np.array([[0, 3], [3, 6], [6, 6], [6, 9]], dtype=np.int32)
-    >>> tokens = Encodings.of([EncodedText(np.arange(4, dtype=np.int32), offsets)], [9])
+    >>> tokens = Encodings.from_texts([EncodedText(np.arange(4, dtype=np.int32), offsets)], [9])
     >>> trained, crosses = trained_tokens(tokens, RenderedBatch([Rendered("x" * 9, spans)]), [[False, True]])
     >>> trained.tolist(), crosses.tolist()
     ([False, True, False, True], [True])

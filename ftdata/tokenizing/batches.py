@@ -52,16 +52,16 @@ class Encodings:
         """Concatenate the tokens of texts; `sizes` are the numbers of characters of the texts.
 
         >>> text = EncodedText(np.array([7, 8], np.int32), np.array([[0, 2], [2, 3]], np.int32))
-        >>> batch = Encodings.of([text, text], [3, 3])
-        >>> batch.starts.tolist(), batch.bounds.tolist(), batch[1].offsets.tolist()
+        >>> batch = Encodings.from_texts([text, text], [3, 3])
+        >>> batch.starts.tolist(), batch.token_bounds.tolist(), batch[1].offsets.tolist()
         ([0, 2, 3, 5], [0, 2, 4], [[0, 2], [2, 3]])
         """
-        bounds, places = end_offsets(len(text.ids) for text in encoded), end_offsets(sizes)
+        token_bounds, text_bounds = end_offsets(len(text.ids) for text in encoded), end_offsets(sizes)
         ids = np.concatenate([text.ids for text in encoded]) if encoded else np.empty(0, np.int32)
         offsets = np.concatenate([text.offsets for text in encoded]) if encoded else np.empty((0, 2), np.int32)
-        shift = np.repeat(places[:-1].astype(offset_dtype(int(places[-1]))), np.diff(bounds))
+        shift = np.repeat(text_bounds[:-1].astype(offset_dtype(int(text_bounds[-1]))), np.diff(token_bounds))
         escaped = frozenset(number for number, text in enumerate(encoded) if text.escaped)
-        return cls(ids, offsets[:, 0] + shift, offsets[:, 1] + shift, bounds, places, escaped)
+        return cls(ids, offsets[:, 0] + shift, offsets[:, 1] + shift, token_bounds, text_bounds, escaped)
 
     def __len__(self) -> int:
         return len(self.token_bounds) - 1

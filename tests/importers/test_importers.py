@@ -51,7 +51,7 @@ def test_adapters_and_quantization_are_imported(tmp_path):
     config = import_config(
         axolotl(tmp_path, adapter="lora", load_in_4bit=False, load_in_8bit=True, peft_use_dora=True)
     ).config
-    assert (config.quantization, config.lora.more) == ("int8", {"use_dora": True})
+    assert (config.quantization, config.lora.extra_fields) == ("int8", {"use_dora": True})
     config = import_config(
         factory(tmp_path, quantization_bit=8, use_rslora=True, additional_target="embed_tokens, lm_head")
     ).config
