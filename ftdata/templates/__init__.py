@@ -1,4 +1,4 @@
-"""Render conversations to text in which every character is attributed to a message or to the template.
+"""Render conversations to text, and attribute each character of the text to a message or to the template.
 
 A *chat template* reads `messages`. A *prompt template* reads the columns of the row, such as `instruction` and
 `output`. Both are Jinja templates that run in the same sandbox. A prompt template marks the generated text with

@@ -51,14 +51,14 @@ _MAX_CACHED_MESSAGES = 200
 
 @dataclass(frozen=True)
 class ChatRendering:
-    """A conversation whose strings are tracked, and the chat template that renders it.
+    """A conversation with tracked strings, together with its chat template.
 
     Attributes:
         template: the chat template.
-        messages: messages with tracked strings.
+        messages: messages with `TrackedString` texts.
         tools: tool definitions.
         flags: flags for changes to the messages.
-        watch: whether the strings of the messages are watched, too.
+        watch: whether the texts of the messages are `WatchedString` objects.
     """
 
     template: Template
@@ -69,7 +69,7 @@ class ChatRendering:
 
     @classmethod
     def from_conversation(cls, conversation: Conversation, template: Template) -> ChatRendering:
-        """Track the strings of a conversation.
+        """Convert the strings of a conversation to `TrackedString`, and the roles to roles that the template supports.
 
         Tool call arguments that are JSON strings become objects unless the template accepts strings.
 
@@ -87,11 +87,13 @@ class ChatRendering:
         return cls(template, tuple(track_messages(messages)), conversation.tools, flags)
 
     def prefix(self, count: int) -> ChatRendering:
-        """Return the first `count` messages of the conversation."""
+        """Return a copy that contains only the first `count` messages of the conversation."""
         return replace(self, messages=self.messages[:count])
 
     def render(self, count: int | None = None, *, generation_prompt: bool = False) -> TrackedString:
-        """Render the first `count` messages, by default all. The result may be watched if the messages are.
+        """Render the first `count` messages, or all messages by default.
+
+        The result may be a `WatchedString` if the texts of the messages are.
 
         Raises:
             BadRow: `template_raises`, if the template fails.
@@ -101,11 +103,11 @@ class ChatRendering:
         return self.template.run(variables, watch=self.watch)
 
     def with_watched_strings(self) -> ChatRendering:
-        """Return the same conversation with `WatchedString` texts."""
+        """Return a copy of the conversation with `WatchedString` texts."""
         return replace(self, messages=tuple(watch_messages(self.messages)), watch=True)
 
     def render_with_message(self, index: int, message: Message | dict[str, Any]) -> str | None:
-        """Render the conversation with message `index` replaced. Return `None` if the template fails."""
+        """Replace the message at `index` and render the conversation. Return `None` if the template fails."""
         (tracked_message,) = track_messages([message])
         try:
             return str.__str__(
@@ -116,7 +118,7 @@ class ChatRendering:
 
 
 def render_turns(chat: ChatRendering, turns: Sequence[int], on_dropped_message: str = "reject") -> Rendered:
-    """Render a conversation and locate the given assistant turns.
+    """Render a conversation, check that no message is missing, and locate the assistant messages in `turns`.
 
     Args:
         chat: the conversation and its template.
@@ -153,7 +155,7 @@ _EMPTY_THINKING = re.compile(rf"\s*(?:<({THINKING_NAMES})>\s*</\1>|</(?:{THINKIN
 
 
 def _flag_empty_thinking(text: str, pieces: Sequence[TextPiece], regions: Sequence[TurnRegion]) -> frozenset[str]:
-    """Return the `empty_thinking` flag if the template itself begins a turn with an empty thinking block."""
+    """Return the `empty_thinking` flag if a turn begins with an empty thinking block that the template printed."""
     for region in regions:
         match = _EMPTY_THINKING.match(text, region.start, region.end)
         is_row_text = match and any(
@@ -172,9 +174,10 @@ def _make_plan(
     turns: Sequence[int],
     origins: Sequence[Origin | None],
 ) -> RenderPlan | None:
-    """Return a plan to render similar conversations without the template, or `None` if the record is incomplete.
+    """Create a plan to render similar conversations without the template.
 
-    `origins` are the origins of the whole text and of the prefixes that it was compared with.
+    `origins` contains the recorded expression for the whole text, followed by the expressions for the prefixes. Return
+    `None` if the recorded expressions are incomplete.
     """
     messages = [{"role": message["role"], "content": str.__str__(message["content"])} for message in chat.messages]
     # The treatment of control tokens in contents is checked in every row that contains them.
@@ -199,9 +202,9 @@ def _locate_regions(
     turns: Sequence[int],
     origins: list[Origin | None],
 ) -> tuple[list[TurnRegion], frozenset[str]]:
-    """Return the generated regions and their flags.
+    """Locate the text that the model generates in each turn. Return the regions and their flags.
 
-    Regions are detected. The generation tags of a user's own template take precedence over the detected regions.
+    The generation tags in a template file of the user take precedence over the detected regions.
     """
     has_trusted_tags = chat.template.has_generation_tags and chat.template.strict
     assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
@@ -249,9 +252,9 @@ def _check_disjoint(regions: Sequence[TurnRegion]) -> None:
         if after.start < before.end:
             raise BadRow(
                 "overlap",
-                f"the generation prompt for this turn begins before message {before.message} ends",
+                f"the generated text of messages {before.message} and {after.message} overlaps in the rendered text",
                 field=f"messages[{after.message}]",
-                hint="join the two answers into one message",
+                hint="join the two assistant messages into one message",
             )
 
 
@@ -276,8 +279,8 @@ def _locate_turns(
 ) -> list[locate.LocatedTurn]:
     """Locate the turns in the rendered text, or return their cached positions.
 
-    If a render plan may follow, the turns are always located, and the origins of all compared texts are appended to
-    `origins`, the origin of the whole text first.
+    If a render plan is needed, locate the turns even if their positions are cached. Also append the recorded
+    expressions of all rendered texts to `origins`, with the expression of the whole text first.
     """
     text, turn_cache = str.__str__(tracked), chat.template.turn_cache
     key = skeleton_key(chat.messages, chat.tools, turns, text, pieces)
@@ -352,14 +355,14 @@ def _convert_arguments(message: Mapping[str, Any], convert: Callable[[Any], Any]
 
 
 def _replace_unknown_role(message: Message, index: int, template: Template) -> Message:
-    """Return the message with its role replaced by an equivalent role if the template does not name the role."""
+    """Replace the role of a message with an equivalent standard role if the template does not mention the role."""
     role = message["role"]
     if role in _ROLES or re.search(rf"""(['"]){re.escape(role)}\1""", template.source):
         return message
     if role not in STANDS_FOR:
         raise BadRow(
             "unknown_role",
-            f"role {role!r} is not supported by template {template.name!r}",
+            f"template {template.name!r} does not support the role {role!r}",
             field=f"messages[{index}].role",
             hint=f"use one of the roles {', '.join(_ROLES)}",
         )
@@ -373,7 +376,9 @@ def _parse_arguments(arguments: Any) -> Any:
         # Python's own parser supports integers of any size.
         return json.loads(arguments) if arguments.strip() else {}
     except ValueError as error:
-        raise BadRow("tool_arguments", f"arguments are not valid JSON: {error}", field="tool_calls") from None
+        raise BadRow(
+            "tool_arguments", f"the tool call arguments are not valid JSON: {error}", field="tool_calls"
+        ) from None
 
 
 def _dump_arguments(arguments: Any) -> str:

@@ -1,4 +1,4 @@
-"""Render conversations to attributed text, with the generated span of every turn."""
+"""Render conversations and other rows to text, and mark the text that the model must generate."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LISTS_REFUSED = frozenset({"template_raises", "message_dropped", "content_strin
 def render_chat(
     conversation: Conversation, template: Template, turns: str = "auto", on_dropped_message: str = "reject"
 ) -> tuple[Rendered, ...]:
-    """Render a conversation to attributed text.
+    """Render a conversation to one or more texts, and attribute each character to a message or to the template.
 
     Args:
         conversation: the normalized row.
@@ -68,13 +68,16 @@ def render_chat(
 
 
 class _NoPlan(Exception):
-    """No render plan matches the conversation, so the template must run."""
+    """An internal signal: no cached render plan matches the conversation, so the template must run."""
 
 
 def render_from_cache(
     conversation: Conversation, template: Template, turns: str = "auto", on_dropped_message: str = "reject"
 ) -> tuple[Rendered, ...] | None:
-    """Return the result of `render_chat` if the template does not have to run; otherwise `None`."""
+    """Render a conversation like `render_chat`, but without running the template.
+
+    Return `None` if the template must run because no cached render plan matches the conversation.
+    """
     if not template.source or (conversation.text is not None and template.is_chat):
         return render_chat(conversation, template, turns)
     try:
@@ -86,7 +89,7 @@ def render_from_cache(
 
 
 def trained_answers(conversation: Conversation) -> list[int]:
-    """Return the indices of the assistant messages that may be trained, whose turns must be located."""
+    """Return the indices of all assistant messages, except messages with `train: false`."""
     return [
         index
         for index, message in enumerate(conversation.messages)
@@ -95,12 +98,15 @@ def trained_answers(conversation: Conversation) -> list[int]:
 
 
 def join_text_parts(conversation: Conversation) -> Conversation:
-    """Return the conversation with text contents instead of lists that contain a single text part."""
+    """Copy a conversation, and convert each content that is a list with one text part to a string."""
     return replace(conversation, messages=tuple(map(_join_text_part, conversation.messages)))
 
 
 def _join_text_part(message: Message) -> Message:
-    """Return the message with its only text part as the content. Several parts stay: their separator is unknown."""
+    """Convert a message's content to a string if it is a list with one text part.
+
+    Return the message unchanged if it has several parts, since the separator between them is unknown.
+    """
     content = message.get("content")
     if not isinstance(content, list) or len(content) != 1 or not isinstance(content[0].get("text"), str):
         return message
@@ -130,7 +136,14 @@ def _render_chat(
 
 @dataclass
 class _TurnRenderer:
-    """Renders a conversation, or its messages up to a turn. If `may_run` is false, only render plans are used."""
+    """A renderer for one conversation, which uses cached render plans or runs the template.
+
+    Attributes:
+        conversation: the normalized row.
+        template: the chat template.
+        on_dropped_message: as in `render_chat`.
+        may_run: whether the template may run if no render plan matches.
+    """
 
     conversation: Conversation
     template: Template
@@ -142,10 +155,12 @@ class _TurnRenderer:
         return ChatRendering.from_conversation(self.conversation, self.template)
 
     def render(self, turns: Sequence[int], count: int | None = None) -> Rendered:
-        """Render the first `count` messages with a plan if there is one. By default, render all without a plan.
+        """Render the first `count` messages with a matching render plan, or with the template if no plan matches.
+
+        If `count` is `None`, render all messages without a plan.
 
         Raises:
-            BadRow: as `render_turns` does.
+            BadRow: as in `render_turns`.
         """
         messages = self.conversation.messages[:count]
         has_plans = count is not None and not self.conversation.tools
@@ -157,7 +172,8 @@ class _TurnRenderer:
     def render_joint(self, turns: Sequence[int], count: int | None = None, *, required: bool) -> Rendered | None:
         """Render several turns in one text.
 
-        Return `None` if that fails with an error that separate texts may avoid, unless `required`.
+        Return `None` for an error that does not occur if the turns are rendered separately. If `required` is true,
+        raise the error instead.
         """
         try:
             return self.render(turns, count)
@@ -168,7 +184,7 @@ class _TurnRenderer:
 
 
 def append_missing_stop(rendered: Rendered, template: Template) -> Rendered:
-    """Return the text with EOS appended if the template prints no stop token after the last turn."""
+    """Append EOS to a rendered text if the template prints no stop token after the last turn."""
     eos = template.special_tokens.get("eos_token")
     last = max((span for span in rendered.spans if span.generated), default=None)
     if last is None or eos is None or rendered.text[last.end :].strip():
@@ -189,7 +205,7 @@ def append_missing_stop(rendered: Rendered, template: Template) -> Rendered:
 
 
 def _group_turns(messages: Sequence[Message], assistants: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the assistant messages that follow the same user message, such as a tool call and the final answer."""
+    """Group assistant messages that answer the same user message, and yield the message indices of each group."""
     group: list[int] = []
     for turn in assistants:
         if group and any(message["role"] == "user" for message in messages[group[-1] : turn]):
@@ -235,7 +251,7 @@ def _render_fields(conversation: Conversation, template: Template) -> Rendered:
         if value.strip() and index not in printed:
             raise BadRow(
                 "message_dropped",
-                f"template {template.name!r} does not print this column",
+                f"template {template.name!r} does not print the column {name!r}",
                 field=name,
                 hint="use a template that prints the column, or remove the column from the data",
             )
@@ -246,6 +262,6 @@ def _render_fields(conversation: Conversation, template: Template) -> Rendered:
         for b in blocks
     ]
     if not regions:
-        raise BadRow("nothing_marked", f"template {template.name!r} prints no generation block for this row")
+        raise BadRow("nothing_marked", f"template {template.name!r} marks no text of this row as generated")
     message_pieces = (piece._replace(message=min(piece.message, 0)) for piece in pieces)
     return Rendered(str.__str__(text), make_spans(message_pieces, regions), add_bos=True)

@@ -1,4 +1,4 @@
-"""Chat and prompt templates: Jinja source bound to a tokenizer's special tokens, and the lookup of templates."""
+"""Find, inspect and render chat templates and prompt templates, which are Jinja templates."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ TEMPLATE_ERRORS = (
 
 @dataclass(frozen=True)
 class Template:
-    """A template, bound to the special tokens of a tokenizer.
+    """A Jinja template, with the special tokens of a tokenizer and the values of template variables.
 
     Attributes:
-        name: name for messages: the name of a built-in template, a path, `"<string>"` or `"tokenizer"`.
+        name: display name: the name of a built-in template, a path, `"<string>"` or `"tokenizer"`.
         source: Jinja source. Empty if the tokenizer has no template; then only text that is already formatted can be
             rendered.
         strict: whether printing an undefined name is an error. False only for the template of a tokenizer.
@@ -95,7 +95,7 @@ class Template:
 
     @cached_property
     def description(self) -> str:
-        """All attributes of the template, as JSON."""
+        """All attributes of the template, serialized as a JSON object."""
         pattern = self.control.pattern if self.control is not None else None
         attributes = {"name": self.name, "source": self.source, "strict": self.strict, "control": pattern}
         mappings = {"special_tokens": dict(self.special_tokens), "kwargs": dict(self.kwargs)}
@@ -103,29 +103,29 @@ class Template:
 
     @cached_property
     def key(self) -> str:
-        """A hash of `description`."""
+        """A hash of all attributes of the template, which identifies the template in caches."""
         return disk.hash_bytes(self.description.encode())
 
     @classmethod
     def from_description(cls, description: str) -> Template:
-        """Return the template whose `description` this is."""
+        """Create a template from the JSON text that `description` contains."""
         attributes = json.loads(description)
         control = re.compile(attributes["control"]) if attributes["control"] else None
         return cls(**{**attributes, "control": control, "date": datetime.datetime.fromisoformat(attributes["date"])})
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """The variables that the template reads.
+        """The names of the variables that the template reads.
 
         Raises:
-            TemplateRefused: `template_syntax`, with the line of the error.
+            TemplateRefused: `template_syntax`, with the line number of the error.
         """
         with self._convert_syntax_errors():
             return template_variables(self._syntax)
 
     @cached_property
     def is_chat(self) -> bool:
-        """Whether this is a chat template, which reads `messages`."""
+        """Whether the template is a chat template, which means that it reads the variable `messages`."""
         return "messages" in self.variables
 
     @cached_property
@@ -136,7 +136,7 @@ class Template:
 
     @cached_property
     def uses_date(self) -> bool:
-        """Whether the rendered text may depend on the current date."""
+        """Whether the template may print the current date."""
         syntax = self._syntax
         tested = [test.node for test in syntax.find_all(nodes.Test) if test.name in ("defined", "undefined")]
         names = (name for name in syntax.find_all(nodes.Name) if all(name is not node for node in tested))
@@ -144,13 +144,13 @@ class Template:
 
     @cached_property
     def stops(self) -> TurnStops:
-        """How the template ends turns, detected with probes."""
+        """The stop token and the text around it at the end of a turn, detected with probes."""
         return locate.detect_stops(self._probe, TurnStops(self.special_tokens.get("eos_token"), self.control))
 
     def _probe(self, roles: str) -> TrackedString | None:
-        """Render a small conversation.
+        """Render a small conversation to find out how the template renders turns.
 
-        The contents are strings or, for templates that require it, lists of parts.
+        The contents are strings. If the template does not support strings, they are lists of text parts.
 
         Args:
             roles: first characters of the roles, such as `"uaua"`.
@@ -175,7 +175,7 @@ class Template:
 
     @cached_property
     def takes_text_arguments(self) -> bool:
-        """Whether the template prints tool call arguments that are a JSON string without changing them."""
+        """Whether the template supports tool call arguments as JSON text, and prints this text unchanged."""
         arguments = '{"key":  "value"}'
         call = {"id": "call00001", "type": "function", "function": {"name": "look_up", "arguments": arguments}}
         messages: list[dict[str, Any]] = [
@@ -193,7 +193,7 @@ class Template:
 
     @cached_property
     def is_recordable(self) -> bool:
-        """Whether every operation that the template may perform on a text can be recorded.
+        """Whether `WatchedString` can record every operation that the template may perform on a text.
 
         This is false if the template uses `in` with two operands that are not constants, or formats strings.
         """
@@ -211,24 +211,24 @@ class Template:
 
     @cached_property
     def turn_cache(self) -> TurnCache:
-        """Turn boundaries of conversations that were rendered before."""
+        """A cache of turn positions, reused for similar conversations."""
         return TurnCache()
 
     @cached_property
     def prefix_cache(self) -> PrefixCache:
-        """Renderings of the first messages of conversations that were rendered before."""
+        """A cache of rendered conversation prefixes, reused for similar conversations."""
         return PrefixCache()
 
     @cached_property
     def plan_cache(self) -> PlanCache:
-        """Render plans, with which similar conversations are rendered without running the template."""
+        """A cache of render plans, which render similar conversations without running the template."""
         return PlanCache()
 
     def render(self, variables: Mapping[str, Any]) -> TrackedString:
-        """Render the template once. The text is exactly the text that transformers renders for the same variables.
+        """Render the template with the given variables. The text is the same as in transformers.
 
         Args:
-            variables: variables of the template besides the special tokens and `kwargs`.
+            variables: template variables besides the special tokens and `kwargs`.
 
         Raises:
             BadRow: `template_raises`, with the template's own message.
@@ -237,7 +237,7 @@ class Template:
         return unwatch(self.run(variables))
 
     def run(self, variables: Mapping[str, Any], *, watch: bool = False) -> TrackedString:
-        """Render the template once, as `render` does. With `watch=True`, the result may be a `WatchedString`."""
+        """Render the template like `render`. If `watch` is true, the result may be a `WatchedString`."""
         context = {**self.special_tokens, **self.kwargs, **variables}
         program = self._compile(watch=watch)
         try:
@@ -265,8 +265,10 @@ class Template:
         try:
             yield
         except jinja2.TemplateSyntaxError as error:
-            message = f"template {self.name!r}, line {error.lineno}: {error.message}"
-            raise TemplateRefused("template_syntax", message) from None
+            raise TemplateRefused(
+                "template_syntax",
+                f"template {self.name!r} has a syntax error in line {error.lineno}: {error.message}",
+            ) from None
         except (SyntaxError, ValueError, RecursionError) as error:
             # Python compiles the code that Jinja generates, and limits its nesting and the digits of its numbers.
             raise TemplateRefused("template_syntax", f"template {self.name!r} cannot be compiled: {error}") from None
@@ -278,13 +280,14 @@ def _parse(source: str) -> nodes.Template:
 
 
 def find_template(spec: str | Path) -> tuple[str, str]:
-    """Return the name and the Jinja source of a template.
+    """Find a template by name or path. Return its name and its Jinja source.
 
     Args:
         spec: name of a built-in or plug-in template, path of a file, or Jinja source.
 
     Raises:
-        UsageError: `unknown_template`, with the most similar names as the hint, or `template_encoding`.
+        UsageError: `unknown_template`, with the most similar names as the hint; `template_encoding`, if the file is
+            not UTF-8.
     """
     text = str(spec)
     if "{{" in text or "{%" in text:
@@ -293,7 +296,7 @@ def find_template(spec: str | Path) -> tuple[str, str]:
     if not path.is_file():
         raise UsageError(
             "unknown_template",
-            f"no template and no file is named {text!r}",
+            f"{text!r} is neither the name of a template nor the path of a file",
             hint=suggest_names(text, templates.names()),
         )
     try:
@@ -303,7 +306,7 @@ def find_template(spec: str | Path) -> tuple[str, str]:
 
 
 def check_can_train(template: Template) -> None:
-    """Refuse a template that marks no text as generated, before any row is read.
+    """Refuse a prompt template without `{% generation %}` tags, since it marks no text to train.
 
     Raises:
         TemplateRefused: `template_syntax`, or `nothing_marked` for a prompt template without a generation block.
@@ -311,15 +314,15 @@ def check_can_train(template: Template) -> None:
     if template.source and not template.is_chat and not template.has_generation_tags:
         raise TemplateRefused(
             "nothing_marked",
-            f"template {template.name!r} does not read messages and has no generation block",
+            f"template {template.name!r} does not read 'messages', so it must mark the generated text",
             hint="put {% generation %} before the response and {% endgeneration %} after its stop token",
         )
 
 
 def render_scaffold(template: Template) -> str:
-    """Return the text that a chat template prints around messages, in which control tokens may touch each other.
+    """Render small conversations to obtain the text that a chat template prints before, between and after messages.
 
-    A probe that the template rejects is left out; the rows themselves are still checked.
+    The text is used to detect the control tokens that the template prints. Skip conversations that it rejects.
     """
     text = ""
     for roles in (
@@ -336,7 +339,7 @@ def render_scaffold(template: Template) -> str:
 def make_chat_variables(
     messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] = (), *, generation_prompt: bool = False
 ) -> dict[str, Any]:
-    """Return the variables of a chat template, the same as in transformers."""
+    """Return the variables that a chat template receives, with the same names as in transformers."""
     return {
         "messages": messages,
         "tools": track_value(tools, Part.TOOLS, -1) if tools else None,
@@ -346,7 +349,10 @@ def make_chat_variables(
 
 
 def _uses_length(node: nodes.Node) -> bool:
-    """Return whether a node uses the length of a possible text for more than comparing, adding or printing it."""
+    """Return whether a syntax node may use the length of a text in a way that `WatchedLength` cannot record.
+
+    Comparing, adding and printing a length can be recorded.
+    """
     if isinstance(node, _RECORDED_LENGTH_USES) or (isinstance(node, nodes.Test) and node.name != "sameas"):
         return False
     operands = [
@@ -358,7 +364,7 @@ def _uses_length(node: nodes.Node) -> bool:
 
 
 def _track_contents(text: TrackedString, contents: Sequence[str]) -> TrackedString:
-    """Return the text with every occurrence of a content tracked, for templates that format the contents."""
+    """Restore lost attribution in a rendered probe: find each message content in the text and mark its owner."""
     parts: list[str] = re.split(f"({'|'.join(map(re.escape, contents))})", str.__str__(text))
     tracked_contents = {content: track_value(content, Part.CONTENT, index) for index, content in enumerate(contents)}
     return TrackedString.from_str(concat_tracked(tracked_contents.get(part, part) for part in parts))

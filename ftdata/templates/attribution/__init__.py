@@ -1,1 +1,1 @@
-"""Attribute every character of a rendered text to a message or to the template."""
+"""Attribute each character of a rendered text to a message or to the template."""

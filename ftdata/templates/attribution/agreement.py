@@ -1,4 +1,4 @@
-"""Common prefixes and suffixes of two renderings, by characters or by whole words and tags."""
+"""Find the common prefix or suffix of two rendered texts, by character or by whole words and tags."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def common_prefix_length(a: str, b: str) -> int:
 
 
 def find_tags(text: str) -> set[str]:
-    """Return all substrings that look like control tokens."""
+    """Return all substrings that look like control tokens, such as `<|im_end|>` or `[INST]`."""
     return set(TAG.findall(text))
 
 
 def common_prefix(a: str, b: str) -> str:
-    r"""Return the longest common prefix that consists of whole atoms.
+    r"""Return the common prefix of two texts, without words or tags that only partly match.
 
     >>> common_prefix("</s>\n<user>", "</s>\n<users>")
     '</s>\n'
@@ -43,7 +43,7 @@ def common_prefix(a: str, b: str) -> str:
 
 
 def common_suffix(a: str, b: str) -> str:
-    """Return the longest common suffix that consists of whole atoms.
+    """Return the common suffix of two texts, without words or tags that only partly match.
 
     >>> common_suffix("<s>[INST] ", "</s>[INST] ")
     '[INST] '

@@ -1,4 +1,4 @@
-"""Coverage: check that the rendered text contains every message of the conversation, and recover lost attribution."""
+"""Check that the rendered text contains every message of the conversation, and recover lost attribution."""
 
 from __future__ import annotations
 
@@ -25,17 +25,20 @@ _MAX_LEAVES = 64
 def recover_attribution(
     text: str, parts: Sequence[TextPiece], messages: Sequence[Mapping[str, Any]], rerender: Rerender
 ) -> tuple[TextPiece, ...]:
-    """Return the pieces with the attribution recovered that template operations lost.
+    """Attribute text to its message again if a template operation lost the attribution.
 
-    A text that the template formats, or converts to a Python literal, loses its owners. Its range is found by
-    changing the first and the last character of the field: the range in the rendered text that moves is the field.
-    An empty answer gets a piece of length 0 at the position of its text.
+    A text loses its owners if the template formats the text or converts it to a Python literal. To find the range of
+    such a field, change its first and its last character and render again: the text that moves is the field.
+    An empty answer gets a piece of length 0 at its position.
 
     Args:
         text: the rendered text.
-        parts: the pieces of the text.
+        parts: the pieces of the rendered text.
         messages: the conversation.
         rerender: renders the conversation with a message changed.
+
+    Returns:
+        The pieces with the recovered attribution.
     """
     pieces, printed = list(parts), _join_pieces(text, parts)
     for index, message in enumerate(messages):
@@ -71,7 +74,7 @@ def check_coverage(
     rerender: Rerender,
     on_dropped_message: str = "reject",
 ) -> frozenset[str]:
-    """Check that the rendered text contains every message. Return flags for messages that are printed in part.
+    """Check that the rendered text contains every message. Return flags for partly printed messages.
 
     Args:
         messages: the conversation.
@@ -83,8 +86,8 @@ def check_coverage(
             or `"flag"`.
 
     Raises:
-        BadRow: `message_dropped`, if the text does not contain a content or a tool call; `content_stringified`, if
-            the template prints a list of parts or an object as a Python literal.
+        BadRow: `message_dropped`, if the content or a tool call of a message is missing from the text;
+            `content_stringified`, if the template prints a list of parts or an object as a Python literal.
     """
     flags: set[str] = set()
     printed, segments = _join_pieces(text, parts), _message_segments(text, parts)
@@ -101,7 +104,7 @@ def check_coverage(
         if isinstance(message.get("content"), list) and any(map(str.strip, texts)) and literal:
             raise BadRow(
                 "content_stringified",
-                "the template prints the list of parts instead of the text in it",
+                "the template prints the content as a Python list instead of printing the text of its parts",
                 field=f"messages[{index}].content",
                 hint="convert the content to a string",
             )
@@ -114,7 +117,7 @@ def check_coverage(
                 continue
             raise BadRow(
                 "message_dropped",
-                f"the template does not print the text of this {message['role']} message unchanged",
+                f"the template changes or omits the text of this {message['role']} message",
                 field=f"messages[{index}].{'tool_calls' if lost_call else 'content'}",
                 hint="use a template that prints the message, or remove the message from the data",
             )
@@ -130,7 +133,7 @@ def check_coverage(
 
 
 def _is_object(content: Any) -> bool:
-    """Return whether a content is a JSON value, such as the result of a tool, and not a list of text parts."""
+    """Return whether a message's content is a JSON value, such as a tool result, and not a list of text parts."""
     parts = content if isinstance(content, list) else ()
     return isinstance(content, Mapping) or any(not isinstance(part.get("text"), str) for part in parts)
 
@@ -141,7 +144,7 @@ def _check_object(content: Any, text: str, printed: str, segment: str, field: st
     Args:
         content: the tool result.
         text: the rendered text.
-        printed: the characters of the rendered text that are attributed to the result.
+        printed: the part of the rendered text that is attributed to the tool result.
         segment: the rendered text of the message, which also contains its keys and numbers.
         field: path of the result in the row.
 
@@ -154,16 +157,16 @@ def _check_object(content: Any, text: str, printed: str, segment: str, field: st
     if literal in text and literal not in {json.dumps(plain, ensure_ascii=ascii_only) for ascii_only in (False, True)}:
         raise BadRow(
             "content_stringified",
-            "the template prints the object as a Python literal instead of JSON",
+            "the template prints the tool result as a Python literal instead of JSON",
             field=field,
             hint=hint,
         )
     if not _all_printed(_strings(plain), printed) or not _any_printed((*_keys(plain), *_numbers(plain)), segment):
-        raise BadRow("message_dropped", "the template does not print the complete object", field=field, hint=hint)
+        raise BadRow("message_dropped", "the template omits a part of the tool result", field=field, hint=hint)
 
 
 def _untrack(value: Any) -> Any:
-    """Return the JSON value with plain strings."""
+    """Return a copy of a JSON value with each tracked string replaced by a plain `str`."""
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, Mapping):
@@ -172,7 +175,7 @@ def _untrack(value: Any) -> Any:
 
 
 def _is_fully_printed(message: Mapping[str, Any], printed: str) -> bool:
-    """Return whether a message has only a text content, and the text is printed, except surrounding whitespace."""
+    """Return whether a message contains only a role and a text, and the text is printed. Ignore outer whitespace."""
     content = message.get("content")
     if not printed or not isinstance(content, str) or len(message) != 2 or "role" not in message:
         return False
@@ -180,7 +183,7 @@ def _is_fully_printed(message: Mapping[str, Any], printed: str) -> bool:
 
 
 def _tools_printed(tools: Sequence[Mapping[str, Any]], printed: str) -> bool:
-    """Return whether the names of all tools and of their parameters are printed."""
+    """Return whether the rendered text contains the names of all tools and the names of all tool parameters."""
     for tool in tools:
         function = _get_function(tool)
         parameters = function.get("parameters")
@@ -192,7 +195,7 @@ def _tools_printed(tools: Sequence[Mapping[str, Any]], printed: str) -> bool:
 
 
 def _calls_printed(message: Mapping[str, Any], printed: str, segment: str) -> bool:
-    """Return whether all tool calls are printed. Keys and numbers may be anywhere in the segment of the message."""
+    """Return whether all tool calls of a message are printed. Keys and numbers may be anywhere in `segment`."""
     arguments = [_get_function(call).get("arguments") for call in message["tool_calls"]]
     keys_and_numbers = (text for value in arguments for text in (*_keys(value), *_numbers(value)))
     return bool(printed) and _all_printed(_strings(arguments), printed) and _any_printed(keys_and_numbers, segment)
@@ -201,7 +204,10 @@ def _calls_printed(message: Mapping[str, Any], printed: str, segment: str) -> bo
 def _each_call_printed(
     message: Mapping[str, Any], printed: str, rerender: Callable[[dict[str, Any]], str | None]
 ) -> bool:
-    """Return whether each of several tool calls is printed. A call without a unique text is changed to be unique."""
+    """Return whether each tool call is printed, for a message with several tool calls.
+
+    A call that contains no unique text is replaced by a unique call, and the message is rendered again.
+    """
     calls = message["tool_calls"]
     for number, call in enumerate(calls if len(calls) > 1 else ()):
         other_calls = [*calls[:number], *calls[number + 1 :]]
@@ -221,13 +227,13 @@ def _each_call_printed(
 
 
 def _call_texts(call: Mapping[str, Any]) -> list[str]:
-    """Return the name, the strings and the numbers of a tool call."""
+    """Return the function name of a tool call, and all strings and numbers in the arguments."""
     values = [_get_function(call).get(key) for key in ("name", "arguments")]
     return [text.strip() for text in (*_strings(values), *_numbers(values)) if text.strip()]
 
 
 def _make_unique(value: Any, seed: int = 7001) -> Any:
-    """Return a tool call with all strings and numbers replaced by values that occur nowhere else."""
+    """Return a copy of a tool call in which every string and every number is unique."""
     if isinstance(value, Mapping):
         return {
             key: inner if key in ("id", "type") and "function" in value else _make_unique(inner, 31 * seed + index)
@@ -241,7 +247,7 @@ def _make_unique(value: Any, seed: int = 7001) -> Any:
 
 
 def _has_reformatted_thinking(texts: Sequence[str], segment: str) -> bool:
-    """Return whether a content with thinking is printed completely, with different whitespace around the thinking."""
+    """Return whether content with a thinking block is fully printed, except for changed whitespace."""
     content = "".join(texts)
     return bool(find_thinking_tags(content)) and "".join(content.split()) in "".join(segment.split())
 
@@ -261,7 +267,7 @@ def _fields_printed(message: Mapping[str, Any], printed: str, segment: str) -> b
 
 
 def _join_pieces(text: str, pieces: Sequence[TextPiece]) -> defaultdict[tuple[int, Part], str]:
-    """Return the characters of the rendered text that are attributed to each part of each message."""
+    """Collect the rendered text of every message field in a dict: (message index, part) -> text."""
     printed: defaultdict[tuple[int, Part], str] = defaultdict(str)
     for piece in pieces:
         if piece.part is not Part.SCAFFOLD:
@@ -270,7 +276,7 @@ def _join_pieces(text: str, pieces: Sequence[TextPiece]) -> defaultdict[tuple[in
 
 
 def _message_segments(text: str, pieces: Sequence[TextPiece]) -> dict[int, str]:
-    """Return the text between the previous and the next message, for each message."""
+    """Return the rendered text around each message, from the end of the previous message to the start of the next."""
     owned = [piece for piece in pieces if piece.part is not Part.SCAFFOLD]
     positions: dict[int, tuple[int, int]] = {}
     for position, piece in enumerate(owned):
@@ -281,7 +287,7 @@ def _message_segments(text: str, pieces: Sequence[TextPiece]) -> dict[int, str]:
 
 
 def _all_printed(expected: Iterable[str], text: str) -> bool:
-    """Return whether the text contains all expected texts, as often as expected, except surrounding whitespace."""
+    """Return whether the text contains all expected strings, including repetitions. Ignore outer whitespace."""
     counts = Counter(filter(None, (item.strip() for item in expected)))
     return sum(len(item) * count for item, count in counts.items()) <= len(text) and all(
         _count_occurrences(item, text) >= count for item, count in counts.items()
@@ -289,21 +295,21 @@ def _all_printed(expected: Iterable[str], text: str) -> bool:
 
 
 def _any_printed(expected: Iterable[str], text: str) -> bool:
-    """Return whether the text contains each expected text at least once."""
+    """Return whether the text contains each expected string at least once."""
     return all(_count_occurrences(item, text) for item in expected)
 
 
 def _count_occurrences(expected: str, text: str) -> int:
-    """Return the number of occurrences of a string in the text, either unchanged or escaped as JSON."""
+    """Count how often the text contains a string. If there is no exact match, count its JSON-escaped form."""
     return text.count(expected) or max(
         text.count(json.dumps(expected, ensure_ascii=ascii_only)[1:-1]) for ascii_only in (False, True)
     )
 
 
 def _expected_texts(message: Mapping[str, Any], part: Part) -> list[str]:
-    """Return the texts of a part of a message that the rendered text must contain.
+    """Return the strings of a message that the rendered text must contain.
 
-    These are the content, the reasoning, or the names and argument values of the tool calls.
+    Depending on `part`, the strings are the content, the reasoning, or the names and argument values of tool calls.
     """
     if part is Part.TOOL_CALL:
         functions = map(_get_function, message.get("tool_calls") or ())
@@ -330,12 +336,12 @@ def _get_function(call: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yield all strings in a JSON value, except keys."""
+    """Yield all strings in a JSON value, except the keys of objects."""
     return (str.__str__(scalar) for scalar in _scalars(value) if isinstance(scalar, str))
 
 
 def _numbers(value: Any) -> Iterator[str]:
-    """Yield all numbers in a JSON value as text. Booleans are left out, since templates print them differently."""
+    """Yield all numbers in a JSON value as text. Omit booleans: templates print `True` or `true`."""
     return (
         json.dumps(scalar)
         for scalar in _scalars(value)
@@ -352,7 +358,7 @@ def _scalars(value: Any) -> Iterator[Any]:
 
 
 def _keys(value: Any) -> Iterator[str]:
-    """Yield all keys in a JSON value."""
+    """Yield the keys of all objects in a JSON value."""
     yield from value if isinstance(value, Mapping) else ()
     for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
         yield from _keys(inner)
@@ -374,7 +380,7 @@ def _find_ranges(
 
 
 def _find_empty_answer(text: str, message: Mapping[str, Any], index: int, rerender: Rerender) -> int | None:
-    """Return the position of an empty answer in the rendered text, or `None` if it is uncertain."""
+    """Return the position of an empty answer in the rendered text, or `None` if the position is uncertain."""
     filled = rerender(index, {**message, "content": "x"})
     if filled is None:
         return None
@@ -393,7 +399,7 @@ def _insert(pieces: Sequence[TextPiece], empty: TextPiece) -> list[TextPiece]:
 
 
 def _leaf_paths(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """Yield the paths of the strings that templates print: contents, names and argument values."""
+    """Yield the path of each string that templates print: contents, names and argument values."""
     if isinstance(value, str):
         if value and path[-1] not in ("id", "type"):
             yield path

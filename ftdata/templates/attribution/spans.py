@@ -1,4 +1,4 @@
-"""Spans of a rendered text: the message and the field that each character comes from.
+"""Divide a rendered text into spans that record which message and field each character comes from.
 
 The owner of a character is the integer `8 * (message + 1) + code of the part`. A `TrackedString` keeps the owners of
 its characters while the template runs, and the owners of the rendered text become pieces and then spans.
@@ -28,14 +28,14 @@ _OPENING_TAG, _TRAILING_OPENING_TAG = re.compile(rf"\s*<({THINKING_NAMES})>"), r
 
 
 class TextPiece(NamedTuple):
-    """A range of characters of the rendered text with one owner.
+    """A range of the rendered text that comes from one field of a message, or from the template.
 
     Attributes:
         start: first character.
         end: end of the range, exclusive.
         part: kind of the text.
-        message: index of the message that the text comes from, or -1.
-        block: number of the generation block that contains the text, or 0.
+        message: index of the message that the text comes from, or -1 for other text.
+        block: number of the `{% generation %}` block that contains the text, or 0.
     """
 
     start: int
@@ -46,7 +46,7 @@ class TextPiece(NamedTuple):
 
 
 class TurnRegion(NamedTuple):
-    """The generated characters `[start, end)` of one message."""
+    """The character range `[start, end)` of the text that the model generates for one message."""
 
     message: int
     start: int
@@ -54,7 +54,7 @@ class TurnRegion(NamedTuple):
 
 
 def track_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages with every string tracked, as the variable `messages` of a chat template.
+    """Convert messages to the variable `messages` of a chat template, with a `TrackedString` for every string.
 
     As in transformers, null values are dropped. Reasoning is available under all of its key names.
     """
@@ -62,7 +62,7 @@ def track_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 
 def track_value(value: Any, part: Part, message: int) -> Any:
-    """Return a copy of a JSON value in which every string, including keys, has the owner `(message, part)`."""
+    """Copy a JSON value and convert all strings and keys to `TrackedString`, with the owner `(message, part)`."""
     owner = 8 * (message + 1) + _CODES[part]
     if isinstance(value, str):
         return TrackedString(value, ((len(value), owner),) if value else ())
@@ -74,7 +74,7 @@ def track_value(value: Any, part: Part, message: int) -> Any:
 
 
 def pieces_of(text: TrackedString) -> tuple[TextPiece, ...]:
-    """Return the pieces of a rendered text, which are in order and tile it."""
+    """Split a rendered text into pieces, one per run of characters with the same owner."""
     pieces: list[TextPiece] = []
     start = 0
     for length, owner in text.runs:
@@ -87,9 +87,10 @@ def pieces_of(text: TrackedString) -> tuple[TextPiece, ...]:
 def split_thinking(
     text: str, parts: Iterable[TextPiece], regions: Sequence[TurnRegion], assistants: Iterable[int]
 ) -> tuple[TextPiece, ...]:
-    """Return the pieces with the thinking at the beginning of assistant contents as pieces of reasoning.
+    """Mark thinking at the beginning of an assistant message as reasoning.
 
-    The thinking tags become template text, as if the template had printed them.
+    Split the pieces where the thinking begins and ends. The thinking tags become template text, as if the template
+    had printed them.
     """
     parts = list(parts)
     thinking = _locate_thinking(text, parts, regions, set(assistants))
@@ -103,7 +104,10 @@ def split_thinking(
 
 
 def override_part(piece: TextPiece, start: int, end: int, over: Part, **changes: Any) -> Iterator[TextPiece]:
-    """Yield the piece, split so that `changes` apply only within `[start, end)`, if its part is `over`."""
+    """Split a piece at `start` and `end`, apply `changes` to the middle piece, and yield the resulting pieces.
+
+    Yield the piece unchanged if its part is not `over`, or if the piece is outside the range.
+    """
     if piece.part is not over or piece.end <= start or end <= piece.start:
         yield piece
         return
@@ -118,7 +122,7 @@ def override_part(piece: TextPiece, start: int, end: int, over: Part, **changes:
 def _locate_thinking(
     text: str, pieces: Iterable[TextPiece], regions: Sequence[TurnRegion], assistants: set[int]
 ) -> dict[int, list[tuple[int, int, Part]]]:
-    """Return the ranges of thinking and thinking tags for each message whose content begins with thinking."""
+    """Locate the thinking text and the thinking tags at the beginning of assistant messages."""
     ends = {region.message: region.end for region in regions}
     contents: dict[int, tuple[int, int]] = {}
     for piece in pieces:
@@ -140,12 +144,15 @@ def _locate_thinking(
 
 
 def find_thinking_tags(content: str, opened: str | None = None) -> list[tuple[int, int]]:
-    """Return the ranges of the thinking tags at the beginning of a content: both tags, the closing tag, or none.
+    """Locate the tags of a thinking block at the beginning of a message's content.
 
     Args:
-        content: the content.
+        content: the content of the message.
         opened: name of the tag if the text before the content ends with an opening tag.
 
+    Returns:
+        The character ranges of both tags, of only the closing tag if the opening tag precedes the content, or an
+        empty list if the content does not begin with a thinking block.
     >>> find_thinking_tags("<think>hm</think>yes"), find_thinking_tags("hm</think>yes", "think")
     ([(0, 7), (9, 17)], [(2, 10)])
     >>> find_thinking_tags("</think>")
@@ -161,9 +168,10 @@ def find_thinking_tags(content: str, opened: str | None = None) -> list[tuple[in
 
 
 def make_spans(parts: Iterable[TextPiece], regions: Sequence[TurnRegion]) -> tuple[Span, ...]:
-    """Return spans that tile the text, with the spans inside a region marked as generated.
+    """Convert pieces to spans, and mark the spans inside a turn's region as generated.
 
     Template text inside a region belongs to the message of the region; other template text belongs to no message.
+    The spans tile the text.
 
     Args:
         parts: pieces that tile the text.

@@ -1,4 +1,4 @@
-"""Strings that record the owner of each of their characters.
+"""A `str` subclass that records the owner of each character: a field of the row, or the template.
 
 A `TrackedString` is a `str` that also stores the owner of each range of its characters: 0 for the template, any other
 number for a field of the row. The operations that templates use (`+`, `~`, slices, `strip`, `split`, `replace`,
@@ -23,28 +23,28 @@ BLOCK = 40
 
 
 class TrackedString(str):
-    """A string with the owners of its characters.
+    """A string that records the owner of each character: the template, or a field of the row.
 
     Attributes:
-        runs: lengths and owners of ranges of characters, which tile the string.
+        runs: (number of characters, owner) of each range of characters with the same owner. The ranges tile the string.
     """
 
     __slots__ = ("runs",)
     runs: tuple[Run, ...]
 
     def __new__(cls, text: str, runs: Iterable[Run] | None = None) -> Self:
-        """Create a string with the owners in `runs`. By default, the owner is the template."""
+        """Create a string whose characters have the owners in `runs`. The default owner is the template."""
         self = super().__new__(cls, text)
         self.runs = (((len(text), 0),) if text else ()) if runs is None else tuple(runs)
         return self
 
     @classmethod
     def from_str(cls, text: str) -> TrackedString:
-        """Return `text` itself if it is tracked, otherwise a tracked string whose owner is the template."""
+        """Convert a plain `str` to a `TrackedString` that the template owns. Return a `TrackedString` unchanged."""
         return text if isinstance(text, TrackedString) else cls(text)
 
     def in_block(self, number: int) -> TrackedString:
-        """Return the string with the block number set in every owner."""
+        """Return a copy in which every character is marked as part of `{% generation %}` block `number`."""
         return TrackedString(str.__str__(self), ((length, owner | number << BLOCK) for length, owner in self.runs))
 
     def __str__(self) -> str:
@@ -72,8 +72,7 @@ class TrackedString(str):
             return concat_tracked(self[i] for i in range(start, stop, step))
         index = int(key) + (len(self) if int(key) < 0 else 0)
         if not 0 <= index < len(self):
-            message = "string index out of range"
-            raise IndexError(message)
+            raise IndexError("string index out of range")
         return self._slice(index, index + 1)
 
     def _slice(self, start: int, stop: int) -> TrackedString:
@@ -87,47 +86,47 @@ class TrackedString(str):
         return TrackedString(str.__getitem__(self, slice(start, stop)), runs)
 
     def strip(self, chars: str | None = None, /) -> str:
-        """Apply `str.strip` and keep the origins of the characters."""
+        """Apply `str.strip` and keep the owner of each character."""
         return TrackedString.from_str(self.lstrip(chars)).rstrip(chars)
 
     def lstrip(self, chars: str | None = None, /) -> str:
-        """Apply `str.lstrip` and keep the origins of the characters."""
+        """Apply `str.lstrip` and keep the owner of each character."""
         return self._slice(len(self) - len(str.lstrip(self, chars)), len(self))
 
     def rstrip(self, chars: str | None = None, /) -> str:
-        """Apply `str.rstrip` and keep the origins of the characters."""
+        """Apply `str.rstrip` and keep the owner of each character."""
         return self._slice(0, len(str.rstrip(self, chars)))
 
     def removeprefix(self, prefix: str, /) -> str:
-        """Apply `str.removeprefix` and keep the origins of the characters."""
+        """Apply `str.removeprefix` and keep the owner of each character."""
         return self._slice(len(self) - len(str.removeprefix(self, prefix)), len(self))
 
     def removesuffix(self, suffix: str, /) -> str:
-        """Apply `str.removesuffix` and keep the origins of the characters."""
+        """Apply `str.removesuffix` and keep the owner of each character."""
         return self._slice(0, len(str.removesuffix(self, suffix)))
 
     def upper(self) -> str:
-        """Apply `str.upper` and keep the origins of the characters."""
+        """Apply `str.upper` and keep the owner of each character."""
         return self._change_case(str.upper)
 
     def lower(self) -> str:
-        """Apply `str.lower` and keep the origins of the characters."""
+        """Apply `str.lower` and keep the owner of each character."""
         return self._change_case(str.lower)
 
     def capitalize(self) -> str:
-        """Apply `str.capitalize` and keep the origins of the characters."""
+        """Apply `str.capitalize` and keep the owner of each character."""
         return self._change_case(str.capitalize)
 
     def title(self) -> str:
-        """Apply `str.title` and keep the origins of the characters."""
+        """Apply `str.title` and keep the owner of each character."""
         return self._change_case(str.title)
 
     def casefold(self) -> str:
-        """Apply `str.casefold` and keep the origins of the characters."""
+        """Apply `str.casefold` and keep the owner of each character."""
         return self._change_case(str.casefold)
 
     def swapcase(self) -> str:
-        """Apply `str.swapcase` and keep the origins of the characters."""
+        """Apply `str.swapcase` and keep the owner of each character."""
         return self._change_case(str.swapcase)
 
     def _change_case(self, change: Callable[[str], str]) -> str:
@@ -141,24 +140,24 @@ class TrackedString(str):
         )
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        """Apply `str.split` and keep the origins of the characters."""
+        """Apply `str.split` and keep the owner of each character."""
         return self._track_pieces(str.split(self, sep, maxsplit), sep)
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        """Apply `str.rsplit` and keep the origins of the characters."""
+        """Apply `str.rsplit` and keep the owner of each character."""
         return self._track_pieces(str.rsplit(self, sep, maxsplit), sep)
 
     def splitlines(self, keepends: bool = False) -> list[str]:
-        """Apply `str.splitlines` and keep the origins of the characters."""
+        """Apply `str.splitlines` and keep the owner of each character."""
         return self._track_pieces(str.splitlines(self, keepends), None)
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
-        """Apply `str.partition` and keep the origins of the characters."""
+        """Apply `str.partition` and keep the owner of each character."""
         before, middle, after = self._track_pieces(str.partition(self, sep), "")
         return before, middle, after
 
     def rpartition(self, sep: str, /) -> tuple[str, str, str]:
-        """Apply `str.rpartition` and keep the origins of the characters."""
+        """Apply `str.rpartition` and keep the owner of each character."""
         before, middle, after = self._track_pieces(str.rpartition(self, sep), "")
         return before, middle, after
 
@@ -174,13 +173,13 @@ class TrackedString(str):
         return tracked
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
-        """Apply `str.replace` and keep the origins of the characters. The replacement keeps its owners."""
+        """Apply `str.replace` and keep the owner of each character, also in the inserted text."""
         if not old:
             return str.replace(self, old, new, count)
         return TrackedString.from_str(new).join(self.split(old, count))
 
     def join(self, pieces: Iterable[str], /) -> str:
-        """Apply `str.join` and keep the origins of the characters."""
+        """Apply `str.join` and keep the owner of each character."""
         parts: list[str] = []
         for piece in pieces:
             if parts and self:
@@ -190,7 +189,7 @@ class TrackedString(str):
 
 
 class TrackedMarkup(Markup):
-    """The result of Jinja's `safe` filter for a tracked string, which keeps the tracked string."""
+    """The result of Jinja's `safe` filter for a `TrackedString`. It stores the original string with its owners."""
 
     __slots__ = ("tracked",)
     tracked: TrackedString
@@ -200,14 +199,14 @@ class TrackedMarkup(Markup):
 
 
 def mark_safe(text: str) -> Markup:
-    """Return the same as Jinja's `safe` filter, tracked."""
+    """Apply Jinja's `safe` filter and keep the owner of each character."""
     marked = TrackedMarkup(text)
     marked.tracked = TrackedString.from_str(text)
     return marked
 
 
 def concat_tracked(pieces: Iterable[str]) -> str:
-    """Concatenate strings into a tracked string. Adjacent runs of the same owner are merged, and empty runs dropped.
+    """Concatenate strings and keep the owner of each character. Merge adjacent ranges that have the same owner.
 
     >>> concat_tracked(["a", "", TrackedString("bc", [(2, 9)]), "d", "e"]).runs
     ((1, 0), (2, 9), (2, 0))
@@ -228,11 +227,11 @@ def concat_tracked(pieces: Iterable[str]) -> str:
 
 
 def dump_tracked_json(value: Any, plain: Callable[[Any], str], *, sort_keys: bool = False) -> str:
-    """Serialize a JSON value and keep the owners of its strings.
+    """Serialize a JSON value to text and keep the owner of each character in its strings.
 
-    Each string is first replaced by a number between two noncharacters, so that its position in the output is known.
-    Then the escaped string is put back. If all strings of an object or a list have the same owner, the whole output of
-    the object or list has this owner, including brackets and numbers.
+    First, a number between two noncharacters replaces each string, which marks its position in the output. Then the
+    escaped string replaces the number. If all strings of an object or a list have the same owner, this owner also owns
+    the brackets and numbers of the object or list.
 
     Args:
         value: the JSON value.
@@ -252,8 +251,7 @@ def dump_tracked_json(value: Any, plain: Callable[[Any], str], *, sort_keys: boo
         None,
     )
     if mark is None:
-        message = "the data contains every noncharacter from U+FDD1 to U+FDEF"
-        raise ValueError(message)
+        raise ValueError("the data contains every noncharacter from U+FDD1 to U+FDEF")
     replaced: list[TrackedString] = []
 
     def replace_strings(item: Any) -> Any:
@@ -291,7 +289,7 @@ _UNTRACKED = -1
 
 
 def _find_owners(value: Any) -> set[int]:
-    """Return the owners of all strings in a JSON value. The owner of an untracked string is `_UNTRACKED`."""
+    """Return the owners of all strings in a JSON value. A plain `str` counts as `_UNTRACKED`."""
     if isinstance(value, TrackedString):
         return {owner for _, owner in value.runs}
     if isinstance(value, str):
@@ -307,7 +305,7 @@ def _sort_keys(value: Any) -> Any:
 
 
 def _find_noncharacters(text: str) -> set[str]:
-    """Return the noncharacters in a JSON text, literal or escaped."""
+    r"""Return the Unicode noncharacters U+FDD0 to U+FDEF that a JSON text contains, either literal or as `\uXXXX`."""
     return set(re.findall(r"[\ufdd0-\ufdef]|\\ufd[de][0-9a-f]", text))
 
 

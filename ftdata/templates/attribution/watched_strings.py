@@ -1,9 +1,9 @@
 """A `str` subclass that records every operation that a template performs on it.
 
 The output of a template depends on the shape of a conversation and on the results of operations on its texts: whether
-a text contains `</think>`, or how another text begins. A `WatchedString` records each such operation with its result.
-The template takes the same path for all other texts with the same results. An operation that cannot be recorded makes
-the whole run opaque.
+a text contains `</think>`, or how another text begins. A `WatchedString` records each operation with its result.
+The template takes the same path for all other texts with the same results. If an operation cannot be recorded, the
+whole run is marked as opaque, which means that its result cannot be reused for other texts.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Origin = tuple[Any, ...]
 
 
 def evaluate_origin(origin: Origin, messages: Sequence[Mapping[str, Any]]) -> Any:
-    """Compute a value again for other messages.
+    """Evaluate the expression `origin` with the texts of other messages.
 
     Raises:
-        LookupError, ValueError: a method fails, or the messages have no such field.
+        LookupError, ValueError: a method fails, or the messages lack a field of the expression.
     """
     kind, *operands = origin
     if kind == "text":
@@ -54,18 +54,18 @@ def evaluate_origin(origin: Origin, messages: Sequence[Mapping[str, Any]]) -> An
 
 @dataclass(frozen=True, slots=True)
 class RecordedOperation:
-    """An operation on a text.
+    """An operation that a template performed on a text, with its result.
 
     Attributes:
         expression: the evaluated expression.
-        result: its result.
+        result: the result of the expression.
     """
 
     expression: Origin
     result: Any
 
     def has_same_result(self, messages: Sequence[Mapping[str, Any]]) -> bool:
-        """Return whether the operation has the same result for these messages."""
+        """Repeat the operation for other messages, and return whether the result equals the recorded result."""
         try:
             return bool(evaluate_origin(self.expression, messages) == self.result)
         except (ValueError, LookupError, RecursionError):
@@ -74,7 +74,7 @@ class RecordedOperation:
 
 @dataclass
 class OperationLog:
-    """The operations of a template on watched strings.
+    """A record of the operations that a template performs on strings of the row while it runs.
 
     Attributes:
         operations: the recorded operations.
@@ -90,7 +90,7 @@ _log: ContextVar[OperationLog] = ContextVar("log")
 
 @contextmanager
 def record_operations() -> Iterator[OperationLog]:
-    """Record the operations on watched strings inside this block."""
+    """Record all operations on `WatchedString` objects inside this `with` block."""
     token = _log.set(OperationLog())
     try:
         yield _log.get()
@@ -99,12 +99,12 @@ def record_operations() -> Iterator[OperationLog]:
 
 
 def mark_opaque() -> None:
-    """Record that the template performed an operation that cannot be repeated."""
+    """Mark the current run as opaque: the template performed an operation that cannot be recorded."""
     _log.get().opaque = True
 
 
 class WatchedString(TrackedString):
-    """A tracked string that records every operation on it.
+    """A `TrackedString` that records every operation that a template performs on it.
 
     Attributes:
         origin: the expression that computes the string, or `None` if it is unknown.
@@ -115,21 +115,21 @@ class WatchedString(TrackedString):
 
     @classmethod
     def from_origin(cls, text: str, origin: Origin | None) -> Self:
-        """Return a watched copy of a text."""
+        """Create a watched copy of `text`, which the expression `origin` computes."""
         self = cls(str.__str__(text), TrackedString.from_str(text).runs)
         self.origin = origin
         return self
 
     def in_block(self, number: int) -> TrackedString:
-        """Return the string with the block number set in every owner."""
+        """Return a copy in which every character is marked as part of `{% generation %}` block `number`."""
         return WatchedString.from_origin(super().in_block(number), self.origin)
 
     def to_tracked(self) -> TrackedString:
-        """Return the tracked string without its origin."""
+        """Convert to a plain `TrackedString`, which does not record operations."""
         return TrackedString(str.__str__(self), self.runs)
 
     def derive_origin(self, name: str, arguments: tuple[Any, ...]) -> Origin | None:
-        """Return the origin of the result of a method."""
+        """Return the expression that calls method `name` on this string, or `None` if it cannot be recorded."""
         is_recordable = self.origin is not None and not any(
             isinstance(argument, WatchedString) for argument in arguments
         )
@@ -154,12 +154,12 @@ class WatchedString(TrackedString):
 
 
 def unwatch(text: TrackedString) -> TrackedString:
-    """Return the tracked string if the text is watched, otherwise the text itself."""
+    """Convert a `WatchedString` to a plain `TrackedString`. Return other strings unchanged."""
     return text.to_tracked() if isinstance(text, WatchedString) else text
 
 
 class WatchedLength(int):
-    """The length of a watched string. Templates compare it much more often than they print it."""
+    """The length of a `WatchedString`. It records comparisons, and the exact length only for other uses."""
 
     origin: Origin | None
 
@@ -172,7 +172,7 @@ def _record(expression: Origin | None, result: Any) -> None:
 
 
 def watched_length(value: Any) -> int:
-    """Return the same as Jinja's `length` filter, watched."""
+    """Apply Jinja's `length` filter. Return a `WatchedLength` for a `WatchedString`."""
     if not isinstance(value, WatchedString):
         return len(value)
     length = WatchedLength(len(value.to_tracked()))
@@ -181,7 +181,7 @@ def watched_length(value: Any) -> int:
 
 
 def join_watched(pieces: Iterable[str]) -> TrackedString:
-    """Concatenate strings. The result is watched if at least one of the strings is watched."""
+    """Concatenate strings. Return a `WatchedString` if at least one input is a `WatchedString`."""
     parts = list(pieces)
     text = TrackedString.from_str(concat_tracked(parts))
     if not any(isinstance(part, WatchedString) for part in parts):
@@ -196,7 +196,7 @@ def join_watched(pieces: Iterable[str]) -> TrackedString:
 
 
 def _merge_origins(origins: Sequence[Origin]) -> list[Origin]:
-    """Return the origins with nested joins replaced by their parts and adjacent constant texts merged."""
+    """Simplify the parts of a concatenation: flatten nested joins, and merge adjacent constant texts."""
     merged = list[Origin]()
     for origin in origins:
         for part in origin[1] if origin[0] == "join" else (origin,):
@@ -208,7 +208,7 @@ def _merge_origins(origins: Sequence[Origin]) -> list[Origin]:
 
 
 def watch_messages(value: Any, path: tuple[Any, ...] = ()) -> Any:
-    """Return a copy of messages in which every tracked string is watched, except keys."""
+    """Copy messages and convert each `TrackedString` to a `WatchedString`, except the keys of objects."""
     if isinstance(value, TrackedString):
         return WatchedString.from_origin(value, ("field", path))
     if isinstance(value, Mapping):
@@ -219,7 +219,7 @@ def watch_messages(value: Any, path: tuple[Any, ...] = ()) -> Any:
 
 
 def watch_method(text: str, name: str) -> Callable[..., Any]:
-    """Return a method of a string that is not watched, for calls with arguments that may be watched."""
+    """Wrap a method of a plain string so that it records calls with `WatchedString` arguments."""
     method = getattr(TrackedString.from_str(text), name)
 
     def call(*arguments: Any, **options: Any) -> Any:
@@ -234,7 +234,7 @@ def watch_method(text: str, name: str) -> Callable[..., Any]:
 
 
 def watch_result(function: Callable[..., str]) -> Callable[..., str]:
-    """Return the function with its result watched if the result contains text of the row."""
+    """Wrap a function so that it returns a `WatchedString` if the result contains text of the row."""
 
     def call(*arguments: Any, **options: Any) -> str:
         result = TrackedString.from_str(function(*arguments, **options))
@@ -245,7 +245,7 @@ def watch_result(function: Callable[..., str]) -> Callable[..., str]:
 
 
 def watch_unknown_call(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function, changed so that a call makes the run opaque."""
+    """Wrap a function so that each call marks the run as opaque: calls of this function cannot be recorded."""
 
     def call(*arguments: Any, **options: Any) -> Any:
         mark_opaque()
@@ -256,7 +256,7 @@ def watch_unknown_call(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _make_deriving_method(name: str) -> Callable[..., Any]:
-    """Return a method that returns a string derived from the text."""
+    """Create an override of a `str` method that returns one string, such as `strip`. The result is also watched."""
 
     def method(self: WatchedString, *arguments: Any, **options: Any) -> Any:
         try:
@@ -274,7 +274,7 @@ def _make_deriving_method(name: str) -> Callable[..., Any]:
 
 
 def _make_splitting_method(name: str) -> Callable[..., Any]:
-    """Return a method that returns pieces of the text."""
+    """Create an override of a `str` method that returns several strings, such as `split`. The results are watched."""
 
     def method(self: WatchedString, *arguments: Any, **options: Any) -> Any:
         pieces = getattr(self.to_tracked(), name)(*arguments, **options)
@@ -290,7 +290,7 @@ def _make_splitting_method(name: str) -> Callable[..., Any]:
 
 
 def _make_query_method(name: str) -> Callable[..., Any]:
-    """Return a method that returns a boolean or a number, which is recorded."""
+    """Create an override of a `str` method that returns a boolean or a number. The override records the result."""
 
     def method(self: WatchedString, *arguments: Any) -> Any:
         result = bool(self.to_tracked()) if name == "__bool__" else getattr(self.to_tracked(), name)(*arguments)
@@ -301,7 +301,7 @@ def _make_query_method(name: str) -> Callable[..., Any]:
 
 
 def _make_opaque_method(name: str) -> Callable[..., Any]:
-    """Return a method that makes the run opaque."""
+    """Create an override of a `str` method that cannot be recorded. The override marks the run as opaque."""
 
     def method(self: WatchedString, *arguments: Any, **options: Any) -> Any:
         mark_opaque()
@@ -311,7 +311,7 @@ def _make_opaque_method(name: str) -> Callable[..., Any]:
 
 
 def _make_length_comparison(name: str) -> Callable[..., Any]:
-    """Return a method that compares a length and records the result of the comparison."""
+    """Create an override of an `int` method that compares a length. The override records only the result."""
 
     def method(self: WatchedLength, *arguments: Any) -> Any:
         result = getattr(int.__int__(self), name)(*arguments)
@@ -322,7 +322,7 @@ def _make_length_comparison(name: str) -> Callable[..., Any]:
 
 
 def _make_length_method(name: str) -> Callable[..., Any]:
-    """Return a method that uses a length in any other way and records the length itself."""
+    """Create an override of an `int` method that is not a comparison. The override records the exact length."""
 
     def method(self: WatchedLength, *arguments: Any) -> Any:
         _record(self.origin, length := int.__int__(self))
@@ -345,13 +345,13 @@ _OBJECT = set(dir(object)) - _COMPARISONS - {"__str__", "__repr__", "__hash__", 
 def _override_methods(
     cls: type, base: type, kinds: Mapping[Callable[[str], Any], set[str]], default: Callable[[str], Any]
 ) -> None:
-    """Override each method of the base class.
+    """Define overrides in `cls` for the methods of the class `base`, so that calls are recorded.
 
     Args:
-        cls: the class whose methods are defined.
+        cls: the class that receives the overrides.
         base: the class whose methods are overridden.
-        kinds: factory of methods -> names of the methods that it makes.
-        default: factory of all other methods.
+        kinds: function that creates an override -> names of the methods that it overrides.
+        default: function that creates the overrides of all other methods.
     """
     factories = {name: make for make, names in kinds.items() for name in names}
     for name in {*dir(base), *factories} - set(vars(cls)) - _OBJECT:

@@ -1,1 +1,1 @@
-"""Reuse earlier renderings of a template."""
+"""Caches that reuse earlier renderings of a template for similar conversations."""

@@ -1,9 +1,9 @@
-"""Render plans: render conversations that a template treats alike without running the template again.
+"""Cache render plans, which render similar conversations without running the template again.
 
-A run on watched strings shows what each segment of the output is: template text, or a text of the row, possibly
-stripped. For a conversation of the same shape, for which all recorded operations have the same results, the template
-prints the same segments. A plan joins the segments, and the turns are known with them. All other conversations are
-rendered by the template.
+A run on watched strings records the source of each segment of the output: the template, or a text of the row, possibly
+stripped. If another conversation has the same shape, and all recorded operations have the same results, the template
+prints the same segments. The plan then joins the segments and reuses the located turns. The template renders all other
+conversations.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Shape = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class ContentLeaf:
-    """A segment that is the content of a message, possibly without its beginning or end.
+    """A segment of the rendered text that contains the content of one message, possibly stripped.
 
     Attributes:
         message: index of the message.
@@ -47,7 +47,7 @@ class ContentLeaf:
     whitespace: tuple[bool, bool] | None
 
     def render(self, content: str) -> str | None:
-        """Return the segment for another content, or `None` if the plan does not apply to it."""
+        """Return the segment for another message content, or `None` if the plan does not apply to this content."""
         text = content
         for method, arguments in self.changes:
             text = getattr(text, method)(*arguments)
@@ -58,7 +58,7 @@ class ContentLeaf:
 
 
 def _leaf_origin(leaf: ContentLeaf) -> Origin:
-    """Return the origin of a leaf."""
+    """Return the expression that computes the text of a segment from the messages."""
     origin: Origin = ("field", (leaf.message, "content"))
     for name, arguments in leaf.changes:
         origin = ("call", origin, name, arguments)
@@ -67,15 +67,15 @@ def _leaf_origin(leaf: ContentLeaf) -> Origin:
 
 @dataclass(frozen=True, slots=True)
 class RenderPlan:
-    """The spans that a template prints on one path, and the conditions for this path.
+    """The fixed template text and the slots for message contents that conversations of one shape share.
 
     Attributes:
         texts: text of each span of template text, and an empty string for each other span.
-        leaves: index and leaf of each span that is a content.
+        leaves: (index of a span, leaf) of each span that contains the content of a message.
         kinds: all other properties of the spans.
         flags: flags of the rendered text.
-        operations: operations on texts, which must have the same results.
-        excluded_prefixes: texts that must not follow at an anchor (as in `CachedTurns`).
+        operations: operations on texts. The plan applies only if all of them have the recorded results.
+        excluded_prefixes: (anchor, text) pairs. The plan does not apply if the text follows the anchor.
     """
 
     texts: tuple[str, ...]
@@ -95,13 +95,13 @@ class RenderPlan:
         *,
         same_origins: bool,
     ) -> RenderPlan | None:
-        """Return the plan for a rendered conversation.
+        """Create a plan from a rendered conversation.
 
         Args:
             cached_turns: the located turns.
             segments: the segments of the rendered text.
             rendered: the rendered text.
-            parts: its pieces.
+            parts: the pieces of the rendered text.
             same_origins: whether the generation prompts and endings consist of the same segments as the whole text.
                 Then a text is printed in the same way in all of them, whether or not it has whitespace around it.
 
@@ -133,9 +133,10 @@ class RenderPlan:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether the plan may be tried in this process, which has no CPU limit.
+        """Whether the plan is cheap enough to run in this process, which has no CPU limit.
 
-        A bounded plan processes at most `_MAX_WORK` times the characters of the row, and `_MAX_FIXED_WORK` others.
+        A bounded plan processes each character of the row at most `_MAX_WORK` times, and at most `_MAX_FIXED_WORK`
+        other characters.
         """
         costs, work, fixed = dict[int, _Cost](), Counter[int](), 0.0
         leaves = [_leaf_origin(leaf) for _, leaf in self.leaves]
@@ -152,11 +153,11 @@ class RenderPlan:
         return fixed <= _MAX_FIXED_WORK and max(work.values(), default=0) <= _MAX_WORK
 
     def fill(self, messages: Sequence[Mapping[str, Any]], contents: Sequence[str]) -> Rendered | None:
-        """Render other messages with the plan.
+        """Insert the contents of other messages into the plan to render them.
 
         Args:
             messages: the messages.
-            contents: their contents, as returned by `message_contents`.
+            contents: the contents of the messages, as returned by `message_contents`.
 
         Returns:
             The rendered text, or `None` if the plan does not apply to the messages.
@@ -185,11 +186,11 @@ class RenderPlan:
 
 @dataclass
 class PlanCache:
-    """The render plans of a template.
+    """A cache of the render plans for one template. The key is the shape of a conversation.
 
     Attributes:
-        plans_by_shape: the plans, by the shape of the conversation.
-        miss_counts: number of conversations of each shape without a plan.
+        plans_by_shape: shape of the conversation -> plans.
+        miss_counts: shape of the conversation -> number of conversations that no plan could render.
         new_plans: plans that were not yet sent to the process that uses them.
     """
 
@@ -198,7 +199,10 @@ class PlanCache:
     new_plans: list[tuple[Shape, RenderPlan]] = field(default_factory=list)
 
     def needs_plan(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> bool:
-        """Count a miss and return whether to make a plan. The more misses, the less often a plan is tried."""
+        """Count a conversation that no plan could render. Return whether to create a plan for its shape.
+
+        The more conversations of a shape are counted, the less often a new plan is created.
+        """
         shape = conversation_shape(messages, turns)
         if shape is None or (shape not in self.miss_counts and len(self.miss_counts) == _MAX_SHAPES):
             return False
@@ -208,7 +212,7 @@ class PlanCache:
         return has_room and (misses <= _MAX_PLANS or misses & (misses - 1) == 0)
 
     def render(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> Rendered | None:
-        """Render messages with a plan, or return `None` if no plan applies."""
+        """Render messages with a cached plan, or return `None` if no plan applies."""
         contents = message_contents(messages)
         if contents is None:
             return None
@@ -218,20 +222,20 @@ class PlanCache:
         return None
 
     def get_plans(self, roles: Sequence[str], turns: Sequence[int]) -> Sequence[RenderPlan]:
-        """Return the plans for messages with these roles, to locate these turns."""
+        """Return the cached plans for conversations with the given message roles and turn indices."""
         return self.plans_by_shape.get((*roles, *turns), ())
 
     def add(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int], plan: RenderPlan) -> None:
-        """Add a plan for messages of this shape."""
+        """Add a plan for all messages that have the same shape as `messages`."""
         if shape := conversation_shape(messages, turns):
             self.plans_by_shape.setdefault(shape, []).append(plan)
             self.new_plans.append((shape, plan))
 
 
 def conversation_shape(messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> Shape | None:
-    """Return the roles and turns, which all conversations of a plan share, or `None` if no plan can apply.
+    """Return the shape that selects the plans for a conversation: its roles, and the indices of its turns.
 
-    Plans apply only to messages that consist of a standard role and a text content.
+    Return `None` if no plan can apply: plans support only messages with a standard role and a text content.
     """
     if message_contents(messages) is None:
         return None
@@ -240,9 +244,9 @@ def conversation_shape(messages: Sequence[Mapping[str, Any]], turns: Sequence[in
 
 
 def message_contents(messages: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """Return the contents of messages that consist of a role and a text content, or `None` for other messages.
+    """Return the contents of the messages, or `None` if a message contains more than a role and a text.
 
-    Contents with closing thinking tags also return `None`, since templates cut the thinking out of a content.
+    Also return `None` if a content has a closing thinking tag, since templates remove the thinking.
     """
     contents = []
     for message in messages:
@@ -259,7 +263,10 @@ def message_contents(messages: Sequence[Mapping[str, Any]]) -> list[str] | None:
 def recorded_pieces(
     origin: Origin | None, messages: Sequence[Mapping[str, Any]], parts: Sequence[TextPiece], text: str
 ) -> tuple[str | ContentLeaf, ...] | None:
-    """Return the segments that a run on watched strings printed, or `None` if they are not the pieces of the text."""
+    """Convert the recorded expression of a rendered text to segments of template text and message content.
+
+    Return `None` if the segments do not match the pieces of the rendered text.
+    """
     segments: list[str | ContentLeaf] = []
     for part in flatten_origin(origin):
         if part is None:
@@ -280,7 +287,10 @@ def recorded_pieces(
 
 
 def has_same_origins(origin: Origin | None, prefixes: Iterable[Origin | None]) -> bool:
-    """Return whether the runs on prefixes print the same texts of the row as the run on all messages."""
+    """Return whether the rendered prefixes print the messages in the same way as the whole conversation.
+
+    Template text is not compared.
+    """
     row_parts = [part for part in flatten_origin(origin) if not isinstance(part, str)]
     for prefix in prefixes:
         prefix_parts = [part for part in flatten_origin(prefix) if not isinstance(part, str)]
@@ -292,7 +302,10 @@ def has_same_origins(origin: Origin | None, prefixes: Iterable[Origin | None]) -
 def _align_segments(
     parts: Sequence[TextPiece], segments: Sequence[str | ContentLeaf], text: str
 ) -> tuple[str | ContentLeaf, ...] | None:
-    """Return the segments with template text split at the pieces, or `None` if segments and pieces do not match."""
+    """Split template text in the segments so that there is one segment per piece of the rendered text.
+
+    Return `None` if the segments do not match the pieces.
+    """
     remaining, aligned = list(segments), list[str | ContentLeaf]()
     for piece in parts:
         segment = remaining.pop(0) if remaining else ""
@@ -315,14 +328,14 @@ _STRIPS = {"strip", "lstrip", "rstrip", "split", "rsplit"}
 
 
 class _Cost(NamedTuple):
-    """The cost of evaluating an origin for other messages.
+    """An estimate of the work to evaluate an expression for other messages, in characters.
 
     Attributes:
-        size: characters of the value, per character of the messages.
-        fixed: other characters of the value.
-        work: characters that are processed, per character of the messages.
-        fixed_work: other characters that are processed.
-        depth: nesting depth of the origin.
+        size: length of the value in characters, per character of the messages.
+        fixed: number of characters in the value that do not depend on the messages.
+        work: number of processed characters, per character of the messages.
+        fixed_work: number of processed characters that do not depend on the messages.
+        depth: nesting depth of the expression.
     """
 
     size: float
@@ -333,11 +346,11 @@ class _Cost(NamedTuple):
 
 
 def _cost(origin: Any, costs: dict[int, _Cost]) -> _Cost:
-    """Return the cost of a value. A text that is joined with itself counts twice, even if its origin is shared.
+    """Return the cost of evaluating an expression. An expression that occurs twice counts twice.
 
     Args:
-        origin: the origin of the value.
-        costs: costs that were computed before, by the id of the origin.
+        origin: the expression.
+        costs: costs that were computed before, by the `id` of the expression.
     """
     if id(origin) in costs:
         return costs[id(origin)]
@@ -361,7 +374,7 @@ def _cost(origin: Any, costs: dict[int, _Cost]) -> _Cost:
 
 
 def _method_cost(base: _Cost, name: str, arguments: Sequence[Any]) -> _Cost:
-    """Return the cost of the result of a method."""
+    """Return the cost of calling a `str` method, including the cost `base` of computing the string."""
     lengths = [len(argument) for argument in arguments if isinstance(argument, str)]
     # Characters to strip are compared with each character of the text. Searches process each character about once.
     factor = 1 + (lengths[0] if name in _STRIPS and lengths else 0)
@@ -377,7 +390,7 @@ def _method_cost(base: _Cost, name: str, arguments: Sequence[Any]) -> _Cost:
 
 
 def _find_messages(origin: Any, messages: set[int], visited: set[int]) -> set[int]:
-    """Return the indices of the messages that a value is computed from."""
+    """Return the indices of the messages that an expression reads."""
     if id(origin) in visited or not isinstance(origin, tuple):
         return messages
     visited.add(id(origin))
@@ -390,7 +403,10 @@ def _find_messages(origin: Any, messages: set[int], visited: set[int]) -> set[in
 
 
 def _make_leaf(origin: Origin) -> ContentLeaf | None:
-    """Return the leaf for an origin that is a content, changed only by methods in `_CHANGES`; otherwise `None`."""
+    """Convert an expression to a `ContentLeaf`.
+
+    Return `None` unless the expression is the content of a message, changed only by methods in `_CHANGES`.
+    """
     changes = list[tuple[str, tuple[Any, ...]]]()
     while origin[0] == "call" and origin[2] in _CHANGES:
         _, origin, method, arguments = origin

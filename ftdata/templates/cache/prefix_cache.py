@@ -1,8 +1,8 @@
-"""Cache renderings of the first messages of a conversation for other conversations that begin alike.
+"""Cache rendered prefixes of conversations, to reuse them for conversations that begin with the same roles.
 
-Every turn is located with two renderings of the messages before it, and a longer conversation starts with the messages
-of shorter ones. A run on watched strings is reused for messages with the same roles for which all recorded operations
-have the same results: the template then takes the same path.
+To locate a turn, the messages before the turn are rendered twice. Two conversations often begin with the same roles.
+A recorded run is reused for messages with the same roles if all recorded operations have the same results, because
+the template then takes the same path.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _MAX_KEYS, _MAX_RUNS = 1024, 4
 
 @dataclass(frozen=True, slots=True)
 class PrefixRun:
-    """A recorded run of a template.
+    """A recorded run of a template, which can be repeated for other messages without the template.
 
     Attributes:
         operations: the operations on texts, with their results.
-        origin: the origin of the rendered text.
-        segments: the segments of the rendered text: template text, or the origin and the owner of text of the row.
+        origin: the expression that computes the rendered text.
+        segments: the segments of the rendered text: template text, or (expression, owner) for text of the row.
     """
 
     operations: tuple[RecordedOperation, ...]
@@ -43,7 +43,7 @@ class PrefixRun:
     def from_text(
         cls, text: TrackedString, log: OperationLog, messages: Sequence[Mapping[str, Any]]
     ) -> PrefixRun | None:
-        """Return the run that rendered `text`, or `None` if its record is incomplete."""
+        """Create a run from the rendered text and the recorded operations. Return `None` if the log is incomplete."""
         if log.opaque or not isinstance(text, WatchedString) or text.origin is None:
             return None
         segments = list[TrackedString | tuple[Origin, int]]()
@@ -62,7 +62,10 @@ class PrefixRun:
         return None if reader.remaining else cls(tuple(log.operations), text.origin, tuple(segments))
 
     def replay(self, messages: Sequence[Mapping[str, Any]], log: OperationLog) -> WatchedString | None:
-        """Return the rendering of other messages and record its operations, or `None` if the run does not apply."""
+        """Repeat the recorded run for other messages without the template, and add its operations to `log`.
+
+        Return `None` if the template would take a different path for these messages.
+        """
         texts, operations = list[TrackedString](), list[RecordedOperation]()
         try:
             for operation in self.operations:
@@ -91,13 +94,13 @@ class PrefixRun:
 
 
 class _RunReader:
-    """Reads the owners of a text's characters from the beginning."""
+    """An iterator over (number of characters, owner) runs that reads a given number of characters at a time."""
 
     def __init__(self, runs: Sequence[tuple[int, int]]) -> None:
         self.remaining = list(reversed(runs))
 
     def read(self, count: int) -> list[tuple[int, int]]:
-        """Return the owners of the next `count` characters, as runs."""
+        """Return the (number of characters, owner) runs of the next `count` characters."""
         runs = list[tuple[int, int]]()
         while count and self.remaining:
             length, owner = self.remaining.pop()
@@ -111,7 +114,7 @@ class _RunReader:
 
 @dataclass
 class PrefixCache:
-    """The recorded runs of a template, by key."""
+    """A cache of recorded template runs. The key contains the roles, and whether the generation prompt is added."""
 
     runs_by_key: dict[tuple[Any, ...], list[PrefixRun]] = field(default_factory=dict)
 
@@ -122,7 +125,7 @@ class PrefixCache:
         log: OperationLog,
         render: Callable[[], TrackedString],
     ) -> TrackedString:
-        """Return the rendering of the messages from a recorded run of the same key, or otherwise from `render`."""
+        """Render messages with a cached run. If no cached run applies, call `render` and cache the new run."""
         for run in self.runs_by_key.get(key, ()):
             if (cached := run.replay(messages, log)) is not None:
                 return cached
@@ -142,7 +145,7 @@ class PrefixCache:
 
 
 def flatten_origin(origin: Origin | None) -> list[str | Origin | None]:
-    """Return the parts of a joined text: template text, the origins of other text, and `None` for unknown origins."""
+    """List the parts of a concatenation: a `str` for constant text, an expression for other text, `None` if unknown."""
     parts, pending = list[str | Origin | None](), [origin]
     while pending:
         part = pending.pop()

@@ -1,4 +1,4 @@
-"""Cache turn boundaries, so that they are located once for each path that a template takes.
+"""Cache the positions of turns, and reuse the positions for conversations with the same structure.
 
 A conversation has a shape: its roles, keys and types, without its texts. Its rendered text has a skeleton: the template
 text, and the owners of the text in between. If two conversations have the same shape and the same skeleton, and all
@@ -28,12 +28,13 @@ _MAX_KEYS, _MAX_ENTRIES = 512, 8
 
 @dataclass(frozen=True, slots=True)
 class CachedTurns:
-    """The turns that were located once for a skeleton.
+    """Turn positions in one rendered text, with the conditions for using these positions in another text.
 
     Attributes:
         operations: operations on texts, which must have the same results for another row.
-        excluded_prefixes: texts that must not follow at an anchor. There, a prefix of the conversation continues with
-            template text, and the whole conversation continues with text of the row.
+        excluded_prefixes: (anchor, text) pairs. The positions do not apply if the text follows the anchor. At an
+            anchor, a rendered prefix of the conversation continues with template text, and the whole rendered
+            conversation continues with text of the row.
         turns: message, start, end and flags of each turn.
     """
 
@@ -42,7 +43,7 @@ class CachedTurns:
     turns: tuple[tuple[int, Anchor, Anchor, frozenset[str]], ...]
 
     def locate(self, parts: Sequence[TextPiece]) -> list[LocatedTurn]:
-        """Return the turns of a rendered text that consists of these pieces."""
+        """Compute the positions of the turns in another rendered text, which consists of the pieces `parts`."""
         return [
             LocatedTurn(TurnRegion(message, _position(parts, start), _position(parts, end)), flags)
             for message, start, end, flags in self.turns
@@ -51,21 +52,21 @@ class CachedTurns:
 
 @dataclass
 class TurnCache:
-    """The cached turns of a template, by skeleton."""
+    """A cache of turn positions. The key is the result of `skeleton_key`."""
 
     entries: dict[Key, list[CachedTurns]] = field(default_factory=dict)
 
     def locate(
         self, key: Key, messages: Sequence[Mapping[str, Any]], text: str, parts: Sequence[TextPiece]
     ) -> list[LocatedTurn] | None:
-        """Return the turns of a rendered text, or `None` if they are not cached."""
+        """Return the turns of a rendered text, or `None` if no cached positions apply."""
         cached = self.find(key, messages, text, parts)
         return None if cached is None else cached.locate(parts)
 
     def find(
         self, key: Key, messages: Sequence[Mapping[str, Any]], text: str, parts: Sequence[TextPiece]
     ) -> CachedTurns | None:
-        """Return the cache entry that applies to a rendered text."""
+        """Return the cache entry that applies to a rendered text, or `None` if no entry applies."""
         for cached in self.entries.get(key, ()):
             if any(
                 text.startswith(excluded, _position(parts, anchor)) for anchor, excluded in cached.excluded_prefixes
@@ -84,7 +85,7 @@ class TurnCache:
         parts: Sequence[TextPiece],
         turns: Sequence[LocatedTurn],
     ) -> None:
-        """Cache the turns if they would be the same for all other texts with this key and these operations."""
+        """Cache the positions of turns if the key and the recorded operations fully determine the positions."""
         if log.opaque or (key not in self.entries and len(self.entries) >= _MAX_KEYS):
             return
         excluded_prefixes = []
@@ -111,7 +112,7 @@ class TurnCache:
 def skeleton_key(
     messages: Sequence[Mapping[str, Any]], tools: object, turns: Sequence[int], text: str, parts: Sequence[TextPiece]
 ) -> Key:
-    """Return the shape and the skeleton of a rendered conversation."""
+    """Return the cache key of a rendered conversation: its roles, keys and types, and its template text."""
     skeleton = tuple(
         text[piece.start : piece.end]
         if piece.part is Part.SCAFFOLD
@@ -122,10 +123,10 @@ def skeleton_key(
 
 
 def _describe_whitespace(messages: Sequence[Mapping[str, Any]], piece: TextPiece, text: str) -> tuple[bool, bool, bool]:
-    """Return whether a content is printed unchanged, has whitespace around it, and consists of whitespace.
+    """Return whether a message's content is printed unchanged, has outer whitespace, and is only whitespace.
 
-    A template may strip a content only in the generation prompt. This is invisible for contents without whitespace
-    around them, so they need a different key.
+    The result is three booleans. A template may strip a content only when it renders the generation prompt. Contents
+    without surrounding whitespace do not show this, so they need a different key.
     """
     content = messages[piece.message].get("content") if piece.part is Part.CONTENT else None
     if not isinstance(content, str):
@@ -149,9 +150,10 @@ _TEXT_DEPENDENT: list[tuple[Anchor, str]] = [((-1, -1), "")]
 
 
 def _find_exclusions(text: str, parts: Sequence[TextPiece], prefix: TrackedString) -> list[tuple[Anchor, str]]:
-    """Return the text that must not follow at an anchor, so that other rows compare to `prefix` in the same way.
+    """Return the conditions for another row to give the same result when `prefix` is compared with the whole text.
 
-    The list is empty if `prefix` has the same pieces as the text, or if the two diverge in template text.
+    Each condition is an (anchor, text) pair: this text must not follow the anchor. The list is empty if `prefix` has
+    the same pieces as the text, or if the two texts diverge in template text.
     """
     prefix_pieces, prefix_text = pieces_of(prefix), str.__str__(prefix)
     for index, (prefix_piece, piece) in enumerate(zip(prefix_pieces, parts, strict=False)):
@@ -176,7 +178,7 @@ def _find_exclusions(text: str, parts: Sequence[TextPiece], prefix: TrackedStrin
 
 
 def _anchor(parts: Sequence[TextPiece], position: int) -> Anchor | None:
-    """Return the anchor of a position, or `None` inside text of the row, where the position depends on the text."""
+    """Convert a position to (index of a piece, offset in the piece). Return `None` for a position inside row text."""
     for index, piece in enumerate(parts):
         if piece.start <= position < piece.end:
             return (index, position - piece.start) if piece.part is Part.SCAFFOLD or position == piece.start else None

@@ -1,7 +1,7 @@
-"""Compile templates without constant folding.
+"""Compile templates without evaluating constant expressions.
 
-Jinja evaluates constant expressions while it compiles a template. A constant expression in a hostile template could
-run forever or exhaust the memory.
+By default, Jinja evaluates constant expressions while it compiles a template. A constant expression in a hostile
+template could run forever or exhaust memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jinja2.meta import TrackingCodeGenerator
 
 
 class UnfoldedCodeGenerator(CodeGenerator):
-    """A code generator that evaluates no constants. It only joins adjacent template text."""
+    """A Jinja code generator that does not evaluate constant expressions during compilation."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -1,4 +1,4 @@
-"""The sandbox that runs all templates: Jinja2's immutable sandbox with the settings of transformers.
+"""The Jinja2 sandbox that runs all templates, with the same settings as in transformers.
 
 Templates are untrusted code. They can access plain JSON values and strings, but no files, modules or Python types.
 Two properties differ from transformers: strings record the owners of their characters (`TrackedString`), and the clock
@@ -37,9 +37,10 @@ from ftdata.templates.sandbox.constant_folding import UnfoldedCodeGenerator
 
 
 class RaisingUndefined(jinja2.Undefined):
-    """An undefined name that may be tested (`{% if tools %}`) but not printed, so that a misspelled name is an error.
+    """An undefined template variable that raises an error when it is printed, but not when it is tested.
 
-    Undefined special tokens print an empty string, since not every tokenizer defines all of them.
+    A misspelled name is therefore an error, while `{% if tools %}` is valid without tools. Undefined special tokens
+    print an empty string, since not every tokenizer defines all special tokens.
     """
 
     __iter__ = __len__ = jinja2.Undefined._fail_with_undefined_error
@@ -51,7 +52,7 @@ class RaisingUndefined(jinja2.Undefined):
 
 
 class GenerationTag(Extension):
-    """The tag `{% generation %} ... {% endgeneration %}`, which marks generated text.
+    """A Jinja extension for the tag `{% generation %}`, which marks the text that the model must generate.
 
     The owners in the output of a block contain the unique number of the block (`tracked_strings.BLOCK`).
     """
@@ -60,7 +61,7 @@ class GenerationTag(Extension):
     blocks = count(1)
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Parse the block to a call that marks its output."""
+        """Convert the `{% generation %}` block to a call that marks the output of the block as generated."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
@@ -70,7 +71,7 @@ class GenerationTag(Extension):
 
 
 class SandboxEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox whose string operations keep the owners of characters."""
+    """A Jinja sandbox in which string operations record the owner of each character (`TrackedString`)."""
 
     code_generator_class = UnfoldedCodeGenerator
 
@@ -79,7 +80,7 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
     concat = staticmethod(concat_tracked)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """Look up an attribute. Strings have only the public methods of `str`, with tracked results."""
+        """Look up an attribute for a template. Strings have only the public methods of `str`."""
         if not isinstance(obj, str):
             return super().getattr(obj, attribute)
         if attribute.startswith("_"):
@@ -96,7 +97,7 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
         return getattr(TrackedString.from_str(obj), attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """Look up an item, with the same rules as `getattr`."""
+        """Look up an item, such as `message["role"]`, for a template. The rules of `getattr` apply."""
         if not isinstance(obj, str):
             return super().getitem(obj, argument)
         return (
@@ -107,19 +108,19 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
 
 
 class TemplateDict:
-    """The function `dict` of templates. The type itself would give access to the internals of its methods."""
+    """A replacement for `dict` in templates. The type `dict` would expose its internal attributes to templates."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        """Return a new dict."""
+        """Create a `dict` with the same arguments as the built-in type."""
         return dict(*args, **kwargs)
 
     def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
-        """Return the same as `dict.fromkeys`."""
+        """Create a `dict` from keys and one value, like `dict.fromkeys`."""
         return dict.fromkeys(keys, value)
 
 
 class TemplateNamespace(Namespace):
-    """A namespace that rejects names that begin with an underscore."""
+    """A Jinja `namespace` object that rejects names with a leading underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, values = args[0], dict(*args[1:], **kwargs)
@@ -134,8 +135,7 @@ class TemplateNamespace(Namespace):
 
 def _check_public(name: str) -> None:
     if name.startswith("_"):
-        message = f"a namespace cannot contain the private name {name!r}"
-        raise jinja2.exceptions.SecurityError(message)
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot contain the private name {name!r}")
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -253,7 +253,7 @@ def _make_environment(date: datetime.datetime, strict: bool) -> SandboxEnvironme
 
 @lru_cache(maxsize=1)
 def sandbox_environment() -> SandboxEnvironment:
-    """Return the environment that parses and compiles templates.
+    """Return the shared Jinja environment that parses and compiles templates.
 
     The compiled code does not depend on the options `strict` and `watch` of a template.
     """
@@ -267,16 +267,16 @@ def _compile_source(source: str) -> CodeType:
 
 @lru_cache(maxsize=64)
 def compile_template(source: str, date: datetime.datetime, strict: bool, watch: bool = False) -> jinja2.Template:
-    """Compile a template for tracked rendering.
+    """Compile a template so that its output is a `TrackedString`.
 
     Args:
         source: Jinja source.
-        date: date for `strftime_now`.
+        date: date that `strftime_now` formats.
         strict: whether printing an undefined name is an error.
         watch: whether to record all operations on watched strings.
 
     Raises:
-        jinja2.TemplateSyntaxError: the source is invalid. The error has the line.
+        jinja2.TemplateSyntaxError: the source is invalid. The error contains the line number.
     """
     environment = _make_environment(date, strict)
     if watch:

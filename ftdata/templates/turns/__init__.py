@@ -1,1 +1,1 @@
-"""Locate turns and their stop tokens in a rendered text."""
+"""Locate assistant turns and their stop tokens in a rendered text."""

@@ -1,9 +1,9 @@
-"""Locate the generated text of each turn in a conversation that any chat template rendered.
+"""Locate the text that the model generates in each turn of a rendered conversation, for any chat template.
 
-No pattern of known formats is used. A turn begins at the end of the generation prompt of the messages before it, and
-ends with the stop token that the template prints. The template may render the messages before a turn differently than
-the whole conversation. If the difference is more than a thinking block that the generation prompt opens, the
-boundaries are uncertain, and the row is rejected with both renderings.
+The code contains no patterns of known formats. A turn begins where the generation prompt for the messages before it
+ends, and ends with the stop token that the template prints. The template may render the messages before a turn
+differently than the whole conversation. If the difference is more than a thinking block that the generation prompt
+opens, the boundaries are uncertain, and the row is rejected. The error contains both renderings.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SPLIT_HINT = "use turns='split' to render each turn in its own text"
 
 @dataclass(frozen=True, slots=True)
 class LocatedTurn:
-    """The region of an assistant message in a rendered text, and its flags."""
+    """The range of the rendered text that the model generates for one assistant message, with flags."""
 
     region: TurnRegion
     flags: frozenset[str] = frozenset()
@@ -48,7 +48,7 @@ class LocatedTurn:
 def regions_from_blocks(
     parts: Sequence[TextPiece], assistants: Sequence[int], turns: Sequence[int]
 ) -> list[TurnRegion]:
-    """Return the regions that `{% generation %}` blocks mark.
+    """Return the regions that the template marks with `{% generation %}` blocks.
 
     Args:
         parts: the pieces of the rendered text.
@@ -78,7 +78,7 @@ def regions_from_blocks(
 def locate_turn(
     text: str, parts: Sequence[TextPiece], turn: int, prefix: RenderPrefix, count: int, stops: TurnStops
 ) -> LocatedTurn:
-    """Return the region of an assistant message.
+    """Find where the generated text of one assistant message begins and ends in the rendered text.
 
     Args:
         text: the rendered text.
@@ -131,36 +131,39 @@ def locate_turn(
 
 
 def _check_region(parts: Sequence[TextPiece], turn: int, start: int, end: int, first: int) -> None:
-    """Reject a region that contains text of another message. `first` is the beginning of the answer."""
+    """Reject a row if the region of a turn contains text of another message.
+
+    Fields without a known meaning are allowed only before the position `first`, where the answer begins.
+    """
     for piece in parts:
         inside = start <= piece.start < end and piece.part is not Part.SCAFFOLD
         # The model also generates other fields before the answer, such as a recipient, but none after it.
         if inside and (piece.message != turn or (piece.part is Part.OTHER and piece.start >= first)):
-            raise BadRow("interleaved", "the template prints text inside the answer that does not belong to the answer")
+            raise BadRow("interleaved", "the template prints text of another message or field inside the answer")
 
 
 def _check_text_before_stop(
     text: str, parts: Sequence[TextPiece], turn: int, answer_end: int, stops: TurnStops
 ) -> None:
-    """Reject an answer with another field of the message between the answer and its stop token."""
+    """Reject a row if the template prints another field of the message between the answer and its stop token."""
     following = next((p for p in parts if p.start >= answer_end and p.part is not Part.SCAFFOLD), None)
     if following is None or following.message != turn or following.part is not Part.OTHER:
         return
     if not stops.find_known_end(text[answer_end : following.start]):
         raise BadRow(
             "interleaved",
-            "the template prints another field of the message between the answer and its stop token",
+            "the template prints another field of the message between the answer and the stop token",
         )
 
 
 def _find_start(
     text: str, parts: Sequence[TextPiece], turn: int, prefix: RenderPrefix, stops: TurnStops
 ) -> tuple[int, set[str]]:
-    """Return the start of the generated text, which is the end of its generation prompt, and flags."""
+    """Find the end of the generation prompt, where the generated text of a turn starts. Return it with flags."""
     if turn == 0:
         raise BadRow(
             "no_prompt",
-            "the conversation begins with this assistant message, so it has no prompt",
+            "the conversation begins with an assistant message, which cannot be trained without a prompt",
             hint="put a message before it",
         )
     prompt = prefix(turn, True)
@@ -185,7 +188,10 @@ def _find_start(
 
 
 def _have_shared_tags(printed: str, forced: str) -> bool:
-    """Return whether the texts after the common prefix are two different headers, and not thinking."""
+    """Return whether two different texts contain the same tag, except tags around thinking.
+
+    Then the texts are two different headers, so the generation prompt does not belong to this turn.
+    """
     if not printed or printed.startswith(forced):
         return False
     shared = [tag for tag in find_tags(printed) & find_tags(forced) if not _THINKING.search(tag)]
@@ -193,7 +199,10 @@ def _have_shared_tags(printed: str, forced: str) -> bool:
 
 
 def _find_divergence(prompt: str, text: str, first: int) -> int:
-    """Return the end of the common prefix, before the answer and before a tag that is only partly common."""
+    """Return the length of the common prefix of the generation prompt and the text, but stop at the answer.
+
+    The common prefix does not end inside a tag or a word.
+    """
     position = min(common_prefix_length(prompt, text), first)
     # Only the text before the answer is examined: the position must not depend on the answer.
     for rendering in (prompt, text[:first]):
@@ -214,7 +223,7 @@ def _render_or_none(prefix: RenderPrefix, count: int) -> TrackedString | None:
 
 
 def _message_pieces(parts: Sequence[TextPiece], turn: int, length: int | None, start: int) -> list[TextPiece]:
-    """Return the generated pieces of a message, without the pieces that a later message repeats."""
+    """Return the pieces of a message that the model generates. Omit copies that the template prints later."""
     pieces = [p for p in parts if p.message == turn and p.part in _GENERATED_PARTS and p.end > start]
     if length is not None:
         return [piece for piece in pieces if piece.end <= length]
@@ -224,7 +233,7 @@ def _message_pieces(parts: Sequence[TextPiece], turn: int, length: int | None, s
     if stop is None:
         return pieces
     if any(piece.start > stop for piece in pieces):
-        raise BadRow("interleaved", "the template prints text of another message inside this message")
+        raise BadRow("interleaved", "the template prints text of another message inside the assistant message")
     return [piece for piece in pieces if piece.end <= stop]
 
 
@@ -234,7 +243,10 @@ def _find_next_start(parts: Sequence[TextPiece], turn: int, position: int) -> in
 
 
 def _find_ending(ended: TrackedString | None, beginning: str, turn: int) -> tuple[str | None, bool]:
-    """Return the text after the answer if the conversation ends there, and whether the text before it is different."""
+    """Compare two renderings of a turn: at the end of the conversation, and followed by more messages.
+
+    Return the text after the answer at the end of the conversation, and whether the text before it differs.
+    """
     if ended is None:
         return None, False
     pieces = [p for p in pieces_of(ended) if p.message == turn and p.part in _GENERATED_PARTS]
@@ -243,7 +255,7 @@ def _find_ending(ended: TrackedString | None, beginning: str, turn: int) -> tupl
 
 
 def detect_stops(probe: Callable[[str], TrackedString | None], unprobed: TurnStops) -> TurnStops:
-    """Detect how a template ends turns.
+    """Render small conversations to detect the stop token and the text around it at the end of a turn.
 
     Args:
         probe: renders a conversation whose roles are given by their first characters, such as `"uaua"`. Returns `None`
@@ -294,7 +306,10 @@ def detect_stops(probe: Callable[[str], TrackedString | None], unprobed: TurnSto
 
 
 def _detect_opener(probe: Callable[[str], TrackedString | None], gap: str) -> str | None:
-    """Return the text before a user message, detected with two consecutive user messages, or `None` if uncertain."""
+    """Render two consecutive user messages to detect the text that the template prints before a user message.
+
+    Return `None` if the result is uncertain.
+    """
     double, single = probe("uu"), probe("u")
     ranges, single_ranges = _content_ranges(double), _content_ranges(single)
     if double is None or single is None or len(ranges) < len("uu") or not single_ranges:
@@ -305,7 +320,7 @@ def _detect_opener(probe: Callable[[str], TrackedString | None], gap: str) -> st
 
 
 def _content_ranges(text: TrackedString | None) -> dict[int, tuple[int, int]]:
-    """Return the range of characters of each message's content."""
+    """Return where the content of each message is in the rendered text: message index -> (start, end)."""
     ranges: dict[int, tuple[int, int]] = {}
     for piece in pieces_of(text) if text is not None else ():
         if piece.part is Part.CONTENT:
@@ -317,6 +332,6 @@ def _describe_difference(prefix: str, text: str) -> str:
     position = common_prefix_length(prefix, text)
     window = slice(max(0, position - 20), position + 40)
     return (
-        f"the template renders the messages up to here as ...{prefix[window]!r}... but as ...{text[window]!r}... in "
-        "the whole conversation"
+        f"the generation prompt contains ...{prefix[window]!r}..., but the whole conversation contains "
+        f"...{text[window]!r}... at the same position"
     )

@@ -1,4 +1,4 @@
-"""Stop tokens: the part of the template text after an answer that ends the turn and is trained.
+"""Find the end of a turn's stop token in the template text after an answer. The stop token is trained.
 
 Only text that the template prints is considered. The text that it prints after an answer at the end of a conversation
 belongs to the turn. The text that it prints before every user message belongs to the next message. The text that it
@@ -17,7 +17,7 @@ from ftdata.templates.attribution.agreement import TAG, common_prefix, find_tags
 
 @dataclass(frozen=True, slots=True)
 class TurnStops:
-    """How a template ends turns with a tokenizer.
+    """The text that a template prints at the end of a turn, such as the stop token, for one tokenizer.
 
     Attributes:
         eos: the tokenizer's end-of-sequence token.
@@ -41,10 +41,10 @@ class TurnStops:
     is_probed: bool = False
 
     def find_end(self, tail: str) -> int:
-        """Return the end of the stop in `tail`, the template text after the last answer of a conversation.
+        """Find the end of the stop token in the template text `tail`, which follows the last answer.
 
         Returns:
-            The number of characters up to the end of the stop, or 0 without a stop.
+            The number of characters up to the end of the stop token, or 0 without a stop token.
 
         Raises:
             BadRow: `unknown_stop`, if text follows the last control token, so that the stop token is uncertain.
@@ -55,20 +55,20 @@ class TurnStops:
         if not end and (end := _find_last_end(self.control, tail)) and tail[end:].strip():
             raise BadRow(
                 "unknown_stop",
-                f"no single stop token ends the turn; the template prints {tail[:80]!r} after the answer",
+                f"the stop token of the turn is uncertain: the template prints {tail[:80]!r} after the answer",
                 hint="mark the generated text with {% generation %} in a copy of the template",
             )
         return end or len(tail.rstrip())
 
     def find_end_between(self, ending: str | None, gap: str) -> int:
-        """Return the end of the stop in `gap`, the text between an answer and the next message.
+        """Find the end of the stop token in the template text `gap`, between an answer and the next message.
 
         Args:
-            ending: text after this answer if the conversation ends there, or `None` if it is unknown.
+            ending: text after this answer if the conversation ends there, or `None` if the text is unknown.
             gap: text between the answer and the text of the next message.
 
         Returns:
-            The number of characters up to the end of the stop, or 0 without a stop.
+            The number of characters up to the end of the stop token, or 0 without a stop token.
         """
         closing = self._before_opener(gap)
         is_certain = closing is not None and not self.first_opener
@@ -86,16 +86,19 @@ class TurnStops:
         return 0 if opening_tags & {_replace_digits(tag) for tag in find_tags(closing[:end])} else end
 
     def find_late_end(self, gap: str) -> int:
-        """Return the end of the probed stop in `gap`, text that may belong to the next message, or 0."""
+        """Find the end of the probed stop token in `gap`, even if the stop token is printed with the next message.
+
+        Return 0 if `gap` does not contain the stop token.
+        """
         closing = self._before_opener(gap)
         return self._find_probed_end(gap if closing is None else closing)
 
     def find_known_end(self, tail: str) -> int:
-        """Return the end of the first probed stop in `tail`, otherwise of the first EOS, otherwise 0."""
+        """Find the end of the first probed stop token in `tail`, or of the first EOS. Return 0 without either token."""
         return self._find_probed_end(tail) or self._find_eos_end(tail)
 
     def _before_opener(self, gap: str) -> str | None:
-        """Return the part of `gap` before the opener of a user message, or `None` without an opener."""
+        """Return the text before the header of the next user message, or `None` if `gap` contains no such header."""
         if not self.opener.strip():
             return gap.removesuffix(self.opener) if self.opener and gap.endswith(self.opener) else None
         before, opener, _ = gap.partition(self.opener)

@@ -1,1 +1,1 @@
-"""Check a template with probes and a second renderer."""
+"""Verify a template: render small conversations, and compare the results with a second renderer."""

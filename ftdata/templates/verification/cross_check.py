@@ -1,8 +1,9 @@
-"""Cross-check rendered rows with a second, independent implementation that does not track strings.
+"""Cross-check rendered rows with a second, independent renderer that uses plain strings.
 
-The second implementation runs templates as transformers does, on plain strings. It finds the text of a message by
-changing it: a character before or after the text moves the rendered text from there on. Each generated region must
-begin at the end of its generation prompt, and contain the whole text of its message and no text of other messages.
+The second renderer runs templates in the same way as transformers. To find the text of a message, it inserts a
+character before or after the text and renders again: the rendered text after this position moves. Each generated
+region must begin at the end of its generation prompt. It must contain the whole text of its message, and no text of
+other messages.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from ftdata.types import Rendered
 
 @dataclass(frozen=True)
 class Contradiction:
-    """A difference between the two implementations.
+    """A difference between a rendered text and the result of the second renderer.
 
     Attributes:
-        message: index of the message, or -1.
+        message: index of the message, or -1 for the whole conversation.
         reason: description of the difference.
         rendered: excerpt of the rendered text.
-        expected: excerpt of the text of the second implementation.
+        expected: excerpt of the text from the second renderer.
     """
 
     message: int
@@ -49,7 +50,7 @@ class Contradiction:
 
 
 def cross_check(chat: ChatRendering, rendered: Rendered, max_messages: int | None = None) -> Contradiction | None:
-    """Return the first contradiction to a rendered text, or `None`.
+    """Compare a rendered text with the second renderer. Return the first difference, or `None` if they agree.
 
     Args:
         chat: the conversation up to the last message of `rendered`.
@@ -59,7 +60,7 @@ def cross_check(chat: ChatRendering, rendered: Rendered, max_messages: int | Non
     render, messages = _make_renderer(chat), _untrack(chat.messages)
     plain = render(messages, False)
     if plain is None:
-        return Contradiction(-1, "only one of the two implementations can render it", rendered.text[:60], "")
+        return Contradiction(-1, "only one of the two renderers can render the conversation", rendered.text[:60], "")
     if plain != rendered.text:
         return _make_contradiction(-1, "the texts differ", rendered.text, plain)
     regions = _generated_regions(rendered)
@@ -127,7 +128,10 @@ def _spread(count: int, max_count: int | None) -> Sequence[int]:
 def _find_content(
     messages: Sequence[Mapping[str, Any]], index: int, text: str, render: _Render
 ) -> tuple[int, int] | None:
-    """Return the range of a message's content, or `None` if a change of the content does not show it clearly."""
+    """Find a message's content in the rendered text by changing the content and comparing the results.
+
+    Return the range (start, end), or `None` if the comparison is ambiguous.
+    """
     content = messages[index].get("content")
     if not isinstance(content, str) or not content.strip():
         return None
@@ -181,7 +185,7 @@ def _untrack(value: Any) -> Any:
 
 
 class _PlainGenerationTag(Extension):
-    """A `{% generation %}` tag that prints its content and marks nothing."""
+    """A `{% generation %}` tag that prints its content without marking it as generated."""
 
     tags = {"generation"}  # noqa: RUF012  (Jinja requires this attribute)
 

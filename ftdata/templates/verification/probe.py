@@ -1,6 +1,6 @@
-"""Probe templates: render small conversations to find out what a template does, before any row is rendered.
+"""Probe templates: render small conversations to find out how a template behaves before it renders any row.
 
-Every rendered probe is cross-checked (`cross_check`). A single contradiction refuses the template.
+Every rendered probe is cross-checked (`cross_check`). A template with a single contradiction is refused.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _FEATURES = ("system", "tool_calls", "reasoning", "names")
 
 @dataclass(frozen=True)
 class TemplateReport:
-    """The result of `check_template`.
+    """The result of examining a template: whether and how ftdata can train on its output.
 
     Attributes:
         template: name of the template.
@@ -127,7 +127,7 @@ class TemplateReport:
 
 @dataclass(frozen=True)
 class _ProbeResult:
-    """The rendered texts of a probe, or the error."""
+    """The result of rendering a probe: the texts or an error, and the result of the cross-check."""
 
     texts: tuple[Rendered, ...] = ()
     error: str = ""
@@ -139,13 +139,13 @@ class _ProbeResult:
 
 
 def probe_template(template: Template) -> TemplateReport:
-    """Probe a template with small conversations, in this process.
+    """Examine a template: render and cross-check small conversations, in the current process.
 
     Raises:
         TemplateRefused: `no_template`, or `template_syntax` if the template cannot be compiled.
     """
     if not template.source:
-        raise TemplateRefused("no_template", f"{template.name} has no chat template")
+        raise TemplateRefused("no_template", "the tokenizer has no chat template")
     facts: dict[str, Any] = {
         "template": template.name,
         "tagged": template.has_generation_tags,
@@ -207,7 +207,7 @@ def _run_probe(template: Template, name: str, turns: str) -> _ProbeResult:
 def describe_contradiction(
     conversation: Conversation, template: Template, rendered: Rendered, max_messages: int | None = None
 ) -> str | None:
-    """Cross-check a rendered conversation and describe the first contradiction.
+    """Cross-check a rendered conversation, and describe the first difference that is found.
 
     Args:
         conversation: the conversation. `rendered` may contain only its first messages.

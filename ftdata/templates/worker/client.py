@@ -1,4 +1,4 @@
-"""Render and examine templates in the worker process, or from cached results without the worker."""
+"""Render conversations and examine templates in the worker process. Use cached results if possible."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def _builtin_sources() -> frozenset[str]:
 
 
 def _runs_here(template: Template) -> bool:
-    """Return whether a template runs in this process. Built-in templates do, since they are trusted."""
+    """Return whether a template runs in the current process and not in the worker. Built-in templates are trusted."""
     return HERE or template.source in _builtin_sources()
 
 
 def start_template_worker() -> None:
-    """Start the worker process, so that it is ready when the imports of this process are done."""
+    """Start the worker process early, so that it starts while the current process still imports modules."""
     if not HERE:
         start_worker()
 
@@ -53,7 +53,7 @@ def start_template_worker() -> None:
 def render_in_worker(
     conversation: Conversation, template: Template, turns: str = "auto", on_dropped_message: str = "reject"
 ) -> tuple[Rendered, ...]:
-    """Render a conversation, as `render_chat` does, in the worker process.
+    """Call `render_chat` in the worker process, and wait for the rendered texts.
 
     Raises:
         BadRow: as in `render_chat`; `template_limits`, if the template exceeds the CPU or memory limit.
@@ -65,7 +65,7 @@ def render_in_worker(
 def submit_render(
     conversation: Conversation, template: Template, turns: str = "auto", on_dropped_message: str = "reject"
 ) -> Callable[[], tuple[Rendered, ...]]:
-    """Start to render a conversation in the worker process.
+    """Call `render_chat` in the worker process without waiting for the rendered texts.
 
     Returns:
         A function that waits for the result and returns it. It raises the errors of `render_in_worker`.
@@ -87,18 +87,18 @@ def submit_render(
 
 
 def _count_steps(conversation: Conversation) -> int:
-    """Return the number of steps of rendering a conversation: messages times trained answers.
+    """Estimate the work to render a conversation: the number of messages times the number of trained answers.
 
     Raises:
-        BadRow: `too_many_messages`, if there are more than `MAX_STEPS` steps.
+        BadRow: `too_many_messages`, if the product exceeds `MAX_STEPS`.
     """
     messages, answers = len(conversation.messages), len(render_chat.trained_answers(conversation))
     steps = messages * answers
     if steps > MAX_STEPS:
         raise BadRow(
             "too_many_messages",
-            f"the conversation has {messages:,} messages and {answers:,} trained answers; their product may be at most "
-            f"{MAX_STEPS:,}, because each answer is located separately",
+            f"the conversation is too long: {messages:,} messages times {answers:,} trained answers exceeds the limit "
+            f"of {MAX_STEPS:,}",
             field="messages",
             hint="split the conversation into several rows, or set train: false for most answers",
         )
@@ -131,7 +131,7 @@ def _make_row_error(template: Template, request: Request) -> BadRow:
 def cross_check_in_worker(
     conversation: Conversation, template: Template, rendered: Rendered, max_messages: int | None = None
 ) -> str | None:
-    """Cross-check a rendered conversation, as `describe_contradiction` does, in the worker process.
+    """Call `describe_contradiction` in the worker process to cross-check a rendered conversation.
 
     Raises:
         BadRow, TemplateRefused: as in `render_in_worker`.
@@ -158,7 +158,7 @@ def cross_check_in_worker(
 
 
 def scaffold_in_worker(template: Template) -> str:
-    """Return the text that a chat template prints around messages, as `render_scaffold` does, in the worker process.
+    """Call `render_scaffold` in the worker process to obtain the text that a chat template prints around messages.
 
     Raises:
         TemplateRefused: as in `verify_template`.
@@ -172,10 +172,10 @@ def scaffold_in_worker(template: Template) -> str:
 
 
 def verify_template(template: Template) -> TemplateReport:
-    """Examine a template, or return the cached report.
+    """Examine a template in the worker process and return the report. Use the cached report if there is one.
 
-    Reports are cached in `$XDG_CACHE_HOME/ftdata` (`~/.cache/ftdata`), if it is writable. The key is a hash of the
-    template, its special tokens and options.
+    Reports are cached in `$XDG_CACHE_HOME/ftdata` (`~/.cache/ftdata`), if this folder is writable. The key is a hash
+    of the template, its special tokens and its options.
 
     Raises:
         TemplateRefused: `template_syntax`, if the template cannot be compiled; `template_limits`, if it exceeds the
@@ -185,7 +185,7 @@ def verify_template(template: Template) -> TemplateReport:
 
 
 def require_verified(template: Template) -> Template:
-    """Examine the template and return it.
+    """Examine a template. Return the template if no cross-check fails, otherwise raise an error.
 
     Raises:
         TemplateRefused: as in `verify_template`; `template_not_verified`, if a cross-check fails.
@@ -226,7 +226,7 @@ def _hash(report: Any) -> str:
 
 
 def _check_cached(cached: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a cached report.
+    """Compare the cached report with its stored hash, and return the report.
 
     Raises:
         ValueError: the report does not match its hash.
@@ -247,7 +247,7 @@ def _request_report(template: Template) -> Mapping[str, Any]:
     except RecursionError:
         raise TemplateRefused(
             "template_too_deep",
-            f"template {template.name!r} nests texts, loops or macros too deep to be examined",
+            f"template {template.name!r} contains loops, macros or expressions that are nested too deep",
             hint="use another template or simplify this template",
         ) from None
 
@@ -268,6 +268,6 @@ def _make_report(values: Mapping[str, Any]) -> TemplateReport:
 
 @lru_cache(maxsize=1)
 def _code_hash() -> str:
-    """Return a hash of this package's modules: the code of an editable install changes without a new version."""
+    """Return a hash of the source code in `ftdata.templates`, which can change without a new version number."""
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     return disk.hash_bytes(b"".join(file.read_bytes() for file in files))

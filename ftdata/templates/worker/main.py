@@ -1,8 +1,8 @@
-"""The worker process that runs templates: it answers each frame of requests with a frame of answers.
+"""The program of the worker process, which runs untrusted templates and answers requests of the main process.
 
-Every request has a limit of CPU time and of memory. If a template exceeds a limit, the kernel ends this process
-(SIGPROF), and the process that sent the request starts a new worker. Templates are examined in a fork of this process,
-so that the worker survives a failed examination.
+The worker answers each frame of requests with a frame of answers. Every request has a limit of CPU time and memory.
+If a template exceeds a limit, the kernel ends the worker (SIGPROF), and the main process starts a new worker. Templates
+are examined in a fork of the worker, so that the worker survives a failed examination.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ ACTIONS: dict[str, Callable[[Template, Mapping[str, Any]], dict[str, Any]]] = {
 
 
 def main(connection: Connection) -> None:
-    """Answer requests until the other process closes the connection."""
+    """Receive requests from the main process and answer them until the connection is closed."""
     # A different handler and a blocked signal may be inherited from the parent process.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
@@ -82,7 +82,7 @@ def main(connection: Connection) -> None:
 
 
 def _answer_in_fork(template: Template, action: str, body: bytes) -> bytes:
-    """Answer a request in a fork of this process, whose caches end with it."""
+    """Answer a request in a fork of the worker process, so that the worker survives if the request fails."""
     receiver, sender = Pipe(duplex=False)
     child = os.fork()
     if child == 0:
@@ -101,7 +101,7 @@ def _answer_in_fork(template: Template, action: str, body: bytes) -> bytes:
 
 
 def _answer(template: Template, action: str, body: bytes, cpu_seconds: float) -> bytes:
-    """Return the encoded answer to a request. The limits also apply to the encoding."""
+    """Run the action of a request within the CPU and memory limits, and return the encoded answer."""
     with _memory_limit(len(body)):
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         try:
@@ -130,7 +130,7 @@ def _describe_error(error: BadRow | TemplateRefused) -> dict[str, str]:
 
 @contextmanager
 def _memory_limit(size: int) -> Iterator[None]:
-    """Limit the additional memory of this process for a request of `size` bytes."""
+    """Limit how much memory the worker may allocate for a request of `size` bytes."""
     try:
         import resource
 

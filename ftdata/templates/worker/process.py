@@ -1,12 +1,14 @@
-"""Run templates in a worker process, since they are untrusted code that may loop forever or exhaust the memory.
+"""Start the template worker process, send requests to it, and enforce its limits of CPU time and memory.
 
-Each process has one worker (`ftdata.templates.worker.main`), which is replaced when it ends. Requests and answers are
-frames of a `multiprocessing` connection; `ftdata.templates.worker.protocol` defines their contents.
+Templates are untrusted code that may loop forever or exhaust memory.
+
+Each process has one worker (`ftdata.templates.worker.main`). If the worker ends, a new worker starts. Requests and
+answers are frames of a `multiprocessing` connection; `ftdata.templates.worker.protocol` defines their contents.
 
 Limits apply to the CPU time of the worker, not to wall time: the result for a row must not depend on the load of the
-machine. The limit of a request depends only on its size, and is many times the needs of ordinary templates. The kernel
+machine. The limit of a request depends only on its size, and is far above the needs of ordinary templates. The kernel
 ends a worker that exceeds the limit (SIGPROF). The request is then repeated once in a new worker, alone and with twice
-the limit. If that fails, too, the row is rejected.
+the limit. If the second attempt fails, the row is rejected.
 """
 
 from __future__ import annotations
@@ -55,25 +57,25 @@ _ENDED_BY_TEMPLATE = {signal.SIGPROF, signal.SIGSEGV, signal.SIGBUS, signal.SIGA
 
 
 class LimitExceeded(Exception):
-    """The template exceeds the CPU or memory limit of the request."""
+    """Raised if a template exceeds the CPU or memory limit of a request."""
 
 
 def start_worker() -> None:
-    """Start the worker of this process if it is not running, so that it is ready before the first request."""
+    """Start the worker process if it is not running, so that it is ready before the first request."""
     with _lock(os.getpid()):
         _get_worker()
 
 
 def call_worker(action: str, template: Template, **arguments: Any) -> dict[str, Any]:
-    """Send a request to the worker and return its answer.
+    """Send a request to the worker process, and wait for the answer.
 
     Args:
         action: a key of `worker.main.ACTIONS`.
         template: the template.
-        arguments: arguments of the action, JSON values.
+        arguments: arguments of the action, as JSON values.
 
     Raises:
-        BadRow, TemplateRefused: the error of the action.
+        BadRow, TemplateRefused: the action raised this error.
         RecursionError: the arguments are nested too deep.
         LimitExceeded: the template exceeds its limits.
         StorageError: `template_worker_lost`, if workers end repeatedly for other reasons.
@@ -82,7 +84,7 @@ def call_worker(action: str, template: Template, **arguments: Any) -> dict[str, 
 
 
 def submit_request(action: str, template: Template, steps: int = 0, **arguments: Any) -> Request:
-    """Send a request to the worker without waiting for the answer.
+    """Send a request to the worker process without waiting for the answer.
 
     Args:
         action: a key of `worker.main.ACTIONS`.
@@ -108,7 +110,7 @@ def submit_request(action: str, template: Template, steps: int = 0, **arguments:
 
 @dataclass(eq=False)
 class Request:
-    """A request to the worker and, once received, its answer.
+    """A request to the template worker process, and the answer after it is received.
 
     Attributes:
         action: a key of `worker.main.ACTIONS`.
@@ -117,7 +119,7 @@ class Request:
         cpu_seconds: the CPU limit of the first attempt.
         answer: answer of the worker, or `None` before it is received.
         exceeded: number of attempts that exceeded the limits.
-        lost: number of attempts whose worker ended for external reasons.
+        lost: number of attempts in which the worker ended for an external reason.
     """
 
     action: str
@@ -130,11 +132,11 @@ class Request:
 
     @property
     def frame(self) -> list[Any]:
-        """The list of values that is sent."""
+        """The values that are sent to the worker: action, template key, arguments and CPU limit."""
         return [self.action, self.template.key, self.body, self.cpu_seconds * (1 + self.exceeded)]
 
     def result(self) -> dict[str, Any]:
-        """Wait for the answer and return it.
+        """Wait for the answer of the worker, and return the answer.
 
         Raises:
             BadRow, TemplateRefused, RecursionError, LimitExceeded, StorageError: as in `call_worker`.
@@ -161,7 +163,7 @@ class Request:
         if "too_deep" in answer:
             raise RecursionError
         if "failed" in answer:
-            raise InternalError("template", answer["failed"])
+            raise InternalError("template", f"the template worker failed: {answer['failed']}")
         return answer
 
 
@@ -175,16 +177,16 @@ def _lock(process_id: int) -> threading.Lock:  # noqa: ARG001  (a forked process
 
 
 class WorkerEnded(Exception):
-    """The worker ended before it answered. The next request starts a new worker."""
+    """Raised if the worker process ends before it answers. The next request starts a new worker."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Worker:
-    """The worker process and its unanswered requests.
+    """A running worker process, with the connection to the process and its unanswered requests.
 
     Attributes:
-        process: the process.
-        connection: the connection to the process.
+        process: the worker process.
+        connection: the connection to the worker process.
         known_templates: templates that were sent to the process, by key.
         pending: unanswered requests, oldest first.
         unsent: requests to send in the next frame.
@@ -198,11 +200,11 @@ class _Worker:
 
     @property
     def unanswered(self) -> int:
-        """Size of the unanswered requests in bytes."""
+        """Total size of the unanswered requests in bytes."""
         return sum(len(request.body) for request in self.pending)
 
     def send(self, request: Request, *, flush: bool = True) -> None:
-        """Send a request. With `flush=False`, it may be sent later, together with other requests.
+        """Send a request. If `flush` is false, the request may be sent later, together with other requests.
 
         Raises:
             WorkerEnded: the worker has ended.
@@ -225,7 +227,7 @@ class _Worker:
         self._exchange(self._receive)
 
     def receive_all(self) -> None:
-        """Receive all answers.
+        """Receive the answers to all pending requests.
 
         Raises:
             WorkerEnded: the worker has ended.
@@ -234,7 +236,7 @@ class _Worker:
             self.receive()
 
     def receive_until(self, request: Request) -> None:
-        """Receive answers until this request is answered or exceeds its limits.
+        """Receive answers until `request` is answered or exceeds its limits.
 
         Raises:
             WorkerEnded: the worker has ended.
@@ -259,7 +261,7 @@ class _Worker:
                 request.answer = answer
 
     def _exchange(self, transfer: Callable[[], None]) -> None:
-        """Exchange frames with the worker. Stop it if it ends or if the exchange is interrupted."""
+        """Send or receive frames. Stop the worker if the connection fails or the exchange is interrupted."""
         try:
             transfer()
         except (OSError, EOFError):
@@ -271,7 +273,7 @@ class _Worker:
             raise
 
     def _count_end(self) -> None:
-        """Count the end of the worker for each pending request, since any of them may be the cause.
+        """Update the counters of all pending requests after the worker ended, since any request may be the cause.
 
         Raises:
             StorageError: `template_worker_lost`, if too many workers ended for external reasons.
@@ -288,12 +290,12 @@ class _Worker:
             if request.lost >= MAX_LOST:
                 raise StorageError(
                     "template_worker_lost",
-                    f"the process that runs templates ended {MAX_LOST} times (exit status {status})",
-                    hint="check the free memory and what kills the process, then run the command again to resume",
+                    f"the template worker process ended unexpectedly {MAX_LOST} times (exit status {status})",
+                    hint="check whether the system runs out of memory, then run the command again to resume",
                 )
 
     def stop(self) -> None:
-        """End the process, which has no state to save. The next request starts a new process."""
+        """Kill the worker process. The next request starts a new worker."""
         if _current[-1:] == [self]:
             _current.clear()
         self.pending.clear()
@@ -313,7 +315,7 @@ _owner: list[int] = []
 
 
 def _get_worker() -> _Worker:
-    """Return the worker of this process. Start a worker if none is running."""
+    """Return the worker that belongs to the current process. Start a worker if none is running."""
     if _owner != [os.getpid()]:
         _current.clear()
         _owner[:] = [os.getpid()]

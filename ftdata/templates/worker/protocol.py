@@ -1,4 +1,6 @@
-"""Messages between this process and the template worker: JSON values, which cannot run code when they are decoded.
+"""Encode and decode the values that the main process and the template worker exchange.
+
+All values are JSON values, because decoding them cannot run code.
 
 The first byte is `M` for MessagePack, or `J` for JSON (integers and strings that MessagePack cannot represent). A frame
 to the worker is a list of `[action, template key, encoded arguments, CPU seconds]`. A frame from the worker is a list
@@ -21,11 +23,11 @@ from ftdata.types import Conversation, Part, Rendered, SpanKinds, Spans
 
 
 def encode_values(value: Any) -> bytes:
-    """Encode JSON values as bytes.
+    """Encode a JSON value as MessagePack, or as JSON text if MessagePack does not support the value.
 
     Raises:
-        BadRow: `not_json`, if there are values of other types.
-        RecursionError: the values are nested too deep.
+        BadRow: `not_json`, if the value contains a type that JSON does not support.
+        RecursionError: the value is nested too deep.
     """
     try:
         return b"M" + msgspec.msgpack.encode(value)
@@ -37,7 +39,7 @@ def encode_values(value: Any) -> bytes:
 
 
 def decode_values(body: bytes) -> Any:
-    """Decode the bytes that `encode_values` returned.
+    """Decode a JSON value from the bytes that `encode_values` returned.
 
     Raises:
         ValueError: the bytes are invalid.
@@ -46,7 +48,7 @@ def decode_values(body: bytes) -> Any:
 
 
 def encode_conversation(conversation: Conversation) -> dict[str, Any]:
-    """Return the rendered attributes of a conversation as JSON values."""
+    """Convert a conversation to JSON values. Include only the attributes that `render_chat` uses."""
     return {
         "messages": conversation.messages,
         "fields": conversation.fields,
@@ -57,13 +59,13 @@ def encode_conversation(conversation: Conversation) -> dict[str, Any]:
 
 
 def decode_conversation(values: Mapping[str, Any]) -> Conversation:
-    """Return the conversation that `encode_conversation` encoded."""
+    """Create a conversation from the result of `encode_conversation`."""
     messages, tools = tuple(values["messages"]), tuple(values["tools"])
     return Conversation(messages, values["fields"], tools, values["text"], values["completion_from"])
 
 
 def encode_rendered_row(rendered: Rendered) -> dict[str, Any]:
-    """Return a rendered text as JSON values."""
+    """Convert a rendered row to JSON values."""
     spans = Spans.from_spans(rendered.spans)
     return {
         "text": rendered.text,
@@ -75,7 +77,7 @@ def encode_rendered_row(rendered: Rendered) -> dict[str, Any]:
 
 
 def decode_rendered_row(values: Mapping[str, Any]) -> Rendered:
-    """Return the rendered text that `encode_rendered_row` encoded."""
+    """Create a rendered row from the result of `encode_rendered_row`."""
     spans = Spans(values["sizes"], _decode_kinds(values["kinds"]))
     return Rendered(values["text"], spans, frozenset(values["flags"]), *values["options"])
 
@@ -99,7 +101,7 @@ _NUMBERS = {part: number for number, part in enumerate(_PARTS)}
 
 
 def encode_plan(plan: RenderPlan) -> list[Any]:
-    """Return a render plan as JSON values."""
+    """Convert a render plan to JSON values."""
     leaves = [(index, (leaf.message, leaf.changes, leaf.whitespace)) for index, leaf in plan.leaves]
     operations = [(operation.expression, operation.result) for operation in plan.operations]
     return [
@@ -113,7 +115,7 @@ def encode_plan(plan: RenderPlan) -> list[Any]:
 
 
 def decode_plan(values: Any) -> RenderPlan:
-    """Return the render plan that `encode_plan` encoded."""
+    """Create a render plan from the result of `encode_plan`."""
     texts, leaves, kinds, flags, operations, excluded_prefixes = values
     return RenderPlan(
         tuple(texts),
@@ -131,14 +133,14 @@ def _decode_anchor(anchor: Any) -> Anchor:
 
 
 def _encode_slices(value: Any) -> Any:
-    """Return the value with slices as objects, and with tuples as lists."""
+    """Convert all slices in a value to JSON objects, and all tuples to lists."""
     if isinstance(value, slice):
         return {"slice": [value.start, value.stop, value.step]}
     return [_encode_slices(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _decode_slices(value: Any) -> Any:
-    """Return the value with objects as slices, and with lists as tuples."""
+    """Reverse `_encode_slices`: convert JSON objects to slices, and lists to tuples."""
     if isinstance(value, dict):
         return slice(*value["slice"])
     return tuple(map(_decode_slices, value)) if isinstance(value, list) else value
