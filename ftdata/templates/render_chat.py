@@ -52,7 +52,7 @@ def render_chat(
     if not template.source:
         raise TemplateRefused(
             "no_template",
-            "this tokenizer has no chat template",
+            "the tokenizer has no chat template",
             hint=f"pass template= with one of {', '.join(templates.names())}, or with the path of a template file",
         )
     if not template.is_chat:
