@@ -17,5 +17,5 @@ def rows(*given, **options):
 
 
 def audit_rows(tokenizer, given, options):
-    made = {name: options[name] for name in ("pad", "chat") if name in options}
+    made = {name: options[name] for name in ("pad", "chat", "lstrip") if name in options}
     return audit(given, tokenizer(**made), **{name: value for name, value in options.items() if name not in made})

@@ -124,7 +124,7 @@ def mistral(folder):
     return save(folder, tokenizer, template, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def tiny_bpe(folder, template=CHATML, *, bos=None, eos="<|im_end|>", pad="<|pad|>"):
+def tiny_bpe(folder, template=CHATML, *, bos=None, eos="<|im_end|>", pad="<|pad|>", lstrip=False):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -136,6 +136,8 @@ def tiny_bpe(folder, template=CHATML, *, bos=None, eos="<|im_end|>", pad="<|pad|
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
+    if lstrip:
+        tokenizer.add_special_tokens([AddedToken(eos, lstrip=True, special=True)])
     # Blanks trimmed from offsets, as GPT-2's own file has it.
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     if bos:

@@ -20,7 +20,7 @@ from ftdata.build.ledger import Ledger, reading_notes
 from ftdata.build.reject_limit import RejectLimit
 from ftdata.errors import BadRow, UsageError, check_choice
 from ftdata.pipeline.recipe import Options, Recipe, make_recipe
-from ftdata.pipeline.render_rows import RejectedRows, check_answers, make_reject
+from ftdata.pipeline.render_rows import RejectedRows, check_answers, has_rejected_side, make_reject
 from ftdata.readers import FileSource, MemorySource, resolve_sources
 from ftdata.readers.row_filter import RowFilter
 from ftdata.schemas import last_answer_index, normalize
@@ -120,7 +120,10 @@ def convert(
     on_bad_rows: str = "error",
     max_rejects: float | str | None = None,
 ) -> ConvertReport:
-    """Convert rows of any known schema to a single schema without loss.
+    """Convert rows of any known schema to a single schema.
+
+    The conversation of each row stays the same. The report lists what the output does not contain: unread columns and
+    the rejected answers of preference pairs.
 
     Args:
         data: the data, as in `build_sft_dataset`.
@@ -140,7 +143,7 @@ def convert(
         The counts and the rejected rows.
 
     Raises:
-        UsageError: an option is invalid.
+        UsageError: an option is invalid, or `NAME.rejects.jsonl` exists and does not contain rejected rows.
         BadRows: rows are rejected (`on_bad_rows="error"`).
         TooManyRejects: more than `max_rejects` rows are rejected.
         InputRefused: a source cannot be read, or no row is left to write.
@@ -165,6 +168,7 @@ def convert(
     ledgers: list[Ledger] = []
     rejects: list[Reject] = []
     sources = _check_sources(resolve_sources(data), output)
+    store.check_rejects_file(_rejects_path(output))
     with _open_writer(Path(output), to) as writer:
         for place in sorted({source.item_index for source in sources}):
             row_filter = RowFilter(where, limit)
@@ -183,9 +187,10 @@ def convert(
                 ledger.add_filtered(row_filter.filtered - filtered_before)
         reject_limit.check(ledgers, lambda: rejects)
     rejects_path = _rejects_path(output)
-    rejects_path.unlink(missing_ok=True)
     if rejects:
         store.write_rejects(rejects_path, rejects)
+    else:
+        rejects_path.unlink(missing_ok=True)
     return ConvertReport(Path(output), tuple(ledgers), tuple(rejects))
 
 
@@ -240,6 +245,8 @@ def _convert_row(
         return make_reject(row, BadRow("too_deep", "is nested too deeply to be read"))
     if to == "messages" and conversation.completion_from != last_answer_index(conversation.messages):
         conversation = replace(conversation, notes=conversation.notes | {"completion"})
+    if has_rejected_side(conversation):
+        conversation = replace(conversation, notes=conversation.notes | {"rejected side"})
     return conversation, records
 
 

@@ -259,5 +259,7 @@ def reading_notes(ledgers: Sequence[Ledger]) -> Iterator[str]:
             yield f"{title}: {', '.join(f'{name} ({rows:,} rows)' for name, rows in items[:10])}{suffix}"
     if count := notes["quotes"]:
         yield f"quotes are text, because the file does not use CSV quoting (override: --quoting csv): {count:,} rows"
+    if count := notes["rejected side"]:
+        yield f"preference pairs, of which only the chosen answer is written: {count:,} rows"
     if count := notes["completion"]:
         yield f"completions with several answers, which the messages schema cannot represent: {count:,} rows"

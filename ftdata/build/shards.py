@@ -141,7 +141,7 @@ def shard_key(recipe: Recipe, task: Task) -> str | None:
     if (content := _hash_content(source)) is None:
         return None
     # The split and the share of a source are applied after its shards are built.
-    read_options = {**asdict(source), "place": None, "share": None, "split": None, "version": None}
+    read_options = {**asdict(source), "item_index": None, "share": None, "split": None, "version": None}
     selection = task.where, task.limit, task.needs_minhashes
     return cache.hash_key([cache.package_hash(), *_versions(), content, read_options, selection, recipe.describe()])
 

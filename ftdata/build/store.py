@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -40,6 +41,14 @@ FORMAT, _SEAL = 4, "sha256"
 _TOKENS_PER_FILE, _TOKENS_PER_BATCH, _ROWS_PER_GROUP = 1 << 27, 1 << 20, 1 << 16
 _MAX_OPEN_SHARDS = 64
 """Maximum number of open shards. Each has two open files, and many processes can open only 256 files."""
+
+_BUILD_FILE = re.compile(
+    r"(manifest|report|dataset_dict)\.json|rejects\.jsonl|README\.md"
+    r"|[^/]+/(data-\d+\.arrow|state\.json|dataset_info\.json|provenance\.parquet)"
+)
+"""Matches the relative paths of the files of a build."""
+
+_REJECT_KEYS = {"file", "code", "reason", "fix", "raw"}
 
 _PACKS = pa.schema(
     [
@@ -244,10 +253,32 @@ def check_target(target: Path) -> None:
         build_files = {*read_manifest(target)["files"], "manifest.json"}
     except (InputRefused, KeyError, TypeError):
         raise UsageError("target_exists", f"{target} exists and is not a build of ftdata", hint=hint) from None
-    unknown = [name for name, is_link in _list_files(target) if is_link or name not in build_files]
+    unknown = [
+        name
+        for name, is_link in _list_files(target)
+        if is_link or name not in build_files or not _BUILD_FILE.fullmatch(name)
+    ]
     if unknown:
         problem = f"{target} contains files that are not part of the build: {', '.join(unknown[:3])}"
         raise UsageError("target_exists", problem, hint=hint)
+
+
+def check_rejects_file(path: Path) -> None:
+    """Check that a file of rejected rows, which will be replaced or removed, does not exist or contains rejected rows.
+
+    Raises:
+        UsageError: the file contains anything else.
+    """
+    if not path.exists():
+        return
+    try:
+        line = disk.read_regular_file(path).partition(b"\n")[0]
+        record = json.loads(line) if line else dict.fromkeys(_REJECT_KEYS)
+    except (OSError, ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not record.keys() >= _REJECT_KEYS:
+        problem = f"{path} exists and does not contain rejected rows; it would be replaced"
+        raise UsageError("target_exists", problem, hint="choose another output file, or move this file")
 
 
 def _list_files(folder: Path) -> list[tuple[str, bool]]:

@@ -349,6 +349,7 @@ def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow]) -> MaskedTexts:
     for flag, numbers in (
         ("control_tokens", tokens.escaped),
         ("token_crosses_boundary", np.flatnonzero(crosses_boundary).tolist()),
+        ("whitespace_removed", recipe.control.find_lost_whitespace(batch, tokens)),
     ):
         for number in numbers:
             flags[number] |= {flag}

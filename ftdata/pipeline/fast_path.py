@@ -16,6 +16,7 @@ from ftdata.pipeline.mask import is_built_in_policy
 from ftdata.pipeline.recipe import Recipe
 from ftdata.schemas import RowKind, classify_row
 from ftdata.schemas.messages import has_answer, plain_message
+from ftdata.schemas.training_fields import check_training_fields
 from ftdata.templates.cache.plans import message_contents
 from ftdata.types import Conversation, Message, RenderedRow, Row
 
@@ -77,9 +78,11 @@ def _read_messages(row: Row) -> tuple[str, tuple[str, ...], Sequence[Message], S
 
 def _classify(schema: str, data: Mapping[str, Any]) -> RowKind | None:
     try:
-        return classify_row(schema, data)
+        kind = classify_row(schema, data)
+        check_training_fields(data, kind.guarded)
     except (BadRow, RecursionError):
         return None
+    return kind
 
 
 @lru_cache(maxsize=1024)

@@ -40,5 +40,7 @@ FLAGS = {
     "missing_final_stop": "{n} examples end without a stop token: the template prints it only before the next message",
     "template_not_probed": "{n} examples were checked individually: the template fails on simple conversations, so it "
     "cannot be probed",
+    "whitespace_removed": "{n} examples: a control token of the tokenizer removes whitespace of the row (lstrip or "
+    "rstrip)",
 }
 """Map each flag to its sentence in the report."""

@@ -7,6 +7,7 @@ earlier token to predict it from.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, groupby
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from ftdata.errors import FtdataError, UsageError, check_choice
 from ftdata.registry import Registry, is_built_in
+from ftdata.schemas.messages import THINKING_NAMES
 from ftdata.tokenizing.batches import Encodings, RenderedBatch
 from ftdata.types import Conversation, Part, Rendered, Spans
 
@@ -137,14 +139,17 @@ def _add_checks(policy: Policy) -> Policy:
     return checked_policy
 
 
+_THINKING_TAG = re.compile(rf"</?(?:{THINKING_NAMES})>")
+
+
 def parts_of_spans(rendered: Rendered) -> list[frozenset[Part]]:
     """Return for each span the parts of its turn that it belongs to.
 
     Template text belongs to the part that it closes (`</think>`, the stop token). Before the first part of a turn, it
     belongs to the part that it opens. Between an answer and a tool call it opens the call (`<tool_call>`). Between
-    reasoning and a tool call it belongs to both.
+    reasoning and a tool call it belongs to both. An empty thinking block is reasoning.
     """
-    spans = rendered.spans
+    spans, text = rendered.spans, rendered.text
     turn_parts = frozenset(PARTS.values())
     span_parts = [frozenset({span.part}) for span in spans]
     for _, turn in groupby((n for n, span in enumerate(spans) if span.generated), lambda n: spans[n].message):
@@ -153,7 +158,8 @@ def parts_of_spans(rendered: Rendered) -> list[frozenset[Part]]:
         previous_parts, next_parts = _fill_forward(parts), _fill_forward(parts[::-1])[::-1]
         for n, part, before, after in zip(indices, parts, previous_parts, next_parts, strict=True):
             if part is None:
-                span_parts[n] = _adjacent_parts(before, after)
+                tag = _THINKING_TAG.search(text, spans[n].start, spans[n].end) if before is None else None
+                span_parts[n] = _adjacent_parts(Part.REASONING if tag else before, after)
     return span_parts
 
 

@@ -20,6 +20,7 @@ from ftdata.pipeline.mask import Policy, is_built_in_policy
 from ftdata.pipeline.recipe import Recipe
 from ftdata.schemas import normalize
 from ftdata.schemas.messages import has_answer, has_visible_text
+from ftdata.schemas.training_fields import is_rejected_side
 from ftdata.templates import append_missing_stop, cross_check_in_worker, render_in_worker, submit_render
 from ftdata.templates.attribution.spans import find_thinking_tags
 from ftdata.types import Conversation, Reject, Rendered, RenderedRow, Row, Spans
@@ -279,10 +280,16 @@ def render_conversation(
 
 def add_row_flags(conversation: Conversation, texts: tuple[Rendered, ...]) -> tuple[Rendered, ...]:
     """Return the texts with flags for the parts of the row that were not read."""
-    has_rejected_column = any(note.startswith("column rejected") for note in conversation.notes)
-    if conversation.schema != "preference" and not has_rejected_column:
+    if not has_rejected_side(conversation):
         return texts
     return tuple(text._replace(flags=text.flags | {"rejected_side_dropped"}) for text in texts)
+
+
+def has_rejected_side(conversation: Conversation) -> bool:
+    """Return whether the row has a rejected answer, which the conversation does not contain."""
+    return conversation.schema == "preference" or any(
+        note.startswith("column ") and is_rejected_side(note.removeprefix("column ")) for note in conversation.notes
+    )
 
 
 def _cross_check(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:

@@ -19,11 +19,11 @@ message formats, see `ftdata.schemas.messages`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -217,13 +217,13 @@ def _make_kind(name: str, data: Mapping[str, Any]) -> RowKind:
     read -= {"functions"} if data.get("functions") and data.get("tools") else set()
     chats = {*_TEXT_OR_CHAT_COLUMNS, "messages", "conversations", "conversation", *logs}
     message_column = next((column for listed_schema, column in _MESSAGE_COLUMNS if listed_schema is schema), None)
-    guarded = tuple(column for column in data if column not in read and is_guarded(str(column)))
+    guarded = tuple(column for column in data if column not in read and is_guarded(str(column), data[column]))
     return RowKind(
         name,
         schema.convert if is_built_in(schema) else partial(_convert_by_user_schema, name, schema),
         frozenset(f"column {column}" for column in data if column not in read),
         tuple(column for column in data if column in read & chats),
-        message_column if read.intersection(data) == {message_column} and not guarded else None,
+        message_column if read.intersection(data) == {message_column} else None,
         guarded,
     )
 
@@ -330,6 +330,9 @@ def _map_columns(row: Row, columns: Mapping[str, str] | None) -> tuple[Mapping[s
             re.split(r"[.\[]", actual, maxsplit=1)[0] if actual not in data else actual for actual in columns.values()
         }
         mapped = {key: value for key, value in data.items() if key not in replaced | roots}
+        paths = [_split_path(actual) for actual in columns.values() if actual not in data]
+        for root in roots & {str(path[0]) for path in paths if path}:
+            mapped |= _unmapped_fields(data.get(root), root, [path[1:] for path in paths if path[:1] == [root]])
     for canonical, actual in (columns or {}).items():
         try:
             mapped[canonical] = data[actual] if actual in data else _get_path(data, actual, canonical)
@@ -347,11 +350,11 @@ def _map_columns(row: Row, columns: Mapping[str, str] | None) -> tuple[Mapping[s
 def _get_path(data: Mapping[str, Any], path: str, canonical: str) -> Any:
     """Return the value at a path such as `conversation.turns[0].text`."""
     value: Any = data
-    for name, number in re.findall(r"([^.\[\]]+)|\[(-?\d+)\]", path):
+    for key in _split_path(path):
         try:
-            if not isinstance(value, list if number else Mapping):
+            if not isinstance(value, list if isinstance(key, int) else Mapping):
                 raise TypeError
-            value = value[int(number)] if number else value[name]
+            value = cast("Any", value)[key]
         except (LookupError, TypeError):
             raise BadRow(
                 "missing_column",
@@ -360,6 +363,32 @@ def _get_path(data: Mapping[str, Any], path: str, canonical: str) -> Any:
                 hint=suggest_names(path, map(str, data)),
             ) from None
     return value
+
+
+def _split_path(path: str) -> list[str | int]:
+    """Split a path such as `conversation.turns[0].text` into keys and indices."""
+    return [int(number) if number else name for name, number in re.findall(r"([^.\[\]]+)|\[(-?\d+)\]", path)]
+
+
+def _unmapped_fields(value: Any, name: str, paths: Sequence[Sequence[str | int]]) -> dict[str, Any]:
+    """Return the fields of an object that no path contains, by their paths.
+
+    >>> _unmapped_fields({"text": "hi", "train": False, "by": {"id": 1}}, "data", [["text"]])
+    {'data.train': False, 'data.by': {'id': 1}}
+    """
+    if [] in paths:
+        return {}
+    followed = {path[0]: [other[1:] for other in paths if other[0] == path[0]] for path in paths}
+    fields = dict[str, Any]()
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            path = f"{name}.{key}"
+            fields |= _unmapped_fields(item, path, followed[key]) if key in followed else {path: item}
+    elif isinstance(value, list):
+        for key, rest in followed.items():
+            if isinstance(key, int) and -len(value) <= key < len(value):
+                fields |= _unmapped_fields(value[key], f"{name}[{key}]", rest)
+    return fields
 
 
 def _read_template_kwargs(data: Mapping[str, Any]) -> dict[str, Any]:

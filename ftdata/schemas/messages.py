@@ -116,16 +116,23 @@ def has_visible_text(text: str) -> bool:
 
 
 THINKING_NAMES = "think|thinking|thought|reasoning"
-_THINKING = re.compile(rf"<({THINKING_NAMES})>.*?</\1>", re.DOTALL)
+_THINKING = re.compile(
+    # A thinking block, or the end of a thinking block that the prompt opens.
+    rf"[<\[]({THINKING_NAMES}|thoughts)[>\]].*?[<\[]/\1[>\]]|\A.*</(?:{THINKING_NAMES})>",
+    re.DOTALL | re.IGNORECASE,
+)
 
 
 def has_answer(text: str) -> bool:
     """Return whether a text has visible characters outside of thinking tags.
 
-    >>> has_answer("<think>hm</think> yes"), has_answer("<think>hm</think>")
-    (True, False)
+    >>> [has_answer(text) for text in ("<think>hm</think> yes", "hm</think> yes", "[THINK] is a tag")]
+    [True, True, True]
+    >>> [has_answer(text) for text in ("<think>hm</think>", "hm</think>", "[THINK]hm[/THINK]")]
+    [False, False, False]
     """
-    return has_visible_text(text) and ("</" not in text or has_visible_text(_THINKING.sub("", text)))
+    has_tags = "</" in text or "[/" in text
+    return has_visible_text(text) and (not has_tags or has_visible_text(_THINKING.sub("", text)))
 
 
 def is_message(value: Any) -> bool:

@@ -5,6 +5,7 @@ A row with an unsupported field of this kind is rejected: ignoring the field sil
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -24,60 +25,73 @@ TRAIN_FIELDS = (
 )
 """Fields of messages and rows that decide whether they are trained: 0 or 1, false or true."""
 
-_MEDIA = ("image", "img", "picture", "video", "audio")
-_MEDIA_SUFFIXES = ("", "s", "_url", "_urls", "_path", "_paths", "_file", "_files", "_base64", "_bytes")
-MEDIA_FIELDS = {f"{medium}{suffix}" for medium in _MEDIA for suffix in _MEDIA_SUFFIXES} | {
-    "pixel_values",
-    "mm_data",
-    "multi_modal_data",
+_MEDIA_WORDS = {
+    word + plural
+    for word in ("image", "img", "picture", "photo", "pixel", "screenshot", "video", "audio")
+    for plural in ("", "s")
 }
-"""Fields of messages and rows that contain media. Case and underscores are ignored: `imageUrl`, `Images`."""
+_MEDIA_FORMATS = {
+    "base64", "b64", "bytes", "data", "decoded", "embed", "embeds", "embedding", "embeddings", "file", "files", "frame",
+    "frames", "input", "list", "path", "paths", "raw", "uri", "uris", "url", "urls", "values",
+}  # fmt: skip
+_MULTIMODAL_FIELDS = {"mm_data", "multi_modal_data"}
+_WORDS = re.compile(r"b(?:ase)?64|[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
-_MEDIA_NAMES = {name.replace("_", "") for name in MEDIA_FIELDS}
-_TOKEN_FIELDS = ("labels", "input_ids")
-_PREFERENCE_FIELDS = ("label", "kto_tag")
-_METADATA_FIELDS = ("metadata", "meta", "extra", "extra_info")
+_TOKEN_FIELDS = {"labels", "label_ids", "target_ids", "input_ids"}
+_PREFERENCE_FIELDS = {"label", "kto_tag"}
+_METADATA_FIELDS = {"metadata", "meta", "extra", "extra_info", "info", "additional_kwargs"}
 _MASK_NAME = re.compile("mask|train|loss|weight")
-_HARMLESS = re.compile("constrain|restrain|strain|terrain|gloss|floss|blossom")
+_HARMLESS = re.compile("constrain|restrain|strain|terrain|pretrained|trainer|gloss|floss|blossom")
 """Words that contain a match of `_MASK_NAME` but do not name masks."""
 
 _TEXT_FLAGS = dict.fromkeys(("0", "false", "no", "off", "n", "none"), False) | dict.fromkeys(
     ("1", "true", "yes", "on", "y"), True
 )
-_NUMBER_LIST = re.compile(r"\s*\[[\s\d,.+eE-]*\]\s*")
-"""Matches the text of a list of numbers."""
+_IDS = re.compile(r"\s*(?:\[.*\]|-?\d+(?:[\s,;]+-?\d+)+)\s*", re.DOTALL)
+"""Matches the text of several integers, and any text in brackets."""
 
 _SCHEMA_HINT = (
     "rename or remove the field if it is not a mask, or convert rows with a function: schema='./mine.py:convert'"
 )
 
 
-def is_guarded(name: str) -> bool:
-    """Return whether the value of a field that no schema reads must be checked (`check_training_fields`)."""
+def is_guarded(name: str, value: Any = None) -> bool:
+    """Return whether a field that no schema reads must be checked (`check_training_fields`).
+
+    The result depends on the name of the field and on the type of its value only.
+    """
+    name = _last_name(name)
     return (
-        is_media_name(name)
-        or name in (*_TOKEN_FIELDS, *_PREFERENCE_FIELDS, *_METADATA_FIELDS)
-        or is_rejected_side(name)
+        not isinstance(value, str | int | float | None)
+        or is_media_name(name)
+        or name.lower() in _TOKEN_FIELDS | _PREFERENCE_FIELDS | _METADATA_FIELDS
         or is_mask_name(name)
     )
+
+
+def _last_name(name: str) -> str:
+    """Return the last part of a path: `columns=` names the fields beside a mapped value by their paths."""
+    return name.rpartition(".")[2]
 
 
 def is_media_name(name: str) -> bool:
     """Return whether the name of a field indicates images, audio or video.
 
-    >>> is_media_name("imageUrl"), is_media_name("Images"), is_media_name("imagery")
-    (True, True, False)
+    >>> [is_media_name(name) for name in ("imageUrl", "Images", "image_0", "image_description", "imagery")]
+    [True, True, True, False, False]
     """
-    return name.lower().replace("_", "") in _MEDIA_NAMES
+    words = {word.lower() for word in _WORDS.findall(name)}
+    return name in _MULTIMODAL_FIELDS or (not words.isdisjoint(_MEDIA_WORDS) and words <= _MEDIA_WORDS | _MEDIA_FORMATS)
 
 
 def is_rejected_side(name: str) -> bool:
     """Return whether the name of a field indicates the rejected answer of a preference pair.
 
-    >>> is_rejected_side("rejected"), is_rejected_side("rejected_response"), is_rejected_side("rejection")
-    (True, True, False)
+    >>> [is_rejected_side(name) for name in ("rejected", "rejectedResponse", "answer_rejected", "rejection")]
+    [True, True, True, False]
     """
-    return name == "rejected" or name.startswith("rejected_")
+    words = {word.lower() for word in _WORDS.findall(name)}
+    return not words.isdisjoint({"rejected", "dispreferred"}) or words == {"reject"} or words >= {"non", "preferred"}
 
 
 def is_mask_name(name: str) -> bool:
@@ -101,26 +115,24 @@ def check_training_fields(fields: Mapping[str, Any], names: Iterable[str], path:
         BadRow: `media`, `labels_beside_text`, `unknown_mask_field`, `row_not_trained` or `weight_value`.
     """
     for name in names:
-        value = fields[name]
+        value, last_name = fields[name], _last_name(str(name))
         where = f"{path}.{name}" if path else name
-        if value is None or value in ("", [], {}) or is_rejected_side(name):
+        if value is None or (isinstance(value, str | list | tuple | Mapping) and not value):
             continue
-        if is_media_name(name):
+        if is_media_name(last_name) or _is_media(value):
             raise BadRow(
                 "media",
                 f"contains media ({_describe(value)}), which the model would not receive",
                 field=where,
                 hint="remove these rows (images, audio and video are not supported), or rename the field if it is text",
             )
-        if name in _TOKEN_FIELDS:
+        if last_name.lower() in _TOKEN_FIELDS:
             _check_tokens(value, where)
-        elif name in _PREFERENCE_FIELDS:
-            _check_preference(name, value, where)
-        elif name in _METADATA_FIELDS:
+        elif last_name.lower() in _PREFERENCE_FIELDS:
+            _check_preference(last_name.lower(), value, where)
+        elif last_name.lower() in _METADATA_FIELDS:
             _check_metadata(value, where)
-        elif name in TRAIN_FIELDS and not path and not _is_number_list(value):
-            _check_row_flag(name, value, where)
-        elif not isinstance(value, str) or read_text_flag(value) is not None or _is_number_list(value):
+        elif is_mask_name(last_name) and (path or last_name not in TRAIN_FIELDS or not _read_row_flag(value, where)):
             raise BadRow(
                 "unknown_mask_field",
                 f"is {_describe(value)}; a field of this name could be a mask, but its format is unknown",
@@ -129,8 +141,17 @@ def check_training_fields(fields: Mapping[str, Any], names: Iterable[str], path:
             )
 
 
+def _is_media(value: Any) -> bool:
+    """Return whether a value is binary data, an image object, an image or audio of `datasets`, or a list of them."""
+    if isinstance(value, list | tuple):
+        return any(map(_is_media, value))
+    if isinstance(value, Mapping):
+        return isinstance(value.get("bytes"), bytes) or {"array", "sampling_rate"} <= value.keys()
+    return isinstance(value, bytes | bytearray | memoryview) or type(value).__module__.partition(".")[0] == "PIL"
+
+
 def _check_tokens(value: Any, where: str) -> None:
-    if isinstance(value, list) or _is_number_list(value):
+    if isinstance(value, list | tuple) or (isinstance(value, str) and _IDS.fullmatch(value)):
         raise BadRow(
             "labels_beside_text",
             "is ambiguous, because the row also has text, which would be tokenized and masked again",
@@ -140,8 +161,11 @@ def _check_tokens(value: Any, where: str) -> None:
 
 
 def _check_preference(name: str, value: Any, where: str) -> None:
-    """Reject answers that are labeled as undesirable. Other labels, such as class names, have no effect."""
-    if value is False or (isinstance(value, str) and value.strip().lower() == "false"):
+    """Reject answers that are labeled as undesirable. A `label` can also be a class: a name or a number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_false = value == 0 if is_number else _is_false(value)
+    is_class = name == "label" and (is_number or (isinstance(value, str) and value.strip().lower() != "false"))
+    if is_false and not is_class:
         raise BadRow(
             "row_not_trained",
             f"is {_describe(value)}, which marks the answer as undesirable (KTO data)",
@@ -150,42 +174,55 @@ def _check_preference(name: str, value: Any, where: str) -> None:
         )
 
 
-def _check_row_flag(name: str, value: Any, where: str) -> None:
-    if read_flag(value, where) is False:
+def _read_row_flag(value: Any, where: str) -> bool:
+    """Return whether the value of a field in `TRAIN_FIELDS` is true; false if the value is not a flag.
+
+    Raises:
+        BadRow: `row_not_trained`, if the value is a false flag; `weight_value`, as in `read_flag`.
+    """
+    flag = read_flag(value, where) if isinstance(value, str | int | float) else None
+    if flag is False:
         raise BadRow(
             "row_not_trained",
             f"is {_describe(value)}, which excludes the row from training",
             field=where,
-            hint=f"filter these rows with where='{name}' (keeps rows with a true or non-zero value)",
+            hint=f"filter these rows with where='{where}' (keeps rows with a true or non-zero value)",
         )
+    return flag is True
 
 
 def _check_metadata(value: Any, where: str) -> None:
     """Reject metadata that excludes a row or message from training.
 
-    Numbers, such as the loss of another model, are not masks.
+    Numbers other than 0, such as the loss of another model, are not masks.
     """
-    for name, flag in value.items() if isinstance(value, Mapping) else ():
-        if isinstance(name, str) and is_mask_name(name) and _is_false(flag):
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "[") and is_mask_name(value):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return
+    for name, item in value.items() if isinstance(value, Mapping) else ():
+        if isinstance(name, str) and is_mask_name(name) and _is_false(item):
             raise BadRow(
                 "unknown_mask_field",
-                f"is {_describe(flag)}; a field of this name could be a mask, and masks in metadata are not supported",
+                f"is {_describe(item)}; a field of this name could be a mask, and masks in metadata are not supported",
                 field=f"{where}.{name}",
                 hint=f"set train: false in the message; {_SCHEMA_HINT}",
             )
+        _check_metadata(item, f"{where}.{name}")
+    for number, item in enumerate(value) if isinstance(value, list) else ():
+        _check_metadata(item, f"{where}[{number}]")
 
 
 def _is_false(value: Any) -> bool:
-    if isinstance(value, bool | int):
-        return value in (False, 0)
-    return isinstance(value, list) or (
-        isinstance(value, str) and (read_text_flag(value) is False or _is_number_list(value))
-    )
+    """Return whether a value is false, 0, a list, or the text of one of them."""
+    if isinstance(value, str):
+        return read_text_flag(value) is False or _IDS.fullmatch(value) is not None or _is_zero(value)
+    return isinstance(value, list) or (isinstance(value, int | float) and value == 0)
 
 
-def _is_number_list(value: Any) -> bool:
-    """Return whether a value is the text of a list of numbers."""
-    return isinstance(value, str) and _NUMBER_LIST.fullmatch(value) is not None
+def _is_zero(text: str) -> bool:
+    return _is_number(text) and float(text) == 0
 
 
 def read_flag(value: Any, field: str) -> bool | None:

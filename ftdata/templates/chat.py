@@ -159,7 +159,8 @@ def _flag_empty_thinking(text: str, pieces: Sequence[TextPiece], regions: Sequen
     for region in regions:
         match = _EMPTY_THINKING.match(text, region.start, region.end)
         is_row_text = match and any(
-            piece.part is not Part.SCAFFOLD and piece.start < match.end() and match.start() < piece.end
+            piece.part is not Part.SCAFFOLD
+            and text[max(piece.start, match.start()) : min(piece.end, match.end())].strip()
             for piece in pieces
         )
         if match and not is_row_text:

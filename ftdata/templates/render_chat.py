@@ -108,9 +108,9 @@ def _join_text_part(message: Message) -> Message:
     Return the message unchanged if it has several parts, since the separator between them is unknown.
     """
     content = message.get("content")
-    if not isinstance(content, list) or len(content) != 1 or not isinstance(content[0].get("text"), str):
+    if not isinstance(content, list) or len(content) != 1 or content[0].keys() != {"type", "text"}:
         return message
-    return {**message, "content": content[0].get("text")}
+    return {**message, "content": content[0]["text"]} if content[0]["type"] == "text" else message
 
 
 def _render_chat(

@@ -104,23 +104,29 @@ def _from_transformers(tokenizer: Any, *, thorough: bool) -> Tokenizer:
     return loaded
 
 
+_SAMPLED_TOKENS = 1024
+
 _TOKEN_SETTINGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
 
 
 def _read_state(backend: tokenizers.Tokenizer) -> tuple[Any, ...]:
-    """Return all mutable settings of a tokenizer except vocabulary and merges, and the tokens of a sample text."""
-    added = backend.get_added_tokens_decoder()
+    """Return all mutable settings of a tokenizer except vocabulary and merges, and the tokens of a sample text.
+
+    Of the vocabulary, only a sample is compared: hashing it all would take longer than encoding a conversation.
+    """
+    added, size = backend.get_added_tokens_decoder(), backend.get_vocab_size(with_added_tokens=True)
     parts = (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder)
     settings = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
                 "ignore_merges", "max_input_chars_per_word")  # fmt: skip
     return (
-        backend.get_vocab_size(with_added_tokens=True),
+        size,
         tuple(None if part is None else part.__getstate__() for part in parts),
         tuple(getattr(backend.model, name, None) for name in settings),
         tuple(
             (id_, token.content, *(getattr(token, name) for name in _TOKEN_SETTINGS)) for id_, token in added.items()
         ),
         tuple(backend.encode(_SAMPLE, add_special_tokens=False).ids),
+        tuple(map(backend.id_to_token, range(0, size, size // _SAMPLED_TOKENS + 1))),
     )
 
 

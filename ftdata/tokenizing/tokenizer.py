@@ -129,8 +129,26 @@ class Tokenizer:
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_control))
 
     def encode(self, texts: Sequence[str]) -> Encodings:
-        """Encode texts without adding special tokens."""
-        return self.encoders.encode(texts)
+        """Encode texts without adding special tokens.
+
+        Whitespace that a token removes (`lstrip`, `rstrip`) belongs to no token.
+        """
+        tokens = self.encoders.encode(texts)
+        return self._exclude_stripped_whitespace(texts, tokens) if self.stripping_tokens else tokens
+
+    def _exclude_stripped_whitespace(self, texts: Sequence[str], tokens: Encodings) -> Encodings:
+        """Return the tokens with offsets that do not contain the whitespace that added tokens remove."""
+        contents = {self.added_tokens[content][0]: content for content in self.stripping_tokens}
+        positions = np.flatnonzero(np.isin(tokens.ids, list(contents)))
+        numbers = np.searchsorted(tokens.token_bounds, positions, side="right") - 1
+        starts, ends = tokens.starts.copy(), tokens.ends.copy()
+        for position, number in zip(positions.tolist(), numbers.tolist(), strict=True):
+            content, first = contents[int(tokens.ids[position])], int(tokens.text_bounds[number])
+            text = texts[number][int(starts[position]) - first : int(ends[position]) - first]
+            if (index := text.find(content)) >= 0:
+                starts[position] += index
+                ends[position] = starts[position] + len(content)
+        return replace(tokens, starts=starts, ends=ends)
 
 
 _LARGEST_ID = 1 << 26
@@ -288,6 +306,19 @@ class ControlTokens:
         next_spans = np.searchsorted(ends, tokens.starts[positions], side="right")
         is_typed = np.append(starts, np.iinfo(np.int64).max)[next_spans] < tokens.ends[positions]
         return sorted(set((np.searchsorted(tokens.token_bounds, positions[is_typed], side="right") - 1).tolist()))
+
+    def find_lost_whitespace(self, batch: RenderedBatch, tokens: Encodings) -> list[int]:
+        """Return the indices of texts in which a control token removes whitespace of the row (`lstrip`, `rstrip`)."""
+        if not self.tokenizer.stripping_tokens:
+            return []
+        # A gap lies between the end of a token, or the start of its text, and the start of the next token.
+        gap_starts = np.append(0, tokens.ends[:-1]) if len(tokens.ends) else tokens.ends
+        gaps = np.flatnonzero(gap_starts < tokens.starts)
+        starts, ends = batch.starts[batch.data], batch.ends[batch.data]
+        next_spans = np.searchsorted(ends, gap_starts[gaps], side="right")
+        is_row_text = np.append(starts, np.iinfo(np.int64).max)[next_spans] < tokens.starts[gaps]
+        texts = np.searchsorted(tokens.token_bounds, gaps[is_row_text], side="right") - 1
+        return sorted(set(texts.tolist()))
 
     def find_matches(self, rendered: Rendered) -> tuple[list[re.Match[str]], list[re.Match[str]]]:
         """Find the control tokens in a text.

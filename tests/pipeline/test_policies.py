@@ -73,6 +73,18 @@ def test_assistant_messages_are_grouped_by_user_message():
     assert (first.messages, second.messages) == (4, 6)
 
 
+def test_empty_answer_whose_block_is_rewritten_is_split(tokenizer_dir):
+    """The template prints an empty thinking block in the last answer only."""
+    block = "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
+    source = template(HEAD + block + "{{ m.content }}<|im_end|>\n")
+    messages = [USER, {**ANSWER, "content": ""}, *TALK[2:]]
+    first, second = encode(messages, tokenizer_dir("tiny_bpe"), source)
+    trained = ["".join(e.text[a:b] for a, b in e.offsets[e.trained]) for e in (first, second)]
+    assert trained == ["<think></think><|im_end|>", "<think></think>a2<|im_end|>"]
+    (joint,) = encode(messages, tokenizer_dir("tiny_bpe"), source, turns="joint")
+    assert "history_rewritten" in joint.flags
+
+
 THINKING = [USER, {"role": "assistant", "content": "a1", "reasoning_content": "hm"}]
 
 
@@ -95,6 +107,9 @@ THINKING = [USER, {"role": "assistant", "content": "a1", "reasoning_content": "h
             "<think>r1</think><think>r2</think>",
         ),
         (TOOLED, ["answer"], "a2<|im_end|>"),
+        ([USER, {**ANSWER, "content": "<think>\n\n</think>\n\na1"}], ["answer"], "a1<|im_end|>"),
+        ([USER, {**ANSWER, "content": "<think></think>a1"}], ["answer"], "a1<|im_end|>"),
+        ([USER, {**ANSWER, "content": "<think></think>a1"}], ["reasoning"], "<think></think>"),
     ],
 )
 def test_train_parts_selects_parts_of_a_turn(tokenizer_dir, messages, parts, expected):
@@ -107,6 +122,14 @@ def test_train_parts_selects_parts_of_a_turn(tokenizer_dir, messages, parts, exp
     (example,) = encode(messages, tokenizer_dir("tiny_bpe"), source, train_parts=parts)
     pieces = example.offsets[example.trained]
     assert "".join(example.text[a:b] for a, b in pieces) == expected
+
+
+@pytest.mark.parametrize(("parts", "expected"), [(["answer"], "a1<|im_end|>"), (["reasoning"], "<think></think>")])
+def test_empty_thinking_of_the_template_is_reasoning(tokenizer_dir, parts, expected):
+    block = "{% if m.role == 'assistant' %}<think></think>{% endif %}"
+    source = template(HEAD + block + "{{ m.content }}<|im_end|>\n")
+    (example,) = encode([USER, ANSWER], tokenizer_dir("tiny_bpe"), source, train_parts=parts)
+    assert "".join(example.text[a:b] for a, b in example.offsets[example.trained]) == expected
 
 
 @pytest.mark.parametrize("key", ["train", "training", "weight", "loss"])

@@ -10,7 +10,7 @@ from schema_helpers import ASSISTANT, USER, convert
 from ftdata import build_sft_dataset, encode
 from ftdata.errors import BadRow, BadRows
 from ftdata.schemas import normalize
-from ftdata.schemas.training_fields import MEDIA_FIELDS, TRAIN_FIELDS, is_mask_name
+from ftdata.schemas.training_fields import TRAIN_FIELDS, is_mask_name
 from ftdata.types import UNKNOWN_SOURCE, Part, Row
 
 OFF = [False, 0, 0.0]
@@ -76,8 +76,8 @@ def test_names_that_only_contain_mask_words_are_ignored(name):
     assert convert({"messages": [USER, ASSISTANT], name: 1}).messages == (USER, ASSISTANT)
 
 
-@pytest.mark.parametrize("value", [None, "", [], {}, "70 kg"], ids=str)
-def test_fields_unrelated_to_training_are_ignored(value):
+@pytest.mark.parametrize("value", [None, "", [], {}], ids=str)
+def test_empty_fields_are_ignored(value):
     assert len(convert({"messages": [USER, ASSISTANT], "weight_of_parcel": value}).messages) == 2
 
 
@@ -113,7 +113,15 @@ def test_token_masks_next_to_messages_are_rejected(name):
         convert({"messages": [USER, ASSISTANT], name: [0, 0, 1]})
 
 
-@pytest.mark.parametrize("name", sorted(MEDIA_FIELDS))
+MEDIA_FIELDS = [
+    "image", "images", "Images", "imageUrl", "image_urls", "image_path", "image-path", "image path", "image_0", "image0",
+    "image_list", "image_data", "image_base64", "image_b64", "input_image", "decoded_image", "image_embeds", "img",
+    "picture", "photo", "screenshot", "video", "videos", "video_path", "video_frames", "audio", "audio_file",
+    "pixel_values", "mm_data", "multi_modal_data",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEDIA_FIELDS)
 def test_media_are_rejected(name, tokenizer_dir):
     for row in (
         {**ROWS["alpaca"], "instruction": "<image>What?", name: ["a.png"]},
@@ -143,6 +151,9 @@ INVISIBLE = [
     "\x1b",
     "\u202e",
 ]
+
+
+THOUGHTS = ["<think>hm</think>", "hm\n</think>\n\n", "</think>", "[THINK]hm[/THINK]", "<Think>hm</Think>"]
 
 
 @pytest.mark.parametrize("answer", ["", " \n\t", *INVISIBLE], ids=ascii)
@@ -233,12 +244,74 @@ def test_content_blocks_with_masks_are_rejected(block, key):
         {**PAIR, "label": 0},
         {**PAIR, "label": True},
         {**PAIR, "metadata": {"loss": 2.5, "trained_by": "x"}},
-        {**PAIR, "training": "a course"},
+        {**PAIR, "pretrained_model": "x"},
+        {**PAIR, "labels": "positive"},
         {"input_ids": [1, 2], "labels": [-100, 2], "loss_mask": [0, 1]},
     ],
 )
 def test_consistent_training_fields_are_accepted(row):
     assert normalize(Row(row, UNKNOWN_SOURCE)).schema in ("prompt_completion", "tokens")
+
+
+MASK_TEXTS = [
+    "[True, False]",
+    "[null, 0, 1]",
+    "array([0, 1])",
+    "0 1",
+    "0,1",
+    "True,False",
+    '{"0": 1}',
+    "0.0",
+    "never",
+    "70 kg",
+]
+
+
+@pytest.mark.parametrize("text", MASK_TEXTS)
+def test_masks_stored_as_text_are_rejected(text):
+    for name in ("response_mask", "sample_weight", "trained"):
+        for row in ({**PAIR, name: text}, {"messages": [USER, {**ASSISTANT, name: text}]}):
+            with pytest.raises(BadRow) as caught:
+                convert(row)
+            assert caught.value.code == "unknown_mask_field"
+    with pytest.raises(BadRow, match="unknown_mask_field|weight_value"):
+        convert({**PAIR, "train": text})
+
+
+@pytest.mark.parametrize("value", [{"train": False}, {"loss_weight": 0.0}, {"a": [{"mask": "0 1"}]}])
+@pytest.mark.parametrize("form", [lambda value: value, json.dumps, lambda value: [value]])
+def test_masks_in_metadata_are_rejected(value, form):
+    for row in ({**PAIR, "metadata": form(value)}, {"messages": [USER, {**ASSISTANT, "metadata": form(value)}]}):
+        with pytest.raises(BadRow, match="unknown_mask_field"):
+            convert(row)
+
+
+IMAGE = {"bytes": b"\x89PNG", "path": None}
+
+
+@pytest.mark.parametrize("value", [IMAGE, [IMAGE], b"\x89PNG", {"array": [0.1], "sampling_rate": 8000, "path": None}])
+def test_media_values_are_rejected_under_any_name(value):
+    with pytest.raises(BadRow, match="media"):
+        convert({**PAIR, "page": value})
+
+
+@pytest.mark.parametrize(
+    "field", [{"train": False}, {"images": ["a.png"]}, {"weight": 0.5}, {"meta": {"train": False}}]
+)
+def test_fields_next_to_a_mapped_path_are_checked(field):
+    row = {"data": {"messages": [USER, ASSISTANT], **field}}
+    with pytest.raises(BadRow) as caught:
+        normalize(Row(row, UNKNOWN_SOURCE), columns={"messages": "data.messages"})
+    assert caught.value.field.startswith(f"data.{next(iter(field))}")
+    row = {"answers": [{"text": "a", **field}], "question": "q"}
+    with pytest.raises(BadRow):
+        normalize(Row(row, UNKNOWN_SOURCE), columns={"answer": "answers[0].text"})
+
+
+def test_fields_next_to_a_mapped_path_are_reported():
+    row = Row({"data": {"q": "2+2?", "a": "4", "id": 7}}, UNKNOWN_SOURCE)
+    conversation = normalize(row, columns={"question": "data.q", "answer": "data.a"})
+    assert conversation.notes == {"column data.id"}
 
 
 def test_train_on_all_skips_untrained_messages(tokenizer_dir):

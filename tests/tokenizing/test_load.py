@@ -110,6 +110,28 @@ def test_tokenizer_object_changed_in_place_is_reloaded(change, wrapped, tokenize
     assert expected is None or after["train"]["input_ids"][:] == expected["train"]["input_ids"][:]
 
 
+def swap_words(backend):
+    import tokenizers
+
+    words = json.loads(backend.to_str())["model"]["vocab"]
+    swapped = dict(zip(words, reversed(words.values()), strict=True))
+    backend.model = tokenizers.models.WordLevel(swapped, unk_token="<unk>")
+
+
+def test_encode_detects_a_changed_vocabulary():
+    import tokenizers
+
+    words = {word: id_ for id_, word in enumerate(["<unk>", "a", "b", "c", ":", "\n", "user", "assistant"])}
+    held = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    held.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    messages = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "b a"}]
+    source = "{% for m in messages %} {{ m.role }} : {{ m.content }} {% endfor %}{% if add_generation_prompt %} assistant :{% endif %}"
+    (before,) = encode(messages, held, source)
+    swap_words(held)
+    (after,) = encode(messages, held, source)
+    assert after.input_ids.tolist() == [len(words) - 1 - id_ for id_ in before.input_ids.tolist()]
+
+
 @pytest.mark.parametrize("change", [lowercase, add_a_token])
 def test_encode_detects_a_changed_tokenizer_object(change, tokenizer_dir):
     held = transformers_tokenizer(tokenizer_dir("tiny_bpe"))

@@ -79,6 +79,12 @@ register_flag_check(
     "end the prompt with a control token or a line break, or move the space before the answer into the generation tags",
 )
 register_flag_check(
+    "whitespace_removed",
+    "warning",
+    "a control token of the tokenizer removes whitespace of the row, which no token contains",
+    "remove the whitespace from the data, or set lstrip and rstrip of the token to false in tokenizer.json",
+)
+register_flag_check(
     "rejected_side_dropped",
     "note",
     "the build contains only the chosen side of preference pairs",

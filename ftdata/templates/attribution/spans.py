@@ -135,11 +135,8 @@ def _locate_thinking(
         if not tags:
             continue
         thinking[message] = [(start + a, start + b, Part.SCAFFOLD) for a, b in tags]
-        closing_start, closing_end = tags[-1]
-        thinking_start = tags[0][1] if len(tags) > 1 else 0
-        if text[start + thinking_start : start + closing_start].strip():
-            answer = text[start + closing_end : end].lstrip()
-            thinking[message].append((start, end - len(answer), Part.REASONING))
+        answer = text[start + tags[-1][1] : end].lstrip()
+        thinking[message].append((start, end - len(answer), Part.REASONING))
     return thinking
 
 

@@ -166,8 +166,6 @@ class RenderPlan:
         try:
             for index, leaf in self.leaves:
                 content = contents[leaf.message]
-                if not content or content.isspace():
-                    return None
                 segment = leaf.render(content) if leaf.changes or leaf.whitespace else content
                 if segment is None:
                     return None
@@ -246,12 +244,15 @@ def conversation_shape(messages: Sequence[Mapping[str, Any]], turns: Sequence[in
 def message_contents(messages: Sequence[Mapping[str, Any]]) -> list[str] | None:
     """Return the contents of the messages, or `None` if a message contains more than a role and a text.
 
-    Also return `None` if a content has a closing thinking tag, since templates remove the thinking.
+    Also return `None` if a content is empty or whitespace, since the template may omit it, or if it has a closing
+    thinking tag, since templates remove the thinking.
     """
     contents = []
     for message in messages:
         content = message.get("content")
         if not isinstance(content, str) or (len(message) != 2 and (len(message) != 3 or "train" not in message)):
+            return None
+        if not content or content.isspace():
             return None
         # The search for a single character is much faster than the search for two.
         if "<" in content and "</" in content and _THINKING.search(content):

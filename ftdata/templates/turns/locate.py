@@ -111,6 +111,9 @@ def locate_turn(
         ending, is_rewritten = _find_ending(ended, text[:answer_end], turn)
         flags |= {"history_rewritten"} if is_rewritten else set()
         stop_length = stops.find_end_between(ending, gap)
+        # An empty answer has no text to compare, so the generated template text is compared.
+        if not pieces and ending is not None and not ending.startswith(gap[:stop_length]):
+            flags |= {"history_rewritten"}
     end = answer_end + stop_length
     if is_last and stops.is_late and not stops.find_known_end(tail):
         flags |= {"missing_final_stop"}

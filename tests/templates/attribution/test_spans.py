@@ -121,9 +121,9 @@ def test_thinking_tags_outside_regions_belong_to_no_message():
     assert [(span.part, span.message) for span in spans] == [(S, -1), (R, 1), (S, -1), (C, 1), (C, 3)]
 
 
-def test_empty_thinking_is_not_reasoning():
+def test_whitespace_in_thinking_is_reasoning():
     empty = [(C, 1, "<think>\n\n</think>\n\na")]
-    assert thinking(*empty) == [(S, "<think>"), (C, "\n\n"), (S, "</think>"), (C, "\n\na")]
+    assert thinking(*empty) == [(S, "<think>"), (R, "\n\n"), (S, "</think>"), (R, "\n\n"), (C, "a")]
 
 
 @pytest.mark.parametrize(

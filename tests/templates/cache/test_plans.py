@@ -35,6 +35,7 @@ SOURCES = {
     "deepseek": ("deepseek", None),
     "short": ("tiny_bpe", "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content | length > 4 %}{{ m.content | trim }}{% else %}short {{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"),
     "mood": ("tiny_bpe", "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if 'yes' in messages[0].content %}!{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% if 'yes' in messages[0].content %}!{% endif %}{% endif %}"),
+    "no_system": ("tiny_bpe", "{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"),
 }  # fmt: skip
 
 
@@ -97,6 +98,18 @@ def test_whitespace_around_texts_needs_no_other_plan(tokenizer_dir, monkeypatch)
         (found,) = render_in_worker(Conversation(tuple({**one, "content": text} for one in talk(3).messages)), template)
         assert found.text.count(f"\n{text}<|im_end|>") == 6
     assert runs == []
+
+
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_dropped_message_is_found_after_an_empty_message(tokenizer_dir, blank):
+    template = make_recipe(tokenizer_dir("tiny_bpe"), SOURCES["no_system"][1]).template
+    conversations = [
+        Conversation(({"role": "system", "content": system}, *talk(1).messages)) for system in (blank, "Be brief.")
+    ]
+    render_in_worker(conversations[0], template)
+    with pytest.raises(BadRow) as raised:
+        render_in_worker(conversations[1], template)
+    assert raised.value.code == "message_dropped"
 
 
 def test_longer_conversations_reuse_the_plans_of_shorter_ones(tokenizer_dir, monkeypatch):
