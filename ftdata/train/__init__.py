@@ -444,5 +444,5 @@ def _merge_settings(overrides: dict[str, Any], settings: Mapping[str, Any] | Seq
     added = {"train": dict(settings)} if isinstance(settings, Mapping) else parse_settings(settings)
     # The command line passes None for each option without a value.
     if twice := sorted(name for name in overrides.keys() & added.keys() if overrides[name] is not None):
-        raise UsageError("setting", f"these fields are set in settings and as an argument: {', '.join(twice)}")
+        raise UsageError("setting", f"these fields are set both in settings and as an argument: {', '.join(twice)}")
     return {**overrides, **added}

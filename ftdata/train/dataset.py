@@ -103,12 +103,12 @@ def training_splits(build: datasets.DatasetDict) -> datasets.DatasetDict:
             if len(exact) > 1:
                 listed = ", ".join(exact)
                 message = f"the data has several {purpose} splits: {listed}"
-                raise UsageError("splits", message, hint="select a split with the key split of the source")
+                raise UsageError("splits", message, hint="set the key split of the source to one of these names")
             if exact:
                 splits[purpose] = build[exact[0]]
                 break
     if "train" not in splits:
-        hint = "select a split with the key split of the source"
+        hint = "set the key split of the source to one of these names"
         raise UsageError("splits", f"none of the splits is a train split: {', '.join(build)}", hint=hint)
     return datasets.DatasetDict(splits)
 

@@ -125,7 +125,7 @@ def _find_ordinary_tokens(tokenizer: Tokenizer, template: str) -> tuple[list[int
 
 
 def _logits(model: Any, ids: list[int], ordinary: torch.Tensor) -> torch.Tensor:
-    """Compute a model's logits for a token sequence. Return the columns of ordinary tokens (float32, on the CPU)."""
+    """Compute a model's logits for a token sequence. Leave out the logits of control tokens (float32, on the CPU)."""
     model.eval()
     positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(ids))
     with torch.inference_mode():

@@ -65,7 +65,7 @@ class ProgressMeter:
         self._seconds, self._timed_steps = 0.0, 0
 
     def next_model(self) -> None:
-        """Start to count the generation steps of the next model."""
+        """Start counting the generation steps of the next model."""
         self._model += 1
         self._previous = None
 

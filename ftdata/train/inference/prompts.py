@@ -1,4 +1,4 @@
-"""Encode prompts for inference to the same token ids that precede the answers in training.
+"""Encode prompts for inference to the same token ids as in training.
 
 A prompt is everything before the last trained span of a document. To encode a conversation without an answer, a
 placeholder answer is appended, and the token ids are cut before it. No template-specific code is needed.
@@ -51,7 +51,7 @@ def read_documents(split: Any) -> Iterator[tuple[list[int], list[int]]]:
 
 
 def rebuild_recipe(tokenizer: str, options: Mapping[str, Any]) -> Recipe:
-    """Recreate the recipe of a build, which renders and tokenizes rows, from the options in the manifest.
+    """Recreate a build's recipe from the options in the manifest. The recipe renders and tokenizes rows.
 
     Args:
         tokenizer: the tokenizer of the build.
