@@ -1,4 +1,7 @@
-"""Import Axolotl YAML files. Keys follow axolotl 0.19.0 (`utils/schemas/config.py`, `datasets.py`)."""
+"""Convert Axolotl YAML files to ftdata configurations.
+
+The supported keys are the keys of axolotl 0.19.0 (`utils/schemas/config.py`, `datasets.py`).
+"""
 
 from __future__ import annotations
 
@@ -132,10 +135,10 @@ _KNOWN_KEYS = {
 
 
 def draft_from_axolotl(values: Mapping[str, Any], selection: Sequence[str], folder: Path) -> Draft:  # noqa: ARG001  (all importers share this signature)
-    """Return a draft of the settings in an Axolotl file.
+    """Convert the settings in an Axolotl file to a draft of an ftdata configuration.
 
     Args:
-        values: the file.
+        values: the content of the file.
         selection: data sets to import, by path or number from 0. If empty, all are imported.
         folder: folder of the file. It is not used: paths in the file are relative to the working directory.
 
@@ -152,7 +155,9 @@ def draft_from_axolotl(values: Mapping[str, Any], selection: Sequence[str], fold
     for name in ("eval", "save"):
         if times := values.get(f"{name}s_per_epoch"):
             if times * values["num_epochs"] <= 0:
-                raise ValueError(f"{name}s_per_epoch is {times}, num_epochs {values['num_epochs']}")
+                raise ValueError(
+                    f"{name}s_per_epoch is {times} and num_epochs is {values['num_epochs']}, expected positive numbers"
+                )
             # Trainer accepts the interval as a share of all steps.
             draft.set_field(f"train.{name}_strategy", "steps")
             draft.set_field(f"train.{name}_steps", 1 / (times * values["num_epochs"]))
@@ -165,7 +170,7 @@ def draft_from_axolotl(values: Mapping[str, Any], selection: Sequence[str], fold
 def _convert_adapter(values: Mapping[str, Any], draft: Draft) -> None:
     kind = values.get("adapter")
     if kind not in (None, "lora", "qlora"):
-        raise conversion_error(f"adapter: {kind}, expected lora or qlora")
+        raise conversion_error(f"adapter is {kind}, expected lora or qlora")
     if kind is None:
         draft.fields.pop("lora", None)
     if kind == "qlora":
@@ -191,20 +196,21 @@ def _convert_overlong(values: Mapping[str, Any], draft: Draft) -> None:
             "rows that are too long are rejected and counted, as all bad rows are; max_rejects limits their number"
         )
     elif strategy != "raise":
-        raise conversion_error(f"excess_length_strategy: {strategy}, expected drop, truncate or raise")
+        raise conversion_error(f"excess_length_strategy is {strategy}, expected drop, truncate or raise")
 
 
 def _convert_datasets(values: Mapping[str, Any], selection: Sequence[str], draft: Draft) -> None:
     infos = values.get("datasets")
     if not (isinstance(infos, list) and infos and all(isinstance(info, Mapping) for info in infos)):
-        raise conversion_error("datasets: expected a list of mappings, each with a path")
+        raise conversion_error("datasets is invalid: expected a list of mappings, each with a path")
     if invalid := [info.get("path") for info in infos if not isinstance(info.get("path"), str) or not info["path"]]:
-        raise conversion_error(f"datasets: a path is {invalid[0]!r:.80}, expected a file, a folder or a Hub id")
+        raise conversion_error(f"datasets contains the path {invalid[0]!r:.80}, expected a file, a folder or a Hub id")
     numbered = {str(number): info for number, info in enumerate(infos)}
     paths = [info["path"] for info in infos]
     if unknown := [name for name in selection if name not in numbered and name not in paths]:
         raise conversion_error(
-            f"no data set {unknown[0]!r} among {', '.join(paths)}", hint="pass a path, or a number from 0"
+            f"the file contains no data set {unknown[0]!r}, only {', '.join(paths)}",
+            hint="pass the path or the number of a data set; numbers start at 0",
         )
     selected = {
         number: info
@@ -222,14 +228,18 @@ def _make_sources(info: Mapping[str, Any], draft: Draft) -> list[dict[str, Any]]
         explanation = "has no effect in Axolotl 0.19 and is left out; use columns to map columns"
         draft.add_note(f"{path}: {', '.join(without_effect)} {explanation}")
     if misplaced := [key for key in _TYPE_KEYS if info.get(key)]:
-        explanation = "is not read at this level by Axolotl; move it to a mapping under type"
-        raise conversion_error(f"{path}: {', '.join(misplaced)} {explanation}")
+        raise conversion_error(
+            f"{path}: Axolotl does not read {', '.join(misplaced)} at this level",
+            hint="move these keys to a mapping under type",
+        )
     if unsupported := [key for key in _UNSUPPORTED_KEYS if info.get(key)]:
-        raise conversion_error(f"{path}: {', '.join(unsupported)}: {_NO_EQUIVALENT}")
+        raise conversion_error(f"{path}: ftdata has no equivalent for {', '.join(unsupported)}, which affects training")
     note_unknown_keys(path, info, _KNOWN_KEYS, draft)
     kind, split = info.get("ds_type"), info.get("split")
     if kind not in (None, *_SUFFIXES, "text"):
-        raise conversion_error(f"{path}: ds_type is {kind!r:.60}", hint=f"use one of {', '.join(_SUFFIXES)}")
+        raise conversion_error(
+            f"{path}: ds_type {kind!r:.60} is not supported", hint=f"use one of {', '.join(_SUFFIXES)}"
+        )
     options = {"split": split} if split not in (None, "train") else {}
     if files and Path(path).is_dir():
         # Axolotl resolves these paths relative to the working directory.
@@ -242,7 +252,7 @@ def _make_sources(info: Mapping[str, Any], draft: Draft) -> list[dict[str, Any]]
 
 
 def _row_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
-    """Return the schema, columns, template and mask policy of a data set."""
+    """Convert the settings of an Axolotl data set to ftdata options: schema, columns, template and `train_on`."""
     kind, path = info.get("type"), str(info["path"])
     train_on = {"train_on": "all"} if values.get("train_on_inputs") else {}
     if isinstance(kind, Mapping):
@@ -267,9 +277,9 @@ def _row_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Draf
     hint = (
         "use type: chat_template"
         if str(kind).startswith("sharegpt")
-        else "write it as a Jinja file, and set template to that file"
+        else "write the format as a Jinja template, and set template to that file"
     )
-    raise conversion_error(f"{path}: type {kind} has no equivalent", hint=hint)
+    raise conversion_error(f"{path}: ftdata has no equivalent for the data set type {kind}", hint=hint)
 
 
 def _chat_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
@@ -279,7 +289,7 @@ def _chat_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Dra
     for field, key in field_keys.items():
         if key and key not in _MESSAGE_FIELDS.get(field, (field,)):
             raise conversion_error(
-                f"{path}: messages have their {field} under {key!r}",
+                f"{path}: the {field} of each message is under the key {key!r}, which ftdata does not support",
                 hint="convert rows to messages with a function: schema='./mine.py:convert'",
             )
     roles = info.get("roles") or {}
@@ -298,7 +308,8 @@ def _chat_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Dra
     training_key = info.get("message_field_training")
     if training_key and training_key not in ("train", "training", "weight", "loss"):
         raise conversion_error(
-            f"{path}: messages are excluded from training with {training_key!r}", hint="rename this field to train"
+            f"{path}: message_field_training is {training_key!r}, expected train, training, weight or loss",
+            hint="rename this message field to train in the data",
         )
     if not training_key:
         draft.add_note(
@@ -325,14 +336,14 @@ def _template_options(info: Mapping[str, Any], values: Mapping[str, Any], draft:
         if str(name).startswith("tokenizer_default_fallback"):
             continue
         raise conversion_error(
-            f"chat_template: {name}",
+            f"the chat_template {name} cannot be converted",
             hint="save the template as a .jinja file and set template to it, or use tokenizer_default",
         )
     return {}
 
 
 def _prompt_template_options(kind: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema, columns and prompt template for a mapping under `type`.
+    """Convert a custom prompt format, which is the mapping under `type`, to a schema, columns and a template.
 
     >>> kind = {"field_instruction": "q", "field_output": "a", "format": "Q: {instruction} A: "}
     >>> _prompt_template_options(kind)["columns"]
@@ -349,7 +360,7 @@ def _prompt_template_options(kind: Mapping[str, Any]) -> dict[str, Any]:
         "no_input_format",
     }
     if unknown := kind.keys() - known_keys:
-        raise conversion_error(f"type: {', '.join(sorted(unknown))} is not a known key")
+        raise conversion_error(f"the mapping under type contains unknown keys: {', '.join(sorted(unknown))}")
     columns = {
         name: kind[f"field_{name}"]
         for name in ("instruction", "input", "output", "system")
@@ -369,7 +380,7 @@ def _prompt_template_options(kind: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_jinja(text: str) -> str:
-    r"""Convert a Python format string to Jinja.
+    r"""Convert a Python format string to a Jinja template.
 
     Raises:
         UsageError: `cannot_import`: a field is not a plain name.
@@ -384,7 +395,8 @@ def _to_jinja(text: str) -> str:
             continue
         if name not in ("instruction", "input", "system") or format_spec or conversion:
             raise conversion_error(
-                f"the format {text!r:.80} has the field {name!r}", hint="use {instruction}, {input} or {system}"
+                f"the format {text!r:.80} contains the unsupported field {name!r}",
+                hint="use {instruction}, {input} or {system}",
             )
         parts, literal = [*parts, _to_jinja_literal(literal), f"{{{{ {name} }}}}"], ""
     return "".join([*parts, _to_jinja_literal(literal)])

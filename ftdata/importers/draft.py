@@ -1,4 +1,4 @@
-"""A configuration under construction, and the rules that convert the keys of another tool."""
+"""Rules and helpers that convert the settings of another tool to a draft of an ftdata configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Rule = str | Callable[[Any], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Draft:
-    """Fields of a configuration, with notes for the user.
+    """An unfinished ftdata configuration: the fields that are already converted, and notes for the user.
 
     Attributes:
         fields: field or section -> value.
@@ -26,7 +26,7 @@ class Draft:
     notes: list[str] = field(default_factory=list)
 
     def set_field(self, name: str, value: Any) -> None:
-        """Set a field, or a field in a section such as `lora.r`."""
+        """Set a field of the configuration. The name may start with a section, as in `lora.r`."""
         section, dot, inner_name = name.partition(".")
         if dot:
             self.fields.setdefault(section, {})[inner_name] = value
@@ -34,7 +34,7 @@ class Draft:
             self.fields[name] = value
 
     def add_note(self, text: str) -> None:
-        """Add a note, unless it is already present."""
+        """Add a note for the user, unless the draft already contains the same note."""
         text = shorten(escape_line_breaks(escape_unprintable(text)))
         if text not in self.notes:
             self.notes.append(text)
@@ -42,7 +42,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class KeyRules:
-    """How to convert the keys of a file.
+    """Conversion rules for the keys of another tool's configuration file.
 
     Attributes:
         rules: key -> the field that its value is copied to.
@@ -60,11 +60,11 @@ class KeyRules:
 
 
 def apply_rules(values: Mapping[str, Any], keys: KeyRules, draft: Draft, *, skip: Collection[str] = ()) -> None:
-    """Copy the settings of a file to a draft, and note the omitted settings.
+    """Apply conversion rules to the settings of a file, and store the resulting fields and notes in a draft.
 
     Args:
-        values: the file.
-        keys: how to convert its keys.
+        values: the content of the file.
+        keys: the conversion rules for its keys.
         draft: the draft that receives fields and notes.
         skip: keys that are converted elsewhere.
 
@@ -73,7 +73,7 @@ def apply_rules(values: Mapping[str, Any], keys: KeyRules, draft: Draft, *, skip
     """
     used = {key: value for key, value in values.items() if key not in skip and value not in (None, False, "", [], {})}
     if unsupported := [f"{key}: {keys.unsupported[key]}" for key in used if key in keys.unsupported]:
-        raise conversion_error("; ".join(unsupported))
+        raise conversion_error(f"the file contains unsupported settings: {'; '.join(unsupported)}")
     for key, value in values.items():
         rule = keys.rules.get(key, f"train.{key}" if key in keys.same_name else None)
         if key in skip or value is None or rule is None:
@@ -90,7 +90,7 @@ def apply_rules(values: Mapping[str, Any], keys: KeyRules, draft: Draft, *, skip
 
 
 def explicit_settings(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a file with the defaults of its tool; null counts as unset.
+    """Add a tool's default values to the settings of a file. A setting that is null gets its default value.
 
     `warmup_steps` takes precedence over `warmup_ratio`.
     """
@@ -101,7 +101,7 @@ def explicit_settings(values: Mapping[str, Any], defaults: Mapping[str, Any]) ->
 
 
 def test_size_of(size: Any) -> Mapping[str, Any]:
-    """Return the `test_size` field for the size of a validation split: a share up to 1, or a number of rows.
+    """Convert the size of a validation split to the `test_size` field. The size is a share or a number of rows.
 
     A size of 0 sets no field.
 
@@ -109,18 +109,18 @@ def test_size_of(size: Any) -> Mapping[str, Any]:
         ValueError: the size is neither a share nor a number of rows.
     """
     if isinstance(size, bool) or not isinstance(size, int | float) or not 0 <= size < 1 << 53:
-        raise ValueError(f"{size!r} is not the size of a split")
+        raise ValueError(f"the size of the validation split is {size!r}, expected a share or a number of rows")
     return {"test_size": int(size) if size > 1 else size} if size else {}
 
 
 def note_unknown_keys(name: str, info: Mapping[str, Any], known_keys: Collection[str], draft: Draft) -> None:
-    """Note unknown keys of a data set; the original tool ignores them as well."""
+    """Add a note about the unknown keys of a data set. The original tool ignores these keys as well."""
     if unknown := [str(key) for key, value in info.items() if key not in known_keys and value not in (None, False)]:
         draft.add_note(f"{name}: unknown keys, left out: {', '.join(unknown)}")
 
 
 def remove_evaluation(draft: Draft) -> None:
-    """Remove the evaluation settings if no rows are held out."""
+    """Remove all evaluation settings from a draft that has no test split."""
     train = draft.fields.get("train", {})
     if "test_size" not in draft.fields:
         for name in ("eval_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model"):
@@ -130,7 +130,7 @@ def remove_evaluation(draft: Draft) -> None:
 
 
 def check_roles(roles: Mapping[str, str], where: str) -> None:
-    """Check that ftdata normalizes each role in the data to the role that the file assigns to it.
+    """Check that each role in the data has the same meaning in ftdata as in the imported file.
 
     Args:
         roles: role in the data -> role that the file assigns.
@@ -143,22 +143,22 @@ def check_roles(roles: Mapping[str, str], where: str) -> None:
     for role, meaning in roles.items():
         normalized = ROLES.get(role, "tool" if role in SPECIAL_ROLES else None)
         if normalized != synonyms.get(meaning, meaning):
-            difference = f"ftdata reads it as {normalized}" if normalized else "ftdata does not know this role"
+            difference = f"ftdata reads it as {normalized}" if normalized else "ftdata does not support this role"
             raise conversion_error(
                 f"{where}: role {role!r} means {meaning} in the file, but {difference}",
-                hint="rename it in the data, or convert rows with a function: schema='./mine.py:convert'",
+                hint="rename the role in the data, or convert rows with a function: schema='./mine.py:convert'",
             )
 
 
 def conversion_error(
     why: str, *, hint: str = "remove it from the file, and set it in the ftdata configuration"
 ) -> UsageError:
-    """Return the error for a setting that cannot be converted."""
+    """Return an error for a setting that cannot be converted to an ftdata setting."""
     return UsageError("cannot_import", why, hint=hint)
 
 
 def merge_dataset_options(options_by_dataset: Mapping[str, Mapping[str, Any]], draft: Draft) -> None:
-    """Set the options that all data sets share.
+    """Copy the options of the data sets to a draft. All data sets must have the same options.
 
     Args:
         options_by_dataset: name of the data set -> its template, schema, columns and other options.
@@ -170,8 +170,8 @@ def merge_dataset_options(options_by_dataset: Mapping[str, Mapping[str, Any]], d
     all_options = [dict(options) for options in options_by_dataset.values()]
     if any(options != all_options[0] for options in all_options):
         raise conversion_error(
-            f"data sets need different options: {', '.join(options_by_dataset)}",
-            hint="import each of them separately with --dataset, and train on their builds one after another",
+            f"the data sets need different options: {', '.join(options_by_dataset)}",
+            hint="import each data set separately with --dataset, and train on the builds one after another",
         )
     for name, value in all_options[0].items():
         draft.set_field(name, value)

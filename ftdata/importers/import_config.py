@@ -1,4 +1,4 @@
-"""Detect the tool that a configuration file belongs to, and convert the file."""
+"""Import a configuration file of another fine-tuning tool: detect the tool, then convert the file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MODEL_PLACEHOLDER = "MODEL"
 
 @dataclass(frozen=True, slots=True)
 class ImportedConfig:
-    """A configuration that was converted from another tool.
+    """An ftdata configuration that was converted from the configuration file of another tool.
 
     Attributes:
         tool: `"Axolotl"` or `"LLaMA-Factory"`.
@@ -30,7 +30,7 @@ class ImportedConfig:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the configuration as JSON-serializable values."""
+        """Return the tool, the configuration and the notes as a JSON-serializable dict."""
         return {"tool": self.tool, "config": config_values(self.config), "notes": list(self.notes)}
 
     def __str__(self) -> str:
@@ -40,7 +40,7 @@ class ImportedConfig:
 
 
 def import_config(path: str | Path, datasets: Sequence[str] = (), *, model: str | None = None) -> ImportedConfig:
-    """Convert an Axolotl or LLaMA-Factory configuration to an ftdata configuration.
+    """Convert a configuration file of Axolotl or LLaMA-Factory to an ftdata configuration.
 
     Args:
         path: an Axolotl YAML file, a LLaMA-Factory training YAML file, or a `dataset_info.json`.
@@ -81,7 +81,7 @@ def import_config(path: str | Path, datasets: Sequence[str] = (), *, model: str 
         raise UsageError(error.code, error.message, where=str(path), hint=error.hint) from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # A value has a type that the original tool does not accept either.
-        problem = f"a value is not valid in {tool}: {error}"
+        problem = f"the file contains a value that is not valid in {tool}: {error}"
         raise UsageError(
             "cannot_import", problem, where=str(path), hint=f"check that {tool} accepts the file"
         ) from None
@@ -94,7 +94,7 @@ def import_config(path: str | Path, datasets: Sequence[str] = (), *, model: str 
 
 
 def _detect_tool(values: Mapping[str, Any], path: str) -> tuple[str, Any]:
-    """Return the name of the tool, and the function that converts its file."""
+    """Detect the tool that a configuration file belongs to. Return the tool's name and its conversion function."""
     if "base_model" in values or (isinstance(values.get("datasets"), list) and "model" not in values):
         return "Axolotl", draft_from_axolotl
     if "model_name_or_path" in values or "dataset_dir" in values:
@@ -103,6 +103,7 @@ def _detect_tool(values: Mapping[str, Any], path: str) -> tuple[str, Any]:
         return "LLaMA-Factory", draft_from_dataset_info
     raise UsageError(
         "unknown_tool",
-        f"{path} is not a known file of Axolotl or LLaMA-Factory",
-        hint="pass a file with base_model and datasets, with model_name_or_path, or a dataset_info.json",
+        f"{path} is not a configuration file of Axolotl or LLaMA-Factory",
+        hint="pass an Axolotl file with base_model and datasets, a LLaMA-Factory file with model_name_or_path, "
+        "or a dataset_info.json",
     )

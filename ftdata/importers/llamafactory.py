@@ -1,6 +1,6 @@
-"""Import LLaMA-Factory training files and `dataset_info.json`.
+"""Convert LLaMA-Factory training files and `dataset_info.json` files to ftdata configurations.
 
-Keys follow llamafactory 0.9.5 (`data/parser.py`, `hparams/`).
+The supported keys are the keys of llamafactory 0.9.5 (`data/parser.py`, `hparams/`).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ KEYS = KeyRules(
         "deepspeed": "left out: pass it to accelerate: accelerate launch --use_deepspeed ... -m ftdata train",
         "fsdp": "left out: pass it to accelerate: accelerate launch --use_fsdp ... -m ftdata train",
         "trust_remote_code": "left out: pass --trust-remote-code to run the code of a model",
-        "pure_bf16": "left out: trained weights are float32, or those of an adapter",
+        "pure_bf16": "left out: ftdata trains an adapter, or float32 weights",
         "model_revision": "left out: download that revision, and set model to its folder",
         "tool_format": "left out: the chat template determines the format of tool calls",
         "default_system": "left out: add it to the data or to a template",
@@ -126,10 +126,10 @@ _ROLE_TAGS = {
 
 
 def draft_from_training_file(values: Mapping[str, Any], selection: Sequence[str], folder: Path) -> Draft:
-    """Return a draft of the settings in a training file, with its data sets.
+    """Convert a LLaMA-Factory training file and its data sets to a draft of an ftdata configuration.
 
     Args:
-        values: the file.
+        values: the content of the file.
         selection: names of the data sets to import. If empty, all are imported.
         folder: folder of the file. `dataset_dir` may be relative to the working directory or to this folder.
 
@@ -138,7 +138,7 @@ def draft_from_training_file(values: Mapping[str, Any], selection: Sequence[str]
     """
     for key, supported in (("stage", "sft"), ("mix_strategy", "concat")):
         if values.get(key, supported) != supported:
-            raise conversion_error(f"{key}: {values[key]}, expected {supported}")
+            raise conversion_error(f"{key} is {values[key]}, expected {supported}")
     draft, values = Draft(), explicit_settings(values, _DEFAULTS)
     values.setdefault("lora_alpha", 2 * values["lora_rank"])
     apply_rules(values, KEYS, draft, skip=_CONVERTED_BELOW)
@@ -146,7 +146,7 @@ def draft_from_training_file(values: Mapping[str, Any], selection: Sequence[str]
     _convert_lengths(values, draft)
     names = [name.strip() for name in str(values.get("dataset") or "").split(",") if name.strip()]
     if not names:
-        raise conversion_error("dataset: it contains no name")
+        raise conversion_error("the setting dataset contains no name of a data set")
     data_dir = Path(str(values.get("dataset_dir", "data")))
     if not (data_dir / _INFO_FILE).is_file() and (folder / data_dir / _INFO_FILE).is_file():
         data_dir = folder / data_dir
@@ -164,7 +164,7 @@ def draft_from_training_file(values: Mapping[str, Any], selection: Sequence[str]
 def _convert_weights(values: Mapping[str, Any], draft: Draft) -> None:
     tuning_type = values.get("finetuning_type", "lora")
     if tuning_type not in ("lora", "full"):
-        raise conversion_error(f"finetuning_type: {tuning_type}, expected lora or full")
+        raise conversion_error(f"finetuning_type is {tuning_type}, expected lora or full")
     if tuning_type == "full":
         draft.fields.pop("lora", None)
     if bits := values.get("quantization_bit"):
@@ -173,7 +173,8 @@ def _convert_weights(values: Mapping[str, Any], draft: Draft) -> None:
         name = "int8" if (bits, method) == (8, "bnb") else name
         if name is None:
             raise conversion_error(
-                f"quantization: {bits} bits, {method}, {kind}, expected 4 bits (bnb, nf4 or fp4) or 8 bits (bnb)"
+                f"quantization_bit is {bits}, the method is {method}, the type is {kind}; "
+                "expected 4 bits (bnb, nf4 or fp4) or 8 bits (bnb)"
             )
         draft.set_field("quantization", name)
 
@@ -189,10 +190,10 @@ def _convert_lengths(values: Mapping[str, Any], draft: Draft) -> None:
 
 
 def draft_from_dataset_info(values: Mapping[str, Any], selection: Sequence[str], folder: Path) -> Draft:
-    """Return a draft of data sets in a `dataset_info.json`; the model is not set.
+    """Convert data sets in a `dataset_info.json` to a draft of an ftdata configuration without a model.
 
     Args:
-        values: the file.
+        values: the content of the file.
         selection: names of the data sets to import. May be empty if the file contains only one data set.
         folder: folder of the file and of the data.
 
@@ -203,7 +204,8 @@ def draft_from_dataset_info(values: Mapping[str, Any], selection: Sequence[str],
     names = list(selection) or (list(values) if len(values) == 1 else [])
     if not names:
         raise conversion_error(
-            f"the file contains {len(values)} data sets", hint=f"select with --dataset: {', '.join(values)}"
+            f"the file contains {len(values)} data sets, and none is selected",
+            hint=f"select data sets with --dataset: {', '.join(values)}",
         )
     _convert_datasets(values, names, folder, draft)
     return draft
@@ -224,7 +226,9 @@ def _read_info_file(path: Path) -> Mapping[str, Any]:
 def _convert_datasets(infos: Mapping[str, Any], names: Sequence[str], folder: Path, draft: Draft) -> None:
     for name in names:
         if not isinstance(infos.get(name), Mapping):
-            raise conversion_error(f"no data set {name!r} in {folder / _INFO_FILE}", hint=suggest_names(name, infos))
+            raise conversion_error(
+                f"{folder / _INFO_FILE} contains no data set {name!r}", hint=suggest_names(name, infos)
+            )
     draft.set_field("data", [_make_source(name, infos[name], folder) for name in names])
     merge_dataset_options({name: _row_options(name, infos[name], draft) for name in names}, draft)
 
@@ -232,12 +236,13 @@ def _convert_datasets(infos: Mapping[str, Any], names: Sequence[str], folder: Pa
 def _make_source(name: str, info: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if info.get("ranking"):
         raise conversion_error(
-            f"{name}: ranking is not supported",
+            f"{name}: the setting ranking is not supported",
             hint="remove ranking to train on the chosen answers of rows with chosen and rejected",
         )
     if info.get("script_url") or not (info.get("hf_hub_url") or info.get("file_name") or info.get("cloud_file_name")):
         raise conversion_error(
-            f"{name}: the data comes from a script or another hub", hint="save it as a file, and set file_name"
+            f"{name}: data from a script, or from a hub other than Hugging Face, cannot be imported",
+            hint="save the data as a file, and set file_name",
         )
     if url := info.get("hf_hub_url"):
         source = {"path": url, "split": info.get("split") or "train"}
@@ -252,7 +257,7 @@ def _make_source(name: str, info: Mapping[str, Any], folder: Path) -> dict[str, 
 
 
 def _row_options(name: str, info: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
-    """Return the schema and columns of a data set."""
+    """Convert the settings of a LLaMA-Factory data set to the ftdata options `schema` and `columns`."""
     columns, kind = info.get("columns") or {}, info.get("formatting", "alpaca")
     note_unknown_keys(name, info, _KNOWN_KEYS, draft)
     implicit = [column for key, column in _OPTIONAL_COLUMNS.items() if not columns.get(key)]
@@ -289,11 +294,12 @@ def _check_tags(name: str, tags: Mapping[str, str]) -> None:
     for tag, names in (("role_tag", ("from", "role", "speaker")), ("content_tag", ("value", "content", "text"))):
         if tags.get(tag, names[0]) not in names:
             raise conversion_error(
-                f"{name}: {tag} is {tags[tag]!r}, expected {', '.join(names)}",
+                f"{name}: {tag} is {tags[tag]!r}, expected one of {', '.join(names)}",
                 hint="convert rows to messages with a function: schema='./mine.py:convert'",
             )
     check_roles({tags[tag]: role for tag, role in _ROLE_TAGS.items() if tags.get(tag)}, name)
     if tags.get("function_tag", "function_call") not in ("function_call", "function", "assistant"):
         raise conversion_error(
-            f"{name}: function_tag is {tags['function_tag']!r}", hint="rename the role to function_call in the data"
+            f"{name}: function_tag is {tags['function_tag']!r}, expected function_call, function or assistant",
+            hint="rename the role to function_call in the data",
         )

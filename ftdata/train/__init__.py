@@ -1,4 +1,4 @@
-"""Train a model on a finished build with TRL's `SFTTrainer`, and use the trained model.
+"""Train models with TRL's `SFTTrainer`, then compare, prompt or merge the trained models.
 
 Only this package uses torch, transformers, trl, peft and bitsandbytes. It imports them when a function is called,
 not when the package is imported. An example with a model that is created on the spot:
@@ -74,7 +74,7 @@ def run(
     resume: bool = False,
     **overrides: Any,
 ) -> Path:
-    """Train a model, and build the data first if `source` is not a build.
+    """Train a model. If `source` is not a build, build the data first.
 
     Args:
         source: a config file (`.yaml`, `.yml`, `.toml`), the folder of a build, the folder of a run to resume, or data
@@ -113,7 +113,7 @@ def dry_run(
     settings: Mapping[str, Any] | Sequence[str] | None = None,
     **overrides: Any,
 ) -> tuple[Estimate, str]:
-    """Estimate the cost of `run` without writing any files.
+    """Estimate the memory, steps and time of a training run, without writing any files.
 
     Args:
         source: the same as for `run`.
@@ -167,7 +167,7 @@ def compare(run_dir: str | Path, data: Any = None, n: int | None = 20, **options
 
 
 def generate(run_dir: str | Path, prompts: Sequence[str], *, base: bool = False, **options: Any) -> list[str]:
-    """Answer prompts with the model of a finished run.
+    """Generate answers to prompts with the model of a finished run.
 
     Args:
         run_dir: the folder of the run.
@@ -195,7 +195,7 @@ def start_chat(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> ChatSession:
-    """Start a conversation with the model of a finished run; `.say(text)` returns the model's answer.
+    """Start a chat session with the model of a finished run. Its method `say(text)` returns the model's answer.
 
     Args:
         run_dir: the folder of the run.
@@ -224,7 +224,9 @@ def start_chat(
 def merge(
     run_dir: str | Path, output_dir: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False
 ) -> MergedModel:
-    """Merge a run's adapter into its base model and save the result: add in float32, then round to `dtype`.
+    """Merge the adapter of a run into the base model, and save the merged model.
+
+    The weights are added in float32, then rounded to `dtype`.
 
     Args:
         run_dir: the folder of a finished run.
@@ -252,7 +254,7 @@ def merge(
 
 
 def init(data: str, model: str, output_dir: str | Path = "out", **overrides: Any) -> str:
-    """Return a commented configuration with values that suit the data and the model.
+    """Return a commented YAML configuration with values chosen for the given data and model.
 
     Args:
         data: a file, or any other text that `build_sft_dataset` accepts as data.
@@ -280,7 +282,9 @@ def _check_installed() -> None:
     missing = [name for name in REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependency(
-            "missing_train", f"training needs {', '.join(missing)}", hint="pip install 'ftdata[train]'"
+            "missing_train",
+            f"training needs packages that are not installed: {', '.join(missing)}",
+            hint="pip install 'ftdata[train]'",
         )
 
 
@@ -311,7 +315,7 @@ def _resolve(
     *,
     resume: bool = False,
 ) -> tuple[Config, Path | None]:
-    """Return the configuration of a run, and the folder of its build, or `None` if the data is not built yet."""
+    """Return the configuration and the build folder of a run. The folder is `None` if the data is not built yet."""
     is_path = isinstance(source, str | Path)
     path = Path(source if is_path else "")
     if (rank := overrides.pop("lora_r", None)) is not None:
@@ -332,7 +336,7 @@ def _resolve(
         changed = {name: value for name, value in config.build_options().items() if value != defaults[name]}
         _check_build_options(build, changed)
         if config.tokenizer and load_tokenizer(config.tokenizer).fingerprint != _tokenizer_fingerprint(build):
-            message = f"tokenizer cannot change: {config.data} is a finished build"
+            message = f"{config.data} is a finished build, so the tokenizer cannot change"
             raise UsageError("already_built", message, hint="build the data again")
         return config, build
     if resume and is_path and not path.is_file() and not fields["model"]:
@@ -340,7 +344,7 @@ def _resolve(
         raise UsageError("nothing_to_resume", f"{source} contains no run to resume", hint=hint)
     for name, value in (("--model", fields["model"]), ("--output-dir", fields["output_dir"])):
         if not value:
-            raise UsageError("missing_option", f"training on {source} needs {name}")
+            raise UsageError("missing_option", f"training on {source} needs the option {name}")
     if build is not None:
         config = make_config({"data": str(source)}, **fields)
         _check_build_options(build, _explicit_build_options(fields))
@@ -349,18 +353,18 @@ def _resolve(
 
 
 def _check_not_redacted(config: Config, file: Path) -> None:
-    """Refuse a saved configuration whose data needs a secret that was redacted."""
+    """Raise an error if the data field of a saved configuration contains a redacted secret."""
     if is_redacted(config.data):
         raise UsageError(
             "redacted",
-            "data contains a part that was redacted when the file was saved",
+            "the data field contains a secret that was redacted when the file was saved",
             where=str(file),
             hint="pass the data again, with its credentials: --set data=...",
         )
 
 
 def _describe_redacted_settings(source: Any, config: Config, *, resume: bool) -> Iterator[str]:
-    """Yield a note for each redacted secret of a saved configuration that was not passed again."""
+    """Yield a note for each redacted secret in a saved configuration, unless the user passed the secret again."""
     path = Path(source) / "config.yaml" if resume and isinstance(source, str | Path) else source
     if not isinstance(path, str | Path) or Path(path).suffix not in (".yaml", ".yml", ".toml"):
         return
@@ -378,14 +382,14 @@ def _describe_redacted_settings(source: Any, config: Config, *, resume: bool) ->
 
 
 def _resolve_run_dir(run_dir: Path, fields: dict[str, Any], *, resume: bool) -> tuple[Config, Path | None]:
-    """Return the configuration and the build of a run that is being resumed."""
+    """Return the configuration and the build folder of a run that will be resumed."""
     if not (run_dir / "config.yaml").is_file():
         hint = "pass the configuration or the data instead"
         raise UsageError("not_a_run", f"{run_dir} contains no config.yaml", hint=hint)
     if not resume:
         raise UsageError("run_exists", f"{run_dir} already contains a run", hint="resume it with --resume")
     if fields.get("output_dir") and Path(fields["output_dir"]).resolve() != run_dir.resolve():
-        message = f"{run_dir} cannot be resumed in another folder"
+        message = f"the run in {run_dir} cannot be resumed in another folder"
         raise UsageError("run_exists", message, hint="remove --output-dir")
     # The user decides whether code is trusted. A saved configuration may come from somebody else.
     fixed = {"output_dir": str(run_dir), "trust_remote_code": bool(fields.get("trust_remote_code"))}
@@ -396,7 +400,7 @@ def _resolve_run_dir(run_dir: Path, fields: dict[str, Any], *, resume: bool) -> 
 
 
 def _explicit_build_options(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the build options that differ from their defaults, or that are explicitly null."""
+    """Return the build options whose value is not the default, and the options that are explicitly null."""
     config = make_config({"data": "", "model": "", "output_dir": ""}, **fields)
     defaults = make_config({"data": "", "model": "", "output_dir": ""}).build_options()
     nulls = {name for name, value in flatten_sections(fields).items() if value is NULL}
@@ -412,7 +416,10 @@ def _tokenizer_fingerprint(build: Path) -> str:
 
 
 def _check_build_options(build: Path, requested: Mapping[str, Any]) -> None:
-    """Refuse options that differ from those of a finished build; the seed is also a training option, so it may."""
+    """Raise an error if a requested option differs from the same option of a finished build.
+
+    The seed may differ, because it is also a training option.
+    """
     options = read_manifest(build)["options"]
     template = options["template"]
     built = {
@@ -425,17 +432,17 @@ def _check_build_options(build: Path, requested: Mapping[str, Any]) -> None:
     if differing:
         raise UsageError(
             "already_built",
-            f"{', '.join(differing)} cannot change: {build} is a finished build",
-            hint="build again, or train from the data",
+            f"{build} is a finished build, so these options cannot change: {', '.join(differing)}",
+            hint="build the data again with these options, or train from the original data",
         )
 
 
 def _merge_settings(overrides: dict[str, Any], settings: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
-    """Return the fields from the arguments, updated with the fields from `settings`."""
+    """Combine the keyword arguments of `run` and the fields in `settings` into one dict."""
     if settings is None:
         return overrides
     added = {"train": dict(settings)} if isinstance(settings, Mapping) else parse_settings(settings)
     # The command line passes None for each option without a value.
     if twice := sorted(name for name in overrides.keys() & added.keys() if overrides[name] is not None):
-        raise UsageError("setting", f"{', '.join(twice)} is given twice: in settings and as an argument")
+        raise UsageError("setting", f"these fields are set both in settings and as an argument: {', '.join(twice)}")
     return {**overrides, **added}

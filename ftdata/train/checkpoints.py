@@ -1,4 +1,4 @@
-"""Check and seal checkpoints, and decide whether a run may resume from them.
+"""Mark checkpoints as complete, verify checkpoints, and find the checkpoint that a run may resume from.
 
 `run.json` records everything that determines the weights of a run. A run can be resumed only with the same data,
 model, adapter and settings; the training length, the logging and the saving may change. The seal of a checkpoint is
@@ -52,14 +52,20 @@ SEAL = "ftdata.json"
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSeal:
-    """The identity of a run: the fingerprint of its data, and its setup."""
+    """The identity of a run: the data fingerprint, and the settings that determine the trained weights.
+
+    The seal file of each checkpoint stores a hash of this identity.
+    """
 
     fingerprint: str
     setup: dict[str, Any]
 
     @property
     def run(self) -> str:
-        """A short hash of both; the path of the model is left out if the digests of its weights are known."""
+        """Hash of the fingerprint and the setup.
+
+        The path of the model is not hashed if the digests of the model's weights are known.
+        """
         setup = {name: value for name, value in self.setup.items() if name != "model" or not self.setup.get("weights")}
         text = json.dumps([self.fingerprint, setup], sort_keys=True)
         return hash_bytes(text.encode())
@@ -67,7 +73,7 @@ class CheckpointSeal:
 
 @dataclass(frozen=True, slots=True)
 class PreviousRun:
-    """A run that is being resumed.
+    """The saved state of an interrupted run: the content of `run.json`, and the checkpoint to resume from.
 
     Attributes:
         metadata: content of `run.json`.
@@ -80,7 +86,10 @@ class PreviousRun:
     skipped: tuple[str, ...] = ()
 
     def is_done(self, steps: int, patience: int | None) -> bool:
-        """Return whether training is complete: after `steps` steps, or after `patience` evaluations without a gain."""
+        """Return whether training is complete.
+
+        Training is complete after `steps` steps, or after `patience` evaluations without improvement.
+        """
         path = Path(self.checkpoint) / "trainer_state.json"
         state = json.loads(path.read_text(encoding="utf-8"))
         callback = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
@@ -90,7 +99,7 @@ class PreviousRun:
 
 
 def write_seal(checkpoint: Path, seal: CheckpointSeal) -> None:
-    """Sync every file of a checkpoint to disk, then write the seal that marks it as complete."""
+    """Sync all files of a checkpoint to disk, then write the seal file that marks the checkpoint as complete."""
     files = {}
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.name != SEAL:
@@ -101,7 +110,7 @@ def write_seal(checkpoint: Path, seal: CheckpointSeal) -> None:
 
 
 def write_json_atomically(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file atomically, with secrets redacted."""
+    """Redact all secrets in the content, and write the content atomically to a JSON file."""
     new = path.with_name(f"{path.name}.tmp")
     write_json(new, redact(content))
     sync(new)
@@ -110,7 +119,7 @@ def write_json_atomically(path: Path, content: dict[str, Any]) -> None:
 
 
 def find_damage(checkpoint: Path, seal: CheckpointSeal | None = None) -> str | None:
-    """Return the reason why a checkpoint cannot be used, or `None` if it is intact.
+    """Verify a checkpoint. Return the reason why the checkpoint cannot be used, or `None` if it is intact.
 
     Args:
         checkpoint: folder of the checkpoint.
@@ -133,26 +142,29 @@ def find_damage(checkpoint: Path, seal: CheckpointSeal | None = None) -> str | N
 
 
 def check_run_folder(run: Path, config: Config, processes: int, *, resume: bool) -> PreviousRun | None:
-    """Check that a run may start or resume in a folder, before any file in it changes.
+    """Check that a run may start or resume in a folder, before any file in the folder changes.
+
+    Returns:
+        The run to resume, or `None` if the run starts from the beginning.
 
     Raises:
         UsageError: the folder contains a run or a build; or `resume` is set, but the folder contains no run.
         InputRefused: the folder belongs to a different run, or none of its checkpoints is intact.
     """
     if run.exists() and not run.is_dir():
-        raise UsageError("target_exists", f"{run} is a file", hint="choose another folder for the run")
+        raise UsageError("target_exists", f"the run directory {run} is a file", hint="choose another folder")
     if (run / "manifest.json").is_file():
-        raise UsageError("target_exists", f"{run} is a build", hint="choose another folder for the run")
+        raise UsageError("target_exists", f"the run directory {run} contains a build", hint="choose another folder")
     metadata = read_run_json(run)
     folders = list_checkpoints(run)
     if not resume:
         if metadata.get("finished") or folders:
             state = "finished" if metadata.get("finished") else f"interrupted after {folders[-1].name}"
             hint = "resume it with --resume, or choose another folder"
-            raise UsageError("run_exists", f"{run} already contains a run, {state}", hint=hint)
+            raise UsageError("run_exists", f"{run} already contains a run that was {state}", hint=hint)
         return None
     if not metadata:
-        raise UsageError("nothing_to_resume", f"{run} contains no checkpoint of a run", hint="start without --resume")
+        raise UsageError("nothing_to_resume", f"{run} contains no run to resume", hint="start without --resume")
     if not folders:
         # The run was interrupted before its first checkpoint, so it starts again.
         return None
@@ -160,7 +172,7 @@ def check_run_folder(run: Path, config: Config, processes: int, *, resume: bool)
     patience = config.early_stopping
     if metadata.get("finished") and patience is not None and (metadata.get("stopped_early") or 0) >= patience:
         hint = "increase early_stopping to continue training"
-        raise UsageError("run_finished", f"{run} is finished: the metric stopped improving", hint=hint)
+        raise UsageError("run_finished", f"the run in {run} is finished: the metric stopped improving", hint=hint)
     keeps_best = config.early_stopping is not None or bool(config.train.get("load_best_model_at_end"))
     return _find_last_intact(run, metadata, folders, keeps_best=keeps_best)
 
@@ -174,7 +186,7 @@ def _check_same_run(run: Path, metadata: dict[str, Any], now: dict[str, Any]) ->
     if changed:
         raise InputRefused(
             "run_differs",
-            f"the checkpoints in {run} come from another run: {'; '.join(_describe_changes(changed, before, now))}",
+            f"the run in {run} has different settings: {'; '.join(_describe_changes(changed, before, now))}",
             hint="resume with the original settings, or start a new run in another folder",
         )
 
@@ -211,7 +223,7 @@ def _describe_changes(names: list[str], before: dict[str, Any], now: dict[str, A
 
 
 def check_same_data(run: Path, before: PreviousRun, fingerprint: str) -> None:
-    """Refuse to resume a run with different data.
+    """Raise an error if the data differs from the data that the resumed run started with.
 
     Raises:
         InputRefused: the build is not the build that the run started with.
@@ -220,14 +232,14 @@ def check_same_data(run: Path, before: PreviousRun, fingerprint: str) -> None:
     if expected != fingerprint:
         raise InputRefused(
             "data_differs",
-            f"the checkpoints in {run} were trained on build {expected}, this is build {fingerprint}: the data, the "
-            "tokenizer, the template or the options differ",
+            f"the checkpoints in {run} were trained on build {expected}, but this is build {fingerprint}: the data, "
+            "the tokenizer, the template or the options differ",
             hint="resume with the same data and options, or start a new run in another folder",
         )
 
 
 def begin_run(run: Path, config: Config, fingerprint: str, processes: int, before: PreviousRun | None) -> None:
-    """Write `run.json` for a new run, or remove the skipped checkpoints of a run that is being resumed.
+    """Prepare the run directory: write `run.json` for a new run, or delete the unusable checkpoints of a resumed run.
 
     Raises:
         InputRefused: the data differs from the data of the run that is being resumed.
@@ -242,7 +254,7 @@ def begin_run(run: Path, config: Config, fingerprint: str, processes: int, befor
 
 
 def describe_setup(config: Config, fingerprint: str, processes: int) -> dict[str, Any]:
-    """Return the values that determine the weights of a run, as `run.json` stores them."""
+    """Return the settings that determine the trained weights, in the format of `run.json`."""
     defaults = {field.name: field.default for field in fields(SFTConfig)}
     settings = {
         name: value
@@ -265,7 +277,10 @@ def describe_setup(config: Config, fingerprint: str, processes: int) -> dict[str
 
 
 def digest_weights(model: str) -> dict[str, str]:
-    """Return the digest of each file that defines a model; for a Hub id, the commit that was loaded last."""
+    """Return the SHA-256 digest of each weight, configuration and code file of a model.
+
+    For a Hub id, return the commit that was loaded last.
+    """
     folder = Path(model)
     if not folder.is_dir():
         cached = try_to_load_from_cache(model, "config.json")
@@ -275,7 +290,7 @@ def digest_weights(model: str) -> dict[str, str]:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, sorted by step."""
+    """Return the checkpoint folders of a run, sorted by training step."""
     folders = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
@@ -294,5 +309,5 @@ def read_run_json(run: Path) -> dict[str, Any]:
         raise InputRefused("damaged_run", f"{path} is damaged: {error}", hint=hint) from None
     if not isinstance(metadata, dict) or (metadata and not {"fingerprint", "setup"} <= metadata.keys()):
         hint = "start a new run in another folder"
-        raise InputRefused("damaged_run", f"{path} does not describe a run", hint=hint)
+        raise InputRefused("damaged_run", f"{path} does not contain the fingerprint and setup of a run", hint=hint)
     return metadata

@@ -1,4 +1,4 @@
-"""Open a finished build for training."""
+"""Open a finished build, and provide its splits and token statistics for training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ftdata.types import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class TrainingData:
-    """A finished build: its folder, its manifest, and its splits `train` and, optionally, `test`."""
+    """The data of a finished build: the folder, the manifest, the train split, and the test split if there is one."""
 
     folder: Path
     manifest: Mapping[str, Any]
@@ -32,7 +32,7 @@ class TrainingData:
 
     @property
     def is_packed(self) -> bool:
-        """Whether a row contains several documents."""
+        """Whether any row contains several documents."""
         return any(_largest(split, "seq_lengths", pc.list_value_length) > 1 for split in self.splits.values())
 
     @property
@@ -42,11 +42,14 @@ class TrainingData:
 
     @property
     def vocabulary_size(self) -> int:
-        """The largest token id plus one."""
+        """Number of embeddings that the data requires: the largest token id plus one."""
         return 1 + max(_largest(split, "input_ids", pc.list_flatten) for split in self.splits.values())
 
     def find_stop_tokens(self, tokenizer: str) -> list[int]:
-        """Return the ids of the control tokens that end trained turns, at which the saved model must stop."""
+        """Return the ids of the control tokens that end trained turns.
+
+        The saved model must stop generating at these tokens.
+        """
         loaded = load_tokenizer(tokenizer)
         template = self.manifest["options"]["template"]["source"] + (loaded.chat_template or "")
         last_tokens: NDArray[np.int64] = np.empty(0, np.int64)
@@ -76,14 +79,14 @@ def open_training_data(build: Path, tokenizer: str) -> TrainingData:
     if load_tokenizer(tokenizer).fingerprint != expected["fingerprint"]:
         raise InputRefused(
             "tokenizer_mismatch",
-            f"{build} was built with tokenizer {expected['name']}, which differs from the tokenizer of {tokenizer}",
+            f"the tokenizer of {tokenizer} differs from the tokenizer of {build}, which is {expected['name']}",
             hint="build again with the model's tokenizer, or set the tokenizer field to the tokenizer of the build",
         )
     return TrainingData(build, manifest, training_splits(load_build(build)))
 
 
 def training_splits(build: datasets.DatasetDict) -> datasets.DatasetDict:
-    """Return the splits of a build that a run needs: `train`, and `test` if there is one.
+    """Select the splits for training and evaluation from a build. Return them under the names `train` and `test`.
 
     Data sets use different split names, such as `train_sft` or `validation`. The evaluation uses a test split, or
     else a validation split.
@@ -99,13 +102,14 @@ def training_splits(build: datasets.DatasetDict) -> datasets.DatasetDict:
             exact = [name for name in names if name == kind] or names
             if len(exact) > 1:
                 listed = ", ".join(exact)
-                message = f"several splits are for {purpose}: {listed}"
-                raise UsageError("splits", message, hint="choose one with split")
+                message = f"the data has several {purpose} splits: {listed}"
+                raise UsageError("splits", message, hint="set the key split of the source to one of these names")
             if exact:
                 splits[purpose] = build[exact[0]]
                 break
     if "train" not in splits:
-        raise UsageError("splits", f"no split is for training: {', '.join(build)}", hint="choose one with split")
+        hint = "set the key split of the source to one of these names"
+        raise UsageError("splits", f"none of the splits is a train split: {', '.join(build)}", hint=hint)
     return datasets.DatasetDict(splits)
 
 

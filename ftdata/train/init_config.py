@@ -1,4 +1,4 @@
-"""Create a commented configuration for some data and a model (`ftdata init`)."""
+"""Generate a commented training configuration for the user's data and model (`ftdata init`)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MAX_BATCH_TOKENS = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class DataFacts:
-    """Properties of the data and the model from which the values are derived.
+    """Properties of the data and the model that determine the values in the generated configuration.
 
     Attributes:
         statistics: the statistics of the data.
@@ -51,14 +51,14 @@ class DataFacts:
 
     @property
     def all_rows(self) -> StatsGroup:
-        """The statistics of all rows together."""
+        """Statistics of the group that contains all rows."""
         return self.statistics.groups[0]
 
 
 def make_init_config(data: str, model: str, output_dir: str, overrides: Mapping[str, Any]) -> str:
-    """Return the configuration as YAML; see `ftdata.train.init`."""
+    """Return a commented YAML configuration for the data and the model; see `ftdata.train.init`."""
     if data == "-":
-        message = "data is -, but standard input can be read only once, and the run reads the data again"
+        message = "data is -, but standard input can be read only once, and training reads the data again"
         raise UsageError("init", message, hint="pass a file")
     fields = {name: value for name, value in overrides.items() if value is not None}
     config = make_config({"data": data, "model": model, "output_dir": output_dir, **fields})
@@ -102,7 +102,7 @@ def _format_part(name: str, comment: str, value: Any) -> str:
 
 
 def _choose_template(data: str, tokenizer: str, limit: int | None) -> str | None:
-    """Return the template that renders the most rows, or `None` for the chat template of the tokenizer."""
+    """Choose the built-in template that renders the most rows. Return `None` if the tokenizer has a chat template."""
     if load_tokenizer(tokenizer).chat_template:
         return None
     trial_rows, rejected = min(limit or _TRIAL_ROWS, _TRIAL_ROWS), {}

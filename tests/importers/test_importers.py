@@ -148,33 +148,33 @@ def test_rendered_text_equals_that_of_axolotl(case, tmp_path):
     ("changes", "says"),
     [
         ({"rl": "dpo"}, "rl: ftdata does not support this training method"),
-        ({"adapter": "oft"}, "adapter: oft"),
+        ({"adapter": "oft"}, "adapter is oft"),
         ({"loraplus_lr_ratio": 16, "relora": True}, "loraplus_lr_ratio: .*; relora: "),
-        ({"excess_length_strategy": "split"}, "excess_length_strategy: split"),
+        ({"excess_length_strategy": "split"}, "excess_length_strategy is split"),
         ({"datasets": []}, "expected a list of mappings"),
         ({"datasets": "x"}, "expected a list of mappings"),
         ({"datasets": [{"path": "a", "type": "alpaca"}, {"path": "b", "type": "chat_template"}]}, "need different options: .*--dataset"),
-        ({"datasets": [{"path": "a", "type": "gpteacher"}]}, "type gpteacher has no equivalent"),
+        ({"datasets": [{"path": "a", "type": "gpteacher"}]}, "no equivalent for the data set type gpteacher"),
         ({"datasets": [{"path": "a", "type": "sharegpt"}]}, "use type: chat_template"),
-        ({"datasets": [{"path": "a", "type": "chat_template", "roles": {"user": ["customer"]}}]}, "'customer' means user in the file, but ftdata does not know this role"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "roles": {"user": ["customer"]}}]}, "'customer' means user in the file, but ftdata does not support this role"),
         ({"datasets": [{"path": "a", "type": "chat_template", "roles": {"assistant": ["human"]}}]}, "'human' means assistant in the file, but ftdata reads it as user"),
         ({"datasets": [{"path": "a", "type": "chat_template", "roles_to_train": ["user"]}]}, "roles_to_train"),
         ({"datasets": [{"path": "a", "type": "chat_template", "roles_to_train": []}]}, "roles_to_train"),
-        ({"datasets": [{"path": "a", "type": "chat_template", "message_field_training": "learn"}]}, "'learn'.*rename this field to train"),
-        ({"datasets": [{"path": "a", "type": "chat_template", "message_property_mappings": {"content": "body"}}]}, "content under 'body'"),
-        ({"datasets": [{"path": "a", "type": "chat_template", "chat_template": "llama3"}]}, "chat_template: llama3"),
-        ({"datasets": [{"path": "a", "type": "alpaca", "format": "{instruction}"}]}, "format is not read at this level"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "message_field_training": "learn"}]}, "'learn'.*rename this message field to train"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "message_property_mappings": {"content": "body"}}]}, "the content of each message is under the key 'body'"),
+        ({"datasets": [{"path": "a", "type": "chat_template", "chat_template": "llama3"}]}, "the chat_template llama3 cannot be converted"),
+        ({"datasets": [{"path": "a", "type": "alpaca", "format": "{instruction}"}]}, "Axolotl does not read format at this level"),
         ({"datasets": [{"path": "a", "type": "chat_template", "drop_system_message": True}]}, "drop_system_message"),
-        ({"datasets": [{"path": "a", "type": {"field_question": "q"}}]}, "field_question is not a known key"),
-        ({"learning_rate": {"a": 1}, "val_set_size": "x"}, "a value is not valid in Axolotl"),
-        ({"val_set_size": float("inf")}, "inf is not the size"),
-        ({"val_set_size": -1}, "-1 is not the size"),
-        ({"num_epochs": 0}, "num_epochs 0"),
-        ({"datasets": [{"path": 5, "type": "alpaca"}]}, "a path is 5"),
-        ({"datasets": [{"path": "a", "type": "alpaca", "ds_type": "./mine.py:read"}]}, "ds_type is './mine.py:read'"),
+        ({"datasets": [{"path": "a", "type": {"field_question": "q"}}]}, "unknown keys: field_question"),
+        ({"learning_rate": {"a": 1}, "val_set_size": "x"}, "a value that is not valid in Axolotl"),
+        ({"val_set_size": float("inf")}, "the size of the validation split is inf"),
+        ({"val_set_size": -1}, "the size of the validation split is -1"),
+        ({"num_epochs": 0}, "num_epochs is 0, expected positive"),
+        ({"datasets": [{"path": 5, "type": "alpaca"}]}, "datasets contains the path 5"),
+        ({"datasets": [{"path": "a", "type": "alpaca", "ds_type": "./mine.py:read"}]}, "ds_type './mine.py:read' is not supported"),
         ({"datasets": [{"path": "a", "type": {"format": "{instruction!s}"}}]}, "the format"),
         ({"datasets": [{"path": "a", "type": {"format": "{0}"}}]}, "the format"),
-        ({"datasets": [{"path": "a", "type": {"format": "{"}}]}, "a value is not valid in Axolotl"),
+        ({"datasets": [{"path": "a", "type": {"format": "{"}}]}, "a value that is not valid in Axolotl"),
     ],
 )  # fmt: skip
 def test_unsupported_axolotl_settings_are_refused_with_their_key(changes, says, tmp_path):
@@ -212,7 +212,7 @@ def test_one_of_several_data_sets_can_be_selected(tmp_path):
     path = axolotl(tmp_path, datasets=several)
     assert import_config(path, ["b"]).config.columns == {"messages": "talk"}
     assert import_config(path, ["0"]).config.template == "alpaca"
-    with pytest.raises(UsageError, match="no data set 'c' among a, b"):
+    with pytest.raises(UsageError, match="no data set 'c', only a, b"):
         import_config(path, ["c"])
 
 
@@ -268,7 +268,7 @@ def test_dataset_info_alone_is_imported(tmp_path):
     path = tmp_path / "data" / "dataset_info.json"
     found = import_config(path, ["chats"], model="me/base")
     assert (found.config.model, found.config.columns) == ("me/base", None)
-    with pytest.raises(UsageError, match="the file contains 5 data sets.*select with --dataset: faq, chats"):
+    with pytest.raises(UsageError, match="the file contains 5 data sets.*select data sets with --dataset: faq, chats"):
         import_config(path)
     assert any("has no base model" in note for note in import_config(path, ["faq"]).notes)
 
@@ -276,7 +276,7 @@ def test_dataset_info_alone_is_imported(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"stage": "dpo"}, "stage: dpo"),
+        ({"stage": "dpo"}, "stage is dpo"),
         ({"dataset": "faq,chats"}, "need different options"),
         ({"dataset": "fag"}, "no data set 'fag'.*did you mean 'faq'"),
         ({"dataset": ""}, "contains no name"),
@@ -284,9 +284,9 @@ def test_dataset_info_alone_is_imported(tmp_path):
         ({"dataset": "media"}, "columns images"),
         ({"dataset": "ranked"}, "ranking"),
         ({"dataset_dir": "nowhere"}, "cannot be read"),
-        ({"finetuning_type": "oft"}, "finetuning_type: oft"),
-        ({"quantization_bit": 3}, "3 bits"),
-        ({"quantization_bit": 4, "quantization_method": "hqq"}, "4 bits, hqq"),
+        ({"finetuning_type": "oft"}, "finetuning_type is oft"),
+        ({"quantization_bit": 3}, "quantization_bit is 3"),
+        ({"quantization_bit": 4, "quantization_method": "hqq"}, "quantization_bit is 4, the method is hqq"),
         ({"use_galore": True}, "use_galore"),
         ({"mix_strategy": "interleave_under"}, "mix_strategy"),
     ],

@@ -1,1 +1,1 @@
-"""Use a finished run: generate, evaluate, chat and merge."""
+"""Modules that use the model of a finished run: generation, evaluation, chat, and merging of the adapter."""

@@ -1,4 +1,4 @@
-"""Chat with the model of a finished run; conversations are rendered as in training."""
+"""Chat sessions with the model of a finished run. Conversations are rendered in the same way as in training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ftdata.types import Message
 
 @dataclass
 class ChatSession:
-    """A conversation with a model.
+    """A chat session with a loaded model: it stores the messages and generates the answers.
 
     Attributes:
         model: the model, with its generation config.
@@ -37,7 +37,7 @@ class ChatSession:
     progress: Callable[[GenerationProgress], None] | None = None
 
     def say(self, text: str) -> str:
-        """Send a user message, return the answer, and append both to `messages`.
+        """Send a user message to the model, and return the model's answer. Append both messages to `messages`.
 
         Raises:
             InputRefused: the template cannot render the conversation.
@@ -58,7 +58,7 @@ class ChatSession:
         return answer
 
     def generate_answers(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
-        """Return the answer of the model to each conversation."""
+        """Generate and return the model's answer to each conversation."""
         prompts = [encode_messages(messages, self.recipe) for messages in conversations]
         tokenizer: Tokenizer = self.recipe.tokenizer
         meter = ProgressMeter(len(prompts), 1, self.progress) if self.progress else None
@@ -75,7 +75,10 @@ def start_session(
     progress: Callable[[GenerationProgress], None] | None = None,
     **options: Any,
 ) -> ChatSession:
-    """Load the tuned model or the base model of a run for a conversation; see `ftdata.train.start_chat`."""
+    """Load the tuned model or the base model of a run, and return a chat session with the model.
+
+    See `ftdata.train.start_chat`.
+    """
     if base or run.metadata["adapter"]:
         model = load_base_model(run, quantization=run.metadata["setup"]["quantization"], answers=True)
     if base:
@@ -87,7 +90,7 @@ def start_session(
 
 
 def base_generation_config(model: Any, run: FinishedRun) -> Any:
-    """Return the generation config of a base model, with the stop tokens of both the base and the tuned model."""
+    """Add the tuned model's stop tokens and pad token to the generation config of a base model. Return the config."""
     settings = model.generation_config
     base_stops = settings.eos_token_id
     base_stop_ids = set(base_stops if isinstance(base_stops, list) else [base_stops]) - {None}

@@ -1,4 +1,4 @@
-"""Report the answers of the base model and the tuned model side by side, as a table, JSON or HTML."""
+"""Report the answers of the base model and the tuned model side by side as a table, JSON or HTML."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ftdata.inspection.html_page import write_html
 
 @dataclass(frozen=True, slots=True)
 class ComparedAnswer:
-    """A prompt with its expected answer and the answer of each model."""
+    """A prompt, the expected answer, the base model's answer and the tuned model's answer."""
 
     prompt: str
     expected: str
@@ -28,7 +28,7 @@ class ComparedAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The quality of the answers of a model.
+    """Scores that measure how well a model answers a set of prompts.
 
     Attributes:
         perplexity: perplexity of all trained tokens, given the tokens before them.
@@ -53,7 +53,7 @@ _SCORE_FORMATS = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison of the base model and the tuned model.
+    """The answers and scores of the base model and the tuned model on the same prompts.
 
     Attributes:
         data_name: description of the data that the prompts come from; the key `asked` in JSON.
@@ -72,17 +72,17 @@ class Comparison:
     rows: tuple[ComparedAnswer, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the comparison as a dict that can be written as JSON."""
+        """Return the comparison as a JSON-serializable dict."""
         values = asdict(self)
         return {"asked": values.pop("data_name"), **values}
 
     def scores(self) -> Iterator[tuple[str, str, str]]:
-        """Yield the title of each score, and the formatted values of the base model and the tuned model."""
+        """Yield three strings per score: the title, the base model's value, and the tuned model's value."""
         for name, (title, template) in _SCORE_FORMATS.items():
             yield title, template.format(getattr(self.base, name)), template.format(getattr(self.tuned, name))
 
     def print(self, console: Console) -> None:
-        """Print the answers side by side, then the scores."""
+        """Print the answers of both models side by side, then the scores of both models."""
         table = Table("prompt", "expected", "base", "tuned", show_lines=True)
         for row in self.rows:
             style = "green" if row.tuned.strip() == row.expected.strip() else "red"
@@ -117,7 +117,7 @@ class Comparison:
         )
 
     def write_html(self, path: Path) -> None:
-        """Write the HTML page.
+        """Write the comparison to a self-contained HTML file.
 
         Raises:
             UsageError: the file exists and is not an HTML page.

@@ -43,9 +43,9 @@ def compare_models(
     batch_size: int = 16,
     **generation: Any,
 ) -> Comparison:
-    """Compare the base model and the tuned model; see `ftdata.train.compare`.
+    """Compare the base model and the tuned model of a run on the same prompts.
 
-    `progress` is called after each token.
+    See `ftdata.train.compare`. `progress` is called after each token.
     """
     run = open_run(run_dir, trust_remote_code=trust_remote_code)
     if data is None:
@@ -82,7 +82,7 @@ def compare_models(
 
 
 def perplexity(model: Any, texts: Sequence[Document], batch_size: int = 16) -> float:
-    """Return the perplexity of documents: the exponential of the mean loss over all their trained tokens.
+    """Return a model's perplexity on documents: the exponential of the mean loss per trained token.
 
     Documents of similar length share a forward pass, with padding on the right.
     """
@@ -106,7 +106,10 @@ def perplexity(model: Any, texts: Sequence[Document], batch_size: int = 16) -> f
 
 
 def _batches(texts: Sequence[Document], batch_size: int) -> Iterator[list[Document]]:
-    """Yield batches of documents sorted by length, with a limited number of tokens: all logits are in memory."""
+    """Sort documents by length, and yield them in batches.
+
+    The number of tokens per batch is limited, because all logits of a batch are in memory.
+    """
     batch: list[Document] = []
     for text in sorted(texts, key=lambda text: len(text[0])):
         if batch and (len(batch) == batch_size or (len(batch) + 1) * len(text[0]) > _MAX_BATCH_TOKENS):
@@ -118,7 +121,7 @@ def _batches(texts: Sequence[Document], batch_size: int) -> Iterator[list[Docume
 
 
 def score_answers(answers: Sequence[str], expected: Sequence[str], perplexity: float) -> Scores:
-    """Return the scores of answers: exact match, SacreBLEU (Post 2018) and chrF (Popović 2015).
+    """Score answers against the expected answers: exact match, SacreBLEU (Post 2018) and chrF (Popović 2015).
 
     Leading and trailing whitespace is ignored. BLEU compares words, or characters if most characters belong to scripts
     that do not separate words with spaces.
@@ -147,7 +150,7 @@ def _read_build_documents(run: FinishedRun) -> tuple[str, Iterator[Document]]:
 
 
 def _evaluate_both(run: FinishedRun, evaluate_model: Callable[[Any], None]) -> None:
-    """Evaluate the base model, then the tuned model.
+    """Load and evaluate the base model, then load and evaluate the tuned model.
 
     An adapter is added to the loaded base model, so the base weights are loaded and quantized only once. Disabling the
     adapter to evaluate the base model would be incorrect, because initializations such as `pissa` and trained biases

@@ -1,4 +1,4 @@
-"""Generate the token ids of answers from the token ids of prompts."""
+"""Generate answers with a model. Prompts and answers are lists of token ids."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def generate_ids(
     seed: int = 0,
     **options: Any,
 ) -> list[list[int]]:
-    """Return the token ids of the answer to each prompt, without the stop token.
+    """Generate an answer to each prompt. Return the token ids of the answers, without stop tokens.
 
     Prompts of similar length are batched together to reduce padding. The answers are in the order of the prompts.
 
@@ -80,7 +80,7 @@ def generate_ids(
 
 
 class TokenReporter:
-    """Reports each generated token; implemented as a stopping criterion that never stops.
+    """A stopping criterion for `model.generate` that reports each generated token and never stops the generation.
 
     Args:
         progress: called with each step.
@@ -93,14 +93,18 @@ class TokenReporter:
         self._batch = self._token = self._answers = 0
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> torch.Tensor:
-        """Report a token of the current batch, and continue the generation."""
+        """Report one more token of the current batch. Return false for every prompt, so the generation continues."""
         del scores
         self._token += 1
         self._report(ended=False)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def end_batch(self, answers: int) -> None:
-        """Report the end of the current batch; `answers` is the number of answered prompts in all batches so far."""
+        """Report the end of the current batch.
+
+        Args:
+            answers: number of prompts that have an answer, in all batches so far.
+        """
         self._answers = answers
         self._report(ended=True)
         self._batch, self._token = self._batch + 1, 0
@@ -112,22 +116,22 @@ class TokenReporter:
 
 
 def max_positions(model: Any) -> int:
-    """Return the number of positions of a model."""
+    """Return the maximum number of tokens in a sequence, or 2**30 if the model has no limit."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
 
 def _check_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> int:
-    """Check that prompts fit into the model, and return its number of positions."""
+    """Check that all prompts fit the model's positions and embeddings. Return the number of positions."""
     positions, rows = max_positions(model), int(model.get_input_embeddings().weight.shape[0])
     longest = max(map(len, prompts), default=0)
     if longest >= positions:
-        message = f"a prompt has {longest:,} tokens, the model has {positions:,} positions"
+        message = f"a prompt has {longest:,} tokens, but the model has only {positions:,} positions"
         raise InputRefused("prompt_too_long", message)
     largest = max((max(ids) for ids in prompts if ids), default=0)
     if largest >= rows:
         raise InputRefused(
             "vocabulary",
-            f"a prompt contains token id {largest}, the model has {rows:,} embeddings",
+            f"a prompt contains token id {largest}, but the model has only {rows:,} embeddings",
             hint="remove this token from the prompt: the model was trained without it",
         )
     return positions

@@ -1,4 +1,4 @@
-"""Merge the adapter of a finished run into its base model: add in float32, then round once."""
+"""Merge the adapter of a finished run into the base model. Weights are added in float32 and rounded once."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _TOKENIZER_FILES = ("tokenizer", "special_tokens", "chat_template", "added_token
 
 @dataclass(frozen=True, slots=True)
 class MergedModel:
-    """A merged model.
+    """A saved model whose weights are the sum of the base model and the adapter.
 
     Attributes:
         folder: folder of the model.
-        dtype: dtype of its weights: `float32`, `bfloat16` or `float16`.
-        error: the largest difference between its logits and those of the base model with its adapter in float32, over
-            the ordinary tokens of a text and of the vocabulary, divided by the largest logit.
+        dtype: dtype of the weights: `float32`, `bfloat16` or `float16`.
+        error: the largest difference between the logits of the merged model and the logits of the base model with the
+            adapter, computed in float32 and divided by the largest logit. Control tokens are excluded.
         limit: the error above which the model is not written.
     """
 
@@ -48,7 +48,7 @@ class MergedModel:
 
 
 def merge_into_base(run: FinishedRun, target: Path, dtype: str | None = None) -> MergedModel:
-    """Merge a run's adapter into its base model, and write a model that needs neither ftdata nor PEFT.
+    """Merge the adapter of a run into the base model, and save a model that needs neither ftdata nor PEFT.
 
     Args:
         run: a finished run with an adapter.
@@ -62,7 +62,7 @@ def merge_into_base(run: FinishedRun, target: Path, dtype: str | None = None) ->
     if not run.metadata["adapter"]:
         raise UsageError("no_adapter", f"{run.model} is a full model: it has no adapter to merge")
     if target.exists() and any(target.iterdir()):
-        raise UsageError("target_exists", f"{target} is not empty", hint="choose another folder")
+        raise UsageError("target_exists", f"the output folder {target} is not empty", hint="choose another folder")
     dtype = dtype or _dtype_of(run)
     check_choice("dtype", dtype, DTYPES)
     merged, error = _merge(run, DTYPES[dtype])
@@ -72,9 +72,7 @@ def merge_into_base(run: FinishedRun, target: Path, dtype: str | None = None) ->
             if dtype == "float32"
             else "merge with --dtype float32, or use the adapter without merging"
         )
-        message = (
-            f"the merged model in {dtype} differs from the adapter: its logits are off by {error:.2g} of the largest"
-        )
+        message = f"merging in {dtype} changes the logits by {error:.2g} of the largest logit"
         raise InputRefused("merge_error", f"{message}, expected at most {LIMITS[dtype]:g}", hint=hint)
     merged.generation_config = run.generation_config
     target.mkdir(parents=True, exist_ok=True)
@@ -86,7 +84,7 @@ def merge_into_base(run: FinishedRun, target: Path, dtype: str | None = None) ->
 
 
 def _merge(run: FinishedRun, dtype: torch.dtype) -> tuple[Any, float]:
-    """Return the merged model in float32, with weights rounded to a dtype, and its error."""
+    """Merge the adapter, and round the merged weights to a dtype. Return the model in float32, and its error."""
     ids, ordinary = _find_ordinary_tokens(run.tokenizer, str(run.metadata["options"]["template"]["source"]))
     try:
         # 4-bit weights cannot represent the merged values, and 16 bits would round every sum and every activation.
@@ -98,10 +96,14 @@ def _merge(run: FinishedRun, dtype: torch.dtype) -> tuple[Any, float]:
         after = _logits(merged, ids, ordinary)
     except torch.OutOfMemoryError:
         hint = "merge on the CPU: CUDA_VISIBLE_DEVICES= ftdata merge ..."
-        raise InputRefused("out_of_memory", f"{run.folder} does not fit in float32 on the GPU", hint=hint) from None
+        raise InputRefused(
+            "out_of_memory", f"the model of {run.folder} does not fit on the GPU in float32", hint=hint
+        ) from None
     except ValueError as error:
         # PEFT rejects weights that are NaN or infinite, and adapter types that cannot be merged.
-        raise InputRefused("merge_error", f"{run.model} cannot be merged: {describe_exception(error)}") from None
+        raise InputRefused(
+            "merge_error", f"the adapter {run.model} cannot be merged: {describe_exception(error)}"
+        ) from None
     error_ratio = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
     return merged, error_ratio if math.isfinite(error_ratio) else math.inf
 
@@ -113,7 +115,7 @@ def _dtype_of(run: FinishedRun) -> str:
 
 
 def _find_ordinary_tokens(tokenizer: Tokenizer, template: str) -> tuple[list[int], torch.Tensor]:
-    """Return the ids of an ordinary text, and a mask of the vocabulary without control tokens (bool `[size]`)."""
+    """Return the token ids of a sample text, and a mask that is false for control tokens (bool `[vocabulary]`)."""
     control = set(find_control_tokens(tokenizer, template).ids.tolist())
     control |= {id_ for id_, is_special in tokenizer.added_tokens.values() if is_special}
     ids = [id_ for id_ in tokenizer.encode([_TEXT]).ids.tolist() if id_ not in control]
@@ -123,7 +125,7 @@ def _find_ordinary_tokens(tokenizer: Tokenizer, template: str) -> tuple[list[int
 
 
 def _logits(model: Any, ids: list[int], ordinary: torch.Tensor) -> torch.Tensor:
-    """Return the logits of ordinary tokens, computed in float32, on the CPU."""
+    """Compute a model's logits for a token sequence. Leave out the logits of control tokens (float32, on the CPU)."""
     model.eval()
     positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(ids))
     with torch.inference_mode():

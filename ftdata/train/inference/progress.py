@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class GenerationStep(NamedTuple):
-    """The state of a generation after each token.
+    """The state of a generation after a new token or at the end of a batch.
 
     Attributes:
         batch: index of the batch.
@@ -30,7 +30,7 @@ class GenerationStep(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GenerationProgress:
-    """The progress of generation.
+    """The number of completed answers and forward passes, and the estimated remaining time of a generation.
 
     Attributes:
         answers: number of prompts with an answer.
@@ -50,7 +50,7 @@ class GenerationProgress:
 
 
 class ProgressMeter:
-    """Converts the steps of one or more models to progress.
+    """Measures the speed of generation, and reports the overall progress of one or more models.
 
     Args:
         prompts: number of prompts for each model.
@@ -65,12 +65,12 @@ class ProgressMeter:
         self._seconds, self._timed_steps = 0.0, 0
 
     def next_model(self) -> None:
-        """Count the following steps as steps of the next model."""
+        """Start counting the generation steps of the next model."""
         self._model += 1
         self._previous = None
 
     def __call__(self, step: GenerationStep) -> None:
-        """Record a step of the current model, and show the progress of all models."""
+        """Record a generation step of the current model, and report the overall progress of all models."""
         now = time.perf_counter()
         # The first token of a batch includes the time for the prompt, so it is not measured.
         if self._previous is not None and not step.ended and step.token > 1:

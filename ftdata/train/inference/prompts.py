@@ -1,4 +1,4 @@
-"""Encode prompts to exactly the token ids that precede the trained tokens in a build.
+"""Encode prompts for inference to the same token ids as in training.
 
 A prompt is everything before the last trained span of a document. To encode a conversation without an answer, a
 placeholder answer is appended, and the token ids are cut before it. No template-specific code is needed.
@@ -20,7 +20,7 @@ _PLACEHOLDER_ANSWER = "x"
 
 
 def split_last_turn(ids: Sequence[int], labels: Sequence[int], stops: set[int]) -> tuple[list[int], list[int]] | None:
-    """Return the prompt and the expected answer of a document.
+    """Split the token ids of a document into the prompt and the expected answer.
 
     The answer is the last trained span without its stop token. The prompt is every token before this span, so it equals
     the prompt in training. Returns `None` if no prompt precedes the answer.
@@ -37,12 +37,12 @@ def split_last_turn(ids: Sequence[int], labels: Sequence[int], stops: set[int]) 
 
 
 def cut_at_stop(ids: list[int], stops: set[int]) -> list[int]:
-    """Return the ids before the first stop token."""
+    """Return the token ids before the first stop token."""
     return ids[: next((index for index, id_ in enumerate(ids) if id_ in stops), len(ids))]
 
 
 def read_documents(split: Any) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the token ids and labels of each document of a split."""
+    """Yield the token ids and labels of each document in a split."""
     for row in split:
         start = 0
         for length in row["seq_lengths"]:
@@ -51,7 +51,7 @@ def read_documents(split: Any) -> Iterator[tuple[list[int], list[int]]]:
 
 
 def rebuild_recipe(tokenizer: str, options: Mapping[str, Any]) -> Recipe:
-    """Recreate the recipe of a build.
+    """Recreate a build's recipe from the options in the manifest. The recipe renders and tokenizes rows.
 
     Args:
         tokenizer: the tokenizer of the build.
@@ -63,7 +63,7 @@ def rebuild_recipe(tokenizer: str, options: Mapping[str, Any]) -> Recipe:
 
 
 def encode_rows(data: Any, recipe: Recipe) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the token ids and labels of each row of data.
+    """Render and tokenize each row of the data, and yield the token ids and labels.
 
     Raises:
         InputRefused: a row cannot be built.
@@ -75,7 +75,7 @@ def encode_rows(data: Any, recipe: Recipe) -> Iterator[tuple[list[int], list[int
 
 
 def encode_messages(messages: Sequence[Message], recipe: Recipe) -> list[int]:
-    """Return the token ids of a conversation, up to the point where the model starts to generate.
+    """Return the token ids of a conversation up to the point where the model starts to generate.
 
     Args:
         messages: the conversation, which ends with a user message.
@@ -94,12 +94,12 @@ def encode_messages(messages: Sequence[Message], recipe: Recipe) -> list[int]:
         ):
             return turn[0]
     if reject is None:
-        raise InputRefused("no_questions", "no prompt precedes the answer", where="<prompt>")
+        raise InputRefused("no_questions", "the template renders no prompt before the answer", where="<prompt>")
     raise InputRefused(reject.code, reject.reason, where="<prompt>", hint=reject.fix)
 
 
 def _candidate_rows(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
-    """Yield a conversation as a row of each schema that a template may support."""
+    """Yield rows that express the same conversation in each schema that a template may support."""
     yield {"messages": [*messages, {"role": "assistant", "content": _PLACEHOLDER_ANSWER}]}
     if len(messages) == 1:
         text = messages[0]["content"]

@@ -1,4 +1,4 @@
-"""Open a finished run, load its models, and check that its saved model reloads."""
+"""Open a finished run, load the base model and the tuned model, and verify the saved model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOGIT_TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run.
+    """A finished training run: the run directory, the content of `run.json`, and access to the saved model.
 
     Attributes:
         folder: the run directory.
@@ -52,7 +52,7 @@ class FinishedRun:
         return self.folder / str(self.metadata["build"])
 
     def check_build(self) -> None:
-        """Check that the build is still the build that the model was trained on.
+        """Check that the build has not changed since the model was trained on it.
 
         Raises:
             InputRefused: the build has another fingerprint, or does not exist.
@@ -65,17 +65,17 @@ class FinishedRun:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the build."""
+        """The tokenizer that the build was created with."""
         return load_tokenizer(self.metadata["tokenizer"])
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of the build."""
+        """The recipe that rendered and tokenized the rows of the build."""
         return rebuild_recipe(self.metadata["tokenizer"], self.metadata["options"])
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """The generation config of the trained model, with its stop tokens and its pad token."""
+        """Generation config of the trained model. It contains the stop tokens and the pad token."""
         return GenerationConfig.from_pretrained(str(self.model))
 
     @property
@@ -86,7 +86,7 @@ class FinishedRun:
 
 
 def open_run(folder: Path, *, trust_remote_code: bool = False) -> FinishedRun:
-    """Return a finished run.
+    """Open the run directory of a finished run.
 
     Args:
         folder: the run directory.
@@ -99,8 +99,8 @@ def open_run(folder: Path, *, trust_remote_code: bool = False) -> FinishedRun:
     metadata = checkpoints.read_run_json(folder)
     if not metadata.get("finished"):
         hint = f"resume it with `ftdata train {folder} --resume`" if checkpoints.list_checkpoints(folder) else ""
-        problem = "is not a finished run" if folder.is_dir() else "does not exist"
-        raise UsageError("not_a_run", f"{folder} {problem}", hint=hint or "create a run with `ftdata train`")
+        problem = "contains no finished run" if folder.is_dir() else "does not exist"
+        raise UsageError("not_a_run", f"the folder {folder} {problem}", hint=hint or "create a run with `ftdata train`")
     if "options" not in metadata:
         # Earlier versions did not write the options to `run.json`.
         run = FinishedRun(folder, metadata, trust_remote_code)
@@ -111,7 +111,7 @@ def open_run(folder: Path, *, trust_remote_code: bool = False) -> FinishedRun:
 def load_base_model(
     run: FinishedRun, *, quantization: Quantization = None, dtype: Any = None, answers: bool = False
 ) -> Any:
-    """Load the base model of a run, with embeddings for the tokens that were added in training.
+    """Load the base model of a run, and add embeddings for the tokens that were added in training.
 
     Args:
         run: a finished run.
@@ -126,7 +126,7 @@ def load_base_model(
     if setup["weights"] and checkpoints.digest_weights(setup["model"]) != setup["weights"]:
         raise InputRefused(
             "base_model_differs",
-            f"{setup['model']} has changed since {run.folder} was trained from it",
+            f"the base model {setup['model']} has changed since the training of {run.folder}",
             hint="restore the original files of the model, or train again",
         )
     model = load_model(
@@ -145,7 +145,7 @@ def load_base_model(
 
 
 def load_tuned_model(run: FinishedRun, base: Any = None, *, dtype: Any = None) -> Any:
-    """Load the trained model: the adapter on its base model, or the full model.
+    """Load the trained model of a run: the base model with the adapter, or the full model.
 
     Args:
         run: a finished run.
@@ -177,7 +177,7 @@ def load_tuned_model(run: FinishedRun, base: Any = None, *, dtype: Any = None) -
 
 
 def compute_logits(model: Any, ids: list[int]) -> torch.Tensor:
-    """Return the logits of a model for a sequence of tokens (float32 `[tokens, vocabulary]`, on the CPU)."""
+    """Compute a model's logits for a sequence of tokens (float32 `[tokens, vocabulary]`, on the CPU)."""
     was_training = model.training
     model.eval()
     with torch.inference_mode(), training_precision(model.device, model.dtype):
@@ -187,7 +187,7 @@ def compute_logits(model: Any, ids: list[int]) -> torch.Tensor:
 
 
 def check_reloads(run: FinishedRun, ids: list[int], before: torch.Tensor, dtype: torch.dtype) -> Any:
-    """Load the saved model of a run, compare its logits with the logits before saving, and return the model.
+    """Reload the saved model of a run, and compare its logits with the logits before saving. Return the model.
 
     Raises:
         InternalError: the logits differ.
@@ -198,6 +198,6 @@ def check_reloads(run: FinishedRun, ids: list[int], before: torch.Tensor, dtype:
     error = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
     tolerance = LOGIT_TOLERANCES[dtype if dtype in LOGIT_TOLERANCES else torch.float32]
     if error > tolerance:
-        message = f"{run.model} computes different logits after reloading: they are off by {error:.2g} of the largest"
+        message = f"{run.model} computes different logits after reloading: they differ by {error:.2g} of the largest"
         raise InternalError("reload", message)
     return model

@@ -1,1 +1,1 @@
-"""Load, adapt, quantize and probe a model."""
+"""Modules that load and quantize models, add adapters, and estimate the memory and time of a run."""

@@ -1,4 +1,4 @@
-"""Check the fields of `peft.LoraConfig` against their types and the modules of the model, and create the adapter."""
+"""Validate the LoRA settings of a run, and create the `peft.LoraConfig`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _MODULE_FIELDS = ("target_modules", "modules_to_save", "exclude_modules", "targe
 
 
 def check_lora(config: Config) -> None:
-    """Check that `LoraConfig` has each field of the adapter, and that each value has the right type.
+    """Check that each LoRA setting is a field of `LoraConfig` and has a value of the right type.
 
     Raises:
         UsageError: a field is unknown, fixed or invalid; the message contains the expected type or similar names.
@@ -53,13 +53,15 @@ def check_lora(config: Config) -> None:
     name = quantization_name(config.quantization)
     if config.lora.extra_fields.get("use_dora") and name == "int8" and not torch.cuda.is_available():
         raise UsageError(
-            "train_setting", "lora.use_dora with int8 needs a GPU", hint="set quantization: nf4, or remove use_dora"
+            "train_setting",
+            "lora.use_dora with int8 quantization needs a GPU",
+            hint="set quantization: nf4, or remove use_dora",
         )
     _lora_config(config.lora, {})
 
 
 def _check_initialization(config: Config, method: Any) -> None:
-    """Refuse an initialization of the adapter that a run cannot compute or cannot reproduce."""
+    """Raise an error if a run cannot compute or cannot reproduce the adapter's initial weights."""
     if not isinstance(method, str):
         return
     reason = None
@@ -101,7 +103,7 @@ def make_lora_config(config: Config, model: Any, *, grows: bool, shapes: bool = 
 
 
 def check_modules(config: Config, model: Any) -> None:
-    """Check that the model has each module and layer that the adapter names, and that PEFT can add the adapter.
+    """Check that the model has all modules and layers in the LoRA settings, and that PEFT can add the adapter.
 
     Args:
         config: the configuration of the run.
@@ -144,7 +146,7 @@ def _check_layers(config: Config, indices: Any, model: Any) -> None:
 
 
 def _check_patterns(config: Config, fields: Mapping[str, Any], modules: Sequence[str]) -> None:
-    """Refuse ranks, alphas and exclusions of modules that the model does not have, which PEFT would ignore."""
+    """Raise an error if a module pattern in the LoRA settings matches no module. PEFT would ignore this pattern."""
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in fields.get(field) or ():
             # PEFT matches the pattern in the same way.

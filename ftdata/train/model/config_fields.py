@@ -1,7 +1,7 @@
-"""Check the fields of `SFTConfig`, `LoraConfig` and `BitsAndBytesConfig` against the types that they declare.
+"""Check that settings for `SFTConfig`, `LoraConfig` and `BitsAndBytesConfig` have the declared types.
 
-These libraries check few of their fields. Without this check, they would accept any string as true, and a string in
-place of a list as a list of characters.
+The libraries check few of these settings. Without this check, they would accept any string as true, and they would
+treat a string as a list of characters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _UNDECLARED = {
     "bnb_4bit_quant_storage": Literal["float16", "float32", "int8", "uint8", "float64", "bfloat16"],
     "llm_int8_skip_modules": list[str],
 }
-"""Parameters of `BitsAndBytesConfig` whose type is not that of their default."""
+"""Types of `BitsAndBytesConfig` parameters for which the default value has a different type."""
 
 _TYPE_NAMES = {
     bool: "true or false",
@@ -41,7 +41,7 @@ _TYPE_NAMES = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ConfigField:
-    """A field of a configuration class: its type, and whether null selects its default."""
+    """The declared type of a field in a configuration class, and whether the field accepts null."""
 
     hint: Any
     optional: bool
@@ -58,17 +58,17 @@ class ConfigField:
 
     @property
     def takes_fractions(self) -> bool:
-        """Whether the field accepts numbers that are not whole."""
+        """Whether the field accepts numbers with a fractional part."""
         return float in _members(self.hint)
 
     @property
     def expected(self) -> str:
-        """The expected type in words, for error messages."""
+        """Description of the expected type for error messages, such as "a whole number"."""
         return _describe_type(self.hint)
 
 
 def fields_of(kind: Callable[..., Any]) -> dict[str, ConfigField]:
-    """Return the fields of a dataclass, or the parameters of another class.
+    """Return the fields of a configuration class by name. If the class is not a dataclass, use its parameters.
 
     >>> fields_of(_Example)["quick"].accepts("maybe"), fields_of(_Example)["quick"].expected
     (False, 'true or false')
@@ -90,7 +90,7 @@ class _Example:
 
 
 def check_fields(section: str, values: Mapping[str, Any], kind: Callable[..., Any], fixed: Mapping[str, str]) -> None:
-    """Check that a configuration class has each field and accepts each value.
+    """Check that each setting is a field of a configuration class and has a value of the right type.
 
     Args:
         section: section of the ftdata configuration that contains the fields, such as `lora`.
@@ -114,7 +114,7 @@ def check_fields(section: str, values: Mapping[str, Any], kind: Callable[..., An
 
 
 def check_type(section: str, name: str, value: Any, field: ConfigField) -> None:
-    """Check that a value has the type of its field.
+    """Check that a value has the type that the field declares.
 
     Raises:
         UsageError: the type is wrong; the message contains the field, the value and the expected type.
@@ -127,7 +127,7 @@ def check_type(section: str, name: str, value: Any, field: ConfigField) -> None:
 
 
 def convert_fields(values: Mapping[str, Any], kind: Callable[..., Any]) -> dict[str, Any]:
-    """Convert values to the declared types: mappings to dataclasses, whole numbers to floats."""
+    """Convert setting values to the declared types: mappings to dataclasses, and whole numbers to floats."""
     fields = fields_of(kind)
     converted: dict[str, Any] = {}
     for name, value in values.items():
@@ -151,7 +151,10 @@ def _parameters(kind: Callable[..., Any]) -> Iterator[tuple[str, ConfigField]]:
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    """Return the members of a union without their parameters, or the type itself if it is not a union."""
+    """Return the member types of a union. For any other type, return a tuple that contains only this type.
+
+    Type parameters are removed, so `list[str]` becomes `list`. A `Literal` keeps its values.
+    """
     inner = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     return tuple(
         member if typing.get_origin(member) in (None, Literal) else typing.get_origin(member) for member in inner
@@ -201,7 +204,7 @@ def _is_literal(value: Any, allowed: Any) -> bool:
 
 
 def _describe_type(hint: Any) -> str:
-    """Return the name of a type for error messages."""
+    """Describe a type in words for an error message."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         members = [

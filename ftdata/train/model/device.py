@@ -1,4 +1,4 @@
-"""Query the device (precision, memory, speed), and coordinate the processes of a run."""
+"""Functions that query the device (precision, memory, speed) and coordinate the training processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 
 def compute_dtype(settings: Mapping[str, Any] | None = None) -> torch.dtype:
-    """Return the compute dtype: the dtype that `bf16` or `fp16` selects, or else the best dtype of the device.
+    """Return the dtype for computation: the dtype that `bf16` or `fp16` selects, or the best dtype for the device.
 
     The best dtype is bfloat16 or float16 on a GPU, and float32 on a CPU.
     """
@@ -28,7 +28,7 @@ def compute_dtype(settings: Mapping[str, Any] | None = None) -> torch.dtype:
 
 
 def device_name() -> str:
-    """Return the name of the device."""
+    """Return the name of the GPU, or `CPU` with the number of threads."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
 
 
@@ -41,7 +41,7 @@ def free_memory() -> int:
 
 
 def measure_flops(dtype: torch.dtype, seconds: float = 0.1) -> float:
-    """Measure the speed of matrix multiplication, in floating-point operations per second."""
+    """Measure the device's speed of matrix multiplication in floating-point operations per second."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = 4096 if device == "cuda" else 512
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
@@ -58,7 +58,9 @@ def measure_flops(dtype: torch.dtype, seconds: float = 0.1) -> float:
 
 @contextmanager
 def fit_threads(model: Any) -> Iterator[None]:
-    """Run a model on a CPU with the fastest number of threads; `OMP_NUM_THREADS` takes precedence.
+    """Set the number of CPU threads that runs the model fastest, until the context ends.
+
+    If `OMP_NUM_THREADS` is set or the model is not on a CPU, the number of threads does not change.
 
     The threads of a parallel region wait for the slowest thread. If another process keeps a core busy, one thread may
     be ten times faster than two threads.
@@ -82,7 +84,7 @@ def fit_threads(model: Any) -> Iterator[None]:
 
 
 def _token_seconds(model: Any, times: int = 3) -> float:
-    """Return the time of the fastest of several forward passes over one token, in seconds."""
+    """Measure several forward passes over one token, and return the shortest time in seconds."""
     ids, durations = torch.zeros(1, 1, dtype=torch.long), []
     for _ in range(times):
         started = time.perf_counter()
@@ -97,18 +99,21 @@ def process_count() -> int:
 
 
 def is_sharded() -> bool:
-    """Return whether the model is sharded over the processes, and so must not be loaded onto a single device."""
+    """Return whether FSDP or DeepSpeed shards the model over several processes.
+
+    A sharded model must not be loaded onto a single device.
+    """
     return any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
 
 
 def training_precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Return a context in which float32 weights on a GPU use the same compute dtype as in training."""
+    """Return a context manager that applies the compute dtype of training to float32 weights on a GPU."""
     enabled = device.type == "cuda" and dtype is torch.float32 and compute_dtype() is not torch.float32
     return torch.autocast(device.type, dtype=compute_dtype() if enabled else torch.bfloat16, enabled=enabled)
 
 
 def is_main_process() -> bool:
-    """Return whether this is the main process, which writes files and prints."""
+    """Return whether this process is the main process. Only the main process writes files and prints."""
     return bool(_state().is_main_process)
 
 
@@ -119,7 +124,10 @@ def wait_for_processes() -> None:
 
 @contextmanager
 def main_process_first() -> Iterator[bool]:
-    """Run a block in the main process before the other processes; yields whether this is the main process."""
+    """Run the body of a `with` statement in the main process first, then in the other processes.
+
+    Yields whether this process is the main process.
+    """
     with _state().main_process_first():
         yield is_main_process()
 

@@ -1,4 +1,4 @@
-"""Estimate the size, memory, compute and time of a run before it starts.
+"""Estimate the model size, memory, compute and time of a training run before the run starts.
 
 The model is created without weights, on the device `meta`, so nothing is loaded.
 """
@@ -48,7 +48,7 @@ UTILIZATION = 0.4
 
 @dataclass(frozen=True, slots=True)
 class SplitCounts:
-    """The counts of a split.
+    """The numbers of rows, tokens and documents in a split.
 
     Attributes:
         lengths: number of tokens of each row.
@@ -65,7 +65,7 @@ class SplitCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The estimate of a run.
+    """The expected size, memory, compute and time of a training run.
 
     Attributes:
         model: name of the model.
@@ -120,11 +120,11 @@ class Estimate:
 
     @property
     def memory(self) -> int:
-        """Total bytes in one process."""
+        """Total memory of one training process, in bytes."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the estimate as a dict that can be written as JSON."""
+        """Return the estimate as a JSON-serializable dict."""
         return {**asdict(self), "memory": self.memory}
 
     def __str__(self) -> str:
@@ -156,7 +156,7 @@ class Estimate:
 
 
 def check_adapter(config: Config, model_config: Any) -> None:
-    """Check that the adapter fits the model, with a model without weights.
+    """Check that the LoRA settings fit the model. The model is created without weights.
 
     Raises:
         UsageError: the model has no such module, layer or token.
@@ -166,7 +166,7 @@ def check_adapter(config: Config, model_config: Any) -> None:
 
 
 def count_split(split: Any) -> SplitCounts:
-    """Count the rows, tokens and documents of a split, one chunk at a time to save memory."""
+    """Count the rows, tokens and documents of a split. Read the split in chunks to save memory."""
     lengths, trained, documents = [np.empty(0, np.int64)], 0, 0
     for batch in split.data.to_batches():
         lengths.append(pc.list_value_length(batch.column("input_ids")).to_numpy(zero_copy_only=False).astype(np.int64))
@@ -178,7 +178,7 @@ def count_split(split: Any) -> SplitCounts:
 
 
 def estimate_run(config: Config, model_config: Any, rows: SplitCounts, arguments: Any, vocabulary: int = 0) -> Estimate:
-    """Return the estimate of a run.
+    """Estimate the memory, compute, steps and time of a run.
 
     Args:
         config: the configuration of the run.
@@ -254,7 +254,7 @@ def estimate_run(config: Config, model_config: Any, rows: SplitCounts, arguments
 
 
 def check_memory(estimate: Estimate) -> None:
-    """Refuse a run whose weights, gradients and optimizer state exceed the available memory.
+    """Raise an error if the weights, gradients and optimizer state of a run exceed the available memory.
 
     Raises:
         InputRefused: the run does not fit; the hint contains settings that reduce the memory.
@@ -269,13 +269,13 @@ def check_memory(estimate: Estimate) -> None:
         raise InputRefused(
             "too_large",
             f"{estimate.model} cannot be trained here: weights, gradients and optimizer need {_bytes(minimum)}, "
-            f"{_bytes(estimate.free)} are free on {estimate.device}",
+            f"but only {_bytes(estimate.free)} are free on {estimate.device}",
             hint=", or ".join(fixes),
         )
 
 
 def count_steps(rows: int, arguments: Any, epochs: float | None = None) -> int:
-    """Return the number of optimizer steps, as the trainer counts them.
+    """Compute the number of optimizer steps of a run in the same way as the trainer.
 
     Args:
         rows: number of rows.
@@ -297,7 +297,9 @@ def _make_shapes(config: Config, model_config: Any, dtype: torch.dtype) -> Any:
             model_config, dtype=dtype, trust_remote_code=config.trust_remote_code, **options
         )
     except (ValueError, ImportError) as error:
-        raise UsageError("model_setting", f"{config.model} cannot be created: {describe_exception(error)}") from None
+        raise UsageError(
+            "model_setting", f"the model {config.model} cannot be created: {describe_exception(error)}"
+        ) from None
 
 
 def _weight_bytes(model: Any, config: Config, dtype: torch.dtype) -> int:
@@ -321,7 +323,7 @@ def _weight_bytes(model: Any, config: Config, dtype: torch.dtype) -> int:
 
 
 def _kept_per_token(model: Any, dtype: torch.dtype, longest: int, *, recomputes: bool) -> float:
-    """Return the bytes of activations that each token keeps in memory for the backward pass.
+    """Estimate how many bytes of activations each token keeps in memory for the backward pass.
 
     Each matrix multiplication keeps its input, and the next operation keeps its output. With the activations that norms
     and activation functions keep, the total is about 1.3 times the inputs and outputs of the linear layers, measured on

@@ -1,4 +1,4 @@
-"""Test whether the documents of a packed sequence attend to each other, with two short forward passes.
+"""Test with two short forward passes whether the documents of a packed sequence attend to each other.
 
 The logits of document B are computed after document A, and again after another document of the same length. If the
 documents are isolated from each other, the logits of B are the same.
@@ -24,7 +24,9 @@ _MAX_WEIGHTS = 1_500_000_000
 
 
 def measure_leak(model: Any, length: int = 20) -> float:
-    """Return how much a document changes the logits of the document packed after it: 0 if they are isolated.
+    """Measure how much a document changes the logits of the next document in a packed sequence.
+
+    If the documents are isolated, the result is 0.
 
     Args:
         model: a causal language model.
@@ -51,10 +53,12 @@ def measure_leak(model: Any, length: int = 20) -> float:
 
 
 def has_leaking_architecture(config: Any, attention: str | None = None) -> bool | None:
-    """Return whether models of an architecture leak, measured on a model with few layers and random weights.
+    """Test whether packed documents attend to each other in a model architecture.
+
+    The test uses a model with few layers and random weights.
 
     Returns:
-        Whether the model leaks, or `None` if such a model cannot be created or would be too large.
+        Whether the documents attend to each other, or `None` if the test model cannot be created or is too large.
     """
     options = {"attn_implementation": attention} if attention else {}
     state = torch.get_rng_state()
@@ -107,7 +111,10 @@ def _logits(model: Any, before: torch.Tensor, document: torch.Tensor) -> torch.T
 
 
 def _bounds(model: Any, document: torch.Tensor) -> dict[str, Any]:
-    """Return the document boundaries that TRL's collator passes to FlashAttention and to state-space kernels."""
+    """Return the document boundaries as keyword arguments for FlashAttention, as TRL's collator passes them.
+
+    The dict is empty if the model does not use FlashAttention.
+    """
     if "flash" not in str(model.config._attn_implementation):
         return {}
     bounds = torch.tensor([0, len(document), 2 * len(document)], dtype=torch.int32, device=model.device)

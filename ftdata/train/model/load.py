@@ -1,4 +1,4 @@
-"""Load models, their configurations and tokenizers; check weights; resize embeddings."""
+"""Load models, model configurations and tokenizers, check weight files, and resize embeddings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ftdata.train.model.quantization import Quantization, quantization_config
 
 
 def weights_dtype(config: Config) -> torch.dtype:
-    """Return the dtype of the base weights: the compute dtype if they are frozen, float32 if they are trained.
+    """Return the dtype of the base model's weights: the compute dtype if they are frozen, float32 if they are trained.
 
     With a usual learning rate, most updates are too small for the precision of bfloat16 and would be lost.
     """
@@ -28,7 +28,7 @@ def weights_dtype(config: Config) -> torch.dtype:
 
 
 def load_model_config(name: str, *, trust_remote_code: bool = False) -> Any:
-    """Load the configuration of a model.
+    """Load the `transformers` configuration of a model from a folder or the Hub.
 
     Raises:
         InputRefused: the model does not exist, is an adapter, or needs remote code.
@@ -54,7 +54,7 @@ def load_model(
     attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """Load a causal language model from a folder or the Hub; only safetensors weights are accepted.
+    """Load a causal language model from a folder or the Hub. The weights must be safetensors.
 
     Args:
         name: a folder or a Hub id.
@@ -105,10 +105,10 @@ def load_model(
 
 
 def dequantize(model: Any) -> Any:
-    """Dequantize the weights of a 4-bit model on a CPU if they fit into memory, and return the model.
+    """Dequantize a 4-bit model on a CPU if the dequantized weights fit into memory. Return the model.
 
-    Otherwise, a CPU dequantizes the weights of every layer for every token. The values, and so the answers, are the
-    same.
+    A CPU otherwise dequantizes the weights of every layer for every token, which is slow. The weights have the same
+    values, so the answers are the same.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     is_packed = quantizer is not None and getattr(quantizer.quantization_config, "load_in_4bit", False)
@@ -119,7 +119,7 @@ def dequantize(model: Any) -> Any:
 
 
 def check_weights(folder: Path) -> None:
-    """Check that the weights in a folder are safetensors, and that the index refers only to files in this folder.
+    """Check that a folder's weights are safetensors, and that the weight index refers only to files in the folder.
 
     Raises:
         InputRefused: the weights are pickles, or the index refers to other files.
@@ -135,7 +135,7 @@ def check_weights(folder: Path) -> None:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         is_safe = False
     if not is_safe:
-        message = f"{index} refers to files that are not safetensors in the same folder"
+        message = f"{index} refers to files that are not safetensors or are not in the same folder"
         raise InputRefused("weights_index", message, hint="save the model again, or download it from its source")
 
 
@@ -153,7 +153,10 @@ def load_trainer_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any
 
 
 def _make_savable(settings: GenerationConfig) -> GenerationConfig:
-    """Return a generation config that can be saved; sampling options without `do_sample` would be an error."""
+    """Return a generation config that `transformers` can save.
+
+    A config with sampling options cannot be saved unless `do_sample` is true.
+    """
     tokens = {name: getattr(settings, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     sampled = copy.deepcopy(settings)
     sampled.do_sample = True
@@ -189,19 +192,19 @@ def _load_error(name: str, error: Exception) -> InputRefused:
 
 
 def wants_adapter(config: Config) -> bool:
-    """Return whether a run trains an adapter; quantized weights always need an adapter."""
+    """Return whether a run trains an adapter. Quantized weights always need an adapter."""
     return config.lora is not None or config.quantization is not None
 
 
 def embedding_names(model: Any) -> list[str]:
-    """Return the names of the modules of the input and output embeddings."""
+    """Return the module names of the input embeddings and the output embeddings, such as `embed_tokens`."""
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     modules = model.named_modules()
     return [name.rpartition(".")[2] for name, module in modules if any(module is layer for layer in embeddings)]
 
 
 def fit_vocabulary(model: Any, size: int, tokenizer: Any) -> bool:
-    """Enlarge the embeddings for tokens that were added to the tokenizer, and return whether they were enlarged.
+    """Add embeddings for the tokens that were added to the tokenizer. Return whether embeddings were added.
 
     `resize_token_embeddings` samples the new rows around the mean of the old rows (Hewitt 2021). They must be trained.
 
@@ -221,7 +224,7 @@ def fit_vocabulary(model: Any, size: int, tokenizer: Any) -> bool:
         if not added.issuperset(range(rows, size)):
             raise UsageError(
                 "vocabulary",
-                f"the data contains token id {size - 1}, the model has {rows} embeddings",
+                f"the data contains token id {size - 1}, but the model has only {rows} embeddings",
                 hint="build with the model's tokenizer",
             )
         size = max(size, len(tokenizer))
@@ -232,21 +235,24 @@ def fit_vocabulary(model: Any, size: int, tokenizer: Any) -> bool:
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= max(rows, size):
         raise UsageError(
             "pad_token",
-            f"the tokenizer has no pad or EOS token among the model's {rows} embeddings",
+            f"none of the model's {rows} embeddings belongs to the tokenizer's pad token or EOS token",
             hint="set a pad token in tokenizer_config.json that the model has",
         )
     return is_enlarged
 
 
 def resize_embeddings(model: Any, size: int) -> None:
-    """Resize the embeddings of a model; new rows are initialized reproducibly."""
+    """Resize the embeddings of a model. New embeddings are initialized with a fixed random seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model.resize_token_embeddings(size)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Return the number of trainable parameters and of all parameters; packed 4-bit weights count two per byte."""
+    """Return the number of trainable parameters and the number of all parameters.
+
+    Each byte of packed 4-bit weights counts as two parameters.
+    """
     trainable = total = 0
     for weight in model.parameters():
         # Packed weights may be stored in a wider dtype (`bnb_4bit_quant_storage`).

@@ -1,4 +1,4 @@
-"""Configure quantization: `nf4`, `fp4`, `int8`, or fields of `BitsAndBytesConfig`."""
+"""Create the bitsandbytes configuration for quantized models: `nf4`, `fp4`, `int8`, or custom fields."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BLOCK, _NESTED_BLOCK = 64, 256
 
 
 def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Return the bitsandbytes configuration of a quantization, or `None` without quantization.
+    """Return the bitsandbytes configuration for a quantization setting, or `None` for an unquantized model.
 
     Args:
         quantization: a name, or fields of `BitsAndBytesConfig`.
@@ -42,25 +42,25 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsA
         import bitsandbytes  # noqa: F401  (checks that it is installed)
     except ImportError:
         raise MissingDependency(
-            "missing_bitsandbytes", "quantization needs bitsandbytes", hint="pip install bitsandbytes"
+            "missing_bitsandbytes", "quantization needs the package bitsandbytes", hint="pip install bitsandbytes"
         ) from None
     if fields.get("load_in_4bit"):
         fields = {"bnb_4bit_compute_dtype": dtype, **fields}
     try:
         return BitsAndBytesConfig(**fields)
     except (ValueError, TypeError, AttributeError) as error:
-        raise UsageError("train_setting", f"BitsAndBytesConfig rejects the quantization: {error}") from None
+        raise UsageError("train_setting", f"BitsAndBytesConfig rejects the quantization fields: {error}") from None
 
 
 def quantization_name(quantization: Quantization) -> str | None:
-    """Return the short name of a quantization: `nf4`, `fp4`, `int8`, or `None`."""
+    """Return the short name of a quantization setting: `nf4`, `fp4`, `int8`, or `None`."""
     if quantization is None or isinstance(quantization, str):
         return quantization
     return "int8" if quantization.get("load_in_8bit") else str(quantization.get("bnb_4bit_quant_type", "fp4"))
 
 
 def bytes_per_weight(quantization: Quantization) -> float:
-    """Return the number of bytes per quantized weight, including its share of the scales.
+    """Return the memory per quantized weight in bytes, including the quantization scales.
 
     >>> bytes_per_weight("int8"), bytes_per_weight({"load_in_4bit": True})
     (1.0, 0.5625)
@@ -73,7 +73,10 @@ def bytes_per_weight(quantization: Quantization) -> float:
 
 
 def skipped_modules(quantization: Quantization) -> tuple[str, ...]:
-    """Return the names of the modules that are not quantized, in addition to the output embeddings."""
+    """Return the names of modules that the user excludes from quantization.
+
+    The output embeddings are never quantized.
+    """
     return tuple(quantization.get("llm_int8_skip_modules") or ()) if isinstance(quantization, dict) else ()
 
 
@@ -86,7 +89,7 @@ def _fields(quantization: str | dict[str, Any]) -> dict[str, Any]:
         state = "both" if quantization.get("load_in_4bit") else "neither"
         raise UsageError(
             "train_setting",
-            f"quantization sets {state} of load_in_4bit and load_in_8bit, expected exactly one",
+            f"quantization sets {state} of load_in_4bit and load_in_8bit, but exactly one must be set",
             hint="set load_in_4bit: true, or use a name: nf4, fp4, int8",
         )
     return convert_fields(

@@ -1,4 +1,4 @@
-"""Trainer callbacks: show progress, stop at an invalid loss, and sample answers during training."""
+"""Trainer callbacks that show progress, stop training at an invalid loss, and generate sample answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAMPLE_TOKENS = 64
 
 
 class TrainingProgressCallback(TrainerCallback):
-    """Shows step, loss, speed and remaining time: as a live chart on a terminal, as lines otherwise.
+    """Shows the step, loss, speed and remaining time as a live chart on a terminal, or as text lines otherwise.
 
     Raises:
         InputRefused: the loss is NaN or infinite; raised by `on_log`, and so by `Trainer.train`.
@@ -96,7 +96,7 @@ class TrainingProgressCallback(TrainerCallback):
         self.stop()
 
     def stop(self) -> None:
-        """Release the terminal, also if training was interrupted."""
+        """Stop the live chart and release the terminal. Also called if training is interrupted."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -126,7 +126,7 @@ def _read_step(line: str) -> float:
 
 
 class SampleCallback(TrainerCallback):
-    """Answers the same prompts at every evaluation, and writes the answers to `samples.jsonl` and to the console.
+    """Generates answers to the same prompts at every evaluation, and writes them to `samples.jsonl` and the console.
 
     Args:
         prompts: token ids of the prompts.

@@ -1,4 +1,4 @@
-"""Finish a run: save the model, evaluate it, compare the saved model with the model in memory, write the results."""
+"""Finish a run: save the model, evaluate the model, verify the saved files, and write the results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COMPARED_TOKENS = 64
 
 
 def set_stop_tokens(trainer: BuildTrainer, config: Config, data: TrainingData) -> list[int]:
-    """Set the stop tokens of the model to those that end its trained turns, and return their ids.
+    """Set the model's stop tokens to the control tokens that end the trained turns. Return the token ids.
 
     The trainer itself sets only the tokenizer's EOS token.
     """
@@ -93,7 +93,7 @@ def finish_run(
 
 
 def _read_back(trainer: BuildTrainer, run: FinishedRun, data: TrainingData, config: Config) -> None:
-    """Load the saved model and compare it with the model in memory."""
+    """Reload the saved model, and compare its logits with the logits of the model in memory."""
     ids = data.splits["train"][0]["input_ids"][:_COMPARED_TOKENS]
     before = compute_logits(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), ids)
     # Two models may not fit into memory together.

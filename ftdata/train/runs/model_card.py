@@ -1,4 +1,4 @@
-"""Write the model card of a run: data, mask, results, and the command that reproduces the run."""
+"""Create the model card of a run: data, mask, results, and the command that reproduces the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from ftdata.redaction import redact_text
 
 
 def render_model_card(config: Config, metadata: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    """Return the `README.md` of a trained model, with secrets redacted because users upload it with the model.
+    """Return the text of the `README.md` of a trained model.
+
+    Secrets are redacted, because users upload the file with the model.
 
     Args:
         config: the configuration of the run.

@@ -1,4 +1,4 @@
-"""Plot the loss: PNG and SVG files for the run directory, block characters for the terminal."""
+"""Plot the loss as PNG and SVG files for the run directory, and as block characters for the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def write_loss_plot(history: Sequence[dict[str, float]], folder: Path) -> None:
-    """Write `loss.png` and `loss.svg` from the log history of the trainer; the files are deterministic."""
+    """Plot the losses in the trainer's log history, and write `loss.png` and `loss.svg`.
+
+    The same history always produces the same files.
+    """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "test split", "o--")):
@@ -40,7 +43,7 @@ def draw_sparkline(values: Sequence[float], width: int = 60) -> str:
 
 
 def draw_chart(values: Sequence[float], width: int = 60, height: int = 6) -> str:
-    """Return a chart of block characters, labeled with the largest and smallest value.
+    """Return a chart of block characters. The labels show the largest value and the smallest value.
 
     The chart has `height` lines of at most `width` blocks each.
 
@@ -59,7 +62,7 @@ def draw_chart(values: Sequence[float], width: int = 60, height: int = 6) -> str
 
 
 def _take_maxima(values: Sequence[float], width: int) -> tuple[list[float], float, float]:
-    """Return the maximum of each of at most `width` buckets, and the smallest and largest of these maxima."""
+    """Split values into at most `width` buckets. Return all maxima, the lowest maximum and the highest maximum."""
     size = max(1, -(-len(values) // width))
     maxima = [max(values[start : start + size]) for start in range(0, len(values), size)]
     return maxima, min(maxima), max(maxima)

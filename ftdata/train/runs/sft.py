@@ -1,4 +1,4 @@
-"""Run supervised fine-tuning: build the data, load the model, check both, train, save and reload the model."""
+"""Run supervised fine-tuning: build the data, load the model, check the data and the model, train, and save."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def train_sft(config: Config, build: Path | None, *, resume: bool = False, notes
     except torch.OutOfMemoryError:
         raise InputRefused(
             "out_of_memory",
-            f"{config.model} does not fit into the memory of {device.device_name()} with this batch",
+            f"{config.model} does not fit into the memory of {device.device_name()} with this batch size",
             hint="reduce per_device_train_batch_size and increase gradient_accumulation_steps, reduce max_length, "
             "enable gradient_checkpointing, or set quantization: nf4",
         ) from None
@@ -103,7 +103,9 @@ def train_sft(config: Config, build: Path | None, *, resume: bool = False, notes
 
 
 def estimate_sft(config: Config, build: Path | None) -> tuple[Estimate, str]:
-    """Return the estimate of a run and a note about padding, without loading the model or writing to the run directory.
+    """Estimate a run without loading the model or writing to the run directory. Return the estimate and a note.
+
+    The note says whether rows are padded.
 
     A small random model with the same architecture is used to find out whether packed documents attend to each other.
 
@@ -135,7 +137,7 @@ def make_trainer(
     isolated: bool,
     seal: checkpoints.CheckpointSeal | None = None,
 ) -> BuildTrainer:
-    """Return a trainer that uses the labels of the build unchanged.
+    """Create a trainer that trains on the labels of a build without changing them.
 
     Args:
         config: the configuration of the run.
@@ -186,7 +188,7 @@ def make_trainer(
 
 
 def _check_config(config: Config) -> Any:
-    """Check all settings of a run before its data is read, and return the configuration of its model.
+    """Check all settings of a run before the data is read. Return the `transformers` configuration of the model.
 
     Raises:
         UsageError: a field is unknown, has the wrong type, or names a module that the model does not have.
@@ -250,7 +252,7 @@ def _estimate(config: Config, model_config: Any, data: TrainingData, *, isolated
     if positions and data.longest_document > positions:
         raise InputRefused(
             "too_long",
-            f"an example has {data.longest_document:,} tokens, {config.model} has {positions:,} positions",
+            f"an example has {data.longest_document:,} tokens, but {config.model} has only {positions:,} positions",
             hint=f"build with max_length: {positions}",
         )
     return estimate_run(config, model_config, count_split(data.splits["train"]), settings, data.vocabulary_size)
@@ -291,7 +293,7 @@ def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Con
 def _leak_error(model: str, kind: str) -> InputRefused:
     return InputRefused(
         "model_leaks",
-        f"packed documents of {model} ({kind}) attend to each other",
+        f"packed documents attend to each other in the model {model} ({kind})",
         hint="build without packing (pack: null), so that rows are padded; or set another attn_implementation",
     )
 

@@ -69,7 +69,7 @@ _NON_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse settings that would change the data of the build, that `SFTConfig` does not have, or of the wrong type.
+    """Check that each trainer setting is a field of `SFTConfig`, has a valid value, and does not change the data.
 
     Raises:
         UsageError: a setting is fixed, unknown or invalid; the message contains the reason or similar names.
@@ -113,7 +113,7 @@ def _check_number(name: str, value: Any, field: ConfigField) -> None:
 
 
 def check_devices(settings: Mapping[str, Any]) -> None:
-    """Refuse a single process with several visible GPUs, because the trainer would split its batches over them.
+    """Raise an error if a single process can use several GPUs. The trainer would split each batch over the GPUs.
 
     Raises:
         UsageError: several GPUs are visible; the hint contains the command that starts one process per GPU.
@@ -128,7 +128,9 @@ def check_devices(settings: Mapping[str, Any]) -> None:
 
 
 def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: bool) -> SFTConfig:
-    """Return the settings of the trainer: defaults, updated with the user's settings and then with the fixed settings.
+    """Create the trainer's `SFTConfig` from default settings, the user's settings and fixed settings.
+
+    The user's settings override the defaults. The fixed settings override all other settings.
 
     Args:
         config: the configuration of the run.
@@ -145,11 +147,15 @@ def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: 
     dtype = compute_dtype(config.train)
     strategy = config.train.get("eval_strategy", "epoch" if evaluates else "no")
     if not evaluates and str(strategy) != "no":
-        raise UsageError("no_test_split", f"eval_strategy is {strategy!r}, without a test split", hint="set test_size")
+        raise UsageError(
+            "no_test_split", f"eval_strategy is {strategy!r}, but there is no test split", hint="set test_size"
+        )
     stops_early = config.early_stopping is not None
     if stops_early and (not evaluates or strategy == "no"):
         raise UsageError(
-            "early_stopping", "early_stopping needs evaluations", hint="set test_size, or use data with a test split"
+            "early_stopping",
+            "early_stopping needs evaluations during training",
+            hint="set test_size, or use data with a test split",
         )
     best = {"load_best_model_at_end": True, "save_strategy": strategy} if stops_early else {}
     if stops_early and "eval_steps" in config.train:
@@ -204,7 +210,7 @@ def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: 
 
 
 def check_first_batch(trainer: Any, *, padding_free: bool) -> None:
-    """Compare the first batch of the trainer with the build, and restore the random states afterwards.
+    """Check that the trainer's first batch contains the data of the build. Restore the random states afterwards.
 
     Raises:
         InternalError: tokens, labels, document boundaries or masks differ from the build.

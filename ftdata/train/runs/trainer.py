@@ -1,6 +1,6 @@
-"""Extend TRL's trainer with an evaluation per token, a reproducible row order, and sealed checkpoints.
+"""A subclass of TRL's trainer with an evaluation per token, a reproducible row order, and verifiable checkpoints.
 
-The trainer writes no model card and sends no telemetry.
+The subclass writes no model card and sends no telemetry.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _POOL = 50
 
 
 class BuildTrainer(SFTTrainer):
-    """Trains on the labels of a build.
+    """A subclass of `SFTTrainer` that trains on the labels of a build.
 
     Args:
         seal: the identity of the run, which is written to each checkpoint.
@@ -55,7 +55,7 @@ class BuildTrainer(SFTTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Return the mean loss over all trained tokens, and its exponential, the perplexity.
+        """Evaluate the model. Return the mean loss per trained token, the perplexity, and the number of trained tokens.
 
         The parent class averages over batches instead, which gives more weight to the tokens of short batches.
         """
@@ -70,7 +70,7 @@ class BuildTrainer(SFTTrainer):
         return metrics
 
     def token_loss(self, dataset: Any) -> tuple[float, int]:
-        """Return the mean loss over the trained tokens of a data set, and their number, over all processes.
+        """Return the mean loss per trained token of a data set, and the number of trained tokens, over all processes.
 
         The loss is the plain cross-entropy, even if training uses another loss or adds terms to it.
         """
@@ -129,7 +129,10 @@ class BuildTrainer(SFTTrainer):
         wait_for_processes()
 
     def load_checkpoint(self, checkpoint: str) -> None:
-        """Load a checkpoint, or the best checkpoint up to it, without training."""
+        """Load the model from a checkpoint without training.
+
+        With `load_best_model_at_end`, load the best checkpoint so far instead.
+        """
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         if self.args.load_best_model_at_end and self.state.best_global_step is not None:
@@ -161,14 +164,14 @@ class BuildTrainer(SFTTrainer):
         super()._load_best_model()
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Do nothing, because the run writes its own model card."""
+        """Do nothing, because ftdata writes the model card of the run."""
 
     def _send_telemetry(self) -> None:
         pass
 
 
 class EpochSampler(torch.utils.data.Sampler):
-    """Samples row indices in an order that depends only on seed and epoch, so a resumed run uses the same order.
+    """A sampler whose row order depends only on the seed and the epoch, so a resumed run uses the same order.
 
     The order is random or sequential. With lengths, rows of similar length are in the same batch, and the batch with
     the longest row comes first. With several processes, all of them need the same number of rows; an untrained filler
@@ -226,7 +229,7 @@ class EpochSampler(torch.utils.data.Sampler):
 
 
 def add_filler_row(rows: Any) -> Any:
-    """Return the rows with an additional row that has no trained tokens."""
+    """Append a row without trained tokens to the rows of a data set."""
     first = rows[0]["input_ids"][:1]
     filler = {"input_ids": [first * 2], "labels": [[IGNORE_INDEX] * 2], "seq_lengths": [[2]]}
     columns = {name: filler[name] for name in rows.column_names}

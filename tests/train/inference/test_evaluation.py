@@ -232,7 +232,7 @@ def test_merged_model_works_without_peft(llama, data, tmp_path):
 
 def test_unfinished_or_damaged_runs_are_refused(learnt, tmp_path):
     for call in (compare, start_chat):
-        with pytest.raises(UsageError, match="not a finished run"):
+        with pytest.raises(UsageError, match="contains no finished run"):
             call(tmp_path)
     with pytest.raises(UsageError, match="no adapter to merge"):
         merge(learnt, tmp_path / "merged")

@@ -273,7 +273,7 @@ def test_run_without_a_checkpoint_restarts_with_the_same_command(whole, tmp_path
 
 def test_resume_refuses_options_of_the_data(interrupted, llama, tmp_path):
     build_sft_dataset(ROWS, llama, packing="bfd", max_length=64, output_dir=tmp_path / "packed")
-    with pytest.raises(UsageError, match="packing cannot change"):
+    with pytest.raises(UsageError, match="options cannot change: packing"):
         run(tmp_path / "packed", model=llama, output_dir=tmp_path / "run", settings=["pack=null"])
     with pytest.raises(UsageError, match="contains no run to resume"):
         run(tmp_path / "nowhere", resume=True)
