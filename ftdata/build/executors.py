@@ -56,7 +56,7 @@ def check_engine(engine: str) -> None:
             import ray  # noqa: F401  (checks that Ray is installed)
         except ImportError:
             hint = "pip install 'ftdata[ray]'"
-            raise MissingDependency("no_ray", "engine='ray' needs the package ray", hint=hint) from None
+            raise MissingDependency("no_ray", "engine='ray' requires the package ray", hint=hint) from None
 
 
 def run_tasks(

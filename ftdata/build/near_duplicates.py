@@ -47,7 +47,7 @@ def require_rensa() -> None:
         import rensa  # noqa: F401  (checks that rensa is installed)
     except ImportError:
         hint = "pip install 'ftdata[dedup]'"
-        raise MissingDependency("no_rensa", "near-duplicate detection needs the package rensa", hint=hint) from None
+        raise MissingDependency("no_rensa", "near-duplicate detection requires the package rensa", hint=hint) from None
 
 
 def minhash_signatures(conversations: Sequence[Conversation]) -> NDArray[np.uint32]:

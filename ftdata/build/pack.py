@@ -33,7 +33,7 @@ class PackPlan:
 
     @property
     def packs(self) -> list[list[int]]:
-        """The packs as lists of example indices."""
+        """The packs, each as a list of example indices."""
         return [self.order[start:end].tolist() for start, end in zip(self.bounds[:-1], self.bounds[1:], strict=True)]
 
 

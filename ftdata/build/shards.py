@@ -194,7 +194,7 @@ def _read_result(stored: dict[str, Any], task: Task, folder: Path, key: str | No
 
 
 class _LineCounter:
-    """Iterates over the rows of a reader. After the last row, `lines` is the number of physical lines in the file."""
+    """Iterates over the rows of a reader. After the last row, `lines` is the number of physical lines."""
 
     lines: int | None = None
 

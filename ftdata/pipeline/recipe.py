@@ -295,15 +295,16 @@ def check_kwargs(kwargs: Any) -> None:
     if kwargs is None:
         return
     if not isinstance(kwargs, Mapping) or (reserved := {"messages", "tools", "add_generation_prompt"} & set(kwargs)):
-        is_mapping = isinstance(kwargs, Mapping)
-        problem = f"contains {sorted(reserved)}, which ftdata sets itself" if is_mapping else f"is {kwargs!r}"
+        problem = f"sets {sorted(reserved)}, which ftdata sets" if isinstance(kwargs, Mapping) else f"is {kwargs!r}"
         raise UsageError(
             "template_kwargs", f"template_kwargs {problem}; expected a mapping of additional template variables"
         )
     if secret_names := [name for name in kwargs if is_secret_name(str(name))]:
-        problem = f"contains {', '.join(secret_names)}; all template variables are stored in the report and manifest"
+        names = ", ".join(secret_names)
         raise UsageError(
-            "template_kwargs", f"template_kwargs {problem}", hint="remove it: a template does not need secrets"
+            "template_kwargs",
+            f"template_kwargs contains {names}, but all template variables are stored in the report and manifest",
+            hint="remove it: a template does not need secrets",
         )
     try:
         json.dumps(kwargs)

@@ -167,8 +167,8 @@ def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         with suppress(LookupError, TypeError):
             template = {item["name"]: item["template"] for item in template}.get("default")
     if template is not None and not isinstance(template, str):
-        problem = f"chat_template is a {type(template).__name__}, expected text, or a list of names and templates"
-        raise TemplateRefused("bad_tokenizer", f"{folder / 'tokenizer_config.json'}: {problem}")
+        problem = f"{folder / 'tokenizer_config.json'} contains a chat_template of type {type(template).__name__}"
+        raise TemplateRefused("bad_tokenizer", f"{problem}, expected text, or a list of names and templates")
     return template
 
 

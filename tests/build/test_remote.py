@@ -103,7 +103,7 @@ def test_finished_remote_build_is_reused_and_not_overwritten(bucket, build):
     with pytest.raises(UsageError, match=r"s3://data/out: the URL contains another build"):
         build("s3://data/in", "s3://data/out")
     assert (objects("out"), sent(bucket)) == (before, ["PUT /data/in/a.jsonl"])
-    with pytest.raises(UsageError, match=r"s3://data/in: contains files that are not a build: a.jsonl"):
+    with pytest.raises(UsageError, match=r"s3://data/in: the URL contains files that are not a build: a.jsonl"):
         build("s3://data/in", "s3://data/in")
     for place in ("http://example.org/x", "hf://datasets/me/x", "file:///tmp/x"):
         with pytest.raises(UsageError, match=f"output_url.*builds cannot be written to {place}"):
@@ -130,7 +130,8 @@ def test_foreign_remote_files_are_not_overwritten(bucket, build):
     put("mine/train/data-00000.arrow", b"mine")
     before = objects("mine")
     with pytest.raises(
-        UsageError, match=r"s3://data/mine: contains files that are not a build: README.md, train/data-00000.arrow"
+        UsageError,
+        match=r"s3://data/mine: the URL contains files that are not a build: README.md, train/data-00000.arrow",
     ):
         build("s3://data/in", "s3://data/mine")
     assert objects("mine") == before
