@@ -1,1 +1,1 @@
-"""Build a data set on disk: shards, splits, packing, the build store and its cache."""
+"""Build a data set on disk: create shards, assign splits, pack examples, and write and verify the files."""

@@ -1,4 +1,4 @@
-"""Cache of finished shards and of tokenized texts, shared by all builds.
+"""A cache of finished shards and tokenized texts that all builds share.
 
     DIR/shards/KEY/         files of a shard; KEY is the hash of everything that determines the shard
     DIR/texts/KEY/PART/     hashes, bounds, ids and offsets of texts; KEY is the hash of a source and a tokenizer
@@ -40,7 +40,7 @@ _MAX_UNUSED_FACTOR = 3
 
 @cache
 def package_hash() -> str:
-    """Return a hash of the installed package's files, so that new code never uses old cache entries."""
+    """Return a hash of ftdata's source files. New code therefore never uses old cache entries."""
     package = Path(__file__).parents[1]
     files = sorted(path for kind in ("*.py", "*.jinja") for path in package.rglob(kind))
     return hash_key([(str(path.relative_to(package)), disk.sha256_of_file(path)) for path in files])
@@ -52,7 +52,11 @@ def hash_key(parts: Any) -> str:
 
 
 def restore_entry(kind: str, key: str, target: Path) -> dict[str, Any] | None:
-    """Copy the files of a cache entry to the folder `target` and return its result; `None` without an entry."""
+    """Copy the files of a cache entry to the folder `target`.
+
+    Returns:
+        The result that is stored in the entry, or `None` if the cache does not contain the entry.
+    """
     folder = disk.cache_root()
     if folder is None or not (entry := folder / kind / key).is_dir():
         return None
@@ -68,7 +72,7 @@ def restore_entry(kind: str, key: str, target: Path) -> dict[str, Any] | None:
 
 
 def store_entry(kind: str, key: str, source: Path) -> None:
-    """Store a sealed folder in the cache."""
+    """Store a folder in the cache. The folder must contain the hashes of its files (`atomic.seal_folder`)."""
     folder = disk.cache_root()
     if folder is not None:
         with suppress(OSError):
@@ -76,7 +80,7 @@ def store_entry(kind: str, key: str, source: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Link or copy the files of a folder to another folder; links are safe, because the files never change."""
+    """Copy the files of a folder to another folder. Use hard links if possible, because the files never change."""
     with atomic.publish_folder(target) as scratch:
         for path in source.iterdir():
             disk.link(path, scratch / path.name)
@@ -103,17 +107,17 @@ def _folder_size(folder: Path) -> int:
 
 
 class _Part:
-    """The texts that one build added: their sorted hashes, and the ranges of their tokens."""
+    """The texts that one build added to the cache, with their sorted hashes and their tokens."""
 
     def __init__(self, folder: Path) -> None:
         if atomic.read_sealed(folder) is None:
-            raise ValueError("the folder is damaged")
+            raise ValueError("the cache folder is damaged")
         self.hashes = _map_file(folder / "hashes", np.dtype("S16"))
         self._ranges = _map_file(folder / "places.i64", np.dtype(np.int64)).reshape(-1, 2)
         self.ids = _map_file(folder / "ids.i32", np.dtype(np.int32))
         self._offsets = _map_file(folder / "offsets.i32", np.dtype(np.int32)).reshape(-1, 2)
         if len(self._ranges) != len(self.hashes) or not len(self.ids) == len(self._offsets) == self._ranges.max():
-            raise ValueError("the folder is incomplete")
+            raise ValueError("the cache folder is incomplete")
 
     def find(self, hashes: NDArray[np.bytes_]) -> list[EncodedText | None]:
         """Return the tokens of each text, or `None` for texts that are not cached."""
@@ -131,7 +135,7 @@ def _map_file(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 class TextCache:
-    """The cached tokens of the texts of one source, and the new texts of the current build."""
+    """A cache of the tokens of one source's texts. It collects the new texts of a build and stores them at the end."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._parts = folder, list[_Part]()
@@ -148,11 +152,11 @@ class TextCache:
 
     @property
     def has_entries(self) -> bool:
-        """Whether the cache contains texts of the source."""
+        """Whether the cache contains any text of the source."""
         return bool(self._parts)
 
     def encode(self, texts: Sequence[str], encode: Callable[[Sequence[str]], Encodings]) -> Encodings:
-        """Return the tokens of each text from the cache, and call `encode` for texts that are not cached."""
+        """Return the tokens of each text. Read the tokens from the cache if possible, or else call `encode`."""
         # BLAKE2b is collision-resistant: a collision would train one text with the tokens of another.
         digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
         hashes = np.frombuffer(b"".join(digests), "S16")
@@ -184,7 +188,7 @@ class TextCache:
         self._counts.extend(np.diff(new.token_bounds).tolist())
 
     def save(self) -> None:
-        """Store the new texts. Remove all other texts if they have many more tokens than the texts in use."""
+        """Store the new texts. Remove the old texts if they have many more tokens than this build used."""
         if sum(len(part.ids) for part in self._parts) > _MAX_UNUSED_FACTOR * (self._used + sum(self._counts)):
             for part in self._folder.glob("[!.]*"):
                 shutil.rmtree(part, ignore_errors=True)
@@ -206,7 +210,7 @@ class TextCache:
 
 @contextmanager
 def open_text_cache(key: str) -> Iterator[TextCache | None]:
-    """Open the cached texts of one source, and save the new texts if the block does not raise an exception."""
+    """Open the text cache of one source. Save the new texts if the `with` block ends without an exception."""
     folder, text_cache = disk.cache_root(), None
     if folder is not None:
         with suppress(OSError):

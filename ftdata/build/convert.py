@@ -62,7 +62,7 @@ _ARROW_SCHEMAS = {
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """The result of a conversion.
+    """The result of `convert`: the output file, the counts of each source, and the rejected rows.
 
     Attributes:
         output: the output file.
@@ -76,11 +76,11 @@ class ConvertReport:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes on how the rows were read, as sentences."""
+        """Sentences for the user about how the rows were read, such as a list of ignored columns."""
         return tuple(reading_notes(self.sources))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the counts as a JSON object."""
+        """Return the counts, the notes and the first 20 rejected rows as a JSON object."""
         sources = [
             {
                 "source": ledger.source,
@@ -161,7 +161,7 @@ def convert(
     """
     check_choice("to", to, FORMS)
     if (to == "text") != (tokenizer is not None):
-        raise UsageError("to", "to='text' needs a tokenizer, and other values do not accept a tokenizer")
+        raise UsageError("to", "to='text' requires a tokenizer; the other output formats do not accept a tokenizer")
     reject_limit = RejectLimit(on_bad_rows, max_rejects)
     options = Options(schema=schema, columns=columns)
     recipe = make_recipe(tokenizer, template, schema=schema, columns=columns) if tokenizer is not None else None
@@ -197,18 +197,24 @@ def convert(
 def _check_sources(
     sources: Sequence[FileSource | MemorySource], output: str | Path
 ) -> Sequence[FileSource | MemorySource]:
-    """Check that a single output file can represent the sources, and that it does not replace a source."""
+    """Check that the data fits in one output file, and that the output does not overwrite a source."""
     splits = list(dict.fromkeys(source.split or "train" for source in sources))
     if len(splits) > 1:
         hint = "convert each split separately with split"
-        raise UsageError("several_splits", f"the data has several splits: {', '.join(splits)}", hint=hint)
+        raise UsageError(
+            "several_splits",
+            f"convert writes one file, but the data has several splits: {', '.join(splits)}",
+            hint=hint,
+        )
     if any(source.share != WHOLE for source in sources):
-        raise UsageError("share", "convert does not support weight, rows and tokens: it writes each row once")
+        raise UsageError(
+            "share", "convert does not support the options weight, rows and tokens, because it writes each row once"
+        )
     for written in (Path(output), _rejects_path(output)):
         for source in sources:
             if Path(source.path).exists() and written.exists() and Path(source.path).samefile(written):
                 raise UsageError(
-                    "output", f"{written} is a source, so it cannot be the output", hint="use another file"
+                    "output", f"convert would overwrite {written}, which is one of the sources", hint="use another file"
                 )
     return sources
 
@@ -219,10 +225,10 @@ def _rejects_path(output: str | Path) -> Path:
 
 class _Writer(Protocol):
     def check(self, record: Mapping[str, Any]) -> None:
-        """Reject a record that the output format cannot represent."""
+        """Raise `BadRow` if the output format cannot represent a record."""
 
     def batch(self, records: list[dict[str, Any]]) -> None:
-        """Write records."""
+        """Write a batch of records."""
 
 
 Outcome = tuple[Conversation, list[dict[str, Any]]] | Reject
@@ -242,7 +248,7 @@ def _convert_row(
     except BadRow as error:
         return make_reject(row, error)
     except RecursionError:
-        return make_reject(row, BadRow("too_deep", "is nested too deeply to be read"))
+        return make_reject(row, BadRow("too_deep", "the row is nested too deeply to be read"))
     if to == "messages" and conversation.completion_from != last_answer_index(conversation.messages):
         conversation = replace(conversation, notes=conversation.notes | {"completion"})
     if has_rejected_side(conversation):
@@ -260,11 +266,13 @@ def _count(outcome: Outcome, ledger: Ledger, rejects: list[Reject]) -> None:
 
 def _make_records(conversation: Conversation, to: str, recipe: Recipe | None) -> list[dict[str, Any]]:
     if conversation.tokens is not None or (to != "text" and not conversation.messages):
-        problem = f"has the schema {conversation.schema}, which cannot be converted to {to.replace('_', ' and ')}"
+        problem = f"rows with the schema {conversation.schema} cannot be converted to {to.replace('_', ' and ')}"
         raise BadRow("no_messages", problem)
     if recipe is not None:
         if any(message.get("train") is False for message in conversation.messages):
-            raise BadRow("untrained_message", "has an untrained message, which plain text cannot represent")
+            raise BadRow(
+                "untrained_message", "the row excludes a message from training, which plain text cannot represent"
+            )
         recipe = recipe.with_kwargs(conversation.kwargs)
         return [{"text": _check_text(text, recipe)} for text in render_in_worker(conversation, recipe.template)]
     extra: dict[str, Any] = {"tools": list(conversation.tools)} if conversation.tools else {}
@@ -273,20 +281,22 @@ def _make_records(conversation: Conversation, to: str, recipe: Recipe | None) ->
     if to == "messages":
         record = {"messages": messages, **extra}
     elif start == 0:
-        raise BadRow("no_prompt", "begins with its answer, so there is no prompt", field="messages[0]")
+        raise BadRow(
+            "no_prompt", "the conversation begins with an assistant message, so there is no prompt", field="messages[0]"
+        )
     else:
         record = {"prompt": messages[:start], "completion": messages[start:], **extra}
     try:
         json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError) as error:
-        raise BadRow("not_json", f"contains a value that cannot be encoded as JSON: {error}") from None
+        raise BadRow("not_json", f"the row contains a value that cannot be encoded as JSON: {error}") from None
     return [record]
 
 
 def _check_text(rendered: Rendered, recipe: Recipe) -> str:
-    """Return the text after checking that the data in it contains no control tokens, which would become real."""
+    """Return the rendered text. Reject a row whose data contains control tokens, because they would become real."""
     if not rendered.keep_control and recipe.control.find_matches(rendered)[1]:
-        problem = "contains the text of a control token, which would be a real control token in the rendered text"
+        problem = "the row contains the text of a control token, which would be a real control token in the output"
         raise BadRow("control_tokens", problem)
     return rendered.text
 
@@ -295,7 +305,7 @@ def _check_text(rendered: Rendered, recipe: Recipe) -> str:
 def _open_writer(output: Path, to: str) -> Iterator[_Writer]:
     kind = output.suffix.lower()
     if kind not in (".jsonl", ".parquet"):
-        raise UsageError("output", f"output is {str(output)!r}, expected a .jsonl or .parquet file")
+        raise UsageError("output", f"output is {str(output)!r}, expected the path of a .jsonl or .parquet file")
     with atomic.replace_file(output) as temporary:
         if kind == ".parquet":
             with disk.create(temporary) as file, pq.ParquetWriter(file, _ARROW_SCHEMAS[to]) as table:
@@ -311,7 +321,7 @@ class _LinesWriter:
     lines: jsonlines.Writer
 
     def check(self, record: Mapping[str, Any]) -> None:
-        """Accept every record."""
+        """Accept every record, because JSON Lines can represent any message."""
 
     def batch(self, records: list[dict[str, Any]]) -> None:
         self.lines.write_all(records)
@@ -327,7 +337,7 @@ class _ParquetWriter:
             for index, message in enumerate(record.get(name, ())):
                 unsupported = [key for key, value in message.items() if not _fits_schema(key, value)]
                 if unsupported:
-                    problem = f"has the keys {', '.join(unsupported)}, which do not fit the columns of the Parquet file"
+                    problem = f"the Parquet columns cannot represent keys of the message: {', '.join(unsupported)}"
                     raise BadRow("no_column", problem, field=f"{name}[{index}]", hint="write a .jsonl file")
 
     def batch(self, records: list[dict[str, Any]]) -> None:
@@ -335,7 +345,7 @@ class _ParquetWriter:
 
 
 def _fits_schema(key: str, value: Any) -> bool:
-    """Return whether a value of a message fits the columns of the Parquet file."""
+    """Return whether the Parquet columns can represent a message's value for the key `key`."""
     if key == "tool_calls":
         return all(
             set(call) <= {"id", "type", "function"}
@@ -351,7 +361,7 @@ def _fits_schema(key: str, value: Any) -> bool:
 
 
 def _encode_objects(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record with JSON text in place of objects without a fixed type."""
+    """Return a copy of the record in which tools, template variables and tool call arguments are JSON text."""
     encoded = dict(record)
     for name in ("tools", "chat_template_kwargs"):
         if name in encoded:

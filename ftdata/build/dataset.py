@@ -1,4 +1,4 @@
-"""Build a data set: read all sources, count rows and tokens, assign splits, pack and write.
+"""Build a data set: read all sources, count rows and tokens, assign splits, pack the examples, and write the files.
 
 Each source, or each part of a large source, is a shard task: it writes its examples to a folder beside the output, and
 returns its ledger. The packs are planned from the lengths of all examples. The tokens are gathered when the packs are
@@ -156,8 +156,8 @@ def build_sft_dataset(
     """
     options = {name: value for name, value in locals().items() if name not in ("data", "tokenizer", "output_dir")}
     if output_dir is not None and redact_for_storage(str(output_dir)) != redact(str(output_dir)):
-        problem = f"output_dir is {str(output_dir)!r}, whose name is not UTF-8: datasets cannot load from it"
-        raise UsageError("output_name", problem, hint="use another folder, or `ftdata build`, which supports this one")
+        problem = f"the package datasets cannot load the output_dir {str(output_dir)!r}, because the name is not UTF-8"
+        raise UsageError("output_name", problem, hint="use another folder, or run `ftdata build`")
     with tempfile.TemporaryDirectory() as scratch:
         target = output_dir if output_dir is not None else Path(scratch) / "build"
         report = write_build(data, tokenizer, target, **options)
@@ -185,7 +185,7 @@ def write_build(
     progress: Progress | None = None,
     **recipe: Any,
 ) -> Report:
-    """Build a data set like `build_sft_dataset`, without loading the result or importing `datasets`.
+    """Build a data set in `output_dir` as `build_sft_dataset` does, but do not load the result or import `datasets`.
 
     The parameters are those of `build_sft_dataset`; `recipe` are the options of `make_recipe`. Returns the report.
 
@@ -203,7 +203,8 @@ def write_build(
     check_engine(engine)
     name = getattr(bound.train_on, "__qualname__", "")
     if callable(bound.train_on) and workers not in (None, 1) and "<lambda>" in name:
-        raise UsageError("train_on", "worker processes cannot use a lambda", hint="use a named function, or workers=1")
+        problem = "train_on is a lambda, which worker processes cannot import"
+        raise UsageError("train_on", problem, hint="use a named function, or workers=1")
     sources = resolve_sources(data)
     _check_split_names(sources)
     _check_output(output_dir, sources)
@@ -228,7 +229,7 @@ def _build_unless_current(
 
 
 def _build_at_url(request: _BuildRequest, url: str, runner: TaskRunner, progress: Progress | None) -> Report:
-    """Make a build on this machine and upload it to a URL, unless the URL already contains the same build."""
+    """Build a data set on this machine and upload it to a URL, unless the URL already contains the same build."""
     with atomic.open_workspace(remote.staging_folder(url), store.check_target) as workspace:
         manifest = None
         with suppress(InputRefused):
@@ -254,7 +255,7 @@ def _build_at_url(request: _BuildRequest, url: str, runner: TaskRunner, progress
 
 
 def _check_output(output_dir: str | Path, sources: Sequence[FileSource | MemorySource]) -> None:
-    """Check that the output folder has a name and contains no source, because the build replaces the folder."""
+    """Check that no source is inside the output folder, which the build replaces, and that the path is not empty."""
     if not str(output_dir).strip():
         raise UsageError("output_name", "output_dir is empty, expected a folder", hint="check for an unset variable")
     if isinstance(output_dir, str) and is_url(output_dir):
@@ -271,16 +272,16 @@ def _check_output(output_dir: str | Path, sources: Sequence[FileSource | MemoryS
 
 
 def _check_split_names(sources: Sequence[FileSource | MemorySource]) -> None:
-    """Check that split names are safe folder names; downloaded data sets and dataset cards define them."""
+    """Check that split names are safe as folder names, because downloaded data sets can define the names."""
     for source in sources:
         if source.split is not None and not re.fullmatch(r"\w[\w.-]{0,99}", source.split):
-            problem = f"has the split name {source.split[:60]!r}, expected letters, digits, '_', '-' and '.'"
+            problem = f"the split name is {source.split[:60]!r}, expected only letters, digits, '_', '-' and '.'"
             hint = "set another name with data_files or split"
             raise InputRefused("split_name", problem, where=source.path, hint=hint)
 
 
 def load_build(folder: Path, report: Report | None = None, *, in_memory: bool = False) -> datasets.DatasetDict:
-    """Load a finished build as a `datasets.DatasetDict`, with `report` as its attribute."""
+    """Load a finished build as a `datasets.DatasetDict`, and attach `report` to it as an attribute."""
     import datasets
 
     dataset = datasets.load_from_disk(str(folder), keep_in_memory=in_memory)
@@ -290,7 +291,7 @@ def load_build(folder: Path, report: Report | None = None, *, in_memory: bool = 
 
 @dataclass(frozen=True)
 class _BuildRequest:
-    """Everything that determines the contents of a build; `data` is the data as a configuration file names it."""
+    """The inputs and options of a build, which determine its contents. `data` is the argument that the user passed."""
 
     recipe: Recipe
     layout: Layout
@@ -300,26 +301,26 @@ class _BuildRequest:
     sources: Sequence[FileSource | MemorySource]
 
     def make_tasks(self, home: Path) -> list[Task]:
-        """Return the shard tasks, with their folders in `home`."""
+        """Return one task for each source or part of a source. The tasks write shards to folders inside `home`."""
         uses_minhashes = self.layout.near_duplicate_threshold is not None
         selection = (self.row_filter.where, self.row_filter.limit)
         return [Task(source, home, number, *selection, uses_minhashes) for number, source in enumerate(self.sources)]
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options in the manifest, without the sources."""
+        """The options that the manifest records, except the list of sources."""
         selection = {"where": self.row_filter.where, "limit": self.row_filter.limit}
         return {**self.recipe.describe(), **asdict(self.layout), **selection}
 
     def hash_request(self, keys: Sequence[str | None]) -> str | None:
-        """Return the hash of everything that determines the build's bytes; `None` if a shard has no key."""
+        """Return a hash of all inputs and options, or `None` if there is a row limit or a shard without a cache key."""
         if not all(keys) or self.row_filter.limit:
             return None
         shares = [(source.split, source.share, source.item_index) for source in self.sources]
         return cache.hash_key([self.options, shares, asdict(self.reject_limit), self.data, cache.package_hash(), keys])
 
     def matches(self, manifest: Mapping[str, Any], runner: TaskRunner) -> bool:
-        """Return whether a build with this manifest is the requested build."""
+        """Return whether `manifest` describes a build with the requested inputs and options."""
         options = {name: value for name, value in manifest["options"].items() if name != "sources"}
         tasks = self.make_tasks(Path())
         # Hashing all the data takes long, so it is the last check.
@@ -335,7 +336,7 @@ class _BuildRequest:
 
 
 def _read_current_report(request: _BuildRequest, target: Path, runner: TaskRunner) -> Report | None:
-    """Return the report of the build in `target` if it equals the requested build byte for byte."""
+    """Return the report of the existing build in `target` if a new build would be identical, otherwise `None`."""
     try:
         manifest = store.read_manifest(target)
     except InputRefused:
@@ -397,7 +398,7 @@ def _build(
 
 
 def _describe_data(data: Any) -> list[Any] | None:
-    """Return the data as a configuration file names it; `None` if any of it is in memory."""
+    """Return `data` as paths and their options, as in a configuration file. Return `None` if an item is in memory."""
     items = data if isinstance(data, list | tuple) else [data]
     described = [
         {name: str(value) if name == "path" else value for name, value in item.items()}

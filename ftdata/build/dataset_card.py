@@ -1,4 +1,4 @@
-"""Write the dataset card of a build: its sources, options and counts."""
+"""Render the dataset card of a build, which lists the sources, options and counts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ftdata.storage import disk
 
 
 def render_dataset_card(report: Report, recipe: Recipe, files: Mapping[str, Sequence[str]]) -> str:
-    """Return the contents of `README.md`.
+    """Return the text of a build's dataset card, `README.md`.
 
     The card lists the files of each split for `datasets.load_dataset`, the sources, the tokenizer, the template, the
     mask policy, the counts, and the command that reproduces the build.
@@ -59,7 +59,7 @@ def _facts(report: Report, recipe: Recipe) -> Iterator[tuple[str, object]]:
 
 
 def _cell(value: object) -> str:
-    """Return a value as inline code, because file and column names may contain Markdown."""
+    """Format a value as inline code for a Markdown table. File and column names may contain Markdown syntax."""
     text = re.sub(r"\s+", " ", str(value)).replace("|", r"\|")
     fence = _fence(text, 1)
     return f"{fence}{text}{fence}" if fence == "`" else f"{fence} {text} {fence}"
@@ -70,12 +70,12 @@ def _escape_markdown(text: str) -> str:
 
 
 def _fence(text: str, min_length: int) -> str:
-    """Return a fence of backticks that is longer than any sequence of backticks in a text."""
+    """Return a Markdown code fence that is longer than any run of backticks in the text."""
     return "`" * max(min_length, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def _command(report: Report, recipe: Recipe) -> str:
-    """Return the command line that reproduces the build, or a sentence if no command line can express its options."""
+    """Return the `ftdata build` command that reproduces the build, or a sentence if no command supports the options."""
     options, template = report.options, recipe.template
     cli_options = {"encoding", "quoting", "split", "path"}
     items = [{"path": item} if isinstance(item, str) else item for item in options["data"] or ()]

@@ -1,4 +1,4 @@
-"""Run tasks in this process, in a process pool, or on a Ray cluster, with the same result.
+"""Run tasks in this process, in a process pool, or on a Ray cluster. The results are the same.
 
 Tasks depend only on the data, never on the number of workers, and can safely run twice. A task whose worker or node is
 lost runs again. On a cluster, a second copy of a task starts if the task takes much longer than the others.
@@ -40,7 +40,7 @@ seconds, and no other task is waiting."""
 
 
 def check_engine(engine: str) -> None:
-    """Check that an engine exists and is installed.
+    """Check that the name of an engine is valid, and that the package of the engine is installed.
 
     Raises:
         UsageError: the engine is neither one of `ENGINES` nor `ray:ADDRESS`.
@@ -48,13 +48,15 @@ def check_engine(engine: str) -> None:
     """
     name = engine.partition(":")[0] if isinstance(engine, str) else engine
     if name not in ENGINES or (name == "local" and engine != "local"):
-        raise UsageError("unknown_engine", f"unknown engine {engine!r}", hint=suggest_names(str(engine), ENGINES))
+        raise UsageError(
+            "unknown_engine", f"the engine {engine!r} does not exist", hint=suggest_names(str(engine), ENGINES)
+        )
     if name == "ray":
         try:
             import ray  # noqa: F401  (checks that Ray is installed)
         except ImportError:
             hint = "pip install 'ftdata[ray]'"
-            raise MissingDependency("no_ray", "engine='ray' needs the package ray", hint=hint) from None
+            raise MissingDependency("no_ray", "engine='ray' requires the package ray", hint=hint) from None
 
 
 def run_tasks(
@@ -64,7 +66,7 @@ def run_tasks(
     workers: int | None = 1,
     engine: str = "local",
 ) -> Iterator[tuple[int, Result]]:
-    """Yield the number and the result `work(common, task)` of each task, in the order of completion.
+    """Call `work(common, task)` for each task. Yield the number and the result of a task as soon as it is finished.
 
     Args:
         work: a picklable function.
@@ -127,7 +129,7 @@ def _run_in_pool(
 
 
 def _terminate(pool: ProcessPoolExecutor) -> None:
-    """Kill the worker processes; their results are no longer needed, and unfinished tasks run again."""
+    """Kill the worker processes of a pool. Their unfinished tasks run again in a new pool, or are no longer needed."""
     for process in list((getattr(pool, "_processes", None) or {}).values()):
         process.kill()
     pool.shutdown(wait=True, cancel_futures=True)
@@ -170,7 +172,7 @@ def _run_on_ray(
 
 @dataclass
 class _RayRunner:
-    """Runs tasks on a Ray cluster.
+    """Runs tasks on a Ray cluster, and starts a second copy of each slow task.
 
     Attributes:
         ray: the module `ray`.
@@ -187,7 +189,7 @@ class _RayRunner:
     seconds: list[float] = field(default_factory=list)
 
     def run(self, tasks: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """Yield the number and the result of each task."""
+        """Run the tasks, and yield the number and the result of each task."""
         new_tasks = enumerate(tasks)
         while True:
             capacity = self.capacity
@@ -205,12 +207,12 @@ class _RayRunner:
 
     @property
     def capacity(self) -> int:
-        """Maximum number of submitted tasks: more than processors, so that no processor waits for the next task."""
+        """Maximum number of submitted tasks. The default exceeds the number of CPUs, so that every CPU is busy."""
         return self.workers or 2 + 2 * int(self.ray.cluster_resources().get("CPU", 1))
 
     @cached_property
     def remote_function(self) -> Any:
-        """The remote function that runs a task; it is registered with the cluster once."""
+        """The Ray remote function that runs a task. It is registered with the cluster on first use."""
         return self.ray.remote(max_retries=TRIES, num_cpus=1)(_run_ray_task)
 
     def start(self, number: int, task: Any) -> None:
@@ -218,7 +220,7 @@ class _RayRunner:
         self.running[self.remote_function.remote([self.common], task)] = number, task, time.monotonic()
 
     def finish(self, reference: Any) -> tuple[int, Any]:
-        """Return the number and the result of a finished task, and cancel its other copy."""
+        """Return the number and the result of a finished task. Cancel the second copy of the task, if it has a copy."""
         number, task, start_time = self.running.pop(reference)
         try:
             result, error = self.ray.get(reference)
@@ -233,7 +235,7 @@ class _RayRunner:
         return number, result
 
     def find_stragglers(self) -> list[tuple[int, Any]]:
-        """Return the tasks that take much longer than the finished tasks, and have no second copy yet."""
+        """Return the tasks that have run much longer than the finished tasks and that have no second copy yet."""
         if not self.seconds:
             return []
         limit = time.monotonic() - max(SLOW_SECONDS, SLOW * statistics.median(self.seconds))
@@ -251,7 +253,7 @@ def _connect(ray: Any, address: str) -> None:
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address or None, log_to_driver=False, logging_level="ERROR", configure_logging=False)
     except (OSError, ValueError, RuntimeError) as error:
-        problem = f"cannot connect to a Ray cluster at {address or 'RAY_ADDRESS'}: {error}"
+        problem = f"ftdata cannot connect to a Ray cluster at {address or 'RAY_ADDRESS'}: {error}"
         raise UsageError(
             "ray_address", problem, hint="start a cluster with `ray start --head`, or remove the address"
         ) from None
@@ -261,7 +263,7 @@ _common_cache: dict[str, Any] = {}
 
 
 def _run_ray_task(references: list[Any], task: Any) -> tuple[Any, Exception | None]:
-    """Run a task in a Ray worker, which caches the function and its common argument."""
+    """Run a task in a Ray worker. The worker caches the function, and the argument that all tasks share."""
     import ray
 
     key = references[0].hex()

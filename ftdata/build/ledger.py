@@ -1,4 +1,4 @@
-"""Ledger: counts that account for every row and every token of a build.
+"""The ledger and the report of a build, which count every row and every token.
 
     rows read = built + rejected + filtered        tokens in = kept + cut + rejected
 
@@ -68,20 +68,20 @@ class Ledger:
 
     @classmethod
     def from_dict(cls, counts: Mapping[str, Any]) -> Ledger:
-        """Return the ledger from the result of `as_dict`."""
+        """Create a ledger from a dictionary that `as_dict` returned."""
         values: dict[str, Any] = {
             name: Counter(value) if isinstance(value, dict) else value for name, value in counts.items()
         }
         return cls(**values)
 
     def join(self, other: Ledger) -> None:
-        """Add the counts of other rows of the same source."""
+        """Add the counts of another ledger, which covers other rows of the same source."""
         for item in fields(self)[1:]:
             count, other_count = getattr(self, item.name), getattr(other, item.name)
             setattr(self, item.name, count + other_count)
 
     def add(self, batch: Batch) -> None:
-        """Count the rows and tokens of a batch."""
+        """Add the rows and tokens of a batch to the counts."""
         self.add_rejects(batch.rejects)
         self.add_built(batch.conversations)
         columns, tokens = batch.columns, int(batch.columns.lengths.sum())
@@ -94,7 +94,7 @@ class Ledger:
         self.tokens_trained += int(columns.trained_counts.sum())
 
     def add_rejects(self, rejects: Sequence[Reject]) -> None:
-        """Count rejected rows."""
+        """Add rejected rows and their tokens to the counts."""
         self.read += len(rejects)
         for reject in rejects:
             self.rejected[reject.code] += 1
@@ -102,7 +102,7 @@ class Ledger:
             self.tokens_in += reject.tokens
 
     def add_built(self, conversations: Sequence[Conversation]) -> None:
-        """Count built rows, their schemas and their notes."""
+        """Add built rows to the counts, with their schemas and notes."""
         self.read += len(conversations)
         self.built += len(conversations)
         self.schemas.update(conversation.schema for conversation in conversations)
@@ -111,12 +111,12 @@ class Ledger:
                 self.notes[note] += 1
 
     def add_filtered(self, rows: int) -> None:
-        """Count filtered rows."""
+        """Add a number of filtered rows to the counts."""
         self.read += rows
         self.filtered += rows
 
     def check(self, written: int, tokens_written: int, rejects_written: int) -> None:
-        """Check the equations of the ledger against the written files.
+        """Check that the counts add up, and that they equal the counts of the written files.
 
         Raises:
             InternalError: an equation does not hold.
@@ -129,7 +129,7 @@ class Ledger:
             raise InternalError(
                 "ledger",
                 f"the counts of {self.source} do not add up: {self.as_dict()}, "
-                f"written: {written} examples, {tokens_written} tokens, {rejects_written} rejects",
+                f"but the files contain {written} examples, {tokens_written} tokens and {rejects_written} rejects",
             )
 
 
@@ -154,7 +154,9 @@ COUNTS = (
 
 @dataclass(frozen=True)
 class Report:
-    """The counts, flags and notes of a build: `report.json`, and `.report` of the returned `DatasetDict`.
+    """The counts, flags and notes of a build, as stored in `report.json`.
+
+    It is also the attribute `report` of the `DatasetDict` that `build_sft_dataset` returns.
 
     Attributes:
         sources: one ledger per source.
@@ -185,12 +187,12 @@ class Report:
 
     @property
     def totals(self) -> dict[str, int]:
-        """The sums of all counts over all sources."""
+        """The sum of each count over all sources, by the name of the count."""
         return {name: self.total(name) for name in COUNTS}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Report:
-        """Return the report from the contents of `report.json`, which omits the duration and the encoder."""
+        """Create a report from the contents of `report.json`, which contains neither the duration nor the encoder."""
         values = {item.name: stored[item.name] for item in fields(cls)}
         values["sources"] = tuple(Ledger.from_dict(counts) for counts in stored["sources"])
         tuples = {name: tuple(values[name]) for name in ("notes", "rejects")}
@@ -229,7 +231,7 @@ class Report:
 
 
 def report_notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
-    """Return the notes on the flags of the examples, on the template, and on how the rows were read."""
+    """Return the notes of a report: sentences about flags, template variables, and how the rows were read."""
     flags = Counter[str]()
     for ledger in ledgers:
         flags.update(ledger.flags)
@@ -245,7 +247,7 @@ def report_notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
 
 
 def reading_notes(ledgers: Sequence[Ledger]) -> Iterator[str]:
-    """Yield notes on how rows were read, e.g. roles under other names and ignored columns."""
+    """Yield sentences about how the rows were read, e.g. which columns were ignored and which roles were renamed."""
     notes = sum((ledger.notes for ledger in ledgers), Counter[str]())
     for kind, title in (
         ("column", "columns that are not read"),

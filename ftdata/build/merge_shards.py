@@ -1,4 +1,4 @@
-"""Merge the results of all shards into the ledgers, examples and rejects of the sources.
+"""Merge the results of all shards: one ledger per source, one table of all examples, and the rejected rows.
 
 Shards that are parts of the same file become one source again: their counts are added, and row and line numbers are
 counted from the beginning of the file.
@@ -24,13 +24,13 @@ from ftdata.types import Reject
 
 @dataclass(frozen=True)
 class MergedShards:
-    """All shards of a build, in the order of the data."""
+    """The merged results of all shards of a build, in the order of the data."""
 
     results: Sequence[ShardResult]
 
     @cached_property
     def source_numbers(self) -> list[int]:
-        """The number of the source of each shard."""
+        """For each shard, the number of the source that it belongs to."""
         numbers = [0] if self.results else []
         for previous, current in pairwise(self.results):
             numbers.append(numbers[-1] + (not _is_next_part(previous.task.source, current.task.source)))
@@ -38,7 +38,7 @@ class MergedShards:
 
     @cached_property
     def sources(self) -> list[FileSource | MemorySource]:
-        """The sources; for a file in parts, its first part."""
+        """The sources of the build. A file that is read in several parts is represented by its first part."""
         return [self.results[first].task.source for first in self._first_shards]
 
     @cached_property
@@ -48,7 +48,7 @@ class MergedShards:
 
     @cached_property
     def ledgers(self) -> tuple[Ledger, ...]:
-        """The ledger of each source.
+        """One ledger per source, with the counts of all shards of the source.
 
         Raises:
             InputRefused: a source has no rows.
@@ -63,7 +63,7 @@ class MergedShards:
 
     @cached_property
     def offsets(self) -> list[FileOffset]:
-        """The number of rows and lines in the file before each shard."""
+        """For each shard, the number of rows and lines that precede it in its file."""
         offsets, offset, first_shards = list[FileOffset](), FileOffset(), set(self._first_shards)
         for number, result in enumerate(self.results):
             if number in first_shards:
@@ -74,7 +74,7 @@ class MergedShards:
 
     @cached_property
     def examples(self) -> ExampleTable:
-        """The table of all examples.
+        """The table of the examples of all shards.
 
         Raises:
             InternalError: the counts of a ledger differ from the written files.
@@ -87,14 +87,14 @@ class MergedShards:
         return table
 
     def rejects(self) -> Iterator[Reject]:
-        """Yield the rejected rows."""
+        """Yield the rejected rows of all shards."""
         for result, offset in zip(self.results, self.offsets, strict=True):
             if result.ledger.rejected:
                 yield from read_rejects(result.folder, offset)
 
 
 def _is_next_part(part: FileSource | MemorySource, other: FileSource | MemorySource) -> bool:
-    """Return whether `other` is the part of the same file that follows `part`."""
+    """Return whether `part` and `other` are parts of the same file, and `other` directly follows `part`."""
     if not isinstance(part, FileSource) or not isinstance(other, FileSource) or part.span is None or other.span is None:
         return False
     return part.path == other.path and part.span[1] == other.span[0] and part.item_index == other.item_index

@@ -31,7 +31,7 @@ _WORDS, _BAND, _PAIRS_PER_STEP, _SEED = 5, 4, 1 << 16, 42
 
 @lru_cache(maxsize=1)
 def _word_pattern() -> re.Pattern[str]:
-    """Return a pattern that matches words with combining marks, single symbols, and characters of unspaced scripts."""
+    """Return a pattern that matches a word, a symbol, or a character of a script without spaces between words."""
     marks = "".join(char for char in map(chr, range(0x300, 0x110000)) if unicodedata.category(char) in ("Mn", "Mc"))
     unspaced = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e2f"
     return re.compile(rf"[{unspaced}][{marks}]*|(?:(?![{unspaced}])\w[{marks}]*)+|\S")
@@ -47,11 +47,11 @@ def require_rensa() -> None:
         import rensa  # noqa: F401  (checks that rensa is installed)
     except ImportError:
         hint = "pip install 'ftdata[dedup]'"
-        raise MissingDependency("no_rensa", "near-duplicate detection needs the package rensa", hint=hint) from None
+        raise MissingDependency("no_rensa", "near-duplicate detection requires the package rensa", hint=hint) from None
 
 
 def minhash_signatures(conversations: Sequence[Conversation]) -> NDArray[np.uint32]:
-    """Return the MinHash signature of each conversation, and a hash of the parts that must be equal.
+    """Return the MinHash signature of each conversation, with a hash of the parts that near-duplicates must share.
 
     Returns:
         uint32 `[conversations, SIZE]`, with the hash in the last two columns.
@@ -96,9 +96,9 @@ def _shingles(words: Sequence[str]) -> list[str]:
 
 
 def first_similar(minhashes: NDArray[np.uint32], threshold: float) -> NDArray[np.int64]:
-    """Return for each row the first kept row with at least the similarity `threshold`, or the row itself.
+    """Return for each row the index of the kept row that it duplicates. For a kept row, return its own index.
 
-    Only rows without such a predecessor are kept, so a removed row never causes the removal of another row.
+    A row is kept if it is similar to no earlier kept row, so a removed row never causes the removal of another row.
 
     Args:
         minhashes: uint32 `[rows, SIZE]`.
@@ -125,10 +125,10 @@ def first_similar(minhashes: NDArray[np.uint32], threshold: float) -> NDArray[np
 
 
 def similarity_groups(minhashes: NDArray[np.uint32], threshold: float) -> NDArray[np.int64]:
-    """Return the connected components of the similarity graph, ignoring tools, system messages and masks.
+    """Group rows that are connected by a chain of similar rows. Tools, system messages and masks are ignored.
 
     Returns:
-        int64 `[rows]`, equal for rows that are connected by a chain of similar rows.
+        int64 `[rows]`, the label of each row's group.
     """
     minhashes = minhashes[:, :PERMUTATIONS]
     labels = np.arange(len(minhashes))
@@ -157,7 +157,7 @@ def _are_similar(
 
 
 def _connect(labels: NDArray[np.int64], left: NDArray[np.int64], right: NDArray[np.int64]) -> None:
-    """Set the label of each connected row to the smallest row number of its component, in place."""
+    """Merge the groups of the rows `left[i]` and `right[i]`, for each i. Change the group labels in place."""
     while len(left):
         smallest = np.minimum(labels[left], labels[right])
         differs = labels[left] != labels[right]
@@ -170,7 +170,7 @@ def _connect(labels: NDArray[np.int64], left: NDArray[np.int64], right: NDArray[
 
 
 def merge_labels(labels: NDArray[np.int64], equal: NDArray[np.generic]) -> NDArray[np.int64]:
-    """Return the labels of components that also connect rows with the same value in `equal`."""
+    """Merge the groups of all rows that have the same value in `equal`. Return the new group label of each row."""
     _, first, inverse = np.unique(equal, return_index=True, return_inverse=True)
     merged = labels.copy()
     _connect(merged, first[inverse], np.arange(len(labels)))

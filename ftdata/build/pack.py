@@ -1,4 +1,4 @@
-"""Plan packs with best-fit decreasing bin packing.
+"""Assign examples to packed sequences with best-fit decreasing bin packing.
 
 Every example is in exactly one pack and is never cut. The plan depends only on the lengths of the examples and their
 order. Tokens are gathered later, when the packs are written.
@@ -18,7 +18,7 @@ from ftdata.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class PackPlan:
-    """The examples of each pack.
+    """The assignment of examples to packed sequences (packs).
 
     Attributes:
         order: int64 `[examples]`, the examples in the order of the packs.
@@ -33,7 +33,7 @@ class PackPlan:
 
     @property
     def packs(self) -> list[list[int]]:
-        """The packs as lists of example indices."""
+        """The packs, each as a list of example indices."""
         return [self.order[start:end].tolist() for start, end in zip(self.bounds[:-1], self.bounds[1:], strict=True)]
 
 
@@ -48,7 +48,7 @@ slower, because the tokens of a pack would come from more places."""
 
 
 def plan_packs(lengths: NDArray[np.integer], capacity: int) -> PackPlan:
-    """Pack examples with `best_fit_decreasing`, one window of examples after another."""
+    """Assign examples to packs with `best_fit_decreasing`, separately for each window of `WINDOW` examples."""
     starts = range(0, max(len(lengths), 1), WINDOW)
     plans = [best_fit_decreasing(lengths[start : start + WINDOW], capacity) for start in starts]
     ends = [plan.bounds[1:] + start for start, plan in zip(starts, plans, strict=True)]
@@ -57,7 +57,7 @@ def plan_packs(lengths: NDArray[np.integer], capacity: int) -> PackPlan:
 
 
 def best_fit_decreasing(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> PackPlan:
-    """Pack examples from longest to shortest, each into the fullest pack that has enough space.
+    """Assign examples to packs, longest first. Each example goes into the fullest pack that has enough space.
 
     The packs are sorted by their first example, and the examples of a pack are in their original order.
 
@@ -74,7 +74,8 @@ def best_fit_decreasing(lengths: Sequence[int] | NDArray[np.integer], capacity: 
     sizes = np.asarray(lengths, dtype=np.int64)
     if len(sizes) and not (sizes.min() >= 1 and sizes.max() <= capacity):
         raise UsageError(
-            "pack_length", f"lengths range from {sizes.min()} to {sizes.max()}, expected lengths from 1 to {capacity}"
+            "pack_length",
+            f"the lengths range from {sizes.min()} to {sizes.max()}, expected lengths from 1 to {capacity}",
         )
     order = _stable_argsort(capacity - sizes)
     pack_of = np.empty(len(sizes), dtype=np.int64)
@@ -116,7 +117,7 @@ def best_fit_decreasing(lengths: Sequence[int] | NDArray[np.integer], capacity: 
 
 
 def _stable_argsort(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the stable sort order of non-negative integers.
+    """Return the indices that sort non-negative integers. Equal integers keep their order.
 
     This is a radix sort with 16-bit digits, four times as fast as `np.argsort` for a million numbers.
     """

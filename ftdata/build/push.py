@@ -1,4 +1,4 @@
-"""Upload a finished build with its dataset card to the Hugging Face Hub."""
+"""Upload a finished build and its dataset card to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
     """
     folder = remote.local_build(folder)
     if damaged := store.verify_files(folder):
-        problem = f"{folder} is damaged: {', '.join(damaged[:3])}"
+        problem = f"the build {folder} has missing or damaged files: {', '.join(damaged[:3])}"
         raise InputRefused("damaged_build", problem, hint="build the data set again")
     _check_secrets(folder)
     from huggingface_hub import HfApi
@@ -46,7 +46,9 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UsageError("hub_name", f"{repo!r} is not a valid repository: {error}", hint="use owner/name") from None
+        raise UsageError(
+            "hub_name", f"the repository name {repo!r} is invalid: {error}", hint="use owner/name"
+        ) from None
     api, kind = HfApi(), "dataset"
     call_hub(lambda: api.create_repo(repo, repo_type=kind, private=private, exist_ok=True), repo)
     message = f"Build {store.read_manifest(folder)['fingerprint']}"
@@ -61,7 +63,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
 
 
 def _check_secrets(folder: Path) -> None:
-    """Check that the metadata of a build contains no secrets; earlier versions of ftdata stored some."""
+    """Check that a build's metadata files contain no secrets, which earlier versions of ftdata could store."""
     for path in (folder / name for name in _METADATA_FILES):
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         values: list[Any] = list(_iter_texts(json.loads(text))) if path.suffix == ".json" and text else [text]
@@ -74,7 +76,7 @@ def _check_secrets(folder: Path) -> None:
 
 
 def _iter_texts(value: Any) -> Iterator[str]:
-    """Yield all strings of a JSON value except keys."""
+    """Yield all strings in a JSON value, except the keys of objects."""
     if isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _iter_texts(inner)
@@ -83,7 +85,7 @@ def _iter_texts(value: Any) -> Iterator[str]:
 
 
 def _list_old_files(api: Any, repo: str) -> Iterator[str]:
-    """Yield the files of the previous build in a repository. They are deleted, so that builds do not mix."""
+    """Yield the files of the build that a repository contains. They must be deleted, so that two builds do not mix."""
     from huggingface_hub.errors import EntryNotFoundError
 
     def download_manifest() -> str | None:

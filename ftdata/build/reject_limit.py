@@ -1,4 +1,4 @@
-"""Limit of rejected rows: the number of rows that may be rejected before a build fails."""
+"""The options `on_bad_rows` and `max_rejects`, which limit the number of rejected rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BY_CHOICE = frozenset({"overlong"})
 
 @dataclass(frozen=True)
 class RejectLimit:
-    """The options for bad rows, validated on construction.
+    """The options that limit the number of bad rows. They are validated on construction.
 
     Attributes:
         on_bad_rows: `"error"` to fail if any row is bad, or `"quarantine"` to leave bad rows out and continue.
@@ -42,7 +42,7 @@ class RejectLimit:
             self.max_bad_rows(0)
 
     def max_bad_rows(self, rows: int) -> float:
-        """Return the maximum number of bad rows among `rows` rows.
+        """Return how many bad rows are allowed in data with `rows` rows.
 
         Raises:
             UsageError: `max_rejects` is invalid.
@@ -60,7 +60,7 @@ class RejectLimit:
         return value * rows if text.endswith("%") or 0 < value < 1 else value
 
     def check(self, ledgers: Sequence[Ledger], rejects: Callable[[], Iterable[Reject]]) -> None:
-        """Check the number of bad rows of a build.
+        """Check that the number of bad rows in a build is within the limit.
 
         Raises:
             BadRows: `on_bad_rows` is `"error"` and there are bad rows.

@@ -1,8 +1,9 @@
-"""Builds in object stores, which have neither locks nor renames.
+"""Upload, download and verify builds in object stores such as S3.
 
-A build is made on this machine and uploaded file by file. The manifest is uploaded last; without it, the URL contains
-no build. An existing build is never overwritten, because an object store cannot replace several files atomically. To
-read a build, it is downloaded, and every file is checked against the manifest.
+Object stores have neither locks nor renames. A build is made on this machine and uploaded file by file. The manifest is
+uploaded last; without it, the URL contains no build. An existing build is never overwritten, because an object store
+cannot replace several files atomically. To read a build, it is downloaded, and every file is checked against the
+manifest.
 
     DIR/builds/KEY      DIR is the cache, or a temporary folder without a cache. KEY is a hash of the URL for a build
                         that is being uploaded, and a hash of the manifest for a downloaded build.
@@ -35,7 +36,7 @@ _PARALLEL_TRANSFERS = 8
 
 
 def check_output_url(url: str) -> str:
-    """Return the URL of an output folder without trailing slashes.
+    """Check that builds can be written to a URL, and return the URL without trailing slashes.
 
     Raises:
         UsageError: builds cannot be written to the URL.
@@ -46,7 +47,7 @@ def check_output_url(url: str) -> str:
             if url.startswith("hf://")
             else "use a path, or a URL such as s3://bucket/name"
         )
-        raise UsageError("output_url", f"{url} is not a URL that builds can be written to", hint=hint)
+        raise UsageError("output_url", f"builds cannot be written to {url}", hint=hint)
     if "@" in url.split("://", 1)[1].split("/", 1)[0]:
         problem = "the URL contains a user name or a key"
         raise UsageError("output_url", problem, hint="set credentials in environment variables")
@@ -54,7 +55,7 @@ def check_output_url(url: str) -> str:
 
 
 def staging_folder(url: str) -> Path:
-    """Return the local folder for a build that will be uploaded to a URL."""
+    """Return the local folder in which a build is made before it is uploaded to a URL."""
     return _builds_folder() / disk.hash_bytes(url.encode("utf-8", "backslashreplace"))
 
 
@@ -66,7 +67,7 @@ def _builds_folder() -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
     if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o022:
-        problem = f"{folder} belongs to another user, or other users can write to it"
+        problem = f"the folder {folder} belongs to another user, or other users can write to it"
         raise StorageError("not_a_build_folder", problem, hint="remove it, or set FTDATA_CACHE")
     return folder / "builds"
 
@@ -92,19 +93,19 @@ def _read_manifest_bytes(url: str) -> bytes | None:
 
 
 def read_remote_file(url: str, name: str) -> bytes:
-    """Return the contents of a small file of a build at a URL."""
+    """Return the contents of a small file in the build at a URL."""
     with open_remote(f"{url}/{name}") as file:
         return file.read()
 
 
 def missing_files(url: str, files: Mapping[str, Any]) -> list[str]:
-    """Return the files of a build that are missing at a URL, or have another size there."""
+    """Return the names of files that are missing at a URL or have the wrong size, according to the manifest."""
     sizes = list_sizes(url)
     return [name for name, expected in files.items() if sizes.get(name) != expected["bytes"]]
 
 
 def upload_build(folder: Path, url: str) -> None:
-    """Upload a finished build to a URL. Correct files from an earlier attempt are not uploaded again.
+    """Upload a finished build to a URL. Skip files that an earlier attempt has already uploaded correctly.
 
     Raises:
         UsageError: `target_exists`: the URL contains other files, or another build is being uploaded.
@@ -123,13 +124,13 @@ def upload_build(folder: Path, url: str) -> None:
     with ThreadPoolExecutor(_PARALLEL_TRANSFERS) as pool:
         list(pool.map(upload, files))
     if missing := missing_files(url, files):
-        problem = f"uploaded files are missing: {', '.join(missing[:3])}"
+        problem = f"files are missing after the upload: {', '.join(missing[:3])}"
         raise HubError("network", problem, where=url, hint="run the command again to upload the missing files")
     if (
         not upload_file(folder / "manifest.json", f"{url}/manifest.json", anew=True)
         and _read_manifest_bytes(url) != (folder / "manifest.json").read_bytes()
     ):
-        raise _target_exists_error(url, "contains another build")
+        raise _target_exists_error(url, "the URL contains another build")
     remove_remote_file(f"{url}/{_CLAIM}")
 
 
@@ -141,20 +142,20 @@ def check_free(url: str) -> None:
     """
     sizes = list_sizes(url)
     if "manifest.json" in sizes:
-        raise _target_exists_error(url, "contains another build")
+        raise _target_exists_error(url, "the URL contains another build")
     # Files without a claim are not an incomplete upload, whatever their names.
     if sizes and _CLAIM not in sizes:
-        raise _target_exists_error(url, f"contains files that are not a build: {', '.join(sorted(sizes)[:3])}")
+        raise _target_exists_error(url, f"the URL contains files that are not a build: {', '.join(sorted(sizes)[:3])}")
 
 
 def _write_claim(url: str, claim: bytes) -> None:
-    """Record at a URL which build is being uploaded; only one build can be uploaded at a time."""
+    """Write a claim file to a URL, so that only one build can be uploaded there at a time."""
     check_free(url)
     with tempfile.NamedTemporaryFile() as file:
         file.write(claim)
         file.flush()
         if not upload_file(Path(file.name), f"{url}/{_CLAIM}", anew=True) and read_remote_file(url, _CLAIM) != claim:
-            raise _target_exists_error(url, "contains the unfinished upload of another build")
+            raise _target_exists_error(url, "the URL contains the unfinished upload of another build")
 
 
 def _target_exists_error(url: str, problem: str) -> UsageError:
@@ -167,7 +168,7 @@ def _no_build_error(url: str) -> InputRefused:
 
 
 def find_build(place: object) -> Path | None:
-    """Return the folder of a build, downloaded if necessary; `None` if `place` is not a build.
+    """Return the local folder of a build, or `None` if `place` is not a build. Download a build at a URL.
 
     Raises:
         InputRefused: the build is damaged.
@@ -181,7 +182,7 @@ def find_build(place: object) -> Path | None:
 
 
 def local_build(place: str | Path) -> Path:
-    """Return the folder of a build; a build in an object store is downloaded to the cache.
+    """Return the local folder of a build. If `place` is a URL, download the build to the cache.
 
     Raises:
         InputRefused: the URL contains no build, or the build is damaged.
@@ -204,7 +205,7 @@ def local_build(place: str | Path) -> Path:
                 list(pool.map(lambda name: _download(f"{url}/{name}", scratch / name), files))
             disk.write(scratch / "manifest.json", text)
             if damaged := store.verify_files(scratch):
-                problem = f"{url} is damaged: {', '.join(damaged[:3])}"
+                problem = f"the build at {url} has missing or damaged files: {', '.join(damaged[:3])}"
                 raise InputRefused("damaged_build", problem, hint="build the data set again")
     return target
 

@@ -23,13 +23,13 @@ BYTES_PER_WORKER = 32 << 20
 
 @dataclass(frozen=True)
 class TaskRunner:
-    """Runs tasks with a number of workers on an engine."""
+    """Runs the tasks of a build in local processes or on a Ray cluster."""
 
     workers: int | None
     engine: str
 
     def run(self, work: Callable[[Any, Item], Result], common: Any, tasks: Sequence[Item]) -> list[Result]:
-        """Return `work(common, task)` for each task, in the order of the tasks."""
+        """Call `work(common, task)` for each task, and return the results in the order of the tasks."""
         if len(tasks) == 1:
             return [work(common, tasks[0])]
         workers = self.workers if self.engine != "local" else min(self.workers or 1, len(tasks))
@@ -37,7 +37,7 @@ class TaskRunner:
         return [result for _, result in done]
 
     def build(self, recipe: Recipe, tasks: Sequence[Task], progress: Progress | None) -> list[ShardResult]:
-        """Build the shards. Shards that lie completely beyond a row limit are omitted from the result.
+        """Build one shard per task. Omit shards that contain only rows beyond the row limit.
 
         Raises:
             EncodersDiffer: as in `build_shard`.
@@ -63,7 +63,7 @@ class TaskRunner:
 
 @dataclass
 class _ProgressReporter:
-    """Reports progress; counts the finished shards and their rows, tokens and bytes."""
+    """Counts finished shards, rows, tokens and bytes, and passes the counts to a progress function."""
 
     progress: Progress | None
     sizes: Sequence[int]
@@ -76,7 +76,7 @@ class _ProgressReporter:
         self._total_size = max(sum(self.sizes), 1)
 
     def report_shard(self, number: int, result: ShardResult) -> None:
-        """Report a finished shard."""
+        """Add a finished shard to the counts, and report the progress."""
         self.shards += 1
         self.rows += result.ledger.read
         self.tokens += result.ledger.tokens_kept
@@ -84,7 +84,7 @@ class _ProgressReporter:
         self.report_batch(0, 0, None)
 
     def report_batch(self, rows: int, tokens: int, share: float | None) -> None:
-        """Report the processed rows, tokens and share of the current shard."""
+        """Report the progress: all finished shards, plus the rows, tokens and share of the current shard."""
         if self.progress is not None:
             size = self.sizes[self.shards] * (share or 0.0) if self.shards < len(self.sizes) else 0
             total_share = (self.size + size) / self._total_size
@@ -92,12 +92,12 @@ class _ProgressReporter:
 
 
 def is_rereadable(task: Task) -> bool:
-    """Return whether the source of a task can be read repeatedly and by other processes."""
+    """Return whether the source of a task can be read several times, and by other processes."""
     return isinstance(task.source, FileSource) and task.source.path != "-"
 
 
 def check_all_rereadable(tasks: Sequence[Task], engine: str) -> None:
-    """Check that all tasks can run again with the reference encoder.
+    """Check that the sources of all tasks can be read again, so that the tasks can run with the reference encoder.
 
     Raises:
         InputRefused: the source of a task can be read only once.
@@ -108,7 +108,7 @@ def check_all_rereadable(tasks: Sequence[Task], engine: str) -> None:
 
 
 def _apply_limit(tasks: Sequence[Task], results: Mapping[int, ShardResult]) -> Iterator[Task]:
-    """Yield tasks with the remaining row limit of their place and split, until no rows remain."""
+    """Yield each task with its remaining row limit. Tasks of the same data item and split share one limit."""
     for task in tasks:
         group = task.source.item_index, task.source.split
         earlier = [item for item in results.values() if (item.task.source.item_index, item.task.source.split) == group]

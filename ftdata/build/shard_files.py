@@ -1,4 +1,4 @@
-"""Files of a shard: intermediate storage of examples and rejects, from which the build is written.
+"""Read and write the files of a shard, which store examples and rejected rows until the build is written.
 
     SHARD/ids.i32           token ids of all examples
     SHARD/trained.b8        one byte per token: 1 if it is trained, else 0
@@ -52,7 +52,7 @@ _EXAMPLES = pa.schema(
 
 
 class ShardContent(NamedTuple):
-    """The examples and rejects of a batch of rows.
+    """The examples and rejected rows of one batch, as they are written to a shard.
 
     Attributes:
         columns: the examples.
@@ -68,7 +68,7 @@ class ShardContent(NamedTuple):
 
 
 def write_shard(folder: Path, batches: Iterable[ShardContent]) -> None:
-    """Write the examples and rejects of a shard to a folder."""
+    """Write the examples and rejected rows of a shard to a folder."""
     with ExitStack() as stack:
         ids, trained, rejects, examples = (
             stack.enter_context(disk.create(folder / name))
@@ -93,7 +93,7 @@ def _encode_reject(reject: Reject) -> bytes:
 
 
 class FileOffset(NamedTuple):
-    """The number of rows and lines in a file before a shard."""
+    """The number of rows and lines that precede a shard in its file."""
 
     rows: int = 0
     lines: int = 0
@@ -103,7 +103,7 @@ _NO_OFFSET = FileOffset()
 
 
 def read_rejects(folder: Path, offset: FileOffset = _NO_OFFSET) -> Iterator[Reject]:
-    """Yield the rejected rows of a shard, with rows and lines counted from the beginning of the file."""
+    """Yield the rejected rows of a shard. Row and line numbers are counted from the beginning of the file."""
     with (folder / "rejects.jsonl").open("rb") as file:
         for line in file:
             values, code, field_path, reason, fix, raw, lengths = json.loads(line)
@@ -131,7 +131,7 @@ def _table_batch(examples: ExampleColumns, contents: Sequence[bytes]) -> pa.Reco
 
 @lru_cache(maxsize=64)
 def _redact_path(path: str) -> str:
-    """Return a path or URL without secrets, for storage."""
+    """Remove secrets from a path or URL before it is stored."""
     return str(redact_for_storage(path))
 
 
@@ -143,7 +143,7 @@ def read_minhashes(folder: Path, size: int) -> NDArray[np.uint32]:
 
 
 class MappedArray(NamedTuple):
-    """A memory-mapped file of numbers."""
+    """An array of numbers that is memory-mapped from a file."""
 
     values: NDArray[Any]
     pages: mmap.mmap | None
@@ -158,13 +158,13 @@ class MappedArray(NamedTuple):
         return cls(np.frombuffer(pages, dtype), pages)
 
     def release(self) -> None:
-        """Release the memory of the pages; the next access reads them again from the file."""
+        """Free the memory of the mapped pages. The next access reads the pages from the file again."""
         if self.pages is not None and hasattr(mmap, "MADV_DONTNEED"):
             self.pages.madvise(mmap.MADV_DONTNEED)
 
 
 def _open_tables(folders: Sequence[Path]) -> Iterator[pa.Table]:
-    """Yield the memory-mapped example table of each shard."""
+    """Yield the example table of each shard, memory-mapped from its file."""
     if len(folders) <= _MAX_OPEN_FILES:
         for folder in folders:
             yield pa.ipc.open_file(pa.memory_map(os.fsencode(folder / "examples.arrow"))).read_all()
@@ -190,7 +190,7 @@ def _open_tables(folders: Sequence[Path]) -> Iterator[pa.Table]:
 
 @dataclass(frozen=True)
 class ExampleTable:
-    """The table of all examples of a build before packing.
+    """A table of all examples in a build, before they are packed.
 
     Attributes:
         folders: the folders of the shards.
@@ -208,7 +208,7 @@ class ExampleTable:
 
     @classmethod
     def open(cls, folders: Sequence[Path], offsets: Sequence[FileOffset]) -> ExampleTable:
-        """Open the files that `write_shard` wrote."""
+        """Open the shard files that `write_shard` wrote, as one table."""
         tables = list(_open_tables(folders))
         lengths = [int64_column(table["tokens"]) for table in tables]
         return cls(
@@ -230,7 +230,7 @@ class ExampleTable:
 
     @property
     def content(self) -> str:
-        """A hash of all examples in order; it does not depend on the division into shards."""
+        """A hash of all examples in their order. It does not depend on how the examples are divided into shards."""
         digest = hashlib.sha256()
         for chunk in self.table["content"].chunks:
             digest.update(memoryview(chunk.buffers()[1])[chunk.offset * 24 : (chunk.offset + len(chunk)) * 24])
@@ -238,7 +238,7 @@ class ExampleTable:
 
     @cached_property
     def contents(self) -> NDArray[np.bytes_]:
-        """For each example, the hash of its row's examples (24 bytes each, `[examples]`)."""
+        """For each example, a 24-byte hash of all examples of the same row (`[examples]`)."""
         chunks = [
             np.frombuffer(chunk.buffers()[1], np.dtype("S24"))[chunk.offset : chunk.offset + len(chunk)]
             for chunk in self.table["content"].chunks
@@ -247,7 +247,7 @@ class ExampleTable:
         return np.concatenate(chunks) if chunks else np.empty(0, "S24")
 
     def add_offsets(self, table: pa.Table, shard: NDArray[np.int64]) -> pa.Table:
-        """Return rows of the table with row and line numbers counted from the beginning of their files.
+        """Convert row and line numbers within shards to numbers within files, and return the changed table.
 
         Args:
             table: the rows.

@@ -1,4 +1,4 @@
-"""Build shards: a shard is a folder with the examples of one source, or of a part of it, and their ledger.
+"""Build shards. A shard is a folder with the examples and counts of one source, or of one part of a large source.
 
 The contents of a shard depend only on its task and the recipe, so a shard that was built before comes from the cache.
 """
@@ -45,7 +45,7 @@ _PARSERS = ("jinja2", "orjson", "pyarrow", "tokenizers")
 
 @dataclass(frozen=True)
 class Task:
-    """The task of building one shard. Tasks depend only on the data.
+    """The task of building one shard. Tasks depend only on the data, not on the number of workers.
 
     Attributes:
         source: the source, or a part of a file.
@@ -72,7 +72,7 @@ class Task:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """The result of a shard task, without the examples, which are in the folder of the shard.
+    """The result of building one shard. It does not contain the examples, which are stored in the shard's folder.
 
     Attributes:
         task: the task.
@@ -117,7 +117,9 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
                 recipe.tokenizer.encoders.cache = None
         if key != shard_key(recipe, task):
             path = task.source.path
-            raise InputRefused("file_changed", "changed while it was read", where=path, hint="run the build again")
+            raise InputRefused(
+                "file_changed", "the file changed while it was read", where=path, hint="run the build again"
+            )
         atomic.seal_folder(scratch, _describe_result(result))
     if key:
         cache.store_entry("shards", key, folder)
@@ -125,9 +127,9 @@ def build_shard(recipe: Recipe, task: Task, progress: Progress | None = None) ->
 
 
 def shard_key(recipe: Recipe, task: Task) -> str | None:
-    """Return the hash of everything that determines the contents of a shard; `None` if it cannot be determined.
+    """Return the cache key of a shard: a hash of its data and options. Return `None` if the shard cannot be cached.
 
-    It cannot be determined for sources other than files, and if custom functions are used, because their code may
+    A shard cannot be cached if its source is not a file, or if custom functions are used, because their code may
     change.
     """
     source = task.source
@@ -152,7 +154,7 @@ def _versions() -> list[str]:
 
 
 def _hash_content(source: FileSource) -> Any:
-    """Return a hash of the bytes that are read from a file, or the version of a file in an object store."""
+    """Return a hash of the bytes that are read from a local file. For a file in an object store, return its version."""
     if is_object_store(source.path):
         return remote_version(source.path)
     # The byte before a part determines whether the part starts with a complete line, so it is hashed as well.
@@ -192,7 +194,7 @@ def _read_result(stored: dict[str, Any], task: Task, folder: Path, key: str | No
 
 
 class _LineCounter:
-    """An iterable of rows; after the iteration, `lines` is the number of physical lines that the reader returned."""
+    """Iterates over the rows of a reader. After the last row, `lines` is the number of physical lines."""
 
     lines: int | None = None
 
@@ -234,7 +236,7 @@ def _build(recipe: Recipe, task: Task, folder: Path, progress: Progress | None) 
 
 @contextmanager
 def _rare_garbage_collection() -> Iterator[None]:
-    """Run the garbage collector less often, because a batch creates many small objects and no reference cycles."""
+    """Run the garbage collector less often inside a `with` block. Batches create objects but no reference cycles."""
     thresholds = gc.get_threshold()
     gc.set_threshold(max(thresholds[0], 100_000) if thresholds[0] else 0, *thresholds[1:])
     try:
@@ -244,7 +246,7 @@ def _rare_garbage_collection() -> Iterator[None]:
 
 
 def _hash_rows(batch: Batch) -> list[bytes]:
-    """Return for each example the hash of all examples of its row: 16 bytes for the tokens, 8 for the labels."""
+    """Return for each example a hash of all examples of the same row: 16 bytes for the tokens, 8 for the labels."""
     columns, hashes = batch.columns, list[bytes]()
     examples = accumulate(batch.counts, initial=0)
     bounds = end_offsets(columns.lengths.tolist())[list(examples)].tolist()

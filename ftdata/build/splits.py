@@ -1,4 +1,4 @@
-"""Assign examples to splits: deduplicate, sample, split, weight and shuffle rows.
+"""Assign examples to splits. The steps are deduplication, sampling, splitting, weighting and shuffling.
 
     built rows ──> deduplicated ──> sampled ──> train and test ──> weighted sources ──> shuffled
 
@@ -24,7 +24,7 @@ _SPLIT, _SAMPLE, _WEIGHT, _SHUFFLE = (np.uint64(number) << np.uint64(56) for num
 
 
 def check_similarity_threshold(threshold: Any) -> None:
-    """Check a similarity threshold.
+    """Check that a similarity threshold is a number from 0.5 to 1.
 
     Raises:
         UsageError: the threshold is not a number from 0.5 to 1.
@@ -38,7 +38,7 @@ def check_similarity_threshold(threshold: Any) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """The options for splits and packs, validated on construction.
+    """The options for splitting and packing. They are validated on construction.
 
     Attributes:
         packing: `None` or `"bfd"`.
@@ -83,7 +83,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class ExampleFacts:
-    """The facts about all examples that determine their splits, in the order of the data.
+    """The properties of all examples that `assign_splits` needs, in the order of the data.
 
     Attributes:
         source: int64 `[examples]`, the number of the source.
@@ -109,7 +109,7 @@ class ExampleFacts:
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """The examples of each split.
+    """The result of `assign_splits`: the examples of each split, and the number of omitted rows.
 
     Attributes:
         splits: int64 example numbers of each split, in order.
@@ -135,7 +135,9 @@ def assign_splits(facts: ExampleFacts, layout: Layout) -> SplitPlan:
     source_splits = [name or "train" for name in facts.splits]
     has_splits = len(set(source_splits)) > 1
     if has_splits and layout.test_size is not None:
-        problem = f"the data already has splits: {', '.join(dict.fromkeys(source_splits))}"
+        problem = (
+            f"test_size cannot be used, because the data already has splits: {', '.join(dict.fromkeys(source_splits))}"
+        )
         raise UsageError("test_size", problem, hint="remove test_size, or select one split with split")
     names = list(dict.fromkeys(["train", *source_splits]))
     # A single split is the train split, whatever its name.
@@ -166,7 +168,7 @@ def assign_splits(facts: ExampleFacts, layout: Layout) -> SplitPlan:
         if has_splits and (untrained := set(weighted) - trained):
             name = facts.splits[places.tolist().index(min(untrained))]
             raise UsageError(
-                "share", f"a source of the split {name} has weight, rows or tokens, expected only in train"
+                "share", f"a source of the split {name} has weight, rows or tokens, which only train supports"
             )
         tokens = np.add.reduceat(facts.tokens, first)
         rows["train"] = _apply_shares(rows["train"], places[source], tokens, shares, layout.seed)
@@ -188,7 +190,7 @@ def _to_numbers(values: NDArray[np.generic]) -> NDArray[np.int64]:
 
 
 def seeded_hash(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
-    """Return a pseudorandom number for each number (SplitMix64; Steele, Lea and Flood 2014).
+    """Hash each number with a seed to a pseudorandom 64-bit number (SplitMix64; Steele, Lea and Flood 2014).
 
     >>> seeded_hash(np.arange(2, dtype=np.uint64), 42).tolist()
     [13679457532755275413, 2949826092126892291]
@@ -201,14 +203,14 @@ def seeded_hash(numbers: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
 
 
 def _first_examples(facts: ExampleFacts) -> NDArray[np.int64]:
-    """Return the first example of each row of each source."""
+    """Return the index of the first example of each row (int64 `[rows]`)."""
     is_first = np.ones(len(facts.row), dtype=np.bool_)
     is_first[1:] = (np.diff(facts.row) != 0) | (np.diff(facts.source) != 0)
     return np.flatnonzero(is_first)
 
 
 def _random_order(numbers: NDArray[np.int64], seed: int, purpose: np.uint64) -> NDArray[np.int64]:
-    """Return a random permutation of the indices of `numbers`."""
+    """Return the indices of `numbers` in a seeded random order."""
     return np.argsort(seeded_hash(numbers.astype(np.uint64) + purpose, seed), kind="stable")
 
 
@@ -218,7 +220,7 @@ def _row_count(size: float, rows: int) -> int:
 
 
 def _first_of_each(group: NDArray[np.int64], last: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return whether each row is the first of its group (bool `[rows]`).
+    """Return for each row whether it is the first row of its group (bool `[rows]`).
 
     Rows marked in `last` come after all other rows: a duplicate in train and test is removed from train.
     """
@@ -241,7 +243,7 @@ def _split_rows(
     size = _row_count(layout.test_size, len(rows))
     if layout.test_size >= len(rows) or size >= len(rows):
         count = int(max(size, layout.test_size))
-        raise UsageError("test_size", f"test_size takes {count} of {len(rows)} rows, which leaves none to train on")
+        raise UsageError("test_size", f"test_size selects {count} of {len(rows)} rows, so no row is left to train on")
     # Identical rows stay together: groups are visited in random order, and selected if they fit completely.
     _, first, group_of, sizes = np.unique(group[rows], return_index=True, return_inverse=True, return_counts=True)
     order = _random_order(rows[first], layout.seed, _SPLIT)
@@ -267,7 +269,7 @@ def _apply_shares(
     shares: Mapping[int, SourceShare],
     seed: int,
 ) -> NDArray[np.int64]:
-    """Return the rows of each place, repeated according to its share.
+    """Repeat or drop the rows of each item of the data, so that the item contributes its share to the train split.
 
     All rows are repeated equally often, and a random subset is repeated once more. A share in tokens is never exceeded.
     """
@@ -286,7 +288,7 @@ def _apply_shares(
 
 
 def _examples(rows: NDArray[np.int64], bounds: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the examples of rows, in the order of the rows."""
+    """Return the indices of all examples that belong to `rows`, in the order of `rows`."""
     starts, counts = bounds[rows], bounds[rows + 1] - bounds[rows]
     if (counts == 1).all():
         return starts

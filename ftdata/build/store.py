@@ -1,4 +1,4 @@
-"""Write builds from shards, and verify them.
+"""Write the files of a build from its shards, and verify builds.
 
     DIR/manifest.json           format, options, and a hash of every file and of the manifest itself; written last
     DIR/report.json             the report
@@ -61,7 +61,7 @@ _PACKS = pa.schema(
 
 @dataclass(frozen=True)
 class PackFile:
-    """The plan of one pack file, which determines the contents of the file completely.
+    """The plan for one Arrow file of packed sequences: which examples it contains, and in which order.
 
     Attributes:
         path: the path of the file.
@@ -86,7 +86,7 @@ class PackFile:
 
 
 class WrittenFile(NamedTuple):
-    """A written file with its size in bytes and its hash, as in the manifest."""
+    """A file of a build, with its size in bytes and its SHA-256 hash for the manifest."""
 
     path: Path
     bytes: int
@@ -96,7 +96,7 @@ class WrittenFile(NamedTuple):
 def plan_pack_files(
     folder: Path, split: str, examples: ExampleTable, members: NDArray[np.int64], plan: PackPlan
 ) -> Iterator[PackFile]:
-    """Yield the plans of the pack files of one split. The files can be written in any order by any process.
+    """Yield a plan for each pack file of a split. The files can be written in any order and by any process.
 
     Args:
         folder: the folder of the build.
@@ -127,7 +127,7 @@ def plan_pack_files(
 
 
 def write_packs(_: None, file: PackFile) -> WrittenFile:
-    """Write one pack file. The label of a trained token is its id, and -100 for every other token."""
+    """Write one pack file. The label of a trained token is the token's id; the label of every other token is -100."""
     with disk.create(file.path) as sink, pa.ipc.new_stream(sink, _PACKS) as writer:
         for first, last in zip(file.batches[:-1], file.batches[1:], strict=True):
             writer.write_batch(_pack_batch(file, first, last))
@@ -154,7 +154,11 @@ def _pack_batch(file: PackFile, first: int, last: int) -> pa.RecordBatch:
 def _gather_tokens(
     folders: Sequence[Path], shard: NDArray[np.int32], start: NDArray[np.int64], lengths: NDArray[np.int32]
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Return the token ids and the mask of examples: int32 and bool `[tokens]`. Shards are read one after another."""
+    """Read the token ids and the mask of examples from their shards, one shard after another.
+
+    Returns:
+        The ids (int32 `[tokens]`) and the mask (bool `[tokens]`), in the order of the examples.
+    """
     runs = list(_contiguous_runs(shard, start, lengths))
     sizes = [end - first for _, first, end in runs]
     offsets = np.cumsum([0, *sizes]).tolist()
@@ -186,7 +190,7 @@ def _open_tokens(shard: Path) -> _Tokens:
 def _contiguous_runs(
     shard: NDArray[np.int32], start: NDArray[np.int64], lengths: NDArray[np.int32]
 ) -> Iterator[tuple[int, int, int]]:
-    """Yield the shard and the token range `[start, end)` of each run of examples that are contiguous in the shard."""
+    """Join examples that are adjacent in a shard. Yield the shard and the token range `[start, end)` of each run."""
     end = start + lengths
     is_boundary = np.ones(len(shard) + 1, dtype=np.bool_)
     is_boundary[1:-1] = (shard[1:] != shard[:-1]) | (start[1:] != end[:-1])
@@ -197,7 +201,7 @@ def _contiguous_runs(
 def write_split(
     folder: Path, split: str, examples: ExampleTable, members: NDArray[np.int64], plan: PackPlan, files: Iterable[Path]
 ) -> None:
-    """Write the provenance of a split, and the metadata files that `datasets.save_to_disk` writes."""
+    """Write the provenance file of a split, and the metadata files that `datasets.load_from_disk` reads."""
     target = folder / split
     state: dict[str, Any] = {
         "_data_files": [{"filename": file.name} for file in files],
@@ -225,7 +229,7 @@ def write_split(
 
 
 def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
-    """Write one JSON line per rejected row."""
+    """Write the rejected rows to a file, one JSON object per line."""
     with disk.create(path) as file:
         for reject in rejects:
             record = {
@@ -241,7 +245,7 @@ def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
 
 
 def check_target(target: Path) -> None:
-    """Check that an output folder, which will be replaced, does not exist, is empty, or contains only a build.
+    """Check that an output folder can be replaced: it does not exist, is empty, or contains only a build.
 
     Raises:
         UsageError: the folder contains other files; the message lists the first three.
@@ -282,7 +286,7 @@ def check_rejects_file(path: Path) -> None:
 
 
 def _list_files(folder: Path) -> list[tuple[str, bool]]:
-    """Return the relative path of each file and each symbolic link in a folder, and whether it is a link."""
+    """List the files and symbolic links in a folder. Return each relative path, and whether it is a symbolic link."""
     entries = list[tuple[str, bool]]()
     for parent, folders, files in os.walk(folder):
         paths = [Path(parent) / name for name in (*folders, *files)]
@@ -295,19 +299,19 @@ def _list_files(folder: Path) -> list[tuple[str, bool]]:
 
 
 def record_build(manifest: Mapping[str, Any]) -> None:
-    """Record that this user made the build with this manifest, so that it can be reused."""
+    """Record that this user made the build that `manifest` describes, so that a later run can reuse the build."""
     build_records.add_record("build", _encode_manifest(manifest))
 
 
 def is_recorded(manifest: Mapping[str, Any]) -> bool:
-    """Return whether this user made the build with this manifest; the hashes in the manifest cannot prove that."""
+    """Return whether this user made the build, according to the user's records. The manifest alone cannot prove it."""
     return build_records.has_record("build", _encode_manifest(manifest))
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any], written: Iterable[WrittenFile]) -> None:
-    """Write `manifest.json`: `about`, the size and SHA-256 of every file in the folder, and the manifest's own hash.
+    """Write `manifest.json` with the entries of `about`, and the size and SHA-256 of every file in the folder.
 
-    The sizes and hashes of the files in `written` are not computed again.
+    The manifest also contains its own hash. Sizes and hashes of the files in `written` are not computed again.
     """
     file_records = {file.path: {"bytes": file.bytes, "sha256": file.sha256} for file in written}
     files = {
@@ -324,7 +328,7 @@ def _encode_manifest(manifest: Mapping[str, Any]) -> bytes:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a build.
+    """Read the manifest of a build, and check its format and hash.
 
     Raises:
         InputRefused: the folder is not a build, or its manifest is damaged.
@@ -340,7 +344,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def parse_manifest(text: bytes, path: str) -> dict[str, Any]:
-    """Parse a manifest.
+    """Parse a manifest, and check its format and hash.
 
     Args:
         text: the contents of `manifest.json`.
@@ -352,11 +356,13 @@ def parse_manifest(text: bytes, path: str) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputRefused("damaged_build", f"{path} is damaged: {error}", hint="build again") from None
+        raise InputRefused(
+            "damaged_build", f"the manifest {path} is damaged: {error}", hint="build the data set again"
+        ) from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputRefused(
             "build_format",
-            f"{path} does not have format {FORMAT}, which this version of ftdata reads",
+            f"{path} does not have format {FORMAT}, the only format that this version of ftdata reads",
             hint="build the data set again",
         )
     manifest.pop(_SEAL, None)
@@ -365,12 +371,14 @@ def parse_manifest(text: bytes, path: str) -> dict[str, Any]:
     # An attacker can compute a valid hash, so the file names must not lead out of the build's folder.
     outside = any(PurePosixPath(name).is_absolute() or {"", ".", ".."} & {*name.split("/")} for name in names)
     if outside or _encode_manifest(manifest) != text:
-        raise InputRefused("damaged_build", f"{path} is damaged: its hash does not match", hint="build again")
+        raise InputRefused(
+            "damaged_build", f"the manifest {path} is damaged: its hash does not match", hint="build the data set again"
+        )
     return manifest
 
 
 def verify_files(folder: Path) -> list[str]:
-    """Return the files of a build that are missing or differ from the manifest in size or hash.
+    """Compare the files of a build with its manifest. Return the names of missing and changed files.
 
     Raises:
         InputRefused: the folder is not a build.

@@ -1,1 +1,1 @@
-"""Turn rows into examples: render, tokenize, mask and truncate."""
+"""Convert rows to examples: render, tokenize, mask and truncate."""

@@ -1,4 +1,4 @@
-"""Turn rows into examples, in batches and in order: normalize, render, tokenize, mask and truncate.
+"""Convert rows to examples: normalize, render, tokenize, mask and truncate each batch of rows.
 
 Row ──normalize──> Conversation ──render──> Rendered ──tokenize──> Encodings ──mask, truncate──> Example
  └───────────────────────── or, at any stage, Reject: where, why, and the fix
@@ -33,7 +33,7 @@ from ftdata.types import Conversation, Example, Message, Part, Reject, RenderedR
 
 
 class BuiltRow(NamedTuple):
-    """A row with its examples, the number of tokens that truncation removed, and the lengths of dropped examples."""
+    """The examples of one row. `cut` is the number of removed tokens; `dropped` lists lengths of removed examples."""
 
     conversation: Conversation
     examples: tuple[Example, ...]
@@ -42,19 +42,19 @@ class BuiltRow(NamedTuple):
 
     @property
     def repeated(self) -> int:
-        """Number of tokens in all examples except the longest."""
+        """Total number of tokens in all examples except the longest example."""
         lengths = [len(example.input_ids) for example in self.examples]
         return sum(lengths) - max(lengths, default=0)
 
 
 def build_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[BuiltRow | Reject]:
-    """Normalize, render, tokenize, mask and truncate rows; yield a `BuiltRow` or a `Reject` for each, in order."""
+    """Convert rows to examples. Yield, in order, a `BuiltRow` for each valid row and a `Reject` for each bad row."""
     return chain.from_iterable(build_batches(recipe, rows))
 
 
 @dataclass(frozen=True, eq=False)
 class MaskedTexts:
-    """A batch of texts with their tokens and masks. Each item is an `Example`, or the error that rejects the text.
+    """The tokens and masks of a batch of texts. Indexing returns an `Example`, or the error that rejects the text.
 
     Attributes:
         conversations: the conversation of each text.
@@ -93,7 +93,7 @@ class MaskedTexts:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The results of a batch of rows, in order.
+    """The results of a batch of rows: built rows and rejected rows, in the order of the input.
 
     Each result is a `Reject`, a `BuiltRow`, or the number of a text in `masked` that is the row's only example.
     """
@@ -103,7 +103,7 @@ class Batch:
 
     @property
     def plain(self) -> bool:
-        """Whether every row has exactly one text and one unchanged example, as in most batches."""
+        """Whether every row in the batch has exactly one example, which was not truncated. Most batches are plain."""
         return isinstance(self.results, range)
 
     def __len__(self) -> int:
@@ -119,7 +119,7 @@ class Batch:
                 number += 1
 
     def built(self, number: int) -> BuiltRow:
-        """Return a built row by its position among the built rows."""
+        """Return the built row with the given number. Rejected rows are not counted."""
         result = self.results[number] if self.plain else self._built_results[number]
         assert not isinstance(result, Reject)
         if isinstance(result, BuiltRow):
@@ -134,7 +134,7 @@ class Batch:
 
     @cached_property
     def rejects(self) -> list[Reject]:
-        """The rejected rows."""
+        """The rejected rows of the batch."""
         return [] if self.plain else [result for result in self.results if isinstance(result, Reject)]
 
     @cached_property
@@ -161,7 +161,7 @@ class Batch:
 
     @property
     def last_source(self) -> Source:
-        """Source of the last row."""
+        """The origin of the last row of the batch."""
         result = self.results[-1]
         if isinstance(result, int):
             return self.masked.conversations[result].source
@@ -169,24 +169,24 @@ class Batch:
 
     @property
     def cut(self) -> int:
-        """Number of tokens that truncation removed."""
+        """Number of tokens that truncation removed from the batch."""
         return 0 if self.plain else sum(result.cut for result in self.results if isinstance(result, BuiltRow))
 
     @property
     def dropped(self) -> list[int]:
-        """Lengths in tokens of dropped examples, for rows with at least one other example."""
+        """Number of tokens of each dropped example. A row that loses all its examples is rejected and not included."""
         if self.plain:
             return []
         return [length for result in self.results if isinstance(result, BuiltRow) for length in result.dropped]
 
     @property
     def repeated(self) -> int:
-        """Number of tokens that repeat because conversations are split into several examples."""
+        """Number of repeated tokens. Conversations that are split into several examples repeat their earlier turns."""
         return 0 if self.plain else sum(result.repeated for result in self.results if isinstance(result, BuiltRow))
 
     @cached_property
     def columns(self) -> ExampleColumns:
-        """All examples as columns."""
+        """All examples of the batch, as arrays."""
         if self.plain:
             return _columns_of_masked(self.masked)
         return _columns_of_examples(
@@ -217,14 +217,14 @@ def _columns_of_examples(examples: Sequence[Example]) -> ExampleColumns:
 
 
 def build_batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[Batch]:
-    """Build rows as `build_rows` does, and yield the results in batches."""
+    """Convert rows to examples as `build_rows` does, but yield the results in batches."""
     for batch in render_rows(recipe, rows):
         masked = _mask_rows(recipe, [outcome for _, outcome in batch if not isinstance(outcome, Reject)])
         yield _finish_rows(recipe, batch, masked)
 
 
 def _finish_rows(recipe: Recipe, batch: Sequence[RowAndOutcome], masked: MaskedTexts) -> Batch:
-    """Return the result of each row. Most rows have one text, which needs no further processing."""
+    """Truncate and check the masked texts of each row. Rows with one short text need no further processing."""
     is_final = masked.trained_counts > 0
     if recipe.max_length is not None:
         is_final &= np.diff(masked.tokens.token_bounds) <= recipe.max_length
@@ -274,7 +274,7 @@ def _build_row(
 
 
 def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:
-    """Reject a row if an example has a flag that `reject_flags` contains."""
+    """Reject a row if one of its examples has a flag that is listed in `reject_flags`."""
     if not recipe.reject_flags:
         return
     flags = frozenset[str]().union(*(example.flags for example in examples)).intersection(recipe.reject_flags)
@@ -282,7 +282,7 @@ def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:
         meaning = FLAGS[flag].format(n="affected", repeated="some")
         raise BadRow(
             flag,
-            f"has the flag {flag}, which reject_flags contains ({meaning})",
+            f"the row has the flag {flag}, which is listed in reject_flags ({meaning})",
             hint=f"fix the row, or remove {flag} from reject_flags to build it",
         )
 
@@ -290,7 +290,7 @@ def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:
 def _trained_examples(
     recipe: Recipe, conversation: Conversation, encoded: Sequence[Example | BadRow]
 ) -> tuple[Example, ...]:
-    """Return the examples of one conversation, without split turns that have no trained tokens."""
+    """Return the examples of one conversation. Omit split turns that have no trained tokens."""
     if conversation.tokens is not None:
         return (pass_tokens_through(recipe, conversation, conversation.tokens),)
     trained: list[Example] = []
@@ -304,7 +304,7 @@ def _trained_examples(
             # A split turn that is empty and has no stop token becomes no example, so another example has its flags.
             extra_flags |= example.flags & {"no_trained_stop", "missing_final_stop"}
     if not trained:
-        raise BadRow("nothing_trained", f"has no trained token with train_on={policy_name(recipe.train_on)!r}")
+        raise BadRow("nothing_trained", f"the row has no trained token with train_on={policy_name(recipe.train_on)!r}")
     if conversation.messages and conversation.messages[-1]["role"] != "assistant":
         extra_flags |= {"trailing_messages"}
     if extra_flags:
@@ -313,7 +313,7 @@ def _trained_examples(
 
 
 def pass_tokens_through(recipe: Recipe, conversation: Conversation, tokens: RowTokens) -> Example:
-    """Return the example of a pretokenized row. Its text is decoded token by token, for display only.
+    """Create the example of a pretokenized row without changing its tokens. The text is decoded for display only.
 
     Raises:
         BadRow: the tokenizer does not contain a token, or no token is trained.
@@ -321,10 +321,10 @@ def pass_tokens_through(recipe: Recipe, conversation: Conversation, tokens: RowT
     ids, trained = tokens.input_ids, tokens.trained
     if (unknown := np.flatnonzero((ids < 0) | (ids >= recipe.tokenizer.size))).size:
         first = int(unknown[0])
-        problem = f"is {ids[first]}, which is not in the vocabulary of tokenizer {recipe.tokenizer.name}"
+        problem = f"the token id {ids[first]} is not in the vocabulary of tokenizer {recipe.tokenizer.name}"
         raise BadRow("token_id", problem, field=f"input_ids[{first}]", hint="pass the tokenizer that made these tokens")
     if not trained.any():
-        raise BadRow("nothing_trained", "has no trained token", field="labels")
+        raise BadRow("nothing_trained", "the row has no trained token", field="labels")
     texts = token_texts(recipe.tokenizer, ids.tolist())
     ends = np.cumsum([len(text) for text in texts])
     offsets = np.stack((ends - [len(text) for text in texts], ends), axis=1).astype(np.int32)
@@ -339,7 +339,7 @@ def pass_tokens_through(recipe: Recipe, conversation: Conversation, tokens: RowT
 
 
 def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow]) -> MaskedTexts:
-    """Tokenize and mask the texts of rows in one batch."""
+    """Tokenize the rendered texts of all rows, and select the trained tokens."""
     conversations = [row.conversation for row in rows for _ in row.texts]
     batch = RenderedBatch([text for row in rows for text in row.texts])
     tokens, errors = encode_rendered(recipe.tokenizer, batch, recipe.control, recipe.control_tokens)
@@ -361,7 +361,7 @@ def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow]) -> MaskedTexts:
 
 
 def _trained_spans(recipe: Recipe, rows: Sequence[RenderedRow], rejected: Collection[int]) -> list[Sequence[bool]]:
-    """Return for each span of each text whether it is trained; false for all spans of rejected texts."""
+    """Return for each span of each text whether the span is trained. Spans of rejected texts are not trained."""
     policy, trained_spans = recipe.policy, list[Sequence[bool]]()
     for row in rows:
         if row.trained_spans is not None and not rejected:
@@ -378,7 +378,7 @@ def _trained_spans(recipe: Recipe, rows: Sequence[RenderedRow], rejected: Collec
 
 
 def _add_bos(recipe: Recipe, batch: RenderedBatch, tokens: Encodings) -> Encodings:
-    """Return the tokens with the tokenizer's BOS added before each text that needs it and does not begin with it."""
+    """Prepend the tokenizer's BOS token to each text that needs it and does not already begin with it."""
     numbers = [number for number, text in enumerate(batch) if text.add_bos]
     if not numbers or not len(bos := recipe.tokenizer.bos_ids):
         return tokens
@@ -386,9 +386,9 @@ def _add_bos(recipe: Recipe, batch: RenderedBatch, tokens: Encodings) -> Encodin
 
 
 def _certainly_have_stops(masked: MaskedTexts, recipe: Recipe) -> list[bool]:
-    """Return for each text whether all trained turns certainly end with a control token.
+    """Return for each text whether a fast check confirms that all trained turns end with a control token.
 
-    This is certain if the text has one run of trained tokens per turn, and every run ends with a control token.
+    The check succeeds if the text has one run of trained tokens per turn, and every run ends with a control token.
     """
     ids, bounds, trained = masked.tokens.ids, masked.tokens.token_bounds, masked.trained
     next_is_trained = np.append(trained[1:], False)
@@ -402,7 +402,7 @@ def _certainly_have_stops(masked: MaskedTexts, recipe: Recipe) -> list[bool]:
 
 
 def _has_stops(example: Example, recipe: Recipe) -> bool:
-    """Return whether every trained turn ends with a control token, ignoring whitespace and `missing_final_stop`."""
+    """Return whether every trained turn ends with a control token. A turn with `missing_final_stop` is not checked."""
     ends = turn_ends(example)
     if "missing_final_stop" in example.flags:
         ends = ends[:-1]
@@ -432,7 +432,7 @@ def encode(
     date: str | datetime.date | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Example, ...]:
-    """Encode one conversation into token ids and labels, with the text and span behind each token.
+    """Encode one conversation as token ids and labels. Each example also contains its text, offsets and spans.
 
     The examples equal those of a build, except that a build also rejects empty answers.
 
@@ -488,7 +488,7 @@ def encode(
         # A round trip through JSON rejects values that no template and no file could contain.
         row = json.loads(json.dumps(row))
     except (TypeError, ValueError, RecursionError) as error:
-        raise BadRow("not_json", f"a value cannot be encoded as JSON: {error}", where="<messages>") from None
+        raise BadRow("not_json", f"a value in the messages is not JSON: {error}", where="<messages>") from None
     conversation = normalize(Row(row, Source("<messages>", 0)), "messages")
     try:
         rendered = apply_policy(conversation, render_conversation(recipe, conversation), recipe.policy)

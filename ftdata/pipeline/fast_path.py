@@ -1,4 +1,4 @@
-"""Fast path: read and render an ordinary row in one step.
+"""A fast path that reads and renders an ordinary row in one step.
 
 An ordinary row contains messages with only a role and a text, and its template has a plan for these roles. The schema,
 turns, spans and mask of the row depend only on its columns and roles, so most of the work is cached. Every other row
@@ -22,7 +22,7 @@ from ftdata.types import Conversation, Message, RenderedRow, Row
 
 
 def make_fast_path(recipe: Recipe) -> Callable[[Row], RenderedRow | None]:
-    """Return a function that renders ordinary rows, and returns `None` for every other row."""
+    """Create a function that renders an ordinary row. For any other row, the function returns `None`."""
     if (
         recipe.columns
         or recipe.turns == "split"
@@ -59,9 +59,9 @@ def make_fast_path(recipe: Recipe) -> Callable[[Row], RenderedRow | None]:
 
 
 def _read_messages(row: Row) -> tuple[str, tuple[str, ...], Sequence[Message], Sequence[str]]:
-    """Return the column of the messages, their roles as spelled in the row, the messages, and their contents.
+    """Return the name of the messages column, the roles as spelled in the row, the messages, and their contents.
 
-    The last three are empty if the row is not ordinary.
+    The roles, messages and contents are empty if the row is not ordinary.
     """
     data = row.data
     if type(data) is not dict or row.flat:

@@ -1,4 +1,4 @@
-"""The flags of examples, and their sentences in the build report."""
+"""The flags that an example can have, and the sentence that the build report prints for each flag."""
 
 FLAGS = {
     "arguments_as_text": "{n} examples: tool call arguments are passed as JSON text, because the template fails on "

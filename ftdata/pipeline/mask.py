@@ -1,4 +1,4 @@
-"""Mask policies: select the trained spans of a text, and from them the trained tokens.
+"""Mask policies select the trained spans of a text. The trained tokens are computed from these spans.
 
 A policy returns for each span whether it is trained. A token is trained if it overlaps a trained span by at least one
 character. A token without characters is never trained. The first token of a text is never trained, because there is no
@@ -59,7 +59,7 @@ def completion(rendered: Rendered, conversation: Conversation) -> list[bool]:
 
 @masks.register("all")
 def all_text(rendered: Rendered, conversation: Conversation) -> list[bool]:
-    """Train the whole text including prompts and template text, except messages with `train: false` or `weight: 0`.
+    """Train the whole text, also prompts and template text, except messages with `train: false` or `weight: 0`.
 
     The template text around an excluded message is trained, but its stop token is not.
     """
@@ -72,7 +72,7 @@ def all_text(rendered: Rendered, conversation: Conversation) -> list[bool]:
 
 
 def _untrained(conversation: Conversation) -> frozenset[int]:
-    """Return the indices of the messages that are not trained."""
+    """Return the indices of the messages that are excluded from training."""
     messages = enumerate(conversation.messages)
     return frozenset(index for index, message in messages if message.get("train") is False)
 
@@ -82,7 +82,7 @@ PARTS = {"reasoning": Part.REASONING, "answer": Part.CONTENT, "tool_call": Part.
 
 
 def resolve_policy(train_on: str | Policy, train_parts: Sequence[str] | None = None) -> Policy:
-    """Return a policy by its name, or the callable itself, restricted to `train_parts` of the turns.
+    """Return the mask policy for `train_on`, which is a name or a function. Train only the parts in `train_parts`.
 
     Raises:
         UsageError: `train_on` or `train_parts` contains an unknown name.
@@ -107,7 +107,7 @@ def resolve_policy(train_on: str | Policy, train_parts: Sequence[str] | None = N
 
 
 def is_built_in_policy(train_on: str | Policy) -> bool:
-    """Return whether a policy is built in. Its result then depends only on span kinds, roles and `train`."""
+    """Return whether a policy is built in. Built-in policies use only span kinds, roles and the key `train`."""
     return is_built_in(_find_policy(train_on))
 
 
@@ -116,7 +116,7 @@ def _find_policy(train_on: str | Policy) -> Policy:
 
 
 def _add_checks(policy: Policy) -> Policy:
-    """Return a custom policy with checks of its return values."""
+    """Wrap a custom policy in a function that checks the policy's return value."""
 
     def checked_policy(rendered: Rendered, conversation: Conversation) -> list[bool]:
         try:
@@ -143,7 +143,7 @@ _THINKING_TAG = re.compile(rf"</?(?:{THINKING_NAMES})>")
 
 
 def parts_of_spans(rendered: Rendered) -> list[frozenset[Part]]:
-    """Return for each span the parts of its turn that it belongs to.
+    """Return the parts that each span belongs to, such as the answer, the reasoning or a tool call.
 
     Template text belongs to the part that it closes (`</think>`, the stop token). Before the first part of a turn, it
     belongs to the part that it opens. Between an answer and a tool call it opens the call (`<tool_call>`). Between
@@ -164,7 +164,7 @@ def parts_of_spans(rendered: Rendered) -> list[frozenset[Part]]:
 
 
 def _fill_forward(parts: Sequence[Part | None]) -> list[Part | None]:
-    """Return the parts with each `None` replaced by the last part before it."""
+    """Replace each `None` by the nearest part before it, if there is a part before it."""
     filled: list[Part | None] = []
     for part in parts:
         filled.append(part or (filled[-1] if filled else None))
@@ -172,7 +172,7 @@ def _fill_forward(parts: Sequence[Part | None]) -> list[Part | None]:
 
 
 def _adjacent_parts(before: Part | None, after: Part | None) -> frozenset[Part]:
-    """Return the parts that template text between two parts of a turn closes or opens."""
+    """Return the parts that template text belongs to, given the part before the text and the part after it."""
     opens = after is Part.TOOL_CALL or before is None
     closes = not opens or before is Part.REASONING
     pairs = ((before, closes), (after, opens))
@@ -182,7 +182,7 @@ def _adjacent_parts(before: Part | None, after: Part | None) -> frozenset[Part]:
 def trained_tokens(
     tokens: Encodings, batch: RenderedBatch, trained_spans: Sequence[Sequence[bool]]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return the trained tokens, and the texts in which a trained token crosses the boundary of the trained spans.
+    """Convert trained spans to trained tokens, and find texts in which a token crosses a trained span's boundary.
 
     Args:
         tokens: the tokens of all texts.
@@ -217,7 +217,7 @@ def trained_tokens(
 
 
 def _trained_ranges(batch: RenderedBatch, trained: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the starts and ends of the trained character ranges; adjacent spans are merged into one range."""
+    """Return the starts and ends of the trained character ranges. Adjacent trained spans form one range."""
     trained = trained & (batch.starts < batch.ends)
     starts, ends = batch.starts[trained], batch.ends[trained]
     is_boundary = np.ones(len(starts) + 1, np.bool_)
@@ -231,7 +231,7 @@ def _covered_tokens(
     range_starts: NDArray[np.integer],
     range_ends: NDArray[np.integer],
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return the tokens `[start, end)` that overlap a range, and the tokens inside a range (bool `[tokens]` each)."""
+    """Return which tokens overlap a range, and which tokens are completely inside a range (bool `[tokens]`)."""
     search, size = np.searchsorted, len(starts)
     if (starts[1:] < starts[:-1]).any() or (ends[1:] < ends[:-1]).any():
         # A range overlaps a token if it starts before the end of the token and ends after its start.
@@ -247,7 +247,7 @@ def _covered_tokens(
 
 
 def _members_of_ranges(starts: NDArray[np.integer], ends: NDArray[np.integer], size: int) -> NDArray[np.bool_]:
-    """Return which integers below `size` are in one of the sorted ranges `[start, end)` (bool `[size]`)."""
+    """Return for each integer below `size` whether a range `[start, end)` contains it (bool `[size]`)."""
     edges = np.empty(2 * len(starts) + 2, np.int64)
     edges[0], edges[1:-1:2], edges[2:-1:2], edges[-1] = 0, starts, ends, size
     # The last integer of a range may be the first of the next range.

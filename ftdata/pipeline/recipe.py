@@ -1,4 +1,4 @@
-"""Recipe: the user's options, the tokenizer and the template, which together determine what a row becomes."""
+"""The recipe of a build: the options, tokenizer and template that determine how rows are converted to examples."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _MAX_STRING_LENGTH, _CONTROL_CHARACTERS = 4096, re.compile(r"[<>\[\]{}|\uff5c\x0
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The user's options for processing a row, validated on construction.
+    """The user's options for converting rows to examples. They are validated on construction.
 
     Raises:
         UsageError: an option has an invalid value.
@@ -87,13 +87,13 @@ class Options:
 
     @property
     def policy(self) -> Policy:
-        """The mask policy of `train_on` and `train_parts`."""
+        """The mask policy that `train_on` and `train_parts` define."""
         return resolve_policy(self.train_on, self.train_parts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Options):
-    """The options, tokenizer and template that determine what a row becomes.
+    """The options, tokenizer and template that determine how rows are converted to examples.
 
     A recipe is picklable: each worker process receives a copy.
     """
@@ -112,11 +112,11 @@ class Recipe(Options):
 
     @cached_property
     def _variants(self) -> dict[str, Recipe]:
-        """Cache of recipes that differ only in their template variables, keyed by those variables as JSON."""
+        """A cache of copies of this recipe with other template variables. The keys are the variables as JSON."""
         return {}
 
     def with_kwargs(self, kwargs: Mapping[str, Any]) -> Recipe:
-        """Return the recipe for a row that sets template variables; the resulting template is verified.
+        """Return a copy of the recipe with the template variables that a row sets. Verify the changed template.
 
         Raises:
             BadRow: a variable has an unsafe value, or the template cannot be verified with these variables.
@@ -127,7 +127,7 @@ class Recipe(Options):
             return self
         for name, value in kwargs.items():
             if not _is_safe_value(value) or (isinstance(value, str) and self.control.occurs_in(value)):
-                problem = "is neither a number nor short text without control-token characters"
+                problem = "the template variable is neither a number nor short text without control-token characters"
                 hint = "set the variable for all rows with template_kwargs"
                 raise BadRow("row_options", problem, field=f"chat_template_kwargs.{name}", hint=hint)
         key, variants = json.dumps(kwargs, sort_keys=True), self._variants
@@ -142,7 +142,7 @@ class Recipe(Options):
         return variants[key]
 
     def describe(self) -> dict[str, Any]:
-        """Return the options as JSON values, for the manifest and the fingerprint."""
+        """Return the options, tokenizer and template as JSON values, for the manifest and the fingerprint."""
         return {
             "tokenizer": {"name": self.tokenizer.name, "fingerprint": self.tokenizer.fingerprint},
             "template": {
@@ -166,7 +166,7 @@ class Recipe(Options):
 
 
 def recipe_arguments(options: Mapping[str, Any], tokenizer: Any = None, *, names: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments of `make_recipe` that recreate a recipe from the result of `Recipe.describe`.
+    """Convert the result of `Recipe.describe` to arguments with which `make_recipe` creates the same recipe.
 
     Args:
         options: result of `Recipe.describe`. An earlier version of ftdata may have written it without newer options.
@@ -199,7 +199,7 @@ def make_recipe(
     template_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Recipe:
-    """Load the tokenizer and the template, and bind the template to the tokenizer.
+    """Create a recipe: load the tokenizer and the template, bind the template to the tokenizer, and check the options.
 
     Args:
         tokenizer: a folder, a Hub ID, or a `transformers` or `tokenizers` object.
@@ -224,7 +224,7 @@ def make_recipe(
 def load_bare_template(
     template: str | Path, date: str | datetime.date | None = None, kwargs: Mapping[str, Any] | None = None
 ) -> Template:
-    """Return a template that can be inspected without a tokenizer.
+    """Load a template without a tokenizer, for inspection only.
 
     The template's special tokens are the placeholders `<bos>` and `<eos>`.
 
@@ -245,7 +245,7 @@ def load_bare_template(
 
 
 def check_template(template_or_tokenizer: Any) -> TemplateReport:
-    """Check a template: its stop token, whether it rewrites earlier turns, and the fields that it omits.
+    """Check a template: find its stop token, the message fields that it omits, and whether it rewrites earlier turns.
 
     Args:
         template_or_tokenizer: a built-in name, a `.jinja` file, a Jinja string, or a tokenizer (folder, Hub ID or
@@ -268,7 +268,7 @@ def check_template(template_or_tokenizer: Any) -> TemplateReport:
 def _resolve_template(target: Any) -> Template:
     is_text = isinstance(target, str | Path)
     if target is None or isinstance(target, bytes | int | float):
-        problem = f"the argument is {target!r:.60}, expected a template or a tokenizer, or its name"
+        problem = f"the argument is {target!r:.60}, expected a template, a tokenizer, or a name"
         raise UsageError("template_type", problem)
     if is_text and (str(target) in templates or "{" in str(target) or Path(target).is_file()):
         return load_bare_template(target)
@@ -280,14 +280,14 @@ def _resolve_template(target: Any) -> Template:
 
 
 def _is_safe_value(value: Any) -> bool:
-    """Return whether a row may set a template variable to this value; the template prints it as template text."""
+    """Return whether a row may set a template variable to `value`. Unsafe text could imitate control tokens."""
     if isinstance(value, str):
         return len(value) <= _MAX_STRING_LENGTH and not _CONTROL_CHARACTERS.search(value)
     return value in (None, [], {}) or (isinstance(value, int | float) and abs(value) < 1e15)
 
 
 def check_kwargs(kwargs: Any) -> None:
-    """Check the additional template variables.
+    """Check that the additional template variables are JSON values, are not reserved, and contain no secrets.
 
     Raises:
         UsageError: they are not a mapping of names to JSON values, contain a secret, or replace a value of the rows.
@@ -295,14 +295,16 @@ def check_kwargs(kwargs: Any) -> None:
     if kwargs is None:
         return
     if not isinstance(kwargs, Mapping) or (reserved := {"messages", "tools", "add_generation_prompt"} & set(kwargs)):
-        problem = f"contains {sorted(reserved)}, set by ftdata" if isinstance(kwargs, Mapping) else f"is {kwargs!r}"
+        problem = f"sets {sorted(reserved)}, which ftdata sets" if isinstance(kwargs, Mapping) else f"is {kwargs!r}"
         raise UsageError(
             "template_kwargs", f"template_kwargs {problem}; expected a mapping of additional template variables"
         )
     if secret_names := [name for name in kwargs if is_secret_name(str(name))]:
-        problem = f"contains {', '.join(secret_names)}; all template variables are stored in the report and manifest"
+        names = ", ".join(secret_names)
         raise UsageError(
-            "template_kwargs", f"template_kwargs {problem}", hint="remove it: a template does not need secrets"
+            "template_kwargs",
+            f"template_kwargs contains {names}, but all template variables are stored in the report and manifest",
+            hint="remove it: a template does not need secrets",
         )
     try:
         json.dumps(kwargs)
@@ -314,7 +316,7 @@ def check_kwargs(kwargs: Any) -> None:
 def _bind_template(
     tokenizer: Tokenizer, name: str, source: str, strict: bool, date: datetime.datetime, kwargs: str
 ) -> tuple[Template, ControlTokens]:
-    """Return the template bound to the tokenizer, and the control tokens of both."""
+    """Bind a template to a tokenizer. Return the verified template, and the control tokens of the pair."""
     unbound = Template(
         name, source, strict=strict, special_tokens=tokenizer.special_tokens, date=date, kwargs=json.loads(kwargs)
     )
@@ -330,7 +332,7 @@ def _bind_template(
 
 
 def parse_date(date: str | datetime.date | None) -> datetime.datetime:
-    """Return the current date that templates see.
+    """Parse the date that templates print as the current date. The default is `DEFAULT_DATE`.
 
     Raises:
         UsageError: the value is not an ISO 8601 date.
@@ -340,11 +342,11 @@ def parse_date(date: str | datetime.date | None) -> datetime.datetime:
     try:
         return datetime.datetime.fromisoformat(str(date))
     except ValueError:
-        raise UsageError("date", f"date is {str(date)!r}, expected the form 2026-01-31") from None
+        raise UsageError("date", f"date is {str(date)!r}, expected a date such as 2026-01-31") from None
 
 
 def policy_name(policy: str | Policy) -> str:
-    """Return the name of a policy in reports and fingerprints."""
+    """Return the name of a mask policy, as recorded in reports and fingerprints."""
     if isinstance(policy, str):
         return policy
     return f"{policy.__module__}.{getattr(policy, '__qualname__', type(policy).__qualname__)}"

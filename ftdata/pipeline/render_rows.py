@@ -1,4 +1,4 @@
-"""Turn rows into rendered texts: read, normalize, render and check rows, and select the trained spans.
+"""Convert rows to rendered texts: normalize, render and check each row, and select the trained spans.
 
     Row ──normalize──> Conversation ──render──> Rendered ──apply policy──> RenderedRow
      └─────────── or, at any stage, Reject: where, why, and the fix
@@ -60,7 +60,7 @@ RowAndOutcome = tuple[Row | Reject, RenderedRow | Reject]
 
 
 def render_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[RowAndOutcome]]:
-    """Yield rows with their rendered rows, in batches that fit in memory."""
+    """Render rows. Yield each row with its rendered row or its reject, in batches that fit in memory."""
     batch, characters = list[RowAndOutcome](), 0
     for row, outcome in chain.from_iterable(_render_groups(recipe, iter(rows))):
         size = 0 if isinstance(outcome, Reject) else sum([len(text.text) for text in outcome.texts])
@@ -74,12 +74,12 @@ def render_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[R
 
 
 def _reject_too_long(row: Row | Reject, characters: int) -> Reject:
-    problem = f"has {characters:,} characters of text, expected at most {MAX_CHARACTERS:,}"
+    problem = f"the row has {characters:,} characters of text, expected at most {MAX_CHARACTERS:,}"
     return make_reject(row, BadRow("row_too_long", problem, hint="split it into several rows"))
 
 
 def _render_groups(recipe: Recipe, rows: Iterator[Row | Reject]) -> Iterator[list[RowAndOutcome]]:
-    """Yield groups of rows with their rendered rows; while the worker renders a group, the next group is read."""
+    """Render rows in groups. The next group is read while the template worker renders the current group."""
     # A custom policy runs later: its exception must not reject the row, and it must not see rejected texts.
     policy, render_fast = recipe.policy if is_built_in_policy(recipe.train_on) else None, make_fast_path(recipe)
     size, pending, failure_limits = 1, list[_Group](), _FailureLimits(recipe)
@@ -110,12 +110,12 @@ _Group = list[tuple[Row | Reject, Conversation | RenderedRow | Reject, Callable[
 
 @dataclass
 class RejectedRows:
-    """Counts consecutive rejected rows that are short or have no known schema."""
+    """Counts consecutive rejected rows, to stop reading a source that contains no training data."""
 
     rows: int = 0
 
     def check(self, outcome: object) -> None:
-        """Count a row, passed as its reject or as any other object.
+        """Update the count with the outcome of one row: a `Reject`, or any other object.
 
         Raises:
             InputRefused: the last `MAX_REJECTED` rows are all such rejects. The error has the code of the last reject.
@@ -127,7 +127,7 @@ class RejectedRows:
         if self.rows == MAX_REJECTED:
             raise InputRefused(
                 outcome.code,
-                f"this row and the {MAX_REJECTED - 1:,} rows before it are rejected; this row: {outcome.reason}",
+                f"the last {MAX_REJECTED:,} rows are all rejected. Reason for the last row: {outcome.reason}",
                 where=str(outcome.source),
                 hint=outcome.fix,
             )
@@ -135,7 +135,7 @@ class RejectedRows:
 
 @dataclass
 class _FailureLimits:
-    """Stops a source whose rows fail for a common reason, instead of rejecting millions of rows one by one.
+    """Stops reading a source if many of its rows fail for the same reason.
 
     The result does not depend on which process read the earlier rows.
     """
@@ -146,7 +146,7 @@ class _FailureLimits:
     rejected: RejectedRows = field(default_factory=RejectedRows)
 
     def check(self, outcome: RenderedRow | Reject | Conversation) -> None:
-        """Count a row.
+        """Count the outcome of one row, and check the limits.
 
         Raises:
             TemplateRefused: `template_limits`: two short rows close to each other exceed the limits of the template.
@@ -181,7 +181,7 @@ def _finish_group(
 
 
 def _read_group(rows: Iterator[Row | Reject], size: int) -> list[Row | Reject]:
-    """Return the next `size` rows, or fewer if their offsets in the file show that they are long."""
+    """Read up to `size` rows. Stop earlier if the rows are long, according to their byte offsets in the file."""
     group = list[Row | Reject]()
     for row in islice(rows, size):
         group.append(row)
@@ -191,7 +191,7 @@ def _read_group(rows: Iterator[Row | Reject], size: int) -> list[Row | Reject]:
 
 
 def _try_step(step: Callable[..., _T], recipe: Recipe, row: Row | Reject, *arguments: Any) -> _T | Reject:
-    """Return the result of a step for a row, or the reject of the row if the step fails."""
+    """Run one processing step for a row. If the step fails, return a reject that contains the error."""
     if isinstance(row, Reject):
         return row
     try:
@@ -199,7 +199,7 @@ def _try_step(step: Callable[..., _T], recipe: Recipe, row: Row | Reject, *argum
     except BadRow as error:
         return make_reject(row, error)
     except RecursionError:
-        return make_reject(row, BadRow("too_deep", "is nested too deeply to be read"))
+        return make_reject(row, BadRow("too_deep", "the row is nested too deeply to be read"))
 
 
 def _normalize(recipe: Recipe, row: Row) -> Conversation:
@@ -215,7 +215,7 @@ def _needs_cross_check(row: Row) -> bool:
 def _start_render(
     recipe: Recipe, outcome: Conversation | RenderedRow | Reject
 ) -> Callable[[], tuple[Rendered, ...]] | None:
-    """Start to render a conversation in the worker, unless the row has its own tokens or template variables."""
+    """Start to render a conversation in the template worker. Skip rows with tokens or template variables."""
     if not isinstance(outcome, Conversation) or outcome.tokens is not None or outcome.kwargs:
         return None
     return submit_render(outcome, recipe.template, recipe.turns, recipe.on_dropped_message)
@@ -233,7 +233,7 @@ def _render(
 
 
 def apply_policy(conversation: Conversation, texts: tuple[Rendered, ...], policy: Policy | None) -> RenderedRow:
-    """Return the rendered row with its trained spans; they stay undecided if `policy` is `None`."""
+    """Select the trained spans of a rendered row. If `policy` is `None`, the spans are selected later."""
     messages = conversation.messages
     is_single_text = len(texts) == 1 and (not messages or messages[-1]["role"] == "assistant")
     trained_spans = None if policy is None else tuple([policy(text, conversation) for text in texts])
@@ -247,7 +247,7 @@ def render_conversation(
     *,
     cross_check: bool = False,
 ) -> tuple[Rendered, ...]:
-    """Render a conversation, and check that the template does not print control tokens of the row as its own.
+    """Render a conversation. Reject it if the template prints control tokens from the row as template text.
 
     Args:
         recipe: the recipe.
@@ -279,7 +279,7 @@ def render_conversation(
 
 
 def add_row_flags(conversation: Conversation, texts: tuple[Rendered, ...]) -> tuple[Rendered, ...]:
-    """Return the texts with flags for the parts of the row that were not read."""
+    """Add a flag to the texts of a preference pair, because the rejected side of the pair is not used."""
     if not has_rejected_side(conversation):
         return texts
     return tuple(text._replace(flags=text.flags | {"rejected_side_dropped"}) for text in texts)
@@ -293,7 +293,7 @@ def has_rejected_side(conversation: Conversation) -> bool:
 
 
 def _cross_check(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
-    """Cross-check one row with the plain-string renderer. If it fails, no row can be trusted, so the build stops."""
+    """Compare the texts with a second, independent rendering. If they differ, refuse the template."""
     for text in texts:
         if difference := cross_check_in_worker(conversation, recipe.template, text, CHECKED_MESSAGES):
             raise TemplateRefused(
@@ -306,7 +306,7 @@ def _cross_check(recipe: Recipe, conversation: Conversation, texts: Sequence[Ren
 
 
 def _check_control_tokens(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
-    """Reject a row if control tokens in its text would be taken for control tokens of the template.
+    """Reject a row if the template prints control tokens from the row as template text.
 
     If ftdata cannot follow how the template prints a text, it attributes the text to the template. Therefore the row
     is rendered again with its control tokens replaced: the template must still print the same number of them.
@@ -341,7 +341,7 @@ def _check_control_tokens(recipe: Recipe, conversation: Conversation, texts: Seq
     if count != sum(len(recipe.control.find_matches(text)[0]) for text in masked_texts if not text.keep_control):
         raise BadRow(
             "control_tokens",
-            "contains the text of a control token, which the template prints as template text",
+            "the row contains the text of a control token, which the template prints as template text",
             hint="remove it from the data, or set control_tokens='allow'",
         )
 
@@ -351,7 +351,7 @@ def _is_followed(rendered: Rendered) -> bool:
 
 
 def _strings(conversation: Conversation) -> list[str]:
-    """Return all strings in a conversation, and all keys except those that every message has."""
+    """Return all strings and keys in a conversation, except the keys `role` and `content`."""
     strings = list(_iter_strings(conversation.tools))
     for message in conversation.messages:
         content = message.get("content")
@@ -384,7 +384,7 @@ def check_answers(conversation: Conversation) -> None:
         return
     if conversation.text is not None:
         if not has_visible_text(conversation.text):
-            raise BadRow("empty_answer", "is empty, or contains no visible character", field="text")
+            raise BadRow("empty_answer", "the text is empty or contains no visible character", field="text")
         return
     answers = 0
     for index, message in enumerate(conversation.messages):
@@ -397,16 +397,16 @@ def check_answers(conversation: Conversation) -> None:
         if needs_answer and content is not None and not any(map(has_answer, texts)):
             raise BadRow(
                 "empty_answer",
-                "is empty, or contains no visible character outside thinking: the model would learn empty answers",
+                "the answer has no visible character outside thinking, so the model would learn empty answers",
                 field=f"messages[{index}].content",
                 hint="remove the row, or set train: false in the message",
             )
     if not answers:
-        raise BadRow("no_answer", "has no assistant message, so there is no answer to train")
+        raise BadRow("no_answer", "the row has no assistant message, so there is no answer to train")
 
 
 def make_reject(row: Row | Reject, error: BadRow) -> Reject:
-    """Return the reject of a row, with the first 4096 characters of the row as JSON if it can be encoded."""
+    """Create a `Reject` from a row and an error. It contains the first 4096 characters of the row as JSON."""
     if isinstance(row, Reject):
         return row
     try:

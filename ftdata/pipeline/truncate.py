@@ -23,7 +23,7 @@ POLICIES = ("reject", "drop_turns", "truncate")
 
 
 def truncate(example: Example, max_length: int | None, policy: str = "reject") -> Example:
-    """Return the example, or the prefix of it that fits in `max_length` tokens.
+    """Shorten an example to at most `max_length` tokens. An example that fits is returned unchanged.
 
     Raises:
         BadRow: `overlong`: the policy is `reject`, or no trained token would remain.
@@ -31,7 +31,7 @@ def truncate(example: Example, max_length: int | None, policy: str = "reject") -
     length = len(example)
     if max_length is None or length <= max_length:
         return example
-    problem = f"has {length} tokens, expected at most {max_length} (max_length)"
+    problem = f"the example has {length} tokens, expected at most {max_length} (max_length)"
     if policy == "reject":
         raise BadRow("overlong", problem, hint="raise max_length, or set overlong to 'drop_turns' or 'truncate'")
     keep = max_length if policy == "truncate" else _end_of_last_fitting_turn(example, max_length)
@@ -60,7 +60,7 @@ def _end_of_last_fitting_turn(example: Example, max_length: int) -> int:
 
 
 def turn_ends(example: Example) -> NDArray[np.int64]:
-    """Return the token index after the last token of each trained turn, ascending (int64 `[turns]`)."""
+    """Return the end of each trained turn, as the index after its last token, in ascending order (int64 `[turns]`)."""
     owners = np.full(len(example), -1, dtype=np.int64)
     generated = [span for span in example.spans if span.generated]
     span_ends = np.asarray([span.end for span in generated], dtype=np.int64)

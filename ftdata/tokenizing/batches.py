@@ -1,4 +1,4 @@
-"""Batches of concatenated texts with their spans and tokens in columns, so that numpy processes all texts together."""
+"""Store the tokens and spans of many texts in NumPy arrays, so that a single operation processes all texts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ftdata.types import Rendered, Source, Spans
 
 
 class EncodedText(NamedTuple):
-    """The tokens of one text.
+    """The token ids and character offsets of one text.
 
     Attributes:
         ids: int32 `[n]`.
@@ -30,7 +30,7 @@ class EncodedText(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Encodings:
-    """The tokens of many texts.
+    """The token ids and character offsets of a batch of texts, in concatenated arrays.
 
     Attributes:
         ids: int32 `[tokens]`.
@@ -49,7 +49,7 @@ class Encodings:
 
     @classmethod
     def from_texts(cls, encoded: Sequence[EncodedText], sizes: Iterable[int]) -> Encodings:
-        """Concatenate the tokens of texts; `sizes` are the numbers of characters of the texts.
+        """Concatenate the tokens of several texts. `sizes` contains the number of characters of each text.
 
         >>> text = EncodedText(np.array([7, 8], np.int32), np.array([[0, 2], [2, 3]], np.int32))
         >>> batch = Encodings.from_texts([text, text], [3, 3])
@@ -75,14 +75,14 @@ class Encodings:
         return map(self.__getitem__, range(len(self)))
 
     def with_replacements(self, replacements: Mapping[int, EncodedText]) -> Encodings:
-        """Return a copy with other tokens for the texts whose indices are the keys of `replacements`."""
+        """Return a copy in which some texts have new tokens. `replacements` maps text indices to new tokens."""
         if not replacements:
             return self
         texts = [replacements.get(number, text) for number, text in enumerate(self)]
         return Encodings.from_texts(texts, np.diff(self.text_bounds).tolist())
 
     def with_prefix(self, texts: Sequence[int], ids: NDArray[np.int32]) -> Encodings:
-        """Return a copy with the ids prepended to the texts of these indices; the new tokens cover no characters."""
+        """Return a copy with `ids` prepended to the texts with these indices. The new tokens cover no characters."""
         if not len(texts) or not len(ids):
             return self
         positions, offsets = (
@@ -102,7 +102,7 @@ class Encodings:
 
 @dataclass(frozen=True, eq=False)
 class RenderedBatch:
-    """Rendered texts with their spans in columns.
+    """A batch of rendered texts, with arrays of the starts and ends of all spans.
 
     Attributes:
         texts: the rendered texts.
@@ -126,17 +126,17 @@ class RenderedBatch:
 
     @property
     def starts(self) -> NDArray[np.int64]:
-        """Start of each span, in characters of the concatenated texts (int64 `[spans]`)."""
+        """Start of each span, as a character index in the concatenated texts (int64 `[spans]`)."""
         return self._edges[:-1]
 
     @property
     def ends(self) -> NDArray[np.int64]:
-        """End of each span, in characters of the concatenated texts (int64 `[spans]`)."""
+        """End of each span, as a character index in the concatenated texts (int64 `[spans]`)."""
         return self._edges[1:]
 
     @cached_property
     def data(self) -> NDArray[np.bool_]:
-        """Which spans are not template text (bool `[spans]`)."""
+        """For each span, whether its text comes from the row instead of the template (bool `[spans]`)."""
         return np.concatenate([np.empty(0, np.bool_), *[spans.kinds.is_data for spans in self.spans]])
 
     @cached_property
@@ -145,7 +145,7 @@ class RenderedBatch:
 
 
 class ExampleColumns(NamedTuple):
-    """Examples in columns, in the form in which they are counted and written.
+    """The tokens and counts of several examples, stored as arrays for writing to disk.
 
     Attributes:
         ids: int32 `[tokens]`, the concatenated ids of all examples.
@@ -167,7 +167,7 @@ class ExampleColumns(NamedTuple):
 
 
 def end_offsets(sizes: Iterable[int]) -> NDArray[np.int64]:
-    """Return the cumulative sum of sizes, with a 0 in front: int64 `[sizes + 1]`."""
+    """Return the cumulative sums of `sizes`, preceded by 0 (int64 `[sizes + 1]`)."""
     ends = np.array([0, *sizes], np.int64)
     return np.cumsum(ends, out=ends)
 

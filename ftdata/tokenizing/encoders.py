@@ -1,4 +1,4 @@
-"""Encode batches of texts to ids and offsets.
+"""Encode batches of texts as token ids and character offsets.
 
 The reference is `tokenizers`. fastokens (extra `fast`) is about a hundred times faster. ftdata uses it if it encodes a
 set of difficult texts in the same way as the reference.
@@ -36,23 +36,23 @@ COMPARED_LENGTH, COMPARISON_INTERVAL = 1000, 4
 
 
 class EncodersDiffer(Exception):
-    """The fast encoder and the reference encoded a text of the data differently."""
+    """The fast encoder and the reference encoder produced different tokens for the same text."""
 
 
 class EncodingCache(Protocol):
-    """A cache of tokenized texts."""
+    """The interface of a cache of tokenized texts."""
 
     @property
     def has_entries(self) -> bool:
         """Whether the cache contains any text."""
 
     def encode(self, texts: Sequence[str], encode: Callable[[Sequence[str]], Encodings]) -> Encodings:
-        """Return the tokens of each text from the cache, and call `encode` for the other texts."""
+        """Return the tokens of each text. Read the tokens from the cache if possible, or else call `encode`."""
 
 
 @contextmanager
 def describe_encoder_error() -> Iterator[None]:
-    """Convert errors of `tokenizers`, which raises plain `Exception` and Rust panics, to ftdata errors.
+    """Convert exceptions and Rust panics of the package `tokenizers` to `TemplateRefused`.
 
     Raises:
         TemplateRefused: `bad_tokenizer`.
@@ -70,7 +70,7 @@ def describe_encoder_error() -> Iterator[None]:
 
 
 class Encoder(Protocol):
-    """An encoder of texts that adds no special tokens."""
+    """The interface of an encoder, which converts texts to tokens without adding special tokens."""
 
     def encode(self, texts: Sequence[str]) -> Encodings:
         """Return the tokens of each text."""
@@ -78,7 +78,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class ReferenceEncoder:
-    """The encoder of the `tokenizers` package."""
+    """An encoder that uses the package `tokenizers`. Other encoders must produce the same tokens."""
 
     backend: tokenizers.Tokenizer
     name: str = f"tokenizers {tokenizers.__version__}"
@@ -96,7 +96,7 @@ class ReferenceEncoder:
 
 @dataclass(frozen=True)
 class FastEncoder:
-    """The encoder of fastokens, for byte-level BPE and for BPE on characters with byte fallback.
+    """An encoder that uses the package fastokens. It supports byte-level BPE, and BPE with byte fallback.
 
     Attributes:
         native: the tokenizer of fastokens.
@@ -146,7 +146,7 @@ class FastEncoder:
 
 @dataclass
 class Encoders:
-    """The encoders of one tokenizer: the reference, and the fast encoder if there is enough text.
+    """The encoders of one tokenizer. The fast encoder is loaded only if there is enough text to encode.
 
     Attributes:
         description: the content of `tokenizer.json`.
@@ -169,15 +169,15 @@ class Encoders:
 
     @property
     def name(self) -> str:
-        """Name of the encoder in use."""
+        """Name and version of the encoder in use."""
         return self.reference.name if self._fast is None or not self.is_fast_trusted else self._fast.name
 
     def expect_input(self, size: int) -> None:
-        """Announce the size of the next data set, in characters or bytes."""
+        """Set the expected size of the next data set, in characters or bytes. Large data sets use the fast encoder."""
         self.expected, self._batch_count = max(self.expected, size), 0
 
     def encode(self, texts: Sequence[str]) -> Encodings:
-        """Return the tokens of each text. In some batches, including the first, both encoders encode one text.
+        """Return the tokens of each text. In every fourth batch, compare the results of both encoders for one text.
 
         Raises:
             EncodersDiffer: the encoders differ, and the caller must repeat its work.
@@ -207,7 +207,7 @@ class Encoders:
 
 
 def load_fast_encoder(description: bytes, reference: ReferenceEncoder) -> FastEncoder | None:
-    """Return the fast encoder for a tokenizer.
+    """Load the fast encoder of a tokenizer.
 
     Returns:
         The encoder, or `None` if fastokens is not installed, does not support the tokenizer, or differs from the
@@ -243,7 +243,7 @@ def load_fast_encoder(description: bytes, reference: ReferenceEncoder) -> FastEn
 
 
 def _trim_memory() -> None:
-    """Return free memory to the operating system, which glibc does not do automatically.
+    """Return unused memory to the operating system, because glibc keeps it.
 
     Loading a tokenizer temporarily allocates a hundred megabytes.
     """
@@ -259,7 +259,7 @@ seldom repeat."""
 
 @contextmanager
 def _set_environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables temporarily, except variables that the user has set."""
+    """Set environment variables inside a `with` block. Variables that are already set keep their values."""
     added = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -270,13 +270,13 @@ def _set_environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 def find_first_difference(encoder: Encoder, reference: Encoder, texts: Sequence[str]) -> str | None:
-    """Return the first text that two encoders encode differently."""
+    """Return the first text that the two encoders encode differently, or `None` if they agree."""
     pairs = zip(texts, encoder.encode(texts), reference.encode(texts), strict=True)
     return next((text for text, first, second in pairs if has_difference(first, second)), None)
 
 
 def has_difference(first: EncodedText, second: EncodedText) -> bool:
-    """Return whether two encodings of a text differ in ids or offsets."""
+    """Return whether two encodings of a text differ in token ids or offsets."""
     return not (np.array_equal(first.ids, second.ids) and np.array_equal(first.offsets, second.offsets))
 
 
@@ -289,7 +289,7 @@ _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE_SYM
 
 
 def _is_byte_level(spec: Any) -> bool:
-    """Return whether token names determine how many bytes a token covers, and NFC is the only normalizer."""
+    """Return whether a tokenizer is byte-level BPE without any normalizer except NFC, as `FastEncoder` requires."""
     normalizers, pre_tokenizers = (_flatten_stages(spec.get(name)) for name in ("normalizer", "pre_tokenizer"))
     byte_levels = [stage for stage in pre_tokenizers if stage["type"] == "ByteLevel"]
     can_sum = len(byte_levels) == 1 and not byte_levels[0].get("add_prefix_space")
@@ -300,7 +300,7 @@ def _is_byte_level(spec: Any) -> bool:
 
 
 def _is_sentencepiece(spec: Any) -> bool:
-    """Return whether tokens are named by their characters or a byte, and normalizers change spaces only."""
+    """Return whether a tokenizer is SentencePiece-style BPE with byte fallback, and normalizes only spaces."""
     changes_spaces = _flatten_stages(spec.get("normalizer")) in ([_REPLACE], [_PREPEND, _REPLACE])
     # A pre-tokenizer that splits at spaces has no effect, because the normalizer has replaced all spaces.
     splits_nothing = spec.get("pre_tokenizer") is None or spec["pre_tokenizer"].get("pattern") == {"String": " "}
@@ -312,7 +312,7 @@ def _is_sentencepiece(spec: Any) -> bool:
 
 
 def _is_plain_bpe(spec: Any) -> bool:
-    """Return whether the model is BPE without word affixes, and added tokens match exactly as written."""
+    """Return whether the model is BPE without dropout or affixes, and added tokens match text exactly."""
     model, added_tokens = spec["model"], spec.get("added_tokens", ())
     is_bpe = model.get("type") == "BPE" and not any(model.get(name) for name in _MODEL_OPTIONS)
     return is_bpe and not any(token.get(name) for token in added_tokens for name in _ADDED_TOKEN_OPTIONS)
@@ -328,7 +328,7 @@ def _flatten_stages(stage: Any) -> list[dict[str, Any]]:
 
 
 def _find_section_starts(is_added: NDArray[np.bool_], bounds: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which tokens are the first of a text, or follow an added token, and are not added tokens themselves."""
+    """Mark the ordinary tokens that begin a text or follow an added token (bool `[tokens]`)."""
     starts = np.ones(len(is_added), np.bool_)
     starts[1:] = is_added[:-1]
     starts[bounds[:-1][bounds[:-1] < len(is_added)]] = True
@@ -342,7 +342,7 @@ def _mark_added_tokens(spec: Any, size: int) -> NDArray[np.bool_]:
 
 
 def _count_characters(spec: Any, *, is_byte_level: bool) -> NDArray[np.unsignedinteger]:
-    """Return the table `FastEncoder.doubled_counts` of a tokenizer (unsigned `[size]`)."""
+    """Compute `FastEncoder.doubled_counts`: how many characters begin in each token (unsigned `[size]`)."""
     vocabulary = spec["model"]["vocab"]
     added = {token["id"]: token["content"] for token in spec.get("added_tokens", ())}
     doubled_counts = np.zeros(max(*vocabulary.values(), *added, 0) + 1, dtype=np.int32)
@@ -366,7 +366,7 @@ def _count_characters(spec: Any, *, is_byte_level: bool) -> NDArray[np.unsignedi
 
 
 def _continuation_symbols() -> NDArray[np.bool_]:
-    """Return which symbols of byte-level BPE represent a continuation byte of UTF-8 (bool `[512]`, by code point).
+    """Return which byte-level BPE symbols represent a UTF-8 continuation byte (bool `[512]`, by code point).
 
     Bytes that are printable in Latin-1 represent themselves; all other bytes are represented by characters from U+0100
     on (Radford et al. 2019, GPT-2's `bytes_to_unicode`).
@@ -412,7 +412,7 @@ _PIECES = (*_WHITESPACE, *_NUMBERS, *_WORDS, *_COMBINING, *_SCRIPTS, *_JOINED)
 
 
 def _difficult_texts(added_tokens: Sequence[str]) -> Iterator[str]:
-    """Yield texts on which encoders often differ: whitespace, digits, marks, joiners, rare scripts, added tokens."""
+    """Yield test texts that encoders often encode differently, such as whitespace, combining marks and added tokens."""
     yield from ("", *_PIECES, *added_tokens[:2000])
     for run in (*"a \n1!\t", "ab ", "\u00e9", "\u4f60", "\U0001f44d"):
         yield from (run * count for count in (2, 3, 5, 17, 300))

@@ -18,7 +18,7 @@ from ftdata.tokenizing.tokenizer import Tokenizer, _strip_backend
 
 
 def load_tokenizer(tokenizer: Any, *, thorough: bool = True) -> Tokenizer:
-    """Load a tokenizer without importing transformers. Tokenizers with the same content are loaded once.
+    """Load a tokenizer without importing transformers. Reuse a loaded tokenizer with the same content.
 
     Args:
         tokenizer: a folder with `tokenizer.json`, a Hub id, or a `transformers` or `tokenizers` object.
@@ -46,7 +46,7 @@ def load_tokenizer(tokenizer: Any, *, thorough: bool = True) -> Tokenizer:
     if not (folder / "tokenizer.json").is_file():
         raise UsageError(
             "no_tokenizer",
-            f"{folder} contains no tokenizer.json",
+            f"the folder {folder} contains no tokenizer.json",
             hint="save a fast tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
     return _from_folder(folder, str(tokenizer))
@@ -67,7 +67,7 @@ _SAMPLE = (
 
 
 def _from_content(name: str, text: bytes, special_tokens: dict[str, str], chat_template: str | None) -> Tokenizer:
-    """Return the tokenizer with this content, from the cache if possible."""
+    """Create a tokenizer from the content of its files, or return a cached tokenizer with the same content."""
     digest = disk.hash_bytes(text)
     key = (digest, name, json.dumps(special_tokens, sort_keys=True), chat_template or "", str(chat_template is None))
     if key not in _loaded:
@@ -83,7 +83,7 @@ def _from_content(name: str, text: bytes, special_tokens: dict[str, str], chat_t
 
 
 def _find_loaded(digest: str) -> Tokenizer | None:
-    """Return a cached tokenizer of the same `tokenizer.json`, with any chat template."""
+    """Return a cached tokenizer whose `tokenizer.json` has this digest. Its chat template may differ."""
     return next((tokenizer for (other, *_), tokenizer in _loaded.items() if other == digest), None)
 
 
@@ -110,9 +110,9 @@ _TOKEN_SETTINGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
 
 
 def _read_state(backend: tokenizers.Tokenizer) -> tuple[Any, ...]:
-    """Return all mutable settings of a tokenizer except vocabulary and merges, and the tokens of a sample text.
+    """Return a tokenizer's mutable settings and its tokens for a sample text, to detect changes quickly.
 
-    Of the vocabulary, only a sample is compared: hashing it all would take longer than encoding a conversation.
+    Only a sample of the vocabulary is compared, because hashing all of it takes longer than encoding a conversation.
     """
     added, size = backend.get_added_tokens_decoder(), backend.get_vocab_size(with_added_tokens=True)
     parts = (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder)
@@ -157,7 +157,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise TemplateRefused("bad_tokenizer", f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise TemplateRefused("bad_tokenizer", f"{path} contains a {type(content).__name__}, expected an object")
+        raise TemplateRefused("bad_tokenizer", f"{path} contains a {type(content).__name__}, expected a JSON object")
     return {key: value for key, value in content.items() if value is not None}
 
 
@@ -173,8 +173,8 @@ def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         with suppress(LookupError, TypeError):
             template = {item["name"]: item["template"] for item in template}.get("default")
     if template is not None and not isinstance(template, str):
-        problem = f"chat_template is a {type(template).__name__}, expected text, or a list of names and templates"
-        raise TemplateRefused("bad_tokenizer", f"{folder / 'tokenizer_config.json'}: {problem}")
+        problem = f"{folder / 'tokenizer_config.json'} contains a chat_template of type {type(template).__name__}"
+        raise TemplateRefused("bad_tokenizer", f"{problem}, expected text, or a list of names and templates")
     return template
 
 

@@ -1,4 +1,4 @@
-"""Text of single tokens, for tokens that come without their text."""
+"""Decode the text of single tokens, for data that contains only token ids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_TOKENS_PER_CHARACTER = 16
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """Return the text of each token. If several tokens form a character, the text of all but the first is empty."""
+    """Return the text of each token. If several tokens form one character, only the first token has text."""
     cache = _text_cache(tokenizer)
     texts = [cache[id_] if id_ in cache else cache.setdefault(id_, _decode_inside(tokenizer, [id_])) for id_ in ids]
     start = 0
@@ -37,7 +37,10 @@ def _text_cache(tokenizer: Tokenizer) -> dict[int, str]:  # noqa: ARG001  (the a
 
 
 def _find_character_end(tokenizer: Tokenizer, ids: Sequence[int], start: int) -> int:
-    """Return the index after the tokens that form complete characters from `start` on, or `start + 1` if none do."""
+    """Find the tokens from `start` on that together form complete characters, and return the index after them.
+
+    Return `start + 1` if the tokens do not form complete characters.
+    """
     for end in range(start + 2, min(start + _MAX_TOKENS_PER_CHARACTER, len(ids)) + 1):
         if _REPLACEMENT not in _decode_inside(tokenizer, ids[start:end]):
             return end
@@ -46,7 +49,7 @@ def _find_character_end(tokenizer: Tokenizer, ids: Sequence[int], start: int) ->
 
 @lru_cache(maxsize=8)
 def _find_prefix(tokenizer: Tokenizer) -> tuple[tuple[int, ...], str]:
-    """Return a token to prepend, and its text. Without it, decoders remove a space at the beginning of the text."""
+    """Return the ids and the text of a token to prepend, because decoders may remove a space at the start of a text."""
     for character in ("a", "A", "0"):
         ids = tokenizer.encode([character])[0].ids[-1:].tolist()
         if ids and (text := tokenizer.decode(ids)) and tokenizer.decode(ids * 2).startswith(text):
@@ -55,6 +58,6 @@ def _find_prefix(tokenizer: Tokenizer) -> tuple[tuple[int, ...], str]:
 
 
 def _decode_inside(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Decode ids as in the middle of a text."""
+    """Decode ids as if they were in the middle of a text, so that a leading space is kept."""
     prefix, text = _find_prefix(tokenizer)
     return tokenizer.decode([*prefix, *ids]).removeprefix(text)

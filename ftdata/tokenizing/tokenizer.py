@@ -1,4 +1,4 @@
-"""Tokenize texts to ids with character offsets.
+"""Convert texts to token ids with character offsets.
 
 Every text is tokenized as a whole, exactly as the tokenizer does it; parts are never tokenized separately. The only
 exception is deliberate: if the text of a row contains a control token (a user typed `<|im_end|>`), it is encoded as
@@ -37,7 +37,7 @@ _SHARED_PROPERTIES = frozenset({"_stripped_backend", "encoders", "added_tokens",
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A fast tokenizer with its special tokens and chat template. Compared by identity.
+    """A fast tokenizer with its special tokens and chat template. Instances are compared by identity.
 
     Attributes:
         name: folder, Hub id or `"<object>"`.
@@ -52,7 +52,7 @@ class Tokenizer:
     chat_template: str | None = field(default=None, repr=False)
 
     def with_template(self, chat_template: str | None, special_tokens: dict[str, str]) -> Tokenizer:
-        """Return a copy with another chat template, without loading the tokenizer again."""
+        """Return a copy with another chat template and special tokens, without loading the tokenizer again."""
         other = replace(self, chat_template=chat_template, special_tokens=special_tokens)
         other.__dict__.update({name: value for name, value in self.__dict__.items() if name in _SHARED_PROPERTIES})
         return other
@@ -67,7 +67,7 @@ class Tokenizer:
 
     @cached_property
     def encoders(self) -> Encoders:
-        """The encoders of this tokenizer."""
+        """The reference encoder and the fast encoder of this tokenizer."""
         return Encoders(self.json, ReferenceEncoder(self._backend))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Tokenizer:
 
     @cached_property
     def added_tokens(self) -> dict[str, tuple[int, bool]]:
-        """Added token -> (id, whether it is special)."""
+        """A map from the text of each added token to its id, and whether the token is special."""
         return {token.content: (id_, token.special) for id_, token in self._backend.get_added_tokens_decoder().items()}
 
     @cached_property
@@ -95,7 +95,7 @@ class Tokenizer:
 
     @cached_property
     def bos_ids(self) -> NDArray[np.int32]:
-        """The BOS token, if the tokenizer prepends it to texts (int32 `[0]` or `[1]`)."""
+        """The id of the BOS token if the tokenizer prepends it to texts, otherwise no id (int32 `[0]` or `[1]`)."""
         added_ids = self._stripped_backend[1]
         bos = self.token_to_id(self.special_tokens.get("bos_token"))
         # Other tokens around a text, such as BERT's [CLS] and T5's </s>, are not BOS tokens of causal models.
@@ -103,17 +103,17 @@ class Tokenizer:
 
     @cached_property
     def size(self) -> int:
-        """The largest id plus 1."""
+        """The largest token id plus 1."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def vocabulary_size(self) -> int:
-        """The number of tokens, which is much faster to compute than `size`."""
+        """The number of tokens in the vocabulary. It is much faster to compute than `size`."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def unknown_token(self) -> str | None:
-        """The token for text that is not in the vocabulary, if there is one."""
+        """The token that represents text outside the vocabulary, or `None` if the tokenizer has no such token."""
         return getattr(self._backend.model, "unk_token", None)
 
     def token_to_id(self, token: str | None) -> int | None:
@@ -121,11 +121,11 @@ class Tokenizer:
         return None if token is None else self._backend.token_to_id(token)
 
     def id_to_token(self, id_: int) -> str:
-        """Return a token as written in the vocabulary, e.g. `Ġare`; empty if the id is not in the vocabulary."""
+        """Return a token as spelled in the vocabulary, e.g. `Ġare`. Return an empty string for an unknown id."""
         return self._backend.id_to_token(id_) or ""
 
     def decode(self, ids: Iterable[int], *, skip_control: bool = False) -> str:
-        """Decode ids; `skip_control` omits special tokens."""
+        """Decode token ids to text. Omit special tokens if `skip_control` is true."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_control))
 
     def encode(self, texts: Sequence[str]) -> Encodings:
@@ -206,7 +206,7 @@ def _check_added_tokens(backend: tokenizers.Tokenizer) -> None:
 
 
 def is_ordinary(token: str) -> bool:
-    """Return whether a token can occur in ordinary text: whitespace, one character, or only alphanumeric characters."""
+    """Return whether a token can occur in ordinary text: whitespace, a single character, or an alphanumeric word."""
     text = token.strip()
     return len(text) < 2 or text.isalnum()
 
@@ -222,7 +222,7 @@ def _is_encodable(text: str) -> bool:
 def encode_rendered(
     tokenizer: Tokenizer, batch: RenderedBatch, control: ControlTokens, policy: str
 ) -> tuple[Encodings, dict[int, BadRow]]:
-    """Encode a batch of rendered texts.
+    """Encode a batch of rendered texts. Escape, reject or allow control tokens that come from the rows.
 
     Args:
         tokenizer: the tokenizer.
@@ -239,7 +239,7 @@ def encode_rendered(
     try:
         tokens = tokenizer.encode(texts)
     except (UnicodeEncodeError, TypeError):
-        error = BadRow("lone_surrogate", "contains a lone surrogate, which is not a valid character")
+        error = BadRow("lone_surrogate", "the text contains a lone surrogate, which is not a valid character")
         rejects = {index: error for index, text in enumerate(texts) if not _is_encodable(text)}
         if not rejects:
             raise
@@ -273,14 +273,14 @@ def encode_rendered(
 
 @dataclass(frozen=True)
 class ControlTokens:
-    """The control tokens of a tokenizer and a template, and methods to find and escape them in the text of rows."""
+    """The control tokens of a tokenizer and a template, with methods to find and escape control tokens in texts."""
 
     tokenizer: Tokenizer
     tokens: tuple[str, ...]
 
     @cached_property
     def pattern(self) -> re.Pattern[str] | None:
-        """Pattern that matches control tokens, the longest first."""
+        """A pattern that matches any control token, or `None` if there are no control tokens."""
         return re.compile("|".join(map(re.escape, self.tokens))) if self.tokens else None
 
     @cached_property
@@ -296,7 +296,7 @@ class ControlTokens:
         return False
 
     def find_suspects(self, batch: RenderedBatch, tokens: Encodings) -> list[int]:
-        """Return the indices of texts with a control token or unknown token that overlaps the text of the row."""
+        """Return the indices of texts in which a control token or the unknown token overlaps text from the row."""
         if not self.tokens:
             return []
         low, high = self._widest_gap
@@ -321,7 +321,7 @@ class ControlTokens:
         return sorted(set(texts.tolist()))
 
     def find_matches(self, rendered: Rendered) -> tuple[list[re.Match[str]], list[re.Match[str]]]:
-        """Find the control tokens in a text.
+        """Find the control tokens in a rendered text.
 
         Returns:
             The matches in template text, and the typed matches, which overlap the text of the row.
@@ -344,20 +344,20 @@ class ControlTokens:
         return np.asarray([self.tokenizer.added_tokens[token][0] for token in self.tokens], dtype=np.int32)
 
     def count(self, ids: NDArray[np.int32]) -> int:
-        """Return the number of control tokens among the ids; the unknown token is not counted."""
+        """Count the control tokens in `ids`. The unknown token is not counted."""
         return int(np.count_nonzero(self.is_control(ids)))
 
     def is_control(self, ids: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """Return which ids are control tokens (bool `[n]`); the unknown token does not count."""
+        """Return for each id whether it is a control token (bool `[n]`). The result is false for the unknown token."""
         return self._counted_table.take(ids, mode="clip")
 
     def count_expected(self, template_matches: Iterable[re.Match[str]]) -> int:
-        """Return the number of control tokens in a text, if only template text becomes control tokens."""
+        """Return how many control tokens an encoded text should contain: only the tokens that the template wrote."""
         ids = [self.tokenizer.added_tokens[match.group()][0] for match in template_matches]
         return self.count(np.asarray(ids, dtype=np.int32))
 
     def escape(self, rendered: Rendered) -> EncodedText | BadRow:
-        """Encode a text with control tokens of the template as control tokens, and typed ones as plain text.
+        """Encode a text. Control tokens from the template stay control tokens; control tokens from the row become text.
 
         Every control token of the template is replaced by a placeholder of the same length, made of private-use
         characters. A modified tokenizer has the placeholders as added tokens instead of the control tokens, so lengths
@@ -372,7 +372,9 @@ class ControlTokens:
         )
         base = next(unused, None)
         if base is None:
-            return BadRow("control_tokens", "contains control tokens and private-use characters of all four ranges")
+            return BadRow(
+                "control_tokens", "the text contains control tokens, and private-use characters from all four ranges"
+            )
         template_matches, _ = self.find_matches(rendered)
         numbers = {token: number for number, token in enumerate(self.tokens)}
         pieces: list[str] = []
@@ -387,14 +389,14 @@ class ControlTokens:
         if self.count(ids) != self.count_expected(template_matches):
             return BadRow(
                 "control_tokens",
-                "contains a control token that cannot be escaped with this tokenizer",
+                "the text contains a control token that cannot be escaped with this tokenizer",
                 hint="remove the control token from the data",
             )
         return EncodedText(ids, encoded.offsets, escaped=True)
 
     @cached_property
     def _widest_gap(self) -> tuple[int, int]:
-        """The widest range of ids without control tokens, exclusive, to exclude most ids by two comparisons."""
+        """The exclusive bounds of the largest range of ids without control tokens, used to skip most ids quickly."""
         edges = [-1, *sorted(self.ids.tolist()), self.tokenizer.vocabulary_size]
         return max(pairwise(edges), key=lambda pair: pair[1] - pair[0])
 
@@ -415,7 +417,7 @@ class ControlTokens:
 
 @lru_cache(maxsize=8)
 def _make_placeholder_backend(control: ControlTokens, base: int) -> tuple[tokenizers.Tokenizer, NDArray[np.int32]]:
-    """Return the tokenizer with placeholders for its control tokens, and the map from its ids to the original ids."""
+    """Create a tokenizer with placeholders instead of control tokens. Return it with a table of the original ids."""
     description = json.loads(control.tokenizer.json)
     description["post_processor"] = None
     placeholders = {token: chr(base + n) * len(token) for n, token in enumerate(control.tokens)}
@@ -432,7 +434,7 @@ def _make_placeholder_backend(control: ControlTokens, base: int) -> tuple[tokeni
 
 @lru_cache(maxsize=32)
 def find_control_tokens(tokenizer: Tokenizer, template: str) -> ControlTokens:
-    """Return the control tokens of a tokenizer with a template.
+    """Find the control tokens of a tokenizer that is used with a template.
 
     Control tokens are all special tokens, added tokens that strip whitespace, and added tokens in the template. Words
     that were added to the vocabulary are not control tokens, even if the template contains them.

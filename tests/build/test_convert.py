@@ -82,7 +82,7 @@ def test_unconvertible_rows_are_counted_and_the_output_is_atomic(tmp_path):
 
 
 def test_unwritable_output_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="expected a .jsonl or .parquet"):
+    with pytest.raises(UsageError, match="expected the path of a .jsonl or .parquet"):
         convert([{"question": "q", "answer": "a"}], tmp_path / "o.csv")
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
@@ -104,7 +104,7 @@ def test_rows_that_would_be_read_back_differently_are_rejected(tmp_path, tokeniz
 
 def test_source_file_is_not_overwritten(tmp_path):
     path = write(tmp_path, "d.jsonl", '{"question": "q", "answer": "a"}\n')
-    with pytest.raises(UsageError, match="is a source"):
+    with pytest.raises(UsageError, match="which is one of the sources"):
         convert(path, path)
     assert len(list(read(path))) == 1
 
@@ -177,7 +177,7 @@ def test_sources_are_counted_separately_and_never_deleted(tmp_path):
     done = convert(paths, tmp_path / "o.jsonl", where="question | int > 1")
     assert [(one.read, one.built, one.filtered) for one in done.sources] == [(5, 3, 2)] * 2
     mended = write(tmp_path, "chats.rejects.jsonl", rows[0] + "\n")
-    with pytest.raises(UsageError, match="is a source"):
+    with pytest.raises(UsageError, match="which is one of the sources"):
         convert(mended, tmp_path / "chats.jsonl")
 
 

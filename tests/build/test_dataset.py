@@ -413,7 +413,7 @@ def test_pretokenized_rows_are_unchanged(tiny):
     built = build_sft_dataset([row], tiny)
     assert built["train"][0] == plain
     assert any("come from pretokenized rows" in note for note in built.report.notes)
-    with pytest.raises(BadRows, match=r"input_ids\[1\]: is 99999"):
+    with pytest.raises(BadRows, match=r"input_ids\[1\]: the token id 99999 is not"):
         build_sft_dataset([{"input_ids": [1, 99999], "labels": [-100, 99999]}], tiny)
 
 

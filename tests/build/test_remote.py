@@ -100,13 +100,13 @@ def test_finished_remote_build_is_reused_and_not_overwritten(bucket, build):
     again = build("s3://data/in", "s3://data/out")
     assert (again.totals, again.encoder, sent(bucket)) == (first.totals, "", [])
     put("in/a.jsonl", LINES.replace(b"what", b"then"))
-    with pytest.raises(UsageError, match=r"s3://data/out: contains another build"):
+    with pytest.raises(UsageError, match=r"s3://data/out: the URL contains another build"):
         build("s3://data/in", "s3://data/out")
     assert (objects("out"), sent(bucket)) == (before, ["PUT /data/in/a.jsonl"])
-    with pytest.raises(UsageError, match=r"s3://data/in: contains files that are not a build: a.jsonl"):
+    with pytest.raises(UsageError, match=r"s3://data/in: the URL contains files that are not a build: a.jsonl"):
         build("s3://data/in", "s3://data/in")
     for place in ("http://example.org/x", "hf://datasets/me/x", "file:///tmp/x"):
-        with pytest.raises(UsageError, match=f"output_url.*{place} is not a URL that builds can be written to"):
+        with pytest.raises(UsageError, match=f"output_url.*builds cannot be written to {place}"):
             build("s3://data/in", place)
 
 
@@ -130,7 +130,8 @@ def test_foreign_remote_files_are_not_overwritten(bucket, build):
     put("mine/train/data-00000.arrow", b"mine")
     before = objects("mine")
     with pytest.raises(
-        UsageError, match=r"s3://data/mine: contains files that are not a build: README.md, train/data-00000.arrow"
+        UsageError,
+        match=r"s3://data/mine: the URL contains files that are not a build: README.md, train/data-00000.arrow",
     ):
         build("s3://data/in", "s3://data/mine")
     assert objects("mine") == before
@@ -181,7 +182,9 @@ def test_remote_builds_are_downloaded_and_verified(bucket, build, tokenizer_dir,
     assert ftdata("verify", "s3://data/out") == (1, "damaged  s3://data/out/train/data-00000.arrow\n", "")
     for one in (tmp_path / "cache" / "builds").iterdir():
         one.rename(tmp_path / "elsewhere")
-    with pytest.raises(InputRefused, match=r"s3://data/out is damaged: train/data-00000.arrow"):
+    with pytest.raises(
+        InputRefused, match=r"the build at s3://data/out has missing or damaged files: train/data-00000.arrow"
+    ):
         preview("s3://data/out", tokenizer_dir("tiny_bpe"))
     assert not list((tmp_path / "cache" / "builds").iterdir())
 

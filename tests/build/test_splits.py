@@ -55,7 +55,7 @@ def test_split_shares_no_row_with_train(rows, seed, size, dedup, shuffle):
     unique = len({content for _, content, _ in rows})
     layout = Layout(test_size=size, seed=seed, dedup=dedup, shuffle=shuffle)
     if size >= (unique if dedup else len(rows)):
-        with pytest.raises(UsageError, match="none to train on"):
+        with pytest.raises(UsageError, match="no row is left to train on"):
             assign_splits(facts(rows), layout)
         return
     equal = max(sum(other[1] == row[1] for other in rows) for row in rows)
