@@ -173,7 +173,7 @@ class _Loader(yaml.SafeLoader):
         """
         super().flatten_mapping(node)
         if len(node.value) > _MAX_VALUES:
-            raise ValueError(f"merge keys (<<) expand to more than {_MAX_VALUES:,} values")
+            raise ValueError(f"the merge keys (<<) expand to more than {_MAX_VALUES:,} values")
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -238,7 +238,9 @@ def _check_plain(value: Any) -> Any:
         elif isinstance(item, int) and abs(item) >= 1 << 64:
             raise ValueError(f"a number has {item.bit_length():,} bits, expected at most 64")
         elif not (item is None or isinstance(item, str | int | float | datetime.date)):
-            raise ValueError(f"a value is a {type(item).__name__}, expected text, a number, a boolean or a date")
+            raise ValueError(
+                f"a value has the type {type(item).__name__}, expected text, a number, a boolean or a date"
+            )
     return value
 
 
@@ -320,7 +322,7 @@ def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> 
 
     >>> make_config({"data": "d.json", "model": "m", "output_dir": "o", "max_lenght": 512})
     Traceback (most recent call last):
-    ftdata.errors.UsageError: [config] unknown key 'max_lenght'. Fix: did you mean 'max_length'? known: ...
+    ftdata.errors.UsageError: [config] the configuration contains the unknown key 'max_lenght'. Fix: did you mean ...
     """
     # TOML parses dates, and the fields of `Config` are strings.
     values = {name: str(value) if isinstance(value, datetime.date) else value for name, value in values.items()}
@@ -337,7 +339,12 @@ def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> 
     for key in merged:
         if key not in Config.__struct_fields__:
             names = (*Config.__struct_fields__, *SECTIONS)
-            raise UsageError("config", f"unknown key {key!r}", where=file, hint=suggest_names(str(key), names))
+            raise UsageError(
+                "config",
+                f"the configuration contains the unknown key {key!r}",
+                where=file,
+                hint=suggest_names(str(key), names),
+            )
     if isinstance(lora := merged.get("lora"), dict):
         fields = {
             name: value for name, value in lora.items() if name in Lora.__struct_fields__ and name != "extra_fields"
@@ -380,7 +387,10 @@ def flatten_sections(values: Mapping[str, Any], where: str = "") -> dict[str, An
         for name, value in (inner if isinstance(inner, dict) else {fields[0]: inner}).items():
             if name not in fields:
                 raise UsageError(
-                    "config", f"unknown key {name!r} in {section}", where=where, hint=suggest_names(name, fields)
+                    "config",
+                    f"{section} contains the unknown key {name!r}",
+                    where=where,
+                    hint=suggest_names(name, fields),
                 )
             if values.get(name) is not None:
                 raise UsageError("config", f"{name} is set twice: at the top level and in {section}", where=where)

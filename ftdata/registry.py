@@ -50,7 +50,7 @@ class Registry(Generic[T]):
     4
     >>> shapes.get("sqare")
     Traceback (most recent call last):
-    ftdata.errors.UsageError: [unknown_shape] no shape named 'sqare'. Fix: did you mean 'square'? known: square
+    ftdata.errors.UsageError: [unknown_shape] the shape 'sqare' does not exist. Fix: did you mean 'square'? ...
     """
 
     def __init__(self, group: str, noun: str) -> None:
@@ -71,7 +71,7 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """Return a plugin by its name, or load an object from a file by `path/to/file.py:name`.
+        """Return the plugin with this name. A name of the form `path/to/file.py:name` loads an object from a file.
 
         Raises:
             UsageError: no plugin has this name (the hint suggests a name), or the plugin cannot be loaded.
@@ -87,7 +87,7 @@ class Registry(Generic[T]):
                 self._files[name] = self._load_file(Path(path), attribute)
             return self._files[name]
         code = f"unknown_{self.noun}"
-        raise UsageError(code, f"no {self.noun} named {name!r}", hint=suggest_names(name, self.names()))
+        raise UsageError(code, f"the {self.noun} {name!r} does not exist", hint=suggest_names(name, self.names()))
 
     def registered(self) -> dict[str, T]:
         """Return the plugins that were registered in this process, in order of registration."""

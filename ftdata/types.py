@@ -201,7 +201,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class SpanKinds:
-    """The kinds of the spans of a text, without positions. Texts with the same structure share one object.
+    """The kinds of a text's spans, without positions. Texts with the same structure share one object.
 
     Attributes:
         parts: the kind of each span.
@@ -362,7 +362,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A rejected row, with the reason and a fix.
+    """A rejected row, with the reason for the rejection and a fix.
 
     Attributes:
         source: the origin of the row.

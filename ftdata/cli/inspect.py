@@ -263,7 +263,7 @@ def diff(
     if b is None and not set_:
         raise UsageError(
             "diff",
-            "B is missing, so there is nothing to compare",
+            "the second side B is missing, so there is nothing to compare",
             hint="pass B, or change an option: --set turns=split",
         )
     with progress_bar() as progress:

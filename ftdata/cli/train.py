@@ -67,13 +67,9 @@ def train(
         ),
     ],
     model: Model = None,
-    output_dir: Annotated[
-        str | None, typer.Option("--output-dir", "-o", help="Directory for checkpoints, metrics and the trained model")
-    ] = None,
+    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Output directory of the run")] = None,
     template: Template = None,
-    schema: Annotated[
-        str | None, typer.Option(help="Row schema: name, ./file.py:function, or auto (detect per row)")
-    ] = None,
+    schema: Annotated[str | None, typer.Option(help="Row schema: name, ./file.py:function, or auto")] = None,
     column: Columns = None,
     train_on: Annotated[
         str | None, typer.Option(help="Messages to train on: assistant, last_assistant, completion or all")

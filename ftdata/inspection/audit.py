@@ -284,7 +284,9 @@ def audit(
         # Error codes of rejected rows can be ignored too. There is no list of them, so unknown codes are accepted.
         if code not in checks and (matches := get_close_matches(str(code), checks, n=1, cutoff=0.85)):
             raise UsageError(
-                "unknown_ignore", f"ignore contains the unknown code {code!r}", hint=f"did you mean {matches[0]!r}?"
+                "unknown_ignore",
+                f"ignore contains the unknown check code {code!r}",
+                hint=f"did you mean {matches[0]!r}?",
             )
     if near_duplicate_threshold is not None:
         check_similarity_threshold(near_duplicate_threshold)
@@ -391,7 +393,7 @@ class Auditor:
         finding.add(reject.source, f"{reject.field} {reject.reason}".strip())
 
     def _detect_scripts(self, examples: Sequence[Example]) -> int:
-        """Return the scripts (writing systems) of the answers, and collect the tokens that end the answers.
+        """Return the scripts (writing systems) of the answers, and collect the stop tokens that end the answers.
 
         Bit `i` of the result is set if an answer is written in script `text_detectors.SCRIPTS[i]`.
         """

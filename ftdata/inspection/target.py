@@ -92,7 +92,7 @@ def make_target(
     sources = resolve_sources(data)
     if tokenizer is None:
         hint = "pass the tokenizer of the model: --tokenizer"
-        raise UsageError("no_tokenizer", "tokenizer is missing, but the tokens depend on it", hint=hint)
+        raise UsageError("no_tokenizer", "a tokenizer is required, but no tokenizer was passed", hint=hint)
     recipe = make_recipe(tokenizer, template, **options)
     held_out = [_mark_held_out(source) for source in resolve_sources(against)] if against is not None else []
     RowFilter(where, limit)
