@@ -1,4 +1,4 @@
-"""ftdata: turn fine-tuning data into the exact tokens and labels for training a language model.
+"""ftdata converts fine-tuning data to the exact tokens and labels for training a language model.
 
     from ftdata import build_sft_dataset
     ds = build_sft_dataset("data.json", tokenizer="google/gemma-2-9b-it")

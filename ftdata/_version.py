@@ -1,3 +1,3 @@
-"""The one place of the version number."""
+"""The version number of the package."""
 
 __version__ = "0.1.0"

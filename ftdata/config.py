@@ -1,4 +1,4 @@
-"""Configuration files of training runs. Unknown keys are errors with a suggestion.
+"""Read, check and write the configuration files of training runs.
 
 ```yaml
 data: data.json
@@ -13,7 +13,8 @@ train: {num_train_epochs: 3, learning_rate: 2.0e-4}
 output_dir: out
 ```
 
-`mask`, `length` and `pack` are optional groups. Their fields can also be top-level keys.
+`mask`, `length` and `pack` are optional groups. Their fields can also be top-level keys. An unknown key is an error,
+and the error message suggests the closest known key.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ LORA_NAMES = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
 
 
 class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A LoRA adapter (Hu et al. 2021): `alpha / r` scales the product of the two low-rank matrices.
+    """The hyperparameters of a LoRA adapter (Hu et al. 2021).
+
+    LoRA adds the product of two low-rank matrices to a weight matrix. The factor `alpha / r` scales the product.
 
     In a file, all fields share one level: `lora: {r: 16, use_dora: true}`.
     """
@@ -72,7 +75,7 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Further fields of `peft.LoraConfig`, such as `use_dora`, `use_rslora`, `modules_to_save` or `bias`."""
 
     def fields(self) -> dict[str, Any]:
-        """Return all fields on one level, as in a file."""
+        """Return all fields as one flat dictionary, as in a configuration file."""
         values = {name: getattr(self, name) for name in self.__struct_fields__ if name != "extra_fields"}
         return {**values, **self.extra_fields}
 
@@ -150,20 +153,27 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise ValueError(message)
 
     def build_options(self) -> dict[str, Any]:
-        """Return the arguments of `build_sft_dataset` except data, tokenizer and output_dir."""
+        """Return the arguments for `build_sft_dataset`, except `data`, `tokenizer` and `output_dir`."""
         fields = self.__struct_fields__
         names = fields[fields.index("template") : fields.index("template_kwargs") + 1]
         return {name: getattr(self, name) for name in names}
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader with the scalars of YAML 1.2: `1e-4` is a number; `no`, `off`, `yes` and dates are strings."""
+    """A YAML loader that parses scalars by the rules of YAML 1.2.
+
+    `1e-4` is a number. `no`, `off`, `yes` and dates are strings.
+    """
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merge the keys of other mappings (`<<`), which may contain merges themselves."""
+        """Resolve the merge keys (`<<`) of a mapping.
+
+        Raises:
+            ValueError: the merged mapping has too many values.
+        """
         super().flatten_mapping(node)
         if len(node.value) > _MAX_VALUES:
-            raise ValueError(f"merge keys (<<) expand to more than {_MAX_VALUES:,} values")
+            raise ValueError(f"the merge keys (<<) expand to more than {_MAX_VALUES:,} values")
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -191,7 +201,7 @@ _MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 1 << 19, 50_000, 32
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML into plain values, with the scalars of YAML 1.2.
+    """Parse YAML into dictionaries, lists and scalars. Scalars follow the rules of YAML 1.2.
 
     >>> parse_yaml("{learning_rate: 1e-4, save_strategy: no, steps: 3, quick: true}")
     {'learning_rate': 0.0001, 'save_strategy': 'no', 'steps': 3, 'quick': True}
@@ -203,37 +213,39 @@ def parse_yaml(text: str) -> Any:
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         # The constructors of YAML tags raise these for invalid values.
         is_too_deep = isinstance(error, RecursionError)
-        message = "it is nested too deeply" if is_too_deep else f"{type(error).__name__}: {error}"
+        message = "the document is nested too deeply" if is_too_deep else f"{type(error).__name__}: {error}"
         raise yaml.YAMLError(message) from None
 
 
 def _check_plain(value: Any) -> Any:
-    """Return a parsed value unchanged if it contains plain values only and is small enough to traverse.
+    """Check that a parsed document is small and has only plain types, and return it unchanged.
 
     Raises:
-        ValueError: a value has another type, or the value is too large after its aliases are resolved.
+        ValueError: a value has another type, or the document is too large after its aliases are resolved.
     """
     pending, count = [(value, 0)], 0
     while pending:
         item, depth = pending.pop()
         count += 1
         if depth > _MAX_DEPTH or count > _MAX_VALUES:
-            raise ValueError(f"it has more than {_MAX_DEPTH} levels or {_MAX_VALUES:,} values, including aliases")
+            raise ValueError(f"the document has over {_MAX_DEPTH} levels or {_MAX_VALUES:,} values, including aliases")
         if isinstance(item, dict):
             if invalid := [key for key in item if not isinstance(key, str)]:
-                raise ValueError(f"the key {invalid[0]!r} is not a string: put it in quotes")
+                raise ValueError(f"the key {invalid[0]!r} is not a string; put it in quotes")
             pending += ((inner, depth + 1) for inner in item.values())
         elif isinstance(item, list):
             pending += ((inner, depth + 1) for inner in item)
         elif isinstance(item, int) and abs(item) >= 1 << 64:
             raise ValueError(f"a number has {item.bit_length():,} bits, expected at most 64")
         elif not (item is None or isinstance(item, str | int | float | datetime.date)):
-            raise ValueError(f"a value is a {type(item).__name__}, expected text, a number, a boolean or a date")
+            raise ValueError(
+                f"a value has the type {type(item).__name__}, expected text, a number, a boolean or a date"
+            )
     return value
 
 
 class _Dumper(yaml.SafeDumper):
-    """A YAML dumper for `_Loader`: strings that the loader would read as numbers are quoted."""
+    """A YAML dumper that quotes strings which `_Loader` would otherwise parse as another type."""
 
 
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
@@ -253,7 +265,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
-    r"""Write plain values as YAML that `parse_yaml` reads.
+    r"""Convert plain values to YAML text that `parse_yaml` can read.
 
     >>> dump_yaml({"output_dir": "1e5", "save_strategy": "no"})
     "output_dir: '1e5'\nsave_strategy: no\n"
@@ -262,7 +274,7 @@ def dump_yaml(values: dict[str, Any]) -> str:
 
 
 def load_config(path: Path, /, **overrides: Any) -> Config:
-    """Read a YAML or TOML file.
+    """Read the configuration of a training run from a YAML or TOML file.
 
     Args:
         path: the file.
@@ -276,14 +288,14 @@ def load_config(path: Path, /, **overrides: Any) -> Config:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Return the plain values of a YAML, JSON or TOML file.
+    """Read a YAML, JSON or TOML file into a dictionary of plain values.
 
     Raises:
         UsageError: the file cannot be read, or does not contain keys and values.
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"it has more than {_MAX_BYTES:,} bytes: is it a data file?")
+            raise ValueError(f"the file has more than {_MAX_BYTES:,} bytes, so it is probably a data file")
         text = path.read_text(encoding="utf-8")
         values = _check_plain(tomllib.loads(text)) if path.suffix == ".toml" else parse_yaml(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
@@ -294,7 +306,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def _describe_problem(error: Exception) -> str:
-    """Describe a parser error without the line that YAML quotes, which may contain a secret."""
+    """Describe a parser error. Leave out the quoted line of the file, because it may contain a secret."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return redact_text(describe_exception(error, 2_000))
     mark = error.problem_mark or error.context_mark
@@ -303,14 +315,14 @@ def _describe_problem(error: Exception) -> str:
 
 
 def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> Config:
-    """Make a configuration from plain values.
+    """Create a configuration from a dictionary of plain values.
 
     Raises:
         UsageError: a key is unknown or missing, or a value has the wrong type.
 
     >>> make_config({"data": "d.json", "model": "m", "output_dir": "o", "max_lenght": 512})
     Traceback (most recent call last):
-    ftdata.errors.UsageError: [config] unknown key 'max_lenght'. Fix: did you mean 'max_length'? known: ...
+    ftdata.errors.UsageError: [config] the configuration contains the unknown key 'max_lenght'. Fix: did you mean ...
     """
     # TOML parses dates, and the fields of `Config` are strings.
     values = {name: str(value) if isinstance(value, datetime.date) else value for name, value in values.items()}
@@ -327,7 +339,12 @@ def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> 
     for key in merged:
         if key not in Config.__struct_fields__:
             names = (*Config.__struct_fields__, *SECTIONS)
-            raise UsageError("config", f"unknown key {key!r}", where=file, hint=suggest_names(str(key), names))
+            raise UsageError(
+                "config",
+                f"the configuration contains the unknown key {key!r}",
+                where=file,
+                hint=suggest_names(str(key), names),
+            )
     if isinstance(lora := merged.get("lora"), dict):
         fields = {
             name: value for name, value in lora.items() if name in Lora.__struct_fields__ and name != "extra_fields"
@@ -340,7 +357,7 @@ def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> 
 
 
 def _shorten_lora_names(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Rename LoRA fields to their short names.
+    """Rename LoRA fields to their short names, such as `lora_alpha` to `alpha`.
 
     Raises:
         UsageError: a field is present under both of its names.
@@ -352,12 +369,12 @@ def _shorten_lora_names(values: dict[str, Any], where: str) -> dict[str, Any]:
         return values
     for name, short in LORA_NAMES.items():
         if name in lora and short in lora:
-            raise UsageError("config", f"lora.{short} is set twice, also as lora.{name}", where=where)
+            raise UsageError("config", f"lora.{short} is set twice, because lora.{name} is the same field", where=where)
     return {**values, "lora": {LORA_NAMES.get(name, name): value for name, value in lora.items()}}
 
 
 def flatten_sections(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Move the fields of sections to the top level.
+    """Move the fields of the sections `mask`, `length` and `pack` to the top level.
 
     Raises:
         UsageError: a section contains an unknown field, or a field is set twice.
@@ -370,16 +387,21 @@ def flatten_sections(values: Mapping[str, Any], where: str = "") -> dict[str, An
         for name, value in (inner if isinstance(inner, dict) else {fields[0]: inner}).items():
             if name not in fields:
                 raise UsageError(
-                    "config", f"unknown key {name!r} in {section}", where=where, hint=suggest_names(name, fields)
+                    "config",
+                    f"{section} contains the unknown key {name!r}",
+                    where=where,
+                    hint=suggest_names(name, fields),
                 )
             if values.get(name) is not None:
-                raise UsageError("config", f"{name} is set twice, also in {section}", where=where)
+                raise UsageError("config", f"{name} is set twice: at the top level and in {section}", where=where)
             flat[name] = value
     return flat
 
 
 def parse_settings(items: Iterable[str]) -> dict[str, Any]:
-    """Parse `name=value` settings: fields of `SFTConfig`, of `Config`, or of a section.
+    """Parse `name=value` settings into configuration fields.
+
+    A name is a field of `SFTConfig`, a field of `Config`, or a field of a section, such as `lora.r`.
 
     Raises:
         UsageError: a setting has no name or cannot be parsed, or a section is set twice.
@@ -396,23 +418,23 @@ def parse_settings(items: Iterable[str]) -> dict[str, Any]:
             value = parse_yaml(text)
         except yaml.YAMLError as error:
             problem = "the value is not valid YAML" if is_secret_name(name) else _describe_problem(error)
-            raise UsageError("setting", f"--set {name}: {problem}") from None
+            raise UsageError("setting", f"--set {name} cannot be parsed: {problem}") from None
         section, dot, field = name.strip().replace("-", "_").partition(".")
         if not dot and (section in SECTIONS or (section in Config.__struct_fields__ and section != "seed")):
             if isinstance(parsed.get(section), dict) or (isinstance(value, dict) and section in parsed):
-                raise UsageError("setting", f"--set sets both {section} and fields of {section}")
+                raise UsageError("setting", f"--set sets both {section} as a whole and single fields of {section}")
             parsed[section] = NULL if value is None else value
             continue
         # `--set seed=1` sets the seed of training: the seed of `Config` belongs to the build.
         section, field = (section, field) if dot else ("train", section)
         if not isinstance(parsed.setdefault(section, {}), dict):
-            raise UsageError("setting", f"--set sets both {section} and fields of {section}")
+            raise UsageError("setting", f"--set sets both {section} as a whole and single fields of {section}")
         parsed[section][field] = NULL if value is None and section in SECTIONS else value
     return parsed
 
 
 def to_yaml(config: Config, *, redacted: bool = False) -> str:
-    """Return a configuration as YAML that `load_config` reads, without fields that have their defaults.
+    """Convert a configuration to YAML text that `load_config` can read. Leave out default values.
 
     Args:
         config: the configuration.
@@ -434,6 +456,6 @@ def to_yaml(config: Config, *, redacted: bool = False) -> str:
 
 
 def config_values(config: Config) -> dict[str, Any]:
-    """Return all fields of a configuration as plain values, in the form of a file."""
+    """Convert a configuration to a dictionary of plain values, as in a configuration file."""
     values: dict[str, Any] = msgspec.to_builtins(config)
     return {**values, "lora": msgspec.to_builtins(config.lora.fields()) if config.lora else None}

@@ -1,4 +1,4 @@
-"""The exceptions of ftdata.
+"""The exceptions that ftdata raises, and functions that format their messages.
 
     FtdataError                     .code  .where  .hint  .exit_code
     ├── UsageError (ValueError)         an invalid request                       exit 2
@@ -27,7 +27,7 @@ from collections.abc import Iterable
 
 
 class FtdataError(Exception):
-    """Base class of all exceptions that ftdata raises deliberately.
+    """The base class of all ftdata exceptions.
 
     Attributes:
         code: the error code, which is stable across versions; listed in docs/reference/errors.md.
@@ -77,32 +77,35 @@ def _rebuild(
 
 
 class UsageError(FtdataError, ValueError):
-    """An invalid request: an unknown option value, contradictory options, or a missing file."""
+    """A request is invalid: an option has an unknown value, options contradict each other, or a file is missing."""
 
     exit_code = 2
 
 
 class MissingDependency(FtdataError, ImportError):
-    """The request needs an optional package; the hint is the `pip install` command."""
+    """An optional package is not installed. The hint is the `pip install` command."""
 
     exit_code = 2
 
 
 class InputRefused(FtdataError, ValueError):
-    """The input cannot be read, or its meaning is ambiguous. A guess could train the wrong tokens."""
+    """The input cannot be read, or it is ambiguous. A guess could train the wrong tokens, so ftdata stops."""
 
     exit_code = 3
 
 
 class BadRow(InputRefused):
-    """One row is invalid; `field` is the path of the value inside the row."""
+    """One row is invalid. `field` is the path of the invalid value inside the row."""
 
     def __init__(self, code: str, message: str, *, where: str = "", hint: str = "", field: str = "") -> None:
         super().__init__(code, message, where=where, hint=hint)
         self.field = shorten(field)
 
     def with_location(self, where: str) -> BadRow:
-        """Return a copy with another location and without the traceback. Millions of rows may share one error."""
+        """Return a copy of the error with another location and without a traceback.
+
+        Millions of rows can share one error object, so the original must not change.
+        """
         error = BadRow.__new__(BadRow)
         error.__dict__.update(self.__dict__)
         error.where = escape_line_breaks(shorten(where))
@@ -111,9 +114,9 @@ class BadRow(InputRefused):
 
 
 class BadRows(InputRefused):
-    """All invalid rows of a run. `count` is their number; the message lists the first of them.
+    """One or more rows are invalid. `count` is the number of invalid rows; the message lists the first ones.
 
-    The message is the list, hence its larger limit.
+    The message contains a list, so its maximum length is larger than for other errors.
     """
 
     max_message_length = 200_000
@@ -128,7 +131,7 @@ class BadRows(InputRefused):
 
 
 class TemplateRefused(InputRefused):
-    """A template or a tokenizer cannot be used for any row."""
+    """The template or the tokenizer cannot be used for any row."""
 
 
 class TooManyRejects(FtdataError, ValueError):
@@ -138,13 +141,13 @@ class TooManyRejects(FtdataError, ValueError):
 
 
 class StorageError(FtdataError, OSError):
-    """Reading or writing a build failed; the message contains the path."""
+    """A file or build cannot be read or written; the message contains the path."""
 
     exit_code = 5
 
 
 class HubError(FtdataError, OSError):
-    """The network or the hub failed; the message contains the repository, file and status."""
+    """A network or Hub request failed; the message contains the repository, file and status."""
 
     exit_code = 6
 
@@ -158,7 +161,7 @@ _INVISIBLE = re.compile("[\u115f\u1160\u2800\u3164\uffa0\U000e0100-\U000e01ef]")
 
 
 def escape_unprintable(text: str) -> str:
-    r"""Escape control characters and invisible characters as `\uXXXX`; line breaks and tabs stay."""
+    r"""Escape control characters and invisible characters as `\uXXXX`, except line breaks and tabs."""
     if text.isascii() and text.isprintable():
         return text
     escaped = "".join(char if char.isprintable() or char in "\n\t" else f"\\u{ord(char):04x}" for char in text)
@@ -166,7 +169,7 @@ def escape_unprintable(text: str) -> str:
 
 
 def shorten(text: str, max_length: int = 2_000) -> str:
-    """Remove the middle of a text that is longer than `max_length` characters.
+    """Shorten a text that is longer than `max_length` characters by removing its middle.
 
     >>> shorten("abcdefghij" * 10, 40)
     'abcdefghij ... 80 more ... abcdefghij'
@@ -177,7 +180,7 @@ def shorten(text: str, max_length: int = 2_000) -> str:
 
 
 def describe_exception(error: BaseException, max_length: int = 300) -> str:
-    r"""Return the message of an exception of another library on one line, cut to `max_length` characters.
+    r"""Return the message of an exception on one line, cut to `max_length` characters.
 
     >>> describe_exception(ValueError("line one\n  line two"))
     'line one line two'
@@ -191,7 +194,7 @@ def escape_line_breaks(text: str) -> str:
 
 
 def suggest_names(name: str, candidates: Iterable[str]) -> str:
-    """Return a hint with all `candidates`, and the closest match of a mistyped `name`.
+    """Return a hint that lists all `candidates` and suggests the candidate closest to `name`.
 
     >>> suggest_names("chatlm", ["chatml", "alpaca"])
     "did you mean 'chatml'? known: alpaca, chatml"
@@ -205,10 +208,12 @@ def suggest_names(name: str, candidates: Iterable[str]) -> str:
 
 
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
-    """Check that the `value` of option `name` is an `allowed` value.
+    """Check that an option has one of its allowed values.
 
     Raises:
-        UsageError: the value is not allowed; the hint suggests the closest match.
+        UsageError: the value is not allowed. The hint suggests the closest allowed value.
     """
     if not isinstance(value, str) or value not in allowed:
-        raise UsageError(f"unknown_{name}", f"{name} is {value!r}", hint=suggest_names(str(value), allowed))
+        raise UsageError(
+            f"unknown_{name}", f"{name} is {value!r}, expected a known value", hint=suggest_names(str(value), allowed)
+        )

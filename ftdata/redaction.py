@@ -105,7 +105,7 @@ _ASSIGNED = re.compile(
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether a name is the name of a secret.
+    """Return whether a field or variable with this name contains a secret.
 
     >>> [is_secret_name(name) for name in ("hub_token", "AWS_SECRET_ACCESS_KEY", "apiKey", "X-Auth-Token")]
     [True, True, True, True]
@@ -124,7 +124,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def redact(value: Any) -> Any:
-    """Replace the secrets in a text, or in a copy of nested mappings and sequences.
+    """Return a copy of a text, mapping or sequence in which all secrets are replaced.
 
     In a field with the name of a secret, the whole value is replaced; in other fields, only the secret part of the
     text. Numbers are replaced in fields with the name of a password or key; booleans and null are never replaced.
@@ -136,7 +136,7 @@ def redact(value: Any) -> Any:
 
 
 def redact_for_storage(value: Any) -> Any:
-    r"""Redact names and options, and escape lone surrogates, which are invalid in JSON files.
+    r"""Redact secrets in a value, and escape lone surrogates, because JSON files cannot contain surrogates.
 
     Python represents the bytes of file names that are not UTF-8 by lone surrogates.
 
@@ -152,7 +152,7 @@ def redact_for_storage(value: Any) -> Any:
 
 
 def redact_text(text: str) -> str:
-    """Replace the secrets in a message or log line, including secrets in `name=value`.
+    """Replace the secrets in a message or log line, such as the value in `hub_token=abc`.
 
     >>> redact_text("train.hub_token='abc' was passed to https://host/?token=abc&n=1")
     "train.hub_token='[redacted-by-ftdata]' was passed to https://host/?token=[redacted-by-ftdata]&n=1"
@@ -161,7 +161,7 @@ def redact_text(text: str) -> str:
 
 
 def is_redacted(value: Any) -> bool:
-    """Return whether a value or a part of it was redacted."""
+    """Return whether a value contains the placeholder of a redacted secret."""
     if isinstance(value, Mapping):
         return any(is_redacted(inner) for inner in value.values())
     if isinstance(value, list | tuple):
@@ -170,7 +170,7 @@ def is_redacted(value: Any) -> bool:
 
 
 def drop_redacted(values: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
-    """Remove the fields whose whole value was redacted, and return their names, such as `train.hub_token`.
+    """Remove the fields whose whole value was redacted. Return the remaining fields and the removed names.
 
     >>> drop_redacted({"model": "m", "train": {"hub_token": "[redacted-by-ftdata]", "seed": 1}})
     ({'model': 'm', 'train': {'seed': 1}}, ['train.hub_token'])
@@ -205,7 +205,7 @@ def _redact_value(value: Any, secrets: tuple[str, ...], name: str = "", *, is_se
 
 
 def _is_secret_text(name: str, value: str) -> bool:
-    """Return whether a text in a field with the name of a secret is a secret; `..._token` can contain `<|end|>`."""
+    """Return whether the text in a secret field is a secret. A special token, such as `<|end|>`, is not a secret."""
     return bool(value) and not (
         name.lower().endswith("token") and _SPECIAL_TOKEN.fullmatch(value) and value != REDACTED
     )
@@ -242,7 +242,7 @@ def _redact_assignment(match: re.Match[str]) -> str:
 
 
 def _environment_secrets() -> Iterator[str]:
-    """Yield the values of environment variables with the names of secrets, longest first."""
+    """Yield the values of all environment variables that contain secrets, longest first."""
     values = {value for name, value in os.environ.items() if len(value) >= _SHORTEST_EXACT and is_secret_name(name)}
     # `HF_HUB_DISABLE_IMPLICIT_TOKEN=true` is a switch.
     yield from sorted((value for value in values if value.lower() not in _SWITCHES), key=len, reverse=True)

@@ -1,4 +1,4 @@
-"""Plugin registries for readers, schemas, templates and masks.
+"""Plugin registries for readers, schemas, templates and mask policies.
 
 There are three ways to add a plugin:
 
@@ -23,7 +23,10 @@ T = TypeVar("T")
 
 
 class Plugin(NamedTuple):
-    """The name of a plugin and its package; the package is empty if the plugin was registered in this process."""
+    """The name of a plugin, with the name and version of the package that provides it.
+
+    The package is empty if the plugin was registered in this process.
+    """
 
     name: str
     package: str
@@ -34,7 +37,7 @@ class Plugin(NamedTuple):
 
 
 class Registry(Generic[T]):
-    """The plugins of one kind, by name.
+    """A registry that maps names to plugins of one kind, such as readers.
 
     Attributes:
         group: name of the entry point group.
@@ -47,7 +50,7 @@ class Registry(Generic[T]):
     4
     >>> shapes.get("sqare")
     Traceback (most recent call last):
-    ftdata.errors.UsageError: [unknown_shape] no shape named 'sqare'. Fix: did you mean 'square'? known: square
+    ftdata.errors.UsageError: [unknown_shape] the shape 'sqare' does not exist. Fix: did you mean 'square'? ...
     """
 
     def __init__(self, group: str, noun: str) -> None:
@@ -68,7 +71,7 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """Return the plugin `name`, or the object that `path/to/file.py:name` defines.
+        """Return the plugin with this name. A name of the form `path/to/file.py:name` loads an object from a file.
 
         Raises:
             UsageError: no plugin has this name (the hint suggests a name), or the plugin cannot be loaded.
@@ -84,10 +87,10 @@ class Registry(Generic[T]):
                 self._files[name] = self._load_file(Path(path), attribute)
             return self._files[name]
         code = f"unknown_{self.noun}"
-        raise UsageError(code, f"no {self.noun} named {name!r}", hint=suggest_names(name, self.names()))
+        raise UsageError(code, f"the {self.noun} {name!r} does not exist", hint=suggest_names(name, self.names()))
 
     def registered(self) -> dict[str, T]:
-        """Return the plugins registered in this process, in order of registration."""
+        """Return the plugins that were registered in this process, in order of registration."""
         return dict(self._registered)
 
     def __contains__(self, name: str) -> bool:
@@ -95,11 +98,11 @@ class Registry(Generic[T]):
         return name in self._registered or name in self.names()
 
     def names(self) -> list[str]:
-        """Return the names of all plugins: registered first, then installed."""
+        """Return the names of all plugins. Registered plugins come before installed plugins."""
         return [*self._registered, *(point.name for point in entry_points(group=self.group))]
 
     def plugins(self) -> list[Plugin]:
-        """Return all plugins with their packages: registered first, then installed."""
+        """Return all plugins with their packages. Registered plugins come before installed plugins."""
         registered = [
             Plugin(name, "ftdata" if is_built_in(value) else "", "") for name, value in self._registered.items()
         ]
@@ -119,7 +122,7 @@ class Registry(Generic[T]):
 
     def _load_file(self, path: Path, attribute: str) -> T:
         if not path.is_file():
-            raise UsageError("file_not_found", f"the file {path} of the {self.noun} does not exist")
+            raise UsageError("file_not_found", f"the {self.noun} file {path} does not exist")
         spec = importlib.util.spec_from_file_location(f"ftdata_plugin_{path.stem}", path)
         assert spec is not None
         assert spec.loader is not None
@@ -128,11 +131,16 @@ class Registry(Generic[T]):
         self._load(lambda: loader.exec_module(module), str(path))
         if not hasattr(module, attribute):
             public = [name for name in vars(module) if not name.startswith("_")]
-            raise UsageError("no_such_name", f"{path} defines no {attribute!r}", hint=suggest_names(attribute, public))
+            raise UsageError(
+                "no_such_name", f"{path} does not define {attribute!r}", hint=suggest_names(attribute, public)
+            )
         value: T = getattr(module, attribute)
         return value
 
 
 def is_built_in(value: object) -> bool:
-    """Return whether a plugin is part of ftdata. The results of other plugins are not cached: their code can change."""
+    """Return whether a plugin is part of ftdata.
+
+    The results of other plugins are not cached, because their code can change.
+    """
     return str(getattr(getattr(value, "convert", value), "__module__", "")).startswith("ftdata.")

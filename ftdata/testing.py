@@ -1,4 +1,4 @@
-"""Test utilities: Hypothesis strategies for difficult conversations, and checks of the rules for examples.
+"""Test utilities: Hypothesis strategies for difficult conversations, and checks of the masking rules.
 
     from ftdata.testing import try_template
 
@@ -97,7 +97,9 @@ AWKWARD_TEXTS = (
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
-    """Return a byte-level tokenizer that needs no download; ids 0 to 255 are bytes, then ChatML's control tokens.
+    """Return a byte-level tokenizer that needs no download.
+
+    Ids 0 to 255 are bytes. Ids 256 and 257 are the control tokens of ChatML.
 
     >>> encoded = byte_tokenizer().encode("Hi<|im_end|>")
     >>> encoded.ids, encoded.tokens
@@ -115,7 +117,9 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
 
 
 def text_strategy(*, min_size: int = 1) -> st.SearchStrategy[str]:
-    """Return a strategy for texts of up to four pieces: any Unicode except surrogates, or an item of `AWKWARD_TEXTS`.
+    """Return a Hypothesis strategy for texts of up to four pieces.
+
+    A piece is any Unicode text without surrogates, or an item of `AWKWARD_TEXTS`.
 
     Args:
         min_size: minimum number of pieces; a piece can be empty.
@@ -127,7 +131,7 @@ def text_strategy(*, min_size: int = 1) -> st.SearchStrategy[str]:
 def conversation_strategy(
     *, system: bool = True, reasoning: bool = False, tools: bool = False, max_turns: int = 4
 ) -> st.SearchStrategy[list[Message]]:
-    """Return a strategy for conversations of alternating user and assistant messages.
+    """Return a Hypothesis strategy for conversations with alternating user and assistant messages.
 
     Args:
         system: whether conversations can begin with a system message.
@@ -172,7 +176,7 @@ _RENDERING_OPTIONS = ("turns", "on_dropped_message", "date", "template_kwargs")
 def try_template(
     tokenizer: Any, template: str | Path | None = None, *, max_examples: int = 200, **options: Any
 ) -> dict[str, int]:
-    """Encode difficult conversations and check all rules on each.
+    """Encode difficult conversations with a template, and check all rules on every example.
 
     Args:
         tokenizer: see `encode`.
@@ -184,7 +188,7 @@ def try_template(
         The number of rejected conversations by error code. A template need not support every conversation.
 
     Raises:
-        AssertionError: an example breaks a rule; Hypothesis prints the smallest conversation that does.
+        AssertionError: an example breaks a rule. Hypothesis prints the smallest conversation that breaks the rule.
         UsageError: an option is not supported, because it would change the rules.
         TemplateRefused: the template or the tokenizer cannot be used for any row.
         HubError: the tokenizer cannot be downloaded.
@@ -225,14 +229,14 @@ def try_template(
 
 
 def check_control_tokens(example: Example, control: ArrayLike) -> None:
-    """Assert that the text of the row contains no control token.
+    """Assert that no control token of an example covers text of the row.
 
     Args:
         example: the result of `encode` with control tokens escaped.
         control: ids of the control tokens (integers).
 
     Raises:
-        AssertionError: the example breaks a rule; the message contains its number.
+        AssertionError: the example breaks a rule; the message contains the number of the rule.
     """
     scaffold = np.ones(len(example.text) + 1, dtype=np.bool_)
     for span in example.spans:
@@ -254,7 +258,7 @@ def check_masking_rules(
         trained: indices of the messages that must be trained; `None` allows any assistant messages.
 
     Raises:
-        AssertionError: the example breaks a rule; the message contains its number.
+        AssertionError: the example breaks a rule; the message contains the number of the rule.
     """
     ids, labels, offsets = example.input_ids, example.labels, example.offsets
     assert len(ids) == len(labels) == len(example.trained) == len(offsets), "M3: lengths differ"

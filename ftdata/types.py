@@ -1,8 +1,9 @@
-"""The values that the stages pass on. They contain no logic beyond what derives from their own fields.
+"""Data classes that the processing stages exchange, such as rows, conversations and examples.
 
     Row ──normalize──> Conversation ──render──> Rendered ──tokenize, mask, truncate──> Example ──pack──> build
 
-No stage modifies its input. Arrays are numpy arrays.
+The classes contain only data, and properties that derive from the data. No stage modifies its input. Arrays are numpy
+arrays.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ IGNORE_INDEX = -100
 
 
 class Function(TypedDict):
-    """The function of a tool call; `arguments` is an object in HF data and a JSON string in OpenAI data."""
+    """The function name and the arguments of a tool call.
+
+    `arguments` is an object in Hugging Face data and a JSON string in OpenAI data.
+    """
 
     name: str
     arguments: str | dict[str, Any]
@@ -40,7 +44,7 @@ class ToolCall(TypedDict):
 
 
 class Message(TypedDict, total=False):
-    """One message in the form that chat templates expect, with the keys of OpenAI's chat format.
+    """One message of a conversation, with the keys of OpenAI's chat format.
 
     Attributes:
         role: `"system"`, `"user"`, `"assistant"`, `"tool"`, or another role that the template supports.
@@ -62,7 +66,7 @@ class Message(TypedDict, total=False):
 
 
 class Source(NamedTuple):
-    """The origin of a row.
+    """The place that a row was read from: a file or URL, with the row number and the line.
 
     Attributes:
         path: the file or URL; `<memory>` or a similar name for rows in memory.
@@ -88,7 +92,10 @@ UNKNOWN_SOURCE = Source("<memory>", 0)
 
 
 class SourceShare(NamedTuple):
-    """The part of a source that is trained: an `amount` in the unit `"times"` (per row), `"rows"` or `"tokens"`."""
+    """The amount of data to train on from one source.
+
+    The `unit` of `amount` is `"times"` (repetitions of every row), `"rows"` or `"tokens"`.
+    """
 
     amount: float = 1.0
     unit: str = "times"
@@ -116,7 +123,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RowTokens:
-    """The tokens of a pretokenized row.
+    """The token ids and the mask of a pretokenized row.
 
     Attributes:
         input_ids: int32 `[n]`.
@@ -129,7 +136,7 @@ class RowTokens:
 
 @dataclass  # Not frozen: assigning the fields of a frozen dataclass takes as long as reading a row.
 class Conversation:
-    """One normalized row.
+    """One normalized row: its messages, tools and template variables, or its text or tokens.
 
     Attributes:
         messages: the messages for the chat template; empty for already formatted `text`.
@@ -157,7 +164,7 @@ class Conversation:
 
 
 class Part(StrEnum):
-    """The kind of a span."""
+    """The kind of text that a span contains."""
 
     SCAFFOLD = "scaffold"
     """Template text."""
@@ -194,7 +201,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class SpanKinds:
-    """The kinds of spans without their positions; texts of the same structure share one object.
+    """The kinds of a text's spans, without positions. Texts with the same structure share one object.
 
     Attributes:
         parts: the kind of each span.
@@ -210,20 +217,22 @@ class SpanKinds:
 
     @cached_property
     def is_data(self) -> NDArray[np.bool_]:
-        """Which spans are not template text (bool `[spans]`)."""
+        """A mask that is true for spans of data and false for template text (bool `[spans]`)."""
         import numpy as np
 
         return np.fromiter((part is not Part.SCAFFOLD for part in self.parts), np.bool_)
 
     @cached_property
     def turns(self) -> tuple[int, ...]:
-        """Indices of the messages with generated spans."""
+        """The indices of the messages that contain generated spans."""
         pairs = zip(self.messages, self.generated, strict=True)
         return tuple(dict.fromkeys(message for message, is_generated in pairs if is_generated))
 
 
 class Spans(Sequence[Span]):
-    """Spans that tile a text, stored as columns of sizes (in characters) and kinds. Compares equal to a tuple of spans.
+    """The spans of a text, stored as sizes (in characters) and kinds.
+
+    The spans tile the text. The object compares equal to a tuple of the same spans.
 
     >>> spans = Spans.from_spans((Span(0, 4, Part.CONTENT, 0, False), Span(4, 9, Part.CONTENT, 1, True)))
     >>> spans.sizes, spans.kinds.generated, spans[1].start, spans == tuple(spans)
@@ -237,7 +246,7 @@ class Spans(Sequence[Span]):
 
     @classmethod
     def from_spans(cls, spans: Sequence[Span]) -> Spans:
-        """Convert a sequence of spans.
+        """Create a `Spans` object from a sequence of spans.
 
         Raises:
             ValueError: the spans do not tile a text.
@@ -278,7 +287,7 @@ class Spans(Sequence[Span]):
 
 
 class Rendered(NamedTuple):
-    """A rendered text with the spans that tile it, without gaps and overlaps.
+    """A rendered text, and the spans that cover the text without gaps and overlaps.
 
     Attributes:
         text: the text to tokenize.
@@ -301,7 +310,7 @@ class Rendered(NamedTuple):
 
 
 class RenderedRow(NamedTuple):
-    """One row after rendering.
+    """One row after rendering: the conversation, the rendered texts and the trained spans.
 
     Attributes:
         conversation: the normalized row.
@@ -342,7 +351,7 @@ class Example:
 
     @property
     def labels(self) -> NDArray[np.int32]:
-        """int32 `[n]`: `input_ids` where trained, otherwise -100."""
+        """The label of each token: the token id if the token is trained, otherwise -100 (int32 `[n]`)."""
         import numpy as np
 
         return np.where(self.trained, self.input_ids, np.int32(IGNORE_INDEX))
@@ -353,7 +362,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """One rejected row.
+    """A rejected row, with the reason for the rejection and a fix.
 
     Attributes:
         source: the origin of the row.
@@ -375,7 +384,7 @@ class Reject:
 
     @property
     def tokens(self) -> int:
-        """Total number of tokens of the examples."""
+        """The total number of tokens in all examples of the row."""
         return sum(self.lengths)
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
-"""The command line: each command is a thin wrapper around the public function of the same name.
+"""Command-line interface. Each command calls the public function of the same name.
 
-Exit codes: 0 success, 1 findings, 2 usage or configuration error, 3 input refused, 4 too many rejects,
+Exit codes: 0 success, 1 findings, 2 usage or configuration error, 3 input refused, 4 too many rejected rows,
 5 local I/O error, 6 network or Hub error, 7 internal error, 130 interrupted.
 """
 
@@ -42,9 +42,9 @@ app.add_typer(config_app, name="config")
 
 
 def main() -> None:
-    """Run the command line.
+    """Run the command-line interface.
 
-    Expected errors are printed as one message without a traceback.
+    An expected error is printed as one message without a traceback.
     """
     _prepare_streams()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -92,7 +92,7 @@ def _print_version(value: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit")
     ] = False,
 ) -> None:
     pass

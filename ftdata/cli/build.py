@@ -1,4 +1,4 @@
-"""Commands that build, convert and publish data, and commands that list templates, plug-ins and versions."""
+"""Commands that build, convert and publish data, and commands that list templates, plugins and versions."""
 
 from __future__ import annotations
 
@@ -48,13 +48,15 @@ from ftdata.cli.options import (
 from ftdata.cli.output import print_value, progress_bar
 from ftdata.errors import UsageError, escape_unprintable
 
-config_app = typer.Typer(no_args_is_help=True, help="Import configurations from other tools.")
+config_app = typer.Typer(no_args_is_help=True, help="Import configurations from Axolotl and LLaMA-Factory.")
 templates_app = typer.Typer(no_args_is_help=True, help="List, show and check chat templates.")
 
 
 def build(
     data: Annotated[list[str], typer.Argument(help=f"Training data: {SOURCE_HELP}", show_default=False)],
-    tokenizer: Annotated[str, typer.Option("--tokenizer", "-t", help="Folder with tokenizer.json, or Hub id")],
+    tokenizer: Annotated[
+        str, typer.Option("--tokenizer", "-t", help="Tokenizer: Hub id, or folder that contains tokenizer.json")
+    ],
     output_dir: Annotated[str, typer.Option("--output-dir", "-o", help="Output folder or URL, e.g. s3://bucket/name")],
     template: Template = None,
     schema: Schema = "auto",
@@ -82,7 +84,7 @@ def build(
     date: Date = None,
     template_kwarg: TemplateKwarg = None,
     workers: Annotated[int | None, typer.Option(help="Number of parallel workers; does not affect the output")] = None,
-    engine: Annotated[str, typer.Option(help="Where to run: local, ray, or ray:ADDRESS")] = "local",
+    engine: Annotated[str, typer.Option(help="Execution engine: local, ray, or ray:ADDRESS")] = "local",
     encoding: Encoding = None,
     quoting: Quoting = None,
     split: Split = None,
@@ -122,9 +124,9 @@ def build(
 
 def convert(
     data: Annotated[list[str], typer.Argument(help=f"Training data: {SOURCE_HELP}", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Output file, .jsonl or .parquet")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output file (.jsonl or .parquet)")],
     to: Annotated[
-        str, typer.Option(help="Target schema: messages, prompt_completion, or text (rendered)")
+        str, typer.Option(help="Output schema: messages, prompt_completion, or text (rendered text)")
     ] = "messages",
     tokenizer: Tokenizer = None,
     template: Template = None,
@@ -139,7 +141,7 @@ def convert(
     split: Split = None,
     as_json: Json = False,
 ) -> None:
-    """Convert rows to messages, to prompt and completion, or to rendered text."""
+    """Convert rows to messages, to prompt/completion pairs, or to rendered text."""
     from ftdata.build.convert import convert as convert_rows
 
     report = convert_rows(
@@ -159,10 +161,10 @@ def convert(
 
 
 def verify(
-    folder: Annotated[str, typer.Argument(help="Folder or URL of a build", show_default=False)],
+    folder: Annotated[str, typer.Argument(help="Folder or URL of the build to verify", show_default=False)],
     as_json: Json = False,
 ) -> None:
-    """Check a build against its hashes (exit code 1 if a file is damaged)."""
+    """Verify the files of a build against their hashes (exit code 1 if any file is damaged)."""
     from ftdata.build.remote import verify as verify_build
 
     damaged = verify_build(folder)
@@ -175,13 +177,13 @@ def verify(
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder of a build", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Folder of the build to upload", show_default=False)],
     repo: Annotated[
-        str, typer.Argument(help="Hub repository, owner/name; created if it does not exist", show_default=False)
+        str, typer.Argument(help="Hub repository (owner/name), created if it does not exist", show_default=False)
     ],
-    private: Annotated[bool, typer.Option("--private", help="Create a new repository as private")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a newly created repository private")] = False,
 ) -> None:
-    """Upload a build to the Hub, with its data set card."""
+    """Upload a build and its data set card to the Hub."""
     from ftdata.build.push import push as push_build
 
     print(push_build(folder, repo, private=private))
@@ -196,7 +198,9 @@ def templates_list(as_json: Json = False) -> None:
 
 
 @templates_app.command("show")
-def templates_show(name: Annotated[str, typer.Argument(help="Template name or file")], as_json: Json = False) -> None:
+def templates_show(
+    name: Annotated[str, typer.Argument(help="Template name or .jinja file")], as_json: Json = False
+) -> None:
     """Print the Jinja source of a template."""
     from ftdata.templates import find_template
 
@@ -209,10 +213,10 @@ def templates_show(name: Annotated[str, typer.Argument(help="Template name or fi
 
 @templates_app.command("check")
 def templates_check(
-    template: Annotated[str, typer.Argument(help="Template, or tokenizer with a chat template")],
+    template: Annotated[str, typer.Argument(help="Template to check: name, .jinja file, or tokenizer")],
     as_json: Json = False,
 ) -> None:
-    """Report the stop token of a template, history rewriting and dropped fields."""
+    """Check a template: stop token, history rewriting and dropped fields."""
     from ftdata.pipeline.recipe import check_template
 
     report = check_template(template)
@@ -224,17 +228,19 @@ def templates_check(
 def config_import(
     file: Annotated[
         Path,
-        typer.Argument(help="Axolotl YAML, LLaMA-Factory training YAML, or dataset_info.json", show_default=False),
+        typer.Argument(help="Axolotl YAML, LLaMA-Factory YAML, or dataset_info.json", show_default=False),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Output file; - for standard output")] = Path("-"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output file, or - for standard output")] = Path("-"),
     dataset: Annotated[
         list[str] | None,
-        typer.Option(help="Import only this data set: name, path, or number from 0 (repeatable)"),
+        typer.Option(help="Data set to import: name, path, or index from 0 (repeatable)"),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Base model, if the file has none")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Base model (default: from the imported file)")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert an Axolotl or LLaMA-Factory configuration; differences become notes."""
+    """Convert an Axolotl or LLaMA-Factory configuration, and list the differences."""
     from ftdata.importers import import_config
 
     if str(output) != "-" and output.exists():

@@ -1,4 +1,4 @@
-"""Collect the versions and environment settings for a bug report, without secrets."""
+"""Collect versions and environment settings for a bug report, without secrets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _REDACTED_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentReport:
-    """The environment that ftdata runs in.
+    """Versions and settings of the environment, for a bug report.
 
     Attributes:
         ftdata: version of ftdata.
@@ -42,7 +42,7 @@ class EnvironmentReport:
     settings: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON-serializable values."""
+        """Convert the report to a JSON-serializable dictionary."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class EnvironmentReport:
 
 
 def describe_environment() -> EnvironmentReport:
-    """Return the versions and settings for a bug report, without importing the reported packages.
+    """Collect versions and settings for a bug report, without importing any of the packages.
 
     >>> describe_environment().packages["numpy"] is not None
     True
@@ -81,7 +81,10 @@ def _iter_settings() -> Iterator[tuple[str, str]]:
 
 
 def _list_packages() -> list[str]:
-    """Return the dependencies of ftdata and its extras, without those for tests, development and documentation."""
+    """Return the names of the packages that ftdata and its optional extras need at run time.
+
+    The extras `test`, `dev` and `docs` are left out.
+    """
     requirements = requires("ftdata") or []
     runtime = [line for line in requirements if not re.search(r"extra == ['\"](?:test|dev|docs)['\"]", line)]
     return list(dict.fromkeys(re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in runtime))

@@ -61,25 +61,27 @@ def preview(
     date: Date = None,
     template_kwarg: TemplateKwarg = None,
     n: Annotated[
-        int | None, typer.Option("-n", help="Number of rows (default: 3; with --odd, 1 of each kind)", min=1)
+        int | None, typer.Option("-n", help="Number of rows to show (default: 3, or 1 per kind with --odd)", min=1)
     ] = None,
-    row: Annotated[str | None, typer.Option(help="Show rows by number, from 0, e.g. 7 or 3,8-11")] = None,
+    row: Annotated[str | None, typer.Option(help="Show the rows with these numbers (from 0), e.g. 7 or 3,8-11")] = None,
     id_: Annotated[
-        str | None, typer.Option("--id", help="Show rows with this value of id, uuid or a similar column")
+        str | None, typer.Option("--id", help="Show the rows whose id, uuid or similar column has this value")
     ] = None,
-    grep: Annotated[str | None, typer.Option(help="Show rows that match this regular expression")] = None,
-    odd: Annotated[bool, typer.Option("--odd", help="Show outliers, each with its reason")] = False,
+    grep: Annotated[str | None, typer.Option(help="Show rows with text that matches this regular expression")] = None,
+    odd: Annotated[
+        bool, typer.Option("--odd", help="Show outliers, such as very long, duplicate and rejected rows")
+    ] = False,
     where: Where = None,
     limit: Limit = None,
     packing: Packing = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report to this file")] = None,
-    pager: Annotated[bool, typer.Option(help="Use a pager for output longer than the screen")] = True,
+    pager: Annotated[bool, typer.Option(help="Use a pager if the output is longer than the screen")] = True,
     encoding: Encoding = None,
     quoting: Quoting = None,
     split: Split = None,
     as_json: Json = False,
 ) -> None:
-    """Show the rendered text and the trained tokens of data or a build."""
+    """Show rows with their rendered text and trained tokens."""
     arguments = locals()
     from ftdata.inspection.preview import preview as preview_rows
 
@@ -128,15 +130,15 @@ def audit(
     date: Date = None,
     template_kwarg: TemplateKwarg = None,
     against: Annotated[
-        list[str] | None, typer.Option(help="Test set that must not occur in the training data (repeatable)")
+        list[str] | None, typer.Option(help="Report rows of this test set that also occur in the data (repeatable)")
     ] = None,
     near_duplicate_threshold: Annotated[
-        float | None, typer.Option(help="Look for near-duplicates above this similarity, e.g. 0.8")
+        float | None, typer.Option(help="Also look for near-duplicates above this similarity, e.g. 0.8")
     ] = None,
     pii: Annotated[bool, typer.Option("--pii", help="Also look for personal data (PII)")] = False,
-    ignore: Annotated[str | None, typer.Option(help="Checks to skip, e.g. duplicate,script")] = None,
+    ignore: Annotated[str | None, typer.Option(help="Comma-separated checks to skip, e.g. duplicate,script")] = None,
     fail_on: Annotated[
-        str, typer.Option(help="Exit with code 1 from this severity: note, warning, error, never")
+        str, typer.Option(help="Lowest severity that causes exit code 1: note, warning, error, or never")
     ] = "note",
     format_: Annotated[
         str, typer.Option("--format", help="Output format: text, json, sarif, or github (annotations)")
@@ -204,7 +206,7 @@ def stats(
     split: Split = None,
     as_json: Json = False,
 ) -> None:
-    """Count rows, turns, tokens and trained tokens of data or a build."""
+    """Count the rows, turns, tokens and trained tokens in data or a build."""
     arguments = locals()
     from ftdata.inspection.stats import stats as count_rows
 
@@ -226,25 +228,28 @@ def stats(
 
 
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="Build, configuration file, or data", show_default=False)],
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="First side: build, configuration file, or data", show_default=False)
+    ],
     b: Annotated[
         str | None,
         typer.Argument(
-            metavar="B", help="Build, configuration file, or data (default: first argument, changed by --set)"
+            metavar="B", help="Second side: build, configuration file, or data (default: first side with --set)"
         ),
     ] = None,
     tokenizer: Tokenizer = None,
     template: Template = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Option of B that differs from A, e.g. turns=split (repeatable)")
+        list[str] | None,
+        typer.Option("--set", help="Override an option of the second side, e.g. turns=split (repeatable)"),
     ] = None,
     template_kwarg: TemplateKwarg = None,
-    n: Annotated[int, typer.Option("-n", help="Number of changed rows to show", min=0)] = 10,
+    n: Annotated[int, typer.Option("-n", help="Maximum number of changed rows to show", min=0)] = 10,
     html: Annotated[Path | None, typer.Option(help="Write a side-by-side HTML report to this file")] = None,
-    pager: Annotated[bool, typer.Option(help="Use a pager for output longer than the screen")] = True,
+    pager: Annotated[bool, typer.Option(help="Use a pager if the output is longer than the screen")] = True,
     as_json: Json = False,
 ) -> None:
-    """Compare two builds: which tokens and labels differ (exit code 1 if any)."""
+    """Compare two builds and show the tokens and labels that differ (exit code 1 if any differ)."""
     from ftdata.inspection.diff import diff as diff_builds
     from ftdata.inspection.diff import side_options
 
@@ -257,7 +262,9 @@ def diff(
     second = side_options(a if b is None else b, **options, changes=set_ or [])
     if b is None and not set_:
         raise UsageError(
-            "diff", "A has nothing to be compared with", hint="pass B, or an option that differs: --set turns=split"
+            "diff",
+            "the second side B is missing, so there is nothing to compare",
+            hint="pass B, or change an option: --set turns=split",
         )
     with progress_bar() as progress:
         changes = diff_builds(first, second, n=n, html=html, progress=progress)

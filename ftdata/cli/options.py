@@ -1,4 +1,4 @@
-"""Command-line options that several commands share, and the parsers of their values."""
+"""Command-line options that several commands share, and functions that parse their values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ftdata.errors import UsageError, describe_exception
 
 
 def parse_number(text: str) -> float:
-    """Return a number of rows as an int, or a share of the rows as a float: `1` is one row, `0.1` a tenth of them."""
+    """Parse a number of rows (such as `1`, an int) or a share of the rows (such as `0.1`, a float)."""
     return int(text) if text.isdecimal() else float(text)
 
 
@@ -21,53 +21,60 @@ FORMATS = ("json", "jsonl", "csv", "tsv", "parquet", "arrow", "xlsx")
 SOURCE_HELP = f"a file ({', '.join(FORMATS)}; may be compressed), glob, folder, URL, or - for standard input"
 Data = Annotated[str, typer.Argument(help=f"Data to read: a build, or {SOURCE_HELP}", show_default=False)]
 Encoding = Annotated[str | None, typer.Option(help="Text encoding if not UTF-8/16/32, e.g. cp1252")]
-Quoting = Annotated[str | None, typer.Option(help="Quoting of CSV and TSV cells: csv (quotes enclose text) or none")]
-Split = Annotated[str | None, typer.Option(help="Split to read, if the data has several")]
-Tokenizer = Annotated[str | None, typer.Option("--tokenizer", "-t", help="Folder with tokenizer.json, or Hub id")]
+Quoting = Annotated[
+    str | None, typer.Option(help="CSV/TSV quoting: csv (quotes enclose cells) or none (literal quotes)")
+]
+Split = Annotated[str | None, typer.Option(help="Split to read if the data contains several splits")]
+Tokenizer = Annotated[
+    str | None, typer.Option("--tokenizer", "-t", help="Tokenizer: Hub id, or folder that contains tokenizer.json")
+]
 Template = Annotated[
-    str | None, typer.Option(help="Built-in name, .jinja file or Jinja source (default: the tokenizer's template)")
+    str | None, typer.Option(help="Template: name, .jinja file or Jinja source (default: the tokenizer's)")
 ]
-Schema = Annotated[str, typer.Option(help="Schema name, ./file.py:function, or auto (detect per row)")]
-Columns = Annotated[list[str] | None, typer.Option("--column", help="Map a column, e.g. output=answer (repeatable)")]
+Schema = Annotated[str, typer.Option(help="Row schema: name, ./file.py:function, or auto (detect per row)")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="Map a schema column to a data column, e.g. output=answer (repeatable)"),
+]
 TrainOn = Annotated[
-    str, typer.Option(help="Trained messages: assistant, last_assistant, completion, all, or ./file.py:function")
+    str, typer.Option(help="Messages to train on: assistant, last_assistant, completion, all, or ./file.py:function")
 ]
-Turns = Annotated[str, typer.Option(help="Examples per conversation: joint (1), split (1 per turn), or auto")]
-TrainParts = Annotated[str | None, typer.Option(help="Train only these parts, e.g. reasoning,answer,tool_call")]
-OnDroppedMessage = Annotated[str, typer.Option(help="If the template drops a message: reject or flag the row")]
-OnMissingStop = Annotated[str, typer.Option(help="If the last turn has no stop token: flag or append_eos")]
+Turns = Annotated[str, typer.Option(help="Examples per conversation: joint (one), split (one per turn), or auto")]
+TrainParts = Annotated[str | None, typer.Option(help="Message parts to train on, e.g. reasoning,answer,tool_call")]
+OnDroppedMessage = Annotated[str, typer.Option(help="Action if the template drops a message: reject or flag the row")]
+OnMissingStop = Annotated[str, typer.Option(help="Action if the last turn has no stop token: flag or append_eos")]
 RejectFlags = Annotated[
     str | None, typer.Option(help="Reject rows with these flags, e.g. no_trained_stop,message_truncated")
 ]
-ControlTokens = Annotated[str, typer.Option(help="Control-token text in the data: escape, refuse or allow")]
-MaxLength = Annotated[int | None, typer.Option(help="Maximum tokens per example and per packed sequence")]
-Overlong = Annotated[str, typer.Option(help="Examples over --max-length: reject, drop_turns or truncate")]
-Date = Annotated[str | None, typer.Option(help="Date for templates that print the current date, e.g. 2026-01-31")]
+ControlTokens = Annotated[str, typer.Option(help="Action for control-token text in the data: escape, refuse or allow")]
+MaxLength = Annotated[int | None, typer.Option(help="Maximum number of tokens per example and per packed sequence")]
+Overlong = Annotated[str, typer.Option(help="Action for examples over --max-length: reject, drop_turns or truncate")]
+Date = Annotated[str | None, typer.Option(help="Date that the template prints as the current date, e.g. 2026-01-31")]
 TemplateKwarg = Annotated[
     list[str] | None, typer.Option(help="Set a template variable, e.g. enable_thinking=false (repeatable)")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON")]
-Packing = Annotated[str | None, typer.Option(help="Pack whole examples into sequences: bfd (best fit decreasing)")]
-Where = Annotated[str | None, typer.Option(help="Read only matching rows (Jinja), e.g. lang == 'en'")]
+Json = Annotated[bool, typer.Option("--json", help="Print the output as JSON")]
+Packing = Annotated[str | None, typer.Option(help="Pack several examples per sequence: bfd (best-fit decreasing)")]
+Where = Annotated[str | None, typer.Option(help="Read only rows that match this Jinja expression, e.g. lang == 'en'")]
 Limit = Annotated[int | None, typer.Option(help="Maximum number of rows to read from each source", min=1)]
-Dedup = Annotated[bool, typer.Option("--dedup", help="Remove duplicates; the first row is kept")]
+Dedup = Annotated[bool, typer.Option("--dedup", help="Remove duplicate rows and keep the first")]
 NearDuplicateThreshold = Annotated[
     float | None, typer.Option(help="Similarity threshold for near-duplicates (0.5-1.0)")
 ]
 Sample = Annotated[
-    float | None, typer.Option(parser=parse_number, help="Random sample: share (below 1) or number of rows")
+    float | None, typer.Option(parser=parse_number, help="Size of the random sample: number of rows, or share below 1")
 ]
 Shuffle = Annotated[bool, typer.Option("--shuffle", help="Shuffle the rows")]
 TestSize = Annotated[
-    float | None, typer.Option(parser=parse_number, help="Size of the test split: share (below 1) or number of rows")
+    float | None, typer.Option(parser=parse_number, help="Size of the test split: number of rows, or share below 1")
 ]
 Seed = Annotated[int, typer.Option(help="Random seed for splitting, sampling, shuffling and mixing")]
-OnBadRows = Annotated[str, typer.Option(help="Bad rows: error (stop) or quarantine (continue without them)")]
-MaxRejects = Annotated[str | None, typer.Option(help="Maximum number of quarantined rows, e.g. 100 or 1%")]
+OnBadRows = Annotated[str, typer.Option(help="Action for invalid rows: error (stop) or quarantine (set aside)")]
+MaxRejects = Annotated[str | None, typer.Option(help="Maximum number or share of quarantined rows, e.g. 100 or 1%")]
 
 
 def parse_columns(pairs: list[str] | None) -> dict[str, str] | None:
-    """Return the column mapping of pairs such as `output=answer`."""
+    """Parse the `--column` options, such as `output=answer`, into a mapping."""
     for pair in pairs or []:
         if "=" not in pair:
             raise UsageError("column", f"--column is {pair!r}, expected name=column, e.g. output=answer")
@@ -75,7 +82,7 @@ def parse_columns(pairs: list[str] | None) -> dict[str, str] | None:
 
 
 def parse_template_kwargs(pairs: list[str] | None) -> dict[str, Any] | None:
-    """Return the template variables of pairs such as `enable_thinking=false`; values are parsed as YAML.
+    """Parse the `--template-kwarg` options, such as `enable_thinking=false`. Values are YAML.
 
     >>> parse_template_kwargs(["enable_thinking=false", "date_string=26 Jul 2026"])
     {'enable_thinking': False, 'date_string': '26 Jul 2026'}
@@ -98,12 +105,12 @@ def parse_template_kwargs(pairs: list[str] | None) -> dict[str, Any] | None:
 
 
 def split_names(names: str | None) -> list[str] | None:
-    """Return the names in a comma-separated list."""
+    """Split a comma-separated list into names."""
     return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
 
 
 def parse_row_numbers(text: str | None) -> list[int] | None:
-    """Return the row numbers in a list of numbers and ranges such as `3,8-11`."""
+    """Parse a list of row numbers and ranges, such as `3,8-11`."""
     if text is None:
         return None
     numbers: list[int] = []
@@ -117,14 +124,14 @@ def parse_row_numbers(text: str | None) -> list[int] | None:
 
 
 def make_sources(data: list[str], encoding: str | None, split: str | None, quoting: str | None = None) -> Any:
-    """Return the sources, each with the options that apply to all of them."""
+    """Add the reader options of the command line to each path."""
     options = {"encoding": encoding, "split": split, "quoting": quoting}
     set_options = {name: value for name, value in options.items() if value is not None}
     return [{"path": path, **set_options} for path in data] if set_options else data
 
 
 def collect_recipe_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recipe options among the arguments of a command, in the form that the public functions take."""
+    """Select the recipe options from the arguments of a command, and parse their values."""
     names = (
         "schema",
         "train_on",

@@ -1,4 +1,4 @@
-"""Print results as text or JSON, page long output, and show progress."""
+"""Functions that print results, page long output and show progress."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ftdata.errors import escape_unprintable
 
 
 def write_stdout(text: str) -> None:
-    """Write text to standard output; a closed pipe (`| head`) is not an error."""
+    """Write text to standard output. Ignore the error if the reader closed the pipe, as `| head` does."""
     try:
         sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
         sys.stdout.flush()
@@ -34,10 +34,10 @@ def print_value(value: Any, *, as_json: bool) -> None:
 
 
 def print_paged(render: Callable[[Any], None], *, pager: bool = False) -> None:
-    """Print the output of a function that writes to a rich console.
+    """Print output through a rich console, and use a pager if the output is long.
 
     Args:
-        render: writes to the console that it gets.
+        render: a function that prints the output to the console that it receives.
         pager: use a pager on a terminal if the output is longer than the screen.
     """
     from rich.console import Console
@@ -60,13 +60,13 @@ def print_paged(render: Callable[[Any], None], *, pager: bool = False) -> None:
 
 @contextmanager
 def no_progress() -> Iterator[None]:
-    """Yield no progress callback."""
+    """Yield `None` in place of a progress callback."""
     yield None
 
 
 @contextmanager
 def progress_bar() -> Iterator[Any]:
-    """Show the number of rows and tokens on stderr if it is a terminal."""
+    """Show a progress bar with rows and tokens on stderr. Show nothing if stderr is not a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

@@ -1,4 +1,4 @@
-"""Commands that train, evaluate and use models: thin wrappers around the functions of `ftdata.train`."""
+"""Commands that train, evaluate and use models. Each command calls a function of `ftdata.train`."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ from ftdata.errors import UsageError, escape_unprintable
 if TYPE_CHECKING:
     from ftdata.train.inference.progress import GenerationProgress
 
-Run = Annotated[Path, typer.Argument(help="Run directory of a finished `ftdata train`", show_default=False)]
-Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub id of the base model")]
-MaxNewTokens = Annotated[int, typer.Option(help="Maximum number of tokens per answer", min=1)]
+Run = Annotated[Path, typer.Argument(help="Run directory of a finished training run", show_default=False)]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Base model: Hub id or folder")]
+MaxNewTokens = Annotated[int, typer.Option(help="Maximum number of generated tokens per answer", min=1)]
 Beams = Annotated[int, typer.Option("--num-beams", help="Number of beams; 1 disables beam search", min=1)]
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature, e.g. 0.7 (default: no sampling)")]
 TopP = Annotated[float | None, typer.Option(help="Top-p (nucleus) sampling threshold")]
 SamplingSeed = Annotated[int, typer.Option("--seed", help="Random seed for sampling")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code from the model repository")]
 UseBase = Annotated[bool, typer.Option("--base", help="Use the base model instead of the trained model")]
 
 
 def init(
-    data: Annotated[str, typer.Argument(help="Training data, as for `ftdata build`", show_default=False)],
-    model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id of the base model")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Output file; - for standard output")] = Path(
+    data: Annotated[
+        str, typer.Argument(help="Training data, in any format that `ftdata build` reads", show_default=False)
+    ],
+    model: Annotated[str, typer.Option("--model", "-m", help="Base model: Hub id or folder")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output file, or - for standard output")] = Path(
         "run.yaml"
     ),
-    output_dir: Annotated[str, typer.Option(help="Run directory to write into the file")] = "out",
+    output_dir: Annotated[str, typer.Option(help="Value of output_dir in the configuration file")] = "out",
     template: Template = None,
     limit: Limit = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a commented configuration with values computed from data and a model."""
+    """Write a training configuration with comments and with values computed from data and a model."""
     from ftdata.train import init as make_config_text
 
     if str(output) != "-" and output.exists():
@@ -60,28 +62,30 @@ def train(
     source: Annotated[
         str,
         typer.Argument(
-            help="Configuration file (.yaml, .toml), data, build, or run directory to resume",
+            help="Configuration file (.yaml or .toml), data, build, or run to resume",
             show_default=False,
         ),
     ],
     model: Model = None,
-    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Run directory")] = None,
+    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Output directory of the run")] = None,
     template: Template = None,
-    schema: Annotated[str | None, typer.Option(help="Schema of all rows")] = None,
+    schema: Annotated[str | None, typer.Option(help="Row schema: name, ./file.py:function, or auto")] = None,
     column: Columns = None,
     train_on: Annotated[
-        str | None, typer.Option(help="Trained messages: assistant, last_assistant, completion or all")
+        str | None, typer.Option(help="Messages to train on: assistant, last_assistant, completion or all")
     ] = None,
-    turns: Annotated[str | None, typer.Option(help="Examples per conversation: auto, joint or split")] = None,
+    turns: Annotated[
+        str | None, typer.Option(help="Examples per conversation: joint (one), split (one per turn), or auto")
+    ] = None,
     max_length: MaxLength = None,
     overlong: Annotated[
-        str | None, typer.Option(help="Examples over --max-length: reject, drop_turns or truncate")
+        str | None, typer.Option(help="Action for examples over --max-length: reject, drop_turns or truncate")
     ] = None,
     packing: Packing = None,
     test_size: TestSize = None,
     limit: Limit = None,
     on_bad_rows: Annotated[
-        str | None, typer.Option(help="Bad rows: error (stop) or quarantine (continue without them)")
+        str | None, typer.Option(help="Action for invalid rows: error (stop) or quarantine (set aside)")
     ] = None,
     max_rejects: MaxRejects = None,
     quantization: Annotated[str | None, typer.Option(help="Quantize the base model: nf4 (QLoRA), fp4 or int8")] = None,
@@ -91,7 +95,7 @@ def train(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Set any field, e.g. learning_rate=1e-4, lora.alpha=32, mask.turns=split"),
+        typer.Option("--set", help="Set a configuration field, e.g. learning_rate=1e-4 (repeatable)"),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[
@@ -138,9 +142,9 @@ def train(
 def evaluate(
     run_dir: Run,
     data: Annotated[
-        str | None, typer.Option(help="Questions with expected answers (default: the run's test split)")
+        str | None, typer.Option(help="Evaluation data with expected answers (default: the run's test split)")
     ] = None,
-    n: Annotated[int, typer.Option("-n", help="Number of rows; 0 for all", min=0)] = 20,
+    n: Annotated[int, typer.Option("-n", help="Number of rows to evaluate, or 0 for all rows", min=0)] = 20,
     batch_size: Annotated[int, typer.Option(help="Number of prompts per batch", min=1)] = 16,
     max_new_tokens: MaxNewTokens = 256,
     num_beams: Beams = 1,
@@ -151,7 +155,7 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Compare the base and the trained model: answers, perplexity, exact match, SacreBLEU, chrF."""
+    """Compare the trained model with its base model: answers, perplexity, exact match, SacreBLEU, chrF."""
     from ftdata.train import compare
 
     options = _generation_options(max_new_tokens, num_beams, temperature, top_p, seed)
@@ -171,7 +175,7 @@ def evaluate(
 def generate(
     run_dir: Run,
     prompts: Annotated[
-        list[str] | None, typer.Argument(help="User messages (default: the lines of standard input)")
+        list[str] | None, typer.Argument(help="Prompts to answer (default: the lines of standard input)")
     ] = None,
     base: UseBase = False,
     batch_size: Annotated[int, typer.Option(help="Number of prompts per batch", min=1)] = 16,
@@ -205,14 +209,14 @@ def generate(
 def chat(
     run_dir: Run,
     base: UseBase = False,
-    system: Annotated[str | None, typer.Option(help="System message")] = None,
+    system: Annotated[str | None, typer.Option(help="System message of the chat")] = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: SamplingSeed = 0,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Chat with a trained model: /new starts over, an empty line or Ctrl-D ends the chat."""
+    """Chat with a trained model. /new starts a new conversation. An empty line or Ctrl-D exits."""
     from ftdata.train import start_chat
 
     options = _generation_options(max_new_tokens, 1, temperature, top_p, seed)
@@ -239,13 +243,13 @@ def chat(
 
 def merge(
     run_dir: Run,
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="New folder for the merged model")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Output folder for the merged model")],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16 (default: dtype of the base model)")
+        str | None, typer.Option(help="Weight dtype: float32, bfloat16 or float16 (default: base model's)")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Merge the adapter of a run into its base model and save the result."""
+    """Merge the adapter of a run into its base model, and save the merged model."""
     from ftdata.train import merge as merge_run
 
     merged = merge_run(run_dir, output_dir, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -279,7 +283,7 @@ _ANNOUNCE_SECONDS = 10.0
 
 @contextmanager
 def _generation_progress() -> Iterator[Callable[[GenerationProgress], None]]:
-    """Show the progress and the maximum remaining time: as a bar on a terminal, otherwise as lines."""
+    """Show the progress and the maximum remaining time. Print lines if stderr is not a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as ProgressBars

@@ -1,4 +1,4 @@
-"""Audit: run the checks on data or on a build, and report the findings as text, JSON, SARIF or annotations."""
+"""Check data or a build for problems, and report the findings as text, JSON, SARIF or GitHub annotations."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _MAX_SAMPLES = 100
 
 
 class FindingLocation(NamedTuple):
-    """A row with a finding.
+    """A row in which a check found a problem.
 
     Attributes:
         source: The row.
@@ -55,7 +55,7 @@ class FindingLocation(NamedTuple):
 
 @dataclass
 class Finding:
-    """The result of one check: the number of affected rows, and the first of them.
+    """A problem that a check found: its description, the number of affected rows, and the first affected rows.
 
     Attributes:
         code: The code of the check, or the error code of rejected rows.
@@ -74,18 +74,21 @@ class Finding:
     locations: list[FindingLocation] = field(default_factory=list)
 
     def add(self, source: Source | None, detail: str = "") -> None:
-        """Count an affected row; `source` is `None` if the finding is not about a row."""
+        """Add an affected row to the finding.
+
+        Pass `None` as `source` if the problem does not belong to a row.
+        """
         self.count += 1
         if len(self.locations) < MAX_LOCATIONS and source is not None:
             self.locations.append(FindingLocation(source, detail))
 
     @property
     def where(self) -> list[str]:
-        """The first affected rows, as file and line."""
+        """The locations of the first affected rows, such as `data.jsonl:7`."""
         return [str(location.source) for location in self.locations]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the finding as JSON."""
+        """Convert the finding to a JSON-serializable dictionary."""
         return {
             "code": self.code,
             "severity": self.severity,
@@ -111,7 +114,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """The findings of an audit, most severe first. The report is falsy without findings.
+    """The findings of an audit, most severe first. A report without findings is falsy.
 
     Attributes:
         rows: The number of audited rows.
@@ -127,13 +130,13 @@ class AuditReport:
         return bool(self.findings)
 
     def fails(self, severity: str) -> bool:
-        """Return whether any finding has at least this severity; always false for `"never"`."""
+        """Return whether any finding has at least this severity. For `"never"`, return false."""
         check_choice("fail_on", severity, FAIL_ON)
         levels = [SEVERITIES.index(finding.severity) for finding in self.findings]
         return severity != "never" and any(level >= SEVERITIES.index(severity) for level in levels)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON."""
+        """Convert the report to a JSON-serializable dictionary."""
         findings = [finding.as_dict() for finding in self.findings]
         return {"ftdata": __version__, "rows": self.rows, "findings": findings, "skipped": self.skipped}
 
@@ -147,7 +150,7 @@ class AuditReport:
         return "\n".join(lines)
 
     def print(self, console: Console) -> None:
-        """Print to a rich console; a terminal indents the continuation of long lines."""
+        """Print the report to a rich console. On a terminal, long lines are wrapped and indented."""
         for line in str(self).splitlines():
             severity, separator, code = line.partition(" ")
             style = _STYLES.get(severity, "")
@@ -159,7 +162,7 @@ class AuditReport:
                 console.print(Text.assemble((severity, style), separator, code))
 
     def as_sarif(self) -> dict[str, Any]:
-        """Return the report as SARIF 2.1.0 (OASIS), which code hosts and editors show next to the source lines."""
+        """Convert the report to SARIF 2.1.0 (OASIS), a format that code hosts and editors can display."""
         rules = [
             {
                 "id": finding.code,
@@ -186,7 +189,7 @@ class AuditReport:
         return {"$schema": schema, "version": "2.1.0", "runs": [{"tool": {"driver": driver}, "results": results}]}
 
     def as_github(self) -> str:
-        """Return the report as workflow commands, which GitHub shows as annotations."""
+        """Convert the report to GitHub workflow commands, which GitHub displays as annotations."""
         lines = []
         for finding in self.findings:
             kind = "notice" if finding.severity == "note" else finding.severity
@@ -220,7 +223,7 @@ def _sarif_location(source: Source) -> dict[str, Any]:
 
 
 def _escape(text: str, reserved: str = "") -> str:
-    """Escape a value of a GitHub workflow command."""
+    """Escape special characters in a value of a GitHub workflow command."""
     text = escape_unprintable(text)
     for char in ("%", "\r", "\n", *reserved):
         text = text.replace(char, f"%{ord(char):02X}")
@@ -241,7 +244,7 @@ def audit(
     progress: Progress | None = None,
     **options: Any,
 ) -> AuditReport:
-    """Check data for problems before it is built or trained on, or check a finished build.
+    """Check training data, or a finished build, for problems.
 
     docs/reference/checks.md lists all checks. If the data has several splits, the rows of all splits except the
     training split are held out.
@@ -250,7 +253,7 @@ def audit(
         data: As for `build_sft_dataset`, or the folder of a build. The stored tokens and labels of a build are checked.
         tokenizer: As for `build_sft_dataset`. The default for a build is the tokenizer that it was built with.
         template: As for `build_sft_dataset`.
-        against: Held-out data, such as a test set. No row of it may be in `data`.
+        against: Held-out data, such as a test set. No row of the held-out data may be in `data`.
         ignore: Codes of checks to skip.
         near_duplicate_threshold: Similarity (0.5 to 1) above which rows are near-duplicates. `None` skips the search.
         pii: Whether to search for personal data.
@@ -276,12 +279,14 @@ def audit(
     [('empty_answer', 1)]
     """
     if isinstance(ignore, str) or not isinstance(ignore, Iterable):
-        raise UsageError("ignore", f"ignore is {ignore!r}, expected a list of codes")
+        raise UsageError("ignore", f"ignore is {ignore!r}, expected a list of check codes")
     for code in ignore:
         # Error codes of rejected rows can be ignored too. There is no list of them, so unknown codes are accepted.
         if code not in checks and (matches := get_close_matches(str(code), checks, n=1, cutoff=0.85)):
             raise UsageError(
-                "unknown_ignore", f"ignore contains the unknown code {code!r}", hint=f"did you mean {matches[0]!r}?"
+                "unknown_ignore",
+                f"ignore contains the unknown check code {code!r}",
+                hint=f"did you mean {matches[0]!r}?",
             )
     if near_duplicate_threshold is not None:
         check_similarity_threshold(near_duplicate_threshold)
@@ -303,7 +308,7 @@ def audit(
 
 
 class Auditor:
-    """Run row checks on each batch, and data checks after the last batch.
+    """Run all checks on data: row checks on each batch, and data checks after the last batch.
 
     Attributes:
         recipe: The options, tokenizer and template.
@@ -326,7 +331,7 @@ class Auditor:
         self.samples: list[Conversation] = []
 
     def __call__(self, batch: Batch, numbers: RowNumbers) -> None:
-        """Check the rows of a batch."""
+        """Run the flag checks and the row checks on a batch."""
         for number in range(len(numbers)):
             built = batch.built(number)
             row = CheckedRow(built.conversation, built.examples, self.recipe, self.added_text)
@@ -346,7 +351,7 @@ class Auditor:
             self.signatures.append(near_duplicates.minhash_signatures(batch.conversations))
 
     def report(self, target: Target, survey: Survey) -> AuditReport:
-        """Run the data and template checks, and return the report."""
+        """Run the data checks and the template checks, and return the report of all checks."""
         scripts = np.asarray(self.scripts, np.int64)
         signatures = np.concatenate(self.signatures) if self.signatures else None
         if target.folder is not None:
@@ -388,7 +393,10 @@ class Auditor:
         finding.add(reject.source, f"{reject.field} {reject.reason}".strip())
 
     def _detect_scripts(self, examples: Sequence[Example]) -> int:
-        """Return the scripts of the answers, one bit each, and collect the stop tokens at the end of the answers."""
+        """Return the scripts (writing systems) of the answers, and collect the stop tokens that end the answers.
+
+        Bit `i` of the result is set if an answer is written in script `text_detectors.SCRIPTS[i]`.
+        """
         script_bits = 0
         for example in examples:
             ids, trained, offsets = example.input_ids, example.trained, example.offsets
@@ -404,7 +412,7 @@ class Auditor:
 
 
 def _is_template_text(example: Example) -> NDArray[np.bool_]:
-    """Return whether each token begins in template text (bool `[n]`)."""
+    """Return a mask of the tokens that begin in template text (bool `[n]`)."""
     is_scaffold = np.asarray([*(span.part is Part.SCAFFOLD for span in example.spans), True])
     span_ends = [span.end for span in example.spans]
     return np.asarray(is_scaffold[np.searchsorted(span_ends, example.offsets[:, 0], side="right")])

@@ -1,4 +1,4 @@
-"""Charts: SVG histograms for the HTML page, files and documentation, without a plotting library."""
+"""Draw histograms as SVG, without a plotting library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TEXT = 'font-family="system-ui,sans-serif" font-size="11" fill="currentColor"'
 
 
 def draw_length_histogram(values: NDArray[np.integer], *, line: int | None = None, standalone: bool = False) -> str:
-    """Return a histogram of lengths as SVG. The axis is logarithmic, with four bars per factor of two.
+    """Draw an SVG histogram of lengths on a logarithmic axis, with four bars per factor of two.
 
     Args:
         values: The number of tokens of each example.
@@ -43,7 +43,7 @@ def draw_length_histogram(values: NDArray[np.integer], *, line: int | None = Non
 
 
 def draw_share_histogram(values: NDArray[np.floating], *, standalone: bool = False) -> str:
-    """Return a histogram of shares from 0 to 1, such as the share of trained tokens, as SVG."""
+    """Draw an SVG histogram of shares between 0 and 1, such as the share of trained tokens."""
     counts, edges = np.histogram(values, np.linspace(0, 1, 41))
     bars = [(float(a), float(b), int(n), f"{a:.1%} to {b:.1%}: {n:,}")
             for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]  # fmt: skip
@@ -60,7 +60,7 @@ def _draw_histogram(
     marker: tuple[float, str] | None,
     standalone: bool,
 ) -> str:
-    """Return a histogram as SVG.
+    """Draw a histogram with labels, grid lines and tooltips as SVG.
 
     Args:
         bars: Start and end of each bar as shares of the width, its count, and its tooltip.
@@ -115,7 +115,7 @@ def _draw_histogram(
 
 
 def _grid_levels(max_count: int) -> list[int]:
-    """Return the counts at which grid lines are drawn."""
+    """Choose the counts at which horizontal grid lines are drawn."""
     step = 10 ** max(len(str(max_count)) - 1, 0)
     step = next((size for size in (step // 5, step // 2, step) if size and max_count / size <= 5), step)
     return list(range(0, max_count + 1, max(step, 1)))[:8]

@@ -1,4 +1,4 @@
-"""Diff: compare the tokens and labels of the same rows under two recipes, or in two builds.
+"""Compare the tokens and labels of the same rows in two builds, or under two recipes.
 
 The first pass compares fingerprints of all rows. The second pass reads only the first rows that differ.
 """
@@ -54,13 +54,13 @@ _RECIPE_OPTIONS = (
     "limit",
     *(option.name for option in fields(Options)),
 )
-"""Options that determine what a row becomes, or whether it is read."""
+"""Options that select rows, or determine how rows are rendered and tokenized."""
 
 _CONTEXT, _MAX_COMPARED_TOKENS = 8, 4000
 
 
 class Edit(NamedTuple):
-    """A range of tokens in A, and the range that replaces it in B.
+    """A difference between two examples: a range of tokens in A, and the corresponding range in B.
 
     Attributes:
         in_a: The range `[start, end)` of tokens in A.
@@ -73,7 +73,7 @@ class Edit(NamedTuple):
 
 @dataclass(frozen=True)
 class ChangedRow:
-    """A row that differs.
+    """A row whose tokens or labels differ between sides A and B.
 
     Attributes:
         kind: The kind of difference, one of `KINDS`.
@@ -90,7 +90,7 @@ class ChangedRow:
 
 @dataclass(frozen=True)
 class Diff:
-    """The differences between two sides. A diff is falsy if there are none.
+    """The differences between sides A and B. The object is falsy if no row differs.
 
     Attributes:
         titles: The titles of A and B.
@@ -112,7 +112,7 @@ class Diff:
         return any(count for kind, count in self.rows.items() if kind not in (SAME, NEITHER))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the differences as JSON."""
+        """Convert the differences to a JSON-serializable dictionary."""
         return {
             "titles": list(self.titles),
             "options": {name: list(pair) for name, pair in self.options.items()},
@@ -128,7 +128,7 @@ class Diff:
         return capture.get()
 
     def print(self, console: Console) -> None:
-        """Print to a rich console: the counts, and the differing tokens of the first rows with some context."""
+        """Print the number of changed rows, and the tokens that differ in the first changed rows."""
         for letter, title, (tokens, trained) in zip("AB", self.titles, self.tokens, strict=True):
             heading = f"{letter} {to_single_line(title)}: {tokens:,} tokens, {trained:,} trained"
             console.print(Text(heading, "bold"), soft_wrap=True)
@@ -153,7 +153,7 @@ class Diff:
         console.print(f"{sum(self.rows.values()):,} rows: {counts}", highlight=False, soft_wrap=True)
 
     def page(self) -> HtmlPage:
-        """Return the HTML page with the changed rows side by side."""
+        """Create an HTML page that shows the changed rows side by side."""
         rows, marks, titles = list[RowView](), list[list[NDArray[np.bool_]]](), list[list[str]]()
         labels = [f"{letter}: {title}" for letter, title in zip("AB", self.titles, strict=True)]
         for changed in self.changed:
@@ -190,7 +190,9 @@ def diff(
     html: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Diff:
-    """Compare the same rows under two templates, tokenizers, options, or versions of ftdata.
+    """Compare the tokens and labels of the same rows on two sides, A and B.
+
+    The sides can differ in template, tokenizer, options or version of ftdata.
 
     Args:
         a: The folder of a build, or a mapping of options of `build_sft_dataset`: `data`, `tokenizer`, and any option
@@ -217,7 +219,7 @@ def diff(
     (True, {'labels differ': 1})
     """
     if type(n) is not int or not 0 <= n <= sys.maxsize:
-        raise UsageError("n", f"n is {n!r}, expected a number of rows from 0")
+        raise UsageError("n", f"n is {n!r}, expected a number of rows (0 or more)")
     if isinstance(a, Mapping) and isinstance(b, Mapping) and isinstance(a.get("data"), Iterator):
         rows_in_memory = list(a["data"])
         b = {**b, "data": rows_in_memory} if b.get("data") is a["data"] else b
@@ -226,7 +228,7 @@ def diff(
     by_text = targets[0].recipe.tokenizer.fingerprint != targets[1].recipe.tokenizer.fingerprint
     fingerprints = [fingerprint_examples(target, progress, by_text=by_text) for target in targets]
     if not any(side.tokens[0] for side in fingerprints):
-        raise InputRefused("no_rows_built", "neither side has a row that can be built, so there is nothing to compare")
+        raise InputRefused("no_rows_built", "no row can be built on either side, so there is nothing to compare")
     keys = match_sources([side.paths for side in fingerprints])
     rows = [side.by_row(side_keys) for side, side_keys in zip(fingerprints, keys, strict=True)]
     kinds = classify_differences(*rows)
@@ -261,7 +263,7 @@ def side_options(
     template_kwargs: Mapping[str, Any] | None = None,
     changes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the options of a side from arguments of the command line.
+    """Convert command-line arguments to the options of one side of a comparison.
 
     Args:
         path: The folder of a build, a `.yaml`, `.yml` or `.toml` configuration, or data.
@@ -290,7 +292,7 @@ def side_options(
 
 
 def _parse_value(text: str) -> Any:
-    """Return text parsed as YAML, or the text itself if it is not valid YAML."""
+    """Parse a text as YAML. If the text is not valid YAML, return it unchanged."""
     try:
         return parse_yaml(text)
     except yaml.YAMLError:
@@ -303,7 +305,9 @@ def _make_target(side: Any) -> Target:
     for name in side:
         check_choice("option", str(name), ("data", "tokenizer", *_RECIPE_OPTIONS))
     if "data" not in side:
-        raise UsageError("diff", "a side has no data", hint="pass data and tokenizer, or the folder of a build")
+        raise UsageError(
+            "diff", "one side of the comparison has no data", hint="pass data and tokenizer, or the folder of a build"
+        )
     data = side["data"]
     if str(data) == STDIN or (isinstance(data, list) and STDIN in data):
         raise UsageError(
@@ -314,7 +318,7 @@ def _make_target(side: Any) -> Target:
 
 
 def _view_rows(target: Target, keys: Mapping[str, int], selected: set[int]) -> dict[int, RowView]:
-    """Return the views of the selected rows of a side, including rejected rows."""
+    """Read one side, and return a view of each selected row, whether built or rejected."""
     views, are_paths_unique = dict[int, RowView](), len({path for path, _ in target.names}) == len(target.names)
     for step in target.steps():
         for number, conversation in enumerate(step.batch.conversations):
@@ -354,9 +358,10 @@ def _make_changed_row(kind: str, a: RowView | None, b: RowView | None, *, by_tex
 
 
 def _pair_examples(a: Sequence[ExampleView], b: Sequence[ExampleView]) -> tuple[list[ExampleView], list[ExampleView]]:
-    """Return the examples of a row so that corresponding examples have equal indices: packing reorders examples.
+    """Reorder the examples of a row so that matching examples of both sides have the same index.
 
-    Examples with equal texts correspond. The remaining examples, which are split turns, are sorted by length.
+    Packing changes the order of examples. Examples with equal texts match. The remaining examples, which are split
+    turns, are sorted by length.
     """
     left, right = list[ExampleView](), list[ExampleView]()
     unmatched_a, unmatched_b = list[ExampleView](), sorted(b, key=len)
@@ -377,9 +382,10 @@ def _true_ranges(values: NDArray[np.bool_]) -> list[list[int]]:
 
 
 def find_edits(a: ExampleView | None, b: ExampleView | None, *, by_text: bool = False) -> tuple[Edit, ...]:
-    """Return the ranges of tokens whose id (or text) or label differs; all tokens if one of the examples is missing.
+    """Find the ranges of tokens that differ between two examples in token id, text or label.
 
-    If too many tokens remain between the common prefix and the common suffix, they form a single range.
+    If one example is missing, the range contains all tokens of the other example. If too many tokens remain between the
+    common prefix and the common suffix, they form a single range.
     """
     if a is None or b is None:
         return (Edit((0, len(a) if a else 0), (0, len(b) if b else 0)),)
@@ -404,13 +410,13 @@ def find_edits(a: ExampleView | None, b: ExampleView | None, *, by_text: bool = 
 
 
 def _to_tokens(view: ExampleView, start: int, end: int) -> tuple[int, int]:
-    """Return the range of tokens that contains the characters `[start, end)`."""
+    """Convert a range of characters `[start, end)` to the range of tokens that covers it."""
     first, last = np.searchsorted(view.ends, [start, end - 1], side="right").tolist()
     return first, last + 1
 
 
 def _mark_ranges(view: ExampleView, ranges: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
-    """Return whether each token is in one of the ranges (bool `[n]`)."""
+    """Return a mask that is true for the tokens in the ranges (bool `[n]`)."""
     marks = np.zeros(len(view), np.bool_)
     for start, end in ranges:
         marks[start:end] = True
@@ -418,7 +424,10 @@ def _mark_ranges(view: ExampleView, ranges: Sequence[tuple[int, int]]) -> NDArra
 
 
 def _style_ranges(view: ExampleView, ranges: Sequence[tuple[int, int]], *, plain: bool) -> Text:
-    """Return ranges of tokens with some context as styled text; the ranges are highlighted unless `plain`."""
+    """Render ranges of tokens as styled text, with some context around each range.
+
+    The ranges are highlighted unless `plain` is true.
+    """
     is_near, is_marked = np.zeros(len(view), np.bool_), _mark_ranges(view, ranges)
     for start, end in ranges:
         is_near[max(start - _CONTEXT, 0) : end + _CONTEXT] = True
@@ -435,13 +444,16 @@ def _style_ranges(view: ExampleView, ranges: Sequence[tuple[int, int]], *, plain
 
 
 def _split_at_marks(is_marked: NDArray[np.bool_], first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of tokens in `[first, last)` that are all marked or all unmarked."""
+    """Split the tokens `[first, last)` into ranges of marked tokens and ranges of unmarked tokens."""
     changes = (np.flatnonzero(np.diff(is_marked[first:last])) + first + 1).tolist()
     yield from pairwise([first, *changes, last])
 
 
 def _changed_options(a: Target, b: Target) -> dict[str, tuple[Any, Any]]:
-    """Return the options that differ, with the values of both sides; options of only one side are left out."""
+    """Return the options whose values differ between the sides, with the value of each side.
+
+    An option that only one side has is left out.
+    """
     left, right = ({**target.options, **flatten_options({"template": target.options["template"]})} for target in (a, b))
     common = [name for name in left if name in right and name not in ("template", "sources", "data")]
     tokenizer = {"tokenizer": tuple(target.options["tokenizer"]["name"] for target in (a, b))}

@@ -1,4 +1,4 @@
-"""Fingerprints: hashes of examples, by which `diff` compares two sides without keeping their tokens in memory."""
+"""Hash examples, so that `diff` can compare two sides without storing their tokens in memory."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ MOST_ROWS = 1 << 40
 
 @dataclass(frozen=True)
 class ExampleFingerprints:
-    """The fingerprints of the examples of one side. Hashes are uint64 `[examples]`.
+    """Hashes of all examples on one side of a comparison, as columns. Each column of hashes is uint64 `[examples]`.
 
     Attributes:
         paths: The names of the sources.
         source: int64 `[examples]`, an index into `paths`.
         row: int64 `[examples]`, the number of the row in its source.
         split: Hashes of the name of the split.
-        content: Hashes of the tokens; of the text if the tokenizers differ.
-        labels: Hashes of the labels; of the trained text if the tokenizers differ.
+        content: Hashes of the tokens, or of the text if the tokenizers differ.
+        labels: Hashes of the labels, or of the trained text if the tokenizers differ.
         rejected: The source and row of each rejected row.
         tokens: The number of tokens and of trained tokens.
     """
@@ -52,9 +52,10 @@ class ExampleFingerprints:
     tokens: tuple[int, int]
 
     def by_row(self, keys: Mapping[str, int]) -> Rows:
-        """Return the rows as columns: key, sums of the hashes, number of examples, and first example.
+        """Group the examples by row, and return the rows as columns.
 
-        The hashes of a row's examples are summed, so the order of the examples does not matter.
+        The columns are the key, the sums of the hashes, the number of examples, and the first example. The hashes of a
+        row's examples are summed, so the order of the examples does not matter.
         """
         source_keys = np.asarray([keys[path] for path in self.paths], np.int64)
         rows, first, row_indices, counts = np.unique(
@@ -75,10 +76,12 @@ Rows = tuple[NDArray[Any], ...]
 
 
 def match_sources(paths: Sequence[Sequence[str]]) -> list[dict[str, int]]:
-    """Return, for each side, path -> number, with equal numbers for matching sources.
+    """Number the sources of both sides so that matching sources have the same number.
 
-    Sources match by path. Otherwise they match by file name, in order, if both sides have equally many of that name.
-    Finally, if each side has one source left, these match.
+    The result has one mapping from path to number for each side.
+
+    Sources match by path. Otherwise they match by file name, in order, if both sides have the same number of
+    sources with this name. Finally, if one source of each side remains, these two sources match.
     """
     left, right = ([*dict.fromkeys(side_paths)] for side_paths in paths)
     keys = [{path: number for number, path in enumerate(left)}, dict[str, int]()]
@@ -99,7 +102,7 @@ def match_sources(paths: Sequence[Sequence[str]]) -> list[dict[str, int]]:
 
 
 def fingerprint_examples(target: Target, progress: Progress | None, *, by_text: bool) -> ExampleFingerprints:
-    """Return the fingerprints of all examples of a side.
+    """Compute the fingerprints of all examples on one side of a comparison.
 
     Args:
         target: The side.
@@ -156,14 +159,17 @@ def _hash_texts(batch: Batch) -> Iterator[tuple[int, int]]:
 
 
 def _trained_ranges(example: Example) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of characters that are trained."""
+    """Yield the character ranges of the trained tokens of an example."""
     edges = np.flatnonzero(np.diff(example.trained, prepend=False, append=False))
     for first, last in edges.reshape(-1, 2).tolist():
         yield int(example.offsets[first, 0]), int(example.offsets[last - 1, 1])
 
 
 def classify_differences(a: Rows, b: Rows) -> dict[int, str]:
-    """Return the key of each row that differs -> the kind of difference, one of `KINDS`."""
+    """Compare the rows of two sides, and map the key of each changed row to a kind of difference.
+
+    The kinds are listed in `KINDS`.
+    """
     kinds = dict.fromkeys(np.setdiff1d(a[0], b[0]).tolist(), ONLY_A)
     kinds |= dict.fromkeys(np.setdiff1d(b[0], a[0]).tolist(), ONLY_B)
     both, indices_a, indices_b = np.intersect1d(a[0], b[0], return_indices=True)

@@ -1,4 +1,4 @@
-"""HTML page: views in a self-contained HTML file, without a network, a server or a library.
+"""Write rows to a self-contained HTML page that needs no network, server or library.
 
 The page contains the rows as JSON, which its script renders. All other text is escaped when it is written. The content
 security policy of the page allows only its own script and style, by their hashes.
@@ -43,7 +43,7 @@ MOST_PACKS = 200
 
 @dataclass(frozen=True)
 class PackLayout:
-    """The packed sequences of a data set.
+    """The packed sequences that an HTML page draws: their size, their number and their documents.
 
     Attributes:
         size: The length of a packed sequence in tokens.
@@ -60,7 +60,7 @@ class PackLayout:
 
 @dataclass(frozen=True)
 class HtmlPage:
-    """The content of an HTML page.
+    """The content of an HTML page: rows, totals, warnings, charts and options.
 
     Attributes:
         title: The heading.
@@ -95,7 +95,7 @@ _DOCTYPE = b"<!doctype html>"
 
 
 def write_page(path: str | Path, page: HtmlPage) -> None:
-    """Render a page and write it to a file; see `write_html`."""
+    """Render an HTML page and write it to a file."""
     write_html(path, render_html(page))
 
 
@@ -114,7 +114,7 @@ def write_html(path: str | Path, text: str) -> None:
 
 
 def _can_overwrite(path: Path) -> bool:
-    """Return whether a path is free, or contains an HTML page."""
+    """Return whether a path can be written: no file exists, or the file is an HTML page."""
     if not path.is_file():
         return True
     with path.open("rb") as file:
@@ -122,7 +122,7 @@ def _can_overwrite(path: Path) -> bool:
 
 
 def render_html(page: HtmlPage) -> str:
-    """Return a page as HTML."""
+    """Render a page as HTML text."""
     style, script = _asset("page.css"), _asset("page.js")
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
@@ -160,7 +160,7 @@ def _hash(text: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """Return JSON that is safe inside a script element: it contains no tags."""
+    """Serialize a value as JSON that is safe inside an HTML `<script>` element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     # UTF-8 cannot encode lone surrogates, so they are escaped.
@@ -218,21 +218,21 @@ def _example(view: ExampleView, owners: dict[SegmentOwner, int], changed: NDArra
 
 
 def _sizes(view: ExampleView) -> list[int]:
-    """Return the length of the text of each token in UTF-16 code units, the unit of JavaScript strings."""
+    """Return the text length of each token in UTF-16 code units, which JavaScript strings use."""
     is_wide = np.frombuffer(view.text.encode("utf-32-le", "surrogatepass"), np.uint32) > 0xFFFF
     offsets = np.append(0, np.cumsum(1 + is_wide.astype(np.int64)))
     return list(np.diff(offsets[view.ends], prepend=0).tolist())
 
 
 def _runs(values: NDArray[Any]) -> list[int]:
-    """Return the run-length encoding of values: value, length, value, length, ..."""
+    """Run-length encode an array as `[value, length, value, length, ...]`."""
     starts = np.flatnonzero(np.diff(values.astype(np.int64), prepend=-1))
     lengths = np.diff(starts, append=len(values))
     return list(np.stack((values[starts].astype(np.int64), lengths), axis=1).ravel().tolist())
 
 
 def _pieces(page: HtmlPage) -> dict[int, str]:
-    """Return the vocabulary entry of each token on the page."""
+    """Map the id of each token on the page to its vocabulary entry."""
     if page.tokenizer is None:
         return {}
     ids = [view.ids for row in page.rows for view in row.examples if view.ids is not None]
@@ -303,7 +303,7 @@ def _source_link(reject: Reject) -> str:
 
 
 def flatten_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options with nested mappings flattened to dotted names."""
+    """Flatten nested options to one level with dotted names, such as `template.name`."""
     flat: dict[str, Any] = {}
     for name, value in options.items():
         nested = value if isinstance(value, Mapping) else None
@@ -331,7 +331,10 @@ _CONTROL = "border:1px solid #bf398988;border-radius:4px;padding:0 2px"
 
 
 def render_fragment(title: str, rows: Sequence[RowView], notes: Sequence[str] = ()) -> str:
-    """Return rows as HTML without a script, for notebooks; trained tokens are green and underlined."""
+    """Render rows as HTML without a script, for notebooks.
+
+    Trained tokens are green and underlined.
+    """
     parts = [
         f"<p><b>{_escape(to_single_line(title))}</b></p>",
         *(f"<p>note: {_escape(to_single_line(note))}</p>" for note in notes),

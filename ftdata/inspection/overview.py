@@ -1,4 +1,4 @@
-"""Overview: the HTML page of a data set or build, with first rows, outliers, lengths, packed sequences and rejects."""
+"""Create the overview page of data or a build: first rows, outliers, lengths, packed sequences and rejects."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEFAULT_ROWS, MAX_CHARACTERS = 100, 2_000_000
 
 @dataclass
 class FirstRows:
-    """Collect the first rows from batches.
+    """Collect the first rows of the data, up to a maximum number of rows or characters.
 
     Attributes:
         limit: The number of rows; `None` to use `DEFAULT_ROWS` and `MAX_CHARACTERS`.
@@ -43,7 +43,7 @@ class FirstRows:
     characters: int = 0
 
     def __call__(self, batch: Batch) -> None:
-        """Collect the rows of a batch."""
+        """Add the rows of a batch until the maximum is reached."""
         if self._is_full():
             return
         for outcome in batch:
@@ -60,7 +60,7 @@ class FirstRows:
 
 
 def make_overview(target: Target, limit: int | None, packing: str | None, progress: Progress | None) -> HtmlPage:
-    """Return the overview page of data or of a build, after reading all of it.
+    """Read all rows of data or of a build, and return an overview page.
 
     Args:
         target: The data or the build.
@@ -97,7 +97,7 @@ def make_overview(target: Target, limit: int | None, packing: str | None, progre
 
 
 def _make_rows(first_rows: FirstRows, outliers: Outliers, recipe: Recipe) -> list[RowView]:
-    """Return the views of the first rows, followed by the other outliers."""
+    """Return views of the first rows, followed by views of all outliers that are not first rows."""
     outliers_by_key = {row_key(outcome): (outcome, kinds) for outcome, kinds in outliers.rows()}
     rows = []
     for outcome in first_rows.outcomes:
@@ -147,14 +147,14 @@ def _make_page(
 
 
 def _describe_rows(rows: Sequence[RowView], survey: Survey) -> str:
-    """Return how many of the rows are on the page; empty if it contains all of them."""
+    """Describe how many rows the page contains. Return an empty string if it contains all rows."""
     unit, total = ("rows", survey.rows) if survey.read is None else ("examples", len(survey.numbers.tokens))
     count = len(rows) if survey.read is None else sum(row.number is not None for row in rows)
     return f"this page contains {count:,} of {total:,} {unit}" if count < total else ""
 
 
 def collect_warnings(survey: Survey, recipe: Recipe) -> Iterator[str]:
-    """Yield the warnings about the template and about the flags of the examples."""
+    """Yield warnings about the template, and a warning for each flag that an example has."""
     yield from added_texts(recipe)
     for flag, count in survey.flags.items():
         if flag in FLAGS and flag != "pretokenized":
@@ -162,7 +162,7 @@ def collect_warnings(survey: Survey, recipe: Recipe) -> Iterator[str]:
 
 
 def describe_lengths(survey: Survey, recipe: Recipe) -> str:
-    """Return a summary of the lengths of the examples and the effect of `max_length`."""
+    """Summarize the lengths of the examples and the effect of `max_length`."""
     lengths = survey.lengths
     summary = (
         f"{len(lengths):,} examples of {int(lengths.min()):,} to {int(lengths.max()):,} tokens, "
@@ -184,7 +184,7 @@ def describe_lengths(survey: Survey, recipe: Recipe) -> str:
 
 
 def _plan_layout(survey: Survey, size: int) -> PackLayout:
-    """Return the packed sequences that a build of these rows would have."""
+    """Plan the packed sequences that a build of these rows would contain."""
     numbers = survey.numbers
     plan = plan_packs(numbers.tokens, size)
     row = np.repeat(np.arange(len(numbers)), numbers.examples)
@@ -202,7 +202,10 @@ def _plan_layout(survey: Survey, size: int) -> PackLayout:
 
 
 def _read_layout(folder: Path, splits: Sequence[str], size: int) -> PackLayout:
-    """Return the packed sequences of a build; the listed ones are those of its first split."""
+    """Read the packed sequences of a build.
+
+    The counts cover all splits. Only documents of the first split are listed.
+    """
     packs: list[list[tuple[int, str, str]]] = []
     for document in stored_builds.read_build_documents(folder, splits[:1]):
         if document.pack >= MOST_PACKS:

@@ -1,4 +1,4 @@
-"""Preview: show selected rows with the tokens and labels that training would use."""
+"""Show selected rows with the tokens and labels that training would use."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _ID_COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """Rows as they would be trained. Notebooks display a preview as HTML.
+    """Rows with the tokens and labels that training would use. Notebooks display a preview as HTML.
 
     Attributes:
         title: The data, the template and the tokenizer.
@@ -56,14 +56,14 @@ class Preview:
         return capture.get()
 
     def print(self, console: Console) -> None:
-        """Print to a rich console, in color if the console has colors."""
+        """Print the rows to a rich console, in color if the console supports colors."""
         console.print(Text(to_single_line(self.title), "bold"), soft_wrap=True)
         for note in self.notes:
             console.print(Text(f"note: {to_single_line(note)}", "yellow"), soft_wrap=True)
         terminal.print_rows(console, self.rows)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the preview as JSON."""
+        """Convert the preview to a JSON-serializable dictionary."""
         return {"title": self.title, "notes": list(self.notes), "rows": [row.as_dict() for row in self.rows]}
 
     def _repr_html_(self) -> str:
@@ -98,7 +98,7 @@ def preview(
     template_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Preview:
-    """Show rows of `data` as they would be trained, without a build.
+    """Show rows with the tokens and labels that training would use, without a build.
 
     Only the rows that are shown are read; `odd` and an HTML overview read all rows.
 
@@ -165,7 +165,7 @@ def preview(
     options |= {name: value for name, value in template_options.items() if value is not None}
     target = make_target(data, tokenizer, template, where=where, limit=limit, **options)
     if packing is not None and (html is None or selection.is_explicit):
-        raise UsageError("packing", "packing applies only to html without a selection of rows")
+        raise UsageError("packing", "packing applies only to an HTML overview, not to selected rows")
     if html is not None and not selection.is_explicit:
         page = make_overview(target, n, packing, progress)
     else:
@@ -181,7 +181,7 @@ def preview(
 
 @dataclass(frozen=True)
 class RowSelection:
-    """The selection of the rows to show.
+    """The options that select the rows to show, such as row numbers or a regular expression.
 
     Attributes:
         n: The number of rows.
@@ -207,9 +207,13 @@ class RowSelection:
         options += ["n"] if self.numbers is not None and self.n is not None else []
         if len(options) > 1:
             names = " and ".join("row" if name == "numbers" else name for name in options)
-            raise UsageError("rows_wanted", f"{names} cannot be combined: each selects rows", hint="keep one of them")
+            raise UsageError(
+                "rows_wanted",
+                f"{names} cannot be combined, because each of these options selects rows",
+                hint="use only one of them",
+            )
         if self.n is not None and (type(self.n) is not int or not 1 <= self.n <= sys.maxsize):
-            raise UsageError("n", f"n is {self.n!r}, expected a number of rows from 1")
+            raise UsageError("n", f"n is {self.n!r}, expected a number of rows (1 or more)")
         if self.grep is not None:
             try:
                 re.compile(self.grep)
@@ -218,16 +222,16 @@ class RowSelection:
 
     @property
     def is_explicit(self) -> bool:
-        """Whether specific rows are selected, not the first rows."""
+        """Whether the options select specific rows instead of the first rows."""
         return self.numbers is not None or self.id is not None or self.grep is not None or self.odd
 
     @property
     def limit(self) -> int:
-        """The number of rows to show; for outliers, of each kind."""
+        """The maximum number of rows to show. If outliers are selected, the limit applies to each kind."""
         return self.n if self.n is not None else 1 if self.odd else DEFAULT_ROWS if self.is_page else 3
 
     def select(self, rows: Iterable[Row | Reject]) -> Iterator[Row | Reject]:
-        """Yield the selected rows, and stop reading after the last."""
+        """Yield the selected rows, and stop reading after the last selected row."""
         if self.numbers is not None:
             yield from (row for row in rows if row.source.row in self.numbers)
         elif self.id is not None:
@@ -240,7 +244,7 @@ class RowSelection:
 
 
 def iterate_strings(row: Row | Reject) -> Iterator[str]:
-    """Yield all strings in the values of a row, in order."""
+    """Yield all string values in a row, including nested values, in order."""
     stack: list[Any] = [row.raw if isinstance(row, Reject) else row.data]
     while stack:
         value = stack.pop()
@@ -253,7 +257,10 @@ def iterate_strings(row: Row | Reject) -> Iterator[str]:
 
 
 def _row_ids(row: Row | Reject) -> set[str]:
-    """Return all ids of a row. Integers that a table stores as floats are also returned as integers."""
+    """Return the values of all id columns of a row, as strings.
+
+    An integer that a table stores as a float is also returned as an integer.
+    """
     if isinstance(row, Reject) or not isinstance(row.data, Mapping):
         return set()
     ids = [row.data[name] for name in _ID_COLUMNS if row.data.get(name) is not None]
@@ -273,7 +280,10 @@ def _row_numbers(row: int | Iterable[int] | None) -> frozenset[int] | None:
 def _stream_rows(
     sources: Iterable[FileSource | MemorySource], numbers: frozenset[int] | None
 ) -> Iterator[Row | Reject]:
-    """Yield the rows of all sources without a full download; of each source up to the last selected number."""
+    """Stream the rows of each source, and stop after the last selected row.
+
+    Remote sources are not downloaded completely.
+    """
     limit = None if numbers is None else max(numbers) + 1
     for source in sources:
         stream = replace(source, streaming=True) if isinstance(source, FileSource) else source
@@ -290,7 +300,7 @@ def _make_text_page(
     template_kwargs: Mapping[str, Any] | None,
     packing: str | None,
 ) -> HtmlPage:
-    """Return the page of rows without a tokenizer."""
+    """Create a page that shows rows as text instead of tokens, because no tokenizer was passed."""
     token_options = {
         "odd": selection.odd,
         "max_length": options.max_length,
@@ -298,7 +308,7 @@ def _make_text_page(
         "packing": packing,
     }
     if names := [name for name, value in token_options.items() if value]:
-        problem = f"{names[0]} needs a tokenizer, and tokenizer is missing"
+        problem = f"{names[0]} needs a tokenizer, but no tokenizer was passed"
         raise UsageError("no_tokenizer", problem, hint="pass the tokenizer of the model: --tokenizer")
     bare = load_bare_template(template if template is not None else "chatml", date, template_kwargs)
     rows = tuple(
@@ -315,9 +325,12 @@ def _view_rows(target: Target, selection: RowSelection, row_filter: RowFilter) -
 
 
 def _view_documents(target: Target, selection: RowSelection) -> Iterator[RowView]:
-    """Yield the selected examples of a build, numbered in the order of its splits and packed sequences."""
+    """Yield views of the selected examples of a build.
+
+    Examples are numbered in the order of splits and packed sequences.
+    """
     if selection.id is not None:
-        raise UsageError("rows_wanted", "a build does not contain the ids of rows", hint="select with row or grep")
+        raise UsageError("rows_wanted", "a build does not store the ids of rows", hint="select rows with row or grep")
     folder = target.folder or Path()
     documents = stored_builds.read_build_documents(folder, stored_builds.split_names(folder))
     if selection.numbers is not None:

@@ -1,4 +1,4 @@
-"""Views: a row token by token, with the text, origin and label of each token.
+"""Views of rows for display. A view contains the text, origin and label of each token.
 
 The terminal, the HTML page and notebooks render the same views and make no decisions themselves.
 """
@@ -36,7 +36,7 @@ _MARKS = re.compile("[⟦⟧⟨⟩■✂↵⇥]")
 
 
 class SegmentOwner(NamedTuple):
-    """The origin of a segment.
+    """The message, or the part of the template, that a segment of text comes from.
 
     Attributes:
         message: The number of the message; -1 if the segment belongs to no message.
@@ -50,7 +50,7 @@ class SegmentOwner(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Consecutive tokens of the same kind.
+    """Consecutive tokens that have the same origin and are displayed in the same style.
 
     Attributes:
         text: The text of the tokens.
@@ -68,13 +68,13 @@ class Segment(NamedTuple):
 
     @property
     def data(self) -> bool:
-        """Whether the text comes from the row, not from the template."""
+        """Whether the text comes from the row rather than from the template."""
         return self.owner.part not in ("", Part.SCAFFOLD)
 
 
 @dataclass(frozen=True, eq=False)
 class ExampleView:
-    """An example by tokens; without a tokenizer, by spans and without ids.
+    """One example, divided into tokens for display. Without a tokenizer, it is divided into spans.
 
     Attributes:
         text: The visible text, including an added BOS token.
@@ -105,13 +105,13 @@ class ExampleView:
 
     @property
     def stop(self) -> NDArray[np.bool_]:
-        """Whether each token is a stop: a trained control token at the end of a generated span (bool `[n]`)."""
+        """A mask of the trained stop tokens at the end of generated spans (bool `[n]`)."""
         generated = self.trained if self.generated is None else self.generated
         stops: NDArray[np.bool_] = self.trained & self.control & generated & ~np.append(generated[1:], False)
         return stops
 
     def part(self, first: int, last: int) -> ExampleView:
-        """Return a view of the tokens `[first, last)`."""
+        """Return a view that contains only the tokens `[first, last)`."""
         start, end = (int(self.ends[index - 1]) if index else 0 for index in (first, last))
         names = ("trained", "control", "owner", "ids", "generated")
         columns = {name: column[first:last] for name in names if (column := getattr(self, name)) is not None}
@@ -124,7 +124,7 @@ class ExampleView:
         return [self.text[start:end] for start, end in pairwise([0, *self.ends.tolist()])]
 
     def segments(self) -> Iterator[Segment]:
-        """Yield consecutive tokens of the same kind as one segment; each control token is its own segment."""
+        """Group consecutive tokens of the same kind into segments. Every control token is a separate segment."""
         stop = self.stop
         kinds = np.stack((self.trained, self.control, stop, self.owner), axis=1)
         is_new = np.any(kinds[1:] != kinds[:-1], axis=1) | self.control[1:]
@@ -140,7 +140,10 @@ class ExampleView:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """The number of trained tokens and of all tokens; without a tokenizer, of characters."""
+        """The number of trained tokens and the total number of tokens.
+
+        Without a tokenizer, the numbers count characters.
+        """
         if self.ids is not None:
             return int(self.trained.sum()), len(self)
         return int(np.diff(self.ends, prepend=0)[self.trained].sum()), len(self.text)
@@ -160,14 +163,14 @@ class DroppedText(NamedTuple):
 
 @dataclass(frozen=True)
 class RowView:
-    """A row: its examples, or the reason why it is rejected.
+    """One row for display: its examples, or the reason why the row is rejected.
 
     Attributes:
         source: The source of the row.
         schema: The schema of the row.
         examples: The examples of the row.
         lost: Text of the row that the template does not print.
-        rejected: The reason why the row is rejected; empty if it is not.
+        rejected: The reason why the row is rejected; empty if the row is built.
         why: The kinds of outlier that the row belongs to.
         dropped: The lengths in tokens of the examples that `overlong="drop_turns"` leaves out.
         number: The number of the example in a build, or `None`.
@@ -186,11 +189,14 @@ class RowView:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """The flags of all examples of the row, sorted."""
+        """The flags of all examples of the row, in alphabetical order."""
         return tuple(sorted(frozenset[str]().union(*(view.flags for view in self.examples))))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the row as JSON; `tokens` and `trained` are counts per example, `null` without a tokenizer."""
+        """Convert the row to a JSON-serializable dictionary.
+
+        `tokens` and `trained` are counts per example, or `None` without a tokenizer.
+        """
         has_ids = bool(self.examples) and all(view.ids is not None for view in self.examples)
         return {
             "row": self.source.row,
@@ -217,7 +223,7 @@ def _segment_as_dict(segment: Segment) -> dict[str, Any]:
 
 
 def make_row_view(outcome: BuiltRow | Reject, recipe: Recipe, why: Sequence[str] = ()) -> RowView:
-    """Return the view of a built or rejected row.
+    """Create the view of a built or rejected row.
 
     Args:
         outcome: The row.
@@ -241,7 +247,7 @@ def make_row_view(outcome: BuiltRow | Reject, recipe: Recipe, why: Sequence[str]
 
 
 def added_texts(recipe: Recipe) -> Iterator[str]:
-    """Yield notes on the text that the template adds to every row: a default system prompt, a date."""
+    """Yield notes about text that the template adds to rows: a default system prompt or a date."""
     template = recipe.template
     if not template.source or not template.is_chat:
         return
@@ -253,7 +259,7 @@ def added_texts(recipe: Recipe) -> Iterator[str]:
 
 
 def make_text_view(row: Row | Reject, template: Template, options: Options) -> RowView:
-    """Return the view of a row without a tokenizer: the rendered text and its trained spans."""
+    """Create the view of a row without a tokenizer. The view shows the rendered text and the trained spans."""
     if isinstance(row, Reject):
         return RowView(row.source, rejected=str(row))
     try:
@@ -261,7 +267,9 @@ def make_text_view(row: Row | Reject, template: Template, options: Options) -> R
         check_answers(conversation)
         if conversation.tokens is not None:
             hint = "pass the tokenizer that produced the tokens"
-            raise BadRow("no_tokenizer", "is pretokenized; its text cannot be shown without a tokenizer", hint=hint)
+            raise BadRow(
+                "no_tokenizer", "the row is pretokenized, so a tokenizer is needed to show its text", hint=hint
+            )
         if conversation.kwargs:
             template = replace(template, kwargs={**template.kwargs, **conversation.kwargs})
         texts = render_in_worker(conversation, template, options.turns, options.on_dropped_message)
@@ -269,7 +277,7 @@ def make_text_view(row: Row | Reject, template: Template, options: Options) -> R
         if options.on_missing_stop == "append_eos":
             texts = tuple(append_missing_stop(rendered, template) for rendered in texts)
     except (BadRow, RecursionError) as error:
-        reason = str(error) if isinstance(error, BadRow) else f"[too_deep] {row.source}: is nested too deeply"
+        reason = str(error) if isinstance(error, BadRow) else f"[too_deep] {row.source}: the row is nested too deeply"
         return RowView(row.source, rejected=reason)
     examples = tuple(
         _view_spans(rendered, options.policy(rendered, conversation), conversation, template) for rendered in texts
@@ -342,7 +350,10 @@ def _view_tokens(example: Example, conversation: Conversation, recipe: Recipe) -
 def _owners_of_spans(
     spans: Sequence[Span], conversation: Conversation
 ) -> tuple[tuple[SegmentOwner, ...], NDArray[np.int64]]:
-    """Return the distinct owners, and the index of each span's owner (int64 `[spans]`); owner 0 means no owner."""
+    """Return the distinct owners of the spans, and the owner index of each span (int64 `[spans]`).
+
+    Index 0 means that the span has no owner.
+    """
     indices = {SegmentOwner(-1, "", ""): 0}
     numbers = []
     for span in spans:
@@ -359,7 +370,10 @@ def _owners_of_spans(
 def _find_dropped_texts(
     conversation: Conversation, texts: Sequence[Rendered] | Sequence[Example]
 ) -> Iterator[DroppedText]:
-    """Yield the texts of messages, or their lines, that no example contains."""
+    """Yield the message texts that are missing from all examples.
+
+    If an example contains some lines of a text, only the missing lines are yielded.
+    """
     flags = frozenset[str]().union(*(rendered.flags for rendered in texts))
     printed = [""] * len(conversation.messages)
     for rendered in texts:
@@ -376,7 +390,7 @@ def _find_dropped_texts(
 
 
 def content_texts(content: object) -> Iterator[str]:
-    """Yield the texts of a message's content: a string, or the text parts of a list."""
+    """Yield the texts in the content of a message, which is a string or a list of parts."""
     if isinstance(content, str):
         yield content
     for part in content if isinstance(content, list) else ():
@@ -385,19 +399,25 @@ def content_texts(content: object) -> Iterator[str]:
 
 
 def _missing_lines(text: str, printed: str) -> str:
-    """Return the lines of a text that are not printed; the whole text if every line is printed somewhere."""
+    """Return the lines of a text that do not occur in the printed text.
+
+    If every line occurs, return the whole text.
+    """
     lines = [line for line in text.splitlines() if line.strip() and line.strip() not in printed]
     return "\n".join(lines) or text
 
 
 def make_visible(text: str) -> str:
-    """Return text with marked line breaks and tabs, and with escapes for unprintable characters and for marks."""
+    """Add visible marks to line breaks and tabs, and escape unprintable characters.
+
+    Characters that look like marks are escaped too.
+    """
     escaped = _MARKS.sub(lambda match: f"\\u{ord(match.group()):04x}", escape_unprintable(text))
     return escaped.replace("\t", "⇥\t").replace("\n", "↵\n")
 
 
 def to_single_line(text: object) -> str:
-    """Return text as a single line, with marks in place of line breaks and tabs."""
+    """Convert a text to a single line by replacing line breaks and tabs with visible marks."""
     return make_visible(str(text)).replace("↵\n", "↵").replace("⇥\t", "⇥")
 
 
@@ -409,7 +429,7 @@ def row_heading(row: RowView) -> str:
 
 
 def describe_trained_share(view: ExampleView) -> str:
-    """Return a sentence with the number of trained tokens of an example."""
+    """Describe how many tokens of an example are trained."""
     trained, total = view.counts
     if view.ids is None:
         return f"{trained:,} of {total:,} characters trained"

@@ -1,4 +1,4 @@
-"""Stats: count rows, turns and tokens of data or of a build, as tables and histograms."""
+"""Count the rows, turns and tokens in data or a build, and present them as tables and histograms."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LIMITS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 @dataclass(frozen=True)
 class StatsGroup:
-    """The statistics of a group of rows.
+    """The counts and length percentiles of a group of rows, such as all rows of one source.
 
     Attributes:
         of: The grouping: `"all"`, `"source"`, `"split"` or `"schema"`.
@@ -53,7 +53,7 @@ class StatsGroup:
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """The effect of a `max_length`.
+    """The number of examples and tokens that exceed a value of `max_length`.
 
     Attributes:
         max_length: The limit in tokens.
@@ -68,7 +68,7 @@ class LengthLimit:
 
 @dataclass(frozen=True)
 class Stats:
-    """The statistics of data or of a build.
+    """The statistics of data or of a build: counts, flags and lengths.
 
     Attributes:
         title: The sources, the template and the tokenizer.
@@ -89,7 +89,7 @@ class Stats:
     survey: Survey = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the statistics as JSON."""
+        """Convert the statistics to a JSON-serializable dictionary."""
         return {
             "title": self.title,
             "rows": self.rows,
@@ -106,7 +106,7 @@ class Stats:
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
     def print(self, console: Console) -> None:
-        """Print tables to a rich console."""
+        """Print the statistics as tables to a rich console."""
         console.print(Text(to_single_line(self.title), "bold"), soft_wrap=True)
         all_rows = self.groups[0]
         reasons = ", ".join(f"{count:,} {code}" for code, count in self.rejected.items())
@@ -141,7 +141,10 @@ class Stats:
             console.print(f"flag {flag}: {count:,} examples", highlight=False)
 
     def pictures(self) -> dict[str, str]:
-        """Return SVG histograms by name: `lengths` of examples, and `trained`, the share of trained tokens."""
+        """Draw two SVG histograms: the lengths of examples, and their shares of trained tokens.
+
+        The keys of the result are `lengths` and `trained`.
+        """
         numbers = self.survey.numbers
         share = numbers.trained / np.maximum(numbers.tokens, 1)
         return {
@@ -164,7 +167,7 @@ def stats(
     progress: Progress | None = None,
     **options: Any,
 ) -> Stats:
-    """Count rows, turns, tokens and trained tokens of `data`, in total and by source, split and schema.
+    """Count rows, turns, tokens and trained tokens, in total and by source, split and schema.
 
     Args:
         data: As for `build_sft_dataset`, or the folder of a build.
@@ -232,7 +235,7 @@ def _make_group(of: str, name: str, numbers: RowNumbers, is_member: np.ndarray) 
 
 
 def _percentiles(values: Ints) -> dict[int, int]:
-    """Return percentiles without interpolation: each is a value of the data."""
+    """Compute percentiles without interpolation, so that every percentile is an actual value."""
     return dict(zip(PERCENTILES, np.percentile(values, PERCENTILES, method="lower").astype(int).tolist(), strict=True))
 
 

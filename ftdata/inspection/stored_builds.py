@@ -1,4 +1,4 @@
-"""Stored builds: read the documents of a build with their tokens, labels and provenance."""
+"""Read the examples of a finished build from disk, with tokens, labels and provenance."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NO_TEXTS = MaskedTexts([], RenderedBatch([]), Encodings.from_texts([], []), np.
 
 
 class BuildDocument(NamedTuple):
-    """An example of a build, as it is stored.
+    """One stored example of a build: its tokens, labels, flags and source.
 
     Attributes:
         number: The number of the example in the build.
@@ -56,7 +56,7 @@ class BuildDocument(NamedTuple):
 
 
 def find_build_folder(data: Any) -> Path | None:
-    """Return the folder of the build if the data is a build, otherwise `None`."""
+    """Return the folder of a build, or `None` if `data` is not a build."""
     if isinstance(data, list | tuple):
         paths = [item for item in data if isinstance(item, str | Path | Mapping)]
         if len(paths) > 1 and any(find_build_folder(path) for path in paths):
@@ -77,7 +77,7 @@ def find_build_folder(data: Any) -> Path | None:
 
 
 def refuse_build_options(options: Mapping[str, Any]) -> None:
-    """Raise an error for options that determine the content of a build: the build is finished.
+    """Refuse options that would change the content of a build, because the build is finished.
 
     Raises:
         UsageError: An option differs from its default.
@@ -90,7 +90,7 @@ def refuse_build_options(options: Mapping[str, Any]) -> None:
 
 
 def load_build_recipe(folder: Path, tokenizer: Any = None) -> Recipe:
-    """Return the recipe of a build, with its tokenizer and template.
+    """Load the recipe of a build: its options, tokenizer and template.
 
     Args:
         folder: The folder of the build.
@@ -111,7 +111,9 @@ def load_build_recipe(folder: Path, tokenizer: Any = None) -> Recipe:
     except FtdataError as error:
         if tokenizer is not None:
             raise
-        raise UsageError("tokenizer_missing", f"{folder} was built with {name}: {error}", hint=hint) from None
+        raise UsageError(
+            "tokenizer_missing", f"{folder} was built with {name}, which cannot be loaded: {error}", hint=hint
+        ) from None
     if recipe.tokenizer.fingerprint != fingerprint:
         problem = f"{recipe.tokenizer.name} is not the tokenizer that {folder} was built with ({name})"
         raise UsageError("tokenizer_differs", problem, hint=hint)
@@ -127,13 +129,13 @@ def split_names(folder: Path) -> list[str]:
     with _convert_errors(folder / "dataset_dict.json"):
         splits = orjson.loads((folder / "dataset_dict.json").read_bytes())["splits"]
         if not splits or not all(PurePosixPath(name).name == name and (folder / name).is_dir() for name in splits):
-            raise ValueError("its splits do not match the folders of the build")
+            raise ValueError("the listed splits do not match the folders of the build")
         return list(splits)
 
 
 @contextmanager
 def _convert_errors(path: Path) -> Iterator[None]:
-    """Convert errors of reading a file of a build to `InputRefused`."""
+    """Convert errors that occur while a build file is read to `InputRefused`."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
@@ -142,7 +144,7 @@ def _convert_errors(path: Path) -> Iterator[None]:
 
 
 def read_build_documents(folder: Path, splits: Sequence[str]) -> Iterator[BuildDocument]:
-    """Yield the examples of splits, in the order of their packed sequences.
+    """Read the examples of the given splits, in the order of the packed sequences.
 
     Raises:
         InputRefused: The build is damaged.
@@ -165,10 +167,10 @@ def _read_documents(folder: Path, split: str) -> Iterator[tuple[int, Source, fro
                         raise ValueError("seq_lengths do not match the number of tokens")
                     for start, end in pairwise([0, *ends]):
                         if (values := next(provenance, None)) is None:
-                            raise ValueError("provenance.parquet has fewer rows than there are examples")
+                            raise ValueError("provenance.parquet has fewer rows than the split has examples")
                         yield *values, ids[start:end], labels[start:end]
         if next(provenance, None) is not None:
-            raise ValueError("provenance.parquet has more rows than there are examples")
+            raise ValueError("provenance.parquet has more rows than the split has examples")
 
 
 def _iterate_provenance(path: Path) -> Iterator[tuple[int, Source, frozenset[str], int]]:
@@ -184,7 +186,7 @@ def _values(column: pa.ListArray) -> NDArray[np.int32]:
 
 
 def document_to_row(recipe: Recipe, document: BuildDocument) -> BuiltRow:
-    """Return a document as a built row; its text is decoded from its tokens.
+    """Convert a stored example to a built row. The text is decoded from the tokens.
 
     Raises:
         BadRow: The document contains tokens that the tokenizer does not have.
@@ -203,7 +205,7 @@ def _to_conversation(document: BuildDocument) -> Conversation:
 
 @dataclass(frozen=True, eq=False)
 class StoredBatch(Batch):
-    """A batch of documents of a build. Their texts are decoded on access.
+    """A batch of stored examples. The text of an example is decoded when it is accessed.
 
     Attributes:
         recipe: The recipe of the build.
@@ -222,22 +224,22 @@ class StoredBatch(Batch):
         return map(self.built, range(len(self)))
 
     def built(self, number: int) -> BuiltRow:
-        """Return a document as a built row."""
+        """Convert the stored example with this index to a built row."""
         return document_to_row(self.recipe, self.documents[number])
 
     @cached_property
     def conversations(self) -> Sequence[Conversation]:
-        """The documents as pretokenized conversations."""
+        """The stored examples as pretokenized conversations."""
         return [_to_conversation(document) for document in self.documents]
 
     @cached_property
     def counts(self) -> list[int]:
-        """The number of examples of each document, always 1."""
+        """The number of examples per document, which is always 1."""
         return [1] * len(self.documents)
 
     @cached_property
     def columns(self) -> ExampleColumns:
-        """All documents as columns."""
+        """The tokens, labels and metadata of all stored examples, as columns."""
         documents = self.documents
         trained = [document.labels != IGNORE_INDEX for document in documents]
         return ExampleColumns(
@@ -252,14 +254,17 @@ class StoredBatch(Batch):
 
 
 def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Iterator[StoredBatch]:
-    """Yield documents in batches."""
+    """Group stored examples into batches."""
     iterator = iter(documents)
     while batch := list(islice(iterator, _BATCH_SIZE)):
         yield StoredBatch(_NO_TEXTS, (), recipe, batch)
 
 
 def read_provenance(folder: Path, split: str) -> dict[str, NDArray[np.int64]]:
-    """Return the columns `pack` and `tokens` of the provenance of a split (int64 `[examples]` each)."""
+    """Read the packed sequence number and the token count of each example in a split.
+
+    The result has the columns `pack` and `tokens` (int64 `[examples]`).
+    """
     table = _read_provenance_table(folder, split, ["pack", "tokens"])
     return {name: np.asarray(table[name].to_pylist(), np.int64) for name in table.column_names}
 
@@ -271,7 +276,7 @@ def _read_provenance_table(folder: Path, split: str, columns: list[str]) -> pa.T
 
 
 def build_sources(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the name and the split of each source of a build.
+    """List the sources of a build as pairs of source name and split.
 
     Raises:
         InputRefused: The build is damaged.
@@ -286,7 +291,7 @@ def build_sources(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def add_reported_rejects(folder: Path, survey: Survey) -> Survey:
-    """Return the survey of a build by row, with the number of read rows and the rejects from its report."""
+    """Group the survey of a build by row, and add the rejected rows from the report of the build."""
     codes = Counter[str]()
     with _convert_errors(folder / "report.json"):
         report = orjson.loads((folder / "report.json").read_bytes())
@@ -307,7 +312,7 @@ def add_reported_rejects(folder: Path, survey: Survey) -> Survey:
 
 
 def read_build_rejects(folder: Path) -> Iterator[Reject]:
-    """Yield the rejects of a build.
+    """Read the rejected rows of a build.
 
     Raises:
         InputRefused: The build is damaged.

@@ -1,4 +1,4 @@
-"""Survey: collect the numbers of all rows in one pass, and keep only the outliers in memory."""
+"""Collect counts and hashes of all rows in one pass, and keep only the outliers in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ MOST_REJECTS = 1000
 
 @dataclass(frozen=True, eq=False)
 class RowNumbers:
-    """The numbers of the built rows, as columns. All arrays are int64 `[rows]` unless noted otherwise.
+    """The positions, counts and hashes of the built rows, as columns.
+
+    All arrays are int64 `[rows]` unless noted otherwise.
 
     Attributes:
         source: The number of the source.
@@ -62,16 +64,16 @@ class RowNumbers:
 
     @property
     def first(self) -> Ints:
-        """The first example of each row (int64 `[rows]`)."""
+        """For each row, the index of its first example (int64 `[rows]`)."""
         return np.cumsum(self.examples) - self.examples
 
     def per_row(self, name: str) -> Ints:
-        """Return the sum of an example column over each row (int64 `[rows]`)."""
+        """Return the sum of an example column, such as `tokens`, for each row (int64 `[rows]`)."""
         return _reduce(np.add, getattr(self, name), self.first)
 
     @property
     def longest(self) -> Ints:
-        """The number of tokens of the longest example of each row (int64 `[rows]`)."""
+        """For each row, the length of its longest example in tokens (int64 `[rows]`)."""
         return _reduce(np.maximum, self.tokens, self.first)
 
 
@@ -80,14 +82,14 @@ def _reduce(function: np.ufunc, values: Ints, starts: Ints) -> Ints:
 
 
 def rows_of_examples(numbers: RowNumbers) -> Ints:
-    """Return the row number of each example of a build, in the order of the sources (int64 `[examples]`)."""
+    """Number the rows of a build in source order, and return the row of each example (int64 `[examples]`)."""
     pairs = np.stack((numbers.source, numbers.row), axis=1)
     return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1) if len(pairs) else pairs[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """The result of one pass over all rows.
+    """The counts, flags and rejects that one pass over all rows collected.
 
     Attributes:
         sources: The names of the sources.
@@ -115,16 +117,19 @@ class Survey:
 
     @property
     def rows(self) -> int:
-        """The number of rows that were read."""
+        """The number of rows that were read, whether built or rejected."""
         return len(self.numbers) + sum(self.rejected.values()) if self.read is None else self.read
 
     def source(self, row: int) -> Source:
-        """Return the source of a built row."""
+        """Return the file and row number that a built row was read from."""
         numbers = self.numbers
         return Source(self.sources[numbers.source[row]], int(numbers.row[row]), int(numbers.line[row]) or None)
 
     def by_row(self) -> Survey:
-        """Return the survey of a build grouped by row: packing can separate the examples of a row."""
+        """Return a survey that groups the examples of each row.
+
+        The survey of a build counts every example as a row, because packing can separate the examples of a row.
+        """
         numbers = self.numbers
         groups = rows_of_examples(numbers)
         order = np.argsort(groups, kind="stable")
@@ -143,12 +148,15 @@ class Survey:
 
     @property
     def lengths(self) -> Ints:
-        """The tokens of each example before truncation, including rejected overlong examples (int64)."""
+        """The number of tokens of each example before truncation (int64).
+
+        Rejected overlong examples are included.
+        """
         return np.concatenate((self.numbers.tokens + self.numbers.cut, self.overlong))
 
 
 class SurveyStep(NamedTuple):
-    """A batch of processed rows.
+    """A batch of processed rows, with its source and the progress of the pass.
 
     Attributes:
         source: The number of the source, or the number for each row.
@@ -164,7 +172,7 @@ class SurveyStep(NamedTuple):
 def survey_steps(
     recipe: Recipe, sources: Sequence[tuple[FileSource | MemorySource, RowFilter]]
 ) -> Iterator[SurveyStep]:
-    """Process the filtered rows of all sources, and yield them as batches."""
+    """Filter and process the rows of all sources, and yield the results in batches."""
     sizes = [source.size for source, _ in sources]
     offsets = [*accumulate(sizes, initial=0)]
     for number, (source, row_filter) in enumerate(sources):
@@ -181,7 +189,7 @@ def survey_rows(
     on_batch: Callable[[Batch, RowNumbers], None] | None = None,
     progress: Progress | None = None,
 ) -> Survey:
-    """Return the survey of processed rows, in one pass.
+    """Collect the survey of all processed rows in one pass.
 
     Args:
         steps: The batches.
@@ -245,7 +253,7 @@ def _row_numbers(batch: Batch | None, source: int | Sequence[int], schemas: dict
 
 
 def _count_lost_answers(batch: Batch) -> int:
-    """Return the number of answers that truncation removes completely."""
+    """Count the answers that truncation removes completely."""
     lost, bounds = 0, np.cumsum(batch.counts)
     truncated = [index for index, tokens in enumerate(batch.columns.cut) if tokens]
     for number in dict.fromkeys(np.searchsorted(bounds, truncated, side="right").tolist()):
@@ -263,7 +271,10 @@ def _count_turns(conversation: Conversation) -> int:
 
 
 def _hash_rows(batch: Batch, first: Ints) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Return hashes of the tokens and labels of each row, and hashes of its untrained tokens (0 if too few)."""
+    """Compute two hashes of each row: one of its tokens and labels, and one of its untrained tokens.
+
+    The second hash is 0 if the row has fewer than 4 untrained tokens.
+    """
     columns = batch.columns
     ids, trained = columns.ids, columns.trained
     ends = np.append(0, np.cumsum(columns.lengths))
@@ -283,7 +294,10 @@ def _hash_rows(batch: Batch, first: Ints) -> tuple[NDArray[np.uint64], NDArray[n
 
 
 def row_key(outcome: BuiltRow | Reject) -> tuple[str, int, str]:
-    """Return a key that identifies a row, or an example of a build, which can contain several examples of a row."""
+    """Return a key that identifies a row or, in a build, an example.
+
+    A build can contain several examples of the same row.
+    """
     if isinstance(outcome, Reject):
         return outcome.source.path, outcome.source.row, ""
     conversation = outcome.conversation
@@ -297,7 +311,7 @@ ScoredRow = tuple[float, int, BuiltRow | Reject]
 
 @dataclass
 class Outliers:
-    """Collect the outliers of each kind from batches.
+    """Collect the rows with the highest score for each kind of outlier.
 
     Attributes:
         limit: The maximum number of rows of each kind.
@@ -312,7 +326,7 @@ class Outliers:
     counter: int = 0
 
     def __call__(self, batch: Batch, numbers: RowNumbers) -> None:
-        """Collect the outliers of a batch."""
+        """Add the outliers of a batch to the collection."""
         longest, tokens, trained = numbers.longest, numbers.per_row("tokens"), numbers.per_row("trained")
         share = trained / np.maximum(tokens, 1)
         for kind, scores in (("longest", longest), ("shortest", -longest), ("least trained", -share)):
@@ -347,7 +361,7 @@ class Outliers:
             heapq.heapreplace(heap, scored_row)
 
     def rows(self) -> Iterator[tuple[BuiltRow | Reject, list[str]]]:
-        """Yield each outlier once, with the list of its kinds."""
+        """Yield each outlier once, with all kinds of outlier that apply to the row."""
         outliers: dict[tuple[str, int, str], tuple[BuiltRow | Reject, list[str]]] = {}
         kinds = ("longest", "shortest", "least trained", *_FLAG_KINDS.values(), "duplicate", *self.heaps)
         for kind in dict.fromkeys(kinds):

@@ -1,4 +1,4 @@
-"""Target: the data or build that an inspection command reads, with the recipe that applies to it."""
+"""The input of an inspection command: data with a recipe, or a finished build."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ _HELD_OUT_NAMES = ("test", "valid", "val", "eval", "dev")
 
 @dataclass(frozen=True)
 class Target:
-    """Data with a recipe, or a build.
+    """The input of an inspection command: data with a recipe, or a build with its stored recipe.
 
     Attributes:
         title: A description for headings.
         recipe: The options, tokenizer and template.
         names: The name and the split of each source.
-        steps: Starts a pass over all rows.
+        steps: A function that starts a pass over all rows.
         options: The options as they are recorded in reports.
         sources: The sources of the data; empty for a build.
-        complete_survey: Adds the rows that only the report of a build counts to a survey; the identity for data.
+        complete_survey: A function that adds rejected rows from the report of a build to a survey. For data, it
+            returns the survey unchanged.
         folder: The folder of the build, or `None`.
     """
 
@@ -46,7 +47,7 @@ class Target:
 
     @property
     def held_out(self) -> list[bool]:
-        """Whether the rows of each source are held out, because their split is not a training split."""
+        """For each source, whether its rows are held out because they are not in a training split."""
         data_splits = {split for _, split in self.names if split != HELD_OUT}
         if len(data_splits) < 2:
             return [split == HELD_OUT for _, split in self.names]
@@ -65,7 +66,7 @@ def make_target(
     limit: int | None = None,
     **options: Any,
 ) -> Target:
-    """Return the target for data with a recipe, or for a build with its stored recipe.
+    """Create the target of an inspection command from data and options, or from a build.
 
     Args:
         data: As for `build_sft_dataset`, or the folder of a build.
@@ -91,7 +92,7 @@ def make_target(
     sources = resolve_sources(data)
     if tokenizer is None:
         hint = "pass the tokenizer of the model: --tokenizer"
-        raise UsageError("no_tokenizer", "tokenizer is missing; the trained tokens depend on it", hint=hint)
+        raise UsageError("no_tokenizer", "a tokenizer is required, but no tokenizer was passed", hint=hint)
     recipe = make_recipe(tokenizer, template, **options)
     held_out = [_mark_held_out(source) for source in resolve_sources(against)] if against is not None else []
     RowFilter(where, limit)
@@ -120,7 +121,7 @@ def make_target(
 
 
 def _mark_held_out(source: FileSource | MemorySource) -> FileSource | MemorySource:
-    """Return a held-out source with a distinct path: all sources in memory have the same path otherwise."""
+    """Give a held-out source in memory a distinct path, because all sources in memory have the same path."""
     return replace(source, path=f"<against {source.path.strip('<>')}>") if source.path.startswith("<") else source
 
 
@@ -146,7 +147,7 @@ def _make_build_target(folder: Path, tokenizer: Any) -> Target:
 
 
 def target_title(paths: Sequence[str], recipe: Recipe) -> str:
-    """Return a heading with the sources, the template and the tokenizer."""
+    """Return a heading that names the sources, the template and the tokenizer."""
     unique_paths = list(dict.fromkeys(paths))
     omitted = f" and {len(unique_paths) - 3:,} more" if len(unique_paths) > 3 else ""
     sources = f"{', '.join(unique_paths[:3])}{omitted}"

@@ -1,4 +1,4 @@
-"""Terminal: print views as styled text. Without colors, marks carry the same information.
+"""Print views of rows to a terminal as styled text. Without colors, marks show the same information.
 
 ⟦trained tokens⟧   ⟨control token⟩   ⟨stop token⟩■   ↵ line break   ⇥ tab   ✂ truncated text
 """
@@ -26,7 +26,7 @@ _MAX_EXCERPT = 300
 
 
 def print_rows(console: Console, rows: Iterable[RowView]) -> None:
-    """Print rows token by token, in one color per role if the console has colors."""
+    """Print the tokens of rows. If the console supports colors, every role has a different color."""
     for row in rows:
         console.print(Text(f"── {row_heading(row)} ──", "bold blue"), soft_wrap=True)
         if row.why:
@@ -55,7 +55,7 @@ def has_no_colors(console: Console) -> bool:
 
 
 def style_segments(segments: Iterable[Segment], *, plain: bool) -> Text:
-    """Return segments as styled text; `plain` puts marks around the trained tokens."""
+    """Convert segments to styled text. If `plain` is true, marks enclose the trained tokens."""
     styled, is_inside = Text(), False
     for segment in segments:
         if plain and segment.trained != is_inside:

@@ -1,4 +1,4 @@
-"""Text detectors: wrong encodings, placeholders, template text, scripts and personal data."""
+"""Detect wrong encodings, placeholders, template text, scripts and personal data in texts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ _MOJIBAKE = re.compile(
 
 
 def find_mojibake(text: str) -> str | None:
-    """Return the first text that was decoded with the wrong encoding, with some context, or `None`.
+    """Find characters that were decoded with the wrong encoding.
+
+    Return an excerpt around the first match, or `None`.
 
     >>> find_mojibake("it was Ã©tÃ©"), find_mojibake("un été à São Paulo, «MANHÃ»")
     ('it was Ã©tÃ©', None)
@@ -49,7 +51,7 @@ _PLACEHOLDER_ANSWERS = frozenset(
 
 
 def is_placeholder_text(text: str) -> bool:
-    """Return whether a text is a placeholder, or consists of dots and dashes only.
+    """Return whether a text is a placeholder, such as "N/A", or contains only dots and dashes.
 
     >>> [is_placeholder_text(text) for text in ("N/A", "nan", "...", "–", "-", "4", "%", "NaN", "👍", "")]
     [True, True, True, True, False, False, False, False, False, True]
@@ -76,7 +78,7 @@ _TEMPLATE_TEXT = re.compile(
 
 
 def find_template_leftover(text: str) -> str | None:
-    """Return the first template text of a known model in a text, or `None`.
+    """Find template text of a known model, such as `<|eot_id|>`. Return the first match or `None`.
 
     >>> [find_template_leftover(text) for text in ("Sure.<|eot_id|>", "<s>strikethrough</s>", "a[INST]")]
     ['<|eot_id|>', None, None]
@@ -93,7 +95,7 @@ _MEDIA_PLACEHOLDER = re.compile(
 
 
 def find_media_placeholder(text: str) -> str | None:
-    """Return the first placeholder for an image, a video or audio in a text, or `None`.
+    """Find a placeholder for an image, a video or audio in a text. Return the first match or `None`.
 
     >>> [find_media_placeholder(text) for text in ("<image>What?", "<image_1>", "an <imagery>")]
     ['<image>', '<image_1>', None]
@@ -140,9 +142,10 @@ _BLOCK_STARTS, _BLOCK_SCRIPTS = list(_BLOCKS), list(_BLOCKS.values())
 
 
 def detect_script(text: str) -> int:
-    """Return the index in `SCRIPTS` of the most frequent script of a text, or -1 if there are too few characters.
+    """Detect the most frequent script (writing system) of a text.
 
-    A text with any Kana is Japanese: its Han characters count as Kana.
+    Return an index into `SCRIPTS`, or -1 if the text has too few characters of any script. A text with any Kana is
+    Japanese: its Han characters count as Kana.
 
     >>> [SCRIPTS[detect_script(text)] for text in ("hello", "привет", "年號", "これは本です")]
     ['Latin', 'Cyrillic', 'Han', 'Kana']
@@ -181,7 +184,7 @@ _PERSONAL = {
 
 
 def find_personal_data(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the kind and an abbreviated excerpt of personal data in a text, one excerpt per kind.
+    """Find personal data in a text. Yield each kind of data with a short excerpt of its first match.
 
     Card numbers and bank accounts are reported only if their check digits are correct.
 
@@ -204,13 +207,13 @@ def _patterns() -> dict[str, re.Pattern[str]]:
 
 
 def _is_card_number(digits: str) -> bool:
-    """Return whether the check digit is correct (Luhn, ISO/IEC 7812-1, annex B)."""
+    """Return whether the check digit of a card number is correct (Luhn algorithm, ISO/IEC 7812-1, annex B)."""
     reverse = enumerate(digits[::-1])
     return sum(sum(divmod(2 * int(digit), 10)) if index % 2 else int(digit) for index, digit in reverse) % 10 == 0
 
 
 def _is_iban(text: str) -> bool:
-    """Return whether the check digits are correct (modulo 97, ISO 13616)."""
+    """Return whether the length and the check digits of an IBAN are correct (modulo 97, ISO 13616)."""
     return 15 <= len(text) <= 34 and int("".join(str(int(char, 36)) for char in text[4:] + text[:4])) % 97 == 1
 
 

@@ -122,7 +122,7 @@ def test_rows_rejected_by_both_sides_are_counted(tokenizer_dir):
     found = diff(side, side)
     assert +Counter(found.rows) == {"same": 1, "rejected by both": 1}
     assert not found
-    with pytest.raises(InputRefused, match="neither side"):
+    with pytest.raises(InputRefused, match="no row can be built on either side"):
         diff({**side, "data": rows[:1]}, {**side, "data": rows[:1]})
 
 
@@ -228,7 +228,7 @@ def test_iterators_are_read_once_and_compared(tokenizer_dir):
 @pytest.mark.parametrize(
     ("b", "says"),
     [
-        ({"tokenizer": "x"}, "a side has no data"),
+        ({"tokenizer": "x"}, "one side of the comparison has no data"),
         ({"data": [], "tokenizr": 1}, "did you mean 'tokenizer'"),
         ({"data": []}, "no_tokenizer"),
     ],

@@ -355,7 +355,7 @@ def test_control_tokens_in_row_text_are_plain_text_without_a_tokenizer():
     "options", [{"max_length": 9}, {"reject_flags": ["no_trained_stop"]}, {"packing": "bfd"}, {"odd": True}]
 )
 def test_token_options_need_a_tokenizer(options):
-    with pytest.raises(UsageError, match="needs a tokenizer, and tokenizer is missing"):
+    with pytest.raises(UsageError, match="needs a tokenizer, but no tokenizer was passed"):
         preview(ROWS, **options)
 
 

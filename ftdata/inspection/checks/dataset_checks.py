@@ -1,4 +1,4 @@
-"""Checks of all rows together, and checks of the tokenizer and the template."""
+"""Audit checks that compare all rows, and checks of the tokenizer and the template."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _check_same_prompt(data: CheckedDataset) -> Iterator[tuple[int, str]]:
 
 
 def _find_shared_values(data: CheckedDataset, values: NDArray[Any]) -> Iterator[tuple[int, int]]:
-    """Yield each held-out row whose value equals that of a training row, with the first such row.
+    """Yield pairs of a held-out row and the first training row that has the same value.
 
     The value 0 means unknown and never matches.
     """
@@ -101,7 +101,7 @@ def _find_shared_values(data: CheckedDataset, values: NDArray[Any]) -> Iterator[
 
 
 def _first_rows(values: NDArray[Any], selected: NDArray[np.bool_]) -> dict[int, int]:
-    """Return the first selected row of each value."""
+    """Map each distinct value to the first selected row with this value."""
     rows = np.flatnonzero(selected)
     distinct, first = np.unique(values[rows], return_index=True)
     return dict(zip(distinct.tolist(), rows[first].tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""The registry of checks, and the inputs that each kind of check receives."""
+"""The registry of audit checks, and the classes that contain the inputs of checks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEVERITIES = ("note", "warning", "error")
 
 @dataclass(frozen=True)
 class Check:
-    """A check of `ftdata audit`.
+    """An audit check: its code, severity, message, fix and function.
 
     Attributes:
         code: The stable name of the check.
@@ -46,7 +46,7 @@ class Check:
 
 
 class CheckedRow(NamedTuple):
-    """The input of a row check.
+    """The input of a check that inspects a single row.
 
     Attributes:
         conversation: The normalized row.
@@ -63,7 +63,7 @@ class CheckedRow(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckedDataset:
-    """The input of a data check.
+    """The input of a check that compares all rows.
 
     Attributes:
         survey: The numbers of all rows.
@@ -82,12 +82,12 @@ class CheckedDataset:
 
     @cached_property
     def is_held_out(self) -> NDArray[np.bool_]:
-        """Whether each row is held out (bool `[rows]`)."""
+        """A mask of the held-out rows (bool `[rows]`)."""
         return np.asarray(self.held_out_sources, np.bool_)[self.survey.numbers.source]
 
 
 class CheckedTemplate(NamedTuple):
-    """The input of a template check.
+    """The input of a check that inspects the tokenizer and the template.
 
     Attributes:
         recipe: The options, tokenizer and template.
@@ -128,5 +128,5 @@ def register_check(
 
 
 def register_flag_check(code: str, severity: str, message: str, fix: str) -> None:
-    """Register a flag of examples as a check."""
+    """Register a check that reports every row with the flag `code`."""
     register_check(code, severity, "flag", message, fix)(lambda _: iter(()))

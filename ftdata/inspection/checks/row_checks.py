@@ -1,4 +1,4 @@
-"""Checks of single rows: their flags, tokens, messages and texts."""
+"""Audit checks of single rows: flags, tokens, messages and texts."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ _RESULT_ROLES = ("tool", "observation", "function", "ipython", "tool_response")
 
 
 def _check_tool_results(messages: Sequence[Message]) -> Iterator[str]:
-    """Yield the tool calls without a result and the results without a call."""
+    """Describe each tool call without a result, and each tool result without a call."""
     pending_ids = list[str | None]()
     for number, message in enumerate(messages):
         name, call_id = f"messages[{number}]", message.get("tool_call_id")
