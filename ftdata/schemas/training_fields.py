@@ -1,4 +1,4 @@
-"""Fields that affect the mask or the input of the model besides text: masks, weights, labels and media.
+"""Check fields other than text that can affect training: masks, weights, labels and media.
 
 A row with an unsupported field of this kind is rejected: ignoring the field silently could train the wrong tokens.
 """
@@ -53,7 +53,7 @@ _SCHEMA_HINT = (
 
 
 def is_guarded(name: str) -> bool:
-    """Return whether the value of a field that no schema reads must be checked (`check_training_fields`)."""
+    """Return whether `check_training_fields` must check a field of this name that no schema reads."""
     return (
         is_media_name(name)
         or name in (*_TOKEN_FIELDS, *_PREFERENCE_FIELDS, *_METADATA_FIELDS)
@@ -90,7 +90,7 @@ def is_mask_name(name: str) -> bool:
 
 
 def check_training_fields(fields: Mapping[str, Any], names: Iterable[str], path: str = "") -> None:
-    """Reject fields that could affect the mask or the model's input, unless their values have no effect.
+    """Reject a row if the value of a guarded field could change the mask or the input of the model.
 
     Args:
         fields: a row, a message, or a part of a message.
@@ -108,7 +108,7 @@ def check_training_fields(fields: Mapping[str, Any], names: Iterable[str], path:
         if is_media_name(name):
             raise BadRow(
                 "media",
-                f"contains media ({_describe(value)}), which the model would not receive",
+                f"the field contains media ({_describe(value)}), which the model would not receive",
                 field=where,
                 hint="remove these rows (images, audio and video are not supported), or rename the field if it is text",
             )
@@ -133,14 +133,14 @@ def _check_tokens(value: Any, where: str) -> None:
     if isinstance(value, list) or _is_number_list(value):
         raise BadRow(
             "labels_beside_text",
-            "is ambiguous, because the row also has text, which would be tokenized and masked again",
+            "the row has both tokens and text, and the text would be tokenized and masked again",
             field=where,
             hint="remove the field, or remove the text and use schema='tokens'",
         )
 
 
 def _check_preference(name: str, value: Any, where: str) -> None:
-    """Reject answers that are labeled as undesirable. Other labels, such as class names, have no effect."""
+    """Reject a row whose label marks the answer as undesirable. Other labels, such as class names, are ignored."""
     if value is False or (isinstance(value, str) and value.strip().lower() == "false"):
         raise BadRow(
             "row_not_trained",
@@ -184,12 +184,12 @@ def _is_false(value: Any) -> bool:
 
 
 def _is_number_list(value: Any) -> bool:
-    """Return whether a value is the text of a list of numbers."""
+    """Return whether a value is a string that contains a list of numbers, such as `"[0, 1]"`."""
     return isinstance(value, str) and _NUMBER_LIST.fullmatch(value) is not None
 
 
 def read_flag(value: Any, field: str) -> bool | None:
-    """Return the value of a training flag as a boolean; `None` if it is a word that is not a flag.
+    """Convert a training flag such as 1 or `"yes"` to a boolean. Return `None` for any other word.
 
     Raises:
         BadRow: `weight_value`: the value is a number other than 0 and 1, or has another type.
@@ -207,7 +207,7 @@ def read_flag(value: Any, field: str) -> bool | None:
 
 
 def read_text_flag(text: str) -> bool | None:
-    """Parse a flag such as `"yes"` or `"0"`, as in CSV files; return `None` for any other text."""
+    """Parse a text flag such as `"yes"` or `"0"`, as in CSV files. Return `None` for any other text."""
     return _TEXT_FLAGS.get(text.strip().lower())
 
 
