@@ -78,7 +78,7 @@ class TableLimits:
         self._plain = self._rows = self._values = self._empty = 0
 
     def rows(self, rows: int, values: int) -> None:
-        """Add to the number of rows and values so far, and check both numbers against the limits.
+        """Add to the total number of rows and values, and check the totals against the limits.
 
         Raises:
             InputRefused: The table has more rows, values or empty batches than the limit for its file size.
@@ -96,7 +96,7 @@ class TableLimits:
                 raise InputRefused("expansion", message, where=self._file.path, hint=hint)
 
     def metadata(self, size: int) -> None:
-        """Check the size of metadata, in bytes, against the size of the file and the limit.
+        """Check the size of the metadata in bytes against the file size and the limit.
 
         Raises:
             InputRefused: The metadata are larger than the file or the limit.
@@ -316,7 +316,7 @@ class _Table(NamedTuple):
         return None if position is None else _Table(self.data, position)
 
     def structs(self, number: int, form: str) -> Iterator[tuple[int, ...]]:
-        """Yield the structs in a vector field. `form` is their format for the `struct` module."""
+        """Yield the structs in a vector field as tuples. `form` is a format string of the `struct` module."""
         position = self._follow_offset(number)
         if position is None:
             return iter(())

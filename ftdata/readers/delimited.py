@@ -59,7 +59,7 @@ def _read_delimited(file: Input, delimiter: str | None) -> Iterator[Row | Reject
 
 
 class _LineReader:
-    """Iterates over the lines of a CSV or TSV file, and counts lines and bytes. Can read lines ahead.
+    """Iterates over the lines of a CSV or TSV file, counts lines and bytes, and can look ahead.
 
     Attributes:
         line: number of lines read so far.

@@ -88,7 +88,7 @@ def _string_index(text: str, sizes: Sequence[int]) -> int | None:
 
 
 class CellFault(NamedTuple):
-    """Why a row is rejected: the error code, the affected cell, an explanation and a fix."""
+    """The reason for rejecting a row: the error code, the affected cell, an explanation and a fix."""
 
     code: str
     field: str

@@ -1,4 +1,4 @@
-"""Recognize data files and the names of their splits by file name."""
+"""Recognize data files, and the splits to which they belong, by file name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def is_data(name: str) -> bool:
 
 
 def split_from_name(path: str) -> str | None:
-    """Return the split that a file name contains, such as `test`. If the file name contains none, check its folders.
+    """Find the name of a split, such as `test`, in a file name or else in the names of its folders.
 
     The nearest folder takes precedence. Return `None` if no name contains a split.
 

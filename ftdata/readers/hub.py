@@ -62,7 +62,7 @@ class HubFile:
 
 
 def is_hub(location: str) -> bool:
-    """Return whether a location is on the Hub: a URL `hf://...`, or `owner/name` without a local path of this name."""
+    """Return whether a location is on the Hub: an `hf://` URL, or `owner/name` if no local path has this name."""
     if location.startswith(SCHEME):
         return True
     is_repo_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", location) is not None
@@ -166,7 +166,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _globs_by_split(data_files: Any, where: str) -> dict[str, list[str]]:
-    """Convert a `data_files` value to the globs of each split. Users and data set cards write it in several forms."""
+    """Convert a `data_files` value to a mapping from splits to globs. The value can have several forms."""
     if isinstance(data_files, list) and data_files and all(isinstance(entry, Mapping) for entry in data_files):
         entries = [(str(entry.get("split", "train")), entry.get("path")) for entry in data_files]
     else:

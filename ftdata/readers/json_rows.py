@@ -263,7 +263,7 @@ def _expand_columns(rows: Iterator[Row | Reject], head: bytes, file: Input) -> I
 
 
 def _rows_from_columns(data: Any) -> list[dict[str, Any]] | None:
-    """Convert an object with a list or mapping of cells per column to rows. Return `None` if `data` is a row."""
+    """Convert a column-oriented object such as `{"question": ["a", "b"]}` to rows. Return `None` for a row."""
     if not isinstance(data, dict) or not data:
         return None
     cells = list(data.values())
@@ -304,7 +304,7 @@ def _scan_rows(parts: Iterable[bytes], file: Input, under: str | None) -> Iterat
 
 
 def _find_strays(gap: bytes, commas: int | None) -> Iterator[tuple[int, str]]:
-    """Find values and wrong punctuation between two rows. Yield the position and an error message for each fault.
+    """Find invalid text between two rows: values or wrong punctuation. Yield the position and message of each fault.
 
     Args:
         gap: the text between two rows.
@@ -373,7 +373,7 @@ def _parse_value(text: bytes, source: Source, *, whole_line: bool) -> Any:
 
 
 def _is_lossless(value: Any, text: bytes) -> bool:
-    """Check quickly whether parsing preserved everything in the text, with a nesting depth within the limit.
+    """Check quickly that a parsed value contains everything in its text and is not nested too deeply.
 
     If the serialized value differs from the text only in whitespace, no key and no digit was lost. `False` means that a
     slower check is necessary.

@@ -1,4 +1,4 @@
-"""Split a JSON text into rows in a single pass, by the brackets outside strings."""
+"""Split a JSON text into rows in a single pass, based on the brackets outside strings."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def _measure_chunk(stream: io.BufferedReader, column: Any, file: Input) -> _Chun
 def _read_group(
     stream: io.BufferedReader, table: Any, number: int, columns: Sequence[tuple[Any, _Chunk]], file: Input
 ) -> Iterator[Any]:
-    """Yield a row group in batches. Longer values, or references to longer dictionary values, mean smaller batches."""
+    """Yield a row group in batches. Batches are smaller if values, or the dictionary values in use, are long."""
     import pyarrow.parquet as pq
 
     rows = max(table.metadata.row_group(number).num_rows, 1)

@@ -19,7 +19,7 @@ attempts to find the end of a row."""
 
 
 def detect_quoting(file: Input, ahead: Iterable[bytes], delimiter: bytes) -> str:
-    """Return the quoting of a file, `csv` or `none`. If the user did not set it, detect it from the cells.
+    """Return the quoting of a file, `csv` or `none`. If the user did not set it, detect the quoting.
 
     Args:
         file: the file. A local file is read to its end once.
@@ -45,7 +45,7 @@ def detect_quoting(file: Input, ahead: Iterable[bytes], delimiter: bytes) -> str
 
 @dataclass
 class _Quotes:
-    """Numbers of cells in a file, grouped by how the cells use quotes.
+    """Counts the cells in a file, grouped by how the cells use quotes.
 
     Attributes:
         needed: quoted cells that need the quotes: they contain a line break, the delimiter or a doubled quote.
@@ -61,7 +61,7 @@ class _Quotes:
 
     @property
     def is_csv(self) -> bool:
-        """Whether the numbers indicate CSV quoting, in which quotes enclose cells."""
+        """Whether the file appears to use CSV quoting, in which quotes enclose cells."""
         return not self.literal or self.needed >= self.literal or self.quoted > self.plain
 
     @classmethod

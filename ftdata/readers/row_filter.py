@@ -20,7 +20,7 @@ from ftdata.types import Reject, Row
 
 @dataclass
 class RowFilter:
-    """Filters the rows of one or several sources with an expression. A `Reject` always passes the filter.
+    """Filters rows with a Jinja expression, and limits the number of rows. A `Reject` always passes the filter.
 
     Attributes:
         where: the Jinja expression of the user, which is evaluated in this process, without limits.
@@ -103,15 +103,12 @@ def _compile_expression(where: str) -> Callable[..., Any]:
 
 
 def _from_json(text: Any) -> Any:
-    """Parse the JSON text in a cell. Expressions use this filter as in `messages | from_json | length`."""
+    """Parse the JSON text in a cell, for expressions such as `messages | from_json | length`."""
     return json.loads(text) if isinstance(text, str) else text
 
 
 def _matches(text: Any, pattern: str) -> bool:
-    """Return whether a text contains a match of a regular expression.
-
-    Expressions use this test as in `question is matching('^How')`.
-    """
+    """Return whether a text matches a regular expression, for expressions such as `question is matching('^How')`."""
     try:
         return isinstance(text, str) and re.search(pattern, text) is not None
     except re.error as error:

@@ -1,4 +1,4 @@
-"""Convert the data that a user passes to sources. A source is a file or a collection of rows in memory."""
+"""Convert the user's data to sources. A source is a file or a collection of rows in memory."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def _resolve_spec(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, .
 
 
 def _sources_at_path(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
-    """Return the sources for the key `path` of a data mapping, with the file options in the mapping."""
+    """Return the sources at the `path` in a data mapping. Its other keys, such as `encoding`, are file options."""
     path = spec["path"]
     if not isinstance(path, str | Path):
         if file_keys := [key for key in _FILE_KEYS if spec.get(key) is not None]:
@@ -342,7 +342,7 @@ def _is_compressed(path: str, version: tuple[int, int]) -> bool:  # noqa: ARG001
 
 
 def file_version(path: str) -> Any:
-    """Return a value that identifies the version of a local or remote file. Return `None` if it is unknown."""
+    """Return a value that identifies the version of a local or remote file, or `None` if the version is unknown."""
     return remote_version(path) if is_object_store(path) else _local_version(path)
 
 

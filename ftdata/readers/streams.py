@@ -156,7 +156,7 @@ def is_url(path: str) -> bool:
 
 
 def is_object_store(path: str) -> bool:
-    """Return whether a path is a URL of a remote file system, such as S3. HTTP and Hub URLs do not count."""
+    """Return whether a path is a URL of a remote file system, such as S3. HTTP and Hub URLs are excluded."""
     return is_url(path) and not is_hub(path) and not path.startswith(("http://", "https://"))
 
 
@@ -167,12 +167,12 @@ def prepend(head: bytes, chunks: Generator[bytes]) -> Generator[bytes]:
 
 
 def prepend_to_file(head: bytes, file: BinaryIO) -> io.BufferedReader:
-    """Return a file that contains the bytes in `head`, followed by the unread content of `file`."""
+    """Return a file object that contains the bytes in `head`, followed by the unread content of `file`."""
     return file_from_chunks(prepend(head, read_chunks(file)))
 
 
 def file_from_chunks(chunks: Generator[bytes]) -> io.BufferedReader:
-    """Return a readable file whose content is the sequence of chunks."""
+    """Return a readable file object that contains the joined chunks."""
     return io.BufferedReader(_ChunkFile(chunks), CHUNK)
 
 
@@ -189,7 +189,7 @@ def _read(file: BinaryIO, size: int = CHUNK) -> Generator[bytes]:
 
 
 class _ChunkFile(io.RawIOBase):
-    """A readable file whose content is a sequence of byte chunks."""
+    """A readable file object that contains joined chunks of bytes."""
 
     def __init__(self, chunks: Generator[bytes]) -> None:
         self._chunks, self._unread = chunks, memoryview(b"")

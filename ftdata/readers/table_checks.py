@@ -34,14 +34,14 @@ def check_seekable(stream: io.BufferedReader, file: Input) -> None:
     if not stream.seekable():
         raise InputRefused(
             "not_seekable",
-            "the file is a pipe, but this format must be read from the end of the file",
+            "the input is a pipe, but reading this format starts at the end of the file",
             where=file.path,
             hint="write it to a file first",
         )
 
 
 def damaged_file_error(error: Exception, file: Input, kind: str) -> InputRefused:
-    """Create the error for a file that is not valid in its format."""
+    """Create the error for a table file that is damaged or has a different format."""
     return InputRefused(
         "damaged_file",
         f"the file is not a valid {kind} file: {error}",

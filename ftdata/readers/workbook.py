@@ -127,7 +127,7 @@ class Workbook:
             raise InputRefused("expansion", message, where=self.path, hint=hint)
 
     def parse(self, part: str, parser: XmlParser) -> Iterator[None]:
-        """Parse an XML file in the archive. Yield after each chunk, so that the caller can take the results.
+        """Parse an XML file in the archive. Yield after each chunk, so that the caller can use the results so far.
 
         Raises:
             InputRefused: The part is not valid in an Excel file, or is far larger than the file.
@@ -183,7 +183,7 @@ class Workbook:
             parser.rows.clear()
 
     def check_size(self, sheets: Sequence[Sheet]) -> int:
-        """Check the total XML size of sheets, and return it in bytes.
+        """Check the total XML size of sheets against the limit, and return the size in bytes.
 
         Raises:
             InputRefused: The sheets and the shared strings are far larger than the file.
@@ -371,7 +371,7 @@ _column_numbers: dict[str, int] = {}
 
 
 def _parse_column(coordinate: str) -> int:
-    """Return the column number in a cell coordinate such as `B7`, counted from 1. Return 0 if it is invalid."""
+    """Return the column number in a cell coordinate such as `B7`, counted from 1, or 0 if the coordinate is invalid."""
     match = _COORDINATE.fullmatch(coordinate)
     if match is None:
         return 0

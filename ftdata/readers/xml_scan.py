@@ -62,7 +62,7 @@ class XmlParser:
         """Process the end of an element. Subclasses override this method."""
 
     def collect_text(self, *, on: bool) -> None:
-        """Start or stop collecting text. Of text over `MAX_LINE` bytes, only the size is counted."""
+        """Start or stop collecting text. Text beyond `MAX_LINE` bytes is counted but not stored."""
         self.parser.CharacterDataHandler = self._add_text if on else None
 
     def text(self) -> str:

@@ -142,7 +142,7 @@ def normalize(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
 
 @dataclass(frozen=True, slots=True)
 class RowKind:
-    """The schema and its use of columns, which all rows with the same columns and types share.
+    """The schema of a row, and the columns that it reads. Rows with the same columns and types share a `RowKind`.
 
     Attributes:
         name: name of the schema.
@@ -287,7 +287,7 @@ def _collect_notes(kind: RowKind, data: Mapping[str, Any], messages: tuple[Messa
 
 
 def check_columns(columns: Mapping[str, str] | None) -> None:
-    """Check that each key of a `columns=` mapping is the name of a schema's column.
+    """Check that each key of a `columns=` mapping is a column name that a schema defines.
 
     Raises:
         UsageError: a key is not a canonical column of any schema; the hint suggests the closest match.

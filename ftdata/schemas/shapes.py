@@ -72,7 +72,7 @@ def parse_json_list(value: Any) -> Any:
 
 
 def find_column(data: Mapping[str, Any], column: str) -> str:
-    """Return the name that a row uses for a schema's column: the same name, or an alias such as `response`.
+    """Find a schema's column in a row, and return its name there: the same name or an alias such as `response`.
 
     If the row does not have the column, return `column`.
     """
@@ -289,7 +289,10 @@ def last_answer_index(messages: Sequence[Message]) -> int:
 
 
 def _pretokenized(data: Mapping[str, Any]) -> Conversation:
-    """Convert a pretokenized row to a conversation. Each label must equal its token id or -100, without padding."""
+    """Convert a pretokenized row to a conversation. Each label must be -100 or equal to its token id.
+
+    The row must not be padded.
+    """
     ids = _read_integers(data, "input_ids")
     if not len(ids):
         raise BadRow("no_tokens", "the list is empty, expected token ids", field="input_ids")

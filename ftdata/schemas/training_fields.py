@@ -53,7 +53,7 @@ _SCHEMA_HINT = (
 
 
 def is_guarded(name: str) -> bool:
-    """Return whether `check_training_fields` must check a field of this name that no schema reads."""
+    """Return whether a field of this name must pass `check_training_fields` if no schema reads the field."""
     return (
         is_media_name(name)
         or name in (*_TOKEN_FIELDS, *_PREFERENCE_FIELDS, *_METADATA_FIELDS)
@@ -90,7 +90,7 @@ def is_mask_name(name: str) -> bool:
 
 
 def check_training_fields(fields: Mapping[str, Any], names: Iterable[str], path: str = "") -> None:
-    """Reject a row if the value of a guarded field could change the mask or the input of the model.
+    """Reject a row if a field that no schema reads could change the mask or the model's input.
 
     Args:
         fields: a row, a message, or a part of a message.

@@ -1,4 +1,4 @@
-"""Record which builds this user made. A downloaded folder cannot forge a record, because records are not in builds.
+"""Record which builds this user made. Records are stored outside the builds, so that a download cannot forge them.
 
     DIR/KEY     an empty file; KEY is the hash of the recorded content
 
