@@ -1,4 +1,4 @@
-"""Read sources as rows, exactly as written and each with its origin. No value is coerced, trimmed or guessed.
+"""Read rows from files, URLs and Python objects. Values stay exactly as written, and each row records its source.
 
     data ──sources──> files, local or remote ──streams──> bytes ──readers──> Row | Reject
 
@@ -21,7 +21,7 @@ __all__ = ["FileSource", "Input", "MemorySource", "Reader", "read", "readers", "
 
 
 def read(data: Any) -> Iterator[Row]:
-    """Yield every row of `data` exactly as written, with its source.
+    """Yield every row of `data`, with all values exactly as written.
 
     Args:
         data: anything that `build_sft_dataset` accepts as data.

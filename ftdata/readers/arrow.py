@@ -1,6 +1,6 @@
-"""Read Arrow files and streams, and `datasets` objects in batches.
+"""Read Arrow files, Arrow streams and `datasets` objects, one batch at a time.
 
-Every cell of a table has a value, so a null has the same meaning as an absent key: neither appears in a row.
+A table stores a null for each absent key, so null cells are omitted from rows.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ Convert = Callable[[Any], Any]
 
 
 def read_arrow(file: Input) -> Iterator[Row | Reject]:
-    """Yield the rows of an Arrow file or stream, including Feather files and the files of `datasets.save_to_disk`."""
+    """Yield the rows of an Arrow file or stream.
+
+    Feather files, and the files that `datasets.save_to_disk` writes, have the same format.
+    """
     import pyarrow as pa
 
     with file.open() as stream:
@@ -63,7 +66,10 @@ def _file_size(stream: io.BufferedReader) -> int | None:
 
 
 def _check_batches(stream: io.BufferedReader, file: Input, size: int | None) -> io.BufferedReader:
-    """Return the stream with a check of the size of its batches: a local file now, other streams while reading."""
+    """Check the size of each batch in a stream, and return the stream to read.
+
+    A local file is checked before this function returns. Any other stream is checked while it is read.
+    """
     if size is None or is_url(file.path):
         return file_from_chunks(check_stream(stream, file, size))
     check_ahead(stream, file, size)
@@ -71,18 +77,20 @@ def _check_batches(stream: io.BufferedReader, file: Input, size: int | None) -> 
 
 
 def _check_end(stream: io.BufferedReader, file: Input) -> None:
-    """Check that a stream has an end mark. Without it, a stream that was truncated between batches seems complete."""
+    """Check that a stream has an end mark. A stream that was truncated between two batches lacks this mark."""
     if stream.seekable():
         stream.seek(-min(8, stream.seek(0, io.SEEK_END)), io.SEEK_END)
         ends = stream.read(8) == b"\xff\xff\xff\xff\0\0\0\0"
         stream.seek(0)
         if not ends:
             hint = "write it again, and close its writer"
-            raise InputRefused("partial_file", "is truncated: the stream has no end mark", where=file.path, hint=hint)
+            raise InputRefused(
+                "partial_file", "the stream is truncated: it has no end mark", where=file.path, hint=hint
+            )
 
 
 def from_dataset(dataset: Any) -> Iterator[Any]:
-    """Yield the rows of a `datasets.Dataset` as they are stored, or as its custom transform returns them."""
+    """Yield the rows of a `datasets.Dataset`. If the data set has a custom transform, apply the transform."""
     if dataset.format["type"] == "custom":
         return map(drop_nulls, dataset)
     plain = dataset.with_format("arrow")
@@ -91,7 +99,7 @@ def from_dataset(dataset: Any) -> Iterator[Any]:
 
 
 def make_null_reader(features: Any) -> Callable[[Any], Any]:
-    """Return a function that removes the nulls of tables from rows that `datasets` decoded, but keeps nulls of JSON."""
+    """Return a function that removes null values from a row of `datasets`. Nulls inside JSON columns are kept."""
     if features is None:
         return drop_nulls
     columns = {name: _make_null_converter(feature) for name, feature in features.to_dict().items()}
@@ -118,18 +126,18 @@ def _make_null_converter(feature: Any) -> Convert:
 def from_batches(
     batches: Iterable[Any], schema: Any, count: Callable[[int], None] = lambda _: None
 ) -> Iterator[dict[str, Any] | ValueFault]:
-    """Yield the rows of Arrow batches, with a fault for each row that cannot be represented in Python.
+    """Convert Arrow batches to rows. For a row that Python cannot represent, yield a `ValueFault`.
 
     Args:
         batches: record batches.
         schema: schema of the batches.
-        count: function that is called with the approximate size in bytes of the values that come next.
+        count: function that is called before each slice of rows with its approximate size in bytes.
     """
     try:
         _check_types(schema)
         converters = _json_converters(schema)
     except RecursionError:
-        raise InputRefused("too_deep", "has columns that are nested too deeply to be read") from None
+        raise InputRefused("too_deep", "the columns are nested too deeply to be read") from None
     for batch in batches:
         for column in batch.columns if len(batch) else ():
             _check_column(column)
@@ -140,7 +148,7 @@ def from_batches(
 
 
 def _convert_in_slices(batch: Any, converters: Mapping[str, Convert]) -> Iterator[dict[str, Any] | ValueFault]:
-    """Yield the rows of a batch, converted in slices whose values have at most `MAX_LINE` bytes."""
+    """Convert a batch to rows, in slices of at most `MAX_LINE` bytes."""
     if _values_size(batch) <= MAX_LINE:
         yield from _convert_rows(batch, converters)
     elif len(batch) == 1:
@@ -152,7 +160,7 @@ def _convert_in_slices(batch: Any, converters: Mapping[str, Convert]) -> Iterato
 
 
 def _values_size(batch: Any) -> int:
-    """Return the approximate size in bytes of the values of a batch; a repeated value counts each time."""
+    """Return the approximate size of a batch in bytes. A value that several rows share counts once per row."""
     return sum(map(_column_size, batch.columns))
 
 
@@ -191,10 +199,12 @@ def _has_length(kind: Any) -> bool:
 
 
 def _check_types(schema: Any) -> None:
-    """Check that no column has a type in which a value can be referenced many times. Real data do not use such types.
+    """Reject list views and run-end encoded columns, in which many rows can refer to the same large value.
+
+    Real data sets do not use these types.
 
     Raises:
-        InputRefused: A column has a view or run-end encoded type.
+        InputRefused: A column has a list view or run-end encoded type.
     """
     import pyarrow as pa
 
@@ -211,7 +221,7 @@ def _check_types(schema: Any) -> None:
 
 
 def _check_column(column: Any) -> None:
-    """Check that the buffers of a column are consistent; inconsistent buffers would crash the process.
+    """Check that the buffers of a column are consistent. Inconsistent buffers would crash the process.
 
     Invalid text is accepted here, because it is rejected row by row.
     """
@@ -227,7 +237,7 @@ def _check_column(column: Any) -> None:
 
 
 def _storage_type(kind: Any) -> Any:
-    """Return a type with the same buffers, without restrictions on the values."""
+    """Return a type that has the same buffers as `kind` but accepts any value, such as binary for string."""
     import pyarrow as pa
 
     storage_types = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.date64(): pa.int64()}
@@ -241,13 +251,13 @@ def _storage_type(kind: Any) -> Any:
 
 
 def yield_rows(batches: Iterable[Any], schema: Any, file: Input, size: int | None) -> Iterator[Row | Reject]:
-    """Yield the rows of batches, and rejects for rows that Python cannot represent.
+    """Convert Arrow batches to rows. For a row that Python cannot represent, yield a `Reject`.
 
     Args:
         batches: record batches.
-        schema: their Arrow schema.
-        file: the file, for positions and errors.
-        size: bytes of the file, or `None` if they are not known.
+        schema: Arrow schema of the batches.
+        file: the file, for row sources and errors.
+        size: size of the file in bytes; `None` if it is unknown.
 
     Raises:
         InputRefused: the file contains no rows, or its values are far larger than the file.
@@ -271,7 +281,10 @@ def yield_rows(batches: Iterable[Any], schema: Any, file: Input, size: int | Non
 
 
 def _json_converters(schema: Any) -> dict[str, Convert]:
-    """Return converters for the columns that contain JSON text, by their Arrow types or the features of `datasets`."""
+    """Return a converter for each column that contains JSON text.
+
+    The Arrow type of a column, or the `datasets` features in the metadata, identify JSON text.
+    """
     try:
         features = dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
         by_feature = {name: _feature_converter(feature) for name, feature in features.items()}
@@ -344,7 +357,7 @@ def _convert_cells(cells: Mapping[str, Any], converters: Mapping[str, Convert]) 
 
 
 def _convert_row(row: Any, converters: Mapping[str, Convert]) -> dict[str, Any] | ValueFault:
-    """Convert a batch of a single row, column by column, to find the column with a fault."""
+    """Convert a batch of one row. If a column cannot be converted, return a `ValueFault` with its name."""
     cells: dict[str, Any] = {}
     for name in row.schema.names:
         try:

@@ -1,4 +1,4 @@
-"""Arrow message headers: the sizes of the batches of a file or stream, read before pyarrow decompresses the batches.
+"""Read batch sizes from Arrow message headers, so that huge batches are refused before pyarrow decompresses them.
 
 A compressed batch of a few kilobytes may expand to gigabytes, and pyarrow decompresses a batch completely. The
 uncompressed length of a buffer is stored in front of the buffer, and the number of values in the metadata of the batch
@@ -33,12 +33,12 @@ metadata takes forty times its size in memory."""
 
 
 class Block(NamedTuple):
-    """The position of a message in a file.
+    """The position and size of an Arrow message in a file. A message contains a batch or a dictionary.
 
     Attributes:
         offset: offset of the message in the file.
-        metadata: bytes of the metadata, with their length prefix.
-        body: bytes of the body.
+        metadata: size of the metadata in bytes, including the length prefix.
+        body: size of the body in bytes.
     """
 
     offset: int
@@ -47,14 +47,14 @@ class Block(NamedTuple):
 
 
 class ArrowMessage(NamedTuple):
-    """The metadata of a message.
+    """The metadata of an Arrow message, which contains a batch of rows or a dictionary.
 
     Attributes:
-        kind: 2 for a dictionary, 3 for rows.
-        body: bytes of the body.
-        rows: number of rows, or of entries of a dictionary.
-        values: number of values.
-        buffers: offset and length of each buffer in the body.
+        kind: 2 for a dictionary, 3 for a batch of rows.
+        body: size of the body in bytes.
+        rows: number of rows in the batch, or of entries in the dictionary.
+        values: number of values in the message.
+        buffers: offset and length in bytes of each buffer in the body.
         compressed: whether the buffers are compressed.
     """
 
@@ -67,7 +67,7 @@ class ArrowMessage(NamedTuple):
 
 
 class TableLimits:
-    """Limits on the rows, values and uncompressed bytes of a table, in proportion to the size of its file.
+    """Limits on the rows, values and uncompressed bytes of a table. The limits grow with the size of the file.
 
     Attributes:
         packed: size of the file in bytes, or bytes read so far.
@@ -78,10 +78,10 @@ class TableLimits:
         self._plain = self._rows = self._values = self._empty = 0
 
     def rows(self, rows: int, values: int) -> None:
-        """Add rows and values to the totals, and check the limits.
+        """Add to the total number of rows and values, and check the totals against the limits.
 
         Raises:
-            InputRefused: There are far more than the size of the file explains.
+            InputRefused: The table has more rows, values or empty batches than the limit for its file size.
         """
         self._rows += rows
         self._values += values
@@ -96,14 +96,14 @@ class TableLimits:
                 raise InputRefused("expansion", message, where=self._file.path, hint=hint)
 
     def metadata(self, size: int) -> None:
-        """Check the size of metadata.
+        """Check the size of the metadata in bytes against the file size and the limit.
 
         Raises:
-            InputRefused: The metadata are larger than the limit, or than the file.
+            InputRefused: The metadata are larger than the file or the limit.
         """
         if 0 < self.packed < size:
             raise damaged_file_error(
-                ValueError(f"it is truncated, expected {size:,} bytes of metadata"), self._file, "Arrow"
+                ValueError(f"the file is truncated, expected {size:,} bytes of metadata"), self._file, "Arrow"
             )
         limit = max(_FREE_METADATA, self.packed // _METADATA_DIVISOR)
         if size > limit:
@@ -112,7 +112,7 @@ class TableLimits:
             raise InputRefused("expansion", message, where=self._file.path, hint=hint)
 
     def batch(self, message: ArrowMessage, plain: int) -> None:
-        """Count a batch that expands to `plain` bytes.
+        """Add a batch of `plain` uncompressed bytes to the totals, and check the limits.
 
         Raises:
             InputRefused: The batch, or the complete file, expands beyond the limit.
@@ -132,11 +132,11 @@ class TableLimits:
 
 
 def check_stream(stream: io.BufferedReader, file: Input, packed: int | None) -> Generator[bytes]:
-    """Yield the bytes of a stream of messages, each batch after a check of its size.
+    """Yield the bytes of an Arrow stream. The size of each batch is checked before its body is yielded.
 
     Args:
         stream: the stream, at the beginning of a message.
-        file: the input, for errors.
+        file: the input file, for errors.
         packed: size of the file in bytes; `None` if it is unknown.
 
     Raises:
@@ -162,7 +162,7 @@ def check_stream(stream: io.BufferedReader, file: Input, packed: int | None) -> 
 
 
 def check_ahead(stream: io.BufferedReader, file: Input, packed: int) -> None:
-    """Check all batches of a seekable stream.
+    """Check the size of every batch in a seekable Arrow stream.
 
     Raises:
         InputRefused: A batch, or the complete stream, expands beyond the limit, or the stream is damaged.
@@ -187,7 +187,7 @@ def check_ahead(stream: io.BufferedReader, file: Input, packed: int) -> None:
 
 
 def check_blocks(stream: io.BufferedReader, file: Input, packed: int) -> None:
-    """Check all batches in the footer of a file.
+    """Check the size of every batch that the footer of an Arrow file lists.
 
     Raises:
         InputRefused: A batch, or the complete file, expands beyond the limit, or the file is damaged.
@@ -195,7 +195,7 @@ def check_blocks(stream: io.BufferedReader, file: Input, packed: int) -> None:
     limits = TableLimits(file, packed)
     blocks = _read_footer(stream, file, packed)
     if len({block.offset for block in blocks}) < len(blocks):
-        raise damaged_file_error(ValueError("its footer contains a batch twice"), file, "Arrow")
+        raise damaged_file_error(ValueError("the footer lists the same batch twice"), file, "Arrow")
     for block in blocks:
         stream.seek(block.offset)
         head = stream.read(4)
@@ -220,7 +220,10 @@ def _read_from_bytes(body: bytes) -> Callable[[int], bytes]:
 
 
 def _plain_size(message: ArrowMessage, read: Callable[[int], bytes]) -> int:
-    """Return the uncompressed size in bytes of the buffers of a batch; `read` returns eight bytes of its body."""
+    """Return the total size of a batch's buffers in bytes, after decompression.
+
+    `read` returns the eight bytes at an offset in the body of the batch.
+    """
     if not message.compressed:
         return sum(length for _, length in message.buffers)
     plain = 0
@@ -236,7 +239,7 @@ def _read_footer(stream: io.BufferedReader, file: Input, packed: int) -> list[Bl
     stream.seek(max(packed - 10, 0))
     size = int.from_bytes(stream.read(4), "little")
     if not 0 < size <= packed - 10:
-        raise damaged_file_error(ValueError("it is truncated: it has no footer"), file, "Arrow")
+        raise damaged_file_error(ValueError("the file is truncated: it has no footer"), file, "Arrow")
     stream.seek(packed - 10 - size)
     try:
         footer = _Table.root(stream.read(size))
@@ -246,7 +249,7 @@ def _read_footer(stream: io.BufferedReader, file: Input, packed: int) -> list[Bl
 
 
 def _parse_message(metadata: bytes, file: Input) -> ArrowMessage:
-    """Parse the metadata of a message.
+    """Parse the metadata of an Arrow message.
 
     Raises:
         InputRefused: The metadata are damaged.
@@ -255,7 +258,7 @@ def _parse_message(metadata: bytes, file: Input) -> ArrowMessage:
         table = _Table.root(metadata)
         kind, body = table.number(1, "<B"), table.number(3, "<q")
         if body < 0:
-            raise ValueError(f"a message has a body of {body} bytes")
+            raise ValueError(f"the body size of a message is negative: {body}")
         batch = table.table(2)
         if batch is not None and kind == _DICTIONARY:
             batch = batch.table(1)
@@ -264,18 +267,18 @@ def _parse_message(metadata: bytes, file: Input) -> ArrowMessage:
         rows, lengths = batch.number(0, "<q"), [length for length, _ in batch.structs(1, "<qq")]
         buffers = tuple((offset, length) for offset, length in batch.structs(2, "<qq"))
         if min(rows, *lengths, *(length for _, length in buffers), 0) < 0:
-            raise ValueError("it contains a negative length")
+            raise ValueError("the length of a batch, column or buffer is negative")
         return ArrowMessage(kind, body, rows, sum(lengths), buffers, batch.table(3) is not None)
     except (struct.error, ValueError, IndexError) as error:
         raise damaged_file_error(error, file, "Arrow") from None
 
 
 class _Table(NamedTuple):
-    """A table of a FlatBuffer (https://flatbuffers.dev/internals/).
+    """Gives access to the fields of a table in a FlatBuffer (https://flatbuffers.dev/internals/).
 
     Attributes:
-        data: the FlatBuffer.
-        position: offset of the table.
+        data: the bytes of the FlatBuffer.
+        position: offset of the table in `data`.
     """
 
     data: bytes
@@ -286,11 +289,11 @@ class _Table(NamedTuple):
         return cls(data, *struct.unpack_from("<I", data))
 
     def _field_position(self, number: int) -> int | None:
-        """Return the offset of a field; `None` if the table does not have the field."""
+        """Return the offset of a field in `data`. Return `None` if the table does not have the field."""
         (distance,) = struct.unpack_from("<i", self.data, self.position)
         vtable = self.position - distance
         if not 0 <= vtable < len(self.data):
-            raise ValueError("it contains an offset outside its data")
+            raise ValueError("an offset in the metadata points outside the metadata")
         (size,) = struct.unpack_from("<H", self.data, vtable)
         entry = 4 + 2 * number
         if entry + 2 > size:
@@ -299,7 +302,7 @@ class _Table(NamedTuple):
         return self.position + offset if offset else None
 
     def number(self, number: int, form: str) -> int:
-        """Return a number; 0 if the table does not have the field."""
+        """Return the value of a number field. Return 0 if the table does not have the field."""
         position = self._field_position(number)
         return 0 if position is None else int(struct.unpack_from(form, self.data, position)[0])
 
@@ -308,12 +311,12 @@ class _Table(NamedTuple):
         return None if position is None else position + int(struct.unpack_from("<I", self.data, position)[0])
 
     def table(self, number: int) -> _Table | None:
-        """Return a nested table; `None` if the table does not have the field."""
+        """Return the nested table in a field. Return `None` if the table does not have the field."""
         position = self._follow_offset(number)
         return None if position is None else _Table(self.data, position)
 
     def structs(self, number: int, form: str) -> Iterator[tuple[int, ...]]:
-        """Yield the structs of a vector, unpacked with the format `form`."""
+        """Yield the structs in a vector field as tuples. `form` is a format string of the `struct` module."""
         position = self._follow_offset(number)
         if position is None:
             return iter(())
@@ -321,5 +324,5 @@ class _Table(NamedTuple):
         size = struct.calcsize(form)
         vector = memoryview(self.data)[position + 4 : position + 4 + count * size]
         if len(vector) < count * size:
-            raise ValueError("it contains a truncated list")
+            raise ValueError("a list in the metadata is truncated")
         return struct.iter_unpack(form, vector)

@@ -1,4 +1,4 @@
-"""Read CSV and TSV files. Every cell is text."""
+"""Read CSV and TSV files. Every cell is read as text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _QUOTES_ARE_TEXT = frozenset({"quotes"})
 
 
 def read_csv(file: Input) -> Iterator[Row | Reject]:
-    """Yield the rows of a CSV file; every cell is text.
+    """Yield the rows of a CSV file. Every cell is read as text.
 
     The delimiter is detected from the header: a comma, a semicolon, a tab or a vertical bar. A line `sep=;` before the
     header sets it explicitly. `line` is the first line of a row, because a quoted cell may contain line breaks. Blank
@@ -37,7 +37,10 @@ def read_csv(file: Input) -> Iterator[Row | Reject]:
 
 
 def read_tsv(file: Input) -> Iterator[Row | Reject]:
-    """Yield the rows of a file of tab-separated values, like `read_csv`; quotes may be text (see `detect_quoting`)."""
+    """Yield the rows of a TSV (tab-separated) file. Every cell is read as text.
+
+    Quotes either enclose cells, as in CSV, or are part of the text (see `detect_quoting`).
+    """
     yield from _read_delimited(file, "\t")
 
 
@@ -56,12 +59,12 @@ def _read_delimited(file: Input, delimiter: str | None) -> Iterator[Row | Reject
 
 
 class _LineReader:
-    """The lines of a text.
+    """Iterates over the lines of a CSV or TSV file, counts lines and bytes, and can look ahead.
 
     Attributes:
         line: number of lines read so far.
         offset: number of bytes read so far.
-        row_lines: number of lines of the current row.
+        row_lines: number of lines read so far in the current row.
     """
 
     def __init__(self, stream: io.BufferedReader, file: Input) -> None:
@@ -86,7 +89,7 @@ class _LineReader:
         return text
 
     def ahead(self) -> Iterator[bytes]:
-        """Yield the next lines without consuming them."""
+        """Yield the lines after the current line without consuming them."""
         for number in count():
             if number == len(self._ahead):
                 self._ahead.append(self._read_line())
@@ -95,21 +98,24 @@ class _LineReader:
             yield self._ahead[number]
 
     def start_row(self) -> None:
-        """Reset the line count and the text of the current row."""
+        """Reset the line count and the stored text at the beginning of a row."""
         self.row_lines, self._row_text = 0, ""
 
     def _read_line(self) -> bytes:
         raw = self._stream.readline(MAX_LINE + 1)
         if len(raw) > MAX_LINE:
             where = f"{self._file.path}:{self.line + len(self._ahead) + 1}"
-            raise InputRefused("line_too_long", f"is longer than {MAX_LINE:,} bytes", where=where)
+            raise InputRefused("line_too_long", f"the line is longer than {MAX_LINE:,} bytes", where=where)
         return raw
 
     def skip_quoted(self, delimiter: str) -> bool:
-        """Skip the lines that belong to an invalid row, if it left a quote open; return whether to call this again.
+        """Skip the remaining lines of an invalid row that contains an unclosed quote.
 
         The next quote that can begin or end a cell decides. If it ends a cell, that cell began in the invalid row. If
-        it begins a cell, the row left no quote open. Without a next quote, no line is skipped.
+        it begins a cell, the row has no unclosed quote. Without a next quote, no line is skipped.
+
+        Returns:
+            Whether the last skipped line contains another unclosed quote, so that the method must be called again.
         """
         mark, size = delimiter.encode(), 0
         opening = re.compile(rb"(?:^|" + re.escape(mark) + rb')"')
@@ -133,7 +139,7 @@ class _LineReader:
 
     @property
     def raw(self) -> str:
-        """The beginning of the text of the current row."""
+        """The text of the current row, truncated to `_RAW_LIMIT` characters."""
         return self._row_text[:_RAW_LIMIT].encode("utf-8", "backslashreplace").decode()
 
 

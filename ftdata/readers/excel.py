@@ -1,4 +1,4 @@
-"""Read the sheets of Excel workbooks. Every cell is text."""
+"""Read the sheets of Excel workbooks. Every cell is read as text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_excel(file: Input) -> Iterator[Row | Reject]:
-    """Yield the rows of all visible sheets of an Excel file; every cell is text.
+    """Yield the rows of all visible sheets in an Excel file. Every cell is read as text.
 
     The first row of each sheet that is not empty contains the column names.
     """
@@ -64,7 +64,7 @@ def _read_workbook(book: Workbook) -> Iterator[Row | Reject]:
 
 
 def _check_repeated(book: Workbook, sheets: Sequence[Sheet], strings: SharedStrings, size: int) -> None:
-    """Check that cells do not repeat shared strings so often that their text becomes unlimited.
+    """Check that the text of all cells is not far larger than the file. Cells can refer to the same string repeatedly.
 
     Raises:
         InputRefused: The text of the cells is far larger than the file.
@@ -83,12 +83,12 @@ def _check_repeated(book: Workbook, sheets: Sequence[Sheet], strings: SharedStri
 
 
 def _string_index(text: str, sizes: Sequence[int]) -> int | None:
-    """Return the index of a shared string; `None` if the text is not a valid index."""
+    """Parse the index of a shared string. Return `None` if the index is invalid."""
     return number if text.isdecimal() and len(text) < 19 and (number := int(text)) < len(sizes) else None
 
 
 class CellFault(NamedTuple):
-    """The reason to reject a row, with the fields of a `Reject`."""
+    """The reason for rejecting a row: the error code, the affected cell, an explanation and a fix."""
 
     code: str
     field: str
@@ -127,7 +127,7 @@ def _check_header(names: Mapping[int, str], fault: CellFault | None, source: Sou
 
 
 def _check_columns(names: Mapping[int, str], width: int, texts: Mapping[int, str]) -> CellFault | None:
-    """Return a fault if there is text in a column without a name; a single such column, e.g. an index, is allowed."""
+    """Return a fault if a row has text in an unnamed column. A single unnamed column, e.g. an index, is allowed."""
     unnamed = [column for column in texts if column not in names]
     if unnamed and (width - len(names) != 1 or max(unnamed) > width):
         fix = "name every column in the first row, and remove titles above the column names"
@@ -141,7 +141,7 @@ def _raw_text(texts: Mapping[int, str]) -> str:
 
 
 class _CellReader:
-    """Reads cells as text."""
+    """Converts the cells of a workbook to text."""
 
     def __init__(self, book: Workbook, strings: SharedStrings) -> None:
         self._book, self._strings = book, strings
@@ -155,7 +155,7 @@ class _CellReader:
         }
 
     def read(self, row: SheetRow, texts: dict[int, str]) -> CellFault | None:
-        """Add the texts of a row that are not empty to `texts`, by column; return the first fault of the row."""
+        """Add the text of each non-empty cell to `texts`, by column number. Return the first fault, if any."""
         sizes = self._strings.sizes
         shared = [_string_index(cell.value, sizes) for cell in row.cells if cell.kind == "s" and cell.value]
         size = row.size + sum(sizes[number] for number in shared if number is not None)
@@ -166,7 +166,7 @@ class _CellReader:
         return faults[0] if faults else None
 
     def _read_cell(self, cell: Cell, row: int, texts: dict[int, str]) -> CellFault | None:
-        """Add the text of a cell to `texts`; return the fault of the cell."""
+        """Add the text of a cell to `texts`. Return a fault if the cell is invalid."""
         name = f"{_column_name(cell.column)}{row}"
         resave = "open the file in Excel and save it"
         if cell.column in texts:

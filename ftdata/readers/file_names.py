@@ -1,4 +1,4 @@
-"""Recognize from file names which files contain data and which split they belong to."""
+"""Recognize data files, and the splits to which they belong, by file name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def is_data(name: str) -> bool:
 
 
 def split_from_name(path: str) -> str | None:
-    """Return the split in the name of a file, or else in the name of its nearest folder; `None` if no name has a split.
+    """Find the name of a split, such as `test`, in a file name or else in the names of its folders.
+
+    The nearest folder takes precedence. Return `None` if no name contains a split.
 
     >>> split_from_name("data/test-00000-of-00001.parquet"), split_from_name("eval/part-0.jsonl")
     ('test', 'test')
@@ -40,7 +42,7 @@ def split_from_name(path: str) -> str | None:
 
 
 def matches_pattern(path: str, pattern: str) -> bool:
-    """Return whether a path matches a glob: `*` and `?` match within a name, `**` matches any number of folders.
+    """Return whether a path matches a glob. `*` and `?` match within a name, and `**` matches any number of folders.
 
     The time is bounded by the lengths of path and pattern, because a pattern may come from an untrusted data set card.
 

@@ -1,4 +1,4 @@
-"""Split long files of lines or row groups into parts, which are planned from the size of the file alone."""
+"""Split large JSON Lines and Parquet files into parts. The boundaries depend on sizes only, not on the content."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ part in a build."""
 
 
 def split_into_parts(sources: Sequence[FileSource | MemorySource]) -> list[FileSource | MemorySource]:
-    """Return the sources in their order, with each file that is longer than a part split into parts.
+    """Split each file that is larger than one part, and return all sources in the same order.
 
     The rows and their numbers do not depend on the parts: each part counts from its own beginning, and the caller adds
     the counts of the parts before it.

@@ -1,4 +1,4 @@
-"""The registry of readers, by file suffix."""
+"""The registry that maps each file suffix to its reader."""
 
 from __future__ import annotations
 

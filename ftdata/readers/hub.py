@@ -25,7 +25,7 @@ _SUFFIX = re.compile(r"\.\w+(\.(gz|gzip|bz2|xz|zst|zstd))?$")
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file of a data set on the Hub, at a commit.
+    """A data set file on the Hugging Face Hub, at a specific commit.
 
     Attributes:
         repo: `owner/name` of the data set.
@@ -42,7 +42,7 @@ class HubFile:
 
     @classmethod
     def from_url(cls, url: str) -> HubFile:
-        """Return the file with a URL such as `str` of a `HubFile` returns."""
+        """Parse a URL of the form `hf://datasets/owner/name@commit/file`."""
         match = _HUB_PATH.fullmatch(url.removeprefix(SCHEME))
         if match is None or not match[2] or not match[3]:
             hint = "use hf://owner/name@revision/file"
@@ -50,7 +50,7 @@ class HubFile:
         return cls(match[1], match[2], match[3])
 
     def download(self) -> Path:
-        """Return the path of the file in the local cache, after a download if it is not cached.
+        """Return the local path of the file. If the file is not in the local cache, download it first.
 
         Raises:
             HubError: The download failed.
@@ -62,7 +62,7 @@ class HubFile:
 
 
 def is_hub(location: str) -> bool:
-    """Return whether a location is on the Hub: `hf://...`, or `owner/name` if no local path has this name."""
+    """Return whether a location is on the Hub: an `hf://` URL, or `owner/name` if no local path has this name."""
     if location.startswith(SCHEME):
         return True
     is_repo_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", location) is not None
@@ -76,7 +76,7 @@ def hub_files(
     revision: str | None = None,
     data_files: str | Sequence[str] | Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[HubFile, str]]:
-    """Yield the data files of a data set on the Hub, each with its split.
+    """Yield each data file of a Hub data set with the name of its split.
 
     Args:
         location: `hf://owner/name` or `owner/name`, optionally followed by `@revision` and by a path or glob.
@@ -86,8 +86,8 @@ def hub_files(
         data_files: a glob, a list of globs, or a mapping of split to globs.
 
     Raises:
-        UsageError: The data set has no such configuration or file.
-        HubError: The Hub does not answer, or has no such data set.
+        UsageError: The data set does not have the requested configuration or file.
+        HubError: The Hub does not respond, or does not have the data set.
     """
     match = _HUB_PATH.fullmatch(location.removeprefix(SCHEME))
     if match is None:
@@ -115,7 +115,7 @@ def hub_files(
 
 
 def _match_files(pattern: str, names: Sequence[str], is_readable: Callable[[str], bool], where: str) -> list[str]:
-    """Return the files that match a file name, a glob or the name of a folder."""
+    """Return the files that match `pattern`: a file name, a glob or a folder name."""
     if pattern in names:
         return [pattern]
     matching = [file for file in names if matches_pattern(file, pattern)]
@@ -127,7 +127,7 @@ def _match_files(pattern: str, names: Sequence[str], is_readable: Callable[[str]
 
 
 def call_hub(request: Callable[[], Result], where: str) -> Result:
-    """Return the result of a request to the Hub, which is repeated after transient failures.
+    """Send a request to the Hub, and return its result. Repeat the request after transient failures.
 
     Args:
         request: the function that sends the request.
@@ -144,11 +144,11 @@ def call_hub(request: Callable[[], Result], where: str) -> Result:
     try:
         return with_retries(request, client_errors, (OfflineModeIsEnabled,))
     except OfflineModeIsEnabled as error:
-        message = f"is not in the local cache: {_first_line(error)}"
+        message = f"Hub access is disabled, and the data set is not in the local cache: {_first_line(error)}"
         raise HubError("hub_offline", message, where=where, hint="unset HF_HUB_OFFLINE") from None
     except GatedRepoError as error:
         hint = "accept its terms on the Hub, and set HF_TOKEN"
-        raise HubError("hub_gated", f"is gated: {_first_line(error)}", where=where, hint=hint) from None
+        raise HubError("hub_gated", f"the data set is gated: {_first_line(error)}", where=where, hint=hint) from None
     except client_errors as error:
         status = http_status(error)
         if status is None:
@@ -166,7 +166,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _globs_by_split(data_files: Any, where: str) -> dict[str, list[str]]:
-    """Return the globs of each split in a `data_files` value, in any form that users and data set cards write."""
+    """Convert a `data_files` value to a mapping from splits to globs. The value can have several forms."""
     if isinstance(data_files, list) and data_files and all(isinstance(entry, Mapping) for entry in data_files):
         entries = [(str(entry.get("split", "train")), entry.get("path")) for entry in data_files]
     else:
@@ -187,7 +187,7 @@ def _globs_by_split(data_files: Any, where: str) -> dict[str, list[str]]:
 
 
 def _select_config(card: Any, name: str | None, where: str) -> Mapping[str, Any]:
-    """Return the configuration of a data set card with a name; the default configuration if `name` is `None`."""
+    """Return the named configuration in a data set card. If `name` is `None`, return the default configuration."""
     entries = card.to_dict().get("configs") if card else None
     configs = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     by_name = {str(config.get("config_name", "default")): config for config in configs}
@@ -196,27 +196,33 @@ def _select_config(card: Any, name: str | None, where: str) -> Mapping[str, Any]
     defaults = [key for key, config in by_name.items() if config.get("default") or key == "default"]
     selected = name or (defaults[0] if defaults else next(iter(by_name)) if len(by_name) == 1 else "")
     if selected not in by_name:
-        message = f"has no configuration {name!r}" if name else "has several configurations and no default"
+        message = (
+            f"the data set has no configuration {name!r}"
+            if name
+            else "the data set has several configurations, but no default"
+        )
         hint = suggest_names(name or "", by_name) if by_name else "omit name: the data set card has no configurations"
         raise UsageError("hub_config", message, where=where, hint=hint)
     return by_name[selected]
 
 
 def _split_files(files: Sequence[str], all_files: Sequence[str], repo: str) -> Iterator[tuple[str, str]]:
-    """Yield the data files, each with the split in its name.
+    """Yield each data file with the split that its name contains.
 
     If no name contains a split, all files belong to `train`; otherwise files without a split are ignored.
     """
     where = f"{SCHEME}{repo}"
     if not files:
         script = f"{repo.partition('/')[2]}.py"
-        needs_script = f"can be loaded only by its script {script}, which is never run"
-        reason = needs_script if script in all_files else "has no file with a supported suffix"
+        needs_script = f"the data set requires its loading script {script}, which ftdata never runs"
+        reason = needs_script if script in all_files else "the data set has no file with a supported suffix"
         raise InputRefused("hub_no_data", reason, where=where, hint="pass the file names as data_files")
     files_with_split = [(name, split) for name in sorted(files) if (split := split_from_name(name))]
     selected = files_with_split or [(name, "train") for name in sorted(files)]
     stems = Counter(_SUFFIX.sub("", name) for name, _ in selected)
     if repeated := [stem for stem, count in stems.items() if count > 1]:
         hint = "select the files with data_files"
-        raise UsageError("hub_formats", f"contains {repeated[0]} in several formats", where=where, hint=hint)
+        raise UsageError(
+            "hub_formats", f"the data set contains {repeated[0]} in several formats", where=where, hint=hint
+        )
     yield from selected

@@ -1,4 +1,4 @@
-"""Convert rows of pandas, numpy and plain Python to JSON values."""
+"""Convert rows with pandas, numpy or Python values to JSON values."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _BATCH = 1024
 
 
 class ValueFault(NamedTuple):
-    """A row with a value that cannot be represented in Python.
+    """Describes a row that is rejected because Python cannot represent one of its values.
 
     Attributes:
         code: error code.
-        field: column of the value; may be empty.
-        reason: explanation.
+        field: name of the column with the value; may be empty.
+        reason: explanation for the user.
     """
 
     code: str
@@ -41,7 +41,7 @@ def from_dataframe(frame: Any) -> Iterator[dict[str, Any]]:
 
 
 def drop_nulls(value: Any) -> Any:
-    """Return a JSON value without the null values in its objects."""
+    """Remove null values from all objects in a JSON value."""
     if isinstance(value, dict):
         return {key: drop_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -50,7 +50,7 @@ def drop_nulls(value: Any) -> Any:
 
 
 def arrays_to_lists(value: Any) -> Any:
-    """Return a value with each array replaced by a list. pandas reads the lists of Parquet files as arrays."""
+    """Convert all arrays in a value to lists. pandas reads the lists in a Parquet file as arrays."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Read JSON and JSON Lines, with the physical line and the byte offset of every row.
+"""Read JSON and JSON Lines files. Every row records its physical line and byte offset.
 
 The JSON reader accepts arrays, concatenated objects, column-oriented objects, and rows in a list under a key, with any
 indentation. A scan for brackets outside strings determines where each row begins and ends; then each row is parsed
@@ -56,7 +56,9 @@ Rows = Generator[Row | Reject, None, int | None]
 
 
 def read_jsonl(file: Input) -> Rows:
-    """Yield a row for each physical line, except blank lines. `line` counts all lines from 1, including blank lines.
+    """Yield one row per line of a JSON Lines file. Empty lines are skipped.
+
+    Line numbers start at 1 and count empty lines, too.
 
     If the input has a span, rows and lines are counted from the beginning of the span.
     """
@@ -66,7 +68,10 @@ def read_jsonl(file: Input) -> Rows:
 
 
 def is_line_format(file: Input, reader: str) -> bool:
-    """Return whether a file is read line by line, so that it can be split into parts."""
+    """Return whether a file can be split into parts between lines.
+
+    The file must be seekable and uncompressed, with one row per line.
+    """
     with file.open() as stream:
         if not stream.seekable() or not file.is_plain(stream.peek(8)[:8]):
             return False
@@ -74,7 +79,7 @@ def is_line_format(file: Input, reader: str) -> bool:
 
 
 def read_json(file: Input) -> Rows:
-    """Yield the rows of a JSON file; `line` is the first line of each row.
+    """Yield the rows of a JSON file, each with the number of its first line.
 
     Rows are one of:
 
@@ -102,7 +107,7 @@ def read_json(file: Input) -> Rows:
 
 
 def _read_head(stream: io.BufferedReader) -> bytes:
-    """Return the beginning of the text: two lines with content, or at most `CHUNK` bytes."""
+    """Read the beginning of a text until it contains two non-empty lines or `CHUNK` bytes."""
     head = b""
     while len(head) < CHUNK and sum(1 for line in head.split(b"\n", 64)[:-1] if line.strip()) < 2:
         chunk = stream.read1(CHUNK - len(head))
@@ -113,9 +118,12 @@ def _read_head(stream: io.BufferedReader) -> bytes:
 
 
 def _find_key_of_rows(parts: Iterator[bytes], path: str) -> tuple[list[bytes], str | None]:
-    """Return the parts of a text that were examined, and the key of the list of rows, if there is such a key.
+    """Find the key under which a JSON object stores its list of rows.
 
     An object that is longer than `MAX_LINE` is not a row.
+
+    Returns:
+        The parts of the text that were read, and the key; `None` if no key stores rows.
     """
     examined: list[bytes] = []
 
@@ -175,7 +183,7 @@ def _read_lines(stream: io.BufferedReader, file: Input) -> Rows:
 
 
 def _skip_line_breaks(stream: io.BufferedReader) -> int:
-    """Skip consecutive line breaks; return their number."""
+    """Skip consecutive line breaks, and return the number of line breaks."""
     count = 0
     while (buffer := stream.peek(1)) and (size := len(buffer) - len(buffer.lstrip(b"\n"))):
         count += len(stream.read(size))
@@ -185,12 +193,12 @@ def _skip_line_breaks(stream: io.BufferedReader) -> int:
 
 
 def no_rows_error(path: str) -> InputRefused:
-    """Return the error for a file without rows."""
+    """Create the error for a file without rows."""
     return InputRefused("no_rows", "the file contains no rows", where=path)
 
 
 def _skip_line(stream: io.BufferedReader) -> int:
-    """Skip the rest of a line; return its size in bytes."""
+    """Skip the remainder of the current line, and return the number of skipped bytes."""
     size = 0
     while chunk := stream.readline(CHUNK):
         size += len(chunk)
@@ -204,17 +212,20 @@ def _check_format(head: bytes, file: Input) -> None:
         if head.startswith(magic):
             raise InputRefused(
                 "not_json",
-                f"is {name}, expected JSON",
+                f"the file is {name}, expected JSON",
                 where=file.path,
                 hint="convert it to JSON, or correct its suffix",
             )
     if head.removeprefix(_BOM).lstrip().lower().startswith(_WEB_PAGES):
         raise InputRefused(
-            "not_json", "is a web page (HTML or XML), expected JSON", where=file.path, hint="download the raw file"
+            "not_json",
+            "the file is a web page (HTML or XML), expected JSON",
+            where=file.path,
+            hint="download the raw file",
         )
     if head.startswith(_LFS_POINTER):
         raise InputRefused(
-            "not_json", "is a Git LFS pointer, expected the file itself", where=file.path, hint="run git lfs pull"
+            "not_json", "the file is a Git LFS pointer, expected JSON", where=file.path, hint="run git lfs pull"
         )
 
 
@@ -234,7 +245,7 @@ def _is_complete(line: bytes) -> bool:
 
 
 def _expand_columns(rows: Iterator[Row | Reject], head: bytes, file: Input) -> Iterator[Row | Reject]:
-    """Yield the rows; a single column-oriented object is expanded into its rows."""
+    """Yield the rows of a JSON file. If the file is a single column-oriented object, convert it to rows."""
     first, second = next(rows, None), next(rows, None)
     if first is None:
         raise no_rows_error(file.path)
@@ -252,7 +263,7 @@ def _expand_columns(rows: Iterator[Row | Reject], head: bytes, file: Input) -> I
 
 
 def _rows_from_columns(data: Any) -> list[dict[str, Any]] | None:
-    """Return the rows of a column-oriented object; `None` if `data` is a row."""
+    """Convert a column-oriented object such as `{"question": ["a", "b"]}` to rows. Return `None` for a row."""
     if not isinstance(data, dict) or not data:
         return None
     cells = list(data.values())
@@ -269,7 +280,7 @@ def _rows_from_columns(data: Any) -> list[dict[str, Any]] | None:
 
 
 def _scan_rows(parts: Iterable[bytes], file: Input, under: str | None) -> Iterator[Row | Reject]:
-    """Yield the rows of a JSON text, and a reject for each value between them that is not a row."""
+    """Yield the rows of a JSON text. For invalid text between two rows, yield a `Reject`."""
     index = 0
     for piece in scan_json(parts, file.path, MAX_LINE, under):
         source = Source(file.path, index, piece.line, piece.offset)
@@ -293,7 +304,7 @@ def _scan_rows(parts: Iterable[bytes], file: Input, under: str | None) -> Iterat
 
 
 def _find_strays(gap: bytes, commas: int | None) -> Iterator[tuple[int, str]]:
-    """Yield the position of, and the reason to reject, invalid text between rows: values, or wrong punctuation.
+    """Find invalid text between two rows: values or wrong punctuation. Yield the position and message of each fault.
 
     Args:
         gap: the text between two rows.
@@ -302,11 +313,11 @@ def _find_strays(gap: bytes, commas: int | None) -> Iterator[tuple[int, str]]:
     values = [match for match in _STRAY_VALUE.finditer(gap) if match[0] != _BOM]
     for match in values:
         excerpt = match[0].removeprefix(_BOM)[:40].decode("utf-8", "replace")
-        yield match.start(), f"is {excerpt!r}, expected an object or a list of messages"
+        yield match.start(), f"the value is {excerpt!r}, expected an object or a list of messages"
     punctuation = b"".join(gap.removeprefix(_BOM).split())
     is_invalid = commas is not None and punctuation.count(b",") != commas
     if not values and (is_invalid or not _PUNCTUATION.fullmatch(punctuation)):
-        reason = f"is not valid JSON: {punctuation.decode()!r} between two rows, expected a comma"
+        reason = f"the text between two rows is {punctuation.decode()!r}, expected a comma"
         yield max(gap.find(b","), 0), reason
 
 
@@ -327,7 +338,7 @@ def parse_row(text: bytes, source: Source, *, whole_line: bool) -> Row | Reject:
     try:
         value = _parse_value(text, source, whole_line=whole_line)
         if type(value) is not dict and type(value) is not list:
-            raise _Fault("not_a_row", f"is a {type(value).__name__}, expected an object or a list of messages")
+            raise _Fault("not_a_row", f"the row is a {type(value).__name__}, expected an object or a list of messages")
     except _Fault as fault:
         return Reject(source, fault.code, "", fault.reason, fault.fix, _raw_text(text))
     return Row(value, source)
@@ -340,7 +351,7 @@ class _Fault(Exception):
 
 
 def _too_deep_fault() -> _Fault:
-    return _Fault("too_deep", f"is nested deeper than {MAX_DEPTH} levels")
+    return _Fault("too_deep", f"the row is nested deeper than {MAX_DEPTH} levels")
 
 
 def _parse_value(text: bytes, source: Source, *, whole_line: bool) -> Any:
@@ -362,9 +373,10 @@ def _parse_value(text: bytes, source: Source, *, whole_line: bool) -> Any:
 
 
 def _is_lossless(value: Any, text: bytes) -> bool:
-    """Return whether a value certainly contains everything in its text, and is not nested too deeply.
+    """Check quickly that a parsed value contains everything in its text and is not nested too deeply.
 
-    This is certain if the serialized value differs from the text only in whitespace: then no key and no digit was lost.
+    If the serialized value differs from the text only in whitespace, no key and no digit was lost. `False` means that a
+    slower check is necessary.
     """
     if text.count(b"[") + text.count(b"{") > MAX_DEPTH:
         return False
@@ -373,7 +385,7 @@ def _is_lossless(value: Any, text: bytes) -> bool:
 
 
 def _count_keys(value: Any, depth: int = 1) -> tuple[int, bool]:
-    """Return the number of keys in a JSON value, and whether it contains floats."""
+    """Count the keys in a JSON value. Also return whether the value contains floats."""
     if depth > MAX_DEPTH:
         raise _too_deep_fault()
     keys, has_floats = len(value) if type(value) is dict else 0, type(value) is float
@@ -399,7 +411,7 @@ def _parse_with_json(text: bytes, source: Source, error: orjson.JSONDecodeError 
         raise _Fault("encoding", *describe_invalid_utf8(text[fault.start : fault.start + 3], fault.start)) from None
     except UnicodeEncodeError:
         raise _Fault(
-            "lone_surrogate", "contains the escape of a lone surrogate, which is not a valid character"
+            "lone_surrogate", "the row contains an escaped lone surrogate, which is not a valid character"
         ) from None
     except ValueError:
         assert error is not None  # text that orjson accepts is valid for the json module
@@ -407,12 +419,12 @@ def _parse_with_json(text: bytes, source: Source, error: orjson.JSONDecodeError 
         position = f"line {line}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         if error.lineno == 1 and not whole_line:
             position = f"byte {(source.offset or 0) + len(error.doc[: error.pos].encode())}"
-        raise _Fault("json", f"is not valid JSON at {position}: {error.msg}") from None
+        raise _Fault("json", f"the row is not valid JSON at {position}: {error.msg}") from None
     return value
 
 
 def describe_invalid_utf8(invalid: bytes, offset: int) -> tuple[str, str]:
-    """Return the reason and the fix for invalid UTF-8, or for a byte that is invalid in the encoding of the file.
+    """Return an error message and a fix for text that is invalid in UTF-8 or in the encoding of the file.
 
     Args:
         invalid: up to three bytes from the first invalid byte on.
@@ -430,12 +442,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise _Fault("duplicate_key", f"has the key {repeated!r} more than once in the same object")
+        raise _Fault("duplicate_key", f"an object contains the key {repeated!r} more than once")
     return value
 
 
 def _may_repeat_keys(text: bytes, value: Any, keys: int) -> bool:
-    """Return whether the text may contain a repeated key, for which orjson keeps only the last value.
+    """Return whether an object in the text may repeat a key. orjson keeps only the last value of a repeated key.
 
     The text of a key ends with a quote and a colon, so a repeated key causes more such pairs than there are keys.
     """

@@ -1,4 +1,4 @@
-"""Find the rows of a JSON text by the brackets outside strings, in a single pass over the parts of the text."""
+"""Split a JSON text into rows in a single pass, based on the brackets outside strings."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ MAX_GAP = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class JsonPiece:
-    """The text of a row and the text before it. The last piece of a file has no row; its `size` is 0.
+    """The text of a row, with the text between the previous row and this row.
+
+    The last piece of a file has no row, so its `size` is 0.
 
     Attributes:
         gap: text between the previous row and this row.
         text: text of the row; `None` if it is longer than the limit.
-        size: bytes of the row.
+        size: size of the row in bytes.
         line: physical line where the row begins, counted from 1.
         offset: byte where the row begins, counted from 0.
         listed: whether the row is an element of a list, in which rows are separated by commas.
@@ -56,7 +58,7 @@ class JsonPiece:
 
 
 def scan_json(parts: Iterable[bytes], path: str, limit: int, under: str | None = None) -> Iterator[JsonPiece]:
-    """Yield the rows of a JSON text: the elements of a top-level array, or else the top-level values.
+    """Yield the rows of a JSON text: the elements of its array, or all top-level values if it has no array.
 
     Args:
         parts: the text, in parts.
@@ -74,7 +76,7 @@ def scan_json(parts: Iterable[bytes], path: str, limit: int, under: str | None =
 
 
 def json_depth(text: bytes) -> int:
-    """Return the nesting depth of a JSON text."""
+    """Return the maximum nesting depth of a JSON text."""
     depth = deepest = 0
     for position in next(_find_brackets([text]))[1]:
         depth += 1 if text[position] in b"{[" else -1
@@ -84,11 +86,11 @@ def json_depth(text: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """The structure of the first object of a text.
+    """The keys and the lists of the first object in a JSON text.
 
     Attributes:
         keys: keys of the object.
-        lists: text of the first element of each list in the object, by key.
+        lists: text of the first element of each list in the object, by the key of the list.
         end: offset of the end of the object; `None` if the object is not complete in the text.
     """
 
@@ -97,7 +99,7 @@ class Outline:
     end: int | None
 
     def key_of_rows(self, path: str) -> str | None:
-        """Return the key of the list that contains the rows; `None` if the object is a row.
+        """Return the key of the list that contains the rows. Return `None` if the object is a row.
 
         An object is a row if it has a list of messages, or another column of a row.
 
@@ -113,7 +115,7 @@ class Outline:
         if columns := COLUMNS & set(self.keys) - set(row_keys):
             if any(_is_row(element) for element in first_elements.values()):
                 names = ", ".join(sorted(columns))
-                message = f"has columns of a row ({names}) and also a list of rows under {row_keys[0]!r}"
+                message = f"the object has columns of a row ({names}) and also a list of rows under {row_keys[0]!r}"
                 hint = "write only the rows to a separate file"
                 raise InputRefused("several_lists", message, where=path, hint=hint)
             return None
@@ -127,7 +129,10 @@ def _is_row(value: Mapping[str, object]) -> bool:
 
 
 def scan_outline(parts: Iterable[bytes]) -> Outline:
-    """Return the structure of the first object of a text; only the parts that contain the object are consumed."""
+    """Find the keys and the lists of the first object in a JSON text.
+
+    Only the parts of the text that contain the object are consumed.
+    """
     text = bytearray()
     depth = start = before = opened = 0
     key, keys, lists = "", list[str](), dict[str, bytes]()
@@ -155,14 +160,14 @@ def scan_outline(parts: Iterable[bytes]) -> Outline:
 def _several_lists_error(keys: Iterable[str], path: str) -> InputRefused:
     return InputRefused(
         "several_lists",
-        f"contains rows under several keys: {', '.join(keys)}",
+        f"the object contains rows under several keys: {', '.join(keys)}",
         where=path,
         hint="write the rows of each key to a separate file, e.g. with jq",
     )
 
 
 def _parse_object(text: bytes) -> Mapping[str, object]:
-    """Return the object in a text; empty if the text is not an object."""
+    """Parse a JSON object. Return an empty mapping if the text is not a valid object."""
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError:
@@ -171,7 +176,7 @@ def _parse_object(text: bytes) -> Mapping[str, object]:
 
 
 def _find_keys(text: bytes | bytearray) -> list[str]:
-    """Return the keys in a part of an object that contains no brackets outside strings."""
+    """Return the keys in a part of an object. The part must not contain brackets outside strings."""
     return [str(_parse_string(match[1])) for match in _KEY.finditer(text) if match[2]]
 
 
@@ -183,7 +188,7 @@ def _parse_string(text: bytes) -> str | None:
 
 
 def _find_brackets(parts: Iterable[bytes]) -> Iterator[tuple[bytes, list[int]]]:
-    """Yield each part with the positions of its brackets outside strings."""
+    """Yield each part of a JSON text with the positions of all brackets outside strings."""
     in_string = escaped = False
     for part in parts:
         position, positions = 0, list[int]()
@@ -209,7 +214,7 @@ _MAX_OPEN_BRACKETS = 1_000_000
 
 @dataclass(slots=True)
 class _RowSplitter:
-    """Splits a JSON text into rows.
+    """Splits a JSON text into rows. The text arrives in parts of any size.
 
     Attributes:
         path: path of the file, for errors.
@@ -217,7 +222,7 @@ class _RowSplitter:
         under: key of the array that contains the rows; `None` for a top-level array or top-level values.
         depth: number of open brackets.
         row_depth: number of open brackets around a row.
-        inside: whether a row can begin here.
+        inside: whether a row can begin at the current position.
         in_row: whether the current position is in a row.
         gap: text since the last row.
         row: chunks of the current row.
@@ -253,7 +258,7 @@ class _RowSplitter:
         self.inside = self.under is None
 
     def split(self, part: bytes, brackets: Iterable[int]) -> Iterator[JsonPiece]:
-        """Yield the rows that end in this part."""
+        """Process the next part of the text, and yield the rows that end in it."""
         mark = counted = before = 0
         for position in brackets:
             key = _find_keys(self.between + part[before:position])[-1:] if self.is_around else []
@@ -277,7 +282,7 @@ class _RowSplitter:
                 self.inside, self.gap = False, self.gap + part[mark:position]
                 self.list_end = self.line + part.count(b"\n", counted, position), self.offset + position
         if self.depth > _MAX_OPEN_BRACKETS:
-            message = f"has {self.depth:,} nested brackets, expected rows"
+            message = f"the text has {self.depth:,} nested brackets, expected rows"
             raise InputRefused("too_deep", message, where=f"{self.path}:{self.row_start[0]}")
         self._store_tail(part, mark, before)
         self.line += part.count(b"\n", counted)
@@ -285,11 +290,11 @@ class _RowSplitter:
 
     @property
     def is_around(self) -> bool:
-        """Whether the current position is in the object around the list of rows."""
+        """Whether the current position is in the object that contains the list of rows, but outside the list."""
         return self.under is not None and self.depth < 2 and not self.inside
 
     def _store_tail(self, part: bytes, mark: int, before: int) -> None:
-        """Store the end of a part for the next part."""
+        """Store the incomplete end of a part until the next part is processed."""
         if self.in_row:
             self._add_to_row(part[mark:])
         elif self.inside:
@@ -298,7 +303,7 @@ class _RowSplitter:
             self.between += part[before:]
         if len(self.gap) > MAX_GAP or len(self.between) > MAX_GAP:
             where = f"{self.path}:{self.line}"
-            message = f"contains at least {MAX_GAP:,} bytes between rows, expected objects or lists"
+            message = f"the file contains at least {MAX_GAP:,} bytes between two rows, expected objects or lists"
             raise InputRefused("not_rows", message, where=where)
 
     def last_piece(self) -> JsonPiece:
@@ -314,11 +319,11 @@ class _RowSplitter:
         return JsonPiece(self.gap, None, 0, *(self.list_end or (self.line, self.offset)), self.under is not None)
 
     def _close_bracket(self, symbol: int, position: int) -> None:
-        """Decrease the depth; a bracket around rows must be closed by a bracket of the same kind."""
+        """Decrease the depth at a closing bracket. The closing bracket of a list of rows must be `]`."""
         in_list = self.row_depth > 0 and not self.in_row and self.inside
         if self.depth == 0 or (in_list and self.depth == self.row_depth and symbol not in b"]"):
             where = f"{self.path}:{self.line}"
-            message = f"is not valid JSON: {chr(symbol)!r} without an opening bracket at byte {self.offset + position}"
+            message = f"the bracket {chr(symbol)!r} at byte {self.offset + position} has no matching opening bracket"
             raise InputRefused("partial_file", message, where=where, hint="write the file again")
         self.depth -= 1
         self.closed = self.depth == 0
@@ -326,13 +331,13 @@ class _RowSplitter:
     def _trailing_text_error(self) -> InputRefused:
         return InputRefused(
             "not_rows",
-            f"has more text after the object that contains the rows under {self.under!r}",
+            f"the file has more text after the object that contains the rows under {self.under!r}",
             where=f"{self.path}:{self.line}",
             hint="write a single object that contains the rows, or only rows",
         )
 
     def _is_list_start(self, symbol: int, key: list[str]) -> bool:
-        """Return whether a bracket opens the list of rows.
+        """Return whether a bracket opens the list that contains the rows.
 
         Raises:
             InputRefused: The object contains a second list of rows.

@@ -1,4 +1,4 @@
-"""Read Parquet files, with batches that fit in memory whatever the file states about itself."""
+"""Read Parquet files in batches that fit in memory, even if the sizes in the metadata are wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ftdata.types import Reject, Row
 
 
 def read_parquet(file: Input) -> Iterator[Row | Reject]:
-    """Yield the rows of a Parquet file; only a single batch is in memory."""
+    """Yield the rows of a Parquet file. Only a single batch is in memory."""
     import pyarrow as pa
 
     with file.open() as stream:
@@ -32,7 +32,7 @@ def read_parquet(file: Input) -> Iterator[Row | Reject]:
 
 
 def _check_value_counts(table: Any, groups: Iterable[int], limits: TableLimits) -> None:
-    """Check that a Parquet file does not have far more values than its size explains."""
+    """Check the number of rows and values in a Parquet file against the limits for its size."""
     for number in groups:
         group = table.metadata.row_group(number)
         limits.rows(group.num_rows, sum(group.column(index).num_values for index in range(group.num_columns)))
@@ -41,7 +41,7 @@ def _check_value_counts(table: Any, groups: Iterable[int], limits: TableLimits) 
 def _read_groups(
     table: Any, groups: Iterable[int], stream: io.BufferedReader, file: Input, packed: int
 ) -> Iterator[Any]:
-    """Yield the batches of row groups, with few enough rows per batch to fit in memory.
+    """Yield the row groups of a Parquet file in batches that fit in memory.
 
     Raises:
         InputRefused: The groups expand beyond the limit, the rows of a group are too long on average, or the metadata
@@ -68,11 +68,11 @@ def _read_groups(
 
 
 class _Chunk(NamedTuple):
-    """A column chunk after decompression.
+    """Sizes of a column chunk after decompression. A column chunk contains one column of a row group.
 
     Attributes:
-        bytes: bytes of the chunk.
-        widest: estimated bytes of the widest value outside dictionaries; 0 if the chunk has none.
+        bytes: size of the chunk in bytes.
+        widest: estimated size in bytes of the widest value outside dictionaries; 0 without such values.
         has_dictionary: whether values of the chunk can refer to a dictionary.
     """
 
@@ -82,7 +82,7 @@ class _Chunk(NamedTuple):
 
 
 def _measure_chunk(stream: io.BufferedReader, column: Any, file: Input) -> _Chunk:
-    """Return the size of a column chunk after decompression."""
+    """Measure the sizes of a column chunk after decompression."""
     bytes_, widest, has_dictionary = column.total_uncompressed_size, 0.0, bool(column.has_dictionary_page)
     if is_url(file.path):
         # The header of each page would need a separate request.
@@ -102,7 +102,7 @@ def _measure_chunk(stream: io.BufferedReader, column: Any, file: Input) -> _Chun
 def _read_group(
     stream: io.BufferedReader, table: Any, number: int, columns: Sequence[tuple[Any, _Chunk]], file: Input
 ) -> Iterator[Any]:
-    """Yield the batches of a row group. A batch has few rows if values are long, or refer to long dictionary values."""
+    """Yield a row group in batches. Batches are smaller if values, or the dictionary values in use, are long."""
     import pyarrow.parquet as pq
 
     rows = max(table.metadata.row_group(number).num_rows, 1)
@@ -140,12 +140,12 @@ def _read_group(
 
 
 def _longest_values(batch: Any) -> int:
-    """Return the sum over columns of the size in bytes of the longest dictionary value."""
+    """Find the longest dictionary value of each column. Return the sum of their sizes in bytes."""
     return sum(map(_longest_value, batch.columns))
 
 
 def _longest_value(column: Any) -> int:
-    """Return the size in bytes of the longest value in the dictionaries of a column."""
+    """Return the size in bytes of the longest dictionary value of a column."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -160,7 +160,7 @@ def _longest_value(column: Any) -> int:
 
 
 def _open_parquet(stream: io.BufferedReader, file: Input) -> tuple[Any, TableLimits]:
-    """Open a Parquet file, after a check of the size of its metadata."""
+    """Check the size of a Parquet file's metadata, then open the file."""
     import pyarrow.parquet as pq
 
     limits = TableLimits(file, stream.seek(0, io.SEEK_END))
@@ -174,7 +174,7 @@ def _open_parquet(stream: io.BufferedReader, file: Input) -> tuple[Any, TableLim
 
 
 def count_parquet_rows(file: Input) -> int | None:
-    """Return the number of rows in the metadata of a Parquet file; `None` if the metadata cannot be read."""
+    """Read the number of rows from a Parquet file's metadata. Return `None` if the metadata cannot be read."""
     import pyarrow as pa
 
     with file.open() as stream:
@@ -185,7 +185,10 @@ def count_parquet_rows(file: Input) -> int | None:
 
 
 def parquet_group_sizes(file: Input) -> list[int] | None:
-    """Return the uncompressed bytes of each row group of a Parquet file; `None` if the metadata cannot be read."""
+    """Return the uncompressed size in bytes of each row group in a Parquet file.
+
+    Return `None` if the metadata of the file cannot be read.
+    """
     import pyarrow as pa
 
     with file.open() as stream:

@@ -1,4 +1,4 @@
-"""Parquet page headers: the size of each page after decompression, read before pyarrow decompresses the page.
+"""Read the uncompressed page sizes from Parquet page headers, before pyarrow decompresses the pages.
 
 The footer of a Parquet file states the uncompressed size of each column chunk, but a hostile file can state any number
 there. pyarrow allocates memory from the page headers, so this module reads the same headers (Thrift's compact protocol,
@@ -23,10 +23,10 @@ _PREFIXES = 7
 
 
 class ParquetPage(NamedTuple):
-    """One page of a column chunk.
+    """The header of one page in a Parquet column chunk.
 
     Attributes:
-        size: bytes of the page after decompression.
+        size: size of the page in bytes after decompression.
         values: number of values in the page.
         is_dictionary: whether the values are a dictionary, to which the following pages refer.
         has_prefixes: whether a value may repeat the beginning of the value before it (DELTA_BYTE_ARRAY).
@@ -39,7 +39,7 @@ class ParquetPage(NamedTuple):
 
 
 def read_pages(stream: io.BufferedReader, column: Any) -> Iterator[ParquetPage]:
-    """Yield the pages of a column chunk; the position in the stream changes.
+    """Yield the header of each page in a column chunk. The position in the stream changes.
 
     Args:
         stream: the Parquet file.
@@ -68,7 +68,7 @@ def read_pages(stream: io.BufferedReader, column: Any) -> Iterator[ParquetPage]:
 
 
 def _read_header(stream: io.BufferedReader) -> tuple[dict[int, Any], int]:
-    """Return the fields of the header at the position of the stream, and its length in bytes."""
+    """Read the page header at the current stream position. Return the fields, and the header length in bytes."""
     data, size = b"", 256
     while True:
         chunk = stream.read(size)
@@ -83,7 +83,7 @@ def _read_header(stream: io.BufferedReader) -> tuple[dict[int, Any], int]:
 
 
 class _CompactReader:
-    """A reader of Thrift's compact protocol. It returns integers and structs, and skips all other values.
+    """Parses data in Thrift's compact protocol. Only integers and structs are returned; all other values are skipped.
 
     Raises:
         IndexError: the data ends inside a value.
@@ -94,7 +94,7 @@ class _CompactReader:
         self.data, self.position = data, 0
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Return the 32-bit integers and structs among the fields of a struct, by their ids."""
+        """Parse a struct. Return its 32-bit integers and nested structs by field id, and skip all other fields."""
         if depth > _MAX_DEPTH:
             raise ValueError("a page header is nested too deeply")
         fields, number = dict[int, Any](), 0

@@ -1,4 +1,4 @@
-"""Detect whether quotes in a file of tab-separated values are CSV quoting or part of the text."""
+"""Detect whether the quotes in a TSV file enclose cells or are part of the text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ attempts to find the end of a row."""
 
 
 def detect_quoting(file: Input, ahead: Iterable[bytes], delimiter: bytes) -> str:
-    """Return the quoting of a file: the option of the user, or else the quoting that fits all quotes in the file.
+    """Return the quoting of a file, `csv` or `none`. If the user did not set it, detect the quoting.
 
     Args:
         file: the file. A local file is read to its end once.
@@ -45,7 +45,7 @@ def detect_quoting(file: Input, ahead: Iterable[bytes], delimiter: bytes) -> str
 
 @dataclass
 class _Quotes:
-    """Counts of the cells of a file by their quotes.
+    """Counts the cells in a file, grouped by how the cells use quotes.
 
     Attributes:
         needed: quoted cells that need the quotes: they contain a line break, the delimiter or a doubled quote.
@@ -61,12 +61,12 @@ class _Quotes:
 
     @property
     def is_csv(self) -> bool:
-        """Whether the quotes are CSV quoting."""
+        """Whether the file appears to use CSV quoting, in which quotes enclose cells."""
         return not self.literal or self.needed >= self.literal or self.quoted > self.plain
 
     @classmethod
     def count(cls, lines: Iterable[bytes], delimiter: bytes) -> _Quotes:
-        """Count the cells of lines."""
+        """Count the cells in the lines of a file, grouped by how they use quotes."""
         counts, pending = cls(), list[bytes]()
         size = tries = 0
         for line in lines:
@@ -85,7 +85,7 @@ class _Quotes:
         return counts
 
     def _count_row(self, row: bytes, delimiter: bytes) -> bool:
-        """Count the cells of a row; return `False` without counting if a quoted cell continues after the row."""
+        """Count the cells of a row. If the row ends inside a quoted cell, count nothing and return `False`."""
         if b'"' not in row:
             self.plain += 1 + row.count(delimiter)
             return True
@@ -110,7 +110,7 @@ class _Quotes:
 
 
 def _find_closing_quote(row: bytes, start: int) -> int:
-    """Return the position after the quote that closes a cell; -1 if the cell is not closed."""
+    """Return the position after the closing quote of a cell. Return -1 if the cell has no closing quote."""
     while (start := row.find(b'"', start)) >= 0:
         if row[start + 1 : start + 2] != b'"':
             return start + 1

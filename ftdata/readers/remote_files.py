@@ -1,4 +1,4 @@
-"""Open remote files through fsspec; resume at the same byte if the connection fails."""
+"""Read, list, upload and remove remote files through fsspec. Reading resumes after a connection failure."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def with_retries(
     transient_errors: tuple[type[Exception], ...],
     permanent_errors: tuple[type[Exception], ...],
 ) -> Result:
-    """Return the result of `request`, which is repeated after transient failures, with `TRIES` attempts in total.
+    """Call `request`, and return its result. After a transient failure, try again, up to `TRIES` times in total.
 
     Args:
         request: the function to call.
         transient_errors: exceptions after which the request is repeated, unless the server's status is permanent.
-        permanent_errors: exceptions after which the request is not repeated, also if they are only the root cause.
+        permanent_errors: exceptions after which the request is not repeated, even if they are only the root cause.
 
     Raises:
         Exception: The exception of the last attempt.
@@ -55,7 +55,7 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def http_status(error: BaseException) -> int | None:
-    """Return the HTTP status of an exception or of its causes; `None` without a status."""
+    """Find the HTTP status code of an exception or of its causes. Return `None` if no exception has a status code."""
     cause: BaseException | None = error
     while cause is not None:
         status = getattr(getattr(cause, "response", None), "status_code", None) or getattr(cause, "status", None)
@@ -74,7 +74,7 @@ def _retry_after(error: BaseException) -> float:
 
 
 def open_remote(url: str) -> io.BufferedReader:
-    """Open the file at a URL that fsspec supports; it is seekable if the server supports range requests.
+    """Open a remote file through fsspec. The file is seekable if the server supports range requests.
 
     Raises:
         UsageError: The file does not exist, or the protocol is unknown.
@@ -86,7 +86,7 @@ def open_remote(url: str) -> io.BufferedReader:
 
 
 def list_url(url: str) -> tuple[dict[str, int], str | None]:
-    """Return the files that a URL, a glob or the URL of a folder matches.
+    """List the remote files at a URL. The URL can be a file, a folder or a glob.
 
     Returns:
         The size in bytes of each file by its URL, 0 if it is unknown; and the URL of the folder, `None` for a file or a
@@ -102,7 +102,9 @@ def list_url(url: str) -> tuple[dict[str, int], str | None]:
 
 
 def list_sizes(url: str) -> dict[str, int]:
-    """Return the current size in bytes of each file in a folder, by its relative path; empty without a folder.
+    """Return the size in bytes of each file in a remote folder, by relative path.
+
+    If the folder does not exist, return an empty mapping.
 
     Raises:
         UsageError: The protocol is unknown.
@@ -122,7 +124,9 @@ def list_sizes(url: str) -> dict[str, int]:
 
 
 def remote_version(url: str) -> dict[str, str] | None:
-    """Return metadata that identify the content of a remote file; `None` if the server does not provide such metadata.
+    """Return metadata that identify the content of a remote file, such as its ETag and size.
+
+    Return `None` if the server does not provide such metadata.
 
     Raises:
         UsageError: The file does not exist.
@@ -184,7 +188,7 @@ def remove_remote_file(url: str) -> None:
 
 
 def _open_filesystem(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL, with an empty cache, and the path in the file system."""
+    """Return the fsspec file system of a URL, after clearing its cache, and the path inside the file system."""
     import fsspec
 
     filesystem, path = fsspec.core.url_to_fs(url, **_filesystem_options(url))
@@ -209,7 +213,7 @@ def _list_files(url: str) -> tuple[dict[str, int], str | None]:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file that fsspec opens. If the file changes while it is read, reading fails."""
+    """A read-only remote file. Reading fails if the file changes meanwhile."""
 
     def __init__(self, url: str) -> None:
         self._url, self._position = url, 0
@@ -228,7 +232,7 @@ class _RemoteFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if not self.seekable():
-            raise io.UnsupportedOperation("seek")
+            raise io.UnsupportedOperation("the remote file is not seekable")
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
         self._position = base + offset
         return self._position
@@ -246,7 +250,7 @@ class _RemoteFile(io.RawIOBase):
         super().close()
 
     def _open(self) -> dict[str, Any]:
-        """Open the file again, and return the metadata that identify its version."""
+        """Open or reopen the remote file. Return the metadata that identify its version."""
         filesystem, path = _open_filesystem(self._url)
         info = filesystem.info(path)
         self._file = filesystem.open(path, "rb", **({"block_size": 0} if self._without_ranges else {}))

@@ -1,4 +1,4 @@
-"""Resolve a path, a glob, a folder, a URL or a Hub name into files."""
+"""Find the input files at a path, glob, folder, URL or Hub data set name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ftdata.readers.streams import STDIN, Input, is_url
 
 @dataclass(frozen=True, slots=True)
 class ResolvedFile:
-    """A file to read.
+    """An input file and the name of its reader.
 
     Attributes:
         path: local path, URL, or `-` for standard input.
@@ -39,7 +39,7 @@ class ResolvedFile:
 def resolve_files(
     location: str, reader: str | None = None, hub_options: Mapping[str, Any] | None = None
 ) -> Iterator[ResolvedFile]:
-    """Yield the files at a location, in alphabetical order.
+    """Yield the input files at a location, in alphabetical order.
 
     Args:
         location: a path, a glob, a folder, a URL, `-` for standard input, or the name of a Hub data set.
@@ -108,7 +108,7 @@ def _resolve_pattern(pattern: str, reader: str | None) -> Iterator[ResolvedFile]
 
 
 def _glob_recursively(pattern: str) -> Iterator[str]:
-    """Yield the files that match a pattern with `**`, each file once and without hidden files and folders."""
+    """Yield the files that match a pattern with `**`. Visit each folder once, and skip hidden files and folders."""
     base = "/".join(takewhile(lambda part: not glob.has_magic(part), pattern.split("/")))
     start = base or ("/" if pattern.startswith("/") else ".")
     visited = {os.path.realpath(start)}
@@ -128,12 +128,15 @@ def _make_file(path: str, reader: str | None = None) -> ResolvedFile:
     if reader is None and suffix not in readers:
         suffixes = ", ".join(f".{name}" for name in readers.names())
         hint = f"pass a file with one of the suffixes {suffixes}, or set format=, e.g. format='jsonl'"
-        raise InputRefused("no_reader", f"no reader for '.{suffix}' files", where=path, hint=hint)
+        raise InputRefused("no_reader", f"ftdata has no reader for '.{suffix}' files", where=path, hint=hint)
     return ResolvedFile(path, suffix)
 
 
 def _list_folder(folder: Path, reader: str | None, parents: tuple[Path, ...]) -> Iterator[ResolvedFile]:
-    """Yield the files of a folder: the splits that `save_to_disk` wrote, or else all files, recursively."""
+    """Yield the data files in a folder and its subfolders.
+
+    If `save_to_disk` wrote the folder, yield only the data files that its metadata list.
+    """
     if (folder / "dataset_dict.json").is_file():
         for split in _read_saved_names(folder / "dataset_dict.json", "splits"):
             yield from (replace(file, split=split) for file in _list_folder(folder / split, reader, parents))
@@ -150,7 +153,7 @@ def _list_folder(folder: Path, reader: str | None, parents: tuple[Path, ...]) ->
 
 
 def _list_remote_folder(files: Sequence[str], folder: str, reader: str | None) -> Iterator[ResolvedFile]:
-    """Yield the files of a remote folder, with the rules of `_list_folder`."""
+    """Yield the data files in a remote folder, by the same rules as `_list_folder`."""
     relative_paths = {name: name.removeprefix(f"{folder}/") for name in files}
     states = [name for name, path in relative_paths.items() if PurePosixPath(path).name == "state.json"]
     if states:
@@ -175,7 +178,7 @@ def _list_entries(folder: Path, reader: str | None, parents: tuple[Path, ...]) -
             if path.resolve() not in parents:
                 yield from _list_folder(path, reader, parents)
         elif not path.is_file():
-            raise UsageError("file_not_found", "is a broken symbolic link", where=str(path))
+            raise UsageError("file_not_found", "the path is a broken symbolic link", where=str(path))
         else:
             try:
                 yield _make_file(str(path), reader)
@@ -185,7 +188,7 @@ def _list_entries(folder: Path, reader: str | None, parents: tuple[Path, ...]) -
 
 
 def _read_saved_names(path: Path, key: str) -> list[str]:
-    """Return the file or folder names in metadata that `save_to_disk` wrote; a name must not contain a path.
+    """Read file or folder names from a metadata file of `save_to_disk`. A name must not contain a path.
 
     Raises:
         InputRefused: The metadata are damaged, or a name is invalid.
@@ -196,7 +199,7 @@ def _read_saved_names(path: Path, key: str) -> list[str]:
         if not all(name not in ("", "..") and PurePosixPath(name).name == name for name in names):
             raise ValueError
     except (ValueError, LookupError, TypeError):
-        message = f"has no valid list {key!r}, expected the metadata of save_to_disk"
+        message = f"the file has no valid list {key!r}, expected metadata that save_to_disk wrote"
         raise InputRefused("damaged_file", message, where=str(path), hint="save the data set again") from None
     return names
 

@@ -1,4 +1,4 @@
-"""Filter rows by an expression over their columns, and limit the number of rows."""
+"""Filter rows with a Jinja expression, and limit the number of rows."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ftdata.types import Reject, Row
 
 @dataclass
 class RowFilter:
-    """A filter for the rows of one or several sources. Rejects always pass, because a filter needs a valid row.
+    """Filters rows with a Jinja expression, and limits the number of rows. A `Reject` always passes the filter.
 
     Attributes:
-        where: a Jinja expression of the user; it is evaluated in this process, without limits.
+        where: the Jinja expression of the user, which is evaluated in this process, without limits.
         limit: maximum number of rows.
         filtered: number of rows that did not match so far.
         taken: number of rows that were yielded so far.
@@ -37,13 +37,15 @@ class RowFilter:
     def __post_init__(self) -> None:
         if self.where is not None:
             if not isinstance(self.where, str):
-                raise UsageError("where", f"where is {self.where!r}, expected an expression")
+                raise UsageError("where", f"where={self.where!r} is not a string, expected a Jinja expression")
             _compile_expression(self.where)
         if self.limit is not None and (type(self.limit) is not int or not 1 <= self.limit <= sys.maxsize):
-            raise UsageError("limit", f"limit is {self.limit!r}, expected a number of rows of at least 1")
+            raise UsageError(
+                "limit", f"limit={self.limit!r} is not a valid number of rows, expected an integer of at least 1"
+            )
 
     def filter_rows(self, rows: Iterator[Row | Reject]) -> Iterator[Row | Reject]:
-        """Yield the rows that match, up to `limit`; a row for which `where` fails becomes a reject."""
+        """Yield the rows that match `where`, up to `limit`. If `where` raises an error for a row, yield a `Reject`."""
         if self.where is None and self.limit is None:
             yield from rows
             return
@@ -101,12 +103,12 @@ def _compile_expression(where: str) -> Callable[..., Any]:
 
 
 def _from_json(text: Any) -> Any:
-    """Parse a cell that contains JSON text, for `messages | from_json | length`."""
+    """Parse the JSON text in a cell, for expressions such as `messages | from_json | length`."""
     return json.loads(text) if isinstance(text, str) else text
 
 
 def _matches(text: Any, pattern: str) -> bool:
-    """Return whether `re.search` finds a pattern, for `question is matching('^How')`."""
+    """Return whether a text matches a regular expression, for expressions such as `question is matching('^How')`."""
     try:
         return isinstance(text, str) and re.search(pattern, text) is not None
     except re.error as error:

@@ -1,4 +1,4 @@
-"""Resolve the data that a user passes into sources: files, and rows in memory."""
+"""Convert the user's data to sources. A source is a file or a collection of rows in memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SPEC_KEYS = ("path", "split", *_SHARE_UNITS, *_FILE_KEYS)
 
 @dataclass(frozen=True, slots=True)
 class FileSource:
-    """A file and the name of its reader: everything that a worker process needs to read the rows.
+    """An input file, with all settings that a worker process needs to read its rows.
 
     Attributes:
         path: local path, URL, or `-` for standard input.
@@ -40,7 +40,7 @@ class FileSource:
         encoding: encoding of text without a byte order mark; `None` for UTF-8.
         split: split that the rows belong to, if it is known.
         share: how much of the source is trained on.
-        item_index: index in the user's data of the item that this file comes from. An item may contain several files.
+        item_index: index of the user's data item that contains this file. An item may contain several files.
         streaming: whether a file on the Hub is read from there instead of being downloaded first.
         first: number of the first row to read.
         last: number of the row after the last row to read; `None` for all rows.
@@ -66,11 +66,13 @@ class FileSource:
 
     @property
     def input(self) -> Input:
-        """The file as a reader receives it."""
+        """The `Input` object to pass to the reader."""
         return Input(self.path, self.encoding, streaming=self.streaming, span=self.span, quoting=self.quoting)
 
     def rows(self) -> Generator[Row | Reject, None, int | None]:
-        """Yield the rows and rejects of the file, in file order; return the number of lines, if the reader counts them.
+        """Yield the rows and rejects of the file, in file order.
+
+        The generator returns the number of lines, if the reader counts lines.
 
         Raises:
             InputRefused: The file cannot be read, or changed while it was being read.
@@ -94,14 +96,14 @@ class FileSource:
 
     @property
     def size(self) -> int:
-        """The size in bytes of the file, or of the part to read; 0 if it is unknown."""
+        """Size in bytes of the file, or of the part to read. The value is 0 if the size is unknown."""
         if self.length is not None:
             return self.length
         version = _local_version(self.path)
         return version[0] if version else 0
 
     def share_before(self, row: Source) -> float | None:
-        """Return the share of the file before a row, from 0 to 1; `None` if the row has no usable offset."""
+        """Return the fraction of the file before a row, from 0 to 1. Return `None` if the fraction is unknown."""
         version = _local_version(self.path)
         if row.offset is None or not version or not version[0] or _is_compressed(self.path, version):
             return None
@@ -109,32 +111,35 @@ class FileSource:
         return min((row.offset - first) / (last - first), 1.0)
 
     def count(self, enough: int | None = None) -> int:
-        """Return the number of rows; stop counting at `enough`."""
+        """Count the rows of the file. Stop when the count reaches `enough`."""
         if self.reader == "parquet" and (rows := count_parquet_rows(self.input)) is not None:
             return rows if enough is None else min(rows, enough)
         return sum(1 for _ in islice(self.rows(), enough))
 
 
 def _run_user_reader(reader: Reader, file: FileSource) -> Iterator[Row | Reject]:
-    """Yield the rows of a user-defined reader, and check each of them."""
+    """Run a user-defined reader. Check each row before it is yielded."""
     last = -1
     try:
         rows: Iterator[Any] = iter(reader(file.input))
         for row in rows:
             if fault := _find_fault(row, last):
-                raise InputRefused("reader_failed", f"reader {file.reader}: {fault}", where=file.path)
+                raise InputRefused("reader_failed", f"the reader {file.reader} {fault}", where=file.path)
             last = row.source.row
             # The data is copied, because a reader may yield the same object again with different content.
             yield row._replace(data=arrays_to_lists(row.data)) if isinstance(row, Row) else row
     except FtdataError:
         raise
     except Exception as error:
-        message = f"reader {file.reader} failed: {type(error).__name__}: {error}"
+        message = f"the reader {file.reader} failed: {type(error).__name__}: {error}"
         raise InputRefused("reader_failed", message, where=file.path, hint="correct the reader or the file") from error
 
 
 def _find_fault(row: Any, last: int) -> str | None:
-    """Return the fault of an object that a reader yielded after row number `last`; `None` if the object is valid."""
+    """Check an object that a user-defined reader yielded. Return the fault, or `None` if the object is valid.
+
+    `last` is the number of the previous row.
+    """
     if not isinstance(row, Row | Reject):
         return f"yields a {type(row).__name__}, expected ftdata.types.Row or Reject"
     source: Any = row.source
@@ -153,14 +158,14 @@ def _find_fault(row: Any, last: int) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class MemorySource:
-    """Rows that are already Python objects.
+    """A source whose rows are Python objects in memory.
 
     Attributes:
         items: the rows.
         path: name of the source in reports, in angle brackets.
         split: split that the rows belong to, if it is known.
         share: how much of the source is trained on.
-        item_index: index in the user's data of the item that these rows come from.
+        item_index: index of the user's data item that contains these rows.
         size: always 0; the size in bytes is unknown.
     """
 
@@ -172,12 +177,12 @@ class MemorySource:
     size: int = 0
 
     def share_before(self, row: Source) -> float | None:
-        """Return the share of the rows before a row, from 0 to 1; `None` if the number of rows is unknown."""
+        """Return the fraction of rows before a row, from 0 to 1. Return `None` if the number of rows is unknown."""
         count = len(self.items) if isinstance(self.items, Sized) else 0
         return row.row / count if count else None
 
     def rows(self) -> Iterator[Row | Reject]:
-        """Yield the items as numbered rows."""
+        """Yield each item as a row with a row number."""
         for index, item in enumerate(self.items):
             source = Source(self.path, index)
             try:
@@ -188,7 +193,7 @@ class MemorySource:
 
 
 def resolve_sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
-    """Resolve data into sources, in the order in which the user passed them.
+    """Convert the user's data to sources, in the same order.
 
     Args:
         data: a path (of a file or a folder, a URL, or `-` for standard input), a glob, a pandas `DataFrame`, a
@@ -212,11 +217,14 @@ def resolve_sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
         )
     if isinstance(data, Iterable) and not isinstance(data, bytes | bytearray):
         return (MemorySource(data),)
-    raise UsageError("data_type", f"data is a {type(data).__name__}, expected a path, paths, or an iterable of rows")
+    raise UsageError("data_type", f"data is a {type(data).__name__}, expected a path, a list of paths or rows")
 
 
 def _in_memory_sources(data: Any) -> tuple[FileSource | MemorySource, ...] | None:
-    """Return the sources of a pandas, pyarrow or `datasets` object, without importing these packages."""
+    """Return the sources for a pandas, pyarrow or `datasets` object. Return `None` for any other object.
+
+    This function does not import these packages.
+    """
     if hasattr(data, "to_arrow"):
         return _in_memory_sources(data.to_arrow())
     if hasattr(data, "to_dict") and hasattr(data, "columns"):
@@ -259,11 +267,11 @@ def _resolve_spec(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, .
 
 
 def _sources_at_path(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
-    """Return the sources at the `path` of a mapping, with the mapping's options for files."""
+    """Return the sources at the `path` in a data mapping. Its other keys, such as `encoding`, are file options."""
     path = spec["path"]
     if not isinstance(path, str | Path):
         if file_keys := [key for key in _FILE_KEYS if spec.get(key) is not None]:
-            raise UsageError("data_type", f"{file_keys[0]} applies only to files, but path is data in memory")
+            raise UsageError("data_type", f"{file_keys[0]} applies only to files, but path= contains rows in memory")
         return resolve_sources(path)
     encoding, reader = spec.get("encoding"), spec.get("format")
     quoting = spec.get("quoting")
@@ -302,7 +310,10 @@ def _parse_share(spec: Mapping[str, Any]) -> SourceShare:
 def _select_splits(
     sources: Sequence[FileSource | MemorySource], spec: Mapping[str, Any]
 ) -> Iterator[FileSource | MemorySource]:
-    """Yield the sources of the rows that `split` selects; several parts joined by `+` have no split name."""
+    """Yield the sources that a split expression selects.
+
+    If the expression joins several parts with `+`, the sources have no split name.
+    """
     parts = split_expressions.parse_split(str(spec["split"]))
     names = list(dict.fromkeys(source.split or "train" for source in sources))
     for part in parts:
@@ -331,12 +342,12 @@ def _is_compressed(path: str, version: tuple[int, int]) -> bool:  # noqa: ARG001
 
 
 def file_version(path: str) -> Any:
-    """Return an identifier of the version of a local or remote file; `None` if its version cannot be determined."""
+    """Return a value that identifies the version of a local or remote file, or `None` if the version is unknown."""
     return remote_version(path) if is_object_store(path) else _local_version(path)
 
 
 def _local_version(path: str) -> tuple[int, int] | None:
-    """Return the size and the modification time of a local file, which identify its version."""
+    """Return the size and the modification time of a local file. Together, they identify its version."""
     try:
         status = Path(path).stat()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Parse split expressions such as `train[:10%]+validation`, with the syntax and semantics of `datasets`."""
+"""Parse split expressions such as `train[:10%]+validation`. The syntax is the same as in `datasets`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LONGEST_BOUND = 18
 
 
 class SplitPart(NamedTuple):
-    """The rows of a split, or a slice of them.
+    """One part of a split expression: a complete split or a slice of its rows.
 
     Attributes:
         name: name of the split.
@@ -33,7 +33,7 @@ class SplitPart(NamedTuple):
 
 
 def parse_split(split: str) -> tuple[SplitPart, ...]:
-    """Return the parts of a split expression.
+    """Parse a split expression, and return its parts.
 
     Raises:
         UsageError: The expression is invalid.
@@ -60,7 +60,7 @@ def parse_split(split: str) -> tuple[SplitPart, ...]:
 def split_ranges(
     part: SplitPart, counts: Sequence[Callable[[int | None], int]]
 ) -> Iterator[tuple[int, int, int | None]]:
-    """Yield the files that contain rows of a part, each with the range of its rows.
+    """Find the files that contain the rows of a split part. Yield each file with the range of rows to read.
 
     Args:
         part: a part of the split that consists of these files.

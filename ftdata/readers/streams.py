@@ -1,4 +1,4 @@
-"""Open input files as streams of UTF-8 bytes, decompressed in bounded memory.
+"""Open input files as UTF-8 byte streams. Compressed files are decompressed in bounded memory.
 
     path or URL ──> bytes ──> decompressed ──> UTF-8
 
@@ -63,7 +63,7 @@ _ZEROS = {
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A local or remote file for a reader. It is picklable, and the file is opened only when it is read.
+    """A local or remote file, with the options for reading it. The object is picklable and holds no open file.
 
     Attributes:
         path: local path, URL, or `-` for standard input.
@@ -91,7 +91,7 @@ class Input:
 
     @property
     def suffix(self) -> str:
-        """The last suffix of the file name, in lower case and without the suffix of a compression format."""
+        """The last suffix of the file name, in lower case. Compression suffixes such as `.gz` are ignored."""
         name = self.path.split("?", 1)[0] if is_url(self.path) else self.path
         suffixes = [suffix[1:].lower() for suffix in PurePosixPath(name).suffixes]
         while suffixes and suffixes[-1] in {*_COMPRESSIONS.values(), "gzip", "zstd"}:
@@ -123,7 +123,7 @@ class Input:
             raise StorageError("unreadable", error.strerror or str(error), where=self.path) from None
 
     def text(self) -> io.BufferedReader:
-        """Open the file as UTF-8, decompressed and transcoded; a UTF-8 byte order mark is kept.
+        """Open the file, decompress it, and convert its text to UTF-8. A UTF-8 byte order mark is kept.
 
         Bytes that are invalid in the encoding of the file appear as lone surrogates, so that the reader can reject the
         row that contains them.
@@ -138,12 +138,12 @@ class Input:
         return file_from_chunks(_transcode(file, encoding, self.path)) if encoding else file
 
     def is_plain(self, head: bytes) -> bool:
-        """Return whether a file that begins with `head` is uncompressed UTF-8."""
+        """Return whether the first bytes of a file indicate uncompressed UTF-8 text."""
         return detect_compression(head) is None and _detect_encoding(head, self.encoding) is None
 
 
 def detect_compression(head: bytes) -> str | None:
-    """Return the compression format of a file that begins with `head`; `None` if it is uncompressed."""
+    """Detect the compression format of a file by its first bytes. Return `None` if the file is uncompressed."""
     # Skippable frames may come before the data (RFC 8878, section 3.1.2).
     if len(head) >= 4 and head[0] & 0xF0 == 0x50 and head[1:4] == b"\x2a\x4d\x18":
         return "zst"
@@ -156,23 +156,23 @@ def is_url(path: str) -> bool:
 
 
 def is_object_store(path: str) -> bool:
-    """Return whether a path is a URL of an object store or of another remote file system, except HTTP and the Hub."""
+    """Return whether a path is a URL of a remote file system, such as S3. HTTP and Hub URLs are excluded."""
     return is_url(path) and not is_hub(path) and not path.startswith(("http://", "https://"))
 
 
 def prepend(head: bytes, chunks: Generator[bytes]) -> Generator[bytes]:
-    """Yield `head`, then the chunks."""
+    """Yield the bytes in `head`, then all bytes in `chunks`."""
     yield head
     yield from chunks
 
 
 def prepend_to_file(head: bytes, file: BinaryIO) -> io.BufferedReader:
-    """Return a file that contains `head`, which was already read, and the remaining content of `file`."""
+    """Return a file object that contains the bytes in `head`, followed by the unread content of `file`."""
     return file_from_chunks(prepend(head, read_chunks(file)))
 
 
 def file_from_chunks(chunks: Generator[bytes]) -> io.BufferedReader:
-    """Return a file that contains the chunks."""
+    """Return a readable file object that contains the joined chunks."""
     return io.BufferedReader(_ChunkFile(chunks), CHUNK)
 
 
@@ -189,7 +189,7 @@ def _read(file: BinaryIO, size: int = CHUNK) -> Generator[bytes]:
 
 
 class _ChunkFile(io.RawIOBase):
-    """A file that contains chunks of bytes."""
+    """A readable file object that contains joined chunks of bytes."""
 
     def __init__(self, chunks: Generator[bytes]) -> None:
         self._chunks, self._unread = chunks, memoryview(b"")
@@ -214,7 +214,7 @@ class _ChunkFile(io.RawIOBase):
 
 
 def _join_first(size: int, chunks: Generator[bytes]) -> Generator[bytes]:
-    """Yield the chunks, with the first chunks joined to at least `size` bytes.
+    """Join chunks at the beginning until the first chunk has at least `size` bytes. Yield the other chunks unchanged.
 
     A pipe may deliver fewer bytes at first than format detection needs.
     """
@@ -268,7 +268,7 @@ def expansion_error(
     ratio: int = MAX_RATIO,
     hint: str = "decompress it yourself if the size is correct",
 ) -> InputRefused:
-    """Return the error for a file that expands beyond the limit."""
+    """Create the error for a file whose content expands beyond the limit."""
     sizes = f"{compressed_size:,} to {plain_size:,} bytes or more"
     message = f"expands from {sizes}, expected at most {ratio:,} times its size"
     return InputRefused("expansion", message, where=path, hint=hint)
@@ -287,7 +287,7 @@ def _open_decompressor(file: io.BufferedReader, compression: str) -> BinaryIO:
 
 
 def _decompress_streams(file: BinaryIO, new: Callable[[], Any]) -> Generator[bytes]:
-    """Yield the content of concatenated compressed streams; trailing bytes that are not a stream are an error."""
+    """Decompress concatenated compressed streams. Trailing bytes that are not a compressed stream cause an error."""
     decompressor = new()
     for chunk in read_chunks(file):
         unread = chunk
@@ -301,11 +301,11 @@ def _decompress_streams(file: BinaryIO, new: Callable[[], Any]) -> Generator[byt
             yield decompressor.decompress(unread, CHUNK)
             unread = decompressor.unused_data
     if not decompressor.eof:
-        raise EOFError("the file ends before the end of the stream")
+        raise EOFError("the file ends inside a compressed stream")
 
 
 def _detect_encoding(head: bytes, encoding: str | None) -> str | None:
-    """Return the encoding of text that begins with `head`, `encoding` by default; `None` for UTF-8."""
+    """Detect the encoding of a text by its first bytes, with `encoding` as the default. Return `None` for UTF-8."""
     for mark, name in _BOMS.items():
         if head.startswith(mark):
             return name
@@ -327,4 +327,4 @@ def _transcode(file: BinaryIO, encoding: str, path: str) -> Generator[bytes]:
             yield decoder.decode(chunk).encode("utf-8", "surrogatepass")
         yield decoder.decode(b"", final=True).encode("utf-8", "surrogatepass")
     except UnicodeError as error:
-        raise InputRefused("encoding", f"is not {encoding} text: {error}", where=path) from None
+        raise InputRefused("encoding", f"the file is not {encoding} text: {error}", where=path) from None

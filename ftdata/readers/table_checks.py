@@ -1,4 +1,4 @@
-"""Checks that all readers of tables share."""
+"""Checks and errors that the Parquet, Arrow, Excel and CSV readers share."""
 
 from __future__ import annotations
 
@@ -26,22 +26,25 @@ def check_seekable(stream: io.BufferedReader, file: Input) -> None:
     """Check that a file is uncompressed and seekable.
 
     Raises:
-        InputRefused: The file is compressed or a pipe.
+        InputRefused: The file is compressed, or it is a pipe.
     """
     if compression := detect_compression(stream.peek(8)[:8]):
-        message = f"is compressed ({compression}), which is not supported for this format"
+        message = f"the file is compressed ({compression}), which is not supported for this format"
         raise InputRefused("packed_table", message, where=file.path, hint="decompress it first")
     if not stream.seekable():
         raise InputRefused(
             "not_seekable",
-            "cannot be read from a pipe, because this format must be read from its end",
+            "the input is a pipe, but reading this format starts at the end of the file",
             where=file.path,
             hint="write it to a file first",
         )
 
 
 def damaged_file_error(error: Exception, file: Input, kind: str) -> InputRefused:
-    """Return the error for a file that its library cannot read."""
+    """Create the error for a table file that is damaged or has a different format."""
     return InputRefused(
-        "damaged_file", f"is not a valid {kind} file: {error}", where=file.path, hint="copy or download it again"
+        "damaged_file",
+        f"the file is not a valid {kind} file: {error}",
+        where=file.path,
+        hint="copy or download it again",
     )

@@ -1,4 +1,4 @@
-"""Parse the parts of an .xlsx file as streams, in bounded memory.
+"""Parse the XML files inside an .xlsx file as streams, in bounded memory.
 
     zip archive ──> XML part ──> events ──> sheets, styles, shared strings, rows of cells
 
@@ -41,7 +41,7 @@ _NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 class Cell(NamedTuple):
-    """A cell as it is stored in a sheet.
+    """The stored value, type and style of a cell in a sheet.
 
     Attributes:
         column: number of the column, counted from 1.
@@ -59,12 +59,12 @@ class Cell(NamedTuple):
 
 
 class SheetRow(NamedTuple):
-    """A row of a sheet.
+    """The cells in one row of a sheet.
 
     Attributes:
         number: number of the row, counted from 1.
         cells: the cells that have a value or a formula; empty if `size` is more than `MAX_LINE`.
-        size: bytes of text in the row.
+        size: size of the text in the row, in bytes.
     """
 
     number: int
@@ -73,7 +73,7 @@ class SheetRow(NamedTuple):
 
 
 class Sheet(NamedTuple):
-    """A worksheet.
+    """The title, path and visibility of a worksheet.
 
     Attributes:
         title: title of the sheet.
@@ -88,7 +88,7 @@ class Sheet(NamedTuple):
 
 @dataclass
 class Workbook:
-    """An open workbook.
+    """An open .xlsx file, with its list of worksheets and its date styles.
 
     Attributes:
         path: path of the file.
@@ -115,7 +115,7 @@ class Workbook:
     plain: int = 0
 
     def count(self, elements: int) -> None:
-        """Add to the number of parsed elements.
+        """Add to the number of parsed XML elements, and check the limit.
 
         Raises:
             InputRefused: The file has far more elements than its size explains.
@@ -127,20 +127,20 @@ class Workbook:
             raise InputRefused("expansion", message, where=self.path, hint=hint)
 
     def parse(self, part: str, parser: XmlParser) -> Iterator[None]:
-        """Parse a part of the archive; yield after each chunk.
+        """Parse an XML file in the archive. Yield after each chunk, so that the caller can use the results so far.
 
         Raises:
-            InputRefused: The part is not valid XML of an Excel file, or is far longer than the file.
+            InputRefused: The part is not valid in an Excel file, or is far larger than the file.
         """
         try:
             info = self.archive.getinfo(part)
         except KeyError:
             raise self.damaged_error(f"the part {part} is missing") from None
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise self.damaged_error(f"{part} has the compression {info.compress_type}, expected deflate")
+            raise self.damaged_error(f"the part {part} has the compression type {info.compress_type}, expected deflate")
         self._count_plain(info.file_size)
         self.count(_PART_ELEMENTS)
-        parser.make_error = lambda message: self.damaged_error(f"{part} {message}")
+        parser.make_error = lambda message: self.damaged_error(f"{part}: {message}")
         with self.archive.open(info) as stream:
             while chunk := stream.read(CHUNK):
                 self.count(parser.feed(chunk))
@@ -153,24 +153,26 @@ class Workbook:
             raise expansion_error(self.plain, self.packed, self.path, MAX_RATIO, AS_CSV)
 
     def damaged_error(self, message: str) -> InputRefused:
-        """Return the error for a workbook that does not follow the format."""
+        """Create the error for a file that is not a valid Excel file."""
         hint = "copy or download it again, or open it in Excel and save it"
-        return InputRefused("damaged_file", f"is not a valid Excel file: {message}", where=self.path, hint=hint)
+        return InputRefused(
+            "damaged_file", f"the file is not a valid Excel file: {message}", where=self.path, hint=hint
+        )
 
     def strings(self) -> SharedStrings:
-        """Return the shared strings."""
+        """Read the shared strings of the workbook."""
         strings = SharedStrings()
         if self.strings_part:
             self.parse_all(self.strings_part, _SharedStringParser(strings))
         return strings
 
     def parse_all(self, part: str, parser: XmlParser) -> None:
-        """Parse a part of the archive to its end."""
+        """Parse an XML file in the archive completely."""
         for _ in self.parse(part, parser):
             pass
 
     def rows(self, sheet: Sheet) -> Iterator[SheetRow]:
-        """Yield the rows of a sheet that have cells with a value or a formula.
+        """Yield the rows of a sheet. Rows without a value or formula are skipped.
 
         Raises:
             InputRefused: The sheet has more rows than Excel allows, or its rows are not in ascending order.
@@ -181,7 +183,7 @@ class Workbook:
             parser.rows.clear()
 
     def check_size(self, sheets: Sequence[Sheet]) -> int:
-        """Return the size in bytes of the XML of sheets.
+        """Check the total XML size of sheets against the limit, and return the size in bytes.
 
         Raises:
             InputRefused: The sheets and the shared strings are far larger than the file.
@@ -195,7 +197,7 @@ class Workbook:
 
 
 def open_workbook(stream: BufferedReader, path: str) -> Workbook:
-    """Open a workbook, and read its list of sheets and its styles.
+    """Open an .xlsx file, and read its list of sheets and its styles.
 
     Raises:
         InputRefused: The file is not a valid Excel file.
@@ -218,14 +220,14 @@ def open_workbook(stream: BufferedReader, path: str) -> Workbook:
 
 
 class _LimitedStream:
-    """A stream with a limit on the size of a single read, which limits the size of the archive's directory."""
+    """A stream that limits the size of each read. `zipfile` reads the whole archive directory in a single read."""
 
     def __init__(self, stream: BufferedReader, path: str) -> None:
         self._stream, self._path = stream, path
         self.seek, self.tell, self.seekable, self.close = stream.seek, stream.tell, stream.seekable, stream.close
 
     def read(self, size: int = -1) -> bytes:
-        """Read up to `size` bytes."""
+        """Read up to `size` bytes of the stream."""
         if size > _MAX_DIRECTORY:
             message = f"has an archive directory of {size:,} bytes, expected at most {_MAX_DIRECTORY:,}"
             raise InputRefused("expansion", message, where=self._path, hint="open it in Excel and save it")
@@ -233,7 +235,7 @@ class _LimitedStream:
 
 
 class SharedStrings:
-    """The shared strings of a workbook. Many strings are stored in a temporary file."""
+    """The strings that the cells of a workbook share. Large amounts of text are stored in a temporary file."""
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(_SPOOL)  # noqa: SIM115  (closed by close)
@@ -242,7 +244,7 @@ class SharedStrings:
         """Bytes of each string. The text of a string with more than `MAX_LINE` bytes is not stored."""
 
     def add(self, text: str, size: int) -> None:
-        """Add a string that has `size` bytes in the file; `text` is empty if these are more than `MAX_LINE`."""
+        """Add a string of `size` bytes. `text` is empty if `size` is larger than `MAX_LINE`."""
         data = text.encode("utf-8", "surrogatepass")
         try:
             self._file.write(data)
@@ -264,7 +266,7 @@ class SharedStrings:
 
 
 class _SharedStringParser(XmlParser):
-    """A parser that adds shared strings to `strings`, without their phonetic text."""
+    """A parser that adds each shared string to `strings`. Phonetic text is omitted."""
 
     def __init__(self, strings: SharedStrings) -> None:
         super().__init__()
@@ -347,7 +349,7 @@ class _SheetParser(XmlParser):
     def _add_cell(self, cell: Mapping[str, str]) -> None:
         self._column = _parse_column(cell["r"]) if "r" in cell else self._column + 1
         if not self._column:
-            raise self.make_error(f"has a cell with the coordinate {cell['r'][:40]!r}, expected a name such as A1")
+            raise self.make_error(f"a cell has the coordinate {cell['r'][:40]!r}, expected a name such as A1")
         if self._column > MAX_COLUMNS or len(self._cells) == MAX_COLUMNS:
             message = f"has too many columns in row {self._number:,}, expected at most {MAX_COLUMNS:,}"
             raise InputRefused("row_too_long", message, where=self._path, hint=_RESAVE)
@@ -361,7 +363,7 @@ class _SheetParser(XmlParser):
 
     def _parse_number(self, text: str) -> int:
         if not _NUMBER.fullmatch(text):
-            raise self.make_error(f"contains {text[:40]!r}, expected an integer")
+            raise self.make_error(f"the value of an attribute is {text[:40]!r}, expected an integer")
         return int(text)
 
 
@@ -369,7 +371,7 @@ _column_numbers: dict[str, int] = {}
 
 
 def _parse_column(coordinate: str) -> int:
-    """Return the number of a cell's column, counted from 1; 0 if the coordinate is invalid."""
+    """Return the column number in a cell coordinate such as `B7`, counted from 1, or 0 if the coordinate is invalid."""
     match = _COORDINATE.fullmatch(coordinate)
     if match is None:
         return 0
@@ -384,7 +386,10 @@ def _parse_column(coordinate: str) -> int:
 
 
 def _related_parts(book: Workbook, part: str, *kinds: str) -> list[tuple[str, str, str]]:
-    """Return the parts that a part (or the archive, for an empty name) refers to, as tuples of id, path and kind."""
+    """Return the files in the archive that `part` refers to, as tuples of id, path and kind.
+
+    If `part` is empty, return the files that the archive as a whole refers to.
+    """
     folder, name = PurePosixPath(part).parent, PurePosixPath(part).name
     related: list[tuple[str, str, str]] = []
 
@@ -401,7 +406,7 @@ def _related_parts(book: Workbook, part: str, *kinds: str) -> list[tuple[str, st
 
 
 def _normalize_path(path: str) -> str:
-    """Return a path in an archive without `.` and `..`."""
+    """Resolve `.` and `..` in a path inside the archive."""
     names: list[str] = []
     for name in path.split("/"):
         if name == "..":
@@ -444,8 +449,8 @@ class _StyleParser(XmlParser):
     """A parser that collects number formats and cell styles.
 
     Attributes:
-        formats: the codes of the number formats, by id.
-        styles: the id of the number format of each cell style.
+        formats: number format codes, by format id.
+        styles: the number format id of each cell style.
     """
 
     def __init__(self) -> None:

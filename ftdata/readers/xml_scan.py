@@ -1,4 +1,4 @@
-"""Parse the XML of spreadsheets in chunks, without a tree and with limits on depth and length."""
+"""Parse spreadsheet XML in chunks without building a tree. Depth and length are limited."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _LOCAL_NAMES["http://schemas.openxmlformats.org/package/2006/relationships Relat
 
 
 class XmlParser:
-    """An XML parser that calls `start` and `end` for the elements that are needed to read a workbook.
+    """Base class of XML parsers. Calls `start` and `end` for each element that is relevant to a workbook.
 
     Attributes:
-        make_error: function that makes the error for XML that is not acceptable, from a message.
-        size: bytes of the characters collected so far.
+        make_error: function that creates the error for unacceptable XML from a message.
+        size: size of the text collected so far, in bytes.
     """
 
     def __init__(self) -> None:
@@ -43,30 +43,30 @@ class XmlParser:
         self._text_parts: list[str] = []
 
     def feed(self, chunk: bytes, *, last: bool = False) -> int:
-        """Parse a chunk of the XML; return the number of elements that began in it."""
+        """Parse the next chunk of XML. Return the number of elements that begin in this chunk."""
         self._fed += len(chunk)
         self._elements = 0
         try:
             self.parser.Parse(chunk, last)
         except expat.ExpatError as error:
-            raise self.make_error(f"is not valid XML: {error}") from None
+            raise self.make_error(f"the XML is invalid: {error}") from None
         # Bytes that the parser has not reported yet belong to a single tag, which is parsed again with every chunk.
         if self._fed - max(self.parser.CurrentByteIndex, 0) > _MAX_TAG + len(chunk):
-            raise self.make_error(f"has a tag or comment of more than {_MAX_TAG:,} bytes")
+            raise self.make_error(f"a tag or comment is longer than {_MAX_TAG:,} bytes")
         return self._elements
 
     def start(self, _name: str, _attributes: dict[str, str]) -> None:
-        """Process the start of an element."""
+        """Process the start of an element. Subclasses override this method."""
 
     def end(self, _name: str) -> None:
-        """Process the end of an element."""
+        """Process the end of an element. Subclasses override this method."""
 
     def collect_text(self, *, on: bool) -> None:
-        """Start or stop collecting characters. Beyond `MAX_LINE` bytes, characters are only counted in `size`."""
+        """Start or stop collecting text. Text beyond `MAX_LINE` bytes is counted but not stored."""
         self.parser.CharacterDataHandler = self._add_text if on else None
 
     def text(self) -> str:
-        """Return the collected characters, and reset them."""
+        """Return the collected text, and clear it."""
         text = "".join(self._text_parts)
         self._text_parts.clear()
         return text
@@ -83,7 +83,7 @@ class XmlParser:
         self._elements += 1
         self._depth += 1
         if self._depth > _MAX_DEPTH:
-            raise self.make_error(f"is nested deeper than {_MAX_DEPTH} levels")
+            raise self.make_error(f"the XML is nested deeper than {_MAX_DEPTH} levels")
         if (local_name := _LOCAL_NAMES.get(name)) is not None:
             self.start(local_name, attributes)
 
@@ -94,24 +94,24 @@ class XmlParser:
 
     def _reject_doctype(self, *_: Any) -> None:
         # Entities of a document type can expand to text of any length.
-        raise self.make_error("declares a document type, which is not allowed in Excel files")
+        raise self.make_error("the XML declares a document type, which is not allowed in Excel files")
 
 
 class ElementParser(XmlParser):
-    """An XML parser that calls a function with the attributes of each element, by the name of the element."""
+    """An XML parser with a callback for each element name. A callback receives the attributes of an element."""
 
     def __init__(self, callbacks: dict[str, Callable[[dict[str, str]], None]]) -> None:
         super().__init__()
         self._callbacks = callbacks
 
     def start(self, name: str, attributes: dict[str, str]) -> None:
-        """Process the start of an element."""
+        """Call the callback for the name of the element, if any."""
         if (callback := self._callbacks.get(name)) is not None:
             callback(attributes)
 
 
 def unescape_xml_string(text: str) -> str:
-    r"""Return a string with each escape `_xHHHH_` replaced by its character (ECMA-376 Part 1, 22.9.2.19).
+    r"""Replace each escape `_xHHHH_` in a string by its character (ECMA-376 Part 1, 22.9.2.19).
 
     Excel writes `_x000D_` for a carriage return, and `_x005F_x000D_` for the text `_x000D_`.
 

@@ -1,4 +1,4 @@
-"""Normalize rows of any known schema to a `Conversation`. The schema is detected for every row.
+"""Detect the schema of each row, and convert the row to a `Conversation`.
 
 | schema              | columns                                               | result                                |
 |---------------------|-------------------------------------------------------|---------------------------------------|
@@ -104,7 +104,7 @@ _RESERVED_VARIABLES = {
 
 
 def normalize(row: Row, schema: str = "auto", columns: Mapping[str, str] | None = None) -> Conversation:
-    """Normalize one row to a conversation.
+    """Convert a row to a `Conversation`, according to its schema.
 
     Args:
         row: the row.
@@ -142,7 +142,7 @@ def normalize(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
 
 @dataclass(frozen=True, slots=True)
 class RowKind:
-    """The properties that all rows with the same columns and types share.
+    """The schema of a row, and the columns that it reads. Rows with the same columns and types share a `RowKind`.
 
     Attributes:
         name: name of the schema.
@@ -169,9 +169,10 @@ _kinds: dict[Any, RowKind | BadRow] = {}
 
 
 def classify_row(schema: str, data: Mapping[str, Any]) -> RowKind:
-    """Return the kind of a row. The result is cached by column names, types and emptiness of the cells.
+    """Detect the schema of a row, and return the `RowKind` for it.
 
-    The predicates of schemas depend on these properties only.
+    The result is cached by column names, cell types and whether cells are empty. The predicates of schemas depend on
+    these properties only.
     """
     signature = (
         schemas.version,
@@ -229,7 +230,7 @@ def _make_kind(name: str, data: Mapping[str, Any]) -> RowKind:
 
 
 def _convert_by_user_schema(name: str, schema: Schema | Convert, data: Mapping[str, Any]) -> Conversation:
-    """Convert a row with a schema that is not built in, and check the result."""
+    """Convert a row with a user-defined schema, and check the result."""
     try:
         # The function can return the same object for every row, with other texts in it, so it is copied.
         conversation: Any = deepcopy(schema.convert(data) if isinstance(schema, Schema) else schema(data))
@@ -248,7 +249,7 @@ def _convert_by_user_schema(name: str, schema: Schema | Convert, data: Mapping[s
 
 
 def _normalize_user_conversation(conversation: Conversation, name: str) -> Conversation:
-    """Check the types of a user's conversation, and normalize its messages like the messages of any row."""
+    """Check the field types of a conversation that a user's function returned, and normalize its messages."""
     has_valid_types = (
         isinstance(conversation.messages, tuple | list)
         and isinstance(conversation.text, str | None)
@@ -286,13 +287,13 @@ def _collect_notes(kind: RowKind, data: Mapping[str, Any], messages: tuple[Messa
 
 
 def check_columns(columns: Mapping[str, str] | None) -> None:
-    """Check that the keys of a `columns=` mapping are canonical columns.
+    """Check that each key of a `columns=` mapping is a column name that a schema defines.
 
     Raises:
         UsageError: a key is not a canonical column of any schema; the hint suggests the closest match.
     """
     if columns is not None and not isinstance(columns, Mapping):
-        raise UsageError("columns", f"columns is {columns!r}, expected a mapping, e.g. {{'output': 'answer'}}")
+        raise UsageError("columns", f"columns={columns!r} is not a mapping, expected e.g. {{'output': 'answer'}}")
     canonical = {name for schema in _detectable_schemas().values() for name in schema.columns}
     for name, actual in (columns or {}).items():
         if not isinstance(actual, str) or not actual:
@@ -300,7 +301,7 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
         if name not in canonical:
             raise UsageError(
                 "unknown_column",
-                f"columns= maps {name!r}, which is not a canonical column of any schema",
+                f"columns= maps {name!r}, but no schema has a column of this name",
                 hint=suggest_names(name, canonical),
             )
 
@@ -310,15 +311,15 @@ def _detectable_schemas() -> dict[str, Schema]:
 
 
 def _map_columns(row: Row, columns: Mapping[str, str] | None) -> tuple[Mapping[str, Any], BadRow | None]:
-    """Return the row under canonical column names, and the error for the first missing column.
+    """Rename the columns of a row as `columns=` requests. Return the row, and an error if a column is missing.
 
-    The error is only raised if the row cannot be converted without the column.
+    The caller raises the error only if the row cannot be converted without the column.
     """
     data = row.data
     if isinstance(data, list):
         return {"messages": data}, None
     if type(data) is not dict and not isinstance(data, Mapping):
-        raise BadRow("not_a_row", f"is a {type(data).__name__}, expected an object or a list of messages")
+        raise BadRow("not_a_row", f"the row is a {type(data).__name__}, expected an object or a list of messages")
     if not columns and not row.flat:
         return data, None
     missing: BadRow | None = None
@@ -348,7 +349,7 @@ def _map_columns(row: Row, columns: Mapping[str, str] | None) -> tuple[Mapping[s
 
 
 def _get_path(data: Mapping[str, Any], path: str, canonical: str) -> Any:
-    """Return the value at a path such as `conversation.turns[0].text`."""
+    """Return the value at a path in a row, such as `conversation.turns[0].text`."""
     value: Any = data
     for key in _split_path(path):
         try:
@@ -358,7 +359,7 @@ def _get_path(data: Mapping[str, Any], path: str, canonical: str) -> Any:
         except (LookupError, TypeError):
             raise BadRow(
                 "missing_column",
-                f"has no column {path!r}, which columns= maps to {canonical!r}",
+                f"the row has no column {path!r}, which columns= maps to {canonical!r}",
                 field=path,
                 hint=suggest_names(path, map(str, data)),
             ) from None
@@ -400,7 +401,9 @@ def _read_template_kwargs(data: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if not isinstance(variables, Mapping):
         raise BadRow(
-            "row_options", f"is a {type(variables).__name__}, expected an object", field="chat_template_kwargs"
+            "row_options",
+            f"the value is a {type(variables).__name__}, expected an object",
+            field="chat_template_kwargs",
         )
     # Tables have every key in every row, so an empty reserved variable means that the row does not set it.
     variables = {
@@ -412,7 +415,7 @@ def _read_template_kwargs(data: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(name, str) or name in _RESERVED_VARIABLES or name.endswith("_token"):
             raise BadRow(
                 "row_options",
-                "is reserved: a row cannot set variables that ftdata or the tokenizer sets",
+                "the variable is reserved: only ftdata or the tokenizer can set it",
                 field=f"chat_template_kwargs.{str(name)[:100]}",
                 hint="remove it; a row can set variables of the template, such as enable_thinking",
             )
@@ -442,19 +445,19 @@ def _detect_schema(data: Mapping[str, Any]) -> str:
     if names:
         raise BadRow(
             "ambiguous_schema",
-            f"matches several schemas ({', '.join(names)}); its columns: {columns}",
+            f"the row matches several schemas ({', '.join(names)}); its columns: {columns}",
             hint=f"choose a schema, e.g. schema={names[0]!r}",
         )
     if logs:
         raise BadRow(
             "ambiguous_schema",
-            f"has several columns with messages ({', '.join(logs)})",
+            f"the row has several columns with messages ({', '.join(logs)})",
             hint=f"choose a column, e.g. columns={{'messages': {logs[0]!r}}}",
         )
     if is_single_message(data):
         raise BadRow(
             "one_message",
-            "is a single message, expected a whole conversation",
+            "the row is a single message, expected a whole conversation",
             hint="put the messages of each conversation in one list",
         )
     candidates = "; ".join(
@@ -465,7 +468,7 @@ def _detect_schema(data: Mapping[str, Any]) -> str:
     null_columns = f" ({', '.join(nulls)} {'is' if len(nulls) == 1 else 'are'} null)" if nulls else ""
     raise BadRow(
         "unknown_schema",
-        f"matches no schema; its columns: {columns}{null_columns}",
+        f"the row matches no schema; its columns: {columns}{null_columns}",
         hint=f"map its columns with columns=, e.g. columns={{'prompt': ..., 'completion': ...}}. "
         f"Known schemas: {candidates}",
     )

@@ -1,4 +1,4 @@
-"""Normalize messages of all common formats to the messages that chat templates expect.
+"""Convert messages from common formats to the format that chat templates expect.
 
 | input                                                     | result                                              |
 |-----------------------------------------------------------|-----------------------------------------------------|
@@ -107,7 +107,7 @@ Default_Ignorable_Code_Point, and the Braille blank)."""
 
 
 def has_visible_text(text: str) -> bool:
-    r"""Return whether a text has visible characters; a zero-width space, a byte order mark or NUL is invisible.
+    r"""Return whether a text has visible characters. Zero-width spaces, byte order marks and NUL are invisible.
 
     >>> has_visible_text("\u200b\ufeff\x00 \n"), has_visible_text("\u200bx")
     (False, True)
@@ -124,7 +124,7 @@ _THINKING = re.compile(
 
 
 def has_answer(text: str) -> bool:
-    """Return whether a text has visible characters outside of thinking tags.
+    """Return whether a text has visible characters outside thinking blocks such as `<think>...</think>`.
 
     >>> [has_answer(text) for text in ("<think>hm</think> yes", "hm</think> yes", "[THINK] is a tag")]
     [True, True, True]
@@ -144,7 +144,7 @@ def is_message(value: Any) -> bool:
 
 
 def is_single_message(row: Mapping[str, Any]) -> bool:
-    """Return whether a row is a single message. `author` is ignored, because rows of plain text can have it."""
+    """Return whether a row is a single message. The column `author` is ignored, because plain-text rows can have it."""
     return is_message({key: value for key, value in row.items() if key != "author"})
 
 
@@ -154,7 +154,7 @@ def is_messages(value: Any) -> bool:
 
 
 def read_messages(value: Any, field: str) -> tuple[Message, ...]:
-    """Normalize the messages of a row.
+    """Convert the messages of a row to the standard format.
 
     Args:
         value: a list of messages, or its JSON text.
@@ -168,7 +168,7 @@ def read_messages(value: Any, field: str) -> tuple[Message, ...]:
     if not isinstance(value, list):
         raise BadRow("messages_type", f"is {describe_value(value)}, expected a list of messages", field=field)
     if not value:
-        raise BadRow("no_messages", "is an empty list, expected messages", field=field)
+        raise BadRow("no_messages", "the list is empty, expected at least one message", field=field)
     messages: list[Message] = []
     for index, item in enumerate(value):
         if plain := plain_message(item):
@@ -179,7 +179,10 @@ def read_messages(value: Any, field: str) -> tuple[Message, ...]:
 
 
 def plain_message(item: Any) -> Message | None:
-    """Normalize a simple message, a known role and a text, without a copy where possible; otherwise return `None`."""
+    """Normalize a message that contains only a known role and a text. Return `None` for any other message.
+
+    A message that is already normalized is returned without a copy.
+    """
     if type(item) is not dict or len(item) != 2:
         return None
     role, content = item.get("role"), item.get("content")
@@ -192,7 +195,7 @@ def plain_message(item: Any) -> Message | None:
 
 
 def is_canonical(value: Any, messages: tuple[Message, ...]) -> bool:
-    """Return whether a row's messages are already normalized, with a role and a content each and no other keys."""
+    """Return whether the messages of a row were already normalized, and contain only `role` and `content`."""
     return (
         isinstance(value, list)
         and len(value) == len(messages)
@@ -201,7 +204,7 @@ def is_canonical(value: Any, messages: tuple[Message, ...]) -> bool:
 
 
 def message_notes(value: Any) -> Iterator[str]:
-    """Yield notes for the report on mapped roles, and on keys that only some templates read."""
+    """Yield notes for the report: message keys that only some templates read, and roles with uncommon names."""
     for item in value if isinstance(value, list) else ():
         if isinstance(item, Mapping):
             yield from (f"message key {key}" for key in item if key not in _COMMON_KEYS)
@@ -211,7 +214,10 @@ def message_notes(value: Any) -> Iterator[str]:
 
 
 def read_tools(data: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Return the tools of a row: `tools`, or the older `functions`, as a list or its JSON text."""
+    """Read the tool definitions of a row from the column `tools` or the older `functions`.
+
+    The column contains a list or its JSON text.
+    """
     name = "tools" if data.get("tools") else "functions"
     tools = data.get(name)
     if isinstance(tools, str):
@@ -236,7 +242,7 @@ def read_system(data: Mapping[str, Any], name: str) -> str | list[dict[str, Any]
 
 
 def parse_json_field(text: str, field: str) -> Any:
-    """Parse a JSON text.
+    """Parse the JSON text in a field of a row.
 
     Raises:
         BadRow: the text is not valid JSON.
@@ -245,11 +251,11 @@ def parse_json_field(text: str, field: str) -> Any:
         # Python's parser supports integers of any size.
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadRow("json_text", f"is not valid JSON: {error}", field=field) from None
+        raise BadRow("json_text", f"the text is not valid JSON: {error}", field=field) from None
 
 
 def describe_value(value: Any) -> str:
-    """Describe a value for error messages: its type and the first 60 characters."""
+    """Describe a value for error messages by its type and its first 60 characters."""
     if value is None:
         return "null or absent"
     return f"{type(value).__name__} {str(value)[:60]!r}"
@@ -265,7 +271,7 @@ def _read_message(item: Any, field: str) -> Iterator[Message]:
             "message_type", f"is {describe_value(item)}, expected an object with role and content", field=field
         )
     if len(item) > _MAX_KEYS:
-        raise BadRow("message_type", f"has {len(item):,} keys, expected at most {_MAX_KEYS:,}", field=field)
+        raise BadRow("message_type", f"the message has {len(item):,} keys, expected at most {_MAX_KEYS:,}", field=field)
     role, item = _split_role(item, field)
     check_training_fields(item, [key for key in item if key not in TRAIN_FIELDS and is_guarded(str(key))], field)
     message = {key: value for key, value in item.items() if key not in TRAIN_FIELDS and value is not None}
@@ -283,12 +289,12 @@ def _read_message(item: Any, field: str) -> Iterator[Message]:
 
 
 def _split_role(item: Mapping[str, Any], field: str) -> tuple[str, Mapping[str, Any]]:
-    """Return the role, and the message without it and with its text under `content`."""
+    """Split a message into its role and its other fields. A text under another key is moved to `content`."""
     if "role" in item:
         return _read_role(item["role"], f"{field}.role"), {key: value for key, value in item.items() if key != "role"}
     speaker = next((key for key in _ROLE_KEYS if key in item), None)
     if speaker is None:
-        problem = f"is missing; the message has the keys {', '.join(map(repr, item)) or 'none'}"
+        problem = f"the role is missing; the message has the keys {', '.join(map(repr, item)) or 'none'}"
         hint = "rename the keys to role and content, or convert rows with a function: schema='./mine.py:convert'"
         raise BadRow("unknown_role", problem, field=f"{field}.role", hint=hint)
     name, text = item[speaker], _find_content_key(item)
@@ -298,7 +304,7 @@ def _split_role(item: Mapping[str, Any], field: str) -> tuple[str, Mapping[str, 
         if not isinstance(calls, dict | list):
             raise BadRow(
                 "tool_calls_type",
-                "is not the JSON text of one tool call or a list of tool calls",
+                "the text must contain a tool call, or a list of tool calls, as JSON",
                 field=f"{field}.{text}",
             )
         return "assistant", {**fields, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
@@ -316,11 +322,13 @@ def _read_role(value: Any, field: str) -> str:
 
 
 def _read_tool_calls(message: dict[str, Any], field: str) -> dict[str, Any]:
-    """Return the tool calls of a message in their standard form. Arguments can be an object, JSON text or empty."""
+    """Convert the tool calls of a message to the standard format. Arguments can be an object, JSON text or empty."""
     calls, field = message.get("tool_calls"), f"{field}.tool_calls"
     if message.get("function_call"):
         if calls:
-            raise BadRow("two_calls", "is ambiguous, because the message also has function_call", field=field)
+            raise BadRow(
+                "two_calls", "the message has both tool_calls and function_call, expected only one of them", field=field
+            )
         call, field = message.pop("function_call"), field.replace("tool_calls", "function_call")
         calls = [parse_json_field(call, field) if isinstance(call, str) else call]
     if isinstance(calls, str):
@@ -353,7 +361,9 @@ def _read_tool_call(call: Mapping[str, Any], field: str) -> dict[str, Any]:
             json.loads(text)
         except (ValueError, RecursionError) as error:
             arguments_field = f"{field}.function.arguments"
-            raise BadRow("tool_arguments", f"is not valid JSON: {error}", field=arguments_field) from None
+            raise BadRow(
+                "tool_arguments", f"the arguments are not valid JSON: {error}", field=arguments_field
+            ) from None
     return dict(call)
 
 
@@ -362,28 +372,31 @@ def _check_content(content: Any, *, has_calls: bool, field: str) -> dict[str, An
         return {}
     if isinstance(content, list) and content and all(_is_part(part, "text") for part in content):
         if not all(isinstance(part.get("text"), str) for part in content):
-            raise BadRow("content_type", "has a text part without a text", field=field)
+            raise BadRow("content_type", "a part of type text has no text", field=field)
         for number, part in enumerate(content):
             _check_part(part, f"{field}[{number}]")
         return {"content": [dict(part) for part in content]}
     if isinstance(content, list) and any(isinstance(part, Mapping) and part.get("type") != "text" for part in content):
         kinds = sorted({str(part.get("type")) for part in content if isinstance(part, Mapping)} - {"text"})
-        raise BadRow("content_type", f"has parts of unsupported types: {', '.join(kinds)}", field=field)
+        raise BadRow("content_type", f"the content has parts of unsupported types: {', '.join(kinds)}", field=field)
     raise BadRow("content_type", f"is {describe_value(content)}, expected text or a list of text parts", field=field)
 
 
 def _check_part(part: Mapping[str, Any], field: str) -> None:
-    """Reject a part of a message that has a mask: ftdata masks whole messages."""
+    """Reject a message part that is excluded from training. Only whole messages can be excluded."""
     guarded = [key for key in part if key in TRAIN_FIELDS or is_guarded(str(key))]
     for key in guarded:
         if key in TRAIN_FIELDS and part[key] is not None and read_flag(part[key], f"{field}.{key}") is False:
-            problem = "excludes a part of a message from training; only whole messages can be excluded"
+            problem = "a part of a message is excluded from training, but only whole messages can be excluded"
             raise BadRow("part_mask", problem, field=f"{field}.{key}", hint="split it into several messages")
     check_training_fields(part, [key for key in guarded if key not in TRAIN_FIELDS], field)
 
 
 def is_tool_result(content: Any) -> bool:
-    """Return whether this is a JSON result of a tool: an object, or a list of objects that are not content parts."""
+    """Return whether the content of a message is a JSON tool result.
+
+    A tool result is an object, or a list of objects that are not content parts.
+    """
     if isinstance(content, Mapping):
         return True
     return (
@@ -406,9 +419,9 @@ def _has_blocks(content: list[Any]) -> bool:
 
 
 def _split_blocks(message: dict[str, Any], field: str) -> Iterator[dict[str, Any]]:
-    """Convert a message of typed blocks (Anthropic's format) to messages; tool results come first."""
+    """Convert a message in Anthropic's block format to one or more messages. Tool results become the first messages."""
     if duplicates := [key for key in ("tool_calls", "reasoning_content") if message.get(key)]:
-        problem = f"is ambiguous, because the message also has {duplicates[0]}"
+        problem = f"the message has both content blocks and {duplicates[0]}, expected only one of them"
         raise BadRow("block_type", problem, field=f"{field}.content")
     texts, thoughts, calls = list[str](), list[str](), list[dict[str, Any]]()
     for index, block in enumerate(message["content"]):
@@ -418,7 +431,9 @@ def _split_blocks(message: dict[str, Any], field: str) -> Iterator[dict[str, Any
         if _is_part(block, "text") and isinstance(block.get("text"), str):
             if calls:
                 raise BadRow(
-                    "block_order", "is text after a tool_use block; no template renders this order", field=block_field
+                    "block_order",
+                    "the text follows a tool_use block, and no template renders this order",
+                    field=block_field,
                 )
             texts.append(block["text"])
         elif _is_part(block, "thinking") and isinstance(block.get("thinking"), str) and not texts and not calls:

@@ -1,4 +1,4 @@
-"""Built-in schemas: a predicate that recognizes rows by their columns, and a function that converts them."""
+"""The built-in schemas, which recognize rows by their columns and convert them to conversations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Convert = Callable[[Mapping[str, Any]], Conversation]
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """A schema of rows.
+    """A row format: its columns, a predicate that recognizes rows, and a function that converts rows.
 
     Attributes:
         columns: the canonical column names, which `columns=` can map.
@@ -57,12 +57,12 @@ _MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 
 
 def log_columns(data: Mapping[str, Any]) -> list[str]:
-    """Return the columns that contain a list of messages, regardless of their names."""
+    """Return the names of all columns that contain a list of messages."""
     return [name for name, value in data.items() if is_messages(parse_json_list(value))]
 
 
 def parse_json_list(value: Any) -> Any:
-    """Parse a JSON list; return any other value unchanged. Tables often store lists as JSON text."""
+    """Parse the JSON text of a list. Return any other value unchanged. Tables often store lists as JSON text."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
@@ -72,7 +72,10 @@ def parse_json_list(value: Any) -> Any:
 
 
 def find_column(data: Mapping[str, Any], column: str) -> str:
-    """Return the name of a canonical column in a row, or the canonical name if the row does not have the column."""
+    """Find a schema's column in a row, and return its name there: the same name or an alias such as `response`.
+
+    If the row does not have the column, return `column`.
+    """
     if data.get(column):
         return column
     names = [name for name in (column, *ALIASES.get(column, ())) if name in data]
@@ -102,7 +105,7 @@ def _read_text(data: Mapping[str, Any], column: str) -> str:
         if len(value) != 1:
             raise BadRow(
                 "nested_cell",
-                f"contains {len(value)} values, expected one",
+                f"the cell contains {len(value)} values, expected a single value",
                 field=column,
                 hint="write one row per value, or a single column-oriented object in the whole file",
             )
@@ -128,7 +131,11 @@ def _make_conversation(data: Mapping[str, Any], fields: dict[str, str], user: st
 
 
 def _read_context(data: Mapping[str, Any]) -> tuple[tuple[Message, ...], dict[str, str]]:
-    """Return the system message and the history before the question, as messages and as fields."""
+    """Read the system message and the history of a row.
+
+    Returns:
+        The messages before the question, and the fields for prompt templates.
+    """
     fields: dict[str, str] = {}
     system = _read_row_system(data)
     if system and isinstance(system[0].get("content"), str):
@@ -151,12 +158,12 @@ def _read_history(data: Mapping[str, Any]) -> tuple[Message, ...]:
     if not isinstance(pairs, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
     ):
-        raise BadRow("history_type", "is not a list of [question, answer] pairs", field="history")
+        raise BadRow("history_type", "the history is not a list of [question, answer] pairs", field="history")
     return tuple(_make_message(*turn) for pair in pairs for turn in zip(("user", "assistant"), pair, strict=True))
 
 
 def _read_chat_column(data: Mapping[str, Any], column: str, role: str) -> tuple[Message, ...]:
-    """Return the messages of a column: a list of messages, or a text as one message of `role`."""
+    """Read a column that contains messages or a text. A text becomes a single message with the role `role`."""
     value = _get_column(data, column)
     return read_messages(value, column) if _is_chat(value) else (_make_message(role, _read_text(data, column)),)
 
@@ -176,13 +183,15 @@ def _prompt_completion(data: Mapping[str, Any]) -> Conversation:
 
 
 def _preference(data: Mapping[str, Any]) -> Conversation:
-    """Convert a pair of answers to a conversation with the chosen answer; the rejected answer is not used."""
+    """Convert a preference pair to a conversation with the chosen answer. The rejected answer is ignored."""
     answer, prompt = _read_chat_column(data, "chosen", "assistant"), _get_column(data, "prompt")
     after_system = _split_system(answer)[1]
     has_question = after_system[:1] != () and after_system[0]["role"] != "assistant"
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         if not has_question:
-            raise BadRow("no_prompt", "has no question, and the row has no prompt column", field="chosen")
+            raise BadRow(
+                "no_prompt", "the conversation has no question, and the row has no prompt column", field="chosen"
+            )
         messages = answer
     elif has_question:
         # Some data sets repeat the question in both answers.
@@ -194,7 +203,9 @@ def _preference(data: Mapping[str, Any]) -> Conversation:
 
 
 def _merge_prompt(prompt: tuple[Message, ...], conversation: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Return a conversation that repeats its prompt, with the prompt's system message if it has none.
+    """Merge a prompt with a conversation that repeats the prompt.
+
+    The result contains the system message of the conversation, or else of the prompt.
 
     Raises:
         BadRow: the conversation does not contain the prompt, or has a different system message.
@@ -205,15 +216,15 @@ def _merge_prompt(prompt: tuple[Message, ...], conversation: tuple[Message, ...]
         for messages in (dialog, question)
     ]
     if not any(texts[start : start + len(question_texts)] == question_texts for start in range(len(texts))):
-        problem = "is a conversation that does not contain the prompt"
+        problem = "the conversation does not contain the prompt"
         raise BadRow("prompt_differs", problem, field="chosen", hint="remove the prompt, or the question in chosen")
     if prompt_system and system and prompt_system[0].get("content") != system[0].get("content"):
-        raise BadRow("two_systems", "has a different system message than the prompt", field="chosen")
+        raise BadRow("two_systems", "the system message differs from the system message of the prompt", field="chosen")
     return (system or prompt_system) + dialog
 
 
 def _split_system(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    """Split off the system message at the beginning, if there is one."""
+    """Separate the system message at the beginning, if any, from the other messages."""
     count = int(bool(messages) and messages[0]["role"] == "system")
     return messages[:count], messages[count:]
 
@@ -241,7 +252,7 @@ _SYSTEM_COLUMNS = {"system", *ALIASES["system"]}
 def _add_context(
     data: Mapping[str, Any], messages: tuple[Message, ...], history: tuple[Message, ...] = ()
 ) -> tuple[Message, ...]:
-    """Insert the system message and history of the row before the messages.
+    """Insert the system message and the history of a row before its messages.
 
     Raises:
         BadRow: the messages begin with a different system message.
@@ -250,7 +261,7 @@ def _add_context(
         return messages
     row_system, (system, dialog) = _read_row_system(data), _split_system(messages)
     if row_system and system and system[0].get("content") != row_system[0].get("content"):
-        raise BadRow("two_systems", "differs from the system message of the conversation", field="system")
+        raise BadRow("two_systems", "the text differs from the system message of the conversation", field="system")
     return (*(system or row_system), *history, *dialog)
 
 
@@ -265,12 +276,12 @@ def _convert_messages(column: str) -> Convert:
 def _chat_log(data: Mapping[str, Any]) -> Conversation:
     columns = log_columns(data)
     if len(columns) != 1:
-        raise BadRow("no_messages", f"has {len(columns)} columns with a list of messages, expected 1")
+        raise BadRow("no_messages", f"the row has {len(columns)} columns with a list of messages, expected 1")
     return _convert_messages(columns[0])(data)
 
 
 def last_answer_index(messages: Sequence[Message]) -> int:
-    """Return the index of the last assistant message, or 0 if there is none after the first message."""
+    """Return the index of the last assistant message. Return 0 if no assistant message follows the first message."""
     for index in range(len(messages) - 1, 0, -1):
         if messages[index]["role"] == "assistant":
             return index
@@ -278,56 +289,65 @@ def last_answer_index(messages: Sequence[Message]) -> int:
 
 
 def _pretokenized(data: Mapping[str, Any]) -> Conversation:
-    """Check the tokens of a pretokenized row: one label per id, equal to the id or -100, and no padding."""
+    """Convert a pretokenized row to a conversation. Each label must be -100 or equal to its token id.
+
+    The row must not be padded.
+    """
     ids = _read_integers(data, "input_ids")
     if not len(ids):
-        raise BadRow("no_tokens", "is an empty list, expected ids", field="input_ids")
+        raise BadRow("no_tokens", "the list is empty, expected token ids", field="input_ids")
     for name, expected in (("attention_mask", [1] * len(ids)), ("seq_lengths", [len(ids)])):
         if data.get(name) is not None and _read_integers(data, name).tolist() != expected:
-            problem = "is padded or packed, expected one unpadded example per row"
+            problem = "the row is padded or packed, expected one unpadded example per row"
             raise BadRow("tokens_shape", problem, field=name, hint="write one row per example, without padding")
     masks = {name: _read_mask(data, name, len(ids)) for name in _MASKS if data.get(name) is not None}
     if data.get("labels") is not None:
         labels = _read_integers(data, "labels")
         if len(labels) != len(ids):
-            raise BadRow("tokens_shape", f"has {len(labels)} labels for {len(ids)} ids", field="labels")
+            raise BadRow("tokens_shape", f"the row has {len(labels)} labels for {len(ids)} token ids", field="labels")
         trained = labels != IGNORE_INDEX
         if (wrong := np.flatnonzero(trained & (labels != ids))).size:
             index = int(wrong[0])
-            problem = f"is {labels[index]}, expected the id {ids[index]} or {IGNORE_INDEX} (labels are not shifted)"
+            problem = f"the label is {labels[index]}, expected {ids[index]} (its id) or {IGNORE_INDEX}, without a shift"
             raise BadRow("label_value", problem, field=f"labels[{index}]")
     elif masks:
         trained = next(iter(masks.values()))
     else:
         hint = f"add labels, or one of {', '.join(_MASKS)}"
-        raise BadRow("no_labels", "has no labels, so the trained tokens are unknown", field="input_ids", hint=hint)
+        raise BadRow(
+            "no_labels", "the row has no labels, so the trained tokens are unknown", field="input_ids", hint=hint
+        )
     for name, mask in masks.items():
         if not np.array_equal(mask, trained):
             index = int(np.flatnonzero(mask != trained)[0])
             other = "labels" if data.get("labels") is not None else next(iter(masks))
             states = ("trained", "not trained")[:: 1 if mask[index] else -1]
-            problem = f"differs from {other}: token {index} is {states[0]} in {name}, but {states[1]} in {other}"
+            problem = (
+                f"the mask differs from {other}: token {index} is {states[0]} in {name}, but {states[1]} in {other}"
+            )
             raise BadRow("two_masks", problem, field=f"{name}[{index}]", hint=f"keep only {name} or {other}")
     return Conversation(messages=(), tokens=RowTokens(ids.astype(np.int32), trained))
 
 
 def _read_mask(data: Mapping[str, Any], name: str, length: int) -> Any:
-    """Return a column of 0 and 1 as bool `[length]`."""
+    """Read a mask column of zeros and ones. Return a boolean array of shape `[length]`."""
     values = _read_integers(data, name)
     if len(values) != length or not np.isin(values, (0, 1)).all():
-        raise BadRow("tokens_shape", f"is not a list of 0 and 1 for each of {length} ids", field=name)
+        raise BadRow(
+            "tokens_shape", f"the mask must be a list of {length} zeros and ones, one per token id", field=name
+        )
     return values == 1
 
 
 def _read_integers(data: Mapping[str, Any], column: str) -> Any:
-    """Return a column of integers as int64 `[n]`."""
+    """Read a column of integers. Return an int64 array of shape `[n]`."""
     if column not in data:
-        raise BadRow("missing_column", "is missing, but this schema requires it", field=column)
+        raise BadRow("missing_column", "the column is missing, but the schema requires it", field=column)
     value = parse_json_list(data[column])
     if not isinstance(value, list) or not all(type(item) is int or type(item) is bool for item in value):
         raise BadRow("tokens_type", f"is {describe_value(value)}, expected a list of integers", field=column)
     if any(abs(item) >= 1 << 31 for item in value):
-        raise BadRow("tokens_type", "contains numbers outside the range of int32", field=column)
+        raise BadRow("tokens_type", "the list contains numbers outside the int32 range", field=column)
     return np.asarray(value, dtype=np.int64)
 
 

@@ -1,4 +1,4 @@
-"""Fields that affect the mask or the input of the model besides text: masks, weights, labels and media.
+"""Check fields other than text that can affect training: masks, weights, labels and media.
 
 A row with an unsupported field of this kind is rejected: ignoring the field silently could train the wrong tokens.
 """
@@ -56,9 +56,9 @@ _SCHEMA_HINT = (
 
 
 def is_guarded(name: str, value: Any = None) -> bool:
-    """Return whether a field that no schema reads must be checked (`check_training_fields`).
+    """Return whether a field must pass `check_training_fields` if no schema reads the field.
 
-    The result depends on the name of the field and on the type of its value only.
+    The result depends only on the name of the field and the type of its value.
     """
     name = _last_name(name)
     return (
@@ -104,7 +104,7 @@ def is_mask_name(name: str) -> bool:
 
 
 def check_training_fields(fields: Mapping[str, Any], names: Iterable[str], path: str = "") -> None:
-    """Reject fields that could affect the mask or the model's input, unless their values have no effect.
+    """Reject a row if a field that no schema reads could change the mask or the model's input.
 
     Args:
         fields: a row, a message, or a part of a message.
@@ -122,7 +122,7 @@ def check_training_fields(fields: Mapping[str, Any], names: Iterable[str], path:
         if is_media_name(last_name) or _is_media(value):
             raise BadRow(
                 "media",
-                f"contains media ({_describe(value)}), which the model would not receive",
+                f"the field contains media ({_describe(value)}), which the model would not receive",
                 field=where,
                 hint="remove these rows (images, audio and video are not supported), or rename the field if it is text",
             )
@@ -154,14 +154,14 @@ def _check_tokens(value: Any, where: str) -> None:
     if isinstance(value, list | tuple) or (isinstance(value, str) and _IDS.fullmatch(value)):
         raise BadRow(
             "labels_beside_text",
-            "is ambiguous, because the row also has text, which would be tokenized and masked again",
+            "the row has both tokens and text, and the text would be tokenized and masked again",
             field=where,
             hint="remove the field, or remove the text and use schema='tokens'",
         )
 
 
 def _check_preference(name: str, value: Any, where: str) -> None:
-    """Reject answers that are labeled as undesirable. A `label` can also be a class: a name or a number."""
+    """Reject a row whose label marks the answer as undesirable. Names and numbers in `label` can be classes."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     is_false = value == 0 if is_number else _is_false(value)
     is_class = name == "label" and (is_number or (isinstance(value, str) and value.strip().lower() != "false"))
@@ -226,7 +226,7 @@ def _is_zero(text: str) -> bool:
 
 
 def read_flag(value: Any, field: str) -> bool | None:
-    """Return the value of a training flag as a boolean; `None` if it is a word that is not a flag.
+    """Convert a training flag such as 1 or `"yes"` to a boolean. Return `None` for any other word.
 
     Raises:
         BadRow: `weight_value`: the value is a number other than 0 and 1, or has another type.
@@ -244,7 +244,7 @@ def read_flag(value: Any, field: str) -> bool | None:
 
 
 def read_text_flag(text: str) -> bool | None:
-    """Parse a flag such as `"yes"` or `"0"`, as in CSV files; return `None` for any other text."""
+    """Parse a text flag such as `"yes"` or `"0"`, as in CSV files. Return `None` for any other text."""
     return _TEXT_FLAGS.get(text.strip().lower())
 
 

@@ -1,1 +1,1 @@
-"""Files on disk: atomic replacement, build records and Arrow helpers."""
+"""Write files and builds atomically, keep records of builds, and create Arrow arrays."""

@@ -1,4 +1,7 @@
-"""Create Arrow arrays from buffers. `pa.array` and `to_numpy` import pandas, which takes longer than most builds."""
+"""Convert between numpy and Arrow arrays without importing pandas. The import takes longer than most builds.
+
+`pa.array` and `to_numpy` import pandas, so this module uses the buffers of the arrays.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from numpy.typing import NDArray
 
 
 def int32_array(values: NDArray[np.integer]) -> pa.Array:
-    """Return an int32 array."""
+    """Convert a numpy array of integers to an Arrow int32 array."""
     data = np.ascontiguousarray(values, dtype=np.int32)
     return pa.Array.from_buffers(pa.int32(), len(data), [None, pa.py_buffer(data)])
 
 
 def int64_array(values: NDArray[np.int64] | Sequence[int | None]) -> pa.Array:
-    """Return an int64 array; `None` becomes null."""
+    """Convert integers to an Arrow int64 array. `None` becomes null."""
     validity = None
     if not isinstance(values, np.ndarray) and None in values:
         validity = pa.py_buffer(np.packbits([value is not None for value in values], bitorder="little"))
@@ -26,7 +29,7 @@ def int64_array(values: NDArray[np.int64] | Sequence[int | None]) -> pa.Array:
 
 
 def string_array(values: Sequence[str]) -> pa.Array:
-    """Return a string array. Lone surrogates are escaped."""
+    """Convert strings to an Arrow string array. Lone surrogates are escaped."""
     # Most values repeat, such as file names, so each distinct value is encoded once.
     encoded = {value: value.encode("utf-8", "backslashreplace") for value in set(values)}
     data = [encoded[value] for value in values]
@@ -35,12 +38,12 @@ def string_array(values: Sequence[str]) -> pa.Array:
 
 
 def list_offsets(sizes: Iterable[int]) -> pa.Array:
-    """Return the offsets of lists of these sizes: int32 `[lists + 1]`, beginning with 0."""
+    """Convert list sizes to Arrow list offsets. Return an int32 array of shape `[lists + 1]` that begins with 0."""
     return int32_array(np.cumsum([0, *sizes]))
 
 
 def int64_column(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Return an int64 column without nulls as a numpy array, int64 `[rows]`."""
+    """Convert an Arrow int64 column without nulls to a numpy array of shape `[rows]`."""
     chunks = [
         np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk)]
         for chunk in column.chunks

@@ -1,4 +1,4 @@
-"""Atomic replacement of files and builds. Only one process at a time can make a build in a folder.
+"""Replace files and builds atomically. A lock ensures that only one process at a time builds into a folder.
 
     DIR                     the build: the old or the new version, never a mixture
     .DIR.ftdata/            the workspace of the new build; removed after the build
@@ -38,7 +38,7 @@ _SEAL = "result.json"
 
 @dataclass(frozen=True)
 class Workspace:
-    """The folder in which a build is made.
+    """The temporary folder in which a new build is written before it replaces the target.
 
     Attributes:
         target: the folder that the build replaces.
@@ -50,12 +50,12 @@ class Workspace:
 
     @property
     def shards(self) -> Path:
-        """Folder of the finished shards."""
+        """The folder that contains the finished shards."""
         return self.folder / "shards"
 
     @property
     def new(self) -> Path:
-        """Folder of the new build."""
+        """The folder in which the new build is written."""
         return self.folder / "new"
 
     @property
@@ -63,7 +63,7 @@ class Workspace:
         return self.folder / "old"
 
     def claim(self) -> None:
-        """Check that this user made the contents of the workspace, and remove the remains of an interrupted build.
+        """Check that this user created the workspace, and remove incomplete files of an interrupted build.
 
         Shards are kept if the token of the workspace is recorded. A build that was not published is made again.
 
@@ -79,7 +79,7 @@ class Workspace:
             if foreign is not None or self._old.exists():
                 raise StorageError(
                     "workspace_unknown",
-                    f"{self.folder} contains {foreign or 'old'}, but has no record of a build of this user",
+                    f"{self.folder} contains {foreign or 'old'}, but this user has no record of a build in this folder",
                     hint=f"inspect and remove {self.folder}, or choose another output folder",
                 )
             self._remove_content(keep="lock")
@@ -96,7 +96,7 @@ class Workspace:
         return os.fsencode(self.folder) + b"\0" + token
 
     def publish(self) -> None:
-        """Replace `target` by `new` atomically: a power failure leaves either the old or the new build."""
+        """Replace `target` with the new build atomically. A power failure leaves either the old or the new build."""
         disk.sync_all(self.new)
         if not self.target.exists():
             disk.rename(self.new, self.target)
@@ -107,7 +107,7 @@ class Workspace:
         disk.sync(self.target.parent)
 
     def clear(self) -> None:
-        """Remove the workspace. The lock is removed last, because other processes can wait for it."""
+        """Remove the workspace. The lock file is removed last, because other processes can wait for the lock."""
         with suppress(OSError):
             build_records.remove_record("workplace", self._record_content((self.folder / "token").read_bytes()))
         self._remove_content(keep="lock")
@@ -137,7 +137,7 @@ _WRITTEN_BY_BUILDS = re.compile(
 
 
 def _list_paths(folder: Path) -> Iterator[str]:
-    """Yield the relative paths of all files and folders (with a slash) in a folder, without following links."""
+    """Yield the relative path of each file and subfolder. Folder paths end with a slash. Links are not followed."""
     for parent, folders, files in os.walk(folder, onerror=_raise):
         for name in (*(f"{name}/" for name in folders), *files):
             yield name if Path(parent) == folder else f"{os.path.relpath(parent, folder)}/{name}"
@@ -148,7 +148,7 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def _check_folder(folder: Path) -> None:
-    """Check that a workspace belongs to this user and contains no links, which could redirect writes.
+    """Check that a workspace belongs to this user and contains no symbolic links. Links could redirect writes.
 
     Raises:
         StorageError: `workspace_owner` or `workspace_link`.
@@ -167,7 +167,7 @@ def _check_folder(folder: Path) -> None:
 
 @contextmanager
 def open_workspace(target: Path, check: Callable[[Path], None]) -> Iterator[Workspace]:
-    """Open and lock the workspace of a build. If another process uses the workspace, wait for it.
+    """Open and lock the workspace of a build. If another process holds the lock, wait for that process.
 
     After a signal, or an error of the disk or network, the workspace is kept so that the next build can resume.
 
@@ -192,7 +192,7 @@ def open_workspace(target: Path, check: Callable[[Path], None]) -> Iterator[Work
 
 @contextmanager
 def _clear_after(workspace: Workspace) -> Iterator[None]:
-    """Remove the workspace after the block, unless the same command can resume from it."""
+    """Remove the workspace when the `with` block ends, unless the same command can resume from the workspace."""
     try:
         yield
     except FtdataError as error:
@@ -208,9 +208,10 @@ def _clear_after(workspace: Workspace) -> Iterator[None]:
 
 @contextmanager
 def replace_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary file that replaces `target` after the block. If the block raises, the file is removed.
+    """Yield a temporary file that replaces `target` when the `with` block ends.
 
-    A device or pipe, such as `/dev/null`, is not replaced: the content is written to it after the block.
+    If the block raises an error, the temporary file is removed. A device or pipe, such as `/dev/null`, is not replaced:
+    the content is written to it after the block.
 
     Raises:
         StorageError: the file cannot be written; the message contains the path.
@@ -237,9 +238,9 @@ def replace_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def publish_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target` after the block.
+    """Yield a temporary folder that is renamed to `target` when the `with` block ends.
 
-    If the block raises, or another process has created `target` before, the folder is removed.
+    If the block raises an error, or another process has already created `target`, the temporary folder is removed.
     """
     disk.mkdir(target.parent, parents=True, exist_ok=True)
     temporary = _temporary_path(target)
@@ -260,13 +261,16 @@ def _temporary_path(target: Path) -> Path:
 
 
 def seal_folder(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write `result.json`, the last file of a folder: the hashes of all other files, a result, and a hash of both."""
+    """Write `result.json` into a folder, after all other files.
+
+    It contains the result, the hash of each other file, and a hash of its content.
+    """
     contents = {"files": {path.name: disk.sha256_of_file(path) for path in sorted(folder.iterdir())}, "result": result}
     disk.write_json(folder / _SEAL, {**contents, "seal": _hash(contents)})
 
 
 def read_sealed(folder: Path) -> dict[str, Any] | None:
-    """Return the result of a sealed folder, or `None` if the folder is not sealed or has changed."""
+    """Return the result in the `result.json` of a folder. Return `None` if a file is missing or has changed."""
     with suppress(OSError, ValueError, LookupError, TypeError):
         contents = json.loads(disk.read_regular_file(folder / _SEAL))
         if (
@@ -304,7 +308,7 @@ def _lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _acquire_lock(folder: Path) -> int:
-    """Lock a folder and return the file descriptor of the lock.
+    """Lock a folder, and return the file descriptor of the lock file.
 
     The folder and the lock file are created if necessary, because the previous process may have removed both.
     """

@@ -1,4 +1,4 @@
-"""Records of the builds of this user, stored outside of all builds so that a downloaded folder cannot forge them.
+"""Record which builds this user made. Records are stored outside the builds, so that a download cannot forge them.
 
     DIR/KEY     an empty file; KEY is the hash of the recorded content
 
@@ -19,7 +19,7 @@ _MAX_RECORDS = 20_000
 
 
 def add_record(kind: str, content: bytes) -> None:
-    """Record content. Does nothing if the record folder cannot be written."""
+    """Record that this user wrote `content`. If the record folder is not writable, do nothing."""
     folder = _record_folder()
     if folder is None:
         return
@@ -30,7 +30,7 @@ def add_record(kind: str, content: bytes) -> None:
 
 
 def has_record(kind: str, content: bytes) -> bool:
-    """Return whether this user recorded the content. A record folder that other users can write to is ignored."""
+    """Return whether this user recorded `content`. If other users can write to the record folder, return `False`."""
     folder = _record_folder()
     if folder is None:
         return False
@@ -43,7 +43,7 @@ def has_record(kind: str, content: bytes) -> bool:
 
 
 def remove_record(kind: str, content: bytes) -> None:
-    """Remove a record if it exists."""
+    """Remove the record of `content`, if it exists."""
     folder = _record_folder()
     if folder is not None:
         with suppress(OSError):

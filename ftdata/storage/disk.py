@@ -1,4 +1,4 @@
-"""File operations of builds and shards. All writes, syncs and renames go through here, so tests can make each fail.
+"""File operations for builds and shards. Tests can make each operation fail.
 
 `FTDATA_FAILPOINT=OPERATION:NUMBER:FAULT` is for tests only. OPERATION is one of `OPERATIONS`, or `*` for any operation.
 NUMBER counts these operations from 1 in this process. FAULT is one of:
@@ -36,7 +36,7 @@ _operation_counts: Counter[str] = Counter()
 
 
 def _check_failpoint(operation: str, path: str | Path, write_half: Callable[[], Any] = lambda: None) -> None:
-    """Fail if a test requests it, after `write_half` has done a part of the operation."""
+    """Simulate a fault if a test requests it. Before the fault, `write_half` completes half of the operation."""
     failpoint = os.environ.get("FTDATA_FAILPOINT")
     if failpoint is None:
         return
@@ -67,30 +67,30 @@ class _FailpointFile(io.FileIO):
 
 
 def create(path: Path, mode: str = "w") -> io.BufferedWriter:
-    """Open a file to write bytes; mode `"a"` appends."""
+    """Open a file for writing bytes. The mode `"a"` appends to the file."""
     _check_failpoint("create", path)
     return io.BufferedWriter(_FailpointFile(path, mode), _BUFFER_SIZE)
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file."""
+    """Write bytes to a file. An existing file is overwritten."""
     with create(path) as file:
         file.write(data)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file; the order of keys is preserved."""
+    """Write a mapping to a JSON file. The order of the keys is preserved."""
     write(path, encode_json(value))
 
 
 def encode_json(value: Mapping[str, Any]) -> bytes:
-    """Return the bytes of a JSON file (UTF-8, indented)."""
+    """Encode a mapping as indented JSON in UTF-8."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     return text.encode("utf-8", "backslashreplace")
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk (fsync)."""
+    """Flush the content of a file, or the file names in a folder, to disk with `fsync`."""
     _check_failpoint("sync", path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -100,7 +100,7 @@ def sync(path: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """Flush a folder and everything in it to the disk."""
+    """Flush a folder, its subfolders and all their files to disk."""
     for path in (*sorted(folder.rglob("*")), folder):
         sync(path)
 
@@ -113,7 +113,7 @@ def mkdir(path: Path, *, parents: bool = False, exist_ok: bool = False) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Create a hard link `target` to `source`, or a copy if the file system does not support hard links."""
+    """Create `target` as a hard link to `source`. If the file system does not support hard links, copy the file."""
     _check_failpoint("link", target)
     try:
         os.link(source, target)
@@ -122,13 +122,13 @@ def link(source: Path, target: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename a file or folder atomically; an existing file is replaced."""
+    """Rename a file or folder atomically. An existing file is replaced."""
     _check_failpoint("rename", target)
     source.replace(target)
 
 
 def swap(first: Path, second: Path) -> bool:
-    """Exchange the names of two folders atomically. Return `False` if the system does not support it."""
+    """Exchange the names of two folders atomically. Return `False` if the operating system does not support this."""
     _check_failpoint("swap", second)
     exchange = _renameat2()
     if exchange is None:
@@ -158,7 +158,7 @@ def remove(path: Path) -> None:
 
 
 def read_regular_file(path: Path) -> bytes:
-    """Return the content of a regular file.
+    """Return the content of a regular file as bytes.
 
     Raises:
         OSError: the file cannot be read, or is not a regular file; reading a pipe or `/dev/zero` could never end.
@@ -169,11 +169,14 @@ def read_regular_file(path: Path) -> bytes:
 
 def _check_regular(path: Path) -> None:
     if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        raise OSError(errno.EINVAL, "the path is not a regular file", str(path))
 
 
 def sha256_of_file(path: str | Path, start: int = 0, end: int | None = None) -> str:
-    """Return the SHA-256 of a file in hexadecimal, from `start` to the end of the line that contains `end`."""
+    """Return the SHA-256 hash of a file in hexadecimal.
+
+    If `end` is set, hash only the bytes from `start` to `end`, extended to the end of the last line.
+    """
     # Faster hashes are not collision-resistant: a crafted file could be mistaken for another file.
     digest = hashlib.sha256()
     _check_regular(Path(path))
@@ -190,7 +193,7 @@ def sha256_of_file(path: str | Path, start: int = 0, end: int | None = None) -> 
 
 
 def hash_bytes(content: bytes) -> str:
-    """Return the first 128 bits of the SHA-256 of `content`, in hexadecimal."""
+    """Return the first 128 bits of the SHA-256 hash of `content`, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()[:32]
 
 

@@ -62,7 +62,7 @@ def test_saved_datasets_inside_a_folder_are_read(tmp_path):
         datasets.Dataset.from_list([{"question": name, "answer": "a"}]).save_to_disk(tmp_path / name)
     assert by_split(str(tmp_path)) == {None: ["one", "two"]}
     (tmp_path / "one" / "state.json").write_text('{"_data_files": [{"filename": "../two/x.arrow"}]}')
-    with pytest.raises(InputRefused, match=r"state.json: has no valid list '_data_files'"):
+    with pytest.raises(InputRefused, match=r"state.json: the file has no valid list '_data_files'"):
         resolve_sources(str(tmp_path))
 
 
@@ -74,7 +74,7 @@ def test_named_pipe_is_a_source(tmp_path):
 
 def test_format_option_selects_the_reader(tmp_path):
     (tmp_path / "log.txt").write_text("question,answer\n0,a\n")
-    with pytest.raises(InputRefused, match=r"no reader for '.txt' files.*format="):
+    with pytest.raises(InputRefused, match=r"ftdata has no reader for '.txt' files.*format="):
         resolve_sources(str(tmp_path / "log.txt"))
     assert by_split({"path": tmp_path / "log.txt", "format": "csv"}) == {None: ["0"]}
     with pytest.raises(UsageError, match="did you mean 'csv'"):
