@@ -30,7 +30,7 @@ SPECIAL = re.compile(
 
 @dataclass(frozen=True)
 class Case:
-    """A conversation with a template. `spans` are the trained character ranges; `None` if the correct mask is unknown."""
+    """A conversation and a template. `spans` are the trained character ranges, or `None` if unknown."""
 
     template: str
     name: str
