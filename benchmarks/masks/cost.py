@@ -3,7 +3,7 @@
     python benchmarks/masks/cost.py FOLDER...          # folders of tokenizers with chat templates
 
 `render` is the template alone, as transformers runs it. `spans` is the text with attributed characters and located
-turns, after a conversation with the same roles was rendered; `spans, first` is without such a conversation.
+turns, after a conversation with the same structure was rendered; `spans, first` is without such a conversation.
 `tokenise` is the tokenizer alone, on the same text. All other columns are complete methods, which return the text,
 ids and mask.
 """
