@@ -1,9 +1,9 @@
-"""Instructions and code with OPT-350m and LoRA, judged by SacreBLEU: base against tuned.
+"""Train OPT-350m with LoRA on code instructions, and compare the base and the tuned model with SacreBLEU.
 
     python examples/code_alpaca.py
 
-Of 20,022 rows those with an empty input are kept; a fifth is held out, chosen by seed 42; only the response is trained.
-OPT lets packed documents see each other, so rows are padded.
+The data set has 20,022 rows. The example keeps the rows with an empty input, and holds out a fifth of them as a test
+split (seed 42). Only the response is trained. The rows are padded, because packed documents of OPT attend to each other.
 """
 
 import typer
@@ -49,7 +49,7 @@ def main(
             console.print(getattr(row, name), markup=False, highlight=False)
     for name, base, tuned in report.scores():
         console.print(f"{name:12} base {base:>8}  tuned {tuned:>8}", highlight=False)
-    console.print(f"the loss as a picture: {folder / 'loss.png'}", highlight=False)
+    console.print(f"chart of the loss: {folder / 'loss.png'}", highlight=False)
 
 
 if __name__ == "__main__":

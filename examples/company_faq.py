@@ -1,8 +1,9 @@
-"""Questions about a company's documentation with Pythia-70m: from a look at corpora to a judged model.
+"""Train Pythia-70m to answer questions about the documentation of a company.
 
     python examples/company_faq.py
 
-Cells may be objects themselves, `{"question": {"0": "How can I …"}, "answer": {"0": "There are …"}}`: the value is taken.
+The example previews two corpora, exports prompts and completions, estimates and trains a model, and evaluates it. A cell
+may be an object with a single value, such as `{"question": {"0": "How can I …"}}`. ftdata then reads this value.
 """
 
 from itertools import islice

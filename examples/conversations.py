@@ -1,9 +1,9 @@
-"""Multi-turn conversations with Gemma 2 9B: every turn of the assistant is trained, whatever the chat template.
+"""Train Gemma 2 9B on every assistant turn of multi-turn conversations.
 
     python examples/conversations.py --data conversations.json
 
 `conversations.json` is a list of conversations, each a list of `{"role": "user" or "assistant", "content": ...}`.
-Nothing has to be said of role markers, of the pad token or of the stop: they follow from the model's own template.
+You do not configure role markers, a padding token or stop tokens: ftdata detects them from the model's chat template.
 """
 
 import typer

@@ -1,10 +1,10 @@
-"""Make a tiny language model on the spot, for the demo and for tests: nothing is downloaded.
+"""Create a tiny language model for the demo and for tests, without a download.
 
     python examples/make_tiny_model.py examples/faq.json out/tiny
 
-It is a byte-level BPE tokenizer, trained on the texts of the data file, and a Llama of half a million weights,
-trained for some seconds to repeat what a user says. So it knows the words and the form of a conversation, but
-no question's answer: that is what the fine-tuning afterwards teaches it.
+The script trains a byte-level BPE tokenizer on the texts of the data file, and a Llama model with half a million
+weights. The model is trained for a few seconds to repeat the message of the user. It therefore has learned the
+vocabulary and the chat format, but no answers; fine-tuning adds the answers.
 """
 
 import argparse
@@ -92,8 +92,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", help="a file with question and answer")
-    parser.add_argument("folder", type=Path, help="where to write tokenizer and model")
+    parser.add_argument("data", help="data file with questions and answers")
+    parser.add_argument("folder", type=Path, help="output folder for the tokenizer and the model")
     parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
     logging.disable_progress_bar()
@@ -102,7 +102,7 @@ def main() -> None:
     tokenizer = make_tokenizer(texts)
     tokenizer.save_pretrained(arguments.folder)
     make_model(tokenizer, texts, arguments.steps).save_pretrained(arguments.folder)
-    print(f"made {arguments.folder}: {len(tokenizer)} tokens")
+    print(f"wrote {arguments.folder}: {len(tokenizer)} tokens")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Llama 2 with LoRA on two shapes of hub data: texts that were formatted before, and messages beside a prompt.
+"""Train Llama 2 with LoRA on two kinds of data sets from the Hub: formatted texts, and messages with a prompt.
 
     python examples/text_field.py guanaco        # one `text` column: `<s>[INST] ... [/INST] ... </s>`
     python examples/text_field.py ultrachat      # `messages`, with splits `train_sft` and `test_sft`
 
-Text that stands there formatted gets no second BOS or EOS. The adapter is loaded back onto its base model, and asked.
+Formatted text gets no second BOS or EOS. After training, the example loads the adapter and generates an answer.
 """
 
 from typing import Any

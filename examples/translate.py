@@ -1,9 +1,9 @@
-r"""Modern into classical Chinese with Gemma 2B in four bits: single turns, the instruction after the text.
+r"""Train Gemma 2B in 4 bits to translate modern Chinese into classical Chinese.
 
     python examples/translate.py --data data.json
 
-`data.json` is a list of `{"instruction": "第二年召迴朝廷，…\n翻譯成文言文：", "output": "明年召還，…"}`. The same as a
-notebook: `train.ipynb`.
+`data.json` is a list of `{"instruction": "第二年召迴朝廷，…\n翻譯成文言文：", "output": "明年召還，…"}`. The notebook
+`train.ipynb` contains the same example.
 """
 
 import typer
@@ -12,7 +12,7 @@ from rich.console import Console
 import ftdata
 from ftdata.train import compare, run
 
-# A base model has no chat template. The tokenizer puts its BOS before this by itself.
+# A base model has no chat template. The tokenizer adds BOS before the rendered text.
 TEMPLATE = "{{ instruction }}{% generation %}{{ output }}{{ eos_token }}{% endgeneration %}"
 
 

@@ -1,8 +1,8 @@
-"""How fast the page is: opening it, drawing it, and searching it, in a browser.
+"""Measure how fast a browser opens, draws and searches the HTML report.
 
     python benchmarks/inspection/page.py --tokenizer MODEL data.jsonl
 
-Searches are timed by the page itself, from the key to the first rows that are drawn.
+The script of the report times each search, from the key press until the first rows are drawn.
 """
 
 import argparse

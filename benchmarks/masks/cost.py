@@ -1,10 +1,11 @@
-"""What a mask costs: microseconds per conversation, beside plain rendering, tokenising, and the ways of peers.
+"""Measure the CPU time of masks in microseconds per conversation, for ftdata and other tools.
 
     python benchmarks/masks/cost.py FOLDER...          # folders of tokenizers with chat templates
 
-`render` is the template alone, as transformers runs it; `spans` the same text with everything attributed and every turn
-found, once the template has seen a conversation of this shape; `spans, first` the first time; `tokenise` the tokenizer
-alone on the same text. The rest is whole: text, ids and mask.
+`render` is the template alone, as transformers runs it. `spans` is the text with attributed characters and located
+turns, after a conversation with the same structure was rendered; `spans, first` is without such a conversation.
+`tokenise` is the tokenizer alone, on the same text. All other columns are complete methods, which return the text,
+ids and mask.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Messages = list[dict[str, Any]]
 
 
 def main() -> None:
-    """Print a table for every tokenizer."""
+    """Print a table of CPU times for every tokenizer."""
     from transformers import AutoTokenizer
     from transformers import logging as hf_logging
 

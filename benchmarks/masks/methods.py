@@ -1,4 +1,4 @@
-"""ftdata under the interface of the benchmark: (tokenizer, messages, tools) -> (ids, trained, flags)."""
+"""Call ftdata with the interface of the benchmark: (tokenizer, messages, tools) -> (ids, trained, flags)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Method = Callable[
 def ours(
     tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
 ) -> tuple[list[int], list[bool], frozenset[str]]:
-    """Encode as users do, with control tokens left as they are so that ids can be compared."""
+    """Encode a conversation. Control tokens in the data stay control tokens, so that the ids can be compared."""
     (example,) = encode(
         messages, tokenizer, tools=tools, turns="joint", control_tokens="allow", date="2026-01-15T10:30:00"
     )

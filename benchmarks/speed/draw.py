@@ -1,4 +1,4 @@
-"""Draw what `prep.py --json FILE` has found: how many times our CPU each tool takes.
+"""Draw a chart of the CPU time of each tool relative to ftdata, from the output of `prep.py --json FILE`.
 
 python benchmarks/speed/draw.py FILE docs/speed.svg
 """

@@ -1,9 +1,9 @@
-"""How time and memory grow: builds of ten times as many rows, by one process and by two.
+"""Measure how CPU time and memory grow with the number of rows, with one process and with two.
 
     python benchmarks/speed/growth.py --tokenizer FOLDER [--rows 1000 10000 100000 1000000] [--workers 1 2]
 
-Rows are made up, of 1 kB each, in four files. CPU and peak memory are those of all processes together; `own` is what is
-not shared with files on disk. Nothing is taken from the cache.
+The rows are synthetic, have 1 kB each, and are in four files. CPU time and peak memory include all processes. `own` is
+the memory without memory-mapped files. The cache is not used.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What one large file costs: memory of the process's own while gigabyte after gigabyte is read, and at most.
+"""Measure the memory of a build of one large file, after each gigabyte and at the peak.
 
     python benchmarks/speed/large.py --tokenizer FOLDER --data chats.jsonl [--gigabytes 10] [--workers 2]
 
-The rows are exchanges of those conversations in other orders, of 2 kB and more, a tenth of the file ten times. All of
-it is built and packed to 8,192 tokens; the disk needs four times as much room. Memory is that of all processes
-together, less what they had when everything was imported.
+The rows contain turns of the given conversations in random orders, with at least 2 kB each. A tenth of the file is
+repeated ten times. The build packs sequences of 8,192 tokens. The disk must have four times as much space as the file.
+The memory includes all processes, without the memory that imports need.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""Packing: how long it takes to plan, and how full the packs are, beside TRL's packer.
+"""Measure how long packing takes and how full the packed sequences are, for ftdata and TRL.
 
     python benchmarks/speed/packing.py [-n 1000000] [--capacity 4096 32768] [--rounds 3]
 
-Lengths are those of chats: seven of ten lognormal with a median of 180 tokens, the others of 1,100. `bound` is how many
-packs the tokens need at least. TRL packs rows, not lengths: it gets lists of as many numbers, a tenth as many of them.
+The lengths are lognormal, like the lengths of chats: 70 % have a median of 180 tokens, and 30 % have a median of
+1,100. `bound` is the smallest possible number of packs. TRL packs rows instead of lengths, so it receives lists of
+these lengths, but only a tenth as many.
 """
 
 import argparse

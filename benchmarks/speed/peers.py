@@ -1,10 +1,10 @@
-"""The data preparation of other tools, each as one function that is timed as those in `prep` are.
+"""Functions that prepare data with other tools, for the comparison in `prep.py`.
 
     python benchmarks/speed/peers.py DIR        # installs each tool into a folder of its own in DIR
 
-Nothing of the tools is patched; what their own entry points call is called, in one process, without truncation. The
-folders hold what the training extra of ftdata does not bring; versions that do not fit the tools' own pins are named in
-`docs/speed.md`.
+No code of the tools is patched. Each function calls the same functions as the entry point of the tool, in one process,
+without truncation. The folders contain the packages that the extra `train` of ftdata does not install. `docs/speed.md`
+lists the packages whose version the tool does not support.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LONG = 1_000_000  # tokens: nothing is cut
 
 
 def torchtune(data: Path, tokenizer: str) -> Counted:  # noqa: ARG001
-    """`chat_dataset` with the tokenizer of Llama 3 (tiktoken), its fastest; every row taken once, as by an epoch."""
+    """Run torchtune's `chat_dataset` with its fastest tokenizer, Llama 3 in tiktoken, once over all rows."""
     import datasets
     from torchtune.datasets import chat_dataset
     from torchtune.models.llama3 import llama3_tokenizer
@@ -59,7 +59,7 @@ def torchtune(data: Path, tokenizer: str) -> Counted:  # noqa: ARG001
 
 
 def llamafactory(data: Path, tokenizer: str) -> Counted:
-    """`get_dataset` of `llamafactory-cli train` with stage `sft` and template `chatml`, a ShareGPT-like data set."""
+    """Run `get_dataset` of `llamafactory-cli train` with stage `sft` and template `chatml`, on ShareGPT rows."""
     import datasets
     import transformers
 
@@ -110,9 +110,9 @@ def llamafactory(data: Path, tokenizer: str) -> Counted:
 
 
 def axolotl(data: Path, tokenizer: str) -> Counted:
-    """What `axolotl preprocess` does for `type: chat_template`: tokenised, long rows dropped, saved to disk.
+    """Run the steps of `axolotl preprocess` for `type: chat_template`: tokenize, drop long rows, save to disk.
 
-    Its maps run in this process, which its configuration does not offer, and which is faster than a pool of one.
+    The maps of Axolotl run in this process, which is faster than a pool of one process.
     """
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.update(AXOLOTL_DO_NOT_TRACK="1", AXOLOTL_IS_PREPROCESS="1", HF_DATASETS_CACHE=f"{scratch}/cache")
@@ -162,7 +162,7 @@ def axolotl(data: Path, tokenizer: str) -> Counted:
 
 
 def unsloth(data: Path, tokenizer: str) -> Counted:
-    """Unsloth's notebooks: rows to text, its `SFTTrainer` up to the first step, then `train_on_responses_only`."""
+    """Run the steps of Unsloth's notebooks: text, `SFTTrainer` up to the first step, `train_on_responses_only`."""
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.update(UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_COMPILE_LOCATION=f"{scratch}/compiled")
         os.environ["UNSLOTH_ALLOW_CPU"] = "1"  # its own way to be imported without a GPU
@@ -217,7 +217,7 @@ def unsloth(data: Path, tokenizer: str) -> Counted:
 
 
 def tinker_cookbook(data: Path, tokenizer: str) -> Counted:
-    """`conversation_to_datum` for every row, as its recipe `sl_loop`; `qwen3_instruct` writes no blocks of thinking."""
+    """Run `conversation_to_datum` for every row, like the recipe `sl_loop`, without thinking blocks."""
     import datasets
     from tinker_cookbook.renderers import get_renderer
     from tinker_cookbook.supervised.data import conversation_to_datum
@@ -237,7 +237,7 @@ def tinker_cookbook(data: Path, tokenizer: str) -> Counted:
 
 
 def _datums(done: Any) -> Any:
-    """Of Tinker's inputs and targets (each one token short): all ids, and labels that stand at their tokens."""
+    """Return the ids and labels of Tinker's inputs and targets, which are shifted by one token."""
     for datum in done:
         targets, weights = (datum.loss_fn_inputs[name].data for name in ("target_tokens", "weights"))
         trained = (target if weight else -100 for target, weight in zip(targets, weights, strict=True))
@@ -245,7 +245,7 @@ def _datums(done: Any) -> Any:
 
 
 def renderers(data: Path, tokenizer: str) -> Counted:
-    """`build_training_sample` for every row, with the renderer that is written for Qwen3."""
+    """Run `build_training_sample` for every row, with the renderer for Qwen3."""
     import datasets
     import transformers
     from renderers import Qwen3RendererConfig, build_training_sample, create_renderer
@@ -336,7 +336,7 @@ PEERS: dict[str, tuple[Callable[[Path, str], Counted], tuple[str, ...]]] = {
 
 
 def main() -> None:
-    """Install all tools, each into a folder of its name."""
+    """Install each tool into a folder with the name of the tool."""
     for name, (_, needed) in PEERS.items():
         target = Path(sys.argv[1]) / name
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(target)]

@@ -1,10 +1,11 @@
-"""What it costs to make tokens and labels of conversations, beside other tools: CPU seconds, memory, and whether equal.
+"""Measure the CPU time and memory that tools need to make tokens and labels, and compare the results.
 
     python benchmarks/speed/prep.py --tokenizer FOLDER [--data chats.jsonl] [--rounds 5] [--peers DIR] [--json FILE]
 
-Every tool gets the same rows, and the same tokenizer and template where it takes one, in a process of its own, one
-after the other in every round. Imports and the loading of tokenizers are not counted (they are shown), and no tool
-finds what an earlier run has left. `equal` compares all ids and labels with ours. DIR is where `peers.py` puts others.
+Every tool receives the same rows, and the same tokenizer and template if possible. Each tool runs in a separate
+process, and the tools take turns in every round. Imports and the loading of the tokenizer are shown separately. No
+tool reuses results of an earlier run. `equal` compares all ids and labels with ftdata. `peers.py` installs the other
+tools in DIR.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ OTHERS = ["naïve", "café", "数据", "“so”"]
 
 
 def main() -> None:
-    """Run all tools in turn, and print a table of medians."""
+    """Run the tools in alternating rounds, and print a table of medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--data", help="JSON Lines of messages; default: 1,000 made-up conversations")
@@ -98,17 +99,17 @@ def _made_up(path: Path, count: int) -> Path:
 
 
 def vocabulary(chance: random.Random) -> list[str]:
-    """Return the words of one conversation: in two of five, as in real chats, there is more than ASCII."""
+    """Return the words of a conversation. As in real chats, 40 % of the conversations contain non-ASCII characters."""
     return [*WORDS, *OTHERS] if chance.random() < 0.4 else WORDS
 
 
 def words(chance: random.Random, known: list[str], least: int, most: int) -> str:
-    """Return a text of some words."""
+    """Return a random text of the given words."""
     return " ".join(chance.choices(known, k=chance.randint(least, most)))
 
 
 def ftdata(data: Path, tokenizer: str, *, fast: bool = True, again: bool = False) -> Counted:
-    """A whole build: read, checked, encoded, written to disk with its report and hashes."""
+    """Run a complete build, which writes the data set, the report and the hashes to disk."""
     if not fast:
         sys.modules["fastokens"] = None  # type: ignore[assignment]
     from ftdata.build.dataset import write_build
@@ -135,7 +136,7 @@ def ftdata(data: Path, tokenizer: str, *, fast: bool = True, again: bool = False
 
 
 def trl(data: Path, tokenizer: str) -> Counted:
-    """SFTTrainer with `assistant_only_loss`, up to the first step."""
+    """Run `SFTTrainer` with `assistant_only_loss`, up to the first step."""
     import datasets
     import transformers
     from trl import SFTConfig, SFTTrainer

@@ -1,10 +1,10 @@
-"""What the process that waits for all others has to do, for as many shards as a cluster may have.
+"""Measure the work of the coordinating process for as many shards as a cluster may have.
 
     python benchmarks/speed/scale.py [--shards 1000000] [--rows 200000000] [--tokenizer FOLDER --built 2000]
 
-Plans so many shards (files of 10 MB elsewhere; and parts of one file of 64 MB each), joins what they would report, and
-writes the manifest; plans packs for so many rows. With a tokenizer so many tiny files are really built, and resumed:
-what a shard costs beside its rows.
+The script plans the shards (remote files of 10 MB, and parts of 64 MB of one file), merges synthetic reports, writes
+the manifest, and plans packed sequences for the rows. With a tokenizer, it also builds and resumes tiny files, to
+measure the cost of a shard without rows.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Each stage of a build beside the least that it could take: what the library below it needs for the same rows.
+"""Compare the CPU time of each stage of a build with the time that the underlying library needs for the same rows.
 
     python benchmarks/speed/stages.py --tokenizer FOLDER --data chats.jsonl [--template chatml] [--rounds 5]
 
-CPU microseconds per row, the median of the rounds after a first one: tokenizers and templates are warm, as in large
-jobs. What a stage takes beyond its limit is what its checks cost: keys that stand twice, roles, what a template does to
-texts, control tokens that were typed, where each token stands.
+The output shows CPU microseconds per row, as the median of the rounds. The first round is not counted, because caches
+are still empty. The difference between a stage and its limit is the cost of the checks: duplicate keys, roles,
+operations of the template, text of control tokens, and positions of tokens.
 """
 
 import argparse

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +28,8 @@ from ftdata.templates import render_in_worker
 from ftdata.types import WHOLE, Conversation, Reject, Rendered, Row
 
 FORMS = ("messages", "prompt_completion", "text")
-_BATCH = 1024
+_MAX_ROWS, _MAX_CHARACTERS = 1024, 1 << 20
+"""Limits of a batch that is written together: rows, and characters."""
 
 _CALL = pa.struct(
     [
@@ -58,6 +58,9 @@ _ARROW_SCHEMAS = {
     ),
     "text": pa.schema([("text", pa.string())]),
 }
+
+
+Outcome = tuple[Conversation, list[dict[str, Any]]] | Reject
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ def convert(
                     _convert_row(row, to, options, recipe, writer.check)
                     for row in row_filter.filter_rows(source.rows())
                 )
-                while batch := list(islice(outcomes, _BATCH)):
+                while batch := _take_batch(outcomes):
                     for outcome in batch:
                         rejected_rows.check(outcome)
                         _count(outcome, ledger, rejects)
@@ -192,6 +195,18 @@ def convert(
     else:
         rejects_path.unlink(missing_ok=True)
     return ConvertReport(Path(output), tuple(ledgers), tuple(rejects))
+
+
+def _take_batch(outcomes: Iterator[Outcome]) -> list[Outcome]:
+    """Return the next outcomes: at most `_MAX_ROWS` rows, and few of them if their messages are long."""
+    batch, characters = list[Outcome](), 0
+    for outcome in outcomes:
+        batch.append(outcome)
+        if not isinstance(outcome, Reject):
+            characters += sum(len(message.get("content") or "") for message in outcome[0].messages)
+        if len(batch) == _MAX_ROWS or characters > _MAX_CHARACTERS:
+            break
+    return batch
 
 
 def _check_sources(
@@ -229,9 +244,6 @@ class _Writer(Protocol):
 
     def batch(self, records: list[dict[str, Any]]) -> None:
         """Write a batch of records."""
-
-
-Outcome = tuple[Conversation, list[dict[str, Any]]] | Reject
 
 
 def _convert_row(

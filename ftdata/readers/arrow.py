@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ftdata.errors import InputRefused
 from ftdata.readers.arrow_headers import check_ahead, check_blocks, check_stream
@@ -166,7 +167,6 @@ def _values_size(batch: Any) -> int:
 
 def _column_size(column: Any) -> int:
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     # A Python list or dictionary takes at least 64 bytes.
     kind = column.type
@@ -175,43 +175,72 @@ def _column_size(column: Any) -> int:
         size = _column_size(column.storage)
     elif pa.types.is_dictionary(kind):
         values, indices = column.dictionary, column.indices.drop_null()
-        if pa.types.is_nested(values.type):
+        if (lengths := _byte_lengths(values)) is not None:
+            size += int(lengths[indices.cast(pa.int64()).to_numpy()].sum())
+        elif pa.types.is_nested(values.type) or isinstance(values, pa.ExtensionArray):
             size += len(indices) * _column_size(values)
-        elif _has_length(values.type):
-            size += pc.sum(pc.binary_length(values).cast(pa.int64()).take(indices)).as_py() or 0
-    elif pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
-        views = np.frombuffer(column.buffers()[1], np.int32).reshape(-1, 4)
-        size += int(views[column.offset : column.offset + len(column), 0].sum(dtype=np.int64))
+    elif _is_view(kind):
+        size += int(_view_lengths(column).sum())
     elif pa.types.is_struct(kind):
         size += sum(map(_column_size, column.flatten()))
-    elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    elif pa.types.is_map(kind):
+        # The keys and the items of a slice are those of the whole column.
+        first, end = (column.offsets[index].as_py() for index in (0, -1))
+        size += sum(_column_size(entries.slice(first, end - first)) for entries in (column.keys, column.items))
+    elif pa.types.is_nested(kind):
+        # A list. `_check_types` refuses all other nested types.
         size += _column_size(column.flatten())
     else:
         size = max(size, int(column.nbytes))
     return size
 
 
-def _has_length(kind: Any) -> bool:
+def _byte_lengths(values: Any) -> NDArray[np.int64] | None:
+    """Return the length of each text or binary value in bytes, 0 for nulls; `None` for values of other types."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if _is_view(values.type):
+        return _view_lengths(values)
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    if not any(test(values.type) for test in tests):
+        return None
+    lengths: NDArray[np.int64] = pc.binary_length(values).cast(pa.int64()).fill_null(0).to_numpy()
+    return lengths
+
+
+def _is_view(kind: Any) -> bool:
     import pyarrow as pa
 
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    return any(test(kind) for test in tests)
+    return bool(pa.types.is_string_view(kind) or pa.types.is_binary_view(kind))
+
+
+def _view_lengths(column: Any) -> NDArray[np.int64]:
+    """Return the length of each value of a column of string or binary views in bytes."""
+    buffer = column.buffers()[1]
+    views = np.frombuffer(buffer, np.int32).reshape(-1, 4) if buffer is not None else np.empty((0, 4), np.int32)
+    return views[column.offset : column.offset + len(column), 0].astype(np.int64)
 
 
 def _check_types(schema: Any) -> None:
-    """Reject list views and run-end encoded columns, in which many rows can refer to the same large value.
+    """Refuse list views, unions and run-end encoded columns, in which many rows can refer to the same large value.
 
     Real data sets do not use these types.
 
     Raises:
-        InputRefused: A column has a list view or run-end encoded type.
+        InputRefused: A column has a list view, union or run-end encoded type.
     """
     import pyarrow as pa
 
     def is_unsupported(kind: Any) -> bool:
-        if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind) or pa.types.is_run_end_encoded(kind):
+        if isinstance(kind, pa.BaseExtensionType):
+            return is_unsupported(kind.storage_type)
+        if pa.types.is_dictionary(kind):
+            return is_unsupported(kind.value_type)
+        types = (pa.types.is_list_view, pa.types.is_large_list_view, pa.types.is_run_end_encoded, pa.types.is_union)
+        if any(is_type(kind) for is_type in types):
             return True
-        inner = range(kind.num_fields) if pa.types.is_nested(kind) and not pa.types.is_dictionary(kind) else ()
+        inner = range(kind.num_fields) if pa.types.is_nested(kind) else ()
         return any(is_unsupported(kind.field(number).type) for number in inner)
 
     for field in schema:

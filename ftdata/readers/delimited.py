@@ -187,8 +187,10 @@ def _parse_rows(
 def _make_row(
     names: Sequence[str], cells: Sequence[str], source: Source, raw: str, notes: frozenset[str]
 ) -> Row | Reject:
-    while len(cells) > len(names) and not cells[-1]:
-        cells = cells[:-1]
+    size = len(cells)
+    while size > len(names) and not cells[size - 1]:
+        size -= 1
+    cells = cells[:size]
     if len(cells) != len(names):
         reason = f"has {len(cells)} cells, expected {len(names)} as in the header"
         return Reject(source, "ragged_row", "", reason, "quote cells that contain a delimiter or a line break", raw)
