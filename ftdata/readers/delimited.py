@@ -12,7 +12,7 @@ from typing import Literal
 
 from ftdata.errors import InputRefused
 from ftdata.readers.quote_detection import detect_quoting
-from ftdata.readers.streams import MAX_LINE, Input
+from ftdata.readers.streams import MAX_LINE, MAX_VALUES, Input
 from ftdata.readers.table_checks import check_names
 from ftdata.types import Reject, Row, Source
 
@@ -70,14 +70,18 @@ class _LineReader:
     def __init__(self, stream: io.BufferedReader, file: Input) -> None:
         self._stream, self._file = stream, file
         self._ahead: deque[bytes] = deque()
-        self.line = self.offset = 0
+        self.line = self.offset = self._ahead_bytes = self._searched = 0
         self.start_row()
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        raw = self._ahead.popleft() if self._ahead else self._read_line()
+        if self._ahead:
+            raw = self._ahead.popleft()
+            self._ahead_bytes -= len(raw)
+        else:
+            raw = self._read_line()
         if not raw:
             raise StopIteration
         self.line += 1
@@ -92,10 +96,14 @@ class _LineReader:
         """Yield the lines after the current line without consuming them."""
         for number in count():
             if number == len(self._ahead):
-                self._ahead.append(self._read_line())
+                self._read_ahead()
             if not self._ahead[number]:
                 return
             yield self._ahead[number]
+
+    def _read_ahead(self) -> None:
+        self._ahead.append(self._read_line())
+        self._ahead_bytes += len(self._ahead[-1])
 
     def start_row(self) -> None:
         """Reset the line count and the stored text at the beginning of a row."""
@@ -106,6 +114,9 @@ class _LineReader:
         if len(raw) > MAX_LINE:
             where = f"{self._file.path}:{self.line + len(self._ahead) + 1}"
             raise InputRefused("line_too_long", f"the line is longer than {MAX_LINE:,} bytes", where=where)
+        if len(raw) > MAX_VALUES and sum(map(raw.count, _DELIMITERS.encode())) > MAX_VALUES:
+            where = f"{self._file.path}:{self.line + len(self._ahead) + 1}"
+            raise InputRefused("row_too_long", f"the line has more than {MAX_VALUES:,} delimiters", where=where)
         return raw
 
     def skip_quoted(self, delimiter: str) -> bool:
@@ -117,24 +128,25 @@ class _LineReader:
         Returns:
             Whether the last skipped line contains another unclosed quote, so that the method must be called again.
         """
-        mark, size = delimiter.encode(), 0
+        mark = delimiter.encode()
         opening = re.compile(rb"(?:^|" + re.escape(mark) + rb')"')
         closing = re.compile(rb'"(?:' + re.escape(mark) + rb"|[\r\n]|$)")
-        for number in range(_MAX_LINES_AHEAD):
+        # Lines without such a quote are searched only once, even if many rows are invalid.
+        for number in range(max(0, self._searched - self.line), _MAX_LINES_AHEAD):
             if number == len(self._ahead):
-                self._ahead.append(self._read_line())
+                self._read_ahead()
             raw = self._ahead[number]
-            size += len(raw)
             if not raw:
                 self._ahead.pop()
                 return False
             opened, closed = opening.search(raw), closing.search(raw)
-            if size > MAX_LINE or (opened and (not closed or opened.start() <= closed.start())):
+            if self._ahead_bytes > MAX_LINE or (opened and (not closed or opened.start() <= closed.start())):
                 return False
             if closed:
                 for _ in range(number + 1):
                     next(self)
                 return raw.count(b'"', closed.start() + 1) % 2 == 1
+            self._searched = self.line + number + 1
         return False
 
     @property

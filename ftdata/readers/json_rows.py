@@ -21,7 +21,7 @@ import orjson
 
 from ftdata.errors import InputRefused
 from ftdata.readers.json_scan import COLUMNS, json_depth, scan_json, scan_outline
-from ftdata.readers.streams import CHUNK, MAX_LINE, Input, prepend, prepend_to_file, read_chunks
+from ftdata.readers.streams import CHUNK, MAX_LINE, MAX_VALUES, Input, prepend, prepend_to_file, read_chunks
 from ftdata.types import Reject, Row, Source
 
 _BOM = b"\xef\xbb\xbf"
@@ -139,8 +139,10 @@ def _find_key_of_rows(parts: Iterator[bytes], path: str) -> tuple[list[bytes], s
     outline = scan_outline(take_parts())
     if outline.end is not None:
         # If the examined parts end with the object, the next parts decide whether the text continues after it.
-        while not (text_after := b"".join(examined)[outline.end :].strip()) and (part := next(parts, b"")):
+        text_after, size = b"".join(examined)[outline.end :].strip(), 0
+        while not text_after and size < CHUNK and (part := next(parts, b"")):
             examined.append(part)
+            text_after, size = part.strip(), size + len(part)
         if text_after:
             return examined, None
     return examined, outline.key_of_rows(path)
@@ -355,6 +357,9 @@ def _too_deep_fault() -> _Fault:
 
 
 def _parse_value(text: bytes, source: Source, *, whole_line: bool) -> Any:
+    if len(text) > MAX_VALUES and (values := text.count(b",")) > MAX_VALUES:
+        reason = f"the row has {values:,} commas, expected at most {MAX_VALUES:,}"
+        raise _Fault("row_too_long", reason, "split the row into several rows")
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError as error:

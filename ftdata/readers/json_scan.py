@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import orjson
 
 from ftdata.errors import InputRefused
+from ftdata.readers.streams import MAX_VALUES
 
 _STRING = rb'[^"\\]*+(?:\\.[^"\\]*+)*+'
 _OUTSIDE = rb'(?:[^"{}\[\]]++|"' + _STRING + rb'")*+'
@@ -227,6 +228,7 @@ class _RowSplitter:
         gap: text since the last row.
         row: chunks of the current row.
         size: size in bytes of the current row so far.
+        row_brackets: number of objects and lists in the current row so far.
         line: current physical line, from 1.
         offset: offset of the current part.
         other_list: key of the current list, if it is not the list of rows.
@@ -246,6 +248,7 @@ class _RowSplitter:
     gap: bytes = b""
     row: list[bytes] = field(default_factory=list)
     size: int = 0
+    row_brackets: int = 0
     line: int = 1
     offset: int = 0
     other_list: str = ""
@@ -274,16 +277,21 @@ class _RowSplitter:
                 self.depth += 1
                 continue
             self._close_bracket(part[position], position)
+            self.row_brackets += 1
             if self.in_row and self.depth == self.row_depth:
                 self._add_to_row(part[mark : position + 1])
                 mark = position + 1
                 yield self._finish_row()
+                self.row_brackets = 0
             elif self.under is not None and self.inside and self.depth == 1:
                 self.inside, self.gap = False, self.gap + part[mark:position]
                 self.list_end = self.line + part.count(b"\n", counted, position), self.offset + position
         if self.depth > _MAX_OPEN_BRACKETS:
             message = f"the text has {self.depth:,} nested brackets, expected rows"
             raise InputRefused("too_deep", message, where=f"{self.path}:{self.row_start[0]}")
+        if self.in_row and self.row_brackets > MAX_VALUES:
+            message = f"the row has more than {MAX_VALUES:,} objects and lists"
+            raise InputRefused("row_too_long", message, where=f"{self.path}:{self.row_start[0]}")
         self._store_tail(part, mark, before)
         self.line += part.count(b"\n", counted)
         self.offset += len(part)

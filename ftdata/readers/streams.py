@@ -41,6 +41,9 @@ MAX_LINE = 64 << 20
 """Maximum size of a row in bytes. Longer rows are rejected, because a huge row would exhaust the memory of every later
 stage."""
 
+MAX_VALUES = 1 << 21
+"""Maximum number of values in a row. In memory, a value takes up to 30 times the bytes that it takes in the file."""
+
 STDIN = "-"
 
 _COMPRESSIONS = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
