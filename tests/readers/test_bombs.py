@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ftdata import read
+
 MEGABYTE = 1 << 20
 
 
@@ -186,7 +188,61 @@ def empty_lists(path):
     )
 
 
+def repeated_in(kind, count=20_000):
+    """Write a value of 1 MB that a column refers to `count` times."""
+    text, zeros = pa.array(["y" * MEGABYTE]), pa.array(np.zeros(count), pa.int32())
+    single_row = pa.array([0, count], pa.int32())
+    items = pa.DictionaryArray.from_arrays(zeros, text.cast(pa.string_view()) if "view" in kind else text)
+    if kind == "map":
+        column = pa.MapArray.from_arrays(single_row, pa.array(list(map(str, range(count)))), items)
+    elif kind == "union":
+        union = pa.UnionArray.from_sparse(zeros.cast(pa.int8()), [items])
+        column = pa.ListArray.from_arrays(single_row, union)
+    elif kind == "extension":
+        views = pa.ListViewArray.from_arrays(zeros, pa.array(np.ones(count), pa.int32()), text)
+        column = pa.ExtensionArray.from_storage(pa.opaque(views.type, "a", "b"), views)
+    else:
+        column = items if kind == "views" else pa.ListArray.from_arrays(single_row, items)
+    data = pa.table({"question": column, "answer": ["a"] * len(column)})
+
+    def write(path):
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, data.schema) as writer:
+            writer.write_table(data)
+
+    return write
+
+
+def text_map(path):
+    """Write one row with a map of 20,000 keys to the same text."""
+    items = pa.array(["y" * 100_000] * 20_000)
+    column = pa.MapArray.from_arrays(pa.array([0, 20_000], pa.int32()), pa.array(list(map(str, range(20_000)))), items)
+    pq.write_table(pa.table({"question": column, "answer": ["a"]}), path, compression="zstd")
+
+
+def one_row(before, value, after, count=20_000_000):
+    """Write one row with `count` small values, compressed."""
+
+    def write(path):
+        with gzip.open(path, "wb", 1) as file:
+            file.write(before + value * count + after)
+
+    return write
+
+
+TRAILING = b'{"question": "q", "answer": "a"}'
+
 FILES = {
+    "references in a map": ("a.arrow", repeated_in("map"), "expansion|row_too_long"),
+    "references in a union": ("a.arrow", repeated_in("union"), "column_type"),
+    "references in an extension type": ("a.arrow", repeated_in("extension"), "column_type"),
+    "references to a view in a list": ("a.arrow", repeated_in("list of views"), "expansion|row_too_long"),
+    "texts in a map": ("a.parquet", text_map, "expansion|row_too_long"),
+    "objects in a row of JSON Lines": ("a.jsonl.gz", one_row(b'{"messages":[', b"{},", b"{}]}\n"), "row_too_long"),
+    "objects in a row of JSON": ("a.json.gz", one_row(b'[{"messages":[', b"{},", b"{}]}]\n"), "row_too_long"),
+    "texts in a row": ("a.jsonl.gz", one_row(b'{"messages":[', b'"ab",', b'""]}\n', 12_000_000), "row_too_long"),
+    "cells in a row": ("a.csv.gz", one_row(b"question,answer\n", b"ab,", b"\n"), "row_too_long"),
+    "carriage returns": ("a.csv", lambda path: path.write_bytes(b"question,answer\n" + b"a\rb\n" * 200_000), "csv"),
+    "whitespace after an object": ("a.json.gz", one_row(TRAILING, b" ", b"", 400 * MEGABYTE), "not_rows"),
     "references in a list": ("a.parquet", references([60]), "expansion|row_too_long"),
     "references after an empty list": ("a.parquet", references([0, 100]), "expansion|row_too_long"),
     "empty lists in a row": ("a.parquet", empty_lists, "expansion|row_too_long"),
@@ -243,6 +299,10 @@ used = resource.getrusage(resource.RUSAGE_CHILDREN)
 print(json.dumps([done.returncode, done.stdout + done.stderr, used.ru_maxrss >> 10, used.ru_utime + used.ru_stime]))
 """
 QUICK = (
+    "references in a map",
+    "references in a union",
+    "objects in a row of JSON Lines",
+    "carriage returns",
     "line of 100 MB",
     "1 GiB in one line",
     "long cell",
@@ -273,3 +333,9 @@ def test_decompression_bomb_is_refused(name, tmp_path, tokenizer_dir):
     assert len(told) < 10_000
     assert megabytes < 700
     assert seconds < 20
+
+
+def test_trailing_empty_cells_are_ignored(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer\nq,a" + "," * 1_000_000)
+    (row,) = read(str(tmp_path / "a.csv"))
+    assert row.data == {"question": "q", "answer": "a"}
