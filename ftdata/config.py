@@ -413,7 +413,9 @@ def parse_settings(items: Iterable[str]) -> dict[str, Any]:
     for item in items:
         name, equals, text = item.partition("=")
         if not equals:
-            raise UsageError("setting", f"--set is {redact(item)!r}, expected name=value, e.g. learning_rate=1e-4")
+            raise UsageError(
+                "setting", f"--set is {redact(item.partition(':')[0])!r}, expected name=value, e.g. learning_rate=1e-4"
+            )
         try:
             value = parse_yaml(text)
         except yaml.YAMLError as error:

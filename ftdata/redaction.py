@@ -91,14 +91,14 @@ _CREDENTIALS = re.compile(
     r"(?<![A-Za-z0-9])(?:"
     r"hf_(?=[A-Za-z]*[0-9A-Z])[A-Za-z0-9]{10,}|hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,}"
     r"|sk-(?=[\w-]*[0-9A-Z])[\w-]{16,}"
-    r"|(?:AKIA|ASIA)[0-9A-Z]{16}(?![0-9A-Z])"
+    r"|(?:AKIA|ASIA)[0-9A-Z]{16}(?![0-9A-Z])(?::[^\s\"'<>@]+(?=@))?"
     r"|gh[opsur]_[A-Za-z0-9]{16,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|xox[abeprs]-[\w-]{10,}|AIza[\w-]{35}"
     r")"
 )
 _USER_INFO = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*://)(?P<user>[^\s/?#@:\"'<>]*)(?P<password>:[^\s/?#\"'<>]*)?@")
 _QUERY = re.compile(r"(?<=[?&;])(?P<name>[\w.%-]+)=(?P<value>[^\s&;#\"'<>]+)")
-_SIGNATURES = frozenset(("sig", "signature", "xamzsignature", "xgoogsignature", "token", "key"))
+_SIGNATURES = frozenset(("auth", "jwt", "key", "pwd", "sig", "signature", "token", "xamzsignature", "xgoogsignature"))
 _ASSIGNED = re.compile(
     r"(?P<name>(?<![\w.%-])[A-Za-z][\w.-]*)(?P<between>=|[\"']\s*[:=]\s*)(?P<quote>[\"']?)(?P<value>[^\s\"',;&]+)"
 )

@@ -66,6 +66,10 @@ def test_ordinary_text_is_not_redacted(text):
 def test_credentials_in_urls_are_redacted():
     assert redact("https://me:p4ss@host/d.json") == f"https://{REDACTED}@host/d.json"
     assert redact("get https://abcdef@host/d now") == f"get https://{REDACTED}@host/d now"
+    assert "wJalrX" not in redact("Invalid bucket name AKIAABCDEFGHIJKLMNOP:wJalrXUtnFEMI@bucket")
+    assert (
+        redact("http://host/x?auth=abc&pwd=d&jwt=e") == f"http://host/x?auth={REDACTED}&pwd={REDACTED}&jwt={REDACTED}"
+    )
     assert redact("postgres://:pw@host/db") == f"postgres://{REDACTED}@host/db"
     url = "https://b.s3.amazonaws.com/d?X-Amz-Credential=AKIA1/x&X-Amz-Signature=0123abc&versionId=7"
     assert (

@@ -243,7 +243,7 @@ def config_import(
     """Convert an Axolotl or LLaMA-Factory configuration, and list the differences."""
     from ftdata.importers import import_config
 
-    if str(output) != "-" and output.exists():
+    if str(output) != "-" and (output.exists() or output.is_symlink()):
         raise UsageError("target_exists", f"{output} already exists", hint="choose another file with --output")
     imported = import_config(file, dataset or (), model=model)
     if str(output) == "-":

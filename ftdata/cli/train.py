@@ -46,7 +46,7 @@ def init(
     """Write a training configuration with comments and with values computed from data and a model."""
     from ftdata.train import init as make_config_text
 
-    if str(output) != "-" and output.exists():
+    if str(output) != "-" and (output.exists() or output.is_symlink()):
         raise UsageError("target_exists", f"{output} already exists", hint="choose another file with --output")
     text = make_config_text(
         data, model, output_dir, template=template, limit=limit, trust_remote_code=trust_remote_code or None

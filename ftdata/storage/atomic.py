@@ -160,8 +160,18 @@ def _check_folder(folder: Path) -> None:
         return
     if hasattr(os, "geteuid") and (owner := folder.lstat().st_uid) != os.geteuid():
         raise StorageError("workspace_owner", f"{folder} belongs to another user (uid {owner})", hint=hint)
+    check_no_links(folder)
+
+
+def check_no_links(folder: Path) -> None:
+    """Check that a folder contains no symbolic links, which could redirect writes to other files.
+
+    Raises:
+        StorageError: `workspace_link`, with the first link.
+    """
     link = next((path for path in _list_paths(folder) if (folder / path).is_symlink()), None)
     if link is not None:
+        hint = f"inspect and remove {folder / link}, or choose another output folder"
         raise StorageError("workspace_link", f"{folder} contains a symbolic link: {link}", hint=hint)
 
 
@@ -295,6 +305,8 @@ def _convert_os_errors(target: Path) -> Iterator[None]:
         path = f": {error.filename}" if error.filename and str(error.filename) != str(target) else ""
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "free disk space, or choose another path" if is_full else "choose a path with write permission"
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            hint = "increase the limit of open files: ulimit -n 1024"
         raise StorageError("write", f"cannot write {target}: {error.strerror or error}{path}", hint=hint) from None
 
 

@@ -131,7 +131,8 @@ class Template:
     @cached_property
     def has_generation_tags(self) -> bool:
         """Whether the template marks the generated text with `{% generation %}`."""
-        tokens = sandbox_environment().lex(self.source)
+        with self._convert_syntax_errors():
+            tokens = list(sandbox_environment().lex(self.source))
         return any(kind == "name" and value == "generation" for _, kind, value in tokens)
 
     @cached_property

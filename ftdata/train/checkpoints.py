@@ -23,6 +23,7 @@ from ftdata._version import __version__
 from ftdata.config import Config
 from ftdata.errors import InputRefused, UsageError
 from ftdata.redaction import drop_redacted, redact
+from ftdata.storage.atomic import check_no_links
 from ftdata.storage.disk import hash_bytes, sha256_of_file, sync, write_json
 
 CHANGEABLE_SETTINGS = (
@@ -150,11 +151,14 @@ def check_run_folder(run: Path, config: Config, processes: int, *, resume: bool)
     Raises:
         UsageError: the folder contains a run or a build; or `resume` is set, but the folder contains no run.
         InputRefused: the folder belongs to a different run, or none of its checkpoints is intact.
+        StorageError: the folder contains a symbolic link.
     """
     if run.exists() and not run.is_dir():
         raise UsageError("target_exists", f"the run directory {run} is a file", hint="choose another folder")
     if (run / "manifest.json").is_file():
         raise UsageError("target_exists", f"the run directory {run} contains a build", hint="choose another folder")
+    if run.exists():
+        check_no_links(run)
     metadata = read_run_json(run)
     folders = list_checkpoints(run)
     if not resume:

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftdata import check_template
 from ftdata.errors import BadRow, TemplateRefused, UsageError
 from ftdata.pipeline.recipe import make_recipe
 from ftdata.templates import Template, check_can_train, find_template, render_in_worker, templates
@@ -311,6 +312,12 @@ def test_turns_of_templates_without_generation_tags_are_detected():
 
 def test_jinja_is_new_enough():
     assert tuple(map(int, jinja2.__version__.split(".")[:3])) >= (3, 1, 6)
+
+
+@pytest.mark.parametrize("source", ["{# x", "{{ messages }}{# x", "{% raw %}{{ messages }}", "{{ messages", "{% if %}"])
+def test_syntax_errors_are_refused(source):
+    with pytest.raises(TemplateRefused, match="template_syntax"):
+        check_template(source)
 
 
 @pytest.mark.parametrize("wrong", ["m.content | rerlace('a', 'b')", "m is oddly"])

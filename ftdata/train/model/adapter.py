@@ -15,7 +15,7 @@ from ftdata.config import LORA_NAMES, Config, Lora
 from ftdata.errors import UsageError, describe_exception, suggest_names
 from ftdata.train.model.config_fields import check_fields, convert_fields
 from ftdata.train.model.load import embedding_names, wants_adapter
-from ftdata.train.model.quantization import quantization_name
+from ftdata.train.model.quantization import quantization_name, skipped_modules
 
 FIXED = {
     "task_type": "the model is a causal language model",
@@ -112,20 +112,20 @@ def check_modules(config: Config, model: Any) -> None:
     Raises:
         UsageError: the model has no such module, layer or token; the message contains the field and similar names.
     """
+    skipped = skipped_modules(config.quantization)
+    modules = [name for name, _ in model.named_modules() if name]
+    _check_names(config, "quantization.llm_int8_skip_modules", skipped, modules)
     if not wants_adapter(config):
         return
     fields = (config.lora or Lora()).fields()
-    modules = [name for name, _ in model.named_modules() if name]
     parameters = [name for name, _ in model.named_parameters()]
     for field in _MODULE_FIELDS:
         names = parameters if field == "target_parameters" else modules
-        for target in _list_or_empty(fields.get(field)):
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                suggestion = suggest_names(target, _last_parts(names))
-                raise _missing_error(config, f"lora.{field}", f"module {target!r}", suggestion)
+        _check_names(config, f"lora.{field}", _list_or_empty(fields.get(field)), names)
     pattern = fields["target_modules"]
     if isinstance(pattern, str) and pattern != "all-linear" and not _any_match(pattern, modules):
-        suggestion = suggest_names(pattern, _last_parts(modules))
+        known = _last_parts(modules)
+        suggestion = f"pass a list: [{pattern}]" if pattern in known else suggest_names(pattern, known)
         raise _missing_error(config, "lora.target_modules", f"module that matches {pattern!r}", suggestion)
     _check_layers(config, fields.get("layers_to_transform"), model)
     _check_patterns(config, fields, modules)
@@ -133,9 +133,17 @@ def check_modules(config: Config, model: Any) -> None:
     lora = make_lora_config(config, model, grows=False, shapes=True)
     try:
         get_peft_model(model, lora)
-    except (ValueError, TypeError, LookupError, RuntimeError, ImportError, NotImplementedError) as error:
+    except Exception as error:  # noqa: BLE001  (an invalid value can raise any exception in PEFT)
         message = f"the adapter cannot be added to {config.model}: {describe_exception(error)}"
         raise UsageError("lora", message) from None
+
+
+def _check_names(config: Config, field: str, targets: Iterable[str], names: Sequence[str]) -> None:
+    """Raise an error if a field names a module or parameter that the model does not have."""
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            suggestion = suggest_names(target, _last_parts(names))
+            raise _missing_error(config, field, f"module {target!r}", suggestion)
 
 
 def _check_layers(config: Config, indices: Any, model: Any) -> None:

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ftdata.build.dataset import write_build
 from ftdata.config import Config, to_yaml
-from ftdata.errors import InputRefused, UsageError, describe_exception
+from ftdata.errors import FtdataError, InputRefused, UsageError, describe_exception
 from ftdata.templates import Template
 from ftdata.tokenizing.load import load_tokenizer
 from ftdata.train import checkpoints
@@ -78,7 +78,7 @@ def train_sft(config: Config, build: Path | None, *, resume: bool = False, notes
         if before and before.is_done(estimate.steps, config.early_stopping):
             trainer.load_checkpoint(before.checkpoint)
         else:
-            trainer.train(resume_from_checkpoint=before.checkpoint if before else None)
+            _train(trainer, before)
     except torch.OutOfMemoryError:
         raise InputRefused(
             "out_of_memory",
@@ -100,6 +100,23 @@ def train_sft(config: Config, build: Path | None, *, resume: bool = False, notes
     finally:
         progress.stop()
     return finish_run(trainer, config, data, run, console, estimate)
+
+
+def _train(trainer: BuildTrainer, before: checkpoints.PreviousRun | None) -> None:
+    """Train the model. An exception before the end of the first step means that a setting is invalid.
+
+    Raises:
+        UsageError: other libraries reject a setting.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=before.checkpoint if before else None)
+    except (FtdataError, OSError, MemoryError, UnpicklingError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if before or trainer.state.global_step:
+            raise
+        message = f"training fails before the end of the first step: {describe_exception(error, 2_000)}"
+        raise UsageError("train_setting", message, hint="check the fields of train, lora and quantization") from error
 
 
 def estimate_sft(config: Config, build: Path | None) -> tuple[Estimate, str]:
@@ -174,8 +191,12 @@ def make_trainer(
             peft_config=lora,
             callbacks=callbacks,
         )
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise UsageError("train_setting", f"SFTTrainer rejects the settings: {' '.join(str(error).split())}") from None
+    except FtdataError:
+        raise
+    except Exception as error:
+        # An invalid value can raise any exception in other libraries.
+        message = f"SFTTrainer rejects the settings: {describe_exception(error, 2_000)}"
+        raise UsageError("train_setting", message) from error
     if not torch.cuda.is_available():
         for weight in trainer.model.parameters():
             # TRL casts the adapters of quantized models to bfloat16. It is slow on CPUs, and it makes a resumed run

@@ -202,7 +202,8 @@ def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: 
         settings = SFTConfig(**{**defaults, **config.train, **fixed})
         # Otherwise, a missing integration fails only when the trainer is created, after the model is loaded.
         get_reporting_integration_callbacks(settings.report_to)
-    except (ValueError, TypeError, ImportError) as error:
+        settings.get_process_log_level()
+    except Exception as error:  # noqa: BLE001  (an invalid value can raise any exception in other libraries)
         raise UsageError(
             "train_setting", f"SFTConfig rejects the train settings: {describe_exception(error, 2_000)}"
         ) from None

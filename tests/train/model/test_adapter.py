@@ -126,6 +126,9 @@ MISSING = {
     "lora.exclude_modules=[nope]": "lora.exclude_modules",
     "lora.target_parameters=[nope]": "lora.target_parameters",
     "lora.target_modules=[act_fn]": "cannot be added",
+    "lora.target_modules=q_proj": r"pass a list: \[q_proj\]",
+    "lora.arrow_config={}": "cannot be added",
+    "quantization={load_in_4bit: true, llm_int8_skip_modules: [q_prj]}": "no module 'q_prj'. Fix: did you mean 'q_proj'",
 }
 
 

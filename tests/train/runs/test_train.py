@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ftdata import build_sft_dataset
-from ftdata.errors import InputRefused, InternalError, UsageError
+from ftdata.errors import InputRefused, InternalError, StorageError, UsageError
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.train
@@ -273,6 +273,7 @@ def write(folder):
         ({"use_liger_kernel": True}, "TRL's fused head"),
         ({"accelerator_config": {"split_batches": True}}, "none is lost or repeated"),
         ({"report_to": "nonsense"}, "SFTConfig rejects"),
+        ({"log_level": "nope"}, "SFTConfig rejects"),
         (["lora=null", "lora.r=8"], "sets both"),
         (["train=5", "learning_rate=1"], "sets both"),
         (["lora.target_modules=nope"], "no module that matches 'nope'"),
@@ -284,6 +285,25 @@ def test_settings_that_would_undo_the_build_are_refused(llama, data, tmp_path, s
         with pytest.raises(UsageError, match=says):
             call(data, model=llama, output_dir=tmp_path / "run", settings=settings)
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"adam_beta1": 2}, {"optim": "lomo"}, {"lr_scheduler_type": "cosine_with_min_lr"}]
+)
+def test_values_that_only_the_trainer_rejects_are_refused(llama, data, tmp_path, settings):
+    with pytest.raises(UsageError, match="train_setting"):
+        run(data, model=llama, output_dir=tmp_path / "run", settings={"max_steps": 1, **settings})
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "run.json.tmp", "loss.svg", "model"])
+def test_links_in_a_run_directory_are_refused(llama, data, tmp_path, name):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / ("precious" if "." in name else ""))
+    with pytest.raises(StorageError, match="workspace_link"):
+        run(data, model=llama, output_dir=tmp_path / "run", settings={"max_steps": 1})
+    assert (tmp_path / "precious").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["precious", "run"]
 
 
 def test_settings_can_be_reset_to_null(llama, data, tmp_path):
