@@ -3,12 +3,12 @@
     FtdataError                     .code  .where  .hint  .exit_code
     ├── UsageError (ValueError)         an invalid request                       exit 2
     ├── MissingDependency (ImportError) an optional package is not installed     exit 2
-    ├── InputRefused (ValueError)       the input cannot be read or understood   exit 3
+    ├── InputRefused (ValueError)       unreadable input, a damaged build        exit 3
     │   ├── BadRow                      one row
     │   ├── BadRows                     all bad rows of a run, together
     │   └── TemplateRefused             a template or tokenizer, for every row
     ├── TooManyRejects (ValueError)     rejects above `max_rejects`              exit 4
-    ├── StorageError (OSError)          disk, permission, a damaged build        exit 5
+    ├── StorageError (OSError)          the disk, a permission, an unsafe link   exit 5
     ├── HubError (OSError)              network or hub                           exit 6
     └── InternalError (RuntimeError)    a bug in ftdata                          exit 7
 

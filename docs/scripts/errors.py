@@ -15,7 +15,7 @@ KINDS = {
     "UsageError": ("a request", 0, 1, None),
     "MissingDependency": ("a request", 0, 1, None),
     "TooManyRejects": ("a build", 0, 1, None),
-    "StorageError": ("a disk", 0, 1, None),
+    "StorageError": ("a disk or process", 0, 1, None),
     "HubError": ("a hub", 0, 1, None),
     "InternalError": ("ftdata", 0, 1, None),
 }
@@ -25,17 +25,17 @@ EXITS = {
     "a template or tokenizer": 3,
     "a request": 2,
     "a build": 4,
-    "a disk": 5,
+    "a disk or process": 5,
     "a hub": 6,
     "ftdata": 7,
 }
 HEAD = """# Errors
 
-Every error has a stable code, a place, a message and a fix. This page lists the codes and messages in the source;
+Every error has a stable code, a location, a message and a fix. This page lists the codes and messages in the source;
 `…` stands for a value.
 Flags that `reject_flags=` contains are codes too: see [masks](../masks.md#flags).
 
-| code | of | exit code | message | fix |
+| code | concerns | exit code | message | fix |
 |---|---|---:|---|---|
 """
 

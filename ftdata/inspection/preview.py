@@ -125,9 +125,9 @@ def preview(
 
     Raises:
         UsageError: An option is invalid.
-        InputRefused: The source cannot be read, or a selected row does not exist.
+        InputRefused: The source cannot be read, a build is damaged, or a selected row does not exist.
         TemplateRefused: The template or the tokenizer cannot be used for any row.
-        StorageError: A build is damaged, or the page cannot be written.
+        StorageError: The page cannot be written.
         HubError: The network or the hub fails.
 
     >>> print(preview([{"question": "2+2?", "answer": "4"}], template="question_answer", n=1))
