@@ -55,7 +55,7 @@ templates_app = typer.Typer(no_args_is_help=True, help="List, show and check cha
 def build(
     data: Annotated[list[str], typer.Argument(help=f"Training data: {SOURCE_HELP}", show_default=False)],
     tokenizer: Annotated[
-        str, typer.Option("--tokenizer", "-t", help="Tokenizer: Hub id, or folder that contains tokenizer.json")
+        str, typer.Option("--tokenizer", "-t", help="Tokenizer: Hub ID, or folder that contains tokenizer.json")
     ],
     output_dir: Annotated[str, typer.Option("--output-dir", "-o", help="Output folder or URL, e.g. s3://bucket/name")],
     template: Template = None,
@@ -84,7 +84,7 @@ def build(
     date: Date = None,
     template_kwarg: TemplateKwarg = None,
     workers: Annotated[int | None, typer.Option(help="Number of parallel workers; does not affect the output")] = None,
-    engine: Annotated[str, typer.Option(help="Execution engine: local, ray, or ray:ADDRESS")] = "local",
+    engine: Annotated[str, typer.Option(help="Where to run the workers: local, ray, or ray:ADDRESS")] = "local",
     encoding: Encoding = None,
     quoting: Quoting = None,
     split: Split = None,
@@ -125,9 +125,7 @@ def build(
 def convert(
     data: Annotated[list[str], typer.Argument(help=f"Training data: {SOURCE_HELP}", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Output file (.jsonl or .parquet)")],
-    to: Annotated[
-        str, typer.Option(help="Output schema: messages, prompt_completion, or text (rendered text)")
-    ] = "messages",
+    to: Annotated[str, typer.Option(help="Schema of the output: messages, prompt_completion, or text")] = "messages",
     tokenizer: Tokenizer = None,
     template: Template = None,
     schema: Schema = "auto",
@@ -181,7 +179,7 @@ def push(
     repo: Annotated[
         str, typer.Argument(help="Hub repository (owner/name), created if it does not exist", show_default=False)
     ],
-    private: Annotated[bool, typer.Option("--private", help="Make a newly created repository private")] = False,
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private")] = False,
 ) -> None:
     """Upload a build and its data set card to the Hub."""
     from ftdata.build.push import push as push_build
@@ -236,7 +234,7 @@ def config_import(
         typer.Option(help="Data set to import: name, path, or index from 0 (repeatable)"),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Base model (default: from the imported file)")
+        str | None, typer.Option("--model", "-m", help="Base model (default: the model in the imported file)")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -61,9 +61,9 @@ def preview(
     date: Date = None,
     template_kwarg: TemplateKwarg = None,
     n: Annotated[
-        int | None, typer.Option("-n", help="Number of rows to show (default: 3, or 1 per kind with --odd)", min=1)
+        int | None, typer.Option("-n", help="Number of rows to show (default: 3; with --odd: 1 per kind)", min=1)
     ] = None,
-    row: Annotated[str | None, typer.Option(help="Show the rows with these numbers (from 0), e.g. 7 or 3,8-11")] = None,
+    row: Annotated[str | None, typer.Option(help="Show the rows with these indices, e.g. 7 or 3,8-11")] = None,
     id_: Annotated[
         str | None, typer.Option("--id", help="Show the rows whose id, uuid or similar column has this value")
     ] = None,
@@ -130,15 +130,15 @@ def audit(
     date: Date = None,
     template_kwarg: TemplateKwarg = None,
     against: Annotated[
-        list[str] | None, typer.Option(help="Report rows of this test set that also occur in the data (repeatable)")
+        list[str] | None, typer.Option(help="Test set to compare with: report its rows that also occur in the data")
     ] = None,
     near_duplicate_threshold: Annotated[
         float | None, typer.Option(help="Also look for near-duplicates above this similarity, e.g. 0.8")
     ] = None,
     pii: Annotated[bool, typer.Option("--pii", help="Also look for personal data (PII)")] = False,
-    ignore: Annotated[str | None, typer.Option(help="Comma-separated checks to skip, e.g. duplicate,script")] = None,
+    ignore: Annotated[str | None, typer.Option(help="Skip these checks, e.g. duplicate,script")] = None,
     fail_on: Annotated[
-        str, typer.Option(help="Lowest severity that causes exit code 1: note, warning, error, or never")
+        str, typer.Option(help="Exit with code 1 at this severity or above: note, warning, error, never")
     ] = "note",
     format_: Annotated[
         str, typer.Option("--format", help="Output format: text, json, sarif, or github (annotations)")
@@ -229,19 +229,18 @@ def stats(
 
 def diff(
     a: Annotated[
-        str, typer.Argument(metavar="A", help="First side: build, configuration file, or data", show_default=False)
+        str,
+        typer.Argument(metavar="A", help="First data set: a build, a configuration file, or data", show_default=False),
     ],
     b: Annotated[
         str | None,
-        typer.Argument(
-            metavar="B", help="Second side: build, configuration file, or data (default: first side with --set)"
-        ),
+        typer.Argument(metavar="B", help="Second data set (default: the first data set with --set applied)"),
     ] = None,
     tokenizer: Tokenizer = None,
     template: Template = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Override an option of the second side, e.g. turns=split (repeatable)"),
+        typer.Option("--set", help="Override an option of the second data set, e.g. turns=split"),
     ] = None,
     template_kwarg: TemplateKwarg = None,
     n: Annotated[int, typer.Option("-n", help="Maximum number of changed rows to show", min=0)] = 10,

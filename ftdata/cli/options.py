@@ -22,39 +22,39 @@ SOURCE_HELP = f"a file ({', '.join(FORMATS)}; may be compressed), glob, folder, 
 Data = Annotated[str, typer.Argument(help=f"Data to read: a build, or {SOURCE_HELP}", show_default=False)]
 Encoding = Annotated[str | None, typer.Option(help="Text encoding if not UTF-8/16/32, e.g. cp1252")]
 Quoting = Annotated[
-    str | None, typer.Option(help="CSV/TSV quoting: csv (quotes enclose cells) or none (literal quotes)")
+    str | None, typer.Option(help="Quotes in CSV/TSV: csv (they enclose cells) or none (they are text)")
 ]
-Split = Annotated[str | None, typer.Option(help="Split to read if the data contains several splits")]
+Split = Annotated[str | None, typer.Option(help="Name of the split to read, if the data has several splits")]
 Tokenizer = Annotated[
-    str | None, typer.Option("--tokenizer", "-t", help="Tokenizer: Hub id, or folder that contains tokenizer.json")
+    str | None, typer.Option("--tokenizer", "-t", help="Tokenizer: Hub ID, or folder that contains tokenizer.json")
 ]
 Template = Annotated[
     str | None, typer.Option(help="Template: name, .jinja file or Jinja source (default: the tokenizer's)")
 ]
-Schema = Annotated[str, typer.Option(help="Row schema: name, ./file.py:function, or auto (detect per row)")]
+Schema = Annotated[str, typer.Option(help="Schema of the rows: a name, ./file.py:function, or auto (detect)")]
 Columns = Annotated[
     list[str] | None,
-    typer.Option("--column", help="Map a schema column to a data column, e.g. output=answer (repeatable)"),
+    typer.Option("--column", help="Read a schema column from another column, e.g. output=answer"),
 ]
 TrainOn = Annotated[
-    str, typer.Option(help="Messages to train on: assistant, last_assistant, completion, all, or ./file.py:function")
+    str, typer.Option(help="Train on: assistant, last_assistant, completion, all, or ./file.py:function")
 ]
 Turns = Annotated[str, typer.Option(help="Examples per conversation: joint (one), split (one per turn), or auto")]
-TrainParts = Annotated[str | None, typer.Option(help="Message parts to train on, e.g. reasoning,answer,tool_call")]
-OnDroppedMessage = Annotated[str, typer.Option(help="Action if the template drops a message: reject or flag the row")]
-OnMissingStop = Annotated[str, typer.Option(help="Action if the last turn has no stop token: flag or append_eos")]
+TrainParts = Annotated[str | None, typer.Option(help="Train only these parts of messages, e.g. reasoning,answer")]
+OnDroppedMessage = Annotated[str, typer.Option(help="If the template omits a message: reject or flag the row")]
+OnMissingStop = Annotated[str, typer.Option(help="If the last turn has no stop token: flag (report it) or append_eos")]
 RejectFlags = Annotated[
     str | None, typer.Option(help="Reject rows with these flags, e.g. no_trained_stop,message_truncated")
 ]
-ControlTokens = Annotated[str, typer.Option(help="Action for control-token text in the data: escape, refuse or allow")]
+ControlTokens = Annotated[str, typer.Option(help="If the data contains control-token text: escape, refuse or allow it")]
 MaxLength = Annotated[int | None, typer.Option(help="Maximum number of tokens per example and per packed sequence")]
-Overlong = Annotated[str, typer.Option(help="Action for examples over --max-length: reject, drop_turns or truncate")]
+Overlong = Annotated[str, typer.Option(help="If an example exceeds --max-length: reject, drop_turns or truncate")]
 Date = Annotated[str | None, typer.Option(help="Date that the template prints as the current date, e.g. 2026-01-31")]
 TemplateKwarg = Annotated[
-    list[str] | None, typer.Option(help="Set a template variable, e.g. enable_thinking=false (repeatable)")
+    list[str] | None, typer.Option(help="Set a variable of the template, e.g. enable_thinking=false")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the output as JSON")]
-Packing = Annotated[str | None, typer.Option(help="Pack several examples per sequence: bfd (best-fit decreasing)")]
+Packing = Annotated[str | None, typer.Option(help="Packing algorithm: bfd (best-fit decreasing; default: no packing)")]
 Where = Annotated[str | None, typer.Option(help="Read only rows that match this Jinja expression, e.g. lang == 'en'")]
 Limit = Annotated[int | None, typer.Option(help="Maximum number of rows to read from each source", min=1)]
 Dedup = Annotated[bool, typer.Option("--dedup", help="Remove duplicate rows and keep the first")]
@@ -62,15 +62,19 @@ NearDuplicateThreshold = Annotated[
     float | None, typer.Option(help="Similarity threshold for near-duplicates (0.5-1.0)")
 ]
 Sample = Annotated[
-    float | None, typer.Option(parser=parse_number, help="Size of the random sample: number of rows, or share below 1")
+    float | None,
+    typer.Option(parser=parse_number, help="Size of a random sample: number of rows, or fraction, e.g. 0.1"),
 ]
 Shuffle = Annotated[bool, typer.Option("--shuffle", help="Shuffle the rows")]
 TestSize = Annotated[
-    float | None, typer.Option(parser=parse_number, help="Size of the test split: number of rows, or share below 1")
+    float | None,
+    typer.Option(parser=parse_number, help="Size of the test split: number of rows, or fraction, e.g. 0.1"),
 ]
 Seed = Annotated[int, typer.Option(help="Random seed for splitting, sampling, shuffling and mixing")]
-OnBadRows = Annotated[str, typer.Option(help="Action for invalid rows: error (stop) or quarantine (set aside)")]
-MaxRejects = Annotated[str | None, typer.Option(help="Maximum number or share of quarantined rows, e.g. 100 or 1%")]
+OnBadRows = Annotated[str, typer.Option(help="If rows are invalid: error (stop) or quarantine (skip and record)")]
+MaxRejects = Annotated[
+    str | None, typer.Option(help="Maximum number or percentage of quarantined rows, e.g. 100 or 1%")
+]
 
 
 def parse_columns(pairs: list[str] | None) -> dict[str, str] | None:

@@ -19,11 +19,13 @@ from ftdata.errors import UsageError, escape_unprintable
 if TYPE_CHECKING:
     from ftdata.train.inference.progress import GenerationProgress
 
-Run = Annotated[Path, typer.Argument(help="Run directory of a finished training run", show_default=False)]
-Model = Annotated[str | None, typer.Option("--model", "-m", help="Base model: Hub id or folder")]
+Run = Annotated[Path, typer.Argument(help="Directory of a finished training run", show_default=False)]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Base model: Hub ID or folder")]
 MaxNewTokens = Annotated[int, typer.Option(help="Maximum number of generated tokens per answer", min=1)]
-Beams = Annotated[int, typer.Option("--num-beams", help="Number of beams; 1 disables beam search", min=1)]
-Temperature = Annotated[float | None, typer.Option(help="Sampling temperature, e.g. 0.7 (default: no sampling)")]
+Beams = Annotated[
+    int, typer.Option("--num-beams", help="Number of beams in beam search (default: 1, no beam search)", min=1)
+]
+Temperature = Annotated[float | None, typer.Option(help="Sampling temperature, e.g. 0.7 (default: greedy decoding)")]
 TopP = Annotated[float | None, typer.Option(help="Top-p (nucleus) sampling threshold")]
 SamplingSeed = Annotated[int, typer.Option("--seed", help="Random seed for sampling")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code from the model repository")]
@@ -34,11 +36,11 @@ def init(
     data: Annotated[
         str, typer.Argument(help="Training data, in any format that `ftdata build` reads", show_default=False)
     ],
-    model: Annotated[str, typer.Option("--model", "-m", help="Base model: Hub id or folder")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Base model: Hub ID or folder")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Output file, or - for standard output")] = Path(
         "run.yaml"
     ),
-    output_dir: Annotated[str, typer.Option(help="Value of output_dir in the configuration file")] = "out",
+    output_dir: Annotated[str, typer.Option(help="Run directory to write into the configuration (output_dir)")] = "out",
     template: Template = None,
     limit: Limit = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -62,30 +64,30 @@ def train(
     source: Annotated[
         str,
         typer.Argument(
-            help="Configuration file (.yaml or .toml), data, build, or run to resume",
+            help="Configuration file (.yaml, .toml), data, a build, or a run to resume",
             show_default=False,
         ),
     ],
     model: Model = None,
     output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Output directory of the run")] = None,
     template: Template = None,
-    schema: Annotated[str | None, typer.Option(help="Row schema: name, ./file.py:function, or auto")] = None,
-    column: Columns = None,
-    train_on: Annotated[
-        str | None, typer.Option(help="Messages to train on: assistant, last_assistant, completion or all")
+    schema: Annotated[
+        str | None, typer.Option(help="Schema of the rows: a name, ./file.py:function, or auto (detect)")
     ] = None,
+    column: Columns = None,
+    train_on: Annotated[str | None, typer.Option(help="Train on: assistant, last_assistant, completion or all")] = None,
     turns: Annotated[
         str | None, typer.Option(help="Examples per conversation: joint (one), split (one per turn), or auto")
     ] = None,
     max_length: MaxLength = None,
     overlong: Annotated[
-        str | None, typer.Option(help="Action for examples over --max-length: reject, drop_turns or truncate")
+        str | None, typer.Option(help="If an example exceeds --max-length: reject, drop_turns or truncate")
     ] = None,
     packing: Packing = None,
     test_size: TestSize = None,
     limit: Limit = None,
     on_bad_rows: Annotated[
-        str | None, typer.Option(help="Action for invalid rows: error (stop) or quarantine (set aside)")
+        str | None, typer.Option(help="If rows are invalid: error (stop) or quarantine (skip and record)")
     ] = None,
     max_rejects: MaxRejects = None,
     quantization: Annotated[str | None, typer.Option(help="Quantize the base model: nf4 (QLoRA), fp4 or int8")] = None,
@@ -99,7 +101,7 @@ def train(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Estimate parameters, memory, steps and time without training")
+        bool, typer.Option("--dry-run", help="Estimate memory, steps and time, and exit without training")
     ] = False,
     resume: Annotated[bool, typer.Option(help="Resume from the last complete checkpoint")] = False,
     as_json: Json = False,
