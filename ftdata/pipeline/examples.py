@@ -195,10 +195,8 @@ class Batch:
 
 
 def _columns_of_masked(masked: MaskedTexts) -> ExampleColumns:
-    lengths, sources = (
-        np.diff(masked.tokens.token_bounds),
-        [conversation.source for conversation in masked.conversations],
-    )
+    lengths = np.diff(masked.tokens.token_bounds)
+    sources = [conversation.source for conversation in masked.conversations]
     return ExampleColumns(
         masked.tokens.ids, masked.trained, lengths, masked.trained_counts, [0] * len(masked), masked.flags, sources
     )

@@ -87,7 +87,7 @@ CASES = {
         rows(talk("q", "a"), template=THINKING, template_kwargs={"enable_thinking": False}),
     ),
     "token_crosses_boundary": (rows(talk("q", "a"), template=STRADDLING), rows(talk("q", "a"), template=CHATML)),
-    "whitespace_removed": (rows(talk("q", "a "), lstrip=True), rows(talk("q ", " a"), lstrip=True)),
+    "whitespace_removed": (rows(talk("q", "a "), lstrip=True), rows(talk("q", " a"), lstrip=True)),
     "rejected_side_dropped": (
         rows({"prompt": "q", "chosen": "yes", "rejected": "no"}, template=CHATML),
         rows({"prompt": "q", "completion": "yes"}, template=CHATML),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ftdata import build_sft_dataset
-from ftdata.errors import InputRefused, InternalError, StorageError, UsageError
+from ftdata.errors import InputRefused, InternalError, UsageError
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.train
@@ -293,17 +293,6 @@ def test_settings_that_would_undo_the_build_are_refused(llama, data, tmp_path, s
 def test_values_that_only_the_trainer_rejects_are_refused(llama, data, tmp_path, settings):
     with pytest.raises(UsageError, match="train_setting"):
         run(data, model=llama, output_dir=tmp_path / "run", settings={"max_steps": 1, **settings})
-
-
-@pytest.mark.parametrize("name", ["config.yaml", "run.json.tmp", "loss.svg", "model"])
-def test_links_in_a_run_directory_are_refused(llama, data, tmp_path, name):
-    (tmp_path / "precious").write_text("kept")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).symlink_to(tmp_path / ("precious" if "." in name else ""))
-    with pytest.raises(StorageError, match="workspace_link"):
-        run(data, model=llama, output_dir=tmp_path / "run", settings={"max_steps": 1})
-    assert (tmp_path / "precious").read_text() == "kept"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["precious", "run"]
 
 
 def test_settings_can_be_reset_to_null(llama, data, tmp_path):
