@@ -337,13 +337,13 @@ def _template_options(info: Mapping[str, Any], values: Mapping[str, Any], draft:
             continue
         raise conversion_error(
             f"the chat_template {name} cannot be converted",
-            hint="save the template as a .jinja file and set template to it, or use tokenizer_default",
+            hint="save the template as a .jinja file and set template to its path, or use tokenizer_default",
         )
     return {}
 
 
 def _prompt_template_options(kind: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a custom prompt format, which is the mapping under `type`, to a schema, columns and a template.
+    """Convert a custom prompt format, a mapping under the key `type`, to the options schema, columns and template.
 
     >>> kind = {"field_instruction": "q", "field_output": "a", "format": "Q: {instruction} A: "}
     >>> _prompt_template_options(kind)["columns"]

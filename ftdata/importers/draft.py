@@ -101,15 +101,15 @@ def explicit_settings(values: Mapping[str, Any], defaults: Mapping[str, Any]) ->
 
 
 def test_size_of(size: Any) -> Mapping[str, Any]:
-    """Convert the size of a validation split to the `test_size` field. The size is a share or a number of rows.
+    """Convert the size of a validation split to the `test_size` field. The size is a fraction or a number of rows.
 
     A size of 0 sets no field.
 
     Raises:
-        ValueError: the size is neither a share nor a number of rows.
+        ValueError: the size is neither a fraction nor a number of rows.
     """
     if isinstance(size, bool) or not isinstance(size, int | float) or not 0 <= size < 1 << 53:
-        raise ValueError(f"the size of the validation split is {size!r}, expected a share or a number of rows")
+        raise ValueError(f"the size of the validation split is {size!r}, expected a fraction or a number of rows")
     return {"test_size": int(size) if size > 1 else size} if size else {}
 
 

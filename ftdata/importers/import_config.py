@@ -60,7 +60,7 @@ def import_config(path: str | Path, datasets: Sequence[str] = (), *, model: str 
     ...     _ = info.write('{"faq": {"hf_hub_url": "me/faq", "columns": {"prompt": "q", "response": "a"}}}')
     >>> print(import_config(file, model="gpt2"))
     # Imported from LLaMA-Factory. Differences:
-    # - faq: columns input, system, history are used wherever they exist; LLaMA-Factory needs them to be configured
+    # - faq: columns input, system, history are used if a row has them; LLaMA-Factory uses only configured columns
     data:
     - path: me/faq
       split: train

@@ -146,7 +146,7 @@ def draft_from_training_file(values: Mapping[str, Any], selection: Sequence[str]
     _convert_lengths(values, draft)
     names = [name.strip() for name in str(values.get("dataset") or "").split(",") if name.strip()]
     if not names:
-        raise conversion_error("the setting dataset contains no name of a data set")
+        raise conversion_error("the setting dataset is empty, expected the names of data sets")
     data_dir = Path(str(values.get("dataset_dir", "data")))
     if not (data_dir / _INFO_FILE).is_file() and (folder / data_dir / _INFO_FILE).is_file():
         data_dir = folder / data_dir
@@ -190,7 +190,7 @@ def _convert_lengths(values: Mapping[str, Any], draft: Draft) -> None:
 
 
 def draft_from_dataset_info(values: Mapping[str, Any], selection: Sequence[str], folder: Path) -> Draft:
-    """Convert data sets in a `dataset_info.json` to a draft of an ftdata configuration without a model.
+    """Convert data sets in a `dataset_info.json` to a draft of an ftdata configuration. The draft contains no model.
 
     Args:
         values: the content of the file.
@@ -237,7 +237,7 @@ def _make_source(name: str, info: Mapping[str, Any], folder: Path) -> dict[str, 
     if info.get("ranking"):
         raise conversion_error(
             f"{name}: the setting ranking is not supported",
-            hint="remove ranking to train on the chosen answers of rows with chosen and rejected",
+            hint="to train on the column chosen and ignore the column rejected, remove the setting ranking",
         )
     if info.get("script_url") or not (info.get("hf_hub_url") or info.get("file_name") or info.get("cloud_file_name")):
         raise conversion_error(
@@ -263,8 +263,8 @@ def _row_options(name: str, info: Mapping[str, Any], draft: Draft) -> dict[str, 
     implicit = [column for key, column in _OPTIONAL_COLUMNS.items() if not columns.get(key)]
     if kind == "alpaca" and (implicit := [column for column in implicit if column != "input" or columns]):
         draft.add_note(
-            f"{name}: columns {', '.join(implicit)} are used wherever they exist; "
-            "LLaMA-Factory needs them to be configured"
+            f"{name}: columns {', '.join(implicit)} are used if a row has them; "
+            "LLaMA-Factory uses only configured columns"
         )
     if unsupported := [column for column in _UNSUPPORTED_COLUMNS if columns.get(column)]:
         raise conversion_error(f"{name}: columns {', '.join(unsupported)} are not supported")

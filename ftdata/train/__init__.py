@@ -74,7 +74,7 @@ def run(
     resume: bool = False,
     **overrides: Any,
 ) -> Path:
-    """Train a model. If `source` is not a build, build the data first.
+    """Train a model. If `source` is data instead of a finished build, build the data set first.
 
     Args:
         source: a config file (`.yaml`, `.yml`, `.toml`), the folder of a build, the folder of a run to resume, or data
@@ -140,7 +140,7 @@ def dry_run(
 
 
 def compare(run_dir: str | Path, data: Any = None, n: int | None = 20, **options: Any) -> Comparison:
-    """Compare the answers of the base model and the tuned model to the same prompts.
+    """Give the same prompts to the base model and to the tuned model, and compare the answers.
 
     Args:
         run_dir: the folder of a finished run.
@@ -315,7 +315,7 @@ def _resolve(
     *,
     resume: bool = False,
 ) -> tuple[Config, Path | None]:
-    """Return the configuration and the build folder of a run. The folder is `None` if the data is not built yet."""
+    """Return the configuration of a run, and the folder of its build. The folder is `None` if no build exists yet."""
     is_path = isinstance(source, str | Path)
     path = Path(source if is_path else "")
     if (rank := overrides.pop("lora_r", None)) is not None:
@@ -353,7 +353,7 @@ def _resolve(
 
 
 def _check_not_redacted(config: Config, file: Path) -> None:
-    """Raise an error if the data field of a saved configuration contains a redacted secret."""
+    """Raise an error if the field `data` of a saved configuration contains a redacted secret."""
     if is_redacted(config.data):
         raise UsageError(
             "redacted",
@@ -377,14 +377,14 @@ def _describe_redacted_settings(source: Any, config: Config, *, resume: bool) ->
             continue
         variables = _ENVIRONMENT_VARIABLES.get(field, ())
         variable = next((variable for variable in variables if os.environ.get(variable)), None)
-        origin = f"taken from {variable}" if variable else f"not set; pass it again with --set {name}=..."
+        origin = f"the value is taken from {variable}" if variable else f"pass the value again with --set {name}=..."
         yield f"{name} was redacted in {path}: {origin}"
 
 
 def _resolve_run_dir(run_dir: Path, fields: dict[str, Any], *, resume: bool) -> tuple[Config, Path | None]:
-    """Return the configuration and the build folder of a run that will be resumed."""
+    """Return the configuration of a run to resume, and the folder of its build."""
     if not (run_dir / "config.yaml").is_file():
-        hint = "pass the configuration or the data instead"
+        hint = "pass a configuration file or data instead"
         raise UsageError("not_a_run", f"{run_dir} contains no config.yaml", hint=hint)
     if not resume:
         raise UsageError("run_exists", f"{run_dir} already contains a run", hint="resume it with --resume")
@@ -400,7 +400,7 @@ def _resolve_run_dir(run_dir: Path, fields: dict[str, Any], *, resume: bool) -> 
 
 
 def _explicit_build_options(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the build options whose value is not the default, and the options that are explicitly null."""
+    """Return the build options that differ from their defaults, and the options that the user set to null."""
     config = make_config({"data": "", "model": "", "output_dir": ""}, **fields)
     defaults = make_config({"data": "", "model": "", "output_dir": ""}).build_options()
     nulls = {name for name, value in flatten_sections(fields).items() if value is NULL}
@@ -416,7 +416,7 @@ def _tokenizer_fingerprint(build: Path) -> str:
 
 
 def _check_build_options(build: Path, requested: Mapping[str, Any]) -> None:
-    """Raise an error if a requested option differs from the same option of a finished build.
+    """Raise an error if the user requests a value of an option that differs from the value in a finished build.
 
     The seed may differ, because it is also a training option.
     """
@@ -444,5 +444,5 @@ def _merge_settings(overrides: dict[str, Any], settings: Mapping[str, Any] | Seq
     added = {"train": dict(settings)} if isinstance(settings, Mapping) else parse_settings(settings)
     # The command line passes None for each option without a value.
     if twice := sorted(name for name in overrides.keys() & added.keys() if overrides[name] is not None):
-        raise UsageError("setting", f"these fields are set both in settings and as an argument: {', '.join(twice)}")
+        raise UsageError("setting", f"these fields are set both in settings and as arguments: {', '.join(twice)}")
     return {**overrides, **added}

@@ -53,7 +53,7 @@ SEAL = "ftdata.json"
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSeal:
-    """The identity of a run: the data fingerprint, and the settings that determine the trained weights.
+    """The identity of a run: the fingerprint of the build, and the settings that determine the trained weights.
 
     The seal file of each checkpoint stores a hash of this identity.
     """
@@ -63,7 +63,7 @@ class CheckpointSeal:
 
     @property
     def run(self) -> str:
-        """Hash of the fingerprint and the setup.
+        """Hash of the identity: the fingerprint of the build, and the settings of the run.
 
         The path of the model is not hashed if the digests of the model's weights are known.
         """
@@ -236,7 +236,7 @@ def check_same_data(run: Path, before: PreviousRun, fingerprint: str) -> None:
     if expected != fingerprint:
         raise InputRefused(
             "data_differs",
-            f"the checkpoints in {run} were trained on build {expected}, but this is build {fingerprint}: the data, "
+            f"the run in {run} was trained on build {expected}, but the current build is {fingerprint}: the data, "
             "the tokenizer, the template or the options differ",
             hint="resume with the same data and options, or start a new run in another folder",
         )
@@ -281,7 +281,7 @@ def describe_setup(config: Config, fingerprint: str, processes: int) -> dict[str
 
 
 def digest_weights(model: str) -> dict[str, str]:
-    """Return the SHA-256 digest of each weight, configuration and code file of a model.
+    """Return the SHA-256 digest of each model file that contains weights, configuration or Python code.
 
     For a Hub id, return the commit that was loaded last.
     """
@@ -313,5 +313,5 @@ def read_run_json(run: Path) -> dict[str, Any]:
         raise InputRefused("damaged_run", f"{path} is damaged: {error}", hint=hint) from None
     if not isinstance(metadata, dict) or (metadata and not {"fingerprint", "setup"} <= metadata.keys()):
         hint = "start a new run in another folder"
-        raise InputRefused("damaged_run", f"{path} does not contain the fingerprint and setup of a run", hint=hint)
+        raise InputRefused("damaged_run", f"{path} does not contain the keys fingerprint and setup", hint=hint)
     return metadata

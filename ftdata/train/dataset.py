@@ -32,12 +32,12 @@ class TrainingData:
 
     @property
     def is_packed(self) -> bool:
-        """Whether any row contains several documents."""
+        """Whether any row is a packed sequence that contains several examples."""
         return any(_largest(split, "seq_lengths", pc.list_value_length) > 1 for split in self.splits.values())
 
     @property
     def longest_document(self) -> int:
-        """Length of the longest document, in tokens."""
+        """Number of tokens of the longest example."""
         return max(_largest(split, "seq_lengths", pc.list_flatten) for split in self.splits.values())
 
     @property
@@ -46,7 +46,7 @@ class TrainingData:
         return 1 + max(_largest(split, "input_ids", pc.list_flatten) for split in self.splits.values())
 
     def find_stop_tokens(self, tokenizer: str) -> list[int]:
-        """Return the ids of the control tokens that end trained turns.
+        """Return the ids of the control tokens, such as `<|im_end|>`, at the end of trained turns.
 
         The saved model must stop generating at these tokens.
         """
@@ -103,12 +103,13 @@ def training_splits(build: datasets.DatasetDict) -> datasets.DatasetDict:
             if len(exact) > 1:
                 listed = ", ".join(exact)
                 message = f"the data has several {purpose} splits: {listed}"
-                raise UsageError("splits", message, hint="set the key split of the source to one of these names")
+                hint = "in the mapping of the source, set the key 'split' to one of these names"
+                raise UsageError("splits", message, hint=hint)
             if exact:
                 splits[purpose] = build[exact[0]]
                 break
     if "train" not in splits:
-        hint = "set the key split of the source to one of these names"
+        hint = "in the mapping of the source, set the key 'split' to one of these names"
         raise UsageError("splits", f"none of the splits is a train split: {', '.join(build)}", hint=hint)
     return datasets.DatasetDict(splits)
 

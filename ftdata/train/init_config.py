@@ -51,14 +51,14 @@ class DataFacts:
 
     @property
     def all_rows(self) -> StatsGroup:
-        """Statistics of the group that contains all rows."""
+        """Statistics of all rows."""
         return self.statistics.groups[0]
 
 
 def make_init_config(data: str, model: str, output_dir: str, overrides: Mapping[str, Any]) -> str:
     """Return a commented YAML configuration for the data and the model; see `ftdata.train.init`."""
     if data == "-":
-        message = "data is -, but standard input can be read only once, and training reads the data again"
+        message = "data is '-' (standard input), which can be read only once, but training reads the data again"
         raise UsageError("init", message, hint="pass a file")
     fields = {name: value for name, value in overrides.items() if value is not None}
     config = make_config({"data": data, "model": model, "output_dir": output_dir, **fields})

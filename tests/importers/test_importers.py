@@ -279,7 +279,7 @@ def test_dataset_info_alone_is_imported(tmp_path):
         ({"stage": "dpo"}, "stage is dpo"),
         ({"dataset": "faq,chats"}, "need different options"),
         ({"dataset": "fag"}, "no data set 'fag'.*did you mean 'faq'"),
-        ({"dataset": ""}, "contains no name"),
+        ({"dataset": ""}, "dataset is empty"),
         ({"dataset": "odd"}, "'customer' means user"),
         ({"dataset": "media"}, "columns images"),
         ({"dataset": "ranked"}, "ranking"),

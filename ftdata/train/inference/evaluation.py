@@ -58,7 +58,7 @@ def compare_models(
     pairs = ((document, turn) for document in documents if (turn := split_last_turn(*document, stop_ids)) is not None)
     selected = list(islice(pairs, n))
     if not selected:
-        hint = "pass prompts with answers with --data; for plain texts, see the perplexity in run.json"
+        hint = "use --data to pass rows with a prompt and an answer; the perplexity of plain texts is in run.json"
         raise InputRefused("no_questions", f"no row of {data_name} has a prompt and an answer", hint=hint)
     texts = [document for document, _ in selected]
     prompts = [prompt for _, (prompt, _) in selected]
@@ -82,7 +82,7 @@ def compare_models(
 
 
 def perplexity(model: Any, texts: Sequence[Document], batch_size: int = 16) -> float:
-    """Return a model's perplexity on documents: the exponential of the mean loss per trained token.
+    """Return a model's perplexity on tokenized examples: the exponential of the mean loss per trained token.
 
     Documents of similar length share a forward pass, with padding on the right.
     """
@@ -106,7 +106,7 @@ def perplexity(model: Any, texts: Sequence[Document], batch_size: int = 16) -> f
 
 
 def _batches(texts: Sequence[Document], batch_size: int) -> Iterator[list[Document]]:
-    """Sort documents by length, and yield them in batches.
+    """Sort tokenized examples by length, and yield them in batches.
 
     The number of tokens per batch is limited, because all logits of a batch are in memory.
     """

@@ -93,7 +93,7 @@ class TokenReporter:
         self._batch = self._token = self._answers = 0
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> torch.Tensor:
-        """Report one more token of the current batch. Return false for every prompt, so the generation continues."""
+        """Report one more token of the current batch. Return false for every prompt, to continue the generation."""
         del scores
         self._token += 1
         self._report(ended=False)
@@ -121,11 +121,11 @@ def max_positions(model: Any) -> int:
 
 
 def _check_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> int:
-    """Check that all prompts fit the model's positions and embeddings. Return the number of positions."""
+    """Check that no prompt is too long or contains a token without an embedding. Return the maximum length."""
     positions, rows = max_positions(model), int(model.get_input_embeddings().weight.shape[0])
     longest = max(map(len, prompts), default=0)
     if longest >= positions:
-        message = f"a prompt has {longest:,} tokens, but the model has only {positions:,} positions"
+        message = f"a prompt has {longest:,} tokens, but the model accepts at most {positions:,} tokens"
         raise InputRefused("prompt_too_long", message)
     largest = max((max(ids) for ids in prompts if ids), default=0)
     if largest >= rows:

@@ -1,4 +1,4 @@
-"""Merge the adapter of a finished run into the base model. Weights are added in float32 and rounded once."""
+"""Merge the adapter of a finished run into the base model. The weights are added in float32, then rounded once."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def merge_into_base(run: FinishedRun, target: Path, dtype: str | None = None) ->
             if dtype == "float32"
             else "merge with --dtype float32, or use the adapter without merging"
         )
-        message = f"merging in {dtype} changes the logits by {error:.2g} of the largest logit"
+        message = f"merging in {dtype} changes a logit by {error:.2g} times the largest logit"
         raise InputRefused("merge_error", f"{message}, expected at most {LIMITS[dtype]:g}", hint=hint)
     merged.generation_config = run.generation_config
     target.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def merge_into_base(run: FinishedRun, target: Path, dtype: str | None = None) ->
 
 
 def _merge(run: FinishedRun, dtype: torch.dtype) -> tuple[Any, float]:
-    """Merge the adapter, and round the merged weights to a dtype. Return the model in float32, and its error."""
+    """Merge the adapter, and round the weights to `dtype`. Return the rounded float32 model, and its logit error."""
     ids, ordinary = _find_ordinary_tokens(run.tokenizer, str(run.metadata["options"]["template"]["source"]))
     try:
         # 4-bit weights cannot represent the merged values, and 16 bits would round every sum and every activation.

@@ -20,7 +20,7 @@ _PLACEHOLDER_ANSWER = "x"
 
 
 def split_last_turn(ids: Sequence[int], labels: Sequence[int], stops: set[int]) -> tuple[list[int], list[int]] | None:
-    """Split the token ids of a document into the prompt and the expected answer.
+    """Divide the token ids of an example into the prompt and the expected answer.
 
     The answer is the last trained span without its stop token. The prompt is every token before this span, so it equals
     the prompt in training. Returns `None` if no prompt precedes the answer.
@@ -42,7 +42,7 @@ def cut_at_stop(ids: list[int], stops: set[int]) -> list[int]:
 
 
 def read_documents(split: Any) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the token ids and labels of each document in a split."""
+    """Yield the token ids and labels of each example in a split, also inside packed sequences."""
     for row in split:
         start = 0
         for length in row["seq_lengths"]:
@@ -51,7 +51,7 @@ def read_documents(split: Any) -> Iterator[tuple[list[int], list[int]]]:
 
 
 def rebuild_recipe(tokenizer: str, options: Mapping[str, Any]) -> Recipe:
-    """Recreate a build's recipe from the options in the manifest. The recipe renders and tokenizes rows.
+    """Recreate the recipe that rendered and tokenized the rows of a build, from the options in the manifest.
 
     Args:
         tokenizer: the tokenizer of the build.
@@ -94,12 +94,12 @@ def encode_messages(messages: Sequence[Message], recipe: Recipe) -> list[int]:
         ):
             return turn[0]
     if reject is None:
-        raise InputRefused("no_questions", "the template renders no prompt before the answer", where="<prompt>")
+        raise InputRefused("no_questions", "the template prints no text before the answer", where="<prompt>")
     raise InputRefused(reject.code, reject.reason, where="<prompt>", hint=reject.fix)
 
 
 def _candidate_rows(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
-    """Yield rows that express the same conversation in each schema that a template may support."""
+    """Yield the conversation as rows with different columns, because prompt templates read different columns."""
     yield {"messages": [*messages, {"role": "assistant", "content": _PLACEHOLDER_ANSWER}]}
     if len(messages) == 1:
         text = messages[0]["content"]

@@ -198,6 +198,7 @@ def check_reloads(run: FinishedRun, ids: list[int], before: torch.Tensor, dtype:
     error = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
     tolerance = LOGIT_TOLERANCES[dtype if dtype in LOGIT_TOLERANCES else torch.float32]
     if error > tolerance:
-        message = f"{run.model} computes different logits after reloading: they differ by {error:.2g} of the largest"
+        difference = f"the largest difference is {error:.2g} times the largest logit"
+        message = f"{run.model} computes different logits after reloading: {difference}"
         raise InternalError("reload", message)
     return model

@@ -103,7 +103,7 @@ def make_lora_config(config: Config, model: Any, *, grows: bool, shapes: bool = 
 
 
 def check_modules(config: Config, model: Any) -> None:
-    """Check that the model has all modules and layers in the LoRA settings, and that PEFT can add the adapter.
+    """Check that all modules and layers in the LoRA settings exist in the model, and that PEFT can add the adapter.
 
     Args:
         config: the configuration of the run.
@@ -139,7 +139,7 @@ def check_modules(config: Config, model: Any) -> None:
 
 
 def _check_names(config: Config, field: str, targets: Iterable[str], names: Sequence[str]) -> None:
-    """Raise an error if a field names a module or parameter that the model does not have."""
+    """Raise an error if a LoRA field lists a module or parameter that does not exist in the model."""
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             suggestion = suggest_names(target, _last_parts(names))

@@ -68,7 +68,7 @@ class ConfigField:
 
 
 def fields_of(kind: Callable[..., Any]) -> dict[str, ConfigField]:
-    """Return the fields of a configuration class by name. If the class is not a dataclass, use its parameters.
+    """Return the fields of a dataclass, or the constructor parameters of another configuration class, by name.
 
     >>> fields_of(_Example)["quick"].accepts("maybe"), fields_of(_Example)["quick"].expected
     (False, 'true or false')

@@ -58,7 +58,7 @@ def measure_flops(dtype: torch.dtype, seconds: float = 0.1) -> float:
 
 @contextmanager
 def fit_threads(model: Any) -> Iterator[None]:
-    """Set the number of CPU threads that runs the model fastest, until the context ends.
+    """Inside a `with` block, use the number of CPU threads with which the model runs fastest.
 
     If `OMP_NUM_THREADS` is set or the model is not on a CPU, the number of threads does not change.
 
@@ -107,7 +107,7 @@ def is_sharded() -> bool:
 
 
 def training_precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Return a context manager that applies the compute dtype of training to float32 weights on a GPU."""
+    """Return an autocast context: a GPU with float32 weights computes in the compute dtype of training."""
     enabled = device.type == "cuda" and dtype is torch.float32 and compute_dtype() is not torch.float32
     return torch.autocast(device.type, dtype=compute_dtype() if enabled else torch.bfloat16, enabled=enabled)
 

@@ -268,7 +268,8 @@ def check_memory(estimate: Estimate) -> None:
             fixes.insert(0, "quantization: nf4")
         raise InputRefused(
             "too_large",
-            f"{estimate.model} cannot be trained here: weights, gradients and optimizer need {_bytes(minimum)}, "
+            f"{estimate.model} cannot be trained on this machine: "
+            f"weights, gradients and optimizer need {_bytes(minimum)}, "
             f"but only {_bytes(estimate.free)} are free on {estimate.device}",
             hint=", or ".join(fixes),
         )
@@ -323,7 +324,7 @@ def _weight_bytes(model: Any, config: Config, dtype: torch.dtype) -> int:
 
 
 def _kept_per_token(model: Any, dtype: torch.dtype, longest: int, *, recomputes: bool) -> float:
-    """Estimate how many bytes of activations each token keeps in memory for the backward pass.
+    """Estimate how many bytes of activations are stored per token for the backward pass.
 
     Each matrix multiplication keeps its input, and the next operation keeps its output. With the activations that norms
     and activation functions keep, the total is about 1.3 times the inputs and outputs of the linear layers, measured on

@@ -235,8 +235,8 @@ def fit_vocabulary(model: Any, size: int, tokenizer: Any) -> bool:
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= max(rows, size):
         raise UsageError(
             "pad_token",
-            f"none of the model's {rows} embeddings belongs to the tokenizer's pad token or EOS token",
-            hint="set a pad token in tokenizer_config.json that the model has",
+            f"the model has {rows} embeddings, but no embedding for the tokenizer's pad token or EOS token",
+            hint="in tokenizer_config.json, set a pad token that has an embedding in the model",
         )
     return is_enlarged
 

@@ -96,7 +96,7 @@ class TrainingProgressCallback(TrainerCallback):
         self.stop()
 
     def stop(self) -> None:
-        """Stop the live chart and release the terminal. Also called if training is interrupted."""
+        """Stop the live chart and release the terminal. The method is also called if training is interrupted."""
         if self._live is not None:
             self._live.stop()
             self._live = None

@@ -1,4 +1,4 @@
-"""Create the model card of a run: data, mask, results, and the command that reproduces the run."""
+"""Create the model card of a run: data, loss mask, results, and the command that reproduces the run."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def draw_chart(values: Sequence[float], width: int = 60, height: int = 6) -> str
 
 
 def _take_maxima(values: Sequence[float], width: int) -> tuple[list[float], float, float]:
-    """Split values into at most `width` buckets. Return all maxima, the lowest maximum and the highest maximum."""
+    """Divide values into at most `width` groups. Return all maxima, the smallest maximum and the largest."""
     size = max(1, -(-len(values) // width))
     maxima = [max(values[start : start + size]) for start in range(0, len(values), size)]
     return maxima, min(maxima), max(maxima)

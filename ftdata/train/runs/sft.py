@@ -89,7 +89,7 @@ def train_sft(config: Config, build: Path | None, *, resume: bool = False, notes
     except UnpicklingError as error:
         raise InputRefused(
             "unsafe_checkpoint",
-            f"{before.checkpoint if before else run} contains a pickle that is not a trainer state: "
+            f"{before.checkpoint if before else run} contains a pickle file that is not a trainer state: "
             f"{describe_exception(error, 200)}",
             hint="do not resume from this checkpoint: loading it may run code",
         ) from None
@@ -103,7 +103,7 @@ def train_sft(config: Config, build: Path | None, *, resume: bool = False, notes
 
 
 def _train(trainer: BuildTrainer, before: checkpoints.PreviousRun | None) -> None:
-    """Train the model. An exception before the end of the first step means that a setting is invalid.
+    """Train the model. Report an exception before the end of the first step as an invalid setting.
 
     Raises:
         UsageError: other libraries reject a setting.
@@ -273,7 +273,7 @@ def _estimate(config: Config, model_config: Any, data: TrainingData, *, isolated
     if positions and data.longest_document > positions:
         raise InputRefused(
             "too_long",
-            f"an example has {data.longest_document:,} tokens, but {config.model} has only {positions:,} positions",
+            f"an example has {data.longest_document:,} tokens, but {config.model} accepts at most {positions:,} tokens",
             hint=f"build with max_length: {positions}",
         )
     return estimate_run(config, model_config, count_split(data.splits["train"]), settings, data.vocabulary_size)

@@ -113,7 +113,7 @@ def _check_number(name: str, value: Any, field: ConfigField) -> None:
 
 
 def check_devices(settings: Mapping[str, Any]) -> None:
-    """Raise an error if a single process can use several GPUs. The trainer would split each batch over the GPUs.
+    """Raise an error if a single process can use several GPUs. The trainer would distribute each batch over the GPUs.
 
     Raises:
         UsageError: several GPUs are visible; the hint contains the command that starts one process per GPU.
@@ -211,7 +211,7 @@ def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: 
 
 
 def check_first_batch(trainer: Any, *, padding_free: bool) -> None:
-    """Check that the trainer's first batch contains the data of the build. Restore the random states afterwards.
+    """Check that the trainer's first batch contains the data of the build. Restore the random generators afterwards.
 
     Raises:
         InternalError: tokens, labels, document boundaries or masks differ from the build.

@@ -1,4 +1,4 @@
-"""A subclass of TRL's trainer with an evaluation per token, a reproducible row order, and verifiable checkpoints.
+"""A subclass of TRL's trainer with a loss per token, a reproducible row order, and verifiable checkpoints.
 
 The subclass writes no model card and sends no telemetry.
 """
@@ -70,7 +70,7 @@ class BuildTrainer(SFTTrainer):
         return metrics
 
     def token_loss(self, dataset: Any) -> tuple[float, int]:
-        """Return the mean loss per trained token of a data set, and the number of trained tokens, over all processes.
+        """Return a data set's mean loss per trained token and number of trained tokens. Combine all processes.
 
         The loss is the plain cross-entropy, even if training uses another loss or adds terms to it.
         """

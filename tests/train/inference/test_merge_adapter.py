@@ -73,7 +73,9 @@ def test_merge_error_is_measured_on_the_saved_model_and_ordinary_tokens(adapted,
 
 def test_merge_error_above_the_limit_stops_and_leaves_no_output(adapted, tmp_path, monkeypatch):
     monkeypatch.setitem(merge_adapter.LIMITS, "bfloat16", 1e-9)
-    with pytest.raises(InputRefused, match=r"merge_error.*of the largest.*Fix: merge with --dtype float32") as refused:
+    with pytest.raises(
+        InputRefused, match=r"merge_error.*times the largest.*Fix: merge with --dtype float32"
+    ) as refused:
         merge(adapted, tmp_path / "merged")
     assert refused.value.exit_code == 3
     assert not (tmp_path / "merged").exists()
