@@ -322,7 +322,7 @@ def _read_role(value: Any, field: str) -> str:
 
 
 def _read_tool_calls(message: dict[str, Any], field: str) -> dict[str, Any]:
-    """Convert the tool calls of a message to the standard format. The arguments can be an object, JSON text or empty."""
+    """Convert the tool calls of a message to the standard format. Arguments can be an object, JSON text or empty."""
     calls, field = message.get("tool_calls"), f"{field}.tool_calls"
     if message.get("function_call"):
         if calls:
