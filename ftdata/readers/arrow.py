@@ -84,7 +84,7 @@ def _check_end(stream: io.BufferedReader, file: Input) -> None:
         ends = stream.read(8) == b"\xff\xff\xff\xff\0\0\0\0"
         stream.seek(0)
         if not ends:
-            hint = "write it again, and close its writer"
+            hint = "write the stream again, and close the writer at the end"
             raise InputRefused(
                 "partial_file", "the stream is truncated: it has no end mark", where=file.path, hint=hint
             )
@@ -100,7 +100,7 @@ def from_dataset(dataset: Any) -> Iterator[Any]:
 
 
 def make_null_reader(features: Any) -> Callable[[Any], Any]:
-    """Return a function that removes null values from a row of `datasets`. Nulls inside JSON columns are kept."""
+    """Return a function that removes null values from a row of a data set. It keeps nulls inside JSON columns."""
     if features is None:
         return drop_nulls
     columns = {name: _make_null_converter(feature) for name, feature in features.to_dict().items()}
@@ -127,7 +127,7 @@ def _make_null_converter(feature: Any) -> Convert:
 def from_batches(
     batches: Iterable[Any], schema: Any, count: Callable[[int], None] = lambda _: None
 ) -> Iterator[dict[str, Any] | ValueFault]:
-    """Convert Arrow batches to rows. For a row that Python cannot represent, yield a `ValueFault`.
+    """Convert Arrow batches to rows. If Python cannot represent a row, yield a `ValueFault` with the reason.
 
     Args:
         batches: record batches.
@@ -161,7 +161,7 @@ def _convert_in_slices(batch: Any, converters: Mapping[str, Convert]) -> Iterato
 
 
 def _values_size(batch: Any) -> int:
-    """Return the approximate size of a batch in bytes. A value that several rows share counts once per row."""
+    """Return the approximate size of a batch in bytes. If several rows refer to one value, count it for each row."""
     return sum(map(_column_size, batch.columns))
 
 
@@ -196,7 +196,7 @@ def _column_size(column: Any) -> int:
 
 
 def _byte_lengths(values: Any) -> NDArray[np.int64] | None:
-    """Return the length of each text or binary value in bytes, 0 for nulls; `None` for values of other types."""
+    """Return the length in bytes of each string or binary value (0 for null). Return `None` for other types."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -216,14 +216,14 @@ def _is_view(kind: Any) -> bool:
 
 
 def _view_lengths(column: Any) -> NDArray[np.int64]:
-    """Return the length of each value of a column of string or binary views in bytes."""
+    """Return the length in bytes of each value in a column of type string view or binary view."""
     buffer = column.buffers()[1]
     views = np.frombuffer(buffer, np.int32).reshape(-1, 4) if buffer is not None else np.empty((0, 4), np.int32)
     return views[column.offset : column.offset + len(column), 0].astype(np.int64)
 
 
 def _check_types(schema: Any) -> None:
-    """Refuse list views, unions and run-end encoded columns, in which many rows can refer to the same large value.
+    """Check that no column is a list view, union or run-end encoded, because many rows could refer to one large value.
 
     Real data sets do not use these types.
 
@@ -246,11 +246,11 @@ def _check_types(schema: Any) -> None:
     for field in schema:
         if is_unsupported(field.type):
             message = f"column {field.name!r} has the unsupported type {field.type}"
-            raise InputRefused("column_type", message, hint="cast it to a plain list or value type")
+            raise InputRefused("column_type", message, hint="cast it to an ordinary type, e.g. a list or a string")
 
 
 def _check_column(column: Any) -> None:
-    """Check that the buffers of a column are consistent. Inconsistent buffers would crash the process.
+    """Check that the lengths and offsets in the buffers of a column are valid. Invalid offsets could crash the process.
 
     Invalid text is accepted here, because it is rejected row by row.
     """
@@ -266,7 +266,7 @@ def _check_column(column: Any) -> None:
 
 
 def _storage_type(kind: Any) -> Any:
-    """Return a type that has the same buffers as `kind` but accepts any value, such as binary for string."""
+    """Return an Arrow type with the memory layout of `kind` in which all values are valid, e.g. binary for string."""
     import pyarrow as pa
 
     storage_types = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.date64(): pa.int64()}
@@ -280,7 +280,7 @@ def _storage_type(kind: Any) -> Any:
 
 
 def yield_rows(batches: Iterable[Any], schema: Any, file: Input, size: int | None) -> Iterator[Row | Reject]:
-    """Convert Arrow batches to rows. For a row that Python cannot represent, yield a `Reject`.
+    """Convert Arrow batches to rows. If Python cannot represent a row, yield a `Reject` with the reason.
 
     Args:
         batches: record batches.
@@ -298,7 +298,7 @@ def yield_rows(batches: Iterable[Any], schema: Any, file: Input, size: int | Non
         nonlocal total
         total += values_size
         if size is not None and total > max(FREE_REPEATED, MAX_REPEATED * size):
-            hint = "if the size is correct, write it again without compression and dictionaries"
+            hint = "if the size is correct, write the file again without compression and dictionary encoding"
             raise expansion_error(total, size, file.path, MAX_REPEATED, hint)
 
     index = -1
@@ -310,7 +310,7 @@ def yield_rows(batches: Iterable[Any], schema: Any, file: Input, size: int | Non
 
 
 def _json_converters(schema: Any) -> dict[str, Convert]:
-    """Return a converter for each column that contains JSON text.
+    """Return a conversion function for each column that contains JSON text.
 
     The Arrow type of a column, or the `datasets` features in the metadata, identify JSON text.
     """
@@ -386,7 +386,7 @@ def _convert_cells(cells: Mapping[str, Any], converters: Mapping[str, Convert]) 
 
 
 def _convert_row(row: Any, converters: Mapping[str, Convert]) -> dict[str, Any] | ValueFault:
-    """Convert a batch of one row. If a column cannot be converted, return a `ValueFault` with its name."""
+    """Convert a batch that contains a single row. If this fails, return a `ValueFault` with the name of the column."""
     cells: dict[str, Any] = {}
     for name in row.schema.names:
         try:

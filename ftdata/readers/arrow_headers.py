@@ -33,7 +33,7 @@ metadata takes forty times its size in memory."""
 
 
 class Block(NamedTuple):
-    """The position and size of an Arrow message in a file. A message contains a batch or a dictionary.
+    """The position and size of an Arrow message in a file. A message contains a batch of rows or a column's dictionary.
 
     Attributes:
         offset: offset of the message in the file.
@@ -47,7 +47,7 @@ class Block(NamedTuple):
 
 
 class ArrowMessage(NamedTuple):
-    """The metadata of an Arrow message, which contains a batch of rows or a dictionary.
+    """The metadata of an Arrow message. The message contains a batch of rows or a column's dictionary.
 
     Attributes:
         kind: 2 for a dictionary, 3 for a batch of rows.
@@ -67,7 +67,7 @@ class ArrowMessage(NamedTuple):
 
 
 class TableLimits:
-    """Limits on the rows, values and uncompressed bytes of a table. The limits grow with the size of the file.
+    """Limits on the number of rows, values and uncompressed bytes of a table. Larger files have higher limits.
 
     Attributes:
         packed: size of the file in bytes, or bytes read so far.
@@ -78,7 +78,7 @@ class TableLimits:
         self._plain = self._rows = self._values = self._empty = 0
 
     def rows(self, rows: int, values: int) -> None:
-        """Add to the total number of rows and values, and check the totals against the limits.
+        """Add `rows` and `values` to the totals, and check the totals against the limits.
 
         Raises:
             InputRefused: The table has more rows, values or empty batches than the limit for its file size.
@@ -92,11 +92,11 @@ class TableLimits:
         ):
             if count > limit:
                 message = f"has {count:,} {name} in {self.packed:,} bytes, expected at most {limit:,}"
-                hint = "write it again, without empty rows and columns"
+                hint = "write the file again without empty rows and columns"
                 raise InputRefused("expansion", message, where=self._file.path, hint=hint)
 
     def metadata(self, size: int) -> None:
-        """Check the size of the metadata in bytes against the file size and the limit.
+        """Check that metadata of `size` bytes are neither larger than the file nor larger than the limit.
 
         Raises:
             InputRefused: The metadata are larger than the file or the limit.
@@ -108,11 +108,11 @@ class TableLimits:
         limit = max(_FREE_METADATA, self.packed // _METADATA_DIVISOR)
         if size > limit:
             message = f"has {size:,} bytes of metadata, expected at most {limit:,}"
-            hint = "write it again, with fewer columns or longer row groups"
+            hint = "write the file again with fewer columns or longer row groups"
             raise InputRefused("expansion", message, where=self._file.path, hint=hint)
 
     def batch(self, message: ArrowMessage, plain: int) -> None:
-        """Add a batch of `plain` uncompressed bytes to the totals, and check the limits.
+        """Add a batch to the totals, and check the limits. `plain` is the uncompressed size of the batch in bytes.
 
         Raises:
             InputRefused: The batch, or the complete file, expands beyond the limit.
@@ -302,7 +302,7 @@ class _Table(NamedTuple):
         return self.position + offset if offset else None
 
     def number(self, number: int, form: str) -> int:
-        """Return the value of a number field. Return 0 if the table does not have the field."""
+        """Return the value of a numeric field. Return 0 if the table does not have the field."""
         position = self._field_position(number)
         return 0 if position is None else int(struct.unpack_from(form, self.data, position)[0])
 

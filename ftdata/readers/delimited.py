@@ -59,7 +59,7 @@ def _read_delimited(file: Input, delimiter: str | None) -> Iterator[Row | Reject
 
 
 class _LineReader:
-    """Iterates over the lines of a CSV or TSV file, counts lines and bytes, and can look ahead.
+    """Iterates over the lines of a CSV or TSV file, and counts lines and bytes. It can also look ahead to later lines.
 
     Attributes:
         line: number of lines read so far.

@@ -64,7 +64,7 @@ def _read_workbook(book: Workbook) -> Iterator[Row | Reject]:
 
 
 def _check_repeated(book: Workbook, sheets: Sequence[Sheet], strings: SharedStrings, size: int) -> None:
-    """Check that the text of all cells is not far larger than the file. Cells can refer to the same string repeatedly.
+    """Check that the text of all cells is not far larger than the file. Many cells can refer to the same string.
 
     Raises:
         InputRefused: The text of the cells is far larger than the file.
@@ -127,7 +127,7 @@ def _check_header(names: Mapping[int, str], fault: CellFault | None, source: Sou
 
 
 def _check_columns(names: Mapping[int, str], width: int, texts: Mapping[int, str]) -> CellFault | None:
-    """Return a fault if a row has text in an unnamed column. A single unnamed column, e.g. an index, is allowed."""
+    """Return a fault if a row has text in a column without a name. A single such column, e.g. an index, is allowed."""
     unnamed = [column for column in texts if column not in names]
     if unnamed and (width - len(names) != 1 or max(unnamed) > width):
         fix = "name every column in the first row, and remove titles above the column names"

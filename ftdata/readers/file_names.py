@@ -1,4 +1,4 @@
-"""Recognize data files, and the splits to which they belong, by file name."""
+"""Recognize data files by name, and find the data set split in a file name, such as `train` or `test`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def is_data(name: str) -> bool:
 
 
 def split_from_name(path: str) -> str | None:
-    """Find the name of a split, such as `test`, in a file name or else in the names of its folders.
+    """Find a data set split, such as `test`, in a file name. If the file name has no split, search its folder names.
 
     The nearest folder takes precedence. Return `None` if no name contains a split.
 
@@ -42,7 +42,7 @@ def split_from_name(path: str) -> str | None:
 
 
 def matches_pattern(path: str, pattern: str) -> bool:
-    """Return whether a path matches a glob. `*` and `?` match within a name, and `**` matches any number of folders.
+    """Return whether a path matches a glob. `*` and `?` never match a slash. `**` matches any number of folders.
 
     The time is bounded by the lengths of path and pattern, because a pattern may come from an untrusted data set card.
 

@@ -1,4 +1,4 @@
-"""Split large JSON Lines and Parquet files into parts. The boundaries depend on sizes only, not on the content."""
+"""Split large JSON Lines and Parquet files into parts. The sizes of the files determine the part boundaries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ part in a build."""
 
 
 def split_into_parts(sources: Sequence[FileSource | MemorySource]) -> list[FileSource | MemorySource]:
-    """Split each file that is larger than one part, and return all sources in the same order.
+    """Split each large source file into several sources, with one source per part. The order of the sources is kept.
 
     The rows and their numbers do not depend on the parts: each part counts from its own beginning, and the caller adds
     the counts of the parts before it.

@@ -115,7 +115,7 @@ def hub_files(
 
 
 def _match_files(pattern: str, names: Sequence[str], is_readable: Callable[[str], bool], where: str) -> list[str]:
-    """Return the files that match `pattern`: a file name, a glob or a folder name."""
+    """Return the files that match `pattern`, which is a file name, a glob or a folder name."""
     if pattern in names:
         return [pattern]
     matching = [file for file in names if matches_pattern(file, pattern)]
@@ -166,7 +166,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _globs_by_split(data_files: Any, where: str) -> dict[str, list[str]]:
-    """Convert a `data_files` value to a mapping from splits to globs. The value can have several forms."""
+    """Convert `data_files` (a glob, a list or a mapping) to a mapping from each split to its list of globs."""
     if isinstance(data_files, list) and data_files and all(isinstance(entry, Mapping) for entry in data_files):
         entries = [(str(entry.get("split", "train")), entry.get("path")) for entry in data_files]
     else:
@@ -180,14 +180,14 @@ def _globs_by_split(data_files: Any, where: str) -> dict[str, list[str]]:
             or not all(isinstance(pattern, str) for pattern in patterns)
         ):
             message = f"data_files of split {split} is {globs!r:.60}, expected a glob or a list of globs"
-            hint = "pass a glob, a list of globs, or a mapping of split to globs"
+            hint = "pass a glob, a list of globs, or a mapping from each split to its globs"
             raise UsageError("data_files", message, where=where, hint=hint)
         globs_by_split.setdefault(str(split), []).extend(patterns)
     return globs_by_split
 
 
 def _select_config(card: Any, name: str | None, where: str) -> Mapping[str, Any]:
-    """Return the named configuration in a data set card. If `name` is `None`, return the default configuration."""
+    """Return the configuration `name` of a data set card. If `name` is `None`, return the default configuration."""
     entries = card.to_dict().get("configs") if card else None
     configs = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     by_name = {str(config.get("config_name", "default")): config for config in configs}
@@ -201,15 +201,15 @@ def _select_config(card: Any, name: str | None, where: str) -> Mapping[str, Any]
             if name
             else "the data set has several configurations, but no default"
         )
-        hint = suggest_names(name or "", by_name) if by_name else "omit name: the data set card has no configurations"
+        hint = suggest_names(name or "", by_name) if by_name else "omit name=, the data set card has no configurations"
         raise UsageError("hub_config", message, where=where, hint=hint)
     return by_name[selected]
 
 
 def _split_files(files: Sequence[str], all_files: Sequence[str], repo: str) -> Iterator[tuple[str, str]]:
-    """Yield each data file with the split that its name contains.
+    """Yield each data file, together with the split (such as `test`) that the file name contains.
 
-    If no name contains a split, all files belong to `train`; otherwise files without a split are ignored.
+    If no file name contains a split, all files belong to `train`. Otherwise, files without a split are ignored.
     """
     where = f"{SCHEME}{repo}"
     if not files:

@@ -1,4 +1,4 @@
-"""Convert rows with pandas, numpy or Python values to JSON values."""
+"""Convert the pandas, numpy and Python values in rows to JSON values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read JSON and JSON Lines files. Every row records its physical line and byte offset.
+"""Read JSON and JSON Lines files. The source of each row contains its line number and byte offset in the file.
 
 The JSON reader accepts arrays, concatenated objects, column-oriented objects, and rows in a list under a key, with any
 indentation. A scan for brackets outside strings determines where each row begins and ends; then each row is parsed
@@ -68,7 +68,7 @@ def read_jsonl(file: Input) -> Rows:
 
 
 def is_line_format(file: Input, reader: str) -> bool:
-    """Return whether a file can be split into parts between lines.
+    """Return whether a file can be divided into parts at line breaks.
 
     The file must be seekable and uncompressed, with one row per line.
     """
@@ -107,7 +107,7 @@ def read_json(file: Input) -> Rows:
 
 
 def _read_head(stream: io.BufferedReader) -> bytes:
-    """Read the beginning of a text until it contains two non-empty lines or `CHUNK` bytes."""
+    """Read the beginning of a text: at least two non-empty lines, but at most `CHUNK` bytes."""
     head = b""
     while len(head) < CHUNK and sum(1 for line in head.split(b"\n", 64)[:-1] if line.strip()) < 2:
         chunk = stream.read1(CHUNK - len(head))
@@ -185,7 +185,7 @@ def _read_lines(stream: io.BufferedReader, file: Input) -> Rows:
 
 
 def _skip_line_breaks(stream: io.BufferedReader) -> int:
-    """Skip consecutive line breaks, and return the number of line breaks."""
+    """Skip consecutive line breaks, and return how many were skipped."""
     count = 0
     while (buffer := stream.peek(1)) and (size := len(buffer) - len(buffer.lstrip(b"\n"))):
         count += len(stream.read(size))
@@ -247,7 +247,7 @@ def _is_complete(line: bytes) -> bool:
 
 
 def _expand_columns(rows: Iterator[Row | Reject], head: bytes, file: Input) -> Iterator[Row | Reject]:
-    """Yield the rows of a JSON file. If the file is a single column-oriented object, convert it to rows."""
+    """Yield the rows of a JSON file. If the file is a single object with a list per column, convert it to rows."""
     first, second = next(rows, None), next(rows, None)
     if first is None:
         raise no_rows_error(file.path)
@@ -265,7 +265,7 @@ def _expand_columns(rows: Iterator[Row | Reject], head: bytes, file: Input) -> I
 
 
 def _rows_from_columns(data: Any) -> list[dict[str, Any]] | None:
-    """Convert a column-oriented object such as `{"question": ["a", "b"]}` to rows. Return `None` for a row."""
+    """Convert an object of columns, e.g. `{"question": ["a", "b"]}`, to rows. Return `None` if it is a single row."""
     if not isinstance(data, dict) or not data:
         return None
     cells = list(data.values())
@@ -306,7 +306,7 @@ def _scan_rows(parts: Iterable[bytes], file: Input, under: str | None) -> Iterat
 
 
 def _find_strays(gap: bytes, commas: int | None) -> Iterator[tuple[int, str]]:
-    """Find invalid text between two rows: values or wrong punctuation. Yield the position and message of each fault.
+    """Find values and wrong punctuation between two rows. Yield the position and an error message for each of them.
 
     Args:
         gap: the text between two rows.
@@ -378,7 +378,7 @@ def _parse_value(text: bytes, source: Source, *, whole_line: bool) -> Any:
 
 
 def _is_lossless(value: Any, text: bytes) -> bool:
-    """Check quickly that a parsed value contains everything in its text and is not nested too deeply.
+    """Check quickly whether a parsed value contains all data of its JSON text and is not nested too deeply.
 
     If the serialized value differs from the text only in whitespace, no key and no digit was lost. `False` means that a
     slower check is necessary.
@@ -452,7 +452,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _may_repeat_keys(text: bytes, value: Any, keys: int) -> bool:
-    """Return whether an object in the text may repeat a key. orjson keeps only the last value of a repeated key.
+    """Return whether an object in the text may contain a key twice. For such a key, orjson keeps only the last value.
 
     The text of a key ends with a quote and a colon, so a repeated key causes more such pairs than there are keys.
     """

@@ -1,4 +1,4 @@
-"""Split a JSON text into rows in a single pass, based on the brackets outside strings."""
+"""Split a JSON text into rows. A single pass over the text finds the brackets outside strings, which enclose rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MAX_GAP = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class JsonPiece:
-    """The text of a row, with the text between the previous row and this row.
+    """The text of a row, and the text between the previous row and this row.
 
     The last piece of a file has no row, so its `size` is 0.
 
@@ -59,7 +59,7 @@ class JsonPiece:
 
 
 def scan_json(parts: Iterable[bytes], path: str, limit: int, under: str | None = None) -> Iterator[JsonPiece]:
-    """Yield the rows of a JSON text: the elements of its array, or all top-level values if it has no array.
+    """Yield the rows of a JSON text. The rows are the elements of an array or, without an array, all top-level values.
 
     Args:
         parts: the text, in parts.
@@ -100,7 +100,7 @@ class Outline:
     end: int | None
 
     def key_of_rows(self, path: str) -> str | None:
-        """Return the key of the list that contains the rows. Return `None` if the object is a row.
+        """Return the key of the list that contains the rows. Return `None` if the object itself is a row.
 
         An object is a row if it has a list of messages, or another column of a row.
 
@@ -177,7 +177,7 @@ def _parse_object(text: bytes) -> Mapping[str, object]:
 
 
 def _find_keys(text: bytes | bytearray) -> list[str]:
-    """Return the keys in a part of an object. The part must not contain brackets outside strings."""
+    """Return the keys in a part of the text of an object. The part must not contain brackets outside strings."""
     return [str(_parse_string(match[1])) for match in _KEY.finditer(text) if match[2]]
 
 
@@ -189,7 +189,7 @@ def _parse_string(text: bytes) -> str | None:
 
 
 def _find_brackets(parts: Iterable[bytes]) -> Iterator[tuple[bytes, list[int]]]:
-    """Yield each part of a JSON text with the positions of all brackets outside strings."""
+    """Yield each part of a JSON text, together with the positions in this part of all brackets outside strings."""
     in_string = escaped = False
     for part in parts:
         position, positions = 0, list[int]()
@@ -261,7 +261,7 @@ class _RowSplitter:
         self.inside = self.under is None
 
     def split(self, part: bytes, brackets: Iterable[int]) -> Iterator[JsonPiece]:
-        """Process the next part of the text, and yield the rows that end in it."""
+        """Process the next part of the text, and yield the rows that end in this part."""
         mark = counted = before = 0
         for position in brackets:
             key = _find_keys(self.between + part[before:position])[-1:] if self.is_around else []
@@ -302,7 +302,7 @@ class _RowSplitter:
         return self.under is not None and self.depth < 2 and not self.inside
 
     def _store_tail(self, part: bytes, mark: int, before: int) -> None:
-        """Store the incomplete end of a part until the next part is processed."""
+        """Store the text at the end of a part that can be processed only with the next part."""
         if self.in_row:
             self._add_to_row(part[mark:])
         elif self.inside:
@@ -327,7 +327,7 @@ class _RowSplitter:
         return JsonPiece(self.gap, None, 0, *(self.list_end or (self.line, self.offset)), self.under is not None)
 
     def _close_bracket(self, symbol: int, position: int) -> None:
-        """Decrease the depth at a closing bracket. The closing bracket of a list of rows must be `]`."""
+        """Decrease the nesting depth at a closing bracket. Check that `]` closes the list of rows."""
         in_list = self.row_depth > 0 and not self.in_row and self.inside
         if self.depth == 0 or (in_list and self.depth == self.row_depth and symbol not in b"]"):
             where = f"{self.path}:{self.line}"

@@ -16,7 +16,7 @@ from ftdata.types import Reject, Row
 
 
 def read_parquet(file: Input) -> Iterator[Row | Reject]:
-    """Yield the rows of a Parquet file. Only a single batch is in memory."""
+    """Yield the rows of a Parquet file. Only one batch of rows is in memory at a time."""
     import pyarrow as pa
 
     with file.open() as stream:
@@ -32,7 +32,7 @@ def read_parquet(file: Input) -> Iterator[Row | Reject]:
 
 
 def _check_value_counts(table: Any, groups: Iterable[int], limits: TableLimits) -> None:
-    """Check the number of rows and values in a Parquet file against the limits for its size."""
+    """Check that a Parquet file has no more rows and values than the limits for its size allow."""
     for number in groups:
         group = table.metadata.row_group(number)
         limits.rows(group.num_rows, sum(group.column(index).num_values for index in range(group.num_columns)))
@@ -102,7 +102,7 @@ def _measure_chunk(stream: io.BufferedReader, column: Any, file: Input) -> _Chun
 def _read_group(
     stream: io.BufferedReader, table: Any, number: int, columns: Sequence[tuple[Any, _Chunk]], file: Input
 ) -> Iterator[Any]:
-    """Yield a row group in batches. Batches are smaller if values, or the dictionary values in use, are long."""
+    """Yield a row group in batches of rows. A batch has fewer rows if the row group contains long values."""
     import pyarrow.parquet as pq
 
     rows = max(table.metadata.row_group(number).num_rows, 1)
@@ -140,7 +140,7 @@ def _read_group(
 
 
 def _longest_values(batch: Any) -> int:
-    """Find the longest dictionary value of each column. Return the sum of their sizes in bytes."""
+    """Return the total size in bytes of the longest dictionary values, one value per column."""
     return sum(map(_longest_value, batch.columns))
 
 

@@ -39,7 +39,7 @@ class ParquetPage(NamedTuple):
 
 
 def read_pages(stream: io.BufferedReader, column: Any) -> Iterator[ParquetPage]:
-    """Yield the header of each page in a column chunk. The position in the stream changes.
+    """Yield the header of each page in a column chunk. This function changes the stream position.
 
     Args:
         stream: the Parquet file.
@@ -68,7 +68,7 @@ def read_pages(stream: io.BufferedReader, column: Any) -> Iterator[ParquetPage]:
 
 
 def _read_header(stream: io.BufferedReader) -> tuple[dict[int, Any], int]:
-    """Read the page header at the current stream position. Return the fields, and the header length in bytes."""
+    """Read the page header at the current stream position. Return the header's fields and its length in bytes."""
     data, size = b"", 256
     while True:
         chunk = stream.read(size)
@@ -94,7 +94,7 @@ class _CompactReader:
         self.data, self.position = data, 0
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Parse a struct. Return its 32-bit integers and nested structs by field id, and skip all other fields."""
+        """Parse a struct. Return a mapping from field id to value for 32-bit integers and nested structs only."""
         if depth > _MAX_DEPTH:
             raise ValueError("a page header is nested too deeply")
         fields, number = dict[int, Any](), 0

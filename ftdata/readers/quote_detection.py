@@ -19,7 +19,7 @@ attempts to find the end of a row."""
 
 
 def detect_quoting(file: Input, ahead: Iterable[bytes], delimiter: bytes) -> str:
-    """Return the quoting of a file, `csv` or `none`. If the user did not set it, detect the quoting.
+    """Return the quoting of a file: `csv` or `none`. If the user did not specify the quoting, detect it.
 
     Args:
         file: the file. A local file is read to its end once.

@@ -28,7 +28,7 @@ def with_retries(
     transient_errors: tuple[type[Exception], ...],
     permanent_errors: tuple[type[Exception], ...],
 ) -> Result:
-    """Call `request`, and return its result. After a transient failure, try again, up to `TRIES` times in total.
+    """Call `request`, and return its result. After a transient failure, try again. Make at most `TRIES` attempts.
 
     Args:
         request: the function to call.
@@ -102,7 +102,7 @@ def list_url(url: str) -> tuple[dict[str, int], str | None]:
 
 
 def list_sizes(url: str) -> dict[str, int]:
-    """Return the size in bytes of each file in a remote folder, by relative path.
+    """Return a mapping from the relative path of each file in a remote folder to its size in bytes.
 
     If the folder does not exist, return an empty mapping.
 
@@ -188,7 +188,7 @@ def remove_remote_file(url: str) -> None:
 
 
 def _open_filesystem(url: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a URL, after clearing its cache, and the path inside the file system."""
+    """Clear the cache of the fsspec file system for a URL. Return the file system, and the path inside it."""
     import fsspec
 
     filesystem, path = fsspec.core.url_to_fs(url, **_filesystem_options(url))
@@ -213,7 +213,7 @@ def _list_files(url: str) -> tuple[dict[str, int], str | None]:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A read-only remote file. Reading fails if the file changes meanwhile."""
+    """A read-only remote file. Reading raises an error if the file has changed since it was opened."""
 
     def __init__(self, url: str) -> None:
         self._url, self._position = url, 0
@@ -250,7 +250,7 @@ class _RemoteFile(io.RawIOBase):
         super().close()
 
     def _open(self) -> dict[str, Any]:
-        """Open or reopen the remote file. Return the metadata that identify its version."""
+        """Open or reopen the remote file. Return metadata that identify the version of the file."""
         filesystem, path = _open_filesystem(self._url)
         info = filesystem.info(path)
         self._file = filesystem.open(path, "rb", **({"block_size": 0} if self._without_ranges else {}))

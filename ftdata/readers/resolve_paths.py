@@ -39,7 +39,7 @@ class ResolvedFile:
 def resolve_files(
     location: str, reader: str | None = None, hub_options: Mapping[str, Any] | None = None
 ) -> Iterator[ResolvedFile]:
-    """Yield the input files at a location, in alphabetical order.
+    """Yield the input files at a path, glob, URL or Hub data set name, in alphabetical order.
 
     Args:
         location: a path, a glob, a folder, a URL, `-` for standard input, or the name of a Hub data set.
@@ -51,7 +51,9 @@ def resolve_files(
         InputRefused: No reader is registered for the suffix of a file.
     """
     if not location.strip():
-        raise UsageError("file_not_found", "the path is empty", hint="check that the variable with the path is set")
+        raise UsageError(
+            "file_not_found", "the path is empty", hint="check that the variable that contains the path is set"
+        )
     if is_hub(location):
         for file, split in hub_files(location, _is_readable, **hub_options or {}):
             yield replace(_make_file(str(file), reader), split=split)
@@ -153,7 +155,7 @@ def _list_folder(folder: Path, reader: str | None, parents: tuple[Path, ...]) ->
 
 
 def _list_remote_folder(files: Sequence[str], folder: str, reader: str | None) -> Iterator[ResolvedFile]:
-    """Yield the data files in a remote folder, by the same rules as `_list_folder`."""
+    """Yield the data files in a remote folder. The files are selected by the same rules as in `_list_folder`."""
     relative_paths = {name: name.removeprefix(f"{folder}/") for name in files}
     states = [name for name, path in relative_paths.items() if PurePosixPath(path).name == "state.json"]
     if states:
@@ -188,7 +190,7 @@ def _list_entries(folder: Path, reader: str | None, parents: tuple[Path, ...]) -
 
 
 def _read_saved_names(path: Path, key: str) -> list[str]:
-    """Read file or folder names from a metadata file of `save_to_disk`. A name must not contain a path.
+    """Read file or folder names from metadata that `save_to_disk` wrote. A name must not contain a slash.
 
     Raises:
         InputRefused: The metadata are damaged, or a name is invalid.

@@ -1,4 +1,4 @@
-"""Filter rows with a Jinja expression, and limit the number of rows."""
+"""Select rows with a Jinja expression, and limit the number of rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ftdata.types import Reject, Row
 
 @dataclass
 class RowFilter:
-    """Filters rows with a Jinja expression, and limits the number of rows. A `Reject` always passes the filter.
+    """Keeps each row for which a Jinja expression is true, and each `Reject`, up to a maximum number of rows.
 
     Attributes:
         where: the Jinja expression of the user, which is evaluated in this process, without limits.
@@ -45,7 +45,7 @@ class RowFilter:
             )
 
     def filter_rows(self, rows: Iterator[Row | Reject]) -> Iterator[Row | Reject]:
-        """Yield the rows that match `where`, up to `limit`. If `where` raises an error for a row, yield a `Reject`."""
+        """Yield at most `limit` rows for which `where` is true. If `where` raises an error, yield a `Reject`."""
         if self.where is None and self.limit is None:
             yield from rows
             return

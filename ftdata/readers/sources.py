@@ -193,7 +193,7 @@ class MemorySource:
 
 
 def resolve_sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
-    """Convert the user's data to sources, in the same order.
+    """Convert the user's data to sources (files, or rows in memory), in the same order.
 
     Args:
         data: a path (of a file or a folder, a URL, or `-` for standard input), a glob, a pandas `DataFrame`, a
@@ -217,7 +217,7 @@ def resolve_sources(data: Any) -> tuple[FileSource | MemorySource, ...]:
         )
     if isinstance(data, Iterable) and not isinstance(data, bytes | bytearray):
         return (MemorySource(data),)
-    raise UsageError("data_type", f"data is a {type(data).__name__}, expected a path, a list of paths or rows")
+    raise UsageError("data_type", f"data is a {type(data).__name__}, expected a path, a list of paths, or rows")
 
 
 def _in_memory_sources(data: Any) -> tuple[FileSource | MemorySource, ...] | None:
@@ -267,7 +267,7 @@ def _resolve_spec(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, .
 
 
 def _sources_at_path(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
-    """Return the sources at the `path` in a data mapping. Its other keys, such as `encoding`, are file options."""
+    """Return the sources for the `path` of a data mapping. The other keys, such as `encoding`, are file options."""
     path = spec["path"]
     if not isinstance(path, str | Path):
         if file_keys := [key for key in _FILE_KEYS if spec.get(key) is not None]:
@@ -310,7 +310,7 @@ def _parse_share(spec: Mapping[str, Any]) -> SourceShare:
 def _select_splits(
     sources: Sequence[FileSource | MemorySource], spec: Mapping[str, Any]
 ) -> Iterator[FileSource | MemorySource]:
-    """Yield the sources that a split expression selects.
+    """Yield the sources that a split expression, such as `train[:10%]`, selects.
 
     If the expression joins several parts with `+`, the sources have no split name.
     """
@@ -328,7 +328,7 @@ def _select_splits(
             ranges = split_expressions.split_ranges(part, [file.count for file in files])
             selected = [replace(files[number], first=first, last=last) for number, first, last in ranges]
         else:
-            hint = "slice the data before you pass it"
+            hint = "slice the data before you pass it to ftdata"
             raise UsageError("split", "only files can be sliced, not standard input or data in memory", hint=hint)
         if not selected:
             raise UsageError("no_rows", f"{spec['path']} has no rows in {spec['split']!r}")

@@ -33,7 +33,7 @@ class SplitPart(NamedTuple):
 
 
 def parse_split(split: str) -> tuple[SplitPart, ...]:
-    """Parse a split expression, and return its parts.
+    """Parse a split expression such as `train[:10%]+test`, and return its parts.
 
     Raises:
         UsageError: The expression is invalid.
@@ -60,7 +60,7 @@ def parse_split(split: str) -> tuple[SplitPart, ...]:
 def split_ranges(
     part: SplitPart, counts: Sequence[Callable[[int | None], int]]
 ) -> Iterator[tuple[int, int, int | None]]:
-    """Find the files that contain the rows of a split part. Yield each file with the range of rows to read.
+    """Find the files with the rows that `part` selects from a split. Yield each file with the range of rows to read.
 
     Args:
         part: a part of the split that consists of these files.

@@ -175,7 +175,7 @@ def prepend_to_file(head: bytes, file: BinaryIO) -> io.BufferedReader:
 
 
 def file_from_chunks(chunks: Generator[bytes]) -> io.BufferedReader:
-    """Return a readable file object that contains the joined chunks."""
+    """Return a readable file object that contains the concatenated chunks."""
     return io.BufferedReader(_ChunkFile(chunks), CHUNK)
 
 
@@ -192,7 +192,7 @@ def _read(file: BinaryIO, size: int = CHUNK) -> Generator[bytes]:
 
 
 class _ChunkFile(io.RawIOBase):
-    """A readable file object that contains joined chunks of bytes."""
+    """A readable file object that contains concatenated chunks of bytes."""
 
     def __init__(self, chunks: Generator[bytes]) -> None:
         self._chunks, self._unread = chunks, memoryview(b"")
@@ -217,7 +217,7 @@ class _ChunkFile(io.RawIOBase):
 
 
 def _join_first(size: int, chunks: Generator[bytes]) -> Generator[bytes]:
-    """Join chunks at the beginning until the first chunk has at least `size` bytes. Yield the other chunks unchanged.
+    """Concatenate the first chunks to a chunk of at least `size` bytes, and yield it. Yield all other chunks unchanged.
 
     A pipe may deliver fewer bytes at first than format detection needs.
     """
@@ -271,7 +271,7 @@ def expansion_error(
     ratio: int = MAX_RATIO,
     hint: str = "decompress it yourself if the size is correct",
 ) -> InputRefused:
-    """Create the error for a file whose content expands beyond the limit."""
+    """Create the error for a file whose decompressed content is larger than the limit."""
     sizes = f"{compressed_size:,} to {plain_size:,} bytes or more"
     message = f"expands from {sizes}, expected at most {ratio:,} times its size"
     return InputRefused("expansion", message, where=path, hint=hint)
@@ -290,7 +290,7 @@ def _open_decompressor(file: io.BufferedReader, compression: str) -> BinaryIO:
 
 
 def _decompress_streams(file: BinaryIO, new: Callable[[], Any]) -> Generator[bytes]:
-    """Decompress concatenated compressed streams. Trailing bytes that are not a compressed stream cause an error."""
+    """Decompress a file of one or more compressed streams. Any other bytes after a stream cause an error."""
     decompressor = new()
     for chunk in read_chunks(file):
         unread = chunk
@@ -308,7 +308,7 @@ def _decompress_streams(file: BinaryIO, new: Callable[[], Any]) -> Generator[byt
 
 
 def _detect_encoding(head: bytes, encoding: str | None) -> str | None:
-    """Detect the encoding of a text by its first bytes, with `encoding` as the default. Return `None` for UTF-8."""
+    """Detect the encoding of a text by its first bytes. The default is `encoding`. Return `None` for UTF-8."""
     for mark, name in _BOMS.items():
         if head.startswith(mark):
             return name

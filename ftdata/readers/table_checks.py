@@ -1,4 +1,4 @@
-"""Checks and errors that the Parquet, Arrow, Excel and CSV readers share."""
+"""Checks and errors for the Parquet, Arrow, Excel and CSV readers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_seekable(stream: io.BufferedReader, file: Input) -> None:
 
 
 def damaged_file_error(error: Exception, file: Input, kind: str) -> InputRefused:
-    """Create the error for a table file that is damaged or has a different format."""
+    """Create the error for a table file that is damaged or does not have the expected format."""
     return InputRefused(
         "damaged_file",
         f"the file is not a valid {kind} file: {error}",

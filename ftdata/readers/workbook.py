@@ -88,7 +88,7 @@ class Sheet(NamedTuple):
 
 @dataclass
 class Workbook:
-    """An open .xlsx file, with its list of worksheets and its date styles.
+    """An open .xlsx file, with the list of its worksheets and the cell styles that show numbers as dates.
 
     Attributes:
         path: path of the file.
@@ -115,7 +115,7 @@ class Workbook:
     plain: int = 0
 
     def count(self, elements: int) -> None:
-        """Add to the number of parsed XML elements, and check the limit.
+        """Add `elements` to the number of parsed XML elements, and check the limit.
 
         Raises:
             InputRefused: The file has far more elements than its size explains.
@@ -135,9 +135,9 @@ class Workbook:
         try:
             info = self.archive.getinfo(part)
         except KeyError:
-            raise self.damaged_error(f"the part {part} is missing") from None
+            raise self.damaged_error(f"the archive does not contain the file {part}") from None
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise self.damaged_error(f"the part {part} has the compression type {info.compress_type}, expected deflate")
+            raise self.damaged_error(f"the file {part} has compression type {info.compress_type}, expected deflate")
         self._count_plain(info.file_size)
         self.count(_PART_ELEMENTS)
         parser.make_error = lambda message: self.damaged_error(f"{part}: {message}")
@@ -183,7 +183,7 @@ class Workbook:
             parser.rows.clear()
 
     def check_size(self, sheets: Sequence[Sheet]) -> int:
-        """Check the total XML size of sheets against the limit, and return the size in bytes.
+        """Return the total XML size of `sheets` in bytes, after checking this size against the limit.
 
         Raises:
             InputRefused: The sheets and the shared strings are far larger than the file.
@@ -220,7 +220,7 @@ def open_workbook(stream: BufferedReader, path: str) -> Workbook:
 
 
 class _LimitedStream:
-    """A stream that limits the size of each read. `zipfile` reads the whole archive directory in a single read."""
+    """A stream that rejects very large reads, because `zipfile` reads the whole archive directory in a single read."""
 
     def __init__(self, stream: BufferedReader, path: str) -> None:
         self._stream, self._path = stream, path
@@ -235,7 +235,7 @@ class _LimitedStream:
 
 
 class SharedStrings:
-    """The strings that the cells of a workbook share. Large amounts of text are stored in a temporary file."""
+    """The string table of a workbook, to which cells refer by index. A large table is stored in a temporary file."""
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(_SPOOL)  # noqa: SIM115  (closed by close)
@@ -266,7 +266,7 @@ class SharedStrings:
 
 
 class _SharedStringParser(XmlParser):
-    """A parser that adds each shared string to `strings`. Phonetic text is omitted."""
+    """A parser that adds each shared string to `strings`. Pronunciation guides (phonetic text) are omitted."""
 
     def __init__(self, strings: SharedStrings) -> None:
         super().__init__()
@@ -371,7 +371,7 @@ _column_numbers: dict[str, int] = {}
 
 
 def _parse_column(coordinate: str) -> int:
-    """Return the column number in a cell coordinate such as `B7`, counted from 1, or 0 if the coordinate is invalid."""
+    """Return the column number, from 1, of a cell coordinate such as `B7`. Return 0 for an invalid coordinate."""
     match = _COORDINATE.fullmatch(coordinate)
     if match is None:
         return 0
@@ -386,7 +386,7 @@ def _parse_column(coordinate: str) -> int:
 
 
 def _related_parts(book: Workbook, part: str, *kinds: str) -> list[tuple[str, str, str]]:
-    """Return the files in the archive that `part` refers to, as tuples of id, path and kind.
+    """Return the archive files to which the archive file `part` refers, as tuples of id, path and kind.
 
     If `part` is empty, return the files that the archive as a whole refers to.
     """

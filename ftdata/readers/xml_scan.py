@@ -1,4 +1,4 @@
-"""Parse spreadsheet XML in chunks without building a tree. Depth and length are limited."""
+"""Parse spreadsheet XML in chunks without building a tree. The nesting depth and the length of tags are limited."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class ElementParser(XmlParser):
         self._callbacks = callbacks
 
     def start(self, name: str, attributes: dict[str, str]) -> None:
-        """Call the callback for the name of the element, if any."""
+        """Call the callback that is registered for the name of the element, if any."""
         if (callback := self._callbacks.get(name)) is not None:
             callback(attributes)
 

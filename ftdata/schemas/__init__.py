@@ -1,4 +1,4 @@
-"""Detect the schema of each row, and convert the row to a `Conversation`.
+"""Detect the schema (the format) of each row, and convert the row to a `Conversation`.
 
 | schema              | columns                                               | result                                |
 |---------------------|-------------------------------------------------------|---------------------------------------|
@@ -142,7 +142,7 @@ def normalize(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
 
 @dataclass(frozen=True, slots=True)
 class RowKind:
-    """The schema of a row, and the columns that it reads. Rows with the same columns and types share a `RowKind`.
+    """The schema of a row, and the columns that the schema reads. Rows of equal columns and types have one `RowKind`.
 
     Attributes:
         name: name of the schema.
@@ -169,7 +169,7 @@ _kinds: dict[Any, RowKind | BadRow] = {}
 
 
 def classify_row(schema: str, data: Mapping[str, Any]) -> RowKind:
-    """Detect the schema of a row, and return the `RowKind` for it.
+    """Detect the schema of a row. Return a `RowKind`, which contains the schema and the columns that the schema reads.
 
     The result is cached by column names, cell types and whether cells are empty. The predicates of schemas depend on
     these properties only.
@@ -249,7 +249,7 @@ def _convert_by_user_schema(name: str, schema: Schema | Convert, data: Mapping[s
 
 
 def _normalize_user_conversation(conversation: Conversation, name: str) -> Conversation:
-    """Check the field types of a conversation that a user's function returned, and normalize its messages."""
+    """Check the field types of a conversation from a user's function. Convert its messages to the standard format."""
     has_valid_types = (
         isinstance(conversation.messages, tuple | list)
         and isinstance(conversation.text, str | None)
@@ -311,7 +311,7 @@ def _detectable_schemas() -> dict[str, Schema]:
 
 
 def _map_columns(row: Row, columns: Mapping[str, str] | None) -> tuple[Mapping[str, Any], BadRow | None]:
-    """Rename the columns of a row as `columns=` requests. Return the row, and an error if a column is missing.
+    """Rename the columns of a row according to `columns=`. Return the row, and an error if a column is missing.
 
     The caller raises the error only if the row cannot be converted without the column.
     """
@@ -372,7 +372,7 @@ def _split_path(path: str) -> list[str | int]:
 
 
 def _unmapped_fields(value: Any, name: str, paths: Sequence[Sequence[str | int]]) -> dict[str, Any]:
-    """Return the fields of an object that no path contains, by their paths.
+    """Return the fields of an object that are in none of `paths`, as a mapping from path to value.
 
     >>> _unmapped_fields({"text": "hi", "train": False, "by": {"id": 1}}, "data", [["text"]])
     {'data.train': False, 'data.by': {'id': 1}}

@@ -136,7 +136,7 @@ def has_answer(text: str) -> bool:
 
 
 def is_message(value: Any) -> bool:
-    """Return whether a value looks like a message: an object with a role, or with a speaker and a text."""
+    """Return whether a value looks like a message: an object with a role, or with an author and a text."""
     return isinstance(value, Mapping) and (
         "role" in value
         or (any(isinstance(value.get(key), str) for key in _ROLE_KEYS) and _find_content_key(value) is not None)
@@ -144,7 +144,7 @@ def is_message(value: Any) -> bool:
 
 
 def is_single_message(row: Mapping[str, Any]) -> bool:
-    """Return whether a row is a single message. The column `author` is ignored, because plain-text rows can have it."""
+    """Return whether a row is a single message. The column `author` is ignored, because a text can have an author."""
     return is_message({key: value for key, value in row.items() if key != "author"})
 
 
@@ -179,9 +179,9 @@ def read_messages(value: Any, field: str) -> tuple[Message, ...]:
 
 
 def plain_message(item: Any) -> Message | None:
-    """Normalize a message that contains only a known role and a text. Return `None` for any other message.
+    """Convert a message of only a known role and a text to the standard format. Return `None` for any other message.
 
-    A message that is already normalized is returned without a copy.
+    A message that is already in the standard format is returned without a copy.
     """
     if type(item) is not dict or len(item) != 2:
         return None
@@ -195,7 +195,7 @@ def plain_message(item: Any) -> Message | None:
 
 
 def is_canonical(value: Any, messages: tuple[Message, ...]) -> bool:
-    """Return whether the messages of a row were already normalized, and contain only `role` and `content`."""
+    """Return whether the messages of a row are already in the standard format, with only `role` and `content`."""
     return (
         isinstance(value, list)
         and len(value) == len(messages)
@@ -204,7 +204,7 @@ def is_canonical(value: Any, messages: tuple[Message, ...]) -> bool:
 
 
 def message_notes(value: Any) -> Iterator[str]:
-    """Yield notes for the report: message keys that only some templates read, and roles with uncommon names."""
+    """Yield notes for the report about uncommon role names, and about message keys that only some templates read."""
     for item in value if isinstance(value, list) else ():
         if isinstance(item, Mapping):
             yield from (f"message key {key}" for key in item if key not in _COMMON_KEYS)
@@ -214,7 +214,7 @@ def message_notes(value: Any) -> Iterator[str]:
 
 
 def read_tools(data: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Read the tool definitions of a row from the column `tools` or the older `functions`.
+    """Read the tool definitions of a row from the column `tools`, or from the column `functions` in older data.
 
     The column contains a list or its JSON text.
     """
@@ -289,7 +289,7 @@ def _read_message(item: Any, field: str) -> Iterator[Message]:
 
 
 def _split_role(item: Mapping[str, Any], field: str) -> tuple[str, Mapping[str, Any]]:
-    """Split a message into its role and its other fields. A text under another key is moved to `content`."""
+    """Separate the role of a message from its other fields. A text under a key such as `value` becomes `content`."""
     if "role" in item:
         return _read_role(item["role"], f"{field}.role"), {key: value for key, value in item.items() if key != "role"}
     speaker = next((key for key in _ROLE_KEYS if key in item), None)
@@ -383,7 +383,7 @@ def _check_content(content: Any, *, has_calls: bool, field: str) -> dict[str, An
 
 
 def _check_part(part: Mapping[str, Any], field: str) -> None:
-    """Reject a message part that is excluded from training. Only whole messages can be excluded."""
+    """Reject a content part that is marked as excluded from training. Only whole messages can be excluded."""
     guarded = [key for key in part if key in TRAIN_FIELDS or is_guarded(str(key))]
     for key in guarded:
         if key in TRAIN_FIELDS and part[key] is not None and read_flag(part[key], f"{field}.{key}") is False:
@@ -419,7 +419,7 @@ def _has_blocks(content: list[Any]) -> bool:
 
 
 def _split_blocks(message: dict[str, Any], field: str) -> Iterator[dict[str, Any]]:
-    """Convert a message in Anthropic's block format to one or more messages. Tool results become the first messages."""
+    """Convert a message in Anthropic's block format to one or more messages. Messages with tool results come first."""
     if duplicates := [key for key in ("tool_calls", "reasoning_content") if message.get(key)]:
         problem = f"the message has both content blocks and {duplicates[0]}, expected only one of them"
         raise BadRow("block_type", problem, field=f"{field}.content")

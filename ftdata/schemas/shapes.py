@@ -1,4 +1,4 @@
-"""The built-in schemas, which recognize rows by their columns and convert them to conversations."""
+"""The built-in schemas. A schema recognizes rows by their columns, and converts the rows to conversations."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def parse_json_list(value: Any) -> Any:
 
 
 def find_column(data: Mapping[str, Any], column: str) -> str:
-    """Find a schema's column in a row, and return its name there: the same name or an alias such as `response`.
+    """Return the name that a schema's column has in a row: either `column` itself or an alias such as `response`.
 
     If the row does not have the column, return `column`.
     """
@@ -107,7 +107,7 @@ def _read_text(data: Mapping[str, Any], column: str) -> str:
                 "nested_cell",
                 f"the cell contains {len(value)} values, expected a single value",
                 field=column,
-                hint="write one row per value, or a single column-oriented object in the whole file",
+                hint="write one row per value, or the whole file as a single object with a list per column",
             )
         value = next(iter(value.values()))
     if not isinstance(value, str):
@@ -131,7 +131,7 @@ def _make_conversation(data: Mapping[str, Any], fields: dict[str, str], user: st
 
 
 def _read_context(data: Mapping[str, Any]) -> tuple[tuple[Message, ...], dict[str, str]]:
-    """Read the system message and the history of a row.
+    """Read the system message and the history (earlier questions and answers) of a row.
 
     Returns:
         The messages before the question, and the fields for prompt templates.
@@ -252,7 +252,7 @@ _SYSTEM_COLUMNS = {"system", *ALIASES["system"]}
 def _add_context(
     data: Mapping[str, Any], messages: tuple[Message, ...], history: tuple[Message, ...] = ()
 ) -> tuple[Message, ...]:
-    """Insert the system message and the history of a row before its messages.
+    """Insert the system message and the history (earlier turns) of a row before the other messages of the row.
 
     Raises:
         BadRow: the messages begin with a different system message.
@@ -289,7 +289,7 @@ def last_answer_index(messages: Sequence[Message]) -> int:
 
 
 def _pretokenized(data: Mapping[str, Any]) -> Conversation:
-    """Convert a pretokenized row to a conversation. Each label must be -100 or equal to its token id.
+    """Convert a pretokenized row to a conversation. Each label must be -100 or the token id at its position.
 
     The row must not be padded.
     """
@@ -308,7 +308,7 @@ def _pretokenized(data: Mapping[str, Any]) -> Conversation:
         trained = labels != IGNORE_INDEX
         if (wrong := np.flatnonzero(trained & (labels != ids))).size:
             index = int(wrong[0])
-            problem = f"the label is {labels[index]}, expected {ids[index]} (its id) or {IGNORE_INDEX}, without a shift"
+            problem = f"the label is {labels[index]}, expected the token id {ids[index]} or {IGNORE_INDEX}, not shifted"
             raise BadRow("label_value", problem, field=f"labels[{index}]")
     elif masks:
         trained = next(iter(masks.values()))

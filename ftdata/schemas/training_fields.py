@@ -56,7 +56,7 @@ _SCHEMA_HINT = (
 
 
 def is_guarded(name: str, value: Any = None) -> bool:
-    """Return whether a field must pass `check_training_fields` if no schema reads the field.
+    """Return whether `check_training_fields` must check a field that no schema reads.
 
     The result depends only on the name of the field and the type of its value.
     """
@@ -70,7 +70,10 @@ def is_guarded(name: str, value: Any = None) -> bool:
 
 
 def _last_name(name: str) -> str:
-    """Return the last part of a path: `columns=` names the fields beside a mapped value by their paths."""
+    """Return the last key of a path, e.g. `train` for `data.train`.
+
+    If `columns=` maps a nested value, the other fields of the same object have paths as names.
+    """
     return name.rpartition(".")[2]
 
 
@@ -95,7 +98,7 @@ def is_rejected_side(name: str) -> bool:
 
 
 def is_mask_name(name: str) -> bool:
-    """Return whether the name of a field indicates a mask or weight.
+    """Return whether the name of a field indicates a loss mask or a training weight.
 
     >>> is_mask_name("lossMask"), is_mask_name("constraints"), is_mask_name("train_on_turn")
     (True, False, True)
@@ -104,7 +107,7 @@ def is_mask_name(name: str) -> bool:
 
 
 def check_training_fields(fields: Mapping[str, Any], names: Iterable[str], path: str = "") -> None:
-    """Reject a row if a field that no schema reads could change the mask or the model's input.
+    """Reject a row if a field that no schema reads could affect the loss mask or the model's input.
 
     Args:
         fields: a row, a message, or a part of a message.
@@ -142,7 +145,7 @@ def check_training_fields(fields: Mapping[str, Any], names: Iterable[str], path:
 
 
 def _is_media(value: Any) -> bool:
-    """Return whether a value is binary data, an image object, an image or audio of `datasets`, or a list of them."""
+    """Return whether a value is binary data, an image, audio data as in `datasets`, or a list of such values."""
     if isinstance(value, list | tuple):
         return any(map(_is_media, value))
     if isinstance(value, Mapping):
@@ -161,7 +164,7 @@ def _check_tokens(value: Any, where: str) -> None:
 
 
 def _check_preference(name: str, value: Any, where: str) -> None:
-    """Reject a row whose label marks the answer as undesirable. Names and numbers in `label` can be classes."""
+    """Reject a row whose label marks the answer as undesirable. Names and numbers in `label` can be classes instead."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     is_false = value == 0 if is_number else _is_false(value)
     is_class = name == "label" and (is_number or (isinstance(value, str) and value.strip().lower() != "false"))
@@ -170,12 +173,12 @@ def _check_preference(name: str, value: Any, where: str) -> None:
             "row_not_trained",
             f"is {_describe(value)}, which marks the answer as undesirable (KTO data)",
             field=where,
-            hint=f"filter these rows with where='{name}' (keeps rows with a true value), or remove the field",
+            hint=f"to keep only rows with a true value, pass where='{name}'; or remove the field",
         )
 
 
 def _read_row_flag(value: Any, where: str) -> bool:
-    """Return whether the value of a field in `TRAIN_FIELDS` is true; false if the value is not a flag.
+    """Return whether the value of a field in `TRAIN_FIELDS`, e.g. `train`, is true. Return `False` if it is not a flag.
 
     Raises:
         BadRow: `row_not_trained`, if the value is a false flag; `weight_value`, as in `read_flag`.
@@ -186,13 +189,13 @@ def _read_row_flag(value: Any, where: str) -> bool:
             "row_not_trained",
             f"is {_describe(value)}, which excludes the row from training",
             field=where,
-            hint=f"filter these rows with where='{where}' (keeps rows with a true or non-zero value)",
+            hint=f"to keep only rows with a true or non-zero value, pass where='{where}'",
         )
     return flag is True
 
 
 def _check_metadata(value: Any, where: str) -> None:
-    """Reject metadata that excludes a row or message from training.
+    """Reject a row if its metadata excludes the row or a message from training.
 
     Numbers other than 0, such as the loss of another model, are not masks.
     """
@@ -215,7 +218,7 @@ def _check_metadata(value: Any, where: str) -> None:
 
 
 def _is_false(value: Any) -> bool:
-    """Return whether a value is false, 0, a list, or the text of one of them."""
+    """Return whether a value could exclude tokens from training: false, 0, a list, or the text of such a value."""
     if isinstance(value, str):
         return read_text_flag(value) is False or _IDS.fullmatch(value) is not None or _is_zero(value)
     return isinstance(value, list) or (isinstance(value, int | float) and value == 0)
@@ -244,7 +247,7 @@ def read_flag(value: Any, field: str) -> bool | None:
 
 
 def read_text_flag(text: str) -> bool | None:
-    """Parse a text flag such as `"yes"` or `"0"`, as in CSV files. Return `None` for any other text."""
+    """Parse a flag that is stored as text, e.g. `"yes"` or `"0"` in a CSV file. Return `None` for any other text."""
     return _TEXT_FLAGS.get(text.strip().lower())
 
 

@@ -1,1 +1,1 @@
-"""Write files and builds atomically, keep records of builds, and create Arrow arrays."""
+"""Write files and builds (tokenized data sets) atomically, record builds, and create Arrow arrays."""

@@ -1,4 +1,4 @@
-"""Convert between numpy and Arrow arrays without importing pandas. The import takes longer than most builds.
+"""Convert between numpy and Arrow arrays without importing pandas. Importing pandas takes longer than most builds.
 
 `pa.array` and `to_numpy` import pandas, so this module uses the buffers of the arrays.
 """

@@ -1,4 +1,4 @@
-"""Replace files and builds atomically. A lock ensures that only one process at a time builds into a folder.
+"""Replace files and builds atomically. A lock ensures that only one process at a time writes to an output folder.
 
     DIR                     the build: the old or the new version, never a mixture
     .DIR.ftdata/            the workspace of the new build; removed after the build
@@ -38,7 +38,7 @@ _SEAL = "result.json"
 
 @dataclass(frozen=True)
 class Workspace:
-    """The temporary folder in which a new build is written before it replaces the target.
+    """The temporary folder for a new build. The finished build replaces the target folder.
 
     Attributes:
         target: the folder that the build replaces.
@@ -96,7 +96,7 @@ class Workspace:
         return os.fsencode(self.folder) + b"\0" + token
 
     def publish(self) -> None:
-        """Replace `target` with the new build atomically. A power failure leaves either the old or the new build."""
+        """Replace `target` with the new build atomically. After a power failure, the old or the new build exists."""
         disk.sync_all(self.new)
         if not self.target.exists():
             disk.rename(self.new, self.target)
@@ -148,7 +148,7 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def _check_folder(folder: Path) -> None:
-    """Check that a workspace belongs to this user and contains no symbolic links. Links could redirect writes.
+    """Check that a workspace belongs to this user and contains no symbolic links. A link could redirect a write.
 
     Raises:
         StorageError: `workspace_owner` or `workspace_link`.
@@ -202,7 +202,7 @@ def open_workspace(target: Path, check: Callable[[Path], None]) -> Iterator[Work
 
 @contextmanager
 def _clear_after(workspace: Workspace) -> Iterator[None]:
-    """Remove the workspace when the `with` block ends, unless the same command can resume from the workspace."""
+    """Remove the workspace after the `with` block. After an error, keep it if the same command can resume the build."""
     try:
         yield
     except FtdataError as error:
@@ -271,7 +271,7 @@ def _temporary_path(target: Path) -> Path:
 
 
 def seal_folder(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write `result.json` into a folder, after all other files.
+    """Write `result.json` into a folder. All other files of the folder must already exist.
 
     It contains the result, the hash of each other file, and a hash of its content.
     """
@@ -280,7 +280,7 @@ def seal_folder(folder: Path, result: Mapping[str, Any]) -> None:
 
 
 def read_sealed(folder: Path) -> dict[str, Any] | None:
-    """Return the result in the `result.json` of a folder. Return `None` if a file is missing or has changed."""
+    """Return the result in the `result.json` of a folder. Return `None` if a file there is missing or has changed."""
     with suppress(OSError, ValueError, LookupError, TypeError):
         contents = json.loads(disk.read_regular_file(folder / _SEAL))
         if (

@@ -1,4 +1,4 @@
-"""Record which builds this user made. Records are stored outside the builds, so that a download cannot forge them.
+"""Record which builds this user made. Records are stored outside the builds, so downloaded builds cannot forge records.
 
     DIR/KEY     an empty file; KEY is the hash of the recorded content
 
@@ -30,7 +30,7 @@ def add_record(kind: str, content: bytes) -> None:
 
 
 def has_record(kind: str, content: bytes) -> bool:
-    """Return whether this user recorded `content`. If other users can write to the record folder, return `False`."""
+    """Return whether `add_record` recorded `content`. If other users can write to the record folder, return `False`."""
     folder = _record_folder()
     if folder is None:
         return False

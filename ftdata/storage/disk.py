@@ -36,7 +36,7 @@ _operation_counts: Counter[str] = Counter()
 
 
 def _check_failpoint(operation: str, path: str | Path, write_half: Callable[[], Any] = lambda: None) -> None:
-    """Simulate a fault if a test requests it. Before the fault, `write_half` completes half of the operation."""
+    """Simulate a disk error or crash if a test requests it. Before this, `write_half` does half of the operation."""
     failpoint = os.environ.get("FTDATA_FAILPOINT")
     if failpoint is None:
         return
@@ -143,7 +143,7 @@ def _renameat2() -> Any:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with its contents. A missing path or a failed removal is ignored."""
+    """Remove a file, or remove a folder with its contents. Ignore a missing path or a failed removal."""
     try:
         _check_failpoint("remove", path)
     except OSError:

@@ -1,1 +1,1 @@
-"""Load tokenizers and tokenize batches of texts with character offsets."""
+"""Load tokenizers, and convert batches of texts to token ids with character offsets."""

@@ -1,4 +1,4 @@
-"""Store the tokens and spans of many texts in NumPy arrays, so that a single operation processes all texts."""
+"""Store the tokens and spans (ranges with the same source) of many texts in NumPy arrays, for fast processing."""
 
 from __future__ import annotations
 
@@ -75,14 +75,17 @@ class Encodings:
         return map(self.__getitem__, range(len(self)))
 
     def with_replacements(self, replacements: Mapping[int, EncodedText]) -> Encodings:
-        """Return a copy in which some texts have new tokens. `replacements` maps text indices to new tokens."""
+        """Return a copy in which some texts have new tokens. `replacements` maps text indices to the new tokens."""
         if not replacements:
             return self
         texts = [replacements.get(number, text) for number, text in enumerate(self)]
         return Encodings.from_texts(texts, np.diff(self.text_bounds).tolist())
 
     def with_prefix(self, texts: Sequence[int], ids: NDArray[np.int32]) -> Encodings:
-        """Return a copy with `ids` prepended to the texts with these indices. The new tokens cover no characters."""
+        """Return a copy with `ids` prepended to some texts.
+
+        `texts` contains the indices of these texts. The new tokens cover no characters.
+        """
         if not len(texts) or not len(ids):
             return self
         positions, offsets = (
@@ -102,7 +105,7 @@ class Encodings:
 
 @dataclass(frozen=True, eq=False)
 class RenderedBatch:
-    """A batch of rendered texts, with arrays of the starts and ends of all spans.
+    """A batch of rendered texts, with the start and end of each span. A span is a range of text with the same source.
 
     Attributes:
         texts: the rendered texts.
@@ -121,7 +124,7 @@ class RenderedBatch:
 
     @cached_property
     def spans(self) -> tuple[Spans, ...]:
-        """The spans of each text."""
+        """The spans of each text. A span is a range of text with the same source."""
         return tuple(Spans.from_spans(text.spans) for text in self.texts)
 
     @property
@@ -145,7 +148,7 @@ class RenderedBatch:
 
 
 class ExampleColumns(NamedTuple):
-    """The tokens and counts of several examples, stored as arrays for writing to disk.
+    """The token ids, loss mask and token counts of several examples, stored as arrays for writing to disk.
 
     Attributes:
         ids: int32 `[tokens]`, the concatenated ids of all examples.
@@ -167,7 +170,7 @@ class ExampleColumns(NamedTuple):
 
 
 def end_offsets(sizes: Iterable[int]) -> NDArray[np.int64]:
-    """Return the cumulative sums of `sizes`, preceded by 0 (int64 `[sizes + 1]`)."""
+    """Return the cumulative sums of `sizes`, preceded by 0 (int64 `[len(sizes) + 1]`)."""
     ends = np.array([0, *sizes], np.int64)
     return np.cumsum(ends, out=ends)
 

@@ -47,12 +47,12 @@ class EncodingCache(Protocol):
         """Whether the cache contains any text."""
 
     def encode(self, texts: Sequence[str], encode: Callable[[Sequence[str]], Encodings]) -> Encodings:
-        """Return the tokens of each text. Read the tokens from the cache if possible, or else call `encode`."""
+        """Return the tokens of each text. Use the cached tokens of a text if they exist. Otherwise, call `encode`."""
 
 
 @contextmanager
 def describe_encoder_error() -> Iterator[None]:
-    """Convert exceptions and Rust panics of the package `tokenizers` to `TemplateRefused`.
+    """Convert exceptions and Rust panics from the package `tokenizers` to the exception `TemplateRefused`.
 
     Raises:
         TemplateRefused: `bad_tokenizer`.
@@ -173,7 +173,7 @@ class Encoders:
         return self.reference.name if self._fast is None or not self.is_fast_trusted else self._fast.name
 
     def expect_input(self, size: int) -> None:
-        """Set the expected size of the next data set, in characters or bytes. Large data sets use the fast encoder."""
+        """Set the expected size of the next data set, in characters or bytes. Large sizes enable the fast encoder."""
         self.expected, self._batch_count = max(self.expected, size), 0
 
     def encode(self, texts: Sequence[str]) -> Encodings:
@@ -243,7 +243,7 @@ def load_fast_encoder(description: bytes, reference: ReferenceEncoder) -> FastEn
 
 
 def _trim_memory() -> None:
-    """Return unused memory to the operating system, because glibc keeps it.
+    """Return freed memory to the operating system. By default, glibc keeps this memory.
 
     Loading a tokenizer temporarily allocates a hundred megabytes.
     """
@@ -289,7 +289,7 @@ _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE_SYM
 
 
 def _is_byte_level(spec: Any) -> bool:
-    """Return whether a tokenizer is byte-level BPE without any normalizer except NFC, as `FastEncoder` requires."""
+    """Return whether a tokenizer is byte-level BPE and has no normalizer other than NFC, as `FastEncoder` requires."""
     normalizers, pre_tokenizers = (_flatten_stages(spec.get(name)) for name in ("normalizer", "pre_tokenizer"))
     byte_levels = [stage for stage in pre_tokenizers if stage["type"] == "ByteLevel"]
     can_sum = len(byte_levels) == 1 and not byte_levels[0].get("add_prefix_space")
@@ -300,7 +300,7 @@ def _is_byte_level(spec: Any) -> bool:
 
 
 def _is_sentencepiece(spec: Any) -> bool:
-    """Return whether a tokenizer is SentencePiece-style BPE with byte fallback, and normalizes only spaces."""
+    """Return whether a tokenizer is SentencePiece-style BPE with byte fallback whose normalizer changes only spaces."""
     changes_spaces = _flatten_stages(spec.get("normalizer")) in ([_REPLACE], [_PREPEND, _REPLACE])
     # A pre-tokenizer that splits at spaces has no effect, because the normalizer has replaced all spaces.
     splits_nothing = spec.get("pre_tokenizer") is None or spec["pre_tokenizer"].get("pattern") == {"String": " "}
@@ -312,7 +312,7 @@ def _is_sentencepiece(spec: Any) -> bool:
 
 
 def _is_plain_bpe(spec: Any) -> bool:
-    """Return whether the model is BPE without dropout or affixes, and added tokens match text exactly."""
+    """Return whether the model is BPE without dropout, prefixes and suffixes, and added tokens match text exactly."""
     model, added_tokens = spec["model"], spec.get("added_tokens", ())
     is_bpe = model.get("type") == "BPE" and not any(model.get(name) for name in _MODEL_OPTIONS)
     return is_bpe and not any(token.get(name) for token in added_tokens for name in _ADDED_TOKEN_OPTIONS)
@@ -328,7 +328,7 @@ def _flatten_stages(stage: Any) -> list[dict[str, Any]]:
 
 
 def _find_section_starts(is_added: NDArray[np.bool_], bounds: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Mark the ordinary tokens that begin a text or follow an added token (bool `[tokens]`)."""
+    """Return which tokens begin a text or follow an added token. Added tokens are excluded (bool `[tokens]`)."""
     starts = np.ones(len(is_added), np.bool_)
     starts[1:] = is_added[:-1]
     starts[bounds[:-1][bounds[:-1] < len(is_added)]] = True
@@ -342,7 +342,7 @@ def _mark_added_tokens(spec: Any, size: int) -> NDArray[np.bool_]:
 
 
 def _count_characters(spec: Any, *, is_byte_level: bool) -> NDArray[np.unsignedinteger]:
-    """Compute `FastEncoder.doubled_counts`: how many characters begin in each token (unsigned `[size]`)."""
+    """Compute the array `FastEncoder.doubled_counts` from the vocabulary of a tokenizer (unsigned `[size]`)."""
     vocabulary = spec["model"]["vocab"]
     added = {token["id"]: token["content"] for token in spec.get("added_tokens", ())}
     doubled_counts = np.zeros(max(*vocabulary.values(), *added, 0) + 1, dtype=np.int32)
@@ -366,7 +366,7 @@ def _count_characters(spec: Any, *, is_byte_level: bool) -> NDArray[np.unsignedi
 
 
 def _continuation_symbols() -> NDArray[np.bool_]:
-    """Return which byte-level BPE symbols represent a UTF-8 continuation byte (bool `[512]`, by code point).
+    """Return whether each code point below 512 represents a UTF-8 continuation byte in byte-level BPE (bool `[512]`).
 
     Bytes that are printable in Latin-1 represent themselves; all other bytes are represented by characters from U+0100
     on (Radford et al. 2019, GPT-2's `bytes_to_unicode`).
@@ -412,7 +412,7 @@ _PIECES = (*_WHITESPACE, *_NUMBERS, *_WORDS, *_COMBINING, *_SCRIPTS, *_JOINED)
 
 
 def _difficult_texts(added_tokens: Sequence[str]) -> Iterator[str]:
-    """Yield test texts that encoders often encode differently, such as whitespace, combining marks and added tokens."""
+    """Yield test texts with content that encoders often treat differently, e.g. whitespace and combining marks."""
     yield from ("", *_PIECES, *added_tokens[:2000])
     for run in (*"a \n1!\t", "ab ", "\u00e9", "\u4f60", "\U0001f44d"):
         yield from (run * count for count in (2, 3, 5, 17, 300))

@@ -1,4 +1,4 @@
-"""Load tokenizers from a folder, the Hub, or an object of `transformers` or `tokenizers`."""
+"""Load a tokenizer from a folder, from the Hub, or from an object of the packages `transformers` or `tokenizers`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ftdata.tokenizing.tokenizer import Tokenizer, _strip_backend
 
 
 def load_tokenizer(tokenizer: Any, *, thorough: bool = True) -> Tokenizer:
-    """Load a tokenizer without importing transformers. Reuse a loaded tokenizer with the same content.
+    """Load a tokenizer without importing transformers. Reuse a tokenizer with the same content if it is already loaded.
 
     Args:
         tokenizer: a folder with `tokenizer.json`, a Hub id, or a `transformers` or `tokenizers` object.
@@ -83,7 +83,7 @@ def _from_content(name: str, text: bytes, special_tokens: dict[str, str], chat_t
 
 
 def _find_loaded(digest: str) -> Tokenizer | None:
-    """Return a cached tokenizer whose `tokenizer.json` has this digest. Its chat template may differ."""
+    """Return a cached tokenizer whose `tokenizer.json` has the hash `digest`. Its chat template may differ."""
     return next((tokenizer for (other, *_), tokenizer in _loaded.items() if other == digest), None)
 
 
@@ -110,7 +110,7 @@ _TOKEN_SETTINGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
 
 
 def _read_state(backend: tokenizers.Tokenizer) -> tuple[Any, ...]:
-    """Return a tokenizer's mutable settings and its tokens for a sample text, to detect changes quickly.
+    """Return a tokenizer's mutable settings and its tokens for a sample text, which show whether the tokenizer changed.
 
     Only a sample of the vocabulary is compared, because hashing all of it takes longer than encoding a conversation.
     """

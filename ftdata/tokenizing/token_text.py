@@ -1,4 +1,4 @@
-"""Decode the text of single tokens, for data that contains only token ids."""
+"""Decode each token to text separately, for data that contains only token ids."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _text_cache(tokenizer: Tokenizer) -> dict[int, str]:  # noqa: ARG001  (the a
 
 
 def _find_character_end(tokenizer: Tokenizer, ids: Sequence[int], start: int) -> int:
-    """Find the tokens from `start` on that together form complete characters, and return the index after them.
+    """Return the index after the first tokens from `start` on that together form complete characters.
 
     Return `start + 1` if the tokens do not form complete characters.
     """
@@ -49,7 +49,7 @@ def _find_character_end(tokenizer: Tokenizer, ids: Sequence[int], start: int) ->
 
 @lru_cache(maxsize=8)
 def _find_prefix(tokenizer: Tokenizer) -> tuple[tuple[int, ...], str]:
-    """Return the ids and the text of a token to prepend, because decoders may remove a space at the start of a text."""
+    """Return the ids and text of a prefix token, because decoders may remove a space at the start of a text."""
     for character in ("a", "A", "0"):
         ids = tokenizer.encode([character])[0].ids[-1:].tolist()
         if ids and (text := tokenizer.decode(ids)) and tokenizer.decode(ids * 2).startswith(text):

@@ -37,7 +37,7 @@ _SHARED_PROPERTIES = frozenset({"_stripped_backend", "encoders", "added_tokens",
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A fast tokenizer with its special tokens and chat template. Instances are compared by identity.
+    """A fast tokenizer with its special tokens and chat template. An instance is equal only to itself.
 
     Attributes:
         name: folder, Hub id or `"<object>"`.
@@ -84,7 +84,7 @@ class Tokenizer:
 
     @cached_property
     def added_tokens(self) -> dict[str, tuple[int, bool]]:
-        """A map from the text of each added token to its id, and whether the token is special."""
+        """A mapping from the text of each added token to a tuple: its id, and whether the token is special."""
         return {token.content: (id_, token.special) for id_, token in self._backend.get_added_tokens_decoder().items()}
 
     @cached_property
@@ -95,7 +95,7 @@ class Tokenizer:
 
     @cached_property
     def bos_ids(self) -> NDArray[np.int32]:
-        """The id of the BOS token if the tokenizer prepends it to texts, otherwise no id (int32 `[0]` or `[1]`)."""
+        """An int32 array with the id of the BOS token. It is empty if the tokenizer does not prepend BOS to texts."""
         added_ids = self._stripped_backend[1]
         bos = self.token_to_id(self.special_tokens.get("bos_token"))
         # Other tokens around a text, such as BERT's [CLS] and T5's </s>, are not BOS tokens of causal models.
@@ -121,7 +121,7 @@ class Tokenizer:
         return None if token is None else self._backend.token_to_id(token)
 
     def id_to_token(self, id_: int) -> str:
-        """Return a token as spelled in the vocabulary, e.g. `Ġare`. Return an empty string for an unknown id."""
+        """Return the vocabulary entry for a token id, e.g. `Ġare`. Return an empty string for an unknown id."""
         return self._backend.id_to_token(id_) or ""
 
     def decode(self, ids: Iterable[int], *, skip_control: bool = False) -> str:
@@ -137,7 +137,7 @@ class Tokenizer:
         return self._exclude_stripped_whitespace(texts, tokens) if self.stripping_tokens else tokens
 
     def _exclude_stripped_whitespace(self, texts: Sequence[str], tokens: Encodings) -> Encodings:
-        """Return the tokens with offsets that do not contain the whitespace that added tokens remove."""
+        """Return the tokens with corrected offsets, which exclude whitespace that added tokens remove."""
         contents = {self.added_tokens[content][0]: content for content in self.stripping_tokens}
         positions = np.flatnonzero(np.isin(tokens.ids, list(contents)))
         numbers = np.searchsorted(tokens.token_bounds, positions, side="right") - 1
@@ -168,7 +168,7 @@ def _strip_backend(backend: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer,
     if getattr(backend.model, "dropout", None):
         raise TemplateRefused(
             "tokenizer_dropout",
-            f"the tokenizer skips merges randomly (dropout={backend.model.dropout:g}), so the tokens of a text vary",
+            f"the tokenizer skips BPE merges randomly (dropout={backend.model.dropout:g}), so its results vary",
             hint="set dropout to null in tokenizer.json",
         )
     if (largest := max(backend.get_added_tokens_decoder(), default=0)) > _LARGEST_ID:
@@ -222,7 +222,7 @@ def _is_encodable(text: str) -> bool:
 def encode_rendered(
     tokenizer: Tokenizer, batch: RenderedBatch, control: ControlTokens, policy: str
 ) -> tuple[Encodings, dict[int, BadRow]]:
-    """Encode a batch of rendered texts. Escape, reject or allow control tokens that come from the rows.
+    """Encode a batch of rendered texts. As `policy` requires, escape, reject or allow control tokens in row text.
 
     Args:
         tokenizer: the tokenizer.
@@ -273,7 +273,7 @@ def encode_rendered(
 
 @dataclass(frozen=True)
 class ControlTokens:
-    """The control tokens of a tokenizer and a template, with methods to find and escape control tokens in texts."""
+    """The control tokens, such as `<|im_end|>`, of a tokenizer and template. Methods find and escape them in texts."""
 
     tokenizer: Tokenizer
     tokens: tuple[str, ...]
@@ -308,7 +308,7 @@ class ControlTokens:
         return sorted(set((np.searchsorted(tokens.token_bounds, positions[is_typed], side="right") - 1).tolist()))
 
     def find_lost_whitespace(self, batch: RenderedBatch, tokens: Encodings) -> list[int]:
-        """Return the indices of texts in which a control token removes whitespace of the row (`lstrip`, `rstrip`)."""
+        """Return the indices of texts in which a control token removes whitespace of row text (`lstrip`, `rstrip`)."""
         if not self.tokenizer.stripping_tokens:
             return []
         # A gap lies between the end of a token, or the start of its text, and the start of the next token.
@@ -352,7 +352,7 @@ class ControlTokens:
         return self._counted_table.take(ids, mode="clip")
 
     def count_expected(self, template_matches: Iterable[re.Match[str]]) -> int:
-        """Return how many control tokens an encoded text should contain: only the tokens that the template wrote."""
+        """Return how many control tokens an encoded text should contain, namely those from the template."""
         ids = [self.tokenizer.added_tokens[match.group()][0] for match in template_matches]
         return self.count(np.asarray(ids, dtype=np.int32))
 
@@ -373,7 +373,8 @@ class ControlTokens:
         base = next(unused, None)
         if base is None:
             return BadRow(
-                "control_tokens", "the text contains control tokens, and private-use characters from all four ranges"
+                "control_tokens",
+                "the control tokens cannot be escaped, because the text uses all four ranges of private-use characters",
             )
         template_matches, _ = self.find_matches(rendered)
         numbers = {token: number for number, token in enumerate(self.tokens)}
@@ -396,7 +397,7 @@ class ControlTokens:
 
     @cached_property
     def _widest_gap(self) -> tuple[int, int]:
-        """The exclusive bounds of the largest range of ids without control tokens, used to skip most ids quickly."""
+        """The exclusive bounds of the largest range of ids without control tokens. Ids inside are skipped quickly."""
         edges = [-1, *sorted(self.ids.tolist()), self.tokenizer.vocabulary_size]
         return max(pairwise(edges), key=lambda pair: pair[1] - pair[0])
 
@@ -417,7 +418,7 @@ class ControlTokens:
 
 @lru_cache(maxsize=8)
 def _make_placeholder_backend(control: ControlTokens, base: int) -> tuple[tokenizers.Tokenizer, NDArray[np.int32]]:
-    """Create a tokenizer with placeholders instead of control tokens. Return it with a table of the original ids."""
+    """Create a tokenizer with placeholders instead of control tokens. Also return a table of the original ids."""
     description = json.loads(control.tokenizer.json)
     description["post_processor"] = None
     placeholders = {token: chr(base + n) * len(token) for n, token in enumerate(control.tokens)}
