@@ -175,7 +175,7 @@ def _make_plan(
     turns: Sequence[int],
     origins: Sequence[Origin | None],
 ) -> RenderPlan | None:
-    """Create a plan, which renders similar conversations without running the template.
+    """Create a render plan: a recording that renders similar conversations without running the template.
 
     `origins` contains the recorded expression for the whole text, followed by the expressions for the prefixes. Return
     `None` if the recorded expressions are incomplete.

@@ -133,7 +133,7 @@ def check_coverage(
 
 
 def _is_object(content: Any) -> bool:
-    """Return whether a content is a JSON object or list, such as a tool result, but not a list of text parts."""
+    """Return whether `content` is a JSON object or list, such as a tool result, but not a list of text parts."""
     parts = content if isinstance(content, list) else ()
     return isinstance(content, Mapping) or any(not isinstance(part.get("text"), str) for part in parts)
 
@@ -175,7 +175,7 @@ def _untrack(value: Any) -> Any:
 
 
 def _is_fully_printed(message: Mapping[str, Any], printed: str) -> bool:
-    """Return whether a message has only a role and a text, and `printed` equals this text (both stripped)."""
+    """Return whether a message has only a role and a text, and `printed` equals it except for outer whitespace."""
     content = message.get("content")
     if not printed or not isinstance(content, str) or len(message) != 2 or "role" not in message:
         return False
@@ -247,7 +247,7 @@ def _make_unique(value: Any, seed: int = 7001) -> Any:
 
 
 def _has_reformatted_thinking(texts: Sequence[str], segment: str) -> bool:
-    """Return whether a content with a thinking block is printed completely. Ignore differences in whitespace."""
+    """Return whether `texts` begin with a thinking block and are printed completely. Ignore whitespace."""
     content = "".join(texts)
     return bool(find_thinking_tags(content)) and "".join(content.split()) in "".join(segment.split())
 
@@ -287,7 +287,7 @@ def _message_segments(text: str, pieces: Sequence[TextPiece]) -> dict[int, str]:
 
 
 def _all_printed(expected: Iterable[str], text: str) -> bool:
-    """Return whether the text contains each expected string (stripped) at least as often as `expected` does."""
+    """Return whether the text contains each string as often as `expected` does. Ignore whitespace at both ends."""
     counts = Counter(filter(None, (item.strip() for item in expected)))
     return sum(len(item) * count for item, count in counts.items()) <= len(text) and all(
         _count_occurrences(item, text) >= count for item, count in counts.items()

@@ -310,7 +310,7 @@ def _sort_keys(value: Any) -> Any:
 
 
 def _find_noncharacters(text: str) -> set[str]:
-    r"""Return all Unicode noncharacters U+FDD0 to U+FDEF in a JSON text. Escaped ones are returned as `\uXXXX`."""
+    r"""Return all Unicode noncharacters U+FDD0 to U+FDEF in a JSON text. Return escaped characters as `\uXXXX`."""
     return set(re.findall(r"[\ufdd0-\ufdef]|\\ufd[de][0-9a-f]", text))
 
 

@@ -245,7 +245,7 @@ def watch_result(function: Callable[..., str]) -> Callable[..., str]:
 
 
 def watch_unknown_call(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function whose calls cannot be replayed for other messages. Each call is recorded as not replayable."""
+    """Wrap a function whose calls cannot be replayed for other messages. Each call records this limitation."""
 
     def call(*arguments: Any, **options: Any) -> Any:
         mark_opaque()
@@ -301,7 +301,7 @@ def _make_query_method(name: str) -> Callable[..., Any]:
 
 
 def _make_opaque_method(name: str) -> Callable[..., Any]:
-    """Create an override of a `str` method whose calls cannot be replayed. The override records this."""
+    """Create an override of a `str` method whose calls cannot be replayed. Each call records this limitation."""
 
     def method(self: WatchedString, *arguments: Any, **options: Any) -> Any:
         mark_opaque()

@@ -47,7 +47,7 @@ class ContentLeaf:
     whitespace: tuple[bool, bool] | None
 
     def render(self, content: str) -> str | None:
-        """Return the rendered text for another content. Return `None` if this recorded segment does not apply to it."""
+        """Return the rendered text of another message content, or `None` if the plan does not apply to this content."""
         text = content
         for method, arguments in self.changes:
             text = getattr(text, method)(*arguments)
@@ -197,7 +197,7 @@ class PlanCache:
     new_plans: list[tuple[Shape, RenderPlan]] = field(default_factory=list)
 
     def needs_plan(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> bool:
-        """Count a conversation that no cached plan could render. Return whether to create a plan for it.
+        """Count a conversation that no cached plan could render. Return whether to create a new plan.
 
         The more conversations of a shape are counted, the less often a new plan is created.
         """
@@ -329,7 +329,7 @@ _STRIPS = {"strip", "lstrip", "rstrip", "split", "rsplit"}
 
 
 class _Cost(NamedTuple):
-    """The estimated work to evaluate an expression for other messages, as numbers of characters.
+    """The estimated work to evaluate an expression for other messages: the number of processed characters.
 
     Attributes:
         size: length of the value in characters, per character of the messages.
@@ -375,7 +375,7 @@ def _cost(origin: Any, costs: dict[int, _Cost]) -> _Cost:
 
 
 def _method_cost(base: _Cost, name: str, arguments: Sequence[Any]) -> _Cost:
-    """Return the cost of calling a `str` method. It includes `base`, the cost of computing the string."""
+    """Return the cost of calling a `str` method. The result includes `base`, the cost of computing the string."""
     lengths = [len(argument) for argument in arguments if isinstance(argument, str)]
     # Characters to strip are compared with each character of the text. Searches process each character about once.
     factor = 1 + (lengths[0] if name in _STRIPS and lengths else 0)

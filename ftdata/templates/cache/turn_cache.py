@@ -125,8 +125,8 @@ def skeleton_key(
 def _describe_whitespace(messages: Sequence[Mapping[str, Any]], piece: TextPiece, text: str) -> tuple[bool, bool, bool]:
     """Return whether a content (1) is printed unchanged, (2) has outer whitespace, (3) is only whitespace.
 
-    The result is three booleans. A template may strip a content only when it renders the generation prompt. Contents
-    without surrounding whitespace do not show this, so they need a different key.
+    A template may strip a content only when it renders the generation prompt. Contents without surrounding whitespace
+    do not show this, so they need a different key.
     """
     content = messages[piece.message].get("content") if piece.part is Part.CONTENT else None
     if not isinstance(content, str):
@@ -150,7 +150,7 @@ _TEXT_DEPENDENT: list[tuple[Anchor, str]] = [((-1, -1), "")]
 
 
 def _find_exclusions(text: str, parts: Sequence[TextPiece], prefix: TrackedString) -> list[tuple[Anchor, str]]:
-    """Return the conditions under which `prefix` and the whole text also diverge at the same place for another row.
+    """Return the conditions under which another row has the same first difference between `prefix` and the whole text.
 
     Each condition is an (anchor, text) pair: this text must not follow the anchor. The list is empty if `prefix` has
     the same pieces as the text, or if the two texts diverge in template text.
@@ -178,7 +178,7 @@ def _find_exclusions(text: str, parts: Sequence[TextPiece], prefix: TrackedStrin
 
 
 def _anchor(parts: Sequence[TextPiece], position: int) -> Anchor | None:
-    """Convert a position to (index of a piece, offset in the piece), or to `None` if it is inside text of the row."""
+    """Convert a position to (index of a piece, offset in the piece). Return `None` for a position inside row text."""
     for index, piece in enumerate(parts):
         if piece.start <= position < piece.end:
             return (index, position - piece.start) if piece.part is Part.SCAFFOLD or position == piece.start else None

@@ -162,7 +162,7 @@ def _check_text_before_stop(
 def _find_start(
     text: str, parts: Sequence[TextPiece], turn: int, prefix: RenderPrefix, stops: TurnStops
 ) -> tuple[int, set[str]]:
-    """Find the end of the generation prompt, where the generated text of a turn starts. Return flags, too."""
+    """Find the end of the generation prompt, where the generated text of a turn starts. Also return flags."""
     if turn == 0:
         raise BadRow(
             "no_prompt",
