@@ -33,7 +33,7 @@ from ftdata.types import Conversation, Example, Message, Part, Reject, RenderedR
 
 
 class BuiltRow(NamedTuple):
-    """The examples of one row. `cut` is the number of removed tokens; `dropped` lists lengths of removed examples."""
+    """The examples of one row, with the number of removed tokens (`cut`) and the lengths of removed examples."""
 
     conversation: Conversation
     examples: tuple[Example, ...]
@@ -54,7 +54,7 @@ def build_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[BuiltRo
 
 @dataclass(frozen=True, eq=False)
 class MaskedTexts:
-    """The tokens and masks of a batch of texts. Indexing returns an `Example`, or the error that rejects the text.
+    """The tokens and masks of a batch of texts. Each item is an `Example`, or a `BadRow` error for a rejected text.
 
     Attributes:
         conversations: the conversation of each text.
@@ -161,7 +161,7 @@ class Batch:
 
     @property
     def last_source(self) -> Source:
-        """The origin of the last row of the batch."""
+        """The file and row number of the last row of the batch."""
         result = self.results[-1]
         if isinstance(result, int):
             return self.masked.conversations[result].source
@@ -174,14 +174,14 @@ class Batch:
 
     @property
     def dropped(self) -> list[int]:
-        """Number of tokens of each dropped example. A row that loses all its examples is rejected and not included."""
+        """Number of tokens of each dropped example. Rejected rows are not included."""
         if self.plain:
             return []
         return [length for result in self.results if isinstance(result, BuiltRow) for length in result.dropped]
 
     @property
     def repeated(self) -> int:
-        """Number of repeated tokens. Conversations that are split into several examples repeat their earlier turns."""
+        """Number of repeated tokens. If a conversation is split into examples, they repeat earlier turns."""
         return 0 if self.plain else sum(result.repeated for result in self.results if isinstance(result, BuiltRow))
 
     @cached_property
@@ -222,7 +222,7 @@ def build_batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[Batc
 
 
 def _finish_rows(recipe: Recipe, batch: Sequence[RowAndOutcome], masked: MaskedTexts) -> Batch:
-    """Truncate and check the masked texts of each row. Rows with one short text need no further processing."""
+    """Truncate the tokenized texts of each row and check their flags. A row with one short text is not changed."""
     is_final = masked.trained_counts > 0
     if recipe.max_length is not None:
         is_final &= np.diff(masked.tokens.token_bounds) <= recipe.max_length
@@ -281,14 +281,14 @@ def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:
         raise BadRow(
             flag,
             f"the row has the flag {flag}, which is listed in reject_flags ({meaning})",
-            hint=f"fix the row, or remove {flag} from reject_flags to build it",
+            hint=f"correct the row; or remove {flag} from reject_flags to keep rows with this flag",
         )
 
 
 def _trained_examples(
     recipe: Recipe, conversation: Conversation, encoded: Sequence[Example | BadRow]
 ) -> tuple[Example, ...]:
-    """Return the examples of one conversation. Omit split turns that have no trained tokens."""
+    """Return the examples of one conversation. If it is split into several texts, omit texts without trained tokens."""
     if conversation.tokens is not None:
         return (pass_tokens_through(recipe, conversation, conversation.tokens),)
     trained: list[Example] = []
@@ -311,7 +311,7 @@ def _trained_examples(
 
 
 def pass_tokens_through(recipe: Recipe, conversation: Conversation, tokens: RowTokens) -> Example:
-    """Create the example of a pretokenized row without changing its tokens. The text is decoded for display only.
+    """Create the example of a row of token ids. The ids are not changed, and are decoded to text only for display.
 
     Raises:
         BadRow: the tokenizer does not contain a token, or no token is trained.
@@ -400,7 +400,7 @@ def _certainly_have_stops(masked: MaskedTexts, recipe: Recipe) -> list[bool]:
 
 
 def _has_stops(example: Example, recipe: Recipe) -> bool:
-    """Return whether every trained turn ends with a control token. A turn with `missing_final_stop` is not checked."""
+    """Return whether every trained turn ends with a control token. Ignore a last turn flagged `missing_final_stop`."""
     ends = turn_ends(example)
     if "missing_final_stop" in example.flags:
         ends = ends[:-1]
@@ -430,7 +430,7 @@ def encode(
     date: str | datetime.date | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Example, ...]:
-    """Encode one conversation as token ids and labels. Each example also contains its text, offsets and spans.
+    """Encode one conversation as examples, which contain token ids, labels, text, character offsets and spans.
 
     The examples equal those of a build, except that a build also rejects empty answers.
 

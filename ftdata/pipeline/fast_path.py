@@ -1,4 +1,4 @@
-"""A fast path that reads and renders an ordinary row in one step.
+"""A fast path that reads and renders a row in one step if its messages have only roles and texts.
 
 An ordinary row contains messages with only a role and a text, and its template has a plan for these roles. The schema,
 turns, spans and mask of the row depend only on its columns and roles, so most of the work is cached. Every other row
@@ -22,7 +22,7 @@ from ftdata.types import Conversation, Message, RenderedRow, Row
 
 
 def make_fast_path(recipe: Recipe) -> Callable[[Row], RenderedRow | None]:
-    """Create a function that renders an ordinary row. For any other row, the function returns `None`."""
+    """Create a function that renders a row of messages with only roles and texts, and returns `None` for other rows."""
     if (
         recipe.columns
         or recipe.turns == "split"
@@ -59,7 +59,7 @@ def make_fast_path(recipe: Recipe) -> Callable[[Row], RenderedRow | None]:
 
 
 def _read_messages(row: Row) -> tuple[str, tuple[str, ...], Sequence[Message], Sequence[str]]:
-    """Return the name of the messages column, the roles as spelled in the row, the messages, and their contents.
+    """Return the name of the messages column, the original roles, the normalized messages, and their contents.
 
     The roles, messages and contents are empty if the row is not ordinary.
     """

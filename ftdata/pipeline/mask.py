@@ -51,7 +51,7 @@ def last_assistant(rendered: Rendered, conversation: Conversation) -> list[bool]
 
 @masks.register("completion")
 def completion(rendered: Rendered, conversation: Conversation) -> list[bool]:
-    """Train the assistant turns of the completion: the messages after the prompt, or the last turn of a chat."""
+    """Train the assistant messages after the prompt. In a chat without a separate prompt, train the last turn."""
     trained_spans = assistant(rendered, conversation)
     first = conversation.completion_from
     return [trained and span.message >= first for trained, span in zip(trained_spans, rendered.spans, strict=True)]
@@ -59,7 +59,7 @@ def completion(rendered: Rendered, conversation: Conversation) -> list[bool]:
 
 @masks.register("all")
 def all_text(rendered: Rendered, conversation: Conversation) -> list[bool]:
-    """Train the whole text, also prompts and template text, except messages with `train: false` or `weight: 0`.
+    """Train the whole text, including prompts and template text, except messages with `train: false` or `weight: 0`.
 
     The template text around an excluded message is trained, but its stop token is not.
     """
@@ -82,7 +82,7 @@ PARTS = {"reasoning": Part.REASONING, "answer": Part.CONTENT, "tool_call": Part.
 
 
 def resolve_policy(train_on: str | Policy, train_parts: Sequence[str] | None = None) -> Policy:
-    """Return the mask policy for `train_on`, which is a name or a function. Train only the parts in `train_parts`.
+    """Return the mask policy for `train_on`, a name or a function. The policy trains only the parts in `train_parts`.
 
     Raises:
         UsageError: `train_on` or `train_parts` contains an unknown name.
@@ -107,7 +107,7 @@ def resolve_policy(train_on: str | Policy, train_parts: Sequence[str] | None = N
 
 
 def is_built_in_policy(train_on: str | Policy) -> bool:
-    """Return whether a policy is built in. Built-in policies use only span kinds, roles and the key `train`."""
+    """Return whether a policy is built in. Such a policy uses only span kinds, roles and the key `train`."""
     return is_built_in(_find_policy(train_on))
 
 
@@ -172,7 +172,7 @@ def _fill_forward(parts: Sequence[Part | None]) -> list[Part | None]:
 
 
 def _adjacent_parts(before: Part | None, after: Part | None) -> frozenset[Part]:
-    """Return the parts that template text belongs to, given the part before the text and the part after it."""
+    """Return the parts that template text belongs to, given the parts before and after the text."""
     opens = after is Part.TOOL_CALL or before is None
     closes = not opens or before is Part.REASONING
     pairs = ((before, closes), (after, opens))

@@ -116,7 +116,7 @@ class Recipe(Options):
         return {}
 
     def with_kwargs(self, kwargs: Mapping[str, Any]) -> Recipe:
-        """Return a copy of the recipe with the template variables that a row sets. Verify the changed template.
+        """Return a copy of the recipe with the template variables that a row sets. Verify its template.
 
         Raises:
             BadRow: a variable has an unsafe value, or the template cannot be verified with these variables.
@@ -127,7 +127,7 @@ class Recipe(Options):
             return self
         for name, value in kwargs.items():
             if not _is_safe_value(value) or (isinstance(value, str) and self.control.occurs_in(value)):
-                problem = "the template variable is neither a number nor short text without control-token characters"
+                problem = "the template variable is unsafe, expected a number, or a short text without < > [ ] { } |"
                 hint = "set the variable for all rows with template_kwargs"
                 raise BadRow("row_options", problem, field=f"chat_template_kwargs.{name}", hint=hint)
         key, variants = json.dumps(kwargs, sort_keys=True), self._variants
@@ -199,7 +199,7 @@ def make_recipe(
     template_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Recipe:
-    """Create a recipe: load the tokenizer and the template, bind the template to the tokenizer, and check the options.
+    """Create a recipe: load the tokenizer and the template, verify the template with this tokenizer, check the options.
 
     Args:
         tokenizer: a folder, a Hub ID, or a `transformers` or `tokenizers` object.
@@ -245,7 +245,7 @@ def load_bare_template(
 
 
 def check_template(template_or_tokenizer: Any) -> TemplateReport:
-    """Check a template: find its stop token, the message fields that it omits, and whether it rewrites earlier turns.
+    """Check a template: detect its stop token, the message fields that it omits, and changes to earlier turns.
 
     Args:
         template_or_tokenizer: a built-in name, a `.jinja` file, a Jinja string, or a tokenizer (folder, Hub ID or
@@ -295,7 +295,9 @@ def check_kwargs(kwargs: Any) -> None:
     if kwargs is None:
         return
     if not isinstance(kwargs, Mapping) or (reserved := {"messages", "tools", "add_generation_prompt"} & set(kwargs)):
-        problem = f"sets {sorted(reserved)}, which ftdata sets" if isinstance(kwargs, Mapping) else f"is {kwargs!r}"
+        problem = (
+            f"sets {sorted(reserved)}, which ftdata itself sets" if isinstance(kwargs, Mapping) else f"is {kwargs!r}"
+        )
         raise UsageError(
             "template_kwargs", f"template_kwargs {problem}; expected a mapping of additional template variables"
         )
@@ -304,7 +306,7 @@ def check_kwargs(kwargs: Any) -> None:
         raise UsageError(
             "template_kwargs",
             f"template_kwargs contains {names}, but all template variables are stored in the report and manifest",
-            hint="remove it: a template does not need secrets",
+            hint="remove the secrets: no template needs them",
         )
     try:
         json.dumps(kwargs)
@@ -316,7 +318,7 @@ def check_kwargs(kwargs: Any) -> None:
 def _bind_template(
     tokenizer: Tokenizer, name: str, source: str, strict: bool, date: datetime.datetime, kwargs: str
 ) -> tuple[Template, ControlTokens]:
-    """Bind a template to a tokenizer. Return the verified template, and the control tokens of the pair."""
+    """Verify a template with the special tokens of a tokenizer. Return the template, and the control tokens of both."""
     unbound = Template(
         name, source, strict=strict, special_tokens=tokenizer.special_tokens, date=date, kwargs=json.loads(kwargs)
     )

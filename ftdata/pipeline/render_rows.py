@@ -60,7 +60,7 @@ RowAndOutcome = tuple[Row | Reject, RenderedRow | Reject]
 
 
 def render_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[list[RowAndOutcome]]:
-    """Render rows. Yield each row with its rendered row or its reject, in batches that fit in memory."""
+    """Render rows, and yield batches that fit in memory. Each item is a row with its `RenderedRow` or `Reject`."""
     batch, characters = list[RowAndOutcome](), 0
     for row, outcome in chain.from_iterable(_render_groups(recipe, iter(rows))):
         size = 0 if isinstance(outcome, Reject) else sum([len(text.text) for text in outcome.texts])
@@ -127,7 +127,7 @@ class RejectedRows:
         if self.rows == MAX_REJECTED:
             raise InputRefused(
                 outcome.code,
-                f"the last {MAX_REJECTED:,} rows are all rejected. Reason for the last row: {outcome.reason}",
+                f"{MAX_REJECTED:,} consecutive rows were rejected. Reason for the last of these rows: {outcome.reason}",
                 where=str(outcome.source),
                 hint=outcome.fix,
             )
@@ -160,7 +160,8 @@ class _FailureLimits:
         if self.previous is not None and self.rows - self.previous < LIMITS_APART:
             raise TemplateRefused(
                 "template_limits",
-                f"template {self.recipe.template.name!r} exceeds its limits on several short rows: {outcome.reason}",
+                f"template {self.recipe.template.name!r} exceeds its CPU or memory limit on several short rows: "
+                f"{outcome.reason}",
                 where=str(outcome.source),
                 hint="use another template: this template contains an endless loop, or is malicious",
             )
@@ -215,7 +216,7 @@ def _needs_cross_check(row: Row) -> bool:
 def _start_render(
     recipe: Recipe, outcome: Conversation | RenderedRow | Reject
 ) -> Callable[[], tuple[Rendered, ...]] | None:
-    """Start to render a conversation in the template worker. Skip rows with tokens or template variables."""
+    """Start to render a conversation in the template worker. Skip rows that contain token ids or template variables."""
     if not isinstance(outcome, Conversation) or outcome.tokens is not None or outcome.kwargs:
         return None
     return submit_render(outcome, recipe.template, recipe.turns, recipe.on_dropped_message)
@@ -247,7 +248,7 @@ def render_conversation(
     *,
     cross_check: bool = False,
 ) -> tuple[Rendered, ...]:
-    """Render a conversation. Reject it if the template prints control tokens from the row as template text.
+    """Render a conversation. Reject it if a control token from the row looks like a control token of the template.
 
     Args:
         recipe: the recipe.
@@ -279,7 +280,7 @@ def render_conversation(
 
 
 def add_row_flags(conversation: Conversation, texts: tuple[Rendered, ...]) -> tuple[Rendered, ...]:
-    """Add a flag to the texts of a preference pair, because the rejected side of the pair is not used."""
+    """Add a flag to the texts of a preference pair, because the rejected answer of the pair is not used."""
     if not has_rejected_side(conversation):
         return texts
     return tuple(text._replace(flags=text.flags | {"rejected_side_dropped"}) for text in texts)
@@ -306,7 +307,7 @@ def _cross_check(recipe: Recipe, conversation: Conversation, texts: Sequence[Ren
 
 
 def _check_control_tokens(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
-    """Reject a row if the template prints control tokens from the row as template text.
+    """Reject a row if a control token in its text looks like a control token of the template.
 
     If ftdata cannot follow how the template prints a text, it attributes the text to the template. Therefore the row
     is rendered again with its control tokens replaced: the template must still print the same number of them.
@@ -341,7 +342,7 @@ def _check_control_tokens(recipe: Recipe, conversation: Conversation, texts: Seq
     if count != sum(len(recipe.control.find_matches(text)[0]) for text in masked_texts if not text.keep_control):
         raise BadRow(
             "control_tokens",
-            "the row contains the text of a control token, which the template prints as template text",
+            "the row contains a control token that ftdata cannot distinguish from the template's control tokens",
             hint="remove it from the data, or set control_tokens='allow'",
         )
 
@@ -406,7 +407,7 @@ def check_answers(conversation: Conversation) -> None:
 
 
 def make_reject(row: Row | Reject, error: BadRow) -> Reject:
-    """Create a `Reject` from a row and an error. It contains the first 4096 characters of the row as JSON."""
+    """Create a `Reject` from a row and an error. The `Reject` contains the first 4096 characters of the row as JSON."""
     if isinstance(row, Reject):
         return row
     try:

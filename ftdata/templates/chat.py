@@ -51,7 +51,7 @@ _MAX_CACHED_MESSAGES = 200
 
 @dataclass(frozen=True)
 class ChatRendering:
-    """A conversation with tracked strings, together with its chat template.
+    """A conversation whose texts are `TrackedString` objects, together with its chat template.
 
     Attributes:
         template: the chat template.
@@ -69,7 +69,7 @@ class ChatRendering:
 
     @classmethod
     def from_conversation(cls, conversation: Conversation, template: Template) -> ChatRendering:
-        """Convert the strings of a conversation to `TrackedString`, and the roles to roles that the template supports.
+        """Convert the strings of a conversation to `TrackedString`. Replace roles that the template does not support.
 
         Tool call arguments that are JSON strings become objects unless the template accepts strings.
 
@@ -103,7 +103,7 @@ class ChatRendering:
         return self.template.run(variables, watch=self.watch)
 
     def with_watched_strings(self) -> ChatRendering:
-        """Return a copy of the conversation with `WatchedString` texts."""
+        """Return a copy of the conversation in which all texts are `WatchedString` objects."""
         return replace(self, messages=tuple(watch_messages(self.messages)), watch=True)
 
     def render_with_message(self, index: int, message: Message | dict[str, Any]) -> str | None:
@@ -175,7 +175,7 @@ def _make_plan(
     turns: Sequence[int],
     origins: Sequence[Origin | None],
 ) -> RenderPlan | None:
-    """Create a plan to render similar conversations without the template.
+    """Create a render plan: a recording that renders similar conversations without running the template.
 
     `origins` contains the recorded expression for the whole text, followed by the expressions for the prefixes. Return
     `None` if the recorded expressions are incomplete.
@@ -203,7 +203,7 @@ def _locate_regions(
     turns: Sequence[int],
     origins: list[Origin | None],
 ) -> tuple[list[TurnRegion], frozenset[str]]:
-    """Locate the text that the model generates in each turn. Return the regions and their flags.
+    """Locate the text that the model generates in each turn. Return the text ranges and their flags.
 
     The generation tags in a template file of the user take precedence over the detected regions.
     """
@@ -253,7 +253,7 @@ def _check_disjoint(regions: Sequence[TurnRegion]) -> None:
         if after.start < before.end:
             raise BadRow(
                 "overlap",
-                f"the generated text of messages {before.message} and {after.message} overlaps in the rendered text",
+                f"the generated texts of messages {before.message} and {after.message} overlap in the rendered text",
                 field=f"messages[{after.message}]",
                 hint="join the two assistant messages into one message",
             )
@@ -278,7 +278,7 @@ def _locate_turns(
     turns: Sequence[int],
     origins: list[Origin | None],
 ) -> list[locate.LocatedTurn]:
-    """Locate the turns in the rendered text, or return their cached positions.
+    """Return the turns in the rendered text. Use their cached positions if possible.
 
     If a render plan is needed, locate the turns even if their positions are cached. Also append the recorded
     expressions of all rendered texts to `origins`, with the expression of the whole text first.

@@ -68,7 +68,7 @@ def render_chat(
 
 
 class _NoPlan(Exception):
-    """An internal signal: no cached render plan matches the conversation, so the template must run."""
+    """Raised if no cached rendering can be reused for a conversation, so that the template must run."""
 
 
 def render_from_cache(
@@ -98,12 +98,12 @@ def trained_answers(conversation: Conversation) -> list[int]:
 
 
 def join_text_parts(conversation: Conversation) -> Conversation:
-    """Copy a conversation, and convert each content that is a list with one text part to a string."""
+    """Copy a conversation. If a content is a list of exactly one text part, convert it to a string."""
     return replace(conversation, messages=tuple(map(_join_text_part, conversation.messages)))
 
 
 def _join_text_part(message: Message) -> Message:
-    """Convert a message's content to a string if it is a list with one text part.
+    """Convert a message's content to a string if it is a list of exactly one text part.
 
     Return the message unchanged if it has several parts, since the separator between them is unknown.
     """
@@ -136,7 +136,7 @@ def _render_chat(
 
 @dataclass
 class _TurnRenderer:
-    """A renderer for one conversation, which uses cached render plans or runs the template.
+    """A renderer for one conversation. It reuses cached renderings, or runs the template.
 
     Attributes:
         conversation: the normalized row.
@@ -155,7 +155,7 @@ class _TurnRenderer:
         return ChatRendering.from_conversation(self.conversation, self.template)
 
     def render(self, turns: Sequence[int], count: int | None = None) -> Rendered:
-        """Render the first `count` messages with a matching render plan, or with the template if no plan matches.
+        """Render the first `count` messages. Reuse a cached rendering if possible, otherwise run the template.
 
         If `count` is `None`, render all messages without a plan.
 

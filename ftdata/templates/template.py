@@ -108,7 +108,7 @@ class Template:
 
     @classmethod
     def from_description(cls, description: str) -> Template:
-        """Create a template from the JSON text that `description` contains."""
+        """Create a template from the JSON text of `Template.description`."""
         attributes = json.loads(description)
         control = re.compile(attributes["control"]) if attributes["control"] else None
         return cls(**{**attributes, "control": control, "date": datetime.datetime.fromisoformat(attributes["date"])})
@@ -145,7 +145,7 @@ class Template:
 
     @cached_property
     def stops(self) -> TurnStops:
-        """The stop token and the text around it at the end of a turn, detected with probes."""
+        """The stop token and the text around it at the end of a turn. Both are detected in small conversations."""
         return locate.detect_stops(self._probe, TurnStops(self.special_tokens.get("eos_token"), self.control))
 
     def _probe(self, roles: str) -> TrackedString | None:
@@ -217,12 +217,12 @@ class Template:
 
     @cached_property
     def prefix_cache(self) -> PrefixCache:
-        """A cache of rendered conversation prefixes, reused for similar conversations."""
+        """A cache of renderings of the first messages, reused for similar conversations."""
         return PrefixCache()
 
     @cached_property
     def plan_cache(self) -> PlanCache:
-        """A cache of render plans, which render similar conversations without running the template."""
+        """A cache of recorded renderings, used to render similar conversations without running the template."""
         return PlanCache()
 
     def render(self, variables: Mapping[str, Any]) -> TrackedString:
@@ -315,7 +315,7 @@ def check_can_train(template: Template) -> None:
     if template.source and not template.is_chat and not template.has_generation_tags:
         raise TemplateRefused(
             "nothing_marked",
-            f"template {template.name!r} does not read 'messages', so it must mark the generated text",
+            f"template {template.name!r} does not read the variable 'messages', so it must mark the text to train",
             hint="put {% generation %} before the response and {% endgeneration %} after its stop token",
         )
 
@@ -365,7 +365,7 @@ def _uses_length(node: nodes.Node) -> bool:
 
 
 def _track_contents(text: TrackedString, contents: Sequence[str]) -> TrackedString:
-    """Restore lost attribution in a rendered probe: find each message content in the text and mark its owner."""
+    """Find each message content in the rendered text of a probe, and record which message it comes from."""
     parts: list[str] = re.split(f"({'|'.join(map(re.escape, contents))})", str.__str__(text))
     tracked_contents = {content: track_value(content, Part.CONTENT, index) for index, content in enumerate(contents)}
     return TrackedString.from_str(concat_tracked(tracked_contents.get(part, part) for part in parts))

@@ -1,4 +1,4 @@
-"""Find the common prefix or suffix of two rendered texts, by character or by whole words and tags."""
+"""Find the common prefix or suffix of two rendered texts. Compare characters, or whole words and tags."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def find_tags(text: str) -> set[str]:
 
 
 def common_prefix(a: str, b: str) -> str:
-    r"""Return the common prefix of two texts, without words or tags that only partly match.
+    r"""Return the common prefix of two texts. The prefix never ends inside a word or a tag.
 
     >>> common_prefix("</s>\n<user>", "</s>\n<users>")
     '</s>\n'
@@ -43,7 +43,7 @@ def common_prefix(a: str, b: str) -> str:
 
 
 def common_suffix(a: str, b: str) -> str:
-    """Return the common suffix of two texts, without words or tags that only partly match.
+    """Return the common suffix of two texts. The suffix never begins inside a word or a tag.
 
     >>> common_suffix("<s>[INST] ", "</s>[INST] ")
     '[INST] '

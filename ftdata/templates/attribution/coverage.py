@@ -1,4 +1,4 @@
-"""Check that the rendered text contains every message of the conversation, and recover lost attribution."""
+"""Check that a rendered text contains every message, and find messages whose position in the text is unknown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_LEAVES = 64
 def recover_attribution(
     text: str, parts: Sequence[TextPiece], messages: Sequence[Mapping[str, Any]], rerender: Rerender
 ) -> tuple[TextPiece, ...]:
-    """Attribute text to its message again if a template operation lost the attribution.
+    """Find message fields in the rendered text if operations of the template lost their positions.
 
     A text loses its owners if the template formats the text or converts it to a Python literal. To find the range of
     such a field, change its first and its last character and render again: the text that moves is the field.
@@ -133,13 +133,13 @@ def check_coverage(
 
 
 def _is_object(content: Any) -> bool:
-    """Return whether a message's content is a JSON value, such as a tool result, and not a list of text parts."""
+    """Return whether `content` is a JSON object or list, such as a tool result, but not a list of text parts."""
     parts = content if isinstance(content, list) else ()
     return isinstance(content, Mapping) or any(not isinstance(part.get("text"), str) for part in parts)
 
 
 def _check_object(content: Any, text: str, printed: str, segment: str, field: str) -> None:
-    """Reject a tool result that the template prints as a Python literal or only in part.
+    """Reject a tool result if the template prints it as a Python literal, or omits a part of it.
 
     Args:
         content: the tool result.
@@ -166,7 +166,7 @@ def _check_object(content: Any, text: str, printed: str, segment: str, field: st
 
 
 def _untrack(value: Any) -> Any:
-    """Return a copy of a JSON value with each tracked string replaced by a plain `str`."""
+    """Return a copy of a JSON value in which every `TrackedString` is converted to a plain `str`."""
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, Mapping):
@@ -175,7 +175,7 @@ def _untrack(value: Any) -> Any:
 
 
 def _is_fully_printed(message: Mapping[str, Any], printed: str) -> bool:
-    """Return whether a message contains only a role and a text, and the text is printed. Ignore outer whitespace."""
+    """Return whether a message has only a role and a text, and `printed` equals it except for outer whitespace."""
     content = message.get("content")
     if not printed or not isinstance(content, str) or len(message) != 2 or "role" not in message:
         return False
@@ -195,7 +195,7 @@ def _tools_printed(tools: Sequence[Mapping[str, Any]], printed: str) -> bool:
 
 
 def _calls_printed(message: Mapping[str, Any], printed: str, segment: str) -> bool:
-    """Return whether all tool calls of a message are printed. Keys and numbers may be anywhere in `segment`."""
+    """Return whether `printed` contains the strings of all tool calls, and `segment` their keys and numbers."""
     arguments = [_get_function(call).get("arguments") for call in message["tool_calls"]]
     keys_and_numbers = (text for value in arguments for text in (*_keys(value), *_numbers(value)))
     return bool(printed) and _all_printed(_strings(arguments), printed) and _any_printed(keys_and_numbers, segment)
@@ -204,7 +204,7 @@ def _calls_printed(message: Mapping[str, Any], printed: str, segment: str) -> bo
 def _each_call_printed(
     message: Mapping[str, Any], printed: str, rerender: Callable[[dict[str, Any]], str | None]
 ) -> bool:
-    """Return whether each tool call is printed, for a message with several tool calls.
+    """Return whether the template prints every tool call of a message that has several tool calls.
 
     A call that contains no unique text is replaced by a unique call, and the message is rendered again.
     """
@@ -247,7 +247,7 @@ def _make_unique(value: Any, seed: int = 7001) -> Any:
 
 
 def _has_reformatted_thinking(texts: Sequence[str], segment: str) -> bool:
-    """Return whether content with a thinking block is fully printed, except for changed whitespace."""
+    """Return whether `texts` begin with a thinking block and are printed completely. Ignore whitespace."""
     content = "".join(texts)
     return bool(find_thinking_tags(content)) and "".join(content.split()) in "".join(segment.split())
 
@@ -267,7 +267,7 @@ def _fields_printed(message: Mapping[str, Any], printed: str, segment: str) -> b
 
 
 def _join_pieces(text: str, pieces: Sequence[TextPiece]) -> defaultdict[tuple[int, Part], str]:
-    """Collect the rendered text of every message field in a dict: (message index, part) -> text."""
+    """Return a dict that maps (message index, kind of field) to the rendered text of the field."""
     printed: defaultdict[tuple[int, Part], str] = defaultdict(str)
     for piece in pieces:
         if piece.part is not Part.SCAFFOLD:
@@ -276,7 +276,7 @@ def _join_pieces(text: str, pieces: Sequence[TextPiece]) -> defaultdict[tuple[in
 
 
 def _message_segments(text: str, pieces: Sequence[TextPiece]) -> dict[int, str]:
-    """Return the rendered text around each message, from the end of the previous message to the start of the next."""
+    """For each message, return the rendered text from the end of the previous message to the start of the next."""
     owned = [piece for piece in pieces if piece.part is not Part.SCAFFOLD]
     positions: dict[int, tuple[int, int]] = {}
     for position, piece in enumerate(owned):
@@ -287,7 +287,7 @@ def _message_segments(text: str, pieces: Sequence[TextPiece]) -> dict[int, str]:
 
 
 def _all_printed(expected: Iterable[str], text: str) -> bool:
-    """Return whether the text contains all expected strings, including repetitions. Ignore outer whitespace."""
+    """Return whether the text contains each string as often as `expected` does. Ignore whitespace at both ends."""
     counts = Counter(filter(None, (item.strip() for item in expected)))
     return sum(len(item) * count for item, count in counts.items()) <= len(text) and all(
         _count_occurrences(item, text) >= count for item, count in counts.items()
@@ -341,7 +341,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _numbers(value: Any) -> Iterator[str]:
-    """Yield all numbers in a JSON value as text. Omit booleans: templates print `True` or `true`."""
+    """Yield all numbers in a JSON value as text. Omit booleans: some templates print `True`, others `true`."""
     return (
         json.dumps(scalar)
         for scalar in _scalars(value)
@@ -399,7 +399,7 @@ def _insert(pieces: Sequence[TextPiece], empty: TextPiece) -> list[TextPiece]:
 
 
 def _leaf_paths(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """Yield the path of each string that templates print: contents, names and argument values."""
+    """Yield the path of each non-empty string in a JSON value, except the values of the keys `id` and `type`."""
     if isinstance(value, str):
         if value and path[-1] not in ("id", "type"):
             yield path

@@ -1,4 +1,4 @@
-"""A `str` subclass that records the owner of each character: a field of the row, or the template.
+"""A `str` subclass that records which field of the row each character comes from, or that it is template text.
 
 A `TrackedString` is a `str` that also stores the owner of each range of its characters: 0 for the template, any other
 number for a field of the row. The operations that templates use (`+`, `~`, slices, `strip`, `split`, `replace`,
@@ -23,7 +23,7 @@ BLOCK = 40
 
 
 class TrackedString(str):
-    """A string that records the owner of each character: the template, or a field of the row.
+    """A string that records which field of the row each character comes from, or that it is template text.
 
     Attributes:
         runs: (number of characters, owner) of each range of characters with the same owner. The ranges tile the string.
@@ -33,18 +33,18 @@ class TrackedString(str):
     runs: tuple[Run, ...]
 
     def __new__(cls, text: str, runs: Iterable[Run] | None = None) -> Self:
-        """Create a string whose characters have the owners in `runs`. The default owner is the template."""
+        """Create a string. `runs` records where its characters come from. By default, they are template text."""
         self = super().__new__(cls, text)
         self.runs = (((len(text), 0),) if text else ()) if runs is None else tuple(runs)
         return self
 
     @classmethod
     def from_str(cls, text: str) -> TrackedString:
-        """Convert a plain `str` to a `TrackedString` that the template owns. Return a `TrackedString` unchanged."""
+        """Mark a plain `str` as template text. If `text` is already a `TrackedString`, return it unchanged."""
         return text if isinstance(text, TrackedString) else cls(text)
 
     def in_block(self, number: int) -> TrackedString:
-        """Return a copy in which every character is marked as part of `{% generation %}` block `number`."""
+        """Return a copy in which every character is marked as part of the `{% generation %}` block `number`."""
         return TrackedString(str.__str__(self), ((length, owner | number << BLOCK) for length, owner in self.runs))
 
     def __str__(self) -> str:
@@ -86,47 +86,47 @@ class TrackedString(str):
         return TrackedString(str.__getitem__(self, slice(start, stop)), runs)
 
     def strip(self, chars: str | None = None, /) -> str:
-        """Apply `str.strip` and keep the owner of each character."""
+        """Apply `str.strip`. The result still records which field each character comes from."""
         return TrackedString.from_str(self.lstrip(chars)).rstrip(chars)
 
     def lstrip(self, chars: str | None = None, /) -> str:
-        """Apply `str.lstrip` and keep the owner of each character."""
+        """Apply `str.lstrip`. The result still records which field each character comes from."""
         return self._slice(len(self) - len(str.lstrip(self, chars)), len(self))
 
     def rstrip(self, chars: str | None = None, /) -> str:
-        """Apply `str.rstrip` and keep the owner of each character."""
+        """Apply `str.rstrip`. The result still records which field each character comes from."""
         return self._slice(0, len(str.rstrip(self, chars)))
 
     def removeprefix(self, prefix: str, /) -> str:
-        """Apply `str.removeprefix` and keep the owner of each character."""
+        """Apply `str.removeprefix`. The result still records which field each character comes from."""
         return self._slice(len(self) - len(str.removeprefix(self, prefix)), len(self))
 
     def removesuffix(self, suffix: str, /) -> str:
-        """Apply `str.removesuffix` and keep the owner of each character."""
+        """Apply `str.removesuffix`. The result still records which field each character comes from."""
         return self._slice(0, len(str.removesuffix(self, suffix)))
 
     def upper(self) -> str:
-        """Apply `str.upper` and keep the owner of each character."""
+        """Apply `str.upper`. The result still records which field each character comes from."""
         return self._change_case(str.upper)
 
     def lower(self) -> str:
-        """Apply `str.lower` and keep the owner of each character."""
+        """Apply `str.lower`. The result still records which field each character comes from."""
         return self._change_case(str.lower)
 
     def capitalize(self) -> str:
-        """Apply `str.capitalize` and keep the owner of each character."""
+        """Apply `str.capitalize`. The result still records which field each character comes from."""
         return self._change_case(str.capitalize)
 
     def title(self) -> str:
-        """Apply `str.title` and keep the owner of each character."""
+        """Apply `str.title`. The result still records which field each character comes from."""
         return self._change_case(str.title)
 
     def casefold(self) -> str:
-        """Apply `str.casefold` and keep the owner of each character."""
+        """Apply `str.casefold`. The result still records which field each character comes from."""
         return self._change_case(str.casefold)
 
     def swapcase(self) -> str:
-        """Apply `str.swapcase` and keep the owner of each character."""
+        """Apply `str.swapcase`. The result still records which field each character comes from."""
         return self._change_case(str.swapcase)
 
     def _change_case(self, change: Callable[[str], str]) -> str:
@@ -140,24 +140,24 @@ class TrackedString(str):
         )
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        """Apply `str.split` and keep the owner of each character."""
+        """Apply `str.split`. The results still record which field each character comes from."""
         return self._track_pieces(str.split(self, sep, maxsplit), sep)
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        """Apply `str.rsplit` and keep the owner of each character."""
+        """Apply `str.rsplit`. The results still record which field each character comes from."""
         return self._track_pieces(str.rsplit(self, sep, maxsplit), sep)
 
     def splitlines(self, keepends: bool = False) -> list[str]:
-        """Apply `str.splitlines` and keep the owner of each character."""
+        """Apply `str.splitlines`. The results still record which field each character comes from."""
         return self._track_pieces(str.splitlines(self, keepends), None)
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
-        """Apply `str.partition` and keep the owner of each character."""
+        """Apply `str.partition`. The results still record which field each character comes from."""
         before, middle, after = self._track_pieces(str.partition(self, sep), "")
         return before, middle, after
 
     def rpartition(self, sep: str, /) -> tuple[str, str, str]:
-        """Apply `str.rpartition` and keep the owner of each character."""
+        """Apply `str.rpartition`. The results still record which field each character comes from."""
         before, middle, after = self._track_pieces(str.rpartition(self, sep), "")
         return before, middle, after
 
@@ -173,13 +173,13 @@ class TrackedString(str):
         return tracked
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
-        """Apply `str.replace` and keep the owner of each character, also in the inserted text."""
+        """Apply `str.replace`. The result still records which field each character comes from, even in new text."""
         if not old:
             return str.replace(self, old, new, count)
         return TrackedString.from_str(new).join(self.split(old, count))
 
     def join(self, pieces: Iterable[str], /) -> str:
-        """Apply `str.join` and keep the owner of each character."""
+        """Apply `str.join`. The result still records which field each character comes from."""
         parts: list[str] = []
         for piece in pieces:
             if parts and self:
@@ -189,7 +189,7 @@ class TrackedString(str):
 
 
 class TrackedMarkup(Markup):
-    """The result of Jinja's `safe` filter for a `TrackedString`. It stores the original string with its owners."""
+    """The result of Jinja's `safe` filter for a `TrackedString`. It also stores this `TrackedString`."""
 
     __slots__ = ("tracked",)
     tracked: TrackedString
@@ -199,14 +199,16 @@ class TrackedMarkup(Markup):
 
 
 def mark_safe(text: str) -> Markup:
-    """Apply Jinja's `safe` filter and keep the owner of each character."""
+    """Apply Jinja's `safe` filter. The result still records which field each character comes from."""
     marked = TrackedMarkup(text)
     marked.tracked = TrackedString.from_str(text)
     return marked
 
 
 def concat_tracked(pieces: Iterable[str]) -> str:
-    """Concatenate strings and keep the owner of each character. Merge adjacent ranges that have the same owner.
+    """Concatenate strings. The result records which field each character comes from.
+
+    Merge adjacent ranges that have the same owner.
 
     >>> concat_tracked(["a", "", TrackedString("bc", [(2, 9)]), "d", "e"]).runs
     ((1, 0), (2, 9), (2, 0))
@@ -227,7 +229,7 @@ def concat_tracked(pieces: Iterable[str]) -> str:
 
 
 def dump_tracked_json(value: Any, plain: Callable[[Any], str], *, sort_keys: bool = False) -> str:
-    """Serialize a JSON value to text and keep the owner of each character in its strings.
+    """Serialize a JSON value to text that still records which field each character of its strings comes from.
 
     First, a number between two noncharacters replaces each string, which marks its position in the output. Then the
     escaped string replaces the number. If all strings of an object or a list have the same owner, this owner also owns
@@ -251,7 +253,7 @@ def dump_tracked_json(value: Any, plain: Callable[[Any], str], *, sort_keys: boo
         None,
     )
     if mark is None:
-        raise ValueError("the data contains every noncharacter from U+FDD1 to U+FDEF")
+        raise ValueError("the data contains all Unicode noncharacters from U+FDD1 to U+FDEF, expected an unused one")
     replaced: list[TrackedString] = []
 
     def replace_strings(item: Any) -> Any:
@@ -289,7 +291,10 @@ _UNTRACKED = -1
 
 
 def _find_owners(value: Any) -> set[int]:
-    """Return the owners of all strings in a JSON value. A plain `str` counts as `_UNTRACKED`."""
+    """Return the numbers of all fields that the strings in a JSON value come from.
+
+    For a plain `str`, this number is unknown, so `_UNTRACKED` is returned instead.
+    """
     if isinstance(value, TrackedString):
         return {owner for _, owner in value.runs}
     if isinstance(value, str):
@@ -305,7 +310,7 @@ def _sort_keys(value: Any) -> Any:
 
 
 def _find_noncharacters(text: str) -> set[str]:
-    r"""Return the Unicode noncharacters U+FDD0 to U+FDEF that a JSON text contains, either literal or as `\uXXXX`."""
+    r"""Return all Unicode noncharacters U+FDD0 to U+FDEF in a JSON text. Return escaped characters as `\uXXXX`."""
     return set(re.findall(r"[\ufdd0-\ufdef]|\\ufd[de][0-9a-f]", text))
 
 

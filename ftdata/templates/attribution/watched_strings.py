@@ -28,7 +28,7 @@ Origin = tuple[Any, ...]
 
 
 def evaluate_origin(origin: Origin, messages: Sequence[Mapping[str, Any]]) -> Any:
-    """Evaluate the expression `origin` with the texts of other messages.
+    """Evaluate the recorded expression `origin` with the texts of other messages, and return its value.
 
     Raises:
         LookupError, ValueError: a method fails, or the messages lack a field of the expression.
@@ -74,7 +74,7 @@ class RecordedOperation:
 
 @dataclass
 class OperationLog:
-    """A record of the operations that a template performs on strings of the row while it runs.
+    """A log of the operations that a template performs on the strings of a row during one run.
 
     Attributes:
         operations: the recorded operations.
@@ -99,7 +99,7 @@ def record_operations() -> Iterator[OperationLog]:
 
 
 def mark_opaque() -> None:
-    """Mark the current run as opaque: the template performed an operation that cannot be recorded."""
+    """Record that the template performed an operation that cannot be replayed for other messages."""
     _log.get().opaque = True
 
 
@@ -115,13 +115,13 @@ class WatchedString(TrackedString):
 
     @classmethod
     def from_origin(cls, text: str, origin: Origin | None) -> Self:
-        """Create a watched copy of `text`, which the expression `origin` computes."""
+        """Create a `WatchedString` from `text`. `origin` is the expression that computes this text."""
         self = cls(str.__str__(text), TrackedString.from_str(text).runs)
         self.origin = origin
         return self
 
     def in_block(self, number: int) -> TrackedString:
-        """Return a copy in which every character is marked as part of `{% generation %}` block `number`."""
+        """Return a copy in which every character is marked as part of the `{% generation %}` block `number`."""
         return WatchedString.from_origin(super().in_block(number), self.origin)
 
     def to_tracked(self) -> TrackedString:
@@ -129,7 +129,7 @@ class WatchedString(TrackedString):
         return TrackedString(str.__str__(self), self.runs)
 
     def derive_origin(self, name: str, arguments: tuple[Any, ...]) -> Origin | None:
-        """Return the expression that calls method `name` on this string, or `None` if it cannot be recorded."""
+        """Return the expression for a call of method `name` on this string. Return `None` if it cannot be recorded."""
         is_recordable = self.origin is not None and not any(
             isinstance(argument, WatchedString) for argument in arguments
         )
@@ -159,7 +159,7 @@ def unwatch(text: TrackedString) -> TrackedString:
 
 
 class WatchedLength(int):
-    """The length of a `WatchedString`. It records comparisons, and the exact length only for other uses."""
+    """The length of a `WatchedString`. Comparisons record only their result; other operations record the length."""
 
     origin: Origin | None
 
@@ -196,7 +196,7 @@ def join_watched(pieces: Iterable[str]) -> TrackedString:
 
 
 def _merge_origins(origins: Sequence[Origin]) -> list[Origin]:
-    """Simplify the parts of a concatenation: flatten nested joins, and merge adjacent constant texts."""
+    """Simplify the parts of a concatenation: resolve nested concatenations, and merge adjacent constant texts."""
     merged = list[Origin]()
     for origin in origins:
         for part in origin[1] if origin[0] == "join" else (origin,):
@@ -208,7 +208,7 @@ def _merge_origins(origins: Sequence[Origin]) -> list[Origin]:
 
 
 def watch_messages(value: Any, path: tuple[Any, ...] = ()) -> Any:
-    """Copy messages and convert each `TrackedString` to a `WatchedString`, except the keys of objects."""
+    """Copy messages and convert each `TrackedString` to a `WatchedString`. Keys of objects are not converted."""
     if isinstance(value, TrackedString):
         return WatchedString.from_origin(value, ("field", path))
     if isinstance(value, Mapping):
@@ -245,7 +245,7 @@ def watch_result(function: Callable[..., str]) -> Callable[..., str]:
 
 
 def watch_unknown_call(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function so that each call marks the run as opaque: calls of this function cannot be recorded."""
+    """Wrap a function whose calls cannot be replayed for other messages. Each call records this limitation."""
 
     def call(*arguments: Any, **options: Any) -> Any:
         mark_opaque()
@@ -256,7 +256,7 @@ def watch_unknown_call(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _make_deriving_method(name: str) -> Callable[..., Any]:
-    """Create an override of a `str` method that returns one string, such as `strip`. The result is also watched."""
+    """Create an override of a `str` method such as `strip`. The override returns one `WatchedString`."""
 
     def method(self: WatchedString, *arguments: Any, **options: Any) -> Any:
         try:
@@ -274,7 +274,7 @@ def _make_deriving_method(name: str) -> Callable[..., Any]:
 
 
 def _make_splitting_method(name: str) -> Callable[..., Any]:
-    """Create an override of a `str` method that returns several strings, such as `split`. The results are watched."""
+    """Create an override of a `str` method such as `split`. The override returns several `WatchedString` objects."""
 
     def method(self: WatchedString, *arguments: Any, **options: Any) -> Any:
         pieces = getattr(self.to_tracked(), name)(*arguments, **options)
@@ -301,7 +301,7 @@ def _make_query_method(name: str) -> Callable[..., Any]:
 
 
 def _make_opaque_method(name: str) -> Callable[..., Any]:
-    """Create an override of a `str` method that cannot be recorded. The override marks the run as opaque."""
+    """Create an override of a `str` method whose calls cannot be replayed. Each call records this limitation."""
 
     def method(self: WatchedString, *arguments: Any, **options: Any) -> Any:
         mark_opaque()

@@ -1,9 +1,9 @@
-"""Cache render plans, which render similar conversations without running the template again.
+"""Cache recorded renderings, and use them to render similar conversations without running the template.
 
-A run on watched strings records the source of each segment of the output: the template, or a text of the row, possibly
-stripped. If another conversation has the same shape, and all recorded operations have the same results, the template
-prints the same segments. The plan then joins the segments and reuses the located turns. The template renders all other
-conversations.
+A recorded rendering is called a render plan. It records where each segment of the output comes from: the template, or a
+text of the row, possibly stripped. If another conversation has the same roles and turns, and all recorded operations
+have the same results, the template prints the same segments. The plan then joins the segments and reuses the located
+turns. The template renders all other conversations.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Shape = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class ContentLeaf:
-    """A segment of the rendered text that contains the content of one message, possibly stripped.
+    """A segment of the rendered text: the content of one message, possibly changed by methods such as `strip`.
 
     Attributes:
         message: index of the message.
@@ -47,7 +47,7 @@ class ContentLeaf:
     whitespace: tuple[bool, bool] | None
 
     def render(self, content: str) -> str | None:
-        """Return the segment for another message content, or `None` if the plan does not apply to this content."""
+        """Return the rendered text of another message content, or `None` if the plan does not apply to this content."""
         text = content
         for method, arguments in self.changes:
             text = getattr(text, method)(*arguments)
@@ -58,7 +58,7 @@ class ContentLeaf:
 
 
 def _leaf_origin(leaf: ContentLeaf) -> Origin:
-    """Return the expression that computes the text of a segment from the messages."""
+    """Return the expression that computes the rendered text of a message content from the messages."""
     origin: Origin = ("field", (leaf.message, "content"))
     for name, arguments in leaf.changes:
         origin = ("call", origin, name, arguments)
@@ -67,7 +67,7 @@ def _leaf_origin(leaf: ContentLeaf) -> Origin:
 
 @dataclass(frozen=True, slots=True)
 class RenderPlan:
-    """The fixed template text and the slots for message contents that conversations of one shape share.
+    """A recorded rendering: fixed template text, and slots for the contents of conversations with the same roles.
 
     Attributes:
         texts: text of each span of template text, and an empty string for each other span.
@@ -95,7 +95,7 @@ class RenderPlan:
         *,
         same_origins: bool,
     ) -> RenderPlan | None:
-        """Create a plan from a rendered conversation.
+        """Create a render plan, which can be reused, from a rendered conversation.
 
         Args:
             cached_turns: the located turns.
@@ -133,7 +133,7 @@ class RenderPlan:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether the plan is cheap enough to run in this process, which has no CPU limit.
+        """Whether rendering with the plan takes so little work that no CPU limit is needed.
 
         A bounded plan processes each character of the row at most `_MAX_WORK` times, and at most `_MAX_FIXED_WORK`
         other characters.
@@ -153,7 +153,7 @@ class RenderPlan:
         return fixed <= _MAX_FIXED_WORK and max(work.values(), default=0) <= _MAX_WORK
 
     def fill(self, messages: Sequence[Mapping[str, Any]], contents: Sequence[str]) -> Rendered | None:
-        """Insert the contents of other messages into the plan to render them.
+        """Render other messages: insert their contents into the recorded text.
 
         Args:
             messages: the messages.
@@ -184,7 +184,7 @@ class RenderPlan:
 
 @dataclass
 class PlanCache:
-    """A cache of the render plans for one template. The key is the shape of a conversation.
+    """A cache of recorded renderings of one template. The key contains the message roles and the turn indices.
 
     Attributes:
         plans_by_shape: shape of the conversation -> plans.
@@ -197,7 +197,7 @@ class PlanCache:
     new_plans: list[tuple[Shape, RenderPlan]] = field(default_factory=list)
 
     def needs_plan(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> bool:
-        """Count a conversation that no plan could render. Return whether to create a plan for its shape.
+        """Count a conversation that no cached plan could render. Return whether to create a new plan.
 
         The more conversations of a shape are counted, the less often a new plan is created.
         """
@@ -210,7 +210,7 @@ class PlanCache:
         return has_room and (misses <= _MAX_PLANS or misses & (misses - 1) == 0)
 
     def render(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> Rendered | None:
-        """Render messages with a cached plan, or return `None` if no plan applies."""
+        """Render messages with a cached render plan. Return `None` if no cached plan applies."""
         contents = message_contents(messages)
         if contents is None:
             return None
@@ -220,18 +220,18 @@ class PlanCache:
         return None
 
     def get_plans(self, roles: Sequence[str], turns: Sequence[int]) -> Sequence[RenderPlan]:
-        """Return the cached plans for conversations with the given message roles and turn indices."""
+        """Return the cached render plans for conversations with the given message roles and turn indices."""
         return self.plans_by_shape.get((*roles, *turns), ())
 
     def add(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int], plan: RenderPlan) -> None:
-        """Add a plan for all messages that have the same shape as `messages`."""
+        """Add a render plan for conversations that have the same message roles and turn indices."""
         if shape := conversation_shape(messages, turns):
             self.plans_by_shape.setdefault(shape, []).append(plan)
             self.new_plans.append((shape, plan))
 
 
 def conversation_shape(messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> Shape | None:
-    """Return the shape that selects the plans for a conversation: its roles, and the indices of its turns.
+    """Return the cache key of a conversation: the roles of its messages, and the indices of its turns.
 
     Return `None` if no plan can apply: plans support only messages with a standard role and a text content.
     """
@@ -264,7 +264,7 @@ def message_contents(messages: Sequence[Mapping[str, Any]]) -> list[str] | None:
 def recorded_pieces(
     origin: Origin | None, messages: Sequence[Mapping[str, Any]], parts: Sequence[TextPiece], text: str
 ) -> tuple[str | ContentLeaf, ...] | None:
-    """Convert the recorded expression of a rendered text to segments of template text and message content.
+    """Convert the recorded expression of a rendered text to a list of template texts and message contents.
 
     Return `None` if the segments do not match the pieces of the rendered text.
     """
@@ -288,7 +288,7 @@ def recorded_pieces(
 
 
 def has_same_origins(origin: Origin | None, prefixes: Iterable[Origin | None]) -> bool:
-    """Return whether the rendered prefixes print the messages in the same way as the whole conversation.
+    """Return whether messages are printed in the same way in the whole conversation and in its rendered prefixes.
 
     Template text is not compared.
     """
@@ -303,7 +303,7 @@ def has_same_origins(origin: Origin | None, prefixes: Iterable[Origin | None]) -
 def _align_segments(
     parts: Sequence[TextPiece], segments: Sequence[str | ContentLeaf], text: str
 ) -> tuple[str | ContentLeaf, ...] | None:
-    """Split template text in the segments so that there is one segment per piece of the rendered text.
+    """Divide the template texts in `segments` so that each segment corresponds to one piece in `parts`.
 
     Return `None` if the segments do not match the pieces.
     """
@@ -329,7 +329,7 @@ _STRIPS = {"strip", "lstrip", "rstrip", "split", "rsplit"}
 
 
 class _Cost(NamedTuple):
-    """An estimate of the work to evaluate an expression for other messages, in characters.
+    """The estimated work to evaluate an expression for other messages: the number of processed characters.
 
     Attributes:
         size: length of the value in characters, per character of the messages.
@@ -347,7 +347,7 @@ class _Cost(NamedTuple):
 
 
 def _cost(origin: Any, costs: dict[int, _Cost]) -> _Cost:
-    """Return the cost of evaluating an expression. An expression that occurs twice counts twice.
+    """Estimate the cost of evaluating an expression. If a part of it occurs twice, the cost of this part counts twice.
 
     Args:
         origin: the expression.
@@ -375,7 +375,7 @@ def _cost(origin: Any, costs: dict[int, _Cost]) -> _Cost:
 
 
 def _method_cost(base: _Cost, name: str, arguments: Sequence[Any]) -> _Cost:
-    """Return the cost of calling a `str` method, including the cost `base` of computing the string."""
+    """Return the cost of calling a `str` method. The result includes `base`, the cost of computing the string."""
     lengths = [len(argument) for argument in arguments if isinstance(argument, str)]
     # Characters to strip are compared with each character of the text. Searches process each character about once.
     factor = 1 + (lengths[0] if name in _STRIPS and lengths else 0)
@@ -404,7 +404,7 @@ def _find_messages(origin: Any, messages: set[int], visited: set[int]) -> set[in
 
 
 def _make_leaf(origin: Origin) -> ContentLeaf | None:
-    """Convert an expression to a `ContentLeaf`.
+    """Convert the expression for a message content to a `ContentLeaf`.
 
     Return `None` unless the expression is the content of a message, changed only by methods in `_CHANGES`.
     """

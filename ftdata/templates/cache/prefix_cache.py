@@ -1,4 +1,4 @@
-"""Cache rendered prefixes of conversations, to reuse them for conversations that begin with the same roles.
+"""Cache renderings of the first messages, to reuse them for conversations that begin with the same roles.
 
 To locate a turn, the messages before the turn are rendered twice. Two conversations often begin with the same roles.
 A recorded run is reused for messages with the same roles if all recorded operations have the same results, because
@@ -27,7 +27,7 @@ _MAX_KEYS, _MAX_RUNS = 1024, 4
 
 @dataclass(frozen=True, slots=True)
 class PrefixRun:
-    """A recorded run of a template, which can be repeated for other messages without the template.
+    """A recorded run of a template. It can be replayed for other messages without running the template.
 
     Attributes:
         operations: the operations on texts, with their results.
@@ -43,7 +43,7 @@ class PrefixRun:
     def from_text(
         cls, text: TrackedString, log: OperationLog, messages: Sequence[Mapping[str, Any]]
     ) -> PrefixRun | None:
-        """Create a run from the rendered text and the recorded operations. Return `None` if the log is incomplete."""
+        """Create a `PrefixRun` from a rendered text and its log. Return `None` if the log is incomplete."""
         if log.opaque or not isinstance(text, WatchedString) or text.origin is None:
             return None
         segments = list[TrackedString | tuple[Origin, int]]()
@@ -62,7 +62,7 @@ class PrefixRun:
         return None if reader.remaining else cls(tuple(log.operations), text.origin, tuple(segments))
 
     def replay(self, messages: Sequence[Mapping[str, Any]], log: OperationLog) -> WatchedString | None:
-        """Repeat the recorded run for other messages without the template, and add its operations to `log`.
+        """Replay the recorded run for other messages without running the template. Add its operations to `log`.
 
         Return `None` if the template would take a different path for these messages.
         """
@@ -94,13 +94,13 @@ class PrefixRun:
 
 
 class _RunReader:
-    """An iterator over (number of characters, owner) runs that reads a given number of characters at a time."""
+    """A reader for the `runs` of a `TrackedString`. It reads a given number of characters at a time."""
 
     def __init__(self, runs: Sequence[tuple[int, int]]) -> None:
         self.remaining = list(reversed(runs))
 
     def read(self, count: int) -> list[tuple[int, int]]:
-        """Return the (number of characters, owner) runs of the next `count` characters."""
+        """Return the part of the `runs` that describes the next `count` characters."""
         runs = list[tuple[int, int]]()
         while count and self.remaining:
             length, owner = self.remaining.pop()
@@ -125,7 +125,7 @@ class PrefixCache:
         log: OperationLog,
         render: Callable[[], TrackedString],
     ) -> TrackedString:
-        """Render messages with a cached run. If no cached run applies, call `render` and cache the new run."""
+        """Render messages by replaying a cached run. If no cached run applies, call `render` and cache the new run."""
         for run in self.runs_by_key.get(key, ()):
             if (cached := run.replay(messages, log)) is not None:
                 return cached

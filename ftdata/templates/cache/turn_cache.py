@@ -1,4 +1,4 @@
-"""Cache the positions of turns, and reuse the positions for conversations with the same structure.
+"""Cache the text positions of assistant turns, and reuse them for conversations with the same structure.
 
 A conversation has a shape: its roles, keys and types, without its texts. Its rendered text has a skeleton: the template
 text, and the owners of the text in between. If two conversations have the same shape and the same skeleton, and all
@@ -28,7 +28,7 @@ _MAX_KEYS, _MAX_ENTRIES = 512, 8
 
 @dataclass(frozen=True, slots=True)
 class CachedTurns:
-    """Turn positions in one rendered text, with the conditions for using these positions in another text.
+    """The positions of turns in a rendered text, and the conditions for reusing them for another text.
 
     Attributes:
         operations: operations on texts, which must have the same results for another row.
@@ -43,7 +43,7 @@ class CachedTurns:
     turns: tuple[tuple[int, Anchor, Anchor, frozenset[str]], ...]
 
     def locate(self, parts: Sequence[TextPiece]) -> list[LocatedTurn]:
-        """Compute the positions of the turns in another rendered text, which consists of the pieces `parts`."""
+        """Return the turns of another rendered text. `parts` contains the pieces of this text."""
         return [
             LocatedTurn(TurnRegion(message, _position(parts, start), _position(parts, end)), flags)
             for message, start, end, flags in self.turns
@@ -112,7 +112,7 @@ class TurnCache:
 def skeleton_key(
     messages: Sequence[Mapping[str, Any]], tools: object, turns: Sequence[int], text: str, parts: Sequence[TextPiece]
 ) -> Key:
-    """Return the cache key of a rendered conversation: its roles, keys and types, and its template text."""
+    """Return the cache key of a rendered conversation: its template text, and all properties except its texts."""
     skeleton = tuple(
         text[piece.start : piece.end]
         if piece.part is Part.SCAFFOLD
@@ -123,10 +123,10 @@ def skeleton_key(
 
 
 def _describe_whitespace(messages: Sequence[Mapping[str, Any]], piece: TextPiece, text: str) -> tuple[bool, bool, bool]:
-    """Return whether a message's content is printed unchanged, has outer whitespace, and is only whitespace.
+    """Return whether a content (1) is printed unchanged, (2) has outer whitespace, (3) is only whitespace.
 
-    The result is three booleans. A template may strip a content only when it renders the generation prompt. Contents
-    without surrounding whitespace do not show this, so they need a different key.
+    A template may strip a content only when it renders the generation prompt. Contents without surrounding whitespace
+    do not show this, so they need a different key.
     """
     content = messages[piece.message].get("content") if piece.part is Part.CONTENT else None
     if not isinstance(content, str):
@@ -150,7 +150,7 @@ _TEXT_DEPENDENT: list[tuple[Anchor, str]] = [((-1, -1), "")]
 
 
 def _find_exclusions(text: str, parts: Sequence[TextPiece], prefix: TrackedString) -> list[tuple[Anchor, str]]:
-    """Return the conditions for another row to give the same result when `prefix` is compared with the whole text.
+    """Return the conditions under which another row has the same first difference between `prefix` and the whole text.
 
     Each condition is an (anchor, text) pair: this text must not follow the anchor. The list is empty if `prefix` has
     the same pieces as the text, or if the two texts diverge in template text.

@@ -71,7 +71,7 @@ class GenerationTag(Extension):
 
 
 class SandboxEnvironment(ImmutableSandboxedEnvironment):
-    """A Jinja sandbox in which string operations record the owner of each character (`TrackedString`)."""
+    """A Jinja sandbox in which strings record where each character comes from (see `TrackedString`)."""
 
     code_generator_class = UnfoldedCodeGenerator
 
@@ -80,7 +80,7 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
     concat = staticmethod(concat_tracked)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """Look up an attribute for a template. Strings have only the public methods of `str`."""
+        """Look up an attribute for a template. For strings, allow only the public methods of `str`."""
         if not isinstance(obj, str):
             return super().getattr(obj, attribute)
         if attribute.startswith("_"):
@@ -97,7 +97,7 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
         return getattr(TrackedString.from_str(obj), attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """Look up an item, such as `message["role"]`, for a template. The rules of `getattr` apply."""
+        """Look up an item, such as `message["role"]`, for a template. The restrictions of `getattr` also apply here."""
         if not isinstance(obj, str):
             return super().getitem(obj, argument)
         return (
@@ -111,7 +111,7 @@ class TemplateDict:
     """A replacement for `dict` in templates. The type `dict` would expose its internal attributes to templates."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        """Create a `dict` with the same arguments as the built-in type."""
+        """Create a `dict`. The arguments are the same as for the built-in type."""
         return dict(*args, **kwargs)
 
     def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:

@@ -39,7 +39,7 @@ _SPLIT_HINT = "use turns='split' to render each turn in its own text"
 
 @dataclass(frozen=True, slots=True)
 class LocatedTurn:
-    """The range of the rendered text that the model generates for one assistant message, with flags."""
+    """The range of the rendered text that the model generates for one message, and the flags of the message."""
 
     region: TurnRegion
     flags: frozenset[str] = frozenset()
@@ -48,7 +48,7 @@ class LocatedTurn:
 def regions_from_blocks(
     parts: Sequence[TextPiece], assistants: Sequence[int], turns: Sequence[int]
 ) -> list[TurnRegion]:
-    """Return the regions that the template marks with `{% generation %}` blocks.
+    """Return the ranges of generated text that the template marks with `{% generation %}` blocks.
 
     Args:
         parts: the pieces of the rendered text.
@@ -134,7 +134,7 @@ def locate_turn(
 
 
 def _check_region(parts: Sequence[TextPiece], turn: int, start: int, end: int, first: int) -> None:
-    """Reject a row if the region of a turn contains text of another message.
+    """Reject a row if the range of text that the model generates contains text of another message.
 
     Fields without a known meaning are allowed only before the position `first`, where the answer begins.
     """
@@ -162,7 +162,7 @@ def _check_text_before_stop(
 def _find_start(
     text: str, parts: Sequence[TextPiece], turn: int, prefix: RenderPrefix, stops: TurnStops
 ) -> tuple[int, set[str]]:
-    """Find the end of the generation prompt, where the generated text of a turn starts. Return it with flags."""
+    """Find the end of the generation prompt, where the generated text of a turn starts. Also return flags."""
     if turn == 0:
         raise BadRow(
             "no_prompt",
@@ -191,7 +191,7 @@ def _find_start(
 
 
 def _have_shared_tags(printed: str, forced: str) -> bool:
-    """Return whether two different texts contain the same tag, except tags around thinking.
+    """Return whether two different texts contain the same tag. Ignore tags around thinking.
 
     Then the texts are two different headers, so the generation prompt does not belong to this turn.
     """
@@ -202,7 +202,7 @@ def _have_shared_tags(printed: str, forced: str) -> bool:
 
 
 def _find_divergence(prompt: str, text: str, first: int) -> int:
-    """Return the length of the common prefix of the generation prompt and the text, but stop at the answer.
+    """Return the length of the common prefix of the generation prompt and the text before the answer.
 
     The common prefix does not end inside a tag or a word.
     """
@@ -226,7 +226,7 @@ def _render_or_none(prefix: RenderPrefix, count: int) -> TrackedString | None:
 
 
 def _message_pieces(parts: Sequence[TextPiece], turn: int, length: int | None, start: int) -> list[TextPiece]:
-    """Return the pieces of a message that the model generates. Omit copies that the template prints later."""
+    """Return the ranges of a message that the model generates. Omit copies that the template prints later."""
     pieces = [p for p in parts if p.message == turn and p.part in _GENERATED_PARTS and p.end > start]
     if length is not None:
         return [piece for piece in pieces if piece.end <= length]
@@ -323,7 +323,7 @@ def _detect_opener(probe: Callable[[str], TrackedString | None], gap: str) -> st
 
 
 def _content_ranges(text: TrackedString | None) -> dict[int, tuple[int, int]]:
-    """Return where the content of each message is in the rendered text: message index -> (start, end)."""
+    """Return a dict that maps a message index to the (start, end) of its content in the rendered text."""
     ranges: dict[int, tuple[int, int]] = {}
     for piece in pieces_of(text) if text is not None else ():
         if piece.part is Part.CONTENT:

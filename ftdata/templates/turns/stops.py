@@ -17,7 +17,7 @@ from ftdata.templates.attribution.agreement import TAG, common_prefix, find_tags
 
 @dataclass(frozen=True, slots=True)
 class TurnStops:
-    """The text that a template prints at the end of a turn, such as the stop token, for one tokenizer.
+    """The texts that a template prints at the end of a turn, such as the stop token of a tokenizer.
 
     Attributes:
         eos: the tokenizer's end-of-sequence token.
@@ -86,7 +86,7 @@ class TurnStops:
         return 0 if opening_tags & {_replace_digits(tag) for tag in find_tags(closing[:end])} else end
 
     def find_late_end(self, gap: str) -> int:
-        """Find the end of the probed stop token in `gap`, even if the stop token is printed with the next message.
+        """Find the end of the detected stop token in `gap`. The template may print this token with the next message.
 
         Return 0 if `gap` does not contain the stop token.
         """
@@ -94,7 +94,7 @@ class TurnStops:
         return self._find_probed_end(gap if closing is None else closing)
 
     def find_known_end(self, tail: str) -> int:
-        """Find the end of the first probed stop token in `tail`, or of the first EOS. Return 0 without either token."""
+        """Find the end of the detected stop token in `tail`, or of EOS. Return 0 if neither token occurs."""
         return self._find_probed_end(tail) or self._find_eos_end(tail)
 
     def _before_opener(self, gap: str) -> str | None:

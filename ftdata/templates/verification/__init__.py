@@ -1,1 +1,1 @@
-"""Verify a template: render small conversations, and compare the results with a second renderer."""
+"""Verify a template: render small conversations with two independent renderers, and compare the results."""

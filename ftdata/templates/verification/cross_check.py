@@ -1,4 +1,4 @@
-"""Cross-check rendered rows with a second, independent renderer that uses plain strings.
+"""Compare rendered rows with the results of a second, independent renderer, which uses plain strings.
 
 The second renderer runs templates in the same way as transformers. To find the text of a message, it inserts a
 character before or after the text and renders again: the rendered text after this position moves. Each generated
@@ -50,7 +50,7 @@ class Contradiction:
 
 
 def cross_check(chat: ChatRendering, rendered: Rendered, max_messages: int | None = None) -> Contradiction | None:
-    """Compare a rendered text with the second renderer. Return the first difference, or `None` if they agree.
+    """Compare a rendered text with the result of a second renderer. Return the first difference, if any.
 
     Args:
         chat: the conversation up to the last message of `rendered`.
@@ -128,7 +128,7 @@ def _spread(count: int, max_count: int | None) -> Sequence[int]:
 def _find_content(
     messages: Sequence[Mapping[str, Any]], index: int, text: str, render: _Render
 ) -> tuple[int, int] | None:
-    """Find a message's content in the rendered text by changing the content and comparing the results.
+    """Find a message's content in the rendered text: change the content, render again, and compare the texts.
 
     Return the range (start, end), or `None` if the comparison is ambiguous.
     """

@@ -127,7 +127,7 @@ class TemplateReport:
 
 @dataclass(frozen=True)
 class _ProbeResult:
-    """The result of rendering a probe: the texts or an error, and the result of the cross-check."""
+    """The rendered texts of a small conversation or an error, and any difference between the two renderers."""
 
     texts: tuple[Rendered, ...] = ()
     error: str = ""
@@ -139,7 +139,7 @@ class _ProbeResult:
 
 
 def probe_template(template: Template) -> TemplateReport:
-    """Examine a template: render and cross-check small conversations, in the current process.
+    """Examine a template in this process: render small conversations with two renderers, and compare the texts.
 
     Raises:
         TemplateRefused: `no_template`, or `template_syntax` if the template cannot be compiled.
@@ -207,7 +207,7 @@ def _run_probe(template: Template, name: str, turns: str) -> _ProbeResult:
 def describe_contradiction(
     conversation: Conversation, template: Template, rendered: Rendered, max_messages: int | None = None
 ) -> str | None:
-    """Cross-check a rendered conversation, and describe the first difference that is found.
+    """Compare a rendered conversation with the result of a second renderer, and describe the first difference.
 
     Args:
         conversation: the conversation. `rendered` may contain only its first messages.

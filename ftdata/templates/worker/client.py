@@ -40,7 +40,7 @@ def _builtin_sources() -> frozenset[str]:
 
 
 def _runs_here(template: Template) -> bool:
-    """Return whether a template runs in the current process and not in the worker. Built-in templates are trusted."""
+    """Return whether to run a template in the current process. Built-in templates are trusted to run there."""
     return HERE or template.source in _builtin_sources()
 
 
@@ -131,7 +131,7 @@ def _make_row_error(template: Template, request: Request) -> BadRow:
 def cross_check_in_worker(
     conversation: Conversation, template: Template, rendered: Rendered, max_messages: int | None = None
 ) -> str | None:
-    """Call `describe_contradiction` in the worker process to cross-check a rendered conversation.
+    """Compare a rendered conversation with the result of a second renderer, which runs in the worker process.
 
     Raises:
         BadRow, TemplateRefused: as in `render_in_worker`.
@@ -185,7 +185,7 @@ def verify_template(template: Template) -> TemplateReport:
 
 
 def require_verified(template: Template) -> Template:
-    """Examine a template. Return the template if no cross-check fails, otherwise raise an error.
+    """Examine a template. Return it if two renderers agree on all test conversations, otherwise raise an error.
 
     Raises:
         TemplateRefused: as in `verify_template`; `template_not_verified`, if a cross-check fails.

@@ -110,7 +110,7 @@ def submit_request(action: str, template: Template, steps: int = 0, **arguments:
 
 @dataclass(eq=False)
 class Request:
-    """A request to the template worker process, and the answer after it is received.
+    """A request to the template worker process. The answer is added when it is received.
 
     Attributes:
         action: a key of `worker.main.ACTIONS`.
@@ -219,7 +219,7 @@ class _Worker:
             self._exchange(self._flush)
 
     def receive(self) -> None:
-        """Receive the answers to the oldest frame of unanswered requests.
+        """Receive the answers to the oldest unanswered requests that were sent together.
 
         Raises:
             WorkerEnded: the worker has ended.
@@ -261,7 +261,7 @@ class _Worker:
                 request.answer = answer
 
     def _exchange(self, transfer: Callable[[], None]) -> None:
-        """Send or receive frames. Stop the worker if the connection fails or the exchange is interrupted."""
+        """Send or receive data. Stop the worker if the connection fails or the transfer is interrupted."""
         try:
             transfer()
         except (OSError, EOFError):
@@ -273,7 +273,7 @@ class _Worker:
             raise
 
     def _count_end(self) -> None:
-        """Update the counters of all pending requests after the worker ended, since any request may be the cause.
+        """Record the end of the worker in all pending requests, since any of these requests may be the cause.
 
         Raises:
             StorageError: `template_worker_lost`, if too many workers ended for external reasons.
