@@ -92,7 +92,7 @@ UNKNOWN_SOURCE = Source("<memory>", 0)
 
 
 class SourceShare(NamedTuple):
-    """The amount of data to train on from one source.
+    """How much of the data from one source is used for training.
 
     The `unit` of `amount` is `"times"` (repetitions of every row), `"rows"` or `"tokens"`.
     """
@@ -136,7 +136,7 @@ class RowTokens:
 
 @dataclass  # Not frozen: assigning the fields of a frozen dataclass takes as long as reading a row.
 class Conversation:
-    """One normalized row: its messages, tools and template variables, or its text or tokens.
+    """One normalized row. It contains messages, tools and template variables, or only a text, or only tokens.
 
     Attributes:
         messages: the messages for the chat template; empty for already formatted `text`.
@@ -201,7 +201,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class SpanKinds:
-    """The kinds of a text's spans, without positions. Texts with the same structure share one object.
+    """The kinds of the spans of a text, without their positions. Texts with the same structure share one object.
 
     Attributes:
         parts: the kind of each span.
@@ -256,7 +256,9 @@ class Spans(Sequence[Span]):
         starts, ends, *kinds = zip(*spans, strict=True) if spans else ((),) * 5
         sizes = [end - start for start, end in zip(starts, ends, strict=True)]
         if spans and [*accumulate(sizes, initial=0)] != [*starts, ends[-1]]:
-            raise ValueError("spans leave gaps or overlap, expected spans that tile the text")
+            raise ValueError(
+                "the spans leave gaps or overlap, expected spans that cover the text without gaps or overlaps"
+            )
         return cls(sizes, SpanKinds(*kinds))
 
     def __iter__(self) -> Iterator[Span]:
@@ -287,7 +289,7 @@ class Spans(Sequence[Span]):
 
 
 class Rendered(NamedTuple):
-    """A rendered text, and the spans that cover the text without gaps and overlaps.
+    """A rendered text, and the spans that cover the text without gaps or overlaps.
 
     Attributes:
         text: the text to tokenize.
@@ -310,7 +312,7 @@ class Rendered(NamedTuple):
 
 
 class RenderedRow(NamedTuple):
-    """One row after rendering: the conversation, the rendered texts and the trained spans.
+    """One row after rendering: its conversation, its rendered texts, and for each text the trained spans.
 
     Attributes:
         conversation: the normalized row.
@@ -362,7 +364,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A rejected row, with the reason for the rejection and a fix.
+    """A rejected row, with the reason for the rejection and a suggested fix.
 
     Attributes:
         source: the origin of the row.

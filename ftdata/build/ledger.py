@@ -187,7 +187,7 @@ class Report:
 
     @property
     def totals(self) -> dict[str, int]:
-        """The sum of each count over all sources, by the name of the count."""
+        """A dictionary from the name of each count, such as `"read"`, to its sum over all sources."""
         return {name: self.total(name) for name in COUNTS}
 
     @classmethod

@@ -99,7 +99,7 @@ def read_remote_file(url: str, name: str) -> bytes:
 
 
 def missing_files(url: str, files: Mapping[str, Any]) -> list[str]:
-    """Return the names of files that are missing at a URL or have the wrong size, according to the manifest."""
+    """Return the names of those manifest files that are missing at a URL or have the wrong size there."""
     sizes = list_sizes(url)
     return [name for name, expected in files.items() if sizes.get(name) != expected["bytes"]]
 
@@ -168,7 +168,7 @@ def _no_build_error(url: str) -> InputRefused:
 
 
 def find_build(place: object) -> Path | None:
-    """Return the local folder of a build, or `None` if `place` is not a build. Download a build at a URL.
+    """Return the local folder of a build, or `None` if `place` is not a build. If `place` is a URL, download it first.
 
     Raises:
         InputRefused: the build is damaged.

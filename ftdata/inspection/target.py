@@ -121,7 +121,7 @@ def make_target(
 
 
 def _mark_held_out(source: FileSource | MemorySource) -> FileSource | MemorySource:
-    """Give a held-out source in memory a distinct path, because all sources in memory have the same path."""
+    """Give held-out data in memory a different path, because all data in memory has the same path by default."""
     return replace(source, path=f"<against {source.path.strip('<>')}>") if source.path.startswith("<") else source
 
 
