@@ -399,7 +399,7 @@ def flatten_sections(values: Mapping[str, Any], where: str = "") -> dict[str, An
 
 
 def parse_settings(items: Iterable[str]) -> dict[str, Any]:
-    """Parse `name=value` settings into configuration fields.
+    """Parse settings of the form `name=value`, and return them as fields of a configuration.
 
     A name is a field of `SFTConfig`, a field of `Config`, or a field of a section, such as `lora.r`.
 

@@ -123,7 +123,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RowTokens:
-    """The token ids and the mask of a pretokenized row.
+    """The token ids and the training mask of a pretokenized row.
 
     Attributes:
         input_ids: int32 `[n]`.
@@ -201,7 +201,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class SpanKinds:
-    """The kinds of the spans of a text, without their positions. Texts with the same structure share one object.
+    """The kind of each span (range of characters) of a text. Texts with the same sequence of kinds share one object.
 
     Attributes:
         parts: the kind of each span.
@@ -224,13 +224,13 @@ class SpanKinds:
 
     @cached_property
     def turns(self) -> tuple[int, ...]:
-        """The indices of the messages that contain generated spans."""
+        """The indices of the messages that contain text that the model must generate."""
         pairs = zip(self.messages, self.generated, strict=True)
         return tuple(dict.fromkeys(message for message, is_generated in pairs if is_generated))
 
 
 class Spans(Sequence[Span]):
-    """The spans of a text, stored as sizes (in characters) and kinds.
+    """The spans (ranges of characters) of a text. Only the size and the kind of each span are stored.
 
     The spans tile the text. The object compares equal to a tuple of the same spans.
 

@@ -129,7 +129,7 @@ def _run_in_pool(
 
 
 def _terminate(pool: ProcessPoolExecutor) -> None:
-    """Kill the worker processes of a pool. Their unfinished tasks run again in a new pool, or are no longer needed."""
+    """Kill the worker processes of a pool. This pool is either replaced by a new pool, or no longer needed."""
     for process in list((getattr(pool, "_processes", None) or {}).values()):
         process.kill()
     pool.shutdown(wait=True, cancel_futures=True)

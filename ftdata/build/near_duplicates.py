@@ -125,7 +125,7 @@ def first_similar(minhashes: NDArray[np.uint32], threshold: float) -> NDArray[np
 
 
 def similarity_groups(minhashes: NDArray[np.uint32], threshold: float) -> NDArray[np.int64]:
-    """Group rows that are connected by a chain of similar rows. Tools, system messages and masks are ignored.
+    """Group rows that are connected by a chain of similar rows. Tools, system messages and training masks are ignored.
 
     Returns:
         int64 `[rows]`, the label of each row's group.

@@ -68,7 +68,9 @@ def _builds_folder() -> Path:
     status = folder.lstat()
     if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o022:
         problem = f"the folder {folder} belongs to another user, or other users can write to it"
-        raise StorageError("not_a_build_folder", problem, hint="remove it, or set FTDATA_CACHE")
+        raise StorageError(
+            "not_a_build_folder", problem, hint="remove the folder, or set FTDATA_CACHE to another folder"
+        )
     return folder / "builds"
 
 
@@ -149,7 +151,7 @@ def check_free(url: str) -> None:
 
 
 def _write_claim(url: str, claim: bytes) -> None:
-    """Write a claim file to a URL, so that only one build can be uploaded there at a time."""
+    """Reserve a URL with a claim file, so that only one build can be uploaded there at a time."""
     check_free(url)
     with tempfile.NamedTemporaryFile() as file:
         file.write(claim)

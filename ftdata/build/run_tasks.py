@@ -97,7 +97,7 @@ def is_rereadable(task: Task) -> bool:
 
 
 def check_all_rereadable(tasks: Sequence[Task], engine: str) -> None:
-    """Check that all sources can be read again. Otherwise, they cannot be tokenized again with `tokenizers`.
+    """Check that all sources can be read twice, because the second reading tokenizes them with `tokenizers`.
 
     Raises:
         InputRefused: the source of a task can be read only once.
@@ -108,7 +108,7 @@ def check_all_rereadable(tasks: Sequence[Task], engine: str) -> None:
 
 
 def _apply_limit(tasks: Sequence[Task], results: Mapping[int, ShardResult]) -> Iterator[Task]:
-    """Yield each task with its remaining row limit. Tasks for the same item of `data` and the same split share it."""
+    """Yield each task with its remaining row limit. Tasks for the same `data` item and split share one limit."""
     for task in tasks:
         group = task.source.item_index, task.source.split
         earlier = [item for item in results.values() if (item.task.source.item_index, item.task.source.split) == group]

@@ -38,7 +38,7 @@ def check_similarity_threshold(threshold: Any) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """The options for splitting and packing. They are validated on construction.
+    """The options that control splits and packing. They are validated on construction.
 
     Attributes:
         packing: `None` or `"bfd"`.

@@ -201,7 +201,7 @@ def _contiguous_runs(
 def write_split(
     folder: Path, split: str, examples: ExampleTable, members: NDArray[np.int64], plan: PackPlan, files: Iterable[Path]
 ) -> None:
-    """Write the provenance file of a split, and the metadata files that `datasets.load_from_disk` reads."""
+    """Write the source of each example in a split, and the metadata files that `datasets.load_from_disk` reads."""
     target = folder / split
     state: dict[str, Any] = {
         "_data_files": [{"filename": file.name} for file in files],

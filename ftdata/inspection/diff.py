@@ -311,7 +311,7 @@ def _make_target(side: Any) -> Target:
     data = side["data"]
     if str(data) == STDIN or (isinstance(data, list) and STDIN in data):
         raise UsageError(
-            "diff", "standard input can be read only once, and diff reads data twice", hint="save it to a file"
+            "diff", "standard input can be read only once, and diff reads data twice", hint="save the input to a file"
         )
     # An iterator can be read only once, so its rows are stored.
     return make_target(**{**side, "data": list(data) if isinstance(data, Iterator) else data})

@@ -102,7 +102,7 @@ def match_sources(paths: Sequence[Sequence[str]]) -> list[dict[str, int]]:
 
 
 def fingerprint_examples(target: Target, progress: Progress | None, *, by_text: bool) -> ExampleFingerprints:
-    """Compute the fingerprints of all examples on one side of a comparison.
+    """Compute the hashes (fingerprints) of all examples on one side of a comparison.
 
     Args:
         target: The side.

@@ -259,7 +259,7 @@ def added_texts(recipe: Recipe) -> Iterator[str]:
 
 
 def make_text_view(row: Row | Reject, template: Template, options: Options) -> RowView:
-    """Create the view of a row without a tokenizer. The view shows the rendered text and the trained spans."""
+    """Create the view of a row if no tokenizer was passed. It shows the rendered text and the trained spans."""
     if isinstance(row, Reject):
         return RowView(row.source, rejected=str(row))
     try:

@@ -140,7 +140,7 @@ def _convert_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         problem = f"{path} cannot be read: {describe_exception(error, 2_000)}"
-        raise InputRefused("damaged_build", problem, hint="build again") from None
+        raise InputRefused("damaged_build", problem, hint="build the data set again") from None
 
 
 def read_build_documents(folder: Path, splits: Sequence[str]) -> Iterator[BuildDocument]:

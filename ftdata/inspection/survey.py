@@ -297,7 +297,7 @@ def _hash_rows(batch: Batch, first: Ints) -> tuple[NDArray[np.uint64], NDArray[n
 
 
 def row_key(outcome: BuiltRow | Reject) -> tuple[str, int, str]:
-    """Return a key that identifies a row or, in a build, an example.
+    """Return a key that identifies a row. In a build, the key identifies one example of a row.
 
     A build can contain several examples of the same row.
     """

@@ -47,7 +47,7 @@ class Target:
 
     @property
     def held_out(self) -> list[bool]:
-        """For each source, whether its rows are held out because they are not in a training split."""
+        """For each source, whether its rows are held out, which means that their split is not used for training."""
         data_splits = {split for _, split in self.names if split != HELD_OUT}
         if len(data_splits) < 2:
             return [split == HELD_OUT for _, split in self.names]
