@@ -1,4 +1,4 @@
-"""ftdata converts fine-tuning data to the exact tokens and labels for training a language model.
+"""ftdata converts fine-tuning data to the exact tokens and labels that a language model is trained on.
 
     from ftdata import build_sft_dataset
     ds = build_sft_dataset("data.json", tokenizer="google/gemma-2-9b-it")

@@ -75,7 +75,7 @@ class Lora(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Further fields of `peft.LoraConfig`, such as `use_dora`, `use_rslora`, `modules_to_save` or `bias`."""
 
     def fields(self) -> dict[str, Any]:
-        """Return all fields as one flat dictionary, as in a configuration file."""
+        """Return all fields as one flat dictionary with the keys of a configuration file."""
         values = {name: getattr(self, name) for name in self.__struct_fields__ if name != "extra_fields"}
         return {**values, **self.extra_fields}
 
@@ -218,7 +218,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _check_plain(value: Any) -> Any:
-    """Check that a parsed document is small and has only plain types, and return it unchanged.
+    """Check that a parsed document is small and contains only basic YAML types, and return it unchanged.
 
     Raises:
         ValueError: a value has another type, or the document is too large after its aliases are resolved.
@@ -228,7 +228,7 @@ def _check_plain(value: Any) -> Any:
         item, depth = pending.pop()
         count += 1
         if depth > _MAX_DEPTH or count > _MAX_VALUES:
-            raise ValueError(f"the document has over {_MAX_DEPTH} levels or {_MAX_VALUES:,} values, including aliases")
+            raise ValueError(f"the document has over {_MAX_DEPTH} levels or {_MAX_VALUES:,} values, counting aliases")
         if isinstance(item, dict):
             if invalid := [key for key in item if not isinstance(key, str)]:
                 raise ValueError(f"the key {invalid[0]!r} is not a string; put it in quotes")
@@ -245,7 +245,7 @@ def _check_plain(value: Any) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """A YAML dumper that quotes strings which `_Loader` would otherwise parse as another type."""
+    """A YAML dumper that quotes a string if `_Loader` would otherwise parse it as another type."""
 
 
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
@@ -265,7 +265,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
-    r"""Convert plain values to YAML text that `parse_yaml` can read.
+    r"""Convert dictionaries, lists and scalars to YAML text that `parse_yaml` can read.
 
     >>> dump_yaml({"output_dir": "1e5", "save_strategy": "no"})
     "output_dir: '1e5'\nsave_strategy: no\n"
@@ -288,7 +288,7 @@ def load_config(path: Path, /, **overrides: Any) -> Config:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Read a YAML, JSON or TOML file into a dictionary of plain values.
+    """Read a YAML, JSON or TOML file into a dictionary. Its values are dictionaries, lists and scalars.
 
     Raises:
         UsageError: the file cannot be read, or does not contain keys and values.
@@ -315,7 +315,7 @@ def _describe_problem(error: Exception) -> str:
 
 
 def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> Config:
-    """Create a configuration from a dictionary of plain values.
+    """Create a configuration from a dictionary, such as the contents of a configuration file.
 
     Raises:
         UsageError: a key is unknown or missing, or a value has the wrong type.
@@ -399,7 +399,7 @@ def flatten_sections(values: Mapping[str, Any], where: str = "") -> dict[str, An
 
 
 def parse_settings(items: Iterable[str]) -> dict[str, Any]:
-    """Parse `name=value` settings into configuration fields.
+    """Parse settings of the form `name=value`, and return them as fields of a configuration.
 
     A name is a field of `SFTConfig`, a field of `Config`, or a field of a section, such as `lora.r`.
 
@@ -424,13 +424,13 @@ def parse_settings(items: Iterable[str]) -> dict[str, Any]:
         section, dot, field = name.strip().replace("-", "_").partition(".")
         if not dot and (section in SECTIONS or (section in Config.__struct_fields__ and section != "seed")):
             if isinstance(parsed.get(section), dict) or (isinstance(value, dict) and section in parsed):
-                raise UsageError("setting", f"--set sets both {section} as a whole and single fields of {section}")
+                raise UsageError("setting", f"--set sets both the whole section {section} and single fields of it")
             parsed[section] = NULL if value is None else value
             continue
         # `--set seed=1` sets the seed of training: the seed of `Config` belongs to the build.
         section, field = (section, field) if dot else ("train", section)
         if not isinstance(parsed.setdefault(section, {}), dict):
-            raise UsageError("setting", f"--set sets both {section} as a whole and single fields of {section}")
+            raise UsageError("setting", f"--set sets both the whole section {section} and single fields of it")
         parsed[section][field] = NULL if value is None and section in SECTIONS else value
     return parsed
 
@@ -458,6 +458,6 @@ def to_yaml(config: Config, *, redacted: bool = False) -> str:
 
 
 def config_values(config: Config) -> dict[str, Any]:
-    """Convert a configuration to a dictionary of plain values, as in a configuration file."""
+    """Convert a configuration to a dictionary with the structure of a configuration file."""
     values: dict[str, Any] = msgspec.to_builtins(config)
     return {**values, "lora": msgspec.to_builtins(config.lora.fields()) if config.lora else None}

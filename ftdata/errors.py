@@ -114,7 +114,7 @@ class BadRow(InputRefused):
 
 
 class BadRows(InputRefused):
-    """One or more rows are invalid. `count` is the number of invalid rows; the message lists the first ones.
+    """One or more rows are invalid. `count` is the number of invalid rows. The message lists the first invalid rows.
 
     The message contains a list, so its maximum length is larger than for other errors.
     """
@@ -141,13 +141,13 @@ class TooManyRejects(FtdataError, ValueError):
 
 
 class StorageError(FtdataError, OSError):
-    """A file or build cannot be read or written; the message contains the path."""
+    """A file or build cannot be read or written. The message contains the path."""
 
     exit_code = 5
 
 
 class HubError(FtdataError, OSError):
-    """A network or Hub request failed; the message contains the repository, file and status."""
+    """A network or Hub request failed. The message contains the repository, the file and the HTTP status."""
 
     exit_code = 6
 
@@ -161,7 +161,7 @@ _INVISIBLE = re.compile("[\u115f\u1160\u2800\u3164\uffa0\U000e0100-\U000e01ef]")
 
 
 def escape_unprintable(text: str) -> str:
-    r"""Escape control characters and invisible characters as `\uXXXX`, except line breaks and tabs."""
+    r"""Escape control characters (except line breaks and tabs) and invisible characters as `\uXXXX`."""
     if text.isascii() and text.isprintable():
         return text
     escaped = "".join(char if char.isprintable() or char in "\n\t" else f"\\u{ord(char):04x}" for char in text)

@@ -105,7 +105,7 @@ _ASSIGNED = re.compile(
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether a field or variable with this name contains a secret.
+    """Return whether the name of a field or variable indicates that its value is a secret.
 
     >>> [is_secret_name(name) for name in ("hub_token", "AWS_SECRET_ACCESS_KEY", "apiKey", "X-Auth-Token")]
     [True, True, True, True]
@@ -136,7 +136,7 @@ def redact(value: Any) -> Any:
 
 
 def redact_for_storage(value: Any) -> Any:
-    r"""Redact secrets in a value, and escape lone surrogates, because JSON files cannot contain surrogates.
+    r"""Redact secrets in a value that is stored as JSON. Also escape lone surrogates, which JSON files cannot contain.
 
     Python represents the bytes of file names that are not UTF-8 by lone surrogates.
 
@@ -205,7 +205,7 @@ def _redact_value(value: Any, secrets: tuple[str, ...], name: str = "", *, is_se
 
 
 def _is_secret_text(name: str, value: str) -> bool:
-    """Return whether the text in a secret field is a secret. A special token, such as `<|end|>`, is not a secret."""
+    """Return whether a text is a secret if its field name indicates one. Special tokens such as `<|end|>` are not."""
     return bool(value) and not (
         name.lower().endswith("token") and _SPECIAL_TOKEN.fullmatch(value) and value != REDACTED
     )

@@ -98,11 +98,11 @@ class Registry(Generic[T]):
         return name in self._registered or name in self.names()
 
     def names(self) -> list[str]:
-        """Return the names of all plugins. Registered plugins come before installed plugins."""
+        """Return the names of all plugins: first the plugins registered in this process, then the installed plugins."""
         return [*self._registered, *(point.name for point in entry_points(group=self.group))]
 
     def plugins(self) -> list[Plugin]:
-        """Return all plugins with their packages. Registered plugins come before installed plugins."""
+        """Return all plugins with their packages. Plugins registered in this process come before installed plugins."""
         registered = [
             Plugin(name, "ftdata" if is_built_in(value) else "", "") for name, value in self._registered.items()
         ]

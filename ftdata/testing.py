@@ -117,12 +117,12 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
 
 
 def text_strategy(*, min_size: int = 1) -> st.SearchStrategy[str]:
-    """Return a Hypothesis strategy for texts of up to four pieces.
+    """Return a Hypothesis strategy for texts, each made of up to four random or difficult strings.
 
-    A piece is any Unicode text without surrogates, or an item of `AWKWARD_TEXTS`.
+    A string is any Unicode text without surrogates, or an item of `AWKWARD_TEXTS`.
 
     Args:
-        min_size: minimum number of pieces; a piece can be empty.
+        min_size: minimum number of strings; a string can be empty.
     """
     piece = st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), st.sampled_from(AWKWARD_TEXTS))
     return st.lists(piece, min_size=min_size, max_size=4).map("".join)
@@ -229,7 +229,7 @@ def try_template(
 
 
 def check_control_tokens(example: Example, control: ArrayLike) -> None:
-    """Assert that no control token of an example covers text of the row.
+    """Assert that all control tokens of an example come from the template, and none from the text of the row.
 
     Args:
         example: the result of `encode` with control tokens escaped.
@@ -250,7 +250,7 @@ def check_control_tokens(example: Example, control: ArrayLike) -> None:
 def check_masking_rules(
     example: Example, messages: Sequence[Mapping[str, Any]], trained: Sequence[int] | None = None
 ) -> None:
-    """Assert the masking rules M1, M2 and M3 on one encoded conversation.
+    """Assert that an encoded conversation follows the masking rules M1, M2 and M3, which this module defines.
 
     Args:
         example: the result of `encode`.

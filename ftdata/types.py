@@ -92,7 +92,7 @@ UNKNOWN_SOURCE = Source("<memory>", 0)
 
 
 class SourceShare(NamedTuple):
-    """The amount of data to train on from one source.
+    """How much of the data from one source is used for training.
 
     The `unit` of `amount` is `"times"` (repetitions of every row), `"rows"` or `"tokens"`.
     """
@@ -123,7 +123,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RowTokens:
-    """The token ids and the mask of a pretokenized row.
+    """The token ids and the training mask of a pretokenized row.
 
     Attributes:
         input_ids: int32 `[n]`.
@@ -136,7 +136,7 @@ class RowTokens:
 
 @dataclass  # Not frozen: assigning the fields of a frozen dataclass takes as long as reading a row.
 class Conversation:
-    """One normalized row: its messages, tools and template variables, or its text or tokens.
+    """One normalized row. It contains messages, tools and template variables, or only a text, or only tokens.
 
     Attributes:
         messages: the messages for the chat template; empty for already formatted `text`.
@@ -201,7 +201,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class SpanKinds:
-    """The kinds of a text's spans, without positions. Texts with the same structure share one object.
+    """The kind of each span (range of characters) of a text. Texts with the same sequence of kinds share one object.
 
     Attributes:
         parts: the kind of each span.
@@ -224,13 +224,13 @@ class SpanKinds:
 
     @cached_property
     def turns(self) -> tuple[int, ...]:
-        """The indices of the messages that contain generated spans."""
+        """The indices of the messages that contain text that the model must generate."""
         pairs = zip(self.messages, self.generated, strict=True)
         return tuple(dict.fromkeys(message for message, is_generated in pairs if is_generated))
 
 
 class Spans(Sequence[Span]):
-    """The spans of a text, stored as sizes (in characters) and kinds.
+    """The spans (ranges of characters) of a text. Only the size and the kind of each span are stored.
 
     The spans tile the text. The object compares equal to a tuple of the same spans.
 
@@ -256,7 +256,9 @@ class Spans(Sequence[Span]):
         starts, ends, *kinds = zip(*spans, strict=True) if spans else ((),) * 5
         sizes = [end - start for start, end in zip(starts, ends, strict=True)]
         if spans and [*accumulate(sizes, initial=0)] != [*starts, ends[-1]]:
-            raise ValueError("spans leave gaps or overlap, expected spans that tile the text")
+            raise ValueError(
+                "the spans leave gaps or overlap, expected spans that cover the text without gaps or overlaps"
+            )
         return cls(sizes, SpanKinds(*kinds))
 
     def __iter__(self) -> Iterator[Span]:
@@ -287,7 +289,7 @@ class Spans(Sequence[Span]):
 
 
 class Rendered(NamedTuple):
-    """A rendered text, and the spans that cover the text without gaps and overlaps.
+    """A rendered text, and the spans that cover the text without gaps or overlaps.
 
     Attributes:
         text: the text to tokenize.
@@ -310,7 +312,7 @@ class Rendered(NamedTuple):
 
 
 class RenderedRow(NamedTuple):
-    """One row after rendering: the conversation, the rendered texts and the trained spans.
+    """One row after rendering: its conversation, its rendered texts, and for each text the trained spans.
 
     Attributes:
         conversation: the normalized row.
@@ -362,7 +364,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A rejected row, with the reason for the rejection and a fix.
+    """A rejected row, with the reason for the rejection and a suggested fix.
 
     Attributes:
         source: the origin of the row.

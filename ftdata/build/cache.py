@@ -1,4 +1,4 @@
-"""A cache of finished shards and tokenized texts that all builds share.
+"""A cache that all builds share. It stores finished shards and tokenized texts.
 
     DIR/shards/KEY/         files of a shard; KEY is the hash of everything that determines the shard
     DIR/texts/KEY/PART/     hashes, bounds, ids and offsets of texts; KEY is the hash of a source and a tokenizer
@@ -40,7 +40,7 @@ _MAX_UNUSED_FACTOR = 3
 
 @cache
 def package_hash() -> str:
-    """Return a hash of ftdata's source files. New code therefore never uses old cache entries."""
+    """Return a hash of ftdata's source files. It is part of the cache keys, so new code never uses old entries."""
     package = Path(__file__).parents[1]
     files = sorted(path for kind in ("*.py", "*.jinja") for path in package.rglob(kind))
     return hash_key([(str(path.relative_to(package)), disk.sha256_of_file(path)) for path in files])
@@ -72,7 +72,7 @@ def restore_entry(kind: str, key: str, target: Path) -> dict[str, Any] | None:
 
 
 def store_entry(kind: str, key: str, source: Path) -> None:
-    """Store a folder in the cache. The folder must contain the hashes of its files (`atomic.seal_folder`)."""
+    """Store a folder in the cache. `atomic.seal_folder` must already have written the hashes of its files."""
     folder = disk.cache_root()
     if folder is not None:
         with suppress(OSError):
@@ -107,7 +107,7 @@ def _folder_size(folder: Path) -> int:
 
 
 class _Part:
-    """The texts that one build added to the cache, with their sorted hashes and their tokens."""
+    """The texts that one build added to the cache, stored as sorted hashes and tokens."""
 
     def __init__(self, folder: Path) -> None:
         if atomic.read_sealed(folder) is None:
@@ -135,7 +135,7 @@ def _map_file(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 class TextCache:
-    """A cache of the tokens of one source's texts. It collects the new texts of a build and stores them at the end."""
+    """A cache of the tokens of texts from one source. New texts are collected during a build and stored at its end."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._parts = folder, list[_Part]()
@@ -188,7 +188,7 @@ class TextCache:
         self._counts.extend(np.diff(new.token_bounds).tolist())
 
     def save(self) -> None:
-        """Store the new texts. Remove the old texts if they have many more tokens than this build used."""
+        """Store the new texts. Remove the older texts if they have many more tokens than the current build used."""
         if sum(len(part.ids) for part in self._parts) > _MAX_UNUSED_FACTOR * (self._used + sum(self._counts)):
             for part in self._folder.glob("[!.]*"):
                 shutil.rmtree(part, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Convert rows of any known schema to messages, to prompt and completion, or to rendered text."""
+"""Convert rows of any known schema to messages, prompt/completion pairs, or rendered text."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def convert(
 
 
 def _take_batch(outcomes: Iterator[Outcome]) -> list[Outcome]:
-    """Return the next outcomes: at most `_MAX_ROWS` rows, and few of them if their messages are long."""
+    """Return the next batch of results. It has at most `_MAX_ROWS` rows, and fewer rows if their messages are long."""
     batch, characters = list[Outcome](), 0
     for outcome in outcomes:
         batch.append(outcome)
@@ -283,7 +283,7 @@ def _make_records(conversation: Conversation, to: str, recipe: Recipe | None) ->
     if recipe is not None:
         if any(message.get("train") is False for message in conversation.messages):
             raise BadRow(
-                "untrained_message", "the row excludes a message from training, which plain text cannot represent"
+                "untrained_message", "the row contains an untrained message, which plain text cannot represent"
             )
         recipe = recipe.with_kwargs(conversation.kwargs)
         return [{"text": _check_text(text, recipe)} for text in render_in_worker(conversation, recipe.template)]
@@ -306,7 +306,7 @@ def _make_records(conversation: Conversation, to: str, recipe: Recipe | None) ->
 
 
 def _check_text(rendered: Rendered, recipe: Recipe) -> str:
-    """Return the rendered text. Reject a row whose data contains control tokens, because they would become real."""
+    """Return the rendered text. Reject a row whose data would add control tokens to the text."""
     if not rendered.keep_control and recipe.control.find_matches(rendered)[1]:
         problem = "the row contains the text of a control token, which would be a real control token in the output"
         raise BadRow("control_tokens", problem)
@@ -357,7 +357,7 @@ class _ParquetWriter:
 
 
 def _fits_schema(key: str, value: Any) -> bool:
-    """Return whether the Parquet columns can represent a message's value for the key `key`."""
+    """Return whether the Parquet columns can store the value that a message has for the key `key`."""
     if key == "tool_calls":
         return all(
             set(call) <= {"id", "type", "function"}

@@ -185,7 +185,7 @@ def write_build(
     progress: Progress | None = None,
     **recipe: Any,
 ) -> Report:
-    """Build a data set in `output_dir` as `build_sft_dataset` does, but do not load the result or import `datasets`.
+    """Build a data set in `output_dir` like `build_sft_dataset`. Do not load the result or import `datasets`.
 
     The parameters are those of `build_sft_dataset`; `recipe` are the options of `make_recipe`. Returns the report.
 
@@ -255,7 +255,7 @@ def _build_at_url(request: _BuildRequest, url: str, runner: TaskRunner, progress
 
 
 def _check_output(output_dir: str | Path, sources: Sequence[FileSource | MemorySource]) -> None:
-    """Check that no source is inside the output folder, which the build replaces, and that the path is not empty."""
+    """Check that the output path is not empty, and that the build would not delete a source in the output folder."""
     if not str(output_dir).strip():
         raise UsageError("output_name", "output_dir is empty, expected a folder", hint="check for an unset variable")
     if isinstance(output_dir, str) and is_url(output_dir):
@@ -272,7 +272,7 @@ def _check_output(output_dir: str | Path, sources: Sequence[FileSource | MemoryS
 
 
 def _check_split_names(sources: Sequence[FileSource | MemorySource]) -> None:
-    """Check that split names are safe as folder names, because downloaded data sets can define the names."""
+    """Check that split names are safe as folder names, because names from downloaded data sets cannot be trusted."""
     for source in sources:
         if source.split is not None and not re.fullmatch(r"\w[\w.-]{0,99}", source.split):
             problem = f"the split name is {source.split[:60]!r}, expected only letters, digits, '_', '-' and '.'"
@@ -313,7 +313,7 @@ class _BuildRequest:
         return {**self.recipe.describe(), **asdict(self.layout), **selection}
 
     def hash_request(self, keys: Sequence[str | None]) -> str | None:
-        """Return a hash of all inputs and options, or `None` if there is a row limit or a shard without a cache key."""
+        """Return a hash of all inputs and options, or `None` if a row limit is set or a shard has no cache key."""
         if not all(keys) or self.row_filter.limit:
             return None
         shares = [(source.split, source.share, source.item_index) for source in self.sources]
@@ -398,7 +398,7 @@ def _build(
 
 
 def _describe_data(data: Any) -> list[Any] | None:
-    """Return `data` as paths and their options, as in a configuration file. Return `None` if an item is in memory."""
+    """Return `data` in the form used in configuration files. Return `None` if part of the data is in memory."""
     items = data if isinstance(data, list | tuple) else [data]
     described = [
         {name: str(value) if name == "path" else value for name, value in item.items()}

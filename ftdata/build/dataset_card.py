@@ -59,7 +59,7 @@ def _facts(report: Report, recipe: Recipe) -> Iterator[tuple[str, object]]:
 
 
 def _cell(value: object) -> str:
-    """Format a value as inline code for a Markdown table. File and column names may contain Markdown syntax."""
+    """Format a value as inline code for a Markdown table, so that Markdown syntax in the value has no effect."""
     text = re.sub(r"\s+", " ", str(value)).replace("|", r"\|")
     fence = _fence(text, 1)
     return f"{fence}{text}{fence}" if fence == "`" else f"{fence} {text} {fence}"
@@ -75,7 +75,7 @@ def _fence(text: str, min_length: int) -> str:
 
 
 def _command(report: Report, recipe: Recipe) -> str:
-    """Return the `ftdata build` command that reproduces the build, or a sentence if no command supports the options."""
+    """Return the `ftdata build` command that repeats the build, or a note if no command supports the options."""
     options, template = report.options, recipe.template
     cli_options = {"encoding", "quoting", "split", "path"}
     items = [{"path": item} if isinstance(item, str) else item for item in options["data"] or ()]

@@ -129,7 +129,7 @@ def _run_in_pool(
 
 
 def _terminate(pool: ProcessPoolExecutor) -> None:
-    """Kill the worker processes of a pool. Their unfinished tasks run again in a new pool, or are no longer needed."""
+    """Kill the worker processes of a pool. This pool is either replaced by a new pool, or no longer needed."""
     for process in list((getattr(pool, "_processes", None) or {}).values()):
         process.kill()
     pool.shutdown(wait=True, cancel_futures=True)
@@ -207,7 +207,7 @@ class _RayRunner:
 
     @property
     def capacity(self) -> int:
-        """Maximum number of submitted tasks. The default exceeds the number of CPUs, so that every CPU is busy."""
+        """Maximum number of submitted, unfinished tasks. The default keeps every CPU busy."""
         return self.workers or 2 + 2 * int(self.ray.cluster_resources().get("CPU", 1))
 
     @cached_property
@@ -220,7 +220,7 @@ class _RayRunner:
         self.running[self.remote_function.remote([self.common], task)] = number, task, time.monotonic()
 
     def finish(self, reference: Any) -> tuple[int, Any]:
-        """Return the number and the result of a finished task. Cancel the second copy of the task, if it has a copy."""
+        """Return the number and the result of a finished task. Cancel any second copy of the task."""
         number, task, start_time = self.running.pop(reference)
         try:
             result, error = self.ray.get(reference)
@@ -263,7 +263,7 @@ _common_cache: dict[str, Any] = {}
 
 
 def _run_ray_task(references: list[Any], task: Any) -> tuple[Any, Exception | None]:
-    """Run a task in a Ray worker. The worker caches the function, and the argument that all tasks share."""
+    """Run a task in a Ray worker. The worker keeps the function and the shared argument for later tasks."""
     import ray
 
     key = references[0].hex()

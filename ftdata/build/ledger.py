@@ -1,4 +1,4 @@
-"""The ledger and the report of a build, which count every row and every token.
+"""The counts of all rows and tokens in a build: the ledger contains counts per source, the report contains totals.
 
     rows read = built + rejected + filtered        tokens in = kept + cut + rejected
 
@@ -102,7 +102,7 @@ class Ledger:
             self.tokens_in += reject.tokens
 
     def add_built(self, conversations: Sequence[Conversation]) -> None:
-        """Add built rows to the counts, with their schemas and notes."""
+        """Count built rows, and record their schemas and notes."""
         self.read += len(conversations)
         self.built += len(conversations)
         self.schemas.update(conversation.schema for conversation in conversations)
@@ -111,7 +111,7 @@ class Ledger:
                 self.notes[note] += 1
 
     def add_filtered(self, rows: int) -> None:
-        """Add a number of filtered rows to the counts."""
+        """Add the number of rows that the `where` option excluded to the counts."""
         self.read += rows
         self.filtered += rows
 
@@ -187,12 +187,12 @@ class Report:
 
     @property
     def totals(self) -> dict[str, int]:
-        """The sum of each count over all sources, by the name of the count."""
+        """A dictionary from the name of each count, such as `"read"`, to its sum over all sources."""
         return {name: self.total(name) for name in COUNTS}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Report:
-        """Create a report from the contents of `report.json`, which contains neither the duration nor the encoder."""
+        """Create a report from the contents of `report.json`. The file contains no duration and no encoder name."""
         values = {item.name: stored[item.name] for item in fields(cls)}
         values["sources"] = tuple(Ledger.from_dict(counts) for counts in stored["sources"])
         tuples = {name: tuple(values[name]) for name in ("notes", "rejects")}

@@ -1,4 +1,4 @@
-"""Merge the results of all shards: one ledger per source, one table of all examples, and the rejected rows.
+"""Merge the results of all shards into counts per source, a table of all examples, and the rejected rows.
 
 Shards that are parts of the same file become one source again: their counts are added, and row and line numbers are
 counted from the beginning of the file.
@@ -30,7 +30,7 @@ class MergedShards:
 
     @cached_property
     def source_numbers(self) -> list[int]:
-        """For each shard, the number of the source that it belongs to."""
+        """For each shard, the index of its source in `sources`."""
         numbers = [0] if self.results else []
         for previous, current in pairwise(self.results):
             numbers.append(numbers[-1] + (not _is_next_part(previous.task.source, current.task.source)))
@@ -48,7 +48,7 @@ class MergedShards:
 
     @cached_property
     def ledgers(self) -> tuple[Ledger, ...]:
-        """One ledger per source, with the counts of all shards of the source.
+        """For each source, the sums of the counts of its shards.
 
         Raises:
             InputRefused: a source has no rows.

@@ -1,4 +1,4 @@
-"""Find near-duplicates: rows whose estimated similarity is above a threshold.
+"""Find near-duplicates: rows whose estimated similarity to another row reaches a threshold.
 
 The similarity of two rows is the Jaccard similarity of their sets of five-word sequences, estimated by MinHash (Broder
 1997). Candidate pairs are found by banding (Leskovec, Rajaraman and Ullman 2020, section 3.4). The words come from all
@@ -31,7 +31,7 @@ _WORDS, _BAND, _PAIRS_PER_STEP, _SEED = 5, 4, 1 << 16, 42
 
 @lru_cache(maxsize=1)
 def _word_pattern() -> re.Pattern[str]:
-    """Return a pattern that matches a word, a symbol, or a character of a script without spaces between words."""
+    """Return a pattern that matches a word, a symbol, or a character of a language written without word spaces."""
     marks = "".join(char for char in map(chr, range(0x300, 0x110000)) if unicodedata.category(char) in ("Mn", "Mc"))
     unspaced = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e2f"
     return re.compile(rf"[{unspaced}][{marks}]*|(?:(?![{unspaced}])\w[{marks}]*)+|\S")
@@ -51,10 +51,10 @@ def require_rensa() -> None:
 
 
 def minhash_signatures(conversations: Sequence[Conversation]) -> NDArray[np.uint32]:
-    """Return the MinHash signature of each conversation, with a hash of the parts that near-duplicates must share.
+    """Return a MinHash signature of each conversation, and a hash of the parts that are equal in near-duplicates.
 
     Returns:
-        uint32 `[conversations, SIZE]`, with the hash in the last two columns.
+        uint32 `[conversations, SIZE]`, with the hash of the equal parts in the last two columns.
     """
     from rensa import RMinHash
 
@@ -96,7 +96,7 @@ def _shingles(words: Sequence[str]) -> list[str]:
 
 
 def first_similar(minhashes: NDArray[np.uint32], threshold: float) -> NDArray[np.int64]:
-    """Return for each row the index of the kept row that it duplicates. For a kept row, return its own index.
+    """For each row, return the index of the similar earlier row that replaces it, or the row's own index.
 
     A row is kept if it is similar to no earlier kept row, so a removed row never causes the removal of another row.
 
@@ -125,7 +125,7 @@ def first_similar(minhashes: NDArray[np.uint32], threshold: float) -> NDArray[np
 
 
 def similarity_groups(minhashes: NDArray[np.uint32], threshold: float) -> NDArray[np.int64]:
-    """Group rows that are connected by a chain of similar rows. Tools, system messages and masks are ignored.
+    """Group rows that are connected by a chain of similar rows. Tools, system messages and training masks are ignored.
 
     Returns:
         int64 `[rows]`, the label of each row's group.

@@ -33,12 +33,12 @@ class PackPlan:
 
     @property
     def packs(self) -> list[list[int]]:
-        """The packs, each as a list of example indices."""
+        """For each packed sequence, the list of the indices of its examples."""
         return [self.order[start:end].tolist() for start, end in zip(self.bounds[:-1], self.bounds[1:], strict=True)]
 
 
 def plan_unpacked(count: int) -> PackPlan:
-    """Return a plan with one example per pack."""
+    """Return an assignment with one example in each packed sequence."""
     return PackPlan(np.arange(count, dtype=np.int64), np.arange(count + 1, dtype=np.int64))
 
 
@@ -48,7 +48,7 @@ slower, because the tokens of a pack would come from more places."""
 
 
 def plan_packs(lengths: NDArray[np.integer], capacity: int) -> PackPlan:
-    """Assign examples to packs with `best_fit_decreasing`, separately for each window of `WINDOW` examples."""
+    """Assign examples to packed sequences with `best_fit_decreasing`, separately for every `WINDOW` examples."""
     starts = range(0, max(len(lengths), 1), WINDOW)
     plans = [best_fit_decreasing(lengths[start : start + WINDOW], capacity) for start in starts]
     ends = [plan.bounds[1:] + start for start, plan in zip(starts, plans, strict=True)]
@@ -57,7 +57,7 @@ def plan_packs(lengths: NDArray[np.integer], capacity: int) -> PackPlan:
 
 
 def best_fit_decreasing(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> PackPlan:
-    """Assign examples to packs, longest first. Each example goes into the fullest pack that has enough space.
+    """Assign examples to packed sequences, longest first. Each is added to the fullest sequence with enough space.
 
     The packs are sorted by their first example, and the examples of a pack are in their original order.
 
@@ -75,7 +75,7 @@ def best_fit_decreasing(lengths: Sequence[int] | NDArray[np.integer], capacity: 
     if len(sizes) and not (sizes.min() >= 1 and sizes.max() <= capacity):
         raise UsageError(
             "pack_length",
-            f"the lengths range from {sizes.min()} to {sizes.max()}, expected lengths from 1 to {capacity}",
+            f"the examples have lengths from {sizes.min()} to {sizes.max()}, expected lengths from 1 to {capacity}",
         )
     order = _stable_argsort(capacity - sizes)
     pack_of = np.empty(len(sizes), dtype=np.int64)

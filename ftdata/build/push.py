@@ -63,7 +63,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
 
 
 def _check_secrets(folder: Path) -> None:
-    """Check that a build's metadata files contain no secrets, which earlier versions of ftdata could store."""
+    """Check that a build's metadata files contain no secrets. Earlier versions of ftdata could store secrets there."""
     for path in (folder / name for name in _METADATA_FILES):
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         values: list[Any] = list(_iter_texts(json.loads(text))) if path.suffix == ".json" and text else [text]
@@ -85,7 +85,7 @@ def _iter_texts(value: Any) -> Iterator[str]:
 
 
 def _list_old_files(api: Any, repo: str) -> Iterator[str]:
-    """Yield the files of the build that a repository contains. They must be deleted, so that two builds do not mix."""
+    """Yield the files of an earlier build in a repository. An upload deletes them, so that two builds do not mix."""
     from huggingface_hub.errors import EntryNotFoundError
 
     def download_manifest() -> str | None:

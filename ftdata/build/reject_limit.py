@@ -76,7 +76,8 @@ class RejectLimit:
             listed = "\n  ".join(map(str, _first(rejects(), 5)))
             raise TooManyRejects(
                 "max_rejects",
-                f"{bad} of {rows} rows are rejected, max_rejects allows {int(self.max_bad_rows(rows))}:\n  {listed}\n",
+                f"{bad} of {rows} rows are rejected, but max_rejects allows only {int(self.max_bad_rows(rows))}:\n"
+                f"  {listed}\n",
                 hint="fix the rows, or raise max_rejects",
             )
         if not any(ledger.built for ledger in ledgers):

@@ -68,7 +68,9 @@ def _builds_folder() -> Path:
     status = folder.lstat()
     if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o022:
         problem = f"the folder {folder} belongs to another user, or other users can write to it"
-        raise StorageError("not_a_build_folder", problem, hint="remove it, or set FTDATA_CACHE")
+        raise StorageError(
+            "not_a_build_folder", problem, hint="remove the folder, or set FTDATA_CACHE to another folder"
+        )
     return folder / "builds"
 
 
@@ -99,7 +101,7 @@ def read_remote_file(url: str, name: str) -> bytes:
 
 
 def missing_files(url: str, files: Mapping[str, Any]) -> list[str]:
-    """Return the names of files that are missing at a URL or have the wrong size, according to the manifest."""
+    """Return the names of those manifest files that are missing at a URL or have the wrong size there."""
     sizes = list_sizes(url)
     return [name for name, expected in files.items() if sizes.get(name) != expected["bytes"]]
 
@@ -149,7 +151,7 @@ def check_free(url: str) -> None:
 
 
 def _write_claim(url: str, claim: bytes) -> None:
-    """Write a claim file to a URL, so that only one build can be uploaded there at a time."""
+    """Reserve a URL with a claim file, so that only one build can be uploaded there at a time."""
     check_free(url)
     with tempfile.NamedTemporaryFile() as file:
         file.write(claim)
@@ -168,7 +170,7 @@ def _no_build_error(url: str) -> InputRefused:
 
 
 def find_build(place: object) -> Path | None:
-    """Return the local folder of a build, or `None` if `place` is not a build. Download a build at a URL.
+    """Return the local folder of a build, or `None` if `place` is not a build. If `place` is a URL, download it first.
 
     Raises:
         InputRefused: the build is damaged.

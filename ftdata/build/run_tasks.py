@@ -84,7 +84,7 @@ class _ProgressReporter:
         self.report_batch(0, 0, None)
 
     def report_batch(self, rows: int, tokens: int, share: float | None) -> None:
-        """Report the progress: all finished shards, plus the rows, tokens and share of the current shard."""
+        """Report the progress of the build. The arguments describe the finished part of the current shard."""
         if self.progress is not None:
             size = self.sizes[self.shards] * (share or 0.0) if self.shards < len(self.sizes) else 0
             total_share = (self.size + size) / self._total_size
@@ -92,23 +92,23 @@ class _ProgressReporter:
 
 
 def is_rereadable(task: Task) -> bool:
-    """Return whether the source of a task can be read several times, and by other processes."""
+    """Return whether the source of a task can be read more than once, also by other processes."""
     return isinstance(task.source, FileSource) and task.source.path != "-"
 
 
 def check_all_rereadable(tasks: Sequence[Task], engine: str) -> None:
-    """Check that the sources of all tasks can be read again, so that the tasks can run with the reference encoder.
+    """Check that all sources can be read twice, because the second reading tokenizes them with `tokenizers`.
 
     Raises:
         InputRefused: the source of a task can be read only once.
     """
     if not all(map(is_rereadable, tasks)):
-        problem = f"{engine} and tokenizers produce different tokens, and this data can be read only once"
+        problem = f"{engine} and tokenizers produce different tokens, and this data cannot be read a second time"
         raise InputRefused("engine_differs", problem, hint="pass the data as a file, or uninstall fastokens")
 
 
 def _apply_limit(tasks: Sequence[Task], results: Mapping[int, ShardResult]) -> Iterator[Task]:
-    """Yield each task with its remaining row limit. Tasks of the same data item and split share one limit."""
+    """Yield each task with its remaining row limit. Tasks for the same `data` item and split share one limit."""
     for task in tasks:
         group = task.source.item_index, task.source.split
         earlier = [item for item in results.values() if (item.task.source.item_index, item.task.source.split) == group]

@@ -238,7 +238,7 @@ class ExampleTable:
 
     @cached_property
     def contents(self) -> NDArray[np.bytes_]:
-        """For each example, a 24-byte hash of all examples of the same row (`[examples]`)."""
+        """For each example, a 24-byte hash of the tokens and labels of its whole row (`[examples]`)."""
         chunks = [
             np.frombuffer(chunk.buffers()[1], np.dtype("S24"))[chunk.offset : chunk.offset + len(chunk)]
             for chunk in self.table["content"].chunks
@@ -247,7 +247,7 @@ class ExampleTable:
         return np.concatenate(chunks) if chunks else np.empty(0, "S24")
 
     def add_offsets(self, table: pa.Table, shard: NDArray[np.int64]) -> pa.Table:
-        """Convert row and line numbers within shards to numbers within files, and return the changed table.
+        """Return a copy of the table in which row and line numbers count from the start of the file, not of the shard.
 
         Args:
             table: the rows.

@@ -154,7 +154,7 @@ def _versions() -> list[str]:
 
 
 def _hash_content(source: FileSource) -> Any:
-    """Return a hash of the bytes that are read from a local file. For a file in an object store, return its version."""
+    """Return a hash of the bytes of a source file. For a file in an object store, return its version instead."""
     if is_object_store(source.path):
         return remote_version(source.path)
     # The byte before a part determines whether the part starts with a complete line, so it is hashed as well.
@@ -236,7 +236,7 @@ def _build(recipe: Recipe, task: Task, folder: Path, progress: Progress | None) 
 
 @contextmanager
 def _rare_garbage_collection() -> Iterator[None]:
-    """Run the garbage collector less often inside a `with` block. Batches create objects but no reference cycles."""
+    """Run the garbage collector less often inside a `with` block, because batches create no reference cycles."""
     thresholds = gc.get_threshold()
     gc.set_threshold(max(thresholds[0], 100_000) if thresholds[0] else 0, *thresholds[1:])
     try:
@@ -246,7 +246,7 @@ def _rare_garbage_collection() -> Iterator[None]:
 
 
 def _hash_rows(batch: Batch) -> list[bytes]:
-    """Return for each example a hash of all examples of the same row: 16 bytes for the tokens, 8 for the labels."""
+    """For each example, return a hash of its whole row: 16 bytes for the row's tokens, and 8 bytes for the labels."""
     columns, hashes = batch.columns, list[bytes]()
     examples = accumulate(batch.counts, initial=0)
     bounds = end_offsets(columns.lengths.tolist())[list(examples)].tolist()

@@ -38,7 +38,7 @@ def check_similarity_threshold(threshold: Any) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """The options for splitting and packing. They are validated on construction.
+    """The options that control splits and packing. They are validated on construction.
 
     Attributes:
         packing: `None` or `"bfd"`.
@@ -70,7 +70,7 @@ class Layout:
             value = getattr(self, name)
             is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             if value is not None and not (is_count or (isinstance(value, float) and 0 < value < 1)):
-                raise UsageError(name, f"{name} is {value!r}, expected a share below 1 or a number of rows")
+                raise UsageError(name, f"{name} is {value!r}, expected a fraction below 1 or a number of rows")
         if self.near_duplicate_threshold is not None:
             check_similarity_threshold(self.near_duplicate_threshold)
             if not (self.dedup or self.test_size):
@@ -168,7 +168,9 @@ def assign_splits(facts: ExampleFacts, layout: Layout) -> SplitPlan:
         if has_splits and (untrained := set(weighted) - trained):
             name = facts.splits[places.tolist().index(min(untrained))]
             raise UsageError(
-                "share", f"a source of the split {name} has weight, rows or tokens, which only train supports"
+                "share",
+                f"a source of the split {name} has the option weight, rows or tokens, "
+                "which can be set only for the split train",
             )
         tokens = np.add.reduceat(facts.tokens, first)
         rows["train"] = _apply_shares(rows["train"], places[source], tokens, shares, layout.seed)
@@ -220,7 +222,7 @@ def _row_count(size: float, rows: int) -> int:
 
 
 def _first_of_each(group: NDArray[np.int64], last: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return for each row whether it is the first row of its group (bool `[rows]`).
+    """For each row, return whether it is the first row of its group (bool `[rows]`).
 
     Rows marked in `last` come after all other rows: a duplicate in train and test is removed from train.
     """
@@ -269,7 +271,7 @@ def _apply_shares(
     shares: Mapping[int, SourceShare],
     seed: int,
 ) -> NDArray[np.int64]:
-    """Repeat or drop the rows of each item of the data, so that the item contributes its share to the train split.
+    """Repeat or leave out rows, so that each item of `data` contributes its requested amount to the train split.
 
     All rows are repeated equally often, and a random subset is repeated once more. A share in tokens is never exceeded.
     """

@@ -154,7 +154,7 @@ def _pack_batch(file: PackFile, first: int, last: int) -> pa.RecordBatch:
 def _gather_tokens(
     folders: Sequence[Path], shard: NDArray[np.int32], start: NDArray[np.int64], lengths: NDArray[np.int32]
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Read the token ids and the mask of examples from their shards, one shard after another.
+    """Read the token ids and the trained-token mask of examples from their shards, one shard after another.
 
     Returns:
         The ids (int32 `[tokens]`) and the mask (bool `[tokens]`), in the order of the examples.
@@ -190,7 +190,7 @@ def _open_tokens(shard: Path) -> _Tokens:
 def _contiguous_runs(
     shard: NDArray[np.int32], start: NDArray[np.int64], lengths: NDArray[np.int32]
 ) -> Iterator[tuple[int, int, int]]:
-    """Join examples that are adjacent in a shard. Yield the shard and the token range `[start, end)` of each run."""
+    """Join examples whose tokens are adjacent in a shard. Yield the shard and token range of each joined group."""
     end = start + lengths
     is_boundary = np.ones(len(shard) + 1, dtype=np.bool_)
     is_boundary[1:-1] = (shard[1:] != shard[:-1]) | (start[1:] != end[:-1])
@@ -201,7 +201,7 @@ def _contiguous_runs(
 def write_split(
     folder: Path, split: str, examples: ExampleTable, members: NDArray[np.int64], plan: PackPlan, files: Iterable[Path]
 ) -> None:
-    """Write the provenance file of a split, and the metadata files that `datasets.load_from_disk` reads."""
+    """Write the source of each example in a split, and the metadata files that `datasets.load_from_disk` reads."""
     target = folder / split
     state: dict[str, Any] = {
         "_data_files": [{"filename": file.name} for file in files],
@@ -268,7 +268,7 @@ def check_target(target: Path) -> None:
 
 
 def check_rejects_file(path: Path) -> None:
-    """Check that a file of rejected rows, which will be replaced or removed, does not exist or contains rejected rows.
+    """Check that a path has no file or a file of rejected rows, because a build replaces or deletes the file.
 
     Raises:
         UsageError: the file contains anything else.

@@ -214,7 +214,7 @@ def templates_check(
     template: Annotated[str, typer.Argument(help="Template to check: name, .jinja file, or tokenizer")],
     as_json: Json = False,
 ) -> None:
-    """Check a template: stop token, history rewriting and dropped fields."""
+    """Check whether a template prints stop tokens, changes earlier messages, or leaves out fields."""
     from ftdata.pipeline.recipe import check_template
 
     report = check_template(template)

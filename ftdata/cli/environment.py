@@ -54,7 +54,7 @@ class EnvironmentReport:
 
 
 def describe_environment() -> EnvironmentReport:
-    """Collect versions and settings for a bug report, without importing any of the packages.
+    """Collect package versions and settings for a bug report, without importing the packages.
 
     >>> describe_environment().packages["numpy"] is not None
     True

@@ -128,7 +128,7 @@ def parse_row_numbers(text: str | None) -> list[int] | None:
 
 
 def make_sources(data: list[str], encoding: str | None, split: str | None, quoting: str | None = None) -> Any:
-    """Add the reader options of the command line to each path."""
+    """Return the data sources: each path, combined with the reader options of the command line."""
     options = {"encoding": encoding, "split": split, "quoting": quoting}
     set_options = {name: value for name, value in options.items() if value is not None}
     return [{"path": path, **set_options} for path in data] if set_options else data

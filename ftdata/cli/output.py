@@ -1,4 +1,4 @@
-"""Functions that print results, page long output and show progress."""
+"""Functions that print results, open long output in a pager, and show progress."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ftdata.errors import escape_unprintable
 
 
 def write_stdout(text: str) -> None:
-    """Write text to standard output. Ignore the error if the reader closed the pipe, as `| head` does."""
+    """Write text to standard output. Ignore the error if the receiving program, such as `head`, closed the pipe."""
     try:
         sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
         sys.stdout.flush()

@@ -45,7 +45,7 @@ def init(
     limit: Limit = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a training configuration with comments and with values computed from data and a model."""
+    """Write a commented training configuration. Its values are computed from the data and the model."""
     from ftdata.train import init as make_config_text
 
     if str(output) != "-" and (output.exists() or output.is_symlink()):
@@ -157,7 +157,7 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Compare the trained model with its base model: answers, perplexity, exact match, SacreBLEU, chrF."""
+    """Compare the trained model with its base model by answers, perplexity, exact match, SacreBLEU and chrF."""
     from ftdata.train import compare
 
     options = _generation_options(max_new_tokens, num_beams, temperature, top_p, seed)
@@ -285,7 +285,7 @@ _ANNOUNCE_SECONDS = 10.0
 
 @contextmanager
 def _generation_progress() -> Iterator[Callable[[GenerationProgress], None]]:
-    """Show the progress and the maximum remaining time. Print lines if stderr is not a terminal."""
+    """Show the progress and the maximum remaining time of generation. Without a terminal, print progress lines."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as ProgressBars

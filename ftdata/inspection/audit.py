@@ -130,7 +130,7 @@ class AuditReport:
         return bool(self.findings)
 
     def fails(self, severity: str) -> bool:
-        """Return whether any finding has at least this severity. For `"never"`, return false."""
+        """Return whether any finding has this severity or a higher one. Always false for `"never"`."""
         check_choice("fail_on", severity, FAIL_ON)
         levels = [SEVERITIES.index(finding.severity) for finding in self.findings]
         return severity != "never" and any(level >= SEVERITIES.index(severity) for level in levels)
@@ -303,12 +303,14 @@ def audit(
     auditor = Auditor(target.recipe, frozenset((*ignore, *skipped)), near_duplicate_threshold)
     survey = survey_rows(target.steps(), target.names, auditor, progress)
     if not survey.rows:
-        raise InputRefused("no_rows", "the data contains no rows to audit", hint="check the data, where= and limit=")
+        raise InputRefused(
+            "no_rows", "the data contains no rows to audit", hint="check the data and the options where and limit"
+        )
     return replace(auditor.report(target, survey), skipped=skipped)
 
 
 class Auditor:
-    """Run all checks on data: row checks on each batch, and data checks after the last batch.
+    """Run all audit checks: checks of single rows on each batch, and checks of the whole data after the last batch.
 
     Attributes:
         recipe: The options, tokenizer and template.
@@ -351,7 +353,7 @@ class Auditor:
             self.signatures.append(near_duplicates.minhash_signatures(batch.conversations))
 
     def report(self, target: Target, survey: Survey) -> AuditReport:
-        """Run the data checks and the template checks, and return the report of all checks."""
+        """Run the checks of the whole data and of the template. Return a report that also covers the row checks."""
         scripts = np.asarray(self.scripts, np.int64)
         signatures = np.concatenate(self.signatures) if self.signatures else None
         if target.folder is not None:
@@ -393,7 +395,7 @@ class Auditor:
         finding.add(reject.source, f"{reject.field} {reject.reason}".strip())
 
     def _detect_scripts(self, examples: Sequence[Example]) -> int:
-        """Return the scripts (writing systems) of the answers, and collect the stop tokens that end the answers.
+        """Return the writing systems of the answers, such as Latin. Also collect the stop tokens that end the answers.
 
         Bit `i` of the result is set if an answer is written in script `text_detectors.SCRIPTS[i]`.
         """
@@ -412,7 +414,7 @@ class Auditor:
 
 
 def _is_template_text(example: Example) -> NDArray[np.bool_]:
-    """Return a mask of the tokens that begin in template text (bool `[n]`)."""
+    """Return a mask of the tokens whose first character comes from the template, not from the row (bool `[n]`)."""
     is_scaffold = np.asarray([*(span.part is Part.SCAFFOLD for span in example.spans), True])
     span_ends = [span.end for span in example.spans]
     return np.asarray(is_scaffold[np.searchsorted(span_ends, example.offsets[:, 0], side="right")])

@@ -16,7 +16,7 @@ _TEXT = 'font-family="system-ui,sans-serif" font-size="11" fill="currentColor"'
 
 
 def draw_length_histogram(values: NDArray[np.integer], *, line: int | None = None, standalone: bool = False) -> str:
-    """Draw an SVG histogram of lengths on a logarithmic axis, with four bars per factor of two.
+    """Draw an SVG histogram of lengths on a logarithmic axis. Four bars cover each doubling of the length.
 
     Args:
         values: The number of tokens of each example.
@@ -43,7 +43,7 @@ def draw_length_histogram(values: NDArray[np.integer], *, line: int | None = Non
 
 
 def draw_share_histogram(values: NDArray[np.floating], *, standalone: bool = False) -> str:
-    """Draw an SVG histogram of shares between 0 and 1, such as the share of trained tokens."""
+    """Draw an SVG histogram of fractions between 0 and 1, such as the fraction of trained tokens in each example."""
     counts, edges = np.histogram(values, np.linspace(0, 1, 41))
     bars = [(float(a), float(b), int(n), f"{a:.1%} to {b:.1%}: {n:,}")
             for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]  # fmt: skip

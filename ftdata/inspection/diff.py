@@ -1,4 +1,4 @@
-"""Compare the tokens and labels of the same rows in two builds, or under two recipes.
+"""Compare the tokens and labels of the same rows in two builds, or with two sets of options.
 
 The first pass compares fingerprints of all rows. The second pass reads only the first rows that differ.
 """
@@ -60,7 +60,7 @@ _CONTEXT, _MAX_COMPARED_TOKENS = 8, 4000
 
 
 class Edit(NamedTuple):
-    """A difference between two examples: a range of tokens in A, and the corresponding range in B.
+    """A difference between two versions A and B of an example: a range of tokens in A, and the matching range in B.
 
     Attributes:
         in_a: The range `[start, end)` of tokens in A.
@@ -73,7 +73,7 @@ class Edit(NamedTuple):
 
 @dataclass(frozen=True)
 class ChangedRow:
-    """A row whose tokens or labels differ between sides A and B.
+    """A row whose tokens or labels differ between the two compared builds or sets of options, A and B.
 
     Attributes:
         kind: The kind of difference, one of `KINDS`.
@@ -90,7 +90,7 @@ class ChangedRow:
 
 @dataclass(frozen=True)
 class Diff:
-    """The differences between sides A and B. The object is falsy if no row differs.
+    """The differences between two builds or sets of options, A and B. The object is falsy if no row differs.
 
     Attributes:
         titles: The titles of A and B.
@@ -190,9 +190,9 @@ def diff(
     html: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Diff:
-    """Compare the tokens and labels of the same rows on two sides, A and B.
+    """Compare the tokens and labels of the same rows in two builds, or with two sets of options.
 
-    The sides can differ in template, tokenizer, options or version of ftdata.
+    The two sides, A and B, can differ in template, tokenizer, options or version of ftdata.
 
     Args:
         a: The folder of a build, or a mapping of options of `build_sft_dataset`: `data`, `tokenizer`, and any option
@@ -263,7 +263,7 @@ def side_options(
     template_kwargs: Mapping[str, Any] | None = None,
     changes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Convert command-line arguments to the options of one side of a comparison.
+    """Convert the command-line arguments for one side of a comparison to options of `diff`.
 
     Args:
         path: The folder of a build, a `.yaml`, `.yml` or `.toml` configuration, or data.
@@ -311,14 +311,14 @@ def _make_target(side: Any) -> Target:
     data = side["data"]
     if str(data) == STDIN or (isinstance(data, list) and STDIN in data):
         raise UsageError(
-            "diff", "standard input can be read only once, and diff reads data twice", hint="save it to a file"
+            "diff", "standard input can be read only once, and diff reads data twice", hint="save the input to a file"
         )
     # An iterator can be read only once, so its rows are stored.
     return make_target(**{**side, "data": list(data) if isinstance(data, Iterator) else data})
 
 
 def _view_rows(target: Target, keys: Mapping[str, int], selected: set[int]) -> dict[int, RowView]:
-    """Read one side, and return a view of each selected row, whether built or rejected."""
+    """Read one side of the comparison. Return the selected rows, including rejected rows, in a form for display."""
     views, are_paths_unique = dict[int, RowView](), len({path for path, _ in target.names}) == len(target.names)
     for step in target.steps():
         for number, conversation in enumerate(step.batch.conversations):
@@ -382,7 +382,7 @@ def _true_ranges(values: NDArray[np.bool_]) -> list[list[int]]:
 
 
 def find_edits(a: ExampleView | None, b: ExampleView | None, *, by_text: bool = False) -> tuple[Edit, ...]:
-    """Find the ranges of tokens that differ between two examples in token id, text or label.
+    """Find the ranges of tokens whose ids, texts or labels differ between two examples.
 
     If one example is missing, the range contains all tokens of the other example. If too many tokens remain between the
     common prefix and the common suffix, they form a single range.
@@ -444,13 +444,13 @@ def _style_ranges(view: ExampleView, ranges: Sequence[tuple[int, int]], *, plain
 
 
 def _split_at_marks(is_marked: NDArray[np.bool_], first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Split the tokens `[first, last)` into ranges of marked tokens and ranges of unmarked tokens."""
+    """Divide the tokens `[first, last)` into ranges in which all tokens are marked or all tokens are unmarked."""
     changes = (np.flatnonzero(np.diff(is_marked[first:last])) + first + 1).tolist()
     yield from pairwise([first, *changes, last])
 
 
 def _changed_options(a: Target, b: Target) -> dict[str, tuple[Any, Any]]:
-    """Return the options whose values differ between the sides, with the value of each side.
+    """Return the options whose values differ between sides A and B of the comparison, with both values.
 
     An option that only one side has is left out.
     """

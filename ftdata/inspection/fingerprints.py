@@ -1,4 +1,4 @@
-"""Hash examples, so that `diff` can compare two sides without storing their tokens in memory."""
+"""Hash examples, so that `diff` can compare two builds without keeping their tokens in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOST_ROWS = 1 << 40
 
 @dataclass(frozen=True)
 class ExampleFingerprints:
-    """Hashes of all examples on one side of a comparison, as columns. Each column of hashes is uint64 `[examples]`.
+    """Hashes of all examples on one side of a comparison. Each attribute with hashes is uint64 `[examples]`.
 
     Attributes:
         paths: The names of the sources.
@@ -52,7 +52,7 @@ class ExampleFingerprints:
     tokens: tuple[int, int]
 
     def by_row(self, keys: Mapping[str, int]) -> Rows:
-        """Group the examples by row, and return the rows as columns.
+        """Combine the hashes of the examples of each row. Return columns with one value per row.
 
         The columns are the key, the sums of the hashes, the number of examples, and the first example. The hashes of a
         row's examples are summed, so the order of the examples does not matter.
@@ -76,7 +76,7 @@ Rows = tuple[NDArray[Any], ...]
 
 
 def match_sources(paths: Sequence[Sequence[str]]) -> list[dict[str, int]]:
-    """Number the sources of both sides so that matching sources have the same number.
+    """Assign numbers to the data sources on both sides of a comparison. Matching sources get the same number.
 
     The result has one mapping from path to number for each side.
 
@@ -102,7 +102,7 @@ def match_sources(paths: Sequence[Sequence[str]]) -> list[dict[str, int]]:
 
 
 def fingerprint_examples(target: Target, progress: Progress | None, *, by_text: bool) -> ExampleFingerprints:
-    """Compute the fingerprints of all examples on one side of a comparison.
+    """Compute the hashes (fingerprints) of all examples on one side of a comparison.
 
     Args:
         target: The side.
@@ -166,7 +166,7 @@ def _trained_ranges(example: Example) -> Iterator[tuple[int, int]]:
 
 
 def classify_differences(a: Rows, b: Rows) -> dict[int, str]:
-    """Compare the rows of two sides, and map the key of each changed row to a kind of difference.
+    """Compare the rows of sides A and B. Return a dictionary from the key of each changed row to its kind of change.
 
     The kinds are listed in `KINDS`.
     """

@@ -43,7 +43,7 @@ MOST_PACKS = 200
 
 @dataclass(frozen=True)
 class PackLayout:
-    """The packed sequences that an HTML page draws: their size, their number and their documents.
+    """The packed sequences that are drawn on an HTML page: their size, their number, and the documents in them.
 
     Attributes:
         size: The length of a packed sequence in tokens.
@@ -114,7 +114,7 @@ def write_html(path: str | Path, text: str) -> None:
 
 
 def _can_overwrite(path: Path) -> bool:
-    """Return whether a path can be written: no file exists, or the file is an HTML page."""
+    """Return whether a page can be written to a path: no file exists there, or the existing file is an HTML page."""
     if not path.is_file():
         return True
     with path.open("rb") as file:
@@ -232,7 +232,7 @@ def _runs(values: NDArray[Any]) -> list[int]:
 
 
 def _pieces(page: HtmlPage) -> dict[int, str]:
-    """Map the id of each token on the page to its vocabulary entry."""
+    """Return a dictionary from the id of each token on the page to the string of the token in the vocabulary."""
     if page.tokenizer is None:
         return {}
     ids = [view.ids for row in page.rows for view in row.examples if view.ids is not None]

@@ -1,4 +1,4 @@
-"""Create the overview page of data or a build: first rows, outliers, lengths, packed sequences and rejects."""
+"""Create the overview page of data or a build: first rows, outliers, lengths, packed sequences, rejected rows."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def make_overview(target: Target, limit: int | None, packing: str | None, progre
 
 
 def _make_rows(first_rows: FirstRows, outliers: Outliers, recipe: Recipe) -> list[RowView]:
-    """Return views of the first rows, followed by views of all outliers that are not first rows."""
+    """Return the first rows for display, followed by the outliers that are not among the first rows."""
     outliers_by_key = {row_key(outcome): (outcome, kinds) for outcome, kinds in outliers.rows()}
     rows = []
     for outcome in first_rows.outcomes:
@@ -154,7 +154,7 @@ def _describe_rows(rows: Sequence[RowView], survey: Survey) -> str:
 
 
 def collect_warnings(survey: Survey, recipe: Recipe) -> Iterator[str]:
-    """Yield warnings about the template, and a warning for each flag that an example has."""
+    """Yield warnings about the template, and one warning for each kind of problem that was flagged in examples."""
     yield from added_texts(recipe)
     for flag, count in survey.flags.items():
         if flag in FLAGS and flag != "pretokenized":
@@ -184,7 +184,7 @@ def describe_lengths(survey: Survey, recipe: Recipe) -> str:
 
 
 def _plan_layout(survey: Survey, size: int) -> PackLayout:
-    """Plan the packed sequences that a build of these rows would contain."""
+    """Compute the packed sequences that a build of these rows would contain."""
     numbers = survey.numbers
     plan = plan_packs(numbers.tokens, size)
     row = np.repeat(np.arange(len(numbers)), numbers.examples)

@@ -98,7 +98,7 @@ def preview(
     template_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Preview:
-    """Show rows with the tokens and labels that training would use, without a build.
+    """Show rows with the tokens and labels that training would use. No build is created.
 
     Only the rows that are shown are read; `odd` and an HTML overview read all rows.
 
@@ -227,7 +227,7 @@ class RowSelection:
 
     @property
     def limit(self) -> int:
-        """The maximum number of rows to show. If outliers are selected, the limit applies to each kind."""
+        """The maximum number of rows to show. If outliers are selected, it is the maximum for each kind of outlier."""
         return self.n if self.n is not None else 1 if self.odd else DEFAULT_ROWS if self.is_page else 3
 
     def select(self, rows: Iterable[Row | Reject]) -> Iterator[Row | Reject]:
@@ -273,7 +273,7 @@ def _row_numbers(row: int | Iterable[int] | None) -> frozenset[int] | None:
         return None
     numbers = [row] if isinstance(row, int) else list(row) if isinstance(row, Iterable) else [row]
     if not numbers or not all(type(number) is int and 0 <= number < sys.maxsize for number in numbers):
-        raise UsageError("row", f"row is {row!r}, expected row numbers from 0")
+        raise UsageError("row", f"row is {row!r}, expected row numbers, which start at 0")
     return frozenset(numbers)
 
 
@@ -325,7 +325,7 @@ def _view_rows(target: Target, selection: RowSelection, row_filter: RowFilter) -
 
 
 def _view_documents(target: Target, selection: RowSelection) -> Iterator[RowView]:
-    """Yield views of the selected examples of a build.
+    """Yield the selected examples of a build in a form for display.
 
     Examples are numbered in the order of splits and packed sequences.
     """

@@ -50,7 +50,7 @@ class SegmentOwner(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Consecutive tokens that have the same origin and are displayed in the same style.
+    """Consecutive tokens that come from the same part of a message or template and are displayed in the same style.
 
     Attributes:
         text: The text of the tokens.
@@ -74,7 +74,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ExampleView:
-    """One example, divided into tokens for display. Without a tokenizer, it is divided into spans.
+    """One example, divided into tokens for display. Without a tokenizer, it is divided into ranges of characters.
 
     Attributes:
         text: The visible text, including an added BOS token.
@@ -105,7 +105,7 @@ class ExampleView:
 
     @property
     def stop(self) -> NDArray[np.bool_]:
-        """A mask of the trained stop tokens at the end of generated spans (bool `[n]`)."""
+        """A mask that is true for the trained stop token at the end of each generated span (bool `[n]`)."""
         generated = self.trained if self.generated is None else self.generated
         stops: NDArray[np.bool_] = self.trained & self.control & generated & ~np.append(generated[1:], False)
         return stops
@@ -259,7 +259,7 @@ def added_texts(recipe: Recipe) -> Iterator[str]:
 
 
 def make_text_view(row: Row | Reject, template: Template, options: Options) -> RowView:
-    """Create the view of a row without a tokenizer. The view shows the rendered text and the trained spans."""
+    """Create the view of a row if no tokenizer was passed. It shows the rendered text and the trained spans."""
     if isinstance(row, Reject):
         return RowView(row.source, rejected=str(row))
     try:
@@ -350,9 +350,9 @@ def _view_tokens(example: Example, conversation: Conversation, recipe: Recipe) -
 def _owners_of_spans(
     spans: Sequence[Span], conversation: Conversation
 ) -> tuple[tuple[SegmentOwner, ...], NDArray[np.int64]]:
-    """Return the distinct owners of the spans, and the owner index of each span (int64 `[spans]`).
+    """Return the distinct message and template parts that the spans come from, and the part index of each span.
 
-    Index 0 means that the span has no owner.
+    The indices are int64 `[spans]`. Index 0 means that the part is unknown.
     """
     indices = {SegmentOwner(-1, "", ""): 0}
     numbers = []
@@ -370,7 +370,7 @@ def _owners_of_spans(
 def _find_dropped_texts(
     conversation: Conversation, texts: Sequence[Rendered] | Sequence[Example]
 ) -> Iterator[DroppedText]:
-    """Yield the message texts that are missing from all examples.
+    """Yield the texts of messages that occur in none of the examples of the row.
 
     If an example contains some lines of a text, only the missing lines are yielded.
     """
@@ -390,7 +390,7 @@ def _find_dropped_texts(
 
 
 def content_texts(content: object) -> Iterator[str]:
-    """Yield the texts in the content of a message, which is a string or a list of parts."""
+    """Yield the texts in the content of a message. The content is a string or a list of parts."""
     if isinstance(content, str):
         yield content
     for part in content if isinstance(content, list) else ():

@@ -53,7 +53,7 @@ class StatsGroup:
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """The number of examples and tokens that exceed a value of `max_length`.
+    """The number of examples and tokens that would exceed a given value of `max_length`.
 
     Attributes:
         max_length: The limit in tokens.

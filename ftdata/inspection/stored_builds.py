@@ -1,4 +1,4 @@
-"""Read the examples of a finished build from disk, with tokens, labels and provenance."""
+"""Read the examples of a finished build from disk, with their tokens, labels and sources."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def find_build_folder(data: Any) -> Path | None:
 
 
 def refuse_build_options(options: Mapping[str, Any]) -> None:
-    """Refuse options that would change the content of a build, because the build is finished.
+    """Raise an error if any options would change the content of a build, because the build is finished.
 
     Raises:
         UsageError: An option differs from its default.
@@ -121,7 +121,7 @@ def load_build_recipe(folder: Path, tokenizer: Any = None) -> Recipe:
 
 
 def split_names(folder: Path) -> list[str]:
-    """Return the names of the splits of a build, in stored order.
+    """Return the names of the splits of a build, in the order in which the build stores them.
 
     Raises:
         InputRefused: The build is damaged.
@@ -135,12 +135,12 @@ def split_names(folder: Path) -> list[str]:
 
 @contextmanager
 def _convert_errors(path: Path) -> Iterator[None]:
-    """Convert errors that occur while a build file is read to `InputRefused`."""
+    """Raise `InputRefused` in place of any error that occurs in the `with` block, which reads a file of a build."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         problem = f"{path} cannot be read: {describe_exception(error, 2_000)}"
-        raise InputRefused("damaged_build", problem, hint="build again") from None
+        raise InputRefused("damaged_build", problem, hint="build the data set again") from None
 
 
 def read_build_documents(folder: Path, splits: Sequence[str]) -> Iterator[BuildDocument]:
@@ -234,7 +234,7 @@ class StoredBatch(Batch):
 
     @cached_property
     def counts(self) -> list[int]:
-        """The number of examples per document, which is always 1."""
+        """The number of examples in each stored document. It is always 1."""
         return [1] * len(self.documents)
 
     @cached_property
@@ -261,7 +261,7 @@ def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Itera
 
 
 def read_provenance(folder: Path, split: str) -> dict[str, NDArray[np.int64]]:
-    """Read the packed sequence number and the token count of each example in a split.
+    """Read two numbers for each example in a split: the number of its packed sequence, and its token count.
 
     The result has the columns `pack` and `tokens` (int64 `[examples]`).
     """
@@ -276,7 +276,7 @@ def _read_provenance_table(folder: Path, split: str, columns: list[str]) -> pa.T
 
 
 def build_sources(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:
-    """List the sources of a build as pairs of source name and split.
+    """Return the data sources of each split of a build, as pairs (source name, split).
 
     Raises:
         InputRefused: The build is damaged.
@@ -291,7 +291,7 @@ def build_sources(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def add_reported_rejects(folder: Path, survey: Survey) -> Survey:
-    """Group the survey of a build by row, and add the rejected rows from the report of the build."""
+    """Combine the collected counts of a build by row, and add the rejected rows from the build's report."""
     codes = Counter[str]()
     with _convert_errors(folder / "report.json"):
         report = orjson.loads((folder / "report.json").read_bytes())

@@ -68,7 +68,7 @@ class RowNumbers:
         return np.cumsum(self.examples) - self.examples
 
     def per_row(self, name: str) -> Ints:
-        """Return the sum of an example column, such as `tokens`, for each row (int64 `[rows]`)."""
+        """For each row, return the sum of a column, such as `tokens`, over the examples of the row (int64 `[rows]`)."""
         return _reduce(np.add, getattr(self, name), self.first)
 
     @property
@@ -82,14 +82,17 @@ def _reduce(function: np.ufunc, values: Ints, starts: Ints) -> Ints:
 
 
 def rows_of_examples(numbers: RowNumbers) -> Ints:
-    """Number the rows of a build in source order, and return the row of each example (int64 `[examples]`)."""
+    """Return a row number for each example of a build. Examples of the same row have the same number.
+
+    The rows are numbered in the order of their sources. The result is int64 `[examples]`.
+    """
     pairs = np.stack((numbers.source, numbers.row), axis=1)
     return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1) if len(pairs) else pairs[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """The counts, flags and rejects that one pass over all rows collected.
+    """Counts, flags and rejected rows, collected in one pass over all rows.
 
     Attributes:
         sources: The names of the sources.
@@ -126,7 +129,7 @@ class Survey:
         return Source(self.sources[numbers.source[row]], int(numbers.row[row]), int(numbers.line[row]) or None)
 
     def by_row(self) -> Survey:
-        """Return a survey that groups the examples of each row.
+        """Return a copy of the survey with one entry per row instead of one entry per example.
 
         The survey of a build counts every example as a row, because packing can separate the examples of a row.
         """
@@ -156,7 +159,7 @@ class Survey:
 
 
 class SurveyStep(NamedTuple):
-    """A batch of processed rows, with its source and the progress of the pass.
+    """A batch of processed rows, with its source and the processed share of the data.
 
     Attributes:
         source: The number of the source, or the number for each row.
@@ -172,7 +175,7 @@ class SurveyStep(NamedTuple):
 def survey_steps(
     recipe: Recipe, sources: Sequence[tuple[FileSource | MemorySource, RowFilter]]
 ) -> Iterator[SurveyStep]:
-    """Filter and process the rows of all sources, and yield the results in batches."""
+    """Process the rows of all sources that the `where` options select, and yield the results in batches."""
     sizes = [source.size for source, _ in sources]
     offsets = [*accumulate(sizes, initial=0)]
     for number, (source, row_filter) in enumerate(sources):
@@ -189,7 +192,7 @@ def survey_rows(
     on_batch: Callable[[Batch, RowNumbers], None] | None = None,
     progress: Progress | None = None,
 ) -> Survey:
-    """Collect the survey of all processed rows in one pass.
+    """Collect the counts, flags and rejected rows of all processed rows in one pass.
 
     Args:
         steps: The batches.
@@ -294,7 +297,7 @@ def _hash_rows(batch: Batch, first: Ints) -> tuple[NDArray[np.uint64], NDArray[n
 
 
 def row_key(outcome: BuiltRow | Reject) -> tuple[str, int, str]:
-    """Return a key that identifies a row or, in a build, an example.
+    """Return a key that identifies a row. In a build, the key identifies one example of a row.
 
     A build can contain several examples of the same row.
     """
@@ -311,7 +314,7 @@ ScoredRow = tuple[float, int, BuiltRow | Reject]
 
 @dataclass
 class Outliers:
-    """Collect the rows with the highest score for each kind of outlier.
+    """Collect the most extreme rows of each kind of outlier, such as the longest rows.
 
     Attributes:
         limit: The maximum number of rows of each kind.

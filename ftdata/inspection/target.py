@@ -47,7 +47,7 @@ class Target:
 
     @property
     def held_out(self) -> list[bool]:
-        """For each source, whether its rows are held out because they are not in a training split."""
+        """For each source, whether its rows are held out, which means that their split is not used for training."""
         data_splits = {split for _, split in self.names if split != HELD_OUT}
         if len(data_splits) < 2:
             return [split == HELD_OUT for _, split in self.names]
@@ -121,7 +121,7 @@ def make_target(
 
 
 def _mark_held_out(source: FileSource | MemorySource) -> FileSource | MemorySource:
-    """Give a held-out source in memory a distinct path, because all sources in memory have the same path."""
+    """Give held-out data in memory a different path, because all data in memory has the same path by default."""
     return replace(source, path=f"<against {source.path.strip('<>')}>") if source.path.startswith("<") else source
 
 

@@ -1,4 +1,4 @@
-"""Detect wrong encodings, placeholders, template text, scripts and personal data in texts."""
+"""Detect wrong encodings, placeholders, template text, writing systems and personal data in texts."""
 
 from __future__ import annotations
 

@@ -346,7 +346,7 @@ def test_limit_applies_to_each_split(tokenizer_dir, tmp_path):
     one = build_sft_dataset([{"path": str(tmp_path / "fold"), "rows": 1}], tokenizer_dir("tiny_bpe"))
     assert "10 rows of test" not in str(one.report.notes)
     named = [{"path": str(tmp_path / "fold"), "split": name} for name in ("train", "test")]
-    with pytest.raises(UsageError, match="a source of the split test has weight"):
+    with pytest.raises(UsageError, match="a source of the split test has the option weight"):
         build_sft_dataset([named[0], {**named[1], "weight": 3}], tokenizer_dir("tiny_bpe"))
     taken = build_sft_dataset(str(tmp_path / "fold" / "test.jsonl"), tokenizer_dir("tiny_bpe"))
     assert any("the names suggest another split" in note for note in taken.report.notes)

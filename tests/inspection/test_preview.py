@@ -63,7 +63,7 @@ def test_rows_are_selected_by_number_id_and_text(tokenizer_dir, wanted, rows, na
     [
         ({"row": 3, "grep": "x"}, UsageError, "row and grep cannot be combined"),
         ({"grep": "("}, UsageError, "is not a valid regular expression"),
-        ({"row": -1}, UsageError, "expected row numbers from 0"),
+        ({"row": -1}, UsageError, "expected row numbers, which start at 0"),
         ({"row": [2, 99]}, InputRefused, "row 99 does not exist"),
         ({"id": "nobody"}, InputRefused, "no row has the id 'nobody'"),
         ({"grep": "nowhere"}, InputRefused, "matches 'nowhere'"),
@@ -405,7 +405,7 @@ def test_notebook_shows_the_same_notes_as_the_terminal(tokenizer_dir):
 
 @pytest.mark.parametrize("row", [[], "3", 1.5, [1, "2"]])
 def test_row_selection_must_be_numbers(row):
-    with pytest.raises(UsageError, match="expected row numbers from 0"):
+    with pytest.raises(UsageError, match="expected row numbers, which start at 0"):
         preview(ROWS, row=row)
 
 

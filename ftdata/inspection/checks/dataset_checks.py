@@ -90,7 +90,7 @@ def _check_same_prompt(data: CheckedDataset) -> Iterator[tuple[int, str]]:
 
 
 def _find_shared_values(data: CheckedDataset, values: NDArray[Any]) -> Iterator[tuple[int, int]]:
-    """Yield pairs of a held-out row and the first training row that has the same value.
+    """Yield each held-out row whose value also occurs in training rows, with the first such training row.
 
     The value 0 means unknown and never matches.
     """
@@ -101,7 +101,7 @@ def _find_shared_values(data: CheckedDataset, values: NDArray[Any]) -> Iterator[
 
 
 def _first_rows(values: NDArray[Any], selected: NDArray[np.bool_]) -> dict[int, int]:
-    """Map each distinct value to the first selected row with this value."""
+    """Return a dictionary from each distinct value to the first selected row that has the value."""
     rows = np.flatnonzero(selected)
     distinct, first = np.unique(values[rows], return_index=True)
     return dict(zip(distinct.tolist(), rows[first].tolist(), strict=True))

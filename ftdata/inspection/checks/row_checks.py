@@ -1,4 +1,4 @@
-"""Audit checks of single rows: flags, tokens, messages and texts."""
+"""Audit checks of single rows. They inspect the flags, tokens, messages and texts of a row."""
 
 from __future__ import annotations
 
