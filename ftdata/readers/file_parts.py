@@ -1,4 +1,4 @@
-"""Split large JSON Lines and Parquet files into parts. The sizes of the files determine the part boundaries."""
+"""Split large JSON Lines and Parquet files into parts. The boundaries depend only on sizes, not on content."""
 
 from __future__ import annotations
 

@@ -201,7 +201,9 @@ def _select_config(card: Any, name: str | None, where: str) -> Mapping[str, Any]
             if name
             else "the data set has several configurations, but no default"
         )
-        hint = suggest_names(name or "", by_name) if by_name else "omit name=, the data set card has no configurations"
+        hint = (
+            suggest_names(name or "", by_name) if by_name else "remove name= (the data set card has no configurations)"
+        )
         raise UsageError("hub_config", message, where=where, hint=hint)
     return by_name[selected]
 

@@ -271,7 +271,7 @@ def expansion_error(
     ratio: int = MAX_RATIO,
     hint: str = "decompress it yourself if the size is correct",
 ) -> InputRefused:
-    """Create the error for a file whose decompressed content is larger than the limit."""
+    """Create the error for a file whose content is far larger in memory than in the file."""
     sizes = f"{compressed_size:,} to {plain_size:,} bytes or more"
     message = f"expands from {sizes}, expected at most {ratio:,} times its size"
     return InputRefused("expansion", message, where=path, hint=hint)

@@ -142,7 +142,7 @@ def normalize(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
 
 @dataclass(frozen=True, slots=True)
 class RowKind:
-    """The schema of a row, and the columns that the schema reads. Rows of equal columns and types have one `RowKind`.
+    """The schema of a row, and the columns that the schema reads. Rows with the same columns and types use one object.
 
     Attributes:
         name: name of the schema.

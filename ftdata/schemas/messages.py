@@ -179,7 +179,7 @@ def read_messages(value: Any, field: str) -> tuple[Message, ...]:
 
 
 def plain_message(item: Any) -> Message | None:
-    """Convert a message of only a known role and a text to the standard format. Return `None` for any other message.
+    """Convert a message with only a known role and a text to the standard format. Return `None` for any other message.
 
     A message that is already in the standard format is returned without a copy.
     """

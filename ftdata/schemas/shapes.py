@@ -308,7 +308,9 @@ def _pretokenized(data: Mapping[str, Any]) -> Conversation:
         trained = labels != IGNORE_INDEX
         if (wrong := np.flatnonzero(trained & (labels != ids))).size:
             index = int(wrong[0])
-            problem = f"the label is {labels[index]}, expected the token id {ids[index]} or {IGNORE_INDEX}, not shifted"
+            problem = (
+                f"the label is {labels[index]}, expected the token id at its position ({ids[index]}) or {IGNORE_INDEX}"
+            )
             raise BadRow("label_value", problem, field=f"labels[{index}]")
     elif masks:
         trained = next(iter(masks.values()))

@@ -300,7 +300,7 @@ def _is_byte_level(spec: Any) -> bool:
 
 
 def _is_sentencepiece(spec: Any) -> bool:
-    """Return whether a tokenizer is SentencePiece-style BPE with byte fallback whose normalizer changes only spaces."""
+    """Return whether a tokenizer is SentencePiece BPE with byte fallback, and its normalizer changes only spaces."""
     changes_spaces = _flatten_stages(spec.get("normalizer")) in ([_REPLACE], [_PREPEND, _REPLACE])
     # A pre-tokenizer that splits at spaces has no effect, because the normalizer has replaced all spaces.
     splits_nothing = spec.get("pre_tokenizer") is None or spec["pre_tokenizer"].get("pattern") == {"String": " "}

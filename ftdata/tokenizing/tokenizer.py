@@ -352,7 +352,7 @@ class ControlTokens:
         return self._counted_table.take(ids, mode="clip")
 
     def count_expected(self, template_matches: Iterable[re.Match[str]]) -> int:
-        """Return how many control tokens an encoded text should contain, namely those from the template."""
+        """Return the number of control tokens from the template. This number is expected in the encoded text."""
         ids = [self.tokenizer.added_tokens[match.group()][0] for match in template_matches]
         return self.count(np.asarray(ids, dtype=np.int32))
 
