@@ -127,7 +127,7 @@ def plan_pack_files(
 
 
 def write_packs(_: None, file: PackFile) -> WrittenFile:
-    """Write one pack file. The label of a trained token is the token's id; the label of every other token is -100."""
+    """Write one pack file. The label of a trained token is its id. The label of an untrained token is -100."""
     with disk.create(file.path) as sink, pa.ipc.new_stream(sink, _PACKS) as writer:
         for first, last in zip(file.batches[:-1], file.batches[1:], strict=True):
             writer.write_batch(_pack_batch(file, first, last))

@@ -234,7 +234,7 @@ def diff(
     ],
     b: Annotated[
         str | None,
-        typer.Argument(metavar="B", help="Second data set (default: the first data set with --set applied)"),
+        typer.Argument(metavar="B", help="Second data set (default: the first one, with the options of --set)"),
     ] = None,
     tokenizer: Tokenizer = None,
     template: Template = None,

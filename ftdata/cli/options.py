@@ -21,9 +21,7 @@ FORMATS = ("json", "jsonl", "csv", "tsv", "parquet", "arrow", "xlsx")
 SOURCE_HELP = f"a file ({', '.join(FORMATS)}; may be compressed), glob, folder, URL, or - for standard input"
 Data = Annotated[str, typer.Argument(help=f"Data to read: a build, or {SOURCE_HELP}", show_default=False)]
 Encoding = Annotated[str | None, typer.Option(help="Text encoding if not UTF-8/16/32, e.g. cp1252")]
-Quoting = Annotated[
-    str | None, typer.Option(help="Quotes in CSV/TSV: csv (they enclose cells) or none (they are text)")
-]
+Quoting = Annotated[str | None, typer.Option(help="Quoting of CSV/TSV: csv, or none if quotes are part of the text")]
 Split = Annotated[str | None, typer.Option(help="Name of the split to read, if the data has several splits")]
 Tokenizer = Annotated[
     str | None, typer.Option("--tokenizer", "-t", help="Tokenizer: Hub ID, or folder that contains tokenizer.json")

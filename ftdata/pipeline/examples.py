@@ -103,7 +103,7 @@ class Batch:
 
     @property
     def plain(self) -> bool:
-        """Whether every row in the batch has exactly one example, which was not truncated. Most batches are plain."""
+        """Whether every row in the batch has exactly one example, which was not truncated."""
         return isinstance(self.results, range)
 
     def __len__(self) -> int:

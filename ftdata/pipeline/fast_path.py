@@ -1,7 +1,7 @@
 """A fast path that reads and renders a row in one step if its messages have only roles and texts.
 
 An ordinary row contains messages with only a role and a text, and its template has a plan for these roles. The schema,
-turns, spans and mask of the row depend only on its columns and roles, so most of the work is cached. Every other row
+turns, spans and mask of the row depend only on its columns and roles, so most of the work is cached. All other rows
 goes through the separate stages, which produce the same result for ordinary rows.
 """
 

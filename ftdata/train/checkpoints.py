@@ -63,7 +63,7 @@ class CheckpointSeal:
 
     @property
     def run(self) -> str:
-        """Hash of the identity: the fingerprint of the build, and the settings of the run.
+        """Hash that identifies the run. It is computed from the fingerprint of the build and the settings of the run.
 
         The path of the model is not hashed if the digests of the model's weights are known.
         """

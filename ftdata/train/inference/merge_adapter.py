@@ -84,7 +84,7 @@ def merge_into_base(run: FinishedRun, target: Path, dtype: str | None = None) ->
 
 
 def _merge(run: FinishedRun, dtype: torch.dtype) -> tuple[Any, float]:
-    """Merge the adapter, and round the weights to `dtype`. Return the rounded float32 model, and its logit error."""
+    """Merge the adapter, and round each weight to a value of `dtype`. Return the model and its error in logits."""
     ids, ordinary = _find_ordinary_tokens(run.tokenizer, str(run.metadata["options"]["template"]["source"]))
     try:
         # 4-bit weights cannot represent the merged values, and 16 bits would round every sum and every activation.
