@@ -166,7 +166,7 @@ def _target_exists_error(url: str, problem: str) -> UsageError:
 
 
 def _no_build_error(url: str) -> InputRefused:
-    return InputRefused("not_a_build", f"{url} is not a build of ftdata: it has no manifest.json")
+    return InputRefused("not_a_build", f"{url} is not a data set that ftdata built: it has no manifest.json")
 
 
 def find_build(place: object) -> Path | None:

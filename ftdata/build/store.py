@@ -256,7 +256,9 @@ def check_target(target: Path) -> None:
     try:
         build_files = {*read_manifest(target)["files"], "manifest.json"}
     except (InputRefused, KeyError, TypeError):
-        raise UsageError("target_exists", f"{target} exists and is not a build of ftdata", hint=hint) from None
+        raise UsageError(
+            "target_exists", f"{target} exists and is not a data set that ftdata built", hint=hint
+        ) from None
     unknown = [
         name
         for name, is_link in _list_files(target)
@@ -337,7 +339,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputRefused(
             "not_a_build",
-            f"{folder} is not a build of ftdata: it has no manifest.json",
+            f"{folder} is not a data set that ftdata built: it has no manifest.json",
             hint="create a build with `ftdata build`",
         )
     return parse_manifest(path.read_bytes(), str(path))

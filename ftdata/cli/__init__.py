@@ -23,7 +23,7 @@ from ftdata.redaction import redact_text
 
 app = typer.Typer(
     name="ftdata",
-    help="Build, inspect and train on fine-tuning data.",
+    help="Prepare and inspect fine-tuning data, and train models on it.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

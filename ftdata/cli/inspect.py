@@ -136,9 +136,9 @@ def audit(
         float | None, typer.Option(help="Also look for near-duplicates above this similarity, e.g. 0.8")
     ] = None,
     pii: Annotated[bool, typer.Option("--pii", help="Also look for personal data (PII)")] = False,
-    ignore: Annotated[str | None, typer.Option(help="Skip these checks, e.g. duplicate,script")] = None,
+    ignore: Annotated[str | None, typer.Option(help="Names of checks to skip, e.g. duplicate,script")] = None,
     fail_on: Annotated[
-        str, typer.Option(help="Exit with code 1 at this severity or above: note, warning, error, never")
+        str, typer.Option(help="Minimum severity of findings for exit code 1: note, warning, error or never")
     ] = "note",
     format_: Annotated[
         str, typer.Option("--format", help="Output format: text, json, sarif, or github (annotations)")
@@ -234,7 +234,7 @@ def diff(
     ],
     b: Annotated[
         str | None,
-        typer.Argument(metavar="B", help="Second data set (default: the first one, with the options of --set)"),
+        typer.Argument(metavar="B", help="Second data set (default: the first data set, changed by --set)"),
     ] = None,
     tokenizer: Tokenizer = None,
     template: Template = None,

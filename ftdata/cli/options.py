@@ -21,7 +21,9 @@ FORMATS = ("json", "jsonl", "csv", "tsv", "parquet", "arrow", "xlsx")
 SOURCE_HELP = f"a file ({', '.join(FORMATS)}; may be compressed), glob, folder, URL, or - for standard input"
 Data = Annotated[str, typer.Argument(help=f"Data to read: a build, or {SOURCE_HELP}", show_default=False)]
 Encoding = Annotated[str | None, typer.Option(help="Text encoding if not UTF-8/16/32, e.g. cp1252")]
-Quoting = Annotated[str | None, typer.Option(help="Quoting of CSV/TSV: csv, or none if quotes are part of the text")]
+Quoting = Annotated[
+    str | None, typer.Option(help="Quotes in CSV/TSV files: 'csv' (enclose cells) or 'none' (ordinary text)")
+]
 Split = Annotated[str | None, typer.Option(help="Name of the split to read, if the data has several splits")]
 Tokenizer = Annotated[
     str | None, typer.Option("--tokenizer", "-t", help="Tokenizer: Hub ID, or folder that contains tokenizer.json")
@@ -29,30 +31,34 @@ Tokenizer = Annotated[
 Template = Annotated[
     str | None, typer.Option(help="Template: name, .jinja file or Jinja source (default: the tokenizer's)")
 ]
-Schema = Annotated[str, typer.Option(help="Schema of the rows: a name, ./file.py:function, or auto (detect)")]
+Schema = Annotated[str, typer.Option(help="Schema of the rows: a name, ./file.py:function, or 'auto' to detect it")]
 Columns = Annotated[
     list[str] | None,
-    typer.Option("--column", help="Read a schema column from another column, e.g. output=answer"),
+    typer.Option("--column", help="Data column for a schema column, e.g. output=answer (repeatable)"),
 ]
 TrainOn = Annotated[
-    str, typer.Option(help="Train on: assistant, last_assistant, completion, all, or ./file.py:function")
+    str, typer.Option(help="Messages to train on: assistant, last_assistant, completion, all, or ./file.py:function")
 ]
-Turns = Annotated[str, typer.Option(help="Examples per conversation: joint (one), split (one per turn), or auto")]
+Turns = Annotated[str, typer.Option(help="Examples per conversation: 'joint' (one), 'split' (one per turn) or 'auto'")]
 TrainParts = Annotated[str | None, typer.Option(help="Train only these parts of messages, e.g. reasoning,answer")]
-OnDroppedMessage = Annotated[str, typer.Option(help="If the template omits a message: reject or flag the row")]
-OnMissingStop = Annotated[str, typer.Option(help="If the last turn has no stop token: flag (report it) or append_eos")]
+OnDroppedMessage = Annotated[
+    str, typer.Option(help="What to do if the template omits a message: reject or flag the row")
+]
+OnMissingStop = Annotated[str, typer.Option(help="What to do if the last turn has no stop token: flag or append_eos")]
 RejectFlags = Annotated[
     str | None, typer.Option(help="Reject rows with these flags, e.g. no_trained_stop,message_truncated")
 ]
-ControlTokens = Annotated[str, typer.Option(help="If the data contains control-token text: escape, refuse or allow it")]
+ControlTokens = Annotated[
+    str, typer.Option(help="What to do with special tokens in the text of rows: escape, refuse or allow")
+]
 MaxLength = Annotated[int | None, typer.Option(help="Maximum number of tokens per example and per packed sequence")]
-Overlong = Annotated[str, typer.Option(help="If an example exceeds --max-length: reject, drop_turns or truncate")]
+Overlong = Annotated[str, typer.Option(help="What to do with longer examples: reject, drop_turns or truncate")]
 Date = Annotated[str | None, typer.Option(help="Date that the template prints as the current date, e.g. 2026-01-31")]
 TemplateKwarg = Annotated[
     list[str] | None, typer.Option(help="Set a variable of the template, e.g. enable_thinking=false")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the output as JSON")]
-Packing = Annotated[str | None, typer.Option(help="Packing algorithm: bfd (best-fit decreasing; default: no packing)")]
+Packing = Annotated[str | None, typer.Option(help="Algorithm to pack examples: 'bfd' (best-fit decreasing)")]
 Where = Annotated[str | None, typer.Option(help="Read only rows that match this Jinja expression, e.g. lang == 'en'")]
 Limit = Annotated[int | None, typer.Option(help="Maximum number of rows to read from each source", min=1)]
 Dedup = Annotated[bool, typer.Option("--dedup", help="Remove duplicate rows and keep the first")]
@@ -69,9 +75,9 @@ TestSize = Annotated[
     typer.Option(parser=parse_number, help="Size of the test split: number of rows, or fraction, e.g. 0.1"),
 ]
 Seed = Annotated[int, typer.Option(help="Random seed for splitting, sampling, shuffling and mixing")]
-OnBadRows = Annotated[str, typer.Option(help="If rows are invalid: error (stop) or quarantine (skip and record)")]
+OnBadRows = Annotated[str, typer.Option(help="What to do with invalid rows: 'error' (stop) or 'quarantine' (skip)")]
 MaxRejects = Annotated[
-    str | None, typer.Option(help="Maximum number or percentage of quarantined rows, e.g. 100 or 1%")
+    str | None, typer.Option(help="Maximum number or percentage of skipped invalid rows, e.g. 100 or 1%")
 ]
 
 

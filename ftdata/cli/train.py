@@ -40,7 +40,7 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="Output file, or - for standard output")] = Path(
         "run.yaml"
     ),
-    output_dir: Annotated[str, typer.Option(help="Run directory to write into the configuration (output_dir)")] = "out",
+    output_dir: Annotated[str, typer.Option(help="Value of the setting output_dir in the new configuration")] = "out",
     template: Template = None,
     limit: Limit = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -72,22 +72,24 @@ def train(
     output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Output directory of the run")] = None,
     template: Template = None,
     schema: Annotated[
-        str | None, typer.Option(help="Schema of the rows: a name, ./file.py:function, or auto (detect)")
+        str | None, typer.Option(help="Schema of the rows: a name, ./file.py:function, or 'auto' to detect it")
     ] = None,
     column: Columns = None,
-    train_on: Annotated[str | None, typer.Option(help="Train on: assistant, last_assistant, completion or all")] = None,
+    train_on: Annotated[
+        str | None, typer.Option(help="Messages to train on: assistant, last_assistant, completion or all")
+    ] = None,
     turns: Annotated[
-        str | None, typer.Option(help="Examples per conversation: joint (one), split (one per turn), or auto")
+        str | None, typer.Option(help="Examples per conversation: 'joint' (one), 'split' (one per turn) or 'auto'")
     ] = None,
     max_length: MaxLength = None,
     overlong: Annotated[
-        str | None, typer.Option(help="If an example exceeds --max-length: reject, drop_turns or truncate")
+        str | None, typer.Option(help="What to do with longer examples: reject, drop_turns or truncate")
     ] = None,
     packing: Packing = None,
     test_size: TestSize = None,
     limit: Limit = None,
     on_bad_rows: Annotated[
-        str | None, typer.Option(help="If rows are invalid: error (stop) or quarantine (skip and record)")
+        str | None, typer.Option(help="What to do with invalid rows: 'error' (stop) or 'quarantine' (skip)")
     ] = None,
     max_rejects: MaxRejects = None,
     quantization: Annotated[str | None, typer.Option(help="Quantize the base model: nf4 (QLoRA), fp4 or int8")] = None,

@@ -137,7 +137,7 @@ class Tokenizer:
         return self._exclude_stripped_whitespace(texts, tokens) if self.stripping_tokens else tokens
 
     def _exclude_stripped_whitespace(self, texts: Sequence[str], tokens: Encodings) -> Encodings:
-        """Return the tokens with corrected offsets, which exclude whitespace that added tokens remove."""
+        """Correct the offsets of added tokens that strip the whitespace around them. Exclude this whitespace."""
         contents = {self.added_tokens[content][0]: content for content in self.stripping_tokens}
         positions = np.flatnonzero(np.isin(tokens.ids, list(contents)))
         numbers = np.searchsorted(tokens.token_bounds, positions, side="right") - 1

@@ -232,7 +232,7 @@ def test_build_replaces_only_another_build(tiny, tmp_path):
     foreign = tmp_path / "mine"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("x")
-    with pytest.raises(UsageError, match="not a build of ftdata"):
+    with pytest.raises(UsageError, match="not a data set that ftdata built"):
         build_sft_dataset(ROWS, tiny, output_dir=foreign)
     assert (foreign / "thesis.tex").read_text() == "x"
 

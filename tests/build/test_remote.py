@@ -117,7 +117,7 @@ def test_interrupted_upload_resumes(bucket, build):
     there = objects("out")
     assert "manifest.json" not in there
     assert there
-    with pytest.raises(InputRefused, match="not a build of ftdata"):
+    with pytest.raises(InputRefused, match="not a data set that ftdata built"):
         verify("s3://data/out")
     bucket.faults, bucket.asked[:] = [("PUT /data/out/.*arrow", 503), ("GET .*", "cut")], []
     build("s3://data/in", "s3://data/out")
