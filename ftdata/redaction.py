@@ -205,7 +205,7 @@ def _redact_value(value: Any, secrets: tuple[str, ...], name: str = "", *, is_se
 
 
 def _is_secret_text(name: str, value: str) -> bool:
-    """Return whether the value of a field with a secret name is a secret. Special tokens, such as `<|end|>`, are not."""
+    """Return whether the value of a secret field is a secret. Special tokens such as `<|end|>` are not."""
     return bool(value) and not (
         name.lower().endswith("token") and _SPECIAL_TOKEN.fullmatch(value) and value != REDACTED
     )

@@ -190,7 +190,7 @@ def _count(scores: Sequence[Score]) -> Counter[str]:
         if score.status in ("ok", "forced"):
             found["defined"] += 1
             found[score.outcome] += 1
-            found["other ids"] += not score.same_ids
+            found["ids differ"] += not score.same_ids
         elif score.status == "undefined":
             found["undefined"] += 1
             found[f"undefined {score.outcome}"] += 1
@@ -200,8 +200,8 @@ def _count(scores: Sequence[Score]) -> Counter[str]:
 def table(rows: Iterable[tuple[str, str, Counter[str]]]) -> str:
     """Return the scores as a Markdown table."""
     lines = [
-        "| method | tokenizer | defined | exact | but for blanks | refused | silently wrong | other ids "
-        "| undefined, answered without a flag |",
+        "| method | tokenizer | defined | exact | except whitespace | refused | silently wrong | ids differ "
+        "| undefined, answered without flag |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for method, tokenizer, n in rows:
@@ -210,7 +210,7 @@ def table(rows: Iterable[tuple[str, str, Counter[str]]]) -> str:
         silent = f"{n['silent']:,} ({n['silent'] / defined:.2%})"
         undefined = f"{n['undefined answered']:,} of {n['undefined']:,}"
         lines.append(
-            f"| {method} | {tokenizer} | {n['defined']:,} | {shares} | {silent} | {n['other ids']:,} | {undefined} |"
+            f"| {method} | {tokenizer} | {n['defined']:,} | {shares} | {silent} | {n['ids differ']:,} | {undefined} |"
         )
     return "\n".join(lines)
 
