@@ -199,6 +199,9 @@ _Loader.add_implicit_resolver(
 _MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 1 << 19, 50_000, 32
 """Limits of a configuration file. A larger file is an attack, or not a configuration."""
 
+_MAX_DOTS = 1000
+_QUOTED = re.compile(r"\"(?:[^\"\\]|\\.)*+\"|'[^']*+'")
+
 
 def parse_yaml(text: str) -> Any:
     """Parse YAML into dictionaries, lists and scalars. Scalars follow the rules of YAML 1.2.
@@ -297,12 +300,19 @@ def read_config_file(path: Path) -> dict[str, Any]:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"the file has more than {_MAX_BYTES:,} bytes, so it is probably a data file")
         text = path.read_text(encoding="utf-8")
-        values = _check_plain(tomllib.loads(text)) if path.suffix == ".toml" else parse_yaml(text)
+        values = _parse_toml(text) if path.suffix == ".toml" else parse_yaml(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UsageError("config_file", f"{path} cannot be read: {_describe_problem(error)}") from None
     if not isinstance(values, dict):
         raise UsageError("config_file", f"{path} contains a {type(values).__name__}, expected keys and values")
     return values
+
+
+def _parse_toml(text: str) -> Any:
+    # tomllib takes quadratic time and memory for a key of many parts (`a.b.c`).
+    if any(_QUOTED.sub("", line).count(".") > _MAX_DOTS for line in text.splitlines()):
+        raise ValueError(f"a line has more than {_MAX_DOTS:,} dots outside strings")
+    return _check_plain(tomllib.loads(text))
 
 
 def _describe_problem(error: Exception) -> str:

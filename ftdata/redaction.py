@@ -96,9 +96,11 @@ _CREDENTIALS = re.compile(
     r"|xox[abeprs]-[\w-]{10,}|AIza[\w-]{35}"
     r")"
 )
-_USER_INFO = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*://)(?P<user>[^\s/?#@:\"'<>]*)(?P<password>:[^\s/?#\"'<>]*)?@")
-_QUERY = re.compile(r"(?<=[?&;])(?P<name>[\w.%-]+)=(?P<value>[^\s&;#\"'<>]+)")
-_SIGNATURES = frozenset(("auth", "jwt", "key", "pwd", "sig", "signature", "token", "xamzsignature", "xgoogsignature"))
+_USER_INFO = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*:/{1,2})(?P<user>[^\s/?#@:\"'<>]*)(?P<password>:[^\s/?#\"'<>]*)?@")
+_QUERY = re.compile(r"(?<=[?&;#])(?P<name>[\w.%-]+)=(?P<value>[^\s&;#\"'<>]+)")
+_SIGNATURES = frozenset(
+    ("auth", "code", "jwt", "key", "pwd", "sig", "signature", "token", "xamzsignature", "xgoogsignature")
+)
 _ASSIGNED = re.compile(
     r"(?P<name>(?<![\w.%-])[A-Za-z][\w.-]*)(?P<between>=|[\"']\s*[:=]\s*)(?P<quote>[\"']?)(?P<value>[^\s\"',;&]+)"
 )
@@ -217,7 +219,7 @@ def _redact_plain(text: str, secrets: tuple[str, ...]) -> str:
     for value in secrets:
         if len(value) >= _SHORTEST_PART:
             text = text.replace(value, REDACTED)
-    if "://" in text:
+    if ":/" in text:
         text = _QUERY.sub(_redact_parameter, _USER_INFO.sub(_redact_user_info, text))
     return _CREDENTIALS.sub(REDACTED, text)
 

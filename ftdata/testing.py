@@ -34,7 +34,7 @@ from numpy.typing import ArrayLike
 from ftdata.errors import BadRow, check_choice
 from ftdata.pipeline.examples import encode
 from ftdata.pipeline.recipe import make_recipe
-from ftdata.schemas.messages import has_answer
+from ftdata.schemas.answer_text import has_answer
 from ftdata.types import IGNORE_INDEX, Example, Message, Part
 
 __all__ = [

@@ -42,7 +42,7 @@ MERGED = "".join(f"{b}: &{b} {{<<: [{', '.join(['*' + a] * 9)}]}}\n" for a, b in
 BROKEN = [
     "- a\n- b\n", "a: [", "a: !!python/object:os.system {}", "seed: !!int x", "date: !!timestamp x", "a: !!binary '@'",
     "seed: !!bool x", f"seed: {'9' * 5000}", f"seed: {'9' * 30}", f"a: {'[' * 5000}", "mask: {1: 2}", "mask: {0: 2}", "mask: {null: 2}", "lora: &a {r: *a}",
-    "a: &a [*a]", "a: &a {<<: *a}", "a: &a [x]\n" + NAMED, "a: &a {x: 1}\n" + MERGED, "a: " + "x" * 600_000, "\0",
+    "a: &a [*a]", "a: &a {<<: *a}", "a: &a [x]\n" + NAMED, "a: &a {x: 1}\n" + MERGED, "a: " + "x" * 600_000, "\0", "a." * 2000 + "b = 1",
 ]  # fmt: skip
 
 

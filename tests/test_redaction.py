@@ -70,6 +70,8 @@ def test_credentials_in_urls_are_redacted():
     assert (
         redact("http://host/x?auth=abc&pwd=d&jwt=e") == f"http://host/x?auth={REDACTED}&pwd={REDACTED}&jwt={REDACTED}"
     )
+    assert redact("http:/me:p4ss@host/d") == f"http:/{REDACTED}@host/d"
+    assert redact("http://host/x#access_token=abc") == f"http://host/x#access_token={REDACTED}"
     assert redact("postgres://:pw@host/db") == f"postgres://{REDACTED}@host/db"
     url = "https://b.s3.amazonaws.com/d?X-Amz-Credential=AKIA1/x&X-Amz-Signature=0123abc&versionId=7"
     assert (

@@ -15,7 +15,8 @@ from ftdata.errors import BadRow
 from ftdata.pipeline.mask import is_built_in_policy
 from ftdata.pipeline.recipe import Recipe
 from ftdata.schemas import RowKind, classify_row
-from ftdata.schemas.messages import has_answer, plain_message
+from ftdata.schemas.answer_text import has_answer
+from ftdata.schemas.messages import plain_message
 from ftdata.schemas.training_fields import check_training_fields
 from ftdata.templates.cache.plans import message_contents
 from ftdata.types import Conversation, Message, RenderedRow, Row

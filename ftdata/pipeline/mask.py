@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ftdata.errors import FtdataError, UsageError, check_choice
 from ftdata.registry import Registry, is_built_in
-from ftdata.schemas.messages import THINKING_NAMES
+from ftdata.schemas.answer_text import THINKING_NAMES
 from ftdata.tokenizing.batches import Encodings, RenderedBatch
 from ftdata.types import Conversation, Part, Rendered, Spans
 

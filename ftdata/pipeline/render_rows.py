@@ -19,7 +19,7 @@ from ftdata.pipeline.fast_path import make_fast_path
 from ftdata.pipeline.mask import Policy, is_built_in_policy
 from ftdata.pipeline.recipe import Recipe
 from ftdata.schemas import normalize
-from ftdata.schemas.messages import has_answer, has_visible_text
+from ftdata.schemas.answer_text import has_answer, has_visible_text
 from ftdata.schemas.training_fields import is_rejected_side
 from ftdata.templates import append_missing_stop, cross_check_in_worker, render_in_worker, submit_render
 from ftdata.templates.attribution.spans import find_thinking_tags

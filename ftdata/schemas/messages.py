@@ -18,7 +18,7 @@ Unknown keys are kept, because a template can read them. Null values are dropped
 from __future__ import annotations
 
 import json
-import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from operator import is_
 from typing import Any, cast
@@ -59,6 +59,7 @@ _MAX_KEYS = 1000
 _ROLE_KEYS = ("from", "speaker", "author", "sender")
 _CONTENT_KEYS = ("value", "text", "message", "utterance", "content")
 _ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
+_BLOCK_ARGUMENT_KEYS = ("input", "arguments", "parameters", "args")
 _COMMON_KEYS = {
     "role",
     "content",
@@ -96,43 +97,6 @@ _PART_TYPES |= {
 }
 """Types of the parts of a message's content."""
 _EXPECTED_ROLES = {*ROLES.values(), *STANDS_FOR, "context", "documents", "latest_reminder"}
-
-
-_VISIBLE = re.compile(
-    r"[^\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
-    r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufdd0-\ufdef\ufff0-\ufffb\ufffe\uffff\U0001bca0-\U0001bca3\U000e0000-\U000e0fff\U0001d173-\U0001d17a]"
-)
-"""Visible characters: all except whitespace, control, format, filler and variation characters (Unicode's
-Default_Ignorable_Code_Point, and the Braille blank)."""
-
-
-def has_visible_text(text: str) -> bool:
-    r"""Return whether a text has visible characters. Zero-width spaces, byte order marks and NUL are invisible.
-
-    >>> has_visible_text("\u200b\ufeff\x00 \n"), has_visible_text("\u200bx")
-    (False, True)
-    """
-    return _VISIBLE.search(text) is not None
-
-
-THINKING_NAMES = "think|thinking|thought|reasoning"
-_THINKING = re.compile(
-    # A thinking block, or the end of a thinking block that the prompt opens.
-    rf"[<\[]({THINKING_NAMES}|thoughts)[>\]].*?[<\[]/\1[>\]]|\A.*</(?:{THINKING_NAMES})>",
-    re.DOTALL | re.IGNORECASE,
-)
-
-
-def has_answer(text: str) -> bool:
-    """Return whether a text has visible characters outside thinking blocks such as `<think>...</think>`.
-
-    >>> [has_answer(text) for text in ("<think>hm</think> yes", "hm</think> yes", "[THINK] is a tag")]
-    [True, True, True]
-    >>> [has_answer(text) for text in ("<think>hm</think>", "hm</think>", "[THINK]hm[/THINK]")]
-    [False, False, False]
-    """
-    has_tags = "</" in text or "[/" in text
-    return has_visible_text(text) and (not has_tags or has_visible_text(_THINKING.sub("", text)))
 
 
 def is_message(value: Any) -> bool:
@@ -247,9 +211,19 @@ def parse_json_field(text: str, field: str) -> Any:
     Raises:
         BadRow: the text is not valid JSON.
     """
+
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = dict(pairs)
+        if len(keys) < len(pairs):
+            repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise BadRow("duplicate_key", f"an object contains the key {repeated!r} more than once", field=field)
+        return keys
+
     try:
         # Python's parser supports integers of any size.
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except BadRow:
+        raise
     except (ValueError, RecursionError) as error:
         raise BadRow("json_text", f"the text is not valid JSON: {error}", field=field) from None
 
@@ -299,6 +273,10 @@ def _split_role(item: Mapping[str, Any], field: str) -> tuple[str, Mapping[str, 
         raise BadRow("unknown_role", problem, field=f"{field}.role", hint=hint)
     name, text = item[speaker], _find_content_key(item)
     fields = {key: value for key, value in item.items() if key not in (speaker, text)}
+    other = next((key for key in _CONTENT_KEYS if isinstance(fields.get(key), str) and fields[key]), None)
+    if other is not None and text is not None and fields[other] != item[text]:
+        problem = f"the message has both {text} and {other}, and they contain different texts"
+        raise BadRow("content_type", problem, field=f"{field}.{other}", hint="remove one of them")
     if name == "function_call":
         calls = parse_json_field(item[text], f"{field}.{text}") if text and isinstance(item[text], str) else None
         if not isinstance(calls, dict | list):
@@ -352,9 +330,14 @@ def _read_tool_call(call: Mapping[str, Any], field: str) -> dict[str, Any]:
         call = {key: value for key, value in call.items() if key not in ("name", arguments_key)}
         call = {"type": "function", **call, "function": function}
     elif isinstance(function, Mapping) and "arguments" not in function:
-        arguments_key = next((key for key in _ARGUMENT_KEYS if key in function), None)
+        owner = function if any(key in function for key in _ARGUMENT_KEYS) else call
+        arguments_key = next((key for key in _ARGUMENT_KEYS if key in owner), None)
+        arguments = {} if arguments_key is None else owner[arguments_key]
         fields = {key: value for key, value in function.items() if key != arguments_key}
-        call["function"] = function = {**fields, "arguments": {} if arguments_key is None else function[arguments_key]}
+        call = {key: value for key, value in call.items() if key != arguments_key}
+        call["function"] = function = {**fields, "arguments": arguments}
+    if isinstance(function, Mapping):
+        _check_part({key: value for key, value in function.items() if key != "arguments"}, f"{field}.function")
     text = function.get("arguments") if isinstance(function, Mapping) else None
     if isinstance(text, str) and text.strip():
         try:
@@ -439,8 +422,10 @@ def _split_blocks(message: dict[str, Any], field: str) -> Iterator[dict[str, Any
         elif _is_part(block, "thinking") and isinstance(block.get("thinking"), str) and not texts and not calls:
             thoughts.append(block["thinking"])
         elif _is_part(block, "tool_use") and isinstance(block.get("name"), str):
-            function = {"name": block["name"], "arguments": block.get("input", {})}
-            calls.append({"type": "function", "id": block.get("id", ""), "function": function})
+            arguments_key = next((key for key in _BLOCK_ARGUMENT_KEYS if key in block), None)
+            function = {"name": block["name"], "arguments": {} if arguments_key is None else block[arguments_key]}
+            call = {"type": "function", "id": block.get("id", ""), "function": function}
+            calls.append(_read_tool_call(call, block_field))
         elif _is_part(block, "tool_result") and not texts and not calls:
             error_mark = {"is_error": True} if block.get("is_error") else {}
             result = {
@@ -448,7 +433,7 @@ def _split_blocks(message: dict[str, Any], field: str) -> Iterator[dict[str, Any
                 "content": _read_tool_result(block, block_field),
                 "tool_call_id": block.get("tool_use_id", ""),
             }
-            yield {**result, **error_mark}
+            yield {**result, **error_mark, **({"train": message["train"]} if "train" in message else {})}
         else:
             raise BadRow(
                 "block_type",

@@ -54,6 +54,7 @@ ALIASES = {
 """Common alternative names of a canonical column, used if the canonical column is absent."""
 
 _MASKS = ("completion_mask", "assistant_masks", "loss_mask")
+_LENGTHS = ("seq_lengths", "sequence_lengths")
 
 
 def log_columns(data: Mapping[str, Any]) -> list[str]:
@@ -215,7 +216,9 @@ def _merge_prompt(prompt: tuple[Message, ...], conversation: tuple[Message, ...]
         [(message["role"], str(message.get("content")).strip()) for message in messages]
         for messages in (dialog, question)
     ]
-    if not any(texts[start : start + len(question_texts)] == question_texts for start in range(len(texts))):
+    # Searching in one string takes linear time.
+    joined, joined_question = ("".join(f"\0{text!r}\0" for text in group) for group in (texts, question_texts))
+    if joined_question not in joined:
         problem = "the conversation does not contain the prompt"
         raise BadRow("prompt_differs", problem, field="chosen", hint="remove the prompt, or the question in chosen")
     if prompt_system and system and prompt_system[0].get("content") != system[0].get("content"):
@@ -296,7 +299,9 @@ def _pretokenized(data: Mapping[str, Any]) -> Conversation:
     ids = _read_integers(data, "input_ids")
     if not len(ids):
         raise BadRow("no_tokens", "the list is empty, expected token ids", field="input_ids")
-    for name, expected in (("attention_mask", [1] * len(ids)), ("seq_lengths", [len(ids)])):
+    lengths = {name: [len(ids)] for name in _LENGTHS}
+    single = {"attention_mask": [1] * len(ids), "position_ids": [*range(len(ids))], "cu_seqlens": [0, len(ids)]}
+    for name, expected in {**single, **lengths}.items():
         if data.get(name) is not None and _read_integers(data, name).tolist() != expected:
             problem = "the row is padded or packed, expected one unpadded example per row"
             raise BadRow("tokens_shape", problem, field=name, hint="write one row per example, without padding")
@@ -385,7 +390,9 @@ for _name, _schema in {
     ),
     "text": Schema(("text",), _is_plain_text, _plain_text),
     "tokens": Schema(
-        ("input_ids", "labels", *_MASKS, "attention_mask", "seq_lengths"), _has_list("input_ids"), _pretokenized
+        ("input_ids", "labels", *_MASKS, "attention_mask", "position_ids", "cu_seqlens", *_LENGTHS),
+        _has_list("input_ids"),
+        _pretokenized,
     ),
     "chat_log": Schema(COMMON_COLUMNS, lambda _: False, _chat_log),
 }.items():

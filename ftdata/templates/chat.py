@@ -13,7 +13,7 @@ from typing import Any
 
 from ftdata.errors import BadRow
 from ftdata.schemas import ROLES, STANDS_FOR
-from ftdata.schemas.messages import THINKING_NAMES
+from ftdata.schemas.answer_text import THINKING_NAMES
 from ftdata.templates.attribution.coverage import check_coverage, recover_attribution
 from ftdata.templates.attribution.spans import (
     TextPiece,

@@ -15,7 +15,7 @@ from laws import law
 from ftdata import build_sft_dataset, encode
 from ftdata.errors import BadRow, BadRows, TemplateRefused
 from ftdata.pipeline.recipe import make_recipe
-from ftdata.schemas.messages import has_answer
+from ftdata.schemas.answer_text import has_answer
 from ftdata.templates import render_in_worker
 from ftdata.templates.verification.probe import describe_contradiction
 from ftdata.testing import check_masking_rules, conversation_strategy, text_strategy, try_template

@@ -240,6 +240,7 @@ FILES = {
     "objects in a row of JSON Lines": ("a.jsonl.gz", one_row(b'{"messages":[', b"{},", b"{}]}\n"), "row_too_long"),
     "objects in a row of JSON": ("a.json.gz", one_row(b'[{"messages":[', b"{},", b"{}]}]\n"), "row_too_long"),
     "texts in a row": ("a.jsonl.gz", one_row(b'{"messages":[', b'"ab",', b'""]}\n', 12_000_000), "row_too_long"),
+    "thinking tags": ("a.jsonl", lambda path: path.write_text(json.dumps({"question": "q", "answer": "<think>[THINK]<thought>" * 30_000 + "</think>" * 90_000})), "empty_answer"),
     "cells in a row": ("a.csv.gz", one_row(b"question,answer\n", b"ab,", b"\n"), "row_too_long"),
     "carriage returns": ("a.csv", lambda path: path.write_bytes(b"question,answer\n" + b"a\rb\n" * 200_000), "csv"),
     "whitespace after an object": ("a.json.gz", one_row(TRAILING, b" ", b"", 400 * MEGABYTE), "not_rows"),

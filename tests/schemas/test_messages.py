@@ -9,6 +9,7 @@ from schema_helpers import ASSISTANT, CALL, FUNCTION, USER, convert
 
 from ftdata.errors import BadRow
 from ftdata.schemas import normalize
+from ftdata.schemas.messages import read_messages
 from ftdata.types import Row, Source
 
 
@@ -122,6 +123,36 @@ def test_tool_call_arguments_are_found_under_every_key():
         assert found["function"] == {"name": "f", "arguments": {"x": 1}}
         assert "id" not in found
     assert convert({"messages": [USER, {**ASSISTANT, "tool_calls": "null"}]}).messages == (USER, ASSISTANT)
+
+
+def test_tool_call_arguments_next_to_the_function_are_read():
+    call = {"function": {"name": "f"}, "arguments": {"a": 1}}
+    (message,) = read_messages([{"role": "assistant", "content": "", "tool_calls": [call]}], "messages")
+    assert message["tool_calls"] == [{"function": {"name": "f", "arguments": {"a": 1}}}]
+
+
+@pytest.mark.parametrize("key", ["input", "arguments", "parameters", "args"])
+def test_tool_use_arguments_are_found_under_every_key(key):
+    block = {"type": "tool_use", "name": "f", key: {"a": 1}}
+    (message,) = read_messages([{"role": "assistant", "content": [block]}], "messages")
+    assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+
+
+def test_tool_use_with_invalid_json_is_rejected():
+    block = {"type": "tool_use", "name": "f", "input": "{bad"}
+    with pytest.raises(BadRow, match="tool_arguments"):
+        read_messages([{"role": "assistant", "content": [block]}], "messages")
+
+
+def test_repeated_keys_in_json_text_are_rejected():
+    text = '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": false, "train": true}]'
+    with pytest.raises(BadRow, match="duplicate_key"):
+        read_messages(text, "messages")
+
+
+def test_two_texts_of_a_message_are_rejected():
+    with pytest.raises(BadRow, match="both value and content"):
+        read_messages([{"from": "gpt", "value": "b", "content": "c"}], "messages")
 
 
 def test_content_blocks_in_an_unsupported_order_are_rejected():

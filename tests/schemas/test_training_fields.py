@@ -153,7 +153,14 @@ INVISIBLE = [
 ]
 
 
-THOUGHTS = ["<think>hm</think>", "hm\n</think>\n\n", "</think>", "[THINK]hm[/THINK]", "<Think>hm</Think>"]
+THOUGHTS = [
+    "<think>hm</think>",
+    "<think>a</think><think>b</think>",
+    "hm\n</think>\n\n",
+    "</think>",
+    "[THINK]hm[/THINK]",
+    "<Think>hm</Think>",
+]
 
 
 @pytest.mark.parametrize("answer", ["", " \n\t", *INVISIBLE], ids=ascii)
@@ -170,9 +177,16 @@ def test_answers_without_a_visible_character_are_empty(answer, tokenizer_dir):
             build_sft_dataset([ROWS["messages"]] * 40 + [row], tokenizer_dir("tiny_bpe"))
 
 
+@pytest.mark.parametrize("answer", THOUGHTS)
+def test_answers_of_thinking_only_are_empty(answer, tokenizer_dir):
+    for row in ({"messages": [USER, {"role": "assistant", "content": answer}]}, {"question": "q", "answer": answer}):
+        with pytest.raises(BadRows, match="empty_answer"):
+            build_sft_dataset([ROWS["messages"]] * 40 + [row], tokenizer_dir("tiny_bpe"))
+
+
 @given(st.text(st.sampled_from(["\u200b", "\ufeff", "\x00", " ", "a", "é", "中", "🙂"]), min_size=1))
 def test_one_visible_character_is_an_answer(answer):
-    from ftdata.schemas.messages import has_visible_text
+    from ftdata.schemas.answer_text import has_visible_text
 
     assert has_visible_text(answer) == bool(set(answer) & set("aé中🙂"))
 
@@ -251,6 +265,22 @@ def test_content_blocks_with_masks_are_rejected(block, key):
 )
 def test_consistent_training_fields_are_accepted(row):
     assert normalize(Row(row, UNKNOWN_SOURCE)).schema in ("prompt_completion", "tokens")
+
+
+CALL = {"function": {"name": "f", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize("mask", [{"train": False}, {"loss_mask": [0, 1]}])
+def test_masks_in_the_function_of_a_tool_call_are_rejected(mask):
+    call = {"function": {**CALL["function"], **mask}}
+    with pytest.raises(BadRow, match="part_mask|weight_value"):
+        convert({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]})
+
+
+def test_untrained_message_of_blocks_has_untrained_tool_results():
+    block = {"type": "tool_result", "tool_use_id": "1", "content": "r"}
+    messages = convert({"messages": [USER, {"role": "user", "train": False, "content": [block]}, ASSISTANT]}).messages
+    assert messages[1]["train"] is False
 
 
 MASK_TEXTS = [

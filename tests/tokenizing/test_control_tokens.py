@@ -10,7 +10,7 @@ import pytest
 from tokenizer_makers import CHATML
 
 from ftdata import build_sft_dataset
-from ftdata.schemas.messages import has_visible_text
+from ftdata.schemas.answer_text import has_visible_text
 from ftdata.types import IGNORE_INDEX
 
 PLAIN = [

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ftdata.schemas.messages import THINKING_NAMES
+from ftdata.schemas.answer_text import THINKING_NAMES
 from ftdata.templates.attribution.tracked_strings import BLOCK, TrackedString
 from ftdata.types import Part, Span
 
