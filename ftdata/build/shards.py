@@ -10,9 +10,8 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from hashlib import sha256
 from importlib.metadata import version
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +249,6 @@ def _hash_rows(batch: Batch) -> list[bytes]:
     columns, hashes = batch.columns, list[bytes]()
     examples = accumulate(batch.counts, initial=0)
     bounds = end_offsets(columns.lengths.tolist())[list(examples)].tolist()
-    ids, trained = columns.ids.data, columns.trained.data
-    for count, (start, end) in zip(batch.counts, pairwise(bounds), strict=True):
-        hashes += [sha256(ids[start:end]).digest()[:16] + sha256(trained[start:end]).digest()[:8]] * count
+    for count, (ids, labels) in zip(batch.counts, columns.hash_ranges(bounds), strict=True):
+        hashes += [ids + labels] * count
     return hashes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -145,9 +144,9 @@ def fingerprint_examples(target: Target, progress: Progress | None, *, by_text: 
 
 
 def _hash_tokens(batch: Batch) -> Iterator[tuple[int, int]]:
-    columns, digest = batch.columns, xxhash.xxh3_64_intdigest
-    for start, end in pairwise(np.append(0, np.cumsum(columns.lengths)).tolist()):
-        yield digest(columns.ids[start:end].tobytes()), digest(columns.trained[start:end].tobytes())
+    columns = batch.columns
+    for tokens, labels in columns.hash_ranges(np.append(0, np.cumsum(columns.lengths)).tolist()):
+        yield int.from_bytes(tokens[:8], "little"), int.from_bytes(labels, "little")
 
 
 def _hash_texts(batch: Batch) -> Iterator[tuple[int, int]]:

@@ -285,15 +285,16 @@ def _hash_rows(batch: Batch, first: Ints) -> tuple[NDArray[np.uint64], NDArray[n
     bounds = [*starts.tolist(), int(ends[-1])]
     prompt_bounds = np.append(0, np.cumsum(~trained))[bounds].tolist()
     untrained = ids[~trained]
-    digest = xxhash.xxh3_64_intdigest
-    content = [
-        digest(ids[start:end].tobytes(), digest(trained[start:end].tobytes())) for start, end in pairwise(bounds)
-    ]
+    content = [_to_integer(tokens) ^ _to_integer(labels) for tokens, labels in columns.hash_ranges(bounds)]
     prompts = [
-        digest(untrained[start:end].tobytes()) if end - start >= _MIN_PROMPT_TOKENS else 0
+        xxhash.xxh3_64_intdigest(untrained[start:end].tobytes()) if end - start >= _MIN_PROMPT_TOKENS else 0
         for start, end in pairwise(prompt_bounds)
     ]
     return np.asarray(content, np.uint64), np.asarray(prompts, np.uint64)
+
+
+def _to_integer(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "little")
 
 
 def row_key(outcome: BuiltRow | Reject) -> tuple[str, int, str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from hashlib import sha256
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -167,6 +168,21 @@ class ExampleColumns(NamedTuple):
     cut: Sequence[int]
     flags: Sequence[frozenset[str]]
     sources: Sequence[Source]
+
+    def hash_ranges(self, bounds: Sequence[int]) -> Iterator[tuple[bytes, bytes]]:
+        """Yield a hash of the token ids (16 bytes) and a hash of the labels (8 bytes) of each range of tokens.
+
+        Args:
+            bounds: index of the first token of each range, and the end of the last range.
+
+        >>> ids, trained, lengths = np.arange(4, dtype=np.int32), np.ones(4, np.bool_), np.array([4])
+        >>> columns = ExampleColumns(ids, trained, lengths, lengths, [0], [frozenset()], [])
+        >>> [(len(ids), len(labels)) for ids, labels in columns.hash_ranges([0, 1, 4])]
+        [(16, 8), (16, 8)]
+        """
+        ids, trained = self.ids.data, self.trained.data
+        for start, end in pairwise(bounds):
+            yield sha256(ids[start:end]).digest()[:16], sha256(trained[start:end]).digest()[:8]
 
 
 def end_offsets(sizes: Iterable[int]) -> NDArray[np.int64]:
