@@ -232,7 +232,7 @@ def replace_file(target: Path) -> Iterator[Path]:
                 temporary = Path(folder) / "content"
                 disk.write(temporary, b"")
                 yield temporary
-                with temporary.open("rb") as content, target.open("wb") as out:
+                with temporary.open("rb") as content, disk.create(target) as out:
                     shutil.copyfileobj(content, out)
             return
         disk.mkdir(target.parent, parents=True, exist_ok=True)

@@ -283,28 +283,29 @@ def test_trailing_messages_are_flagged_once(tokenizer_dir):
 
 
 @pytest.mark.parametrize(
-    ("messages", "options", "error"),
+    ("messages", "options", "error", "code"),
     [
-        (None, {}, BadRow),
-        ([{"role": "user", "content": "q", "x": {1}}, ANSWER], {}, BadRow),
-        (TALK, {"train_parts": [1]}, UsageError),
-        (TALK, {"train_parts": []}, UsageError),
-        (TALK, {"train_parts": "answer"}, UsageError),
-        (TALK, {"train_on": None}, UsageError),
-        (TALK, {"train_on": lambda *_: None}, UsageError),
-        (TALK, {"train_on": lambda *_: 3}, UsageError),
-        (TALK, {"train_on": lambda rendered, _: ["no"] * len(rendered.spans)}, UsageError),
-        (TALK, {"reject_flags": None}, UsageError),
-        (TALK, {"turns": None}, UsageError),
-        (TALK, {"template_kwargs": [1]}, UsageError),
-        (TALK, {"template_kwargs": {"tools": []}}, UsageError),
-        (TALK, {"template": "{% for m in messages %}" * 30 + "{% endfor %}" * 30}, TemplateRefused),
-        (TALK, {"template": "{% for m in messages %}{% set c = cycler() %}{% endfor %}"}, BadRow),
+        (None, {}, BadRow, "messages_type"),
+        ([{"role": "user", "content": "q", "x": {1}}, ANSWER], {}, BadRow, "not_json"),
+        (TALK, {"train_parts": [1]}, UsageError, "unknown_train_parts"),
+        (TALK, {"train_parts": []}, UsageError, "train_parts"),
+        (TALK, {"train_parts": "answer"}, UsageError, "train_parts"),
+        (TALK, {"train_on": None}, UsageError, "train_on"),
+        (TALK, {"train_on": lambda *_: None}, UsageError, "mask_type"),
+        (TALK, {"train_on": lambda *_: 3}, UsageError, "mask_type"),
+        (TALK, {"train_on": lambda rendered, _: ["no"] * len(rendered.spans)}, UsageError, "mask_type"),
+        (TALK, {"reject_flags": None}, UsageError, "reject_flags"),
+        (TALK, {"turns": None}, UsageError, "unknown_turns"),
+        (TALK, {"template_kwargs": [1]}, UsageError, "template_kwargs"),
+        (TALK, {"template_kwargs": {"tools": []}}, UsageError, "template_kwargs"),
+        (TALK, {"template": "{% for m in messages %}" * 30 + "{% endfor %}" * 30}, TemplateRefused, "template_syntax"),
+        (TALK, {"template": "{% for m in messages %}{% set c = cycler() %}{% endfor %}"}, BadRow, "template_raises"),
     ],
 )
-def test_invalid_arguments_raise_ftdata_errors(tokenizer_dir, messages, options, error):
-    with pytest.raises(error):
+def test_invalid_arguments_raise_ftdata_errors(tokenizer_dir, messages, options, error, code):
+    with pytest.raises(error) as caught:
         encode(messages, tokenizer_dir("tiny_bpe"), **options)
+    assert caught.value.code == code
 
 
 def test_mask_policy_must_cover_every_span(tokenizer_dir):

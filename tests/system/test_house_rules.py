@@ -4,6 +4,7 @@ import ast
 import re
 import statistics
 from collections import Counter
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -205,3 +206,11 @@ def test_architecture_page_lists_every_module():
     there |= {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert there <= named
     assert named <= {path.stem for path in PACKAGE.rglob("*") if path.suffix == ".py" or path.is_dir()}
+
+
+def test_no_folder_of_tests_is_skipped(pytestconfig):
+    """pytest's default skips folders named `build`."""
+    patterns = pytestconfig.getini("norecursedirs")
+    roots = (PACKAGE, Path(__file__).parents[1])
+    folders = {path.parent.name for root in roots for path in root.rglob("*.py")}
+    assert [folder for folder in folders if any(fnmatch(folder, pattern) for pattern in patterns)] == []
