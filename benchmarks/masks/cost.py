@@ -24,6 +24,7 @@ from peers import PEERS
 from ftdata import encode
 from ftdata.pipeline.recipe import make_recipe
 from ftdata.templates import render_in_worker
+from ftdata.templates.render_cache import render_cache
 from ftdata.types import Conversation
 
 ROUNDS, TIMES, WORDS = (1, 3, 10, 40), 15, 50
@@ -57,7 +58,7 @@ def _times(tokenizer: Any, rounds: int) -> dict[str, float]:
         render_in_worker(Conversation(tuple(talk)), recipe.template, "joint")  # type: ignore[arg-type]
 
     def first(talk: Messages) -> None:
-        recipe.template.turn_cache.entries.clear()
+        render_cache.cache_clear()
         spans(talk)
 
     spans(talks[0])

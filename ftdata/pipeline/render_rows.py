@@ -15,7 +15,6 @@ from itertools import chain, islice
 from typing import Any, TypeVar
 
 from ftdata.errors import BadRow, InputRefused, TemplateRefused
-from ftdata.pipeline.fast_path import make_fast_path
 from ftdata.pipeline.mask import Policy, is_built_in_policy
 from ftdata.pipeline.recipe import Recipe
 from ftdata.schemas import normalize
@@ -81,14 +80,10 @@ def _reject_too_long(row: Row | Reject, characters: int) -> Reject:
 def _render_groups(recipe: Recipe, rows: Iterator[Row | Reject]) -> Iterator[list[RowAndOutcome]]:
     """Render rows in groups. The next group is read while the template worker renders the current group."""
     # A custom policy runs later: its exception must not reject the row, and it must not see rejected texts.
-    policy, render_fast = recipe.policy if is_built_in_policy(recipe.train_on) else None, make_fast_path(recipe)
+    policy = recipe.policy if is_built_in_policy(recipe.train_on) else None
     size, pending, failure_limits = 1, list[_Group](), _FailureLimits(recipe)
     while group := _read_group(rows, size):
-        rendered = [None if isinstance(row, Reject) or _needs_cross_check(row) else render_fast(row) for row in group]
-        outcomes = [
-            _try_step(_normalize, recipe, row) if fast is None else fast
-            for row, fast in zip(group, rendered, strict=True)
-        ]
+        outcomes = [_try_step(_normalize, recipe, row) for row in group]
         pending.append(
             [(row, outcome, _start_render(recipe, outcome)) for row, outcome in zip(group, outcomes, strict=True)]
         )
@@ -334,6 +329,8 @@ def _check_control_tokens(recipe: Recipe, conversation: Conversation, texts: Seq
         return [mask(item) for item in value] if isinstance(value, list | tuple) else value
 
     masked = replace(conversation, messages=tuple(mask(conversation.messages)), tools=tuple(mask(conversation.tools)))
+    if masked == conversation:
+        return
     count = sum(len(recipe.control.find_matches(text)[0]) for text in texts if not text.keep_control)
     try:
         masked_texts = render_in_worker(masked, recipe.template, recipe.turns, recipe.on_dropped_message)

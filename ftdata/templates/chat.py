@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -24,29 +23,11 @@ from ftdata.templates.attribution.spans import (
     track_messages,
 )
 from ftdata.templates.attribution.tracked_strings import TrackedString
-from ftdata.templates.attribution.watched_strings import (
-    Origin,
-    WatchedString,
-    record_operations,
-    unwatch,
-    watch_messages,
-)
-from ftdata.templates.cache.plans import (
-    RenderPlan,
-    conversation_shape,
-    has_same_origins,
-    message_contents,
-    recorded_pieces,
-)
-from ftdata.templates.cache.turn_cache import skeleton_key
 from ftdata.templates.template import Template, make_chat_variables
 from ftdata.templates.turns import locate
 from ftdata.types import Conversation, Message, Part, Rendered
 
 _ROLES = sorted(set(ROLES.values()))
-
-_MAX_CACHED_MESSAGES = 200
-"""Renderings of longer conversations are not cached."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +39,12 @@ class ChatRendering:
         messages: messages with `TrackedString` texts.
         tools: tool definitions.
         flags: flags for changes to the messages.
-        watch: whether the texts of the messages are `WatchedString` objects.
     """
 
     template: Template
     messages: tuple[dict[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...]
     flags: frozenset[str] = frozenset()
-    watch: bool = False
 
     @classmethod
     def from_conversation(cls, conversation: Conversation, template: Template) -> ChatRendering:
@@ -86,6 +65,11 @@ class ChatRendering:
             flags = frozenset({"arguments_parsed"})
         return cls(template, tuple(track_messages(messages)), conversation.tools, flags)
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the template text is known to be the same for other conversations."""
+        return False
+
     def prefix(self, count: int) -> ChatRendering:
         """Return a copy that contains only the first `count` messages of the conversation."""
         return replace(self, messages=self.messages[:count])
@@ -93,18 +77,11 @@ class ChatRendering:
     def render(self, count: int | None = None, *, generation_prompt: bool = False) -> TrackedString:
         """Render the first `count` messages, or all messages by default.
 
-        The result may be a `WatchedString` if the texts of the messages are.
-
         Raises:
             BadRow: `template_raises`, if the template fails.
         """
         messages = list(self.messages[:count])
-        variables = make_chat_variables(messages, self.tools, generation_prompt=generation_prompt)
-        return self.template.run(variables, watch=self.watch)
-
-    def with_watched_strings(self) -> ChatRendering:
-        """Return a copy of the conversation in which all texts are `WatchedString` objects."""
-        return replace(self, messages=tuple(watch_messages(self.messages)), watch=True)
+        return self.template.render(make_chat_variables(messages, self.tools, generation_prompt=generation_prompt))
 
     def render_with_message(self, index: int, message: Message | dict[str, Any]) -> str | None:
         """Replace the message at `index` and render the conversation. Return `None` if the template fails."""
@@ -131,23 +108,17 @@ def render_turns(chat: ChatRendering, turns: Sequence[int], on_dropped_message: 
     """
     chat, tracked = _render_tracked(chat)
     text = str.__str__(tracked)
-    pieces = recover_attribution(text, pieces_of(tracked), chat.messages, chat.render_with_message)
+    pieces = recover_attribution(
+        text, pieces_of(tracked), chat.messages, chat.render_with_message, is_recorded=chat.is_recorded
+    )
     flags = chat.flags | check_coverage(
         chat.messages, chat.tools, text, pieces, chat.render_with_message, on_dropped_message
     )
-    origins: list[Origin | None] = []
-    regions, region_flags = _locate_regions(chat, tracked, pieces, turns, origins)
+    regions, region_flags = _locate_regions(chat, text, pieces, turns)
     assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
     spans = make_spans(split_thinking(text, pieces, regions, assistants), regions)
     region_flags |= _flag_empty_thinking(text, pieces, regions)
-    rendered = Rendered(text, spans, flags | region_flags, messages=len(chat.messages))
-    if origins and not flags and pieces == pieces_of(tracked):
-        # Texts that a template joins thousands of times have origins that are nested too deep to traverse.
-        with suppress(RecursionError):
-            plan = _make_plan(chat, rendered, pieces, turns, origins)
-            if plan is not None:
-                chat.template.plan_cache.add(chat.messages, turns, plan)
-    return rendered
+    return Rendered(text, spans, flags | region_flags, messages=len(chat.messages))
 
 
 _EMPTY_THINKING = re.compile(rf"\s*(?:<({THINKING_NAMES})>\s*</\1>|</(?:{THINKING_NAMES})>)")
@@ -168,40 +139,8 @@ def _flag_empty_thinking(text: str, pieces: Sequence[TextPiece], regions: Sequen
     return frozenset()
 
 
-def _make_plan(
-    chat: ChatRendering,
-    rendered: Rendered,
-    pieces: tuple[TextPiece, ...],
-    turns: Sequence[int],
-    origins: Sequence[Origin | None],
-) -> RenderPlan | None:
-    """Create a render plan: a recording that renders similar conversations without running the template.
-
-    `origins` contains the recorded expression for the whole text, followed by the expressions for the prefixes. Return
-    `None` if the recorded expressions are incomplete.
-    """
-    messages = [{"role": message["role"], "content": str.__str__(message["content"])} for message in chat.messages]
-    # The treatment of control tokens in contents is checked in every row that contains them.
-    if (control := chat.template.control) and any(control.search(message["content"]) for message in messages):
-        return None
-    key = skeleton_key(chat.messages, (), turns, rendered.text, pieces)
-    cached_turns = chat.template.turn_cache.find(key, chat.messages, rendered.text, pieces)
-    segments, contents = recorded_pieces(origins[0], messages, pieces, rendered.text), message_contents(messages)
-    if cached_turns is None or segments is None or contents is None:
-        return None
-    same_origins = has_same_origins(origins[0], origins[1:])
-    plan = RenderPlan.from_rendering(cached_turns, segments, rendered, pieces, same_origins=same_origins)
-    if plan is None or not plan.is_bounded:
-        return None
-    return plan if plan.fill(messages, contents) == rendered else None
-
-
 def _locate_regions(
-    chat: ChatRendering,
-    tracked: TrackedString,
-    pieces: tuple[TextPiece, ...],
-    turns: Sequence[int],
-    origins: list[Origin | None],
+    chat: ChatRendering, text: str, pieces: tuple[TextPiece, ...], turns: Sequence[int]
 ) -> tuple[list[TurnRegion], frozenset[str]]:
     """Locate the text that the model generates in each turn. Return the text ranges and their flags.
 
@@ -211,7 +150,7 @@ def _locate_regions(
     assistants = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
     tagged = locate.regions_from_blocks(pieces, assistants, turns) if has_trusted_tags else None
     try:
-        located = _locate_turns(chat, tracked, pieces, turns, origins)
+        located = _locate_turns(chat, text, pieces, turns)
         _check_disjoint([turn.region for turn in located])
     except BadRow:
         if tagged is None:
@@ -272,53 +211,13 @@ def _render_tracked(chat: ChatRendering) -> tuple[ChatRendering, TrackedString]:
 
 
 def _locate_turns(
-    chat: ChatRendering,
-    tracked: TrackedString,
-    pieces: tuple[TextPiece, ...],
-    turns: Sequence[int],
-    origins: list[Origin | None],
+    chat: ChatRendering, text: str, pieces: Sequence[TextPiece], turns: Sequence[int]
 ) -> list[locate.LocatedTurn]:
-    """Return the turns in the rendered text. Use their cached positions if possible.
-
-    If a render plan is needed, locate the turns even if their positions are cached. Also append the recorded
-    expressions of all rendered texts to `origins`, with the expression of the whole text first.
-    """
-    text, turn_cache = str.__str__(tracked), chat.template.turn_cache
-    key = skeleton_key(chat.messages, chat.tools, turns, text, pieces)
-    # Long conversations rarely share a shape, and the size of a cached record grows quadratically with the messages.
-    is_cacheable = len(chat.messages) <= _MAX_CACHED_MESSAGES
-    needs_plan = is_cacheable and not chat.tools and chat.template.plan_cache.needs_plan(chat.messages, turns)
-    if not needs_plan and (cached := turn_cache.locate(key, chat.messages, text, pieces)) is not None:
-        return cached
-    prefixes: dict[tuple[int, bool], TrackedString] = {}
-    renderer = chat.with_watched_strings() if is_cacheable and chat.template.is_recordable else chat
-    shape = conversation_shape(chat.messages, ()) if renderer.watch and not chat.tools else None
-
-    def run(count: int, generation_prompt: bool) -> TrackedString:
-        render = partial(renderer.render, count, generation_prompt=generation_prompt)
-        if shape is None:
-            return render()
-        return chat.template.prefix_cache.get_or_render((shape[:count], generation_prompt), chat.messages, log, render)
-
+    @cache
     def prefix(count: int, generation_prompt: bool) -> TrackedString:
-        prefix_key = (count, generation_prompt)
-        if prefix_key not in prefixes:
-            prefixes[prefix_key] = run(*prefix_key)
-        return unwatch(prefixes[prefix_key])
+        return chat.render(count, generation_prompt=generation_prompt)
 
-    with record_operations() as log:
-        full_text = run(len(chat.messages), False) if renderer.watch else tracked
-        located = [_locate_turn(chat, text, pieces, turn, prefix) for turn in turns]
-    if renderer.watch and unwatch(full_text) == tracked and pieces == pieces_of(tracked):
-        # Texts that a template joins in long loops have origins that are nested too deep to compare.
-        with suppress(RecursionError):
-            turn_cache.add(key, log, text, map(unwatch, prefixes.values()), pieces, located)
-    if needs_plan:
-        origins += (
-            string.origin if isinstance(string, WatchedString) else ("text", string)
-            for string in (full_text, *prefixes.values())
-        )
-    return located
+    return [_locate_turn(chat, text, pieces, turn, prefix) for turn in turns]
 
 
 def _locate_turn(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.templates.attribution.spans import TurnRegion, make_spans, pieces_of, track_value
-from ftdata.templates.chat import ChatRendering, render_turns
+from ftdata.templates.render_cache import describe_shape, render_cache, render_cached
 from ftdata.templates.template import Template, templates
 from ftdata.types import Conversation, Message, Part, Rendered, Span
 
@@ -58,34 +58,41 @@ def render_chat(
     if not template.is_chat:
         return (_render_fields(conversation, template),)
     try:
-        return _render_chat(conversation, template, turns, on_dropped_message)
+        return _render_chat_with(conversation, template, turns, on_dropped_message)
     except BadRow as error:
         joined = join_text_parts(conversation)
         if error.code not in _LISTS_REFUSED or joined == conversation:
             raise
-        texts = _render_chat(joined, template, turns, on_dropped_message)
+        texts = _render_chat_with(joined, template, turns, on_dropped_message)
         return tuple(text._replace(flags=text.flags | {"content_parts_joined"}) for text in texts)
 
 
-class _NoPlan(Exception):
-    """Raised if no cached rendering can be reused for a conversation, so that the template must run."""
+class TemplateNeeded(Exception):
+    """Raised if a conversation cannot be rendered from the cache, so that the template must run."""
 
 
-def render_from_cache(
-    conversation: Conversation, template: Template, turns: str = "auto", on_dropped_message: str = "reject"
+def render_without_template(
+    conversation: Conversation, template: Template, turns: str = "auto"
 ) -> tuple[Rendered, ...] | None:
     """Render a conversation like `render_chat`, but without running the template.
 
-    Return `None` if the template must run because no cached render plan matches the conversation.
+    Return `None` if the template must run because no cached rendering applies to the conversation.
     """
     if not template.source or (conversation.text is not None and template.is_chat):
         return render_chat(conversation, template, turns)
-    try:
-        return (
-            _render_chat(conversation, template, turns, on_dropped_message, may_run=False) if template.is_chat else None
-        )
-    except _NoPlan:
+    if not template.is_chat or conversation.tools:
         return None
+    cache = render_cache(template.key)
+
+    def fill_layout(count: int, indices: Sequence[int]) -> Rendered:
+        rendered = cache.fill_layout(describe_shape(conversation.messages[:count]), indices)
+        if rendered is None:
+            raise TemplateNeeded
+        return rendered
+
+    with suppress(TemplateNeeded):
+        return _render_chat(conversation, turns, fill_layout)
+    return None
 
 
 def trained_answers(conversation: Conversation) -> list[int]:
@@ -113,74 +120,45 @@ def _join_text_part(message: Message) -> Message:
     return {**message, "content": content[0]["text"]} if content[0]["type"] == "text" else message
 
 
-def _render_chat(
-    conversation: Conversation, template: Template, turns: str, on_dropped_message: str, *, may_run: bool = True
+_RenderFirst = Callable[[int, Sequence[int]], Rendered]
+"""(number of messages, indices of the turns) -> the rendered first messages"""
+
+
+def _render_chat_with(
+    conversation: Conversation, template: Template, turns: str, on_dropped_message: str
 ) -> tuple[Rendered, ...]:
+    def render(count: int, indices: Sequence[int]) -> Rendered:
+        messages = conversation.messages[:count]
+        return render_cached(replace(conversation, messages=messages), template, indices, on_dropped_message)
+
+    return _render_chat(conversation, turns, render)
+
+
+def _render_chat(conversation: Conversation, turns: str, render: _RenderFirst) -> tuple[Rendered, ...]:
     assistants = trained_answers(conversation)
-    has_plans = turns != "split" and not conversation.tools
-    joint = template.plan_cache.render(conversation.messages, assistants) if has_plans else None
-    renderer = _TurnRenderer(conversation, template, on_dropped_message, may_run)
-    if joint is None and turns != "split":
-        joint = renderer.render_joint(assistants, required=turns == "joint")
-    if joint is not None and (turns == "joint" or "history_rewritten" not in joint.flags):
-        return (joint,)
-    texts = [
-        text for group in _group_turns(conversation.messages, assistants) for text in _split_group(renderer, group)
-    ]
-    return (
-        tuple(text._replace(flags=text.flags | {"conversation_split"}) for text in texts)
-        if len(texts) > 1
-        else tuple(texts)
-    )
+    if turns != "split":
+        joint = _render_joint(render, len(conversation.messages), assistants, required=turns == "joint")
+        if joint is not None and (turns == "joint" or "history_rewritten" not in joint.flags):
+            return (joint,)
+    groups = _group_turns(conversation.messages, assistants)
+    texts = tuple(text for group in groups for text in _split_group(render, group))
+    if len(texts) == 1:
+        return texts
+    return tuple(text._replace(flags=text.flags | {"conversation_split"}) for text in texts)
 
 
-@dataclass
-class _TurnRenderer:
-    """A renderer for one conversation. It reuses cached renderings, or runs the template.
+def _render_joint(render: _RenderFirst, count: int, turns: Sequence[int], *, required: bool) -> Rendered | None:
+    """Render several turns in one text.
 
-    Attributes:
-        conversation: the normalized row.
-        template: the chat template.
-        on_dropped_message: as in `render_chat`.
-        may_run: whether the template may run if no render plan matches.
+    Return `None` for an error that does not occur if the turns are rendered separately. If `required` is true, raise
+    the error instead.
     """
-
-    conversation: Conversation
-    template: Template
-    on_dropped_message: str
-    may_run: bool
-
-    @cached_property
-    def _chat(self) -> ChatRendering:
-        return ChatRendering.from_conversation(self.conversation, self.template)
-
-    def render(self, turns: Sequence[int], count: int | None = None) -> Rendered:
-        """Render the first `count` messages. Reuse a cached rendering if possible, otherwise run the template.
-
-        If `count` is `None`, render all messages without a plan.
-
-        Raises:
-            BadRow: as in `render_turns`.
-        """
-        messages = self.conversation.messages[:count]
-        has_plans = count is not None and not self.conversation.tools
-        planned = self.template.plan_cache.render(messages, turns) if has_plans else None
-        if planned is None and not self.may_run:
-            raise _NoPlan
-        return planned or render_turns(self._chat.prefix(len(messages)), turns, self.on_dropped_message)
-
-    def render_joint(self, turns: Sequence[int], count: int | None = None, *, required: bool) -> Rendered | None:
-        """Render several turns in one text.
-
-        Return `None` for an error that does not occur if the turns are rendered separately. If `required` is true,
-        raise the error instead.
-        """
-        try:
-            return self.render(turns, count)
-        except BadRow as error:
-            if required or error.code not in _SPLITTABLE:
-                raise
-            return None
+    try:
+        return render(count, turns)
+    except BadRow as error:
+        if required or error.code not in _SPLITTABLE:
+            raise
+        return None
 
 
 def append_missing_stop(rendered: Rendered, template: Template) -> Rendered:
@@ -215,14 +193,14 @@ def _group_turns(messages: Sequence[Message], assistants: Sequence[int]) -> Iter
     yield group
 
 
-def _split_group(renderer: _TurnRenderer, group: Sequence[int]) -> Iterator[Rendered]:
+def _split_group(render: _RenderFirst, group: Sequence[int]) -> Iterator[Rendered]:
     if len(group) > 1:
-        joint = renderer.render_joint(group, group[-1] + 1, required=False)
+        joint = _render_joint(render, group[-1] + 1, group, required=False)
         if joint is not None and "history_rewritten" not in joint.flags:
             yield joint
             return
     for turn in group:
-        yield renderer.render([turn], turn + 1)
+        yield render(turn + 1, [turn])
 
 
 def _render_formatted_text(text: str, template: Template) -> Rendered:

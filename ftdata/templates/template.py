@@ -21,11 +21,8 @@ from ftdata.storage import disk
 from ftdata.templates.attribution.spans import pieces_of, track_messages, track_value
 from ftdata.templates.attribution.tracked_strings import TrackedString, concat_tracked
 from ftdata.templates.attribution.watched_strings import unwatch
-from ftdata.templates.cache.plans import PlanCache
-from ftdata.templates.cache.prefix_cache import PrefixCache
-from ftdata.templates.cache.turn_cache import TurnCache
 from ftdata.templates.sandbox.constant_folding import template_variables
-from ftdata.templates.sandbox.environment import compile_template, sandbox_environment
+from ftdata.templates.sandbox.environment import compile_template, restart_block_numbers, sandbox_environment
 from ftdata.templates.turns import locate
 from ftdata.templates.turns.stops import TurnStops
 from ftdata.types import Part
@@ -210,21 +207,6 @@ class Template:
         has_constant_divisors = all(isinstance(division.right, nodes.Const) for division in syntax.find_all(nodes.Mod))
         return has_constant_divisors and not any(_uses_length(node) for node in syntax.find_all(nodes.Node))
 
-    @cached_property
-    def turn_cache(self) -> TurnCache:
-        """A cache of turn positions, reused for similar conversations."""
-        return TurnCache()
-
-    @cached_property
-    def prefix_cache(self) -> PrefixCache:
-        """A cache of renderings of the first messages, reused for similar conversations."""
-        return PrefixCache()
-
-    @cached_property
-    def plan_cache(self) -> PlanCache:
-        """A cache of recorded renderings, used to render similar conversations without running the template."""
-        return PlanCache()
-
     def render(self, variables: Mapping[str, Any]) -> TrackedString:
         """Render the template with the given variables. The text is the same as in transformers.
 
@@ -241,6 +223,7 @@ class Template:
         """Render the template like `render`. If `watch` is true, the result may be a `WatchedString`."""
         context = {**self.special_tokens, **self.kwargs, **variables}
         program = self._compile(watch=watch)
+        restart_block_numbers()
         try:
             return TrackedString.from_str(program.render(context))
         except TEMPLATE_ERRORS as error:

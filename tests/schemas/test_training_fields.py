@@ -173,7 +173,7 @@ def test_answers_without_a_visible_character_are_empty(answer, tokenizer_dir):
     ]
     for row in shapes:
         with pytest.raises(BadRows, match="empty_answer"):
-            # Many rows of a shape, so that the fast path is taken, too.
+            # Many rows of a shape, so that cached renderings are used, too.
             build_sft_dataset([ROWS["messages"]] * 40 + [row], tokenizer_dir("tiny_bpe"))
 
 

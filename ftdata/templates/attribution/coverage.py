@@ -23,7 +23,12 @@ _MAX_LEAVES = 64
 
 
 def recover_attribution(
-    text: str, parts: Sequence[TextPiece], messages: Sequence[Mapping[str, Any]], rerender: Rerender
+    text: str,
+    parts: Sequence[TextPiece],
+    messages: Sequence[Mapping[str, Any]],
+    rerender: Rerender,
+    *,
+    is_recorded: bool = False,
 ) -> tuple[TextPiece, ...]:
     """Find message fields in the rendered text if operations of the template lost their positions.
 
@@ -36,6 +41,8 @@ def recover_attribution(
         parts: the pieces of the rendered text.
         messages: the conversation.
         rerender: renders the conversation with a message changed.
+        is_recorded: whether the template is known to print the rest of the text for every conversation. Then a field
+            that is partly printed was cut by the template, and has no unknown position.
 
     Returns:
         The pieces with the recovered attribution.
@@ -51,7 +58,8 @@ def recover_attribution(
             continue
         for part, keys in _KEYS.items():
             texts = _expected_texts(message, part)
-            if isinstance(message.get("content"), list | Mapping) or _all_printed(texts, printed[index, part]):
+            is_known = _all_printed(texts, printed[index, part]) or (is_recorded and printed[index, part])
+            if is_known or isinstance(message.get("content"), list | Mapping):
                 continue
             # Many templates omit reasoning on purpose, so it is recovered only if the rendered text contains it.
             if part is Part.REASONING and not _all_printed(texts, text):

@@ -192,13 +192,16 @@ def _split_piece(piece: TextPiece, regions: Sequence[TurnRegion]) -> Iterator[Sp
         yield Span(position, piece.end, piece.part, outside_message, False)
 
 
-def _track_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+def template_fields(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a message that the template receives. Reasoning has all of its key names."""
     fields = {key: value for key, value in message.items() if value is not None and key != "train"}
     reasoning = next((fields[key] for key in _REASONING if key in fields), None)
-    if reasoning is not None:
-        fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
+    return fields if reasoning is None else {"thinking": reasoning, **fields, "reasoning_content": reasoning}
+
+
+def _track_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     # The role stays a plain string: it has few values, and templates branch on it.
     return {
         key: value if key == "role" else track_value(value, _KEYS.get(key, Part.OTHER), index)
-        for key, value in fields.items()
+        for key, value in template_fields(message).items()
     }

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Self
 
 from ftdata.templates.attribution.tracked_strings import TrackedString, concat_tracked
@@ -20,56 +21,10 @@ Origin = tuple[Any, ...]
 """The expression that computes a value.
 
 - `("text", text)`: a constant text.
-- `("field", path)`: the field of the messages at a path.
+- `("field", number)`: a text of the conversation, in the order in which `watch_messages` visits the texts.
 - `("call", origin, method, arguments)`: the result of a method.
 - `("join", origins)`: a concatenation.
-- `("unchanged", origin)`: whether the method of a `"call"` returns the text that it was called on.
 """
-
-
-def evaluate_origin(origin: Origin, messages: Sequence[Mapping[str, Any]]) -> Any:
-    """Evaluate the recorded expression `origin` with the texts of other messages, and return its value.
-
-    Raises:
-        LookupError, ValueError: a method fails, or the messages lack a field of the expression.
-    """
-    kind, *operands = origin
-    if kind == "text":
-        return operands[0]
-    if kind == "field":
-        value: Any = messages
-        for key in operands[0]:
-            value = value[key]
-        return str.__str__(value)
-    if kind == "join":
-        return "".join(evaluate_origin(part, messages) for part in operands[0])
-    if kind == "unchanged":
-        _, base, name, arguments = operands[0]
-        value = evaluate_origin(base, messages)
-        return getattr(value, name)(*arguments) == value
-    base, name, arguments = operands
-    value = evaluate_origin(base, messages)
-    return bool(value) if name == "__bool__" else getattr(value, name)(*arguments)
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedOperation:
-    """An operation that a template performed on a text, with its result.
-
-    Attributes:
-        expression: the evaluated expression.
-        result: the result of the expression.
-    """
-
-    expression: Origin
-    result: Any
-
-    def has_same_result(self, messages: Sequence[Mapping[str, Any]]) -> bool:
-        """Repeat the operation for other messages, and return whether the result equals the recorded result."""
-        try:
-            return bool(evaluate_origin(self.expression, messages) == self.result)
-        except (ValueError, LookupError, RecursionError):
-            return False
 
 
 @dataclass
@@ -77,11 +32,11 @@ class OperationLog:
     """A log of the operations that a template performs on the strings of a row during one run.
 
     Attributes:
-        operations: the recorded operations.
+        operations: the expression and the result of each operation.
         opaque: whether an operation could not be recorded.
     """
 
-    operations: list[RecordedOperation] = field(default_factory=list)
+    operations: list[tuple[Origin, bool | int]] = field(default_factory=list)
     opaque: bool = False
 
 
@@ -168,7 +123,7 @@ def _record(expression: Origin | None, result: Any) -> None:
     if expression is None or not isinstance(result, bool | int):
         mark_opaque()
     else:
-        _log.get().operations.append(RecordedOperation(expression, result))
+        _log.get().operations.append((expression, result))
 
 
 def watched_length(value: Any) -> int:
@@ -207,14 +162,22 @@ def _merge_origins(origins: Sequence[Origin]) -> list[Origin]:
     return merged
 
 
-def watch_messages(value: Any, path: tuple[Any, ...] = ()) -> Any:
-    """Copy messages and convert each `TrackedString` to a `WatchedString`. Keys of objects are not converted."""
+def watch_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """Copy messages and convert each `TrackedString` to a `WatchedString`. Keys of objects are not converted.
+
+    Also return the number of converted texts.
+    """
+    numbers = count()
+    return _watch_value(messages, numbers), next(numbers)
+
+
+def _watch_value(value: Any, numbers: Iterator[int]) -> Any:
     if isinstance(value, TrackedString):
-        return WatchedString.from_origin(value, ("field", path))
+        return WatchedString.from_origin(value, ("field", next(numbers)))
     if isinstance(value, Mapping):
-        return {key: watch_messages(item, (*path, key)) for key, item in value.items()}
+        return {key: _watch_value(item, numbers) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [watch_messages(item, (*path, index)) for index, item in enumerate(value)]
+        return [_watch_value(item, numbers) for item in value]
     return value
 
 
@@ -264,11 +227,7 @@ def _make_deriving_method(name: str) -> Callable[..., Any]:
         except IndexError:
             _record(self.derive_origin("__len__", ()), len(self.to_tracked()))
             raise
-        origin = self.derive_origin(name, arguments) if not options else None
-        # If the method changes nothing, the output does not show where the template applies it. Record that, too.
-        if origin is not None and not (name == "__getitem__" and not isinstance(arguments[0], slice)):
-            _record(("unchanged", origin), str.__eq__(derived, self))
-        return WatchedString.from_origin(derived, origin)
+        return WatchedString.from_origin(derived, self.derive_origin(name, arguments) if not options else None)
 
     return method
 
@@ -337,6 +296,9 @@ _DERIVING |= {"upper", "lower", "capitalize", "title", "swapcase", "casefold"}
 _SPLITTING = {"split", "rsplit", "splitlines", "partition", "rpartition"}
 _QUERIES = _COMPARISONS | {"__contains__", "__len__", "startswith", "endswith", "find", "rfind", "count"}
 _QUERIES |= {name for name in dir(str) if name.startswith("is")}
+
+REPLAYED_METHODS = _DERIVING | _SPLITTING | _QUERIES | {"join"}
+"""Methods in the recorded expressions. All results are texts, numbers, or lists of texts."""
 
 _OBJECT = set(dir(object)) - _COMPARISONS - {"__str__", "__repr__", "__hash__", "__format__"} | {"__getnewargs__"}
 """Methods that every object has, whose results do not depend on the value."""

@@ -54,7 +54,8 @@ class RaisingUndefined(jinja2.Undefined):
 class GenerationTag(Extension):
     """A Jinja extension for the tag `{% generation %}`, which marks the text that the model must generate.
 
-    The owners in the output of a block contain the unique number of the block (`tracked_strings.BLOCK`).
+    The owners in the output of a block contain the number of the block (`tracked_strings.BLOCK`), which is unique in
+    the rendered text.
     """
 
     tags = {"generation"}  # noqa: RUF012  (Jinja requires this attribute)
@@ -193,6 +194,11 @@ def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
 
 def _str_join(pieces: Iterable[Any]) -> str:
     return concat_tracked(map(str, pieces))
+
+
+def restart_block_numbers() -> None:
+    """Number the `{% generation %}` blocks of the next rendered text from 1."""
+    GenerationTag.blocks = count(1)
 
 
 def _make_clock(date: datetime.datetime) -> Callable[[str], str]:

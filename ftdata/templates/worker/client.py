@@ -15,6 +15,7 @@ from ftdata.errors import BadRow, TemplateRefused
 from ftdata.storage import disk
 from ftdata.templates import render_chat
 from ftdata.templates import template as templates
+from ftdata.templates.render_cache import render_cache
 from ftdata.templates.template import Template
 from ftdata.templates.verification.probe import TemplateReport, describe_contradiction
 from ftdata.templates.worker import protocol
@@ -74,7 +75,7 @@ def submit_render(
         steps = _count_steps(conversation)
         if _runs_here(template):
             return partial(render_chat.render_chat, conversation, template, turns, on_dropped_message)
-        cached = render_chat.render_from_cache(conversation, template, turns, on_dropped_message)
+        cached = render_chat.render_without_template(conversation, template, turns)
         if cached is not None:
             return lambda: cached
         encoded = protocol.encode_conversation(conversation)
@@ -114,8 +115,8 @@ def _receive_rendered(template: Template, request: Request) -> tuple[Rendered, .
         answer = request.result()
     except LimitExceeded:
         raise _make_row_error(template, request) from None
-    for shape, plan in answer["plans"]:
-        template.plan_cache.plans_by_shape.setdefault(tuple(shape), []).append(protocol.decode_plan(plan))
+    for layout in answer["layouts"]:
+        render_cache(template.key).add_layout(*protocol.decode_layout(layout))
     return tuple(map(protocol.decode_rendered_row, answer["texts"]))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.templates import render_chat
+from ftdata.templates.render_cache import render_cache
 from ftdata.templates.template import Template, render_scaffold
 from ftdata.templates.verification.probe import describe_contradiction, probe_template
 from ftdata.templates.worker import protocol
@@ -31,10 +32,11 @@ _MAX_OUTPUT = 1 << 22
 def _render(template: Template, arguments: Mapping[str, Any]) -> dict[str, Any]:
     conversation = protocol.decode_conversation(arguments["conversation"])
     texts = render_chat.render_chat(conversation, template, arguments["turns"], arguments["on_dropped_message"])
-    plans, template.plan_cache.new_plans = template.plan_cache.new_plans, []
+    cache = render_cache(template.key)
+    layouts, cache.new_layouts = cache.new_layouts, []
     return {
         "texts": [protocol.encode_rendered_row(text) for text in texts],
-        "plans": [(shape, protocol.encode_plan(plan)) for shape, plan in plans],
+        "layouts": [protocol.encode_layout(key, layout) for key, layout in layouts],
     }
 
 

@@ -187,14 +187,14 @@ class _Worker:
     Attributes:
         process: the worker process.
         connection: the connection to the worker process.
-        known_templates: templates that were sent to the process, by key.
+        known_templates: keys of the templates that were sent to the process.
         pending: unanswered requests, oldest first.
         unsent: requests to send in the next frame.
     """
 
     process: subprocess.Popen[bytes]
     connection: Connection
-    known_templates: dict[str, Template] = field(default_factory=dict)
+    known_templates: set[str] = field(default_factory=set)
     pending: deque[Request] = field(default_factory=deque)
     unsent: list[list[Any]] = field(default_factory=list)
 
@@ -209,9 +209,8 @@ class _Worker:
         Raises:
             WorkerEnded: the worker has ended.
         """
-        if self.known_templates.get(request.template.key) is not request.template:
-            # An equal template that is a new object does not have the plans that the worker sent before.
-            self.known_templates[request.template.key] = request.template
+        if request.template.key not in self.known_templates:
+            self.known_templates.add(request.template.key)
             self.unsent.append(["define_template", request.template.key, request.template.description.encode(), 0.0])
         self.unsent.append(request.frame)
         self.pending.append(request)

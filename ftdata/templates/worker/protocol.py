@@ -16,9 +16,9 @@ from typing import Any
 import msgspec
 
 from ftdata.errors import BadRow
-from ftdata.templates.attribution.watched_strings import RecordedOperation
-from ftdata.templates.cache.plans import ContentLeaf, RenderPlan
-from ftdata.templates.cache.turn_cache import Anchor
+from ftdata.templates.attribution.watched_strings import REPLAYED_METHODS
+from ftdata.templates.recorded_runs import Expressions
+from ftdata.templates.render_cache import TextLayout, LayoutKey, Slot
 from ftdata.types import Conversation, Part, Rendered, SpanKinds, Spans
 
 
@@ -100,36 +100,40 @@ _PARTS = tuple(Part)
 _NUMBERS = {part: number for number, part in enumerate(_PARTS)}
 
 
-def encode_plan(plan: RenderPlan) -> list[Any]:
-    """Convert a render plan to JSON values."""
-    leaves = [(index, (leaf.message, leaf.changes, leaf.whitespace)) for index, leaf in plan.leaves]
-    operations = [(operation.expression, operation.result) for operation in plan.operations]
+def encode_layout(key: LayoutKey, layout: TextLayout) -> list[Any]:
+    """Convert a layout and its key to JSON values."""
+    expressions = layout.expressions
     return [
-        plan.texts,
-        _encode_slices(leaves),
-        _encode_kinds(plan.kinds),
-        sorted(plan.flags),
-        _encode_slices(operations),
-        plan.excluded_prefixes,
+        key,
+        [expressions.size, _encode_slices(expressions.calls), expressions.results],
+        layout.texts,
+        layout.slots,
+        layout.equal_values,
+        layout.excluded_starts,
+        _encode_kinds(layout.kinds),
+        sorted(layout.flags),
     ]
 
 
-def decode_plan(values: Any) -> RenderPlan:
-    """Create a render plan from the result of `encode_plan`."""
-    texts, leaves, kinds, flags, operations, excluded_prefixes = values
-    return RenderPlan(
+def decode_layout(values: Any) -> tuple[LayoutKey, TextLayout]:
+    """Create a layout and its key from the result of `encode_layout`.
+
+    Raises:
+        ValueError: the layout calls a method that no recorded run calls.
+    """
+    (messages, turns), (size, calls, results), texts, slots, equal_values, excluded_starts, kinds, flags = values
+    expressions = Expressions(size, _decode_slices(calls), _decode_slices(results))
+    if unknown := {method for _, method, _ in expressions.calls} - REPLAYED_METHODS:
+        raise ValueError(f"the methods {', '.join(sorted(unknown))} cannot be replayed")
+    return (tuple(messages), tuple(turns)), TextLayout(
+        expressions,
         tuple(texts),
-        tuple((index, ContentLeaf(*leaf)) for index, leaf in _decode_slices(leaves)),
+        tuple(Slot(*slot) for slot in slots),
+        _decode_slices(equal_values),
+        _decode_slices(excluded_starts),
         _decode_kinds(kinds),
         frozenset(flags),
-        tuple(RecordedOperation(*operation) for operation in _decode_slices(operations)),
-        tuple((_decode_anchor(anchor), excluded) for anchor, excluded in excluded_prefixes),
     )
-
-
-def _decode_anchor(anchor: Any) -> Anchor:
-    index, offset = anchor
-    return index, offset
 
 
 def _encode_slices(value: Any) -> Any:

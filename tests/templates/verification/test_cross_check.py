@@ -124,13 +124,12 @@ def test_contradicted_template_is_refused(tokenizer_dir, monkeypatch):
         encode(TALK, tokenizer_dir("tiny_bpe"), CHATML + "{# another #}")
 
 
-@pytest.mark.parametrize("planned", [True, False])
-def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, planned):
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, is_cached):
     """A fault in a single row stops the build; the error names the row and the message."""
-    from ftdata.templates import chat
-    from ftdata.templates.cache import plans
+    from ftdata.templates import chat, render_cache
 
-    located, fill = chat._locate_turns, plans.RenderPlan.fill
+    located, fill = chat._locate_turns, render_cache.TextLayout.fill
 
     def wrong(it, *given):
         turns = located(it, *given)
@@ -138,9 +137,9 @@ def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, 
             return turns
         return [replace(turn, region=turn.region._replace(start=turn.region.start - 3)) for turn in turns]
 
-    def wrongly_filled(self, messages, contents):
-        found = fill(self, messages, contents)
-        if found is None or messages[0]["content"] != "row 7":
+    def wrongly_filled(self, contents):
+        found = fill(self, contents)
+        if found is None or contents[0] != "row 7":
             return found
         at = next(n for n, span in enumerate(found.spans) if span.generated)
         before, own = found.spans[at - 1 : at + 1]
@@ -151,11 +150,11 @@ def test_real_rows_are_cross_checked_in_every_build(tokenizer_dir, monkeypatch, 
         {"messages": [{"role": "user", "content": "row 7" if n == 7 else f"row {n + 10}"}, TALK[1]]} for n in range(20)
     ]
     build_sft_dataset(rows, tokenizer_dir("tiny_bpe"))
-    if planned:
-        monkeypatch.setattr(plans.RenderPlan, "fill", wrongly_filled)
+    if is_cached:
+        monkeypatch.setattr(render_cache.TextLayout, "fill", wrongly_filled)
     else:
         monkeypatch.setattr(client, "HERE", True)  # where it can be made to fail
-        monkeypatch.setattr(plans.PlanCache, "render", lambda *_: None)
+        monkeypatch.setattr(render_cache.RenderCache, "fill_layout", lambda *_: None)
         monkeypatch.setattr(chat, "_locate_turns", wrong)
     with pytest.raises(TemplateRefused, match="template_not_verified") as caught:
         build_sft_dataset(rows, tokenizer_dir("tiny_bpe"))

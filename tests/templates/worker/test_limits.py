@@ -85,9 +85,10 @@ def test_limit_depends_on_the_row_alone():
     process._get_worker().stop()
 
 
-def test_equal_new_template_object_receives_its_plans(tokenizer_dir):
-    """The worker sends each plan once to each template object, even if the templates are equal."""
+def test_layouts_of_the_worker_serve_equal_templates(tokenizer_dir):
+    """The worker sends a layout once. It serves every template object with the same content."""
     from ftdata.templates import render_in_worker
+    from ftdata.templates.render_cache import describe_shape, render_cache
     from ftdata.templates.template import Template
     from ftdata.types import Conversation
 
@@ -96,4 +97,4 @@ def test_equal_new_template_object_receives_its_plans(tokenizer_dir):
         template = Template("anew", CUSTOM, special_tokens={"eos_token": "<|im_end|>"})
         for _ in range(3):
             render_in_worker(conversation, template)
-        assert template.plan_cache.render(conversation.messages, [1]) is not None
+        assert render_cache(template.key).fill_layout(describe_shape(conversation.messages), [1]) is not None

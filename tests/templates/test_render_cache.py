@@ -1,4 +1,4 @@
-"""Plans: a row filled from a plan equals its rendering; other rows are rendered."""
+"""A conversation that is rendered from the cache equals a rendering without a cache."""
 
 from dataclasses import replace
 
@@ -12,6 +12,8 @@ from ftdata.errors import BadRow, FtdataError
 from ftdata.pipeline.examples import build_rows
 from ftdata.pipeline.recipe import make_recipe
 from ftdata.templates import find_template, render_chat, render_in_worker
+from ftdata.templates.chat import ChatRendering, render_turns
+from ftdata.templates.render_cache import describe_shape, render_cache
 from ftdata.testing import text_strategy
 from ftdata.types import Conversation, Reject, Row, Source
 
@@ -39,38 +41,64 @@ SOURCES = {
 }  # fmt: skip
 
 
-def fresh(tokenizer, template):
-    """Return a template without cached plans."""
-    return replace(make_recipe(tokenizer, template).template)
+@pytest.fixture(autouse=True)
+def _empty_cache():
+    render_cache.cache_clear()
 
 
-def outcome(conversation, template, turns):
+def outcome(render, *arguments):
     try:
-        return render_in_worker(conversation, template, turns)
+        return render(*arguments)
     except BadRow as error:
         return error.code
+
+
+def render_without_cache(conversation, template, turns):
+    """Render with a new template object and no cache at all."""
+
+    def render(first_messages, _, indices, on_dropped_message):
+        return render_turns(
+            ChatRendering.from_conversation(first_messages, replace(template)), indices, on_dropped_message
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(render_chat, "render_cached", render)
+        return render_chat.render_chat(conversation, template, turns)
+
+
+FIELDS = st.sampled_from(
+    [
+        *[lambda text: {"content": text}] * 6,
+        lambda text: {"content": text, "train": False},
+        lambda text: {"content": text, "name": "x"},
+        lambda text: {"content": [{"type": "text", "text": text}]},
+        lambda text: {"content": "so", "reasoning_content": text},
+    ]
+)
 
 
 @pytest.mark.parametrize("name", SOURCES)
 @often(60)
 @given(
     shape=st.sampled_from(["ua", "sua", "uaua"]),
+    fields=st.lists(FIELDS, min_size=4, max_size=4),
     contents=st.lists(
         st.lists(text_strategy() | st.sampled_from(HARD), min_size=4, max_size=4), min_size=3, max_size=6
     ),
-    turns=st.sampled_from(["auto", "joint"]),
+    turns=st.sampled_from(["auto", "joint", "split"]),
 )
-def test_plan_equals_a_new_rendering(tokenizer_dir, name, shape, contents, turns):
-    tokenizer, template = SOURCES[name]
-    known = make_recipe(tokenizer_dir(tokenizer), template).template
-    for said in contents:
-        messages = tuple({"role": ROLES[one], "content": text} for one, text in zip(shape, said, strict=False))
+def test_cached_renderings_equal_new_renderings(tokenizer_dir, name, shape, fields, contents, turns):
+    tokenizer, source = SOURCES[name]
+    template = make_recipe(tokenizer_dir(tokenizer), source).template
+    for texts in contents:
+        messages = tuple(
+            {"role": ROLES[role], **make(text)} for role, make, text in zip(shape, fields, texts, strict=False)
+        )
         conversation = Conversation(messages)
-        found = outcome(conversation, known, turns)
-        kept = known.plan_cache.plans_by_shape.copy()
-        known.plan_cache.plans_by_shape.clear()
-        assert outcome(conversation, known, turns) == found
-        known.plan_cache.plans_by_shape.update({**known.plan_cache.plans_by_shape, **kept})
+        expected = outcome(render_without_cache, conversation, template, turns)
+        assert outcome(render_in_worker, conversation, template, turns) == expected
+        # This process also has a cache of its own.
+        assert outcome(render_chat.render_chat, conversation, template, turns) == expected
 
 
 def counted(monkeypatch, template):
@@ -90,7 +118,7 @@ def talk(turns, blanks=False):
     return Conversation(tuple({"role": ("user", "assistant")[n % 2], "content": said(n)} for n in range(2 * turns)))
 
 
-def test_whitespace_around_texts_needs_no_other_plan(tokenizer_dir, monkeypatch):
+def test_whitespace_around_texts_needs_no_other_run(tokenizer_dir, monkeypatch):
     template = make_recipe(tokenizer_dir("tiny_bpe"), SOURCES["chatml"][1]).template
     render_in_worker(talk(3), template)
     runs = counted(monkeypatch, template)
@@ -112,7 +140,7 @@ def test_dropped_message_is_found_after_an_empty_message(tokenizer_dir, blank):
     assert raised.value.code == "message_dropped"
 
 
-def test_longer_conversations_reuse_the_plans_of_shorter_ones(tokenizer_dir, monkeypatch):
+def test_longer_conversations_reuse_the_runs_of_shorter_ones(tokenizer_dir, monkeypatch):
     template = make_recipe(tokenizer_dir("tiny_bpe"), SOURCES["chatml"][1]).template
     for turns in range(1, 12):
         render_in_worker(talk(turns), template)
@@ -122,8 +150,8 @@ def test_longer_conversations_reuse_the_plans_of_shorter_ones(tokenizer_dir, mon
     assert len(runs) <= 5
 
 
-def test_split_turns_use_plans(tokenizer_dir, monkeypatch):
-    template = fresh(tokenizer_dir("qwen"), None)
+def test_split_turns_use_the_cache(tokenizer_dir, monkeypatch):
+    template = make_recipe(tokenizer_dir("qwen"), None).template
     assert len(render_in_worker(talk(3), template)) == 3
     runs = counted(monkeypatch, template)
     for number in range(4):
@@ -133,9 +161,9 @@ def test_split_turns_use_plans(tokenizer_dir, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["chatml", "qwen"])
-def test_fast_path_conversations_are_rendered_once(tokenizer_dir, name):
+def test_plain_conversations_of_a_shape_are_rendered_once(tokenizer_dir, name):
     tokenizer, source = SOURCES[name]
-    template = fresh(tokenizer_dir(tokenizer), source)
+    template = make_recipe(tokenizer_dir(tokenizer), source).template
     runs = []
     rendered = type(template).run
 
@@ -183,7 +211,7 @@ GROWTH = {
 
 
 @pytest.mark.parametrize("growth", GROWTH)
-def test_work_of_plans_in_this_process_is_bounded(growth, tokenizer_dir):
+def test_work_of_cached_renderings_is_bounded(growth, tokenizer_dir):
     """The template stays within its limits on short rows; on a long row this process must not exceed them instead."""
     import resource
     import time
@@ -207,14 +235,11 @@ def test_work_of_plans_in_this_process_is_bounded(growth, tokenizer_dir):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 800 << 10
 
 
-def test_ordinary_plans_are_within_the_bounds():
+def test_ordinary_layouts_are_within_the_bounds():
     from ftdata.templates.template import Template
 
-    talk = [
-        {"role": "user", "content": f"question {n}"} if n % 2 == 0 else {"role": "assistant", "content": f"answer {n}"}
-        for n in range(60)
-    ]
+    messages = tuple({"role": ("user", "assistant")[n % 2], "content": f"text {n}"} for n in range(60))
     template = Template("honest", CHATML, special_tokens={"eos_token": "<|im_end|>"})
     for _ in range(2):
-        render_chat.render_chat(Conversation(tuple(talk)), template)
-    assert template.plan_cache.render(talk, list(range(1, 60, 2))) is not None
+        render_chat.render_chat(Conversation(messages), template)
+    assert render_cache(template.key).fill_layout(describe_shape(messages), range(1, 60, 2)) is not None

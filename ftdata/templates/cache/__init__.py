@@ -1,1 +1,0 @@
-"""Caches that reuse earlier renderings of a template for similar conversations."""
