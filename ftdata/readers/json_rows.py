@@ -11,13 +11,15 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
-from itertools import chain
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain
 from typing import Any
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from ftdata.errors import InputRefused
 from ftdata.readers.json_scan import COLUMNS, json_depth, scan_json, scan_outline
@@ -37,6 +39,9 @@ _WEB_PAGES = (b"<!doctype", b"<html", b"<?xml")
 _LFS_POINTER = b"version https://git-lfs"
 _RAW_LIMIT = 4096
 
+_MIN_BLOCK_LINES, _MAX_BLOCK_LINES, _MAX_BLOCK_BYTES = 4, 64, 1 << 16
+"""Limits of the lines that are parsed together."""
+
 MAX_DEPTH = 128
 """Maximum number of nested brackets in a row."""
 
@@ -44,7 +49,7 @@ _STRAY_VALUE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[^\s,\[\]"]+', re.DOTA
 _KEY = re.compile(rb'"[ \t\r\n]*:')
 # To search for a number of 19 digits quickly, all digits are replaced by zeros.
 _DIGITS, _LONG_NUMBER = bytes.maketrans(b"123456789", b"000000000"), b"0" * 19
-_WHITESPACE = b" \t\r\n"
+_QUOTE_ESCAPE = rb"\u0022"
 _SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
 _PUNCTUATION = re.compile(rb"[\[\]]*|,")
 # Escapes that hide a quote, a space or a colon, so that a text looks like a key or a key like a text.
@@ -155,6 +160,7 @@ def _read_lines(stream: io.BufferedReader, file: Input) -> Rows:
         # The bytes before the first line break belong to a line of the previous part.
         stream.seek(offset - 1)
         offset += _skip_line(stream) - 1
+    block = _LineBlock()
     while (end is None or offset < end) and (raw := stream.readline(MAX_LINE + 1)):
         number += 1
         if raw == b"\n":
@@ -167,21 +173,73 @@ def _read_lines(stream: io.BufferedReader, file: Input) -> Rows:
         offset += size
         text = raw.removeprefix(_BOM)  # concatenated files have a mark in the middle
         if size > MAX_LINE:
+            yield from block.parse()
             yield _too_long_reject(source, size)
         elif not text or text.isspace():
             continue
-        else:
-            row = parse_row(text, source, whole_line=True)
-            if isinstance(row, Reject) and not raw.endswith(b"\n"):
-                reason = f"{row.reason}; the file ends inside this line"
-                row = replace(
-                    row, code="partial_file", reason=reason, fix="write the file again, it is probably truncated"
-                )
-            yield row
+        elif block.add(text, source):
+            yield from block.parse()
         index += 1
+    yield from block.parse()
     if index == 0 and file.span is None:
         raise no_rows_error(file.path)
     return number
+
+
+@dataclass
+class _LineBlock:
+    """Consecutive lines that are parsed and checked together, which is faster than line by line.
+
+    Attributes:
+        texts: the lines.
+        sources: the sources of the lines.
+        characters: total length of the lines.
+        size: maximum number of lines. It begins with 1, so that the first row of a slow stream is available at once.
+    """
+
+    texts: list[bytes] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
+    characters: int = 0
+    size: int = 1
+
+    def add(self, text: bytes, source: Source) -> bool:
+        """Add a line, and return whether the block is full."""
+        self.texts.append(text)
+        self.sources.append(source)
+        self.characters += len(text)
+        return len(self.texts) >= self.size or self.characters >= _MAX_BLOCK_BYTES
+
+    def parse(self) -> list[Row | Reject]:
+        """Parse and remove all lines of the block."""
+        texts, sources, characters = self.texts, self.sources, self.characters
+        self.texts, self.sources, self.characters, self.size = [], [], 0, min(2 * self.size, _MAX_BLOCK_LINES)
+        return _parse_lines(texts, sources) if characters <= 2 * _MAX_BLOCK_BYTES else _parse_each(texts, sources)
+
+
+def _parse_lines(texts: list[bytes], sources: list[Source]) -> list[Row | Reject]:
+    """Parse lines together. If this fails, or the lines need a slower check, parse each half."""
+    if len(texts) < _MIN_BLOCK_LINES:
+        return _parse_each(texts, sources)
+    try:
+        values = [*map(orjson.loads, texts)]
+    except orjson.JSONDecodeError:
+        values = []
+    if values and {*map(type, values)} <= {dict, list} and _are_lossless(values, texts):
+        return [*map(Row, values, sources)]
+    middle = len(texts) // 2
+    return _parse_lines(texts[:middle], sources[:middle]) + _parse_lines(texts[middle:], sources[middle:])
+
+
+def _parse_each(texts: list[bytes], sources: list[Source]) -> list[Row | Reject]:
+    return [_parse_line(text, source) for text, source in zip(texts, sources, strict=True)]
+
+
+def _parse_line(text: bytes, source: Source) -> Row | Reject:
+    row = parse_row(text, source, whole_line=True)
+    if isinstance(row, Reject) and not text.endswith(b"\n"):
+        reason = f"{row.reason}; the file ends inside this line"
+        return replace(row, code="partial_file", reason=reason, fix="write the file again, it is probably truncated")
+    return row
 
 
 def _skip_line_breaks(stream: io.BufferedReader) -> int:
@@ -366,7 +424,7 @@ def _parse_value(text: bytes, source: Source, *, whole_line: bool) -> Any:
         if json_depth(text) > MAX_DEPTH:
             raise _too_deep_fault() from None
         return _parse_with_json(text.rstrip(), source, error, whole_line=whole_line)
-    if _is_lossless(value, text):
+    if text.count(b"[") + text.count(b"{") <= MAX_DEPTH and orjson.dumps(value) == text.rstrip():
         return value
     keys, has_floats = _count_keys(value)
     # orjson converts integers beyond 64 bits to floats.
@@ -377,16 +435,45 @@ def _parse_value(text: bytes, source: Source, *, whole_line: bool) -> Any:
     return value
 
 
-def _is_lossless(value: Any, text: bytes) -> bool:
-    """Check quickly whether a parsed value contains all data of its JSON text and is not nested too deeply.
+def _are_lossless(values: Sequence[Any], texts: Sequence[bytes]) -> bool:
+    r"""Check quickly whether parsed values contain all data of their JSON texts, and are not nested too deeply.
 
-    If the serialized value differs from the text only in whitespace, no key and no digit was lost. `False` means that a
-    slower check is necessary.
+    `False` means that a slower check is necessary. Of an object that repeats a key, orjson keeps only the last value.
+    Each key and each string has two quotes, and orjson writes a quote inside a string as the text does, except for
+    the escape `\u0022`. So if the values have as many quotes as the texts, no key was lost.
     """
-    if text.count(b"[") + text.count(b"{") > MAX_DEPTH:
+    joined = b"".join(texts)
+    codes = np.frombuffer(joined, np.uint8)
+    # "[" and "{" differ only in the bit 0x20.
+    brackets = np.flatnonzero(codes | 0x20 == ord("{"))
+    counts = np.searchsorted(brackets, [*accumulate(map(len, texts), initial=0)])
+    if (counts[1:] - counts[:-1]).max() > MAX_DEPTH:
         return False
-    dumped = orjson.dumps(value)
-    return dumped == text.rstrip() or dumped.translate(None, _WHITESPACE) == text.translate(None, _WHITESPACE)
+    dumped = orjson.dumps(values)
+    if dumped == b"[%s]" % b",".join([text.rstrip() for text in texts]):
+        return True
+    if _has_quote_escape(codes) or _count_quotes(codes) != _count_quotes(np.frombuffer(dumped, np.uint8)):
+        return False
+    # orjson converts integers beyond 64 bits to floats. Such an integer has at least 19 digits, so among every fourth
+    # character of the text, four consecutive characters are digits.
+    are_digits = codes[::4] - ord("0") < 10
+    are_pairs = are_digits[1:] & are_digits[:-1]
+    may_have_long_number = bool((are_pairs[2:] & are_pairs[:-2]).any())
+    return not (may_have_long_number and _LONG_NUMBER in joined.translate(_DIGITS))
+
+
+def _has_quote_escape(codes: NDArray[np.uint8]) -> bool:
+    """Return whether a text contains the escape of a quote, `u0022` after a backslash."""
+    first, second = _QUOTE_ESCAPE[:2]
+    candidates = np.flatnonzero((codes[:-1] == first) & (codes[1:] == second))
+    for distance, code in enumerate(_QUOTE_ESCAPE):
+        candidates = candidates[codes.take(candidates + distance, mode="clip") == code]
+    return len(candidates) > 0
+
+
+def _count_quotes(codes: NDArray[np.uint8]) -> int:
+    # This is five times as fast as `bytes.count`.
+    return int(np.count_nonzero(codes == ord('"')))
 
 
 def _count_keys(value: Any, depth: int = 1) -> tuple[int, bool]:

@@ -18,7 +18,7 @@ import msgspec
 from ftdata.errors import BadRow
 from ftdata.templates.attribution.watched_strings import REPLAYED_METHODS
 from ftdata.templates.recorded_runs import Expressions
-from ftdata.templates.render_cache import TextLayout, LayoutKey, Slot
+from ftdata.templates.render_cache import LayoutKey, Slot, TextLayout
 from ftdata.types import Conversation, Part, Rendered, SpanKinds, Spans
 
 
