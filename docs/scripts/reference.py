@@ -19,6 +19,7 @@ from typer.models import ArgumentInfo
 from ftdata.cli import app
 from ftdata.config import SECTIONS, Config, Lora
 from ftdata.inspection.checks import checks
+from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.mask import masks
 from ftdata.readers import readers
 from ftdata.schemas import schemas
@@ -70,6 +71,14 @@ tokens; with `--near-duplicate-threshold`, by their words. Checks marked † nee
 |---|---|---|---|---|---|
 """
 OF = {"flag": "examples", "row": "a row", "data": "all rows", "template": "tokenizer, template"}
+FLAG_HEAD = """# Flags
+
+A flag marks an example with a property that you should know about: see [masks](../masks.md#flags). `ftdata audit`
+reports the flags that have a severity.
+
+| flag | severity | meaning | fix |
+|---|---|---|---|
+"""
 CONFIGURATION = """# Configuration
 
 Fields of the YAML or TOML file of [`ftdata train`](../train.md), and of `--set NAME=VALUE`. The fields up to
@@ -159,6 +168,14 @@ def check_page():
     return CHECKS + "\n".join(lines) + "\n"
 
 
+def flag_page():
+    """Return the page of all flags of examples."""
+    rows = (
+        f"| `{flag.code}` | {flag.severity} | {cell(flag.sentence)} | {cell(flag.fix)} |" for flag in FLAGS.values()
+    )
+    return FLAG_HEAD + "\n".join(rows) + "\n"
+
+
 def said(kind):
     """Return the docstrings of the fields of a class."""
     body = ast.parse(inspect.getsource(kind)).body[0].body
@@ -239,6 +256,7 @@ PAGES = {
     "configuration.md": configuration,
     "checks.md": check_page,
     "errors.md": errors.page,
+    "flags.md": flag_page,
     "schemas.md": schema_page,
     "plugins.md": plugin_page,
 }

@@ -99,7 +99,7 @@ def build_sft_dataset(
         control_tokens: `"escape"`, `"refuse"` or `"allow"` control-token text inside the data.
         on_dropped_message: `"reject"` or `"flag"` a row if the template omits a system, user or tool message.
         on_missing_stop: `"flag"` a last turn for which the template prints no stop token, or `"append_eos"` to it.
-        reject_flags: flags, such as `"no_trained_stop"`, that reject a row; see `ftdata.pipeline.flags.FLAGS`.
+        reject_flags: flags, such as `"no_trained_stop"`, that reject a row; docs/reference/flags.md lists them.
         max_length: the maximum number of tokens of an example and of a pack.
         overlong: `"reject"`, `"drop_turns"` or `"truncate"`.
         packing: `None` or `"bfd"`: best-fit decreasing (Ding et al. 2024, arXiv:2404.10830), but examples are never

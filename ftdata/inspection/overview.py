@@ -19,7 +19,7 @@ from ftdata.inspection.row_views import RowView, added_texts, make_row_view
 from ftdata.inspection.survey import Ints, Outliers, Progress, RowNumbers, Survey, row_key, survey_rows
 from ftdata.inspection.target import Target
 from ftdata.pipeline.examples import Batch, BuiltRow
-from ftdata.pipeline.flags import FLAGS
+from ftdata.pipeline.flags import describe_flags
 from ftdata.pipeline.recipe import Recipe
 from ftdata.storage import disk
 from ftdata.types import Reject
@@ -156,9 +156,7 @@ def _describe_rows(rows: Sequence[RowView], survey: Survey) -> str:
 def collect_warnings(survey: Survey, recipe: Recipe) -> Iterator[str]:
     """Yield warnings about the template, and one warning for each kind of problem that was flagged in examples."""
     yield from added_texts(recipe)
-    for flag, count in survey.flags.items():
-        if flag in FLAGS and flag != "pretokenized":
-            yield FLAGS[flag].format(n=f"{count:,}", repeated="some")
+    yield from describe_flags({flag: count for flag, count in survey.flags.items() if flag != "pretokenized"})
 
 
 def describe_lengths(survey: Survey, recipe: Recipe) -> str:

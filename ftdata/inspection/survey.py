@@ -14,6 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ftdata.pipeline.examples import Batch, BuiltRow, build_batches
+from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.recipe import Recipe
 from ftdata.readers import FileSource, MemorySource
 from ftdata.readers.row_filter import RowFilter
@@ -309,6 +310,9 @@ def row_key(outcome: BuiltRow | Reject) -> tuple[str, int, str]:
     return conversation.source.path, conversation.source.row, example
 
 
+_FLAG_KINDS = {flag.code: flag.outlier for flag in FLAGS.values() if flag.outlier} | {"truncated": "truncated"}
+"""The kind of outlier for each flag."""
+
 ScoredRow = tuple[float, int, BuiltRow | Reject]
 """The score of an outlier, a counter that decreases with each row, and the row."""
 
@@ -372,19 +376,3 @@ class Outliers:
             for _, _, outcome in sorted(self.heaps.get(kind, ()), key=lambda scored: scored[:2], reverse=True):
                 outliers.setdefault(row_key(outcome), (outcome, []))[1].append(kind)
         yield from outliers.values()
-
-
-_FLAG_KINDS = {
-    "no_trained_stop": "no stop token",
-    "missing_final_stop": "no stop token",
-    "control_tokens": "control tokens in the text",
-    "answer_truncated": "answer truncated",
-    "truncated": "truncated",
-    "history_rewritten": "rewritten by the template",
-    "conversation_split": "rewritten by the template",
-    "message_truncated": "not fully printed by the template",
-    "message_dropped": "not fully printed by the template",
-    "reasoning_dropped": "not fully printed by the template",
-    "tools_dropped": "not fully printed by the template",
-}
-"""The kind of outlier for each flag."""

@@ -125,8 +125,3 @@ def register_check(
         return function
 
     return register
-
-
-def register_flag_check(code: str, severity: str, message: str, fix: str) -> None:
-    """Register a check that reports every row with the flag `code`."""
-    register_check(code, severity, "flag", message, fix)(lambda _: iter(()))

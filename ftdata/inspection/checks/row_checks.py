@@ -8,112 +8,16 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ftdata.inspection import text_detectors
-from ftdata.inspection.checks.registry import CheckedRow, register_check, register_flag_check
+from ftdata.inspection.checks.registry import CheckedRow, register_check
 from ftdata.inspection.row_views import content_texts
+from ftdata.pipeline.flags import FLAGS
 from ftdata.types import Message
 
 # --- flags, which the pipeline sets
 
-register_flag_check(
-    "no_trained_stop",
-    "error",
-    "a trained turn does not end in a trained control token: the model will not learn to stop",
-    "use a template that ends turns with a control token, or set on_missing_stop='append_eos'",
-)
-register_flag_check(
-    "answer_truncated",
-    "error",
-    "max_length cuts an answer in the middle: the model learns to stop in mid-sentence",
-    "raise max_length, or set overlong='drop_turns'",
-)
-register_flag_check(
-    "missing_final_stop",
-    "warning",
-    "the last turn has no stop token: the template prints it only before the next message",
-    "set on_missing_stop='append_eos' to append and train the EOS token",
-)
-register_flag_check(
-    "message_truncated",
-    "warning",
-    "the template prints only part of a message",
-    "run `ftdata preview --odd` to see the missing text, and use a template that prints it",
-)
-register_flag_check(
-    "message_dropped", "warning", "the template does not print a message", "use a template that prints it"
-)
-register_flag_check(
-    "reasoning_dropped",
-    "warning",
-    "the template does not print the reasoning",
-    "use a template that prints reasoning, or remove the reasoning from the data",
-)
-register_flag_check(
-    "tools_dropped",
-    "warning",
-    "the template does not print all of the tool definitions",
-    "use a template that prints tools, or remove the tools from the data",
-)
-register_flag_check(
-    "fields_dropped",
-    "note",
-    "the template does not print some fields of the messages",
-    "remove the fields from the data if the model does not need them; otherwise use a template that prints them",
-)
-register_flag_check(
-    "prompt_mismatch",
-    "warning",
-    "the trained text lacks template text that the generation prompt contains at inference",
-    "run `ftdata templates check`; add reasoning to the data if the generation prompt opens a thinking block",
-)
-register_flag_check(
-    "empty_thinking",
-    "warning",
-    "answers train an empty thinking block, which the template prints for messages without reasoning",
-    "pass --template-kwarg enable_thinking=false if the template supports it, which moves the block to the prompt; "
-    "or add reasoning to the data; keep it only if the model should learn to skip thinking",
-)
-register_flag_check(
-    "token_crosses_boundary",
-    "warning",
-    "a trained token crosses the boundary of the answer: inference never produces a token merged with the prompt",
-    "end the prompt with a control token or a line break, or move the space before the answer into the generation tags",
-)
-register_flag_check(
-    "whitespace_removed",
-    "warning",
-    "a control token of the tokenizer removes whitespace of the row, which no token contains",
-    "remove the whitespace from the data, or set lstrip and rstrip of the token to false in tokenizer.json",
-)
-register_flag_check(
-    "rejected_side_dropped",
-    "note",
-    "the build contains only the chosen side of preference pairs",
-    "ignore this note if you want supervised fine-tuning on the chosen side",
-)
-register_flag_check(
-    "generation_tags_unconfirmed",
-    "warning",
-    "the template's generation tags mark text that the model might not generate",
-    "correct the generation tags of the template, or remove them: ftdata locates turns without them",
-)
-register_flag_check(
-    "stop_outside_generation_tags",
-    "note",
-    "the template's generation tags exclude the stop token; ftdata trains it anyway",
-    "move the stop token inside the generation tags of the template",
-)
-register_flag_check(
-    "control_tokens",
-    "warning",
-    "the data contains the text of control tokens, which is tokenized as plain text",
-    "remove it from the data if it is left over from another template",
-)
-register_flag_check(
-    "trailing_messages",
-    "warning",
-    "the conversation ends with messages that have no answer",
-    "remove these messages from the data",
-)
+for _flag in FLAGS.values():
+    if _flag.severity:
+        register_check(_flag.code, _flag.severity, "flag", _flag.sentence, _flag.fix)(lambda _: iter(()))
 
 
 # --- tokens of a row
