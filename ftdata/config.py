@@ -30,20 +30,12 @@ import msgspec
 import yaml
 
 from ftdata.errors import UsageError, describe_exception, shorten, suggest_names
+from ftdata.options import OPTIONS
 from ftdata.redaction import drop_redacted, is_secret_name, redact, redact_text
 
 SECTIONS = {
-    "mask": (
-        "train_on",
-        "train_parts",
-        "turns",
-        "control_tokens",
-        "on_dropped_message",
-        "on_missing_stop",
-        "reject_flags",
-    ),
-    "length": ("max_length", "overlong"),
-    "pack": ("packing",),
+    section: tuple(name for name, option in OPTIONS.items() if option.section == section)
+    for section in ("mask", "length", "pack")
 }
 """Section of a file -> its fields. A scalar in place of a section sets the first field."""
 
@@ -123,9 +115,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     sample: int | float | None = None
     shuffle: bool = False
     test_size: int | float | None = None
+    seed: int = 0
     on_bad_rows: str = "error"
     max_rejects: int | float | str | None = None
-    seed: int = 0
     date: str | None = None
     template_kwargs: dict[str, Any] | None = None
     """Template variables, such as `{enable_thinking: false}`; variables of a row take precedence."""
@@ -154,9 +146,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def build_options(self) -> dict[str, Any]:
         """Return the arguments for `build_sft_dataset`, except `data`, `tokenizer` and `output_dir`."""
-        fields = self.__struct_fields__
-        names = fields[fields.index("template") : fields.index("template_kwargs") + 1]
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in OPTIONS}
 
 
 class _Loader(yaml.SafeLoader):

@@ -19,6 +19,7 @@ from typer.models import ArgumentInfo
 from ftdata.cli import app
 from ftdata.config import SECTIONS, Config, Lora
 from ftdata.inspection.checks import checks
+from ftdata.options import OPTIONS
 from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.mask import masks
 from ftdata.readers import readers
@@ -171,7 +172,7 @@ def check_page():
 def flag_page():
     """Return the page of all flags of examples."""
     rows = (
-        f"| `{flag.code}` | {flag.severity} | {cell(flag.sentence)} | {cell(flag.fix)} |" for flag in FLAGS.values()
+        f"| `{code}` | {flag.severity} | {cell(flag.sentence)} | {cell(flag.fix)} |" for code, flag in FLAGS.items()
     )
     return FLAG_HEAD + "\n".join(rows) + "\n"
 
@@ -204,12 +205,7 @@ def fields(kind, prefix="", *, helps=None):
 
 def configuration():
     """Return the page of the configuration fields. Fields without a docstring have the help of their option."""
-    functions = dict(every_command())
-    helps = {
-        one.name.replace("column", "columns"): info.help
-        for name in ("train", "build")
-        for one, _, info in options(functions[f"ftdata {name}"])
-    }
+    helps = {name: option.help for name, option in OPTIONS.items()}
     sections = "\n".join(
         f"| `{name}` | {', '.join(f'`{one}`' for one in grouped)} |" for name, grouped in SECTIONS.items()
     )

@@ -5,46 +5,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ftdata.cli.options import (
-    SOURCE_HELP,
-    Columns,
-    ControlTokens,
-    Date,
-    Dedup,
-    Encoding,
-    Json,
-    Limit,
-    MaxLength,
-    MaxRejects,
-    NearDuplicateThreshold,
-    OnBadRows,
-    OnDroppedMessage,
-    OnMissingStop,
-    Overlong,
-    Packing,
-    Quoting,
-    RejectFlags,
-    Sample,
-    Schema,
-    Seed,
-    Shuffle,
-    Split,
-    Template,
-    TemplateKwarg,
-    TestSize,
-    Tokenizer,
-    TrainOn,
-    TrainParts,
-    Turns,
-    Where,
-    collect_recipe_options,
-    make_sources,
-    parse_columns,
-)
+from ftdata.cli.options import Json, Tokenizer, TrainingData, add_options, make_sources
 from ftdata.cli.output import print_value, progress_bar
 from ftdata.errors import UsageError, escape_unprintable
 
@@ -52,69 +17,27 @@ config_app = typer.Typer(no_args_is_help=True, help="Import configurations from 
 templates_app = typer.Typer(no_args_is_help=True, help="List, show and check chat templates.")
 
 
+@add_options("rendering", "rows", "selection", "layout", "rejects", "source")
 def build(
-    data: Annotated[list[str], typer.Argument(help=f"Training data: {SOURCE_HELP}", show_default=False)],
+    data: TrainingData,
     tokenizer: Annotated[
         str, typer.Option("--tokenizer", "-t", help="Tokenizer: Hub ID, or folder that contains tokenizer.json")
     ],
     output_dir: Annotated[str, typer.Option("--output-dir", "-o", help="Output folder or URL, e.g. s3://bucket/name")],
-    template: Template = None,
-    schema: Schema = "auto",
-    column: Columns = None,
-    train_on: TrainOn = "assistant",
-    train_parts: TrainParts = None,
-    turns: Turns = "auto",
-    control_tokens: ControlTokens = "escape",
-    on_dropped_message: OnDroppedMessage = "reject",
-    on_missing_stop: OnMissingStop = "flag",
-    reject_flags: RejectFlags = None,
-    max_length: MaxLength = None,
-    overlong: Overlong = "reject",
-    packing: Packing = None,
-    where: Where = None,
-    limit: Limit = None,
-    dedup: Dedup = False,
-    near_duplicate_threshold: NearDuplicateThreshold = None,
-    sample: Sample = None,
-    shuffle: Shuffle = False,
-    test_size: TestSize = None,
-    seed: Seed = 0,
-    on_bad_rows: OnBadRows = "error",
-    max_rejects: MaxRejects = None,
-    date: Date = None,
-    template_kwarg: TemplateKwarg = None,
+    *,
     workers: Annotated[int | None, typer.Option(help="Number of parallel workers; does not affect the output")] = None,
     engine: Annotated[str, typer.Option(help="Where to run the workers: local, ray, or ray:ADDRESS")] = "local",
-    encoding: Encoding = None,
-    quoting: Quoting = None,
-    split: Split = None,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Build a data set of tokens and labels."""
-    arguments = locals()
     from ftdata.build.dataset import write_build
 
+    sources = make_sources(data, options)
+    workers = os.cpu_count() if workers is None and engine == "local" else workers
     with progress_bar() as progress:
         report = write_build(
-            make_sources(data, encoding, split, quoting),
-            tokenizer,
-            output_dir,
-            template=template,
-            **collect_recipe_options(arguments),
-            packing=packing,
-            where=where,
-            limit=limit,
-            dedup=dedup,
-            near_duplicate_threshold=near_duplicate_threshold,
-            sample=sample,
-            shuffle=shuffle,
-            test_size=test_size,
-            seed=seed,
-            on_bad_rows=on_bad_rows,
-            max_rejects=max_rejects,
-            workers=os.cpu_count() if workers is None and engine == "local" else workers,
-            engine=engine,
-            progress=progress,
+            sources, tokenizer, output_dir, workers=workers, engine=engine, progress=progress, **options
         )
     print_value(report, as_json=as_json)
     if not as_json:
@@ -122,40 +45,21 @@ def build(
         print(f"built    {output_dir} {timing}")
 
 
+@add_options("template", "schema", "columns", "selection", "rejects", "source")
 def convert(
-    data: Annotated[list[str], typer.Argument(help=f"Training data: {SOURCE_HELP}", show_default=False)],
+    data: TrainingData,
     output: Annotated[Path, typer.Option("--output", "-o", help="Output file (.jsonl or .parquet)")],
     to: Annotated[str, typer.Option(help="Schema of the output: messages, prompt_completion, or text")] = "messages",
     tokenizer: Tokenizer = None,
-    template: Template = None,
-    schema: Schema = "auto",
-    column: Columns = None,
-    where: Where = None,
-    limit: Limit = None,
-    on_bad_rows: OnBadRows = "error",
-    max_rejects: MaxRejects = None,
-    encoding: Encoding = None,
-    quoting: Quoting = None,
-    split: Split = None,
+    *,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Convert rows to messages, to prompt/completion pairs, or to rendered text."""
     from ftdata.build.convert import convert as convert_rows
 
-    report = convert_rows(
-        make_sources(data, encoding, split, quoting),
-        output,
-        to,
-        tokenizer=tokenizer,
-        template=template,
-        schema=schema,
-        columns=parse_columns(column),
-        where=where,
-        limit=limit,
-        on_bad_rows=on_bad_rows,
-        max_rejects=max_rejects,
-    )
-    print_value(report, as_json=as_json)
+    sources = make_sources(data, options)
+    print_value(convert_rows(sources, output, to, tokenizer=tokenizer, **options), as_json=as_json)
 
 
 def verify(

@@ -33,6 +33,14 @@ def print_value(value: Any, *, as_json: bool) -> None:
     )
 
 
+def print_report(report: Any, *, as_json: bool, pager: bool = False) -> None:
+    """Print a report as JSON, or as styled text, which a pager shows if it is long."""
+    if as_json:
+        print_value(report, as_json=True)
+    else:
+        print_paged(report.print, pager=pager)
+
+
 def print_paged(render: Callable[[Any], None], *, pager: bool = False) -> None:
     """Print output through a rich console, and use a pager if the output is long.
 

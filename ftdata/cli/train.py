@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ftdata.cli.options import Columns, Json, Limit, MaxLength, MaxRejects, Packing, Template, TestSize, parse_columns
+from ftdata.cli.options import Json, add_options
 from ftdata.cli.output import print_value, write_stdout
 from ftdata.errors import UsageError, escape_unprintable
 
@@ -32,6 +32,7 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 UseBase = Annotated[bool, typer.Option("--base", help="Use the base model instead of the trained model")]
 
 
+@add_options("template", "limit")
 def init(
     data: Annotated[
         str, typer.Argument(help="Training data, in any format that `ftdata build` reads", show_default=False)
@@ -41,18 +42,16 @@ def init(
         "run.yaml"
     ),
     output_dir: Annotated[str, typer.Option(help="Value of the setting output_dir in the new configuration")] = "out",
-    template: Template = None,
-    limit: Limit = None,
+    *,
     trust_remote_code: TrustRemoteCode = False,
+    **options: Any,
 ) -> None:
     """Write a commented training configuration. Its values are computed from the data and the model."""
     from ftdata.train import init as make_config_text
 
     if str(output) != "-" and (output.exists() or output.is_symlink()):
         raise UsageError("target_exists", f"{output} already exists", hint="choose another file with --output")
-    text = make_config_text(
-        data, model, output_dir, template=template, limit=limit, trust_remote_code=trust_remote_code or None
-    )
+    text = make_config_text(data, model, output_dir, trust_remote_code=trust_remote_code or None, **options)
     if str(output) == "-":
         write_stdout(text)
         return
@@ -60,6 +59,11 @@ def init(
     print(f"wrote {output}; review it, then run: ftdata train {output}")
 
 
+@add_options(
+    *("template", "schema", "columns", "train_on", "turns", "max_length", "overlong", "packing", "test_size", "limit"),
+    *("on_bad_rows", "max_rejects"),
+    are_unset=True,
+)
 def train(
     source: Annotated[
         str,
@@ -70,28 +74,7 @@ def train(
     ],
     model: Model = None,
     output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Output directory of the run")] = None,
-    template: Template = None,
-    schema: Annotated[
-        str | None, typer.Option(help="Schema of the rows: a name, ./file.py:function, or 'auto' to detect it")
-    ] = None,
-    column: Columns = None,
-    train_on: Annotated[
-        str | None, typer.Option(help="Messages to train on: assistant, last_assistant, completion or all")
-    ] = None,
-    turns: Annotated[
-        str | None, typer.Option(help="Examples per conversation: 'joint' (one), 'split' (one per turn) or 'auto'")
-    ] = None,
-    max_length: MaxLength = None,
-    overlong: Annotated[
-        str | None, typer.Option(help="What to do with longer examples: reject, drop_turns or truncate")
-    ] = None,
-    packing: Packing = None,
-    test_size: TestSize = None,
-    limit: Limit = None,
-    on_bad_rows: Annotated[
-        str | None, typer.Option(help="What to do with invalid rows: 'error' (stop) or 'quarantine' (skip)")
-    ] = None,
-    max_rejects: MaxRejects = None,
+    *,
     quantization: Annotated[str | None, typer.Option(help="Quantize the base model: nf4 (QLoRA), fp4 or int8")] = None,
     lora_r: Annotated[int | None, typer.Option(help="Rank of the LoRA adapter")] = None,
     attn_implementation: Annotated[
@@ -107,26 +90,15 @@ def train(
     ] = False,
     resume: Annotated[bool, typer.Option(help="Resume from the last complete checkpoint")] = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Train a model on data or a build, with LoRA, QLoRA or full fine-tuning."""
     import ftdata.train
 
-    options: dict[str, Any] = {
+    options |= {
         "model": model,
         "output_dir": output_dir,
         "settings": set_ or [],
-        "template": template,
-        "schema": schema,
-        "columns": parse_columns(column),
-        "train_on": train_on,
-        "turns": turns,
-        "max_length": max_length,
-        "overlong": overlong,
-        "packing": packing,
-        "test_size": test_size,
-        "limit": limit,
-        "on_bad_rows": on_bad_rows,
-        "max_rejects": max_rejects,
         "quantization": quantization,
         "lora_r": lora_r,
         "attn_implementation": attn_implementation,

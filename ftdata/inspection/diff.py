@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from itertools import islice, pairwise, zip_longest
 from pathlib import Path
@@ -41,19 +41,12 @@ from ftdata.inspection.row_views import ExampleView, RowView, make_row_view, to_
 from ftdata.inspection.survey import Progress
 from ftdata.inspection.target import Target, make_target
 from ftdata.inspection.terminal import has_no_colors, style_segments
-from ftdata.pipeline.recipe import Options
+from ftdata.options import option_names
 from ftdata.readers.streams import STDIN
 from ftdata.tokenizing.tokenizer import Tokenizer
 from ftdata.types import Reject
 
-_RECIPE_OPTIONS = (
-    "template",
-    "date",
-    "template_kwargs",
-    "where",
-    "limit",
-    *(option.name for option in fields(Options)),
-)
+_RECIPE_OPTIONS = option_names("rendering", "rows", "selection")
 """Options that select rows, or determine how rows are rendered and tokenized."""
 
 _CONTEXT, _MAX_COMPARED_TOKENS = 8, 4000

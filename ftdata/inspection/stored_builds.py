@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, pairwise
 from pathlib import Path, PurePosixPath
@@ -22,8 +22,9 @@ from ftdata.build import remote
 from ftdata.build.store import read_manifest
 from ftdata.errors import FtdataError, InputRefused, UsageError, describe_exception
 from ftdata.inspection.survey import MOST_REJECTS, Survey
+from ftdata.options import OPTIONS
 from ftdata.pipeline.examples import Batch, BuiltRow, MaskedTexts, pass_tokens_through
-from ftdata.pipeline.recipe import Options, Recipe, make_recipe, recipe_arguments
+from ftdata.pipeline.recipe import Recipe
 from ftdata.tokenizing.batches import Encodings, ExampleColumns, RenderedBatch
 from ftdata.types import IGNORE_INDEX, Conversation, Reject, RowTokens, Source
 
@@ -82,9 +83,9 @@ def refuse_build_options(options: Mapping[str, Any]) -> None:
     Raises:
         UsageError: An option differs from its default.
     """
-    defaults = {option.name: option.default for option in fields(Options)}
     for name, value in options.items():
-        if value is not None and value != defaults.get(name) and not (name == "reject_flags" and not value):
+        default = OPTIONS[name].default if name in OPTIONS else None
+        if value not in (None, default) and not (name == "reject_flags" and not value):
             hint = "remove the option, or pass the data that the build was made from"
             raise UsageError("option_of_finished_build", f"{name} does not apply to a finished build", hint=hint)
 
@@ -101,19 +102,16 @@ def load_build_recipe(folder: Path, tokenizer: Any = None) -> Recipe:
         InputRefused: The folder is not a build, or the build is damaged.
     """
     manifest = read_manifest(folder)
-    names = ("turns", "control_tokens", "on_dropped_message", "on_missing_stop", "max_length", "overlong", "train_on")
     hint = "pass the tokenizer that the build was made with: --tokenizer"
     with _convert_errors(folder / "manifest.json"):
         name, fingerprint = (manifest["options"]["tokenizer"][key] for key in ("name", "fingerprint"))
-        arguments = recipe_arguments(manifest["options"], tokenizer, names=names)
-    try:
-        recipe = make_recipe(**arguments)
-    except FtdataError as error:
-        if tokenizer is not None:
-            raise
-        raise UsageError(
-            "tokenizer_missing", f"{folder} was built with {name}, which cannot be loaded: {error}", hint=hint
-        ) from None
+        try:
+            recipe = Recipe.from_manifest(manifest["options"], tokenizer)
+        except FtdataError as error:
+            if tokenizer is not None:
+                raise
+            problem = f"{folder} was built with {name}, which cannot be loaded: {error}"
+            raise UsageError("tokenizer_missing", problem, hint=hint) from None
     if recipe.tokenizer.fingerprint != fingerprint:
         problem = f"{recipe.tokenizer.name} is not the tokenizer that {folder} was built with ({name})"
         raise UsageError("tokenizer_differs", problem, hint=hint)
@@ -138,6 +136,8 @@ def _convert_errors(path: Path) -> Iterator[None]:
     """Raise `InputRefused` in place of any error that occurs in the `with` block, which reads a file of a build."""
     try:
         yield
+    except FtdataError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         problem = f"{path} cannot be read: {describe_exception(error, 2_000)}"
         raise InputRefused("damaged_build", problem, hint="build the data set again") from None

@@ -310,7 +310,7 @@ def row_key(outcome: BuiltRow | Reject) -> tuple[str, int, str]:
     return conversation.source.path, conversation.source.row, example
 
 
-_FLAG_KINDS = {flag.code: flag.outlier for flag in FLAGS.values() if flag.outlier} | {"truncated": "truncated"}
+_FLAG_KINDS = {code: flag.outlier for code, flag in FLAGS.items() if flag.outlier} | {"truncated": "truncated"}
 """The kind of outlier for each flag."""
 
 ScoredRow = tuple[float, int, BuiltRow | Reject]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from ftdata.build.store import read_manifest
 from ftdata.errors import UsageError, check_choice
 from ftdata.inspection import stored_builds
 from ftdata.inspection.survey import Survey, SurveyStep, survey_steps
-from ftdata.pipeline.recipe import Options, Recipe, make_recipe
+from ftdata.options import option_names
+from ftdata.pipeline.recipe import Recipe, make_recipe
 from ftdata.readers import FileSource, MemorySource, resolve_sources
 from ftdata.readers.row_filter import RowFilter
 
@@ -82,7 +83,7 @@ def make_target(
         InputRefused: A source cannot be read.
     """
     for name in options:
-        check_choice("option", name, ("date", "template_kwargs", *(option.name for option in fields(Options))))
+        check_choice("option", name, option_names("rendering", "rows"))
     folder = stored_builds.find_build_folder(data)
     if folder is not None:
         stored_builds.refuse_build_options(

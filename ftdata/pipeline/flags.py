@@ -11,14 +11,12 @@ class Flag:
     """A property that an example can have.
 
     Attributes:
-        code: the stable name of the flag.
         severity: `"error"`, `"warning"` or `"note"` if `audit` reports rows with this flag; otherwise empty.
         sentence: a description of the property.
         fix: the fix, in the imperative; empty if there is nothing to fix.
         outlier: the kind of outlier that rows with this flag belong to; empty if they are not outliers.
     """
 
-    code: str
     severity: str
     sentence: str
     fix: str = ""
@@ -28,171 +26,144 @@ class Flag:
 _NO_STOP, _REWRITTEN = "no stop token", "rewritten by the template"
 _NOT_PRINTED = "not fully printed by the template"
 
-_FLAGS = (
-    Flag(
-        "no_trained_stop",
+FLAGS = {
+    "no_trained_stop": Flag(
         "error",
         "a trained turn does not end with a trained control token, so the model does not learn to stop",
         "use a template that ends turns with a control token, or set on_missing_stop='append_eos'",
         _NO_STOP,
     ),
-    Flag(
-        "answer_truncated",
+    "answer_truncated": Flag(
         "error",
         "max_length cuts an answer in the middle, so the model learns to stop in mid-sentence",
         "raise max_length, or set overlong='drop_turns'",
         "answer truncated",
     ),
-    Flag(
-        "missing_final_stop",
+    "missing_final_stop": Flag(
         "warning",
         "the last turn has no stop token, because the template prints it only before the next message",
         "set on_missing_stop='append_eos' to append and train the EOS token",
         _NO_STOP,
     ),
-    Flag(
-        "message_truncated",
+    "message_truncated": Flag(
         "warning",
         "the template prints only part of a message",
         "run `ftdata preview --odd` to see the missing text, and use a template that prints it",
         _NOT_PRINTED,
     ),
-    Flag(
-        "message_dropped",
+    "message_dropped": Flag(
         "warning",
         "the template does not print a system, user or tool message",
         "use a template that prints it",
         _NOT_PRINTED,
     ),
-    Flag(
-        "reasoning_dropped",
+    "reasoning_dropped": Flag(
         "warning",
         "the template does not print the reasoning",
         "use a template that prints reasoning, or remove the reasoning from the data",
         _NOT_PRINTED,
     ),
-    Flag(
-        "tools_dropped",
+    "tools_dropped": Flag(
         "warning",
         "the template does not print the tool definitions, or omits some of their names or parameters",
         "use a template that prints tools, or remove the tools from the data",
         _NOT_PRINTED,
     ),
-    Flag(
-        "fields_dropped",
+    "fields_dropped": Flag(
         "note",
         "the template does not print some keys of the messages",
         "remove the keys from the data if the model does not need them; otherwise use a template that prints them",
     ),
-    Flag(
-        "prompt_mismatch",
+    "prompt_mismatch": Flag(
         "warning",
         "the text lacks template text that the generation prompt contains at inference, such as a thinking tag",
         "run `ftdata templates check`; add reasoning to the data if the generation prompt opens a thinking block",
     ),
-    Flag(
-        "empty_thinking",
+    "empty_thinking": Flag(
         "warning",
         "an empty thinking block is trained, because the template prints it for messages without reasoning",
         "pass --template-kwarg enable_thinking=false if the template supports it, which moves the block to the prompt; "
         "or add reasoning to the data; keep it only if the model should learn to skip thinking",
     ),
-    Flag(
-        "token_crosses_boundary",
+    "token_crosses_boundary": Flag(
         "warning",
         "a trained token crosses the boundary of the answer: inference never produces a token merged with the prompt",
         "end the prompt with a control token or a line break, or move the space before the answer into the generation "
         "tags",
     ),
-    Flag(
-        "whitespace_removed",
+    "whitespace_removed": Flag(
         "warning",
         "a control token of the tokenizer removes whitespace of the row (lstrip or rstrip), which no token contains",
         "remove the whitespace from the data, or set lstrip and rstrip of the token to false in tokenizer.json",
     ),
-    Flag(
-        "rejected_side_dropped",
+    "rejected_side_dropped": Flag(
         "note",
         "the example is the chosen side of a preference pair; the rejected side is not used",
         "ignore this note if you want supervised fine-tuning on the chosen side",
     ),
-    Flag(
-        "generation_tags_unconfirmed",
+    "generation_tags_unconfirmed": Flag(
         "warning",
         "the text inside the template's generation tags is trained, although the model might not generate it",
         "correct the generation tags of the template, or remove them: ftdata locates turns without them",
     ),
-    Flag(
-        "stop_outside_generation_tags",
+    "stop_outside_generation_tags": Flag(
         "note",
         "the template's generation tags exclude the stop token; ftdata trains it anyway",
         "move the stop token inside the generation tags of the template",
     ),
-    Flag(
-        "control_tokens",
+    "control_tokens": Flag(
         "warning",
         "the data contains the text of control tokens, which is tokenized as plain text",
         "remove it from the data if it is left over from another template",
         "control tokens in the text",
     ),
-    Flag(
-        "trailing_messages",
+    "trailing_messages": Flag(
         "warning",
         "the conversation ends with messages that have no answer",
         "remove these messages from the data",
     ),
-    Flag(
-        "history_rewritten",
+    "history_rewritten": Flag(
         "",
         "the template renders an earlier turn differently than the model wrote it",
         "set turns='auto' to make one example per turn",
         _REWRITTEN,
     ),
-    Flag(
-        "conversation_split",
+    "conversation_split": Flag(
         "",
         "the conversation is split, because the template rewrites earlier turns: each group of turns is an example",
         "",
         _REWRITTEN,
     ),
-    Flag(
-        "history_not_compared",
+    "history_not_compared": Flag(
         "",
         "an earlier turn cannot be compared with the text that the model wrote, because the template fails on the "
         "conversation up to that turn",
     ),
-    Flag(
-        "template_not_probed",
+    "template_not_probed": Flag(
         "",
         "the example is checked individually: the template fails on simple conversations, so it cannot be probed",
     ),
-    Flag(
-        "generation_tags_overruled",
+    "generation_tags_overruled": Flag(
         "",
         "the text that the model must generate is trained, including the stop token, because the template's generation "
         "tags mark a different text",
     ),
-    Flag("eos_appended", "", "a stop token is appended, because the template does not print one at the end"),
-    Flag("text_after_last_stop", "", "the template prints text after the last stop token; it is not trained"),
-    Flag(
-        "arguments_as_text",
+    "eos_appended": Flag("", "a stop token is appended, because the template does not print one at the end"),
+    "text_after_last_stop": Flag("", "the template prints text after the last stop token; it is not trained"),
+    "arguments_as_text": Flag(
         "",
         "tool call arguments are passed as JSON text, because the template fails on objects",
     ),
-    Flag(
-        "arguments_parsed",
+    "arguments_parsed": Flag(
         "",
         "tool call arguments are passed as objects, because the template encodes JSON text a second time",
     ),
-    Flag(
-        "content_parts_joined",
+    "content_parts_joined": Flag(
         "",
         "a list with a single text part is passed as text, because the template accepts only text",
     ),
-    Flag("pretokenized", "", "the row contains tokens and labels, which are checked and used unchanged"),
-)
-
-FLAGS = {flag.code: flag for flag in _FLAGS}
+    "pretokenized": Flag("", "the row contains tokens and labels, which are checked and used unchanged"),
+}
 """Map each code to its flag. Audit findings of equal severity are printed in this order."""
 
 

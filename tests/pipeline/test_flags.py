@@ -25,7 +25,7 @@ def test_every_flag_is_set_by_a_stage():
 
 
 def test_flags_with_a_severity_are_audit_checks():
-    flags = {flag.code: (flag.severity, flag.sentence, flag.fix) for flag in FLAGS.values() if flag.severity}
+    flags = {code: (flag.severity, flag.sentence, flag.fix) for code, flag in FLAGS.items() if flag.severity}
     found = {
         code: (check.severity, check.message, check.fix) for code, check in checks.items() if check.scope == "flag"
     }
@@ -36,10 +36,10 @@ def test_flags_with_a_severity_are_audit_checks():
 
 def test_sentences_are_clauses():
     """A sentence follows a number of examples or a code, so it starts in lower case and has no full stop."""
-    for flag in FLAGS.values():
-        assert flag.sentence[0].islower(), flag.code
-        assert not flag.sentence.endswith("."), flag.code
-        assert not flag.fix.endswith("."), flag.code
+    for code, flag in FLAGS.items():
+        assert flag.sentence[0].islower(), code
+        assert not flag.sentence.endswith("."), code
+        assert not flag.fix.endswith("."), code
 
 
 def test_reports_describe_counted_flags():

@@ -15,9 +15,9 @@ from ftdata.types import Message
 
 # --- flags, which the pipeline sets
 
-for _flag in FLAGS.values():
+for _code, _flag in FLAGS.items():
     if _flag.severity:
-        register_check(_flag.code, _flag.severity, "flag", _flag.sentence, _flag.fix)(lambda _: iter(()))
+        register_check(_code, _flag.severity, "flag", _flag.sentence, _flag.fix)(lambda _: iter(()))
 
 
 # --- tokens of a row
