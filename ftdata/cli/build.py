@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ftdata.cli.options import Json, Tokenizer, TrainingData, add_options, make_sources
-from ftdata.cli.output import print_value, progress_bar
+from ftdata.cli.output import print_json_or_text, print_value, progress_bar
 from ftdata.errors import UsageError, escape_unprintable
 
 config_app = typer.Typer(no_args_is_help=True, help="Import configurations from Axolotl and LLaMA-Factory.")
@@ -70,11 +69,8 @@ def verify(
     from ftdata.build.remote import verify as verify_build
 
     damaged = verify_build(folder)
-    print(
-        json.dumps({"folder": folder, "damaged": damaged}, ensure_ascii=False)
-        if as_json
-        else "\n".join(f"damaged  {folder}/{name}" for name in damaged) or f"intact   {folder}"
-    )
+    lines = [f"damaged  {folder}/{name}" for name in damaged] or [f"intact   {folder}"]
+    print_json_or_text({"folder": folder, "damaged": damaged}, "\n".join(lines), as_json=as_json)
     raise typer.Exit(1 if damaged else 0)
 
 
@@ -96,7 +92,7 @@ def templates_list(as_json: Json = False) -> None:
     """List built-in and installed templates."""
     from ftdata.templates import templates
 
-    print(json.dumps(templates.names()) if as_json else "\n".join(templates.names()))
+    print_json_or_text(templates.names(), "\n".join(templates.names()), as_json=as_json)
 
 
 @templates_app.command("show")
@@ -107,10 +103,7 @@ def templates_show(
     from ftdata.templates import find_template
 
     template_name, source = find_template(name)
-    print(
-        json.dumps({"name": template_name, "source": source}, ensure_ascii=False) if as_json else source,
-        end="\n" if as_json else "",
-    )
+    print_json_or_text({"name": template_name, "source": source}, source, as_json=as_json)
 
 
 @templates_app.command("check")
@@ -172,9 +165,6 @@ def plugins(as_json: Json = False) -> None:
     from ftdata.templates import templates
 
     groups = {registry.group: registry.plugins() for registry in (readers, schemas, templates, masks)}
-    if as_json:
-        print(
-            json.dumps({group: [plugin._asdict() for plugin in plugins] for group, plugins in groups.items()}, indent=2)
-        )
-    else:
-        print("\n".join(f"{group}: {', '.join(map(str, plugins))}" for group, plugins in groups.items()))
+    lines = [f"{group}: {', '.join(map(str, plugins))}" for group, plugins in groups.items()]
+    values = {group: [plugin._asdict() for plugin in plugins] for group, plugins in groups.items()}
+    print_json_or_text(values, "\n".join(lines), as_json=as_json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Annotated, Any
@@ -127,10 +127,11 @@ _SPELLINGS = {
 }
 
 
-def add_options(*selected: str, are_unset: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that adds options of the table to a command, after its positional parameters.
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
-    The command receives the parsed values as keyword arguments.
+
+def add_options(*selected: str, are_unset: bool = False) -> Decorator:
+    """Return a decorator that adds options of the table to a command, which receives their parsed values.
 
     Args:
         selected: names or groups of options; `"source"` for the options of sources.
@@ -138,21 +139,33 @@ def add_options(*selected: str, are_unset: bool = False) -> Callable[[Callable[.
     """
     options = [OPTIONS[name] for name in option_names(*selected)]
     options += _READER_OPTIONS.values() if "source" in selected else ()
+    return add_parameters((_make_parameter(option, is_unset=are_unset) for option in options), _parse_values)
+
+
+def _parse_values(**values: Any) -> dict[str, Any]:
+    parsers = {name: spelling.parse for name, spelling in _SPELLINGS.items() if spelling.parse}
+    return {name: parsers[name](value) if name in parsers else value for name, value in values.items()}
+
+
+def add_parameters(parameters: Iterable[inspect.Parameter], convert: Callable[..., dict[str, Any]]) -> Decorator:
+    """Return a decorator that adds parameters to a command, after its positional parameters.
+
+    Args:
+        parameters: the parameters, with annotations for typer.
+        convert: converts the values of the parameters to keyword arguments of the decorated function.
+    """
+    added = {parameter.name: parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in parameters}
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
         def command(**arguments: Any) -> None:
-            for option in options:
-                spelling = _SPELLINGS.get(option.name)
-                if spelling and spelling.parse:
-                    arguments[option.name] = spelling.parse(arguments[option.name])
-            function(**arguments)
+            values = {name: arguments.pop(name) for name in added}
+            function(**arguments, **convert(**values))
 
-        parameters = inspect.signature(function, eval_str=True).parameters.values()
-        first = [parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-        last = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-        added = [_make_parameter(option, is_unset=are_unset) for option in options]
-        vars(command)["__signature__"] = inspect.Signature([*first, *added, *last])
+        existing = inspect.signature(function, eval_str=True).parameters.values()
+        first = [parameter for parameter in existing if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        last = [parameter for parameter in existing if parameter.kind is parameter.KEYWORD_ONLY]
+        vars(command)["__signature__"] = inspect.Signature([*first, *added.values(), *last])
         return command
 
     return decorate

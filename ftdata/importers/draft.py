@@ -9,6 +9,8 @@ from typing import Any
 from ftdata.errors import UsageError, escape_line_breaks, escape_unprintable, shorten
 from ftdata.schemas import ROLES, SPECIAL_ROLES
 
+CONVERT_HINT = "convert rows to messages with a function: schema='./mine.py:convert'"
+
 Rule = str | Callable[[Any], Mapping[str, Any]]
 """The field that a value is copied to, such as `lora.r`, or a function from the value to fields and their values."""
 
@@ -148,6 +150,26 @@ def check_roles(roles: Mapping[str, str], where: str) -> None:
                 f"{where}: role {role!r} means {meaning} in the file, but {difference}",
                 hint="rename the role in the data, or convert rows with a function: schema='./mine.py:convert'",
             )
+
+
+def check_setting(where: str, name: str, value: Any, allowed: Collection[Any], hint: str | None = None) -> None:
+    """Check that a setting has a value that can be converted.
+
+    Args:
+        where: name of the data set; empty for a setting of the whole file.
+        name: name of the setting.
+        value: value of the setting.
+        allowed: values that can be converted.
+        hint: how to express another value in ftdata; `None` for the general hint.
+
+    Raises:
+        UsageError: `cannot_import`: the value is not allowed.
+    """
+    if value not in allowed:
+        *names, last = [str(item) for item in allowed if item is not None]
+        expected = f"{', '.join(names)} or {last}" if names else last
+        problem = f"{where and f'{where}: '}{name} is {value!r:.60}, expected {expected}"
+        raise conversion_error(problem, **({"hint": hint} if hint else {}))
 
 
 def conversion_error(

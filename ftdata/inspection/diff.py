@@ -40,7 +40,7 @@ from ftdata.inspection.html_page import HtmlPage, flatten_options, write_page
 from ftdata.inspection.row_views import ExampleView, RowView, make_row_view, to_single_line
 from ftdata.inspection.survey import Progress
 from ftdata.inspection.target import Target, make_target
-from ftdata.inspection.terminal import has_no_colors, style_segments
+from ftdata.inspection.terminal import has_no_colors, render_plain_text, style_segments
 from ftdata.options import option_names
 from ftdata.readers.streams import STDIN
 from ftdata.tokenizing.tokenizer import Tokenizer
@@ -115,10 +115,7 @@ class Diff:
         }
 
     def __str__(self) -> str:
-        console = Console(color_system=None, width=200, soft_wrap=True)
-        with console.capture() as capture:
-            self.print(console)
-        return capture.get()
+        return render_plain_text(self.print)
 
     def print(self, console: Console) -> None:
         """Print the number of changed rows, and the tokens that differ in the first changed rows."""

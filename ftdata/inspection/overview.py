@@ -44,14 +44,12 @@ class FirstRows:
 
     def __call__(self, batch: Batch) -> None:
         """Add the rows of a batch until the maximum is reached."""
-        if self._is_full():
-            return
-        for outcome in batch:
+        for outcome in () if self._is_full() else batch:
             self.outcomes.append(outcome)
             if isinstance(outcome, BuiltRow):
                 self.characters += sum(len(example.text) for example in outcome.examples)
             if self._is_full():
-                return
+                break
 
     def _is_full(self) -> bool:
         if self.limit is not None:

@@ -51,10 +51,7 @@ class Preview:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        console = Console(color_system=None, width=200, soft_wrap=True)
-        with console.capture() as capture:
-            self.print(console)
-        return capture.get()
+        return terminal.render_plain_text(self.print)
 
     def print(self, console: Console) -> None:
         """Print the rows to a rich console, in color if the console supports colors."""

@@ -202,7 +202,7 @@ def survey_rows(
         progress: Called with the number of rows and tokens so far, and with the share of the data that is done.
     """
     schemas: dict[str, int] = {}
-    parts, flags, rejected = [_row_numbers(None, 0, schemas)], Counter[str](), Counter[str]()
+    parts, flags, rejected = list[RowNumbers](), Counter[str](), Counter[str]()
     rejects, overlong = list[Reject](), list[int]()
     rows = tokens = lost = 0
     for source, batch, share in steps:
@@ -218,14 +218,11 @@ def survey_rows(
         rows, tokens = rows + len(batch), tokens + int(numbers.tokens.sum())
         if progress:
             progress(rows, tokens, share)
-    columns = {
-        column.name: np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(RowNumbers)
-    }
     return Survey(
         tuple(name for name, _ in sources),
         tuple(split for _, split in sources),
         tuple(schemas),
-        RowNumbers(**columns),
+        _concatenate(parts),
         dict(sorted(flags.items())),
         dict(rejected.most_common()),
         tuple(rejects),
@@ -234,13 +231,18 @@ def survey_rows(
     )
 
 
-def _row_numbers(batch: Batch | None, source: int | Sequence[int], schemas: dict[str, int]) -> RowNumbers:
-    conversations: Sequence[Conversation] = batch.conversations if batch else ()
-    counts = np.asarray(batch.counts if batch else (), np.int64)
-    first = np.cumsum(counts) - counts
-    empty: Any = np.empty(0, np.int64)
-    columns = batch.columns if batch else None
-    content, prompts = _hash_rows(batch, first) if batch else (empty.astype(np.uint64),) * 2
+def _concatenate(parts: Sequence[RowNumbers]) -> RowNumbers:
+    columns = {}
+    for name in (column.name for column in fields(RowNumbers)):
+        empty = np.empty(0, np.uint64 if name.endswith("_hash") else np.int64)
+        columns[name] = np.concatenate([empty, *(getattr(part, name) for part in parts)])
+    return RowNumbers(**columns)
+
+
+def _row_numbers(batch: Batch, source: int | Sequence[int], schemas: dict[str, int]) -> RowNumbers:
+    conversations, columns = batch.conversations, batch.columns
+    counts = np.asarray(batch.counts, np.int64)
+    content, prompts = _hash_rows(batch, np.cumsum(counts) - counts)
     return RowNumbers(
         np.broadcast_to(np.asarray(source, np.int64), len(conversations)).copy(),
         np.asarray([conversation.source.row for conversation in conversations], np.int64),
@@ -250,9 +252,9 @@ def _row_numbers(batch: Batch | None, source: int | Sequence[int], schemas: dict
         counts,
         content,
         prompts,
-        columns.lengths if columns else empty,
-        columns.trained_counts if columns else empty,
-        np.asarray(columns.cut, np.int64) if columns else empty,
+        columns.lengths,
+        columns.trained_counts,
+        np.asarray(columns.cut, np.int64),
     )
 
 

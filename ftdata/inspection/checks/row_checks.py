@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ftdata.inspection import text_detectors
-from ftdata.inspection.checks.registry import CheckedRow, register_check
+from ftdata.inspection.checks.registry import CheckedRow, register_check, register_row_check
 from ftdata.inspection.row_views import content_texts
 from ftdata.pipeline.flags import FLAGS
 from ftdata.types import Message
@@ -17,16 +17,15 @@ from ftdata.types import Message
 
 for _code, _flag in FLAGS.items():
     if _flag.severity:
-        register_check(_code, _flag.severity, "flag", _flag.sentence, _flag.fix)(lambda _: iter(()))
+        register_check("flag", _code, _flag.severity, _flag.sentence, _flag.fix)(lambda _: iter(()))
 
 
 # --- tokens of a row
 
 
-@register_check(
+@register_row_check(
     "double_bos",
     "error",
-    "row",
     "the text begins with two BOS tokens",
     "remove the BOS token from the data or from the template",
 )
@@ -38,10 +37,9 @@ def _check_double_bos(row: CheckedRow) -> Iterator[str]:
         yield f"begins with {bos} twice"
 
 
-@register_check(
+@register_row_check(
     "double_eos",
     "warning",
-    "row",
     "an answer ends in two stop tokens",
     "remove the stop token from the data: the template adds it",
 )
@@ -56,10 +54,9 @@ def _check_double_eos(row: CheckedRow) -> Iterator[str]:
 _MIN_TRAINED_SHARE, _LONG_ROW = 0.005, 400
 
 
-@register_check(
+@register_row_check(
     "label_share",
     "note",
-    "row",
     "almost none of a long row is trained, or all of a pretokenized row is trained",
     "run `ftdata preview --odd`: a short answer to a long text can be intended, a missing answer is an error",
 )
@@ -77,10 +74,9 @@ def _check_label_share(row: CheckedRow) -> Iterator[str]:
 # --- messages of a row
 
 
-@register_check(
+@register_row_check(
     "role_order",
     "warning",
-    "row",
     "the order of roles does not occur at inference",
     "reorder the messages: a system message first, then alternating user and assistant messages",
     needs_messages=True,
@@ -122,10 +118,9 @@ def _check_tool_results(messages: Sequence[Message]) -> Iterator[str]:
             pending_ids.remove(call_id if call_id in matches else (matches or pending_ids)[0])
 
 
-@register_check(
+@register_row_check(
     "trivial_answer",
     "warning",
-    "row",
     "an answer has no content: it is a placeholder, or only dots and dashes",
     "remove the row, or set train: false in the message",
     needs_messages=True,
@@ -141,50 +136,51 @@ def _check_trivial_answer(row: CheckedRow) -> Iterator[str]:
 
 def _is_trained(row: CheckedRow, number: int) -> bool:
     """Return whether any token of a message is trained."""
-    for example in row.examples:
-        for span in example.spans:
-            if span.message == number and span.generated:
-                inside = (example.offsets[:, 0] >= span.start) & (example.offsets[:, 1] <= span.end)
-                if example.trained[inside].any():
-                    return True
-    return False
+    return any(
+        example.trained[(example.offsets[:, 0] >= span.start) & (example.offsets[:, 1] <= span.end)].any()
+        for example in row.examples
+        for span in example.spans
+        if span.message == number and span.generated
+    )
 
 
-@register_check(
+@register_row_check(
     "left_over",
     "warning",
-    "row",
     "a message contains template text of another model",
     "remove it from the data: a chat template was already applied to this row",
     needs_messages=True,
 )
 def _check_left_over(row: CheckedRow) -> Iterator[str]:
+    for name, text in _message_texts(row):
+        leftover = text_detectors.find_template_leftover(text)
+        if leftover and not row.recipe.control.occurs_in(leftover):
+            yield f"{name} contains {leftover!r}"
+
+
+def _message_texts(row: CheckedRow) -> Iterator[tuple[str, str]]:
+    """Yield the name and the text of each content, and of each part of a content, in the messages of a row."""
     for number, message in enumerate(row.conversation.messages):
         for text in content_texts(message.get("content")):
-            leftover = text_detectors.find_template_leftover(text)
-            if leftover and not row.recipe.control.occurs_in(leftover):
-                yield f"messages[{number}].content contains {leftover!r}"
+            yield f"messages[{number}].content", text
 
 
-@register_check(
+@register_row_check(
     "media_placeholder",
     "warning",
-    "row",
     "a message contains a placeholder for an image, a video or audio, which is trained as plain text",
     "remove the row: the model would learn to answer questions about media that it does not receive",
     needs_messages=True,
 )
 def _check_media_placeholder(row: CheckedRow) -> Iterator[str]:
-    for number, message in enumerate(row.conversation.messages):
-        for text in content_texts(message.get("content")):
-            if placeholder := text_detectors.find_media_placeholder(text):
-                yield f"messages[{number}].content contains {placeholder!r}"
+    for name, text in _message_texts(row):
+        if placeholder := text_detectors.find_media_placeholder(text):
+            yield f"{name} contains {placeholder!r}"
 
 
-@register_check(
+@register_row_check(
     "default_system",
     "note",
-    "row",
     "the template adds a default system prompt to the conversation",
     "add a system message to the data, and use the same message at inference",
     needs_messages=True,
@@ -199,10 +195,9 @@ def _check_default_system(row: CheckedRow) -> Iterator[str]:
 # --- texts of a row
 
 
-@register_check(
+@register_row_check(
     "mojibake",
     "warning",
-    "row",
     "the text was decoded with the wrong encoding (mojibake)",
     "decode the source with the correct encoding, or repair the text, for example with ftfy",
 )
@@ -214,10 +209,9 @@ def _check_mojibake(row: CheckedRow) -> Iterator[str]:
             yield repr(excerpt)
 
 
-@register_check(
+@register_row_check(
     "pii",
     "warning",
-    "row",
     "the text contains personal data (PII)",
     "remove it, or replace it with a placeholder",
     enabled_by="pii",
