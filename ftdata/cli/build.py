@@ -122,13 +122,11 @@ def templates_check(
 @config_app.command("import")
 def config_import(
     file: Annotated[
-        Path,
-        typer.Argument(help="Axolotl YAML, LLaMA-Factory YAML, or dataset_info.json", show_default=False),
+        Path, typer.Argument(help="Axolotl YAML, LLaMA-Factory YAML, or dataset_info.json", show_default=False)
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Output file, or - for standard output")] = Path("-"),
     dataset: Annotated[
-        list[str] | None,
-        typer.Option(help="Data set to import: name, path, or index from 0 (repeatable)"),
+        list[str] | None, typer.Option(help="Data set to import: name, path, or index from 0 (repeatable)")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Base model (default: the model in the imported file)")

@@ -133,14 +133,12 @@ def diff(
         typer.Argument(metavar="A", help="First data set: a build, a configuration file, or data", show_default=False),
     ],
     b: Annotated[
-        str | None,
-        typer.Argument(metavar="B", help="Second data set (default: the first data set, changed by --set)"),
+        str | None, typer.Argument(metavar="B", help="Second data set (default: the first data set, changed by --set)")
     ] = None,
     tokenizer: Tokenizer = None,
     *,
     set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override an option of the second data set, e.g. turns=split"),
+        list[str] | None, typer.Option("--set", help="Override an option of the second data set, e.g. turns=split")
     ] = None,
     n: Annotated[int, typer.Option("-n", help="Maximum number of changed rows to show", min=0)] = 10,
     html: Annotated[Path | None, typer.Option(help="Write a side-by-side HTML report to this file")] = None,
@@ -155,11 +153,8 @@ def diff(
     first = side_options(a, tokenizer=tokenizer, **options)
     second = side_options(a if b is None else b, tokenizer=tokenizer, **options, changes=set_ or [])
     if b is None and not set_:
-        raise UsageError(
-            "diff",
-            "the second side B is missing, so there is nothing to compare",
-            hint="pass B, or change an option: --set turns=split",
-        )
+        problem = "the second side B is missing, so there is nothing to compare"
+        raise UsageError("diff", problem, hint="pass B, or change an option: --set turns=split")
     with progress_bar() as progress:
         changes = diff_builds(first, second, n=n, html=html, progress=progress)
     print_report(changes, as_json=as_json, pager=pager)

@@ -25,20 +25,11 @@ Tokenizer = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the output as JSON")]
 Pager = Annotated[bool, typer.Option(help="Use a pager if the output is longer than the screen")]
 _READER_OPTIONS = {
-    option.name: option
-    for option in (
-        Option("source", "encoding", str | None, None, "Text encoding if not UTF-8/16/32, e.g. cp1252"),
-        Option(
-            "source",
-            "quoting",
-            str | None,
-            None,
-            "Quotes in CSV/TSV files: 'csv' (enclose cells) or 'none' (ordinary text)",
-        ),
-        Option("source", "split", str | None, None, "Name of the split to read, if the data has several splits"),
-    )
+    "encoding": "Text encoding if not UTF-8/16/32, e.g. cp1252",
+    "quoting": "Quotes in CSV/TSV files: 'csv' (enclose cells) or 'none' (ordinary text)",
+    "split": "Name of the split to read, if the data has several splits",
 }
-"""Options that apply to each source of a command."""
+"""Options that apply to each source of a command -> help text."""
 
 
 def parse_number(text: str) -> float:
@@ -48,10 +39,9 @@ def parse_number(text: str) -> float:
 
 def parse_columns(pairs: list[str] | None) -> dict[str, str] | None:
     """Parse the `--column` options, such as `output=answer`, into a mapping."""
-    for pair in pairs or []:
-        if "=" not in pair:
-            raise UsageError("column", f"--column is {pair!r}, expected name=column, e.g. output=answer")
-    return {pair.split("=", 1)[0]: pair.split("=", 1)[1] for pair in pairs} if pairs else None
+    if invalid := [pair for pair in pairs or () if "=" not in pair]:
+        raise UsageError("column", f"--column is {invalid[0]!r}, expected name=column, e.g. output=answer")
+    return dict(pair.split("=", 1) for pair in pairs) if pairs else None
 
 
 def parse_template_kwargs(pairs: list[str] | None) -> dict[str, Any] | None:
@@ -71,9 +61,8 @@ def parse_template_kwargs(pairs: list[str] | None) -> dict[str, Any] | None:
         except yaml.YAMLError:
             variables[name.strip()] = value
         except (RecursionError, ValueError) as error:
-            raise UsageError(
-                "template_kwargs", f"--template-kwarg {name} cannot be parsed: {describe_exception(error)}"
-            ) from None
+            problem = f"--template-kwarg {name} cannot be parsed: {describe_exception(error)}"
+            raise UsageError("template_kwargs", problem) from None
     return variables or None
 
 
@@ -138,7 +127,8 @@ def add_options(*selected: str, are_unset: bool = False) -> Decorator:
         are_unset: whether the default of each option is `None`, because a configuration file contains the defaults.
     """
     options = [OPTIONS[name] for name in option_names(*selected)]
-    options += _READER_OPTIONS.values() if "source" in selected else ()
+    if "source" in selected:
+        options += (Option("source", name, str | None, None, text) for name, text in _READER_OPTIONS.items())
     return add_parameters((_make_parameter(option, is_unset=are_unset) for option in options), _parse_values)
 
 

@@ -62,10 +62,7 @@ def init(
 def train(
     source: Annotated[
         str,
-        typer.Argument(
-            help="Configuration file (.yaml, .toml), data, a build, or a run to resume",
-            show_default=False,
-        ),
+        typer.Argument(help="Configuration file (.yaml, .toml), data, a build, or a run to resume", show_default=False),
     ],
     model: Model = None,
     output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Output directory of the run")] = None,
@@ -76,8 +73,7 @@ def train(
         str | None, typer.Option(help="Attention implementation, e.g. sdpa, eager or flash_attention_2")
     ] = None,
     set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Set a configuration field, e.g. learning_rate=1e-4 (repeatable)"),
+        list[str] | None, typer.Option("--set", help="Set a configuration field, e.g. learning_rate=1e-4 (repeatable)")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[
@@ -185,9 +181,8 @@ def generate(
 
     questions = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not questions:
-        raise UsageError(
-            "missing_option", "no prompt was passed", hint="pass prompts as arguments or as lines on standard input"
-        )
+        problem = "no prompt was passed"
+        raise UsageError("missing_option", problem, hint="pass prompts as arguments or as lines on standard input")
     with _generation_progress() as progress:
         answers = generate_answers(run_dir, questions, base=base, batch_size=batch_size, progress=progress, **options)
     if as_json:

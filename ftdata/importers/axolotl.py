@@ -208,10 +208,8 @@ def _convert_datasets(values: Mapping[str, Any], selection: Sequence[str], draft
     numbered = {str(number): info for number, info in enumerate(infos)}
     paths = [info["path"] for info in infos]
     if unknown := [name for name in selection if name not in numbered and name not in paths]:
-        raise conversion_error(
-            f"the file contains no data set {unknown[0]!r}, only {', '.join(paths)}",
-            hint="pass the path or the number of a data set; numbers start at 0",
-        )
+        problem = f"the file contains no data set {unknown[0]!r}, only {', '.join(paths)}"
+        raise conversion_error(problem, hint="pass the path or the number of a data set; numbers start at 0")
     selected = {
         number: info
         for number, info in numbered.items()
@@ -228,10 +226,8 @@ def _make_sources(info: Mapping[str, Any], draft: Draft) -> list[dict[str, Any]]
         explanation = "has no effect in Axolotl 0.19 and is left out; use columns to map columns"
         draft.add_note(f"{path}: {', '.join(without_effect)} {explanation}")
     if misplaced := [key for key in _TYPE_KEYS if info.get(key)]:
-        raise conversion_error(
-            f"{path}: Axolotl does not read {', '.join(misplaced)} at this level",
-            hint="move these keys to a mapping under type",
-        )
+        problem = f"{path}: Axolotl does not read {', '.join(misplaced)} at this level"
+        raise conversion_error(problem, hint="move these keys to a mapping under type")
     if unsupported := [key for key in _UNSUPPORTED_KEYS if info.get(key)]:
         raise conversion_error(f"{path}: ftdata has no equivalent for {', '.join(unsupported)}, which affects training")
     note_unknown_keys(path, info, _KNOWN_KEYS, draft)
@@ -285,10 +281,8 @@ def _chat_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Dra
     field_keys |= info.get("message_property_mappings") or {}
     for field, key in field_keys.items():
         if key and key not in _MESSAGE_FIELDS.get(field, (field,)):
-            raise conversion_error(
-                f"{path}: the {field} of each message is under the key {key!r}, which ftdata does not support",
-                hint=CONVERT_HINT,
-            )
+            problem = f"{path}: the {field} of each message is under the key {key!r}, which ftdata does not support"
+            raise conversion_error(problem, hint=CONVERT_HINT)
     roles = info.get("roles") or {}
     check_roles(
         {role: meaning for meaning, names in roles.items() for role in ([names] if isinstance(names, str) else names)},
@@ -296,10 +290,8 @@ def _chat_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Dra
     )
     trained_roles = info.get("roles_to_train", ["assistant"])
     if not trained_roles or not set(trained_roles) <= {"assistant", "gpt"}:
-        raise conversion_error(
-            f"{path}: roles_to_train is {trained_roles}, expected assistant",
-            hint="select the trained messages with a function: train_on='./mine.py:select'",
-        )
+        problem = f"{path}: roles_to_train is {trained_roles}, expected assistant"
+        raise conversion_error(problem, hint="select the trained messages with a function: train_on='./mine.py:select'")
     if info.get("train_on_eos", "turn") not in (None, "turn") or info.get("train_on_eot", "turn") not in (None, "turn"):
         draft.add_note(f"{path}: the stop token of every trained turn is trained, regardless of train_on_eos")
     training_key = info.get("message_field_training")
@@ -328,10 +320,9 @@ def _template_options(info: Mapping[str, Any], values: Mapping[str, Any], draft:
                 "chat_template chatml: the text is the same; the stop token <|im_end|> must be in the tokenizer"
             )
             return {"template": "chatml"}
-        raise conversion_error(
-            f"the chat_template {name} cannot be converted",
-            hint="save the template as a .jinja file and set template to its path, or use tokenizer_default",
-        )
+        problem = f"the chat_template {name} cannot be converted"
+        hint = "save the template as a .jinja file and set template to its path, or use tokenizer_default"
+        raise conversion_error(problem, hint=hint)
     return {}
 
 
@@ -375,10 +366,8 @@ def _to_jinja(text: str) -> str:
         if name is None:
             continue
         if name not in ("instruction", "input", "system") or format_spec or conversion:
-            raise conversion_error(
-                f"the format {text!r:.80} contains the unsupported field {name!r}",
-                hint="use {instruction}, {input} or {system}",
-            )
+            problem = f"the format {text!r:.80} contains the unsupported field {name!r}"
+            raise conversion_error(problem, hint="use {instruction}, {input} or {system}")
         parts, literal = [*parts, _to_jinja_literal(literal), f"{{{{ {name} }}}}"], ""
     return "".join([*parts, _to_jinja_literal(literal)])
 

@@ -146,10 +146,9 @@ def check_roles(roles: Mapping[str, str], where: str) -> None:
         normalized = ROLES.get(role, "tool" if role in SPECIAL_ROLES else None)
         if normalized != synonyms.get(meaning, meaning):
             difference = f"ftdata reads it as {normalized}" if normalized else "ftdata does not support this role"
-            raise conversion_error(
-                f"{where}: role {role!r} means {meaning} in the file, but {difference}",
-                hint="rename the role in the data, or convert rows with a function: schema='./mine.py:convert'",
-            )
+            problem = f"{where}: role {role!r} means {meaning} in the file, but {difference}"
+            hint = "rename the role in the data, or convert rows with a function: schema='./mine.py:convert'"
+            raise conversion_error(problem, hint=hint)
 
 
 def check_setting(where: str, name: str, value: Any, allowed: Collection[Any], hint: str | None = None) -> None:
@@ -191,9 +190,8 @@ def merge_dataset_options(options_by_dataset: Mapping[str, Mapping[str, Any]], d
     """
     all_options = [dict(options) for options in options_by_dataset.values()]
     if any(options != all_options[0] for options in all_options):
-        raise conversion_error(
-            f"the data sets need different options: {', '.join(options_by_dataset)}",
-            hint="import each data set separately with --dataset, and train on the builds one after another",
-        )
+        problem = f"the data sets need different options: {', '.join(options_by_dataset)}"
+        hint = "import each data set separately with --dataset, and train on the builds one after another"
+        raise conversion_error(problem, hint=hint)
     for name, value in all_options[0].items():
         draft.set_field(name, value)

@@ -197,10 +197,8 @@ def draft_from_dataset_info(values: Mapping[str, Any], selection: Sequence[str],
     draft = Draft()
     names = list(selection) or (list(values) if len(values) == 1 else [])
     if not names:
-        raise conversion_error(
-            f"the file contains {len(values)} data sets, and none is selected",
-            hint=f"select data sets with --dataset: {', '.join(values)}",
-        )
+        problem = f"the file contains {len(values)} data sets, and none is selected"
+        raise conversion_error(problem, hint=f"select data sets with --dataset: {', '.join(values)}")
     _convert_datasets(values, names, folder, draft)
     return draft
 
@@ -209,9 +207,8 @@ def _read_info_file(path: Path) -> Mapping[str, Any]:
     try:
         infos = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise conversion_error(
-            f"{path} cannot be read: {describe_exception(error)}", hint="set dataset_dir to the folder of this file"
-        ) from None
+        problem = f"{path} cannot be read: {describe_exception(error)}"
+        raise conversion_error(problem, hint="set dataset_dir to the folder of this file") from None
     if not isinstance(infos, dict):
         raise conversion_error(f"{path} contains a {type(infos).__name__}, expected a mapping from names to data sets")
     return infos
@@ -220,24 +217,20 @@ def _read_info_file(path: Path) -> Mapping[str, Any]:
 def _convert_datasets(infos: Mapping[str, Any], names: Sequence[str], folder: Path, draft: Draft) -> None:
     for name in names:
         if not isinstance(infos.get(name), Mapping):
-            raise conversion_error(
-                f"{folder / _INFO_FILE} contains no data set {name!r}", hint=suggest_names(name, infos)
-            )
+            problem = f"{folder / _INFO_FILE} contains no data set {name!r}"
+            raise conversion_error(problem, hint=suggest_names(name, infos))
     draft.set_field("data", [_make_source(name, infos[name], folder) for name in names])
     merge_dataset_options({name: _row_options(name, infos[name], draft) for name in names}, draft)
 
 
 def _make_source(name: str, info: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if info.get("ranking"):
-        raise conversion_error(
-            f"{name}: the setting ranking is not supported",
-            hint="to train on the column chosen and ignore the column rejected, remove the setting ranking",
-        )
+        problem = f"{name}: the setting ranking is not supported"
+        hint = "to train on the column chosen and ignore the column rejected, remove the setting ranking"
+        raise conversion_error(problem, hint=hint)
     if info.get("script_url") or not (info.get("hf_hub_url") or info.get("file_name") or info.get("cloud_file_name")):
-        raise conversion_error(
-            f"{name}: data from a script, or from a hub other than Hugging Face, cannot be imported",
-            hint="save the data as a file, and set file_name",
-        )
+        problem = f"{name}: data from a script, or from a hub other than Hugging Face, cannot be imported"
+        raise conversion_error(problem, hint="save the data as a file, and set file_name")
     if url := info.get("hf_hub_url"):
         source = {"path": url, "split": info.get("split") or "train"}
         source |= {"name": info["subset"]} if info.get("subset") else {}

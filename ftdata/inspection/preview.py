@@ -193,11 +193,8 @@ class RowSelection:
         options += ["n"] if self.numbers is not None and self.n is not None else []
         if len(options) > 1:
             names = " and ".join("row" if name == "numbers" else name for name in options)
-            raise UsageError(
-                "rows_wanted",
-                f"{names} cannot be combined, because each of these options selects rows",
-                hint="use only one of them",
-            )
+            problem = f"{names} cannot be combined, because each of these options selects rows"
+            raise UsageError("rows_wanted", problem, hint="use only one of them")
         if self.n is not None and (type(self.n) is not int or not 1 <= self.n <= sys.maxsize):
             raise UsageError("n", f"n is {self.n!r}, expected a number of rows (1 or more)")
         if self.grep is not None:

@@ -273,9 +273,8 @@ def make_text_view(row: Row | Reject, template: Template, options: Options) -> R
         check_answers(conversation)
         if conversation.tokens is not None:
             hint = "pass the tokenizer that produced the tokens"
-            raise BadRow(
-                "no_tokenizer", "the row is pretokenized, so a tokenizer is needed to show its text", hint=hint
-            )
+            problem = "the row is pretokenized, so a tokenizer is needed to show its text"
+            raise BadRow("no_tokenizer", problem, hint=hint)
         if conversation.kwargs:
             template = replace(template, kwargs={**template.kwargs, **conversation.kwargs})
         texts = render_in_worker(conversation, template, options.turns, options.on_dropped_message)

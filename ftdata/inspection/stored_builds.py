@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ftdata.build import remote
+from ftdata.build.ledger import Report
 from ftdata.build.store import read_manifest
 from ftdata.errors import FtdataError, InputRefused, UsageError, describe_exception
 from ftdata.inspection.survey import MOST_REJECTS, Survey
@@ -61,19 +62,13 @@ def find_build_folder(data: Any) -> Path | None:
     if isinstance(data, list | tuple):
         paths = [item for item in data if isinstance(item, str | Path | Mapping)]
         if len(paths) > 1 and any(find_build_folder(path) for path in paths):
-            raise UsageError(
-                "build_alone",
-                "a build cannot be combined with other data",
-                hint="pass one build, or the data that it was made from",
-            )
+            problem = "a build cannot be combined with other data"
+            raise UsageError("build_alone", problem, hint="pass one build, or the data that it was made from")
         data = data[0] if len(data) == 1 else None
     if isinstance(data, Mapping) and (folder := find_build_folder(data.get("path"))):
         names = ", ".join(str(name) for name in data if name != "path")
-        raise UsageError(
-            "option_of_finished_build",
-            f"{names} does not apply to {folder}, which is a finished build",
-            hint="remove the option",
-        )
+        problem = f"{names} does not apply to {folder}, which is a finished build"
+        raise UsageError("option_of_finished_build", problem, hint="remove the option")
     return remote.find_build(data)
 
 
@@ -260,51 +255,44 @@ def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Itera
         yield StoredBatch(_NO_TEXTS, (), recipe, batch)
 
 
-def read_provenance(folder: Path, split: str) -> dict[str, NDArray[np.int64]]:
-    """Read two numbers for each example in a split: the number of its packed sequence, and its token count.
-
-    The result has the columns `pack` and `tokens` (int64 `[examples]`).
-    """
-    table = _read_provenance_table(folder, split, ["pack", "tokens"])
-    return {name: np.asarray(table[name].to_pylist(), np.int64) for name in table.column_names}
-
-
-def _read_provenance_table(folder: Path, split: str, columns: list[str]) -> pa.Table:
-    # The path is passed as bytes because it might not be valid UTF-8.
-    with pa.memory_map(os.fsencode(folder / split / "provenance.parquet")) as file:
-        return pq.read_table(file, columns=columns)
-
-
 def build_sources(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:
     """Return the data sources of each split of a build, as pairs (source name, split).
 
     Raises:
         InputRefused: The build is damaged.
     """
-    with _convert_errors(folder):
-        tables = [_read_provenance_table(folder, split, ["source"]) for split in splits]
-    return [
-        (path, split)
-        for split, table in zip(splits, tables, strict=True)
-        for path in table["source"].unique().to_pylist()
-    ]
+    sources = list[tuple[str, str]]()
+    for split in splits:
+        # The path is passed as bytes because it might not be valid UTF-8.
+        path = os.fsencode(folder / split / "provenance.parquet")
+        with _convert_errors(folder), pa.memory_map(path) as file:
+            paths = pq.read_table(file, columns=["source"])["source"].unique().to_pylist()
+            sources += ((path, split) for path in paths)
+    return sources
+
+
+def read_report(folder: Path) -> Report:
+    """Read the report of a build.
+
+    Raises:
+        InputRefused: The build is damaged.
+    """
+    path = folder / "report.json"
+    with _convert_errors(path):
+        return Report.from_dict(orjson.loads(path.read_bytes()))
 
 
 def add_reported_rejects(folder: Path, survey: Survey) -> Survey:
     """Combine the collected counts of a build by row, and add the rejected rows from the build's report."""
-    codes = Counter[str]()
-    with _convert_errors(folder / "report.json"):
-        report = orjson.loads((folder / "report.json").read_bytes())
-        read = int(report["read"])
-        for ledger in report["sources"]:
-            codes.update(ledger["rejected"])
+    report = read_report(folder)
+    codes = sum((ledger.rejected for ledger in report.sources), Counter[str]())
     rejects, overlong = list[Reject](), list[int]()
     for reject in read_build_rejects(folder):
         rejects += [reject] if len(rejects) < MOST_REJECTS else []
         overlong += reject.lengths if reject.code == "overlong" else ()
     return replace(
         survey.by_row(),
-        read=read,
+        read=report.total("read"),
         rejected=codes,
         rejects=tuple(rejects),
         overlong=np.asarray(overlong, np.int64),

@@ -32,8 +32,6 @@ class Target:
         steps: A function that starts a pass over all rows.
         options: The options as they are recorded in reports.
         sources: The sources of the data; empty for a build.
-        complete_survey: A function that adds rejected rows from the report of a build to a survey. For data, it
-            returns the survey unchanged.
         folder: The folder of the build, or `None`.
     """
 
@@ -43,8 +41,11 @@ class Target:
     steps: Callable[[], Iterator[SurveyStep]]
     options: Mapping[str, Any]
     sources: Sequence[FileSource | MemorySource] = ()
-    complete_survey: Callable[[Survey], Survey] = lambda survey: survey
     folder: Path | None = None
+
+    def complete_survey(self, survey: Survey) -> Survey:
+        """Add the rejected rows in the report of a build to a survey. For data, return the survey unchanged."""
+        return survey if self.folder is None else stored_builds.add_reported_rejects(self.folder, survey)
 
     @property
     def held_out(self) -> list[bool]:
@@ -95,26 +96,23 @@ def make_target(
         hint = "pass the tokenizer of the model: --tokenizer"
         raise UsageError("no_tokenizer", "a tokenizer is required, but no tokenizer was passed", hint=hint)
     recipe = make_recipe(tokenizer, template, **options)
-    held_out = [_mark_held_out(source) for source in resolve_sources(against)] if against is not None else []
+    labeled_sources = [(source, source.split or "train") for source in sources]
+    if against is not None:
+        labeled_sources += ((_mark_held_out(source), HELD_OUT) for source in resolve_sources(against))
     RowFilter(where, limit)
 
     def steps() -> Iterator[SurveyStep]:
         filters = {source.item_index: RowFilter(where, limit) for source in sources}
-        return survey_steps(
-            recipe,
-            [
-                *((source, filters[source.item_index]) for source in sources),
-                *((source, RowFilter()) for source in held_out),
-            ],
-        )
+        pairs = [
+            (source, RowFilter() if label == HELD_OUT else filters[source.item_index])
+            for source, label in labeled_sources
+        ]
+        return survey_steps(recipe, pairs)
 
     return Target(
         target_title([source.path for source in sources], recipe),
         recipe,
-        [
-            *((source.path, source.split or "train") for source in sources),
-            *((source.path, HELD_OUT) for source in held_out),
-        ],
+        [(source.path, label) for source, label in labeled_sources],
         steps,
         {"ftdata": __version__, **recipe.describe(), "where": where, "limit": limit},
         sources,
@@ -142,7 +140,6 @@ def _make_build_target(folder: Path, tokenizer: Any) -> Target:
         names,
         steps,
         {"ftdata": manifest["ftdata"], **manifest["options"]},
-        complete_survey=lambda survey: stored_builds.add_reported_rejects(folder, survey),
         folder=folder,
     )
 

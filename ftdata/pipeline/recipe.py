@@ -99,9 +99,8 @@ class Recipe(Options):
         super().__post_init__()
         check_can_train(self.template)
         if self.on_missing_stop == "append_eos" and not self.template.special_tokens.get("eos_token"):
-            raise UsageError(
-                "on_missing_stop", "on_missing_stop='append_eos' needs an eos_token, but the tokenizer has none"
-            )
+            problem = "on_missing_stop='append_eos' needs an eos_token, but the tokenizer has none"
+            raise UsageError("on_missing_stop", problem)
 
     @cached_property
     def _variants(self) -> dict[str, Recipe]:
@@ -288,20 +287,13 @@ def check_kwargs(kwargs: Any) -> None:
     """
     if kwargs is None:
         return
-    if not isinstance(kwargs, Mapping) or (reserved := {"messages", "tools", "add_generation_prompt"} & set(kwargs)):
-        problem = (
-            f"sets {sorted(reserved)}, which ftdata itself sets" if isinstance(kwargs, Mapping) else f"is {kwargs!r}"
-        )
-        raise UsageError(
-            "template_kwargs", f"template_kwargs {problem}; expected a mapping of additional template variables"
-        )
-    if secret_names := [name for name in kwargs if is_secret_name(str(name))]:
-        names = ", ".join(secret_names)
-        raise UsageError(
-            "template_kwargs",
-            f"template_kwargs contains {names}, but all template variables are stored in the report and manifest",
-            hint="remove the secrets: no template needs them",
-        )
+    if not isinstance(kwargs, Mapping):
+        raise UsageError("template_kwargs", f"template_kwargs is {kwargs!r}, expected a mapping of template variables")
+    if reserved := {"messages", "tools", "add_generation_prompt"} & set(kwargs):
+        raise UsageError("template_kwargs", f"template_kwargs sets {sorted(reserved)}, which ftdata itself sets")
+    if names := ", ".join(str(name) for name in kwargs if is_secret_name(str(name))):
+        problem = f"template_kwargs contains {names}, but all template variables are stored in the report and manifest"
+        raise UsageError("template_kwargs", problem, hint="remove the secrets: no template needs them")
     try:
         json.dumps(kwargs)
     except (TypeError, ValueError, RecursionError) as error:
