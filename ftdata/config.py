@@ -30,20 +30,12 @@ import msgspec
 import yaml
 
 from ftdata.errors import UsageError, describe_exception, shorten, suggest_names
+from ftdata.options import OPTIONS
 from ftdata.redaction import drop_redacted, is_secret_name, redact, redact_text
 
 SECTIONS = {
-    "mask": (
-        "train_on",
-        "train_parts",
-        "turns",
-        "control_tokens",
-        "on_dropped_message",
-        "on_missing_stop",
-        "reject_flags",
-    ),
-    "length": ("max_length", "overlong"),
-    "pack": ("packing",),
+    section: tuple(name for name, option in OPTIONS.items() if option.section == section)
+    for section in ("mask", "length", "pack")
 }
 """Section of a file -> its fields. A scalar in place of a section sets the first field."""
 
@@ -123,9 +115,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     sample: int | float | None = None
     shuffle: bool = False
     test_size: int | float | None = None
+    seed: int = 0
     on_bad_rows: str = "error"
     max_rejects: int | float | str | None = None
-    seed: int = 0
     date: str | None = None
     template_kwargs: dict[str, Any] | None = None
     """Template variables, such as `{enable_thinking: false}`; variables of a row take precedence."""
@@ -154,9 +146,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def build_options(self) -> dict[str, Any]:
         """Return the arguments for `build_sft_dataset`, except `data`, `tokenizer` and `output_dir`."""
-        fields = self.__struct_fields__
-        names = fields[fields.index("template") : fields.index("template_kwargs") + 1]
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in OPTIONS}
 
 
 class _Loader(yaml.SafeLoader):
@@ -338,28 +328,23 @@ def make_config(values: dict[str, Any], file: str = "", /, **overrides: Any) -> 
     values = {name: str(value) if isinstance(value, datetime.date) else value for name, value in values.items()}
     # The placeholder of a redacted secret must never be used as the secret.
     values, _ = drop_redacted(values)
-    values = flatten_sections(_shorten_lora_names(values, file), file)
-    overrides = flatten_sections(_shorten_lora_names(overrides, file))
+    values, overrides = (
+        flatten_sections(_shorten_lora_names(fields, file), where)
+        for fields, where in ((values, file), (overrides, ""))
+    )
     merged = {**values, **{name: value for name, value in overrides.items() if value is not None}}
     merged = {name: None if value is NULL else value for name, value in merged.items()}
     for name in ("lora", "quantization", "train"):
         # An override of some fields of a section keeps the other fields.
         if isinstance(overrides.get(name), dict) and isinstance(values.get(name), dict):
             merged[name] = {**values[name], **overrides[name]}
-    for key in merged:
-        if key not in Config.__struct_fields__:
-            names = (*Config.__struct_fields__, *SECTIONS)
-            raise UsageError(
-                "config",
-                f"the configuration contains the unknown key {key!r}",
-                where=file,
-                hint=suggest_names(str(key), names),
-            )
+    if unknown := [key for key in merged if key not in Config.__struct_fields__]:
+        hint = suggest_names(str(unknown[0]), (*Config.__struct_fields__, *SECTIONS))
+        raise UsageError("config", f"the configuration contains the unknown key {unknown[0]!r}", where=file, hint=hint)
     if isinstance(lora := merged.get("lora"), dict):
-        fields = {
-            name: value for name, value in lora.items() if name in Lora.__struct_fields__ and name != "extra_fields"
-        }
-        merged["lora"] = {**fields, "extra_fields": {name: value for name, value in lora.items() if name not in fields}}
+        extra_fields = {name: value for name, value in lora.items() if name not in Lora.__struct_fields__[:-1]}
+        fields = {name: value for name, value in lora.items() if name not in extra_fields}
+        merged["lora"] = {**fields, "extra_fields": extra_fields}
     try:
         return msgspec.convert(merged, Config)
     except msgspec.ValidationError as error:
@@ -396,12 +381,8 @@ def flatten_sections(values: Mapping[str, Any], where: str = "") -> dict[str, An
             continue
         for name, value in (inner if isinstance(inner, dict) else {fields[0]: inner}).items():
             if name not in fields:
-                raise UsageError(
-                    "config",
-                    f"{section} contains the unknown key {name!r}",
-                    where=where,
-                    hint=suggest_names(name, fields),
-                )
+                problem = f"{section} contains the unknown key {name!r}"
+                raise UsageError("config", problem, where=where, hint=suggest_names(name, fields))
             if values.get(name) is not None:
                 raise UsageError("config", f"{name} is set twice: at the top level and in {section}", where=where)
             flat[name] = value
@@ -423,9 +404,8 @@ def parse_settings(items: Iterable[str]) -> dict[str, Any]:
     for item in items:
         name, equals, text = item.partition("=")
         if not equals:
-            raise UsageError(
-                "setting", f"--set is {redact(item.partition(':')[0])!r}, expected name=value, e.g. learning_rate=1e-4"
-            )
+            problem = f"--set is {redact(item.partition(':')[0])!r}, expected name=value, e.g. learning_rate=1e-4"
+            raise UsageError("setting", problem)
         try:
             value = parse_yaml(text)
         except yaml.YAMLError as error:

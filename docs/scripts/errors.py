@@ -33,7 +33,7 @@ HEAD = """# Errors
 
 Every error has a stable code, a location, a message and a fix. This page lists the codes and messages in the source;
 `…` stands for a value.
-Flags that `reject_flags=` contains are codes too: see [masks](../masks.md#flags).
+Flags that `reject_flags=` contains are codes too: see [Flags](flags.md).
 
 | code | concerns | exit code | message | fix |
 |---|---|---:|---|---|

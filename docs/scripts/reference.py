@@ -19,6 +19,8 @@ from typer.models import ArgumentInfo
 from ftdata.cli import app
 from ftdata.config import SECTIONS, Config, Lora
 from ftdata.inspection.checks import checks
+from ftdata.options import OPTIONS
+from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.mask import masks
 from ftdata.readers import readers
 from ftdata.schemas import schemas
@@ -70,6 +72,14 @@ tokens; with `--near-duplicate-threshold`, by their words. Checks marked † nee
 |---|---|---|---|---|---|
 """
 OF = {"flag": "examples", "row": "a row", "data": "all rows", "template": "tokenizer, template"}
+FLAG_HEAD = """# Flags
+
+A flag marks an example with a property that you should know about: see [masks](../masks.md#flags). `ftdata audit`
+reports the flags that have a severity.
+
+| flag | severity | meaning | fix |
+|---|---|---|---|
+"""
 CONFIGURATION = """# Configuration
 
 Fields of the YAML or TOML file of [`ftdata train`](../train.md), and of `--set NAME=VALUE`. The fields up to
@@ -159,6 +169,14 @@ def check_page():
     return CHECKS + "\n".join(lines) + "\n"
 
 
+def flag_page():
+    """Return the page of all flags of examples."""
+    rows = (
+        f"| `{code}` | {flag.severity} | {cell(flag.sentence)} | {cell(flag.fix)} |" for code, flag in FLAGS.items()
+    )
+    return FLAG_HEAD + "\n".join(rows) + "\n"
+
+
 def said(kind):
     """Return the docstrings of the fields of a class."""
     body = ast.parse(inspect.getsource(kind)).body[0].body
@@ -187,12 +205,7 @@ def fields(kind, prefix="", *, helps=None):
 
 def configuration():
     """Return the page of the configuration fields. Fields without a docstring have the help of their option."""
-    functions = dict(every_command())
-    helps = {
-        one.name.replace("column", "columns"): info.help
-        for name in ("train", "build")
-        for one, _, info in options(functions[f"ftdata {name}"])
-    }
+    helps = {name: option.help for name, option in OPTIONS.items()}
     sections = "\n".join(
         f"| `{name}` | {', '.join(f'`{one}`' for one in grouped)} |" for name, grouped in SECTIONS.items()
     )
@@ -239,6 +252,7 @@ PAGES = {
     "configuration.md": configuration,
     "checks.md": check_page,
     "errors.md": errors.page,
+    "flags.md": flag_page,
     "schemas.md": schema_page,
     "plugins.md": plugin_page,
 }

@@ -34,7 +34,8 @@ from ftdata.build.run_tasks import TaskRunner, check_all_rereadable, is_rereadab
 from ftdata.build.shard_files import read_minhashes
 from ftdata.build.shards import Progress, Task, shard_key
 from ftdata.build.splits import ExampleFacts, Layout, SplitPlan, assign_splits
-from ftdata.errors import InputRefused, UsageError
+from ftdata.errors import InputRefused, UsageError, check_choice
+from ftdata.options import OPTIONS, select_options
 from ftdata.pipeline.mask import Policy
 from ftdata.pipeline.recipe import Recipe, make_recipe
 from ftdata.readers import FileSource, MemorySource, resolve_sources
@@ -99,7 +100,7 @@ def build_sft_dataset(
         control_tokens: `"escape"`, `"refuse"` or `"allow"` control-token text inside the data.
         on_dropped_message: `"reject"` or `"flag"` a row if the template omits a system, user or tool message.
         on_missing_stop: `"flag"` a last turn for which the template prints no stop token, or `"append_eos"` to it.
-        reject_flags: flags, such as `"no_trained_stop"`, that reject a row; see `ftdata.pipeline.flags.FLAGS`.
+        reject_flags: flags, such as `"no_trained_stop"`, that reject a row; docs/reference/flags.md lists them.
         max_length: the maximum number of tokens of an example and of a pack.
         overlong: `"reject"`, `"drop_turns"` or `"truncate"`.
         packing: `None` or `"bfd"`: best-fit decreasing (Ding et al. 2024, arXiv:2404.10830), but examples are never
@@ -169,35 +170,26 @@ def write_build(
     tokenizer: Any,
     output_dir: str | Path,
     *,
-    packing: str | None = None,
-    where: str | None = None,
-    limit: int | None = None,
-    dedup: bool = False,
-    near_duplicate_threshold: float | None = None,
-    sample: float | None = None,
-    shuffle: bool = False,
-    test_size: float | None = None,
-    seed: int = 0,
-    on_bad_rows: str = "error",
-    max_rejects: float | str | None = None,
     workers: int | None = None,
     engine: str = "local",
     progress: Progress | None = None,
-    **recipe: Any,
+    **options: Any,
 ) -> Report:
     """Build a data set in `output_dir` like `build_sft_dataset`. Do not load the result or import `datasets`.
 
-    The parameters are those of `build_sft_dataset`; `recipe` are the options of `make_recipe`. Returns the report.
+    The parameters are those of `build_sft_dataset`; `options` are those in `ftdata.options`. Returns the report.
 
     Raises:
         FtdataError: as in `build_sft_dataset`.
     """
-    bound = make_recipe(tokenizer, **recipe)
-    layout = Layout(packing, bound.max_length, test_size, seed, dedup, near_duplicate_threshold, sample, shuffle)
-    if near_duplicate_threshold is not None:
+    for option in options:
+        check_choice("option", option, OPTIONS)
+    bound = make_recipe(tokenizer, **select_options(options, "rendering", "rows"))
+    layout = Layout(max_length=bound.max_length, **select_options(options, "layout"))
+    if layout.near_duplicate_threshold is not None:
         near_duplicates.require_rensa()
-    row_filter = RowFilter(where, limit)
-    reject_limit = RejectLimit(on_bad_rows, max_rejects)
+    row_filter = RowFilter(**select_options(options, "selection"))
+    reject_limit = RejectLimit(**select_options(options, "rejects"))
     if workers is not None and workers < 1:
         raise UsageError("workers", f"workers is {workers}, expected at least 1")
     check_engine(engine)
@@ -208,7 +200,7 @@ def write_build(
     sources = resolve_sources(data)
     _check_split_names(sources)
     _check_output(output_dir, sources)
-    parts = sources if limit else split_into_parts(sources)
+    parts = sources if row_filter.limit else split_into_parts(sources)
     request = _BuildRequest(bound, layout, row_filter, reject_limit, _describe_data(data), parts)
     runner = TaskRunner(workers, engine)
     if isinstance(output_dir, str) and is_url(output_dir):

@@ -16,7 +16,7 @@ from typing import Any
 from ftdata._version import __version__
 from ftdata.errors import InternalError
 from ftdata.pipeline.examples import Batch
-from ftdata.pipeline.flags import FLAGS
+from ftdata.pipeline.flags import describe_flags
 from ftdata.pipeline.recipe import Recipe
 from ftdata.types import Conversation, Reject
 
@@ -235,10 +235,7 @@ def report_notes(ledgers: Sequence[Ledger], recipe: Recipe) -> tuple[str, ...]:
     flags = Counter[str]()
     for ledger in ledgers:
         flags.update(ledger.flags)
-    repeated = f"{sum(ledger.tokens_repeated for ledger in ledgers):,}"
-    notes = [
-        FLAGS[flag].format(n=f"{count:,}", repeated=repeated) for flag, count in sorted(flags.items()) if flag in FLAGS
-    ]
+    notes = list(describe_flags(flags, sum(ledger.tokens_repeated for ledger in ledgers)))
     if recipe.template.uses_date:
         notes.append(f"the template prints the date {recipe.template.date:%Y-%m-%d}; set it with date=")
     if kwargs := recipe.template.kwargs:

@@ -2,119 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ftdata.cli.options import (
-    SOURCE_HELP,
-    Columns,
-    ControlTokens,
-    Date,
-    Dedup,
-    Encoding,
-    Json,
-    Limit,
-    MaxLength,
-    MaxRejects,
-    NearDuplicateThreshold,
-    OnBadRows,
-    OnDroppedMessage,
-    OnMissingStop,
-    Overlong,
-    Packing,
-    Quoting,
-    RejectFlags,
-    Sample,
-    Schema,
-    Seed,
-    Shuffle,
-    Split,
-    Template,
-    TemplateKwarg,
-    TestSize,
-    Tokenizer,
-    TrainOn,
-    TrainParts,
-    Turns,
-    Where,
-    collect_recipe_options,
-    make_sources,
-    parse_columns,
-)
-from ftdata.cli.output import print_value, progress_bar
+from ftdata.cli.options import Json, Tokenizer, TrainingData, add_options, make_sources
+from ftdata.cli.output import print_json_or_text, print_value, progress_bar
 from ftdata.errors import UsageError, escape_unprintable
 
 config_app = typer.Typer(no_args_is_help=True, help="Import configurations from Axolotl and LLaMA-Factory.")
 templates_app = typer.Typer(no_args_is_help=True, help="List, show and check chat templates.")
 
 
+@add_options("rendering", "rows", "selection", "layout", "rejects", "source")
 def build(
-    data: Annotated[list[str], typer.Argument(help=f"Training data: {SOURCE_HELP}", show_default=False)],
+    data: TrainingData,
     tokenizer: Annotated[
         str, typer.Option("--tokenizer", "-t", help="Tokenizer: Hub ID, or folder that contains tokenizer.json")
     ],
     output_dir: Annotated[str, typer.Option("--output-dir", "-o", help="Output folder or URL, e.g. s3://bucket/name")],
-    template: Template = None,
-    schema: Schema = "auto",
-    column: Columns = None,
-    train_on: TrainOn = "assistant",
-    train_parts: TrainParts = None,
-    turns: Turns = "auto",
-    control_tokens: ControlTokens = "escape",
-    on_dropped_message: OnDroppedMessage = "reject",
-    on_missing_stop: OnMissingStop = "flag",
-    reject_flags: RejectFlags = None,
-    max_length: MaxLength = None,
-    overlong: Overlong = "reject",
-    packing: Packing = None,
-    where: Where = None,
-    limit: Limit = None,
-    dedup: Dedup = False,
-    near_duplicate_threshold: NearDuplicateThreshold = None,
-    sample: Sample = None,
-    shuffle: Shuffle = False,
-    test_size: TestSize = None,
-    seed: Seed = 0,
-    on_bad_rows: OnBadRows = "error",
-    max_rejects: MaxRejects = None,
-    date: Date = None,
-    template_kwarg: TemplateKwarg = None,
+    *,
     workers: Annotated[int | None, typer.Option(help="Number of parallel workers; does not affect the output")] = None,
     engine: Annotated[str, typer.Option(help="Where to run the workers: local, ray, or ray:ADDRESS")] = "local",
-    encoding: Encoding = None,
-    quoting: Quoting = None,
-    split: Split = None,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Build a data set of tokens and labels."""
-    arguments = locals()
     from ftdata.build.dataset import write_build
 
+    sources = make_sources(data, options)
+    workers = os.cpu_count() if workers is None and engine == "local" else workers
     with progress_bar() as progress:
         report = write_build(
-            make_sources(data, encoding, split, quoting),
-            tokenizer,
-            output_dir,
-            template=template,
-            **collect_recipe_options(arguments),
-            packing=packing,
-            where=where,
-            limit=limit,
-            dedup=dedup,
-            near_duplicate_threshold=near_duplicate_threshold,
-            sample=sample,
-            shuffle=shuffle,
-            test_size=test_size,
-            seed=seed,
-            on_bad_rows=on_bad_rows,
-            max_rejects=max_rejects,
-            workers=os.cpu_count() if workers is None and engine == "local" else workers,
-            engine=engine,
-            progress=progress,
+            sources, tokenizer, output_dir, workers=workers, engine=engine, progress=progress, **options
         )
     print_value(report, as_json=as_json)
     if not as_json:
@@ -122,40 +44,21 @@ def build(
         print(f"built    {output_dir} {timing}")
 
 
+@add_options("template", "schema", "columns", "selection", "rejects", "source")
 def convert(
-    data: Annotated[list[str], typer.Argument(help=f"Training data: {SOURCE_HELP}", show_default=False)],
+    data: TrainingData,
     output: Annotated[Path, typer.Option("--output", "-o", help="Output file (.jsonl or .parquet)")],
     to: Annotated[str, typer.Option(help="Schema of the output: messages, prompt_completion, or text")] = "messages",
     tokenizer: Tokenizer = None,
-    template: Template = None,
-    schema: Schema = "auto",
-    column: Columns = None,
-    where: Where = None,
-    limit: Limit = None,
-    on_bad_rows: OnBadRows = "error",
-    max_rejects: MaxRejects = None,
-    encoding: Encoding = None,
-    quoting: Quoting = None,
-    split: Split = None,
+    *,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Convert rows to messages, to prompt/completion pairs, or to rendered text."""
     from ftdata.build.convert import convert as convert_rows
 
-    report = convert_rows(
-        make_sources(data, encoding, split, quoting),
-        output,
-        to,
-        tokenizer=tokenizer,
-        template=template,
-        schema=schema,
-        columns=parse_columns(column),
-        where=where,
-        limit=limit,
-        on_bad_rows=on_bad_rows,
-        max_rejects=max_rejects,
-    )
-    print_value(report, as_json=as_json)
+    sources = make_sources(data, options)
+    print_value(convert_rows(sources, output, to, tokenizer=tokenizer, **options), as_json=as_json)
 
 
 def verify(
@@ -166,11 +69,8 @@ def verify(
     from ftdata.build.remote import verify as verify_build
 
     damaged = verify_build(folder)
-    print(
-        json.dumps({"folder": folder, "damaged": damaged}, ensure_ascii=False)
-        if as_json
-        else "\n".join(f"damaged  {folder}/{name}" for name in damaged) or f"intact   {folder}"
-    )
+    lines = [f"damaged  {folder}/{name}" for name in damaged] or [f"intact   {folder}"]
+    print_json_or_text({"folder": folder, "damaged": damaged}, "\n".join(lines), as_json=as_json)
     raise typer.Exit(1 if damaged else 0)
 
 
@@ -192,7 +92,7 @@ def templates_list(as_json: Json = False) -> None:
     """List built-in and installed templates."""
     from ftdata.templates import templates
 
-    print(json.dumps(templates.names()) if as_json else "\n".join(templates.names()))
+    print_json_or_text(templates.names(), "\n".join(templates.names()), as_json=as_json)
 
 
 @templates_app.command("show")
@@ -203,10 +103,7 @@ def templates_show(
     from ftdata.templates import find_template
 
     template_name, source = find_template(name)
-    print(
-        json.dumps({"name": template_name, "source": source}, ensure_ascii=False) if as_json else source,
-        end="\n" if as_json else "",
-    )
+    print_json_or_text({"name": template_name, "source": source}, source, as_json=as_json)
 
 
 @templates_app.command("check")
@@ -225,13 +122,11 @@ def templates_check(
 @config_app.command("import")
 def config_import(
     file: Annotated[
-        Path,
-        typer.Argument(help="Axolotl YAML, LLaMA-Factory YAML, or dataset_info.json", show_default=False),
+        Path, typer.Argument(help="Axolotl YAML, LLaMA-Factory YAML, or dataset_info.json", show_default=False)
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Output file, or - for standard output")] = Path("-"),
     dataset: Annotated[
-        list[str] | None,
-        typer.Option(help="Data set to import: name, path, or index from 0 (repeatable)"),
+        list[str] | None, typer.Option(help="Data set to import: name, path, or index from 0 (repeatable)")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Base model (default: the model in the imported file)")
@@ -268,9 +163,6 @@ def plugins(as_json: Json = False) -> None:
     from ftdata.templates import templates
 
     groups = {registry.group: registry.plugins() for registry in (readers, schemas, templates, masks)}
-    if as_json:
-        print(
-            json.dumps({group: [plugin._asdict() for plugin in plugins] for group, plugins in groups.items()}, indent=2)
-        )
-    else:
-        print("\n".join(f"{group}: {', '.join(map(str, plugins))}" for group, plugins in groups.items()))
+    lines = [f"{group}: {', '.join(map(str, plugins))}" for group, plugins in groups.items()]
+    values = {group: [plugin._asdict() for plugin in plugins] for group, plugins in groups.items()}
+    print_json_or_text(values, "\n".join(lines), as_json=as_json)

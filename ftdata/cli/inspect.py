@@ -10,56 +10,24 @@ import typer
 
 from ftdata.cli.options import (
     SOURCE_HELP,
-    Columns,
-    ControlTokens,
     Data,
-    Date,
-    Encoding,
     Json,
-    Limit,
-    MaxLength,
-    OnDroppedMessage,
-    OnMissingStop,
-    Overlong,
-    Packing,
-    Quoting,
-    RejectFlags,
-    Schema,
-    Split,
-    Template,
-    TemplateKwarg,
+    Pager,
     Tokenizer,
-    TrainOn,
-    TrainParts,
-    Turns,
-    Where,
-    collect_recipe_options,
+    add_options,
     make_sources,
     parse_row_numbers,
-    parse_template_kwargs,
     split_names,
 )
-from ftdata.cli.output import no_progress, print_paged, print_value, progress_bar, write_stdout
+from ftdata.cli.output import no_progress, print_report, progress_bar, write_stdout
 from ftdata.errors import UsageError
 
 
+@add_options("rendering", "rows", "packing", "selection", "source")
 def preview(
     data: Data,
     tokenizer: Tokenizer = None,
-    template: Template = None,
-    schema: Schema = "auto",
-    column: Columns = None,
-    train_on: TrainOn = "assistant",
-    train_parts: TrainParts = None,
-    turns: Turns = "auto",
-    control_tokens: ControlTokens = "escape",
-    on_dropped_message: OnDroppedMessage = "reject",
-    on_missing_stop: OnMissingStop = "flag",
-    reject_flags: RejectFlags = None,
-    max_length: MaxLength = None,
-    overlong: Overlong = "reject",
-    date: Date = None,
-    template_kwarg: TemplateKwarg = None,
+    *,
     n: Annotated[
         int | None, typer.Option("-n", help="Number of rows to show (default: 3; with --odd: 1 per kind)", min=1)
     ] = None,
@@ -71,64 +39,29 @@ def preview(
     odd: Annotated[
         bool, typer.Option("--odd", help="Show outliers, such as very long, duplicate and rejected rows")
     ] = False,
-    where: Where = None,
-    limit: Limit = None,
-    packing: Packing = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report to this file")] = None,
-    pager: Annotated[bool, typer.Option(help="Use a pager if the output is longer than the screen")] = True,
-    encoding: Encoding = None,
-    quoting: Quoting = None,
-    split: Split = None,
+    pager: Pager = True,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Show rows with their rendered text and trained tokens."""
-    arguments = locals()
     from ftdata.inspection.preview import preview as preview_rows
 
+    sources = make_sources([data], options)
+    selection: dict[str, Any] = {"n": n, "row": parse_row_numbers(row), "id": id_, "grep": grep, "odd": odd}
     with progress_bar() if odd or html else no_progress() as progress:
-        result = preview_rows(
-            make_sources([data], encoding, split, quoting),
-            tokenizer,
-            template,
-            **collect_recipe_options(arguments),
-            n=n,
-            row=parse_row_numbers(row),
-            id=id_,
-            grep=grep,
-            odd=odd,
-            where=where,
-            limit=limit,
-            packing=packing,
-            html=html,
-            progress=progress,
-        )
-    if as_json:
-        print_value(result, as_json=True)
-    elif html:
+        result = preview_rows(sources, tokenizer, **selection, **options, html=html, progress=progress)
+    if html and not as_json:
         write_stdout(f"{html}: {len(result.rows):,} rows, {html.stat().st_size:,} bytes")
     else:
-        print_paged(result.print, pager=pager)
+        print_report(result, as_json=as_json, pager=pager)
 
 
+@add_options("rendering", "rows", "selection", "source")
 def audit(
     data: Annotated[list[str], typer.Argument(help=f"Data to check: a build, or {SOURCE_HELP}", show_default=False)],
     tokenizer: Tokenizer = None,
-    template: Template = None,
-    schema: Schema = "auto",
-    column: Columns = None,
-    train_on: TrainOn = "assistant",
-    train_parts: TrainParts = None,
-    turns: Turns = "auto",
-    control_tokens: ControlTokens = "escape",
-    on_dropped_message: OnDroppedMessage = "reject",
-    on_missing_stop: OnMissingStop = "flag",
-    reject_flags: RejectFlags = None,
-    max_length: MaxLength = None,
-    overlong: Overlong = "reject",
-    where: Where = None,
-    limit: Limit = None,
-    date: Date = None,
-    template_kwarg: TemplateKwarg = None,
+    *,
     against: Annotated[
         list[str] | None, typer.Option(help="Test set to compare with: report its rows that also occur in the data")
     ] = None,
@@ -143,134 +76,88 @@ def audit(
     format_: Annotated[
         str, typer.Option("--format", help="Output format: text, json, sarif, or github (annotations)")
     ] = "text",
-    encoding: Encoding = None,
-    quoting: Quoting = None,
-    split: Split = None,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Check data or a build for problems (exit code 1 if there are findings)."""
-    arguments = locals()
     from ftdata.errors import check_choice
     from ftdata.inspection.audit import FAIL_ON
     from ftdata.inspection.audit import audit as audit_data
 
     check_choice("format", format_, ("text", "json", "sarif", "github"))
     check_choice("fail_on", fail_on, FAIL_ON)
+    held_out = None if against is None else make_sources(against, {**options, "split": None})
+    sources = make_sources(data, options)
     with progress_bar() as progress:
         report = audit_data(
-            make_sources(data, encoding, split, quoting),
+            sources,
             tokenizer,
-            template,
-            **collect_recipe_options(arguments),
-            where=where,
-            limit=limit,
-            against=None if against is None else make_sources(against, encoding, None, quoting),
+            against=held_out,
             near_duplicate_threshold=near_duplicate_threshold,
             pii=pii,
             ignore=split_names(ignore) or (),
             progress=progress,
+            **options,
         )
     if format_ == "sarif":
         write_stdout(json.dumps(report.as_sarif(), ensure_ascii=False, indent=2))
     elif format_ == "github":
         write_stdout(report.as_github())
-    elif as_json or format_ == "json":
-        print_value(report, as_json=True)
     else:
-        print_paged(report.print)
+        print_report(report, as_json=as_json or format_ == "json")
     raise typer.Exit(1 if report.fails(fail_on) else 0)
 
 
+@add_options("rendering", "rows", "selection", "source")
 def stats(
     data: Annotated[list[str], typer.Argument(help=f"Data to count: a build, or {SOURCE_HELP}", show_default=False)],
     tokenizer: Tokenizer = None,
-    template: Template = None,
-    schema: Schema = "auto",
-    column: Columns = None,
-    train_on: TrainOn = "assistant",
-    train_parts: TrainParts = None,
-    turns: Turns = "auto",
-    control_tokens: ControlTokens = "escape",
-    on_dropped_message: OnDroppedMessage = "reject",
-    on_missing_stop: OnMissingStop = "flag",
-    reject_flags: RejectFlags = None,
-    max_length: MaxLength = None,
-    overlong: Overlong = "reject",
-    where: Where = None,
-    limit: Limit = None,
-    date: Date = None,
-    template_kwarg: TemplateKwarg = None,
+    *,
     svg: Annotated[Path | None, typer.Option(help="Write charts (lengths.svg, trained.svg) to this folder")] = None,
-    encoding: Encoding = None,
-    quoting: Quoting = None,
-    split: Split = None,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Count the rows, turns, tokens and trained tokens in data or a build."""
-    arguments = locals()
     from ftdata.inspection.stats import stats as count_rows
 
+    sources = make_sources(data, options)
     with progress_bar() as progress:
-        report = count_rows(
-            make_sources(data, encoding, split, quoting),
-            tokenizer,
-            template,
-            **collect_recipe_options(arguments),
-            where=where,
-            limit=limit,
-            svg=svg,
-            progress=progress,
-        )
-    if as_json:
-        print_value(report, as_json=True)
-    else:
-        print_paged(report.print)
+        report = count_rows(sources, tokenizer, svg=svg, progress=progress, **options)
+    print_report(report, as_json=as_json)
 
 
+@add_options("template", "template_kwargs")
 def diff(
     a: Annotated[
         str,
         typer.Argument(metavar="A", help="First data set: a build, a configuration file, or data", show_default=False),
     ],
     b: Annotated[
-        str | None,
-        typer.Argument(metavar="B", help="Second data set (default: the first data set, changed by --set)"),
+        str | None, typer.Argument(metavar="B", help="Second data set (default: the first data set, changed by --set)")
     ] = None,
     tokenizer: Tokenizer = None,
-    template: Template = None,
+    *,
     set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override an option of the second data set, e.g. turns=split"),
+        list[str] | None, typer.Option("--set", help="Override an option of the second data set, e.g. turns=split")
     ] = None,
-    template_kwarg: TemplateKwarg = None,
     n: Annotated[int, typer.Option("-n", help="Maximum number of changed rows to show", min=0)] = 10,
     html: Annotated[Path | None, typer.Option(help="Write a side-by-side HTML report to this file")] = None,
-    pager: Annotated[bool, typer.Option(help="Use a pager if the output is longer than the screen")] = True,
+    pager: Pager = True,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Compare two builds and show the tokens and labels that differ (exit code 1 if any differ)."""
     from ftdata.inspection.diff import diff as diff_builds
     from ftdata.inspection.diff import side_options
 
-    options: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "template": template,
-        "template_kwargs": parse_template_kwargs(template_kwarg),
-    }
-    first = side_options(a, **options)
-    second = side_options(a if b is None else b, **options, changes=set_ or [])
+    first = side_options(a, tokenizer=tokenizer, **options)
+    second = side_options(a if b is None else b, tokenizer=tokenizer, **options, changes=set_ or [])
     if b is None and not set_:
-        raise UsageError(
-            "diff",
-            "the second side B is missing, so there is nothing to compare",
-            hint="pass B, or change an option: --set turns=split",
-        )
+        problem = "the second side B is missing, so there is nothing to compare"
+        raise UsageError("diff", problem, hint="pass B, or change an option: --set turns=split")
     with progress_bar() as progress:
         changes = diff_builds(first, second, n=n, html=html, progress=progress)
-    if as_json:
-        print_value(changes, as_json=True)
-    else:
-        print_paged(changes.print, pager=pager)
-        if html:
-            write_stdout(f"{html}: {len(changes.changed):,} rows side by side")
+    print_report(changes, as_json=as_json, pager=pager)
+    if html and not as_json:
+        write_stdout(f"{html}: {len(changes.changed):,} rows side by side")
     raise typer.Exit(1 if changes else 0)

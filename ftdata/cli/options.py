@@ -1,14 +1,35 @@
-"""Command-line options that several commands share, and functions that parse their values."""
+"""The options of commands, which derive from the table of options, and functions that parse their values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import wraps
 from typing import Annotated, Any
 
 import typer
 import yaml
 
 from ftdata.errors import UsageError, describe_exception
+from ftdata.options import OPTIONS, Option, option_names
+
+_MAX_ROW_RANGE = 10_000
+FORMATS = ("json", "jsonl", "csv", "tsv", "parquet", "arrow", "xlsx")
+SOURCE_HELP = f"a file ({', '.join(FORMATS)}; may be compressed), glob, folder, URL, or - for standard input"
+Data = Annotated[str, typer.Argument(help=f"Data to read: a build, or {SOURCE_HELP}", show_default=False)]
+TrainingData = Annotated[list[str], typer.Argument(help=f"Training data: {SOURCE_HELP}", show_default=False)]
+Tokenizer = Annotated[
+    str | None, typer.Option("--tokenizer", "-t", help="Tokenizer: Hub ID, or folder that contains tokenizer.json")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the output as JSON")]
+Pager = Annotated[bool, typer.Option(help="Use a pager if the output is longer than the screen")]
+_READER_OPTIONS = {
+    "encoding": "Text encoding if not UTF-8/16/32, e.g. cp1252",
+    "quoting": "Quotes in CSV/TSV files: 'csv' (enclose cells) or 'none' (ordinary text)",
+    "split": "Name of the split to read, if the data has several splits",
+}
+"""Options that apply to each source of a command -> help text."""
 
 
 def parse_number(text: str) -> float:
@@ -16,77 +37,11 @@ def parse_number(text: str) -> float:
     return int(text) if text.isdecimal() else float(text)
 
 
-_MAX_ROW_RANGE = 10_000
-FORMATS = ("json", "jsonl", "csv", "tsv", "parquet", "arrow", "xlsx")
-SOURCE_HELP = f"a file ({', '.join(FORMATS)}; may be compressed), glob, folder, URL, or - for standard input"
-Data = Annotated[str, typer.Argument(help=f"Data to read: a build, or {SOURCE_HELP}", show_default=False)]
-Encoding = Annotated[str | None, typer.Option(help="Text encoding if not UTF-8/16/32, e.g. cp1252")]
-Quoting = Annotated[
-    str | None, typer.Option(help="Quotes in CSV/TSV files: 'csv' (enclose cells) or 'none' (ordinary text)")
-]
-Split = Annotated[str | None, typer.Option(help="Name of the split to read, if the data has several splits")]
-Tokenizer = Annotated[
-    str | None, typer.Option("--tokenizer", "-t", help="Tokenizer: Hub ID, or folder that contains tokenizer.json")
-]
-Template = Annotated[
-    str | None, typer.Option(help="Template: name, .jinja file or Jinja source (default: the tokenizer's)")
-]
-Schema = Annotated[str, typer.Option(help="Schema of the rows: a name, ./file.py:function, or 'auto' to detect it")]
-Columns = Annotated[
-    list[str] | None,
-    typer.Option("--column", help="Data column for a schema column, e.g. output=answer (repeatable)"),
-]
-TrainOn = Annotated[
-    str, typer.Option(help="Messages to train on: assistant, last_assistant, completion, all, or ./file.py:function")
-]
-Turns = Annotated[str, typer.Option(help="Examples per conversation: 'joint' (one), 'split' (one per turn) or 'auto'")]
-TrainParts = Annotated[str | None, typer.Option(help="Train only these parts of messages, e.g. reasoning,answer")]
-OnDroppedMessage = Annotated[
-    str, typer.Option(help="What to do if the template omits a message: reject or flag the row")
-]
-OnMissingStop = Annotated[str, typer.Option(help="What to do if the last turn has no stop token: flag or append_eos")]
-RejectFlags = Annotated[
-    str | None, typer.Option(help="Reject rows with these flags, e.g. no_trained_stop,message_truncated")
-]
-ControlTokens = Annotated[
-    str, typer.Option(help="What to do with special tokens in the text of rows: escape, refuse or allow")
-]
-MaxLength = Annotated[int | None, typer.Option(help="Maximum number of tokens per example and per packed sequence")]
-Overlong = Annotated[str, typer.Option(help="What to do with longer examples: reject, drop_turns or truncate")]
-Date = Annotated[str | None, typer.Option(help="Date that the template prints as the current date, e.g. 2026-01-31")]
-TemplateKwarg = Annotated[
-    list[str] | None, typer.Option(help="Set a variable of the template, e.g. enable_thinking=false")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the output as JSON")]
-Packing = Annotated[str | None, typer.Option(help="Algorithm to pack examples: 'bfd' (best-fit decreasing)")]
-Where = Annotated[str | None, typer.Option(help="Read only rows that match this Jinja expression, e.g. lang == 'en'")]
-Limit = Annotated[int | None, typer.Option(help="Maximum number of rows to read from each source", min=1)]
-Dedup = Annotated[bool, typer.Option("--dedup", help="Remove duplicate rows and keep the first")]
-NearDuplicateThreshold = Annotated[
-    float | None, typer.Option(help="Similarity threshold for near-duplicates (0.5-1.0)")
-]
-Sample = Annotated[
-    float | None,
-    typer.Option(parser=parse_number, help="Size of a random sample: number of rows, or fraction, e.g. 0.1"),
-]
-Shuffle = Annotated[bool, typer.Option("--shuffle", help="Shuffle the rows")]
-TestSize = Annotated[
-    float | None,
-    typer.Option(parser=parse_number, help="Size of the test split: number of rows, or fraction, e.g. 0.1"),
-]
-Seed = Annotated[int, typer.Option(help="Random seed for splitting, sampling, shuffling and mixing")]
-OnBadRows = Annotated[str, typer.Option(help="What to do with invalid rows: 'error' (stop) or 'quarantine' (skip)")]
-MaxRejects = Annotated[
-    str | None, typer.Option(help="Maximum number or percentage of skipped invalid rows, e.g. 100 or 1%")
-]
-
-
 def parse_columns(pairs: list[str] | None) -> dict[str, str] | None:
     """Parse the `--column` options, such as `output=answer`, into a mapping."""
-    for pair in pairs or []:
-        if "=" not in pair:
-            raise UsageError("column", f"--column is {pair!r}, expected name=column, e.g. output=answer")
-    return {pair.split("=", 1)[0]: pair.split("=", 1)[1] for pair in pairs} if pairs else None
+    if invalid := [pair for pair in pairs or () if "=" not in pair]:
+        raise UsageError("column", f"--column is {invalid[0]!r}, expected name=column, e.g. output=answer")
+    return dict(pair.split("=", 1) for pair in pairs) if pairs else None
 
 
 def parse_template_kwargs(pairs: list[str] | None) -> dict[str, Any] | None:
@@ -106,9 +61,8 @@ def parse_template_kwargs(pairs: list[str] | None) -> dict[str, Any] | None:
         except yaml.YAMLError:
             variables[name.strip()] = value
         except (RecursionError, ValueError) as error:
-            raise UsageError(
-                "template_kwargs", f"--template-kwarg {name} cannot be parsed: {describe_exception(error)}"
-            ) from None
+            problem = f"--template-kwarg {name} cannot be parsed: {describe_exception(error)}"
+            raise UsageError("template_kwargs", problem) from None
     return variables or None
 
 
@@ -131,31 +85,96 @@ def parse_row_numbers(text: str | None) -> list[int] | None:
     return numbers
 
 
-def make_sources(data: list[str], encoding: str | None, split: str | None, quoting: str | None = None) -> Any:
-    """Return the data sources: each path, combined with the reader options of the command line."""
-    options = {"encoding": encoding, "split": split, "quoting": quoting}
-    set_options = {name: value for name, value in options.items() if value is not None}
-    return [{"path": path, **set_options} for path in data] if set_options else data
+@dataclass(frozen=True)
+class _Spelling:
+    """The form of an option on the command line, if it differs from the form in a configuration file.
+
+    Attributes:
+        type: the type of the value on the command line.
+        name: the name of the option; empty for the name in the table.
+        parse: a function that converts the value on the command line to the value of the option.
+        settings: further arguments of `typer.Option`.
+    """
+
+    type: Any
+    name: str = ""
+    parse: Callable[[Any], Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
-def collect_recipe_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Select the recipe options from the arguments of a command, and parse their values."""
-    names = (
-        "schema",
-        "train_on",
-        "turns",
-        "control_tokens",
-        "on_dropped_message",
-        "on_missing_stop",
-        "max_length",
-        "overlong",
-        "date",
-    )
-    options = {name: arguments[name] for name in names if name in arguments}
-    if "reject_flags" in arguments:
-        options["reject_flags"] = split_names(arguments["reject_flags"]) or ()
-    if "template_kwarg" in arguments:
-        options["template_kwargs"] = parse_template_kwargs(arguments["template_kwarg"])
-    options["columns"] = parse_columns(arguments["column"])
-    options["train_parts"] = split_names(arguments["train_parts"])
-    return options
+_SPELLINGS = {
+    "columns": _Spelling(list[str] | None, "--column", parse_columns),
+    "template_kwargs": _Spelling(list[str] | None, "--template-kwarg", parse_template_kwargs),
+    "train_parts": _Spelling(str | None, parse=split_names),
+    "reject_flags": _Spelling(str | None, parse=lambda names: split_names(names) or ()),
+    "limit": _Spelling(int | None, settings={"min": 1}),
+    "dedup": _Spelling(bool, "--dedup"),
+    "shuffle": _Spelling(bool, "--shuffle"),
+    "sample": _Spelling(float | None, settings={"parser": parse_number}),
+    "test_size": _Spelling(float | None, settings={"parser": parse_number}),
+    "max_rejects": _Spelling(str | None),
+}
+
+
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def add_options(*selected: str, are_unset: bool = False) -> Decorator:
+    """Return a decorator that adds options of the table to a command, which receives their parsed values.
+
+    Args:
+        selected: names or groups of options; `"source"` for the options of sources.
+        are_unset: whether the default of each option is `None`, because a configuration file contains the defaults.
+    """
+    options = [OPTIONS[name] for name in option_names(*selected)]
+    if "source" in selected:
+        options += (Option("source", name, str | None, None, text) for name, text in _READER_OPTIONS.items())
+    return add_parameters((_make_parameter(option, is_unset=are_unset) for option in options), _parse_values)
+
+
+def _parse_values(**values: Any) -> dict[str, Any]:
+    parsers = {name: spelling.parse for name, spelling in _SPELLINGS.items() if spelling.parse}
+    return {name: parsers[name](value) if name in parsers else value for name, value in values.items()}
+
+
+def add_parameters(parameters: Iterable[inspect.Parameter], convert: Callable[..., dict[str, Any]]) -> Decorator:
+    """Return a decorator that adds parameters to a command, after its positional parameters.
+
+    Args:
+        parameters: the parameters, with annotations for typer.
+        convert: converts the values of the parameters to keyword arguments of the decorated function.
+    """
+    added = {parameter.name: parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in parameters}
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def command(**arguments: Any) -> None:
+            values = {name: arguments.pop(name) for name in added}
+            function(**arguments, **convert(**values))
+
+        existing = inspect.signature(function, eval_str=True).parameters.values()
+        first = [parameter for parameter in existing if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        last = [parameter for parameter in existing if parameter.kind is parameter.KEYWORD_ONLY]
+        vars(command)["__signature__"] = inspect.Signature([*first, *added.values(), *last])
+        return command
+
+    return decorate
+
+
+def _make_parameter(option: Option, *, is_unset: bool) -> inspect.Parameter:
+    """Convert an option to a parameter from which typer creates an option of the command line."""
+    spelling = _SPELLINGS.get(option.name, _Spelling(option.type))
+    names = [spelling.name] if spelling.name else []
+    info = typer.Option(*names, help=option.help, **spelling.settings)
+    value_type = spelling.type | None if is_unset else spelling.type
+    # The command line has no empty list: the option is left out.
+    default = None if is_unset or option.default == () else option.default
+    annotation = Annotated[value_type, info]  # type: ignore[valid-type]  # (typer reads the type at run time)
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def make_sources(data: list[str], options: dict[str, Any]) -> Any:
+    """Remove the options of sources, such as `encoding`, from `options`, and combine them with each path."""
+    values = {name: options.pop(name) for name in _READER_OPTIONS if name in options}
+    set_values = {name: value for name, value in values.items() if value is not None}
+    return [{"path": path, **set_values} for path in data] if set_values else data

@@ -33,6 +33,19 @@ def print_value(value: Any, *, as_json: bool) -> None:
     )
 
 
+def print_json_or_text(value: Any, text: str, *, as_json: bool) -> None:
+    """Print a value as JSON, or the text that describes it."""
+    write_stdout(json.dumps(value, ensure_ascii=False, indent=2) if as_json else text)
+
+
+def print_report(report: Any, *, as_json: bool, pager: bool = False) -> None:
+    """Print a report as JSON, or as styled text, which a pager shows if it is long."""
+    if as_json:
+        print_value(report, as_json=True)
+    else:
+        print_paged(report.print, pager=pager)
+
+
 def print_paged(render: Callable[[Any], None], *, pager: bool = False) -> None:
     """Print output through a rich console, and use a pager if the output is long.
 

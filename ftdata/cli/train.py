@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import time
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ftdata.cli.options import Columns, Json, Limit, MaxLength, MaxRejects, Packing, Template, TestSize, parse_columns
-from ftdata.cli.output import print_value, write_stdout
+from ftdata.cli.options import Json, add_options, add_parameters
+from ftdata.cli.output import print_report, print_value, write_stdout
 from ftdata.errors import UsageError, escape_unprintable
 
 if TYPE_CHECKING:
@@ -21,17 +22,12 @@ if TYPE_CHECKING:
 
 Run = Annotated[Path, typer.Argument(help="Directory of a finished training run", show_default=False)]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Base model: Hub ID or folder")]
-MaxNewTokens = Annotated[int, typer.Option(help="Maximum number of generated tokens per answer", min=1)]
-Beams = Annotated[
-    int, typer.Option("--num-beams", help="Number of beams in beam search (default: 1, no beam search)", min=1)
-]
-Temperature = Annotated[float | None, typer.Option(help="Sampling temperature, e.g. 0.7 (default: greedy decoding)")]
-TopP = Annotated[float | None, typer.Option(help="Top-p (nucleus) sampling threshold")]
-SamplingSeed = Annotated[int, typer.Option("--seed", help="Random seed for sampling")]
+BatchSize = Annotated[int, typer.Option(help="Number of prompts per batch", min=1)]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code from the model repository")]
 UseBase = Annotated[bool, typer.Option("--base", help="Use the base model instead of the trained model")]
 
 
+@add_options("template", "limit")
 def init(
     data: Annotated[
         str, typer.Argument(help="Training data, in any format that `ftdata build` reads", show_default=False)
@@ -41,18 +37,16 @@ def init(
         "run.yaml"
     ),
     output_dir: Annotated[str, typer.Option(help="Value of the setting output_dir in the new configuration")] = "out",
-    template: Template = None,
-    limit: Limit = None,
+    *,
     trust_remote_code: TrustRemoteCode = False,
+    **options: Any,
 ) -> None:
     """Write a commented training configuration. Its values are computed from the data and the model."""
     from ftdata.train import init as make_config_text
 
     if str(output) != "-" and (output.exists() or output.is_symlink()):
         raise UsageError("target_exists", f"{output} already exists", hint="choose another file with --output")
-    text = make_config_text(
-        data, model, output_dir, template=template, limit=limit, trust_remote_code=trust_remote_code or None
-    )
+    text = make_config_text(data, model, output_dir, trust_remote_code=trust_remote_code or None, **options)
     if str(output) == "-":
         write_stdout(text)
         return
@@ -60,46 +54,26 @@ def init(
     print(f"wrote {output}; review it, then run: ftdata train {output}")
 
 
+@add_options(
+    *("template", "schema", "columns", "train_on", "turns", "max_length", "overlong", "packing", "test_size", "limit"),
+    *("on_bad_rows", "max_rejects"),
+    are_unset=True,
+)
 def train(
     source: Annotated[
         str,
-        typer.Argument(
-            help="Configuration file (.yaml, .toml), data, a build, or a run to resume",
-            show_default=False,
-        ),
+        typer.Argument(help="Configuration file (.yaml, .toml), data, a build, or a run to resume", show_default=False),
     ],
     model: Model = None,
     output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Output directory of the run")] = None,
-    template: Template = None,
-    schema: Annotated[
-        str | None, typer.Option(help="Schema of the rows: a name, ./file.py:function, or 'auto' to detect it")
-    ] = None,
-    column: Columns = None,
-    train_on: Annotated[
-        str | None, typer.Option(help="Messages to train on: assistant, last_assistant, completion or all")
-    ] = None,
-    turns: Annotated[
-        str | None, typer.Option(help="Examples per conversation: 'joint' (one), 'split' (one per turn) or 'auto'")
-    ] = None,
-    max_length: MaxLength = None,
-    overlong: Annotated[
-        str | None, typer.Option(help="What to do with longer examples: reject, drop_turns or truncate")
-    ] = None,
-    packing: Packing = None,
-    test_size: TestSize = None,
-    limit: Limit = None,
-    on_bad_rows: Annotated[
-        str | None, typer.Option(help="What to do with invalid rows: 'error' (stop) or 'quarantine' (skip)")
-    ] = None,
-    max_rejects: MaxRejects = None,
+    *,
     quantization: Annotated[str | None, typer.Option(help="Quantize the base model: nf4 (QLoRA), fp4 or int8")] = None,
     lora_r: Annotated[int | None, typer.Option(help="Rank of the LoRA adapter")] = None,
     attn_implementation: Annotated[
         str | None, typer.Option(help="Attention implementation, e.g. sdpa, eager or flash_attention_2")
     ] = None,
     set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Set a configuration field, e.g. learning_rate=1e-4 (repeatable)"),
+        list[str] | None, typer.Option("--set", help="Set a configuration field, e.g. learning_rate=1e-4 (repeatable)")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[
@@ -107,26 +81,15 @@ def train(
     ] = False,
     resume: Annotated[bool, typer.Option(help="Resume from the last complete checkpoint")] = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Train a model on data or a build, with LoRA, QLoRA or full fine-tuning."""
     import ftdata.train
 
-    options: dict[str, Any] = {
+    options |= {
         "model": model,
         "output_dir": output_dir,
         "settings": set_ or [],
-        "template": template,
-        "schema": schema,
-        "columns": parse_columns(column),
-        "train_on": train_on,
-        "turns": turns,
-        "max_length": max_length,
-        "overlong": overlong,
-        "packing": packing,
-        "test_size": test_size,
-        "limit": limit,
-        "on_bad_rows": on_bad_rows,
-        "max_rejects": max_rejects,
         "quantization": quantization,
         "lora_r": lora_r,
         "attn_implementation": attn_implementation,
@@ -143,64 +106,83 @@ def train(
         write_stdout((folder / "run.json").read_text(encoding="utf-8"))
 
 
+def _generation_options(
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of generated tokens per answer", min=1)] = 256,
+    num_beams: Annotated[
+        int, typer.Option(help="Number of beams in beam search (default: 1, no beam search)", min=1)
+    ] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sampling temperature, e.g. 0.7 (default: greedy decoding)")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Top-p (nucleus) sampling threshold")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
+) -> dict[str, Any]:
+    """Convert the options of commands that generate answers to arguments of `model.generate`."""
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "trust_remote_code": trust_remote_code}
+    if num_beams > 1:
+        options |= {"num_beams": num_beams, "early_stopping": True}
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UsageError("top_p", f"--top-p is {top_p}, expected a number above 0 and up to 1")
+    # A temperature of 0 means greedy decoding, as in other tools.
+    if temperature != 0 and (temperature is not None or top_p is not None):
+        temperature = 1.0 if temperature is None else temperature
+        options |= {
+            "do_sample": True,
+            "temperature": temperature,
+            "top_p": 1.0 if top_p is None else top_p,
+            "seed": seed,
+        }
+    return options
+
+
+_add_generation_options = add_parameters(
+    inspect.signature(_generation_options, eval_str=True).parameters.values(), _generation_options
+)
+
+
+@_add_generation_options
 def evaluate(
     run_dir: Run,
     data: Annotated[
         str | None, typer.Option(help="Evaluation data with expected answers (default: the run's test split)")
     ] = None,
     n: Annotated[int, typer.Option("-n", help="Number of rows to evaluate, or 0 for all rows", min=0)] = 20,
-    batch_size: Annotated[int, typer.Option(help="Number of prompts per batch", min=1)] = 16,
-    max_new_tokens: MaxNewTokens = 256,
-    num_beams: Beams = 1,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    seed: SamplingSeed = 0,
+    *,
+    batch_size: BatchSize = 16,
     html: Annotated[Path | None, typer.Option(help="Write a side-by-side HTML report to this file")] = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Compare the trained model with its base model by answers, perplexity, exact match, SacreBLEU and chrF."""
     from ftdata.train import compare
 
-    options = _generation_options(max_new_tokens, num_beams, temperature, top_p, seed)
-    options |= {"trust_remote_code": trust_remote_code}
     with _generation_progress() as progress:
         report = compare(run_dir, data, n or None, batch_size=batch_size, progress=progress, **options)
-    if as_json:
-        print_value(report, as_json=True)
-    else:
-        from rich.console import Console
-
-        report.print(Console())
+    print_report(report, as_json=as_json)
     if html is not None:
         report.write_html(html)
 
 
+@_add_generation_options
 def generate(
     run_dir: Run,
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Prompts to answer (default: the lines of standard input)")
     ] = None,
     base: UseBase = False,
-    batch_size: Annotated[int, typer.Option(help="Number of prompts per batch", min=1)] = 16,
-    max_new_tokens: MaxNewTokens = 256,
-    num_beams: Beams = 1,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    seed: SamplingSeed = 0,
-    trust_remote_code: TrustRemoteCode = False,
+    *,
+    batch_size: BatchSize = 16,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Generate answers to prompts with a trained model."""
     from ftdata.train import generate as generate_answers
 
     questions = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not questions:
-        raise UsageError(
-            "missing_option", "no prompt was passed", hint="pass prompts as arguments or as lines on standard input"
-        )
-    options = _generation_options(max_new_tokens, num_beams, temperature, top_p, seed)
-    options |= {"trust_remote_code": trust_remote_code}
+        problem = "no prompt was passed"
+        raise UsageError("missing_option", problem, hint="pass prompts as arguments or as lines on standard input")
     with _generation_progress() as progress:
         answers = generate_answers(run_dir, questions, base=base, batch_size=batch_size, progress=progress, **options)
     if as_json:
@@ -210,21 +192,17 @@ def generate(
         write_stdout("\n".join(escape_unprintable(answer) for answer in answers))
 
 
+@_add_generation_options
 def chat(
     run_dir: Run,
     base: UseBase = False,
     system: Annotated[str | None, typer.Option(help="System message of the chat")] = None,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    seed: SamplingSeed = 0,
-    trust_remote_code: TrustRemoteCode = False,
+    **options: Any,
 ) -> None:
     """Chat with a trained model. /new starts a new conversation. An empty line or Ctrl-D exits."""
     from ftdata.train import start_chat
 
-    options = _generation_options(max_new_tokens, 1, temperature, top_p, seed)
-    session = start_chat(run_dir, base=base, system=system, trust_remote_code=trust_remote_code, **options)
+    session = start_chat(run_dir, base=base, system=system, **options)
     first_messages, has_warned = list(session.messages), False
     while True:
         try:
@@ -259,26 +237,6 @@ def merge(
     merged = merge_run(run_dir, output_dir, dtype=dtype, trust_remote_code=trust_remote_code)
     print(f"merged into {output_dir} in {merged.dtype}")
     print(f"largest relative difference from the adapter's logits: {merged.error:.1g} (limit {merged.limit:g})")
-
-
-def _generation_options(
-    max_new_tokens: int, num_beams: int, temperature: float | None, top_p: float | None, seed: int
-) -> dict[str, Any]:
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
-    if num_beams > 1:
-        options |= {"num_beams": num_beams, "early_stopping": True}
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UsageError("top_p", f"--top-p is {top_p}, expected a number above 0 and up to 1")
-    # A temperature of 0 means greedy decoding, as in other tools.
-    if temperature != 0 and (temperature is not None or top_p is not None):
-        temperature = 1.0 if temperature is None else temperature
-        options |= {
-            "do_sample": True,
-            "temperature": temperature,
-            "top_p": 1.0 if top_p is None else top_p,
-            "seed": seed,
-        }
-    return options
 
 
 _ANNOUNCE_SECONDS = 10.0

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ftdata.importers.draft import (
+    CONVERT_HINT,
     Draft,
     KeyRules,
     apply_rules,
     check_roles,
+    check_setting,
     conversion_error,
     explicit_settings,
     merge_dataset_options,
@@ -169,8 +171,7 @@ def draft_from_axolotl(values: Mapping[str, Any], selection: Sequence[str], fold
 
 def _convert_adapter(values: Mapping[str, Any], draft: Draft) -> None:
     kind = values.get("adapter")
-    if kind not in (None, "lora", "qlora"):
-        raise conversion_error(f"adapter is {kind}, expected lora or qlora")
+    check_setting("", "adapter", kind, (None, "lora", "qlora"))
     if kind is None:
         draft.fields.pop("lora", None)
     if kind == "qlora":
@@ -187,6 +188,7 @@ def _convert_adapter(values: Mapping[str, Any], draft: Draft) -> None:
 
 def _convert_overlong(values: Mapping[str, Any], draft: Draft) -> None:
     strategy = values.get("excess_length_strategy") or "drop"
+    check_setting("", "excess_length_strategy", strategy, ("drop", "truncate", "raise"))
     if strategy == "truncate":
         draft.set_field("overlong", "truncate")
     elif strategy == "drop":
@@ -195,8 +197,6 @@ def _convert_overlong(values: Mapping[str, Any], draft: Draft) -> None:
         draft.add_note(
             "rows that are too long are rejected and counted, as all bad rows are; max_rejects limits their number"
         )
-    elif strategy != "raise":
-        raise conversion_error(f"excess_length_strategy is {strategy}, expected drop, truncate or raise")
 
 
 def _convert_datasets(values: Mapping[str, Any], selection: Sequence[str], draft: Draft) -> None:
@@ -208,10 +208,8 @@ def _convert_datasets(values: Mapping[str, Any], selection: Sequence[str], draft
     numbered = {str(number): info for number, info in enumerate(infos)}
     paths = [info["path"] for info in infos]
     if unknown := [name for name in selection if name not in numbered and name not in paths]:
-        raise conversion_error(
-            f"the file contains no data set {unknown[0]!r}, only {', '.join(paths)}",
-            hint="pass the path or the number of a data set; numbers start at 0",
-        )
+        problem = f"the file contains no data set {unknown[0]!r}, only {', '.join(paths)}"
+        raise conversion_error(problem, hint="pass the path or the number of a data set; numbers start at 0")
     selected = {
         number: info
         for number, info in numbered.items()
@@ -228,18 +226,13 @@ def _make_sources(info: Mapping[str, Any], draft: Draft) -> list[dict[str, Any]]
         explanation = "has no effect in Axolotl 0.19 and is left out; use columns to map columns"
         draft.add_note(f"{path}: {', '.join(without_effect)} {explanation}")
     if misplaced := [key for key in _TYPE_KEYS if info.get(key)]:
-        raise conversion_error(
-            f"{path}: Axolotl does not read {', '.join(misplaced)} at this level",
-            hint="move these keys to a mapping under type",
-        )
+        problem = f"{path}: Axolotl does not read {', '.join(misplaced)} at this level"
+        raise conversion_error(problem, hint="move these keys to a mapping under type")
     if unsupported := [key for key in _UNSUPPORTED_KEYS if info.get(key)]:
         raise conversion_error(f"{path}: ftdata has no equivalent for {', '.join(unsupported)}, which affects training")
     note_unknown_keys(path, info, _KNOWN_KEYS, draft)
     kind, split = info.get("ds_type"), info.get("split")
-    if kind not in (None, *_SUFFIXES, "text"):
-        raise conversion_error(
-            f"{path}: ds_type {kind!r:.60} is not supported", hint=f"use one of {', '.join(_SUFFIXES)}"
-        )
+    check_setting(path, "ds_type", kind, (None, *_SUFFIXES, "text"))
     options = {"split": split} if split not in (None, "train") else {}
     if files and Path(path).is_dir():
         # Axolotl resolves these paths relative to the working directory.
@@ -288,10 +281,8 @@ def _chat_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Dra
     field_keys |= info.get("message_property_mappings") or {}
     for field, key in field_keys.items():
         if key and key not in _MESSAGE_FIELDS.get(field, (field,)):
-            raise conversion_error(
-                f"{path}: the {field} of each message is under the key {key!r}, which ftdata does not support",
-                hint="convert rows to messages with a function: schema='./mine.py:convert'",
-            )
+            problem = f"{path}: the {field} of each message is under the key {key!r}, which ftdata does not support"
+            raise conversion_error(problem, hint=CONVERT_HINT)
     roles = info.get("roles") or {}
     check_roles(
         {role: meaning for meaning, names in roles.items() for role in ([names] if isinstance(names, str) else names)},
@@ -299,18 +290,14 @@ def _chat_options(info: Mapping[str, Any], values: Mapping[str, Any], draft: Dra
     )
     trained_roles = info.get("roles_to_train", ["assistant"])
     if not trained_roles or not set(trained_roles) <= {"assistant", "gpt"}:
-        raise conversion_error(
-            f"{path}: roles_to_train is {trained_roles}, expected assistant",
-            hint="select the trained messages with a function: train_on='./mine.py:select'",
-        )
+        problem = f"{path}: roles_to_train is {trained_roles}, expected assistant"
+        raise conversion_error(problem, hint="select the trained messages with a function: train_on='./mine.py:select'")
     if info.get("train_on_eos", "turn") not in (None, "turn") or info.get("train_on_eot", "turn") not in (None, "turn"):
         draft.add_note(f"{path}: the stop token of every trained turn is trained, regardless of train_on_eos")
     training_key = info.get("message_field_training")
-    if training_key and training_key not in ("train", "training", "weight", "loss"):
-        raise conversion_error(
-            f"{path}: message_field_training is {training_key!r}, expected train, training, weight or loss",
-            hint="rename this message field to train in the data",
-        )
+    trained_names = (None, "", "train", "training", "weight", "loss")
+    hint = "rename this message field to train in the data"
+    check_setting(path, "message_field_training", training_key, trained_names, hint)
     if not training_key:
         draft.add_note(
             f"{path}: messages with train, training, weight or loss of 0 are not trained; "
@@ -326,19 +313,16 @@ def _template_options(info: Mapping[str, Any], values: Mapping[str, Any], draft:
         name, text = settings.get("chat_template"), settings.get("chat_template_jinja")
         if text and name in (None, "jinja"):
             return {"template": text}
-        if name in (None, "tokenizer_default"):
+        if name is None or str(name).startswith("tokenizer_default"):
             continue
         if name == "chatml":
             draft.add_note(
                 "chat_template chatml: the text is the same; the stop token <|im_end|> must be in the tokenizer"
             )
             return {"template": "chatml"}
-        if str(name).startswith("tokenizer_default_fallback"):
-            continue
-        raise conversion_error(
-            f"the chat_template {name} cannot be converted",
-            hint="save the template as a .jinja file and set template to its path, or use tokenizer_default",
-        )
+        problem = f"the chat_template {name} cannot be converted"
+        hint = "save the template as a .jinja file and set template to its path, or use tokenizer_default"
+        raise conversion_error(problem, hint=hint)
     return {}
 
 
@@ -349,23 +333,11 @@ def _prompt_template_options(kind: Mapping[str, Any]) -> dict[str, Any]:
     >>> _prompt_template_options(kind)["columns"]
     {'instruction': 'q', 'output': 'a'}
     """
-    known_keys = {
-        "system_prompt",
-        "system_format",
-        "field_system",
-        "field_instruction",
-        "field_input",
-        "field_output",
-        "format",
-        "no_input_format",
-    }
+    fields = {name: f"field_{name}" for name in ("instruction", "input", "output", "system")}
+    known_keys = {*fields.values(), "system_prompt", "system_format", "format", "no_input_format"}
     if unknown := kind.keys() - known_keys:
         raise conversion_error(f"the mapping under type contains unknown keys: {', '.join(sorted(unknown))}")
-    columns = {
-        name: kind[f"field_{name}"]
-        for name in ("instruction", "input", "output", "system")
-        if kind.get(f"field_{name}", name) != name
-    }
+    columns = {name: kind[key] for name, key in fields.items() if kind.get(key, name) != name}
     system, system_format = kind.get("system_prompt") or "", kind.get("system_format") or "{system}"
     with_input = kind.get("format") or "{instruction} {input} "
     without_input = kind.get("no_input_format") or "{instruction} "
@@ -394,10 +366,8 @@ def _to_jinja(text: str) -> str:
         if name is None:
             continue
         if name not in ("instruction", "input", "system") or format_spec or conversion:
-            raise conversion_error(
-                f"the format {text!r:.80} contains the unsupported field {name!r}",
-                hint="use {instruction}, {input} or {system}",
-            )
+            problem = f"the format {text!r:.80} contains the unsupported field {name!r}"
+            raise conversion_error(problem, hint="use {instruction}, {input} or {system}")
         parts, literal = [*parts, _to_jinja_literal(literal), f"{{{{ {name} }}}}"], ""
     return "".join([*parts, _to_jinja_literal(literal)])
 

@@ -9,6 +9,8 @@ from typing import Any
 from ftdata.errors import UsageError, escape_line_breaks, escape_unprintable, shorten
 from ftdata.schemas import ROLES, SPECIAL_ROLES
 
+CONVERT_HINT = "convert rows to messages with a function: schema='./mine.py:convert'"
+
 Rule = str | Callable[[Any], Mapping[str, Any]]
 """The field that a value is copied to, such as `lora.r`, or a function from the value to fields and their values."""
 
@@ -144,10 +146,29 @@ def check_roles(roles: Mapping[str, str], where: str) -> None:
         normalized = ROLES.get(role, "tool" if role in SPECIAL_ROLES else None)
         if normalized != synonyms.get(meaning, meaning):
             difference = f"ftdata reads it as {normalized}" if normalized else "ftdata does not support this role"
-            raise conversion_error(
-                f"{where}: role {role!r} means {meaning} in the file, but {difference}",
-                hint="rename the role in the data, or convert rows with a function: schema='./mine.py:convert'",
-            )
+            problem = f"{where}: role {role!r} means {meaning} in the file, but {difference}"
+            hint = "rename the role in the data, or convert rows with a function: schema='./mine.py:convert'"
+            raise conversion_error(problem, hint=hint)
+
+
+def check_setting(where: str, name: str, value: Any, allowed: Collection[Any], hint: str | None = None) -> None:
+    """Check that a setting has a value that can be converted.
+
+    Args:
+        where: name of the data set; empty for a setting of the whole file.
+        name: name of the setting.
+        value: value of the setting.
+        allowed: values that can be converted.
+        hint: how to express another value in ftdata; `None` for the general hint.
+
+    Raises:
+        UsageError: `cannot_import`: the value is not allowed.
+    """
+    if value not in allowed:
+        *names, last = [str(item) for item in allowed if item is not None]
+        expected = f"{', '.join(names)} or {last}" if names else last
+        problem = f"{where and f'{where}: '}{name} is {value!r:.60}, expected {expected}"
+        raise conversion_error(problem, **({"hint": hint} if hint else {}))
 
 
 def conversion_error(
@@ -169,9 +190,8 @@ def merge_dataset_options(options_by_dataset: Mapping[str, Mapping[str, Any]], d
     """
     all_options = [dict(options) for options in options_by_dataset.values()]
     if any(options != all_options[0] for options in all_options):
-        raise conversion_error(
-            f"the data sets need different options: {', '.join(options_by_dataset)}",
-            hint="import each data set separately with --dataset, and train on the builds one after another",
-        )
+        problem = f"the data sets need different options: {', '.join(options_by_dataset)}"
+        hint = "import each data set separately with --dataset, and train on the builds one after another"
+        raise conversion_error(problem, hint=hint)
     for name, value in all_options[0].items():
         draft.set_field(name, value)

@@ -12,10 +12,12 @@ from typing import Any
 
 from ftdata.errors import describe_exception, suggest_names
 from ftdata.importers.draft import (
+    CONVERT_HINT,
     Draft,
     KeyRules,
     apply_rules,
     check_roles,
+    check_setting,
     conversion_error,
     explicit_settings,
     merge_dataset_options,
@@ -105,14 +107,8 @@ _DEFAULTS = {
     "cutoff_len": 2048, "learning_rate": 5e-5, "num_train_epochs": 3.0, "per_device_train_batch_size": 8, "seed": 42,
 }  # fmt: skip
 _CONVERTED_BELOW = (
-    "stage",
-    "dataset",
-    "dataset_dir",
-    "template",
-    "finetuning_type",
-    "quantization_bit",
-    "mix_strategy",
-)
+    "stage", "dataset", "dataset_dir", "template", "finetuning_type", "quantization_bit", "mix_strategy",
+)  # fmt: skip
 _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 _OPTIONAL_COLUMNS = {"query": "input", "system": "system", "history": "history"}
 _KNOWN_KEYS = {
@@ -137,8 +133,7 @@ def draft_from_training_file(values: Mapping[str, Any], selection: Sequence[str]
         UsageError: `cannot_import`.
     """
     for key, supported in (("stage", "sft"), ("mix_strategy", "concat")):
-        if values.get(key, supported) != supported:
-            raise conversion_error(f"{key} is {values[key]}, expected {supported}")
+        check_setting("", key, values.get(key, supported), (supported,))
     draft, values = Draft(), explicit_settings(values, _DEFAULTS)
     values.setdefault("lora_alpha", 2 * values["lora_rank"])
     apply_rules(values, KEYS, draft, skip=_CONVERTED_BELOW)
@@ -163,8 +158,7 @@ def draft_from_training_file(values: Mapping[str, Any], selection: Sequence[str]
 
 def _convert_weights(values: Mapping[str, Any], draft: Draft) -> None:
     tuning_type = values.get("finetuning_type", "lora")
-    if tuning_type not in ("lora", "full"):
-        raise conversion_error(f"finetuning_type is {tuning_type}, expected lora or full")
+    check_setting("", "finetuning_type", tuning_type, ("lora", "full"))
     if tuning_type == "full":
         draft.fields.pop("lora", None)
     if bits := values.get("quantization_bit"):
@@ -203,10 +197,8 @@ def draft_from_dataset_info(values: Mapping[str, Any], selection: Sequence[str],
     draft = Draft()
     names = list(selection) or (list(values) if len(values) == 1 else [])
     if not names:
-        raise conversion_error(
-            f"the file contains {len(values)} data sets, and none is selected",
-            hint=f"select data sets with --dataset: {', '.join(values)}",
-        )
+        problem = f"the file contains {len(values)} data sets, and none is selected"
+        raise conversion_error(problem, hint=f"select data sets with --dataset: {', '.join(values)}")
     _convert_datasets(values, names, folder, draft)
     return draft
 
@@ -215,9 +207,8 @@ def _read_info_file(path: Path) -> Mapping[str, Any]:
     try:
         infos = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise conversion_error(
-            f"{path} cannot be read: {describe_exception(error)}", hint="set dataset_dir to the folder of this file"
-        ) from None
+        problem = f"{path} cannot be read: {describe_exception(error)}"
+        raise conversion_error(problem, hint="set dataset_dir to the folder of this file") from None
     if not isinstance(infos, dict):
         raise conversion_error(f"{path} contains a {type(infos).__name__}, expected a mapping from names to data sets")
     return infos
@@ -226,24 +217,20 @@ def _read_info_file(path: Path) -> Mapping[str, Any]:
 def _convert_datasets(infos: Mapping[str, Any], names: Sequence[str], folder: Path, draft: Draft) -> None:
     for name in names:
         if not isinstance(infos.get(name), Mapping):
-            raise conversion_error(
-                f"{folder / _INFO_FILE} contains no data set {name!r}", hint=suggest_names(name, infos)
-            )
+            problem = f"{folder / _INFO_FILE} contains no data set {name!r}"
+            raise conversion_error(problem, hint=suggest_names(name, infos))
     draft.set_field("data", [_make_source(name, infos[name], folder) for name in names])
     merge_dataset_options({name: _row_options(name, infos[name], draft) for name in names}, draft)
 
 
 def _make_source(name: str, info: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if info.get("ranking"):
-        raise conversion_error(
-            f"{name}: the setting ranking is not supported",
-            hint="to train on the column chosen and ignore the column rejected, remove the setting ranking",
-        )
+        problem = f"{name}: the setting ranking is not supported"
+        hint = "to train on the column chosen and ignore the column rejected, remove the setting ranking"
+        raise conversion_error(problem, hint=hint)
     if info.get("script_url") or not (info.get("hf_hub_url") or info.get("file_name") or info.get("cloud_file_name")):
-        raise conversion_error(
-            f"{name}: data from a script, or from a hub other than Hugging Face, cannot be imported",
-            hint="save the data as a file, and set file_name",
-        )
+        problem = f"{name}: data from a script, or from a hub other than Hugging Face, cannot be imported"
+        raise conversion_error(problem, hint="save the data as a file, and set file_name")
     if url := info.get("hf_hub_url"):
         source = {"path": url, "split": info.get("split") or "train"}
         source |= {"name": info["subset"]} if info.get("subset") else {}
@@ -259,6 +246,7 @@ def _make_source(name: str, info: Mapping[str, Any], folder: Path) -> dict[str, 
 def _row_options(name: str, info: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
     """Convert the settings of a LLaMA-Factory data set to the ftdata options `schema` and `columns`."""
     columns, kind = info.get("columns") or {}, info.get("formatting", "alpaca")
+    check_setting(name, "formatting", kind, ("alpaca", "sharegpt", "openai"))
     note_unknown_keys(name, info, _KNOWN_KEYS, draft)
     implicit = [column for key, column in _OPTIONAL_COLUMNS.items() if not columns.get(key)]
     if kind == "alpaca" and (implicit := [column for column in implicit if column != "input" or columns]):
@@ -276,8 +264,6 @@ def _row_options(name: str, info: Mapping[str, Any], draft: Draft) -> dict[str, 
         renamed = {_COLUMNS.get(key, key): column for key, column in columns.items() if key != "tools"}
         mapping = {field: column for field, column in renamed.items() if field != column}
         return {"schema": "alpaca", **({"columns": mapping} if mapping else {})}
-    if kind not in ("sharegpt", "openai"):
-        raise conversion_error(f"{name}: formatting is {kind}, expected alpaca, sharegpt or openai")
     _check_tags(name, info.get("tags") or {})
     draft.add_note(
         f"{name}: rows whose turns do not alternate are kept if the template accepts them; LLaMA-Factory skips them"
@@ -292,14 +278,7 @@ def _row_options(name: str, info: Mapping[str, Any], draft: Draft) -> dict[str, 
 
 def _check_tags(name: str, tags: Mapping[str, str]) -> None:
     for tag, names in (("role_tag", ("from", "role", "speaker")), ("content_tag", ("value", "content", "text"))):
-        if tags.get(tag, names[0]) not in names:
-            raise conversion_error(
-                f"{name}: {tag} is {tags[tag]!r}, expected one of {', '.join(names)}",
-                hint="convert rows to messages with a function: schema='./mine.py:convert'",
-            )
+        check_setting(name, tag, tags.get(tag, names[0]), names, CONVERT_HINT)
     check_roles({tags[tag]: role for tag, role in _ROLE_TAGS.items() if tags.get(tag)}, name)
-    if tags.get("function_tag", "function_call") not in ("function_call", "function", "assistant"):
-        raise conversion_error(
-            f"{name}: function_tag is {tags['function_tag']!r}, expected function_call, function or assistant",
-            hint="rename the role to function_call in the data",
-        )
+    tag, names = tags.get("function_tag", "function_call"), ("function_call", "function", "assistant")
+    check_setting(name, "function_tag", tag, names, "rename the role to function_call in the data")

@@ -283,11 +283,8 @@ def audit(
     for code in ignore:
         # Error codes of rejected rows can be ignored too. There is no list of them, so unknown codes are accepted.
         if code not in checks and (matches := get_close_matches(str(code), checks, n=1, cutoff=0.85)):
-            raise UsageError(
-                "unknown_ignore",
-                f"ignore contains the unknown check code {code!r}",
-                hint=f"did you mean {matches[0]!r}?",
-            )
+            problem = f"ignore contains the unknown check code {code!r}"
+            raise UsageError("unknown_ignore", problem, hint=f"did you mean {matches[0]!r}?")
     if near_duplicate_threshold is not None:
         check_similarity_threshold(near_duplicate_threshold)
         near_duplicates.require_rensa()
@@ -303,9 +300,8 @@ def audit(
     auditor = Auditor(target.recipe, frozenset((*ignore, *skipped)), near_duplicate_threshold)
     survey = survey_rows(target.steps(), target.names, auditor, progress)
     if not survey.rows:
-        raise InputRefused(
-            "no_rows", "the data contains no rows to audit", hint="check the data and the options where and limit"
-        )
+        problem = "the data contains no rows to audit"
+        raise InputRefused("no_rows", problem, hint="check the data and the options where and limit")
     return replace(auditor.report(target, survey), skipped=skipped)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
-from itertools import islice, pairwise, zip_longest
+from itertools import chain, islice, pairwise, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,23 +40,17 @@ from ftdata.inspection.html_page import HtmlPage, flatten_options, write_page
 from ftdata.inspection.row_views import ExampleView, RowView, make_row_view, to_single_line
 from ftdata.inspection.survey import Progress
 from ftdata.inspection.target import Target, make_target
-from ftdata.inspection.terminal import has_no_colors, style_segments
-from ftdata.pipeline.recipe import Options
+from ftdata.inspection.terminal import has_no_colors, render_plain_text, style_segments
+from ftdata.options import option_names
 from ftdata.readers.streams import STDIN
 from ftdata.tokenizing.tokenizer import Tokenizer
 from ftdata.types import Reject
 
-_RECIPE_OPTIONS = (
-    "template",
-    "date",
-    "template_kwargs",
-    "where",
-    "limit",
-    *(option.name for option in fields(Options)),
-)
+_RECIPE_OPTIONS = option_names("rendering", "rows", "selection")
 """Options that select rows, or determine how rows are rendered and tokenized."""
 
 _CONTEXT, _MAX_COMPARED_TOKENS = 8, 4000
+_SIDE_STYLES = (("- ", "red"), ("+ ", "green"))
 
 
 class Edit(NamedTuple):
@@ -86,6 +80,12 @@ class ChangedRow:
     a: RowView
     b: RowView
     edits: tuple[tuple[Edit, ...], ...]
+
+    def pairs(self) -> Iterator[list[tuple[int, ExampleView, list[tuple[int, int]]]]]:
+        """Yield for each pair the existing examples: 0 for A or 1 for B, the view, and the ranges that differ."""
+        for view_a, view_b, edits in zip_longest(self.a.examples, self.b.examples, self.edits):
+            sides = ((0, view_a, [edit.in_a for edit in edits]), (1, view_b, [edit.in_b for edit in edits]))
+            yield [(side, view, ranges) for side, view, ranges in sides if view is not None]
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,7 @@ class Diff:
         }
 
     def __str__(self) -> str:
-        console = Console(color_system=None, width=200, soft_wrap=True)
-        with console.capture() as capture:
-            self.print(console)
-        return capture.get()
+        return render_plain_text(self.print)
 
     def print(self, console: Console) -> None:
         """Print the number of changed rows, and the tokens that differ in the first changed rows."""
@@ -138,17 +135,13 @@ class Diff:
             source = changed.a.source
             heading = f"── row {source.row} · {to_single_line(source)} · {changed.kind} ──"
             console.print(Text(heading, "bold blue"), soft_wrap=True)
-            for row, sign, style in ((changed.a, "-", "red"), (changed.b, "+", "green")):
+            for row, (sign, style) in zip((changed.a, changed.b), _SIDE_STYLES, strict=True):
                 if row.rejected:
-                    console.print(Text(f"{sign} {to_single_line(row.rejected)}", style), soft_wrap=True)
-            for view_a, view_b, edits in zip_longest(changed.a.examples, changed.b.examples, changed.edits):
-                for view, sign, style, ranges in (
-                    (view_a, "-", "red", [edit.in_a for edit in edits]),
-                    (view_b, "+", "green", [edit.in_b for edit in edits]),
-                ):
-                    if view is not None and edits:
-                        text = _style_ranges(view, ranges, plain=has_no_colors(console))
-                        console.print(Text.assemble((f"{sign} ", style), text), soft_wrap=True)
+                    console.print(Text(f"{sign}{to_single_line(row.rejected)}", style), soft_wrap=True)
+            for side, view, ranges in chain.from_iterable(changed.pairs()):
+                if ranges:
+                    text = _style_ranges(view, ranges, plain=has_no_colors(console))
+                    console.print(Text.assemble(_SIDE_STYLES[side], text), soft_wrap=True)
         counts = ", ".join(f"{count:,} {kind}" for kind, count in self.rows.items() if count or kind == SAME)
         console.print(f"{sum(self.rows.values()):,} rows: {counts}", highlight=False, soft_wrap=True)
 
@@ -159,15 +152,10 @@ class Diff:
         for changed in self.changed:
             reasons = "; ".join(filter(None, (changed.a.rejected, changed.b.rejected)))
             row = replace(changed.a, rejected=reasons, why=(changed.kind,), lost=())
-            for view_a, view_b, edits in zip_longest(changed.a.examples, changed.b.examples, changed.edits):
-                sides = (
-                    (labels[0], view_a, [edit.in_a for edit in edits]),
-                    (labels[1], view_b, [edit.in_b for edit in edits]),
-                )
-                present = [(label, view, ranges) for label, view, ranges in sides if view is not None]
-                rows.append(replace(row, examples=tuple(view for _, view, _ in present)))
-                marks.append([_mark_ranges(view, ranges) for _, view, ranges in present])
-                titles.append([label for label, _, _ in present])
+            for pair in changed.pairs():
+                rows.append(replace(row, examples=tuple(view for _, view, _ in pair)))
+                marks.append([_mark_ranges(view, ranges) for _, view, ranges in pair])
+                titles.append([labels[side] for side, _, _ in pair])
         totals = {kind: f"{count:,}" for kind, count in self.rows.items() if count or kind == SAME}
         options = {name: f"{_shorten(a)} → {_shorten(b)}" for name, (a, b) in self.options.items()}
         return HtmlPage(
@@ -182,14 +170,7 @@ class Diff:
         )
 
 
-def diff(
-    a: Any,
-    b: Any,
-    *,
-    n: int = 10,
-    html: str | Path | None = None,
-    progress: Progress | None = None,
-) -> Diff:
+def diff(a: Any, b: Any, *, n: int = 10, html: str | Path | None = None, progress: Progress | None = None) -> Diff:
     """Compare the tokens and labels of the same rows in two builds, or with two sets of options.
 
     The two sides, A and B, can differ in template, tokenizer, options or version of ftdata.
@@ -305,14 +286,12 @@ def _make_target(side: Any) -> Target:
     for name in side:
         check_choice("option", str(name), ("data", "tokenizer", *_RECIPE_OPTIONS))
     if "data" not in side:
-        raise UsageError(
-            "diff", "one side of the comparison has no data", hint="pass data and tokenizer, or the folder of a build"
-        )
+        problem = "one side of the comparison has no data"
+        raise UsageError("diff", problem, hint="pass data and tokenizer, or the folder of a build")
     data = side["data"]
     if str(data) == STDIN or (isinstance(data, list) and STDIN in data):
-        raise UsageError(
-            "diff", "standard input can be read only once, and diff reads data twice", hint="save the input to a file"
-        )
+        problem = "standard input can be read only once, and diff reads data twice"
+        raise UsageError("diff", problem, hint="save the input to a file")
     # An iterator can be read only once, so its rows are stored.
     return make_target(**{**side, "data": list(data) if isinstance(data, Iterator) else data})
 
@@ -336,11 +315,7 @@ def _view_rows(target: Target, keys: Mapping[str, int], selected: set[int]) -> d
 
 
 def _add_rejects(
-    views: dict[int, RowView],
-    rejects: Iterable[Reject],
-    target: Target,
-    keys: Mapping[str, int],
-    selected: set[int],
+    views: dict[int, RowView], rejects: Iterable[Reject], target: Target, keys: Mapping[str, int], selected: set[int]
 ) -> None:
     for reject in rejects:
         if (key := keys[reject.source.path] * MOST_ROWS + reject.source.row) in selected:

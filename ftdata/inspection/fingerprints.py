@@ -130,17 +130,9 @@ def fingerprint_examples(target: Target, progress: Progress | None, *, by_text: 
     for reject in stored_builds.read_build_rejects(target.folder) if target.folder else ():
         rejected.append((paths.setdefault(reject.source.path, len(paths)), reject.source.row))
     source_numbers, row_numbers = (np.asarray(column, np.int64) for column in columns[:2])
-    split_column, content_column, label_column = (np.asarray(column, np.uint64) for column in columns[2:])
-    return ExampleFingerprints(
-        paths=[*paths],
-        source=source_numbers,
-        row=row_numbers,
-        split=split_column,
-        content=content_column,
-        labels=label_column,
-        rejected=rejected,
-        tokens=(tokens, trained),
-    )
+    split, contents, labels_column = (np.asarray(column, np.uint64) for column in columns[2:])
+    hashes = (split, contents, labels_column)
+    return ExampleFingerprints([*paths], source_numbers, row_numbers, *hashes, rejected, (tokens, trained))
 
 
 def _hash_tokens(batch: Batch) -> Iterator[tuple[int, int]]:

@@ -129,7 +129,8 @@ def render_html(page: HtmlPage) -> str:
     )
     sections = dict[str, str]()
     if page.picture:
-        sections["lengths"] = f'<section id="lengths"><h2>Lengths</h2>{_lengths_section(*page.picture)}</section>'
+        svg, description = page.picture
+        sections["lengths"] = f'<section id="lengths"><h2>Lengths</h2>{svg}<p>{escape(description)}</p></section>'
     if page.packs:
         sections["packs"] = _collapsible("packs", *_describe_packs(page.packs))
     if page.rejects[0]:
@@ -178,21 +179,13 @@ def _data(page: HtmlPage) -> dict[str, Any]:
         examples = [_example(view, owners, marks) for view, marks in zip(row.examples, changed, strict=True)]
         rows.append(
             {
-                "row": row.source.row,
-                "place": str(row.source),
+                **row.describe(),
                 "href": _href(row),
                 "key": f"{row.source.path}\0{row.source.row}\0{'' if row.number is None else row.number}",
                 "name": f"row {row.source.row}" if row.number is None else f"example {row.number}",
-                "dropped": list(row.dropped),
-                "schema": row.schema,
-                "why": row.why,
-                "flags": row.flags,
                 "kinds": [
                     *dict.fromkeys([*row.why, *row.flags, *(["rejected"] if row.rejected and not page.titles else [])])
                 ],
-                "lost": [lost._asdict() for lost in row.lost],
-                "rejected": row.rejected,
-                "pack": row.pack,
                 "titles": page.titles[number] if page.titles else None,
                 "examples": examples,
             }
@@ -269,10 +262,6 @@ def _summary(page: HtmlPage) -> str:
     )
     notes = "".join(f"<li>{_escape(note)}</li>" for note in page.warnings)
     return (f'<ul class="cards">{cards}</ul>' if cards else "") + (f"<ul>{notes}</ul>" if notes else "")
-
-
-def _lengths_section(svg: str, description: str) -> str:
-    return f"{svg}<p>{escape(description)}</p>"
 
 
 def _describe_packs(packs: PackLayout) -> tuple[str, str]:

@@ -16,10 +16,10 @@ from ftdata.build.store import read_manifest
 from ftdata.inspection import charts, stored_builds
 from ftdata.inspection.html_page import MOST_PACKS, HtmlPage, PackLayout, flatten_options
 from ftdata.inspection.row_views import RowView, added_texts, make_row_view
-from ftdata.inspection.survey import Ints, Outliers, Progress, RowNumbers, Survey, row_key, survey_rows
+from ftdata.inspection.survey import Outliers, Progress, RowNumbers, Survey, row_key, survey_rows
 from ftdata.inspection.target import Target
 from ftdata.pipeline.examples import Batch, BuiltRow
-from ftdata.pipeline.flags import FLAGS
+from ftdata.pipeline.flags import describe_flags
 from ftdata.pipeline.recipe import Recipe
 from ftdata.storage import disk
 from ftdata.types import Reject
@@ -44,14 +44,12 @@ class FirstRows:
 
     def __call__(self, batch: Batch) -> None:
         """Add the rows of a batch until the maximum is reached."""
-        if self._is_full():
-            return
-        for outcome in batch:
+        for outcome in () if self._is_full() else batch:
             self.outcomes.append(outcome)
             if isinstance(outcome, BuiltRow):
                 self.characters += sum(len(example.text) for example in outcome.examples)
             if self._is_full():
-                return
+                break
 
     def _is_full(self) -> bool:
         if self.limit is not None:
@@ -93,7 +91,7 @@ def make_overview(target: Target, limit: int | None, packing: str | None, progre
         is_packed = target.options["packing"] and recipe.max_length
         packs = _read_layout(target.folder, names, recipe.max_length or 0) if is_packed else None
         table = {"fingerprint": read_manifest(target.folder)["fingerprint"], **flatten_options(target.options)}
-    return _make_page(target.title, _make_rows(first_rows, outliers, target.recipe), recipe, survey, packs, table)
+    return _make_page(target, _make_rows(first_rows, outliers, recipe), survey, packs, table)
 
 
 def _make_rows(first_rows: FirstRows, outliers: Outliers, recipe: Recipe) -> list[RowView]:
@@ -107,14 +105,9 @@ def _make_rows(first_rows: FirstRows, outliers: Outliers, recipe: Recipe) -> lis
 
 
 def _make_page(
-    title: str,
-    rows: list[RowView],
-    recipe: Recipe,
-    survey: Survey,
-    packs: PackLayout | None,
-    options: Mapping[str, Any],
+    target: Target, rows: list[RowView], survey: Survey, packs: PackLayout | None, options: Mapping[str, Any]
 ) -> HtmlPage:
-    numbers = survey.numbers
+    numbers, recipe = survey.numbers, target.recipe
     tokens, trained = int(numbers.tokens.sum()), int(numbers.trained.sum())
     totals = {
         "rows read": f"{survey.rows:,}",
@@ -124,16 +117,13 @@ def _make_page(
         "trained": f"{trained / max(tokens, 1):.1%}",
     }
     if packs:
-        totals["packs"] = f"{packs.count:,}"
-        totals["full"] = f"{packs.fill:.2%}"
-    lengths = survey.lengths
-    picture = (
-        (charts.draw_length_histogram(lengths, line=recipe.max_length), describe_lengths(survey, recipe))
-        if len(lengths)
-        else None
-    )
+        totals |= {"packs": f"{packs.count:,}", "full": f"{packs.fill:.2%}"}
+    picture = None
+    if len(survey.lengths):
+        svg = charts.draw_length_histogram(survey.lengths, line=recipe.max_length)
+        picture = svg, describe_lengths(survey, recipe)
     return HtmlPage(
-        title,
+        target.title,
         rows,
         recipe.tokenizer,
         status=_describe_rows(rows, survey),
@@ -156,9 +146,7 @@ def _describe_rows(rows: Sequence[RowView], survey: Survey) -> str:
 def collect_warnings(survey: Survey, recipe: Recipe) -> Iterator[str]:
     """Yield warnings about the template, and one warning for each kind of problem that was flagged in examples."""
     yield from added_texts(recipe)
-    for flag, count in survey.flags.items():
-        if flag in FLAGS and flag != "pretokenized":
-            yield FLAGS[flag].format(n=f"{count:,}", repeated="some")
+    yield from describe_flags({flag: count for flag, count in survey.flags.items() if flag != "pretokenized"})
 
 
 def describe_lengths(survey: Survey, recipe: Recipe) -> str:
@@ -213,7 +201,6 @@ def _read_layout(folder: Path, splits: Sequence[str], size: int) -> PackLayout:
         packs += [[] for _ in range(document.pack + 1 - len(packs))]
         key = f"{document.source.path}\0{document.source.row}\0{document.number}"
         packs[document.pack].append((len(document.ids), str(document.source), key))
-    columns = [stored_builds.read_provenance(folder, split) for split in splits]
-    count = sum(int(column["pack"].max(initial=-1)) + 1 for column in columns)
-    tokens: Ints = np.concatenate([column["tokens"] for column in columns])
-    return PackLayout(size, count, int(tokens.sum()) / max(count * size, 1), packs)
+    counts = stored_builds.read_report(folder).splits.values()
+    count, tokens = (sum(split[name] for split in counts) for name in ("rows", "tokens"))
+    return PackLayout(size, count, tokens / max(count * size, 1), packs)

@@ -21,6 +21,7 @@ from ftdata.inspection.overview import DEFAULT_ROWS, make_overview
 from ftdata.inspection.row_views import RowView, added_texts, make_row_view, make_text_view, to_single_line
 from ftdata.inspection.survey import Outliers, Progress, survey_rows
 from ftdata.inspection.target import Target, make_target
+from ftdata.options import select_options
 from ftdata.pipeline.examples import build_rows
 from ftdata.pipeline.mask import Policy
 from ftdata.pipeline.recipe import Options, load_bare_template
@@ -50,10 +51,7 @@ class Preview:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        console = Console(color_system=None, width=200, soft_wrap=True)
-        with console.capture() as capture:
-            self.print(console)
-        return capture.get()
+        return terminal.render_plain_text(self.print)
 
     def print(self, console: Console) -> None:
         """Print the rows to a rich console, in color if the console supports colors."""
@@ -90,9 +88,9 @@ def preview(
     id: str | int | None = None,  # noqa: A002  (the name of the column)
     grep: str | None = None,
     odd: bool = False,
+    packing: str | None = None,
     where: str | None = None,
     limit: int | None = None,
-    packing: str | None = None,
     html: str | Path | None = None,
     date: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
@@ -141,20 +139,8 @@ def preview(
     6 of 38 characters trained
     <BLANKLINE>
     """
+    options = select_options(locals(), "rows")
     selection = RowSelection(n, _row_numbers(row), None if id is None else str(id), grep, odd, is_page=html is not None)
-    options: dict[str, Any] = {
-        "schema": schema,
-        "columns": columns,
-        "train_on": train_on,
-        "train_parts": train_parts,
-        "turns": turns,
-        "control_tokens": control_tokens,
-        "on_dropped_message": on_dropped_message,
-        "on_missing_stop": on_missing_stop,
-        "reject_flags": reject_flags,
-        "max_length": max_length,
-        "overlong": overlong,
-    }
     if tokenizer is None and stored_builds.find_build_folder(data) is None:
         page = _make_text_page(
             data, template, Options(**options), selection, RowFilter(where, limit), date, template_kwargs, packing
@@ -207,11 +193,8 @@ class RowSelection:
         options += ["n"] if self.numbers is not None and self.n is not None else []
         if len(options) > 1:
             names = " and ".join("row" if name == "numbers" else name for name in options)
-            raise UsageError(
-                "rows_wanted",
-                f"{names} cannot be combined, because each of these options selects rows",
-                hint="use only one of them",
-            )
+            problem = f"{names} cannot be combined, because each of these options selects rows"
+            raise UsageError("rows_wanted", problem, hint="use only one of them")
         if self.n is not None and (type(self.n) is not int or not 1 <= self.n <= sys.maxsize):
             raise UsageError("n", f"n is {self.n!r}, expected a number of rows (1 or more)")
         if self.grep is not None:

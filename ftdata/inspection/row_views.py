@@ -192,6 +192,20 @@ class RowView:
         """The flags of all examples of the row, in alphabetical order."""
         return tuple(sorted(frozenset[str]().union(*(view.flags for view in self.examples))))
 
+    def describe(self) -> dict[str, Any]:
+        """Return the values that do not depend on the tokens of the row, as a JSON-serializable dictionary."""
+        return {
+            "row": self.source.row,
+            "place": str(self.source),
+            "schema": self.schema,
+            "why": list(self.why),
+            "dropped": list(self.dropped),
+            "pack": self.pack,
+            "lost": [lost._asdict() for lost in self.lost],
+            "flags": list(self.flags),
+            "rejected": self.rejected,
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """Convert the row to a JSON-serializable dictionary.
 
@@ -199,20 +213,12 @@ class RowView:
         """
         has_ids = bool(self.examples) and all(view.ids is not None for view in self.examples)
         return {
-            "row": self.source.row,
-            "place": str(self.source),
-            "schema": self.schema,
-            "why": list(self.why),
+            **self.describe(),
             "examples": [[_segment_as_dict(segment) for segment in view.segments()] for view in self.examples],
             "tokens": [len(view) for view in self.examples] if has_ids else None,
             "trained": [view.counts[0] for view in self.examples] if has_ids else None,
-            "dropped": list(self.dropped),
             "example": self.number,
-            "pack": self.pack,
             "cut": [{"tokens": view.cut, "text": view.remainder} for view in self.examples],
-            "lost": [lost._asdict() for lost in self.lost],
-            "flags": list(self.flags),
-            "rejected": self.rejected,
         }
 
 
@@ -267,9 +273,8 @@ def make_text_view(row: Row | Reject, template: Template, options: Options) -> R
         check_answers(conversation)
         if conversation.tokens is not None:
             hint = "pass the tokenizer that produced the tokens"
-            raise BadRow(
-                "no_tokenizer", "the row is pretokenized, so a tokenizer is needed to show its text", hint=hint
-            )
+            problem = "the row is pretokenized, so a tokenizer is needed to show its text"
+            raise BadRow("no_tokenizer", problem, hint=hint)
         if conversation.kwargs:
             template = replace(template, kwargs={**template.kwargs, **conversation.kwargs})
         texts = render_in_worker(conversation, template, options.turns, options.on_dropped_message)

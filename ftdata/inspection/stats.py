@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ftdata.errors import InputRefused
@@ -90,14 +90,8 @@ class Stats:
 
     def as_dict(self) -> dict[str, Any]:
         """Convert the statistics to a JSON-serializable dictionary."""
-        return {
-            "title": self.title,
-            "rows": self.rows,
-            "rejected": self.rejected,
-            "flags": self.flags,
-            "groups": [asdict(group) for group in self.groups],
-            "limits": [asdict(limit) for limit in self.limits],
-        }
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "survey"}
+        return {**values, "groups": [*map(asdict, self.groups)], "limits": [*map(asdict, self.limits)]}
 
     def __str__(self) -> str:
         console = Console(color_system=None, width=160)
@@ -113,11 +107,8 @@ class Stats:
         rejected = f" ({reasons})" if reasons else ""
         total = sum(self.rejected.values())
         console.print(Text(f"{self.rows:,} rows read, {total:,} rejected{rejected}"), soft_wrap=True)
-        counts = Table("", "rows", "examples", "turns", "tokens", "trained", "share", box=None, pad_edge=False)
-        lengths = Table("tokens per example", *map(_percentile_name, PERCENTILES), box=None, pad_edge=False)
-        for table in (counts, lengths):
-            for column in table.columns[1:]:
-                column.justify = "right"
+        counts = _make_table("", "rows", "examples", "turns", "tokens", "trained", "share")
+        lengths = _make_table("tokens per example", *map(_percentile_name, PERCENTILES))
         for group in self.groups:
             turns = "-" if group.turns is None else f"{group.turns:,}"
             share = f"{group.trained / max(group.tokens, 1):.1%}"
@@ -129,9 +120,8 @@ class Stats:
         console.print()
         console.print(lengths)
         if self.limits:
-            limits = Table("max_length", "longer examples", "share", "tokens beyond", box=None, pad_edge=False)
-            for column in limits.columns:
-                column.justify = "right"
+            limits = _make_table("max_length", "longer examples", "share", "tokens beyond")
+            limits.columns[0].justify = "right"
             for limit in self.limits:
                 share = f"{limit.longer / max(len(self.survey.lengths), 1):.2%}"
                 limits.add_row(f"{limit.max_length:,}", f"{limit.longer:,}", share, f"{limit.tokens:,}")
@@ -245,6 +235,10 @@ def _length_limits(lengths: Ints) -> Iterator[LengthLimit]:
         yield LengthLimit(max_length, int(is_longer.sum()), int((lengths[is_longer] - max_length).sum()))
         if not is_longer.any():
             return
+
+
+def _make_table(first: str, *headers: str) -> Table:
+    return Table(first, *(Column(header, justify="right") for header in headers), box=None, pad_edge=False)
 
 
 def _group_name(group: StatsGroup) -> str:

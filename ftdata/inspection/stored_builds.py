@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, pairwise
 from pathlib import Path, PurePosixPath
@@ -19,11 +19,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ftdata.build import remote
+from ftdata.build.ledger import Report
 from ftdata.build.store import read_manifest
 from ftdata.errors import FtdataError, InputRefused, UsageError, describe_exception
 from ftdata.inspection.survey import MOST_REJECTS, Survey
+from ftdata.options import OPTIONS
 from ftdata.pipeline.examples import Batch, BuiltRow, MaskedTexts, pass_tokens_through
-from ftdata.pipeline.recipe import Options, Recipe, make_recipe, recipe_arguments
+from ftdata.pipeline.recipe import Recipe
 from ftdata.tokenizing.batches import Encodings, ExampleColumns, RenderedBatch
 from ftdata.types import IGNORE_INDEX, Conversation, Reject, RowTokens, Source
 
@@ -60,19 +62,13 @@ def find_build_folder(data: Any) -> Path | None:
     if isinstance(data, list | tuple):
         paths = [item for item in data if isinstance(item, str | Path | Mapping)]
         if len(paths) > 1 and any(find_build_folder(path) for path in paths):
-            raise UsageError(
-                "build_alone",
-                "a build cannot be combined with other data",
-                hint="pass one build, or the data that it was made from",
-            )
+            problem = "a build cannot be combined with other data"
+            raise UsageError("build_alone", problem, hint="pass one build, or the data that it was made from")
         data = data[0] if len(data) == 1 else None
     if isinstance(data, Mapping) and (folder := find_build_folder(data.get("path"))):
         names = ", ".join(str(name) for name in data if name != "path")
-        raise UsageError(
-            "option_of_finished_build",
-            f"{names} does not apply to {folder}, which is a finished build",
-            hint="remove the option",
-        )
+        problem = f"{names} does not apply to {folder}, which is a finished build"
+        raise UsageError("option_of_finished_build", problem, hint="remove the option")
     return remote.find_build(data)
 
 
@@ -82,9 +78,9 @@ def refuse_build_options(options: Mapping[str, Any]) -> None:
     Raises:
         UsageError: An option differs from its default.
     """
-    defaults = {option.name: option.default for option in fields(Options)}
     for name, value in options.items():
-        if value is not None and value != defaults.get(name) and not (name == "reject_flags" and not value):
+        default = OPTIONS[name].default if name in OPTIONS else None
+        if value not in (None, default) and not (name == "reject_flags" and not value):
             hint = "remove the option, or pass the data that the build was made from"
             raise UsageError("option_of_finished_build", f"{name} does not apply to a finished build", hint=hint)
 
@@ -101,19 +97,16 @@ def load_build_recipe(folder: Path, tokenizer: Any = None) -> Recipe:
         InputRefused: The folder is not a build, or the build is damaged.
     """
     manifest = read_manifest(folder)
-    names = ("turns", "control_tokens", "on_dropped_message", "on_missing_stop", "max_length", "overlong", "train_on")
     hint = "pass the tokenizer that the build was made with: --tokenizer"
     with _convert_errors(folder / "manifest.json"):
         name, fingerprint = (manifest["options"]["tokenizer"][key] for key in ("name", "fingerprint"))
-        arguments = recipe_arguments(manifest["options"], tokenizer, names=names)
-    try:
-        recipe = make_recipe(**arguments)
-    except FtdataError as error:
-        if tokenizer is not None:
-            raise
-        raise UsageError(
-            "tokenizer_missing", f"{folder} was built with {name}, which cannot be loaded: {error}", hint=hint
-        ) from None
+        try:
+            recipe = Recipe.from_manifest(manifest["options"], tokenizer)
+        except FtdataError as error:
+            if tokenizer is not None:
+                raise
+            problem = f"{folder} was built with {name}, which cannot be loaded: {error}"
+            raise UsageError("tokenizer_missing", problem, hint=hint) from None
     if recipe.tokenizer.fingerprint != fingerprint:
         problem = f"{recipe.tokenizer.name} is not the tokenizer that {folder} was built with ({name})"
         raise UsageError("tokenizer_differs", problem, hint=hint)
@@ -138,6 +131,8 @@ def _convert_errors(path: Path) -> Iterator[None]:
     """Raise `InputRefused` in place of any error that occurs in the `with` block, which reads a file of a build."""
     try:
         yield
+    except FtdataError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         problem = f"{path} cannot be read: {describe_exception(error, 2_000)}"
         raise InputRefused("damaged_build", problem, hint="build the data set again") from None
@@ -260,51 +255,44 @@ def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Itera
         yield StoredBatch(_NO_TEXTS, (), recipe, batch)
 
 
-def read_provenance(folder: Path, split: str) -> dict[str, NDArray[np.int64]]:
-    """Read two numbers for each example in a split: the number of its packed sequence, and its token count.
-
-    The result has the columns `pack` and `tokens` (int64 `[examples]`).
-    """
-    table = _read_provenance_table(folder, split, ["pack", "tokens"])
-    return {name: np.asarray(table[name].to_pylist(), np.int64) for name in table.column_names}
-
-
-def _read_provenance_table(folder: Path, split: str, columns: list[str]) -> pa.Table:
-    # The path is passed as bytes because it might not be valid UTF-8.
-    with pa.memory_map(os.fsencode(folder / split / "provenance.parquet")) as file:
-        return pq.read_table(file, columns=columns)
-
-
 def build_sources(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:
     """Return the data sources of each split of a build, as pairs (source name, split).
 
     Raises:
         InputRefused: The build is damaged.
     """
-    with _convert_errors(folder):
-        tables = [_read_provenance_table(folder, split, ["source"]) for split in splits]
-    return [
-        (path, split)
-        for split, table in zip(splits, tables, strict=True)
-        for path in table["source"].unique().to_pylist()
-    ]
+    sources = list[tuple[str, str]]()
+    for split in splits:
+        # The path is passed as bytes because it might not be valid UTF-8.
+        path = os.fsencode(folder / split / "provenance.parquet")
+        with _convert_errors(folder), pa.memory_map(path) as file:
+            paths = pq.read_table(file, columns=["source"])["source"].unique().to_pylist()
+            sources += ((path, split) for path in paths)
+    return sources
+
+
+def read_report(folder: Path) -> Report:
+    """Read the report of a build.
+
+    Raises:
+        InputRefused: The build is damaged.
+    """
+    path = folder / "report.json"
+    with _convert_errors(path):
+        return Report.from_dict(orjson.loads(path.read_bytes()))
 
 
 def add_reported_rejects(folder: Path, survey: Survey) -> Survey:
     """Combine the collected counts of a build by row, and add the rejected rows from the build's report."""
-    codes = Counter[str]()
-    with _convert_errors(folder / "report.json"):
-        report = orjson.loads((folder / "report.json").read_bytes())
-        read = int(report["read"])
-        for ledger in report["sources"]:
-            codes.update(ledger["rejected"])
+    report = read_report(folder)
+    codes = sum((ledger.rejected for ledger in report.sources), Counter[str]())
     rejects, overlong = list[Reject](), list[int]()
     for reject in read_build_rejects(folder):
         rejects += [reject] if len(rejects) < MOST_REJECTS else []
         overlong += reject.lengths if reject.code == "overlong" else ()
     return replace(
         survey.by_row(),
-        read=read,
+        read=report.total("read"),
         rejected=codes,
         rejects=tuple(rejects),
         overlong=np.asarray(overlong, np.int64),

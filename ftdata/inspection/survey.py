@@ -14,6 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ftdata.pipeline.examples import Batch, BuiltRow, build_batches
+from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.recipe import Recipe
 from ftdata.readers import FileSource, MemorySource
 from ftdata.readers.row_filter import RowFilter
@@ -201,7 +202,7 @@ def survey_rows(
         progress: Called with the number of rows and tokens so far, and with the share of the data that is done.
     """
     schemas: dict[str, int] = {}
-    parts, flags, rejected = [_row_numbers(None, 0, schemas)], Counter[str](), Counter[str]()
+    parts, flags, rejected = list[RowNumbers](), Counter[str](), Counter[str]()
     rejects, overlong = list[Reject](), list[int]()
     rows = tokens = lost = 0
     for source, batch, share in steps:
@@ -217,14 +218,11 @@ def survey_rows(
         rows, tokens = rows + len(batch), tokens + int(numbers.tokens.sum())
         if progress:
             progress(rows, tokens, share)
-    columns = {
-        column.name: np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(RowNumbers)
-    }
     return Survey(
         tuple(name for name, _ in sources),
         tuple(split for _, split in sources),
         tuple(schemas),
-        RowNumbers(**columns),
+        _concatenate(parts),
         dict(sorted(flags.items())),
         dict(rejected.most_common()),
         tuple(rejects),
@@ -233,13 +231,18 @@ def survey_rows(
     )
 
 
-def _row_numbers(batch: Batch | None, source: int | Sequence[int], schemas: dict[str, int]) -> RowNumbers:
-    conversations: Sequence[Conversation] = batch.conversations if batch else ()
-    counts = np.asarray(batch.counts if batch else (), np.int64)
-    first = np.cumsum(counts) - counts
-    empty: Any = np.empty(0, np.int64)
-    columns = batch.columns if batch else None
-    content, prompts = _hash_rows(batch, first) if batch else (empty.astype(np.uint64),) * 2
+def _concatenate(parts: Sequence[RowNumbers]) -> RowNumbers:
+    columns = {}
+    for name in (column.name for column in fields(RowNumbers)):
+        empty = np.empty(0, np.uint64 if name.endswith("_hash") else np.int64)
+        columns[name] = np.concatenate([empty, *(getattr(part, name) for part in parts)])
+    return RowNumbers(**columns)
+
+
+def _row_numbers(batch: Batch, source: int | Sequence[int], schemas: dict[str, int]) -> RowNumbers:
+    conversations, columns = batch.conversations, batch.columns
+    counts = np.asarray(batch.counts, np.int64)
+    content, prompts = _hash_rows(batch, np.cumsum(counts) - counts)
     return RowNumbers(
         np.broadcast_to(np.asarray(source, np.int64), len(conversations)).copy(),
         np.asarray([conversation.source.row for conversation in conversations], np.int64),
@@ -249,9 +252,9 @@ def _row_numbers(batch: Batch | None, source: int | Sequence[int], schemas: dict
         counts,
         content,
         prompts,
-        columns.lengths if columns else empty,
-        columns.trained_counts if columns else empty,
-        np.asarray(columns.cut, np.int64) if columns else empty,
+        columns.lengths,
+        columns.trained_counts,
+        np.asarray(columns.cut, np.int64),
     )
 
 
@@ -308,6 +311,9 @@ def row_key(outcome: BuiltRow | Reject) -> tuple[str, int, str]:
     example = conversation.fields.get("example", "") if conversation.tokens is not None else ""
     return conversation.source.path, conversation.source.row, example
 
+
+_FLAG_KINDS = {code: flag.outlier for code, flag in FLAGS.items() if flag.outlier} | {"truncated": "truncated"}
+"""The kind of outlier for each flag."""
 
 ScoredRow = tuple[float, int, BuiltRow | Reject]
 """The score of an outlier, a counter that decreases with each row, and the row."""
@@ -372,19 +378,3 @@ class Outliers:
             for _, _, outcome in sorted(self.heaps.get(kind, ()), key=lambda scored: scored[:2], reverse=True):
                 outliers.setdefault(row_key(outcome), (outcome, []))[1].append(kind)
         yield from outliers.values()
-
-
-_FLAG_KINDS = {
-    "no_trained_stop": "no stop token",
-    "missing_final_stop": "no stop token",
-    "control_tokens": "control tokens in the text",
-    "answer_truncated": "answer truncated",
-    "truncated": "truncated",
-    "history_rewritten": "rewritten by the template",
-    "conversation_split": "rewritten by the template",
-    "message_truncated": "not fully printed by the template",
-    "message_dropped": "not fully printed by the template",
-    "reasoning_dropped": "not fully printed by the template",
-    "tools_dropped": "not fully printed by the template",
-}
-"""The kind of outlier for each flag."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from ftdata.build.store import read_manifest
 from ftdata.errors import UsageError, check_choice
 from ftdata.inspection import stored_builds
 from ftdata.inspection.survey import Survey, SurveyStep, survey_steps
-from ftdata.pipeline.recipe import Options, Recipe, make_recipe
+from ftdata.options import option_names
+from ftdata.pipeline.recipe import Recipe, make_recipe
 from ftdata.readers import FileSource, MemorySource, resolve_sources
 from ftdata.readers.row_filter import RowFilter
 
@@ -31,8 +32,6 @@ class Target:
         steps: A function that starts a pass over all rows.
         options: The options as they are recorded in reports.
         sources: The sources of the data; empty for a build.
-        complete_survey: A function that adds rejected rows from the report of a build to a survey. For data, it
-            returns the survey unchanged.
         folder: The folder of the build, or `None`.
     """
 
@@ -42,8 +41,11 @@ class Target:
     steps: Callable[[], Iterator[SurveyStep]]
     options: Mapping[str, Any]
     sources: Sequence[FileSource | MemorySource] = ()
-    complete_survey: Callable[[Survey], Survey] = lambda survey: survey
     folder: Path | None = None
+
+    def complete_survey(self, survey: Survey) -> Survey:
+        """Add the rejected rows in the report of a build to a survey. For data, return the survey unchanged."""
+        return survey if self.folder is None else stored_builds.add_reported_rejects(self.folder, survey)
 
     @property
     def held_out(self) -> list[bool]:
@@ -82,7 +84,7 @@ def make_target(
         InputRefused: A source cannot be read.
     """
     for name in options:
-        check_choice("option", name, ("date", "template_kwargs", *(option.name for option in fields(Options))))
+        check_choice("option", name, option_names("rendering", "rows"))
     folder = stored_builds.find_build_folder(data)
     if folder is not None:
         stored_builds.refuse_build_options(
@@ -94,26 +96,23 @@ def make_target(
         hint = "pass the tokenizer of the model: --tokenizer"
         raise UsageError("no_tokenizer", "a tokenizer is required, but no tokenizer was passed", hint=hint)
     recipe = make_recipe(tokenizer, template, **options)
-    held_out = [_mark_held_out(source) for source in resolve_sources(against)] if against is not None else []
+    labeled_sources = [(source, source.split or "train") for source in sources]
+    if against is not None:
+        labeled_sources += ((_mark_held_out(source), HELD_OUT) for source in resolve_sources(against))
     RowFilter(where, limit)
 
     def steps() -> Iterator[SurveyStep]:
         filters = {source.item_index: RowFilter(where, limit) for source in sources}
-        return survey_steps(
-            recipe,
-            [
-                *((source, filters[source.item_index]) for source in sources),
-                *((source, RowFilter()) for source in held_out),
-            ],
-        )
+        pairs = [
+            (source, RowFilter() if label == HELD_OUT else filters[source.item_index])
+            for source, label in labeled_sources
+        ]
+        return survey_steps(recipe, pairs)
 
     return Target(
         target_title([source.path for source in sources], recipe),
         recipe,
-        [
-            *((source.path, source.split or "train") for source in sources),
-            *((source.path, HELD_OUT) for source in held_out),
-        ],
+        [(source.path, label) for source, label in labeled_sources],
         steps,
         {"ftdata": __version__, **recipe.describe(), "where": where, "limit": limit},
         sources,
@@ -141,7 +140,6 @@ def _make_build_target(folder: Path, tokenizer: Any) -> Target:
         names,
         steps,
         {"ftdata": manifest["ftdata"], **manifest["options"]},
-        complete_survey=lambda survey: stored_builds.add_reported_rejects(folder, survey),
         folder=folder,
     )
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from rich.console import Console
 from rich.text import Text
@@ -47,6 +47,14 @@ def print_rows(console: Console, rows: Iterable[RowView]) -> None:
             console.print(Text(f"not printed by the template: {lost.field}: {excerpt}", "yellow"), soft_wrap=True)
         if row.flags:
             console.print(Text(f"flags: {', '.join(row.flags)}", "yellow"), soft_wrap=True)
+
+
+def render_plain_text(render: Callable[[Console], None]) -> str:
+    """Return the text that a function prints to a console, without colors and with unlimited lines."""
+    console = Console(color_system=None, width=200, soft_wrap=True)
+    with console.capture() as capture:
+        render(console)
+    return capture.get()
 
 
 def has_no_colors(console: Console) -> bool:

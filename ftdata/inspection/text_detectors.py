@@ -110,32 +110,10 @@ SCRIPTS = (
 )
 _KANA, _HAN, _MAX_CHARACTERS = 10, 11, 1000
 _BLOCKS = {
-    0x41: 0,
-    0x370: 1,
-    0x400: 2,
-    0x530: 3,
-    0x590: 4,
-    0x600: 5,
-    0x900: 6,
-    0xE00: 7,
-    0xE80: -1,
-    0x10A0: 8,
-    0x1100: 9,
-    0x1200: -1,
-    0x1E00: 0,
-    0x1F00: 1,
-    0x2000: -1,
-    0x3040: 10,
-    0x3130: 9,
-    0x3190: -1,
-    0x3400: 11,
-    0xA000: -1,
-    0xAC00: 9,
-    0xD7B0: -1,
-    0xF900: 11,
-    0xFB00: -1,
-    0x20000: 11,
-}
+    0x41: 0, 0x370: 1, 0x400: 2, 0x530: 3, 0x590: 4, 0x600: 5, 0x900: 6, 0xE00: 7, 0xE80: -1, 0x10A0: 8, 0x1100: 9,
+    0x1200: -1, 0x1E00: 0, 0x1F00: 1, 0x2000: -1, 0x3040: 10, 0x3130: 9, 0x3190: -1, 0x3400: 11, 0xA000: -1, 0xAC00: 9,
+    0xD7B0: -1, 0xF900: 11, 0xFB00: -1, 0x20000: 11,
+}  # fmt: skip
 """The first code point of Unicode blocks -> the number of the script; -1 for other scripts."""
 _LATIN, _NOT_LATIN = re.compile("[A-Za-z\u00c0-\u02af]"), re.compile("[\u0370-\U0010ffff]")
 _BLOCK_STARTS, _BLOCK_SCRIPTS = list(_BLOCKS), list(_BLOCKS.values())

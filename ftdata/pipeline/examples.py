@@ -277,10 +277,9 @@ def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:
         return
     flags = frozenset[str]().union(*(example.flags for example in examples)).intersection(recipe.reject_flags)
     for flag in sorted(flags):
-        meaning = FLAGS[flag].format(n="affected", repeated="some")
         raise BadRow(
             flag,
-            f"the row has the flag {flag}, which is listed in reject_flags ({meaning})",
+            f"the row has the flag {flag}, which is listed in reject_flags ({FLAGS[flag].sentence})",
             hint=f"correct the row; or remove {flag} from reject_flags to keep rows with this flag",
         )
 

@@ -1,46 +1,184 @@
-"""The flags that an example can have, and the sentence that the build report prints for each flag."""
+"""The flags that an example can have. Reports, audit findings, outliers and the docs derive from this table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """A property that an example can have.
+
+    Attributes:
+        severity: `"error"`, `"warning"` or `"note"` if `audit` reports rows with this flag; otherwise empty.
+        sentence: a description of the property.
+        fix: the fix, in the imperative; empty if there is nothing to fix.
+        outlier: the kind of outlier that rows with this flag belong to; empty if they are not outliers.
+    """
+
+    severity: str
+    sentence: str
+    fix: str = ""
+    outlier: str = ""
+
+
+_NO_STOP, _REWRITTEN = "no stop token", "rewritten by the template"
+_NOT_PRINTED = "not fully printed by the template"
 
 FLAGS = {
-    "arguments_as_text": "{n} examples: tool call arguments are passed as JSON text, because the template fails on "
-    "objects",
-    "arguments_parsed": "{n} examples: tool call arguments are passed as objects, because the template encodes JSON "
-    "text a second time",
-    "message_truncated": "{n} examples: the template omits part of a message",
-    "control_tokens": "{n} examples: the data contains the text of control tokens; it is tokenized as plain text",
-    "empty_thinking": "{n} examples: an empty thinking block is trained, because the template prints one for messages "
-    "without reasoning; set enable_thinking=false to move it to the prompt, or add reasoning to the data",
-    "eos_appended": "{n} examples: a stop token is appended, because the template does not print one at the end",
-    "fields_dropped": "{n} examples: the template does not print some keys of the messages",
-    "text_after_last_stop": "{n} examples end with template text after the last stop token; it is not trained",
-    "no_trained_stop": "{n} examples: a turn does not end with a trained control token, so the model does not learn "
-    "to stop",
-    "content_parts_joined": "{n} examples: a list with a single text part is passed as text, because the template "
-    "accepts only text",
-    "message_dropped": "{n} examples: the template omits a whole message",
-    "pretokenized": "{n} examples come from pretokenized rows; their tokens are checked and used unchanged",
-    "prompt_mismatch": "{n} examples lack template text that the generation prompt contains, such as an opening "
-    "thinking tag",
-    "reasoning_dropped": "{n} examples: the template does not print the reasoning",
-    "rejected_side_dropped": "{n} examples are the chosen side of a preference pair; the rejected side is not used",
-    "history_rewritten": "{n} examples: the template renders an earlier turn differently than the model wrote it",
-    "conversation_split": "{n} examples come from split conversations: the template rewrites earlier turns, so each "
-    "group of turns is its own example ({repeated} tokens repeat)",
-    "stop_outside_generation_tags": "{n} examples: the stop token is trained although it is outside the template's "
-    "generation tags",
-    "token_crosses_boundary": "{n} examples: a trained token crosses the answer's boundary",
-    "generation_tags_overruled": "{n} examples are trained on the text that the model must generate, including the "
-    "stop token, because the template's generation tags mark a different text",
-    "generation_tags_unconfirmed": "{n} examples are trained on the text inside the template's generation tags, which "
-    "differs, or may differ, from the text that the model must generate",
-    "tools_dropped": "{n} examples: the template omits tool definitions, in full or in part",
-    "trailing_messages": "{n} examples end with messages that have no answer",
-    "answer_truncated": "{n} examples end in the middle of an answer",
-    "history_not_compared": "{n} examples: an earlier turn cannot be compared with the text that the model wrote, "
-    "because the template fails on the conversation up to that turn",
-    "missing_final_stop": "{n} examples end without a stop token: the template prints it only before the next message",
-    "template_not_probed": "{n} examples were checked individually: the template fails on simple conversations, so it "
-    "cannot be probed",
-    "whitespace_removed": "{n} examples: a control token of the tokenizer removes whitespace of the row (lstrip or "
-    "rstrip)",
+    "no_trained_stop": Flag(
+        "error",
+        "a trained turn does not end with a trained control token, so the model does not learn to stop",
+        "use a template that ends turns with a control token, or set on_missing_stop='append_eos'",
+        _NO_STOP,
+    ),
+    "answer_truncated": Flag(
+        "error",
+        "max_length cuts an answer in the middle, so the model learns to stop in mid-sentence",
+        "raise max_length, or set overlong='drop_turns'",
+        "answer truncated",
+    ),
+    "missing_final_stop": Flag(
+        "warning",
+        "the last turn has no stop token, because the template prints it only before the next message",
+        "set on_missing_stop='append_eos' to append and train the EOS token",
+        _NO_STOP,
+    ),
+    "message_truncated": Flag(
+        "warning",
+        "the template prints only part of a message",
+        "run `ftdata preview --odd` to see the missing text, and use a template that prints it",
+        _NOT_PRINTED,
+    ),
+    "message_dropped": Flag(
+        "warning",
+        "the template does not print a system, user or tool message",
+        "use a template that prints it",
+        _NOT_PRINTED,
+    ),
+    "reasoning_dropped": Flag(
+        "warning",
+        "the template does not print the reasoning",
+        "use a template that prints reasoning, or remove the reasoning from the data",
+        _NOT_PRINTED,
+    ),
+    "tools_dropped": Flag(
+        "warning",
+        "the template does not print the tool definitions, or omits some of their names or parameters",
+        "use a template that prints tools, or remove the tools from the data",
+        _NOT_PRINTED,
+    ),
+    "fields_dropped": Flag(
+        "note",
+        "the template does not print some keys of the messages",
+        "remove the keys from the data if the model does not need them; otherwise use a template that prints them",
+    ),
+    "prompt_mismatch": Flag(
+        "warning",
+        "the text lacks template text that the generation prompt contains at inference, such as a thinking tag",
+        "run `ftdata templates check`; add reasoning to the data if the generation prompt opens a thinking block",
+    ),
+    "empty_thinking": Flag(
+        "warning",
+        "an empty thinking block is trained, because the template prints it for messages without reasoning",
+        "pass --template-kwarg enable_thinking=false if the template supports it, which moves the block to the prompt; "
+        "or add reasoning to the data; keep it only if the model should learn to skip thinking",
+    ),
+    "token_crosses_boundary": Flag(
+        "warning",
+        "a trained token crosses the boundary of the answer: inference never produces a token merged with the prompt",
+        "end the prompt with a control token or a line break, or move the space before the answer into the generation "
+        "tags",
+    ),
+    "whitespace_removed": Flag(
+        "warning",
+        "a control token of the tokenizer removes whitespace of the row (lstrip or rstrip), which no token contains",
+        "remove the whitespace from the data, or set lstrip and rstrip of the token to false in tokenizer.json",
+    ),
+    "rejected_side_dropped": Flag(
+        "note",
+        "the example is the chosen side of a preference pair; the rejected side is not used",
+        "ignore this note if you want supervised fine-tuning on the chosen side",
+    ),
+    "generation_tags_unconfirmed": Flag(
+        "warning",
+        "the text inside the template's generation tags is trained, although the model might not generate it",
+        "correct the generation tags of the template, or remove them: ftdata locates turns without them",
+    ),
+    "stop_outside_generation_tags": Flag(
+        "note",
+        "the template's generation tags exclude the stop token; ftdata trains it anyway",
+        "move the stop token inside the generation tags of the template",
+    ),
+    "control_tokens": Flag(
+        "warning",
+        "the data contains the text of control tokens, which is tokenized as plain text",
+        "remove it from the data if it is left over from another template",
+        "control tokens in the text",
+    ),
+    "trailing_messages": Flag(
+        "warning",
+        "the conversation ends with messages that have no answer",
+        "remove these messages from the data",
+    ),
+    "history_rewritten": Flag(
+        "",
+        "the template renders an earlier turn differently than the model wrote it",
+        "set turns='auto' to make one example per turn",
+        _REWRITTEN,
+    ),
+    "conversation_split": Flag(
+        "",
+        "the conversation is split, because the template rewrites earlier turns: each group of turns is an example",
+        "",
+        _REWRITTEN,
+    ),
+    "history_not_compared": Flag(
+        "",
+        "an earlier turn cannot be compared with the text that the model wrote, because the template fails on the "
+        "conversation up to that turn",
+    ),
+    "template_not_probed": Flag(
+        "",
+        "the example is checked individually: the template fails on simple conversations, so it cannot be probed",
+    ),
+    "generation_tags_overruled": Flag(
+        "",
+        "the text that the model must generate is trained, including the stop token, because the template's generation "
+        "tags mark a different text",
+    ),
+    "eos_appended": Flag("", "a stop token is appended, because the template does not print one at the end"),
+    "text_after_last_stop": Flag("", "the template prints text after the last stop token; it is not trained"),
+    "arguments_as_text": Flag(
+        "",
+        "tool call arguments are passed as JSON text, because the template fails on objects",
+    ),
+    "arguments_parsed": Flag(
+        "",
+        "tool call arguments are passed as objects, because the template encodes JSON text a second time",
+    ),
+    "content_parts_joined": Flag(
+        "",
+        "a list with a single text part is passed as text, because the template accepts only text",
+    ),
+    "pretokenized": Flag("", "the row contains tokens and labels, which are checked and used unchanged"),
 }
-"""Map each flag to its sentence in the report."""
+"""Map each code to its flag. Audit findings of equal severity are printed in this order."""
+
+
+def describe_flags(counts: Mapping[str, int], repeated_tokens: int = 0) -> Iterator[str]:
+    """Yield one sentence for each flag with the number of examples that have the flag.
+
+    Args:
+        counts: the number of examples with each flag.
+        repeated_tokens: the number of tokens that repeat because a conversation is split into several examples.
+
+    >>> list(describe_flags({"trailing_messages": 1200}))
+    ['1,200 examples: the conversation ends with messages that have no answer']
+    """
+    for code, count in sorted(counts.items()):
+        if code in FLAGS:
+            has_repeats = code == "conversation_split" and repeated_tokens
+            repeats = f" ({repeated_tokens:,} tokens repeat)" if has_repeats else ""
+            yield f"{count:,} examples: {FLAGS[code].sentence}{repeats}"

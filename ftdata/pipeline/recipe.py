@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
@@ -15,16 +15,13 @@ from typing import Any
 import tokenizers
 
 from ftdata.errors import BadRow, TemplateRefused, UsageError, check_choice
+from ftdata.options import check_choices, select_options
 from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.mask import Policy, masks, resolve_policy
-from ftdata.pipeline.truncate import POLICIES as OVERLONG
 from ftdata.redaction import is_secret_name
 from ftdata.schemas import check_columns, schemas
 from ftdata.templates import (
     DEFAULT_DATE,
-    DROPPED_MESSAGE_POLICIES,
-    MISSING_STOP_POLICIES,
-    TURNS,
     Template,
     check_can_train,
     find_template,
@@ -35,7 +32,7 @@ from ftdata.templates import (
 from ftdata.templates.verification.probe import TemplateReport
 from ftdata.templates.worker.client import require_verified, verify_template
 from ftdata.tokenizing.load import load_tokenizer
-from ftdata.tokenizing.tokenizer import CONTROL_POLICIES, ControlTokens, Tokenizer, find_control_tokens
+from ftdata.tokenizing.tokenizer import ControlTokens, Tokenizer, find_control_tokens
 
 _MAX_VARIANTS = 64
 
@@ -67,15 +64,11 @@ class Options:
     overlong: str = "reject"
 
     def __post_init__(self) -> None:
-        check_choice("turns", self.turns, TURNS)
-        check_choice("control_tokens", self.control_tokens, CONTROL_POLICIES)
-        check_choice("on_dropped_message", self.on_dropped_message, DROPPED_MESSAGE_POLICIES)
-        check_choice("on_missing_stop", self.on_missing_stop, MISSING_STOP_POLICIES)
+        check_choices(select_options(vars(self), "rows"))
         if isinstance(self.reject_flags, str) or not isinstance(self.reject_flags, Iterable):
             raise UsageError("reject_flags", f"reject_flags is {self.reject_flags!r}, expected a list of flags")
         for flag in self.reject_flags:
             check_choice("reject_flags", flag, FLAGS)
-        check_choice("overlong", self.overlong, OVERLONG)
         if not isinstance(self.schema, str):
             raise UsageError("schema", f"schema is {self.schema!r}, expected the name of a schema, or 'auto'")
         if self.schema != "auto":
@@ -106,9 +99,8 @@ class Recipe(Options):
         super().__post_init__()
         check_can_train(self.template)
         if self.on_missing_stop == "append_eos" and not self.template.special_tokens.get("eos_token"):
-            raise UsageError(
-                "on_missing_stop", "on_missing_stop='append_eos' needs an eos_token, but the tokenizer has none"
-            )
+            problem = "on_missing_stop='append_eos' needs an eos_token, but the tokenizer has none"
+            raise UsageError("on_missing_stop", problem)
 
     @cached_property
     def _variants(self) -> dict[str, Recipe]:
@@ -151,44 +143,45 @@ class Recipe(Options):
                 "kwargs": dict(self.template.kwargs),
                 "date": self.template.date.isoformat(),
             },
-            "schema": self.schema,
+            **select_options(vars(self), "rows"),
             "columns": dict(self.columns or {}),
             "train_on": policy_name(self.train_on),
             "train_parts": None if self.train_parts is None else list(self.train_parts),
-            "turns": self.turns,
-            "control_tokens": self.control_tokens,
-            "on_dropped_message": self.on_dropped_message,
-            "on_missing_stop": self.on_missing_stop,
             "reject_flags": sorted(self.reject_flags),
-            "max_length": self.max_length,
-            "overlong": self.overlong,
         }
 
+    @classmethod
+    def from_manifest(
+        cls, options: Mapping[str, Any], tokenizer: Any = None, *, excluded: Collection[str] = ()
+    ) -> Recipe:
+        """Create the recipe of an existing build.
 
-def recipe_arguments(options: Mapping[str, Any], tokenizer: Any = None, *, names: Sequence[str]) -> dict[str, Any]:
-    """Convert the result of `Recipe.describe` to arguments with which `make_recipe` creates the same recipe.
+        Schemas and masks that are not registered are left out, because a downloaded folder must not select code to run.
 
-    Args:
-        options: result of `Recipe.describe`. An earlier version of ftdata may have written it without newer options.
-        tokenizer: current location of the tokenizer; `None` for the recorded location.
-        names: fields of `Options` to copy. Schemas and masks that are not registered are omitted, because a
-            downloaded folder must not select code to run.
+        Args:
+            options: the options in the manifest, as `describe` returns them. An earlier version of ftdata may have
+                written them without newer options.
+            tokenizer: the current location of the tokenizer; `None` for the recorded location.
+            excluded: options that keep their default value.
 
-    Raises:
-        LookupError, TypeError: `options` is not a result of `describe`.
-    """
-    template = options["template"]
-    copied_options = {name: options[name] for name in names if name in options}
-    for name, registered_names in (("schema", ["auto", *schemas.names()]), ("train_on", masks.names())):
-        if name in copied_options and copied_options[name] not in registered_names:
-            del copied_options[name]
-    return {
-        "tokenizer": options["tokenizer"]["name"] if tokenizer is None else tokenizer,
-        "template": None if template["name"] == "tokenizer" else template["source"],
-        "date": template["date"],
-        "template_kwargs": template["kwargs"],
-        **copied_options,
-    }
+        Raises:
+            LookupError, TypeError: `options` is not a result of `describe`.
+            FtdataError: as for `make_recipe`.
+        """
+        template = options["template"]
+        registered = {"schema": ["auto", *schemas.names()], "train_on": masks.names()}
+        copied_options = {
+            name: value
+            for name, value in select_options(options, "rows").items()
+            if name not in excluded and value in registered.get(name, [value])
+        }
+        return make_recipe(
+            options["tokenizer"]["name"] if tokenizer is None else tokenizer,
+            None if template["name"] == "tokenizer" else template["source"],
+            date=template["date"],
+            template_kwargs=template["kwargs"],
+            **copied_options,
+        )
 
 
 def make_recipe(
@@ -294,20 +287,13 @@ def check_kwargs(kwargs: Any) -> None:
     """
     if kwargs is None:
         return
-    if not isinstance(kwargs, Mapping) or (reserved := {"messages", "tools", "add_generation_prompt"} & set(kwargs)):
-        problem = (
-            f"sets {sorted(reserved)}, which ftdata itself sets" if isinstance(kwargs, Mapping) else f"is {kwargs!r}"
-        )
-        raise UsageError(
-            "template_kwargs", f"template_kwargs {problem}; expected a mapping of additional template variables"
-        )
-    if secret_names := [name for name in kwargs if is_secret_name(str(name))]:
-        names = ", ".join(secret_names)
-        raise UsageError(
-            "template_kwargs",
-            f"template_kwargs contains {names}, but all template variables are stored in the report and manifest",
-            hint="remove the secrets: no template needs them",
-        )
+    if not isinstance(kwargs, Mapping):
+        raise UsageError("template_kwargs", f"template_kwargs is {kwargs!r}, expected a mapping of template variables")
+    if reserved := {"messages", "tools", "add_generation_prompt"} & set(kwargs):
+        raise UsageError("template_kwargs", f"template_kwargs sets {sorted(reserved)}, which ftdata itself sets")
+    if names := ", ".join(str(name) for name in kwargs if is_secret_name(str(name))):
+        problem = f"template_kwargs contains {names}, but all template variables are stored in the report and manifest"
+        raise UsageError("template_kwargs", problem, hint="remove the secrets: no template needs them")
     try:
         json.dumps(kwargs)
     except (TypeError, ValueError, RecursionError) as error:

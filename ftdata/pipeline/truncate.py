@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 from ftdata.errors import BadRow
 from ftdata.types import Example
 
-POLICIES = ("reject", "drop_turns", "truncate")
-
 
 def truncate(example: Example, max_length: int | None, policy: str = "reject") -> Example:
     """Shorten an example to at most `max_length` tokens. An example that fits is returned unchanged.

@@ -412,7 +412,7 @@ def test_pretokenized_rows_are_unchanged(tiny):
     row = {"input_ids": plain["input_ids"], "labels": plain["labels"]}
     built = build_sft_dataset([row], tiny)
     assert built["train"][0] == plain
-    assert any("come from pretokenized rows" in note for note in built.report.notes)
+    assert any("the row contains tokens and labels" in note for note in built.report.notes)
     with pytest.raises(BadRows, match=r"input_ids\[1\]: the token id 99999 is not"):
         build_sft_dataset([{"input_ids": [1, 99999], "labels": [-100, 99999]}], tiny)
 

@@ -148,9 +148,9 @@ def test_rendered_text_equals_that_of_axolotl(case, tmp_path):
     ("changes", "says"),
     [
         ({"rl": "dpo"}, "rl: ftdata does not support this training method"),
-        ({"adapter": "oft"}, "adapter is oft"),
+        ({"adapter": "oft"}, "adapter is 'oft'"),
         ({"loraplus_lr_ratio": 16, "relora": True}, "loraplus_lr_ratio: .*; relora: "),
-        ({"excess_length_strategy": "split"}, "excess_length_strategy is split"),
+        ({"excess_length_strategy": "split"}, "excess_length_strategy is 'split'"),
         ({"datasets": []}, "expected a list of mappings"),
         ({"datasets": "x"}, "expected a list of mappings"),
         ({"datasets": [{"path": "a", "type": "alpaca"}, {"path": "b", "type": "chat_template"}]}, "need different options: .*--dataset"),
@@ -171,7 +171,7 @@ def test_rendered_text_equals_that_of_axolotl(case, tmp_path):
         ({"val_set_size": -1}, "the size of the validation split is -1"),
         ({"num_epochs": 0}, "num_epochs is 0, expected positive"),
         ({"datasets": [{"path": 5, "type": "alpaca"}]}, "datasets contains the path 5"),
-        ({"datasets": [{"path": "a", "type": "alpaca", "ds_type": "./mine.py:read"}]}, "ds_type './mine.py:read' is not supported"),
+        ({"datasets": [{"path": "a", "type": "alpaca", "ds_type": "./mine.py:read"}]}, "ds_type is './mine.py:read', expected json"),
         ({"datasets": [{"path": "a", "type": {"format": "{instruction!s}"}}]}, "the format"),
         ({"datasets": [{"path": "a", "type": {"format": "{0}"}}]}, "the format"),
         ({"datasets": [{"path": "a", "type": {"format": "{"}}]}, "a value that is not valid in Axolotl"),
@@ -276,7 +276,7 @@ def test_dataset_info_alone_is_imported(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"stage": "dpo"}, "stage is dpo"),
+        ({"stage": "dpo"}, "stage is 'dpo'"),
         ({"dataset": "faq,chats"}, "need different options"),
         ({"dataset": "fag"}, "no data set 'fag'.*did you mean 'faq'"),
         ({"dataset": ""}, "dataset is empty"),
@@ -284,7 +284,7 @@ def test_dataset_info_alone_is_imported(tmp_path):
         ({"dataset": "media"}, "columns images"),
         ({"dataset": "ranked"}, "ranking"),
         ({"dataset_dir": "nowhere"}, "cannot be read"),
-        ({"finetuning_type": "oft"}, "finetuning_type is oft"),
+        ({"finetuning_type": "oft"}, "finetuning_type is 'oft'"),
         ({"quantization_bit": 3}, "quantization_bit is 3"),
         ({"quantization_bit": 4, "quantization_method": "hqq"}, "quantization_bit is 4, the method is hqq"),
         ({"use_galore": True}, "use_galore"),

@@ -1,9 +1,7 @@
 """User options: parts, turns, rejected flags and generation tags; invalid options."""
 
-import re
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from chat_templates import (
@@ -25,7 +23,6 @@ from chat_templates import (
 from ftdata import encode
 from ftdata.errors import BadRow, TemplateRefused, UsageError
 from ftdata.pipeline.examples import build_rows
-from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.mask import assistant, completion, last_assistant
 from ftdata.pipeline.recipe import make_recipe
 from ftdata.templates import Template, render_in_worker
@@ -47,16 +44,6 @@ def test_reject_flags_rejects_rows_with_these_flags(tokenizer_dir):
     cut = make_recipe(tokenizer_dir("tiny_bpe"), max_length=60, overlong="truncate", reject_flags=["answer_truncated"])
     (row,) = build_rows(cut, [Row({"messages": [USER, {**ANSWER, "content": "long " * 30}]}, Source("x", 0))])
     assert row.code == "answer_truncated"
-
-
-def test_every_flag_is_documented():
-    table = (
-        (Path(__file__).parents[2] / "docs" / "masks.md")
-        .read_text()
-        .partition("| flag |")[2]
-        .partition("## Rejections")[0]
-    )
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(FLAGS)
 
 
 def test_assistant_messages_are_grouped_by_user_message():

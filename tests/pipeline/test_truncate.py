@@ -6,9 +6,12 @@ from laws import law
 
 from ftdata import encode
 from ftdata.errors import BadRow
-from ftdata.pipeline.truncate import POLICIES, truncate, turn_ends
+from ftdata.options import OPTIONS
+from ftdata.pipeline.truncate import truncate, turn_ends
 from ftdata.testing import conversation_strategy
 from ftdata.tokenizing.load import load_tokenizer
+
+POLICIES = OPTIONS["overlong"].choices
 
 
 @law(100)

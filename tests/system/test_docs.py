@@ -68,7 +68,8 @@ def reference():
 
 
 @pytest.mark.parametrize(
-    "name", ["api.md", "commands.md", "configuration.md", "errors.md", "checks.md", "schemas.md", "plugins.md"]
+    "name",
+    ["api.md", "commands.md", "configuration.md", "errors.md", "checks.md", "flags.md", "schemas.md", "plugins.md"],
 )
 def test_reference_pages_are_up_to_date(name, reference):
     """`python docs/scripts/reference.py` updates the pages."""

@@ -11,7 +11,12 @@ from numpy.typing import NDArray
 from ftdata.build import near_duplicates
 from ftdata.errors import BadRow, TemplateRefused
 from ftdata.inspection import text_detectors
-from ftdata.inspection.checks.registry import CheckedDataset, CheckedTemplate, register_check
+from ftdata.inspection.checks.registry import (
+    CheckedDataset,
+    CheckedTemplate,
+    register_data_check,
+    register_template_check,
+)
 from ftdata.pipeline.recipe import Recipe, make_recipe
 from ftdata.pipeline.render_rows import render_conversation
 from ftdata.templates.worker.client import verify_template
@@ -20,12 +25,8 @@ from ftdata.types import Conversation
 # --- all rows together
 
 
-@register_check(
-    "duplicate",
-    "warning",
-    "data",
-    "the row is an exact duplicate of an earlier row",
-    "remove duplicates: build with dedup",
+@register_data_check(
+    "duplicate", "warning", "the row is an exact duplicate of an earlier row", "remove duplicates: build with dedup"
 )
 def _check_duplicates(data: CheckedDataset) -> Iterator[tuple[int, str]]:
     train_rows, content = np.flatnonzero(~data.is_held_out), data.survey.numbers.content_hash
@@ -35,10 +36,9 @@ def _check_duplicates(data: CheckedDataset) -> Iterator[tuple[int, str]]:
             yield row, f"equal to {data.survey.source(earlier)}"
 
 
-@register_check(
+@register_data_check(
     "near_duplicate",
     "warning",
-    "data",
     "the row is a near-duplicate of an earlier row",
     "remove near-duplicates: build with dedup and near_duplicate_threshold",
     enabled_by="near_duplicate_threshold",
@@ -54,10 +54,9 @@ def _check_near_duplicates(data: CheckedDataset) -> Iterator[tuple[int, str]]:
             yield row, f"similar to {data.survey.source(earlier)}"
 
 
-@register_check(
+@register_data_check(
     "leakage",
     "error",
-    "data",
     "a held-out row is also in the training data (with --near-duplicate-threshold: or a near-duplicate of it)",
     "remove the row from either side; build with test_size, which keeps equal rows in the same split",
 )
@@ -74,10 +73,9 @@ def _check_leakage(data: CheckedDataset) -> Iterator[tuple[int, str]]:
                 yield row, f"{relation} {data.survey.source(train_row)}"
 
 
-@register_check(
+@register_data_check(
     "same_prompt",
     "warning",
-    "data",
     "a held-out row has the same prompt as a training row, with a different answer",
     "remove the row from either side, unless many conversations begin with this prompt",
 )
@@ -110,10 +108,9 @@ def _first_rows(values: NDArray[Any], selected: NDArray[np.bool_]) -> dict[int, 
 _RARE_SHARE, _DOMINANT_SHARE, _MIN_ANSWERS = 0.01, 0.8, 200
 
 
-@register_check(
+@register_data_check(
     "script",
     "note",
-    "data",
     "an answer is written in a different script than almost all other answers",
     "check that these rows belong in the data",
 )
@@ -137,10 +134,9 @@ def _check_scripts(data: CheckedDataset) -> Iterator[tuple[int, str]]:
 # --- tokenizer and template
 
 
-@register_check(
+@register_template_check(
     "pad_is_stop",
     "warning",
-    "template",
     "the pad token is a stop token, or is not defined",
     "set a different pad token: collators that mask padding by its id also mask the stop token "
     "(the labels of ftdata are not affected)",
@@ -155,10 +151,9 @@ def _check_pad_is_stop(data: CheckedTemplate) -> Iterator[str]:
         yield f"no pad token is defined; many trainers then use {special_tokens['eos_token']}, which is a stop token"
 
 
-@register_check(
+@register_template_check(
     "date_inserted",
     "note",
-    "template",
     "the template prints the current date",
     "set date=, and use the same date at inference",
     needs_messages=True,
@@ -169,10 +164,9 @@ def _check_date_inserted(data: CheckedTemplate) -> Iterator[str]:
         yield f"printed as {template.date:%Y-%m-%d}"
 
 
-@register_check(
+@register_template_check(
     "template_drift",
     "warning",
-    "template",
     "the tokenizer's chat template, which inference may use, renders the rows differently",
     "save the training template with the model, as `ftdata train` does, or train with the tokenizer's template",
     needs_messages=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,14 +107,14 @@ CheckFunction = Callable[[Any], Iterator[Any]]
 
 
 def register_check(
-    code: str, severity: str, scope: str, message: str, fix: str, **options: Any
+    scope: str, code: str, severity: str, message: str, fix: str, **options: Any
 ) -> Callable[[CheckFunction], CheckFunction]:
     """Return a decorator that registers a function as a check.
 
     Args:
+        scope: `"flag"`, `"row"`, `"data"` or `"template"`.
         code: The stable name of the check.
         severity: One of `SEVERITIES`.
-        scope: `"flag"`, `"row"`, `"data"` or `"template"`.
         message: A description of the problem.
         fix: The fix, in the imperative.
         options: Further fields of `Check`: `enabled_by`, `needs_messages`.
@@ -127,6 +127,6 @@ def register_check(
     return register
 
 
-def register_flag_check(code: str, severity: str, message: str, fix: str) -> None:
-    """Register a check that reports every row with the flag `code`."""
-    register_check(code, severity, "flag", message, fix)(lambda _: iter(()))
+register_row_check = partial(register_check, "row")
+register_data_check = partial(register_check, "data")
+register_template_check = partial(register_check, "template")

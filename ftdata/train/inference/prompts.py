@@ -12,7 +12,7 @@ from typing import Any
 
 from ftdata.errors import InputRefused
 from ftdata.pipeline.examples import build_rows
-from ftdata.pipeline.recipe import Recipe, make_recipe, recipe_arguments
+from ftdata.pipeline.recipe import Recipe
 from ftdata.readers import resolve_sources
 from ftdata.types import IGNORE_INDEX, Message, Reject, Row, Source
 
@@ -58,8 +58,8 @@ def rebuild_recipe(tokenizer: str, options: Mapping[str, Any]) -> Recipe:
         options: the options in the manifest of the build.
     """
     # The mask policy of the build is left out, so that prompts are the same for every policy.
-    names = ("schema", "columns", "turns", "control_tokens", "on_dropped_message", "on_missing_stop")
-    return make_recipe(**recipe_arguments(options, tokenizer, names=names))
+    excluded = ("train_on", "train_parts", "reject_flags", "max_length", "overlong")
+    return Recipe.from_manifest(options, tokenizer, excluded=excluded)
 
 
 def encode_rows(data: Any, recipe: Recipe) -> Iterator[tuple[list[int], list[int]]]:

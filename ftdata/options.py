@@ -1,0 +1,118 @@
+"""The options of a build: name, type, default, help text and allowed values.
+
+Fields of configuration files, options of commands, checks of values and entries of the manifest derive from this table.
+The signatures of public functions are written out; `tests/pipeline/test_options.py` compares them with the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ftdata.errors import check_choice
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option of a build.
+
+    Attributes:
+        group: `"rendering"` (the template), `"rows"` (the conversion of rows to examples), `"selection"` (the rows to
+            read), `"layout"` (splits and packing) or `"rejects"` (the handling of bad rows).
+        name: the name in signatures, configuration files and the manifest.
+        type: the type in a configuration file.
+        default: the default value.
+        help: the help text of the command line.
+        choices: the allowed values; empty if they are not a fixed list.
+        section: the section of a configuration file that can contain the option; empty for none.
+    """
+
+    group: str
+    name: str
+    type: Any
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+    section: str = ""
+
+
+_OPTIONS = (
+    Option("rendering", "template", str | None, None,
+           "Template: name, .jinja file or Jinja source (default: the tokenizer's)"),
+    Option("rows", "schema", str, "auto",
+           "Schema of the rows: a name, ./file.py:function, or 'auto' to detect it"),
+    Option("rows", "columns", dict[str, str] | None, None,
+           "Data column for a schema column, e.g. output=answer (repeatable)"),
+    Option("rows", "train_on", str, "assistant",
+           "Messages to train on: assistant, last_assistant, completion, all, or ./file.py:function", section="mask"),
+    Option("rows", "train_parts", list[str] | None, None,
+           "Train only these parts of messages, e.g. reasoning,answer", section="mask"),
+    Option("rows", "turns", str, "auto",
+           "Examples per conversation: 'joint' (one), 'split' (one per turn) or 'auto'",
+           ("auto", "joint", "split"), "mask"),
+    Option("rows", "control_tokens", str, "escape",
+           "What to do with special tokens in the text of rows: escape, refuse or allow",
+           ("escape", "refuse", "allow"), "mask"),
+    Option("rows", "on_dropped_message", str, "reject",
+           "What to do if the template omits a message: reject or flag the row", ("reject", "flag"), "mask"),
+    Option("rows", "on_missing_stop", str, "flag",
+           "What to do if the last turn has no stop token: flag or append_eos", ("flag", "append_eos"), "mask"),
+    Option("rows", "reject_flags", list[str], (),
+           "Reject rows with these flags, e.g. no_trained_stop,message_truncated", section="mask"),
+    Option("rows", "max_length", int | None, None,
+           "Maximum number of tokens per example and per packed sequence", section="length"),
+    Option("rows", "overlong", str, "reject",
+           "What to do with longer examples: reject, drop_turns or truncate",
+           ("reject", "drop_turns", "truncate"), "length"),
+    Option("layout", "packing", str | None, None,
+           "Algorithm to pack examples: 'bfd' (best-fit decreasing)", section="pack"),
+    Option("selection", "where", str | None, None,
+           "Read only rows that match this Jinja expression, e.g. lang == 'en'"),
+    Option("selection", "limit", int | None, None, "Maximum number of rows to read from each source"),
+    Option("layout", "dedup", bool, False, "Remove duplicate rows and keep the first"),
+    Option("layout", "near_duplicate_threshold", float | None, None,
+           "Similarity threshold for near-duplicates (0.5-1.0)"),
+    Option("layout", "sample", int | float | None, None,
+           "Size of a random sample: number of rows, or fraction, e.g. 0.1"),
+    Option("layout", "shuffle", bool, False, "Shuffle the rows"),
+    Option("layout", "test_size", int | float | None, None,
+           "Size of the test split: number of rows, or fraction, e.g. 0.1"),
+    Option("layout", "seed", int, 0, "Random seed for splitting, sampling, shuffling and mixing"),
+    Option("rejects", "on_bad_rows", str, "error",
+           "What to do with invalid rows: 'error' (stop) or 'quarantine' (skip)", ("error", "quarantine")),
+    Option("rejects", "max_rejects", int | float | str | None, None,
+           "Maximum number or percentage of skipped invalid rows, e.g. 100 or 1%"),
+    Option("rendering", "date", str | None, None,
+           "Date that the template prints as the current date, e.g. 2026-01-31"),
+    Option("rendering", "template_kwargs", dict[str, Any] | None, None,
+           "Set a variable of the template, e.g. enable_thinking=false"),
+)  # fmt: skip
+
+OPTIONS = {option.name: option for option in _OPTIONS}
+"""All options by name, in the order in which signatures, help texts and configuration files list them."""
+
+
+def option_names(*selected: str) -> tuple[str, ...]:
+    """Return the names of the options that are selected by group or by name, in the order of the table.
+
+    >>> option_names("rejects", "where")
+    ('where', 'on_bad_rows', 'max_rejects')
+    """
+    return tuple(name for name, option in OPTIONS.items() if name in selected or option.group in selected)
+
+
+def select_options(values: Mapping[str, Any], *groups: str) -> dict[str, Any]:
+    """Return the values of the options in the groups. Options without a value are left out."""
+    return {name: values[name] for name in option_names(*groups) if name in values}
+
+
+def check_choices(values: Mapping[str, Any]) -> None:
+    """Check that each option with a fixed list of allowed values has one of these values.
+
+    Raises:
+        UsageError: an option has another value.
+    """
+    for name, value in values.items():
+        if choices := OPTIONS[name].choices:
+            check_choice(name, value, choices)
