@@ -316,9 +316,10 @@ class RenderedRow(NamedTuple):
 
     Attributes:
         conversation: the normalized row.
-        texts: the rendered texts of the row.
+        texts: the rendered texts of the row; one empty text for a pretokenized row.
         trained_spans: for each text, which spans are trained; `None` if the mask policy was not applied yet.
-        is_single_text: whether the row is a single text that, if it consists of messages, ends with an answer.
+        is_single_text: whether the row is a pretokenized row, or a single text that, if it consists of messages, ends
+            with an answer.
     """
 
     conversation: Conversation

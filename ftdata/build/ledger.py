@@ -15,7 +15,7 @@ from typing import Any
 
 from ftdata._version import __version__
 from ftdata.errors import InternalError
-from ftdata.pipeline.examples import Batch
+from ftdata.pipeline.batch import Batch
 from ftdata.pipeline.flags import describe_flags
 from ftdata.pipeline.recipe import Recipe
 from ftdata.types import Conversation, Reject
@@ -84,14 +84,14 @@ class Ledger:
         """Add the rows and tokens of a batch to the counts."""
         self.add_rejects(batch.rejects)
         self.add_built(batch.conversations)
-        columns, tokens = batch.columns, int(batch.columns.lengths.sum())
-        self.examples += len(columns.lengths)
-        self.flags.update(chain.from_iterable(sorted(flags) for flags in columns.flags if flags))
-        self.tokens_repeated += batch.repeated
-        self.tokens_cut += batch.cut
-        self.tokens_in += batch.cut + tokens
+        tokens, removed_tokens = int(batch.lengths.sum()), batch.removed_tokens
+        self.examples += len(batch.texts)
+        self.flags.update(chain.from_iterable(sorted(flags) for flags in batch.flags if flags))
+        self.tokens_repeated += batch.repeated_tokens
+        self.tokens_cut += removed_tokens
+        self.tokens_in += removed_tokens + tokens
         self.tokens_kept += tokens
-        self.tokens_trained += int(columns.trained_counts.sum())
+        self.tokens_trained += int(batch.trained_counts.sum())
 
     def add_rejects(self, rejects: Sequence[Reject]) -> None:
         """Add rejected rows and their tokens to the counts."""

@@ -16,7 +16,7 @@ import json
 import mmap
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -27,11 +27,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ftdata.pipeline.batch import Batch
 from ftdata.redaction import redact_for_storage
 from ftdata.storage import disk
 from ftdata.storage.arrow_arrays import int64_array, int64_column, list_offsets, string_array
-from ftdata.tokenizing.batches import ExampleColumns
-from ftdata.types import Reject, Source
+from ftdata.types import Conversation, Reject, Source
 
 _MAX_OPEN_FILES = 64
 """Maximum number of example tables to map separately, because many processes can open only 256 files. More tables are
@@ -51,40 +51,33 @@ _EXAMPLES = pa.schema(
 )
 
 
-class ShardContent(NamedTuple):
-    """The examples and rejected rows of one batch, as they are written to a shard.
+def write_shard(
+    folder: Path,
+    batches: Iterable[Batch],
+    minhash: Callable[[Sequence[Conversation]], NDArray[np.uint32]] | None = None,
+) -> None:
+    """Write the examples and rejected rows of a shard to a folder.
 
-    Attributes:
-        columns: the examples.
-        contents: for each example, the hash of its row's examples: 16 bytes for the tokens, 8 for the labels.
-        rejects: the rejected rows.
-        minhashes: uint32 `[examples, near_duplicates.SIZE]`, the MinHash signatures; `None` if not needed.
+    Args:
+        folder: the folder.
+        batches: the batches of the shard.
+        minhash: computes the MinHash signatures of conversations; `None` if they are not needed.
     """
-
-    columns: ExampleColumns
-    contents: Sequence[bytes]
-    rejects: Sequence[Reject]
-    minhashes: NDArray[np.uint32] | None
-
-
-def write_shard(folder: Path, batches: Iterable[ShardContent]) -> None:
-    """Write the examples and rejected rows of a shard to a folder."""
     with ExitStack() as stack:
         ids, trained, rejects, examples = (
             stack.enter_context(disk.create(folder / name))
             for name in ("ids.i32", "trained.b8", "rejects.jsonl", "examples.arrow")
         )
         table = stack.enter_context(pa.ipc.new_file(examples, _EXAMPLES))
-        minhashes = None
+        minhashes = stack.enter_context(disk.create(folder / "minhashes.u32")) if minhash else None
         for batch in batches:
-            ids.write(batch.columns.ids.data)
-            trained.write(batch.columns.trained.data)
+            ids.write(batch.tokens.ids.data)
+            trained.write(batch.trained.data)
             rejects.write(b"".join(map(_encode_reject, batch.rejects)))
-            if batch.contents:
-                table.write_batch(_table_batch(batch.columns, batch.contents))
-            if batch.minhashes is not None:
-                minhashes = minhashes or stack.enter_context(disk.create(folder / "minhashes.u32"))
-                minhashes.write(batch.minhashes.tobytes())
+            if batch.counts:
+                table.write_batch(_table_batch(batch))
+            if minhash and minhashes:
+                minhashes.write(np.repeat(minhash(batch.conversations), batch.counts, axis=0).tobytes())
 
 
 def _encode_reject(reject: Reject) -> bytes:
@@ -112,19 +105,23 @@ def read_rejects(folder: Path, offset: FileOffset = _NO_OFFSET) -> Iterator[Reje
             yield Reject(source, code, field_path, reason, fix, raw, tuple(lengths))
 
 
-def _table_batch(examples: ExampleColumns, contents: Sequence[bytes]) -> pa.RecordBatch:
-    flags = [sorted(names) if names else () for names in examples.flags]
+def _table_batch(batch: Batch) -> pa.RecordBatch:
+    flags = [sorted(names) if names else () for names in batch.flags]
+    # The content of an example is the hash of the tokens and labels of its whole row.
+    contents = [
+        content for hashes, count in zip(batch.hash_rows(), batch.counts, strict=True) for content in hashes * count
+    ]
     columns = [
-        string_array([_redact_path(source.path) for source in examples.sources]),
-        int64_array([source.row for source in examples.sources]),
-        int64_array([source.line for source in examples.sources]),
-        int64_array(examples.lengths),
-        int64_array(examples.trained_counts),
-        int64_array(examples.cut),
+        string_array([_redact_path(source.path) for source in batch.sources]),
+        int64_array([source.row for source in batch.sources]),
+        int64_array([source.line for source in batch.sources]),
+        int64_array(batch.lengths),
+        int64_array(batch.trained_counts),
+        int64_array(batch.cut),
         pa.ListArray.from_arrays(
             list_offsets(map(len, flags)), string_array([flag for names in flags for flag in names])
         ),
-        pa.Array.from_buffers(pa.binary(24), len(contents), [None, pa.py_buffer(b"".join(contents))]),
+        pa.Array.from_buffers(pa.binary(24), len(batch.texts), [None, pa.py_buffer(b"".join(contents))]),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=_EXAMPLES)
 

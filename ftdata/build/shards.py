@@ -11,17 +11,16 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ftdata.build import cache, near_duplicates
+from ftdata.build import cache
 from ftdata.build.ledger import Ledger
-from ftdata.build.shard_files import ShardContent, write_shard
+from ftdata.build.near_duplicates import minhash_signatures
+from ftdata.build.shard_files import write_shard
 from ftdata.errors import InputRefused
-from ftdata.pipeline.examples import Batch, build_batches
+from ftdata.pipeline.batch import Batch
+from ftdata.pipeline.examples import build_batches
 from ftdata.pipeline.mask import masks
 from ftdata.pipeline.recipe import Recipe
 from ftdata.readers import FileSource, MemorySource, readers
@@ -32,7 +31,6 @@ from ftdata.redaction import redact_for_storage
 from ftdata.registry import is_built_in
 from ftdata.schemas import schemas
 from ftdata.storage import atomic, disk
-from ftdata.tokenizing.batches import end_offsets
 from ftdata.types import Reject, Row
 
 Progress = Callable[[int, int, float | None], None]
@@ -214,21 +212,15 @@ def _build(recipe: Recipe, task: Task, folder: Path, progress: Progress | None) 
     encoders.expect_input(0 if encoders.cache is not None and encoders.cache.has_entries else task.source.size)
     row_filter, rows = RowFilter(task.where, task.limit), _LineCounter(task.source.rows())
 
-    def batches() -> Iterator[ShardContent]:
+    def batches() -> Iterator[Batch]:
         for batch in build_batches(recipe, row_filter.filter_rows(iter(rows))):
             ledger.add(batch)
-            hashes = _hash_rows(batch)
-            minhashes = (
-                np.repeat(near_duplicates.minhash_signatures(batch.conversations), batch.counts, axis=0)
-                if task.needs_minhashes
-                else None
-            )
-            yield ShardContent(batch.columns, hashes, batch.rejects, minhashes)
+            yield batch
             if progress:
                 progress(ledger.read, ledger.tokens_kept, task.source.share_before(batch.last_source))
 
     with _rare_garbage_collection():
-        write_shard(folder, batches())
+        write_shard(folder, batches(), minhash_signatures if task.needs_minhashes else None)
     ledger.add_filtered(row_filter.filtered)
     return ShardResult(task, folder, ledger, rows.lines, encoders.name)
 
@@ -242,13 +234,3 @@ def _rare_garbage_collection() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*thresholds)
-
-
-def _hash_rows(batch: Batch) -> list[bytes]:
-    """For each example, return a hash of its whole row: 16 bytes for the row's tokens, and 8 bytes for the labels."""
-    columns, hashes = batch.columns, list[bytes]()
-    examples = accumulate(batch.counts, initial=0)
-    bounds = end_offsets(columns.lengths.tolist())[list(examples)].tolist()
-    for count, (ids, labels) in zip(batch.counts, columns.hash_ranges(bounds), strict=True):
-        hashes += [ids + labels] * count
-    return hashes

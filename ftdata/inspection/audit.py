@@ -25,7 +25,7 @@ from ftdata.inspection.checks import SEVERITIES, Check, CheckedDataset, CheckedR
 from ftdata.inspection.row_views import to_single_line
 from ftdata.inspection.survey import Progress, RowNumbers, Survey, rows_of_examples, survey_rows
 from ftdata.inspection.target import Target, make_target
-from ftdata.pipeline.examples import Batch
+from ftdata.pipeline.batch import Batch
 from ftdata.pipeline.recipe import Recipe
 from ftdata.readers.streams import STDIN
 from ftdata.templates.worker.client import verify_template

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ftdata.inspection import stored_builds
 from ftdata.inspection.survey import Progress
 from ftdata.inspection.target import Target
-from ftdata.pipeline.examples import Batch
+from ftdata.pipeline.batch import Batch
 from ftdata.types import Example
 
 SAME, LABELS, TOKENS = "same", "labels differ", "tokens differ"
@@ -114,10 +114,10 @@ def fingerprint_examples(target: Target, progress: Progress | None, *, by_text: 
     rows = tokens = trained = 0
     for step in target.steps():
         batch = step.batch
-        rows, tokens = rows + len(batch), tokens + int(batch.columns.lengths.sum())
-        trained += int(batch.columns.trained_counts.sum())
+        rows, tokens = rows + len(batch), tokens + int(batch.lengths.sum())
+        trained += int(batch.trained_counts.sum())
         numbers = np.repeat(np.broadcast_to(step.source, len(batch.counts)), batch.counts).tolist()
-        for source, number in zip(batch.columns.sources, numbers, strict=True):
+        for source, number in zip(batch.sources, numbers, strict=True):
             columns[0].append(paths.setdefault(source.path, len(paths)))
             columns[1].append(source.row)
             columns[2].append(split_hashes[number])
@@ -136,8 +136,7 @@ def fingerprint_examples(target: Target, progress: Progress | None, *, by_text: 
 
 
 def _hash_tokens(batch: Batch) -> Iterator[tuple[int, int]]:
-    columns = batch.columns
-    for tokens, labels in columns.hash_ranges(np.append(0, np.cumsum(columns.lengths)).tolist()):
+    for tokens, labels in batch.hash_examples():
         yield int.from_bytes(tokens[:8], "little"), int.from_bytes(labels, "little")
 
 

@@ -18,7 +18,7 @@ from ftdata.inspection.html_page import MOST_PACKS, HtmlPage, PackLayout, flatte
 from ftdata.inspection.row_views import RowView, added_texts, make_row_view
 from ftdata.inspection.survey import Outliers, Progress, RowNumbers, Survey, row_key, survey_rows
 from ftdata.inspection.target import Target
-from ftdata.pipeline.examples import Batch, BuiltRow
+from ftdata.pipeline.batch import Batch, BuiltRow
 from ftdata.pipeline.flags import describe_flags
 from ftdata.pipeline.recipe import Recipe
 from ftdata.storage import disk

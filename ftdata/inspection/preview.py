@@ -322,9 +322,8 @@ def _view_documents(target: Target, selection: RowSelection) -> Iterator[RowView
             for document in islice(documents, max(selection.numbers) + 1)
             if document.number in selection.numbers
         )
-    views = (
-        make_row_view(stored_builds.document_to_row(target.recipe, document), target.recipe) for document in documents
-    )
+    batches = stored_builds.batch_documents(target.recipe, documents)
+    views = (make_row_view(row, target.recipe) for batch in batches for row in batch)
     if selection.grep is not None:
         pattern = re.compile(selection.grep)
         views = (view for view in views if any(pattern.search(example.text) for example in view.examples))

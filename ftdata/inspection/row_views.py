@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftdata.errors import BadRow, escape_unprintable
-from ftdata.pipeline.examples import BuiltRow
+from ftdata.pipeline.batch import BuiltRow
 from ftdata.pipeline.recipe import Options, Recipe
 from ftdata.pipeline.render_rows import add_row_flags, check_answers
 from ftdata.schemas import normalize

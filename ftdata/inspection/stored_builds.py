@@ -6,8 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -24,13 +23,13 @@ from ftdata.build.store import read_manifest
 from ftdata.errors import FtdataError, InputRefused, UsageError, describe_exception
 from ftdata.inspection.survey import MOST_REJECTS, Survey
 from ftdata.options import OPTIONS
-from ftdata.pipeline.examples import Batch, BuiltRow, MaskedTexts, pass_tokens_through
+from ftdata.pipeline.batch import Batch
 from ftdata.pipeline.recipe import Recipe
-from ftdata.tokenizing.batches import Encodings, ExampleColumns, RenderedBatch
-from ftdata.types import IGNORE_INDEX, Conversation, Reject, RowTokens, Source
+from ftdata.tokenizing.batches import Encodings, RenderedBatch, end_offsets
+from ftdata.types import IGNORE_INDEX, Conversation, Reject, Rendered, RowTokens, Source
 
 _BATCH_SIZE = 256
-_NO_TEXTS = MaskedTexts([], RenderedBatch([]), Encodings.from_texts([], []), np.empty(0, np.bool_), [], {})
+_NO_TEXT = Rendered("", ())
 
 
 class BuildDocument(NamedTuple):
@@ -180,79 +179,31 @@ def _values(column: pa.ListArray) -> NDArray[np.int32]:
     return np.frombuffer(flat.buffers()[1], np.int32)[flat.offset : flat.offset + len(flat)]
 
 
-def document_to_row(recipe: Recipe, document: BuildDocument) -> BuiltRow:
-    """Convert a stored example to a built row. The text is decoded from the tokens.
-
-    Raises:
-        BadRow: The document contains tokens that the tokenizer does not have.
-    """
-    conversation = _to_conversation(document)
-    assert conversation.tokens is not None
-    example = pass_tokens_through(recipe, conversation, conversation.tokens)
-    return BuiltRow(conversation, (replace(example, flags=document.flags, cut=document.cut),))
-
-
-def _to_conversation(document: BuildDocument) -> Conversation:
-    tokens = RowTokens(document.ids, document.labels != IGNORE_INDEX)
-    numbers = {"example": str(document.number), "pack": str(document.pack)}
-    return Conversation((), numbers, tokens=tokens, schema=document.split, source=document.source)
-
-
-@dataclass(frozen=True, eq=False)
-class StoredBatch(Batch):
-    """A batch of stored examples. The text of an example is decoded when it is accessed.
-
-    Attributes:
-        recipe: The recipe of the build.
-        documents: The documents.
-    """
-
-    recipe: Recipe
-    documents: Sequence[BuildDocument]
-
-    plain = False
-
-    def __len__(self) -> int:
-        return len(self.documents)
-
-    def __iter__(self) -> Iterator[BuiltRow]:
-        return map(self.built, range(len(self)))
-
-    def built(self, number: int) -> BuiltRow:
-        """Convert the stored example with this index to a built row."""
-        return document_to_row(self.recipe, self.documents[number])
-
-    @cached_property
-    def conversations(self) -> Sequence[Conversation]:
-        """The stored examples as pretokenized conversations."""
-        return [_to_conversation(document) for document in self.documents]
-
-    @cached_property
-    def counts(self) -> list[int]:
-        """The number of examples in each stored document. It is always 1."""
-        return [1] * len(self.documents)
-
-    @cached_property
-    def columns(self) -> ExampleColumns:
-        """The tokens, labels and metadata of all stored examples, as columns."""
-        documents = self.documents
-        trained = [document.labels != IGNORE_INDEX for document in documents]
-        return ExampleColumns(
-            np.concatenate([document.ids for document in documents]),
-            np.concatenate(trained),
-            np.asarray([len(document.ids) for document in documents], np.int64),
-            np.asarray([np.count_nonzero(mask) for mask in trained], np.int64),
-            [document.cut for document in documents],
-            [document.flags for document in documents],
-            [document.source for document in documents],
+def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Iterator[Batch]:
+    """Group stored examples into batches. Each example is a pretokenized row, whose text is decoded on access."""
+    iterator = iter(documents)
+    while batch := list(islice(iterator, _BATCH_SIZE)):
+        masks = [document.labels != IGNORE_INDEX for document in batch]
+        token_bounds = end_offsets(len(document.ids) for document in batch)
+        no_offsets = np.zeros(token_bounds[-1], np.int32)
+        ids = np.concatenate([document.ids for document in batch])
+        text_bounds = np.zeros(len(batch) + 1, np.int64)
+        yield Batch(
+            recipe.tokenizer,
+            [_to_conversation(document, trained) for document, trained in zip(batch, masks, strict=True)],
+            [1] * len(batch),
+            RenderedBatch([_NO_TEXT] * len(batch)),
+            Encodings(ids, no_offsets, no_offsets, token_bounds, text_bounds),
+            np.concatenate(masks),
+            [document.flags for document in batch],
+            np.asarray([document.cut for document in batch], np.int64),
         )
 
 
-def batch_documents(recipe: Recipe, documents: Iterable[BuildDocument]) -> Iterator[StoredBatch]:
-    """Group stored examples into batches."""
-    iterator = iter(documents)
-    while batch := list(islice(iterator, _BATCH_SIZE)):
-        yield StoredBatch(_NO_TEXTS, (), recipe, batch)
+def _to_conversation(document: BuildDocument, trained: NDArray[np.bool_]) -> Conversation:
+    numbers = {"example": str(document.number), "pack": str(document.pack)}
+    tokens = RowTokens(document.ids, trained)
+    return Conversation((), numbers, tokens=tokens, schema=document.split, source=document.source)
 
 
 def build_sources(folder: Path, splits: Sequence[str]) -> list[tuple[str, str]]:

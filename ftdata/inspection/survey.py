@@ -6,14 +6,15 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ftdata.pipeline.examples import Batch, BuiltRow, build_batches
+from ftdata.pipeline.batch import Batch, BuiltRow
+from ftdata.pipeline.examples import build_batches
 from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.recipe import Recipe
 from ftdata.readers import FileSource, MemorySource
@@ -207,11 +208,11 @@ def survey_rows(
     rows = tokens = lost = 0
     for source, batch, share in steps:
         parts.append(numbers := _row_numbers(batch, source, schemas))
-        flags.update(flag for example_flags in batch.columns.flags if example_flags for flag in example_flags)
+        flags.update(flag for example_flags in batch.flags if example_flags for flag in example_flags)
         rejected.update(reject.code for reject in batch.rejects)
         rejects += batch.rejects[: MOST_REJECTS - len(rejects)]
         overlong += (length for reject in batch.rejects if reject.code == "overlong" for length in reject.lengths)
-        overlong += batch.dropped
+        overlong += chain.from_iterable(batch.dropped.values())
         lost += _count_lost_answers(batch)
         if on_batch:
             on_batch(batch, numbers)
@@ -240,9 +241,8 @@ def _concatenate(parts: Sequence[RowNumbers]) -> RowNumbers:
 
 
 def _row_numbers(batch: Batch, source: int | Sequence[int], schemas: dict[str, int]) -> RowNumbers:
-    conversations, columns = batch.conversations, batch.columns
-    counts = np.asarray(batch.counts, np.int64)
-    content, prompts = _hash_rows(batch, np.cumsum(counts) - counts)
+    conversations, counts = batch.conversations, np.asarray(batch.counts, np.int64)
+    content, prompts = _hash_rows(batch)
     return RowNumbers(
         np.broadcast_to(np.asarray(source, np.int64), len(conversations)).copy(),
         np.asarray([conversation.source.row for conversation in conversations], np.int64),
@@ -252,16 +252,16 @@ def _row_numbers(batch: Batch, source: int | Sequence[int], schemas: dict[str, i
         counts,
         content,
         prompts,
-        columns.lengths,
-        columns.trained_counts,
-        np.asarray(columns.cut, np.int64),
+        batch.lengths,
+        batch.trained_counts,
+        batch.cut,
     )
 
 
 def _count_lost_answers(batch: Batch) -> int:
     """Count the answers that truncation removes completely."""
     lost, bounds = 0, np.cumsum(batch.counts)
-    truncated = [index for index, tokens in enumerate(batch.columns.cut) if tokens]
+    truncated = [index for index, tokens in enumerate(batch.cut) if tokens]
     for number in dict.fromkeys(np.searchsorted(bounds, truncated, side="right").tolist()):
         for example in batch.built(number).examples:
             answers = [span for span in example.spans if span.generated] if example.cut else []
@@ -276,22 +276,17 @@ def _count_turns(conversation: Conversation) -> int:
     return sum([message["role"] == "assistant" for message in conversation.messages])
 
 
-def _hash_rows(batch: Batch, first: Ints) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+def _hash_rows(batch: Batch) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """Compute two hashes of each row: one of its tokens and labels, and one of its untrained tokens.
 
     The second hash is 0 if the row has fewer than 4 untrained tokens.
     """
-    columns = batch.columns
-    ids, trained = columns.ids, columns.trained
-    ends = np.append(0, np.cumsum(columns.lengths))
-    starts = ends[:-1][first] if len(first) else first
-    bounds = [*starts.tolist(), int(ends[-1])]
-    prompt_bounds = np.append(0, np.cumsum(~trained))[bounds].tolist()
-    untrained = ids[~trained]
-    content = [_to_integer(tokens) ^ _to_integer(labels) for tokens, labels in columns.hash_ranges(bounds)]
+    untrained = ~batch.trained
+    prompt_ids, prompt_bounds = batch.tokens.ids[untrained], np.append(0, np.cumsum(untrained))[batch.row_bounds]
+    content = [_to_integer(tokens) ^ _to_integer(labels) for tokens, labels in batch.hash_rows()]
     prompts = [
-        xxhash.xxh3_64_intdigest(untrained[start:end].tobytes()) if end - start >= _MIN_PROMPT_TOKENS else 0
-        for start, end in pairwise(prompt_bounds)
+        xxhash.xxh3_64_intdigest(prompt_ids[start:end].tobytes()) if end - start >= _MIN_PROMPT_TOKENS else 0
+        for start, end in pairwise(prompt_bounds.tolist())
     ]
     return np.asarray(content, np.uint64), np.asarray(prompts, np.uint64)
 
@@ -343,9 +338,9 @@ class Outliers:
             for number in np.argsort(-scores, kind="stable")[: self.limit].tolist():
                 self._add_built_row(kind, float(scores[number]), batch, number)
         bounds = list(accumulate(batch.counts, initial=0))
-        flagged = [index for index, flags in enumerate(batch.columns.flags) if not flags.isdisjoint(_FLAG_KINDS)]
+        flagged = [index for index, flags in enumerate(batch.flags) if not flags.isdisjoint(_FLAG_KINDS)]
         for number in dict.fromkeys((np.searchsorted(bounds, flagged, side="right") - 1).tolist()):
-            flags = frozenset[str]().union(*batch.columns.flags[bounds[number] : bounds[number + 1]])
+            flags = frozenset[str]().union(*batch.flags[bounds[number] : bounds[number + 1]])
             for kind in dict.fromkeys(_FLAG_KINDS[flag] for flag in sorted(flags) if flag in _FLAG_KINDS):
                 self._add_built_row(kind, 0.0, batch, number)
         for number, content_hash in enumerate(numbers.content_hash.tolist()):

@@ -132,7 +132,7 @@ def _make_build_target(folder: Path, tokenizer: Any) -> Target:
 
     def steps() -> Iterator[SurveyStep]:
         for batch in stored_builds.batch_documents(recipe, stored_builds.read_build_documents(folder, splits)):
-            yield SurveyStep([numbers[document.source.path, document.split] for document in batch.documents], batch)
+            yield SurveyStep([numbers[row.source.path, row.schema] for row in batch.conversations], batch)
 
     return Target(
         target_title([str(folder)], recipe),

@@ -1,6 +1,6 @@
 """Convert rows to examples: normalize, render, tokenize, mask and truncate each batch of rows.
 
-Row ──normalize──> Conversation ──render──> Rendered ──tokenize──> Encodings ──mask, truncate──> Example
+Row ──normalize──> Conversation ──render──> Rendered ──tokenize──> Encodings ──mask, truncate──> Batch of examples
  └───────────────────────── or, at any stage, Reject: where, why, and the fix
 """
 
@@ -9,42 +9,25 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ftdata.errors import BadRow
+from ftdata.pipeline.batch import Batch, BuiltRow, check_row_tokens
 from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.mask import Policy, trained_tokens
 from ftdata.pipeline.recipe import Recipe, make_recipe, policy_name
 from ftdata.pipeline.render_rows import RowAndOutcome, apply_policy, make_reject, render_conversation, render_rows
 from ftdata.pipeline.truncate import truncate, turn_ends
 from ftdata.schemas import normalize
-from ftdata.tokenizing.batches import Encodings, ExampleColumns, RenderedBatch
+from ftdata.tokenizing.batches import EncodedText, Encodings, RenderedBatch
 from ftdata.tokenizing.load import load_tokenizer
-from ftdata.tokenizing.token_text import token_texts
 from ftdata.tokenizing.tokenizer import encode_rendered
-from ftdata.types import Conversation, Example, Message, Part, Reject, RenderedRow, Row, RowTokens, Source, Span
-
-
-class BuiltRow(NamedTuple):
-    """The examples of one row, with the number of removed tokens (`cut`) and the lengths of removed examples."""
-
-    conversation: Conversation
-    examples: tuple[Example, ...]
-    cut: int = 0
-    dropped: tuple[int, ...] = ()
-
-    @property
-    def repeated(self) -> int:
-        """Total number of tokens in all examples except the longest example."""
-        lengths = [len(example.input_ids) for example in self.examples]
-        return sum(lengths) - max(lengths, default=0)
+from ftdata.types import Conversation, Example, Message, Reject, RenderedRow, Row, RowTokens, Source
 
 
 def build_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[BuiltRow | Reject]:
@@ -52,223 +35,73 @@ def build_rows(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[BuiltRo
     return chain.from_iterable(build_batches(recipe, rows))
 
 
-@dataclass(frozen=True, eq=False)
-class MaskedTexts:
-    """The tokens and masks of a batch of texts. Each item is an `Example`, or a `BadRow` error for a rejected text.
-
-    Attributes:
-        conversations: the conversation of each text.
-        texts: the rendered texts.
-        tokens: the tokens of the texts.
-        trained: bool `[tokens]`, true for trained tokens.
-        flags: the flags of each text.
-        errors: the errors of rejected texts, by the number of the text.
-    """
-
-    conversations: Sequence[Conversation]
-    texts: RenderedBatch
-    tokens: Encodings
-    trained: NDArray[np.bool_]
-    flags: Sequence[frozenset[str]]
-    errors: Mapping[int, BadRow]
-
-    @cached_property
-    def trained_counts(self) -> NDArray[np.int64]:
-        """Number of trained tokens of each text (int64 `[texts]`)."""
-        counts, has_tokens = np.zeros(len(self), np.int64), np.diff(self.tokens.token_bounds) > 0
-        counts[has_tokens] = np.add.reduceat(self.trained, self.tokens.token_bounds[:-1][has_tokens], dtype=np.int32)
-        return counts
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, number: int) -> Example | BadRow:
-        if number in self.errors:
-            return self.errors[number]
-        ids, offsets, _ = self.tokens[number]
-        trained, text = self.trained[slice(*self.tokens.token_bounds[number : number + 2].tolist())], self.texts[number]
-        flags, source = self.flags[number], self.conversations[number].source
-        return Example(ids, trained, offsets, text.text, text.spans, flags, source)
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """The results of a batch of rows: built rows and rejected rows, in the order of the input.
-
-    Each result is a `Reject`, a `BuiltRow`, or the number of a text in `masked` that is the row's only example.
-    """
-
-    masked: MaskedTexts
-    results: Sequence[int | BuiltRow | Reject]
-
-    @property
-    def plain(self) -> bool:
-        """Whether every row in the batch has exactly one example, which was not truncated."""
-        return isinstance(self.results, range)
-
-    def __len__(self) -> int:
-        return len(self.results)
-
-    def __iter__(self) -> Iterator[BuiltRow | Reject]:
-        number = 0
-        for result in self.results:
-            if isinstance(result, Reject):
-                yield result
-            else:
-                yield self.built(number)
-                number += 1
-
-    def built(self, number: int) -> BuiltRow:
-        """Return the built row with the given number. Rejected rows are not counted."""
-        result = self.results[number] if self.plain else self._built_results[number]
-        assert not isinstance(result, Reject)
-        if isinstance(result, BuiltRow):
-            return result
-        example = self.masked[result]
-        assert isinstance(example, Example)
-        return BuiltRow(self.masked.conversations[result], (example,))
-
-    @cached_property
-    def _built_results(self) -> list[int | BuiltRow]:
-        return [result for result in self.results if not isinstance(result, Reject)]
-
-    @cached_property
-    def rejects(self) -> list[Reject]:
-        """The rejected rows of the batch."""
-        return [] if self.plain else [result for result in self.results if isinstance(result, Reject)]
-
-    @cached_property
-    def conversations(self) -> Sequence[Conversation]:
-        """The conversations of the built rows."""
-        if self.plain:
-            return self.masked.conversations
-        return [
-            self.masked.conversations[result] if isinstance(result, int) else result.conversation
-            for result in self.results
-            if not isinstance(result, Reject)
-        ]
-
-    @cached_property
-    def counts(self) -> list[int]:
-        """Number of examples of each built row."""
-        if self.plain:
-            return [1] * len(self.results)
-        return [
-            1 if isinstance(result, int) else len(result.examples)
-            for result in self.results
-            if not isinstance(result, Reject)
-        ]
-
-    @property
-    def last_source(self) -> Source:
-        """The file and row number of the last row of the batch."""
-        result = self.results[-1]
-        if isinstance(result, int):
-            return self.masked.conversations[result].source
-        return result.source if isinstance(result, Reject) else result.conversation.source
-
-    @property
-    def cut(self) -> int:
-        """Number of tokens that truncation removed from the batch."""
-        return 0 if self.plain else sum(result.cut for result in self.results if isinstance(result, BuiltRow))
-
-    @property
-    def dropped(self) -> list[int]:
-        """Number of tokens of each dropped example. Rejected rows are not included."""
-        if self.plain:
-            return []
-        return [length for result in self.results if isinstance(result, BuiltRow) for length in result.dropped]
-
-    @property
-    def repeated(self) -> int:
-        """Number of repeated tokens. If a conversation is split into examples, they repeat earlier turns."""
-        return 0 if self.plain else sum(result.repeated for result in self.results if isinstance(result, BuiltRow))
-
-    @cached_property
-    def columns(self) -> ExampleColumns:
-        """All examples of the batch, as arrays."""
-        if self.plain:
-            return _columns_of_masked(self.masked)
-        return _columns_of_examples(
-            [example for result in self if isinstance(result, BuiltRow) for example in result.examples]
-        )
-
-
-def _columns_of_masked(masked: MaskedTexts) -> ExampleColumns:
-    lengths = np.diff(masked.tokens.token_bounds)
-    sources = [conversation.source for conversation in masked.conversations]
-    return ExampleColumns(
-        masked.tokens.ids, masked.trained, lengths, masked.trained_counts, [0] * len(masked), masked.flags, sources
-    )
-
-
-def _columns_of_examples(examples: Sequence[Example]) -> ExampleColumns:
-    return ExampleColumns(
-        np.concatenate([example.input_ids for example in examples] or [np.empty(0, np.int32)]),
-        np.concatenate([example.trained for example in examples] or [np.empty(0, np.bool_)]),
-        np.fromiter(map(len, examples), np.int64),
-        np.fromiter((np.count_nonzero(example.trained) for example in examples), np.int64),
-        [example.cut for example in examples],
-        [example.flags for example in examples],
-        [example.source for example in examples],
-    )
-
-
 def build_batches(recipe: Recipe, rows: Iterable[Row | Reject]) -> Iterator[Batch]:
     """Convert rows to examples as `build_rows` does, but yield the results in batches."""
-    for batch in render_rows(recipe, rows):
-        masked = _mask_rows(recipe, [outcome for _, outcome in batch if not isinstance(outcome, Reject)])
-        yield _finish_rows(recipe, batch, masked)
+    for rendered in render_rows(recipe, rows):
+        batch, errors = _mask_rows(recipe, [outcome for _, outcome in rendered])
+        yield _finish_rows(recipe, rendered, batch, errors)
 
 
-def _finish_rows(recipe: Recipe, batch: Sequence[RowAndOutcome], masked: MaskedTexts) -> Batch:
+def _finish_rows(
+    recipe: Recipe, rendered: Sequence[RowAndOutcome], batch: Batch, errors: Mapping[int, BadRow]
+) -> Batch:
     """Truncate the tokenized texts of each row and check their flags. A row with one short text is not changed."""
-    is_final = masked.trained_counts > 0
+    is_final = batch.trained_counts > 0
     if recipe.max_length is not None:
-        is_final &= np.diff(masked.tokens.token_bounds) <= recipe.max_length
-    is_final[list(masked.errors)] = False
+        is_final &= batch.lengths <= recipe.max_length
+    is_final[list(errors)] = False
     if recipe.reject_flags:
-        is_final &= np.fromiter((flags.isdisjoint(recipe.reject_flags) for flags in masked.flags), np.bool_)
-    if is_final.all() and all(type(outcome) is RenderedRow and outcome.is_single_text for _, outcome in batch):
-        return Batch(masked, range(len(masked)))
-    final_texts, next_text, results = is_final.tolist(), 0, list[int | BuiltRow | Reject]()
-    for row, outcome in batch:
+        is_final &= np.fromiter((flags.isdisjoint(recipe.reject_flags) for flags in batch.flags), np.bool_)
+    if is_final.all() and all(outcome.is_single_text for _, outcome in rendered if type(outcome) is RenderedRow):
+        return batch
+    final_texts, next_text = is_final.tolist(), 0
+    outcomes, rows, dropped = list[Conversation | Reject](), list[dict[int, Example]](), dict[int, tuple[int, ...]]()
+    for row, outcome in rendered:
         if isinstance(outcome, Reject):
-            results.append(outcome)
+            outcomes.append(outcome)
             continue
-        first, next_text = next_text, next_text + len(outcome.texts)
-        if outcome.is_single_text and final_texts[first]:
-            results.append(first)
+        numbers = range(next_text, next_text + len(outcome.texts))
+        next_text = numbers.stop
+        examples = {number: errors.get(number) or batch.example(number) for number in numbers}
+        if outcome.is_single_text and final_texts[numbers[0]]:
+            kept: dict[int, Example] | Reject = cast("dict[int, Example]", examples)
+            lengths: tuple[int, ...] = ()
         else:
-            results.append(_build_row(recipe, row, outcome.conversation, [masked[n] for n in range(first, next_text)]))
-    return Batch(masked, results)
+            kept, lengths = _truncate_row(recipe, row, outcome.conversation, examples)
+        if isinstance(kept, Reject):
+            outcomes.append(kept)
+            continue
+        if lengths:
+            dropped[len(rows)] = lengths
+        outcomes.append(outcome.conversation)
+        rows.append(kept)
+    return batch.select(outcomes, rows, dropped)
 
 
-def _build_row(
-    recipe: Recipe, row: Row | Reject, conversation: Conversation, encoded: Sequence[Example | BadRow]
-) -> BuiltRow | Reject:
+def _truncate_row(
+    recipe: Recipe, row: Row | Reject, conversation: Conversation, encoded: Mapping[int, Example | BadRow]
+) -> tuple[dict[int, Example] | Reject, tuple[int, ...]]:
+    """Truncate the examples of one row and check their flags. Return them, and the lengths of dropped examples."""
     try:
         examples = _trained_examples(recipe, conversation, encoded)
     except BadRow as error:
-        return make_reject(row, error)
-    lengths = tuple(map(len, examples))
-    dropped = list[int]()
-    fitting: list[Example] = []
-    length_error: BadRow | None = None
-    for example in examples:
+        return make_reject(row, error), ()
+    lengths = tuple(map(len, examples.values()))
+    fitting, dropped, length_error = dict[int, Example](), list[int](), None
+    for number, example in examples.items():
         try:
-            fitting.append(truncate(example, recipe.max_length, recipe.overlong))
+            fitting[number] = truncate(example, recipe.max_length, recipe.overlong)
         except BadRow as error:
             length_error = error
             dropped.append(len(example))
-    # In a split conversation each example is a group of whole turns, so `drop_turns` may drop some of the examples.
-    if length_error is not None and (recipe.overlong != "drop_turns" or not fitting):
-        return replace(make_reject(row, length_error), lengths=lengths)
     try:
-        _check_flags(recipe, fitting)
+        # In a split conversation each example is a group of whole turns, so `drop_turns` may drop some of the examples.
+        if length_error is not None and (recipe.overlong != "drop_turns" or not fitting):
+            raise length_error
+        _check_flags(recipe, fitting.values())
     except BadRow as error:
-        return replace(make_reject(row, error), lengths=lengths)
-    return BuiltRow(conversation, tuple(fitting), sum(lengths) - sum(map(len, fitting)), tuple(dropped))
+        return replace(make_reject(row, error), lengths=lengths), ()
+    return fitting, tuple(dropped)
 
 
 def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:
@@ -285,18 +118,16 @@ def _check_flags(recipe: Recipe, examples: Iterable[Example]) -> None:
 
 
 def _trained_examples(
-    recipe: Recipe, conversation: Conversation, encoded: Sequence[Example | BadRow]
-) -> tuple[Example, ...]:
+    recipe: Recipe, conversation: Conversation, encoded: Mapping[int, Example | BadRow]
+) -> dict[int, Example]:
     """Return the examples of one conversation. If it is split into several texts, omit texts without trained tokens."""
-    if conversation.tokens is not None:
-        return (pass_tokens_through(recipe, conversation, conversation.tokens),)
-    trained: list[Example] = []
+    trained = dict[int, Example]()
     extra_flags = frozenset[str]()
-    for example in encoded:
+    for number, example in encoded.items():
         if isinstance(example, BadRow):
             raise example
         if example.trained.any():
-            trained.append(example)
+            trained[number] = example
         elif not any(span.generated for span in example.spans):
             # A split turn that is empty and has no stop token becomes no example, so another example has its flags.
             extra_flags |= example.flags & {"no_trained_stop", "missing_final_stop"}
@@ -305,43 +136,22 @@ def _trained_examples(
     if conversation.messages and conversation.messages[-1]["role"] != "assistant":
         extra_flags |= {"trailing_messages"}
     if extra_flags:
-        trained[-1] = replace(trained[-1], flags=trained[-1].flags | extra_flags)
-    return tuple(trained)
+        last = [*trained][-1]
+        trained[last] = replace(trained[last], flags=trained[last].flags | extra_flags)
+    return trained
 
 
-def pass_tokens_through(recipe: Recipe, conversation: Conversation, tokens: RowTokens) -> Example:
-    """Create the example of a row of token ids. The ids are not changed, and are decoded to text only for display.
+def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow | Reject]) -> tuple[Batch, dict[int, BadRow]]:
+    """Tokenize the rendered texts of all rows, and select the trained tokens.
 
-    Raises:
-        BadRow: the tokenizer does not contain a token, or no token is trained.
+    Returns:
+        A batch in which each text is an example, and the errors of texts: number of the text -> error.
     """
-    ids, trained = tokens.input_ids, tokens.trained
-    if (unknown := np.flatnonzero((ids < 0) | (ids >= recipe.tokenizer.size))).size:
-        first = int(unknown[0])
-        problem = f"the token id {ids[first]} is not in the vocabulary of tokenizer {recipe.tokenizer.name}"
-        raise BadRow("token_id", problem, field=f"input_ids[{first}]", hint="pass the tokenizer that made these tokens")
-    if not trained.any():
-        raise BadRow("nothing_trained", "the row has no trained token", field="labels")
-    texts = token_texts(recipe.tokenizer, ids.tolist())
-    ends = np.cumsum([len(text) for text in texts])
-    offsets = np.stack((ends - [len(text) for text in texts], ends), axis=1).astype(np.int32)
-    runs = np.flatnonzero(np.diff(trained, prepend=~trained[:1], append=~trained[-1:]))
-    spans = [
-        Span(int(offsets[start, 0]), int(offsets[end - 1, 1]), Part.CONTENT, number, bool(trained[start]))
-        for number, (start, end) in enumerate(pairwise(runs.tolist()))
-    ]
-    flags = frozenset({"pretokenized"})
-    example = Example(ids, trained, offsets, "".join(texts), tuple(spans), flags, conversation.source)
-    return example if _has_stops(example, recipe) else replace(example, flags=flags | {"no_trained_stop"})
-
-
-def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow]) -> MaskedTexts:
-    """Tokenize the rendered texts of all rows, and select the trained tokens."""
-    conversations = [row.conversation for row in rows for _ in row.texts]
-    batch = RenderedBatch([text for row in rows for text in row.texts])
+    built = [row for row in rows if isinstance(row, RenderedRow)]
+    batch = RenderedBatch([text for row in built for text in row.texts])
     tokens, errors = encode_rendered(recipe.tokenizer, batch, recipe.control, recipe.control_tokens)
     tokens = _add_bos(recipe, batch, tokens)
-    trained, crosses_boundary = trained_tokens(tokens, batch, _trained_spans(recipe, rows, errors))
+    trained, crosses_boundary = trained_tokens(tokens, batch, _trained_spans(recipe, built, errors))
     flags = [text.flags for text in batch]
     for flag, numbers in (
         ("control_tokens", tokens.escaped),
@@ -350,28 +160,52 @@ def _mask_rows(recipe: Recipe, rows: Sequence[RenderedRow]) -> MaskedTexts:
     ):
         for number in numbers:
             flags[number] |= {flag}
-    masked = MaskedTexts(conversations, batch, tokens, trained, flags, errors)
+    outcomes = [row if isinstance(row, Reject) else row.conversation for row in rows]
+    counts, cut = [len(row.texts) for row in built], np.zeros(len(batch), np.int64)
+    masked = Batch(recipe.tokenizer, outcomes, counts, batch, tokens, trained, flags, cut)
+    if any(row.conversation.tokens is not None for row in built):
+        masked = _insert_row_tokens(masked, errors)
     for number, certain in enumerate(_certainly_have_stops(masked, recipe)):
-        if not certain and isinstance(example := masked[number], Example) and not _has_stops(example, recipe):
+        if not certain and number not in errors and not _has_stops(masked.example(number), recipe):
             flags[number] |= {"no_trained_stop"}
-    return masked
+    return masked, errors
 
 
-def _trained_spans(recipe: Recipe, rows: Sequence[RenderedRow], rejected: Collection[int]) -> list[Sequence[bool]]:
-    """Return for each span of each text whether the span is trained. Spans of rejected texts are not trained."""
-    policy, trained_spans = recipe.policy, list[Sequence[bool]]()
+def _insert_row_tokens(batch: Batch, errors: dict[int, BadRow]) -> Batch:
+    """Insert the tokens of pretokenized rows, which are used unchanged. Add an error for each invalid row."""
+    inserted = dict[int, RowTokens]()
+    for number, conversation in enumerate(batch._example_conversations):
+        if conversation.tokens is None:
+            continue
+        try:
+            check_row_tokens(batch.tokenizer, conversation.tokens)
+            inserted[number] = conversation.tokens
+        except BadRow as error:
+            errors[number] = error
+    encoded = {
+        number: EncodedText(tokens.input_ids, np.zeros((len(tokens.input_ids), 2), np.int32))
+        for number, tokens in inserted.items()
+    }
+    masks = [
+        inserted[number].trained if number in inserted else batch.trained[first:end]
+        for number, (first, end) in enumerate(pairwise(batch.tokens.token_bounds.tolist()))
+    ]
+    return replace(batch, tokens=batch.tokens.with_replacements(encoded), trained=np.concatenate(masks))
+
+
+def _trained_spans(recipe: Recipe, rows: Sequence[RenderedRow], rejected: Collection[int]) -> Iterator[Sequence[bool]]:
+    """Yield for each span of each text whether the span is trained. Spans of rejected texts are not trained."""
+    policy, number = recipe.policy, 0
     for row in rows:
         if row.trained_spans is not None and not rejected:
-            trained_spans += row.trained_spans
+            yield from row.trained_spans
             continue
-        for number, text in enumerate(row.texts):
-            if len(trained_spans) in rejected:
-                trained_spans.append([False] * len(text.spans))
+        for index, text in enumerate(row.texts):
+            if number in rejected:
+                yield [False] * len(text.spans)
             else:
-                trained_spans.append(
-                    policy(text, row.conversation) if row.trained_spans is None else row.trained_spans[number]
-                )
-    return trained_spans
+                yield policy(text, row.conversation) if row.trained_spans is None else row.trained_spans[index]
+            number += 1
 
 
 def _add_bos(recipe: Recipe, batch: RenderedBatch, tokens: Encodings) -> Encodings:
@@ -382,7 +216,7 @@ def _add_bos(recipe: Recipe, batch: RenderedBatch, tokens: Encodings) -> Encodin
     return tokens.with_prefix([number for number in numbers if not np.array_equal(tokens[number].ids[:1], bos)], bos)
 
 
-def _certainly_have_stops(masked: MaskedTexts, recipe: Recipe) -> list[bool]:
+def _certainly_have_stops(masked: Batch, recipe: Recipe) -> list[bool]:
     """Return for each text whether a fast check confirms that all trained turns end with a control token.
 
     The check succeeds if the text has one run of trained tokens per turn, and every run ends with a control token.
@@ -392,10 +226,12 @@ def _certainly_have_stops(masked: MaskedTexts, recipe: Recipe) -> list[bool]:
     next_is_trained[bounds[1:][bounds[1:] > 0] - 1] = False
     run_ends = np.flatnonzero(trained & ~next_is_trained)
     text_of_run = np.searchsorted(bounds, run_ends, side="right") - 1
-    stopped_runs = np.bincount(text_of_run[recipe.control.is_control(ids[run_ends])], minlength=len(masked)).tolist()
-    runs = np.bincount(text_of_run, minlength=len(masked)).tolist()
-    turns = [len(spans.kinds.turns) for spans in masked.texts.spans]
-    return [stopped == count == expected for stopped, count, expected in zip(stopped_runs, runs, turns, strict=True)]
+    count = len(masked.texts)
+    stopped_runs = np.bincount(text_of_run[recipe.control.is_control(ids[run_ends])], minlength=count).tolist()
+    runs = np.bincount(text_of_run, minlength=count).tolist()
+    # A run of trained tokens of a pretokenized row counts as a turn.
+    turns = [len(spans.kinds.turns) or number for spans, number in zip(masked.texts.spans, runs, strict=True)]
+    return [stopped == number == expected for stopped, number, expected in zip(stopped_runs, runs, turns, strict=True)]
 
 
 def _has_stops(example: Example, recipe: Recipe) -> bool:
@@ -489,8 +325,9 @@ def encode(
     conversation = normalize(Row(row, Source("<messages>", 0)), "messages")
     try:
         rendered = apply_policy(conversation, render_conversation(recipe, conversation), recipe.policy)
-        masked = _mask_rows(recipe, [rendered])
-        examples = _trained_examples(recipe, conversation, [masked[number] for number in range(len(masked))])
+        batch, errors = _mask_rows(recipe, [rendered])
+        texts = {number: errors.get(number) or batch.example(number) for number in range(len(batch.texts))}
+        examples = tuple(_trained_examples(recipe, conversation, texts).values())
         _check_flags(recipe, examples)
     except BadRow as error:
         error.where = error.where or error.field

@@ -180,7 +180,7 @@ def _adjacent_parts(before: Part | None, after: Part | None) -> frozenset[Part]:
 
 
 def trained_tokens(
-    tokens: Encodings, batch: RenderedBatch, trained_spans: Sequence[Sequence[bool]]
+    tokens: Encodings, batch: RenderedBatch, trained_spans: Iterable[Sequence[bool]]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Convert trained spans to trained tokens, and find texts in which a token crosses a trained span's boundary.
 

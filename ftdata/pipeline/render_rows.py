@@ -50,6 +50,9 @@ _SHORT = 100
 MAX_RAW = 4096
 """Number of characters of a rejected row that are stored."""
 
+_PRETOKENIZED = Rendered("", Spans.from_spans(()), frozenset({"pretokenized"}), keep_control=True)
+"""Takes the place of the text of a pretokenized row."""
+
 _ENCODER = json.JSONEncoder(ensure_ascii=False, default=str, skipkeys=True)
 
 _T = TypeVar("_T")
@@ -232,6 +235,8 @@ def apply_policy(conversation: Conversation, texts: tuple[Rendered, ...], policy
     """Select the trained spans of a rendered row. If `policy` is `None`, the spans are selected later."""
     messages = conversation.messages
     is_single_text = len(texts) == 1 and (not messages or messages[-1]["role"] == "assistant")
+    if conversation.tokens is not None:
+        return RenderedRow(conversation, texts, ((),), is_single_text)
     trained_spans = None if policy is None else tuple([policy(text, conversation) for text in texts])
     return RenderedRow(conversation, texts, trained_spans, is_single_text)
 
@@ -256,7 +261,7 @@ def render_conversation(
         TemplateRefused: as for `render`, or `template_not_verified`.
     """
     if conversation.tokens is not None:
-        return ()
+        return (_PRETOKENIZED,)
     recipe = recipe.with_kwargs(conversation.kwargs) if conversation.kwargs else recipe
     texts = (
         pending()

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import sha256
-from itertools import chain, pairwise
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ftdata.types import Rendered, Source, Spans
+from ftdata.types import Rendered, Spans
 
 
 class EncodedText(NamedTuple):
@@ -82,6 +81,33 @@ class Encodings:
         texts = [replacements.get(number, text) for number, text in enumerate(self)]
         return Encodings.from_texts(texts, np.diff(self.text_bounds).tolist())
 
+    def token_positions(self, numbers: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the indices of the first `lengths` tokens of the texts with the given numbers (int64 `[tokens]`)."""
+        ends = np.cumsum(lengths)
+        shifts = self.token_bounds[numbers] - (ends - lengths)
+        positions: NDArray[np.int64] = np.arange(lengths.sum(), dtype=np.int64) + np.repeat(shifts, lengths)
+        return positions
+
+    def select(self, numbers: NDArray[np.int64], positions: NDArray[np.int64], lengths: NDArray[np.int64]) -> Encodings:
+        """Return the tokens of some of the texts.
+
+        Args:
+            numbers: int64 `[selected texts]`, the indices of the texts in this batch.
+            positions: int64 `[selected tokens]`, as `token_positions` returns them.
+            lengths: int64 `[selected texts]`, the number of tokens of each text.
+        """
+        text_bounds = end_offsets(np.diff(self.text_bounds)[numbers].tolist())
+        shifts = np.repeat(text_bounds[:-1] - self.text_bounds[numbers], lengths).astype(self.starts.dtype)
+        escaped = frozenset(new for new, number in enumerate(numbers.tolist()) if number in self.escaped)
+        return Encodings(
+            self.ids[positions],
+            self.starts[positions] + shifts,
+            self.ends[positions] + shifts,
+            end_offsets(lengths.tolist()),
+            text_bounds,
+            escaped,
+        )
+
     def with_prefix(self, texts: Sequence[int], ids: NDArray[np.int32]) -> Encodings:
         """Return a copy with `ids` prepended to some texts.
 
@@ -126,7 +152,7 @@ class RenderedBatch:
     @cached_property
     def spans(self) -> tuple[Spans, ...]:
         """The spans of each text. A span is a range of text with the same source."""
-        return tuple(Spans.from_spans(text.spans) for text in self.texts)
+        return tuple([spans if type(spans := text.spans) is Spans else Spans.from_spans(spans) for text in self.texts])
 
     @property
     def starts(self) -> NDArray[np.int64]:
@@ -146,43 +172,6 @@ class RenderedBatch:
     @cached_property
     def _edges(self) -> NDArray[np.int64]:
         return end_offsets(chain.from_iterable([spans.sizes for spans in self.spans]))
-
-
-class ExampleColumns(NamedTuple):
-    """The token ids, loss mask and token counts of several examples, stored as arrays for writing to disk.
-
-    Attributes:
-        ids: int32 `[tokens]`, the concatenated ids of all examples.
-        trained: bool `[tokens]`, true where the token carries loss.
-        lengths: int64 `[examples]`, number of tokens of each example.
-        trained_counts: int64 `[examples]`, number of trained tokens of each example.
-        cut: number of tokens that truncation removed from each example.
-        flags: flags of each example.
-        sources: source of the row of each example.
-    """
-
-    ids: NDArray[np.int32]
-    trained: NDArray[np.bool_]
-    lengths: NDArray[np.int64]
-    trained_counts: NDArray[np.int64]
-    cut: Sequence[int]
-    flags: Sequence[frozenset[str]]
-    sources: Sequence[Source]
-
-    def hash_ranges(self, bounds: Sequence[int]) -> Iterator[tuple[bytes, bytes]]:
-        """Yield a hash of the token ids (16 bytes) and a hash of the labels (8 bytes) of each range of tokens.
-
-        Args:
-            bounds: index of the first token of each range, and the end of the last range.
-
-        >>> ids, trained, lengths = np.arange(4, dtype=np.int32), np.ones(4, np.bool_), np.array([4])
-        >>> columns = ExampleColumns(ids, trained, lengths, lengths, [0], [frozenset()], [])
-        >>> [(len(ids), len(labels)) for ids, labels in columns.hash_ranges([0, 1, 4])]
-        [(16, 8), (16, 8)]
-        """
-        ids, trained = self.ids.data, self.trained.data
-        for start, end in pairwise(bounds):
-            yield sha256(ids[start:end]).digest()[:16], sha256(trained[start:end]).digest()[:8]
 
 
 def end_offsets(sizes: Iterable[int]) -> NDArray[np.int64]:

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftdata.build.shards import _hash_rows
 from ftdata.pipeline import render_rows as texts
 from ftdata.pipeline.examples import BuiltRow, build_batches
 from ftdata.pipeline.recipe import make_recipe
@@ -101,15 +100,16 @@ def test_rows_do_not_depend_on_the_batch_size(tokenizer_dir, options, chosen, si
         done += len(batch)
         assert batch.last_source == rows[done - 1].source
         made = [example for one in batch if isinstance(one, BuiltRow) for example in one.examples]
-        columns = batch.columns
-        assert columns.ids.tolist() == [token for one in made for token in one.input_ids.tolist()]
-        assert columns.trained.tolist() == [yes for one in made for yes in one.trained.tolist()]
-        assert columns.lengths.tolist() == list(map(len, made))
-        assert columns.trained_counts.tolist() == [int(one.trained.sum()) for one in made]
-        assert [columns.cut, columns.flags, columns.sources] == [
+        assert batch.tokens.ids.tolist() == [token for one in made for token in one.input_ids.tolist()]
+        assert batch.trained.tolist() == [yes for one in made for yes in one.trained.tolist()]
+        assert batch.lengths.tolist() == list(map(len, made))
+        assert batch.trained_counts.tolist() == [int(one.trained.sum()) for one in made]
+        assert [batch.cut.tolist(), batch.flags, batch.sources] == [
             [getattr(one, name) for one in made] for name in ("cut", "flags", "source")
         ]
-        assert len(_hash_rows(batch)) == len(made)
+        assert batch.removed_tokens == sum(one.cut for one in batch if isinstance(one, BuiltRow))
+        assert len(batch.hash_rows()) == sum(isinstance(one, BuiltRow) for one in batch)
+        assert len(batch.hash_examples()) == len(made)
 
 
 def shown(one):

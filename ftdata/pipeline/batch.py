@@ -1,0 +1,221 @@
+"""Store the examples of a batch of rows in columns, from the tokenizer to the files of a build."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
+from itertools import accumulate, chain, pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ftdata.errors import BadRow
+from ftdata.tokenizing.batches import Encodings, RenderedBatch
+from ftdata.tokenizing.token_text import token_texts
+from ftdata.tokenizing.tokenizer import Tokenizer
+from ftdata.types import Conversation, Example, Part, Reject, RowTokens, Source, Span
+
+
+class BuiltRow(NamedTuple):
+    """The examples of one row, with the number of removed tokens (`cut`) and the lengths of removed examples."""
+
+    conversation: Conversation
+    examples: tuple[Example, ...]
+    cut: int = 0
+    dropped: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A batch of processed rows: the examples of all built rows in columns, and the rejected rows.
+
+    Attributes:
+        tokenizer: the tokenizer, which decodes the examples of pretokenized rows.
+        outcomes: for each row, in the order of the input, its conversation or its `Reject`.
+        counts: for each built row, the number of its examples.
+        texts: the text and the spans of each example; empty for pretokenized rows.
+        tokens: the token ids and offsets of the examples.
+        trained: bool `[tokens]`, true where the token carries loss.
+        flags: the flags of each example.
+        cut: int64 `[examples]`, the number of tokens that truncation removed from the end of each example.
+        dropped: number of a built row -> lengths of its examples that were too long.
+    """
+
+    tokenizer: Tokenizer = field(repr=False)
+    outcomes: Sequence[Conversation | Reject] = field(repr=False)
+    counts: Sequence[int]
+    texts: RenderedBatch = field(repr=False)
+    tokens: Encodings
+    trained: NDArray[np.bool_] = field(repr=False)
+    flags: Sequence[frozenset[str]]
+    cut: NDArray[np.int64]
+    dropped: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.outcomes)
+
+    def __iter__(self) -> Iterator[BuiltRow | Reject]:
+        number = 0
+        for outcome in self.outcomes:
+            if isinstance(outcome, Reject):
+                yield outcome
+            else:
+                yield self.built(number)
+                number += 1
+
+    def built(self, number: int) -> BuiltRow:
+        """Return the built row with the given number. Rejected rows are not counted."""
+        first, end = self._example_bounds[number : number + 2]
+        dropped = self.dropped.get(number, ())
+        cut = int(self.cut[first:end].sum()) + sum(dropped)
+        return BuiltRow(self.conversations[number], tuple(map(self.example, range(first, end))), cut, dropped)
+
+    def example(self, number: int) -> Example:
+        """Return the example with the given number."""
+        conversation, rendered = self._example_conversations[number], self.texts[number]
+        ids, offsets, _ = self.tokens[number]
+        trained = self.trained[slice(*self.tokens.token_bounds[number : number + 2].tolist())]
+        text, spans = rendered.text, rendered.spans
+        if conversation.tokens is not None:
+            text, offsets, spans = _decode_tokens(self.tokenizer, ids, trained)
+        return Example(
+            ids, trained, offsets, text, spans, self.flags[number], conversation.source, int(self.cut[number])
+        )
+
+    @cached_property
+    def conversations(self) -> list[Conversation]:
+        """The conversations of the built rows."""
+        return [outcome for outcome in self.outcomes if not isinstance(outcome, Reject)]
+
+    @cached_property
+    def rejects(self) -> list[Reject]:
+        """The rejected rows."""
+        return [outcome for outcome in self.outcomes if isinstance(outcome, Reject)]
+
+    @cached_property
+    def _example_bounds(self) -> list[int]:
+        return [*accumulate(self.counts, initial=0)]
+
+    @cached_property
+    def _example_conversations(self) -> list[Conversation]:
+        if len(self.conversations) == len(self.texts):
+            return self.conversations
+        pairs = zip(self.conversations, self.counts, strict=True)
+        return [conversation for conversation, count in pairs for _ in range(count)]
+
+    @property
+    def sources(self) -> list[Source]:
+        """The source of the row of each example."""
+        return [conversation.source for conversation in self._example_conversations]
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Number of tokens of each example (int64 `[examples]`)."""
+        return np.diff(self.tokens.token_bounds)
+
+    @cached_property
+    def trained_counts(self) -> NDArray[np.int64]:
+        """Number of trained tokens of each example (int64 `[examples]`)."""
+        counts, has_tokens = np.zeros(len(self.texts), np.int64), self.lengths > 0
+        counts[has_tokens] = np.add.reduceat(self.trained, self.tokens.token_bounds[:-1][has_tokens], dtype=np.int32)
+        return counts
+
+    @property
+    def removed_tokens(self) -> int:
+        """Number of tokens that truncation removed from the built rows."""
+        return int(self.cut.sum()) + sum(chain.from_iterable(self.dropped.values()))
+
+    @property
+    def repeated_tokens(self) -> int:
+        """Number of tokens in all examples of the rows, except the longest example of each row."""
+        lengths, bounds = self.lengths, pairwise(self._example_bounds)
+        groups = [lengths[first:end] for first, end in bounds if end - first > 1]
+        return int(sum(group.sum() - group.max() for group in groups))
+
+    @property
+    def last_source(self) -> Source:
+        """The file and row number of the last row of the batch."""
+        return self.outcomes[-1].source
+
+    @property
+    def row_bounds(self) -> NDArray[np.int64]:
+        """Index of the first token of each built row, and the number of tokens (int64 `[built rows + 1]`)."""
+        return self.tokens.token_bounds[self._example_bounds]
+
+    def hash_rows(self) -> list[tuple[bytes, bytes]]:
+        """Return for each built row a hash of its token ids (16 bytes) and a hash of its labels (8 bytes)."""
+        return self._hash_ranges(self.row_bounds)
+
+    def hash_examples(self) -> list[tuple[bytes, bytes]]:
+        """Return the same hashes as `hash_rows` for each example."""
+        return self._hash_ranges(self.tokens.token_bounds)
+
+    def _hash_ranges(self, bounds: NDArray[np.int64]) -> list[tuple[bytes, bytes]]:
+        ids, trained = self.tokens.ids.data, self.trained.data
+        return [
+            (sha256(ids[start:end]).digest()[:16], sha256(trained[start:end]).digest()[:8])
+            for start, end in pairwise(bounds.tolist())
+        ]
+
+    def select(
+        self,
+        outcomes: Sequence[Conversation | Reject],
+        rows: Sequence[Mapping[int, Example]],
+        dropped: Mapping[int, tuple[int, ...]],
+    ) -> Batch:
+        """Return a batch with some of the examples.
+
+        Args:
+            outcomes: the outcomes of the rows.
+            rows: the examples of each built row: number of the example in this batch -> the truncated example.
+            dropped: as the attribute.
+        """
+        examples = {number: example for row in rows for number, example in row.items()}
+        numbers = np.fromiter(examples, np.int64, len(examples))
+        lengths = np.fromiter(map(len, examples.values()), np.int64, len(examples))
+        positions = self.tokens.token_positions(numbers, lengths)
+        return replace(
+            self,
+            outcomes=outcomes,
+            counts=[len(row) for row in rows],
+            texts=RenderedBatch([self.texts[number] for number in examples]),
+            tokens=self.tokens.select(numbers, positions, lengths),
+            trained=self.trained[positions],
+            flags=[example.flags for example in examples.values()],
+            cut=np.fromiter((example.cut for example in examples.values()), np.int64, len(examples)),
+            dropped=dropped,
+        )
+
+
+def check_row_tokens(tokenizer: Tokenizer, tokens: RowTokens) -> None:
+    """Check the tokens of a pretokenized row.
+
+    Raises:
+        BadRow: the tokenizer does not contain a token, or no token is trained.
+    """
+    ids = tokens.input_ids
+    if (unknown := np.flatnonzero((ids < 0) | (ids >= tokenizer.size))).size:
+        first = int(unknown[0])
+        problem = f"the token id {ids[first]} is not in the vocabulary of tokenizer {tokenizer.name}"
+        raise BadRow("token_id", problem, field=f"input_ids[{first}]", hint="pass the tokenizer that made these tokens")
+    if not tokens.trained.any():
+        raise BadRow("nothing_trained", "the row has no trained token", field="labels")
+
+
+def _decode_tokens(
+    tokenizer: Tokenizer, ids: NDArray[np.int32], trained: NDArray[np.bool_]
+) -> tuple[str, NDArray[np.int32], tuple[Span, ...]]:
+    """Decode the tokens of a pretokenized row for display. Return the text, the offsets and the spans."""
+    check_row_tokens(tokenizer, RowTokens(ids, trained))
+    texts = token_texts(tokenizer, ids.tolist())
+    ends = np.cumsum([len(text) for text in texts])
+    offsets = np.stack((ends - [len(text) for text in texts], ends), axis=1).astype(np.int32)
+    runs = np.flatnonzero(np.diff(trained, prepend=~trained[:1], append=~trained[-1:]))
+    spans = tuple(
+        Span(int(offsets[start, 0]), int(offsets[end - 1, 1]), Part.CONTENT, number, bool(trained[start]))
+        for number, (start, end) in enumerate(pairwise(runs.tolist()))
+    )
+    return "".join(texts), offsets, spans
