@@ -74,7 +74,8 @@ def all_text(rendered: Rendered, conversation: Conversation) -> list[bool]:
 def _untrained(conversation: Conversation) -> frozenset[int]:
     """Return the indices of the messages that are excluded from training."""
     messages = enumerate(conversation.messages)
-    return frozenset(index for index, message in messages if message.get("train") is False)
+    # Most messages have only a role and a content.
+    return frozenset([index for index, message in messages if len(message) > 2 and message.get("train") is False])
 
 
 PARTS = {"reasoning": Part.REASONING, "answer": Part.CONTENT, "tool_call": Part.TOOL_CALL}

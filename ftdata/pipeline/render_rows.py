@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -288,9 +289,14 @@ def add_row_flags(conversation: Conversation, texts: tuple[Rendered, ...]) -> tu
 
 def has_rejected_side(conversation: Conversation) -> bool:
     """Return whether the row has a rejected answer, which the conversation does not contain."""
-    return conversation.schema == "preference" or any(
-        note.startswith("column ") and is_rejected_side(note.removeprefix("column ")) for note in conversation.notes
-    )
+    return conversation.schema == "preference" or _name_rejected_side(conversation.notes)
+
+
+@lru_cache(maxsize=1024)
+def _name_rejected_side(notes: frozenset[str]) -> bool:
+    """Return whether a note names a column with a rejected answer."""
+    columns = (note.removeprefix("column ") for note in notes if note.startswith("column "))
+    return any(map(is_rejected_side, columns))
 
 
 def _cross_check(recipe: Recipe, conversation: Conversation, texts: Sequence[Rendered]) -> None:
@@ -389,23 +395,23 @@ def check_answers(conversation: Conversation) -> None:
         if not has_visible_text(conversation.text):
             raise BadRow("empty_answer", "the text is empty or contains no visible character", field="text")
         return
-    answers = 0
-    for index, message in enumerate(conversation.messages):
-        if message["role"] != "assistant":
+    answers = [message for message in conversation.messages if message["role"] == "assistant"]
+    if not answers:
+        raise BadRow("no_answer", "the row has no assistant message, so there is no answer to train")
+    for answer in answers:
+        content = answer.get("content")
+        if type(content) is str and has_answer(content):
             continue
-        answers += 1
-        content = message.get("content")
         texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content or ()]
-        needs_answer = message.get("train", True) and not message.get("tool_calls")
+        needs_answer = answer.get("train", True) and not answer.get("tool_calls")
         if needs_answer and content is not None and not any(map(has_answer, texts)):
+            index = next(index for index, message in enumerate(conversation.messages) if message is answer)
             raise BadRow(
                 "empty_answer",
                 "the answer has no visible character outside thinking, so the model would learn empty answers",
                 field=f"messages[{index}].content",
                 hint="remove the row, or set train: false in the message",
             )
-    if not answers:
-        raise BadRow("no_answer", "the row has no assistant message, so there is no answer to train")
 
 
 def make_reject(row: Row | Reject, error: BadRow) -> Reject:

@@ -135,7 +135,8 @@ def normalize(row: Row, schema: str = "auto", columns: Mapping[str, str] | None 
         where = f"{row.source} {error.field}".rstrip()
         raise error.with_location(where) from None
     conversation.kwargs = kwargs
-    conversation.notes = _collect_notes(kind, data, conversation.messages) | row.notes
+    notes = _collect_notes(kind, data, conversation.messages)
+    conversation.notes = notes | row.notes if row.notes else notes
     conversation.schema, conversation.source = kind.name, row.source
     return conversation
 
@@ -174,14 +175,11 @@ def classify_row(schema: str, data: Mapping[str, Any]) -> RowKind:
     The result is cached by column names, cell types and whether cells are empty. The predicates of schemas depend on
     these properties only.
     """
-    signature = (
-        schemas.version,
-        schema,
-        *[
-            (name, type(value), not value, type(value) is str and _LIST_START.match(value) is not None)
-            for name, value in data.items()
-        ],
-    )
+    cells = data.values()
+    types = (*map(type, cells),)
+    signature: tuple[Any, ...] = (schemas.version, schema, (*data,), types, (*map(bool, cells),))
+    if str in types:
+        signature += (*[type(cell) is str and _LIST_START.match(cell) is not None for cell in cells],)
     if (cached := _kinds.get(signature)) is not None:
         if isinstance(cached, BadRow):
             raise cached.with_traceback(None)

@@ -25,7 +25,7 @@ from ftdata.templates.attribution.spans import (
 from ftdata.templates.attribution.tracked_strings import TrackedString
 from ftdata.templates.template import Template, make_chat_variables
 from ftdata.templates.turns import locate
-from ftdata.types import Conversation, Message, Part, Rendered
+from ftdata.types import Message, Part, Rendered
 
 _ROLES = sorted(set(ROLES.values()))
 
@@ -47,7 +47,9 @@ class ChatRendering:
     flags: frozenset[str] = frozenset()
 
     @classmethod
-    def from_conversation(cls, conversation: Conversation, template: Template) -> ChatRendering:
+    def from_messages(
+        cls, original_messages: Sequence[Message], tools: tuple[dict[str, Any], ...], template: Template
+    ) -> ChatRendering:
         """Convert the strings of a conversation to `TrackedString`. Replace roles that the template does not support.
 
         Tool call arguments that are JSON strings become objects unless the template accepts strings.
@@ -57,13 +59,13 @@ class ChatRendering:
                 support the role of a message.
         """
         messages: Sequence[Mapping[str, Any]] = [
-            _replace_unknown_role(message, index, template) for index, message in enumerate(conversation.messages)
+            _replace_unknown_role(message, index, template) for index, message in enumerate(original_messages)
         ]
         flags: frozenset[str] = frozenset()
         if not template.takes_text_arguments and any(map(_has_text_arguments, messages)):
             messages = [_convert_arguments(message, _parse_arguments) for message in messages]
             flags = frozenset({"arguments_parsed"})
-        return cls(template, tuple(track_messages(messages)), conversation.tools, flags)
+        return cls(template, tuple(track_messages(messages)), tools, flags)
 
     @property
     def is_recorded(self) -> bool:

@@ -27,7 +27,7 @@ from ftdata.templates.attribution.watched_strings import record_operations, unwa
 from ftdata.templates.chat import ChatRendering, render_turns
 from ftdata.templates.recorded_runs import Compiler, Expressions, RecordedRun
 from ftdata.templates.template import Template, make_chat_variables
-from ftdata.types import Conversation, Message, Part, Rendered, SpanKinds, Spans
+from ftdata.types import Message, Part, Rendered, SpanKinds, Spans
 
 MAX_MESSAGES = 200
 """Longer conversations are not cached: they rarely share a shape, and a run has a size proportional to their length."""
@@ -69,7 +69,9 @@ def describe_shape(messages: Sequence[Message], tools: Sequence[Mapping[str, Any
         if type(content) is str and (len(message) == 2 or (len(message) == 3 and "train" in message)):
             descriptions.append(message["role"])
             texts.append(content)
-            is_plain = is_plain and not (not content or content.isspace() or _closes_thinking(content))
+            # The search for a single character is much faster than the search for a tag.
+            if not content or content.isspace() or ("<" in content and _CLOSING_THINKING_TAG.search(content)):
+                is_plain = False
         else:
             # Templates branch on roles, so they are not tracked. The line break distinguishes descriptions from roles.
             fields = template_fields(message)
@@ -77,11 +79,6 @@ def describe_shape(messages: Sequence[Message], tools: Sequence[Mapping[str, Any
             descriptions.append(f"\n{values!r}")
             is_plain = False
     return Shape(tuple(descriptions), repr(tools) if tools else "", texts, is_plain)
-
-
-def _closes_thinking(text: str) -> bool:
-    # The search for a single character is much faster than the search for two.
-    return "<" in text and "</" in text and _CLOSING_THINKING_TAG.search(text) is not None
 
 
 def _describe_value(value: Any, texts: list[str]) -> Any:
@@ -134,9 +131,15 @@ class TextLayout:
     kinds: SpanKinds
     flags: frozenset[str]
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether the layout contains no expression on a text."""
+        return not self.expressions.calls and not self.expressions.results
+
     def fill(self, contents: Sequence[str]) -> Rendered | None:
         """Render a conversation with the given texts, or return `None` if the layout does not apply to the texts."""
-        values = self.expressions.evaluate(contents)
+        # Most layouts contain no expressions, only the texts themselves.
+        values = contents if self.is_constant else self.expressions.evaluate(contents)
         if values is None:
             return None
         for first, second in self.equal_values:
@@ -300,20 +303,24 @@ def render_cache(template_key: str) -> RenderCache:  # noqa: ARG001  (the key id
 
 
 def render_cached(
-    conversation: Conversation, template: Template, turns: Sequence[int], on_dropped_message: str = "reject"
+    messages: tuple[Message, ...],
+    tools: tuple[dict[str, Any], ...],
+    template: Template,
+    turns: Sequence[int],
+    on_dropped_message: str = "reject",
 ) -> Rendered:
     """Call `render_turns`. Reuse cached renderings if possible, otherwise run the template and cache its renderings.
 
     Raises:
         BadRow: as in `render_turns`.
     """
-    cache, shape = render_cache(template.key), describe_shape(conversation.messages, conversation.tools)
+    cache, shape = render_cache(template.key), describe_shape(messages, tools)
     if (rendered := cache.fill_layout(shape, turns)) is not None:
         return rendered
-    chat = ChatRendering.from_conversation(conversation, template)
+    chat = ChatRendering.from_messages(messages, tools, template)
     # The arguments of tool calls are converted, and templates print them as JSON, which cannot be replayed.
-    has_calls = any(message.get("tool_calls") for message in conversation.messages)
-    if has_calls or len(conversation.messages) > MAX_MESSAGES or not template.is_recordable:
+    has_calls = any(message.get("tool_calls") for message in messages)
+    if has_calls or len(messages) > MAX_MESSAGES or not template.is_recordable:
         return render_turns(chat, turns, on_dropped_message)
     recorded = _RecordedRendering(template, chat.messages, chat.tools, chat.flags, cache=cache, shape=shape)
     rendered = render_turns(recorded, turns, on_dropped_message)

@@ -84,23 +84,23 @@ def render_without_template(
         return None
     cache = render_cache(template.key)
 
-    def fill_layout(count: int, indices: Sequence[int]) -> Rendered:
-        rendered = cache.fill_layout(describe_shape(conversation.messages[:count]), indices)
+    def fill_layout(messages: tuple[Message, ...], indices: Sequence[int]) -> Rendered:
+        rendered = cache.fill_layout(describe_shape(messages), indices)
         if rendered is None:
             raise TemplateNeeded
         return rendered
 
     with suppress(TemplateNeeded):
-        return _render_chat(conversation, turns, fill_layout)
+        return _render_chat(conversation.messages, turns, fill_layout)
     return None
 
 
-def trained_answers(conversation: Conversation) -> list[int]:
+def trained_answers(messages: Sequence[Message]) -> list[int]:
     """Return the indices of all assistant messages, except messages with `train: false`."""
     return [
         index
-        for index, message in enumerate(conversation.messages)
-        if message["role"] == "assistant" and message.get("train", True)
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant" and (len(message) == 2 or message.get("train", True))
     ]
 
 
@@ -120,41 +120,42 @@ def _join_text_part(message: Message) -> Message:
     return {**message, "content": content[0]["text"]} if content[0]["type"] == "text" else message
 
 
-_RenderFirst = Callable[[int, Sequence[int]], Rendered]
-"""(number of messages, indices of the turns) -> the rendered first messages"""
+_RenderFirst = Callable[[tuple[Message, ...], Sequence[int]], Rendered]
+"""(messages, indices of the turns) -> the rendered messages"""
 
 
 def _render_chat_with(
     conversation: Conversation, template: Template, turns: str, on_dropped_message: str
 ) -> tuple[Rendered, ...]:
-    def render(count: int, indices: Sequence[int]) -> Rendered:
-        messages = conversation.messages[:count]
-        return render_cached(replace(conversation, messages=messages), template, indices, on_dropped_message)
+    def render(messages: tuple[Message, ...], indices: Sequence[int]) -> Rendered:
+        return render_cached(messages, conversation.tools, template, indices, on_dropped_message)
 
-    return _render_chat(conversation, turns, render)
+    return _render_chat(conversation.messages, turns, render)
 
 
-def _render_chat(conversation: Conversation, turns: str, render: _RenderFirst) -> tuple[Rendered, ...]:
-    assistants = trained_answers(conversation)
+def _render_chat(messages: tuple[Message, ...], turns: str, render: _RenderFirst) -> tuple[Rendered, ...]:
+    assistants = trained_answers(messages)
     if turns != "split":
-        joint = _render_joint(render, len(conversation.messages), assistants, required=turns == "joint")
+        joint = _render_joint(render, messages, assistants, required=turns == "joint")
         if joint is not None and (turns == "joint" or "history_rewritten" not in joint.flags):
             return (joint,)
-    groups = _group_turns(conversation.messages, assistants)
-    texts = tuple(text for group in groups for text in _split_group(render, group))
+    groups = _group_turns(messages, assistants)
+    texts = tuple(text for group in groups for text in _split_group(render, messages, group))
     if len(texts) == 1:
         return texts
     return tuple(text._replace(flags=text.flags | {"conversation_split"}) for text in texts)
 
 
-def _render_joint(render: _RenderFirst, count: int, turns: Sequence[int], *, required: bool) -> Rendered | None:
+def _render_joint(
+    render: _RenderFirst, messages: tuple[Message, ...], turns: Sequence[int], *, required: bool
+) -> Rendered | None:
     """Render several turns in one text.
 
     Return `None` for an error that does not occur if the turns are rendered separately. If `required` is true, raise
     the error instead.
     """
     try:
-        return render(count, turns)
+        return render(messages, turns)
     except BadRow as error:
         if required or error.code not in _SPLITTABLE:
             raise
@@ -193,14 +194,14 @@ def _group_turns(messages: Sequence[Message], assistants: Sequence[int]) -> Iter
     yield group
 
 
-def _split_group(render: _RenderFirst, group: Sequence[int]) -> Iterator[Rendered]:
+def _split_group(render: _RenderFirst, messages: tuple[Message, ...], group: Sequence[int]) -> Iterator[Rendered]:
     if len(group) > 1:
-        joint = _render_joint(render, group[-1] + 1, group, required=False)
+        joint = _render_joint(render, messages[: group[-1] + 1], group, required=False)
         if joint is not None and "history_rewritten" not in joint.flags:
             yield joint
             return
     for turn in group:
-        yield render(turn + 1, [turn])
+        yield render(messages[: turn + 1], [turn])
 
 
 def _render_formatted_text(text: str, template: Template) -> Rendered:

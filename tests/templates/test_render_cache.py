@@ -56,9 +56,9 @@ def outcome(render, *arguments):
 def render_without_cache(conversation, template, turns):
     """Render with a new template object and no cache at all."""
 
-    def render(first_messages, _, indices, on_dropped_message):
+    def render(messages, tools, _, indices, on_dropped_message):
         return render_turns(
-            ChatRendering.from_conversation(first_messages, replace(template)), indices, on_dropped_message
+            ChatRendering.from_messages(messages, tools, replace(template)), indices, on_dropped_message
         )
 
     with pytest.MonkeyPatch.context() as patch:

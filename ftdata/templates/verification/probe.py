@@ -224,7 +224,7 @@ def describe_contradiction(
         return None
     if "content_parts_joined" in rendered.flags:
         conversation = join_text_parts(conversation)
-    chat = ChatRendering.from_conversation(conversation, template).prefix(rendered.messages)
+    chat = ChatRendering.from_messages(conversation.messages, conversation.tools, template).prefix(rendered.messages)
     contradiction = cross_check(chat, rendered, max_messages)
     return None if contradiction is None else str(contradiction)
 

@@ -72,12 +72,13 @@ def submit_render(
         A function that waits for the result and returns it. It raises the errors of `render_in_worker`.
     """
     try:
-        steps = _count_steps(conversation)
-        if _runs_here(template):
-            return partial(render_chat.render_chat, conversation, template, turns, on_dropped_message)
+        # In a cached rendering, the work is proportional to the length of the text.
         cached = render_chat.render_without_template(conversation, template, turns)
         if cached is not None:
             return lambda: cached
+        steps = _count_steps(conversation)
+        if _runs_here(template):
+            return partial(render_chat.render_chat, conversation, template, turns, on_dropped_message)
         encoded = protocol.encode_conversation(conversation)
         request = submit_request(
             "render", template, steps, conversation=encoded, turns=turns, on_dropped_message=on_dropped_message
@@ -93,7 +94,7 @@ def _count_steps(conversation: Conversation) -> int:
     Raises:
         BadRow: `too_many_messages`, if the product exceeds `MAX_STEPS`.
     """
-    messages, answers = len(conversation.messages), len(render_chat.trained_answers(conversation))
+    messages, answers = len(conversation.messages), len(render_chat.trained_answers(conversation.messages))
     steps = messages * answers
     if steps > MAX_STEPS:
         raise BadRow(

@@ -36,7 +36,7 @@ def against(change):
     template = bound()
     (rendered,) = render_in_worker(Conversation(TALK), template, "joint")
     spans = tuple(new for span in rendered.spans for new in change(span))
-    return cross_check(ChatRendering.from_conversation(Conversation(TALK), template), rendered._replace(spans=spans))
+    return cross_check(ChatRendering.from_messages(TALK, (), template), rendered._replace(spans=spans))
 
 
 def test_correct_rendering_is_confirmed():
@@ -69,9 +69,9 @@ def test_faults_are_contradicted(fault):
 def test_different_text_is_contradicted():
     template = bound()
     (rendered,) = render_in_worker(Conversation(TALK), template, "joint")
-    chat = ChatRendering.from_conversation(Conversation(TALK), template)
+    chat = ChatRendering.from_messages(TALK, (), template)
     assert "texts differ" in cross_check(chat, rendered._replace(text=rendered.text + "!")).reason
-    assert cross_check(ChatRendering.from_conversation(Conversation(TALK[:2]), template), rendered) is not None
+    assert cross_check(ChatRendering.from_messages(TALK[:2], (), template), rendered) is not None
 
 
 HOSTILE = {
