@@ -18,6 +18,7 @@ from ftdata.pipeline.flags import FLAGS
 from ftdata.pipeline.recipe import Recipe
 from ftdata.readers import FileSource, MemorySource
 from ftdata.readers.row_filter import RowFilter
+from ftdata.tokenizing.batches import end_offsets
 from ftdata.types import Conversation, Reject, Source
 
 Ints = NDArray[np.int64]
@@ -241,15 +242,14 @@ def _concatenate(parts: Sequence[RowNumbers]) -> RowNumbers:
 
 def _row_numbers(batch: Batch, source: int | Sequence[int], schemas: dict[str, int]) -> RowNumbers:
     conversations, columns = batch.conversations, batch.columns
-    counts = np.asarray(batch.counts, np.int64)
-    content, prompts = _hash_rows(batch, np.cumsum(counts) - counts)
+    content, prompts = _hash_rows(batch)
     return RowNumbers(
         np.broadcast_to(np.asarray(source, np.int64), len(conversations)).copy(),
         np.asarray([conversation.source.row for conversation in conversations], np.int64),
         np.asarray([conversation.source.line or 0 for conversation in conversations], np.int64),
         np.asarray([schemas.setdefault(conversation.schema, len(schemas)) for conversation in conversations], np.int64),
         np.asarray([_count_turns(conversation) for conversation in conversations], np.int64),
-        counts,
+        np.asarray(batch.counts, np.int64),
         content,
         prompts,
         columns.lengths,
@@ -276,18 +276,15 @@ def _count_turns(conversation: Conversation) -> int:
     return sum([message["role"] == "assistant" for message in conversation.messages])
 
 
-def _hash_rows(batch: Batch, first: Ints) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+def _hash_rows(batch: Batch) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """Compute two hashes of each row: one of its tokens and labels, and one of its untrained tokens.
 
     The second hash is 0 if the row has fewer than 4 untrained tokens.
     """
-    columns = batch.columns
-    ids, trained = columns.ids, columns.trained
-    ends = np.append(0, np.cumsum(columns.lengths))
-    starts = ends[:-1][first] if len(first) else first
-    bounds = [*starts.tolist(), int(ends[-1])]
-    prompt_bounds = np.append(0, np.cumsum(~trained))[bounds].tolist()
-    untrained = ids[~trained]
+    columns, is_prompt = batch.columns, ~batch.columns.trained
+    bounds = end_offsets(columns.lengths.tolist())[[*accumulate(batch.counts, initial=0)]].tolist()
+    prompt_bounds = np.append(0, np.cumsum(is_prompt))[bounds].tolist()
+    untrained = columns.ids[is_prompt]
     content = [_to_integer(tokens) ^ _to_integer(labels) for tokens, labels in columns.hash_ranges(bounds)]
     prompts = [
         xxhash.xxh3_64_intdigest(untrained[start:end].tobytes()) if end - start >= _MIN_PROMPT_TOKENS else 0
