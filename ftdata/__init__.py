@@ -41,19 +41,9 @@ _MODULES = {
 }
 
 __all__ = [
-    "FtdataError",
-    "__version__",
-    "audit",
-    "build_sft_dataset",
-    "check_template",
-    "convert",
-    "diff",
-    "encode",
-    "preview",
-    "read",
-    "stats",
-    "verify",
-]
+    "FtdataError", "__version__", "audit", "build_sft_dataset", "check_template", "convert", "diff", "encode",
+    "preview", "read", "stats", "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

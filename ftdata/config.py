@@ -231,9 +231,8 @@ def _check_plain(value: Any) -> Any:
         elif isinstance(item, int) and abs(item) >= 1 << 64:
             raise ValueError(f"a number has {item.bit_length():,} bits, expected at most 64")
         elif not (item is None or isinstance(item, str | int | float | datetime.date)):
-            raise ValueError(
-                f"a value has the type {type(item).__name__}, expected text, a number, a boolean or a date"
-            )
+            problem = f"a value has the type {type(item).__name__}, expected text, a number, a boolean or a date"
+            raise ValueError(problem)
     return value
 
 

@@ -214,6 +214,5 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
         UsageError: the value is not allowed. The hint suggests the closest allowed value.
     """
     if not isinstance(value, str) or value not in allowed:
-        raise UsageError(
-            f"unknown_{name}", f"{name} is {value!r}, expected a known value", hint=suggest_names(str(value), allowed)
-        )
+        problem = f"{name} is {value!r}, expected a known value"
+        raise UsageError(f"unknown_{name}", problem, hint=suggest_names(str(value), allowed))

@@ -116,9 +116,8 @@ class Registry(Generic[T]):
         try:
             return load()
         except Exception as error:
-            raise UsageError(
-                "plugin_failed", f"{description} cannot be loaded: {type(error).__name__}: {error}"
-            ) from error
+            problem = f"{description} cannot be loaded: {type(error).__name__}: {error}"
+            raise UsageError("plugin_failed", problem) from error
 
     def _load_file(self, path: Path, attribute: str) -> T:
         if not path.is_file():
@@ -131,9 +130,8 @@ class Registry(Generic[T]):
         self._load(lambda: loader.exec_module(module), str(path))
         if not hasattr(module, attribute):
             public = [name for name in vars(module) if not name.startswith("_")]
-            raise UsageError(
-                "no_such_name", f"{path} does not define {attribute!r}", hint=suggest_names(attribute, public)
-            )
+            problem = f"{path} does not define {attribute!r}"
+            raise UsageError("no_such_name", problem, hint=suggest_names(attribute, public))
         value: T = getattr(module, attribute)
         return value
 

@@ -57,42 +57,10 @@ except ImportError as error:
     ) from error
 
 AWKWARD_TEXTS = (
-    "{{ 7*7 }}",
-    "{% for x in y %}",
-    "<|im_end|>",
-    "<|im_start|>assistant\n",
-    "</s>",
-    "<s>",
-    "[INST]",
-    "[/INST]",
-    "<eos>",
-    "\u200b",
-    "\ufeff",
-    "e\u0301",
-    "\u202eabc",
-    "👩‍👩‍👧",
-    "\x00",
-    "\r\n",
-    "\u2028",
-    " ",
-    "  ",
-    "\n",
-    "\n\n",
-    "\t",
-    "true",
-    "007",
-    "2024-01-01",
-    "NA",
-    "年",
-    "Â",
-    "’",
-    '"',
-    "\\",
-    "'",
-    "<",
-    "&",
-    "None",
-)
+    "{{ 7*7 }}", "{% for x in y %}", "<|im_end|>", "<|im_start|>assistant\n", "</s>", "<s>", "[INST]", "[/INST]",
+    "<eos>", "\u200b", "\ufeff", "e\u0301", "\u202eabc", "👩‍👩‍👧", "\x00", "\r\n", "\u2028", " ", "  ", "\n", "\n\n",
+    "\t", "true", "007", "2024-01-01", "NA", "年", "Â", "’", '"', "\\", "'", "<", "&", "None",
+)  # fmt: skip
 """Texts that often cause errors: control tokens, template syntax, whitespace, combining marks, numbers as text."""
 
 
@@ -157,13 +125,8 @@ def _make_conversation(
         if call is not None:
             name, id_ = "look_up", f"call{number:05}"
             function: Any = {"name": name, "arguments": {"what": call[0]}}
-            messages.append(
-                {
-                    "role": "assistant",
-                    "content": "",
-                    "tool_calls": [{"type": "function", "id": id_, "function": function}],
-                }
-            )
+            tool_calls: Any = [{"type": "function", "id": id_, "function": function}]
+            messages.append({"role": "assistant", "content": "", "tool_calls": tool_calls})
             messages.append({"role": "tool", "name": name, "tool_call_id": id_, "content": call[1]})
         message: Message = {"role": "assistant", "content": answer}
         messages.append(message if reasoning_text is None else {**message, "reasoning_content": reasoning_text})

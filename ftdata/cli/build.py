@@ -143,9 +143,8 @@ def config_import(
         print_value(imported, as_json=as_json)
         return
     output.write_text(str(imported), encoding="utf-8")
-    print_value(imported, as_json=True) if as_json else print(
-        escape_unprintable("\n".join((*imported.notes, f"wrote {output}")))
-    )
+    text = "\n".join((*imported.notes, f"wrote {output}"))
+    print_json_or_text(imported.as_dict(), escape_unprintable(text), as_json=as_json)
 
 
 def env(as_json: Json = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from ftdata.cli.options import (
     parse_row_numbers,
     split_names,
 )
-from ftdata.cli.output import no_progress, print_report, progress_bar, write_stdout
+from ftdata.cli.output import print_report, progress_bar, write_stdout
 from ftdata.errors import UsageError
 
 
@@ -49,7 +50,7 @@ def preview(
 
     sources = make_sources([data], options)
     selection: dict[str, Any] = {"n": n, "row": parse_row_numbers(row), "id": id_, "grep": grep, "odd": odd}
-    with progress_bar() if odd or html else no_progress() as progress:
+    with progress_bar() if odd or html else nullcontext() as progress:
         result = preview_rows(sources, tokenizer, **selection, **options, html=html, progress=progress)
     if html and not as_json:
         write_stdout(f"{html}: {len(result.rows):,} rows, {html.stat().st_size:,} bytes")

@@ -72,12 +72,6 @@ def print_paged(render: Callable[[Any], None], *, pager: bool = False) -> None:
 
 
 @contextmanager
-def no_progress() -> Iterator[None]:
-    """Yield `None` in place of a progress callback."""
-    yield None
-
-
-@contextmanager
 def progress_bar() -> Iterator[Any]:
     """Show a progress bar with rows and tokens on stderr. Show nothing if stderr is not a terminal."""
     from rich.console import Console

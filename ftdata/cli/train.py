@@ -256,29 +256,25 @@ def _generation_progress() -> Iterator[Callable[[GenerationProgress], None]]:
         *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
     ) as bars:
         task = bars.add_task("answers", total=None, answers="", remaining="")
-        announcement_times: list[float] = []
+        last_announcement: float | None = None
 
         def show(progress: GenerationProgress) -> None:
-            remaining = (
-                "" if progress.seconds_left is None else f"at most {_format_duration(progress.seconds_left)} left"
-            )
-            answers = f"{progress.answers}/{progress.of_answers}"
+            nonlocal last_announcement
+            left, answers = progress.seconds_left, f"{progress.answers}/{progress.of_answers}"
+            remaining = "" if left is None else f"at most {_format_duration(left)} left"
             bars.update(task, completed=progress.steps, total=progress.of_steps, answers=answers, remaining=remaining)
-            if progress.seconds_left is None or (not announcement_times and progress.seconds_left < _ANNOUNCE_SECONDS):
-                return
             # The second token is slower than later tokens, so the speed is reported after four steps.
-            if not announcement_times and progress.steps >= min(4, progress.of_steps):
+            has_speed = left is not None and progress.steps >= min(4, progress.of_steps)
+            text, now = "", time.perf_counter()
+            if last_announcement is None and left is not None and has_speed and left >= _ANNOUNCE_SECONDS:
                 speed = f"{progress.seconds_per_step:.2g} s per token; reduce --max-new-tokens or -n to shorten it"
-                text = f"{progress.of_answers} answers take at most {_format_duration(progress.seconds_left)} ({speed})"
+                text = f"{progress.of_answers} answers take at most {_format_duration(left)} ({speed})"
+            elif last_announcement is not None and left is not None and not console.is_terminal:
+                is_due = now - last_announcement > 3 * _ANNOUNCE_SECONDS
+                text = f"{answers} answers, {remaining}" if is_due else ""
+            if text:
                 console.print(text, highlight=False, soft_wrap=True)
-                announcement_times.append(time.perf_counter())
-            elif (
-                announcement_times
-                and not console.is_terminal
-                and time.perf_counter() - announcement_times[-1] > 3 * _ANNOUNCE_SECONDS
-            ):
-                console.print(f"{answers} answers, {remaining}", highlight=False, soft_wrap=True)
-                announcement_times.append(time.perf_counter())
+                last_announcement = now
 
         yield show
 

@@ -210,11 +210,8 @@ def _convert_datasets(values: Mapping[str, Any], selection: Sequence[str], draft
     if unknown := [name for name in selection if name not in numbered and name not in paths]:
         problem = f"the file contains no data set {unknown[0]!r}, only {', '.join(paths)}"
         raise conversion_error(problem, hint="pass the path or the number of a data set; numbers start at 0")
-    selected = {
-        number: info
-        for number, info in numbered.items()
-        if not selection or number in selection or info["path"] in selection
-    }
+    names = {*(selection or numbered)}
+    selected = {number: info for number, info in numbered.items() if names & {number, info["path"]}}
     draft.set_field("data", [source for info in selected.values() for source in _make_sources(info, draft)])
     options = {f"{info['path']} ({number})": _row_options(info, values, draft) for number, info in selected.items()}
     merge_dataset_options(options, draft)

@@ -163,18 +163,13 @@ class AuditReport:
 
     def as_sarif(self) -> dict[str, Any]:
         """Convert the report to SARIF 2.1.0 (OASIS), a format that code hosts and editors can display."""
-        rules = [
-            {
-                "id": finding.code,
-                "shortDescription": {"text": finding.message},
-                "help": {"text": finding.fix},
-                "defaultConfiguration": {"level": finding.severity},
-            }
-            for finding in self.findings
-        ]
-        # A check and rejected rows can share a code. The most severe finding comes first and defines the rule.
-        unique_rules = list({rule["id"]: rule for rule in reversed(rules)}.values())[::-1]
-        driver = {"name": "ftdata", "version": __version__, "rules": unique_rules}
+        rules: dict[str, Any] = {}
+        for finding in self.findings:
+            help_texts = {"shortDescription": {"text": finding.message}, "help": {"text": finding.fix}}
+            rule = {"id": finding.code, **help_texts, "defaultConfiguration": {"level": finding.severity}}
+            # A check and rejected rows can share a code. The most severe finding comes first and defines the rule.
+            rules.setdefault(finding.code, rule)
+        driver = {"name": "ftdata", "version": __version__, "rules": list(rules.values())}
         results = [
             {
                 "ruleId": finding.code,
@@ -183,7 +178,7 @@ class AuditReport:
                 "locations": [_sarif_location(location.source)] if location and location.source.path != STDIN else [],
             }
             for finding in self.findings
-            for location in _locations(finding)
+            for location in finding.locations or (None,)
         ]
         schema = "https://json.schemastore.org/sarif-2.1.0.json"
         return {"$schema": schema, "version": "2.1.0", "runs": [{"tool": {"driver": driver}, "results": results}]}
@@ -193,7 +188,7 @@ class AuditReport:
         lines = []
         for finding in self.findings:
             kind = "notice" if finding.severity == "note" else finding.severity
-            for location in _locations(finding):
+            for location in finding.locations or (None,):
                 position = ""
                 if location and location.source.path != STDIN:
                     line = f"line={location.source.line}," if location.source.line else ""
@@ -201,10 +196,6 @@ class AuditReport:
                 title, text = _escape(finding.code, ":,"), _escape(_describe(finding, location))
                 lines.append(f"::{kind} {position}title={title}::{text}")
         return "\n".join(lines)
-
-
-def _locations(finding: Finding) -> Sequence[FindingLocation | None]:
-    return finding.locations or [None]
 
 
 def _describe(finding: Finding, location: FindingLocation | None) -> str:

@@ -146,9 +146,7 @@ def preview(
             data, template, Options(**options), selection, RowFilter(where, limit), date, template_kwargs, packing
         )
         return _finish(page, selection, html)
-    # Builds do not accept these options, so unset values are not passed on.
-    template_options = {"date": date, "template_kwargs": template_kwargs}
-    options |= {name: value for name, value in template_options.items() if value is not None}
+    options |= {"date": date, "template_kwargs": template_kwargs}
     target = make_target(data, tokenizer, template, where=where, limit=limit, **options)
     if packing is not None and (html is None or selection.is_explicit):
         raise UsageError("packing", "packing applies only to an HTML overview, not to selected rows")

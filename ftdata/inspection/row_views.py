@@ -299,10 +299,9 @@ def _view_spans(
     for span, is_trained in zip(rendered.spans, trained_spans, strict=True):
         # Text of a row never becomes a control token, even if it looks like one.
         has_control = span.part is Part.SCAFFOLD or rendered.keep_control
-        start = span.start
-        texts = pattern.split(rendered.text[span.start : span.end]) if has_control else [None]
-        for number, text in enumerate(texts):
-            end = span.end if text is None else start + len(text)
+        start, text = span.start, rendered.text[span.start : span.end]
+        for number, piece in enumerate(pattern.split(text) if has_control else [text]):
+            end = start + len(piece)
             if end > start:
                 spans.append(span._replace(start=start, end=end))
                 control.append(bool(number % 2))
@@ -311,16 +310,8 @@ def _view_spans(
     owners, owner = _owners_of_spans(spans, conversation)
     ends = np.fromiter((span.end for span in spans), np.int64)
     generated = np.fromiter((span.generated for span in spans), np.bool_)
-    return ExampleView(
-        rendered.text,
-        ends,
-        np.array(trained),
-        np.array(control),
-        owner,
-        owners,
-        flags=rendered.flags,
-        generated=generated,
-    )
+    columns = (ends, np.array(trained), np.array(control), owner)
+    return ExampleView(rendered.text, *columns, owners, flags=rendered.flags, generated=generated)
 
 
 def _view_tokens(example: Example, conversation: Conversation, recipe: Recipe) -> ExampleView:
@@ -337,18 +328,9 @@ def _view_tokens(example: Example, conversation: Conversation, recipe: Recipe) -
     generated = np.asarray([*(span.generated for span in example.spans), False])[spans]
     text = bos_text + example.text
     text_end = int(ends[-1]) if len(ends) else len(bos_text)
+    columns = (ends, example.trained, recipe.control.is_control(example.input_ids), owner)
     return ExampleView(
-        text[:text_end],
-        ends,
-        example.trained,
-        recipe.control.is_control(example.input_ids),
-        owner,
-        owners,
-        example.input_ids,
-        example.flags,
-        example.cut,
-        text[text_end:],
-        generated,
+        text[:text_end], *columns, owners, example.input_ids, example.flags, example.cut, text[text_end:], generated
     )
 
 

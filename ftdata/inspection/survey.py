@@ -241,7 +241,7 @@ def _concatenate(parts: Sequence[RowNumbers]) -> RowNumbers:
 
 
 def _row_numbers(batch: Batch, source: int | Sequence[int], schemas: dict[str, int]) -> RowNumbers:
-    conversations, counts = batch.conversations, np.asarray(batch.counts, np.int64)
+    conversations = batch.conversations
     content, prompts = _hash_rows(batch)
     return RowNumbers(
         np.broadcast_to(np.asarray(source, np.int64), len(conversations)).copy(),
@@ -249,7 +249,7 @@ def _row_numbers(batch: Batch, source: int | Sequence[int], schemas: dict[str, i
         np.asarray([conversation.source.line or 0 for conversation in conversations], np.int64),
         np.asarray([schemas.setdefault(conversation.schema, len(schemas)) for conversation in conversations], np.int64),
         np.asarray([_count_turns(conversation) for conversation in conversations], np.int64),
-        counts,
+        np.asarray(batch.counts, np.int64),
         content,
         prompts,
         batch.lengths,

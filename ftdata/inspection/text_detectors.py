@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from bisect import bisect
 from collections.abc import Iterator
-from functools import lru_cache
 
 _CONTINUED = "\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
 _SIGNS = "¡-ª¬-º¼-¾€‚ƒ„†‡ˆ‰Š‹ŒŽ•˜™š›œžŸ"
@@ -150,7 +149,7 @@ _PHONE_NUMBERS = (
     *(r"\+\d{1,3}[ .-]?(?:\(\d+\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}", r"0[1-9](?:[ .-]\d\d){4}"),
     *(r"\(\d{3}\) ?\d{3}[ .-]\d{4}", r"\d{3}-\d{3}-\d{4}"),
 )
-_PERSONAL = {
+_PERSONAL_PATTERNS = {
     "e-mail address": r"(?<![\w.+-])\w[\w.+-]*@(?!example\.|git(?:hub|lab)\.com:)[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b",
     "telephone number": rf"(?<![\w.])(?:{'|'.join(_PHONE_NUMBERS)})(?![\w-])",
     "social security number": r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])",
@@ -159,6 +158,8 @@ _PERSONAL = {
     "card number": r"(?<![\w.-])[3-6](?:\d{12,18}|\d{3}(?:[ -]\d{4}){2}[ -]\d{1,7}|\d{3}[ -]\d{6}[ -]\d{5})(?![\w-])",
     "bank account": r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b",
 }
+
+_PERSONAL = {kind: re.compile(pattern) for kind, pattern in _PERSONAL_PATTERNS.items()}
 
 
 def find_personal_data(text: str) -> Iterator[tuple[str, str]]:
@@ -169,7 +170,7 @@ def find_personal_data(text: str) -> Iterator[tuple[str, str]]:
     >>> list(find_personal_data("write to ada@lovelace.org, or pay with 4111 1111 1111 1111"))
     [('e-mail address', 'ada…rg'), ('card number', '411…11')]
     """
-    for kind, pattern in _patterns().items():
+    for kind, pattern in _PERSONAL.items():
         if kind == "e-mail address" and "@" not in text:
             continue
         for match in pattern.finditer(text):
@@ -177,11 +178,6 @@ def find_personal_data(text: str) -> Iterator[tuple[str, str]]:
             if is_valid is None or is_valid(re.sub(r"[ -]", "", match.group())):
                 yield kind, f"{match.group()[:3]}…{match.group()[-2:]}"
                 break
-
-
-@lru_cache(maxsize=1)
-def _patterns() -> dict[str, re.Pattern[str]]:
-    return {kind: re.compile(pattern) for kind, pattern in _PERSONAL.items()}
 
 
 def _is_card_number(digits: str) -> bool:

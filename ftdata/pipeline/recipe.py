@@ -312,11 +312,9 @@ def _bind_template(
     sources = source + (tokenizer.chat_template or "")
     verified = require_verified(replace(unbound, control=find_control_tokens(tokenizer, sources).pattern))
     control = find_control_tokens(tokenizer, sources + scaffold_in_worker(verified))
-    return (
-        verified
-        if control.pattern == verified.control
-        else require_verified(replace(verified, control=control.pattern))
-    ), control
+    if control.pattern != verified.control:
+        verified = require_verified(replace(verified, control=control.pattern))
+    return verified, control
 
 
 def parse_date(date: str | datetime.date | None) -> datetime.datetime:

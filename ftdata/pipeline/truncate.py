@@ -32,7 +32,10 @@ def truncate(example: Example, max_length: int | None, policy: str = "reject") -
     problem = f"the example has {length} tokens, expected at most {max_length} (max_length)"
     if policy == "reject":
         raise BadRow("overlong", problem, hint="raise max_length, or set overlong to 'drop_turns' or 'truncate'")
-    keep = max_length if policy == "truncate" else _end_of_last_fitting_turn(example, max_length)
+    keep = max_length
+    if policy == "drop_turns":
+        ends = turn_ends(example)
+        keep = int(ends[ends <= max_length].max(initial=0))
     if not example.trained[:keep].any():
         raise BadRow(
             "overlong",
@@ -49,12 +52,6 @@ def truncate(example: Example, max_length: int | None, policy: str = "reject") -
         flags=flags,
         cut=length - keep,
     )
-
-
-def _end_of_last_fitting_turn(example: Example, max_length: int) -> int:
-    ends = turn_ends(example)
-    fitting = ends[ends <= max_length]
-    return int(fitting[-1]) if len(fitting) else 0
 
 
 def turn_ends(example: Example) -> NDArray[np.int64]:

@@ -175,3 +175,8 @@ def test_the_table_imports_no_heavy_module():
     code = "import sys, ftdata.options, ftdata.config; print({'numpy', 'pyarrow', 'tokenizers', 'jinja2'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_values_of_on_bad_rows_equal_the_table():
+    with pytest.raises(UsageError, match=f"known: {', '.join(sorted(OPTIONS['on_bad_rows'].choices))}$"):
+        RejectLimit("other")

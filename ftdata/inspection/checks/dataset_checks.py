@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import ne
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ftdata.inspection.checks.registry import (
     register_data_check,
     register_template_check,
 )
+from ftdata.options import select_options
 from ftdata.pipeline.recipe import Recipe, make_recipe
 from ftdata.pipeline.render_rows import render_conversation
 from ftdata.templates.worker.client import verify_template
@@ -176,21 +178,14 @@ def _check_template_drift(data: CheckedTemplate) -> Iterator[str]:
     if recipe.tokenizer.chat_template in (None, recipe.template.source):
         return
     try:
-        tokenizer_recipe = make_recipe(
-            recipe.tokenizer,
-            date=recipe.template.date,
-            template_kwargs=recipe.template.kwargs,
-            **{name: getattr(recipe, name) for name in ("turns", "on_dropped_message", "on_missing_stop")},
-        )
+        rendering: dict[str, Any] = {"date": recipe.template.date, "template_kwargs": recipe.template.kwargs}
+        tokenizer_recipe = make_recipe(recipe.tokenizer, **rendering, **select_options(vars(recipe), "rows"))
     except TemplateRefused as error:
         yield f"the tokenizer's chat template cannot be used: {error}"
         return
-    conversations = data.conversations
-    different = sum(
-        _render_text(recipe, conversation) != _render_text(tokenizer_recipe, conversation)
-        for conversation in conversations
-    )
-    if different:
+    sides, conversations = (recipe, tokenizer_recipe), data.conversations
+    texts = [[_render_text(side, conversation) for conversation in conversations] for side in sides]
+    if different := sum(map(ne, *texts)):
         yield f"{different:,} of {len(conversations):,} compared rows differ"
 
 
