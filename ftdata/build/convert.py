@@ -216,11 +216,8 @@ def _check_sources(
     splits = list(dict.fromkeys(source.split or "train" for source in sources))
     if len(splits) > 1:
         hint = "convert each split separately with split"
-        raise UsageError(
-            "several_splits",
-            f"convert writes one file, but the data has several splits: {', '.join(splits)}",
-            hint=hint,
-        )
+        message = f"convert writes one file, but the data has several splits: {', '.join(splits)}"
+        raise UsageError("several_splits", message, hint=hint)
     if any(source.share != WHOLE for source in sources):
         raise UsageError(
             "share", "convert does not support the options weight, rows and tokens, because it writes each row once"

@@ -68,11 +68,9 @@ def _check_secrets(folder: Path) -> None:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         values: list[Any] = list(_iter_texts(json.loads(text))) if path.suffix == ".json" and text else [text]
         if redact(values) != values:
-            raise InputRefused(
-                "secret",
-                f"{path} contains a secret, such as a token or a password in a URL, which must not be uploaded",
-                hint="remove the secret from the address of the data, and build the data set again",
-            )
+            message = f"{path} contains a secret, such as a token or a password in a URL, which must not be uploaded"
+            hint = "remove the secret from the address of the data, and build the data set again"
+            raise InputRefused("secret", message, hint=hint)
 
 
 def _iter_texts(value: Any) -> Iterator[str]:

@@ -30,10 +30,8 @@ def check_similarity_threshold(threshold: Any) -> None:
         UsageError: the threshold is not a number from 0.5 to 1.
     """
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0.5 <= threshold <= 1:
-        raise UsageError(
-            "near_duplicate_threshold",
-            f"near_duplicate_threshold is {threshold!r}, expected a similarity from 0.5 to 1, such as 0.8",
-        )
+        message = f"near_duplicate_threshold is {threshold!r}, expected a similarity from 0.5 to 1, such as 0.8"
+        raise UsageError("near_duplicate_threshold", message)
 
 
 @dataclass(frozen=True)
@@ -74,11 +72,9 @@ class Layout:
         if self.near_duplicate_threshold is not None:
             check_similarity_threshold(self.near_duplicate_threshold)
             if not (self.dedup or self.test_size):
-                raise UsageError(
-                    "near_duplicate_threshold",
-                    "near_duplicate_threshold has no effect without dedup or test_size",
-                    hint="set dedup or test_size, or remove near_duplicate_threshold",
-                )
+                message = "near_duplicate_threshold has no effect without dedup or test_size"
+                hint = "set dedup or test_size, or remove near_duplicate_threshold"
+                raise UsageError("near_duplicate_threshold", message, hint=hint)
 
 
 @dataclass(frozen=True)

@@ -212,19 +212,11 @@ def _skip_line(stream: io.BufferedReader) -> int:
 def _check_format(head: bytes, file: Input) -> None:
     for magic, name in _OTHER_FORMATS.items():
         if head.startswith(magic):
-            raise InputRefused(
-                "not_json",
-                f"the file is {name}, expected JSON",
-                where=file.path,
-                hint="convert it to JSON, or correct its suffix",
-            )
+            message = f"the file is {name}, expected JSON"
+            raise InputRefused("not_json", message, where=file.path, hint="convert it to JSON, or correct its suffix")
     if head.removeprefix(_BOM).lstrip().lower().startswith(_WEB_PAGES):
-        raise InputRefused(
-            "not_json",
-            "the file is a web page (HTML or XML), expected JSON",
-            where=file.path,
-            hint="download the raw file",
-        )
+        message = "the file is a web page (HTML or XML), expected JSON"
+        raise InputRefused("not_json", message, where=file.path, hint="download the raw file")
     if head.startswith(_LFS_POINTER):
         raise InputRefused(
             "not_json", "the file is a Git LFS pointer, expected JSON", where=file.path, hint="run git lfs pull"

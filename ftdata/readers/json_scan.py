@@ -159,12 +159,9 @@ def scan_outline(parts: Iterable[bytes]) -> Outline:
 
 
 def _several_lists_error(keys: Iterable[str], path: str) -> InputRefused:
-    return InputRefused(
-        "several_lists",
-        f"the object contains rows under several keys: {', '.join(keys)}",
-        where=path,
-        hint="write the rows of each key to a separate file, e.g. with jq",
-    )
+    message = f"the object contains rows under several keys: {', '.join(keys)}"
+    hint = "write the rows of each key to a separate file, e.g. with jq"
+    return InputRefused("several_lists", message, where=path, hint=hint)
 
 
 def _parse_object(text: bytes) -> Mapping[str, object]:
@@ -337,12 +334,9 @@ class _RowSplitter:
         self.closed = self.depth == 0
 
     def _trailing_text_error(self) -> InputRefused:
-        return InputRefused(
-            "not_rows",
-            f"the file has more text after the object that contains the rows under {self.under!r}",
-            where=f"{self.path}:{self.line}",
-            hint="write a single object that contains the rows, or only rows",
-        )
+        message = f"the file has more text after the object that contains the rows under {self.under!r}"
+        hint = "write a single object that contains the rows, or only rows"
+        return InputRefused("not_rows", message, where=f"{self.path}:{self.line}", hint=hint)
 
     def _is_list_start(self, symbol: int, key: list[str]) -> bool:
         """Return whether a bracket opens the list that contains the rows.

@@ -251,11 +251,8 @@ def _is_source(item: Any) -> bool:
 
 def _resolve_spec(spec: Mapping[str, Any]) -> tuple[FileSource | MemorySource, ...]:
     if "path" not in spec or not _is_source(spec["path"]) or isinstance(spec["path"], Mapping):
-        raise UsageError(
-            "data_type",
-            "data is a single mapping without a valid path, expected rows",
-            hint="pass a list of rows, or a mapping with a path",
-        )
+        message = "data is a single mapping without a valid path, expected rows"
+        raise UsageError("data_type", message, hint="pass a list of rows, or a mapping with a path")
     for key in spec:
         if key not in _SPEC_KEYS:
             hint = suggest_names(str(key), _SPEC_KEYS)

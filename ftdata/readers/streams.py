@@ -256,12 +256,9 @@ def _decompress(file: BinaryIO, compression: str, path: str) -> Generator[bytes]
             raise InputRefused("expansion", message, where=path, hint=hint) from None
         truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
         fault = "is truncated: it ends" if truncated else "is corrupt"
-        raise InputRefused(
-            "partial_file" if truncated else "damaged_file",
-            f"the {compression} file {fault} after {plain_size:,} bytes of text ({error})",
-            where=path,
-            hint="copy or download it again",
-        ) from None
+        message = f"the {compression} file {fault} after {plain_size:,} bytes of text ({error})"
+        hint = "copy or download it again"
+        raise InputRefused("partial_file" if truncated else "damaged_file", message, where=path, hint=hint) from None
 
 
 def expansion_error(

@@ -299,11 +299,8 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
         if not isinstance(actual, str) or not actual:
             raise UsageError("columns", f"columns= maps {name!r} to {actual!r}, expected the name of a column")
         if name not in canonical:
-            raise UsageError(
-                "unknown_column",
-                f"columns= maps {name!r}, but no schema has a column of this name",
-                hint=suggest_names(name, canonical),
-            )
+            message = f"columns= maps {name!r}, but no schema has a column of this name"
+            raise UsageError("unknown_column", message, hint=suggest_names(name, canonical))
 
 
 def _detectable_schemas() -> dict[str, Schema]:
@@ -357,12 +354,8 @@ def _get_path(data: Mapping[str, Any], path: str, canonical: str) -> Any:
                 raise TypeError
             value = cast("Any", value)[key]
         except (LookupError, TypeError):
-            raise BadRow(
-                "missing_column",
-                f"the row has no column {path!r}, which columns= maps to {canonical!r}",
-                field=path,
-                hint=suggest_names(path, map(str, data)),
-            ) from None
+            message = f"the row has no column {path!r}, which columns= maps to {canonical!r}"
+            raise BadRow("missing_column", message, field=path, hint=suggest_names(path, map(str, data))) from None
     return value
 
 
@@ -400,11 +393,8 @@ def _read_template_kwargs(data: Mapping[str, Any]) -> dict[str, Any]:
     if variables is None:
         return {}
     if not isinstance(variables, Mapping):
-        raise BadRow(
-            "row_options",
-            f"the value is a {type(variables).__name__}, expected an object",
-            field="chat_template_kwargs",
-        )
+        message = f"the value is a {type(variables).__name__}, expected an object"
+        raise BadRow("row_options", message, field="chat_template_kwargs")
     # Tables have every key in every row, so an empty reserved variable means that the row does not set it.
     variables = {
         name: value
@@ -413,12 +403,9 @@ def _read_template_kwargs(data: Mapping[str, Any]) -> dict[str, Any]:
     }
     for name in variables:
         if not isinstance(name, str) or name in _RESERVED_VARIABLES or name.endswith("_token"):
-            raise BadRow(
-                "row_options",
-                "the variable is reserved: only ftdata or the tokenizer can set it",
-                field=f"chat_template_kwargs.{str(name)[:100]}",
-                hint="remove it; a row can set variables of the template, such as enable_thinking",
-            )
+            message = "the variable is reserved: only ftdata or the tokenizer can set it"
+            hint = "remove it; a row can set variables of the template, such as enable_thinking"
+            raise BadRow("row_options", message, field=f"chat_template_kwargs.{str(name)[:100]}", hint=hint)
     return variables
 
 
@@ -443,32 +430,21 @@ def _detect_schema(data: Mapping[str, Any]) -> str:
         return "chat_log"
     columns = ", ".join(map(repr, data)) or "none"
     if names:
-        raise BadRow(
-            "ambiguous_schema",
-            f"the row matches several schemas ({', '.join(names)}); its columns: {columns}",
-            hint=f"choose a schema, e.g. schema={names[0]!r}",
-        )
+        message = f"the row matches several schemas ({', '.join(names)}); its columns: {columns}"
+        raise BadRow("ambiguous_schema", message, hint=f"choose a schema, e.g. schema={names[0]!r}")
     if logs:
-        raise BadRow(
-            "ambiguous_schema",
-            f"the row has several columns with messages ({', '.join(logs)})",
-            hint=f"choose a column, e.g. columns={{'messages': {logs[0]!r}}}",
-        )
+        message = f"the row has several columns with messages ({', '.join(logs)})"
+        raise BadRow("ambiguous_schema", message, hint=f"choose a column, e.g. columns={{'messages': {logs[0]!r}}}")
     if is_single_message(data):
-        raise BadRow(
-            "one_message",
-            "the row is a single message, expected a whole conversation",
-            hint="put the messages of each conversation in one list",
-        )
+        message = "the row is a single message, expected a whole conversation"
+        raise BadRow("one_message", message, hint="put the messages of each conversation in one list")
     candidates = "; ".join(
         f"{name}: {', '.join(s.columns[:3])}" for name, s in _detectable_schemas().items() if s.columns
     )
     canonical = {column for schema in _detectable_schemas().values() for column in schema.columns}
     nulls = [name for name, value in data.items() if value is None and name in canonical]
     null_columns = f" ({', '.join(nulls)} {'is' if len(nulls) == 1 else 'are'} null)" if nulls else ""
-    raise BadRow(
-        "unknown_schema",
-        f"the row matches no schema; its columns: {columns}{null_columns}",
-        hint=f"map its columns with columns=, e.g. columns={{'prompt': ..., 'completion': ...}}. "
-        f"Known schemas: {candidates}",
+    hint = (
+        f"map its columns with columns=, e.g. columns={{'prompt': ..., 'completion': ...}}. Known schemas: {candidates}"
     )
+    raise BadRow("unknown_schema", f"the row matches no schema; its columns: {columns}{null_columns}", hint=hint)

@@ -280,11 +280,8 @@ def _split_role(item: Mapping[str, Any], field: str) -> tuple[str, Mapping[str, 
     if name == "function_call":
         calls = parse_json_field(item[text], f"{field}.{text}") if text and isinstance(item[text], str) else None
         if not isinstance(calls, dict | list):
-            raise BadRow(
-                "tool_calls_type",
-                "the text must contain a tool call, or a list of tool calls, as JSON",
-                field=f"{field}.{text}",
-            )
+            message = "the text must contain a tool call, or a list of tool calls, as JSON"
+            raise BadRow("tool_calls_type", message, field=f"{field}.{text}")
         return "assistant", {**fields, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
     # Speaker names are written by people, so case and whitespace are ignored, unlike in `role`.
     role = _read_role(name.strip().lower() if isinstance(name, str) else name, f"{field}.{speaker}")
@@ -413,11 +410,8 @@ def _split_blocks(message: dict[str, Any], field: str) -> Iterator[dict[str, Any
             _check_part(block, block_field)
         if _is_part(block, "text") and isinstance(block.get("text"), str):
             if calls:
-                raise BadRow(
-                    "block_order",
-                    "the text follows a tool_use block, and no template renders this order",
-                    field=block_field,
-                )
+                problem = "the text follows a tool_use block, and no template renders this order"
+                raise BadRow("block_order", problem, field=block_field)
             texts.append(block["text"])
         elif _is_part(block, "thinking") and isinstance(block.get("thinking"), str) and not texts and not calls:
             thoughts.append(block["thinking"])
@@ -435,12 +429,8 @@ def _split_blocks(message: dict[str, Any], field: str) -> Iterator[dict[str, Any
             }
             yield {**result, **error_mark, **({"train": message["train"]} if "train" in message else {})}
         else:
-            raise BadRow(
-                "block_type",
-                f"is {describe_value(block)}, which is not a supported block at this position",
-                field=block_field,
-                hint=_BLOCK_ORDER_HINT,
-            )
+            problem = f"is {describe_value(block)}, which is not a supported block at this position"
+            raise BadRow("block_type", problem, field=block_field, hint=_BLOCK_ORDER_HINT)
     if texts or thoughts or calls:
         content: Any = texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts] or ""
         reasoning = {"reasoning_content": "\n".join(thoughts)} if thoughts else {}

@@ -104,12 +104,9 @@ def _read_text(data: Mapping[str, Any], column: str) -> str:
     value = _get_column(data, column)
     if isinstance(value, Mapping):
         if len(value) != 1:
-            raise BadRow(
-                "nested_cell",
-                f"the cell contains {len(value)} values, expected a single value",
-                field=column,
-                hint="write one row per value, or the whole file as a single object with a list per column",
-            )
+            message = f"the cell contains {len(value)} values, expected a single value"
+            hint = "write one row per value, or the whole file as a single object with a list per column"
+            raise BadRow("nested_cell", message, field=column, hint=hint)
         value = next(iter(value.values()))
     if not isinstance(value, str):
         raise BadRow("content_type", f"is {describe_value(value)}, expected text", field=column)

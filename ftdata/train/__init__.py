@@ -281,11 +281,8 @@ def init(data: str, model: str, output_dir: str | Path = "out", **overrides: Any
 def _check_installed() -> None:
     missing = [name for name in REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingDependency(
-            "missing_train",
-            f"training needs packages that are not installed: {', '.join(missing)}",
-            hint="pip install 'ftdata[train]'",
-        )
+        message = f"training needs packages that are not installed: {', '.join(missing)}"
+        raise MissingDependency("missing_train", message, hint="pip install 'ftdata[train]'")
 
 
 def _silence_libraries() -> None:
@@ -355,12 +352,9 @@ def _resolve(
 def _check_not_redacted(config: Config, file: Path) -> None:
     """Raise an error if the field `data` of a saved configuration contains a redacted secret."""
     if is_redacted(config.data):
-        raise UsageError(
-            "redacted",
-            "the data field contains a secret that was redacted when the file was saved",
-            where=str(file),
-            hint="pass the data again, with its credentials: --set data=...",
-        )
+        message = "the data field contains a secret that was redacted when the file was saved"
+        hint = "pass the data again, with its credentials: --set data=..."
+        raise UsageError("redacted", message, where=str(file), hint=hint)
 
 
 def _describe_redacted_settings(source: Any, config: Config, *, resume: bool) -> Iterator[str]:
@@ -430,11 +424,9 @@ def _check_build_options(build: Path, requested: Mapping[str, Any]) -> None:
     }
     differing = [name for name, value in requested.items() if name in built and built[name] != value and name != "seed"]
     if differing:
-        raise UsageError(
-            "already_built",
-            f"{build} is a finished build, so these options cannot change: {', '.join(differing)}",
-            hint="build the data again with these options, or train from the original data",
-        )
+        message = f"{build} is a finished build, so these options cannot change: {', '.join(differing)}"
+        hint = "build the data again with these options, or train from the original data"
+        raise UsageError("already_built", message, hint=hint)
 
 
 def _merge_settings(overrides: dict[str, Any], settings: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:

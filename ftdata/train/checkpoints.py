@@ -188,11 +188,9 @@ def _check_same_run(run: Path, metadata: dict[str, Any], now: dict[str, Any]) ->
         # The same model is in another folder.
         changed.remove("model")
     if changed:
-        raise InputRefused(
-            "run_differs",
-            f"the run in {run} has different settings: {'; '.join(_describe_changes(changed, before, now))}",
-            hint="resume with the original settings, or start a new run in another folder",
-        )
+        message = f"the run in {run} has different settings: {'; '.join(_describe_changes(changed, before, now))}"
+        hint = "resume with the original settings, or start a new run in another folder"
+        raise InputRefused("run_differs", message, hint=hint)
 
 
 def _find_last_intact(run: Path, metadata: dict[str, Any], folders: list[Path], *, keeps_best: bool) -> PreviousRun:

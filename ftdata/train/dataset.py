@@ -77,11 +77,9 @@ def open_training_data(build: Path, tokenizer: str) -> TrainingData:
         raise InputRefused("damaged_build", f"{build} is damaged: {', '.join(damaged)}", hint="build the data again")
     expected = manifest["options"]["tokenizer"]
     if load_tokenizer(tokenizer).fingerprint != expected["fingerprint"]:
-        raise InputRefused(
-            "tokenizer_mismatch",
-            f"the tokenizer of {tokenizer} differs from the tokenizer of {build}, which is {expected['name']}",
-            hint="build again with the model's tokenizer, or set the tokenizer field to the tokenizer of the build",
-        )
+        message = f"the tokenizer of {tokenizer} differs from the tokenizer of {build}, which is {expected['name']}"
+        hint = "build again with the model's tokenizer, or set the tokenizer field to the tokenizer of the build"
+        raise InputRefused("tokenizer_mismatch", message, hint=hint)
     return TrainingData(build, manifest, training_splits(load_build(build)))
 
 

@@ -102,12 +102,9 @@ def check_coverage(
             continue
         literal = _any_printed(filter(None, texts), text) if not content else len(content) > sum(map(len, texts))
         if isinstance(message.get("content"), list) and any(map(str.strip, texts)) and literal:
-            raise BadRow(
-                "content_stringified",
-                "the template prints the content as a Python list instead of printing the text of its parts",
-                field=f"messages[{index}].content",
-                hint="convert the content to a string",
-            )
+            problem = "the template prints the content as a Python list instead of printing the text of its parts"
+            hint = "convert the content to a string"
+            raise BadRow("content_stringified", problem, field=f"messages[{index}].content", hint=hint)
         lost_call = bool(message.get("tool_calls")) and not (
             _calls_printed(message, calls, segment) and _each_call_printed(message, segment, partial(rerender, index))
         )
@@ -155,12 +152,8 @@ def _check_object(content: Any, text: str, printed: str, segment: str, field: st
     hint = "convert the result to JSON text, which every template prints"
     literal = str(plain)
     if literal in text and literal not in {json.dumps(plain, ensure_ascii=ascii_only) for ascii_only in (False, True)}:
-        raise BadRow(
-            "content_stringified",
-            "the template prints the tool result as a Python literal instead of JSON",
-            field=field,
-            hint=hint,
-        )
+        message = "the template prints the tool result as a Python literal instead of JSON"
+        raise BadRow("content_stringified", message, field=field, hint=hint)
     if not _all_printed(_strings(plain), printed) or not _any_printed((*_keys(plain), *_numbers(plain)), segment):
         raise BadRow("message_dropped", "the template omits a part of the tool result", field=field, hint=hint)
 

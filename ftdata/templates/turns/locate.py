@@ -67,10 +67,8 @@ def regions_from_blocks(
             # The answer is empty. Blocks are in the order of the messages.
             owners = {indices[position] for indices in (assistants, turns) if len(indices) == len(blocks)}
         if len(owners) != 1:
-            raise BadRow(
-                "generation_tags",
-                f"generation block {position} of the template contains text of {len(owners)} messages, expected 1",
-            )
+            message = f"generation block {position} of the template contains text of {len(owners)} messages, expected 1"
+            raise BadRow("generation_tags", message)
         regions.append(TurnRegion(owners.pop(), inside[0].start, inside[-1].end))
     return [region for region in regions if region.message in turns]
 
@@ -153,10 +151,8 @@ def _check_text_before_stop(
     if following is None or following.message != turn or following.part is not Part.OTHER:
         return
     if not stops.find_known_end(text[answer_end : following.start]):
-        raise BadRow(
-            "interleaved",
-            "the template prints another field of the message between the answer and the stop token",
-        )
+        message = "the template prints another field of the message between the answer and the stop token"
+        raise BadRow("interleaved", message)
 
 
 def _find_start(
@@ -164,11 +160,8 @@ def _find_start(
 ) -> tuple[int, set[str]]:
     """Find the end of the generation prompt, where the generated text of a turn starts. Also return flags."""
     if turn == 0:
-        raise BadRow(
-            "no_prompt",
-            "the conversation begins with an assistant message, which cannot be trained without a prompt",
-            hint="put a message before it",
-        )
+        message = "the conversation begins with an assistant message, which cannot be trained without a prompt"
+        raise BadRow("no_prompt", message, hint="put a message before it")
     prompt = prefix(turn, True)
     if text.startswith(prompt):
         return len(prompt), set()

@@ -53,11 +53,9 @@ class TurnStops:
             tail = tail.rstrip().removesuffix(self.footer.rstrip())
         end = self.find_known_end(tail)
         if not end and (end := _find_last_end(self.control, tail)) and tail[end:].strip():
-            raise BadRow(
-                "unknown_stop",
-                f"the stop token of the turn is uncertain: the template prints {tail[:80]!r} after the answer",
-                hint="mark the generated text with {% generation %} in a copy of the template",
-            )
+            message = f"the stop token of the turn is uncertain: the template prints {tail[:80]!r} after the answer"
+            hint = "mark the generated text with {% generation %} in a copy of the template"
+            raise BadRow("unknown_stop", message, hint=hint)
         return end or len(tail.rstrip())
 
     def find_end_between(self, ending: str | None, gap: str) -> int:

@@ -129,11 +129,9 @@ def _check_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> int:
         raise InputRefused("prompt_too_long", message)
     largest = max((max(ids) for ids in prompts if ids), default=0)
     if largest >= rows:
-        raise InputRefused(
-            "vocabulary",
-            f"a prompt contains token id {largest}, but the model has only {rows:,} embeddings",
-            hint="remove this token from the prompt: the model was trained without it",
-        )
+        message = f"a prompt contains token id {largest}, but the model has only {rows:,} embeddings"
+        hint = "remove this token from the prompt: the model was trained without it"
+        raise InputRefused("vocabulary", message, hint=hint)
     return positions
 
 

@@ -124,11 +124,9 @@ def load_base_model(
     """
     setup = run.metadata["setup"]
     if setup["weights"] and checkpoints.digest_weights(setup["model"]) != setup["weights"]:
-        raise InputRefused(
-            "base_model_differs",
-            f"the base model {setup['model']} has changed since the training of {run.folder}",
-            hint="restore the original files of the model, or train again",
-        )
+        message = f"the base model {setup['model']} has changed since the training of {run.folder}"
+        hint = "restore the original files of the model, or train again"
+        raise InputRefused("base_model_differs", message, hint=hint)
     model = load_model(
         setup["model"],
         quantization,

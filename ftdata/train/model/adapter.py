@@ -52,11 +52,8 @@ def check_lora(config: Config) -> None:
     _check_initialization(config, config.lora.extra_fields.get("init_lora_weights"))
     name = quantization_name(config.quantization)
     if config.lora.extra_fields.get("use_dora") and name == "int8" and not torch.cuda.is_available():
-        raise UsageError(
-            "train_setting",
-            "lora.use_dora with int8 quantization needs a GPU",
-            hint="set quantization: nf4, or remove use_dora",
-        )
+        message = "lora.use_dora with int8 quantization needs a GPU"
+        raise UsageError("train_setting", message, hint="set quantization: nf4, or remove use_dora")
     _lora_config(config.lora, {})
 
 

@@ -266,13 +266,12 @@ def check_memory(estimate: Estimate) -> None:
             fixes.insert(0, "lora: {r: 16}")
         if estimate.quantization is None:
             fixes.insert(0, "quantization: nf4")
-        raise InputRefused(
-            "too_large",
+        message = (
             f"{estimate.model} cannot be trained on this machine: "
             f"weights, gradients and optimizer need {_bytes(minimum)}, "
-            f"but only {_bytes(estimate.free)} are free on {estimate.device}",
-            hint=", or ".join(fixes),
+            f"but only {_bytes(estimate.free)} are free on {estimate.device}"
         )
+        raise InputRefused("too_large", message, hint=", or ".join(fixes))
 
 
 def count_steps(rows: int, arguments: Any, epochs: float | None = None) -> int:

@@ -66,11 +66,9 @@ class TrainingProgressCallback(TrainerCallback):
         logs = logs or {}
         loss = logs.get("loss")
         if loss is not None and not math.isfinite(loss):
-            raise InputRefused(
-                "diverged",
-                f"the loss is {loss} at step {state.global_step}: training diverged",
-                hint="lower train.learning_rate, or set train.max_grad_norm; complete checkpoints are kept",
-            )
+            message = f"the loss is {loss} at step {state.global_step}: training diverged"
+            hint = "lower train.learning_rate, or set train.max_grad_norm; complete checkpoints are kept"
+            raise InputRefused("diverged", message, hint=hint)
         if loss is not None:
             self._losses.append(loss)
             self._status["loss"] = f"loss {loss:.4f}"

@@ -312,11 +312,9 @@ def _prepare_trainer(config: Config, data: TrainingData, run: Path, console: Con
 
 
 def _leak_error(model: str, kind: str) -> InputRefused:
-    return InputRefused(
-        "model_leaks",
-        f"packed documents attend to each other in the model {model} ({kind})",
-        hint="build without packing (pack: null), so that rows are padded; or set another attn_implementation",
-    )
+    message = f"packed documents attend to each other in the model {model} ({kind})"
+    hint = "build without packing (pack: null), so that rows are padded; or set another attn_implementation"
+    return InputRefused("model_leaks", message, hint=hint)
 
 
 def _make_sample_callback(

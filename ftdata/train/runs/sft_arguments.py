@@ -120,11 +120,8 @@ def check_devices(settings: Mapping[str, Any]) -> None:
     """
     gpus = torch.cuda.device_count()
     if gpus > 1 and process_count() == 1 and not settings.get("use_cpu"):
-        raise UsageError(
-            "several_gpus",
-            f"{gpus} GPUs are visible to a single process",
-            hint=f"run accelerate launch --num_processes {gpus} -m ftdata train ..., or set CUDA_VISIBLE_DEVICES=0",
-        )
+        hint = f"run accelerate launch --num_processes {gpus} -m ftdata train ..., or set CUDA_VISIBLE_DEVICES=0"
+        raise UsageError("several_gpus", f"{gpus} GPUs are visible to a single process", hint=hint)
 
 
 def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: bool) -> SFTConfig:
@@ -152,11 +149,8 @@ def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: 
         )
     stops_early = config.early_stopping is not None
     if stops_early and (not evaluates or strategy == "no"):
-        raise UsageError(
-            "early_stopping",
-            "early_stopping needs evaluations during training",
-            hint="set test_size, or use data with a test split",
-        )
+        message = "early_stopping needs evaluations during training"
+        raise UsageError("early_stopping", message, hint="set test_size, or use data with a test split")
     best = {"load_best_model_at_end": True, "save_strategy": strategy} if stops_early else {}
     if stops_early and "eval_steps" in config.train:
         best["save_steps"] = config.train["eval_steps"]
