@@ -28,59 +28,13 @@ _JOINED_TOKENS = re.compile(r"(?:access|auth|api|hf|hub|id|private|refresh|sessi
 _PATH_WORDS = ("path", "dir", "folder", "file")
 """A name that ends with one of these words contains the path of a secret, such as `HF_TOKEN_PATH`."""
 
-_VOCABULARY_WORDS = frozenset(
-    [
-        "additional",
-        "assistant",
-        "audio",
-        "begin",
-        "boi",
-        "bol",
-        "bos",
-        "boundary",
-        "cls",
-        "control",
-        "decoder",
-        "delimiter",
-        "end",
-        "eod",
-        "eoi",
-        "eol",
-        "eom",
-        "eos",
-        "eot",
-        "extra",
-        "fill",
-        "fim",
-        "first",
-        "forced",
-        "image",
-        "last",
-        "mask",
-        "middle",
-        "new",
-        "next",
-        "null",
-        "pad",
-        "padding",
-        "prefix",
-        "sep",
-        "separator",
-        "special",
-        "start",
-        "stop",
-        "suffix",
-        "system",
-        "think",
-        "tool",
-        "unk",
-        "unknown",
-        "user",
-        "video",
-        "vision",
-        "word",
-    ]
-)
+_VOCABULARY_WORDS = {
+    "additional", "assistant", "audio", "begin", "boi", "bol", "bos", "boundary", "cls", "control", "decoder",
+    "delimiter", "end", "eod", "eoi", "eol", "eom", "eos", "eot", "extra", "fill", "fim", "first", "forced",
+    "image", "last", "mask", "middle", "new", "next", "null", "pad", "padding", "prefix", "sep", "separator",
+    "special", "start", "stop", "suffix", "system", "think", "tool", "unk", "unknown", "user", "video",
+    "vision", "word",
+}  # fmt: skip
 """Words before `token` in the names of vocabulary tokens, such as `eos_token`."""
 
 _SWITCHES = ("true", "false", "none", "null")
@@ -98,9 +52,7 @@ _CREDENTIALS = re.compile(
 )
 _USER_INFO = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*:/{1,2})(?P<user>[^\s/?#@:\"'<>]*)(?P<password>:[^\s/?#\"'<>]*)?@")
 _QUERY = re.compile(r"(?<=[?&;#])(?P<name>[\w.%-]+)=(?P<value>[^\s&;#\"'<>]+)")
-_SIGNATURES = frozenset(
-    ("auth", "code", "jwt", "key", "pwd", "sig", "signature", "token", "xamzsignature", "xgoogsignature")
-)
+_SIGNATURES = {"auth", "code", "jwt", "key", "pwd", "sig", "signature", "token", "xamzsignature", "xgoogsignature"}
 _ASSIGNED = re.compile(
     r"(?P<name>(?<![\w.%-])[A-Za-z][\w.-]*)(?P<between>=|[\"']\s*[:=]\s*)(?P<quote>[\"']?)(?P<value>[^\s\"',;&]+)"
 )

@@ -57,42 +57,10 @@ except ImportError as error:
     ) from error
 
 AWKWARD_TEXTS = (
-    "{{ 7*7 }}",
-    "{% for x in y %}",
-    "<|im_end|>",
-    "<|im_start|>assistant\n",
-    "</s>",
-    "<s>",
-    "[INST]",
-    "[/INST]",
-    "<eos>",
-    "\u200b",
-    "\ufeff",
-    "e\u0301",
-    "\u202eabc",
-    "👩‍👩‍👧",
-    "\x00",
-    "\r\n",
-    "\u2028",
-    " ",
-    "  ",
-    "\n",
-    "\n\n",
-    "\t",
-    "true",
-    "007",
-    "2024-01-01",
-    "NA",
-    "年",
-    "Â",
-    "’",
-    '"',
-    "\\",
-    "'",
-    "<",
-    "&",
-    "None",
-)
+    "{{ 7*7 }}", "{% for x in y %}", "<|im_end|>", "<|im_start|>assistant\n", "</s>", "<s>", "[INST]", "[/INST]",
+    "<eos>", "\u200b", "\ufeff", "e\u0301", "\u202eabc", "👩‍👩‍👧", "\x00", "\r\n", "\u2028", " ", "  ", "\n", "\n\n",
+    "\t", "true", "007", "2024-01-01", "NA", "年", "Â", "’", '"', "\\", "'", "<", "&", "None",
+)  # fmt: skip
 """Texts that often cause errors: control tokens, template syntax, whitespace, combining marks, numbers as text."""
 
 

@@ -75,31 +75,11 @@ _MESSAGE_COLUMNS = ((schemas.get("messages"), "messages"), (schemas.get("sharegp
 """Schemas whose rows are messages in one column. Compared by identity: a user can register a changed `Schema`."""
 
 _RESERVED_VARIABLES = {
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-    "conversation",
-    "cycler",
-    "dict",
-    "documents",
-    "joiner",
-    "loop",
-    "max_length",
-    "messages",
-    "namespace",
-    "padding",
-    "raise_exception",
-    "range",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "self",
-    "strftime_now",
-    "tokenize",
-    "tokenizer_kwargs",
-    "tools",
-    "truncation",
-}
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "cycler", "dict", "documents",
+    "joiner", "loop", "max_length", "messages", "namespace", "padding", "raise_exception", "range",
+    "return_assistant_tokens_mask", "return_dict", "return_tensors", "self", "strftime_now", "tokenize",
+    "tokenizer_kwargs", "tools", "truncation",
+}  # fmt: skip
 """Template variables that a row must not set: ftdata sets them, or they would replace the template."""
 
 

@@ -30,20 +30,9 @@ from ftdata.types import Message
 ROLES = {
     "system": "system",
     "developer": "developer",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "ai": "assistant",
-    "function_response": "tool",
-    "tool_response": "tool",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "bing", "bard", "model", "ai"), "assistant"),
+    **dict.fromkeys(("tool", "function_response", "tool_response"), "tool"),
 }
 """Role name in data -> the role that chat templates expect."""
 
@@ -60,43 +49,15 @@ _ROLE_KEYS = ("from", "speaker", "author", "sender")
 _CONTENT_KEYS = ("value", "text", "message", "utterance", "content")
 _ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
 _BLOCK_ARGUMENT_KEYS = ("input", "arguments", "parameters", "args")
-_COMMON_KEYS = {
-    "role",
-    "content",
-    "tool_calls",
-    "function_call",
-    "tool_call_id",
-    "name",
-    "reasoning_content",
-    "thinking",
-    "id",
-}
-_COMMON_KEYS |= {*_ROLE_KEYS, *_CONTENT_KEYS, *TRAIN_FIELDS}
+_CHAT_KEYS = {"role", "tool_calls", "function_call", "tool_call_id", "name", "reasoning_content", "thinking", "id"}
+_COMMON_KEYS = {*_CHAT_KEYS, *_ROLE_KEYS, *_CONTENT_KEYS, *TRAIN_FIELDS}
 _TOOL_ROLES = {"tool", *STANDS_FOR}
 _PART_TYPES = {
-    "text",
-    "input_text",
-    "output_text",
-    "refusal",
-    "thinking",
-    "reasoning",
-    "tool_use",
-    "tool_result",
-    "file",
-}
-_PART_TYPES |= {
-    "image",
-    "image_url",
-    "input_image",
-    "video",
-    "video_url",
-    "audio",
-    "audio_url",
-    "input_audio",
-    "document",
-}
+    "text", "input_text", "output_text", "refusal", "thinking", "reasoning", "tool_use", "tool_result", "file",
+    "image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio", "document",
+}  # fmt: skip
 """Types of the parts of a message's content."""
-_EXPECTED_ROLES = {*ROLES.values(), *STANDS_FOR, "context", "documents", "latest_reminder"}
+_EXPECTED_ROLES = {*ROLES.values(), *SPECIAL_ROLES}
 
 
 def is_message(value: Any) -> bool:

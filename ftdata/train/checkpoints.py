@@ -27,25 +27,12 @@ from ftdata.storage.atomic import check_no_links
 from ftdata.storage.disk import hash_bytes, sha256_of_file, sync, write_json
 
 CHANGEABLE_SETTINGS = (
-    "num_train_epochs",
-    "max_steps",
-    "disable_tqdm",
-    "report_to",
-    "run_name",
-    "load_best_model_at_end",
-    "use_cpu",
-)
+    "num_train_epochs", "max_steps", "disable_tqdm", "report_to", "run_name", "load_best_model_at_end", "use_cpu",
+)  # fmt: skip
 CHANGEABLE_PREFIXES = ("logging_", "save_", "eval_", "per_device_eval_", "dataloader_", "hub_", "push_")
 """Settings that may change when a run is resumed: training length, logging, saving and evaluation."""
 
-_OVERRIDDEN_DEFAULTS = (
-    "train_sampling_strategy",
-    "learning_rate",
-    "optim",
-    "bf16",
-    "fp16",
-    "activation_checkpointing",
-)
+_OVERRIDDEN_DEFAULTS = ("train_sampling_strategy", "learning_rate", "optim", "bf16", "fp16", "activation_checkpointing")
 """Settings whose default in ftdata differs from the default in `SFTConfig`."""
 
 SEAL = "ftdata.json"

@@ -26,17 +26,9 @@ from ftdata.train.model.quantization import bytes_per_weight, quantization_name,
 from ftdata.types import IGNORE_INDEX
 
 OPTIMIZER_BYTES = {
-    "adafactor": 0.05,
-    "adamw_8bit": 2,
-    "adamw_bnb_8bit": 2,
-    "paged_adamw_8bit": 2,
-    "lion": 4,
-    "lion_8bit": 1,
-    "lion_32bit": 4,
-    "paged_lion_8bit": 1,
-    "paged_lion_32bit": 4,
-    "sgd": 0,
-}
+    "adafactor": 0.05, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion": 4, "lion_8bit": 1,
+    "lion_32bit": 4, "paged_lion_8bit": 1, "paged_lion_32bit": 4, "sgd": 0,
+}  # fmt: skip
 """Bytes of optimizer state per trained weight; Adam and unlisted optimizers use 8, two float32 values."""
 
 FEW_STEPS = 20
