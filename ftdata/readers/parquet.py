@@ -14,6 +14,9 @@ from ftdata.readers.streams import CHUNK, MAX_LINE, MAX_RATIO, Input, expansion_
 from ftdata.readers.table_checks import check_seekable, damaged_file_error
 from ftdata.types import Reject, Row
 
+_OPTIONS: dict[str, Any] = {"pre_buffer": False, "buffer_size": CHUNK}
+"""Options to open a file. With `pre_buffer`, all data would stay in memory until the file is closed."""
+
 
 def read_parquet(file: Input) -> Iterator[Row | Reject]:
     """Yield the rows of a Parquet file. Only one batch of rows is in memory at a time."""
@@ -123,9 +126,7 @@ def _read_group(
             row_bytes += schema.length or 0
 
     def open_with(names: Sequence[str]) -> Any:
-        return pq.ParquetFile(
-            stream, metadata=table.metadata, pre_buffer=False, buffer_size=CHUNK, read_dictionary=list(names)
-        )
+        return pq.ParquetFile(stream, table.metadata, read_dictionary=list(names), **_OPTIONS)
 
     if flat:
         probe = open_with(flat).iter_batches(BATCH_ROWS, row_groups=[number], columns=flat)
@@ -169,19 +170,13 @@ def _open_parquet(stream: io.BufferedReader, file: Input) -> tuple[Any, TableLim
         # If the size is larger than the file, pyarrow reports the damage.
         limits.metadata(size)
     stream.seek(0)
-    # With pre_buffer, all data would stay in memory until the file is closed.
-    return pq.ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK), limits
+    return pq.ParquetFile(stream, **_OPTIONS), limits
 
 
 def count_parquet_rows(file: Input) -> int | None:
     """Read the number of rows from a Parquet file's metadata. Return `None` if the metadata cannot be read."""
-    import pyarrow as pa
-
-    with file.open() as stream:
-        try:
-            return int(_open_parquet(stream, file)[0].metadata.num_rows) if stream.seekable() else None
-        except (pa.ArrowException, OSError, UnicodeDecodeError):
-            return None
+    metadata = _read_metadata(file)
+    return None if metadata is None else int(metadata.num_rows)
 
 
 def parquet_group_sizes(file: Input) -> list[int] | None:
@@ -189,13 +184,15 @@ def parquet_group_sizes(file: Input) -> list[int] | None:
 
     Return `None` if the metadata of the file cannot be read.
     """
+    metadata = _read_metadata(file)
+    return metadata and [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
+
+
+def _read_metadata(file: Input) -> Any:
     import pyarrow as pa
 
     with file.open() as stream:
         try:
-            metadata = _open_parquet(stream, file)[0].metadata if stream.seekable() else None
-            return metadata and [
-                metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)
-            ]
+            return _open_parquet(stream, file)[0].metadata if stream.seekable() else None
         except (pa.ArrowException, OSError, UnicodeDecodeError):
             return None

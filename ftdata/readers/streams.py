@@ -311,11 +311,8 @@ def _detect_encoding(head: bytes, encoding: str | None) -> str | None:
             return name
     if len(head) >= 4 and (name := _ZEROS.get((head[0] == 0, head[1] == 0, head[2] == 0, head[3] == 0), "")):
         return name
-    return (
-        None
-        if encoding is None or codecs.lookup(encoding).name in ("utf-8", "utf-8-sig") or head.startswith(_UTF8_BOM)
-        else encoding
-    )
+    is_utf8 = encoding is None or codecs.lookup(encoding).name in ("utf-8", "utf-8-sig") or head.startswith(_UTF8_BOM)
+    return None if is_utf8 else encoding
 
 
 def _transcode(file: BinaryIO, encoding: str, path: str) -> Generator[bytes]:
