@@ -355,10 +355,9 @@ def _read_integers(data: Mapping[str, Any], column: str) -> Any:
     return np.asarray(value, dtype=np.int64)
 
 
-def _is_text_pair(first: str, second: str) -> Callable[[Mapping[str, Any]], bool]:
-    present = _has_columns(first, second)
+def _is_prompt_completion(data: Mapping[str, Any]) -> bool:
     # `instruction` and `response` are columns of Alpaca data, not of prompt and completion.
-    return lambda data: present(data) and (first != "prompt" or "instruction" not in data)
+    return "instruction" not in data and _has_columns("prompt", "completion")(data)
 
 
 def _is_plain_text(data: Mapping[str, Any]) -> bool:
@@ -368,29 +367,16 @@ def _is_plain_text(data: Mapping[str, Any]) -> bool:
 COMMON_COLUMNS = ("system", "tools", "functions")
 """Optional columns of most schemas."""
 
-for _name, _schema in {
-    "messages": Schema(("messages", *COMMON_COLUMNS), _has_list("messages"), _convert_messages("messages")),
-    "sharegpt": Schema(
-        ("conversations", *COMMON_COLUMNS), _has_list("conversations"), _convert_messages("conversations")
-    ),
-    "prompt_completion": Schema(
-        ("prompt", "completion", "history", *COMMON_COLUMNS), _is_text_pair("prompt", "completion"), _prompt_completion
-    ),
-    "preference": Schema(
-        ("prompt", "chosen", "rejected", "history", *COMMON_COLUMNS), _has_columns("chosen", "rejected"), _preference
-    ),
-    "alpaca": Schema(
-        ("instruction", "output", "input", "history", *COMMON_COLUMNS), _has_columns("instruction", "output"), _alpaca
-    ),
-    "question_answer": Schema(
-        ("question", "answer", "history", *COMMON_COLUMNS), _has_columns("question", "answer"), _question_answer
-    ),
-    "text": Schema(("text",), _is_plain_text, _plain_text),
-    "tokens": Schema(
-        ("input_ids", "labels", *_MASKS, "attention_mask", "position_ids", "cu_seqlens", *_LENGTHS),
-        _has_list("input_ids"),
-        _pretokenized,
-    ),
-    "chat_log": Schema(COMMON_COLUMNS, lambda _: False, _chat_log),
-}.items():
-    schemas.register(_name)(_schema)
+for _name, _columns, _matches, _convert in (
+    ("messages", ("messages",), _has_list("messages"), _convert_messages("messages")),
+    ("sharegpt", ("conversations",), _has_list("conversations"), _convert_messages("conversations")),
+    ("prompt_completion", ("prompt", "completion", "history"), _is_prompt_completion, _prompt_completion),
+    ("preference", ("prompt", "chosen", "rejected", "history"), _has_columns("chosen", "rejected"), _preference),
+    ("alpaca", ("instruction", "output", "input", "history"), _has_columns("instruction", "output"), _alpaca),
+    ("question_answer", ("question", "answer", "history"), _has_columns("question", "answer"), _question_answer),
+):
+    schemas.register(_name)(Schema((*_columns, *COMMON_COLUMNS), _matches, _convert))
+schemas.register("text")(Schema(("text",), _is_plain_text, _plain_text))
+_token_columns = ("input_ids", "labels", *_MASKS, "attention_mask", "position_ids", "cu_seqlens", *_LENGTHS)
+schemas.register("tokens")(Schema(_token_columns, _has_list("input_ids"), _pretokenized))
+schemas.register("chat_log")(Schema(COMMON_COLUMNS, lambda _: False, _chat_log))
