@@ -155,9 +155,8 @@ class Workbook:
     def damaged_error(self, message: str) -> InputRefused:
         """Create the error for a file that is not a valid Excel file."""
         hint = "copy or download it again, or open it in Excel and save it"
-        return InputRefused(
-            "damaged_file", f"the file is not a valid Excel file: {message}", where=self.path, hint=hint
-        )
+        message = f"the file is not a valid Excel file: {message}"
+        return InputRefused("damaged_file", message, where=self.path, hint=hint)
 
     def strings(self) -> SharedStrings:
         """Read the shared strings of the workbook."""
@@ -266,19 +265,17 @@ class SharedStrings:
 
 
 class _SharedStringParser(XmlParser):
-    """A parser that adds each shared string to `strings`. Pronunciation guides (phonetic text) are omitted."""
+    """A parser that adds each shared string to `strings`."""
 
     def __init__(self, strings: SharedStrings) -> None:
         super().__init__()
-        self._strings, self._texts, self._phonetic = strings, list[str](), False
+        self._strings, self._texts = strings, list[str]()
 
     def start(self, name: str, _attributes: dict[str, str]) -> None:
-        if name == "t" and not self._phonetic:
+        if name == "t":
             self.collect_text(on=True)
         elif name == "si":
             self._texts, self.size = [], 0
-        elif name == "rPh":
-            self._phonetic = True
 
     def end(self, name: str) -> None:
         if name == "t":
@@ -287,8 +284,6 @@ class _SharedStringParser(XmlParser):
             self._texts.append(unescape_xml_string(self.text()))
         elif name == "si":
             self._strings.add("".join(self._texts) if self.size <= MAX_LINE else "", self.size)
-        elif name == "rPh":
-            self._phonetic = False
 
 
 class _SheetParser(XmlParser):
@@ -297,7 +292,7 @@ class _SheetParser(XmlParser):
     def __init__(self, path: str) -> None:
         super().__init__()
         self.rows: list[SheetRow] = []
-        self._path, self._phonetic = path, False
+        self._path = path
         self._number = self._column = 0
         self._cells: list[Cell] = []
         self._cell: dict[str, str] | None = None
@@ -311,12 +306,10 @@ class _SheetParser(XmlParser):
             self._start_row(self._parse_number(attributes["r"]) if "r" in attributes else self._number + 1)
         elif self._cell is None:
             return
-        elif name == "v" or (name == "t" and not self._phonetic):
+        elif name in ("v", "t"):
             self.collect_text(on=True)
         elif name == "f":
             self._formula = True
-        elif name == "rPh":
-            self._phonetic = True
 
     def end(self, name: str) -> None:
         if name == "row":
@@ -331,8 +324,6 @@ class _SheetParser(XmlParser):
         elif name == "t":
             self.collect_text(on=False)
             self._value = (self._value or "") + unescape_xml_string(self.text())
-        elif name == "rPh":
-            self._phonetic = False
         elif name == "c":
             self._add_cell(self._cell)
             self._cell = None

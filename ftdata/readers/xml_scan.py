@@ -15,7 +15,7 @@ CHUNK = 1 << 16
 
 _MAX_TAG, _MAX_DEPTH = 1 << 20, 64
 _ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
-_NAMES = ("si", "t", "rPh", "row", "c", "v", "f", "workbookPr", "sheet", "numFmt", "cellXfs", "xf")
+_NAMES = ("si", "t", "row", "c", "v", "f", "workbookPr", "sheet", "numFmt", "cellXfs", "xf")
 _NAMESPACES = (
     "http://schemas.openxmlformats.org/spreadsheetml/2006/main",
     "http://purl.oclc.org/ooxml/spreadsheetml/main",
@@ -24,9 +24,14 @@ _LOCAL_NAMES = {f"{namespace} {name}": name for name in _NAMES for namespace in 
 _LOCAL_NAMES["http://schemas.openxmlformats.org/package/2006/relationships Relationship"] = "Relationship"
 """Local names of the elements by their qualified names, in the transitional and in the strict namespace."""
 
+_PHONETIC = {f"{namespace} rPh" for namespace in _NAMESPACES}
+"""Pronunciation guides, whose text is not part of a cell."""
+
 
 class XmlParser:
     """Base class of XML parsers. Calls `start` and `end` for each element that is relevant to a workbook.
+
+    Elements inside pronunciation guides are skipped.
 
     Attributes:
         make_error: function that creates the error for unacceptable XML from a message.
@@ -39,7 +44,7 @@ class XmlParser:
         parser.StartElementHandler, parser.EndElementHandler = self._start_element, self._end_element
         parser.StartDoctypeDeclHandler = self._reject_doctype
         self.make_error: Callable[[str], InputRefused] = lambda message: InputRefused("damaged_file", message)
-        self._depth = self._elements = self._fed = self.size = 0
+        self._depth = self._phonetic = self._elements = self._fed = self.size = 0
         self._text_parts: list[str] = []
 
     def feed(self, chunk: bytes, *, last: bool = False) -> int:
@@ -84,12 +89,14 @@ class XmlParser:
         self._depth += 1
         if self._depth > _MAX_DEPTH:
             raise self.make_error(f"the XML is nested deeper than {_MAX_DEPTH} levels")
-        if (local_name := _LOCAL_NAMES.get(name)) is not None:
+        self._phonetic += name in _PHONETIC
+        if (local_name := _LOCAL_NAMES.get(name)) is not None and not self._phonetic:
             self.start(local_name, attributes)
 
     def _end_element(self, name: str) -> None:
         self._depth -= 1
-        if (local_name := _LOCAL_NAMES.get(name)) is not None:
+        self._phonetic -= name in _PHONETIC
+        if (local_name := _LOCAL_NAMES.get(name)) is not None and not self._phonetic:
             self.end(local_name)
 
     def _reject_doctype(self, *_: Any) -> None:

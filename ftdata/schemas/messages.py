@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any, cast
 
@@ -161,9 +161,7 @@ def read_system(data: Mapping[str, Any], name: str) -> str | list[dict[str, Any]
         BadRow: the value has another type.
     """
     content = data[name]
-    return (
-        content if isinstance(content, str) else list(_check_content(content, has_calls=False, field=name)["content"])
-    )
+    return content if isinstance(content, str) else _read_parts(content, name)
 
 
 def parse_json_field(text: str, field: str) -> Any:
@@ -202,9 +200,8 @@ def _find_content_key(item: Mapping[str, Any]) -> str | None:
 
 def _read_message(item: Any, field: str) -> Iterator[Message]:
     if not isinstance(item, Mapping):
-        raise BadRow(
-            "message_type", f"is {describe_value(item)}, expected an object with role and content", field=field
-        )
+        problem = f"is {describe_value(item)}, expected an object with role and content"
+        raise BadRow("message_type", problem, field=field)
     if len(item) > _MAX_KEYS:
         raise BadRow("message_type", f"the message has {len(item):,} keys, expected at most {_MAX_KEYS:,}", field=field)
     role, item = _split_role(item, field)
@@ -262,9 +259,8 @@ def _read_tool_calls(message: dict[str, Any], field: str) -> dict[str, Any]:
     calls, field = message.get("tool_calls"), f"{field}.tool_calls"
     if message.get("function_call"):
         if calls:
-            raise BadRow(
-                "two_calls", "the message has both tool_calls and function_call, expected only one of them", field=field
-            )
+            problem = "the message has both tool_calls and function_call, expected only one of them"
+            raise BadRow("two_calls", problem, field=field)
         call, field = message.pop("function_call"), field.replace("tool_calls", "function_call")
         calls = [parse_json_field(call, field) if isinstance(call, str) else call]
     if isinstance(calls, str):
@@ -283,17 +279,16 @@ def _read_tool_call(call: Mapping[str, Any], field: str) -> dict[str, Any]:
         _check_part({key: value for key, value in call.items() if key not in _ARGUMENT_KEYS}, field)
     function = call.get("function")
     if function is None and isinstance(call.get("name"), str):
-        arguments_key = next((key for key in _ARGUMENT_KEYS if key in call), None)
-        function = {"name": call["name"], "arguments": {} if arguments_key is None else call[arguments_key]}
-        call = {key: value for key, value in call.items() if key not in ("name", arguments_key)}
-        call = {"type": "function", **call, "function": function}
+        arguments_key, arguments = _find_arguments(call)
+        function = {"name": call["name"], "arguments": arguments}
+        fields = {key: value for key, value in call.items() if key not in ("name", arguments_key)}
+        call = {"type": "function", **fields, "function": function}
     elif isinstance(function, Mapping) and "arguments" not in function:
         owner = function if any(key in function for key in _ARGUMENT_KEYS) else call
-        arguments_key = next((key for key in _ARGUMENT_KEYS if key in owner), None)
-        arguments = {} if arguments_key is None else owner[arguments_key]
+        arguments_key, arguments = _find_arguments(owner)
         fields = {key: value for key, value in function.items() if key != arguments_key}
-        call = {key: value for key, value in call.items() if key != arguments_key}
-        call["function"] = function = {**fields, "arguments": arguments}
+        function = {**fields, "arguments": arguments}
+        call = {key: value for key, value in call.items() if key != arguments_key} | {"function": function}
     if isinstance(function, Mapping):
         _check_part({key: value for key, value in function.items() if key != "arguments"}, f"{field}.function")
     text = function.get("arguments") if isinstance(function, Mapping) else None
@@ -301,11 +296,15 @@ def _read_tool_call(call: Mapping[str, Any], field: str) -> dict[str, Any]:
         try:
             json.loads(text)
         except (ValueError, RecursionError) as error:
-            arguments_field = f"{field}.function.arguments"
-            raise BadRow(
-                "tool_arguments", f"the arguments are not valid JSON: {error}", field=arguments_field
-            ) from None
+            problem = f"the arguments are not valid JSON: {error}"
+            raise BadRow("tool_arguments", problem, field=f"{field}.function.arguments") from None
     return dict(call)
+
+
+def _find_arguments(call: Mapping[str, Any], keys: Sequence[str] = _ARGUMENT_KEYS) -> tuple[str | None, Any]:
+    """Return the key and the value of a tool call's arguments. Absent arguments are an empty object."""
+    key = next((key for key in keys if key in call), None)
+    return key, {} if key is None else call[key]
 
 
 def _check_content(content: Any, *, has_calls: bool, field: str) -> dict[str, Any]:
@@ -377,23 +376,20 @@ def _split_blocks(message: dict[str, Any], field: str) -> Iterator[dict[str, Any
         elif _is_part(block, "thinking") and isinstance(block.get("thinking"), str) and not texts and not calls:
             thoughts.append(block["thinking"])
         elif _is_part(block, "tool_use") and isinstance(block.get("name"), str):
-            arguments_key = next((key for key in _BLOCK_ARGUMENT_KEYS if key in block), None)
-            function = {"name": block["name"], "arguments": {} if arguments_key is None else block[arguments_key]}
+            _, arguments = _find_arguments(block, _BLOCK_ARGUMENT_KEYS)
+            function = {"name": block["name"], "arguments": arguments}
             call = {"type": "function", "id": block.get("id", ""), "function": function}
             calls.append(_read_tool_call(call, block_field))
         elif _is_part(block, "tool_result") and not texts and not calls:
-            error_mark = {"is_error": True} if block.get("is_error") else {}
-            result = {
-                "role": "tool",
-                "content": _read_tool_result(block, block_field),
-                "tool_call_id": block.get("tool_use_id", ""),
-            }
-            yield {**result, **error_mark, **({"train": message["train"]} if "train" in message else {})}
+            content, call_id = _read_tool_result(block, block_field), block.get("tool_use_id", "")
+            flags = {"is_error": True} if block.get("is_error") else {}
+            flags |= {"train": message["train"]} if "train" in message else {}
+            yield {"role": "tool", "content": content, "tool_call_id": call_id, **flags}
         else:
             problem = f"is {describe_value(block)}, which is not a supported block at this position"
             raise BadRow("block_type", problem, field=block_field, hint=_BLOCK_ORDER_HINT)
     if texts or thoughts or calls:
-        content: Any = texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts] or ""
+        content = texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts] or ""
         reasoning = {"reasoning_content": "\n".join(thoughts)} if thoughts else {}
         yield {**message, "content": content, **reasoning, **({"tool_calls": calls} if calls else {})}
 
@@ -403,9 +399,11 @@ def _read_tool_result(block: Mapping[str, Any], field: str) -> str | list[dict[s
     if isinstance(content, list) and len(content) == 1 and _is_part(content[0], "text"):
         _check_part(content[0], f"{field}.content[0]")
         content = content[0].get("text")
-    if not isinstance(content, str):
-        return list(_check_content(content, has_calls=False, field=f"{field}.content")["content"])
-    return content
+    return content if isinstance(content, str) else _read_parts(content, f"{field}.content")
+
+
+def _read_parts(content: Any, field: str) -> list[dict[str, Any]]:
+    return list(_check_content(content, has_calls=False, field=field)["content"])
 
 
 def _read_required_flag(value: Any, field: str) -> bool:
