@@ -332,7 +332,8 @@ def _resolve(
         defaults = make_config({"data": config.data}, model=config.model, output_dir=config.output_dir).build_options()
         changed = {name: value for name, value in config.build_options().items() if value != defaults[name]}
         _check_build_options(build, changed)
-        if config.tokenizer and load_tokenizer(config.tokenizer).fingerprint != _tokenizer_fingerprint(build):
+        expected = read_manifest(build)["options"]["tokenizer"]["fingerprint"]
+        if config.tokenizer and load_tokenizer(config.tokenizer).fingerprint != expected:
             message = f"{config.data} is a finished build, so the tokenizer cannot change"
             raise UsageError("already_built", message, hint="build the data again")
         return config, build
@@ -403,10 +404,6 @@ def _explicit_build_options(fields: Mapping[str, Any]) -> dict[str, Any]:
     if options.get("template", "") is None:
         options["template"] = "tokenizer"
     return options
-
-
-def _tokenizer_fingerprint(build: Path) -> str:
-    return str(read_manifest(build)["options"]["tokenizer"]["fingerprint"])
 
 
 def _check_build_options(build: Path, requested: Mapping[str, Any]) -> None:

@@ -66,9 +66,8 @@ def make_init_config(data: str, model: str, output_dir: str, overrides: Mapping[
     statistics = stats(data, config.tokenizer or model, template, limit=config.limit, where=config.where)
     model_config = load_model_config(model, trust_remote_code=config.trust_remote_code)
     with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(
-            model_config, trust_remote_code=config.trust_remote_code
-        ).num_parameters()
+        shapes = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+        parameters = shapes.num_parameters()
     facts = DataFacts(
         statistics=statistics,
         template=template,
@@ -129,10 +128,8 @@ def _length(facts: DataFacts) -> tuple[str, dict[str, Any]]:
         return f"{comment} No example is truncated.", {"max_length": max_length, "overlong": "reject"}
     overlong = "drop_turns" if (facts.all_rows.turns or 0) > facts.all_rows.examples else "reject"
     effect = "turns are dropped from longer examples" if overlong == "drop_turns" else "longer examples are rejected"
-    return f"{comment}\nThe model has {positions:,} positions: {effect}.", {
-        "max_length": positions,
-        "overlong": overlong,
-    }
+    values = {"max_length": positions, "overlong": overlong}
+    return f"{comment}\nThe model has {positions:,} positions: {effect}.", values
 
 
 def _pack(facts: DataFacts) -> tuple[str, str | None]:
@@ -164,9 +161,8 @@ def _test_size(facts: DataFacts) -> tuple[str, int | None]:
         return "The data already has a test split.", None
     if facts.all_rows.rows < 20:
         return "null: there are too few rows for a test split.", None
-    return "Number of random rows in the test split, for evaluation and for `ftdata eval`.", min(
-        facts.all_rows.rows // 10, 500
-    )
+    size = min(facts.all_rows.rows // 10, 500)
+    return "Number of random rows in the test split, for evaluation and for `ftdata eval`.", size
 
 
 def _weights(facts: DataFacts) -> dict[str, tuple[str, Any]]:

@@ -86,12 +86,8 @@ class Comparison:
         table = Table("prompt", "expected", "base", "tuned", show_lines=True)
         for row in self.rows:
             style = "green" if row.tuned.strip() == row.expected.strip() else "red"
-            texts = [Text(escape_unprintable(text)) for text in (row.prompt, row.expected)]
-            table.add_row(
-                *texts,
-                Text(escape_unprintable(row.base), style="dim"),
-                Text(escape_unprintable(row.tuned), style=style),
-            )
+            cells = ((row.prompt, ""), (row.expected, ""), (row.base, "dim"), (row.tuned, style))
+            table.add_row(*(Text(escape_unprintable(text), style=style) for text, style in cells))
         console.print(table)
         scores = Table("", "base", "tuned", box=None, pad_edge=False)
         for title, *values in self.scores():
@@ -107,14 +103,9 @@ class Comparison:
             f"<td class={'right' if row.tuned.strip() == row.expected.strip() else 'other'}>{_cell(row.tuned)}\n"
             for row in self.rows
         )
-        return _PAGE.format(
-            data_name=_cell(self.data_name),
-            base=_cell(self.base_model),
-            tuned=_cell(self.tuned_model),
-            count=len(self.rows),
-            scores=scores,
-            rows=rows,
-        )
+        names = {"data_name": self.data_name, "base": self.base_model, "tuned": self.tuned_model}
+        cells = {name: _cell(text) for name, text in names.items()}
+        return _PAGE.format(count=len(self.rows), scores=scores, rows=rows, **cells)
 
     def write_html(self, path: Path) -> None:
         """Write the comparison to a self-contained HTML file.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ftdata.errors import InputRefused, UsageError
+from ftdata.errors import InputRefused, UsageError, describe_exception
 from ftdata.train.inference.progress import GenerationStep
 from ftdata.train.inference.prompts import cut_at_stop
 from ftdata.train.model.device import fit_threads
@@ -64,16 +64,14 @@ def generate_ids(
                 ids = torch.tensor([_pad_left([pad_id], prompts[number], width) for number in batch])
                 mask = torch.tensor([_pad_left([0], [1] * len(prompts[number]), width) for number in batch])
                 arguments["max_new_tokens"] = min(max_new_tokens, positions - width)
-                output = model.generate(
-                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **arguments
-                )
+                inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+                output = model.generate(**inputs, **arguments)
                 for number, answer in zip(batch, output[:, width:].tolist(), strict=True):
                     answers[number] = cut_at_stop(answer, stop_ids)
                 reporter.end_batch(start + len(batch))
     except (ValueError, TypeError) as error:
-        raise UsageError(
-            "generation", f"model.generate rejects the options: {' '.join(str(error).split())[:300]}"
-        ) from None
+        message = f"model.generate rejects the options: {describe_exception(error)}"
+        raise UsageError("generation", message) from None
     finally:
         model.train(was_training)
     return answers
