@@ -251,9 +251,8 @@ def _make_records(conversation: Conversation, to: str, recipe: Recipe | None) ->
         raise BadRow("no_messages", problem)
     if recipe is not None:
         if any(message.get("train") is False for message in conversation.messages):
-            raise BadRow(
-                "untrained_message", "the row contains an untrained message, which plain text cannot represent"
-            )
+            problem = "the row contains an untrained message, which plain text cannot represent"
+            raise BadRow("untrained_message", problem)
         recipe = recipe.with_kwargs(conversation.kwargs)
         return [{"text": _check_text(text, recipe)} for text in render_in_worker(conversation, recipe.template)]
     extra: dict[str, Any] = {"tools": list(conversation.tools)} if conversation.tools else {}
@@ -262,9 +261,8 @@ def _make_records(conversation: Conversation, to: str, recipe: Recipe | None) ->
     if to == "messages":
         record = {"messages": messages, **extra}
     elif start == 0:
-        raise BadRow(
-            "no_prompt", "the conversation begins with an assistant message, so there is no prompt", field="messages[0]"
-        )
+        problem = "the conversation begins with an assistant message, so there is no prompt"
+        raise BadRow("no_prompt", problem, field="messages[0]")
     else:
         record = {"prompt": messages[:start], "completion": messages[start:], **extra}
     try:

@@ -68,9 +68,8 @@ def _builds_folder() -> Path:
     status = folder.lstat()
     if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o022:
         problem = f"the folder {folder} belongs to another user, or other users can write to it"
-        raise StorageError(
-            "not_a_build_folder", problem, hint="remove the folder, or set FTDATA_CACHE to another folder"
-        )
+        hint = "remove the folder, or set FTDATA_CACHE to another folder"
+        raise StorageError("not_a_build_folder", problem, hint=hint)
     return folder / "builds"
 
 

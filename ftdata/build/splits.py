@@ -327,8 +327,11 @@ def _check_shares(facts: ExampleFacts, items: Sequence[int], shares: Mapping[int
     weighted = {item for item, share in shares.items() if share.amount and share != WHOLE}
     if untrained := weighted - trained:
         name = facts.splits[items.index(min(untrained))]
-        problem = f"a source of the split {name} has the option weight, rows or tokens, "
-        raise UsageError("share", f"{problem}which can be set only for the split train")
+        problem = (
+            f"a source of the split {name} has the option weight, rows or tokens, "
+            "which can be set only for the split train"
+        )
+        raise UsageError("share", problem)
 
 
 def _examples(rows: NDArray[np.int64], bounds: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -224,7 +224,6 @@ def _split_files(files: Sequence[str], all_files: Sequence[str], repo: str) -> I
     stems = Counter(_SUFFIX.sub("", name) for name, _ in selected)
     if repeated := [stem for stem, count in stems.items() if count > 1]:
         hint = "select the files with data_files"
-        raise UsageError(
-            "hub_formats", f"the data set contains {repeated[0]} in several formats", where=where, hint=hint
-        )
+        message = f"the data set contains {repeated[0]} in several formats"
+        raise UsageError("hub_formats", message, where=where, hint=hint)
     yield from selected

@@ -218,9 +218,8 @@ def _check_format(head: bytes, file: Input) -> None:
         message = "the file is a web page (HTML or XML), expected JSON"
         raise InputRefused("not_json", message, where=file.path, hint="download the raw file")
     if head.startswith(_LFS_POINTER):
-        raise InputRefused(
-            "not_json", "the file is a Git LFS pointer, expected JSON", where=file.path, hint="run git lfs pull"
-        )
+        message = "the file is a Git LFS pointer, expected JSON"
+        raise InputRefused("not_json", message, where=file.path, hint="run git lfs pull")
 
 
 def _looks_like_lines(head: bytes) -> bool:
@@ -407,9 +406,8 @@ def _parse_with_json(text: bytes, source: Source, error: orjson.JSONDecodeError 
     except UnicodeDecodeError as fault:
         raise _Fault("encoding", *describe_invalid_utf8(text[fault.start : fault.start + 3], fault.start)) from None
     except UnicodeEncodeError:
-        raise _Fault(
-            "lone_surrogate", "the row contains an escaped lone surrogate, which is not a valid character"
-        ) from None
+        message = "the row contains an escaped lone surrogate, which is not a valid character"
+        raise _Fault("lone_surrogate", message) from None
     except ValueError:
         assert error is not None  # text that orjson accepts is valid for the json module
         line = (source.line or 1) + error.lineno - 1

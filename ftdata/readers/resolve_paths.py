@@ -51,9 +51,8 @@ def resolve_files(
         InputRefused: No reader is registered for the suffix of a file.
     """
     if not location.strip():
-        raise UsageError(
-            "file_not_found", "the path is empty", hint="check that the variable that contains the path is set"
-        )
+        message = "the path is empty"
+        raise UsageError("file_not_found", message, hint="check that the variable that contains the path is set")
     if is_hub(location):
         for file, split in hub_files(location, _is_readable, **hub_options or {}):
             yield replace(_make_file(str(file), reader), split=split)

@@ -90,9 +90,8 @@ class FileSource:
 
     def _check_version(self, before: Any) -> None:
         if before != (file_version(self.path) if self.version is not None else _local_version(self.path)):
-            raise InputRefused(
-                "file_changed", "the file changed while it was being read", where=self.path, hint="read it again"
-            )
+            message = "the file changed while it was being read"
+            raise InputRefused("file_changed", message, where=self.path, hint="read it again")
 
     @property
     def size(self) -> int:
@@ -316,9 +315,8 @@ def _select_splits(
     for part in parts:
         matching = [source for source in sources if (source.split or "train") == part.name]
         if not matching:
-            raise UsageError(
-                "no_split", f"{spec['path']} has no split {part.name!r}", hint=suggest_names(part.name, names)
-            )
+            message = f"{spec['path']} has no split {part.name!r}"
+            raise UsageError("no_split", message, hint=suggest_names(part.name, names))
         if part.is_full_split:
             selected = matching
         elif files := [source for source in matching if isinstance(source, FileSource) and source.path != STDIN]:

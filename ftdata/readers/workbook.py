@@ -9,12 +9,14 @@ row in memory. The format is ECMA-376 (ISO/IEC 29500).
 
 from __future__ import annotations
 
+import posixpath
 import re
 import tempfile
 import zipfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from io import BufferedReader
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -358,22 +360,18 @@ class _SheetParser(XmlParser):
         return int(text)
 
 
-_column_numbers: dict[str, int] = {}
-
-
 def _parse_column(coordinate: str) -> int:
     """Return the column number, from 1, of a cell coordinate such as `B7`. Return 0 for an invalid coordinate."""
     match = _COORDINATE.fullmatch(coordinate)
-    if match is None:
-        return 0
-    name = match[1]
-    if (number := _column_numbers.get(name)) is None:
-        number = 0
-        for char in name.upper():
-            number = 26 * number + ord(char) - 64
-        # The cache is bounded: there are at most 143,364 names of up to three characters.
-        _column_numbers[name] = number
-    return number
+    return 0 if match is None else _column_number(match[1])
+
+
+@cache
+def _column_number(name: str) -> int:
+    # The cache is bounded: there are at most 143,364 names of up to three characters.
+    from openpyxl.utils import column_index_from_string
+
+    return int(column_index_from_string(name))
 
 
 def _related_parts(book: Workbook, part: str, *kinds: str) -> list[tuple[str, str, str]]:
@@ -398,13 +396,7 @@ def _related_parts(book: Workbook, part: str, *kinds: str) -> list[tuple[str, st
 
 def _normalize_path(path: str) -> str:
     """Resolve `.` and `..` in a path inside the archive."""
-    names: list[str] = []
-    for name in path.split("/"):
-        if name == "..":
-            names = names[:-1]
-        elif name not in ("", "."):
-            names.append(name)
-    return "/".join(names)
+    return posixpath.normpath(f"/{path}").lstrip("/")
 
 
 def _read_main(book: Workbook, part: str, by_id: Mapping[str, str]) -> None:

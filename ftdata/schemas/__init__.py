@@ -238,9 +238,8 @@ def _normalize_user_conversation(conversation: Conversation, name: str) -> Conve
         and isinstance(conversation.fields, Mapping)
     )
     if not has_valid_types:
-        raise BadRow(
-            "schema_failed", f"the function of schema {name} returned a Conversation with fields of wrong types"
-        )
+        message = f"the function of schema {name} returned a Conversation with fields of wrong types"
+        raise BadRow("schema_failed", message)
     if conversation.tokens is not None:
         ids = {"input_ids": np.asarray(conversation.tokens.input_ids).tolist()}
         mask = np.asarray(conversation.tokens.trained).astype(int).tolist()

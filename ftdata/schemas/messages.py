@@ -24,7 +24,7 @@ from operator import is_
 from typing import Any, cast
 
 from ftdata.errors import BadRow, suggest_names
-from ftdata.schemas.training_fields import TRAIN_FIELDS, check_training_fields, is_guarded, read_flag
+from ftdata.schemas.training_fields import TRAIN_FIELDS, check_training_fields, describe_value, is_guarded, read_flag
 from ftdata.types import Message
 
 ROLES = {
@@ -185,13 +185,6 @@ def parse_json_field(text: str, field: str) -> Any:
         raise
     except (ValueError, RecursionError) as error:
         raise BadRow("json_text", f"the text is not valid JSON: {error}", field=field) from None
-
-
-def describe_value(value: Any) -> str:
-    """Describe a value for error messages by its type and its first 60 characters."""
-    if value is None:
-        return "null or absent"
-    return f"{type(value).__name__} {str(value)[:60]!r}"
 
 
 def _find_content_key(item: Mapping[str, Any]) -> str | None:

@@ -12,7 +12,6 @@ import orjson
 from ftdata.errors import BadRow
 from ftdata.registry import Registry
 from ftdata.schemas.messages import (
-    describe_value,
     is_messages,
     is_single_message,
     parse_json_field,
@@ -20,6 +19,7 @@ from ftdata.schemas.messages import (
     read_system,
     read_tools,
 )
+from ftdata.schemas.training_fields import describe_value
 from ftdata.types import IGNORE_INDEX, Conversation, Message, RowTokens
 
 Convert = Callable[[Mapping[str, Any]], Conversation]
@@ -187,9 +187,8 @@ def _preference(data: Mapping[str, Any]) -> Conversation:
     has_question = after_system[:1] != () and after_system[0]["role"] != "assistant"
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         if not has_question:
-            raise BadRow(
-                "no_prompt", "the conversation has no question, and the row has no prompt column", field="chosen"
-            )
+            message = "the conversation has no question, and the row has no prompt column"
+            raise BadRow("no_prompt", message, field="chosen")
         messages = answer
     elif has_question:
         # Some data sets repeat the question in both answers.
@@ -318,9 +317,8 @@ def _pretokenized(data: Mapping[str, Any]) -> Conversation:
         trained = next(iter(masks.values()))
     else:
         hint = f"add labels, or one of {', '.join(_MASKS)}"
-        raise BadRow(
-            "no_labels", "the row has no labels, so the trained tokens are unknown", field="input_ids", hint=hint
-        )
+        message = "the row has no labels, so the trained tokens are unknown"
+        raise BadRow("no_labels", message, field="input_ids", hint=hint)
     for name, mask in masks.items():
         if not np.array_equal(mask, trained):
             index = int(np.flatnonzero(mask != trained)[0])
@@ -337,9 +335,8 @@ def _read_mask(data: Mapping[str, Any], name: str, length: int) -> Any:
     """Read a mask column of zeros and ones. Return a boolean array of shape `[length]`."""
     values = _read_integers(data, name)
     if len(values) != length or not np.isin(values, (0, 1)).all():
-        raise BadRow(
-            "tokens_shape", f"the mask must be a list of {length} zeros and ones, one per token id", field=name
-        )
+        message = f"the mask must be a list of {length} zeros and ones, one per token id"
+        raise BadRow("tokens_shape", message, field=name)
     return values == 1
 
 

@@ -123,7 +123,7 @@ def check_training_fields(fields: Mapping[str, Any], names: Iterable[str], path:
         if value is None or (isinstance(value, str | list | tuple | Mapping) and not value):
             continue
         if is_media_name(last_name) or _is_media(value):
-            message = f"the field contains media ({_describe(value)}), which the model would not receive"
+            message = f"the field contains media ({describe_value(value)}), which the model would not receive"
             hint = "remove these rows (images, audio and video are not supported), or rename the field if it is text"
             raise BadRow("media", message, field=where, hint=hint)
         if last_name.lower() in _TOKEN_FIELDS:
@@ -133,7 +133,7 @@ def check_training_fields(fields: Mapping[str, Any], names: Iterable[str], path:
         elif last_name.lower() in _METADATA_FIELDS:
             _check_metadata(value, where)
         elif is_mask_name(last_name) and (path or last_name not in TRAIN_FIELDS or not _read_row_flag(value, where)):
-            message = f"is {_describe(value)}; a field of this name could be a mask, but its format is unknown"
+            message = f"is {describe_value(value)}; a field of this name could be a mask, but its format is unknown"
             hint = f"set one of {', '.join(TRAIN_FIELDS)} to true or false in each message; {_SCHEMA_HINT}"
             raise BadRow("unknown_mask_field", message, field=where, hint=hint)
 
@@ -160,7 +160,7 @@ def _check_preference(name: str, value: Any, where: str) -> None:
     is_false = value == 0 if is_number else _is_false(value)
     is_class = name == "label" and (is_number or (isinstance(value, str) and value.strip().lower() != "false"))
     if is_false and not is_class:
-        message = f"is {_describe(value)}, which marks the answer as undesirable (KTO data)"
+        message = f"is {describe_value(value)}, which marks the answer as undesirable (KTO data)"
         hint = f"to keep only rows with a true value, pass where='{name}'; or remove the field"
         raise BadRow("row_not_trained", message, field=where, hint=hint)
 
@@ -173,7 +173,7 @@ def _read_row_flag(value: Any, where: str) -> bool:
     """
     flag = read_flag(value, where) if isinstance(value, str | int | float) else None
     if flag is False:
-        message = f"is {_describe(value)}, which excludes the row from training"
+        message = f"is {describe_value(value)}, which excludes the row from training"
         hint = f"to keep only rows with a true or non-zero value, pass where='{where}'"
         raise BadRow("row_not_trained", message, field=where, hint=hint)
     return flag is True
@@ -191,12 +191,12 @@ def _check_metadata(value: Any, where: str) -> None:
             return
     for name, item in value.items() if isinstance(value, Mapping) else ():
         if isinstance(name, str) and is_mask_name(name) and _is_false(item):
-            raise BadRow(
-                "unknown_mask_field",
-                f"is {_describe(item)}; a field of this name could be a mask, and masks in metadata are not supported",
-                field=f"{where}.{name}",
-                hint=f"set train: false in the message; {_SCHEMA_HINT}",
+            message = (
+                f"is {describe_value(item)}; "
+                "a field of this name could be a mask, and masks in metadata are not supported"
             )
+            hint = f"set train: false in the message; {_SCHEMA_HINT}"
+            raise BadRow("unknown_mask_field", message, field=f"{where}.{name}", hint=hint)
         _check_metadata(item, f"{where}.{name}")
     for number, item in enumerate(value) if isinstance(value, list) else ():
         _check_metadata(item, f"{where}[{number}]")
@@ -223,9 +223,14 @@ def read_flag(value: Any, field: str) -> bool | None:
         return bool(value)
     if isinstance(value, str) and ((flag := read_text_flag(value)) is not None or not _is_number(value)):
         return flag
-    message = f"is {_describe(value)}, expected 0 or 1, because fractional weights are not supported"
+    message = f"is {describe_value(value)}, expected 0 or 1, because fractional weights are not supported"
     hint = f"round the weight. {_SCHEMA_HINT[0].upper()}{_SCHEMA_HINT[1:]}"
     raise BadRow("weight_value", message, field=field, hint=hint)
+
+
+def describe_value(value: Any) -> str:
+    """Describe a value for error messages by its type and its first 60 characters."""
+    return "null or absent" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
 
 
 def read_text_flag(text: str) -> bool | None:
@@ -239,7 +244,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _describe(value: Any) -> str:
-    return f"{type(value).__name__} {str(value)[:60]!r}"

@@ -86,8 +86,8 @@ class Workspace:
     def _check_foreign_files(self) -> None:
         foreign = next((path for path in _list_paths(self.folder) if not _WRITTEN_BY_BUILDS.fullmatch(path)), None)
         if foreign is not None or self._old.exists():
-            contents = f"{self.folder} contains {foreign or 'old'}"
-            message = f"{contents}, but this user has no record of a build in this folder"
+            foreign = foreign or "old"
+            message = f"{self.folder} contains {foreign}, but this user has no record of a build in this folder"
             hint = f"inspect and remove {self.folder}, or choose another output folder"
             raise StorageError("workspace_unknown", message, hint=hint)
 

@@ -29,7 +29,7 @@ _STEPS_PER_EPOCH = 50
 _MAX_BATCH_TOKENS = 8192
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DataFacts:
     """Properties of the data and the model that determine the values in the generated configuration.
 
@@ -68,14 +68,9 @@ def make_init_config(data: str, model: str, output_dir: str, overrides: Mapping[
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
         parameters = shapes.num_parameters()
-    facts = DataFacts(
-        statistics=statistics,
-        template=template,
-        parameters=parameters,
-        positions=getattr(model_config.get_text_config(), "max_position_embeddings", None),
-        leaks=has_leaking_architecture(model_config, config.attn_implementation),
-        model_type=model_config.model_type,
-    )
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    leaks = has_leaking_architecture(model_config, config.attn_implementation)
+    facts = DataFacts(statistics, template, parameters, positions, leaks, model_config.model_type)
     parts = {
         "data": ("Training data: a file, glob, folder, URL or Hub id, or a list of them.", data),
         "template": (_template_comment(template), template),

@@ -96,14 +96,12 @@ def _merge(run: FinishedRun, dtype: torch.dtype) -> tuple[Any, float]:
         after = _logits(merged, ids, ordinary)
     except torch.OutOfMemoryError:
         hint = "merge on the CPU: CUDA_VISIBLE_DEVICES= ftdata merge ..."
-        raise InputRefused(
-            "out_of_memory", f"the model of {run.folder} does not fit on the GPU in float32", hint=hint
-        ) from None
+        message = f"the model of {run.folder} does not fit on the GPU in float32"
+        raise InputRefused("out_of_memory", message, hint=hint) from None
     except ValueError as error:
         # PEFT rejects weights that are NaN or infinite, and adapter types that cannot be merged.
-        raise InputRefused(
-            "merge_error", f"the adapter {run.model} cannot be merged: {describe_exception(error)}"
-        ) from None
+        message = f"the adapter {run.model} cannot be merged: {describe_exception(error)}"
+        raise InputRefused("merge_error", message) from None
     error_ratio = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
     return merged, error_ratio if math.isfinite(error_ratio) else math.inf
 

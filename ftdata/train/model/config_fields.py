@@ -107,9 +107,8 @@ def check_fields(section: str, values: Mapping[str, Any], kind: Callable[..., An
             raise UsageError("fixed_setting", f"{section}.{name} cannot be set: {fixed[name]}")
         if name not in fields:
             usable = {*fields, *(LORA_NAMES.values() if section == "lora" else ())} - fixed.keys()
-            raise UsageError(
-                "train_setting", f"{kind_name} has no field {name!r}", hint=suggest_names(str(name), usable)
-            )
+            message = f"{kind_name} has no field {name!r}"
+            raise UsageError("train_setting", message, hint=suggest_names(str(name), usable))
         check_type(section, name, value, fields[name])
 
 

@@ -71,19 +71,14 @@ def load_model(
         with torch.device("meta"):
             shapes = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
         quantized.llm_int8_skip_modules = sorted({*quantized.llm_int8_skip_modules, *embedding_names(shapes)})
-    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    options = {"dtype": dtype, "quantization_config": quantized, "trust_remote_code": trust_remote_code}
+    options |= {"attn_implementation": attention} if attention else {}
     if torch.cuda.is_available() and not device.is_sharded():
         # The isolation probe runs before training, and FlashAttention needs the model on the GPU.
         options["device_map"] = {"": torch.cuda.current_device()}
     try:
         model, loading_info = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=dtype,
-            quantization_config=quantized,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
+            name, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, HfHubHTTPError) as error:
         raise _load_error(name, error) from None

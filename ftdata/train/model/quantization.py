@@ -41,9 +41,8 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsA
     try:
         import bitsandbytes  # noqa: F401  (checks that it is installed)
     except ImportError:
-        raise MissingDependency(
-            "missing_bitsandbytes", "quantization needs the package bitsandbytes", hint="pip install bitsandbytes"
-        ) from None
+        message = "quantization needs the package bitsandbytes"
+        raise MissingDependency("missing_bitsandbytes", message, hint="pip install bitsandbytes") from None
     if fields.get("load_in_4bit"):
         fields = {"bnb_4bit_compute_dtype": dtype, **fields}
     try:

@@ -144,9 +144,8 @@ def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: 
     dtype = compute_dtype(config.train)
     strategy = config.train.get("eval_strategy", "epoch" if evaluates else "no")
     if not evaluates and str(strategy) != "no":
-        raise UsageError(
-            "no_test_split", f"eval_strategy is {strategy!r}, but there is no test split", hint="set test_size"
-        )
+        message = f"eval_strategy is {strategy!r}, but there is no test split"
+        raise UsageError("no_test_split", message, hint="set test_size")
     stops_early = config.early_stopping is not None
     if stops_early and (not evaluates or strategy == "no"):
         message = "early_stopping needs evaluations during training"
@@ -198,9 +197,8 @@ def make_sft_config(config: Config, *, isolated: bool, packed: bool, evaluates: 
         get_reporting_integration_callbacks(settings.report_to)
         settings.get_process_log_level()
     except Exception as error:  # noqa: BLE001  (an invalid value can raise any exception in other libraries)
-        raise UsageError(
-            "train_setting", f"SFTConfig rejects the train settings: {describe_exception(error, 2_000)}"
-        ) from None
+        message = f"SFTConfig rejects the train settings: {describe_exception(error, 2_000)}"
+        raise UsageError("train_setting", message) from None
     return settings
 
 
