@@ -148,12 +148,9 @@ def similarity_groups(minhashes: NDArray[np.uint32], threshold: float) -> NDArra
 def _are_similar(
     minhashes: NDArray[np.uint32], left: NDArray[np.int64], right: NDArray[np.int64], threshold: float
 ) -> NDArray[np.bool_]:
-    parts = [
-        (minhashes[left[i : i + _PAIRS_PER_STEP]] == minhashes[right[i : i + _PAIRS_PER_STEP]]).mean(axis=1)
-        >= threshold
-        for i in range(0, len(left), _PAIRS_PER_STEP)
-    ]
-    return np.concatenate(parts) if parts else np.empty(0, np.bool_)
+    steps = [slice(start, start + _PAIRS_PER_STEP) for start in range(0, len(left), _PAIRS_PER_STEP)]
+    parts = [(minhashes[left[step]] == minhashes[right[step]]).mean(axis=1) >= threshold for step in steps]
+    return np.concatenate([np.empty(0, np.bool_), *parts])
 
 
 def _connect(labels: NDArray[np.int64], left: NDArray[np.int64], right: NDArray[np.int64]) -> None:

@@ -42,11 +42,8 @@ def check_output_url(url: str) -> str:
         UsageError: builds cannot be written to the URL.
     """
     if not is_object_store(url) or url.startswith(("file:", "local:", "data:")):
-        hint = (
-            "use `ftdata push` to upload builds to the Hub"
-            if url.startswith("hf://")
-            else "use a path, or a URL such as s3://bucket/name"
-        )
+        push = "use `ftdata push` to upload builds to the Hub"
+        hint = push if url.startswith("hf://") else "use a path, or a URL such as s3://bucket/name"
         raise UsageError("output_url", f"builds cannot be written to {url}", hint=hint)
     if "@" in url.split("://", 1)[1].split("/", 1)[0]:
         problem = "the URL contains a user name or a key"

@@ -287,11 +287,7 @@ def _scan_rows(parts: Iterable[bytes], file: Input, under: str | None) -> Iterat
             yield Reject(stray_source, "not_a_row", "", reason, "", raw)
             source = source._replace(row=source.row + 1)
         if piece.size:
-            yield (
-                _too_long_reject(source, piece.size)
-                if piece.text is None
-                else parse_row(piece.text, source, whole_line=False)
-            )
+            yield _too_long_reject(source, piece.size) if piece.text is None else parse_row(piece.text, source)
             source = source._replace(row=source.row + 1)
         index = source.row
 
@@ -318,7 +314,7 @@ def _too_long_reject(source: Source, size: int) -> Reject:
     return Reject(source, "line_too_long", "", f"has {size:,} bytes, expected at most {MAX_LINE:,}")
 
 
-def parse_row(text: bytes, source: Source, *, whole_line: bool) -> Row | Reject:
+def parse_row(text: bytes, source: Source, *, whole_line: bool = False) -> Row | Reject:
     """Parse the JSON text of a row.
 
     A row that two parsers could read differently is rejected, e.g. a repeated key or a lone surrogate.

@@ -63,11 +63,7 @@ def resolve_files(
         yield ResolvedFile(STDIN, reader or "json")
     elif is_url(location):
         sizes, folder = list_url(location)
-        files = (
-            (_make_file(url, reader) for url in sizes)
-            if folder is None
-            else _list_remote_folder([*sizes], folder, reader)
-        )
+        files = _list_remote_folder([*sizes], folder, reader) if folder else (_make_file(url, reader) for url in sizes)
         yield from (replace(file, size=sizes[file.path] or None) for file in files)
     else:
         yield from _resolve_local(location, reader)

@@ -65,9 +65,8 @@ class RowFilter:
             return row
         columns = row.data if isinstance(row.data, Mapping) else {"messages": row.data}
         try:
-            is_match = _compile_expression(self.where)(
-                {"row": columns} | {str(name): value for name, value in columns.items()}
-            )
+            variables = {"row": columns} | {str(name): value for name, value in columns.items()}
+            is_match = _compile_expression(self.where)(variables)
         except jinja2.UndefinedError:
             return None
         except UsageError:

@@ -154,14 +154,11 @@ def classify_row(schema: str, data: Mapping[str, Any]) -> RowKind:
     The result is cached by column names, cell types and whether cells are empty. The predicates of schemas depend on
     these properties only.
     """
-    signature = (
-        schemas.version,
-        schema,
-        *[
-            (name, type(value), not value, type(value) is str and _LIST_START.match(value) is not None)
-            for name, value in data.items()
-        ],
+    columns = (
+        (name, type(value), not value, type(value) is str and _LIST_START.match(value) is not None)
+        for name, value in data.items()
     )
+    signature = (schemas.version, schema, *columns)
     if (cached := _kinds.get(signature)) is not None:
         if isinstance(cached, BadRow):
             raise cached.with_traceback(None)

@@ -291,12 +291,11 @@ def read_run_json(run: Path) -> dict[str, Any]:
         InputRefused: the file is damaged.
     """
     path = run / "run.json"
+    hint = "start a new run in another folder"
     try:
         metadata = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        hint = "start a new run in another folder"
         raise InputRefused("damaged_run", f"{path} is damaged: {error}", hint=hint) from None
     if not isinstance(metadata, dict) or (metadata and not {"fingerprint", "setup"} <= metadata.keys()):
-        hint = "start a new run in another folder"
         raise InputRefused("damaged_run", f"{path} does not contain the keys fingerprint and setup", hint=hint)
     return metadata

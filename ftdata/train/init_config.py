@@ -87,12 +87,11 @@ def make_init_config(data: str, model: str, output_dir: str, overrides: Mapping[
     for name in config.__struct_fields__:
         if name in fields and name not in ("data", "model", "output_dir"):
             parts[name] = ("Set on the command line.", fields[name])
-    return "\n".join(_format_part(name, *part) for name, part in parts.items() if part is not None)
-
-
-def _format_part(name: str, comment: str, value: Any) -> str:
-    text = dump_yaml({name: value})
-    return "".join(f"# {line}\n" for line in comment.splitlines()) + text
+    texts = [
+        "".join(f"# {line}\n" for line in comment.splitlines()) + dump_yaml({name: value})
+        for name, (comment, value) in parts.items()
+    ]
+    return "\n".join(texts)
 
 
 def _choose_template(data: str, tokenizer: str, limit: int | None) -> str | None:

@@ -213,10 +213,11 @@ def fit_vocabulary(model: Any, size: int, tokenizer: Any) -> bool:
             raise UsageError("vocabulary", message, hint="build with the model's tokenizer")
         size = max(size, len(tokenizer))
         resize_embeddings(model, size)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= max(rows, size):
+    embedded = range(max(rows, size))
+    if tokenizer.pad_token_id not in embedded:
         # Padding is masked by position, not by id, so the EOS token can also be the pad token.
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= max(rows, size):
+    if tokenizer.pad_token_id not in embedded:
         message = f"the model has {rows} embeddings, but no embedding for the tokenizer's pad token or EOS token"
         hint = "in tokenizer_config.json, set a pad token that has an embedding in the model"
         raise UsageError("pad_token", message, hint=hint)

@@ -236,10 +236,8 @@ def _compare_padded(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]])
         size = len(row["input_ids"])
         yield from _compare("tokens", batch["input_ids"][index][:size], np.asarray(row["input_ids"]))
         yield from _compare("labels", batch["labels"][index][:size], np.asarray(row["labels"]))
-        if (
-            int(batch["attention_mask"][index].sum()) != size
-            or int(batch["attention_mask"][index][:size].sum()) != size
-        ):
+        mask = batch["attention_mask"][index]
+        if int(mask.sum()) != size or int(mask[:size].sum()) != size:
             yield "unmasked padding"
         if bool((batch["labels"][index][size:] != IGNORE_INDEX).any()):
             yield "trained padding"
