@@ -295,29 +295,32 @@ def _map_columns(row: Row, columns: Mapping[str, str] | None) -> tuple[Mapping[s
         raise BadRow("not_a_row", f"the row is a {type(data).__name__}, expected an object or a list of messages")
     if not columns and not row.flat:
         return data, None
+    mapped, missing = _rename_columns(data, columns) if columns else (dict(data), None)
+    if row.flat:
+        chats = {name: parse_json_list(mapped[name]) for name in _TEXT_OR_CHAT_COLUMNS & set(mapped)}
+        mapped |= {name: chat for name, chat in chats.items() if is_messages(chat)}
+    return mapped, missing
+
+
+def _rename_columns(data: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[dict[str, Any], BadRow | None]:
+    """Move the values at the names or paths in `columns` to their canonical columns.
+
+    A mapped column replaces the columns of the same canonical name. If a path leads into an object, the other fields of
+    this object stay in the row, under their paths.
+    """
+    replaced = {name for canonical in columns for name in (canonical, *ALIASES.get(canonical, ()))}
+    nested = [actual for actual in columns.values() if actual not in data]
+    roots = {re.split(r"[.\[]", actual, maxsplit=1)[0] if actual in nested else actual for actual in columns.values()}
+    mapped = {key: value for key, value in data.items() if key not in replaced | roots}
+    paths = [_split_path(actual) for actual in nested]
+    for root in roots & {str(path[0]) for path in paths if path}:
+        mapped |= _unmapped_fields(data.get(root), root, [path[1:] for path in paths if path[:1] == [root]])
     missing: BadRow | None = None
-    mapped = dict(data)
-    if columns:
-        # A mapped column replaces the columns of the same canonical name, and its source column is moved.
-        replaced = {name for canonical in columns for name in (canonical, *ALIASES.get(canonical, ()))}
-        roots = {
-            re.split(r"[.\[]", actual, maxsplit=1)[0] if actual not in data else actual for actual in columns.values()
-        }
-        mapped = {key: value for key, value in data.items() if key not in replaced | roots}
-        paths = [_split_path(actual) for actual in columns.values() if actual not in data]
-        for root in roots & {str(path[0]) for path in paths if path}:
-            mapped |= _unmapped_fields(data.get(root), root, [path[1:] for path in paths if path[:1] == [root]])
-    for canonical, actual in (columns or {}).items():
+    for canonical, actual in columns.items():
         try:
             mapped[canonical] = data[actual] if actual in data else _get_path(data, actual, canonical)
         except BadRow as error:
             missing = missing or error
-    if row.flat:
-        mapped |= {
-            name: chat
-            for name in _TEXT_OR_CHAT_COLUMNS & set(mapped)
-            if is_messages(chat := parse_json_list(mapped[name]))
-        }
     return mapped, missing
 
 

@@ -6,7 +6,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from ftdata.errors import BadRow
@@ -388,11 +388,18 @@ def _numbers(value: Any) -> Iterator[str]:
 
 
 def _scalars(value: Any) -> Iterator[Any]:
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else None
-    if inner is None:
-        yield value
-    for item in inner or ():
-        yield from _scalars(item)
+    return (leaf for _, leaf in _leaves(value))
+
+
+def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield the path and the value of each string, number, boolean and null in a JSON value."""
+    pairs = (
+        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else None
+    )
+    if pairs is None:
+        yield path, value
+    for key, inner in pairs or ():
+        yield from _leaves(inner, (*path, key))
 
 
 def _keys(value: Any) -> Iterator[str]:
@@ -405,9 +412,10 @@ def _keys(value: Any) -> Iterator[str]:
 def _find_ranges(
     text: str, message: Mapping[str, Any], index: int, key: str, rerender: Rerender
 ) -> Iterator[tuple[int, int]]:
-    for number, path in enumerate(_leaf_paths(message[key], (key,))):
-        if number == _MAX_LEAVES:
-            return
+    leaves = ((path, leaf) for path, leaf in _leaves(message[key], (key,)) if isinstance(leaf, str) and leaf)
+    # The ids and types of tool calls are not attributed.
+    paths = (path for path, _ in leaves if path[-1] not in ("id", "type"))
+    for path in islice(paths, _MAX_LEAVES):
         before, after = (rerender(index, _change_leaf(message, path, change)) for change in (_add_prefix, _add_suffix))
         if before is None or after is None or text in (before, after):
             continue
@@ -434,17 +442,6 @@ def _insert(pieces: Sequence[TextPiece], empty: TextPiece) -> list[TextPiece]:
         split += [piece._replace(end=empty.start), piece._replace(start=empty.start)] if inside else [piece]
     position = next((n for n, piece in enumerate(split) if piece.start >= empty.start), len(split))
     return [*split[:position], empty, *split[position:]]
-
-
-def _leaf_paths(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """Yield the path of each non-empty string in a JSON value, except the values of the keys `id` and `type`."""
-    if isinstance(value, str):
-        if value and path[-1] not in ("id", "type"):
-            yield path
-        return
-    pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
-    for key, inner in pairs:
-        yield from _leaf_paths(inner, (*path, key))
 
 
 def _change_leaf(value: Any, path: tuple[Any, ...], change: Callable[[str], str]) -> Any:
