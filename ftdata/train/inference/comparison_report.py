@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from rich.console import Console
@@ -42,6 +43,8 @@ class Scores:
     bleu: float
     chrf: float
 
+
+_PAGE = Path(__file__).with_name("comparison.html")
 
 _SCORE_FORMATS = {
     "perplexity": ("perplexity", "{:.3f}"),
@@ -105,7 +108,8 @@ class Comparison:
         )
         names = {"data_name": self.data_name, "base": self.base_model, "tuned": self.tuned_model}
         cells = {name: _cell(text) for name, text in names.items()}
-        return _PAGE.format(count=len(self.rows), scores=scores, rows=rows, **cells)
+        page = Template(_PAGE.read_text(encoding="utf-8"))
+        return page.substitute(count=len(self.rows), scores=scores, rows=rows, **cells)
 
     def write_html(self, path: Path) -> None:
         """Write the comparison to a self-contained HTML file.
@@ -118,42 +122,3 @@ class Comparison:
 
 def _cell(text: str) -> str:
     return escape(escape_unprintable(text))
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta name="generator" content="ftdata">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Base model and tuned model: {data_name}</title>
-<style>
-:root {{ color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }}
-body {{ margin: 2em auto; max-width: 90em; padding: 0 1em }}
-table {{ border-collapse: collapse; margin: 1em 0 }}
-th, td {{ border: 1px solid #8886; padding: .4em .7em; text-align: left; vertical-align: top }}
-td {{ white-space: pre-wrap; overflow-wrap: anywhere }}
-.right {{ background: #2a72 }}
-.other {{ background: #a331 }}
-</style>
-</head>
-<body>
-<main>
-<h1>Base model and tuned model</h1>
-<p>{count} rows of {data_name}</p>
-<p>base model: {base}<br>tuned model: {tuned}</p>
-<table>
-<thead><tr><th>score<th>base<th>tuned</thead>
-<tbody>
-{scores}</tbody>
-</table>
-<table>
-<thead><tr><th>prompt<th>expected<th>base<th>tuned</thead>
-<tbody>
-{rows}</tbody>
-</table>
-</main>
-</body>
-</html>
-"""
