@@ -89,11 +89,9 @@ class ConvertReport:
         read, written, filtered = (
             sum(getattr(ledger, name) for ledger in self.sources) for name in ("read", "built", "filtered")
         )
-        lines = [
-            f"rows     {read:,} read = {written:,} written to {self.output} + {len(self.rejects):,} rejected"
-            + (f" + {filtered:,} filtered out (where)" if filtered else "")
-        ]
-        lines += [f"note     {note}" for note in self.notes]
+        filtered_rows = f" + {filtered:,} filtered out (where)" if filtered else ""
+        counts = f"{read:,} read = {written:,} written to {self.output} + {len(self.rejects):,} rejected{filtered_rows}"
+        lines = [f"rows     {counts}", *(f"note     {note}" for note in self.notes)]
         return "\n".join([*lines, *(f"reject   {reject}" for reject in self.rejects[:20])])
 
 

@@ -71,10 +71,8 @@ class RejectLimit:
             raise BadRows(bad, map(str, _first(rejects(), 20)), hint=hint)
         if bad > self.max_bad_rows(rows):
             listed = "\n  ".join(map(str, _first(rejects(), 5)))
-            message = (
-                f"{bad} of {rows} rows are rejected, but max_rejects allows only {int(self.max_bad_rows(rows))}:\n"
-                f"  {listed}\n"
-            )
+            allowed = int(self.max_bad_rows(rows))
+            message = f"{bad} of {rows} rows are rejected, but max_rejects allows only {allowed}:\n  {listed}\n"
             raise TooManyRejects("max_rejects", message, hint="fix the rows, or raise max_rejects")
         if not any(ledger.built for ledger in ledgers):
             filtered = sum(ledger.filtered for ledger in ledgers)

@@ -318,9 +318,7 @@ def _type_converter(kind: Any) -> Convert | None:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return _list_converter(_type_converter(kind.value_type))
     if pa.types.is_struct(kind):
-        return _struct_converter(
-            {kind.field(n).name: _type_converter(kind.field(n).type) for n in range(kind.num_fields)}
-        )
+        return _struct_converter({field.name: _type_converter(field.type) for field in kind})
     return None
 
 

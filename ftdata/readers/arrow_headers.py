@@ -102,9 +102,8 @@ class TableLimits:
             InputRefused: The metadata are larger than the file or the limit.
         """
         if 0 < self.packed < size:
-            raise damaged_file_error(
-                ValueError(f"the file is truncated, expected {size:,} bytes of metadata"), self._file, "Arrow"
-            )
+            error = ValueError(f"the file is truncated, expected {size:,} bytes of metadata")
+            raise damaged_file_error(error, self._file, "Arrow")
         limit = max(_FREE_METADATA, self.packed // _METADATA_DIVISOR)
         if size > limit:
             message = f"has {size:,} bytes of metadata, expected at most {limit:,}"

@@ -174,9 +174,8 @@ def _read_lines(stream: io.BufferedReader, file: Input) -> Rows:
             row = parse_row(text, source, whole_line=True)
             if isinstance(row, Reject) and not raw.endswith(b"\n"):
                 reason = f"{row.reason}; the file ends inside this line"
-                row = replace(
-                    row, code="partial_file", reason=reason, fix="write the file again, it is probably truncated"
-                )
+                fix = "write the file again, it is probably truncated"
+                row = replace(row, code="partial_file", reason=reason, fix=fix)
             yield row
         index += 1
     if index == 0 and file.span is None:

@@ -217,10 +217,8 @@ def _convert_by_user_schema(name: str, schema: Schema | Convert, data: Mapping[s
         problem = f"the function of schema {name} raised {type(error).__name__}: {error}"
         raise BadRow("schema_failed", problem, hint="fix the function or the row") from error
     if not isinstance(conversation, Conversation):
-        problem = (
-            f"the function of schema {name} returned a {type(conversation).__name__}, "
-            "expected a ftdata.types.Conversation"
-        )
+        kind = type(conversation).__name__
+        problem = f"the function of schema {name} returned a {kind}, expected a ftdata.types.Conversation"
         raise BadRow("schema_failed", problem)
     return conversation if isinstance(schema, Schema) else _normalize_user_conversation(conversation, name)
 

@@ -309,9 +309,8 @@ def _pretokenized(data: Mapping[str, Any]) -> Conversation:
         trained = labels != IGNORE_INDEX
         if (wrong := np.flatnonzero(trained & (labels != ids))).size:
             index = int(wrong[0])
-            problem = (
-                f"the label is {labels[index]}, expected the token id at its position ({ids[index]}) or {IGNORE_INDEX}"
-            )
+            label, id_ = labels[index], ids[index]
+            problem = f"the label is {label}, expected the token id at its position ({id_}) or {IGNORE_INDEX}"
             raise BadRow("label_value", problem, field=f"labels[{index}]")
     elif masks:
         trained = next(iter(masks.values()))

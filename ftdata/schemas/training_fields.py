@@ -44,9 +44,8 @@ _MASK_NAME = re.compile("mask|train|loss|weight")
 _HARMLESS = re.compile("constrain|restrain|strain|terrain|pretrained|trainer|gloss|floss|blossom")
 """Words that contain a match of `_MASK_NAME` but do not name masks."""
 
-_TEXT_FLAGS = dict.fromkeys(("0", "false", "no", "off", "n", "none"), False) | dict.fromkeys(
-    ("1", "true", "yes", "on", "y"), True
-)
+_FALSE, _TRUE = ("0", "false", "no", "off", "n", "none"), ("1", "true", "yes", "on", "y")
+_TEXT_FLAGS = {**dict.fromkeys(_FALSE, False), **dict.fromkeys(_TRUE, True)}
 _IDS = re.compile(r"\s*(?:\[.*\]|-?\d+(?:[\s,;]+-?\d+)+)\s*", re.DOTALL)
 """Matches the text of several integers, and any text in brackets."""
 

@@ -339,9 +339,8 @@ def _any_printed(expected: Iterable[str], text: str) -> bool:
 
 def _count_occurrences(expected: str, text: str) -> int:
     """Count how often the text contains a string. If there is no exact match, count its JSON-escaped form."""
-    return text.count(expected) or max(
-        text.count(json.dumps(expected, ensure_ascii=ascii_only)[1:-1]) for ascii_only in (False, True)
-    )
+    escaped = (json.dumps(expected, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
+    return text.count(expected) or max(map(text.count, escaped))
 
 
 def _expected_texts(message: Mapping[str, Any], part: Part) -> list[str]:

@@ -135,9 +135,8 @@ class TrackedString(str):
             return TrackedString(text, self.runs)
         # A few characters (ß, ŉ) become several characters.
         ends = [len(change(str.__getitem__(self, slice(end)))) for end in accumulate(length for length, _ in self.runs)]
-        return TrackedString(
-            text, [(b - a, owner) for a, b, (_, owner) in zip([0, *ends], ends, self.runs, strict=False)]
-        )
+        runs = [(end - start, owner) for (start, end), (_, owner) in zip(pairwise([0, *ends]), self.runs, strict=True)]
+        return TrackedString(text, runs)
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         """Apply `str.split`. The results still record which field each character comes from."""

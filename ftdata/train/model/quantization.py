@@ -88,6 +88,5 @@ def _fields(quantization: str | dict[str, Any]) -> dict[str, Any]:
         state = "both" if quantization.get("load_in_4bit") else "neither"
         message = f"quantization sets {state} of load_in_4bit and load_in_8bit, but exactly one must be set"
         raise UsageError("train_setting", message, hint="set load_in_4bit: true, or use a name: nf4, fp4, int8")
-    return convert_fields(
-        {name: value for name, value in quantization.items() if value is not None}, BitsAndBytesConfig
-    )
+    fields = {name: value for name, value in quantization.items() if value is not None}
+    return convert_fields(fields, BitsAndBytesConfig)
