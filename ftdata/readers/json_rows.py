@@ -166,21 +166,21 @@ def _read_lines(stream: io.BufferedReader, file: Input) -> Rows:
         size = len(raw) if raw.endswith(b"\n") else len(raw) + _skip_line(stream)
         offset += size
         text = raw.removeprefix(_BOM)  # concatenated files have a mark in the middle
-        if size > MAX_LINE:
-            yield _too_long_reject(source, size)
-        elif not text or text.isspace():
+        if size <= MAX_LINE and (not text or text.isspace()):
             continue
-        else:
-            row = parse_row(text, source, whole_line=True)
-            if isinstance(row, Reject) and not raw.endswith(b"\n"):
-                reason = f"{row.reason}; the file ends inside this line"
-                fix = "write the file again, it is probably truncated"
-                row = replace(row, code="partial_file", reason=reason, fix=fix)
-            yield row
+        yield _parse_line(text, source) if size <= MAX_LINE else _too_long_reject(source, size)
         index += 1
     if index == 0 and file.span is None:
         raise no_rows_error(file.path)
     return number
+
+
+def _parse_line(text: bytes, source: Source) -> Row | Reject:
+    row = parse_row(text, source, whole_line=True)
+    if isinstance(row, Row) or text.endswith(b"\n"):
+        return row
+    fix = "write the file again, it is probably truncated"
+    return replace(row, code="partial_file", reason=f"{row.reason}; the file ends inside this line", fix=fix)
 
 
 def _skip_line_breaks(stream: io.BufferedReader) -> int:

@@ -113,17 +113,8 @@ def _read_group(
         yield from table.iter_batches(BATCH_ROWS, row_groups=[number])
         return
     row_bytes = sum(chunk.widest * column.num_values for column, chunk in columns) / rows
-    flat, nested = list[str](), list[str]()
-    for index, (column, chunk) in enumerate(columns):
-        if not chunk.has_dictionary:
-            continue
-        schema = table.schema.column(index)
-        if column.physical_type == "BYTE_ARRAY":
-            (nested if schema.max_repetition_level else flat).append(column.path_in_schema)
-        elif schema.max_repetition_level and (size := column.num_values * (schema.length or 0)) > MAX_BATCH:
-            raise expansion_error(size, column.total_compressed_size, file.path)
-        else:
-            row_bytes += schema.length or 0
+    flat, nested, fixed_bytes = _find_dictionary_columns(table, columns, file)
+    row_bytes += fixed_bytes
 
     def open_with(names: Sequence[str]) -> Any:
         return pq.ParquetFile(stream, table.metadata, read_dictionary=list(names), **_OPTIONS)
@@ -138,6 +129,29 @@ def _read_group(
     # A row can repeat a dictionary value in a list any number of times, so lists are read as references.
     reader = open_with(nested) if nested else table
     yield from reader.iter_batches(int(max(1, min(BATCH_ROWS, MAX_LINE / max(row_bytes, 1)))), row_groups=[number])
+
+
+def _find_dictionary_columns(
+    table: Any, columns: Sequence[tuple[Any, _Chunk]], file: Input
+) -> tuple[list[str], list[str], int]:
+    """Find the columns that may contain references to a dictionary. A short reference can stand for a long value.
+
+    Returns:
+        The names of the text columns outside lists, the names of the text columns in lists, and the number of bytes of
+        a row in all columns whose values have a fixed size.
+    """
+    flat, nested, fixed_bytes = list[str](), list[str](), 0
+    for index, (column, chunk) in enumerate(columns):
+        if not chunk.has_dictionary:
+            continue
+        schema = table.schema.column(index)
+        if column.physical_type == "BYTE_ARRAY":
+            (nested if schema.max_repetition_level else flat).append(column.path_in_schema)
+        elif schema.max_repetition_level and (size := column.num_values * (schema.length or 0)) > MAX_BATCH:
+            raise expansion_error(size, column.total_compressed_size, file.path)
+        else:
+            fixed_bytes += schema.length or 0
+    return flat, nested, fixed_bytes
 
 
 def _longest_values(batch: Any) -> int:
