@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from ftdata.errors import InputRefused, StorageError
 from ftdata.readers.streams import FREE, MAX_LINE, MAX_RATIO, expansion_error
-from ftdata.readers.xml_scan import CHUNK, ElementParser, XmlParser, unescape_xml_string
+from ftdata.readers.xml_scan import CHUNK, XmlParser, unescape_xml_string
 
 MAX_COLUMNS, MAX_ROWS = 16_384, 1_048_576
 """Maximum number of columns and rows of a sheet, as in Excel."""
@@ -390,7 +390,7 @@ def _related_parts(book: Workbook, part: str, *kinds: str) -> list[tuple[str, st
 
     relationships = str(folder / "_rels" / f"{name}.rels")
     if relationships in book.archive.NameToInfo:
-        book.parse_all(relationships, ElementParser({"Relationship": add}))
+        book.parse_all(relationships, XmlParser({"Relationship": add}))
     return related
 
 
@@ -410,7 +410,7 @@ def _read_main(book: Workbook, part: str, by_id: Mapping[str, str]) -> None:
             visible = attributes.get("state", "visible") == "visible"
             book.sheets.append(Sheet(attributes.get("name", ""), by_id[identity], visible))
 
-    book.parse_all(part, ElementParser({"workbookPr": read_properties, "sheet": add_sheet}))
+    book.parse_all(part, XmlParser({"workbookPr": read_properties, "sheet": add_sheet}))
 
 
 def _read_styles(book: Workbook, part: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from xml.parsers import expat
 
@@ -33,12 +33,16 @@ class XmlParser:
 
     Elements inside pronunciation guides are skipped.
 
+    Args:
+        callbacks: functions that `start` calls with the attributes of an element, by the local name of the element.
+
     Attributes:
         make_error: function that creates the error for unacceptable XML from a message.
         size: size of the text collected so far, in bytes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, callbacks: Mapping[str, Callable[[dict[str, str]], None]] | None = None) -> None:
+        self._callbacks = callbacks or {}
         self.parser = parser = expat.ParserCreate(namespace_separator=" ")
         parser.buffer_text, parser.buffer_size = True, CHUNK
         parser.StartElementHandler, parser.EndElementHandler = self._start_element, self._end_element
@@ -60,8 +64,10 @@ class XmlParser:
             raise self.make_error(f"a tag or comment is longer than {_MAX_TAG:,} bytes")
         return self._elements
 
-    def start(self, _name: str, _attributes: dict[str, str]) -> None:
+    def start(self, name: str, attributes: dict[str, str]) -> None:
         """Process the start of an element. Subclasses override this method."""
+        if (callback := self._callbacks.get(name)) is not None:
+            callback(attributes)
 
     def end(self, _name: str) -> None:
         """Process the end of an element. Subclasses override this method."""
@@ -102,19 +108,6 @@ class XmlParser:
     def _reject_doctype(self, *_: Any) -> None:
         # Entities of a document type can expand to text of any length.
         raise self.make_error("the XML declares a document type, which is not allowed in Excel files")
-
-
-class ElementParser(XmlParser):
-    """An XML parser with a callback for each element name. A callback receives the attributes of an element."""
-
-    def __init__(self, callbacks: dict[str, Callable[[dict[str, str]], None]]) -> None:
-        super().__init__()
-        self._callbacks = callbacks
-
-    def start(self, name: str, attributes: dict[str, str]) -> None:
-        """Call the callback that is registered for the name of the element, if any."""
-        if (callback := self._callbacks.get(name)) is not None:
-            callback(attributes)
 
 
 def unescape_xml_string(text: str) -> str:

@@ -37,7 +37,7 @@ from ftdata.schemas.messages import (
     is_messages,
     is_single_message,
     message_notes,
-    parse_json_field,
+    parse_json,
     read_messages,
     read_tools,
 )
@@ -366,7 +366,7 @@ def _read_template_kwargs(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the template variables of a row (`chat_template_kwargs`)."""
     variables = data.get("chat_template_kwargs")
     if isinstance(variables, str):
-        variables = parse_json_field(variables, "chat_template_kwargs") if variables.strip() else None
+        variables = parse_json(variables, "chat_template_kwargs") if variables.strip() else None
     if variables is None:
         return {}
     if not isinstance(variables, Mapping):

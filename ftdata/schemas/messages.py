@@ -89,7 +89,7 @@ def read_messages(value: Any, field: str) -> tuple[Message, ...]:
         BadRow: a message is invalid; `field` is the path of the value.
     """
     if isinstance(value, str):
-        value = parse_json_field(value, field)
+        value = parse_json(value, field)
     if not isinstance(value, list):
         raise BadRow("messages_type", f"is {describe_value(value)}, expected a list of messages", field=field)
     if not value:
@@ -146,7 +146,7 @@ def read_tools(data: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     name = "tools" if data.get("tools") else "functions"
     tools = data.get(name)
     if isinstance(tools, str):
-        tools = parse_json_field(tools, name) if tools.strip() else None
+        tools = parse_json(tools, name) if tools.strip() else None
     if not tools:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -164,7 +164,7 @@ def read_system(data: Mapping[str, Any], name: str) -> str | list[dict[str, Any]
     return content if isinstance(content, str) else _read_parts(content, name)
 
 
-def parse_json_field(text: str, field: str) -> Any:
+def parse_json(text: str, field: str) -> Any:
     """Parse the JSON text in a field of a row.
 
     Raises:
@@ -229,7 +229,7 @@ def _split_role(item: Mapping[str, Any], field: str) -> tuple[str, Mapping[str, 
         problem = f"the message has both {text} and {other}, and they contain different texts"
         raise BadRow("content_type", problem, field=f"{field}.{other}", hint="remove one of them")
     if name == "function_call":
-        calls = parse_json_field(item[text], f"{field}.{text}") if text and isinstance(item[text], str) else None
+        calls = parse_json(item[text], f"{field}.{text}") if text and isinstance(item[text], str) else None
         if not isinstance(calls, dict | list):
             message = "the text must contain a tool call, or a list of tool calls, as JSON"
             raise BadRow("tool_calls_type", message, field=f"{field}.{text}")
@@ -255,9 +255,9 @@ def _read_tool_calls(message: dict[str, Any], field: str) -> dict[str, Any]:
             problem = "the message has both tool_calls and function_call, expected only one of them"
             raise BadRow("two_calls", problem, field=field)
         call, field = message.pop("function_call"), field.replace("tool_calls", "function_call")
-        calls = [parse_json_field(call, field) if isinstance(call, str) else call]
+        calls = [parse_json(call, field) if isinstance(call, str) else call]
     if isinstance(calls, str):
-        calls = parse_json_field(calls, field) if calls.strip() else []
+        calls = parse_json(calls, field) if calls.strip() else []
     if calls is None:
         message.pop("tool_calls", None)
         return {}

@@ -11,14 +11,7 @@ import orjson
 
 from ftdata.errors import BadRow
 from ftdata.registry import Registry
-from ftdata.schemas.messages import (
-    is_messages,
-    is_single_message,
-    parse_json_field,
-    read_messages,
-    read_system,
-    read_tools,
-)
+from ftdata.schemas.messages import is_messages, is_single_message, parse_json, read_messages, read_system, read_tools
 from ftdata.schemas.training_fields import describe_value
 from ftdata.types import IGNORE_INDEX, Conversation, Message, RowTokens
 
@@ -67,7 +60,7 @@ def parse_json_list(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
-        return parse_json_field(value, "")
+        return parse_json(value, "")
     except BadRow:
         return value
 

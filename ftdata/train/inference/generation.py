@@ -87,14 +87,12 @@ class TokenReporter:
     """
 
     def __init__(self, progress: Callable[[GenerationStep], None] | None, batches: int, max_tokens: int) -> None:
-        self._progress, self._batches, self._max_tokens = progress, batches, max_tokens
-        self._batch = self._token = self._answers = 0
+        self._progress, self._step = progress, GenerationStep(0, batches, 0, max_tokens, 0)
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> torch.Tensor:
         """Report one more token of the current batch. Return false for every prompt, to continue the generation."""
         del scores
-        self._token += 1
-        self._report(ended=False)
+        self._report(self._step._replace(token=self._step.token + 1))
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def end_batch(self, answers: int) -> None:
@@ -103,13 +101,12 @@ class TokenReporter:
         Args:
             answers: number of prompts that have an answer, in all batches so far.
         """
-        self._answers = answers
-        self._report(ended=True)
-        self._batch, self._token = self._batch + 1, 0
+        self._report(self._step._replace(answers=answers, ended=True))
+        self._step = self._step._replace(batch=self._step.batch + 1, token=0, ended=False)
 
-    def _report(self, *, ended: bool) -> None:
+    def _report(self, step: GenerationStep) -> None:
+        self._step = step
         if self._progress is not None:
-            step = GenerationStep(self._batch, self._batches, self._token, self._max_tokens, self._answers, ended)
             self._progress(step)
 
 

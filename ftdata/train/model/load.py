@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +154,9 @@ def _make_savable(settings: GenerationConfig) -> GenerationConfig:
     sampled = copy.deepcopy(settings)
     sampled.do_sample = True
     for candidate in (settings, sampled):
-        try:
+        with suppress(ValueError):
             candidate.validate(strict=True)
-        except ValueError:
-            continue
-        return candidate
+            return candidate
     return GenerationConfig(**tokens)
 
 
